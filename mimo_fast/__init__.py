@@ -1,0 +1,33 @@
+"""mimo-fast: a low-latency runtime for MiMo-Audio speech language models.
+
+    model = mimo_fast.load("XiaomiMiMo/MiMo-Audio-7B-Instruct", "XiaomiMiMo/MiMo-Audio-Tokenizer")
+    for chunk in model.stream("tts", "It works."):
+        play(chunk.audio, chunk.sample_rate)
+
+Dimension letters, used in every docstring:
+    B streams (rows of a batch), R rows still running, T positions (groups) or frames, G frames per group,
+    C audio channels the language model speaks, Q codebooks of the codec, S cached positions, D width,
+    H / Hkv / Dh heads, key-value heads and their size, V vocabulary, L layers; M, N, K only in a matrix product.
+
+A position of the language model is a group: one text token, and a patch of C x G codes (160 ms of audio).
+"""
+
+from .accelerate import accelerate
+from .audio import load_audio, save_wav
+from .config import CodecConfig, LMConfig
+from .errors import AudioError, CheckpointError, ConfigError, MimoFastError, PromptError
+from .generation import generate
+from .mimo_audio import MimoAudio, load
+from .runtime.codec import Codec
+from .runtime.lm import LM
+from .runtime.reply import Chunk, Timing
+from .runtime.session import Session
+from .sampling import MiMoSampler, MiMoStopper
+
+__all__ = [
+    "LM", "AudioError", "CheckpointError", "Chunk", "Codec", "CodecConfig", "ConfigError", "LMConfig", "MiMoSampler",
+    "MiMoStopper", "MimoAudio", "MimoFastError", "PromptError", "Session", "Timing", "accelerate", "generate", "load",
+    "load_audio", "save_wav",
+]
+
+__version__ = "0.1.0"

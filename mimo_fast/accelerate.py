@@ -1,0 +1,60 @@
+"""`accelerate`: an upstream model already in memory keeps its object and its weights, and gets our generate."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import LMConfig
+from .errors import CheckpointError
+from .generation import generate
+from .layout import lm_shapes
+from .runtime.lm import LM
+
+
+def accelerate(model: Any) -> Any:
+    """Replaces `generate` of an upstream `MimoAudio` or `MiMoAudioForCausalLM` by `mimo_fast.generate`.
+
+    The weights are shared, not copied: call it after the model is on its device and in its dtype. Anything with
+    upstream's attributes will do: `config`, `args.empty_idx` and `state_dict()` on the language model; `model` on what
+    wraps it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: it has no such attributes.
+        CheckpointError: its tensors are not those its config describes.
+    """
+    causal = model if hasattr(model, "local_transformer") or hasattr(model, "args") else getattr(model, "model", None)
+    missing = [name for name in ("config", "args", "state_dict") if not hasattr(causal, name)]
+    if causal is None or missing:
+        raise TypeError(
+            f"a {type(model).__name__} is not an upstream MiMo-Audio model: "
+            f"it lacks {', '.join(missing) or 'a language model'}"
+        )
+    config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
+    tensors = causal.state_dict()
+    wrong = [name for name, shape in lm_shapes(config).items() if tuple(getattr(tensors.get(name), "shape", ())) != shape]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}")
+    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), tensors.__getitem__)
+
+    def upstream_generate(
+        inputs: Any = None, generation_config: Any = None, stopping_criteria: Any = None, streamer: Any = None,
+        synced_gpus: bool | None = None, global_sampler: Any = None, local_sampler: Any = None,
+        warmup_run: bool | None = None, input_ids: Any = None, **options: Any,
+    ) -> Any:
+        """`mimo_fast.generate` behind upstream's arguments; synced_gpus and warmup_run have no meaning here."""
+        return generate(
+            causal, input_ids if inputs is None else inputs, generation_config, stopping_criteria, streamer,
+            global_sampler, local_sampler, **options,
+        )
+
+    causal.generate = upstream_generate
+    return model
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    # Defaults of the class come first: to_dict() of a transformers config may leave them out.
+    return {**vars(config), **(config.to_dict() if hasattr(config, "to_dict") else {})}

@@ -1,0 +1,248 @@
+"""Dimensions of the language model and the codec, read once from a checkpoint's config.json.
+
+No class defaults: upstream's defaults are wrong for the published tokenizer, so a key that decides a shape must be
+in the file. Keys are upstream's (`MiMoAudioConfig`, `MiMoAudioTokenizerConfig`); field names are this project's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One Qwen2-style stack: RMSNorm, biased q/k/v, RoPE, grouped-query attention, SwiGLU."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """The language model: patch encoder -> backbone -> text head and patch decoder."""
+
+    vocab_size: int
+    backbone: TransformerConfig
+    patch_encoder: TransformerConfig
+    patch_decoder: TransformerConfig
+    patch_encoder_causal: bool
+    group_size: int
+    channels: int
+    code_sizes: tuple[int, ...]
+    empty_codes: tuple[int, ...]
+    delays: tuple[int, ...]
+    max_positions: int
+    tie_embeddings: bool
+
+    @property
+    def patch_steps(self) -> int:
+        """Patch-decoder steps per patch: the last channel starts max(delays) steps after the first."""
+        return self.group_size + max(self.delays)
+
+    def active_channels(self, step: int) -> list[int]:
+        """Channels that produce a code at a patch-decoder step: channel c is at frame step - delays[c]."""
+        return [c for c, delay in enumerate(self.delays) if delay <= step < delay + self.group_size]
+
+    @property
+    def row_width(self) -> int:
+        """Ids per group in upstream's flattened layout."""
+        return (self.channels + 1) * self.group_size
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "LM config") -> "LMConfig":
+        read = _Reader(raw, source)
+        read.refuse("hidden_act", lambda act: act != "silu", "only 'silu' is supported")
+        read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
+        read.refuse("rope_scaling", lambda scaling: _rope_kind(scaling) != "default", "only plain RoPE is supported")
+        channels, group_size = read.integer("audio_channels"), read.integer("group_size")
+        theta, eps = read.rope_theta(), float(read.required("rms_norm_eps"))
+        heads, dim = read.integer("num_attention_heads"), read.integer("hidden_size")
+
+        def local(width: int, layers: int, ffn: int) -> TransformerConfig:
+            local_heads = read.integer("local_attn_heads")
+            if width % local_heads:
+                raise ConfigError(f"{source}: local width {width} is not divisible by local_attn_heads {local_heads}")
+            return TransformerConfig(width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps)
+
+        local_dim = read.integer("local_dim")
+        input_dim = int(raw.get("input_local_dim") or local_dim)
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            backbone=TransformerConfig(
+                dim, read.integer("num_hidden_layers"), heads, read.integer("num_key_value_heads"),
+                int(raw.get("head_dim") or dim // heads), read.integer("intermediate_size"), theta, eps,
+            ),
+            patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
+            patch_decoder=local(local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")),
+            patch_encoder_causal=not raw.get("input_full_attention"),
+            group_size=group_size,
+            channels=channels,
+            code_sizes=read.per_channel("speech_vocab_size", channels),
+            empty_codes=read.per_channel("speech_zeroemb_idx", channels),
+            delays=read.per_channel("delay_pattern", channels),
+            max_positions=read.integer("max_position_embeddings"),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
+        config._check(source)
+        return config
+
+    def _check(self, source: str) -> None:
+        if self.backbone.heads % self.backbone.kv_heads:
+            raise ConfigError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
+        for channel, (size, empty) in enumerate(zip(self.code_sizes, self.empty_codes, strict=True)):
+            if not 0 <= empty < size:
+                raise ConfigError(f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}")
+        if min(self.delays) < 0:
+            raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The audio tokenizer: log-mel -> encoder -> RVQ -> decoder -> vocoder -> waveform."""
+
+    sample_rate: int
+    n_mels: int
+    n_fft: int
+    hop: int
+    window: int
+    f_min: float
+    f_max: float
+    max_seconds: int
+    dim: int
+    kernel: int
+    stride: int
+    pool: int
+    encoder_layers: int
+    encoder_heads: int
+    encoder_ffn: int
+    encoder_causal: bool
+    encoder_window: tuple[int, int]
+    skip_layer: int | None
+    decoder_layers: int
+    decoder_heads: int
+    decoder_ffn: int
+    decoder_causal: bool
+    decoder_window: tuple[int, int]
+    decoder_kernel: int
+    decoder_stride: int
+    vocoder_dim: int
+    vocoder_layers: int
+    vocoder_heads: int
+    vocoder_ffn: int
+    vocoder_window: tuple[int, int]
+    codebook_sizes: tuple[int, ...]
+    norm: str
+    rope_theta: float
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Waveform samples per code frame (960 at 24 kHz: 25 Hz)."""
+        return self.pool * self.decoder_stride * self.hop
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "codec config") -> "CodecConfig":
+        read = _Reader(raw, source)
+        read.refuse("activation_function", lambda name: name != "gelu", "only 'gelu' is supported")
+        read.refuse("position_embedding_type", lambda name: name != "rope", "only 'rope' is supported")
+        read.refuse("rope_type", lambda name: name != "default", "only 'default' is supported")
+        read.refuse("vocoder_padding", lambda name: name != "same", "only 'same' is supported")
+        read.refuse("ln_type", lambda name: name not in ("LayerNorm", "RMSNorm"), "use 'LayerNorm' or 'RMSNorm'")
+        rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
+        sizes = read.required("codebook_size")
+        sizes = [int(size) for size in (sizes if isinstance(sizes, list | tuple) else [sizes])]
+        skip = read.required("encoder_skip_layer_id")
+        config = cls(
+            sample_rate=rate, n_mels=read.integer("n_mels"), n_fft=read.integer("nfft"),
+            hop=read.integer("hop_length"), window=read.integer("window_size"), f_min=float(read.required("fmin") or 0),
+            f_max=float(read.required("fmax") or rate / 2), max_seconds=read.integer("max_audio_seconds"),
+            dim=read.integer("d_model"), kernel=read.integer("kernel_size"), stride=read.integer("stride_size"),
+            pool=read.integer("avg_pooler"), encoder_layers=read.integer("encoder_layers"),
+            encoder_heads=read.integer("encoder_attention_heads"), encoder_ffn=read.integer("encoder_ffn_dim"),
+            encoder_causal=bool(read.required("encoder_causal")), encoder_window=read.window("encoder_attn_window_size"),
+            skip_layer=None if skip is None else int(skip),
+            decoder_layers=read.integer("decoder_layers"), decoder_heads=read.integer("decoder_attention_heads"),
+            decoder_ffn=read.integer("decoder_ffn_dim"), decoder_causal=bool(read.required("decoder_causal")),
+            decoder_window=read.window("decoder_attn_window_size"), decoder_kernel=read.integer("decoder_kernel_size"),
+            decoder_stride=read.integer("decoder_stride_size"), vocoder_dim=read.integer("vocoder_dim"),
+            vocoder_layers=read.integer("vocoder_num_layers"), vocoder_heads=read.integer("vocoder_attention_heads"),
+            vocoder_ffn=read.integer("vocoder_intermediate_dim"), vocoder_window=read.window("vocoder_attn_window_size"),
+            codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
+            norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=float(read.required("rope_theta")),
+        )
+        for width, heads in ((config.dim, config.encoder_heads), (config.dim, config.decoder_heads),
+                             (config.vocoder_dim, config.vocoder_heads)):
+            if width % heads or (width // heads) % 2:
+                raise ConfigError(f"{source}: width {width} does not split into {heads} heads of an even size")
+        return config
+
+
+class _Reader:
+    """Reads keys of one config file; every error names the file and the key."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw, self.source = raw, source
+
+    def required(self, key: str) -> Any:
+        if key not in self.raw:
+            raise ConfigError(f"{self.source} has no '{key}', which decides a shape and so has no default")
+        return self.raw[key]
+
+    def integer(self, key: str) -> int:
+        value = self.required(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{self.source}: '{key}' must be a positive integer, not {value!r}")
+        return value
+
+    def window(self, key: str) -> tuple[int, int]:
+        left, right = self.required(key)
+        return int(left), int(right)
+
+    def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
+        """'1025-129' lists a value a channel; a single number holds for every channel."""
+        value = self.required(key)
+        values = tuple(int(part) for part in value.split("-")) if isinstance(value, str) else (int(value),)
+        values = values * channels if len(values) == 1 else values
+        if len(values) != channels:
+            raise ConfigError(f"{self.source}: '{key}' has {len(values)} values for {channels} audio_channels")
+        return values
+
+    def rope_theta(self) -> float:
+        """transformers 5 moves rope_theta into rope_parameters."""
+        nested = self.raw.get("rope_parameters") or {}
+        return float(nested["rope_theta"] if "rope_theta" in nested else self.required("rope_theta"))
+
+    def refuse(self, key: str, unsupported: Any, reason: str) -> None:
+        value = self.raw.get(key)
+        if value is not None and unsupported(value):
+            raise ConfigError(f"{self.source}: '{key}' is {value!r}: {reason}")
+
+
+def _rope_kind(scaling: Mapping[str, Any]) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object")
+    return raw

@@ -1,0 +1,252 @@
+"""`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop rules and streamers."""
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LMConfig
+from .errors import PromptError
+from .prompt import TEXT_FILLER
+from .runtime.decode import Limits, StopHook, decode, start
+from .runtime.lm import LM
+from .sampling import GREEDY, MiMoSampler, sampler_tensors
+
+Ids = Tensor | Sequence[Tensor]
+Seed = int | Sequence[int] | None
+
+
+def generate(
+    model: Any,
+    input_ids: Ids,
+    generation_config: Any = None,
+    stopping_criteria: Iterable[Callable[..., Any]] | None = None,
+    streamer: Any = None,
+    global_sampler: MiMoSampler | None = None,
+    local_sampler: MiMoSampler | None = None,
+    max_new_tokens: int | None = None,
+    min_new_tokens: int = 0,
+    seed: Seed = None,
+) -> Any:
+    """Continues prompts group by group (upstream `MiMoAudioForCausalLM.generate`).
+
+    Args:
+        model: a `MimoAudio`, an `LM`, or an upstream model passed through `accelerate`.
+        input_ids: [C + 1, T G]; or upstream's flattened [B, T G (C + 1)]; or [B, C + 1, T G]; or a list of
+            [C + 1, T_b G] for prompts of different lengths.
+        generation_config: any object or dict with max_length (groups, prompt included), max_new_tokens,
+            min_new_tokens; do_sample, temperature, top_k and top_p stand in for a missing global_sampler.
+        stopping_criteria: `MiMoStopper`s, or callables (flattened ids [1, L], None) -> bool, asked row by row.
+        streamer: gets put(flattened prompt), put(each group's ids [1, G (C + 1)]), end(); batch 1 only.
+        global_sampler, local_sampler: for text and for speech codes; greedy when missing.
+        max_new_tokens, min_new_tokens: groups. Without a limit, up to the model's max_position_embeddings.
+        seed: one for every row, or one a row; None draws fresh ones. A row's tokens depend on its own seed alone.
+
+    Returns:
+        Ids in the layout, dtype and device of input_ids, prompt included. On generated groups channel 0 repeats the
+        text token over the G frames. Rows that end early are padded with pad_token_id (or -100) and empty codes,
+        except in a list, where each row has its own length.
+
+    Raises:
+        PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
+    """
+    lm = language_model(model)
+    batch = _Batch.read(input_ids, lm.config)
+    options = _Options.read(generation_config, stopping_criteria, max_new_tokens, min_new_tokens)
+    limits = [options.limits(prompt.shape[1] // lm.config.group_size, lm.config) for prompt in batch.prompts]
+    rows = len(batch.prompts)
+    if streamer is not None and rows != 1:
+        raise ValueError(f"a streamer takes a batch of one, not {rows}; call generate once a prompt")
+    capacity = max(
+        prompt.shape[1] // lm.config.group_size + limit.max_new
+        for prompt, limit in zip(batch.prompts, limits, strict=True)
+    )
+    samplers = (global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
+    settings = [sampler_tensors([sampler] * rows, lm.device) for sampler in samplers]
+    if streamer is not None:
+        streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
+    state = start(lm, batch.prompts, row_seeds(seed, rows), capacity)
+    grown = [[prompt] for prompt in batch.prompts]
+    for step in decode(lm, state, limits, *settings, _stop_hook(options.callables, grown)):
+        for row, slot in enumerate(step.slots):
+            if not options.callables:
+                grown[slot].append(group_ids(step.text[row], step.codes[row]))
+            if streamer is not None:
+                streamer.put(flatten_ids(grown[slot][-1])[None].cpu())
+    if streamer is not None:
+        streamer.end()
+    return batch.write([torch.cat(parts, dim=1) for parts in grown], options.pad_id, lm.config)
+
+
+def language_model(model: Any) -> LM:
+    """The `LM` behind any object that `generate` accepts."""
+    for candidate in (model, getattr(model, "lm", None), getattr(model, "_mimo_fast_lm", None)):
+        if isinstance(candidate, LM):
+            return candidate
+    inner = getattr(model, "model", None)
+    if inner is not None and inner is not model and hasattr(inner, "_mimo_fast_lm"):
+        return language_model(inner)
+    raise TypeError(
+        f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
+        "or pass an upstream model through mimo_fast.accelerate(model) first"
+    )
+
+
+def row_seeds(seed: Seed, rows: int) -> list[int]:
+    """One 63-bit seed a row."""
+    if seed is None:
+        return [secrets.randbits(63) for _ in range(rows)]
+    seeds = [seed] * rows if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
+    return [s % 2**63 for s in seeds]
+
+
+def group_ids(text: int, codes: Tensor) -> Tensor:
+    """A generated group as ids [C + 1, G]: the text token repeated over the frames, then the codes [C, G]."""
+    return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
+
+
+def flatten_ids(ids: Tensor) -> Tensor:
+    """[C + 1, T G] -> upstream's flattened [T G (C + 1)], frame by frame."""
+    return ids.T.reshape(-1)
+
+
+def unflatten_ids(flat: Tensor, channels: int) -> Tensor:
+    """Upstream's flattened [T G (C + 1)] -> [C + 1, T G]."""
+    return flat.reshape(-1, channels + 1).T
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts [C + 1, T_b G] int64 on the CPU, and the layout they came in."""
+
+    prompts: list[Tensor]
+    layout: str
+    like: Tensor
+
+    @classmethod
+    def read(cls, input_ids: Ids, config: LMConfig) -> "_Batch":
+        if not isinstance(input_ids, Tensor):
+            rows, layout = list(input_ids), "list"
+            if not rows or any(row.ndim != 2 for row in rows):
+                raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
+        elif input_ids.ndim == 3:
+            rows, layout = list(input_ids), "channels"
+        elif input_ids.ndim == 2 and _is_single(input_ids, config):
+            rows, layout = [input_ids], "single"
+        elif input_ids.ndim == 2 and input_ids.shape[1] % config.row_width == 0:
+            rows, layout = [unflatten_ids(row, config.channels) for row in input_ids], "flat"
+        else:
+            raise PromptError(
+                f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, T * "
+                f"{config.group_size}] nor flattened [batch, T * {config.row_width}]"
+            )
+        like = input_ids if isinstance(input_ids, Tensor) else rows[0]
+        return cls([_checked(row, config) for row in rows], layout, like)
+
+    def write(self, rows: list[Tensor], pad_id: int, config: LMConfig) -> Any:
+        rows = [row.to(self.like.dtype) for row in rows]
+        if self.layout == "list":
+            return [row.to(self.like.device) for row in rows]
+        longest = max(row.shape[1] for row in rows)
+        pad = torch.tensor((pad_id, *config.empty_codes), dtype=self.like.dtype)[:, None]
+        full = torch.stack([torch.cat((row, pad.expand(-1, longest - row.shape[1])), dim=1) for row in rows])
+        if self.layout == "single":
+            full = full[0]
+        elif self.layout == "flat":
+            full = torch.stack([flatten_ids(row) for row in full])
+        return full.to(self.like.device)
+
+
+def _is_single(ids: Tensor, config: LMConfig) -> bool:
+    """[C + 1, T G], told from a flattened batch of C + 1 rows, which has the text filler in every row."""
+    if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size:
+        return False
+    return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
+
+
+def _checked(ids: Tensor, config: LMConfig) -> Tensor:
+    if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size or not ids.shape[1]:
+        raise PromptError(
+            f"a prompt must be [{config.channels + 1}, a positive multiple of {config.group_size}], "
+            f"not {list(ids.shape)}"
+        )
+    ids = ids.to("cpu", torch.int64)
+    sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
+    used = torch.cat((ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1), ids[1:]))
+    wrong = (used < 0) | (used >= sizes)
+    if wrong.any():
+        channel, position = (int(i) for i in wrong.nonzero()[0])
+        raise PromptError(
+            f"id {int(used[channel, position])} of channel {channel} at frame {position} is outside "
+            f"0..{int(sizes[channel]) - 1}"
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Lengths and stop rules gathered from generation_config, criteria and arguments."""
+
+    max_length: int | None
+    max_new: int | None
+    min_length: int
+    min_new: int
+    stop_ids: frozenset[int]
+    callables: list[Callable[..., Any]]
+    sampler: MiMoSampler | None
+    pad_id: int
+
+    @classmethod
+    def read(cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int) -> "_Options":
+        def option(name: str) -> Any:
+            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+        stoppers, callables = [], []
+        for criterion in criteria or ():
+            (stoppers if hasattr(criterion, "stop_token_ids") else callables).append(criterion)
+        max_new = option("max_new_tokens") if max_new is None else max_new
+        if max_new is not None and max_new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new}")
+        lengths = [stopper.max_length for stopper in stoppers if stopper.max_length]
+        if max_new is None and option("max_length"):
+            lengths.append(option("max_length"))
+        sampler = None
+        if option("do_sample"):
+            sampler = MiMoSampler(True, option("temperature"), option("top_k"), option("top_p"))
+        pad_id = option("pad_token_id")
+        return cls(
+            max_length=min(lengths, default=None), max_new=max_new,
+            min_length=max((stopper.min_length or 0 for stopper in stoppers), default=0),
+            min_new=max(min_new, option("min_new_tokens") or 0),
+            stop_ids=frozenset().union(*(stopper.stop_token_ids for stopper in stoppers)),
+            callables=callables, sampler=sampler, pad_id=TEXT_FILLER if pad_id is None else int(pad_id),
+        )
+
+    def limits(self, prompt: int, config: LMConfig) -> Limits:
+        """Limits of a row whose prompt has so many groups."""
+        longest = min(config.max_positions, self.max_length or config.max_positions)
+        room = longest - prompt
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {prompt} groups and the limit is {longest}, prompt included: "
+                "shorten the prompt or raise max_length"
+            )
+        return Limits(min(room, self.max_new or room), max(self.min_new, self.min_length - prompt), self.stop_ids)
+
+
+def _stop_hook(callables: list[Callable[..., Any]], grown: list[list[Tensor]]) -> StopHook | None:
+    """Appends each new group to its row and asks every criterion about the row so far."""
+    if not callables:
+        return None
+
+    def hook(slot: int, text: int, codes: Tensor) -> bool:
+        grown[slot].append(group_ids(text, codes))
+        so_far = flatten_ids(torch.cat(grown[slot], dim=1))[None]
+        return any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in callables)
+
+    return hook

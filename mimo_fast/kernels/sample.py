@@ -1,0 +1,100 @@
+"""Sampling: temperature, exact top-k, exact top-p, banned ids, one Gumbel-max draw.
+
+    scores = logits / temperature
+    top-k:  keep scores >= the k-th largest (ties at the threshold all kept)
+    top-p:  over what is left, sorted ascending, drop while the cumulative probability <= 1 - p
+    banned ids are removed last; where nothing would be left, the best id that is not banned is taken
+    token = argmax(scores + gumbel)          greedy: argmax(scores)
+
+The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed, draw, slot, id)
+through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it and can be replayed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAIL_OFF = -1.0
+"""A tail that no cumulative probability can fall under: top-p off."""
+
+
+@dataclass(frozen=True)
+class SamplerTensors:
+    """Settings of N rows: temperature and tail float32 [N], top_k int64 [N] (0: off), greedy bool [N].
+
+    tail is 1 - top_p, subtracted in double before rounding, as upstream's comparison does.
+    all_greedy is known on the host, so that greedy decoding skips the sort.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    tail: Tensor
+    greedy: Tensor
+    all_greedy: bool
+
+    def select(self, rows: Sequence[int], repeat: int = 1) -> "SamplerTensors":
+        """Settings of the given rows, each repeated."""
+        index = torch.tensor(rows, device=self.greedy.device).repeat_interleave(repeat)
+        return SamplerTensors(
+            self.temperature[index], self.top_k[index], self.tail[index], self.greedy[index], self.all_greedy
+        )
+
+
+def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
+    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id."""
+    scores = logits.float() / settings.temperature[:, None]
+    ascending, order = scores.sort(dim=-1)
+    size = scores.shape[-1]
+    kth = torch.where(settings.top_k > 0, settings.top_k.clamp(max=size), size)
+    threshold = ascending.gather(-1, (size - kth)[:, None])
+    ascending = ascending.masked_fill(ascending < threshold, -torch.inf)
+    dropped = ascending.softmax(-1).cumsum(-1) <= settings.tail[:, None]
+    dropped[:, -1] = False
+    dropped |= ascending == -torch.inf
+    return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+
+
+def sample(logits: Tensor, settings: SamplerTensors, noise: Tensor | None, banned: Tensor | None) -> Tensor:
+    """One id a row.
+
+    logits [N, V]; noise [N, V] from `gumbel` (None when every row is greedy); banned bool [N, V] or [V], or None.
+    Returns int64 [N].
+    """
+    allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
+    best = allowed.argmax(-1)
+    if settings.all_greedy:
+        return best
+    scores = filter_scores(logits, settings)
+    if banned is not None:
+        scores = scores.masked_fill(banned, -torch.inf)
+    assert noise is not None, "rows that sample need noise"
+    drawn = (scores + noise).argmax(-1)
+    nothing_left = ~(scores > -torch.inf).any(-1)
+    return torch.where(settings.greedy | nothing_left, best, drawn)
+
+
+def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise: seeds, draws, slots int64 [N] -> float32 [N, size].
+
+    Entry v of row n depends on (seeds[n], draws[n], slots[n], v) alone.
+    """
+    ids = torch.arange(size, device=seeds.device)
+    word = philox(seeds[:, None], ids, draws[:, None], slots[:, None])
+    # w in (0, 1); log1p keeps all 32 bits where w is small, which is where the winners are.
+    uniform = (word.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform)).float()
+
+
+def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """First output word of Philox 4x32-10 for a 64-bit key and the counter (c0, c1, c2, 0); uint32 values in int64."""
+    low = 0xFFFFFFFF
+    k0, k1 = key & low, (key >> 32) & low
+    x0, x1, x2, x3 = torch.broadcast_tensors(c0 & low, c1 & low, c2 & low, torch.zeros_like(key))
+    for _ in range(10):
+        # Products wrap in int64; the masks take the right bits out of them all the same.
+        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return x0

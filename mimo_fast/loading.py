@@ -1,0 +1,115 @@
+"""Checkpoint directories -> language model, codec and tokenizer on a device."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import Weights, find_checkpoint, open_weights
+from .config import CodecConfig, LMConfig, read_json
+from .errors import CheckpointError
+from .layout import Shapes, codec_shapes, codec_training_state, lm_shapes
+from .runtime.codec import Codec
+from .runtime.lm import LM
+from .tokenizer import Tokenizer
+
+
+PathLike = str | os.PathLike[str]
+
+
+class HubOptions(TypedDict, total=False):
+    """Where and how hub ids are looked up; as in huggingface_hub."""
+
+    revision: str | None
+    codec_revision: str | None
+    cache_dir: PathLike | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+def load_parts(
+    lm: PathLike,
+    codec: PathLike,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    quantization: Any,
+    hub: HubOptions,
+) -> tuple[LM, Codec, Tokenizer]:
+    """Both checkpoints are found and checked whole before anything is put on the device."""
+    if quantization is not None:
+        raise ValueError(f"quantization={quantization!r} is not available in this version; load without it")
+    target = default_device() if device is None else torch.device(device)
+    lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
+    lm_config, lm_weights = open_lm(lm_dir)
+    codec_config, codec_weights = open_codec(codec_dir)
+    if lm_config.channels > len(codec_config.codebook_sizes):
+        raise CheckpointError(
+            f"the language model speaks {lm_config.channels} codebooks and the codec in {codec_dir} has "
+            f"{len(codec_config.codebook_sizes)}: they do not belong together"
+        )
+    tokenizer = Tokenizer.from_directory(lm_dir)
+    tokenizer.check_vocab(lm_config.vocab_size)
+    chosen = parse_dtype(dtype)
+    with _progress(lm_shapes(lm_config), codec_shapes(codec_config)) as bar:
+        language_model = LM(lm_config, tokenizer.special.empty, _getter(lm_weights, chosen, target, bar))
+        audio_codec = Codec(codec_config, _getter(codec_weights, chosen, target, bar))
+    return language_model, audio_codec, tokenizer
+
+
+def find(source: PathLike, hub: HubOptions) -> Path:
+    return find_checkpoint(
+        source, revision=hub.get("revision"), cache_dir=hub.get("cache_dir"), token=hub.get("token"),
+        local_files_only=hub.get("local_files_only", False),
+    )
+
+
+def open_lm(directory: Path) -> tuple[LMConfig, Weights]:
+    """Config and weights of a language model, every tensor's name and shape checked."""
+    config = LMConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+    weights = open_weights(directory)
+    weights.validate(lm_shapes(config))
+    return config, weights
+
+
+def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
+    """Config and weights of a codec, every tensor's name and shape checked."""
+    config = CodecConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+    weights = open_weights(directory)
+    weights.validate(codec_shapes(config), optional=codec_training_state(config))
+    return config, weights
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype from itself or its name ("bfloat16", "bf16", ...)."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+    chosen = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    return chosen
+
+
+def _getter(weights: Weights, dtype: torch.dtype | None, device: torch.device, bar: Any) -> Callable[[str], Tensor]:
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+
+    def get(name: str) -> Tensor:
+        # Codebooks decide codes by small differences: never below float32.
+        wanted = torch.float32 if "_codebook." in name else dtype
+        tensor = weights.get(name, dtype=wanted, device=device)
+        bar.update(1)
+        return tensor
+
+    return get
+
+
+def _progress(*shapes: Shapes) -> Any:
+    """A bar over tensors, on a terminal only."""
+    return tqdm(total=sum(len(each) for each in shapes), desc="loading", unit="tensor", leave=False, disable=None)

@@ -1,0 +1,290 @@
+"""`MimoAudio`: upstream's class, its methods, arguments and returns; plus streaming, sessions and speech continuation."""
+
+import copy
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from .audio import AudioSource, save_wav
+from .generation import flatten_ids, row_seeds
+from .loading import HubOptions, PathLike, load_parts
+from .prompt_builder import Message, PromptBuilder
+from .runtime.decode import Limits, Step
+from .runtime.reply import Chunk, ReplyReader, iterate_async, read_reply, stream_reply
+from .runtime.session import Conversation, Session
+from .sampling import DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER, TASK_SAMPLERS, MiMoSampler, MiMoStopper, sampler_tensors
+from .tasks import Task, find_task
+
+MAX_NEW_TOKENS = 8192
+
+
+class Options(TypedDict, total=False):
+    """What every task method takes besides upstream's arguments."""
+
+    seed: int | None
+    max_new_tokens: int | None
+    min_new_tokens: int
+
+
+class MimoAudio(PromptBuilder):
+    """A language model, its codec and its tokenizer, ready for upstream's tasks.
+
+    Args:
+        model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the codec.
+        device: "cuda", "cpu", ...; CUDA where there is one.
+        dtype: to compute in; None: bfloat16 on CUDA, the checkpoint's own elsewhere.
+        revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
+
+    Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take `output_path` or
+    `output_audio_path` write a WAV there and return the text; `tts_sft` and the dialogue tasks do so as upstream does.
+    Methods with a seed draw a fresh one when it is None.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their config.
+    """
+
+    def __init__(
+        self,
+        model_path: PathLike,
+        mimo_audio_tokenizer_path: PathLike,
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        quantization: Any = None,
+        **hub: Unpack[HubOptions],
+    ) -> None:
+        self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
+        self.lm, self.codec, self.tokenizer = load_parts(
+            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, hub
+        )
+        self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
+        config, special = self.lm.config, self.tokenizer.special
+        self.group_size, self.audio_channels = config.group_size, config.channels
+        self.delay_pattern, self.vocab_size = config.delays, config.vocab_size
+        self.speech_zeroemb_idx, self.padding_idx = list(config.empty_codes), special.pad
+        self.sosp_idx, self.eosp_idx, self.empty_token = special.sosp, special.eosp, special.empty
+        self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
+        self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
+        self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
+        self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
+        self._kept: Conversation | None = None
+
+    def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
+        """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
+        default = {"global": self.default_global_sampler, "local": self.default_local_sampler}
+        return self.task_sampler_configs.get(task_name or "", default)
+
+    def save_wav(self, path: Any, wav: Tensor) -> None:
+        """Writes a waveform of any shape as a mono WAV."""
+        save_wav(path, wav.reshape(-1), self.codec.sample_rate)
+
+    @property
+    def history(self) -> Tensor | None:
+        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the first."""
+        return flatten_ids(self._kept.ids)[None] if self._kept is not None else None
+
+    @property
+    def has_history(self) -> bool:
+        return self._kept is not None
+
+    def clear_history(self) -> None:
+        self._kept = None
+
+    def conversation(self, seed: int | None = None) -> Conversation:
+        """An empty conversation."""
+        return Conversation(self.lm, row_seeds(seed, 1)[0])
+
+    def session(
+        self, system_prompt: str | None = None, voice: AudioSource | None = None, seed: int | None = None
+    ) -> Session:
+        """A spoken dialogue that keeps its cache between turns and can be interrupted."""
+        return Session(self, system_prompt, voice, seed)
+
+    def decode(
+        self,
+        conversation: Conversation,
+        task_name: str,
+        stop_ids: frozenset[int],
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> Iterator[Step]:
+        """Prefills what is new in the conversation and decodes a reply with the task's samplers."""
+        samplers = self.get_task_sampler(task_name)
+        settings = [sampler_tensors([samplers[which]], self.device) for which in ("global", "local")]
+        limits = Limits(MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, min_new_tokens, stop_ids)
+        return conversation.decode(limits, *settings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        return_audio: bool = False,
+        output_audio_path: Any = None,
+        stopping_criteria: Iterable[Any] | None = None,
+        min_new_tokens: int = 0,
+        max_new_tokens: int | None = MAX_NEW_TOKENS,
+        add_history: bool = False,
+        task_name: str | None = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Generates after a prompt [C + 1, T G] and returns its text; or its audio [1, 1, n] with return_audio.
+
+        With output_audio_path it writes a WAV there and returns the text. stopping_criteria are `MiMoStopper`s.
+        """
+        stop_ids = frozenset(token for criterion in stopping_criteria or () for token in criterion.stop_token_ids)
+        conversation = self._conversation_for(input_ids, add_history, seed)
+        steps = self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
+        text, codes = read_reply(steps, self._reader(input_ids))
+        if not return_audio and output_audio_path is None:
+            return text
+        wav = torch.zeros(self.codec.sample_rate) if codes is None else self.codec.decode(codes).cpu()
+        if output_audio_path is None:
+            return wav[None, None]
+        self.save_wav(output_audio_path, wav)
+        return text
+
+    def _conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
+        """The last conversation or, without add_history, a new one, with the prompt appended."""
+        if self._kept is None or not add_history:
+            self._kept = None
+            self._kept = self.conversation(seed)
+        elif seed is not None:
+            self._kept.reseed(seed)
+        self._kept.extend(input_ids)
+        return self._kept
+
+    def _reader(self, input_ids: Tensor) -> ReplyReader:
+        """A reply speaks from the start where the prompt opened its speech: by `<|sostm|>`, or mid-recording."""
+        last = int(input_ids[0, -self.group_size])
+        return ReplyReader(self.tokenizer, speaking=last in (self.sostm_idx, self.empty_token))
+
+    def _prompt(self, spec: Task, arguments: Sequence[Any], named: Mapping[str, Any], shared: dict[str, Any]) -> Tensor:
+        wanted = {name: shared[name] for name in spec.shares}
+        return getattr(self, spec.prompt)(*arguments, **named, **wanted)
+
+    def _reply(
+        self, task: str, *arguments: Any, output: Any = None, add_history: bool = False, **options: Unpack[Options]
+    ) -> Any:
+        spec, seed = find_task(task), options.get("seed")
+        input_ids = self._prompt(spec, arguments, {}, {"seed": seed, "add_history": add_history})
+        stopper = MiMoStopper(self.group_size, self.audio_channels, spec.stop_ids(self.tokenizer.special))
+        return self.forward(
+            input_ids, output_audio_path=output, stopping_criteria=[stopper], add_history=add_history,
+            task_name=spec.sampler, **options,
+        )
+
+    def stream(
+        self, task: str, *arguments: Any, add_history: bool = False, max_new_tokens: int | None = None,
+        min_new_tokens: int = 0, seed: int | None = None, **task_arguments: Any,
+    ) -> Iterator[Chunk]:
+        """A task's reply while it is decoded, a chunk a group.
+
+        Args:
+            task: upstream's method name, with or without `_sft` ("tts", "asr", "spoken_dialogue", ...).
+            arguments, task_arguments: those of the task's `get_*_prompt`.
+
+        Closing the iterator stops decoding within one group.
+        """
+        began, spec = perf_counter(), find_task(task)
+        input_ids = self._prompt(spec, arguments, task_arguments, {"seed": seed, "add_history": add_history})
+        conversation = self._conversation_for(input_ids, add_history, seed)
+        stop_ids = spec.stop_ids(self.tokenizer.special)
+        steps = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
+        return stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)
+
+    def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: everything runs in worker threads."""
+        return iterate_async(lambda: self.stream(task, *arguments, **options))
+
+    def asr_sft(self, audio: AudioSource, **options: Unpack[Options]) -> str:
+        """Transcription."""
+        return self._reply("asr_sft", audio, **options)
+
+    def tts_sft(
+        self, text: str, output_path: Any, instruct: str | None = None, read_text_only: bool = True,
+        prompt_speech: AudioSource | None = None, **options: Unpack[Options],
+    ) -> str:
+        """Speech for a text, into output_path; returns the text channel."""
+        arguments = (text, instruct, read_text_only, prompt_speech)
+        return self._reply("tts_sft", *arguments, output=output_path, **options)
+
+    def audio_understanding_sft(
+        self, input_speech: AudioSource, input_text: str, thinking: bool = False, **options: Unpack[Options]
+    ) -> str:
+        """The answer to a question about a recording."""
+        return self._reply("audio_understanding_sft", input_speech, input_text, thinking, **options)
+
+    def spoken_dialogue_sft(
+        self, input_speech: AudioSource, output_audio_path: Any = None, system_prompt: str | None = None,
+        prompt_speech: AudioSource | None = None, add_history: bool = False, **options: Unpack[Options],
+    ) -> str:
+        """A spoken answer, its audio into output_audio_path; returns its text."""
+        return self._reply(
+            "spoken_dialogue_sft", input_speech, system_prompt, prompt_speech, output=output_audio_path,
+            add_history=add_history, **options,
+        )
+
+    def spoken_dialogue_sft_multiturn(
+        self, message_list: Sequence[Message], output_audio_path: Any = None, system_prompt: str | None = None,
+        prompt_speech: AudioSource | None = None, **options: Unpack[Options],
+    ) -> str:
+        """A spoken answer to [{"role": "user", "content": audio}, {"role": "assistant", "content": {"text", "audio"}}]."""
+        return self._reply(
+            "spoken_dialogue_sft_multiturn", message_list, system_prompt, prompt_speech, output=output_audio_path,
+            **options,
+        )
+
+    def speech2text_dialogue_sft(
+        self, input_speech: AudioSource, thinking: bool = False, add_history: bool = False, **options: Unpack[Options]
+    ) -> str:
+        """A written answer to speech."""
+        return self._reply("speech2text_dialogue_sft", input_speech, thinking, add_history=add_history, **options)
+
+    def speech2text_dialogue_sft_multiturn(
+        self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
+    ) -> str:
+        """A written answer; users' contents are audio, assistants' text."""
+        return self._reply("speech2text_dialogue_sft_multiturn", message_list, thinking, **options)
+
+    def text_dialogue_sft(
+        self, input_text: str, thinking: bool = False, add_history: bool = False, **options: Unpack[Options]
+    ) -> str:
+        """A written answer to text."""
+        return self._reply("text_dialogue_sft", input_text, thinking, add_history=add_history, **options)
+
+    def text_dialogue_sft_multiturn(
+        self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
+    ) -> str:
+        """A written answer; all contents are text."""
+        return self._reply("text_dialogue_sft_multiturn", message_list, thinking, **options)
+
+    def in_context_learning_s2s(
+        self, instruction: str, prompt_examples: Sequence[Mapping[str, Any]], audio: AudioSource,
+        max_new_tokens: int | None = None, output_audio_path: Any = None, min_new_tokens: int = 0,
+        seed: int | None = None,
+    ) -> str:
+        """Speech to speech by example (base model); examples have input_audio, output_audio, output_transcription."""
+        return self._reply(
+            "in_context_learning_s2s", instruction, prompt_examples, audio, output=output_audio_path,
+            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed,
+        )
+
+    def speech_continuation(
+        self, audio: AudioSource, output_audio_path: Any = None, **options: Unpack[Options]
+    ) -> str:
+        """Carries a recording on (base model); the continuation alone goes into output_audio_path."""
+        return self._reply("speech_continuation", audio, output=output_audio_path, **options)
+
+
+def load(
+    lm: PathLike,
+    codec: PathLike,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantization: Any = None,
+    **hub: Unpack[HubOptions],
+) -> MimoAudio:
+    """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s."""
+    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **hub)

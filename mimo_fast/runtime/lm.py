@@ -1,0 +1,187 @@
+"""The language model: patch encoder -> backbone -> text head and patch decoder (upstream `MiMoAudioForCausalLM`).
+
+    ids [C + 1, T G] -> embed [T, D] -> backbone -> hidden [D] -> text token
+                                                               -> patch decoder, G + max delay steps -> codes [C, G]
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..config import LMConfig
+from ..kernels.patch_embed import patch_embed
+from ..kernels.qmatmul import Weight, matmul
+from ..kernels.rope import rope_table
+from ..kernels.sample import SamplerTensors, gumbel, sample
+from .state import DecodeState
+from .transformer import GetTensor, cached_attend, self_attend, transformer, transformer_weights
+
+PREFILL_CHUNK = 1024
+"""Positions prefilled at once: bounds the activations of a long prompt."""
+
+TEXT_SLOT = 0
+"""Random slot of the text draw; frame g of a patch draws in slot 1 + g."""
+
+
+class LM:
+    """Weights and pure functions over them; all that changes is in the `DecodeState` passed in.
+
+    Args:
+        config: dimensions.
+        empty_id: text id of `<|empty|>`, which marks audio positions.
+        get: tensor by upstream's name, on the device and in the dtype to compute in.
+    """
+
+    def __init__(self, config: LMConfig, empty_id: int, get: GetTensor) -> None:
+        self.config, self.empty_id = config, empty_id
+        self.backbone = transformer_weights("model", config.backbone, get)
+        self.patch_encoder = transformer_weights("input_local_transformer", config.patch_encoder, get)
+        self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, get)
+        self.text_embeddings = get("model.embed_tokens.weight")
+        self.text_head = Weight.stack([self.text_embeddings if config.tie_embeddings else get("lm_head.weight")])
+        channels = range(config.channels)
+        self.code_embeddings = torch.cat([get(f"speech_embeddings.{c}.weight") for c in channels])
+        self.code_heads = [Weight.stack([get(f"local_transformer_lm_heads.{c}.weight")]) for c in channels]
+        # Projecting the table once makes each decoder step a plain gather.
+        self.decoder_embeddings = self.code_embeddings
+        if config.patch_encoder.dim != config.patch_decoder.dim:
+            projection = Weight.stack([get("speech_embeddings_to_local.weight")])
+            self.decoder_embeddings = matmul(self.code_embeddings, projection)
+        self.patch_to_backbone = Weight.stack([get("speech_group_downcast.weight")])
+        self.backbone_to_patch = Weight.stack([get("hidden_states_downcast.weight")])
+        self.device, self.dtype = self.text_embeddings.device, self.text_embeddings.dtype
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        config, device = self.config, self.device
+        self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], device=device)
+        self.empty_codes = torch.tensor(config.empty_codes, device=device)
+        # Heads of different sizes are sampled together: ids past a channel's end count as banned.
+        widest = max(config.code_sizes)
+        ids = torch.arange(widest, device=device)
+        sizes = torch.tensor(config.code_sizes, device=device)
+        self.banned_codes = (ids == self.empty_codes[:, None]) | (ids >= sizes[:, None])
+        encoder, decoder = config.patch_encoder, config.patch_decoder
+        self.encoder_rope = rope_table(encoder.head_dim, encoder.rope_theta, config.group_size, device)
+        self.decoder_rope = rope_table(decoder.head_dim, decoder.rope_theta, config.patch_steps, device)
+
+    @cached_property
+    def backbone_rope(self) -> Tensor:
+        config = self.config.backbone
+        return rope_table(config.head_dim, config.rope_theta, self.config.max_positions, self.device)
+
+    def new_state(self, seeds: Sequence[int], capacity: int) -> DecodeState:
+        """A state of len(seeds) slots that hold up to `capacity` groups each."""
+        return DecodeState.allocate(self.config, list(seeds), capacity, self.dtype, self.device)
+
+    def embed(self, text: Tensor, codes: Tensor) -> Tensor:
+        """text [N] (one id a group), codes [N, C, G] -> backbone inputs [N, D].
+
+        A text position adds no speech and an audio position (`<|empty|>`) no text, so each goes its own way.
+        """
+        is_audio = text == self.empty_id
+        out = torch.empty(len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device)
+        out[~is_audio] = self.text_embeddings[text[~is_audio]]
+        if (patches := codes[is_audio]).numel():
+            out[is_audio] = self.encode_patches(patches)
+        return out
+
+    def encode_patches(self, codes: Tensor) -> Tensor:
+        """Patch encoder: codes [N, C, G] -> [N, D]."""
+        config = self.config
+        frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
+        attend = self_attend(config.patch_encoder, self.encoder_rope, config.patch_encoder_causal)
+        encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
+        return matmul(encoded.flatten(1), self.patch_to_backbone)
+
+    def prefill(self, ids: Tensor, state: DecodeState, slot: int) -> None:
+        """Appends prompt ids [C + 1, T G] to a slot and leaves its last hidden state in `state.hidden[slot]`."""
+        groups = ids.to(self.device).unflatten(1, (-1, self.config.group_size))
+        text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
+        for text_part, code_part in zip(text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True):
+            hidden = self._backbone(self.embed(text_part, code_part)[None], state, [slot])
+            state.hidden[slot] = hidden[0, -1]
+
+    def step(self, text: Tensor, codes: Tensor, state: DecodeState, slots: list[int]) -> None:
+        """Feeds one group a row, text [R] and codes [R, C, G], and updates `state.hidden[slots]`."""
+        state.hidden[slots] = self._backbone(self.embed(text, codes)[:, None], state, slots)[:, 0]
+
+    def _backbone(self, x: Tensor, state: DecodeState, slots: list[int]) -> Tensor:
+        attend = cached_attend(self.config.backbone, self.backbone_rope, state.cache, slots)
+        hidden = transformer(x, self.backbone, self.config.backbone.norm_eps, attend)
+        for slot in slots:
+            state.cache.lengths[slot] += x.shape[1]
+        return hidden
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, vocabulary]."""
+        return matmul(hidden, self.text_head)
+
+    def local_hidden(self, hidden: Tensor) -> Tensor:
+        """The patch decoder's first input: [N, D] -> [N, D of the patch decoder]."""
+        return matmul(hidden, self.backbone_to_patch)
+
+    def sample_text(
+        self, state: DecodeState, slots: list[int], settings: SamplerTensors, banned: Tensor | None = None
+    ) -> Tensor:
+        """Text token of each row, int64 [R]; banned bool [R, vocabulary]."""
+        logits = self.text_logits(state.hidden[slots])
+        noise = None
+        if not settings.all_greedy:
+            draws = state.draws[slots]
+            noise = gumbel(state.seeds[slots], draws, torch.full_like(draws, TEXT_SLOT), logits.shape[-1])
+        return sample(logits, settings, noise, banned)
+
+    def sample_patch(self, state: DecodeState, slots: list[int], settings: SamplerTensors) -> Tensor:
+        """Codes [R, C, G] of the patch that follows each row's hidden state."""
+        return self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
+
+    def decode_patch(self, local: Tensor, state: DecodeState, slots: list[int], settings: SamplerTensors) -> Tensor:
+        """Patch decoder (upstream `local_forward`): local [R, D of the patch decoder] -> codes [R, C, G].
+
+        Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just drawn.
+        """
+        config, rows = self.config, len(slots)
+        cache = state.patch_cache
+        for slot in slots:
+            cache.lengths[slot] = 0
+        noise = None if settings.all_greedy else self._patch_noise(state, slots)
+        codes = torch.empty(rows, config.channels, config.group_size, dtype=torch.int64, device=self.device)
+        x = local[:, None]
+        for step in range(config.patch_steps):
+            attend = cached_attend(config.patch_decoder, self.decoder_rope, cache, slots)
+            hidden = transformer(x, self.patch_decoder, config.patch_decoder.norm_eps, attend)[:, 0]
+            for slot in slots:
+                cache.lengths[slot] += 1
+            active = config.active_channels(step)
+            frames = [step - config.delays[c] for c in active]
+            drawn = self._sample_codes(hidden, active, settings, None if noise is None else noise[:, active, frames])
+            codes[:, active, frames] = drawn
+            x = self.decoder_embeddings[drawn + self.code_offsets[active]].sum(1, keepdim=True)
+        return codes
+
+    def _sample_codes(self, hidden: Tensor, active: list[int], settings: SamplerTensors, noise: Tensor | None) -> Tensor:
+        """hidden [R, D], noise [R, A, V] -> codes [R, A] of the A active channels."""
+        rows, widest = len(hidden), self.banned_codes.shape[-1]
+        logits = hidden.new_full((rows, len(active), widest), -torch.inf, dtype=torch.float32)
+        for a, channel in enumerate(active):
+            logits[:, a, : self.config.code_sizes[channel]] = matmul(hidden, self.code_heads[channel])
+        repeated = settings.select(range(rows), repeat=len(active))
+        banned = self.banned_codes[active].repeat(rows, 1)
+        drawn = sample(logits.flatten(0, 1), repeated, None if noise is None else noise.flatten(0, 1), banned)
+        return drawn.unflatten(0, (rows, len(active)))
+
+    def _patch_noise(self, state: DecodeState, slots: list[int]) -> Tensor:
+        """Gumbel noise of a whole patch: [R, C, G, widest codebook]."""
+        rows, config = len(slots), self.config
+        frames = torch.arange(config.group_size, device=self.device) + TEXT_SLOT + 1
+        keys = [x[slots].repeat_interleave(config.group_size) for x in (state.seeds, state.draws)]
+        noise = gumbel(*keys, frames.repeat(rows), sum(config.code_sizes)).unflatten(0, (rows, config.group_size))
+        widest = self.banned_codes.shape[-1]
+        channels = [
+            torch.nn.functional.pad(part, (0, widest - part.shape[-1])) for part in noise.split(config.code_sizes, -1)
+        ]
+        return torch.stack(channels, dim=1)

@@ -1,0 +1,166 @@
+"""Decoded groups -> what a listener gets: text, spoken patches, and chunks of audio as they become final."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..tokenizer import Tokenizer
+from .codec import Codec
+from .decode import Step
+
+UNFINISHED_CHARACTER = "\ufffd"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds since the request. first_audio is None until audio has come; audio_seconds is what has been returned."""
+
+    elapsed: float
+    prefill: float
+    first_audio: float | None
+    groups: int
+    audio_seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one group added: audio float32 [n] on the CPU and text, either may be empty."""
+
+    audio: Tensor
+    sample_rate: int
+    text: str
+    timing: Timing
+
+
+@dataclass
+class ReplyReader:
+    """Reads one row's groups: its text, and the patches between `<|sostm|>` and `<|eostm|>` (upstream `forward`).
+
+    Without `<|sostm|>` every patch is spoken, without `<|eostm|>` to the end. `<|empty|>`, `<|eot|>` and `<|eostm|>` are
+    not text; dropping them before decoding, and not after as upstream does, keeps characters whole whose bytes lie on
+    either side of a patch.
+
+    Args:
+        speaking: whether the prompt itself ended in `<|sostm|>`.
+    """
+
+    tokenizer: Tokenizer
+    speaking: bool
+    _ended: bool = False
+    _waiting: list[Tensor] = field(default_factory=list)
+    _tokens: list[int] = field(default_factory=list)
+
+    def read(self, token: int, codes: Tensor) -> tuple[str, list[Tensor]]:
+        """A group -> the text and the patches [C, G] that it makes final."""
+        special = self.tokenizer.special
+        if token == special.empty:
+            if self.speaking:
+                return "", [codes]
+            if not self._ended:
+                self._waiting.append(codes)
+            return "", []
+        if token == special.sostm and not self.speaking and not self._ended:
+            self.speaking = True
+            self._waiting.clear()
+        elif token == special.eostm:
+            self._ended = True
+            spoken, self.speaking, self._waiting = self._waiting, False, []
+            return "", spoken
+        if token == special.eot:
+            return "", []
+        self._tokens.append(token)
+        return self._flush(final=False), []
+
+    def finish(self) -> tuple[str, list[Tensor]]:
+        """What was held back: half a character, and patches of a reply that never had a `<|sostm|>`."""
+        return self._flush(final=True), self._waiting
+
+    def _flush(self, final: bool) -> str:
+        text = self.tokenizer.decode(self._tokens) if self._tokens else ""
+        if text.endswith(UNFINISHED_CHARACTER) and not final:
+            return ""
+        self._tokens.clear()
+        return text
+
+
+def read_reply(steps: Iterator[Step], reader: ReplyReader) -> tuple[str, Tensor | None]:
+    """All of a one-row reply: stripped text, and codes [C, T] or None. Its last group ends it and is not part of it."""
+    text, patches = [], []
+    for step in steps:
+        if not step.finished[0]:
+            words, spoken = reader.read(step.text[0], step.codes[0])
+            text.append(words)
+            patches += spoken
+    words, spoken = reader.finish()
+    patches += spoken
+    return "".join([*text, words]).strip(), torch.cat(patches, dim=1) if patches else None
+
+
+def stream_reply(
+    steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, speaks: bool = True
+) -> Iterator[Chunk]:
+    """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
+
+    Args:
+        steps: of one row, its prompt prefilled.
+        began: `time.perf_counter()` at the request, before the prefill.
+        speaks: False leaves all audio out.
+    """
+    return _chunks(steps, reader, codec, began, time.perf_counter() - began, speaks)
+
+
+def _chunks(
+    steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool
+) -> Iterator[Chunk]:
+    stream = codec.stream()
+    groups, samples, first_audio = 0, 0, None
+
+    def chunk(text: str, audio: Tensor) -> Chunk:
+        nonlocal samples, first_audio
+        samples += len(audio)
+        elapsed = time.perf_counter() - began
+        if first_audio is None and len(audio):
+            first_audio = elapsed
+        timing = Timing(elapsed, prefill, first_audio, groups, samples / codec.sample_rate)
+        return Chunk(audio.float().cpu(), codec.sample_rate, text, timing)
+
+    nothing = torch.zeros(0)
+    for step in steps:
+        groups += 1
+        if not step.finished[0]:
+            text, patches = reader.read(step.text[0], step.codes[0])
+            yield chunk(text, stream.push(torch.cat(patches, dim=1)) if speaks and patches else nothing)
+    text, patches = reader.finish()
+    yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None))
+
+
+async def iterate_async(start: Callable[[], Iterator[Chunk]]) -> AsyncIterator[Chunk]:
+    """The chunks of `start()`, all of it computed in worker threads, so that the event loop stays free.
+
+    Leaving the loop or cancelling the task stops after the group in progress.
+    """
+    chunks: Iterator[Chunk] | None = None
+    try:
+        chunks = await _in_thread(start)
+        while (chunk := await _in_thread(lambda: next(chunks, None))) is not None:
+            yield chunk
+    finally:
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            close()
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    """Runs work in a thread; when cancelled, waits for it first: a generator cannot be closed while a thread runs it."""
+    pending = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(pending)
+    except asyncio.CancelledError:
+        await asyncio.wait([pending])
+        raise

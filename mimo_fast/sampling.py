@@ -1,0 +1,92 @@
+"""Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for each task."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels.sample import TAIL_OFF, SamplerTensors
+
+
+@dataclass
+class MiMoSampler:
+    """Settings of one sampler; None leaves a step out (upstream `MiMoSampler`). Without do_sample: greedy.
+
+    temperature 0 means greedy too, as elsewhere in the field (upstream divides by it).
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 and 1, not {self.top_p}")
+
+
+GREEDY = MiMoSampler(do_sample=False)
+DEFAULT_GLOBAL_SAMPLER = MiMoSampler(do_sample=True, temperature=0.6, top_k=50, top_p=0.95)
+DEFAULT_LOCAL_SAMPLER = MiMoSampler(do_sample=True, temperature=0.9, top_k=50, top_p=0.95)
+
+_SPEECH = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
+TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
+    "asr": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
+    "tts": {"global": MiMoSampler(do_sample=True, temperature=0.6, top_p=1.0), "local": _SPEECH},
+    "spoken_dialogue": {"global": MiMoSampler(do_sample=True, temperature=0.6, top_p=0.95), "local": _SPEECH},
+    "audio_understanding": {"global": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95), "local": _SPEECH},
+    "text_chat": {"global": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95), "local": _SPEECH},
+    "in_context_learning_s2s": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
+}
+"""Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for speech codes."""
+
+
+def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu") -> SamplerTensors:
+    """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as well."""
+    greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
+    top_p_off = [s.top_p is None or s.top_p == 0 for s in samplers]
+    return SamplerTensors(
+        temperature=torch.tensor([s.temperature or 1.0 for s in samplers], device=device),
+        top_k=torch.tensor([s.top_k or 0 for s in samplers], device=device),
+        tail=torch.tensor(
+            [TAIL_OFF if off else 1 - float(s.top_p or 0) for s, off in zip(samplers, top_p_off, strict=True)],
+            device=device,
+        ),
+        greedy=torch.tensor(greedy, device=device),
+        all_greedy=all(greedy),
+    )
+
+
+class MiMoStopper:
+    """Stops a row at a stop token or at a length; lengths count groups, prompt included (upstream `MiMoStopper`).
+
+    Called with flattened ids [B, T * G * (C + 1)] it returns bool [B]. Upstream looks at row 0 alone; this one at each.
+    """
+
+    def __init__(
+        self,
+        group_size: int,
+        audio_channels: int,
+        stop_tokens: Iterable[int] | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+    ) -> None:
+        self.group_size = group_size
+        self.audio_channels = audio_channels
+        self.step = (audio_channels + 1) * group_size
+        self.stop_token_ids = set(stop_tokens or ())
+        self.max_length = max_length
+        self.min_length = min_length or 0
+
+    def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:
+        groups = input_ids.shape[-1] // self.step
+        done = torch.full((len(input_ids),), bool(self.max_length and groups >= self.max_length))
+        if self.stop_token_ids and 0 < groups and groups >= self.min_length:
+            stops = torch.tensor(sorted(self.stop_token_ids))
+            done |= torch.isin(input_ids[:, -self.step].cpu(), stops)
+        return done.to(input_ids.device)
