@@ -33,7 +33,8 @@ def accelerate(model: Any) -> Any:
         )
     config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
     tensors = causal.state_dict()
-    wrong = [name for name, shape in lm_shapes(config).items() if tuple(getattr(tensors.get(name), "shape", ())) != shape]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name, shape in lm_shapes(config).items() if shapes.get(name) != shape]
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}")
     causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), tensors.__getitem__)

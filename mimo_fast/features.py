@@ -21,8 +21,8 @@ MIN_RATE, MAX_RATE = 1_000, 768_000
 
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
 DENSE_TABLE = 2**20  # entries of a filter table that is still applied as one convolution
-BAND_PHASES = 16  # output phases per convolution of a larger table
-RESAMPLE_SPAN = 2**21  # samples in or out per convolution
+BAND_PHASES = 16  # output phases that share their input samples in a larger table
+RESAMPLE_SPAN = 2**21  # samples in or out at a time
 
 LOG_FLOOR = 1e-7
 MEL_BLOCK = 4096  # frames per Fourier transform
@@ -91,44 +91,46 @@ def _output_length(n: int, source_rate: int, target_rate: int) -> int:
 
 
 class _PolyphaseTable(NamedTuple):
-    """Taps of the `new` output phases of a period of `orig` samples; a phase sees `width` samples to either side.
+    """The filters of the `new` output phases of a period of `orig` samples, in bands of consecutive phases.
 
-    Each band is (the first input sample it reads, taps [consecutive phases, samples read]).
+    A phase sees `width` samples to either side. Band b computes its phases as taps[b] [phases, reach] times the
+    `reach` samples from starts[b] on.
     """
 
     orig: int
     new: int
     width: int
-    bands: tuple[tuple[int, Tensor], ...]
+    starts: Tensor
+    taps: Tensor
 
 
 def _convolve(samples: Tensor, table: _PolyphaseTable) -> Tensor:
     """Every whole period in `samples` [width + periods * orig + width] -> [periods * new]."""
+    bands, _, reach = table.taps.shape
+    if bands == 1:  # torchaudio's own convolution, for the same rounding
+        return F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)[0].T.reshape(-1)
     periods = (len(samples) - 2 * table.width) // table.orig
-    out = torch.empty(periods, table.new)
-    phase = 0
-    for start, taps in table.bands:
-        count, reach = taps.shape
-        read = samples[start : start + (periods - 1) * table.orig + reach]
-        out[:, phase : phase + count] = F.conv1d(read[None, None], taps[:, None], stride=table.orig)[0].T
-        phase += count
-    return out.reshape(-1)
+    offsets = table.starts[:, None] + torch.arange(periods) * table.orig
+    out = samples.unfold(0, reach, 1)[offsets] @ table.taps.transpose(1, 2)
+    return out.transpose(0, 1).reshape(periods, -1)[:, : table.new].reshape(-1)
 
 
 @functools.lru_cache(maxsize=4)
 def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
     base = min(orig, new) * ROLLOFF
     width = math.ceil(ZERO_CROSSINGS * orig / base)
-    dense = new * (2 * width + orig) <= DENSE_TABLE
-    step, dtype = (new, torch.float32) if dense else (BAND_PHASES, torch.float64)
-    bands = []
-    for first in range(0, new, step):
-        last = min(new, first + step)
-        start, stop = first * orig // new, -(-last * orig // new) + 2 * width
-        outputs = torch.arange(first, last, dtype=dtype) / new
-        inputs = torch.arange(start - width, stop - width, dtype=dtype) / orig
-        bands.append((start, _windowed_sinc(outputs, inputs, base, base / orig)))
-    return _PolyphaseTable(orig, new, width, tuple(bands))
+    if new * (2 * width + orig) <= DENSE_TABLE:
+        phases, reach, dtype = new, 2 * width + orig, torch.float32
+    else:
+        phases, reach, dtype = BAND_PHASES, 2 * width + 1 - (-BAND_PHASES * orig // new), torch.float64
+    starts, taps = [], []
+    for first in range(0, new, phases):
+        start = min(first * orig // new, 2 * width + orig - reach)
+        outputs = torch.arange(first, first + phases, dtype=dtype) / new
+        inputs = torch.arange(start - width, start - width + reach, dtype=dtype) / orig
+        starts.append(start)
+        taps.append(_windowed_sinc(outputs, inputs, base, base / orig))
+    return _PolyphaseTable(orig, new, width, torch.tensor(starts), torch.stack(taps))
 
 
 def _windowed_sinc(outputs: Tensor, inputs: Tensor, base: float, gain: float) -> Tensor:

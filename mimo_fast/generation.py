@@ -64,13 +64,14 @@ def generate(
         prompt.shape[1] // lm.config.group_size + limit.max_new
         for prompt, limit in zip(batch.prompts, limits, strict=True)
     )
-    samplers = (global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
-    settings = [sampler_tensors([sampler] * rows, lm.device) for sampler in samplers]
+    global_settings = sampler_tensors([global_sampler or options.sampler or GREEDY] * rows, lm.device)
+    local_settings = sampler_tensors([local_sampler or GREEDY] * rows, lm.device)
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
     state = start(lm, batch.prompts, row_seeds(seed, rows), capacity)
     grown = [[prompt] for prompt in batch.prompts]
-    for step in decode(lm, state, limits, *settings, _stop_hook(options.callables, grown)):
+    hook = _stop_hook(options.callables, grown)
+    for step in decode(lm, state, limits, global_settings, local_settings, hook):
         for row, slot in enumerate(step.slots):
             if not options.callables:
                 grown[slot].append(group_ids(step.text[row], step.codes[row]))
@@ -206,9 +207,9 @@ class _Options:
         def option(name: str) -> Any:
             return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
-        stoppers, callables = [], []
-        for criterion in criteria or ():
-            (stoppers if hasattr(criterion, "stop_token_ids") else callables).append(criterion)
+        everything = list(criteria or ())
+        stoppers = [criterion for criterion in everything if hasattr(criterion, "stop_token_ids")]
+        callables = [criterion for criterion in everything if not hasattr(criterion, "stop_token_ids")]
         max_new = option("max_new_tokens") if max_new is None else max_new
         if max_new is not None and max_new < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new}")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,11 +22,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import SHARD_BYTES, write_checkpoint, write_json
+from .checkpoint import write_checkpoint, write_json
 from .config import CodecConfig, LMConfig
 from .errors import CheckpointError
 from .layout import Shapes, codec_shapes, lm_shapes
-from .tokenizer import CHAT_TOKENS, MODEL_TOKENS
+from .tokenizer import MODEL_TOKENS
+
+Draw = Callable[[str], Iterator[Tensor]]
 
 PIECE = 2**24
 """Values drawn at once: bounds the memory."""
@@ -54,6 +57,8 @@ usually the likeliest and `<|im_end|>` comes up now and then. A trained model de
 CODEBOOK_STD, CODEBOOK_DECAY = 0.5, 0.8
 """Of the first codebook, and from each to the next: encoder outputs have unit variance, residuals shrink."""
 
+BIAS_STD = 0.02
+
 HEAD_GAIN = 2.0
 """Of the output heads over unit variance, so that logits differ enough to be worth sampling from."""
 
@@ -81,8 +86,105 @@ def init_checkpoint(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not an empty directory: choose another")
     raw_lm, raw_codec = (_preset(preset, part, dtype) for part in ("lm", "codec"))
-    lm_config, codec_config = LMConfig.from_dict(raw_lm), CodecConfig.from_dict(raw_codec)
-    parts = (("lm", raw_lm, lm_shapes(lm_config)), ("codec", raw_codec, codec_shapes(codec_config)))
-    total = sum(_nbytes(shapes, raw) for _, raw, shapes in parts)
-    _require_space(directory, total)
-    ...
+    lm_config, lm, codec = LMConfig.from_dict(raw_lm), directory / "lm", directory / "codec"
+    tables = lm_shapes(lm_config), codec_shapes(CodecConfig.from_dict(raw_codec))
+    sizes = [_nbytes(shapes, raw) for shapes, raw in zip(tables, (raw_lm, raw_codec), strict=True)]
+    _require_space(directory, sum(sizes))
+    draw_lm, draw_codec = (partial(_draw, shapes, seed) for shapes in tables)
+    if preset == "tiny":
+        draw_lm = partial(_lean_to_speech, draw_lm, lm_config, TOKEN_IDS[preset])
+    _write_tokenizer(lm, raw_lm, TOKEN_IDS[preset])
+    note = SPEAKING if preset == "tiny" else ""
+    (directory / "README.md").write_text(README.format(preset=preset, seed=seed, note=note), encoding="utf-8")
+    hide = None if progress else True
+    with tqdm(total=sum(sizes), desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
+        _write(lm, tables[0], draw_lm, raw_lm, bar)
+        _write(codec, tables[1], draw_codec, raw_codec, bar)
+    return lm, codec
+
+
+def _preset(preset: str, part: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    text = (files(__package__) / "presets" / f"{preset}-{part}.json").read_text(encoding="utf-8")
+    raw: dict[str, Any] = json.loads(text)
+    return raw | ({} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _nbytes(shapes: Shapes, raw: dict[str, Any]) -> int:
+    return sum(map(math.prod, shapes.values())) * getattr(torch, raw["torch_dtype"]).itemsize
+
+
+def _write(directory: Path, shapes: Shapes, draw: Draw, raw: dict[str, Any], bar: Any) -> None:
+    dtype = getattr(torch, raw["torch_dtype"])
+    write_checkpoint(directory, shapes, draw, dtype=dtype, config=raw, advance=bar.update)
+
+
+def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
+    """Values of one tensor, flattened, in float32 pieces."""
+    shape = shapes[name]
+    size = math.prod(shape)
+    if name.endswith("istft.window"):
+        yield torch.hann_window(size)
+        return
+    mean, std = _spread(name, shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    for start in range(0, size, PIECE):
+        yield torch.randn(min(PIECE, size - start), generator=generator).mul_(std).add_(mean)
+
+
+def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor: norms are one, matrices keep the variance of what passes through."""
+    if len(shape) == 1:
+        return (0.0, BIAS_STD) if name.endswith("bias") else (1.0, 0.0)
+    if match := re.search(r"vq\.layers\.(\d+)\._codebook", name):
+        return 0.0, CODEBOOK_STD * CODEBOOK_DECAY ** int(match[1])
+    if re.match(r"model\.embed_tokens|speech_embeddings\.", name):
+        return 0.0, 1.0
+    gain = HEAD_GAIN if "lm_head" in name else 1.0
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+
+
+def _lean_to_speech(draw: Draw, config: LMConfig, ids: dict[str, int], name: str) -> Iterator[Tensor]:
+    """The tensors of `draw`, changed so that the text head prefers `<|empty|>`, then `<|im_end|>`.
+
+    Attention weights add up to one, so a constant in the last layer's value bias reaches all positions alike.
+    o_proj moves it to coordinate 0 of the hidden state, which so is always positive and can serve as a bias of lm_head.
+    """
+    layer = f"model.layers.{config.backbone.layers - 1}.self_attn"
+    for values in draw(name):
+        if name == f"{layer}.v_proj.bias":
+            values += 1
+        elif name == f"{layer}.o_proj.weight":
+            values.view(config.backbone.dim, -1)[0] += PUSH / (config.backbone.heads * config.backbone.head_dim)
+        elif name == "lm_head.weight":
+            rows = values.view(config.vocab_size, -1)
+            rows[:, 0] = 0
+            rows[ids["<|empty|>"], 0], rows[ids["<|im_end|>"], 0] = EMPTY_LEAN, END_LEAN
+        yield values
+
+
+def _write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:
+    """A byte-level tokenizer without merges: a token a byte of UTF-8, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | ids
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(ids))
+    write_json(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
+    names = {i: token for token, i in ids.items()}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    write_json(directory / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "eos_token": names[raw["eos_token_id"]], "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {str(i): {"content": token} | flags for token, i in ids.items()},
+    })
+
+
+def _require_space(directory: Path, nbytes: int) -> None:
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        need, have = (f"{size / 2**30:.2f} GiB" for size in (nbytes, free))
+        raise CheckpointError(f"{directory} needs {need}, but its disk has {have} free: free space or use another disk")

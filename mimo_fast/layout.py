@@ -102,7 +102,10 @@ def _codec_layers(prefix: str, layers: int, dim: int, ffn: int, norm: str) -> Sh
 
 
 def _norm(name: str, dim: int, kind: str) -> Shapes:
-    return {f"{name}.weight": (dim,)} | ({f"{name}.bias": (dim,)} if kind == "LayerNorm" else {})
+    shapes: Shapes = {f"{name}.weight": (dim,)}
+    if kind == "LayerNorm":
+        shapes[f"{name}.bias"] = (dim,)
+    return shapes
 
 
 def _transposed_conv(name: str, dim_in: int, dim_out: int, kernel: int) -> Shapes:

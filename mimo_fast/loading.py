@@ -17,7 +17,6 @@ from .runtime.codec import Codec
 from .runtime.lm import LM
 from .tokenizer import Tokenizer
 
-
 PathLike = str | os.PathLike[str]
 
 

@@ -1,4 +1,4 @@
-"""`MimoAudio`: upstream's class, its methods, arguments and returns; plus streaming, sessions and speech continuation."""
+"""`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and speech continuation."""
 
 import copy
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,14 @@ from .prompt_builder import Message, PromptBuilder
 from .runtime.decode import Limits, Step
 from .runtime.reply import Chunk, ReplyReader, iterate_async, read_reply, stream_reply
 from .runtime.session import Conversation, Session
-from .sampling import DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER, TASK_SAMPLERS, MiMoSampler, MiMoStopper, sampler_tensors
+from .sampling import (
+    DEFAULT_GLOBAL_SAMPLER,
+    DEFAULT_LOCAL_SAMPLER,
+    TASK_SAMPLERS,
+    MiMoSampler,
+    MiMoStopper,
+    sampler_tensors,
+)
 from .tasks import Task, find_task
 
 MAX_NEW_TOKENS = 8192
@@ -230,7 +237,7 @@ class MimoAudio(PromptBuilder):
         self, message_list: Sequence[Message], output_audio_path: Any = None, system_prompt: str | None = None,
         prompt_speech: AudioSource | None = None, **options: Unpack[Options],
     ) -> str:
-        """A spoken answer to [{"role": "user", "content": audio}, {"role": "assistant", "content": {"text", "audio"}}]."""
+        """A spoken answer; a user's content is audio, an assistant's {"text": ..., "audio": ...}."""
         return self._reply(
             "spoken_dialogue_sft_multiturn", message_list, system_prompt, prompt_speech, output=output_audio_path,
             **options,

@@ -52,7 +52,7 @@ Segments = list[Segment]
 def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) -> Tensor:
     """Segments -> ids [C + 1, T G] int64: a text token a group, or a patch under `<|empty|>`."""
     special = tokenizer.special
-    parts: list[Tensor] = []
+    parts = [torch.empty(config.channels + 1, 0, dtype=torch.int64)]
 
     def text(ids: Sequence[int]) -> None:
         codes = torch.tensor(config.empty_codes)[:, None].expand(-1, len(ids) * config.group_size)
@@ -163,7 +163,7 @@ def voice_system(voice: Speech | None) -> Segments:
 
 
 def spoken_dialogue(speech: Speech, system_prompt: str | None = None, voice: Speech | None = None) -> Segments:
-    """First turn of a spoken dialogue, or with neither option a later one (upstream `get_spoken_dialogue_sft_prompt`)."""
+    """First turn of a spoken dialogue; with neither option a later one (upstream `get_spoken_dialogue_sft_prompt`)."""
     instruction: Segments = [system_prompt, "\n\n"] if system_prompt else []
     user: Segments = ["<|im_start|>user\n", *instruction, speech, "<|im_end|>\n"]
     return [*voice_system(voice), *user, "<|im_start|>assistant\n<|sostm|>"]
@@ -184,7 +184,7 @@ def spoken_dialogue_multiturn(
 
 
 def text_reply(turns: Sequence[tuple[str, str | Speech]], thinking: bool = False) -> Segments:
-    """Turns (role, text or speech) answered in text (upstream's speech2text and text dialogues, single and multi-turn)."""
+    """Turns (role, text or speech) answered in text (upstream's speech2text and text dialogues, of any length)."""
     segments: Segments = []
     for role, content in turns:
         segments += [f"<|im_start|>{role}\n", content, "<|im_end|>\n"]

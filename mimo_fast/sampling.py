@@ -86,7 +86,7 @@ class MiMoStopper:
     def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:
         groups = input_ids.shape[-1] // self.step
         done = torch.full((len(input_ids),), bool(self.max_length and groups >= self.max_length))
-        if self.stop_token_ids and 0 < groups and groups >= self.min_length:
+        if self.stop_token_ids and groups > 0 and groups >= self.min_length:
             stops = torch.tensor(sorted(self.stop_token_ids))
             done |= torch.isin(input_ids[:, -self.step].cpu(), stops)
         return done.to(input_ids.device)

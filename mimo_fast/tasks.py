@@ -1,4 +1,4 @@
-"""What distinguishes upstream's tasks from each other: prompt, sampler preset, stop tokens, whether the reply is spoken."""
+"""What distinguishes upstream's tasks: prompt, sampler preset, stop tokens, whether the reply is spoken."""
 
 from dataclasses import dataclass
 

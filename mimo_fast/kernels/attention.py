@@ -30,15 +30,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Sequence[int], lengths: Sequence[int]
+) -> Tensor:
     """q [R, H, 1, Dh] over caches [B, Hkv, S, Dh]: row r reads the first lengths[r] positions of slot slots[r].
 
     Returns [R, H, 1, Dh]. Row by row, so that a row's result does not depend on its neighbours.
     """
-    rows = [
-        attention(q[r : r + 1], k_cache[slot : slot + 1, :, :length], v_cache[slot : slot + 1, :, :length], causal=False)
-        for r, (slot, length) in enumerate(zip(slots, lengths, strict=True))
-    ]
+    rows = []
+    for r, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        k, v = k_cache[slot, :, :length], v_cache[slot, :, :length]
+        rows.append(attention(q[r : r + 1], k[None], v[None], causal=False))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

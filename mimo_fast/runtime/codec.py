@@ -58,8 +58,9 @@ class Codec:
             config.vocoder_window, config.norm, config.rope_theta, get,
         )
         self.vocoder_norm = Norm.load("decoder.vocoder.layer_norm", config.norm, get)
-        self.vocoder_out = Weight.stack([get("decoder.vocoder.head.out.weight")], [get("decoder.vocoder.head.out.bias")])
-        self.window = get("decoder.vocoder.head.istft.window").float()
+        head = "decoder.vocoder.head"
+        self.vocoder_out = Weight.stack([get(f"{head}.out.weight")], [get(f"{head}.out.bias")])
+        self.window = get(f"{head}.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
 
     @property

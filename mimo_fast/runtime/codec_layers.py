@@ -89,8 +89,9 @@ class CodecStack:
         if left < 0 and right < 0:
             out = attention(q[None], k[None], v[None], self.causal)[0]
         else:
-            reach = len(qkv)
-            out = window_attention(q, k, v, reach if left < 0 else left, 0 if self.causal else reach if right < 0 else right)
+            right = 0 if self.causal else right
+            # A negative reach is unlimited.
+            out = window_attention(q, k, v, *(len(qkv) if reach < 0 else reach for reach in (left, right)))
         return out.transpose(0, 1).flatten(1)
 
 
@@ -118,8 +119,8 @@ class TransposedConv:
 
     @classmethod
     def load(cls, name: str, stride: int, get: GetTensor) -> "TransposedConv":
-        parts = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
-        return cls(*(get(f"{name}.{part}") for part in parts), stride)
+        conv, norm = ((get(f"{name}.{part}.weight"), get(f"{name}.{part}.bias")) for part in ("conv", "norm"))
+        return cls(*conv, *norm, stride=stride)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D_in] -> [T stride, D_out]."""

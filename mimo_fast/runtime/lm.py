@@ -163,7 +163,9 @@ class LM:
             x = self.decoder_embeddings[drawn + self.code_offsets[active]].sum(1, keepdim=True)
         return codes
 
-    def _sample_codes(self, hidden: Tensor, active: list[int], settings: SamplerTensors, noise: Tensor | None) -> Tensor:
+    def _sample_codes(
+        self, hidden: Tensor, active: list[int], settings: SamplerTensors, noise: Tensor | None
+    ) -> Tensor:
         """hidden [R, D], noise [R, A, V] -> codes [R, A] of the A active channels."""
         rows, widest = len(hidden), self.banned_codes.shape[-1]
         logits = hidden.new_full((rows, len(active), widest), -torch.inf, dtype=torch.float32)
@@ -178,8 +180,9 @@ class LM:
         """Gumbel noise of a whole patch: [R, C, G, widest codebook]."""
         rows, config = len(slots), self.config
         frames = torch.arange(config.group_size, device=self.device) + TEXT_SLOT + 1
-        keys = [x[slots].repeat_interleave(config.group_size) for x in (state.seeds, state.draws)]
-        noise = gumbel(*keys, frames.repeat(rows), sum(config.code_sizes)).unflatten(0, (rows, config.group_size))
+        seeds, draws = (x[slots].repeat_interleave(config.group_size) for x in (state.seeds, state.draws))
+        noise = gumbel(seeds, draws, frames.repeat(rows), sum(config.code_sizes))
+        noise = noise.unflatten(0, (rows, config.group_size))
         widest = self.banned_codes.shape[-1]
         channels = [
             torch.nn.functional.pad(part, (0, widest - part.shape[-1])) for part in noise.split(config.code_sizes, -1)

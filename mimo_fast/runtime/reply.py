@@ -42,9 +42,9 @@ class Chunk:
 class ReplyReader:
     """Reads one row's groups: its text, and the patches between `<|sostm|>` and `<|eostm|>` (upstream `forward`).
 
-    Without `<|sostm|>` every patch is spoken, without `<|eostm|>` to the end. `<|empty|>`, `<|eot|>` and `<|eostm|>` are
-    not text; dropping them before decoding, and not after as upstream does, keeps characters whole whose bytes lie on
-    either side of a patch.
+    Without `<|sostm|>` every patch is spoken, without `<|eostm|>` to the end. `<|empty|>`, `<|eot|>` and `<|eostm|>`
+    are not text; dropping them before decoding, and not after as upstream does, keeps characters whole whose bytes lie
+    on either side of a patch.
 
     Args:
         speaking: whether the prompt itself ended in `<|sostm|>`.
@@ -157,7 +157,7 @@ async def iterate_async(start: Callable[[], Iterator[Chunk]]) -> AsyncIterator[C
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:
-    """Runs work in a thread; when cancelled, waits for it first: a generator cannot be closed while a thread runs it."""
+    """Runs work in a thread. When cancelled, waits for it: a generator cannot be closed while a thread runs it."""
     pending = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(pending)

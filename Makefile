@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all of their own set-up in .venv. PYTHON chooses the interpreter, 3.11 to 3.13.
+PYTHON ?= python3
+AUDIO ?= tests/golden/audio/en_m_24k.wav
+OUT ?= demo_output
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint types unit clean
+
+demo: $(READY)
+	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/pytest
+
+$(READY): pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

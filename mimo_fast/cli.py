@@ -1,0 +1,159 @@
+"""The `mimo-fast` command: arguments, exit codes (0 done, 1 failed, 2 bad usage, 130 interrupted), one-line errors.
+
+Results go to stdout, everything else to stderr.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__, commands
+from .demo import demo
+from .errors import MimoFastError
+
+DEFAULT_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
+DEFAULT_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"
+DEFAULT_CODEC = "XiaomiMiMo/MiMo-Audio-Tokenizer"
+TRACEBACK = "MIMO_FAST_TRACEBACK"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("mimo-fast: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout went away, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        print(f"mimo-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MimoFastError | ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text:.300} (set {TRACEBACK}=1 to see where)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mimo-fast", description="MiMo-Audio: speech in, speech and text out.")
+    parser.add_argument("--version", action="version", version=f"mimo-fast {__version__}")
+    commands_ = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, help: str, model: str | None = DEFAULT_MODEL) -> argparse.ArgumentParser:
+        sub = commands_.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        if model is not None:
+            _add_model_options(sub, model)
+        return sub
+
+    tts = command("tts", commands.tts, "Say a text.")
+    tts.add_argument("text", help="what to say; '-' reads it from standard input")
+    _add_output(tts)
+    tts.add_argument("--instruct", metavar="STYLE", help="how to say it, such as 'in a happy voice'")
+    tts.add_argument("--natural", action="store_true", help="TEXT holds style and words: \"say softly: good night\"")
+    tts.add_argument("--voice", type=Path, metavar="WAV", help="whose voice to use; needs --instruct or --natural")
+    _add_generation_options(tts)
+
+    asr = command("asr", commands.asr, "Transcribe recordings.")
+    asr.add_argument("audio", type=Path, nargs="+")
+    _add_generation_options(asr)
+
+    understand = command("understand", commands.understand, "Answer a question about a recording.")
+    understand.add_argument("audio", type=Path)
+    understand.add_argument("question")
+    understand.add_argument("--thinking", action="store_true", help="let the model think before it answers")
+    _add_generation_options(understand)
+
+    chat = command("chat", commands.chat, "Answer speech with speech, turn by turn.")
+    chat.add_argument("turns", nargs="+", metavar="AUDIO", help="one recording a turn (or texts, with --text)")
+    _add_output(chat, required=False, note="; with several turns reply.wav becomes reply-1.wav, reply-2.wav, ...")
+    chat.add_argument("--system", metavar="TEXT", help="an instruction in front of the first turn")
+    chat.add_argument("--voice", type=Path, metavar="WAV", help="whose voice the replies should have")
+    chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
+    chat.add_argument("--thinking", action="store_true", help="with --text: let the model think before it answers")
+    _add_generation_options(chat)
+
+    more = command("continue", commands.carry_on, "Carry a recording on (a base model does this).", DEFAULT_BASE)
+    more.add_argument("audio", type=Path)
+    _add_output(more)
+    more.add_argument("--join", action="store_true", help="write the recording and its continuation as one file")
+    _add_generation_options(more)
+
+    show = command("demo", demo, "Run the whole pipeline on a recording and time its stages.", "")
+    show.add_argument("audio", type=Path)
+    show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    _add_generation_options(show)
+
+    check = command("verify", commands.verify_, "Check every stage against ground truth on this machine.", None)
+    check.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with lm/ and codec/")
+    check.add_argument("--golden", type=Path, required=True, metavar="DIR", help="the parity kit")
+    _add_device_options(check)
+
+    init = command("init-checkpoint", commands.init, "Write a checkpoint pair of random weights.", None)
+    init.add_argument("directory", type=Path, metavar="DIR")
+    init.add_argument("--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB")
+    init.add_argument("--seed", type=int, default=0)
+
+    command("info", commands.info, "Describe this machine, the kernels and, where given, a checkpoint.", "")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("model")
+    model = os.environ.get("MIMO_FAST_MODEL", default)
+    codec = os.environ.get("MIMO_FAST_CODEC", DEFAULT_CODEC if default else "")
+    group.add_argument("--model", default=model, metavar="DIR|ID", help=f"language model [{model or 'none'}]")
+    group.add_argument("--codec", default=codec, metavar="DIR|ID", help=f"audio tokenizer [{codec or 'none'}]")
+    group.add_argument("--revision", help="of the language model, on the hub")
+    group.add_argument("--codec-revision", help="of the codec, on the hub")
+    group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
+    group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+    _add_device_options(parser)
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in [the checkpoint's]")
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--seed", type=int, help="makes the draws repeatable")
+    group.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N groups (audio: 160 ms each)")
+
+
+def _add_output(parser: argparse.ArgumentParser, required: bool = True, note: str = "") -> None:
+    parser.add_argument("-o", "--output", type=_writable, required=required, metavar="WAV", help=f"audio file{note}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _writable(text: str) -> Path:
+    """Refused before a model is loaded rather than after it has spoken."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"no permission to write into {path.parent}")
+    return path

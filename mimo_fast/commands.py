@@ -1,0 +1,183 @@
+"""What each command of the CLI does; each takes the parsed arguments and returns the exit code."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .audio import load_audio, save_wav
+from .errors import MimoFastError
+from .initialize import init_checkpoint
+from .loading import HubOptions
+from .machine import describe_checkpoint, describe_machine
+from .mimo_audio import MimoAudio
+from .runtime.reply import Chunk
+from .verify import Golden, verify
+
+
+def load_model(args: argparse.Namespace) -> MimoAudio:
+    """The model that the command's options name."""
+    say(f"loading {args.model} and {args.codec}")
+    hub: HubOptions = {
+        "revision": args.revision, "codec_revision": args.codec_revision, "cache_dir": args.cache_dir,
+        "local_files_only": args.offline,
+    }
+    return MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, **hub)
+
+
+def say(text: str) -> None:
+    """Progress and remarks go to stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tts(args: argparse.Namespace) -> int:
+    text = sys.stdin.read().strip() if args.text == "-" else args.text
+    if not text:
+        raise MimoFastError("there is no text to say")
+    if args.voice and not (args.instruct or args.natural):
+        raise MimoFastError("--voice needs --instruct or --natural: the model clones voices in those forms alone")
+    model = load_model(args)
+    chunks = model.stream(
+        "tts", text, args.instruct, not args.natural, args.voice, seed=args.seed, max_new_tokens=args.max_tokens
+    )
+    _write_speech(chunks, args.output)
+    return 0
+
+
+def asr(args: argparse.Namespace) -> int:
+    model = load_model(args)
+    for path in args.audio:
+        if len(args.audio) > 1:
+            print(f"{path}: ", end="", flush=True)
+        _print_text(model.stream("asr", path, seed=args.seed, max_new_tokens=args.max_tokens))
+    return 0
+
+
+def understand(args: argparse.Namespace) -> int:
+    model = load_model(args)
+    _print_text(
+        model.stream(
+            "audio_understanding", args.audio, args.question, args.thinking, seed=args.seed,
+            max_new_tokens=args.max_tokens,
+        )
+    )
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    if args.text:
+        return _chat_in_text(args)
+    if args.thinking:
+        raise MimoFastError("--thinking goes with --text: spoken replies do not think")
+    if args.output is None:
+        raise MimoFastError("spoken replies need -o FILE.wav (or --text for a dialogue in text)")
+    turns = [load_audio(turn, 24000) for turn in args.turns]
+    model = load_model(args)
+    session = model.session(args.system, args.voice, args.seed)
+    for i, turn in enumerate(turns, start=1):
+        output = args.output if len(turns) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
+        _write_speech(session.stream(turn, max_new_tokens=args.max_tokens), output)
+    return 0
+
+
+def _chat_in_text(args: argparse.Namespace) -> int:
+    if args.output or args.voice or args.system:
+        raise MimoFastError("--text gives text replies: leave out --output, --voice and --system")
+    model = load_model(args)
+    messages = []
+    for turn in args.turns:
+        messages.append({"role": "user", "content": turn})
+        chunks = model.stream(
+            "text_dialogue_multiturn", messages, args.thinking, seed=args.seed, max_new_tokens=args.max_tokens
+        )
+        messages.append({"role": "assistant", "content": _print_text(chunks)})
+    return 0
+
+
+def carry_on(args: argparse.Namespace) -> int:
+    model = load_model(args)
+    wav = load_audio(args.audio, model.codec.sample_rate)
+    chunks = model.stream("speech_continuation", wav, seed=args.seed, max_new_tokens=args.max_tokens)
+    _write_speech(chunks, args.output, before=wav if args.join else None)
+    return 0
+
+
+def verify_(args: argparse.Namespace) -> int:
+    golden = Golden(args.golden)
+    model = MimoAudio(args.checkpoint / "lm", args.checkpoint / "codec", args.device, dtype=args.dtype or "float32")
+    print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")
+    failed = []
+    for result in verify(model, golden):
+        verdict = "" if result.ok else "  FAILED"
+        print(
+            f"{result.stage:<15}{result.error:>14.3g}{result.bound:>10.3g}  {result.unit:<9} {result.compared:>8}  "
+            f"{result.worst}{verdict}",
+            flush=True,
+        )
+        if not result.ok:
+            failed.append(result.stage)
+    if failed:
+        say(f"mimo-fast: verify failed at: {', '.join(failed)}")
+        return 1
+    say(f"all {len(golden.compared)} golden tensors within bounds, on {model.device}, {args.dtype or 'float32'}")
+    return 0
+
+
+def init(args: argparse.Namespace) -> int:
+    lm, codec = init_checkpoint(args.directory, args.preset, seed=args.seed)
+    say("random weights make noise, not words: this pair is for trying the pipeline and for timing it")
+    print(f"{lm}\n{codec}")
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    for line in describe_machine():
+        print(line)
+    for source, kind in ((args.model, "lm"), (args.codec, "codec")):
+        if source:
+            hub: HubOptions = {"cache_dir": args.cache_dir, "local_files_only": args.offline}
+            hub["revision"] = args.revision if kind == "lm" else args.codec_revision
+            for line in describe_checkpoint(source, kind, hub):
+                print(line)
+    return 0
+
+
+def _print_text(chunks: Iterator[Chunk]) -> str:
+    """Prints text as it comes; returns all of it."""
+    text = ""
+    for chunk in chunks:
+        # Leading blanks are not part of the answer.
+        new = chunk.text if text else chunk.text.lstrip()
+        text += new
+        print(new, end="", flush=True)
+    print(flush=True)
+    return text.strip()
+
+
+def _write_speech(chunks: Iterator[Chunk], output: Path, before: torch.Tensor | None = None) -> None:
+    """Collects a reply under a progress bar of seconds spoken, writes it whole, and says how fast it was."""
+    audio, text, last = [] if before is None else [before], [], None
+    with tqdm(desc="speaking", unit="s", unit_scale=True, disable=None, leave=False) as bar:
+        for chunk in chunks:
+            audio.append(chunk.audio)
+            text.append(chunk.text)
+            bar.update(len(chunk.audio) / chunk.sample_rate)
+            last = chunk
+    assert last is not None
+    words, timing = "".join(text).strip(), last.timing
+    if words:
+        print(words, flush=True)
+    wav = torch.cat(audio)
+    if not len(wav):
+        raise MimoFastError(f"the model said nothing in {timing.groups} groups; nothing was written")
+    save_wav(output, wav, last.sample_rate)
+    factor = timing.elapsed / timing.audio_seconds if timing.audio_seconds else math.inf
+    first = "" if timing.first_audio is None else f", first audio after {timing.first_audio:.2f} s"
+    say(
+        f"wrote {output}: {timing.audio_seconds:.2f} s of audio in {timing.elapsed:.2f} s "
+        f"(real-time factor {factor:.2f}{first})"
+    )
