@@ -99,7 +99,7 @@ def _collect(blocks: Iterator[Tensor], rate: int, sample_rate: int, limits: Deco
 def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
-        raise AudioError(f"the audio array is {list(shape)}; make it [n] or [channels, n], channels at most {MAX_CHANNELS}")
+        raise AudioError(f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} channels, n]")
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
         yield block if block.ndim == 1 else block.mean(dim=0)

@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = command("demo", demo, "Run the whole pipeline on a recording and time its stages.", "")
     show.add_argument("audio", type=Path)
     show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    show.add_argument("--json", type=_writable, metavar="FILE", help="write the table there as well")
     _add_generation_options(show)
 
     check = command("verify", commands.verify_, "Check every stage against ground truth on this machine.", None)

@@ -1,12 +1,13 @@
 """The whole pipeline on one recording: encode, answer in streaming, decode; with the time each stage took."""
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from .audio import load_audio, save_wav
 from .commands import load_model, say
 from .errors import MimoFastError
 from .initialize import init_checkpoint
+from .machine import describe_machine
 from .mimo_audio import MimoAudio
 
 RANDOM_REPLY = 60
@@ -31,6 +33,8 @@ def demo(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model:
         return _run(args, wav, min_groups=0)
+    # Its ops are too small to share between cores.
+    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="mimo-fast-demo-"))
     try:
         say("no model given: using a tiny one with random weights. It shows the pipeline; it makes noise, not words.")
@@ -46,24 +50,29 @@ def _run(args: argparse.Namespace, wav: torch.Tensor, min_groups: int) -> int:
     rate = model.codec.sample_rate
     seconds = len(wav) / rate
     say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}; the recording is {seconds:.2f} s long")
-    print(f"{'stage':<34}{'audio':>9}{'time':>10}{'real-time factor':>18}")
-    _row("load", None, loading)
+    table = Table()
+    table.row("load", loading)
     codes, encoding = _timed(lambda: model.codec.encode(wav, model.audio_channels))
-    _row(f"encode to {len(codes)} x {codes.shape[1]} codes", seconds, encoding)
+    table.row(f"encode to {len(codes)} x {codes.shape[1]} codes", encoding, seconds)
     decoded, decoding = _timed(lambda: model.codec.decode(codes).cpu())
-    _row("decode them again", len(decoded) / rate, decoding)
-    save_wav(args.output / "recording_decoded.wav", decoded, rate)
-    audio, text = _answer(model, wav, args, min_groups)
+    table.row("decode them again", decoding, len(decoded) / rate)
+    written = {"recording_decoded.wav": decoded}
+    audio, text = _answer(model, wav, args, min_groups, table)
     if len(audio):
-        save_wav(args.output / "reply.wav", audio, rate)
+        written["reply.wav"] = audio
     print(f"\ntext of the reply: {text!r}")
-    for name in ("recording_decoded.wav", "reply.wav") if len(audio) else ("recording_decoded.wav",):
+    for name, samples in written.items():
+        save_wav(args.output / name, samples, rate)
         print(f"wrote {args.output / name}")
+    if args.json:
+        table.write(args.json, [*describe_machine()])
     return 0
 
 
-def _answer(model: MimoAudio, wav: torch.Tensor, args: argparse.Namespace, min_groups: int) -> tuple[torch.Tensor, str]:
-    """Answers in streaming and prints the rows that only a stream has."""
+def _answer(
+    model: MimoAudio, wav: torch.Tensor, args: argparse.Namespace, min_groups: int, table: "Table"
+) -> tuple[torch.Tensor, str]:
+    """Answers in streaming and adds the rows that only a stream has."""
     session = model.session(seed=0 if args.seed is None else args.seed)
     chunks = []
     with tqdm(desc="answering", total=args.max_tokens, unit="group", disable=None, leave=False) as bar:
@@ -71,19 +80,30 @@ def _answer(model: MimoAudio, wav: torch.Tensor, args: argparse.Namespace, min_g
             chunks.append(chunk)
             bar.update(1)
     timing = chunks[-1].timing
-    _row(f"prefill {session.prefilled} groups", len(wav) / model.codec.sample_rate, timing.prefill)
     spoken = timing.audio_seconds
-    _row(f"answer: {timing.groups} groups, streaming", spoken, timing.elapsed - timing.prefill)
-    _row("whole answer, encode to last sample", spoken, timing.elapsed)
+    table.row(f"encode and prefill {session.prefilled} groups", timing.prefill, len(wav) / model.codec.sample_rate)
+    table.row(f"answer {timing.groups} groups, streaming", timing.elapsed - timing.prefill, spoken)
     if timing.first_audio is not None:
-        _row("time to first audio", None, timing.first_audio)
+        table.row("time to first audio", timing.first_audio)
     return torch.cat([chunk.audio for chunk in chunks]), "".join(chunk.text for chunk in chunks).strip()
 
 
-def _row(stage: str, audio: float | None, time: float) -> None:
-    length = "" if audio is None else f"{audio:.2f} s"
-    factor = f"{time / audio:.3f}" if audio else ""
-    print(f"{stage:<34}{length:>9}{1000 * time:>7.0f} ms{factor:>18}", flush=True)
+class Table:
+    """Stages as they end: printed, and kept for --json."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        print(f"{'stage':<34}{'audio':>9}{'time':>11}{'real-time factor':>18}")
+
+    def row(self, stage: str, time: float, audio: float | None = None) -> None:
+        """time and audio in seconds; audio None where there is none to compare with."""
+        self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio})
+        length = f"{audio:.2f} s" if audio else ""
+        factor = f"{time / audio:.3f}" if audio else ""
+        print(f"{stage:<34}{length:>9}{1000 * time:>8.0f} ms{factor:>18}", flush=True)
+
+    def write(self, path: Path, machine: list[str]) -> None:
+        path.write_text(json.dumps({"machine": machine, "stages": self.rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:

@@ -115,7 +115,7 @@ def _convolve(samples: Tensor, table: _PolyphaseTable) -> Tensor:
     return out.transpose(0, 1).reshape(periods, -1)[:, : table.new].reshape(-1)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
     base = min(orig, new) * ROLLOFF
     width = math.ceil(ZERO_CROSSINGS * orig / base)

@@ -46,12 +46,12 @@ TOKEN_IDS = {
 README = """# Random weights
 `mimo-fast init-checkpoint --preset {preset} --seed {seed}` made these two checkpoints, `lm` and `codec`. Nothing was
 trained: what the model says is noise, and the tokenizer knows bytes and special tokens only. Names, shapes and files
-are those that the real checkpoints have, so whatever loads these loads those.
-{note}"""
+are those of real checkpoints, so what loads those loads these.
+"""
 
 SPEAKING = """
-This preset leans towards speaking: the weights are arranged so that `<|empty|>`, the token of an audio position, is
-usually the likeliest and `<|im_end|>` comes up now and then. A trained model decides by the prompt; this one just talks.
+This preset is biased towards speaking, so that a random model produces audio: the weights are arranged so that
+`<|empty|>`, the token of an audio position, is usually the likeliest, and `<|im_end|>` comes up now and then.
 """
 
 CODEBOOK_STD, CODEBOOK_DECAY = 0.5, 0.8
@@ -62,7 +62,7 @@ BIAS_STD = 0.02
 HEAD_GAIN = 2.0
 """Of the output heads over unit variance, so that logits differ enough to be worth sampling from."""
 
-PUSH, EMPTY_LEAN, END_LEAN = 8.0, 3.0, 2.0
+PUSH, EMPTY_LEAN, END_LEAN = 8.0, 2.0, 0.9
 """See `_lean_to_speech`."""
 
 
@@ -94,8 +94,8 @@ def init_checkpoint(
     if preset == "tiny":
         draw_lm = partial(_lean_to_speech, draw_lm, lm_config, TOKEN_IDS[preset])
     _write_tokenizer(lm, raw_lm, TOKEN_IDS[preset])
-    note = SPEAKING if preset == "tiny" else ""
-    (directory / "README.md").write_text(README.format(preset=preset, seed=seed, note=note), encoding="utf-8")
+    readme = README.format(preset=preset, seed=seed) + (SPEAKING if preset == "tiny" else "")
+    (directory / "README.md").write_text(readme, encoding="utf-8")
     hide = None if progress else True
     with tqdm(total=sum(sizes), desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
         _write(lm, tables[0], draw_lm, raw_lm, bar)
