@@ -195,8 +195,8 @@ def _file_blocks(file: soundfile.SoundFile, name: str, decoder: Executor) -> Ite
         try:
             block = decoder.submit(file.read, BLOCK, dtype="float32", always_2d=True).result()
         except soundfile.LibsndfileError as error:
-            place = f"within {BLOCK} frames after {frames / file.samplerate:.2f} s"
-            raise AudioError(f"{name} is damaged {place}: {_reason(error)}; export it again") from error
+            where = f"somewhere after {frames / file.samplerate:.2f} s"
+            raise AudioError(f"{name} is damaged {where}: {_reason(error)}; export it again") from error
         if not len(block):
             return
         frames += len(block)
@@ -218,7 +218,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TypeError):
         return "it has no header"
     text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()).rstrip(".")
+    return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,8 +43,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: nothing is there, the hub refuses or is out of reach, or config.json or safetensors are absent.
     """
-    text = os.fspath(source)
-    directory = Path(text).expanduser()
+    directory = Path(text := os.fspath(source)).expanduser()
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file: give the directory that holds it and config.json")
     if not directory.is_dir():
@@ -222,12 +221,11 @@ def write_checkpoint(
         CheckpointError: weights are already there, a tensor has another size, or the disk is full.
     """
     directory = Path(directory)
-    if any(directory.glob("*.safetensors")) or (directory / INDEX_FILE).exists():
+    if any(directory.glob("*.safetensors*")):
         raise CheckpointError(f"{directory} already holds weights: choose another directory or delete them")
     dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    shards = _plan(sizes, shard_bytes)
-    weight_map: dict[str, str] = {}
+    shards, weight_map = _plan(sizes, shard_bytes), dict[str, str]()
     for i, names in enumerate(shards, 1):
         shard = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
         # Wide types first keeps every tensor aligned to its item size, as the format's own writer does.
@@ -288,7 +286,8 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CheckpointError(f"cannot write {path} ({error.strerror}): free space or write elsewhere") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _abridge(items: list[str]) -> str:

@@ -25,7 +25,7 @@ BAND_PHASES = 16  # output phases that share their input samples in a larger tab
 RESAMPLE_SPAN = 2**21  # samples in or out at a time
 
 LOG_FLOOR = 1e-7
-MEL_BLOCK = 4096  # frames per Fourier transform
+MEL_BLOCK = 2048  # frames per Fourier transform
 
 
 def check_rate(rate: int, name: str = "the sample rate") -> int:

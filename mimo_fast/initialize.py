@@ -73,7 +73,7 @@ def init_checkpoint(
     """Writes DIR/lm and DIR/codec with random weights and returns their paths.
 
     Args:
-        preset: "tiny" (2.4 MB, float32) or "7b" (the published dimensions, 18 GB in bfloat16).
+        preset: "tiny" (2.3 MB, float32) or "7b" (the published dimensions, 18.6 GB in bfloat16).
         dtype: of all tensors; by default the preset's.
         progress: show a progress bar on a terminal.
 

@@ -1,0 +1,75 @@
+"""What several test files share: error bounds, and checkpoint pairs of any dimensions."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mimo_fast.checkpoint import write_checkpoint
+from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.layout import codec_shapes, lm_shapes
+
+KIT = Path(__file__).parent / "golden"
+
+
+def assert_rounded(got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0) -> None:
+    """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of float32 inside."""
+    assert got.shape == want.shape
+    assert want.dtype == torch.float64
+    half_ulp = torch.finfo(got.dtype).eps / 2
+    error = (got.double() - want).abs()
+    excess = error - want.abs() * half_ulp * roundings * 1.01 - noise
+    # Written so that NaN fails.
+    assert bool((excess <= 0).all()), f"error {error.max():.3g} exceeds its bound by {excess.max():.3g}"
+
+
+def snr_db(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    noise = (got.double() - want.double()).square().sum()
+    return float(10 * torch.log10(want.double().square().sum() / noise))
+
+
+def kit_config(part: str) -> dict[str, Any]:
+    """A config.json of the kit's checkpoint, "lm" or "codec"."""
+    return json.loads((KIT / "checkpoint" / part / "config.json").read_text(encoding="utf-8"))
+
+
+def write_pair(directory: Path, lm: dict[str, Any], codec: dict[str, Any], seed: int = 0) -> tuple[Path, Path]:
+    """A random checkpoint pair: the kit's configs with the given keys changed, and the kit's text tokenizer."""
+    raw_lm, raw_codec = kit_config("lm") | lm, kit_config("codec") | codec
+    generator = torch.Generator().manual_seed(seed)
+    for part, raw, shapes in (
+        ("lm", raw_lm, lm_shapes(LMConfig.from_dict(raw_lm))),
+        ("codec", raw_codec, codec_shapes(CodecConfig.from_dict(raw_codec))),
+    ):
+
+        def draw(name: str, shapes=shapes) -> Tensor:
+            if name.endswith("istft.window"):
+                return torch.hann_window(*shapes[name])
+            values = torch.randn(shapes[name], generator=generator)
+            if len(shapes[name]) == 1:
+                return values * 0.1 + (0 if name.endswith("bias") else 1)
+            return values * (1.0 if "embed" in name else 1.5 / shapes[name][1] ** 0.5)
+
+        write_checkpoint(directory / part, shapes, draw, dtype=torch.float32, config=raw)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(KIT / "checkpoint" / "lm" / name, directory / "lm" / name)
+    return directory / "lm", directory / "codec"
+
+
+def altered_checkpoint(
+    directory: Path, part: str, tensor: str, index: tuple[int, ...], add: float
+) -> tuple[Path, Path]:
+    """A copy of the kit's checkpoint pair in which one element of one tensor differs."""
+    shutil.copytree(KIT / "checkpoint", directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    path = directory / part / "model.safetensors"
+    tensors = load_file(path)
+    tensors[tensor] = tensors[tensor].clone()
+    tensors[tensor][index] += add
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    return directory / "lm", directory / "codec"

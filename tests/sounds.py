@@ -1,0 +1,28 @@
+"""Sounds for tests, encoded and as arrays, and the error that loading one ends in."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from mimo_fast.audio import load_audio
+from mimo_fast.errors import AudioError
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
+
+
+def encode(samples: np.ndarray, rate: int = 24000, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def error_of(source: object, **arguments: object) -> str:
+    """The message of the AudioError that loading `source` must end in: always one line."""
+    with pytest.raises(AudioError) as caught:
+        load_audio(source, 24000, **arguments)  # type: ignore[arg-type]
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)

@@ -1,0 +1,169 @@
+"""Each form of attention against an explicit softmax in float64."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_rounded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimo_fast.kernels.attention import WINDOW_BLOCK, attention, decode_attention, window_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """q [N, H, T, Dh], k and v [N, Hkv, S, Dh], visible bool [T, S] -> [N, H, T, Dh] float64."""
+    share = q.shape[1] // k.shape[1]
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for n in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys, values = k[n, h // share].double(), v[n, h // share].double()
+            scores = q[n, h].double() @ keys.T / math.sqrt(q.shape[-1])
+            if visible is not None:
+                scores = scores.masked_fill(~visible, -math.inf)
+            out[n, h] = scores.softmax(-1) @ values
+    return out
+
+
+def float32_noise(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """What float32 scores may be off by, a few units of their largest terms' sum, moves the output by as much of v."""
+    magnitude = q.double().abs().amax((0, 1, 2)) @ k.double().abs().amax((0, 1, 2)) / math.sqrt(q.shape[-1])
+    return float(4 * 2.0**-24 * magnitude * v.abs().max())
+
+
+def causal_mask(t: int, s: int) -> Tensor:
+    return torch.tensor([[key <= s - t + query for key in range(s)] for query in range(t)])
+
+
+def window_mask(t: int, left: int, right: int) -> Tensor:
+    distance = torch.arange(t)[None] - torch.arange(t)[:, None]
+    return (distance >= -left) & (distance <= right)
+
+
+def random_qkv(
+    heads: int, kv_heads: int, t: int, s: int, dh: int, n: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads * 1000 + t * 10 + s)
+    shapes = ((n, heads, t, dh), (n, kv_heads, s, dh), (n, kv_heads, s, dh))
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return q * 3, k, v
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 7), (5, 5), (33, 33), (4, 9), (2, 130), (17, 18)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_the_softmax(heads, kv_heads, t, s, causal):
+    q, k, v = random_qkv(heads, kv_heads, t, s, 16, n=2)
+    want = oracle(q, k, v, causal_mask(t, s) if causal else None)
+    assert_rounded(attention(q, k, v, causal), want, noise=float32_noise(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("t", "s"), [(9, 9), (3, 20), (1, 20)])
+def test_attention_in_low_precision(dtype, causal, t, s):
+    q, k, v = random_qkv(4, 2, t, s, 32, dtype=dtype)
+    want = oracle(q, k, v, causal_mask(t, s) if causal else None)
+    got = attention(q, k, v, causal)
+    assert got.dtype == dtype
+    # The probabilities may be rounded before they weight the values, and the weighted sum after.
+    noise = float32_noise(q, k, v) + torch.finfo(dtype).eps * float(v.abs().max())
+    assert_rounded(got, want, noise=noise)
+
+
+def test_causal_attention_cannot_see_the_future():
+    q, k, v = random_qkv(4, 2, 6, 10, 16)
+    before = attention(q, k, v, causal=True)
+    for query in range(6):
+        last = 10 - 6 + query
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, :, last + 1 :], later_v[:, :, last + 1 :] = 1e4, -1e4
+        torch.testing.assert_close(attention(q, later_k, later_v, causal=True)[:, :, query], before[:, :, query])
+        # The newest visible position does count.
+        seen = v.clone()
+        seen[:, :, last] += 100
+        assert (attention(q, k, seen, causal=True)[:, :, query] - before[:, :, query]).abs().max() > 1e-3
+
+
+def test_query_heads_share_key_value_heads_in_blocks():
+    """Head h reads key/value head h // (H / Hkv): with one position, the output is that head's value."""
+    q, k, v = torch.randn(1, 6, 1, 4), torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4)
+    got = attention(q, k, v, causal=True)
+    assert torch.equal(got[0, :, 0], v[0, [0, 0, 0, 1, 1, 1], 0])
+
+
+@pytest.mark.parametrize("garbage", [1e4, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_reads_each_rows_own_length(garbage, dtype):
+    generator = torch.Generator().manual_seed(0)
+    cache_k, cache_v = (torch.randn(5, 2, 40, 16, generator=generator).to(dtype) for _ in range(2))
+    slots, lengths = [3, 0, 4, 1], [1, 40, 17, 39]
+    for slot, length in zip(slots, lengths, strict=True):
+        cache_k[slot, :, length:], cache_v[slot, :, length:] = garbage, garbage
+    cache_k[2], cache_v[2] = garbage, garbage
+    q = torch.randn(4, 6, 1, 16, generator=generator).to(dtype)
+    got = decode_attention(q, cache_k, cache_v, slots, lengths)
+    assert got.shape == q.shape
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        keys, values = cache_k[slot, :, :length], cache_v[slot, :, :length]
+        want = oracle(q[row : row + 1], keys[None], values[None])
+        noise = float32_noise(q, keys[None], values[None]) + torch.finfo(dtype).eps * float(values.abs().max())
+        assert_rounded(got[row : row + 1], want, noise=noise)
+        alone = decode_attention(q[row : row + 1], cache_k, cache_v, [slot], [length])
+        assert torch.equal(alone[0], got[row]), "a row depends on its neighbours"
+
+
+def test_decode_attention_on_repeated_slots():
+    q, k, v = random_qkv(4, 4, 1, 12, 8, n=2)
+    got = decode_attention(q, k, v, [1, 1], [5, 12])
+    assert_rounded(got[:1], oracle(q[:1], k[1:, :, :5], v[1:, :, :5]), noise=float32_noise(q, k, v))
+    assert_rounded(got[1:], oracle(q[1:], k[1:], v[1:]), noise=float32_noise(q, k, v))
+
+
+def test_decode_attention_refuses_lists_that_do_not_match():
+    q, k, v = random_qkv(2, 2, 1, 4, 8, n=2)
+    with pytest.raises(ValueError, match="zip"):
+        decode_attention(q, k, v, [0, 1], [4])
+
+
+@pytest.mark.parametrize("t", [1, 2, WINDOW_BLOCK - 1, WINDOW_BLOCK, WINDOW_BLOCK + 1, 300, 700])
+@pytest.mark.parametrize(("left", "right"), [(40, 10), (0, 10), (40, 0), (0, 0), (3, 300), (800, 0), (900, 1000)])
+def test_window_attention_is_the_masked_softmax(t, left, right):
+    q, k, v = random_qkv(2, 2, t, t, 8)
+    got = window_attention(q[0], k[0], v[0], left, right)
+    assert not got.isnan().any()
+    assert_rounded(got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v))
+
+
+def test_window_as_long_as_the_sequence_is_full_attention():
+    q, k, v = random_qkv(3, 3, 270, 270, 8)
+    got = window_attention(q[0], k[0], v[0], 270, 270)
+    torch.testing.assert_close(got, attention(q, k, v, causal=False)[0])
+    causal = window_attention(q[0], k[0], v[0], 270, 0)
+    torch.testing.assert_close(causal, attention(q, k, v, causal=True)[0])
+
+
+def test_window_of_itself_alone_gives_the_value():
+    q, k, v = random_qkv(2, 2, 257, 257, 8)
+    torch.testing.assert_close(window_attention(q[0], k[0], v[0], 0, 0), v[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 2 * WINDOW_BLOCK + 2), st.integers(0, 60), st.integers(0, 60))
+def test_any_window(t, left, right):
+    q, k, v = random_qkv(1, 1, t, t, 4)
+    got = window_attention(q[0], k[0], v[0], left, right)
+    assert_rounded(got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v))
+
+
+def test_window_attention_sees_nothing_outside_its_window():
+    q, k, v = random_qkv(2, 2, 600, 600, 8)
+    want = window_attention(q[0], k[0], v[0], 40, 10)[:, 300]
+    far_k, far_v = k.clone(), v.clone()
+    for outside in (slice(0, 260), slice(311, None)):
+        far_k[:, :, outside], far_v[:, :, outside] = 1e3, 1e5
+    got = window_attention(q[0], far_k[0], far_v[0], 40, 10)[:, 300]
+    torch.testing.assert_close(got, want)

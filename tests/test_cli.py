@@ -1,0 +1,245 @@
+"""The command line as a user meets it: results, exit codes, one-line errors, no stray files."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from mimo_fast import cli
+from mimo_fast.cli import main
+
+KIT = Path(__file__).parent / "golden"
+AUDIO = KIT / "audio" / "en_m_24k.wav"
+PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
+SHORT = ["--seed", "1", "--max-tokens", "30"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The command's one error line."""
+    code, out, err = run(capsys, *arguments)
+    errors = [line for line in err.splitlines() if line.startswith("mimo-fast: error: ")]
+    assert (code, out, len(errors)) == (1, "", 1), err
+    assert err.rstrip().endswith(errors[0]), "nothing follows the error"
+    return errors[0]
+
+
+def test_tts_writes_audio_and_says_how_fast(capsys, tmp_path):
+    output = tmp_path / "said.wav"
+    code, _, err = run(capsys, "tts", "Hello there.", "-o", output, *PAIR, *SHORT)
+    assert code == 0
+    samples, rate = soundfile.read(output)
+    assert rate == 24000
+    assert len(samples) > 0
+    assert len(samples) % (4 * 960) == 0
+    assert f"wrote {output}: {len(samples) / rate:.2f} s of audio" in err
+    assert "real-time factor" in err
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_tts_is_repeatable_and_styles_change_it(capsys, tmp_path):
+    def say(*style: object) -> bytes:
+        assert run(capsys, "tts", "Hello.", "-o", tmp_path / "a.wav", *style, *PAIR, *SHORT)[0] == 0
+        return (tmp_path / "a.wav").read_bytes()
+
+    assert say() == say()
+    assert len({say(), say("--instruct", "slowly"), say("--natural"), say("--natural", "--voice", AUDIO)}) == 4
+
+
+def test_asr_prints_a_line_a_recording(capsys):
+    code, out, _ = run(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
+    assert code == 0
+    assert out.count(".wav: ") == 2
+
+
+def test_understand_prints_what_the_model_returns(capsys, model):
+    code, out, _ = run(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
+    expected = model.audio_understanding_sft(AUDIO, "What is said?", True, seed=1, max_new_tokens=30)
+    assert (code, out.strip()) == (0, expected)
+
+
+def test_chat_writes_a_reply_a_turn(capsys, tmp_path):
+    arguments = ["chat", AUDIO, KIT / "audio" / "en_f_16k.wav", "-o", tmp_path / "reply.wav", "--system", "Be brief."]
+    assert run(capsys, *arguments, "--voice", AUDIO, *PAIR, *SHORT)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reply-1.wav", "reply-2.wav"]
+
+
+def test_chat_in_text(capsys):
+    code, out, _ = run(capsys, "chat", "--text", "Hi.", "And now?", *PAIR, *SHORT)
+    assert code == 0
+    assert out
+
+
+def test_continue_can_join(capsys, tmp_path):
+    assert run(capsys, "continue", AUDIO, "-o", tmp_path / "more.wav", *PAIR, *SHORT)[0] == 0
+    assert run(capsys, "continue", AUDIO, "-o", tmp_path / "all.wav", "--join", *PAIR, *SHORT)[0] == 0
+    before, more, everything = (
+        soundfile.info(path).frames for path in (AUDIO, tmp_path / "more.wav", tmp_path / "all.wav")
+    )
+    assert everything == before + more
+
+
+def test_verify_passes_on_the_kit(capsys):
+    code, out, err = run(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
+    assert code == 0
+    assert "FAILED" not in out
+    assert "all" in err
+    assert len(out.splitlines()) == 16
+
+
+def test_verify_names_the_stage_whose_golden_tensor_is_altered(capsys, tmp_path):
+    shutil.copytree(KIT, tmp_path / "kit")
+    file = tmp_path / "kit" / "golden" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["generate.text"][3, 5] += 1
+    save_file(tensors, file)
+    code, out, err = run(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", tmp_path / "kit")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines() if "FAILED" in line] == ["generate"]
+    assert "verify failed at: generate" in err
+
+
+def test_verify_names_the_stages_a_weight_breaks(capsys, tmp_path):
+    shutil.copytree(KIT / "checkpoint", tmp_path / "pair")
+    file = tmp_path / "pair" / "lm" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][7] += 1
+    save_file(tensors, file)
+    code, _, err = run(capsys, "verify", "--checkpoint", tmp_path / "pair", "--golden", KIT)
+    assert code == 1
+    assert "text logits" in err
+
+
+def test_init_checkpoint_and_info(capsys, tmp_path):
+    assert run(capsys, "init-checkpoint", tmp_path / "pair", "--seed", 3)[0] == 0
+    pair = ["--model", tmp_path / "pair" / "lm", "--codec", tmp_path / "pair" / "codec"]
+    code, out, _ = run(capsys, "info", *pair)
+    assert code == 0
+    for word in ("torch", "cpu:", "kernels:", "backbone", "patch decoder", "vocoder", "total"):
+        assert word in out
+    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)[0] == 0
+
+
+def test_demo_times_every_stage(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        code, out, err = run(capsys, "demo", AUDIO, "-o", tmp_path / "out", "--json", tmp_path / "t.json")
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0
+    for stage in ("load", "encode to 8 x 63", "decode", "prefill", "answer", "time to first audio"):
+        assert stage in out
+    assert "random weights" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recording_decoded.wav", "reply.wav"]
+    assert (tmp_path / "t.json").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "empty|no samples|cannot"), (b"just text\n" * 99, "cannot decode"), (b"RIFF", "cannot decode")],
+)
+def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, complaint):
+    recording = tmp_path / "bad.wav"
+    recording.write_bytes(content)
+    message = fails(capsys, "chat", recording, "-o", tmp_path / "reply.wav", *PAIR)
+    assert any(part in message for part in complaint.split("|")), message
+    assert list(tmp_path.iterdir()) == [recording]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["asr", "/nowhere/a.wav", *PAIR], "/nowhere/a.wav"),
+        (["asr", AUDIO, "--model", "/nowhere/lm", *PAIR[2:]], "/nowhere/lm"),
+        (["asr", AUDIO, "--model", PAIR[3], *PAIR[2:]], "config.json"),
+        (["tts", "Hi.", "-o", "a.wav", "--voice", AUDIO, *PAIR], "--voice needs"),
+        (["tts", "", "-o", "a.wav", *PAIR], "no text"),
+        (["chat", AUDIO, *PAIR], "-o FILE.wav"),
+        (["chat", "--text", "Hi.", "-o", "a.wav", *PAIR], "--text"),
+        (["demo", AUDIO, "--model", PAIR[1]], "go together"),
+        (["verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "audio"], "golden.json"),
+        (["asr", AUDIO, "--device", "nonsense", *PAIR], "nonsense"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert complaint in fails(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["tts"],
+        ["tts", "Hi."],
+        ["tts", "Hi.", "-o", "/nowhere/a.wav"],
+        ["tts", "Hi.", "-o", "/"],
+        ["tts", "Hi.", "-o", "a.wav", "--max-tokens", "0"],
+        ["tts", "Hi.", "-o", "a.wav", "--dtype", "int3"],
+        ["init-checkpoint", "x", "--preset", "70b"],
+    ],
+)
+def test_bad_usage_exits_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_grow_leaves_the_old_one(tmp_path):
+    output = tmp_path / "a.wav"
+    output.write_bytes(b"what was here before")
+    command = [sys.executable, "-m", "mimo_fast", "tts", "Hi.", "-o", str(output), *PAIR, *SHORT]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    result = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "mimo-fast: error:" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert output.read_bytes() == b"what was here before"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_unexpected_errors_are_one_line_too(capsys, monkeypatch):
+    def broken(_: object) -> int:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr(cli.commands, "info", broken)
+    assert "ZeroDivisionError: first line second line" in fails(capsys, "info")
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert "Traceback" in run(capsys, "info")[2]
+
+
+def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "mimo_fast", "continue", str(AUDIO), "-o", str(tmp_path / "a.wav"), *PAIR]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        assert "loading" in process.stderr.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130, rest
+    assert rest.strip() == "mimo-fast: interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_into_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m mimo_fast --help | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,305 @@
+"""`generate`: layouts, batches, seeds, lengths, stop rules, streamers and what it refuses."""
+
+import copy
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from mimo_fast import MimoAudio, MiMoSampler, MiMoStopper, PromptError, generate
+from mimo_fast.generation import flatten_ids, unflatten_ids
+from mimo_fast.verify import Golden
+
+Prompts = list[Tensor]
+SAMPLED = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
+GROUP, CHANNELS = 4, 8
+WIDTH = (CHANNELS + 1) * GROUP
+
+
+@pytest.fixture(scope="module")
+def prompts(golden: Golden) -> Prompts:
+    """Four prompts of different lengths: 42, 45, 29 and 36 groups."""
+    return [golden.get(f"prompts:{name}").long() for name in ("tts_en", "asr", "text", "s2t")]
+
+
+@pytest.fixture(scope="module")
+def sampled(model: MimoAudio) -> Any:
+    """`generate` on the model, with sampling."""
+    return partial(generate, model, global_sampler=SAMPLED, local_sampler=SAMPLED)
+
+
+@pytest.fixture(scope="module")
+def free(sampled: Any, prompts: Prompts) -> list[int]:
+    """30 text tokens after the first prompt with seed 7, nothing stopping them."""
+    return new_text(sampled(prompts[0], max_new_tokens=30, seed=7), prompts[0])
+
+
+def new_text(ids: Tensor, prompt: Tensor) -> list[int]:
+    """Text tokens of the generated groups."""
+    return ids[0, prompt.shape[1] :: GROUP].tolist()
+
+
+def equal_rows(got: Any, want: Any) -> bool:
+    return len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+def stopper(stop_ids: Any = (), **lengths: int) -> MiMoStopper:
+    return MiMoStopper(GROUP, CHANNELS, stop_ids, **lengths)
+
+
+def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
+    ids = sampled(prompts[0], max_new_tokens=40, seed=0)
+    assert torch.equal(ids[:, : prompts[0].shape[1]], prompts[0])
+    groups = ids[:, prompts[0].shape[1] :].unflatten(1, (-1, GROUP))
+    assert (groups[0] == groups[0, :, :1]).all()
+    empty = torch.tensor(model.lm.config.empty_codes)[:, None, None]
+    speaks = groups[0, :, 0] == model.empty_token
+    assert 0 < speaks.sum() < len(speaks)
+    assert (groups[1:, ~speaks] == empty).all()
+    assert (groups[1:, speaks] < empty).all()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from([torch.int64, torch.int32]))
+@example(groups=9, rows=1, seed=0, dtype=torch.int64).via("[9, 36], as long as one flattened group")
+@example(groups=2, rows=9, seed=0, dtype=torch.int64).via("flattened to nine rows, as many as channels")
+def test_the_result_has_the_layout_of_the_input(
+    model: MimoAudio, sampled: Any, groups: int, rows: int, seed: int, dtype: torch.dtype
+) -> None:
+    random, sizes = torch.Generator().manual_seed(seed), (model.vocab_size, *model.lm.config.code_sizes)
+    channels = [torch.randint(size, (rows, groups * GROUP), generator=random, dtype=dtype) for size in sizes]
+    batch = torch.stack(channels, dim=1)
+    batch[:, 0].view(rows, -1, GROUP)[..., 1:] = -100
+    run = partial(sampled, max_new_tokens=2)
+    want = [run(ids, seed=row) for row, ids in enumerate(batch)]
+    assert all(ids.shape == (CHANNELS + 1, (groups + 2) * GROUP) for ids in want)
+    flat = run(torch.stack([flatten_ids(ids) for ids in batch]), seed=range(rows))
+    listed, stacked = (run(form, seed=range(rows)) for form in (list(batch), batch))
+    for rows_of_layout in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat]):
+        assert equal_rows(rows_of_layout, want)
+    assert {(ids.dtype, ids.device) for ids in (*want, *listed, stacked, flat)} == {(dtype, batch.device)}
+
+
+@given(channels=st.integers(0, 9), frames=st.integers(1, 20))
+def test_flattening_goes_frame_by_frame_and_back(channels: int, frames: int) -> None:
+    ids = torch.arange((channels + 1) * frames).view(channels + 1, frames)
+    flat = flatten_ids(ids)
+    assert flat.tolist() == [int(ids[c, t]) for t in range(frames) for c in range(channels + 1)]
+    assert torch.equal(unflatten_ids(flat, channels), ids)
+
+
+@pytest.mark.parametrize("seed", [None, 11, [3, 1, 4, 1]], ids=["greedy", "one seed", "a seed each"])
+def test_rows_of_a_batch_equal_single_runs(model: MimoAudio, sampled: Any, prompts: Prompts, seed: Any) -> None:
+    run = partial(generate, model) if seed is None else sampled
+    seeds = seed if isinstance(seed, list) else [seed] * 4
+    alone = [run(prompt, max_new_tokens=24, seed=s) for prompt, s in zip(prompts, seeds, strict=True)]
+    assert equal_rows(run(prompts, max_new_tokens=24, seed=seed), alone)
+
+
+def test_rows_end_each_in_its_own_time(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
+    run = partial(sampled, max_new_tokens=24, seed=7)
+    free = list(map(new_text, run(prompts), prompts))
+    stops = {next(t for t in free[row][after:] if t != model.empty_token) for row, after in ((0, 4), (1, 9))}
+    ends = [next((i + 1 for i, t in enumerate(text) if t in stops), 24) for text in free]
+    assert len(set(ends)) > 2
+    rows = run(prompts, stopping_criteria=[stopper(stops)])
+    assert list(map(new_text, rows, prompts)) == [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert equal_rows(rows, [run(prompt, stopping_criteria=[stopper(stops)]) for prompt in prompts])
+
+
+@pytest.mark.parametrize(("config", "pad"), [(None, -100), ({"pad_token_id": 401}, 401)])
+def test_short_rows_of_a_tensor_are_padded(
+    model: MimoAudio, sampled: Any, prompts: Prompts, config: dict[str, int] | None, pad: int
+) -> None:
+    text = new_text(sampled(prompts[2], max_new_tokens=10, seed=0), prompts[2])
+    stop = next(t for t in text[3:] if t != model.empty_token)
+    run = partial(sampled, generation_config=config, max_new_tokens=24, stopping_criteria=[stopper([stop])])
+    alone = [run(prompts[2], seed=seed) for seed in range(4)]
+    assert len({row.shape for row in alone}) > 1
+    filler = torch.tensor((pad, *model.lm.config.empty_codes))[:, None]
+    rows = run(flatten_ids(prompts[2]).expand(4, -1), seed=range(4))
+    for ids, want in zip((unflatten_ids(row, CHANNELS) for row in rows), alone, strict=True):
+        assert torch.equal(ids[:, : want.shape[1]], want)
+        assert (ids[:, want.shape[1] :] == filler).all()
+
+
+def test_a_long_prompt_may_be_prefilled_in_parts(
+    sampled: Any, prompts: Prompts, free: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 7)
+    assert new_text(sampled(prompts[0], max_new_tokens=30, seed=7), prompts[0]) == free
+
+
+def test_a_seed_fixes_the_tokens_of_its_row(sampled: Any, prompts: Prompts) -> None:
+    run = partial(sampled, [prompts[0]] * 3, max_new_tokens=8)
+    one, again, other = run(seed=[5, 6, 7]), run(seed=[5, 6, 7]), run(seed=[7, 9, 5])
+    assert equal_rows(one, again)
+    assert equal_rows([one[0], one[2]], [other[2], other[0]])
+    assert not torch.equal(one[0], one[1])
+    fresh = [*run(seed=None), *run(seed=None)]
+    assert len({tuple(row.flatten().tolist()) for row in fresh}) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "groups"),
+    [
+        ({"max_new_tokens": 5}, {}, 5),
+        ({"max_length": 48, "max_new_tokens": None}, {}, 6),
+        ({"max_length": 48}, {"stopping_criteria": [stopper(max_length=45)]}, 3),
+        ({"max_length": 48, "max_new_tokens": 9}, {}, 9),
+        ({"max_new_tokens": 9}, {"max_new_tokens": 4}, 4),
+        ({}, {"max_new_tokens": 9, "stopping_criteria": [stopper(max_length=45)]}, 3),
+    ],
+)
+@pytest.mark.parametrize("form", [dict, SimpleNamespace, GenerationConfig])
+def test_the_limit_decides_the_length(
+    model: MimoAudio, prompts: Prompts, form: Any, config: dict[str, Any], arguments: dict[str, Any], groups: int
+) -> None:
+    assert len(new_text(generate(model, prompts[0], form(**config), **arguments), prompts[0])) == groups
+
+
+def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompts) -> None:
+    lm = copy.copy(model.lm)
+    lm.config = dataclasses.replace(lm.config, max_positions=47)
+    assert len(new_text(generate(lm, prompts[0]), prompts[0])) == 5
+    with pytest.raises(PromptError, match="the prompt has 84 groups and the limit is 47"):
+        generate(lm, torch.cat([prompts[0]] * 2, dim=1))
+
+
+def test_stop_tokens_are_banned_up_to_the_minimum(
+    model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]
+) -> None:
+    stops = set(range(model.vocab_size)) - {model.empty_token, *free[8:]}
+    assert stops.intersection(free[:8])
+    run = partial(sampled, prompts[0], max_new_tokens=40, seed=7)
+    first, *others = [
+        run(stopping_criteria=[stopper(stops)], min_new_tokens=8),
+        run(generation_config={"min_new_tokens": 8}, stopping_criteria=[stopper(stops)]),
+        run(stopping_criteria=[stopper(stops, min_length=42 + 8)]),
+    ]
+    text = new_text(first, prompts[0])
+    assert all(torch.equal(other, first) for other in others)
+    assert 8 < len(text) < 40
+    assert [token in stops for token in text] == [False] * (len(text) - 1) + [True]
+
+
+class Recorder(StoppingCriteria):
+    """A criterion that ends a row of so many groups, and keeps all it was shown."""
+
+    def __init__(self, groups: int, form: Any = bool) -> None:
+        self.groups, self.form, self.seen = groups, form, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_options: Any) -> Any:
+        self.seen.append(input_ids)
+        return self.form(input_ids.shape[1] >= self.groups * WIDTH)
+
+
+@pytest.mark.parametrize("form", [bool, lambda done: torch.tensor([done])], ids=["bool", "tensor"])
+@pytest.mark.parametrize("limit", [5, 20], ids=["ended by max_new_tokens", "ended by the criterion"])
+def test_criteria_are_shown_every_group(sampled: Any, prompts: Prompts, form: Any, limit: int) -> None:
+    criterion, groups = Recorder(42 + 7, form), min(limit, 7)
+    ids = sampled(prompts[0], max_new_tokens=limit, seed=7, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert torch.equal(ids, sampled(prompts[0], max_new_tokens=groups, seed=7))
+    assert all(torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]]) for seen in criterion.seen)
+    assert [seen.shape[1] // WIDTH for seen in criterion.seen] == list(range(43, 43 + len(criterion.seen)))
+    assert len(criterion.seen) >= groups - 1
+
+
+def test_criteria_are_asked_row_by_row(sampled: Any, prompts: Prompts) -> None:
+    rows = sampled(prompts, max_new_tokens=50, seed=7, stopping_criteria=[MaxLengthCriteria(48 * WIDTH)])
+    alone = [sampled(prompt, max_new_tokens=48 - prompt.shape[1] // GROUP, seed=7) for prompt in prompts]
+    assert equal_rows(rows, alone)
+
+
+def test_a_criterion_or_a_stop_token_ends_the_row(sampled: Any, prompts: Prompts, free: list[int]) -> None:
+    stop = next(token for token in free[4:] if free.index(token) >= 4)
+    end = free.index(stop) + 1
+    for length, groups in ((end - 2, end - 2), (end + 3, end)):
+        criteria = [Recorder(42 + length), stopper([stop])]
+        assert new_text(sampled(prompts[0], seed=7, stopping_criteria=criteria), prompts[0]) == free[:groups]
+
+
+def test_having_stop_token_ids_makes_no_stopper(model: MimoAudio, prompts: Prompts) -> None:
+    criterion = Recorder(42 + 3)
+    criterion.stop_token_ids = [401]  # type: ignore[attr-defined]
+    assert len(new_text(generate(model, prompts[0], stopping_criteria=[criterion]), prompts[0])) == 3
+
+
+class RecordingStreamer(BaseStreamer):
+    def __init__(self) -> None:
+        self.got = list[Any]()
+
+    def put(self, value: Tensor) -> None:
+        self.got.append(value)
+
+    def end(self) -> None:
+        self.got.append("end")
+
+
+@pytest.mark.parametrize("criteria", [[], [Recorder(10**6)]], ids=["alone", "beside a criterion"])
+def test_a_streamer_gets_the_prompt_and_every_group(sampled: Any, prompts: Prompts, criteria: list[Recorder]) -> None:
+    streamer = RecordingStreamer()
+    ids = sampled(prompts[0], max_new_tokens=6, seed=7, streamer=streamer, stopping_criteria=criteria)
+    *parts, end = streamer.got
+    assert [part.shape for part in parts] == [(1, 42 * WIDTH), *[(1, WIDTH)] * 6]
+    assert torch.equal(torch.cat(parts, dim=1)[0], flatten_ids(ids))
+    assert end == "end"
+
+
+@pytest.mark.parametrize("form", [MiMoSampler, SimpleNamespace, dict], ids=["sampler", "quack", "config"])
+def test_what_may_be_a_sampler(model: MimoAudio, sampled: Any, prompts: Prompts, form: Any) -> None:
+    like = form(do_sample=True, temperature=0.9, top_k=None, top_p=0.95)
+    role = {"generation_config": like} if form is dict else {"global_sampler": like}
+    ids = generate(model, prompts[0], max_new_tokens=16, seed=4, local_sampler=SAMPLED, **role)
+    assert torch.equal(ids, sampled(prompts[0], max_new_tokens=16, seed=4))
+
+
+SHAPES = [
+    ([], "non-empty"),
+    (torch.zeros(0, WIDTH), "non-empty"),
+    (torch.zeros(0, CHANNELS + 1, GROUP), "non-empty"),
+    ([torch.zeros(CHANNELS + 1, GROUP), torch.zeros(CHANNELS + 1)], r"list of \[C \+ 1"),
+    ([[1, 2], [3, 4]], r"list of \[C \+ 1"),
+    (torch.zeros(CHANNELS + 1, 0), "positive multiple of 4"),
+    (torch.zeros(CHANNELS + 1, 6), "neither"),
+    (torch.zeros(WIDTH), "neither"),
+    (torch.zeros(1, WIDTH - 4), "neither"),
+    (torch.zeros(2, CHANNELS, GROUP), "a prompt must be"),
+    (torch.zeros(1, 1, 1, 1), "neither"),
+]
+
+
+@pytest.mark.parametrize(("ids", "message"), SHAPES)
+def test_refuses_a_wrong_shape(model: MimoAudio, ids: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        generate(model, ids, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("case", [(0, 8, 448, 447), (0, 0, -100, 447), (1, 5, 65, 64), (8, 3, -1, 16)])
+def test_refuses_an_id_out_of_range(model: MimoAudio, prompts: Prompts, case: tuple[int, ...]) -> None:
+    (channel, frame, value, last), ids = case, prompts[0].clone()
+    ids[channel, frame] = value
+    where = f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"
+    with pytest.raises(PromptError, match=where):
+        generate(model, ids, max_new_tokens=1)
+
+
+def test_refuses_wrong_arguments(model: MimoAudio, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+        generate(model, prompts[0], max_new_tokens=0)
+    with pytest.raises(PromptError, match="the prompt has 42 groups and the limit is 42"):
+        generate(model, prompts[0], stopping_criteria=[stopper(max_length=42)])
+    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+        generate(model, prompts[:2], max_new_tokens=1, seed=[1, 2, 3])
+    with pytest.raises(ValueError, match="a streamer takes a batch of one, not 2"):
+        generate(model, prompts[:2], streamer=RecordingStreamer(), max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"cannot generate with a Linear.*mimo_fast\.accelerate"):
+        generate(torch.nn.Linear(1, 1), prompts[0], max_new_tokens=1)

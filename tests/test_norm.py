@@ -1,0 +1,71 @@
+"""Norms against float64, at odd widths and in low precision."""
+
+import pytest
+import torch
+from helpers import assert_rounded
+
+from mimo_fast.kernels.norm import layer_norm, rms_norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NOISE = 1e-6
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(shape[-1])
+    x = torch.randn(shape, generator=generator) * scale + mean
+    weight, bias = (torch.randn(shape[-1], generator=generator) for _ in range(2))
+    return [x.to(dtype), weight.to(dtype), bias.to(dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (1, 1), (2, 5, 37), (4096,), (7, 1283)])
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.5])
+def test_rms_norm(dtype, shape, eps):
+    x, weight, _ = inputs(shape, dtype)
+    wide = x.double()
+    want = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    got = rms_norm(x, weight, eps)
+    assert got.dtype == dtype
+    # Once before the weight, as Qwen2 does, and once after.
+    assert_rounded(got, want, roundings=2, noise=NOISE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 37), (1280,), (7, 257)])
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_layer_norm(dtype, shape, mean):
+    x, weight, bias = inputs(shape, dtype, mean=mean)
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    got = layer_norm(x, weight, bias, 1e-5)
+    assert got.dtype == dtype
+    assert_rounded(got, scaled * weight.double() + bias.double(), noise=5 * NOISE)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_low_precision_statistics_are_float32(norm):
+    """Squares of float16 values beyond 256 overflow float16; means of 4096 bfloat16 values lose all digits."""
+    for dtype, scale in ((torch.float16, 2000.0), (torch.bfloat16, 3e4)):
+        x, weight, bias = inputs((2, 4096), dtype, scale=scale)
+        wide = x.double()
+        if norm == "rms":
+            got = rms_norm(x, weight, 1e-6)
+            want = wide / wide.square().mean(-1, keepdim=True).sqrt() * weight.double()
+        else:
+            got = layer_norm(x, weight, bias, 1e-5)
+            want = (wide - wide.mean(-1, keepdim=True)) / wide.std(-1, correction=0, keepdim=True) * weight.double()
+            want += bias.double()
+        assert_rounded(got, want, roundings=2, noise=5 * NOISE)
+
+
+def test_zero_rows_stay_finite():
+    x, weight, bias = torch.zeros(2, 8), torch.ones(8), torch.full((8,), 3.0)
+    assert torch.equal(rms_norm(x, weight, 1e-6), x)
+    assert torch.equal(layer_norm(x, weight, bias, 1e-5), x + 3)
+
+
+def test_rows_are_independent():
+    x, weight, bias = inputs((5, 33), torch.float32)
+    assert torch.equal(rms_norm(x, weight, 1e-6)[2], rms_norm(x[2], weight, 1e-6))
+    assert torch.equal(layer_norm(x, weight, bias, 1e-6)[2], layer_norm(x[2], weight, bias, 1e-6))

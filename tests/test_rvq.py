@@ -1,0 +1,94 @@
+"""Residual vector quantization: nearest rows in float64, ties, subsets, and decoding what was encoded."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import assert_rounded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimo_fast.kernels.rvq import rvq_decode, rvq_encode
+
+
+def random_books(sizes: list[int], dim: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, dim, generator=generator) * 0.8**i for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dim", "t"), [([64, 64, 16], 24, 200), ([1024], 7, 50), ([1], 3, 2), ([5, 1, 9], 129, 33)]
+)
+def test_codes_are_nearest_rows(sizes, dim, t):
+    books = random_books(sizes, dim)
+    x = torch.randn(t, dim, generator=torch.Generator().manual_seed(1)) * 2
+    codes = rvq_encode(x, books)
+    assert codes.shape == (len(sizes), t)
+    assert codes.dtype == torch.int64
+    residual = x.double()
+    for index, book in zip(codes, books, strict=True):
+        distances = torch.cdist(residual, book.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        chosen = distances.gather(1, index[:, None])[:, 0]
+        # float32 may take either of two whose distances differ by less than 1e-5 of their size.
+        scale = residual.square().sum(-1) + book.double().square().sum(-1).max()
+        assert (chosen <= distances.amin(-1) + 1e-5 * scale).all()
+        certain = distances.topk(min(2, len(book)), largest=False).values
+        clear = torch.ones(t, dtype=torch.bool) if len(book) == 1 else certain[:, 1] - certain[:, 0] > 1e-5 * scale
+        assert torch.equal(index[clear], distances.argmin(-1)[clear])
+        residual = residual - book.double()[index]
+
+
+def test_ties_take_the_first_row():
+    row = torch.tensor([[1.0, 2.0, 3.0]])
+    book = torch.cat((torch.zeros(1, 3), row, row, row))
+    assert rvq_encode(row.repeat(4, 1), [book, book]).tolist() == [[1] * 4, [0] * 4]
+    # As far from +1 as from -1.
+    assert rvq_encode(torch.zeros(1, 1), [torch.tensor([[-1.0], [1.0]])]).tolist() == [[0]]
+    assert rvq_encode(torch.zeros(1, 1), [torch.tensor([[1.0], [-1.0]])]).tolist() == [[0]]
+
+
+def test_fewer_codebooks_give_the_first_rows():
+    books = random_books([64, 64, 16, 16], 12)
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
+    full = rvq_encode(x, books)
+    for n in range(5):
+        assert torch.equal(rvq_encode(x, books[:n]), full[:n])
+        if n:
+            assert torch.equal(rvq_decode(full[:n], books), rvq_decode(full[:n], books[:n]))
+
+
+def test_decode_sums_rows():
+    books = random_books([9, 5, 7], 11)
+    codes = torch.stack([torch.randint(len(book), (20,), generator=torch.Generator().manual_seed(3)) for book in books])
+    want = sum(book.double()[index] for index, book in zip(codes, books, strict=True))
+    assert_rounded(rvq_decode(codes, books), want, noise=1e-6)
+
+
+def test_decode_of_encode_is_what_encode_subtracted():
+    """Rows on axes of their own and far apart: the sum of one of each is recovered exactly."""
+    books = [torch.eye(6)[i : i + 2] * 2.0 ** (5 - i) for i in (0, 2, 4)]
+    codes = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 1]])
+    x = rvq_decode(codes, books)
+    assert torch.equal(rvq_encode(x, books), codes)
+    assert torch.equal(rvq_decode(rvq_encode(x, books), books), x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 20))
+def test_codebooks_with_a_zero_row_never_make_it_worse(seed, count, dim):
+    books = random_books([8] * count, dim, seed)
+    for book in books:
+        book[3] = 0
+    x = torch.randn(10, dim, generator=torch.Generator().manual_seed(seed + 1))
+    codes = rvq_encode(x, books)
+    errors = [x.square().sum(-1), *((x - rvq_decode(codes[:n], books)).square().sum(-1) for n in range(1, count + 1))]
+    for before, after in pairwise(errors):
+        assert (after <= before * (1 + 1e-5) + 1e-5).all()
+
+
+def test_frames_are_independent():
+    books = random_books([64, 16], 10)
+    x = torch.randn(30, 10, generator=torch.Generator().manual_seed(4))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(rvq_encode(x[order], books), rvq_encode(x, books)[:, order])

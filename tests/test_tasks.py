@@ -1,0 +1,262 @@
+"""Task methods: their replies, files, history, and what they share with upstream's."""
+
+import copy
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+import mimo_fast
+from mimo_fast import AudioError, MimoAudio, MiMoSampler, MiMoStopper, PromptError, generate, save_wav
+from mimo_fast.generation import unflatten_ids
+from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
+from mimo_fast.tasks import TASKS, find_task
+
+GROUP, FRAME = 4, 960
+SPOKEN = ("tts_sft", "spoken_dialogue_sft", "spoken_dialogue_sft_multiturn", "in_context_learning_s2s",
+          "speech_continuation")
+
+
+@pytest.fixture
+def own(model: MimoAudio) -> MimoAudio:
+    """A model with a history and samplers of its own: greedy for every task."""
+    own = copy.copy(model)
+    own.clear_history()
+    own.task_sampler_configs = {name: {"global": GREEDY, "local": GREEDY} for name in TASK_SAMPLERS}
+    return own
+
+
+def arguments(task: str, audio: list[Path]) -> list[Any]:
+    """What upstream's method of that name needs, without an output."""
+    user: dict[str, Any] = {"role": "user", "content": audio[1]}
+    example = {"input_audio": audio[1], "output_audio": audio[0], "output_transcription": "The fox."}
+    return {
+        "tts_sft": ["The quick brown fox."],
+        "audio_understanding_sft": [audio[1], "What is said?"],
+        "spoken_dialogue_sft_multiturn": [
+            [user, {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}, user]
+        ],
+        "speech2text_dialogue_sft_multiturn": [[user, {"role": "assistant", "content": "Hi."}, user]],
+        "text_dialogue_sft": ["Hi."],
+        "text_dialogue_sft_multiturn": [[{"role": "user", "content": "Hi."}]],
+        "in_context_learning_s2s": ["Convert the voice.", [example], audio[1]],
+    }.get(task, [audio[1]])
+
+
+def call(model: MimoAudio, task: str, audio: list[Path], output: Any = None, **options: Any) -> str:
+    given = arguments(task, audio)
+    if task in SPOKEN:
+        options["output_path" if task == "tts_sft" else "output_audio_path"] = output
+    return getattr(model, task)(*given, **options)
+
+
+def last_reply(model: MimoAudio, groups: int) -> tuple[list[int], Tensor]:
+    """Text ids and codes [C, n G] of so many last groups, without the one that ended the reply."""
+    assert model.history is not None
+    ids = unflatten_ids(model.history[0], 8)[:, -groups * GROUP : -GROUP]
+    return ids[0, ::GROUP].tolist(), ids[1:, ids[0] == model.empty_token]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_reply_is_what_was_generated(model: MimoAudio, audio: list[Path], tmp_path: Path, task: str) -> None:
+    own, path = copy.copy(model), tmp_path / "reply.wav"
+    text = call(own, task, audio, path, seed=3, max_new_tokens=24, min_new_tokens=24)
+    ids, codes = last_reply(own, 24)
+    assert codes.shape[1]
+    silent = (own.empty_token, own.eot_idx, own.eostm_idx)
+    assert text == own.tokenizer.decode([token for token in ids if token not in silent]).strip() != ""
+    assert path.exists() == (task in SPOKEN) == TASKS[task].speaks
+    if task in SPOKEN:
+        save_wav(expected := io.BytesIO(), own.codec.decode(codes), 24000)
+        assert path.read_bytes() == expected.getvalue()
+        info = soundfile.info(path)
+        assert (info.samplerate, info.channels, info.subtype) == (24000, 1, "PCM_16")
+        assert info.frames == codes.shape[1] * FRAME
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_fixes_the_reply(model: MimoAudio, audio: list[Path], task: str) -> None:
+    own, histories = copy.copy(model), []
+    for seed in (1, 1, 2):
+        call(own, task, audio, seed=seed, max_new_tokens=6, min_new_tokens=6)
+        histories.append(own.history)
+    assert torch.equal(histories[0], histories[1])
+    assert histories[0].shape != histories[2].shape or not torch.equal(histories[0], histories[2])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_upstreams_stop_tokens_and_samplers(
+    model: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    used: dict[str, Any] = {}
+    monkeypatch.setattr(MimoAudio, "forward", lambda self, ids, **options: used.update(options) or "")
+    call(model, task, audio)
+    stops = {"asr": ("eos", "im_end"), "tts": ("eos", "eostm", "im_end")}["tts" if task in SPOKEN else "asr"]
+    stops = {"in_context_learning_s2s": ("eos", "eostm"), "speech_continuation": ("eos", "eosp")}.get(task, stops)
+    (stopper,) = used["stopping_criteria"]
+    assert stopper.stop_token_ids == {getattr(model.tokenizer.special, name) for name in stops}
+    samplers = {"asr_sft": "asr", "tts_sft": "tts", "audio_understanding_sft": "audio_understanding"}
+    family = "text_chat" if task.startswith("text_") else "spoken_dialogue" if "dialogue" in task else task
+    assert used["task_name"] == samplers.get(task, family)
+
+
+def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own: MimoAudio, tmp_path: Path) -> None:
+    assert own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=1) == ""
+    samples, _ = soundfile.read(tmp_path / "a.wav")
+    assert (len(samples), abs(samples).max()) == (24000, 0)
+
+
+def test_without_an_output_only_text_is_returned(own: MimoAudio, tmp_path: Path) -> None:
+    text = own.tts_sft("Hi.", None, max_new_tokens=12)
+    assert text == own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0) != ""
+
+
+class TestFailures:
+    def test_a_missing_directory(self, own: MimoAudio, tmp_path: Path) -> None:
+        path = tmp_path / "missing" / "a.wav"
+        with pytest.raises(AudioError, match=re.escape(f"cannot write {path}: ")):
+            own.tts_sft("Hi.", path, max_new_tokens=6)
+        assert not list(tmp_path.iterdir())
+
+    def test_an_unwritable_waveform_leaves_the_old_file(self, own: MimoAudio, tmp_path: Path) -> None:
+        (tmp_path / "a.wav").write_bytes(b"old")
+        own.codec = copy.copy(own.codec)
+        own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
+        with pytest.raises(AudioError, match="NaN"):
+            own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12)
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.wav", b"old")]
+
+    def test_an_error_while_decoding(
+        self, own: MimoAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        want = own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+            patch.setattr(mimo_fast.LM, "step", _raise)
+            own.tts_sft("Hi.", tmp_path / "b.wav", max_new_tokens=12, seed=0)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+        assert own.tts_sft("Hi.", None, max_new_tokens=12, seed=0) == want
+
+
+def _raise(*_arguments: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
+class TestForward:
+    def test_audio_has_upstreams_shape(self, own: MimoAudio) -> None:
+        wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
+        _, codes = last_reply(own, 16)
+        assert wav.shape == (1, 1, codes.shape[1] * FRAME)
+        assert torch.equal(wav[0, 0], own.codec.decode(codes))
+
+    def test_audio_may_be_changed_in_place(self, own: MimoAudio) -> None:
+        wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
+        assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
+
+    def test_unknown_tasks_use_the_default_samplers(self, own: MimoAudio) -> None:
+        own.default_global_sampler, own.default_local_sampler = MiMoSampler(True, 0.8), MiMoSampler(True, 0.7)
+        assert own.get_task_sampler(None) == own.get_task_sampler("?") == {
+            "global": MiMoSampler(True, 0.8), "local": MiMoSampler(True, 0.7),
+        }
+        ids = own.get_tts_sft_prompt("Hi.", seed=0)
+        own.forward(ids, max_new_tokens=10, seed=5)
+        want = generate(own, ids, max_new_tokens=10, seed=5, global_sampler=MiMoSampler(True, 0.8),
+                        local_sampler=MiMoSampler(True, 0.7))
+        assert own.history is not None
+        assert torch.equal(unflatten_ids(own.history[0], 8)[1:], want[1:])
+
+    def test_samplers_belong_to_the_model(self, kit: Path, model: MimoAudio) -> None:
+        other = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+        other.task_sampler_configs["tts"]["global"].temperature = 2.0
+        assert model.task_sampler_configs["tts"]["global"].temperature == 0.6 == TASK_SAMPLERS["tts"]["global"].temperature
+
+
+class TestHistory:
+    OPTIONS = {"system_prompt": "Be brief.", "max_new_tokens": 8}
+
+    def prefills(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Groups of every later prefill."""
+        counts, prefill = list[int](), mimo_fast.LM.prefill
+
+        def counting(lm: mimo_fast.LM, ids: Tensor, state: Any, slot: int) -> None:
+            counts.append(ids.shape[1] // GROUP)
+            prefill(lm, ids, state, slot)
+
+        monkeypatch.setattr(mimo_fast.LM, "prefill", counting)
+        return counts
+
+    @pytest.mark.parametrize("turn", [
+        lambda own, audio, **options: own.spoken_dialogue_sft(audio[1], prompt_speech=audio[0], **options),
+        lambda own, audio, system_prompt, **options: own.speech2text_dialogue_sft(audio[1], **options),
+        lambda own, audio, system_prompt, **options: own.text_dialogue_sft("And then?", **options),
+    ], ids=["spoken", "speech to text", "text"])
+    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(
+        self, own: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, turn: Callable[..., str]
+    ) -> None:
+        turn(own, audio, **self.OPTIONS)
+        assert own.history is not None
+        first, counts = unflatten_ids(own.history[0], 8), self.prefills(monkeypatch)
+        turn(own, audio, add_history=True, **self.OPTIONS)
+        both = unflatten_ids(own.history[0], 8)
+        assert torch.equal(both[:, : first.shape[1]], first)
+        # Of the first turn, its last group alone has not been fed yet.
+        new = (both.shape[1] - first.shape[1]) // GROUP - 8
+        assert counts == [new + 1]
+        assert torch.equal(generate(own, both[:, : -8 * GROUP], max_new_tokens=8), both)
+
+    def test_later_turns_do_not_repeat_instruction_and_voice(self, own: MimoAudio, audio: list[Path]) -> None:
+        options: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_speech": audio[0], "add_history": True}
+        first = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
+        own.spoken_dialogue_sft(audio[1], max_new_tokens=2, **options)
+        later = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
+        assert torch.equal(later, own.get_spoken_dialogue_sft_prompt(audio[1]))
+        assert later.shape[1] < first.shape[1]
+
+    def test_starts_over_without_add_history_or_after_clear_history(self, own: MimoAudio) -> None:
+        assert (own.history, own.has_history) == (None, False)
+        own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
+        first = own.history
+        assert first is not None
+        assert first.shape == (1, (own.get_text_dialogue_sft_prompt("Hi.").shape[1] + 4 * GROUP) * 9)
+        own.text_dialogue_sft("Hi.", max_new_tokens=4)
+        assert own.history is not None
+        assert torch.equal(own.history, first)
+        own.clear_history()
+        assert (own.history, own.has_history) == (None, False)
+        own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
+        assert torch.equal(own.history, first)
+
+    def test_a_turn_that_does_not_fit_leaves_it_alone(self, own: MimoAudio) -> None:
+        own.lm = copy.copy(own.lm)
+        own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
+        own.text_dialogue_sft("Hi.", max_new_tokens=4)
+        before = own.history
+        assert before is not None
+        with pytest.raises(PromptError, match="the model's context is 80: start a new one or shorten the input"):
+            own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
+        assert own.history is not None
+        assert torch.equal(own.history, before)
+        own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
+        assert torch.equal(own.history[:, : before.shape[1]], before)
+
+
+def test_a_task_may_be_called_without_its_suffix() -> None:
+    for alias, name in [("asr", "asr_sft"), ("tts_sft", "tts_sft"), ("speech_continuation", "speech_continuation"),
+                        ("text_dialogue_multiturn", "text_dialogue_sft_multiturn")]:
+        assert find_task(alias) is TASKS[name]
+    with pytest.raises(ValueError, match="no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"):
+        find_task("sing")
+
+
+def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
+    stopper = MiMoStopper(GROUP, 8, [1])
+    assert stopper.stop_token_ids == {1}
+    for name, task in TASKS.items():
+        assert callable(getattr(model, name))
+        assert callable(getattr(model, task.prompt))
