@@ -15,7 +15,7 @@ def test_swiglu(dtype, shape):
     got = swiglu(x)
     assert got.dtype == dtype
     want = gate / (1 + (-gate).exp()) * up
-    # silu(gate) is rounded, then its product with up; exp, sum and quotient before that are float32. Float16 underflows.
+    # silu(gate) is rounded, then its product with up; exp, sum and quotient before that in float32. Float16 underflows.
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert_rounded(got, want, roundings=2, noise=want.abs() * 4 * 2.0**-24 + tiny * (1 + up.abs()))
 

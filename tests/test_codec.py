@@ -1,0 +1,365 @@
+"""The codec's building blocks against independent formulas, its segmentation, and decoding in chunks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import snr_db
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimo_fast.audio import load_audio, log_mel
+from mimo_fast.errors import AudioError
+from mimo_fast.runtime.codec import DECODE_SEGMENT, ENCODE_SEGMENT
+from mimo_fast.runtime.codec_layers import CodecStack, TransposedConv, inverse_stft, overlap_add, split_lengths
+from mimo_fast.runtime.codec_stream import CONTEXT, LOOKAHEAD
+
+SAMPLES = 960
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**4))
+def test_segments_cover_everything_and_only_the_last_is_short(total, segment):
+    lengths = split_lengths(total, segment)
+    assert sum(lengths) == total
+    assert all(length == segment for length in lengths[:-1])
+    assert all(0 < length <= segment for length in lengths)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12))
+def test_overlap_add_places_frame_t_at_t_hops(count, size, hop):
+    hop = min(hop, size)
+    frames = torch.arange(count * size, dtype=torch.float32).view(count, size)
+    want = torch.zeros((count - 1) * hop + size)
+    for t in range(count):
+        want[t * hop : t * hop + size] += frames[t]
+    assert torch.equal(overlap_add(frames, hop), want)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 50])
+@pytest.mark.parametrize(("n_fft", "hop"), [(960, 240), (64, 16), (48, 24)])
+def test_inverse_stft(frames, n_fft, hop):
+    """Against a loop over frames and, where there is an interior, against torch.istft."""
+    generator = torch.Generator().manual_seed(frames)
+    log_magnitude = torch.randn(frames, n_fft // 2 + 1, generator=generator)
+    phase = torch.randn(frames, n_fft // 2 + 1, generator=generator) * 2
+    window = torch.hann_window(n_fft)
+    got = inverse_stft(torch.cat((log_magnitude, phase), dim=1), window, hop)
+    assert got.shape == (frames * hop,)
+    assert got.dtype == torch.float32
+    assert got.isfinite().all()
+    spectrum = torch.polar(log_magnitude.double().exp(), phase.double())
+    whole, weight = torch.zeros(2, (frames - 1) * hop + n_fft, dtype=torch.float64)
+    for t in range(frames):
+        part = slice(t * hop, t * hop + n_fft)
+        whole[part] += torch.fft.irfft(spectrum[t]) * window.double()
+        weight[part] += window.double() ** 2
+    trim = (n_fft - hop) // 2
+    want = (whole / weight)[trim : trim + frames * hop]
+    assert snr_db(got, want) > 100
+    if frames == 50:
+        # torch.istft trims n_fft / 2 at the start, "same" padding (n_fft - hop) / 2.
+        library = torch.istft(spectrum.T, n_fft, hop, n_fft, window.double(), center=True)
+        assert snr_db(got[hop // 2 :][: len(library)], library) > 100
+
+
+def test_inverse_stft_clips_magnitudes_at_100():
+    head = torch.zeros(4, 2 * 33)
+    loud, limit = head.clone(), head.clone()
+    loud[:, 5], limit[:, 5] = 50.0, math.log(100.0)
+    window = torch.hann_window(64)
+    torch.testing.assert_close(inverse_stft(loud, window, 16), inverse_stft(limit, window, 16))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (4, 2), (5, 3), (1, 1)])
+def test_transposed_conv_normalises_before_it_trims(kernel, stride):
+    generator = torch.Generator().manual_seed(kernel)
+    weight, x = torch.randn(6, 4, kernel, generator=generator), torch.randn(9, 6, generator=generator)
+    bias, norm_weight, norm_bias = (torch.randn(4, generator=generator) for _ in range(3))
+    full = torch.zeros((9 - 1) * stride + kernel, 4, dtype=torch.float64)
+    for t in range(9):
+        for k in range(kernel):
+            full[t * stride + k] += x[t].double() @ weight[:, :, k].double()
+    full += bias.double()
+    full = (full - full.mean()) / (full.var(correction=0) + 1e-5).sqrt() * norm_weight.double() + norm_bias.double()
+    got = TransposedConv(weight, bias, norm_weight, norm_bias, stride)(x)
+    assert got.shape == (9 * stride, 4)
+    assert snr_db(got, full[: 9 * stride]) > 100
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [(-1, -1), (5, 3), (0, 0), (-1, 4), (4, -1), (-1, 0), (500, 500)])
+def test_stack_sees_its_window(model, causal, window):
+    """Inputs that reach output 20 through one layer: a negative side is unlimited, and causal sees nothing later."""
+    layers = model.codec.vocoder.layers[:1]
+    stack = CodecStack(layers, model.codec.config.vocoder_heads, 10000.0, causal, window)
+    x = torch.randn(40, model.codec.config.vocoder_dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    stack(x)[20].sum().backward()
+    reached = set(x.grad.abs().sum(-1).nonzero().flatten().tolist())
+    left, right = window
+    first = 0 if left < 0 else max(0, 20 - left)
+    last = 20 if causal else 39 if right < 0 else min(39, 20 + right)
+    assert reached == set(range(first, last + 1))
+
+
+def test_skip_layer_adds_its_output_to_the_last(model):
+    stack = model.codec.encoder
+    x = torch.randn(12, model.codec.config.dim, generator=torch.Generator().manual_seed(0))
+    first_two = CodecStack(stack.layers[:2], stack.heads, stack.rope_theta, stack.causal, stack.window)
+    torch.testing.assert_close(stack(x, 2), stack(x) + first_two(x))
+    assert torch.equal(stack(x, None), stack(x))
+
+
+@pytest.fixture(scope="module")
+def speech(audio) -> Tensor:
+    return load_audio(audio[0], 24000)
+
+
+@pytest.mark.parametrize("n", [1, 100, 479, 480, 481, 959, 960, 961, 1920, 24000, 24001])
+def test_a_code_frame_for_every_960_samples_begun(model, speech, n):
+    """1 + n // 240 mel frames (at least 3, for shorter audio is padded), a code for every 4 begun."""
+    codes = model.codec.encode(speech[:n])
+    mel_frames = 1 + max(n, 481) // 240
+    assert codes.shape == (12, -(-mel_frames // 4))
+    assert codes.dtype == torch.int64
+
+
+@pytest.mark.parametrize("n_q", [1, 3, 8, 12, None])
+def test_fewer_codebooks_are_the_first_rows(model, golden, speech, n_q):
+    codes = model.codec.encode(speech, n_q)
+    assert torch.equal(codes, golden.get("codec:codes.0")[:n_q])
+
+
+@pytest.mark.parametrize("n_q", [0, -1, 13])
+def test_a_number_of_codebooks_that_there_is_not(model, speech, n_q):
+    with pytest.raises(ValueError, match="n_q must be between 1 and 12"):
+        model.codec.encode(speech, n_q)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 4800), (1, 1, 4800)])
+def test_a_waveform_of_another_shape(model, shape):
+    with pytest.raises(AudioError) as caught:
+        model.codec.encode(torch.zeros(shape))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_samples(model):
+    with pytest.raises(AudioError, match="no samples"):
+        model.codec.encode(torch.zeros(0))
+
+
+def test_encode_leaves_no_gradient_graph(model, speech):
+    assert not model.codec.decode(model.codec.encode(speech[:4800], 8)).requires_grad
+
+
+def long_speech(speech: Tensor, seconds: float) -> Tensor:
+    n = int(seconds * 24000)
+    return speech.repeat(-(-n // len(speech)))[:n]
+
+
+def padded_segment(codec, mel: Tensor) -> Tensor:
+    """A last segment as upstream encodes it: convolved as part of a full one of zeros, then cut to its own length."""
+    frames = -(-len(mel) // 2)
+    x = F.pad(mel.T, (0, ENCODE_SEGMENT - len(mel)))[None]
+    x = F.gelu(F.conv1d(x, *codec.conv1, padding=1))
+    x = F.gelu(F.conv1d(x, *codec.conv2, padding=1, stride=2))[0].T[:frames]
+    x = codec.encoder_norm(codec.encoder(x, codec.config.skip_layer))
+    if frames % 2:
+        x = torch.cat((x, x[-1:]))
+    return codec.pool_norm(F.gelu(F.conv1d(x.T[None], codec.pool_conv, stride=2)[0].T))
+
+
+@pytest.mark.parametrize("last_frames", [1, 2, 3, 4, 5, 150])
+def test_more_than_60_seconds_are_encoded_in_segments(model, speech, last_frames):
+    codec = model.codec
+    mel = log_mel(long_speech(speech, 63), codec.config)[: ENCODE_SEGMENT + last_frames]
+    hidden = codec.encode_mel(mel)
+    assert len(hidden) == 1500 + -(-last_frames // 4)
+    torch.testing.assert_close(hidden[:1500], codec.encode_mel(mel[:ENCODE_SEGMENT]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(hidden[1500:], padded_segment(codec, mel[ENCODE_SEGMENT:]), rtol=0, atol=1e-5)
+
+
+def test_encode_of_more_than_60_seconds(model, speech):
+    wav = long_speech(speech, 61)
+    codes = model.codec.encode(wav, 3)
+    mel = log_mel(wav, model.codec.config)
+    assert codes.shape == (3, 1500 + -(-(len(mel) - ENCODE_SEGMENT) // 4))
+    assert torch.equal(codes, model.codec.quantize(model.codec.encode_mel(mel), 3))
+    assert torch.equal(codes[:, :1500], model.codec.quantize(model.codec.encode_mel(mel[:ENCODE_SEGMENT]), 3))
+
+
+def test_decode_of_more_than_60_seconds(model, golden):
+    codes = golden.get("codec:stream_codes").repeat(1, 9)[:, : DECODE_SEGMENT + 7]
+    wav = model.codec.decode(codes)
+    assert wav.shape == ((DECODE_SEGMENT + 7) * SAMPLES,)
+    assert wav.dtype == torch.float32
+    first, last = (model.codec.decode(part) for part in codes.split(DECODE_SEGMENT, dim=1))
+    assert torch.equal(wav, torch.cat((first, last)))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("codebooks", [1, 8, 12])
+def test_decode_of_few_frames_and_codebooks(model, golden, codebooks, frames):
+    wav = model.codec.decode(golden.get("codec:codes.0")[:codebooks, :frames])
+    assert wav.shape == (frames * SAMPLES,)
+    assert wav.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_codes_of_any_integer_type(model, golden, dtype):
+    """64 frames of the 64-row codebook: as a byte mask the codes would index silently wrong."""
+    codes = golden.get("codec:codes.2")[:8, :64].long()
+    assert torch.equal(model.codec.decode(codes.to(dtype)), model.codec.decode(codes))
+
+
+BAD_CODES = [
+    (torch.zeros(8, 5), "codes must be integers"),
+    (torch.zeros(8, 0, dtype=torch.int64), r"codes must be \[1 to 12, T >= 1\], not \[8, 0\]"),
+    (torch.zeros(0, 5, dtype=torch.int64), r"not \[0, 5\]"),
+    (torch.zeros(13, 5, dtype=torch.int64), r"not \[13, 5\]"),
+    (torch.zeros(8, dtype=torch.int64), r"not \[8\]"),
+    (torch.zeros(1, 8, 5, dtype=torch.int64), r"not \[1, 8, 5\]"),
+    (torch.full((8, 5), -1), "outside its codebook"),
+    (torch.tensor([[64], [64], [16], [16]]), "outside its codebook; drop the empty codes"),
+    (torch.tensor([[63], [63], [15], [16]]), "outside its codebook"),
+]
+
+
+@pytest.mark.parametrize(("codes", "message"), BAD_CODES)
+def test_codes_that_cannot_be_decoded(model, codes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        model.codec.decode(codes)
+    assert "\n" not in str(caught.value)
+
+
+def stream_in(model, codes: Tensor, sizes: list[int], *, last_by_finish: bool = False) -> list[Tensor]:
+    """What each push of so many frames returned, and finish at the end."""
+    stream = model.codec.stream()
+    chunks = list(codes.split(sizes, dim=1))
+    last = chunks.pop() if last_by_finish else None
+    return [*(stream.push(chunk) for chunk in chunks), stream.finish(last)]
+
+
+def cut(total: int, sizes: list[int]) -> list[int]:
+    """Sizes, cycled, until they cover total."""
+    lengths = []
+    while total:
+        lengths.append(min(total, sizes[len(lengths) % len(sizes)]))
+        total -= lengths[-1]
+    return lengths
+
+
+@pytest.fixture(scope="module")
+def stream_codes(golden) -> Tensor:
+    return golden.get("codec:stream_codes")
+
+
+@pytest.fixture(scope="module")
+def upstream_snr(golden) -> float:
+    """How close upstream's streaming decode comes to its one-shot decode, a patch at a time."""
+    return snr_db(golden.get("codec:stream_wav.4"), golden.get("codec:stream_oneshot"))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(4, 60), min_size=1, max_size=12), st.booleans())
+def test_any_chunks_of_patches_or_more_are_as_close_to_one_shot_as_upstream(
+    model, golden, stream_codes, upstream_snr, sizes, last_by_finish
+):
+    lengths = cut(stream_codes.shape[1], sizes)
+    wav = torch.cat(stream_in(model, stream_codes, lengths, last_by_finish=last_by_finish))
+    # Both are float32: fed the same patches, the two differ in the sixth digit.
+    assert snr_db(wav, golden.get("codec:stream_oneshot")) >= upstream_snr - 1e-3
+
+
+@settings(max_examples=4, deadline=None)
+@example([1])
+@given(st.lists(st.integers(1, 60), min_size=4, max_size=8))
+def test_any_chunks_give_every_sample_once(model, golden, stream_codes, upstream_snr, sizes):
+    parts = stream_in(model, stream_codes, cut(stream_codes.shape[1], sizes))
+    # Frame by frame is 0.2 dB worse than by patches, upstream too: the norms over time see more short windows.
+    assert snr_db(torch.cat(parts), golden.get("codec:stream_oneshot")) >= upstream_snr - 0.25
+
+
+def test_a_push_returns_at_most_what_it_was_fed_and_holds_back_the_lookahead(model, stream_codes):
+    codes = stream_codes.repeat(1, 3)[:, :420]
+    stream = model.codec.stream()
+    fed = returned = 0
+    for chunk in codes.split([7, 50, 1, 41, 120, 3, 80, 60, 58], dim=1):
+        wav = stream.push(chunk)
+        fed += chunk.shape[1]
+        returned += len(wav)
+        assert returned == max(0, fed - LOOKAHEAD) * SAMPLES
+        assert len(wav) <= chunk.shape[1] * SAMPLES
+    assert len(stream.finish()) == LOOKAHEAD * SAMPLES
+
+
+def test_what_is_decoded_again_is_bounded(model, stream_codes, monkeypatch):
+    """However long the stream, a push decodes the context and what it was fed."""
+    decoded = []
+    decode_hidden = model.codec.decode_hidden
+    monkeypatch.setattr(model.codec, "decode_hidden", lambda x: decoded.append(len(x)) or decode_hidden(x))
+    stream = model.codec.stream()
+    for chunk in stream_codes.repeat(1, 4).split(60, dim=1):
+        stream.push(chunk)
+    stream.finish()
+    assert len(decoded) == 14
+    assert max(decoded) <= CONTEXT + 60
+    assert decoded[-1] <= CONTEXT + 60
+
+
+def test_finish_starts_anew(model, stream_codes):
+    stream = model.codec.stream()
+    first = torch.cat((stream.push(stream_codes[:, :60]), stream.finish()))
+    second = torch.cat((stream.push(stream_codes[:, :60]), stream.finish()))
+    assert torch.equal(first, second)
+    assert len(first) == 60 * SAMPLES
+    assert len(stream.finish()) == 0
+
+
+def test_finish_without_codes_is_empty(model):
+    wav = model.codec.stream().finish()
+    assert wav.shape == (0,)
+    assert wav.dtype == torch.float32
+
+
+def test_finish_with_the_last_codes_equals_one_shot_when_they_are_all(model, stream_codes):
+    assert torch.equal(model.codec.stream().finish(stream_codes[:, :30]), model.codec.decode(stream_codes[:, :30]))
+
+
+@pytest.mark.parametrize(("codes", "message"), BAD_CODES)
+def test_bad_codes_do_not_harm_a_stream(model, stream_codes, codes, message):
+    stream = model.codec.stream()
+    parts = [stream.push(stream_codes[:, :45])]
+    with pytest.raises(ValueError, match=message):
+        stream.push(codes)
+    with pytest.raises(ValueError, match=message):
+        stream.finish(codes)
+    parts += [stream.push(stream_codes[:, 45:50]), stream.finish()]
+    want = stream_in(model, stream_codes[:, :50], [45, 5])
+    assert torch.equal(torch.cat(parts), torch.cat(want))
+
+
+def test_streams_do_not_share_state(model, stream_codes):
+    ours, theirs = stream_codes[:, :90], stream_codes[:, 90:180].roll(7, 1)
+    alone = [torch.cat(stream_in(model, codes, [30, 30, 30])) for codes in (ours, theirs)]
+    streams = [model.codec.stream() for _ in range(2)]
+    together: list[list[Tensor]] = [[], []]
+    for start in range(0, 90, 30):
+        for stream, codes, parts in zip(streams, (ours, theirs), together, strict=True):
+            parts.append(stream.push(codes[:, start : start + 30]))
+    for stream, parts, want in zip(streams, together, alone, strict=True):
+        parts.append(stream.finish())
+        assert torch.equal(torch.cat(parts), want)
+
+
+def test_a_chunk_is_not_kept_by_reference(model, stream_codes):
+    """The caller may reuse its buffer, and what was returned does not change."""
+    stream, buffer = model.codec.stream(), torch.empty(8, 30, dtype=torch.int64)
+    parts = []
+    for start in range(0, 90, 30):
+        buffer[:] = stream_codes[:, start : start + 30]
+        parts.append(stream.push(buffer))
+        buffer.zero_()
+    parts.append(stream.finish())
+    assert torch.equal(torch.cat(parts), torch.cat(stream_in(model, stream_codes[:, :90], [30, 30, 30])))

@@ -1,0 +1,316 @@
+"""Streaming: equal to the whole reply, timed, stopped by closing, asynchronous; and how groups are read."""
+
+import asyncio
+import copy
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import snr_db
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_tasks import arguments, history, last_reply
+from torch import Tensor
+
+from mimo_fast import LM, Chunk, MimoAudio
+from mimo_fast.runtime.reply import ReplyReader
+from mimo_fast.tasks import TASKS
+from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.verify import Golden
+
+GROUP, FRAME = 4, 960
+
+
+@pytest.fixture
+def own(model: MimoAudio) -> MimoAudio:
+    """A model with a history of its own."""
+    own = copy.copy(model)
+    own.clear_history()
+    return own
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every backbone step."""
+    counted, step = list[int](), LM.step
+
+    def counting(lm: LM, *arguments: Any) -> None:
+        counted.append(1)
+        step(lm, *arguments)
+
+    monkeypatch.setattr(LM, "step", counting)
+    return counted
+
+
+def sound(chunks: list[Chunk]) -> Tensor:
+    return torch.cat([chunk.audio for chunk in chunks])
+
+
+def words(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
+    """Equal but for the time they took."""
+    return [chunk.text for chunk in chunks] == [chunk.text for chunk in others] and all(
+        torch.equal(chunk.audio, other.audio) for chunk, other in zip(chunks, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stream_equals_the_whole_reply(own: MimoAudio, audio: list[Path], golden: Golden, task: str) -> None:
+    options: dict[str, Any] = {"seed": 2, "max_new_tokens": 56, "min_new_tokens": 56}
+    chunks = list(own.stream(task, *arguments(task, audio), **options))
+    streamed = history(own)
+    given = arguments(task, audio) + ([None] if task == "tts_sft" else [])
+    assert words(chunks).strip() == getattr(own, task)(*given, **options) != ""
+    assert torch.equal(streamed, history(own))
+    _, codes = last_reply(own, 56)
+    assert codes.shape[1]
+    if not TASKS[task].speaks:
+        assert all(len(chunk.audio) == 0 for chunk in chunks)
+        return
+    whole, heard = own.codec.decode(codes), sound(chunks)
+    assert len([chunk for chunk in chunks if len(chunk.audio)]) > 1
+    upstream = snr_db(golden.get("codec:stream_wav.4"), golden.get("codec:stream_oneshot"))
+    assert snr_db(heard, whole) >= upstream
+    assert {chunk.sample_rate for chunk in chunks} == {24000}
+    assert {(chunk.audio.dtype, chunk.audio.device.type) for chunk in chunks} == {(torch.float32, "cpu")}
+
+
+def test_a_style_instruction_streams_as_well(own: MimoAudio, audio: list[Path]) -> None:
+    """The only spoken prompt that does not open the speech itself."""
+    style: dict[str, Any] = {"instruct": "happy", "prompt_speech": audio[1], "template": 0}
+    chunks = list(own.stream("tts", "Hi.", **style, seed=2, max_new_tokens=30, min_new_tokens=30))
+    prompt = own.get_tts_sft_prompt("Hi.", **style)
+    assert torch.equal(history(own)[:, : prompt.shape[1]], prompt)
+    _, codes = last_reply(own, 30)
+    assert len(sound(chunks)) == codes.shape[1] * FRAME > 0
+
+
+def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
+    chunks = list(own.stream("spoken_dialogue", audio[1], seed=1, max_new_tokens=48, min_new_tokens=48))
+    times = [chunk.timing for chunk in chunks]
+    assert [t.groups for t in times] == list(range(1, 49))
+    elapsed = [t.elapsed for t in times]
+    assert elapsed == sorted(elapsed)
+    assert 0 < times[0].prefill <= elapsed[0]
+    assert {t.prefill for t in times} == {times[0].prefill}
+    first = next(i for i, chunk in enumerate(chunks) if len(chunk.audio))
+    assert 0 < first < 47
+    assert [t.first_audio for t in times] == [None] * first + [elapsed[first]] * (48 - first)
+    samples = accumulate(len(chunk.audio) for chunk in chunks)
+    assert [t.audio_seconds for t in times] == [n / 24000 for n in samples]
+
+
+class TestStopping:
+    @pytest.mark.parametrize("taken", [0, 1, 7])
+    def test_closing_stops_decoding(self, own: MimoAudio, steps: list[int], taken: int) -> None:
+        whole = list(own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12))
+        assert len(steps) == 11
+        steps.clear()
+        stream = own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12)
+        assert same([next(stream) for _ in range(taken)], whole[:taken])
+        stream.close()  # type: ignore[attr-defined]
+        assert len(steps) == max(taken - 1, 0)
+        assert list(stream) == []
+        assert len(steps) == max(taken - 1, 0)
+
+    def test_an_error_of_the_consumer_leaves_the_model_usable(self, own: MimoAudio, steps: list[int]) -> None:
+        def consume(limit: int) -> list[Chunk]:
+            chunks = []
+            for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12):
+                if len(chunks) == limit:
+                    raise ConnectionError
+                chunks.append(chunk)
+            return chunks
+
+        whole = consume(100)
+        steps.clear()
+        with pytest.raises(ConnectionError):
+            consume(3)
+        assert len(steps) == 3
+        assert same(consume(100), whole)
+
+    def test_an_error_while_decoding_reaches_the_consumer(
+        self, own: MimoAudio, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_arguments: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        stream = own.stream("tts", "Hi.", seed=1, max_new_tokens=12)
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(LM, "step", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                next(stream)
+        assert list(stream) == []
+        assert list(own.stream("tts", "Hi.", seed=1, max_new_tokens=12))
+
+    @pytest.mark.parametrize("models", [1, 2])
+    def test_streams_side_by_side_do_not_meet(self, model: MimoAudio, models: int) -> None:
+        owners = [copy.copy(model) for _ in range(models)] * (2 // models)
+        texts = ["The quick brown fox.", "今天天气真好"]
+
+        def start(owner: MimoAudio, row: int) -> Iterator[Chunk]:
+            return owner.stream("tts", texts[row], seed=row, max_new_tokens=40, min_new_tokens=40)
+
+        alone = [list(start(owner, row)) for row, owner in enumerate(owners)]
+        streams = [start(owner, row) for row, owner in enumerate(owners)]
+        pairs = list(zip(*streams, strict=True))
+        assert all(same(list(chunks), want) for chunks, want in zip(zip(*pairs, strict=True), alone, strict=True))
+
+    def test_chunks_are_ordinary_tensors(self, own: MimoAudio) -> None:
+        for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=30, min_new_tokens=30):
+            assert not torch.is_inference_mode_enabled()
+            assert torch.equal(chunk.audio.clone().mul_(0.5), chunk.audio.mul_(0.5))
+
+
+def read(reader: ReplyReader, tokens: list[int | Tensor]) -> tuple[list[str], list[list[Tensor]]]:
+    """What each group makes final, and then the end: texts and patches. A tensor is a patch."""
+    empty, nothing = reader.tokenizer.special.empty, torch.zeros(8, GROUP)
+    got = [reader.read(empty, t) if isinstance(t, Tensor) else reader.read(t, nothing) for t in tokens]
+    texts, patches = zip(*got, reader.finish(), strict=True)
+    return list(texts), list(patches)
+
+
+def patch(number: int) -> Tensor:
+    return torch.full((8, GROUP), number)
+
+
+class TestReading:
+    @pytest.mark.parametrize("text", ["今天天气真好", "🙂👩‍👩‍👧", "naïve café", "a🙂b"])
+    def test_characters_come_whole(self, model: MimoAudio, text: str) -> None:
+        tokens = model.tokenizer.encode(text)
+        assert any("\ufffd" in model.tokenizer.decode([token]) for token in tokens)
+        spread = [piece for token in tokens for piece in (token, patch(0), model.eot_idx)]
+        for sequence in (tokens, spread):
+            pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), sequence)
+            assert "".join(pieces) == text
+            assert not any("\ufffd" in piece for piece in pieces)
+            assert pieces[-1] == ""
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.one_of(st.integers(0, 399), st.sampled_from([*"今🙂é"]), st.none()), max_size=12))
+    def test_pieces_join_to_the_text_of_all_tokens(self, model: MimoAudio, drawn: list[int | str | None]) -> None:
+        tokens: list[int | Tensor] = []
+        for item in drawn:
+            tokens += model.tokenizer.encode(item) if isinstance(item, str) else [patch(0) if item is None else item]
+        pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), tokens)
+        assert "".join(pieces) == model.tokenizer.decode([token for token in tokens if isinstance(token, int)])
+
+    def test_half_a_character_comes_at_the_end(self, model: MimoAudio) -> None:
+        first, *_ = model.tokenizer.encode("🙂")
+        pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), [*model.tokenizer.encode("Hi"), first])
+        assert (pieces[-2], pieces[-1]) == ("", "\ufffd")
+
+    @pytest.mark.parametrize(
+        ("speaking", "sequence", "spoken"),
+        [
+            (True, ["p0", "p1"], [[0], [1], []]),
+            (True, ["p0", "eostm", "p1"], [[0], [], [], []]),
+            (True, ["p0", "sostm", "p1"], [[0], [], [1], []]),
+            (False, ["p0", "p1"], [[], [], [0, 1]]),
+            (False, ["p0", "sostm", "p1", "p2"], [[], [], [1], [2], []]),
+            (False, ["p0", "sostm", "p1", "eostm", "p2"], [[], [], [1], [], [], []]),
+            (False, ["p0", "p1", "eostm", "p2"], [[], [], [0, 1], [], []]),
+            (False, ["sostm", "p0", "sostm", "p1"], [[], [0], [], [1], []]),
+            (False, ["eostm", "p0", "sostm", "p1"], [[], [], [], [], []]),
+        ],
+    )
+    def test_speech_is_between_its_marks(
+        self, model: MimoAudio, speaking: bool, sequence: list[str], spoken: list[list[int]]
+    ) -> None:
+        special = model.tokenizer.special
+        tokens = [patch(int(name[1])) if name[0] == "p" else getattr(special, name) for name in sequence]
+        _, patches = read(ReplyReader(model.tokenizer, speaking), tokens)
+        assert [[int(p[0, 0]) for p in group] for group in patches] == spoken
+
+    def test_marks_are_no_text(self, model: MimoAudio) -> None:
+        hi = model.tokenizer.encode("Hi")
+        pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), [*hi, model.eot_idx, patch(0), model.eostm_idx])
+        assert "".join(pieces) == "Hi"
+
+
+class TestAsync:
+    OPTIONS: ClassVar[dict[str, Any]] = {"seed": 1, "max_new_tokens": 12, "min_new_tokens": 12}
+
+    @pytest.fixture
+    def gate(self, monkeypatch: pytest.MonkeyPatch) -> "Gate":
+        return Gate(monkeypatch)
+
+    def test_gives_the_same_chunks(self, own: MimoAudio) -> None:
+        async def consume() -> list[Chunk]:
+            return [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
+
+        assert same(asyncio.run(consume()), list(own.stream("tts", "Hi.", **self.OPTIONS)))
+
+    def test_the_event_loop_runs_while_a_group_is_decoded(self, own: MimoAudio, gate: "Gate") -> None:
+        """A step waits until the loop opens the gate, so it must be free to."""
+
+        async def consume() -> int:
+            return len([chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)])
+
+        async def both() -> int:
+            consumer = asyncio.create_task(consume())
+            while not consumer.done():
+                await asyncio.sleep(0)
+                if gate.entered.is_set():
+                    gate.let_through()
+            return consumer.result()
+
+        assert asyncio.run(both()) == 12
+        assert gate.passed == 11
+
+    @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+    def test_cancelling_stops_after_the_group_in_progress(self, own: MimoAudio, gate: "Gate", times: int) -> None:
+        async def consume(chunks: list[Chunk]) -> None:
+            async for chunk in own.astream("tts", "Hi.", **self.OPTIONS):
+                chunks.append(chunk)
+
+        async def cancel() -> list[Chunk]:
+            chunks = list[Chunk]()
+            consumer = asyncio.create_task(consume(chunks))
+            await gate.until_entered()
+            for _ in range(times):
+                consumer.cancel()
+                await asyncio.sleep(0)
+            gate.let_through()
+            with pytest.raises(asyncio.CancelledError):
+                await consumer
+            return chunks
+
+        assert len(asyncio.run(cancel())) == 1
+        assert gate.passed == 1
+        gate.remove()
+        assert len(list(own.stream("tts", "Hi.", **self.OPTIONS))) == 12
+
+    def test_leaving_the_loop_stops_decoding(self, own: MimoAudio, steps: list[int]) -> None:
+        async def consume() -> None:
+            async for _ in own.astream("tts", "Hi.", **self.OPTIONS):
+                break
+            await asyncio.sleep(0)
+
+        asyncio.run(consume())
+        assert len(steps) == 0
+
+    def test_an_error_at_the_start_reaches_the_consumer(self, own: MimoAudio) -> None:
+        async def consume() -> None:
+            async for _ in own.astream("sing", "Hi."):
+                pass
+
+        with pytest.raises(ValueError, match="no task 'sing'"):
+            asyncio.run(consume())
+
+
+class Gate:
+    """Holds every backbone step of other threads until it is let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self._open, self.passed = threading.Event(), threading.Event(), 0
+        self._patch, self._step = monkeypatch, LM.step
+        monkeypatch.setattr(LM, "step", self._wait)
