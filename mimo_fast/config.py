@@ -65,22 +65,24 @@ class LMConfig:
         read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
         read.refuse("rope_scaling", lambda scaling: _rope_kind(scaling) != "default", "only plain RoPE is supported")
         channels, group_size = read.integer("audio_channels"), read.integer("group_size")
-        theta, eps = read.rope_theta(), float(read.required("rms_norm_eps"))
+        theta, eps = read.rope_theta(), read.number("rms_norm_eps")
         heads, dim = read.integer("num_attention_heads"), read.integer("hidden_size")
 
         def local(width: int, layers: int, ffn: int) -> TransformerConfig:
             local_heads = read.integer("local_attn_heads")
-            if width % local_heads:
-                raise ConfigError(f"{source}: local width {width} is not divisible by local_attn_heads {local_heads}")
+            if width % (2 * local_heads):
+                raise ConfigError(
+                    f"{source}: local width {width} does not split into local_attn_heads {local_heads} of an even size"
+                )
             return TransformerConfig(width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps)
 
         local_dim = read.integer("local_dim")
-        input_dim = int(raw.get("input_local_dim") or local_dim)
+        input_dim = read.integer("input_local_dim", default=local_dim)
         config = cls(
             vocab_size=read.integer("vocab_size"),
             backbone=TransformerConfig(
                 dim, read.integer("num_hidden_layers"), heads, read.integer("num_key_value_heads"),
-                int(raw.get("head_dim") or dim // heads), read.integer("intermediate_size"), theta, eps,
+                read.integer("head_dim", default=max(1, dim // heads)), read.integer("intermediate_size"), theta, eps,
             ),
             patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
             patch_decoder=local(local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")),
@@ -99,6 +101,8 @@ class LMConfig:
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:
             raise ConfigError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
+        if self.backbone.head_dim % 2:
+            raise ConfigError(f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be")
         for channel, (size, empty) in enumerate(zip(self.code_sizes, self.empty_codes, strict=True)):
             if not 0 <= empty < size:
                 raise ConfigError(f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}")
@@ -158,17 +162,17 @@ class CodecConfig:
         read.refuse("vocoder_padding", lambda name: name != "same", "only 'same' is supported")
         read.refuse("ln_type", lambda name: name not in ("LayerNorm", "RMSNorm"), "use 'LayerNorm' or 'RMSNorm'")
         rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
-        sizes = read.required("codebook_size")
-        sizes = [int(size) for size in (sizes if isinstance(sizes, list | tuple) else [sizes])]
+        sizes = read.integers("codebook_size")
         skip = read.required("encoder_skip_layer_id")
         config = cls(
             sample_rate=rate, n_mels=read.integer("n_mels"), n_fft=read.integer("nfft"),
-            hop=read.integer("hop_length"), window=read.integer("window_size"), f_min=float(read.required("fmin") or 0),
-            f_max=float(read.required("fmax") or rate / 2), max_seconds=read.integer("max_audio_seconds"),
+            hop=read.integer("hop_length"), window=read.integer("window_size"), f_min=read.number("fmin", default=0),
+            f_max=read.number("fmax", default=rate / 2), max_seconds=read.integer("max_audio_seconds"),
             dim=read.integer("d_model"), kernel=read.integer("kernel_size"), stride=read.integer("stride_size"),
             pool=read.integer("avg_pooler"), encoder_layers=read.integer("encoder_layers"),
             encoder_heads=read.integer("encoder_attention_heads"), encoder_ffn=read.integer("encoder_ffn_dim"),
-            encoder_causal=bool(read.required("encoder_causal")), skip_layer=None if skip is None else int(skip),
+            encoder_causal=bool(read.required("encoder_causal")),
+            skip_layer=None if skip is None else read.integer("encoder_skip_layer_id"),
             encoder_window=read.window("encoder_attn_window_size"),
             decoder_layers=read.integer("decoder_layers"), decoder_heads=read.integer("decoder_attention_heads"),
             decoder_ffn=read.integer("decoder_ffn_dim"), decoder_causal=bool(read.required("decoder_causal")),
@@ -178,7 +182,7 @@ class CodecConfig:
             vocoder_ffn=read.integer("vocoder_intermediate_dim"),
             vocoder_window=read.window("vocoder_attn_window_size"),
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
-            norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=float(read.required("rope_theta")),
+            norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=read.number("rope_theta"),
         )
         for width, heads in ((config.dim, config.encoder_heads), (config.dim, config.decoder_heads),
                              (config.vocoder_dim, config.vocoder_heads)):
@@ -198,20 +202,48 @@ class _Reader:
             raise ConfigError(f"{self.source} has no '{key}', which decides a shape and so has no default")
         return self.raw[key]
 
-    def integer(self, key: str) -> int:
-        value = self.required(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer; with a default the key may be missing or null."""
+        value = self.required(key) if default is None else self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if not _is_integer(value) or value < 1:
             raise ConfigError(f"{self.source}: '{key}' must be a positive integer, not {value!r}")
-        return value
+        return int(value)
+
+    def integers(self, key: str) -> list[int]:
+        """A positive integer or a list of them."""
+        value = self.required(key)
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if not values or not all(_is_integer(each) and each > 0 for each in values):
+            raise ConfigError(f"{self.source}: '{key}' must be a positive integer or a list of them, not {value!r}")
+        return values
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number; with a default it may be null."""
+        value = self.required(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{self.source}: '{key}' must be a number, not {value!r}")
+        return float(value)
 
     def window(self, key: str) -> tuple[int, int]:
-        left, right = self.required(key)
-        return int(left), int(right)
+        value = self.required(key)
+        if not isinstance(value, list | tuple) or len(value) != 2 or not all(_is_integer(each) for each in value):
+            raise ConfigError(f"{self.source}: '{key}' must be two integers, left and right, not {value!r}")
+        return value[0], value[1]
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """'1025-129' lists a value a channel; a single number holds for every channel."""
         value = self.required(key)
-        values = tuple(int(part) for part in value.split("-")) if isinstance(value, str) else (int(value),)
+        try:
+            if not _is_integer(value) and not isinstance(value, str):
+                raise ValueError
+            values = (int(value),) if _is_integer(value) else tuple(int(part) for part in value.split("-"))
+        except ValueError:
+            problem = f"'{key}' must be integers joined by '-', one a channel, not {value!r}"
+            raise ConfigError(f"{self.source}: {problem}") from None
         values = values * channels if len(values) == 1 else values
         if len(values) != channels:
             raise ConfigError(f"{self.source}: '{key}' has {len(values)} values for {channels} audio_channels")
@@ -220,7 +252,9 @@ class _Reader:
     def rope_theta(self) -> float:
         """transformers 5 moves rope_theta into rope_parameters."""
         nested = self.raw.get("rope_parameters") or {}
-        return float(nested["rope_theta"] if "rope_theta" in nested else self.required("rope_theta"))
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"{self.source}: 'rope_parameters' must be an object, not {nested!r}")
+        return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
 
     def refuse(self, key: str, unsupported: Any, reason: str) -> None:
         value = self.raw.get(key)
@@ -228,8 +262,12 @@ class _Reader:
             raise ConfigError(f"{self.source}: '{key}' is {value!r}: {reason}")
 
 
-def _rope_kind(scaling: Mapping[str, Any]) -> str:
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
+def _rope_kind(scaling: Any) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class _Batch:
     def read(cls, input_ids: Ids, config: LMConfig) -> "_Batch":
         if not isinstance(input_ids, Tensor):
             rows, layout = list(input_ids), "list"
-            if not rows or any(row.ndim != 2 for row in rows):
+            if any(not isinstance(row, Tensor) or row.ndim != 2 for row in rows):
                 raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
         elif input_ids.ndim == 3:
             rows, layout = list(input_ids), "channels"
@@ -146,6 +146,8 @@ class _Batch:
                 f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, T * "
                 f"{config.group_size}] nor flattened [batch, T * {config.row_width}]"
             )
+        if not rows:
+            raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
         like = input_ids if isinstance(input_ids, Tensor) else rows[0]
         return cls([_checked(row, config) for row in rows], layout, like)
 
@@ -208,8 +210,8 @@ class _Options:
             return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
         everything = list(criteria or ())
-        stoppers = [criterion for criterion in everything if hasattr(criterion, "stop_token_ids")]
-        callables = [criterion for criterion in everything if not hasattr(criterion, "stop_token_ids")]
+        stoppers = [criterion for criterion in everything if _is_stopper(criterion)]
+        callables = [criterion for criterion in everything if not _is_stopper(criterion)]
         max_new = option("max_new_tokens") if max_new is None else max_new
         if max_new is not None and max_new < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new}")
@@ -238,6 +240,11 @@ class _Options:
                 "shorten the prompt or raise max_length"
             )
         return Limits(min(room, self.max_new or room), max(self.min_new, self.min_length - prompt), self.stop_ids)
+
+
+def _is_stopper(criterion: Any) -> bool:
+    """A `MiMoStopper`, ours or upstream's."""
+    return all(hasattr(criterion, name) for name in ("stop_token_ids", "min_length", "max_length", "group_size"))
 
 
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[list[Tensor]]) -> StopHook | None:

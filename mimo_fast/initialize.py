@@ -85,37 +85,37 @@ def init_checkpoint(
         raise CheckpointError(f"no preset {preset!r}: use one of {', '.join(TOKEN_IDS)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not an empty directory: choose another")
-    raw_lm, raw_codec = (_preset(preset, part, dtype) for part in ("lm", "codec"))
-    lm_config, lm, codec = LMConfig.from_dict(raw_lm), directory / "lm", directory / "codec"
-    tables = lm_shapes(lm_config), codec_shapes(CodecConfig.from_dict(raw_codec))
-    sizes = [_nbytes(shapes, raw) for shapes, raw in zip(tables, (raw_lm, raw_codec), strict=True)]
-    _require_space(directory, sum(sizes))
-    draw_lm, draw_codec = (partial(_draw, shapes, seed) for shapes in tables)
+    raw = {part: _preset(preset, part, dtype) for part in ("lm", "codec")}
+    config = LMConfig.from_dict(raw["lm"])
+    shapes = {"lm": lm_shapes(config), "codec": codec_shapes(CodecConfig.from_dict(raw["codec"]))}
+    total = sum(math.prod(shape) * _dtype(raw[part]).itemsize for part in shapes for shape in shapes[part].values())
+    _require_space(directory, total)
+    draws: dict[str, Draw] = {part: partial(_draw, shapes[part], seed) for part in shapes}
     if preset == "tiny":
-        draw_lm = partial(_lean_to_speech, draw_lm, lm_config, TOKEN_IDS[preset])
-    _write_tokenizer(lm, raw_lm, TOKEN_IDS[preset])
+        draws["lm"] = partial(_lean_to_speech, draws["lm"], config, TOKEN_IDS[preset])
+    _write_tokenizer(directory / "lm", raw["lm"], TOKEN_IDS[preset])
     readme = README.format(preset=preset, seed=seed) + (SPEAKING if preset == "tiny" else "")
     (directory / "README.md").write_text(readme, encoding="utf-8")
     hide = None if progress else True
-    with tqdm(total=sum(sizes), desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
-        _write(lm, tables[0], draw_lm, raw_lm, bar)
-        _write(codec, tables[1], draw_codec, raw_codec, bar)
-    return lm, codec
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
+        for part in shapes:
+            write_checkpoint(
+                directory / part, shapes[part], draws[part], dtype=_dtype(raw[part]), config=raw[part],
+                advance=bar.update,
+            )
+    return directory / "lm", directory / "codec"
 
 
 def _preset(preset: str, part: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """A preset's config.json, with its dtype replaced if one is given."""
     text = (files(__package__) / "presets" / f"{preset}-{part}.json").read_text(encoding="utf-8")
     raw: dict[str, Any] = json.loads(text)
     return raw | ({} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def _nbytes(shapes: Shapes, raw: dict[str, Any]) -> int:
-    return sum(map(math.prod, shapes.values())) * getattr(torch, raw["torch_dtype"]).itemsize
-
-
-def _write(directory: Path, shapes: Shapes, draw: Draw, raw: dict[str, Any], bar: Any) -> None:
-    dtype = getattr(torch, raw["torch_dtype"])
-    write_checkpoint(directory, shapes, draw, dtype=dtype, config=raw, advance=bar.update)
+def _dtype(raw: dict[str, Any]) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
+    return dtype
 
 
 def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
@@ -150,17 +150,17 @@ def _lean_to_speech(draw: Draw, config: LMConfig, ids: dict[str, int], name: str
     Attention weights add up to one, so a constant in the last layer's value bias reaches all positions alike.
     o_proj moves it to coordinate 0 of the hidden state, which so is always positive and can serve as a bias of lm_head.
     """
-    layer = f"model.layers.{config.backbone.layers - 1}.self_attn"
-    for values in draw(name):
-        if name == f"{layer}.v_proj.bias":
-            values += 1
-        elif name == f"{layer}.o_proj.weight":
-            values.view(config.backbone.dim, -1)[0] += PUSH / (config.backbone.heads * config.backbone.head_dim)
-        elif name == "lm_head.weight":
-            rows = values.view(config.vocab_size, -1)
-            rows[:, 0] = 0
-            rows[ids["<|empty|>"], 0], rows[ids["<|im_end|>"], 0] = EMPTY_LEAN, END_LEAN
-        yield values
+    layer, backbone = f"model.layers.{config.backbone.layers - 1}.self_attn", config.backbone
+    values = torch.cat(list(draw(name)))
+    if name == f"{layer}.v_proj.bias":
+        values += 1
+    elif name == f"{layer}.o_proj.weight":
+        values.view(backbone.dim, -1)[0] += PUSH / (backbone.heads * backbone.head_dim)
+    elif name == "lm_head.weight":
+        rows = values.view(-1, backbone.dim)
+        rows[:, 0] = 0
+        rows[ids["<|empty|>"], 0], rows[ids["<|im_end|>"], 0] = EMPTY_LEAN, END_LEAN
+    yield values
 
 
 def _write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:

@@ -45,11 +45,7 @@ def load_parts(
     lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
     lm_config, lm_weights = open_lm(lm_dir)
     codec_config, codec_weights = open_codec(codec_dir)
-    if lm_config.channels > len(codec_config.codebook_sizes):
-        raise CheckpointError(
-            f"the language model speaks {lm_config.channels} codebooks and the codec in {codec_dir} has "
-            f"{len(codec_config.codebook_sizes)}: they do not belong together"
-        )
+    _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
     tokenizer.check_vocab(lm_config.vocab_size)
     chosen = parse_dtype(dtype)
@@ -57,6 +53,20 @@ def load_parts(
         language_model = LM(lm_config, tokenizer.special.empty, _getter(lm_weights, chosen, target, bar))
         audio_codec = Codec(codec_config, _getter(codec_weights, chosen, target, bar))
     return language_model, audio_codec, tokenizer
+
+
+def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
+    """Every code but the empty one, which comes last, must be a row of the codec's codebook."""
+    sizes = codec.codebook_sizes
+    if lm.channels > len(sizes):
+        problem = f"the language model speaks {lm.channels} codebooks and the codec has {len(sizes)}"
+        raise CheckpointError(f"{problem}: they do not belong together")
+    for channel, (size, empty) in enumerate(zip(lm.code_sizes, lm.empty_codes, strict=True)):
+        if not size - 1 == empty == sizes[channel]:
+            raise CheckpointError(
+                f"codebook {channel} has {sizes[channel]} codes in the codec and {size} with the empty code {empty} in "
+                "the language model: they do not belong together"
+            )
 
 
 def find(source: PathLike, hub: HubOptions) -> Path:

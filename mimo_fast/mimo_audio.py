@@ -13,8 +13,8 @@ from .generation import flatten_ids, row_seeds
 from .loading import HubOptions, PathLike, load_parts
 from .prompt_builder import Message, PromptBuilder
 from .runtime.decode import Limits, Step
-from .runtime.reply import Chunk, ReplyReader, iterate_async, read_reply, stream_reply
-from .runtime.session import Conversation, Session
+from .runtime.reply import Chunk, ChunkStream, ReplyReader, iterate_async, read_reply, stream_reply
+from .runtime.session import Conversation, Session, check_room
 from .sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
@@ -155,11 +155,13 @@ class MimoAudio(PromptBuilder):
     def _conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
         """The last conversation or, without add_history, a new one, with the prompt appended."""
         if self._kept is None or not add_history:
+            check_room(self.lm.config, input_ids.shape[1] // self.group_size)
+            # The old cache goes before the new one comes.
             self._kept = None
             self._kept = self.conversation(seed)
-        elif seed is not None:
+        self._kept.add(input_ids)
+        if seed is not None:
             self._kept.reseed(seed)
-        self._kept.extend(input_ids)
         return self._kept
 
     def _reader(self, input_ids: Tensor) -> ReplyReader:
@@ -185,7 +187,7 @@ class MimoAudio(PromptBuilder):
     def stream(
         self, task: str, *arguments: Any, add_history: bool = False, max_new_tokens: int | None = None,
         min_new_tokens: int = 0, seed: int | None = None, **task_arguments: Any,
-    ) -> Iterator[Chunk]:
+    ) -> ChunkStream:
         """A task's reply while it is decoded, a chunk a group.
 
         Args:

@@ -206,13 +206,26 @@ def continuation(speech: Speech) -> Segments:
     return [Speech(speech.codes, closed=False)]
 
 
-def role_of(message: Mapping[str, Any]) -> str:
+def role_of(message: Any) -> str:
     """The role of a message, 'user' or 'assistant'.
 
     Raises:
         PromptError: the message lacks a role or content, or has another role.
     """
-    role = message.get("role")
+    role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ("user", "assistant") or "content" not in message:
-        raise PromptError(f"a message needs a role ('user' or 'assistant') and content, not {dict(message)!r:.120}")
+        shown = repr(message)
+        raise PromptError(f"a message needs a role ('user' or 'assistant') and content, not {shown:.120}")
     return str(role)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The content of a message that must be text.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    content = message["content"]
+    if not isinstance(content, str):
+        raise PromptError(f"the content of this {message['role']} message must be text, not a {type(content).__name__}")
+    return content

@@ -102,9 +102,9 @@ class PromptBuilder:
     ) -> Tensor:
         turns: list[Speech | Reply] = []
         for message in message_list:
-            content = message.get("content")
-            if prompt.role_of(message) == "user":
-                turns.append(self.speech(message["content"]))
+            role, content = prompt.role_of(message), message["content"]
+            if role == "user":
+                turns.append(self.speech(content))
             elif isinstance(content, Mapping) and {"text", "audio"} <= content.keys():
                 turns.append(Reply(content["text"], self.speech(content["audio"]).codes))
             else:
@@ -117,7 +117,7 @@ class PromptBuilder:
     def get_s2t_dialogue_sft_multiturn_prompt(self, message_list: Sequence[Message], thinking: bool = False) -> Tensor:
         roles = [prompt.role_of(message) for message in message_list]
         contents = [
-            self.speech(message["content"]) if role == "user" else message["content"]
+            self.speech(message["content"]) if role == "user" else prompt.text_of(message)
             for role, message in zip(roles, message_list, strict=True)
         ]
         return self._ids(prompt.text_reply(list(zip(roles, contents, strict=True)), thinking))
@@ -126,12 +126,16 @@ class PromptBuilder:
         return self._ids(prompt.text_reply([("user", input_text)], thinking))
 
     def get_text_dialogue_sft_multiturn_prompt(self, message_list: Sequence[Message], thinking: bool = False) -> Tensor:
-        turns = [(prompt.role_of(message), message["content"]) for message in message_list]
+        turns = [(prompt.role_of(message), prompt.text_of(message)) for message in message_list]
         return self._ids(prompt.text_reply(turns, thinking))
 
     def get_in_context_learning_s2s_prompt(
         self, instruction: str, prompt_examples: Sequence[Mapping[str, Any]], audio: AudioSource
     ) -> Tensor:
+        for example in prompt_examples:
+            missing = {"input_audio", "output_audio", "output_transcription"} - set(example)
+            if missing:
+                raise PromptError(f"an example needs {', '.join(sorted(missing))} as well")
         examples = [
             (
                 self.speech(example["input_audio"]),

@@ -263,9 +263,9 @@ def _sampler(model: MimoAudio, golden: Golden) -> Errors:
             settings = sampler_tensors([MiMoSampler(True, **setting)] * len(logits), model.device)
             kept = filter_scores(logits.to(model.device), settings).cpu() > -torch.inf
             want = golden.get(f"model:sampler_kept.{size}.{j}").bool()
-            threshold = logits.masked_fill(~want, torch.inf).amin(-1, keepdim=True)
-            # Of equal logits at the threshold, upstream's sort keeps an arbitrary one.
-            yield f"model:sampler_kept.{size}.{j}", float(((kept != want) & (logits != threshold)).sum())
+            # Of equal logits at the threshold upstream's sort keeps arbitrary ones: compare values, not places.
+            values = (logits.masked_fill(~mask, -torch.inf).sort(dim=-1).values for mask in (kept, want))
+            yield f"model:sampler_kept.{size}.{j}", _differing(*values)
 
 
 def _generate(model: MimoAudio, golden: Golden) -> Errors:

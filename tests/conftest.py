@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_pair
+from hypothesis import settings
+from safetensors.torch import load_file
+from variants import VARIANTS, Loaded
 
 import mimo_fast
 from mimo_fast.verify import Golden
 
 KIT = Path(__file__).parent / "golden"
+
+# Machines differ in speed, and no test is about time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Small matrices: more threads only cost synchronisation.
 torch.set_num_threads(1)
@@ -35,3 +43,11 @@ def golden(kit: Path) -> Golden:
 def model(kit: Path) -> mimo_fast.MimoAudio:
     """The kit's tiny checkpoint pair on the CPU, float32."""
     return mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """Random checkpoint pairs of several dimensions, one after the other."""
+    variant = VARIANTS[request.param]
+    lm, codec = write_pair(tmp_path_factory.mktemp(request.param), variant.lm, variant.codec)
+    return Loaded(mimo_fast.load(lm, codec, device="cpu"), load_file(lm / "model.safetensors"))

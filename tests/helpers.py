@@ -15,6 +15,19 @@ from mimo_fast.layout import codec_shapes, lm_shapes
 
 KIT = Path(__file__).parent / "golden"
 
+BAD_CODES = [
+    (torch.zeros(8, 5), "codes must be integers"),
+    (torch.zeros(8, 0, dtype=torch.int64), r"codes must be \[1 to 12, T >= 1\], not \[8, 0\]"),
+    (torch.zeros(0, 5, dtype=torch.int64), r"not \[0, 5\]"),
+    (torch.zeros(13, 5, dtype=torch.int64), r"not \[13, 5\]"),
+    (torch.zeros(8, dtype=torch.int64), r"not \[8\]"),
+    (torch.zeros(1, 8, 5, dtype=torch.int64), r"not \[1, 8, 5\]"),
+    (torch.full((8, 5), -1), "outside its codebook"),
+    (torch.tensor([[64], [64], [16], [16]]), "outside its codebook; drop the empty codes"),
+    (torch.tensor([[63], [63], [15], [16]]), "outside its codebook"),
+]
+"""Codes that the kit's codec cannot decode, and the error for each."""
+
 
 def assert_rounded(got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0) -> None:
     """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of float32 inside."""

@@ -151,7 +151,7 @@ def test_window_of_itself_alone_gives_the_value():
     torch.testing.assert_close(window_attention(q[0], k[0], v[0], 0, 0), v[0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 2 * WINDOW_BLOCK + 2), st.integers(0, 60), st.integers(0, 60))
 def test_any_window(t, left, right):
     q, k, v = random_qkv(1, 1, t, t, 4)

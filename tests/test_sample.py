@@ -1,8 +1,7 @@
-"""Philox against published vectors, draws against exact probabilities, filtering against a slow independent oracle."""
+"""Filtering against a slow independent oracle, draws against exact probabilities, greedy and banned ids."""
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,108 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast.kernels.sample import SamplerTensors, filter_scores, gumbel, philox, sample
-from mimo_fast.sampling import GREEDY, MiMoSampler, MiMoStopper, sampler_tensors
-
-WORD = 0xFFFFFFFF
-
-
-def philox_words(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Philox 4x32-10 on Python integers: all four words."""
-    x, k = list(counter), list(key)
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * x[0], 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * x[2], 2**32)
-        x = [high1 ^ x[1] ^ k[0], low1, high0 ^ x[3] ^ k[1], low0]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return x
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_oracle_gives_random123_known_answers(counter, key, words):
-    assert tuple(philox_words(counter, key)) == words
-
-
-@given(st.integers(0, 2**63 - 1), *[st.one_of(st.integers(0, WORD), st.sampled_from((0, 1, WORD)))] * 3)
-def test_philox_is_the_oracles_first_word(key, c0, c1, c2):
-    word = philox(*(torch.tensor([value]) for value in (key, c0, c1, c2)))
-    assert word.tolist() == philox_words((c0, c1, c2, 0), (key & WORD, key >> 32))[:1]
-
-
-def test_philox_known_answer():
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert philox(zero, zero, zero, zero).tolist() == [0x6627E8D5]
-
-
-def test_philox_broadcasts():
-    key, ids = torch.tensor([[3], [5]]), torch.arange(4)
-    words = philox(key, ids, torch.tensor([[7], [8]]), torch.tensor([[0], [1]]))
-    want = [[philox_words((i, 7 + row, row, 0), (k, 0))[0] for i in range(4)] for row, k in enumerate((3, 5))]
-    assert words.tolist() == want
-
-
-def noise_of(seed: int, draws: Tensor, slot: int, size: int) -> Tensor:
-    return gumbel(torch.full_like(draws, seed), draws, torch.full_like(draws, slot), size)
-
-
-def test_gumbel_has_the_moments_and_tail_of_its_law():
-    n = 1_000_000
-    noise = noise_of(1, torch.arange(n // 1000), 0, 1000).double().flatten()
-    assert noise.isfinite().all()
-    assert abs(noise.mean() - 0.5772156649) < 5 * math.pi / math.sqrt(6 * n)
-    # The fourth central moment is 27/5 of the squared variance.
-    assert abs(noise.var() - math.pi**2 / 6) < 5 * math.sqrt(4.4 / n) * math.pi**2 / 6
-    for x in (-1.5, 0.0, 2.0, 6.0):
-        p = math.exp(-math.exp(-x))
-        assert abs((noise <= x).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
-
-
-def test_gumbel_ends_are_finite(monkeypatch):
-    for word in (0, WORD):
-        monkeypatch.setattr("mimo_fast.kernels.sample.philox", lambda *_, word=word: torch.tensor([[word]]))
-        (value,) = gumbel(*torch.zeros(3, 1, dtype=torch.int64), 1).flatten().tolist()
-        uniform = (word + 0.5) / 2**32
-        assert value == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-6)
-
-
-def test_draws_are_independent_across_seed_draw_slot_and_id():
-    n, size = 20_000, 5
-    index = torch.arange(n)
-    zero = torch.zeros_like(index)
-    streams = {
-        "draw": gumbel(zero, index, zero, size),
-        "slot": gumbel(zero, zero, index + 1, size),
-        "seed": gumbel(index + 1, zero, zero, size),
-        "high seed": gumbel((index + 1) << 32, zero, zero, size),
-        "id": gumbel(zero[:1] + 10**9, zero[:1], zero[:1], n * size).view(n, size),
-    }
-    seen = torch.cat(list(streams.values()))
-    assert len(seen.unique(dim=0)) == len(seen), "a row of noise was drawn twice"
-    bound = 5 / math.sqrt(n)
-    for name, noise in streams.items():
-        table = torch.stack((noise[:-1, 0], noise[1:, 0], noise[:-1, 1], noise[1:, 4]))
-        correlation = torch.corrcoef(table.double()) - torch.eye(4)
-        assert correlation.abs().max() < bound, name
-    across = torch.corrcoef(torch.stack([noise[:, 2] for noise in streams.values()]).double()) - torch.eye(5)
-    assert across.abs().max() < bound
+from mimo_fast.kernels.sample import filter_scores, gumbel, sample
+from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 
 def kept_values(logits: Sequence[float], sampler: MiMoSampler, slack: float = 1e-5) -> list[list[float]]:
-    """Upstream's rule, a row at a time in doubles: every list of scaled logits, ascending, that may be kept.
+    """Upstream's rule, a row at a time: every list of scaled logits, ascending, that may be kept.
 
     More than one only where a cumulative probability is within `slack` of 1 - top_p: float32 may fall either way.
     """
-    scores = sorted(value / (sampler.temperature or 1.0) for value in logits)
+    # Divided in float32, because that may tie what was not.
+    scores = sorted(float(torch.tensor(value) / torch.tensor(sampler.temperature or 1.0)) for value in logits)
     if sampler.top_k:
         kth = scores[-min(sampler.top_k, len(scores))]
         scores = [score for score in scores if score >= kth]
@@ -119,14 +27,13 @@ def kept_values(logits: Sequence[float], sampler: MiMoSampler, slack: float = 1e
     if not sampler.top_p:
         return [scores]
     weights = [math.exp(score - scores[-1]) for score in scores]
-    total, cumulative, ways = math.fsum(weights), 0.0, set()
+    total, cumulative = math.fsum(weights), 0.0
     certain = possible = 0
     for weight in weights[:-1]:
         cumulative += weight / total
         certain += cumulative <= 1 - sampler.top_p - slack
         possible += cumulative <= 1 - sampler.top_p + slack
-    ways = range(certain, possible + 1)
-    return [scores[dropped:] for dropped in ways]
+    return [scores[dropped:] for dropped in range(certain, possible + 1)]
 
 
 def assert_kept(logits: Tensor, samplers: Sequence[MiMoSampler]) -> None:
@@ -135,8 +42,7 @@ def assert_kept(logits: Tensor, samplers: Sequence[MiMoSampler]) -> None:
     assert not scores.isnan().any()
     for row, got, sampler in zip(logits.double().tolist(), scores.tolist(), samplers, strict=True):
         kept = sorted(value for value in got if value > -math.inf)
-        ways = kept_values(row, sampler)
-        assert any(len(way) == len(kept) and kept == pytest.approx(way, rel=1e-6) for way in ways), (row, sampler)
+        assert kept in kept_values(row, sampler), (row, sampler)
         for value, logit in zip(got, row, strict=True):
             assert value in (-math.inf, pytest.approx(logit / (sampler.temperature or 1.0), rel=1e-6))
 
@@ -159,7 +65,7 @@ def logit_rows(draw: st.DrawFn) -> Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(logit_rows(), st.data())
 def test_filter_keeps_what_upstreams_rule_keeps(logits, data):
     assert_kept(logits, [data.draw(samplers) for _ in logits])
@@ -213,6 +119,12 @@ def test_mixed_settings_in_a_batch_equal_each_alone():
             filter_scores(logits[one], sampler_tensors([sampler])),
             filter_scores(logits, sampler_tensors(mixed))[one],
         )
+
+
+def noise_of(seed: int, draws: int, size: int) -> Tensor:
+    """Noise [draws, size] of one seed."""
+    index = torch.arange(draws)
+    return gumbel(torch.full_like(index, seed), index, torch.zeros_like(index), size)
 
 
 def draw(logits: Tensor, sampler: MiMoSampler, noise: Tensor, banned: Tensor | None = None) -> Tensor:
@@ -277,7 +189,7 @@ def test_draws_follow_the_exact_probabilities(noises, axis, sampler):
     counts = draw(logits, sampler, noises[axis], banned).bincount(minlength=11)
     (kept,) = kept_values(logits.tolist(), sampler)
     scores = logits.double() / (sampler.temperature or 1.0)
-    removed = scores < kept[0] - 1e-9
+    removed = scores < kept[0] - 1e-6
     # Which of tied ids top-p drops is arbitrary: no threshold here may fall on a tie.
     assert (~removed).sum() == len(kept)
     scores[removed | banned] = -torch.inf
@@ -287,10 +199,9 @@ def test_draws_follow_the_exact_probabilities(noises, axis, sampler):
 
 
 def test_draws_from_a_wide_vocabulary():
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(1025, generator=generator) * 2
-    noise = noise_of(3, torch.arange(4000), 1, 1025)
-    counts = draw(logits, MiMoSampler(True), noise).bincount(minlength=1025)
+    logits = torch.randn(1025, generator=torch.Generator().manual_seed(5)) * 2
+    noise = noise_of(3, 4000, 1025)
+    counts = draw(logits, MiMoSampler(True), noise).bincount(minlength=len(logits))
     assert chi_square_p(counts, logits.double().softmax(-1)) > 1e-3
 
 
@@ -302,8 +213,7 @@ def test_draws_do_not_depend_on_the_batch():
     batch = sampler_tensors([MiMoSampler(True, 0.9, top_p=0.95)] * 7)
     together = gumbel(seeds, draws, slots, 300)
     ids = sample(logits, batch, together, None)
-    for row in (0, 3, 6, 1):
-        one = slice(row, row + 1)
+    for row, one in ((row, slice(row, row + 1)) for row in (0, 3, 6, 1)):
         alone = gumbel(seeds[one], draws[one], slots[one], 300)
         assert torch.equal(alone, together[one])
         assert sample(logits[one], batch.select([row]), alone, None).item() == ids[row].item()
@@ -359,13 +269,13 @@ def test_banned_ids_are_removed_after_top_k_and_top_p():
     """Upstream's order: the banned id takes one of the k places, and its mass counts for top-p."""
     logits = torch.tensor([5.0, 4.0, 3.0, 2.0])
     banned = torch.tensor([True, False, False, False])
-    noise = noise_of(4, torch.arange(2000), 0, 4)
+    noise = noise_of(4, 2000, 4)
     assert set(draw(logits, MiMoSampler(True, 1.0, 2), noise, banned).tolist()) == {1}
     logits = torch.tensor([8.0, 3.0, 2.0, 1.0])
     assert set(draw(logits, MiMoSampler(True, 1.0, None, 0.9), noise, banned).tolist()) == {1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logit_rows(), st.data())
 def test_banned_ids_are_never_drawn(logits, data):
     n, size = logits.shape
@@ -387,85 +297,3 @@ def test_half_precision_logits_are_filtered_in_float32():
         low = logits.to(dtype)
         batch = sampler_tensors([MiMoSampler(True, 0.7, 20, 0.9)] * 4)
         assert torch.equal(filter_scores(low, batch), filter_scores(low.float(), batch))
-
-
-@pytest.mark.parametrize(
-    ("bad", "word"),
-    [
-        ({"temperature": -0.1}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_k": -1}, "top_k"),
-        ({"top_p": -0.1}, "top_p"), ({"top_p": 1.01}, "top_p"), ({"top_p": math.nan}, "top_p"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(bad, word):
-    with pytest.raises(ValueError, match=word) as caught:
-        MiMoSampler(True, **bad)
-    assert "\n" not in str(caught.value)
-
-
-def test_sampler_tensors_of_each_setting():
-    tensors = sampler_tensors([
-        MiMoSampler(), MiMoSampler(True), MiMoSampler(True, 0.0, 7, 0.9), MiMoSampler(True, 2, 0, 1),
-        SimpleNamespace(do_sample=True, temperature=0.5, top_k=None, top_p=0.25),
-    ])
-    assert tensors.greedy.tolist() == [True, False, True, False, False]
-    assert tensors.temperature.tolist() == [1.0, 1.0, 1.0, 2.0, 0.5]
-    assert tensors.top_k.tolist() == [0, 0, 7, 0, 0]
-    assert tensors.tail.tolist() == [-1.0, -1.0, pytest.approx(0.1), 0.0, 0.75]
-    assert not tensors.all_greedy
-    assert sampler_tensors([GREEDY, MiMoSampler(True, 0)]).all_greedy
-
-
-def test_select_repeats_rows():
-    rows = ((0.5, 1, 0.5), (0.6, 2, 0.75), (0.7, 3, 1.0))
-    tensors = sampler_tensors([MiMoSampler(True, *row) for row in rows])
-    chosen = tensors.select([2, 0], repeat=2)
-    assert isinstance(chosen, SamplerTensors)
-    assert chosen.top_k.tolist() == [3, 3, 1, 1]
-    assert chosen.tail.tolist() == [0.0, 0.0, 0.5, 0.5]
-    assert torch.equal(chosen.temperature, tensors.temperature[[2, 2, 0, 0]])
-    assert chosen.greedy.tolist() == [False] * 4
-
-
-GROUP, CHANNELS = 4, 8
-STEP = GROUP * (CHANNELS + 1)
-
-
-def flat_rows(last_tokens: Sequence[int], groups: int) -> Tensor:
-    """Flattened ids [B, groups * STEP] whose last group's text token is given; 50 fills everything else."""
-    ids = torch.full((len(last_tokens), groups * STEP), 50)
-    ids[:, -STEP] = torch.tensor(last_tokens)
-    return ids
-
-
-def test_stopper_looks_at_each_row():
-    stopper = MiMoStopper(GROUP, CHANNELS, [7, 9])
-    assert stopper(flat_rows([7, 8, 9, 50], 3)).tolist() == [True, False, True, False]
-    assert stopper(flat_rows([8, 8], 3), None).dtype == torch.bool
-
-
-def test_stopper_reads_the_text_token_of_the_last_group_only():
-    stopper = MiMoStopper(GROUP, CHANNELS, [7])
-    ids = flat_rows([8], 2)
-    ids[0, 0] = 7
-    ids[0, -STEP + 1 :] = 7
-    assert stopper(ids).tolist() == [False]
-
-
-@pytest.mark.parametrize(("groups", "done"), [(4, False), (5, True), (6, True)])
-def test_stopper_max_length_counts_groups(groups, done):
-    stopper = MiMoStopper(GROUP, CHANNELS, [7], max_length=5)
-    assert stopper(flat_rows([8, 8], groups)).tolist() == [done] * 2
-    assert stopper(flat_rows([7, 8], groups)).tolist() == [True, done]
-
-
-@pytest.mark.parametrize(("groups", "done"), [(2, False), (3, True)])
-def test_stopper_min_length_delays_stop_tokens_but_not_max_length(groups, done):
-    stopper = MiMoStopper(GROUP, CHANNELS, [7], min_length=3)
-    assert stopper(flat_rows([7], groups)).tolist() == [done]
-    both = MiMoStopper(GROUP, CHANNELS, [7], max_length=2, min_length=9)
-    assert both(flat_rows([7], groups)).tolist() == [True]
-
-
-def test_stopper_without_rules_never_stops():
-    assert MiMoStopper(GROUP, CHANNELS)(flat_rows([0], 500)).tolist() == [False]
-    assert MiMoStopper(GROUP, CHANNELS, [7])(torch.empty(2, 0, dtype=torch.int64)).tolist() == [False, False]

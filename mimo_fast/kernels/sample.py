@@ -8,13 +8,29 @@
 
 The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed, draw, slot, id)
 through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it and can be replayed.
+
+This file is the reference, in plain torch: `filter_scores` and `sample` for a given noise, `gumbel` for the noise. The
+kernels, `sample_text` and `sample_codes`, are in files of those names and never sort. They rest on two facts:
+  - What top-k and top-p keep is an upper set: of the order by (score, id), everything from some id on. So draw first,
+    from all ids that top-k keeps, and ask of the winner alone whether top-p keeps it: its cumulative probability is one
+    masked sum. If it does, no kept id can beat it. If it does not, nothing below it in the order is kept: draw again
+    among the ids above it, with the same noise. Each winner is kept with probability top_p or more (a winner falls into
+    the mass that top-p drops with probability 1 - top_p at most), so one sum is nearly always enough.
+  - The k-th largest score is found bit by bit from counts of its ordered bits, which are exact.
+So the token is the reference's, ties included: the order by (score, id) is that of a stable sort. It may differ where
+a cumulative probability is within float32 rounding (about 1e-6) of 1 - p, as between any two orders of summation, and
+where logits computed in another order of summation round to other values.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .dispatch import jit, tl
 
 TAIL_OFF = -1.0
 """A tail that no cumulative probability can fall under: top-p off."""
@@ -25,7 +41,7 @@ class SamplerTensors:
     """Settings of N rows: temperature and tail float32 [N], top_k int64 [N] (0: off), greedy bool [N].
 
     tail is 1 - top_p, subtracted in double before rounding, as upstream's comparison does.
-    all_greedy is known on the host, so that greedy decoding skips the sort.
+    all_greedy is known on the host, so that greedy decoding skips the sort; so may be any_top_k, to save launches.
     """
 
     temperature: Tensor
@@ -33,12 +49,14 @@ class SamplerTensors:
     tail: Tensor
     greedy: Tensor
     all_greedy: bool
+    any_top_k: bool = True
 
-    def select(self, rows: Sequence[int], repeat: int = 1) -> "SamplerTensors":
+    def select(self, rows: Sequence[int], repeat: int = 1) -> SamplerTensors:
         """Settings of the given rows, each repeated."""
         index = torch.tensor(rows, device=self.greedy.device).repeat_interleave(repeat)
         return SamplerTensors(
-            self.temperature[index], self.top_k[index], self.tail[index], self.greedy[index], self.all_greedy
+            self.temperature[index], self.top_k[index], self.tail[index], self.greedy[index], self.all_greedy,
+            self.any_top_k,
         )
 
 
@@ -98,3 +116,21 @@ def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
         x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return x0
+
+
+@jit
+def gumbel_noise(seed, ids, draw, slot):  # type: ignore[no-untyped-def]
+    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or constexpr."""
+    o_id = ids.to(tl.uint32)
+    o_zero = o_id * 0
+    word, _, _, _ = tl.philox(seed, o_id, o_zero + draw.to(tl.uint32), o_zero + slot, o_zero)
+    # 1 - w is exact in float64, so that its logarithm is as good as log1p(-w).
+    rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return -tl.log(-tl.log(rest)).to(tl.float32)
+
+
+@jit
+def ordered_bits(x):  # type: ignore[no-untyped-def]
+    """float32 -> int64 in [0, 2^32) of the same order; -0.0 is 0.0."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648

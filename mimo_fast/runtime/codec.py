@@ -67,10 +67,10 @@ class Codec:
     def sample_rate(self) -> int:
         return self.config.sample_rate
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
         """Waveform [n] at 24 kHz -> codes [n_q, T] int64 (all codebooks by default), T = one a 960 samples."""
-        if not 1 <= (n_q or 1) <= len(self.codebooks):
+        if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
         if wav.ndim != 1:
             raise AudioError(f"encode takes a mono waveform [n], not {list(wav.shape)}; average its channels first")
@@ -103,7 +103,7 @@ class Codec:
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
         return self.pool_norm(F.gelu(x))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, T], n <= number of codebooks -> waveform [960 T] float32, in segments of 60 s."""
         self.check_codes(codes)
@@ -111,7 +111,7 @@ class Codec:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [n, T] -> sum of codebook rows [T, D] float32."""
-        return rvq_decode(codes.to(self.device), self.codebooks)
+        return rvq_decode(codes.to(self.device, torch.int64), self.codebooks)
 
     def decode_hidden(self, hidden: Tensor) -> Tensor:
         """Dequantized codes [T, D] -> waveform [960 T] float32."""
@@ -129,6 +129,8 @@ class Codec:
 
     def check_codes(self, codes: Tensor) -> None:
         """Raises ValueError unless codes are [n, T] with every index inside its codebook."""
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers, not {codes.dtype}")
         if codes.ndim != 2 or not 1 <= codes.shape[0] <= len(self.codebooks) or codes.shape[1] == 0:
             raise ValueError(f"codes must be [1 to {len(self.codebooks)}, T >= 1], not {list(codes.shape)}")
         sizes = torch.tensor(self.config.codebook_sizes[: len(codes)])[:, None]

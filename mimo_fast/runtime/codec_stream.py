@@ -24,7 +24,7 @@ class CodecStream:
         self._window: Tensor | None = None
         self._done = 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def push(self, codes: Tensor) -> Tensor:
         """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m may be 0."""
         window = self._extend(codes)
@@ -37,7 +37,7 @@ class CodecStream:
         self._done = final - dropped
         return wav
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def finish(self, codes: Tensor | None = None) -> Tensor:
         """The last codes, if any -> all samples still waiting for what follows. The stream starts anew after it."""
         window = self._window if codes is None else self._extend(codes)

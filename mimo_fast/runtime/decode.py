@@ -44,7 +44,7 @@ StopHook = Callable[[int, int, Tensor], bool]
 def start(lm: LM, prompts: Sequence[Tensor], seeds: Sequence[int], capacity: int) -> DecodeState:
     """A state with every prompt [C + 1, T_b G] prefilled, each on its own so that no row feels another's length."""
     state = lm.new_state(seeds, capacity)
-    with torch.inference_mode():
+    with torch.no_grad():
         for slot, prompt in enumerate(prompts):
             lm.prefill(prompt, state, slot)
     return state
@@ -66,14 +66,14 @@ def decode(
     slots = list(range(len(limits)))
     produced = 0
     while slots:
-        with torch.inference_mode():
+        with torch.no_grad():
             step = _next_groups(lm, state, slots, limits, global_settings, local_settings, produced, stop_hook)
         produced += 1
         yield step
         running = [row for row, finished in enumerate(step.finished) if not finished]
         slots = [step.slots[row] for row in running]
         if slots:
-            with torch.inference_mode():
+            with torch.no_grad():
                 text = torch.tensor([step.text[row] for row in running], device=lm.device)
                 lm.step(text, step.codes[running], state, slots)
 
@@ -97,12 +97,11 @@ def _next_groups(
         speakers = [slots[row] for row in speaking]
         codes[speaking] = lm.sample_patch(state, speakers, local_settings.select(speakers))
     state.draws[slots] += 1
-    finished = [
-        token in limits[slot].stop_ids
-        or produced + 1 >= limits[slot].max_new
-        or (stop_hook is not None and stop_hook(slot, token, codes[row]))
-        for row, (slot, token) in enumerate(zip(slots, text, strict=True))
-    ]
+    finished = []
+    for row, (slot, token) in enumerate(zip(slots, text, strict=True)):
+        # The hook sees every group, those that end a row by themselves as well.
+        hooked = stop_hook is not None and stop_hook(slot, token, codes[row])
+        finished.append(hooked or token in limits[slot].stop_ids or produced + 1 >= limits[slot].max_new)
     return Step(slots, text, codes, finished)
 
 

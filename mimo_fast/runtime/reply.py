@@ -1,10 +1,10 @@
 """Decoded groups -> what a listener gets: text, spoken patches, and chunks of audio as they become final."""
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from .codec import Codec
 from .decode import Step
 
 UNFINISHED_CHARACTER = "\ufffd"
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,23 @@ class ReplyReader:
         return text
 
 
+class ChunkStream(Iterator[Chunk]):
+    """Chunks of one reply. Any thread may take the next one, and any may close it: closing waits for the group in
+    progress, and after it there are no more."""
+
+    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+        self._chunks = chunks
+        self._lock = threading.RLock()
+
+    def __next__(self) -> Chunk:
+        with self._lock:
+            return next(self._chunks)
+
+    def close(self) -> None:
+        with self._lock:
+            self._chunks.close()
+
+
 def read_reply(steps: Iterator[Step], reader: ReplyReader) -> tuple[str, Tensor | None]:
     """All of a one-row reply: stripped text, and codes [C, T] or None. Its last group ends it and is not part of it."""
     text, patches = [], []
@@ -104,7 +120,7 @@ def read_reply(steps: Iterator[Step], reader: ReplyReader) -> tuple[str, Tensor 
 
 def stream_reply(
     steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, speaks: bool = True
-) -> Iterator[Chunk]:
+) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
     Args:
@@ -112,12 +128,12 @@ def stream_reply(
         began: `time.perf_counter()` at the request, before the prefill.
         speaks: False leaves all audio out.
     """
-    return _chunks(steps, reader, codec, began, time.perf_counter() - began, speaks)
+    return ChunkStream(_chunks(steps, reader, codec, began, time.perf_counter() - began, speaks))
 
 
 def _chunks(
     steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     stream = codec.stream()
     groups, samples, first_audio = 0, 0, None
 
@@ -140,27 +156,22 @@ def _chunks(
     yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None))
 
 
-async def iterate_async(start: Callable[[], Iterator[Chunk]]) -> AsyncIterator[Chunk]:
+async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
     """The chunks of `start()`, all of it computed in worker threads, so that the event loop stays free.
 
     Leaving the loop or cancelling the task stops after the group in progress.
     """
-    chunks: Iterator[Chunk] | None = None
+    started = asyncio.ensure_future(asyncio.to_thread(start))
     try:
-        chunks = await _in_thread(start)
-        while (chunk := await _in_thread(lambda: next(chunks, None))) is not None:
+        chunks = await asyncio.shield(started)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
     finally:
-        close = getattr(chunks, "close", None)
-        if close is not None:
-            close()
+        # Waits for the thread in a group or a prefill, however often the task is cancelled meanwhile.
+        await asyncio.shield(_close(started))
 
 
-async def _in_thread(work: Callable[[], Result]) -> Result:
-    """Runs work in a thread. When cancelled, waits for it: a generator cannot be closed while a thread runs it."""
-    pending = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(pending)
-    except asyncio.CancelledError:
-        await asyncio.wait([pending])
-        raise
+async def _close(started: asyncio.Future[ChunkStream]) -> None:
+    await asyncio.wait([started])
+    if not started.cancelled() and started.exception() is None:
+        await asyncio.to_thread(started.result().close)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import prompt
+from ..config import LMConfig
 from ..errors import PromptError
 from ..kernels.sample import SamplerTensors
 from ..tasks import find_task
 from .decode import Limits, Step, decode
 from .lm import LM
-from .reply import Chunk, ReplyReader, iterate_async, stream_reply
+from .reply import Chunk, ChunkStream, ReplyReader, iterate_async, stream_reply
 
 if TYPE_CHECKING:
     from ..mimo_audio import MimoAudio
@@ -43,8 +44,16 @@ class Conversation:
         self.state.seeds[0] = seed
         self.state.draws[0] = 0
 
-    def extend(self, ids: Tensor) -> None:
-        """Appends ids [C + 1, n G]; they are fed when decoding begins."""
+    def add(self, ids: Tensor) -> None:
+        """Appends a prompt [C + 1, n G], to be fed when decoding begins.
+
+        Raises:
+            PromptError: it leaves no room for a reply; the conversation stays as it was.
+        """
+        check_room(self.lm.config, self.groups + ids.shape[1] // self.lm.config.group_size)
+        self._extend(ids)
+
+    def _extend(self, ids: Tensor) -> None:
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
 
     def truncate(self, groups: int) -> None:
@@ -55,13 +64,8 @@ class Conversation:
     def decode(self, limits: Limits, global_settings: SamplerTensors, local_settings: SamplerTensors) -> Iterator[Step]:
         """Prefills what is not cached, then decodes; each group is part of the conversation before it is yielded."""
         room = self.lm.config.max_positions - self.groups
-        if room < 1:
-            raise PromptError(
-                f"the conversation has {self.groups} groups and the model's context is "
-                f"{self.lm.config.max_positions}: start a new one or shorten the input"
-            )
         self.prefilled = self.groups - self.cached
-        with torch.inference_mode():
+        with torch.no_grad():
             self.lm.prefill(self.ids[:, self.cached * self.lm.config.group_size :], self.state, 0)
         limits = Limits(min(limits.max_new, room), limits.min_new, limits.stop_ids)
         return self._record(decode(self.lm, self.state, [limits], global_settings, local_settings))
@@ -69,8 +73,17 @@ class Conversation:
     def _record(self, steps: Iterator[Step]) -> Iterator[Step]:
         for step in steps:
             codes = step.codes[0].cpu()
-            self.extend(torch.cat((codes.new_full((1, codes.shape[1]), step.text[0]), codes)))
+            self._extend(torch.cat((codes.new_full((1, codes.shape[1]), step.text[0]), codes)))
             yield step
+
+
+def check_room(config: LMConfig, groups: int) -> None:
+    """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+    if groups >= config.max_positions:
+        raise PromptError(
+            f"the conversation has {groups} groups and the model's context is {config.max_positions}: "
+            "start a new one or shorten the input"
+        )
 
 
 class Session:
@@ -89,11 +102,11 @@ class Session:
         self._model = model
         self._system_prompt = system_prompt
         self._conversation = model.conversation(seed)
-        self._conversation.extend(model.pack(prompt.voice_system(None if voice is None else model.speech(voice))))
+        self._conversation.add(model.pack(prompt.voice_system(None if voice is None else model.speech(voice))))
         self._opening = self._conversation.groups
         self._reply_start: int | None = None
         self._spoken: list[int] = []
-        self._running: Iterator[Chunk] | None = None
+        self._running: ChunkStream | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -105,7 +118,7 @@ class Session:
         """Groups that the last turn had to prefill."""
         return self._conversation.prefilled
 
-    def stream(self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0) -> Iterator[Chunk]:
+    def stream(self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0) -> ChunkStream:
         """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is decoded.
 
         Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what was heard.
@@ -115,7 +128,7 @@ class Session:
         model = self._model
         first = self._reply_start is None
         turn = prompt.spoken_dialogue(model.speech(audio), self._system_prompt if first else None)
-        self._conversation.extend(model.pack([*self._closing(), *turn]))
+        self._conversation.add(model.pack([*self._closing(), *turn]))
         self._reply_start, self._spoken = self._conversation.groups, []
         task = find_task("spoken_dialogue")
         stop_ids = task.stop_ids(model.tokenizer.special)
@@ -140,7 +153,7 @@ class Session:
             return
         codec, group_size = self._model.codec.config, self._conversation.lm.config.group_size
         patch_ms = 1000 * group_size * codec.samples_per_frame / codec.sample_rate
-        heard = math.ceil(max(played_ms, 0) / patch_ms)
+        heard = math.ceil(min(max(played_ms / patch_ms, 0), len(self._spoken)))
         if heard < len(self._spoken):
             self._conversation.truncate(self._spoken[heard])
             del self._spoken[heard:]
@@ -169,7 +182,6 @@ class Session:
         return ["<|im_end|>\n"] if last == special.eostm else ["<|eostm|>", "<|im_end|>\n"]
 
     def _stop(self) -> None:
-        close = getattr(self._running, "close", None)
-        if close is not None:
-            close()
+        if self._running is not None:
+            self._running.close()
         self._running = None

@@ -1,0 +1,177 @@
+"""Quantized checkpoints: written tensor by tensor, and read, as dense ones are, through `WeightSource`."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoint import HUB_FILES, SHARD_BYTES, Weights, open_weights, write_checkpoint
+from ..config import LMConfig, read_json
+from ..errors import CheckpointError
+from ..kernels.qmatmul import QuantizedWeight, Weight, dequantize_to, pack_for_cpu
+from ..layout import Shapes, lm_shapes
+from .formats import CONFIG_KEY, VERSION, Format, QuantizationConfig, stored_tensors
+from .search import NF4_LEVELS, quantize, relative_error
+
+Read = Callable[[str], Tensor]
+Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
+"""Matrix by upstream's name -> its quantized form and relative error, None where the original is unknown."""
+
+PathLike = str | os.PathLike[str]
+
+
+class WeightSource:
+    """What a model is built from: tensors and matrices by upstream's names, however they are stored.
+
+    Args:
+        read: tensor by its name in the file, on the target device, in its stored dtype.
+        dtype: of activations, and so of everything dense; None keeps the stored dtype.
+        stored: format of each matrix that the file holds quantized.
+        requested: quantization to do now, of matrices that the file holds dense.
+    """
+
+    def __init__(
+        self, read: Read, dtype: torch.dtype | None = None, stored: Mapping[str, Format] | None = None,
+        requested: QuantizationConfig | None = None,
+    ) -> None:
+        self._read, self._dtype, self._stored, self._requested = read, dtype, dict(stored or {}), requested
+        if self._stored and requested:
+            raise CheckpointError("the checkpoint is quantized already: load it without quantization=")
+
+    def __call__(self, name: str) -> Tensor:
+        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if no dtype is wanted)."""
+        if name in self._stored:
+            return dequantize_to(self._quantized(name, None), self._dtype or torch.bfloat16)
+        tensor = self._read(name)
+        if self._requested and (chosen := self._requested.format_of(name, tuple(tensor.shape))):
+            # So that quantizing at load gives what a quantized checkpoint gives.
+            return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
+        return tensor.to(self._dtype)
+
+    def weight(self, *modules: str, bias: bool = False) -> Weight | QuantizedWeight:
+        """The matrix whose row blocks are M.weight, with M.bias if `bias`, for the given modules M.
+
+        Raises:
+            CheckpointError: the blocks are not all dense or all of one format.
+        """
+        names = [f"{module}.weight" for module in modules]
+        biases = [self(f"{module}.bias") if bias else None for module in modules]
+        if any(name in self._stored for name in names):
+            if not all(name in self._stored for name in names):
+                raise CheckpointError(f"only some of {', '.join(names)} are quantized: quantize the checkpoint again")
+            return _joined([self._quantized(name, b) for name, b in zip(names, biases, strict=True)])
+        blocks = [self._read(name) for name in names]
+        chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
+        if chosen:
+            return _joined([quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)])
+        blocks = [block.to(self._dtype) for block in blocks]
+        if len(blocks) > 1 and blocks[0].is_cuda:
+            # One launch for all; on the CPU they stay views of the file.
+            return Weight.stack([torch.cat(blocks)], [torch.cat(biases)] if bias else [])  # type: ignore[arg-type]
+        return Weight.stack(blocks, biases)
+
+    def _quantized(self, name: str, bias: Tensor | None) -> QuantizedWeight:
+        chosen = self._stored[name]
+        words = self._read(f"{name}.words")
+        return QuantizedWeight(
+            words=words, scales=self._read(f"{name}.scales"), bias=bias, bits=chosen.bits,
+            zeros=None if chosen.symmetric else self._read(f"{name}.zeros"),
+            levels=torch.tensor(NF4_LEVELS, device=words.device) if chosen.kind == "nf4" else None,
+        )
+
+
+def _joined(blocks: list[QuantizedWeight]) -> QuantizedWeight:
+    try:
+        return pack_for_cpu(QuantizedWeight.stack(blocks))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def quantize_checkpoint(
+    source: PathLike, target: PathLike, quantization: str | Mapping[str, str | None] | QuantizationConfig, *,
+    progress: bool = True, shard_bytes: int = SHARD_BYTES,
+) -> dict[str, float]:
+    """Quantizes a language model's checkpoint into another directory, with its tokenizer; one tensor in memory.
+
+    Returns:
+        Relative error of each quantized matrix by upstream's name; config.json keeps them too.
+
+    Raises:
+        CheckpointError: the source is no dense checkpoint, the target holds weights, or the disk is full.
+        ValueError: the quantization is none.
+    """
+    source, target = Path(source), Path(target)
+    chosen = QuantizationConfig.parse(quantization)
+    if chosen is None:
+        raise ValueError("no quantization was given: use int8, int4, nf4 or a format for each part")
+    raw = read_json(source / "config.json")
+    if CONFIG_KEY in raw:
+        raise CheckpointError(f"{source} is quantized already: give the checkpoint it was made from")
+    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
+    weights = open_weights(source)
+    weights.validate(shapes)
+    formats = chosen.formats(shapes)
+    with tqdm(total=len(formats), desc="quantizing", unit="matrix", delay=1, disable=None if progress else True) as bar:
+
+        def convert(name: str) -> tuple[QuantizedWeight, float]:
+            matrix = weights.get(name)
+            quantized = quantize(matrix, formats[name])
+            bar.update(1)
+            return quantized, relative_error(matrix, quantized)
+
+        return write_quantized(
+            target, raw, shapes, formats, {name: weights.dtype(name) for name in shapes}, weights.get, convert,
+            about={"parts": chosen.parts()}, copy_from=source, shard_bytes=shard_bytes,
+        )
+
+
+def write_quantized(
+    target: Path, raw: Mapping[str, Any], shapes: Shapes, formats: Mapping[str, Format],
+    dtypes: Mapping[str, torch.dtype], read: Read, convert: Convert, *, about: Mapping[str, Any], copy_from: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, float]:
+    """Writes matrices of `formats` as `convert` gives them and all else as `read` does; returns relative errors.
+
+    `dtypes` has every dense tensor, and may have packed ones whose dtype is not the usual one.
+    """
+    stored = stored_tensors(shapes, formats, dtypes)
+    errors: dict[str, float] = {}
+    waiting: dict[str, Tensor] = {}
+    entry: dict[str, Any] = {"version": VERSION, **about, "tensors": {}}
+
+    def pieces(name: str) -> Tensor:
+        if name in shapes:
+            return read(name)
+        matrix, _, field = name.rpartition(".")
+        if field == "words":
+            quantized, error = convert(matrix)
+            entry["tensors"][matrix] = {"format": str(formats[matrix]), "error": error and round(error, 6)}
+            if error is not None:
+                errors[matrix] = error
+            waiting[f"{matrix}.scales"] = quantized.scales
+            if quantized.zeros is not None:
+                waiting[f"{matrix}.zeros"] = quantized.zeros
+            return quantized.words
+        return waiting.pop(name)
+
+    # `entry` is complete when it is written: config.json comes after the last tensor.
+    write_checkpoint(
+        target, {name: shape for name, (shape, _) in stored.items()}, pieces,
+        dtype={name: dtypes.get(name, dtype) for name, (_, dtype) in stored.items()}, config={**raw, CONFIG_KEY: entry},
+        shard_bytes=shard_bytes,
+    )
+    _copy_tokenizer(copy_from, target)
+    return errors
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    skipped = {"config.json", "model.safetensors.index.json"}
+    for pattern in HUB_FILES:
+        for path in source.glob(pattern):
+            if path.suffix != ".safetensors" and path.name not in skipped:
+                shutil.copyfile(path, target / path.name)

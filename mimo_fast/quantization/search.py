@@ -1,0 +1,145 @@
+"""Values -> quantized values: scales (and zeros) that minimise the squared error, group by group.
+
+For fixed integers q the best scale and zero are a least-squares line through (q, w); for fixed scale and zero the best
+q is rounding. The two alternate from several starts, each the range of the group shrunk a little (which trades
+clipping for resolution), and the best is kept: plain absmax is one of the states compared, so never better.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels.qmatmul import QuantizedWeight, dequantize, pack_words
+from .formats import Format
+
+CHUNK = 2**17
+"""Values searched at once: their few float32 copies stay in a core's second-level cache."""
+
+INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
+INT8_STARTS, INT8_ROUNDS = (1.0, 0.94), 1
+"""Fractions of the range to start from; least-squares corrections after each. More gain less than 1% of the error."""
+
+ZERO_LIMIT = 24.0
+"""Zeros lie in the range of q but for fits that overshoot; float16 resolves 1/64 of a step up to here."""
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+"""Quantiles of a normal distribution, as published with QLoRA (https://arxiv.org/abs/2305.14314, appendix E)."""
+
+
+def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
+    """weight [N, K] of any floating dtype -> its quantized form, on the same device, row chunk by row chunk.
+
+    Raises:
+        ValueError: K is not a multiple of the group, or values are not finite.
+    """
+    rows, columns = weight.shape
+    group = chosen.group or columns
+    if columns % group or columns % 32:
+        raise ValueError(f"a matrix of {columns} columns does not split into groups of {group}: leave it dense")
+    search = {"int4": _asymmetric if not chosen.symmetric else _symmetric(8), "int8": _symmetric(128), "nf4": _nf4}
+    parts = []
+    for chunk in weight.split(max(1, CHUNK // columns)):
+        values = chunk.float().reshape(-1, group)
+        if not values.isfinite().all():
+            raise ValueError("a matrix to quantize holds values that are not finite: repair the checkpoint")
+        q, scale, zero = search[chosen.kind](values)
+        words = pack_words(q.view(len(chunk), columns), chosen.bits, group)
+        parts.append((words, scale.view(len(chunk), -1), None if zero is None else zero.view(len(chunk), -1)))
+    words, scales, zeros = zip(*parts, strict=True)
+    return QuantizedWeight(
+        words=torch.cat(words), scales=torch.cat(scales), zeros=None if zeros[0] is None else torch.cat(zeros),
+        bias=bias, bits=chosen.bits,
+        levels=torch.tensor(NF4_LEVELS, device=weight.device) if chosen.kind == "nf4" else None,
+    )
+
+
+def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """|w - dequantized| / |w|, Frobenius norms."""
+    step = max(1, CHUNK // weight.shape[1])
+    error, norm = 0.0, 0.0
+    for start in range(0, len(weight), step):
+        values = weight[start : start + step].float()
+        rows = torch.arange(start, start + len(values), device=weight.device)
+        error += float((dequantize(quantized.take(rows)) - values).square_().sum())
+        norm += float(values.square().sum())
+    return (error / norm) ** 0.5 if norm else 0.0
+
+
+Searched = tuple[Tensor, Tensor, Tensor | None]
+"""q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
+
+
+def _asymmetric(values: Tensor) -> Searched:
+    """w = scale (q - zero), q in -8 ... 7. The range always includes 0, so that zero stays small and 0 near exact."""
+    low, high = values.amin(1, keepdim=True).clamp_(max=0), values.amax(1, keepdim=True).clamp_(min=0)
+    size, total, energy = values.shape[1], values.sum(1, keepdim=True), values.square().sum(1, keepdim=True)
+    best_scale = (high - low) / 15
+    best_zero = torch.zeros_like(best_scale)
+    best_error = torch.full_like(best_scale, torch.inf)
+    q, product = torch.empty_like(values), torch.empty_like(values)
+    for start in INT4_STARTS:
+        scale = (high - low) * (start / 15)
+        zero = -0.5 - (high + low) / 2 * _inverse(scale)
+        for _ in range(INT4_ROUNDS + 1):
+            torch.addcmul(zero, values, _inverse(scale), out=q).round_().clamp_(-8, 7)
+            q_sum = q.sum(1, keepdim=True)
+            cross = torch.mul(q, values, out=product).sum(1, keepdim=True)
+            square = torch.mul(q, q, out=product).sum(1, keepdim=True)
+            error = energy - 2 * scale * (cross - zero * total)
+            error += scale.square() * (square - 2 * zero * q_sum + size * zero.square())
+            better = error < best_error
+            for kept, new in ((best_error, error), (best_scale, scale), (best_zero, zero)):
+                torch.where(better, new, kept, out=kept)
+            spread = square - q_sum.square() / size
+            scale = torch.where(spread > 0, (cross - q_sum * total / size) / spread.clamp(min=0.5), scale).clamp_(min=0)
+            zero = (q_sum - total * _inverse(scale)).div_(size).clamp_(-ZERO_LIMIT, ZERO_LIMIT)
+    scale, zero = best_scale.bfloat16(), best_zero.half()
+    torch.addcmul(zero.float(), values, _inverse(scale.float()), out=q).round_().clamp_(-8, 7)
+    return q.add_(8).to(torch.uint8), scale, zero
+
+
+def _symmetric(half: int) -> Callable[[Tensor], Searched]:
+    """w = scale q, q in -half ... half - 1 (int4) or -127 ... 127 (int8)."""
+    lowest, highest = (-8, 7) if half == 8 else (-127, 127)
+    starts, rounds = (INT4_STARTS, INT4_ROUNDS) if half == 8 else (INT8_STARTS, INT8_ROUNDS)
+
+    def search(values: Tensor) -> Searched:
+        peak, energy = values.abs().amax(1, keepdim=True), values.square().sum(1, keepdim=True)
+        # A negative scale gives the longer side of q to the side of the larger value.
+        sign = torch.where(values.amax(1, keepdim=True) >= peak, -1.0, 1.0) if half == 8 else 1.0
+        best_scale, best_error = sign * peak / -lowest, torch.full_like(peak, torch.inf)
+        q, product = torch.empty_like(values), torch.empty_like(values)
+        for start in starts:
+            scale = sign * peak * (start / -lowest)
+            for _ in range(rounds + 1):
+                torch.mul(values, _inverse(scale), out=q).round_().clamp_(lowest, highest)
+                cross = torch.mul(q, values, out=product).sum(1, keepdim=True)
+                square = torch.mul(q, q, out=product).sum(1, keepdim=True)
+                error = energy - 2 * scale * cross + scale.square() * square
+                better = error < best_error
+                torch.where(better, error, best_error, out=best_error)
+                torch.where(better, scale, best_scale, out=best_scale)
+                scale = torch.where(square > 0, cross / square.clamp(min=1), scale)
+        scale = best_scale.bfloat16()
+        torch.mul(values, _inverse(scale.float()), out=q).round_().clamp_(lowest, highest)
+        return q.add_(half).to(torch.uint8), scale, None
+
+    return search
+
+
+def _nf4(values: Tensor) -> Searched:
+    """The nearest of 16 levels times the group's largest magnitude: the published format, which has no search."""
+    levels = torch.tensor(NF4_LEVELS, device=values.device)
+    scale = values.abs().amax(1, keepdim=True)
+    between = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(values * _inverse(scale), between).to(torch.uint8), scale, None
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where a group is all zero or too small to invert."""
+    return torch.where(scale.abs() < 1e-30, 0.0, 1 / scale)

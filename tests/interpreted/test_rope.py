@@ -1,0 +1,123 @@
+"""The rotary kernels: alone and with the append to the cache, which must change nothing else in it."""
+
+import pytest
+import torch
+from helpers import assert_rounded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimo_fast.kernels.rope import rope, rope_append, rope_append_ref, rope_ref, rope_table
+
+LARGE = 1e4
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (1, 0, 3, 8)])
+def test_rope(dtype, shape):
+    x = randn(*shape, dtype=dtype)
+    table = rope_table(shape[-1], 10000.0, shape[-3])
+    got = rope(x, table)
+    assert got.dtype == dtype
+    assert_rounded(got, rope_ref(x.float(), table).double(), noise=1e-6)
+
+
+def test_rope_with_a_table_for_each_row_and_strided_heads():
+    """As q is cut out of qkv, and codec layers unbind theirs."""
+    table = rope_table(16, 640000.0, 40)
+    rows = torch.stack([table[:, start : start + 4] for start in (0, 7, 33)], dim=1)
+    q = randn(3, 4, 12, 16)[:, :, 3:8]
+    torch.testing.assert_close(rope(q, rows), rope_ref(q, rows), rtol=1e-6, atol=1e-6)
+    unbound = randn(5, 3, 4, 16).unbind(1)[1]
+    torch.testing.assert_close(rope(unbound, table[:, 2:7]), rope_ref(unbound, table[:, 2:7]), rtol=1e-6, atol=1e-6)
+    flipped = randn(4, 16, 3).transpose(1, 2)
+    torch.testing.assert_close(rope(flipped, table[:, :4]), rope_ref(flipped, table[:, :4]), rtol=1e-6, atol=1e-6)
+
+
+def test_rope_refuses_a_table_of_other_positions():
+    with pytest.raises(ValueError, match="does not turn"):
+        rope(randn(3, 2, 8), rope_table(8, 10000.0, 4))
+
+
+def cache_of(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A cache full of large values whose slots, heads and positions lie in memory in `order`."""
+    back = [order.index(axis) for axis in range(3)]
+    return torch.full([*(shape[axis] for axis in order), shape[3]], LARGE, dtype=dtype).permute(*back, 3)
+
+
+def check_append(
+    rows: int, new: int, heads: int, kv_heads: int, head_dim: int, starts: list[int], slots: list[int],
+    order: tuple[int, ...] = (0, 1, 2), dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    shape = (max(slots) + 2, kv_heads, max(starts) + new + 3, head_dim)
+    table = rope_table(head_dim, 640000.0, shape[2])
+    qkv = randn(rows, new, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype)[..., :-8]
+    k, v = (cache_of(shape, order, dtype) for _ in range(2))
+    want_k, want_v = k.float(), v.float()
+    slot, start = torch.tensor(slots), torch.tensor(starts)
+    want_q = rope_append_ref(qkv.float(), table, want_k, want_v, slot, start, heads)
+    got_q = rope_append(qkv, table, k, v, slot, start, heads)
+    assert got_q.is_contiguous()
+    assert got_q.dtype == dtype
+    assert_rounded(got_q, want_q.double(), noise=1e-6)
+    # All of the cache: what was there before must be untouched.
+    assert_rounded(k, want_k.double(), noise=1e-6)
+    assert torch.equal(v, want_v.to(dtype))
+    assert int((v != LARGE).sum()) == rows * new * kv_heads * head_dim
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "new", "heads", "kv_heads", "head_dim"),
+    [(1, 1, 32, 8, 128), (2, 1, 64, 64, 16), (2, 3, 4, 2, 16), (1, 5, 3, 1, 12), (3, 1, 5, 5, 8), (1, 2, 1, 1, 2)],
+)
+def test_append(dtype, rows, new, heads, kv_heads, head_dim):
+    check_append(rows, new, heads, kv_heads, head_dim, [0, 17, 5][:rows], [2, 0, 1][:rows], dtype=dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.sampled_from((2, 8, 12, 16)),
+    st.permutations((0, 1, 2, 3)), st.lists(st.integers(0, 40), min_size=3, max_size=3), st.permutations((0, 1, 2)),
+)  # fmt: skip
+def test_append_to_any_slots_at_any_positions(rows, new, heads, kv_heads, head_dim, slots, starts, order):
+    check_append(rows, new, heads, kv_heads, head_dim, starts[:rows], slots[:rows], tuple(order))
+
+
+def test_appending_one_by_one_is_appending_at_once():
+    table, qkv = rope_table(16, 640000.0, 20), randn(1, 6, 4 * 16)
+    caches = [tuple(torch.full((1, 1, 20, 16), LARGE) for _ in range(2)) for _ in range(2)]
+    slot = torch.tensor([0])
+    at_once = rope_append(qkv, table, *caches[0], slot, torch.tensor([3]), heads=2)
+    one_by_one = [
+        rope_append(qkv[:, t : t + 1], table, *caches[1], slot, torch.tensor([3 + t]), heads=2) for t in range(6)
+    ]
+    assert torch.equal(at_once, torch.cat(one_by_one, dim=2))
+    for first, second in zip(*caches, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("start", "positions"), [(7, 40), (8, 40), (-2, 40), (7, 8)])
+def test_positions_past_the_cache_or_the_table_are_not_written(start, positions):
+    """Slot 1 begins where slot 0 ends."""
+    k, v = (torch.full((2, 2, 8, 8), LARGE) for _ in range(2))
+    rope_append(randn(1, 2, 40), rope_table(8, 640000.0, positions), k, v, torch.tensor([0]), torch.tensor([start]), 1)
+    held = [p for p in (start, start + 1) if 0 <= p < 8]
+    for cache in (k, v):
+        assert bool((cache[1] == LARGE).all())
+        assert (cache[0] != LARGE).any(-1).any(0).nonzero().flatten().tolist() == held
+
+
+def test_append_refuses_what_does_not_fit():
+    table, k = rope_table(8, 640000.0, 8), torch.zeros(1, 1, 8, 8)
+    one = torch.tensor([0])
+    with pytest.raises(ValueError, match="width 32"):
+        rope_append(randn(1, 1, 32), table, k, k, one, one, heads=1)
+    with pytest.raises(ValueError, match="as many slots"):
+        rope_append(randn(2, 1, 24), table, k, k, one, one, heads=1)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_append(randn(1, 1, 24), table, k.transpose(2, 3), k, one, one, heads=1)

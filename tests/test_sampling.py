@@ -1,0 +1,94 @@
+"""Sampler settings and stop rules."""
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.sampling import GREEDY, MiMoSampler, MiMoStopper, sampler_tensors
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"temperature": -0.1}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_k": -1}, "top_k"),
+        ({"top_p": -0.1}, "top_p"), ({"top_p": 1.01}, "top_p"), ({"top_p": math.nan}, "top_p"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(bad, word):
+    with pytest.raises(ValueError, match=word) as caught:
+        MiMoSampler(True, **bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_sampler_tensors_of_each_setting():
+    tensors = sampler_tensors([
+        MiMoSampler(), MiMoSampler(True), MiMoSampler(True, 0.0, 7, 0.9), MiMoSampler(True, 2, 0, 1),
+        SimpleNamespace(do_sample=True, temperature=0.5, top_k=None, top_p=0.25),
+    ])
+    assert tensors.greedy.tolist() == [True, False, True, False, False]
+    assert tensors.temperature.tolist() == [1.0, 1.0, 1.0, 2.0, 0.5]
+    assert tensors.top_k.tolist() == [0, 0, 7, 0, 0]
+    assert tensors.tail.tolist() == [-1.0, -1.0, pytest.approx(0.1), 0.0, 0.75]
+    assert not tensors.all_greedy
+    assert sampler_tensors([GREEDY, MiMoSampler(True, 0)]).all_greedy
+
+
+def test_select_repeats_rows():
+    rows = ((0.5, 1, 0.5), (0.6, 2, 0.75), (0.7, 3, 1.0))
+    tensors = sampler_tensors([MiMoSampler(True, *row) for row in rows])
+    chosen = tensors.select([2, 0], repeat=2)
+    assert isinstance(chosen, SamplerTensors)
+    assert chosen.top_k.tolist() == [3, 3, 1, 1]
+    assert chosen.tail.tolist() == [0.0, 0.0, 0.5, 0.5]
+    assert torch.equal(chosen.temperature, tensors.temperature[[2, 2, 0, 0]])
+    assert chosen.greedy.tolist() == [False] * 4
+
+
+GROUP, CHANNELS = 4, 8
+STEP = GROUP * (CHANNELS + 1)
+
+
+def flat_rows(last_tokens: Sequence[int], groups: int) -> Tensor:
+    """Flattened ids [B, groups * STEP] whose last group's text token is given; 50 fills everything else."""
+    ids = torch.full((len(last_tokens), groups * STEP), 50)
+    ids[:, -STEP] = torch.tensor(last_tokens)
+    return ids
+
+
+def test_stopper_looks_at_each_row():
+    stopper = MiMoStopper(GROUP, CHANNELS, [7, 9])
+    assert stopper(flat_rows([7, 8, 9, 50], 3)).tolist() == [True, False, True, False]
+    assert stopper(flat_rows([8, 8], 3), None).dtype == torch.bool
+
+
+def test_stopper_reads_the_text_token_of_the_last_group_only():
+    stopper = MiMoStopper(GROUP, CHANNELS, [7])
+    ids = flat_rows([8], 2)
+    ids[0, 0] = 7
+    ids[0, -STEP + 1 :] = 7
+    assert stopper(ids).tolist() == [False]
+
+
+@pytest.mark.parametrize(("groups", "done"), [(4, False), (5, True), (6, True)])
+def test_stopper_max_length_counts_groups(groups, done):
+    stopper = MiMoStopper(GROUP, CHANNELS, [7], max_length=5)
+    assert stopper(flat_rows([8, 8], groups)).tolist() == [done] * 2
+    assert stopper(flat_rows([7, 8], groups)).tolist() == [True, done]
+
+
+@pytest.mark.parametrize(("groups", "done"), [(2, False), (3, True)])
+def test_stopper_min_length_delays_stop_tokens_but_not_max_length(groups, done):
+    stopper = MiMoStopper(GROUP, CHANNELS, [7], min_length=3)
+    assert stopper(flat_rows([7], groups)).tolist() == [done]
+    both = MiMoStopper(GROUP, CHANNELS, [7], max_length=2, min_length=9)
+    assert both(flat_rows([7], groups)).tolist() == [True]
+
+
+def test_stopper_without_rules_never_stops():
+    assert MiMoStopper(GROUP, CHANNELS)(flat_rows([0], 500)).tolist() == [False]
+    assert MiMoStopper(GROUP, CHANNELS, [7])(torch.empty(2, 0, dtype=torch.int64)).tolist() == [False, False]
