@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ConfigError
 
@@ -240,7 +240,7 @@ class _Reader:
         try:
             if not _is_integer(value) and not isinstance(value, str):
                 raise ValueError
-            values = (int(value),) if _is_integer(value) else tuple(int(part) for part in value.split("-"))
+            values = tuple(int(part) for part in value.split("-")) if isinstance(value, str) else (value,)
         except ValueError:
             problem = f"'{key}' must be integers joined by '-', one a channel, not {value!r}"
             raise ConfigError(f"{self.source}: {problem}") from None
@@ -266,7 +266,7 @@ def _rope_kind(scaling: Any) -> str:
     return str(scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -28,7 +28,7 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda or choice == "triton"
 
 
-def jit(kernel):  # type: ignore[no-untyped-def]
+def jit(kernel):
     """`triton.jit`, or the function untouched where Triton is missing: then it is never launched."""
     return kernel if triton is None else triton.jit(kernel)
 
