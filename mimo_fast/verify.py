@@ -44,7 +44,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.bound
+        return self.compared > 0 and self.error <= self.bound
 
 
 class Golden:

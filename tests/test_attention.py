@@ -123,6 +123,13 @@ def test_decode_attention_on_repeated_slots():
     assert_rounded(got[1:], oracle(q[1:], k[1:], v[1:]), noise=float32_noise(q, k, v))
 
 
+def test_slots_and_lengths_may_be_tensors():
+    q, k, v = random_qkv(4, 2, 1, 20, 16, n=3)
+    slots, lengths = [2, 0, 1], [20, 1, 7]
+    got = decode_attention(q, k, v, torch.tensor(slots), torch.tensor(lengths))
+    assert torch.equal(got, decode_attention(q, k, v, slots, lengths))
+
+
 def test_decode_attention_refuses_lists_that_do_not_match():
     q, k, v = random_qkv(2, 2, 1, 4, 8, n=2)
     with pytest.raises(ValueError, match="zip"):

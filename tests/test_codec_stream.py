@@ -52,11 +52,11 @@ def test_any_chunks_of_patches_or_more_are_as_close_to_one_shot_as_upstream(
 
 
 @settings(max_examples=4)
-@example([1])
+@example([1, 3])
 @given(st.lists(st.integers(1, 60), min_size=4, max_size=8))
 def test_any_chunks_give_every_sample_once(model, golden, stream_codes, upstream_snr, sizes):
     parts = stream_in(model, stream_codes, cut(stream_codes.shape[1], sizes))
-    # Frame by frame is 0.2 dB worse than by patches, upstream too: the norms over time see more short windows.
+    # Less than a patch at a time is up to 0.2 dB worse, upstream too: the norms over time see more short windows.
     assert snr_db(torch.cat(parts), golden.get("codec:stream_oneshot")) >= upstream_snr - 0.25
 
 

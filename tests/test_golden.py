@@ -158,6 +158,18 @@ def test_truth_that_is_not_finite_fails(model, kit, monkeypatch, value):
         assert not run_stage(model, golden, stage, monkeypatch).ok
 
 
+@pytest.mark.parametrize(("band", "error", "passes"), [
+    (0, 9e-5, True), (0, 2e-4, False), (1, 2e-4, False), (2, 2e-4, True), (2, 5e-3, True), (2, 2e-2, False),
+    (1, torch.nan, False), (2, torch.nan, False), (0, torch.inf, False),
+])
+def test_only_quiet_bands_are_excused_by_rounding(band, error, passes):
+    """Bands at the frame's peak, a tenth of it, and 1e-4 of it, where 1e-6 of the peak is 1e-2 of the band."""
+    want = torch.tensor([[1.0, 0.1, 1e-4]]).log()
+    got = want.clone()
+    got[0, band] += error
+    assert (verification._log_error(got, want) <= CONTRACT["log-mel"][0]) == passes
+
+
 def test_truth_of_another_shape_fails(model, kit, monkeypatch):
     cuts = {
         "codec:wav24k.1": "resample", "codec:enc_hidden.0": "codec encoder", "codec:rvq_sum8.2": "dequantize",

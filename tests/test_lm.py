@@ -13,6 +13,7 @@ from variants import Loaded, random_prompt
 
 from mimo_fast.config import LMConfig
 from mimo_fast.kernels.rope import rope_table
+from mimo_fast.kernels.sample import gumbel
 from mimo_fast.runtime.transformer import self_attend, transformer
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -100,6 +101,44 @@ def test_sampled_patches_hold_no_empty_code(loaded):
     assert torch.equal(alone[0], codes[7])
     cold = lm.decode_patch(local[:1], state, [0], sampler_tensors([MiMoSampler(True, 1e-4)]))
     assert torch.equal(cold, lm.decode_patch(local[:1], state, [0], sampler_tensors([GREEDY])))
+
+
+def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model):
+    sampler, lm = MiMoSampler(True, 1.0, top_p=0.95), model.lm
+    hidden = torch.randn(3, lm.config.backbone.dim, generator=torch.Generator().manual_seed(3))
+
+    def both(seeds: list[int], rows: list[int], drawn: list[int]) -> tuple[list[int], Tensor]:
+        state = lm.new_state(seeds, 1)
+        state.hidden[:] = hidden[rows]
+        state.draws[:] = torch.tensor(drawn)
+        batch = sampler_tensors([sampler] * len(seeds))
+        slots = list(range(len(seeds)))
+        return lm.sample_text(state, slots, batch).tolist(), lm.sample_patch(state, slots, batch)
+
+    text, codes = both([11, 12, 13], [0, 1, 2], [0, 5, 9])
+    for row, seed in ((2, 13), (0, 11), (1, 12)):
+        alone_text, alone_codes = both([seed], [row], [[0, 5, 9][row]])
+        assert alone_text == text[row : row + 1]
+        assert torch.equal(alone_codes[0], codes[row])
+    again_text, again_codes = both([11, 12, 13], [0, 1, 2], [1, 6, 10])
+    assert (again_text, again_codes.tolist()) != (text, codes.tolist()), "the next group replays the draws"
+
+
+def test_no_two_draws_of_a_group_or_of_the_next_share_noise(loaded, monkeypatch):
+    lm, named = loaded.model.lm, []
+
+    def recorded(seeds: Tensor, draws: Tensor, slots: Tensor, size: int) -> Tensor:
+        named.extend(zip(seeds.tolist(), draws.tolist(), slots.tolist(), strict=True))
+        return gumbel(seeds, draws, slots, size)
+
+    monkeypatch.setattr("mimo_fast.runtime.lm.gumbel", recorded)
+    state, settings = lm.new_state([5, 6], 1), sampler_tensors([MiMoSampler(True)] * 2)
+    for _ in range(2):
+        lm.sample_text(state, [0, 1], settings)
+        lm.sample_patch(state, [0, 1], settings)
+        state.draws += 1
+    assert len(named) == 2 * 2 * (1 + lm.config.group_size)
+    assert len(set(named)) == len(named)
 
 
 def test_embeddings_equal_recomputation(loaded):

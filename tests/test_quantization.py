@@ -16,13 +16,30 @@ from mimo_fast.checkpoint import open_weights
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.qmatmul import (
-    CPU_PACKED_ROWS, QuantizedWeight, Weight, dequantize, dequantize_to, matmul, pack_for_cpu, pack_words,
-    qmatmul_bytes, unpack_words,
+    CPU_PACKED_ROWS,
+    QuantizedWeight,
+    Weight,
+    dequantize,
+    dequantize_to,
+    matmul,
+    pack_for_cpu,
+    pack_words,
+    qmatmul_bytes,
+    unpack_words,
 )  # fmt: skip
 from mimo_fast.layout import lm_shapes
 from mimo_fast.quantization import (
-    Format, QuantizationConfig, WeightSource, checkpoint_bytes, from_gptq, import_gptq, quantize, quantize_checkpoint,
-    relative_error, stored_formats, stored_shapes,
+    Format,
+    QuantizationConfig,
+    WeightSource,
+    checkpoint_bytes,
+    from_gptq,
+    import_gptq,
+    quantize,
+    quantize_checkpoint,
+    relative_error,
+    stored_formats,
+    stored_shapes,
 )  # fmt: skip
 from mimo_fast.quantization.formats import CONFIG_KEY
 from mimo_fast.quantization.search import NF4_LEVELS
@@ -214,7 +231,9 @@ def test_width_that_does_not_match_is_refused():
 
 
 def test_rows_join_and_are_taken():
-    parts = [quantize(gaussian(rows, 128, rows), Format.parse("int4"), torch.full((rows,), rows * 1.0)) for rows in (3, 5)]
+    parts = [
+        quantize(gaussian(rows, 128, rows), Format.parse("int4"), torch.full((rows,), rows * 1.0)) for rows in (3, 5)
+    ]
     joined = QuantizedWeight.stack(parts)
     assert joined.shape == (8, 128)
     assert torch.equal(dequantize(joined), torch.cat([dequantize(part) for part in parts]))
@@ -449,7 +468,8 @@ def write_gptq(directory, about):
 
 
 @pytest.mark.parametrize("about", [
-    {"quant_method": "gptq", "bits": 4}, {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
 ])
 def test_gptq_checkpoint(tmp_path, about):
     want = write_gptq(tmp_path / "in", about)

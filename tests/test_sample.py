@@ -94,6 +94,13 @@ def test_top_k_keeps_all_ties_at_its_threshold():
     assert kept.tolist() == [[False, True, True, True, True, False]]
 
 
+def test_top_p_drops_what_sums_to_exactly_its_tail():
+    """Sums of powers of two are exact: 1/8 + 1/8 + 1/4 is 1 - 0.5."""
+    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log()
+    kept = filter_scores(logits, sampler_tensors([MiMoSampler(True, top_p=0.5)])) > -torch.inf
+    assert kept.tolist() == [[False, True, False, False]]
+
+
 def test_top_p_always_keeps_the_best():
     logits = torch.tensor([[0.0, 9.0, 0.0]])
     kept = filter_scores(logits, sampler_tensors([MiMoSampler(True, top_p=1e-9)])) > -torch.inf
@@ -221,27 +228,6 @@ def test_draws_do_not_depend_on_the_batch():
     assert torch.equal(gumbel(seeds, draws, slots, 40), together[:, :40])
 
 
-def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model):
-    sampler, lm = MiMoSampler(True, 1.0, top_p=0.95), model.lm
-    hidden = torch.randn(3, lm.config.backbone.dim, generator=torch.Generator().manual_seed(3))
-
-    def both(seeds: list[int], rows: list[int], drawn: list[int]) -> tuple[list[int], Tensor]:
-        state = lm.new_state(seeds, 1)
-        state.hidden[:] = hidden[rows]
-        state.draws[:] = torch.tensor(drawn)
-        batch = sampler_tensors([sampler] * len(seeds))
-        slots = list(range(len(seeds)))
-        return lm.sample_text(state, slots, batch).tolist(), lm.sample_patch(state, slots, batch)
-
-    text, codes = both([11, 12, 13], [0, 1, 2], [0, 5, 9])
-    for row, seed in ((2, 13), (0, 11), (1, 12)):
-        alone_text, alone_codes = both([seed], [row], [[0, 5, 9][row]])
-        assert alone_text == text[row : row + 1]
-        assert torch.equal(alone_codes[0], codes[row])
-    again_text, again_codes = both([11, 12, 13], [0, 1, 2], [1, 6, 10])
-    assert (again_text, again_codes.tolist()) != (text, codes.tolist()), "the next group replays the draws"
-
-
 def test_greedy_takes_the_first_of_the_best():
     logits = torch.tensor([[0.0, 7.0, 7.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
     greedy, banned = sampler_tensors([GREEDY] * 2), torch.tensor([False, True, False, False])
@@ -249,11 +235,10 @@ def test_greedy_takes_the_first_of_the_best():
     assert sample(logits, greedy, None, banned).tolist() == [2, 0]
 
 
-def test_greedy_row_ignores_noise_and_filters():
-    logits = torch.tensor([[0.0, 1.0, 0.9], [0.0, 1.0, 0.9]])
-    noise = torch.tensor([[99.0, 0.0, 0.0], [99.0, 0.0, 0.0]])
-    mixed = sampler_tensors([MiMoSampler(False, 0.5, 1, 0.1), MiMoSampler(True)])
-    assert sample(logits, mixed, noise, None).tolist() == [1, 0]
+def test_greedy_row_ignores_noise():
+    logits, noise = torch.tensor([[0.0, 1.0, 0.9]] * 3), torch.tensor([[99.0, 0.0, 0.0]] * 3)
+    mixed = sampler_tensors([MiMoSampler(False, 0.5), MiMoSampler(True), MiMoSampler(True, 0)])
+    assert sample(logits, mixed, noise, None).tolist() == [1, 0, 1]
 
 
 def test_where_nothing_is_left_the_best_id_not_banned_is_taken():

@@ -127,7 +127,7 @@ class TestTurns:
         running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
         for _ in range(5):
             next(running)
-        running.close()  # type: ignore[attr-defined]
+        running.close()
         assert torch.equal(session.ids, whole.ids[:, : -(REPLY - 5) * GROUP])
 
     def test_a_context_that_is_full(self, greedy: MimoAudio, audio: list[Path]) -> None:

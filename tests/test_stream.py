@@ -37,9 +37,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every backbone step."""
     counted, step = list[int](), LM.step
 
-    def counting(lm: LM, *arguments: Any) -> None:
+    def counting(*arguments: Any) -> None:
         counted.append(1)
-        step(lm, *arguments)
+        step(*arguments)
 
     monkeypatch.setattr(LM, "step", counting)
     return counted
@@ -69,9 +69,9 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     gate, step = Gate(), LM.step
 
-    def held(lm: LM, *arguments: Any) -> None:
+    def held(*arguments: Any) -> None:
         gate.hold()
-        step(lm, *arguments)
+        step(*arguments)
 
     monkeypatch.setattr(LM, "step", held)
     return gate
@@ -79,10 +79,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 def sound(chunks: list[Chunk]) -> Tensor:
     return torch.cat([chunk.audio for chunk in chunks])
-
-
-def words(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
 
 
 def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
@@ -100,7 +96,7 @@ def test_a_stream_equals_the_whole_reply(own: MimoAudio, audio: list[Path], gold
     chunks = list(own.stream(task, *arguments(task, audio), **options))
     streamed = history(own)
     given = arguments(task, audio) + ([None] if task == "tts_sft" else [])
-    assert words(chunks).strip() == getattr(own, task)(*given, **options) != ""
+    assert "".join(chunk.text for chunk in chunks).strip() == getattr(own, task)(*given, **options) != ""
     assert torch.equal(streamed, history(own))
     _, codes = last_reply(own, new)
     assert codes.shape[1]
@@ -146,7 +142,7 @@ class TestStopping:
         steps.clear()
         stream = own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12)
         assert same([next(stream) for _ in range(taken)], whole[:taken])
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert list(stream) == []
         assert len(steps) == max(taken - 1, 0)
 

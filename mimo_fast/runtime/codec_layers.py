@@ -140,7 +140,8 @@ def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
     frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window
     weights = window.square().expand(len(frames), -1)
     trim = (len(window) - hop) // 2
-    wave, weight = (overlap_add(x, hop)[trim:-trim] for x in (frames, weights))
+    length = len(frames) * hop
+    wave, weight = (overlap_add(x, hop)[trim : trim + length] for x in (frames, weights))
     return wave / weight
 
 
