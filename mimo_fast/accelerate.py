@@ -9,6 +9,8 @@ from .generation import generate
 from .layout import lm_shapes
 from .runtime.lm import LM
 
+CONFIG_NAMES = ("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id")
+
 
 def accelerate(model: Any) -> Any:
     """Replaces `generate` of an upstream `MimoAudio` or `MiMoAudioForCausalLM` by `mimo_fast.generate`.
@@ -24,12 +26,12 @@ def accelerate(model: Any) -> Any:
         TypeError: it has no such attributes.
         CheckpointError: its tensors are not those its config describes.
     """
-    causal = model if hasattr(model, "local_transformer") or hasattr(model, "args") else getattr(model, "model", None)
+    causal: Any = model if hasattr(model, "args") else getattr(model, "model", None)
     missing = [name for name in ("config", "args", "state_dict") if not hasattr(causal, name)]
-    if causal is None or missing:
+    if missing:
         raise TypeError(
-            f"a {type(model).__name__} is not an upstream MiMo-Audio model: "
-            f"it lacks {', '.join(missing) or 'a language model'}"
+            f"a {type(model).__name__} is not an upstream MiMo-Audio model, it lacks {', '.join(missing)}; "
+            "pass a MimoAudio or MiMoAudioForCausalLM, or load the checkpoint with mimo_fast.load(lm, codec)"
         )
     config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
     tensors = causal.state_dict()
@@ -45,9 +47,14 @@ def accelerate(model: Any) -> Any:
         warmup_run: bool | None = None, input_ids: Any = None, **options: Any,
     ) -> Any:
         """`mimo_fast.generate` behind upstream's arguments; synced_gpus and warmup_run have no meaning here."""
+        seed = options.pop("seed", None)
+        if options:
+            # Lengths and the like may come as keywords too, and then win.
+            named = {name: getattr(generation_config, name, None) for name in CONFIG_NAMES}
+            generation_config = {**(generation_config if isinstance(generation_config, dict) else named), **options}
         return generate(
             causal, input_ids if inputs is None else inputs, generation_config, stopping_criteria, streamer,
-            global_sampler, local_sampler, **options,
+            global_sampler, local_sampler, seed=seed,
         )
 
     causal.generate = upstream_generate

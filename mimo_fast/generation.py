@@ -1,5 +1,6 @@
 """`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop rules and streamers."""
 
+import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
     """One 63-bit seed a row."""
     if seed is None:
         return [secrets.randbits(63) for _ in range(rows)]
-    seeds = [seed] * rows if isinstance(seed, int) else [int(s) for s in seed]
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
     return [s % 2**63 for s in seeds]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .audio import AudioSource, save_wav
+from .errors import PromptError
 from .generation import flatten_ids, row_seeds
 from .loading import HubOptions, PathLike, load_parts
 from .prompt_builder import Message, PromptBuilder
@@ -78,6 +79,7 @@ class MimoAudio(PromptBuilder):
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
         self._kept: Conversation | None = None
+        self._running: ChunkStream | None = None
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -154,11 +156,16 @@ class MimoAudio(PromptBuilder):
 
     def _conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
         """The last conversation or, without add_history, a new one, with the prompt appended."""
+        if not input_ids.shape[1]:
+            raise PromptError("the prompt is empty")
         if self._kept is None or not add_history:
             check_room(self.lm.config, input_ids.shape[1] // self.group_size)
             # The old cache goes before the new one comes.
             self._kept = None
             self._kept = self.conversation(seed)
+        elif self._running is not None:
+            # A reply still being read would write into the same conversation.
+            self._running.close()
         self._kept.add(input_ids)
         if seed is not None:
             self._kept.reseed(seed)
@@ -201,7 +208,8 @@ class MimoAudio(PromptBuilder):
         conversation = self._conversation_for(input_ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
         steps = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        return stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)
+        self._running = stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)
+        return self._running
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""

@@ -63,6 +63,9 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         parts.append(_with_text(torch.full((patches,), special.empty), codes, config.group_size))
 
     for segment in segments:
+        spoken = segment.text if isinstance(segment, Reply) else segment
+        if not isinstance(spoken, str | Speech):
+            raise PromptError(f"a prompt is made of text and speech, not of a {type(spoken).__name__}")
         if isinstance(segment, str):
             text(tokenizer.encode(segment))
         elif isinstance(segment, Speech):
@@ -111,6 +114,8 @@ def choose_template(templates: Sequence[str], template: int | str | None, seed: 
     if isinstance(template, str):
         return template
     if template is not None:
+        if not -len(templates) <= template < len(templates):
+            raise PromptError(f"there are {len(templates)} templates, 0 to {len(templates) - 1}; not {template}")
         return templates[template]
     return random.Random(seed).choice(templates)
 
@@ -137,6 +142,8 @@ def tts(
 
     As upstream, a voice is used only together with an instruction or with read_text_only=False.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"what to say must be text, not a {type(text).__name__}")
     language = "zh" if re.search("[\u4e00-\u9fff]", text) else "en"
     request = capitalize(text)
     if read_text_only:

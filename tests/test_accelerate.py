@@ -158,7 +158,7 @@ class TestRefusals:
     )
     def test_another_object(self, given: Any, lacking: str) -> None:
         name = type(given).__name__
-        with pytest.raises(TypeError, match=f"^a {name} is not an upstream MiMo-Audio model: it lacks {lacking}$"):
+        with pytest.raises(TypeError, match=f"^a {name} is not an upstream MiMo-Audio model, it lacks {lacking}; pass a "):
             accelerate(given)
 
     def test_our_own_model(self, model: MimoAudio) -> None:
@@ -178,3 +178,12 @@ class TestRefusals:
         del causal.config.group_size
         with pytest.raises(ConfigError, match=r"config of Causal\b.*\bgroup_size\b"):
             accelerate(causal)
+
+
+def test_lengths_may_come_as_keywords(causal: Any, model: MimoAudio) -> None:
+    flat = flatten_ids(model.get_text_dialogue_sft_prompt("Hi."))[None]
+    accelerate(causal)
+    groups = flat.shape[1] // 36
+    assert causal.generate(flat, max_length=groups + 3).shape[1] == flat.shape[1] + 3 * 36
+    config = {"max_length": 8192, "pad_token_id": 401}
+    assert causal.generate(flat, config, max_new_tokens=2, seed=1).shape[1] == flat.shape[1] + 2 * 36

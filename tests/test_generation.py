@@ -110,7 +110,10 @@ def test_rows_end_each_in_its_own_time(model: MimoAudio, sampled: Any, prompts: 
     assert len(set(ends)) > 2
     rows = run(prompts, stopping_criteria=[stopper(stops)])
     assert list(map(new_text, rows, prompts)) == [text[:end] for text, end in zip(free, ends, strict=True)]
-    assert equal_rows(rows, [run(prompt, stopping_criteria=[stopper(stops)]) for prompt in prompts])
+    # A minimum that the first row has just reached where it ends, and shorter prompts have not.
+    for criterion in (stopper(stops), stopper(stops, min_length=42 + ends[0] - 1)):
+        alone = [run(prompt, stopping_criteria=[criterion]) for prompt in prompts]
+        assert equal_rows(run(prompts, stopping_criteria=[criterion]), alone)
 
 
 @pytest.mark.parametrize(("config", "pad"), [(None, -100), ({"pad_token_id": 401}, 401)])
@@ -129,9 +132,7 @@ def test_short_rows_of_a_tensor_are_padded(
         assert (ids[:, want.shape[1] :] == filler).all()
 
 
-def test_a_long_prompt_may_be_prefilled_in_parts(
-    sampled: Any, prompts: Prompts, free: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_may_be_prefilled_in_parts(sampled: Any, prompts: Prompts, free: list[int], monkeypatch: Any) -> None:
     monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 7)
     assert new_text(sampled(prompts[0], max_new_tokens=30, seed=7), prompts[0]) == free
 
@@ -172,9 +173,7 @@ def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompt
         generate(lm, torch.cat([prompts[0]] * 2, dim=1))
 
 
-def test_stop_tokens_are_banned_up_to_the_minimum(
-    model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]
-) -> None:
+def test_stop_tokens_wait_for_the_minimum(model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]) -> None:
     stops = set(range(model.vocab_size)) - {model.empty_token, *free[8:]}
     assert stops.intersection(free[:8])
     run = partial(sampled, prompts[0], max_new_tokens=40, seed=7)

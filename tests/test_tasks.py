@@ -260,3 +260,23 @@ def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
     for name, task in TASKS.items():
         assert callable(getattr(model, name))
         assert callable(getattr(model, task.prompt))
+
+
+def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> None:
+    first = own.stream("text_dialogue", "Hi.", max_new_tokens=9, seed=1)
+    next(first)
+    own.text_dialogue_sft("And now?", max_new_tokens=3, add_history=True, seed=1)
+    assert list(first) == []
+
+
+@pytest.mark.parametrize("text", [None, {"a": 1}, 3])
+def test_what_is_not_text_is_refused(own: MimoAudio, audio: list[Path], text: Any) -> None:
+    for call in (
+        lambda: own.text_dialogue_sft(text),
+        lambda: own.audio_understanding_sft(audio[1], text),
+        lambda: own.tts_sft(text, "never.wav"),
+        lambda: own.get_asr_sft_prompt(audio[1], template=99),
+        lambda: own.forward(torch.empty(9, 0, dtype=torch.int64)),
+    ):
+        with pytest.raises(PromptError):
+            call()

@@ -112,5 +112,5 @@ def _banned_stops(lm: LM, limits: Sequence[Limits], produced: int) -> Tensor | N
     banned = torch.zeros(len(limits), lm.config.vocab_size, dtype=torch.bool)
     for row, limit in enumerate(limits):
         if produced < limit.min_new:
-            banned[row, list(limit.stop_ids)] = True
+            banned[row, [token for token in limit.stop_ids if token < lm.config.vocab_size]] = True
     return banned.to(lm.device)

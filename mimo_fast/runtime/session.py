@@ -146,7 +146,8 @@ class Session:
 
         Args:
             played_ms: how much of this reply's audio has been played. The patch being played counts as heard; text,
-                codes and cache after it are dropped. The next turn closes the reply there.
+                codes and cache after it are dropped. Text in front of it stays, which may run up to five tokens
+                ahead of the voice. The next turn closes the reply there.
         """
         self._stop()
         if self._reply_start is None:
