@@ -7,6 +7,7 @@ from .config import LMConfig
 from .errors import CheckpointError
 from .generation import generate
 from .layout import lm_shapes
+from .quantization import WeightSource
 from .runtime.lm import LM
 
 CONFIG_NAMES = ("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id")
@@ -39,7 +40,7 @@ def accelerate(model: Any) -> Any:
     wrong = [name for name, shape in lm_shapes(config).items() if shapes.get(name) != shape]
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}")
-    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), tensors.__getitem__)
+    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), WeightSource(tensors.__getitem__, join=False))
 
     def upstream_generate(
         inputs: Any = None, generation_config: Any = None, stopping_criteria: Any = None, streamer: Any = None,

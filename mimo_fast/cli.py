@@ -109,6 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB")
     init.add_argument("--seed", type=int, default=0)
 
+    pack = command("quantize", commands.quantize, "Write a language model's checkpoint in a smaller format.", None)
+    pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
+    pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
+    pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
+
     command("info", commands.info, "Describe this machine, the kernels and, where given, a checkpoint.", "")
     return parser
 
@@ -123,6 +128,7 @@ def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
     group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+    group.add_argument("--quantization", choices=("int8", "int4", "nf4"), help="quantize while loading [none]")
     _add_device_options(parser)
 
 

@@ -10,11 +10,13 @@ import torch
 from tqdm import tqdm
 
 from .audio import load_audio, save_wav
+from .checkpoint import open_weights
 from .errors import MimoFastError
 from .initialize import init_checkpoint
 from .loading import HubOptions
 from .machine import describe_checkpoint, describe_machine
 from .mimo_audio import MimoAudio
+from .quantization import quantize_checkpoint
 from .runtime.reply import Chunk
 from .verify import Golden, verify
 
@@ -26,7 +28,9 @@ def load_model(args: argparse.Namespace) -> MimoAudio:
         "revision": args.revision, "codec_revision": args.codec_revision, "cache_dir": args.cache_dir,
         "local_files_only": args.offline,
     }
-    return MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, **hub)
+    return MimoAudio(
+        args.model, args.codec, args.device, dtype=args.dtype, quantization=args.quantization, **hub
+    )
 
 
 def say(text: str) -> None:
@@ -131,6 +135,16 @@ def init(args: argparse.Namespace) -> int:
     lm, codec = init_checkpoint(args.directory, args.preset, seed=args.seed)
     say("random weights make noise, not words: this pair is for trying the pipeline and for timing it")
     print(f"{lm}\n{codec}")
+    return 0
+
+
+def quantize(args: argparse.Namespace) -> int:
+    errors = quantize_checkpoint(args.source, args.target, args.format)
+    print(f"{'relative error':>14}  matrix")
+    for name, error in errors.items():
+        print(f"{error:>14.4f}  {name}")
+    before, after = (open_weights(directory).nbytes for directory in (args.source, args.target))
+    say(f"wrote {args.target}: {after / 1e9:.3f} GB, was {before / 1e9:.3f} GB; it loads without --quantization")
     return 0
 
 

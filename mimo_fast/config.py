@@ -49,10 +49,6 @@ class LMConfig:
         """Patch-decoder steps per patch: the last channel starts max(delays) steps after the first."""
         return self.group_size + max(self.delays)
 
-    def active_channels(self, step: int) -> list[int]:
-        """Channels that produce a code at a patch-decoder step: channel c is at frame step - delays[c]."""
-        return [c for c, delay in enumerate(self.delays) if delay <= step < delay + self.group_size]
-
     @property
     def row_width(self) -> int:
         """Ids per group in upstream's flattened layout."""

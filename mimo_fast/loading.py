@@ -12,7 +12,8 @@ from tqdm import tqdm
 from .checkpoint import Weights, find_checkpoint, open_weights
 from .config import CodecConfig, LMConfig, read_json
 from .errors import CheckpointError
-from .layout import Shapes, codec_shapes, codec_training_state, lm_shapes
+from .layout import codec_shapes, codec_training_state, lm_shapes
+from .quantization import Format, QuantizationConfig, WeightSource, stored_formats, stored_shapes
 from .runtime.codec import Codec
 from .runtime.lm import LM
 from .tokenizer import Tokenizer
@@ -39,8 +40,7 @@ def load_parts(
     hub: HubOptions,
 ) -> tuple[LM, Codec, Tokenizer]:
     """Both checkpoints are found and checked whole before anything is put on the device."""
-    if quantization is not None:
-        raise ValueError(f"quantization={quantization!r} is not available in this version; load without it")
+    requested = QuantizationConfig.parse(quantization)
     target = default_device() if device is None else torch.device(device)
     lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
     lm_config, lm_weights = open_lm(lm_dir)
@@ -49,9 +49,14 @@ def load_parts(
     tokenizer = Tokenizer.from_directory(lm_dir)
     tokenizer.check_vocab(lm_config.vocab_size)
     chosen = parse_dtype(dtype)
-    with _progress(lm_shapes(lm_config), codec_shapes(codec_config)) as bar:
-        language_model = LM(lm_config, tokenizer.special.empty, _getter(lm_weights, chosen, target, bar))
-        audio_codec = Codec(codec_config, _getter(codec_weights, chosen, target, bar))
+    if chosen is None and target.type == "cuda":
+        chosen = torch.bfloat16
+    tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
+    # On a terminal only.
+    with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
+        source = WeightSource(_reader(lm_weights, target, bar), chosen, _stored(lm_dir), requested)
+        language_model = LM(lm_config, tokenizer.special.empty, source)
+        audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
     return language_model, audio_codec, tokenizer
 
 
@@ -80,8 +85,14 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights]:
     """Config and weights of a language model, every tensor's name and shape checked."""
     config = LMConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
     weights = open_weights(directory)
-    weights.validate(lm_shapes(config))
+    weights.validate(stored_shapes(lm_shapes(config), _stored(directory)))
     return config, weights
+
+
+def _stored(directory: Path) -> dict[str, Format]:
+    """Formats of the matrices that a checkpoint holds quantized."""
+    path = directory / "config.json"
+    return stored_formats(read_json(path), str(path))
 
 
 def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
@@ -105,20 +116,14 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _getter(weights: Weights, dtype: torch.dtype | None, device: torch.device, bar: Any) -> Callable[[str], Tensor]:
-    if dtype is None and device.type == "cuda":
-        dtype = torch.bfloat16
-
-    def get(name: str) -> Tensor:
-        # Codebooks decide codes by small differences: never below float32.
-        wanted = torch.float32 if "_codebook." in name else dtype
-        tensor = weights.get(name, dtype=wanted, device=device)
+def _reader(weights: Weights, device: torch.device, bar: Any) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
         bar.update(1)
-        return tensor
+        return weights.get(name, device=device)
 
-    return get
+    return read
 
 
-def _progress(*shapes: Shapes) -> Any:
-    """A bar over tensors, on a terminal only."""
-    return tqdm(total=sum(len(each) for each in shapes), desc="loading", unit="tensor", leave=False, disable=None)
+def _codec_tensors(read: Callable[[str], Tensor], dtype: torch.dtype | None) -> Callable[[str], Tensor]:
+    # Codebooks decide codes by small differences: never below float32.
+    return lambda name: read(name).to(torch.float32 if "_codebook." in name else dtype)

@@ -59,6 +59,7 @@ def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str 
         ),
         greedy=torch.tensor(greedy, device=device),
         all_greedy=all(greedy),
+        any_top_k=any(s.top_k for s in samplers),
     )
 
 

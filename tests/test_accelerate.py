@@ -117,12 +117,12 @@ def test_weights_are_shared(causal: Any) -> None:
     lm = accelerate(causal)._mimo_fast_lm
     originals = {tensor.data_ptr() for tensor in causal.tensors.values()}
     held = [*stored(lm.backbone), *stored(lm.patch_encoder), *stored(lm.patch_decoder), lm.text_embeddings]
-    for matrix in (lm.text_head, lm.patch_to_backbone, lm.backbone_to_patch, *lm.code_heads):
+    for matrix in (lm.text_head, lm.patch_to_backbone, lm.backbone_to_patch):
         held += matrix.blocks
     shared = {tensor.data_ptr() for tensor in held}
     assert shared <= originals
-    # Code tables alone are joined anew: one a channel, and the projection they are multiplied with.
-    assert len(originals) - len(shared) == 8 + 1
+    # Code tables and heads alone are joined anew: one a channel each, and the projection of the tables.
+    assert len(originals) - len(shared) == 8 + 8 + 1
 
 
 class TransformersConfig(PretrainedConfig):
@@ -158,7 +158,7 @@ class TestRefusals:
     )
     def test_another_object(self, given: Any, lacking: str) -> None:
         name = type(given).__name__
-        with pytest.raises(TypeError, match=f"^a {name} is not an upstream MiMo-Audio model, it lacks {lacking}; pass a "):
+        with pytest.raises(TypeError, match=f"^a {name} is not an upstream MiMo-Audio model, it lacks {lacking}; "):
             accelerate(given)
 
     def test_our_own_model(self, model: MimoAudio) -> None:

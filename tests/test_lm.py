@@ -1,19 +1,17 @@
 """Patches, embeddings and cached steps equal straightforward recomputation, at several dimensions."""
 
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import kit_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from variants import Loaded, random_prompt
 
-from mimo_fast.config import LMConfig
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import gumbel
+from mimo_fast.kernels.sample_codes import code_steps
 from mimo_fast.runtime.transformer import self_attend, transformer
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -184,16 +182,16 @@ delays = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 
 @given(delays, st.integers(1, 7))
 def test_each_channel_of_each_frame_is_produced_once_and_in_order(delay_pattern, group_size):
-    config = replace(
-        LMConfig.from_dict(kit_config("lm")), delays=tuple(delay_pattern), channels=len(delay_pattern),
-        group_size=group_size,
-    )
-    frames: dict[int, list[int]] = {c: [] for c in range(config.channels)}
-    for step in range(config.patch_steps):
-        active = config.active_channels(step)
-        assert active == sorted(active)
-        for channel in active:
-            frames[channel].append(step - config.delays[channel])
+    sizes = range(5, 5 + len(delay_pattern))
+    steps = code_steps(sizes, [0] * len(sizes), delay_pattern, group_size)
+    assert len(steps) == group_size + max(delay_pattern)
+    frames: dict[int, list[int]] = {c: [] for c in range(len(sizes))}
+    for step in steps:
+        channels, positions, firsts, widths, _ = step.heads.tolist()
+        assert channels == sorted(channels)
+        assert widths == [sizes[c] for c in channels]
+        assert firsts == [sum(sizes[:c]) for c in channels]
+        for channel, frame in zip(channels, positions, strict=True):
+            frames[channel].append(frame)
     assert all(produced == list(range(group_size)) for produced in frames.values())
-    assert config.active_channels(config.patch_steps) == []
-    assert config.active_channels(config.patch_steps - 1)
+    assert steps[-1].heads.shape[1] > 0

@@ -390,7 +390,7 @@ def test_quantizing_twice_is_refused(written):
 
 
 @pytest.mark.parametrize(("entry", "match"), [
-    ({"version": 9}, "unknown here"), ([], "unknown here"), ({"version": 1}, "damaged"),
+    ({"version": 9}, "is unknown"), ([], "is unknown"), ({"version": 1}, "damaged"),
     ({"version": 1, "tensors": {"a": {"format": "int3"}}}, "damaged"), ({"version": 1, "tensors": []}, "damaged"),
 ])
 def test_damaged_entries_are_refused(entry, match):

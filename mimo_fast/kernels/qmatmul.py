@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import use_triton
+from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, quantized_matmul
 from .swiglu import swiglu as swiglu_op
 
 DEQUANTIZED_AT_ONCE = 2**22
@@ -96,7 +98,8 @@ class QuantizedWeight:
         return replace(
             first, words=torch.cat([block.words for block in blocks]),
             scales=torch.cat([block.scales for block in blocks]),
-            zeros=None if first.zeros is None else torch.cat([block.zeros for block in blocks if block.zeros is not None]),
+            zeros=torch.cat([block.zeros for block in blocks if block.zeros is not None]) if first.zeros is not None
+            else None,
             bias=torch.cat([block._bias_or_zeros for block in blocks]) if biased else None,
         )
 
@@ -173,6 +176,16 @@ def matmul(
     x: Tensor, weight: Weight | QuantizedWeight, *, residual: Tensor | None = None, swiglu: bool = False
 ) -> Tensor:
     """x [..., K] -> [..., N], or [..., N / 2] with swiglu; residual has the shape of the result."""
+    if not use_triton(x):
+        return matmul_ref(x, weight, residual=residual, swiglu=swiglu)
+    if isinstance(weight, QuantizedWeight):
+        if fits_quantized(weight):
+            return quantized_matmul(x, weight, residual, swiglu)
+    elif 0 < x.numel() <= GEMV_ROWS * x.shape[-1]:
+        if len(weight.blocks) == 1:
+            return dense_gemv(x, weight.blocks[0], weight.biases[0], residual, swiglu)
+        pairs = zip(weight.blocks, weight.biases, strict=True)
+        return _epilogues(torch.cat([dense_gemv(x, *pair, None, False) for pair in pairs], dim=-1), residual, swiglu)
     return matmul_ref(x, weight, residual=residual, swiglu=swiglu)
 
 
@@ -181,8 +194,11 @@ def matmul_ref(
 ) -> Tensor:
     """The product and then each epilogue, every one rounded to x.dtype."""
     y = _dense_product(x, weight) if isinstance(weight, Weight) else _quantized_product(x, weight)
-    if swiglu:
-        y = swiglu_op(y)
+    return _epilogues(y, residual, swiglu)
+
+
+def _epilogues(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
+    y = swiglu_op(y) if swiglu else y
     return y if residual is None else residual + y
 
 

@@ -64,7 +64,7 @@ def turn(b_first, b_second, b_cos, b_sin):
 
 @jit
 def rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, stride_xn, stride_xt, stride_xh, stride_tn, stride_tt, T, H,
+    x_ptr, cos_ptr, sin_ptr, y_ptr, stride_xn, stride_xt, stride_xh, T_TABLE, T, H,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -73,7 +73,7 @@ def rope_kernel(
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_half = o_half < HALF
     m_x = (o_h < H)[:, None] & m_half[None, :]
-    o_angle = i_n * stride_tn + i_t * stride_tt + o_half
+    o_angle = (i_n * T_TABLE + i_t) * HALF + o_half
     b_cos = tl.load(cos_ptr + o_angle, mask=m_half, other=0.0)[None, :]
     b_sin = tl.load(sin_ptr + o_angle, mask=m_half, other=0.0)[None, :]
     x_ptr += i_n * stride_xn + i_t * stride_xt
@@ -90,7 +90,7 @@ def rope_kernel(
 @jit
 def rope_append_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr,
-    stride_xr, stride_xt, stride_table, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, T, P, S,
+    stride_xr, stride_xt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, T, P, S,
     H, HKV, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -102,8 +102,8 @@ def rope_append_kernel(
     o_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     m_half = o_half < b_half
     m_x = m_half & (o_h < H + 2 * HKV)
-    b_cos = tl.load(cos_ptr + i_position * stride_table + o_half, mask=m_half, other=0.0)
-    b_sin = tl.load(sin_ptr + i_position * stride_table + o_half, mask=m_half, other=0.0)
+    b_cos = tl.load(cos_ptr + i_position * HALF + o_half, mask=m_half, other=0.0)
+    b_sin = tl.load(sin_ptr + i_position * HALF + o_half, mask=m_half, other=0.0)
     qkv_ptr += i_r * stride_xr + i_t * stride_xt
     o_x = o_h * 2 * HALF + o_half
     b_first = tl.load(qkv_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
@@ -129,20 +129,19 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     if not use_triton(x):
         return rope_ref(x, table)
     *lead, new, heads, head_dim = x.shape
-    if tuple(table.shape[-2:]) != (new, head_dim // 2) or table.stride(-1) != 1:
-        raise ValueError(f"a table {list(table.shape)} does not turn {list(x.shape)}; pass contiguous rows of {new}")
+    if tuple(table.shape[-2:]) != (new, head_dim // 2):
+        raise ValueError(f"a table {list(table.shape)} does not turn {list(x.shape)}; pass the rows of its positions")
     rows = x.flatten(0, -4) if lead else x[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    # One table for all rows has stride 0 between them.
-    angles = table[:, None] if table.ndim == 3 else table.expand(2, *lead, -1, -1).flatten(1, -3)
+    angles = table if table.ndim == 3 else table.expand(2, *lead, -1, -1)
+    cos, sin = (part.contiguous() for part in angles)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         half_block, head_block = _tile(head_dim)
         rope_kernel[(len(rows) * new, -(-heads // head_block))](
-            x_ptr=rows, cos_ptr=angles[0], sin_ptr=angles[1], y_ptr=y, stride_xn=rows.stride(0),
-            stride_xt=rows.stride(1), stride_xh=rows.stride(2), stride_tn=angles.stride(1) * (angles.shape[1] > 1),
-            stride_tt=angles.stride(2), T=new, H=heads, HALF=head_dim // 2, BLOCK_HALF=half_block, BLOCK_H=head_block,
-            num_warps=WARPS,
+            x_ptr=rows, cos_ptr=cos, sin_ptr=sin, y_ptr=y, stride_xn=rows.stride(0),
+            stride_xt=rows.stride(1), stride_xh=rows.stride(2), T_TABLE=0 if table.ndim == 3 else new, T=new, H=heads,
+            HALF=head_dim // 2, BLOCK_HALF=half_block, BLOCK_H=head_block, num_warps=WARPS,
         )
     return y
 
@@ -163,13 +162,13 @@ def rope_append(
         raise ValueError(f"rope_append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles")
     if not use_triton(qkv):
         return rope_append_ref(qkv, table, k_cache, v_cache, slots, starts, heads)
-    if any(x.stride(-1) != 1 for x in (qkv, table, k_cache, v_cache, slots, starts)):
-        raise ValueError("rope_append needs contiguous last dimensions")
+    if any(x.stride(-1) != 1 for x in (qkv, k_cache, v_cache, slots, starts)) or not table.is_contiguous():
+        raise ValueError("rope_append needs a contiguous table and contiguous last dimensions")
     q = torch.empty(rows, heads, new, head_dim, dtype=qkv.dtype, device=qkv.device)
     half_block, head_block = _tile(head_dim)
     rope_append_kernel[(rows * new, -(-(heads + 2 * kv_heads) // head_block))](
         qkv_ptr=qkv, cos_ptr=table[0], sin_ptr=table[1], q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, slots_ptr=slots,
-        starts_ptr=starts, stride_xr=qkv.stride(0), stride_xt=qkv.stride(1), stride_table=table.stride(1),
+        starts_ptr=starts, stride_xr=qkv.stride(0), stride_xt=qkv.stride(1),
         stride_kb=k_cache.stride(0), stride_kh=k_cache.stride(1), stride_ks=k_cache.stride(2),
         stride_vb=v_cache.stride(0), stride_vh=v_cache.stride(1), stride_vs=v_cache.stride(2), T=new,
         P=table.shape[1], S=capacity, H=heads, HKV=kv_heads, HALF=head_dim // 2, BLOCK_HALF=half_block,
@@ -192,22 +191,22 @@ def _tile(head_dim: int) -> tuple[int, int]:
 def compile_cases() -> Iterator[Case]:
     """Head widths 16 (small transformers, vocoder), 64 (codec) and 128 (backbone); any number of heads."""
     signature = {f"{name}_ptr": "*bf16" for name in "xy"} | {f"{name}_ptr": "*fp32" for name in ("cos", "sin")}
-    signature |= dict.fromkeys(("stride_xn", "stride_xt", "stride_xh", "stride_tn", "stride_tt", "T", "H"), "i32")
+    signature |= dict.fromkeys(("stride_xn", "stride_xt", "stride_xh", "T_TABLE", "T", "H"), "i32")
     for head_dim in (16, 64):
         half_block, head_block = _tile(head_dim)
         constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
         yield Case(
             f"rope Dh={head_dim}", rope_kernel, signature, constexprs, WARPS,
-            wide_loads=True, unaligned=("T", "H", "stride_tn", "stride_tt"),
+            wide_loads=True, unaligned=("T", "H", "T_TABLE"),
         )
     signature = {f"{name}_ptr": "*bf16" for name in ("qkv", "q", "k", "v")}
     signature |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "starts_ptr": "*i64"}
-    strides = ("xr", "xt", "table", "kb", "kh", "ks", "vb", "vh", "vs")
+    strides = ("xr", "xt", "kb", "kh", "ks", "vb", "vh", "vs")
     signature |= dict.fromkeys((*(f"stride_{name}" for name in strides), "T", "P", "S", "H", "HKV"), "i32")
     for head_dim in (16, 128):
         half_block, head_block = _tile(head_dim)
         constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
         yield Case(
             f"rope_append Dh={head_dim}", rope_append_kernel, signature, constexprs, WARPS,
-            wide_loads=True, unaligned=("T", "P", "S", "H", "HKV", "stride_table"),
+            wide_loads=True, unaligned=("T", "P", "S", "H", "HKV"),
         )

@@ -61,9 +61,9 @@ class SamplerTensors:
 
 
 def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
-    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id."""
+    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id; of ties, lower ids first."""
     scores = logits.float() / settings.temperature[:, None]
-    ascending, order = scores.sort(dim=-1)
+    ascending, order = scores.sort(dim=-1, stable=True)
     size = scores.shape[-1]
     kth = torch.where(settings.top_k > 0, settings.top_k.clamp(max=size), size)
     threshold = ascending.gather(-1, (size - kth)[:, None])
@@ -119,7 +119,7 @@ def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 
 
 @jit
-def gumbel_noise(seed, ids, draw, slot):  # type: ignore[no-untyped-def]
+def gumbel_noise(seed, ids, draw, slot):
     """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or constexpr."""
     o_id = ids.to(tl.uint32)
     o_zero = o_id * 0
@@ -130,7 +130,7 @@ def gumbel_noise(seed, ids, draw, slot):  # type: ignore[no-untyped-def]
 
 
 @jit
-def ordered_bits(x):  # type: ignore[no-untyped-def]
-    """float32 -> int64 in [0, 2^32) of the same order; -0.0 is 0.0."""
+def ordered_bits(x):
+    """float32 -> int32 of the same order; -0.0 is 0.0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -79,6 +79,8 @@ def sample_codes_ref(
     embeddings: Tensor,
 ) -> Tensor:  # fmt: skip
     rows, active = len(hidden), step.heads.shape[1]
+    if not active:
+        return embeddings.new_zeros(rows, embeddings.shape[1])
     channels, frames, firsts, sizes, empty = step.heads
     shape = (rows, active, step.widest)
     logits = hidden.new_full(shape, -torch.inf, dtype=torch.float32)
@@ -144,16 +146,16 @@ def code_step_kernel(
     o_logits = i_row * N + (base - first)[:, None] + o_v
     b_logits = tl.load(logits_ptr + o_logits, mask=m_v, other=-float("inf")).to(tl.float32)
     _, code = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=1, return_indices=True)
-    if not ALL_GREEDY:
+    if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
             b_scores = tl.div_rn(b_logits, tl.load(temperature_ptr + i_row))
             m_kept = b_scores > -float("inf")
             k = tl.load(top_k_ptr + i_row)
             if (k > 0) & (k < BLOCK_V):
                 b_bits = ordered_bits(b_scores)
-                kth = tl.zeros([BLOCK_A], tl.int64)
+                kth = tl.full([BLOCK_A], -2147483648, tl.int32)
                 for i_bit in range(32):
-                    trial = kth + (tl.full([], 2147483648, tl.int64) >> i_bit)
+                    trial = kth ^ (tl.full([BLOCK_A], 1, tl.int32) << (31 - i_bit))
                     count = tl.sum((b_bits >= trial[:, None]).to(tl.int32), axis=1)
                     kth = tl.where(count >= k, trial, kth)
                 m_kept = m_kept & (b_bits >= kth[:, None])
@@ -164,7 +166,8 @@ def code_step_kernel(
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=1)
             top = tl.where(top == -float("inf"), 0.0, top)
             b_mass = tl.where(m_kept, tl.exp(b_scores - top[:, None]), 0.0)
-            total, tail = tl.sum(b_mass, axis=1), tl.load(tail_ptr + i_row)
+            total = tl.maximum(tl.sum(b_mass, axis=1), 1e-37)
+            tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
             rejected = (winner > -float("inf")) & (tail > 0)
             while tl.max(rejected.to(tl.int32), axis=0) > 0:
                 score = tl.sum(tl.where(o_v == drawn[:, None], b_scores, 0.0), axis=1)[:, None]
@@ -204,8 +207,8 @@ def head_logits(hidden: Tensor, heads: Tensor) -> Tensor:
     logits = torch.empty(rows, size, dtype=hidden.dtype, device=hidden.device)
     head_logits_kernel[(-(-size // 16), -(-rows // 16))](
         hidden_ptr=hidden, heads_ptr=heads, logits_ptr=logits, stride_hidden=hidden.stride(0),
-        stride_heads=heads.stride(0), R=rows, N=size, D=hidden.shape[1], num_warps=2, num_stages=4,
-        **_tile(hidden.shape[1], hidden.element_size()),
+        stride_heads=heads.stride(0), R=rows, N=size, D=hidden.shape[1], num_warps=4, num_stages=4,
+        **_tile(hidden.shape[1]),
     )  # fmt: skip
     return logits
 
@@ -243,9 +246,9 @@ def sample_codes(
     return x
 
 
-def _tile(dim: int, itemsize: int) -> dict[str, int]:
-    """512 bytes of each of 16 table rows at a time, three such tiles in flight."""
-    return {"BLOCK_R": 16, "BLOCK_N": 16, "BLOCK_D": max(16, min(next_power_of_2(dim), 512 // itemsize))}
+def _tile(dim: int) -> dict[str, int]:
+    """128 columns of 16 table rows at a time, three such tiles in flight."""
+    return {"BLOCK_R": 16, "BLOCK_N": 16, "BLOCK_D": max(16, min(128, next_power_of_2(dim)))}
 
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:
@@ -269,10 +272,10 @@ def compile_cases() -> Iterator[Case]:
     yield Case("patch_noise", patch_noise_kernel, {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64",
                "V": "i32"}, {"FIRST": FRAME_SLOT, "BLOCK_V": 128}, 1, unaligned=("V",))  # fmt: skip
     integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+    for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
         # A step's heads begin at any row, and rows of D = 1024 are aligned all the same.
-        yield Case(f"head_logits {dtype}", head_logits_kernel, signature, _tile(1024, itemsize), 2, 4,
+        yield Case(f"head_logits {dtype}", head_logits_kernel, signature, _tile(1024), 4, 4,
                    ieee=dtype == "fp32", wide_loads=True, unaligned=("R", "N"))  # fmt: skip
     signature = dict.fromkeys(("logits_ptr", "embeddings_ptr", "x_ptr"), "*bf16") | dict.fromkeys(
         ("noise_ptr", "temperature_ptr", "tail_ptr"), "*fp32"

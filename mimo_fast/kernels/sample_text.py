@@ -4,9 +4,9 @@ Shapes: logits [N, V] of any float type, banned bool [N, V] or [V], seeds and dr
 exponentials and sums are float32, noise is float64 rounded to float32; settings, seeds and draws are read on the
 device, so a captured graph draws anew at each replay.
 
-    text_digit_kernel  4 launches, a chunk of a row a program: counts of the next 8 ordered bits of all scores that share
-                       the bits found so far, for the k-th largest. Integer atomics, so the order of sums is immaterial.
-                       They are left out where the host knows that no row uses top-k, and exit at once in rows that do not.
+    text_digit_kernel  4 launches, a chunk of a row a program: counts of the next 8 ordered bits of the scores that
+                       share the bits found so far, for the k-th largest. Integer atomics: any order gives one result.
+                       Left out where the host knows that no row uses top-k; rows that do not exit at once.
     text_draw_kernel   a chunk of a row a program: noise and perturbed scores of what top-k keeps, the chunk's best id,
                        winner, maximum and sum of exponentials.
     text_settle_kernel a row a program: joins the chunks, then tests the winner against top-p and draws again until it
@@ -29,7 +29,7 @@ from .sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 CHUNK = 1024
 """Ids a program: 149 programs a row at 151,680."""
 
-SETTLE_BLOCK = 8192
+SETTLE_BLOCK = 4096
 
 
 def sample_text_ref(
@@ -39,6 +39,12 @@ def sample_text_ref(
     if not settings.all_greedy:
         noise = gumbel(seeds, draws, torch.full_like(draws, slot), logits.shape[-1])
     return sample(logits, settings, noise, banned)
+
+
+@jit
+def unsigned_bits(x):
+    """float32 -> int64 in [0, 2^32) of the same order."""
+    return ordered_bits(x).to(tl.int64) + 2147483648
 
 
 @jit
@@ -66,7 +72,7 @@ def text_digit_kernel(
         o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
         m_v = o_v < V
         b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_bits = ordered_bits(tl.div_rn(b_logits, tl.load(temperature_ptr + i_row)))
+        b_bits = unsigned_bits(tl.div_rn(b_logits, tl.load(temperature_ptr + i_row)))
         counts = counts_ptr + i_row * 1024
         m_v = m_v & (b_bits >> (32 - 8 * PASS) == kth_bits(counts, k, PASS))
         b_digit = ((b_bits >> (24 - 8 * PASS)) & 255).to(tl.int32)
@@ -91,14 +97,14 @@ def text_draw_kernel(
     best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
     tl.store(values, best)
     tl.store(ids, i_chunk * BLOCK_V + i_best)
-    if not ALL_GREEDY:
+    if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
             b_scores = tl.div_rn(b_logits, tl.load(temperature_ptr + i_row))
             m_kept = m_v & (b_scores > -float("inf"))
             if TOP_K:
                 k = tl.load(top_k_ptr + i_row)
                 if (k > 0) & (k < V):
-                    m_kept = m_kept & (ordered_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4))
+                    m_kept = m_kept & (unsigned_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4))
             b_noise = gumbel_noise(tl.load(seeds_ptr + i_row), o_v, tl.load(draws_ptr + i_row), SLOT)
             b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
             tl.store(perturbed_ptr + i_row * V + o_v, b_perturbed, mask=m_v)
@@ -120,11 +126,11 @@ def text_settle_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
-    values, ids = values_ptr + (i_row * chunks + o_chunk) * 4, ids_ptr + (i_row * chunks + o_chunk) * 2
+    values = values_ptr + (i_row * chunks + o_chunk) * 4
     b_best = tl.load(values, mask=m_chunk, other=-float("inf"))
     _, i_best = tl.max(b_best, axis=0, return_indices=True)
     token = tl.load(ids_ptr + (i_row * chunks + i_best) * 2)
-    if not ALL_GREEDY:
+    if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
             winner, i_winner = tl.max(tl.load(values + 1, mask=m_chunk, other=-float("inf")), axis=0,
                                       return_indices=True)  # fmt: skip
@@ -154,7 +160,7 @@ def text_settle_kernel(
                     b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
                     m_kept = m_v & (b_scores > -float("inf"))
                     if TOP_K:
-                        m_kept = m_kept & (ordered_bits(b_scores) >= threshold)
+                        m_kept = m_kept & (unsigned_bits(b_scores) >= threshold)
                     m_upto = m_kept & ((b_scores < score) | ((b_scores == score) & (o_v <= drawn)))
                     m_above = m_kept & (m_upto == 0)
                     b_mass += tl.where(m_upto, tl.exp(b_scores - top), 0.0)
@@ -184,15 +190,18 @@ def sample_text(
         return sample_text_ref(logits, settings, seeds, draws, banned, slot)
     rows, size = logits.shape
     if not rows == len(seeds) == len(draws) == len(settings.greedy):
-        raise ValueError(f"{rows} rows of logits, {len(settings.greedy)} of settings, {len(seeds)} seeds, {len(draws)} draws")
+        given = f"{len(settings.greedy)} of settings, {len(seeds)} seeds and {len(draws)} draws"
+        raise ValueError(f"{rows} rows of logits do not go with {given}")
     if banned is not None and banned.shape not in ((size,), (rows, size)):
         raise ValueError(f"banned {list(banned.shape)} is neither [{size}] nor [{rows}, {size}]")
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     banned = banned if banned is None or banned.stride(-1) == 1 else banned.contiguous()
     device, chunks = logits.device, -(-size // CHUNK)
     top_k = settings.any_top_k and not settings.all_greedy
-    tensors = {"temperature_ptr": settings.temperature, "top_k_ptr": settings.top_k, "greedy_ptr": settings.greedy}
-    shared = tensors | {"logits_ptr": logits, "stride_logits": logits.stride(0), "V": size, "counts_ptr": settings.top_k}
+    shared = {
+        "logits_ptr": logits, "stride_logits": logits.stride(0), "V": size, "counts_ptr": settings.top_k,
+        "temperature_ptr": settings.temperature, "top_k_ptr": settings.top_k, "greedy_ptr": settings.greedy,
+    }  # fmt: skip
     if top_k:
         shared["counts_ptr"] = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
         for i_pass in range(4):

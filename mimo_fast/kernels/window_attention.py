@@ -13,8 +13,8 @@ neighbouring windows comes from the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import log2, sqrt
 from math import e as EULER
+from math import log2, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,8 @@ def window_attention_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d[None, :] < DH
     m_q = (o_q[:, None] < T) & m_d
-    b_q = tl.load(q_ptr + i_head * stride_qh + o_q.to(tl.int64)[:, None] * stride_qt + o_d[None, :], mask=m_q, other=0.0)
+    q_row = q_ptr + i_head * stride_qh + o_q.to(tl.int64)[:, None] * stride_qt
+    b_q = tl.load(q_row + o_d[None, :], mask=m_q, other=0.0)
     b_max = tl.full([BLOCK_T], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     b_y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import HUB_FILES, SHARD_BYTES, Weights, open_weights, write_checkpoint
+from ..checkpoint import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
 from ..config import LMConfig, read_json
 from ..errors import CheckpointError
 from ..kernels.qmatmul import QuantizedWeight, Weight, dequantize_to, pack_for_cpu
@@ -33,18 +33,20 @@ class WeightSource:
         dtype: of activations, and so of everything dense; None keeps the stored dtype.
         stored: format of each matrix that the file holds quantized.
         requested: quantization to do now, of matrices that the file holds dense.
+        join: on a GPU, copy the row blocks of a dense matrix into one, for one launch; False shares them as they are.
     """
 
     def __init__(
         self, read: Read, dtype: torch.dtype | None = None, stored: Mapping[str, Format] | None = None,
-        requested: QuantizationConfig | None = None,
+        requested: QuantizationConfig | None = None, join: bool = True,
     ) -> None:
         self._read, self._dtype, self._stored, self._requested = read, dtype, dict(stored or {}), requested
+        self._join = join
         if self._stored and requested:
             raise CheckpointError("the checkpoint is quantized already: load it without quantization=")
 
     def __call__(self, name: str) -> Tensor:
-        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if no dtype is wanted)."""
+        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if none is wanted)."""
         if name in self._stored:
             return dequantize_to(self._quantized(name, None), self._dtype or torch.bfloat16)
         tensor = self._read(name)
@@ -70,7 +72,7 @@ class WeightSource:
         if chosen:
             return _joined([quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)])
         blocks = [block.to(self._dtype) for block in blocks]
-        if len(blocks) > 1 and blocks[0].is_cuda:
+        if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
             return Weight.stack([torch.cat(blocks)], [torch.cat(biases)] if bias else [])  # type: ignore[arg-type]
         return Weight.stack(blocks, biases)

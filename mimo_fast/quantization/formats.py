@@ -52,7 +52,7 @@ class Format:
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
-            raise ValueError(f"no weight format {text!r}: use {', '.join(NAMED)}, or one of them with -g32, -g64, -g128")
+            raise ValueError(f"no weight format {text!r}: use {', '.join(NAMED)}, or one with -g32, -g64, -g128")
         name, group = match[1], match[2]
         default = {"int8": None, "nf4": 64}.get(name, 128)
         return cls(name.removesuffix("-sym"), int(group) if group else default, name != "int4")
@@ -139,7 +139,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "int4": _INT4,
     "nf4": _INT4 | {"backbone": "nf4"},
 }
-"""What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of the file."""
+"""What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of it all."""
 
 
 def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
@@ -153,7 +153,7 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
         return {}
     if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
         version = entry.get("version") if isinstance(entry, Mapping) else None
-        raise CheckpointError(f"{source}: quantized form {version!r} is unknown here: update mimo-fast or quantize again")
+        raise CheckpointError(f"{source}: quantized form {version!r} is unknown: update mimo-fast or quantize again")
     try:
         return {name: Format.parse(about["format"]) for name, about in entry["tensors"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -79,7 +79,7 @@ def import_gptq(
     packed = {name for name in shapes if f"{name.removesuffix('weight')}qweight" in weights.names()}
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()
-    formats, dtypes = chosen.formats(shapes), {name: torch.bfloat16 for name in packed}
+    formats, dtypes = chosen.formats(shapes), dict.fromkeys(packed, torch.bfloat16)
     for name in packed:
         layer = name.removesuffix("weight")
         size = shapes[name][1] // weights.shape(f"{layer}scales")[0]
@@ -111,7 +111,8 @@ def import_gptq(
 def _layer(weights: Weights, name: str, v1: bool) -> QuantizedWeight | Tensor:
     layer = name.removesuffix("weight")
     g_idx = weights.get(f"{layer}g_idx") if f"{layer}g_idx" in weights.names() else None
-    return from_gptq(*(weights.get(f"{layer}{part}") for part in ("qweight", "qzeros", "scales")), g_idx, v1=v1)
+    qweight, qzeros, scales = (weights.get(f"{layer}{part}") for part in ("qweight", "qzeros", "scales"))
+    return from_gptq(qweight, qzeros, scales, g_idx, v1=v1)
 
 
 def _in_order(weights: Weights, layer: str, size: int) -> bool:

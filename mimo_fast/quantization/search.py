@@ -6,6 +6,8 @@ clipping for resolution), and the best is kept: plain absmax is one of the state
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from torch import Tensor
 from ..kernels.qmatmul import QuantizedWeight, dequantize, pack_words
 from .formats import Format
 
-CHUNK = 2**17
-"""Values searched at once: their few float32 copies stay in a core's second-level cache."""
+CHUNK, CUDA_CHUNK = 2**15, 2**24
+"""Values searched at once. On the CPU their few float32 copies stay in a core's cache, and torch does not split work
+this small, so that cores take chunks each and never wait for one another."""
 
 INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
 INT8_STARTS, INT8_ROUNDS = (1.0, 0.94), 1
@@ -30,6 +33,11 @@ NF4_LEVELS = (
 )
 """Quantiles of a normal distribution, as published with QLoRA (https://arxiv.org/abs/2305.14314, appendix E)."""
 
+Searched = tuple[Tensor, Tensor, Tensor | None]
+"""q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
+
+Search = Callable[[Tensor], Searched]
+
 
 def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
     """weight [N, K] of any floating dtype -> its quantized form, on the same device, row chunk by row chunk.
@@ -37,41 +45,52 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     Raises:
         ValueError: K is not a multiple of the group, or values are not finite.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     group = chosen.group or columns
     if columns % group or columns % 32:
         raise ValueError(f"a matrix of {columns} columns does not split into groups of {group}: leave it dense")
-    search = {"int4": _asymmetric if not chosen.symmetric else _symmetric(8), "int8": _symmetric(128), "nf4": _nf4}
-    parts = []
-    for chunk in weight.split(max(1, CHUNK // columns)):
-        values = chunk.float().reshape(-1, group)
+    int4 = _symmetric(8) if chosen.symmetric else _asymmetric
+    search: dict[str, Search] = {"int4": int4, "int8": _symmetric(128), "nf4": _nf4}
+
+    def convert(start: int, end: int) -> tuple[Tensor, ...]:
+        values = weight[start:end].float().reshape(-1, group)
         if not values.isfinite().all():
             raise ValueError("a matrix to quantize holds values that are not finite: repair the checkpoint")
-        q, scale, zero = search[chosen.kind](values)
-        words = pack_words(q.view(len(chunk), columns), chosen.bits, group)
-        parts.append((words, scale.view(len(chunk), -1), None if zero is None else zero.view(len(chunk), -1)))
-    words, scales, zeros = zip(*parts, strict=True)
+        q, *grid = search[chosen.kind](values)
+        words = pack_words(q.view(-1, columns), chosen.bits, group)
+        return words, *(part.view(len(words), -1) for part in grid if part is not None)
+
+    words, scales, *zeros = (torch.cat(parts) for parts in zip(*_map_rows(convert, weight), strict=True))
     return QuantizedWeight(
-        words=torch.cat(words), scales=torch.cat(scales), zeros=None if zeros[0] is None else torch.cat(zeros),
-        bias=bias, bits=chosen.bits,
+        words=words, scales=scales, zeros=zeros[0] if zeros else None, bias=bias, bits=chosen.bits,
         levels=torch.tensor(NF4_LEVELS, device=weight.device) if chosen.kind == "nf4" else None,
     )
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     """|w - dequantized| / |w|, Frobenius norms."""
-    step = max(1, CHUNK // weight.shape[1])
-    error, norm = 0.0, 0.0
-    for start in range(0, len(weight), step):
-        values = weight[start : start + step].float()
-        rows = torch.arange(start, start + len(values), device=weight.device)
-        error += float((dequantize(quantized.take(rows)) - values).square_().sum())
-        norm += float(values.square().sum())
+
+    def squares(start: int, end: int) -> tuple[Tensor, Tensor]:
+        values = weight[start:end].float()
+        return (dequantize(quantized, start, end) - values).square().sum(), values.square().sum()
+
+    error, norm = (sum(map(float, parts)) for parts in zip(*_map_rows(squares, weight), strict=True))
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-Searched = tuple[Tensor, Tensor, Tensor | None]
-"""q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
+Result = TypeVar("Result")
+
+
+def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Result]:
+    """function(start, end) of each chunk of rows, in order; on the CPU as many at a time as torch uses threads."""
+    step = max(1, (CUDA_CHUNK if weight.is_cuda else CHUNK) // weight.shape[1])
+    starts = range(0, len(weight), step)
+    ends = [min(start + step, len(weight)) for start in starts]
+    threads = 1 if weight.is_cuda else torch.get_num_threads()
+    if threads == 1:
+        return list(map(function, starts, ends))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, starts, ends))
 
 
 def _asymmetric(values: Tensor) -> Searched:
@@ -103,7 +122,7 @@ def _asymmetric(values: Tensor) -> Searched:
     return q.add_(8).to(torch.uint8), scale, zero
 
 
-def _symmetric(half: int) -> Callable[[Tensor], Searched]:
+def _symmetric(half: int) -> Search:
     """w = scale q, q in -half ... half - 1 (int4) or -127 ... 127 (int8)."""
     lowest, highest = (-8, 7) if half == 8 else (-127, 127)
     starts, rounds = (INT4_STARTS, INT4_ROUNDS) if half == 8 else (INT8_STARTS, INT8_ROUNDS)

@@ -11,7 +11,7 @@ from ..audio import log_mel
 from ..config import CodecConfig
 from ..errors import AudioError
 from ..kernels.qmatmul import Weight, matmul
-from ..kernels.rvq import rvq_decode, rvq_encode
+from ..kernels.rvq import Codebooks, rvq_decode, rvq_encode
 from .codec_layers import Norm, TransposedConv, inverse_stft, load_stack, split_lengths
 from .codec_stream import CodecStream
 from .transformer import GetTensor
@@ -43,9 +43,8 @@ class Codec:
             self.pool_conv = get("encoder.down_sample_layer.0.weight")
             self.pool_norm = Norm.load("encoder.down_sample_norm", config.norm, get)
             self.unpool = TransposedConv.load("decoder.dconv1", config.pool, get)
-        self.codebooks = [
-            get(f"encoder.quantizer.vq.layers.{i}._codebook.embed").float() for i in range(len(config.codebook_sizes))
-        ]
+        names = [f"encoder.quantizer.vq.layers.{i}._codebook.embed" for i in range(len(config.codebook_sizes))]
+        self.codebooks = Codebooks.pack([get(name) for name in names])
         self.decoder = load_stack(
             "decoder.layers", config.decoder_layers, config.decoder_heads, config.decoder_causal,
             config.decoder_window, config.norm, config.rope_theta, get,
@@ -78,7 +77,7 @@ class Codec:
 
     def quantize(self, hidden: Tensor, n_q: int | None = None) -> Tensor:
         """Encoder output [T, D] -> codes [n_q, T]."""
-        return rvq_encode(hidden.float(), self.codebooks[:n_q])
+        return rvq_encode(hidden.float(), self.codebooks.first(n_q))
 
     def encode_mel(self, mel: Tensor) -> Tensor:
         """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""

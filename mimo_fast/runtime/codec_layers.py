@@ -50,10 +50,9 @@ class CodecLayer:
             return Weight.stack([get(f"{name}.{part}.weight")], [get(f"{name}.{part}.bias")])
 
         # k has no bias upstream.
-        qkv = Weight.stack(
-            [get(f"{name}.self_attn.{part}_proj.weight") for part in "qkv"],
-            [None if part == "k" else get(f"{name}.self_attn.{part}_proj.bias") for part in "qkv"],
-        )
+        q_bias, v_bias = (get(f"{name}.self_attn.{part}_proj.bias") for part in "qv")
+        blocks = [get(f"{name}.self_attn.{part}_proj.weight") for part in "qkv"]
+        qkv = Weight.stack(blocks, [q_bias, torch.zeros_like(v_bias), v_bias])
         return cls(
             attention_norm=Norm.load(f"{name}.self_attn_layer_norm", norm, get), qkv=qkv,
             out=linear("self_attn.out_proj"), ffn_norm=Norm.load(f"{name}.final_layer_norm", norm, get),

@@ -13,17 +13,20 @@ from torch import Tensor
 
 from ..config import LMConfig
 from ..kernels.patch_embed import patch_embed
-from ..kernels.qmatmul import Weight, matmul
+from ..kernels.qmatmul import matmul
 from ..kernels.rope import rope_table
-from ..kernels.sample import SamplerTensors, gumbel, sample
+from ..kernels.sample import SamplerTensors
+from ..kernels.sample_codes import code_steps, patch_noise, sample_codes
+from ..kernels.sample_text import sample_text
+from ..quantization import WeightSource
 from .state import DecodeState
-from .transformer import GetTensor, cached_attend, self_attend, transformer, transformer_weights
+from .transformer import cached_attend, self_attend, transformer, transformer_weights
 
 PREFILL_CHUNK = 1024
 """Positions prefilled at once: bounds the activations of a long prompt."""
 
 TEXT_SLOT = 0
-"""Random slot of the text draw; frame g of a patch draws in slot 1 + g."""
+"""Random slot of the text draw; the frames of a patch draw in the slots after it."""
 
 
 class LM:
@@ -32,26 +35,26 @@ class LM:
     Args:
         config: dimensions.
         empty_id: text id of `<|empty|>`, which marks audio positions.
-        get: tensor by upstream's name, on the device and in the dtype to compute in.
+        source: its weights, on the device and in the dtype to compute in.
     """
 
-    def __init__(self, config: LMConfig, empty_id: int, get: GetTensor) -> None:
+    def __init__(self, config: LMConfig, empty_id: int, source: WeightSource) -> None:
         self.config, self.empty_id = config, empty_id
-        self.backbone = transformer_weights("model", config.backbone, get)
-        self.patch_encoder = transformer_weights("input_local_transformer", config.patch_encoder, get)
-        self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, get)
-        self.text_embeddings = get("model.embed_tokens.weight")
-        self.text_head = Weight.stack([self.text_embeddings if config.tie_embeddings else get("lm_head.weight")])
+        self.backbone = transformer_weights("model", config.backbone, source)
+        self.patch_encoder = transformer_weights("input_local_transformer", config.patch_encoder, source)
+        self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, source)
+        self.text_embeddings = source("model.embed_tokens.weight")
+        self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
         channels = range(config.channels)
-        self.code_embeddings = torch.cat([get(f"speech_embeddings.{c}.weight") for c in channels])
-        self.code_heads = [Weight.stack([get(f"local_transformer_lm_heads.{c}.weight")]) for c in channels]
+        self.code_embeddings = torch.cat([source(f"speech_embeddings.{c}.weight") for c in channels])
+        self.code_heads = torch.cat([source(f"local_transformer_lm_heads.{c}.weight") for c in channels])
         # Projecting the table once makes each decoder step a plain gather.
         self.decoder_embeddings = self.code_embeddings
         if config.patch_encoder.dim != config.patch_decoder.dim:
-            projection = Weight.stack([get("speech_embeddings_to_local.weight")])
+            projection = source.weight("speech_embeddings_to_local")
             self.decoder_embeddings = matmul(self.code_embeddings, projection)
-        self.patch_to_backbone = Weight.stack([get("speech_group_downcast.weight")])
-        self.backbone_to_patch = Weight.stack([get("hidden_states_downcast.weight")])
+        self.patch_to_backbone = source.weight("speech_group_downcast")
+        self.backbone_to_patch = source.weight("hidden_states_downcast")
         self.device, self.dtype = self.text_embeddings.device, self.text_embeddings.dtype
         self._make_tables()
 
@@ -59,11 +62,7 @@ class LM:
         config, device = self.config, self.device
         self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], device=device)
         self.empty_codes = torch.tensor(config.empty_codes, device=device)
-        # Heads of different sizes are sampled together: ids past a channel's end count as banned.
-        widest = max(config.code_sizes)
-        ids = torch.arange(widest, device=device)
-        sizes = torch.tensor(config.code_sizes, device=device)
-        self.banned_codes = (ids == self.empty_codes[:, None]) | (ids >= sizes[:, None])
+        self.code_steps = code_steps(config.code_sizes, config.empty_codes, config.delays, config.group_size, device)
         encoder, decoder = config.patch_encoder, config.patch_decoder
         self.encoder_rope = rope_table(encoder.head_dim, encoder.rope_theta, config.group_size, device)
         self.decoder_rope = rope_table(decoder.head_dim, decoder.rope_theta, config.patch_steps, device)
@@ -129,11 +128,7 @@ class LM:
     ) -> Tensor:
         """Text token of each row, int64 [R]; banned bool [R, vocabulary]."""
         logits = self.text_logits(state.hidden[slots])
-        noise = None
-        if not settings.all_greedy:
-            draws = state.draws[slots]
-            noise = gumbel(state.seeds[slots], draws, torch.full_like(draws, TEXT_SLOT), logits.shape[-1])
-        return sample(logits, settings, noise, banned)
+        return sample_text(logits, settings, state.seeds[slots], state.draws[slots], banned, TEXT_SLOT)
 
     def sample_patch(self, state: DecodeState, slots: list[int], settings: SamplerTensors) -> Tensor:
         """Codes [R, C, G] of the patch that follows each row's hidden state."""
@@ -148,43 +143,16 @@ class LM:
         cache = state.patch_cache
         for slot in slots:
             cache.lengths[slot] = 0
-        noise = None if settings.all_greedy else self._patch_noise(state, slots)
+        noise = None
+        if not settings.all_greedy:
+            size = sum(config.code_sizes)
+            noise = patch_noise(state.seeds[slots], state.draws[slots], config.group_size, size)
         codes = torch.empty(rows, config.channels, config.group_size, dtype=torch.int64, device=self.device)
-        x = local[:, None]
-        for step in range(config.patch_steps):
+        x = local
+        for step in self.code_steps:
             attend = cached_attend(config.patch_decoder, self.decoder_rope, cache, slots)
-            hidden = transformer(x, self.patch_decoder, config.patch_decoder.norm_eps, attend)[:, 0]
+            hidden = transformer(x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend)[:, 0]
             for slot in slots:
                 cache.lengths[slot] += 1
-            active = config.active_channels(step)
-            frames = [step - config.delays[c] for c in active]
-            drawn = self._sample_codes(hidden, active, settings, None if noise is None else noise[:, active, frames])
-            codes[:, active, frames] = drawn
-            x = self.decoder_embeddings[drawn + self.code_offsets[active]].sum(1, keepdim=True)
+            x = sample_codes(hidden, step, self.code_heads, settings, noise, codes, self.decoder_embeddings)
         return codes
-
-    def _sample_codes(
-        self, hidden: Tensor, active: list[int], settings: SamplerTensors, noise: Tensor | None
-    ) -> Tensor:
-        """hidden [R, D], noise [R, A, V] -> codes [R, A] of the A active channels."""
-        rows, widest = len(hidden), self.banned_codes.shape[-1]
-        logits = hidden.new_full((rows, len(active), widest), -torch.inf, dtype=torch.float32)
-        for a, channel in enumerate(active):
-            logits[:, a, : self.config.code_sizes[channel]] = matmul(hidden, self.code_heads[channel])
-        repeated = settings.select(range(rows), repeat=len(active))
-        banned = self.banned_codes[active].repeat(rows, 1)
-        drawn = sample(logits.flatten(0, 1), repeated, None if noise is None else noise.flatten(0, 1), banned)
-        return drawn.unflatten(0, (rows, len(active)))
-
-    def _patch_noise(self, state: DecodeState, slots: list[int]) -> Tensor:
-        """Gumbel noise of a whole patch: [R, C, G, widest codebook]."""
-        rows, config = len(slots), self.config
-        frames = torch.arange(config.group_size, device=self.device) + TEXT_SLOT + 1
-        seeds, draws = (x[slots].repeat_interleave(config.group_size) for x in (state.seeds, state.draws))
-        noise = gumbel(seeds, draws, frames.repeat(rows), sum(config.code_sizes))
-        noise = noise.unflatten(0, (rows, config.group_size))
-        widest = self.banned_codes.shape[-1]
-        channels = [
-            torch.nn.functional.pad(part, (0, widest - part.shape[-1])) for part in noise.split(config.code_sizes, -1)
-        ]
-        return torch.stack(channels, dim=1)

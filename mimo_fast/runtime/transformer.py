@@ -9,10 +9,12 @@ from torch import Tensor
 from ..config import TransformerConfig
 from ..kernels.attention import attention, decode_attention
 from ..kernels.norm import rms_norm
-from ..kernels.qmatmul import Weight, matmul
-from ..kernels.rope import rope
-from ..kernels.swiglu import swiglu
+from ..kernels.qmatmul import QuantizedWeight, Weight, matmul
+from ..kernels.rope import rope, rope_append
+from ..quantization import WeightSource
 from .state import KVCache
+
+AnyWeight = Weight | QuantizedWeight
 
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, qkv [N, T, (H + 2 Hkv) Dh]) -> [N, T, H Dh]."""
@@ -24,11 +26,11 @@ GetTensor = Callable[[str], Tensor]
 @dataclass(frozen=True)
 class LayerWeights:
     attention_norm: Tensor
-    qkv: Weight
-    out: Weight
+    qkv: AnyWeight
+    out: AnyWeight
     ffn_norm: Tensor
-    gate_up: Weight
-    down: Weight
+    gate_up: AnyWeight
+    down: AnyWeight
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,28 @@ class TransformerWeights:
     norm: Tensor
 
 
-def transformer_weights(prefix: str, config: TransformerConfig, get: GetTensor) -> TransformerWeights:
+def transformer_weights(prefix: str, config: TransformerConfig, source: WeightSource) -> TransformerWeights:
     def layer(name: str) -> LayerWeights:
-        qkv = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
         return LayerWeights(
-            attention_norm=get(f"{name}.input_layernorm.weight"),
-            qkv=Weight.stack([get(f"{part}.weight") for part in qkv], [get(f"{part}.bias") for part in qkv]),
-            out=Weight.stack([get(f"{name}.self_attn.o_proj.weight")]),
-            ffn_norm=get(f"{name}.post_attention_layernorm.weight"),
-            gate_up=Weight.stack([get(f"{name}.mlp.{part}_proj.weight") for part in ("gate", "up")]),
-            down=Weight.stack([get(f"{name}.mlp.down_proj.weight")]),
+            attention_norm=source(f"{name}.input_layernorm.weight"),
+            qkv=source.weight(*(f"{name}.self_attn.{part}_proj" for part in "qkv"), bias=True),
+            out=source.weight(f"{name}.self_attn.o_proj"),
+            ffn_norm=source(f"{name}.post_attention_layernorm.weight"),
+            gate_up=source.weight(*(f"{name}.mlp.{part}_proj" for part in ("gate", "up"))),
+            down=source.weight(f"{name}.mlp.down_proj"),
         )
 
     layers = tuple(layer(f"{prefix}.layers.{i}") for i in range(config.layers))
-    return TransformerWeights(layers, get(f"{prefix}.norm.weight"))
+    return TransformerWeights(layers, source(f"{prefix}.norm.weight"))
 
 
 def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
     """x [N, T, D] -> final-normed hidden states [N, T, D]."""
     for i, layer in enumerate(weights.layers):
         qkv = matmul(rms_norm(x, layer.attention_norm, eps), layer.qkv)
-        x = x + matmul(attend(i, qkv), layer.out)
-        gate_up = matmul(rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
-        x = x + matmul(swiglu(gate_up), layer.down)
+        x = matmul(attend(i, qkv), layer.out, residual=x)
+        gated = matmul(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, swiglu=True)
+        x = matmul(gated, layer.down, residual=x)
     return rms_norm(x, weights.norm, eps)
 
 
@@ -80,22 +81,18 @@ def cached_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slot
 
     Several rows, or several positions of one row. The caller advances `cache.lengths` after the last layer.
     """
-    starts = [cache.lengths[slot] for slot in slots]
+    starts = torch.tensor([cache.lengths[slot] for slot in slots], device=table.device)
+    places = torch.tensor(slots, device=table.device)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        new = qkv.shape[1]
-        q, k, v = _split_heads(qkv, config)
-        cos_sin = torch.stack([table[:, start : start + new] for start in starts], dim=1)
-        q, k, v = (x.transpose(1, 2) for x in (rope(q, cos_sin), rope(k, cos_sin), v))
         k_cache, v_cache = cache.k[layer], cache.v[layer]
-        for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
-            k_cache[slot, :, start : start + new] = k[row]
-            v_cache[slot, :, start : start + new] = v[row]
-        ends = [start + new for start in starts]
+        q = rope_append(qkv, table, k_cache, v_cache, places, starts, config.heads)
+        new = qkv.shape[1]
         if new == 1:
-            out = decode_attention(q, k_cache, v_cache, slots, ends)
+            out = decode_attention(q, k_cache, v_cache, places, starts + 1)
         else:
-            (slot,), (end,) = slots, ends
+            (slot,) = slots
+            end = cache.lengths[slot] + new
             out = attention(q, k_cache[slot : slot + 1, :, :end], v_cache[slot : slot + 1, :, :end], causal=True)
         return out.transpose(1, 2).flatten(2)
 

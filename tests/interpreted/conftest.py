@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from mimo_fast.kernels.dispatch import ENVIRONMENT
 
@@ -20,4 +21,21 @@ def triton_kernels() -> Iterator[None]:
     """Every op takes its Triton path; references are called by their own names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT, "triton")
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """Memory that a launcher allocates holds NaN, or a large negative integer, until a kernel writes it."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else -(10**9))
+
+        return allocated
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poison(getattr(torch, name)))
         yield

@@ -1,4 +1,4 @@
-"""The patch embedding kernel: sums of rows at prefill and decode sizes, with the empty code and codes of any strides."""
+"""The patch embedding kernel: sums of rows at prefill and decode sizes, the empty code, codes of any strides."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from mimo_fast.kernels.patch_embed import FEW_FRAMES, patch_embed, patch_embed_ref
 
 SIZES = (65, 17, 9)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(n: int, g: int, dim: int, channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

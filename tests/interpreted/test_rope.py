@@ -10,6 +10,7 @@ from torch import Tensor
 from mimo_fast.kernels.rope import rope, rope_append, rope_append_ref, rope_ref, rope_table
 
 LARGE = 1e4
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -17,7 +18,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (1, 0, 3, 8)])
+@pytest.mark.parametrize("shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (0, 3, 8)])
 def test_rope(dtype, shape):
     x = randn(*shape, dtype=dtype)
     table = rope_table(shape[-1], 10000.0, shape[-3])

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from mimo_fast.kernels.swiglu import swiglu, swiglu_ref
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1])) * 4).to(dtype)
@@ -37,6 +39,7 @@ def test_rows_that_are_not_contiguous():
     torch.testing.assert_close(swiglu(x), swiglu_ref(x), rtol=2e-6, atol=1e-30)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_far_ends():
     x = torch.tensor([[-200.0, 200.0, 0.0, torch.nan, 3.0, 3.0, 3.0, 1.0]])
     torch.testing.assert_close(swiglu(x), torch.tensor([[0.0, 600.0, 0.0, torch.nan]]), equal_nan=True)

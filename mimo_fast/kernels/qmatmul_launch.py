@@ -1,0 +1,158 @@
+"""Which kernel of `qmatmul` runs, with which tiles; and the cases to compile.
+
+| M       | quantized                    | dense                        |
+|---------|------------------------------|------------------------------|
+| 1 ... 4 | gemv                         | gemv, of 16-bit types        |
+| 5 ...   | dot, tiles by M              | torch's product and epilogue |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Case, next_power_of_2
+from .qmatmul_kernels import dense_gemv_kernel, quantized_dot_kernel, quantized_gemv_kernel
+
+if TYPE_CHECKING:
+    from .qmatmul import QuantizedWeight
+
+GROUPS = (32, 64, 128)
+GEMV_ROWS = 4
+GEMV_WARPS = 4
+SMALL_N = 3072
+"""Up to here a program takes 4 rows of the weight instead of 8, so that there are programs for every SM."""
+
+DOT_TILES = ((16, 32, 64, 4), (64, 64, 32, 8))
+"""(BLOCK_M, BLOCK_N, BLOCK_W, warps) for M up to 16 and above. Larger tiles spill on sm_80 or overflow sm_90."""
+
+
+def fits_quantized(weight: QuantizedWeight) -> bool:
+    """Whether the kernels take this group: one of their blocks, or the whole row."""
+    return weight.group in GROUPS or (weight.group == weight.shape[1] and weight.zeros is None)
+
+
+def quantized_matmul(
+    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool, out: Tensor | None = None
+) -> Tensor:
+    rows, columns = weight.shape
+    flat, y, residual = _prepare(x, rows, columns, residual, swiglu, out)
+    if not y.numel():
+        return y
+    block, bits = math.gcd(128, weight.group), weight.bits
+    shared: dict[str, Any] = {
+        "x_ptr": flat, "words_ptr": weight.words, "scales_ptr": weight.scales,
+        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
+        "levels_ptr": weight.scales if weight.levels is None else weight.levels,
+        "bias_ptr": weight.scales if weight.bias is None else weight.bias,
+        "residual_ptr": y if residual is None else residual, "y_ptr": y, "stride_xm": flat.stride(0), "N": rows,
+        "K_WORDS": weight.words.shape[1], "BITS": bits, "BLOCK": block, "GROUPED": weight.group in GROUPS,
+        "ZEROS": weight.zeros is not None,
+        "LEVELS": weight.levels is not None, "BIAS": weight.bias is not None, "RESIDUAL": residual is not None,
+        "SWIGLU": swiglu,
+    }  # fmt: skip
+    if len(flat) <= GEMV_ROWS:
+        block_n = gemv_block_n(len(flat), rows)
+        quantized_gemv_kernel[(-(-rows // block_n),)](
+            **shared, M=len(flat), BLOCK_N=block_n, BLOCK_W=gemv_block_w(weight.words.shape[1], bits, block),
+            num_warps=GEMV_WARPS,
+        )
+        return y
+    block_m, block_n, block_w, warps = dot_tiles(len(flat))
+    quantized_dot_kernel[(-(-rows // block_n), -(-len(flat) // block_m))](
+        **shared, M=len(flat), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=warps,
+        num_stages=dot_stages(weight.levels is not None),
+    )
+    return y
+
+
+def dense_gemv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, swiglu: bool) -> Tensor:
+    """x [..., K] of at most GEMV_ROWS rows, weight [N, K] with contiguous rows."""
+    rows, columns = weight.shape
+    flat, y, residual = _prepare(x, rows, columns, residual, swiglu, None)
+    block_n = gemv_block_n(len(flat), rows)
+    dense_gemv_kernel[(-(-rows // block_n),)](
+        x_ptr=flat, w_ptr=weight, bias_ptr=weight if bias is None else bias,
+        residual_ptr=y if residual is None else residual, y_ptr=y, stride_xm=flat.stride(0),
+        stride_wn=weight.stride(0), N=rows, K=columns, M=len(flat), BIAS=bias is not None,
+        RESIDUAL=residual is not None, SWIGLU=swiglu, BLOCK_N=block_n,
+        BLOCK_K=min(1024, max(8, next_power_of_2(columns))), num_warps=GEMV_WARPS,
+    )
+    return y
+
+
+def _prepare(
+    x: Tensor, rows: int, columns: int, residual: Tensor | None, swiglu: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
+    if x.shape[-1] != columns:
+        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
+    if swiglu and rows % 2:
+        raise ValueError(f"a weight of {rows} rows does not hold a gate and as many values")
+    shape = (*x.shape[:-1], rows // 2 if swiglu else rows)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"the residual is {list(residual.shape)}, not {list(shape)}")
+    flat = x.reshape(-1, columns)
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    return flat, y, None if residual is None else residual.contiguous()
+
+
+def gemv_block_n(m: int, rows: int) -> int:
+    # Sums of every row of x with every row of the weight are in registers.
+    return 8 if m == 1 and rows > SMALL_N else 4
+
+
+def gemv_block_w(words: int, bits: int, block: int) -> int:
+    """Words of a row at once: 16 bytes a thread, no more than the row has, and whole blocks."""
+    return max(min(GEMV_WARPS * 32 * 4, next_power_of_2(words)), block * bits // 32)
+
+
+def dot_tiles(m: int) -> tuple[int, int, int, int]:
+    return DOT_TILES[0 if m <= 16 else 1]
+
+
+def dot_stages(levels: bool) -> int:
+    # Pipelining would copy every looked-up level through shared memory.
+    return 1 if levels else 2
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every tile configuration at the published dimensions, in each format, with the epilogues that it meets there."""
+    pointers = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*bf16", "zeros_ptr": "*fp16",
+                "levels_ptr": "*fp32", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16",
+                "stride_xm": "i32", "N": "i32", "K_WORDS": "i32"}  # fmt: skip
+    formats: dict[str, dict[str, Any]] = {
+        "int4": {"BITS": 4, "BLOCK": 128, "GROUPED": True, "ZEROS": True, "LEVELS": False},
+        "int8": {"BITS": 8, "BLOCK": 128, "GROUPED": False, "ZEROS": False, "LEVELS": False},
+        "int8-g128": {"BITS": 8, "BLOCK": 128, "GROUPED": True, "ZEROS": False, "LEVELS": False},
+        "nf4": {"BITS": 4, "BLOCK": 64, "GROUPED": True, "ZEROS": False, "LEVELS": True},
+    }
+    plain = {"BIAS": True, "RESIDUAL": False, "SWIGLU": False}
+    for name, form in formats.items():
+        signature = pointers | ({"scales_ptr": "*fp32"} if name == "nf4" else {})
+        for m, rows, k, epilogue in (
+            (1, 6144, 4096, plain), (1, 22016, 4096, {"BIAS": False, "RESIDUAL": False, "SWIGLU": True}),
+            (4, 4096, 11008, {"BIAS": False, "RESIDUAL": True, "SWIGLU": False}), (1, 3072, 1024, plain),
+        ):  # fmt: skip
+            words = k * form["BITS"] // 32
+            block_w = gemv_block_w(words, form["BITS"], form["BLOCK"])
+            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_W": block_w}
+            yield Case(f"{name} gemv M={m} {rows}x{k}", quantized_gemv_kernel, signature, {**form, **epilogue, **tiles},
+                       GEMV_WARPS, wide_loads=True)
+        for m in (5, 17, 1024):
+            block_m, block_n, block_w, warps = dot_tiles(m)
+            tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w}
+            epilogue = {"BIAS": m == 5, "RESIDUAL": m == 17, "SWIGLU": m == 1024}
+            yield Case(f"{name} dot M={m}", quantized_dot_kernel, signature | {"M": "i32"},
+                       {**form, **epilogue, **tiles}, warps, dot_stages(form["LEVELS"]), unaligned=("M",))
+    dense = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16",
+             "stride_xm": "i32", "stride_wn": "i32", "N": "i32", "K": "i32"}
+    for m, rows in ((1, 3072), (1, 6144), (4, 6144)):
+        tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_K": 1024}
+        name = f"bf16 gemv M={m} N={rows}"
+        yield Case(name, dense_gemv_kernel, dense, {**plain, **tiles}, GEMV_WARPS, wide_loads=True)

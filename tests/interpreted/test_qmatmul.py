@@ -1,0 +1,146 @@
+"""The matmul kernels under Triton's interpreter against float64 products of the dequantized weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_fast.kernels import qmatmul_launch
+from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, dequantize, matmul, matmul_ref
+from mimo_fast.kernels.qmatmul_launch import quantized_matmul
+from mimo_fast.quantization import Format, quantize
+
+FORMATS = ["int4", "int4-g64", "int4-g32", "int4-sym", "int8", "int8-g128", "int8-g32", "nf4", "nf4-g128"]
+ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(x, weight, residual=None, swiglu=False, *, got=None):
+    """Within twice the rounding of weight, sum and result to x.dtype that a plain product in it makes."""
+    got = matmul(x, weight, residual=residual, swiglu=swiglu) if got is None else got
+    if isinstance(weight, Weight):
+        dense, bias = torch.cat(weight.blocks), weight.biases[0] if len(weight.blocks) == 1 else None
+        if weight.biases[0] is not None:
+            bias = torch.cat(weight.biases)
+    else:
+        dense, bias = dequantize(weight), weight.bias
+    want = x.double() @ dense.double().T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ dense.double().abs().T + want.abs()
+    if swiglu:
+        (gate, up), (gate_size, up_size) = want.chunk(2, -1), size.chunk(2, -1)
+        want = gate / (1 + (-gate).exp()) * up
+        size = gate_size * (up.abs() + 1) + up_size * (gate.abs() + 1)
+    if residual is not None:
+        want, size = want + residual.double(), size + residual.double().abs()
+    assert got.shape == want.shape
+    assert got.dtype == x.dtype
+    excess = (got.double() - want).abs() - 2 * ROUNDING[x.dtype] * size
+    assert bool((excess <= 0).all()), f"exceeds its bound by {excess.max():.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("m", [1, 3, 5, 17])
+def test_formats(name, m, dtype):
+    weight = quantize(random(19, 384), Format.parse(name), random(19, seed=1, dtype=dtype))
+    check(random(m, 384, seed=2, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize("m", [2, 4, 70])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize(("residual", "swiglu"), [(True, False), (False, True), (True, True)])
+def test_epilogues(name, m, residual, swiglu):
+    weight = quantize(random(38, 128), Format.parse(name), random(38, seed=1))
+    out = 19 if swiglu else 38
+    check(random(m, 128, seed=2), weight, random(m, out, seed=3) if residual else None, swiglu)
+
+
+@given(
+    m=st.integers(1, 20), n=st.integers(1, 40), blocks=st.integers(1, 5), name=st.sampled_from(FORMATS),
+    gap=st.integers(0, 3), seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25)
+def test_any_shape_and_row_stride(m, n, blocks, name, gap, seed):
+    group = Format.parse(name).group or 32
+    weight = quantize(random(n, group * blocks, seed=seed), Format.parse(name))
+    # Whatever lies between rows must not be read.
+    x = torch.full((m, group * blocks + gap), torch.nan)
+    x[:, : group * blocks] = random(m, group * blocks, seed=seed + 1)
+    check(x[:, : group * blocks], weight)
+
+
+@pytest.mark.parametrize("m", [1, 4, 33])
+def test_every_result_is_written_and_none_beyond(m):
+    weight = quantize(random(21, 128), Format.parse("int4"))
+    room = torch.full((m + 1, 21), torch.nan)
+    x = random(m, 128, seed=1)
+    quantized_matmul(x, weight, None, False, out=room[:m])
+    check(x, weight, got=room[:m])
+    assert room[m].isnan().all()
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), [("int4", 16, 11008), ("int8", 8, 4096), ("nf4", 8, 4096)])
+def test_long_rows(name, rows, columns):
+    check(random(1, columns), quantize(random(rows, columns, seed=1), Format.parse(name)))
+
+
+def test_many_rows_of_weight_take_larger_tiles(monkeypatch):
+    monkeypatch.setattr(qmatmul_launch, "SMALL_N", 16)
+    assert qmatmul_launch.gemv_block_n(1, 37) > qmatmul_launch.gemv_block_n(1, 16)
+    for name in ("int4", "int8"):
+        weight = quantize(random(38, 128, seed=1), Format.parse(name))
+        check(random(1, 128), weight)
+        check(random(1, 128), weight, random(1, 19, seed=2), swiglu=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("blocks", "k"), [([5], 1), ([8, 4, 4], 127), ([3, 3], 1300)])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_dense(dtype, m, blocks, k, swiglu):
+    parts = [random(n, k, seed=n, dtype=dtype) / k**0.5 for n in blocks]
+    weight = Weight.stack(parts, [random(n, seed=n + 9, dtype=dtype) for n in blocks])
+    if swiglu and sum(blocks) % 2:
+        with pytest.raises(ValueError, match=r"gate|odd|size"):
+            matmul(random(m, k, dtype=dtype), weight, swiglu=swiglu)
+        return
+    out = sum(blocks) // (2 if swiglu else 1)
+    residual = random(m, out, seed=2, dtype=dtype)
+    check(random(m, k, seed=1, dtype=dtype), weight, residual, swiglu)
+    joined = Weight.stack([torch.cat(weight.blocks)], [torch.cat(weight.biases)])
+    check(random(m, k, seed=1, dtype=dtype), joined, residual, swiglu)
+
+
+def test_rows_and_repeats_are_bit_equal():
+    """Each row of x is its own sum in a fixed order, whatever rows come with it."""
+    weight = quantize(random(24, 256), Format.parse("int4"))
+    x = random(4, 256, seed=1)
+    together = matmul(x, weight)
+    assert torch.equal(together, matmul(x, weight))
+    assert torch.equal(together, torch.cat([matmul(row[None], weight) for row in x]))
+
+
+def test_leading_dimensions():
+    weight = quantize(random(6, 64), Format.parse("int8"))
+    x = random(2, 1, 3, 64)
+    assert matmul(x, weight).shape == (2, 1, 3, 6)
+    assert matmul(x[0, 0, 0], weight).shape == (6,)
+    torch.testing.assert_close(matmul(x, weight), matmul_ref(x, weight), rtol=1e-4, atol=1e-5)
+    assert matmul(x[:0], weight).shape == (0, 1, 3, 6)
+
+
+def test_groups_the_kernels_lack_take_the_plain_path():
+    part = quantize(random(4, 256), Format.parse("int4"))
+    odd = QuantizedWeight(part.words, part.scales[:, :1], part.zeros[:, :1], None, 4)
+    check(random(2, 256, seed=1), odd)
+
+
+def test_shapes_that_do_not_match_are_refused():
+    weight = quantize(random(5, 64), Format.parse("int8"))
+    for x, residual, swiglu in ((random(2, 32), None, False), (random(2, 64), random(2, 4), False),
+                                (random(2, 64), None, True)):
+        with pytest.raises(ValueError, match=r"last dimension|residual|rows"):
+            matmul(x, weight, residual=residual, swiglu=swiglu)

@@ -1,0 +1,283 @@
+"""The sampling kernels under Triton's interpreter: the same tokens as the reference's for the same seeds."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimo_fast.kernels import sample_text as text_module
+from mimo_fast.kernels.sample import SamplerTensors, filter_scores, gumbel
+from mimo_fast.kernels.sample_codes import (
+    code_steps,
+    head_logits,
+    patch_noise,
+    patch_noise_ref,
+    sample_codes,
+    sample_codes_ref,
+)
+from mimo_fast.kernels.sample_text import sample_text, sample_text_ref
+from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
+
+SAMPLERS = [
+    MiMoSampler(True), MiMoSampler(True, 0.6, 50, 0.95), MiMoSampler(True, 0.9, None, 0.95), MiMoSampler(True, 0.5, 3),
+    MiMoSampler(True, 2.0, None, 0.02), MiMoSampler(True, 1.0, 1, 0.5), GREEDY, MiMoSampler(True, 0.6, None, 1.0),
+    MiMoSampler(True, 1.3, 10**6, 0.5), MiMoSampler(True, 1.0, None, 1e-9), MiMoSampler(True, 0.7, 7, 0.3),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every buffer starts as NaN or as a large number."""
+    empty = torch.empty
+
+    def filled(*size: int, **kwargs: object) -> Tensor:
+        out = empty(*size, **kwargs)
+        return out.fill_(math.nan if out.is_floating_point() else 10**8)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def rows_of(kind: str, n: int, size: int, seed: int) -> Tensor:
+    """Logits [n, size]: spread out, with many ties, mostly -inf, one-hot, flat, steep, or of both zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, size, generator=generator) * 3
+    if kind == "ties":
+        return normal.round()
+    if kind == "-inf":
+        return normal.where(torch.rand(n, size, generator=generator) < 0.1, torch.tensor(-math.inf)).index_fill(
+            1, torch.tensor([size // 2]), -1.0
+        )
+    if kind == "one-hot":
+        return torch.full((n, size), -math.inf).index_fill(1, torch.tensor([size // 3]), 2.0)
+    if kind == "flat":
+        return torch.full((n, size), -4.5)
+    if kind == "steep":
+        return normal * 20
+    if kind == "zeros":
+        return torch.where(normal > 0, 0.0, -0.0)
+    return normal
+
+
+KINDS = ["normal", "ties", "-inf", "one-hot", "flat", "steep", "zeros"]
+
+
+def random_seeds(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 999)
+    return torch.randint(2**62, (n,), generator=generator), torch.randint(2**33, (n,), generator=generator)
+
+
+def undecided(logits: Tensor, batch: SamplerTensors, got: Tensor, want: Tensor, slack: float = 1e-5) -> Tensor:
+    """Rows in which moving 1 - top_p by float32 rounding moves the threshold across the token that was drawn."""
+    kept = [
+        filter_scores(logits, SamplerTensors(batch.temperature, batch.top_k, tail, batch.greedy, False)) > -math.inf
+        for tail in (batch.tail - slack, batch.tail + slack)
+    ]
+    moved = kept[0] != kept[1]
+    at = torch.stack((got, want), dim=1)
+    return (batch.tail > 0) & moved.gather(1, at).any(1)
+
+
+def assert_same_tokens(logits: Tensor, picked: list[MiMoSampler], seed: int, banned: Tensor | None = None) -> int:
+    """Compares and returns how many rows rounding left undecided."""
+    batch = sampler_tensors(picked)
+    seeds, draws = random_seeds(len(logits), seed)
+    got = sample_text(logits, batch, seeds, draws, banned)
+    want = sample_text_ref(logits, batch, seeds, draws, banned)
+    assert got.dtype == torch.int64
+    differ = got != want
+    assert not (differ & ~undecided(logits, batch, got, want)).any(), (got, want)
+    return int(differ.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_tokens_are_the_references(kind):
+    logits = rows_of(kind, len(SAMPLERS), 1100, seed=3)
+    assert assert_same_tokens(logits, SAMPLERS, 1) == 0
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_text_tokens_with_banned_ids(kind):
+    logits = rows_of(kind, len(SAMPLERS), 300, seed=1)
+    banned = torch.rand(len(SAMPLERS), 300, generator=torch.Generator().manual_seed(2)) < 0.5
+    assert assert_same_tokens(logits, SAMPLERS, 5, banned) == 0
+    assert assert_same_tokens(logits, SAMPLERS, 6, banned[0]) == 0
+    # A row whose best ids are all banned, so that often nothing is left.
+    assert assert_same_tokens(logits, SAMPLERS, 7, logits >= logits.quantile(0.99, dim=1, keepdim=True)) == 0
+
+
+def test_text_tokens_at_the_published_vocabulary():
+    logits = rows_of("normal", 1, 151_680, seed=3).half()
+    for sampler in (MiMoSampler(True, 0.9, 500, 0.4), GREEDY):
+        assert assert_same_tokens(logits, [sampler], 1) == 0
+
+
+def test_only_kept_ids_are_drawn():
+    """Every id but the best and one other is banned: the other is drawn sometimes if it is kept, else never."""
+    row = rows_of("ties", 1, 12, seed=8)[0]
+    ids = torch.arange(12)
+    banned = (ids != ids[:, None]) & (ids != int(row.argmax()))
+    for sampler in (MiMoSampler(True, 9.0, 4), MiMoSampler(True, 9.0, 8, 0.6)):
+        kept = filter_scores(row[None], sampler_tensors([sampler]))[0] > -math.inf
+        batch, tokens = sampler_tensors([sampler] * 12), set()
+        for draw in range(6):
+            tokens.update(sample_text(row.expand(12, -1), batch, ids + 50, ids * 0 + draw, banned).tolist())
+        assert tokens == set(ids[kept].tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_text_tokens_of_any_rows(data):
+    n, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    value = st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), st.just(-math.inf))
+    row = st.lists(value, min_size=size, max_size=size).filter(lambda values: max(values) > -math.inf)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=n, max_size=n)))
+    picked = [
+        MiMoSampler(
+            data.draw(st.booleans()), data.draw(st.sampled_from([0.3, 1.0, 2.5])), data.draw(st.integers(0, 45)),
+            data.draw(st.floats(0, 1)),
+        )
+        for _ in range(n)
+    ]  # fmt: skip
+    banned = torch.tensor([data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)])
+    assert_same_tokens(logits, picked, data.draw(st.integers(0, 100)), data.draw(st.sampled_from([None, banned])))
+
+
+def test_a_text_draw_depends_on_nothing_around_it():
+    logits = rows_of("normal", len(SAMPLERS), 500, seed=4)
+    seeds, draws = random_seeds(len(SAMPLERS), 3)
+    batch = sampler_tensors(SAMPLERS)
+    together = sample_text(logits, batch, seeds, draws)
+    assert torch.equal(together, sample_text(logits.T.contiguous().T, batch, seeds, draws)), "strides matter"
+    for row in (2, 0, 10):
+        one = slice(row, row + 1)
+        assert sample_text(logits[one], batch.select([row]), seeds[one], draws[one]).item() == together[row].item()
+
+
+def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
+    logits = rows_of("normal", 2, 300, seed=4)
+    batch = sampler_tensors([SAMPLERS[2]] * 2)
+    seeds, draws = random_seeds(2, 3)
+    want = sample_text(logits, batch, seeds, draws)
+    monkeypatch.setattr(text_module, "text_digit_kernel", None)
+    told = SamplerTensors(batch.temperature, batch.top_k, batch.tail, batch.greedy, False, any_top_k=False)
+    assert torch.equal(sample_text(logits, told, seeds, draws), want)
+
+
+def test_text_arguments_that_do_not_match_are_refused():
+    logits, (seeds, draws) = torch.zeros(2, 5), random_seeds(2, 0)
+    with pytest.raises(ValueError, match="1 of settings"):
+        sample_text(logits, sampler_tensors([GREEDY]), seeds, draws)
+    with pytest.raises(ValueError, match="banned"):
+        sample_text(logits, sampler_tensors([GREEDY] * 2), seeds, draws, torch.zeros(4, dtype=torch.bool))
+
+
+def test_patch_noise_is_gumbels_bit_for_bit():
+    seeds = torch.tensor([0, 2**63 - 1, 12345, 1 << 32])
+    draws = torch.tensor([0, 2**31, 7, 2**32 - 1])
+    noise = patch_noise(seeds, draws, 4, 300)
+    assert torch.equal(noise, patch_noise_ref(seeds, draws, 4, 300))
+    frame_3 = gumbel(seeds, draws, torch.full((4,), 4), 300)
+    assert torch.equal(noise[:, 3], frame_3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "size", "dim"), [(1, 33, 64), (17, 129, 200), (2, 16, 5), (3, 65, 1024)])
+def test_head_logits(rows, size, dim, dtype):
+    generator = torch.Generator().manual_seed(size)
+    hidden, heads = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, size))
+    got = head_logits(hidden, heads)
+    exact = hidden.double() @ heads.double().T
+    bound = 1e-5 * float(exact.abs().max())
+    if dtype == torch.float16:
+        bound = 2 * float(((hidden @ heads.T).double() - exact).abs().max())
+    assert got.dtype == dtype
+    assert float((got.double() - exact).abs().max()) <= bound
+    assert torch.equal(head_logits(hidden[:1], heads), got[:1]), "a row depends on its neighbours"
+
+
+SIZES = {"published": (1025, 1025, *[129] * 6), "tiny": (65, 65, *[17] * 6), "odd": (9, 30, 17)}
+DELAYS = {"published": tuple(range(8)), "tiny": tuple(range(8)), "odd": (3, 0, 7)}
+
+
+def check_patch(name: str, picked: list[MiMoSampler], seed: int, dim: int = 24, scale: float = 1.0) -> Tensor:
+    """All steps of a patch on random hidden states: codes and embeddings against the reference's."""
+    sizes, generator = SIZES[name], torch.Generator().manual_seed(seed)
+    empty = [(c * 5) % size for c, size in enumerate(sizes)]
+    rows, table = len(picked), sum(sizes)
+    steps = code_steps(sizes, empty, DELAYS[name], group_size=4)
+    # Small integers times a power of two: sums are exact, whatever their order, and ties are many.
+    hidden, heads = (torch.randint(-2, 3, (n, dim), generator=generator).float() * scale for n in (rows, table))
+    embeddings = torch.randn(table, 40, generator=generator)
+    batch, (seeds, draws) = sampler_tensors(picked), random_seeds(rows, seed)
+    noise = None if batch.all_greedy else patch_noise(seeds, draws, 4, table)
+    got, want = (torch.full((rows, len(sizes), 4), -1) for _ in range(2))
+    for step in steps:
+        x = sample_codes(hidden, step, heads, batch, noise, got, embeddings)
+        y = sample_codes_ref(hidden, step, heads, batch, noise, want, embeddings)
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+        hidden = hidden.roll(1, dims=1)
+    assert torch.equal(got, want)
+    assert bool((got >= 0).all())
+    assert not bool((got == torch.tensor(empty)[:, None]).any())
+    return got
+
+
+def test_codes_are_the_references_at_the_published_sizes():
+    check_patch("published", [SAMPLERS[1]], seed=1, scale=0.25)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("tiny", 0.25), ("odd", 1.0), ("odd", 0.125)])
+def test_codes_are_the_references_for_every_sampler(name, scale):
+    check_patch(name, SAMPLERS, seed=3, scale=scale)
+
+
+def test_codes_of_a_row_depend_on_nothing_around_it():
+    sizes = SIZES["tiny"]
+    step = code_steps(sizes, [0] * 8, DELAYS["tiny"], 4)[3]
+    generator = torch.Generator().manual_seed(0)
+    hidden, heads, embeddings = (torch.randn(n, 32, generator=generator) for n in (5, sum(sizes), sum(sizes)))
+    seeds, draws = random_seeds(5, 1)
+    batch = sampler_tensors(SAMPLERS[:5])
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor]:
+        codes = torch.full((len(rows), 8, 4), -1)
+        noise = patch_noise(seeds[rows], draws[rows], 4, sum(sizes))
+        return sample_codes(hidden[rows], step, heads, batch.select(rows), noise, codes, embeddings), codes
+
+    x, codes = run([0, 1, 2, 3, 4])
+    for row in (3, 0):
+        alone_x, alone_codes = run([row])
+        assert torch.equal(alone_x[0], x[row])
+        assert torch.equal(alone_codes[0], codes[row])
+    written = {(c, 3 - c) for c in range(4)}
+    assert {tuple(at) for at in (codes[0] >= 0).nonzero().tolist()} == written
+
+
+def test_codes_are_written_into_any_strides():
+    sizes = SIZES["tiny"]
+    step = code_steps(sizes, [0] * 8, DELAYS["tiny"], 4)[5]
+    hidden, table = torch.ones(2, 16), torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(1))
+    codes = torch.full((4, 8, 2), -1).permute(2, 1, 0)
+    want = codes.contiguous()
+    batch = sampler_tensors([GREEDY] * 2)
+    sample_codes(hidden, step, table, batch, None, codes, table)
+    sample_codes_ref(hidden, step, table, batch, None, want, table)
+    assert torch.equal(codes, want)
+
+
+def test_a_step_without_active_heads_gives_zeros():
+    steps = code_steps((5, 5), (0, 0), (0, 9), group_size=4)
+    assert [step.heads.shape[1] for step in steps] == [1] * 4 + [0] * 5 + [1] * 4
+    table, codes = torch.ones(10, 8), torch.full((1, 2, 4), -1)
+    x = sample_codes(torch.ones(1, 8), steps[5], table, sampler_tensors([GREEDY]), None, codes, table)
+    assert torch.equal(x, torch.zeros(1, 8))
+    assert bool((codes == -1).all())
+
+
+def test_code_arguments_that_do_not_match_are_refused():
+    step, table = code_steps((5,), (0,), (0,), 4)[0], torch.ones(5, 8)
+    with pytest.raises(ValueError, match="go together"):
+        sample_codes(torch.ones(1, 7), step, table, sampler_tensors([GREEDY]), None, torch.zeros(1, 1, 4).long(), table)

@@ -1,0 +1,33 @@
+"""Every configuration of every kernel compiles for every GPU generation, and to what it was designed for."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from benchmarks.compile_matrix import ARCHITECTURES, SHARED_LIMIT, cases, compile_case
+from mimo_fast.kernels.dispatch import Case
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_without_spills(case: Case, architecture: int) -> None:
+    compiled = compile_case(case, architecture)
+    assert compiled.spilled == 0
+    assert compiled.shared <= SHARED_LIMIT
+    if case.ieee:
+        assert not compiled.tf32
+    if case.wide_loads:
+        assert compiled.load_bits == 128
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_kernel_file_is_covered() -> None:
+    ops = {"norm", "rope", "swiglu", "attention", "window_attention", "rvq", "patch_embed", "sample_codes", "sample_text"}
+    modules = {case.kernel.__module__.rpartition(".")[2] for case in CASES}
+    assert ops <= modules
+    assert any(module.startswith("qmatmul") for module in modules)
