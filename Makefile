@@ -5,12 +5,15 @@ OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test kernels lint types unit interpreted compiled clean
 
 demo: $(READY)
 	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
 
 test: lint types unit
+
+# The Triton kernels without a GPU; -j2 runs both halves at once.
+kernels: interpreted compiled
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -19,10 +22,16 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest
+	$(BIN)/python -m pytest --ignore=tests/interpreted --ignore=tests/test_compile_matrix.py
+
+interpreted: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+compiled: $(READY)
+	$(BIN)/python -m pytest tests/test_compile_matrix.py
 
 $(READY): pyproject.toml constraints.txt setup.py
-	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)

@@ -44,9 +44,7 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, architecture: int) -> Compiled:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    divisible = [
-        name for name, kind in case.signature.items() if name not in case.unaligned and (kind[0] == "*" or kind[0] == "i")
-    ]
+    divisible = [name for name, kind in case.signature.items() if kind[0] in "*i" and name not in case.unaligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}

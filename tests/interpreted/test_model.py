@@ -1,4 +1,7 @@
-"""The kernels fit together: the whole kit with every op on its Triton path."""
+"""The kernels fit together: the kit's stages with every op on its Triton path.
+
+The interpreter takes a millisecond a program, so of the stages that repeat themselves only the shortest input is run.
+"""
 
 import pytest
 import torch
@@ -7,15 +10,27 @@ import mimo_fast
 from mimo_fast.kernels.dispatch import use_triton
 from mimo_fast.verify import STAGES, Golden, verify
 
+LEFT_OUT = (
+    "generate.asr", "generate.dialogue_multiturn", "generate.tts_en", "text_logits.dialogue_multiturn",
+    "text_logits.tts_instruct_clone", "local_hidden.dialogue_multiturn", "local_hidden.tts_instruct_clone",
+    "wav_dec8.0", "wav_dec8.2", "wav_decall.0", "wav_decall.2", "stream_wav.4", "codes.0", "codes.2", "packed.0",
+    "packed.2", "enc_hidden.0", "enc_hidden.2",
+)
+
 
 @pytest.fixture(scope="module")
 def results(kit, triton_kernels):
     assert use_triton(torch.zeros(1))
     model = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
-    return {result.stage: result for result in verify(model, Golden(kit))}
+    golden = Golden(kit)
+    golden.meta["prompts"] = {"tts_instruct": golden.meta["prompts"]["tts_instruct"]}
+    kept = {name: tensor for name, tensor in golden.tensors.items() if name.partition(":")[2] not in LEFT_OUT}
+    kept["codec:stream_codes"] = golden.tensors["codec:stream_codes"]
+    golden.tensors = kept
+    return {result.stage: result for result in verify(model, golden)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_golden_stage(results, stage):
     result = results[stage]
-    assert result.ok, f"{stage}: {result.error} > {result.bound} in {result.worst}"
+    assert result.ok, f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
