@@ -54,7 +54,9 @@ def load_parts(
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
     # On a terminal only.
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
-        source = WeightSource(_reader(lm_weights, target, bar), chosen, _stored(lm_dir), requested)
+        # Norms are never quantized: their type is the checkpoint's.
+        lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
+        source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, _stored(lm_dir), requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
     return language_model, audio_codec, tokenizer

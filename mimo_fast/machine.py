@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, kernels
+from .layout import codec_shapes, codec_training_state, lm_shapes
 from .loading import HubOptions, PathLike, find, open_codec, open_lm
 
 PARTS = {
@@ -49,14 +50,19 @@ def describe_machine() -> Iterator[str]:
 def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:
     """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes. Reads headers only."""
     directory = find(source, hub)
-    _, weights = open_lm(directory) if kind == "lm" else open_codec(directory)
+    if kind == "lm":
+        config, weights = open_lm(directory)
+        shapes = lm_shapes(config)
+    else:
+        codec_config, weights = open_codec(directory)
+        shapes = codec_shapes(codec_config) | codec_training_state(codec_config)
     parts: dict[str, list[int]] = {}
     for name in weights.names():
         part = next(label for prefix, label in PARTS[kind].items() if name.startswith(prefix))
-        count = math.prod(weights.shape(name))
         totals = parts.setdefault(part, [0, 0])
-        totals[0] += count
-        totals[1] += count * weights.dtype(name).itemsize
+        # A quantized matrix is counted once, by its packed words.
+        totals[0] += math.prod(shapes.get(name.removesuffix(".words"), (0,)))
+        totals[1] += math.prod(weights.shape(name)) * weights.dtype(name).itemsize
     parameters, size = (sum(totals[i] for totals in parts.values()) for i in (0, 1))
     dtypes = sorted({str(weights.dtype(name)).removeprefix("torch.") for name in weights.names()})
     yield f"{kind}: {directory}, {', '.join(dtypes)}"

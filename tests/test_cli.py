@@ -134,6 +134,21 @@ def test_init_checkpoint_and_info(capsys, tmp_path):
     assert run(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)[0] == 0
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+def test_quantize_and_speak(capsys, tmp_path, form):
+    code, out, err = run(capsys, "quantize", PAIR[1], tmp_path / "small", "--format", form)
+    assert code == 0
+    assert "model.layers.0.self_attn.q_proj.weight" in out
+    assert "GB" in err
+    small = ["--model", tmp_path / "small", *PAIR[2:]]
+    code, out, _ = run(capsys, "info", *small)
+    assert "248,880 parameters" in out
+    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "stored.wav", *small, *SHORT)[0] == 0
+    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "now.wav", "--quantization", form, *PAIR, *SHORT)[0] == 0
+    assert (tmp_path / "stored.wav").read_bytes() == (tmp_path / "now.wav").read_bytes()
+    assert "quantized already" in fails(capsys, "asr", AUDIO, "--quantization", form, *small)
+
+
 def test_demo_times_every_stage(capsys, tmp_path):
     threads = torch.get_num_threads()
     try:
