@@ -27,7 +27,8 @@ def main() -> None:
             errors[f"{name} K={width}"] = round(float(relative_error(weight, quantize(weight, Format.parse(name)))), 5)
     preset = Path(mimo_fast.__file__).parent / "presets" / "7b-lm.json"
     config = LMConfig.from_dict(read_json(preset))
-    sizes = {str(name): checkpoint_bytes(config, QuantizationConfig.parse(name)) for name in (None, "int8", "int4", "nf4")}
+    choices = {name: QuantizationConfig.parse(name) for name in (None, "int8", "int4", "nf4")}
+    sizes = {str(name): checkpoint_bytes(config, choice) for name, choice in choices.items()}
     record = {"machine": [*describe_machine()], "relative_error": errors, "bytes_7b_lm": sizes}
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
