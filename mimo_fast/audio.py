@@ -223,8 +223,9 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
-    """Write float `wav` [n] as a 16-bit PCM WAV file, clipped to [-1, 1): byte for byte what soundfile.write gives.
+    """Write float `wav` [n], clipped to [-1, 1): 16-bit PCM WAV, byte for byte what soundfile.write gives.
 
+    A path that ends in .flac, .ogg or .mp3 is written in that format.
     A path appears complete or not at all: an error or an interrupt leaves what was there. A buffered binary file
     object gets the whole file at its position and need not be seekable.
 
@@ -234,14 +235,18 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
     sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav)
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
+    if not wav.isfinite().all():
+        raise AudioError("the waveform holds NaN or infinite samples, which an audio file cannot hold")
     encoded = io.BytesIO()
-    with wave.open(encoded, "wb") as file:
-        file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))
-        for block in wav.split(BLOCK):
-            if not block.isfinite().all():
-                raise AudioError("the waveform holds NaN or infinite samples, which a WAV file cannot hold")
-            file.writeframes(_pcm16(block))
     name = _name(target)
+    suffix = Path(name).suffix.lower() if isinstance(target, str | os.PathLike) else ""
+    if suffix in (".flac", ".ogg", ".mp3"):
+        soundfile.write(encoded, wav.clamp(-1, 1).float().cpu().numpy(), sample_rate, format=suffix[1:].upper())
+    else:
+        with wave.open(encoded, "wb") as file:
+            file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))
+            for block in wav.split(BLOCK):
+                file.writeframes(_pcm16(block))
     try:
         if isinstance(target, str | os.PathLike):
             _replace(Path(os.path.realpath(os.fsdecode(target))), encoded.getvalue(), name)

@@ -180,6 +180,8 @@ class CodecConfig:
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
             norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=read.number("rope_theta"),
         )
+        if config.kernel != 3:
+            raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
         for width, heads in ((config.dim, config.encoder_heads), (config.dim, config.decoder_heads),
                              (config.vocoder_dim, config.vocoder_heads)):
             if width % heads or (width // heads) % 2:

@@ -95,6 +95,12 @@ class MimoAudio(PromptBuilder):
         """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the first."""
         return flatten_ids(self._kept.ids)[None] if self._kept is not None else None
 
+    @history.setter
+    def history(self, value: None) -> None:
+        if value is not None:
+            raise ValueError("history can only be cleared: set it to None")
+        self.clear_history()
+
     @property
     def has_history(self) -> bool:
         return self._kept is not None
@@ -142,7 +148,11 @@ class MimoAudio(PromptBuilder):
 
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are `MiMoStopper`s.
         """
-        stop_ids = frozenset(token for criterion in stopping_criteria or () for token in criterion.stop_token_ids)
+        criteria = list(stopping_criteria or ())
+        if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
+            raise ValueError("forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate")
+        stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
+        output_audio_path = None if isinstance(output_audio_path, str) and not output_audio_path else output_audio_path
         conversation = self._conversation_for(input_ids, add_history, seed)
         steps = self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
         text, codes = read_reply(steps, self._reader(input_ids))

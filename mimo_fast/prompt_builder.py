@@ -149,4 +149,5 @@ class PromptBuilder:
         return self._ids(prompt.continuation(self.speech(audio, closed=False)))
 
     def _voice(self, audio: AudioSource | None) -> Speech | None:
-        return None if audio is None else self.speech(audio)
+        # Upstream takes an empty path for none.
+        return None if audio is None or (isinstance(audio, str) and not audio) else self.speech(audio)

@@ -49,10 +49,10 @@ TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
 def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu") -> SamplerTensors:
     """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as well."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
-    top_p_off = [s.top_p is None or s.top_p == 0 for s in samplers]
+    top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
     return SamplerTensors(
         temperature=torch.tensor([s.temperature or 1.0 for s in samplers], device=device),
-        top_k=torch.tensor([s.top_k or 0 for s in samplers], device=device),
+        top_k=torch.tensor([max(s.top_k or 0, 0) for s in samplers], device=device),
         tail=torch.tensor(
             [TAIL_OFF if off else 1 - float(s.top_p or 0) for s, off in zip(samplers, top_p_off, strict=True)],
             device=device,

@@ -264,3 +264,11 @@ def test_waveforms_with_nan_are_refused(bad: float, tmp_path: Path) -> None:
 def test_writing_at_an_impossible_rate_is_refused() -> None:
     with pytest.raises(AudioError, match="sample rate"):
         save_wav(io.BytesIO(), torch.zeros(10), 0)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "FLAC"])
+def test_the_suffix_chooses_the_format(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    save_wav(path, torch.zeros(4800), 24000)
+    assert soundfile.info(path).format == suffix.upper()
+    assert soundfile.info(path).samplerate == 24000

@@ -78,6 +78,7 @@ def test_sizes_must_be_positive_integers(part, key):
     ("lm", "hidden_act", "gelu"), ("lm", "use_sliding_window", True),
     ("lm", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("lm", "rope_scaling", {"type": "linear"}),
     ("codec", "activation_function", "relu"), ("codec", "position_embedding_type", "alibi"),
+    ("codec", "kernel_size", 5),
     ("codec", "rope_type", "dynamic"), ("codec", "vocoder_padding", "center"), ("codec", "ln_type", "BatchNorm"),
 ])
 def test_what_is_not_supported_is_refused(part, key, value):

@@ -83,7 +83,9 @@ class Codec:
         """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
         lengths = split_lengths(len(mel), ENCODE_SEGMENT)
         # Upstream pads a short last segment to the full one's length, and what it pads with leaks across the end.
-        return torch.cat([self._encode_segment(part, len(lengths) > 1) for part in mel.split(lengths)])
+        short = len(lengths) > 1 and lengths[-1] < ENCODE_SEGMENT
+        parts = mel.split(lengths)
+        return torch.cat([self._encode_segment(part, short and part is parts[-1]) for part in parts])
 
     def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
         config = self.config
