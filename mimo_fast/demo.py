@@ -100,7 +100,7 @@ class Table:
         self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio})
         length = f"{audio:.2f} s" if audio else ""
         factor = f"{time / audio:.3f}" if audio else ""
-        print(f"{stage:<34}{length:>9}{1000 * time:>8.0f} ms{factor:>18}", flush=True)
+        print(f"{stage:<34}{length:>9}{1000 * time:>8.0f} ms{factor:>18}".rstrip(), flush=True)
 
     def write(self, path: Path, machine: list[str]) -> None:
         path.write_text(json.dumps({"machine": machine, "stages": self.rows}, indent=1) + "\n", encoding="utf-8")
