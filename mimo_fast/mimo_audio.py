@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .audio import AudioSource, save_wav
-from .errors import PromptError
-from .generation import flatten_ids, row_seeds
+from .history import KeepsHistory
 from .loading import HubOptions, PathLike, load_parts
-from .prompt_builder import Message, PromptBuilder
+from .prompt_builder import Message
 from .runtime.decode import Limits, Step
 from .runtime.reply import Chunk, ChunkStream, ReplyReader, iterate_async, read_reply, stream_reply
-from .runtime.session import Conversation, Session, check_room
+from .runtime.session import Conversation, Session
 from .sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
@@ -37,7 +36,7 @@ class Options(TypedDict, total=False):
     min_new_tokens: int
 
 
-class MimoAudio(PromptBuilder):
+class MimoAudio(KeepsHistory):
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
 
     Args:
@@ -78,8 +77,7 @@ class MimoAudio(PromptBuilder):
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
-        self._kept: Conversation | None = None
-        self._running: ChunkStream | None = None
+        super().__init__()
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -89,28 +87,6 @@ class MimoAudio(PromptBuilder):
     def save_wav(self, path: Any, wav: Tensor) -> None:
         """Writes a waveform of any shape as a mono WAV."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
-
-    @property
-    def history(self) -> Tensor | None:
-        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the first."""
-        return flatten_ids(self._kept.ids)[None] if self._kept is not None else None
-
-    @history.setter
-    def history(self, value: None) -> None:
-        if value is not None:
-            raise ValueError("history can only be cleared: set it to None")
-        self.clear_history()
-
-    @property
-    def has_history(self) -> bool:
-        return self._kept is not None
-
-    def clear_history(self) -> None:
-        self._kept = None
-
-    def conversation(self, seed: int | None = None) -> Conversation:
-        """An empty conversation."""
-        return Conversation(self.lm, row_seeds(seed, 1)[0])
 
     def session(
         self, system_prompt: str | None = None, voice: AudioSource | None = None, seed: int | None = None
@@ -153,7 +129,7 @@ class MimoAudio(PromptBuilder):
             raise ValueError("forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate")
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         output_audio_path = None if isinstance(output_audio_path, str) and not output_audio_path else output_audio_path
-        conversation = self._conversation_for(input_ids, add_history, seed)
+        conversation = self.conversation_for(input_ids, add_history, seed)
         steps = self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
         text, codes = read_reply(steps, self._reader(input_ids))
         if not return_audio and output_audio_path is None:
@@ -163,23 +139,6 @@ class MimoAudio(PromptBuilder):
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
         return text
-
-    def _conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
-        """The last conversation or, without add_history, a new one, with the prompt appended."""
-        if not input_ids.shape[1]:
-            raise PromptError("the prompt is empty")
-        if self._kept is None or not add_history:
-            check_room(self.lm.config, input_ids.shape[1] // self.group_size)
-            # The old cache goes before the new one comes.
-            self._kept = None
-            self._kept = self.conversation(seed)
-        elif self._running is not None:
-            # A reply still being read would write into the same conversation.
-            self._running.close()
-        self._kept.add(input_ids)
-        if seed is not None:
-            self._kept.reseed(seed)
-        return self._kept
 
     def _reader(self, input_ids: Tensor) -> ReplyReader:
         """A reply speaks from the start where the prompt opened its speech: by `<|sostm|>`, or mid-recording."""
@@ -215,7 +174,7 @@ class MimoAudio(PromptBuilder):
         """
         began, spec = perf_counter(), find_task(task)
         input_ids = self._prompt(spec, arguments, task_arguments, {"seed": seed, "add_history": add_history})
-        conversation = self._conversation_for(input_ids, add_history, seed)
+        conversation = self.conversation_for(input_ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
         steps = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
         self._running = stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)

@@ -1,0 +1,60 @@
+"""The last exchange of a model, kept with its cache for add_history."""
+
+from torch import Tensor
+
+from .errors import PromptError
+from .generation import flatten_ids, row_seeds
+from .prompt_builder import PromptBuilder
+from .runtime.reply import ChunkStream
+from .runtime.session import Conversation, check_room
+
+
+class KeepsHistory(PromptBuilder):
+    """One conversation: each request starts a new one, or with add_history prefills what is new in the old one."""
+
+    def __init__(self) -> None:
+        self._kept: Conversation | None = None
+        self._running: ChunkStream | None = None
+
+    @property
+    def history(self) -> Tensor | None:
+        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the first."""
+        return flatten_ids(self._kept.ids)[None] if self._kept is not None else None
+
+    @history.setter
+    def history(self, value: None) -> None:
+        if value is not None:
+            raise ValueError("history can only be cleared: set it to None")
+        self.clear_history()
+
+    @property
+    def has_history(self) -> bool:
+        return self._kept is not None
+
+    def clear_history(self) -> None:
+        self._kept = self._running = None
+
+    def conversation(self, seed: int | None = None) -> Conversation:
+        """An empty conversation."""
+        return Conversation(self.lm, row_seeds(seed, 1)[0])
+
+    def conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
+        """The last conversation or, without add_history, a new one, with the prompt [C + 1, T G] appended.
+
+        Raises:
+            PromptError: the prompt is empty or does not fit; what was kept stays.
+        """
+        if not input_ids.shape[1]:
+            raise PromptError("the prompt is empty")
+        if self._kept is None or not add_history:
+            check_room(self.lm.config, input_ids.shape[1] // self.lm.config.group_size)
+            # The old cache goes before the new one comes.
+            self.clear_history()
+            self._kept = self.conversation(seed)
+        elif self._running is not None:
+            # A reply still being read would write into the same conversation.
+            self._running.close()
+        self._kept.add(input_ids)
+        if seed is not None:
+            self._kept.reseed(seed)
+        return self._kept
