@@ -3,6 +3,8 @@
 (upstream `MiMoAudioTokenizer`)  Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,11 @@ ENCODE_SEGMENT = 6000
 
 DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
+
+
+def ieee_convolutions() -> AbstractContextManager[None]:
+    """Convolutions without TF32, cuDNN's default: codes depend on them, and nearly equal distances are common."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Codec:
@@ -89,8 +96,7 @@ class Codec:
 
     def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
         config = self.config
-        # Not TF32: the codes depend on these, and nearly equal distances are common.
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with ieee_convolutions():
             x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
             x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
             x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
@@ -100,7 +106,7 @@ class Codec:
             return x
         if short := -len(x) % config.pool:
             x = torch.cat((x, x[-1:].expand(short, -1) if padded else x.new_zeros(short, x.shape[1])))
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with ieee_convolutions():
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
         return self.pool_norm(F.gelu(x))
 
@@ -117,7 +123,7 @@ class Codec:
     def decode_hidden(self, hidden: Tensor) -> Tensor:
         """Dequantized codes [T, D] -> waveform [960 T] float32."""
         x = hidden.to(self.dtype)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with ieee_convolutions():
             if self.config.pool != 1:
                 x = self.unpool(x)
             mel = self.to_mel(self.decoder_norm(self.decoder(x)))
