@@ -43,7 +43,7 @@ def load_parts(
     requested = QuantizationConfig.parse(quantization)
     target = default_device() if device is None else torch.device(device)
     lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
-    lm_config, lm_weights = open_lm(lm_dir)
+    lm_config, lm_weights, stored = open_lm(lm_dir)
     codec_config, codec_weights = open_codec(codec_dir)
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
@@ -56,7 +56,7 @@ def load_parts(
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
         # Norms are never quantized: their type is the checkpoint's.
         lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
-        source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, _stored(lm_dir), requested)
+        source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
     return language_model, audio_codec, tokenizer
@@ -83,18 +83,14 @@ def find(source: PathLike, hub: HubOptions) -> Path:
     )
 
 
-def open_lm(directory: Path) -> tuple[LMConfig, Weights]:
-    """Config and weights of a language model, every tensor's name and shape checked."""
-    config = LMConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
-    weights = open_weights(directory)
-    weights.validate(stored_shapes(lm_shapes(config), _stored(directory)))
-    return config, weights
-
-
-def _stored(directory: Path) -> dict[str, Format]:
-    """Formats of the matrices that a checkpoint holds quantized."""
+def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
+    """Config, weights and formats of quantized matrices of a language model; every tensor's name and shape checked."""
     path = directory / "config.json"
-    return stored_formats(read_json(path), str(path))
+    raw = read_json(path)
+    config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
+    weights = open_weights(directory)
+    weights.validate(stored_shapes(lm_shapes(config), stored))
+    return config, weights, stored
 
 
 def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:

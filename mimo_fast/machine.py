@@ -51,7 +51,7 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
     """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes. Reads headers only."""
     directory = find(source, hub)
     if kind == "lm":
-        config, weights = open_lm(directory)
+        config, weights, _ = open_lm(directory)
         shapes = lm_shapes(config)
     else:
         codec_config, weights = open_codec(directory)

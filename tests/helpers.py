@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimo_fast.checkpoint import write_checkpoint
 from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.errors import CheckpointError
 from mimo_fast.layout import codec_shapes, lm_shapes
 
 KIT = Path(__file__).parent / "golden"
@@ -86,3 +89,13 @@ def altered_checkpoint(
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     return directory / "lm", directory / "codec"
+
+
+def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
+    """The message of the error that `call` raises, which is one line."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from helpers import fault
 from huggingface_hub import errors as hub_errors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,16 +26,6 @@ from mimo_fast.errors import CheckpointError, ConfigError
 MIB = 2**20
 ROLLUP = Path("/proc/self/smaps_rollup")
 INDEX = "model.safetensors.index.json"
-
-
-def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
-    """The message of the error that `call` raises, which is one line."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def write(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 2**31) -> Path:

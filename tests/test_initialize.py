@@ -3,12 +3,12 @@
 import errno
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import fault
 from safetensors.torch import load_file
 
 import mimo_fast
@@ -22,16 +22,6 @@ from mimo_fast.tokenizer import Tokenizer
 
 PRESETS = Path(initialize.__file__).parent / "presets"
 GIB = 2**30
-
-
-def fault(call: Callable[[], object]) -> str:
-    """The message of the error that `call` raises, which is one line."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import fault
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
@@ -22,16 +22,6 @@ WORDS = [
     "hello", "It's", " 1234.5", "今天天气真好", "北京", "é", "e\u0301", "😀", "👩\u200d👧", "ﬁ", "\u202e", "\x00", "\t",
 ]
 TEXTS = st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=8).map("".join)
-
-
-def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
-    """The message of the error that `call` raises, which is one line."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def read(path: Path) -> dict[str, Any]:
