@@ -15,18 +15,9 @@ from safetensors.torch import load_file, save_file
 from mimo_fast.checkpoint import open_weights
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
-from mimo_fast.kernels.qmatmul import (
-    CPU_PACKED_ROWS,
-    QuantizedWeight,
-    Weight,
-    dequantize,
-    dequantize_to,
-    matmul,
-    pack_for_cpu,
-    pack_words,
-    qmatmul_bytes,
-    unpack_words,
-)  # fmt: skip
+from mimo_fast.kernels.qmatmul import Weight, matmul, qmatmul_bytes
+from mimo_fast.kernels.qmatmul_cpu import CPU_PACKED_ROWS, pack_for_cpu
+from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize, dequantize_to, pack_words, unpack_words
 from mimo_fast.layout import lm_shapes
 from mimo_fast.quantization import (
     Format,

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from ..checkpoint import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
 from ..config import LMConfig, read_json
 from ..errors import CheckpointError
-from ..kernels.qmatmul import QuantizedWeight, Weight, dequantize_to, pack_for_cpu
+from ..kernels.qmatmul import Weight
+from ..kernels.qmatmul_cpu import pack_for_cpu
+from ..kernels.quantized_weight import QuantizedWeight, dequantize_to
 from ..layout import Shapes, lm_shapes
 from .formats import CONFIG_KEY, VERSION, Format, QuantizationConfig, stored_tensors
 from .search import NF4_LEVELS, quantize, relative_error

@@ -1,7 +1,7 @@
 """Which tensor is stored how: formats, the choice of a format for each part of the model, names, shapes and bytes.
 
 A quantized matrix X.weight [N, K] is stored as X.weight.words, X.weight.scales and, where zeros are free,
-X.weight.zeros; `kernels/qmatmul.py` has the layout. config.json lists these matrices under `mimo_fast_quantization`.
+X.weight.zeros; `kernels/quantized_weight.py` has the layout. config.json lists these matrices under `mimo_fast_quantization`.
 """
 
 import math

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoint import Weights, open_weights
 from ..config import LMConfig, read_json
 from ..errors import CheckpointError
-from ..kernels.qmatmul import QuantizedWeight, pack_words
+from ..kernels.quantized_weight import QuantizedWeight, pack_words
 from ..layout import lm_shapes
 from .convert import PathLike, write_quantized
 from .formats import Format, QuantizationConfig

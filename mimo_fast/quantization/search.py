@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.qmatmul import QuantizedWeight, dequantize, pack_words
+from ..kernels.quantized_weight import QuantizedWeight, dequantize, pack_words
 from .formats import Format
 
 CHUNK, CUDA_CHUNK = 2**15, 2**24
