@@ -17,7 +17,7 @@ from ..kernels.qmatmul import Weight
 from ..kernels.qmatmul_cpu import pack_for_cpu
 from ..kernels.quantized_weight import QuantizedWeight, dequantize_to
 from ..layout import Shapes, lm_shapes
-from .formats import CONFIG_KEY, VERSION, Format, QuantizationConfig, stored_tensors
+from .formats import CONFIG_KEY, FOREIGN_KEY, VERSION, Format, QuantizationConfig, stored_tensors
 from .search import NF4_LEVELS, quantize, relative_error
 
 Read = Callable[[str], Tensor]
@@ -116,6 +116,8 @@ def quantize_checkpoint(
     raw = read_json(source / "config.json")
     if CONFIG_KEY in raw:
         raise CheckpointError(f"{source} is quantized already: give the checkpoint it was made from")
+    if raw.get(FOREIGN_KEY):
+        raise CheckpointError(f"{source} was quantized by another tool: import_checkpoint converts it")
     shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
     weights = open_weights(source)
     weights.validate(shapes)
