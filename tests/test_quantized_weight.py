@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import FORMATS, gaussian
+from helpers import FORMATS, gaussian, outliers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_fast.kernels import qmatmul_cpu
 from mimo_fast.kernels.qmatmul import Weight, matmul, qmatmul_bytes
-from mimo_fast.kernels.qmatmul_cpu import CPU_PACKED_ROWS, pack_for_cpu
+from mimo_fast.kernels.qmatmul_cpu import PACKED_ROWS, pack_for_cpu, packed_product, unpacked_product
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize, dequantize_to, pack_words, unpack_words
 from mimo_fast.quantization import (
     Format,
@@ -40,7 +41,7 @@ def test_packed_layout():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("rows", "columns"), [(7, 128), (48, 256), (32, 384)])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 128), (48, 256), (64, 384)])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_product_is_that_of_the_dequantized_weight(name, rows, columns, shape, dtype):
@@ -57,18 +58,58 @@ def test_product_is_that_of_the_dequantized_weight(name, rows, columns, shape, d
     assert float((got.float() - want).abs().max()) <= 2 * float(eager) + 1e-6 * float(noise.max())
 
 
-def test_cpu_products_are_used_where_they_can_be():
-    usable = quantize(gaussian(32, 128), Format.parse("int4"))
-    assert pack_for_cpu(usable).packed is not None
-    assert pack_for_cpu(quantize(gaussian(32, 96), Format.parse("int8"))).packed is not None
-    for rows, name in ((33, "int4"), (32, "nf4"), (32, "int8-g32")):
-        assert pack_for_cpu(quantize(gaussian(rows, 128), Format.parse(name))).packed is None
+def test_cpu_products_are_used_where_they_can_be(monkeypatch):
+    calls = []
+    monkeypatch.setattr(qmatmul_cpu, "packed_product", lambda *args: calls.append(args) or packed_product(*args))
+    for name, columns in (("int4", 128), ("int4-sym-g32", 96), ("int8", 96)):
+        weight = pack_for_cpu(quantize(gaussian(64, columns), Format.parse(name)))
+        for rows, dtype, packed in (
+            (1, torch.bfloat16, True), (PACKED_ROWS, torch.bfloat16, True), (PACKED_ROWS + 1, torch.bfloat16, False),
+            (1, torch.float32, False), (0, torch.bfloat16, False),
+        ):
+            calls.clear()
+            assert matmul(torch.ones(rows, columns, dtype=dtype), weight).shape == (rows, 64)
+            assert bool(calls) == packed
+    for rows, name in ((33, "int4"), (64, "nf4"), (64, "int8-g32")):
+        weight = quantize(gaussian(rows, 128), Format.parse(name))
+        assert pack_for_cpu(weight) is weight
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g32", "int4-sym", "int8"])
+def test_torchs_form_holds_the_same_values_and_nothing_twice(name):
+    weight = quantize(outliers(192, 384), Format.parse(name), gaussian(1, 192)[0])
+    packed = pack_for_cpu(weight)
+    assert packed.shape == weight.shape
+    assert torch.equal(dequantize(packed), dequantize(weight))
+    for start, end in ((0, 1), (5, 71), (64, 128), (190, 192), (150, 999), (60, 60)):
+        assert torch.equal(dequantize(packed, start, end), dequantize(weight, start, end))
+    assert packed.words.nbytes == weight.words.nbytes
+    held = packed.words.nbytes + packed.torch_scales.nbytes
+    assert held <= weight.words.nbytes + 2 * weight.scales.nbytes
+
+
+def test_torchs_form_is_not_joined():
+    weight = pack_for_cpu(quantize(gaussian(64, 128), Format.parse("int8")))
+    with pytest.raises(ValueError, match="one format"):
+        QuantizedWeight.stack([weight, weight])
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
+def test_packed_products_of_uncentred_inputs(name, mean):
+    """Errors that all values of a group share, such as that of its zero, add up in such sums."""
+    weight = pack_for_cpu(quantize(gaussian(256, 4096) + 0.5, Format.parse(name)))
+    x, dense = (gaussian(4, 4096, 1) + mean).bfloat16(), dequantize(weight)
+    want = x.double() @ dense.double().T
+    eager = float((torch.nn.functional.linear(x, dense.bfloat16()).double() - want).abs().max())
+    for product, bound in ((packed_product(x, weight, weight.torch_scales), 2), (unpacked_product(x, weight), 1)):
+        assert float((product.double() - want).abs().max()) <= bound * eager
 
 
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
 def test_many_rows_and_few_agree(name):
-    weight = pack_for_cpu(quantize(gaussian(32, 256), Format.parse(name)))
-    x = gaussian(CPU_PACKED_ROWS + 1, 256, 5).bfloat16()
+    weight = pack_for_cpu(quantize(gaussian(64, 256), Format.parse(name)))
+    x = gaussian(PACKED_ROWS + 1, 256, 5).bfloat16()
     many, few = matmul(x, weight), torch.cat([matmul(row[None], weight) for row in x])
     torch.testing.assert_close(many.float(), few.float(), rtol=0.02, atol=0.2)
 
@@ -92,7 +133,7 @@ def test_width_that_does_not_match_is_refused():
         matmul(torch.ones(2, 64), quantize(gaussian(4, 128), Format.parse("int8")))
 
 
-def test_rows_join_and_are_taken():
+def test_rows_join():
     parts = [
         quantize(gaussian(rows, 128, rows), Format.parse("int4"), torch.full((rows,), rows * 1.0)) for rows in (3, 5)
     ]
@@ -100,7 +141,6 @@ def test_rows_join_and_are_taken():
     assert joined.shape == (8, 128)
     assert torch.equal(dequantize(joined), torch.cat([dequantize(part) for part in parts]))
     assert joined.bias.tolist() == [3.0] * 3 + [5.0] * 5
-    assert torch.equal(dequantize(joined.take(torch.tensor([6, 0, 6]))), dequantize(joined)[[6, 0, 6]])
     assert torch.equal(dequantize_to(joined, torch.float32), dequantize(joined))
     with pytest.raises(ValueError, match="one format"):
         QuantizedWeight.stack([parts[0], quantize(gaussian(5, 128), Format.parse("int8"))])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class QuantizedWeight:
         bias: [N] or None.
         bits: of a value, 4 or 8.
         levels: float32 [16], for a table of levels in place of q - 8.
-        packed: the same values in the form of torch's CPU products; `pack_for_cpu` makes it.
+        torch_scales: None, or the scales as torch's CPU products read them; then words are as those do:
+            int8 [N, K], or uint8 [N, K / 2] of `pack_torch_int4`. `pack_for_cpu` makes it.
     """
 
     words: Tensor
@@ -47,11 +49,11 @@ class QuantizedWeight:
     bias: Tensor | None
     bits: int
     levels: Tensor | None = None
-    packed: tuple[Tensor, Tensor] | None = None
+    torch_scales: Tensor | None = None
 
     @classmethod
     def stack(cls, blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Joins the rows of matrices of one format.
+        """Joins the rows of matrices of one format, none of them in torch's form.
 
         Raises:
             ValueError: they differ in width or format.
@@ -59,7 +61,7 @@ class QuantizedWeight:
         first = blocks[0]
         if len(blocks) == 1:
             return first
-        if any(block._form != first._form for block in blocks):
+        if any(block._form != first._form or block.torch_scales is not None for block in blocks):
             raise ValueError("matrices of different widths or formats cannot be joined: give their part one format")
         biased = any(block.bias is not None for block in blocks)
         return replace(
@@ -73,7 +75,7 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.words.shape[0], self.words.shape[1] * 32 // self.bits
+        return len(self.words), self.words.shape[1] * self.words.itemsize * 8 // self.bits
 
     @property
     def group(self) -> int:
@@ -84,11 +86,6 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Bytes that one product must read."""
         return nbytes(self.words, self.scales, self.zeros, self.bias)
-
-    def take(self, rows: Tensor) -> QuantizedWeight:
-        """The rows of these indices [R], as for an embedding."""
-        zeros, bias = (None if t is None else t[rows] for t in (self.zeros, self.bias))
-        return replace(self, words=self.words[rows], scales=self.scales[rows], zeros=zeros, bias=bias, packed=None)
 
     @property
     def _form(self) -> tuple[object, ...]:
@@ -119,15 +116,63 @@ def unpack_words(words: Tensor, bits: int, group: int) -> Tensor:
     return ((split >> shifts) & (2**bits - 1)).flatten(1)
 
 
+def pack_torch_int4(q: Tensor) -> Tensor:
+    """Offsets [N, K] -> uint8 [N, K / 2] as torch's CPU product reads them on this machine; N in whole blocks."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2)
+
+
+def unpack_torch_int4(words: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `pack_torch_int4`, given `torch_int4_order()`: uint8 offsets [N, K]."""
+    rows, half = words.shape
+    columns = words.view(-1, 2 * half, len(order) // 2).transpose(1, 2).contiguous()
+    return torch.cat((columns & 15, columns >> 4), dim=1)[:, order.argsort()].view(rows, 2 * half)
+
+
+@cache
+def torch_int4_order() -> Tensor | None:
+    """Which row of a block each nibble of torch's form belongs to, low nibbles first; None if it has no such form.
+
+    The form depends on torch's version and the CPU's instruction set. Those known put the columns of a block of rows
+    one after the other, each in one permutation of the rows. The largest block for which that holds is taken.
+    """
+    if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
+        return None
+    columns = 64
+    for block in (64, 32, 16):
+        row = torch.arange(block)[:, None].expand(block, columns)
+        # Rows are numbered by two digits of 16, which takes two packings.
+        low, high = (pack_torch_int4(digit).view(columns, -1) for digit in (row % 16, row // 16))
+        numbers = torch.cat(((low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)), dim=1).long()
+        order = numbers[0]
+        if torch.equal(numbers, order.expand_as(numbers)) and torch.equal(order.sort().values, row[:, 0]):
+            q = torch.randint(16, (4 * block, 2 * columns), generator=torch.Generator().manual_seed(0))
+            return order if torch.equal(unpack_torch_int4(pack_torch_int4(q), order), q.byte()) else None
+    return None
+
+
 def dequantize(weight: QuantizedWeight, start: int = 0, end: int | None = None) -> Tensor:
     """Rows start ... end as float32 [R, K]: scale (q - zero), each step rounded to float32."""
-    rows = slice(start, end)
-    offsets = unpack_words(weight.words[rows], weight.bits, weight.group)
-    values = (offsets - (1 << (weight.bits - 1))).float() if weight.levels is None else weight.levels[offsets]
+    rows = slice(*slice(start, end).indices(len(weight.words)))
+    offsets = _offsets(weight, rows)
+    values = offsets.float() - (1 << (weight.bits - 1)) if weight.levels is None else weight.levels[offsets]
     grouped = values.unflatten(1, (-1, weight.group))
     if weight.zeros is not None:
         grouped -= weight.zeros[rows].float()[..., None]
     return (grouped * weight.scales[rows].float()[..., None]).flatten(1)
+
+
+def _offsets(weight: QuantizedWeight, rows: slice) -> Tensor:
+    """q as non-negative integers [R, K]."""
+    if weight.torch_scales is None:
+        return unpack_words(weight.words[rows], weight.bits, weight.group)
+    if weight.bits == 8:
+        return weight.words[rows].short() + 128
+    order = torch_int4_order()
+    assert order is not None
+    block = len(order)
+    first = rows.start // block * block
+    whole = unpack_torch_int4(weight.words[first : -(-rows.stop // block) * block], order)
+    return whole[rows.start - first : rows.stop - first]
 
 
 def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
