@@ -5,12 +5,15 @@ from torch import Tensor
 from .errors import PromptError
 from .generation import flatten_ids, row_seeds
 from .prompt_builder import PromptBuilder
+from .runtime.conversation import Conversation
+from .runtime.engine import Engine
 from .runtime.reply import ChunkStream
-from .runtime.session import Conversation, check_room
 
 
 class KeepsHistory(PromptBuilder):
     """One conversation: each request starts a new one, or with add_history prefills what is new in the old one."""
+
+    engine: Engine
 
     def __init__(self) -> None:
         self._kept: Conversation | None = None
@@ -36,7 +39,7 @@ class KeepsHistory(PromptBuilder):
 
     def conversation(self, seed: int | None = None) -> Conversation:
         """An empty conversation."""
-        return Conversation(self.lm, row_seeds(seed, 1)[0])
+        return Conversation(self.engine, row_seeds(seed, 1)[0])
 
     def conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
         """The last conversation or, without add_history, a new one, with the prompt [C + 1, T G] appended.
@@ -47,7 +50,7 @@ class KeepsHistory(PromptBuilder):
         if not input_ids.shape[1]:
             raise PromptError("the prompt is empty")
         if self._kept is None or not add_history:
-            check_room(self.lm.config, input_ids.shape[1] // self.lm.config.group_size)
+            self.engine.check_room(input_ids.shape[1] // self.lm.config.group_size)
             # The old cache goes before the new one comes.
             self.clear_history()
             self._kept = self.conversation(seed)

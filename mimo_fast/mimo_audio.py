@@ -1,7 +1,8 @@
 """`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and speech continuation."""
 
 import copy
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import closing
 from time import perf_counter
 from typing import Any, TypedDict, Unpack
 
@@ -12,16 +13,18 @@ from .audio import AudioSource, save_wav
 from .history import KeepsHistory
 from .loading import HubOptions, PathLike, load_parts
 from .prompt_builder import Message
-from .runtime.decode import Limits, Step
+from .runtime.conversation import Conversation
+from .runtime.decode import Limits, Samplers
+from .runtime.engine import Engine
+from .runtime.job import Reply
 from .runtime.reply import Chunk, ChunkStream, ReplyReader, iterate_async, read_reply, stream_reply
-from .runtime.session import Conversation, Session
+from .runtime.session import Session
 from .sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
     TASK_SAMPLERS,
     MiMoSampler,
     MiMoStopper,
-    sampler_tensors,
 )
 from .tasks import Task, find_task
 
@@ -77,7 +80,17 @@ class MimoAudio(KeepsHistory):
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
+        self.max_batch = 4 if self.device.type == "cpu" else 1
+        self.max_seq_len = config.max_positions
+        self._engine: Engine | None = None
         super().__init__()
+
+    @property
+    def engine(self) -> Engine:  # type: ignore[override]
+        """What decodes for this language model; one for all streams and sessions."""
+        if self._engine is None or self._engine.lm is not self.lm:
+            self._engine = Engine(self.lm, self.max_batch, min(self.max_seq_len, self.lm.config.max_positions))
+        return self._engine
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -101,12 +114,11 @@ class MimoAudio(KeepsHistory):
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
-    ) -> Iterator[Step]:
+    ) -> Reply:
         """Prefills what is new in the conversation and decodes a reply with the task's samplers."""
         samplers = self.get_task_sampler(task_name)
-        settings = [sampler_tensors([samplers[which]], self.device) for which in ("global", "local")]
         limits = Limits(MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, min_new_tokens, stop_ids)
-        return conversation.decode(limits, *settings)
+        return conversation.decode(limits, Samplers(samplers["global"], samplers["local"]))
 
     def forward(
         self,
@@ -130,8 +142,8 @@ class MimoAudio(KeepsHistory):
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         output_audio_path = None if isinstance(output_audio_path, str) and not output_audio_path else output_audio_path
         conversation = self.conversation_for(input_ids, add_history, seed)
-        steps = self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
-        text, codes = read_reply(steps, self._reader(input_ids))
+        with closing(self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)) as reply:
+            text, codes = read_reply(reply, self._reader(input_ids))
         if not return_audio and output_audio_path is None:
             return text
         wav = torch.zeros(self.codec.sample_rate) if codes is None else self.codec.decode(codes).cpu()
@@ -176,8 +188,8 @@ class MimoAudio(KeepsHistory):
         input_ids = self._prompt(spec, arguments, task_arguments, {"seed": seed, "add_history": add_history})
         conversation = self.conversation_for(input_ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
-        steps = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        self._running = stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)
+        reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
+        self._running = stream_reply(reply, self._reader(input_ids), self.codec, began, spec.speaks)
         return self._running
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:

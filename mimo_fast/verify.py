@@ -226,7 +226,7 @@ def _prefilled(model: MimoAudio, golden: Golden, name: str) -> Tensor:
     ids = golden.get(f"prompts:{name}")
     state = model.lm.new_state([0], ids.shape[1] // model.group_size)
     model.lm.prefill(ids.long(), state, 0)
-    return state.hidden
+    return state.hidden[:1]
 
 
 def _embeddings(model: MimoAudio, golden: Golden) -> Errors:
@@ -252,7 +252,7 @@ def _patch_decoder(model: MimoAudio, golden: Golden) -> Errors:
     local = golden.get("model:local_in").to(model.device, model.lm.dtype)
     state = model.lm.new_state([0] * len(local), 1)
     greedy = sampler_tensors([GREEDY] * len(local), model.device)
-    codes = model.lm.decode_patch(local, state, list(range(len(local))), greedy)
+    codes = model.lm.decode_patch(local, state, state.rows[: len(local)], greedy)
     yield "model:local_greedy", _differing(codes.transpose(1, 2), golden.get("model:local_greedy"))
 
 

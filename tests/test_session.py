@@ -24,8 +24,9 @@ REPLY, NEXT = 24, 8
 
 @pytest.fixture
 def greedy(model: MimoAudio) -> MimoAudio:
-    """A model whose dialogues are greedy."""
+    """A model whose dialogues are greedy, and whose engine remembers no voice."""
     greedy = copy.copy(model)
+    greedy.engine.prefixes.clear()
     greedy.task_sampler_configs = {"spoken_dialogue": {"global": GREEDY, "local": GREEDY}}
     return greedy
 
@@ -257,6 +258,7 @@ def test_reset_keeps_the_voice_and_its_cache(greedy: MimoAudio, audio: list[Path
     opening = groups(session.ids)
     assert opening > 0
     say(fresh, audio[2], NEXT)
+    greedy.engine.prefixes.clear()
     say(session, audio[1])
     session.reset()
     assert groups(session.ids) == opening

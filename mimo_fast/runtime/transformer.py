@@ -76,24 +76,34 @@ def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Atten
     return attend
 
 
-def cached_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slots: list[int]) -> Attend:
-    """Row r appends its T positions to slot slots[r] of the cache and attends causally to the whole slot.
+def cached_attend(
+    config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, starts: Tensor, max_length: int
+) -> Attend:
+    """Row r appends one position at starts[r] of slot slots[r] and attends to all up to it."""
 
-    Several rows, or several positions of one row. The caller advances `cache.lengths` after the last layer.
-    """
-    starts = torch.tensor([cache.lengths[slot] for slot in slots], device=table.device)
-    places = torch.tensor(slots, device=table.device)
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        k_cache, v_cache = cache.k[layer], cache.v[layer]
+        live = starts >= 0
+        out = qkv.new_zeros(len(qkv), 1, config.heads * config.head_dim)
+        if not live.any():
+            return out
+        q = rope_append(qkv[live], table, k_cache, v_cache, slots[live], starts[live], config.heads)
+        attended = decode_attention(q, k_cache, v_cache, slots[live], starts[live] + 1, max_length)
+        out[live] = attended.transpose(1, 2).flatten(2)
+        return out
+
+    return attend
+
+
+def prefill_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int) -> Attend:
+    """One row appends T positions from `start` on to a slot and attends causally to the whole slot."""
+    places, starts = (torch.tensor([x], device=table.device) for x in (slot, start))
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         k_cache, v_cache = cache.k[layer], cache.v[layer]
         q = rope_append(qkv, table, k_cache, v_cache, places, starts, config.heads)
-        new = qkv.shape[1]
-        if new == 1:
-            out = decode_attention(q, k_cache, v_cache, places, starts + 1)
-        else:
-            (slot,) = slots
-            end = cache.lengths[slot] + new
-            out = attention(q, k_cache[slot : slot + 1, :, :end], v_cache[slot : slot + 1, :, :end], causal=True)
+        end = start + qkv.shape[1]
+        out = attention(q, k_cache[slot : slot + 1, :, :end], v_cache[slot : slot + 1, :, :end], causal=True)
         return out.transpose(1, 2).flatten(2)
 
     return attend

@@ -1,0 +1,84 @@
+"""One row's ids, and the part of them whose keys and values lie in a slot of the engine or in a snapshot."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .decode import Limits, Samplers
+    from .engine import Engine, Reply
+
+
+class Conversation:
+    """Ids [C + 1, T G] that grow by prompts and replies.
+
+    Args:
+        engine: what decodes it.
+        seed: of its draws.
+
+    slot: where its cache is, None outside the engine. cached: groups whose keys and values are kept, in the slot or
+    the snapshot. shared: groups at its beginning that other conversations may begin with too. draws: groups drawn.
+    prefilled: groups that the last reply had to compute before it could begin.
+    """
+
+    def __init__(self, engine: "Engine", seed: int) -> None:
+        self.engine, self.seed, self.draws = engine, seed, 0
+        config = engine.lm.config
+        self.group_size = config.group_size
+        self.ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self.slot: int | None = None
+        self.snapshot: Snapshot | None = None
+        self.cached = self.shared = self.prefilled = 0
+
+    @property
+    def groups(self) -> int:
+        return self.ids.shape[1] // self.group_size
+
+    @property
+    def opening(self) -> Tensor:
+        """Ids of the shared beginning."""
+        return self.ids[:, : self.shared * self.group_size]
+
+    def reseed(self, seed: int) -> None:
+        """Restarts the draws from a seed."""
+        self.seed, self.draws = seed, 0
+
+    def add(self, ids: Tensor) -> None:
+        """Appends a prompt [C + 1, n G], to be fed when decoding begins.
+
+        Raises:
+            PromptError: it leaves no room for a reply; the conversation stays as it was.
+        """
+        self.engine.check_room(self.groups + ids.shape[1] // self.group_size)
+        self.extend(ids)
+
+    def extend(self, ids: Tensor) -> None:
+        """Appends ids that are known to fit."""
+        self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
+
+    def append(self, text: int, codes: Tensor) -> None:
+        """Appends a decoded group."""
+        codes = codes.cpu()
+        self.extend(torch.cat((codes.new_full((1, codes.shape[1]), text), codes)))
+
+    def truncate(self, groups: int) -> None:
+        """Forgets all but the first `groups` groups."""
+        self.ids = self.ids[:, : groups * self.group_size]
+        self.cached = min(self.cached, groups)
+
+    def decode(self, limits: "Limits", samplers: "Samplers") -> "Reply":
+        """Prefills what is not cached and returns the reply, each group part of the conversation once it is taken."""
+        reply = self.engine.start(self, limits, samplers)
+        reply.prefill()
+        return reply
+
+
+def no_room(groups: int, capacity: int) -> PromptError:
+    return PromptError(
+        f"the conversation has {groups} groups and the model's context is {capacity}: "
+        "start a new one or shorten the input"
+    )
