@@ -3,6 +3,7 @@
 import copy
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypedDict, Unpack
 
@@ -106,6 +107,14 @@ class MimoAudio(KeepsHistory):
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         return Session(self, system_prompt, voice, seed)
+
+    def restore_session(self, path: PathLike) -> Session:
+        """A dialogue that `Session.save` wrote, with its cache.
+
+        Raises:
+            CheckpointError: the file is no session, is damaged, or belongs to another model.
+        """
+        return Session.restore(self, Path(path))
 
     def decode(
         self,

@@ -15,20 +15,10 @@ from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio, MiMoStopper, PromptError, Session, generate
 from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.sampling import GREEDY
 
 GROUP = 4
 PATCH_MS = 160
 REPLY, NEXT = 24, 8
-
-
-@pytest.fixture
-def greedy(model: MimoAudio) -> MimoAudio:
-    """A model whose dialogues are greedy, and whose engine remembers no voice."""
-    greedy = copy.copy(model)
-    greedy.engine.prefixes.clear()
-    greedy.task_sampler_configs = {"spoken_dialogue": {"global": GREEDY, "local": GREEDY}}
-    return greedy
 
 
 def insistent(model: MimoAudio, token: int) -> MimoAudio:
@@ -138,7 +128,7 @@ class TestTurns:
         say(session, audio[1], 8)
         said = session.ids
         with pytest.raises(PromptError, match=r"the conversation has \d+ groups and the model's context is 90"):
-            session.stream(torch.zeros(24000 * 10))
+            session.stream(torch.zeros(24000 * 20))
         assert torch.equal(session.ids, said)
         say(session, torch.zeros(24000), 8)
         assert torch.equal(session.ids[:, : said.shape[1]], said)
@@ -150,7 +140,7 @@ class TestTurns:
         session = greedy.session()
         assert len(list(session.stream(audio[1]))) == 3
         with pytest.raises(PromptError, match="start a new one"):
-            session.stream(audio[1])
+            session.stream(torch.cat([torch.zeros(24000), torch.zeros(24000 * 20)]))
 
 
 class TestInterrupt:

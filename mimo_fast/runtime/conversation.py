@@ -70,6 +70,12 @@ class Conversation:
         self.ids = self.ids[:, : groups * self.group_size]
         self.cached = min(self.cached, groups)
 
+    def go_back(self, ids: Tensor, cached: int) -> None:
+        """Returns to earlier ids, of which so many groups were cached; what has been overwritten since is not."""
+        shorter = min(ids.shape[1], self.ids.shape[1])
+        same = int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum()) // self.group_size
+        self.ids, self.cached = ids, min(cached, self.cached, same)
+
     def decode(self, limits: "Limits", samplers: "Samplers") -> "Reply":
         """Prefills what is not cached and returns the reply, each group part of the conversation once it is taken."""
         reply = self.engine.start(self, limits, samplers)

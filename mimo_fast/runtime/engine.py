@@ -117,6 +117,17 @@ class Engine:
             job.settle()
             self._turn.notify_all()
 
+    def export(self, conversation: Conversation) -> Snapshot | None:
+        """A copy of what is cached of a conversation that has no running reply."""
+        with self._turn:
+            while self._leader is not None:
+                self._turn.wait()
+            if not conversation.cached:
+                return None
+            if conversation.slot is None:
+                return conversation.snapshot
+            return Snapshot.take(self.state, conversation.slot, conversation.cached)
+
     def _tick(self) -> bool:
         """A chunk of one prompt, and a group of every row that wants one; False if there was nothing to do."""
         with self._turn:

@@ -4,6 +4,7 @@
                                                                -> patch decoder, G + max delay steps -> codes [C, G]
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -72,6 +73,14 @@ class LM:
     def backbone_rope(self) -> Tensor:
         config = self.config.backbone
         return rope_table(config.head_dim, config.rope_theta, self.config.max_positions, self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others: its dimensions and some of its weights."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def prefill_chunk(self) -> int:

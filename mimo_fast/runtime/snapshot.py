@@ -34,6 +34,14 @@ class Snapshot:
         state.hidden[slot].copy_(self.hidden, non_blocking=True)
         state.lengths[slot] = length
 
+    def fits(self, state: DecodeState) -> bool:
+        """Whether it holds anything, and that in the form of this state's cache."""
+        own = state.cache.parts
+        return 0 < self.length <= state.capacity and len(self.parts) == len(own) and all(
+            part.dtype == cache.dtype and part.shape == (cache.shape[0], cache.shape[2], self.length, *cache.shape[4:])
+            for part, cache in zip((*self.parts,), own, strict=True)
+        ) and (self.hidden.dtype, self.hidden.shape) == (state.hidden.dtype, state.hidden.shape[1:])
+
     @property
     def nbytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in (*self.parts, self.hidden))
