@@ -40,6 +40,12 @@ class KVCache:
         return self.k, self.v
 
 
+def kv_bytes(config: TransformerConfig, slots: int, capacity: int, dtype: torch.dtype, quantized: bool = False) -> int:
+    """`nbytes` of a cache of these dimensions, from shapes alone."""
+    head = config.head_dim + torch.float32.itemsize if quantized else config.head_dim * dtype.itemsize
+    return 2 * config.layers * slots * config.kv_heads * capacity * head
+
+
 @dataclass
 class DecodeState:
     """B slots, and after them one scratch row that pads a batch to the size of a captured graph.
