@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .audio import AudioSource, save_wav
 from .history import KeepsHistory
-from .loading import HubOptions, PathLike, load_parts
+from .loading import LoadOptions, PathLike, load_parts
 from .prompt_builder import Message
 from .runtime.conversation import Conversation
 from .runtime.decode import Limits, Samplers
-from .runtime.engine import Engine
 from .runtime.job import Reply
 from .runtime.reply import Chunk, ChunkStream, ReplyReader, iterate_async, read_reply, stream_reply
 from .runtime.session import Session
@@ -47,6 +46,8 @@ class MimoAudio(KeepsHistory):
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the codec.
         device: "cuda", "cpu", ...; CUDA where there is one.
         dtype: to compute in; None: bfloat16 on CUDA, the checkpoint's own elsewhere.
+        quantization: "int8", "int4", "nf4", or a format for each part; None keeps the checkpoint's.
+        max_batch, max_seq_len, kv_cache, offload: how much memory it may take, see `LoadOptions`.
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take `output_path` or
@@ -55,6 +56,7 @@ class MimoAudio(KeepsHistory):
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their config.
+        DeviceMemoryError: the device has not enough memory free; the message names settings that would fit.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class MimoAudio(KeepsHistory):
         *,
         dtype: torch.dtype | str | None = None,
         quantization: Any = None,
-        **hub: Unpack[HubOptions],
+        **options: Unpack[LoadOptions],
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        self.lm, self.codec, self.tokenizer = load_parts(
-            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, hub
+        self.lm, self.codec, self.tokenizer, self.setup = load_parts(
+            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, options
         )
         self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
         config, special = self.lm.config, self.tokenizer.special
@@ -81,17 +83,9 @@ class MimoAudio(KeepsHistory):
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
-        self.max_batch = 4 if self.device.type == "cpu" else 1
-        self.max_seq_len = config.max_positions
-        self._engine: Engine | None = None
         super().__init__()
-
-    @property
-    def engine(self) -> Engine:  # type: ignore[override]
-        """What decodes for this language model; one for all streams and sessions."""
-        if self._engine is None or self._engine.lm is not self.lm:
-            self._engine = Engine(self.lm, self.max_batch, min(self.max_seq_len, self.lm.config.max_positions))
-        return self._engine
+        if self.device.type == "cuda":
+            self.warmup()
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -291,7 +285,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     quantization: Any = None,
-    **hub: Unpack[HubOptions],
+    **options: Unpack[LoadOptions],
 ) -> MimoAudio:
     """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s."""
-    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **hub)
+    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **options)

@@ -36,11 +36,14 @@ class Engine:
         slots: rows that can be decoded at once.
         capacity: groups that a row can hold.
         queue: replies that may wait for a slot.
+        quantized_cache: whether keys and values are kept as int8.
     """
 
-    def __init__(self, lm: LM, slots: int, capacity: int, queue: int = QUEUE) -> None:
+    def __init__(
+        self, lm: LM, slots: int, capacity: int, queue: int = QUEUE, quantized_cache: bool = False
+    ) -> None:
         self.lm, self.capacity, self.queue = lm, capacity, queue
-        self.state = lm.new_state([0] * slots, capacity)
+        self.state = lm.new_state([0] * slots, capacity, quantized_cache)
         self.decoder = Decoder(lm, self.state, Graphs(lm, self.state) if wanted(lm.device) else None)
         self.prefixes = PrefixCache(PREFIX_BYTES)
         self._owners: list[weakref.ref[Conversation] | None] = [None] * slots

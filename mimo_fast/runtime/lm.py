@@ -87,9 +87,9 @@ class LM:
         """Positions of a prompt that are computed before other rows get their turn."""
         return PREFILL_CHUNK
 
-    def new_state(self, seeds: Sequence[int], capacity: int) -> DecodeState:
-        """A state of len(seeds) slots that hold up to `capacity` groups each."""
-        return DecodeState.allocate(self.config, seeds, capacity, self.dtype, self.device)
+    def new_state(self, seeds: Sequence[int], capacity: int, quantized_cache: bool = False) -> DecodeState:
+        """A state of len(seeds) slots that hold up to `capacity` groups each, its cache as int8 if quantized."""
+        return DecodeState.allocate(self.config, seeds, capacity, self.dtype, self.device, quantized_cache)
 
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """A prompt's backbone inputs: text [N] (one id a group), codes [N, C, G] -> [N, D].

@@ -39,7 +39,8 @@ DEFAULT_BATCH = 4
 class Setup:
     """All that decides how much memory a loaded model takes.
 
-    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE.
+    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether dense weights stay in
+    their memory-mapped file, which a CPU reads in place and the system can drop.
     """
 
     lm: LMConfig
@@ -52,6 +53,7 @@ class Setup:
     max_seq_len: int = 8192
     kv_cache: str | None = None
     offload: frozenset[str] = frozenset()
+    mapped: bool = False
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
@@ -65,7 +67,7 @@ class Setup:
         shapes = lm_shapes(self.lm)
         if "text_embeddings" in self.offload and not self.lm.tie_embeddings:
             del shapes["model.embed_tokens.weight"]
-        return _stored(shapes, self.formats, self.dtype)
+        return self._stored(shapes, self.formats, self.dtype)
 
     def _codec(self) -> int:
         shapes = codec_shapes(self.codec)
@@ -73,7 +75,11 @@ class Setup:
         rest = {name: shape for name, shape in shapes.items() if name not in books}
         if "codec_encoder" in self.offload:
             rest = {name: shape for name, shape in rest.items() if not name.startswith("encoder.")}
-        return _stored(books, {}, torch.float32) + _stored(rest, self.codec_formats, self.codec_dtype)
+        return self._stored(books, {}, torch.float32) + self._stored(rest, self.codec_formats, self.codec_dtype)
+
+    def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
+        shapes = {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in stored_tensors(shapes, formats, dtype).values())
 
     def _cache(self) -> int:
         config = self.lm
@@ -94,10 +100,6 @@ class Setup:
         frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)
         encode = frames * (codec.encoder_ffn + 8 * codec.dim) * self.codec_dtype.itemsize
         return 2 * draw + max(prefill, encode) + LIBRARIES
-
-
-def _stored(shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in stored_tensors(shapes, formats, dtype).values())
 
 
 def check_memory(setup: Setup, free: int, device: str) -> None:

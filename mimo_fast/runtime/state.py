@@ -78,8 +78,9 @@ class DecodeState:
 
     @classmethod
     def allocate(
-        cls, config: LMConfig, seeds: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> "DecodeState":
+        cls, config: LMConfig, seeds: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device,
+        quantized_cache: bool = False,
+    ) -> "DecodeState":  # fmt: skip
         slots, dim = len(seeds), config.backbone.dim
         rows = slots + 1
 
