@@ -58,7 +58,9 @@ def load_parts(
     """Both checkpoints are found and checked whole, and their memory counted, before anything is put on the device."""
     requested = QuantizationConfig.parse(quantization)
     target = default_device() if device is None else torch.device(device)
-    lm_dir, codec_dir = find(lm, options), find(codec, {**options, "revision": options.get("codec_revision")})
+    for_codec = LoadOptions(**options)
+    for_codec["revision"] = options.get("codec_revision")
+    lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
     lm_config, lm_weights, stored = open_lm(lm_dir)
     codec_config, codec_weights = open_codec(codec_dir)
     _check_pair(lm_config, codec_config)
