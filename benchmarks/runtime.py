@@ -81,7 +81,7 @@ def measure(lm: LM, prompt: int, groups: int, batch: int) -> dict[str, Any]:
         conversation = Conversation(engine, seed=row)
         ids = torch.full((lm.config.channels + 1, prompt * lm.config.group_size), 2)
         ids[1:] = lm.empty_codes.cpu()[:, None]
-        conversation.extend(ids)
+        conversation.ids = ids
         replies.append(engine.start(conversation, Limits(groups), Samplers(SPEECH, SPEECH), ahead=1))
     prefill = _timed(lambda: [reply.prefill() for reply in replies], device)
     times, spoken = [], 0

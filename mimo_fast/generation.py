@@ -76,7 +76,7 @@ def generate(
     replies = []
     for prompt, limit, seed_of_row, parts in zip(batch.prompts, limits, row_seeds(seed, rows), grown, strict=True):
         conversation = Conversation(engine, seed_of_row)
-        conversation.extend(prompt)
+        conversation.ids = prompt
         hook = _stop_hook(options.callables, parts)
         # Rows share their steps, however many there are: none waits for its groups to be taken.
         replies.append(engine.start(conversation, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False))

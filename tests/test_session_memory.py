@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_session import GROUP, NEXT, PATCH_MS, closed, from_scratch, groups, say
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mimo_fast import LM, MimoAudio
 
@@ -129,3 +130,20 @@ class TestFiles:
         assert str(path) in message
         wanted = {"foreign": "belongs to another model", "weights": "not a session"}.get(damage, "cannot be read")
         assert wanted in message
+
+
+def test_the_twentieth_turn_computes_its_own_tokens(greedy: MimoAudio, audio: list[Path]) -> None:
+    """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as its pending group."""
+    session = greedy.session("Be brief.", audio[0])
+    say(session, audio[1], NEXT)
+    turn = groups(closed(greedy, session.ids, audio[1])) - groups(session.ids) + 1
+    products, attention = list[int](), list[int]()
+    for _ in range(2, 21):
+        with FlopCounterMode(display=False) as counter:
+            next(session.stream(audio[1], max_new_tokens=NEXT, min_new_tokens=NEXT))
+        counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+        attention.append(sum(count for op, count in counts.items() if "attention" in op))
+        products.append(sum(counts.values()) - attention[-1])
+        assert session.prefilled == turn
+    assert max(products) <= 1.02 * min(products)
+    assert attention[0] < attention[-1] < 25 * attention[0]

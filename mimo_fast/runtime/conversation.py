@@ -29,14 +29,30 @@ class Conversation:
         self.engine, self.seed, self.draws = engine, seed, 0
         config = engine.lm.config
         self.group_size = config.group_size
-        self.ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self._decoded: list[tuple[int, Tensor]] = []
         self.slot: int | None = None
         self.snapshot: Snapshot | None = None
         self.cached = self.shared = self.prefilled = 0
 
     @property
+    def ids(self) -> Tensor:
+        """All ids [C + 1, T G] on the host. Decoded groups stay on the device until someone asks for them here."""
+        if self._decoded:
+            codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
+            text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(self.group_size)
+            self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
+            self._decoded.clear()
+        return self._ids
+
+    @ids.setter
+    def ids(self, ids: Tensor) -> None:
+        self._ids = ids.cpu()
+        self._decoded.clear()
+
+    @property
     def groups(self) -> int:
-        return self.ids.shape[1] // self.group_size
+        return self._ids.shape[1] // self.group_size + len(self._decoded)
 
     @property
     def opening(self) -> Tensor:
@@ -54,16 +70,11 @@ class Conversation:
             PromptError: it leaves no room for a reply; the conversation stays as it was.
         """
         self.engine.check_room(self.groups + ids.shape[1] // self.group_size)
-        self.extend(ids)
-
-    def extend(self, ids: Tensor) -> None:
-        """Appends ids that are known to fit."""
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
 
     def append(self, text: int, codes: Tensor) -> None:
-        """Appends a decoded group."""
-        codes = codes.cpu()
-        self.extend(torch.cat((codes.new_full((1, codes.shape[1]), text), codes)))
+        """Appends a decoded group, its codes [C, G] on any device."""
+        self._decoded.append((text, codes))
 
     def truncate(self, groups: int) -> None:
         """Forgets all but the first `groups` groups."""
