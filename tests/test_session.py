@@ -273,9 +273,9 @@ class TestDraws:
     ) -> None:
         draws, sample_text = list[tuple[int, int]](), LM.sample_text
 
-        def recording(lm: LM, state: Any, *arguments: Any) -> Tensor:
-            draws.append((int(state.seeds[0]), int(state.draws[0])))
-            return sample_text(lm, state, *arguments)
+        def recording(lm: LM, state: Any, slots: Tensor, *arguments: Any) -> Tensor:
+            draws.append((int(state.seeds[slots]), int(state.draws[slots])))
+            return sample_text(lm, state, slots, *arguments)
 
         monkeypatch.setattr(LM, "sample_text", recording)
         session = model.session(seed=4)
