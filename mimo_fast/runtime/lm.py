@@ -20,7 +20,7 @@ from ..kernels.sample_codes import code_steps, patch_noise, sample_codes
 from ..kernels.sample_text import sample_text
 from ..quantization import WeightSource
 from .state import DecodeState
-from .transformer import cached_attend, self_attend, transformer, transformer_weights
+from .transformer import Attend, cached_attend, prefill_attend, self_attend, transformer, transformer_weights
 
 PREFILL_CHUNK = 1024
 """Positions prefilled at once: bounds the activations of a long prompt."""
@@ -101,19 +101,23 @@ class LM:
         groups = ids.to(self.device).unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
         for text_part, code_part in zip(text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True):
-            hidden = self._backbone(self.embed(text_part, code_part)[None], state, [slot])
-            state.hidden[slot] = hidden[0, -1]
+            start = state.cache.lengths[slot]
+            attend = prefill_attend(self.config.backbone, self.backbone_rope, state.cache, slot, start)
+            state.hidden[slot] = self._backbone(self.embed(text_part, code_part)[None], attend)[0, -1]
+            state.cache.lengths[slot] += len(text_part)
 
     def step(self, text: Tensor, codes: Tensor, state: DecodeState, slots: list[int]) -> None:
         """Feeds one group a row, text [R] and codes [R, C, G], and updates `state.hidden[slots]`."""
-        state.hidden[slots] = self._backbone(self.embed(text, codes)[:, None], state, slots)[:, 0]
-
-    def _backbone(self, x: Tensor, state: DecodeState, slots: list[int]) -> Tensor:
-        attend = cached_attend(self.config.backbone, self.backbone_rope, state.cache, slots)
-        hidden = transformer(x, self.backbone, self.config.backbone.norm_eps, attend)
+        cache = state.cache
+        places = torch.tensor(slots, device=self.device)
+        starts = torch.tensor([cache.lengths[slot] for slot in slots], device=self.device)
+        attend = cached_attend(self.config.backbone, self.backbone_rope, cache, places, starts, cache.capacity)
+        state.hidden[slots] = self._backbone(self.embed(text, codes)[:, None], attend)[:, 0]
         for slot in slots:
-            state.cache.lengths[slot] += x.shape[1]
-        return hidden
+            cache.lengths[slot] += 1
+
+    def _backbone(self, x: Tensor, attend: Attend) -> Tensor:
+        return transformer(x, self.backbone, self.config.backbone.norm_eps, attend)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
@@ -141,18 +145,16 @@ class LM:
         """
         config, rows = self.config, len(slots)
         cache = state.patch_cache
-        for slot in slots:
-            cache.lengths[slot] = 0
+        places = torch.tensor(slots, device=self.device)
         noise = None
         if not settings.all_greedy:
             size = sum(config.code_sizes)
             noise = patch_noise(state.seeds[slots], state.draws[slots], config.group_size, size)
         codes = torch.empty(rows, config.channels, config.group_size, dtype=torch.int64, device=self.device)
         x = local
-        for step in self.code_steps:
-            attend = cached_attend(config.patch_decoder, self.decoder_rope, cache, slots)
+        for position, step in enumerate(self.code_steps):
+            starts = torch.full_like(places, position)
+            attend = cached_attend(config.patch_decoder, self.decoder_rope, cache, places, starts, cache.capacity)
             hidden = transformer(x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend)[:, 0]
-            for slot in slots:
-                cache.lengths[slot] += 1
             x = sample_codes(hidden, step, self.code_heads, settings, noise, codes, self.decoder_embeddings)
         return codes
