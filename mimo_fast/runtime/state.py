@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import LMConfig, TransformerConfig
+from ..kernels.kv_cache import LayerKV
 from ..kernels.sample import SamplerTensors
 from ..sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -16,18 +17,27 @@ NO_POSITION = -1
 
 @dataclass
 class KVCache:
-    """Preallocated keys and values of B slots: k and v [L, B, Hkv, S, Dh]."""
+    """Preallocated keys and values of B slots.
+
+    k, v [L, B, Hkv, S, Dh]; with k_scales and v_scales [L, B, Hkv, S] they are int8, see `LayerKV`.
+    """
 
     k: Tensor
     v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     @classmethod
     def allocate(
-        cls, config: TransformerConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> "KVCache":
+        cls, config: TransformerConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device,
+        quantized: bool = False,
+    ) -> "KVCache":  # fmt: skip
         shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
-        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(k, v)
+        k, v = (torch.empty(shape, dtype=torch.int8 if quantized else dtype, device=device) for _ in range(2))
+        if not quantized:
+            return cls(k, v)
+        k_scales, v_scales = (torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+        return cls(k, v, k_scales, v_scales)
 
     @property
     def capacity(self) -> int:
@@ -37,7 +47,16 @@ class KVCache:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """All that a slot holds, each [L, B, Hkv, S, ...]."""
-        return self.k, self.v
+        return tuple(x for x in (self.k, self.v, self.k_scales, self.v_scales) if x is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(part.nbytes for part in self.parts)
+
+    def layer(self, index: int) -> LayerKV:
+        scales = (None if x is None else x[index] for x in (self.k_scales, self.v_scales))
+        return LayerKV(self.k[index], self.v[index], *scales)
 
 
 def kv_bytes(config: TransformerConfig, slots: int, capacity: int, dtype: torch.dtype, quantized: bool = False) -> int:
@@ -91,7 +110,7 @@ class DecodeState:
         lengths = zeros()
         lengths[slots] = NO_POSITION
         return cls(
-            cache=KVCache.allocate(config.backbone, slots, capacity, dtype, device),
+            cache=KVCache.allocate(config.backbone, slots, capacity, dtype, device, quantized_cache),
             patch_cache=KVCache.allocate(config.patch_decoder, rows, config.patch_steps, dtype, device),
             rows=torch.arange(rows, device=device), patch_starts=steps[:, None].expand(-1, rows).contiguous(),
             lengths=lengths, hidden=zeros(dim, dtype=dtype), text=zeros(),

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..config import TransformerConfig
-from ..kernels.attention import attention, decode_attention
+from ..kernels.attention import attention, rotary_attention
+from ..kernels.decode_attention import decode_attention
 from ..kernels.norm import rms_norm
 from ..kernels.qmatmul import QuantizedWeight, Weight, matmul
-from ..kernels.rope import rope, rope_append
+from ..kernels.rope import rope_append
 from ..quantization import WeightSource
 from .state import KVCache
 
@@ -68,10 +69,7 @@ def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Atten
     """Each of N sequences attends to itself, positions 0 ... T - 1."""
 
     def attend(_layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = _split_heads(qkv, config)
-        cos_sin = table[:, : qkv.shape[1]]
-        out = attention(rope(q, cos_sin).transpose(1, 2), rope(k, cos_sin).transpose(1, 2), v.transpose(1, 2), causal)
-        return out.transpose(1, 2).flatten(2)
+        return rotary_attention(qkv, table, config.heads, config.kv_heads, causal)
 
     return attend
 
@@ -79,37 +77,25 @@ def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Atten
 def cached_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, starts: Tensor, max_length: int
 ) -> Attend:
-    """Row r appends one position at starts[r] of slot slots[r] and attends to all up to it."""
+    """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends up to there.
+
+    slots, starts: int64 [R] on the cache's device, read there alone. max_length: see `decode_attention`.
+    """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        k_cache, v_cache = cache.k[layer], cache.v[layer]
-        live = starts >= 0
-        out = qkv.new_zeros(len(qkv), 1, config.heads * config.head_dim)
-        if not live.any():
-            return out
-        q = rope_append(qkv[live], table, k_cache, v_cache, slots[live], starts[live], config.heads)
-        attended = decode_attention(q, k_cache, v_cache, slots[live], starts[live] + 1, max_length)
-        out[live] = attended.transpose(1, 2).flatten(2)
-        return out
+        return decode_attention(qkv, table, cache.layer(layer), slots, starts, config.heads, max_length)
 
     return attend
 
 
 def prefill_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int) -> Attend:
-    """One row appends T positions from `start` on to a slot and attends causally to the whole slot."""
-    places, starts = (torch.tensor([x], device=table.device) for x in (slot, start))
+    """T new positions of one slot: qkv [1, T, ...] is appended from `start` on and attends causally to the slot."""
+    slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        k_cache, v_cache = cache.k[layer], cache.v[layer]
-        q = rope_append(qkv, table, k_cache, v_cache, places, starts, config.heads)
-        end = start + qkv.shape[1]
-        out = attention(q, k_cache[slot : slot + 1, :, :end], v_cache[slot : slot + 1, :, :end], causal=True)
-        return out.transpose(1, 2).flatten(2)
+        layer_cache = cache.layer(layer)
+        q = rope_append(qkv, table, layer_cache, slots, starts, config.heads)
+        k, v = layer_cache.read(slot, start + qkv.shape[1], qkv.dtype)
+        return attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
 
     return attend
-
-
-def _split_heads(qkv: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    heads = qkv.unflatten(-1, (-1, config.head_dim))
-    q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=2)
-    return q, k, v
