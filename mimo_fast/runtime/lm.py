@@ -18,6 +18,7 @@ from ..kernels.rope import rope_table
 from ..kernels.sample import SamplerTensors
 from ..kernels.sample_codes import code_steps, patch_noise, sample_codes
 from ..kernels.sample_text import sample_text
+from ..kernels.text_embed import input_embed
 from ..quantization import WeightSource
 from .state import DecodeState
 from .transformer import Attend, cached_attend, prefill_attend, self_attend, transformer, transformer_weights
@@ -82,11 +83,10 @@ class LM:
         A text position adds no speech and an audio position (`<|empty|>`) no text, so each goes its own way.
         """
         is_audio = text == self.empty_id
-        out = torch.empty(len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device)
-        out[~is_audio] = self.text_embeddings[text[~is_audio]]
-        if (patches := codes[is_audio]).numel():
-            out[is_audio] = self.encode_patches(patches)
-        return out
+        patches = torch.empty(len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device)
+        if (spoken := codes[is_audio]).numel():
+            patches[is_audio] = self.encode_patches(spoken)
+        return input_embed(text, patches, self.text_embeddings, self.empty_id)
 
     def encode_patches(self, codes: Tensor) -> Tensor:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
