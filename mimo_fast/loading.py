@@ -78,7 +78,9 @@ def load_parts(
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
     # On a terminal only.
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
-        source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, stored, requested)
+        offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
+        read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
+        source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
     return language_model, audio_codec, tokenizer, setup
@@ -161,9 +163,13 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _reader(weights: Weights, device: torch.device, bar: Any) -> Callable[[str], Tensor]:
+def _reader(weights: Weights, device: torch.device, bar: Any, on_host: str | None = None) -> Callable[[str], Tensor]:
+    """Reads to the device, but for names that begin with `on_host`, which a GPU then reads where they are."""
+
     def read(name: str) -> Tensor:
         bar.update(1)
+        if on_host and name.startswith(on_host) and device.type == "cuda":
+            return weights.get(name, device="cpu").pin_memory()
         return weights.get(name, device=device)
 
     return read

@@ -88,7 +88,7 @@ def small_decode_kernel(
         b_k_scale, b_v_scale = scale_of(tl.max(tl.abs(b_k_new), axis=1)), scale_of(tl.max(tl.abs(b_v_new), axis=1))
         b_k_new, b_v_new = to_levels(b_k_new, b_k_scale[:, None]), to_levels(b_v_new, b_v_scale[:, None])
         o_scale = i_slot * stride_sb + o_kv * stride_sh
-        m_scale = (o_h < H) & (o_h % SHARE == 0) & (length > 0)
+        m_scale = (o_h < tl.where(length > 0, H, 0)) & (o_h % SHARE == 0)
         tl.store(k_scales_ptr + o_scale + position, b_k_scale, mask=m_scale)
         tl.store(v_scales_ptr + o_scale + position, b_v_scale, mask=m_scale)
     b_k_new, b_v_new = b_k_new.to(k_ptr.dtype.element_ty), b_v_new.to(v_ptr.dtype.element_ty)

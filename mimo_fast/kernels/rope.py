@@ -138,8 +138,9 @@ def rope_append_kernel(
         b_scale = scale_of(tl.max(tl.maximum(tl.abs(b_first), tl.abs(b_second)), axis=1)[:, None])
         b_first, b_second = to_levels(b_first, b_scale), to_levels(b_second, b_scale)
         o_scale = i_slot * stride_sb + o_kv * stride_sh + i_position
-        tl.store(k_scales_ptr + o_scale, b_scale, mask=m_k & (b_half > 0))
-        tl.store(v_scales_ptr + o_scale, b_scale, mask=m_v & (b_half > 0))
+        m_scale = o_h < tl.where(b_half > 0, H + 2 * HKV, 0)
+        tl.store(k_scales_ptr + o_scale, b_scale, mask=m_k & m_scale)
+        tl.store(v_scales_ptr + o_scale, b_scale, mask=m_v & m_scale)
     o_cache = i_slot * stride_cb + o_kv * stride_ch + i_position * stride_cs + o_half
     tl.store(k_ptr + o_cache, b_first.to(k_ptr.dtype.element_ty), mask=m_half & m_k)
     tl.store(k_ptr + HALF + o_cache, b_second.to(k_ptr.dtype.element_ty), mask=m_half & m_k)

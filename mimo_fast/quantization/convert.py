@@ -77,6 +77,15 @@ class WeightSource:
             return Weight.stack([torch.cat(blocks)], [torch.cat(biases)] if bias else [])  # type: ignore[arg-type]
         return Weight.stack(blocks, biases)
 
+    def table(self, module: str) -> Tensor | QuantizedWeight:
+        """The embedding table M.weight as it is stored or wanted, its rows to be taken one by one."""
+        name = f"{module}.weight"
+        if name in self._stored:
+            return self._quantized(name, None)
+        tensor = self._read(name)
+        chosen = self._requested and self._requested.format_of(name, tuple(tensor.shape))
+        return quantize(tensor, chosen) if chosen else tensor.to(self._dtype)
+
     def _quantized(self, name: str, bias: Tensor | None) -> QuantizedWeight:
         chosen = self._stored[name]
         words = self._read(f"{name}.words")

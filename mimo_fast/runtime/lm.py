@@ -45,7 +45,7 @@ class LM:
         self.backbone = transformer_weights("model", config.backbone, source)
         self.patch_encoder = transformer_weights("input_local_transformer", config.patch_encoder, source)
         self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, source)
-        self.text_embeddings = source("model.embed_tokens.weight")
+        self.text_embeddings = source.table("model.embed_tokens")
         self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
         channels = range(config.channels)
         self.code_embeddings = torch.cat([source(f"speech_embeddings.{c}.weight") for c in channels])
@@ -57,7 +57,7 @@ class LM:
             self.decoder_embeddings = matmul(self.code_embeddings, projection)
         self.patch_to_backbone = source.weight("speech_group_downcast")
         self.backbone_to_patch = source.weight("hidden_states_downcast")
-        self.device, self.dtype = self.text_embeddings.device, self.text_embeddings.dtype
+        self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
         self._make_tables()
 
     def _make_tables(self) -> None:
