@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import TransformerConfig
 from ..kernels.attention import attention, rotary_attention
 from ..kernels.decode_attention import decode_attention
-from ..kernels.norm import rms_norm
+from ..kernels.norm import RMSNorm, rms_norm
 from ..kernels.qmatmul import QuantizedWeight, Weight, matmul
 from ..kernels.rope import rope_append
 from ..quantization import WeightSource
@@ -58,9 +58,9 @@ def transformer_weights(prefix: str, config: TransformerConfig, source: WeightSo
 def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
     """x [N, T, D] -> final-normed hidden states [N, T, D]."""
     for i, layer in enumerate(weights.layers):
-        qkv = matmul(rms_norm(x, layer.attention_norm, eps), layer.qkv)
+        qkv = matmul(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
         x = matmul(attend(i, qkv), layer.out, residual=x)
-        gated = matmul(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, swiglu=True)
+        gated = matmul(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
         x = matmul(gated, layer.down, residual=x)
     return rms_norm(x, weights.norm, eps)
 
