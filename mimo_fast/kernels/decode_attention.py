@@ -221,8 +221,8 @@ def decode_attention(
     attends to more positions. It decides how the work is split, and so the rounding: give every step of a run the same.
     """
     cache.check_append(qkv, table, slots, starts, heads)
-    if qkv.shape[1] != 1:
-        raise ValueError(f"qkv {list(qkv.shape)} must be of one position a row")
+    if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
+        raise ValueError(f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads in equal shares")
     if not use_triton(qkv):
         return decode_attention_ref(qkv, table, cache, slots, starts, heads)
     if cache.capacity <= SMALL:

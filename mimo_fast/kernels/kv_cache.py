@@ -75,7 +75,7 @@ class LayerKV:
         """Raises ValueError unless rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and appended."""
         rows, _, width = qkv.shape
         kv_heads, head_dim = self.k.shape[1], self.k.shape[3]
-        if width != (heads + 2 * kv_heads) * head_dim or heads % kv_heads:
+        if width != (heads + 2 * kv_heads) * head_dim:
             raise ValueError(f"qkv of width {width} is not {heads} + 2 x {kv_heads} heads of {head_dim}")
         if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
             raise ValueError(f"an append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles")
