@@ -20,7 +20,8 @@ import torch
 import mimo_fast
 from benchmarks.synthetic import random_lm
 from mimo_fast.config import LMConfig, read_json
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight
+from mimo_fast.kernels.qmatmul import Weight
+from mimo_fast.kernels.quantized_weight import QuantizedWeight
 from mimo_fast.machine import describe_machine
 from mimo_fast.runtime.conversation import Conversation
 from mimo_fast.runtime.decode import Limits, Samplers

@@ -110,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB")
     init.add_argument("--seed", type=int, default=0)
 
-    pack = command("quantize", commands.quantize, "Write a language model's checkpoint in a smaller format.", None)
+    what = "Write a language model's checkpoint in a smaller format; GPTQ and bitsandbytes NF4 are imported."
+    pack = command("quantize", commands.quantize, what, None)
     pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
     pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")

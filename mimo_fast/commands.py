@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from .audio import load_audio, save_wav
 from .checkpoint import open_weights
+from .config import read_json
 from .errors import MimoFastError
 from .initialize import init_checkpoint
 from .loading import HubOptions, LoadOptions
 from .machine import describe_checkpoint, describe_machine, useful_threads
 from .mimo_audio import MimoAudio
-from .quantization import quantize_checkpoint
+from .quantization import FOREIGN_KEY, import_checkpoint, quantize_checkpoint
 from .runtime.reply import Chunk
 from .verify import Golden, verify
 
@@ -142,7 +143,8 @@ def init(args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> int:
-    errors = quantize_checkpoint(args.source, args.target, args.format)
+    foreign = read_json(args.source / "config.json").get(FOREIGN_KEY)
+    errors = (import_checkpoint if foreign else quantize_checkpoint)(args.source, args.target, args.format)
     print(f"{'relative error':>14}  matrix")
     for name, error in errors.items():
         print(f"{error:>14.4f}  {name}")

@@ -14,7 +14,7 @@ from .checkpoint import Weights, find_checkpoint, open_weights
 from .config import CodecConfig, LMConfig, read_json
 from .errors import CheckpointError
 from .layout import codec_shapes, codec_training_state, lm_shapes
-from .quantization import Format, QuantizationConfig, WeightSource, stored_formats, stored_shapes
+from .quantization import FOREIGN_KEY, Format, QuantizationConfig, WeightSource, stored_formats, stored_shapes
 from .runtime.codec import Codec
 from .runtime.lm import LM
 from .runtime.memory import DEFAULT_BATCH, OFFLOADABLE, Setup, check_memory, free_bytes, largest_batch
@@ -136,6 +136,9 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
     """Config, weights and formats of quantized matrices of a language model; every tensor's name and shape checked."""
     path = directory / "config.json"
     raw = read_json(path)
+    if raw.get(FOREIGN_KEY):
+        raise CheckpointError(f"{directory} was quantized by another tool: convert it with "
+                              f"`mimo-fast quantize {directory} OUT` and load OUT")
     config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
     weights = open_weights(directory)
     weights.validate(stored_shapes(lm_shapes(config), stored))

@@ -1,4 +1,4 @@
-"""What several test files share: error bounds, and checkpoint pairs of any dimensions."""
+"""What several test files share: error bounds, checkpoint pairs of any dimensions, matrices and weight formats."""
 
 import json
 import shutil
@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mimo_fast.checkpoint import write_checkpoint
+from mimo_fast.checkpoint import open_weights, write_checkpoint
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.errors import CheckpointError
 from mimo_fast.layout import codec_shapes, lm_shapes
+from mimo_fast.quantization import Format, QuantizationConfig, WeightSource, quantize, relative_error, stored_formats
 
 KIT = Path(__file__).parent / "golden"
 
@@ -30,6 +31,11 @@ BAD_CODES = [
     (torch.tensor([[63], [63], [15], [16]]), "outside its codebook"),
 ]
 """Codes that the kit's codec cannot decode, and the error for each."""
+
+
+FORMATS = [
+    "int4", "int4-g64", "int4-g32", "int4-sym", "int4-sym-g64", "int8", "int8-g128", "int8-g32", "nf4", "nf4-g32",
+]  # fmt: skip
 
 
 def assert_rounded(got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0) -> None:
@@ -99,3 +105,25 @@ def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -
     assert message
     assert "\n" not in message
     return message
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def outliers(rows: int, columns: int) -> torch.Tensor:
+    values = gaussian(rows, columns)
+    chosen = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) < 1e-3
+    return torch.where(chosen, values * 10, values)
+
+
+def error(weight: Tensor, name: str) -> float:
+    """Relative error of a weight in the format of this name."""
+    return relative_error(weight, quantize(weight, Format.parse(name)))
+
+
+def source_of(
+    directory: Path, dtype: torch.dtype = torch.float32, requested: QuantizationConfig | None = None
+) -> WeightSource:
+    weights, raw = open_weights(directory), json.loads((directory / "config.json").read_text())
+    return WeightSource(weights.get, dtype, stored_formats(raw, str(directory)), requested)

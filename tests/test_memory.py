@@ -106,7 +106,7 @@ def test_options_out_of_range(kit: Path, options: dict, message: str) -> None:
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mimo_fast.loading.free_bytes", lambda _: 10**6)
     monkeypatch.setattr("mimo_fast.loading.LM", None)
-    with pytest.raises(DeviceMemoryError, match="the machine has 0.0 GB free"):
+    with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
         mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
 
 

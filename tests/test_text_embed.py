@@ -5,7 +5,7 @@ import torch
 from helpers import assert_rounded
 from torch import Tensor
 
-from mimo_fast.kernels.qmatmul import dequantize
+from mimo_fast.kernels.quantized_weight import dequantize
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.quantization import Format, quantize
 

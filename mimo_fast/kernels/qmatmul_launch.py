@@ -21,7 +21,7 @@ from .norm import RMSNorm
 from .qmatmul_kernels import dense_gemv_kernel, quantized_dot_kernel, quantized_gemv_kernel
 
 if TYPE_CHECKING:
-    from .qmatmul import QuantizedWeight
+    from .quantized_weight import QuantizedWeight
 
 GROUPS = (32, 64, 128)
 GEMV_ROWS = 4

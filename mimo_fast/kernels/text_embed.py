@@ -9,7 +9,7 @@ rounded to float32, then once to x's dtype.
 
 A copy of a row, so only the launch and the latency of two dependent reads count; text is read on the device, so that a
 captured graph serves any token. Programs take 1024 columns of a row in 16-byte accesses. A packed word is read once and
-its planes spread over a third axis of the block, in whose order the columns lie (`qmatmul.py` has the layout). The
+its planes spread over a third axis of the block, in whose order the columns lie (`quantized_weight.py` has the layout). The
 table may lie in pinned host memory, of which a step then fetches a row. Bytes: R D in and out, of the stored form in.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .qmatmul import QuantizedWeight, dequantize
+from .quantized_weight import QuantizedWeight, dequantize
 
 BLOCK_D = 1024
 WARPS = 4

@@ -1,11 +1,13 @@
-"""Weight-only quantization: formats, the search for scales, checkpoints on disk, and import of GPTQ checkpoints."""
+"""Weight-only quantization: formats, the search for scales, checkpoints on disk, import from other tools."""
 
+from .bitsandbytes import from_bitsandbytes
 from .convert import WeightSource, quantize_checkpoint
-from .formats import Format, QuantizationConfig, checkpoint_bytes, stored_formats, stored_shapes
-from .gptq import from_gptq, import_gptq
+from .formats import FOREIGN_KEY, Format, QuantizationConfig, checkpoint_bytes, stored_formats, stored_shapes
+from .gptq import from_gptq
+from .imports import import_checkpoint
 from .search import quantize, relative_error
 
 __all__ = [
-    "Format", "QuantizationConfig", "WeightSource", "checkpoint_bytes", "from_gptq", "import_gptq", "quantize",
-    "quantize_checkpoint", "relative_error", "stored_formats", "stored_shapes",
+    "FOREIGN_KEY", "Format", "QuantizationConfig", "WeightSource", "checkpoint_bytes", "from_bitsandbytes", "from_gptq",
+    "import_checkpoint", "quantize", "quantize_checkpoint", "relative_error", "stored_formats", "stored_shapes",
 ]  # fmt: skip

@@ -13,9 +13,12 @@ from tqdm import tqdm
 from ..checkpoint import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
 from ..config import LMConfig, read_json
 from ..errors import CheckpointError
-from ..kernels.qmatmul import QuantizedWeight, Weight, dequantize_to, pack_for_cpu
+from ..kernels.dispatch import use_triton
+from ..kernels.qmatmul import Weight
+from ..kernels.qmatmul_cpu import pack_for_cpu
+from ..kernels.quantized_weight import QuantizedWeight, dequantize_to
 from ..layout import Shapes, lm_shapes
-from .formats import CONFIG_KEY, VERSION, Format, QuantizationConfig, stored_tensors
+from .formats import CONFIG_KEY, FOREIGN_KEY, VERSION, Format, QuantizationConfig, stored_tensors
 from .search import NF4_LEVELS, quantize, relative_error
 
 Read = Callable[[str], Tensor]
@@ -66,11 +69,11 @@ class WeightSource:
         if any(name in self._stored for name in names):
             if not all(name in self._stored for name in names):
                 raise CheckpointError(f"only some of {', '.join(names)} are quantized: quantize the checkpoint again")
-            return _joined([self._quantized(name, b) for name, b in zip(names, biases, strict=True)])
+            return self._joined([self._quantized(name, b) for name, b in zip(names, biases, strict=True)])
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            return _joined([quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)])
+            return self._joined([quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)])
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
@@ -95,12 +98,13 @@ class WeightSource:
             levels=torch.tensor(NF4_LEVELS, device=words.device) if chosen.kind == "nf4" else None,
         )
 
-
-def _joined(blocks: list[QuantizedWeight]) -> QuantizedWeight:
-    try:
-        return pack_for_cpu(QuantizedWeight.stack(blocks))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    def _joined(self, blocks: list[QuantizedWeight]) -> QuantizedWeight:
+        try:
+            joined = QuantizedWeight.stack(blocks)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words)
+        return pack_for_cpu(joined) if packs else joined
 
 
 def quantize_checkpoint(
@@ -123,6 +127,8 @@ def quantize_checkpoint(
     raw = read_json(source / "config.json")
     if CONFIG_KEY in raw:
         raise CheckpointError(f"{source} is quantized already: give the checkpoint it was made from")
+    if raw.get(FOREIGN_KEY):
+        raise CheckpointError(f"{source} was quantized by another tool: import_checkpoint converts it")
     shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
     weights = open_weights(source)
     weights.validate(shapes)

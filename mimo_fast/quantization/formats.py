@@ -1,23 +1,29 @@
 """Which tensor is stored how: formats, the choice of a format for each part of the model, names, shapes and bytes.
 
 A quantized matrix X.weight [N, K] is stored as X.weight.words, X.weight.scales and, where zeros are free,
-X.weight.zeros; `kernels/qmatmul.py` has the layout. config.json lists these matrices under `mimo_fast_quantization`.
+X.weight.zeros; `kernels/quantized_weight.py` has the layout. config.json lists these matrices under
+`mimo_fast_quantization`.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import LMConfig
 from ..errors import CheckpointError
+from ..kernels.quantized_weight import QuantizedWeight
 from ..layout import Shapes, lm_shapes
 
 CONFIG_KEY = "mimo_fast_quantization"
 VERSION = 1
+
+FOREIGN_KEY = "quantization_config"
+"""Where other tools say in config.json how they quantized a checkpoint."""
 
 PARTS = {
     "backbone": "model.layers.", "lm_head": "lm_head.", "text_embeddings": "model.embed_tokens.",
@@ -140,6 +146,28 @@ CHOICES: dict[str, dict[str, str]] = {
     "nf4": _INT4 | {"backbone": "nf4"},
 }
 """What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of it all."""
+
+
+@dataclass(frozen=True)
+class PackedMatrices:
+    """The matrices that another tool left packed in a checkpoint, by upstream's names.
+
+    Args:
+        shapes: of every packed matrix.
+        formats: our form of those that one can hold; the others are unpacked.
+        dtypes: of those when unpacked, and of packed tensors whose dtype is not the usual one.
+        get: one matrix, in our form or as a dense float32 tensor.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    formats: dict[str, Format]
+    dtypes: dict[str, torch.dtype]
+    get: Callable[[str], QuantizedWeight | Tensor]
+
+
+def importable_group(size: int, columns: int) -> int | None:
+    """Our group for one of `size` values along K, a longer group being several of the same scale; None if none is."""
+    return min(size, 128) if columns % size == 0 and (size in (32, 64) or size % 128 == 0) else None
 
 
 def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:

@@ -1,8 +1,11 @@
 """Values -> quantized values: scales (and zeros) that minimise the squared error, group by group.
 
-For fixed integers q the best scale and zero are a least-squares line through (q, w); for fixed scale and zero the best
-q is rounding. The two alternate from several starts, each the range of the group shrunk a little (which trades
+4 bits: for fixed integers q the best scale and zero are a least-squares line through (q, w); for fixed scale and zero
+the best q is rounding. The two alternate from several starts, each the range of the group shrunk a little (which trades
 clipping for resolution), and the best is kept: plain absmax is one of the states compared, so never better.
+
+8 bits: the line gains nothing, what counts is how far to shrink. Scales are compared as they are stored, in bfloat16,
+whose steps are as wide as the differences between them.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.qmatmul import QuantizedWeight, dequantize, pack_words
+from ..kernels.quantized_weight import QuantizedWeight, dequantize, pack_words
 from .formats import Format
 
 CHUNK, CUDA_CHUNK = 2**15, 2**24
@@ -20,8 +23,10 @@ CHUNK, CUDA_CHUNK = 2**15, 2**24
 this small, so that cores take chunks each and never wait for one another."""
 
 INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
-INT8_STARTS, INT8_ROUNDS = (1.0, 0.94), 1
 """Fractions of the range to start from; least-squares corrections after each. More gain less than 1% of the error."""
+
+INT8_FRACTIONS = (1.0, 0.985, 0.97, 0.955, 0.94)
+"""Fractions of the range to try. The best of 129 has an error at most 0.4% smaller by rows, 4% by groups of 128."""
 
 ZERO_LIMIT = 24.0
 """Zeros lie in the range of q but for fits that overshoot; float16 resolves 1/64 of a step up to here."""
@@ -49,8 +54,8 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     group = chosen.group or columns
     if columns % group or columns % 32:
         raise ValueError(f"a matrix of {columns} columns does not split into groups of {group}: leave it dense")
-    int4 = _symmetric(8) if chosen.symmetric else _asymmetric
-    search: dict[str, Search] = {"int4": int4, "int8": _symmetric(128), "nf4": _nf4}
+    int4 = _symmetric if chosen.symmetric else _asymmetric
+    search: dict[str, Search] = {"int4": int4, "int8": _int8, "nf4": _nf4}
 
     def convert(start: int, end: int) -> tuple[Tensor, ...]:
         values = weight[start:end].float().reshape(-1, group)
@@ -122,33 +127,49 @@ def _asymmetric(values: Tensor) -> Searched:
     return q.add_(8).to(torch.uint8), scale, zero
 
 
-def _symmetric(half: int) -> Search:
-    """w = scale q, q in -half ... half - 1 (int4) or -127 ... 127 (int8)."""
-    lowest, highest = (-8, 7) if half == 8 else (-127, 127)
-    starts, rounds = (INT4_STARTS, INT4_ROUNDS) if half == 8 else (INT8_STARTS, INT8_ROUNDS)
+def _symmetric(values: Tensor) -> Searched:
+    """w = scale q, q in -8 ... 7."""
+    energy = values.square().sum(1, keepdim=True)
+    best_scale = _widest(values) / 8
+    best_error = torch.full_like(best_scale, torch.inf)
+    q, product = torch.empty_like(values), torch.empty_like(values)
+    for start in INT4_STARTS:
+        scale = _widest(values) * (start / 8)
+        for _ in range(INT4_ROUNDS + 1):
+            torch.mul(values, _inverse(scale), out=q).round_().clamp_(-8, 7)
+            cross = torch.mul(q, values, out=product).sum(1, keepdim=True)
+            square = torch.mul(q, q, out=product).sum(1, keepdim=True)
+            error = energy - 2 * scale * cross + scale.square() * square
+            better = error < best_error
+            torch.where(better, error, best_error, out=best_error)
+            torch.where(better, scale, best_scale, out=best_scale)
+            scale = torch.where(square > 0, cross / square.clamp(min=1), scale)
+    scale = best_scale.bfloat16()
+    torch.mul(values, _inverse(scale.float()), out=q).round_().clamp_(-8, 7)
+    return q.add_(8).to(torch.uint8), scale, None
 
-    def search(values: Tensor) -> Searched:
-        peak, energy = values.abs().amax(1, keepdim=True), values.square().sum(1, keepdim=True)
-        # A negative scale gives the longer side of q to the side of the larger value.
-        sign = torch.where(values.amax(1, keepdim=True) >= peak, -1.0, 1.0) if half == 8 else 1.0
-        best_scale, best_error = sign * peak / -lowest, torch.full_like(peak, torch.inf)
-        q, product = torch.empty_like(values), torch.empty_like(values)
-        for start in starts:
-            scale = sign * peak * (start / -lowest)
-            for _ in range(rounds + 1):
-                torch.mul(values, _inverse(scale), out=q).round_().clamp_(lowest, highest)
-                cross = torch.mul(q, values, out=product).sum(1, keepdim=True)
-                square = torch.mul(q, q, out=product).sum(1, keepdim=True)
-                error = energy - 2 * scale * cross + scale.square() * square
-                better = error < best_error
-                torch.where(better, error, best_error, out=best_error)
-                torch.where(better, scale, best_scale, out=best_scale)
-                scale = torch.where(square > 0, cross / square.clamp(min=1), scale)
-        scale = best_scale.bfloat16()
-        torch.mul(values, _inverse(scale.float()), out=q).round_().clamp_(lowest, highest)
-        return q.add_(half).to(torch.uint8), scale, None
 
-    return search
+def _int8(values: Tensor) -> Searched:
+    """w = scale q, q in -128 ... 127."""
+    widest = _widest(values)
+    best_scale, best_error = widest / 128, torch.full_like(widest, torch.inf)
+    exact, q = torch.empty_like(values), torch.empty_like(values)
+    for fraction in INT8_FRACTIONS:
+        scale = (widest * (fraction / 128)).bfloat16().float()
+        torch.mul(values, _inverse(scale), out=exact)
+        torch.round(exact, out=q).clamp_(-128, 127).sub_(exact)
+        error = torch.linalg.vector_norm(q, dim=1, keepdim=True) * scale.abs()
+        better = error < best_error
+        torch.where(better, error, best_error, out=best_error)
+        torch.where(better, scale, best_scale, out=best_scale)
+    torch.mul(values, _inverse(best_scale), out=q).round_().clamp_(-128, 127)
+    return q.add_(128).to(torch.uint8), best_scale.bfloat16(), None
+
+
+def _widest(values: Tensor) -> Tensor:
+    """Largest magnitude of each group, negated where it is a positive value's: the longer side of q is the lower."""
+    low, high = values.aminmax(dim=1, keepdim=True)
+    return torch.where(high >= -low, -high, -low)
 
 
 def _nf4(values: Tensor) -> Searched:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from mimo_fast.kernels import qmatmul_launch
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, dequantize, matmul, matmul_ref
+from mimo_fast.kernels.qmatmul import Weight, matmul, matmul_ref
 from mimo_fast.kernels.qmatmul_launch import fuses_norm, quantized_matmul
+from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.quantization import Format, quantize
 
 FORMATS = ["int4", "int4-g64", "int4-g32", "int4-sym", "int8", "int8-g128", "int8-g32", "nf4", "nf4-g128"]

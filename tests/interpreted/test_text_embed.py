@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast.kernels import text_embed as module
-from mimo_fast.kernels.qmatmul import QuantizedWeight
+from mimo_fast.kernels.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.text_embed import input_embed, input_embed_ref
 from mimo_fast.quantization import Format, quantize
 

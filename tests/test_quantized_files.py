@@ -1,0 +1,125 @@
+"""Quantized checkpoints: sizes, files, and what a model is built from."""
+
+import json
+import math
+from importlib.resources import files
+
+import pytest
+import torch
+from helpers import KIT, gaussian, kit_config, source_of
+from safetensors.torch import load_file
+
+from mimo_fast.checkpoint import open_weights
+from mimo_fast.config import LMConfig
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.qmatmul import Weight, matmul
+from mimo_fast.kernels.quantized_weight import QuantizedWeight
+from mimo_fast.layout import lm_shapes
+from mimo_fast.quantization import (
+    QuantizationConfig,
+    checkpoint_bytes,
+    quantize,
+    quantize_checkpoint,
+    relative_error,
+    stored_formats,
+    stored_shapes,
+)  # fmt: skip
+from mimo_fast.quantization.formats import CONFIG_KEY
+
+
+def published() -> LMConfig:
+    return LMConfig.from_dict(json.loads((files("mimo_fast") / "presets" / "7b-lm.json").read_text()))
+
+
+def test_size_at_the_published_dimensions():
+    assert checkpoint_bytes(published(), QuantizationConfig.parse("int4")) <= 5.2e9
+    dense = sum(map(math.prod, lm_shapes(published()).values())) * 2
+    assert checkpoint_bytes(published(), None) == dense
+    int8 = checkpoint_bytes(published(), QuantizationConfig.parse("int8"))
+    assert 0.5 * dense < int8 < 0.6 * dense
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "nf4"])
+def written(request, tmp_path_factory):
+    target = tmp_path_factory.mktemp("quantized") / request.param
+    return request.param, target, quantize_checkpoint(KIT / "checkpoint" / "lm", target, request.param, progress=False)
+
+
+def test_a_checkpoint_survives_the_disk_bit_for_bit(written):
+    name, target, errors = written
+    config = LMConfig.from_dict(kit_config("lm"))
+    chosen, shapes = QuantizationConfig.parse(name), lm_shapes(config)
+    formats = chosen.formats(shapes)
+    dense, stored = open_weights(KIT / "checkpoint" / "lm"), load_file(target / "model.safetensors")
+    assert {key: tuple(t.shape) for key, t in stored.items()} == stored_shapes(shapes, formats)
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == checkpoint_bytes(config, chosen, torch.float32)
+    assert errors.keys() == formats.keys()
+    for matrix, shape in shapes.items():
+        if matrix not in formats:
+            assert torch.equal(stored[matrix], dense.get(matrix))
+            continue
+        want = quantize(dense.get(matrix), formats[matrix])
+        assert torch.equal(stored[f"{matrix}.words"], want.words)
+        assert torch.equal(stored[f"{matrix}.scales"], want.scales)
+        assert (want.zeros is None) or torch.equal(stored[f"{matrix}.zeros"], want.zeros)
+        assert want.shape == shape
+        assert errors[matrix] == pytest.approx(relative_error(dense.get(matrix), want))
+
+
+def test_errors_and_formats_are_kept_in_the_config(written):
+    _, target, errors = written
+    raw = json.loads((target / "config.json").read_text())
+    kept = raw[CONFIG_KEY]["tensors"]
+    assert {name: about["error"] for name, about in kept.items()} == {n: round(e, 6) for n, e in errors.items()}
+    assert raw["hidden_size"] == kit_config("lm")["hidden_size"]
+    assert 0 < max(errors.values()) < 0.12
+    assert (target / "tokenizer.json").read_bytes() == (KIT / "checkpoint" / "lm" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizing_at_load_equals_loading_quantized(written, dtype):
+    name, target, _ = written
+    loaded = source_of(target, dtype)
+    made = source_of(KIT / "checkpoint" / "lm", dtype, QuantizationConfig.parse(name))
+    layer = "model.layers.0.self_attn"
+    qkv = [source.weight(*(f"{layer}.{p}_proj" for p in "qkv"), bias=True) for source in (loaded, made)]
+    assert all(isinstance(weight, QuantizedWeight) for weight in qkv)
+    x = gaussian(3, 64).to(dtype)
+    assert torch.equal(matmul(x, qkv[0]), matmul(x, qkv[1]))
+    embeddings = "model.embed_tokens.weight"
+    assert loaded(embeddings).dtype == dtype
+    assert torch.equal(loaded(embeddings), made(embeddings))
+    assert torch.equal(loaded("model.norm.weight"), made("model.norm.weight"))
+
+
+def test_source_of_a_dense_checkpoint():
+    source = source_of(KIT / "checkpoint" / "lm")
+    modules = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
+    weight = source.weight(*modules)
+    assert isinstance(weight, Weight)
+    assert all(torch.equal(b, source(f"{m}.weight")) for b, m in zip(weight.blocks, modules, strict=True))
+
+
+def test_shards(tmp_path):
+    quantize_checkpoint(KIT / "checkpoint" / "lm", tmp_path / "a", "int4", progress=False)
+    quantize_checkpoint(KIT / "checkpoint" / "lm", tmp_path / "b", "int4", progress=False, shard_bytes=20_000)
+    whole, shards = open_weights(tmp_path / "a"), open_weights(tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
+    assert all(torch.equal(whole.get(name), shards.get(name)) for name in whole.names())
+
+
+def test_quantizing_twice_is_refused(written):
+    _, target, _ = written
+    with pytest.raises(CheckpointError, match="quantized already"):
+        quantize_checkpoint(target, target.parent / "again", "int8")
+    with pytest.raises(CheckpointError, match="quantized already"):
+        source_of(target, requested=QuantizationConfig.parse("int8"))
+
+
+@pytest.mark.parametrize(("entry", "match"), [
+    ({"version": 9}, "is unknown"), ([], "is unknown"), ({"version": 1}, "damaged"),
+    ({"version": 1, "tensors": {"a": {"format": "int3"}}}, "damaged"), ({"version": 1, "tensors": []}, "damaged"),
+])
+def test_damaged_entries_are_refused(entry, match):
+    with pytest.raises(CheckpointError, match=match):
+        stored_formats({CONFIG_KEY: entry}, "config.json")
