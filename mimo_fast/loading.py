@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -40,7 +41,7 @@ def load_parts(
     hub: HubOptions,
 ) -> tuple[LM, Codec, Tokenizer]:
     """Both checkpoints are found and checked whole before anything is put on the device."""
-    requested = QuantizationConfig.parse(quantization)
+    requested, for_codec = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
     lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
     lm_config, lm_weights, stored = open_lm(lm_dir)
@@ -58,8 +59,22 @@ def load_parts(
         lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
         source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
-        audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
+        read = _reader(codec_weights, target, bar)
+        codebook = WeightSource(read, torch.float32)
+        audio_codec = Codec(codec_config, WeightSource(read, chosen, requested=for_codec), codebook)
     return language_model, audio_codec, tokenizer
+
+
+def _split_parts(
+    requested: QuantizationConfig | None,
+) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
+    """What is asked for the language model, which may be stored quantized, and for the codec; None for nothing."""
+    if requested is None:
+        return None, None
+    parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
+    dense = QuantizationConfig()
+    language_model, codec = (None if part == dense else part for part in parts)
+    return language_model, codec
 
 
 def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
@@ -120,8 +135,3 @@ def _reader(weights: Weights, device: torch.device, bar: Any) -> Callable[[str],
         return weights.get(name, device=device)
 
     return read
-
-
-def _codec_tensors(read: Callable[[str], Tensor], dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    # Codebooks decide codes by small differences: never below float32.
-    return lambda name: read(name).to(torch.float32 if "_codebook." in name else dtype)
