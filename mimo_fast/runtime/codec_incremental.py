@@ -3,12 +3,16 @@
     codes -> rows -> transposed conv, norm -> 32 causal layers -> norm -> transposed conv -> mel
     mel of the newest P + n frames -> norm -> 16 layers with a window -> head -> overlap-add -> samples
 
-A decoder position goes once through each layer; its keys and values stay in a ring. The vocoder sees frames that are
-still to come, 10 a layer, and the norm before it learns with every chunk, so its newest P frames are computed again
-each time, from the mel on: 2% of the decoder's weights, which at a chunk's 8 rows are what costs. Keys and values of
-the frames before those are final and kept.
+A position goes once through each of the decoder's layers; its keys and values stay in a ring. The vocoder sees frames
+that are still to come, 10 a layer, so its newest P frames are computed again with each chunk, from the decoder's end
+on: 2% of the decoder's weights, and weights are what a chunk's 8 rows cost. Keys and values of the frames before those
+are final and kept.
 
-Nothing here waits for the device, and every shape follows from the chunk's size alone.
+The norms over time learn with each chunk. The pending frames follow: what entered the decoder's layers is normed anew
+and what the layers added to it is kept, for a new scale passes the residual stream unchanged and the layers, which
+norm their inputs, hardly see it.
+
+Nothing here waits for the device, and once P frames have come every shape follows from the chunk's size alone.
 """
 
 from __future__ import annotations
@@ -31,37 +35,66 @@ VOCODER_BLOCK = 256
 
 
 def advance(
-    codec: Codec, state: CodecState, hidden: Tensor | None, lookahead: int, moments: Moments | None, ended: bool
+    codec: Codec, state: CodecState, hidden: Tensor, lookahead: int, moments: Moments | None, ended: bool
 ) -> Tensor:
-    """Dequantized codes [T, D] that come next, if any -> the samples that are now decided, float32 [m].
+    """Dequantized codes [T, D] that come next, T >= 0 -> the samples that are now decided, float32 [m].
 
     Args:
         lookahead: vocoder frames that must have come after one before it is decided.
         moments: of the norms over time, in place of those of what has come.
         ended: nothing follows, so everything is decided.
     """
-    raw = state.mel[:0] if hidden is None else _decode(codec, state, hidden, moments, ended)
-    norm = state.to_mel.moments(codec.to_mel, ended) if moments is None else moments.to_mel
-    blocks = raw.split(VOCODER_BLOCK)
+    mel, norm = _decode(codec, state, hidden, moments, ended)
+    pending = len(state.entered) * codec.config.decoder_stride
+    new = len(mel) - pending
     parts = []
-    for i, block in enumerate(blocks):
-        last = ended and i == len(blocks) - 1
-        state.frames += len(block)
-        end = state.frames if last else max(state.committed, state.frames - lookahead)
-        head = _vocode(codec, state, block, norm, end)
-        parts.append(_overlap_add(codec, state, head, last))
+    for start in range(0, max(1, new), VOCODER_BLOCK):
+        end = min(start + VOCODER_BLOCK, new)
+        last = ended and end == new
+        state.frames += end - start
+        decided = state.frames if last else max(state.committed, state.frames - lookahead)
+        rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
+        parts.append(_overlap_add(codec, state, _vocode(codec, state, rows, end - start, decided), last))
     return torch.cat(parts)
 
 
-def _decode(codec: Codec, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool) -> Tensor:
-    """Dequantized codes [T, D] -> vocoder frames before their norm [T pool stride, n_mels]."""
-    x = hidden.to(codec.dtype)
-    if codec.unpool is not None and state.unpool is not None:
-        out = state.unpool.extend(codec.unpool, x)
-        fixed = None if moments is None else moments.unpool
-        x = codec.unpool.normalise(out, *(fixed or state.unpool.moments(codec.unpool, ended)))
-    x = torch.cat([_decoder_block(codec, state, block) for block in x.split(BLOCK)])
-    return state.to_mel.extend(codec.to_mel, codec.decoder_norm(x))
+def _decode(
+    codec: Codec, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool
+) -> tuple[Tensor, NormMoments]:
+    """Dequantized codes [T, D] -> mel [P + T pool stride, n_mels] of pending and new frames before its norm; its norm."""
+    first = state.position - len(state.entered)
+    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), moments, ended)
+    x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
+    # What precedes position 0 must not reach it through the convolution.
+    x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
+    inputs, new, stride = torch.cat((state.history, x)), len(x) - len(state.entered), codec.to_mel.stride
+    out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
+    state.history.copy_(inputs[new : new + len(state.history)])
+    norm = state.to_mel.moments(out, first * stride, ended) if moments is None else moments.to_mel
+    state.to_mel.add(out[: new * stride], first * stride)
+    return out[: len(x) * stride], norm
+
+
+def _run_decoder(
+    codec: Codec, state: CodecState, x: Tensor, moments: Moments | None, ended: bool
+) -> tuple[Tensor, Tensor]:
+    """Decoder inputs and what the layers add to them, [P / stride + T pool, D] of pending and new positions."""
+    if codec.unpool is not None and len(x):
+        x = codec.unpool.convolve(x)
+        state.unpool.add(x, state.position)
+    raw, new = torch.cat((state.entered, x)), len(x)
+    state.entered.copy_(raw[new:])
+    entered = raw
+    if codec.unpool is not None:
+        known = moments and moments.unpool
+        entered = codec.unpool.normalise(raw, *(known or state.unpool.moments(raw[:0], state.position, ended)))
+    added = [state.added]
+    for block in entered[len(raw) - new :].split(BLOCK):
+        if len(block):
+            added.append(_decoder_block(codec, state, block).float() - block.float())
+    joined = torch.cat(added)
+    state.added.copy_(joined[new:])
+    return entered, joined
 
 
 def _decoder_block(codec: Codec, state: CodecState, x: Tensor) -> Tensor:
@@ -85,12 +118,11 @@ def _decoder_block(codec: Codec, state: CodecState, x: Tensor) -> Tensor:
     return out
 
 
-def _vocode(codec: Codec, state: CodecState, raw: Tensor, norm: NormMoments, end: int) -> Tensor:
-    """New frames before their norm [n, n_mels] -> head outputs of the frames committed ... end - 1."""
+def _vocode(codec: Codec, state: CodecState, mel: Tensor, new: int, end: int) -> Tensor:
+    """Normed mel [P + new, n_mels] of pending and new frames -> head outputs of frames committed ... end - 1."""
     stack, before = codec.vocoder, state.vocoder
-    raw, new = torch.cat((state.mel, raw)), len(raw)
     (left, right), kept = stack.window, before.k.shape[2]
-    positions = state.frame - len(state.mel) + torch.arange(-kept, len(raw), device=raw.device)
+    positions = state.frame + new - len(mel) + torch.arange(-kept, len(mel), device=mel.device)
     queries = positions[kept:]
     table = _turns(codec, codec.config.vocoder_dim // stack.heads, queries)
     ahead = positions - queries[:, None]
@@ -104,13 +136,12 @@ def _vocode(codec: Codec, state: CodecState, raw: Tensor, norm: NormMoments, end
         before.v[layer].copy_(values[:, new : new + kept])
         return _masked_attention(q, keys, values, visible)
 
-    x = stack.run(matmul(codec.to_mel.normalise(raw, *norm), codec.vocoder_in), attend)
-    state.mel.copy_(raw[new:])
+    x = stack.run(matmul(mel, codec.vocoder_in), attend)
     state.frame += new
-    first = len(raw) - state.frames + state.committed
-    count = end - state.committed
+    first = len(mel) - state.frames
+    decided = x[first + state.committed : first + end]
     state.committed = end
-    return matmul(codec.vocoder_norm(x[first : first + count]), codec.vocoder_out)
+    return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
 
 
 def _overlap_add(codec: Codec, state: CodecState, head: Tensor, last: bool) -> Tensor:

@@ -6,7 +6,7 @@ chunk of fixed size. What the host counts only picks views of results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .codec import Codec
-    from .codec_layers import CodecStack, TransposedConv
+    from .codec_layers import CodecStack
 
 CONTEXT = 512
 """Decoder positions before its own that a position sees at least: 256 code frames, 10.24 s (upstream: 250 frames)."""
@@ -37,59 +37,46 @@ class Moments(NamedTuple):
 
 
 @dataclass
-class ConvState:
-    """Inputs that reach into the next outputs, and what the norm has seen of the outputs.
+class RunningMoments:
+    """Mean and variance that a norm over time will have seen by the end, as far as its rows so far tell.
 
-    One-shot decoding norms by the mean and variance of a whole utterance, which a stream must guess while it lasts.
-    Until FORECAST frames have come, it expects those that are still missing to have the statistics of those that came,
-    later ones counting more, in proportion to their position: the causal decoder's first outputs, which attend to few
-    others, differ from the rest. After that, and at the end of the utterance, the norm uses the plain statistics of all
-    that has come, so that what is pushed at once is decoded as in one shot. docs/LOG.md has the figures.
+    One-shot decoding norms by the statistics of a whole utterance, which a stream must guess while it lasts. Until
+    `expected` rows have come, those that are missing are taken to have the statistics of those that came, later ones
+    counting more, in proportion to their position: the causal decoder's first outputs, which attend to few others,
+    differ from the rest. After that, and at the end, it is the plain statistics of all that came, so that what is
+    pushed at once is decoded as in one shot. docs/LOG.md has the figures.
 
     Args:
-        history: the last inputs [h, D_in], zeros before the first.
-        rows: output rows seen, float64 scalar.
         sums: float64 [2, 3]: sums over rows of weight, weighted mean and weighted mean square over channels, with
             weight 1 and with the row's position as weight.
     """
 
-    history: Tensor
-    rows: Tensor
     sums: Tensor
     expected: int
 
     @classmethod
-    def allocate(cls, conv: TransposedConv, frame_rows: int, dtype: torch.dtype) -> ConvState:
-        """frame_rows: output rows of a code frame."""
-        device = conv.weight.device
-        rows, sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), (2, 3)))
-        history = torch.zeros(-(-conv.overlap // conv.stride), conv.weight.shape[0], dtype=dtype, device=device)
-        return cls(history, rows, sums, FORECAST * frame_rows)
+    def allocate(cls, frame_rows: int, device: torch.device) -> RunningMoments:
+        """frame_rows: rows of a code frame."""
+        return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
 
-    def extend(self, conv: TransposedConv, x: Tensor) -> Tensor:
-        """Inputs x [T, D_in] that come next -> their output rows [T stride, D_out], which are counted in."""
-        inputs = torch.cat((self.history, x))
-        out = conv.convolve(inputs)[len(self.history) * conv.stride :][: len(x) * conv.stride]
-        self.history.copy_(inputs[len(x) :])
-        self.sums += self._sums_of(out, self.rows)
-        self.rows += len(out)
-        return out
+    def add(self, rows: Tensor, first: Tensor) -> None:
+        """Rows [R, D] that will not change, from position `first` on; those before position 0 do not count."""
+        self.sums += _sums(rows, first)
 
-    def moments(self, conv: TransposedConv, ended: bool) -> NormMoments:
-        """Mean and variance to norm by now; as in one shot they count the rows begun by the last inputs."""
-        sums = self.sums
-        if conv.overlap:
-            sums = sums + self._sums_of(conv.convolve(self.history)[-conv.overlap :], self.rows)
-        plain, later = sums
+    def moments(self, rows: Tensor, first: Tensor, ended: bool) -> NormMoments:
+        """Mean and variance over what was added and these rows, from position `first` on."""
+        plain, later = self.sums + _sums(rows, first)
         missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
         mean, square = (plain[1:] + missing * later[1:] / later[0]) / (plain[0] + missing)
         return mean.float(), (square - mean.square()).float()
 
-    def _sums_of(self, out: Tensor, before: Tensor) -> Tensor:
-        places = before + torch.arange(len(out), device=out.device) + 0.5
-        wide = out.double()
-        values = torch.stack((torch.ones_like(places), wide.mean(1), wide.square().mean(1)), dim=1)
-        return torch.stack((torch.ones_like(places), places)) @ values
+
+def _sums(rows: Tensor, first: Tensor) -> Tensor:
+    places = first + torch.arange(len(rows), device=rows.device)
+    plain = (places >= 0).double()
+    wide = rows.double()
+    values = torch.stack((torch.ones_like(plain), wide.mean(1), wide.square().mean(1)), dim=1)
+    return torch.stack((plain, plain * (places + 0.5))) @ values
 
 
 @dataclass
@@ -107,58 +94,65 @@ class StackState:
 
 @dataclass
 class CodecState:
-    """One waveform in progress.
+    """One waveform in progress. The newest P vocoder frames are pending: what comes next may still change them.
 
     Args:
         position: decoder positions done, int64 scalar; slot p % S of `decoder` holds position p.
-        frame: vocoder frames that have come, int64 scalar.
-        mel: convolution output [P, n_mels] of the newest P frames: those that the vocoder may still change.
-        vocoder: keys and values of the frames before those.
+        entered: what the decoder's layers were given [P / stride, D] for the pending frames, before the norm over time.
+        added: what the layers added to it, float32 [P / stride, D].
+        history: normed outputs of the decoder before those, which the next convolution still reaches.
+        unpool, to_mel: statistics of the norms over time; those of `to_mel` leave the pending frames out.
+        frame: vocoder frames that have come, int64 scalar. vocoder: keys and values of those before the pending ones.
         tail: [2, n_fft - hop], sums of windowed frames and of squared windows that later frames add to.
         committed: vocoder frames that are in the waveform. frames: those that have come, as the host counts them.
+        held: dequantized codes that wait until a sample can come out of them.
     """
 
-    unpool: ConvState | None
     position: Tensor
+    entered: Tensor
+    added: Tensor
+    history: Tensor
+    unpool: RunningMoments
     decoder: StackState
-    to_mel: ConvState
+    to_mel: RunningMoments
     frame: Tensor
-    mel: Tensor
     vocoder: StackState
     tail: Tensor
     committed: int = 0
     frames: int = 0
+    held: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, codec: Codec, pending: int) -> CodecState:
-        """pending: P, vocoder frames that are computed again with each push."""
-        config, like = codec.config, codec.conv1[0]
-        counters = (torch.zeros((), dtype=torch.int64, device=codec.device) for _ in range(2))
-        rate = config.pool * config.decoder_stride
+        """pending: P, a multiple of the decoder's stride."""
+        config, device, like = codec.config, codec.device, codec.conv1[0]
+        positions = pending // config.decoder_stride
+        context = decoder_context(config.decoder_window)
         return cls(
-            unpool=None if codec.unpool is None else ConvState.allocate(codec.unpool, config.pool, codec.dtype),
-            position=next(counters),
-            decoder=StackState.allocate(
-                codec.decoder, config.decoder_layers, config.dim, decoder_context(config.decoder_window) + BLOCK, like
-            ),
-            to_mel=ConvState.allocate(codec.to_mel, rate, codec.dtype), frame=next(counters),
-            mel=like.new_zeros(pending, config.n_mels),
+            position=torch.zeros((), dtype=torch.int64, device=device),
+            entered=like.new_zeros(positions, config.dim), added=torch.zeros(positions, config.dim, device=device),
+            history=like.new_zeros(-(-codec.to_mel.overlap // config.decoder_stride), config.dim),
+            unpool=RunningMoments.allocate(config.pool, device),
+            decoder=StackState.allocate(codec.decoder, config.decoder_layers, config.dim, context + BLOCK, like),
+            to_mel=RunningMoments.allocate(config.pool * config.decoder_stride, device),
+            frame=torch.zeros((), dtype=torch.int64, device=device),
             vocoder=StackState.allocate(
                 codec.vocoder, config.vocoder_layers, config.vocoder_dim, config.vocoder_window[0], like
             ),
-            tail=torch.zeros(2, config.n_fft - config.hop, device=codec.device),
+            tail=torch.zeros(2, config.n_fft - config.hop, device=device),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in [*_tensors(self), *self.held])
 
     def reset(self) -> None:
         """Back to the beginning, in the same memory."""
         for tensor in _tensors(self):
             tensor.zero_()
         self.committed = self.frames = 0
+        self.held.clear()
 
 
 def decoder_context(window: tuple[int, int]) -> int:
@@ -168,10 +162,10 @@ def decoder_context(window: tuple[int, int]) -> int:
 
 def _tensors(state: object) -> list[Tensor]:
     found: list[Tensor] = []
-    for field in fields(state):  # type: ignore[arg-type]
-        value = getattr(state, field.name)
+    for each in fields(state):  # type: ignore[arg-type]
+        value = getattr(state, each.name)
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, ConvState | StackState):
+        elif isinstance(value, RunningMoments | StackState):
             found += _tensors(value)
     return found

@@ -40,9 +40,10 @@ class CodecStream:
             raise ValueError(f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}")
         if not config.decoder_causal or min(config.vocoder_window) < 0:
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
-        rate = PATCH_FRAMES * config.pool * config.decoder_stride
-        self._codec, self._moments, self._lookahead = codec, moments, lookahead * rate
-        reach = config.vocoder_layers * config.vocoder_window[1]
+        rate = config.pool * config.decoder_stride
+        self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
+        self._lookahead = self._hold * rate
+        reach = -(-config.vocoder_layers * config.vocoder_window[1] // config.decoder_stride) * config.decoder_stride
         self._state: CodecState | None = CodecState.allocate(codec, max(reach, self._lookahead))
 
     @property
@@ -58,8 +59,6 @@ class CodecStream:
     @torch.no_grad()
     def finish(self, codes: Tensor | None = None) -> Tensor:
         """The last codes, if any -> all samples still waiting for what follows. The stream starts anew after it."""
-        if codes is None and self._open().frames == 0:
-            return torch.zeros(0, device=self._codec.device)
         wav = self._advance(codes, ended=True)
         self.reset()
         return wav
@@ -78,8 +77,14 @@ class CodecStream:
         return self._state
 
     def _advance(self, codes: Tensor | None, ended: bool) -> Tensor:
-        state, hidden = self._open(), None
+        state, codec = self._open(), self._codec
         if codes is not None:
-            self._codec.check_codes(codes)
-            hidden = self._codec.dequantize(codes)
-        return advance(self._codec, state, hidden, self._lookahead, self._moments, ended)
+            codec.check_codes(codes)
+            state.held.append(codec.dequantize(codes))
+        waiting = sum(map(len, state.held))
+        # Before the first sample nothing is lost by waiting, and the norms over time begin with more to go by.
+        if waiting + state.frames == 0 or (state.frames == 0 and waiting <= self._hold and not ended):
+            return torch.zeros(0, device=codec.device)
+        hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
+        state.held.clear()
+        return advance(codec, state, hidden, self._lookahead, self._moments, ended)
