@@ -56,7 +56,7 @@ def load_parts(
     options: LoadOptions,
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
     """Both checkpoints are found and checked whole, and their memory counted, before anything is put on the device."""
-    requested = QuantizationConfig.parse(quantization)
+    requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
@@ -73,7 +73,10 @@ def load_parts(
     lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
     codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
     formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
-    setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, mapped=target.type == "cpu")
+    codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
+    setup = Setup(
+        lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats, mapped=target.type == "cpu"
+    )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
     # On a terminal only.
@@ -82,7 +85,11 @@ def load_parts(
         read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
         source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
-        audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
+        read = _reader(codec_weights, target, bar)
+        codebooks = WeightSource(read, torch.float32)
+        audio_codec = Codec(codec_config, WeightSource(read, chosen, requested=codec_requested), codebooks)
+    if "codec_encoder" in setup.offload:
+        audio_codec.offload_encoder()
     return language_model, audio_codec, tokenizer, setup
 
 
@@ -109,6 +116,18 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     setup = replace(setup, max_batch=batch or largest_batch(setup, free))
     check_memory(setup, free, f"the {'GPU' if device.type == 'cuda' else 'machine'}")
     return setup
+
+
+def _split_parts(
+    requested: QuantizationConfig | None,
+) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
+    """What is asked for the language model, which may be stored quantized, and for the codec; None for nothing."""
+    if requested is None:
+        return None, None
+    parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
+    dense = QuantizationConfig()
+    language_model, codec = (None if part == dense else part for part in parts)
+    return language_model, codec
 
 
 def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
@@ -176,8 +195,3 @@ def _reader(weights: Weights, device: torch.device, bar: Any, on_host: str | Non
         return weights.get(name, device=device)
 
     return read
-
-
-def _codec_tensors(read: Callable[[str], Tensor], dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    # Codebooks decide codes by small differences: never below float32.
-    return lambda name: read(name).to(torch.float32 if "_codebook." in name else dtype)

@@ -9,8 +9,8 @@ rounded to float32, then once to x's dtype.
 
 A copy of a row, so only the launch and the latency of two dependent reads count; text is read on the device, so that a
 captured graph serves any token. Programs take 1024 columns of a row in 16-byte accesses. A packed word is read once and
-its planes spread over a third axis of the block, in whose order the columns lie (`quantized_weight.py` has the layout). The
-table may lie in pinned host memory, of which a step then fetches a row. Bytes: R D in and out, of the stored form in.
+its planes spread over a third axis of the block, in whose order the columns lie (quantized_weight.py has the layout).
+The table may lie in pinned host memory, of which a step then fetches a row. Bytes: R D in and out, stored rows in.
 """
 
 from __future__ import annotations
