@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu_qmatmul [FILE.json]
 
-Every time is [least, median] in milliseconds of several runs, on two threads; the two differ by how busy the machine
-was. Runs of different products alternate, so that all see the same machine.
+Times are [least, median] in milliseconds of several runs. "cpu" is processor time on one thread, which a busy machine
+distorts little; "wall" is elapsed time on two threads, whose median is as far from the least as the machine was busy.
+Runs of different products alternate, so that all see the same machine.
 """
 
 import json
@@ -14,7 +15,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +31,23 @@ from mimo_fast.machine import describe_machine
 from mimo_fast.quantization import Format, QuantizationConfig, quantize
 
 SHAPES = ((4096, 6144), (4096, 22016), (11008, 4096))
-ROWS = (1, 4, 8, 16, 32, 128, 512)
+ROWS = {1: (1, 4, 16, 32, 64, 128, 512), 2: (1, 4, 32, 128)}
+"""Of x, by threads."""
+
 SECONDS = 0.6
 """For the runs of one case; at least 3 and at most 20 of each product are made."""
 
 
-def measure(products: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+def measure(products: dict[str, Callable[[], Tensor]], clock: Callable[[], float]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in products}
     started = perf_counter()
     for count in range(20):
         if count >= 3 and perf_counter() - started > SECONDS:
             break
         for name, product in products.items():
-            start = perf_counter()
+            start = clock()
             product()
-            times[name].append(1e3 * (perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: [round(min(found), 3), round(statistics.median(found), 3)] for name, found in times.items()}
 
 
@@ -51,7 +55,7 @@ def bandwidth() -> dict[str, list[float]]:
     """GB/s [most, median] of reading 1 GiB, and of copying it, counted twice."""
     source = torch.ones(2**28)
     target = torch.empty_like(source)
-    times = measure({"sum": source.sum, "copy": lambda: target.copy_(source)})
+    times = measure({"sum": source.sum, "copy": lambda: target.copy_(source)}, perf_counter)
     moved = {"sum": 2**30, "copy": 2**31}
     return {name: [round(moved[name] / 1e6 / time, 1) for time in found] for name, found in times.items()}
 
@@ -89,9 +93,9 @@ def bytes_held(quantization: str) -> int:
 
 def main() -> None:
     torch.set_num_threads(2)
-    record = {
-        "machine": [*describe_machine()], "threads": 2, "load_before": os.getloadavg(), "gb_per_s": bandwidth(),
-        "bytes_held_7b_lm": {name: bytes_held(name) for name in ("int8", "int4")}, "milliseconds": {},
+    record: dict[str, Any] = {
+        "machine": [*describe_machine()], "load_before": os.getloadavg(), "gb_per_s_two_threads": bandwidth(),
+        "bytes_held_7b_lm": {name: bytes_held(name) for name in ("int8", "int4")},
     }
     generator = torch.Generator().manual_seed(0)
     for columns, outputs in SHAPES:
@@ -99,10 +103,13 @@ def main() -> None:
         for name in ("int4", "int8", "nf4"):
             weight = quantize(dense, Format.parse(name))
             for dtype in (torch.bfloat16, torch.float32):
-                for rows in ROWS if name != "nf4" else ROWS[:1]:
-                    key = f"{name} K={columns} N={outputs} {str(dtype).removeprefix('torch.')} M={rows}"
-                    record["milliseconds"][key] = measure(cases(weight, rows, dtype))
-                    print(key, record["milliseconds"][key], file=sys.stderr, flush=True)
+                for threads, clock in ((1, thread_time), (2, perf_counter)):
+                    torch.set_num_threads(threads)
+                    for rows in ROWS[threads]:
+                        key = f"{name} K={columns} N={outputs} {str(dtype).removeprefix('torch.')} M={rows}"
+                        times = measure(cases(weight, rows, dtype), clock)
+                        record.setdefault(("cpu", "wall")[threads - 1], {})[key] = times
+                        print(key, threads, times, file=sys.stderr, flush=True)
     record["load_after"] = os.getloadavg()
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")

@@ -118,7 +118,7 @@ def unpack_words(words: Tensor, bits: int, group: int) -> Tensor:
     planes = 32 // bits
     split = words.unflatten(1, (-1, 1, math.gcd(128, group) // planes))
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
-    return ((split >> shifts) & (2**bits - 1)).flatten(1)
+    return (split >> shifts).bitwise_and_(2**bits - 1).flatten(1)
 
 
 def pack_torch_int4(q: Tensor) -> Tensor:
@@ -159,11 +159,14 @@ def dequantize(weight: QuantizedWeight, start: int = 0, end: int | None = None) 
     """Rows start ... end as float32 [R, K]: scale (q - zero), each step rounded to float32."""
     rows = slice(*slice(start, end).indices(len(weight.words)))
     offsets = _offsets(weight, rows)
-    values = offsets.float() - (1 << (weight.bits - 1)) if weight.levels is None else weight.levels[offsets]
+    if weight.levels is None:
+        values = offsets.float().sub_(1 << (weight.bits - 1))
+    else:
+        values = weight.levels.index_select(0, offsets.flatten()).view(offsets.shape)
     grouped = values.unflatten(1, (-1, weight.group))
     if weight.zeros is not None:
         grouped -= weight.zeros[rows].float()[..., None]
-    return (grouped * weight.scales[rows].float()[..., None]).flatten(1)
+    return grouped.mul_(weight.scales[rows].float()[..., None]).flatten(1)
 
 
 def _offsets(weight: QuantizedWeight, rows: slice) -> Tensor:
