@@ -133,7 +133,8 @@ class Codec:
         """What the norms over time see when codes [n, T] are decoded at once; `stream` takes it for another stream."""
         self.check_codes(codes)
         hidden = self.dequantize(codes)
-        unpool = None if self.unpool is None else self.unpool.moments(self.unpool.convolve(hidden.to(self.dtype)))
+        conv = self.unpool
+        unpool = None if conv is None else conv.moments(conv.convolve(hidden.to(self.dtype)))
         return Moments(unpool, self.to_mel.moments(self.to_mel.convolve(self._decoder_hidden(hidden))))
 
     def stream(self, lookahead: int = LOOKAHEAD, moments: Moments | None = None) -> CodecStream:

@@ -61,7 +61,7 @@ def advance(
 def _decode(
     codec: Codec, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool
 ) -> tuple[Tensor, NormMoments]:
-    """Dequantized codes [T, D] -> mel [P + T pool stride, n_mels] of pending and new frames before its norm; and it."""
+    """Dequantized codes [T, D] -> mel [P + T pool stride, n_mels] of pending and new frames, and what norms it."""
     first = state.position - len(state.entered)
     entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), moments, ended)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))

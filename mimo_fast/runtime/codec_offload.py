@@ -35,9 +35,8 @@ class HostLayers:
 
 def offload(stack: CodecStack, device: torch.device) -> CodecStack:
     """The stack with its layers in host memory; the same stack if they are there already."""
-    if isinstance(stack.layers, HostLayers):
-        return stack
-    return replace(stack, layers=HostLayers((*stack.layers,), device))
+    layers = stack.layers if isinstance(stack.layers, HostLayers) else HostLayers((*stack.layers,), device)
+    return replace(stack, layers=layers)
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

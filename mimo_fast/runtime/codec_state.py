@@ -22,8 +22,8 @@ CONTEXT = 512
 BLOCK = 64
 """Decoder positions computed at once at most; longer pushes go block by block."""
 
-FORECAST = 250
-"""Code frames that an utterance is expected to last at least: 10 s, upstream's streaming context."""
+FORECAST = 200
+"""Code frames that an utterance is expected to last at least: 8 s."""
 
 NormMoments = tuple[Tensor, Tensor]
 """Mean and variance, scalars."""
