@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mimo_fast.config import LMConfig, TransformerConfig
-from mimo_fast.kernels.attention import decode_attention_bytes
+from mimo_fast.kernels.attention import rotary_attention_bytes
+from mimo_fast.kernels.decode_attention import decode_attention_bytes
 from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, qmatmul_bytes
-from mimo_fast.kernels.rope import rope_bytes
 from mimo_fast.quantization import Format
 
 FORMATS = ("dense", "int8", "int4")
@@ -31,7 +31,7 @@ class Launch:
         formula: what it computes; n1 and n2 are the weights of the two norms.
         shapes: of its inputs and outputs.
         nbytes: bytes to move, for each of FORMATS.
-        before: launches that it took when each norm was one.
+        before: launches that it took when norms, rotations and appends were launches of their own.
         kernels: what runs now.
     """
 
@@ -62,9 +62,13 @@ class Layer:
         d, f, heads = config.dim, config.ffn_dim, config.heads + 2 * config.kv_heads
         qkv, attended = heads * config.head_dim, config.heads * config.head_dim
         yield _product("rms_norm(x, n1) W_qkv^T + b", m, qkv, d, qkv, 2, bias=True, norm=True)
-        # One sequence of M positions (patch encoder), or one row of one position.
-        nbytes = rope_bytes(m, heads, config.head_dim, ITEMSIZE)
-        nbytes += decode_attention_bytes([self.length], config.kv_heads, config.head_dim, ITEMSIZE)
+        if m == self.length:
+            nbytes = rotary_attention_bytes(1, m, config.heads, config.kv_heads, config.head_dim, ITEMSIZE)
+        else:
+            activations = m * (qkv + attended) * ITEMSIZE + 4 * config.head_dim
+            nbytes = activations + decode_attention_bytes(
+                [self.length], config.kv_heads, config.head_dim, ITEMSIZE, quantized=False
+            )
         yield Launch("attention(rope(q), rope(k), v)", f"[{m}, {qkv}] -> [{m}, {attended}], {self.length} keys",
                      (nbytes,) * len(FORMATS), self.attention_before, self.attention)  # fmt: skip
         yield _product("x + a W_o^T", m, d, attended, d, 1, residual=True)
@@ -76,13 +80,10 @@ def layers() -> tuple[Layer, ...]:
     """One layer of each transformer, at the published dimensions and batch 1."""
     lm = LMConfig.from_dict(json.loads(files("mimo_fast").joinpath("presets/7b-lm.json").read_text(encoding="utf-8")))
     return (
-        Layer("backbone", lm.backbone, 1, CACHED,
-              ("rope_append_kernel", "split_attention_kernel", "merge_splits_kernel"), 3),
-        Layer("patch decoder", lm.patch_decoder, 1, lm.patch_steps,
-              ("rope_append_kernel", "small_attention_kernel"), 2),
-        Layer("patch encoder", lm.patch_encoder, lm.group_size, lm.group_size,
-              ("rope_kernel", "rope_kernel", "small_attention_kernel"), 3),
-    )  # fmt: skip
+        Layer("backbone", lm.backbone, 1, CACHED, ("split_attention_kernel", "merge_splits_kernel"), 3),
+        Layer("patch decoder", lm.patch_decoder, 1, lm.patch_steps, ("small_decode_kernel",), 2),
+        Layer("patch encoder", lm.patch_encoder, lm.group_size, lm.group_size, ("rotary_attention_kernel",), 3),
+    )
 
 
 def section() -> str:
@@ -90,7 +91,8 @@ def section() -> str:
     lines = [
         "## Launches a layer", "",
         f"At decode, batch 1, {ITEMSIZE}-byte activations, {CACHED} positions in the backbone's cache. MB: what must",
-        f"be read and written, with weights that are {', '.join(FORMATS)}. Before: when each norm was a launch.",
+        f"be read and written, with weights that are {', '.join(FORMATS)}. Before:",
+        "norms, rotations and appends as launches.",
     ]
     for layer in layers():
         launches = list(layer.launches())
