@@ -159,9 +159,9 @@ def _chunks(
             note(group)
         if not group.finished:
             text, patches = reader.read(group.text, group.codes)
-            yield chunk(text, stream.push(torch.cat(patches, dim=1)) if speaks and patches else nothing)
+            yield chunk(text, stream.push(torch.cat(patches, dim=1), trusted=True) if speaks and patches else nothing)
     text, patches = reader.finish()
-    yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None))
+    yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None, trusted=True))
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
