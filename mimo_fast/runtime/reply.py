@@ -140,17 +140,19 @@ def _chunks(
     reply: Reply, reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool,
     note: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
-    stream = codec.stream()
+    stream = codec.stream() if speaks else None
     decoded, samples, first_audio = 0, 0, None
 
     def chunk(text: str, audio: Tensor) -> Chunk:
         nonlocal samples, first_audio
+        # Audio has come when it is on the host, and not when its work has been queued.
+        audio = audio.float().cpu()
         samples += len(audio)
         elapsed = time.perf_counter() - began
         if first_audio is None and len(audio):
             first_audio = elapsed
         timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
-        return Chunk(audio.float().cpu(), codec.sample_rate, text, timing)
+        return Chunk(audio, codec.sample_rate, text, timing)
 
     nothing = torch.zeros(0)
     for group in reply:
@@ -159,9 +161,11 @@ def _chunks(
             note(group)
         if not group.finished:
             text, patches = reader.read(group.text, group.codes)
-            yield chunk(text, stream.push(torch.cat(patches, dim=1), trusted=True) if speaks and patches else nothing)
+            heard = stream.push(torch.cat(patches, dim=1), trusted=True) if stream and patches else nothing
+            yield chunk(text, heard)
     text, patches = reader.finish()
-    yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None, trusted=True))
+    held = torch.cat(patches, dim=1) if patches else None
+    yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
