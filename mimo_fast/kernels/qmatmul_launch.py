@@ -73,7 +73,7 @@ def quantized_matmul(
         "NORM": norm is not None, "BIAS": weight.bias is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu,
     }  # fmt: skip
     if len(flat) <= GEMV_ROWS:
-        block_n = gemv_block_n(len(flat), rows)
+        block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
         quantized_gemv_kernel[(-(-rows // block_n),)](
             **shared, M=len(flat), BLOCK_N=block_n, BLOCK_W=gemv_block_w(weight.words.shape[1], bits, block),
             num_warps=GEMV_WARPS,
@@ -123,9 +123,11 @@ def _prepare(
     return flat, y, None if residual is None else residual.contiguous()
 
 
-def gemv_block_n(m: int, rows: int) -> int:
-    # Sums of every row of x with every row of the weight are in registers.
-    return 8 if m == 1 and rows > SMALL_N else 4
+def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:
+    # Sums of every row of x with every row of the weight are in registers; a table's levels take most (spills, sm_120).
+    if m == 1:
+        return 8 if rows > SMALL_N else 4
+    return 2 if levels and m > 2 else 4
 
 
 def gemv_block_w(words: int, bits: int, block: int) -> int:
@@ -160,7 +162,7 @@ def compile_cases() -> Iterator[Case]:
             (1, 151680, 4096), (4, 22016, 4096, "NORM", "SWIGLU"), (4, 4096, 11008, "RESIDUAL"),
         ):  # fmt: skip
             block_w = gemv_block_w(k * form["BITS"] // 32, form["BITS"], form["BLOCK"])
-            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_W": block_w}
+            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows, form["LEVELS"]), "BLOCK_W": block_w}
             yield Case(f"{name} gemv M={m} {rows}x{k}{_named(around)}", quantized_gemv_kernel, own,
                        {**form, **_flags(around), **tiles}, GEMV_WARPS, wide_loads=True)
         for m, *around in (
