@@ -39,9 +39,15 @@ def test_size_at_the_published_dimensions():
     assert 0.5 * dense < int8 < 0.6 * dense
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "nf4"])
+EVERY_PART = {
+    "backbone": "int4-sym-g32", "lm_head": "nf4", "text_embeddings": "int4-g64", "patch_decoder": "int8-g128",
+    "patch_encoder": "int4",
+}
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "nf4", EVERY_PART], ids=["int4", "int8", "nf4", "every part"])
 def written(request, tmp_path_factory):
-    target = tmp_path_factory.mktemp("quantized") / request.param
+    target = tmp_path_factory.mktemp("quantized") / "lm"
     return request.param, target, quantize_checkpoint(KIT / "checkpoint" / "lm", target, request.param, progress=False)
 
 

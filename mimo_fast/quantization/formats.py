@@ -22,9 +22,6 @@ from ..layout import Shapes, lm_shapes
 CONFIG_KEY = "mimo_fast_quantization"
 VERSION = 1
 
-FOREIGN_KEY = "quantization_config"
-"""Where other tools say in config.json how they quantized a checkpoint."""
-
 PARTS: dict[str, str | tuple[str, ...]] = {
     "backbone": "model.layers.", "lm_head": "lm_head.", "text_embeddings": "model.embed_tokens.",
     "patch_decoder": "local_transformer.layers.", "patch_encoder": "input_local_transformer.layers.",
@@ -35,6 +32,9 @@ PARTS: dict[str, str | tuple[str, ...]] = {
 NAMED = ("int4", "int4-sym", "int8", "nf4", "dense")
 MIN_GROUP = 32
 """16 bytes of 4-bit weights. A matrix whose K is no multiple of it stays dense."""
+
+FOREIGN_KEY = "quantization_config"
+"""Where other tools say in config.json how they quantized a checkpoint."""
 
 
 @dataclass(frozen=True)
