@@ -101,17 +101,22 @@ def test_every_dimension_is_exact(loaded):
     assert snr_db(wav, codec.decode(codes)) >= 100
 
 
-def test_the_published_depth_needs_ten_patches(deep):
-    """16 layers of 10 frames: exact at 10 patches, and closer with each patch before."""
+def test_the_published_depth_is_exact_at_ten_patches(deep):
+    """16 layers of 10 frames: all that a sample depends on, and random weights make the last of it faint."""
     codes = random_codes(deep.config, 120, codebooks=8)
     want, moments = deep.decode(codes), deep.moments(codes)
     snr = [
         snr_db(torch.cat(stream_in(deep, codes, cut(120, [4]), moments=moments, lookahead=patches)), want)
-        for patches in (0, 1, 2, 5, LOOKAHEAD)
+        for patches in (0, 1, LOOKAHEAD)
     ]
-    assert snr == sorted(snr)
-    assert snr[-1] >= 100
-    assert snr[0] < 40
+    assert snr[0] < 40 < snr[1] < 90
+    assert snr[2] >= 100
+
+
+def test_ten_patches_are_the_published_vocoders_reach(deep):
+    config = deep.config
+    patch = PATCH_FRAMES * config.pool * config.decoder_stride
+    assert config.vocoder_layers * config.vocoder_window[1] == LOOKAHEAD * patch
 
 
 def test_context_is_bounded_and_stated(model):
