@@ -63,8 +63,7 @@ def quantized_matmul(
     block, bits = math.gcd(128, weight.group), weight.bits
     shared: dict[str, Any] = {
         "x_ptr": flat, "norm_ptr": flat if norm is None else norm.weight, "words_ptr": weight.words,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
+        "scales_ptr": weight.scales, "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
         "levels_ptr": weight.scales if weight.levels is None else weight.levels,
         "bias_ptr": weight.scales if weight.bias is None else weight.bias,
         "residual_ptr": y if residual is None else residual, "y_ptr": y, "stride_xm": flat.stride(0), "N": rows,
