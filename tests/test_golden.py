@@ -144,7 +144,7 @@ def test_altered_truth_fails_its_stages(model, kit, readers, monkeypatch, tensor
 
 
 def test_a_stream_must_be_as_close_to_one_shot_as_upstreams(model, kit, monkeypatch):
-    """An upstream that lost 1 dB less would be ahead of ours, and any is ahead of a stream that looks no patch ahead."""
+    """An upstream that lost 1 dB less would be ahead of ours; so is any ahead of a stream that does not look ahead."""
     golden = Golden(kit)
     oneshot = golden.tensors["codec:stream_oneshot"]
     noise = golden.tensors["codec:stream_wav.25"] - oneshot
