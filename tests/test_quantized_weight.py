@@ -88,10 +88,16 @@ def test_torchs_form_holds_the_same_values_and_nothing_twice(name):
     assert held <= weight.words.nbytes + 2 * weight.scales.nbytes
 
 
-def test_torchs_form_is_not_joined():
-    weight = pack_for_cpu(quantize(gaussian(64, 128), Format.parse("int8")))
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
+def test_torchs_form_joins(name):
+    parts = [quantize(gaussian(rows, 256, rows), Format.parse(name), gaussian(1, rows)[0]) for rows in (64, 128)]
+    joined, want = QuantizedWeight.stack([pack_for_cpu(part) for part in parts]), QuantizedWeight.stack(parts)
+    assert joined.torch_scales is not None
+    assert torch.equal(dequantize(joined), dequantize(want))
+    x = gaussian(3, 256, 1).bfloat16()
+    assert torch.equal(matmul(x, joined), torch.cat([matmul(x, pack_for_cpu(part)) for part in parts], dim=1))
     with pytest.raises(ValueError, match="one format"):
-        QuantizedWeight.stack([weight, weight])
+        QuantizedWeight.stack([joined, want])
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 5.0])

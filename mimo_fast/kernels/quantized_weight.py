@@ -53,7 +53,7 @@ class QuantizedWeight:
 
     @classmethod
     def stack(cls, blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Joins the rows of matrices of one format, none of them in torch's form.
+        """Joins the rows of matrices of one format, all in our form or all in torch's.
 
         Raises:
             ValueError: they differ in width or format.
@@ -61,7 +61,7 @@ class QuantizedWeight:
         first = blocks[0]
         if len(blocks) == 1:
             return first
-        if any(block._form != first._form or block.torch_scales is not None for block in blocks):
+        if any(block._form != first._form for block in blocks):
             raise ValueError("matrices of different widths or formats cannot be joined: give their part one format")
         biased = any(block.bias is not None for block in blocks)
         return replace(
@@ -70,6 +70,7 @@ class QuantizedWeight:
             zeros=torch.cat([block.zeros for block in blocks if block.zeros is not None]) if first.zeros is not None
             else None,
             bias=torch.cat([block._bias_or_zeros for block in blocks]) if biased else None,
+            torch_scales=_joined_scales([block.torch_scales for block in blocks if block.torch_scales is not None]),
         )
 
     @property
@@ -94,12 +95,20 @@ class QuantizedWeight:
 
     @property
     def _form(self) -> tuple[object, ...]:
-        return self.shape[1], self.group, self.bits, self.scales.dtype, self.zeros is None, self.levels is None
+        return (
+            self.shape[1], self.group, self.bits, self.scales.dtype, self.zeros is None, self.levels is None,
+            self.torch_scales is None,
+        )
 
     @property
     def _bias_or_zeros(self) -> Tensor:
         # Scales may be of a wider dtype than activations; a bias, where any block has one, sets it in torch.cat.
         return self.scales.new_zeros(len(self.words)) if self.bias is None else self.bias
+
+
+def _joined_scales(parts: list[Tensor]) -> Tensor | None:
+    """[N], or [K / group, N, 2], joined along N."""
+    return torch.cat(parts, dim=parts[0].ndim // 2) if parts else None
 
 
 def pack_words(q: Tensor, bits: int, group: int) -> Tensor:
