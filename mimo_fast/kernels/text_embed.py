@@ -3,9 +3,9 @@
     x[r] = patches[r]        where text[r] == empty_id
     x[r] = table[text[r]]    elsewhere
 
-Shapes: text [R] int64, patches [R, D] (any stride over R; rows of text positions are never read), x [R, D] in their
-dtype. The table is dense [V, D] or a `QuantizedWeight`, of which one row is unpacked: scale (q - zero), each step
-rounded to float32, then once to x's dtype.
+Shapes: text [R] int64 (any stride: as it lies in the ids), patches [R, D] (any stride over R; rows of text positions
+are never read), x [R, D] in their dtype. The table is dense [V, D] or a `QuantizedWeight`, of which one row is
+unpacked: scale (q - zero), each step rounded to float32, then once to x's dtype.
 
 A copy of a row, so only the launch and the latency of two dependent reads count; text is read on the device, so that a
 captured graph serves any token. Programs take 1024 columns of a row in 16-byte accesses. A packed word is read once and
@@ -41,10 +41,11 @@ def input_embed_ref(text: Tensor, patches: Tensor, table: Tensor | QuantizedWeig
 
 @jit
 def dense_embed_kernel(
-    text_ptr, patches_ptr, table_ptr, x_ptr, stride_pr, stride_tv, stride_xr, EMPTY, D, BLOCK_D: tl.constexpr,
+    text_ptr, patches_ptr, table_ptr, x_ptr, stride_t, stride_pr, stride_tv, stride_xr, EMPTY, D,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row).to(tl.int64)
+    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_patch = o_d < tl.where(i_text == EMPTY, D, 0)
     m_table = o_d < tl.where(i_text == EMPTY, 0, D)
@@ -55,13 +56,13 @@ def dense_embed_kernel(
 
 @jit
 def quantized_embed_kernel(
-    text_ptr, patches_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, x_ptr, stride_pr, stride_xr, EMPTY, D, GROUP,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr,
+    text_ptr, patches_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, x_ptr, stride_t, stride_pr, stride_xr, EMPTY,
+    D, GROUP, BITS: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row).to(tl.int64)
+    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
     o_block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     o_plane, o_word = tl.arange(0, PLANES), tl.arange(0, WIDTH)
     d_table = tl.where(i_text == EMPTY, 0, D)
@@ -96,15 +97,16 @@ def input_embed(
         return x if out is None else out.copy_(x)
     x = torch.empty(rows, dim, dtype=patches.dtype, device=patches.device) if out is None else out
     stored = table.words if isinstance(table, QuantizedWeight) else table
-    if any(row.stride(-1) != 1 for row in (text, patches, stored, x)):
-        raise ValueError("text and the rows of patches, table and out must be contiguous")
+    if any(row.stride(-1) != 1 for row in (patches, stored, x)):
+        raise ValueError("the rows of patches, table and out must be contiguous")
     if isinstance(table, QuantizedWeight):
         _quantized(text, patches, table, empty_id, x)
     elif rows:
         block = min(BLOCK_D, next_power_of_2(dim))
         dense_embed_kernel[(rows, -(-dim // block))](
-            text_ptr=text, patches_ptr=patches, table_ptr=table, x_ptr=x, stride_pr=patches.stride(0),
-            stride_tv=table.stride(0), stride_xr=x.stride(0), EMPTY=empty_id, D=dim, BLOCK_D=block, num_warps=WARPS,
+            text_ptr=text, patches_ptr=patches, table_ptr=table, x_ptr=x, stride_t=text.stride(0),
+            stride_pr=patches.stride(0), stride_tv=table.stride(0), stride_xr=x.stride(0), EMPTY=empty_id, D=dim,
+            BLOCK_D=block, num_warps=WARPS,
         )
     return x
 
@@ -119,9 +121,10 @@ def _quantized(text: Tensor, patches: Tensor, table: QuantizedWeight, empty_id: 
         quantized_embed_kernel[(rows, -(-dim // (blocks * block)))](
             text_ptr=text, patches_ptr=patches, words_ptr=table.words, scales_ptr=table.scales,
             zeros_ptr=table.scales if table.zeros is None else table.zeros,
-            levels_ptr=table.scales if table.levels is None else table.levels, x_ptr=x, stride_pr=patches.stride(0),
-            stride_xr=x.stride(0), EMPTY=empty_id, D=dim, GROUP=table.group, BITS=table.bits, BLOCK=block,
-            ZEROS=table.zeros is not None, LEVELS=table.levels is not None, BLOCKS=blocks, num_warps=WARPS,
+            levels_ptr=table.scales if table.levels is None else table.levels, x_ptr=x, stride_t=text.stride(0),
+            stride_pr=patches.stride(0), stride_xr=x.stride(0), EMPTY=empty_id, D=dim, GROUP=table.group,
+            BITS=table.bits, BLOCK=block, ZEROS=table.zeros is not None, LEVELS=table.levels is not None,
+            BLOCKS=blocks, num_warps=WARPS,
         )
 
 
@@ -133,12 +136,12 @@ def input_embed_bytes(audio: int, texts: int, dim: int, itemsize: int, row_bytes
 def compile_cases() -> Iterator[Case]:
     """Width 4096: a dense table, int8 by rows, int4 with zeros, nf4."""
     shared = {"text_ptr": "*i64", "patches_ptr": "*bf16", "x_ptr": "*bf16"}
-    shared |= dict.fromkeys(("stride_pr", "stride_xr", "EMPTY", "D"), "i32")
+    shared |= dict.fromkeys(("stride_t", "stride_pr", "stride_xr", "EMPTY", "D"), "i32")
     yield Case("input_embed dense", dense_embed_kernel, shared | {"table_ptr": "*bf16", "stride_tv": "i32"},
-               {"BLOCK_D": BLOCK_D}, WARPS, wide_loads=True, unaligned=("EMPTY",))  # fmt: skip
+               {"BLOCK_D": BLOCK_D}, WARPS, wide_loads=True, unaligned=("stride_t", "EMPTY"))  # fmt: skip
     for name, bits, zeros, levels in (("int8", 8, False, False), ("int4", 4, True, False), ("nf4", 4, False, True)):
         scales = "*fp32" if levels else "*bf16"
         signature = shared | {"words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": "*fp16" if zeros else scales}
         constexprs = {"BITS": bits, "BLOCK": 128, "ZEROS": zeros, "LEVELS": levels, "BLOCKS": BLOCK_D // 128}
         yield Case(f"input_embed {name}", quantized_embed_kernel, signature | {"levels_ptr": scales, "GROUP": "i32"},
-                   constexprs, WARPS, wide_loads=True, unaligned=("EMPTY",))  # fmt: skip
+                   constexprs, WARPS, wide_loads=True, unaligned=("stride_t", "EMPTY"))  # fmt: skip

@@ -21,8 +21,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def check(tokens: list[int], table: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
-    """Patches are rows of a wider buffer, with NaN wherever they are not to be read."""
-    text, dim = torch.tensor(tokens, dtype=torch.int64), table.shape[1]
+    """Text lies strided, as in the ids; patches are rows of a wider buffer, with NaN wherever none is to be read."""
+    text, dim = torch.tensor([tokens, [EMPTY] * len(tokens)], dtype=torch.int64).T.contiguous()[:, 0], table.shape[1]
     patches = torch.full((len(tokens), dim + 8), torch.nan, dtype=dtype)[:, :dim]
     patches[text == EMPTY] = drawn(dim, dtype=dtype)
     want = input_embed_ref(text, patches, table, EMPTY)
