@@ -6,9 +6,9 @@ from helpers import snr_db, write_pair
 
 import mimo_fast
 from mimo_fast.audio import load_audio
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, dequantize
-from mimo_fast.quantization import Format, QuantizationConfig, quantize
-from mimo_fast.runtime.codec_layers import join_rows
+from mimo_fast.kernels.qmatmul import Weight
+from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
+from mimo_fast.quantization import Format, QuantizationConfig, WeightSource, quantize
 from mimo_fast.runtime.codec_offload import HostLayers
 
 WIDE_ENOUGH = {"decoder_ffn_dim": 256, "encoder_ffn_dim": 256, "d_model": 128}
@@ -71,17 +71,19 @@ def test_the_codec_is_a_part():
     assert chosen.format_of("model.layers.0.mlp.up_proj.weight", (64, 32)) is None
 
 
-def test_rows_are_joined_with_the_biases_they_have():
-    blocks = [torch.randn(4, 32) for _ in range(3)]
-    biases = [torch.randn(4), None, torch.randn(4)]
-    pairs = list(zip(blocks, biases, strict=True))
-    dense = join_rows([Weight.stack([block], [bias]) for block, bias in pairs])
+def test_a_key_without_a_bias_joins_the_others():
+    tensors = {f"{part}.weight": torch.randn(4, 32) for part in "qkv"}
+    tensors |= {f"{part}.bias": torch.randn(4) for part in "qv"}
+    dense = WeightSource(tensors.__getitem__, torch.float32).weight(*"qkv", bias=(True, False, True))
     assert isinstance(dense, Weight)
     assert dense.biases[1] is None
-    packed = join_rows([quantize(block, Format.parse("int8"), bias) for block, bias in pairs])
+    requested = QuantizationConfig(codec=Format.parse("int8"))
+    named = {f"encoder.layers.0.{name}": tensor for name, tensor in tensors.items()}
+    source = WeightSource(named.__getitem__, torch.float32, requested=requested)
+    packed = source.weight(*(f"encoder.layers.0.{part}" for part in "qkv"), bias=(True, False, True))
     assert isinstance(packed, QuantizedWeight)
     assert packed.shape == (12, 32)
-    torch.testing.assert_close(packed.bias[:4].float(), biases[0])
+    torch.testing.assert_close(packed.bias[:4].float(), tensors["q.bias"])
     assert not packed.bias[4:8].any()
 
 
