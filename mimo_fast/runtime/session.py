@@ -19,6 +19,9 @@ from .session_file import read_session, write_session
 if TYPE_CHECKING:
     from ..mimo_audio import MimoAudio
 
+REPLY = 1 / 8
+"""Part of the context that is kept free for a reply."""
+
 FULL = 0.5
 """Part of the context that a dialogue may fill after turns had to be dropped: so that not every turn drops one."""
 
@@ -35,8 +38,8 @@ class Turn:
 class Session:
     """A spoken dialogue, turn by turn, in the format of upstream's multi-turn prompt.
 
-    When a turn no longer fits, the oldest turns are dropped, whole, until the dialogue with the new one fills at most
-    half of the context; voice and system prompt stay. What is kept is computed anew then, once.
+    When a turn leaves less than an eighth of the context for its reply, the oldest turns are dropped, whole, until the
+    dialogue with the new one fills at most half of it; voice and system prompt stay. What is kept is computed anew.
 
     Args:
         model: a `MimoAudio`.
@@ -115,7 +118,7 @@ class Session:
     def _fitting(self, new: int) -> int:
         """How many of the last turns may stay before a turn of so many groups."""
         conversation, capacity = self._conversation, self._conversation.engine.capacity
-        if conversation.groups + new < capacity:
+        if conversation.groups + new <= (1 - REPLY) * capacity:
             return len(self._turns)
         room = FULL * capacity - self._opening - new
         return sum(conversation.groups - turn.begin <= room for turn in self._turns)
