@@ -13,6 +13,7 @@ from pathlib import Path
 from . import __version__, commands
 from .demo import demo
 from .errors import MimoFastError
+from .runtime.memory import OFFLOADABLE
 
 DEFAULT_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
 DEFAULT_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"
@@ -129,6 +130,13 @@ def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
     group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--max-seq-len", type=_positive, metavar="N", help="groups of context [the model's]")
+    memory.add_argument("--kv-cache", choices=("int8",), help="keys and values in half the memory [the dtype's own]")
+    memory.add_argument(
+        "--offload", action="append", choices=OFFLOADABLE, metavar="PART",
+        help=f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice",
+    )
     group.add_argument("--quantization", choices=("int8", "int4", "nf4"), help="quantize while loading [none]")
     _add_device_options(parser)
 

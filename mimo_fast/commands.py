@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from .checkpoint import open_weights
 from .config import read_json
 from .errors import MimoFastError
 from .initialize import init_checkpoint
-from .loading import HubOptions
-from .machine import describe_checkpoint, describe_machine
+from .loading import HubOptions, LoadOptions
+from .machine import describe_checkpoint, describe_machine, useful_threads
 from .mimo_audio import MimoAudio
 from .quantization import FOREIGN_KEY, import_checkpoint, quantize_checkpoint
 from .runtime.reply import Chunk
@@ -25,13 +26,15 @@ from .verify import Golden, verify
 def load_model(args: argparse.Namespace) -> MimoAudio:
     """The model that the command's options name."""
     say(f"loading {args.model} and {args.codec}")
-    hub: HubOptions = {
+    options: LoadOptions = {
         "revision": args.revision, "codec_revision": args.codec_revision, "cache_dir": args.cache_dir,
-        "local_files_only": args.offline,
+        "local_files_only": args.offline, "max_batch": 1, "max_seq_len": args.max_seq_len, "kv_cache": args.kv_cache,
+        "offload": args.offload or (),
     }
-    return MimoAudio(
-        args.model, args.codec, args.device, dtype=args.dtype, quantization=args.quantization, **hub
-    )
+    model = MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, quantization=args.quantization, **options)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(useful_threads(model.lm.config))
+    return model
 
 
 def say(text: str) -> None:

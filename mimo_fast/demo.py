@@ -33,8 +33,6 @@ def demo(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model:
         return _run(args, wav, min_groups=0)
-    # Its ops are too small to share between cores.
-    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="mimo-fast-demo-"))
     try:
         say("no model given: using a tiny one with random weights. It shows the pipeline; it makes noise, not words.")

@@ -19,3 +19,11 @@ class AudioError(MimoFastError):
 
 class PromptError(MimoFastError):
     """A prompt is malformed or does not fit into the context."""
+
+
+class BusyError(MimoFastError):
+    """As many replies wait as may: try again later."""
+
+
+class DeviceMemoryError(MimoFastError):
+    """The device has not enough memory for what was asked of it."""

@@ -12,9 +12,12 @@ from torch import Tensor
 from .config import LMConfig
 from .errors import PromptError
 from .prompt import TEXT_FILLER
-from .runtime.decode import Limits, StopHook, decode, start
+from .runtime.conversation import Conversation
+from .runtime.decode import Limits, Samplers
+from .runtime.engine import Engine
+from .runtime.job import StopHook
 from .runtime.lm import LM
-from .sampling import GREEDY, MiMoSampler, sampler_tensors
+from .sampling import GREEDY, MiMoSampler
 
 Ids = Tensor | Sequence[Tensor]
 Seed = int | Sequence[int] | None
@@ -57,27 +60,36 @@ def generate(
     lm = language_model(model)
     batch = _Batch.read(input_ids, lm.config)
     options = _Options.read(generation_config, stopping_criteria, max_new_tokens, min_new_tokens)
-    limits = [options.limits(prompt.shape[1] // lm.config.group_size, lm.config) for prompt in batch.prompts]
+    engine = getattr(model, "engine", None)
+    context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
+    limits = [options.limits(prompt.shape[1] // lm.config.group_size, context) for prompt in batch.prompts]
     rows = len(batch.prompts)
     if streamer is not None and rows != 1:
         raise ValueError(f"a streamer takes a batch of one, not {rows}; call generate once a prompt")
-    capacity = max(
-        prompt.shape[1] // lm.config.group_size + limit.max_new
-        for prompt, limit in zip(batch.prompts, limits, strict=True)
-    )
-    global_settings = sampler_tensors([global_sampler or options.sampler or GREEDY] * rows, lm.device)
-    local_settings = sampler_tensors([local_sampler or GREEDY] * rows, lm.device)
+    if engine is None:
+        sizes = (prompt.shape[1] // lm.config.group_size for prompt in batch.prompts)
+        engine = Engine(lm, rows, max(size + limit.max_new for size, limit in zip(sizes, limits, strict=True)))
+    samplers = Samplers(global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
-    state = start(lm, batch.prompts, row_seeds(seed, rows), capacity)
     grown = [[prompt] for prompt in batch.prompts]
-    hook = _stop_hook(options.callables, grown)
-    for step in decode(lm, state, limits, global_settings, local_settings, hook):
-        for row, slot in enumerate(step.slots):
-            if not options.callables:
-                grown[slot].append(group_ids(step.text[row], step.codes[row]))
-            if streamer is not None:
-                streamer.put(flatten_ids(grown[slot][-1])[None].cpu())
+    replies = []
+    for prompt, limit, seed_of_row, parts in zip(batch.prompts, limits, row_seeds(seed, rows), grown, strict=True):
+        conversation = Conversation(engine, seed_of_row)
+        conversation.ids = prompt
+        hook = _stop_hook(options.callables, parts)
+        # Rows share their steps, however many there are: none waits for its groups to be taken.
+        replies.append(engine.start(conversation, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False))
+    try:
+        for reply, parts in zip(replies, grown, strict=True):
+            for group in reply:
+                if not options.callables:
+                    parts.append(group_ids(group.text, group.codes))
+                if streamer is not None:
+                    streamer.put(flatten_ids(group_ids(group.text, group.codes))[None].cpu())
+    finally:
+        for reply in replies:
+            reply.close()
     if streamer is not None:
         streamer.end()
     return batch.write([torch.cat(parts, dim=1) for parts in grown], options.pad_id, lm.config)
@@ -232,9 +244,9 @@ class _Options:
             callables=callables, sampler=sampler, pad_id=TEXT_FILLER if pad_id is None else int(pad_id),
         )
 
-    def limits(self, prompt: int, config: LMConfig) -> Limits:
-        """Limits of a row whose prompt has so many groups."""
-        longest = min(config.max_positions, self.max_length or config.max_positions)
+    def limits(self, prompt: int, context: int) -> Limits:
+        """Limits of a row whose prompt has so many groups, in a context of so many."""
+        longest = min(context, self.max_length or context)
         room = longest - prompt
         if room < 1:
             raise PromptError(
@@ -249,14 +261,14 @@ def _is_stopper(criterion: Any) -> bool:
     return all(hasattr(criterion, name) for name in ("stop_token_ids", "min_length", "max_length", "group_size"))
 
 
-def _stop_hook(callables: list[Callable[..., Any]], grown: list[list[Tensor]]) -> StopHook | None:
+def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:
     """Appends each new group to its row and asks every criterion about the row so far."""
     if not callables:
         return None
 
-    def hook(slot: int, text: int, codes: Tensor) -> bool:
-        grown[slot].append(group_ids(text, codes))
-        so_far = flatten_ids(torch.cat(grown[slot], dim=1))[None]
+    def hook(text: int, codes: Tensor) -> bool:
+        grown.append(group_ids(text, codes))
+        so_far = flatten_ids(torch.cat(grown, dim=1))[None]
         return any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in callables)
 
     return hook

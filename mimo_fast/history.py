@@ -1,20 +1,46 @@
 """The last exchange of a model, kept with its cache for add_history."""
 
+import torch
 from torch import Tensor
 
 from .errors import PromptError
 from .generation import flatten_ids, row_seeds
 from .prompt_builder import PromptBuilder
+from .runtime.conversation import Conversation
+from .runtime.engine import Engine
+from .runtime.memory import Setup
 from .runtime.reply import ChunkStream
-from .runtime.session import Conversation, check_room
 
 
 class KeepsHistory(PromptBuilder):
     """One conversation: each request starts a new one, or with add_history prefills what is new in the old one."""
 
+    setup: Setup
+
     def __init__(self) -> None:
+        self._engine: Engine | None = None
         self._kept: Conversation | None = None
         self._running: ChunkStream | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes every stream and session of this language model."""
+        if self._engine is None or self._engine.lm is not self.lm:
+            setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
+            self._engine = Engine(self.lm, setup.max_batch, capacity, quantized_cache=setup.kv_cache is not None)
+        return self._engine
+
+    def warmup(self, progress: bool = True) -> dict[str, int]:
+        """Captures the graphs of every batch size, so that the first reply is as fast as the tenth; done at load.
+
+        Returns:
+            Bytes of the device's memory by what they are for, and on a GPU what has been reserved of it in all.
+        """
+        self.engine.warmup(progress)
+        report = self.setup.bytes()
+        if self.lm.device.type == "cuda":
+            report["reserved"] = torch.cuda.memory_reserved(self.lm.device)
+        return report
 
     @property
     def history(self) -> Tensor | None:
@@ -36,7 +62,7 @@ class KeepsHistory(PromptBuilder):
 
     def conversation(self, seed: int | None = None) -> Conversation:
         """An empty conversation."""
-        return Conversation(self.lm, row_seeds(seed, 1)[0])
+        return Conversation(self.engine, row_seeds(seed, 1)[0])
 
     def conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
         """The last conversation or, without add_history, a new one, with the prompt [C + 1, T G] appended.
@@ -47,7 +73,7 @@ class KeepsHistory(PromptBuilder):
         if not input_ids.shape[1]:
             raise PromptError("the prompt is empty")
         if self._kept is None or not add_history:
-            check_room(self.lm.config, input_ids.shape[1] // self.lm.config.group_size)
+            self.engine.check_room(input_ids.shape[1] // self.lm.config.group_size)
             # The old cache goes before the new one comes.
             self.clear_history()
             self._kept = self.conversation(seed)

@@ -1,7 +1,8 @@
 """Checkpoint directories -> language model, codec and tokenizer on a device."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +17,7 @@ from .layout import codec_shapes, codec_training_state, lm_shapes
 from .quantization import FOREIGN_KEY, Format, QuantizationConfig, WeightSource, stored_formats, stored_shapes
 from .runtime.codec import Codec
 from .runtime.lm import LM
+from .runtime.memory import DEFAULT_BATCH, OFFLOADABLE, Setup, check_memory, free_bytes, largest_batch
 from .tokenizer import Tokenizer
 
 PathLike = str | os.PathLike[str]
@@ -31,18 +33,34 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool
 
 
+class LoadOptions(HubOptions, total=False):
+    """How much memory a model may take, besides where it is found.
+
+    max_batch: replies decoded at once; None: as many as fit, at most 4. max_seq_len: groups that a conversation may
+    have; None: the model's context. kv_cache: "int8" for keys and values in half the memory, None for the dtype's own.
+    offload: "text_embeddings" and "codec_encoder" may stay in host memory.
+    """
+
+    max_batch: int | None
+    max_seq_len: int | None
+    kv_cache: str | None
+    offload: Iterable[str]
+
+
 def load_parts(
     lm: PathLike,
     codec: PathLike,
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
     quantization: Any,
-    hub: HubOptions,
-) -> tuple[LM, Codec, Tokenizer]:
-    """Both checkpoints are found and checked whole before anything is put on the device."""
-    requested = QuantizationConfig.parse(quantization)
+    options: LoadOptions,
+) -> tuple[LM, Codec, Tokenizer, Setup]:
+    """Both checkpoints are found and checked whole, and their memory counted, before anything is put on the device."""
+    requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
-    lm_dir, codec_dir = find(lm, hub), find(codec, {**hub, "revision": hub.get("codec_revision")})
+    for_codec = LoadOptions(**options)
+    for_codec["revision"] = options.get("codec_revision")
+    lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
     lm_config, lm_weights, stored = open_lm(lm_dir)
     codec_config, codec_weights = open_codec(codec_dir)
     _check_pair(lm_config, codec_config)
@@ -51,15 +69,65 @@ def load_parts(
     chosen = parse_dtype(dtype)
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
+    # Norms are never quantized: their type is the checkpoint's.
+    lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
+    codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
+    formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
+    codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
+    setup = Setup(
+        lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats, mapped=target.type == "cpu"
+    )
+    setup = planned(setup, target, options)
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
     # On a terminal only.
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
-        # Norms are never quantized: their type is the checkpoint's.
-        lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
-        source = WeightSource(_reader(lm_weights, target, bar), lm_dtype, stored, requested)
+        offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
+        read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
+        source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
-        audio_codec = Codec(codec_config, _codec_tensors(_reader(codec_weights, target, bar), chosen))
-    return language_model, audio_codec, tokenizer
+        read = _reader(codec_weights, target, bar)
+        codebooks = WeightSource(read, torch.float32)
+        audio_codec = Codec(codec_config, WeightSource(read, chosen, requested=codec_requested), codebooks)
+    if "codec_encoder" in setup.offload:
+        audio_codec.offload_encoder()
+    return language_model, audio_codec, tokenizer, setup
+
+
+def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
+    """The setup that the options ask for.
+
+    Raises:
+        ValueError: an option is out of range. DeviceMemoryError: the device has not so much memory free.
+    """
+    longest, wanted, batch = setup.lm.max_positions, options.get("max_seq_len"), options.get("max_batch")
+    cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
+    if wanted is not None and not 2 <= wanted <= longest:
+        raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"max_batch must be at least 1, not {batch}")
+    if cache not in (None, "int8"):
+        raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
+    if unknown := offload - set(OFFLOADABLE):
+        raise ValueError(f"nothing called {', '.join(sorted(unknown))} to offload: use {', '.join(OFFLOADABLE)}")
+    setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
+    free = free_bytes(device)
+    if free is None:
+        return replace(setup, max_batch=batch or DEFAULT_BATCH)
+    setup = replace(setup, max_batch=batch or largest_batch(setup, free))
+    check_memory(setup, free, f"the {'GPU' if device.type == 'cuda' else 'machine'}")
+    return setup
+
+
+def _split_parts(
+    requested: QuantizationConfig | None,
+) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
+    """What is asked for the language model, which may be stored quantized, and for the codec; None for nothing."""
+    if requested is None:
+        return None, None
+    parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
+    dense = QuantizationConfig()
+    language_model, codec = (None if part == dense else part for part in parts)
+    return language_model, codec
 
 
 def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
@@ -117,14 +185,13 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _reader(weights: Weights, device: torch.device, bar: Any) -> Callable[[str], Tensor]:
+def _reader(weights: Weights, device: torch.device, bar: Any, on_host: str | None = None) -> Callable[[str], Tensor]:
+    """Reads to the device, but for names that begin with `on_host`, which a GPU then reads where they are."""
+
     def read(name: str) -> Tensor:
         bar.update(1)
+        if on_host and name.startswith(on_host) and device.type == "cuda":
+            return weights.get(name, device="cpu").pin_memory()
         return weights.get(name, device=device)
 
     return read
-
-
-def _codec_tensors(read: Callable[[str], Tensor], dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    # Codebooks decide codes by small differences: never below float32.
-    return lambda name: read(name).to(torch.float32 if "_codebook." in name else dtype)

@@ -10,8 +10,12 @@ from pathlib import Path
 import torch
 
 from . import __version__, kernels
+from .config import LMConfig
 from .layout import codec_shapes, codec_training_state, lm_shapes
 from .loading import HubOptions, PathLike, find, open_codec, open_lm
+
+SHARED_PRODUCT = 2**20
+"""Weights of a matrix from which on a product with one row is worth sharing between cores."""
 
 PARTS = {
     "lm": {
@@ -68,6 +72,17 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
     yield f"{kind}: {directory}, {', '.join(dtypes)}"
     for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
         yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
+
+
+def useful_threads(config: LMConfig) -> int:
+    """Threads that torch should use for a language model on the CPU: the cores this process may use, or one.
+
+    A product smaller than SHARED_PRODUCT is done before the other threads have been woken, and waiting for them costs
+    many times the work where other programs use the cores.
+    """
+    backbone = config.backbone
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, torch.get_num_threads()) if backbone.dim * backbone.ffn_dim >= SHARED_PRODUCT else 1
 
 
 def _version(package: str) -> str:

@@ -1,7 +1,9 @@
 """`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and speech continuation."""
 
 import copy
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypedDict, Unpack
 
@@ -10,18 +12,19 @@ from torch import Tensor
 
 from .audio import AudioSource, save_wav
 from .history import KeepsHistory
-from .loading import HubOptions, PathLike, load_parts
+from .loading import LoadOptions, PathLike, load_parts
 from .prompt_builder import Message
-from .runtime.decode import Limits, Step
+from .runtime.conversation import Conversation
+from .runtime.decode import Limits, Samplers
+from .runtime.job import Reply
 from .runtime.reply import Chunk, ChunkStream, ReplyReader, iterate_async, read_reply, stream_reply
-from .runtime.session import Conversation, Session
+from .runtime.session import Session
 from .sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
     TASK_SAMPLERS,
     MiMoSampler,
     MiMoStopper,
-    sampler_tensors,
 )
 from .tasks import Task, find_task
 
@@ -43,6 +46,8 @@ class MimoAudio(KeepsHistory):
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the codec.
         device: "cuda", "cpu", ...; CUDA where there is one.
         dtype: to compute in; None: bfloat16 on CUDA, the checkpoint's own elsewhere.
+        quantization: "int8", "int4", "nf4", or a format for each part; None keeps the checkpoint's.
+        max_batch, max_seq_len, kv_cache, offload: how much memory it may take, see `LoadOptions`.
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take `output_path` or
@@ -51,6 +56,7 @@ class MimoAudio(KeepsHistory):
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their config.
+        DeviceMemoryError: the device has not enough memory free; the message names settings that would fit.
     """
 
     def __init__(
@@ -61,11 +67,11 @@ class MimoAudio(KeepsHistory):
         *,
         dtype: torch.dtype | str | None = None,
         quantization: Any = None,
-        **hub: Unpack[HubOptions],
+        **options: Unpack[LoadOptions],
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        self.lm, self.codec, self.tokenizer = load_parts(
-            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, hub
+        self.lm, self.codec, self.tokenizer, self.setup = load_parts(
+            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, options
         )
         self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
         config, special = self.lm.config, self.tokenizer.special
@@ -78,6 +84,8 @@ class MimoAudio(KeepsHistory):
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
         super().__init__()
+        if self.device.type == "cuda":
+            self.warmup()
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -94,6 +102,14 @@ class MimoAudio(KeepsHistory):
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         return Session(self, system_prompt, voice, seed)
 
+    def restore_session(self, path: PathLike) -> Session:
+        """A dialogue that `Session.save` wrote, with its cache.
+
+        Raises:
+            CheckpointError: the file is no session, is damaged, or belongs to another model.
+        """
+        return Session.restore(self, Path(path))
+
     def decode(
         self,
         conversation: Conversation,
@@ -101,12 +117,11 @@ class MimoAudio(KeepsHistory):
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
-    ) -> Iterator[Step]:
+    ) -> Reply:
         """Prefills what is new in the conversation and decodes a reply with the task's samplers."""
         samplers = self.get_task_sampler(task_name)
-        settings = [sampler_tensors([samplers[which]], self.device) for which in ("global", "local")]
         limits = Limits(MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, min_new_tokens, stop_ids)
-        return conversation.decode(limits, *settings)
+        return conversation.decode(limits, Samplers(samplers["global"], samplers["local"]))
 
     def forward(
         self,
@@ -130,8 +145,8 @@ class MimoAudio(KeepsHistory):
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         output_audio_path = None if isinstance(output_audio_path, str) and not output_audio_path else output_audio_path
         conversation = self.conversation_for(input_ids, add_history, seed)
-        steps = self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
-        text, codes = read_reply(steps, self._reader(input_ids))
+        with closing(self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)) as reply:
+            text, codes = read_reply(reply, self._reader(input_ids))
         if not return_audio and output_audio_path is None:
             return text
         wav = torch.zeros(self.codec.sample_rate) if codes is None else self.codec.decode(codes).cpu()
@@ -176,8 +191,8 @@ class MimoAudio(KeepsHistory):
         input_ids = self._prompt(spec, arguments, task_arguments, {"seed": seed, "add_history": add_history})
         conversation = self.conversation_for(input_ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
-        steps = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        self._running = stream_reply(steps, self._reader(input_ids), self.codec, began, spec.speaks)
+        reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
+        self._running = stream_reply(reply, self._reader(input_ids), self.codec, began, spec.speaks)
         return self._running
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
@@ -270,7 +285,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     quantization: Any = None,
-    **hub: Unpack[HubOptions],
+    **options: Unpack[LoadOptions],
 ) -> MimoAudio:
     """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s."""
-    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **hub)
+    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **options)

@@ -1,5 +1,6 @@
 """Fixtures that every test may use. Nothing here may be changed by a test: copy before altering."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
 
 import mimo_fast
+from mimo_fast.sampling import GREEDY
 from mimo_fast.verify import Golden
 
 KIT = Path(__file__).parent / "golden"
@@ -43,6 +45,15 @@ def golden(kit: Path) -> Golden:
 def model(kit: Path) -> mimo_fast.MimoAudio:
     """The kit's tiny checkpoint pair on the CPU, float32."""
     return mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+
+
+@pytest.fixture
+def greedy(model: mimo_fast.MimoAudio) -> mimo_fast.MimoAudio:
+    """A model whose dialogues are greedy, and whose engine remembers no voice."""
+    greedy = copy.copy(model)
+    greedy.engine.prefixes.clear()
+    greedy.task_sampler_configs = {"spoken_dialogue": {"global": GREEDY, "local": GREEDY}}
+    return greedy
 
 
 @pytest.fixture(scope="session", params=VARIANTS)

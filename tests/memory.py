@@ -23,5 +23,14 @@ def peak_memory(call: Callable[[], object]) -> int:
     return (_kilobytes("VmHWM") - before) * 1024
 
 
+def resident_memory() -> int:
+    """Bytes of the process that are in memory now, without what the allocator merely keeps; skips as above."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        return _kilobytes("VmRSS") * 1024
+    except (OSError, AttributeError):
+        pytest.skip("needs Linux's account of resident memory")
+
+
 def _kilobytes(key: str) -> int:
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))

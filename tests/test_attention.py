@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast.kernels.attention import WINDOW_BLOCK, attention, decode_attention, window_attention
+from mimo_fast.kernels.attention import WINDOW_BLOCK, attention, rotary_attention, window_attention
+from mimo_fast.kernels.rope import rope, rope_table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -95,45 +96,23 @@ def test_query_heads_share_key_value_heads_in_blocks():
     assert torch.equal(got[0, :, 0], v[0, [0, 0, 0, 1, 1, 1], 0])
 
 
-@pytest.mark.parametrize("garbage", [1e4, math.nan, math.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_attention_reads_each_rows_own_length(garbage, dtype):
-    generator = torch.Generator().manual_seed(0)
-    cache_k, cache_v = (torch.randn(5, 2, 40, 16, generator=generator).to(dtype) for _ in range(2))
-    slots, lengths = [3, 0, 4, 1], [1, 40, 17, 39]
-    for slot, length in zip(slots, lengths, strict=True):
-        cache_k[slot, :, length:], cache_v[slot, :, length:] = garbage, garbage
-    cache_k[2], cache_v[2] = garbage, garbage
-    q = torch.randn(4, 6, 1, 16, generator=generator).to(dtype)
-    got = decode_attention(q, cache_k, cache_v, slots, lengths)
-    assert got.shape == q.shape
-    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        keys, values = cache_k[slot, :, :length], cache_v[slot, :, :length]
-        want = oracle(q[row : row + 1], keys[None], values[None])
-        noise = float32_noise(q, keys[None], values[None]) + torch.finfo(dtype).eps * float(values.abs().max())
-        assert_rounded(got[row : row + 1], want, noise=noise)
-        alone = decode_attention(q[row : row + 1], cache_k, cache_v, [slot], [length])
-        assert torch.equal(alone[0], got[row]), "a row depends on its neighbours"
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("t", [1, 4, 20])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rotary_attention_turns_queries_and_keys(heads, kv_heads, t, causal):
+    generator = torch.Generator().manual_seed(t)
+    qkv = torch.randn(2, t, (heads + 2 * kv_heads) * 16, generator=generator)
+    table = rope_table(16, 640000.0, t + 3)
+    q, k, v = qkv.unflatten(-1, (-1, 16)).split((heads, kv_heads, kv_heads), dim=2)
+    q, k = (rope(x, table[:, :t]) for x in (q, k))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    want = oracle(q, k, v, causal_mask(t, t) if causal else None).transpose(1, 2).flatten(2)
+    assert_rounded(rotary_attention(qkv, table, heads, kv_heads, causal), want, noise=float32_noise(q, k, v))
 
 
-def test_decode_attention_on_repeated_slots():
-    q, k, v = random_qkv(4, 4, 1, 12, 8, n=2)
-    got = decode_attention(q, k, v, [1, 1], [5, 12])
-    assert_rounded(got[:1], oracle(q[:1], k[1:, :, :5], v[1:, :, :5]), noise=float32_noise(q, k, v))
-    assert_rounded(got[1:], oracle(q[1:], k[1:], v[1:]), noise=float32_noise(q, k, v))
-
-
-def test_slots_and_lengths_may_be_tensors():
-    q, k, v = random_qkv(4, 2, 1, 20, 16, n=3)
-    slots, lengths = [2, 0, 1], [20, 1, 7]
-    got = decode_attention(q, k, v, torch.tensor(slots), torch.tensor(lengths))
-    assert torch.equal(got, decode_attention(q, k, v, slots, lengths))
-
-
-def test_decode_attention_refuses_lists_that_do_not_match():
-    q, k, v = random_qkv(2, 2, 1, 4, 8, n=2)
-    with pytest.raises(ValueError, match="zip"):
-        decode_attention(q, k, v, [0, 1], [4])
+def test_rotary_attention_refuses_what_does_not_match():
+    with pytest.raises(ValueError, match="do not go together"):
+        rotary_attention(torch.zeros(1, 3, 64), rope_table(16, 10000.0, 2), 2, 1, causal=True)
 
 
 @pytest.mark.parametrize("t", [1, 2, WINDOW_BLOCK - 1, WINDOW_BLOCK, WINDOW_BLOCK + 1, 300, 700])

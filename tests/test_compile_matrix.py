@@ -30,4 +30,4 @@ def test_every_kernel_file_is_covered() -> None:
     modules = {case.kernel.__module__.rpartition(".")[2] for case in CASES}
     for op in ("attention", "norm", "patch_embed", "rope", "rvq", "sample_codes", "sample_text", "swiglu"):
         assert op in modules
-    assert {"window_attention", "qmatmul_kernels"} <= modules
+    assert {"decode_attention", "text_embed", "window_attention", "qmatmul_kernels"} <= modules

@@ -21,7 +21,7 @@ CONTRACT = {
     "packed codes": (0, "differ"),
     "dequantize": (1e-3, "of max"),
     "codec decoder": (-80, "dB noise"),
-    "codec stream": (-80, "dB noise"),
+    "codec stream": (0, "dB lost"),
     "prompts": (0, "differ"),
     "embeddings": (1e-3, "of max"),
     "text logits": (1e-3, "of max"),
@@ -115,8 +115,8 @@ TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
     ("codec:wav_decall.2", (1,), 0.02, {"codec decoder"}),
     ("codec:stream_codes", (0, 100), 1, {"codec decoder", "codec stream"}),
     ("codec:stream_oneshot", (174719,), 0.02, {"codec decoder"}),
-    ("codec:stream_wav.4", (100000,), 0.02, {"codec stream"}),
-    ("codec:stream_wav.25", (0,), 0.02, {"codec stream"}),
+    ("codec:stream_wav.4", (100000,), torch.nan, {"codec stream"}),
+    ("codec:stream_wav.25", (0,), torch.nan, {"codec stream"}),
     ("codec:stream_lens.4", (45,), 1, {"codec stream"}),
     ("codec:stream_lens.25", (0,), 960, {"codec stream"}),
     ("prompts:understand", (0, 0), 1, {"prompts"}),
@@ -141,6 +141,21 @@ def test_altered_truth_fails_its_stages(model, kit, readers, monkeypatch, tensor
     affected = [stage for stage, reads in readers.items() if tensor in reads]
     failing = {stage for stage in affected if not run_stage(model, golden, stage, monkeypatch).ok}
     assert failing == expected
+
+
+def test_a_stream_must_be_as_close_to_one_shot_as_upstreams(model, kit, monkeypatch):
+    """An upstream that lost 1 dB less would be ahead of ours; so is any ahead of a stream that does not look ahead."""
+    golden = Golden(kit)
+    oneshot = golden.tensors["codec:stream_oneshot"]
+    noise = golden.tensors["codec:stream_wav.25"] - oneshot
+    golden.tensors["codec:stream_wav.25"] = oneshot + noise * 10 ** (-1 / 20)
+    result = run_stage(model, golden, "codec stream", monkeypatch)
+    assert not result.ok
+    assert result.worst == "stream_wav.25"
+    assert 0 < result.error < 1
+    stream = model.codec.stream
+    monkeypatch.setattr(model.codec, "stream", lambda: stream(lookahead=0))
+    assert not run_stage(model, Golden(kit), "codec stream", monkeypatch).ok
 
 
 def test_a_tensor_of_every_kind_was_tampered_with(golden):

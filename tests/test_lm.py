@@ -12,6 +12,7 @@ from variants import Loaded, random_prompt
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_codes import code_steps
+from mimo_fast.runtime.state import NO_POSITION
 from mimo_fast.runtime.transformer import self_attend, transformer
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -78,7 +79,7 @@ def test_greedy_patches_equal_recomputation(loaded):
     lm = loaded.model.lm
     local = torch.randn(4, lm.config.patch_decoder.dim, generator=torch.Generator().manual_seed(0)) * 3
     state = lm.new_state([0] * 5, 1)
-    codes = lm.decode_patch(local, state, [4, 0, 2, 1], sampler_tensors([GREEDY] * 4))
+    codes = lm.decode_patch(local, state, torch.tensor([4, 0, 2, 1]), sampler_tensors([GREEDY] * 4))
     assert codes.shape == (4, lm.config.channels, lm.config.group_size)
     assert torch.equal(codes, torch.stack([recompute_patch(loaded, row) for row in local]))
     assert len(codes.flatten(1).unique(dim=0)) == 4, "the patches should depend on their input"
@@ -89,16 +90,16 @@ def test_sampled_patches_hold_no_empty_code(loaded):
     local = torch.randn(1, config.patch_decoder.dim, generator=torch.Generator().manual_seed(1)).expand(40, -1)
     state = lm.new_state(list(range(40)), 1)
     settings = sampler_tensors([MiMoSampler(True, 2.0)] * 40)
-    codes = lm.decode_patch(local, state, list(range(40)), settings)
+    codes = lm.decode_patch(local, state, torch.arange(40), settings)
     sizes, empty = (torch.tensor(values)[:, None] for values in (config.code_sizes, config.empty_codes))
     assert ((codes >= 0) & (codes < sizes) & (codes != empty)).all()
     for channel, size in enumerate(config.code_sizes):
         assert len(codes[:, channel].unique()) > min(size, 20) // 2, "hot sampling should reach most codes"
     # A patch is the same alone, and greedy sampling is sampling at temperature 0.
-    alone = lm.decode_patch(local[:1], state, [7], settings.select([7]))
+    alone = lm.decode_patch(local[:1], state, torch.tensor([7]), settings.select([7]))
     assert torch.equal(alone[0], codes[7])
-    cold = lm.decode_patch(local[:1], state, [0], sampler_tensors([MiMoSampler(True, 1e-4)]))
-    assert torch.equal(cold, lm.decode_patch(local[:1], state, [0], sampler_tensors([GREEDY])))
+    cold = lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([MiMoSampler(True, 1e-4)]))
+    assert torch.equal(cold, lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([GREEDY])))
 
 
 def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model):
@@ -107,10 +108,10 @@ def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model)
 
     def both(seeds: list[int], rows: list[int], drawn: list[int]) -> tuple[list[int], Tensor]:
         state = lm.new_state(seeds, 1)
-        state.hidden[:] = hidden[rows]
-        state.draws[:] = torch.tensor(drawn)
+        state.hidden[: len(rows)] = hidden[rows]
+        state.draws[: len(rows)] = torch.tensor(drawn)
         batch = sampler_tensors([sampler] * len(seeds))
-        slots = list(range(len(seeds)))
+        slots = torch.arange(len(seeds))
         return lm.sample_text(state, slots, batch).tolist(), lm.sample_patch(state, slots, batch)
 
     text, codes = both([11, 12, 13], [0, 1, 2], [0, 5, 9])
@@ -133,9 +134,8 @@ def test_no_two_draws_of_a_group_or_of_the_next_share_noise(loaded, monkeypatch)
         monkeypatch.setattr(f"mimo_fast.kernels.{op}.gumbel", recorded)
     state, settings = lm.new_state([5, 6], 1), sampler_tensors([MiMoSampler(True)] * 2)
     for _ in range(2):
-        lm.sample_text(state, [0, 1], settings)
-        lm.sample_patch(state, [0, 1], settings)
-        state.draws += 1
+        lm.sample_text(state, state.rows[:2], settings)
+        lm.sample_patch(state, state.rows[:2], settings)
     assert len(named) == 2 * 2 * (1 + lm.config.group_size)
     assert len(set(named)) == len(named)
 
@@ -163,12 +163,12 @@ def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
     torch.testing.assert_close(state.hidden[1], want[prefilled - 1], rtol=1e-3, atol=1e-4)
     for t in range(prefilled, 9):
         rows = [part[:, at * size : (at + 1) * size] for part, at in ((ids, t), (other, t - prefilled + 5))]
-        text = torch.stack([row[0, 0] for row in rows])
-        codes = torch.stack([row[1:] for row in rows])
-        lm.step(text, codes, state, [1, 0])
+        for slot, row in zip((1, 0), rows, strict=True):
+            lm.stage(state, slot, int(row[0, 0]), row[1:])
+        lm.step(state, torch.tensor([1, 0]))
         torch.testing.assert_close(state.hidden[1], want[t], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(state.hidden[0], wanted[t - prefilled + 5], rtol=1e-3, atol=1e-4)
-    assert state.cache.lengths == [5 + 9 - prefilled, 9]
+    assert state.lengths.tolist() == [5 + 9 - prefilled, 9, NO_POSITION]
 
 
 def test_text_logits_are_tied_or_not(loaded):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import assert_rounded
 
-from mimo_fast.kernels.qmatmul import Weight, matmul
+from mimo_fast.kernels.norm import RMSNorm, rms_norm_ref
+from mimo_fast.kernels.qmatmul import Weight, matmul, matmul_ref, qmatmul_bytes
+from mimo_fast.quantization import Format, quantize
 
 
 def product(rows: tuple[int, ...], k: int, blocks: list[int], biased: list[bool], dtype: torch.dtype):
@@ -32,6 +34,31 @@ def test_matmul(dtype, rows, k, blocks, biased):
     assert_rounded(got, want, noise=magnitude * k * 2.0**-24 + 1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 4, 65])
+@pytest.mark.parametrize("name", ["dense", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_norm_is_the_norm_and_then_the_product(dtype, m, name, swiglu):
+    generator = torch.Generator().manual_seed(m)
+    part, gain = (torch.randn(*shape, generator=generator) for shape in ((6, 128), (128,)))
+    weight = Weight.stack([part[:4].to(dtype), part[4:].to(dtype)]) if name == "dense" else (
+        quantize(part, Format.parse(name)))  # fmt: skip
+    x, residual = (torch.randn(m, n, generator=generator).to(dtype) for n in (128, 3 if swiglu else 6))
+    got = matmul(x, weight, norm=RMSNorm(gain.to(dtype), 0.1), residual=residual, swiglu=swiglu)
+    normed = rms_norm_ref(x, gain.to(dtype), 0.1)
+    assert torch.equal(got, matmul_ref(normed, weight, residual=residual, swiglu=swiglu))
+
+
+@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-4])
+def test_normed_product_against_float64(scale):
+    x, weight, *_ = product((5,), 127, [33, 4], [True, False], torch.float32)
+    x, gain = x * scale, torch.linspace(-2, 3, 127)
+    wide = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain.double()
+    dense, bias = torch.cat(weight.blocks).double(), torch.cat([weight.biases[0], torch.zeros(4)]).double()
+    got = matmul(x, weight, norm=RMSNorm(gain, 1e-6))
+    assert_rounded(got, wide @ dense.T + bias, noise=(wide.abs() @ dense.T.abs()) * 127 * 2.0**-24 + 1e-7)
+
+
 def test_blocks_are_rows_of_one_matrix():
     x, weight, *_ = product((4,), 64, [48, 16, 16], [True, True, True], torch.float32)
     joined = Weight.stack([torch.cat(weight.blocks)], [torch.cat(weight.biases)])
@@ -49,6 +76,9 @@ def test_bytes_that_one_product_reads():
         [torch.zeros(3, 5), torch.zeros(2, 5, dtype=torch.bfloat16)], [None, torch.zeros(2, dtype=torch.bfloat16)]
     )
     assert weight.nbytes == 3 * 5 * 4 + 2 * 5 * 2 + 2 * 2
+    # Two rows: x and y, then what the norm's weight and a residual add.
+    assert qmatmul_bytes(2, weight, 5, 2) == weight.nbytes + 2 * (5 + 5) * 2
+    assert qmatmul_bytes(2, weight, 5, 2, norm=True, residual=True) == weight.nbytes + (2 * (5 + 5 + 5) + 5) * 2
 
 
 def test_blocks_and_biases_that_do_not_match_are_refused():

@@ -15,19 +15,10 @@ from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio, MiMoStopper, PromptError, Session, generate
 from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.sampling import GREEDY
 
 GROUP = 4
 PATCH_MS = 160
 REPLY, NEXT = 24, 8
-
-
-@pytest.fixture
-def greedy(model: MimoAudio) -> MimoAudio:
-    """A model whose dialogues are greedy."""
-    greedy = copy.copy(model)
-    greedy.task_sampler_configs = {"spoken_dialogue": {"global": GREEDY, "local": GREEDY}}
-    return greedy
 
 
 def insistent(model: MimoAudio, token: int) -> MimoAudio:
@@ -137,7 +128,7 @@ class TestTurns:
         say(session, audio[1], 8)
         said = session.ids
         with pytest.raises(PromptError, match=r"the conversation has \d+ groups and the model's context is 90"):
-            session.stream(torch.zeros(24000 * 10))
+            session.stream(torch.zeros(24000 * 20))
         assert torch.equal(session.ids, said)
         say(session, torch.zeros(24000), 8)
         assert torch.equal(session.ids[:, : said.shape[1]], said)
@@ -149,7 +140,7 @@ class TestTurns:
         session = greedy.session()
         assert len(list(session.stream(audio[1]))) == 3
         with pytest.raises(PromptError, match="start a new one"):
-            session.stream(audio[1])
+            session.stream(torch.cat([torch.zeros(24000), torch.zeros(24000 * 20)]))
 
 
 class TestInterrupt:
@@ -257,6 +248,7 @@ def test_reset_keeps_the_voice_and_its_cache(greedy: MimoAudio, audio: list[Path
     opening = groups(session.ids)
     assert opening > 0
     say(fresh, audio[2], NEXT)
+    greedy.engine.prefixes.clear()
     say(session, audio[1])
     session.reset()
     assert groups(session.ids) == opening
@@ -281,9 +273,9 @@ class TestDraws:
     ) -> None:
         draws, sample_text = list[tuple[int, int]](), LM.sample_text
 
-        def recording(lm: LM, state: Any, *arguments: Any) -> Tensor:
-            draws.append((int(state.seeds[0]), int(state.draws[0])))
-            return sample_text(lm, state, *arguments)
+        def recording(lm: LM, state: Any, slots: Tensor, *arguments: Any) -> Tensor:
+            draws.append((int(state.seeds[slots]), int(state.draws[slots])))
+            return sample_text(lm, state, slots, *arguments)
 
         monkeypatch.setattr(LM, "sample_text", recording)
         session = model.session(seed=4)

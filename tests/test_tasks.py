@@ -191,9 +191,9 @@ class TestHistory:
         """Groups of every later prefill."""
         counts, prefill = list[int](), mimo_fast.LM.prefill
 
-        def counting(lm: mimo_fast.LM, ids: Tensor, state: Any, slot: int) -> None:
+        def counting(lm: mimo_fast.LM, ids: Tensor, *arguments: Any) -> None:
             counts.append(ids.shape[1] // GROUP)
-            prefill(lm, ids, state, slot)
+            prefill(lm, ids, *arguments)
 
         monkeypatch.setattr(mimo_fast.LM, "prefill", counting)
         return counts

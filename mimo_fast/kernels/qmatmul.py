@@ -1,14 +1,16 @@
-"""Matrix product with a stored weight, dense or quantized: y = x W^T + b, and what a layer does with it at once.
+"""Matrix product with a stored weight, dense or quantized: y = x W^T + b, and what a layer does around it at once.
 
     plain            y = x W^T + b
+    norm=n           y = (x / sqrt(mean(x^2) + eps) * n) W^T + b       in place of the plain product
     swiglu=True      y = silu(gate) * up       W has the rows of gate, then those of up
     residual=r       y = r + the above
 
-Shapes: x [..., K]; W [N, K]; b [N]; y and r [..., N], or [..., N / 2] with swiglu. Products are accumulated in float32.
+Shapes: x [..., K]; W [N, K]; b [N]; n [K]; y and r [..., N], or [..., N / 2] with swiglu. Products are accumulated in
+float32.
 
 A `Weight` is dense: row blocks, because upstream stores q/k/v and gate/up apart and a memory-mapped file must not be
 copied to join them. A `QuantizedWeight` is one joined matrix; `quantized_weight.py` has its layout. Bytes of a product:
-those of the weight, once, plus x and y.
+those of the weight, once, plus x, n, r and y.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import use_triton
+from .norm import RMSNorm
 from .qmatmul_cpu import quantized_product
-from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, quantized_matmul
+from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, fuses_norm, quantized_matmul
 from .quantized_weight import QuantizedWeight, nbytes
 from .swiglu import swiglu as swiglu_op
 
@@ -45,26 +48,32 @@ class Weight:
 
 
 def matmul(
-    x: Tensor, weight: Weight | QuantizedWeight, *, residual: Tensor | None = None, swiglu: bool = False
+    x: Tensor, weight: Weight | QuantizedWeight, *, norm: RMSNorm | None = None, residual: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
-    """x [..., K] -> [..., N], or [..., N / 2] with swiglu; residual has the shape of the result."""
+    """x [..., K], normed first by `norm` -> [..., N], or [..., N / 2] with swiglu; residual is shaped as the result."""
     if not use_triton(x):
-        return matmul_ref(x, weight, residual=residual, swiglu=swiglu)
+        return matmul_ref(x, weight, norm=norm, residual=residual, swiglu=swiglu)
     if isinstance(weight, QuantizedWeight):
         if fits_quantized(weight):
-            return quantized_matmul(x, weight, residual, swiglu)
+            if norm is not None and not fuses_norm(x):
+                x, norm = norm(x), None
+            return quantized_matmul(x, weight, norm, residual, swiglu)
     elif 0 < x.numel() <= GEMV_ROWS * x.shape[-1]:
         if len(weight.blocks) == 1:
-            return dense_gemv(x, weight.blocks[0], weight.biases[0], residual, swiglu)
+            return dense_gemv(x, weight.blocks[0], weight.biases[0], norm, residual, swiglu)
         pairs = zip(weight.blocks, weight.biases, strict=True)
-        return _epilogues(torch.cat([dense_gemv(x, *pair, None, False) for pair in pairs], dim=-1), residual, swiglu)
-    return matmul_ref(x, weight, residual=residual, swiglu=swiglu)
+        parts = [dense_gemv(x, *pair, norm, None, False) for pair in pairs]
+        return _epilogues(torch.cat(parts, dim=-1), residual, swiglu)
+    return matmul_ref(x, weight, norm=norm, residual=residual, swiglu=swiglu)
 
 
 def matmul_ref(
-    x: Tensor, weight: Weight | QuantizedWeight, *, residual: Tensor | None = None, swiglu: bool = False
+    x: Tensor, weight: Weight | QuantizedWeight, *, norm: RMSNorm | None = None, residual: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
-    """The product and then each epilogue, every one rounded to x.dtype."""
+    """The norm, the product and each epilogue one after the other, every one rounded to x.dtype."""
+    x = x if norm is None else norm(x)
     y = _dense_product(x, weight) if isinstance(weight, Weight) else quantized_product(x, weight)
     return _epilogues(y, residual, swiglu)
 
@@ -79,7 +88,11 @@ def _dense_product(x: Tensor, weight: Weight) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def qmatmul_bytes(rows: int, weight: Weight | QuantizedWeight, outputs: int, itemsize: int) -> int:
-    """Bytes that must move for M rows of x: the weight once, x in, y [M, outputs] out."""
+def qmatmul_bytes(
+    rows: int, weight: Weight | QuantizedWeight, outputs: int, itemsize: int, *, norm: bool = False,
+    residual: bool = False,
+) -> int:
+    """Bytes that must move for M rows of x: the weights once, x and the residual in, y [M, outputs] out."""
     columns = weight.blocks[0].shape[1] if isinstance(weight, Weight) else weight.shape[1]
-    return weight.nbytes + rows * (columns + outputs) * itemsize
+    activations = rows * (columns + (2 if residual else 1) * outputs) + (columns if norm else 0)
+    return weight.nbytes + activations * itemsize

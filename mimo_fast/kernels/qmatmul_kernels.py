@@ -10,6 +10,12 @@ a fixed order, so there are neither atomics nor a second pass.
 dot: M from 5 on tensor cores, prefill included. A tile of the weight is unpacked plane by plane, scaled, rounded to the
 dtype of x, and multiplied with the columns of x that belong to the plane.
 
+With NORM, x is multiplied by the norm's weight as it is read, and its squares are summed in the same walk: a program
+reads all of x anyway, so the norm costs no launch and no pass of its own. RMSNorm scales a whole row by one number, so
+that number is applied to the finished sum, before the bias; it is not known sooner. gemv rounds nothing in between; dot
+rounds x times the norm's weight to the dtype of x, as tensor cores take it: relative error is that of a normed x, but
+range is not, so float16 is normed before.
+
 With SWIGLU, a program's rows alternate between gate and up, so that both halves of a result meet in it.
 """
 
@@ -19,19 +25,30 @@ from .dispatch import jit, tl
 
 
 @jit
+def row_scale(b_squares, K, eps):
+    """What RMSNorm multiplies a row by, from partial sums of its squares along the last axis."""
+    return tl.rsqrt(tl.sum(b_squares, axis=-1) / K + eps)
+
+
+@jit
 def finish(
-    b_y, bias_ptr, residual_ptr, y_ptr, o_row, m_row, o_out, m_out,
+    b_y, bias_ptr, residual_ptr, y_ptr, o_row, m_row, m: tl.constexpr, N,
     BLOCK_N: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
 ):  # fmt: skip
-    """Epilogues and store of one row of the result: b_y [BLOCK_N]."""
+    """Epilogues and store of row m of the result: b_y [BLOCK_N]."""
+    HALVED: tl.constexpr = 2 if SWIGLU else 1
+    BLOCK_OUT: tl.constexpr = BLOCK_N // HALVED
+    o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    m_out = o_out < N // HALVED
+    o_y = m * (N // HALVED) + o_out
     if BIAS:
         b_y += tl.load(bias_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
     if SWIGLU:
-        b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_N // 2, 2)))
+        b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_OUT, 2)))
         b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
     if RESIDUAL:
-        b_y += tl.load(residual_ptr + o_out, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(y_ptr + o_out, b_y.to(y_ptr.dtype.element_ty), mask=m_out)
+        b_y += tl.load(residual_ptr + o_y, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_out)
 
 
 @jit
@@ -54,10 +71,16 @@ def plane_values(b_words, levels_ptr, p: tl.constexpr, BITS: tl.constexpr, LEVEL
 
 
 @jit
+def put(values, i: tl.constexpr, value):
+    """The tuple with another value at i: one accumulator a row of x, which only unrolled loops can index."""
+    return values[:i] + (value,) + values[i + 1 :]  # noqa: RUF005 (Triton has no stars)
+
+
+@jit
 def quantized_gemv_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, N, K_WORDS,
-    M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
-    LEVELS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
+    x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, N, K_WORDS,
+    eps, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    LEVELS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 32 // BITS
@@ -65,8 +88,8 @@ def quantized_gemv_kernel(
     BLOCKS: tl.constexpr = BLOCK_W // WIDTH
     o_row = weight_rows(tl.program_id(0), N, BLOCK_N, SWIGLU)
     m_row = o_row < N
-    b_acc0 = tl.zeros((BLOCK_N, BLOCKS), tl.float32)
-    b_acc1, b_acc2, b_acc3 = b_acc0, b_acc0, b_acc0
+    b_accs = (tl.zeros((BLOCK_N, BLOCKS), tl.float32),) * M
+    b_squares = (tl.zeros((BLOCK_W,), tl.float32),) * M
     for start in range(0, K_WORDS, BLOCK_W):
         o_w = start + tl.arange(0, BLOCK_W)
         m_w = o_w < K_WORDS
@@ -75,7 +98,6 @@ def quantized_gemv_kernel(
             words_ptr + o_words, mask=m_row[:, None] & m_w[None, :], other=0, eviction_policy="evict_first"
         )
         o_block = start // WIDTH + tl.arange(0, BLOCKS)
-        o_k = o_w // WIDTH * BLOCK + o_w % WIDTH
         m_group = m_row[:, None] & (o_block < K_WORDS // WIDTH)[None, :]
         o_group = o_row[:, None].to(tl.int64) * (K_WORDS // WIDTH) + o_block[None, :]
         b_scale, b_zero = 1.0, 0.0
@@ -83,83 +105,76 @@ def quantized_gemv_kernel(
             b_scale = tl.load(scales_ptr + o_group, mask=m_group, other=0.0).to(tl.float32)
         if ZEROS:
             b_zero = tl.load(zeros_ptr + o_group, mask=m_group, other=0.0).to(tl.float32)
-        for m in tl.static_range(M):
-            b_dot = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
-            b_sum = tl.zeros((BLOCK_W,), tl.float32)
-            for p in tl.static_range(PLANES):
-                b_x = tl.load(x_ptr + m * stride_xm + o_k + p * WIDTH, mask=m_w, other=0.0).to(tl.float32)
-                b_sum += b_x
+        b_dots = (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),) * M
+        b_sums = (tl.zeros((BLOCK_W,), tl.float32),) * M
+        for p in tl.static_range(PLANES):
+            o_k = o_w // WIDTH * BLOCK + o_w % WIDTH + p * WIDTH
+            b_q = plane_values(b_words, levels_ptr, p, BITS, LEVELS)
+            if NORM:
+                b_norm = tl.load(norm_ptr + o_k, mask=m_w, other=0.0).to(tl.float32)
+            for m in tl.static_range(M):
+                b_x = tl.load(x_ptr + m * stride_xm + o_k, mask=m_w, other=0.0).to(tl.float32)
+                if NORM:
+                    b_squares = put(b_squares, m, b_squares[m] + b_x * b_x)
+                    b_x *= b_norm
+                if ZEROS:
+                    b_sums = put(b_sums, m, b_sums[m] + b_x)
                 if not LEVELS:
                     b_x *= 1.0 / (1 << (BITS * (p % (16 // BITS))))
-                b_dot += plane_values(b_words, levels_ptr, p, BITS, LEVELS) * b_x[None, :]
-            b_part = tl.sum(tl.reshape(b_dot, (BLOCK_N, BLOCKS, WIDTH)), axis=2)
+                b_dots = put(b_dots, m, b_dots[m] + b_q * b_x[None, :])
+        for m in tl.static_range(M):
+            b_part = tl.sum(tl.reshape(b_dots[m], (BLOCK_N, BLOCKS, WIDTH)), axis=2)
             if ZEROS:
-                b_part -= b_zero * tl.sum(tl.reshape(b_sum, (BLOCKS, WIDTH)), axis=1)[None, :]
-            b_part *= b_scale
-            if m == 0:
-                b_acc0 += b_part
-            if m == 1:
-                b_acc1 += b_part
-            if m == 2:
-                b_acc2 += b_part
-            if m == 3:
-                b_acc3 += b_part
-    HALVED: tl.constexpr = 2 if SWIGLU else 1
-    BLOCK_OUT: tl.constexpr = BLOCK_N // HALVED
-    o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+                b_part -= b_zero * tl.sum(tl.reshape(b_sums[m], (BLOCKS, WIDTH)), axis=1)[None, :]
+            b_accs = put(b_accs, m, b_accs[m] + b_part * b_scale)
+    b_scale = 1.0
+    if not GROUPED:
+        b_scale = tl.load(scales_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
     for m in tl.static_range(M):
-        b_acc = b_acc0 if m == 0 else b_acc1 if m == 1 else b_acc2 if m == 2 else b_acc3
-        b_y = tl.sum(b_acc, axis=1)
-        if not GROUPED:
-            b_y *= tl.load(scales_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
-        o_y = m * (N // HALVED) + o_out
-        finish(b_y, bias_ptr, residual_ptr, y_ptr, o_row, m_row, o_y, o_out < N // HALVED, BLOCK_N, BIAS, RESIDUAL,
-               SWIGLU)  # fmt: skip
+        b_y = tl.sum(b_accs[m], axis=1) * b_scale
+        if NORM:
+            b_y *= row_scale(b_squares[m], K_WORDS * PLANES, eps)
+        finish(b_y, bias_ptr, residual_ptr, y_ptr, o_row, m_row, m, N, BLOCK_N, BIAS, RESIDUAL, SWIGLU)
 
 
 @jit
 def dense_gemv_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, stride_wn, N, K,
-    M: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
+    x_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, stride_wn, N, K, eps,
+    M: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     VECTOR: tl.constexpr = 8
+    PARTS: tl.constexpr = BLOCK_K // VECTOR
     o_row = weight_rows(tl.program_id(0), N, BLOCK_N, SWIGLU)
     m_row = o_row < N
-    b_acc0 = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32)
-    b_acc1, b_acc2, b_acc3 = b_acc0, b_acc0, b_acc0
+    b_accs = (tl.zeros((BLOCK_N, PARTS), tl.float32),) * M
+    b_squares = (tl.zeros((PARTS,), tl.float32),) * M
     for start in range(0, K, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
         m_k = o_k < K
         o_w = o_row[:, None].to(tl.int64) * stride_wn + o_k[None, :]
         b_w = tl.load(w_ptr + o_w, mask=m_row[:, None] & m_k[None, :], other=0.0, eviction_policy="evict_first")
+        if NORM:
+            b_norm = tl.load(norm_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
         for m in tl.static_range(M):
             b_x = tl.load(x_ptr + m * stride_xm + o_k, mask=m_k, other=0.0).to(tl.float32)
+            if NORM:
+                b_squares = put(b_squares, m, b_squares[m] + tl.sum(tl.reshape(b_x * b_x, (PARTS, VECTOR)), axis=1))
+                b_x *= b_norm
             b_dot = b_w.to(tl.float32) * b_x[None, :]
-            b_part = tl.sum(tl.reshape(b_dot, (BLOCK_N, BLOCK_K // VECTOR, VECTOR)), axis=2)
-            if m == 0:
-                b_acc0 += b_part
-            if m == 1:
-                b_acc1 += b_part
-            if m == 2:
-                b_acc2 += b_part
-            if m == 3:
-                b_acc3 += b_part
-    HALVED: tl.constexpr = 2 if SWIGLU else 1
-    BLOCK_OUT: tl.constexpr = BLOCK_N // HALVED
-    o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            b_accs = put(b_accs, m, b_accs[m] + tl.sum(tl.reshape(b_dot, (BLOCK_N, PARTS, VECTOR)), axis=2))
     for m in tl.static_range(M):
-        b_acc = b_acc0 if m == 0 else b_acc1 if m == 1 else b_acc2 if m == 2 else b_acc3
-        o_y = m * (N // HALVED) + o_out
-        finish(tl.sum(b_acc, axis=1), bias_ptr, residual_ptr, y_ptr, o_row, m_row, o_y, o_out < N // HALVED, BLOCK_N,
-               BIAS, RESIDUAL, SWIGLU)  # fmt: skip
+        b_y = tl.sum(b_accs[m], axis=1)
+        if NORM:
+            b_y *= row_scale(b_squares[m], K, eps)
+        finish(b_y, bias_ptr, residual_ptr, y_ptr, o_row, m_row, m, N, BLOCK_N, BIAS, RESIDUAL, SWIGLU)
 
 
 @jit
 def quantized_dot_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, M, N, K_WORDS,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr, LEVELS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
+    x_ptr, norm_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, bias_ptr, residual_ptr, y_ptr, stride_xm, M, N,
+    K_WORDS, eps, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, ZEROS: tl.constexpr,
+    LEVELS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 32 // BITS
@@ -169,6 +184,7 @@ def quantized_dot_kernel(
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_squares = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     for start in range(0, K_WORDS, BLOCK_W):
         o_w = start + tl.arange(0, BLOCK_W)
         m_w = o_w < K_WORDS
@@ -181,9 +197,15 @@ def quantized_dot_kernel(
             b_scale = tl.load(scales_ptr + o_group, mask=m_words, other=0.0).to(tl.float32)
         if ZEROS:
             b_zero = tl.load(zeros_ptr + o_group, mask=m_words, other=0.0).to(tl.float32)
-        o_x = o_m[:, None].to(tl.int64) * stride_xm + (o_w // WIDTH * BLOCK + o_w % WIDTH)[None, :]
         for p in tl.static_range(PLANES):
-            b_x = tl.load(x_ptr + o_x + p * WIDTH, mask=m_m[:, None] & m_w[None, :], other=0.0)
+            o_k = o_w // WIDTH * BLOCK + o_w % WIDTH + p * WIDTH
+            o_x = o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :]
+            b_x = tl.load(x_ptr + o_x, mask=m_m[:, None] & m_w[None, :], other=0.0)
+            if NORM:
+                b_wide = b_x.to(tl.float32)
+                b_squares += b_wide * b_wide
+                b_norm = tl.load(norm_ptr + o_k, mask=m_w, other=0.0).to(tl.float32)
+                b_x = (b_wide * b_norm[None, :]).to(b_x.dtype)
             b_q = plane_values(b_words, levels_ptr, p, BITS, LEVELS)
             if not LEVELS:
                 b_q *= 1.0 / (1 << (BITS * (p % (16 // BITS))))
@@ -191,6 +213,8 @@ def quantized_dot_kernel(
             b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
     if not GROUPED:
         b_acc *= tl.load(scales_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)[None, :]
+    if NORM:
+        b_acc *= row_scale(b_squares, K_WORDS * PLANES, eps)[:, None]
     if BIAS:
         b_acc += tl.load(bias_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)[None, :]
     HALVED: tl.constexpr = 2 if SWIGLU else 1

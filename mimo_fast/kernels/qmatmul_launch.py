@@ -1,21 +1,23 @@
 """Which kernel of `qmatmul` runs, with which tiles; and the cases to compile.
 
-| M       | quantized                    | dense                        |
-|---------|------------------------------|------------------------------|
-| 1 ... 4 | gemv                         | gemv, of 16-bit types        |
-| 5 ...   | dot, tiles by M              | torch's product and epilogue |
+| M        | quantized                        | dense                                  |
+|----------|----------------------------------|----------------------------------------|
+| 1 ... 4  | gemv, norm inside                | gemv a row block, norm inside          |
+| 5 ... 64 | dot, norm inside but for float16 | rms_norm, torch's product and epilogue |
+| 65 ...   | rms_norm, dot                    | rms_norm, torch's product and epilogue |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import Case, next_power_of_2
+from .norm import RMSNorm
 from .qmatmul_kernels import dense_gemv_kernel, quantized_dot_kernel, quantized_gemv_kernel
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ GEMV_WARPS = 4
 SMALL_N = 3072
 """Up to here a program takes 4 rows of the weight instead of 8, so that there are programs for every SM."""
 
-DOT_TILES = ((16, 32, 64, 4), (64, 64, 32, 8))
-"""(BLOCK_M, BLOCK_N, BLOCK_W, warps) for M up to 16 and above. Larger tiles spill on sm_80 or overflow sm_90."""
+NORMED_ROWS = 64
+"""Rows up to which a quantized product norms what it reads: they are one tile, so a program reads all of x anyway."""
+
+DOT_TILES = ((16, (16, 32, 64, 4)), (NORMED_ROWS, (64, 32, 32, 8)), (math.inf, (64, 64, 32, 8)))
+"""(largest M, (BLOCK_M, BLOCK_N, BLOCK_W, warps)). Larger tiles spill on sm_80, or on sm_120 with a norm inside."""
 
 
 def fits_quantized(weight: QuantizedWeight) -> bool:
@@ -36,27 +41,38 @@ def fits_quantized(weight: QuantizedWeight) -> bool:
     return weight.group in GROUPS or (weight.group == weight.shape[1] and weight.zeros is None)
 
 
+def fuses_norm(x: Tensor) -> bool:
+    """Whether the kernels of quantized weights norm x as they read it.
+
+    The dot kernel rounds x times the norm's weight to x.dtype before it knows the row's scale: float16 has no range for
+    that.
+    """
+    rows = GEMV_ROWS if x.dtype == torch.float16 else NORMED_ROWS
+    return x.numel() <= rows * x.shape[-1]
+
+
 def quantized_matmul(
-    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool, out: Tensor | None = None
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """x [..., K], of at most NORMED_ROWS rows if there is a norm."""
     rows, columns = weight.shape
-    flat, y, residual = _prepare(x, rows, columns, residual, swiglu, out)
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, out)
     if not y.numel():
         return y
     block, bits = math.gcd(128, weight.group), weight.bits
     shared: dict[str, Any] = {
-        "x_ptr": flat, "words_ptr": weight.words, "scales_ptr": weight.scales,
-        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
+        "x_ptr": flat, "norm_ptr": flat if norm is None else norm.weight, "words_ptr": weight.words,
+        "scales_ptr": weight.scales, "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
         "levels_ptr": weight.scales if weight.levels is None else weight.levels,
         "bias_ptr": weight.scales if weight.bias is None else weight.bias,
         "residual_ptr": y if residual is None else residual, "y_ptr": y, "stride_xm": flat.stride(0), "N": rows,
-        "K_WORDS": weight.words.shape[1], "BITS": bits, "BLOCK": block, "GROUPED": weight.group in GROUPS,
-        "ZEROS": weight.zeros is not None,
-        "LEVELS": weight.levels is not None, "BIAS": weight.bias is not None, "RESIDUAL": residual is not None,
-        "SWIGLU": swiglu,
+        "K_WORDS": weight.words.shape[1], "eps": 0.0 if norm is None else norm.eps, "BITS": bits, "BLOCK": block,
+        "GROUPED": weight.group in GROUPS, "ZEROS": weight.zeros is not None, "LEVELS": weight.levels is not None,
+        "NORM": norm is not None, "BIAS": weight.bias is not None, "RESIDUAL": residual is not None, "SWIGLU": swiglu,
     }  # fmt: skip
     if len(flat) <= GEMV_ROWS:
-        block_n = gemv_block_n(len(flat), rows)
+        block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
         quantized_gemv_kernel[(-(-rows // block_n),)](
             **shared, M=len(flat), BLOCK_N=block_n, BLOCK_W=gemv_block_w(weight.words.shape[1], bits, block),
             num_warps=GEMV_WARPS,
@@ -70,27 +86,31 @@ def quantized_matmul(
     return y
 
 
-def dense_gemv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, swiglu: bool) -> Tensor:
+def dense_gemv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
+) -> Tensor:
     """x [..., K] of at most GEMV_ROWS rows, weight [N, K] with contiguous rows."""
     rows, columns = weight.shape
-    flat, y, residual = _prepare(x, rows, columns, residual, swiglu, None)
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, None)
     block_n = gemv_block_n(len(flat), rows)
     dense_gemv_kernel[(-(-rows // block_n),)](
-        x_ptr=flat, w_ptr=weight, bias_ptr=weight if bias is None else bias,
-        residual_ptr=y if residual is None else residual, y_ptr=y, stride_xm=flat.stride(0),
-        stride_wn=weight.stride(0), N=rows, K=columns, M=len(flat), BIAS=bias is not None,
-        RESIDUAL=residual is not None, SWIGLU=swiglu, BLOCK_N=block_n,
-        BLOCK_K=min(1024, max(8, next_power_of_2(columns))), num_warps=GEMV_WARPS,
+        x_ptr=flat, norm_ptr=flat if norm is None else norm.weight, w_ptr=weight,
+        bias_ptr=weight if bias is None else bias, residual_ptr=y if residual is None else residual, y_ptr=y,
+        stride_xm=flat.stride(0), stride_wn=weight.stride(0), N=rows, K=columns, eps=0.0 if norm is None else norm.eps,
+        M=len(flat), NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, SWIGLU=swiglu,
+        BLOCK_N=block_n, BLOCK_K=min(1024, max(8, next_power_of_2(columns))), num_warps=GEMV_WARPS,
     )
     return y
 
 
 def _prepare(
-    x: Tensor, rows: int, columns: int, residual: Tensor | None, swiglu: bool, out: Tensor | None
+    x: Tensor, rows: int, columns: int, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
     if x.shape[-1] != columns:
         raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
+    if norm is not None and norm.weight.shape != (columns,):
+        raise ValueError(f"the norm's weight is {list(norm.weight.shape)}, not {[columns]}")
     if swiglu and rows % 2:
         raise ValueError(f"a weight of {rows} rows does not hold a gate and as many values")
     shape = (*x.shape[:-1], rows // 2 if swiglu else rows)
@@ -102,9 +122,11 @@ def _prepare(
     return flat, y, None if residual is None else residual.contiguous()
 
 
-def gemv_block_n(m: int, rows: int) -> int:
-    # Sums of every row of x with every row of the weight are in registers.
-    return 8 if m == 1 and rows > SMALL_N else 4
+def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:
+    # Sums of every row of x with every row of the weight are in registers; a table's levels take most (spills, sm_120).
+    if m == 1:
+        return 8 if rows > SMALL_N else 4
+    return 2 if levels and m > 2 else 4
 
 
 def gemv_block_w(words: int, bits: int, block: int) -> int:
@@ -113,7 +135,7 @@ def gemv_block_w(words: int, bits: int, block: int) -> int:
 
 
 def dot_tiles(m: int) -> tuple[int, int, int, int]:
-    return DOT_TILES[0 if m <= 16 else 1]
+    return next(tiles for limit, tiles in DOT_TILES if m <= limit)
 
 
 def dot_stages(levels: bool) -> int:
@@ -122,37 +144,45 @@ def dot_stages(levels: bool) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every tile configuration at the published dimensions, in each format, with the epilogues that it meets there."""
-    pointers = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*bf16", "zeros_ptr": "*fp16",
-                "levels_ptr": "*fp32", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16",
-                "stride_xm": "i32", "N": "i32", "K_WORDS": "i32"}  # fmt: skip
+    """Every tile configuration at the published dimensions, in each format, as the layers call it."""
+    signature = {f"{name}_ptr": "*bf16" for name in ("x", "norm", "bias", "residual", "y")}
+    signature |= {"stride_xm": "i32", "N": "i32", "eps": "fp32"}
+    packed = {"words_ptr": "*i32", "scales_ptr": "*bf16", "zeros_ptr": "*fp16", "levels_ptr": "*fp32", "K_WORDS": "i32"}
     formats: dict[str, dict[str, Any]] = {
         "int4": {"BITS": 4, "BLOCK": 128, "GROUPED": True, "ZEROS": True, "LEVELS": False},
         "int8": {"BITS": 8, "BLOCK": 128, "GROUPED": False, "ZEROS": False, "LEVELS": False},
         "int8-g128": {"BITS": 8, "BLOCK": 128, "GROUPED": True, "ZEROS": False, "LEVELS": False},
         "nf4": {"BITS": 4, "BLOCK": 64, "GROUPED": True, "ZEROS": False, "LEVELS": True},
     }
-    plain = {"BIAS": True, "RESIDUAL": False, "SWIGLU": False}
     for name, form in formats.items():
-        signature = pointers | ({"scales_ptr": "*fp32"} if name == "nf4" else {})
-        for m, rows, k, epilogue in (
-            (1, 6144, 4096, plain), (1, 22016, 4096, {"BIAS": False, "RESIDUAL": False, "SWIGLU": True}),
-            (4, 4096, 11008, {"BIAS": False, "RESIDUAL": True, "SWIGLU": False}), (1, 3072, 1024, plain),
+        own = signature | packed | ({"scales_ptr": "*fp32"} if name == "nf4" else {})
+        for m, rows, k, *around in (
+            (1, 6144, 4096, "NORM", "BIAS"), (1, 22016, 4096, "NORM", "SWIGLU"), (1, 3072, 1024, "NORM", "BIAS"),
+            (1, 151680, 4096), (4, 22016, 4096, "NORM", "SWIGLU"), (4, 4096, 11008, "RESIDUAL"),
         ):  # fmt: skip
-            words = k * form["BITS"] // 32
-            block_w = gemv_block_w(words, form["BITS"], form["BLOCK"])
-            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_W": block_w}
-            yield Case(f"{name} gemv M={m} {rows}x{k}", quantized_gemv_kernel, signature, {**form, **epilogue, **tiles},
-                       GEMV_WARPS, wide_loads=True)
-        for m in (5, 17, 1024):
+            block_w = gemv_block_w(k * form["BITS"] // 32, form["BITS"], form["BLOCK"])
+            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows, form["LEVELS"]), "BLOCK_W": block_w}
+            yield Case(f"{name} gemv M={m} {rows}x{k}{_named(around)}", quantized_gemv_kernel, own,
+                       {**form, **_flags(around), **tiles}, GEMV_WARPS, wide_loads=True)
+        for m, *around in (
+            (5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL"), (1024, "SWIGLU")
+        ):  # fmt: skip
             block_m, block_n, block_w, warps = dot_tiles(m)
             tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w}
-            epilogue = {"BIAS": m == 5, "RESIDUAL": m == 17, "SWIGLU": m == 1024}
-            yield Case(f"{name} dot M={m}", quantized_dot_kernel, signature | {"M": "i32"},
-                       {**form, **epilogue, **tiles}, warps, dot_stages(form["LEVELS"]), unaligned=("M",))
-    dense = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16",
-             "stride_xm": "i32", "stride_wn": "i32", "N": "i32", "K": "i32"}
-    for m, rows in ((1, 3072), (1, 6144), (4, 6144)):
+            yield Case(f"{name} dot M={m}{_named(around)}", quantized_dot_kernel, own | {"M": "i32"},
+                       {**form, **_flags(around), **tiles}, warps, dot_stages(form["LEVELS"]), unaligned=("M",))
+    dense = signature | {"w_ptr": "*bf16", "stride_wn": "i32", "K": "i32"}
+    for m, rows, *around in (
+        (1, 3072, "NORM", "BIAS"), (1, 6144, "NORM", "BIAS"), (4, 6144, "NORM", "BIAS"), (4, 4096, "RESIDUAL")
+    ):  # fmt: skip
         tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_K": 1024}
-        name = f"bf16 gemv M={m} N={rows}"
-        yield Case(name, dense_gemv_kernel, dense, {**plain, **tiles}, GEMV_WARPS, wide_loads=True)
+        yield Case(f"bf16 gemv M={m} N={rows}{_named(around)}", dense_gemv_kernel, dense, {**_flags(around), **tiles},
+                   GEMV_WARPS, wide_loads=True)  # fmt: skip
+
+
+def _flags(around: Sequence[str]) -> dict[str, bool]:
+    return {name: name in around for name in ("NORM", "BIAS", "RESIDUAL", "SWIGLU")}
+
+
+def _named(around: Sequence[str]) -> str:
+    return "".join(f" +{name.lower()}" for name in around)

@@ -88,6 +88,11 @@ class QuantizedWeight:
         """Bytes that one product must read."""
         return nbytes(self.words, self.scales, self.zeros, self.bias)
 
+    def take(self, rows: Tensor) -> QuantizedWeight:
+        """The rows of these indices [R], as for an embedding; not of a weight in torch's form."""
+        zeros, bias = (None if t is None else t[rows] for t in (self.zeros, self.bias))
+        return replace(self, words=self.words[rows], scales=self.scales[rows], zeros=zeros, bias=bias)
+
     @property
     def _form(self) -> tuple[object, ...]:
         return (

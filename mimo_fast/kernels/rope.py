@@ -8,7 +8,7 @@ y is rounded once, to x's dtype.
     rope:         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its positions -> y
     rope_append:  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds positions
                   starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are rotated there, k and v written
-                  to k_cache and v_cache [B, Hkv, S, Dh] (any strides but the last), q returned as [R, H, T, Dh].
+                  to the cache (`kv_cache.py`, which quantizes them or not), q returned as [R, H, T, Dh].
 
 slots and starts are read on the device, so that a captured graph may be replayed at the next position. Nothing is
 written for a position that the cache or the table does not have: a replay too many must not reach the next slot.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from .kv_cache import APPEND_UNALIGNED, LayerKV, append_signature, scale_of, to_levels
 
 WARPS = 2
 
@@ -44,22 +45,37 @@ def rope_ref(x: Tensor, table: Tensor) -> Tensor:
 
 
 def rope_append_ref(
-    qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, starts: Tensor, heads: int
+    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
 ) -> Tensor:
-    new, kv_heads = qkv.shape[1], k_cache.shape[1]
-    q, k, v = qkv.unflatten(-1, (-1, k_cache.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
+    new, kv_heads = qkv.shape[1], cache.k.shape[1]
+    q, k, v = qkv.unflatten(-1, (-1, cache.k.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
     turned = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
         angles = table[:, start : start + new]
         turned[row] = rope_ref(q[row], angles).transpose(0, 1)
-        k_cache[slot, :, start : start + new] = rope_ref(k[row], angles).transpose(0, 1)
-        v_cache[slot, :, start : start + new] = v[row].transpose(0, 1)
+        cache.append(slot, start, rope_ref(k[row].float(), angles).transpose(0, 1), v[row].transpose(0, 1))
     return turned
 
 
 @jit
 def turn(b_first, b_second, b_cos, b_sin):
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
+
+
+@jit
+def load_angles(cos_ptr, sin_ptr, o_position, o_d, m_angle, HALF: tl.constexpr):
+    """cos and sin for each of the Dh values of a head."""
+    o_angle = o_position * HALF + o_d % HALF
+    return tl.load(cos_ptr + o_angle, mask=m_angle, other=0.0), tl.load(sin_ptr + o_angle, mask=m_angle, other=0.0)
+
+
+@jit
+def load_turned(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
+    """Whole heads at o_x, rotated, in float32: the other half is read again, from L1. All broadcast to o_x + o_d."""
+    b_x = tl.load(x_ptr + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
+    o_other = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
+    b_other = tl.load(x_ptr + o_x + o_other, mask=m_x, other=0.0).to(tl.float32)
+    return b_x * b_cos + tl.where(o_d < HALF, -b_other, b_other) * b_sin
 
 
 @jit
@@ -89,15 +105,15 @@ def rope_kernel(
 
 @jit
 def rope_append_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr,
-    stride_xr, stride_xt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, T, P, S,
-    H, HKV, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, slots_ptr, starts_ptr,
+    stride_xr, stride_xt, stride_cb, stride_ch, stride_cs, stride_sb, stride_sh, LIMIT, T, H, HKV,
+    HALF: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_r, i_t = i_row // T, i_row % T
     i_slot = tl.load(slots_ptr + i_r).to(tl.int64)
     i_position = tl.load(starts_ptr + i_r).to(tl.int64) + i_t
-    b_half = tl.where((i_position >= 0) & (i_position < tl.minimum(P, S)), HALF, 0)
+    b_half = tl.where((i_position >= 0) & (i_position < LIMIT), HALF, 0)
     o_half = tl.arange(0, BLOCK_HALF)[None, :]
     o_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     m_half = o_half < b_half
@@ -109,19 +125,27 @@ def rope_append_kernel(
     b_first = tl.load(qkv_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_second = tl.load(qkv_ptr + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_turned_first, b_turned_second = turn(b_first, b_second, b_cos, b_sin)
+    b_first = tl.where(o_h < H + HKV, b_turned_first, b_first)
+    b_second = tl.where(o_h < H + HKV, b_turned_second, b_second)
 
     m_q = m_x & (o_h < H)
     o_q = (i_r * H + o_h) * T * 2 * HALF + i_t * 2 * HALF + o_half
-    tl.store(q_ptr + o_q, b_turned_first.to(q_ptr.dtype.element_ty), mask=m_q)
-    tl.store(q_ptr + HALF + o_q, b_turned_second.to(q_ptr.dtype.element_ty), mask=m_q)
-    m_k = m_x & (o_h >= H) & (o_h < H + HKV)
-    o_k = i_slot * stride_kb + (o_h - H) * stride_kh + i_position * stride_ks + o_half
-    tl.store(k_ptr + o_k, b_turned_first.to(k_ptr.dtype.element_ty), mask=m_k)
-    tl.store(k_ptr + HALF + o_k, b_turned_second.to(k_ptr.dtype.element_ty), mask=m_k)
-    m_v = m_x & (o_h >= H + HKV)
-    o_v = i_slot * stride_vb + (o_h - H - HKV) * stride_vh + i_position * stride_vs + o_half
-    tl.store(v_ptr + o_v, b_first.to(v_ptr.dtype.element_ty), mask=m_v)
-    tl.store(v_ptr + HALF + o_v, b_second.to(v_ptr.dtype.element_ty), mask=m_v)
+    tl.store(q_ptr + o_q, b_first.to(q_ptr.dtype.element_ty), mask=m_q)
+    tl.store(q_ptr + HALF + o_q, b_second.to(q_ptr.dtype.element_ty), mask=m_q)
+    m_k, m_v = (o_h >= H) & (o_h < H + HKV), (o_h >= H + HKV) & (o_h < H + 2 * HKV)
+    o_kv = tl.where(m_k, o_h - H, o_h - H - HKV)
+    if QUANTIZED:
+        b_scale = scale_of(tl.max(tl.maximum(tl.abs(b_first), tl.abs(b_second)), axis=1)[:, None])
+        b_first, b_second = to_levels(b_first, b_scale), to_levels(b_second, b_scale)
+        o_scale = i_slot * stride_sb + o_kv * stride_sh + i_position
+        m_scale = o_h < tl.where(b_half > 0, H + 2 * HKV, 0)
+        tl.store(k_scales_ptr + o_scale, b_scale, mask=m_k & m_scale)
+        tl.store(v_scales_ptr + o_scale, b_scale, mask=m_v & m_scale)
+    o_cache = i_slot * stride_cb + o_kv * stride_ch + i_position * stride_cs + o_half
+    tl.store(k_ptr + o_cache, b_first.to(k_ptr.dtype.element_ty), mask=m_half & m_k)
+    tl.store(k_ptr + HALF + o_cache, b_second.to(k_ptr.dtype.element_ty), mask=m_half & m_k)
+    tl.store(v_ptr + o_cache, b_first.to(v_ptr.dtype.element_ty), mask=m_half & m_v)
+    tl.store(v_ptr + HALF + o_cache, b_second.to(v_ptr.dtype.element_ty), mask=m_half & m_v)
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
@@ -146,33 +170,22 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     return y
 
 
-def rope_append(
-    qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, starts: Tensor, heads: int
-) -> Tensor:
+def rope_append(qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int) -> Tensor:
     """Rotates q and k of qkv [R, T, (heads + 2 Hkv) Dh], appends k and v to the cache, returns q [R, heads, T, Dh].
 
-    table [2, P, Dh / 2]: all rows of `rope_table`. k_cache, v_cache [B, Hkv, S, Dh]. slots, starts int64 [R], the slots
-    different; every starts[r] + T must be within P and S (the kernel leaves out positions that are not).
+    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts int64 [R], the slots different; every starts[r] + T
+    must be within P and the cache's S (the kernel leaves out positions that are not).
     """
-    rows, new, width = qkv.shape
-    kv_heads, capacity, head_dim = k_cache.shape[1:]
-    if width != (heads + 2 * kv_heads) * head_dim or k_cache.shape != v_cache.shape:
-        raise ValueError(f"qkv of width {width} is not {heads} + 2 x {kv_heads} heads of {head_dim}")
-    if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
-        raise ValueError(f"rope_append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles")
+    cache.check_append(qkv, table, slots, starts, heads)
     if not use_triton(qkv):
-        return rope_append_ref(qkv, table, k_cache, v_cache, slots, starts, heads)
-    if any(x.stride(-1) != 1 for x in (qkv, k_cache, v_cache, slots, starts)) or not table.is_contiguous():
-        raise ValueError("rope_append needs a contiguous table and contiguous last dimensions")
+        return rope_append_ref(qkv, table, cache, slots, starts, heads)
+    rows, new, _ = qkv.shape
+    kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     q = torch.empty(rows, heads, new, head_dim, dtype=qkv.dtype, device=qkv.device)
     half_block, head_block = _tile(head_dim)
     rope_append_kernel[(rows * new, -(-(heads + 2 * kv_heads) // head_block))](
-        qkv_ptr=qkv, cos_ptr=table[0], sin_ptr=table[1], q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, slots_ptr=slots,
-        starts_ptr=starts, stride_xr=qkv.stride(0), stride_xt=qkv.stride(1),
-        stride_kb=k_cache.stride(0), stride_kh=k_cache.stride(1), stride_ks=k_cache.stride(2),
-        stride_vb=v_cache.stride(0), stride_vh=v_cache.stride(1), stride_vs=v_cache.stride(2), T=new,
-        P=table.shape[1], S=capacity, H=heads, HKV=kv_heads, HALF=head_dim // 2, BLOCK_HALF=half_block,
-        BLOCK_H=head_block, num_warps=WARPS,
+        **cache.append_arguments(qkv, table, slots, starts), q_ptr=q, stride_xt=qkv.stride(1), T=new, H=heads,
+        HKV=kv_heads, HALF=head_dim // 2, BLOCK_HALF=half_block, BLOCK_H=head_block, num_warps=WARPS,
     )
     return q
 
@@ -199,14 +212,11 @@ def compile_cases() -> Iterator[Case]:
             f"rope Dh={head_dim}", rope_kernel, signature, constexprs, WARPS,
             wide_loads=True, unaligned=("T", "H", "T_TABLE"),
         )
-    signature = {f"{name}_ptr": "*bf16" for name in ("qkv", "q", "k", "v")}
-    signature |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "starts_ptr": "*i64"}
-    strides = ("xr", "xt", "kb", "kh", "ks", "vb", "vh", "vs")
-    signature |= dict.fromkeys((*(f"stride_{name}" for name in strides), "T", "P", "S", "H", "HKV"), "i32")
-    for head_dim in (16, 128):
+    for head_dim, quantized in ((16, False), (128, False), (128, True)):
         half_block, head_block = _tile(head_dim)
-        constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
+        constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block, "QUANTIZED": quantized}
+        signature = append_signature("bf16", quantized) | {"q_ptr": "*bf16", "stride_xt": "i32", "T": "i32"}
         yield Case(
-            f"rope_append Dh={head_dim}", rope_append_kernel, signature, constexprs, WARPS,
-            wide_loads=True, unaligned=("T", "P", "S", "H", "HKV"),
+            f"rope_append Dh={head_dim}" + " int8" * quantized, rope_append_kernel, signature, constexprs, WARPS,
+            wide_loads=True, unaligned=("T", *APPEND_UNALIGNED),
         )

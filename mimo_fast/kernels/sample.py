@@ -25,7 +25,7 @@ where logits computed in another order of summation round to other values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,13 +51,19 @@ class SamplerTensors:
     all_greedy: bool
     any_top_k: bool = True
 
-    def select(self, rows: Sequence[int], repeat: int = 1) -> SamplerTensors:
-        """Settings of the given rows, each repeated."""
-        index = torch.tensor(rows, device=self.greedy.device).repeat_interleave(repeat)
-        return SamplerTensors(
-            self.temperature[index], self.top_k[index], self.tail[index], self.greedy[index], self.all_greedy,
-            self.any_top_k,
+    def select(self, rows: Sequence[int] | Tensor, repeat: int = 1) -> SamplerTensors:
+        """Settings of the given rows, each repeated; an index tensor on the device costs no copy."""
+        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
+        index = index.repeat_interleave(repeat) if repeat > 1 else index
+        return replace(
+            self, temperature=self.temperature[index], top_k=self.top_k[index], tail=self.tail[index],
+            greedy=self.greedy[index],
         )
+
+    def write(self, row: int, settings: SamplerTensors) -> None:
+        """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left as they are."""
+        for name in ("temperature", "top_k", "tail", "greedy"):
+            getattr(self, name)[row] = getattr(settings, name)[0]
 
 
 def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:

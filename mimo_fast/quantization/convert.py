@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,15 @@ class WeightSource:
             return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
-    def weight(self, *modules: str, bias: bool = False) -> Weight | QuantizedWeight:
-        """The matrix whose row blocks are M.weight, with M.bias if `bias`, for the given modules M.
+    def weight(self, *modules: str, bias: bool | Sequence[bool] = False) -> Weight | QuantizedWeight:
+        """The matrix whose row blocks are M.weight, with M.bias if `bias` (for all or each), for the given modules M.
 
         Raises:
             CheckpointError: the blocks are not all dense or all of one format.
         """
         names = [f"{module}.weight" for module in modules]
-        biases = [self(f"{module}.bias") if bias else None for module in modules]
+        biased = [bias] * len(modules) if isinstance(bias, bool) else bias
+        biases = [self(f"{module}.bias") if has else None for module, has in zip(modules, biased, strict=True)]
         if any(name in self._stored for name in names):
             if not all(name in self._stored for name in names):
                 raise CheckpointError(f"only some of {', '.join(names)} are quantized: quantize the checkpoint again")
@@ -77,8 +78,19 @@ class WeightSource:
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
-            return Weight.stack([torch.cat(blocks)], [torch.cat(biases)] if bias else [])  # type: ignore[arg-type]
+            pairs = zip(blocks, biases, strict=True)
+            filled = [block.new_zeros(len(block)) if own is None else own for block, own in pairs]
+            return Weight.stack([torch.cat(blocks)], [torch.cat(filled)] if any(biased) else [])
         return Weight.stack(blocks, biases)
+
+    def table(self, module: str) -> Tensor | QuantizedWeight:
+        """The embedding table M.weight as it is stored or wanted, its rows to be taken one by one."""
+        name = f"{module}.weight"
+        if name in self._stored:
+            return self._quantized(name, None)
+        tensor = self._read(name)
+        chosen = self._requested and self._requested.format_of(name, tuple(tensor.shape))
+        return quantize(tensor, chosen) if chosen else tensor.to(self._dtype)
 
     def _quantized(self, name: str, bias: Tensor | None) -> QuantizedWeight:
         chosen = self._stored[name]

@@ -22,11 +22,12 @@ from ..layout import Shapes, lm_shapes
 CONFIG_KEY = "mimo_fast_quantization"
 VERSION = 1
 
-PARTS = {
+PARTS: dict[str, str | tuple[str, ...]] = {
     "backbone": "model.layers.", "lm_head": "lm_head.", "text_embeddings": "model.embed_tokens.",
     "patch_decoder": "local_transformer.layers.", "patch_encoder": "input_local_transformer.layers.",
+    "codec": ("encoder.layers.", "decoder.layers.", "decoder.vocoder.layers."),
 }
-"""Prefix of the names of each part that may be quantized; all other tensors stay dense."""
+"""Prefixes of the names of each part that may be quantized; all other tensors stay dense."""
 
 NAMED = ("int4", "int4-sym", "int8", "nf4", "dense")
 MIN_GROUP = 32
@@ -91,13 +92,14 @@ class Format:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Format of each part of the language model; None is dense. The codec is never quantized."""
+    """Format of each part; None is dense. The codec is quantized at load alone, and its codebooks never are."""
 
     backbone: Format | None = None
     lm_head: Format | None = None
     text_embeddings: Format | None = None
     patch_decoder: Format | None = None
     patch_encoder: Format | None = None
+    codec: Format | None = None
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, str | None] | QuantizationConfig | None") -> "QuantizationConfig | None":

@@ -3,8 +3,6 @@
 (upstream `MiMoAudioTokenizer`)  Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
 """
 
-from contextlib import AbstractContextManager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +10,13 @@ from torch import Tensor
 from ..audio import log_mel
 from ..config import CodecConfig
 from ..errors import AudioError
-from ..kernels.qmatmul import Weight, matmul
+from ..kernels.qmatmul import matmul
 from ..kernels.rvq import Codebooks, rvq_decode, rvq_encode
-from .codec_layers import Norm, TransposedConv, inverse_stft, load_stack, split_lengths
-from .codec_stream import CodecStream
+from ..quantization import WeightSource
+from .codec_layers import Norm, TransposedConv, ieee_convolutions, inverse_stft, load_stack, split_lengths
+from .codec_offload import offload
+from .codec_state import Moments
+from .codec_stream import LOOKAHEAD, CodecStream
 from .transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -25,48 +26,45 @@ DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
 
 
-def ieee_convolutions() -> AbstractContextManager[None]:
-    """Convolutions without TF32, cuDNN's default: codes depend on them, and nearly equal distances are common."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
 class Codec:
     """Weights and functions over them.
 
     Args:
         config: dimensions.
-        get: tensor by upstream's name, on the device and in the dtype to compute in. Codebooks become float32.
+        source: its weights, on the device and in the dtype to compute in.
+        codebook: tensor by upstream's name in float32: codes hang on small differences between codebook rows.
     """
 
-    def __init__(self, config: CodecConfig, get: GetTensor) -> None:
+    def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         self.config = config
-        self.conv1, self.conv2 = ((get(f"encoder.{c}.weight"), get(f"encoder.{c}.bias")) for c in ("conv1", "conv2"))
+        self.conv1, self.conv2 = (
+            (source(f"encoder.{conv}.weight"), source(f"encoder.{conv}.bias")) for conv in ("conv1", "conv2")
+        )
         self.encoder = load_stack(
             "encoder.layers", config.encoder_layers, config.encoder_heads, config.encoder_causal,
-            config.encoder_window, config.norm, config.rope_theta, get,
+            config.encoder_window, config.norm, config.rope_theta, source,
         )
-        self.encoder_norm = Norm.load("encoder.layer_norm", config.norm, get)
+        self.encoder_norm = Norm.load("encoder.layer_norm", config.norm, source)
         if config.pool != 1:
-            self.pool_conv = get("encoder.down_sample_layer.0.weight")
-            self.pool_norm = Norm.load("encoder.down_sample_norm", config.norm, get)
-            self.unpool = TransposedConv.load("decoder.dconv1", config.pool, get)
+            self.pool_conv = source("encoder.down_sample_layer.0.weight")
+            self.pool_norm = Norm.load("encoder.down_sample_norm", config.norm, source)
+        self.unpool = TransposedConv.load("decoder.dconv1", config.pool, source) if config.pool != 1 else None
         names = [f"encoder.quantizer.vq.layers.{i}._codebook.embed" for i in range(len(config.codebook_sizes))]
-        self.codebooks = Codebooks.pack([get(name) for name in names])
+        self.codebooks = Codebooks.pack([codebook(name) for name in names])
         self.decoder = load_stack(
             "decoder.layers", config.decoder_layers, config.decoder_heads, config.decoder_causal,
-            config.decoder_window, config.norm, config.rope_theta, get,
+            config.decoder_window, config.norm, config.rope_theta, source,
         )
-        self.decoder_norm = Norm.load("decoder.layer_norm", config.norm, get)
-        self.to_mel = TransposedConv.load("decoder.dconv2", config.decoder_stride, get)
-        self.vocoder_in = Weight.stack([get("decoder.vocoder.embeddings.weight")])
+        self.decoder_norm = Norm.load("decoder.layer_norm", config.norm, source)
+        self.to_mel = TransposedConv.load("decoder.dconv2", config.decoder_stride, source)
+        self.vocoder_in = source.weight("decoder.vocoder.embeddings")
         self.vocoder = load_stack(
             "decoder.vocoder.layers", config.vocoder_layers, config.vocoder_heads, False,
-            config.vocoder_window, config.norm, config.rope_theta, get,
+            config.vocoder_window, config.norm, config.rope_theta, source,
         )
-        self.vocoder_norm = Norm.load("decoder.vocoder.layer_norm", config.norm, get)
-        head = "decoder.vocoder.head"
-        self.vocoder_out = Weight.stack([get(f"{head}.out.weight")], [get(f"{head}.out.bias")])
-        self.window = get(f"{head}.istft.window").float()
+        self.vocoder_norm = Norm.load("decoder.vocoder.layer_norm", config.norm, source)
+        self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
+        self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
 
     @property
@@ -122,17 +120,33 @@ class Codec:
 
     def decode_hidden(self, hidden: Tensor) -> Tensor:
         """Dequantized codes [T, D] -> waveform [960 T] float32."""
-        x = hidden.to(self.dtype)
-        with ieee_convolutions():
-            if self.config.pool != 1:
-                x = self.unpool(x)
-            mel = self.to_mel(self.decoder_norm(self.decoder(x)))
+        mel = self.to_mel(self._decoder_hidden(hidden))
         x = self.vocoder_norm(self.vocoder(matmul(mel, self.vocoder_in)))
         return inverse_stft(matmul(x, self.vocoder_out), self.window, self.config.hop)
 
-    def stream(self) -> CodecStream:
-        """A decoder to be fed codes as they come."""
-        return CodecStream(self)
+    def _decoder_hidden(self, hidden: Tensor) -> Tensor:
+        x = hidden.to(self.dtype)
+        return self.decoder_norm(self.decoder(x if self.unpool is None else self.unpool(x)))
+
+    @torch.no_grad()
+    def moments(self, codes: Tensor) -> Moments:
+        """What the norms over time see when codes [n, T] are decoded at once; `stream` takes it for another stream."""
+        self.check_codes(codes)
+        hidden = self.dequantize(codes)
+        conv = self.unpool
+        unpool = None if conv is None else conv.moments(conv.convolve(hidden.to(self.dtype)))
+        return Moments(unpool, self.to_mel.moments(self.to_mel.convolve(self._decoder_hidden(hidden))))
+
+    def stream(self, lookahead: int = LOOKAHEAD, moments: Moments | None = None) -> CodecStream:
+        """A decoder to be fed codes as they come; `CodecStream` tells of the arguments."""
+        return CodecStream(self, lookahead, moments)
+
+    def offload_encoder(self) -> None:
+        """Keeps the encoder's layers in host memory (pinned for CUDA) and brings them one by one for each encode.
+
+        It frees half of the codec's weights on the device; an encode then waits for as many bytes from the host.
+        """
+        self.encoder = offload(self.encoder, self.device)
 
     def check_codes(self, codes: Tensor) -> None:
         """Raises ValueError unless codes are [n, T] with every index inside its codebook."""

@@ -1,6 +1,11 @@
-"""Building blocks of the codec: pre-norm transformer layers with biased projections and GELU, convolutions, ISTFT."""
+"""Building blocks of the codec: pre-norm transformer layers with biased projections and GELU, convolutions, ISTFT.
 
-from collections.abc import Sequence
+Decoding a whole sequence and decoding it as it comes (`codec_incremental.py`) share them: they differ in the attention
+that a stack is run with, and in where the norms over time take their statistics from.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +14,14 @@ from torch import Tensor
 
 from ..kernels.attention import attention, window_attention
 from ..kernels.norm import layer_norm, rms_norm
-from ..kernels.qmatmul import Weight, matmul
+from ..kernels.qmatmul import matmul
 from ..kernels.rope import rope, rope_table
-from .transformer import GetTensor
+from ..quantization import WeightSource
+from .transformer import AnyWeight, Attend, GetTensor
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
+GROUP_NORM_EPS = 1e-5
 MAX_MAGNITUDE = 1e2
 
 
@@ -38,52 +45,68 @@ class Norm:
 @dataclass(frozen=True)
 class CodecLayer:
     attention_norm: Norm
-    qkv: Weight
-    out: Weight
+    qkv: AnyWeight
+    out: AnyWeight
     ffn_norm: Norm
-    up: Weight
-    down: Weight
+    up: AnyWeight
+    down: AnyWeight
 
     @classmethod
-    def load(cls, name: str, norm: str, get: GetTensor) -> "CodecLayer":
-        def linear(part: str) -> Weight:
-            return Weight.stack([get(f"{name}.{part}.weight")], [get(f"{name}.{part}.bias")])
+    def load(cls, name: str, norm: str, source: WeightSource) -> "CodecLayer":
+        def linear(part: str) -> AnyWeight:
+            return source.weight(f"{name}.{part}", bias=True)
 
         # k has no bias upstream.
-        q_bias, v_bias = (get(f"{name}.self_attn.{part}_proj.bias") for part in "qv")
-        blocks = [get(f"{name}.self_attn.{part}_proj.weight") for part in "qkv"]
-        qkv = Weight.stack(blocks, [q_bias, torch.zeros_like(v_bias), v_bias])
+        qkv = source.weight(*(f"{name}.self_attn.{part}_proj" for part in "qkv"), bias=(True, False, True))
         return cls(
-            attention_norm=Norm.load(f"{name}.self_attn_layer_norm", norm, get), qkv=qkv,
-            out=linear("self_attn.out_proj"), ffn_norm=Norm.load(f"{name}.final_layer_norm", norm, get),
+            attention_norm=Norm.load(f"{name}.self_attn_layer_norm", norm, source), qkv=qkv,
+            out=linear("self_attn.out_proj"), ffn_norm=Norm.load(f"{name}.final_layer_norm", norm, source),
             up=linear("fc1"), down=linear("fc2"),
         )
+
+    def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [T, D] -> [T, D]; attend: qkv [T, 3 D] -> [T, D]."""
+        x = matmul(attend(matmul(self.attention_norm(x), self.qkv)), self.out, residual=x)
+        return matmul(F.gelu(matmul(self.ffn_norm(x), self.up)), self.down, residual=x)
 
 
 @dataclass(frozen=True)
 class CodecStack:
-    """Transformer layers over one sequence [T, D], with one attention pattern: full, causal or windowed."""
+    """Transformer layers with one attention pattern: full, causal or windowed.
 
-    layers: tuple[CodecLayer, ...]
+    `layers` is iterated once a run, so that it may bring each layer to the device only then (`codec_offload.py`).
+    """
+
+    layers: Iterable[CodecLayer]
     heads: int
     rope_theta: float
     causal: bool
     window: tuple[int, int]
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
-        """x [T, D] -> [T, D]; the output of layer `skip_layer` (counted from 1) is added to the last one's."""
+        """One whole sequence x [T, D] -> [T, D]; `run` tells of skip_layer."""
         table = rope_table(x.shape[-1] // self.heads, self.rope_theta, len(x), x.device)
+        return self.run(x, lambda _layer, qkv: self._attend(qkv, table), skip_layer)
+
+    def run(self, x: Tensor, attend: Attend, skip_layer: int | None = None) -> Tensor:
+        """x [T, D] -> [T, D], attend: (layer, qkv [T, 3 D]) -> [T, D].
+
+        The output of layer `skip_layer` (counted from 1) is added to the last one's.
+        """
         skipped: Tensor | None = None
-        for i, layer in enumerate(self.layers, start=1):
-            x = x + matmul(self._attend(matmul(layer.attention_norm(x), layer.qkv), table), layer.out)
-            x = x + matmul(F.gelu(matmul(layer.ffn_norm(x), layer.up)), layer.down)
-            if i == skip_layer:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, lambda qkv, i=i: attend(i, qkv))  # type: ignore[misc]
+            if i + 1 == skip_layer:
                 skipped = x
         return x if skipped is None else x + skipped
 
-    def _attend(self, qkv: Tensor, table: Tensor) -> Tensor:
+    def split_heads(self, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, 3 D], rows of `rope_table` for its positions -> q and k, both turned, and v, each [H, T, Dh]."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q, k, v = (x.transpose(0, 1) for x in (rope(q, table), rope(k, table), v))
+        return rope(q, table).transpose(0, 1), rope(k, table).transpose(0, 1), v.transpose(0, 1)
+
+    def _attend(self, qkv: Tensor, table: Tensor) -> Tensor:
+        q, k, v = self.split_heads(qkv, table)
         left, right = self.window
         if left < 0 and right < 0:
             out = attention(q[None], k[None], v[None], self.causal)[0]
@@ -95,11 +118,17 @@ class CodecStack:
 
 
 def load_stack(
-    name: str, layers: int, heads: int, causal: bool, window: tuple[int, int], norm: str, theta: float, get: GetTensor
+    name: str, layers: int, heads: int, causal: bool, window: tuple[int, int], norm: str, theta: float,
+    source: WeightSource,
 ) -> CodecStack:
     return CodecStack(
-        tuple(CodecLayer.load(f"{name}.{i}", norm, get) for i in range(layers)), heads, theta, causal, window
+        tuple(CodecLayer.load(f"{name}.{i}", norm, source) for i in range(layers)), heads, theta, causal, window
     )
+
+
+def ieee_convolutions() -> AbstractContextManager[None]:
+    """Convolutions without TF32, cuDNN's default: codes depend on them, and nearly equal distances are common."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
@@ -121,11 +150,30 @@ class TransposedConv:
         conv, norm = ((get(f"{name}.{part}.weight"), get(f"{name}.{part}.bias")) for part in ("conv", "norm"))
         return cls(*conv, *norm, stride=stride)
 
+    @property
+    def overlap(self) -> int:
+        """Output rows of an input that the next input adds to."""
+        return max(0, self.weight.shape[-1] - self.stride)
+
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D_in] -> [T stride, D_out]."""
-        out = F.conv_transpose1d(x.T[None], self.weight, self.bias, self.stride)
-        out = F.group_norm(out, 1, self.norm_weight, self.norm_bias)[0].T
-        return out[: len(out) - max(0, self.weight.shape[-1] - self.stride)]
+        out = self.convolve(x)
+        return self.normalise(out[: len(out) - self.overlap], *self.moments(out))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """[T, D_in] -> [T stride + overlap, D_out], before the norm."""
+        with ieee_convolutions():
+            return F.conv_transpose1d(x.T[None], self.weight, self.bias, self.stride)[0].T
+
+    def moments(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the convolution's whole output, float32 scalars."""
+        variance, mean = torch.var_mean(out.float(), correction=0)
+        return mean, variance
+
+    def normalise(self, out: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Rows of the convolution's output [T, D_out], normed by the given statistics and rounded once."""
+        scale = torch.rsqrt(variance + GROUP_NORM_EPS) * self.norm_weight.float()
+        return ((out.float() - mean) * scale + self.norm_bias.float()).to(out.dtype)
 
 
 def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
@@ -133,15 +181,18 @@ def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
 
     "Same" padding: (n_fft - hop) / 2 samples are trimmed at either end (upstream `ISTFTHead`, `ISTFT`).
     """
+    trim = (len(window) - hop) // 2
+    wave, weight = synthesize(head, window, hop)[:, trim : trim + len(head) * hop]
+    return wave / weight
+
+
+def synthesize(head: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of windowed frames and of squared windows."""
     log_magnitude, phase = head.float().chunk(2, dim=-1)
     spectrum = torch.polar(log_magnitude.exp().clip(max=MAX_MAGNITUDE), phase)
-    window = window.float()
     frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window
     weights = window.square().expand(len(frames), -1)
-    trim = (len(window) - hop) // 2
-    length = len(frames) * hop
-    wave, weight = (overlap_add(x, hop)[trim : trim + length] for x in (frames, weights))
-    return wave / weight
+    return torch.stack([overlap_add(x, hop) for x in (frames, weights)])
 
 
 def overlap_add(frames: Tensor, hop: int) -> Tensor:

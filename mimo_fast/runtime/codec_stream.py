@@ -1,59 +1,94 @@
-"""Decoding codes as they come: each call re-decodes a bounded window and returns what has become final.
-
-The window and its margins are upstream's (`MiMoAudioTokenizer.streaming_decode`): the vocoder looks ahead 10 frames a
-layer, so the newest 40 code frames wait for what follows; 250 frames before them give the causal decoder its context.
-"""
+"""Decoding codes as they come: each push costs what its own frames cost, however much was said before."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .codec_incremental import advance
+from .codec_state import CodecState, Moments
+
 if TYPE_CHECKING:
     from .codec import Codec
 
-LOOKAHEAD = 40
-CONTEXT = 250
+PATCH_FRAMES = 4
+"""Code frames of a patch, 160 ms."""
+
+LOOKAHEAD = 10
+"""Patches after a sample that can change it in the published codec: 16 vocoder layers look 10 frames of 10 ms ahead."""
 
 
 class CodecStream:
-    """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a seam."""
+    """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a seam.
 
-    def __init__(self, codec: "Codec") -> None:
-        self._codec = codec
-        self._window: Tensor | None = None
-        self._done = 0
+    Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
+
+    Args:
+        codec: weights.
+        lookahead: patches that must follow a sample before it is returned, 0 to 10. Fewer bring the first audio
+            earlier and less close to one-shot decoding: the vocoder then does without what has not come yet.
+        moments: of the norms over time, as `Codec.moments` measured them on other codes of the same speaker; by
+            default those of what has been pushed.
+
+    Raises:
+        ValueError: the lookahead is out of range, or the codec looks ahead without a limit.
+    """
+
+    def __init__(self, codec: "Codec", lookahead: int = LOOKAHEAD, moments: Moments | None = None) -> None:
+        config = codec.config
+        if not 0 <= lookahead <= LOOKAHEAD:
+            raise ValueError(f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}")
+        if not config.decoder_causal or min(config.vocoder_window) < 0:
+            raise ValueError("this codec's layers see all of the audio to come: decode it at once")
+        rate = config.pool * config.decoder_stride
+        self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
+        self._lookahead = self._hold * rate
+        reach = -(-config.vocoder_layers * config.vocoder_window[1] // config.decoder_stride) * config.decoder_stride
+        self._state: CodecState | None = CodecState.allocate(codec, max(reach, self._lookahead))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stream holds on the device."""
+        return 0 if self._state is None else self._state.nbytes
 
     @torch.no_grad()
-    def push(self, codes: Tensor) -> Tensor:
-        """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m may be 0."""
-        window = self._extend(codes)
-        final = len(window) - LOOKAHEAD
-        if final <= self._done:
-            return self._decode(window, self._done)
-        wav = self._decode(window, final)
-        dropped = max(0, len(window) - CONTEXT)
-        self._window = window[dropped:]
-        self._done = final - dropped
-        return wav
+    def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
+        """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m may be 0.
+
+        trusted: they were drawn by the model; looking at them would make the host wait for the device.
+        """
+        return self._advance(codes, False, trusted)
 
     @torch.no_grad()
-    def finish(self, codes: Tensor | None = None) -> Tensor:
+    def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
         """The last codes, if any -> all samples still waiting for what follows. The stream starts anew after it."""
-        window = self._window if codes is None else self._extend(codes)
-        wav = torch.zeros(0, device=self._codec.device) if window is None else self._decode(window, len(window))
-        self._window, self._done = None, 0
+        wav = self._advance(codes, True, trusted)
+        self.reset()
         return wav
 
-    def _extend(self, codes: Tensor) -> Tensor:
-        self._codec.check_codes(codes)
-        hidden = self._codec.dequantize(codes)
-        self._window = hidden if self._window is None else torch.cat((self._window, hidden))
-        return self._window
+    def reset(self) -> None:
+        """Forgets what was pushed and starts anew in the same memory."""
+        self._open().reset()
 
-    def _decode(self, window: Tensor, end: int) -> Tensor:
-        """Samples of frames _done ... end of the window."""
-        if end <= self._done:
-            return torch.zeros(0, device=window.device)
-        samples = self._codec.config.samples_per_frame
-        return self._codec.decode_hidden(window)[self._done * samples : end * samples]
+    def close(self) -> None:
+        """Gives the memory back; the stream cannot be used any more."""
+        self._state = None
+
+    def _open(self) -> CodecState:
+        if self._state is None:
+            raise ValueError("the stream is closed: make another with codec.stream()")
+        return self._state
+
+    def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        state, codec = self._open(), self._codec
+        if codes is not None:
+            if not trusted:
+                codec.check_codes(codes)
+            state.held.append(codec.dequantize(codes))
+        waiting = sum(map(len, state.held))
+        # Before the first sample nothing is lost by waiting, and the norms over time begin with more to go by.
+        if waiting + state.frames == 0 or (state.frames == 0 and waiting <= self._hold and not ended):
+            return torch.zeros(0, device=codec.device)
+        hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
+        state.held.clear()
+        return advance(codec, state, hidden, self._lookahead, self._moments, ended)

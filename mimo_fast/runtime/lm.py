@@ -4,6 +4,7 @@
                                                                -> patch decoder, G + max delay steps -> codes [C, G]
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -18,12 +19,13 @@ from ..kernels.rope import rope_table
 from ..kernels.sample import SamplerTensors
 from ..kernels.sample_codes import code_steps, patch_noise, sample_codes
 from ..kernels.sample_text import sample_text
+from ..kernels.text_embed import input_embed
 from ..quantization import WeightSource
-from .state import DecodeState
-from .transformer import cached_attend, self_attend, transformer, transformer_weights
+from .state import NO_POSITION, DecodeState
+from .transformer import cached_attend, prefill_attend, self_attend, transformer, transformer_weights
 
-PREFILL_CHUNK = 1024
-"""Positions prefilled at once: bounds the activations of a long prompt."""
+PREFILL_CHUNK = 256
+"""Positions prefilled at once: bounds the activations of a long prompt, and how long other streams wait for it."""
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
@@ -43,7 +45,7 @@ class LM:
         self.backbone = transformer_weights("model", config.backbone, source)
         self.patch_encoder = transformer_weights("input_local_transformer", config.patch_encoder, source)
         self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, source)
-        self.text_embeddings = source("model.embed_tokens.weight")
+        self.text_embeddings = source.table("model.embed_tokens")
         self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
         channels = range(config.channels)
         self.code_embeddings = torch.cat([source(f"speech_embeddings.{c}.weight") for c in channels])
@@ -55,7 +57,7 @@ class LM:
             self.decoder_embeddings = matmul(self.code_embeddings, projection)
         self.patch_to_backbone = source.weight("speech_group_downcast")
         self.backbone_to_patch = source.weight("hidden_states_downcast")
-        self.device, self.dtype = self.text_embeddings.device, self.text_embeddings.dtype
+        self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -72,21 +74,35 @@ class LM:
         config = self.config.backbone
         return rope_table(config.head_dim, config.rope_theta, self.config.max_positions, self.device)
 
-    def new_state(self, seeds: Sequence[int], capacity: int) -> DecodeState:
-        """A state of len(seeds) slots that hold up to `capacity` groups each."""
-        return DecodeState.allocate(self.config, list(seeds), capacity, self.dtype, self.device)
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others: its dimensions and some of its weights."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Positions of a prompt that are computed before other rows get their turn."""
+        return PREFILL_CHUNK
+
+    def new_state(self, seeds: Sequence[int], capacity: int, quantized_cache: bool = False) -> DecodeState:
+        """A state of len(seeds) slots that hold up to `capacity` groups each, its cache as int8 if quantized."""
+        return DecodeState.allocate(self.config, seeds, capacity, self.dtype, self.device, quantized_cache)
 
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
-        """text [N] (one id a group), codes [N, C, G] -> backbone inputs [N, D].
+        """A prompt's backbone inputs: text [N] (one id a group), codes [N, C, G] -> [N, D].
 
         A text position adds no speech and an audio position (`<|empty|>`) no text, so each goes its own way.
         """
-        is_audio = text == self.empty_id
-        out = torch.empty(len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device)
-        out[~is_audio] = self.text_embeddings[text[~is_audio]]
-        if (patches := codes[is_audio]).numel():
-            out[is_audio] = self.encode_patches(patches)
-        return out
+        # Where the ids come from the host, which positions are speech is known without asking the device.
+        is_audio = (text == self.empty_id).nonzero()[:, 0]
+        text, codes, is_audio = (x.to(self.device) for x in (text, codes[is_audio], is_audio))
+        patches = torch.empty(len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device)
+        if len(codes):
+            patches[is_audio] = self.encode_patches(codes)
+        return input_embed(text, patches, self.text_embeddings, self.empty_id)
 
     def encode_patches(self, codes: Tensor) -> Tensor:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
@@ -96,24 +112,35 @@ class LM:
         encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
         return matmul(encoded.flatten(1), self.patch_to_backbone)
 
-    def prefill(self, ids: Tensor, state: DecodeState, slot: int) -> None:
-        """Appends prompt ids [C + 1, T G] to a slot and leaves its last hidden state in `state.hidden[slot]`."""
-        groups = ids.to(self.device).unflatten(1, (-1, self.config.group_size))
+    def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
+        """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot, PREFILL_CHUNK at a time.
+
+        Leaves the last one's hidden state in `state.hidden[slot]`.
+        """
+        groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
+        config = self.config.backbone
         for text_part, code_part in zip(text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True):
-            hidden = self._backbone(self.embed(text_part, code_part)[None], state, [slot])
+            attend = prefill_attend(config, self.backbone_rope, state.cache, slot, start)
+            hidden = transformer(self.embed(text_part, code_part)[None], self.backbone, config.norm_eps, attend)
             state.hidden[slot] = hidden[0, -1]
+            start += len(text_part)
+        state.lengths[slot] = start
 
-    def step(self, text: Tensor, codes: Tensor, state: DecodeState, slots: list[int]) -> None:
-        """Feeds one group a row, text [R] and codes [R, C, G], and updates `state.hidden[slots]`."""
-        state.hidden[slots] = self._backbone(self.embed(text, codes)[:, None], state, slots)[:, 0]
+    def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
+        """Makes a group, its token and its codes [C, G], the one that the slot's next step feeds."""
+        state.text[slot] = text
+        state.codes[slot] = codes
+        if text == self.empty_id:
+            state.patches[slot] = self.encode_patches(codes.to(self.device)[None])[0]
 
-    def _backbone(self, x: Tensor, state: DecodeState, slots: list[int]) -> Tensor:
-        attend = cached_attend(self.config.backbone, self.backbone_rope, state.cache, slots)
-        hidden = transformer(x, self.backbone, self.config.backbone.norm_eps, attend)
-        for slot in slots:
-            state.cache.lengths[slot] += x.shape[1]
-        return hidden
+    def step(self, state: DecodeState, slots: Tensor) -> None:
+        """Feeds the last group of each of R different slots, int64 [R], and updates `state.hidden[slots]`."""
+        config, starts = self.config.backbone, state.lengths[slots]
+        x = input_embed(state.text[slots], state.patches[slots], self.text_embeddings, self.empty_id)
+        attend = cached_attend(config, self.backbone_rope, state.cache, slots, starts, state.capacity)
+        state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[:, 0]
+        state.lengths[slots] = torch.where(starts == NO_POSITION, starts, starts + 1)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
@@ -124,35 +151,39 @@ class LM:
         return matmul(hidden, self.backbone_to_patch)
 
     def sample_text(
-        self, state: DecodeState, slots: list[int], settings: SamplerTensors, banned: Tensor | None = None
+        self, state: DecodeState, slots: Tensor, settings: SamplerTensors, banned: Tensor | None = None
     ) -> Tensor:
-        """Text token of each row, int64 [R]; banned bool [R, vocabulary]."""
+        """Draws the text token of each slot's next group, int64 [R], into `state.text`; banned bool [R, vocabulary]."""
+        draws = state.draws[slots]
         logits = self.text_logits(state.hidden[slots])
-        return sample_text(logits, settings, state.seeds[slots], state.draws[slots], banned, TEXT_SLOT)
+        text = sample_text(logits, settings, state.seeds[slots], draws, banned, TEXT_SLOT)
+        state.text[slots] = text
+        state.draws[slots] = draws + 1
+        return text
 
-    def sample_patch(self, state: DecodeState, slots: list[int], settings: SamplerTensors) -> Tensor:
-        """Codes [R, C, G] of the patch that follows each row's hidden state."""
-        return self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
+    def sample_patch(self, state: DecodeState, slots: Tensor, settings: SamplerTensors) -> Tensor:
+        """Draws the codes [R, C, G] of the group whose token was drawn last, into `state.codes`, and encodes them."""
+        codes = self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
+        state.codes[slots] = codes
+        state.patches[slots] = self.encode_patches(codes)
+        return codes
 
-    def decode_patch(self, local: Tensor, state: DecodeState, slots: list[int], settings: SamplerTensors) -> Tensor:
+    def decode_patch(self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors) -> Tensor:
         """Patch decoder (upstream `local_forward`): local [R, D of the patch decoder] -> codes [R, C, G].
 
         Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just drawn.
         """
         config, rows = self.config, len(slots)
-        cache = state.patch_cache
-        for slot in slots:
-            cache.lengths[slot] = 0
         noise = None
         if not settings.all_greedy:
-            size = sum(config.code_sizes)
-            noise = patch_noise(state.seeds[slots], state.draws[slots], config.group_size, size)
+            noise = patch_noise(state.seeds[slots], state.draws[slots] - 1, config.group_size, sum(config.code_sizes))
         codes = torch.empty(rows, config.channels, config.group_size, dtype=torch.int64, device=self.device)
         x = local
-        for step in self.code_steps:
-            attend = cached_attend(config.patch_decoder, self.decoder_rope, cache, slots)
+        for step, starts in zip(self.code_steps, state.patch_starts[:, :rows], strict=True):
+            attend = cached_attend(
+                config.patch_decoder, self.decoder_rope, state.patch_cache, state.rows[:rows], starts,
+                config.patch_steps,
+            )
             hidden = transformer(x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend)[:, 0]
-            for slot in slots:
-                cache.lengths[slot] += 1
             x = sample_codes(hidden, step, self.code_heads, settings, noise, codes, self.decoder_embeddings)
         return codes

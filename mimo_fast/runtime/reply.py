@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..tokenizer import Tokenizer
 from .codec import Codec
-from .decode import Step
+from .decode import Group
+from .job import Reply
 
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -92,8 +93,8 @@ class ChunkStream(Iterator[Chunk]):
     """Chunks of one reply. Any thread may take the next one, and any may close it: closing waits for the group in
     progress, and after it there are no more."""
 
-    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: Generator[Chunk, None, None], reply: Reply) -> None:
+        self._chunks, self._reply = chunks, reply
         self._lock = threading.RLock()
 
     def __next__(self) -> Chunk:
@@ -103,14 +104,15 @@ class ChunkStream(Iterator[Chunk]):
     def close(self) -> None:
         with self._lock:
             self._chunks.close()
+            self._reply.close()
 
 
-def read_reply(steps: Iterator[Step], reader: ReplyReader) -> tuple[str, Tensor | None]:
+def read_reply(groups: Iterator[Group], reader: ReplyReader) -> tuple[str, Tensor | None]:
     """All of a one-row reply: stripped text, and codes [C, T] or None. Its last group ends it and is not part of it."""
     text, patches = [], []
-    for step in steps:
-        if not step.finished[0]:
-            words, spoken = reader.read(step.text[0], step.codes[0])
+    for group in groups:
+        if not group.finished:
+            words, spoken = reader.read(group.text, group.codes)
             text.append(words)
             patches += spoken
     words, spoken = reader.finish()
@@ -119,41 +121,51 @@ def read_reply(steps: Iterator[Step], reader: ReplyReader) -> tuple[str, Tensor 
 
 
 def stream_reply(
-    steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, speaks: bool = True
+    reply: Reply, reader: ReplyReader, codec: Codec, began: float, speaks: bool = True,
+    note: Callable[[Group], None] | None = None,
 ) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
     Args:
-        steps: of one row, its prompt prefilled.
+        reply: its prompt prefilled.
         began: `time.perf_counter()` at the request, before the prefill.
         speaks: False leaves all audio out.
+        note: told of each group before its chunk comes.
     """
-    return ChunkStream(_chunks(steps, reader, codec, began, time.perf_counter() - began, speaks))
+    prefill = time.perf_counter() - began
+    return ChunkStream(_chunks(reply, reader, codec, began, prefill, speaks, note), reply)
 
 
 def _chunks(
-    steps: Iterator[Step], reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool
+    reply: Reply, reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool,
+    note: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
-    stream = codec.stream()
-    groups, samples, first_audio = 0, 0, None
+    stream = codec.stream() if speaks else None
+    decoded, samples, first_audio = 0, 0, None
 
     def chunk(text: str, audio: Tensor) -> Chunk:
         nonlocal samples, first_audio
+        # Audio has come when it is on the host, and not when its work has been queued.
+        audio = audio.float().cpu()
         samples += len(audio)
         elapsed = time.perf_counter() - began
         if first_audio is None and len(audio):
             first_audio = elapsed
-        timing = Timing(elapsed, prefill, first_audio, groups, samples / codec.sample_rate)
-        return Chunk(audio.float().cpu(), codec.sample_rate, text, timing)
+        timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
+        return Chunk(audio, codec.sample_rate, text, timing)
 
     nothing = torch.zeros(0)
-    for step in steps:
-        groups += 1
-        if not step.finished[0]:
-            text, patches = reader.read(step.text[0], step.codes[0])
-            yield chunk(text, stream.push(torch.cat(patches, dim=1)) if speaks and patches else nothing)
+    for group in reply:
+        decoded += 1
+        if note is not None:
+            note(group)
+        if not group.finished:
+            text, patches = reader.read(group.text, group.codes)
+            heard = stream.push(torch.cat(patches, dim=1), trusted=True) if stream and patches else nothing
+            yield chunk(text, heard)
     text, patches = reader.finish()
-    yield chunk(text, stream.finish(torch.cat(patches, dim=1) if speaks and patches else None))
+    held = torch.cat(patches, dim=1) if patches else None
+    yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:

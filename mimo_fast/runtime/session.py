@@ -1,7 +1,9 @@
 """Dialogues that keep their key/value cache, so that each turn prefills its own ids alone."""
 
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -9,85 +11,35 @@ import torch
 from torch import Tensor
 
 from .. import prompt
-from ..config import LMConfig
-from ..errors import PromptError
-from ..kernels.sample import SamplerTensors
 from ..tasks import find_task
-from .decode import Limits, Step, decode
-from .lm import LM
+from .decode import Group
 from .reply import Chunk, ChunkStream, ReplyReader, iterate_async, stream_reply
+from .session_file import read_session, write_session
 
 if TYPE_CHECKING:
     from ..mimo_audio import MimoAudio
 
+REPLY = 1 / 8
+"""Part of the context that is kept free for a reply."""
 
-class Conversation:
-    """One row's ids [C + 1, T G], and a state that holds a prefix of them."""
-
-    def __init__(self, lm: LM, seed: int) -> None:
-        self.lm = lm
-        self.ids = torch.empty(lm.config.channels + 1, 0, dtype=torch.int64)
-        self.state = lm.new_state([seed], lm.config.max_positions)
-        self.prefilled = 0
-
-    @property
-    def groups(self) -> int:
-        return self.ids.shape[1] // self.lm.config.group_size
-
-    @property
-    def cached(self) -> int:
-        """Groups whose keys and values the state holds."""
-        return self.state.cache.lengths[0]
-
-    def reseed(self, seed: int) -> None:
-        """Restarts the draws from a seed."""
-        self.state.seeds[0] = seed
-        self.state.draws[0] = 0
-
-    def add(self, ids: Tensor) -> None:
-        """Appends a prompt [C + 1, n G], to be fed when decoding begins.
-
-        Raises:
-            PromptError: it leaves no room for a reply; the conversation stays as it was.
-        """
-        check_room(self.lm.config, self.groups + ids.shape[1] // self.lm.config.group_size)
-        self._extend(ids)
-
-    def _extend(self, ids: Tensor) -> None:
-        self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
-
-    def truncate(self, groups: int) -> None:
-        """Forgets all but the first `groups` groups."""
-        self.ids = self.ids[:, : groups * self.lm.config.group_size]
-        self.state.cache.lengths[0] = min(self.cached, groups)
-
-    def decode(self, limits: Limits, global_settings: SamplerTensors, local_settings: SamplerTensors) -> Iterator[Step]:
-        """Prefills what is not cached, then decodes; each group is part of the conversation before it is yielded."""
-        room = self.lm.config.max_positions - self.groups
-        self.prefilled = self.groups - self.cached
-        with torch.no_grad():
-            self.lm.prefill(self.ids[:, self.cached * self.lm.config.group_size :], self.state, 0)
-        limits = Limits(min(limits.max_new, room), limits.min_new, limits.stop_ids)
-        return self._record(decode(self.lm, self.state, [limits], global_settings, local_settings))
-
-    def _record(self, steps: Iterator[Step]) -> Iterator[Step]:
-        for step in steps:
-            codes = step.codes[0].cpu()
-            self._extend(torch.cat((codes.new_full((1, codes.shape[1]), step.text[0]), codes)))
-            yield step
+FULL = 0.5
+"""Part of the context that a dialogue may fill after turns had to be dropped: so that not every turn drops one."""
 
 
-def check_room(config: LMConfig, groups: int) -> None:
-    """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
-    if groups >= config.max_positions:
-        raise PromptError(
-            f"the conversation has {groups} groups and the model's context is {config.max_positions}: "
-            "start a new one or shorten the input"
-        )
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: the groups of the conversation at which it and its reply begin, and what the user said, codes."""
+
+    begin: int
+    reply: int
+    speech: Tensor
 
 
 class Session:
     """A spoken dialogue, turn by turn, in the format of upstream's multi-turn prompt.
+
+    When a turn leaves less than an eighth of the context for its reply, the oldest turns are dropped, whole, until the
+    dialogue with the new one fills at most half of it; voice and system prompt stay. What is kept is computed anew.
 
     Args:
         model: a `MimoAudio`.
@@ -103,15 +55,20 @@ class Session:
         self._system_prompt = system_prompt
         self._conversation = model.conversation(seed)
         self._conversation.add(model.pack(prompt.voice_system(None if voice is None else model.speech(voice))))
-        self._opening = self._conversation.groups
-        self._reply_start: int | None = None
+        self._opening = self._conversation.shared = self._conversation.groups
+        self._turns: list[Turn] = []
         self._spoken: list[int] = []
         self._running: ChunkStream | None = None
 
     @property
     def ids(self) -> Tensor:
-        """Everything said so far: [C + 1, T G]."""
+        """What the model sees of all that was said: [C + 1, T G]."""
         return self._conversation.ids
+
+    @property
+    def turns(self) -> int:
+        """Exchanges that the model still sees."""
+        return len(self._turns)
 
     @property
     def prefilled(self) -> int:
@@ -122,20 +79,63 @@ class Session:
         """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is decoded.
 
         Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what was heard.
+
+        Raises:
+            PromptError: the turn alone does not fit into the context. The dialogue stays as it was, as with any error.
         """
         self._stop()
         began = perf_counter()
-        model = self._model
-        first = self._reply_start is None
-        turn = prompt.spoken_dialogue(model.speech(audio), self._system_prompt if first else None)
-        self._conversation.add(model.pack([*self._closing(), *turn]))
-        self._reply_start, self._spoken = self._conversation.groups, []
-        task = find_task("spoken_dialogue")
-        stop_ids = task.stop_ids(model.tokenizer.special)
-        steps = model.decode(self._conversation, task.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        steps = self._note_patches(steps)
-        self._running = stream_reply(steps, ReplyReader(model.tokenizer, speaking=True), model.codec, began)
+        model, conversation = self._model, self._conversation
+        before = conversation.ids, conversation.cached, self._turns, self._spoken
+        try:
+            self._say(model.speech(audio))
+            task = find_task("spoken_dialogue")
+            stop_ids = task.stop_ids(model.tokenizer.special)
+            reply = model.decode(conversation, task.sampler, stop_ids, max_new_tokens, min_new_tokens)
+        except BaseException:
+            ids, cached, self._turns, self._spoken = before
+            conversation.go_back(ids, cached)
+            raise
+        reader = ReplyReader(model.tokenizer, speaking=True)
+        self._running = stream_reply(reply, reader, model.codec, began, note=self._note)
         return self._running
+
+    def _say(self, speech: prompt.Speech) -> None:
+        """Appends the user's turn."""
+        model, conversation = self._model, self._conversation
+        system = None if self._turns else self._system_prompt
+        turn = model.pack([*self._closing(), *prompt.spoken_dialogue(speech, system)])
+        kept = self._fitting(turn.shape[1] // conversation.group_size)
+        if kept < len(self._turns):
+            self._drop(len(self._turns) - kept)
+            if not kept:
+                turn = model.pack(prompt.spoken_dialogue(speech, self._system_prompt))
+        begin = conversation.groups
+        conversation.add(turn)
+        self._turns = [*self._turns, Turn(begin, conversation.groups, speech.codes)]
+        self._spoken = []
+
+    def _fitting(self, new: int) -> int:
+        """How many of the last turns may stay before a turn of so many groups."""
+        conversation, capacity = self._conversation, self._conversation.engine.capacity
+        if conversation.groups + new <= (1 - REPLY) * capacity:
+            return len(self._turns)
+        room = FULL * capacity - self._opening - new
+        return sum(conversation.groups - turn.begin <= room for turn in self._turns)
+
+    def _drop(self, count: int) -> None:
+        """Forgets the oldest turns; the system prompt moves to the first that stays."""
+        conversation, kept = self._conversation, self._turns[count:]
+        ids = [self.ids[:, : self._opening * conversation.group_size]]
+        if kept:
+            first = self._model.pack(prompt.spoken_dialogue(prompt.Speech(kept[0].speech), self._system_prompt))
+            moved = self._opening + first.shape[1] // conversation.group_size - kept[0].reply
+            ids += [first, self.ids[:, kept[0].reply * conversation.group_size :]]
+            kept = [replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept]
+            kept[0] = replace(kept[0], begin=self._opening)
+        conversation.truncate(self._opening)
+        conversation.ids = torch.cat(ids, dim=1)
+        self._turns = kept
 
     def astream(self, audio: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
@@ -150,10 +150,8 @@ class Session:
                 ahead of the voice. The next turn closes the reply there.
         """
         self._stop()
-        if self._reply_start is None:
-            return
-        codec, group_size = self._model.codec.config, self._conversation.lm.config.group_size
-        patch_ms = 1000 * group_size * codec.samples_per_frame / codec.sample_rate
+        codec = self._model.codec.config
+        patch_ms = 1000 * self._conversation.group_size * codec.samples_per_frame / codec.sample_rate
         heard = math.ceil(min(max(played_ms / patch_ms, 0), len(self._spoken)))
         if heard < len(self._spoken):
             self._conversation.truncate(self._spoken[heard])
@@ -163,21 +161,43 @@ class Session:
         """Starts over; the voice stays, and stays cached."""
         self._stop()
         self._conversation.truncate(self._opening)
-        self._reply_start, self._spoken = None, []
+        self._turns, self._spoken = [], []
 
-    def _note_patches(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def save(self, path: str | Path) -> None:
+        """Writes the dialogue with its cache to a safetensors file, which `MimoAudio.restore_session` reads.
+
+        A running reply ends as if its stream were closed.
+        """
+        self._stop()
+        about = {"system_prompt": self._system_prompt, "opening": self._opening, "spoken": self._spoken}
+        turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
+        write_session(path, self._conversation, about, turns)
+
+    @classmethod
+    def restore(cls, model: "MimoAudio", path: str | Path) -> "Session":
+        """The dialogue that `save` wrote, with its voice, its draws and its cache.
+
+        Raises:
+            CheckpointError: the file is no session, is damaged, or belongs to another model.
+        """
+        session = cls(model)
+        about, turns = read_session(path, session._conversation)
+        session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
+        session._opening = session._conversation.shared = about["opening"]
+        session._turns = [Turn(*turn) for turn in turns]
+        return session
+
+    def _note(self, group: Group) -> None:
         """Remembers at which group of the conversation each patch of the reply lies."""
-        for step in steps:
-            if step.text[0] == self._model.tokenizer.special.empty:
-                self._spoken.append(self._conversation.groups - 1)
-            yield step
+        if group.text == self._model.tokenizer.special.empty:
+            self._spoken.append(self._conversation.groups - 1)
 
     def _closing(self) -> Sequence[prompt.Segment]:
         """What turns the last reply into a finished turn: it may have ended at a stop token, a limit or mid-word."""
-        if self._reply_start is None:
+        if not self._turns:
             return []
         special = self._model.tokenizer.special
-        last = int(self.ids[0, -self._conversation.lm.config.group_size])
+        last = int(self.ids[0, -self._conversation.group_size])
         if last == special.im_end:
             return ["\n"]
         return ["<|im_end|>\n"] if last == special.eostm else ["<|eostm|>", "<|im_end|>\n"]

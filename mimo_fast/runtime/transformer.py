@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..config import TransformerConfig
-from ..kernels.attention import attention, decode_attention
-from ..kernels.norm import rms_norm
+from ..kernels.attention import attention, rotary_attention
+from ..kernels.decode_attention import decode_attention
+from ..kernels.norm import RMSNorm, rms_norm
 from ..kernels.qmatmul import QuantizedWeight, Weight, matmul
-from ..kernels.rope import rope, rope_append
+from ..kernels.rope import rope_append
 from ..quantization import WeightSource
 from .state import KVCache
 
@@ -57,9 +58,9 @@ def transformer_weights(prefix: str, config: TransformerConfig, source: WeightSo
 def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
     """x [N, T, D] -> final-normed hidden states [N, T, D]."""
     for i, layer in enumerate(weights.layers):
-        qkv = matmul(rms_norm(x, layer.attention_norm, eps), layer.qkv)
+        qkv = matmul(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
         x = matmul(attend(i, qkv), layer.out, residual=x)
-        gated = matmul(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, swiglu=True)
+        gated = matmul(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
         x = matmul(gated, layer.down, residual=x)
     return rms_norm(x, weights.norm, eps)
 
@@ -68,38 +69,33 @@ def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Atten
     """Each of N sequences attends to itself, positions 0 ... T - 1."""
 
     def attend(_layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = _split_heads(qkv, config)
-        cos_sin = table[:, : qkv.shape[1]]
-        out = attention(rope(q, cos_sin).transpose(1, 2), rope(k, cos_sin).transpose(1, 2), v.transpose(1, 2), causal)
-        return out.transpose(1, 2).flatten(2)
+        return rotary_attention(qkv, table, config.heads, config.kv_heads, causal)
 
     return attend
 
 
-def cached_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slots: list[int]) -> Attend:
-    """Row r appends its T positions to slot slots[r] of the cache and attends causally to the whole slot.
+def cached_attend(
+    config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, starts: Tensor, max_length: int
+) -> Attend:
+    """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends up to there.
 
-    Several rows, or several positions of one row. The caller advances `cache.lengths` after the last layer.
+    slots, starts: int64 [R] on the cache's device, read there alone. max_length: see `decode_attention`.
     """
-    starts = torch.tensor([cache.lengths[slot] for slot in slots], device=table.device)
-    places = torch.tensor(slots, device=table.device)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        k_cache, v_cache = cache.k[layer], cache.v[layer]
-        q = rope_append(qkv, table, k_cache, v_cache, places, starts, config.heads)
-        new = qkv.shape[1]
-        if new == 1:
-            out = decode_attention(q, k_cache, v_cache, places, starts + 1)
-        else:
-            (slot,) = slots
-            end = cache.lengths[slot] + new
-            out = attention(q, k_cache[slot : slot + 1, :, :end], v_cache[slot : slot + 1, :, :end], causal=True)
-        return out.transpose(1, 2).flatten(2)
+        return decode_attention(qkv, table, cache.layer(layer), slots, starts, config.heads, max_length)
 
     return attend
 
 
-def _split_heads(qkv: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    heads = qkv.unflatten(-1, (-1, config.head_dim))
-    q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=2)
-    return q, k, v
+def prefill_attend(config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int) -> Attend:
+    """T new positions of one slot: qkv [1, T, ...] is appended from `start` on and attends causally to the slot."""
+    slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        layer_cache = cache.layer(layer)
+        q = rope_append(qkv, table, layer_cache, slots, starts, config.heads)
+        k, v = layer_cache.read(slot, start + qkv.shape[1], qkv.dtype)
+        return attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+
+    return attend

@@ -6,9 +6,11 @@ Triton reads TRITON_INTERPRET when it is imported, so these need a run of their 
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from launch_counter import Launches
 
 from mimo_fast.kernels.dispatch import ENVIRONMENT
 
@@ -39,3 +41,17 @@ def poisoned() -> Iterator[None]:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poison(getattr(torch, name)))
         yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Counts kernels from here on, and runs none."""
+    counted = Launches()
+
+    def run(kernel: Any, **_arguments: Any) -> None:
+        counted.names.append(kernel.__name__)
+
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return counted

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast.kernels.norm import add_rms_norm, layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
+from mimo_fast.kernels.norm import layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(3, 64), (1, 1), (2, 5, 37), (4096,), (2, 1280), (0, 16)]
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> list[Tensor]:
-    """x, delta, weight, bias."""
+    """x, weight, bias."""
     generator = torch.Generator().manual_seed(sum(shape))
-    x, delta = (torch.randn(shape, generator=generator) + mean for _ in range(2))
+    x = torch.randn(shape, generator=generator) + mean
     weight, bias = (torch.randn(shape[-1], generator=generator) for _ in range(2))
-    return [tensor.to(dtype) for tensor in (x, delta, weight, bias)]
+    return [tensor.to(dtype) for tensor in (x, weight, bias)]
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
@@ -31,7 +31,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_rms_norm(dtype, shape, eps):
-    x, _, weight, _ = inputs(shape, dtype)
+    x, weight, _ = inputs(shape, dtype)
     got = rms_norm(x, weight, eps)
     assert got.dtype == dtype
     assert_rounded(got, rms_norm_ref(*wide(x, weight), eps).double(), noise=NOISE)
@@ -39,19 +39,9 @@ def test_rms_norm(dtype, shape, eps):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm(dtype, shape):
-    x, delta, weight, _ = inputs(shape, dtype)
-    got, total = add_rms_norm(x, delta, weight, 1e-6)
-    assert torch.equal(total, (x.float() + delta.float()).to(dtype))
-    # What is normed is the sum as later layers read it.
-    assert_rounded(got, rms_norm_ref(*wide(total, weight), 1e-6).double(), noise=NOISE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mean", [0.0, 5.0])
 def test_layer_norm(dtype, shape, mean):
-    x, _, weight, bias = inputs(shape, dtype, mean)
+    x, weight, bias = inputs(shape, dtype, mean)
     got = layer_norm(x, weight, bias, 1e-5)
     assert got.dtype == dtype
     assert_rounded(got, layer_norm_ref(*wide(x, weight, bias), 1e-5).double(), noise=NOISE)
@@ -60,26 +50,23 @@ def test_layer_norm(dtype, shape, mean):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 5), st.integers(1, 300), st.integers(1, 3), st.integers(0, 7))
 def test_rows_of_any_stride(rows, dim, step, pad):
-    x, delta, weight, bias = inputs((max(rows * step, 1), dim + pad), torch.float32)
-    # The views differ in stride; both weights begin off a 16-byte boundary.
-    x, delta, weight, bias = x[: rows * step : step, :dim], delta[:rows, pad:], weight[pad:], bias[pad:]
+    x, weight, bias = inputs((max(rows * step, 1), dim + pad), torch.float32)
+    # Both weights begin off a 16-byte boundary.
+    x, weight, bias = x[: rows * step : step, :dim], weight[pad:], bias[pad:]
     want = rms_norm_ref(x, weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), want, rtol=1e-5, atol=NOISE)
-    got, total = add_rms_norm(x, delta, weight, 1e-6)
-    assert torch.equal(total, x + delta)
-    torch.testing.assert_close(got, rms_norm_ref(total, weight, 1e-6), rtol=1e-5, atol=NOISE)
     want = layer_norm_ref(x, weight, bias, 1e-2)
     torch.testing.assert_close(layer_norm(x, weight, bias, 1e-2), want, rtol=1e-5, atol=NOISE)
 
 
 def test_columns_that_are_not_contiguous():
-    x, _, weight, bias = inputs((6, 6), torch.float32)
+    x, weight, bias = inputs((6, 6), torch.float32)
     torch.testing.assert_close(rms_norm(x.T, weight, 1e-6), rms_norm_ref(x.T, weight, 1e-6))
     torch.testing.assert_close(layer_norm(x.T, weight, bias, 1e-5), layer_norm_ref(x.T, weight, bias, 1e-5))
 
 
 def test_the_result_goes_where_it_is_asked():
-    x, _, weight, _ = inputs((3, 24), torch.float32)
+    x, weight, _ = inputs((3, 24), torch.float32)
     out = torch.full_like(x, torch.nan)
     assert rms_norm(x, weight, 1e-6, out=out) is out
     torch.testing.assert_close(out, rms_norm_ref(x, weight, 1e-6))
@@ -88,7 +75,7 @@ def test_the_result_goes_where_it_is_asked():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_are_float32(dtype):
     """Squares of 300 overflow float16."""
-    x, _, weight, bias = inputs((2, 512), dtype)
+    x, weight, bias = inputs((2, 512), dtype)
     x = x * 300
     assert_rounded(rms_norm(x, weight, 1e-6), rms_norm_ref(*wide(x, weight), 1e-6).double(), noise=NOISE)
     want = layer_norm_ref(*wide(x, weight, bias), 1e-5).double()

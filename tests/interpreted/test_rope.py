@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.rope import rope, rope_append, rope_append_ref, rope_ref, rope_table
 
 LARGE = 1e4
@@ -59,9 +60,10 @@ def check_append(
     qkv = randn(rows, new, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype)[..., :-8]
     k, v = (cache_of(shape, order, dtype) for _ in range(2))
     want_k, want_v = k.float(), v.float()
+    cache, want = LayerKV(k, v), LayerKV(want_k, want_v)
     slot, start = torch.tensor(slots), torch.tensor(starts)
-    want_q = rope_append_ref(qkv.float(), table, want_k, want_v, slot, start, heads)
-    got_q = rope_append(qkv, table, k, v, slot, start, heads)
+    want_q = rope_append_ref(qkv.float(), table, want, slot, start, heads)
+    got_q = rope_append(qkv, table, cache, slot, start, heads)
     assert got_q.is_contiguous()
     assert got_q.dtype == dtype
     assert_rounded(got_q, want_q.double(), noise=1e-6)
@@ -91,34 +93,65 @@ def test_append_to_any_slots_at_any_positions(rows, new, heads, kv_heads, head_d
 
 def test_appending_one_by_one_is_appending_at_once():
     table, qkv = rope_table(16, 640000.0, 20), randn(1, 6, 4 * 16)
-    caches = [tuple(torch.full((1, 1, 20, 16), LARGE) for _ in range(2)) for _ in range(2)]
+    caches = [LayerKV(*(torch.full((1, 1, 20, 16), LARGE) for _ in range(2))) for _ in range(2)]
     slot = torch.tensor([0])
-    at_once = rope_append(qkv, table, *caches[0], slot, torch.tensor([3]), heads=2)
+    at_once = rope_append(qkv, table, caches[0], slot, torch.tensor([3]), heads=2)
     one_by_one = [
-        rope_append(qkv[:, t : t + 1], table, *caches[1], slot, torch.tensor([3 + t]), heads=2) for t in range(6)
+        rope_append(qkv[:, t : t + 1], table, caches[1], slot, torch.tensor([3 + t]), heads=2) for t in range(6)
     ]
     assert torch.equal(at_once, torch.cat(one_by_one, dim=2))
-    for first, second in zip(*caches, strict=True):
-        assert torch.equal(first, second)
+    assert torch.equal(caches[0].k, caches[1].k)
+    assert torch.equal(caches[0].v, caches[1].v)
+
+
+def test_append_quantizes():
+    """Strided rows into a cache with room, of which nothing else may change."""
+    shape, slot, start = (3, 2, 9, 12), torch.tensor([2, 0]), torch.tensor([1, 4])
+    qkv, table = randn(2, 3, 7 * 12 + 8)[..., :-8], rope_table(12, 640000.0, 9)
+    qkv[0, 1] = 0
+    caches = []
+    for append in (rope_append, rope_append_ref):
+        stored = [torch.full(shape, 99, dtype=torch.int8) for _ in range(2)]
+        caches.append(LayerKV(*stored, *(torch.full(shape[:3], LARGE) for _ in range(2))))
+        append(qkv, table, caches[-1], slot, start, 3)
+    got, want = caches
+    for scales, wanted in ((got.k_scales, want.k_scales), (got.v_scales, want.v_scales)):
+        torch.testing.assert_close(scales, wanted, rtol=1e-6, atol=0)
+        assert int((scales != LARGE).sum()) == 2 * 3 * 2
+    assert torch.equal(got.v, want.v)
+    assert (got.k.int() - want.k.int()).abs().max() <= 1
+    assert (got.k != want.k).float().mean() < 0.01
 
 
 @pytest.mark.parametrize(("start", "positions"), [(7, 40), (8, 40), (-2, 40), (7, 8)])
 def test_positions_past_the_cache_or_the_table_are_not_written(start, positions):
     """Slot 1 begins where slot 0 ends."""
     k, v = (torch.full((2, 2, 8, 8), LARGE) for _ in range(2))
-    rope_append(randn(1, 2, 40), rope_table(8, 640000.0, positions), k, v, torch.tensor([0]), torch.tensor([start]), 1)
+    packed = [torch.full((2, 2, 8, 8), 99, dtype=torch.int8) for _ in range(2)]
+    quantized = LayerKV(*packed, *(torch.full((2, 2, 8), LARGE) for _ in range(2)))
+    qkv, table = randn(1, 2, 48), rope_table(8, 640000.0, positions)
+    for cache in (LayerKV(k, v), quantized):
+        rope_append(qkv, table, cache, torch.tensor([0]), torch.tensor([start]), 2)
     held = [p for p in (start, start + 1) if 0 <= p < 8]
     for cache in (k, v):
         assert bool((cache[1] == LARGE).all())
         assert (cache[0] != LARGE).any(-1).any(0).nonzero().flatten().tolist() == held
+    for scales in (quantized.k_scales, quantized.v_scales):
+        assert bool((scales[1] == LARGE).all())
+        assert (scales[0] != LARGE).any(0).nonzero().flatten().tolist() == held
+    for stored in packed:
+        assert bool((stored[1] == 99).all())
+        assert (stored[0] != 99).any(-1).any(0).nonzero().flatten().tolist() == held
 
 
 def test_append_refuses_what_does_not_fit():
     table, k = rope_table(8, 640000.0, 8), torch.zeros(1, 1, 8, 8)
-    one = torch.tensor([0])
+    one, cache = torch.tensor([0]), LayerKV(k, k)
     with pytest.raises(ValueError, match="width 32"):
-        rope_append(randn(1, 1, 32), table, k, k, one, one, heads=1)
+        rope_append(randn(1, 1, 32), table, cache, one, one, heads=1)
     with pytest.raises(ValueError, match="as many slots"):
-        rope_append(randn(2, 1, 24), table, k, k, one, one, heads=1)
+        rope_append(randn(2, 1, 24), table, cache, one, one, heads=1)
     with pytest.raises(ValueError, match="contiguous"):
-        rope_append(randn(1, 1, 24), table, k.transpose(2, 3), k, one, one, heads=1)
+        rope_append(randn(1, 1, 48)[..., ::2], table, cache, one, one, heads=1)
+    with pytest.raises(ValueError, match="does not take"):
+        rope_append(randn(1, 1, 24).half(), table, cache, one, one, heads=1)

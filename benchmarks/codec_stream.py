@@ -1,0 +1,165 @@
+"""Cost, delay and closeness to one-shot decoding of the codec's stream.
+
+    python -m benchmarks.codec_stream [--dtype bfloat16] [--quantization int8] [--chunks 1000] [--kit-only] [FILE.json]
+
+Milliseconds per 160 ms chunk, for the kit's codec and for random weights of the published dimensions: median of 18
+chunks around the 20th (audio begins with the 11th, which also decodes the ten that waited) and of the last 18.
+SNR against one-shot decoding on the kit, by chunk size and look-ahead, beside upstream's stream where the kit has it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import mimo_fast
+from mimo_fast.config import CodecConfig, read_json
+from mimo_fast.layout import codec_shapes
+from mimo_fast.machine import describe_machine
+from mimo_fast.quantization import QuantizationConfig, WeightSource
+from mimo_fast.runtime.codec import Codec
+from mimo_fast.runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES
+from mimo_fast.verify import Golden
+
+KIT = Path("tests/golden")
+AROUND = 9
+"""Half the chunks whose median is one figure."""
+
+EARLY = 20
+CHUNK_SIZES = (1, 2, 4, 8, 12, 16, 20, 25, 36, 40, 44, 52, 60, 80, 100)
+
+
+def random_codec(config: CodecConfig, dtype: torch.dtype, quantization: str | None) -> Codec:
+    """A codec of random weights, made tensor by tensor."""
+    shapes, generator = codec_shapes(config), torch.Generator().manual_seed(0)
+
+    def read(name: str) -> Tensor:
+        if name.endswith("istft.window"):
+            return torch.hann_window(*shapes[name])
+        values = torch.randn(shapes[name], generator=generator)
+        if len(shapes[name]) == 1:
+            return (values * 0.1 + (0 if name.endswith("bias") else 1)).to(dtype)
+        return (values * (1.0 if "embed" in name else shapes[name][1] ** -0.5)).to(dtype)
+
+    requested = QuantizationConfig.parse({"codec": quantization}) if quantization else None
+    return Codec(config, WeightSource(read, dtype, requested=requested), WeightSource(read, torch.float32))
+
+
+def time_chunks(codec: Codec, chunks: int) -> dict[str, float]:
+    """Milliseconds of a push early and late in one stream, and of the push that brings the first audio."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = codec.config.codebook_sizes[:8]
+    codes = torch.stack([torch.randint(0, size, (chunks * PATCH_FRAMES,), generator=generator) for size in sizes])
+    stream = codec.stream()
+
+    def timed(codes: Tensor) -> list[float]:
+        times = []
+        for chunk in codes.split(PATCH_FRAMES, dim=1):
+            began = time.perf_counter()
+            stream.push(chunk).cpu()
+            times.append((time.perf_counter() - began) * 1e3)
+        return times
+
+    ends = [(EARLY + AROUND) * PATCH_FRAMES, (chunks - 2 * AROUND) * PATCH_FRAMES]
+    first, between, last = codes.tensor_split(ends, dim=1)
+    before = timed(first)
+    # What lies between is pushed at once: it leaves the stream as so many chunks would.
+    stream.push(between)
+    early, late = statistics.median(before[EARLY - AROUND :]), statistics.median(timed(last))
+    return {
+        "ms_chunk_20": round(early, 3), f"ms_chunk_{chunks}": round(late, 3), "ratio": round(late / early, 3),
+        "ms_first_audio": round(before[LOOKAHEAD], 3), "real_time_factor": round(late / 160, 4),
+        "stream_mb": round(stream.nbytes / 1e6, 2),
+    }
+
+
+def time_first_audio(codec: Codec, codes: Tensor) -> dict[int, dict[str, float]]:
+    """Audio that must have been generated before the first sample, and the codec's time until it, by look-ahead."""
+    delays = {}
+    for lookahead in range(LOOKAHEAD + 1):
+        stream, spent, pushed = codec.stream(lookahead), 0.0, 0
+        for chunk in codes.split(PATCH_FRAMES, dim=1):
+            began = time.perf_counter()
+            wav = stream.push(chunk).cpu()
+            spent, pushed = spent + time.perf_counter() - began, pushed + 1
+            if len(wav):
+                break
+        delays[lookahead] = {"patches": pushed, "audio_ms": pushed * 160, "codec_ms": round(spent * 1e3, 2)}
+    return delays
+
+
+def snr_db(got: Tensor, want: Tensor) -> float:
+    return round(float(10 * torch.log10(want.square().sum() / (got - want).square().sum())), 2)
+
+
+def closeness(codec: Codec, golden: Golden) -> dict[str, object]:
+    codes, oneshot = golden.get("codec:stream_codes"), golden.get("codec:stream_oneshot")
+
+    def stream(size: int, **options: object) -> float:
+        running = codec.stream(**options)  # type: ignore[arg-type]
+        wav = torch.cat([*(running.push(chunk) for chunk in codes.split(size, dim=1)), running.finish()])
+        return snr_db(wav, oneshot)
+
+    moments, looks = codec.moments(codes), range(LOOKAHEAD + 1)
+    return {
+        "by_chunk_frames": {size: stream(size) for size in CHUNK_SIZES},
+        "upstream_by_chunk_frames": {
+            int(size): snr_db(golden.get(f"codec:stream_wav.{size}"), oneshot)
+            for size in golden.named("codec:stream_wav")
+        },
+        "by_lookahead": {patches: stream(PATCH_FRAMES, lookahead=patches) for patches in looks},
+        "by_lookahead_given_moments": {
+            patches: stream(PATCH_FRAMES, lookahead=patches, moments=moments) for patches in looks
+        },
+    }
+
+
+def depth(dtype: torch.dtype) -> dict[int, float]:
+    """SNR by look-ahead of a vocoder of the published depth and small width, random weights, given moments."""
+    raw = read_json(KIT / "checkpoint" / "codec" / "config.json") | {"vocoder_num_layers": 16}
+    codec = random_codec(CodecConfig.from_dict(raw), dtype, None)
+    sizes, generator = codec.config.codebook_sizes[:8], torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(0, size, (180,), generator=generator) for size in sizes])
+    want, moments, found = codec.decode(codes), codec.moments(codes), {}
+    for lookahead in range(LOOKAHEAD + 1):
+        stream = codec.stream(lookahead, moments)
+        wav = torch.cat([*(stream.push(chunk) for chunk in codes.split(PATCH_FRAMES, dim=1)), stream.finish()])
+        found[lookahead] = snr_db(wav, want)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", help="of the published dimensions")
+    parser.add_argument("--quantization", help="of the published dimensions' matrices, such as int8")
+    parser.add_argument("--chunks", type=int, default=1000, help="of 160 ms, each stream")
+    parser.add_argument("--kit-only", action="store_true", help="leave the published dimensions out")
+    parser.add_argument("file", nargs="?", type=Path)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model = mimo_fast.load(KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec", device="cpu")
+    golden = Golden(KIT)
+    record: dict[str, object] = {
+        "machine": [*describe_machine()], "snr_db_kit": closeness(model.codec, golden),
+        "snr_db_16_vocoder_layers_given_moments": depth(torch.float32),
+        "kit_float32": time_chunks(model.codec, args.chunks),
+        "kit_first_audio": time_first_audio(model.codec, golden.get("codec:stream_codes")),
+    }
+    if not args.kit_only:
+        preset = Path(mimo_fast.__file__).parent / "presets" / "7b-codec.json"
+        config = CodecConfig.from_dict(read_json(preset))
+        codec = random_codec(config, getattr(torch, args.dtype), args.quantization)
+        name = f"published_{args.dtype}{'_' + args.quantization if args.quantization else ''}"
+        record[name] = time_chunks(codec, args.chunks)
+    text = json.dumps(record, indent=1) + "\n"
+    print(text, end="")
+    if args.file:
+        args.file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

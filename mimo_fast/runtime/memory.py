@@ -1,0 +1,170 @@
+"""What a model needs of a device's memory, from shapes alone, before any is allocated; and what would make it fit.
+
+    weights   the language model in its formats, with its text embeddings unless they stay in host memory
+    codec     encoder (unless in host memory), decoder and float32 codebooks
+    cache     keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside them
+    work      activations of the largest piece of work, graphs' own memory, and what libraries take
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CodecConfig, LMConfig
+from ..errors import DeviceMemoryError
+from ..layout import Shapes, codec_shapes, lm_shapes
+from ..quantization.formats import Format, QuantizationConfig, stored_tensors
+from .lm import PREFILL_CHUNK
+from .state import kv_bytes
+
+GB = 10**9
+
+OFFLOADABLE = ("text_embeddings", "codec_encoder")
+"""What may lie in host memory: a step reads one row of the one, an input runs once through the other."""
+
+LIBRARIES = 400 * 10**6
+"""What cuBLAS, cuDNN and the allocator's rounding take on a GPU: an allowance."""
+
+CODEC_SECONDS = 60
+"""Longest segment that the codec treats at once."""
+
+DEFAULT_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides how much memory a loaded model takes.
+
+    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether dense weights stay in
+    their memory-mapped file, which a CPU reads in place and the system can drop.
+    """
+
+    lm: LMConfig
+    codec: CodecConfig
+    dtype: torch.dtype
+    codec_dtype: torch.dtype
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    codec_formats: Mapping[str, Format] = field(default_factory=dict)
+    max_batch: int = 1
+    max_seq_len: int = 8192
+    kv_cache: str | None = None
+    offload: frozenset[str] = frozenset()
+    mapped: bool = False
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes on the device by what they are for."""
+        return {"weights": self._weights(), "codec": self._codec(), "cache": self._cache(), "work": self._work()}
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes().values())
+
+    def _weights(self) -> int:
+        shapes = lm_shapes(self.lm)
+        if "text_embeddings" in self.offload and not self.lm.tie_embeddings:
+            del shapes["model.embed_tokens.weight"]
+        return self._stored(shapes, self.formats, self.dtype)
+
+    def _codec(self) -> int:
+        shapes = codec_shapes(self.codec)
+        books = {name: shape for name, shape in shapes.items() if "_codebook." in name}
+        rest = {name: shape for name, shape in shapes.items() if name not in books}
+        if "codec_encoder" in self.offload:
+            rest = {name: shape for name, shape in rest.items() if not name.startswith("encoder.")}
+        return self._stored(books, {}, torch.float32) + self._stored(rest, self.codec_formats, self.codec_dtype)
+
+    def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
+        shapes = {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in stored_tensors(shapes, formats, dtype).values())
+
+    def _cache(self) -> int:
+        config = self.lm
+        backbone = kv_bytes(
+            config.backbone, self.max_batch, self.max_seq_len, self.dtype, self.kv_cache == "int8"
+        )
+        patches = kv_bytes(config.patch_decoder, self.max_batch + 1, config.patch_steps, self.dtype)
+        angles = self.max_seq_len * config.backbone.head_dim * 4
+        row = config.vocab_size + 2 * config.backbone.dim * self.dtype.itemsize
+        return backbone + patches + angles + (self.max_batch + 1) * row
+
+    def _work(self) -> int:
+        backbone, codec = self.lm.backbone, self.codec
+        width = 3 * backbone.ffn_dim + 2 * (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
+        prefill = PREFILL_CHUNK * (width + 4 * backbone.dim) * self.dtype.itemsize
+        # Logits and perturbed scores of the text draw, and the partial results of split attention.
+        draw = self.max_batch * (12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4)
+        frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)
+        encode = frames * (codec.encoder_ffn + 8 * codec.dim) * self.codec_dtype.itemsize
+        return 2 * draw + max(prefill, encode) + LIBRARIES
+
+
+def check_memory(setup: Setup, free: int, device: str) -> None:
+    """Raises DeviceMemoryError unless the setup fits into so many free bytes; the message names arguments that do."""
+    if setup.total <= free:
+        return
+    parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in setup.bytes().items())
+    remedy = fitting(setup, free)
+    advice = f"{', '.join(remedy)} would fit" if remedy else "no setting would fit"
+    raise DeviceMemoryError(
+        f"this needs {setup.total / GB:.1f} GB ({parts}) and {device} has {free / GB:.1f} GB free: {advice}"
+    )
+
+
+def fitting(setup: Setup, free: int) -> list[str]:
+    """The arguments of `load` that would make it fit, as few as will do, the least loss first; none if none will."""
+    choices = dict(_savings(setup))
+
+    def total(names: list[str]) -> int:
+        changed = setup
+        for name in names:
+            changed = replace(changed, **choices[name])
+        return changed.total
+
+    chosen = list[str]()
+    for name in choices:
+        chosen = [*(other for other in chosen if other.partition("=")[0] != name.partition("=")[0]), name]
+        if total(chosen) <= free:
+            break
+    else:
+        return []
+    for name in list(chosen):
+        if total(rest := [other for other in chosen if other != name]) <= free:
+            chosen = rest
+    return chosen
+
+
+def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments that save memory and what they change; of one argument, a later value stands in for an earlier."""
+    if setup.max_batch > 1:
+        yield "max_batch=1", {"max_batch": 1}
+    if setup.kv_cache is None:
+        yield "kv_cache='int8'", {"kv_cache": "int8"}
+    for name in () if setup.formats else ("int8", "int4"):
+        chosen = QuantizationConfig.parse(name)
+        assert chosen is not None
+        yield f"quantization={name!r}", {"formats": chosen.formats(lm_shapes(setup.lm))}
+    if set(OFFLOADABLE) - setup.offload:
+        yield f"offload={list(OFFLOADABLE)}", {"offload": frozenset(OFFLOADABLE)}
+    for length in (4096, 2048):
+        if setup.max_seq_len > length:
+            yield f"max_seq_len={length}", {"max_seq_len": length}
+
+
+def largest_batch(setup: Setup, free: int) -> int:
+    """The most slots, up to DEFAULT_BATCH, that fit; 1 where none do."""
+    return next((n for n in range(DEFAULT_BATCH, 1, -1) if replace(setup, max_batch=n).total <= free), 1)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None

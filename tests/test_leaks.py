@@ -1,0 +1,72 @@
+"""A thousand requests of every kind, good and bad, leave memory as it was."""
+
+import gc
+
+import pytest
+import torch
+from memory import resident_memory
+
+from mimo_fast import LM, MimoAudio, generate
+from mimo_fast.runtime.engine import Engine
+
+REQUESTS, WARM = 1000, 250
+
+
+@pytest.fixture
+def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
+    """request(i): the i-th of an endless mix of whole, abandoned, failing and batched requests."""
+    prompts = [model.pack([text]).to(model.device) for text in ("Hi.", "今天天气真好", "The quick brown fox.")]
+    engine, step = Engine(model.lm, 2, 64), LM.step
+    monkeypatch.setattr(model, "_engine", engine)
+
+    def failing(lm: LM, *arguments: object) -> None:
+        raise RuntimeError("device lost")
+
+    def refuse(_ids: torch.Tensor, _scores: None) -> bool:
+        raise ConnectionError
+
+    def request(i: int) -> None:
+        prompt, kind = prompts[i % 3], i % 5
+        if kind == 0:
+            generate(model, prompt, max_new_tokens=2, seed=i)
+        elif kind == 1:
+            generate(model, prompts, max_new_tokens=2, seed=i)
+        elif kind == 2:
+            next(model.stream("tts", "Hi.", seed=i))
+        elif kind == 3:
+            with pytest.raises(ConnectionError):
+                generate(model, prompt, stopping_criteria=[refuse], max_new_tokens=3)
+        else:
+            monkeypatch.setattr(LM, "step", failing)
+            with pytest.raises(RuntimeError, match="device lost"):
+                generate(model, prompt, max_new_tokens=3)
+            monkeypatch.setattr(LM, "step", step)
+
+    request.engine = engine
+    return request
+
+
+def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> None:
+    after = list[int]()
+    for i in range(REQUESTS + 1):
+        served(i)
+        if i in (WARM, REQUESTS):
+            gc.collect()
+            after.append(resident_memory())
+    warm, end = after
+    assert end <= 1.02 * warm, f"resident memory grew from {warm / 1e6:.0f} to {end / 1e6:.0f} MB"
+    assert not served.engine._jobs
+
+
+def test_requests_leave_no_objects_behind(model: MimoAudio, served) -> None:
+    def objects() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    counts = list[int]()
+    for block in (range(20), range(20, 40)):
+        for i in block:
+            served(i)
+        model.clear_history()
+        counts.append(objects())
+    assert counts[1] <= counts[0]

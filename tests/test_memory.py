@@ -1,0 +1,124 @@
+"""The memory planner: figures from shapes, and errors that name what would fit."""
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+import mimo_fast
+from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.layout import lm_shapes
+from mimo_fast.quantization import QuantizationConfig
+from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.memory import GB, OFFLOADABLE, Setup, check_memory, fitting, largest_batch
+
+
+def preset(quantization: str | None = None, **options: object) -> Setup:
+    """The published dimensions in bfloat16."""
+    folder = Path(str(files("mimo_fast") / "presets"))
+    lm = LMConfig.from_dict(read_json(folder / "7b-lm.json"))
+    codec = CodecConfig.from_dict(read_json(folder / "7b-codec.json"))
+    chosen = QuantizationConfig.parse(quantization)
+    formats = chosen.formats(lm_shapes(lm)) if chosen else {}
+    return Setup(lm, codec, torch.bfloat16, torch.bfloat16, formats, **options)
+
+
+def test_the_published_model_fits_small_cards() -> None:
+    assert preset("int4").total <= 10 * GB
+    assert preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE)).total <= 8 * GB
+
+
+def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
+    config = model.lm.config
+    for slots, quantized in ((1, False), (3, True)):
+        state = model.lm.new_state([0] * slots, 40, quantized)
+        counted = replace(
+            model.setup, max_batch=slots, max_seq_len=40, kv_cache="int8" if quantized else None
+        ).bytes()["cache"]
+        held = state.cache.nbytes + state.patch_cache.nbytes + state.banned.nbytes + 2 * state.hidden.nbytes
+        assert counted - held == 40 * config.backbone.head_dim * 4
+
+
+@pytest.mark.parametrize("free", [22, 16, 12, 9, 7.2])
+def test_the_settings_named_do_fit_and_none_is_idle(free: float) -> None:
+    setup = preset(max_batch=4)
+    with pytest.raises(DeviceMemoryError) as caught:
+        check_memory(setup, int(free * GB), "the GPU")
+    assert "\n" not in str(caught.value)
+    assert f"the GPU has {free:.1f} GB free" in str(caught.value)
+    named = fitting(setup, int(free * GB))
+    assert f"{', '.join(named)} would fit" in str(caught.value)
+
+    def total(names: list[str]) -> int:
+        changed = setup
+        for name in names:
+            key, value = name.split("=")
+            value = eval(value)
+            if key == "quantization":
+                key, value = "formats", QuantizationConfig.parse(value).formats(lm_shapes(setup.lm))
+            changed = replace(changed, **{key: frozenset(value) if key == "offload" else value})
+        return changed.total
+
+    assert named
+    assert total(named) <= free * GB
+    for name in named:
+        assert total([other for other in named if other != name]) > free * GB
+
+
+def test_a_device_far_too_small() -> None:
+    with pytest.raises(DeviceMemoryError, match="no setting would fit"):
+        check_memory(preset(), 2 * GB, "the GPU")
+
+
+def test_as_many_slots_as_fit() -> None:
+    setup = preset("int4")
+    batches = [largest_batch(setup, int(free * GB)) for free in (5, 9.5, 11, 12.2, 40)]
+    assert batches == [1, 1, 2, 3, 4]
+
+
+def test_options_reach_the_engine(kit: Path) -> None:
+    parts = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
+    model = mimo_fast.load(*parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE)
+    state = model.engine.state
+    assert (state.slots, state.capacity, state.cache.k.dtype) == (2, 50, torch.int8)
+    with pytest.raises(mimo_fast.PromptError, match="the model's context is 50"):
+        model.session().stream(torch.zeros(24000 * 10))
+    assert model.warmup(progress=False).keys() == {"weights", "codec", "cache", "work"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": 100000}, "max_seq_len must be between 2 and the model's 8192, not 100000"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"kv_cache": "fp4"}, "kv_cache must be 'int8' or None, not 'fp4'"),
+        ({"offload": ["everything"]}, "nothing called everything to offload"),
+    ],
+)
+def test_options_out_of_range(kit: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimo_fast.loading.free_bytes", lambda _: 10**6)
+    monkeypatch.setattr("mimo_fast.loading.LM", None)
+    with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
+        mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+
+
+def test_an_int8_cache_changes_little(model: mimo_fast.MimoAudio) -> None:
+    """Greedy replies of a trained model would be the tokens of most groups; random weights only show that it runs."""
+    prompt = model.pack(["The quick brown fox."])
+    engines = [Engine(model.lm, 1, 64, quantized_cache=quantized) for quantized in (False, True)]
+    hidden = []
+    for engine in engines:
+        model.lm.prefill(prompt, engine.state, 0)
+        model.lm.stage(engine.state, 0, 5, model.lm.empty_codes[:, None].expand(-1, 4))
+        model.lm.step(engine.state, engine.state.rows[:1])
+        hidden.append(engine.state.hidden[0])
+    error = (hidden[1] - hidden[0]).norm() / hidden[0].norm()
+    assert 0 < error < 0.02
