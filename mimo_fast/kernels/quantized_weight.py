@@ -139,7 +139,8 @@ def unpack_torch_int4(words: Tensor, order: Tensor) -> Tensor:
     """The inverse of `pack_torch_int4`, given `torch_int4_order()`: uint8 offsets [N, K]."""
     rows, half = words.shape
     columns = words.view(-1, 2 * half, len(order) // 2).transpose(1, 2).contiguous()
-    return torch.cat((columns & 15, columns >> 4), dim=1)[:, order.argsort()].view(rows, 2 * half)
+    nibbles = torch.cat((columns & 15, columns >> 4), dim=1)
+    return nibbles.index_select(1, order.argsort()).view(rows, 2 * half)
 
 
 @cache
