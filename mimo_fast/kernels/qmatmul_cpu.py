@@ -22,7 +22,7 @@ from torch import Tensor
 from .quantized_weight import QuantizedWeight, dequantize, pack_torch_int4, torch_int4_order, unpack_words
 
 PACKED_ROWS = 64
-"""Rows of x up to which torch's packed products are used: at 32 they are faster than unpacking, at 128 slower."""
+"""Rows of x up to which torch's packed products are used: at 32 they are no slower than unpacking, at 128 slower."""
 
 UNPACKED_AT_ONCE = 2**18
 """Values: 1 MB of float32, which stay in the cache until they are multiplied, and whose memory malloc reuses."""
