@@ -279,7 +279,7 @@ def test_odd_widths_stay_dense():
 def test_parts():
     chosen = QuantizationConfig.parse("int4")
     assert chosen.parts() == {"backbone": "int4-g128", "lm_head": "int8", "text_embeddings": "int8",
-                              "patch_decoder": "int8", "patch_encoder": None}
+                              "patch_decoder": "int8", "patch_encoder": None, "codec": None}
     assert QuantizationConfig.parse(chosen.parts()) == chosen
     assert QuantizationConfig.parse("nf4").backbone == Format("nf4", 64)
     assert QuantizationConfig.parse("int8").text_embeddings is None
