@@ -12,8 +12,8 @@ demo: $(READY)
 
 test: lint types unit
 
-# The Triton kernels without a GPU; -j2 runs both halves at once.
-kernels: interpreted compiled
+# The Triton kernels without a GPU; -j2 runs two parts at once.
+kernels: golden interpreted compiled
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ unit: $(READY)
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted --ignore=tests/interpreted/test_model.py
 
-# The parity kit with every op on its Triton path: a quarter of an hour, and apart for that.
+# The parity kit with every op on its Triton path; as long as the other two parts together.
 golden: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted/test_model.py
 
