@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from helpers import snr_db
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.codec_stream import snr_db, upstream_stream
+from benchmarks.codec_stream import upstream_stream
 from mimo_fast.runtime import codec_incremental as incremental
 
 FRAMES = 182
