@@ -25,7 +25,7 @@ from torch import Tensor
 
 import mimo_fast
 from mimo_fast.config import LMConfig, read_json
-from mimo_fast.kernels.qmatmul_cpu import pack_for_cpu, packed_product, unpacked_product
+from mimo_fast.kernels.qmatmul_cpu import pack_for_torch, packed_product, unpacked_product
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to
 from mimo_fast.layout import lm_shapes
 from mimo_fast.machine import describe_machine
@@ -62,7 +62,7 @@ def bandwidth() -> dict[str, list[float]]:
 
 
 def cases(weight: QuantizedWeight, rows: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    packed = pack_for_cpu(weight)
+    packed = pack_for_torch(weight)
     x = torch.randn(rows, weight.shape[1]).to(dtype)
     products = {"unpacked": lambda: unpacked_product(x, weight)}
     if rows <= 4:

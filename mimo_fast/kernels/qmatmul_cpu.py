@@ -1,13 +1,15 @@
-"""Products with quantized weights without Triton: in float32 by unpacking, or by torch's packed CPU products.
+"""Products with quantized weights without Triton.
 
-    any x, any format                                   y = x.float() W^T + b, W unpacked some rows at a time
-    bfloat16, few rows, a weight of `pack_for_cpu`      torch's product, which unpacks in registers
+    the kernel of csrc/, where it was built       x in 16 bits of fixed point, exact integer sums of blocks
+    any x, any format                             y = x.float() W^T + b, W unpacked some rows at a time
+    bfloat16, few rows, `pack_for_torch`          torch's product, which unpacks in registers
 
-Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. Both accumulate in float32 and round y to x.dtype; torch's rounds once
+Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. All accumulate in float32 and round y to x.dtype; torch's rounds once
 more before b is added, and rounds -scale zero to bfloat16, which costs less than rounding the weight does.
 
-A weight is held in one form: ours, or torch's, which unpacks as fast. torch has these products for float32 and float16
-too, but without vector instructions. benchmarks/cpu_qmatmul.py measures all of them; PACKED_ROWS is its finding.
+A weight is held in one form: ours, which the kernel reads, or without the kernel torch's, which unpacks as fast. torch
+has these products for float32 and float16 too, but without vector instructions. PACKED_ROWS and UNPACKED_AT_ONCE are
+findings of benchmarks/results/2026-11-24-cpu-qmatmul.json.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .quantized_weight import QuantizedWeight, dequantize, pack_torch_int4, torch_int4_order, unpack_words
 
 PACKED_ROWS = 64
@@ -32,6 +35,8 @@ def quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     columns = weight.shape[1]
     if x.shape[-1] != columns:
         raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
+    if native.takes(weight):
+        return native.quantized_matmul(x, weight)
     if weight.torch_scales is not None and x.dtype == torch.bfloat16 and 0 < x.numel() <= PACKED_ROWS * columns:
         return packed_product(x, weight, weight.torch_scales)
     return unpacked_product(x, weight)
@@ -55,7 +60,7 @@ def packed_product(x: Tensor, weight: QuantizedWeight, torch_scales: Tensor) -> 
     return y.unflatten(0, x.shape[:-1]) if x.ndim > 1 else y[0]
 
 
-def pack_for_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+def pack_for_torch(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight in the form of torch's CPU products where they take its format, for bfloat16 activations.
 
     They want int8 by whole rows, or int4 with a linear grid and N in blocks, and scales that are bfloat16 already.

@@ -40,7 +40,7 @@ class QuantizedWeight:
         bits: of a value, 4 or 8.
         levels: float32 [16], for a table of levels in place of q - 8.
         torch_scales: None, or the scales as torch's CPU products read them; then words are as those do:
-            int8 [N, K], or uint8 [N, K / 2] of `pack_torch_int4`. `pack_for_cpu` makes it.
+            int8 [N, K], or uint8 [N, K / 2] of `pack_torch_int4`. `pack_for_torch` makes it.
     """
 
     words: Tensor
