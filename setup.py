@@ -2,13 +2,14 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 # torch has loaded an OpenMP before: the kernels use its threads. `now` turns a missing one into an ImportError.
 native = Pybind11Extension(
-    "mimo_fast._native", ["csrc/bindings.cpp", "csrc/quantized_matmul.cpp"], depends=["csrc/quantized_matmul.h"],
+    "mimo_fast._native", sorted(map(str, Path("csrc").glob("*.cpp"))), depends=[*map(str, Path("csrc").glob("*.h"))],
     cxx_std=17, extra_compile_args=["-O3", "-fopenmp", "-Wall", "-Wextra"], extra_link_args=["-Wl,-z,now"],
     optional=True,
 )  # fmt: skip

@@ -11,6 +11,7 @@ import json
 import resource
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -106,7 +107,7 @@ def speak_only(lm: LM) -> None:
     bias = torch.zeros(size, dtype=lm.dtype, device=lm.device)
     bias[lm.empty_id] = 1e4
     if isinstance(lm.text_head, QuantizedWeight):
-        lm.text_head = QuantizedWeight(**{**vars(lm.text_head), "bias": bias})
+        lm.text_head = replace(lm.text_head, bias=bias)
     else:
         lm.text_head = Weight.stack(lm.text_head.blocks, [bias])
 

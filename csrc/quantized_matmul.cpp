@@ -15,19 +15,14 @@
 // each weight to float and multiplying it there takes three times as many at 4 bits.
 //
 // x is permuted within each block to meet the weights as they are unpacked: bytes in order, low nibbles before high
-// ones. A thread takes tiles of ROWS rows of W, so that a tile stays in its caches while many rows of x pass.
+// ones. A thread takes tiles of ROWS rows of W, so that a tile stays in its caches while many rows of x pass, two at a
+// time: four rows of x would leave no room for W in a first cache of 32 KB.
 
 #include "quantized_matmul.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <immintrin.h>
 #include <limits>
 #include <vector>
-
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX2_INLINE AVX2 inline __attribute__((always_inline))
 
 namespace mimo_fast {
 namespace {
@@ -36,30 +31,6 @@ constexpr int64_t ROWS = 16;
 constexpr float LARGEST = 127 * 256;
 // Bytes of W below which waking the other threads costs more than they bring.
 constexpr int64_t SHARED = 1 << 17;
-
-inline float from_bfloat16(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-
-inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (std::isnan(value)) return 0x7FC0;
-    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float read(const void* values, Type type, int64_t i) {
-    return type == Type::float32 ? static_cast<const float*>(values)[i]
-                                 : from_bfloat16(static_cast<const uint16_t*>(values)[i]);
-}
-
-inline void write(void* values, Type type, int64_t i, float value) {
-    if (type == Type::float32) static_cast<float*>(values)[i] = value;
-    else static_cast<uint16_t*>(values)[i] = to_bfloat16(value);
-}
 
 // Column of a block that meets byte or nibble i of its weights, in the order in which they are unpacked.
 std::vector<int> unpacking_order(int bits, int block) {
@@ -89,46 +60,67 @@ struct FixedPoint {
           steps(p.M * (p.K / p.block)), sums(p.M * (p.K / p.group)) {
         const std::vector<int> order = unpacking_order(p.bits, p.block);
 #pragma omp parallel for if (p.M > 4)
-        for (int64_t m = 0; m < p.M; ++m)
-            for (int64_t start = 0; start < p.K; start += p.block) convert(p, order, m, start);
+        for (int64_t m = 0; m < p.M; ++m) convert_row(p, order, m);
     }
 
-    void convert(const QuantizedMatmul& p, const std::vector<int>& order, int64_t m, int64_t start) {
-        float x[128], largest = 0;
-        for (int i = 0; i < p.block; ++i) x[i] = read(p.x, p.type, m * p.K + start + i);
-        for (int i = 0; i < p.block; ++i) largest = std::max(largest, std::fabs(x[i]));
-        bool finite = true;
-        for (int i = 0; i < p.block; ++i) finite &= std::isfinite(x[i]);
-        // What is not finite must not pass as a number.
-        const float step = finite ? largest / LARGEST : NAN;
+    AVX2 void convert_row(const QuantizedMatmul& p, const std::vector<int>& order, int64_t m) {
+        float scale = 1;
+        if (p.norm) {
+            __m256 squares = _mm256_setzero_ps();
+            for (int64_t k = 0; k < p.K; k += 8) {
+                const __m256 x = read8(p.x, p.type, m * p.K + k);
+                squares = _mm256_fmadd_ps(x, x, squares);
+            }
+            scale = 1 / std::sqrt(sum8(squares) / float(p.K) + p.eps);
+        }
+        for (int64_t start = 0; start < p.K; start += p.block) {
+            alignas(32) float x[128];
+            __m256 largest = _mm256_setzero_ps();
+            for (int i = 0; i < p.block; i += 8) {
+                __m256 values = read8(p.x, p.type, m * p.K + start + i);
+                if (p.norm)
+                    values = _mm256_mul_ps(_mm256_mul_ps(values, _mm256_set1_ps(scale)),
+                                           read8(p.norm, p.type, start + i));
+                largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values));
+                _mm256_store_ps(x + i, values);
+            }
+            convert_block(p, order, m, start, x, max8(largest));
+        }
+    }
+
+    AVX2 void convert_block(
+        const QuantizedMatmul& p, const std::vector<int>& order, int64_t m, int64_t start, const float* x,
+        float largest
+    ) {
+        // What is not finite must not pass as a number; a maximum may not see NaN, a sum does.
+        float check = 0;
+        for (int i = 0; i < p.block; ++i) check += x[i] * 0;
+        const float step = check == 0 ? largest / LARGEST : NAN;
         // What is too small for a normal step counts as zero.
         const float inverse = step >= std::numeric_limits<float>::min() ? 1 / step : 0;
-        int32_t fixed[128], sum = 0;
-        for (int i = 0; i < p.block; ++i) {
-            fixed[i] = inverse ? int32_t(std::lrint(std::clamp(x[i] * inverse, -LARGEST, LARGEST))) : 0;
-            sum += fixed[i];
+        alignas(32) int32_t fixed[128];
+        __m256i total = _mm256_setzero_si256();
+        for (int i = 0; i < p.block; i += 8) {
+            __m256 values = _mm256_mul_ps(_mm256_load_ps(x + i), _mm256_set1_ps(inverse));
+            values = _mm256_max_ps(_mm256_min_ps(values, _mm256_set1_ps(LARGEST)), _mm256_set1_ps(-LARGEST));
+            const __m256i whole8 = inverse ? _mm256_cvtps_epi32(values) : _mm256_setzero_si256();
+            total = _mm256_add_epi32(total, whole8);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(fixed + i), whole8);
         }
         const int64_t at = m * p.K + start;
-        for (int i = 0; i < p.block; ++i) {
-            const int32_t value = fixed[order[i]];
-            if (p.bits == 8) {
-                whole[at + i] = int16_t(value);
-            } else {
-                const int32_t h = (value + 128) >> 8;
+        if (p.bits == 8) {
+            for (int i = 0; i < p.block; ++i) whole[at + i] = int16_t(fixed[order[i]]);
+        } else {
+            for (int i = 0; i < p.block; ++i) {
+                const int32_t value = fixed[order[i]], h = (value + 128) >> 8;
                 high[at + i] = int8_t(h);
                 low[at + i] = int8_t(value - 256 * h);
             }
         }
         steps[m * (p.K / p.block) + start / p.block] = step;
-        sums[m * (p.K / p.group) + start / p.group] += step * float(sum);
+        sums[m * (p.K / p.group) + start / p.group] += step * sum8(_mm256_cvtepi32_ps(total));
     }
 };
-
-AVX2_INLINE float horizontal_sum(__m256 v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
 
 AVX2_INLINE __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
@@ -178,24 +170,23 @@ AVX2_INLINE void subtract_zeros(const QuantizedMatmul& p, int64_t n, const float
     for (int r = 0; r < R; ++r) wide[r] = _mm256_setzero_ps();
     int64_t g = 0;
     for (; g + 8 <= groups; g += 8) {
-        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g));
-        const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+        const __m256 scale = widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g)));
         __m256 zero = _mm256_set1_ps(offset);
         if (zeros)
             zero = _mm256_add_ps(zero, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + g))));
         const __m256 product = _mm256_mul_ps(scale, zero);
         for (int r = 0; r < R; ++r) wide[r] = _mm256_fmadd_ps(product, _mm256_loadu_ps(sums + r * groups + g), wide[r]);
     }
-    for (int r = 0; r < R; ++r) y[r] -= horizontal_sum(wide[r]);
+    for (int r = 0; r < R; ++r) y[r] -= sum8(wide[r]);
     for (; g < groups; ++g) {
         const float product = from_bfloat16(scales[g]) * (offset + (zeros ? _cvtsh_ss(zeros[g]) : 0));
         for (int r = 0; r < R; ++r) y[r] -= product * sums[r * groups + g];
     }
 }
 
-// Row n of W with rows m ... m + R - 1 of x.
+// Row n of W with rows m ... m + R - 1 of x, and the bias.
 template <int BITS, int BLOCK, int R>
-AVX2_INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t n) {
+AVX2_INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t n, float (&y)[R]) {
     const int64_t blocks = p.K / BLOCK, groups = p.K / p.group, blocks_of_group = p.group / BLOCK;
     const uint8_t* words = p.words + n * (p.K * BITS / 8);
     const uint16_t* scales = p.scales + n * groups;
@@ -214,39 +205,43 @@ AVX2_INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t 
             }
         }
     }
-    float y[R];
-    for (int r = 0; r < R; ++r) y[r] = horizontal_sum(sum[r]);
+    for (int r = 0; r < R; ++r) y[r] = sum8(sum[r]) + (p.bias ? read(p.bias, p.type, n) : 0);
     subtract_zeros<R>(p, n, &x.sums[m * groups], y);
-    for (int r = 0; r < R; ++r) {
-        const float bias = p.bias ? read(p.bias, p.type, n) : 0;
-        write(p.y, p.type, (m + r) * p.N + n, y[r] + bias);
-    }
 }
 
+// Outputs first ... last - 1 of rows m ... m + R - 1.
 template <int BITS, int BLOCK, int R>
 AVX2 void dot_rows(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) dot_row<BITS, BLOCK, R>(p, x, m, n);
+    const int64_t outputs = p.swiglu ? p.N / 2 : p.N;
+    for (int64_t n = first; n < last; ++n) {
+        float y[R];
+        dot_row<BITS, BLOCK, R>(p, x, m, n, y);
+        if (p.swiglu) {
+            float up[R];
+            dot_row<BITS, BLOCK, R>(p, x, m, n + outputs, up);
+            for (int r = 0; r < R; ++r) y[r] = y[r] / (1 + std::exp(-y[r])) * up[r];
+        }
+        for (int r = 0; r < R; ++r) {
+            const int64_t at = (m + r) * outputs + n;
+            write(p.y, p.type, at, p.residual ? y[r] + read(p.residual, p.type, at) : y[r]);
+        }
+    }
 }
 
 template <int BITS, int BLOCK>
 void run(const QuantizedMatmul& p) {
     const FixedPoint x(p);
-    const int64_t tiles = (p.N + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static) if (p.N * p.K * BITS / 8 * std::min<int64_t>(p.M, 4) > SHARED)
+    const int64_t outputs = p.swiglu ? p.N / 2 : p.N, tiles = (outputs + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static) if (p.N * p.K * BITS / 8 * std::min<int64_t>(p.M, 8) > SHARED)
     for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = tile * ROWS, last = std::min(first + ROWS, p.N);
+        const int64_t first = tile * ROWS, last = std::min(first + ROWS, outputs);
         int64_t m = 0;
-        for (; m + 4 <= p.M; m += 4) dot_rows<BITS, BLOCK, 4>(p, x, m, first, last);
-        if (p.M - m >= 2) dot_rows<BITS, BLOCK, 2>(p, x, m, first, last), m += 2;
-        if (p.M - m >= 1) dot_rows<BITS, BLOCK, 1>(p, x, m, first, last);
+        for (; m + 2 <= p.M; m += 2) dot_rows<BITS, BLOCK, 2>(p, x, m, first, last);
+        if (p.M > m) dot_rows<BITS, BLOCK, 1>(p, x, m, first, last);
     }
 }
 
 }  // namespace
-
-bool quantized_matmul_runs() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
 
 void quantized_matmul(const QuantizedMatmul& p) {
     if (p.bits == 4) p.block == 128 ? run<4, 128>(p) : run<4, 64>(p);

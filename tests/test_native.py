@@ -12,13 +12,17 @@ from helpers import FORMATS, gaussian
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mimo_fast.kernels import native, qmatmul_cpu
+from mimo_fast.kernels import native, qmatmul, qmatmul_cpu
+from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.qmatmul import matmul
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.quantization import Format, quantize
 
 CPU = Path("/proc/cpuinfo")
 TAKEN = ["int4", "int4-g64", "int4-sym", "int4-sym-g64", "int8", "int8-g128", "int8-g32"]
+
+LARGEST_ERROR = {torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""Of the largest value: 16 bits of x, or the rounding of the result."""
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"the native kernels are {native.state()}")
 
@@ -51,7 +55,7 @@ def eager_error(x: torch.Tensor, weight: QuantizedWeight) -> float:
 def test_error_is_that_of_its_arithmetic(name, rows, outputs, columns, biased, dtype):
     """Half a step of fixed point for each x, float32 sums of offset products, and the rounding of the result."""
     weight = quantize(gaussian(outputs, columns), Format.parse(name), gaussian(1, outputs, 3)[0] if biased else None)
-    assert native.takes(weight)
+    assert native.takes_weight(weight)
     x = (gaussian(rows, columns, 1) * torch.linspace(-3, 3, columns).exp()).to(dtype)
     y = native.quantized_matmul(x, weight)
     assert y.dtype == dtype
@@ -72,6 +76,34 @@ def test_published_width_beats_dense_bfloat16(name):
     x = gaussian(4, 4096, 1).bfloat16()
     error = float((native.quantized_matmul(x, weight).double() - exact(x, weight)).square().mean().sqrt())
     assert error <= eager_error(x, weight)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("normed", "swiglu", "added"), [(1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_what_a_layer_does_around_it(name, normed, swiglu, added, dtype):
+    """Against float64 all the way; the plain path rounds each step to the dtype."""
+    weight = quantize(gaussian(34, 1024), Format.parse(name), gaussian(1, 34, 3)[0])
+    x, gain = (gaussian(5, 1024, 1) * 3).to(dtype), gaussian(1, 1024, 4)[0].to(dtype)
+    outputs = 17 if swiglu else 34
+    residual = gaussian(5, outputs, 5).to(dtype) if added else None
+    norm = RMSNorm(gain, 0.1) if normed else None
+    wide = x.double()
+    if normed:
+        wide = wide / (wide.square().mean(-1, keepdim=True) + 0.1).sqrt() * gain.double()
+    want = exact(wide, weight)
+    if swiglu:
+        gate, up = want.chunk(2, -1)
+        want = gate * gate.sigmoid() * up
+    want = want if residual is None else want + residual.double()
+    got = native.quantized_matmul(x, weight, norm, residual, swiglu)
+    plain = qmatmul._plain(x, weight, qmatmul.unpacked_product, norm, residual, swiglu)
+    assert got.shape == plain.shape == (5, outputs)
+    scale = float(want.abs().max())
+    assert float((got.double() - want).abs().max()) <= LARGEST_ERROR[dtype] * scale
+    if dtype == torch.bfloat16:
+        assert (got.double() - want).square().mean() <= (plain.double() - want).square().mean()
 
 
 @needs_native
@@ -132,17 +164,17 @@ def test_shapes(shape):
 @needs_native
 def test_what_it_does_not_know_goes_elsewhere(monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "quantized_matmul", lambda *args: calls.append(args) or args[0] @ args[0].T)
+    monkeypatch.setattr(native, "quantized_matmul", lambda *args: calls.append(args))
     for name in FORMATS:
         calls.clear()
         weight = quantize(gaussian(32, 128), Format.parse(name))
         matmul(torch.ones(1, 128), weight)
-        assert bool(calls) == (name in TAKEN) == native.takes(weight)
+        assert bool(calls) == (name in TAKEN) == native.takes_weight(weight)
     weight = quantize(gaussian(32, 128), Format.parse("int4"))
-    assert not native.takes(replace(weight, scales=weight.scales.float()))
-    assert not native.takes(qmatmul_cpu.pack_for_torch(weight))
+    assert not native.takes_weight(replace(weight, scales=weight.scales.float()))
+    assert not native.takes_weight(qmatmul_cpu.pack_for_torch(weight))
     monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
-    assert not native.takes(weight)
+    assert not native.takes_weight(weight)
 
 
 @needs_native

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .dispatch import use_triton
 from .norm import RMSNorm
-from .qmatmul_cpu import quantized_product, unpacked_product
+from .qmatmul_cpu import check_width, quantized_product, unpacked_product
 from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, fuses_norm, quantized_matmul
 from .quantized_weight import QuantizedWeight, nbytes
 from .swiglu import swiglu as swiglu_op
@@ -53,6 +54,8 @@ def matmul(
 ) -> Tensor:
     """x [..., K], normed first by `norm` -> [..., N], or [..., N / 2] with swiglu; residual is shaped as the result."""
     if not use_triton(x):
+        if isinstance(weight, QuantizedWeight) and not x.requires_grad and native.takes_weight(weight):
+            return native.quantized_matmul(check_width(x, weight), weight, norm, residual, swiglu)
         return _plain(x, weight, quantized_product, norm, residual, swiglu)
     if isinstance(weight, QuantizedWeight):
         if fits_quantized(weight):

@@ -1,15 +1,14 @@
-"""Products with quantized weights without Triton.
+"""Products with quantized weights in plain torch, where neither Triton nor a native kernel takes them.
 
-    the kernel of csrc/, where it was built       x in 16 bits of fixed point, exact integer sums of blocks
-    any x, any format                             y = x.float() W^T + b, W unpacked some rows at a time
-    bfloat16, few rows, `pack_for_torch`          torch's product, which unpacks in registers
+    any x, any format                           y = x.float() W^T + b, W unpacked some rows at a time
+    bfloat16, few rows, `pack_for_torch`        torch's product, which unpacks in registers
 
 Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. All accumulate in float32 and round y to x.dtype; torch's rounds once
 more before b is added, and rounds -scale zero to bfloat16, which costs less than rounding the weight does.
 
-A weight is held in one form: ours, which the kernel reads, or without the kernel torch's, which unpacks as fast. torch
-has these products for float32 and float16 too, but without vector instructions. PACKED_ROWS and UNPACKED_AT_ONCE are
-findings of benchmarks/results/2026-11-24-cpu-qmatmul.json.
+A weight is held in one form, ours or torch's, which unpacks as fast. torch has these products for float32 and float16
+too, but without vector instructions. benchmarks/results/2026-11-24-cpu-qmatmul.json has the figures behind PACKED_ROWS
+and UNPACKED_AT_ONCE.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
 from .quantized_weight import QuantizedWeight, dequantize, pack_torch_int4, torch_int4_order, unpack_words
 
 PACKED_ROWS = 64
@@ -32,14 +30,17 @@ UNPACKED_AT_ONCE = 2**18
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    columns = weight.shape[1]
-    if x.shape[-1] != columns:
-        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
-    if native.takes(weight):
-        return native.quantized_matmul(x, weight)
-    if weight.torch_scales is not None and x.dtype == torch.bfloat16 and 0 < x.numel() <= PACKED_ROWS * columns:
+    few = 0 < check_width(x, weight).numel() <= PACKED_ROWS * x.shape[-1]
+    if weight.torch_scales is not None and x.dtype == torch.bfloat16 and few:
         return packed_product(x, weight, weight.torch_scales)
     return unpacked_product(x, weight)
+
+
+def check_width(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x, whose last dimension must be the weight's."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {weight.shape[1]}")
+    return x
 
 
 def unpacked_product(x: Tensor, weight: QuantizedWeight) -> Tensor:

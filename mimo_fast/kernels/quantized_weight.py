@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -73,12 +73,12 @@ class QuantizedWeight:
             torch_scales=_joined_scales([block.torch_scales for block in blocks if block.torch_scales is not None]),
         )
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return len(self.words), self.words.shape[1] * self.words.itemsize * 8 // self.bits
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Values along K that share a scale."""
         return self.shape[1] // self.scales.shape[1]

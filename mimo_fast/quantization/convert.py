@@ -107,7 +107,7 @@ class WeightSource:
             joined = QuantizedWeight.stack(blocks)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words) and not native.takes(joined)
+        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words) and not native.takes_weight(joined)
         return pack_for_torch(joined) if packs else joined
 
 
