@@ -38,8 +38,7 @@ def describe_machine() -> Iterator[str]:
     packages = ("torch", "triton", "safetensors", "tokenizers", "soundfile", "transformers")
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in packages)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"cpu: {_cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
+    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
         yield "gpu: none that this torch can use"
     for i in range(torch.cuda.device_count()):
@@ -83,8 +82,21 @@ def useful_threads(config: LMConfig) -> int:
     many times the work where other programs use the cores.
     """
     backbone = config.backbone
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, torch.get_num_threads()) if backbone.dim * backbone.ffn_dim >= SHARED_PRODUCT else 1
+    return min(usable_cores(), torch.get_num_threads()) if backbone.dim * backbone.ffn_dim >= SHARED_PRODUCT else 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name as it tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
@@ -92,11 +104,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

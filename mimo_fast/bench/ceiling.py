@@ -1,0 +1,103 @@
+"""What a device can do at best, measured on it: the bandwidth and the arithmetic that results are held against.
+
+    floor of an op = max(bytes / read bandwidth, FLOP / matmul rate)
+
+read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of 16-bit types where
+the device has instructions for them. All are the best of several runs, and what others leave of the machine while they
+run: a loaded machine has a lower ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .timing import durations
+
+READ_BYTES = 2**31
+COPY_BYTES = 2**30
+RUNS = 5
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Bytes a second of reading and of copying (read + written), and FLOP a second of a matmul by dtype name."""
+
+    read_Bps: float
+    copy_Bps: float
+    flops: dict[str, float]
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOP a second for activations of a dtype: that of float32, if it is more, for nothing forbids to widen."""
+        single = self.flops[name_of(torch.float32)]
+        return max(self.flops.get(name_of(dtype), single), single)
+
+    def floor_seconds(self, nbytes: float, flop: float = 0, dtype: torch.dtype = torch.float32) -> float:
+        """The least time for reading so many bytes and doing so much arithmetic on them at once."""
+        return max(nbytes / self.read_Bps, flop / self.rate(dtype))
+
+    def bound(self, nbytes: float, flop: float, dtype: torch.dtype) -> str:
+        """Which of the two that is: "memory" or "arithmetic"."""
+        return "memory" if nbytes / self.read_Bps >= flop / self.rate(dtype) else "arithmetic"
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in self.flops.items())
+        return f"ceiling: reads {self.read_Bps / 1e9:.1f} GB/s, copies {self.copy_Bps / 1e9:.1f} GB/s; GFLOP/s: {rates}"
+
+    def as_dict(self) -> dict[str, object]:
+        """For a record."""
+        return {"read_Bps": self.read_Bps, "copy_Bps": self.copy_Bps, "flops": dict(self.flops)}
+
+
+def ceiling(device: torch.device | str) -> Ceiling:
+    """Of this device and torch's present number of threads; measured once a process (some seconds on a CPU)."""
+    return _measured(torch.device(device), torch.get_num_threads())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _measured(device: torch.device, _threads: int) -> Ceiling:
+    rates = {name_of(dtype): matmul_rate(device, dtype) for dtype in matmul_dtypes(device)}
+    return Ceiling(read_bandwidth(device), copy_bandwidth(device), rates)
+
+
+def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that the device multiplies at a rate of their own; others it widens, or takes one by one."""
+    if device.type == "cuda":
+        return torch.float32, torch.float16, torch.bfloat16
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
+
+
+def read_bandwidth(device: torch.device, nbytes: int = READ_BYTES) -> float:
+    """Bytes a second of a sum."""
+    # Written, so that every page is memory of its own.
+    data = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
+    return nbytes / _best(data.sum, device)
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = COPY_BYTES) -> float:
+    """Bytes a second, read and written."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.ones_like(source)
+    return 2 * nbytes / _best(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP a second of a square product, by default of 1024 on a CPU and 8192 elsewhere."""
+    size = size or (1024 if device.type == "cpu" else 8192)
+    generator = torch.Generator(device).manual_seed(0)
+    # Random: zeros draw less power, and clocks follow it.
+    x, y = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: x @ y.T, device)
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    return min(durations(call, device, seconds=0, min_runs=RUNS, max_runs=RUNS))
