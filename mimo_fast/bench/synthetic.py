@@ -1,16 +1,38 @@
 """Models of any dimensions with random weights made in place, dense or quantized: nothing is read from a disk."""
 
+from __future__ import annotations
+
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig
-from mimo_fast.layout import lm_shapes
-from mimo_fast.quantization import QuantizationConfig, WeightSource
-from mimo_fast.quantization.formats import stored_tensors
-from mimo_fast.runtime.lm import LM
+from ..config import CodecConfig, LMConfig
+from ..initialize import TOKEN_IDS, preset_config, write_tokenizer
+from ..layout import codec_shapes, lm_shapes
+from ..quantization import QuantizationConfig, WeightSource
+from ..quantization.formats import stored_tensors
+from ..runtime.codec import Codec
+from ..runtime.lm import LM
+from ..tokenizer import Tokenizer
+
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def preset_configs(preset: str) -> tuple[LMConfig, CodecConfig]:
+    """Dimensions of "tiny" or "7b"."""
+    lm, codec = (preset_config(preset, part, None) for part in ("lm", "codec"))
+    return LMConfig.from_dict(lm), CodecConfig.from_dict(codec)
+
+
+def preset_tokenizer(preset: str) -> Tokenizer:
+    """A token a byte, and the special tokens with the preset's ids."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), preset_config(preset, "lm", None), TOKEN_IDS[preset])
+        return Tokenizer.from_directory(folder)
 
 
 def random_lm(
@@ -24,9 +46,17 @@ def random_lm(
     return LM(config, empty_id, WeightSource(random_reader(tensors, device, seed), dtype, formats))
 
 
-def random_reader(
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str, seed: int
-) -> Callable[[str], Tensor]:
+def random_codec(
+    config: CodecConfig, quantization: str | None, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Codec:
+    """A codec likewise; quantization is that of its transformer layers, such as "int8"."""
+    chosen = QuantizationConfig.parse({"codec": quantization})
+    formats = chosen.formats(codec_shapes(config)) if chosen else {}
+    read = random_reader(stored_tensors(codec_shapes(config), formats, dtype), device, seed)
+    return Codec(config, WeightSource(read, dtype, formats), WeightSource(read, torch.float32))
+
+
+def random_reader(tensors: Stored, device: torch.device | str, seed: int) -> Callable[[str], Tensor]:
     """name -> tensor, the same whenever it is asked for."""
 
     def read(name: str) -> Tensor:
@@ -39,15 +69,17 @@ def random_reader(
         if name.endswith(".scales"):
             words, _ = tensors[name.removesuffix("scales") + "words"]
             return torch.full(shape, _scale(words, tensors, name), dtype=dtype, device=device)
+        if name.endswith("istft.window"):
+            return torch.hann_window(*shape, dtype=dtype, device=device)
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
         values = torch.empty(shape, dtype=dtype, device=device)
-        return values.normal_(0, 1.0 if "embed" in name else shape[1] ** -0.5, generator=generator)
+        return values.normal_(0, 1.0 if "embed" in name else math.prod(shape[1:]) ** -0.5, generator=generator)
 
     return read
 
 
-def _scale(words: tuple[int, ...], tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], name: str) -> float:
+def _scale(words: tuple[int, ...], tensors: Stored, name: str) -> float:
     """Makes uniform random q of this matrix's bits give values of variance 1 / K."""
     # int4 has zeros or nf4's float32 scales; whatever else is packed is int8.
     four = name.removesuffix("scales") + "zeros" in tensors or tensors[name][1] == torch.float32
