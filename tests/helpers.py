@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mimo_fast.bench.accuracy import accuracy
 from mimo_fast.checkpoint import open_weights, write_checkpoint
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.errors import CheckpointError
@@ -47,6 +48,12 @@ def assert_rounded(got: Tensor, want: Tensor, roundings: float = 1, noise: float
     excess = error - want.abs() * half_ulp * roundings * 1.01 - noise
     # Written so that NaN fails.
     assert bool((excess <= 0).all()), f"error {error.max():.3g} exceeds its bound by {excess.max():.3g}"
+
+
+def assert_as_exact_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The rule of `mimo_fast.bench.accuracy`."""
+    found = accuracy(got, eager, exact)
+    assert found.accepted, str(found)
 
 
 def snr_db(got: Tensor, want: Tensor) -> float:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mimo_fast.bench.accuracy import accuracy, worst
+from mimo_fast.bench.accuracy import accuracy, compare_codes, worst
+from mimo_fast.kernels.rvq import rvq_encode_ref
 
 
 def rounded(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,3 +75,21 @@ def test_the_worst_output_counts():
     assert not worst([x + 1, x], [x, x], [x, x]).accepted
     with pytest.raises(ValueError, match="zip"):
         worst([x], [x, x], [x, x])
+
+
+def test_codes_may_differ_by_a_near_tie_alone():
+    generator = torch.Generator().manual_seed(0)
+    x, book = torch.randn(6, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    books = [torch.cat((book, book[:1] + 1e-7)), book]
+    want = rvq_encode_ref(x, books)
+    assert compare_codes(x, books, want, want) == (0, 0)
+    x[2] = book[0] + 0.1
+    want = rvq_encode_ref(x, books)
+    tied, wrong, outside = want.clone(), want.clone(), want.clone()
+    assert int(want[0, 2]) in (0, 5)
+    tied[0, 2] = 5 - tied[0, 2]
+    wrong[0, 1] = (wrong[0, 1] + 1) % 5
+    outside[1, 3] = 5
+    assert compare_codes(x, books, tied, want) == (0, 1)
+    assert compare_codes(x, books, wrong, want) == (1, 0)
+    assert compare_codes(x, books, outside, want) == (1, 0)

@@ -4,6 +4,7 @@
     float16, bfloat16      at most twice as far off as the same op in eager torch of that dtype
     int8                   at most one level off, in no more than 1% of the values: ties of a rounding
     other integers, bool   equal
+    codes of an RVQ search equal up to a frame's first near-tie: two distances that differ by less than 1e-5 of them
 
 "Exact" is the op in float32 on the same inputs. NaN and infinity are never accepted.
 """
@@ -20,6 +21,7 @@ FLOAT32_BOUND = 1e-5
 """Of the largest exact value."""
 
 EAGER_FACTOR = 2
+NEAR_TIE = 1e-5
 LEVELS_OFF = 0.01
 """Share of int8 values that may be a level off."""
 
@@ -45,7 +47,12 @@ REFUSED = float("inf")
 
 
 def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
-    """Of one output. eager: of plain torch in got's dtype; exact: in float32; for integers they are the same."""
+    """Of one output.
+
+    Args:
+        eager: of plain torch on the same inputs, in got's dtype.
+        exact: in float32 or wider; for integers the same as eager.
+    """
     if got.shape != exact.shape or got.dtype != eager.dtype:
         return Accuracy(REFUSED, 0.0, REFUSED)
     if not got.numel():
@@ -58,10 +65,10 @@ def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
         wrong = float((got != eager).float().mean())
         return Accuracy(wrong, 0.0, wrong)
     size = float(exact.abs().max())
-    error = float((got.float() - exact.float()).abs().max()) if bool(got.isfinite().all()) else REFUSED
+    error = float((got.to(exact.dtype) - exact).abs().max()) if bool(got.isfinite().all()) else REFUSED
     bound = FLOAT32_BOUND * size
     if got.dtype != torch.float32:
-        bound = EAGER_FACTOR * float((eager.float() - exact.float()).abs().max())
+        bound = EAGER_FACTOR * float((eager.to(exact.dtype) - exact).abs().max())
     return Accuracy(error, bound, error / size if size else error)
 
 
@@ -73,3 +80,19 @@ def worst(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor
     """
     each = [accuracy(*outputs) for outputs in zip(got, eager, exact, strict=True)]
     return max(each, key=lambda a: (not a.accepted, a.error / a.bound if a.bound else a.error))
+
+
+def compare_codes(x: Tensor, codebooks: Sequence[Tensor], got: Tensor, want: Tensor) -> tuple[int, int]:
+    """Of frames x [T, D] and two searches' codes [Q, T]: how many frames differ wrongly, how many by a near-tie."""
+    residual = x.double()
+    same = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    wrong = torch.zeros_like(same)
+    for mine, theirs, book in zip(got, want, codebooks, strict=True):
+        wide, inside = book.double(), (mine >= 0) & (mine < len(book))
+        chosen = mine.clamp(0, len(book) - 1)
+        first, second = ((residual - wide[index]).square().sum(-1) for index in (chosen, theirs))
+        near = inside & ((first - second).abs() < NEAR_TIE * second)
+        wrong |= same & (mine != theirs) & ~near | ~inside
+        same &= mine == theirs
+        residual = residual - wide[theirs]
+    return int(wrong.sum()), int((~same & ~wrong).sum())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_as_exact_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,17 +26,6 @@ def poisoned(monkeypatch):
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).to(dtype)
-
-
-def assert_as_exact_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Against float32 on the same inputs: no more than twice what eager 16-bit torch is off by; 1e-5 in float32."""
-    assert got.shape == exact.shape
-    assert got.dtype == eager.dtype
-    assert got.isfinite().all()
-    bound = 1e-5 * float(exact.abs().max())
-    if got.dtype != torch.float32:
-        bound = 2 * float((eager.float() - exact).abs().max())
-    assert float((got.float() - exact).abs().max()) <= bound
 
 
 def projected(n: int, t: int, heads: int, kv_heads: int, dh: int, dtype: torch.dtype = torch.float32) -> Tensor:

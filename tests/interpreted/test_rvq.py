@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mimo_fast.bench.accuracy import compare_codes
 from mimo_fast.kernels import rvq
 from mimo_fast.kernels.rvq import FEW_FRAMES, Codebooks, rvq_decode, rvq_decode_ref, rvq_encode, rvq_encode_ref
 
-NEAR_TIE = 1e-5
 SHORT, LONG = 10**9, 0
 pytestmark = pytest.mark.usefixtures("poisoned")
 both = pytest.mark.parametrize("few_frames", [SHORT, LONG], ids=["short", "long"])
@@ -36,16 +36,9 @@ def assert_same_codes(x: Tensor, books: list[Tensor], got: Tensor, max_near_ties
     want = rvq_encode_ref(x, books)
     assert got.shape == want.shape
     assert got.dtype == torch.int64
-    residual, same = x.double(), torch.ones(len(x), dtype=torch.bool)
-    for mine, theirs, book in zip(got, want, books, strict=True):
-        assert bool(((mine >= 0) & (mine < len(book))).all())
-        wide = book.double()
-        first, second = ((residual - wide[index]).square().sum(-1) for index in (mine, theirs))
-        near = (first - second).abs() < NEAR_TIE * second
-        assert bool((near | (mine == theirs) | ~same).all())
-        same &= mine == theirs
-        residual = residual - wide[theirs]
-    assert int((~same).sum()) <= max_near_ties
+    wrong, near_ties = compare_codes(x, books, got, want)
+    assert wrong == 0
+    assert near_ties <= max_near_ties
 
 
 @both

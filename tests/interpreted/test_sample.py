@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_as_exact_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -189,12 +190,7 @@ def test_head_logits(rows, size, dim, dtype):
     generator = torch.Generator().manual_seed(size)
     hidden, heads = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, size))
     got = head_logits(hidden, heads)
-    exact = hidden.double() @ heads.double().T
-    bound = 1e-5 * float(exact.abs().max())
-    if dtype == torch.float16:
-        bound = 2 * float(((hidden @ heads.T).double() - exact).abs().max())
-    assert got.dtype == dtype
-    assert float((got.double() - exact).abs().max()) <= bound
+    assert_as_exact_as_eager(got, hidden @ heads.T, hidden.double() @ heads.double().T)
     assert torch.equal(head_logits(hidden[:1], heads), got[:1]), "a row depends on its neighbours"
 
 

@@ -1,0 +1,282 @@
+"""What every measurement goes through: records as JSON lines, a readable table, and the refusal of wrong results.
+
+A provider is timed on the inputs on which its result has just been checked. Where the check fails there is no row and
+no record: the provider is named as refused, and the run ends with exit code 1. Providers that cannot run here are named
+with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.bench.accuracy import Accuracy, worst
+from mimo_fast.bench.ceiling import Ceiling, name_of
+from mimo_fast.bench.environment import environment
+from mimo_fast.bench.timing import Timing, copies_for, time_calls
+from mimo_fast.kernels.quantized_weight import QuantizedWeight
+
+Inputs = dict[str, Any]
+"""Tensors, weights, caches and settings of one call, by name; `copy.deepcopy` gives another of the same values."""
+
+Outputs = tuple[Tensor, ...]
+
+MIN_RUNS = 5
+
+
+class JsonLines:
+    """Appends records to a file, each on a line and out of our hands before the next is made; nowhere for None."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+            self._file = path.open("a", encoding="utf-8")
+            # Of a run that was killed while it wrote.
+            self._file.write("\n" if cut_off else "")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that was cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Table:
+    """Rows printed as they come, in columns of fixed widths; a negative width aligns to the left."""
+
+    def __init__(self, columns: Mapping[str, int], write: Callable[[str], object] | None = None) -> None:
+        self._widths = list(columns.values())
+        # Above a progress bar, where there is one.
+        self._write = write or partial(tqdm.write, file=sys.stdout)
+        self.row(*columns)
+
+    def row(self, *cells: str) -> None:
+        pairs = zip(cells, self._widths, strict=True)
+        self._write("  ".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs).rstrip())
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op.
+
+    Args:
+        run: prepared inputs -> outputs; called again on the same inputs it must give the same.
+        prepare: the case's inputs -> what `run` takes, such as weights in another form; not timed.
+        missing: device -> why it cannot run there, or None.
+        stands_for: (case's inputs, prepared) -> the inputs whose result `run` should give, where its own rounding of
+            weights or activations is no error of its arithmetic; None: the case's own.
+    """
+
+    name: str
+    run: Callable[[Any], Outputs]
+    prepare: Callable[[Inputs], Any] = lambda inputs: inputs
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    stands_for: Callable[[Inputs, Any], Inputs] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Args:
+        op: name in the registry. launcher: the function of mimo_fast.kernels that it measures.
+        format: of the weights or the cache; the activations' dtype where there is none.
+        m: rows. shape: for people. nbytes, flop: what one call must move and compute.
+        make: device -> inputs. reference: the op in plain torch, in the dtype of its inputs.
+        check: (inputs, outputs) -> accuracy, in place of the comparison with the reference.
+    """
+
+    op: str
+    launcher: str
+    format: str
+    m: int
+    shape: str
+    dtype: torch.dtype
+    nbytes: int
+    flop: int
+    make: Callable[[torch.device], Inputs]
+    reference: Callable[[Inputs], Outputs]
+    providers: tuple[Provider, ...]
+    check: Callable[[Inputs, Outputs], Accuracy] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: what was timed, how long it took, and how near to the ceiling that is."""
+
+    op: str
+    provider: str
+    format: str
+    m: int
+    shape: str
+    dtype: str
+    bytes: int
+    flop: int
+    time: Timing
+    ceiling: Ceiling
+    accuracy: Accuracy
+    copies: int
+    environment: dict[str, Any]
+
+    @property
+    def floor(self) -> float:
+        """Seconds below which this machine cannot do it."""
+        return self.ceiling.floor_seconds(self.bytes, self.flop, getattr(torch, self.dtype))
+
+    @property
+    def bound(self) -> str:
+        return self.ceiling.bound(self.bytes, self.flop, getattr(torch, self.dtype))
+
+    @property
+    def of_ceiling(self) -> float:
+        """Achieved over ceiling; 1 is as fast as the machine allows."""
+        return self.floor / self.time.p50
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        own = {key: value for key, value in vars(self).items() if key not in ("time", "ceiling", "accuracy")}
+        return {
+            "kind": "op", **own, "seconds": vars(self.time), "floor_s": self.floor, "bound": self.bound,
+            "of_ceiling": self.of_ceiling, "ceiling": self.ceiling.as_dict(), "accuracy": vars(self.accuracy),
+        }  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What came of a run: records, "op format provider: why" of what was refused, reason -> what was skipped for it."""
+
+    records: list[Record] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.refused else 0
+
+
+class Refused(Exception):
+    """A provider's result is wrong."""
+
+
+def widen(tree: Any) -> Any:
+    """The same inputs with 16-bit floats in float32; packed weights stay, for they are unpacked to what x is."""
+    if isinstance(tree, Tensor):
+        return tree.float() if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {key: widen(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(widen(value) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, QuantizedWeight):
+        return type(tree)(**{name: widen(value) for name, value in vars(tree).items()})
+    return tree
+
+
+def measure(
+    case: Case, provider: Provider, inputs: Inputs, device: torch.device, machine: Ceiling, seconds: float
+) -> Record:
+    """Checks and times one provider on one case.
+
+    Raises:
+        Refused: its result is wrong.
+    """
+    # Ops that write into a cache or into codes find them as the case made them.
+    prepared = provider.prepare(copy.deepcopy(inputs))
+    got = tuple(x.clone() for x in provider.run(prepared))
+    stands_for = inputs if provider.stands_for is None else provider.stands_for(inputs, prepared)
+    found = _accuracy(case, stands_for, got)
+    if not found.accepted:
+        raise Refused(str(found))
+    copies = copies_for(case.nbytes, device)
+    turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
+    time = time_calls([partial(provider.run, turn) for turn in turns], device, seconds=seconds, min_runs=MIN_RUNS)
+    return Record(
+        case.op, provider.name, case.format, case.m, case.shape, name_of(case.dtype), case.nbytes, case.flop, time,
+        machine, found, copies, environment(device),
+    )
+
+
+def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
+    if case.check is not None:
+        return case.check(copy.deepcopy(inputs), got)
+    eager = case.reference(copy.deepcopy(inputs))
+    return worst(got, eager, case.reference(widen(copy.deepcopy(inputs))))
+
+
+COLUMNS = {
+    "op": -24, "provider": -14, "format": -9, "shape": -30, "p50 us": 10, "p10": 10, "p90": 10, "GB/s": 7,
+    "GFLOP/s": 8, "of ceiling": 10,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def run_cases(
+    cases: Sequence[Case], device: torch.device, machine: Ceiling, output: JsonLines, *, seconds: float = 0.5,
+    providers: Callable[[str], bool] = lambda name: True, write: Callable[[str], object] | None = None,
+) -> Outcome:  # fmt: skip
+    """Measures every wanted provider of every case; rows and records come as they are made.
+
+    Args:
+        seconds: of measuring, for each row.
+        providers: which names are wanted.
+        write: takes the table's lines; standard output by default.
+    """
+    outcome, table = Outcome(), Table(COLUMNS, write)
+    for case in tqdm(cases, unit="case", disable=None, leave=False):
+        inputs = None
+        for provider in (p for p in case.providers if providers(p.name)):
+            title = f"{case.op} {case.format} {case.shape} {provider.name}"
+            if (reason := provider.missing(device)) is not None:
+                outcome.skipped.setdefault(f"{provider.name}: {reason}", []).append(title)
+                continue
+            inputs = case.make(device) if inputs is None else inputs
+            try:
+                record = measure(case, provider, inputs, device, machine, seconds)
+            except Refused as refused:
+                outcome.refused.append(f"{title}: {refused}")
+                continue
+            except Exception as error:
+                # A provider that breaks says so, and the others go on.
+                outcome.refused.append(f"{title}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                continue
+            outcome.records.append(record)
+            output.append(record.as_dict())
+            table.row(*_cells(record))
+    return outcome
+
+
+def _cells(record: Record) -> Iterable[str]:
+    time = record.time
+    micro = (f"{1e6 * value:,.1f}" for value in (time.p50, time.p10, time.p90))
+    rates = f"{record.bytes / time.p50 / 1e9:.1f}", f"{record.flop / time.p50 / 1e9:.0f}"
+    return record.op, record.provider, record.format, record.shape, *micro, *rates, f"{100 * record.of_ceiling:.1f}%"
+
+
+def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:
+    """What has no row, and why."""
+    for reason, titles in outcome.skipped.items():
+        write(f"skipped {len(titles)} of {reason}")
+    for line in outcome.refused:
+        write(f"REFUSED {line}")
