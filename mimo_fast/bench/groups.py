@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
+from torch import Tensor
+
 from ..runtime.conversation import Conversation
 from ..runtime.decode import Limits, Samplers
+from ..runtime.snapshot import Snapshot
 from ..sampling import TASK_SAMPLERS
 from .ceiling import Ceiling
 from .floor import Work, patch_work, prompt_work, word_work
 from .target import Target
 from .timing import Timing, synchronize
+
+SAMPLERS = Samplers(TASK_SAMPLERS["tts"]["global"], TASK_SAMPLERS["tts"]["local"])
 
 SETTLING = 2
 """Groups that are not counted: the rows fall into step, and what is first used is set up."""
@@ -19,52 +24,70 @@ SETTLING = 2
 
 @dataclass(frozen=True)
 class GroupTimes:
-    """Of a batch at a context.
-
-    prefill: seconds of the first row's prompt of `context` groups. text, audio: of a group of all rows.
-    """
+    """Seconds of the first row's prompt, and of a group of all rows, of words and of speech."""
 
     prefill: float
     text: Timing
     audio: Timing
 
 
-def time_groups(target: Target, batch: int, context: int, groups: int) -> GroupTimes:
-    """Times `groups` groups of each kind after prompts of `context` words; the target must have room for both."""
-    special = target.tokenizer.special
-    prefill, text = _run(target, batch, context, groups, target.word_id)
-    return GroupTimes(prefill, text, _run(target, batch, context, groups, special.empty)[1])
+@dataclass(frozen=True)
+class GroupWork:
+    """What the same three must at least read and compute."""
+
+    prefill: Work
+    text: Work
+    audio: Work
+
+    @classmethod
+    def of(cls, target: Target, batch: int, prompt: int, groups: int = 0) -> GroupWork:
+        """After prompts of `prompt` words, in the middle of `groups` groups."""
+        middle, quantized = prompt + groups // 2, target.setup.kv_cache is not None
+        text, audio = (work(target.lm, middle, batch, quantized) for work in (word_work, patch_work))
+        return cls(prompt_work(target.lm, prompt), text, audio)
+
+    def floors(self, ceiling: Ceiling, target: Target) -> tuple[float, float, float]:
+        """Seconds of each."""
+        prefill, text, audio = (work.floor(ceiling, target.lm) for work in (self.prefill, self.text, self.audio))
+        return prefill, text, audio
+
+    def describe(self, ceiling: Ceiling, target: Target) -> str:
+        """A line to be printed before the measurement."""
+        prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling, target))
+        return (
+            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
+            f"ms; of speech {self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
+        )
 
 
-def needed(target: Target, batch: int, context: int, groups: int) -> tuple[Work, Work, Work]:
-    """What the same three must at least read and compute: the prompt, a group of words, a group of speech."""
-    middle = context + groups // 2
-    word, patch = (work(target.lm, middle, batch, target.quantized_cache) for work in (word_work, patch_work))
-    return prompt_work(target.lm, context), word, patch
+def time_groups(target: Target, batch: int, prompt: int, groups: int) -> GroupTimes:
+    """Times `groups` groups of each kind after a prompt of `prompt` words, computed once and copied to every row.
+
+    The target must have room for SETTLING groups more than both.
+    """
+    first = Conversation(target.engine, seed=0)
+    first.add(target.filler(prompt))
+    reply = target.engine.start(first, Limits(1), SAMPLERS)
+    began = perf_counter()
+    reply.prefill()
+    synchronize(target.lm.device)
+    prefill = perf_counter() - began
+    reply.close()
+    computed = target.engine.export(first)
+    assert computed is not None
+    words = _run(target, batch, first.ids, computed, groups, target.word_id)
+    return GroupTimes(prefill, words, _run(target, batch, first.ids, computed, groups, target.lm.empty_id))
 
 
-def describe(work: tuple[Work, Work, Work], target: Target, ceiling: Ceiling) -> str:
-    """Floors, for a line before the measurement."""
-    prompt, word, patch = (1e3 * part.floor(ceiling, target.lm) for part in work)
-    return (
-        f"floor: prompt {prompt:,.1f} ms; a group of words reads {work[1].total / 1e9:.3f} GB, {word:.2f} ms; "
-        f"of speech {work[2].total / 1e9:.3f} GB, {patch:.2f} ms"
-    )
-
-
-def _run(target: Target, batch: int, context: int, groups: int, token: int) -> tuple[float, Timing]:
+def _run(target: Target, batch: int, ids: Tensor, computed: Snapshot, groups: int, token: int) -> Timing:
     target.lm.follow([token] * (groups + SETTLING))
-    sampler = TASK_SAMPLERS["tts"]
-    samplers, limits = Samplers(sampler["global"], sampler["local"]), Limits(groups + SETTLING)
-    replies, prefill = [], 0.0
+    replies = []
     for row in range(batch):
         conversation = Conversation(target.engine, seed=row)
-        conversation.add(target.filler(context))
-        replies.append(target.engine.start(conversation, limits, samplers, ahead=1))
-        began = perf_counter()
+        conversation.add(ids)
+        conversation.snapshot, conversation.cached = computed, computed.length
+        replies.append(target.engine.start(conversation, Limits(groups + SETTLING), SAMPLERS, ahead=1))
         replies[-1].prefill()
-        synchronize(target.lm.device)
-        prefill = prefill or perf_counter() - began
     times = []
     for _ in range(groups + SETTLING):
         began = perf_counter()
@@ -75,4 +98,4 @@ def _run(target: Target, batch: int, context: int, groups: int, token: int) -> t
         times.append(perf_counter() - began)
     for reply in replies:
         reply.close()
-    return prefill, Timing.of(times[SETTLING:])
+    return Timing.of(times[SETTLING:])

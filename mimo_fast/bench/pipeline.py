@@ -7,7 +7,8 @@ field's; all times are seconds.
     audio_ttfp       from the request to the first samples of audio
     itl              between two chunks of a reply: a group each, with its share of the codec's work
     e2el             from the request to the last sample or word
-    audio_rtf        e2el over the seconds of audio that came of it; audio_rtfx: audio of all requests over wall time
+    audio_rtf        e2el over the seconds of audio that came of it or, where the reply is text, that went into it
+    audio_rtfx       audio of all requests over wall time
     audio_underrun   worst silence in the middle of a reply, played as it came (`player.py`)
     audio_continuity share of the replies in which no more than a tenth of a second was silent
 """
@@ -37,7 +38,7 @@ from ..tasks import find_task
 from .meters import EnergyMeter, PeakMemory
 from .player import Playback, play
 from .schedule import spoken_reply, written_reply
-from .target import Target
+from .target import SAMPLE_RATE, Target
 from .timing import percentile
 
 SENTENCE = "It begins to speak before it has finished thinking."
@@ -104,7 +105,8 @@ class Spread:
 class Metrics:
     """What a number of equal requests took; see the module for names. None: `unmeasured` says why.
 
-    wall: from the first request to the end of the last. audio_seconds, text_groups, audio_groups: of all of them.
+    wall: from the first request to the end of the last. text_groups, audio_groups: of all of their replies.
+    audio_seconds: likewise, and of all of their inputs where the replies are text.
     """
 
     task: str
@@ -154,7 +156,7 @@ def summarize(
     unmeasured = {} if energy.unmeasured is None else {"joules": energy.unmeasured}
     heard: list[Playback] = []
     if not find_task(request.task).speaks:
-        seconds, why = 0.0, "the reply is text"
+        seconds, why = len(request.audio) / SAMPLE_RATE * len(traces), "the reply is text"
     elif target.codec is None:
         seconds, why = spoken * target.patch_seconds, "measured without a codec"
     else:

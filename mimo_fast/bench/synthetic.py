@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import CodecConfig, LMConfig
 from ..initialize import TOKEN_IDS, preset_config, write_tokenizer
@@ -17,15 +18,25 @@ from ..quantization import QuantizationConfig, WeightSource
 from ..quantization.formats import stored_tensors
 from ..runtime.codec import Codec
 from ..runtime.lm import LM
+from ..runtime.memory import Setup
 from ..tokenizer import Tokenizer
 
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Read = Callable[[str], Tensor]
 
 
 def preset_configs(preset: str) -> tuple[LMConfig, CodecConfig]:
     """Dimensions of "tiny" or "7b"."""
     lm, codec = (preset_config(preset, part, None) for part in ("lm", "codec"))
     return LMConfig.from_dict(lm), CodecConfig.from_dict(codec)
+
+
+def preset_setup(preset: str, quantization: str | None, dtype: torch.dtype) -> Setup:
+    """The memory that a preset takes, for one row of two groups."""
+    lm, codec = preset_configs(preset)
+    chosen = QuantizationConfig.parse(quantization)
+    formats = chosen.formats(lm_shapes(lm)) if chosen else {}
+    return Setup(lm, codec, dtype, dtype, formats, max_batch=1, max_seq_len=2)
 
 
 def preset_tokenizer(preset: str) -> Tokenizer:
@@ -43,7 +54,9 @@ def random_lm(
     chosen = QuantizationConfig.parse(quantization)
     formats = chosen.formats(lm_shapes(config)) if chosen else {}
     tensors = stored_tensors(lm_shapes(config), formats, dtype)
-    return LM(config, empty_id, WeightSource(random_reader(tensors, device, seed), dtype, formats))
+    with _progress("making the language model", tensors) as bar:
+        read = random_reader(tensors, device, seed, bar.update)
+        return LM(config, empty_id, WeightSource(read, dtype, formats))
 
 
 def random_codec(
@@ -52,14 +65,23 @@ def random_codec(
     """A codec likewise; quantization is that of its transformer layers, such as "int8"."""
     chosen = QuantizationConfig.parse({"codec": quantization})
     formats = chosen.formats(codec_shapes(config)) if chosen else {}
-    read = random_reader(stored_tensors(codec_shapes(config), formats, dtype), device, seed)
-    return Codec(config, WeightSource(read, dtype, formats), WeightSource(read, torch.float32))
+    tensors = stored_tensors(codec_shapes(config), formats, dtype)
+    with _progress("making the codec", tensors) as bar:
+        read = random_reader(tensors, device, seed, bar.update)
+        return Codec(config, WeightSource(read, dtype, formats), WeightSource(read, torch.float32))
 
 
-def random_reader(tensors: Stored, device: torch.device | str, seed: int) -> Callable[[str], Tensor]:
-    """name -> tensor, the same whenever it is asked for."""
+def _progress(title: str, tensors: Stored) -> tqdm:
+    return tqdm(total=len(tensors), desc=title, unit="tensor", delay=1, leave=False, disable=None)
+
+
+def random_reader(
+    tensors: Stored, device: torch.device | str, seed: int, advance: Callable[[int], object] = lambda count: None
+) -> Read:
+    """name -> tensor, the same whenever it is asked for; `advance` is told of each."""
 
     def read(name: str) -> Tensor:
+        advance(1)
         shape, dtype = tensors[name]
         generator = torch.Generator(device).manual_seed(seed + hash_of(name))
         if dtype == torch.int32:

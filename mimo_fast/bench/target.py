@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..audio import AudioSource, load_audio
-from ..mimo_audio import MimoAudio
+from ..errors import DeviceMemoryError
+from ..loading import LoadOptions, PathLike, load_parts
 from ..prompt import Speech
 from ..runtime.codec import Codec
 from ..runtime.codec_stream import PATCH_FRAMES
 from ..runtime.engine import Engine
+from ..runtime.memory import GB, Setup, free_bytes
 from ..tokenizer import Tokenizer
 from .schedule import ScheduledLM
-from .synthetic import preset_configs, preset_tokenizer, random_codec, random_lm
+from .synthetic import preset_setup, preset_tokenizer, random_codec, random_lm
 
 SAMPLE_RATE = 24000
 FRAME_SAMPLES = 960
@@ -34,43 +36,57 @@ class Target:
     Args:
         codec: None leaves audio out: prompts hold random codes in place of encoded speech.
         steered: whether replies follow a schedule; random weights know no end and mix words and speech by chance.
-        slots, capacity: requests at once, and groups of each.
+        setup: what it takes of the device's memory; the engine holds `max_batch` requests of `max_seq_len` groups.
     """
 
     lm: ScheduledLM
     codec: Codec | None
     tokenizer: Tokenizer
+    setup: Setup
     steered: bool
-    slots: int
-    capacity: int
-    quantized_cache: bool = False
 
     @classmethod
     def random(
         cls, preset: str, quantization: str | None, dtype: torch.dtype, device: torch.device, with_codec: bool = True
     ) -> Target:
-        """A preset's dimensions with random weights, made on the device."""
-        lm_config, codec_config = preset_configs(preset)
-        tokenizer = preset_tokenizer(preset)
-        lm = random_lm(lm_config, quantization, dtype, device, tokenizer.special.empty)
-        codec = random_codec(codec_config, None, dtype, device) if with_codec else None
-        return cls(ScheduledLM.of(lm, LONGEST_REPLY), codec, tokenizer, True, 1, 2)
+        """A preset's dimensions with random weights, made on the device.
+
+        Raises:
+            DeviceMemoryError: it has not enough free.
+        """
+        setup, tokenizer = preset_setup(preset, quantization, dtype), preset_tokenizer(preset)
+        if (lack := shortfall(setup, device, with_codec)) is not None:
+            raise DeviceMemoryError(lack)
+        lm = random_lm(setup.lm, quantization, dtype, device, tokenizer.special.empty)
+        codec = random_codec(setup.codec, None, dtype, device) if with_codec else None
+        return cls(ScheduledLM.of(lm, LONGEST_REPLY), codec, tokenizer, setup, steered=True)
 
     @classmethod
-    def of(cls, model: MimoAudio, steered: bool = False, with_codec: bool = True) -> Target:
-        """A loaded model."""
-        codec = model.codec if with_codec else None
-        quantized_cache = model.setup.kv_cache is not None
-        return cls(ScheduledLM.of(model.lm, LONGEST_REPLY), codec, model.tokenizer, steered, 1, 2, quantized_cache)
+    def load(
+        cls, lm: PathLike, codec: PathLike, quantization: str | None, dtype: torch.dtype | None, device: torch.device,
+        steered: bool = False,
+    ) -> Target:  # fmt: skip
+        """A checkpoint pair, from directories or hub ids; errors as `MimoAudio`'s."""
+        options: LoadOptions = {"max_batch": 1, "max_seq_len": 2}
+        model, audio, tokenizer, setup = load_parts(lm, codec, device, dtype, quantization, options)
+        return cls(ScheduledLM.of(model, LONGEST_REPLY), audio, tokenizer, setup, steered)
 
     def sized(self, slots: int, capacity: int) -> Target:
-        """The same weights with room for so many requests of so many groups."""
-        return replace(self, slots=slots, capacity=capacity)
+        """The same weights with room for so many requests of so many groups.
+
+        Raises:
+            DeviceMemoryError: the device has not enough memory free for their cache.
+        """
+        setup = replace(self.setup, max_batch=slots, max_seq_len=capacity)
+        if (lack := shortfall(setup, self.lm.device, loaded=True)) is not None:
+            raise DeviceMemoryError(lack)
+        return replace(self, setup=setup)
 
     @cached_property
     def engine(self) -> Engine:
         """Made, and on a GPU captured, when it is first needed."""
-        engine = Engine(self.lm, self.slots, self.capacity, quantized_cache=self.quantized_cache)
+        setup = self.setup
+        engine = Engine(self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=setup.kv_cache is not None)
         engine.warmup(progress=False)
         return engine
 
@@ -105,6 +121,16 @@ class Target:
         ids = torch.full((config.channels + 1, groups * config.group_size), self.word_id)
         ids[1:] = torch.tensor(config.empty_codes)[:, None]
         return ids
+
+
+def shortfall(setup: Setup, device: torch.device, with_codec: bool = True, loaded: bool = False) -> str | None:
+    """Why a setup does not fit into what is free of the device, or None; once loaded, its weights are there already."""
+    free, parts = free_bytes(device), setup.bytes()
+    absent = {"weights", "codec"} if loaded else set() if with_codec else {"codec"}
+    need = sum(size for name, size in parts.items() if name not in absent)
+    if free is None or need <= free:
+        return None
+    return f"it needs {need / GB:.1f} GB and {device} has {free / GB:.1f} GB free"
 
 
 def user_speech(seconds: float, audio: AudioSource | None = None) -> Tensor:
