@@ -25,7 +25,7 @@ from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.timing import Timing, copies_for, time_calls
-from mimo_fast.kernels.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight
 
 Inputs = dict[str, Any]
 """Tensors, weights, caches and settings of one call, by name; `copy.deepcopy` gives another of the same values."""
@@ -194,6 +194,12 @@ def widen(tree: Any) -> Any:
     return tree
 
 
+def fresh(inputs: Inputs) -> Inputs:
+    """A copy of all that an op may write into; weights are shared."""
+    kept = (Weight, QuantizedWeight)
+    return {name: value if isinstance(value, kept) else copy.deepcopy(value) for name, value in inputs.items()}
+
+
 def measure(
     case: Case, provider: Provider, inputs: Inputs, device: torch.device, machine: Ceiling, seconds: float
 ) -> Record:
@@ -203,7 +209,7 @@ def measure(
         Refused: its result is wrong.
     """
     # Ops that write into a cache or into codes find them as the case made them.
-    prepared = provider.prepare(copy.deepcopy(inputs))
+    prepared = provider.prepare(fresh(inputs))
     got = tuple(x.clone() for x in provider.run(prepared))
     stands_for = inputs if provider.stands_for is None else provider.stands_for(inputs, prepared)
     found = _accuracy(case, stands_for, got)
@@ -220,9 +226,9 @@ def measure(
 
 def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
     if case.check is not None:
-        return case.check(copy.deepcopy(inputs), got)
-    eager = case.reference(copy.deepcopy(inputs))
-    return worst(got, eager, case.reference(widen(copy.deepcopy(inputs))))
+        return case.check(fresh(inputs), got)
+    eager = case.reference(fresh(inputs))
+    return worst(got, eager, case.reference(widen(fresh(inputs))))
 
 
 COLUMNS = {

@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 
-import torch
-from torch import Tensor
-
+from benchmarks.synthetic import shape_weight
 from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.attention import rotary_attention_bytes
 from mimo_fast.kernels.decode_attention import decode_attention_bytes
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, qmatmul_bytes
-from mimo_fast.quantization import Format
+from mimo_fast.kernels.qmatmul import qmatmul_bytes
 
 FORMATS = ("dense", "int8", "int4")
 ITEMSIZE = 2
@@ -116,21 +113,7 @@ def _product(
     residual: bool = False,
 ) -> Launch:
     nbytes = tuple(
-        qmatmul_bytes(m, _weight(name, n, k, bias), outputs, ITEMSIZE, norm=norm, residual=residual)
+        qmatmul_bytes(m, shape_weight(name, n, k, bias), outputs, ITEMSIZE, norm=norm, residual=residual)
         for name in FORMATS
     )
     return Launch(formula, f"[{m}, {k}] x [{n}, {k}] -> [{m}, {outputs}]", nbytes, before, ("gemv_kernel",))
-
-
-def _weight(name: str, n: int, k: int, biased: bool) -> Weight | QuantizedWeight:
-    """A weight of no memory, for its bytes."""
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    bias = empty((n,)) if biased else None
-    chosen = None if name == "dense" else Format.parse(name).fit(k)
-    if chosen is None:
-        return Weight.stack([empty((n, k))], [bias])
-    parts = {key: empty(*stored) for key, stored in chosen.tensors("w", (n, k)).items()}
-    return QuantizedWeight(parts["w.words"], parts["w.scales"], parts.get("w.zeros"), bias, chosen.bits)

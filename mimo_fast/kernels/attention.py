@@ -47,6 +47,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
+def attention_bytes(n: int, t: int, s: int, heads: int, kv_heads: int, dh: int, itemsize: int) -> int:
+    """Bytes that must move: q, k and v in, y out."""
+    return 2 * n * (t * heads + s * kv_heads) * dh * itemsize
+
+
 def rotary_attention_ref(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
     angles = table[:, : qkv.shape[1]]

@@ -260,6 +260,11 @@ def _warps(block: dict[str, int]) -> int:
     return max(1, min(16, block["BLOCK_A"] * block["BLOCK_V"] // 256))
 
 
+def patch_noise_bytes(rows: int, group_size: int, size: int) -> int:
+    """Bytes that must move: seeds and draws in, the noise out."""
+    return rows * (4 * group_size * size + 16)
+
+
 def sample_codes_bytes(rows: int, step: CodeStep, dim: int, next_dim: int, itemsize: int) -> int:
     """Bytes that must move in one step: the active heads, their noise, hidden states, embeddings and the sum."""
     table = step.last - step.first

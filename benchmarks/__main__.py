@@ -1,0 +1,78 @@
+"""The developers' benchmarks.
+
+    python -m benchmarks ops --quick                          every op once, at most three minutes on two cores
+    python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import JsonLines, print_outcome, run_cases
+from benchmarks.ops import QUICK_PROVIDERS, select
+from mimo_fast.bench.ceiling import ceiling
+
+SECONDS, QUICK_SECONDS = 0.5, 0.1
+"""Of measuring, for each row."""
+
+
+def add_ops(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("ops", help="time every op beside what the machine could do at best")
+    parser.add_argument("--op", default="*", metavar="GLOB", help="such as 'backbone.*' or '*.qkv'")
+    parser.add_argument("--format", default="*", metavar="GLOB", help="dense, int8, int4, nf4, bfloat16, ...")
+    parser.add_argument("--provider", action="append", metavar="GLOB", help="such as 'ours-*'; may be repeated")
+    parser.add_argument("--m", type=int, nargs="+", metavar="M", help="rows; all that the op is measured at by default")
+    parser.add_argument("--quick", action="store_true", help="few rows, short runs, no torch.compile")
+    parser.add_argument("--seconds", type=float, help=f"for each row (default {SECONDS}, quick {QUICK_SECONDS})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: one a core)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row")
+    parser.set_defaults(run=run_ops)
+
+
+def run_ops(args: argparse.Namespace) -> int:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    cases = select(args.op, args.m, args.format, quick=args.quick)
+    wanted = args.provider or (QUICK_PROVIDERS if args.quick else ("*",))
+    seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
+    machine = ceiling(device)
+    print(machine, flush=True)
+    outcome = run_cases(
+        cases, device, machine, JsonLines(args.output), seconds=seconds,
+        providers=lambda name: any(fnmatch(name, glob) for glob in wanted),
+    )  # fmt: skip
+    print_outcome(outcome)
+    if not outcome.records and not outcome.refused:
+        print("nothing was measured: no wanted provider runs here", file=sys.stderr)
+        return 1
+    return outcome.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_ops(commands)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
