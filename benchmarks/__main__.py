@@ -2,6 +2,8 @@
 
     python -m benchmarks ops --quick                          every op once, at most three minutes on two cores
     python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
+    python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
+    python -m benchmarks baselines                            a reply as upstream runs it, beside ours
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.baselines.run import add_baselines
+from benchmarks.e2e import add_e2e
 from benchmarks.harness import JsonLines, print_outcome, run_cases
 from benchmarks.ops import QUICK_PROVIDERS, select
 from mimo_fast.bench.ceiling import ceiling
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_ops(commands)
+    add_e2e(commands)
+    add_baselines(commands)
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

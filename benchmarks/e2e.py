@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,7 +30,7 @@ from mimo_fast.bench.floor import codec_bytes
 from mimo_fast.bench.groups import SETTLING, GroupWork, time_groups
 from mimo_fast.bench.pipeline import PROMPTS, Metrics, Request, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
-from mimo_fast.errors import DeviceMemoryError, MimoFastError
+from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.loading import default_device, parse_dtype
 from mimo_fast.machine import useful_threads
 from mimo_fast.tasks import find_task
@@ -234,9 +234,9 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks e2e", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def add_e2e(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("e2e", help="groups and whole requests of a model or several", description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--preset", nargs="+", default=["tiny", "7b"], choices=("tiny", "7b"))
     add("--model", help="directory or hub id of a language model, in place of presets")
@@ -259,33 +259,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=120.0, help="seconds that a row may take, as far as can be told before")
     add("--device", default=None)
     add("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    add("-o", "--output", type=Path, help="JSON lines are appended to it")
-    args = parser.parse_args(arguments)
+    add("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row")
+    parser.set_defaults(run=run_e2e)
+
+
+def run_e2e(args: argparse.Namespace) -> int:
     if bool(args.model) != bool(args.codec):
-        parser.error("--model and --codec go together")
+        raise ValueError("--model and --codec go together")
     if min([*args.batch, *args.context, args.groups, args.words, args.patches, args.rounds]) < 1:
-        parser.error("batches, contexts, groups, words, patches and rounds must be at least 1")
-    return args
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
+        raise ValueError("batches, contexts, groups, words, patches and rounds must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device) if args.device else default_device()
-    try:
-        run = Run(args, device, ceiling(device), JsonLines(args.output))
-        say(str(run.machine))
-        sweep(run)
-    except MimoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    device = torch.device(args.device or default_device())
+    run = Run(args, device, ceiling(device), JsonLines(args.output))
+    print(run.machine, flush=True)
+    sweep(run)
     for line in run.skipped:
         say(f"skipped {line}")
     for line in run.failed:
         say(f"FAILED {line}")
     return 1 if run.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

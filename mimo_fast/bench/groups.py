@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from torch import Tensor
+import torch
 
 from ..runtime.conversation import Conversation
 from ..runtime.decode import Limits, Samplers
-from ..runtime.snapshot import Snapshot
+from ..runtime.job import Reply
 from ..sampling import TASK_SAMPLERS
 from .ceiling import Ceiling
 from .floor import Work, patch_work, prompt_work, word_work
@@ -60,14 +61,16 @@ class GroupWork:
         )
 
 
-def time_groups(target: Target, batch: int, prompt: int, groups: int) -> GroupTimes:
+def time_groups(
+    target: Target, batch: int, prompt: int, groups: int, samplers: Samplers = SAMPLERS
+) -> GroupTimes:
     """Times `groups` groups of each kind after a prompt of `prompt` words, computed once and copied to every row.
 
     The target must have room for SETTLING groups more than both.
     """
     first = Conversation(target.engine, seed=0)
     first.add(target.filler(prompt))
-    reply = target.engine.start(first, Limits(1), SAMPLERS)
+    reply = target.engine.start(first, Limits(1), samplers)
     began = perf_counter()
     reply.prefill()
     synchronize(target.lm.device)
@@ -75,26 +78,29 @@ def time_groups(target: Target, batch: int, prompt: int, groups: int) -> GroupTi
     reply.close()
     computed = target.engine.export(first)
     assert computed is not None
-    words = _run(target, batch, first.ids, computed, groups, target.word_id)
-    return GroupTimes(prefill, words, _run(target, batch, first.ids, computed, groups, target.lm.empty_id))
+    times = []
+    for token in (target.word_id, target.lm.empty_id):
+        target.lm.follow([token] * (groups + SETTLING))
+        replies = []
+        for row in range(batch):
+            conversation = Conversation(target.engine, seed=row)
+            conversation.add(first.ids)
+            conversation.snapshot, conversation.cached = computed, computed.length
+            replies.append(target.engine.start(conversation, Limits(groups + SETTLING), samplers, ahead=1))
+            replies[-1].prefill()
+        times.append(_step_all(replies, groups, target.lm.device))
+    return GroupTimes(prefill, *times)
 
 
-def _run(target: Target, batch: int, ids: Tensor, computed: Snapshot, groups: int, token: int) -> Timing:
-    target.lm.follow([token] * (groups + SETTLING))
-    replies = []
-    for row in range(batch):
-        conversation = Conversation(target.engine, seed=row)
-        conversation.add(ids)
-        conversation.snapshot, conversation.cached = computed, computed.length
-        replies.append(target.engine.start(conversation, Limits(groups + SETTLING), SAMPLERS, ahead=1))
-        replies[-1].prefill()
+def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Timing:
+    """Takes all groups of the replies, in step, and closes them."""
     times = []
     for _ in range(groups + SETTLING):
         began = perf_counter()
         # The first to be asked computes the group of all.
         for reply in replies:
             next(reply)
-        synchronize(target.lm.device)
+        synchronize(device)
         times.append(perf_counter() - began)
     for reply in replies:
         reply.close()

@@ -33,7 +33,7 @@ from ..runtime.conversation import Conversation
 from ..runtime.decode import Group, Limits, Samplers
 from ..runtime.job import Reply
 from ..runtime.reply import ReplyReader, stream_reply
-from ..sampling import TASK_SAMPLERS
+from ..sampling import GREEDY, TASK_SAMPLERS
 from ..tasks import find_task
 from .meters import EnergyMeter, PeakMemory
 from .player import Playback, play
@@ -62,6 +62,7 @@ class Request:
         audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
         words, patches: the reply's groups where the target is steered; its limit, together, where it is not.
         context: groups of prompt, filled up with words in front; a longer prompt stays as it is.
+        greedy: in place of the task's samplers.
     """
 
     task: str
@@ -69,6 +70,7 @@ class Request:
     words: int
     patches: int
     context: int = 0
+    greedy: bool = False
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Metrics:
 
 def measure(target: Target, request: Request, batch: int = 1, rounds: int = 1) -> Metrics:
     """Sends `batch` requests at once, `rounds` times, and waits for all of their replies each time."""
-    target.plan(_plan(target, request))
+    target.plan(plan_of(target, request))
     warm_up(target, request)
     memory, energy = PeakMemory(target.lm.device), EnergyMeter(target.lm.device)
     traces, wall = list[Trace](), 0.0
@@ -203,7 +205,7 @@ def prompt_ids(target: Target, request: Request) -> Tensor:
     return ids if missing <= 0 else torch.cat((target.filler(missing), ids), dim=1)
 
 
-def _plan(target: Target, request: Request) -> list[int]:
+def plan_of(target: Target, request: Request) -> list[int]:
     special = target.tokenizer.special
     if find_task(request.task).speaks:
         return spoken_reply(request.patches, request.words, target.word_id, special.empty, special.im_end)
@@ -238,9 +240,9 @@ def _answer(target: Target, request: Request, seed: int, limit: int, stopped: th
     conversation = Conversation(target.engine, seed)
     conversation.add(ids)
     trace.prompt_groups = conversation.groups
-    chosen = TASK_SAMPLERS[task.sampler]
-    limits = Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special))
-    reply = conversation.decode(limits, Samplers(chosen["global"], chosen["local"]))
+    preset = TASK_SAMPLERS[task.sampler]
+    samplers = Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
+    reply = conversation.decode(Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special)), samplers)
     trace.prefilled = perf_counter() - began
 
     def note(group: Group) -> None:
