@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import JsonLines, Table
+from benchmarks.records import JsonLines, Table
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import codec_bytes

@@ -1,4 +1,4 @@
-"""What every measurement goes through: records as JSON lines, a readable table, and the refusal of wrong results.
+"""What every measurement goes through: one row and record for each provider of an op, and none for a wrong result.
 
 A provider is timed on the inputs on which its result has just been checked. Where the check fails there is no row and
 no record: the provider is named as refused, and the run ends with exit code 1. Providers that cannot run here are named
@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.records import JsonLines, Table, duration
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.environment import environment
@@ -33,49 +31,6 @@ Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 
 MIN_RUNS = 5
-
-
-class JsonLines:
-    """Appends records to a file, each on a line and out of our hands before the next is made; nowhere for None."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-            self._file = path.open("a", encoding="utf-8")
-            # Of a run that was killed while it wrote.
-            self._file.write("\n" if cut_off else "")
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that was cut off is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-class Table:
-    """Rows printed as they come, in columns of fixed widths; a negative width aligns to the left."""
-
-    def __init__(self, columns: Mapping[str, int], write: Callable[[str], object] | None = None) -> None:
-        self._widths = list(columns.values())
-        # Above a progress bar, where there is one.
-        self._write = write or partial(tqdm.write, file=sys.stdout)
-        self.row(*columns)
-
-    def row(self, *cells: str) -> None:
-        pairs = zip(cells, self._widths, strict=True)
-        self._write("  ".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs).rstrip())
 
 
 @dataclass(frozen=True)
@@ -200,13 +155,13 @@ def fresh(inputs: Inputs) -> Inputs:
     return {name: value if isinstance(value, kept) else copy.deepcopy(value) for name, value in inputs.items()}
 
 
-def measure(
-    case: Case, provider: Provider, inputs: Inputs, device: torch.device, machine: Ceiling, seconds: float
-) -> Record:
-    """Checks and times one provider on one case.
+def prepare(
+    case: Case, provider: Provider, inputs: Inputs, device: torch.device
+) -> tuple[list[Callable[[], Outputs]], Accuracy]:
+    """Calls to be timed in turn, each on inputs of its own, once the first has shown its result to be right.
 
     Raises:
-        Refused: its result is wrong.
+        Refused: it is wrong.
     """
     # Ops that write into a cache or into codes find them as the case made them.
     prepared = provider.prepare(fresh(inputs))
@@ -215,12 +170,23 @@ def measure(
     found = _accuracy(case, stands_for, got)
     if not found.accepted:
         raise Refused(str(found))
-    copies = copies_for(case.nbytes, device)
-    turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
-    time = time_calls([partial(provider.run, turn) for turn in turns], device, seconds=seconds, min_runs=MIN_RUNS)
+    turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies_for(case.nbytes, device) - 1))]
+    return [partial(provider.run, turn) for turn in turns], found
+
+
+def measure(
+    case: Case, provider: Provider, inputs: Inputs, device: torch.device, machine: Ceiling, seconds: float
+) -> Record:
+    """Checks and times one provider on one case.
+
+    Raises:
+        Refused: its result is wrong.
+    """
+    calls, found = prepare(case, provider, inputs, device)
+    time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
     return Record(
         case.op, provider.name, case.format, case.m, case.shape, name_of(case.dtype), case.nbytes, case.flop, time,
-        machine, found, copies, environment(device),
+        machine, found, len(calls), environment(device),
     )
 
 
@@ -232,8 +198,8 @@ def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
 
 
 COLUMNS = {
-    "op": -24, "provider": -14, "format": -9, "shape": -30, "p50 us": 10, "p10": 10, "p90": 10, "GB/s": 7,
-    "GFLOP/s": 8, "of ceiling": 10,
+    "op": -30, "provider": -17, "format": -8, "shape": -24, "p50": 9, "p10": 9, "p90": 9, "GB/s": 7, "GFLOP/s": 7,
+    "achieved/ceiling": 16,
 }  # fmt: skip
 
 
@@ -275,9 +241,9 @@ def run_cases(
 
 def _cells(record: Record) -> Iterable[str]:
     time = record.time
-    micro = (f"{1e6 * value:,.1f}" for value in (time.p50, time.p10, time.p90))
+    times = (duration(value) for value in (time.p50, time.p10, time.p90))
     rates = f"{record.bytes / time.p50 / 1e9:.1f}", f"{record.flop / time.p50 / 1e9:.0f}"
-    return record.op, record.provider, record.format, record.shape, *micro, *rates, f"{100 * record.of_ceiling:.1f}%"
+    return record.op, record.provider, record.format, record.shape, *times, *rates, f"{100 * record.of_ceiling:.1f}%"
 
 
 def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:

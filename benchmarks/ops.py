@@ -9,42 +9,55 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from types import FunctionType
 
 import mimo_fast.kernels
-from benchmarks import ops_attention, ops_elementwise, ops_matmul, ops_sampling
 from benchmarks.harness import Case
 
-FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
-    ops_matmul.cases, ops_attention.cases, ops_elementwise.cases, ops_sampling.cases,
-)  # fmt: skip
+FAMILIES = ("ops_matmul", "ops_attention", "ops_elementwise", "ops_sampling")
 
-QUICK_ROWS = {"matmul": (1, 4), "decode_attention": (1,), "sample_text": (1,), "sample_codes": (1,)}
-"""M of the quick set, by launcher; the least M of every other op."""
+COMPARED = "backbone.qkv"
+"""The product for which the quick set has the other libraries too; they take as long for the others."""
 
-QUICK_PROVIDERS = ("ours-*", "eager", "linear", "torch-*", "bitsandbytes-*")
-"""Without torch.compile, which compiles for longer than all the rest takes."""
+QUICK_PROVIDERS = ("ours-*", "linear")
+COMPARED_PROVIDERS = (*QUICK_PROVIDERS, "eager", "torch-*", "bitsandbytes-*")
+"""Of the quick set: no torch.compile, which compiles for longer than all the rest takes."""
 
 WITHOUT_REFERENCE = ("attention",)
 """Ops that are torch's own on every device, and so have no reference beside them."""
 
 
-def all_cases() -> list[Case]:
-    """Every case, those of one op and format together."""
-    return [case for family in FAMILIES for case in family()]
+def all_cases(missing: dict[str, str] | None = None) -> list[Case]:
+    """Every case, those of one op and format together.
+
+    missing: takes why a family cannot be imported, as where the package is older than it; None: that is an error.
+    """
+    found: list[Case] = []
+    for name in FAMILIES:
+        try:
+            found += importlib.import_module(f"benchmarks.{name}").cases()
+        except ImportError as error:
+            if missing is None:
+                raise
+            missing[name] = str(error).partition(" (/")[0]
+    return found
 
 
 def select(
-    op: str = "*", rows: Sequence[int] | None = None, formats: str = "*", *, quick: bool = False
-) -> list[Case]:
-    """Cases whose op and format match the globs, at the given M (all by default).
+    op: str = "*", rows: Sequence[int] | None = None, formats: str = "*", *, quick: bool = False,
+    missing: dict[str, str] | None = None,
+) -> list[Case]:  # fmt: skip
+    """Cases whose op and format match the globs, at the given M (all by default); quick: one M, and few providers.
+
+    missing: as for `all_cases`.
 
     Raises:
         ValueError: there is no such case; the message tells what there is.
     """
-    cases = all_cases()
+    cases = all_cases(missing)
     found = [case for case in cases if fnmatch(case.op, op) and fnmatch(case.format, formats)]
     if not found:
         names = ", ".join(dict.fromkeys(case.op for case in cases))
@@ -55,7 +68,7 @@ def select(
             there = sorted({case.m for case in found})
             raise ValueError(f"{op!r} is not measured at M = {list(rows)}; choose from {there}")
         return chosen
-    return [case for case in found if _is_quick(case, found)] if quick else found
+    return [_quick(case) for case in found if _is_quick(case, found)] if quick else found
 
 
 def launchers() -> set[str]:
@@ -68,5 +81,12 @@ def launchers() -> set[str]:
 
 
 def _is_quick(case: Case, among: Sequence[Case]) -> bool:
-    least = min(other.m for other in among if (other.op, other.format) == (case.op, case.format))
-    return case.m in (QUICK_ROWS.get(case.launcher) or (least,))
+    """One row, or as few as the op has; of the products that are slow on a CPU, one."""
+    if case.format == "nf4" and case.op != COMPARED:
+        return False
+    return case.m == min(other.m for other in among if (other.op, other.format) == (case.op, case.format))
+
+
+def _quick(case: Case) -> Case:
+    globs = COMPARED_PROVIDERS if case.op == COMPARED else QUICK_PROVIDERS
+    return replace(case, providers=tuple(p for p in case.providers if any(fnmatch(p.name, g) for g in globs)))

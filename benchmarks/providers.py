@@ -4,6 +4,7 @@
     ours-cpu      the same launcher on a CPU: torch's packed products for quantized weights, plain torch for the rest
     eager         the op's reference in plain torch; quantized weights are unpacked for each call
     compile       torch.compile of that
+    unpacked      our CPU product of quantized weights for many rows: unpacked some rows at a time, in float32
     linear        one F.linear with a joined dense weight (cuBLAS on a GPU), norm and epilogues in plain torch
     torch-int8, torch-int4, torch-int4-cuda    torch's products with packed weights, on the CPU and on CUDA
     bitsandbytes-int8, bitsandbytes-nf4        its matmul and matmul_4bit
@@ -27,7 +28,7 @@ from benchmarks.harness import Inputs, Outputs, Provider
 from mimo_fast.kernels.dispatch import triton
 from mimo_fast.kernels.norm import rms_norm_ref
 from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.kernels.qmatmul_cpu import packed_product
+from mimo_fast.kernels.qmatmul_cpu import packed_product, unpacked_product
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to, unpack_words
 from mimo_fast.kernels.swiglu import swiglu_ref
 
@@ -93,6 +94,8 @@ def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
     own = (*ours(run), *plain(unpacked, ours_on_cpu=form == "dense"))
     if form == "dense":
         return (*own, Provider("linear", lambda i: around(i, F.linear), join))
+    if form in ("int8", "int4"):
+        own = (*own, Provider("unpacked", lambda i: around(i, unpacked_product), missing=_cpu_only))
     if form == "int8":
         return (*own, Provider("torch-int8", _torch_packed, missing=_cpu_only),
                 Provider("bitsandbytes-int8", _bitsandbytes_int8, _pack_bitsandbytes_int8,

@@ -7,17 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.harness import (
-    Case,
-    JsonLines,
-    Provider,
-    Record,
-    Table,
-    print_outcome,
-    read_records,
-    run_cases,
-    widen,
-)  # fmt: skip
+from benchmarks.harness import Case, Provider, Record, print_outcome, run_cases, widen
+from benchmarks.records import JsonLines, Table, duration, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.timing import Timing
@@ -66,7 +57,7 @@ def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
     assert first["seconds"]["n"] >= 5
     assert first["environment"]["device"]["type"] == "cpu"
     assert first["ceiling"]["read_Bps"] == 1e9
-    assert "of ceiling" in printed
+    assert "achieved/ceiling" in printed
     assert f"{100 * first['of_ceiling']:.1f}%" in printed
 
 
@@ -166,6 +157,14 @@ def test_records_are_json():
     assert record.bound == "memory"
     assert replace(record, flop=10**10).bound == "arithmetic"
     assert json.loads(json.dumps(record.as_dict()))["seconds"] == {"p10": 1, "p50": 2, "p90": 3, "n": 4}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (0.9994, "999 ms"), (4.56e-4, "456 us"), (3e-8, "0.03 us")],
+)
+def test_durations_have_three_digits(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_table_keeps_its_columns():

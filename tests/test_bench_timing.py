@@ -86,12 +86,13 @@ def test_the_floor_is_the_larger_of_bytes_and_arithmetic():
     assert machine.bound(1e9, 1e12, torch.bfloat16) == "memory"
     # Half precision that is slow may be computed in single.
     assert machine.floor_seconds(0, 1e12, torch.float16) == 1
+    assert Ceiling(1e9, 1e9, {"float32": 1e12}).floor_seconds(0, 1e12, torch.bfloat16) == 1
     for number in ("1.0 GB/s", "2.0 GB/s", "1,000", "4,000"):
         assert number in str(machine)
 
 
 def test_bandwidth_and_rate_are_those_of_what_was_timed(monkeypatch):
-    monkeypatch.setattr(ceiling_module, "time_calls", lambda *_args, **_options: Timing(0.5, 0.5, 0.5, 1))
+    monkeypatch.setattr(ceiling_module, "durations", lambda *_args, **_options: [0.7, 0.5, 0.6])
     assert read_bandwidth(CPU, 800) == 1600
     assert copy_bandwidth(CPU, 800) == 3200
     assert matmul_rate(CPU, torch.float32, 10) == 2 * 10**3 / 0.5
@@ -106,7 +107,7 @@ def test_the_ceiling_is_measured_once(monkeypatch):
     found = ceiling("cpu")
     assert ceiling(CPU) is found
     assert calls == [CPU]
-    assert json.loads(json.dumps(found.as_dict()))["flops"]["bfloat16"] == 3e9
+    assert json.loads(json.dumps(found.as_dict()))["flops"]["float32"] == 3e9
     ceiling_module._measured.cache_clear()
 
 

@@ -2,8 +2,9 @@
 
     floor of an op = max(bytes / read bandwidth, FLOP / matmul rate)
 
-read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product of each dtype. All are
-the best of several runs, and what others leave of the machine while they run: a loaded machine has a lower ceiling.
+read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of 16-bit types where
+the device has instructions for them. All are the best of several runs, and what others leave of the machine while they
+run: a loaded machine has a lower ceiling.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from functools import cache
 
 import torch
 
-from .timing import time_calls
+from .timing import durations
 
 READ_BYTES = 2**31
 COPY_BYTES = 2**30
 RUNS = 5
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Ceiling:
 
     def rate(self, dtype: torch.dtype) -> float:
         """FLOP a second for activations of a dtype: that of float32, if it is more, for nothing forbids to widen."""
-        return max(self.flops[name_of(dtype)], self.flops[name_of(torch.float32)])
+        single = self.flops[name_of(torch.float32)]
+        return max(self.flops.get(name_of(dtype), single), single)
 
     def floor_seconds(self, nbytes: float, flop: float = 0, dtype: torch.dtype = torch.float32) -> float:
         """The least time for reading so many bytes and doing so much arithmetic on them at once."""
@@ -62,9 +63,17 @@ def name_of(dtype: torch.dtype) -> str:
 
 @cache
 def _measured(device: torch.device, _threads: int) -> Ceiling:
-    return Ceiling(
-        read_bandwidth(device), copy_bandwidth(device), {name_of(dtype): matmul_rate(device, dtype) for dtype in DTYPES}
-    )
+    rates = {name_of(dtype): matmul_rate(device, dtype) for dtype in matmul_dtypes(device)}
+    return Ceiling(read_bandwidth(device), copy_bandwidth(device), rates)
+
+
+def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that the device multiplies at a rate of their own; others it widens, or takes one by one."""
+    if device.type == "cuda":
+        return torch.float32, torch.float16, torch.bfloat16
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
 
 
 def read_bandwidth(device: torch.device, nbytes: int = READ_BYTES) -> float:
@@ -87,8 +96,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     generator = torch.Generator(device).manual_seed(0)
     # Random: zeros draw less power, and clocks follow it.
     x, y = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(lambda: x @ y, device)
+    return 2 * size**3 / _best(lambda: x @ y.T, device)
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    return min(time_calls(call, device, seconds=0, min_runs=1).p50 for _ in range(RUNS))
+    return min(durations(call, device, seconds=0, min_runs=RUNS, max_runs=RUNS))

@@ -68,12 +68,19 @@ def time_calls(
         seconds: bound on the measuring, warm-up apart, unless `min_runs` calls take longer.
         min_runs, max_runs: measurements to make at least and at most.
     """
+    return Timing.of(durations(calls, device, seconds=seconds, min_runs=min_runs, max_runs=max_runs))
+
+
+def durations(
+    calls: Call | Sequence[Call], device: torch.device | str, *, seconds: float, min_runs: int, max_runs: int
+) -> list[float]:
+    """What `time_calls` sums up: seconds of each measurement."""
     turns = [calls] if callable(calls) else list(calls)
     if torch.device(device).type == "cuda":
         return _time_cuda(turns, seconds, min_runs, max_runs)
     for call in turns:
         call()
-    return Timing.of(_repeat(lambda i: _clocked(turns[i % len(turns)]), seconds, min_runs, max_runs))
+    return _repeat(lambda i: _clocked(turns[i % len(turns)]), seconds, min_runs, max_runs)
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -116,7 +123,7 @@ def _repeat(measure: Callable[[int], float], seconds: float, min_runs: int, max_
     return times
 
 
-def _time_cuda(turns: list[Call], seconds: float, min_runs: int, max_runs: int) -> Timing:
+def _time_cuda(turns: list[Call], seconds: float, min_runs: int, max_runs: int) -> list[float]:
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     # Kernels are compiled and libraries set up outside the capture, which forbids both.
@@ -129,10 +136,10 @@ def _time_cuda(turns: list[Call], seconds: float, min_runs: int, max_runs: int) 
     rounds = max(1, math.ceil(GRAPH_SECONDS / (single * len(turns))))
     replay = _captured(turns * rounds)
     if replay is None:
-        return Timing.of(_repeat(lambda i: _between_events(turns[i % len(turns)]), seconds, min_runs, max_runs))
+        return _repeat(lambda i: _between_events(turns[i % len(turns)]), seconds, min_runs, max_runs)
     replay()
     count = len(turns) * rounds
-    return Timing.of(_repeat(lambda _: _between_events(replay) / count, seconds, min_runs, max_runs))
+    return _repeat(lambda _: _between_events(replay) / count, seconds, min_runs, max_runs)
 
 
 def _captured(calls: list[Call]) -> Call | None:

@@ -7,7 +7,8 @@ Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. Both accumulate in float32 and 
 more before b is added, and rounds -scale zero to bfloat16, which costs less than rounding the weight does.
 
 A weight is held in one form: ours, or torch's, which unpacks as fast. torch has these products for float32 and float16
-too, but without vector instructions. benchmarks/cpu_qmatmul.py measures all of them; PACKED_ROWS is its finding.
+too, but without vector instructions. PACKED_ROWS comes from benchmarks/results/2026-11-24-cpu-qmatmul.json; today
+`python -m benchmarks ops --op '*.qkv' --format 'int?'` times packed and unpacked products.
 """
 
 from __future__ import annotations

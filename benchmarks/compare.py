@@ -1,0 +1,194 @@
+"""Is the working tree faster than another commit? Both are timed in turn, op by op, and each op gets a verdict.
+
+The other commit is checked out into a temporary git worktree. What measures is the same on both sides: benchmarks/,
+mimo_fast/bench and mimo_fast/machine.py of the working tree are laid over the other's, so that a commit from before
+there was a suite can be measured as well, as long as its kernels have the functions that today's cases call.
+
+Each round starts a process for either side, since where a process has its memory can be worth some percent, and times
+every op in the order A B B A or B A A B: what drifts while an op is measured falls on both alike. Each pair of
+neighbours gives a ratio; `statistics.py` has the interval and the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from benchmarks.records import JsonLines, Table
+from benchmarks.statistics import Comparison, compare
+from mimo_fast.bench.environment import ROOT, environment
+
+OVERLAID = ("benchmarks", "mimo_fast/bench", "mimo_fast/machine.py")
+ORDERS = ("ABBA", "BAAB")
+ROUNDS = 8
+SECONDS = 0.1
+COLUMNS = {"op": -56, "new/old [99% interval]": 24, "verdict": -20}
+
+
+class CompareError(ValueError):
+    """Two versions cannot be compared; one line."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A version: its name, and the tree in which its process runs."""
+
+    name: str
+    root: Path
+
+
+class Worker:
+    """A process that times cases of one side."""
+
+    def __init__(self, side: Side, process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self._side, self._process, self._errors = side, process, errors
+        self.cases: list[str] = []
+        self.missing: dict[str, str] = {}
+
+    def ready(self) -> None:
+        """Waits until it knows its cases, and what its version has not."""
+        answer = self._answer()
+        self.cases, self.missing = answer["cases"], answer["missing"]
+
+    def time(self, case: str, seconds: float) -> float:
+        """Seconds of one call, the median of some.
+
+        Raises:
+            CompareError: the result of the case is wrong, or the process has died.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"case": case, "seconds": seconds}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "refused" in answer:
+            raise CompareError(f"{case} is wrong in {self._side.name}: {answer['refused']}")
+        return answer["seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or [f"exit code {self._process.returncode}"]
+        raise CompareError(f"cannot measure {self._side.name} with this suite: {lines[-1]}")
+
+
+@contextmanager
+def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
+    """A worker in the tree of a side, ended afterwards."""
+    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(arguments)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, subprocess.Popen(
+        command, cwd=side.root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+    ) as process:  # fmt: skip
+        try:
+            yield Worker(side, process, errors)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
+    """A temporary worktree of a commit under today's measuring code; it is gone afterwards, whatever happens.
+
+    Raises:
+        CompareError: there is no such commit here, or no git checkout.
+    """
+    found = _git(root, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
+    if found.returncode:
+        raise CompareError(f"{reference} names no commit of {root}; try HEAD~1, a branch, a tag or a hash")
+    commit = found.stdout.strip()
+    with tempfile.TemporaryDirectory(prefix="mimo-fast-compare-") as temporary:
+        tree = Path(temporary) / "tree"
+        added = _git(root, "worktree", "add", "--detach", str(tree), commit)
+        try:
+            if added.returncode:
+                raise CompareError(f"git cannot check out {reference}: {added.stderr.strip().splitlines()[-1]}")
+            for part in OVERLAID:
+                _overlay(root / part, tree / part)
+            yield Side(f"{reference} ({commit[:10]})", tree)
+        finally:
+            _git(root, "worktree", "remove", "--force", str(tree))
+            _git(root, "worktree", "prune")
+
+
+def _overlay(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copy(source, target)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "results"))
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+
+
+def paired_times(
+    old: Side, new: Side, arguments: dict[str, Any], rounds: int = ROUNDS, seconds: float = SECONDS
+) -> dict[str, list[tuple[float, float]]]:
+    """(old, new) seconds of every case that both sides have, two pairs a round.
+
+    Raises:
+        CompareError: one side cannot be measured, or a result is wrong.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    with tqdm(total=rounds, unit="round", disable=None, leave=False) as bar:
+        for turn in range(rounds):
+            with ExitStack() as stack:
+                sides = (("A", old), ("B", new))
+                workers = {x: stack.enter_context(started(side, arguments)) for x, side in sides}
+                for worker in workers.values():
+                    worker.ready()
+                both = [case for case in workers["B"].cases if case in set(workers["A"].cases)]
+                if not turn:
+                    for x, side in sides:
+                        for family, why in workers[x].missing.items():
+                            tqdm.write(f"not compared: {family}: {side.name} is too old: {why}")
+                if not both:
+                    raise CompareError(f"{old.name} and {new.name} have none of the chosen ops in common")
+                for case in both:
+                    order = ORDERS[turn % 2]
+                    times = [(x, workers[x].time(case, seconds)) for x in order]
+                    pairs.setdefault(case, []).extend(_pair(times[i : i + 2]) for i in (0, 2))
+            bar.update()
+    return pairs
+
+
+def _pair(times: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    found = dict(times)
+    return found["A"], found["B"]
+
+
+def run_compare(
+    reference: str, arguments: dict[str, Any], output: JsonLines, *, rounds: int = ROUNDS, seconds: float = SECONDS,
+    root: Path = ROOT,
+) -> dict[str, Comparison]:  # fmt: skip
+    """Compares the working tree with a commit: a line and a record for each op.
+
+    arguments: of the cases, as `worker.named_cases` takes them, with device and threads.
+    """
+    new = Side("the working tree", root)
+    with checked_out(reference, root) as old:
+        print(f"old: {old.name}; new: {new.name}; {rounds} rounds of {' or '.join(ORDERS)}", flush=True)
+        pairs = paired_times(old, new, arguments, rounds, seconds)
+    table, found = Table(COLUMNS), {}
+    about = environment(arguments["device"], root=root)
+    for case, times in pairs.items():
+        found[case] = compare(times)
+        table.row(case, str(found[case]), found[case].verdict)
+        output.append({
+            "kind": "compare", "case": case, "old": old.name, "new": new.name, **vars(found[case]),
+            "verdict": found[case].verdict, "seconds": times, "environment": about,
+        })  # fmt: skip
+    return found
