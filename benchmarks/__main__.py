@@ -24,6 +24,7 @@ from benchmarks.harness import print_outcome, run_cases
 from benchmarks.ops import select
 from benchmarks.records import JsonLines
 from mimo_fast.bench.ceiling import ceiling
+from mimo_fast.errors import MimoFastError
 
 SECONDS, QUICK_SECONDS = 0.5, 0.1
 """Of measuring, for each row."""
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(given)
     try:
         return args.run(args)
-    except compare.CompareError as error:
+    except (compare.CompareError, MimoFastError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ValueError as error:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmarks.records import JsonLines, Table
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
-from mimo_fast.bench.floor import codec_bytes
-from mimo_fast.bench.groups import SETTLING, GroupWork, time_groups
+from mimo_fast.bench.floor import GroupWork
+from mimo_fast.bench.groups import SETTLING, time_groups
 from mimo_fast.bench.pipeline import PROMPTS, Metrics, Request, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.errors import DeviceMemoryError
@@ -148,12 +148,12 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         if prompt < 1:
             run.skip(name, f"{args.groups} groups do not fit into it")
             continue
-        work = GroupWork.of(target, batch, prompt, args.groups)
-        floors = work.floors(run.machine, target)
+        work = GroupWork.of(target.lm, batch, prompt, args.groups, target.quantized_cache)
+        floors = work.floors(run.machine)
         count = args.groups + SETTLING
         times = run.attempt(
             name, floors[0] + count * (floors[1] + floors[2]), 2 * count,
-            work.describe(run.machine, target),
+            work.describe(run.machine),
             lambda batch=batch, context=context, prompt=prompt: time_groups(
                 target.sized(batch, context), batch, prompt, args.groups
             ),
@@ -182,7 +182,7 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
         patches = args.patches if find_task(task).speaks else 0
         request = Request(task, audio, args.words, patches)
         prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
-        floor = request_floor(run.machine, target, batch, prompt, args.words, patches)
+        floor = target.request_floor(run.machine, batch, prompt, args.words, patches)
         capacity = prompt + args.words + patches + 2
         metrics = run.attempt(
             f"{title}, {batch} x {task}", floor * args.rounds, args.rounds * (args.words + patches),
@@ -195,21 +195,11 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
             continue
         if not target.steered:
             words, spoken = (count / metrics.requests for count in (metrics.text_groups, metrics.audio_groups))
-            floor = request_floor(run.machine, target, batch, prompt, words, spoken)
+            floor = target.request_floor(run.machine, batch, prompt, words, spoken)
         share = floor / metrics.e2el.p50 if metrics.e2el else None
         run.record("request", about, **metrics.as_dict(), input_seconds=args.seconds, floor=floor, of_floor=share)
         table = table or Table(REQUEST_COLUMNS)
         table.row(title, task, str(batch), *_cells(metrics, share))
-
-
-def request_floor(
-    machine: Ceiling, target: Target, batch: int, prompt: int, words: float, patches: float
-) -> float:
-    """Seconds that so many equal requests at once take at least: prompts one by one, groups and audio together."""
-    work = GroupWork.of(target, batch, prompt, round(words + patches))
-    prefill, text, audio = work.floors(machine, target)
-    vocoded = 0.0 if target.codec is None else machine.floor_seconds(codec_bytes(target.codec))
-    return batch * prefill + words * text + patches * (audio + vocoded)
 
 
 def _cells(metrics: Metrics, share: float | None) -> Iterator[str]:

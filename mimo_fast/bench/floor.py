@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from ..kernels.qmatmul import Weight
 from ..runtime.codec import Codec
 from ..runtime.codec_layers import CodecStack
@@ -30,9 +32,9 @@ class Work:
         """Bytes."""
         return sum(self.bytes.values())
 
-    def floor(self, ceiling: Ceiling, lm: LM) -> float:
-        """Seconds that it takes at least."""
-        return ceiling.floor_seconds(self.total, self.flop, lm.dtype)
+    def floor(self, ceiling: Ceiling, dtype: torch.dtype) -> float:
+        """Seconds that it takes at least, with activations of a dtype."""
+        return ceiling.floor_seconds(self.total, self.flop, dtype)
 
     def __add__(self, other: Work) -> Work:
         return Work(self.bytes | other.bytes, self.flop + other.flop)
@@ -66,6 +68,46 @@ def prompt_work(lm: LM, positions: int) -> Work:
     """A prompt of so many words: the backbone once for all, its arithmetic for each."""
     matrices = list(_matrices(lm.backbone))
     return Work({"backbone": stack_bytes(lm.backbone)}, 2 * positions * _values(matrices))
+
+
+@dataclass(frozen=True)
+class GroupWork:
+    """A prompt, and a group of all rows of a batch, of words and of speech."""
+
+    prefill: Work
+    text: Work
+    audio: Work
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, lm: LM, batch: int, prompt: int, groups: int = 0, quantized_cache: bool = False) -> GroupWork:
+        """After prompts of `prompt` words, in the middle of `groups` groups."""
+        middle = prompt + groups // 2
+        text, audio = (work(lm, middle, batch, quantized_cache) for work in (word_work, patch_work))
+        return cls(prompt_work(lm, prompt), text, audio, lm.dtype)
+
+    def floors(self, ceiling: Ceiling) -> tuple[float, float, float]:
+        """Seconds of each."""
+        prefill, text, audio = (work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio))
+        return prefill, text, audio
+
+    def describe(self, ceiling: Ceiling) -> str:
+        """A line to be printed before the measurement."""
+        prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling))
+        return (
+            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
+            f"ms; of speech {self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
+        )
+
+
+def request_floor(
+    ceiling: Ceiling, lm: LM, codec: Codec | None, batch: int, prompt: int, words: float, patches: float,
+    quantized_cache: bool = False,
+) -> float:  # fmt: skip
+    """Seconds that so many equal requests at once take at least: prompts one by one, groups and audio together."""
+    prefill, text, audio = GroupWork.of(lm, batch, prompt, round(words + patches), quantized_cache).floors(ceiling)
+    vocoded = 0.0 if codec is None else ceiling.floor_seconds(codec_bytes(codec))
+    return batch * prefill + words * text + patches * (audio + vocoded)
 
 
 def codec_bytes(codec: Codec) -> int:

@@ -12,8 +12,6 @@ from ..runtime.conversation import Conversation
 from ..runtime.decode import Limits, Samplers
 from ..runtime.job import Reply
 from ..sampling import TASK_SAMPLERS
-from .ceiling import Ceiling
-from .floor import Work, patch_work, prompt_work, word_work
 from .target import Target
 from .timing import Timing, synchronize
 
@@ -30,35 +28,6 @@ class GroupTimes:
     prefill: float
     text: Timing
     audio: Timing
-
-
-@dataclass(frozen=True)
-class GroupWork:
-    """What the same three must at least read and compute."""
-
-    prefill: Work
-    text: Work
-    audio: Work
-
-    @classmethod
-    def of(cls, target: Target, batch: int, prompt: int, groups: int = 0) -> GroupWork:
-        """After prompts of `prompt` words, in the middle of `groups` groups."""
-        middle, quantized = prompt + groups // 2, target.setup.kv_cache is not None
-        text, audio = (work(target.lm, middle, batch, quantized) for work in (word_work, patch_work))
-        return cls(prompt_work(target.lm, prompt), text, audio)
-
-    def floors(self, ceiling: Ceiling, target: Target) -> tuple[float, float, float]:
-        """Seconds of each."""
-        prefill, text, audio = (work.floor(ceiling, target.lm) for work in (self.prefill, self.text, self.audio))
-        return prefill, text, audio
-
-    def describe(self, ceiling: Ceiling, target: Target) -> str:
-        """A line to be printed before the measurement."""
-        prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling, target))
-        return (
-            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
-            f"ms; of speech {self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
-        )
 
 
 def time_groups(

@@ -138,16 +138,30 @@ class Metrics:
         return asdict(self)
 
 
-def measure(target: Target, request: Request, batch: int = 1, rounds: int = 1) -> Metrics:
-    """Sends `batch` requests at once, `rounds` times, and waits for all of their replies each time."""
+def measure(
+    target: Target, request: Request, batch: int = 1, rounds: int = 1, warm: bool = True, seconds: float | None = None
+) -> Metrics:
+    """Sends `batch` requests at once, `rounds` times, and waits for all of their replies each time.
+
+    Args:
+        warm: whether to send an unmeasured request first.
+        seconds: after which replies are cut off, each after the group in progress.
+    """
     target.plan(plan_of(target, request))
-    warm_up(target, request)
+    if warm:
+        warm_up(target, request)
     memory, energy = PeakMemory(target.lm.device), EnergyMeter(target.lm.device)
-    traces, wall = list[Trace](), 0.0
-    for _ in range(rounds):
-        began = perf_counter()
-        traces += _together(target, request, batch)
-        wall += perf_counter() - began
+    traces, wall, stopped = list[Trace](), 0.0, threading.Event()
+    clock = threading.Timer(0 if seconds is None else max(seconds, 0), stopped.set)
+    if seconds is not None:
+        clock.start()
+    try:
+        for _ in range(rounds):
+            began = perf_counter()
+            traces += _together(target, request, batch, stopped)
+            wall += perf_counter() - began
+    finally:
+        clock.cancel()
     return summarize(target, request, batch, traces, wall, memory.bytes, energy)
 
 
@@ -212,9 +226,9 @@ def plan_of(target: Target, request: Request) -> list[int]:
     return written_reply(request.words, target.word_id, special.im_end)
 
 
-def _together(target: Target, request: Request, batch: int) -> list[Trace]:
-    """One request in this thread, or several in one each; all begin at once."""
-    limit, stopped = request.words + request.patches + 1, threading.Event()
+def _together(target: Target, request: Request, batch: int, stopped: threading.Event) -> list[Trace]:
+    """One request in this thread, or several in one each; all begin at once and end early once `stopped`."""
+    limit = request.words + request.patches + 1
     if batch == 1:
         return [_answer(target, request, 0, limit, stopped)]
     gate = threading.Barrier(batch)
@@ -225,11 +239,14 @@ def _together(target: Target, request: Request, batch: int) -> list[Trace]:
 
     with ThreadPoolExecutor(batch) as pool:
         running = [pool.submit(answer, seed) for seed in range(batch)]
+        # An error or an interrupt ends the others after the group in progress.
         try:
-            wait(running, return_when=FIRST_EXCEPTION)
-        finally:
-            # An interrupt or an error ends the others after the group in progress.
+            finished, _ = wait(running, return_when=FIRST_EXCEPTION)
+            if any(future.exception() is not None for future in finished):
+                stopped.set()
+        except BaseException:
             stopped.set()
+            raise
     return [future.result() for future in running]
 
 

@@ -59,6 +59,19 @@ def random_lm(
         return LM(config, empty_id, WeightSource(read, dtype, formats))
 
 
+def weightless_lm(config: LMConfig, quantization: str | None, dtype: torch.dtype) -> LM:
+    """The same on torch's meta device, for what its shapes tell."""
+    chosen = QuantizationConfig.parse(quantization)
+    formats = chosen.formats(lm_shapes(config)) if chosen else {}
+    tensors = stored_tensors(lm_shapes(config), formats, dtype)
+
+    def read(name: str) -> Tensor:
+        shape, kind = tensors[name]
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    return LM(config, 1, WeightSource(read, dtype, formats))
+
+
 def random_codec(
     config: CodecConfig, quantization: str | None, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> Codec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from ..runtime.codec_stream import PATCH_FRAMES
 from ..runtime.engine import Engine
 from ..runtime.memory import GB, Setup, free_bytes
 from ..tokenizer import Tokenizer
+from .ceiling import Ceiling
+from .floor import request_floor
 from .schedule import ScheduledLM
 from .synthetic import preset_setup, preset_tokenizer, random_codec, random_lm
 
@@ -63,11 +66,11 @@ class Target:
 
     @classmethod
     def load(
-        cls, lm: PathLike, codec: PathLike, quantization: str | None, dtype: torch.dtype | None, device: torch.device,
-        steered: bool = False,
+        cls, lm: PathLike, codec: PathLike, quantization: str | None, dtype: torch.dtype | str | None,
+        device: torch.device, steered: bool = False, **options: Unpack[LoadOptions],
     ) -> Target:  # fmt: skip
-        """A checkpoint pair, from directories or hub ids; errors as `MimoAudio`'s."""
-        options: LoadOptions = {"max_batch": 1, "max_seq_len": 2}
+        """A checkpoint pair, from directories or hub ids; options and errors as `MimoAudio`'s."""
+        options["max_batch"], options["max_seq_len"] = 1, 2
         model, audio, tokenizer, setup = load_parts(lm, codec, device, dtype, quantization, options)
         return cls(ScheduledLM.of(model, LONGEST_REPLY), audio, tokenizer, setup, steered)
 
@@ -82,11 +85,19 @@ class Target:
             raise DeviceMemoryError(lack)
         return replace(self, setup=setup)
 
+    @property
+    def quantized_cache(self) -> bool:
+        return self.setup.kv_cache is not None
+
+    def request_floor(self, ceiling: Ceiling, batch: int, prompt: int, words: float, patches: float) -> float:
+        """Seconds that so many equal requests at once take at least."""
+        return request_floor(ceiling, self.lm, self.codec, batch, prompt, words, patches, self.quantized_cache)
+
     @cached_property
     def engine(self) -> Engine:
         """Made, and on a GPU captured, when it is first needed."""
         setup = self.setup
-        engine = Engine(self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=setup.kv_cache is not None)
+        engine = Engine(self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=self.quantized_cache)
         engine.warmup(progress=False)
         return engine
 
