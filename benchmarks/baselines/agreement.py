@@ -60,10 +60,10 @@ class Judge:
             return best
         self.choices += 1
         self.equal += best == ours
-        finite = scores[scores > -torch.inf].float()
-        gap = float((scores[best].float() - scores[ours].float()) / finite.abs().max())
-        # Written so that NaN stays.
-        if not gap <= self.worst_gap:
+        allowed = scores[scores != -torch.inf].float()
+        gap = float((scores[best].float() - scores[ours].float()) / allowed.abs().max())
+        # A NaN stays.
+        if gap > self.worst_gap or gap != gap:
             self.worst_gap = gap
         return ours
 

@@ -60,7 +60,8 @@ def play(arrivals: Sequence[tuple[float, int]], sample_rate: int, buffer: float 
             if came >= buffer or i == len(heard) - 1:
                 dry_at = time + came
             continue
-        if time > dry_at:
+        # Less than a sample is rounding.
+        if time - dry_at > 1 / sample_rate:
             underruns.append(time - dry_at)
         dry_at = max(time, dry_at) + seconds
     return Playback(times[0] if times else None, duration, gaps, tuple(underruns))
