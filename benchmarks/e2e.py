@@ -165,8 +165,8 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         shares = [floor / seconds for floor, seconds in zip(floors, measured, strict=True)]
         rtf, parts = times.audio.p50 / target.patch_seconds, ("prefill", "text_group", "audio_group")
         run.record(
-            "groups", about, batch=batch, prompt_groups=prompt, groups=args.groups, prefill=times.prefill,
-            text_group=vars(times.text), audio_group=vars(times.audio), audio_rtf=rtf, bytes=work.audio.bytes,
+            "groups", about | {"steered": True}, batch=batch, prompt_groups=prompt, groups=args.groups,
+            prefill=times.prefill, text_group=vars(times.text), audio_group=vars(times.audio), audio_rtf=rtf, bytes=work.audio.bytes,
             floor=dict(zip(parts, floors, strict=True)), of_floor=dict(zip(parts, shares, strict=True)),
         )
         pairs = zip(measured, shares, strict=True)
@@ -176,30 +176,38 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
 
 
 def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
-    """Whole requests, by task and batch."""
+    """Whole requests, by batch and task."""
     args, table, audio = run.args, None, user_speech(run.args.seconds, run.args.audio)
-    for task, batch in product(args.task, args.batch):
-        patches = args.patches if find_task(task).speaks else 0
-        request = Request(task, audio, args.words, patches)
-        prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
-        floor = target.request_floor(run.machine, batch, prompt, args.words, patches)
-        capacity = prompt + args.words + patches + 2
+    asked = [Request(task, audio, args.words, args.patches if find_task(task).speaks else 0) for task in args.task]
+    prompts = [prompt_ids(target, request).shape[1] // target.lm.config.group_size for request in asked]
+    capacity = max(prompts, default=0) + args.words + args.patches + 2
+    rooms: dict[int, Target] = {}
+
+    def room(batch: int) -> Target:
+        """One engine serves all tasks; the last batch's goes before the next is checked against what is free."""
+        if batch not in rooms:
+            rooms.clear()
+            release(run.device)
+            rooms[batch] = target.sized(batch, capacity)
+        return rooms[batch]
+
+    for batch, (request, prompt) in product(args.batch, zip(asked, prompts, strict=True)):
+        words, patches = request.words, request.patches
+        floor = target.request_floor(run.machine, batch, prompt, words, patches)
         metrics = run.attempt(
-            f"{title}, {batch} x {task}", floor * args.rounds, args.rounds * (args.words + patches),
-            f"floor of {prompt} groups of prompt, {args.words} words, {patches} patches: {floor:.3f} s",
-            lambda batch=batch, request=request, capacity=capacity: measure(
-                target.sized(batch, capacity), request, batch, args.rounds
-            ),
+            f"{title}, {batch} x {request.task}", floor * args.rounds, args.rounds * (words + patches),
+            f"floor of {prompt} groups of prompt, {words} words, {patches} patches: {floor:.3f} s",
+            lambda batch=batch, request=request: measure(room(batch), request, batch, args.rounds),
         )
         if metrics is None:
             continue
         if not target.steered:
-            words, spoken = (count / metrics.requests for count in (metrics.text_groups, metrics.audio_groups))
-            floor = target.request_floor(run.machine, batch, prompt, words, spoken)
+            spoken, written = (count / metrics.requests for count in (metrics.audio_groups, metrics.text_groups))
+            floor = target.request_floor(run.machine, batch, prompt, written, spoken)
         share = floor / metrics.e2el.p50 if metrics.e2el else None
         run.record("request", about, **metrics.as_dict(), input_seconds=args.seconds, floor=floor, of_floor=share)
         table = table or Table(REQUEST_COLUMNS)
-        table.row(title, task, str(batch), *_cells(metrics, share))
+        table.row(title, request.task, str(batch), *_cells(metrics, share))
 
 
 def _cells(metrics: Metrics, share: float | None) -> Iterator[str]:

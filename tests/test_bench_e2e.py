@@ -90,6 +90,7 @@ def test_a_real_checkpoint_answers_as_it_will(tmp_path, kit):
         # As many groups as they are at most, or fewer; of its own mix.
         assert 0 < row["text_groups"] + row["audio_groups"] <= 5 * row["batch"]
     code, rows = sweep(tmp_path, *pair, "--quantization", "stored", "--steer", "--context", "--task", "tts")
+    assert code == 0
     assert rows[-1]["text_groups"] == 2 * 2
 
 

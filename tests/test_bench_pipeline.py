@@ -1,8 +1,10 @@
 """Measured requests: counts that follow from the schedule, names, cut-off replies; floors against counted bytes."""
 
 import math
+import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,36 @@ def test_energy_is_not_made_up():
     meter = EnergyMeter(CPU)
     assert meter.joules is None
     assert meter.unmeasured
+
+
+def test_energy_is_the_drivers_count(monkeypatch):
+    """The driver counts millijoules since it was loaded."""
+
+    class Error(Exception):
+        pass
+
+    counts = iter([5000, 7500, Error("Not Supported")])
+
+    def consumption(handle: str) -> int:
+        assert handle == "handle of b'GPU-1234'"
+        count = next(counts)
+        if isinstance(count, Error):
+            raise count
+        return count
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}", NVMLError=Error,
+        nvmlDeviceGetTotalEnergyConsumption=consumption,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    meter = EnergyMeter(torch.device("cuda"))
+    assert meter.unmeasured is None
+    assert meter.joules == 2.5
+    meter = EnergyMeter(torch.device("cuda"))
+    assert (meter.joules, meter.unmeasured) == (None, "NVML: Not Supported")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert EnergyMeter(torch.device("cuda")).unmeasured == "nvidia-ml-py is not installed"
 
 
 def test_settling_groups_need_room(target):

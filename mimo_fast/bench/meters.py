@@ -63,7 +63,7 @@ class EnergyMeter:
         try:
             import pynvml
         except ImportError:
-            self.unmeasured = "pynvml is not installed"
+            self.unmeasured = "nvidia-ml-py is not installed"
             return
         try:
             pynvml.nvmlInit()
