@@ -166,8 +166,9 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         rtf, parts = times.audio.p50 / target.patch_seconds, ("prefill", "text_group", "audio_group")
         run.record(
             "groups", about | {"steered": True}, batch=batch, prompt_groups=prompt, groups=args.groups,
-            prefill=times.prefill, text_group=vars(times.text), audio_group=vars(times.audio), audio_rtf=rtf, bytes=work.audio.bytes,
-            floor=dict(zip(parts, floors, strict=True)), of_floor=dict(zip(parts, shares, strict=True)),
+            prefill=times.prefill, text_group=vars(times.text), audio_group=vars(times.audio), audio_rtf=rtf,
+            bytes=work.audio.bytes, floor=dict(zip(parts, floors, strict=True)),
+            of_floor=dict(zip(parts, shares, strict=True)),
         )
         pairs = zip(measured, shares, strict=True)
         cells = [cell for seconds, share in pairs for cell in (f"{1e3 * seconds:,.2f}", f"{100 * share:.1f}%")]
