@@ -9,6 +9,7 @@ from helpers import KIT
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.cli import main
+from mimo_fast.errors import DeviceMemoryError
 
 PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 
@@ -44,11 +45,23 @@ def test_without_a_model_the_tiny_preset_and_why(capsys, tmp_path):
     assert record["streams"] == max(carried, default=0)
 
 
-def test_a_given_model(capsys):
-    assert main(["bench", *PAIR]) == 0
-    out, err = capsys.readouterr()
-    assert f"model: {PAIR[1]}" in out
-    assert "loading" in err
+def test_a_given_model(capsys, tmp_path):
+    assert main(["bench", *PAIR, "--max-seq-len", "200", "--json", str(tmp_path / "bench.json")]) == 0
+    assert f"model: {PAIR[1]}, replies of a set length\n" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "bench.json").read_text())["rows"][0]["metrics"]
+    assert (metrics["text_groups"], metrics["audio_groups"]) == (command.WORDS, command.PATCHES)
+    # At the end of the context.
+    assert metrics["prompt_groups"] + command.WORDS + command.PATCHES + 2 == 200
+
+
+def test_one_stream_that_does_not_fit_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(command.Target, "sized", _too_large)
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err.endswith("mimo-fast: error: it needs 9.0 GB and cpu has 1.0 GB free\n")
+
+
+def _too_large(*arguments: object) -> None:
+    raise DeviceMemoryError("it needs 9.0 GB and cpu has 1.0 GB free")
 
 
 def test_published_dimensions_are_taken_where_they_fit_in_time(monkeypatch):
@@ -90,6 +103,7 @@ def test_time_is_kept(monkeypatch, capsys):
     [
         (["--model", "somewhere"], 1, "--model and --codec go together"),
         (["--model", "no/such/folder", "--codec", "neither", "--offline"], 1, "mimo-fast: error: "),
+        (["--text", "Hello."], 1, "--format, --audio and --text go with --quality"),
         (["--device", "abacus"], 1, "abacus"),
         (["--json", "no/such/folder/bench.json"], 2, "there is no folder no/such/folder"),
         (["--quantization", "int3"], 2, "invalid choice: 'int3'"),

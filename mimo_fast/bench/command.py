@@ -52,6 +52,8 @@ def bench(args: argparse.Namespace) -> int:
         from .quality import quality
 
         return quality(args)
+    if args.format or args.audio or args.text:
+        raise MimoFastError("--format, --audio and --text go with --quality")
     began = perf_counter()
     device = torch.device(args.device or default_device())
     lines = [line for line in describe_machine() if line.startswith(("cpu", "gpu") if device.type == "cuda" else "cpu")]
@@ -59,7 +61,6 @@ def bench(args: argparse.Namespace) -> int:
     machine = ceiling(device)
     print(machine, flush=True)
     target, what = _target(args, device, machine)
-    print(f"model: {what}", flush=True)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
     rows = []
@@ -130,6 +131,8 @@ def _rows(args: argparse.Namespace, target: Target, machine: Ceiling, began: flo
                 sized = target.sized(streams, prompt + request.words + request.patches + 2)
                 metrics = measure(sized, request, streams, warm=target.lm.device.type == "cuda", seconds=left)
             except DeviceMemoryError as error:
+                if streams == 1:
+                    raise
                 print(f"not measured: {streams} streams and more: {error}", file=sys.stderr)
                 return
             last = metrics.wall
@@ -148,24 +151,29 @@ def _request(target: Target, machine: Ceiling, context: int) -> Request:
 
 
 def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) -> tuple[Target, str]:
-    """What is measured, and what it is in plain words."""
-    if args.model:
-        from ..commands import load_options, say
+    """What is measured, and what it is in plain words, which are printed before it is made."""
 
-        say(f"loading {args.model} and {args.codec}")
-        target = Target.load(args.model, args.codec, args.quantization, args.dtype, device, **load_options(args))
-        return target, f"{args.model}{', ' + args.quantization if args.quantization else ''}"
-    quantization = args.quantization or "int4"
-    dtype = parse_dtype(args.dtype) or torch.bfloat16
+    def announced(what: str) -> str:
+        print(f"model: {what}", flush=True)
+        return what
+
+    if args.model:
+        from ..commands import load_options
+
+        quantized = f", {args.quantization}" if args.quantization else ""
+        what = announced(f"{args.model}{quantized}, replies of a set length")
+        options = load_options(args)
+        return Target.load(args.model, args.codec, args.quantization, args.dtype, device, True, **options), what
+    quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
-        target = Target.random("7b", quantization, dtype, device)
-        return target, f"the published dimensions with random weights, {quantization}: speed is real, speech is not"
-    target = Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device)
-    return target, (
-        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; "
-        "its figures say nothing about theirs"
+        what = announced(f"the published dimensions in {quantization}, random weights: real speed, no real speech")
+        return Target.random("7b", quantization, dtype, device), what
+    what = announced(
+        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its figures say "
+        "nothing about theirs"
     )
+    return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), what
 
 
 def _unfit(quantization: str, dtype: torch.dtype, device: torch.device, machine: Ceiling) -> str | None:
