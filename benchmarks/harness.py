@@ -31,6 +31,8 @@ Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 
 MIN_RUNS = 5
+COPIED_BYTES = 2**30
+"""What the copies of a case's inputs may take: some hold tables of which a call reads a few rows."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,17 @@ def widen(tree: Any) -> Any:
     return tree
 
 
+def held_bytes(tree: Any) -> int:
+    """Of all tensors in it."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        return sum(map(held_bytes, tree.values()))
+    if isinstance(tree, (list, tuple)):
+        return sum(map(held_bytes, tree))
+    return held_bytes(vars(tree)) if dataclasses.is_dataclass(tree) else 0
+
+
 def fresh(inputs: Inputs) -> Inputs:
     """A copy of all that an op may write into; weights are shared."""
     kept = (Weight, QuantizedWeight)
@@ -170,7 +183,8 @@ def prepare(
     found = _accuracy(case, stands_for, got)
     if not found.accepted:
         raise Refused(str(found))
-    turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies_for(case.nbytes, device) - 1))]
+    copies = min(copies_for(case.nbytes, device), max(1, COPIED_BYTES // max(1, held_bytes(prepared))))
+    turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
     return [partial(provider.run, turn) for turn in turns], found
 
 

@@ -29,8 +29,9 @@ from mimo_fast.kernels.text_embed import input_embed, input_embed_bytes, input_e
 FRAMES = (4, 64, 512)
 """Of the codec: a patch, 2.6 s and 20 s of codes."""
 
-TABLE = 8192
-"""Rows of the text embedding that a case holds; a gather costs the same in any table that no cache holds."""
+TABLE = 1024
+"""Rows of the text embedding that a case holds; a gather costs the same in any table that no cache holds, and there are
+many copies of this one."""
 
 EMPTY_ID = 0
 LAYER_NORM_EPS = 1e-5

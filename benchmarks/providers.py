@@ -16,6 +16,7 @@ exact result for what it multiplies, as the op's own formats are.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -25,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Inputs, Outputs, Provider
-from mimo_fast.kernels.dispatch import triton
+from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
 from mimo_fast.kernels.norm import rms_norm_ref
 from mimo_fast.kernels.qmatmul import Weight
 from mimo_fast.kernels.qmatmul_cpu import packed_product, unpacked_product
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to, unpack_words
+from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to, torch_int4_order, unpack_words
 from mimo_fast.kernels.swiglu import swiglu_ref
 
 Run = Callable[[Inputs], Outputs]
@@ -44,7 +45,7 @@ def ours(run: Run) -> tuple[Provider, ...]:
     """The launcher of an op, by the name of the path that it takes."""
     return (
         Provider("ours-triton", run, missing=needs_triton),
-        Provider("ours-cpu", run, missing=_cpu_only),
+        Provider("ours-cpu", run, missing=needs_plain_path),
     )
 
 
@@ -69,7 +70,13 @@ def compiled(reference: Run) -> Provider:
 def needs_triton(device: torch.device) -> str | None:
     if triton is None:
         return "triton is not installed"
-    return None if device.type == "cuda" else "needs a CUDA device"
+    if os.environ.get(ENVIRONMENT) == "torch":
+        return f"{ENVIRONMENT}=torch turns it off"
+    return _cuda_only(device)
+
+
+def needs_plain_path(device: torch.device) -> str | None:
+    return f"{ENVIRONMENT}=triton turns it off" if os.environ.get(ENVIRONMENT) == "triton" else _cpu_only(device)
 
 
 def needs_compiler(device: torch.device) -> str | None:
@@ -102,7 +109,7 @@ def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
                          needs_package("bitsandbytes"), _exact_bitsandbytes_int8))  # fmt: skip
     if form == "int4":
         on_cuda = Provider("torch-int4-cuda", _torch_int4_cuda, _pack_int4_cuda, _cuda_only, _exact_int4_cuda)
-        return (*own, Provider("torch-int4", _torch_packed, missing=_cpu_only), on_cuda)
+        return (*own, Provider("torch-int4", _torch_packed, missing=_lacks_int4), on_cuda)
     return (*own, Provider("bitsandbytes-nf4", _bitsandbytes_nf4, _pack_bitsandbytes_nf4,
                            needs_package("bitsandbytes"), _exact_bitsandbytes_nf4))  # fmt: skip
 
@@ -150,15 +157,18 @@ def _cpu_only(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "needs the CPU"
 
 
+def _lacks_int4(device: torch.device) -> str | None:
+    if device.type == "cpu" and torch_int4_order() is None:
+        return "this torch has no packed int4 form for this CPU"
+    return _cpu_only(device)
+
+
 def _cuda_only(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA device"
 
 
 def _torch_packed(inputs: Inputs) -> Outputs:
     """On a CPU, as the model holds it there."""
-    weight = inputs["weight"]
-    if weight.torch_scales is None:
-        raise ValueError("this torch has no packed form of the weight")
     return around(inputs, lambda x, w: packed_product(x, w, w.torch_scales))
 
 

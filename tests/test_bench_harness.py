@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.harness import Case, Provider, Record, print_outcome, run_cases, widen
+from benchmarks import harness
+from benchmarks.harness import Case, Provider, Record, held_bytes, print_outcome, run_cases, widen
 from benchmarks.records import JsonLines, Table, duration, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.timing import Timing
 from mimo_fast.kernels.kv_cache import LayerKV
+from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.qmatmul import Weight
 from mimo_fast.quantization import Format, quantize
 
@@ -85,6 +87,18 @@ def test_the_check_is_made_on_the_inputs_that_are_timed():
     assert not outcome.refused
     assert all(torch.equal(x, seen[0]) for x in seen)
     assert len({x.data_ptr() for x in seen[1:]}) > 1, "copies, so that no cache serves them"
+
+
+def test_copies_are_bounded_by_what_the_inputs_hold(monkeypatch):
+    weight = Weight.stack([torch.ones(8, 8)], [torch.ones(8)])
+    table = torch.ones(1000)
+    assert held_bytes({"w": weight, "t": (table, 1), "norm": RMSNorm(torch.ones(4), 1e-6)}) == 4 * (64 + 8 + 1000 + 4)
+    monkeypatch.setattr(harness, "COPIED_BYTES", 1000)
+    (record,) = run(doubling(Provider("ours", double)))[0].records
+    assert record.copies == 3, "256 bytes of x and y"
+    monkeypatch.setattr(harness, "COPIED_BYTES", 100)
+    (record,) = run(doubling(Provider("ours", double)))[0].records
+    assert record.copies == 1
 
 
 def test_an_own_check_decides():

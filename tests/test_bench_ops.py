@@ -146,14 +146,16 @@ TINY = (
 @pytest.mark.parametrize("product", TINY, ids=[product.name for product in TINY])
 def test_every_provider_of_a_product_computes_it(product, form, m):
     ops_matmul._weight.cache_clear()
-    outcome, _ = run(ops_matmul._case(product, form, m), lambda name: name != "compile")
+    case = ops_matmul._case(product, form, m)
+    outcome, _ = run(case, lambda name: name != "compile")
     ops_matmul._weight.cache_clear()
     assert not outcome.refused
-    others = {"dense": {"linear"}, "int8": {"unpacked", "torch-int8", "bitsandbytes-int8"},
-              "int4": {"unpacked", "torch-int4"}, "nf4": {"bitsandbytes-nf4"}}[form]  # fmt: skip
-    assert {record.provider for record in outcome.records} == {"ours-cpu", *others} | (
-        set() if form == "dense" else {"eager"}
-    )
+    others = {"dense": {"linear"}, "int8": {"eager", "unpacked", "torch-int8", "bitsandbytes-int8"},
+              "int4": {"eager", "unpacked", "torch-int4"}, "nf4": {"eager", "bitsandbytes-nf4"}}[form]  # fmt: skip
+    here = {provider.name for provider in case.providers if provider.missing(CPU) is None} - {"compile"}
+    assert here <= {"ours-cpu", *others}
+    assert {record.provider for record in outcome.records} == here
+    assert "ours-cpu" in here
     skipped = " ".join(outcome.skipped)
     assert "ours-triton: needs a CUDA device" in skipped
     assert ("torch-int4-cuda: needs a CUDA device" in skipped) == (form == "int4")
@@ -182,6 +184,19 @@ def test_without_a_compiler_or_a_package_the_provider_is_skipped_by_name(monkeyp
     assert {"compile: no C++ compiler is installed", "bitsandbytes-nf4: bitsandbytes is not installed"} < set(
         outcome.skipped
     )
+
+
+def test_a_path_that_is_turned_off_is_not_timed_under_its_name(monkeypatch):
+    """MIMO_FAST_KERNELS chooses the path of an op, whatever the device."""
+    cuda = torch.device("cuda")
+    monkeypatch.delenv("MIMO_FAST_KERNELS", raising=False)
+    assert providers.needs_plain_path(CPU) is None
+    assert providers.needs_triton(CPU) == "needs a CUDA device"
+    assert providers.needs_plain_path(cuda) == "needs the CPU"
+    monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
+    assert "turns it off" in providers.needs_triton(cuda)
+    monkeypatch.setenv("MIMO_FAST_KERNELS", "triton")
+    assert "turns it off" in providers.needs_plain_path(CPU)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def environment(device: torch.device | str, *, root: Path = ROOT) -> dict[str, A
         "device": _cpu() if device.type == "cpu" else _card(device),
         "packages": _packages(), "python": platform.python_version(), "os": f"{platform.system()} {platform.machine()}",
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "threads": torch.get_num_threads(),
-    } | commit(root)  # fmt: skip
+    } | _commit_at_start(root)  # fmt: skip
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
@@ -48,6 +49,12 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     code = ("mimo_fast", "benchmarks", ":(exclude)benchmarks/results")
     return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain", "--", *code))}
+
+
+@cache
+def _commit_at_start(root: Path) -> dict[str, Any]:
+    """What runs is the code that was there when it was loaded."""
+    return commit(root)
 
 
 def _git(root: Path, *arguments: str) -> str | None:
