@@ -2,6 +2,8 @@
 
     python -m benchmarks ops --quick                          every op once, at most three minutes on two cores
     python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
+    python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
+    python -m benchmarks baselines                            a reply as upstream runs it, beside ours
     python -m benchmarks --compare HEAD~1 --op '*.qkv'        is the working tree faster than that commit?
 """
 
@@ -16,10 +18,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare
+from benchmarks.baselines.run import add_baselines
+from benchmarks.e2e import add_e2e
 from benchmarks.harness import print_outcome, run_cases
 from benchmarks.ops import select
 from benchmarks.records import JsonLines
 from mimo_fast.bench.ceiling import ceiling
+from mimo_fast.errors import MimoFastError
 
 SECONDS, QUICK_SECONDS = 0.5, 0.1
 """Of measuring, for each row."""
@@ -91,13 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_ops(commands)
+    add_e2e(commands)
+    add_baselines(commands)
     add_compare(commands)
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = ["compare", *given[1:]] if given[:1] == ["--compare"] else given
     args = parser.parse_args(given)
     try:
         return args.run(args)
-    except compare.CompareError as error:
+    except (compare.CompareError, MimoFastError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ValueError as error:

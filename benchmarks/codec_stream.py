@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 import mimo_fast
+from mimo_fast.bench.synthetic import preset_configs, random_codec
 from mimo_fast.config import CodecConfig, read_json
-from mimo_fast.layout import codec_shapes
 from mimo_fast.machine import describe_machine
-from mimo_fast.quantization import QuantizationConfig, WeightSource
 from mimo_fast.runtime.codec import Codec
 from mimo_fast.runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES
 from mimo_fast.verify import Golden
@@ -31,22 +30,6 @@ AROUND = 9
 
 EARLY = 20
 CHUNK_SIZES = (1, 2, 4, 8, 12, 16, 20, 25, 36, 40, 44, 52, 60, 80, 92, 100, 120, 140, 150, 160)
-
-
-def random_codec(config: CodecConfig, dtype: torch.dtype, quantization: str | None) -> Codec:
-    """A codec of random weights, made tensor by tensor."""
-    shapes, generator = codec_shapes(config), torch.Generator().manual_seed(0)
-
-    def read(name: str) -> Tensor:
-        if name.endswith("istft.window"):
-            return torch.hann_window(*shapes[name])
-        values = torch.randn(shapes[name], generator=generator)
-        if len(shapes[name]) == 1:
-            return (values * 0.1 + (0 if name.endswith("bias") else 1)).to(dtype)
-        return (values * (1.0 if "embed" in name else shapes[name][1] ** -0.5)).to(dtype)
-
-    requested = QuantizationConfig.parse({"codec": quantization}) if quantization else None
-    return Codec(config, WeightSource(read, dtype, requested=requested), WeightSource(read, torch.float32))
 
 
 def time_chunks(codec: Codec, chunks: int) -> dict[str, float]:
@@ -135,7 +118,7 @@ def closeness(codec: Codec, golden: Golden) -> dict[str, object]:
 def depth(dtype: torch.dtype) -> dict[int, float]:
     """SNR by look-ahead of a vocoder of the published depth and small width, random weights, given moments."""
     raw = read_json(KIT / "checkpoint" / "codec" / "config.json") | {"vocoder_num_layers": 16}
-    codec = random_codec(CodecConfig.from_dict(raw), dtype, None)
+    codec = random_codec(CodecConfig.from_dict(raw), None, dtype)
     sizes, generator = codec.config.codebook_sizes[:8], torch.Generator().manual_seed(0)
     codes = torch.stack([torch.randint(0, size, (180,), generator=generator) for size in sizes])
     want, moments, found = codec.decode(codes), codec.moments(codes), {}
@@ -164,9 +147,8 @@ def main() -> None:
         "kit_first_audio": time_first_audio(model.codec, golden.get("codec:stream_codes")),
     }
     if not args.kit_only:
-        preset = Path(mimo_fast.__file__).parent / "presets" / "7b-codec.json"
-        config = CodecConfig.from_dict(read_json(preset))
-        codec = random_codec(config, getattr(torch, args.dtype), args.quantization)
+        _, config = preset_configs("7b")
+        codec = random_codec(config, args.quantization, getattr(torch, args.dtype))
         name = f"published_{args.dtype}{'_' + args.quantization if args.quantization else ''}"
         record[name] = time_chunks(codec, args.chunks)
     text = json.dumps(record, indent=1) + "\n"

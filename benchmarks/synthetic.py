@@ -1,66 +1,15 @@
-"""Models of any dimensions with random weights made in place, dense or quantized: nothing is read from a disk."""
+"""Single matrices of random weights, as a loaded model holds them; `mimo_fast.bench.synthetic` makes whole models."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig
+from mimo_fast.bench.synthetic import random_reader
 from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight
-from mimo_fast.layout import Shapes, lm_shapes
-from mimo_fast.quantization import Format, QuantizationConfig, WeightSource
+from mimo_fast.layout import Shapes
+from mimo_fast.quantization import Format, WeightSource
 from mimo_fast.quantization.formats import stored_tensors
-from mimo_fast.runtime.lm import LM
-
-
-def random_lm(
-    config: LMConfig, quantization: str | None, dtype: torch.dtype, device: torch.device | str = "cpu",
-    empty_id: int = 1, seed: int = 0,
-) -> LM:  # fmt: skip
-    """A language model whose activations stay of order 1; quantized matrices are made in their packed form."""
-    chosen = QuantizationConfig.parse(quantization)
-    formats = chosen.formats(lm_shapes(config)) if chosen else {}
-    tensors = stored_tensors(lm_shapes(config), formats, dtype)
-    return LM(config, empty_id, WeightSource(random_reader(tensors, device, seed), dtype, formats))
-
-
-def random_reader(
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str, seed: int
-) -> Callable[[str], Tensor]:
-    """name -> tensor, the same whenever it is asked for."""
-
-    def read(name: str) -> Tensor:
-        shape, dtype = tensors[name]
-        generator = torch.Generator(device).manual_seed(seed + hash_of(name))
-        if dtype == torch.int32:
-            return torch.randint(-(2**31), 2**31 - 1, shape, dtype=dtype, device=device, generator=generator)
-        if name.endswith(".zeros"):
-            return torch.full(shape, -0.5, dtype=dtype, device=device)
-        if name.endswith(".scales"):
-            words, _ = tensors[name.removesuffix("scales") + "words"]
-            return torch.full(shape, _scale(words, tensors, name), dtype=dtype, device=device)
-        if len(shape) == 1:
-            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
-        values = torch.empty(shape, dtype=dtype, device=device)
-        return values.normal_(0, 1.0 if "embed" in name else shape[1] ** -0.5, generator=generator)
-
-    return read
-
-
-def _scale(words: tuple[int, ...], tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], name: str) -> float:
-    """Makes uniform random q of this matrix's bits give values of variance 1 / K."""
-    # int4 has zeros or nf4's float32 scales; whatever else is packed is int8.
-    four = name.removesuffix("scales") + "zeros" in tensors or tensors[name][1] == torch.float32
-    bits = 4 if four else 8
-    columns = words[1] * 32 // bits
-    spread = math.sqrt((2 ** (2 * bits) - 1) / 12) if tensors[name][1] != torch.float32 else 0.5
-    return columns**-0.5 / spread
-
-
-def hash_of(name: str) -> int:
-    """The same number for a name in every process."""
-    return int.from_bytes(name.encode(), "little") % (2**31 - 1)
 
 
 def random_weight(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__, commands
+from .bench.command import bench
 from .demo import demo
 from .errors import MimoFastError
 from .runtime.memory import OFFLOADABLE
@@ -99,6 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
     show.add_argument("--json", type=_writable, metavar="FILE", help="write the table there as well")
     _add_generation_options(show)
+
+    speed = command("bench", bench, "Measure this machine: speed, first audio, streams it can carry, memory.", "")
+    speed.add_argument("--json", type=_writable, metavar="FILE", help="write the table there as well")
+    judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
+    judge.add_argument("--quality", action="store_true", help="compare formats with --model's own weights")
+    judge.add_argument("--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]")
+    judge.add_argument("--audio", type=Path, action="append", metavar="WAV", help="speech to compare on; repeatable")
+    judge.add_argument("--text", action="append", metavar="TEXT", help="a text to be said; repeatable")
 
     check = command("verify", commands.verify_, "Check every stage against ground truth on this machine.", None)
     check.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with lm/ and codec/")

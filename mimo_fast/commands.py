@@ -23,15 +23,20 @@ from .runtime.reply import Chunk
 from .verify import Golden, verify
 
 
-def load_model(args: argparse.Namespace) -> MimoAudio:
-    """The model that the command's options name."""
-    say(f"loading {args.model} and {args.codec}")
-    options: LoadOptions = {
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """Where a model is looked up and how much memory it may take."""
+    return {
         "revision": args.revision, "codec_revision": args.codec_revision, "cache_dir": args.cache_dir,
         "local_files_only": args.offline, "max_batch": 1, "max_seq_len": args.max_seq_len, "kv_cache": args.kv_cache,
         "offload": args.offload or (),
     }
-    model = MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, quantization=args.quantization, **options)
+
+
+def load_model(args: argparse.Namespace) -> MimoAudio:
+    """The model that the command's options name."""
+    say(f"loading {args.model} and {args.codec}")
+    options, quantization = load_options(args), args.quantization
+    model = MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, quantization=quantization, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
     return model

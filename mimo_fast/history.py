@@ -72,15 +72,17 @@ class KeepsHistory(PromptBuilder):
         """
         if not input_ids.shape[1]:
             raise PromptError("the prompt is empty")
-        if self._kept is None or not add_history:
+        kept = self._kept
+        if kept is None or not add_history:
             self.engine.check_room(input_ids.shape[1] // self.lm.config.group_size)
-            # The old cache goes before the new one comes.
+            # The old cache goes before the new one comes. Other threads may begin theirs meanwhile.
+            kept = None
             self.clear_history()
-            self._kept = self.conversation(seed)
-        elif self._running is not None:
+            kept = self._kept = self.conversation(seed)
+        elif (running := self._running) is not None:
             # A reply still being read would write into the same conversation.
-            self._running.close()
-        self._kept.add(input_ids)
+            running.close()
+        kept.add(input_ids)
         if seed is not None:
-            self._kept.reseed(seed)
-        return self._kept
+            kept.reseed(seed)
+        return kept

@@ -85,7 +85,7 @@ def init_checkpoint(
         raise CheckpointError(f"no preset {preset!r}: use one of {', '.join(TOKEN_IDS)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not an empty directory: choose another")
-    raw = {part: _preset(preset, part, dtype) for part in ("lm", "codec")}
+    raw = {part: preset_config(preset, part, dtype) for part in ("lm", "codec")}
     config = LMConfig.from_dict(raw["lm"])
     shapes = {"lm": lm_shapes(config), "codec": codec_shapes(CodecConfig.from_dict(raw["codec"]))}
     total = sum(math.prod(shape) * _dtype(raw[part]).itemsize for part in shapes for shape in shapes[part].values())
@@ -93,7 +93,7 @@ def init_checkpoint(
     draws: dict[str, Draw] = {part: partial(_draw, shapes[part], seed) for part in shapes}
     if preset == "tiny":
         draws["lm"] = partial(_lean_to_speech, draws["lm"], config, TOKEN_IDS[preset])
-    _write_tokenizer(directory / "lm", raw["lm"], TOKEN_IDS[preset])
+    write_tokenizer(directory / "lm", raw["lm"], TOKEN_IDS[preset])
     readme = README.format(preset=preset, seed=seed) + (SPEAKING if preset == "tiny" else "")
     (directory / "README.md").write_text(readme, encoding="utf-8")
     hide = None if progress else True
@@ -106,7 +106,7 @@ def init_checkpoint(
     return directory / "lm", directory / "codec"
 
 
-def _preset(preset: str, part: str, dtype: torch.dtype | None) -> dict[str, Any]:
+def preset_config(preset: str, part: str, dtype: torch.dtype | None) -> dict[str, Any]:
     """A preset's config.json, with its dtype replaced if one is given."""
     text = (files(__package__) / "presets" / f"{preset}-{part}.json").read_text(encoding="utf-8")
     raw: dict[str, Any] = json.loads(text)
@@ -163,8 +163,8 @@ def _lean_to_speech(draw: Draw, config: LMConfig, ids: dict[str, int], name: str
     yield values
 
 
-def _write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:
-    """A byte-level tokenizer without merges: a token a byte of UTF-8, and the special tokens."""
+def write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:
+    """Writes a byte-level tokenizer without merges into a folder: a token a byte of UTF-8, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)} | ids
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

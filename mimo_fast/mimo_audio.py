@@ -192,8 +192,8 @@ class MimoAudio(KeepsHistory):
         conversation = self.conversation_for(input_ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
         reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        self._running = stream_reply(reply, self._reader(input_ids), self.codec, began, spec.speaks)
-        return self._running
+        chunks = self._running = stream_reply(reply, self._reader(input_ids), self.codec, began, spec.speaks)
+        return chunks
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""

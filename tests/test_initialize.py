@@ -123,7 +123,7 @@ def test_tokenizer_of_the_tiny_preset(tiny):
 
 def test_tokenizer_of_the_7b_preset(tmp_path):
     raw = read_json(PRESETS / "7b-lm.json")
-    initialize._write_tokenizer(tmp_path, raw, TOKEN_IDS["7b"])
+    initialize.write_tokenizer(tmp_path, raw, TOKEN_IDS["7b"])
     tokenizer = Tokenizer.from_directory(tmp_path)
     tokenizer.check_vocab(raw["vocab_size"])
     special = tokenizer.special
@@ -138,7 +138,7 @@ def test_tokenizer_of_the_7b_preset(tmp_path):
 def test_transformers_reads_the_tokenizer_alike(preset, tmp_path):
     transformers = pytest.importorskip("transformers")
     raw = read_json(PRESETS / f"{preset}-lm.json")
-    initialize._write_tokenizer(tmp_path, raw, TOKEN_IDS[preset])
+    initialize.write_tokenizer(tmp_path, raw, TOKEN_IDS[preset])
     shutil.copyfile(PRESETS / f"{preset}-lm.json", tmp_path / "config.json")
     ours, theirs = Tokenizer.from_directory(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>user\nIt's 12 e\u0301 北京<|empty|> <|eot|>"

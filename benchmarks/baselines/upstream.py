@@ -1,0 +1,172 @@
+"""MiMo-Audio as upstream runs it: batch 1, eager modules, a DynamicCache, one token of Python at a time.
+
+Each step feeds the last group and appends the new one to all ids; the text token and every code come to the host or go
+through modules of their own; the patch decoder gets a new cache for each patch; audio is decoded after the last token.
+`Compiled` is the same with static caches and torch.compile around both decoders, as a user would speed it up.
+
+What it has better than upstream: the speech embeddings are projected to the patch decoder's width beforehand, as ours
+are, and tokens are greedy, which costs less than upstream's sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from benchmarks.baselines.qwen2 import qwen2_model
+from mimo_fast.kernels.qmatmul import Weight
+from mimo_fast.runtime.lm import LM
+
+Choose = Callable[[Tensor], int]
+"""Scores [V] -> the token taken."""
+
+
+def greedy(scores: Tensor) -> int:
+    return int(scores.argmax())
+
+
+class Upstream:
+    """Upstream's `MiMoAudioForCausalLM` over the tensors of a dense `LM`.
+
+    Raises:
+        TypeError: the weights are quantized.
+    """
+
+    name = "transformers eager"
+
+    def __init__(self, lm: LM, longest: int) -> None:
+        if not isinstance(lm.text_head, Weight) or not isinstance(lm.text_embeddings, Tensor):
+            raise TypeError("the baselines run dense weights: use bf16 or float32")
+        config = self.config = lm.config
+        self.empty_id, self.longest = lm.empty_id, longest
+        self.backbone = qwen2_model(config.backbone, lm.backbone, lm.text_embeddings, longest)
+        self.patch_encoder = qwen2_model(config.patch_encoder, lm.patch_encoder)
+        self.patch_decoder = qwen2_model(config.patch_decoder, lm.patch_decoder)
+        self.text_head = lm.text_head.blocks[0]
+        self.embeddings = lm.code_embeddings.split(config.code_sizes)
+        self.decoder_embeddings = lm.decoder_embeddings.split(config.code_sizes)
+        self.heads = lm.code_heads.split(config.code_sizes)
+        (self.patch_to_backbone,), (self.backbone_to_patch,) = (
+            weight.blocks for weight in (lm.patch_to_backbone, lm.backbone_to_patch) if isinstance(weight, Weight)
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, ids: Tensor, groups: int, choose: Choose = greedy, plan: Sequence[int] = ()
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Groups after a prompt [C + 1, T G]: the text token and codes [C, G].
+
+        Args:
+            choose: takes every token; the empty code's score is -inf.
+            plan: text tokens to go on with instead, as in `ScheduledLM`.
+        """
+        size, cache = self.config.group_size, self.backbone_cache()
+        ids = ids.to(self.text_head.device)[None]
+        fed = ids
+        for i in range(groups):
+            hidden = self.step(fed, cache)
+            token = choose(F.linear(hidden, self.text_head)[0])
+            token = plan[i] if i < len(plan) else token
+            if token == self.empty_id:
+                codes = self.patch(F.linear(hidden, self.backbone_to_patch)[:, None], choose)
+            else:
+                codes = torch.tensor(self.config.empty_codes, device=ids.device)[:, None].expand(-1, size)
+            group = torch.cat((codes.new_full((1, size), token), codes))[None]
+            ids = torch.cat((ids, group), dim=-1)
+            fed = ids[..., -size:]
+            yield token, codes
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """New ids [1, C + 1, T G] -> the last position's hidden state [1, D]."""
+        return self.run_backbone(self.embed(ids), cache)[:, -1]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [1, C + 1, T G] -> [1, T, D]."""
+        config = self.config
+        text = ids[:, 0, :: config.group_size]
+        codes = ids[:, 1:].unflatten(-1, (-1, config.group_size)).transpose(1, 2)
+        speech = (text == self.empty_id)[..., None]
+        frames = torch.zeros(*codes.shape[:2], config.group_size, config.patch_encoder.dim,
+                             dtype=self.text_head.dtype, device=ids.device)  # fmt: skip
+        for channel, (table, empty) in enumerate(zip(self.embeddings, config.empty_codes, strict=True)):
+            some = codes[:, :, channel]
+            frames += F.embedding(some, table).masked_fill((some == empty)[..., None], 0)
+        frames = frames * speech[..., None]
+        mask = None
+        if not config.patch_encoder_causal:
+            everything = torch.ones(1, 1, config.group_size, config.group_size, dtype=torch.bool, device=ids.device)
+            mask = {"full_attention": everything}
+        encoded = self.patch_encoder(inputs_embeds=frames.flatten(0, 1), attention_mask=mask).last_hidden_state
+        patches = F.linear(encoded.view(*codes.shape[:2], -1) * speech, self.patch_to_backbone)
+        words = self.backbone.embed_tokens(text).masked_fill(speech, 0)
+        return words + patches
+
+    def patch(self, local: Tensor, choose: Choose) -> Tensor:
+        """The patch decoder's first input [1, 1, D] -> codes [C, G]."""
+        config, cache = self.config, self.patch_cache()
+        codes = torch.zeros(config.channels, config.group_size, dtype=torch.int64, device=local.device)
+        for step in range(config.patch_steps):
+            hidden = self.run_patch_decoder(local, cache)[0, -1]
+            local = torch.zeros_like(local)
+            for channel, delay in enumerate(config.delays):
+                if delay <= step < delay + config.group_size:
+                    scores = F.linear(hidden, self.heads[channel])
+                    scores[config.empty_codes[channel]] = -torch.inf
+                    code = choose(scores)
+                    codes[channel, step - delay] = code
+                    local = local + self.decoder_embeddings[channel][code]
+        return codes
+
+    def backbone_cache(self) -> Cache:
+        return DynamicCache(config=self.backbone.config)
+
+    def patch_cache(self) -> Cache:
+        return DynamicCache(config=self.patch_decoder.config)
+
+    def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
+        return self.backbone(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+
+    def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
+        return self.patch_decoder(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+class Compiled(Upstream):
+    """The same with static caches; single steps of both decoders go through torch.compile, prompts do not."""
+
+    name = "transformers compiled"
+
+    def __init__(self, lm: LM, longest: int) -> None:
+        super().__init__(lm, longest)
+        mode = "reduce-overhead" if lm.device.type == "cuda" else None
+        self._step, self._patch_step = (
+            torch.compile(model, mode=mode, dynamic=False) for model in (self.backbone, self.patch_decoder)
+        )
+        # Kept: a captured graph knows where they lie.
+        self._cache = StaticCache(config=self.backbone.config, max_cache_len=longest)
+        self._patch_cache = StaticCache(config=self.patch_decoder.config, max_cache_len=lm.config.patch_steps)
+
+    def backbone_cache(self) -> Cache:
+        self._cache.reset()
+        return self._cache
+
+    def patch_cache(self) -> Cache:
+        self._patch_cache.reset()
+        return self._patch_cache
+
+    def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
+        if x.shape[1] > 1:
+            return super().run_backbone(x, cache)
+        return self._compiled(self._step, x, cache)
+
+    def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
+        return self._compiled(self._patch_step, x, cache)
+
+    def _compiled(self, model: Callable[..., object], x: Tensor, cache: Cache) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        hidden: Tensor = model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        # A replayed graph writes the next result over it.
+        return hidden.clone()

@@ -1,0 +1,196 @@
+"""`mimo-fast bench`: what a user will get on this machine, in at most two minutes and one table."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+import torch
+from tqdm import tqdm
+
+from ..errors import DeviceMemoryError, MimoFastError
+from ..loading import default_device, parse_dtype
+from ..machine import describe_machine, useful_threads
+from ..runtime.memory import GB
+from .ceiling import Ceiling, ceiling, name_of
+from .environment import environment
+from .floor import GroupWork
+from .pipeline import Metrics, Request, measure, prompt_ids
+from .synthetic import preset_configs, preset_setup, weightless_lm
+from .target import Target, shortfall, user_speech
+
+BUDGET = 120.0
+"""Seconds for everything."""
+
+OF_FLOOR, PROMPT_OF_FLOOR = 1 / 8, 1 / 2
+"""What part of its floor decoding, and a prompt, are expected to reach at least: for judging what ends in time."""
+
+STREAMS = (1, 2, 4, 8, 16, 32, 64)
+
+WORDS, PATCHES = 4, 16
+"""Of a reply on a slow device: the first audio comes with the eleventh patch."""
+
+LONG_WORDS, LONG_PATCHES = 12, 50
+"""Of a reply where that takes less than FAST seconds."""
+
+FAST = 2.0
+TEXT_GROUPS = 60
+"""About what the shortest request to speak takes as a prompt."""
+
+
+def bench(args: argparse.Namespace) -> int:
+    """The command: the table on stdout, everything else on stderr."""
+    if bool(args.model) != bool(args.codec):
+        raise MimoFastError("--model and --codec go together; leave out both for random weights")
+    if args.quality:
+        from .quality import quality
+
+        return quality(args)
+    if args.format or args.audio or args.text:
+        raise MimoFastError("--format, --audio and --text go with --quality")
+    began = perf_counter()
+    device = torch.device(args.device or default_device())
+    lines = [line for line in describe_machine() if line.startswith(("cpu", "gpu") if device.type == "cuda" else "cpu")]
+    print("\n".join(lines), flush=True)
+    machine = ceiling(device)
+    print(machine, flush=True)
+    target, what = _target(args, device, machine)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(useful_threads(target.lm.config))
+    rows = []
+    table = Table(target, machine)
+    for row in _rows(args, target, machine, began):
+        table.row(row)
+        rows.append(row)
+    streams = max((row.streams for row in rows if row.carried), default=0)
+    print(_verdict(streams, rows), flush=True)
+    if args.json:
+        record = {
+            "kind": "quick", "environment": environment(device), "ceiling": machine.as_dict(), "model": what,
+            "dtype": name_of(target.lm.dtype), "streams": streams, "rows": [asdict(row) for row in rows],
+        }  # fmt: skip
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """So many streams of speech at once; floor: seconds that they take at least."""
+
+    streams: int
+    metrics: Metrics
+    floor: float
+
+    @property
+    def carried(self) -> bool:
+        """Whether each came faster than it plays."""
+        return self.metrics.audio_rtf is not None and self.metrics.audio_rtf < 1
+
+
+class Table:
+    """Rows as they come."""
+
+    def __init__(self, target: Target, machine: Ceiling) -> None:
+        work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
+        print(f"{work.describe(machine)}\n", flush=True)
+        print(f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
+              f"{'worst silence':>15}{'memory':>10}", flush=True)  # fmt: skip
+
+    def row(self, row: Row) -> None:
+        found = row.metrics
+        assert found.itl is not None
+        assert found.e2el is not None
+        first = "-" if found.audio_ttfp is None else f"{1e3 * found.audio_ttfp.p50:,.0f} ms"
+        factor = "-" if found.audio_rtf is None else f"{found.audio_rtf:.3f}"
+        silence = "-" if found.audio_underrun is None else f"{1e3 * found.audio_underrun:,.0f} ms"
+        share = f"{100 * row.floor / found.e2el.p50:.1f}%"
+        tqdm.write(f"{row.streams:>7}{factor:>18}{share:>10}{first:>13}{1e3 * found.itl.p95:>15,.0f} ms"
+                   f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB", file=sys.stdout)  # fmt: skip
+
+
+def _rows(args: argparse.Namespace, target: Target, machine: Ceiling, began: float) -> Iterator[Row]:
+    """More and more streams, until they come slower than they play, or time or memory ends."""
+    request = _request(target, machine, args.max_seq_len or 0)
+    prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
+    last = 0.0
+    with tqdm(STREAMS, desc="streams", leave=False, disable=None) as bar:
+        for streams in bar:
+            left = BUDGET - (perf_counter() - began)
+            # Twice as many take at most twice as long.
+            if streams > 1 and 2 * last > left:
+                print(f"not measured: {streams} streams and more, for want of time", file=sys.stderr)
+                return
+            gc.collect()
+            try:
+                sized = target.sized(streams, prompt + request.words + request.patches + 2)
+                metrics = measure(sized, request, streams, warm=target.lm.device.type == "cuda", seconds=left)
+            except DeviceMemoryError as error:
+                if streams == 1:
+                    raise
+                print(f"not measured: {streams} streams and more: {error}", file=sys.stderr)
+                return
+            last = metrics.wall
+            words, patches = (count / streams for count in (metrics.text_groups, metrics.audio_groups))
+            row = Row(streams, metrics, target.request_floor(machine, streams, prompt, words, patches))
+            yield row
+            if not row.carried:
+                return
+
+
+def _request(target: Target, machine: Ceiling, context: int) -> Request:
+    """A sentence to be said, at the end of a context where one is given; a longer one on a fast device."""
+    floor = target.request_floor(machine, 1, TEXT_GROUPS, LONG_WORDS, LONG_PATCHES) / OF_FLOOR
+    words, patches = (LONG_WORDS, LONG_PATCHES) if floor <= FAST else (WORDS, PATCHES)
+    return Request("tts", user_speech(1.0), words, patches, context - words - patches - 2)
+
+
+def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) -> tuple[Target, str]:
+    """What is measured, and what it is in plain words, which are printed before it is made."""
+
+    def announced(what: str) -> str:
+        print(f"model: {what}", flush=True)
+        return what
+
+    if args.model:
+        from ..commands import load_options
+
+        quantized = f", {args.quantization}" if args.quantization else ""
+        what = announced(f"{args.model}{quantized}, replies of a set length")
+        options = load_options(args)
+        return Target.load(args.model, args.codec, args.quantization, args.dtype, device, True, **options), what
+    quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
+    reason = _unfit(quantization, dtype, device, machine)
+    if reason is None:
+        what = announced(f"the published dimensions in {quantization}, random weights: real speed, no real speech")
+        return Target.random("7b", quantization, dtype, device), what
+    what = announced(
+        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its figures say "
+        "nothing about theirs"
+    )
+    return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), what
+
+
+def _unfit(quantization: str, dtype: torch.dtype, device: torch.device, machine: Ceiling) -> str | None:
+    """Why the published dimensions cannot be measured here in time, or None."""
+    lack = shortfall(preset_setup("7b", quantization, dtype), device)
+    if lack is not None:
+        return f"do not fit: {lack}"
+    config, _ = preset_configs("7b")
+    lm = weightless_lm(config, quantization, dtype)
+    prompt, word, patch = GroupWork.of(lm, 1, TEXT_GROUPS).floors(machine)
+    expected = prompt / PROMPT_OF_FLOOR + (WORDS * word + PATCHES * patch) / OF_FLOOR
+    # As long again to make the weights.
+    return f"would take about {expected:,.0f} s for one sentence" if expected > BUDGET / 2 else None
+
+
+def _verdict(streams: int, rows: list[Row]) -> str:
+    if not streams:
+        return "\nstreams it can carry in real time: none"
+    more = " or more" if rows[-1].carried else ""
+    return f"\nstreams it can carry in real time: {streams}{more}"

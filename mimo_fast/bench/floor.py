@@ -1,0 +1,135 @@
+"""The least that a piece of a reply costs, from shapes: bytes of weights and cache to read, and arithmetic.
+
+Every weight counts once for all rows of a batch, but for the patch decoder's, which any implementation reads at each of
+its steps: they do not fit into a cache. Norms, biases of the heads, single rows of tables and activations are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.qmatmul import Weight
+from ..runtime.codec import Codec
+from ..runtime.codec_layers import CodecStack
+from ..runtime.lm import LM
+from ..runtime.state import kv_bytes
+from ..runtime.transformer import AnyWeight, TransformerWeights
+from .ceiling import Ceiling
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be read, in bytes by what it is, and FLOP to be done."""
+
+    bytes: dict[str, int]
+    flop: int
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.bytes.values())
+
+    def floor(self, ceiling: Ceiling, dtype: torch.dtype) -> float:
+        """Seconds that it takes at least, with activations of a dtype."""
+        return ceiling.floor_seconds(self.total, self.flop, dtype)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes | other.bytes, self.flop + other.flop)
+
+
+def word_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False) -> Work:
+    """A group that is a word, for `rows` rows with so many cached positions each: the backbone and the text head."""
+    config = lm.config.backbone
+    matrices = [*_matrices(lm.backbone), lm.text_head]
+    cache = kv_bytes(config, rows, positions, lm.dtype, quantized_cache)
+    attended = 4 * config.layers * config.heads * config.head_dim * positions
+    read = {"backbone": stack_bytes(lm.backbone), "text head": lm.text_head.nbytes, "cache": cache}
+    return Work(read, rows * (2 * _values(matrices) + attended))
+
+
+def patch_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False) -> Work:
+    """A group that is speech: the same, the patch decoder at each of its steps, and the patch encoder."""
+    config, steps = lm.config, lm.config.patch_steps
+    decoder, encoder = list(_matrices(lm.patch_decoder)), list(_matrices(lm.patch_encoder))
+    joints = [lm.patch_to_backbone, lm.backbone_to_patch]
+    heads = lm.code_heads.nbytes * config.group_size
+    read = {
+        "patch decoder": stack_bytes(lm.patch_decoder) * steps + heads,
+        "patch encoder": stack_bytes(lm.patch_encoder) + sum(joint.nbytes for joint in joints),
+    }
+    values = steps * _values(decoder) + config.group_size * (_values(encoder) + lm.code_heads.numel()) + _values(joints)
+    return word_work(lm, positions, rows, quantized_cache) + Work(read, rows * 2 * values)
+
+
+def prompt_work(lm: LM, positions: int) -> Work:
+    """A prompt of so many words: the backbone once for all, its arithmetic for each."""
+    matrices = list(_matrices(lm.backbone))
+    return Work({"backbone": stack_bytes(lm.backbone)}, 2 * positions * _values(matrices))
+
+
+@dataclass(frozen=True)
+class GroupWork:
+    """A prompt, and a group of all rows of a batch, of words and of speech."""
+
+    prefill: Work
+    text: Work
+    audio: Work
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, lm: LM, batch: int, prompt: int, groups: int = 0, quantized_cache: bool = False) -> GroupWork:
+        """After prompts of `prompt` words, in the middle of `groups` groups."""
+        middle = prompt + groups // 2
+        text, audio = (work(lm, middle, batch, quantized_cache) for work in (word_work, patch_work))
+        return cls(prompt_work(lm, prompt), text, audio, lm.dtype)
+
+    def floors(self, ceiling: Ceiling) -> tuple[float, float, float]:
+        """Seconds of each."""
+        prefill, text, audio = (work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio))
+        return prefill, text, audio
+
+    def describe(self, ceiling: Ceiling) -> str:
+        """A line to be printed before the measurement."""
+        prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling))
+        return (
+            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
+            f"ms; of speech {self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
+        )
+
+
+def request_floor(
+    ceiling: Ceiling, lm: LM, codec: Codec | None, batch: int, prompt: int, words: float, patches: float,
+    quantized_cache: bool = False,
+) -> float:  # fmt: skip
+    """Seconds that so many equal requests at once take at least: prompts one by one, groups and audio together."""
+    prefill, text, audio = GroupWork.of(lm, batch, prompt, round(words + patches), quantized_cache).floors(ceiling)
+    vocoded = 0.0 if codec is None else ceiling.floor_seconds(codec_bytes(codec))
+    return batch * prefill + words * text + patches * (audio + vocoded)
+
+
+def codec_bytes(codec: Codec) -> int:
+    """Bytes of the decoder and vocoder layers, which each chunk of a stream reads."""
+    stacks: tuple[CodecStack, ...] = (codec.decoder, codec.vocoder)
+    matrices = [w for stack in stacks for layer in stack.layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
+    return sum(matrix.nbytes for matrix in matrices)
+
+
+def stack_bytes(stack: TransformerWeights) -> int:
+    """Bytes of a stack's matrices."""
+    return sum(matrix.nbytes for matrix in _matrices(stack))
+
+
+def _matrices(stack: TransformerWeights) -> Iterable[AnyWeight]:
+    return (w for layer in stack.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down))
+
+
+def _values(matrices: Iterable[AnyWeight]) -> int:
+    """Weights in a product."""
+    return sum(
+        sum(block.numel() for block in matrix.blocks) if isinstance(matrix, Weight)
+        else matrix.shape[0] * matrix.shape[1]
+        for matrix in matrices
+    )

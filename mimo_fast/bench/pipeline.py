@@ -1,0 +1,291 @@
+"""Whole requests, measured as their callers see them: one, or several at a time in threads of their own.
+
+Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`, `stream_reply`. Names are the
+field's; all times are seconds.
+
+    ttft             from the request to the first group, be it a word or a patch; encoding of the input included
+    audio_ttfp       from the request to the first samples of audio
+    itl              between two chunks of a reply: a group each, with its share of the codec's work
+    e2el             from the request to the last sample or word
+    audio_rtf        e2el over the seconds of audio that came of it or, where the reply is text, that went into it
+    audio_rtfx       audio of all requests over wall time
+    audio_underrun   worst silence in the middle of a reply, played as it came (`player.py`)
+    audio_continuity share of the replies in which no more than a tenth of a second was silent
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import prompt
+from ..prompt import Segments, Speech
+from ..runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES
+from ..runtime.conversation import Conversation
+from ..runtime.decode import Group, Limits, Samplers
+from ..runtime.job import Reply
+from ..runtime.reply import ReplyReader, stream_reply
+from ..sampling import GREEDY, TASK_SAMPLERS
+from ..tasks import find_task
+from .meters import EnergyMeter, PeakMemory
+from .player import Playback, play
+from .schedule import spoken_reply, written_reply
+from .target import SAMPLE_RATE, Target
+from .timing import percentile
+
+SENTENCE = "It begins to speak before it has finished thinking."
+QUESTION = "What is being said?"
+
+PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
+    "tts": lambda _speech: prompt.tts(SENTENCE, template=0),
+    "spoken_dialogue": lambda speech: prompt.spoken_dialogue(speech()),
+    "asr": lambda speech: prompt.asr(speech(), template=0),
+    "audio_understanding": lambda speech: prompt.audio_understanding(speech(), QUESTION),
+}
+"""Task -> what is asked, given what encodes the user's speech."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked and answered.
+
+    Args:
+        task: one of PROMPTS.
+        audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
+        words, patches: the reply's groups where the target is steered; its limit, together, where it is not.
+        context: groups of prompt, filled up with words in front; a longer prompt stays as it is.
+        greedy: in place of the task's samplers.
+    """
+
+    task: str
+    audio: Tensor
+    words: int
+    patches: int
+    context: int = 0
+    greedy: bool = False
+
+
+@dataclass
+class Trace:
+    """One request as it went; times from its beginning. chunks: (time, samples). spoken: whether each group was."""
+
+    encoded: float = 0.0
+    prefilled: float = 0.0
+    prompt_groups: int = 0
+    first_group: float | None = None
+    spoken: list[bool] = field(default_factory=list)
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+    ended: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles over n values."""
+
+    p50: float
+    p95: float
+    p99: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        if not values:
+            return None
+        p50, p95, p99 = (percentile(values, share) for share in (0.5, 0.95, 0.99))
+        return cls(p50, p95, p99, len(values))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a number of equal requests took; see the module for names. None: `unmeasured` says why.
+
+    wall: from the first request to the end of the last. text_groups, audio_groups: of all of their replies.
+    audio_seconds: likewise, and of all of their inputs where the replies are text.
+    """
+
+    task: str
+    batch: int
+    requests: int
+    prompt_groups: int
+    text_groups: int
+    audio_groups: int
+    audio_seconds: float
+    wall: float
+    encode: float
+    prefill: float
+    ttft: Spread | None
+    audio_ttfp: Spread | None
+    itl: Spread | None
+    e2el: Spread | None
+    audio_rtf: float | None
+    audio_rtfx: float | None
+    audio_underrun: float | None
+    audio_continuity: float | None
+    peak_bytes: int
+    joules: float | None
+    unmeasured: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return asdict(self)
+
+
+def measure(
+    target: Target, request: Request, batch: int = 1, rounds: int = 1, warm: bool = True, seconds: float | None = None
+) -> Metrics:
+    """Sends `batch` requests at once, `rounds` times, and waits for all of their replies each time.
+
+    Args:
+        warm: whether to send an unmeasured request first.
+        seconds: after which replies are cut off, each after the group in progress.
+    """
+    target.plan(plan_of(target, request))
+    if warm:
+        warm_up(target, request)
+    memory, energy = PeakMemory(target.lm.device), EnergyMeter(target.lm.device)
+    traces, wall, stopped = list[Trace](), 0.0, threading.Event()
+    clock = threading.Timer(0 if seconds is None else max(seconds, 0), stopped.set)
+    if seconds is not None:
+        clock.start()
+    try:
+        for _ in range(rounds):
+            began = perf_counter()
+            traces += _together(target, request, batch, stopped)
+            wall += perf_counter() - began
+    finally:
+        clock.cancel()
+    return summarize(target, request, batch, traces, wall, memory.bytes, energy)
+
+
+def summarize(
+    target: Target, request: Request, batch: int, traces: Sequence[Trace], wall: float, peak: int, energy: EnergyMeter
+) -> Metrics:
+    spoken = sum(sum(trace.spoken) for trace in traces)
+    unmeasured = {} if energy.unmeasured is None else {"joules": energy.unmeasured}
+    heard: list[Playback] = []
+    if not find_task(request.task).speaks:
+        seconds, why = len(request.audio) / SAMPLE_RATE * len(traces), "the reply is text"
+    elif target.codec is None:
+        seconds, why = spoken * target.patch_seconds, "measured without a codec"
+    else:
+        heard = [play(trace.chunks, target.codec.sample_rate) for trace in traces]
+        seconds, why = sum(playback.duration for playback in heard), "no audio came"
+    speaking = [playback for playback in heard if playback.first_audio is not None]
+    factors = [trace.ended * len(traces) / seconds for trace in traces] if seconds else []
+    for name, known in (("audio_rtf", factors), ("audio_ttfp", speaking), ("audio_underrun", speaking)):
+        if not known:
+            unmeasured[name] = why
+    # A request's first chunk waits for its prompt, which is counted as ttft.
+    gaps = [after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)]
+    return Metrics(
+        task=request.task, batch=batch, requests=len(traces), prompt_groups=traces[0].prompt_groups,
+        text_groups=sum(len(trace.spoken) for trace in traces) - spoken, audio_groups=spoken, audio_seconds=seconds,
+        wall=wall, encode=percentile([trace.encoded for trace in traces], 0.5),
+        prefill=percentile([trace.prefilled - trace.encoded for trace in traces], 0.5),
+        ttft=Spread.of([trace.first_group for trace in traces if trace.first_group is not None]),
+        audio_ttfp=Spread.of([playback.first_audio for playback in heard if playback.first_audio is not None]),
+        itl=Spread.of(gaps), e2el=Spread.of([trace.ended for trace in traces]),
+        audio_rtf=percentile(factors, 0.5) if factors else None, audio_rtfx=seconds / wall if seconds else None,
+        audio_underrun=max((playback.worst_underrun for playback in speaking), default=None),
+        audio_continuity=sum(p.continuous for p in speaking) / len(speaking) if speaking else None,
+        peak_bytes=peak, joules=energy.joules, unmeasured=unmeasured,
+    )
+
+
+def warm_up(target: Target, request: Request) -> None:
+    """A request that ends with its first group and, for a spoken reply, enough of the codec to bring audio."""
+    _answer(target, request, seed=0, limit=1, stopped=threading.Event())
+    if target.codec is not None and find_task(request.task).speaks:
+        stream = target.codec.stream()
+        codes = torch.zeros(target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device)
+        for _ in range(LOOKAHEAD + 2):
+            stream.push(codes, trusted=True)
+        stream.finish()
+
+
+def prompt_ids(target: Target, request: Request) -> Tensor:
+    """The request's prompt [C + 1, T G], its audio encoded."""
+    segments = PROMPTS[request.task](lambda: target.speech(request.audio))
+    ids = prompt.pack(segments, target.tokenizer, target.lm.config)
+    missing = request.context - ids.shape[1] // target.lm.config.group_size
+    return ids if missing <= 0 else torch.cat((target.filler(missing), ids), dim=1)
+
+
+def plan_of(target: Target, request: Request) -> list[int]:
+    special = target.tokenizer.special
+    if find_task(request.task).speaks:
+        return spoken_reply(request.patches, request.words, target.word_id, special.empty, special.im_end)
+    return written_reply(request.words, target.word_id, special.im_end)
+
+
+def _together(target: Target, request: Request, batch: int, stopped: threading.Event) -> list[Trace]:
+    """One request in this thread, or several in one each; all begin at once and end early once `stopped`."""
+    limit = request.words + request.patches + 1
+    if batch == 1:
+        return [_answer(target, request, 0, limit, stopped)]
+    gate = threading.Barrier(batch)
+
+    def answer(seed: int) -> Trace:
+        gate.wait()
+        return _answer(target, request, seed, limit, stopped)
+
+    with ThreadPoolExecutor(batch) as pool:
+        running = [pool.submit(answer, seed) for seed in range(batch)]
+        # An error or an interrupt ends the others after the group in progress.
+        try:
+            finished, _ = wait(running, return_when=FIRST_EXCEPTION)
+            if any(future.exception() is not None for future in finished):
+                stopped.set()
+        except BaseException:
+            stopped.set()
+            raise
+    return [future.result() for future in running]
+
+
+def _answer(target: Target, request: Request, seed: int, limit: int, stopped: threading.Event) -> Trace:
+    trace, task, began = Trace(), find_task(request.task), perf_counter()
+    ids = prompt_ids(target, request)
+    trace.encoded = perf_counter() - began
+    conversation = Conversation(target.engine, seed)
+    conversation.add(ids)
+    trace.prompt_groups = conversation.groups
+    preset = TASK_SAMPLERS[task.sampler]
+    samplers = Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
+    reply = conversation.decode(Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special)), samplers)
+    trace.prefilled = perf_counter() - began
+
+    def note(group: Group) -> None:
+        if trace.first_group is None:
+            trace.first_group = perf_counter() - began
+        if not group.finished:
+            trace.spoken.append(group.text == target.lm.empty_id)
+
+    for samples in _chunks(target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, note):
+        trace.chunks.append((perf_counter() - began, samples))
+        if stopped.is_set():
+            reply.close()
+    trace.ended = perf_counter() - began
+    return trace
+
+
+def _chunks(
+    target: Target, reply: Reply, last_id: int, began: float, speaks: bool, note: Callable[[Group], None]
+) -> Iterator[int]:
+    """Samples of each chunk; without a codec, none a group."""
+    if target.codec is None:
+        for group in reply:
+            note(group)
+            yield 0
+        return
+    special = target.tokenizer.special
+    reader = ReplyReader(target.tokenizer, speaking=last_id in (special.sostm, special.empty))
+    for chunk in stream_reply(reply, reader, target.codec, began, speaks, note):
+        yield len(chunk.audio)

@@ -1,0 +1,234 @@
+"""What quantized weights cost: each format against the checkpoint's own weights, on the same ids, teacher-forced.
+
+Sequences are the given recordings carried on (their own codes are what is predicted), and the checkpoint's own replies
+to them and to the given texts. At each predicted position:
+
+    KL         of the quantized distribution from the checkpoint's, in nats; temperature 1, before top-k and top-p
+    agreement  how often both prefer the same token
+
+for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in int8 is held
+against itself in full: SNR and mel distance (mean absolute difference of the log-mel) of what it decodes from the
+recordings' codes, and how many of its own codes are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ..audio import load_audio
+from ..errors import MimoFastError
+from ..features import log_mel
+from ..mimo_audio import MimoAudio
+from ..runtime.codec import Codec
+from ..runtime.lm import LM
+from ..runtime.transformer import prefill_attend, self_attend, transformer
+from .environment import environment
+
+FORMATS = ("int8", "int4", "nf4")
+REPLY_GROUPS = 48
+"""Of the checkpoint's replies."""
+
+LOGITS_AT_ONCE = 64
+"""Positions: bounds the memory of a vocabulary's scores."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Ids [C + 1, T G] of which groups from `first` on are predicted."""
+
+    ids: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the text head [P, V] and of each codebook [Q frames, size], on the host, float32."""
+
+    text: Tensor
+    codes: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How one head of a format differs from the checkpoint's, over so many predictions."""
+
+    kl: float
+    agreement: float
+    predictions: int
+
+
+@dataclass(frozen=True)
+class CodecQuality:
+    """The codec in a format against itself in full."""
+
+    snr_db: float
+    mel_distance: float
+    code_agreement: float
+
+
+def quality(args: argparse.Namespace) -> int:
+    """`mimo-fast bench --quality`: a table per format on stdout."""
+    if not args.model:
+        raise MimoFastError("--quality needs --model and --codec: random weights have no quality to lose")
+    if not args.audio and not args.text:
+        raise MimoFastError("--quality needs --audio or --text to compare on")
+    if args.quantization:
+        raise MimoFastError("--quality chooses the formats itself: use --format in place of --quantization")
+    formats = tuple(dict.fromkeys(args.format or FORMATS))
+    wavs = [load_audio(path, 24000) for path in args.audio or ()]
+    model = _load(args, None)
+    sequences = list(own_sequences(model, wavs, args.text or ()))
+    reference = [teacher_forced(model.lm, sequence) for sequence in sequences]
+    full = model.codec
+    channels = model.lm.config.channels
+    del model
+    results: dict[str, list[Head]] = {}
+    for name in formats:
+        gc.collect()
+        lm = _load(args, name).lm
+        results[name] = compare(reference, [teacher_forced(lm, sequence) for sequence in sequences])
+        del lm
+    codec = compare_codec(full, _load(args, {"codec": "int8"}).codec, wavs, channels) if wavs else None
+    for name, heads in results.items():
+        print_table(name, heads)
+    if codec is not None:
+        print(f"codec in int8: SNR {codec.snr_db:.1f} dB, mel distance {codec.mel_distance:.4f}, "
+              f"{100 * codec.code_agreement:.2f}% of its codes the same")  # fmt: skip
+    if args.json:
+        record = {
+            "kind": "quality", "model": str(args.model), "codec": str(args.codec),
+            "environment": environment(full.device), "recordings": len(wavs), "texts": len(args.text or ()),
+            "formats": {name: [asdict(head) for head in heads] for name, heads in results.items()},
+            "codec_int8": None if codec is None else asdict(codec),
+        }  # fmt: skip
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _load(args: argparse.Namespace, quantization: Any) -> MimoAudio:
+    from ..commands import load_model
+
+    return load_model(argparse.Namespace(**{**vars(args), "quantization": quantization}))
+
+
+def own_sequences(model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]) -> Iterator[Lesson]:
+    """What is predicted: recordings as they are, and replies that the model gives with its task's samplers."""
+    with tqdm(total=2 * len(wavs) + len(texts), desc="replies", delay=1, leave=False, disable=None) as bar:
+        for wav in wavs:
+            yield Lesson(model.get_speech_continuation_prompt(wav).cpu(), 2)
+            bar.update(1)
+            yield _reply(model, "spoken_dialogue", model.get_spoken_dialogue_sft_prompt(wav))
+            bar.update(1)
+        for text in texts:
+            yield _reply(model, "tts", model.get_tts_sft_prompt(text, template=0))
+            bar.update(1)
+
+
+def _reply(model: MimoAudio, task: str, ids: Tensor) -> Lesson:
+    conversation = model.conversation(seed=0)
+    conversation.add(ids)
+    for _ in model.decode(conversation, task, frozenset(), REPLY_GROUPS):
+        pass
+    return Lesson(conversation.ids, ids.shape[1] // model.group_size)
+
+
+@torch.no_grad()
+def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
+    """What a model predicts for the groups of a sequence, given all that is before each."""
+    config = lm.config
+    groups = sequence.ids.unflatten(1, (-1, config.group_size))
+    text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
+    hidden = hidden_states(lm, text, codes)[sequence.first - 1 : -1]
+    chunks = [lm.text_logits(part).float().log_softmax(-1).cpu() for part in hidden.split(LOGITS_AT_ONCE)]
+    speech = text[sequence.first :] == lm.empty_id
+    heard = hidden[speech.to(hidden.device)]
+    return Scores(torch.cat(chunks), code_scores(lm, heard, codes[sequence.first :][speech]))
+
+
+def hidden_states(lm: LM, text: Tensor, codes: Tensor) -> Tensor:
+    """The backbone's last hidden state at every position: text [T], codes [T, C, G] -> [T, D]."""
+    config, chunk = lm.config.backbone, lm.prefill_chunk
+    state, start, parts = lm.new_state([0], len(text)), 0, []
+    for some_text, some_codes in zip(text.split(chunk), codes.split(chunk), strict=True):
+        attend = prefill_attend(config, lm.backbone_rope, state.cache, 0, start)
+        parts.append(transformer(lm.embed(some_text, some_codes)[None], lm.backbone, config.norm_eps, attend)[0])
+        start += len(some_text)
+    return torch.cat(parts)
+
+
+def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+    """Log-probabilities of each codebook's frames, given the true codes before them.
+
+    hidden [N, D] of the backbone, codes [N, C, G] -> for each codebook [N G, size], the empty code's being -inf.
+    """
+    config = lm.config
+    codes = codes.to(lm.device)
+    inputs = [lm.local_hidden(hidden)]
+    tables = lm.decoder_embeddings.split(config.code_sizes)
+    for step in range(config.patch_steps - 1):
+        active = [c for c, delay in enumerate(config.delays) if delay <= step < delay + config.group_size]
+        drawn = [F.embedding(codes[:, c, step - config.delays[c]], tables[c]) for c in active]
+        inputs.append(torch.stack(drawn).sum(0) if drawn else torch.zeros_like(inputs[0]))
+    attend = self_attend(config.patch_decoder, lm.decoder_rope, causal=True)
+    out = transformer(torch.stack(inputs, dim=1), lm.patch_decoder, config.patch_decoder.norm_eps, attend)
+    scores = []
+    for channel, head in enumerate(lm.code_heads.split(config.code_sizes)):
+        delay = config.delays[channel]
+        logits = F.linear(out[:, delay : delay + config.group_size], head).float()
+        logits[..., config.empty_codes[channel]] = -torch.inf
+        scores.append(logits.log_softmax(-1).flatten(0, 1).cpu())
+    return tuple(scores)
+
+
+def compare(reference: Sequence[Scores], quantized: Sequence[Scores]) -> list[Head]:
+    """The text head, then each codebook."""
+    pairs = [(torch.cat([s.text for s in reference]), torch.cat([s.text for s in quantized]))]
+    for channel in range(len(reference[0].codes)):
+        both = (torch.cat([scores.codes[channel] for scores in side]) for side in (reference, quantized))
+        pairs.append(tuple(both))  # type: ignore[arg-type]
+    return [head_quality(ours, theirs) for ours, theirs in pairs]
+
+
+def head_quality(reference: Tensor, quantized: Tensor) -> Head:
+    """Log-probabilities [P, V] of both -> how they differ; P may be 0."""
+    if not len(reference):
+        return Head(float("nan"), float("nan"), 0)
+    weights = reference.double().exp()
+    # What both forbid has no weight: -inf - -inf must not become NaN.
+    differences = torch.where(weights > 0, reference.double() - quantized.double(), 0.0)
+    agreement = (reference.argmax(-1) == quantized.argmax(-1)).double().mean()
+    return Head(float((weights * differences).sum(-1).mean()), float(agreement), len(reference))
+
+
+def compare_codec(full: Codec, quantized: Codec, wavs: Sequence[Tensor], channels: int) -> CodecQuality:
+    """Over all recordings together."""
+    signal = noise = distance = frames = same = codes_ = 0.0
+    for wav in wavs:
+        codes = full.encode(wav, channels)
+        want, got = full.decode(codes).cpu(), quantized.decode(codes).cpu()
+        signal += float(want.double().square().sum())
+        noise += float((got.double() - want.double()).square().sum())
+        difference = (log_mel(got, full.config) - log_mel(want, full.config)).abs()
+        distance, frames = distance + float(difference.sum()), frames + difference.numel()
+        own = quantized.encode(wav, channels)
+        same, codes_ = same + float((own == codes).sum()), codes_ + codes.numel()
+    snr = 10 * torch.log10(torch.tensor(signal / noise)).item() if noise else float("inf")
+    return CodecQuality(snr, distance / frames, same / codes_)
+
+
+def print_table(name: str, heads: Sequence[Head]) -> None:
+    print(f"{name:<12}{'KL (nats)':>12}{'top-1 agreement':>18}{'predictions':>13}")
+    for i, head in enumerate(heads):
+        title = "text" if i == 0 else f"codebook {i - 1}"
+        print(f"{title:<12}{head.kl:>12.5f}{100 * head.agreement:>17.2f}%{head.predictions:>13}")
+    print(flush=True)

@@ -1,0 +1,72 @@
+"""A model told what to say when: words and speech in a known order, so that runs with random weights can be compared.
+
+The text token of each group is computed and drawn as always and then replaced by the schedule's, on the device, also
+inside a captured graph: three small kernels a group more than without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.sample import SamplerTensors
+from ..prompt import REPLY_PATCHES, REPLY_TEXT_TOKENS
+from ..runtime.lm import LM
+from ..runtime.state import DecodeState
+
+FREE = -1
+"""In a schedule: whatever the model draws."""
+
+
+class ScheduledLM(LM):
+    """A model whose i-th group since its seed has the i-th token of a schedule; after its end, and before one is set,
+    the token that the model draws."""
+
+    schedule: Tensor
+
+    @classmethod
+    def of(cls, lm: LM, longest: int) -> ScheduledLM:
+        """The same weights, for schedules of up to so many groups."""
+        scheduled = cls.__new__(cls)
+        scheduled.__dict__.update(lm.__dict__)
+        # One group more, which is what all later ones look up.
+        scheduled.schedule = torch.full((longest + 1,), FREE, device=lm.device)
+        return scheduled
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Sets the schedule.
+
+        Raises:
+            ValueError: it is longer than was said.
+        """
+        if len(tokens) >= len(self.schedule):
+            raise ValueError(f"a schedule of {len(tokens)} groups exceeds the longest, {len(self.schedule) - 1}")
+        # In place: graphs have captured where it lies.
+        self.schedule.fill_(FREE)
+        self.schedule[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+    def sample_text(
+        self, state: DecodeState, slots: Tensor, settings: SamplerTensors, banned: Tensor | None = None
+    ) -> Tensor:
+        places = state.draws[slots].clamp(max=len(self.schedule) - 1)
+        drawn = super().sample_text(state, slots, settings, banned)
+        planned = self.schedule[places]
+        text = torch.where(planned == FREE, drawn, planned)
+        state.text[slots] = text
+        return text
+
+
+def spoken_reply(patches: int, words: int, word_id: int, empty_id: int, end_id: int) -> list[int]:
+    """A spoken reply as the model was trained to give it: 5 words, 5 patches, and so on; then its end."""
+    plan: list[int] = []
+    while words or patches:
+        plan += [word_id] * min(words, REPLY_TEXT_TOKENS) + [empty_id] * min(patches, REPLY_PATCHES)
+        words, patches = max(words - REPLY_TEXT_TOKENS, 0), max(patches - REPLY_PATCHES, 0)
+    return [*plan, end_id]
+
+
+def written_reply(words: int, word_id: int, end_id: int) -> list[int]:
+    """A reply in text; then its end."""
+    return [word_id] * words + [end_id]

@@ -1,0 +1,122 @@
+"""`mimo-fast bench` as a user meets it; the machine's ceiling is given, so that nothing large is read."""
+
+import json
+
+import pytest
+import torch
+from helpers import KIT
+
+from mimo_fast.bench import command
+from mimo_fast.bench.ceiling import Ceiling
+from mimo_fast.cli import main
+from mimo_fast.errors import DeviceMemoryError
+
+PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(command, "ceiling", lambda device: Ceiling(1e9, 1e9, {"float32": 1e9}))
+    monkeypatch.setattr(command, "STREAMS", (1, 2))
+    monkeypatch.setattr(command, "FAST", 0.0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def test_without_a_model_the_tiny_preset_and_why(capsys, tmp_path):
+    assert main(["bench", "--json", str(tmp_path / "bench.json")]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].startswith("cpu: ")
+    # The ceiling comes before any figure.
+    assert lines[1].startswith("ceiling: reads 1.0 GB/s")
+    assert lines[2].startswith("model: a tiny one with random weights, since the published dimensions in int4")
+    assert lines[3].startswith("floor: ")
+    assert lines[5].split()[:3] == ["streams", "real-time", "factor"]
+    assert lines[6].split()[0] == "1"
+    assert lines[-1].startswith("streams it can carry in real time: ")
+    record = json.loads((tmp_path / "bench.json").read_text())
+    first = record["rows"][0]
+    assert first["streams"] == 1
+    assert first["metrics"]["audio_groups"] == command.PATCHES
+    assert first["metrics"]["audio_seconds"] == pytest.approx(command.PATCHES * 0.16)
+    assert record["ceiling"]["read_Bps"] == 1e9
+    assert {"date", "commit", "device", "packages"} <= set(record["environment"])
+    carried = [row["streams"] for row in record["rows"] if row["metrics"]["audio_rtf"] < 1]
+    assert record["streams"] == max(carried, default=0)
+
+
+def test_a_given_model(capsys, tmp_path):
+    assert main(["bench", *PAIR, "--max-seq-len", "200", "--json", str(tmp_path / "bench.json")]) == 0
+    assert f"model: {PAIR[1]}, replies of a set length\n" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "bench.json").read_text())["rows"][0]["metrics"]
+    assert (metrics["text_groups"], metrics["audio_groups"]) == (command.WORDS, command.PATCHES)
+    # At the end of the context.
+    assert metrics["prompt_groups"] + command.WORDS + command.PATCHES + 2 == 200
+
+
+def test_one_stream_that_does_not_fit_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(command.Target, "sized", _too_large)
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err.endswith("mimo-fast: error: it needs 9.0 GB and cpu has 1.0 GB free\n")
+
+
+def _too_large(*arguments: object) -> None:
+    raise DeviceMemoryError("it needs 9.0 GB and cpu has 1.0 GB free")
+
+
+def test_published_dimensions_are_taken_where_they_fit_in_time(monkeypatch):
+    monkeypatch.setattr("mimo_fast.bench.target.free_bytes", lambda device: 20 * 10**9)
+    fast = Ceiling(100e9, 100e9, {"float32": 1e12})
+    arguments = "int4", torch.bfloat16, torch.device("cpu")
+    assert command._unfit(*arguments, fast) is None
+    assert "would take about" in command._unfit(*arguments, Ceiling(1e9, 1e9, {"float32": 1e9}))
+    monkeypatch.setattr("mimo_fast.bench.target.free_bytes", lambda device: 5 * 10**9)
+    assert "do not fit: it needs" in command._unfit(*arguments, fast)
+
+
+def test_streams_stop_where_they_come_slower_than_they_play(monkeypatch, capsys):
+    measure = command.measure
+
+    def slower(target, request, streams, **options):
+        found = measure(target, request, streams, **options)
+        return found if streams == 1 else type(found)(**{**vars(found), "audio_rtf": 1.5})
+
+    monkeypatch.setattr(command, "STREAMS", (1, 2, 4))
+    monkeypatch.setattr(command, "measure", slower)
+    assert main(["bench"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[6:8]] == ["1", "2"]
+    assert lines[8] == ""
+
+
+def test_time_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(command, "BUDGET", 0.0)
+    assert main(["bench"]) == 0
+    out, err = capsys.readouterr()
+    # One row is always there, and it is cut short.
+    assert out.splitlines()[6].split()[0] == "1"
+    assert "not measured: 2 streams and more, for want of time" in err or "none" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--model", "somewhere"], 1, "--model and --codec go together"),
+        (["--model", "no/such/folder", "--codec", "neither", "--offline"], 1, "mimo-fast: error: "),
+        (["--text", "Hello."], 1, "--format, --audio and --text go with --quality"),
+        (["--device", "abacus"], 1, "abacus"),
+        (["--json", "no/such/folder/bench.json"], 2, "there is no folder no/such/folder"),
+        (["--quantization", "int3"], 2, "invalid choice: 'int3'"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, arguments, code, problem):
+    try:
+        found = main(["bench", *arguments])
+    except SystemExit as usage:
+        found = usage.code
+    err = capsys.readouterr().err
+    assert found == code
+    assert problem in err
+    assert "Traceback" not in err
+    if code == 1:
+        assert len([line for line in err.splitlines() if line.startswith("mimo-fast: error: ")]) == 1

@@ -1,0 +1,103 @@
+"""The end-to-end sweep: rows, records, what is skipped by name, what fails."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import e2e
+from benchmarks.__main__ import main
+from mimo_fast.bench.ceiling import Ceiling
+
+SMALL = [
+    "e2e", "--preset", "tiny", "--dtype", "float32", "--batch", "1", "2", "--groups", "3", "--words", "2", "--patches",
+    "3", "--seconds", "0.5", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(e2e, "ceiling", lambda device: Ceiling(1e9, 1e9, {"float32": 1e9}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def sweep(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
+    path = tmp_path / "rows.jsonl"
+    code = main([*SMALL, *arguments, "-o", str(path)])
+    return code, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
+    code, rows = sweep(tmp_path, "--quantization", "bf16", "--context", "32", "--task", "tts", "asr")
+    assert code == 0
+    assert [row["kind"] for row in rows] == ["groups"] * 2 + ["request"] * 4
+    for row in rows:
+        assert (row["model"], row["random_weights"], row["steered"]) == ("tiny", True, True)
+        assert {"ceiling", "environment", "floor", "of_floor"} <= set(row)
+    steady = rows[0]
+    assert steady["prompt_groups"] == 32 - 3 - 2
+    assert steady["of_floor"]["audio_group"] == pytest.approx(
+        steady["floor"]["audio_group"] / steady["audio_group"]["p50"]
+    )
+    assert steady["floor"]["audio_group"] * 1e9 >= sum(steady["bytes"].values())
+    request = rows[2]
+    assert (request["task"], request["batch"], request["text_groups"], request["audio_groups"]) == ("tts", 1, 2, 3)
+    assert request["of_floor"] == pytest.approx(request["floor"] / request["e2el"]["p50"])
+    out, err = capsys.readouterr()
+    assert out.startswith("ceiling: reads 1.0 GB/s")
+    # A floor before each measurement.
+    assert err.count("floor") == len(rows)
+    assert "tiny bf16" in out
+
+
+def test_what_does_not_fit_is_skipped_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mimo_fast.bench.target.free_bytes", lambda device: 10**6)
+    code, rows = sweep(tmp_path, "--quantization", "int8", "--context", "32", "--task", "tts")
+    assert code == 0
+    assert [row["kind"] for row in rows] == ["skipped"]
+    assert "needs" in rows[0]["reason"]
+    assert "skipped tiny int8: it needs" in capsys.readouterr().err
+
+
+def test_what_takes_too_long_is_skipped_by_name(tmp_path, capsys):
+    code, rows = sweep(
+        tmp_path, "--quantization", "bf16", "--context", "4", "32", "--task", "tts", "--limit", "0.000001"
+    )
+    assert code == 0
+    assert {row["kind"] for row in rows} == {"skipped"}
+    assert "do not fit into it" in rows[0]["reason"]
+    assert all("--limit" in row["reason"] for row in rows[2:])
+
+
+def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a fuse has blown")
+
+    monkeypatch.setattr(e2e, "time_groups", broken)
+    code, rows = sweep(tmp_path, "--quantization", "bf16", "--context", "32", "--task", "asr")
+    assert code == 1
+    assert [row["kind"] for row in rows] == ["request"] * 2
+    assert "FAILED tiny bf16, groups at batch 1, context 32: RuntimeError: a fuse has blown" in capsys.readouterr().err
+
+
+def test_a_real_checkpoint_answers_as_it_will(tmp_path, kit):
+    pair = ["--model", str(kit / "checkpoint" / "lm"), "--codec", str(kit / "checkpoint" / "codec")]
+    code, rows = sweep(tmp_path, *pair, "--quantization", "stored", "--context", "--task", "spoken_dialogue",
+                       "--audio", str(kit / "audio" / "en_m_24k.wav"))  # fmt: skip
+    assert code == 0
+    for row in rows:
+        assert (row["random_weights"], row["steered"], row["dtype"]) == (False, False, "float32")
+        # As many groups as they are at most, or fewer; of its own mix.
+        assert 0 < row["text_groups"] + row["audio_groups"] <= 5 * row["batch"]
+    code, rows = sweep(tmp_path, *pair, "--quantization", "stored", "--steer", "--context", "--task", "tts")
+    assert code == 0
+    assert rows[-1]["text_groups"] == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["--model", "x"], "--model and --codec go together"), (["--groups", "0"], "must be at least 1")],
+)
+def test_bad_usage(capsys, arguments, problem):
+    assert main([*SMALL, *arguments]) == 2
+    assert problem in capsys.readouterr().err

@@ -1,0 +1,24 @@
+"""The conversation that a model keeps, while several threads begin requests."""
+
+import copy
+
+import torch
+
+from mimo_fast.runtime.conversation import Conversation
+
+
+def test_requests_that_begin_at_the_same_time_do_not_mix(model, golden, monkeypatch):
+    first, second = (golden.get(f"prompts:{name}").long() for name in ("tts_en", "text"))
+    own, add, other = copy.copy(model), Conversation.add, list[Conversation]()
+
+    def interrupted(conversation: Conversation, ids: torch.Tensor) -> None:
+        """Another thread's request comes whole in between."""
+        if ids is first:
+            other.append(own.conversation_for(second, False, 1))
+        add(conversation, ids)
+
+    monkeypatch.setattr(Conversation, "add", interrupted)
+    conversation = own.conversation_for(first, False, 0)
+    assert torch.equal(conversation.ids, first)
+    assert conversation.seed == 0
+    assert torch.equal(other[0].ids, second)
