@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -85,6 +86,8 @@ def run_compare(args: argparse.Namespace) -> int:
     select(args.op, args.m, args.format)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
+    # So that what was checked out is removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     compare.run_compare(args.reference, wanted, JsonLines(args.output), rounds=args.rounds, seconds=args.seconds)
     return 0
 
