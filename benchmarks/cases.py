@@ -14,6 +14,7 @@ from benchmarks.providers import ours, plain
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import name_of
 from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.kernels import native
 
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAMS = ROWS[:-1]
@@ -49,16 +50,19 @@ def op_case(
     op: str, run: Callable[..., Any], reference: Callable[..., Any], make: Callable[[torch.device], Inputs], *, m: int,
     shape: str, nbytes: int, flop: int, form: str | None = None, dtype: torch.dtype = DTYPE,
     collect: Collect = lambda inputs, result: (result,), check: Callable[[Inputs, Outputs], Accuracy] | None = None,
+    has_native: bool = False,
 ) -> Case:  # fmt: skip
     """A case whose inputs are the arguments of a launcher and of its reference, by name.
 
     collect: (inputs, what the op returned) -> all that it gave, with what it wrote in place.
+    has_native: on a CPU the launcher runs a kernel of csrc/ where it was built, not the reference.
     """
 
     def called(function: Callable[..., Any]) -> Callable[[Inputs], Outputs]:
         return lambda inputs: collect(inputs, function(**inputs))
 
-    providers = (*ours(called(run)), *plain(called(reference)))
+    is_plain = not (has_native and native.available())
+    providers = (*ours(called(run)), *plain(called(reference), ours_on_cpu=is_plain))
     return Case(
         op, run.__name__, form or name_of(dtype), m, shape, dtype, nbytes, flop, make, called(reference), providers,
         check,

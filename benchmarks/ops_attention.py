@@ -107,7 +107,7 @@ def _decode(op: str, config: TransformerConfig, rows: int, context: int, form: s
     return op_case(
         op, decode_attention, reference, make, m=rows, shape=f"M={rows} S={context}", form=form,
         nbytes=activations + cached, flop=4 * rows * context * attended,
-        collect=lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)),
+        collect=lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)), has_native=not CACHES[form],
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Who computes an op: ours, plain torch, torch.compile, and what else there is for products with stored weights.
 
     ours-triton   the op's launcher on a CUDA device
-    ours-cpu      the same launcher on a CPU: torch's packed products for quantized weights, plain torch for the rest
+    ours-cpu      the same launcher on a CPU: a kernel of csrc/ where it was built and takes the case, else plain torch
     eager         the op's reference in plain torch; quantized weights are unpacked for each call
     compile       torch.compile of that
     unpacked      our CPU product of quantized weights for many rows: unpacked some rows at a time, in float32
@@ -29,7 +29,7 @@ from benchmarks.harness import Inputs, Outputs, Provider
 from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
 from mimo_fast.kernels.norm import rms_norm_ref
 from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.kernels.qmatmul_cpu import packed_product, unpacked_product
+from mimo_fast.kernels.qmatmul_cpu import pack_for_torch, packed_product, unpacked_product
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to, torch_int4_order, unpack_words
 from mimo_fast.kernels.swiglu import swiglu_ref
 
@@ -104,12 +104,12 @@ def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
     if form in ("int8", "int4"):
         own = (*own, Provider("unpacked", lambda i: around(i, unpacked_product), missing=_cpu_only))
     if form == "int8":
-        return (*own, Provider("torch-int8", _torch_packed, missing=_cpu_only),
+        return (*own, Provider("torch-int8", _torch_packed, _pack_torch, _cpu_only),
                 Provider("bitsandbytes-int8", _bitsandbytes_int8, _pack_bitsandbytes_int8,
                          needs_package("bitsandbytes"), _exact_bitsandbytes_int8))  # fmt: skip
     if form == "int4":
         on_cuda = Provider("torch-int4-cuda", _torch_int4_cuda, _pack_int4_cuda, _cuda_only, _exact_int4_cuda)
-        return (*own, Provider("torch-int4", _torch_packed, missing=_lacks_int4), on_cuda)
+        return (*own, Provider("torch-int4", _torch_packed, _pack_torch, _lacks_int4), on_cuda)
     return (*own, Provider("bitsandbytes-nf4", _bitsandbytes_nf4, _pack_bitsandbytes_nf4,
                            needs_package("bitsandbytes"), _exact_bitsandbytes_nf4))  # fmt: skip
 
@@ -167,8 +167,11 @@ def _cuda_only(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA device"
 
 
+def _pack_torch(inputs: Inputs) -> dict[str, Any]:
+    return {**inputs, "weight": pack_for_torch(inputs["weight"])}
+
+
 def _torch_packed(inputs: Inputs) -> Outputs:
-    """On a CPU, as the model holds it there."""
     return around(inputs, lambda x, w: packed_product(x, w, w.torch_scales))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, kernels
 from .config import LMConfig
+from .kernels import native
 from .layout import codec_shapes, codec_training_state, lm_shapes
 from .loading import HubOptions, PathLike, find, open_codec, open_lm
 
@@ -46,6 +47,7 @@ def describe_machine() -> Iterator[str]:
             f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
             f"{card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         )
+    yield f"native kernels: {native.state()}"
     ops = sorted(path.stem for path in Path(kernels.__path__[0]).glob("[a-z]*.py"))
     yield f"kernels: plain torch, on every device, for {', '.join(ops)}"
 

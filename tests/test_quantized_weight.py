@@ -1,16 +1,16 @@
-"""Quantized matrices: packing, rows, and products on the CPU."""
+"""Quantized matrices: packing, rows, and products on the CPU without the native kernels."""
 
 import math
 
 import pytest
 import torch
 from helpers import FORMATS, gaussian, outliers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimo_fast.kernels import qmatmul_cpu
 from mimo_fast.kernels.qmatmul import Weight, matmul, qmatmul_bytes
-from mimo_fast.kernels.qmatmul_cpu import PACKED_ROWS, pack_for_cpu, packed_product, unpacked_product
+from mimo_fast.kernels.qmatmul_cpu import PACKED_ROWS, pack_for_torch, packed_product, unpacked_product
 from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize, dequantize_to, pack_words, unpack_words
 from mimo_fast.quantization import (
     Format,
@@ -18,9 +18,14 @@ from mimo_fast.quantization import (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def without_native(monkeypatch):
+    monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
+
+
 @given(bits=st.sampled_from([4, 8]), group=st.sampled_from([32, 64, 96, 128, 256]), blocks=st.integers(1, 3),
        rows=st.integers(1, 5), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packing_is_undone_by_unpacking(bits, group, blocks, rows, seed):
     q = torch.randint(2**bits, (rows, blocks * group), generator=torch.Generator().manual_seed(seed))
     words = pack_words(q, bits, group)
@@ -46,7 +51,7 @@ def test_packed_layout():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_product_is_that_of_the_dequantized_weight(name, rows, columns, shape, dtype):
     bias = gaussian(1, rows, 3)[0].to(dtype)
-    weight = pack_for_cpu(quantize(gaussian(rows, columns), Format.parse(name), bias))
+    weight = pack_for_torch(quantize(gaussian(rows, columns), Format.parse(name), bias))
     x = gaussian(math.prod(shape), columns, 2).view(*shape, columns).to(dtype)
     dense = dequantize(weight)
     want = x.float() @ dense.T + bias.float()
@@ -62,7 +67,7 @@ def test_cpu_products_are_used_where_they_can_be(monkeypatch):
     calls = []
     monkeypatch.setattr(qmatmul_cpu, "packed_product", lambda *args: calls.append(args) or packed_product(*args))
     for name, columns in (("int4", 128), ("int4-sym-g32", 96), ("int8", 96)):
-        weight = pack_for_cpu(quantize(gaussian(64, columns), Format.parse(name)))
+        weight = pack_for_torch(quantize(gaussian(64, columns), Format.parse(name)))
         for rows, dtype, packed in (
             (1, torch.bfloat16, True), (PACKED_ROWS, torch.bfloat16, True), (PACKED_ROWS + 1, torch.bfloat16, False),
             (1, torch.float32, False), (0, torch.bfloat16, False),
@@ -72,13 +77,13 @@ def test_cpu_products_are_used_where_they_can_be(monkeypatch):
             assert bool(calls) == packed
     for rows, name in ((33, "int4"), (64, "nf4"), (64, "int8-g32")):
         weight = quantize(gaussian(rows, 128), Format.parse(name))
-        assert pack_for_cpu(weight) is weight
+        assert pack_for_torch(weight) is weight
 
 
 @pytest.mark.parametrize("name", ["int4", "int4-g32", "int4-sym", "int8"])
 def test_torchs_form_holds_the_same_values_and_nothing_twice(name):
     weight = quantize(outliers(192, 384), Format.parse(name), gaussian(1, 192)[0])
-    packed = pack_for_cpu(weight)
+    packed = pack_for_torch(weight)
     assert packed.shape == weight.shape
     assert torch.equal(dequantize(packed), dequantize(weight))
     for start, end in ((0, 1), (5, 71), (64, 128), (190, 192), (150, 999), (60, 60)):
@@ -91,11 +96,11 @@ def test_torchs_form_holds_the_same_values_and_nothing_twice(name):
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
 def test_torchs_form_joins(name):
     parts = [quantize(gaussian(rows, 256, rows), Format.parse(name), gaussian(1, rows)[0]) for rows in (64, 128)]
-    joined, want = QuantizedWeight.stack([pack_for_cpu(part) for part in parts]), QuantizedWeight.stack(parts)
+    joined, want = QuantizedWeight.stack([pack_for_torch(part) for part in parts]), QuantizedWeight.stack(parts)
     assert joined.torch_scales is not None
     assert torch.equal(dequantize(joined), dequantize(want))
     x = gaussian(3, 256, 1).bfloat16()
-    assert torch.equal(matmul(x, joined), torch.cat([matmul(x, pack_for_cpu(part)) for part in parts], dim=1))
+    assert torch.equal(matmul(x, joined), torch.cat([matmul(x, pack_for_torch(part)) for part in parts], dim=1))
     with pytest.raises(ValueError, match="one format"):
         QuantizedWeight.stack([joined, want])
 
@@ -104,7 +109,7 @@ def test_torchs_form_joins(name):
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
 def test_packed_products_of_uncentred_inputs(name, mean):
     """Errors that all values of a group share, such as that of its zero, add up in such sums."""
-    weight = pack_for_cpu(quantize(gaussian(256, 4096) + 0.5, Format.parse(name)))
+    weight = pack_for_torch(quantize(gaussian(256, 4096) + 0.5, Format.parse(name)))
     x, dense = (gaussian(4, 4096, 1) + mean).bfloat16(), dequantize(weight)
     want = x.double() @ dense.double().T
     eager = float((torch.nn.functional.linear(x, dense.bfloat16()).double() - want).abs().max())
@@ -114,7 +119,7 @@ def test_packed_products_of_uncentred_inputs(name, mean):
 
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
 def test_many_rows_and_few_agree(name):
-    weight = pack_for_cpu(quantize(gaussian(64, 256), Format.parse(name)))
+    weight = pack_for_torch(quantize(gaussian(64, 256), Format.parse(name)))
     x = gaussian(PACKED_ROWS + 1, 256, 5).bfloat16()
     many, few = matmul(x, weight), torch.cat([matmul(row[None], weight) for row in x])
     torch.testing.assert_close(many.float(), few.float(), rtol=0.02, atol=0.2)

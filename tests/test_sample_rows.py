@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.sample import filter_scores
-from mimo_fast.sampling import MiMoSampler, sampler_tensors
+from mimo_fast.kernels.sample import filter_scores, gumbel, sample
+from mimo_fast.kernels.sample_text import sample_text_ref
+from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 ROWS, SIZE, SLACK = 1000, 129, 1e-5
 
@@ -72,3 +73,17 @@ def test_kept_ids_are_those_of_upstreams_rule(kind, sampler):
     assert not (got & ~may).any()
     if kind == "normal" and sampler.top_p != 1:
         assert (must != may).any(1).mean() < 0.05, "too many rows are undecided to say anything"
+
+
+@pytest.mark.parametrize("banned", [None, "some", "all"])
+def test_noise_for_kept_ids_alone_draws_the_same(banned):
+    """Rows of all samplers at once, greedy ones among them."""
+    logits = rows_of("normal")
+    settings = sampler_tensors([*SAMPLERS, GREEDY]).select(torch.arange(ROWS) % (len(SAMPLERS) + 1))
+    index = torch.arange(ROWS)
+    ban = None if banned is None else torch.arange(SIZE) % 3 < (1 if banned == "some" else 3)
+    noise = gumbel(index, index + 7, torch.zeros_like(index), SIZE)
+    want = sample(logits, settings, noise, ban)
+    assert torch.equal(sample_text_ref(logits, settings, index, index + 7, ban), want)
+    few = sample_text_ref(logits[:3], settings.select([0, 1, 9]), index[:3], index[:3] + 7, ban)
+    assert torch.equal(few, sample(logits[:3], settings.select([0, 1, 9]), noise[:3], ban))

@@ -31,6 +31,7 @@ from math import log2, sqrt
 import torch
 from torch import Tensor
 
+from . import native
 from .attention import SMALL, attention, small_block, small_warps
 from .dispatch import Case, jit, next_power_of_2, tl, use_triton
 from .kv_cache import APPEND_UNALIGNED, LayerKV, append_signature, scale_of, to_levels
@@ -224,7 +225,8 @@ def decode_attention(
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
         raise ValueError(f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads in equal shares")
     if not use_triton(qkv):
-        return decode_attention_ref(qkv, table, cache, slots, starts, heads)
+        takes = native.takes_attention(qkv, cache)
+        return (native.decode_attention if takes else decode_attention_ref)(qkv, table, cache, slots, starts, heads)
     if cache.capacity <= SMALL:
         return _small_attention(qkv, table, cache, slots, starts, heads)
     return _split_attention(qkv, table, cache, slots, starts, heads, max_length)

@@ -15,16 +15,17 @@ those of the weight, once, plus x, n, r and y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .dispatch import use_triton
 from .norm import RMSNorm
-from .qmatmul_cpu import quantized_product
+from .qmatmul_cpu import check_width, quantized_product, unpacked_product
 from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, fuses_norm, quantized_matmul
 from .quantized_weight import QuantizedWeight, nbytes
 from .swiglu import swiglu as swiglu_op
@@ -53,7 +54,9 @@ def matmul(
 ) -> Tensor:
     """x [..., K], normed first by `norm` -> [..., N], or [..., N / 2] with swiglu; residual is shaped as the result."""
     if not use_triton(x):
-        return matmul_ref(x, weight, norm=norm, residual=residual, swiglu=swiglu)
+        if isinstance(weight, QuantizedWeight) and not x.requires_grad and native.takes_weight(weight):
+            return native.quantized_matmul(check_width(x, weight), weight, norm, residual, swiglu)
+        return _plain(x, weight, quantized_product, norm, residual, swiglu)
     if isinstance(weight, QuantizedWeight):
         if fits_quantized(weight):
             if norm is not None and not fuses_norm(x):
@@ -73,8 +76,15 @@ def matmul_ref(
     swiglu: bool = False,
 ) -> Tensor:
     """The norm, the product and each epilogue one after the other, every one rounded to x.dtype."""
+    return _plain(x, weight, unpacked_product, norm, residual, swiglu)
+
+
+def _plain(
+    x: Tensor, weight: Weight | QuantizedWeight, quantized: Callable[[Tensor, QuantizedWeight], Tensor],
+    norm: RMSNorm | None, residual: Tensor | None, swiglu: bool,
+) -> Tensor:  # fmt: skip
     x = x if norm is None else norm(x)
-    y = _dense_product(x, weight) if isinstance(weight, Weight) else quantized_product(x, weight)
+    y = _dense_product(x, weight) if isinstance(weight, Weight) else quantized(x, weight)
     return _epilogues(y, residual, swiglu)
 
 

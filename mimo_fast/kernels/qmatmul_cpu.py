@@ -1,14 +1,14 @@
-"""Products with quantized weights without Triton: in float32 by unpacking, or by torch's packed CPU products.
+"""Products with quantized weights in plain torch, where neither Triton nor a native kernel takes them.
 
-    any x, any format                                   y = x.float() W^T + b, W unpacked some rows at a time
-    bfloat16, few rows, a weight of `pack_for_cpu`      torch's product, which unpacks in registers
+    any x, any format                           y = x.float() W^T + b, W unpacked some rows at a time
+    bfloat16, few rows, `pack_for_torch`        torch's product, which unpacks in registers
 
-Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. Both accumulate in float32 and round y to x.dtype; torch's rounds once
+Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. All accumulate in float32 and round y to x.dtype; torch's rounds once
 more before b is added, and rounds -scale zero to bfloat16, which costs less than rounding the weight does.
 
-A weight is held in one form: ours, or torch's, which unpacks as fast. torch has these products for float32 and float16
-too, but without vector instructions. PACKED_ROWS comes from benchmarks/results/2026-11-24-cpu-qmatmul.json; today
-`python -m benchmarks ops --op '*.qkv' --format 'int?'` times packed and unpacked products.
+A weight is held in one form, ours or torch's, which unpacks as fast. torch has these products for float32 and float16
+too, but without vector instructions. benchmarks/results/2026-11-24-cpu-qmatmul.json has the figures behind PACKED_ROWS
+and UNPACKED_AT_ONCE.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ UNPACKED_AT_ONCE = 2**18
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    columns = weight.shape[1]
-    if x.shape[-1] != columns:
-        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
-    if weight.torch_scales is not None and x.dtype == torch.bfloat16 and 0 < x.numel() <= PACKED_ROWS * columns:
+    few = 0 < check_width(x, weight).numel() <= PACKED_ROWS * x.shape[-1]
+    if weight.torch_scales is not None and x.dtype == torch.bfloat16 and few:
         return packed_product(x, weight, weight.torch_scales)
     return unpacked_product(x, weight)
+
+
+def check_width(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x, whose last dimension must be the weight's."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {weight.shape[1]}")
+    return x
 
 
 def unpacked_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -56,7 +61,7 @@ def packed_product(x: Tensor, weight: QuantizedWeight, torch_scales: Tensor) -> 
     return y.unflatten(0, x.shape[:-1]) if x.ndim > 1 else y[0]
 
 
-def pack_for_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+def pack_for_torch(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight in the form of torch's CPU products where they take its format, for bfloat16 activations.
 
     They want int8 by whole rows, or int4 with a linear grid and N in blocks, and scales that are bfloat16 already.

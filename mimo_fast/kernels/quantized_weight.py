@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class QuantizedWeight:
         bits: of a value, 4 or 8.
         levels: float32 [16], for a table of levels in place of q - 8.
         torch_scales: None, or the scales as torch's CPU products read them; then words are as those do:
-            int8 [N, K], or uint8 [N, K / 2] of `pack_torch_int4`. `pack_for_cpu` makes it.
+            int8 [N, K], or uint8 [N, K / 2] of `pack_torch_int4`. `pack_for_torch` makes it.
     """
 
     words: Tensor
@@ -73,12 +73,12 @@ class QuantizedWeight:
             torch_scales=_joined_scales([block.torch_scales for block in blocks if block.torch_scales is not None]),
         )
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return len(self.words), self.words.shape[1] * self.words.itemsize * 8 // self.bits
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Values along K that share a scale."""
         return self.shape[1] // self.scales.shape[1]

@@ -24,7 +24,7 @@ where logits computed in another order of summation round to other values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,11 +80,13 @@ def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
     return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
-def sample(logits: Tensor, settings: SamplerTensors, noise: Tensor | None, banned: Tensor | None) -> Tensor:
+def sample(
+    logits: Tensor, settings: SamplerTensors, noise: Tensor | Callable[[Tensor], Tensor] | None, banned: Tensor | None
+) -> Tensor:
     """One id a row.
 
-    logits [N, V]; noise [N, V] from `gumbel` (None when every row is greedy); banned bool [N, V] or [V], or None.
-    Returns int64 [N].
+    logits [N, V]; noise [N, V] from `gumbel`, or what gives it for ascending ids [K] as [N, K] (None when every row is
+    greedy); banned bool [N, V] or [V], or None. Returns int64 [N].
     """
     allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     best = allowed.argmax(-1)
@@ -94,17 +96,23 @@ def sample(logits: Tensor, settings: SamplerTensors, noise: Tensor | None, banne
     if banned is not None:
         scores = scores.masked_fill(banned, -torch.inf)
     assert noise is not None, "rows that sample need noise"
-    drawn = (scores + noise).argmax(-1)
+    if isinstance(noise, Tensor):
+        drawn = (scores + noise).argmax(-1)
+    else:
+        kept = (scores > -torch.inf).any(0).nonzero()[:, 0]
+        # Where nothing is kept, any id will do: it is not taken.
+        kept = kept if len(kept) else kept.new_zeros(1)
+        drawn = kept[(scores[:, kept] + noise(kept)).argmax(-1)]
     nothing_left = ~(scores > -torch.inf).any(-1)
     return torch.where(settings.greedy | nothing_left, best, drawn)
 
 
-def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise: seeds, draws, slots int64 [N] -> float32 [N, size].
+def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Tensor:
+    """Standard Gumbel noise: seeds, draws, slots int64 [N]; ids int64 [K], or their number -> float32 [N, K].
 
-    Entry v of row n depends on (seeds[n], draws[n], slots[n], v) alone.
+    The noise of id v in row n depends on (seeds[n], draws[n], slots[n], v) alone.
     """
-    ids = torch.arange(size, device=seeds.device)
+    ids = torch.arange(ids, device=seeds.device) if isinstance(ids, int) else ids
     word = philox(seeds[:, None], ids, draws[:, None], slots[:, None])
     # w in (0, 1); log1p keeps all 32 bits where w is small, which is where the winners are.
     uniform = (word.double() + 0.5) * 2.0**-32

@@ -35,10 +35,13 @@ SETTLE_BLOCK = 4096
 def sample_text_ref(
     logits: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor, banned: Tensor | None = None, slot: int = 0
 ) -> Tensor:
-    noise = None
-    if not settings.all_greedy:
-        noise = gumbel(seeds, draws, torch.full_like(draws, slot), logits.shape[-1])
-    return sample(logits, settings, noise, banned)
+    slots = torch.full_like(draws, slot)
+    if settings.all_greedy:
+        return sample(logits, settings, None, banned)
+    if logits.device.type != "cpu":
+        return sample(logits, settings, gumbel(seeds, draws, slots, logits.shape[-1]), banned)
+    # Finding out which ids are kept would make the host wait for a device.
+    return sample(logits, settings, lambda kept: gumbel(seeds, draws, slots, kept), banned)
 
 
 @jit

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from ..checkpoint import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
 from ..config import LMConfig, read_json
 from ..errors import CheckpointError
+from ..kernels import native
 from ..kernels.dispatch import use_triton
 from ..kernels.qmatmul import Weight
-from ..kernels.qmatmul_cpu import pack_for_cpu
+from ..kernels.qmatmul_cpu import pack_for_torch
 from ..kernels.quantized_weight import QuantizedWeight, dequantize_to
 from ..layout import Shapes, lm_shapes
 from .formats import CONFIG_KEY, FOREIGN_KEY, VERSION, Format, QuantizationConfig, stored_tensors
@@ -106,8 +107,8 @@ class WeightSource:
             joined = QuantizedWeight.stack(blocks)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words)
-        return pack_for_cpu(joined) if packs else joined
+        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words) and not native.takes_weight(joined)
+        return pack_for_torch(joined) if packs else joined
 
 
 def quantize_checkpoint(

@@ -1,0 +1,103 @@
+// One position of each row: the heads that share a key/value head are one task, so that a key is read from memory once.
+//
+// Rotation, scores, softmax and sums are float32; the new key and value are rounded to the cache's type before they are
+// attended to, y is rounded once. Keys go by in blocks of BLOCK: all query heads of the task pass over a block while it
+// is in the first cache, and the softmax is rescaled where a block holds a new maximum.
+
+#include "decode_attention.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace mimo_fast {
+namespace {
+
+constexpr int64_t BLOCK = 32;
+// Bytes of keys and values below which waking the other threads costs more than they bring.
+constexpr int64_t SHARED = 1 << 17;
+
+// A head at `head`, rotated to `position`, times `scale`.
+AVX2_INLINE void rotate(const DecodeAttention& p, const void* qkv, int64_t head, int64_t position, float scale, float* out) {
+    const int64_t half = p.head_dim / 2, at = head * p.head_dim;
+    const float *cosines = p.table + position * half, *sines = cosines + p.positions * half;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = read(qkv, p.type, at + i), b = read(qkv, p.type, at + half + i);
+        out[i] = (a * cosines[i] - b * sines[i]) * scale;
+        out[half + i] = (b * cosines[i] + a * sines[i]) * scale;
+    }
+}
+
+// Online softmax of one query head.
+struct Head {
+    std::vector<float> q, sum;
+    float largest = -INFINITY, weight = 0;
+};
+
+// Keys and values first ... first + count - 1, which begin at `k` and `v`.
+AVX2 void attend(const DecodeAttention& p, Head& head, const char* k, const char* v, int64_t count) {
+    const int64_t stride = p.position_stride * size_of(p.type);
+    float scores[BLOCK], largest = head.largest;
+    for (int64_t j = 0; j < count; ++j) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int64_t i = 0; i < p.head_dim; i += 8)
+            sum = _mm256_fmadd_ps(read8(k + j * stride, p.type, i), _mm256_loadu_ps(&head.q[i]), sum);
+        scores[j] = sum8(sum);
+        largest = std::max(largest, scores[j]);
+    }
+    const float kept = std::exp(head.largest - largest);
+    head.largest = largest;
+    head.weight *= kept;
+    for (int64_t j = 0; j < count; ++j) head.weight += scores[j] = std::exp(scores[j] - largest);
+    for (int64_t i = 0; i < p.head_dim; i += 8) {
+        __m256 sum = _mm256_mul_ps(_mm256_loadu_ps(&head.sum[i]), _mm256_set1_ps(kept));
+        for (int64_t j = 0; j < count; ++j)
+            sum = _mm256_fmadd_ps(read8(v + j * stride, p.type, i), _mm256_set1_ps(scores[j]), sum);
+        _mm256_storeu_ps(&head.sum[i], sum);
+    }
+}
+
+// Row r, key/value head g and the query heads that read it.
+AVX2 void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
+    const int64_t share = p.heads / p.kv_heads, size = size_of(p.type), position = p.starts[r];
+    const char* qkv = static_cast<const char*>(p.qkv) + r * p.row_stride * size;
+    char* y = static_cast<char*>(p.y) + (r * p.heads + g * share) * p.head_dim * size;
+    if (position < 0 || position >= std::min(p.positions, p.capacity)) {
+        std::memset(y, 0, share * p.head_dim * size);
+        return;
+    }
+    const int64_t first = (p.slots[r] * p.slot_stride + g * p.head_stride) * size;
+    char *k = static_cast<char*>(p.k) + first, *v = static_cast<char*>(p.v) + first;
+    std::vector<float> key(p.head_dim);
+    rotate(p, qkv, p.heads + g, position, 1, key.data());
+    for (int64_t i = 0; i < p.head_dim; ++i) {
+        write(k, p.type, position * p.position_stride + i, key[i]);
+        write(v, p.type, position * p.position_stride + i,
+              read(qkv, p.type, (p.heads + p.kv_heads + g) * p.head_dim + i));
+    }
+    std::vector<Head> heads(share);
+    const float scale = 1 / std::sqrt(float(p.head_dim));
+    for (int64_t h = 0; h < share; ++h) {
+        heads[h].q.resize(p.head_dim);
+        heads[h].sum.resize(p.head_dim);
+        rotate(p, qkv, g * share + h, position, scale, heads[h].q.data());
+    }
+    for (int64_t j = 0; j <= position; j += BLOCK) {
+        const int64_t count = std::min(BLOCK, position + 1 - j), at = j * p.position_stride * size;
+        for (Head& head : heads) attend(p, head, k + at, v + at, count);
+    }
+    for (int64_t h = 0; h < share; ++h)
+        for (int64_t i = 0; i < p.head_dim; ++i)
+            write(y, p.type, h * p.head_dim + i, heads[h].sum[i] / heads[h].weight);
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& p) {
+    int64_t positions = 0;
+    for (int64_t r = 0; r < p.rows; ++r) positions += std::max<int64_t>(0, p.starts[r] + 1);
+#pragma omp parallel for collapse(2) schedule(dynamic) if (positions * p.kv_heads * p.head_dim * 2 * size_of(p.type) > SHARED)
+    for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t g = 0; g < p.kv_heads; ++g) attend_row(p, r, g);
+}
+
+}  // namespace mimo_fast

@@ -1,0 +1,109 @@
+"""The kernels of csrc/, present where this package was built with a C++ compiler on x86-64 Linux; they need AVX2.
+
+MIMO_FAST_KERNELS=torch turns them off, as it does Triton's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from .dispatch import ENVIRONMENT
+from .kv_cache import LayerKV
+from .norm import RMSNorm
+from .quantized_weight import QuantizedWeight
+
+try:
+    from mimo_fast import _native
+except ImportError:  # Built without a compiler, or for a torch that brings no OpenMP.
+    _native = None  # type: ignore[assignment]
+
+BLOCKS = {4: (64, 128), 8: (32, 64, 128)}
+"""Columns packed together that the kernels know, by bits."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def available() -> bool:
+    return _native is not None and _native.runs_here() and os.environ.get(ENVIRONMENT, "") != "torch"
+
+
+def state() -> str:
+    """One line for `mimo-fast info`."""
+    if _native is None:
+        return "not built (they need a C++ compiler when mimo-fast is installed, on x86-64 Linux)"
+    if not _native.runs_here():
+        return "built, but this CPU has no AVX2"
+    return "quantized products and decode attention on the CPU" if available() else f"turned off by {ENVIRONMENT}"
+
+
+def takes_weight(weight: QuantizedWeight) -> bool:
+    """Whether `quantized_matmul` multiplies by a weight stored like this."""
+    return (
+        available() and weight.words.device.type == "cpu" and weight.words.is_contiguous()
+        and weight.levels is None and weight.torch_scales is None
+        and math.gcd(128, weight.group) in BLOCKS[weight.bits]
+        and weight.scales.dtype == torch.bfloat16
+        and (weight.zeros is None or weight.zeros.dtype == torch.float16)
+    )  # fmt: skip
+
+
+def quantized_matmul(
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None = None, residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:  # fmt: skip
+    """`matmul` of qmatmul.py: nothing is rounded between the norm and the result.
+
+    x is read with 16 bits for each block's largest value; rows of x do not depend on one another.
+    """
+    assert _native is not None
+    if x.dtype not in DTYPES:
+        norm = norm and RMSNorm(norm.weight.float(), norm.eps)
+        wide = quantized_matmul(x.float(), weight, norm, None if residual is None else residual.float(), swiglu)
+        return wide.to(x.dtype)
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns).contiguous()
+    y = x.new_empty(*x.shape[:-1], rows // 2 if swiglu else rows)
+    added = None if residual is None else residual.expand_as(y).to(x.dtype).contiguous()
+    bias = None if weight.bias is None else weight.bias.to(x.dtype).contiguous()
+    gain = None if norm is None else norm.weight.to(x.dtype).contiguous()
+    _native.quantized_matmul(
+        x=flat.data_ptr(), y=y.data_ptr(), words=weight.words.data_ptr(), scales=weight.scales.data_ptr(),
+        zeros=_address(weight.zeros), bias=_address(bias), norm=_address(gain), residual=_address(added),
+        eps=norm.eps if norm else 0.0, swiglu=swiglu, type=_type(x), bits=weight.bits,
+        block=math.gcd(128, weight.group), group=weight.group, M=len(flat), N=rows, K=columns,
+    )  # fmt: skip
+    return y
+
+
+def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
+    """Whether `decode_attention` attends to such a cache."""
+    dense = cache.k_scales is None and cache.k.dtype == qkv.dtype and cache.k.shape[3] % 8 == 0
+    return dense and qkv.device.type == "cpu" and qkv.dtype in DTYPES and not qkv.requires_grad and available()
+
+
+def decode_attention(
+    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
+) -> Tensor:
+    """`decode_attention` of decode_attention.py, its arguments checked there."""
+    assert _native is not None
+    k = cache.k
+    y = qkv.new_empty(len(qkv), 1, heads * k.shape[3])
+    _native.decode_attention(
+        qkv=qkv.data_ptr(), table=table.data_ptr(), k=k.data_ptr(), v=cache.v.data_ptr(), slots=slots.data_ptr(),
+        starts=starts.data_ptr(), y=y.data_ptr(), type=_type(qkv), rows=len(qkv), heads=heads, kv_heads=k.shape[1],
+        head_dim=k.shape[3], positions=table.shape[1], capacity=k.shape[2], row_stride=qkv.stride(0),
+        slot_stride=k.stride(0), head_stride=k.stride(1), position_stride=k.stride(2),
+    )  # fmt: skip
+    return y
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _type(tensor: Tensor) -> _native.Type:
+    return _native.Type.float32 if tensor.dtype == torch.float32 else _native.Type.bfloat16
