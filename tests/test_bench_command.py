@@ -1,6 +1,7 @@
 """`mimo-fast bench` as a user meets it; the machine's ceiling is given, so that nothing large is read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,24 +79,43 @@ def test_streams_stop_where_they_come_slower_than_they_play(monkeypatch, capsys)
     measure = command.measure
 
     def slower(target, request, streams, **options):
-        found = measure(target, request, streams, **options)
-        return found if streams == 1 else type(found)(**{**vars(found), "audio_rtf": 1.5})
+        return replace(measure(target, request, streams, **options), audio_rtf=0.75 * streams)
 
     monkeypatch.setattr(command, "STREAMS", (1, 2, 4))
     monkeypatch.setattr(command, "measure", slower)
     assert main(["bench"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[6:8]] == ["1", "2"]
-    assert lines[8] == ""
+    assert [line.split()[:2] for line in lines[6:8]] == [["1", "0.750"], ["2", "1.500"]]
+    assert lines[8:] == ["", "streams it can carry in real time: 1"]
+
+
+def test_all_that_was_tried_is_carried(monkeypatch, capsys):
+    def carried(target, request, streams, **options):
+        return replace(measure(target, request, streams, **options), audio_rtf=0.5)
+
+    measure = command.measure
+    monkeypatch.setattr(command, "measure", carried)
+    assert main(["bench"]) == 0
+    assert capsys.readouterr().out.endswith("\nstreams it can carry in real time: 2 or more\n")
 
 
 def test_time_is_kept(monkeypatch, capsys):
+    given = []
+
+    def carried(target, request, streams, **options):
+        given.append(options["seconds"])
+        return replace(measure(target, request, streams, **options), audio_rtf=0.5)
+
+    measure = command.measure
+    monkeypatch.setattr(command, "measure", carried)
     monkeypatch.setattr(command, "BUDGET", 0.0)
     assert main(["bench"]) == 0
     out, err = capsys.readouterr()
-    # One row is always there, and it is cut short.
+    # One row is always there, and what it has left to take is no time at all.
     assert out.splitlines()[6].split()[0] == "1"
-    assert "not measured: 2 streams and more, for want of time" in err or "none" in out
+    assert len(given) == 1
+    assert given[0] < 0
+    assert "not measured: 2 streams and more, for want of time" in err
 
 
 @pytest.mark.parametrize(
