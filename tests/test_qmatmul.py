@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import assert_rounded
 
+from mimo_fast.kernels import qmatmul_cpu
 from mimo_fast.kernels.norm import RMSNorm, rms_norm_ref
-from mimo_fast.kernels.qmatmul import Weight, matmul, qmatmul_bytes
+from mimo_fast.kernels.qmatmul import Weight, matmul, matmul_ref, qmatmul_bytes
+from mimo_fast.kernels.qmatmul_cpu import widened_product, widens
 from mimo_fast.quantization import Format, quantize
 
 
@@ -38,7 +40,9 @@ def test_matmul(dtype, rows, k, blocks, biased):
 @pytest.mark.parametrize("m", [1, 4, 65])
 @pytest.mark.parametrize("name", ["dense", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_norm_is_the_norm_and_then_the_product(dtype, m, name, swiglu):
+def test_norm_is_the_norm_and_then_the_product(dtype, m, name, swiglu, monkeypatch):
+    # The native kernel rounds nothing in between: tests/test_native.py.
+    monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
     generator = torch.Generator().manual_seed(m)
     part, gain = (torch.randn(*shape, generator=generator) for shape in ((6, 128), (128,)))
     weight = Weight.stack([part[:4].to(dtype), part[4:].to(dtype)]) if name == "dense" else (
@@ -46,7 +50,7 @@ def test_norm_is_the_norm_and_then_the_product(dtype, m, name, swiglu):
     x, residual = (torch.randn(m, n, generator=generator).to(dtype) for n in (128, 3 if swiglu else 6))
     got = matmul(x, weight, norm=RMSNorm(gain.to(dtype), 0.1), residual=residual, swiglu=swiglu)
     normed = rms_norm_ref(x, gain.to(dtype), 0.1)
-    assert torch.equal(got, matmul(normed, weight, residual=residual, swiglu=swiglu))
+    assert torch.equal(got, matmul_ref(normed, weight, residual=residual, swiglu=swiglu))
 
 
 @pytest.mark.parametrize("scale", [1e4, 1.0, 1e-4])
@@ -84,3 +88,23 @@ def test_bytes_that_one_product_reads():
 def test_blocks_and_biases_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="zip"):
         matmul(torch.ones(3), Weight.stack([torch.ones(2, 3), torch.ones(2, 3)], [None]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8,), (3, 7), (70,)])
+def test_widened_weights_are_nearer_than_16_bit_products(dtype, shape):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(n, generator=generator).to(dtype) for n in ((*shape, 1000), (901, 1000), (901,)))
+    want = x.double() @ weight.double().T + bias.double()
+    got, eager = widened_product(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    assert got.dtype == dtype
+    error, theirs = ((y.double() - want).square().mean() for y in (got, eager))
+    assert error <= 1.01 * theirs
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_weights_are_widened_for_many_rows_where_the_cpu_lacks_the_instructions(monkeypatch):
+    for has in (False, True):
+        monkeypatch.setattr(qmatmul_cpu, "multiplies", lambda dtype, has=has: has)
+        for rows, dtype, wanted in ((8, torch.bfloat16, True), (7, torch.bfloat16, False), (9, torch.float32, False)):
+            assert widens(torch.zeros(rows, 4, dtype=dtype)) == (wanted and not has)

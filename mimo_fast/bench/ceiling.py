@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 
+from ..kernels.qmatmul_cpu import multiplies
 from .timing import durations
 
 READ_BYTES = 2**31
@@ -71,9 +72,7 @@ def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Those that the device multiplies at a rate of their own; others it widens, or takes one by one."""
     if device.type == "cuda":
         return torch.float32, torch.float16, torch.bfloat16
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32, torch.bfloat16
-    return (torch.float32,)
+    return (torch.float32, torch.bfloat16) if multiplies(torch.bfloat16) else (torch.float32,)
 
 
 def read_bandwidth(device: torch.device, nbytes: int = READ_BYTES) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import native
 from .dispatch import use_triton
 from .norm import RMSNorm
-from .qmatmul_cpu import check_width, quantized_product, unpacked_product
+from .qmatmul_cpu import check_width, quantized_product, unpacked_product, widened_product, widens
 from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, fuses_norm, quantized_matmul
 from .quantized_weight import QuantizedWeight, nbytes
 from .swiglu import swiglu as swiglu_op
@@ -94,7 +94,8 @@ def _epilogues(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
 
 
 def _dense_product(x: Tensor, weight: Weight) -> Tensor:
-    parts = [F.linear(x, block, bias) for block, bias in zip(weight.blocks, weight.biases, strict=True)]
+    linear = widened_product if widens(x) and not x.requires_grad else F.linear
+    parts = [linear(x, block, bias) for block, bias in zip(weight.blocks, weight.biases, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
