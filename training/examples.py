@@ -1,0 +1,145 @@
+"""Examples of every task: the package's own prompts, and the replies that should follow them.
+
+    asr       a recording -> its words                      tts       words -> their speech
+    written   a spoken question -> its written answer       styled    words and how to say them -> speech in that style
+    dialogue  a spoken question -> its spoken answer        few_shot  examples of speech to speech -> one more
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast import prompt
+from mimo_fast.config import LMConfig
+from mimo_fast.prompt import Reply, Segments, Speech
+from mimo_fast.tokenizer import Tokenizer
+
+from . import domain
+from .codes import Codes
+from .data import answers
+from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
+
+UNDERSTANDING = {"asr": 4, "written": 1}
+"""Weights of the tasks in the first stage, whose replies are text."""
+
+JOINT = {"asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
+"""Weights in the second stage."""
+
+FEW = (1, 2)
+"""Examples before the one to be done."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """ids [C + 1, T G], of which the groups from `start` on are the reply."""
+
+    ids: Tensor
+    start: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], reply bool [B, T]: groups to be learned."""
+
+    text: Tensor
+    codes: Tensor
+    reply: Tensor
+
+
+class Examples:
+    """Draws examples from the encoded speech."""
+
+    def __init__(self, codes: Mapping[str, Codes], tokenizer: Tokenizer, config: LMConfig) -> None:
+        self._codes, self._tokenizer, self._config = codes, tokenizer, config
+        self._answer_places = {text: place for place, text in enumerate(answers())}
+
+    def draw(self, task: str, rng: random.Random) -> Example:
+        """One example of a task."""
+        build = getattr(self, f"_{task}")
+        return self._example(*build(rng))
+
+    def transcription(self, part: str, index: int, template: int = 0) -> Example:
+        """The transcription of one utterance."""
+        speech = Speech(self._codes[part].get(index))
+        return self._example(prompt.asr(speech, template), [self._codes[part].text(index), "<|im_end|>"])
+
+    def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
+        """One utterance to be said, plainly."""
+        codes = self._codes[part]
+        request = prompt.tts(codes.text(index), template=template, seed=seed)
+        return self._example(request, [Reply(codes.text(index), codes.get(index))])
+
+    def _example(self, request: Segments, reply: Segments) -> Example:
+        asked = prompt.pack(request, self._tokenizer, self._config)
+        said = prompt.pack(reply, self._tokenizer, self._config)
+        size = self._config.group_size
+        if int(asked[0, -size]) == self._tokenizer.special.sostm == int(said[0, 0]):
+            # The request opens the reply's speech already.
+            said = said[:, size:]
+        return Example(torch.cat((asked, said), dim=1), asked.shape[1] // size)
+
+    def _recording(self, part: str, rng: random.Random, index: int | None = None) -> tuple[int, Speech]:
+        codes = self._codes[part]
+        index = rng.randrange(len(codes)) if index is None else index
+        return index, Speech(codes.get(index, rng.randrange(codes.variants)))
+
+    def _answer(self, text: str) -> Reply:
+        return Reply(text, self._codes["answers"].get(self._answer_places[text]))
+
+    def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
+        part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
+        index, speech = self._recording(part, rng)
+        return prompt.asr(speech, seed=rng.getrandbits(32)), [self._codes[part].text(index), "<|im_end|>"]
+
+    def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
+        index, speech = self._recording("questions", rng)
+        answer = domain.dialogue()[self._codes["questions"].text(index)]
+        return prompt.text_reply([("user", speech)]), [answer, "<|im_end|>"]
+
+    def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply]:
+        """A reply in one of the styles: its text, its style and itself."""
+        codes = self._codes["replies"]
+        while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
+            continue
+        return codes.text(index), style, Reply(codes.text(index), codes.get(index))
+
+    def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
+        text, _, reply = self._said(rng, ["normal"])
+        return prompt.tts(text, seed=rng.getrandbits(32)), [reply]
+
+    def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
+        text, style, reply = self._said(rng, [*INSTRUCTIONS])
+        return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply]
+
+    def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
+        index, speech = self._recording("questions", rng)
+        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[self._codes["questions"].text(index)])]
+
+    def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
+        part = rng.choice([*S2S_INSTRUCTIONS])
+
+        def pair() -> tuple[Speech, Reply]:
+            index, speech = self._recording(part, rng)
+            text = self._codes[part].text(index)
+            return speech, self._answer(domain.dialogue()[text] if part == "questions" else text)
+
+        examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
+        return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]
+
+
+def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
+    """Examples of any lengths, side by side."""
+    size, longest = config.group_size, max(each.ids.shape[1] for each in examples) // config.group_size
+    text = torch.full((len(examples), longest), pad)
+    codes = torch.tensor(config.empty_codes)[:, None].repeat(len(examples), longest, 1, size)
+    reply = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, each in enumerate(examples):
+        groups = each.ids.unflatten(1, (-1, size))
+        length = groups.shape[1]
+        text[row, :length] = groups[0, :, 0]
+        codes[row, :length] = groups[1:].transpose(0, 1)
+        reply[row, each.start : length] = True
+    return Batch(text, codes, reply)

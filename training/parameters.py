@@ -1,0 +1,86 @@
+"""The package's own models over tensors that are trained.
+
+A model joins some of its tensors when it is built (the code tables of all channels, the codebooks), so it is built anew
+from the trained leaves at every step: about a millisecond, and gradients reach every leaf by its upstream name.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.layout import Shapes, codec_shapes, lm_shapes
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec import Codec
+from mimo_fast.runtime.lm import LM
+
+CONFIGS = Path(__file__).parent / "nano"
+
+CODEBOOK = re.compile(r"\._codebook\.")
+
+EMBEDDING_STD = 0.05
+
+Tensors = dict[str, Tensor]
+
+
+def config_json(part: str, directory: Path = CONFIGS) -> dict[str, Any]:
+    """The config.json of "codec" or "lm"."""
+    return read_json(directory / f"{part}.json")
+
+
+def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> Codec:
+    return Codec(config, WeightSource(tensors.__getitem__, join=False), tensors.__getitem__)
+
+
+def build_lm(config: LMConfig, empty_id: int, tensors: Mapping[str, Tensor]) -> LM:
+    return LM(config, empty_id, WeightSource(tensors.__getitem__, join=False))
+
+
+def initial_codec(config: CodecConfig, seed: int) -> Tensors:
+    """Leaves to train and, not to be trained by gradients, codebooks and the window."""
+    return _initial(codec_shapes(config), config.decoder_layers, seed)
+
+
+def initial_lm(config: LMConfig, seed: int) -> Tensors:
+    return _initial(lm_shapes(config), config.backbone.layers, seed)
+
+
+def trainable(tensors: Tensors) -> Tensors:
+    """Those that gradients train, marked as such."""
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items() if not is_fixed(name)}
+
+
+def is_fixed(name: str) -> bool:
+    """Codebooks follow moving averages, and the window is given."""
+    return bool(CODEBOOK.search(name)) or name.endswith("istft.window")
+
+
+def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _initial(shapes: Shapes, layers: int, seed: int) -> Tensors:
+    """Each matrix keeps the variance of what passes through; what is added to the residual stream starts small."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name.endswith("istft.window"):
+            tensors[name] = torch.hann_window(*shape)
+        elif len(shape) == 1:
+            tensors[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        else:
+            values = torch.randn(shape, generator=generator)
+            tensors[name] = values * _std(name, shape, layers)
+    return tensors
+
+
+def _std(name: str, shape: tuple[int, ...], layers: int) -> float:
+    if re.search(r"embed_tokens|speech_embeddings\.", name):
+        return EMBEDDING_STD
+    std = 1 / math.sqrt(math.prod(shape[1:]))
+    return std / math.sqrt(2 * layers) if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name) else std
