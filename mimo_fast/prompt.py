@@ -97,7 +97,7 @@ def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
 
 
 def whole_patches(codes: Tensor, group_size: int, closed: bool = True) -> Tensor:
-    """Codes [C, T] -> [C, n G]: the last frame is repeated, or what is left of a patch is cut off where it stays open."""
+    """Codes [C, T] -> [C, n G]: the last frame is repeated; where speech stays open, the rest of a patch is cut off."""
     extra = codes.shape[1] % group_size
     if extra and closed:
         return torch.cat((codes, codes[:, -1:].expand(-1, group_size - extra)), dim=1)

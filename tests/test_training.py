@@ -59,7 +59,8 @@ def dead_leaves(leaves: Tensors, loss: Tensor) -> list[str]:
 
 
 def test_gradients_reach_every_leaf_of_the_codec(codec_training):
-    assert not dead_leaves(codec_training.run.trained, codec_training.losses(0)["loss"])
+    for step in (0, codec.UNQUANTIZED):
+        assert not dead_leaves(codec_training.run.trained, codec_training.losses(step)["loss"])
 
 
 def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
@@ -202,7 +203,9 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
         assert (got.log_softmax(-1) - want).abs().max() < 1e-4
 
 
-def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
+def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(codec, "UNQUANTIZED", 1)
+
     def trained(directory: Path, stops: list[int]) -> Tensors:
         for stop in stops:
             training = CodecTraining(directory, parts, replace(codec.SCHEDULE, steps=STEPS))

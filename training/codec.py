@@ -2,7 +2,10 @@
 
     loss = mel_distance(output, speech) + 0.25 commitment + 0.05 CTC(phones | first 3 codebooks)
 
-The last term is the audio-to-text loss of the technical report's first stage in small: a linear layer, thrown away
+The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it no reason to tell
+more than the first of them holds.
+
+The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear layer, thrown away
 afterwards, reads the synthesizer's phones from the codes.
 """
 
@@ -21,11 +24,14 @@ from .data import Part, augment
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
-from .rvq import Quantizer
+from .rvq import Quantizer, unquantized
 from .synthesis import PHONES
 
 NAME = "codec"
-SCHEDULE = Schedule(steps=9000, rate=1e-3)
+SCHEDULE = Schedule(steps=8000, rate=1e-3)
+UNQUANTIZED = 400
+"""Steps before the codebooks begin."""
+
 BATCH = 4
 """Utterances a step."""
 
@@ -83,16 +89,17 @@ class CodecTraining:
         joined = torch.cat(hidden)
         used = [self._codebooks(rng) for _ in batch]
         n_q = torch.repeat_interleave(torch.tensor(used), torch.tensor(lengths)).to(self.device)
-        quantized = self.quantizer(joined, n_q)
+        starting = step < UNQUANTIZED
+        quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
         got = [codec.decode_hidden(rows)[: len(each.wanted)]
                for rows, each in zip(quantized.rows.split(lengths), batch, strict=True)]  # fmt: skip
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
         mel = mel_distance(torch.cat(got), wanted, self.config.sample_rate)
-        read = self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
+        read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
         ctc = self._ctc(read.split(lengths), [each.phones for each in batch])
         loss = mel + COMMITMENT * quantized.commitment + CTC * ctc
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        dead = self.quantizer.update(joined, quantized.codes, generator)
+        dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
         return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": ctc.detach(),
                 "dead": float(dead)}  # fmt: skip
 

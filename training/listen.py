@@ -12,16 +12,19 @@ from mimo_fast.audio import resample
 from .domain import GRAMMAR
 
 LISTENING_RATE = 16_000
-PADDING = 0.3
-"""Seconds of near silence around an utterance: the recogniser measures the background first."""
+PEAK, HISS = 0.5, 1e-4
+"""Level that everything is brought to, and of the noise under it: digital silence upsets the recogniser."""
+
+SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
+"""Of the search. By default it likes to add short words in the silence at the end."""
 
 
 def recognise(wav: Tensor, sample_rate: int) -> str:
     """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
     decoder = _decoder()
     heard = resample(wav.float(), sample_rate, LISTENING_RATE)
-    edge = torch.randn(round(PADDING * LISTENING_RATE), generator=torch.Generator().manual_seed(0)) * 1e-4
-    heard = torch.cat((edge, heard * (0.5 / max(1e-4, float(heard.abs().max()))), edge))
+    hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
+    heard = heard * (PEAK / max(HISS, float(heard.abs().max()))) + hiss
     decoder.start_utt()
     decoder.process_raw((heard * 2**15).to(torch.int16).numpy().tobytes(), full_utt=True)
     decoder.end_utt()
@@ -50,4 +53,4 @@ def word_error_rate(got: Sequence[str], want: Sequence[str]) -> float:
 def _decoder() -> Any:
     from pocketsphinx import Decoder
 
-    return Decoder(jsgf=str(GRAMMAR), samprate=LISTENING_RATE, loglevel="FATAL")
+    return Decoder(jsgf=str(GRAMMAR), samprate=LISTENING_RATE, loglevel="FATAL", **SETTINGS)

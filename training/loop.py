@@ -116,7 +116,8 @@ class Run:
         if norm.isfinite():
             self.optimizer.step()
         self.step += 1
-        return {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()} | {"gradient": float(norm)}
+        losses["gradient"] = norm
+        return {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
 
     def _rate(self) -> float:
         schedule, share = self.schedule, self.step / self.schedule.steps

@@ -18,7 +18,10 @@ from mimo_fast.kernels.rvq import rvq_encode
 from .parameters import Tensors
 
 DECAY = 0.99
-DEAD_SHARE = 0.05
+DEAD_SHARE = 0.1
+NEW_SHARE = 0.3
+"""Of its fair share that a new row begins with: low, so that it is soon its own average, or soon dead again."""
+
 EPSILON = 1e-5
 
 
@@ -29,6 +32,11 @@ class Quantized:
     rows: Tensor
     codes: Tensor
     commitment: Tensor
+
+
+def unquantized(x: Tensor) -> Quantized:
+    """x [T, D] as it is, with no codes."""
+    return Quantized(x, torch.empty(0, len(x), dtype=torch.int64, device=x.device), x.new_zeros(()))
 
 
 class Quantizer:
@@ -88,10 +96,10 @@ class Quantizer:
         return replaced
 
     def _restart(self, rows: Tensor, residual: Tensor, name: str, generator: torch.Generator) -> None:
-        """Rows become residuals drawn from the batch, as if each had its fair share of positions."""
+        """Rows become residuals drawn from the batch."""
         chosen = residual[torch.randint(len(residual), (len(rows),), generator=generator).to(residual.device)]
         size = self._tensors[f"{name}.cluster_size"]
-        share = max(float(size.mean()), 1e-2)
+        share = NEW_SHARE * max(float(size.mean()), 1e-2)
         size[rows] = share
         self._tensors[f"{name}.embed"][rows] = chosen
         self._tensors[f"{name}.embed_avg"][rows] = chosen * share
