@@ -7,10 +7,13 @@ import pytest
 import torch
 from helpers import write_pair
 from hypothesis import settings
+from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, Request, drawn
 from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
 
 import mimo_fast
+from mimo_fast.runtime.decode import Limits
+from mimo_fast.runtime.engine import Engine
 from mimo_fast.sampling import GREEDY
 from mimo_fast.verify import Golden
 
@@ -62,3 +65,27 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     variant = VARIANTS[request.param]
     lm, codec = write_pair(tmp_path_factory.mktemp(request.param), variant.lm, variant.codec)
     return Loaded(mimo_fast.load(lm, codec, device="cpu"), load_file(lm / "model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[Request]:
+    """Six prompts of several tasks, greedy and sampled in turn, with and without stop tokens."""
+    special = model.tokenizer.special
+    stops = frozenset({special.eos, special.eostm, special.im_end})
+    made = []
+    for i, name in enumerate(sorted(golden.meta["prompts"])[:6]):
+        limits = Limits(max_new=9 + 3 * i, min_new=4 * (i % 3), stop_ids=stops if i % 2 else frozenset())
+        ids = golden.get(f"prompts:{name}").long()
+        made.append(Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 100 + i, (GREEDILY, SAMPLED)[i % 2], limits))
+    return made
+
+
+@pytest.fixture(scope="session")
+def alone(model: mimo_fast.MimoAudio, requests: list[Request]) -> list[Drawn]:
+    """What each request gives in an engine of its own."""
+    return [drawn(list(request.start(Engine(model.lm, 1, CAPACITY)))) for request in requests]
+
+
+@pytest.fixture
+def engine(model: mimo_fast.MimoAudio) -> Engine:
+    return Engine(model.lm, 3, CAPACITY)

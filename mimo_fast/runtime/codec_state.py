@@ -25,6 +25,12 @@ BLOCK = 64
 FORECAST = 200
 """Code frames that an utterance is expected to last at least: 8 s."""
 
+WHOLE = 150
+"""Code frames of a push that is taken to hold most of an utterance: no forecast after it."""
+
+YOUNG = CONTEXT // 2
+"""Code frames up to which a stream may begin anew: a decoder position still sees all of them."""
+
 NormMoments = tuple[Tensor, Tensor]
 """Mean and variance, scalars."""
 
@@ -106,6 +112,7 @@ class CodecState:
         tail: [2, n_fft - hop], sums of windowed frames and of squared windows that later frames add to.
         committed: vocoder frames that are in the waveform. frames: those that have come, as the host counts them.
         held: dequantized codes that wait until a sample can come out of them.
+        past: dequantized codes of a young stream. largest: code frames of its largest push.
     """
 
     position: Tensor
@@ -121,6 +128,8 @@ class CodecState:
     committed: int = 0
     frames: int = 0
     held: list[Tensor] = field(default_factory=list)
+    past: list[Tensor] = field(default_factory=list)
+    largest: int = 0
 
     @classmethod
     def allocate(cls, codec: Codec, pending: int) -> CodecState:
@@ -145,14 +154,22 @@ class CodecState:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in [*_tensors(self), *self.held])
+        return sum(tensor.numel() * tensor.element_size() for tensor in [*_tensors(self), *self.held, *self.past])
 
     def reset(self) -> None:
         """Back to the beginning, in the same memory."""
-        for tensor in _tensors(self):
-            tensor.zero_()
-        self.committed = self.frames = 0
+        self.rewind()
+        self.tail.zero_()
+        self.committed = self.largest = 0
         self.held.clear()
+        self.past.clear()
+
+    def rewind(self) -> None:
+        """Forgets all but the waveform so far: the same codes may be decoded again from the first on."""
+        for tensor in _tensors(self):
+            if tensor is not self.tail:
+                tensor.zero_()
+        self.frames = 0
 
 
 def decoder_context(window: tuple[int, int]) -> int:

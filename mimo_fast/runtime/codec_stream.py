@@ -85,6 +85,7 @@ class CodecStream:
             if not trusted:
                 codec.check_codes(codes)
             state.held.append(codec.dequantize(codes))
+            state.largest = max(state.largest, codes.shape[1])
         waiting = sum(map(len, state.held))
         # Before the first sample nothing is lost by waiting, and the norms over time begin with more to go by.
         if waiting + state.frames == 0 or (state.frames == 0 and waiting <= self._hold and not ended):

@@ -1,0 +1,86 @@
+"""Requests to an engine, and what they are compared by."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mimo_fast.runtime.conversation import Conversation
+from mimo_fast.runtime.decode import Group, Limits, Samplers
+from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.job import Reply
+from mimo_fast.sampling import GREEDY, MiMoSampler
+
+CAPACITY = 80
+SAMPLED = Samplers(MiMoSampler(True, 0.8, top_p=0.95), MiMoSampler(True, 0.9, top_k=40))
+GREEDILY = Samplers(GREEDY, GREEDY)
+
+Drawn = list[tuple[int, list[int], bool]]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with all that decides its reply."""
+
+    ids: Tensor
+    seed: int
+    samplers: Samplers
+    limits: Limits
+
+    def start(self, engine: Engine, **options: Any) -> Reply:
+        conversation = Conversation(engine, self.seed)
+        conversation.add(self.ids)
+        return engine.start(conversation, self.limits, self.samplers, **options)
+
+
+@dataclass(eq=False)
+class Interruption:
+    """A reply broken off after `taken` groups, of which `heard` stay, and what is said then."""
+
+    taken: int
+    heard: int
+    then: Tensor
+
+
+@dataclass(eq=False)
+class Consumer:
+    """Takes groups of a reply, one at a time, until it has had enough; then it interrupts, or leaves."""
+
+    request: Request
+    patience: int
+    interruption: Interruption | None = None
+    got: list[Group] = field(default_factory=list)
+
+    def start(self, engine: Engine, **options: Any) -> "Consumer":
+        self.engine, self.options = engine, options
+        self.reply = self.request.start(engine, **options)
+        return self
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.reply._job.conversation
+
+    def take(self) -> bool:
+        """False when it has ended."""
+        group = next(self.reply, None)
+        if group is not None:
+            self.got.append(group)
+        if self.interruption and (group is None or len(self.got) == self.interruption.taken):
+            self._interrupt(self.interruption)
+            return True
+        if group is not None and len(self.got) < self.patience:
+            return True
+        self.reply.close()
+        return False
+
+    def _interrupt(self, interruption: Interruption) -> None:
+        conversation = self.conversation
+        self.reply.close()
+        conversation.truncate(conversation.groups - len(self.got) + min(interruption.heard, len(self.got)))
+        conversation.add(interruption.then)
+        self.interruption = None
+        self.reply = self.engine.start(conversation, self.request.limits, self.request.samplers, **self.options)
+
+
+def drawn(groups: list[Group]) -> Drawn:
+    return [(group.text, group.codes.flatten().tolist(), group.finished) for group in groups]
