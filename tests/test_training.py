@@ -155,7 +155,7 @@ def test_every_word_of_the_domain_is_a_token(tokenizer):
 
 
 def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts, tmp_path):
-    pair = write_pair(tmp_path, lm_training.tensors, codec_training.tensors, torch.float32)
+    pair = write_pair(tmp_path, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float32)
     model = mimo_fast.load(*pair, device="cpu")
     wav = parts["unheard"][0].wav
     trained = codec.build_codec(codec_training.config, codec_training.tensors)
@@ -166,6 +166,11 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
     with torch.no_grad():
         hidden, own = (hidden_states(each, batch.text, batch.codes) for each in (model.lm, lm_training.model()))
         assert torch.equal(model.lm.text_logits(hidden), lm_training.model().text_logits(own))
+    # Its own moments are stated, so a stream waits for what the vocoder sees and no longer.
+    stream, sounds = model.codec.stream(), model.codec.encode(parts["replies"][0].wav)
+    lengths = [len(stream.push(patch)) for patch in sounds.split(4, dim=1)]
+    assert model.codec.receptive_patches == 1
+    assert lengths[0] == 0 < lengths[1]
     assert [*model.stream("tts", "seven", seed=0, max_new_tokens=3)][-1].timing.groups == 3
 
 

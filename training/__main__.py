@@ -58,7 +58,7 @@ class Recipe:
         return codes.make(self.directory / "codes", self.data(), trained, config.channels, config.group_size)
 
     def export(self) -> tuple[Path, Path]:
-        pair = export.export(self.directory, self.directory / "nano")
+        pair = export.export(self.directory, self.directory / "nano", self.data()["replies"])
         for path in pair:
             size = sum(file.stat().st_size for file in path.iterdir())
             print(f"wrote {path} ({size / 1e6:.2f} MB)", file=sys.stderr)

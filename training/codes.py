@@ -66,7 +66,7 @@ class Codes:
 def make(directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int) -> dict[str, Codes]:
     """Codes of every part, of which only what is missing is encoded."""
     found = {name: Codes(directory, part, channels, group_size) for name, part in parts.items()}
-    with tqdm(total=sum(map(len, found.values())), desc="codes", unit="utterance") as bar:
+    with tqdm(total=sum(map(len, found.values())), desc="codes", unit="utterance", miniters=1) as bar:
         for codes in found.values():
             codes.make(codec, bar)
     return found

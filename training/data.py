@@ -160,7 +160,7 @@ def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
     """All speech, of which only what is missing is synthesized."""
     directory.mkdir(parents=True, exist_ok=True)
     found = parts(directory, sizes, seed)
-    with tqdm(total=sum(map(len, found.values())), desc="speech", unit="utterance") as bar:
+    with tqdm(total=sum(map(len, found.values())), desc="speech", unit="utterance", miniters=1) as bar:
         for part in found.values():
             part.make(bar)
     return found
