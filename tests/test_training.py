@@ -1,6 +1,9 @@
 """The training package: gradients, codebooks, data and resuming; and that what is trained is what the package runs."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
 SIZES = data.Sizes(speech=6, replies=12, questions=6, echoes=4, unheard=2, unsaid=2)
 STEPS = 4
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def dead_leaves(leaves: Tensors, loss: Tensor) -> list[str]:
 
 
 def test_gradients_reach_every_leaf_of_the_codec(codec_training):
-    for step in (0, codec.UNQUANTIZED):
+    for step in (0, STEPS - 1):
         assert not dead_leaves(codec_training.run.trained, codec_training.losses(step)["loss"])
 
 
@@ -174,6 +178,15 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
     assert [*model.stream("tts", "seven", seed=0, max_new_tokens=3)][-1].timing.groups == 3
 
 
+def test_what_is_stored_in_float16_is_computed_in_float32(lm_training, codec_training, parts, tmp_path):
+    pair = write_pair(tmp_path, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float16)
+    model = mimo_fast.load(*pair, device="cpu")
+    assert model.lm.dtype == model.codec.dtype == torch.float32
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(model.lm.backbone.layers[0].down.blocks[0], lm_training.tensors[name].half().float())
+    assert sum(file.stat().st_size for part in pair for file in part.iterdir()) < 16e6
+
+
 @torch.no_grad()
 def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
     model, config = loaded.model.lm, loaded.model.lm.config
@@ -208,9 +221,7 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
         assert (got.log_softmax(-1) - want).abs().max() < 1e-4
 
 
-def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(codec, "UNQUANTIZED", 1)
-
+def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
     def trained(directory: Path, stops: list[int]) -> Tensors:
         for stop in stops:
             training = CodecTraining(directory, parts, replace(codec.SCHEDULE, steps=STEPS))
@@ -221,6 +232,17 @@ def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path, monkeypatch):
 
     once, twice = trained(tmp_path / "once", [STEPS]), trained(tmp_path / "twice", [2, STEPS])
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_smoke(tmp_path):
+    """Everything, end to end, as on a machine without flite."""
+    command = [sys.executable, "-m", "training", "--smoke"]
+    environment = os.environ | {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tones stand in for speech" in done.stderr
+    assert "skipped: evaluation, which needs flite" in done.stderr
+    assert done.stderr.endswith("the smoke test has passed\n")
 
 
 def test_word_errors_are_counted():

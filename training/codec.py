@@ -29,8 +29,8 @@ from .synthesis import PHONES
 
 NAME = "codec"
 SCHEDULE = Schedule(steps=8000, rate=1e-3)
-UNQUANTIZED = 400
-"""Steps before the codebooks begin."""
+UNQUANTIZED_SHARE = 0.05
+"""Of the steps, before the codebooks begin."""
 
 BATCH = 4
 """Utterances a step."""
@@ -89,7 +89,7 @@ class CodecTraining:
         joined = torch.cat(hidden)
         used = [self._codebooks(rng) for _ in batch]
         n_q = torch.repeat_interleave(torch.tensor(used), torch.tensor(lengths)).to(self.device)
-        starting = step < UNQUANTIZED
+        starting = step < UNQUANTIZED_SHARE * self.run.schedule.steps
         quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
         got = [codec.decode_hidden(rows)[: len(each.wanted)]
                for rows, each in zip(quantized.rows.split(lengths), batch, strict=True)]  # fmt: skip

@@ -4,7 +4,6 @@ The wordings of requests are constants of the package, so each is a token of its
 Text is lowered and every piece of it begins with a space, so that a word has one token wherever it stands.
 """
 
-import json
 from pathlib import Path
 
 import tokenizers
@@ -49,7 +48,8 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in constants])
     tokenizer.add_special_tokens(list(SPECIAL))
-    write_json(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
