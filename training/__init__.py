@@ -16,11 +16,11 @@ CPU cores give some 60 GFLOP/s on matrices of these widths, 4e14 in two hours.
     a step: 4 utterances of 1.65 s, 8.4 GFLOP; 8,000 steps: 0.7e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example
-      backbone 2.36 M                                                40                     0.57 G
-      patch decoder 0.89 M, 11 steps a patch                     8 x 11                     0.47 G
-      patch encoder 0.39 M, 4 frames a patch                     15 x 4                     0.10 G
-      code heads 0.25 M, text head 0.26 M                        32 / 8, 10                 0.02 G
-    a step: 16 examples, 19 GFLOP; 6,000 steps: 1.1e14
+      backbone 2.36 M                                                37                     0.52 G
+      patch decoder 0.89 M, 11 steps a patch                    6.7 x 11                     0.39 G
+      patch encoder 0.39 M, 4 frames a patch                     14 x 4                     0.10 G
+      code heads 0.25 M, text head 0.26 M                        6.7, 11                     0.06 G
+    a step: 16 examples, 17 GFLOP; 12,000 steps: 2.1e14
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together are 7.96 M
 parameters, 15.9 MB in float16. The vocoder has 2 layers that look 8 frames ahead each: 160 ms, one patch, is what a

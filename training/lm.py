@@ -26,7 +26,7 @@ from .loop import Losses, Run, Schedule
 from .parameters import build_lm, config_json, initial_lm, trainable
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=6000, rate=1.5e-3)
+SCHEDULE = Schedule(steps=12000, rate=1.5e-3)
 UNDERSTANDING_SHARE = 0.2
 """Of the steps, in the first stage."""
 
