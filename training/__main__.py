@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Gradients pass through the plain torch path alone; set before the package is imported.
 os.environ["MIMO_FAST_KERNELS"] = "torch"
+# Threads that spin while they wait cost most where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -59,7 +59,7 @@ class Sizes:
     """Utterances in each part of the data."""
 
     speech: int = 6000
-    replies: int = 6000
+    replies: int = 9000
     questions: int = 1200
     echoes: int = 600
     unheard: int = 200
