@@ -26,7 +26,7 @@ from training.parameters import Tensors
 from training.rvq import Quantizer
 from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
-SIZES = data.Sizes(speech=6, replies=12, questions=6, echoes=4, unheard=2, unsaid=2)
+SIZES = data.Sizes(speech=6, replies=12, words=5, questions=6, echoes=4, unheard=2, unsaid=2)
 STEPS = 4
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,7 @@ from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(speech=12, replies=12, questions=8, echoes=6, unheard=3, unsaid=3)
+SMOKE_SIZES = Sizes(speech=12, replies=12, words=8, questions=8, echoes=6, unheard=3, unsaid=3)
 SMOKE_STEPS = {"codec": 3, "lm": 10}
 """Both stages of each."""
 

@@ -14,7 +14,7 @@ from mimo_fast.runtime.codec import Codec
 
 from .data import SHARD, Part, augment, joined, piece, save_whole
 
-HEARD = ("speech", "questions", "echoes")
+HEARD = ("speech", "words", "questions", "echoes")
 """Parts that the model listens to: each is encoded in `VARIANTS` recordings, at different levels and in noise."""
 
 VARIANTS = 2

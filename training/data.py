@@ -2,6 +2,7 @@
 
     speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
+    words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
     answers     those of the dialogue, in the reply's voice
     echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
@@ -60,6 +61,7 @@ class Sizes:
 
     speech: int = 6000
     replies: int = 9000
+    words: int = 2000
     questions: int = 1200
     echoes: int = 600
     unheard: int = 200
@@ -79,6 +81,8 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(_questions()[index % len(_questions())], _any_manner(rng))
     if part == "echoes":
         return Item(answers()[index % len(answers())], _any_manner(rng))
+    if part == "words":
+        return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
     if part == "speech":
         return Item(domain.draw_sentence(rng), _any_manner(rng))
     if part == "unheard":

@@ -75,8 +75,10 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def spoken(text: str) -> str:
-    """What a synthesizer is given for a sentence: letters in a row of letters are named."""
+    """What a synthesizer is given for a sentence: a letter beside another, or alone, is named."""
     words = text.split()
+    if len(words) == 1:
+        return SPOKEN_LETTERS.get(text, text)
     letters = [len(word) == 1 for word in words]
     beside = [any(letters[max(0, i - 1) : i] + letters[i + 1 : i + 2]) for i in range(len(words))]
     named = [letter and near for letter, near in zip(letters, beside, strict=True)]

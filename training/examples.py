@@ -1,5 +1,6 @@
 """Examples of every task: the package's own prompts, and the replies that should follow them.
 
+    words     recordings of single words, each followed by the word, as speech and text alternate in pretraining
     asr       a recording -> its words                      tts       words -> their speech
     written   a spoken question -> its written answer       styled    words and how to say them -> speech in that style
     dialogue  a spoken question -> its spoken answer        few_shot  examples of speech to speech -> one more
@@ -22,31 +23,37 @@ from .codes import Codes
 from .data import answers
 from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 
-UNDERSTANDING = {"asr": 4, "written": 1}
+UNDERSTANDING = {"words": 4, "asr": 5, "written": 1}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
+JOINT = {"words": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
 """Weights in the second stage."""
 
 FEW = (1, 2)
 """Examples before the one to be done."""
 
+WORDS = 6
+"""Single words in a row."""
+
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], of which the groups from `start` on are the reply."""
+    """ids [C + 1, T G], and which of the groups are to be learned, bool [T]."""
 
     ids: Tensor
-    start: int
+    learned: Tensor
+
+    def __len__(self) -> int:
+        return len(self.learned)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], reply bool [B, T]: groups to be learned."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T]."""
 
     text: Tensor
     codes: Tensor
-    reply: Tensor
+    learned: Tensor
 
 
 class Examples:
@@ -58,8 +65,9 @@ class Examples:
 
     def draw(self, task: str, rng: random.Random) -> Example:
         """One example of a task."""
-        build = getattr(self, f"_{task}")
-        return self._example(*build(rng))
+        if task == "words":
+            return self._words(rng)
+        return self._example(*getattr(self, f"_{task}")(rng))
 
     def transcription(self, part: str, index: int, template: int = 0) -> Example:
         """The transcription of one utterance."""
@@ -79,7 +87,13 @@ class Examples:
         if int(asked[0, -size]) == self._tokenizer.special.sostm == int(said[0, 0]):
             # The request opens the reply's speech already.
             said = said[:, size:]
-        return Example(torch.cat((asked, said), dim=1), asked.shape[1] // size)
+        learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
+        return Example(torch.cat((asked, said), dim=1), learned)
+
+    def _words(self, rng: random.Random) -> Example:
+        pairs = [self._example([speech], [self._codes["words"].text(index), "\n"])
+                 for index, speech in (self._recording("words", rng) for _ in range(WORDS))]  # fmt: skip
+        return Example(torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random, index: int | None = None) -> tuple[int, Speech]:
         codes = self._codes[part]
@@ -132,14 +146,13 @@ class Examples:
 
 def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
     """Examples of any lengths, side by side."""
-    size, longest = config.group_size, max(each.ids.shape[1] for each in examples) // config.group_size
+    size, longest = config.group_size, max(map(len, examples))
     text = torch.full((len(examples), longest), pad)
     codes = torch.tensor(config.empty_codes)[:, None].repeat(len(examples), longest, 1, size)
-    reply = torch.zeros(len(examples), longest, dtype=torch.bool)
+    learned = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, each in enumerate(examples):
         groups = each.ids.unflatten(1, (-1, size))
-        length = groups.shape[1]
-        text[row, :length] = groups[0, :, 0]
-        codes[row, :length] = groups[1:].transpose(0, 1)
-        reply[row, each.start : length] = True
-    return Batch(text, codes, reply)
+        text[row, : len(each)] = groups[0, :, 0]
+        codes[row, : len(each)] = groups[1:].transpose(0, 1)
+        learned[row, : len(each)] = each.learned
+    return Batch(text, codes, learned)

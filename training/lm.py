@@ -94,7 +94,7 @@ class LMTraining:
             rng = random.Random(f"{self.seed}/lm/{number}")
             tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
             drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * BATCH)
-            examples = sorted((self.examples.draw(task, rng) for task in drawn), key=lambda each: each.ids.shape[1])
+            examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
             batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
             rng.shuffle(batches)
             self._pool = (number, batches)
@@ -107,9 +107,9 @@ def batch_losses(model: LM, batch: Batch, generator: torch.Generator | None) -> 
     generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all.
     """
     hidden = hidden_states(model, batch.text, batch.codes)[:, :-1]
-    text, codes, reply = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.reply))
-    text_loss = F.cross_entropy(model.text_logits(hidden[reply]).float(), text[reply])
-    patches = (reply & (text == model.empty_id)).nonzero()
+    text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
+    text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
+    patches = (learned & (text == model.empty_id)).nonzero()
     if not len(patches):
         return text_loss, None
     if generator is not None and len(patches) > MAX_PATCHES:
