@@ -22,7 +22,7 @@ from training.codec import CodecTraining
 from training.export import write_pair
 from training.listen import word_error_rate, word_errors
 from training.lm import LMTraining, batch_losses
-from training.parameters import Tensors
+from training.parameters import Tensors, embed_codebooks
 from training.rvq import Quantizer
 from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
@@ -147,6 +147,20 @@ def test_parts_keep_apart_what_is_held_out():
     assert domain.dialogue()["what is nine plus nine"] == "eighteen"
     assert domain.spoken("the word is a b") == "the word is ay b"
     assert domain.spoken("i see a dog") == "i see a dog"
+
+
+def test_code_embeddings_begin_as_the_codec_hears():
+    generator = torch.Generator().manual_seed(0)
+    books = [torch.randn(size, 12, generator=generator) * 2.0**-i for i, size in enumerate((20, 10, 10))]
+    tensors = {f"speech_embeddings.{i}.weight": torch.randn(len(book) + 1, 16) for i, book in enumerate(books)}
+    embed_codebooks(tensors, books, [torch.rand(len(book), generator=generator) for book in books])
+    codes = torch.stack([torch.randint(len(book), (30,), generator=generator) for book in books])
+    heard = sum(book[indices] for book, indices in zip(books, codes, strict=True))
+    tables = tensors.values()
+    # Of 16 coordinates the codec's 12 directions take the first.
+    embedded = sum(table[indices][:, :12] for table, indices in zip(tables, codes, strict=True))
+    ratio = torch.pdist(embedded) / torch.pdist(heard)
+    assert ratio.std() < 1e-3 * ratio.mean(), "distances between frames are kept"
 
 
 def test_every_word_of_the_domain_is_a_token(tokenizer):

@@ -54,7 +54,8 @@ class Recipe:
     def lm(self) -> None:
         schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
         tokenizer = build_tokenizer(self.directory / "tokenizer")
-        LMTraining(self.directory, self.codes(), tokenizer, schedule, self.seed, self.device).train()
+        known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
+        LMTraining(self.directory, known, tokenizer, schedule, self.seed, self.device, trained).train()
 
     def codes(self) -> dict[str, Codes]:
         """Codes of all speech by the trained codec."""

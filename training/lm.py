@@ -23,10 +23,10 @@ from mimo_fast.tokenizer import Tokenizer
 from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, collate
 from .loop import Losses, Run, Schedule
-from .parameters import build_lm, config_json, initial_lm, trainable
+from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=12000, rate=1.5e-3)
+SCHEDULE = Schedule(steps=12000, rate=2e-3)
 UNDERSTANDING_SHARE = 0.2
 """Of the steps, in the first stage."""
 
@@ -47,14 +47,22 @@ def lm_config() -> LMConfig:
 
 
 class LMTraining:
-    """The language model, its examples and its losses."""
+    """The language model, its examples and its losses.
+
+    codec: the trained codec's tensors, whose codebooks the code embeddings begin at.
+    """
 
     def __init__(
         self, directory: Path, codes: Mapping[str, Codes], tokenizer: Tokenizer, schedule: Schedule = SCHEDULE,
-        seed: int = 0, device: str = "cpu",
+        seed: int = 0, device: str = "cpu", codec: Tensors | None = None,
     ) -> None:
         self.config = lm_config()
-        self.tensors = {name: tensor.to(device) for name, tensor in initial_lm(self.config, seed).items()}
+        initial = initial_lm(self.config, seed)
+        if codec is not None:
+            names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(self.config.channels)]
+            books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
+            embed_codebooks(initial, books, usage)
+        self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
         self._codes = codes

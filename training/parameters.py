@@ -6,7 +6,7 @@ from the trained leaves at every step: about a millisecond, and gradients reach 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ CONFIGS = Path(__file__).parent / "nano"
 CODEBOOK = re.compile(r"\._codebook\.")
 
 EMBEDDING_STD = 0.05
+FRAME_STD = 0.5
+"""Of a frame's embedding, the sum over its codes, where it begins at the codec's."""
 
 Tensors = dict[str, Tensor]
 
@@ -48,6 +50,27 @@ def initial_codec(config: CodecConfig, seed: int) -> Tensors:
 
 def initial_lm(config: LMConfig, seed: int) -> Tensors:
     return _initial(lm_shapes(config), config.backbone.layers, seed)
+
+
+@torch.no_grad()
+def embed_codebooks(tensors: Tensors, codebooks: Sequence[Tensor], usage: Sequence[Tensor]) -> None:
+    """Begins the language model's code embeddings at the codec's own rows, in their principal directions.
+
+    A frame's input, the sum over its codes, then begins as a rotation of what the codec's decoder gets, which is near
+    for sounds that are near. codebooks [V_q, D], usage [V_q]: how often each row is chosen.
+    """
+    width = tensors["speech_embeddings.0.weight"].shape[1]
+    weighted = torch.cat([(book - mean(book, used)) * (used / used.sum()).sqrt()[:, None]
+                          for book, used in zip(codebooks, usage, strict=True)])  # fmt: skip
+    _, spread, directions = torch.linalg.svd(weighted, full_matrices=False)
+    turn = directions[:width].T / spread.square().sum().sqrt() * math.sqrt(width) * FRAME_STD
+    for channel, (book, used) in enumerate(zip(codebooks, usage, strict=True)):
+        rows = (book - mean(book, used)) @ turn
+        tensors[f"speech_embeddings.{channel}.weight"][: len(rows), : rows.shape[1]] = rows
+
+
+def mean(rows: Tensor, weights: Tensor) -> Tensor:
+    return (rows * weights[:, None]).sum(0) / weights.sum()
 
 
 def trainable(tensors: Tensors) -> Tensors:
