@@ -5,7 +5,7 @@ OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test kernels lint types unit golden interpreted compiled clean
+.PHONY: demo test kernels nano lint types unit golden interpreted compiled clean
 
 demo: $(READY)
 	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
@@ -14,6 +14,11 @@ test: lint types unit
 
 # The Triton kernels without a GPU; -j2 runs two parts at once.
 kernels: golden interpreted compiled
+
+# The small pair, trained from nothing; needs the Debian package flite. An interrupted run goes on.
+nano: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
+	$(BIN)/python -m training all --run training_output
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ in the file. Keys are upstream's (`MiMoAudioConfig`, `MiMoAudioTokenizerConfig`)
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -143,6 +144,8 @@ class CodecConfig:
     codebook_sizes: tuple[int, ...]
     norm: str
     rope_theta: float
+    moments: tuple[tuple[float, float], tuple[float, float]] | None = None
+    """Mean and variance that its norms over time (unpooling, then to mel) see in the speech it was made for."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -179,6 +182,7 @@ class CodecConfig:
             vocoder_window=read.window("vocoder_attn_window_size"),
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
             norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=read.number("rope_theta"),
+            moments=read.moments("streaming_moments"),
         )
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
@@ -231,6 +235,16 @@ class _Reader:
         if not isinstance(value, list | tuple) or len(value) != 2 or not all(_is_integer(each) for each in value):
             raise ConfigError(f"{self.source}: '{key}' must be two integers, left and right, not {value!r}")
         return value[0], value[1]
+
+    def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """Two pairs of mean and variance; an extension of upstream's form, absent from its files."""
+        if (value := self.raw.get(key)) is None:
+            return None
+        with suppress(TypeError, ValueError):
+            first, second = ((float(mean), float(variance)) for mean, variance in value)
+            if min(first[1], second[1]) > 0:
+                return first, second
+        raise ConfigError(f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}")
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """'1025-129' lists a value a channel; a single number holds for every channel."""

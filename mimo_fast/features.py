@@ -160,7 +160,7 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     wav = F.pad(wav.to(torch.float32), (0, max(0, half + 1 - len(wav))))
     wav = F.pad(wav[None], (half, half), mode="reflect")[0]
     window = torch.hann_window(config.window, device=wav.device)
-    bank = _mel_filters(config.sample_rate, config.n_fft, config.n_mels, config.f_min, config.f_max).to(wav.device)
+    bank = mel_filters(config.sample_rate, config.n_fft, config.n_mels, config.f_min, config.f_max).to(wav.device)
     frames = 1 + (len(wav) - config.n_fft) // config.hop
     out = wav.new_empty(frames, config.n_mels)
     for first in range(0, frames, MEL_BLOCK):
@@ -173,8 +173,8 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     return out
 
 
-@functools.lru_cache(maxsize=4)
-def _mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> Tensor:
     """Triangular filters [n_fft // 2 + 1, n_mels], equally spaced on the HTK mel scale, peaks at 1."""
     low, high = (2595.0 * math.log10(1.0 + hertz / 700.0) for hertz in (f_min, f_max))
     corners = 700.0 * (10.0 ** (torch.linspace(low, high, n_mels + 2) / 2595.0) - 1.0)

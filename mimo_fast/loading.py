@@ -69,6 +69,9 @@ def load_parts(
     chosen = parse_dtype(dtype)
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
+    elif chosen is None and target.type == "cpu" and lm_weights.dtype("model.norm.weight") == torch.float16:
+        # Few CPUs compute in it.
+        chosen = torch.float32
     # Norms are never quantized: their type is the checkpoint's.
     lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
     codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")

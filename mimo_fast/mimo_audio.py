@@ -45,7 +45,7 @@ class MimoAudio(KeepsHistory):
     Args:
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the codec.
         device: "cuda", "cpu", ...; CUDA where there is one.
-        dtype: to compute in; None: bfloat16 on CUDA, the checkpoint's own elsewhere.
+        dtype: to compute in; None: bfloat16 on CUDA, elsewhere the checkpoint's own, but float32 for float16 on a CPU.
         quantization: "int8", "int4", "nf4", or a format for each part; None keeps the checkpoint's.
         max_batch, max_seq_len, kv_cache, offload: how much memory it may take, see `LoadOptions`.
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.

@@ -96,6 +96,14 @@ def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
     return torch.cat((channel.view(1, -1), codes.to("cpu", torch.int64)))
 
 
+def whole_patches(codes: Tensor, group_size: int, closed: bool = True) -> Tensor:
+    """Codes [C, T] -> [C, n G]: the last frame is repeated; where speech stays open, the rest of a patch is cut off."""
+    extra = codes.shape[1] % group_size
+    if extra and closed:
+        return torch.cat((codes, codes[:, -1:].expand(-1, group_size - extra)), dim=1)
+    return codes[:, :-extra] if extra else codes
+
+
 def _check_codes(codes: Tensor, config: LMConfig) -> None:
     if codes.ndim != 2 or codes.shape[0] != config.channels or codes.shape[1] % config.group_size:
         raise PromptError(

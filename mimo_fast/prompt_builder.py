@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import prompt
@@ -44,11 +43,7 @@ class PromptBuilder:
         group_size = self.lm.config.group_size
         wav = load_audio(audio, self.codec.sample_rate)
         codes = self.codec.encode(wav, self.lm.config.channels).cpu()
-        extra = codes.shape[1] % group_size
-        if extra and closed:
-            codes = torch.cat((codes, codes[:, -1:].expand(-1, group_size - extra)), dim=1)
-        elif extra:
-            codes = codes[:, :-extra]
+        codes = prompt.whole_patches(codes, group_size, closed)
         if not codes.shape[1]:
             raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
         return Speech(codes, closed)

@@ -180,6 +180,14 @@ def test_fmax_defaults_to_half_the_rate():
     assert CodecConfig.from_dict(kit_config("codec") | {"fmax": 8000, "fmin": 20}).f_min == 20
 
 
+def test_moments_of_a_codec_that_states_them():
+    assert CodecConfig.from_dict(kit_config("codec")).moments is None
+    stated = CodecConfig.from_dict(kit_config("codec") | {"streaming_moments": [[0, 1], [-0.5, 2]]}).moments
+    assert stated == ((0.0, 1.0), (-0.5, 2.0))
+    for wrong in ([[0, 1]], [[0, 1], [0, 0]], [[0, "x"], [0, 1]], "moments", 3, [[0, 1], [0, 1], [0, 1]]):
+        assert "two pairs of mean and positive variance" in complaint("codec", {"streaming_moments": wrong})
+
+
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", '{"a": 1,}', "\x00", '{"a": 1} x'])
 def test_not_json(tmp_path, text):
     path = tmp_path / "config.json"

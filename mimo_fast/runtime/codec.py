@@ -16,7 +16,7 @@ from ..quantization import WeightSource
 from .codec_layers import Norm, TransposedConv, ieee_convolutions, inverse_stft, load_stack, split_lengths
 from .codec_offload import offload
 from .codec_state import Moments
-from .codec_stream import LOOKAHEAD, CodecStream
+from .codec_stream import LOOKAHEAD, PATCH_FRAMES, CodecStream
 from .transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -66,6 +66,10 @@ class Codec:
         self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
         self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
+        self._stated_moments: Moments | None = None
+        if config.moments is not None:
+            unpool, to_mel = torch.tensor(config.moments, device=self.device)
+            self._stated_moments = Moments((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
     @property
     def sample_rate(self) -> int:
@@ -137,9 +141,23 @@ class Codec:
         unpool = None if conv is None else conv.moments(conv.convolve(hidden.to(self.dtype)))
         return Moments(unpool, self.to_mel.moments(self.to_mel.convolve(self._decoder_hidden(hidden))))
 
-    def stream(self, lookahead: int = LOOKAHEAD, moments: Moments | None = None) -> CodecStream:
-        """A decoder to be fed codes as they come; `CodecStream` tells of the arguments."""
-        return CodecStream(self, lookahead, moments)
+    def stream(self, lookahead: int | None = None, moments: Moments | None = None) -> CodecStream:
+        """A decoder to be fed codes as they come; `CodecStream` tells of the arguments.
+
+        A checkpoint that states the moments of its speech (`CodecConfig.moments`) is streamed with those, and then need
+        not wait for more than its vocoder sees; any other waits for `LOOKAHEAD` patches, to begin with better moments.
+        """
+        stated = self._stated_moments if moments is None else moments
+        if lookahead is None:
+            lookahead = LOOKAHEAD if stated is None else min(LOOKAHEAD, self.receptive_patches)
+        return CodecStream(self, lookahead, stated)
+
+    @property
+    def receptive_patches(self) -> int:
+        """Patches after a sample that can change it."""
+        config = self.config
+        frames = config.vocoder_layers * config.vocoder_window[1]
+        return -(-frames // (config.pool * config.decoder_stride * PATCH_FRAMES))
 
     def offload_encoder(self) -> None:
         """Keeps the encoder's layers in host memory (pinned for CUDA) and brings them one by one for each encode.

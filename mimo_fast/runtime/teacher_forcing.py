@@ -1,0 +1,45 @@
+"""Whole sequences whose groups are all known: what decoding would have thought of each, computed at once.
+
+Training and the comparison of models need it. The layers are those of decoding, over all positions instead of a cache,
+and on the plain torch path gradients pass through them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.patch_embed import patch_embed
+from ..kernels.qmatmul import Weight, matmul
+from .lm import LM
+from .transformer import self_attend, transformer
+
+
+def hidden_states(lm: LM, text: Tensor, codes: Tensor) -> Tensor:
+    """Backbone over B sequences from position 0 on: text [B, T] (one id a group), codes [B, T, C, G] -> [B, T, D].
+
+    Row t is what group t + 1 is drawn from. Shorter sequences are filled up at their end, where nothing sees it.
+    """
+    config = lm.config.backbone
+    x = lm.embed(text.flatten(), codes.flatten(0, 1)).unflatten(0, text.shape)
+    return transformer(x, lm.backbone, config.norm_eps, self_attend(config, lm.backbone_rope, causal=True))
+
+
+def code_logits(lm: LM, hidden: Tensor, codes: Tensor) -> list[Tensor]:
+    """Patch decoder over N known patches: hidden [N, D] and the codes [N, C, G] drawn from it -> [N, G, V_c] a channel.
+
+    They include the logit of the empty code, which is never drawn.
+    """
+    config = lm.config
+    decoder, patches = config.patch_decoder, len(codes)
+    # What each step drew: channel c's frames from step delays[c] on, and nothing (the empty code) elsewhere.
+    drawn = lm.empty_codes.repeat(patches, config.patch_steps, 1).transpose(1, 2)
+    for channel, delay in enumerate(config.delays):
+        drawn[:, channel, delay : delay + config.group_size] = codes[:, channel]
+    fed = patch_embed(drawn, lm.decoder_embeddings, lm.code_offsets, lm.empty_codes)
+    x = torch.cat((lm.local_hidden(hidden)[:, None], fed[:, :-1]), dim=1)
+    attend = self_attend(decoder, lm.decoder_rope, causal=True)
+    out = transformer(x, lm.patch_decoder, decoder.norm_eps, attend)
+    heads = lm.code_heads.split(config.code_sizes)
+    return [
+        matmul(out[:, delay : delay + config.group_size], Weight.stack([head]))
+        for delay, head in zip(config.delays, heads, strict=True)
+    ]

@@ -1,0 +1,145 @@
+"""`python -m training COMMAND`: the small model from nothing to a pair of checkpoints; see `training/__init__.py`."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+# Gradients pass through the plain torch path alone; set before the package is imported.
+os.environ["MIMO_FAST_KERNELS"] = "torch"
+# Threads that spin while they wait cost most where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+import mimo_fast
+from mimo_fast.errors import MimoFastError
+
+from . import codec, codes, data, evaluate, export, lm
+from .codec import CodecTraining
+from .codes import Codes
+from .data import Part, Sizes
+from .lm import LMTraining
+from .loop import trained_tensors
+from .parameters import build_codec
+from .synthesis import has_flite
+from .tokenizer import build_tokenizer
+
+COMMANDS = ("data", "codec", "lm", "export", "evaluate", "all")
+
+SMOKE_SIZES = Sizes(speech=12, replies=12, words=8, questions=8, echoes=6, unheard=3, unsaid=3)
+SMOKE_STEPS = {"codec": 3, "lm": 10}
+"""Both stages of each."""
+
+
+class Recipe:
+    """Every command over one directory; each goes on where an earlier call of it stopped."""
+
+    def __init__(self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]) -> None:
+        self.directory, self.seed, self.device, self.sizes, self.steps = directory, seed, device, sizes, steps
+
+    def data(self) -> dict[str, Part]:
+        if not has_flite():
+            print("flite is not installed (apt-get install flite): tones stand in for speech", file=sys.stderr)
+        return data.make(self.directory / "data", self.sizes, self.seed)
+
+    def codec(self) -> None:
+        schedule = replace(codec.SCHEDULE, steps=self.steps.get("codec", codec.SCHEDULE.steps))
+        CodecTraining(self.directory, self.data(), schedule, self.seed, self.device).train()
+
+    def lm(self) -> None:
+        schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
+        tokenizer = build_tokenizer(self.directory / "tokenizer")
+        known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
+        LMTraining(self.directory, known, tokenizer, schedule, self.seed, self.device, trained).train()
+
+    def codes(self) -> dict[str, Codes]:
+        """Codes of all speech by the trained codec."""
+        config = lm.lm_config()
+        trained = build_codec(codec.codec_config(), trained_tensors(self.directory, codec.NAME))
+        return codes.make(self.directory / "codes", self.data(), trained, config.channels, config.group_size)
+
+    def export(self) -> tuple[Path, Path]:
+        pair = export.export(self.directory, self.directory / "nano", self.data()["replies"])
+        for path in pair:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            print(f"wrote {path} ({size / 1e6:.2f} MB)", file=sys.stderr)
+        return pair
+
+    def evaluate(self, count: int) -> None:
+        parts = self.data()
+        model = mimo_fast.load(self.directory / "nano" / "lm", self.directory / "nano" / "codec", device="cpu")
+        target = self.directory / "evaluation.json"
+        evaluate.evaluate(model, parts, count, target)
+        print(f"wrote {target}", file=sys.stderr)
+
+    def all(self, count: int) -> None:
+        self.codec()
+        self.lm()
+        self.export()
+        self.evaluate(count)
+
+
+def _missing() -> Iterator[str]:
+    """What the evaluation needs and this machine lacks."""
+    if not has_flite():
+        yield "flite"
+    yield from (name for name in ("pocketsphinx", "pystoi") if find_spec(name) is None)
+
+
+def smoke(seed: int) -> None:
+    """A few steps of everything, in a directory that is thrown away."""
+    # What is this small only waits for a second thread.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = Recipe(Path(directory), seed, "cpu", SMOKE_SIZES, SMOKE_STEPS)
+        recipe.codec()
+        recipe.lm()
+        model = mimo_fast.load(*recipe.export(), device="cpu")
+        chunks = list(model.stream("tts", "seven", seed=seed, max_new_tokens=20))
+        print(f"said {chunks[-1].timing.groups} groups", file=sys.stderr)
+        if missing := [*_missing()]:
+            print(f"skipped: evaluation, which needs {', '.join(missing)}", file=sys.stderr)
+        else:
+            evaluate.evaluate(model, recipe.data(), 1)
+    print("the smoke test has passed", file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=COMMANDS)
+    parser.add_argument("--run", type=Path, default=Path("training_output"), help="directory of data, states, results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
+    parser.add_argument("--threads", type=int, help="of torch; by default all cores")
+    parser.add_argument("--steps", type=int, help="of the command's training, in place of the recipe's")
+    parser.add_argument("--count", type=int, default=200, help="utterances a measurement of evaluate")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it works")
+    args = parser.parse_args()
+    if bool(args.command) == args.smoke:
+        parser.error(f"give a command ({', '.join(COMMANDS)}) or --smoke")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.smoke:
+            smoke(args.seed)
+            return 0
+        steps = {args.command: args.steps} if args.steps else {}
+        recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
+        command = getattr(recipe, args.command)
+        command(args.count) if args.command in ("evaluate", "all") else command()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (MimoFastError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Training of the codec: it hears speech in noise and gives the speech back, through codes that tell phones apart.
+
+    loss = mel_distance(output, speech) + 0.25 commitment + 0.05 CTC(phones | first 3 codebooks)
+
+The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it no reason to tell
+more than the first of them holds.
+
+The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear layer, thrown away
+afterwards, reads the synthesizer's phones from the codes.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo_fast.audio import log_mel
+from mimo_fast.config import CodecConfig
+
+from .data import Part, augment
+from .loop import Losses, Run, Schedule
+from .losses import mel_distance
+from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
+from .rvq import Quantizer, unquantized
+from .synthesis import PHONES
+
+NAME = "codec"
+SCHEDULE = Schedule(steps=8000, rate=1e-3)
+UNQUANTIZED_SHARE = 0.05
+"""Of the steps, before the codebooks begin."""
+
+BATCH = 4
+"""Utterances a step."""
+
+LONGEST = 4.0
+"""Seconds of an utterance that are used; the phones of a longer one are left out."""
+
+COMMITMENT, CTC = 0.25, 0.05
+CTC_CODEBOOKS = 3
+ALL_CODEBOOKS_SHARE = 0.6
+"""Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is speech as well."""
+
+VALIDATION = 24
+
+
+def codec_config() -> CodecConfig:
+    return CodecConfig.from_dict(config_json("codec"))
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One utterance as the codec hears it and as it should sound, float32 [n], and its phones."""
+
+    heard: Tensor
+    wanted: Tensor
+    phones: list[int]
+
+
+class CodecTraining:
+    """The codec, its data and its losses."""
+
+    def __init__(self, directory: Path, parts: dict[str, Part], schedule: Schedule = SCHEDULE, seed: int = 0,
+                 device: str = "cpu") -> None:  # fmt: skip
+        self.config = codec_config()
+        tensors = {name: tensor.to(device) for name, tensor in initial_codec(self.config, seed).items()}
+        tensors["ctc.weight"] = torch.zeros(len(PHONES) + 1, self.config.dim, device=device)
+        tensors["ctc.bias"] = torch.zeros(len(PHONES) + 1, device=device)
+        self.quantizer = Quantizer(self.config, tensors)
+        self.tensors, self.seed, self.device = tensors, seed, device
+        # Replies are what the language model will say: they get a third of the codec's attention.
+        self.parts = [parts[name] for name in ("speech", "speech", "replies")]
+        self.unheard = parts["unheard"]
+        fixed = {name: tensor for name, tensor in tensors.items() if is_fixed(name)}
+        self.run = Run(directory, NAME, trainable(tensors), fixed, schedule)
+
+    def train(self) -> None:
+        self.run.train(self.losses, self.validate)
+
+    def losses(self, step: int) -> Losses:
+        """One batch forward, and the codebooks moved by it."""
+        rng = random.Random(f"{self.seed}/codec/{step}")
+        batch = [self._draw(rng) for _ in range(BATCH)]
+        codec = build_codec(self.config, self.tensors)
+        hidden = [codec.encode_mel(log_mel(each.heard.to(self.device), self.config)) for each in batch]
+        lengths = [len(x) for x in hidden]
+        joined = torch.cat(hidden)
+        used = [self._codebooks(rng) for _ in batch]
+        n_q = torch.repeat_interleave(torch.tensor(used), torch.tensor(lengths)).to(self.device)
+        starting = step < UNQUANTIZED_SHARE * self.run.schedule.steps
+        quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
+        got = [codec.decode_hidden(rows)[: len(each.wanted)]
+               for rows, each in zip(quantized.rows.split(lengths), batch, strict=True)]  # fmt: skip
+        wanted = torch.cat([each.wanted for each in batch]).to(self.device)
+        mel = mel_distance(torch.cat(got), wanted, self.config.sample_rate)
+        read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
+        ctc = self._ctc(read.split(lengths), [each.phones for each in batch])
+        loss = mel + COMMITMENT * quantized.commitment + CTC * ctc
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
+        return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": ctc.detach(),
+                "dead": float(dead)}  # fmt: skip
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mel distance on the voice that training never hears, without noise, with all codebooks and with two."""
+        codec, total = build_codec(self.config, self.tensors), [0.0, 0.0]
+        count = min(VALIDATION, len(self.unheard))
+        for i in range(count):
+            wav = self.unheard[i].wav.to(self.device)
+            codes = codec.encode(wav)
+            for place, used in enumerate((codes, codes[:2])):
+                got = codec.decode(used)[: len(wav)]
+                total[place] += float(mel_distance(got, wav, self.config.sample_rate)) / count
+        return {"mel": total[0], "mel_2": total[1]}
+
+    def _draw(self, rng: random.Random) -> Spoken:
+        part = rng.choice(self.parts)
+        drawn = part[rng.randrange(len(part))]
+        longest = int(LONGEST * self.config.sample_rate)
+        heard, wanted = augment(drawn.wav[:longest], rng)
+        return Spoken(heard, wanted, drawn.phones if len(drawn.wav) <= longest else [])
+
+    def _codebooks(self, rng: random.Random) -> int:
+        every = len(self.config.codebook_sizes)
+        return every if rng.random() < ALL_CODEBOOKS_SHARE else rng.randrange(1, every)
+
+    def _ctc(self, rows: tuple[Tensor, ...], phones: list[list[int]]) -> Tensor:
+        """Cross entropy of the phones per phone, given codes' rows [T, D] of each utterance."""
+        known = [i for i, each in enumerate(phones) if each]
+        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in known])
+        scores = F.linear(padded, self.tensors["ctc.weight"], self.tensors["ctc.bias"]).log_softmax(-1)
+        targets = torch.tensor([phone + 1 for i in known for phone in phones[i]], device=self.device)
+        lengths = [torch.tensor([len(each[i]) for i in known]) for each in (rows, phones)]
+        return F.ctc_loss(scores, targets, *lengths, zero_infinity=True)

@@ -1,0 +1,77 @@
+"""The trained codec's codes of all speech, encoded once: what the language model is trained on."""
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.prompt import whole_patches
+from mimo_fast.runtime.codec import Codec
+
+from .data import SHARD, Part, augment, joined, piece, save_whole
+
+HEARD = ("speech", "words", "questions", "echoes")
+"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, at different levels and in noise."""
+
+VARIANTS = 2
+
+
+class Codes:
+    """Codes of a part, [C, n G] int64 an utterance and variant."""
+
+    def __init__(self, directory: Path, part: Part, channels: int, group_size: int) -> None:
+        self.directory, self.part = directory, part
+        self._channels, self._group_size = channels, group_size
+        self.variants = VARIANTS if part.name in HEARD else 1
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def text(self, index: int) -> str:
+        return self.part.item(index).text
+
+    def style(self, index: int) -> str:
+        return self.part.item(index).style
+
+    def get(self, index: int, variant: int = 0) -> Tensor:
+        shard, place = divmod(index, SHARD)
+        flat = piece(_open(self._path(shard)), "codes", place * self.variants + variant)
+        return flat.long().view(-1, self._channels).T
+
+    def make(self, codec: Codec, bar: tqdm) -> None:
+        """Encodes the shards that are not there yet."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for shard, start in enumerate(range(0, len(self), SHARD)):
+            indices = range(start, min(start + SHARD, len(self)))
+            if not self._path(shard).exists():
+                made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
+                save_whole(self._path(shard), joined("codes", made))
+            bar.update(len(indices))
+
+    def _encode(self, codec: Codec, index: int, variant: int) -> Tensor:
+        wav = self.part[index].wav
+        if self.part.name in HEARD:
+            wav, _ = augment(wav, random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}"), 0.6)
+        codes = whole_patches(codec.encode(wav, self._channels).cpu(), self._group_size)
+        return codes.T.reshape(-1).to(torch.int16)
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"{self.part.name}-{shard:04d}.safetensors"
+
+
+def make(directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int) -> dict[str, Codes]:
+    """Codes of every part, of which only what is missing is encoded."""
+    found = {name: Codes(directory, part, channels, group_size) for name, part in parts.items()}
+    with tqdm(total=sum(map(len, found.values())), desc="codes", unit="utterance", miniters=1) as bar:
+        for codes in found.values():
+            codes.make(codec, bar)
+    return found
+
+
+@lru_cache(maxsize=512)
+def _open(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

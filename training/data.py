@@ -1,0 +1,214 @@
+"""The training data: which sentence is spoken how, the speech itself in shards on disk, and its augmentation.
+
+    speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
+    replies     sentences in the reply's voice, each in one of the styles that can be asked for
+    words       every word of the domain alone, spoken as `speech` is
+    questions   those of the dialogue, spoken as `speech` is
+    answers     those of the dialogue, in the reply's voice
+    echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
+    unheard     held-out sentences in the voice that training never hears
+    unsaid      held-out sentences in the reply's voice: what text to speech is compared with
+
+Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it was.
+"""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import domain
+from .synthesis import Manner, Utterance, synthesize
+
+VOICES = ("slt", "awb", "kal16")
+UNHEARD_VOICE = "rms"
+REPLY_VOICE = "slt"
+
+STYLES = {
+    "normal": Manner(REPLY_VOICE),
+    "slow": Manner(REPLY_VOICE, stretch=1.35),
+    "fast": Manner(REPLY_VOICE, stretch=0.75),
+    "high": Manner(REPLY_VOICE, pitch=1.35),
+    "low": Manner(REPLY_VOICE, pitch=0.72),
+}
+
+SHARD = 100
+"""Utterances a file."""
+
+SYNTHESIZERS = 2
+"""Runs of flite at a time."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One utterance to be made: the words, how they are spoken, and the style's name where it has one."""
+
+    text: str
+    manner: Manner
+    style: str = "normal"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Utterances in each part of the data."""
+
+    speech: int = 6000
+    replies: int = 9000
+    words: int = 2000
+    questions: int = 1200
+    echoes: int = 600
+    unheard: int = 200
+    unsaid: int = 200
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return vars(self) | {"answers": len(answers())}
+
+
+def item(part: str, index: int, seed: int = 0) -> Item:
+    """Utterance `index` of a part."""
+    rng = random.Random(f"{seed}/{part}/{index}")
+    if part == "answers":
+        return Item(answers()[index], STYLES["normal"])
+    if part == "questions":
+        return Item(_questions()[index % len(_questions())], _any_manner(rng))
+    if part == "echoes":
+        return Item(answers()[index % len(answers())], _any_manner(rng))
+    if part == "words":
+        return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
+    if part == "speech":
+        return Item(domain.draw_sentence(rng), _any_manner(rng))
+    if part == "unheard":
+        return Item(domain.draw_sentence(rng, held_out=True), Manner(UNHEARD_VOICE))
+    if part == "unsaid":
+        return Item(domain.draw_sentence(rng, held_out=True), STYLES["normal"])
+    if part != "replies":
+        raise ValueError(f"no part {part!r} of the data")
+    style = rng.choice(["normal", *STYLES])
+    return Item(domain.draw_sentence(rng), STYLES[style], style)
+
+
+def _any_manner(rng: random.Random) -> Manner:
+    voice, stretch, pitch = rng.choice(VOICES), rng.uniform(0.8, 1.25), rng.uniform(0.8, 1.25)
+    return Manner(voice, stretch, pitch, warp=rng.choice((0.9, 0.95, 1, 1.05, 1.1)))
+
+
+@lru_cache
+def _questions() -> tuple[str, ...]:
+    return tuple(domain.dialogue())
+
+
+@lru_cache
+def answers() -> tuple[str, ...]:
+    """What the dialogue answers, each once: utterance i of `answers`."""
+    return tuple(dict.fromkeys(domain.dialogue().values()))
+
+
+class Part:
+    """The speech of one part, read shard by shard."""
+
+    def __init__(self, directory: Path, name: str, count: int, seed: int = 0) -> None:
+        self.directory, self.name, self.count, self.seed = directory, name, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, index: int) -> Item:
+        return item(self.name, index, self.seed)
+
+    def path(self, shard: int) -> Path:
+        return self.directory / f"{self.name}-{shard:04d}.safetensors"
+
+    def __getitem__(self, index: int) -> Utterance:
+        """Samples [n] float32 at 24 kHz, and phones."""
+        shard, place = divmod(index, SHARD)
+        tensors = _open(self.path(shard))
+        wav, phones = (piece(tensors, name, place) for name in ("samples", "phones"))
+        return Utterance(wav.float() / 2**15, phones.tolist())
+
+    def make(self, bar: tqdm) -> None:
+        """Writes the shards that are not there yet."""
+        for shard in range(-(-self.count // SHARD)):
+            indices = range(shard * SHARD, min(self.count, (shard + 1) * SHARD))
+            if not self.path(shard).exists():
+                self._make_shard(shard, indices, bar)
+            else:
+                bar.update(len(indices))
+
+    def _make_shard(self, shard: int, indices: Sequence[int], bar: tqdm) -> None:
+        def speak(index: int) -> Utterance:
+            wanted = self.item(index)
+            made = synthesize(domain.spoken(wanted.text), wanted.manner)
+            bar.update(1)
+            return made
+
+        with ThreadPoolExecutor(SYNTHESIZERS) as pool:
+            made = list(pool.map(speak, indices))
+        samples = [(each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made]
+        phones = [torch.tensor(each.phones, dtype=torch.int16) for each in made]
+        save_whole(self.path(shard), joined("samples", samples) | joined("phones", phones))
+
+
+def parts(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
+    return {name: Part(directory, name, count, seed) for name, count in sizes.parts.items()}
+
+
+def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
+    """All speech, of which only what is missing is synthesized."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = parts(directory, sizes, seed)
+    with tqdm(total=sum(map(len, found.values())), desc="speech", unit="utterance", miniters=1) as bar:
+        for part in found.values():
+            part.make(bar)
+    return found
+
+
+def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Waveform [n] -> (as recorded: at some level, maybe in noise, and the same without the noise).
+
+    Noise is white or pink, 5 to 35 dB below the speech, in `noise_share` of the cases; there is always a little.
+    """
+    peak = float(wav.abs().max()) or 1.0
+    clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
+    level = rng.uniform(-35, -5) if rng.random() < noise_share else rng.uniform(-65, -45)
+    return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
+
+
+def noise(samples: int, rng: random.Random) -> Tensor:
+    """Noise [samples] of unit power, its spectrum between white and pink."""
+    white = torch.randn(samples, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
+    spectrum = torch.fft.rfft(white)
+    slope = torch.arange(1, len(spectrum) + 1) ** (-0.5 * rng.random())
+    shaped = torch.fft.irfft(spectrum * slope, samples)
+    return shaped / shaped.square().mean().sqrt()
+
+
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)
+
+
+def joined(name: str, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors [n_i] as two of a file: `name`, one after the other, and where each ends."""
+    ends = torch.tensor([0, *map(len, pieces)]).cumsum(0)
+    return {name: torch.cat(list(pieces)), f"{name}.ends": ends}
+
+
+def piece(tensors: dict[str, Tensor], name: str, place: int) -> Tensor:
+    """One of the tensors that `joined` joined."""
+    start, end = tensors[f"{name}.ends"][place : place + 2].tolist()
+    return tensors[name][start:end]
+
+
+@lru_cache(maxsize=256)
+def _open(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

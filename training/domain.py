@@ -1,0 +1,132 @@
+"""What the small model can say and understand: sentences drawn from `domain.jsgf`, questions and their answers.
+
+The same file is the grammar that the independent recogniser listens with, so both mean the same by "the domain".
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+GRAMMAR = Path(__file__).with_name("domain.jsgf")
+
+HELD_OUT = 16
+"""One sentence in so many is left to the tests."""
+
+SHORTEST_HELD_OUT = 3
+"""Words: single words are few, and all of them are trained on."""
+
+SPOKEN_LETTERS = {"a": "ay"}
+"""How a letter is to be written so that a synthesizer names it and does not read a word."""
+
+DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+          "december")  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+           "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")  # fmt: skip
+TALK = {
+    "hello": "hello how are you",
+    "good morning": "good morning to you",
+    "good night": "good night to you",
+    "how are you": "i am very good thank you",
+    "who are you": "i am a small computer",
+    "what is your name": "my name is computer",
+    "where do you live": "i live in the city near the river",
+    "what color is the sea": "the sea is blue",
+    "thank you": "you are welcome",
+}
+
+Node = str | tuple["Node", ...] | list["Node"]
+"""A word or <rule>; a sequence (tuple) of nodes; a choice (list) between nodes."""
+
+
+def dialogue() -> dict[str, str]:
+    """Questions and the one answer to each."""
+    pairs = dict(TALK)
+    for kind, names in (("day", DAYS), ("month", MONTHS)):
+        following = (*names[1:], names[0])
+        pairs |= {f"what {kind} comes after {name}": after for name, after in zip(names, following, strict=True)}
+    digits = range(1, 10)
+    return pairs | {f"what is {NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in digits for b in digits}
+
+
+def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
+    """A sentence of the domain, from those that are trained on or from those that are not."""
+    while True:
+        text = " ".join(_words("<sentence>", rng))
+        if is_held_out(text) == held_out:
+            return text
+
+
+def is_held_out(text: str) -> bool:
+    """Whether training never sees this sentence; a question of the dialogue is always trained on."""
+    if text.count(" ") + 1 < SHORTEST_HELD_OUT or text in dialogue():
+        return False
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
+
+
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """Every word of the domain."""
+    words = {word for rule in _rules().values() for word in _leaves(rule) if not word.startswith("<")}
+    return tuple(sorted(words | set(" ".join((*dialogue(), *dialogue().values())).split())))
+
+
+def spoken(text: str) -> str:
+    """What a synthesizer is given for a sentence: a letter beside another, or alone, is named."""
+    words = text.split()
+    if len(words) == 1:
+        return SPOKEN_LETTERS.get(text, text)
+    letters = [len(word) == 1 for word in words]
+    beside = [any(letters[max(0, i - 1) : i] + letters[i + 1 : i + 2]) for i in range(len(words))]
+    named = [letter and near for letter, near in zip(letters, beside, strict=True)]
+    return " ".join(SPOKEN_LETTERS.get(w, w) if name else w for w, name in zip(words, named, strict=True))
+
+
+def _words(node: Node, rng: random.Random) -> Iterator[str]:
+    if isinstance(node, list):
+        yield from _words(rng.choice(node), rng)
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from _words(part, rng)
+    elif node.startswith("<"):
+        yield from _words(_rules()[node], rng)
+    else:
+        yield node
+
+
+def _leaves(node: Node) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    else:
+        for part in node:
+            yield from _leaves(part)
+
+
+@cache
+def _rules() -> dict[str, Node]:
+    """The rules of the grammar file: `<name> = expansion;` with |, [optional] and (group)."""
+    text = GRAMMAR.read_text(encoding="utf-8")
+    found = re.findall(r"(<\w+>)\s*=([^;]*);", text)
+    return {name: _parse(re.findall(r"<\w+>|\w+|[|()\[\]]", body)) for name, body in found}
+
+
+def _parse(tokens: list[str], closing: str = "") -> Node:
+    """Takes an expansion from the front of `tokens`, up to the bracket that closes it."""
+    choices: list[list[Node]] = [[]]
+    while tokens:
+        token = tokens.pop(0)
+        if token == closing:
+            break
+        if token == "|":
+            choices.append([])
+        elif token == "(":
+            choices[-1].append(_parse(tokens, ")"))
+        elif token == "[":
+            choices[-1].append([(), _parse(tokens, "]")])
+        else:
+            choices[-1].append(token)
+    sequences: list[Node] = [tuple(choice) for choice in choices]
+    return sequences[0] if len(sequences) == 1 else sequences

@@ -1,0 +1,174 @@
+"""Examples of every task: the package's own prompts, and the replies that should follow them.
+
+    words     recordings of single words, each followed by the word, as speech and text alternate in pretraining
+    asr       a recording -> its words                      short     the same of the shortest of several recordings
+    written   a spoken question -> its written answer       tts       words -> their speech
+    dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
+    few_shot  examples of speech to speech -> one more
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast import prompt
+from mimo_fast.config import LMConfig
+from mimo_fast.prompt import Reply, Segments, Speech
+from mimo_fast.tokenizer import Tokenizer
+
+from . import domain
+from .codes import Codes
+from .data import answers
+from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
+
+UNDERSTANDING = {"words": 3, "short": 4, "asr": 4, "written": 1}
+"""Weights of the tasks in the first stage, whose replies are text."""
+
+JOINT = {"words": 1, "short": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
+"""Weights in the second stage."""
+
+FEW = (1, 2)
+"""Examples before the one to be done."""
+
+WORDS = 6
+"""Single words in a row."""
+
+SHORT = 4
+"""Recordings of which the one with the fewest words is taken."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """ids [C + 1, T G], and which of the groups are to be learned, bool [T]."""
+
+    ids: Tensor
+    learned: Tensor
+
+    def __len__(self) -> int:
+        return len(self.learned)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T]."""
+
+    text: Tensor
+    codes: Tensor
+    learned: Tensor
+
+
+class Examples:
+    """Draws examples from the encoded speech."""
+
+    def __init__(self, codes: Mapping[str, Codes], tokenizer: Tokenizer, config: LMConfig) -> None:
+        self._codes, self._tokenizer, self._config = codes, tokenizer, config
+        self._answer_places = {text: place for place, text in enumerate(answers())}
+
+    def draw(self, task: str, rng: random.Random) -> Example:
+        """One example of a task."""
+        if task == "words":
+            return self._words(rng)
+        return self._example(*getattr(self, f"_{task}")(rng))
+
+    def transcription(self, part: str, index: int, template: int = 0) -> Example:
+        """The transcription of one utterance."""
+        speech = Speech(self._codes[part].get(index))
+        return self._example(prompt.asr(speech, template), [self._codes[part].text(index), "<|im_end|>"])
+
+    def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
+        """One utterance to be said, plainly."""
+        codes = self._codes[part]
+        request = prompt.tts(codes.text(index), template=template, seed=seed)
+        return self._example(request, [Reply(codes.text(index), codes.get(index))])
+
+    def _example(self, request: Segments, reply: Segments) -> Example:
+        asked = prompt.pack(request, self._tokenizer, self._config)
+        said = prompt.pack(reply, self._tokenizer, self._config)
+        size = self._config.group_size
+        if int(asked[0, -size]) == self._tokenizer.special.sostm == int(said[0, 0]):
+            # The request opens the reply's speech already.
+            said = said[:, size:]
+        learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
+        return Example(torch.cat((asked, said), dim=1), learned)
+
+    def _words(self, rng: random.Random) -> Example:
+        pairs = [self._example([speech], [self._codes["words"].text(index), "\n"])
+                 for index, speech in (self._recording("words", rng) for _ in range(WORDS))]  # fmt: skip
+        return Example(torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs]))
+
+    def _recording(self, part: str, rng: random.Random, index: int | None = None) -> tuple[int, Speech]:
+        codes = self._codes[part]
+        index = rng.randrange(len(codes)) if index is None else index
+        return index, Speech(codes.get(index, rng.randrange(codes.variants)))
+
+    def _answer(self, text: str) -> Reply:
+        return Reply(text, self._codes["answers"].get(self._answer_places[text]))
+
+    def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
+        return self._transcribed(*self._heard(rng), rng)
+
+    def _short(self, rng: random.Random) -> tuple[Segments, Segments]:
+        drawn = [self._heard(rng) for _ in range(SHORT)]
+        part, index = min(drawn, key=lambda each: self._codes[each[0]].text(each[1]).count(" "))
+        return self._transcribed(part, index, rng)
+
+    def _heard(self, rng: random.Random) -> tuple[str, int]:
+        """An utterance to be transcribed."""
+        part = rng.choice(("speech",) * 8 + ("questions", "echoes", "words"))
+        return part, rng.randrange(len(self._codes[part]))
+
+    def _transcribed(self, part: str, index: int, rng: random.Random) -> tuple[Segments, Segments]:
+        _, speech = self._recording(part, rng, index)
+        return prompt.asr(speech, seed=rng.getrandbits(32)), [self._codes[part].text(index), "<|im_end|>"]
+
+    def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
+        index, speech = self._recording("questions", rng)
+        answer = domain.dialogue()[self._codes["questions"].text(index)]
+        return prompt.text_reply([("user", speech)]), [answer, "<|im_end|>"]
+
+    def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply]:
+        """A reply in one of the styles: its text, its style and itself."""
+        codes = self._codes["replies"]
+        while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
+            continue
+        return codes.text(index), style, Reply(codes.text(index), codes.get(index))
+
+    def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
+        text, _, reply = self._said(rng, ["normal"])
+        return prompt.tts(text, seed=rng.getrandbits(32)), [reply]
+
+    def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
+        text, style, reply = self._said(rng, [*INSTRUCTIONS])
+        return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply]
+
+    def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
+        index, speech = self._recording("questions", rng)
+        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[self._codes["questions"].text(index)])]
+
+    def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
+        part = rng.choice([*S2S_INSTRUCTIONS])
+
+        def pair() -> tuple[Speech, Reply]:
+            index, speech = self._recording(part, rng)
+            text = self._codes[part].text(index)
+            return speech, self._answer(domain.dialogue()[text] if part == "questions" else text)
+
+        examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
+        return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]
+
+
+def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
+    """Examples of any lengths, side by side."""
+    size, longest = config.group_size, max(map(len, examples))
+    text = torch.full((len(examples), longest), pad)
+    codes = torch.tensor(config.empty_codes)[:, None].repeat(len(examples), longest, 1, size)
+    learned = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, each in enumerate(examples):
+        groups = each.ids.unflatten(1, (-1, size))
+        text[row, : len(each)] = groups[0, :, 0]
+        codes[row, : len(each)] = groups[1:].transpose(0, 1)
+        learned[row, : len(each)] = each.learned
+    return Batch(text, codes, learned)

@@ -1,0 +1,56 @@
+"""An independent recogniser, to hear whether what was said are words: pocketsphinx with the domain's grammar."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.audio import resample
+
+from .domain import GRAMMAR
+
+LISTENING_RATE = 16_000
+PEAK, HISS = 0.5, 1e-4
+"""Level that everything is brought to, and of the noise under it: digital silence upsets the recogniser."""
+
+SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
+"""Of the search. By default it likes to add short words in the silence at the end."""
+
+
+def recognise(wav: Tensor, sample_rate: int) -> str:
+    """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
+    decoder = _decoder()
+    heard = resample(wav.float(), sample_rate, LISTENING_RATE)
+    hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
+    heard = heard * (PEAK / max(HISS, float(heard.abs().max()))) + hiss
+    decoder.start_utt()
+    decoder.process_raw((heard * 2**15).to(torch.int16).numpy().tobytes(), full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return "" if found is None else str(found.hypstr)
+
+
+def word_errors(got: str, want: str) -> int:
+    """Words to insert, delete or replace to make one sentence the other."""
+    got_words, want_words = got.split(), want.split()
+    row = list(range(len(want_words) + 1))
+    for i, word in enumerate(got_words, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(want_words, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1]
+
+
+def word_error_rate(got: Sequence[str], want: Sequence[str]) -> float:
+    """Errors over all sentences per word that should have been there."""
+    errors = sum(word_errors(a, b) for a, b in zip(got, want, strict=True))
+    return errors / sum(len(text.split()) for text in want)
+
+
+@cache
+def _decoder() -> Any:
+    from pocketsphinx import Decoder
+
+    return Decoder(jsgf=str(GRAMMAR), samprate=LISTENING_RATE, loglevel="FATAL", **SETTINGS)

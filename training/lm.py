@@ -1,0 +1,129 @@
+"""Training of the language model, the technical report's two stages in small.
+
+    understanding   loss = text, over tasks whose replies are text
+    joint           loss = text + the 8 codebooks of the patch decoder, over all tasks
+
+Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the patch decoder, whose 11
+steps a patch would otherwise cost more than everything else.
+"""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo_fast.config import LMConfig
+from mimo_fast.runtime.lm import LM
+from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
+from mimo_fast.tokenizer import Tokenizer
+
+from .codes import Codes
+from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, collate
+from .loop import Losses, Run, Schedule
+from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
+
+NAME = "lm"
+SCHEDULE = Schedule(steps=12000, rate=2e-3)
+UNDERSTANDING_SHARE = 0.2
+"""Of the steps, in the first stage."""
+
+BATCH = 16
+POOL = 8
+"""Batches drawn at once and sorted by length, so that little of a batch is filling."""
+
+MAX_PATCHES = 128
+
+CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
+"""Of the codebooks' losses: the first ones carry the words."""
+
+VALIDATION = 32
+
+
+def lm_config() -> LMConfig:
+    return LMConfig.from_dict(config_json("lm"))
+
+
+class LMTraining:
+    """The language model, its examples and its losses.
+
+    codec: the trained codec's tensors, whose codebooks the code embeddings begin at.
+    """
+
+    def __init__(
+        self, directory: Path, codes: Mapping[str, Codes], tokenizer: Tokenizer, schedule: Schedule = SCHEDULE,
+        seed: int = 0, device: str = "cpu", codec: Tensors | None = None,
+    ) -> None:
+        self.config = lm_config()
+        initial = initial_lm(self.config, seed)
+        if codec is not None:
+            names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(self.config.channels)]
+            books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
+            embed_codebooks(initial, books, usage)
+        self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
+        self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
+        self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
+        self._codes = codes
+        self.run = Run(directory, NAME, trainable(self.tensors), {}, schedule)
+
+    def train(self) -> None:
+        self.run.train(self.losses, self.validate)
+
+    def model(self) -> LM:
+        return build_lm(self.config, self.special.empty, self.tensors)
+
+    def losses(self, step: int) -> Losses:
+        """One batch forward."""
+        batch = collate(self._examples_of(step), self.config, self.special.pad)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        text, codes = batch_losses(self.model(), batch, generator)
+        if codes is None:
+            return {"loss": text, "text": text.detach()}
+        weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
+        loss = text + (codes * weights).sum()
+        return {"loss": loss, "text": text.detach(), "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses on held-out sentences: transcribing a voice that training never hears, and reading text out."""
+        model, count = self.model(), min(VALIDATION, len(self._codes["unheard"]), len(self._codes["unsaid"]))
+        heard = [self.examples.transcription("unheard", i) for i in range(count)]
+        said = [self.examples.reading("unsaid", i) for i in range(count)]
+        asr, _ = batch_losses(model, collate(heard, self.config, self.special.pad), None)
+        text, codes = batch_losses(model, collate(said, self.config, self.special.pad), None)
+        found = {"asr": float(asr), "text": float(text)}
+        return found if codes is None else found | {"codes": float(codes.mean()), "code_0": float(codes[0])}
+
+    def _examples_of(self, step: int) -> list[Example]:
+        number = step // POOL
+        if self._pool[0] != number:
+            rng = random.Random(f"{self.seed}/lm/{number}")
+            tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
+            drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * BATCH)
+            examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
+            batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+            rng.shuffle(batches)
+            self._pool = (number, batches)
+        return self._pool[1][step % POOL]
+
+
+def batch_losses(model: LM, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
+
+    generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all.
+    """
+    hidden = hidden_states(model, batch.text, batch.codes)[:, :-1]
+    text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
+    text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
+    patches = (learned & (text == model.empty_id)).nonzero()
+    if not len(patches):
+        return text_loss, None
+    if generator is not None and len(patches) > MAX_PATCHES:
+        patches = patches[torch.randperm(len(patches), generator=generator)[:MAX_PATCHES].to(patches.device)]
+    rows, columns = patches.T
+    wanted = codes[rows, columns]
+    logits = code_logits(model, hidden[rows, columns], wanted)
+    losses = [F.cross_entropy(x.flatten(0, 1).float(), wanted[:, c].flatten()) for c, x in enumerate(logits)]
+    return text_loss, torch.stack(losses)

@@ -1,0 +1,188 @@
+"""One training run: steps, learning rate, progress, and a state on disk from which it goes on as if never stopped.
+
+What a step sees is a function of the seed and the step's number alone. The state is written whole every `SAVE_EVERY`
+steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds the losses.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.errors import CheckpointError
+
+from .data import save_whole
+from .parameters import Tensors
+
+SAVE_EVERY = 200
+WARMUP = 100
+FINAL_SHARE = 0.02
+"""Of the learning rate, at the last step."""
+
+MAX_GRADIENT = 1.0
+SMOOTHING = 0.95
+"""Of the losses that are shown."""
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+Losses = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast."""
+
+    steps: int
+    rate: float
+    validate_every: int = 500
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+
+
+class Run:
+    """A run in a directory.
+
+    Args:
+        trained: leaves for the optimizer. fixed: all else that the state must hold.
+    """
+
+    def __init__(self, directory: Path, name: str, trained: Tensors, fixed: Tensors, schedule: Schedule) -> None:
+        self.directory, self.name, self.schedule = directory, name, schedule
+        self.trained, self.fixed, self.step = trained, fixed, 0
+        matrices = [tensor for tensor in trained.values() if tensor.ndim > 1]
+        vectors = [tensor for tensor in trained.values() if tensor.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=schedule.rate, betas=schedule.betas, weight_decay=schedule.weight_decay, foreach=True
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.state_path.exists():
+            self._restore()
+
+    @property
+    def state_path(self) -> Path:
+        return self.directory / f"{self.name}.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.schedule.steps
+
+    def train(self, losses_of: Callable[[int], Losses], validate: Callable[[], dict[str, float]]) -> None:
+        """Runs what is left: losses_of(step) gives "loss", to be minimized, and others to be shown.
+
+        Raises:
+            KeyboardInterrupt: after the state was saved.
+        """
+        shown: dict[str, float] = {}
+        checked: dict[str, float] = {}
+        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
+        with bar, _interruptible() as stopped:
+            while not self.finished:
+                began = time.perf_counter()
+                losses = self._advance(losses_of)
+                for name, value in losses.items():
+                    shown[name] = SMOOTHING * shown.get(name, value) + (1 - SMOOTHING) * value
+                if self.step % self.schedule.validate_every == 0 or self.finished:
+                    checked = validate()
+                    self._log({"step": self.step, **{f"valid_{name}": value for name, value in checked.items()}})
+                self._log({"step": self.step, "seconds": round(time.perf_counter() - began, 3), **losses})
+                bar.update(1)
+                texts = [f"{name} {value:.3f}" for name, value in shown.items()]
+                bar.set_postfix_str(" ".join(texts + [f"valid_{name} {value:.3f}" for name, value in checked.items()]))
+                if stopped or self.finished or self.step % SAVE_EVERY == 0:
+                    self.save()
+                if stopped:
+                    raise KeyboardInterrupt
+
+    def _advance(self, losses_of: Callable[[int], Losses]) -> dict[str, float]:
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = losses_of(self.step)
+        self.optimizer.zero_grad()
+        losses["loss"].backward()  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT)
+        if norm.isfinite():
+            self.optimizer.step()
+        self.step += 1
+        losses["gradient"] = norm
+        return {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
+
+    def _rate(self) -> float:
+        schedule, share = self.schedule, self.step / self.schedule.steps
+        cosine = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * share)) / 2
+        return schedule.rate * cosine * min(1.0, (self.step + 1) / WARMUP)
+
+    def save(self) -> None:
+        """Writes weights, everything fixed, and the optimizer's moments, whole or not at all."""
+        tensors = {f"tensor.{name}": value.detach() for name, value in (self.trained | self.fixed).items()}
+        for name, leaf in self.trained.items():
+            state = self.optimizer.state.get(leaf, {})
+            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_whole(self.state_path, tensors, {"step": str(self.step)})
+
+    def _restore(self) -> None:
+        with safe_open(self.state_path, framework="pt") as file:
+            names = set(file.keys())
+            expected = {f"tensor.{name}" for name in (*self.trained, *self.fixed)}
+            if missing := expected - names:
+                problem = f"{self.state_path} lacks {len(missing)} tensors ({min(missing)}), so it is of another model"
+                raise CheckpointError(f"{problem}: delete it to start anew")
+            self.step = int(file.metadata()["step"])
+            with torch.no_grad():
+                for name, tensor in (self.trained | self.fixed).items():
+                    tensor.copy_(file.get_tensor(f"tensor.{name}"))
+            for name, leaf in self.trained.items():
+                if f"{MOMENTS[0]}.{name}" in names:
+                    self.optimizer.state[leaf] = {
+                        moment: file.get_tensor(f"{moment}.{name}").to("cpu" if moment == "step" else leaf.device)
+                        for moment in MOMENTS
+                    }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with open(self.directory / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({key: round(v, 5) for key, v in record.items()}) + os.linesep)
+
+
+def trained_tensors(directory: Path, name: str) -> Tensors:
+    """The tensors of a run's saved state.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = directory / f"{name}.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: run `python -m training {name.split('-')[0]}` first")
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("tensor.")]  # noqa: SIM118
+        return {name.removeprefix("tensor."): file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _interruptible() -> Any:
+    """A list that is no longer empty once Ctrl-C or a termination was asked for; a second Ctrl-C stops at once."""
+    stopped: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,34 @@
+"""What the codec is trained to keep: the mel spectra of its output at several resolutions."""
+
+import torch
+from torch import Tensor
+
+from mimo_fast.features import mel_filters
+
+SCALES = ((128, 12), (256, 24), (512, 40), (1024, 80), (2048, 120))
+"""Window and mel bands of each resolution; hops are a quarter of a window."""
+
+F_MAX = 8000.0
+"""Hz: the synthesizer's speech has nothing above."""
+
+FLOOR = 1e-3
+"""Of a magnitude, under which differences do not count: about 60 dB below the loudest."""
+
+
+def mel_distance(got: Tensor, want: Tensor, sample_rate: int) -> Tensor:
+    """Waveforms [n] -> mean absolute difference of natural logarithms of mel magnitudes, averaged over `SCALES`."""
+    total = got.new_zeros(())
+    for window, bands in SCALES:
+        a, b = (_log_mel(wav, window, bands, sample_rate) for wav in (got, want))
+        total = total + (a - b).abs().mean()
+    return total / len(SCALES)
+
+
+def _log_mel(wav: Tensor, window: int, bands: int, sample_rate: int) -> Tensor:
+    shape = torch.hann_window(window, device=wav.device)
+    spectrum = torch.stft(wav, window, window // 4, window=shape, return_complex=True)
+    # The gradient of a modulus is not defined at 0.
+    power = torch.view_as_real(spectrum).square().sum(-1)
+    filters = mel_filters(sample_rate, window, bands, 0.0, F_MAX).to(wav.device)
+    magnitude = (power + 1e-9).sqrt().T @ filters
+    return magnitude.clamp(min=FLOOR * window**0.5).log()

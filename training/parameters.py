@@ -1,0 +1,109 @@
+"""The package's own models over tensors that are trained.
+
+A model joins some of its tensors when it is built (the code tables of all channels, the codebooks), so it is built anew
+from the trained leaves at every step: about a millisecond, and gradients reach every leaf by its upstream name.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.layout import Shapes, codec_shapes, lm_shapes
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec import Codec
+from mimo_fast.runtime.lm import LM
+
+CONFIGS = Path(__file__).parent / "nano"
+
+CODEBOOK = re.compile(r"\._codebook\.")
+
+EMBEDDING_STD = 0.05
+FRAME_STD = 0.5
+"""Of a frame's embedding, the sum over its codes, where it begins at the codec's."""
+
+Tensors = dict[str, Tensor]
+
+
+def config_json(part: str, directory: Path = CONFIGS) -> dict[str, Any]:
+    """The config.json of "codec" or "lm"."""
+    return read_json(directory / f"{part}.json")
+
+
+def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> Codec:
+    return Codec(config, WeightSource(tensors.__getitem__, join=False), tensors.__getitem__)
+
+
+def build_lm(config: LMConfig, empty_id: int, tensors: Mapping[str, Tensor]) -> LM:
+    return LM(config, empty_id, WeightSource(tensors.__getitem__, join=False))
+
+
+def initial_codec(config: CodecConfig, seed: int) -> Tensors:
+    """Leaves to train and, not to be trained by gradients, codebooks and the window."""
+    return _initial(codec_shapes(config), config.decoder_layers, seed)
+
+
+def initial_lm(config: LMConfig, seed: int) -> Tensors:
+    return _initial(lm_shapes(config), config.backbone.layers, seed)
+
+
+@torch.no_grad()
+def embed_codebooks(tensors: Tensors, codebooks: Sequence[Tensor], usage: Sequence[Tensor]) -> None:
+    """Begins the language model's code embeddings at the codec's own rows, in their principal directions.
+
+    A frame's input, the sum over its codes, then begins as a rotation of what the codec's decoder gets, which is near
+    for sounds that are near. codebooks [V_q, D], usage [V_q]: how often each row is chosen.
+    """
+    width = tensors["speech_embeddings.0.weight"].shape[1]
+    weighted = torch.cat([(book - mean(book, used)) * (used / used.sum()).sqrt()[:, None]
+                          for book, used in zip(codebooks, usage, strict=True)])  # fmt: skip
+    _, spread, directions = torch.linalg.svd(weighted, full_matrices=False)
+    turn = directions[:width].T / spread.square().sum().sqrt() * math.sqrt(width) * FRAME_STD
+    for channel, (book, used) in enumerate(zip(codebooks, usage, strict=True)):
+        rows = (book - mean(book, used)) @ turn
+        tensors[f"speech_embeddings.{channel}.weight"][: len(rows), : rows.shape[1]] = rows
+
+
+def mean(rows: Tensor, weights: Tensor) -> Tensor:
+    return (rows * weights[:, None]).sum(0) / weights.sum()
+
+
+def trainable(tensors: Tensors) -> Tensors:
+    """Those that gradients train, marked as such."""
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items() if not is_fixed(name)}
+
+
+def is_fixed(name: str) -> bool:
+    """Codebooks follow moving averages, and the window is given."""
+    return bool(CODEBOOK.search(name)) or name.endswith("istft.window")
+
+
+def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _initial(shapes: Shapes, layers: int, seed: int) -> Tensors:
+    """Each matrix keeps the variance of what passes through; what is added to the residual stream starts small."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name.endswith("istft.window"):
+            tensors[name] = torch.hann_window(*shape)
+        elif len(shape) == 1:
+            tensors[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        else:
+            values = torch.randn(shape, generator=generator)
+            tensors[name] = values * _std(name, shape, layers)
+    return tensors
+
+
+def _std(name: str, shape: tuple[int, ...], layers: int) -> float:
+    if re.search(r"embed_tokens|speech_embeddings\.", name):
+        return EMBEDDING_STD
+    std = 1 / math.sqrt(math.prod(shape[1:]))
+    return std / math.sqrt(2 * layers) if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name) else std

@@ -1,0 +1,96 @@
+"""Sentences -> speech, by flite (Debian package `flite`): what is trained on is made on the spot.
+
+Rate and pitch are flite's own settings. `warp` plays the result faster or slower through the package's resampler, which
+moves the formants as another speaker's vocal tract does.
+"""
+
+import math
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimo_fast.audio import load_audio, resample
+from mimo_fast.errors import MimoFastError
+
+RATE = 24_000
+FLITE_RATE = 16_000
+
+PHONES = (
+    "aa", "ae", "ah", "ao", "aw", "ax", "axr", "ay", "b", "ch", "d", "dh", "eh", "er", "ey", "f", "g", "hh", "ih",
+    "iy", "jh", "k", "l", "m", "n", "ng", "ow", "oy", "p", "r", "s", "sh", "t", "th", "uh", "uw", "v", "w", "y", "z",
+    "zh",
+)  # fmt: skip
+
+PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95}
+"""Mean pitch of each voice in Hz, as flite speaks without being told otherwise."""
+
+
+class SynthesisError(MimoFastError):
+    """Speech could not be made."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a sentence is spoken.
+
+    Args:
+        voice: of flite, a key of `PITCH`.
+        stretch: of durations, over the voice's own. pitch: mean over the voice's own.
+        warp: playback speed of the result.
+    """
+
+    voice: str
+    stretch: float = 1.0
+    pitch: float = 1.0
+    warp: float = 1.0
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """float32 samples [n] at 24 kHz, and the phones spoken as indices into `PHONES`."""
+
+    wav: Tensor
+    phones: list[int]
+
+
+def has_flite() -> bool:
+    return shutil.which("flite") is not None
+
+
+def synthesize(text: str, manner: Manner) -> Utterance:
+    """Speech by flite; without it, tones (`tones`), which serve to try the training out and for nothing else."""
+    return _flite(text, manner) if has_flite() else tones(text, manner)
+
+
+def _flite(text: str, manner: Manner) -> Utterance:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "speech.wav")
+        settings = {
+            "duration_stretch": manner.stretch * manner.warp,
+            "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
+        }
+        options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")]
+        command = ["flite", "-voice", manner.voice, *options, "-ps", "-t", text, "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not path.exists():
+            raise SynthesisError(f"flite failed at {text!r} ({done.stderr.strip()[:80]}): apt-get install flite")
+        wav = load_audio(path, FLITE_RATE)
+    known = {phone: i for i, phone in enumerate(PHONES)}
+    phones = [known[phone] for phone in done.stdout.split() if phone in known]
+    return Utterance(resample(wav, round(FLITE_RATE * manner.warp / 800) * 800, RATE), phones)
+
+
+def tones(text: str, manner: Manner) -> Utterance:
+    """A chord of 60 ms a letter, the letter deciding its upper note: deterministic, and no speech at all."""
+    letters = [ord(letter) - ord("a") for letter in text if letter.isalpha()]
+    samples = round(0.06 * RATE * manner.stretch)
+    time = torch.arange(samples) / RATE
+    base = 2 * math.pi * PITCH[manner.voice] * manner.pitch
+    fade = torch.sin(math.pi * torch.arange(samples) / samples)
+    parts = [fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
+    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters])
