@@ -1,7 +1,7 @@
 """Examples of every task: the package's own prompts, and the replies that should follow them.
 
     words     recordings of single words, each followed by the word, as speech and text alternate in pretraining
-    asr       a recording -> its words                      short     the same of the shortest of several recordings
+    asr       a recording -> its words                      spliced   recordings of single words as one -> the words
     written   a spoken question -> its written answer       tts       words -> their speech
     dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
     few_shot  examples of speech to speech -> one more
@@ -24,10 +24,10 @@ from .codes import Codes
 from .data import answers
 from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 
-UNDERSTANDING = {"words": 3, "short": 4, "asr": 4, "written": 1}
+UNDERSTANDING = {"words": 4, "spliced": 4, "asr": 4, "written": 1}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"words": 1, "short": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
+JOINT = {"words": 1, "spliced": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -36,8 +36,8 @@ FEW = (1, 2)
 WORDS = 6
 """Single words in a row."""
 
-SHORT = 4
-"""Recordings of which the one with the fewest words is taken."""
+SPLICED = 5
+"""Single words in one recording at most."""
 
 
 @dataclass(frozen=True)
@@ -99,30 +99,24 @@ class Examples:
                  for index, speech in (self._recording("words", rng) for _ in range(WORDS))]  # fmt: skip
         return Example(torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs]))
 
-    def _recording(self, part: str, rng: random.Random, index: int | None = None) -> tuple[int, Speech]:
+    def _recording(self, part: str, rng: random.Random) -> tuple[int, Speech]:
         codes = self._codes[part]
-        index = rng.randrange(len(codes)) if index is None else index
+        index = rng.randrange(len(codes))
         return index, Speech(codes.get(index, rng.randrange(codes.variants)))
 
     def _answer(self, text: str) -> Reply:
         return Reply(text, self._codes["answers"].get(self._answer_places[text]))
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
-        return self._transcribed(*self._heard(rng), rng)
-
-    def _short(self, rng: random.Random) -> tuple[Segments, Segments]:
-        drawn = [self._heard(rng) for _ in range(SHORT)]
-        part, index = min(drawn, key=lambda each: self._codes[each[0]].text(each[1]).count(" "))
-        return self._transcribed(part, index, rng)
-
-    def _heard(self, rng: random.Random) -> tuple[str, int]:
-        """An utterance to be transcribed."""
-        part = rng.choice(("speech",) * 8 + ("questions", "echoes", "words"))
-        return part, rng.randrange(len(self._codes[part]))
-
-    def _transcribed(self, part: str, index: int, rng: random.Random) -> tuple[Segments, Segments]:
-        _, speech = self._recording(part, rng, index)
+        part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
+        index, speech = self._recording(part, rng)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [self._codes[part].text(index), "<|im_end|>"]
+
+    def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
+        drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
+        speech = Speech(torch.cat([each.codes for _, each in drawn], dim=1))
+        text = " ".join(self._codes["words"].text(index) for index, _ in drawn)
+        return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
 
     def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
         index, speech = self._recording("questions", rng)
