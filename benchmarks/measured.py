@@ -17,7 +17,7 @@ THING = {
     "baseline": ("provider", "model", "dtype"),
     "quality": ("model",),
     "compare": ("case",),
-    "profile": ("model", "quantization", "batch"),
+    "profile": ("model", "quantization", "batch", "mode"),
 }
 """Kind of record -> the fields that tell what was measured; a newer record of the same takes the older one's place."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.measured import Entry, Measured
 from benchmarks.report import picture_name
@@ -67,7 +68,7 @@ def roofline(entries: Sequence[Entry], device: str) -> Figure:
     knee = max(newest["flops"].values()) / newest["read_Bps"]
     axes.plot([left, knee], [x * newest["read_Bps"] / 1e9 for x in (left, knee)], color="#222222", linewidth=1.3)
     axes.annotate(f"reads {newest['read_Bps'] / 1e9:,.1f} GB/s", (left, left * newest["read_Bps"] / 1e9),
-                  xytext=(4, 12), textcoords="offset points", fontsize=8, color="#222222")  # fmt: skip
+                  xytext=(16, 1), textcoords="offset points", fontsize=8, color="#222222")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="achieved (GFLOP/s)",
              title=f"Ops under the ceiling: {device}")  # fmt: skip
     axes.legend(loc="lower right", ncols=2)
@@ -92,9 +93,11 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
     by_context.set(xlabel="context (groups)")
     for axes in (by_batch, by_context):
         axes.set(xscale="log", yscale="log")
+        _mark_measured(axes)
         axes.axhline(PATCH_MS, color="#222222", linewidth=1, linestyle="--")
         axes.legend(loc="best")
-        _plain_ticks(axes)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
     by_batch.annotate("real time: 160 ms", (0.02, PATCH_MS), xycoords=("axes fraction", "data"), xytext=(0, 3),
                       textcoords="offset points", fontsize=8, color="#222222")  # fmt: skip
     figure.suptitle(f"Latency of a group of speech: {device}", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
@@ -116,27 +119,27 @@ def _line(
 def memory(entries: Sequence[Entry], device: str) -> Figure:
     """Peak memory of requests by batch, the most of all tasks."""
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
-    axes = figure.subplots()
+    axes, highest = figure.subplots(), 0.0
     for i, title in enumerate(sorted({e.title for e in entries})):
         peaks: dict[int, float] = {}
         for e in entries:
             if e.title == title:
                 peaks[e["batch"]] = max(peaks.get(e["batch"], 0), e["peak_bytes"] / GB)
-        batches = sorted(peaks)
+        batches, highest = sorted(peaks), max(highest, *peaks.values())
         axes.plot(batches, [peaks[b] for b in batches], marker=MARKERS[i % len(MARKERS)], markersize=5,
                   color=COLOURS[i % len(COLOURS)], label=title)  # fmt: skip
         axes.annotate(f"{peaks[batches[-1]]:.2f} GB", (batches[-1], peaks[batches[-1]]), xytext=(6, 5),
                       textcoords="offset points", fontsize=8, color="#333333")  # fmt: skip
-    axes.set(xscale="log", xlabel="batch (streams)", ylabel="peak memory (GB)", ylim=(0, None),
+    axes.set(xscale="log", xlabel="batch (streams)", ylabel="peak memory (GB)", ylim=(0, 1.2 * highest),
              title=f"Peak memory of whole requests: {device}")  # fmt: skip
-    axes.margins(x=0.12, y=0.15)
-    axes.legend(loc="best")
-    _plain_ticks(axes)
+    axes.margins(x=0.12)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _mark_measured(axes)
     return figure
 
 
-def _plain_ticks(axes: Axes) -> None:
+def _mark_measured(axes: Axes) -> None:
     """Marks what was measured on the x axis, and nothing else."""
-    found = sorted({float(x) for line in axes.lines for x in line.get_xdata() if float(x) >= 1})
+    found = sorted({float(x) for line in axes.lines for x in line.get_xdata()})
     axes.set_xticks(found, [f"{x:,.0f}" for x in found])
     axes.minorticks_off()

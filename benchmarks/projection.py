@@ -7,9 +7,9 @@ time of a group holds, for each kernel, beside them:
 
     cost = (group - busy) / kernels        share = bytes / (busy x published bandwidth)
 
-with the group's seconds and bytes from a record of kind `groups`, and `busy`, the seconds of all its kernels, and their
-number from one of kind `profile`. It assumes that another card reaches the same share, and launches at the same cost; a
-projection is no measurement. Without such records there is only the floor, bytes / published bandwidth.
+with a group's seconds (measured without the profiler) and bytes, the number of its kernels, and `busy`, the seconds of
+them all, from a record of kind `profile`. It assumes that another card reaches the same share, and launches at the same
+cost; a projection is no measurement. Without a record there is only the floor, bytes / published bandwidth.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ CARDS = (
 class Basis:
     """What was measured on a card in a format: the two figures of the formula, and the number of kernels."""
 
-    groups: Entry
     profile: Entry
     share: float
     cost: float
-    kernels: int
+    kernels: float
 
     @property
     def seconds(self) -> float:
-        return self.groups["audio_group"]["p50"]
+        """Of an audio group, as measured."""
+        return self.profile["audio_group"]["p50"]
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,20 @@ def card_of(device: str) -> Card | None:
 
 
 def basis(measured: Measured, quantization: str) -> Basis | None:
-    """The newest of a known card's groups at batch 1 of which there is a profile as well."""
-    def of_format(entry: Entry) -> bool:
-        return entry.on_gpu and entry.title == f"7b {quantization}" and entry["batch"] == 1
-
-    found = [
-        (groups, profile) for groups in measured.find("groups", where=of_format)
-        for profile in measured.find("profile", groups.device, of_format) if card_of(groups.device) is not None
-    ]  # fmt: skip
+    """The newest of a known card's groups at batch 1, from captured graphs."""
+    found = measured.find("profile", where=lambda e: (
+        e.on_gpu and e.title == f"7b {quantization}" and e["batch"] == 1 and e["mode"] == "graph"
+        and card_of(e.device) is not None
+    ))  # fmt: skip
     if not found:
         return None
-    groups, profile = max(found, key=lambda pair: (pair[0].date, -abs(pair[0]["prompt_groups"] - POSITIONS)))
-    card, kernels = card_of(groups.device), profile["kernels"]
+    profile = max(found, key=lambda e: e.date)
+    card, kernels, total = card_of(profile.device), profile["kernels_a_group"], profile["audio_group"]["p50"]
     assert card is not None
-    total = groups["audio_group"]["p50"]
-    # A profiler makes kernels look longer than they are, never shorter than the group.
+    # A profiler makes kernels look longer than they are, but they cannot be longer than the group.
     busy = min(profile["kernel_seconds"], total)
-    share = sum(groups["bytes"].values()) / (busy * card.gb_per_s * GB)
-    return Basis(groups, profile, share, (total - busy) / kernels, kernels)
+    share = sum(profile["bytes"].values()) / (busy * card.gb_per_s * GB)
+    return Basis(profile, share, (total - busy) / kernels, kernels)
 
 
 @cache

@@ -20,6 +20,8 @@ from mimo_fast.bench.environment import ROOT
 
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
+PLACES = (" on a GPU", True), (" on a CPU", False)
+
 INTRODUCTION = """\
 # Performance
 
@@ -40,8 +42,8 @@ No measurement: what the formula gives for other cards from what one was measure
     t = bytes / (published bandwidth x share) + kernels x cost
     cost = (group - busy) / kernels        share = bytes / (busy x published bandwidth)
 
-with the seconds and bytes of an audio group as measured, and the number of its kernels and the seconds that they were \
-busy from its profile ([projection.py](../benchmarks/projection.py)). It takes the other card to reach the same share \
+with the seconds and bytes of an audio group, the number of its kernels, and the seconds that they were busy, from its \
+profile ([projection.py](../benchmarks/projection.py)). It takes the other card to reach the same share \
 of its bandwidth, and to launch at the same cost. *Bytes / bandwidth* is the floor that no program beats.
 """
 
@@ -52,15 +54,14 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     for device in measured.devices("groups", "request", "quick"):
         parts += _end_to_end(measured, device, pictures)
     parts += ["## Beside upstream's way of running it\n", *_per_device(
-        measured, "baseline", tables.baselines_table, "A spoken reply by transformers' modules as upstream runs them"
+        measured, "baseline", tables.baselines_table, "A spoken reply by transformers' modules as upstream runs them",
+        PLACES,
     )]  # fmt: skip
     parts += ["## Ops\n", *_ops(measured, pictures)]
     parts += ["## Where the time of a patch goes\n", *_per_device(
-        measured, "profile", tables.profile_table, "An audio group, kernel by kernel, on a GPU"
+        measured, "profile", tables.profile_table, "An audio group, kernel by kernel", PLACES[:1]
     )]  # fmt: skip
-    parts += ["## Quality of quantized weights\n", *_per_device(
-        measured, "quality", tables.quality_table, "KL and agreement of each head on trained weights"
-    ), *_weight_errors(results)]  # fmt: skip
+    parts += ["## Quality of quantized weights\n", *_quality(measured), *_weight_errors(results)]
     parts += ["## Projection to other cards\n", PROJECTION, tables.projection_section(measured) + "\n"]
     if measured.find("compare"):
         parts += ["## Comparisons of commits\n", *_per_device(measured, "compare", tables.compare_table, "")]
@@ -93,27 +94,34 @@ def _end_to_end(measured: Measured, device: str, pictures: Sequence[str]) -> Ite
 
 
 def _per_device(
-    measured: Measured, kind: str, write: Callable[[Sequence[Entry]], str], what: str
-) -> Iterator[str]:
-    """A table for each device, or that there is none."""
-    devices = measured.devices(kind)
-    if not devices:
-        yield f"{what}: {NOT_MEASURED}.\n"
-    for device in devices:
+    measured: Measured, kind: str, write: Callable[[Sequence[Entry]], str], what: str,
+    places: Sequence[tuple[str, bool]] = (),
+) -> Iterator[str]:  # fmt: skip
+    """A table for each device; of those of `places` (in words, whether it is a GPU) that there is none."""
+    for place, on_gpu in places:
+        if not measured.find(kind, where=lambda e, on_gpu=on_gpu: e.on_gpu is on_gpu):
+            yield f"{what}{place}: {NOT_MEASURED}.\n"
+    for device in measured.devices(kind):
         found = measured.find(kind, device)
         yield from (f"**{device}**\n", write(found) + "\n", sources(found) + "\n")
 
 
 def _ops(measured: Measured, pictures: Sequence[str]) -> Iterator[str]:
-    devices = measured.devices("op")
-    if not any(entry.on_gpu for entry in measured.find("op")):
-        yield f"Every op on a GPU, beside bitsandbytes, torch's packed formats and cuBLAS: {NOT_MEASURED}.\n"
-    for device in devices:
+    for place, on_gpu in PLACES:
+        if not measured.find("op", where=lambda e, on_gpu=on_gpu: e.on_gpu is on_gpu):
+            yield f"Every op{place}, beside bitsandbytes, torch's packed formats and dense products: {NOT_MEASURED}.\n"
+    for device in measured.devices("op"):
         found = measured.find("op", device)
         yield f"### Ops on {device}\n"
         yield from _pictures(pictures, device, ("roofline",))
         title = f"<details><summary>{len(found)} rows: every op beside what the machine could do at best</summary>"
         yield from (title + "\n", tables.ops_table(found) + "\n", "</details>\n", sources(found) + "\n")
+
+
+def _quality(measured: Measured) -> Iterator[str]:
+    if not measured.find("quality"):
+        yield f"KL and agreement of each head on trained weights: {NOT_MEASURED}.\n"
+    yield from _per_device(measured, "quality", tables.quality_table, "")
 
 
 def _pictures(pictures: Sequence[str], device: str, kinds: Sequence[str]) -> Iterator[str]:

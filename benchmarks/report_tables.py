@@ -13,6 +13,9 @@ NOT_MEASURED = "not measured yet"
 CONTEXT = 256
 """Groups of context of the steady state in the first table, or what has been measured nearest to it."""
 
+TOP, NAME_WIDTH = 12, 60
+"""Kernels of a profile that are shown, and letters of their names."""
+
 Row = Sequence[str]
 
 
@@ -142,14 +145,17 @@ def ops_table(entries: Sequence[Entry]) -> str:
 
 
 def profile_table(entries: Sequence[Entry]) -> str:
-    rows = [
-        (e.title, kernel["name"].replace("|", r"\|"), str(kernel["count"]), duration(kernel["seconds"]),
-         share(kernel["seconds"] / e["kernel_seconds"]))
-        for e in entries for kernel in e.get("top") or ()
-    ]  # fmt: skip
-    totals = [(e.title, "all", str(e["kernels"]), duration(e["kernel_seconds"]), share(1.0)) for e in entries]
-    columns = ("model", "kernel", "launches an audio group", "busy", "share")
-    return table(columns, [*totals, *rows], texts=2)
+    """The costliest kernels of each mode, and all together."""
+    rows = []
+    for e in entries:
+        total = e["kernel_seconds"]
+        rows.append((e.title, e["mode"], "**all**", f"{e['kernels_a_group']:g}", duration(total), share(1.0)))
+        rows += [
+            (e.title, e["mode"], f"`{kernel['name'].replace('|', ' ')[:NAME_WIDTH]}`", f"{kernel['count']:g}",
+             duration(kernel["seconds"]), share(kernel["seconds"] / total))
+            for kernel in sorted(e["kernels"], key=lambda kernel: -kernel["seconds"])[:TOP]
+        ]  # fmt: skip
+    return table(("model", "mode", "kernel", "an audio group", "busy", "share"), rows, texts=3)
 
 
 def quality_table(entries: Sequence[Entry]) -> str:
@@ -176,12 +182,12 @@ def projection_section(measured: Measured) -> str:
     for name in FORMATS:
         found = known[name]
         for card in CARDS:
-            if found is not None and card_of(found.groups.device) == card:
+            if found is not None and card_of(found.profile.device) == card:
                 continue
             got = project(card, name, found)
             fits = f"{'yes' if got.fits else 'no'}: {got.needed / GB:.1f} of {card.gb} GB"
             projected = f"projection: {NOT_MEASURED}" if got.seconds is None else f"projection: {duration(got.seconds)}"
-            beside = "-" if found is None else f"{found.groups.device}: {duration(found.seconds)}"
+            beside = "-" if found is None else f"{found.profile.device}: {duration(found.seconds)}"
             rows.append((card.name, name, f"{card.gb_per_s:,} GB/s", fits, f"floor: {duration(got.floor)}",
                          projected, beside))  # fmt: skip
     columns = ("card", "weights", "published bandwidth", f"fits with {SEQUENCE} of context", "bytes / bandwidth",
@@ -192,6 +198,6 @@ def projection_section(measured: Measured) -> str:
 
 
 def _basis(name: str, found: Basis) -> str:
-    figures = (f"{name}: {share(found.share)} of the published bandwidth, {found.kernels:,} kernels a group at "
+    figures = (f"{name}: {share(found.share)} of the published bandwidth, {found.kernels:,.0f} kernels a group at "
                f"{duration(found.cost)} each. ")  # fmt: skip
-    return figures + sources([found.groups, found.profile])
+    return figures + sources([found.profile])
