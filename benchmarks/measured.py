@@ -13,7 +13,7 @@ THING = {
     "op": ("op", "provider", "format", "m", "shape", "dtype"),
     "groups": ("model", "quantization", "dtype", "batch", "prompt_groups"),
     "request": ("model", "quantization", "dtype", "with_codec", "task", "batch", "prompt_groups"),
-    "quick": ("model", "quantization", "dtype"),
+    "quick": ("preset", "model", "quantization", "dtype"),
     "baseline": ("provider", "model", "dtype"),
     "quality": ("model",),
     "compare": ("case",),
@@ -61,7 +61,10 @@ class Entry:
 
     @property
     def thing(self) -> tuple[str, ...]:
-        return (self.device, self["kind"], *(str(self.get(field)) for field in THING[self["kind"]]))
+        fields = THING[self["kind"]]
+        # What a quick table says of a preset's model varies with the machine's mood.
+        named = [field for field in fields if field != "model" or not self.get("preset")]
+        return (self.device, self["kind"], *(str(self.get(field)) for field in named))
 
     @property
     def title(self) -> str:

@@ -39,18 +39,20 @@ def draw(measured: Measured, folder: Path) -> list[str]:
                                       ("memory", "request", memory)):  # fmt: skip
             for device in measured.devices(records):
                 name = picture_name(kind, device)
-                made = figure(measured.find(records, device), device)
+                entries = measured.find(records, device, lambda e: e["kind"] != "op" or e["flop"] > 0)
+                if not entries:
+                    continue
+                made = figure(entries, device)
                 made.savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
                 drawn.append(name)
     return drawn
 
 
 def roofline(entries: Sequence[Entry], device: str) -> Figure:
-    """Achieved arithmetic against arithmetic intensity, by provider, under the measured ceilings."""
+    """Achieved arithmetic against arithmetic intensity, by provider, under the newest entry's ceilings."""
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.subplots()
-    points = [(e["flop"] / e["bytes"], e["flop"] / e["seconds"]["p50"] / 1e9, e["provider"]) for e in entries
-              if e["flop"]]  # fmt: skip
+    points = [(e["flop"] / e["bytes"], e["flop"] / e["seconds"]["p50"] / 1e9, e["provider"]) for e in entries]
     providers = sorted({provider for *_, provider in points}, key=lambda name: (not name.startswith("ours"), name))
     for i, provider in enumerate(providers):
         x, y = zip(*((x, y) for x, y, name in points if name == provider), strict=True)

@@ -131,12 +131,12 @@ def run_suite(args: argparse.Namespace) -> int:
     try:
         amiss = run_parts(parts, output, args.budget)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: what was measured is in {output}", file=sys.stderr)
+        print("\ninterrupted: what was measured is kept", file=sys.stderr)
         amiss, code = {}, 130
     for name, reason in amiss.items():
         print(f"{name}: {reason}")
         code = code or (1 if reason.startswith("exit code") else 0)
-    print(f"results: {output}", flush=True)
+    print(f"results: {output if output.exists() else 'none'}", flush=True)
     if args.no_report or not output.exists():
         return code
     from benchmarks.report import write_report

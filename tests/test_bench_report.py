@@ -114,6 +114,20 @@ def test_the_newest_record_of_a_device_wins():
         assert sorted(entry["audio_rtf"] for entry in found) == [0.2, 0.3]
 
 
+def test_a_quick_table_of_a_preset_replaces_the_older_one_and_tells_the_streams(tmp_path):
+    metrics = {name: request()[name] for name in ("audio_rtf", "audio_ttfp", "itl", "audio_underrun", "peak_bytes")}
+    tables = ("so", "2027-01-01T00:00:00+00:00", 4), ("thus", "2027-01-02T00:00:00+00:00", 64)
+    old, new = ({
+        "kind": "quick", "preset": "7b", "quantization": "int4", "dtype": "bfloat16", "model": words,
+        "ceiling": CEILING, "environment": environment(date), "streams": streams,
+        "rows": [{"streams": streams, "floor": 0.1, "metrics": metrics}],
+    } for words, date, streams in tables)  # fmt: skip
+    text = text_of(new, old, tmp_path=tmp_path)
+    assert "| 64 or more |" in row_of(text, "| 7b int4 | not measured yet")
+    assert "| 7b int4 | 64 |" in text
+    assert "| 7b int4 | 4 |" not in text
+
+
 def test_what_was_skipped_is_told_by_the_newest_file_alone(tmp_path):
     files = {"2027-01-01-cpu.jsonl": "long ago", "2027-01-02-cpu.jsonl": "today", "2027-01-01-gpu.jsonl": "elsewhere"}
     records = [Entry(file, {"kind": "skipped", "name": name, "reason": "no room"}) for file, name in files.items()]

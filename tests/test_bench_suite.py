@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_what_was_measured_and_ends_with_130(tmp_path, monkeypatch,
 
     monkeypatch.setattr(suite, "run_parts", interrupted)
     assert main(["suite", "--no-report", "-o", str(output)]) == 130
-    assert f"what was measured is in {output}" in capsys.readouterr().err
+    assert f"results: {output}" in capsys.readouterr().out
     assert len(read_records(output)) == 1
 
 
