@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import report_tables as tables
 from benchmarks.measured import Entry, Measured, sources
-from benchmarks.report_tables import NOT_MEASURED, share, table
+from benchmarks.report_tables import NOT_MEASURED, table
 from mimo_fast.bench.environment import ROOT
 
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -141,7 +141,8 @@ def _weight_errors(results: Path) -> Iterator[str]:
     if files:
         found = json.loads(files[-1].read_text(encoding="utf-8"))["relative_error"]
         yield "Error of quantized random weights, relative to their root mean square:\n"
-        yield table(("format and width", "error"), ((name, share(value)) for name, value in found.items())) + "\n"
+        rows = ((name, f"{100 * value:.2f}%") for name, value in found.items())
+        yield table(("format and width", "error"), rows) + "\n"
         yield f"*[{files[-1].name}](../benchmarks/results/{files[-1].name})*\n"
 
 
