@@ -5,10 +5,14 @@ OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test kernels nano lint types unit golden interpreted compiled clean
+.PHONY: demo test kernels bench nano lint types unit golden interpreted compiled clean
 
 demo: $(READY)
 	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
+
+# What this machine's CPU does: tables, benchmarks/results/DATE-cpu.jsonl and docs/performance.md, in ten minutes.
+bench: $(READY)
+	$(BIN)/python -m benchmarks suite
 
 test: lint types unit
 

@@ -5,6 +5,8 @@
     python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
     python -m benchmarks baselines                            a reply as upstream runs it, beside ours
     python -m benchmarks --compare HEAD~1 --op '*.qkv'        is the working tree faster than that commit?
+    python -m benchmarks suite                                make bench: a CPU within ten minutes, and the report
+    python -m benchmarks --report                             docs/performance.md from benchmarks/results
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from benchmarks.e2e import add_e2e
 from benchmarks.harness import print_outcome, run_cases
 from benchmarks.ops import select
 from benchmarks.records import JsonLines
+from benchmarks.report import add_report
+from benchmarks.suite import add_suite
 from mimo_fast.bench.ceiling import ceiling
 from mimo_fast.errors import MimoFastError
 
@@ -102,8 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_e2e(commands)
     add_baselines(commands)
     add_compare(commands)
+    add_suite(commands)
+    add_report(commands)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    given = ["compare", *given[1:]] if given[:1] == ["--compare"] else given
+    if given[:1] in (["--compare"], ["--report"]):
+        given[0] = given[0].removeprefix("--")
     args = parser.parse_args(given)
     try:
         return args.run(args)

@@ -60,7 +60,7 @@ def bench(args: argparse.Namespace) -> int:
     print("\n".join(lines), flush=True)
     machine = ceiling(device)
     print(machine, flush=True)
-    target, what = _target(args, device, machine)
+    target, about = _target(args, device, machine)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
     rows = []
@@ -72,7 +72,7 @@ def bench(args: argparse.Namespace) -> int:
     print(_verdict(streams, rows), flush=True)
     if args.json:
         record = {
-            "kind": "quick", "environment": environment(device), "ceiling": machine.as_dict(), "model": what,
+            "kind": "quick", "environment": environment(device), "ceiling": machine.as_dict(), **about,
             "dtype": name_of(target.lm.dtype), "streams": streams, "rows": [asdict(row) for row in rows],
         }  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -150,30 +150,31 @@ def _request(target: Target, machine: Ceiling, context: int) -> Request:
     return Request("tts", user_speech(1.0), words, patches, context - words - patches - 2)
 
 
-def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) -> tuple[Target, str]:
-    """What is measured, and what it is in plain words, which are printed before it is made."""
+def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) -> tuple[Target, dict[str, str | None]]:
+    """What is measured, and what a record says of it, in plain words too, which are printed before it is made."""
 
-    def announced(what: str) -> str:
+    def announced(preset: str | None, quantization: str | None, what: str) -> dict[str, str | None]:
         print(f"model: {what}", flush=True)
-        return what
+        return {"model": what, "preset": preset, "quantization": quantization}
 
     if args.model:
         from ..commands import load_options
 
         quantized = f", {args.quantization}" if args.quantization else ""
-        what = announced(f"{args.model}{quantized}, replies of a set length")
+        about = announced(None, args.quantization, f"{args.model}{quantized}, replies of a set length")
         options = load_options(args)
-        return Target.load(args.model, args.codec, args.quantization, args.dtype, device, True, **options), what
+        return Target.load(args.model, args.codec, args.quantization, args.dtype, device, True, **options), about
     quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
-        what = announced(f"the published dimensions in {quantization}, random weights: real speed, no real speech")
-        return Target.random("7b", quantization, dtype, device), what
-    what = announced(
-        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its figures say "
-        "nothing about theirs"
+        what = f"the published dimensions in {quantization}, random weights: real speed, no real speech"
+        about = announced("7b", quantization, what)
+        return Target.random("7b", quantization, dtype, device), about
+    about = announced(
+        "tiny", None, f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its "
+        "figures say nothing about theirs"
     )
-    return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), what
+    return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
 
 
 def _unfit(quantization: str, dtype: torch.dtype, device: torch.device, machine: Ceiling) -> str | None:
