@@ -36,6 +36,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Both; the second marks a test as one for a GPU."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def kit() -> Path:
     """The parity kit: checkpoint/lm, checkpoint/codec, audio/*.wav, golden/*."""
