@@ -38,6 +38,12 @@ trap 'echo "interrupted: what was measured is in $out"; exit 130' INT
 
 report() { printf '%-18s %s\n' "$1" "$2"; }
 
+# pass NAME SHARE WHY: skips a part, which leaves its share to the next.
+pass() {
+    shares=$((shares + $2))
+    report "$1" "skipped: $3"
+}
+
 # part NAME SHARE COMMAND...
 part() {
     local title=$1 began=$SECONDS code
@@ -64,7 +70,7 @@ part() {
 
 # For what needs a GPU.
 gpu_part() {
-    if [[ $device == cuda ]]; then part "$@"; else report "$1" "skipped: needs a CUDA device"; fi
+    if [[ $device == cuda ]]; then part "$@"; else pass "$1" "$2" "needs a CUDA device"; fi
 }
 
 bench() { local title=$1 share=$2; shift 2; part "$title" "$share" "$python" -m benchmarks "$@"; }
@@ -75,7 +81,7 @@ native() {
     [[ -z $why ]] && ! command -v "${CXX:-g++}" >/dev/null && why="no C++ compiler is installed"
     [[ -z $why ]] && ! "$python" -c 'import setuptools' 2>>"$log" && why="setuptools is not installed"
     [[ -z $why ]] && ! "$python" -c 'import pybind11' 2>>"$log" && why="pybind11 is not installed"
-    if [[ -n $why ]]; then report native "skipped: $why"; return; fi
+    if [[ -n $why ]]; then pass native 45 "$why"; return; fi
     # A build that fails is only a warning to setuptools: what counts is whether it can be imported.
     part native 45 bash -c '"$0" setup.py build_ext --inplace && "$0" -c "from mimo_fast import _native"' "$python"
 }

@@ -29,8 +29,8 @@ def row_counts(case: Case) -> bool:
     return case.m in (1, 4, 16, 64)
 
 
-OPS = [*select(quick=True), *filter(row_counts, select("backbone.qkv")), *filter(row_counts, select("patch_decoder.down"))]
-OPS = list({(case.op, case.format, case.shape): case for case in OPS}.values())
+PRODUCTS = [case for op in ("backbone.qkv", "patch_decoder.down") for case in select(op) if row_counts(case)]
+OPS = list({(case.op, case.format, case.shape): case for case in [*select(quick=True), *PRODUCTS]}.values())
 CHEAP = 2**20
 
 
