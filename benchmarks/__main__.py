@@ -4,6 +4,7 @@
     python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
     python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
     python -m benchmarks baselines                            a reply as upstream runs it, beside ours
+    python -m benchmarks profile                              where the time of an audio group goes, by kernel
     python -m benchmarks --compare HEAD~1 --op '*.qkv'        is the working tree faster than that commit?
     python -m benchmarks suite                                make bench: a CPU within ten minutes, and the report
     python -m benchmarks --report                             docs/performance.md from benchmarks/results
@@ -25,6 +26,7 @@ from benchmarks.baselines.run import add_baselines
 from benchmarks.e2e import add_e2e
 from benchmarks.harness import print_outcome, run_cases
 from benchmarks.ops import select
+from benchmarks.profile import add_profile
 from benchmarks.records import JsonLines
 from benchmarks.report import add_report
 from benchmarks.suite import add_suite
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_ops(commands)
     add_e2e(commands)
     add_baselines(commands)
+    add_profile(commands)
     add_compare(commands)
     add_suite(commands)
     add_report(commands)

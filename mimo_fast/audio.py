@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
@@ -167,21 +166,28 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
     return b"".join(chunks)
 
 
-class _ForwardFile(soundfile.SoundFile):
-    """Never seeks: soundfile otherwise does after each read, which fails at the end of a stream of unknown length."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _open(encoded: str | bytes | io.BytesIO, name: str) -> soundfile.SoundFile:
+def _soundfile() -> Any:
+    """The library of encoded audio; what works on arrays alone runs without it, such as the benchmarks."""
     try:
-        return _ForwardFile(encoded)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a suffix that promises headerless audio
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
+        raise AudioError("audio files need the package soundfile: pip install soundfile") from error
+    return soundfile
+
+
+def _open(encoded: str | bytes | io.BytesIO, name: str) -> Any:
+    """A soundfile.SoundFile."""
+    library = _soundfile()
+    try:
+        file = library.SoundFile(encoded)
+    except (library.LibsndfileError, TypeError) as error:  # TypeError: a suffix that promises headerless audio
         raise AudioError(f"cannot decode {name}: {_reason(error)}; convert it to WAV, FLAC, OGG or MP3") from error
+    # soundfile otherwise seeks after each read, which fails at the end of a stream of unknown length.
+    file.seekable = lambda: False
+    return file
 
 
-def _check_header(file: soundfile.SoundFile, name: str) -> int:
+def _check_header(file: Any, name: str) -> int:
     if file.format not in FORMATS:
         raise AudioError(f"{name} is {file.format} audio; convert it to WAV, FLAC, OGG or MP3")
     if not 1 <= file.channels <= MAX_CHANNELS:
@@ -189,12 +195,12 @@ def _check_header(file: soundfile.SoundFile, name: str) -> int:
     return check_rate(file.samplerate, f"the sample rate of {name}")
 
 
-def _file_blocks(file: soundfile.SoundFile, name: str, decoder: Executor) -> Iterator[Tensor]:
+def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
     frames = 0
     while True:
         try:
             block = decoder.submit(file.read, BLOCK, dtype="float32", always_2d=True).result()
-        except soundfile.LibsndfileError as error:
+        except _soundfile().LibsndfileError as error:
             where = f"somewhere after {frames / file.samplerate:.2f} s"
             raise AudioError(f"{name} is damaged {where}: {_reason(error)}; export it again") from error
         if not len(block):
@@ -241,7 +247,7 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
     name = _name(target)
     suffix = Path(name).suffix.lower() if isinstance(target, str | os.PathLike) else ""
     if suffix in (".flac", ".ogg", ".mp3"):
-        soundfile.write(encoded, wav.clamp(-1, 1).float().cpu().numpy(), sample_rate, format=suffix[1:].upper())
+        _soundfile().write(encoded, wav.clamp(-1, 1).float().cpu().numpy(), sample_rate, format=suffix[1:].upper())
     else:
         with wave.open(encoded, "wb") as file:
             file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))

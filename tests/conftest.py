@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import write_pair
-from hypothesis import settings
 from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, Request, drawn
 from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
@@ -19,12 +18,28 @@ from mimo_fast.verify import Golden
 
 KIT = Path(__file__).parent / "golden"
 
-# Machines differ in speed, and no test is about time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+try:
+    from hypothesis import settings
+except ImportError:  # A bare machine with a GPU runs the tests that do without.
+    pass
+else:
+    # Machines differ in speed, and no test is about time.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 # Small matrices: more threads only cost synchronisation.
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Both; the second marks a test as one for a GPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from ..runtime.conversation import Conversation
 from ..runtime.decode import Limits, Samplers
 from ..runtime.job import Reply
+from ..runtime.snapshot import Snapshot
 from ..sampling import TASK_SAMPLERS
 from .target import Target
 from .timing import Timing, synchronize
@@ -19,6 +21,14 @@ SAMPLERS = Samplers(TASK_SAMPLERS["tts"]["global"], TASK_SAMPLERS["tts"]["local"
 
 SETTLING = 2
 """Groups that are not counted: the rows fall into step, and what is first used is set up."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Ids [C + 1, T G] of a prompt, and its keys and values."""
+
+    ids: Tensor
+    computed: Snapshot
 
 
 @dataclass(frozen=True)
@@ -37,28 +47,42 @@ def time_groups(
 
     The target must have room for SETTLING groups more than both.
     """
+    context, prefill = prompted(target, prompt, samplers)
+    times = []
+    for token in (target.word_id, target.lm.empty_id):
+        replies = start_rows(target, context, batch, token, groups + SETTLING, samplers)
+        times.append(_step_all(replies, groups, target.lm.device))
+    return GroupTimes(prefill, *times)
+
+
+def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
+    """A prompt of `prompt` words, computed, and the seconds that it took."""
     first = Conversation(target.engine, seed=0)
     first.add(target.filler(prompt))
     reply = target.engine.start(first, Limits(1), samplers)
     began = perf_counter()
     reply.prefill()
     synchronize(target.lm.device)
-    prefill = perf_counter() - began
+    seconds = perf_counter() - began
     reply.close()
     computed = target.engine.export(first)
     assert computed is not None
-    times = []
-    for token in (target.word_id, target.lm.empty_id):
-        target.lm.follow([token] * (groups + SETTLING))
-        replies = []
-        for row in range(batch):
-            conversation = Conversation(target.engine, seed=row)
-            conversation.add(first.ids)
-            conversation.snapshot, conversation.cached = computed, computed.length
-            replies.append(target.engine.start(conversation, Limits(groups + SETTLING), samplers, ahead=1))
-            replies[-1].prefill()
-        times.append(_step_all(replies, groups, target.lm.device))
-    return GroupTimes(prefill, *times)
+    return Context(first.ids, computed), seconds
+
+
+def start_rows(
+    target: Target, context: Context, batch: int, token: int, groups: int, samplers: Samplers = SAMPLERS
+) -> list[Reply]:
+    """Replies of `groups` groups of one token each, their prompt copied to every row; to be taken from in step."""
+    target.lm.follow([token] * groups)
+    replies = []
+    for row in range(batch):
+        conversation = Conversation(target.engine, seed=row)
+        conversation.add(context.ids)
+        conversation.snapshot, conversation.cached = context.computed, context.computed.length
+        replies.append(target.engine.start(conversation, Limits(groups), samplers, ahead=1))
+        replies[-1].prefill()
+    return replies
 
 
 def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Timing:

@@ -1,0 +1,266 @@
+"""What only a GPU can show: python -m pytest -m gpu tests/test_gpu.py
+
+Each test also runs on a CPU, with graphs that repeat their work in place of captured ones, so that the tests themselves
+are known to be right. Neither hypothesis nor soundfile is needed.
+"""
+
+import gc
+import wave
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory import resident_memory
+from replies import SAMPLED, Drawn, Request, drawn
+from test_engine_mixes import repeated
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import mimo_fast
+from mimo_fast import prompt_builder
+from mimo_fast import verify as verification
+from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.runtime.decode import HostRead, Limits, Samplers
+from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.graphs import ENVIRONMENT, Graphs, Run
+from mimo_fast.runtime.lm import LM
+from mimo_fast.sampling import MiMoSampler
+from mimo_fast.verify import STAGES, Golden, verify
+
+GROUPS = {"cuda": 200, "cpu": 60}
+"""Decoded in both ways."""
+
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal"}
+"""torch ops that wait for the device."""
+
+FLAT = Samplers(MiMoSampler(True, 100.0), MiMoSampler(True, 100.0))
+"""So hot that every token is about as likely as any other."""
+
+Watched = tuple[Callable[[Callable[[], Any]], Any], list[int]]
+
+
+@pytest.fixture(scope="module")
+def loaded_model(device: torch.device, kit: Path) -> mimo_fast.MimoAudio:
+    lm, codec = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
+    return mimo_fast.load(lm, codec, device=device, dtype="float32", max_batch=4, max_seq_len=320)
+
+
+def unwatched(run: Run) -> tuple[Callable[[], None], Tensor]:
+    """`repeated`, its ops as invisible to what watches the host as a graph's kernels."""
+    replay, result = repeated(run)
+
+    def hidden() -> None:
+        with _disable_current_modes():
+            replay()
+
+    return hidden, result
+
+
+def make_engine(lm: LM, slots: int, capacity: int) -> Engine:
+    """An engine that decodes with graphs."""
+    engine = Engine(lm, slots, capacity)
+    if lm.device.type == "cpu":
+        engine.decoder.graphs = Graphs(lm, engine.state, unwatched)
+        engine.decoder.predict = True
+    assert engine.decoder.graphs is not None
+    engine.warmup(progress=False)
+    return engine
+
+
+def asked(golden: Golden, groups: int, samplers: Samplers = SAMPLED) -> list[Request]:
+    """Four prompts of several tasks, each with a seed of its own and a reply of so many groups."""
+    names = sorted(golden.meta["prompts"])[:4]
+    prompts = [golden.get(f"prompts:{name}").long() for name in names]
+    limits = Limits(groups)
+    return [Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits) for i, ids in enumerate(prompts)]
+
+
+def together(engine: Engine, requests: list[Request]) -> list[Drawn]:
+    """All replies, decoded in one batch."""
+    replies = [request.start(engine) for request in requests]
+    for reply in replies:
+        reply.prefill()
+    got = list(zip(*replies, strict=True))
+    return [drawn(list(groups)) for groups in zip(*got, strict=True)]
+
+
+@pytest.fixture
+def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no soundfile: what the kit has resampled, and 16-bit recordings at 24 kHz as they are."""
+    if find_spec("soundfile") is not None:
+        return
+    decoded = {str(golden.audio[int(i)]): golden.tensors[f"codec:wav24k.{i}"] for i in golden.named("codec:wav24k")}
+    for path in (path for path in golden.audio if str(path) not in decoded):
+        with wave.open(str(path)) as file:
+            assert (file.getframerate(), file.getsampwidth()) == (24000, 2)
+            samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16) / 2**15
+            decoded[str(path)] = samples.view(-1, file.getnchannels()).mean(dim=1)
+    for module in (verification, prompt_builder):
+        monkeypatch.setattr(module, "load_audio", lambda path, rate: decoded[str(path)])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_equals_upstream(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, recordings: None, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    if stage == "resample":
+        pytest.importorskip("soundfile")
+    if loaded_model.device.type == "cuda":
+        monkeypatch.setenv(KERNELS, "triton")
+    monkeypatch.setattr(verification, "STAGES", {stage: STAGES[stage]})
+    (result,) = verify(loaded_model, golden)
+    assert result.ok, f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
+
+
+def test_graph_and_eager_give_the_same_tokens(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = GROUPS[loaded_model.device.type]
+    requests = asked(golden, groups)[:3]
+    graphs = together(make_engine(loaded_model.lm, 3, 240), requests)
+    monkeypatch.setenv(ENVIRONMENT, "1")
+    plain = Engine(loaded_model.lm, 3, 240)
+    assert plain.decoder.graphs is None
+    assert together(plain, requests) == graphs
+    assert all(len(row) == groups for row in graphs)
+    # Words and speech have both been drawn, and no two rows alike.
+    empty = loaded_model.lm.empty_id
+    assert {text == empty for row in graphs for text, _, _ in row} == {True, False}
+    assert graphs[0] != graphs[1] != graphs[2]
+
+
+def test_no_two_replays_draw_the_same_numbers(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
+    """The same state but for the count of draws, over and over: only that may change what is drawn, and it must."""
+    engine = make_engine(loaded_model.lm, 1, 64)
+    reply = asked(golden, 8, FLAT)[0].start(engine)
+    next(reply), next(reply)
+    state, graphs = engine.state, engine.decoder.graphs
+    names = ("lengths", "hidden", "text", "codes", "patches", "draws")
+    before = {name: getattr(state, name).clone() for name in names}
+
+    def replay(draws: int) -> tuple[int, tuple[int, ...]]:
+        for name, value in before.items():
+            getattr(state, name).copy_(value)
+        state.draws.add_(draws)
+        text = int(graphs.step([0]))
+        return text, tuple(graphs.patch([0]).flatten().tolist())
+
+    found = [replay(i) for i in range(48)]
+    assert len({codes for _, codes in found}) == 48
+    assert len({text for text, _ in found}) > 24
+    assert [replay(i) for i in range(4)] == found[:4]
+    # Without anything set back, a replay moves the count itself.
+    replay(0)
+    assert int(state.draws[0]) == int(before["draws"][0]) + 1
+    reply.close()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Stands in for CUDA's own check on a CPU: fails at an op that would wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in WAITING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def one_wait(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """(call -> its result, with an error for any wait but a host read's; counts of host reads, one for each call)."""
+    reads, wait, watching = list[int](), HostRead.wait, False
+
+    def counted(read: HostRead) -> list[int]:
+        if not watching:
+            return wait(read)
+        reads[-1] += 1
+        if device.type == "cpu":
+            return wait(read)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return wait(read)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def watched(call: Callable[[], Any]) -> Any:
+        nonlocal watching
+        reads.append(0)
+        watching = True
+        try:
+            if device.type == "cpu":
+                with NoWaiting():
+                    return call()
+            torch.cuda.set_sync_debug_mode("error")
+            return call()
+        finally:
+            watching = False
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(HostRead, "wait", counted)
+    return watched, reads
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_group_waits_for_the_device_once(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, one_wait: Watched, rows: int
+) -> None:
+    watched, reads = one_wait
+    engine = make_engine(loaded_model.lm, rows, 120)
+    replies = [request.start(engine, ahead=1) for request in asked(golden, 60)[:rows]]
+    for reply in replies:
+        reply.prefill()
+        # The first groups set up what later ones find, and each row's first is drawn without a step.
+        next(reply), next(reply)
+    # All that a consumer does who takes a group of each row.
+    got = [watched(lambda: [next(reply) for reply in replies]) for _ in range(40)]
+    assert reads == [1] * 40
+    assert {group.text == loaded_model.lm.empty_id for groups in got for group in groups} == {True, False}
+
+
+def test_the_check_for_waits_sees_one(
+    loaded_model: mimo_fast.MimoAudio, one_wait: Watched
+) -> None:
+    watched, _ = one_wait
+    value = torch.ones(3, device=loaded_model.device)
+    with pytest.raises((RuntimeError, AssertionError), match=r"synchroniz|waits for the device"):
+        watched(lambda: value.sum().item())
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_row_does_not_depend_on_its_neighbours(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    requests = asked(golden, 24)
+    if not graphs:
+        monkeypatch.setenv(ENVIRONMENT, "1")
+    found = {}
+    for rows in (1, 3, 4):
+        engine = make_engine(loaded_model.lm, rows, 96) if graphs else Engine(loaded_model.lm, rows, 96)
+        found[rows] = together(engine, requests[:rows])
+    assert found[4][:3] == found[3]
+    assert found[3][:1] == found[1]
+
+
+def test_memory_is_flat_over_a_hundred_requests(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
+    engine, requests = make_engine(loaded_model.lm, 2, 64), asked(golden, 2)
+
+    def held() -> int:
+        gc.collect()
+        if loaded_model.device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        return resident_memory()
+
+    after = []
+    for i in range(125):
+        reply = requests[i % 4].start(engine)
+        next(reply)
+        if i % 5:
+            list(reply)
+        reply.close()
+        if i in (24, 124):
+            after.append(held())
+    warm, end = after
+    assert end <= 1.02 * warm, f"grew from {warm / 1e6:.1f} to {end / 1e6:.1f} MB over 100 requests"
