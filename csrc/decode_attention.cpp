@@ -1,8 +1,8 @@
 // One position of each row: the heads that share a key/value head are one task, so that a key is read from memory once.
 //
 // Rotation, scores, softmax and sums are float32; the new key and value are rounded to the cache's type before they are
-// attended to, y is rounded once. Keys go by in blocks of BLOCK: all query heads of the task pass over a block while it
-// is in the first cache, and the softmax is rescaled where a block holds a new maximum.
+// attended to, y is rounded once. Keys and values go by in blocks of BLOCK, widened once for all query heads of the task,
+// which pass over a block while it is in the first cache; the softmax is rescaled where one holds a new maximum.
 
 #include "decode_attention.h"
 
@@ -33,27 +33,37 @@ struct Head {
     float largest = -INFINITY, weight = 0;
 };
 
-// Keys and values first ... first + count - 1, which begin at `k` and `v`.
-AVX2 void attend(const DecodeAttention& p, Head& head, const char* k, const char* v, int64_t count) {
-    const int64_t stride = p.position_stride * size_of(p.type);
+// A block of `count` keys and values in float32, heads one after the other.
+AVX2 void attend(int64_t head_dim, Head& head, const float* k, const float* v, int64_t count) {
     float scores[BLOCK], largest = head.largest;
-    for (int64_t j = 0; j < count; ++j) {
-        __m256 sum = _mm256_setzero_ps();
-        for (int64_t i = 0; i < p.head_dim; i += 8)
-            sum = _mm256_fmadd_ps(read8(k + j * stride, p.type, i), _mm256_loadu_ps(&head.q[i]), sum);
-        scores[j] = sum8(sum);
-        largest = std::max(largest, scores[j]);
+    // Four keys at once: one sum would wait for itself. Those beyond the last are in the buffer and not used.
+    for (int64_t j = 0; j < count; j += 4) {
+        __m256 sum[4] = {};
+        for (int64_t i = 0; i < head_dim; i += 8) {
+            const __m256 q = _mm256_loadu_ps(&head.q[i]);
+            for (int n = 0; n < 4; ++n)
+                sum[n] = _mm256_fmadd_ps(_mm256_loadu_ps(k + (j + n) * head_dim + i), q, sum[n]);
+        }
+        for (int n = 0; n < 4; ++n) scores[j + n] = sum8(sum[n]);
     }
+    for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j]);
     const float kept = std::exp(head.largest - largest);
     head.largest = largest;
     head.weight *= kept;
     for (int64_t j = 0; j < count; ++j) head.weight += scores[j] = std::exp(scores[j] - largest);
-    for (int64_t i = 0; i < p.head_dim; i += 8) {
+    for (int64_t i = 0; i < head_dim; i += 8) {
         __m256 sum = _mm256_mul_ps(_mm256_loadu_ps(&head.sum[i]), _mm256_set1_ps(kept));
         for (int64_t j = 0; j < count; ++j)
-            sum = _mm256_fmadd_ps(read8(v + j * stride, p.type, i), _mm256_set1_ps(scores[j]), sum);
+            sum = _mm256_fmadd_ps(_mm256_loadu_ps(v + j * head_dim + i), _mm256_set1_ps(scores[j]), sum);
         _mm256_storeu_ps(&head.sum[i], sum);
     }
+}
+
+// `count` heads that begin at `from`, a position apart.
+AVX2 void widen_heads(const DecodeAttention& p, const char* from, int64_t count, float* out) {
+    for (int64_t j = 0; j < count; ++j)
+        for (int64_t i = 0; i < p.head_dim; i += 8)
+            _mm256_storeu_ps(out + j * p.head_dim + i, read8(from, p.type, j * p.position_stride + i));
 }
 
 // Row r, key/value head g and the query heads that read it.
@@ -81,9 +91,14 @@ AVX2 void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
         heads[h].sum.resize(p.head_dim);
         rotate(p, qkv, g * share + h, position, scale, heads[h].q.data());
     }
+    static thread_local std::vector<float> keys, values;
+    keys.resize(BLOCK * p.head_dim);
+    values.resize(BLOCK * p.head_dim);
     for (int64_t j = 0; j <= position; j += BLOCK) {
         const int64_t count = std::min(BLOCK, position + 1 - j), at = j * p.position_stride * size;
-        for (Head& head : heads) attend(p, head, k + at, v + at, count);
+        widen_heads(p, k + at, count, keys.data());
+        widen_heads(p, v + at, count, values.data());
+        for (Head& head : heads) attend(p.head_dim, head, keys.data(), values.data(), count);
     }
     for (int64_t h = 0; h < share; ++h)
         for (int64_t i = 0; i < p.head_dim; ++i)
