@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.records import JsonLines, Table
+from benchmarks.records import JsonLines, Table, add_run_options
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
@@ -256,9 +256,7 @@ def add_e2e(commands: argparse._SubParsersAction) -> None:
     add("--audio", type=Path, help="a recording of it [noise]")
     add("--rounds", type=int, default=1, help="of each batch of requests")
     add("--limit", type=float, default=120.0, help="seconds that a row may take, as far as can be told before")
-    add("--device", default=None)
-    add("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    add("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row")
+    add_run_options(parser, each="row")
     parser.set_defaults(run=run_e2e)
 
 

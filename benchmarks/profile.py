@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.records import JsonLines, Table, duration
+from benchmarks.records import JsonLines, Table, add_run_options, duration
 from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
@@ -233,7 +232,5 @@ def add_profile(commands: argparse._SubParsersAction) -> None:
     add("--context", type=int, default=1024, help="groups, with those that are decoded")
     add("--groups", type=int, default=8, help="profiled")
     add("--top", type=int, default=25, help="rows of the table; the record has all")
-    add("--device", default=None)
-    add("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    add("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each mode")
+    add_run_options(parser, each="mode")
     parser.set_defaults(run=run_profile)

@@ -1,7 +1,8 @@
-"""What measurements are written into and printed as: JSON lines, tables, durations."""
+"""What measurements are written into and printed as: JSON lines, tables, durations; the options that say where."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def add_run_options(parser: argparse.ArgumentParser, each: str) -> None:
+    """Where a model is measured, and where the records go. each: what has one."""
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--threads", type=int, help="of the CPU [chosen by the model's size]")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.jsonl", help=f"append a record for each {each}"
+    )
 
 
 class Table:

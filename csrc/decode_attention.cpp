@@ -1,8 +1,8 @@
 // One position of each row: the heads that share a key/value head are one task, so that a key is read from memory once.
 //
 // Rotation, scores, softmax and sums are float32; the new key and value are rounded to the cache's type before they are
-// attended to, y is rounded once. Keys and values go by in blocks of BLOCK, widened once for all query heads of the task,
-// which pass over a block while it is in the first cache; the softmax is rescaled where one holds a new maximum.
+// attended to, y is rounded once. Keys and values go by in blocks of BLOCK, widened once for all query heads of the
+// task, which pass over a block while it is in the first cache; the softmax is rescaled where one holds a new maximum.
 
 #include "decode_attention.h"
 
@@ -17,7 +17,9 @@ constexpr int64_t BLOCK = 32;
 constexpr int64_t SHARED = 1 << 17;
 
 // A head at `head`, rotated to `position`, times `scale`.
-AVX2_INLINE void rotate(const DecodeAttention& p, const void* qkv, int64_t head, int64_t position, float scale, float* out) {
+AVX2_INLINE void rotate(
+    const DecodeAttention& p, const void* qkv, int64_t head, int64_t position, float scale, float* out
+) {
     const int64_t half = p.head_dim / 2, at = head * p.head_dim;
     const float *cosines = p.table + position * half, *sines = cosines + p.positions * half;
     for (int64_t i = 0; i < half; ++i) {
@@ -110,7 +112,8 @@ AVX2 void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
 void decode_attention(const DecodeAttention& p) {
     int64_t positions = 0;
     for (int64_t r = 0; r < p.rows; ++r) positions += std::max<int64_t>(0, p.starts[r] + 1);
-#pragma omp parallel for collapse(2) schedule(dynamic) if (positions * p.kv_heads * p.head_dim * 2 * size_of(p.type) > SHARED)
+    const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * size_of(p.type);
+#pragma omp parallel for collapse(2) schedule(dynamic) if (bytes > SHARED)
     for (int64_t r = 0; r < p.rows; ++r)
         for (int64_t g = 0; g < p.kv_heads; ++g) attend_row(p, r, g);
 }

@@ -5,8 +5,8 @@
 
 namespace mimo_fast {
 
-// y[M, F] = residual + f(normed x W^T + bias), W[n, k] = scale (q - zero) as mimo_fast/kernels/quantized_weight.py packs
-// it. f is nothing, and F = N, or SwiGLU: W has the N / 2 rows of gate, then those of up, and F = N / 2.
+// y[M, F] = residual + f(normed x W^T + bias), W[n, k] = scale (q - zero) as mimo_fast/kernels/quantized_weight.py
+// packs it. f is nothing, and F = N, or SwiGLU: W has the N / 2 rows of gate, then those of up, and F = N / 2.
 struct QuantizedMatmul {
     const void* x;           // [M, K] of `type`
     void* y;                 // [M, F] of `type`

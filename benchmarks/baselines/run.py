@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.records import JsonLines, Table
+from benchmarks.records import JsonLines, Table, add_run_options
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
@@ -218,7 +217,5 @@ def add_baselines(commands: argparse._SubParsersAction) -> None:
     add("--no-codec", action="store_true", help="leave audio out")
     add("--words", type=int, default=12, help="of the reply")
     add("--patches", type=int, default=25, help="of 160 ms, of the reply")
-    add("--device", default=None)
-    add("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    add("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row")
+    add_run_options(parser, each="row")
     parser.set_defaults(run=run_baselines)

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from ..features import log_mel
 from ..mimo_audio import MimoAudio
 from ..runtime.codec import Codec
 from ..runtime.lm import LM
-from ..runtime.transformer import prefill_attend, self_attend, transformer
+from ..runtime.teacher_forcing import code_logits
 from .environment import environment
 
 FORMATS = ("int8", "int4", "nf4")
@@ -145,25 +144,14 @@ def _reply(model: MimoAudio, task: str, ids: Tensor) -> Lesson:
 @torch.no_grad()
 def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
     """What a model predicts for the groups of a sequence, given all that is before each."""
-    config = lm.config
-    groups = sequence.ids.unflatten(1, (-1, config.group_size))
+    groups = sequence.ids.unflatten(1, (-1, lm.config.group_size))
     text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
-    hidden = hidden_states(lm, text, codes)[sequence.first - 1 : -1]
+    state = lm.new_state([0], len(text))
+    hidden = torch.cat(list(lm.hidden_chunks(sequence.ids, state, 0)))[sequence.first - 1 : -1]
     chunks = [lm.text_logits(part).float().log_softmax(-1).cpu() for part in hidden.split(LOGITS_AT_ONCE)]
     speech = text[sequence.first :] == lm.empty_id
     heard = hidden[speech.to(hidden.device)]
     return Scores(torch.cat(chunks), code_scores(lm, heard, codes[sequence.first :][speech]))
-
-
-def hidden_states(lm: LM, text: Tensor, codes: Tensor) -> Tensor:
-    """The backbone's last hidden state at every position: text [T], codes [T, C, G] -> [T, D]."""
-    config, chunk = lm.config.backbone, lm.prefill_chunk
-    state, start, parts = lm.new_state([0], len(text)), 0, []
-    for some_text, some_codes in zip(text.split(chunk), codes.split(chunk), strict=True):
-        attend = prefill_attend(config, lm.backbone_rope, state.cache, 0, start)
-        parts.append(transformer(lm.embed(some_text, some_codes)[None], lm.backbone, config.norm_eps, attend)[0])
-        start += len(some_text)
-    return torch.cat(parts)
 
 
 def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
@@ -171,22 +159,11 @@ def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
 
     hidden [N, D] of the backbone, codes [N, C, G] -> for each codebook [N G, size], the empty code's being -inf.
     """
-    config = lm.config
-    codes = codes.to(lm.device)
-    inputs = [lm.local_hidden(hidden)]
-    tables = lm.decoder_embeddings.split(config.code_sizes)
-    for step in range(config.patch_steps - 1):
-        active = [c for c, delay in enumerate(config.delays) if delay <= step < delay + config.group_size]
-        drawn = [F.embedding(codes[:, c, step - config.delays[c]], tables[c]) for c in active]
-        inputs.append(torch.stack(drawn).sum(0) if drawn else torch.zeros_like(inputs[0]))
-    attend = self_attend(config.patch_decoder, lm.decoder_rope, causal=True)
-    out = transformer(torch.stack(inputs, dim=1), lm.patch_decoder, config.patch_decoder.norm_eps, attend)
     scores = []
-    for channel, head in enumerate(lm.code_heads.split(config.code_sizes)):
-        delay = config.delays[channel]
-        logits = F.linear(out[:, delay : delay + config.group_size], head).float()
-        logits[..., config.empty_codes[channel]] = -torch.inf
-        scores.append(logits.log_softmax(-1).flatten(0, 1).cpu())
+    for logits, empty in zip(code_logits(lm, hidden, codes.to(lm.device)), lm.config.empty_codes, strict=True):
+        wide = logits.float()
+        wide[..., empty] = -torch.inf
+        scores.append(wide.log_softmax(-1).flatten(0, 1).cpu())
     return tuple(scores)
 
 

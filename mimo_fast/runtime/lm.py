@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -117,15 +117,20 @@ class LM:
 
         Leaves the last one's hidden state in `state.hidden[slot]`.
         """
+        for hidden in self.hidden_chunks(ids, state, slot, start):
+            state.hidden[slot] = hidden[-1]
+            start += len(hidden)
+        state.lengths[slot] = start
+
+    def hidden_chunks(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> Iterator[Tensor]:
+        """What `prefill` computes, chunk by chunk: the backbone's hidden states [n, D], n <= PREFILL_CHUNK."""
         groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
         config = self.config.backbone
         for text_part, code_part in zip(text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True):
             attend = prefill_attend(config, self.backbone_rope, state.cache, slot, start)
-            hidden = transformer(self.embed(text_part, code_part)[None], self.backbone, config.norm_eps, attend)
-            state.hidden[slot] = hidden[0, -1]
+            yield transformer(self.embed(text_part, code_part)[None], self.backbone, config.norm_eps, attend)[0]
             start += len(text_part)
-        state.lengths[slot] = start
 
     def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
         """Makes a group, its token and its codes [C, G], the one that the slot's next step feeds."""
