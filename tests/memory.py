@@ -2,11 +2,15 @@
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -21,6 +25,16 @@ def peak_memory(call: Callable[[], object]) -> int:
     before = _kilobytes("VmRSS")
     call()
     return (_kilobytes("VmHWM") - before) * 1024
+
+
+def peak_memory_alone(setup: str, expression: str) -> int:
+    """`peak_memory` of an expression in a process of its own: a long-lived one's heap is fragmented. Skips as above."""
+    peak_memory(lambda: None)
+    script = f"from memory import peak_memory\n{setup}\nprint(peak_memory(lambda: {expression}))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return int(done.stdout)
 
 
 def resident_memory() -> int:
