@@ -17,8 +17,9 @@ from mimo_fast.kernels.sample_codes import sample_codes
 from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
 from mimo_fast.sampling import GREEDY, sampler_tensors
 from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
-from training import codec, codes, data, domain, lm, synthesis
+from training import codec, codes, data, decoder, domain, lm, synthesis
 from training.codec import CodecTraining
+from training.decoder import DecoderTraining
 from training.export import write_pair
 from training.listen import word_error_rate, word_errors
 from training.lm import LMTraining, batch_losses
@@ -70,8 +71,42 @@ def test_gradients_reach_every_leaf_of_the_codec(codec_training):
 def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
     rng = random.Random(0)
     examples = [lm_training.examples.draw(task, rng) for task in lm.JOINT for _ in range(2)]
-    text, codes_loss = batch_losses(lm_training.model(), lm.collate(examples, lm_training.config, 0), None)
-    assert not dead_leaves(lm_training.run.trained, text + codes_loss.sum())
+    batch, projections = lm.collate(examples, lm_training.config, 0), list[Tensor]()
+    text, codes_loss = batch_losses(lm_training.model(), batch, None, projections)
+    heard = lm_training.ctc(projections, batch.spans)
+    assert not dead_leaves(lm_training.run.trained, text + heard + codes_loss.sum())
+
+
+def test_words_are_looked_for_where_they_are_heard(lm_training):
+    rng, examples = random.Random(1), lm_training.examples
+    special, size = examples._tokenizer.special, lm_training.config.group_size
+    expected = {"words": 6, "spliced": 1, "asr": 1, "written": 1, "dialogue": 1, "tts": 0, "styled": 0}
+    for task in lm.JOINT:
+        drawn = examples.draw(task, rng)
+        text = drawn.ids[0, ::size]
+        if task in expected:
+            assert len(drawn.spans) == expected[task]
+        else:
+            assert len(drawn.spans) > 1
+        for span in drawn.spans:
+            assert text[span.start - 1] == special.sosp
+            assert text[span.stop - 1] == special.eosp
+            assert (text[span.start : span.stop - 1] == special.empty).all()
+            assert span.words
+            assert not drawn.learned[span.start : span.stop].any()
+
+
+def test_the_decoder_is_trained_for_the_codes_there_are(parts, codec_training, tmp_path):
+    before = {name: tensor.detach().clone() for name, tensor in codec_training.tensors.items()}
+    training = DecoderTraining(tmp_path, parts, before, replace(decoder.SCHEDULE, steps=2))
+    assert not dead_leaves(training.run.trained, training.losses(0)["loss"])
+    training.train()
+    wav = parts["unheard"][0].wav
+    was, now = (codec.build_codec(training.config, tensors) for tensors in (before, training.tensors))
+    assert torch.equal(was.encode(wav), now.encode(wav))
+    changed = {name for name in training.tensors if not torch.equal(before[name], training.tensors[name])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
 
 
 def test_codebooks_follow_what_chose_them(codec_training):

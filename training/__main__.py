@@ -19,21 +19,22 @@ import torch
 import mimo_fast
 from mimo_fast.errors import MimoFastError
 
-from . import codec, codes, data, evaluate, export, lm
+from . import codec, codes, data, decoder, evaluate, export, lm
 from .codec import CodecTraining
 from .codes import Codes
 from .data import Part, Sizes
+from .decoder import DecoderTraining
 from .lm import LMTraining
 from .loop import trained_tensors
 from .parameters import build_codec
 from .synthesis import has_flite
 from .tokenizer import build_tokenizer
 
-COMMANDS = ("data", "codec", "lm", "export", "evaluate", "all")
+COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
 SMOKE_SIZES = Sizes(speech=12, replies=12, words=8, questions=8, echoes=6, unheard=3, unsaid=3)
-SMOKE_STEPS = {"codec": 3, "lm": 10}
-"""Both stages of each."""
+SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
+"""Of `lm`, both stages."""
 
 
 class Recipe:
@@ -50,6 +51,12 @@ class Recipe:
     def codec(self) -> None:
         schedule = replace(codec.SCHEDULE, steps=self.steps.get("codec", codec.SCHEDULE.steps))
         CodecTraining(self.directory, self.data(), schedule, self.seed, self.device).train()
+
+    def decoder(self) -> None:
+        """Needs the codec's codes and nothing of the language model: the two can be trained side by side."""
+        schedule = replace(decoder.SCHEDULE, steps=self.steps.get("decoder", decoder.SCHEDULE.steps))
+        trained = trained_tensors(self.directory, codec.NAME)
+        DecoderTraining(self.directory, self.data(), trained, schedule, self.seed, self.device).train()
 
     def lm(self) -> None:
         schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
@@ -79,6 +86,7 @@ class Recipe:
 
     def all(self, count: int) -> None:
         self.codec()
+        self.decoder()
         self.lm()
         self.export()
         self.evaluate(count)
@@ -98,6 +106,7 @@ def smoke(seed: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         recipe = Recipe(Path(directory), seed, "cpu", SMOKE_SIZES, SMOKE_STEPS)
         recipe.codec()
+        recipe.decoder()
         recipe.lm()
         model = mimo_fast.load(*recipe.export(), device="cpu")
         chunks = list(model.stream("tts", "seven", seed=seed, max_new_tokens=20))

@@ -10,6 +10,7 @@ afterwards, reads the synthesizer's phones from the codes.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from torch import Tensor
 
 from mimo_fast.audio import log_mel
 from mimo_fast.config import CodecConfig
+from mimo_fast.runtime.codec import Codec
 
 from .data import Part, augment
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
 from .rvq import Quantizer, unquantized
-from .synthesis import PHONES
+from .synthesis import PHONES, RATE
 
 NAME = "codec"
-SCHEDULE = Schedule(steps=8000, rate=1e-3)
+SCHEDULE = Schedule(steps=4500, rate=1e-3)
 UNQUANTIZED_SHARE = 0.05
 """Of the steps, before the codebooks begin."""
 
@@ -82,13 +84,13 @@ class CodecTraining:
     def losses(self, step: int) -> Losses:
         """One batch forward, and the codebooks moved by it."""
         rng = random.Random(f"{self.seed}/codec/{step}")
-        batch = [self._draw(rng) for _ in range(BATCH)]
+        batch = [draw(self.parts, rng) for _ in range(BATCH)]
         codec = build_codec(self.config, self.tensors)
         hidden = [codec.encode_mel(log_mel(each.heard.to(self.device), self.config)) for each in batch]
         lengths = [len(x) for x in hidden]
         joined = torch.cat(hidden)
-        used = [self._codebooks(rng) for _ in batch]
-        n_q = torch.repeat_interleave(torch.tensor(used), torch.tensor(lengths)).to(self.device)
+        used = torch.tensor([codebooks_used(rng, len(self.config.codebook_sizes)) for _ in batch])
+        n_q = torch.repeat_interleave(used, torch.tensor(lengths)).to(self.device)
         starting = step < UNQUANTIZED_SHARE * self.run.schedule.steps
         quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
         got = [codec.decode_hidden(rows)[: len(each.wanted)]
@@ -103,29 +105,8 @@ class CodecTraining:
         return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": ctc.detach(),
                 "dead": float(dead)}  # fmt: skip
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mel distance on the voice that training never hears, without noise, with all codebooks and with two."""
-        codec, total = build_codec(self.config, self.tensors), [0.0, 0.0]
-        count = min(VALIDATION, len(self.unheard))
-        for i in range(count):
-            wav = self.unheard[i].wav.to(self.device)
-            codes = codec.encode(wav)
-            for place, used in enumerate((codes, codes[:2])):
-                got = codec.decode(used)[: len(wav)]
-                total[place] += float(mel_distance(got, wav, self.config.sample_rate)) / count
-        return {"mel": total[0], "mel_2": total[1]}
-
-    def _draw(self, rng: random.Random) -> Spoken:
-        part = rng.choice(self.parts)
-        drawn = part[rng.randrange(len(part))]
-        longest = int(LONGEST * self.config.sample_rate)
-        heard, wanted = augment(drawn.wav[:longest], rng)
-        return Spoken(heard, wanted, drawn.phones if len(drawn.wav) <= longest else [])
-
-    def _codebooks(self, rng: random.Random) -> int:
-        every = len(self.config.codebook_sizes)
-        return every if rng.random() < ALL_CODEBOOKS_SHARE else rng.randrange(1, every)
+        return reconstruction(build_codec(self.config, self.tensors), self.unheard)
 
     def _ctc(self, rows: tuple[Tensor, ...], phones: list[list[int]]) -> Tensor:
         """Cross entropy of the phones per phone, given codes' rows [T, D] of each utterance."""
@@ -135,3 +116,30 @@ class CodecTraining:
         targets = torch.tensor([phone + 1 for i in known for phone in phones[i]], device=self.device)
         lengths = [torch.tensor([len(each[i]) for i in known]) for each in (rows, phones)]
         return F.ctc_loss(scores, targets, *lengths, zero_infinity=True)
+
+
+@torch.no_grad()
+def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
+    """Mel distance on some utterances of a part, without noise, with all codebooks and with two."""
+    total, count = [0.0, 0.0], min(VALIDATION, len(part))
+    for i in range(count):
+        wav = part[i].wav.to(codec.device)
+        codes = codec.encode(wav)
+        for place, used in enumerate((codes, codes[:2])):
+            got = codec.decode(used)[: len(wav)]
+            total[place] += float(mel_distance(got, wav, codec.sample_rate)) / count
+    return {"mel": total[0], "mel_2": total[1]}
+
+
+def draw(parts: Sequence[Part], rng: random.Random) -> Spoken:
+    """An utterance of one of the parts, at some level and maybe in noise."""
+    part = rng.choice(parts)
+    drawn = part[rng.randrange(len(part))]
+    longest = int(LONGEST * RATE)
+    heard, wanted = augment(drawn.wav[:longest], rng)
+    return Spoken(heard, wanted, drawn.phones if len(drawn.wav) <= longest else [])
+
+
+def codebooks_used(rng: random.Random, every: int) -> int:
+    """Of one utterance."""
+    return every if rng.random() < ALL_CODEBOOKS_SHARE else rng.randrange(1, every)

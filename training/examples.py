@@ -9,7 +9,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .codes import Codes
 from .data import answers
 from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 
-UNDERSTANDING = {"words": 4, "spliced": 4, "asr": 4, "written": 1}
+UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
 JOINT = {"words": 1, "spliced": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
@@ -39,13 +39,33 @@ WORDS = 6
 SPLICED = 5
 """Single words in one recording at most."""
 
+COARSE_SHARE, COARSEST = 0.5, 2
+"""Of recordings that are heard by their first codebooks alone, at least so many: the others tell more of the voice."""
+
+
+@dataclass(frozen=True)
+class Heard(Speech):
+    """A recording whose words are known."""
+
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Groups start ... stop - 1 of an example, its last one the end of speech, in which these text ids are heard."""
+
+    start: int
+    stop: int
+    words: list[int]
+
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], and which of the groups are to be learned, bool [T]."""
+    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard."""
 
     ids: Tensor
     learned: Tensor
+    spans: list[Span]
 
     def __len__(self) -> int:
         return len(self.learned)
@@ -53,11 +73,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T]."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T]; spans of each."""
 
     text: Tensor
     codes: Tensor
     learned: Tensor
+    spans: list[list[Span]]
 
 
 class Examples:
@@ -75,8 +96,9 @@ class Examples:
 
     def transcription(self, part: str, index: int, template: int = 0) -> Example:
         """The transcription of one utterance."""
-        speech = Speech(self._codes[part].get(index))
-        return self._example(prompt.asr(speech, template), [self._codes[part].text(index), "<|im_end|>"])
+        text = self._codes[part].text(index)
+        speech = Heard(self._codes[part].get(index), text=text)
+        return self._example(prompt.asr(speech, template), [text, "<|im_end|>"])
 
     def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
         """One utterance to be said, plainly."""
@@ -92,17 +114,39 @@ class Examples:
             # The request opens the reply's speech already.
             said = said[:, size:]
         learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
-        return Example(torch.cat((asked, said), dim=1), learned)
+        return Example(torch.cat((asked, said), dim=1), learned, self._spans(request, asked[0, ::size]))
+
+    def _spans(self, request: Segments, text: Tensor) -> list[Span]:
+        """Where the recordings of a request lie in its text channel [T]."""
+        marks = self._tokenizer.special.sosp, self._tokenizer.special.eosp
+        starts, stops = ((text == mark).nonzero()[:, 0] + 1 for mark in marks)
+        heard = [segment for segment in request if isinstance(segment, Speech)]
+        return [Span(start, stop, self._tokenizer.encode(each.text))
+                for each, start, stop in zip(heard, starts.tolist(), stops.tolist(), strict=True)
+                if isinstance(each, Heard)]  # fmt: skip
 
     def _words(self, rng: random.Random) -> Example:
-        pairs = [self._example([speech], [self._codes["words"].text(index), "\n"])
-                 for index, speech in (self._recording("words", rng) for _ in range(WORDS))]  # fmt: skip
-        return Example(torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs]))
+        pairs, spans, start = list[Example](), list[Span](), 0
+        for _ in range(WORDS):
+            index, speech = self._recording("words", rng)
+            pairs.append(self._example([speech], [self._codes["words"].text(index), "\n"]))
+            spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
+            start += len(pairs[-1])
+        ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
+        return Example(ids, learned, spans)
 
-    def _recording(self, part: str, rng: random.Random) -> tuple[int, Speech]:
+    def _recording(self, part: str, rng: random.Random) -> tuple[int, Heard]:
         codes = self._codes[part]
         index = rng.randrange(len(codes))
-        return index, Speech(codes.get(index, rng.randrange(codes.variants)))
+        return index, self._heard(codes.get(index, rng.randrange(codes.variants)), codes.text(index), rng)
+
+    def _heard(self, codes: Tensor, text: str, rng: random.Random) -> Heard:
+        """A recording, sometimes without its finer codebooks."""
+        if rng.random() < COARSE_SHARE:
+            kept = rng.randrange(COARSEST, len(codes))
+            codes = codes.clone()
+            codes[kept:] = torch.tensor(self._config.empty_codes)[kept:, None]
+        return Heard(codes, text=text)
 
     def _answer(self, text: str) -> Reply:
         return Reply(text, self._codes["answers"].get(self._answer_places[text]))
@@ -114,8 +158,8 @@ class Examples:
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
-        speech = Speech(torch.cat([each.codes for _, each in drawn], dim=1))
-        text = " ".join(self._codes["words"].text(index) for index, _ in drawn)
+        text = " ".join(each.text for _, each in drawn)
+        speech = Heard(torch.cat([each.codes for _, each in drawn], dim=1), text=text)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
 
     def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
@@ -165,4 +209,4 @@ def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
         text[row, : len(each)] = groups[0, :, 0]
         codes[row, : len(each)] = groups[1:].transpose(0, 1)
         learned[row, : len(each)] = each.learned
-    return Batch(text, codes, learned)
+    return Batch(text, codes, learned, [each.spans for each in examples])

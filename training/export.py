@@ -8,7 +8,7 @@ from mimo_fast.checkpoint import write_checkpoint
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.layout import codec_shapes, lm_shapes
 
-from . import codec, lm
+from . import codec, decoder, lm
 from .data import Part
 from .loop import trained_tensors
 from .parameters import Tensors, build_codec, config_json
@@ -26,7 +26,7 @@ def export(run: Path, target: Path, replies: Part, dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: one of the two was not trained, or the target holds weights already.
     """
-    return write_pair(target, trained_tensors(run, lm.NAME), trained_tensors(run, codec.NAME), replies, dtype)
+    return write_pair(target, trained_tensors(run, lm.NAME), trained_tensors(run, decoder.NAME), replies, dtype)
 
 
 def write_pair(

@@ -1,7 +1,10 @@
 """Training of the language model, the technical report's two stages in small.
 
-    understanding   loss = text, over tasks whose replies are text
-    joint           loss = text + the 8 codebooks of the patch decoder, over all tasks
+    understanding   loss = text + CTC, over tasks whose replies are text
+    joint           loss = text + CTC + the 8 codebooks of the patch decoder, over all tasks
+
+The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys and values that
+later positions see of it: a reply can copy words before it has found out by itself what they sound like.
 
 Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the patch decoder, whose 11
 steps a patch would otherwise cost more than everything else.
@@ -21,7 +24,7 @@ from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
 from mimo_fast.tokenizer import Tokenizer
 
 from .codes import Codes
-from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, collate
+from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
 
@@ -38,6 +41,10 @@ MAX_PATCHES = 128
 
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
+
+CTC = 0.15
+CTC_LAYERS = (2, 3)
+"""Of the backbone: layers below find out what is said, these are left to use it."""
 
 VALIDATION = 32
 
@@ -62,6 +69,7 @@ class LMTraining:
             names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(self.config.channels)]
             books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
             embed_codebooks(initial, books, usage)
+        initial |= initial_ctc(self.config)
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
@@ -78,12 +86,33 @@ class LMTraining:
         """One batch forward."""
         batch = collate(self._examples_of(step), self.config, self.special.pad)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        text, codes = batch_losses(self.model(), batch, generator)
+        projections = list[Tensor]()
+        text, codes = batch_losses(self.model(), batch, generator, projections)
+        heard = self.ctc(projections, batch.spans)
+        loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
-            return {"loss": text, "text": text.detach()}
+            return {"loss": loss, **shown}
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
-        loss = text + (codes * weights).sum()
-        return {"loss": loss, "text": text.detach(), "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+        loss = loss + (codes * weights).sum()
+        return {"loss": loss, **shown, "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+
+    def ctc(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
+        """Cross entropy of heard words per word, over the layers that are asked for them."""
+        flat = [(row, span) for row, each in enumerate(spans) for span in each if span.words]
+        total = torch.zeros((), device=self.device)
+        if not flat:
+            return total
+        words = torch.tensor([word for _, span in flat for word in span.words], device=self.device)
+        groups = torch.tensor([span.stop - span.start for _, span in flat])
+        counts = torch.tensor([len(span.words) for _, span in flat])
+        for layer in CTC_LAYERS:
+            seen = projections[layer][..., -self.tensors[f"ctc.{layer}.weight"].shape[1] :]
+            rows = torch.nn.utils.rnn.pad_sequence([seen[row, span.start : span.stop] for row, span in flat])
+            scores = F.linear(rows, self.tensors[f"ctc.{layer}.weight"], self.tensors[f"ctc.{layer}.bias"])
+            total = total + F.ctc_loss(
+                scores.log_softmax(-1), words, groups, counts, blank=self.special.empty, zero_infinity=True
+            )
+        return total / len(CTC_LAYERS)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -109,12 +138,22 @@ class LMTraining:
         return self._pool[1][step % POOL]
 
 
-def batch_losses(model: LM, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+def initial_ctc(config: LMConfig) -> Tensors:
+    """Heads over the text ids, for what a layer's keys and values tell."""
+    width = 2 * config.backbone.kv_heads * config.backbone.head_dim
+    shapes = {"weight": (config.vocab_size, width), "bias": (config.vocab_size,)}
+    return {f"ctc.{layer}.{name}": torch.zeros(shape) for layer in CTC_LAYERS for name, shape in shapes.items()}
+
+
+def batch_losses(
+    model: LM, batch: Batch, generator: torch.Generator | None, projections: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
 
-    generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all.
+    generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all. projections: see
+    `hidden_states`.
     """
-    hidden = hidden_states(model, batch.text, batch.codes)[:, :-1]
+    hidden = hidden_states(model, batch.text, batch.codes, projections)[:, :-1]
     text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
     text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
     patches = (learned & (text == model.empty_id)).nonzero()

@@ -10,17 +10,30 @@ from torch import Tensor
 from ..kernels.patch_embed import patch_embed
 from ..kernels.qmatmul import Weight, matmul
 from .lm import LM
-from .transformer import self_attend, transformer
+from .transformer import Attend, self_attend, transformer
 
 
-def hidden_states(lm: LM, text: Tensor, codes: Tensor) -> Tensor:
+def hidden_states(lm: LM, text: Tensor, codes: Tensor, projections: list[Tensor] | None = None) -> Tensor:
     """Backbone over B sequences from position 0 on: text [B, T] (one id a group), codes [B, T, C, G] -> [B, T, D].
 
     Row t is what group t + 1 is drawn from. Shorter sequences are filled up at their end, where nothing sees it.
+    projections: collects each layer's queries, keys and values, [B, T, (H + 2 Hkv) Dh], without positions.
     """
     config = lm.config.backbone
     x = lm.embed(text.flatten(), codes.flatten(0, 1)).unflatten(0, text.shape)
-    return transformer(x, lm.backbone, config.norm_eps, self_attend(config, lm.backbone_rope, causal=True))
+    attend = self_attend(config, lm.backbone_rope, causal=True)
+    return transformer(x, lm.backbone, config.norm_eps, _collecting(attend, projections))
+
+
+def _collecting(attend: Attend, projections: list[Tensor] | None) -> Attend:
+    if projections is None:
+        return attend
+
+    def collect(layer: int, qkv: Tensor) -> Tensor:
+        projections.append(qkv)
+        return attend(layer, qkv)
+
+    return collect
 
 
 def code_logits(lm: LM, hidden: Tensor, codes: Tensor) -> list[Tensor]:

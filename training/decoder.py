@@ -1,0 +1,63 @@
+"""Training of the codec's decoder and vocoder alone, over the codes of the trained encoder.
+
+    loss = mel_distance(output, speech)
+
+The second of the technical report's two stages, without its discriminators. The codes are final before it, so the
+language model can be trained beside it.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+
+from mimo_fast.audio import log_mel
+from mimo_fast.runtime.codec import Codec
+
+from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction
+from .data import Part
+from .loop import Losses, Run, Schedule
+from .losses import mel_distance
+from .parameters import Tensors, build_codec
+
+NAME = "decoder"
+SCHEDULE = Schedule(steps=6000, rate=7e-4)
+
+
+class DecoderTraining:
+    """The decoder, its data and its loss. trained: the tensors of the first stage."""
+
+    def __init__(self, directory: Path, parts: dict[str, Part], trained: Tensors, schedule: Schedule = SCHEDULE,
+                 seed: int = 0, device: str = "cpu") -> None:  # fmt: skip
+        self.config, self.seed, self.device = codec_config(), seed, device
+        self.tensors = {name: tensor.to(device, copy=True) for name, tensor in trained.items()
+                        if not name.startswith("ctc.")}  # fmt: skip
+        leaves = {name: tensor.requires_grad_() for name, tensor in self.tensors.items()
+                  if name.startswith("decoder.") and tensor.ndim and not name.endswith("istft.window")}  # fmt: skip
+        fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
+        # What the language model will say gets half of the attention.
+        self.parts = [parts[name] for name in ("speech", "replies")]
+        self.unheard = parts["unheard"]
+        self.run = Run(directory, NAME, leaves, fixed, schedule)
+
+    def train(self) -> None:
+        self.run.train(self.losses, self.validate)
+
+    def model(self) -> Codec:
+        return build_codec(self.config, self.tensors)
+
+    def losses(self, step: int) -> Losses:
+        """One batch forward."""
+        rng = random.Random(f"{self.seed}/decoder/{step}")
+        codec, total = self.model(), torch.zeros((), device=self.device)
+        for _ in range(BATCH):
+            spoken = draw(self.parts, rng)
+            with torch.no_grad():
+                mel = log_mel(spoken.heard.to(self.device), self.config)
+                codes = codec.quantize(codec.encode_mel(mel))[: codebooks_used(rng, len(self.config.codebook_sizes))]
+            got = codec.decode_hidden(codec.dequantize(codes))[: len(spoken.wanted)]
+            total = total + mel_distance(got, spoken.wanted.to(self.device), self.config.sample_rate) / BATCH
+        return {"loss": total}
+
+    def validate(self) -> dict[str, float]:
+        return reconstruction(self.model(), self.unheard)
