@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 import mimo_fast
 from mimo_fast.errors import MimoFastError
 
-from . import codec, codes, data, decoder, evaluate, export, lm
+from . import codec, codes, comparisons, data, decoder, evaluate, export, lm
+from .card import card
 from .codec import CodecTraining
 from .codes import Codes
 from .data import Part, Sizes
@@ -35,6 +37,12 @@ COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 SMOKE_SIZES = Sizes(speech=12, replies=12, words=8, questions=8, echoes=6, unheard=3, unsaid=3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
+
+
+MEASURES = (
+    evaluate.codec_quality, evaluate.text_to_speech, evaluate.transcription, evaluate.dialogue, evaluate.examples,
+    comparisons.formats, comparisons.streaming, comparisons.sampling, comparisons.pace,
+)  # fmt: skip
 
 
 class Recipe:
@@ -78,11 +86,10 @@ class Recipe:
         return pair
 
     def evaluate(self, count: int) -> None:
-        parts = self.data()
-        model = mimo_fast.load(self.directory / "nano" / "lm", self.directory / "nano" / "codec", device="cpu")
-        target = self.directory / "evaluation.json"
-        evaluate.evaluate(model, parts, count, target)
-        print(f"wrote {target}", file=sys.stderr)
+        pair, target = self.directory / "nano", self.directory / "evaluation.json"
+        results = evaluate.evaluate(_loader(pair / "lm", pair / "codec"), self.data(), count, MEASURES, target)
+        (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
+        print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
     def all(self, count: int) -> None:
         self.codec()
@@ -90,6 +97,11 @@ class Recipe:
         self.lm()
         self.export()
         self.evaluate(count)
+
+
+def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
+    """Loads the pair in a format, once."""
+    return cache(lambda quantization: mimo_fast.load(lm_directory, codec_directory, "cpu", quantization=quantization))
 
 
 def _missing() -> Iterator[str]:
@@ -108,13 +120,13 @@ def smoke(seed: int) -> None:
         recipe.codec()
         recipe.decoder()
         recipe.lm()
-        model = mimo_fast.load(*recipe.export(), device="cpu")
-        chunks = list(model.stream("tts", "seven", seed=seed, max_new_tokens=20))
+        load = _loader(*recipe.export())
+        chunks = list(load(None).stream("tts", "seven", seed=seed, max_new_tokens=20))
         print(f"said {chunks[-1].timing.groups} groups", file=sys.stderr)
         if missing := [*_missing()]:
             print(f"skipped: evaluation, which needs {', '.join(missing)}", file=sys.stderr)
         else:
-            evaluate.evaluate(model, recipe.data(), 1)
+            evaluate.evaluate(load, recipe.data(), 1, MEASURES)
     print("the smoke test has passed", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """The trained codec's codes of all speech, encoded once: what the language model is trained on."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,15 +43,17 @@ class Codes:
         flat = piece(_open(self._path(shard)), "codes", place * self.variants + variant)
         return flat.long().view(-1, self._channels).T
 
-    def make(self, codec: Codec, bar: tqdm) -> None:
-        """Encodes the shards that are not there yet."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for shard, start in enumerate(range(0, len(self), SHARD)):
-            indices = range(start, min(start + SHARD, len(self)))
-            if not self._path(shard).exists():
-                made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
-                save_whole(self._path(shard), joined("codes", made))
-            bar.update(len(indices))
+    @property
+    def shards(self) -> int:
+        return -(-len(self) // SHARD)
+
+    def make_shard(self, codec: Codec, shard: int) -> int:
+        """Encodes a shard that is not there yet; returns how many utterances it has."""
+        indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
+        if not self._path(shard).exists():
+            made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
+            save_whole(self._path(shard), joined("codes", made))
+        return len(indices)
 
     def _encode(self, codec: Codec, index: int, variant: int) -> Tensor:
         wav = self.part[index].wav
@@ -64,11 +67,23 @@ class Codes:
 
 
 def make(directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int) -> dict[str, Codes]:
-    """Codes of every part, of which only what is missing is encoded."""
+    """Codes of every part, of which only what is missing is encoded: a shard on each of torch's threads."""
+    directory.mkdir(parents=True, exist_ok=True)
     found = {name: Codes(directory, part, channels, group_size) for name, part in parts.items()}
-    with tqdm(total=sum(map(len, found.values())), desc="codes", unit="utterance", miniters=1) as bar:
-        for codes in found.values():
-            codes.make(codec, bar)
+    total, threads = sum(map(len, found.values())), torch.get_num_threads()
+    # Sentences are too short to be worth sharing.
+    torch.set_num_threads(1)
+    try:
+        with tqdm(total=total, desc="codes", unit="utterance", miniters=1) as bar, ThreadPoolExecutor(threads) as pool:
+            work = [pool.submit(codes.make_shard, codec, i) for codes in found.values() for i in range(codes.shards)]
+            try:
+                for shard in as_completed(work):
+                    bar.update(shard.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

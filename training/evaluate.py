@@ -1,15 +1,19 @@
 """What a trained pair can do, measured on sentences, and for listening on a voice, that training never had.
 
-    codec   STOI and mel distance by number of codebooks, on the unheard voice
-    tts     words that an independent recogniser hears in what the model says, beside what it hears in the synthesizer's
-            own speech of the same sentences and in the codec's reconstruction of that; pace and first audio
-    asr     the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it
-    dialogue  spoken answers, by the recogniser and as text
+    codec_quality   STOI and mel distance by number of codebooks, on the unheard voice
+    text_to_speech  words that an independent recogniser hears in what the model says, beside what it hears in the
+                    synthesizer's own speech of the same sentences and in the codec's reconstruction of that
+    transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it
+    dialogue        spoken answers to the unheard voice, by the recogniser and as text
+    examples        speech to speech by example: what the unheard voice says, said again in the reply's voice
+    formats, streaming, sampling, pace    see `comparisons`
 """
 
+import hashlib
+import json
 import random
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +21,64 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mimo_fast
+from mimo_fast.bench.environment import environment
 from mimo_fast.checkpoint import write_json
-from mimo_fast.machine import describe_machine
+from mimo_fast.mimo_audio import MimoAudio
 
 from . import domain
-from .data import Part, noise
+from .data import UNHEARD_VOICE, Part, noise
 from .listen import recognise, word_error_rate
 from .losses import mel_distance
+from .synthesis import Manner, synthesize
+from .tokenizer import S2S_INSTRUCTIONS
 
+UNHEARD = Manner(UNHEARD_VOICE)
 NOISE_DB = 10
+LONGEST_REPLY = 200
+"""Groups, 32 s: a reply that never ends has errors enough by then."""
+
+SHOWN = 20
+"""Sentences that went wrong, of those that are kept."""
+
 Results = dict[str, Any]
+Load = Callable[[str | None], MimoAudio]
+"""A format of `quantization`, None for none -> the pair in it."""
+
+Parts = dict[str, Part]
+Measure = Callable[[Load, Parts, int], Results]
 
 
-def evaluate(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int, target: Path | None = None) -> Results:
-    """All of it over at most `count` utterances a measurement; written to `target` as JSON where it is given."""
-    results: Results = {"machine": [*describe_machine()], "utterances": count, "threads": torch.get_num_threads()}
-    for measure in (codec_quality, text_to_speech, transcription, dialogue):
-        results[measure.__name__] = measure(model, parts, count)
-        if target is not None:
-            write_json(target, results)
+def evaluate(load: Load, parts: Parts, count: int, measures: Iterable[Measure], target: Path | None = None) -> Results:
+    """Measures over at most `count` utterances each, kept in `target`, where those that it has are not made again."""
+    model = load(None)
+    results: Results = {"weights": fingerprint(model), "utterances": count}
+    if target is not None and target.exists():
+        known = json.loads(target.read_text(encoding="utf-8"))
+        if all(known.get(name) == value for name, value in results.items()):
+            results = known
+    results["environment"] = environment("cpu")
+    for measure in measures:
+        if measure.__name__ not in results:
+            results[measure.__name__] = measure(load, parts, count)
+            if target is not None:
+                write_json(target, results)
     return results
 
 
+def fingerprint(model: MimoAudio) -> str:
+    """Of both files of weights."""
+    digest = hashlib.sha256()
+    for directory in (model.path, model.mimo_audio_tokenizer_path):
+        digest.update(Path(directory, "model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
-def codec_quality(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int) -> Results:
-    """STOI and mel distance of the unheard voice's reconstruction from the first 1, 2, ... codebooks."""
+def codec_quality(load: Load, parts: Parts, count: int) -> Results:
+    """Of the unheard voice's reconstruction from the first 1, 2, ... codebooks."""
     from pystoi import stoi
 
-    codec, found = model.codec, dict[int, dict[str, list[float]]]()
+    codec, found = load(None).codec, dict[int, dict[str, list[float]]]()
     for wav in _waves(parts["unheard"], count, "codec"):
         codes = codec.encode(wav)
         for n in range(1, len(codes) + 1):
@@ -53,62 +86,101 @@ def codec_quality(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int
             scores = found.setdefault(n, {"stoi": [], "mel_distance": []})
             scores["stoi"].append(float(stoi(wav.numpy(), got.numpy(), codec.sample_rate)))
             scores["mel_distance"].append(float(mel_distance(got, wav, codec.sample_rate)))
-    return {str(n): {name: _mean(values) for name, values in scores.items()} for n, scores in found.items()}
+    return {str(n): {name: round(statistics.fmean(values), 4) for name, values in scores.items()}
+            for n, scores in found.items()}  # fmt: skip
 
 
 @torch.no_grad()
-def text_to_speech(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int) -> Results:
-    """Word error rates of a recogniser that has nothing to do with the model, and how long speaking takes."""
-    part, rate = parts["unsaid"], model.codec.sample_rate
-    texts = [part.item(i).text for i in range(min(count, len(part)))]
-    heard: dict[str, list[str]] = {"flite": [], "codec": [], "model": []}
-    own, first_audio, factors = [], [], []
-    for i, text in enumerate(tqdm(texts, desc="tts", unit="sentence")):
-        wav = part[i].wav
-        heard["flite"].append(recognise(wav, rate))
-        heard["codec"].append(recognise(model.codec.decode(model.codec.encode(wav)), rate))
-        chunks = list(model.stream("tts", text, seed=i, max_new_tokens=200))
-        said, timing = torch.cat([chunk.audio for chunk in chunks]), chunks[-1].timing
-        heard["model"].append(recognise(said, rate) if len(said) else "")
-        own.append(model.asr_sft(said, seed=0, max_new_tokens=60) if len(said) else "")
-        if timing.first_audio is not None:
-            first_audio.append(1e3 * timing.first_audio)
-            factors.append(timing.elapsed / timing.audio_seconds)
+def text_to_speech(load: Load, parts: Parts, count: int) -> Results:
+    """Word error rates on held-out sentences."""
+    model, texts = load(None), unsaid(parts, count)
+    rate, codec = model.codec.sample_rate, model.codec
+    waves = [parts["unsaid"][i].wav for i in range(len(texts))]
+    said = speech_of(model, texts)
+    heard = {
+        "flite": [recognise(wav, rate) for wav in waves],
+        "codec": [recognise(codec.decode(codec.encode(wav)), rate) for wav in waves],
+        "model": [recognise(wav, rate) for wav in said],
+    }
     return {
-        "word_error_rate": {name: round(word_error_rate(got, texts), 4) for name, got in heard.items()},
-        "word_error_rate_own_asr": round(word_error_rate(own, texts), 4),
-        "first_audio_ms": _spread(first_audio), "real_time_factor": _spread(factors),
-        "misheard": [list(pair) for pair in zip(texts, heard["model"], strict=True) if pair[0] != pair[1]][:20],
+        "word_error_rate": {name: rate_of(got, texts) for name, got in heard.items()},
+        "word_error_rate_own_asr": rate_of(transcripts_of(model, said), texts),
+        "misheard": _wrong(texts, heard["model"]),
     }
 
 
-def transcription(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int) -> Results:
+def transcription(load: Load, parts: Parts, count: int) -> Results:
     """Word error rates of the model's own transcription."""
-    part, results = parts["unheard"], Results()
-    texts = [part.item(i).text for i in range(min(count, len(part)))]
+    model, results = load(None), Results()
+    texts = [parts["unheard"].item(i).text for i in range(min(count, len(parts["unheard"])))]
     for name, level in (("clean", None), (f"noise_{NOISE_DB}_db", NOISE_DB)):
-        got = []
-        for i, wav in enumerate(_waves(part, count, f"asr {name}")):
-            heard = wav if level is None else _noisy(wav, level, random.Random(i))
-            got.append(model.asr_sft(heard, seed=0, max_new_tokens=60))
-        results[name] = round(word_error_rate(got, texts), 4)
-        wrong = [list(pair) for pair in zip(texts, got, strict=True) if pair[0] != pair[1]]
-        results[f"wrong_{name}"] = wrong[:20]
+        waves = _waves(parts["unheard"], count, f"asr {name}")
+        heard = [wav if level is None else _noisy(wav, level, random.Random(i)) for i, wav in enumerate(waves)]
+        got = transcripts_of(model, heard)
+        results[name] = rate_of(got, texts)
+        results[f"wrong_{name}"] = _wrong(texts, got)
     return results
 
 
 @torch.no_grad()
-def dialogue(model: mimo_fast.MimoAudio, parts: dict[str, Part], count: int) -> Results:
+def dialogue(load: Load, _parts: Parts, count: int) -> Results:
     """Word error rates of spoken answers to questions, as the recogniser hears them and as the text beside them."""
-    part, texts, heard, written = parts["questions"], [], [], []
-    for i, wav in enumerate(_waves(part, min(count, len(domain.dialogue())), "dialogue")):
-        texts.append(domain.dialogue()[part.item(i).text])
-        chunks = list(model.stream("spoken_dialogue", wav, seed=i, max_new_tokens=200))
-        said = torch.cat([chunk.audio for chunk in chunks])
-        heard.append(recognise(said, model.codec.sample_rate) if len(said) else "")
-        written.append("".join(chunk.text for chunk in chunks).strip())
-    rates = {"heard": word_error_rate(heard, texts), "text": word_error_rate(written, texts)}
-    return {name: round(value, 4) for name, value in rates.items()}
+    model, heard, written = load(None), list[str](), list[str]()
+    pairs = dict([*domain.dialogue().items()][:count])
+    for i, question in enumerate(tqdm(pairs, desc="dialogue", unit="question")):
+        asked = synthesize(domain.spoken(question), UNHEARD).wav
+        wav, text = spoken(model.stream("spoken_dialogue", asked, seed=i, max_new_tokens=LONGEST_REPLY))
+        heard.append(recognise(wav, model.codec.sample_rate))
+        written.append(text)
+    texts = [*pairs.values()]
+    return {"heard": rate_of(heard, texts), "text": rate_of(written, texts), "misheard": _wrong(texts, heard)}
+
+
+@torch.no_grad()
+def examples(load: Load, parts: Parts, count: int) -> Results:
+    """Word error rate, by the recogniser, of what is said again after two examples of it."""
+    model, answers, heard = load(None), parts["answers"], list[str]()
+    texts = [answers.item(i).text for i in range(len(answers))]
+    asked = [synthesize(domain.spoken(text), UNHEARD).wav for text in texts]
+    shown = [{"input_audio": wav, "output_audio": answers[i].wav, "output_transcription": text}
+             for i, (wav, text) in enumerate(zip(asked, texts, strict=True))]  # fmt: skip
+    for i in tqdm(range(min(count, len(texts))), desc="examples", unit="sentence"):
+        others = [shown[(i + step) % len(texts)] for step in (1, 2)]
+        request = (S2S_INSTRUCTIONS["echoes"], others, asked[i])
+        wav, _ = spoken(model.stream("in_context_learning_s2s", *request, seed=i, max_new_tokens=LONGEST_REPLY))
+        heard.append(recognise(wav, model.codec.sample_rate))
+    texts = texts[: len(heard)]
+    return {"heard": rate_of(heard, texts), "misheard": _wrong(texts, heard)}
+
+
+def unsaid(parts: Parts, count: int) -> list[str]:
+    """Held-out sentences."""
+    return [parts["unsaid"].item(i).text for i in range(min(count, len(parts["unsaid"])))]
+
+
+def speech_of(model: MimoAudio, texts: Sequence[str]) -> list[Tensor]:
+    """What the model says for each text, streamed, with upstream's sampling; the seed is the text's place."""
+    bar = tqdm(texts, desc="tts", unit="sentence")
+    return [spoken(model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY))[0] for i, text in enumerate(bar)]
+
+
+def spoken(chunks: Iterable[Any]) -> tuple[Tensor, str]:
+    """A streamed reply's audio [n], n > 0, and text."""
+    taken = [*chunks]
+    audio = torch.cat([chunk.audio for chunk in taken])
+    return audio if len(audio) else torch.zeros(1), "".join(chunk.text for chunk in taken).strip()
+
+
+def transcripts_of(model: MimoAudio, waves: Iterable[Tensor]) -> list[str]:
+    return [model.asr_sft(wav, seed=0, max_new_tokens=60).strip() for wav in waves]
+
+
+def rate_of(got: Sequence[str], want: Sequence[str]) -> float:
+    return round(word_error_rate(got, want), 4)
+
+
+def _wrong(texts: Sequence[str], got: Sequence[str]) -> list[list[str]]:
+    return [[want, heard] for want, heard in zip(texts, got, strict=True) if want != heard][:SHOWN]
 
 
 def _waves(part: Part, count: int, name: str) -> Iterator[Tensor]:
@@ -120,13 +192,3 @@ def _noisy(wav: Tensor, level: float, rng: random.Random) -> Tensor:
     """Speech with noise that has `level` decibels less power."""
     mixed = wav + noise(len(wav), rng) * wav.square().mean().sqrt() * 10 ** (-level / 20)
     return mixed / max(1.0, float(mixed.abs().max()))
-
-
-def _mean(values: Iterable[float]) -> float:
-    return round(statistics.fmean(values), 4)
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)}

@@ -1,0 +1,107 @@
+"""The model card of a trained pair: nano/card.md filled in from the evaluation's results; no figure is typed in."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mimo_fast.checkpoint import open_weights
+
+from . import domain
+from .data import REPLY_VOICE, UNHEARD_VOICE, VOICES, Sizes
+from .evaluate import NOISE_DB, Results
+from .tokenizer import INSTRUCTIONS
+
+TEMPLATE = Path(__file__).parent / "nano" / "card.md"
+PARTS = ("lm", "codec")
+
+
+def card(pair: Path, results: Results, sizes: Sizes) -> str:
+    """The card of the pair in the directory `pair` (lm, codec), given its evaluation.
+
+    Raises:
+        KeyError: a measurement is missing.
+    """
+    return TEMPLATE.read_text(encoding="utf-8").format(**_about(pair, sizes), **_measured(results))
+
+
+def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "size": sum(file.stat().st_size for part in PARTS for file in (pair / part).iterdir()) / 1e6,
+        "parameters": sum(open_weights(pair / part).nbytes for part in PARTS) / 2 / 1e6,
+        "words": len(domain.vocabulary()), "questions": len(domain.dialogue()),
+        "styles": _listed([f'"{text}"' for text in INSTRUCTIONS.values()]),
+        "speech": sum(sizes.parts.values()), "voices": _listed(VOICES), "heard": len(VOICES), "reply": REPLY_VOICE,
+        "unheard": UNHEARD_VOICE, "held_out": domain.HELD_OUT,
+    }  # fmt: skip
+
+
+def _measured(results: Results) -> dict[str, Any]:
+    environment, (load, cores) = results["environment"], results["pace"]["load_before_and_cores"]
+    quality = [(n, f"{at['stoi']:.3f}", f"{at['mel_distance']:.3f}") for n, at in results["codec_quality"].items()]
+    return {
+        "utterances": results["utterances"], "commit": environment["commit"] or "unknown",
+        "word_errors": _word_errors(results), "formats": _formats(results),
+        "snr": results["streaming"]["snr_db"], "codec": _table(["codebooks", "STOI", "mel distance"], quality),
+        "device": environment["device"]["name"], "instructions": environment["device"]["instructions"],
+        "cores": cores, "load": load, "pace": _pace(results["pace"]),
+    }  # fmt: skip
+
+
+def _word_errors(results: Results) -> str:
+    tts, asr, dialogue = (results[name] for name in ("text_to_speech", "transcription", "dialogue"))
+    streaming = results["streaming"]["word_error_rate"]
+    rows = {
+        "text to speech, heard by the recogniser": tts["word_error_rate"]["model"],
+        "the same sentences by flite (the floor)": tts["word_error_rate"]["flite"],
+        "flite, through the codec": tts["word_error_rate"]["codec"],
+        "text to speech, heard by the model itself": tts["word_error_rate_own_asr"],
+        "text to speech, all codes decoded at once": streaming["at_once"],
+        "text to speech, greedy": results["sampling"]["greedy"],
+        "transcription of the unheard voice": asr["clean"],
+        f"the same, in noise {NOISE_DB} dB below": asr[f"noise_{NOISE_DB}_db"],
+        "spoken answers to spoken questions, heard by the recogniser": dialogue["heard"],
+        "the text of these answers": dialogue["text"],
+        "said again by example, heard by the recogniser": results["examples"]["heard"],
+    }
+    return _table(["", "words that are wrong"], [(name, _percent(rate)) for name, rate in rows.items()])
+
+
+def _formats(results: Results) -> str:
+    tts = results["text_to_speech"]
+    rates = tts["word_error_rate"]["model"], tts["word_error_rate_own_asr"], results["transcription"]["clean"]
+    rows = [("float32", *map(_percent, rates), "", "")]
+    for name, found in results["formats"].items():
+        text, *books = found["kl"].values()
+        rates = found["word_error_rate"], found["word_error_rate_own_asr"], found["transcription"]
+        rows.append((name, *map(_percent, rates), f"{text:.4f}", f"{min(books):.4f} to {max(books):.4f}"))
+    head = ["", "tts, recogniser", "tts, by itself", "transcription", "KL of the text head", "KL of the codebooks"]
+    return _table(head, rows)
+
+
+def _pace(pace: Results) -> str:
+    rows = []
+    for name, found in pace.items():
+        if isinstance(found, Mapping):
+            factor, first = found["real_time_factor"], found["first_audio_ms"]
+            rows.append((
+                name, str(found["threads"]), f"{factor['median']:.3f} and {factor['largest']:.3f}",
+                f"{first['median']:.0f} and {first['largest']:.0f} ms",
+            ))  # fmt: skip
+    return _table(["", "threads", "real-time factor", "first audio"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["| :-- |" + " --: |" * (len(head) - 1)]
+    return "\n".join([_row(head), *rule, *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -1,0 +1,114 @@
+"""One trained pair in several ways: quantized, streamed, greedily; and how fast it is.
+
+    formats    int8 and int4 against float32: words, and KL of every head on the same ids
+    streaming  the same replies streamed and decoded at once: words and SNR
+    sampling   upstream's settings against greedy: words
+    pace       real-time factor and first audio of text to speech, on this machine as it is at the time
+"""
+
+import os
+import statistics
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.bench.quality import compare, own_sequences, teacher_forced
+from mimo_fast.machine import useful_threads
+from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.sampling import GREEDY, MiMoStopper
+from mimo_fast.tasks import TASKS
+
+from .evaluate import LONGEST_REPLY, Load, Parts, Results, rate_of, speech_of, transcripts_of, unsaid
+from .listen import recognise
+
+FORMATS = ("int8", "int4")
+KL_SENTENCES = 40
+"""Texts, and recordings, whose replies the heads are compared on."""
+
+PACED = 20
+
+
+@torch.no_grad()
+def formats(load: Load, parts: Parts, count: int) -> Results:
+    texts, heard = unsaid(parts, count), parts["unheard"]
+    waves = [heard[i].wav for i in range(min(count, len(heard)))]
+    wanted, full = [heard.item(i).text for i in range(len(waves))], load(None)
+    lessons = [*own_sequences(full, waves[:KL_SENTENCES], texts[:KL_SENTENCES])]
+    reference, results = [teacher_forced(full.lm, lesson) for lesson in lessons], Results()
+    for name in FORMATS:
+        model = load(name)
+        heads = compare(reference, [teacher_forced(model.lm, lesson) for lesson in lessons])
+        said = speech_of(model, texts)
+        results[name] = {
+            "word_error_rate": rate_of([recognise(wav, model.codec.sample_rate) for wav in said], texts),
+            "word_error_rate_own_asr": rate_of(transcripts_of(model, said), texts),
+            "transcription": rate_of(transcripts_of(model, waves), wanted),
+            "kl": {_head(i): round(head.kl, 5) for i, head in enumerate(heads)},
+            "agreement": {_head(i): round(head.agreement, 4) for i, head in enumerate(heads)},
+        }
+    return results
+
+
+def _head(index: int) -> str:
+    return f"codebook_{index - 1}" if index else "text"
+
+
+@torch.no_grad()
+def streaming(load: Load, parts: Parts, count: int) -> Results:
+    model, texts = load(None), unsaid(parts, count)
+    streamed, whole = speech_of(model, texts), [_at_once(model, text, i) for i, text in enumerate(texts)]
+    signal = sum(float(wav.double().square().sum()) for wav in whole)
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(streamed, whole, strict=True))
+    heard = [[recognise(wav, model.codec.sample_rate) for wav in waves] for waves in (streamed, whole)]
+    return {
+        "word_error_rate": {"streamed": rate_of(heard[0], texts), "at_once": rate_of(heard[1], texts)},
+        "snr_db": round(10 * torch.log10(torch.tensor(signal / difference)).item(), 2) if difference else None,
+    }
+
+
+def _at_once(model: MimoAudio, text: str, seed: int) -> Tensor:
+    """Speech [n] of a text, all codes decoded together."""
+    stops = TASKS["tts_sft"].stop_ids(model.tokenizer.special)
+    stopper = MiMoStopper(model.group_size, model.audio_channels, stops)
+    ids = model.get_tts_sft_prompt(text, seed=seed)
+    return model.forward(
+        ids, return_audio=True, stopping_criteria=[stopper], max_new_tokens=LONGEST_REPLY, task_name="tts", seed=seed
+    ).flatten()
+
+
+@torch.no_grad()
+def sampling(load: Load, parts: Parts, count: int) -> Results:
+    model, texts = load(None), unsaid(parts, count)
+    sampled = model.task_sampler_configs["tts"]
+    results = Results()
+    for name, samplers in (("sampled", sampled), ("greedy", {"global": GREEDY, "local": GREEDY})):
+        model.task_sampler_configs["tts"] = samplers
+        heard = [recognise(wav, model.codec.sample_rate) for wav in speech_of(model, texts)]
+        results[name] = rate_of(heard, texts)
+    model.task_sampler_configs["tts"] = sampled
+    return results
+
+
+def pace(load: Load, parts: Parts, count: int) -> Results:
+    """By format: the median and the largest of some sentences, after one that is not counted."""
+    texts, results, before = unsaid(parts, min(count, PACED)), Results(), torch.get_num_threads()
+    for name in (None, *FORMATS):
+        model = load(name)
+        torch.set_num_threads(useful_threads(model.lm.config))
+        timings = []
+        for i, text in enumerate(tqdm([texts[0], *texts], desc=f"pace {name or 'float32'}", unit="sentence")):
+            *_, last = model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY)
+            timings.append(last.timing)
+        said = [timing for timing in timings[1:] if timing.first_audio is not None]
+        results[name or "float32"] = {
+            "threads": torch.get_num_threads(),
+            "real_time_factor": _spread([timing.elapsed / timing.audio_seconds for timing in said]),
+            "first_audio_ms": _spread([1e3 * (timing.first_audio or 0.0) for timing in said]),
+        }
+    torch.set_num_threads(before)
+    return results | {"load_before_and_cores": [os.getloadavg()[0], os.cpu_count()]}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)} if values else {}
