@@ -22,7 +22,7 @@ from mimo_fast.audio import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec import Codec
 
-from .data import Part, augment
+from .data import Part, augment, warp
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
@@ -132,12 +132,12 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
 
 
 def draw(parts: Sequence[Part], rng: random.Random) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise."""
+    """An utterance of one of the parts, at some level and maybe in noise; of `speech`, warped."""
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
-    longest = int(LONGEST * RATE)
-    heard, wanted = augment(drawn.wav[:longest], rng)
-    return Spoken(heard, wanted, drawn.phones if len(drawn.wav) <= longest else [])
+    wav, longest = warp(drawn.wav, rng) if part.name == "speech" else drawn.wav, int(LONGEST * RATE)
+    heard, wanted = augment(wav[:longest], rng)
+    return Spoken(heard, wanted, drawn.phones if len(wav) <= longest else [])
 
 
 def codebooks_used(rng: random.Random, every: int) -> int:

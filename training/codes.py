@@ -13,10 +13,10 @@ from tqdm import tqdm
 from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
-from .data import SHARD, Part, augment, joined, piece, save_whole
+from .data import SHARD, Part, augment, joined, piece, save_whole, warp
 
 HEARD = ("speech", "words", "questions", "echoes")
-"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, at different levels and in noise."""
+"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, warped, at different levels, in noise."""
 
 VARIANTS = 2
 
@@ -58,7 +58,8 @@ class Codes:
     def _encode(self, codec: Codec, index: int, variant: int) -> Tensor:
         wav = self.part[index].wav
         if self.part.name in HEARD:
-            wav, _ = augment(wav, random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}"), 0.6)
+            rng = random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
+            wav, _ = augment(warp(wav, rng), rng, 0.6)
         codes = whole_patches(codec.encode(wav, self._channels).cpu(), self._group_size)
         return codes.T.reshape(-1).to(torch.int16)
 

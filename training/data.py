@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -179,6 +180,12 @@ def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[
     clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
     level = rng.uniform(-35, -5) if rng.random() < noise_share else rng.uniform(-65, -45)
     return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
+
+
+def warp(wav: Tensor, rng: random.Random) -> Tensor:
+    """Waveform [n] played somewhat faster or slower: pitch and formants move together, as with another speaker."""
+    length = round(len(wav) * rng.uniform(0.87, 1.15))
+    return F.interpolate(wav[None, None], length, mode="linear")[0, 0]
 
 
 def noise(samples: int, rng: random.Random) -> Tensor:
