@@ -41,7 +41,7 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
     """The language model and the codec that the command's options mean; says so where nothing named them."""
     lm, codec = resolve_pair(args.model, args.codec, args.published)
     if args.model is None and args.codec is None:
-        say(f"using nano, which speaks and understands a small closed domain of English (see {CARD}); "
+        say(f"using nano, which speaks, transcribes and answers in a small closed domain of English (see {CARD}); "
             f"for the published model give --model {args.published} --codec {PUBLISHED_CODEC}")  # fmt: skip
     return lm, codec
 
