@@ -22,7 +22,7 @@ from mimo_fast.audio import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec import Codec
 
-from .data import Part, augment, warp
+from .data import Part, augment, vary
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
@@ -30,7 +30,7 @@ from .rvq import Quantizer, unquantized
 from .synthesis import PHONES, RATE
 
 NAME = "codec"
-SCHEDULE = Schedule(steps=4500, rate=1e-3)
+SCHEDULE = Schedule(steps=6500, rate=1e-3)
 UNQUANTIZED_SHARE = 0.05
 """Of the steps, before the codebooks begin."""
 
@@ -132,10 +132,10 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
 
 
 def draw(parts: Sequence[Part], rng: random.Random) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise; of `speech`, warped."""
+    """An utterance of one of the parts, at some level and maybe in noise; of `speech`, varied."""
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
-    wav, longest = warp(drawn.wav, rng) if part.name == "speech" else drawn.wav, int(LONGEST * RATE)
+    wav, longest = vary(drawn.wav, rng) if part.name == "speech" else drawn.wav, int(LONGEST * RATE)
     heard, wanted = augment(wav[:longest], rng)
     return Spoken(heard, wanted, drawn.phones if len(wav) <= longest else [])
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
-from .data import SHARD, Part, augment, joined, piece, save_whole, warp
+from .data import SHARD, Part, augment, joined, piece, save_whole, vary
 
 HEARD = ("speech", "words", "questions", "echoes")
-"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, warped, at different levels, in noise."""
+"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
 
 VARIANTS = 2
 
@@ -59,7 +59,7 @@ class Codes:
         wav = self.part[index].wav
         if self.part.name in HEARD:
             rng = random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
-            wav, _ = augment(warp(wav, rng), rng, 0.6)
+            wav, _ = augment(vary(wav, rng), rng, 0.6)
         codes = whole_patches(codec.encode(wav, self._channels).cpu(), self._group_size)
         return codes.T.reshape(-1).to(torch.int16)
 

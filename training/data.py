@@ -40,6 +40,9 @@ STYLES = {
     "low": Manner(REPLY_VOICE, pitch=0.72),
 }
 
+SPEEDS, TILT = (0.75, 1.2), 0.4
+"""Of what is heard: speeds to play it at, and the largest weight of the sample before."""
+
 SHARD = 100
 """Utterances a file."""
 
@@ -182,10 +185,11 @@ def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[
     return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
 
 
-def warp(wav: Tensor, rng: random.Random) -> Tensor:
-    """Waveform [n] played somewhat faster or slower: pitch and formants move together, as with another speaker."""
-    length = round(len(wav) * rng.uniform(0.87, 1.15))
-    return F.interpolate(wav[None, None], length, mode="linear")[0, 0]
+def vary(wav: Tensor, rng: random.Random) -> Tensor:
+    """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch and formants move
+    together, and with another tilt of the spectrum. Three voices are not enough to learn from what a voice is."""
+    varied = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[0, 0]
+    return torch.cat((varied[:1], varied[1:] + rng.uniform(-TILT, TILT) * varied[:-1]))
 
 
 def noise(samples: int, rng: random.Random) -> Tensor:

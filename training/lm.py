@@ -29,8 +29,8 @@ from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=12000, rate=2e-3)
-UNDERSTANDING_SHARE = 0.2
+SCHEDULE = Schedule(steps=14000, rate=2e-3)
+UNDERSTANDING_SHARE = 0.4
 """Of the steps, in the first stage."""
 
 BATCH = 16
@@ -42,7 +42,7 @@ MAX_PATCHES = 128
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
-CTC = 0.15
+CTC = 0.5
 CTC_LAYERS = (2, 3)
 """Of the backbone: layers below find out what is said, these are left to use it."""
 
