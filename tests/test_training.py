@@ -27,7 +27,7 @@ from training.parameters import Tensors, embed_codebooks
 from training.rvq import Quantizer
 from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
-SIZES = data.Sizes(speech=6, replies=12, words=5, questions=6, echoes=4, unheard=2, unsaid=2)
+SIZES = data.Sizes(6, 12, 5, 6, 4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2)
 STEPS = 4
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +176,10 @@ def test_parts_keep_apart_what_is_held_out():
     assert not any(domain.is_held_out(data.item(part, i).text) for part in ("speech", "replies") for i in range(200))
     assert {data.item("unheard", i).manner.voice for i in range(5)} == {data.UNHEARD_VOICE}
     assert data.UNHEARD_VOICE not in {data.item("speech", i).manner.voice for i in range(100)}
+    strangers = [data.item("strangers", i) for i in range(100)]
+    assert all(each.manner.voice.startswith(synthesis.ESPEAK) for each in strangers)
+    assert not any(domain.is_held_out(each.text) for each in strangers)
+    assert data.item("strange_questions", 3).text in domain.dialogue()
     texts = [data.item("speech", i).text for i in range(300)]
     assert {word for text in texts for word in text.split()} <= set(domain.vocabulary())
     assert domain.dialogue()["what day comes after sunday"] == "monday"

@@ -29,12 +29,12 @@ from .decoder import DecoderTraining
 from .lm import LMTraining
 from .loop import trained_tensors
 from .parameters import build_codec
-from .synthesis import has_flite
+from .synthesis import has_espeak, has_flite
 from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(speech=12, replies=12, words=8, questions=8, echoes=6, unheard=3, unsaid=3)
+SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
 
@@ -52,8 +52,9 @@ class Recipe:
         self.directory, self.seed, self.device, self.sizes, self.steps = directory, seed, device, sizes, steps
 
     def data(self) -> dict[str, Part]:
-        if not has_flite():
-            print("flite is not installed (apt-get install flite): tones stand in for speech", file=sys.stderr)
+        for name, found in (("flite", has_flite()), ("espeak-ng", has_espeak())):
+            if not found:
+                print(f"{name} is not installed (apt-get install {name}): tones stand in for speech", file=sys.stderr)
         return data.make(self.directory / "data", self.sizes, self.seed)
 
     def codec(self) -> None:

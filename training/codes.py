@@ -15,7 +15,7 @@ from mimo_fast.runtime.codec import Codec
 
 from .data import SHARD, Part, augment, joined, piece, save_whole, vary
 
-HEARD = ("speech", "words", "questions", "echoes")
+HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
 
 VARIANTS = 2

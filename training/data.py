@@ -6,6 +6,8 @@
     questions   those of the dialogue, spoken as `speech` is
     answers     those of the dialogue, in the reply's voice
     echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
+    strangers, strange_words, strange_questions    as `speech`, `words` and `questions`, by the many speakers of another
+                synthesizer: less natural, and heard by the language model alone
     unheard     held-out sentences in the voice that training never hears
     unsaid      held-out sentences in the reply's voice: what text to speech is compared with
 
@@ -26,9 +28,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import domain
-from .synthesis import Manner, Utterance, synthesize
+from .synthesis import ESPEAK, Manner, Utterance, synthesize
 
 VOICES = ("slt", "awb", "kal16")
+STRANGERS = tuple(
+    f"{ESPEAK}{accent}+{speaker}"
+    for accent in ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")
+    for speaker in (
+        *(f"m{i}" for i in range(1, 9)), *(f"f{i}" for i in range(1, 6)), "Alex", "Andy", "Annie", "Denis", "Diogo",
+        "Gene", "Hugo", "Jacky", "Lee", "Marco", "Michael", "adam", "antonio", "belinda", "benjamin", "boris", "david",
+        "ed", "edward", "iven", "john", "klatt", "klatt2", "klatt3", "linda", "max", "miguel", "pablo", "paul",
+        "pedro", "quincy", "rob", "robert", "sandro", "shelby", "steph", "travis", "victor", "zac",
+    )
+)  # fmt: skip
 UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
 
@@ -68,6 +80,9 @@ class Sizes:
     words: int = 2000
     questions: int = 1200
     echoes: int = 600
+    strangers: int = 5000
+    strange_words: int = 1000
+    strange_questions: int = 600
     unheard: int = 200
     unsaid: int = 200
 
@@ -79,6 +94,9 @@ class Sizes:
 def item(part: str, index: int, seed: int = 0) -> Item:
     """Utterance `index` of a part."""
     rng = random.Random(f"{seed}/{part}/{index}")
+    if part.startswith("strange"):
+        text = item({"strangers": "speech", "strange_words": "words"}.get(part, "questions"), index, seed + 1).text
+        return Item(text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7)))
     if part == "answers":
         return Item(answers()[index], STYLES["normal"])
     if part == "questions":

@@ -39,6 +39,10 @@ WORDS = 6
 SPLICED = 5
 """Single words in one recording at most."""
 
+STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strange_questions"}
+STRANGE_SHARE = 0.5
+"""Of recordings that are by the speakers of the other synthesizer, where there are any."""
+
 COARSE_SHARE, COARSEST = 0.5, 2
 """Of recordings that are heard by their first codebooks alone, at least so many: the others tell more of the voice."""
 
@@ -128,17 +132,17 @@ class Examples:
     def _words(self, rng: random.Random) -> Example:
         pairs, spans, start = list[Example](), list[Span](), 0
         for _ in range(WORDS):
-            index, speech = self._recording("words", rng)
-            pairs.append(self._example([speech], [self._codes["words"].text(index), "\n"]))
+            speech = self._recording("words", rng)
+            pairs.append(self._example([speech], [speech.text, "\n"]))
             spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
             start += len(pairs[-1])
         ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
         return Example(ids, learned, spans)
 
-    def _recording(self, part: str, rng: random.Random) -> tuple[int, Heard]:
-        codes = self._codes[part]
+    def _recording(self, part: str, rng: random.Random) -> Heard:
+        codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
         index = rng.randrange(len(codes))
-        return index, self._heard(codes.get(index, rng.randrange(codes.variants)), codes.text(index), rng)
+        return self._heard(codes.get(index, rng.randrange(codes.variants)), codes.text(index), rng)
 
     def _heard(self, codes: Tensor, text: str, rng: random.Random) -> Heard:
         """A recording, sometimes without its finer codebooks."""
@@ -153,19 +157,18 @@ class Examples:
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
-        index, speech = self._recording(part, rng)
-        return prompt.asr(speech, seed=rng.getrandbits(32)), [self._codes[part].text(index), "<|im_end|>"]
+        speech = self._recording(part, rng)
+        return prompt.asr(speech, seed=rng.getrandbits(32)), [speech.text, "<|im_end|>"]
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
-        text = " ".join(each.text for _, each in drawn)
-        speech = Heard(torch.cat([each.codes for _, each in drawn], dim=1), text=text)
+        text = " ".join(each.text for each in drawn)
+        speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
 
     def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
-        index, speech = self._recording("questions", rng)
-        answer = domain.dialogue()[self._codes["questions"].text(index)]
-        return prompt.text_reply([("user", speech)]), [answer, "<|im_end|>"]
+        speech = self._recording("questions", rng)
+        return prompt.text_reply([("user", speech)]), [domain.dialogue()[speech.text], "<|im_end|>"]
 
     def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply]:
         """A reply in one of the styles: its text, its style and itself."""
@@ -183,16 +186,15 @@ class Examples:
         return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply]
 
     def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
-        index, speech = self._recording("questions", rng)
-        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[self._codes["questions"].text(index)])]
+        speech = self._recording("questions", rng)
+        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text])]
 
     def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice([*S2S_INSTRUCTIONS])
 
         def pair() -> tuple[Speech, Reply]:
-            index, speech = self._recording(part, rng)
-            text = self._codes[part].text(index)
-            return speech, self._answer(domain.dialogue()[text] if part == "questions" else text)
+            speech = self._recording(part, rng)
+            return speech, self._answer(domain.dialogue()[speech.text] if part == "questions" else speech.text)
 
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
         return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]

@@ -1,6 +1,6 @@
-"""Sentences -> speech, by flite (Debian package `flite`): what is trained on is made on the spot.
+"""Sentences -> speech, by flite and espeak-ng (Debian packages): what is trained on is made on the spot.
 
-Rate and pitch are flite's own settings. `warp` plays the result faster or slower through the package's resampler, which
+Rate and pitch are their own settings. `warp` plays the result faster or slower through the package's resampler, which
 moves the formants as another speaker's vocal tract does.
 """
 
@@ -26,6 +26,12 @@ PHONES = (
     "zh",
 )  # fmt: skip
 
+ESPEAK = "espeak "
+"""Begins the voices of espeak-ng: "espeak en-us+m3"."""
+
+ESPEAK_WORDS, ESPEAK_PITCH = 165, 50
+"""Its words a minute and its pitch, from 0 to 99, where they are not varied."""
+
 PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95}
 """Mean pitch of each voice in Hz, as flite speaks without being told otherwise."""
 
@@ -39,7 +45,7 @@ class Manner:
     """How a sentence is spoken.
 
     Args:
-        voice: of flite, a key of `PITCH`.
+        voice: of flite, a key of `PITCH`, or of espeak-ng, see `ESPEAK`.
         stretch: of durations, over the voice's own. pitch: mean over the voice's own.
         warp: playback speed of the result.
     """
@@ -52,7 +58,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Utterance:
-    """float32 samples [n] at 24 kHz, and the phones spoken as indices into `PHONES`."""
+    """float32 samples [n] at 24 kHz, and the phones spoken as indices into `PHONES`, none where they are not known."""
 
     wav: Tensor
     phones: list[int]
@@ -62,9 +68,26 @@ def has_flite() -> bool:
     return shutil.which("flite") is not None
 
 
+def has_espeak() -> bool:
+    return shutil.which("espeak-ng") is not None
+
+
 def synthesize(text: str, manner: Manner) -> Utterance:
-    """Speech by flite; without it, tones (`tones`), which serve to try the training out and for nothing else."""
+    """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for nothing else."""
+    if manner.voice.startswith(ESPEAK):
+        return _espeak(text, manner) if has_espeak() else tones(text, manner)
     return _flite(text, manner) if has_flite() else tones(text, manner)
+
+
+def _espeak(text: str, manner: Manner) -> Utterance:
+    words, pitch = round(ESPEAK_WORDS / manner.stretch), round(ESPEAK_PITCH * manner.pitch)
+    voice = manner.voice.removeprefix(ESPEAK)
+    command = ["espeak-ng", "-v", voice, "-s", str(words), "-p", str(pitch), "--stdout", text]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode or not done.stdout:
+        problem = done.stderr.decode(errors="replace").strip()[:80]
+        raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install espeak-ng")
+    return Utterance(load_audio(done.stdout, RATE), [])
 
 
 def _flite(text: str, manner: Manner) -> Utterance:
@@ -90,7 +113,7 @@ def tones(text: str, manner: Manner) -> Utterance:
     letters = [ord(letter) - ord("a") for letter in text if letter.isalpha()]
     samples = round(0.06 * RATE * manner.stretch)
     time = torch.arange(samples) / RATE
-    base = 2 * math.pi * PITCH[manner.voice] * manner.pitch
+    base = 2 * math.pi * PITCH.get(manner.voice, 140) * manner.pitch
     fade = torch.sin(math.pi * torch.arange(samples) / samples)
     parts = [fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
     return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters])
