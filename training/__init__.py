@@ -1,10 +1,12 @@
-"""Trains `nano`, a small pair of exactly MiMo-Audio's architecture, from nothing: speech that flite makes on the spot.
+"""Trains `nano`, a small pair of exactly MiMo-Audio's architecture, from nothing: speech that is made on the spot.
 
-    python -m training all          data, codec, codes, language model, export, evaluation, into training_output/
+    python -m training all          data, codec, decoder, codes, language model, export, evaluation and model card,
+                                    into training_output/; its nano/ is what the package ships as mimo_fast/assets/nano
     python -m training --smoke      a few steps of everything
 
-Each command goes on where it was stopped. What is computed is the package's own modules; here are only data, losses
-and loops. The extra is `pip install '.[training]'`, and speech needs the Debian package flite.
+Each command goes on where it was stopped, and `decoder` and `lm` may run side by side. What is computed is the
+package's own modules; here are only data, losses and loops. The extra is `pip install '.[training]'`, and speech needs
+the Debian packages flite and espeak-ng.
 
 Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and position (2 forward, 4 backward), and two
 CPU cores give some 60 GFLOP/s on matrices of these widths, 4e14 in two hours.
@@ -13,14 +15,15 @@ CPU cores give some 60 GFLOP/s on matrices of these widths, 4e14 in two hours.
       encoder 1.04 M, decoder 1.04 M                                 50                     0.62 G
       vocoder and its head 0.89 M                                   100                     0.54 G
       convolutions 0.35 M, codebooks 0.25 M                      50, 25                     0.11 G
-    a step: 4 utterances of 1.65 s, 8.4 GFLOP; 8,000 steps: 0.7e14
+    a step: 4 utterances of 1.65 s, 8.4 GFLOP; 4,500 steps: 0.4e14
+    a step of the decoder alone: 4.9 GFLOP; 6,000 steps: 0.3e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example
       backbone 2.36 M                                                37                     0.52 G
       patch decoder 0.89 M, 11 steps a patch                    6.7 x 11                     0.39 G
       patch encoder 0.39 M, 4 frames a patch                     14 x 4                     0.10 G
       code heads 0.25 M, text head 0.26 M                        6.7, 11                     0.06 G
-    a step: 16 examples, 17 GFLOP; 12,000 steps: 2.1e14
+    a step: 16 examples, 17 GFLOP, of understanding alone 10; 14,500 steps: 2.0e14
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together are 7.96 M
 parameters, 15.9 MB in float16. The vocoder has 2 layers that look 8 frames ahead each: 160 ms, one patch, is what a

@@ -7,7 +7,7 @@ from typing import Any
 from mimo_fast.checkpoint import open_weights
 
 from . import domain
-from .data import REPLY_VOICE, UNHEARD_VOICE, VOICES, Sizes
+from .data import REPLY_VOICE, STRANGERS, UNHEARD_VOICE, VOICES, Sizes
 from .evaluate import NOISE_DB, Results
 from .tokenizer import INSTRUCTIONS
 
@@ -30,7 +30,9 @@ def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
         "parameters": sum(open_weights(pair / part).nbytes for part in PARTS) / 2 / 1e6,
         "words": len(domain.vocabulary()), "questions": len(domain.dialogue()),
         "styles": _listed([f'"{text}"' for text in INSTRUCTIONS.values()]),
-        "speech": sum(sizes.parts.values()), "voices": _listed(VOICES), "heard": len(VOICES), "reply": REPLY_VOICE,
+        "speech": sum(sizes.parts.values()), "voices": _listed(VOICES), "reply": REPLY_VOICE,
+        "strange": sum(count for name, count in sizes.parts.items() if name.startswith("strange")),
+        "speakers": len({*STRANGERS}),
         "unheard": UNHEARD_VOICE, "held_out": domain.HELD_OUT,
     }  # fmt: skip
 

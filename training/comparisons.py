@@ -16,10 +16,10 @@ from tqdm import tqdm
 from mimo_fast.bench.quality import compare, own_sequences, teacher_forced
 from mimo_fast.machine import useful_threads
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.sampling import GREEDY, MiMoStopper
+from mimo_fast.sampling import MiMoStopper
 from mimo_fast.tasks import TASKS
 
-from .evaluate import LONGEST_REPLY, Load, Parts, Results, rate_of, speech_of, transcripts_of, unsaid
+from .evaluate import LONGEST_REPLY, Load, Parts, Results, heard_in, rate_of, speech_of, transcripts_of, unsaid
 from .listen import recognise
 
 FORMATS = ("int8", "int4")
@@ -39,10 +39,9 @@ def formats(load: Load, parts: Parts, count: int) -> Results:
     for name in FORMATS:
         model = load(name)
         heads = compare(reference, [teacher_forced(model.lm, lesson) for lesson in lessons])
-        said = speech_of(model, texts)
         results[name] = {
-            "word_error_rate": rate_of([recognise(wav, model.codec.sample_rate) for wav in said], texts),
-            "word_error_rate_own_asr": rate_of(transcripts_of(model, said), texts),
+            "word_error_rate": rate_of(heard_in(model, texts), texts),
+            "word_error_rate_own_asr": rate_of(transcripts_of(model, speech_of(model, texts)), texts),
             "transcription": rate_of(transcripts_of(model, waves), wanted),
             "kl": {_head(i): round(head.kl, 5) for i, head in enumerate(heads)},
             "agreement": {_head(i): round(head.agreement, 4) for i, head in enumerate(heads)},
@@ -60,9 +59,9 @@ def streaming(load: Load, parts: Parts, count: int) -> Results:
     streamed, whole = speech_of(model, texts), [_at_once(model, text, i) for i, text in enumerate(texts)]
     signal = sum(float(wav.double().square().sum()) for wav in whole)
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(streamed, whole, strict=True))
-    heard = [[recognise(wav, model.codec.sample_rate) for wav in waves] for waves in (streamed, whole)]
+    heard = [recognise(wav, model.codec.sample_rate) for wav in whole]
     return {
-        "word_error_rate": {"streamed": rate_of(heard[0], texts), "at_once": rate_of(heard[1], texts)},
+        "word_error_rate": {"streamed": rate_of(heard_in(model, texts), texts), "at_once": rate_of(heard, texts)},
         "snr_db": round(10 * torch.log10(torch.tensor(signal / difference)).item(), 2) if difference else None,
     }
 
@@ -80,14 +79,8 @@ def _at_once(model: MimoAudio, text: str, seed: int) -> Tensor:
 @torch.no_grad()
 def sampling(load: Load, parts: Parts, count: int) -> Results:
     model, texts = load(None), unsaid(parts, count)
-    sampled = model.task_sampler_configs["tts"]
-    results = Results()
-    for name, samplers in (("sampled", sampled), ("greedy", {"global": GREEDY, "local": GREEDY})):
-        model.task_sampler_configs["tts"] = samplers
-        heard = [recognise(wav, model.codec.sample_rate) for wav in speech_of(model, texts)]
-        results[name] = rate_of(heard, texts)
-    model.task_sampler_configs["tts"] = sampled
-    return results
+    heard = {"sampled": heard_in(model, texts), "greedy": heard_in(model, texts, greedy=True)}
+    return {name: rate_of(each, texts) for name, each in heard.items()}
 
 
 def pace(load: Load, parts: Parts, count: int) -> Results:

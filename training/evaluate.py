@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from mimo_fast.bench.environment import environment
 from mimo_fast.checkpoint import write_json
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.sampling import GREEDY
 
 from . import domain
 from .data import UNHEARD_VOICE, Part, noise
@@ -96,15 +98,14 @@ def text_to_speech(load: Load, parts: Parts, count: int) -> Results:
     model, texts = load(None), unsaid(parts, count)
     rate, codec = model.codec.sample_rate, model.codec
     waves = [parts["unsaid"][i].wav for i in range(len(texts))]
-    said = speech_of(model, texts)
     heard = {
         "flite": [recognise(wav, rate) for wav in waves],
         "codec": [recognise(codec.decode(codec.encode(wav)), rate) for wav in waves],
-        "model": [recognise(wav, rate) for wav in said],
+        "model": heard_in(model, texts),
     }
     return {
         "word_error_rate": {name: rate_of(got, texts) for name, got in heard.items()},
-        "word_error_rate_own_asr": rate_of(transcripts_of(model, said), texts),
+        "word_error_rate_own_asr": rate_of(transcripts_of(model, speech_of(model, texts)), texts),
         "misheard": _wrong(texts, heard["model"]),
     }
 
@@ -153,15 +154,27 @@ def examples(load: Load, parts: Parts, count: int) -> Results:
     return {"heard": rate_of(heard, texts), "misheard": _wrong(texts, heard)}
 
 
-def unsaid(parts: Parts, count: int) -> list[str]:
+def unsaid(parts: Parts, count: int) -> tuple[str, ...]:
     """Held-out sentences."""
-    return [parts["unsaid"].item(i).text for i in range(min(count, len(parts["unsaid"])))]
+    return tuple(parts["unsaid"].item(i).text for i in range(min(count, len(parts["unsaid"]))))
 
 
-def speech_of(model: MimoAudio, texts: Sequence[str]) -> list[Tensor]:
-    """What the model says for each text, streamed, with upstream's sampling; the seed is the text's place."""
-    bar = tqdm(texts, desc="tts", unit="sentence")
-    return [spoken(model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY))[0] for i, text in enumerate(bar)]
+@cache
+def speech_of(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[Tensor, ...]:
+    """What the model says for each text, streamed, with upstream's sampling or none; the seed is the text's place."""
+    bar, samplers = tqdm(texts, desc="tts", unit="sentence"), model.task_sampler_configs["tts"]
+    if greedy:
+        model.task_sampler_configs["tts"] = {"global": GREEDY, "local": GREEDY}
+    chunks = (model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY) for i, text in enumerate(bar))
+    said = tuple(spoken(each)[0] for each in chunks)
+    model.task_sampler_configs["tts"] = samplers
+    return said
+
+
+@cache
+def heard_in(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[str, ...]:
+    """What the recogniser hears in it."""
+    return tuple(recognise(wav, model.codec.sample_rate) for wav in speech_of(model, texts, greedy))
 
 
 def spoken(chunks: Iterable[Any]) -> tuple[Tensor, str]:

@@ -29,7 +29,7 @@ from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=15500, rate=2e-3)
+SCHEDULE = Schedule(steps=14500, rate=2e-3)
 UNDERSTANDING_SHARE = 0.4
 """Of the steps, in the first stage."""
 
