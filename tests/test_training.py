@@ -27,7 +27,7 @@ from training.parameters import Tensors, embed_codebooks
 from training.rvq import Quantizer
 from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
-SIZES = data.Sizes(6, 12, 5, 6, 4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2)
+SIZES = data.Sizes(6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2)
 STEPS = 4
 ROOT = Path(__file__).parents[1]
 

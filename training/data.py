@@ -2,6 +2,7 @@
 
     speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
+    readings    sentences in the reply's voice, plainly
     words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
     answers     those of the dialogue, in the reply's voice
@@ -80,6 +81,7 @@ class Sizes:
     words: int = 2000
     questions: int = 1200
     echoes: int = 600
+    readings: int = 10000
     strangers: int = 5000
     strange_words: int = 1000
     strange_questions: int = 600
@@ -105,6 +107,8 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(answers()[index % len(answers())], _any_manner(rng))
     if part == "words":
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
+    if part == "readings":
+        return Item(domain.draw_sentence(rng), STYLES["normal"])
     if part == "speech":
         return Item(domain.draw_sentence(rng), _any_manner(rng))
     if part == "unheard":

@@ -43,6 +43,9 @@ STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strang
 STRANGE_SHARE = 0.5
 """Of recordings that are by the speakers of the other synthesizer, where there are any."""
 
+PLAIN_SHARE = 0.6
+"""Of plain replies that are drawn from the sentences that are all plain."""
+
 COARSE_SHARE, COARSEST = 0.5, 2
 """Of recordings that are heard by their first codebooks alone, at least so many: the others tell more of the voice."""
 
@@ -172,7 +175,8 @@ class Examples:
 
     def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply]:
         """A reply in one of the styles: its text, its style and itself."""
-        codes = self._codes["replies"]
+        plain = styles == ["normal"] and rng.random() < PLAIN_SHARE
+        codes = self._codes["readings" if plain else "replies"]
         while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
             continue
         return codes.text(index), style, Reply(codes.text(index), codes.get(index))
