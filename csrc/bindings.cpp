@@ -1,7 +1,9 @@
 // Python's view of the native kernels: addresses and sizes in, nothing of torch.
 
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include "codec_stack.h"
 #include "decode_attention.h"
 #include "patch_decoder.h"
 #include "quantized_matmul.h"
@@ -131,10 +133,42 @@ void bind_sampling(py::module_& module) {
         py::arg("noise"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_codec(py::module_& module) {
+    py::class_<CodecStack>(module, "CodecStack")
+        .def(py::init([](int64_t dim, int64_t heads, float eps) { return CodecStack{{}, dim, heads, eps}; }),
+             py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("eps"))
+        .def("add_layer",
+             [](CodecStack& self, uintptr_t attention_norm, uintptr_t attention_norm_bias, const Linear& qkv,
+                const Linear& out, uintptr_t ffn_norm, uintptr_t ffn_norm_bias, const Linear& up, const Linear& down) {
+                 self.layers.push_back(
+                     {{address<const float>(attention_norm), address<const float>(attention_norm_bias)}, qkv, out,
+                      {address<const float>(ffn_norm), address<const float>(ffn_norm_bias)}, up, down});
+             },
+             py::kw_only(), py::arg("attention_norm"), py::arg("attention_norm_bias"), py::arg("qkv"), py::arg("out"),
+             py::arg("ffn_norm"), py::arg("ffn_norm_bias"), py::arg("up"), py::arg("down"))
+        .def("run",
+             [](const CodecStack& self, uintptr_t x, int64_t rows, uintptr_t table, uintptr_t k, uintptr_t v,
+                uintptr_t slots, uintptr_t visible, int64_t places) {
+                 run_codec_stack(self, address<float>(x), rows,
+                                 {address<const float>(table), address<float>(k), address<float>(v),
+                                  address<const int64_t>(slots), address<const bool>(visible), places});
+             },
+             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("table"), py::arg("k"), py::arg("v"),
+             py::arg("slots"), py::arg("visible"), py::arg("places"), py::call_guard<py::gil_scoped_release>());
+}
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Kernels of csrc/. What they are given is checked in mimo_fast/kernels/native.py.";
     py::enum_<Type>(module, "Type").value("float32", Type::float32).value("bfloat16", Type::bfloat16);
     module.def("runs_here", &has_avx2);
+    module.def(
+        "set_threads",
+        [](int threads) {
+            const int before = omp_get_max_threads();
+            omp_set_num_threads(threads);
+            return before;
+        },
+        py::arg("threads"));
     module.def(
         "quantized_matmul",
         [](uintptr_t x, uintptr_t y, uintptr_t words, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t norm,
@@ -166,4 +200,5 @@ PYBIND11_MODULE(_native, module) {
         py::call_guard<py::gil_scoped_release>());
     bind_transformer(module);
     bind_sampling(module);
+    bind_codec(module);
 }

@@ -4,8 +4,13 @@
 
 #include "dense_matmul.h"
 
+#include <algorithm>
+
 namespace mimo_fast {
 namespace {
+
+// Rows of W that stay in the first cache while all rows of x pass.
+constexpr int64_t TILE = 16;
 
 // The sums of four registers.
 AVX2_INLINE __m128 sum4(const __m256* v) {
@@ -33,7 +38,7 @@ AVX2_INLINE void dot(const DenseBlock& w, int64_t columns, const float* x, int64
         }
 }
 
-// One row of W, its sum in the order of `sum4`.
+// One row of W; its sum is in the order of `sum4`.
 AVX2_INLINE float dot_one(const DenseBlock& w, int64_t columns, const float* x, int64_t n) {
     __m256 sum[4] = {};
     for (int64_t k = 0; k < columns; k += 8)
@@ -41,21 +46,27 @@ AVX2_INLINE float dot_one(const DenseBlock& w, int64_t columns, const float* x, 
     return _mm_cvtss_f32(sum4(sum)) + (w.bias ? w.bias[n] : 0);
 }
 
+// R rows of x with rows first ... last - 1 of W.
+template <int N, int R>
+AVX2 void dot_rows(
+    const DenseBlock& w, int64_t columns, const float* x, int64_t first, int64_t last, float* y, int64_t stride
+) {
+    int64_t n = first;
+    for (; n + N <= last; n += N) dot<N, R>(w, columns, x, n, y, stride);
+    for (; n + 4 <= last; n += 4) dot<4, R>(w, columns, x, n, y, stride);
+    for (; n < last; ++n)
+        for (int r = 0; r < R; ++r) y[r * stride + n] = dot_one(w, columns, x + r * columns, n);
+}
+
 }  // namespace
 
 AVX2 void dense_matmul(const DenseBlock& w, int64_t columns, const float* x, int64_t M, float* y, int64_t stride) {
-    int64_t m = 0;
-    for (; m + 2 <= M; m += 2, x += 2 * columns, y += 2 * stride) {
-        int64_t n = 0;
-        for (; n + 4 <= w.rows; n += 4) dot<4, 2>(w, columns, x, n, y, stride);
-        for (; n < w.rows; ++n)
-            for (int r = 0; r < 2; ++r) y[r * stride + n] = dot_one(w, columns, x + r * columns, n);
+    for (int64_t first = 0; first < w.rows; first += TILE) {
+        const int64_t last = std::min(first + TILE, w.rows);
+        int64_t m = 0;
+        for (; m + 2 <= M; m += 2) dot_rows<4, 2>(w, columns, x + m * columns, first, last, y + m * stride, stride);
+        if (m < M) dot_rows<8, 1>(w, columns, x + m * columns, first, last, y + m * stride, stride);
     }
-    if (m == M) return;
-    int64_t n = 0;
-    for (; n + 8 <= w.rows; n += 8) dot<8, 1>(w, columns, x, n, y, stride);
-    for (; n + 4 <= w.rows; n += 4) dot<4, 1>(w, columns, x, n, y, stride);
-    for (; n < w.rows; ++n) y[n] = dot_one(w, columns, x, n);
 }
 
 AVX2 void rms_norm(const float* x, const float* weight, float eps, int64_t M, int64_t K, float* y) {
@@ -69,6 +80,25 @@ AVX2 void rms_norm(const float* x, const float* weight, float eps, int64_t M, in
         for (int64_t k = 0; k < K; k += 8)
             _mm256_storeu_ps(y + k, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + k), scale),
                                                   _mm256_loadu_ps(weight + k)));
+    }
+}
+
+AVX2 void layer_norm(
+    const float* x, const float* weight, const float* bias, float eps, int64_t M, int64_t K, float* y
+) {
+    for (int64_t m = 0; m < M; ++m, x += K, y += K) {
+        __m256 sum = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
+        for (int64_t k = 0; k < K; k += 8) sum = _mm256_add_ps(sum, _mm256_loadu_ps(x + k));
+        const __m256 mean = _mm256_set1_ps(sum8(sum) / float(K));
+        for (int64_t k = 0; k < K; k += 8) {
+            const __m256 centred = _mm256_sub_ps(_mm256_loadu_ps(x + k), mean);
+            squares = _mm256_fmadd_ps(centred, centred, squares);
+        }
+        const __m256 scale = _mm256_set1_ps(1 / std::sqrt(sum8(squares) / float(K) + eps));
+        for (int64_t k = 0; k < K; k += 8) {
+            const __m256 normed = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + k), mean), scale);
+            _mm256_storeu_ps(y + k, _mm256_fmadd_ps(normed, _mm256_loadu_ps(weight + k), _mm256_loadu_ps(bias + k)));
+        }
     }
 }
 

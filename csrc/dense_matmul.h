@@ -20,4 +20,9 @@ void dense_matmul(const DenseBlock& w, int64_t columns, const float* x, int64_t 
 // y[M, K] = x / sqrt(mean(x^2) + eps) weight; K a multiple of 8.
 void rms_norm(const float* x, const float* weight, float eps, int64_t M, int64_t K, float* y);
 
+// y[M, K] = (x - mean(x)) / sqrt(var(x) + eps) weight + bias; K a multiple of 8.
+void layer_norm(
+    const float* x, const float* weight, const float* bias, float eps, int64_t M, int64_t K, float* y
+);
+
 }  // namespace mimo_fast

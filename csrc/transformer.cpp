@@ -4,7 +4,9 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <numeric>
 
+#include "attend.h"
 #include "decode_attention.h"
 
 namespace mimo_fast {
@@ -26,14 +28,6 @@ struct Workspace {
     }
 };
 
-void multiply(const Linear& w, const float* x, int64_t M, float* y) {
-    int64_t at = 0;
-    for (const DenseBlock& block : w.blocks) {
-        dense_matmul(block, w.columns, x, M, y + at, w.rows);
-        at += block.rows;
-    }
-}
-
 // y = normed x W^T + bias.
 void normed_product(
     const Linear& w, const float* norm, float eps, const float* x, int64_t M, float* y, Workspace& space
@@ -47,18 +41,7 @@ void normed_product(
     multiply(w, space.normed.data(), M, y);
 }
 
-// x += y W^T + bias.
-void add_product(const Linear& w, const float* y, int64_t M, float* x, Workspace& space) {
-    if (w.blocks.empty()) {
-        QuantizedMatmul p = w.quantized;
-        p.x = y, p.y = x, p.residual = x, p.M = M;
-        return quantized_matmul(p);
-    }
-    multiply(w, y, M, space.normed.data());
-    for (int64_t i = 0; i < M * w.rows; ++i) x[i] += space.normed[i];
-}
-
-void gated_product(const Layer& layer, float eps, const float* x, int64_t M, Workspace& space) {
+AVX2 void gated_product(const Layer& layer, float eps, const float* x, int64_t M, Workspace& space) {
     if (layer.gate_up.blocks.empty()) {
         QuantizedMatmul p = layer.gate_up.quantized;
         p.x = x, p.y = space.gated.data(), p.norm = layer.ffn_norm, p.eps = eps, p.M = M, p.swiglu = true;
@@ -67,58 +50,26 @@ void gated_product(const Layer& layer, float eps, const float* x, int64_t M, Wor
     normed_product(layer.gate_up, layer.ffn_norm, eps, x, M, space.wide.data(), space);
     const int64_t half = layer.gate_up.rows / 2;
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t i = 0; i < half; ++i) {
-            const float gate = space.wide[2 * m * half + i];
-            space.gated[m * half + i] = gate / (1 + std::exp(-gate)) * space.wide[(2 * m + 1) * half + i];
+        for (int64_t i = 0; i < half; i += 8) {
+            const float* gate = &space.wide[2 * m * half + i];
+            _mm256_storeu_ps(&space.gated[m * half + i],
+                             _mm256_mul_ps(silu8(_mm256_loadu_ps(gate)), _mm256_loadu_ps(gate + half)));
         }
 }
 
-// All layers over M rows of x, in place. attend: (layer, qkv [M, ...], y [M, heads head_dim]).
+// All layers over M rows of x, in place. attention: (layer, qkv [M, ...], y [M, heads head_dim]).
 template <class Attend>
-void run(const Transformer& t, float* x, int64_t M, Attend attend) {
+void run(const Transformer& t, float* x, int64_t M, Attend attention) {
     Workspace space(t, M);
     for (size_t i = 0; i < t.layers.size(); ++i) {
         const Layer& layer = t.layers[i];
         normed_product(layer.qkv, layer.attention_norm, t.eps, x, M, space.wide.data(), space);
-        attend(int64_t(i), space.wide.data(), space.attended.data());
-        add_product(layer.out, space.attended.data(), M, x, space);
+        attention(int64_t(i), space.wide.data(), space.attended.data());
+        add_multiply(layer.out, space.attended.data(), M, x, space.normed.data());
         gated_product(layer, t.eps, x, M, space);
-        add_product(layer.down, space.gated.data(), M, x, space);
+        add_multiply(layer.down, space.gated.data(), M, x, space.normed.data());
     }
     rms_norm(x, t.norm, t.eps, M, t.dim, x);
-}
-
-// The head at x, rotated to a position.
-void rotate(const Transformer& t, float* x, int64_t position) {
-    const int64_t half = t.head_dim / 2;
-    const float *cosines = t.table + position * half, *sines = cosines + t.positions * half;
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[half + i];
-        x[i] = a * cosines[i] - b * sines[i];
-        x[half + i] = b * cosines[i] + a * sines[i];
-    }
-}
-
-// One query at q over `count` keys and values, `stride` apart.
-AVX2 void attend_one(
-    const float* q, const float* k, const float* v, int64_t count, int64_t stride, int64_t head_dim, float* y
-) {
-    std::vector<float> weights(count);
-    float largest = -INFINITY, total = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        __m256 sum = _mm256_setzero_ps();
-        for (int64_t i = 0; i < head_dim; i += 8)
-            sum = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), _mm256_loadu_ps(k + j * stride + i), sum);
-        weights[j] = sum8(sum) / std::sqrt(float(head_dim));
-        largest = std::max(largest, weights[j]);
-    }
-    for (float& weight : weights) total += weight = std::exp(weight - largest);
-    for (int64_t i = 0; i < head_dim; i += 8) {
-        __m256 sum = _mm256_setzero_ps();
-        for (int64_t j = 0; j < count; ++j)
-            sum = _mm256_fmadd_ps(_mm256_set1_ps(weights[j] / total), _mm256_loadu_ps(v + j * stride + i), sum);
-        _mm256_storeu_ps(y + i, sum);
-    }
 }
 
 }  // namespace
@@ -137,18 +88,25 @@ void step(
 }
 
 void encode(const Transformer& t, const float* x, float* y, int64_t sequences, int64_t length, bool causal) {
-    const int64_t M = sequences * length, width = t.qkv_width(), share = t.heads / t.kv_heads;
+    const int64_t M = sequences * length, width = t.qkv_width(), share = t.heads / t.kv_heads, dh = t.head_dim;
+    const int64_t half = dh / 2;
     if (x != y) std::copy(x, x + M * t.dim, y);
+    std::vector<float> weights;
     run(t, y, M, [&](int64_t, float* qkv, float* attended) {
         for (int64_t m = 0; m < M; ++m)
-            for (int64_t h = 0; h < t.heads + t.kv_heads; ++h) rotate(t, qkv + m * width + h * t.head_dim, m % length);
-        for (int64_t m = 0; m < M; ++m)
-            for (int64_t h = 0; h < t.heads; ++h) {
-                const float* k = qkv + m / length * length * width + (t.heads + h / share) * t.head_dim;
-                attend_one(qkv + m * width + h * t.head_dim, k, k + t.kv_heads * t.head_dim,
-                           causal ? m % length + 1 : length, width, t.head_dim,
-                           attended + (m * t.heads + h) * t.head_dim);
+            for (int64_t h = 0; h < t.heads + t.kv_heads; ++h) {
+                const float* cosines = t.table + m % length * half;
+                rotate_head(qkv + m * width + h * dh, cosines, cosines + t.positions * half, half);
             }
+        for (int64_t m = 0; m < M; ++m) {
+            std::vector<int64_t> places(causal ? m % length + 1 : length);
+            std::iota(places.begin(), places.end(), 0);
+            for (int64_t h = 0; h < t.heads; ++h) {
+                const float* k = qkv + m / length * length * width + (t.heads + h / share) * dh;
+                attend(qkv + m * width + h * dh, k, k + t.kv_heads * dh, places, width, dh, weights,
+                       attended + (m * t.heads + h) * dh);
+            }
+        }
     });
 }
 

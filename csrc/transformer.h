@@ -3,17 +3,9 @@
 
 #include <vector>
 
-#include "dense_matmul.h"
-#include "quantized_matmul.h"
+#include "linear.h"
 
 namespace mimo_fast {
-
-// A stored matrix [rows, columns]: dense blocks of rows one below the other, or quantized where there are none.
-struct Linear {
-    std::vector<DenseBlock> blocks;
-    QuantizedMatmul quantized = {};  // what a call does not change
-    int64_t rows = 0, columns = 0;
-};
 
 struct Layer {
     const float* attention_norm;

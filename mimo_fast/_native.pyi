@@ -5,6 +5,7 @@ class Type(Enum):
     bfloat16 = 1
 
 def runs_here() -> bool: ...
+def set_threads(threads: int) -> int: ...
 def quantized_matmul(
     *, x: int, y: int, words: int, scales: int, zeros: int, bias: int, norm: int, residual: int, eps: float,
     swiglu: bool, type: Type, bits: int, block: int, group: int, M: int, N: int, K: int,
@@ -49,4 +50,14 @@ class PatchDecoder:
     def decode(
         self, *, local: int, codes: int, rows: int, temperature: int, top_k: int, tail: int, greedy: int, seeds: int,
         draws: int,
+    ) -> None: ...  # fmt: skip
+
+class CodecStack:
+    def __init__(self, *, dim: int, heads: int, eps: float) -> None: ...
+    def add_layer(
+        self, *, attention_norm: int, attention_norm_bias: int, qkv: Linear, out: Linear, ffn_norm: int,
+        ffn_norm_bias: int, up: Linear, down: Linear,
+    ) -> None: ...  # fmt: skip
+    def run(
+        self, *, x: int, rows: int, table: int, k: int, v: int, slots: int, visible: int, places: int
     ) -> None: ...  # fmt: skip

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -37,6 +39,23 @@ def compiled() -> ModuleType:
     """The compiled module, where `available()`."""
     assert _native is not None
     return _native
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operations stay on this thread, as those of a small model should: waking another takes longer than they
+    do, and many times longer where other programs use the cores.
+
+    Other threads are left as they are. Where the program has called `torch.set_num_threads` itself, MKL's products
+    keep to that.
+    """
+    # Torch chooses a thread's number when it is first asked.
+    torch.get_num_threads()
+    before = compiled().set_threads(1)
+    try:
+        yield
+    finally:
+        compiled().set_threads(before)
 
 
 def state() -> str:

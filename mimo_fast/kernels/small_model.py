@@ -56,8 +56,8 @@ class Transformer:
         )  # fmt: skip
         for attention_norm, qkv, out, ffn_norm, gate_up, down in layers:
             self.native.add_layer(
-                attention_norm=attention_norm.data_ptr(), qkv=_linear(qkv), out=_linear(out),
-                ffn_norm=ffn_norm.data_ptr(), gate_up=_linear(gate_up), down=_linear(down),
+                attention_norm=attention_norm.data_ptr(), qkv=linear(qkv), out=linear(out),
+                ffn_norm=ffn_norm.data_ptr(), gate_up=linear(gate_up), down=linear(down),
             )  # fmt: skip
 
     def step(self, x: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
@@ -114,12 +114,13 @@ class PatchDecoder:
 
 def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> bool:
     """Whether `Transformer` computes it, and no slower than products that wake more threads."""
-    parts = [part for layer in layers for part in layer]
-    weights = [part for part in parts if not isinstance(part, Tensor)]
-    return (
-        native.available() and sum(weight.nbytes for weight in weights) <= SMALL
-        and table.shape[2] % 4 == 0 and all(_is_plain(part) for part in (*parts, norm, table))
-    )  # fmt: skip
+    return table.shape[2] % 4 == 0 and takes_parts([norm, table, *(part for layer in layers for part in layer)])
+
+
+def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
+    """Whether a native call may read all of these for as long as they live, and they are small."""
+    size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
+    return native.available() and size <= SMALL and all(map(_is_plain, parts))
 
 
 def takes_table(rows: Tensor) -> bool:
@@ -128,7 +129,7 @@ def takes_table(rows: Tensor) -> bool:
 
 
 def _is_plain(part: Tensor | AnyWeight | None) -> bool:
-    """Whether native code may read it for as long as it lives: what is being trained may move."""
+    """Whether native code reads it as it is; what is being trained may move."""
     if part is None:
         return True
     if isinstance(part, QuantizedWeight):
@@ -139,7 +140,8 @@ def _is_plain(part: Tensor | AnyWeight | None) -> bool:
     return part.device.type == "cpu" and part.dtype == torch.float32 and part.is_contiguous() and not part.requires_grad
 
 
-def _linear(weight: Weight | QuantizedWeight) -> Any:
+def linear(weight: AnyWeight) -> Any:
+    """The native view of a weight, which must outlive it."""
     if isinstance(weight, QuantizedWeight):
         rows, columns = weight.shape
         return native.compiled().Linear.quantized(

@@ -1,10 +1,12 @@
 """Decoding codes as they come: each push costs what its own frames cost, however much was said before."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.native import one_thread
 from .codec_incremental import advance
 from .codec_state import CodecState, Moments
 
@@ -80,6 +82,10 @@ class CodecStream:
         return self._state
 
     def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        with one_thread() if self._codec.decoder.small else nullcontext():
+            return self._decoded(codes, ended, trusted)
+
+    def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         state, codec = self._open(), self._codec
         if codes is not None:
             if not trusted:

@@ -6,6 +6,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import accumulate
 
@@ -86,6 +87,10 @@ class LM:
     @property
     def _small(self) -> SmallParts | None:
         return self._small_parts if self.device.type == "cpu" and native.available() else None
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The threads that its operations are worth: one for a small model on a CPU, else as many as torch has."""
+        return native.one_thread() if self._small and self._small.backbone else nullcontext()
 
     @cached_property
     def fingerprint(self) -> str:
