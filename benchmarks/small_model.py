@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def measure(model: MimoAudio, groups: int) -> dict[str, float]:
         spent.append((time.process_time() - began) * 1e3)
         audible.append(len(chunk.audio) > 0)
     first = audible.index(True)
-    costs = [now - before for before, now in zip(spent, spent[1:], strict=False)]
+    costs = [now - before for before, now in pairwise(spent)]
     # The last chunk ends the stream.
     steady = [cost for cost, heard in zip(costs[first:-1], audible[first + 1 : -1], strict=True) if heard]
     return {"first_chunk_ms": spent[0], "first_audio_ms": spent[first], "patch_ms": statistics.median(steady)}

@@ -1,5 +1,6 @@
 """Small models in native calls, against plain torch: the same draws, the same greedy codes, hidden states to 1e-5."""
 
+import copy
 import math
 
 import pytest
@@ -219,3 +220,14 @@ def test_weights_in_training_are_not_held(nano, tmp_path):
     found = SmallParts.of(lm)
     assert found.patch_decoder is None
     assert found.backbone is not None
+
+
+def test_a_copy_reads_its_own_weights(nano):
+    """All that a copy of a model shares with it are numbers."""
+    local, settings, slots = gaussian(2, 192), sampler_tensors([GREEDY] * 2), torch.arange(2)
+    want = nano.decode_patch(local, nano.new_state([1, 2], 4), slots, settings)
+    copied = copy.deepcopy(nano)
+    assert torch.equal(copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want)
+    copied.code_heads.neg_()
+    assert not torch.equal(copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want)
+    assert torch.equal(nano.decode_patch(local, nano.new_state([1, 2], 4), slots, settings), want)

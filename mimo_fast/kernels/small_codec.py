@@ -10,6 +10,7 @@ that `small_model.py` takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class CodecStack:
     """Layers of one width, D. eps: of their norms."""
 
     def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
-        self._kept = tuple(layers)
+        self._arguments = (tuple(layers), heads, eps)
         self._native = native.compiled().CodecStack(dim=len(layers[0][0][0]), heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
             self._native.add_layer(
@@ -37,6 +38,10 @@ class CodecStack:
                 ffn_norm=native.address(ffn_norm[0]), ffn_norm_bias=native.address(ffn_norm[1]), up=linear(up),
                 down=linear(down),
             )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy reads the copied weights.
+        return type(self), self._arguments
 
     def run(self, x: Tensor, table: Tensor, k: Tensor, v: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
         """x [T, D] -> [T, D].

@@ -49,7 +49,7 @@ class Transformer:
     ) -> None:
         if not takes_transformer(layers, norm, table):
             raise ValueError("the native transformer takes small float32 models on a CPU alone")
-        self._kept = (tuple(layers), norm, table)
+        self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
         self.native = native.compiled().Transformer(
             norm=norm.data_ptr(), eps=eps, table=table.data_ptr(), positions=table.shape[1], dim=len(norm),
             heads=heads, kv_heads=kv_heads, head_dim=2 * table.shape[2],
@@ -59,6 +59,10 @@ class Transformer:
                 attention_norm=attention_norm.data_ptr(), qkv=linear(qkv), out=linear(out),
                 ffn_norm=ffn_norm.data_ptr(), gate_up=linear(gate_up), down=linear(down),
             )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy reads the copied weights.
+        return type(self), self._arguments
 
     def step(self, x: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
         """One new position of R rows: x [R, D] -> normed hidden states [R, D].
@@ -91,7 +95,7 @@ class PatchDecoder:
         self, transformer: Transformer, heads: Tensor, embeddings: Tensor, steps: Sequence[Tensor], channels: int,
         group_size: int,
     ) -> None:  # fmt: skip
-        self._kept = (transformer, heads, embeddings, tuple(steps))
+        self._arguments = (transformer, heads, embeddings, tuple(steps), channels, group_size)
         self._shape = (channels, group_size)
         self._native = native.compiled().PatchDecoder(
             transformer=transformer.native, heads=heads.data_ptr(), embeddings=embeddings.data_ptr(),
@@ -99,6 +103,9 @@ class PatchDecoder:
         )  # fmt: skip
         for step in steps:
             self._native.add_step(heads=step.data_ptr(), active=step.shape[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
     def decode(self, local: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> Tensor:
         """local [R, D], settings, seeds and draws int64 of R rows -> codes int64 [R, C, G]."""
