@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from .dispatch import ENVIRONMENT
 from .kv_cache import LayerKV
 from .norm import RMSNorm
 from .quantized_weight import QuantizedWeight
+from .sample import SamplerTensors
 
 try:
     from mimo_fast import _native
@@ -31,13 +35,38 @@ def available() -> bool:
     return _native is not None and _native.runs_here() and os.environ.get(ENVIRONMENT, "") != "torch"
 
 
+def compiled() -> ModuleType:
+    """The compiled module, where `available()`."""
+    assert _native is not None
+    return _native
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operations stay on this thread, as those of a small model should: waking another takes longer than they
+    do, and many times longer where other programs use the cores.
+
+    Other threads are left as they are. Where the program has called `torch.set_num_threads` itself, MKL's products
+    keep to that.
+    """
+    # Torch chooses a thread's number when it is first asked.
+    torch.get_num_threads()
+    before = compiled().set_threads(1)
+    try:
+        yield
+    finally:
+        compiled().set_threads(before)
+
+
 def state() -> str:
     """One line for `mimo-fast info`."""
     if _native is None:
         return "not built (they need a C++ compiler when mimo-fast is installed, on x86-64 Linux)"
     if not _native.runs_here():
         return "built, but this CPU has no AVX2"
-    return "quantized products and decode attention on the CPU" if available() else f"turned off by {ENVIRONMENT}"
+    if not available():
+        return f"turned off by {ENVIRONMENT}"
+    return "quantized products, decode attention, sampling and small models on the CPU"
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:
@@ -72,7 +101,7 @@ def quantized_matmul(
     gain = None if norm is None else norm.weight.to(x.dtype).contiguous()
     _native.quantized_matmul(
         x=flat.data_ptr(), y=y.data_ptr(), words=weight.words.data_ptr(), scales=weight.scales.data_ptr(),
-        zeros=_address(weight.zeros), bias=_address(bias), norm=_address(gain), residual=_address(added),
+        zeros=address(weight.zeros), bias=address(bias), norm=address(gain), residual=address(added),
         eps=norm.eps if norm else 0.0, swiglu=swiglu, type=_type(x), bits=weight.bits,
         block=math.gcd(128, weight.group), group=weight.group, M=len(flat), N=rows, K=columns,
     )  # fmt: skip
@@ -101,7 +130,62 @@ def decode_attention(
     return y
 
 
-def _address(tensor: Tensor | None) -> int:
+def takes_logits(
+    logits: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor, banned: Tensor | None
+) -> bool:
+    """Whether `sample_text` draws from them."""
+    rows = len(logits)
+    return (
+        logits.device.type == "cpu" and not logits.requires_grad and available() and logits.shape[1] > 0
+        and fit_rows(rows, settings, seeds, draws)
+        and (banned is None or (banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:])))
+    )  # fmt: skip
+
+
+def sample_text(
+    logits: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor, banned: Tensor | None, slot: int
+) -> Tensor:
+    """`sample_text` of sample_text.py."""
+    assert _native is not None
+    rows, size = logits.shape
+    flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
+    banned = None if banned is None else banned.contiguous()
+    _native.sample(
+        logits=flat.data_ptr(), ids=ids.data_ptr(), banned=address(banned),
+        banned_stride=size if banned is not None and banned.ndim == 2 else 0, rows=rows, size=size, slot=slot,
+        **sampler_rows(settings, seeds, draws),
+    )
+    return ids
+
+
+def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
+    """The noise that the native samplers add: float32 [count] of ids from `first` on, as `gumbel` of sample.py."""
+    assert _native is not None
+    noise = torch.empty(count)
+    _native.gumbel(seed=seed, draw=draw, slot=slot, first=first, count=count, noise=noise.data_ptr())
+    return noise
+
+
+def fit_rows(rows: int, settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> bool:
+    """Whether the settings are of so many rows, each as the samplers read it."""
+    return all(
+        x.shape == (rows,) and x.dtype == dtype and x.is_contiguous()
+        for x, dtype in (
+            (settings.temperature, torch.float32), (settings.top_k, torch.int64), (settings.tail, torch.float32),
+            (settings.greedy, torch.bool), (seeds, torch.int64), (draws, torch.int64),
+        )
+    )  # fmt: skip
+
+
+def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> dict[str, int]:
+    return {
+        "temperature": settings.temperature.data_ptr(), "top_k": settings.top_k.data_ptr(),
+        "tail": settings.tail.data_ptr(), "greedy": settings.greedy.data_ptr(), "seeds": seeds.data_ptr(),
+        "draws": draws.data_ptr(),
+    }  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import native
 from .dispatch import Case, jit, next_power_of_2, tl, use_triton
 from .sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
@@ -190,6 +191,8 @@ def sample_text(
     logits [N, V]; seeds, draws int64 [N]; banned bool [N, V] or [V]. Returns int64 [N].
     """
     if not use_triton(logits):
+        if native.takes_logits(logits, settings, seeds, draws, banned):
+            return native.sample_text(logits, settings, seeds, draws, banned, slot)
         return sample_text_ref(logits, settings, seeds, draws, banned, slot)
     rows, size = logits.shape
     if not rows == len(seeds) == len(draws) == len(settings.greedy):

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from ..kernels.qmatmul import matmul
 from .codec_layers import synthesize
-from .codec_state import BLOCK, WHOLE, YOUNG, CodecState, Moments, NormMoments, decoder_context
+from .codec_state import BLOCK, WHOLE, YOUNG, CodecState, Moments, NormMoments, StackState, decoder_context
 
 if TYPE_CHECKING:
     from .codec import Codec
+    from .codec_layers import CodecStack
 
 VOCODER_BLOCK = 256
 """New vocoder frames computed at once at most."""
@@ -128,12 +129,7 @@ def _decoder_block(codec: Codec, state: CodecState, x: Tensor) -> Tensor:
     past = positions[:, None] - held
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
 
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = stack.split_heads(qkv, table)
-        keys, values = ring.k[layer].index_copy_(1, slots, k), ring.v[layer].index_copy_(1, slots, v)
-        return _masked_attention(q, keys, values, visible)
-
-    out = stack.run(x, attend)
+    out = _run(stack, x, table, ring, slots, visible)
     state.position += len(x)
     return out
 
@@ -149,19 +145,30 @@ def _vocode(codec: Codec, state: CodecState, mel: Tensor, new: int, end: int) ->
     # Before the first frame there are rows too: they see one another, and no frame sees them.
     visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
 
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = stack.split_heads(qkv, table)
-        keys, values = torch.cat((before.k[layer], k), dim=1), torch.cat((before.v[layer], v), dim=1)
-        before.k[layer].copy_(keys[:, new : new + kept])
-        before.v[layer].copy_(values[:, new : new + kept])
-        return _masked_attention(q, keys, values, visible)
-
-    x = stack.run(matmul(mel, codec.vocoder_in), attend)
+    room = before.k.new_empty(*before.k.shape[:2], len(mel), before.k.shape[3])
+    buffer = StackState(torch.cat((before.k, room), dim=2), torch.cat((before.v, room), dim=2))
+    slots = torch.arange(kept, kept + len(mel), device=mel.device)
+    x = _run(stack, matmul(mel, codec.vocoder_in), table, buffer, slots, visible)
+    before.k.copy_(buffer.k[:, :, new : new + kept])
+    before.v.copy_(buffer.v[:, :, new : new + kept])
     state.frame += new
     first = len(mel) - state.frames
     decided = x[first + state.committed : first + end]
     state.committed = end
     return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
+
+
+def _run(stack: CodecStack, x: Tensor, table: Tensor, buffer: StackState, slots: Tensor, visible: Tensor) -> Tensor:
+    """x [T, D] through a stack; keys and values go to `slots` [T] of a buffer of S, visible: bool [T, S]."""
+    if stack.small and x.dtype == torch.float32:
+        return stack.small.run(x, table, buffer.k, buffer.v, slots, visible)
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = stack.split_heads(qkv, table)
+        keys, values = buffer.k[layer].index_copy_(1, slots, k), buffer.v[layer].index_copy_(1, slots, v)
+        return _masked_attention(q, keys, values, visible)
+
+    return stack.run(x, attend)
 
 
 def _overlap_add(codec: Codec, state: CodecState, head: Tensor, last: bool) -> Tensor:

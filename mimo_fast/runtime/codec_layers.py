@@ -7,11 +7,13 @@ that a stack is run with, and in where the norms over time take their statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import native, small_codec
 from ..kernels.attention import attention, window_attention
 from ..kernels.norm import layer_norm, rms_norm
 from ..kernels.qmatmul import matmul
@@ -64,6 +66,12 @@ class CodecLayer:
             up=linear("fc1"), down=linear("fc2"),
         )
 
+    @property
+    def parts(self) -> small_codec.Layer:
+        """Itself as `small_codec.py` takes it."""
+        norms = [(norm.weight, norm.bias) for norm in (self.attention_norm, self.ffn_norm)]
+        return norms[0], self.qkv, self.out, norms[1], self.up, self.down
+
     def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x [T, D] -> [T, D]; attend: qkv [T, 3 D] -> [T, D]."""
         x = matmul(attend(matmul(self.attention_norm(x), self.qkv)), self.out, residual=x)
@@ -82,6 +90,19 @@ class CodecStack:
     rope_theta: float
     causal: bool
     window: tuple[int, int]
+
+    @cached_property
+    def _native(self) -> small_codec.CodecStack | None:
+        layers = [layer.parts for layer in self.layers]
+        if not small_codec.takes_stack(layers, self.heads):
+            return None
+        layer_norm = layers[0][0][1] is not None
+        return small_codec.CodecStack(layers, self.heads, LAYER_NORM_EPS if layer_norm else RMS_NORM_EPS)
+
+    @property
+    def small(self) -> small_codec.CodecStack | None:
+        """All of it as one native call, where it is small enough for that and on a CPU."""
+        return self._native if isinstance(self.layers, tuple) and native.available() else None
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
         """One whole sequence x [T, D] -> [T, D]; `run` tells of skip_layer."""

@@ -1,10 +1,12 @@
 """Decoding codes as they come: each push costs what its own frames cost, however much was said before."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.native import one_thread
 from .codec_incremental import advance
 from .codec_state import CodecState, Moments
 
@@ -44,7 +46,8 @@ class CodecStream:
         self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
         self._lookahead = self._hold * rate
         reach = -(-config.vocoder_layers * config.vocoder_window[1] // config.decoder_stride) * config.decoder_stride
-        self._state: CodecState | None = CodecState.allocate(codec, max(reach, self._lookahead))
+        with self._threads():
+            self._state: CodecState | None = CodecState.allocate(codec, max(reach, self._lookahead))
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +71,15 @@ class CodecStream:
 
     def reset(self) -> None:
         """Forgets what was pushed and starts anew in the same memory."""
-        self._open().reset()
+        with self._threads():
+            self._open().reset()
 
     def close(self) -> None:
         """Gives the memory back; the stream cannot be used any more."""
         self._state = None
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return one_thread() if self._codec.decoder.small else nullcontext()
 
     def _open(self) -> CodecState:
         if self._state is None:
@@ -80,6 +87,10 @@ class CodecStream:
         return self._state
 
     def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        with self._threads():
+            return self._decoded(codes, ended, trusted)
+
+    def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         state, codec = self._open(), self._codec
         if codes is not None:
             if not trusted:

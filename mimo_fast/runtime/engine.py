@@ -143,10 +143,11 @@ class Engine:
                 self._touch(job.conversation)
             prompts = [job for job in seated if job.row is None]
             rows = [job for job in seated if job.row is not None]
-        if prompts:
-            self._attempt(prompts[:1], self._prefill)
-        if rows:
-            self._attempt(rows, self._decode)
+        with self.lm.threads():
+            if prompts:
+                self._attempt(prompts[:1], self._prefill)
+            if rows:
+                self._attempt(rows, self._decode)
         return bool(prompts or rows)
 
     def _attempt(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:

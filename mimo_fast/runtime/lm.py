@@ -6,6 +6,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import accumulate
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import LMConfig
+from ..kernels import native
 from ..kernels.patch_embed import patch_embed
 from ..kernels.qmatmul import matmul
 from ..kernels.rope import rope_table
@@ -21,11 +23,15 @@ from ..kernels.sample_codes import code_steps, patch_noise, sample_codes
 from ..kernels.sample_text import sample_text
 from ..kernels.text_embed import input_embed
 from ..quantization import WeightSource
+from .small_parts import SmallParts
 from .state import NO_POSITION, DecodeState
 from .transformer import cached_attend, prefill_attend, self_attend, transformer, transformer_weights
 
 PREFILL_CHUNK = 256
 """Positions prefilled at once: bounds the activations of a long prompt, and how long other streams wait for it."""
+
+FEW_PATCHES = 16
+"""Patches up to which a small encoder is faster in one native call, on one thread, than product by product."""
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
@@ -75,6 +81,18 @@ class LM:
         return rope_table(config.head_dim, config.rope_theta, self.config.max_positions, self.device)
 
     @cached_property
+    def _small_parts(self) -> SmallParts:
+        return SmallParts.of(self)
+
+    @property
+    def _small(self) -> SmallParts | None:
+        return self._small_parts if self.device.type == "cpu" and native.available() else None
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The threads that its operations are worth: one for a small model on a CPU, else as many as torch has."""
+        return native.one_thread() if self._small and self._small.backbone else nullcontext()
+
+    @cached_property
     def fingerprint(self) -> str:
         """Tells this model from others: its dimensions and some of its weights."""
         digest = hashlib.sha256(repr(self.config).encode())
@@ -108,8 +126,11 @@ class LM:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
         config = self.config
         frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
-        attend = self_attend(config.patch_encoder, self.encoder_rope, config.patch_encoder_causal)
-        encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
+        if len(codes) <= FEW_PATCHES and self._small and self._small.patch_encoder:
+            encoded = self._small.patch_encoder.encode(frames, config.patch_encoder_causal)
+        else:
+            attend = self_attend(config.patch_encoder, self.encoder_rope, config.patch_encoder_causal)
+            encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
         return matmul(encoded.flatten(1), self.patch_to_backbone)
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
@@ -141,10 +162,13 @@ class LM:
 
     def step(self, state: DecodeState, slots: Tensor) -> None:
         """Feeds the last group of each of R different slots, int64 [R], and updates `state.hidden[slots]`."""
-        config, starts = self.config.backbone, state.lengths[slots]
+        config, cache, starts = self.config.backbone, state.cache, state.lengths[slots]
         x = input_embed(state.text[slots], state.patches[slots], self.text_embeddings, self.empty_id)
-        attend = cached_attend(config, self.backbone_rope, state.cache, slots, starts, state.capacity)
-        state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[:, 0]
+        if cache.k_scales is None and self._small and self._small.backbone:
+            state.hidden[slots] = self._small.backbone.step(x, cache.k, cache.v, slots, starts)
+        else:
+            attend = cached_attend(config, self.backbone_rope, cache, slots, starts, state.capacity)
+            state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[:, 0]
         state.lengths[slots] = torch.where(starts == NO_POSITION, starts, starts + 1)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -179,6 +203,8 @@ class LM:
         Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just drawn.
         """
         config, rows = self.config, len(slots)
+        if self._small and self._small.patch_decoder:
+            return self._small.patch_decoder.decode(local, settings, state.seeds[slots], state.draws[slots] - 1)
         noise = None
         if not settings.all_greedy:
             noise = patch_noise(state.seeds[slots], state.draws[slots] - 1, config.group_size, sum(config.code_sizes))

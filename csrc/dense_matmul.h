@@ -1,0 +1,28 @@
+// Products of a few float32 rows with float32 weights as they lie, and what a layer does around them.
+#pragma once
+
+#include <vector>
+
+#include "numbers.h"
+
+namespace mimo_fast {
+
+// y[M, rows] = x[M, columns] W^T + bias, `y` rows `stride` apart. A row of y does not depend on the other rows.
+struct DenseBlock {
+    const float* weight;  // [rows, columns]
+    const float* bias;    // [rows], or null for none
+    int64_t rows;
+};
+
+// columns: a multiple of 8.
+void dense_matmul(const DenseBlock& w, int64_t columns, const float* x, int64_t M, float* y, int64_t stride);
+
+// y[M, K] = x / sqrt(mean(x^2) + eps) weight; K a multiple of 8.
+void rms_norm(const float* x, const float* weight, float eps, int64_t M, int64_t K, float* y);
+
+// y[M, K] = (x - mean(x)) / sqrt(var(x) + eps) weight + bias; K a multiple of 8.
+void layer_norm(
+    const float* x, const float* weight, const float* bias, float eps, int64_t M, int64_t K, float* y
+);
+
+}  // namespace mimo_fast
