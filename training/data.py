@@ -3,6 +3,7 @@
     speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
     readings    sentences in the reply's voice, plainly
+    said_words  every word of the domain alone in the reply's voice
     words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
     answers     those of the dialogue, in the reply's voice
@@ -90,7 +91,7 @@ class Sizes:
 
     @property
     def parts(self) -> dict[str, int]:
-        return vars(self) | {"answers": len(answers())}
+        return vars(self) | {"answers": len(answers()), "said_words": len(domain.vocabulary())}
 
 
 def item(part: str, index: int, seed: int = 0) -> Item:
@@ -105,6 +106,8 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(_questions()[index % len(_questions())], _any_manner(rng))
     if part == "echoes":
         return Item(answers()[index % len(answers())], _any_manner(rng))
+    if part == "said_words":
+        return Item(domain.vocabulary()[index], STYLES["normal"])
     if part == "words":
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
     if part == "readings":

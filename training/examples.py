@@ -4,7 +4,7 @@
     asr       a recording -> its words                      spliced   recordings of single words as one -> the words
     written   a spoken question -> its written answer       tts       words -> their speech
     dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
-    few_shot  examples of speech to speech -> one more
+    few_shot  examples of speech to speech -> one more    listed     words in no order -> their speech, one by one
 """
 
 import random
@@ -20,6 +20,7 @@ from mimo_fast.prompt import Reply, Segments, Speech
 from mimo_fast.tokenizer import Tokenizer
 
 from . import domain
+from .alignment import Alignments
 from .codes import Codes
 from .data import answers
 from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
@@ -27,7 +28,8 @@ from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"words": 1, "spliced": 1, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 3, "few_shot": 2}
+JOINT = {"words": 1, "spliced": 1, "asr": 4, "written": 1, "tts": 9, "listed": 6, "styled": 4, "dialogue": 2,
+         "few_shot": 1}  # fmt: skip
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -35,6 +37,9 @@ FEW = (1, 2)
 
 WORDS = 6
 """Single words in a row."""
+
+LISTED = 7
+"""Words in no order at most, that are said one by one."""
 
 SPLICED = 5
 """Single words in one recording at most."""
@@ -68,11 +73,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard."""
+    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard.
+
+    following: text ids of the word that each group speaks and of the one after it, int64 [T, 2], -1 where unknown.
+    """
 
     ids: Tensor
     learned: Tensor
     spans: list[Span]
+    following: Tensor
 
     def __len__(self) -> int:
         return len(self.learned)
@@ -80,12 +89,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T]; spans of each."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], spans of each, and
+    following [B, T, 2]."""
 
     text: Tensor
     codes: Tensor
     learned: Tensor
     spans: list[list[Span]]
+    following: Tensor
 
 
 class Examples:
@@ -93,6 +104,7 @@ class Examples:
 
     def __init__(self, codes: Mapping[str, Codes], tokenizer: Tokenizer, config: LMConfig) -> None:
         self._codes, self._tokenizer, self._config = codes, tokenizer, config
+        self.alignments: Alignments | None = None
         self._answer_places = {text: place for place, text in enumerate(answers())}
 
     def draw(self, task: str, rng: random.Random) -> Example:
@@ -113,7 +125,8 @@ class Examples:
         request = prompt.tts(codes.text(index), template=template, seed=seed)
         return self._example(request, [Reply(codes.text(index), codes.get(index))])
 
-    def _example(self, request: Segments, reply: Segments) -> Example:
+    def _example(self, request: Segments, reply: Segments, places: Tensor | None = None) -> Example:
+        """places: of the word that each patch of the reply's speech speaks."""
         asked = prompt.pack(request, self._tokenizer, self._config)
         said = prompt.pack(reply, self._tokenizer, self._config)
         size = self._config.group_size
@@ -121,7 +134,13 @@ class Examples:
             # The request opens the reply's speech already.
             said = said[:, size:]
         learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
-        return Example(torch.cat((asked, said), dim=1), learned, self._spans(request, asked[0, ::size]))
+        ids = torch.cat((asked, said), dim=1)
+        following = torch.full((len(learned), 2), -1)
+        spoken = learned & (ids[0, ::size] == self._tokenizer.special.empty)
+        if places is not None and isinstance(reply[-1], Reply):
+            words = torch.tensor([*self._tokenizer.encode(reply[-1].text), self._tokenizer.special.eot])
+            following[spoken] = torch.stack((words[places], words[places + 1]), dim=1)
+        return Example(ids, learned, self._spans(request, asked[0, ::size]), following)
 
     def _spans(self, request: Segments, text: Tensor) -> list[Span]:
         """Where the recordings of a request lie in its text channel [T]."""
@@ -140,7 +159,7 @@ class Examples:
             spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
             start += len(pairs[-1])
         ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
-        return Example(ids, learned, spans)
+        return Example(ids, learned, spans, torch.cat([each.following for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
         codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
@@ -173,21 +192,31 @@ class Examples:
         speech = self._recording("questions", rng)
         return prompt.text_reply([("user", speech)]), [domain.dialogue()[speech.text], "<|im_end|>"]
 
-    def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply]:
+    def _listed(self, rng: random.Random) -> tuple[Segments, Segments, Tensor]:
+        codes = self._codes["said_words"]
+        indices = [rng.randrange(len(codes)) for _ in range(rng.randint(2, LISTED))]
+        text, pieces = " ".join(codes.text(i) for i in indices), [codes.get(i) for i in indices]
+        lengths = torch.tensor([each.shape[1] // self._config.group_size for each in pieces])
+        places = torch.repeat_interleave(torch.arange(len(indices)), lengths)
+        return prompt.tts(text, seed=rng.getrandbits(32)), [Reply(text, torch.cat(pieces, dim=1))], places
+
+    def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply, Tensor | None]:
         """A reply in one of the styles: its text, its style and itself."""
         plain = styles == ["normal"] and rng.random() < PLAIN_SHARE
-        codes = self._codes["readings" if plain else "replies"]
+        part = "readings" if plain else "replies"
+        codes = self._codes[part]
         while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
             continue
-        return codes.text(index), style, Reply(codes.text(index), codes.get(index))
+        places = self.alignments.get(part, index) if self.alignments else None
+        return codes.text(index), style, Reply(codes.text(index), codes.get(index)), places
 
-    def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
-        text, _, reply = self._said(rng, ["normal"])
-        return prompt.tts(text, seed=rng.getrandbits(32)), [reply]
+    def _tts(self, rng: random.Random) -> tuple[Segments, Segments, Tensor | None]:
+        text, _, reply, places = self._said(rng, ["normal"])
+        return prompt.tts(text, seed=rng.getrandbits(32)), [reply], places
 
-    def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
-        text, style, reply = self._said(rng, [*INSTRUCTIONS])
-        return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply]
+    def _styled(self, rng: random.Random) -> tuple[Segments, Segments, Tensor | None]:
+        text, style, reply, places = self._said(rng, [*INSTRUCTIONS])
+        return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply], places
 
     def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording("questions", rng)
@@ -215,4 +244,5 @@ def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
         text[row, : len(each)] = groups[0, :, 0]
         codes[row, : len(each)] = groups[1:].transpose(0, 1)
         learned[row, : len(each)] = each.learned
-    return Batch(text, codes, learned, [each.spans for each in examples])
+    following = torch.nn.utils.rnn.pad_sequence([each.following for each in examples], True, -1)
+    return Batch(text, codes, learned, [each.spans for each in examples], following)
