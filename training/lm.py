@@ -44,6 +44,9 @@ CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
 FOLLOWING = 0.5
+WRONG_SHARE = 0.1
+"""Of the codes of replies that the model is fed in training."""
+
 CTC = 0.5
 CTC_LAYERS = (2, 3)
 """Of the backbone: layers below find out what is said, these are left to use it."""
@@ -89,7 +92,8 @@ class LMTraining:
         batch = collate(self._examples_of(step), self.config, self.special.pad)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         projections, states = list[Tensor](), list[Tensor]()
-        text, codes = batch_losses(self.model(), batch, generator, projections, states)
+        fed = blurred(batch, self.config, generator)
+        text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
         heard = self.ctc(projections, batch.spans)
         loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
@@ -183,16 +187,33 @@ def initial_heads(config: LMConfig) -> Tensors:
     return {name: torch.zeros(shape) for name, shape in (shapes | biases).items()}
 
 
+def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
+    """The batch's codes [B, T, C, G] with errors in its replies, as sampling makes them.
+
+    A synthesizer says the same words in the same codes: unblurred, they tell which recording it is and what comes
+    next, and the text is not asked. In half of the replies the finer codebooks are missing as well.
+    """
+    count, _, channels, _ = batch.codes.shape
+    wrong = torch.rand(batch.codes.shape, generator=generator) < WRONG_SHARE
+    sizes = torch.tensor(config.empty_codes)[:, None]
+    drawn = (torch.rand(batch.codes.shape, generator=generator) * sizes).long()
+    kept = torch.randint(1, 2 * channels, (count, 1, 1, 1), generator=generator)
+    missing = torch.arange(channels)[:, None] >= kept
+    replies = batch.learned[:, :, None, None] & (batch.codes != sizes)
+    codes = torch.where(replies & wrong, drawn, batch.codes)
+    return torch.where(replies & missing, sizes, codes)
+
+
 def batch_losses(
     model: LM, batch: Batch, generator: torch.Generator | None, projections: list[Tensor] | None = None,
-    states: list[Tensor] | None = None,
+    states: list[Tensor] | None = None, fed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
 
     generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all. projections: see
-    `hidden_states`. states: collects what that returns.
+    `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
     """
-    hidden = hidden_states(model, batch.text, batch.codes, projections)
+    hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
     if states is not None:
         states.append(hidden)
     hidden = hidden[:, :-1]
