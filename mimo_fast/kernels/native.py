@@ -1,6 +1,6 @@
 """The kernels of csrc/, present where this package was built with a C++ compiler on x86-64 Linux; they need AVX2.
 
-MIMO_FAST_KERNELS=torch turns them off, as it does Triton's.
+MIMO_FAST_KERNELS=torch or =triton turns them off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
-    return _native is not None and _native.runs_here() and os.environ.get(ENVIRONMENT, "") != "torch"
+    return _native is not None and _native.runs_here() and not os.environ.get(ENVIRONMENT)
 
 
 def compiled() -> ModuleType:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .quantized_weight import QuantizedWeight
 from .small_model import AnyWeight, linear, takes_parts
 
 Norm = tuple[Tensor, Tensor | None]
@@ -59,6 +60,11 @@ class CodecStack:
 
 
 def takes_stack(layers: Sequence[Layer], heads: int) -> bool:
-    """Whether `CodecStack` computes it, and no slower than products that wake more threads."""
+    """Whether `CodecStack` computes it, and no slower than products that wake more threads.
+
+    Not quantized weights: x is in fixed point there, which makes much of what attention rounds otherwise, and a stream
+    is to be what one-shot decoding is.
+    """
     parts = [each for layer in layers for part in layer for each in (part if isinstance(part, tuple) else (part,))]
-    return bool(layers) and len(layers[0][0][0]) % (8 * heads) == 0 and takes_parts(parts)
+    dense = not any(isinstance(part, QuantizedWeight) for part in parts)
+    return dense and bool(layers) and len(layers[0][0][0]) % (8 * heads) == 0 and takes_parts(parts)
