@@ -18,7 +18,7 @@ from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction
 from .data import Part
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
-from .parameters import Tensors, build_codec
+from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
 SCHEDULE = Schedule(steps=6000, rate=7e-4)
@@ -32,8 +32,7 @@ class DecoderTraining:
         self.config, self.seed, self.device = codec_config(), seed, device
         self.tensors = {name: tensor.to(device, copy=True) for name, tensor in trained.items()
                         if not name.startswith("ctc.")}  # fmt: skip
-        leaves = {name: tensor.requires_grad_() for name, tensor in self.tensors.items()
-                  if name.startswith("decoder.") and tensor.ndim and not name.endswith("istft.window")}  # fmt: skip
+        leaves = trainable({name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")})
         fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
         # What the language model will say gets half of the attention.
         self.parts = [parts[name] for name in ("speech", "replies")]
