@@ -6,7 +6,7 @@ Wording, segment boundaries (each is tokenized on its own) and templates are ups
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,14 @@ class Speech:
 
 @dataclass(frozen=True)
 class Reply:
-    """A spoken reply, its text and codes [C, n G] interleaved between `<|sostm|>` and `<|eostm|>`."""
+    """A spoken reply, its text and codes [C, n G] interleaved between `<|sostm|>` and `<|eostm|>`.
+
+    places: of each text token, ascending: the patch that it stands before. None: they alternate as upstream's do.
+    """
 
     text: str
     codes: Tensor
+    places: Sequence[int] | None = None
 
 
 Segment = str | Speech | Reply
@@ -77,17 +81,25 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         else:
             _check_codes(segment.codes, config)
             text([special.sostm])
-            ids = tokenizer.encode(segment.text)
-            texts = [ids[i : i + REPLY_TEXT_TOKENS] for i in range(0, max(len(ids), 1), REPLY_TEXT_TOKENS)]
-            texts[-1] = [*texts[-1], special.eot]
-            patches = segment.codes.split(REPLY_PATCHES * config.group_size, dim=1)
-            for i in range(max(len(texts), len(patches))):
-                if i < len(texts):
-                    text(texts[i])
-                if i < len(patches):
-                    speech(patches[i])
+            for ids, codes in _interleaved(segment, tokenizer.encode(segment.text), special.eot, config.group_size):
+                text(ids)
+                speech(codes)
             text([special.eostm])
     return torch.cat(parts, dim=1)
+
+
+def _interleaved(reply: Reply, ids: list[int], end: int, group_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """The reply's text tokens and patches in turn; the end of the text follows its last token."""
+    if reply.places is None:
+        texts = [ids[i : i + REPLY_TEXT_TOKENS] for i in range(0, max(len(ids), 1), REPLY_TEXT_TOKENS)]
+        texts[-1] = [*texts[-1], end]
+        size = REPLY_PATCHES * group_size
+    else:
+        count, size = reply.codes.shape[1] // group_size, group_size
+        placed = [*zip([*reply.places, reply.places[-1]], [*ids, end], strict=True)]
+        texts = [[token for place, token in placed if place == i] for i in range(count)]
+    for i in range(max(len(texts), -(-reply.codes.shape[1] // size))):
+        yield texts[i] if i < len(texts) else [], reply.codes[:, i * size : (i + 1) * size]
 
 
 def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:

@@ -86,6 +86,14 @@ class TestPack:
         assert not words or inner[end - 1] == words[-1]
         assert words or end == 0
 
+    def test_a_reply_whose_words_have_places(self, model: MimoAudio) -> None:
+        words = model.tokenizer.encode("abab ab")
+        places = [0, *[2] * (len(words) - 1)]
+        sequence = model.pack([Reply("abab ab", codes_of(model, 3), places)])[0, ::GROUP].tolist()
+        empty = model.empty_token
+        expected = [model.sostm_idx, words[0], empty, empty, *words[1:], model.eot_idx, empty, model.eostm_idx]
+        assert sequence == expected
+
     def test_nothing_packs_to_nothing(self, model: MimoAudio) -> None:
         assert model.pack([]).shape == (9, 0)
 

@@ -70,16 +70,16 @@ def test_gradients_reach_every_leaf_of_the_codec(codec_training):
 def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
     rng = random.Random(0)
     examples = [lm_training.examples.draw(task, rng) for task in lm.JOINT for _ in range(2)]
-    batch, projections, states = lm.collate(examples, lm_training.config, 0), list[Tensor](), list[Tensor]()
-    text, codes_loss = batch_losses(lm_training.model(), batch, None, projections, states)
-    heard, following = lm_training.ctc(projections, batch.spans), lm_training.following(states[0], batch.following)
-    assert not dead_leaves(lm_training.run.trained, text + heard + following + codes_loss.sum())
+    batch, projections = lm.collate(examples, lm_training.config, 0), list[Tensor]()
+    text, codes_loss = batch_losses(lm_training.model(), batch, None, projections)
+    heard = lm_training.ctc(projections, batch.spans)
+    assert not dead_leaves(lm_training.run.trained, text + heard + codes_loss.sum())
 
 
 def test_words_are_looked_for_where_they_are_heard(lm_training):
     rng, examples = random.Random(1), lm_training.examples
     special, size = examples._tokenizer.special, lm_training.config.group_size
-    expected = {"words": 6, "spliced": 1, "asr": 1, "written": 1, "dialogue": 1, "tts": 0, "listed": 0, "styled": 0}
+    expected = {"words": 6, "spliced": 1, "asr": 1, "written": 1, "dialogue": 1, "tts": 0, "styled": 0}
     for task in lm.JOINT:
         drawn = examples.draw(task, rng)
         text = drawn.ids[0, ::size]
@@ -95,21 +95,24 @@ def test_words_are_looked_for_where_they_are_heard(lm_training):
             assert not drawn.learned[span.start : span.stop].any()
 
 
-def test_patches_are_told_the_words_that_they_speak(lm_training, tokenizer):
-    examples, size, rng = lm_training.examples, lm_training.config.group_size, random.Random(2)
-    examples.alignments = lm_training.alignments()
-    for task in ("listed", "tts", "styled"):
-        drawn = examples.draw(task, rng)
-        spoken = drawn.learned & (drawn.ids[0, ::size] == tokenizer.special.empty)
-        assert torch.equal(drawn.following[:, 0] >= 0, spoken)
-        words = drawn.following[spoken, 0]
-        said = [int(word) for i, word in enumerate(words) if not i or word != words[i - 1]]
-        text = [int(i) for i in drawn.ids[0, ::size][drawn.learned] if int(i) not in range(739, 752)]
-        # A word said twice in a row shows once.
-        assert set(said) <= set(text)
-        if task == "listed":
-            assert said == [word for i, word in enumerate(text) if not i or word != text[i - 1]]
-            assert drawn.following[spoken, 1][-1] == tokenizer.special.eot
+def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
+    examples, special, size = lm_training.examples, tokenizer.special, lm_training.config.group_size
+    patch = 24_000 // 25 * size
+    for part in ("replies", "readings", "answers"):
+        spoken, text = parts[part][0], parts[part].item(0).text
+        drawn = examples.reading(part, 0)
+        said = drawn.ids[0, ::size][drawn.learned].tolist()
+        written = [token for token in said if token != special.empty]
+        assert written == [*tokenizer.encode(text), special.eot, special.eostm]
+        patches, starts = 0, []
+        for token in said:
+            patches += token == special.empty
+            if token not in (special.empty, special.eot, special.eostm):
+                starts.append(patches * patch)
+        seconds = [(word - spoken.words[0]) / 24_000 for word in spoken.words[:-1]]
+        assert len(starts) == len(seconds)
+        assert all(-0.16 - 0.1 < at / 24_000 - want < 0.11 for at, want in zip(starts, seconds, strict=True))
+        assert patches * patch < spoken.words[-1] - spoken.words[0] + 0.4 * 24_000
 
 
 def test_the_decoder_is_trained_for_the_codes_there_are(parts, codec_training, tmp_path):

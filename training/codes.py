@@ -14,11 +14,21 @@ from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
 from .data import SHARD, Part, augment, joined, piece, save_whole, vary
+from .synthesis import RATE
 
 HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
 
-VARIANTS = 2
+VARIANTS, NOISE_SHARE = 2, 0.4
+
+SAID = ("replies", "readings", "answers")
+"""Parts that the model says: without the silence around, and with the place of each word."""
+
+LEAD, TAIL = (0.03, 0.11), 0.12
+"""Seconds before the first word and after the last."""
+
+AHEAD = 0.06
+"""Seconds before a word begins at which its text should stand: sounds lean towards the next."""
 
 
 class Codes:
@@ -43,6 +53,11 @@ class Codes:
         flat = piece(_open(self._path(shard)), "codes", place * self.variants + variant)
         return flat.long().view(-1, self._channels).T
 
+    def places(self, index: int) -> list[int]:
+        """The patch before which each word's text stands, of a part that is said."""
+        shard, place = divmod(index, SHARD)
+        return piece(_open(self._path(shard)), "places", place).tolist()
+
     @property
     def shards(self) -> int:
         return -(-len(self) // SHARD)
@@ -52,16 +67,23 @@ class Codes:
         indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
         if not self._path(shard).exists():
             made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
-            save_whole(self._path(shard), joined("codes", made))
+            codes, places = zip(*made, strict=True)
+            save_whole(self._path(shard), joined("codes", codes) | joined("places", places))
         return len(indices)
 
-    def _encode(self, codec: Codec, index: int, variant: int) -> Tensor:
-        wav = self.part[index].wav
+    def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor]:
+        """Flat codes, and the places of words where they are needed."""
+        spoken, rng = self.part[index], random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
+        wav, places = spoken.wav, list[int]()
         if self.part.name in HEARD:
-            rng = random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
-            wav, _ = augment(vary(wav, rng), rng, 0.6)
+            wav, _ = augment(vary(wav, rng), rng, NOISE_SHARE)
+        elif self.part.name in SAID:
+            start = max(0, spoken.words[0] - round(rng.uniform(*LEAD) * RATE))
+            wav = wav[start : spoken.words[-1] + round(TAIL * RATE)]
+            patch = codec.config.samples_per_frame * self._group_size
+            places = [max(0, (word - start - round(AHEAD * RATE)) // patch) for word in spoken.words[:-1]]
         codes = whole_patches(codec.encode(wav, self._channels).cpu(), self._group_size)
-        return codes.T.reshape(-1).to(torch.int16)
+        return codes.T.reshape(-1).to(torch.int16), torch.tensor(places, dtype=torch.int16)
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"{self.part.name}-{shard:04d}.safetensors"

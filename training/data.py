@@ -2,11 +2,10 @@
 
     speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
-    readings    sentences in the reply's voice, plainly
-    said_words  every word of the domain alone in the reply's voice
+    readings    sentences, and words in no order, in the reply's voice, plainly
     words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
-    answers     those of the dialogue, in the reply's voice
+    answers     those of the dialogue, in the reply's voice, each several times
     echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
     strangers, strange_words, strange_questions    as `speech`, `words` and `questions`, by the many speakers of another
                 synthesizer: less natural, and heard by the language model alone
@@ -16,10 +15,11 @@
 Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it was.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,8 +54,17 @@ STYLES = {
     "low": Manner(REPLY_VOICE, pitch=0.72),
 }
 
-SPEEDS, TILT = (0.75, 1.2), 0.4
-"""Of what is heard: speeds to play it at, and the largest weight of the sample before."""
+UNEVEN = 0.05
+"""Largest change of a reply's rate and pitch, so that no two recordings of the same words are the same."""
+
+LISTED_SHARE, LISTED = 0.3, 6
+"""Of readings that are words in no order, and of how many at most."""
+
+SPEEDS = (0.75, 1.2)
+"""To play at what is heard."""
+
+RIPPLES, RIPPLE = 4, 3.0
+"""Of what is heard: cosines over the spectrum by which it is coloured, and the decibels of each."""
 
 SHARD = 100
 """Utterances a file."""
@@ -86,12 +95,15 @@ class Sizes:
     strangers: int = 5000
     strange_words: int = 1000
     strange_questions: int = 600
+    repeats: int = 10
     unheard: int = 200
     unsaid: int = 200
 
     @property
     def parts(self) -> dict[str, int]:
-        return vars(self) | {"answers": len(answers()), "said_words": len(domain.vocabulary())}
+        found = vars(self) | {"answers": self.repeats * len(answers())}
+        del found["repeats"]
+        return found
 
 
 def item(part: str, index: int, seed: int = 0) -> Item:
@@ -101,17 +113,16 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         text = item({"strangers": "speech", "strange_words": "words"}.get(part, "questions"), index, seed + 1).text
         return Item(text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7)))
     if part == "answers":
-        return Item(answers()[index], STYLES["normal"])
+        return Item(answers()[index % len(answers())], uneven(STYLES["normal"], rng))
     if part == "questions":
         return Item(_questions()[index % len(_questions())], _any_manner(rng))
     if part == "echoes":
         return Item(answers()[index % len(answers())], _any_manner(rng))
-    if part == "said_words":
-        return Item(domain.vocabulary()[index], STYLES["normal"])
     if part == "words":
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
     if part == "readings":
-        return Item(domain.draw_sentence(rng), STYLES["normal"])
+        text = _listed(rng) if rng.random() < LISTED_SHARE else domain.draw_sentence(rng)
+        return Item(text, uneven(STYLES["normal"], rng))
     if part == "speech":
         return Item(domain.draw_sentence(rng), _any_manner(rng))
     if part == "unheard":
@@ -121,7 +132,20 @@ def item(part: str, index: int, seed: int = 0) -> Item:
     if part != "replies":
         raise ValueError(f"no part {part!r} of the data")
     style = rng.choice(["normal", *STYLES])
-    return Item(domain.draw_sentence(rng), STYLES[style], style)
+    return Item(domain.draw_sentence(rng), uneven(STYLES[style], rng), style)
+
+
+def uneven(manner: Manner, rng: random.Random) -> Manner:
+    """Nearly in this manner."""
+    stretch, pitch = (rng.uniform(1 - UNEVEN, 1 + UNEVEN) for _ in range(2))
+    return replace(manner, stretch=manner.stretch * stretch, pitch=manner.pitch * pitch)
+
+
+def _listed(rng: random.Random) -> str:
+    """Words in no order."""
+    while domain.is_held_out(text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))):
+        continue
+    return text
 
 
 def _any_manner(rng: random.Random) -> Manner:
@@ -156,11 +180,10 @@ class Part:
         return self.directory / f"{self.name}-{shard:04d}.safetensors"
 
     def __getitem__(self, index: int) -> Utterance:
-        """Samples [n] float32 at 24 kHz, and phones."""
         shard, place = divmod(index, SHARD)
         tensors = _open(self.path(shard))
-        wav, phones = (piece(tensors, name, place) for name in ("samples", "phones"))
-        return Utterance(wav.float() / 2**15, phones.tolist())
+        wav, phones, words = (piece(tensors, name, place) for name in ("samples", "phones", "words"))
+        return Utterance(wav.float() / 2**15, phones.tolist(), words.tolist())
 
     def make(self, bar: tqdm) -> None:
         """Writes the shards that are not there yet."""
@@ -182,7 +205,8 @@ class Part:
             made = list(pool.map(speak, indices))
         samples = [(each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made]
         phones = [torch.tensor(each.phones, dtype=torch.int16) for each in made]
-        save_whole(self.path(shard), joined("samples", samples) | joined("phones", phones))
+        words = [torch.tensor(each.words, dtype=torch.int32) for each in made]
+        save_whole(self.path(shard), joined("samples", samples) | joined("phones", phones) | joined("words", words))
 
 
 def parts(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
@@ -202,28 +226,38 @@ def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
 def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
     """Waveform [n] -> (as recorded: at some level, maybe in noise, and the same without the noise).
 
-    Noise is white or pink, 5 to 35 dB below the speech, in `noise_share` of the cases; there is always a little.
+    Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is always a little.
     """
     peak = float(wav.abs().max()) or 1.0
     clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
-    level = rng.uniform(-35, -5) if rng.random() < noise_share else rng.uniform(-65, -45)
+    level = rng.uniform(-35, -8) if rng.random() < noise_share else rng.uniform(-65, -45)
     return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
 
 
 def vary(wav: Tensor, rng: random.Random) -> Tensor:
     """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch and formants move
-    together, and with another tilt of the spectrum. Three voices are not enough to learn from what a voice is."""
-    varied = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[0, 0]
-    return torch.cat((varied[:1], varied[1:] + rng.uniform(-TILT, TILT) * varied[:-1]))
+    together, and coloured. Three voices are not enough to learn from what a voice is."""
+    played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[0, 0]
+    size = _fft_size(len(played))
+    spectrum = torch.fft.rfft(played, size)
+    place = torch.linspace(0, math.pi, len(spectrum))
+    gains = sum(rng.gauss(0, RIPPLE) * torch.cos(i * place + rng.uniform(0, math.pi)) for i in range(1, RIPPLES + 1))
+    return torch.fft.irfft(spectrum * 10 ** (gains / 20), size)[: len(played)]
 
 
 def noise(samples: int, rng: random.Random) -> Tensor:
     """Noise [samples] of unit power, its spectrum between white and pink."""
-    white = torch.randn(samples, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
+    size = _fft_size(samples)
+    white = torch.randn(size, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
     spectrum = torch.fft.rfft(white)
     slope = torch.arange(1, len(spectrum) + 1) ** (-0.5 * rng.random())
-    shaped = torch.fft.irfft(spectrum * slope, samples)
+    shaped = torch.fft.irfft(spectrum * slope, size)[:samples]
     return shaped / shaped.square().mean().sqrt()
+
+
+def _fft_size(samples: int) -> int:
+    """At least so many, and quick to transform."""
+    return -(-samples // 4096) * 4096
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

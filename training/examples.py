@@ -4,7 +4,11 @@
     asr       a recording -> its words                      spliced   recordings of single words as one -> the words
     written   a spoken question -> its written answer       tts       words -> their speech
     dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
-    few_shot  examples of speech to speech -> one more    listed     words in no order -> their speech, one by one
+    few_shot  examples of speech to speech -> one more
+
+In a spoken reply every word's text stands before the patch in which its sound begins: what to say next is then asked of
+text alone, and how it sounds of the last word and of the sound so far. (Upstream's replies alternate five text tokens
+with five patches, and the request's own examples do so here as well.)
 """
 
 import random
@@ -20,7 +24,6 @@ from mimo_fast.prompt import Reply, Segments, Speech
 from mimo_fast.tokenizer import Tokenizer
 
 from . import domain
-from .alignment import Alignments
 from .codes import Codes
 from .data import answers
 from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
@@ -28,8 +31,7 @@ from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"words": 1, "spliced": 1, "asr": 4, "written": 1, "tts": 9, "listed": 6, "styled": 4, "dialogue": 2,
-         "few_shot": 1}  # fmt: skip
+JOINT = {"words": 1, "spliced": 2, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -37,9 +39,6 @@ FEW = (1, 2)
 
 WORDS = 6
 """Single words in a row."""
-
-LISTED = 7
-"""Words in no order at most, that are said one by one."""
 
 SPLICED = 5
 """Single words in one recording at most."""
@@ -73,15 +72,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard.
-
-    following: text ids of the word that each group speaks and of the one after it, int64 [T, 2], -1 where unknown.
-    """
+    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard."""
 
     ids: Tensor
     learned: Tensor
     spans: list[Span]
-    following: Tensor
 
     def __len__(self) -> int:
         return len(self.learned)
@@ -89,14 +84,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], spans of each, and
-    following [B, T, 2]."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], and spans of each."""
 
     text: Tensor
     codes: Tensor
     learned: Tensor
     spans: list[list[Span]]
-    following: Tensor
 
 
 class Examples:
@@ -104,8 +97,7 @@ class Examples:
 
     def __init__(self, codes: Mapping[str, Codes], tokenizer: Tokenizer, config: LMConfig) -> None:
         self._codes, self._tokenizer, self._config = codes, tokenizer, config
-        self.alignments: Alignments | None = None
-        self._answer_places = {text: place for place, text in enumerate(answers())}
+        self._answers = {text: place for place, text in enumerate(answers())}
 
     def draw(self, task: str, rng: random.Random) -> Example:
         """One example of a task."""
@@ -121,12 +113,10 @@ class Examples:
 
     def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
         """One utterance to be said, plainly."""
-        codes = self._codes[part]
-        request = prompt.tts(codes.text(index), template=template, seed=seed)
-        return self._example(request, [Reply(codes.text(index), codes.get(index))])
+        request = prompt.tts(self._codes[part].text(index), template=template, seed=seed)
+        return self._example(request, [self._reply(part, index)])
 
-    def _example(self, request: Segments, reply: Segments, places: Tensor | None = None) -> Example:
-        """places: of the word that each patch of the reply's speech speaks."""
+    def _example(self, request: Segments, reply: Segments) -> Example:
         asked = prompt.pack(request, self._tokenizer, self._config)
         said = prompt.pack(reply, self._tokenizer, self._config)
         size = self._config.group_size
@@ -135,12 +125,7 @@ class Examples:
             said = said[:, size:]
         learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
         ids = torch.cat((asked, said), dim=1)
-        following = torch.full((len(learned), 2), -1)
-        spoken = learned & (ids[0, ::size] == self._tokenizer.special.empty)
-        if places is not None and isinstance(reply[-1], Reply):
-            words = torch.tensor([*self._tokenizer.encode(reply[-1].text), self._tokenizer.special.eot])
-            following[spoken] = torch.stack((words[places], words[places + 1]), dim=1)
-        return Example(ids, learned, self._spans(request, asked[0, ::size]), following)
+        return Example(ids, learned, self._spans(request, asked[0, ::size]))
 
     def _spans(self, request: Segments, text: Tensor) -> list[Span]:
         """Where the recordings of a request lie in its text channel [T]."""
@@ -159,7 +144,7 @@ class Examples:
             spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
             start += len(pairs[-1])
         ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
-        return Example(ids, learned, spans, torch.cat([each.following for each in pairs]))
+        return Example(ids, learned, spans)
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
         codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
@@ -174,8 +159,16 @@ class Examples:
             codes[kept:] = torch.tensor(self._config.empty_codes)[kept:, None]
         return Heard(codes, text=text)
 
-    def _answer(self, text: str) -> Reply:
-        return Reply(text, self._codes["answers"].get(self._answer_places[text]))
+    def _reply(self, part: str, index: int) -> Reply:
+        codes = self._codes[part]
+        text, tokens = codes.text(index), list[int]()
+        for word, place in zip(text.split(), codes.places(index), strict=True):
+            tokens += [place] * len(self._tokenizer.encode(word))
+        return Reply(text, codes.get(index), tokens)
+
+    def _answer(self, text: str, rng: random.Random) -> Reply:
+        repeats = len(self._codes["answers"]) // len(self._answers)
+        return self._reply("answers", self._answers[text] + rng.randrange(repeats) * len(self._answers))
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
@@ -192,44 +185,37 @@ class Examples:
         speech = self._recording("questions", rng)
         return prompt.text_reply([("user", speech)]), [domain.dialogue()[speech.text], "<|im_end|>"]
 
-    def _listed(self, rng: random.Random) -> tuple[Segments, Segments, Tensor]:
-        codes = self._codes["said_words"]
-        indices = [rng.randrange(len(codes)) for _ in range(rng.randint(2, LISTED))]
-        text, pieces = " ".join(codes.text(i) for i in indices), [codes.get(i) for i in indices]
-        lengths = torch.tensor([each.shape[1] // self._config.group_size for each in pieces])
-        places = torch.repeat_interleave(torch.arange(len(indices)), lengths)
-        return prompt.tts(text, seed=rng.getrandbits(32)), [Reply(text, torch.cat(pieces, dim=1))], places
+    def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
+        if rng.random() >= PLAIN_SHARE:
+            return self._said(["normal"], rng)
+        reply = self._reply("readings", rng.randrange(len(self._codes["readings"])))
+        return prompt.tts(reply.text, seed=rng.getrandbits(32)), [reply]
 
-    def _said(self, rng: random.Random, styles: Sequence[str]) -> tuple[str, str, Reply, Tensor | None]:
-        """A reply in one of the styles: its text, its style and itself."""
-        plain = styles == ["normal"] and rng.random() < PLAIN_SHARE
-        part = "readings" if plain else "replies"
-        codes = self._codes[part]
+    def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
+        return self._said([*INSTRUCTIONS], rng)
+
+    def _said(self, styles: Sequence[str], rng: random.Random) -> tuple[Segments, Segments]:
+        codes = self._codes["replies"]
         while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
             continue
-        places = self.alignments.get(part, index) if self.alignments else None
-        return codes.text(index), style, Reply(codes.text(index), codes.get(index)), places
-
-    def _tts(self, rng: random.Random) -> tuple[Segments, Segments, Tensor | None]:
-        text, _, reply, places = self._said(rng, ["normal"])
-        return prompt.tts(text, seed=rng.getrandbits(32)), [reply], places
-
-    def _styled(self, rng: random.Random) -> tuple[Segments, Segments, Tensor | None]:
-        text, style, reply, places = self._said(rng, [*INSTRUCTIONS])
-        return prompt.tts(text, INSTRUCTIONS[style], seed=rng.getrandbits(32)), ["</think>\n", reply], places
+        reply, instruction = self._reply("replies", index), INSTRUCTIONS.get(style)
+        request = prompt.tts(reply.text, instruction, seed=rng.getrandbits(32))
+        return request, ["</think>\n", reply] if instruction else [reply]
 
     def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording("questions", rng)
-        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text])]
+        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text], rng)]
 
     def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice([*S2S_INSTRUCTIONS])
 
         def pair() -> tuple[Speech, Reply]:
             speech = self._recording(part, rng)
-            return speech, self._answer(domain.dialogue()[speech.text] if part == "questions" else speech.text)
+            text = domain.dialogue()[speech.text] if part == "questions" else speech.text
+            return speech, self._answer(text, rng)
 
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
+        examples = [(heard, replace(said, places=None)) for heard, said in examples]
         return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]
 
 
@@ -244,5 +230,4 @@ def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
         text[row, : len(each)] = groups[0, :, 0]
         codes[row, : len(each)] = groups[1:].transpose(0, 1)
         learned[row, : len(each)] = each.learned
-    following = torch.nn.utils.rnn.pad_sequence([each.following for each in examples], True, -1)
-    return Batch(text, codes, learned, [each.spans for each in examples], following)
+    return Batch(text, codes, learned, [each.spans for each in examples])

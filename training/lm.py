@@ -11,7 +11,7 @@ steps a patch would otherwise cost more than everything else.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from mimo_fast.runtime.lm import LM
 from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
 from mimo_fast.tokenizer import Tokenizer
 
-from .alignment import Alignments
 from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
@@ -43,7 +42,6 @@ MAX_PATCHES = 128
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
-FOLLOWING = 0.5
 WRONG_SHARE = 0.1
 """Of the codes of replies that the model is fed in training."""
 
@@ -91,17 +89,14 @@ class LMTraining:
         """One batch forward."""
         batch = collate(self._examples_of(step), self.config, self.special.pad)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        projections, states = list[Tensor](), list[Tensor]()
-        fed = blurred(batch, self.config, generator)
-        text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
+        projections, fed = list[Tensor](), blurred(batch, self.config, generator)
+        text, codes = batch_losses(self.model(), batch, generator, projections, fed)
         heard = self.ctc(projections, batch.spans)
         loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
             return {"loss": loss, **shown}
-        found = self.following(states[0], batch.following)
-        shown["following"] = found.detach()
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
-        loss = loss + FOLLOWING * found + (codes * weights).sum()
+        loss = loss + (codes * weights).sum()
         return {"loss": loss, **shown, "codes": codes.detach().mean(), "code_0": codes[0].detach()}
 
     def ctc(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
@@ -122,36 +117,6 @@ class LMTraining:
             )
         return total / len(CTC_LAYERS)
 
-    def following(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Cross entropy of the words that patches speak and of those after them, from what the patches are drawn from.
-
-        hidden [B, T, D], words [B, T, 2], -1 where unknown.
-        """
-        wanted = words[:, 1:].to(self.device)
-        total = torch.zeros((), device=self.device)
-        if not (known := wanted[..., 0] >= 0).any():
-            return total
-        rows = hidden[:, :-1][known]
-        for i in range(2):
-            scores = F.linear(rows, self.tensors[f"following.{i}.weight"], self.tensors[f"following.{i}.bias"])
-            total = total + F.cross_entropy(scores, wanted[..., i][known]) / 2
-        return total
-
-    def alignments(self) -> Alignments:
-        """Of the replies, by the model as it is now, unless they were made before."""
-        sizes = {name: len(self._codes[name]) for name in ("replies", "readings")}
-        path = self.run.directory / "alignments.safetensors"
-        return Alignments(path, sizes, self._heard, self.special.empty)
-
-    def _heard(self, part: str, indices: Sequence[int]) -> list[tuple[Tensor, list[int]]]:
-        batch = collate([self.examples.transcription(part, i) for i in indices], self.config, self.special.pad)
-        projections, layer = list[Tensor](), CTC_LAYERS[-1]
-        hidden_states(self.model(), batch.text, batch.codes, projections)
-        weight = self.tensors[f"ctc.{layer}.weight"]
-        scores = F.linear(projections[layer][..., -weight.shape[1] :], weight, self.tensors[f"ctc.{layer}.bias"])
-        return [(row[span.start : span.stop], span.words)
-                for row, (span,) in zip(scores.log_softmax(-1).cpu(), batch.spans, strict=True)]  # fmt: skip
-
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses on held-out sentences: transcribing a voice that training never hears, and reading text out."""
@@ -168,8 +133,6 @@ class LMTraining:
         if self._pool[0] != number:
             rng = random.Random(f"{self.seed}/lm/{number}")
             tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
-            if tasks is JOINT and self.examples.alignments is None:
-                self.examples.alignments = self.alignments()
             drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * BATCH)
             examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
             batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
@@ -179,9 +142,8 @@ class LMTraining:
 
 
 def initial_heads(config: LMConfig) -> Tensors:
-    """Heads over the text ids that only training needs: of what layers' keys and values tell, and of what follows."""
+    """Heads over the text ids that only training needs: of what layers' keys and values tell."""
     widths = {f"ctc.{layer}": 2 * config.backbone.kv_heads * config.backbone.head_dim for layer in CTC_LAYERS}
-    widths |= {f"following.{i}": config.backbone.dim for i in range(2)}
     shapes = {f"{name}.weight": (config.vocab_size, width) for name, width in widths.items()}
     biases = {f"{name}.bias": (config.vocab_size,) for name in widths}
     return {name: torch.zeros(shape) for name, shape in (shapes | biases).items()}
@@ -206,17 +168,14 @@ def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tenso
 
 def batch_losses(
     model: LM, batch: Batch, generator: torch.Generator | None, projections: list[Tensor] | None = None,
-    states: list[Tensor] | None = None, fed: Tensor | None = None,
+    fed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
 
     generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all. projections: see
-    `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
+    `hidden_states`. fed: the backbone's codes [B, T, C, G] in place of the batch's.
     """
-    hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
-    if states is not None:
-        states.append(hidden)
-    hidden = hidden[:, :-1]
+    hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)[:, :-1]
     text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
     text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
     patches = (learned & (text == model.empty_id)).nonzero()

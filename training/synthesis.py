@@ -8,7 +8,11 @@ import math
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -58,10 +62,14 @@ class Manner:
 
 @dataclass(frozen=True)
 class Utterance:
-    """float32 samples [n] at 24 kHz, and the phones spoken as indices into `PHONES`, none where they are not known."""
+    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where words are.
+
+    words: the samples at which they begin, and then that at which the last one ends; none where they are not known.
+    """
 
     wav: Tensor
     phones: list[int]
+    words: list[int] = field(default_factory=list)
 
 
 def has_flite() -> bool:
@@ -87,25 +95,57 @@ def _espeak(text: str, manner: Manner) -> Utterance:
     if done.returncode or not done.stdout:
         problem = done.stderr.decode(errors="replace").strip()[:80]
         raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install espeak-ng")
-    return Utterance(load_audio(done.stdout, RATE), [])
+    # Near enough to what its accents say, and one set of phones for all.
+    phones = [phone for word in text.split() for phone in pronunciation(word)] if has_flite() else []
+    return Utterance(load_audio(done.stdout, RATE), _indices(phones))
 
 
 def _flite(text: str, manner: Manner) -> Utterance:
+    settings = {
+        "duration_stretch": manner.stretch * manner.warp,
+        "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
+    }
+    options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
-        settings = {
-            "duration_stretch": manner.stretch * manner.warp,
-            "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
-        }
-        options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")]
-        command = ["flite", "-voice", manner.voice, *options, "-ps", "-t", text, "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not path.exists():
-            raise SynthesisError(f"flite failed at {text!r} ({done.stderr.strip()[:80]}): apt-get install flite")
-        wav = load_audio(path, FLITE_RATE)
+        listed = _run_flite(["-voice", manner.voice, *options, "-psdur", "-t", text, "-o", str(path)])
+        wav = resample(load_audio(path, FLITE_RATE), round(FLITE_RATE * manner.warp / 800) * 800, RATE)
+    named = [part.rsplit(":", 1) for part in listed]
+    ends = [float(end) * RATE / manner.warp for _, end in named]
+    phones = [phone for phone, _ in named]
+    spoken = [i for i, phone in enumerate(phones) if phone in PHONES]
+    firsts = word_places([phones[i] for i in spoken], [pronunciation(word) for word in text.split()])
+    words = [round(ends[spoken[first] - 1]) for first in firsts] + [round(ends[spoken[-1]])]
+    return Utterance(wav, _indices(phones), words)
+
+
+def _run_flite(options: Sequence[str]) -> list[str]:
+    """What it prints, by its spaces."""
+    done = subprocess.run(["flite", *options], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        raise SynthesisError(f"flite failed at {options} ({done.stderr.strip()[:80]}): apt-get install flite")
+    return done.stdout.split()
+
+
+@lru_cache(maxsize=4096)
+def pronunciation(word: str) -> tuple[str, ...]:
+    """The phones of a word that is said alone."""
+    return tuple(phone for phone in _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"]) if phone in PHONES)
+
+
+def word_places(phones: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
+    """Where in the phones each word begins, though some of its phones are others in a sentence."""
+    starts = [0, *accumulate(map(len, words))][:-1]
+    matcher = SequenceMatcher(None, [phone for word in words for phone in word], phones, autojunk=False)
+    changes = [(i, last, j, end) for _, i, last, j, end in matcher.get_opcodes() if last > i]
+    spans = [next(each for each in changes if each[0] <= start < each[1]) for start in starts]
+    return [min(j + start - i, max(end - 1, j), len(phones) - 1)
+            for start, (i, _, j, end) in zip(starts, spans, strict=True)]  # fmt: skip
+
+
+def _indices(phones: Sequence[str]) -> list[int]:
     known = {phone: i for i, phone in enumerate(PHONES)}
-    phones = [known[phone] for phone in done.stdout.split() if phone in known]
-    return Utterance(resample(wav, round(FLITE_RATE * manner.warp / 800) * 800, RATE), phones)
+    return [known[phone] for phone in phones if phone in known]
 
 
 def tones(text: str, manner: Manner) -> Utterance:
@@ -116,4 +156,5 @@ def tones(text: str, manner: Manner) -> Utterance:
     base = 2 * math.pi * PITCH.get(manner.voice, 140) * manner.pitch
     fade = torch.sin(math.pi * torch.arange(samples) / samples)
     parts = [fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
-    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters])
+    ends = accumulate((len(word) * samples for word in text.split()), initial=0)
+    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters], [*ends])
