@@ -26,7 +26,9 @@ from training.parameters import Tensors, embed_codebooks
 from training.rvq import Quantizer
 from training.tokenizer import INSTRUCTIONS, build_tokenizer
 
-SIZES = data.Sizes(6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2)
+SIZES = data.Sizes(
+    6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, repeats=2, unheard=2, unsaid=2
+)
 STEPS = 4
 ROOT = Path(__file__).parents[1]
 
@@ -311,7 +313,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
 
 def test_smoke(tmp_path):
     """Everything, end to end, as on a machine without flite."""
-    command = [sys.executable, "-m", "training", "--smoke"]
+    command = [sys.executable, "-m", "training", "--smoke", "--workers", "2"]
     environment = os.environ | {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import torch
 import mimo_fast
 from mimo_fast.errors import MimoFastError
 
-from . import codec, codes, comparisons, data, decoder, evaluate, export, lm
+from . import codec, codes, comparisons, data, decoder, evaluate, export, lm, parallel
 from .card import card
 from .codec import CodecTraining
 from .codes import Codes
@@ -34,10 +34,14 @@ from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3)
+SMOKE_SIZES = Sizes(
+    12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, repeats=1, unheard=3, unsaid=3
+)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
 
+MOST_WORKERS = 4
+"""By default: a share of a batch of 16 should not get smaller."""
 
 MEASURES = (
     evaluate.codec_quality, evaluate.text_to_speech, evaluate.transcription, evaluate.dialogue, evaluate.examples,
@@ -55,7 +59,8 @@ class Recipe:
         for name, found in (("flite", has_flite()), ("espeak-ng", has_espeak())):
             if not found:
                 print(f"{name} is not installed (apt-get install {name}): tones stand in for speech", file=sys.stderr)
-        return data.make(self.directory / "data", self.sizes, self.seed)
+        with parallel.first():
+            return data.make(self.directory / "data", self.sizes, self.seed)
 
     def codec(self) -> None:
         schedule = replace(codec.SCHEDULE, steps=self.steps.get("codec", codec.SCHEDULE.steps))
@@ -69,7 +74,8 @@ class Recipe:
 
     def lm(self) -> None:
         schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
-        tokenizer = build_tokenizer(self.directory / "tokenizer")
+        with parallel.first():
+            tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
         LMTraining(self.directory, known, tokenizer, schedule, self.seed, self.device, trained).train()
 
@@ -77,7 +83,9 @@ class Recipe:
         """Codes of all speech by the trained codec."""
         config = lm.lm_config()
         trained = build_codec(codec.codec_config(), trained_tensors(self.directory, codec.NAME))
-        return codes.make(self.directory / "codes", self.data(), trained, config.channels, config.group_size)
+        parts = self.data()
+        with parallel.first():
+            return codes.make(self.directory / "codes", parts, trained, config.channels, config.group_size)
 
     def export(self) -> tuple[Path, Path]:
         pair = export.export(self.directory, self.directory / "nano", self.data()["replies"])
@@ -94,12 +102,10 @@ class Recipe:
         (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
-    def all(self, count: int) -> None:
+    def train(self) -> None:
         self.codec()
         self.decoder()
         self.lm()
-        self.export()
-        self.evaluate(count)
 
 
 def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
@@ -114,15 +120,16 @@ def _missing() -> Iterator[str]:
     yield from (name for name in ("pocketsphinx", "pystoi") if find_spec(name) is None)
 
 
-def smoke(seed: int) -> None:
+def smoke(seed: int, workers: int) -> None:
     """A few steps of everything, in a directory that is thrown away."""
     # What is this small only waits for a second thread.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        recipe = Recipe(Path(directory), seed, "cpu", SMOKE_SIZES, SMOKE_STEPS)
-        recipe.codec()
-        recipe.decoder()
-        recipe.lm()
+        with parallel.workers(workers, sys.argv[1:]):
+            recipe = Recipe(Path(parallel.agreed(directory)), seed, "cpu", SMOKE_SIZES, SMOKE_STEPS)
+            recipe.train()
+        if parallel.is_worker():
+            return
         load = _loader(*recipe.export())
         chunks = list(load(None).stream("tts", "seven", seed=seed, max_new_tokens=20))
         print(f"said {chunks[-1].timing.groups} groups", file=sys.stderr)
@@ -133,31 +140,48 @@ def smoke(seed: int) -> None:
     print("the smoke test has passed", file=sys.stderr)
 
 
+def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
+    """One command."""
+    if command in ("codec", "decoder", "lm", "all"):
+        with parallel.workers(workers, sys.argv[1:]):
+            recipe.train() if command == "all" else getattr(recipe, command)()
+    elif command == "data":
+        recipe.data()
+    if not parallel.is_worker():
+        if command in ("export", "all"):
+            recipe.export()
+        if command in ("evaluate", "all"):
+            recipe.evaluate(count)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", nargs="?", choices=COMMANDS)
     parser.add_argument("--run", type=Path, default=Path("training_output"), help="directory of data, states, results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
-    parser.add_argument("--threads", type=int, help="of torch; by default all cores")
+    parser.add_argument("--threads", type=int, help="of torch, over all processes; by default all cores")
+    parser.add_argument("--workers", type=int, help="processes that train one model together; on a CPU one a core")
     parser.add_argument("--steps", type=int, help="of the command's training, in place of the recipe's")
     parser.add_argument("--count", type=int, default=200, help="utterances a measurement of evaluate")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it works")
     args = parser.parse_args()
     if bool(args.command) == args.smoke:
         parser.error(f"give a command ({', '.join(COMMANDS)}) or --smoke")
+    if args.workers is None:
+        args.workers = min(MOST_WORKERS, torch.get_num_threads()) if args.device == "cpu" else 1
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         if args.smoke:
-            smoke(args.seed)
+            smoke(args.seed, args.workers)
             return 0
         steps = {args.command: args.steps} if args.steps else {}
         recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
-        command = getattr(recipe, args.command)
-        command(args.count) if args.command in ("evaluate", "all") else command()
+        run(recipe, args.command, args.count, args.workers)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        if not parallel.is_worker():
+            print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (MimoFastError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

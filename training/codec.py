@@ -23,7 +23,8 @@ from mimo_fast.audio import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec import Codec
 
-from .data import Part, augment, vary
+from . import parallel
+from .data import Part, augment, other_speaker, vary
 from .loop import Losses, Run, Schedule
 from .losses import mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
@@ -85,11 +86,12 @@ class CodecTraining:
 
     def losses(self, step: int) -> Losses:
         """One batch forward, and the codebooks moved by it."""
-        rng = random.Random(f"{self.seed}/codec/{step}")
-        batch = [draw(self.parts, rng) for _ in range(BATCH)]
-        heard = batch + [draw(self.listened, rng) for _ in range(LISTENED)]
+        rng = random.Random(f"{parallel.seed_of(self.seed)}/codec/{step}")
+        batch = [draw(self.parts, rng) for _ in range(parallel.share(BATCH))]
+        heard = batch + [draw(self.listened, rng) for _ in range(parallel.share(LISTENED))]
         codec = build_codec(self.config, self.tensors)
-        hidden = [codec.encode_mel(log_mel(each.heard.to(self.device), self.config)) for each in heard]
+        mels = [log_mel(each.heard.to(self.device), self.config) for each in heard]
+        hidden = [codec.encode_mel(mel if i < len(batch) else other_speaker(mel, rng)) for i, mel in enumerate(mels)]
         lengths = [len(x) for x in hidden]
         joined = torch.cat(hidden)
         used = torch.tensor([codebooks_used(rng, len(self.config.codebook_sizes)) for _ in heard])

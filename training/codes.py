@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo_fast.audio import log_mel
 from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
-from .data import SHARD, Part, augment, joined, piece, save_whole, vary
+from .data import SHARD, Part, augment, joined, other_speaker, piece, save_whole, vary
 from .synthesis import RATE
 
 HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
@@ -21,7 +22,7 @@ HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words",
 
 VARIANTS, NOISE_SHARE = 2, 0.4
 
-SAID = ("replies", "readings", "answers")
+SAID = ("replies", "readings", "answers", "unsaid")
 """Parts that the model says: without the silence around, and with the place of each word."""
 
 LEAD, TAIL = (0.03, 0.11), 0.12
@@ -82,7 +83,9 @@ class Codes:
             wav = wav[start : spoken.words[-1] + round(TAIL * RATE)]
             patch = codec.config.samples_per_frame * self._group_size
             places = [max(0, (word - start - round(AHEAD * RATE)) // patch) for word in spoken.words[:-1]]
-        codes = whole_patches(codec.encode(wav, self._channels).cpu(), self._group_size)
+        mel = log_mel(wav.to(codec.device), codec.config)
+        hidden = codec.encode_mel(other_speaker(mel, rng) if self.part.name in HEARD else mel)
+        codes = whole_patches(codec.quantize(hidden, self._channels).cpu(), self._group_size)
         return codes.T.reshape(-1).to(torch.int16), torch.tensor(places, dtype=torch.int16)
 
     def _path(self, shard: int) -> Path:

@@ -66,6 +66,9 @@ SPEEDS = (0.75, 1.2)
 RIPPLES, RIPPLE = 4, 3.0
 """Of what is heard: cosines over the spectrum by which it is coloured, and the decibels of each."""
 
+BENDS, BEND = 3, 0.03
+"""Sines by which the mel axis is bent for another speaker, and by how much of its width the first one moves a band."""
+
 SHARD = 100
 """Utterances a file."""
 
@@ -243,6 +246,15 @@ def vary(wav: Tensor, rng: random.Random) -> Tensor:
     place = torch.linspace(0, math.pi, len(spectrum))
     gains = sum(rng.gauss(0, RIPPLE) * torch.cos(i * place + rng.uniform(0, math.pi)) for i in range(1, RIPPLES + 1))
     return torch.fft.irfft(spectrum * 10 ** (gains / 20), size)[: len(played)]
+
+
+def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
+    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another mouth."""
+    place = torch.linspace(0, 1, mel.shape[1])
+    shifts = sum(rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1))
+    source = ((place + shifts) * (mel.shape[1] - 1)).clamp(0, mel.shape[1] - 1)
+    below = source.floor().long().clamp(max=mel.shape[1] - 2)
+    return torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
 
 
 def noise(samples: int, rng: random.Random) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from mimo_fast.audio import log_mel
 from mimo_fast.runtime.codec import Codec
 
+from . import parallel
 from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction
 from .data import Part
 from .loop import Losses, Run, Schedule
@@ -47,15 +48,15 @@ class DecoderTraining:
 
     def losses(self, step: int) -> Losses:
         """One batch forward."""
-        rng = random.Random(f"{self.seed}/decoder/{step}")
+        rng = random.Random(f"{parallel.seed_of(self.seed)}/decoder/{step}")
         codec, total = self.model(), torch.zeros((), device=self.device)
-        for _ in range(BATCH):
+        for _ in range(count := parallel.share(BATCH)):
             spoken = draw(self.parts, rng)
             with torch.no_grad():
                 mel = log_mel(spoken.heard.to(self.device), self.config)
                 codes = codec.quantize(codec.encode_mel(mel))[: codebooks_used(rng, len(self.config.codebook_sizes))]
             got = codec.decode_hidden(codec.dequantize(codes))[: len(spoken.wanted)]
-            total = total + mel_distance(got, spoken.wanted.to(self.device), self.config.sample_rate) / BATCH
+            total = total + mel_distance(got, spoken.wanted.to(self.device), self.config.sample_rate) / count
         return {"loss": total}
 
     def validate(self) -> dict[str, float]:

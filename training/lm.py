@@ -23,6 +23,7 @@ from mimo_fast.runtime.lm import LM
 from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
 from mimo_fast.tokenizer import Tokenizer
 
+from . import parallel
 from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
@@ -88,7 +89,7 @@ class LMTraining:
     def losses(self, step: int) -> Losses:
         """One batch forward."""
         batch = collate(self._examples_of(step), self.config, self.special.pad)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(parallel.seed_of(self.seed) * 1_000_003 + step)
         projections, fed = list[Tensor](), blurred(batch, self.config, generator)
         text, codes = batch_losses(self.model(), batch, generator, projections, fed)
         heard = self.ctc(projections, batch.spans)
@@ -131,11 +132,11 @@ class LMTraining:
     def _examples_of(self, step: int) -> list[Example]:
         number = step // POOL
         if self._pool[0] != number:
-            rng = random.Random(f"{self.seed}/lm/{number}")
+            rng, count = random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}"), parallel.share(BATCH)
             tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
-            drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * BATCH)
+            drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * count)
             examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
-            batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+            batches = [examples[i : i + count] for i in range(0, len(examples), count)]
             rng.shuffle(batches)
             self._pool = (number, batches)
         return self._pool[1][step % POOL]
@@ -181,8 +182,8 @@ def batch_losses(
     patches = (learned & (text == model.empty_id)).nonzero()
     if not len(patches):
         return text_loss, None
-    if generator is not None and len(patches) > MAX_PATCHES:
-        patches = patches[torch.randperm(len(patches), generator=generator)[:MAX_PATCHES].to(patches.device)]
+    if generator is not None and len(patches) > (most := parallel.share(MAX_PATCHES)):
+        patches = patches[torch.randperm(len(patches), generator=generator)[:most].to(patches.device)]
     rows, columns = patches.T
     wanted = codes[rows, columns]
     logits = code_logits(model, hidden[rows, columns], wanted)

@@ -1,7 +1,7 @@
 """One training run: steps, learning rate, progress, and a state on disk from which it goes on as if never stopped.
 
-What a step sees is a function of the seed and the step's number alone. The state is written whole every `SAVE_EVERY`
-steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds the losses.
+What a step sees is a function of the seed, the step's number and the process alone. The state is written whole every
+`SAVE_EVERY` steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds the losses.
 """
 
 import json
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mimo_fast.errors import CheckpointError
 
+from . import parallel
 from .data import save_whole
 from .parameters import Tensors
 
@@ -86,11 +87,17 @@ class Run:
         """
         shown: dict[str, float] = {}
         checked: dict[str, float] = {}
-        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
+        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05,
+                   disable=parallel.rank() > 0)  # fmt: skip
         with bar, _interruptible() as stopped:
             while not self.finished:
                 began = time.perf_counter()
-                losses = self._advance(losses_of)
+                losses = self._advance(losses_of, bool(stopped))
+                stop = bool(losses.pop("stop"))
+                if parallel.rank():
+                    if stop:
+                        raise KeyboardInterrupt
+                    continue
                 for name, value in losses.items():
                     shown[name] = SMOOTHING * shown.get(name, value) + (1 - SMOOTHING) * value
                 if self.step % self.schedule.validate_every == 0 or self.finished:
@@ -100,23 +107,31 @@ class Run:
                 bar.update(1)
                 texts = [f"{name} {value:.3f}" for name, value in shown.items()]
                 bar.set_postfix_str(" ".join(texts + [f"valid_{name} {value:.3f}" for name, value in checked.items()]))
-                if stopped or self.finished or self.step % SAVE_EVERY == 0:
+                if stop or self.finished or self.step % SAVE_EVERY == 0:
                     self.save()
-                if stopped:
+                if stop:
                     raise KeyboardInterrupt
+        parallel.together()
 
-    def _advance(self, losses_of: Callable[[int], Losses]) -> dict[str, float]:
+    def _advance(self, losses_of: Callable[[int], Losses], stop: bool = False) -> dict[str, float]:
+        """One step. stop: whether this process was asked to; "stop" of what is returned tells whether any was."""
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = losses_of(self.step)
         self.optimizer.zero_grad()
         losses["loss"].backward()  # type: ignore[union-attr]
+        for leaf in self.trained.values():
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        asked = torch.tensor([float(stop)])
+        parallel.average([*(leaf.grad for leaf in self.trained.values()), asked])
+        parallel.follow([*self.fixed.values()])
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT)
         if norm.isfinite():
             self.optimizer.step()
         self.step += 1
-        losses["gradient"] = norm
+        losses |= {"gradient": norm, "stop": asked}
         return {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
 
     def _rate(self) -> float:

@@ -1,0 +1,35 @@
+"""Two processes that train together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from training import parallel
+
+store, place = Path(sys.argv[1]), int(sys.argv[2])
+assert (parallel.rank(), parallel.share(5), parallel.seed_of(3)) == (0, 5, 3)
+with parallel._group(store, place, 2):
+    assert parallel.rank() == place and parallel.share(5) == 3
+    assert (parallel.seed_of(3) == 3) == (place == 0)
+    a, b = torch.full((2, 3), float(place)), torch.tensor(10.0 * place)
+    parallel.average([a, b])
+    assert (a == 0.5).all() and b == 5
+    parallel.follow([c := torch.tensor([place + 7.0])])
+    assert c == 7 and parallel.agreed(str(place)) == "0"
+    made = store.with_name("made")
+    with parallel.first():
+        assert made.exists() == bool(place)
+        made.touch()
+"""
+
+
+def test_gradients_are_averaged_and_the_first_leads(tmp_path):
+    commands = [[sys.executable, "-c", PROGRAM, str(tmp_path / "store"), str(place)] for place in (0, 1)]
+    started = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors

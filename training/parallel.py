@@ -1,0 +1,127 @@
+"""Several processes that train one model: each takes its share of every batch, and their gradients are averaged.
+
+Steps this small gain nothing from a second thread; a second process with half of the batch nearly halves them. The
+first process starts the others with its own command line; it alone writes files and shows progress.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK, STORE = "MIMO_FAST_TRAINING_RANK", "MIMO_FAST_TRAINING_STORE"
+PATIENCE = timedelta(days=1)
+"""Others wait so long while the first makes the data."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_worker() -> bool:
+    """Whether the first process started this one."""
+    return RANK in os.environ
+
+
+def share(count: int) -> int:
+    """Of a batch, for each process."""
+    return -(-count // dist.get_world_size()) if dist.is_initialized() else count
+
+
+def seed_of(seed: int) -> int:
+    """For what each process draws for itself."""
+    return seed + 1_000_000_007 * rank()
+
+
+@contextmanager
+def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
+    """Inside, `count` processes run `python -m training` with these arguments. They end together."""
+    if count == 1:
+        yield
+        return
+    place = int(os.environ.get(RANK, 0))
+    if place:
+        with _group(Path(os.environ[STORE]), place, count):
+            yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        store, command = Path(directory, "store"), [sys.executable, "-m", "training", *arguments]
+        started = [subprocess.Popen(command, env=os.environ | {RANK: str(i), STORE: str(store)})
+                   for i in range(1, count)]  # fmt: skip
+        try:
+            with _group(store, 0, count):
+                yield
+        except BaseException:
+            for process in started:
+                process.terminate()
+            raise
+        finally:
+            for process in started:
+                process.wait()
+
+
+@contextmanager
+def _group(store: Path, place: int, count: int) -> Iterator[None]:
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=place, world_size=count, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def together() -> None:
+    """Returns when every process has come here: what the first wrote before is there."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """The first process goes through this before the others, which then find what it made."""
+    if rank():
+        together()
+    yield
+    if not rank():
+        together()
+
+
+def agreed(text: str) -> str:
+    """The first process's text, in all of them."""
+    texts = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(texts, 0)
+    return texts[0]
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """Each becomes its mean over the processes."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten().cpu() for tensor in tensors])
+    dist.all_reduce(flat)
+    _scatter(flat / dist.get_world_size(), tensors)
+
+
+@torch.no_grad()
+def follow(tensors: Sequence[Tensor]) -> None:
+    """Each becomes the first process's."""
+    if not dist.is_initialized() or not tensors:
+        return
+    flat = torch.cat([tensor.flatten().cpu() for tensor in tensors])
+    dist.broadcast(flat, 0)
+    _scatter(flat, tensors)
+
+
+def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
