@@ -1,0 +1,45 @@
+"""A training of a few utterances without a synthesizer, for the tests beside this file."""
+
+from dataclasses import replace
+
+import pytest
+
+from training import codec, codes, data, lm, synthesis
+from training.codec import CodecTraining
+from training.lm import LMTraining
+from training.tokenizer import build_tokenizer
+
+SIZES = data.Sizes(
+    6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, repeats=2, unheard=2, unsaid=2
+)
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def sizes() -> data.Sizes:
+    return SIZES
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.Part]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "has_flite", lambda: False)
+        return data.make(tmp_path_factory.mktemp("data"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def codec_training(parts, tmp_path_factory) -> CodecTraining:
+    return CodecTraining(tmp_path_factory.mktemp("codec"), parts, replace(codec.SCHEDULE, steps=STEPS))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def lm_training(parts, codec_training, tokenizer, tmp_path_factory) -> LMTraining:
+    config, directory = lm.lm_config(), tmp_path_factory.mktemp("lm")
+    trained = codec.build_codec(codec_training.config, codec_training.tensors)
+    found = codes.make(directory / "codes", parts, trained, config.channels, config.group_size)
+    return LMTraining(directory, found, tokenizer, replace(lm.SCHEDULE, steps=STEPS))

@@ -1,0 +1,87 @@
+"""What the small model is trained on: data, tokens, and examples made of them."""
+
+import random
+
+import torch
+
+from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
+from training import data, domain, lm, synthesis
+from training.tokenizer import INSTRUCTIONS
+
+
+def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "has_flite", lambda: False)
+    again = data.make(tmp_path, sizes)
+    for name, part in parts.items():
+        for i in range(len(part)):
+            assert torch.equal(part[i].wav, again[name][i].wav)
+            assert part[i].phones == again[name][i].phones
+    wav = parts["speech"][0].wav
+    noisy = data.augment(wav, random.Random(3))[0]
+    assert torch.equal(noisy, data.augment(wav, random.Random(3))[0])
+    assert not torch.equal(noisy, data.augment(wav, random.Random(4))[0])
+
+
+def test_parts_keep_apart_what_is_held_out():
+    assert all(domain.is_held_out(data.item("unsaid", i).text) for i in range(50))
+    assert not any(domain.is_held_out(data.item(part, i).text) for part in ("speech", "replies") for i in range(200))
+    assert {data.item("unheard", i).manner.voice for i in range(5)} == {data.UNHEARD_VOICE}
+    assert data.UNHEARD_VOICE not in {data.item("speech", i).manner.voice for i in range(100)}
+    strangers = [data.item("strangers", i) for i in range(100)]
+    assert all(each.manner.voice.startswith(synthesis.ESPEAK) for each in strangers)
+    assert not any(domain.is_held_out(each.text) for each in strangers)
+    assert data.item("strange_questions", 3).text in domain.dialogue()
+    texts = [data.item("speech", i).text for i in range(300)]
+    assert {word for text in texts for word in text.split()} <= set(domain.vocabulary())
+    assert domain.dialogue()["what day comes after sunday"] == "monday"
+    assert domain.dialogue()["what is nine plus nine"] == "eighteen"
+    assert domain.spoken("the word is a b") == "the word is ay b"
+    assert domain.spoken("i see a dog") == "i see a dog"
+
+
+def test_words_are_looked_for_where_they_are_heard(lm_training):
+    rng, examples = random.Random(1), lm_training.examples
+    special, size = examples._tokenizer.special, lm_training.config.group_size
+    expected = {"words": 6, "spliced": 1, "asr": 1, "written": 1, "dialogue": 1, "tts": 0, "styled": 0}
+    for task in lm.JOINT:
+        drawn = examples.draw(task, rng)
+        text = drawn.ids[0, ::size]
+        if task in expected:
+            assert len(drawn.spans) == expected[task]
+        else:
+            assert len(drawn.spans) > 1
+        for span in drawn.spans:
+            assert text[span.start - 1] == special.sosp
+            assert text[span.stop - 1] == special.eosp
+            assert (text[span.start : span.stop - 1] == special.empty).all()
+            assert span.words
+            assert not drawn.learned[span.start : span.stop].any()
+
+
+def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
+    examples, special, size = lm_training.examples, tokenizer.special, lm_training.config.group_size
+    patch = 24_000 // 25 * size
+    for part in ("replies", "readings", "answers"):
+        spoken, text = parts[part][0], parts[part].item(0).text
+        drawn = examples.reading(part, 0)
+        said = drawn.ids[0, ::size][drawn.learned].tolist()
+        written = [token for token in said if token != special.empty]
+        assert written == [*tokenizer.encode(text), special.eot, special.eostm]
+        patches, starts = 0, []
+        for token in said:
+            patches += token == special.empty
+            if token not in (special.empty, special.eot, special.eostm):
+                starts.append(patches * patch)
+        seconds = [(word - spoken.words[0]) / 24_000 for word in spoken.words[:-1]]
+        assert len(starts) == len(seconds)
+        assert all(-0.16 - 0.1 < at / 24_000 - want < 0.11 for at, want in zip(starts, seconds, strict=True))
+        assert patches * patch < spoken.words[-1] - spoken.words[0] + 0.4 * 24_000
+
+
+def test_every_word_of_the_domain_is_a_token(tokenizer):
+    for text in (*domain.vocabulary(), *ASR_TEMPLATES, *TTS_TEMPLATES["en"]):
+        assert len(tokenizer.encode(text)) == 1, text
+    assert tokenizer.decode(tokenizer.encode("Seven forty two")).strip() == "seven forty two"
+    assert tokenizer.decode(tokenizer.encode("Naïve 7!")).strip() == "naïve 7!"
+    assert len(tokenizer.encode(f": seven({INSTRUCTIONS['slow']})")) <= 6
+    tokenizer.check_vocab(lm.lm_config().vocab_size)
