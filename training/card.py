@@ -61,6 +61,7 @@ def _word_errors(results: Results) -> str:
         "text to speech, greedy": results["sampling"]["greedy"],
         "transcription of the unheard voice": asr["clean"],
         f"the same, in noise {NOISE_DB} dB below": asr[f"noise_{NOISE_DB}_db"],
+        "transcription of flite in the voice that the model speaks in": asr["own_voice"],
         "spoken answers to spoken questions, heard by the recogniser": dialogue["heard"],
         "the text of these answers": dialogue["text"],
         "said again by example, heard by the recogniser": results["examples"]["heard"],

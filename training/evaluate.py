@@ -3,7 +3,8 @@
     codec_quality   STOI and mel distance by number of codebooks, on the unheard voice
     text_to_speech  words that an independent recogniser hears in what the model says, beside what it hears in the
                     synthesizer's own speech of the same sentences and in the codec's reconstruction of that
-    transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it
+    transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it, and of the
+                    synthesizer in the reply's voice
     dialogue        spoken answers to the unheard voice, by the recogniser and as text
     examples        speech to speech by example: what the unheard voice says, said again in the reply's voice
     formats, streaming, sampling, pace    see `comparisons`
@@ -113,9 +114,10 @@ def text_to_speech(load: Load, parts: Parts, count: int) -> Results:
 def transcription(load: Load, parts: Parts, count: int) -> Results:
     """Word error rates of the model's own transcription."""
     model, results = load(None), Results()
-    texts = [parts["unheard"].item(i).text for i in range(min(count, len(parts["unheard"])))]
-    for name, level in (("clean", None), (f"noise_{NOISE_DB}_db", NOISE_DB)):
-        waves = _waves(parts["unheard"], count, f"asr {name}")
+    noisy = f"noise_{NOISE_DB}_db"
+    for name, part, level in (("clean", "unheard", None), (noisy, "unheard", NOISE_DB), ("own_voice", "unsaid", None)):
+        texts = [parts[part].item(i).text for i in range(min(count, len(parts[part])))]
+        waves = _waves(parts[part], count, f"asr {name}")
         heard = [wav if level is None else _noisy(wav, level, random.Random(i)) for i, wav in enumerate(waves)]
         got = transcripts_of(model, heard)
         results[name] = rate_of(got, texts)
