@@ -35,7 +35,7 @@ from .tokenizer import build_tokenizer
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
 SMOKE_SIZES = Sizes(
-    12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, repeats=1, unheard=3, unsaid=3
+    12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3
 )
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""

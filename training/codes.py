@@ -15,7 +15,7 @@ from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
 from .data import SHARD, Part, augment, joined, other_speaker, piece, save_whole, vary
-from .synthesis import RATE
+from .synthesis import PHONES, RATE, Utterance
 
 HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
@@ -23,9 +23,9 @@ HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words",
 VARIANTS, NOISE_SHARE = 2, 0.4
 
 SAID = ("replies", "readings", "answers", "unsaid")
-"""Parts that the model says: without the silence around, and with the place of each word."""
+"""Parts that the model says: without the silence around, and with the places of words and phones."""
 
-LEAD, TAIL = (0.03, 0.11), 0.12
+LEAD, TAIL = 0.06, 0.12
 """Seconds before the first word and after the last."""
 
 AHEAD = 0.06
@@ -59,6 +59,11 @@ class Codes:
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "places", place).tolist()
 
+    def phones(self, index: int) -> Tensor:
+        """The phone at each frame, int64 [n G], `len(PHONES)` for silence, of a part that is said."""
+        shard, place = divmod(index, SHARD)
+        return piece(_open(self._path(shard)), "phones", place).long()
+
     @property
     def shards(self) -> int:
         return -(-len(self) // SHARD)
@@ -68,28 +73,40 @@ class Codes:
         indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
         if not self._path(shard).exists():
             made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
-            codes, places = zip(*made, strict=True)
-            save_whole(self._path(shard), joined("codes", codes) | joined("places", places))
+            codes, places, phones = zip(*made, strict=True)
+            save_whole(self._path(shard), joined("codes", codes) | joined("places", places) | joined("phones", phones))
         return len(indices)
 
-    def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor]:
-        """Flat codes, and the places of words where they are needed."""
+    def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat codes, and where they are needed the places of words and the phones of frames."""
         spoken, rng = self.part[index], random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
-        wav, places = spoken.wav, list[int]()
-        if self.part.name in HEARD:
+        heard, said = self.part.name in HEARD, self.part.name in SAID
+        wav, start, frame = spoken.wav, 0, codec.config.samples_per_frame
+        if heard:
             wav, _ = augment(vary(wav, rng), rng, NOISE_SHARE)
-        elif self.part.name in SAID:
-            start = max(0, spoken.words[0] - round(rng.uniform(*LEAD) * RATE))
-            wav = wav[start : spoken.words[-1] + round(TAIL * RATE)]
-            patch = codec.config.samples_per_frame * self._group_size
-            places = [max(0, (word - start - round(AHEAD * RATE)) // patch) for word in spoken.words[:-1]]
+        elif said:
+            start = max(0, spoken.starts[0] - round(LEAD * RATE))
+            wav = wav[start : spoken.ends[-1] + round(TAIL * RATE)]
         mel = log_mel(wav.to(codec.device), codec.config)
-        hidden = codec.encode_mel(other_speaker(mel, rng) if self.part.name in HEARD else mel)
+        hidden = codec.encode_mel(other_speaker(mel, rng) if heard else mel)
         codes = whole_patches(codec.quantize(hidden, self._channels).cpu(), self._group_size)
-        return codes.T.reshape(-1).to(torch.int16), torch.tensor(places, dtype=torch.int16)
+        places = phones = torch.empty(0, dtype=torch.int16)
+        if said:
+            words = torch.tensor(spoken.starts)[spoken.words] - start - round(AHEAD * RATE)
+            places = words.div(frame * self._group_size, rounding_mode="floor").clamp(min=0).to(torch.int16)
+            phones = phones_at(start + frame * torch.arange(codes.shape[1]) + frame // 2, spoken)
+        return codes.T.reshape(-1).to(torch.int16), places, phones
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"{self.part.name}-{shard:04d}.safetensors"
+
+
+def phones_at(times: Tensor, spoken: Utterance) -> Tensor:
+    """Samples [n] -> the phone there, int16 [n], `len(PHONES)` for silence."""
+    starts, ends = torch.tensor(spoken.starts), torch.tensor(spoken.ends)
+    place = (starts[None] <= times[:, None]).sum(1) - 1
+    phones = torch.tensor(spoken.phones)[place]
+    return phones.where((place >= 0) & (times < ends[place]), torch.tensor(len(PHONES))).to(torch.int16)
 
 
 def make(directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int) -> dict[str, Codes]:

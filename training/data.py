@@ -5,7 +5,7 @@
     readings    sentences, and words in no order, in the reply's voice, plainly
     words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
-    answers     those of the dialogue, in the reply's voice, each several times
+    answers     those of the dialogue, in the reply's voice
     echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
     strangers, strange_words, strange_questions    as `speech`, `words` and `questions`, by the many speakers of another
                 synthesizer: less natural, and heard by the language model alone
@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,9 +54,6 @@ STYLES = {
     "low": Manner(REPLY_VOICE, pitch=0.72),
 }
 
-UNEVEN = 0.05
-"""Largest change of a reply's rate and pitch, so that no two recordings of the same words are the same."""
-
 LISTED_SHARE, LISTED = 0.3, 6
 """Of readings that are words in no order, and of how many at most."""
 
@@ -68,6 +65,9 @@ RIPPLES, RIPPLE = 4, 3.0
 
 BENDS, BEND = 3, 0.03
 """Sines by which the mel axis is bent for another speaker, and by how much of its width the first one moves a band."""
+
+ANNOTATIONS = ("phones", "words", "starts", "ends")
+"""Of utterances, see `Utterance`."""
 
 SHARD = 100
 """Utterances a file."""
@@ -90,23 +90,20 @@ class Sizes:
     """Utterances in each part of the data."""
 
     speech: int = 6000
-    replies: int = 9000
+    replies: int = 5000
     words: int = 2000
     questions: int = 1200
     echoes: int = 600
-    readings: int = 10000
+    readings: int = 6000
     strangers: int = 5000
     strange_words: int = 1000
     strange_questions: int = 600
-    repeats: int = 10
     unheard: int = 200
     unsaid: int = 200
 
     @property
     def parts(self) -> dict[str, int]:
-        found = vars(self) | {"answers": self.repeats * len(answers())}
-        del found["repeats"]
-        return found
+        return vars(self) | {"answers": len(answers())}
 
 
 def item(part: str, index: int, seed: int = 0) -> Item:
@@ -116,7 +113,7 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         text = item({"strangers": "speech", "strange_words": "words"}.get(part, "questions"), index, seed + 1).text
         return Item(text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7)))
     if part == "answers":
-        return Item(answers()[index % len(answers())], uneven(STYLES["normal"], rng))
+        return Item(answers()[index], STYLES["normal"])
     if part == "questions":
         return Item(_questions()[index % len(_questions())], _any_manner(rng))
     if part == "echoes":
@@ -125,7 +122,7 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
     if part == "readings":
         text = _listed(rng) if rng.random() < LISTED_SHARE else domain.draw_sentence(rng)
-        return Item(text, uneven(STYLES["normal"], rng))
+        return Item(text, STYLES["normal"])
     if part == "speech":
         return Item(domain.draw_sentence(rng), _any_manner(rng))
     if part == "unheard":
@@ -135,13 +132,7 @@ def item(part: str, index: int, seed: int = 0) -> Item:
     if part != "replies":
         raise ValueError(f"no part {part!r} of the data")
     style = rng.choice(["normal", *STYLES])
-    return Item(domain.draw_sentence(rng), uneven(STYLES[style], rng), style)
-
-
-def uneven(manner: Manner, rng: random.Random) -> Manner:
-    """Nearly in this manner."""
-    stretch, pitch = (rng.uniform(1 - UNEVEN, 1 + UNEVEN) for _ in range(2))
-    return replace(manner, stretch=manner.stretch * stretch, pitch=manner.pitch * pitch)
+    return Item(domain.draw_sentence(rng), STYLES[style], style)
 
 
 def _listed(rng: random.Random) -> str:
@@ -185,8 +176,8 @@ class Part:
     def __getitem__(self, index: int) -> Utterance:
         shard, place = divmod(index, SHARD)
         tensors = _open(self.path(shard))
-        wav, phones, words = (piece(tensors, name, place) for name in ("samples", "phones", "words"))
-        return Utterance(wav.float() / 2**15, phones.tolist(), words.tolist())
+        wav, *rest = (piece(tensors, name, place) for name in ("samples", *ANNOTATIONS))
+        return Utterance(wav.float() / 2**15, *(each.tolist() for each in rest))
 
     def make(self, bar: tqdm) -> None:
         """Writes the shards that are not there yet."""
@@ -207,9 +198,10 @@ class Part:
         with ThreadPoolExecutor(SYNTHESIZERS) as pool:
             made = list(pool.map(speak, indices))
         samples = [(each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made]
-        phones = [torch.tensor(each.phones, dtype=torch.int16) for each in made]
-        words = [torch.tensor(each.words, dtype=torch.int32) for each in made]
-        save_whole(self.path(shard), joined("samples", samples) | joined("phones", phones) | joined("words", words))
+        tensors = joined("samples", samples)
+        for name in ANNOTATIONS:
+            tensors |= joined(name, [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made])
+        save_whole(self.path(shard), tensors)
 
 
 def parts(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:

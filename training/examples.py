@@ -13,7 +13,7 @@ with five patches, and the request's own examples do so here as well.)
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,11 +72,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard."""
+    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard.
+
+    phones: of each frame that is to be said, int64 [T, G], -1 elsewhere.
+    """
 
     ids: Tensor
     learned: Tensor
     spans: list[Span]
+    phones: Tensor
 
     def __len__(self) -> int:
         return len(self.learned)
@@ -84,12 +88,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], and spans of each."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], spans of each, and
+    phones [B, T, G]."""
 
     text: Tensor
     codes: Tensor
     learned: Tensor
     spans: list[list[Span]]
+    phones: Tensor
+
+
+@dataclass(frozen=True)
+class Said(Reply):
+    """A reply whose phones are known, int64 [n G]."""
+
+    phones: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class Examples:
@@ -125,7 +138,10 @@ class Examples:
             said = said[:, size:]
         learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
         ids = torch.cat((asked, said), dim=1)
-        return Example(ids, learned, self._spans(request, asked[0, ::size]))
+        phones = torch.full((len(learned), size), -1)
+        if isinstance(reply[-1], Said):
+            phones[learned & (ids[0, ::size] == self._tokenizer.special.empty)] = reply[-1].phones.view(-1, size)
+        return Example(ids, learned, self._spans(request, asked[0, ::size]), phones)
 
     def _spans(self, request: Segments, text: Tensor) -> list[Span]:
         """Where the recordings of a request lie in its text channel [T]."""
@@ -144,7 +160,7 @@ class Examples:
             spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
             start += len(pairs[-1])
         ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
-        return Example(ids, learned, spans)
+        return Example(ids, learned, spans, torch.cat([each.phones for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
         codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
@@ -159,16 +175,15 @@ class Examples:
             codes[kept:] = torch.tensor(self._config.empty_codes)[kept:, None]
         return Heard(codes, text=text)
 
-    def _reply(self, part: str, index: int) -> Reply:
+    def _reply(self, part: str, index: int) -> Said:
         codes = self._codes[part]
         text, tokens = codes.text(index), list[int]()
         for word, place in zip(text.split(), codes.places(index), strict=True):
             tokens += [place] * len(self._tokenizer.encode(word))
-        return Reply(text, codes.get(index), tokens)
+        return Said(text, codes.get(index), tokens, codes.phones(index))
 
-    def _answer(self, text: str, rng: random.Random) -> Reply:
-        repeats = len(self._codes["answers"]) // len(self._answers)
-        return self._reply("answers", self._answers[text] + rng.randrange(repeats) * len(self._answers))
+    def _answer(self, text: str) -> Reply:
+        return self._reply("answers", self._answers[text])
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
@@ -204,7 +219,7 @@ class Examples:
 
     def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording("questions", rng)
-        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text], rng)]
+        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text])]
 
     def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice([*S2S_INSTRUCTIONS])
@@ -212,7 +227,7 @@ class Examples:
         def pair() -> tuple[Speech, Reply]:
             speech = self._recording(part, rng)
             text = domain.dialogue()[speech.text] if part == "questions" else speech.text
-            return speech, self._answer(text, rng)
+            return speech, self._answer(text)
 
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
         examples = [(heard, replace(said, places=None)) for heard, said in examples]
@@ -230,4 +245,5 @@ def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
         text[row, : len(each)] = groups[0, :, 0]
         codes[row, : len(each)] = groups[1:].transpose(0, 1)
         learned[row, : len(each)] = each.learned
-    return Batch(text, codes, learned, [each.spans for each in examples])
+    phones = torch.nn.utils.rnn.pad_sequence([each.phones for each in examples], True, -1)
+    return Batch(text, codes, learned, [each.spans for each in examples], phones)

@@ -1,10 +1,12 @@
 """Training of the language model, the technical report's two stages in small.
 
     understanding   loss = text + CTC, over tasks whose replies are text
-    joint           loss = text + CTC + the 8 codebooks of the patch decoder, over all tasks
+    joint           loss = text + CTC + phones + the 8 codebooks of the patch decoder, over all tasks
 
 The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys and values that
-later positions see of it: a reply can copy words before it has found out by itself what they sound like.
+later positions see of it: a reply can copy words before it has found out by itself what they sound like. Another layer
+of that kind reads the phones of a patch from the state that the patch is drawn from: to know how far a word has come
+and what follows is learned from them much sooner than from codes.
 
 Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the patch decoder, whose 11
 steps a patch would otherwise cost more than everything else.
@@ -28,6 +30,7 @@ from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
+from .synthesis import PHONES
 
 NAME = "lm"
 SCHEDULE = Schedule(steps=14500, rate=2e-3)
@@ -40,6 +43,7 @@ POOL = 8
 
 MAX_PATCHES = 128
 
+CODES = 2.0
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
@@ -90,15 +94,18 @@ class LMTraining:
         """One batch forward."""
         batch = collate(self._examples_of(step), self.config, self.special.pad)
         generator = torch.Generator().manual_seed(parallel.seed_of(self.seed) * 1_000_003 + step)
-        projections, fed = list[Tensor](), blurred(batch, self.config, generator)
-        text, codes = batch_losses(self.model(), batch, generator, projections, fed)
+        projections, states = list[Tensor](), list[Tensor]()
+        fed = blurred(batch, self.config, generator)
+        text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
         heard = self.ctc(projections, batch.spans)
         loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
             return {"loss": loss, **shown}
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
-        loss = loss + (codes * weights).sum()
-        return {"loss": loss, **shown, "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+        phones = self.phones(states[0], batch.phones)
+        loss = loss + phones + CODES * (codes * weights).sum()
+        shown |= {"phones": phones.detach(), "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+        return {"loss": loss, **shown}
 
     def ctc(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
         """Cross entropy of heard words per word, over the layers that are asked for them."""
@@ -117,6 +124,13 @@ class LMTraining:
                 scores.log_softmax(-1), words, groups, counts, blank=self.special.empty, zero_infinity=True
             )
         return total / len(CTC_LAYERS)
+
+    def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
+        """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T, G]."""
+        wanted = phones[:, 1:].to(self.device)
+        known = wanted[..., 0] >= 0
+        scores = F.linear(hidden[:, :-1][known], self.tensors["phones.weight"], self.tensors["phones.bias"])
+        return F.cross_entropy(scores.view(-1, len(PHONES) + 1), wanted[known].flatten())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -143,11 +157,12 @@ class LMTraining:
 
 
 def initial_heads(config: LMConfig) -> Tensors:
-    """Heads over the text ids that only training needs: of what layers' keys and values tell."""
+    """Heads that only training needs: of the words that layers' keys and values tell, and of a patch's phones."""
     widths = {f"ctc.{layer}": 2 * config.backbone.kv_heads * config.backbone.head_dim for layer in CTC_LAYERS}
-    shapes = {f"{name}.weight": (config.vocab_size, width) for name, width in widths.items()}
-    biases = {f"{name}.bias": (config.vocab_size,) for name in widths}
-    return {name: torch.zeros(shape) for name, shape in (shapes | biases).items()}
+    sizes = {name: (config.vocab_size, width) for name, width in widths.items()}
+    sizes["phones"] = ((len(PHONES) + 1) * config.group_size, config.backbone.dim)
+    weights = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
+    return weights | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
@@ -169,14 +184,17 @@ def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tenso
 
 def batch_losses(
     model: LM, batch: Batch, generator: torch.Generator | None, projections: list[Tensor] | None = None,
-    fed: Tensor | None = None,
+    states: list[Tensor] | None = None, fed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
 
     generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all. projections: see
-    `hidden_states`. fed: the backbone's codes [B, T, C, G] in place of the batch's.
+    `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
     """
-    hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)[:, :-1]
+    hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
+    if states is not None:
+        states.append(hidden)
+    hidden = hidden[:, :-1]
     text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
     text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
     patches = (learned & (text == model.empty_id)).nonzero()

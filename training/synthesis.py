@@ -62,14 +62,16 @@ class Manner:
 
 @dataclass(frozen=True)
 class Utterance:
-    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where words are.
+    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where they are, if that is known.
 
-    words: the samples at which they begin, and then that at which the last one ends; none where they are not known.
+    words: which of the phones each word begins with. starts: the sample at which each phone begins. ends: and ends.
     """
 
     wav: Tensor
     phones: list[int]
     words: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
 
 def has_flite() -> bool:
@@ -110,13 +112,13 @@ def _flite(text: str, manner: Manner) -> Utterance:
         path = Path(directory, "speech.wav")
         listed = _run_flite(["-voice", manner.voice, *options, "-psdur", "-t", text, "-o", str(path)])
         wav = resample(load_audio(path, FLITE_RATE), round(FLITE_RATE * manner.warp / 800) * 800, RATE)
-    named = [part.rsplit(":", 1) for part in listed]
-    ends = [float(end) * RATE / manner.warp for _, end in named]
-    phones = [phone for phone, _ in named]
-    spoken = [i for i, phone in enumerate(phones) if phone in PHONES]
-    firsts = word_places([phones[i] for i in spoken], [pronunciation(word) for word in text.split()])
-    words = [round(ends[spoken[first] - 1]) for first in firsts] + [round(ends[spoken[-1]])]
-    return Utterance(wav, _indices(phones), words)
+    names, seconds = zip(*(part.rsplit(":", 1) for part in listed), strict=True)
+    ends = [round(float(end) * RATE / manner.warp) for end in seconds]
+    spoken = [i for i, name in enumerate(names) if name in PHONES]
+    phones = [names[i] for i in spoken]
+    words = word_places(phones, [pronunciation(word) for word in text.split()])
+    starts = [ends[i - 1] if i else 0 for i in spoken]
+    return Utterance(wav, _indices(phones), words, starts, [ends[i] for i in spoken])
 
 
 def _run_flite(options: Sequence[str]) -> list[str]:
@@ -156,5 +158,7 @@ def tones(text: str, manner: Manner) -> Utterance:
     base = 2 * math.pi * PITCH.get(manner.voice, 140) * manner.pitch
     fade = torch.sin(math.pi * torch.arange(samples) / samples)
     parts = [fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
-    ends = accumulate((len(word) * samples for word in text.split()), initial=0)
-    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters], [*ends])
+    words = [*accumulate((sum(map(str.isalpha, word)) for word in text.split()), initial=0)][:-1]
+    starts = [i * samples for i in range(len(letters))]
+    ends = [start + samples for start in starts]
+    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters], words, starts, ends)

@@ -10,7 +10,7 @@ from training.lm import LMTraining
 from training.tokenizer import build_tokenizer
 
 SIZES = data.Sizes(
-    6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, repeats=2, unheard=2, unsaid=2
+    6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2
 )
 STEPS = 4
 

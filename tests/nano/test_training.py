@@ -39,10 +39,10 @@ def test_gradients_reach_every_leaf_of_the_codec(codec_training):
 def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
     rng = random.Random(0)
     examples = [lm_training.examples.draw(task, rng) for task in lm.JOINT for _ in range(2)]
-    batch, projections = lm.collate(examples, lm_training.config, 0), list[Tensor]()
-    text, codes_loss = batch_losses(lm_training.model(), batch, None, projections)
-    heard = lm_training.ctc(projections, batch.spans)
-    assert not dead_leaves(lm_training.run.trained, text + heard + codes_loss.sum())
+    batch, projections, states = lm.collate(examples, lm_training.config, 0), list[Tensor](), list[Tensor]()
+    text, codes_loss = batch_losses(lm_training.model(), batch, None, projections, states)
+    heard, phones = lm_training.ctc(projections, batch.spans), lm_training.phones(states[0], batch.phones)
+    assert not dead_leaves(lm_training.run.trained, text + heard + phones + codes_loss.sum())
 
 
 def test_the_decoder_is_trained_for_the_codes_there_are(parts, codec_training, tmp_path):

@@ -72,10 +72,17 @@ def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
             patches += token == special.empty
             if token not in (special.empty, special.eot, special.eostm):
                 starts.append(patches * patch)
-        seconds = [(word - spoken.words[0]) / 24_000 for word in spoken.words[:-1]]
-        assert len(starts) == len(seconds)
-        assert all(-0.16 - 0.1 < at / 24_000 - want < 0.11 for at, want in zip(starts, seconds, strict=True))
-        assert patches * patch < spoken.words[-1] - spoken.words[0] + 0.4 * 24_000
+        words = [(spoken.starts[word] - spoken.starts[0]) / 24_000 for word in spoken.words]
+        assert len(starts) == len(words)
+        # Somewhere in the patch that holds the instant 60 ms before the word.
+        assert all(-0.22 < at / 24_000 - want <= 0 for at, want in zip(starts, words, strict=True))
+        assert patches * patch < spoken.ends[-1] - spoken.starts[0] + 0.4 * 24_000
+        phones = drawn.phones[drawn.learned]
+        assert torch.equal(phones[:, 0] >= 0, torch.tensor(said) == special.empty)
+        said_phones = phones[phones >= 0].tolist()
+        assert said_phones[-1] == len(synthesis.PHONES), "it ends in silence"
+        runs = [phone for i, phone in enumerate(said_phones) if not i or phone != said_phones[i - 1]]
+        assert runs[:-1] == [phone for i, phone in enumerate(spoken.phones) if not i or phone != spoken.phones[i - 1]]
 
 
 def test_every_word_of_the_domain_is_a_token(tokenizer):
