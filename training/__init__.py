@@ -15,7 +15,7 @@ CPU cores give some 60 GFLOP/s on matrices of these widths, 4e14 in two hours.
       encoder 1.04 M, decoder 1.04 M                                 50                     0.62 G
       vocoder and its head 0.89 M                                   100                     0.54 G
       convolutions 0.35 M, codebooks 0.25 M                      50, 25                     0.11 G
-    a step: 4 utterances of 1.65 s, 8.4 GFLOP; 4,500 steps: 0.4e14
+    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 6,000 steps: 1.1e14
     a step of the decoder alone: 4.9 GFLOP; 6,000 steps: 0.3e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example

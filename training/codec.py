@@ -76,7 +76,7 @@ class CodecTraining:
         self.tensors, self.seed, self.device = tensors, seed, device
         # Replies are what the language model will say: they get a third of the codec's attention.
         self.parts = [parts[name] for name in ("speech", "speech", "replies")]
-        self.listened = [parts[name] for name in ("speech", "speech", "strangers", "replies")]
+        self.listened = [parts[name] for name in ("speech", "speech", "strangers", "strangers", "replies")]
         self.unheard = parts["unheard"]
         fixed = {name: tensor for name, tensor in tensors.items() if is_fixed(name)}
         self.run = Run(directory, NAME, trainable(tensors), fixed, schedule)

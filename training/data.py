@@ -60,11 +60,14 @@ LISTED_SHARE, LISTED = 0.3, 6
 SPEEDS = (0.75, 1.2)
 """To play at what is heard."""
 
-RIPPLES, RIPPLE = 4, 3.0
+RIPPLES, RIPPLE = 4, 4.0
 """Of what is heard: cosines over the spectrum by which it is coloured, and the decibels of each."""
 
+SIZES_OF_SPEAKERS, CONTRASTS = (0.85, 1.15), (0.75, 1.25)
+"""For another speaker: scales of the mel axis, and of what differs from a band's mean."""
+
 BENDS, BEND = 3, 0.03
-"""Sines by which the mel axis is bent for another speaker, and by how much of its width the first one moves a band."""
+"""Sines by which the mel axis is bent, and by how much of its width the first one moves a band."""
 
 ANNOTATIONS = ("phones", "words", "starts", "ends")
 """Of utterances, see `Utterance`."""
@@ -241,12 +244,15 @@ def vary(wav: Tensor, rng: random.Random) -> Tensor:
 
 
 def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another mouth."""
+    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another mouth, and with more
+    or less between loud and soft."""
     place = torch.linspace(0, 1, mel.shape[1])
     shifts = sum(rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1))
-    source = ((place + shifts) * (mel.shape[1] - 1)).clamp(0, mel.shape[1] - 1)
+    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * (mel.shape[1] - 1)).clamp(0, mel.shape[1] - 1)
     below = source.floor().long().clamp(max=mel.shape[1] - 2)
-    return torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
+    moved = torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
+    mean = moved.mean(0)
+    return mean + rng.uniform(*CONTRASTS) * (moved - mean)
 
 
 def noise(samples: int, rng: random.Random) -> Tensor:
