@@ -59,10 +59,15 @@ class Codes:
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "places", place).tolist()
 
-    def phones(self, index: int) -> Tensor:
+    def phones(self, index: int) -> list[int]:
+        """Those that are spoken."""
+        shard, place = divmod(index, SHARD)
+        return piece(_open(self._path(shard)), "phones", place).tolist()
+
+    def frame_phones(self, index: int) -> Tensor:
         """The phone at each frame, int64 [n G], `len(PHONES)` for silence, of a part that is said."""
         shard, place = divmod(index, SHARD)
-        return piece(_open(self._path(shard)), "phones", place).long()
+        return piece(_open(self._path(shard)), "frame_phones", place).long()
 
     @property
     def shards(self) -> int:
@@ -73,8 +78,10 @@ class Codes:
         indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
         if not self._path(shard).exists():
             made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
-            codes, places, phones = zip(*made, strict=True)
-            save_whole(self._path(shard), joined("codes", codes) | joined("places", places) | joined("phones", phones))
+            codes, places, frame_phones = zip(*made, strict=True)
+            phones = [torch.tensor(self.part[index].phones, dtype=torch.int16) for index in indices]
+            tensors = joined("codes", codes) | joined("phones", phones)
+            save_whole(self._path(shard), tensors | joined("places", places) | joined("frame_phones", frame_phones))
         return len(indices)
 
     def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:

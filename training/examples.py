@@ -56,9 +56,10 @@ COARSE_SHARE, COARSEST = 0.5, 2
 
 @dataclass(frozen=True)
 class Heard(Speech):
-    """A recording whose words are known."""
+    """A recording whose words and phones are known."""
 
     text: str = ""
+    phones: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Span:
     start: int
     stop: int
     words: list[int]
+    phones: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Said(Reply):
-    """A reply whose phones are known, int64 [n G]."""
+    """A reply whose phones are known, of each frame, int64 [n G]."""
 
     phones: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -120,9 +122,9 @@ class Examples:
 
     def transcription(self, part: str, index: int, template: int = 0) -> Example:
         """The transcription of one utterance."""
-        text = self._codes[part].text(index)
-        speech = Heard(self._codes[part].get(index), text=text)
-        return self._example(prompt.asr(speech, template), [text, "<|im_end|>"])
+        codes = self._codes[part]
+        speech = Heard(codes.get(index), text=codes.text(index), phones=codes.phones(index))
+        return self._example(prompt.asr(speech, template), [speech.text, "<|im_end|>"])
 
     def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
         """One utterance to be said, plainly."""
@@ -148,7 +150,7 @@ class Examples:
         marks = self._tokenizer.special.sosp, self._tokenizer.special.eosp
         starts, stops = ((text == mark).nonzero()[:, 0] + 1 for mark in marks)
         heard = [segment for segment in request if isinstance(segment, Speech)]
-        return [Span(start, stop, self._tokenizer.encode(each.text))
+        return [Span(start, stop, self._tokenizer.encode(each.text), each.phones)
                 for each, start, stop in zip(heard, starts.tolist(), stops.tolist(), strict=True)
                 if isinstance(each, Heard)]  # fmt: skip
 
@@ -163,24 +165,22 @@ class Examples:
         return Example(ids, learned, spans, torch.cat([each.phones for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
+        """One of a part, sometimes without its finer codebooks."""
         codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
         index = rng.randrange(len(codes))
-        return self._heard(codes.get(index, rng.randrange(codes.variants)), codes.text(index), rng)
-
-    def _heard(self, codes: Tensor, text: str, rng: random.Random) -> Heard:
-        """A recording, sometimes without its finer codebooks."""
+        speech = codes.get(index, rng.randrange(codes.variants))
         if rng.random() < COARSE_SHARE:
-            kept = rng.randrange(COARSEST, len(codes))
-            codes = codes.clone()
-            codes[kept:] = torch.tensor(self._config.empty_codes)[kept:, None]
-        return Heard(codes, text=text)
+            kept = rng.randrange(COARSEST, len(speech))
+            speech = speech.clone()
+            speech[kept:] = torch.tensor(self._config.empty_codes)[kept:, None]
+        return Heard(speech, text=codes.text(index), phones=codes.phones(index))
 
     def _reply(self, part: str, index: int) -> Said:
         codes = self._codes[part]
         text, tokens = codes.text(index), list[int]()
         for word, place in zip(text.split(), codes.places(index), strict=True):
             tokens += [place] * len(self._tokenizer.encode(word))
-        return Said(text, codes.get(index), tokens, codes.phones(index))
+        return Said(text, codes.get(index), tokens, codes.frame_phones(index))
 
     def _answer(self, text: str) -> Reply:
         return self._reply("answers", self._answers[text])
@@ -192,8 +192,8 @@ class Examples:
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
-        text = " ".join(each.text for each in drawn)
-        speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text)
+        text, phones = " ".join(each.text for each in drawn), [phone for each in drawn for phone in each.phones]
+        speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text, phones=phones)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
 
     def _written(self, rng: random.Random) -> tuple[Segments, Segments]:

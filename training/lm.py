@@ -4,16 +4,16 @@
     joint           loss = text + CTC + phones + the 8 codebooks of the patch decoder, over all tasks
 
 The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys and values that
-later positions see of it: a reply can copy words before it has found out by itself what they sound like. Another layer
-of that kind reads the phones of a patch from the state that the patch is drawn from: to know how far a word has come
-and what follows is learned from them much sooner than from codes.
+later positions see of it, and its phones from those of a lower layer: a reply can copy words before it has found out by
+itself what they sound like. Another layer of that kind reads the phones of a patch from the state that the patch is
+drawn from: to know how far a word has come and what follows is learned from them much sooner than from codes.
 
 Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the patch decoder, whose 11
 steps a patch would otherwise cost more than everything else.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,9 @@ WRONG_SHARE = 0.1
 CTC = 0.5
 CTC_LAYERS = (2, 3)
 """Of the backbone: layers below find out what is said, these are left to use it."""
+
+HEARING_LAYER = 1
+"""That shows the phones, four slots a patch."""
 
 VALIDATION = 32
 
@@ -97,7 +100,7 @@ class LMTraining:
         projections, states = list[Tensor](), list[Tensor]()
         fed = blurred(batch, self.config, generator)
         text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
-        heard = self.ctc(projections, batch.spans)
+        heard = self.heard(projections, batch.spans)
         loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
             return {"loss": loss, **shown}
@@ -107,23 +110,31 @@ class LMTraining:
         shown |= {"phones": phones.detach(), "codes": codes.detach().mean(), "code_0": codes[0].detach()}
         return {"loss": loss, **shown}
 
-    def ctc(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
-        """Cross entropy of heard words per word, over the layers that are asked for them."""
+    def heard(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
+        """Cross entropy of heard words per word, over the layers that are asked for them, and of phones per phone."""
         flat = [(row, span) for row, each in enumerate(spans) for span in each if span.words]
-        total = torch.zeros((), device=self.device)
         if not flat:
-            return total
-        words = torch.tensor([word for _, span in flat for word in span.words], device=self.device)
-        groups = torch.tensor([span.stop - span.start for _, span in flat])
-        counts = torch.tensor([len(span.words) for _, span in flat])
+            return torch.zeros((), device=self.device)
+        words, phones = [span.words for _, span in flat], [span.phones for _, span in flat]
+        scores = self._read(f"phones_heard.{HEARING_LAYER}", projections, flat, len(PHONES) + 1)
+        total = self._ctc(scores, phones, len(PHONES))
         for layer in CTC_LAYERS:
-            seen = projections[layer][..., -self.tensors[f"ctc.{layer}.weight"].shape[1] :]
-            rows = torch.nn.utils.rnn.pad_sequence([seen[row, span.start : span.stop] for row, span in flat])
-            scores = F.linear(rows, self.tensors[f"ctc.{layer}.weight"], self.tensors[f"ctc.{layer}.bias"])
-            total = total + F.ctc_loss(
-                scores.log_softmax(-1), words, groups, counts, blank=self.special.empty, zero_infinity=True
-            )
-        return total / len(CTC_LAYERS)
+            scores = self._read(f"ctc.{layer}", projections, flat, self.config.vocab_size)
+            total = total + self._ctc(scores, words, self.special.empty) / len(CTC_LAYERS)
+        return total
+
+    def _read(self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int) -> list[Tensor]:
+        """What a head reads from the keys and values of its layer, log-probabilities [T k, classes] of each span."""
+        layer, weight = int(head.rsplit(".", 1)[1]), self.tensors[f"{head}.weight"]
+        seen = projections[layer][..., -weight.shape[1] :]
+        return [F.linear(seen[row, span.start : span.stop], weight, self.tensors[f"{head}.bias"])
+                .view(-1, classes).log_softmax(-1) for row, span in flat]  # fmt: skip
+
+    def _ctc(self, scores: list[Tensor], labels: list[Sequence[int]], blank: int) -> Tensor:
+        lengths = [torch.tensor([*map(len, each)]) for each in (scores, labels)]
+        targets = torch.tensor([label for each in labels for label in each], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence(scores)
+        return F.ctc_loss(padded, targets, *lengths, blank=blank, zero_infinity=True)
 
     def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
         """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T, G]."""
@@ -158,9 +169,10 @@ class LMTraining:
 
 def initial_heads(config: LMConfig) -> Tensors:
     """Heads that only training needs: of the words that layers' keys and values tell, and of a patch's phones."""
-    widths = {f"ctc.{layer}": 2 * config.backbone.kv_heads * config.backbone.head_dim for layer in CTC_LAYERS}
-    sizes = {name: (config.vocab_size, width) for name, width in widths.items()}
-    sizes["phones"] = ((len(PHONES) + 1) * config.group_size, config.backbone.dim)
+    seen = 2 * config.backbone.kv_heads * config.backbone.head_dim
+    sizes = {f"ctc.{layer}": (config.vocab_size, seen) for layer in CTC_LAYERS}
+    phones = (len(PHONES) + 1) * config.group_size
+    sizes |= {"phones": (phones, config.backbone.dim), f"phones_heard.{HEARING_LAYER}": (phones, seen)}
     weights = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
     return weights | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
 

@@ -41,7 +41,7 @@ def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
     examples = [lm_training.examples.draw(task, rng) for task in lm.JOINT for _ in range(2)]
     batch, projections, states = lm.collate(examples, lm_training.config, 0), list[Tensor](), list[Tensor]()
     text, codes_loss = batch_losses(lm_training.model(), batch, None, projections, states)
-    heard, phones = lm_training.ctc(projections, batch.spans), lm_training.phones(states[0], batch.phones)
+    heard, phones = lm_training.heard(projections, batch.spans), lm_training.phones(states[0], batch.phones)
     assert not dead_leaves(lm_training.run.trained, text + heard + phones + codes_loss.sum())
 
 
