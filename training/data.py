@@ -46,13 +46,17 @@ STRANGERS = tuple(
 UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
 
+FRAME = 0.04
+"""Seconds of one frame of codes."""
+
 STYLES = {
-    "normal": Manner(REPLY_VOICE),
-    "slow": Manner(REPLY_VOICE, stretch=1.35),
-    "fast": Manner(REPLY_VOICE, stretch=0.75),
-    "high": Manner(REPLY_VOICE, pitch=1.35),
-    "low": Manner(REPLY_VOICE, pitch=0.72),
+    "normal": Manner(REPLY_VOICE, grid=FRAME),
+    "slow": Manner(REPLY_VOICE, stretch=1.35, grid=FRAME),
+    "fast": Manner(REPLY_VOICE, stretch=0.75, grid=FRAME),
+    "high": Manner(REPLY_VOICE, pitch=1.35, grid=FRAME),
+    "low": Manner(REPLY_VOICE, pitch=0.72, grid=FRAME),
 }
+"""Words of replies begin where frames do, so that the same word has the same codes wherever it is said."""
 
 LISTED_SHARE, LISTED = 0.3, 6
 """Of readings that are words in no order, and of how many at most."""

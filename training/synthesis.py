@@ -52,12 +52,14 @@ class Manner:
         voice: of flite, a key of `PITCH`, or of espeak-ng, see `ESPEAK`.
         stretch: of durations, over the voice's own. pitch: mean over the voice's own.
         warp: playback speed of the result.
+        grid: seconds, of flite: each word begins a multiple of them after the first one, which its rate is adapted to.
     """
 
     voice: str
     stretch: float = 1.0
     pitch: float = 1.0
     warp: float = 1.0
+    grid: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,50 @@ def _flite(text: str, manner: Manner) -> Utterance:
         "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
     }
     options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")]
+    options = ["-voice", manner.voice, *options, "-psdur"]
+    if manner.grid:
+        paces = _paces(_segments([*options, "-t", text, "-o", "none"], text), manner.grid * manner.warp)
+        paced = (f'<prosody rate="{pace:.4f}">{word}</prosody>' for word, pace in zip(text.split(), paces, strict=True))
+        options, spoken = [*options, "-ssml"], f"<speak>{' '.join(paced)}</speak>"
+    else:
+        spoken = text
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
-        listed = _run_flite(["-voice", manner.voice, *options, "-psdur", "-t", text, "-o", str(path)])
+        found = _segments([*options, "-t", spoken, "-o", str(path)], text)
         wav = resample(load_audio(path, FLITE_RATE), round(FLITE_RATE * manner.warp / 800) * 800, RATE)
-    names, seconds = zip(*(part.rsplit(":", 1) for part in listed), strict=True)
-    ends = [round(float(end) * RATE / manner.warp) for end in seconds]
-    spoken = [i for i, name in enumerate(names) if name in PHONES]
+    starts, ends = ([round(second * RATE / manner.warp) for second in each] for each in (found.starts, found.ends))
+    return Utterance(wav, _indices(found.phones), found.words, starts, ends)
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Phones, which of them each word begins with, and where each begins and ends in seconds."""
+
+    phones: list[str]
+    words: list[int]
+    starts: list[float]
+    ends: list[float]
+
+
+def _segments(options: Sequence[str], text: str) -> _Segments:
+    """What flite reports of its own speech, with `-psdur`."""
+    names, seconds = zip(*(part.rsplit(":", 1) for part in _run_flite(options)), strict=True)
+    ends, spoken = [*map(float, seconds)], [i for i, name in enumerate(names) if name in PHONES]
     phones = [names[i] for i in spoken]
     words = word_places(phones, [pronunciation(word) for word in text.split()])
-    starts = [ends[i - 1] if i else 0 for i in spoken]
-    return Utterance(wav, _indices(phones), words, starts, [ends[i] for i in spoken])
+    return _Segments(phones, words, [ends[i - 1] if i else 0.0 for i in spoken], [ends[i] for i in spoken])
+
+
+def _paces(found: _Segments, grid: float) -> list[float]:
+    """Rates of the words with which the next one begins on the grid; pauses between words stay as they are."""
+    paces = []
+    for i, first in enumerate(found.words):
+        following = found.words[i + 1] if i + 1 < len(found.words) else len(found.phones)
+        length = found.ends[following - 1] - found.starts[first]
+        pause = found.starts[following] - found.ends[following - 1] if following < len(found.phones) else 0.0
+        steps = max(1, round((length + pause) / grid))
+        paces.append(length / max(steps * grid - pause, length / 2))
+    return paces
 
 
 def _run_flite(options: Sequence[str]) -> list[str]:
