@@ -9,13 +9,13 @@ package's own modules; here are only data, losses and loops. The extra is `pip i
 the Debian packages flite and espeak-ng.
 
 Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and position (2 forward, 4 backward), and two
-CPU cores give some 60 GFLOP/s on matrices of these widths, 4e14 in two hours.
+CPU cores give some 60 GFLOP/s on matrices of these widths, 2e14 an hour.
 
     codec, 3.57 M parameters                         positions a second     FLOP a second of speech
       encoder 1.04 M, decoder 1.04 M                                 50                     0.62 G
       vocoder and its head 0.89 M                                   100                     0.54 G
       convolutions 0.35 M, codebooks 0.25 M                      50, 25                     0.11 G
-    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 6,000 steps: 1.1e14
+    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 8,000 steps: 1.5e14
     a step of the decoder alone: 4.9 GFLOP; 6,000 steps: 0.3e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example

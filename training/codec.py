@@ -32,7 +32,7 @@ from .rvq import Quantizer, unquantized
 from .synthesis import PHONES, RATE
 
 NAME = "codec"
-SCHEDULE = Schedule(steps=4500, rate=1e-3)
+SCHEDULE = Schedule(steps=8000, rate=1e-3)
 UNQUANTIZED_SHARE = 0.05
 """Of the steps, before the codebooks begin."""
 
