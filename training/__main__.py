@@ -34,9 +34,7 @@ from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(
-    12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3
-)
+SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
 
@@ -57,7 +55,7 @@ class Recipe:
 
     def data(self) -> dict[str, Part]:
         for name, found in (("flite", has_flite()), ("espeak-ng", has_espeak())):
-            if not found:
+            if not found and not parallel.is_worker():
                 print(f"{name} is not installed (apt-get install {name}): tones stand in for speech", file=sys.stderr)
         with parallel.first():
             return data.make(self.directory / "data", self.sizes, self.seed)

@@ -7,7 +7,8 @@ more than the first of them holds.
 
 The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear layer, thrown away
 afterwards, reads the synthesizer's phones from the codes. Most of a batch is only listened to and not rendered again,
-at a fourth of the cost: what codes tell of words is learned from many more speakers and sentences than how to speak.
+at a third of the arithmetic: what codes tell of words is learned from many more speakers and sentences than how to
+speak.
 """
 
 import random
@@ -26,7 +27,7 @@ from mimo_fast.runtime.codec import Codec
 from . import parallel
 from .data import Part, augment, other_speaker, vary
 from .loop import Losses, Run, Schedule
-from .losses import mel_distance
+from .losses import ctc, mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
 from .rvq import Quantizer, unquantized
 from .synthesis import PHONES, RATE
@@ -103,11 +104,12 @@ class CodecTraining:
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
         mel = mel_distance(torch.cat(got), wanted, self.config.sample_rate)
         read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
-        ctc = self._ctc(read.split(lengths), [each.phones for each in heard])
-        loss = mel + COMMITMENT * quantized.commitment + CTC * ctc
+        told = self._ctc(read.split(lengths), [each.phones for each in heard])
+        loss = mel + COMMITMENT * quantized.commitment + CTC * told
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
-        return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": ctc.detach(),
+        parallel.follow(self.quantizer.state)
+        return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": told.detach(),
                 "dead": float(dead)}  # fmt: skip
 
     def validate(self) -> dict[str, float]:
@@ -117,17 +119,15 @@ class CodecTraining:
         with torch.no_grad():
             codes = [codec.encode(each.wav.to(self.device)) for each in spoken]
             rows = tuple(codec.dequantize(each[:CTC_CODEBOOKS]) for each in codes)
-            ctc = self._ctc(rows, [each.phones for each in spoken])
-        return reconstruction(codec, self.unheard) | {"ctc": float(ctc)}
+            told = self._ctc(rows, [each.phones for each in spoken])
+        return reconstruction(codec, self.unheard) | {"ctc": float(told)}
 
     def _ctc(self, rows: tuple[Tensor, ...], phones: list[list[int]]) -> Tensor:
         """Cross entropy of the phones per phone, given codes' rows [T, D] of each utterance."""
         known = [i for i, each in enumerate(phones) if each]
-        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in known])
-        scores = F.linear(padded, self.tensors["ctc.weight"], self.tensors["ctc.bias"]).log_softmax(-1)
-        targets = torch.tensor([phone + 1 for i in known for phone in phones[i]], device=self.device)
-        lengths = [torch.tensor([len(each[i]) for i in known]) for each in (rows, phones)]
-        return F.ctc_loss(scores, targets, *lengths, zero_infinity=True)
+        weight, bias = self.tensors["ctc.weight"], self.tensors["ctc.bias"]
+        scores = [F.linear(rows[i], weight, bias).log_softmax(-1) for i in known]
+        return ctc(scores, [[phone + 1 for phone in phones[i]] for i in known], blank=0)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@
     answers     those of the dialogue, in the reply's voice
     echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
     strangers, strange_words, strange_questions    as `speech`, `words` and `questions`, by the many speakers of another
-                synthesizer: less natural, and heard by the language model alone
+                synthesizer: less natural, and only heard
     unheard     held-out sentences in the voice that training never hears
     unsaid      held-out sentences in the reply's voice: what text to speech is compared with
 
@@ -181,6 +181,7 @@ class Part:
         return self.directory / f"{self.name}-{shard:04d}.safetensors"
 
     def __getitem__(self, index: int) -> Utterance:
+        """One utterance, with what is known of it."""
         shard, place = divmod(index, SHARD)
         tensors = _open(self.path(shard))
         wav, *rest = (piece(tensors, name, place) for name in ("samples", *ANNOTATIONS))

@@ -13,7 +13,7 @@ steps a patch would otherwise cost more than everything else.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from . import parallel
 from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
+from .losses import ctc
 from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
 from .synthesis import PHONES
 
@@ -117,10 +118,10 @@ class LMTraining:
             return torch.zeros((), device=self.device)
         words, phones = [span.words for _, span in flat], [span.phones for _, span in flat]
         scores = self._read(f"phones_heard.{HEARING_LAYER}", projections, flat, len(PHONES) + 1)
-        total = self._ctc(scores, phones, len(PHONES))
+        total = ctc(scores, phones, blank=len(PHONES))
         for layer in CTC_LAYERS:
             scores = self._read(f"ctc.{layer}", projections, flat, self.config.vocab_size)
-            total = total + self._ctc(scores, words, self.special.empty) / len(CTC_LAYERS)
+            total = total + ctc(scores, words, blank=self.special.empty) / len(CTC_LAYERS)
         return total
 
     def _read(self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int) -> list[Tensor]:
@@ -129,12 +130,6 @@ class LMTraining:
         seen = projections[layer][..., -weight.shape[1] :]
         return [F.linear(seen[row, span.start : span.stop], weight, self.tensors[f"{head}.bias"])
                 .view(-1, classes).log_softmax(-1) for row, span in flat]  # fmt: skip
-
-    def _ctc(self, scores: list[Tensor], labels: list[Sequence[int]], blank: int) -> Tensor:
-        lengths = [torch.tensor([*map(len, each)]) for each in (scores, labels)]
-        targets = torch.tensor([label for each in labels for label in each], device=self.device)
-        padded = torch.nn.utils.rnn.pad_sequence(scores)
-        return F.ctc_loss(padded, targets, *lengths, blank=blank, zero_infinity=True)
 
     def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
         """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T, G]."""

@@ -87,13 +87,12 @@ class Run:
         """
         shown: dict[str, float] = {}
         checked: dict[str, float] = {}
-        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05,
-                   disable=parallel.rank() > 0)  # fmt: skip
+        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
         with bar, _interruptible() as stopped:
             while not self.finished:
                 began = time.perf_counter()
-                losses = self._advance(losses_of, bool(stopped))
-                stop = bool(losses.pop("stop"))
+                losses = self._advance(losses_of)
+                stop = parallel.any_of(bool(stopped))
                 if parallel.rank():
                     if stop:
                         raise KeyboardInterrupt
@@ -113,25 +112,19 @@ class Run:
                     raise KeyboardInterrupt
         parallel.together()
 
-    def _advance(self, losses_of: Callable[[int], Losses], stop: bool = False) -> dict[str, float]:
-        """One step. stop: whether this process was asked to; "stop" of what is returned tells whether any was."""
+    def _advance(self, losses_of: Callable[[int], Losses]) -> dict[str, float]:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = losses_of(self.step)
         self.optimizer.zero_grad()
         losses["loss"].backward()  # type: ignore[union-attr]
-        for leaf in self.trained.values():
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-        asked = torch.tensor([float(stop)])
-        parallel.average([*(leaf.grad for leaf in self.trained.values()), asked])
-        parallel.follow([*self.fixed.values()])
+        parallel.average_gradients([*self.trained.values()])
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT)
         if norm.isfinite():
             self.optimizer.step()
         self.step += 1
-        losses |= {"gradient": norm, "stop": asked}
+        losses["gradient"] = norm
         return {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
 
     def _rate(self) -> float:

@@ -1,6 +1,9 @@
-"""What the codec is trained to keep: the mel spectra of its output at several resolutions."""
+"""What is trained for: mel spectra of a codec's output at several resolutions, and labels read in their order (CTC)."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.features import mel_filters
@@ -22,6 +25,13 @@ def mel_distance(got: Tensor, want: Tensor, sample_rate: int) -> Tensor:
         a, b = (_log_mel(wav, window, bands, sample_rate) for wav in (got, want))
         total = total + (a - b).abs().mean()
     return total / len(SCALES)
+
+
+def ctc(scores: Sequence[Tensor], labels: Sequence[Sequence[int]], blank: int) -> Tensor:
+    """Log-probabilities [T_i, V] and labels of each sequence -> cross entropy of the labels per label."""
+    lengths = [torch.tensor([*map(len, each)]) for each in (scores, labels)]
+    targets = torch.tensor([label for each in labels for label in each], device=scores[0].device)
+    return F.ctc_loss(torch.nn.utils.rnn.pad_sequence([*scores]), targets, *lengths, blank, zero_infinity=True)
 
 
 def _log_mel(wav: Tensor, window: int, bands: int, sample_rate: int) -> Tensor:

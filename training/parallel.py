@@ -1,7 +1,7 @@
 """Several processes that train one model: each takes its share of every batch, and their gradients are averaged.
 
-Steps this small gain nothing from a second thread; a second process with half of the batch nearly halves them. The
-first process starts the others with its own command line; it alone writes files and shows progress.
+Steps this small gain nothing from a second thread, but from a second process with half of the batch. The first process
+starts the others with its own command line; it alone writes files and shows progress.
 """
 
 import os
@@ -54,8 +54,8 @@ def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as directory:
         store, command = Path(directory, "store"), [sys.executable, "-m", "training", *arguments]
-        started = [subprocess.Popen(command, env=os.environ | {RANK: str(i), STORE: str(store)})
-                   for i in range(1, count)]  # fmt: skip
+        shared = os.environ | {STORE: str(store), "TQDM_DISABLE": "1"}
+        started = [subprocess.Popen(command, env=shared | {RANK: str(i)}) for i in range(1, count)]
         try:
             with _group(store, 0, count):
                 yield
@@ -70,12 +70,14 @@ def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _group(store: Path, place: int, count: int) -> Iterator[None]:
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // count))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=place, world_size=count, timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
 def together() -> None:
@@ -102,20 +104,32 @@ def agreed(text: str) -> str:
     return texts[0]
 
 
+def any_of(flag: bool) -> bool:
+    """Whether it is set in any process."""
+    flags = torch.tensor([float(flag)])
+    if dist.is_initialized():
+        dist.all_reduce(flags)
+    return bool(flags)
+
+
 @torch.no_grad()
-def average(tensors: Sequence[Tensor]) -> None:
-    """Each becomes its mean over the processes."""
+def average_gradients(leaves: Sequence[Tensor]) -> None:
+    """Each leaf's gradient becomes its mean over the processes; a leaf that has one nowhere stays without."""
     if not dist.is_initialized():
         return
-    flat = torch.cat([tensor.flatten().cpu() for tensor in tensors])
+    present = torch.tensor([float(leaf.grad is not None) for leaf in leaves])
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    flat = torch.cat([present, *(gradient.flatten().cpu() for gradient in gradients)])
     dist.all_reduce(flat)
-    _scatter(flat / dist.get_world_size(), tensors)
+    _scatter(flat[len(leaves) :] / dist.get_world_size(), gradients)
+    for leaf, gradient, count in zip(leaves, gradients, flat, strict=False):
+        leaf.grad = gradient if count else None
 
 
 @torch.no_grad()
 def follow(tensors: Sequence[Tensor]) -> None:
     """Each becomes the first process's."""
-    if not dist.is_initialized() or not tensors:
+    if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten().cpu() for tensor in tensors])
     dist.broadcast(flat, 0)

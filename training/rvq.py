@@ -23,6 +23,7 @@ NEW_SHARE = 0.3
 """Of its fair share that a new row begins with: low, so that it is soon its own average, or soon dead again."""
 
 EPSILON = 1e-5
+PARTS = ("embed", "cluster_size", "embed_avg", "inited")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Quantizer:
     def books(self) -> list[Tensor]:
         return [self._tensors[f"{name}.embed"] for name in self._names]
 
+    @property
+    def state(self) -> list[Tensor]:
+        """All that `update` moves."""
+        return [self._tensors[f"{name}.{part}"] for name in self._names for part in PARTS]
+
     def __call__(self, x: Tensor, n_q: Tensor | None = None) -> Quantized:
         """x [T, D] -> its nearest sums of rows. n_q int64 [T]: codebooks that each position uses; None: all."""
         books = self.books
@@ -76,9 +82,7 @@ class Quantizer:
         """Moves the codebooks to what chose them, x [T, D] by codes [Q, T]; returns how many rows were replaced."""
         residual, replaced = x.detach(), 0
         for name, indices in zip(self._names, codes, strict=True):
-            embed, size, average, inited = (
-                self._tensors[f"{name}.{part}"] for part in ("embed", "cluster_size", "embed_avg", "inited")
-            )
+            embed, size, average, inited = (self._tensors[f"{name}.{part}"] for part in PARTS)
             before = embed[indices]
             if not inited:
                 self._restart(torch.arange(len(embed)), residual, name, generator)

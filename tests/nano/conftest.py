@@ -9,22 +9,20 @@ from training.codec import CodecTraining
 from training.lm import LMTraining
 from training.tokenizer import build_tokenizer
 
-SIZES = data.Sizes(
-    6, 12, 5, 6, 4, readings=4, strangers=4, strange_words=4, strange_questions=4, unheard=2, unsaid=2
-)
 STEPS = 4
 
 
 @pytest.fixture(scope="session")
 def sizes() -> data.Sizes:
-    return SIZES
+    heard = {"strangers": 4, "strange_words": 4, "strange_questions": 4}
+    return data.Sizes(6, 12, 5, 6, 4, readings=4, **heard, unheard=2, unsaid=2)
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.Part]:
+def parts(sizes: data.Sizes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.Part]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthesis, "has_flite", lambda: False)
-        return data.make(tmp_path_factory.mktemp("data"), SIZES)
+        return data.make(tmp_path_factory.mktemp("data"), sizes)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from training.export import write_pair
 from training.lm import batch_losses
 from training.parameters import Tensors, embed_codebooks
 
-STEPS = 4
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,7 +31,7 @@ def dead_leaves(leaves: Tensors, loss: Tensor) -> list[str]:
 
 
 def test_gradients_reach_every_leaf_of_the_codec(codec_training):
-    for step in (0, STEPS - 1):
+    for step in (0, codec_training.run.schedule.steps - 1):
         assert not dead_leaves(codec_training.run.trained, codec_training.losses(step)["loss"])
 
 
@@ -139,15 +138,17 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
 
 
 def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
+    steps = 4
+
     def trained(directory: Path, stops: list[int]) -> Tensors:
         for stop in stops:
-            training = CodecTraining(directory, parts, replace(codec.SCHEDULE, steps=STEPS))
+            training = CodecTraining(directory, parts, replace(codec.SCHEDULE, steps=steps))
             while training.run.step < stop:
                 training.run._advance(training.losses)
             training.run.save()
         return training.tensors
 
-    once, twice = trained(tmp_path / "once", [STEPS]), trained(tmp_path / "twice", [2, STEPS])
+    once, twice = trained(tmp_path / "once", [steps]), trained(tmp_path / "twice", [2, steps])
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 

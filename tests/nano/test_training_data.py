@@ -22,6 +22,11 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
     assert not torch.equal(noisy, data.augment(wav, random.Random(4))[0])
 
 
+def test_the_grid_of_words_is_that_of_frames(codec_training):
+    config = codec_training.config
+    assert round(data.FRAME * config.sample_rate) == config.samples_per_frame
+
+
 def test_parts_keep_apart_what_is_held_out():
     assert all(domain.is_held_out(data.item("unsaid", i).text) for i in range(50))
     assert not any(domain.is_held_out(data.item(part, i).text) for part in ("speech", "replies") for i in range(200))

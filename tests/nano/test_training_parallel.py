@@ -16,9 +16,13 @@ assert (parallel.rank(), parallel.share(5), parallel.seed_of(3)) == (0, 5, 3)
 with parallel._group(store, place, 2):
     assert parallel.rank() == place and parallel.share(5) == 3
     assert (parallel.seed_of(3) == 3) == (place == 0)
-    a, b = torch.full((2, 3), float(place)), torch.tensor(10.0 * place)
-    parallel.average([a, b])
-    assert (a == 0.5).all() and b == 5
+    leaves = torch.zeros(2, 3), torch.zeros(()), torch.zeros(1)
+    leaves[0].grad = torch.full((2, 3), float(place))
+    if place:
+        leaves[1].grad = torch.tensor(10.0)
+    parallel.average_gradients(leaves)
+    assert (leaves[0].grad == 0.5).all() and leaves[1].grad == 5 and leaves[2].grad is None
+    assert parallel.any_of(place == 1) and not parallel.any_of(False)
     parallel.follow([c := torch.tensor([place + 7.0])])
     assert c == 7 and parallel.agreed(str(place)) == "0"
     made = store.with_name("made")

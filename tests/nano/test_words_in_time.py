@@ -13,7 +13,7 @@ def test_words_are_found_though_their_phones_change():
     reduced = ["w", "ah", "n", "ax", "eh", "w", "ah", "n"]
     assert word_places(reduced, words) == [0, 3, 4, 5]
     longer = ["w", "ah", "n", "ey", "y", "eh", "g", "w", "ax", "n"]
-    assert word_places(longer, words) in ([0, 3, 5, 7], [0, 3, 4, 7])
+    assert word_places(longer, words) == [0, 3, 5, 7]
     assert word_places(["w", "ah", "n"], words)[-1] <= 2, "words that are not there lie at the end"
 
 
