@@ -122,7 +122,7 @@ def average_gradients(leaves: Sequence[Tensor]) -> None:
     flat = torch.cat([present, *(gradient.flatten().cpu() for gradient in gradients)])
     dist.all_reduce(flat)
     _scatter(flat[len(leaves) :] / dist.get_world_size(), gradients)
-    for leaf, gradient, count in zip(leaves, gradients, flat, strict=False):
+    for leaf, gradient, count in zip(leaves, gradients, flat[: len(leaves)].tolist(), strict=True):
         leaf.grad = gradient if count else None
 
 
