@@ -25,7 +25,8 @@ from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec import Codec
 
 from . import parallel
-from .data import Part, augment, other_speaker, vary
+from .augmentation import augment, masked, other_speaker, vary
+from .data import Part
 from .loop import Losses, Run, Schedule
 from .losses import ctc, mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
@@ -92,7 +93,8 @@ class CodecTraining:
         heard = batch + [draw(self.listened, rng) for _ in range(parallel.share(LISTENED))]
         codec = build_codec(self.config, self.tensors)
         mels = [log_mel(each.heard.to(self.device), self.config) for each in heard]
-        hidden = [codec.encode_mel(mel if i < len(batch) else other_speaker(mel, rng)) for i, mel in enumerate(mels)]
+        mels[len(batch) :] = [masked(other_speaker(mel, rng), rng) for mel in mels[len(batch) :]]
+        hidden = [codec.encode_mel(mel) for mel in mels]
         lengths = [len(x) for x in hidden]
         joined = torch.cat(hidden)
         used = torch.tensor([codebooks_used(rng, len(self.config.codebook_sizes)) for _ in heard])

@@ -14,7 +14,8 @@ from mimo_fast.audio import log_mel
 from mimo_fast.prompt import whole_patches
 from mimo_fast.runtime.codec import Codec
 
-from .data import FRAME, SHARD, Part, augment, joined, other_speaker, piece, save_whole, vary
+from .augmentation import augment, other_speaker, vary
+from .data import FRAME, SHARD, Part, joined, piece, save_whole
 from .synthesis import PHONES, RATE, Utterance
 
 HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
@@ -25,10 +26,10 @@ VARIANTS, NOISE_SHARE = 2, 0.4
 SAID = ("replies", "readings", "answers", "unsaid")
 """Parts that the model says: without the silence around, and with the places of words and phones."""
 
-LEAD, TAIL = 2 * FRAME, 3 * FRAME
+LEAD, TAIL = FRAME, 3 * FRAME
 """Seconds before the first word and after the last."""
 
-AHEAD = 0.06
+AHEAD = 0.02
 """Seconds before a word begins at which its text should stand: sounds lean towards the next."""
 
 

@@ -1,4 +1,4 @@
-"""The training data: which sentence is spoken how, the speech itself in shards on disk, and its augmentation.
+"""The training data: which sentence is spoken how, and the speech itself in shards on disk.
 
     speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
@@ -15,7 +15,6 @@
 Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it was.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -46,32 +44,20 @@ STRANGERS = tuple(
 UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
 
-FRAME = 0.04
-"""Seconds of one frame of codes."""
+FRAME, PATCH = 0.04, 0.16
+"""Seconds of one frame of codes, and of the group of frames that the language model says at a time."""
 
 STYLES = {
-    "normal": Manner(REPLY_VOICE, grid=FRAME),
-    "slow": Manner(REPLY_VOICE, stretch=1.35, grid=FRAME),
-    "fast": Manner(REPLY_VOICE, stretch=0.75, grid=FRAME),
-    "high": Manner(REPLY_VOICE, pitch=1.35, grid=FRAME),
-    "low": Manner(REPLY_VOICE, pitch=0.72, grid=FRAME),
+    "normal": Manner(REPLY_VOICE, grid=PATCH),
+    "slow": Manner(REPLY_VOICE, stretch=1.35, grid=PATCH),
+    "fast": Manner(REPLY_VOICE, stretch=0.75, grid=PATCH),
+    "high": Manner(REPLY_VOICE, pitch=1.35, grid=PATCH),
+    "low": Manner(REPLY_VOICE, pitch=0.72, grid=PATCH),
 }
-"""Words of replies begin where frames do, so that the same word has the same codes wherever it is said."""
+"""Words of replies begin where patches do: the same word then has nearly the same patches wherever it is said."""
 
 LISTED_SHARE, LISTED = 0.3, 6
 """Of readings that are words in no order, and of how many at most."""
-
-SPEEDS = (0.75, 1.2)
-"""To play at what is heard."""
-
-RIPPLES, RIPPLE = 4, 4.0
-"""Of what is heard: cosines over the spectrum by which it is coloured, and the decibels of each."""
-
-SIZES_OF_SPEAKERS, CONTRASTS = (0.85, 1.15), (0.75, 1.25)
-"""For another speaker: scales of the mel axis, and of what differs from a band's mean."""
-
-BENDS, BEND = 3, 0.03
-"""Sines by which the mel axis is bent, and by how much of its width the first one moves a band."""
 
 ANNOTATIONS = ("phones", "words", "starts", "ends")
 """Of utterances, see `Utterance`."""
@@ -224,55 +210,6 @@ def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
         for part in found.values():
             part.make(bar)
     return found
-
-
-def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Waveform [n] -> (as recorded: at some level, maybe in noise, and the same without the noise).
-
-    Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is always a little.
-    """
-    peak = float(wav.abs().max()) or 1.0
-    clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
-    level = rng.uniform(-35, -8) if rng.random() < noise_share else rng.uniform(-65, -45)
-    return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
-
-
-def vary(wav: Tensor, rng: random.Random) -> Tensor:
-    """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch and formants move
-    together, and coloured. Three voices are not enough to learn from what a voice is."""
-    played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[0, 0]
-    size = _fft_size(len(played))
-    spectrum = torch.fft.rfft(played, size)
-    place = torch.linspace(0, math.pi, len(spectrum))
-    gains = sum(rng.gauss(0, RIPPLE) * torch.cos(i * place + rng.uniform(0, math.pi)) for i in range(1, RIPPLES + 1))
-    return torch.fft.irfft(spectrum * 10 ** (gains / 20), size)[: len(played)]
-
-
-def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another mouth, and with more
-    or less between loud and soft."""
-    place = torch.linspace(0, 1, mel.shape[1])
-    shifts = sum(rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1))
-    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * (mel.shape[1] - 1)).clamp(0, mel.shape[1] - 1)
-    below = source.floor().long().clamp(max=mel.shape[1] - 2)
-    moved = torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
-    mean = moved.mean(0)
-    return mean + rng.uniform(*CONTRASTS) * (moved - mean)
-
-
-def noise(samples: int, rng: random.Random) -> Tensor:
-    """Noise [samples] of unit power, its spectrum between white and pink."""
-    size = _fft_size(samples)
-    white = torch.randn(size, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
-    spectrum = torch.fft.rfft(white)
-    slope = torch.arange(1, len(spectrum) + 1) ** (-0.5 * rng.random())
-    shaped = torch.fft.irfft(spectrum * slope, size)[:samples]
-    return shaped / shaped.square().mean().sqrt()
-
-
-def _fft_size(samples: int) -> int:
-    """At least so many, and quick to transform."""
-    return -(-samples // 4096) * 4096
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

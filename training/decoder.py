@@ -1,9 +1,9 @@
 """Training of the codec's decoder and vocoder alone, over the codes of the trained encoder.
 
-    loss = mel_distance(output, speech)
+    loss = mel_distance(output, speech) + 0.5 |encoder(output) - encoder(speech)| / |encoder(speech)|
 
-The second of the technical report's two stages, without its discriminators. The codes are final before it, so the
-language model can be trained beside it.
+The second of the technical report's two stages, without its discriminators: the encoder, which was taught to tell
+phones apart, listens in their place. The codes are final before it, so the language model can be trained beside it.
 """
 
 import random
@@ -15,6 +15,7 @@ from mimo_fast.audio import log_mel
 from mimo_fast.runtime.codec import Codec
 
 from . import parallel
+from .augmentation import noise
 from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction
 from .data import Part
 from .loop import Losses, Run, Schedule
@@ -23,6 +24,9 @@ from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
 SCHEDULE = Schedule(steps=6000, rate=7e-4)
+PERCEIVED = 0.5
+HISS = 3e-3
+"""Of the level, under what the encoder hears: differences of silences do not count."""
 
 
 class DecoderTraining:
@@ -49,15 +53,19 @@ class DecoderTraining:
     def losses(self, step: int) -> Losses:
         """One batch forward."""
         rng = random.Random(f"{parallel.seed_of(self.seed)}/decoder/{step}")
-        codec, total = self.model(), torch.zeros((), device=self.device)
-        for _ in range(count := parallel.share(BATCH)):
-            spoken = draw(self.parts, rng)
+        codec, count = self.model(), parallel.share(BATCH)
+        mel, perceived = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for spoken in (draw(self.parts, rng) for _ in range(count)):
+            wanted = spoken.wanted.to(self.device)
+            hiss = HISS * float(wanted.square().mean().sqrt()) * noise(len(wanted), rng).to(self.device)
             with torch.no_grad():
-                mel = log_mel(spoken.heard.to(self.device), self.config)
-                codes = codec.quantize(codec.encode_mel(mel))[: codebooks_used(rng, len(self.config.codebook_sizes))]
-            got = codec.decode_hidden(codec.dequantize(codes))[: len(spoken.wanted)]
-            total = total + mel_distance(got, spoken.wanted.to(self.device), self.config.sample_rate) / count
-        return {"loss": total}
+                codes = codec.encode(spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks)))
+                right = codec.encode_mel(log_mel(wanted + hiss, self.config))
+            got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)]
+            mel = mel + mel_distance(got, wanted, self.config.sample_rate) / count
+            heard = codec.encode_mel(log_mel(got + hiss, self.config))
+            perceived = perceived + (heard - right).abs().mean() / right.abs().mean() / count
+        return {"loss": mel + PERCEIVED * perceived, "mel": mel.detach(), "perceived": perceived.detach()}
 
     def validate(self) -> dict[str, float]:
         return reconstruction(self.model(), self.unheard)

@@ -29,7 +29,8 @@ from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.sampling import GREEDY
 
 from . import domain
-from .data import UNHEARD_VOICE, Part, noise
+from .augmentation import noise
+from .data import UNHEARD_VOICE, Part
 from .listen import recognise, word_error_rate
 from .losses import mel_distance
 from .synthesis import Manner, synthesize

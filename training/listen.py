@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.audio import resample
@@ -15,6 +16,9 @@ LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-4
 """Level that everything is brought to, and of the noise under it: digital silence upsets the recogniser."""
 
+HUSH = 0.2
+"""Seconds of silence before and after, which the recogniser measures the noise in."""
+
 SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 """Of the search. By default it likes to add short words in the silence at the end."""
 
@@ -22,7 +26,7 @@ SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 def recognise(wav: Tensor, sample_rate: int) -> str:
     """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
     decoder = _decoder()
-    heard = resample(wav.float(), sample_rate, LISTENING_RATE)
+    heard = F.pad(resample(wav.float(), sample_rate, LISTENING_RATE), [round(HUSH * LISTENING_RATE)] * 2)
     hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
     heard = heard * (PEAK / max(HISS, float(heard.abs().max()))) + hiss
     decoder.start_utt()

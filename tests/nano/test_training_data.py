@@ -5,7 +5,7 @@ import random
 import torch
 
 from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
-from training import data, domain, lm, synthesis
+from training import augmentation, data, domain, lm, synthesis
 from training.tokenizer import INSTRUCTIONS
 
 
@@ -17,14 +17,26 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
             assert torch.equal(part[i].wav, again[name][i].wav)
             assert part[i].phones == again[name][i].phones
     wav = parts["speech"][0].wav
-    noisy = data.augment(wav, random.Random(3))[0]
-    assert torch.equal(noisy, data.augment(wav, random.Random(3))[0])
-    assert not torch.equal(noisy, data.augment(wav, random.Random(4))[0])
+    noisy = augmentation.augment(wav, random.Random(3))[0]
+    assert torch.equal(noisy, augmentation.augment(wav, random.Random(3))[0])
+    assert not torch.equal(noisy, augmentation.augment(wav, random.Random(4))[0])
 
 
-def test_the_grid_of_words_is_that_of_frames(codec_training):
+def test_the_grid_of_words_is_that_of_patches(codec_training):
     config = codec_training.config
     assert round(data.FRAME * config.sample_rate) == config.samples_per_frame
+    assert round(data.PATCH / data.FRAME) == lm.lm_config().group_size
+
+
+def test_masks_hide_some_bands_and_frames_and_leave_the_rest():
+    mel = torch.randn(200, 80, generator=torch.Generator().manual_seed(0))
+    for seed in range(20):
+        same = augmentation.masked(mel, random.Random(seed)) == mel
+        bands, frames = ~same.any(0), ~same.any(1)
+        assert bands.sum() <= augmentation.MASKS * augmentation.MASKED_BANDS * 80
+        assert frames.sum() <= augmentation.MASKS * augmentation.MASKED_FRAMES
+        assert same[~frames][:, ~bands].all()
+    assert not all(torch.equal(augmentation.masked(mel, random.Random(seed)), mel) for seed in range(3))
 
 
 def test_parts_keep_apart_what_is_held_out():
