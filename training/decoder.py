@@ -1,6 +1,6 @@
 """Training of the codec's decoder and vocoder alone, over the codes of the trained encoder.
 
-    loss = mel_distance(output, speech) + 0.5 |encoder(output) - encoder(speech)| / |encoder(speech)|
+    loss = mel_distance(output, speech) + |encoder(output) - encoder(speech)| / |encoder(speech)|
 
 The second of the technical report's two stages, without its discriminators: the encoder, which was taught to tell
 phones apart, listens in their place. The codes are final before it, so the language model can be trained beside it.
@@ -24,7 +24,7 @@ from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
 SCHEDULE = Schedule(steps=6000, rate=7e-4)
-PERCEIVED = 0.5
+PERCEIVED = 1.0
 HISS = 3e-3
 """Of the level, under what the encoder hears: differences of silences do not count."""
 

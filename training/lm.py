@@ -48,8 +48,8 @@ CODES = 2.0
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
-WRONG_SHARE = 0.1
-"""Of the codes of replies that the model is fed in training."""
+WRONG_SHARE, LOST_SHARE = 0.1, 0.06
+"""Of the codes that the model is fed in training, and of the frames of recordings that it does not hear."""
 
 CTC = 0.5
 CTC_LAYERS = (2, 3)
@@ -173,10 +173,11 @@ def initial_heads(config: LMConfig) -> Tensors:
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
-    """The batch's codes [B, T, C, G] with errors in its replies, as sampling makes them.
+    """The batch's codes [B, T, C, G] with errors, in its replies as sampling makes them.
 
     A synthesizer says the same words in the same codes: unblurred, they tell which recording it is and what comes
-    next, and the text is not asked. In half of the replies the finer codebooks are missing as well.
+    next, and the text is not asked; and of the voices that speak to it the model would know everything by heart. In
+    half of the replies the finer codebooks are missing as well, of recordings some frames.
     """
     count, _, channels, _ = batch.codes.shape
     wrong = torch.rand(batch.codes.shape, generator=generator) < WRONG_SHARE
@@ -184,9 +185,10 @@ def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tenso
     drawn = (torch.rand(batch.codes.shape, generator=generator) * sizes).long()
     kept = torch.randint(1, 2 * channels, (count, 1, 1, 1), generator=generator)
     missing = torch.arange(channels)[:, None] >= kept
-    replies = batch.learned[:, :, None, None] & (batch.codes != sizes)
-    codes = torch.where(replies & wrong, drawn, batch.codes)
-    return torch.where(replies & missing, sizes, codes)
+    lost = torch.rand(batch.codes[:, :, :1].shape, generator=generator) < LOST_SHARE
+    spoken, replies = batch.codes != sizes, batch.learned[:, :, None, None]
+    codes = torch.where(spoken & wrong, drawn, batch.codes)
+    return torch.where(spoken & torch.where(replies, missing, lost), sizes, codes)
 
 
 def batch_losses(

@@ -91,8 +91,8 @@ def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
                 starts.append(patches * patch)
         words = [(spoken.starts[word] - spoken.starts[0]) / 24_000 for word in spoken.words]
         assert len(starts) == len(words)
-        # Somewhere in the patch that holds the instant 60 ms before the word.
-        assert all(-0.22 < at / 24_000 - want <= 0 for at, want in zip(starts, words, strict=True))
+        # The patch that holds the instant 20 ms before the word; the first word begins at most 40 ms into the reply.
+        assert all(-0.181 < at / 24_000 - want < 0.021 for at, want in zip(starts, words, strict=True))
         assert patches * patch < spoken.ends[-1] - spoken.starts[0] + 0.4 * 24_000
         phones = drawn.phones[drawn.learned]
         assert torch.equal(phones[:, 0] >= 0, torch.tensor(said) == special.empty)
@@ -100,6 +100,24 @@ def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
         assert said_phones[-1] == len(synthesis.PHONES), "it ends in silence"
         runs = [phone for i, phone in enumerate(said_phones) if not i or phone != said_phones[i - 1]]
         assert runs[:-1] == [phone for i, phone in enumerate(spoken.phones) if not i or phone != spoken.phones[i - 1]]
+
+
+def test_what_is_fed_has_errors_where_something_is_spoken(lm_training, monkeypatch):
+    config, rng = lm_training.config, random.Random(2)
+    batch = lm.collate([lm_training.examples.draw("dialogue", rng) for _ in range(8)], config, 0)
+    monkeypatch.setattr(lm, "LOST_SHARE", 0.25)
+    fed = lm.blurred(batch, config, torch.Generator().manual_seed(0))
+    sizes = torch.tensor(config.empty_codes)[:, None]
+    spoken, replies = batch.codes != sizes, batch.learned[:, :, None, None].expand_as(batch.codes)
+    assert torch.equal(fed[~spoken], batch.codes[~spoken])
+    missing = (fed == sizes) & spoken
+    lost = missing[:, :, :1] & ~replies[:, :, :1]
+    assert torch.equal(missing & ~replies, lost & spoken), "what is lost of a recording is whole frames"
+    assert 0.15 < lost.sum() / (spoken & ~replies)[:, :, :1].sum() < 0.35
+    assert not (missing & replies)[:, :, 0].any(), "a reply keeps its first codebook"
+    for where in (replies, ~replies):
+        kept = where & spoken & ~missing
+        assert 0.05 < (fed != batch.codes)[kept].float().mean() < 0.15
 
 
 def test_every_word_of_the_domain_is_a_token(tokenizer):
