@@ -19,7 +19,7 @@ test: lint types unit
 # The Triton kernels without a GPU; -j2 runs two parts at once.
 kernels: golden interpreted compiled
 
-# The small pair, trained from nothing; needs the Debian packages flite and espeak-ng. An interrupted run goes on.
+# The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
 	$(BIN)/python -m training all --run training_output

@@ -6,7 +6,7 @@
 
 Each command goes on where it was stopped, and `decoder` and `lm` may run side by side. What is computed is the
 package's own modules; here are only data, losses and loops. The extra is `pip install '.[training]'`, and speech needs
-the Debian packages flite and espeak-ng.
+the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng.
 
 Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and position (2 forward, 4 backward), and two
 CPU cores give some 60 GFLOP/s on matrices of these widths, 2e14 an hour.

@@ -1,6 +1,6 @@
 """Recordings made from the data: other levels, noise, speakers and microphones, drawn anew whenever they are heard.
 
-Three voices are not enough to learn from what a voice is.
+Four voices are not enough to learn from what a voice is.
 """
 
 import math

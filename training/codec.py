@@ -26,6 +26,7 @@ from mimo_fast.runtime.codec import Codec
 
 from . import parallel
 from .augmentation import augment, masked, other_speaker, vary
+from .codes import SAID
 from .data import Part
 from .loop import Losses, Run, Schedule
 from .losses import ctc, mel_distance
@@ -145,12 +146,12 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
     return {"mel": total[0], "mel_2": total[1]}
 
 
-def draw(parts: Sequence[Part], rng: random.Random) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise; varied but for replies."""
+def draw(parts: Sequence[Part], rng: random.Random, noise_share: float = 0.5) -> Spoken:
+    """An utterance of one of the parts, at some level and maybe in noise; varied, but for what the model says."""
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
-    wav, longest = drawn.wav if part.name == "replies" else vary(drawn.wav, rng), int(LONGEST * RATE)
-    heard, wanted = augment(wav[:longest], rng)
+    wav, longest = drawn.wav if part.name in SAID else vary(drawn.wav, rng), int(LONGEST * RATE)
+    heard, wanted = augment(wav[:longest], rng, noise_share)
     return Spoken(heard, wanted, drawn.phones if len(wav) <= longest else [])
 
 

@@ -1,6 +1,6 @@
 """The training data: which sentence is spoken how, and the speech itself in shards on disk.
 
-    speech      sentences in the three voices of training, their rate, pitch and size of speaker drawn anew for each
+    speech      sentences in the four voices of training, their rate, pitch and size of speaker drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
     readings    sentences, and words in no order, in the reply's voice, plainly
     words       every word of the domain alone, spoken as `speech` is
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from . import domain
 from .synthesis import ESPEAK, Manner, Utterance, synthesize
 
-VOICES = ("slt", "awb", "kal16")
+VOICES = ("slt", "awb", "kal16", "ked")
 STRANGERS = tuple(
     f"{ESPEAK}{accent}+{speaker}"
     for accent in ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")

@@ -24,6 +24,9 @@ from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
 SCHEDULE = Schedule(steps=6000, rate=7e-4)
+NOISE_SHARE = 0.1
+"""Of utterances: the codes that the language model draws are those of clean speech."""
+
 PERCEIVED = 1.0
 HISS = 3e-3
 """Of the level, under what the encoder hears: differences of silences do not count."""
@@ -39,8 +42,8 @@ class DecoderTraining:
                         if not name.startswith("ctc.")}  # fmt: skip
         leaves = trainable({name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")})
         fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
-        # What the language model will say gets half of the attention.
-        self.parts = [parts[name] for name in ("speech", "replies")]
+        # What the language model will say gets most of the attention.
+        self.parts = [parts[name] for name in ("speech", "replies", "readings", "replies")]
         self.unheard = parts["unheard"]
         self.run = Run(directory, NAME, leaves, fixed, schedule)
 
@@ -55,7 +58,7 @@ class DecoderTraining:
         rng = random.Random(f"{parallel.seed_of(self.seed)}/decoder/{step}")
         codec, count = self.model(), parallel.share(BATCH)
         mel, perceived = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for spoken in (draw(self.parts, rng) for _ in range(count)):
+        for spoken in (draw(self.parts, rng, NOISE_SHARE) for _ in range(count)):
             wanted = spoken.wanted.to(self.device)
             hiss = HISS * float(wanted.square().mean().sqrt()) * noise(len(wanted), rng).to(self.device)
             with torch.no_grad():

@@ -13,7 +13,7 @@ from mimo_fast.audio import resample
 from .domain import GRAMMAR
 
 LISTENING_RATE = 16_000
-PEAK, HISS = 0.5, 1e-4
+PEAK, HISS = 0.5, 1e-3
 """Level that everything is brought to, and of the noise under it: digital silence upsets the recogniser."""
 
 HUSH = 0.2

@@ -1,4 +1,4 @@
-"""Sentences -> speech, by flite and espeak-ng (Debian packages): what is trained on is made on the spot.
+"""Sentences -> speech, by flite, festival and espeak-ng (Debian packages): what is trained on is made on the spot.
 
 Rate and pitch are their own settings. `warp` plays the result faster or slower through the package's resampler, which
 moves the formants as another speaker's vocal tract does.
@@ -22,7 +22,7 @@ from mimo_fast.audio import load_audio, resample
 from mimo_fast.errors import MimoFastError
 
 RATE = 24_000
-FLITE_RATE = 16_000
+SYNTHESIZED_RATE = 16_000
 
 PHONES = (
     "aa", "ae", "ah", "ao", "aw", "ax", "axr", "ay", "b", "ch", "d", "dh", "eh", "er", "ey", "f", "g", "hh", "ih",
@@ -36,8 +36,14 @@ ESPEAK = "espeak "
 ESPEAK_WORDS, ESPEAK_PITCH = 165, 50
 """Its words a minute and its pitch, from 0 to 99, where they are not varied."""
 
-PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95}
-"""Mean pitch of each voice in Hz, as flite speaks without being told otherwise."""
+FESTIVAL = {"ked": "voice_ked_diphone"}
+"""Its own names of the voices that festival speaks."""
+
+FESTIVAL_SCALE = "0.5"
+"""Its voice is so loud that it would be cut off at other rates of sampling."""
+
+PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95, "ked": 105}
+"""Mean pitch of each voice in Hz, as flite and festival speak without being told otherwise."""
 
 
 HURRY = 0.3
@@ -53,7 +59,7 @@ class Manner:
     """How a sentence is spoken.
 
     Args:
-        voice: of flite, a key of `PITCH`, or of espeak-ng, see `ESPEAK`.
+        voice: of flite or festival, a key of `PITCH`, or of espeak-ng, see `ESPEAK`.
         stretch: of durations, over the voice's own. pitch: mean over the voice's own.
         warp: playback speed of the result.
         grid: seconds, of flite: each word begins a multiple of them after the first one, which its rate is adapted to.
@@ -88,10 +94,16 @@ def has_espeak() -> bool:
     return shutil.which("espeak-ng") is not None
 
 
+def has_festival() -> bool:
+    return shutil.which("text2wave") is not None
+
+
 def synthesize(text: str, manner: Manner) -> Utterance:
     """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for nothing else."""
     if manner.voice.startswith(ESPEAK):
         return _espeak(text, manner) if has_espeak() else tones(text, manner)
+    if manner.voice in FESTIVAL:
+        return _festival(text, manner) if has_festival() else tones(text, manner)
     return _flite(text, manner) if has_flite() else tones(text, manner)
 
 
@@ -103,9 +115,36 @@ def _espeak(text: str, manner: Manner) -> Utterance:
     if done.returncode or not done.stdout:
         problem = done.stderr.decode(errors="replace").strip()[:80]
         raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install espeak-ng")
-    # Near enough to what its accents say, and one set of phones for all.
-    phones = [phone for word in text.split() for phone in pronunciation(word)] if has_flite() else []
-    return Utterance(load_audio(done.stdout, RATE), _indices(phones))
+    return Utterance(load_audio(done.stdout, RATE), _usual_phones(text))
+
+
+def _festival(text: str, manner: Manner) -> Utterance:
+    pitch = PITCH[manner.voice] * manner.pitch / manner.warp
+    settings = (
+        f"({FESTIVAL[manner.voice]})",
+        f"(Parameter.set 'Duration_Stretch {manner.stretch * manner.warp:.4f})",
+        f"(set! int_lr_params '((target_f0_mean {pitch:.1f}) (target_f0_std 14)"
+        " (model_f0_mean 170) (model_f0_std 34)))",
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "speech.wav")
+        options = [part for setting in settings for part in ("-eval", setting)]
+        command = ["text2wave", *options, "-scale", FESTIVAL_SCALE, "-o", str(path)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        if done.returncode or not path.exists():
+            problem = f"festival failed at {text!r} ({done.stderr.strip()[:80]})"
+            raise SynthesisError(f"{problem}: apt-get install festival festvox-kdlpc16k")
+        return Utterance(_warped(path, manner), _usual_phones(text))
+
+
+def _warped(path: Path, manner: Manner) -> Tensor:
+    """The file's samples at 24 kHz, played at the manner's speed."""
+    return resample(load_audio(path, SYNTHESIZED_RATE), round(SYNTHESIZED_RATE * manner.warp / 800) * 800, RATE)
+
+
+def _usual_phones(text: str) -> list[int]:
+    """Of the words alone: near enough to what any synthesizer says, and one set of phones for all."""
+    return _indices([phone for word in text.split() for phone in pronunciation(word)]) if has_flite() else []
 
 
 def _flite(text: str, manner: Manner) -> Utterance:
@@ -124,7 +163,7 @@ def _flite(text: str, manner: Manner) -> Utterance:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
         found = _segments([*options, "-t", spoken, "-o", str(path)], text)
-        wav = resample(load_audio(path, FLITE_RATE), round(FLITE_RATE * manner.warp / 800) * 800, RATE)
+        wav = _warped(path, manner)
     starts, ends = ([round(second * RATE / manner.warp) for second in each] for each in (found.starts, found.ends))
     return Utterance(wav, _indices(found.phones), found.words, starts, ends)
 

@@ -1,7 +1,9 @@
 """What the small model is trained on: data, tokens, and examples made of them."""
 
 import random
+import subprocess
 
+import pytest
 import torch
 
 from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
@@ -20,6 +22,23 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
     noisy = augmentation.augment(wav, random.Random(3))[0]
     assert torch.equal(noisy, augmentation.augment(wav, random.Random(3))[0])
     assert not torch.equal(noisy, augmentation.augment(wav, random.Random(4))[0])
+
+
+@pytest.mark.parametrize(("voice", "package"), [("slt", "flite"), ("ked", "festvox-kdlpc16k"),
+                                                ("espeak en-us+m3", "espeak-ng")])  # fmt: skip
+def test_a_synthesizer_that_fails_names_its_package(voice, package, monkeypatch):
+    for name in ("has_flite", "has_festival", "has_espeak"):
+        monkeypatch.setattr(synthesis, name, lambda: True)
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such voice")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **given: in_kind(given, failed))
+    with pytest.raises(synthesis.SynthesisError, match=f"no such voice.*apt-get install .*{package}"):
+        synthesis.synthesize("seven", synthesis.Manner(voice))
+
+
+def in_kind(given: dict, failed: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """As text or bytes, as it was asked for."""
+    text = given.get("text", False)
+    return failed if text else subprocess.CompletedProcess([], 1, b"", failed.stderr.encode())
 
 
 def test_the_grid_of_words_is_that_of_patches(codec_training):
