@@ -1,6 +1,7 @@
 """The training data: which sentence is spoken how, and the speech itself in shards on disk.
 
-    speech      sentences in the four voices of training, their rate, pitch and size of speaker drawn anew for each
+    speech      sentences, and words in no order, in the four voices of training, their rate, pitch and size of speaker
+                drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
     readings    sentences, and words in no order, in the reply's voice, plainly
     words       every word of the domain alone, spoken as `speech` is
@@ -57,7 +58,8 @@ STYLES = {
 """Words of replies begin where patches do: the same word then has nearly the same patches wherever it is said."""
 
 LISTED_SHARE, LISTED = 0.3, 6
-"""Of readings that are words in no order, and of how many at most."""
+"""Of readings and of what is heard: how much is words in no order, and of how many at most. Which word it is can then
+be told by its sound alone."""
 
 ANNOTATIONS = ("phones", "words", "starts", "ends")
 """Of utterances, see `Utterance`."""
@@ -113,11 +115,9 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(answers()[index % len(answers())], _any_manner(rng))
     if part == "words":
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
-    if part == "readings":
+    if part in ("readings", "speech"):
         text = _listed(rng) if rng.random() < LISTED_SHARE else domain.draw_sentence(rng)
-        return Item(text, STYLES["normal"])
-    if part == "speech":
-        return Item(domain.draw_sentence(rng), _any_manner(rng))
+        return Item(text, STYLES["normal"] if part == "readings" else _any_manner(rng))
     if part == "unheard":
         return Item(domain.draw_sentence(rng, held_out=True), Manner(UNHEARD_VOICE))
     if part == "unsaid":
