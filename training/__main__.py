@@ -29,7 +29,7 @@ from .decoder import DecoderTraining
 from .lm import LMTraining
 from .loop import trained_tensors
 from .parameters import build_codec
-from .synthesis import has_espeak, has_festival, has_flite
+from .synthesis import PACKAGES, has_espeak, has_festival, has_flite
 from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
@@ -54,10 +54,9 @@ class Recipe:
         self.directory, self.seed, self.device, self.sizes, self.steps = directory, seed, device, sizes, steps
 
     def data(self) -> dict[str, Part]:
-        festival = "festival festvox-kdlpc16k"
-        for name, found in (("flite", has_flite()), (festival, has_festival()), ("espeak-ng", has_espeak())):
+        for name, found in (("flite", has_flite()), ("festival", has_festival()), ("espeak-ng", has_espeak())):
             if not found and not parallel.is_worker():
-                problem = f"{name.split()[0]} is not installed (apt-get install {name})"
+                problem = f"{name} is not installed (apt-get install {PACKAGES[name]})"
                 print(f"{problem}: tones stand in for its speech", file=sys.stderr)
         with parallel.first():
             return data.make(self.directory / "data", self.sizes, self.seed)

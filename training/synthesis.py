@@ -30,6 +30,9 @@ PHONES = (
     "zh",
 )  # fmt: skip
 
+PACKAGES = {"flite": "flite", "festival": "festival festvox-kdlpc16k", "espeak-ng": "espeak-ng"}
+"""Debian's, of each synthesizer."""
+
 ESPEAK = "espeak "
 """Begins the voices of espeak-ng: "espeak en-us+m3"."""
 
@@ -44,7 +47,6 @@ FESTIVAL_SCALE = "0.5"
 
 PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95, "ked": 105}
 """Mean pitch of each voice in Hz, as flite and festival speak without being told otherwise."""
-
 
 HURRY = 0.3
 """Of a step of the grid: what a word that is longer by less leaves out, and does not fill another step for."""
@@ -114,7 +116,7 @@ def _espeak(text: str, manner: Manner) -> Utterance:
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode or not done.stdout:
         problem = done.stderr.decode(errors="replace").strip()[:80]
-        raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install espeak-ng")
+        raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install {PACKAGES['espeak-ng']}")
     return Utterance(load_audio(done.stdout, RATE), _usual_phones(text))
 
 
@@ -133,7 +135,7 @@ def _festival(text: str, manner: Manner) -> Utterance:
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if done.returncode or not path.exists():
             problem = f"festival failed at {text!r} ({done.stderr.strip()[:80]})"
-            raise SynthesisError(f"{problem}: apt-get install festival festvox-kdlpc16k")
+            raise SynthesisError(f"{problem}: apt-get install {PACKAGES['festival']}")
         return Utterance(_warped(path, manner), _usual_phones(text))
 
 
@@ -203,7 +205,8 @@ def _run_flite(options: Sequence[str]) -> list[str]:
     """What it prints, by its spaces."""
     done = subprocess.run(["flite", *options], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.strip():
-        raise SynthesisError(f"flite failed at {options} ({done.stderr.strip()[:80]}): apt-get install flite")
+        problem = f"flite failed at {options} ({done.stderr.strip()[:80]})"
+        raise SynthesisError(f"{problem}: apt-get install {PACKAGES['flite']}")
     return done.stdout.split()
 
 

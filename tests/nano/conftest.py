@@ -21,7 +21,8 @@ def sizes() -> data.Sizes:
 @pytest.fixture(scope="module")
 def parts(sizes: data.Sizes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.Part]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesis, "has_flite", lambda: False)
+        for name in ("has_flite", "has_festival", "has_espeak"):
+            patch.setattr(synthesis, name, lambda: False)
         return data.make(tmp_path_factory.mktemp("data"), sizes)
 
 
