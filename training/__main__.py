@@ -29,7 +29,7 @@ from .decoder import DecoderTraining
 from .lm import LMTraining
 from .loop import trained_tensors
 from .parameters import build_codec
-from .synthesis import PACKAGES, has_espeak, has_festival, has_flite
+from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
@@ -54,9 +54,10 @@ class Recipe:
         self.directory, self.seed, self.device, self.sizes, self.steps = directory, seed, device, sizes, steps
 
     def data(self) -> dict[str, Part]:
-        for name, found in (("flite", has_flite()), ("festival", has_festival()), ("espeak-ng", has_espeak())):
-            if not found and not parallel.is_worker():
-                problem = f"{name} is not installed (apt-get install {PACKAGES[name]})"
+        found = {"flite": has_flite(), "festival": has_festival(), "espeak-ng": has_espeak(), "pico": has_pico()}
+        for name, here in found.items():
+            if not here and not parallel.is_worker():
+                problem = f"{name} is not installed ({INSTALL[name]})"
                 print(f"{problem}: tones stand in for its speech", file=sys.stderr)
         with parallel.first():
             return data.make(self.directory / "data", self.sizes, self.seed)

@@ -1,6 +1,6 @@
 """Training of the codec: it hears speech in noise and gives the speech back, through codes that tell phones apart.
 
-    loss = mel_distance(output, speech) + 0.25 commitment + 0.3 CTC(phones | first codebooks)
+    loss = spectral(output, speech) + 0.25 commitment + 0.3 CTC(phones | first codebooks)
 
 The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it no reason to tell
 more than the first of them holds.
@@ -29,13 +29,13 @@ from .augmentation import augment, masked, other_speaker, vary
 from .codes import SAID
 from .data import Part
 from .loop import Losses, Run, Schedule
-from .losses import ctc, mel_distance
+from .losses import ctc, envelope_distance, mel_distance
 from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
 from .rvq import Quantizer, unquantized
 from .synthesis import PHONES, RATE
 
 NAME = "codec"
-SCHEDULE = Schedule(steps=8000, rate=1e-3)
+SCHEDULE = Schedule(steps=3600, rate=2e-3)
 UNQUANTIZED_SHARE = 0.05
 """Of the steps, before the codebooks begin."""
 
@@ -45,7 +45,7 @@ BATCH, LISTENED = 4, 16
 LONGEST = 4.0
 """Seconds of an utterance that are used; the phones of a longer one are left out."""
 
-COMMITMENT, CTC = 0.25, 0.3
+COMMITMENT, CTC, ENVELOPE = 0.25, 0.3, 0.5
 CTC_CODEBOOKS = 2
 ALL_CODEBOOKS_SHARE = 0.6
 """Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is speech as well."""
@@ -105,10 +105,10 @@ class CodecTraining:
         got = [codec.decode_hidden(rows)[: len(each.wanted)]
                for rows, each in zip(quantized.rows.split(lengths), batch, strict=False)]  # fmt: skip
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
-        mel = mel_distance(torch.cat(got), wanted, self.config.sample_rate)
+        spectral, mel = spectral_distance(torch.cat(got), wanted, self.config.sample_rate)
         read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
         told = self._ctc(read.split(lengths), [each.phones for each in heard])
-        loss = mel + COMMITMENT * quantized.commitment + CTC * told
+        loss = spectral + COMMITMENT * quantized.commitment + CTC * told
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
         parallel.follow(self.quantizer.state)
@@ -131,6 +131,12 @@ class CodecTraining:
         weight, bias = self.tensors["ctc.weight"], self.tensors["ctc.bias"]
         scores = [F.linear(rows[i], weight, bias).log_softmax(-1) for i in known]
         return ctc(scores, [[phone + 1 for phone in phones[i]] for i in known], blank=0)
+
+
+def spectral_distance(got: Tensor, wanted: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
+    """Waveforms [n] -> what is minimized, the sum of the distances of spectra and envelopes, and that of spectra."""
+    mel = mel_distance(got, wanted, sample_rate)
+    return mel + ENVELOPE * envelope_distance(got, wanted, sample_rate), mel
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The training data: which sentence is spoken how, and the speech itself in shards on disk.
 
-    speech      sentences, and words in no order, in the four voices of training, their rate, pitch and size of speaker
+    speech      sentences, and words in no order, in the six voices of training, their rate, pitch and size of speaker
                 drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
     readings    sentences, and words in no order, in the reply's voice, plainly
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from . import domain
 from .synthesis import ESPEAK, Manner, Utterance, synthesize
 
-VOICES = ("slt", "awb", "kal16", "ked")
+VOICES = ("slt", "awb", "kal16", "ked", "pico us", "pico gb")
 STRANGERS = tuple(
     f"{ESPEAK}{accent}+{speaker}"
     for accent in ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")

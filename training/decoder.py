@@ -1,6 +1,6 @@
 """Training of the codec's decoder and vocoder alone, over the codes of the trained encoder.
 
-    loss = mel_distance(output, speech) + |encoder(output) - encoder(speech)| / |encoder(speech)|
+    loss = spectral(output, speech) + |encoder(output) - encoder(speech)| / |encoder(speech)|
 
 The second of the technical report's two stages, without its discriminators: the encoder, which was taught to tell
 phones apart, listens in their place. The codes are final before it, so the language model can be trained beside it.
@@ -16,10 +16,9 @@ from mimo_fast.runtime.codec import Codec
 
 from . import parallel
 from .augmentation import noise
-from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction
+from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction, spectral_distance
 from .data import Part
 from .loop import Losses, Run, Schedule
-from .losses import mel_distance
 from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
@@ -57,7 +56,7 @@ class DecoderTraining:
         """One batch forward."""
         rng = random.Random(f"{parallel.seed_of(self.seed)}/decoder/{step}")
         codec, count = self.model(), parallel.share(BATCH)
-        mel, perceived = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        spectral, mel, perceived = (torch.zeros((), device=self.device) for _ in range(3))
         for spoken in (draw(self.parts, rng, NOISE_SHARE) for _ in range(count)):
             wanted = spoken.wanted.to(self.device)
             hiss = HISS * float(wanted.square().mean().sqrt()) * noise(len(wanted), rng).to(self.device)
@@ -65,10 +64,11 @@ class DecoderTraining:
                 codes = codec.encode(spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks)))
                 right = codec.encode_mel(log_mel(wanted + hiss, self.config))
             got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)]
-            mel = mel + mel_distance(got, wanted, self.config.sample_rate) / count
+            whole, spectra = spectral_distance(got, wanted, self.config.sample_rate)
+            spectral, mel = spectral + whole / count, mel + spectra.detach() / count
             heard = codec.encode_mel(log_mel(got + hiss, self.config))
             perceived = perceived + (heard - right).abs().mean() / right.abs().mean() / count
-        return {"loss": mel + PERCEIVED * perceived, "mel": mel.detach(), "perceived": perceived.detach()}
+        return {"loss": spectral + PERCEIVED * perceived, "mel": mel, "perceived": perceived.detach()}
 
     def validate(self) -> dict[str, float]:
         return reconstruction(self.model(), self.unheard)

@@ -1,4 +1,4 @@
-"""Sentences -> speech, by flite, festival and espeak-ng (Debian packages): what is trained on is made on the spot.
+"""Sentences -> speech, by flite, festival, espeak-ng and Pico: what is trained on is made on the spot.
 
 Rate and pitch are their own settings. `warp` plays the result faster or slower through the package's resampler, which
 moves the formants as another speaker's vocal tract does.
@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +33,13 @@ PHONES = (
     "zh",
 )  # fmt: skip
 
-PACKAGES = {"flite": "flite", "festival": "festival festvox-kdlpc16k", "espeak-ng": "espeak-ng"}
-"""Debian's, of each synthesizer."""
+INSTALL = {
+    "flite": "apt-get install flite",
+    "festival": "apt-get install festival festvox-kdlpc16k",
+    "espeak-ng": "apt-get install espeak-ng",
+    "pico": "pip install ttspico",
+}
+"""How to get each synthesizer."""
 
 ESPEAK = "espeak "
 """Begins the voices of espeak-ng: "espeak en-us+m3"."""
@@ -42,11 +50,16 @@ ESPEAK_WORDS, ESPEAK_PITCH = 165, 50
 FESTIVAL = {"ked": "voice_ked_diphone"}
 """Its own names of the voices that festival speaks."""
 
-FESTIVAL_SCALE = "0.5"
-"""Its voice is so loud that it would be cut off at other rates of sampling."""
+PICO = {"pico us": "en-US", "pico gb": "en-GB"}
+"""Its own names of the voices that Pico speaks."""
+
+SCALE = 0.5
+"""Of festival and Pico, so loud that they would be cut off at other rates of sampling."""
 
 PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95, "ked": 105}
 """Mean pitch of each voice in Hz, as flite and festival speak without being told otherwise."""
+
+_PICO_IN_USE = Lock()
 
 HURRY = 0.3
 """Of a step of the grid: what a word that is longer by less leaves out, and does not fill another step for."""
@@ -61,7 +74,7 @@ class Manner:
     """How a sentence is spoken.
 
     Args:
-        voice: of flite or festival, a key of `PITCH`, or of espeak-ng, see `ESPEAK`.
+        voice: of flite or festival, a key of `PITCH`, of Pico, a key of `PICO`, or of espeak-ng, see `ESPEAK`.
         stretch: of durations, over the voice's own. pitch: mean over the voice's own.
         warp: playback speed of the result.
         grid: seconds, of flite: each word begins a multiple of them after the first one, which its rate is adapted to.
@@ -100,12 +113,18 @@ def has_festival() -> bool:
     return shutil.which("text2wave") is not None
 
 
+def has_pico() -> bool:
+    return find_spec("ttspico") is not None
+
+
 def synthesize(text: str, manner: Manner) -> Utterance:
     """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for nothing else."""
     if manner.voice.startswith(ESPEAK):
         return _espeak(text, manner) if has_espeak() else tones(text, manner)
     if manner.voice in FESTIVAL:
         return _festival(text, manner) if has_festival() else tones(text, manner)
+    if manner.voice in PICO:
+        return _pico(text, manner) if has_pico() else tones(text, manner)
     return _flite(text, manner) if has_flite() else tones(text, manner)
 
 
@@ -116,7 +135,7 @@ def _espeak(text: str, manner: Manner) -> Utterance:
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode or not done.stdout:
         problem = done.stderr.decode(errors="replace").strip()[:80]
-        raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): apt-get install {PACKAGES['espeak-ng']}")
+        raise SynthesisError(f"espeak-ng failed at {text!r} ({problem}): {INSTALL['espeak-ng']}")
     return Utterance(load_audio(done.stdout, RATE), _usual_phones(text))
 
 
@@ -131,17 +150,34 @@ def _festival(text: str, manner: Manner) -> Utterance:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
         options = [part for setting in settings for part in ("-eval", setting)]
-        command = ["text2wave", *options, "-scale", FESTIVAL_SCALE, "-o", str(path)]
+        command = ["text2wave", *options, "-scale", str(SCALE), "-o", str(path)]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if done.returncode or not path.exists():
             problem = f"festival failed at {text!r} ({done.stderr.strip()[:80]})"
-            raise SynthesisError(f"{problem}: apt-get install {PACKAGES['festival']}")
-        return Utterance(_warped(path, manner), _usual_phones(text))
+            raise SynthesisError(f"{problem}: {INSTALL['festival']}")
+        return Utterance(_warped(load_audio(path, SYNTHESIZED_RATE), manner), _usual_phones(text))
 
 
-def _warped(path: Path, manner: Manner) -> Tensor:
-    """The file's samples at 24 kHz, played at the manner's speed."""
-    return resample(load_audio(path, SYNTHESIZED_RATE), round(SYNTHESIZED_RATE * manner.warp / 800) * 800, RATE)
+def _pico(text: str, manner: Manner) -> Utterance:
+    engine = _pico_engine(PICO[manner.voice])
+    with _PICO_IN_USE:
+        engine.rate = round(100 / (manner.stretch * manner.warp))
+        engine.pitch = round(100 * manner.pitch / manner.warp)
+        spoken = engine.speak(text)
+    wav = torch.frombuffer(bytearray(spoken), dtype=torch.int16).float() * (SCALE / 2**15)
+    return Utterance(_warped(wav, manner), _usual_phones(text))
+
+
+@cache
+def _pico_engine(language: str) -> Any:
+    from ttspico import TtsEngine
+
+    return TtsEngine(language)
+
+
+def _warped(wav: Tensor, manner: Manner) -> Tensor:
+    """Samples at 16 kHz -> at 24 kHz, played at the manner's speed."""
+    return resample(wav, round(SYNTHESIZED_RATE * manner.warp / 800) * 800, RATE)
 
 
 def _usual_phones(text: str) -> list[int]:
@@ -165,7 +201,7 @@ def _flite(text: str, manner: Manner) -> Utterance:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
         found = _segments([*options, "-t", spoken, "-o", str(path)], text)
-        wav = _warped(path, manner)
+        wav = _warped(load_audio(path, SYNTHESIZED_RATE), manner)
     starts, ends = ([round(second * RATE / manner.warp) for second in each] for each in (found.starts, found.ends))
     return Utterance(wav, _indices(found.phones), found.words, starts, ends)
 
@@ -206,7 +242,7 @@ def _run_flite(options: Sequence[str]) -> list[str]:
     done = subprocess.run(["flite", *options], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.strip():
         problem = f"flite failed at {options} ({done.stderr.strip()[:80]})"
-        raise SynthesisError(f"{problem}: apt-get install {PACKAGES['flite']}")
+        raise SynthesisError(f"{problem}: {INSTALL['flite']}")
     return done.stdout.split()
 
 

@@ -21,7 +21,7 @@ def sizes() -> data.Sizes:
 @pytest.fixture(scope="module")
 def parts(sizes: data.Sizes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.Part]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("has_flite", "has_festival", "has_espeak"):
+        for name in ("has_flite", "has_festival", "has_espeak", "has_pico"):
             patch.setattr(synthesis, name, lambda: False)
         return data.make(tmp_path_factory.mktemp("data"), sizes)
 

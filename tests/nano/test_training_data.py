@@ -12,7 +12,7 @@ from training.tokenizer import INSTRUCTIONS
 
 
 def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
-    for name in ("has_flite", "has_festival", "has_espeak"):
+    for name in ("has_flite", "has_festival", "has_espeak", "has_pico"):
         monkeypatch.setattr(synthesis, name, lambda: False)
     again = data.make(tmp_path, sizes)
     for name, part in parts.items():
@@ -28,7 +28,7 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("voice", "package"), [("slt", "flite"), ("ked", "festvox-kdlpc16k"),
                                                 ("espeak en-us+m3", "espeak-ng")])  # fmt: skip
 def test_a_synthesizer_that_fails_names_its_package(voice, package, monkeypatch):
-    for name in ("has_flite", "has_festival", "has_espeak"):
+    for name in ("has_flite", "has_festival", "has_espeak", "has_pico"):
         monkeypatch.setattr(synthesis, name, lambda: True)
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such voice")
     monkeypatch.setattr(subprocess, "run", lambda *_, **given: in_kind(given, failed))
