@@ -1,14 +1,14 @@
 # `make demo` and `make test` do all of their own set-up in .venv. PYTHON chooses the interpreter, 3.11 to 3.13.
 PYTHON ?= python3
-AUDIO ?= tests/golden/audio/en_m_24k.wav
 OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo test kernels bench nano lint types unit golden interpreted compiled clean
 
+# Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
-	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
+	$(BIN)/mimo-fast demo $(AUDIO) -o $(OUT) $(if $(TEXT),--text "$(TEXT)") $(if $(MODEL),--model $(MODEL)) $(if $(CODEC),--codec $(CODEC))
 
 # What this machine's CPU does: tables, benchmarks/results/DATE-cpu.jsonl and docs/performance.md, in ten minutes.
 bench: $(READY)

@@ -1,7 +1,7 @@
 """mimo-fast: a low-latency runtime for MiMo-Audio speech language models.
 
-    model = mimo_fast.load("XiaomiMiMo/MiMo-Audio-7B-Instruct", "XiaomiMiMo/MiMo-Audio-Tokenizer")
-    for chunk in model.stream("tts", "It works."):
+    model = mimo_fast.load()    # nano, inside the package; or "XiaomiMiMo/MiMo-Audio-7B-Instruct", a directory, ...
+    for chunk in model.stream("tts", "seven forty two"):
         play(chunk.audio, chunk.sample_rate)
 
 Dimension letters, used in every docstring:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from . import __version__, commands
 from .bench.command import bench
-from .demo import demo
+from .demo import SENTENCE, demo
+from .embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL
 from .errors import MimoFastError
 from .runtime.memory import OFFLOADABLE
 
-DEFAULT_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
-DEFAULT_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"
-DEFAULT_CODEC = "XiaomiMiMo/MiMo-Audio-Tokenizer"
 TRACEBACK = "MIMO_FAST_TRACEBACK"
+EMBEDDED = "nano, inside the package"
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -55,11 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mimo-fast {__version__}")
     commands_ = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Command, help: str, model: str | None = DEFAULT_MODEL) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Command, help: str, published: str | None = PUBLISHED_MODEL, default: str = EMBEDDED
+    ) -> argparse.ArgumentParser:
         sub = commands_.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        if model is not None:
-            _add_model_options(sub, model)
+        sub.set_defaults(run=run, published=published)
+        if published is not None:
+            _add_model_options(sub, published, default)
         return sub
 
     tts = command("tts", commands.tts, "Say a text.")
@@ -89,22 +90,24 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--thinking", action="store_true", help="with --text: let the model think before it answers")
     _add_generation_options(chat)
 
-    more = command("continue", commands.carry_on, "Carry a recording on (a base model does this).", DEFAULT_BASE)
+    more = command("continue", commands.carry_on, "Carry a recording on (a base model does this).", PUBLISHED_BASE)
     more.add_argument("audio", type=Path)
     _add_output(more)
     more.add_argument("--join", action="store_true", help="write the recording and its continuation as one file")
     _add_generation_options(more)
 
-    show = command("demo", demo, "Run the whole pipeline on a recording and time its stages.", "")
-    show.add_argument("audio", type=Path)
+    show = command("demo", demo, "Say a text, transcribe a recording and answer it; time every stage.")
+    show.add_argument("audio", type=Path, nargs="?", help="what to transcribe and to answer [a question in English]")
+    show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
     show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
     show.add_argument("--json", type=_writable, metavar="FILE", help="write the table there as well")
     _add_generation_options(show)
 
-    speed = command("bench", bench, "Measure this machine: speed, first audio, streams it can carry, memory.", "")
+    speed = command("bench", bench, "Measure this machine: speed, first audio, streams it can carry, memory.",
+                    default="random weights; nano with --quality")  # fmt: skip
     speed.add_argument("--json", type=_writable, metavar="FILE", help="write the table there as well")
     judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
-    judge.add_argument("--quality", action="store_true", help="compare formats with --model's own weights")
+    judge.add_argument("--quality", action="store_true", help="compare formats with a model's own weights")
     judge.add_argument("--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]")
     judge.add_argument("--audio", type=Path, action="append", metavar="WAV", help="speech to compare on; repeatable")
     judge.add_argument("--text", action="append", metavar="TEXT", help="a text to be said; repeatable")
@@ -125,16 +128,17 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
 
-    command("info", commands.info, "Describe this machine, the kernels and, where given, a checkpoint.", "")
+    command("info", commands.info, "Describe this machine, the kernels and a checkpoint pair.")
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group("model")
-    model = os.environ.get("MIMO_FAST_MODEL", default)
-    codec = os.environ.get("MIMO_FAST_CODEC", DEFAULT_CODEC if default else "")
-    group.add_argument("--model", default=model, metavar="DIR|ID", help=f"language model [{model or 'none'}]")
-    group.add_argument("--codec", default=codec, metavar="DIR|ID", help=f"audio tokenizer [{codec or 'none'}]")
+def _add_model_options(parser: argparse.ArgumentParser, published: str, default: str) -> None:
+    group = parser.add_argument_group("model", f"one without the other goes with {published} or {PUBLISHED_CODEC}")
+    for option, variable, what in (
+        ("--model", "MIMO_FAST_MODEL", "language model"), ("--codec", "MIMO_FAST_CODEC", "audio tokenizer"),
+    ):  # fmt: skip
+        chosen = os.environ.get(variable) or None
+        group.add_argument(option, default=chosen, metavar="DIR|ID", help=f"{what} [{chosen or default}]")
     group.add_argument("--revision", help="of the language model, on the hub")
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     group.add_argument("--cache-dir", type=Path, help="where downloads are kept")

@@ -13,14 +13,19 @@ from tqdm import tqdm
 from .audio import load_audio, save_wav
 from .checkpoint import open_weights
 from .config import read_json
+from .embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
 from .errors import MimoFastError
 from .initialize import init_checkpoint
-from .loading import HubOptions, LoadOptions
+from .loading import HubOptions, LoadOptions, PathLike
 from .machine import describe_checkpoint, describe_machine, useful_threads
 from .mimo_audio import MimoAudio
 from .quantization import FOREIGN_KEY, import_checkpoint, quantize_checkpoint
 from .runtime.reply import Chunk
+from .spelling import spell
 from .verify import Golden, verify
+
+WORDS_NAMED = 8
+"""Of those that a warning is about."""
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
@@ -32,11 +37,22 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     }
 
 
+def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
+    """The language model and the codec that the command's options mean; says so where nothing named them."""
+    lm, codec = resolve_pair(args.model, args.codec, args.published)
+    if args.model is None and args.codec is None:
+        say(f"using nano, which speaks, transcribes and answers in a small closed domain of English (see {CARD}); "
+            f"for the published model give --model {args.published} --codec {PUBLISHED_CODEC}")  # fmt: skip
+    return lm, codec
+
+
 def load_model(args: argparse.Namespace) -> MimoAudio:
-    """The model that the command's options name."""
-    say(f"loading {args.model} and {args.codec}")
+    """The model that the command's options mean."""
+    lm, codec = find_pair(args)
+    if Path(lm).parent != NANO:
+        say(f"loading {lm} and {codec}")
     options, quantization = load_options(args), args.quantization
-    model = MimoAudio(args.model, args.codec, args.device, dtype=args.dtype, quantization=quantization, **options)
+    model = MimoAudio(lm, codec, args.device, dtype=args.dtype, quantization=quantization, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
     return model
@@ -47,6 +63,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def warn_of_words(model: MimoAudio, text: str) -> None:
+    """Names the words of a text to be said that the model was not trained on, where it is known on which it was."""
+    known = model.tokenizer.trained_words
+    unknown = [word for word in dict.fromkeys(spell(text)) if known and word not in known]
+    if unknown:
+        more = ", ..." if len(unknown) > WORDS_NAMED else ""
+        named = ", ".join(unknown[:WORDS_NAMED])
+        say(f"warning: this model was not trained on, and may garble: {named}{more}")
+
+
 def tts(args: argparse.Namespace) -> int:
     text = sys.stdin.read().strip() if args.text == "-" else args.text
     if not text:
@@ -54,6 +80,8 @@ def tts(args: argparse.Namespace) -> int:
     if args.voice and not (args.instruct or args.natural):
         raise MimoFastError("--voice needs --instruct or --natural: the model clones voices in those forms alone")
     model = load_model(args)
+    if not args.natural:
+        warn_of_words(model, text)
     chunks = model.stream(
         "tts", text, args.instruct, not args.natural, args.voice, seed=args.seed, max_new_tokens=args.max_tokens
     )
@@ -161,8 +189,11 @@ def quantize(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     for line in describe_machine():
         print(line)
-    for source, kind in ((args.model, "lm"), (args.codec, "codec")):
-        if source:
+    lm, codec = find_pair(args)
+    alone = (args.model is None) != (args.codec is None)
+    for source, kind, named in ((lm, "lm", args.model), (codec, "codec", args.codec)):
+        # Of what the published other of one alone is, nobody asked.
+        if named or not alone:
             hub: HubOptions = {"cache_dir": args.cache_dir, "local_files_only": args.offline}
             hub["revision"] = args.revision if kind == "lm" else args.codec_revision
             for line in describe_checkpoint(source, kind, hub):

@@ -1,89 +1,94 @@
-"""The whole pipeline on one recording: encode, answer in streaming, decode; with the time each stage took."""
+"""All of it in one go: a text is said, a recording transcribed and answered by voice, and every stage timed."""
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .audio import load_audio, save_wav
-from .commands import load_model, say
+from .commands import load_model, say, warn_of_words
+from .embedded import QUESTION
 from .errors import MimoFastError
-from .initialize import init_checkpoint
 from .machine import describe_machine
 from .mimo_audio import MimoAudio
+from .runtime.reply import ChunkStream
 
-RANDOM_REPLY = 60
-"""Groups that a random model, which does not know when to stop, is made to speak: 9.6 s if all are audio."""
+SENTENCE = "tomorrow is tuesday december twenty five"
+"""The embedded model was not trained on it, but on its words."""
 
 Result = TypeVar("Result")
 
 
 def demo(args: argparse.Namespace) -> int:
-    """`mimo-fast demo AUDIO`: with a given model, or with a tiny random one that is made for it and thrown away."""
-    if bool(args.model) != bool(args.codec):
-        raise MimoFastError("--model and --codec go together; leave out both for a random tiny pair")
-    wav = load_audio(args.audio, 24000)
+    """`mimo-fast demo [AUDIO]`: --text is said; AUDIO, or the question in the package, transcribed and answered."""
+    if not args.text.strip():
+        raise MimoFastError("there is no text to say")
+    recording = args.audio or QUESTION
+    wav = load_audio(recording, 24000)
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.model:
-        return _run(args, wav, min_groups=0)
-    folder = Path(tempfile.mkdtemp(prefix="mimo-fast-demo-"))
-    try:
-        say("no model given: using a tiny one with random weights. It shows the pipeline; it makes noise, not words.")
-        args.model, args.codec = init_checkpoint(folder / "tiny", "tiny", progress=False)
-        args.max_tokens = args.max_tokens or RANDOM_REPLY
-        return _run(args, wav, min_groups=min(RANDOM_REPLY, args.max_tokens))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _run(args: argparse.Namespace, wav: torch.Tensor, min_groups: int) -> int:
     model, loading = _timed(lambda: load_model(args))
-    rate = model.codec.sample_rate
-    seconds = len(wav) / rate
-    say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}; the recording is {seconds:.2f} s long")
+    warn_of_words(model, args.text)
+    say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")
     table = Table()
     table.row("load", loading)
+    texts, sounds = _talk(model, args, wav, table)
+    print(f"\nthe recording: {recording}")
+    for what, text in texts.items():
+        print(f"{what + ':':<10}{text!r}")
+    for name, samples in sounds.items():
+        # Nothing is what an untrained model may say.
+        if len(samples):
+            save_wav(args.output / name, samples, model.codec.sample_rate)
+            print(f"wrote {args.output / name}")
+    if args.json:
+        table.write(args.json, [*describe_machine()], texts)
+    return 0
+
+
+def _talk(
+    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "Table"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Every stage in turn, its rows added: what was said, heard and answered, and waveforms [n] by file name."""
+    seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
+    seconds = len(wav) / rate
+    saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)
+    said, spoken = _follow("say", saying, table)
     codes, encoding = _timed(lambda: model.codec.encode(wav, model.audio_channels))
     table.row(f"encode to {len(codes)} x {codes.shape[1]} codes", encoding, seconds)
     decoded, decoding = _timed(lambda: model.codec.decode(codes).cpu())
     table.row("decode them again", decoding, len(decoded) / rate)
-    written = {"recording_decoded.wav": decoded}
-    audio, text = _answer(model, wav, args, min_groups, table)
-    if len(audio):
-        written["reply.wav"] = audio
-    print(f"\ntext of the reply: {text!r}")
-    for name, samples in written.items():
-        save_wav(args.output / name, samples, rate)
-        print(f"wrote {args.output / name}")
-    if args.json:
-        table.write(args.json, [*describe_machine()])
-    return 0
+    hearing = model.stream("asr", wav, seed=seed, max_new_tokens=limit)
+    heard, _ = _follow("transcribe", hearing, table, seconds, speaks=False)
+    answered, reply = _follow("answer", model.session(seed=seed).stream(wav, limit), table, seconds)
+    texts = {"said": said, "heard": heard, "answered": answered}
+    return texts, {"said.wav": spoken, "recording_decoded.wav": decoded, "reply.wav": reply}
 
 
-def _answer(
-    model: MimoAudio, wav: torch.Tensor, args: argparse.Namespace, min_groups: int, table: "Table"
-) -> tuple[torch.Tensor, str]:
-    """Answers in streaming and adds the rows that only a stream has."""
-    session = model.session(seed=0 if args.seed is None else args.seed)
+def _follow(
+    name: str, stream: ChunkStream, table: "Table", heard: float = 0.0, speaks: bool = True
+) -> tuple[str, Tensor]:
+    """A reply as it comes, with the rows that only a stream has: its text and waveform [n].
+
+    heard: seconds of recording in its prompt; they are what a reply that does not speak is timed against.
+    """
     chunks = []
-    with tqdm(desc="answering", total=args.max_tokens, unit="group", disable=None, leave=False) as bar:
-        for chunk in session.stream(wav, args.max_tokens, min_groups):
+    with tqdm(desc=name, unit="group", disable=None, leave=False) as bar:
+        for chunk in stream:
             chunks.append(chunk)
             bar.update(1)
     timing = chunks[-1].timing
-    spoken = timing.audio_seconds
-    table.row(f"encode and prefill {session.prefilled} groups", timing.prefill, len(wav) / model.codec.sample_rate)
-    table.row(f"answer {timing.groups} groups, streaming", timing.elapsed - timing.prefill, spoken)
+    table.row(f"{name}: {'encode and ' if heard else ''}prefill", timing.prefill, heard)
+    audio = timing.audio_seconds if speaks else heard
+    table.row(f"{name}: {timing.groups} groups, streaming", timing.elapsed - timing.prefill, audio)
     if timing.first_audio is not None:
-        table.row("time to first audio", timing.first_audio)
-    return torch.cat([chunk.audio for chunk in chunks]), "".join(chunk.text for chunk in chunks).strip()
+        table.row(f"{name}: time to first audio", timing.first_audio)
+    return "".join(chunk.text for chunk in chunks).strip(), torch.cat([chunk.audio for chunk in chunks])
 
 
 class Table:
@@ -91,17 +96,18 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        print(f"{'stage':<34}{'audio':>9}{'time':>11}{'real-time factor':>18}")
+        print(f"{'stage':<34}{'audio':>9}{'time':>11}{'real-time factor':>18}", flush=True)
 
-    def row(self, stage: str, time: float, audio: float | None = None) -> None:
-        """time and audio in seconds; audio None where there is none to compare with."""
-        self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio})
+    def row(self, stage: str, time: float, audio: float = 0.0) -> None:
+        """time and audio in seconds; audio 0 where there is none to compare with."""
+        self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio or None})
         length = f"{audio:.2f} s" if audio else ""
         factor = f"{time / audio:.3f}" if audio else ""
         print(f"{stage:<34}{length:>9}{1000 * time:>8.0f} ms{factor:>18}".rstrip(), flush=True)
 
-    def write(self, path: Path, machine: list[str]) -> None:
-        path.write_text(json.dumps({"machine": machine, "stages": self.rows}, indent=1) + "\n", encoding="utf-8")
+    def write(self, path: Path, machine: list[str], texts: dict[str, str]) -> None:
+        content = {"machine": machine, "stages": self.rows, "texts": texts}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .audio import AudioSource, save_wav
+from .embedded import resolve_pair
 from .history import KeepsHistory
 from .loading import LoadOptions, PathLike, load_parts
 from .prompt_builder import Message
@@ -280,12 +281,16 @@ class MimoAudio(KeepsHistory):
 
 
 def load(
-    lm: PathLike,
-    codec: PathLike,
+    lm: PathLike | None = None,
+    codec: PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     quantization: Any = None,
     **options: Unpack[LoadOptions],
 ) -> MimoAudio:
-    """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s."""
-    return MimoAudio(lm, codec, device, dtype=dtype, quantization=quantization, **options)
+    """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s.
+
+    Without either, or by the name "nano", it is the small pair inside the package; one alone goes with the published
+    other.
+    """
+    return MimoAudio(*resolve_pair(lm, codec), device, dtype=dtype, quantization=quantization, **options)

@@ -12,6 +12,7 @@ from .errors import PromptError
 from .prompt import Reply, Segment, Speech
 from .runtime.codec import Codec
 from .runtime.lm import LM
+from .spelling import spell
 from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -70,6 +71,8 @@ class PromptBuilder:
         seed: int | None = None,
     ) -> Tensor:
         voice = self._voice(prompt_speech)
+        if read_text_only and self.tokenizer.trained_words and isinstance(input, str):
+            input = self._spelled(input)
         return self._ids(prompt.tts(input, instruct, read_text_only, voice, template, seed))
 
     def get_audio_understanding_sft_prompt(
@@ -142,6 +145,12 @@ class PromptBuilder:
 
     def get_speech_continuation_prompt(self, audio: AudioSource) -> Tensor:
         return self._ids(prompt.continuation(self.speech(audio, closed=False)))
+
+    def _spelled(self, text: str) -> str:
+        words = spell(text)
+        if not words:
+            raise PromptError(f"there is no word to say in {text!r:.80}: this model knows words and numbers alone")
+        return " ".join(words)
 
     def _voice(self, audio: AudioSource | None) -> Speech | None:
         # Upstream takes an empty path for none.

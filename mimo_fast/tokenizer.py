@@ -27,6 +27,9 @@ CHAT_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+TRAINED_WORDS = "trained_words"
+"""Our key of tokenizer_config.json: a list of lower-case words."""
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -117,6 +120,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; where the vocabulary has gaps, the largest id is larger."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def trained_words(self) -> frozenset[str]:
+        """The only words that the model was trained on, where tokenizer_config.json states them; else none."""
+        return frozenset(self._config.get(TRAINED_WORDS) or ())
 
     @cached_property
     def eos_id(self) -> int:

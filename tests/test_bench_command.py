@@ -10,6 +10,7 @@ from helpers import KIT
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.cli import main
+from mimo_fast.embedded import NANO
 from mimo_fast.errors import DeviceMemoryError
 
 PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
@@ -53,6 +54,11 @@ def test_a_given_model(capsys, tmp_path):
     assert (metrics["text_groups"], metrics["audio_groups"]) == (command.WORDS, command.PATCHES)
     # At the end of the context.
     assert metrics["prompt_groups"] + command.WORDS + command.PATCHES + 2 == 200
+
+
+def test_the_embedded_model_by_its_name(capsys):
+    assert main(["bench", "--model", "nano"]) == 0
+    assert f"model: {NANO / 'lm'}, replies of a set length\n" in capsys.readouterr().out
 
 
 def test_one_stream_that_does_not_fit_is_an_error(capsys, monkeypatch):
@@ -121,7 +127,7 @@ def test_time_is_kept(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["--model", "somewhere"], 1, "--model and --codec go together"),
+        (["--model", "somewhere"], 1, "no directory somewhere"),
         (["--model", "no/such/folder", "--codec", "neither", "--offline"], 1, "mimo-fast: error: "),
         (["--text", "Hello."], 1, "--format, --audio and --text go with --quality"),
         (["--device", "abacus"], 1, "abacus"),

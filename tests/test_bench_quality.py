@@ -102,7 +102,7 @@ def test_a_worse_model_is_told_from_a_better(model, lesson, tmp_path, kit):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--audio", AUDIO], "--quality needs --model and --codec"),
+        ([], "--quality needs --audio or --text"),
         (PAIR, "--quality needs --audio or --text"),
         ([*PAIR, "--audio", "missing.wav"], "missing.wav"),
         ([*PAIR, "--text", "Hi.", "--quantization", "int8"], "use --format in place of --quantization"),

@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, exit codes, one-line errors, no stray files."""
 
+import json
 import os
 import resource
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import torch
 from safetensors.torch import load_file, save_file
 
 from mimo_fast import cli
@@ -58,6 +58,27 @@ def test_tts_is_repeatable_and_styles_change_it(capsys, tmp_path):
 
     assert say() == say()
     assert len({say(), say("--instruct", "slowly"), say("--natural"), say("--natural", "--voice", AUDIO)}) == 4
+
+
+def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_path):
+    shutil.copytree(KIT / "checkpoint" / "lm", tmp_path / "lm")
+    path = tmp_path / "lm" / "tokenizer_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(raw | {"trained_words": ["seven", "forty", "two", "hello"]}), encoding="utf-8")
+    limited = ["--model", tmp_path / "lm", *PAIR[2:]]
+
+    def warnings(text: str, *options: object) -> list[str]:
+        code, _, err = run(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
+        assert code == 0, err
+        return [line for line in err.splitlines() if line.startswith("warning")]
+
+    text = "Seven 42, hello world of worlds: hello world!"
+    assert warnings(text, *limited) == ["warning: this model was not trained on, and may garble: world, of, worlds"]
+    for fine in (["Seven 42, hello.", *limited], [text, *limited, "--natural"], [text, *PAIR]):
+        assert warnings(*fine) == []
+    (many,) = warnings("a b c d e f g h i", *limited)
+    assert many.endswith(": a, b, c, d, e, f, g, h, ...")
+    assert "no word to say" in fails(capsys, "tts", "!?", "-o", tmp_path / "a.wav", *limited)
 
 
 def test_asr_prints_a_line_a_recording(capsys):
@@ -149,20 +170,6 @@ def test_quantize_and_speak(capsys, tmp_path, form):
     assert "quantized already" in fails(capsys, "asr", AUDIO, "--quantization", form, *small)
 
 
-def test_demo_times_every_stage(capsys, tmp_path):
-    threads = torch.get_num_threads()
-    try:
-        code, out, err = run(capsys, "demo", AUDIO, "-o", tmp_path / "out", "--json", tmp_path / "t.json")
-    finally:
-        torch.set_num_threads(threads)
-    assert code == 0
-    for stage in ("load", "encode to 8 x 63", "decode", "prefill", "answer", "time to first audio"):
-        assert stage in out
-    assert "random weights" in err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recording_decoded.wav", "reply.wav"]
-    assert (tmp_path / "t.json").stat().st_size
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [(b"", "empty|no samples|cannot"), (b"just text\n" * 99, "cannot decode"), (b"RIFF", "cannot decode")],
@@ -185,7 +192,7 @@ def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, com
         (["tts", "", "-o", "a.wav", *PAIR], "no text"),
         (["chat", AUDIO, *PAIR], "-o FILE.wav"),
         (["chat", "--text", "Hi.", "-o", "a.wav", *PAIR], "--text"),
-        (["demo", AUDIO, "--model", PAIR[1]], "go together"),
+        (["demo", "-o", ".", *PAIR[:2], "--cache-dir", "none", "--offline"], "Tokenizer is not in the cache"),
         (["verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "audio"], "golden.json"),
         (["asr", AUDIO, "--device", "nonsense", *PAIR], "nonsense"),
     ],

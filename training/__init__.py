@@ -1,7 +1,7 @@
 """Trains `nano`, a small pair of exactly MiMo-Audio's architecture, from nothing: speech that is made on the spot.
 
     python -m training all          data, codec, decoder, codes, language model, export, evaluation and model card,
-                                    into training_output/
+                                    into training_output/; its nano/ is what the package ships as mimo_fast/assets/nano
     python -m training --smoke      a few steps of everything
 
 Each command goes on where it was stopped, and `decoder` and `lm` may run side by side. What is computed is the

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from mimo_fast.checkpoint import write_json
 from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
-from mimo_fast.tokenizer import MODEL_TOKENS, Tokenizer
+from mimo_fast.tokenizer import MODEL_TOKENS, TRAINED_WORDS, Tokenizer
 
 from . import domain
 
@@ -52,6 +52,6 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", TRAINED_WORDS: list(domain.vocabulary()),
     })  # fmt: skip
     return Tokenizer.from_directory(directory)

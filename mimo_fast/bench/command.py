@@ -46,8 +46,6 @@ TEXT_GROUPS = 60
 
 def bench(args: argparse.Namespace) -> int:
     """The command: the table on stdout, everything else on stderr."""
-    if bool(args.model) != bool(args.codec):
-        raise MimoFastError("--model and --codec go together; leave out both for random weights")
     if args.quality:
         from .quality import quality
 
@@ -157,13 +155,14 @@ def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) ->
         print(f"model: {what}", flush=True)
         return {"model": what, "preset": preset, "quantization": quantization}
 
-    if args.model:
-        from ..commands import load_options
+    if args.model is not None or args.codec is not None:
+        from ..commands import find_pair, load_options
 
+        lm, codec = find_pair(args)
         quantized = f", {args.quantization}" if args.quantization else ""
-        about = announced(None, args.quantization, f"{args.model}{quantized}, replies of a set length")
+        about = announced(None, args.quantization, f"{lm}{quantized}, replies of a set length")
         options = load_options(args)
-        return Target.load(args.model, args.codec, args.quantization, args.dtype, device, True, **options), about
+        return Target.load(lm, codec, args.quantization, args.dtype, device, True, **options), about
     quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:

@@ -77,14 +77,15 @@ class CodecQuality:
 
 def quality(args: argparse.Namespace) -> int:
     """`mimo-fast bench --quality`: a table per format on stdout."""
-    if not args.model:
-        raise MimoFastError("--quality needs --model and --codec: random weights have no quality to lose")
+    from ..commands import find_pair
+
     if not args.audio and not args.text:
         raise MimoFastError("--quality needs --audio or --text to compare on")
     if args.quantization:
         raise MimoFastError("--quality chooses the formats itself: use --format in place of --quantization")
     formats = tuple(dict.fromkeys(args.format or FORMATS))
     wavs = [load_audio(path, 24000) for path in args.audio or ()]
+    args.model, args.codec = find_pair(args)
     model = _load(args, None)
     sequences = list(own_sequences(model, wavs, args.text or ()))
     reference = [teacher_forced(model.lm, sequence) for sequence in sequences]

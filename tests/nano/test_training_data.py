@@ -147,3 +147,4 @@ def test_every_word_of_the_domain_is_a_token(tokenizer):
     assert tokenizer.decode(tokenizer.encode("Naïve 7!")).strip() == "naïve 7!"
     assert len(tokenizer.encode(f": seven({INSTRUCTIONS['slow']})")) <= 6
     tokenizer.check_vocab(lm.lm_config().vocab_size)
+    assert tokenizer.trained_words == set(domain.vocabulary())

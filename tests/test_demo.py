@@ -1,0 +1,84 @@
+"""`mimo-fast demo` as a newcomer meets it; whatever the weights say, its table, texts and files are there."""
+
+import json
+
+import pytest
+import soundfile
+import torch
+from helpers import KIT
+
+from mimo_fast.cli import main
+from mimo_fast.demo import SENTENCE
+from mimo_fast.embedded import QUESTION
+from training import domain
+
+AUDIO = KIT / "audio" / "en_m_24k.wav"
+PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
+STAGES = [
+    "load", "say: prefill", "say: N groups, streaming", "encode to 8 x N codes", "decode them again",
+    "transcribe: encode and prefill", "transcribe: N groups, streaming",
+    "answer: encode and prefill", "answer: N groups, streaming",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def without_counts(stage: str) -> str:
+    head, *rest = stage.split(" ")
+    return " ".join([head, *("N" if word.isdigit() and word != "8" else word for word in rest)])
+
+
+def test_without_a_model_the_embedded_one_speaks_listens_and_answers(capsys, tmp_path):
+    assert main(["demo", "-o", str(tmp_path / "out"), "--json", str(tmp_path / "t.json"), "--max-tokens", "60"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("using nano, ")
+    assert "warning" not in err
+    table, texts = (part.splitlines() for part in out.split("\n\n"))
+    record = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    stages = [row["stage"] for row in record["stages"]]
+    assert [stage for stage in map(without_counts, stages) if "first audio" not in stage] == STAGES
+    assert table[0].split() == ["stage", "audio", "time", "real-time", "factor"]
+    assert [line for line, stage in zip(table[1:], stages, strict=True) if not line.startswith(stage)] == []
+    assert texts[0] == f"the recording: {QUESTION}"
+    said = [f"{name + ':':<10}{text!r}" for name, text in record["texts"].items()]
+    assert texts[1:4] == said
+    assert [*record["texts"]] == ["said", "heard", "answered"]
+    written = sorted(str(path) for path in (tmp_path / "out").iterdir())
+    assert sorted(line.removeprefix("wrote ") for line in texts[4:]) == written
+    assert str(tmp_path / "out" / "recording_decoded.wav") in written
+
+
+def test_with_a_model_and_a_recording(capsys, tmp_path):
+    arguments = ["demo", str(AUDIO), "--text", "Hello there.", "-o", str(tmp_path), *PAIR, "--max-tokens", "40"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("loading ")
+    assert f"the recording: {AUDIO}" in out
+    for stage in ("say: time to first audio", "encode to 8 x 63 codes", "answer: time to first audio"):
+        assert stage in out
+    names = ["recording_decoded.wav", "reply.wav", "said.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all(soundfile.info(tmp_path / name).samplerate == 24000 for name in names)
+    assert soundfile.info(tmp_path / "recording_decoded.wav").duration == pytest.approx(63 / 25)
+
+
+def test_it_names_words_that_the_model_was_not_trained_on(capsys, tmp_path):
+    assert main(["demo", "--text", "Hello, 42 penguins!", "-o", str(tmp_path / "out"), "--max-tokens", "5"]) == 0
+    assert "warning: this model was not trained on, and may garble: penguins\n" in capsys.readouterr().err
+
+
+def test_its_sentence_is_of_the_domain_and_new_to_the_model():
+    assert set(SENTENCE.split()) <= set(domain.vocabulary())
+    assert domain.is_held_out(SENTENCE)
+
+
+def test_wrong_input_is_one_line(capsys, tmp_path):
+    for arguments, problem in (([str(tmp_path / "no.wav")], "no.wav"), (["--text", " "], "no text to say")):
+        assert main(["demo", "-o", str(tmp_path / "out"), *arguments]) == 1
+        assert problem in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

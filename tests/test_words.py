@@ -1,0 +1,113 @@
+"""End to end, with the small model that is shipped: words in, words out, by ears that are not its own where it speaks.
+
+What it hears are recordings of flite's voice rms, which its training never heard; `tests/words/make.py` made them.
+"""
+
+import threading
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mimo_fast
+from mimo_fast.mimo_audio import MimoAudio
+from training import domain
+from training.listen import recognise, word_error_rate
+
+WORDS = Path(__file__).parent / "words"
+SENTENCES = [line for line in (WORDS / "sentences.txt").read_text(encoding="utf-8").splitlines() if line]
+QUESTIONS = [line for line in (WORDS / "questions.txt").read_text(encoding="utf-8").splitlines() if line]
+
+FORMATS = [None, "int8", "int4"]
+WRONG = 0.1
+"""Share of words that may be wrong: about twice what the model card measures over 200 sentences."""
+
+formats = pytest.mark.parametrize("quantization", FORMATS, ids=["float32", "int8", "int4"])
+
+
+@cache
+def nano(quantization: str | None) -> MimoAudio:
+    return mimo_fast.load(device="cpu", quantization=quantization)
+
+
+def recording(text: str) -> Path:
+    return WORDS / f"{text.replace(' ', '_')}.flac"
+
+
+def streamed(model: MimoAudio, task: str, request: object, seed: int) -> tuple[Tensor, str]:
+    chunks = [*model.stream(task, request, seed=seed, max_new_tokens=120)]
+    return torch.cat([chunk.audio for chunk in chunks]), "".join(chunk.text for chunk in chunks).strip()
+
+
+@cache
+def said(quantization: str | None) -> list[Tensor]:
+    return [streamed(nano(quantization), "tts", text, i)[0] for i, text in enumerate(SENTENCES)]
+
+
+def test_none_of_the_sentences_was_trained_on():
+    assert all(domain.is_held_out(text) for text in SENTENCES)
+    assert all(text in domain.dialogue() for text in QUESTIONS)
+
+
+@formats
+def test_what_it_says_is_understood_by_another_recogniser(quantization):
+    heard = [recognise(wav, nano(quantization).codec.sample_rate) for wav in said(quantization)]
+    assert word_error_rate(heard, SENTENCES) <= WRONG, heard
+
+
+@formats
+def test_what_it_says_is_understood_by_itself(quantization):
+    heard = [nano(quantization).asr_sft(wav, seed=0, max_new_tokens=60) for wav in said(quantization)]
+    assert word_error_rate(heard, SENTENCES) <= WRONG, heard
+
+
+@formats
+def test_it_understands_a_voice_it_has_never_heard(quantization):
+    heard = [nano(quantization).asr_sft(recording(text), seed=0, max_new_tokens=60) for text in SENTENCES]
+    assert word_error_rate(heard, SENTENCES) <= WRONG, heard
+
+
+@formats
+def test_it_answers_a_spoken_question_by_voice(quantization):
+    model, answers = nano(quantization), [domain.dialogue()[text] for text in QUESTIONS]
+    replies = [streamed(model, "spoken_dialogue", recording(text), i) for i, text in enumerate(QUESTIONS)]
+    heard = [recognise(wav, model.codec.sample_rate) for wav, _ in replies]
+    assert word_error_rate([text for _, text in replies], answers) <= WRONG, replies
+    assert word_error_rate(heard, answers) <= WRONG, heard
+
+
+@formats
+def test_streams_of_one_batch_say_what_each_would_say_alone(quantization):
+    model, found = nano(quantization), dict[int, Tensor]()
+
+    def speak(i: int) -> None:
+        found[i] = streamed(model, "tts", SENTENCES[i], i)[0]
+
+    threads = [threading.Thread(target=speak, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    heard = [recognise(found[i], model.codec.sample_rate) for i in range(4)]
+    alone = [recognise(wav, model.codec.sample_rate) for wav in said(quantization)[:4]]
+    assert word_error_rate(heard, alone) <= WRONG
+
+
+def test_speech_decoded_at_once_has_the_words_of_streamed_speech(tmp_path):
+    model = nano(None)
+    for i, text in enumerate(SENTENCES[:3]):
+        model.tts_sft(text, tmp_path / "said.wav", seed=i, max_new_tokens=120)
+        wav = mimo_fast.audio.load_audio(tmp_path / "said.wav", model.codec.sample_rate)
+        assert recognise(wav, model.codec.sample_rate) == recognise(said(None)[i], model.codec.sample_rate)
+
+
+def test_styles_are_heard():
+    model = nano(None)
+
+    def seconds(instruct: str) -> float:
+        chunks = [*model.stream("tts", SENTENCES[0], instruct, seed=0, max_new_tokens=160)]
+        return chunks[-1].timing.audio_seconds
+
+    assert seconds("speak slowly") > 1.2 * seconds("speak fast")
