@@ -29,6 +29,7 @@ from .decoder import DecoderTraining
 from .lm import LMTraining
 from .loop import trained_tensors
 from .parameters import build_codec
+from .start import start_from
 from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
 
@@ -158,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", nargs="?", choices=COMMANDS)
     parser.add_argument("--run", type=Path, default=Path("training_output"), help="directory of data, states, results")
+    parser.add_argument("--start", type=Path, help="exported pair (lm/ and codec/) to go on from, in a new directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
     parser.add_argument("--threads", type=int, help="of torch, over all processes; by default all cores")
@@ -177,6 +179,8 @@ def main() -> int:
             smoke(args.seed, args.workers)
             return 0
         steps = {args.command: args.steps} if args.steps else {}
+        if args.start and not parallel.is_worker():
+            start_from(args.start, args.run)
         recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
         run(recipe, args.command, args.count, args.workers)
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ from .codes import SAID
 from .data import Part
 from .loop import Losses, Run, Schedule
 from .losses import ctc, envelope_distance, mel_distance
-from .parameters import build_codec, config_json, initial_codec, is_fixed, trainable
+from .parameters import Tensors, build_codec, config_json, initial_codec, is_fixed, trainable
 from .rvq import Quantizer, unquantized
 from .synthesis import PHONES, RATE
 
@@ -57,6 +57,12 @@ def codec_config() -> CodecConfig:
     return CodecConfig.from_dict(config_json("codec"))
 
 
+def initial_tensors(config: CodecConfig, seed: int) -> Tensors:
+    """The codec's, and those of the linear layer that reads phones."""
+    head = {"ctc.weight": torch.zeros(len(PHONES) + 1, config.dim), "ctc.bias": torch.zeros(len(PHONES) + 1)}
+    return initial_codec(config, seed) | head
+
+
 @dataclass(frozen=True)
 class Spoken:
     """One utterance as the codec hears it and as it should sound, float32 [n], and its phones."""
@@ -72,9 +78,7 @@ class CodecTraining:
     def __init__(self, directory: Path, parts: dict[str, Part], schedule: Schedule = SCHEDULE, seed: int = 0,
                  device: str = "cpu") -> None:  # fmt: skip
         self.config = codec_config()
-        tensors = {name: tensor.to(device) for name, tensor in initial_codec(self.config, seed).items()}
-        tensors["ctc.weight"] = torch.zeros(len(PHONES) + 1, self.config.dim, device=device)
-        tensors["ctc.bias"] = torch.zeros(len(PHONES) + 1, device=device)
+        tensors = {name: tensor.to(device) for name, tensor in initial_tensors(self.config, seed).items()}
         self.quantizer = Quantizer(self.config, tensors)
         self.tensors, self.seed, self.device = tensors, seed, device
         # Replies are what the language model will say: they get a third of the codec's attention.

@@ -76,16 +76,15 @@ class LMTraining:
         seed: int = 0, device: str = "cpu", codec: Tensors | None = None,
     ) -> None:
         self.config = lm_config()
-        initial = initial_lm(self.config, seed)
+        initial = initial_tensors(self.config, seed)
         if codec is not None:
             names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(self.config.channels)]
             books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
             embed_codebooks(initial, books, usage)
-        initial |= initial_heads(self.config)
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
-        self._codes = codes
+        self.codes = codes
         self.run = Run(directory, NAME, trainable(self.tensors), {}, schedule)
 
     def train(self) -> None:
@@ -141,7 +140,7 @@ class LMTraining:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses on held-out sentences: transcribing a voice that training never hears, and reading text out."""
-        model, count = self.model(), min(VALIDATION, len(self._codes["unheard"]), len(self._codes["unsaid"]))
+        model, count = self.model(), min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"]))
         heard = [self.examples.transcription("unheard", i) for i in range(count)]
         said = [self.examples.reading("unsaid", i) for i in range(count)]
         asr, _ = batch_losses(model, collate(heard, self.config, self.special.pad), None)
@@ -162,14 +161,15 @@ class LMTraining:
         return self._pool[1][step % POOL]
 
 
-def initial_heads(config: LMConfig) -> Tensors:
-    """Heads that only training needs: of the words that layers' keys and values tell, and of a patch's phones."""
+def initial_tensors(config: LMConfig, seed: int) -> Tensors:
+    """The model's, and those of the heads that only training needs: of the words that layers' keys and values tell, and
+    of a patch's phones."""
     seen = 2 * config.backbone.kv_heads * config.backbone.head_dim
     sizes = {f"ctc.{layer}": (config.vocab_size, seen) for layer in CTC_LAYERS}
     phones = (len(PHONES) + 1) * config.group_size
     sizes |= {"phones": (phones, config.backbone.dim), f"phones_heard.{HEARING_LAYER}": (phones, seen)}
     weights = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
-    return weights | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
+    return initial_lm(config, seed) | weights | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:

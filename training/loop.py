@@ -139,12 +139,11 @@ class Run:
 
     def save(self) -> None:
         """Writes weights, everything fixed, and the optimizer's moments, whole or not at all."""
-        tensors = {f"tensor.{name}": value.detach() for name, value in (self.trained | self.fixed).items()}
+        moments = Tensors()
         for name, leaf in self.trained.items():
             state = self._optimizer_of(leaf).state.get(leaf, {})
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        save_whole(self.state_path, tensors, {"step": str(self.step)})
+            moments |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+        save_state(self.state_path, self.trained | self.fixed, self.step, moments)
 
     def _restore(self) -> None:
         with safe_open(self.state_path, framework="pt") as file:
@@ -166,7 +165,8 @@ class Run:
                     }
 
     def _optimizer_of(self, leaf: Tensor) -> torch.optim.Optimizer:
-        return next(each for each in self.optimizers if any(leaf is one for g in each.param_groups for one in g["params"]))
+        owned = ({id(one) for group in each.param_groups for one in group["params"]} for each in self.optimizers)
+        return next(each for each, ids in zip(self.optimizers, owned, strict=True) if id(leaf) in ids)
 
     def _log(self, record: dict[str, Any]) -> None:
         with open(self.directory / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
@@ -185,6 +185,12 @@ def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Opti
                          adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=schedule.rate, betas=schedule.betas, weight_decay=decay, foreach=True),
     ]  # fmt: skip
+
+
+def save_state(path: Path, tensors: Tensors, step: int, moments: Tensors | None = None) -> None:
+    """Writes what a `Run` goes on from, whole or not at all."""
+    state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()} | (moments or {})
+    save_whole(path, {name: tensor.contiguous() for name, tensor in state.items()}, {"step": str(step)})
 
 
 def trained_tensors(directory: Path, name: str) -> Tensors:

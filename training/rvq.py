@@ -22,6 +22,9 @@ DEAD_SHARE = 0.1
 NEW_SHARE = 0.3
 """Of its fair share that a new row begins with: low, so that it is soon its own average, or soon dead again."""
 
+USUAL_SIZE = 4.0
+"""Of a row's moving average where it is not known: positions of a batch that choose it."""
+
 EPSILON = 1e-5
 PARTS = ("embed", "cluster_size", "embed_avg", "inited")
 
@@ -33,6 +36,17 @@ class Quantized:
     rows: Tensor
     codes: Tensor
     commitment: Tensor
+
+
+def known_usage(config: CodecConfig, tensors: Tensors) -> Tensors:
+    """Averages of codebooks [size, D] in `tensors` that were trained already, as if every row were used alike."""
+    found = {}
+    for i, size in enumerate(config.codebook_sizes):
+        name = f"encoder.quantizer.vq.layers.{i}._codebook"
+        used = torch.full((size,), USUAL_SIZE)
+        found |= {f"{name}.cluster_size": used, f"{name}.embed_avg": tensors[f"{name}.embed"] * used[:, None],
+                  f"{name}.inited": torch.ones(1)}  # fmt: skip
+    return found
 
 
 def unquantized(x: Tensor) -> Quantized:

@@ -18,8 +18,9 @@ from training import codec, decoder, lm
 from training.codec import CodecTraining
 from training.decoder import DecoderTraining
 from training.export import write_pair
-from training.lm import batch_losses
+from training.lm import LMTraining, batch_losses
 from training.parameters import Tensors, embed_codebooks
+from training.start import start_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,21 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
     assert model.codec.receptive_patches == 1
     assert lengths[0] == 0 < lengths[1]
     assert [*model.stream("tts", "seven", seed=0, max_new_tokens=3)][-1].timing.groups == 3
+
+
+def test_a_run_goes_on_from_an_exported_pair(lm_training, codec_training, parts, tokenizer, tmp_path):
+    pair = tmp_path / "pair"
+    write_pair(pair, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float16)
+    start_from(pair, tmp_path / "run")
+    heard = CodecTraining(tmp_path / "run", parts, replace(codec.SCHEDULE, steps=2), seed=5)
+    said = LMTraining(tmp_path / "run", lm_training.codes, tokenizer, seed=5)
+    for again, before in ((heard, codec_training), (said, lm_training)):
+        assert again.run.step == 0
+        kept = {name for name in again.tensors if torch.equal(again.tensors[name], before.tensors[name].half().float())}
+        assert len(kept) > 0.8 * len(again.tensors), "all but what only training has"
+    books = [book.clone() for book in heard.quantizer.books]
+    heard.train()
+    assert all((new - old).norm() < 0.5 * old.norm() for new, old in zip(heard.quantizer.books, books, strict=True))
 
 
 def test_what_is_stored_in_float16_is_computed_in_float32(lm_training, codec_training, parts, tmp_path):
