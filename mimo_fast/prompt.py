@@ -96,7 +96,8 @@ def _interleaved(reply: Reply, ids: list[int], end: int, group_size: int) -> Ite
         size = REPLY_PATCHES * group_size
     else:
         count, size = reply.codes.shape[1] // group_size, group_size
-        placed = [*zip([*reply.places, reply.places[-1]], [*ids, end], strict=True)]
+        last = reply.places[-1] if reply.places else 0
+        placed = [*zip([*reply.places, last], [*ids, end], strict=True)]
         texts = [[token for place, token in placed if place == i] for i in range(count)]
     for i in range(max(len(texts), -(-reply.codes.shape[1] // size))):
         yield texts[i] if i < len(texts) else [], reply.codes[:, i * size : (i + 1) * size]

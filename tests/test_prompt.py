@@ -94,6 +94,12 @@ class TestPack:
         expected = [model.sostm_idx, words[0], empty, empty, *words[1:], model.eot_idx, empty, model.eostm_idx]
         assert sequence == expected
 
+
+    def test_a_reply_without_words_is_its_patches(self, model: MimoAudio) -> None:
+        sequence = model.pack([Reply("", codes_of(model, 2), [])])[0, ::GROUP].tolist()
+        empty = model.empty_token
+        assert sequence == [model.sostm_idx, model.eot_idx, empty, empty, model.eostm_idx]
+
     def test_nothing_packs_to_nothing(self, model: MimoAudio) -> None:
         assert model.pack([]).shape == (9, 0)
 

@@ -2,11 +2,12 @@
 
     python -m training all          data, codec, decoder, codes, language model, export, evaluation and model card,
                                     into training_output/; its nano/ is what the package ships as mimo_fast/assets/nano
+    python -m training all --start mimo_fast/assets/nano    the same, from the weights that are shipped
     python -m training --smoke      a few steps of everything
 
-Each command goes on where it was stopped, and `decoder` and `lm` may run side by side. What is computed is the
-package's own modules; here are only data, losses and loops. The extra is `pip install '.[training]'`, and speech needs
-the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng.
+Each command goes on where it was stopped, and `decoder` and `lm` may run side by side, each on a core (`--workers 1
+--threads 1`). What is computed is the package's own modules; here are only data, losses and loops. The extra is
+`pip install '.[training]'`, and speech needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng.
 
 Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and position (2 forward, 4 backward), and two
 CPU cores give some 60 GFLOP/s on matrices of these widths, 2e14 an hour.

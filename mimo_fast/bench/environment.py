@@ -47,7 +47,7 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
     # An installed copy may lie in the checkout of something else.
     if _git(root, "ls-files", "--error-unmatch", "mimo_fast/__init__.py") is None:
         return {"commit": None, "dirty": None}
-    code = ("mimo_fast", "benchmarks", ":(exclude)benchmarks/results")
+    code = ("mimo_fast", "csrc", "training", "benchmarks", ":(exclude)benchmarks/results")
     return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain", "--", *code))}
 
 
