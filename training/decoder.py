@@ -16,13 +16,14 @@ from mimo_fast.runtime.codec import Codec
 
 from . import parallel
 from .augmentation import noise
-from .codec import BATCH, codebooks_used, codec_config, draw, reconstruction, spectral_distance
+from .codec import codebooks_used, codec_config, draw, reconstruction, spectral_distance
 from .data import Part
 from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
-SCHEDULE = Schedule(steps=6000, rate=7e-4)
+SCHEDULE = Schedule(steps=5500, rate=1.5e-3)
+BATCH = 3
 NOISE_SHARE = 0.1
 """Of utterances: the codes that the language model draws are those of clean speech."""
 

@@ -31,7 +31,7 @@ from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"words": 1, "spliced": 2, "asr": 6, "written": 1, "tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
+JOINT = {"words": 1, "spliced": 3, "asr": 9, "written": 1, "tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -44,7 +44,7 @@ SPLICED = 5
 """Single words in one recording at most."""
 
 STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strange_questions"}
-STRANGE_SHARE = 0.5
+STRANGE_SHARE = 0.4
 """Of recordings that are by the speakers of the other synthesizer, where there are any."""
 
 PLAIN_SHARE = 0.6

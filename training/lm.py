@@ -1,7 +1,7 @@
 """Training of the language model, the technical report's two stages in small.
 
-    understanding   loss = text + CTC, over tasks whose replies are text
-    joint           loss = text + CTC + phones + the 8 codebooks of the patch decoder, over all tasks
+    understanding   loss = 2 text + CTC, over tasks whose replies are text
+    joint           loss = 2 text + CTC + phones + 2 codes, of the patch decoder's 8 codebooks, over all tasks
 
 The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys and values that
 later positions see of it, and its phones from those of a lower layer: a reply can copy words before it has found out by
@@ -34,8 +34,8 @@ from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial
 from .synthesis import PHONES
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=14500, rate=2e-3)
-UNDERSTANDING_SHARE = 0.4
+SCHEDULE = Schedule(steps=8000, rate=3e-3)
+UNDERSTANDING_SHARE = 0.1
 """Of the steps, in the first stage."""
 
 BATCH = 16
@@ -44,7 +44,7 @@ POOL = 8
 
 MAX_PATCHES = 128
 
-CODES = 2.0
+TEXT, CODES = 2.0, 2.0
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
@@ -101,7 +101,7 @@ class LMTraining:
         fed = blurred(batch, self.config, generator)
         text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
         heard = self.heard(projections, batch.spans)
-        loss, shown = text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
+        loss, shown = TEXT * text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
         if codes is None:
             return {"loss": loss, **shown}
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
@@ -197,15 +197,19 @@ def batch_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
 
-    generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all. projections: see
-    `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
+    The mean over text ids is one of means over examples: a spoken reply has many groups whose id is plain, a transcript
+    few, and each tells something. generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps
+    all. projections: see `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in
+    place of the batch's.
     """
     hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
     if states is not None:
         states.append(hidden)
     hidden = hidden[:, :-1]
     text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
-    text_loss = F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned])
+    text_loss = _mean_of_means(
+        F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned], reduction="none"), learned
+    )
     patches = (learned & (text == model.empty_id)).nonzero()
     if not len(patches):
         return text_loss, None
@@ -216,3 +220,10 @@ def batch_losses(
     logits = code_logits(model, hidden[rows, columns], wanted)
     losses = [F.cross_entropy(x.flatten(0, 1).float(), wanted[:, c].flatten()) for c, x in enumerate(logits)]
     return text_loss, torch.stack(losses)
+
+
+def _mean_of_means(losses: Tensor, learned: Tensor) -> Tensor:
+    """losses [n] of the places that are set in learned [B, T] -> the mean over rows of their means."""
+    rows = learned.nonzero()[:, 0]
+    counts = learned.sum(1)
+    return (losses / counts[rows]).sum() / (counts > 0).sum()
