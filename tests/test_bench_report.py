@@ -1,5 +1,6 @@
 """The report holds what the records hold and nothing else; the committed one is up to date."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -75,7 +76,16 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     committed, drawn = ({p.name: p.read_bytes() for p in (folder / DOCUMENT.stem).glob("*")}
                         for folder in (DOCUMENT.parent, tmp_path))  # fmt: skip
     assert drawn.keys() == committed.keys()
-    assert drawn == committed, "run: python -m benchmarks --report"
+    for name, picture in drawn.items():
+        (strokes, places), (wanted, there) = _parts_of(picture), _parts_of(committed[name])
+        assert strokes == wanted, f"{name}: run: python -m benchmarks --report"
+        assert places == pytest.approx(there, abs=1e-3), f"{name}: run: python -m benchmarks --report"
+
+
+def _parts_of(picture: bytes) -> tuple[str, list[float]]:
+    """An SVG without its numbers, and these: their last digits, and so the names of clips, hang on the CPU."""
+    text, number = re.sub(r"#?\bp[0-9a-f]{10}\b", "", picture.decode()), r"-?\d+\.\d+"
+    return re.sub(number, "", text), [float(found) for found in re.findall(number, text)]
 
 
 def test_without_records_every_row_says_so(tmp_path):

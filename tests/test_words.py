@@ -58,6 +58,12 @@ def test_what_it_says_is_understood_by_another_recogniser(quantization):
 
 
 @formats
+def test_what_it_says_fits_into_a_file(quantization):
+    peaks = [float(wav.abs().max()) for wav in said(quantization)]
+    assert all(0.1 < peak <= 1 for peak in peaks), peaks
+
+
+@formats
 def test_what_it_says_is_understood_by_itself(quantization):
     heard = [nano(quantization).asr_sft(wav, seed=0, max_new_tokens=60) for wav in said(quantization)]
     assert word_error_rate(heard, SENTENCES) <= MISHEARD, heard
@@ -96,11 +102,13 @@ def test_streams_of_one_batch_say_what_each_would_say_alone(quantization):
 
 
 def test_speech_decoded_at_once_has_the_words_of_streamed_speech(tmp_path):
-    model = nano(None)
-    for i, text in enumerate(SENTENCES[:3]):
+    model, heard = nano(None), list[str]()
+    for i, text in enumerate(SENTENCES):
         model.tts_sft(text, tmp_path / "said.wav", seed=i, max_new_tokens=120)
-        wav = mimo_fast.audio.load_audio(tmp_path / "said.wav", model.codec.sample_rate)
-        assert recognise(wav, model.codec.sample_rate) == recognise(said(None)[i], model.codec.sample_rate)
+        heard.append(recognise(mimo_fast.audio.load_audio(tmp_path / "said.wav", model.codec.sample_rate),
+                               model.codec.sample_rate))  # fmt: skip
+    streamed_words = [recognise(wav, model.codec.sample_rate) for wav in said(None)]
+    assert word_error_rate(heard, streamed_words) <= WRONG, heard
 
 
 def test_styles_are_heard():

@@ -16,15 +16,15 @@ CPU cores give some 60 GFLOP/s on matrices of these widths, 2e14 an hour.
       encoder 1.04 M, decoder 1.04 M                                 50                     0.62 G
       vocoder and its head 0.89 M                                   100                     0.54 G
       convolutions 0.35 M, codebooks 0.25 M                      50, 25                     0.11 G
-    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 8,000 steps: 1.5e14
-    a step of the decoder alone: 4.9 GFLOP; 6,000 steps: 0.3e14
+    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 3,600 steps: 0.7e14
+    a step of the decoder alone: 3 utterances, 3.7 GFLOP; 10,800 steps: 0.4e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example
       backbone 2.36 M                                                37                     0.52 G
       patch decoder 0.89 M, 11 steps a patch                    6.7 x 11                     0.39 G
       patch encoder 0.39 M, 4 frames a patch                     14 x 4                     0.10 G
       code heads 0.25 M, text head 0.26 M                        6.7, 11                     0.06 G
-    a step: 16 examples, 17 GFLOP, of understanding alone 10; 14,500 steps: 2.0e14
+    a step: 16 examples, 17 GFLOP, of understanding alone 10; 10,300 steps: 1.7e14
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together are 7.96 M
 parameters, 15.9 MB in float16. The vocoder has 2 layers that look 8 frames ahead each: 160 ms, one patch, is what a

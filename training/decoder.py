@@ -22,7 +22,7 @@ from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_codec, trainable
 
 NAME = "decoder"
-SCHEDULE = Schedule(steps=5500, rate=1.5e-3)
+SCHEDULE = Schedule(steps=10800, rate=1.5e-3)
 BATCH = 3
 NOISE_SHARE = 0.1
 """Of utterances: the codes that the language model draws are those of clean speech."""

@@ -34,8 +34,8 @@ from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial
 from .synthesis import PHONES
 
 NAME = "lm"
-SCHEDULE = Schedule(steps=8000, rate=3e-3)
-UNDERSTANDING_SHARE = 0.1
+SCHEDULE = Schedule(steps=10300, rate=3e-3)
+UNDERSTANDING_SHARE = 0.08
 """Of the steps, in the first stage."""
 
 BATCH = 16
