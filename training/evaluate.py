@@ -31,6 +31,7 @@ from mimo_fast.sampling import GREEDY
 from . import domain
 from .augmentation import noise
 from .data import UNHEARD_VOICE, Part
+from .export import LEVEL
 from .listen import recognise, word_error_rate
 from .losses import mel_distance
 from .synthesis import Manner, synthesize
@@ -89,9 +90,7 @@ def codec_quality(load: Load, parts: Parts, count: int) -> Results:
             got = codec.decode(codes[:n])[: len(wav)]
             scores = found.setdefault(n, {"stoi": [], "mel_distance": []})
             scores["stoi"].append(float(stoi(wav.numpy(), got.numpy(), codec.sample_rate)))
-            # The exported codec is quieter by intention.
-            level = wav.square().mean().sqrt() / got.square().mean().sqrt()
-            scores["mel_distance"].append(float(mel_distance(got * level, wav, codec.sample_rate)))
+            scores["mel_distance"].append(float(mel_distance(got / LEVEL, wav, codec.sample_rate)))
     return {str(n): {name: round(statistics.fmean(values), 4) for name, values in scores.items()}
             for n, scores in found.items()}  # fmt: skip
 
