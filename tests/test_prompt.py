@@ -94,7 +94,6 @@ class TestPack:
         expected = [model.sostm_idx, words[0], empty, empty, *words[1:], model.eot_idx, empty, model.eostm_idx]
         assert sequence == expected
 
-
     def test_a_reply_without_words_is_its_patches(self, model: MimoAudio) -> None:
         sequence = model.pack([Reply("", codes_of(model, 2), [])])[0, ::GROUP].tolist()
         empty = model.empty_token

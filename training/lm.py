@@ -30,7 +30,7 @@ from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
 from .losses import ctc
-from .parameters import Tensors, build_lm, config_json, embed_codebooks, initial_lm, trainable
+from .parameters import Tensors, build_lm, codebook_names, config_json, embed_codebooks, initial_lm, trainable
 from .synthesis import PHONES
 
 NAME = "lm"
@@ -78,7 +78,7 @@ class LMTraining:
         self.config = lm_config()
         initial = initial_tensors(self.config, seed)
         if codec is not None:
-            names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(self.config.channels)]
+            names = codebook_names(self.config.channels)
             books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
             embed_codebooks(initial, books, usage)
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}

@@ -70,6 +70,8 @@ class Run:
         self.directory, self.name, self.schedule = directory, name, schedule
         self.trained, self.fixed, self.step = trained, fixed, 0
         self.optimizers = optimizers_of(trained, schedule)
+        self._states = {leaf: each.state for each in self.optimizers for group in each.param_groups
+                        for leaf in group["params"]}  # fmt: skip
         directory.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
             self._restore()
@@ -141,7 +143,7 @@ class Run:
         """Writes weights, everything fixed, and the optimizer's moments, whole or not at all."""
         moments = Tensors()
         for name, leaf in self.trained.items():
-            state = self._optimizer_of(leaf).state.get(leaf, {})
+            state = self._states[leaf].get(leaf, {})
             moments |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
         save_state(self.state_path, self.trained | self.fixed, self.step, moments)
 
@@ -159,14 +161,10 @@ class Run:
             for name, leaf in self.trained.items():
                 saved = {moment: f"{moment}.{name}" for moment in MOMENTS if f"{moment}.{name}" in names}
                 if saved:
-                    self._optimizer_of(leaf).state[leaf] = {
+                    self._states[leaf][leaf] = {
                         moment: file.get_tensor(key).to("cpu" if moment == "step" else leaf.device)
                         for moment, key in saved.items()
                     }
-
-    def _optimizer_of(self, leaf: Tensor) -> torch.optim.Optimizer:
-        owned = ({id(one) for group in each.param_groups for one in group["params"]} for each in self.optimizers)
-        return next(each for each, ids in zip(self.optimizers, owned, strict=True) if id(leaf) in ids)
 
     def _log(self, record: dict[str, Any]) -> None:
         with open(self.directory / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
@@ -175,9 +173,10 @@ class Run:
 
 def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Optimizer]:
     """Muon (kellerjordan.github.io/posts/muon), its steps as large as AdamW's, for the layers' matrices, and AdamW."""
-    layers = [leaf for name, leaf in trained.items() if leaf.ndim == 2 and ORTHOGONAL.search(name)]
-    others = [leaf for leaf in trained.values() if not any(leaf is each for each in layers)]
-    matrices, vectors = ([leaf for leaf in others if (leaf.ndim > 1) == flag] for flag in (True, False))
+    layers, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
+    for name, leaf in trained.items():
+        orthogonal = leaf.ndim == 2 and ORTHOGONAL.search(name)
+        (layers if orthogonal else matrices if leaf.ndim > 1 else vectors).append(leaf)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     decay = schedule.weight_decay
     return [

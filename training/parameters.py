@@ -35,6 +35,11 @@ def config_json(part: str, directory: Path = CONFIGS) -> dict[str, Any]:
     return read_json(directory / f"{part}.json")
 
 
+def codebook_names(count: int) -> list[str]:
+    """The first codebooks, by upstream's names."""
+    return [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(count)]
+
+
 def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> Codec:
     return Codec(config, WeightSource(tensors.__getitem__, join=False), tensors.__getitem__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mimo_fast.config import CodecConfig
 from mimo_fast.kernels.rvq import rvq_encode
 
-from .parameters import Tensors
+from .parameters import Tensors, codebook_names
 
 DECAY = 0.99
 DEAD_SHARE = 0.1
@@ -41,8 +41,7 @@ class Quantized:
 def known_usage(config: CodecConfig, tensors: Tensors) -> Tensors:
     """Averages of codebooks [size, D] in `tensors` that were trained already, as if every row were used alike."""
     found = {}
-    for i, size in enumerate(config.codebook_sizes):
-        name = f"encoder.quantizer.vq.layers.{i}._codebook"
+    for name, size in zip(codebook_names(len(config.codebook_sizes)), config.codebook_sizes, strict=True):
         used = torch.full((size,), USUAL_SIZE)
         found |= {f"{name}.cluster_size": used, f"{name}.embed_avg": tensors[f"{name}.embed"] * used[:, None],
                   f"{name}.inited": torch.ones(1)}  # fmt: skip
@@ -59,7 +58,7 @@ class Quantizer:
 
     def __init__(self, config: CodecConfig, tensors: Tensors) -> None:
         self._tensors, self._config = tensors, config
-        self._names = [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(len(config.codebook_sizes))]
+        self._names = codebook_names(len(config.codebook_sizes))
         for name, size in zip(self._names, config.codebook_sizes, strict=True):
             books = tensors[f"{name}.embed"]
             tensors.setdefault(f"{name}.cluster_size", books.new_zeros(size))
