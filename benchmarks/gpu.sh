@@ -87,9 +87,9 @@ native() {
 }
 
 if [[ $device == cuda ]]; then
-    products=(--format '[di]*' --m 1 4 16 --seconds 0.1 --provider ours-triton --provider eager --provider linear
+    products=(--format '[di]*' --m 1 4 16 --seconds 0.1 --provider ours-gpu --provider eager --provider linear
         --provider torch-int4-cuda --provider 'bitsandbytes-*')
-    others=(--quick --provider ours-triton --provider linear --provider 'bitsandbytes-*')
+    others=(--quick --provider ours-gpu --provider linear --provider 'bitsandbytes-*')
     sweep=(--batch 1 4 16 --context 256 2048 8192 --groups 12 --words 6 --patches 15 --limit 30)
     wide=(--batch 64 --context 256 2048 --groups 12 --words 6 --patches 15 --limit 30)
     said=(--words 6 --patches 12) profiled=(--context 1024)

@@ -1,6 +1,6 @@
 """Who computes an op: ours, plain torch, torch.compile, and what else there is for products with stored weights.
 
-    ours-triton   the op's launcher on a CUDA device
+    ours-gpu      the op's launcher on a CUDA device: a kernel of csrc/cuda where it was built and takes it, or Triton
     ours-cpu      the same launcher on a CPU: a kernel of csrc/ where it was built and takes the case, else plain torch
     eager         the op's reference in plain torch; quantized weights are unpacked for each call
     compile       torch.compile of that
@@ -44,7 +44,7 @@ INNER_K_TILES = 8
 def ours(run: Run) -> tuple[Provider, ...]:
     """The launcher of an op, by the name of the path that it takes."""
     return (
-        Provider("ours-triton", run, missing=needs_triton),
+        Provider("ours-gpu", run, missing=needs_triton),
         Provider("ours-cpu", run, missing=needs_plain_path),
     )
 

@@ -31,12 +31,14 @@ class KeepsHistory(PromptBuilder):
         return self._engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
-        """Captures the graphs of every batch size, so that the first reply is as fast as the tenth; done at load.
+        """Captures the graphs of every batch size and of as many codec streams, so that the first reply is as fast as
+        the tenth; done at load.
 
         Returns:
             Bytes of the device's memory by what they are for, and on a GPU what has been reserved of it in all.
         """
         self.engine.warmup(progress)
+        self.codec.warmup(self.setup.max_batch, progress)
         report = self.setup.bytes()
         if self.lm.device.type == "cuda":
             report["reserved"] = torch.cuda.memory_reserved(self.lm.device)

@@ -16,6 +16,7 @@ from .errors import CheckpointError
 from .layout import codec_shapes, codec_training_state, lm_shapes
 from .quantization import FOREIGN_KEY, Format, QuantizationConfig, WeightSource, stored_formats, stored_shapes
 from .runtime.codec import Codec
+from .runtime.graphs import wanted
 from .runtime.lm import LM
 from .runtime.memory import DEFAULT_BATCH, OFFLOADABLE, Setup, check_memory, free_bytes, largest_batch
 from .tokenizer import Tokenizer
@@ -78,7 +79,8 @@ def load_parts(
     formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
     codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
     setup = Setup(
-        lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats, mapped=target.type == "cpu"
+        lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats, mapped=target.type == "cpu",
+        graphs=wanted(target),
     )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])

@@ -54,7 +54,7 @@ def test_every_case_moves_and_computes_something_and_has_a_name_of_its_own():
         assert case.flop > 0
         names = [provider.name for provider in case.providers]
         assert len(set(names)) == len(names)
-        assert {"ours-triton", "ours-cpu", "eager", "compile"} <= set(names)
+        assert {"ours-gpu", "ours-cpu", "eager", "compile"} <= set(names)
     keys = [(case.op, case.format, case.shape) for case in CASES]
     assert len(set(keys)) == len(keys)
 
@@ -157,7 +157,7 @@ def test_every_provider_of_a_product_computes_it(product, form, m):
     assert {record.provider for record in outcome.records} == here
     assert "ours-cpu" in here
     skipped = " ".join(outcome.skipped)
-    assert "ours-triton: needs a CUDA device" in skipped
+    assert "ours-gpu: needs a CUDA device" in skipped
     assert ("torch-int4-cuda: needs a CUDA device" in skipped) == (form == "int4")
 
 
@@ -224,7 +224,7 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
 def test_bad_usage_is_one_line(machine, capsys):
     assert command.main(["ops", "--op", "nothing", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert command.main(["ops", "--op", "backbone.swiglu", "--provider", "ours-triton", "--device", "cpu"]) == 1
+    assert command.main(["ops", "--op", "backbone.swiglu", "--provider", "ours-gpu", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
-    assert "ours-triton: needs a CUDA device" in captured.out
+    assert "ours-gpu: needs a CUDA device" in captured.out
     assert "nothing was measured" in captured.err

@@ -43,7 +43,7 @@ def request(**changes) -> dict:
 
 def op(**changes) -> dict:
     return {
-        "kind": "op", "op": "backbone.qkv", "provider": "ours-triton", "format": "int4", "m": 1, "shape": "M=1 N=6144",
+        "kind": "op", "op": "backbone.qkv", "provider": "ours-gpu", "format": "int4", "m": 1, "shape": "M=1 N=6144",
         "dtype": "bfloat16", "bytes": 13_000_000, "flop": 50_000_000, "seconds": TIMING, "bound": "memory",
         "of_ceiling": 0.789, "ceiling": CEILING, "environment": environment(),
     } | changes  # fmt: skip
@@ -110,7 +110,7 @@ def test_records_of_a_gpu_appear(tmp_path):
     assert f"*{CARD}; 2027-01-02; commit 0123456789; [2027-01-02-gpu.jsonl]" in text
     assert "| 7b int4 | tts | 16 |" in text
     assert "12.5 J" in text
-    assert "78.9%" in row_of(text, "| backbone.qkv | ours-triton |")
+    assert "78.9%" in row_of(text, "| backbone.qkv | ours-gpu |")
     assert "`gemv_kernel` | 400 | 1.50 ms | 75.0%" in text
     assert "Every op on a GPU" not in text
 

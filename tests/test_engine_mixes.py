@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimo_fast import MimoAudio
 from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.graphs import Graphs
+from mimo_fast.runtime.graphs import Capture, Graphs, Run
 
 
 def repeated(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -21,6 +21,24 @@ def repeated(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         result.copy_(run())
 
     return replay, result
+
+
+class Counted:
+    """A capture that counts its graphs and their replays."""
+
+    def __init__(self, capture: Capture = repeated) -> None:
+        self._capture = capture
+        self.captures = self.replays = 0
+
+    def __call__(self, run: Run) -> tuple[Callable[[], None], Tensor]:
+        self.captures += 1
+        again, result = self._capture(run)
+
+        def replay() -> None:
+            self.replays += 1
+            again()
+
+        return replay, result
 
 
 @pytest.fixture(scope="module")

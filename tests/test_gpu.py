@@ -4,6 +4,7 @@ Each test also runs on a CPU, with graphs that repeat their work in place of cap
 are known to be right. Neither hypothesis nor soundfile is needed.
 """
 
+import copy
 import gc
 import wave
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from memory import resident_memory
 from replies import SAMPLED, Drawn, Request, drawn
-from test_engine_mixes import repeated
+from test_engine_mixes import Counted, repeated
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -23,9 +24,10 @@ import mimo_fast
 from mimo_fast import prompt_builder
 from mimo_fast import verify as verification
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.runtime.codec_graphs import StreamGraphs
 from mimo_fast.runtime.decode import HostRead, Limits, Samplers
 from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.graphs import ENVIRONMENT, Graphs, Run
+from mimo_fast.runtime.graphs import ENVIRONMENT, CudaCapture, Graphs, Run
 from mimo_fast.runtime.lm import LM
 from mimo_fast.sampling import MiMoSampler
 from mimo_fast.verify import STAGES, Golden, verify
@@ -227,6 +229,28 @@ def test_the_check_for_waits_sees_one(
     value = torch.ones(3, device=loaded_model.device)
     with pytest.raises((RuntimeError, AssertionError), match=r"synchroniz|waits for the device"):
         watched(lambda: value.sum().item())
+
+
+def test_a_stream_with_graphs_sounds_as_without(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
+    """Patch by patch, then other pushes in between; states are used again. A copy of a codec has no graphs."""
+    plain, codec = copy.copy(loaded_model.codec), copy.copy(loaded_model.codec)
+    plain.stream_graphs, counted = None, Counted(CudaCapture() if codec.device.type == "cuda" else repeated)
+    codec.stream_graphs = StreamGraphs(codec, counted)
+    codec.warmup(2, progress=False)
+    codes = golden.get("codec:stream_codes").to(codec.device)
+    for sizes, replays in (([4] * 45, 36), ([4] * 20 + [7, 1] + [4] * 23, 34), ([4] * 45, 36)):
+        counted.replays, pushes = 0, codes[:, : sum(sizes)].split(sizes, dim=1)
+        # Two at a time, which share memory for what their graphs return.
+        streams = [codec.stream(), codec.stream(), plain.stream()]
+        parts = [[stream.push(push, trusted=True) for stream in streams] for push in pushes]
+        parts.append([stream.finish() for stream in streams])
+        *found, want = (torch.cat(each) for each in zip(*parts, strict=True))
+        assert counted.replays == 2 * replays
+        for wav in found:
+            assert float((wav - want).abs().max()) <= 1e-4 * float(want.abs().max())
+        for stream in streams:
+            stream.close()
+    assert counted.captures == 6
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -44,7 +44,7 @@ def check_op(case: Case, provider: str, device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", OPS, ids=lambda case: f"{case.op}-{case.format}-{case.shape}".replace(" ", ","))
 def test_op_equals_its_reference(case: Case) -> None:
-    check_op(case, "ours-triton", torch.device("cuda"))
+    check_op(case, "ours-gpu", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("case", [c for c in OPS if c.nbytes < CHEAP], ids=lambda case: f"{case.op}-{case.format}")

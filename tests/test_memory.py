@@ -27,8 +27,8 @@ def preset(quantization: str | None = None, **options: object) -> Setup:
 
 
 def test_the_published_model_fits_small_cards() -> None:
-    assert preset("int4").total <= 10 * GB
-    assert preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE)).total <= 8 * GB
+    assert preset("int4", graphs=True).total <= 10 * GB
+    assert preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
 
 
 def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
@@ -40,6 +40,15 @@ def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
         ).bytes()["cache"]
         held = state.cache.nbytes + state.patch_cache.nbytes + state.banned.nbytes + 2 * state.hidden.nbytes
         assert counted - held == 40 * config.backbone.head_dim * 4
+
+
+def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model: mimo_fast.MimoAudio) -> None:
+    setup, held = replace(model.setup, max_batch=3), 3 * model.codec.stream().nbytes
+    assert replace(setup, graphs=True).total - setup.total == held
+    assert not setup.graphs
+    assert preset(max_batch=4, graphs=True).total - preset(max_batch=4).total == 4 * 95_650_032
+    endless = replace(setup, codec=replace(setup.codec, decoder_causal=False))
+    assert replace(endless, graphs=True).total == endless.total
 
 
 @pytest.mark.parametrize("free", [22, 16, 12, 9, 7.2])

@@ -204,6 +204,7 @@ def warm_up(target: Target, request: Request) -> None:
     """A request that ends with its first group and, for a spoken reply, enough of the codec to bring audio."""
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
     if target.codec is not None and find_task(request.task).speaks:
+        target.codec.warmup(target.setup.max_batch, progress=False)
         stream = target.codec.stream()
         codes = torch.zeros(target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device)
         for _ in range(LOOKAHEAD + 2):

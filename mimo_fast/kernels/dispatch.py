@@ -18,11 +18,17 @@ except ImportError:  # CPU builds of torch come without it.
 ENVIRONMENT = "MIMO_FAST_KERNELS"
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether the Triton kernel of an op should run on x."""
+def forced() -> str:
+    """Which implementation the environment asks for; "" where it leaves the choice to each op."""
     choice = os.environ.get(ENVIRONMENT, "")
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
+    return choice
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the Triton kernel of an op should run on x."""
+    choice = forced()
     if triton is None or choice == "torch" or x.requires_grad:
         return False
     return x.is_cuda or choice == "triton"

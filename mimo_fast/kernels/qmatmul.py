@@ -26,7 +26,15 @@ from . import native
 from .dispatch import use_triton
 from .norm import RMSNorm
 from .qmatmul_cpu import check_width, quantized_product, unpacked_product, widened_product, widens
-from .qmatmul_launch import GEMV_ROWS, dense_gemv, fits_quantized, fuses_norm, quantized_matmul
+from .qmatmul_launch import (
+    GEMV_ROWS,
+    dense_gemv,
+    fits_quantized,
+    fuses_norm,
+    most_rows,
+    quantized_matmul,
+    unpacked_matmul,
+)
 from .quantized_weight import QuantizedWeight, nbytes
 from .swiglu import swiglu as swiglu_op
 
@@ -59,9 +67,7 @@ def matmul(
         return _plain(x, weight, quantized_product, norm, residual, swiglu)
     if isinstance(weight, QuantizedWeight):
         if fits_quantized(weight):
-            if norm is not None and not fuses_norm(x):
-                x, norm = norm(x), None
-            return quantized_matmul(x, weight, norm, residual, swiglu)
+            return _quantized(x, weight, norm, residual, swiglu)
     elif 0 < x.numel() <= GEMV_ROWS * x.shape[-1]:
         if len(weight.blocks) == 1:
             return dense_gemv(x, weight.blocks[0], weight.biases[0], norm, residual, swiglu)
@@ -69,6 +75,18 @@ def matmul(
         parts = [dense_gemv(x, *pair, norm, None, False) for pair in pairs]
         return _epilogues(torch.cat(parts, dim=-1), residual, swiglu)
     return matmul_ref(x, weight, norm=norm, residual=residual, swiglu=swiglu)
+
+
+def _quantized(
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
+) -> Tensor:
+    many = x.numel() > most_rows(x, weight) * x.shape[-1]
+    if norm is not None and (many or not fuses_norm(x)):
+        x, norm = norm(x), None
+    if not many:
+        return quantized_matmul(x, weight, norm, residual, swiglu)
+    y = unpacked_matmul(x, weight, None if swiglu else residual)
+    return _epilogues(y, residual, swiglu) if swiglu else y
 
 
 def matmul_ref(

@@ -7,8 +7,10 @@ the zero point, it is q times a power of 2^bits, which x has been divided by (ex
 8 fit under bit 23, hence one shift a word. Zeros enter once a group: sum q x - zero sum x. One program sums all of K in
 a fixed order, so there are neither atomics nor a second pass.
 
-dot: M from 5 on tensor cores, prefill included. A tile of the weight is unpacked plane by plane, scaled, rounded to the
-dtype of x, and multiplied with the columns of x that belong to the plane.
+dot: M from 5 on tensor cores. A tile of the weight is unpacked plane by plane, scaled, rounded to the dtype of x, and
+multiplied with the columns of x that belong to the plane.
+
+unpack: rows of the weight as dot unpacks them, into memory, for torch's own product: that of a prompt.
 
 With NORM, x is multiplied by the norm's weight as it is read, and its squares are summed in the same walk: a program
 reads all of x anyway, so the norm costs no launch and no pass of its own. RMSNorm scales a whole row by one number, so
@@ -228,3 +230,29 @@ def quantized_dot_kernel(
     if RESIDUAL:
         b_acc += tl.load(residual_ptr + o_y, mask=m_y, other=0.0).to(tl.float32)
     tl.store(y_ptr + o_y, b_acc.to(y_ptr.dtype.element_ty), mask=m_y)
+
+
+@jit
+def unpack_kernel(
+    words_ptr, scales_ptr, zeros_ptr, levels_ptr, out_ptr, START, R, K_WORDS, GROUPS, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, ZEROS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 32 // BITS
+    WIDTH: tl.constexpr = BLOCK // PLANES
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask = (o_r < R)[:, None] & (o_w < K_WORDS)[None, :]
+    o_row = (START + o_r).to(tl.int64)[:, None]
+    b_words = tl.load(words_ptr + o_row * K_WORDS + o_w[None, :], mask=mask, other=0)
+    o_group = o_row * GROUPS + (o_w * GROUPS // K_WORDS)[None, :]
+    b_scale = tl.load(scales_ptr + o_group, mask=mask, other=0.0).to(tl.float32)
+    b_zero = 0.0
+    if ZEROS:
+        b_zero = tl.load(zeros_ptr + o_group, mask=mask, other=0.0).to(tl.float32)
+    o_out = o_r.to(tl.int64)[:, None] * (K_WORDS * PLANES) + (o_w // WIDTH * BLOCK + o_w % WIDTH)[None, :]
+    for p in tl.static_range(PLANES):
+        b_q = plane_values(b_words, levels_ptr, p, BITS, LEVELS)
+        if not LEVELS:
+            b_q *= 1.0 / (1 << (BITS * (p % (16 // BITS))))
+        b_w = (b_q - b_zero) * b_scale
+        tl.store(out_ptr + o_out + p * WIDTH, b_w.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,10 +1,11 @@
 """Which kernel of `qmatmul` runs, with which tiles; and the cases to compile.
 
-| M        | quantized                        | dense                                  |
-|----------|----------------------------------|----------------------------------------|
-| 1 ... 4  | gemv, norm inside                | gemv a row block, norm inside          |
-| 5 ... 64 | dot, norm inside but for float16 | rms_norm, torch's product and epilogue |
-| 65 ...   | rms_norm, dot                    | rms_norm, torch's product and epilogue |
+| M        | quantized, CUDA where it takes it | quantized, Triton                   | dense                         |
+|----------|-----------------------------------|-------------------------------------|-------------------------------|
+| 1 ... 4  | quantized_mma, norm inside        | gemv, norm inside                   | gemv a row block, norm inside |
+| 5 ... 64 | quantized_mma, norm inside        | dot, norm inside but for float16    | rms_norm, torch's product     |
+| ... 96   | quantized_mma, norm inside        | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
+| 97 ...   | rms_norm, unpack, torch's product | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import cuda
 from .dispatch import Case, next_power_of_2
 from .norm import RMSNorm
-from .qmatmul_kernels import dense_gemv_kernel, quantized_dot_kernel, quantized_gemv_kernel
+from .qmatmul_kernels import dense_gemv_kernel, quantized_dot_kernel, quantized_gemv_kernel, unpack_kernel
 
 if TYPE_CHECKING:
     from .quantized_weight import QuantizedWeight
@@ -32,8 +34,18 @@ SMALL_N = 3072
 NORMED_ROWS = 64
 """Rows up to which a quantized product norms what it reads: they are one tile, so a program reads all of x anyway."""
 
-DOT_TILES = ((16, (16, 32, 64, 4)), (NORMED_ROWS, (64, 32, 32, 8)), (math.inf, (64, 64, 32, 8)))
+DOT_TILES = ((16, (16, 32, 64, 4)), (NORMED_ROWS, (64, 32, 32, 8)))
 """(largest M, (BLOCK_M, BLOCK_N, BLOCK_W, warps)). Larger tiles spill on sm_80, or on sm_120 with a norm inside."""
+
+MMA_ROWS = 96
+"""Rows up to which `cuda.quantized_matmul` is used: beyond, unpacking costs less, though more launches."""
+
+UNPACKED_AT_ONCE = 2**26
+"""Values that are unpacked at a time for a product of many rows: 128 MB. The fewer launches, the less a host delays
+them, and no smaller piece stays in a cache until it is multiplied."""
+
+UNPACK_TILE = (8, 128, 4)
+"""Rows, words and warps of a program that unpacks."""
 
 
 def fits_quantized(weight: QuantizedWeight) -> bool:
@@ -42,24 +54,25 @@ def fits_quantized(weight: QuantizedWeight) -> bool:
 
 
 def fuses_norm(x: Tensor) -> bool:
-    """Whether the kernels of quantized weights norm x as they read it.
+    """Whether the kernels of quantized weights, where they take so many rows, norm x as they read it.
 
     The dot kernel rounds x times the norm's weight to x.dtype before it knows the row's scale: float16 has no range for
     that.
     """
-    rows = GEMV_ROWS if x.dtype == torch.float16 else NORMED_ROWS
-    return x.numel() <= rows * x.shape[-1]
+    return x.dtype != torch.float16 or x.numel() <= GEMV_ROWS * x.shape[-1]
 
 
 def quantized_matmul(
     x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K], of at most NORMED_ROWS rows if there is a norm."""
+    """x [..., K], of at most `most_rows`."""
     rows, columns = weight.shape
     flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, out)
     if not y.numel():
         return y
+    if cuda.takes(flat, weight):
+        return cuda.quantized_matmul(flat, weight, norm, residual, swiglu, y)
     block, bits = math.gcd(128, weight.group), weight.bits
     shared: dict[str, Any] = {
         "x_ptr": flat, "norm_ptr": flat if norm is None else norm.weight, "words_ptr": weight.words,
@@ -86,6 +99,53 @@ def quantized_matmul(
     return y
 
 
+def most_rows(x: Tensor, weight: QuantizedWeight) -> int:
+    """Rows of x up to which `quantized_matmul` computes the product; beyond, `unpacked_matmul`."""
+    return MMA_ROWS if cuda.takes(x, weight) else NORMED_ROWS
+
+
+def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None = None) -> Tensor:
+    """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some rows at a time.
+
+    From some 64 rows on a product is bound by arithmetic, which no hand-written kernel does as fast.
+    """
+    rows, columns = weight.shape
+    if x.shape[-1] != columns:
+        raise ValueError(_misfit(x, columns))
+    step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
+    flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
+    unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        part = unpacked[: some.stop - start]
+        if cuda.takes(x, weight):
+            cuda.unpack(weight, start, part)
+        else:
+            unpack(weight, start, part)
+        term = None if added is None else added[:, some]
+        if weight.bias is not None:
+            bias = weight.bias[some].to(x.dtype)
+            term = bias if term is None else term + bias
+        if term is None:
+            torch.mm(flat, part.T, out=y[:, some])
+        else:
+            torch.addmm(term, flat, part.T, out=y[:, some])
+    return y.view(*x.shape[:-1], rows)
+
+
+def unpack(weight: QuantizedWeight, start: int, out: Tensor) -> None:
+    """Rows start ... start + R - 1 of a weight, rounded to the dtype of out [R, K]."""
+    block, words = math.gcd(128, weight.group), weight.words.shape[1]
+    block_r, block_w, warps = UNPACK_TILE
+    unpack_kernel[(-(-len(out) // block_r), -(-words // block_w))](
+        words_ptr=weight.words, scales_ptr=weight.scales,
+        zeros_ptr=weight.scales if weight.zeros is None else weight.zeros,
+        levels_ptr=weight.scales if weight.levels is None else weight.levels, out_ptr=out, START=start, R=len(out),
+        K_WORDS=words, GROUPS=weight.scales.shape[1], BITS=weight.bits, BLOCK=block, ZEROS=weight.zeros is not None,
+        LEVELS=weight.levels is not None, BLOCK_R=block_r, BLOCK_W=block_w, num_warps=warps,
+    )
+
+
 def dense_gemv(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
@@ -108,7 +168,7 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
     if x.shape[-1] != columns:
-        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
+        raise ValueError(_misfit(x, columns))
     if norm is not None and norm.weight.shape != (columns,):
         raise ValueError(f"the norm's weight is {list(norm.weight.shape)}, not {[columns]}")
     if swiglu and rows % 2:
@@ -117,9 +177,15 @@ def _prepare(
     if residual is not None and residual.shape != shape:
         raise ValueError(f"the residual is {list(residual.shape)}, not {list(shape)}")
     flat = x.reshape(-1, columns)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    # The CUDA kernel reads 8 bytes at once.
+    plain = flat.stride(-1) == 1 and flat.stride(0) % 4 == 0 and flat.data_ptr() % 8 == 0
+    flat = flat if plain else flat.contiguous()
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     return flat, y, None if residual is None else residual.contiguous()
+
+
+def _misfit(x: Tensor, columns: int) -> str:
+    return f"the last dimension of {list(x.shape)} is not the weight's {columns}"
 
 
 def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:
@@ -165,12 +231,18 @@ def compile_cases() -> Iterator[Case]:
             yield Case(f"{name} gemv M={m} {rows}x{k}{_named(around)}", quantized_gemv_kernel, own,
                        {**form, **_flags(around), **tiles}, GEMV_WARPS, wide_loads=True)
         for m, *around in (
-            (5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL"), (1024, "SWIGLU")
+            (5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL")
         ):  # fmt: skip
             block_m, block_n, block_w, warps = dot_tiles(m)
             tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w}
             yield Case(f"{name} dot M={m}{_named(around)}", quantized_dot_kernel, own | {"M": "i32"},
                        {**form, **_flags(around), **tiles}, warps, dot_stages(form["LEVELS"]), unaligned=("M",))
+        block_r, block_w, warps = UNPACK_TILE
+        unpacked = {**own, "out_ptr": "*bf16", "START": "i32", "R": "i32", "GROUPS": "i32"}
+        yield Case(f"{name} unpack", unpack_kernel,
+                   {key: unpacked[key] for key in unpack_kernel.arg_names if key in unpacked},
+                   {key: form[key] for key in ("BITS", "BLOCK", "ZEROS", "LEVELS")}
+                   | {"BLOCK_R": block_r, "BLOCK_W": block_w}, warps, unaligned=("START", "R", "GROUPS"))
     dense = signature | {"w_ptr": "*bf16", "stride_wn": "i32", "K": "i32"}
     for m, rows, *around in (
         (1, 3072, "NORM", "BIAS"), (1, 6144, "NORM", "BIAS"), (4, 6144, "NORM", "BIAS"), (4, 4096, "RESIDUAL")

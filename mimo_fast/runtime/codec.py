@@ -13,10 +13,12 @@ from ..errors import AudioError
 from ..kernels.qmatmul import matmul
 from ..kernels.rvq import Codebooks, rvq_decode, rvq_encode
 from ..quantization import WeightSource
+from .codec_graphs import StreamGraphs
 from .codec_layers import Norm, TransposedConv, ieee_convolutions, inverse_stft, load_stack, split_lengths
 from .codec_offload import offload
 from .codec_state import Moments
-from .codec_stream import LOOKAHEAD, PATCH_FRAMES, CodecStream
+from .codec_stream import CodecStream, default_lookahead, receptive_patches
+from .graphs import wanted
 from .transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -66,10 +68,11 @@ class Codec:
         self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
         self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
-        self._stated_moments: Moments | None = None
+        self.stated_moments: Moments | None = None
         if config.moments is not None:
             unpool, to_mel = torch.tensor(config.moments, device=self.device)
-            self._stated_moments = Moments((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+            self.stated_moments = Moments((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+        self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
 
     @property
     def sample_rate(self) -> int:
@@ -147,17 +150,19 @@ class Codec:
         A checkpoint that states the moments of its speech (`CodecConfig.moments`) is streamed with those, and then need
         not wait for more than its vocoder sees; any other waits for `LOOKAHEAD` patches, to begin with better moments.
         """
-        stated = self._stated_moments if moments is None else moments
         if lookahead is None:
-            lookahead = LOOKAHEAD if stated is None else min(LOOKAHEAD, self.receptive_patches)
-        return CodecStream(self, lookahead, stated)
+            lookahead = default_lookahead(self.config, given=moments is not None)
+        return CodecStream(self, lookahead, self.stated_moments if moments is None else moments)
+
+    def warmup(self, streams: int, progress: bool = True) -> None:
+        """Captures the graphs of so many streams, where there are graphs, so that none of them begins with that."""
+        if self.stream_graphs is not None:
+            self.stream_graphs.warmup(streams, progress)
 
     @property
     def receptive_patches(self) -> int:
         """Patches after a sample that can change it."""
-        config = self.config
-        frames = config.vocoder_layers * config.vocoder_window[1]
-        return -(-frames // (config.pool * config.decoder_stride * PATCH_FRAMES))
+        return receptive_patches(self.config)
 
     def offload_encoder(self) -> None:
         """Keeps the encoder's layers in host memory (pinned for CUDA) and brings them one by one for each encode.

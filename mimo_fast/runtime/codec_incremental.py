@@ -38,18 +38,19 @@ VOCODER_BLOCK = 256
 """New vocoder frames computed at once at most."""
 
 
-def advance(
+def decode_chunk(
     codec: Codec, state: CodecState, hidden: Tensor, lookahead: int, moments: Moments | None, ended: bool
 ) -> Tensor:
     """Dequantized codes [T, D] that come next, T >= 0 -> the samples that are now decided, float32 [m].
+
+    A graph may replay it: `frames`, `committed` and `largest` are all that it knows of the state on the host, and it
+    changes the first two alone.
 
     Args:
         lookahead: vocoder frames that must have come after one before it is decided.
         moments: of the norms over time, in place of those of what has come.
         ended: nothing follows, so everything is decided.
     """
-    if moments is None:
-        hidden = _with_the_past(state, hidden)
     mel, norm = _decode(codec, state, hidden, moments, ended or state.largest >= WHOLE)
     pending = len(state.entered) * codec.config.decoder_stride
     new = len(mel) - pending
@@ -64,7 +65,7 @@ def advance(
     return torch.cat(parts)
 
 
-def _with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
+def with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
     """Codes to decode now: those that come next, or all from the first on, where that is worth it."""
     new, past = len(hidden), sum(map(len, state.past))
     if state.frames and not past:
@@ -178,10 +179,8 @@ def _overlap_add(codec: Codec, state: CodecState, head: Tensor, last: bool) -> T
     sums = synthesize(head, codec.window, hop) if len(head) else state.tail.new_zeros(2, overlap)
     sums[:, :overlap] += state.tail
     state.tail.copy_(sums[:, done:])
-    # Of the first window, the part before the waveform is trimmed, and as much at the end.
-    trim = overlap // 2
-    first = max(0, trim - (state.committed * hop - done))
-    wave, weight = sums[:, first : done + trim if last else done]
+    first = max(0, state.trim - (state.committed * hop - done))
+    wave, weight = sums[:, first : done + state.trim if last else done]
     return wave / weight
 
 

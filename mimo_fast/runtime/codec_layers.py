@@ -152,6 +152,11 @@ def ieee_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
+def conv_overlap(kernel: int, stride: int) -> int:
+    """Output rows of a transposed convolution's input that the next input adds to."""
+    return max(0, kernel - stride)
+
+
 @dataclass(frozen=True)
 class TransposedConv:
     """Causal transposed convolution, then GroupNorm over all of time and channels (upstream `CausalConvTranspose1d`).
@@ -174,7 +179,7 @@ class TransposedConv:
     @property
     def overlap(self) -> int:
         """Output rows of an input that the next input adds to."""
-        return max(0, self.weight.shape[-1] - self.stride)
+        return conv_overlap(self.weight.shape[-1], self.stride)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D_in] -> [T stride, D_out]."""

@@ -7,14 +7,13 @@ chunk of fixed size. What the host counts only picks views of results.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .codec import Codec
-    from .codec_layers import CodecStack
+from ..config import CodecConfig
+from .codec_layers import conv_overlap
 
 CONTEXT = 512
 """Decoder positions before its own that a position sees at least: 256 code frames, 10.24 s (upstream: 250 frames)."""
@@ -93,9 +92,11 @@ class StackState:
     v: Tensor
 
     @classmethod
-    def allocate(cls, stack: CodecStack, layers: int, width: int, size: int, like: Tensor) -> StackState:
-        shape = (layers, stack.heads, size, width // stack.heads)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+    def allocate(
+        cls, layers: int, heads: int, width: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> StackState:
+        shape = (layers, heads, size, width // heads)
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
 
 @dataclass
@@ -132,21 +133,23 @@ class CodecState:
     largest: int = 0
 
     @classmethod
-    def allocate(cls, codec: Codec, pending: int) -> CodecState:
+    def allocate(cls, config: CodecConfig, pending: int, dtype: torch.dtype, device: torch.device) -> CodecState:
         """pending: P, a multiple of the decoder's stride."""
-        config, device, like = codec.config, codec.device, codec.conv1[0]
-        positions = pending // config.decoder_stride
-        context = decoder_context(config.decoder_window)
+        positions, context = pending // config.decoder_stride, decoder_context(config.decoder_window)
+        history = -(-conv_overlap(config.decoder_kernel, config.decoder_stride) // config.decoder_stride)
         return cls(
             position=torch.zeros((), dtype=torch.int64, device=device),
-            entered=like.new_zeros(positions, config.dim), added=torch.zeros(positions, config.dim, device=device),
-            history=like.new_zeros(-(-codec.to_mel.overlap // config.decoder_stride), config.dim),
+            entered=torch.zeros(positions, config.dim, dtype=dtype, device=device),
+            added=torch.zeros(positions, config.dim, device=device),
+            history=torch.zeros(history, config.dim, dtype=dtype, device=device),
             unpool=RunningMoments.allocate(config.pool, device),
-            decoder=StackState.allocate(codec.decoder, config.decoder_layers, config.dim, context + BLOCK, like),
+            decoder=StackState.allocate(
+                config.decoder_layers, config.decoder_heads, config.dim, context + BLOCK, dtype, device
+            ),
             to_mel=RunningMoments.allocate(config.pool * config.decoder_stride, device),
             frame=torch.zeros((), dtype=torch.int64, device=device),
             vocoder=StackState.allocate(
-                codec.vocoder, config.vocoder_layers, config.vocoder_dim, config.vocoder_window[0], like
+                config.vocoder_layers, config.vocoder_heads, config.vocoder_dim, config.vocoder_window[0], dtype, device
             ),
             tail=torch.zeros(2, config.n_fft - config.hop, device=device),
         )
@@ -155,6 +158,11 @@ class CodecState:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(tensor.numel() * tensor.element_size() for tensor in [*_tensors(self), *self.held, *self.past])
+
+    @property
+    def trim(self) -> int:
+        """Samples of the first window before the waveform begins, and as many of the last one after its end."""
+        return self.tail.shape[1] // 2
 
     def reset(self) -> None:
         """Back to the beginning, in the same memory."""

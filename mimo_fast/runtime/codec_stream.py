@@ -1,17 +1,20 @@
 """Decoding codes as they come: each push costs what its own frames cost, however much was said before."""
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..config import CodecConfig
 from ..kernels.native import one_thread
-from .codec_incremental import advance
+from .codec_incremental import decode_chunk, with_the_past
 from .codec_state import CodecState, Moments
 
 if TYPE_CHECKING:
     from .codec import Codec
+    from .codec_graphs import ChunkGraphs
 
 PATCH_FRAMES = 4
 """Code frames of a patch, 160 ms."""
@@ -20,10 +23,39 @@ LOOKAHEAD = 10
 """Patches after a sample that can change it in the published codec: 16 vocoder layers look 10 frames of 10 ms ahead."""
 
 
+def patch_rows(config: CodecConfig) -> int:
+    """Vocoder frames of a patch."""
+    return PATCH_FRAMES * config.pool * config.decoder_stride
+
+
+def receptive_patches(config: CodecConfig) -> int:
+    """Patches after a sample that can change it."""
+    return -(-config.vocoder_layers * config.vocoder_window[1] // patch_rows(config))
+
+
+def default_lookahead(config: CodecConfig, given: bool = False) -> int:
+    """Patches that a stream waits for: LOOKAHEAD, or what its vocoder sees where moments are stated, or given."""
+    known = given or config.moments is not None
+    return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
+
+
+def streamable(config: CodecConfig) -> bool:
+    """Whether the codec looks ahead no farther than its vocoder's window."""
+    return config.decoder_causal and min(config.vocoder_window) >= 0
+
+
+def new_state(config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device) -> CodecState:
+    """What a stream with a lookahead of so many patches needs on the device."""
+    stride = config.decoder_stride
+    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
+    return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
+
+
 class CodecStream:
     """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a seam.
 
-    Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
+    Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it. Where there are graphs
+    (`codec_graphs.py`), a stream borrows its memory from the codec until it is closed or gone.
 
     Args:
         codec: weights.
@@ -40,14 +72,21 @@ class CodecStream:
         config = codec.config
         if not 0 <= lookahead <= LOOKAHEAD:
             raise ValueError(f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}")
-        if not config.decoder_causal or min(config.vocoder_window) < 0:
+        if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
-        rate = config.pool * config.decoder_stride
         self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
-        self._lookahead = self._hold * rate
-        reach = -(-config.vocoder_layers * config.vocoder_window[1] // config.decoder_stride) * config.decoder_stride
+        self._lookahead = lookahead * patch_rows(config)
+        self._graphs: ChunkGraphs | None = None
+        self._state: CodecState | None
+        pool = codec.stream_graphs
         with self._threads():
-            self._state: CodecState | None = CodecState.allocate(codec, max(reach, self._lookahead))
+            if pool is not None and pool.serves(codec, lookahead, moments):
+                self._graphs = pool.take()
+                self._state = self._graphs.state
+                self._give_back = weakref.finalize(self, pool.give_back, self._graphs)
+                self._give_back.atexit = False
+            else:
+                self._state = new_state(config, lookahead, codec.dtype, codec.device)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +115,9 @@ class CodecStream:
 
     def close(self) -> None:
         """Gives the memory back; the stream cannot be used any more."""
-        self._state = None
+        if self._graphs is not None:
+            self._give_back()
+        self._state = self._graphs = None
 
     def _threads(self) -> AbstractContextManager[None]:
         return one_thread() if self._codec.decoder.small else nullcontext()
@@ -103,4 +144,7 @@ class CodecStream:
             return torch.zeros(0, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
-        return advance(codec, state, hidden, self._lookahead, self._moments, ended)
+        if self._moments is None:
+            hidden = with_the_past(state, hidden)
+        wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
+        return decode_chunk(codec, state, hidden, self._lookahead, self._moments, ended) if wav is None else wav

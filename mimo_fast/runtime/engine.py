@@ -26,6 +26,8 @@ from .snapshot import PrefixCache, Snapshot
 AHEAD = 4
 QUEUE = 64
 PREFIX_BYTES = 2**28
+REHEARSED = (3, 40, 100)
+"""Groups of a prompt: each takes other kernels of the products (kernels/qmatmul_launch.py)."""
 
 
 class Engine:
@@ -54,9 +56,22 @@ class Engine:
         self._leader: int | None = None
 
     def warmup(self, progress: bool = True) -> None:
-        """Captures the graphs of every batch size, so that the first reply is as fast as the tenth."""
+        """Captures the graphs of every batch size and runs some prompts, so that the first reply is as fast as the
+        tenth: their kernels are compiled now."""
         if self.decoder.graphs:
             self.decoder.graphs.warmup(progress)
+            if not self._jobs and not any(self._owners):
+                self._rehearse()
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """Prompts of words and speech of each length that has kernels of its own; nothing of them stays."""
+        config = self.lm.config
+        for groups in (length for length in REHEARSED if length <= self.capacity):
+            ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
+            ids[0, config.group_size :] = self.lm.empty_id
+            self.lm.prefill(ids, self.state, slot=0)
+        self.state.lengths[0] = 0
 
     def check_room(self, groups: int) -> None:
         """Raises PromptError unless a conversation of so many groups leaves room for a reply."""

@@ -11,6 +11,7 @@ MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time.
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,10 +117,17 @@ class Graphs:
 class CudaCapture:
     """Records work into a CUDA graph; all graphs share one pool of memory, since no two run at once."""
 
+    _underway = threading.Lock()
+    """A process may capture one graph at a time."""
+
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, run: Run) -> tuple[Callable[[], None], Tensor]:
+        with self._underway:
+            return self._captured(run)
+
+    def _captured(self, run: Run) -> tuple[Callable[[], None], Tensor]:
         # Kernels are compiled and libraries set up outside the capture, which forbids both.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -130,6 +138,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the device meanwhile, and what they allocate does not belong to the graph.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result

@@ -27,7 +27,7 @@ from .small_parts import SmallParts
 from .state import NO_POSITION, DecodeState
 from .transformer import cached_attend, prefill_attend, self_attend, transformer, transformer_weights
 
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 512
 """Positions prefilled at once: bounds the activations of a long prompt, and how long other streams wait for it."""
 
 FEW_PATCHES = 16

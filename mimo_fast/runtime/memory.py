@@ -1,7 +1,7 @@
 """What a model needs of a device's memory, from shapes alone, before any is allocated; and what would make it fit.
 
     weights   the language model in its formats, with its text embeddings unless they stay in host memory
-    codec     encoder (unless in host memory), decoder and float32 codebooks
+    codec     encoder (unless in host memory), decoder and float32 codebooks; with graphs, `max_batch` streams' states
     cache     keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside them
     work      activations of the largest piece of work, graphs' own memory, and what libraries take
 """
@@ -16,8 +16,10 @@ import torch
 
 from ..config import CodecConfig, LMConfig
 from ..errors import DeviceMemoryError
+from ..kernels.qmatmul_launch import UNPACKED_AT_ONCE
 from ..layout import Shapes, codec_shapes, lm_shapes
 from ..quantization.formats import Format, QuantizationConfig, stored_tensors
+from .codec_stream import default_lookahead, new_state, streamable
 from .lm import PREFILL_CHUNK
 from .state import kv_bytes
 
@@ -40,7 +42,8 @@ class Setup:
     """All that decides how much memory a loaded model takes.
 
     kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether dense weights stay in
-    their memory-mapped file, which a CPU reads in place and the system can drop.
+    their memory-mapped file, which a CPU reads in place and the system can drop. graphs: whether it decodes with CUDA
+    graphs, for which the states of codec streams stay allocated.
     """
 
     lm: LMConfig
@@ -54,6 +57,7 @@ class Setup:
     kv_cache: str | None = None
     offload: frozenset[str] = frozenset()
     mapped: bool = False
+    graphs: bool = False
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
@@ -75,7 +79,14 @@ class Setup:
         rest = {name: shape for name, shape in shapes.items() if name not in books}
         if "codec_encoder" in self.offload:
             rest = {name: shape for name, shape in rest.items() if not name.startswith("encoder.")}
-        return self._stored(books, {}, torch.float32) + self._stored(rest, self.codec_formats, self.codec_dtype)
+        weights = self._stored(books, {}, torch.float32) + self._stored(rest, self.codec_formats, self.codec_dtype)
+        return weights + self._streams()
+
+    def _streams(self) -> int:
+        if not self.graphs or not streamable(self.codec):
+            return 0
+        lookahead = default_lookahead(self.codec)
+        return self.max_batch * new_state(self.codec, lookahead, self.codec_dtype, torch.device("meta")).nbytes
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
         shapes = {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
@@ -95,6 +106,8 @@ class Setup:
         backbone, codec = self.lm.backbone, self.codec
         width = 3 * backbone.ffn_dim + 2 * (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
         prefill = PREFILL_CHUNK * (width + 4 * backbone.dim) * self.dtype.itemsize
+        if self.formats and not self.mapped:
+            prefill += min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
         draw = self.max_batch * (12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4)
         frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..tokenizer import Tokenizer
 from .codec import Codec
+from .codec_stream import CodecStream
 from .decode import Group
 from .job import Reply
 
@@ -140,7 +141,7 @@ def _chunks(
     reply: Reply, reader: ReplyReader, codec: Codec, began: float, prefill: float, speaks: bool,
     note: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
-    stream = codec.stream() if speaks else None
+    stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
 
     def chunk(text: str, audio: Tensor) -> Chunk:
@@ -155,17 +156,23 @@ def _chunks(
         return Chunk(audio, codec.sample_rate, text, timing)
 
     nothing = torch.zeros(0)
-    for group in reply:
-        decoded += 1
-        if note is not None:
-            note(group)
-        if not group.finished:
-            text, patches = reader.read(group.text, group.codes)
-            heard = stream.push(torch.cat(patches, dim=1), trusted=True) if stream and patches else nothing
-            yield chunk(text, heard)
-    text, patches = reader.finish()
-    held = torch.cat(patches, dim=1) if patches else None
-    yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
+    try:
+        for group in reply:
+            # Not before the reply has a slot: as many streams as slots have graphs from the start.
+            stream = stream or (codec.stream() if speaks else None)
+            decoded += 1
+            if note is not None:
+                note(group)
+            if not group.finished:
+                text, patches = reader.read(group.text, group.codes)
+                heard = stream.push(torch.cat(patches, dim=1), trusted=True) if stream and patches else nothing
+                yield chunk(text, heard)
+        text, patches = reader.finish()
+        held = torch.cat(patches, dim=1) if patches else None
+        yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
+    finally:
+        if stream is not None:
+            stream.close()
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:

@@ -214,3 +214,18 @@ def test_shapes_that_do_not_match_are_refused():
     for product in (weight, Weight.stack([random(5, 64)])):
         with pytest.raises(ValueError, match=r"norm's weight is \[32\], not \[64\]"):
             matmul(random(2, 64), product, norm=random_norm(32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacked_rows_are_the_weight_rounded_once(name, dtype):
+    weight, room = quantize(random(21, 384), Format.parse(name)), torch.full((10, 384), torch.nan, dtype=dtype)
+    qmatmul_launch.unpack(weight, 5, room[:9])
+    assert torch.equal(room[:9], dequantize(weight)[5:14].to(dtype))
+    assert bool(room[9].isnan().all())
+
+
+def test_many_rows_are_multiplied_a_block_of_the_weight_at_a_time(monkeypatch):
+    monkeypatch.setattr(qmatmul_launch, "UNPACKED_AT_ONCE", 16 * 256)
+    weight = quantize(random(38, 256), Format.parse("int4"), random(38, seed=1))
+    check(random(66, 256, seed=2), weight, random(66, 19, seed=3), True, norm=random_norm(256))

@@ -1,0 +1,119 @@
+"""The CUDA kernels' own source, compiled for the CPU, where the threads of a warp are threads that meet at barriers."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels import cuda
+from mimo_fast.kernels.norm import RMSNorm
+from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
+from mimo_fast.quantization import Format, quantize
+
+ROOT = Path(__file__).parent.parent
+ROUNDING = 2.0**-8
+"""Of bfloat16, half a unit in the last place."""
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    target = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    sources, names = sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "cuda"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, "-x", "c++", *flags, f"-I{names}", *sources, "-o", target], check=True)
+    return cuda.declared(ctypes.CDLL(str(target)))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def weight_of(name: str, rows: int, columns: int, bias: bool = False) -> QuantizedWeight:
+    return quantize(random(rows, columns, seed=1).float(), Format.parse(name), random(rows, seed=2) if bias else None)
+
+
+def product(library, x: Tensor, weight: QuantizedWeight, norm=None, residual=None, swiglu=False) -> Tensor:
+    """The kernel's result, in a buffer that holds NaN before, with a row after it that must stay so."""
+    width = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    room = torch.full((len(x) + 1, width), torch.nan, dtype=torch.bfloat16)
+    assert cuda.takes_form(x, weight)
+    cuda.quantized_matmul(x, weight, norm, residual, swiglu, room[:-1], library)
+    assert bool(room[-1].isnan().all())
+    return room[:-1]
+
+
+def check(x: Tensor, weight: QuantizedWeight, got: Tensor, norm=None, residual=None, swiglu=False) -> None:
+    """Within the rounding to bfloat16 of the result and, with a norm, of x times its weight."""
+    wide, dense = x.double(), dequantize(weight).double()
+    if norm is not None:
+        wide = wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    want = wide @ dense.T + (0 if weight.bias is None else weight.bias.double())
+    size = (1e-5 + (norm is not None) * ROUNDING) * (wide.abs() @ dense.abs().T)
+    if swiglu:
+        (gate, up), (gate_size, up_size) = want.chunk(2, -1), size.chunk(2, -1)
+        want = gate / (1 + (-gate).exp()) * up
+        size = 1.1 * gate_size * up.abs() + up_size * gate.abs() + gate_size * up_size
+    if residual is not None:
+        want = want + residual.double()
+    excess = (got.double() - want).abs() - size - ROUNDING * want.abs()
+    assert bool((excess <= 0).all()), f"exceeds its bound by {excess.max():.3g}"
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+@pytest.mark.parametrize("m", [1, 8, 11])
+def test_formats(emulated, name, m):
+    x, weight = random(m, 384), weight_of(name, 37, 384)
+    check(x, weight, product(emulated, x, weight))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_norm_and_epilogues(emulated, name, swiglu):
+    x, weight = random(3, 256), weight_of(name, 44, 256, bias=True)
+    norm, residual = RMSNorm(random(256, seed=3) * 3, 1e-6), random(3, 22 if swiglu else 44, seed=4)
+    got = product(emulated, x, weight, norm, residual, swiglu)
+    check(x, weight, got, norm, residual, swiglu)
+
+
+def test_more_columns_than_a_block_of_threads_reads_at_once(emulated):
+    for name in ("int4", "int8"):
+        x, weight = random(2, 21 * 128), weight_of(name, 32, 21 * 128)
+        check(x, weight, product(emulated, x, weight))
+
+
+def test_several_tiles_of_rows_and_a_row_stride(emulated):
+    wide = torch.full((35, 132), torch.nan).bfloat16()
+    wide[:, :128] = random(35, 128)
+    weight = weight_of("int4", 16, 128)
+    check(wide[:, :128], weight, product(emulated, wide[:, :128], weight))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(emulated):
+    x, weight, norm = random(9, 256), weight_of("int4", 32, 256), RMSNorm(random(256, seed=3), 1e-6)
+    together = product(emulated, x, weight, norm)
+    for m in (1, 8):
+        assert torch.equal(product(emulated, x[:m], weight, norm), together[:m])
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+def test_unpacked_rows_are_the_weight_rounded_once(emulated, name):
+    weight, room = weight_of(name, 21, 384), torch.full((10, 384), torch.nan).bfloat16()
+    cuda.unpack(weight, 5, room[:9], emulated)
+    assert torch.equal(room[:9], dequantize(weight)[5:14].bfloat16())
+    assert bool(room[9].isnan().all())
+
+
+def test_what_it_does_not_take():
+    x = random(1, 256)
+    for name in ("int4-g64", "int8-g32", "nf4"):
+        assert not cuda.takes_form(x, weight_of(name, 8, 256))
+    assert not cuda.takes_form(x.float(), weight_of("int4", 8, 256))
+    assert not cuda.takes_form(random(1, 192), weight_of("int8", 8, 192))
+    assert not cuda.takes(x, weight_of("int4", 8, 256))
