@@ -12,12 +12,17 @@ from replies import GREEDILY, SAMPLED, Drawn, drawn
 from test_engine_mixes import repeated
 from torch import Tensor
 
+from benchmarks.cases import normal
 from benchmarks.harness import Case, prepare
 from benchmarks.ops import select
+from benchmarks.synthetic import random_weight
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.bench.synthetic import preset_configs, random_codec, random_lm
 from mimo_fast.config import LMConfig
+from mimo_fast.kernels import cuda
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.kernels.norm import RMSNorm
+from mimo_fast.kernels.qmatmul import matmul
 from mimo_fast.runtime.conversation import Conversation
 from mimo_fast.runtime.decode import Limits, Samplers
 from mimo_fast.runtime.engine import Engine
@@ -50,6 +55,20 @@ def test_op_equals_its_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in OPS if c.nbytes < CHEAP], ids=lambda case: f"{case.op}-{case.format}")
 def test_cheap_op_equals_its_reference_on_a_cpu(case: Case) -> None:
     check_op(case, "ours-cpu", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("rows", [1024, 3072, 22016])
+def test_a_row_of_a_product_is_the_same_whatever_rows_come_with_it(form: str, rows: int) -> None:
+    device, columns = torch.device("cuda"), 4096
+    if cuda.library() is None:
+        pytest.skip("the CUDA kernels were not built")
+    weight = random_weight(form, (rows,), columns, torch.bfloat16, device)
+    x, norm = normal(device, 64, columns), RMSNorm(normal(device, columns, seed=1), 1e-6)
+    together = matmul(x, weight, norm=norm)
+    for m in (1, 8, 9, 33):
+        assert torch.equal(matmul(x[:m], weight, norm=norm), together[:m])
 
 
 def shortened(preset: str, layers: int) -> LMConfig:
