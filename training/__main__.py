@@ -35,7 +35,10 @@ from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, readings=6, strangers=6, strange_words=4, strange_questions=4, unheard=3, unsaid=3)
+SMOKE_SIZES = Sizes(
+    12, 12, 8, 8, 6, readings=6, spellings=4, letters=4, strangers=6, strange_words=4, strange_questions=4, unheard=3,
+    unsaid=3,
+)  # fmt: skip
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
 

@@ -18,12 +18,12 @@ from .augmentation import augment, other_speaker, vary
 from .data import FRAME, SHARD, Part, joined, piece, save_whole
 from .synthesis import PHONES, RATE, Utterance
 
-HEARD = ("speech", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
+HEARD = ("speech", "letters", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
 
 VARIANTS, NOISE_SHARE = 2, 0.4
 
-SAID = ("replies", "readings", "answers", "unsaid")
+SAID = ("replies", "readings", "spellings", "answers", "unsaid")
 """Parts that the model says: without the silence around, and with the places of words and phones."""
 
 LEAD, TAIL = FRAME, 3 * FRAME

@@ -4,6 +4,8 @@
                 drawn anew for each
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
     readings    sentences, and words in no order, in the reply's voice, plainly
+    spellings   letters in the reply's voice
+    letters     letters spoken as `speech` is
     words       every word of the domain alone, spoken as `speech` is
     questions   those of the dialogue, spoken as `speech` is
     answers     those of the dialogue, in the reply's voice
@@ -17,6 +19,7 @@ Utterance i of a part is a function of (seed, part, i) alone, so an interrupted 
 """
 
 import random
+import string
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +64,9 @@ LISTED_SHARE, LISTED = 0.3, 6
 """Of readings and of what is heard: how much is words in no order, and of how many at most. Which word it is can then
 be told by its sound alone."""
 
+SPELT = 6
+"""Letters in a row at most, of letters and spellings."""
+
 ANNOTATIONS = ("phones", "words", "starts", "ends")
 """Of utterances, see `Utterance`."""
 
@@ -84,15 +90,17 @@ class Item:
 class Sizes:
     """Utterances in each part of the data."""
 
-    speech: int = 6000
+    speech: int = 10000
     replies: int = 5000
     words: int = 2000
     questions: int = 1200
     echoes: int = 600
-    readings: int = 6000
+    readings: int = 12000
     strangers: int = 5000
     strange_words: int = 1000
     strange_questions: int = 600
+    spellings: int = 2500
+    letters: int = 2500
     unheard: int = 200
     unsaid: int = 200
 
@@ -115,6 +123,8 @@ def item(part: str, index: int, seed: int = 0) -> Item:
         return Item(answers()[index % len(answers())], _any_manner(rng))
     if part == "words":
         return Item(domain.vocabulary()[index % len(domain.vocabulary())], _any_manner(rng))
+    if part in ("spellings", "letters"):
+        return Item(_spelt(rng), STYLES["normal"] if part == "spellings" else _any_manner(rng))
     if part in ("readings", "speech"):
         text = _listed(rng) if rng.random() < LISTED_SHARE else domain.draw_sentence(rng)
         return Item(text, STYLES["normal"] if part == "readings" else _any_manner(rng))
@@ -131,6 +141,13 @@ def item(part: str, index: int, seed: int = 0) -> Item:
 def _listed(rng: random.Random) -> str:
     """Words in no order."""
     while domain.is_held_out(text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))):
+        continue
+    return text
+
+
+def _spelt(rng: random.Random) -> str:
+    """Letters in no order."""
+    while domain.is_held_out(text := " ".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, SPELT)))):
         continue
     return text
 

@@ -47,8 +47,11 @@ STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strang
 STRANGE_SHARE = 0.4
 """Of recordings that are by the speakers of the other synthesizer, where there are any."""
 
-PLAIN_SHARE = 0.6
-"""Of plain replies that are drawn from the sentences that are all plain."""
+READ = {"replies": 3, "readings": 5, "spellings": 2}
+"""Weights of the parts that plain replies are drawn from."""
+
+ASKED = {"speech": 7, "letters": 1, "questions": 2, "echoes": 2}
+"""Weights of the parts that are transcribed."""
 
 COARSE_SHARE, COARSEST = 0.5, 2
 """Of recordings that are heard by their first codebooks alone, at least so many: the others tell more of the voice."""
@@ -186,8 +189,7 @@ class Examples:
         return self._reply("answers", self._answers[text])
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
-        part = rng.choice(("speech", "speech", "speech", "speech", "questions", "echoes"))
-        speech = self._recording(part, rng)
+        speech = self._recording(_weighted(ASKED, rng), rng)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [speech.text, "<|im_end|>"]
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
@@ -201,9 +203,9 @@ class Examples:
         return prompt.text_reply([("user", speech)]), [domain.dialogue()[speech.text], "<|im_end|>"]
 
     def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
-        if rng.random() >= PLAIN_SHARE:
+        if (part := _weighted(READ, rng)) == "replies":
             return self._said(["normal"], rng)
-        reply = self._reply("readings", rng.randrange(len(self._codes["readings"])))
+        reply = self._reply(part, rng.randrange(len(self._codes[part])))
         return prompt.tts(reply.text, seed=rng.getrandbits(32)), [reply]
 
     def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
@@ -232,6 +234,10 @@ class Examples:
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
         examples = [(heard, replace(said, places=None)) for heard, said in examples]
         return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]
+
+
+def _weighted(weights: Mapping[str, int], rng: random.Random) -> str:
+    return rng.choices([*weights], [*weights.values()])[0]
 
 
 def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:

@@ -7,7 +7,6 @@ import torch
 from mimo_fast.checkpoint import open_weights
 
 from . import codec, lm
-from .export import LEVEL, scaled
 from .loop import save_state
 from .parameters import Tensors
 from .rvq import known_usage
@@ -23,7 +22,7 @@ def start_from(pair: Path, run: Path) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     config = codec.codec_config()
-    heard = codec.initial_tensors(config, seed=0) | scaled(_weights(pair / "codec"), 1 / LEVEL)
+    heard = codec.initial_tensors(config, seed=0) | _weights(pair / "codec")
     states = {
         codec.NAME: heard | known_usage(config, heard),
         lm.NAME: lm.initial_tensors(lm.lm_config(), seed=0) | _weights(pair / "lm"),

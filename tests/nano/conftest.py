@@ -15,7 +15,7 @@ STEPS = 4
 @pytest.fixture(scope="session")
 def sizes() -> data.Sizes:
     heard = {"strangers": 4, "strange_words": 4, "strange_questions": 4}
-    return data.Sizes(6, 12, 5, 6, 4, readings=4, **heard, unheard=2, unsaid=2)
+    return data.Sizes(6, 12, 5, 6, 4, readings=4, spellings=3, letters=4, **heard, unheard=2, unsaid=2)
 
 
 @pytest.fixture(scope="module")
