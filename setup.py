@@ -36,9 +36,9 @@ class BuildAll(build_ext):
         codes = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in ARCHITECTURES]
         last = ARCHITECTURES[-1]
         command = [
-            nvcc, "-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC", "-Icsrc/cuda", *codes,
-            f"-gencode=arch=compute_{last},code=compute_{last}", *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
-            "-o", str(package / "mimo_fast" / "libmimo_fast_cuda.so"),
+            nvcc, "-O3", "-std=c++17", "-shared", "--threads=0", "-cudart=static", "-Xcompiler=-fPIC", "-Icsrc/cuda",
+            *codes, f"-gencode=arch=compute_{last},code=compute_{last}",
+            *sorted(map(str, Path("csrc/cuda").glob("*.cu"))), "-o", str(package / "mimo_fast" / "libmimo_fast_cuda.so"),
         ]  # fmt: skip
         if subprocess.run(command, check=False).returncode:
             print("warning: the CUDA kernels were not built: Triton's take their place", file=sys.stderr)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything worth doing on a machine with a GPU, in one go: under nine minutes, without network, nothing installed.
+# Tests run side by side where pytest-xdist is there: most of their time is the compilation of kernels.
 #
 #   bash benchmarks/gpu.sh
 #   DEVICE=cpu PRESET=tiny bash benchmarks/gpu.sh     a rehearsal without a GPU, in a minute or two
@@ -77,13 +78,18 @@ bench() { local title=$1 share=$2; shift 2; part "$title" "$share" "$python" -m 
 
 native() {
     local why=
-    "$python" -c 'from mimo_fast import _native' 2>>"$log" && why="is built already"
+    "$python" - 2>>"$log" <<'EOF' && why="is built already"
+import shutil, sys
+from mimo_fast import _native
+from mimo_fast.kernels import cuda
+sys.exit(cuda.library() is None and shutil.which("nvcc") is not None)
+EOF
     [[ -z $why ]] && ! command -v "${CXX:-g++}" >/dev/null && why="no C++ compiler is installed"
     [[ -z $why ]] && ! "$python" -c 'import setuptools' 2>>"$log" && why="setuptools is not installed"
     [[ -z $why ]] && ! "$python" -c 'import pybind11' 2>>"$log" && why="pybind11 is not installed"
-    if [[ -n $why ]]; then pass native 45 "$why"; return; fi
+    if [[ -n $why ]]; then pass native 60 "$why"; return; fi
     # A build that fails is only a warning to setuptools: what counts is whether it can be imported.
-    part native 45 bash -c '"$0" setup.py build_ext --inplace && "$0" -c "from mimo_fast import _native"' "$python"
+    part native 60 bash -c '"$0" setup.py build_ext --inplace && "$0" -c "from mimo_fast import _native"' "$python"
 }
 
 if [[ $device == cuda ]]; then
@@ -104,7 +110,7 @@ where=(--device "$device")
 
 native
 gpu_part tests 150 "$python" -m pytest -m gpu tests/test_gpu.py tests/test_gpu_kernels.py \
-    -p no:cacheprovider -v --durations 10
+    -p no:cacheprovider -v --durations 10 $("$python" -c 'import xdist' 2>>"$log" && echo "-n auto")
 bench ops-products 75 ops "${where[@]}" "${products[@]}" -o "$stem-ops.jsonl"
 bench e2e-int4 55 e2e "${where[@]}" --preset "$preset" --quantization int4 "${sweep[@]}" -o "$stem-e2e.jsonl"
 bench profile-int4 25 profile "${where[@]}" --preset "$preset" "${profiled[@]}" -o "$stem-profile.jsonl"

@@ -1,13 +1,17 @@
 """Every configuration of every kernel compiles for every GPU generation, and to what it was designed for."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from benchmarks.compile_matrix import ARCHITECTURES, SHARED_LIMIT, cases, compile_case
+from benchmarks.compile_matrix import ARCHITECTURES, CUDA, SHARED_LIMIT, cases, compile_case, compile_cuda
 from mimo_fast.kernels.dispatch import Case
 
 CASES = list(cases())
+STATIC_SHARED = 48 * 1024
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
@@ -20,6 +24,17 @@ def test_compiles_without_spills(case: Case, architecture: int) -> None:
         assert not compiled.tf32
     if case.wide_loads:
         assert compiled.load_bits == 128
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.mark.parametrize("source", CUDA, ids=lambda source: source.name)
+def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
+    kernels = compile_cuda(source, architecture)
+    assert kernels
+    for name, (_, local, shared) in kernels.items():
+        assert local == 0, name
+        assert shared <= STATIC_SHARED, name
 
 
 def test_names_are_unique() -> None:

@@ -262,20 +262,32 @@ void launch(const Product& p, cudaStream_t stream) {
            : launch<BITS, TILES, TILES_X, false, WARPS, DEPTH>(p, stream);
 }
 
-// How many rows of W give every SM of a large card two blocks of threads, and one.
+template <int BITS>
+void launch_some(const Product& p, cudaStream_t stream) {
+    if constexpr (BITS == 4)
+        launch<BITS, 2, 2, 8, 2>(p, stream);
+    else
+        p.norm ? launch<BITS, 1, 2, true, 8, 1>(p, stream) : launch<BITS, 2, 2, false, 8, 1>(p, stream);
+}
+
+// Rows of W that give every SM of a large card a block of threads with two tiles, and with one.
 constexpr int MANY = 5120, SOME = 2048;
 
-// Measured on an H100 (docs/LOG.md). WARPS, and so the order of a sum, depends on the weight alone.
+// Measured on an H100 (docs/LOG.md); two tiles of W, two of x, 16 warps or a norm are left out where they would spill.
+// WARPS, and so the order of a sum, depends on the weight and its norm alone.
 template <int BITS>
 void launch(const Product& p, cudaStream_t stream) {
     constexpr bool four = BITS == 4;
     const bool few = p.m <= 8;
     if (p.n >= MANY)
-        few ? launch<BITS, 2, 1, four ? 8 : 4, 1>(p, stream) : launch<BITS, 2, 2, four ? 8 : 4, four ? 2 : 1>(p, stream);
-    else if (p.n >= SOME)
-        few ? launch<BITS, 1, 1, 8, four ? 2 : 1>(p, stream) : launch<BITS, 2, 2, 8, four ? 2 : 1>(p, stream);
+        few ? launch<BITS, 2, 1, four ? 8 : 4, 1>(p, stream)
+            : launch<BITS, four ? 2 : 1, 2, four ? 8 : 4, four ? 2 : 1>(p, stream);
+    else if (p.n >= SOME || p.norm)
+        few ? launch<BITS, 1, 1, 8, four ? 2 : 1>(p, stream) : launch_some<BITS>(p, stream);
+    else if constexpr (four)
+        few ? launch<BITS, 1, 1, false, 16, 2>(p, stream) : launch<BITS, 1, 2, false, 16, 1>(p, stream);
     else
-        few ? launch<BITS, 1, 1, 16, four ? 2 : 1>(p, stream) : launch<BITS, 1, 2, 16, 1>(p, stream);
+        launch<BITS, 1, 1, false, 16, 1>(p, stream);
 }
 
 }  // namespace

@@ -47,6 +47,9 @@ def time_groups(
 
     The target must have room for SETTLING groups more than both.
     """
+    if target.lm.device.type == "cuda":
+        # The first of a length sets up what it is multiplied with.
+        prompted(target, prompt, samplers)
     context, prefill = prompted(target, prompt, samplers)
     times = []
     for token in (target.word_id, target.lm.empty_id):
