@@ -37,8 +37,8 @@ class BuildAll(build_ext):
         last = ARCHITECTURES[-1]
         command = [
             nvcc, "-O3", "-std=c++17", "-shared", "--threads=0", "-cudart=static", "-Xcompiler=-fPIC", "-Icsrc/cuda",
-            *codes, f"-gencode=arch=compute_{last},code=compute_{last}",
-            *sorted(map(str, Path("csrc/cuda").glob("*.cu"))), "-o", str(package / "mimo_fast" / "libmimo_fast_cuda.so"),
+            *codes, f"-gencode=arch=compute_{last},code=compute_{last}", "-o",
+            str(package / "mimo_fast" / "libmimo_fast_cuda.so"), *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
         ]  # fmt: skip
         if subprocess.run(command, check=False).returncode:
             print("warning: the CUDA kernels were not built: Triton's take their place", file=sys.stderr)

@@ -117,3 +117,8 @@ def test_what_it_does_not_take():
     assert not cuda.takes_form(x.float(), weight_of("int4", 8, 256))
     assert not cuda.takes_form(random(1, 192), weight_of("int8", 8, 192))
     assert not cuda.takes(x, weight_of("int4", 8, 256))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_where_nvcc_is_installed_the_kernels_are_built():
+    assert cuda.library() is not None
