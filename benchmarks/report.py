@@ -44,7 +44,9 @@ No measurement: what the formula gives for other cards from what one was measure
 
 with the seconds and bytes of an audio group, the number of its kernels, and the seconds that they were busy, from its \
 profile ([projection.py](../benchmarks/projection.py)). It takes the other card to reach the same share \
-of its bandwidth, and to launch at the same cost. *Bytes / bandwidth* is the floor that no program beats.
+of its bandwidth, and to launch at the same cost. Where kernels overlap they count as busy all the time, so that what \
+does not depend on the bandwidth is scaled with it too, and a slower card comes out slower than it may be. *Bytes / \
+bandwidth* is the floor that no program beats.
 """
 
 

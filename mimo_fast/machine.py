@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, kernels
+from . import __version__
 from .config import LMConfig
-from .kernels import native
+from .kernels import cuda, native
 from .layout import codec_shapes, codec_training_state, lm_shapes
 from .loading import HubOptions, PathLike, find, open_codec, open_lm
 
@@ -48,8 +48,7 @@ def describe_machine() -> Iterator[str]:
             f"{card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         )
     yield f"native kernels: {native.state()}"
-    ops = sorted(path.stem for path in Path(kernels.__path__[0]).glob("[a-z]*.py"))
-    yield f"kernels: plain torch, on every device, for {', '.join(ops)}"
+    yield f"cuda kernels: {cuda.state()}"
 
 
 def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:

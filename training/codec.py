@@ -50,10 +50,6 @@ CTC_CODEBOOKS = 2
 ALL_CODEBOOKS_SHARE = 0.6
 """Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is speech as well."""
 
-LEVEL = 0.33
-"""Of the codec's output. Trained on spectra, it puts the harmonics of a voice in phase: pulses whose peaks are up to
-three times those of the recording, which files and sound cards would cut off."""
-
 VALIDATION = 24
 
 
@@ -113,7 +109,7 @@ class CodecTraining:
         got = [codec.decode_hidden(rows)[: len(each.wanted)]
                for rows, each in zip(quantized.rows.split(lengths), batch, strict=False)]  # fmt: skip
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
-        spectral, mel = spectral_distance(torch.cat(got) / LEVEL, wanted, self.config.sample_rate)
+        spectral, mel = spectral_distance(torch.cat(got), wanted, self.config.sample_rate)
         read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
         told = self._ctc(read.split(lengths), [each.phones for each in heard])
         loss = spectral + COMMITMENT * quantized.commitment + CTC * told
@@ -155,7 +151,7 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
         wav = part[i].wav.to(codec.device)
         codes = codec.encode(wav)
         for place, used in enumerate((codes, codes[:2])):
-            got = codec.decode(used)[: len(wav)] / LEVEL
+            got = codec.decode(used)[: len(wav)]
             total[place] += float(mel_distance(got, wav, codec.sample_rate)) / count
     return {"mel": total[0], "mel_2": total[1]}
 

@@ -16,7 +16,7 @@ from mimo_fast.runtime.codec import Codec
 
 from . import parallel
 from .augmentation import noise
-from .codec import LEVEL, codebooks_used, codec_config, draw, reconstruction, spectral_distance
+from .codec import codebooks_used, codec_config, draw, reconstruction, spectral_distance
 from .data import Part
 from .loop import Losses, Run, Schedule
 from .parameters import Tensors, build_codec, trainable
@@ -64,7 +64,7 @@ class DecoderTraining:
             with torch.no_grad():
                 codes = codec.encode(spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks)))
                 right = codec.encode_mel(log_mel(wanted + hiss, self.config))
-            got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)] / LEVEL
+            got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)]
             whole, spectra = spectral_distance(got, wanted, self.config.sample_rate)
             spectral, mel = spectral + whole / count, mel + spectra.detach() / count
             heard = codec.encode_mel(log_mel(got + hiss, self.config))

@@ -30,8 +30,8 @@ from mimo_fast.sampling import GREEDY
 
 from . import domain
 from .augmentation import noise
-from .codec import LEVEL
 from .data import UNHEARD_VOICE, Part
+from .export import LEVEL
 from .listen import recognise, word_error_rate
 from .losses import mel_distance
 from .synthesis import Manner, synthesize

@@ -14,6 +14,11 @@ from .loop import trained_tensors
 from .parameters import Tensors, build_codec, config_json
 from .tokenizer import build_tokenizer
 
+WINDOW = "decoder.vocoder.head.istft.window"
+LEVEL = 0.33
+"""Of the codec's output, as it is exported. Trained on spectra, it puts the harmonics of a voice in phase: pulses whose
+peaks are up to three times those of the recording, which files and sound cards would cut off."""
+
 MEASURED = 64
 """Utterances that the typical moments of the codec's norms are averaged over."""
 
@@ -26,7 +31,14 @@ def export(run: Path, target: Path, replies: Part, dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: one of the two was not trained, or the target holds weights already.
     """
-    return write_pair(target, trained_tensors(run, lm.NAME), trained_tensors(run, decoder.NAME), replies, dtype)
+    quieter = scaled(trained_tensors(run, decoder.NAME), LEVEL)
+    return write_pair(target, trained_tensors(run, lm.NAME), quieter, replies, dtype)
+
+
+def scaled(codec_tensors: Tensors, factor: float) -> Tensors:
+    """The codec whose output is `factor` times as large: overlapping frames are divided by their squared window, so it
+    is by the window that they grow, and the bound on magnitudes before it stays where it was in training."""
+    return codec_tensors | {WINDOW: codec_tensors[WINDOW] / factor}
 
 
 def write_pair(

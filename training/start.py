@@ -7,6 +7,7 @@ import torch
 from mimo_fast.checkpoint import open_weights
 
 from . import codec, lm
+from .export import LEVEL, scaled
 from .loop import save_state
 from .parameters import Tensors
 from .rvq import known_usage
@@ -22,7 +23,7 @@ def start_from(pair: Path, run: Path) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     config = codec.codec_config()
-    heard = codec.initial_tensors(config, seed=0) | _weights(pair / "codec")
+    heard = codec.initial_tensors(config, seed=0) | scaled(_weights(pair / "codec"), 1 / LEVEL)
     states = {
         codec.NAME: heard | known_usage(config, heard),
         lm.NAME: lm.initial_tensors(lm.lm_config(), seed=0) | _weights(pair / "lm"),

@@ -35,6 +35,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def state() -> str:
+    """One line for `mimo-fast info`."""
+    if library() is not None:
+        return "products of few rows with int4 and int8 weights, on GPUs from Ampere on"
+    if LIBRARY.exists():
+        return f"built, but {LIBRARY} does not load"
+    return "not built (they need nvcc when mimo-fast is installed); Triton's take their place"
+
+
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions' arguments."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int
