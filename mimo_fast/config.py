@@ -44,6 +44,8 @@ class LMConfig:
     delays: tuple[int, ...]
     max_positions: int
     tie_embeddings: bool
+    greedy_tasks: tuple[str, ...] = ()
+    """Of `sampling.TASK_SAMPLERS`: their replies are greedy unless asked otherwise. A checkpoint may state them."""
 
     @property
     def patch_steps(self) -> int:
@@ -91,6 +93,7 @@ class LMConfig:
             delays=read.per_channel("delay_pattern", channels),
             max_positions=read.integer("max_position_embeddings"),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            greedy_tasks=read.names("greedy_tasks"),
         )
         config._check(source)
         return config
@@ -245,6 +248,13 @@ class _Reader:
             if min(first[1], second[1]) > 0:
                 return first, second
         raise ConfigError(f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}")
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of names, empty by default; an extension of upstream's form, absent from its files."""
+        value = self.raw.get(key) or []
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")
+        return tuple(value)
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """'1025-129' lists a value a channel; a single number holds for every channel."""

@@ -1,6 +1,5 @@
 """`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and speech continuation."""
 
-import copy
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,9 +22,9 @@ from .runtime.session import Session
 from .sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
-    TASK_SAMPLERS,
     MiMoSampler,
     MiMoStopper,
+    task_samplers,
 )
 from .tasks import Task, find_task
 
@@ -83,7 +82,7 @@ class MimoAudio(KeepsHistory):
         self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
         self.default_global_sampler, self.default_local_sampler = DEFAULT_GLOBAL_SAMPLER, DEFAULT_LOCAL_SAMPLER
-        self.task_sampler_configs = copy.deepcopy(TASK_SAMPLERS)
+        self.task_sampler_configs = task_samplers(config.greedy_tasks)
         super().__init__()
         if self.device.type == "cuda":
             self.warmup()

@@ -1,7 +1,8 @@
 """Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for each task."""
 
+import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
     "in_context_learning_s2s": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
 }
 """Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for speech codes."""
+
+
+def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
+    """A copy of upstream's samplers per task; for the tasks named, text and speech are greedy."""
+    samplers = copy.deepcopy(TASK_SAMPLERS)
+    return samplers | {name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy}
 
 
 def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu") -> SamplerTensors:

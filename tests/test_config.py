@@ -281,3 +281,11 @@ def test_published_numbers_of_parameters():
     assert parameters(codec) / 1e9 == pytest.approx(1.29, abs=0.005)
     backbone = {name: shape for name, shape in language_model.items() if name.startswith(("model.layers", "lm_head"))}
     assert parameters(backbone) / 1e9 == pytest.approx(7.0, abs=0.05)
+
+
+def test_greedy_tasks_are_names(kit):
+    raw = read_json(kit / "checkpoint" / "lm" / "config.json")
+    assert LMConfig.from_dict(raw).greedy_tasks == ()
+    assert LMConfig.from_dict(raw | {"greedy_tasks": ["tts"]}).greedy_tasks == ("tts",)
+    with pytest.raises(ConfigError, match="'greedy_tasks' must be a list of names, not 'tts'"):
+        LMConfig.from_dict(raw | {"greedy_tasks": "tts"})

@@ -15,6 +15,7 @@ from mimo_fast.checkpoint import find_checkpoint
 from mimo_fast.cli import main
 from mimo_fast.embedded import CARD, NANO, PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL, QUESTION, resolve_pair
 from mimo_fast.errors import MimoFastError
+from mimo_fast.sampling import TASK_SAMPLERS
 from mimo_fast.tokenizer import Tokenizer
 from training import domain
 
@@ -87,6 +88,12 @@ def test_load_without_arguments_is_the_embedded_pair():
     assert (model.path, model.mimo_audio_tokenizer_path) == tuple(map(str, BOTH))
     assert model.tokenizer.trained_words == set(domain.vocabulary())
     assert isinstance(model.asr_sft(QUESTION, max_new_tokens=5), str)
+
+
+def test_its_speech_is_greedy_and_its_answers_are_drawn_as_upstream_draws_them():
+    model = mimo_fast.load(device="cpu")
+    assert not any(sampler.do_sample for sampler in model.get_task_sampler("tts").values())
+    assert model.get_task_sampler("spoken_dialogue") == TASK_SAMPLERS["spoken_dialogue"]
 
 
 COMMANDS = {

@@ -19,6 +19,7 @@ import torch
 
 import mimo_fast
 from mimo_fast.errors import MimoFastError
+from mimo_fast.sampling import task_samplers
 
 from . import codec, codes, comparisons, data, decoder, evaluate, export, lm, parallel
 from .card import card
@@ -113,8 +114,15 @@ class Recipe:
 
 
 def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
-    """Loads the pair in a format, once."""
-    return cache(lambda quantization: mimo_fast.load(lm_directory, codec_directory, "cpu", quantization=quantization))
+    """Loads the pair in a format, once, with upstream's samplers for every task: greedy ones are measured beside."""
+
+    @cache
+    def load(quantization: str | None) -> mimo_fast.MimoAudio:
+        model = mimo_fast.load(lm_directory, codec_directory, "cpu", quantization=quantization)
+        model.task_sampler_configs = task_samplers()
+        return model
+
+    return load
 
 
 def _missing() -> Iterator[str]:

@@ -58,7 +58,7 @@ def _word_errors(results: Results) -> str:
         "flite, through the codec": tts["word_error_rate"]["codec"],
         "text to speech, heard by the model itself": tts["word_error_rate_own_asr"],
         "text to speech, all codes decoded at once": streaming["at_once"],
-        "text to speech, greedy": results["sampling"]["greedy"],
+        "text to speech, greedy, which is its default": results["sampling"]["greedy"],
         "transcription of the unheard voice": asr["clean"],
         f"the same, in noise {NOISE_DB} dB below": asr[f"noise_{NOISE_DB}_db"],
         "transcription of flite in the voice that the model speaks in": asr["own_voice"],

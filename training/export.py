@@ -19,6 +19,9 @@ LEVEL = 0.33
 """Of the codec's output, as it is exported. Trained on spectra, it puts the harmonics of a voice in phase: pulses whose
 peaks are up to three times those of the recording, which files and sound cards would cut off."""
 
+GREEDY_TASKS = ("tts",)
+"""Whose replies are greedy by default: so small a model draws a wrong code as soon as it is asked to choose."""
+
 MEASURED = 64
 """Utterances that the typical moments of the codec's norms are averaged over."""
 
@@ -48,7 +51,8 @@ def write_pair(
     tokenizer = build_tokenizer(target / "lm")
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
     added = {
-        "lm": stored | {"bos_token_id": tokenizer.special.eos, "eos_token_id": tokenizer.special.eos},
+        "lm": stored | {"bos_token_id": tokenizer.special.eos, "eos_token_id": tokenizer.special.eos,
+                        "greedy_tasks": list(GREEDY_TASKS)},
         "codec": stored | {"streaming_moments": typical_moments(codec_tensors, replies)},
     }
     for part, tensors in (("lm", lm_tensors), ("codec", codec_tensors)):
