@@ -113,15 +113,13 @@ def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None 
     if x.shape[-1] != columns:
         raise ValueError(_misfit(x, columns))
     step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
+    unpacks = cuda.unpack if cuda.takes(x, weight) else unpack
     flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
     unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         part = unpacked[: some.stop - start]
-        if cuda.takes(x, weight):
-            cuda.unpack(weight, start, part)
-        else:
-            unpack(weight, start, part)
+        unpacks(weight, start, part)
         term = None if added is None else added[:, some]
         if weight.bias is not None:
             bias = weight.bias[some].to(x.dtype)
