@@ -1,13 +1,13 @@
 """The developers' benchmarks.
 
-    python -m benchmarks ops --quick                          every op once, at most three minutes on two cores
-    python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
-    python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
-    python -m benchmarks baselines                            a reply as upstream runs it, beside ours
-    python -m benchmarks profile                              where the time of an audio group goes, by kernel
-    python -m benchmarks --compare HEAD~1 --op '*.qkv'        is the working tree faster than that commit?
-    python -m benchmarks suite                                make bench: a CPU within ten minutes, and the report
-    python -m benchmarks --report                             docs/performance.md from benchmarks/results
+python -m benchmarks ops --quick                          every op once, at most three minutes on two cores
+python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
+python -m benchmarks e2e --preset 7b --quantization int4  groups and whole requests, by batch, context and task
+python -m benchmarks baselines                            a reply as upstream runs it, beside ours
+python -m benchmarks profile                              where the time of an audio group goes, by kernel
+python -m benchmarks --compare HEAD~1 --op '*.qkv'        is the working tree faster than that commit?
+python -m benchmarks suite                                make bench: a CPU within ten minutes, and the report
+python -m benchmarks --report                             docs/performance.md from benchmarks/results
 """
 
 from __future__ import annotations
@@ -40,28 +40,55 @@ SECONDS, QUICK_SECONDS = 0.5, 0.1
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """Which cases, and where."""
     parser.add_argument("--op", default="*", metavar="GLOB", help="such as 'backbone.*' or '*.qkv'")
-    parser.add_argument("--format", default="*", metavar="GLOB", help="dense, int8, int4, nf4, bfloat16, ...")
-    parser.add_argument("--m", type=int, nargs="+", metavar="M", help="rows; all that the op is measured at by default")
+    parser.add_argument(
+        "--format", default="*", metavar="GLOB", help="dense, int8, int4, nf4, bfloat16, ..."
+    )
+    parser.add_argument(
+        "--m",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help="rows; all that the op is measured at by default",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: one a core)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.jsonl", help="append a record for each row"
+    )
 
 
 def add_ops(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("ops", help="time every op beside what the machine could do at best")
+    parser = commands.add_parser(
+        "ops", help="time every op beside what the machine could do at best"
+    )
     add_cases(parser)
-    parser.add_argument("--provider", action="append", metavar="GLOB", help="such as 'ours-*'; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="few rows, short runs, no torch.compile")
-    parser.add_argument("--seconds", type=float, help=f"for each row (default {SECONDS}, quick {QUICK_SECONDS})")
+    parser.add_argument(
+        "--provider", action="append", metavar="GLOB", help="such as 'ours-*'; may be repeated"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows, short runs, no torch.compile"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help=f"for each row (default {SECONDS}, quick {QUICK_SECONDS})"
+    )
     parser.set_defaults(run=run_ops)
 
 
 def add_compare(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compare", help="the working tree against another commit; --compare REF is the same")
+    parser = commands.add_parser(
+        "compare", help="the working tree against another commit; --compare REF is the same"
+    )
     parser.add_argument("reference", metavar="REF", help="the other commit, such as HEAD~1")
     add_cases(parser)
-    parser.add_argument("--rounds", type=int, default=compare.ROUNDS, help="each has two pairs (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=compare.SECONDS, help="of each measurement")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=compare.ROUNDS,
+        help="each has two pairs (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=compare.SECONDS, help="of each measurement"
+    )
     parser.set_defaults(run=run_compare)
 
 
@@ -75,9 +102,13 @@ def run_ops(args: argparse.Namespace) -> int:
     machine = ceiling(device)
     print(machine, flush=True)
     outcome = run_cases(
-        cases, device, machine, JsonLines(args.output), seconds=seconds,
+        cases,
+        device,
+        machine,
+        JsonLines(args.output),
+        seconds=seconds,
         providers=lambda name: any(fnmatch(name, glob) for glob in wanted),
-    )  # fmt: skip
+    )
     print_outcome(outcome)
     if not outcome.records and not outcome.refused:
         print("nothing was measured: no wanted provider runs here", file=sys.stderr)
@@ -86,22 +117,33 @@ def run_ops(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    wanted = {"op": args.op, "format": args.format, "m": args.m, "quick": args.m is None, "device": args.device,
-              "threads": args.threads or torch.get_num_threads()}  # fmt: skip
+    wanted = {
+        "op": args.op,
+        "format": args.format,
+        "m": args.m,
+        "quick": args.m is None,
+        "device": args.device,
+        "threads": args.threads or torch.get_num_threads(),
+    }
     # Unknown ops are bad usage, and known before anything is checked out.
     select(args.op, args.m, args.format)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
     # So that what was checked out is removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    compare.run_compare(args.reference, wanted, JsonLines(args.output), rounds=args.rounds, seconds=args.seconds)
+    compare.run_compare(
+        args.reference, wanted, JsonLines(args.output), rounds=args.rounds, seconds=args.seconds
+    )
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad usage."""
+    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad
+    usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_ops(commands)

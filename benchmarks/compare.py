@@ -1,12 +1,15 @@
-"""Is the working tree faster than another commit? Both are timed in turn, op by op, and each op gets a verdict.
+"""Is the working tree faster than another commit? Both are timed in turn, op by op, and each op
+gets a verdict.
 
-The other commit is checked out into a temporary git worktree. What measures is the same on both sides: benchmarks/,
-mimo_fast/bench and mimo_fast/machine.py of the working tree are laid over the other's, so that a commit from before
-there was a suite can be measured as well, as long as its kernels have the functions that today's cases call.
+The other commit is checked out into a temporary git worktree. What measures is the same on both
+sides: benchmarks/, mimo_fast/bench of the working tree are laid over the other's, so that a commit
+from before there was a suite can be measured as well, as long as its kernels have the functions
+that today's cases call.
 
-Each round starts a process for either side, since where a process has its memory can be worth some percent, and times
-every op in the order A B B A or B A A B: what drifts while an op is measured falls on both alike. Each pair of
-neighbours gives a ratio; `statistics.py` has the interval and the verdict.
+Each round starts a process for either side, since where a process has its memory can be worth some
+percent, and times
+every op in the order A B B A or B A A B: what drifts while an op is measured falls on both alike.
+Each pair of neighbours gives a ratio; `statistics.py` has the interval and the verdict.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from benchmarks.records import JsonLines, Table
 from benchmarks.statistics import Comparison, compare
 from mimo_fast.bench.environment import ROOT, environment
 
-OVERLAID = ("benchmarks", "mimo_fast/bench", "mimo_fast/machine.py")
+OVERLAID = ("benchmarks", "mimo_fast/bench")
 ORDERS = ("ABBA", "BAAB")
 ROUNDS = 8
 SECONDS = 0.1
@@ -80,7 +83,9 @@ class Worker:
             return json.loads(line)
         self._process.wait()
         self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or [f"exit code {self._process.returncode}"]
+        lines = self._errors.read().strip().splitlines() or [
+            f"exit code {self._process.returncode}"
+        ]
         raise CompareError(f"cannot measure {self._side.name} with this suite: {lines[-1]}")
 
 
@@ -88,9 +93,17 @@ class Worker:
 def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
     """A worker in the tree of a side, ended afterwards."""
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(arguments)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, subprocess.Popen(
-        command, cwd=side.root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-    ) as process:  # fmt: skip
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command,
+            cwd=side.root,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
         try:
             yield Worker(side, process, errors)
         finally:
@@ -99,21 +112,26 @@ def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
 
 @contextmanager
 def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
-    """A temporary worktree of a commit under today's measuring code; it is gone afterwards, whatever happens.
+    """A temporary worktree of a commit under today's measuring code; it is gone afterwards,
+    whatever happens.
 
     Raises:
         CompareError: there is no such commit here, or no git checkout.
     """
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
     if found.returncode:
-        raise CompareError(f"{reference} names no commit of {root}; try HEAD~1, a branch, a tag or a hash")
+        raise CompareError(
+            f"{reference} names no commit of {root}; try HEAD~1, a branch, a tag or a hash"
+        )
     commit = found.stdout.strip()
     with tempfile.TemporaryDirectory(prefix="mimo-fast-compare-") as temporary:
         tree = Path(temporary) / "tree"
         added = _git(root, "worktree", "add", "--detach", str(tree), commit)
         try:
             if added.returncode:
-                raise CompareError(f"git cannot check out {reference}: {added.stderr.strip().splitlines()[-1]}")
+                raise CompareError(
+                    f"git cannot check out {reference}: {added.stderr.strip().splitlines()[-1]}"
+                )
             for part in OVERLAID:
                 _overlay(root / part, tree / part)
             yield Side(f"{reference} ({commit[:10]})", tree)
@@ -156,7 +174,9 @@ def paired_times(
                         for family, why in workers[x].missing.items():
                             tqdm.write(f"not compared: {family}: {side.name} is too old: {why}")
                 if not both:
-                    raise CompareError(f"{old.name} and {new.name} have none of the chosen ops in common")
+                    raise CompareError(
+                        f"{old.name} and {new.name} have none of the chosen ops in common"
+                    )
                 for case in both:
                     order = ORDERS[turn % 2]
                     times = [(x, workers[x].time(case, seconds)) for x in order]
@@ -171,24 +191,40 @@ def _pair(times: Sequence[tuple[str, float]]) -> tuple[float, float]:
 
 
 def run_compare(
-    reference: str, arguments: dict[str, Any], output: JsonLines, *, rounds: int = ROUNDS, seconds: float = SECONDS,
+    reference: str,
+    arguments: dict[str, Any],
+    output: JsonLines,
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
     root: Path = ROOT,
-) -> dict[str, Comparison]:  # fmt: skip
+) -> dict[str, Comparison]:
     """Compares the working tree with a commit: a line and a record for each op.
 
     arguments: of the cases, as `worker.named_cases` takes them, with device and threads.
     """
     new = Side("the working tree", root)
     with checked_out(reference, root) as old:
-        print(f"old: {old.name}; new: {new.name}; {rounds} rounds of {' or '.join(ORDERS)}", flush=True)
+        print(
+            f"old: {old.name}; new: {new.name}; {rounds} rounds of {' or '.join(ORDERS)}",
+            flush=True,
+        )
         pairs = paired_times(old, new, arguments, rounds, seconds)
     table, found = Table(COLUMNS), {}
     about = environment(arguments["device"], root=root)
     for case, times in pairs.items():
         found[case] = compare(times)
         table.row(case, str(found[case]), found[case].verdict)
-        output.append({
-            "kind": "compare", "case": case, "old": old.name, "new": new.name, **vars(found[case]),
-            "verdict": found[case].verdict, "seconds": times, "environment": about,
-        })  # fmt: skip
+        output.append(
+            {
+                "kind": "compare",
+                "case": case,
+                "old": old.name,
+                "new": new.name,
+                **vars(found[case]),
+                "verdict": found[case].verdict,
+                "seconds": times,
+                "environment": about,
+            }
+        )
     return found

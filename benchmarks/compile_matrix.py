@@ -1,6 +1,7 @@
-"""Compiles every kernel configuration for every supported GPU generation, with no GPU, and reads what came out.
+"""Compiles every kernel configuration for every supported GPU generation, with no GPU, and reads
+what came out.
 
-    python -m benchmarks.compile_matrix > docs/kernels.md
+python -m benchmarks.compile_matrix > docs/kernels.md
 """
 
 import importlib
@@ -26,7 +27,8 @@ SHARED_LIMIT = 99 * 1024
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made: registers a thread, spilled bytes, shared memory, widest global load, any TF32."""
+    """What the assembler made: registers a thread, spilled bytes, shared memory, widest global
+    load, any TF32."""
 
     registers: int
     spilled: int
@@ -37,15 +39,19 @@ class Compiled:
 
 def cases() -> Iterator[Case]:
     """The cases of every kernel file."""
-    for module in pkgutil.iter_modules(mimo_fast.kernels.__path__):
-        found = importlib.import_module(f"mimo_fast.kernels.{module.name}")
+    for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
+        found = importlib.import_module(module.name)
         yield from getattr(found, "compile_cases", tuple)()
 
 
 def compile_case(case: Case, architecture: int) -> Compiled:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    divisible = [name for name, kind in case.signature.items() if kind[0] in "*i" and name not in case.unaligned]
+    divisible = [
+        name
+        for name, kind in case.signature.items()
+        if kind[0] in "*i" and name not in case.unaligned
+    ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
@@ -58,7 +64,8 @@ def compile_case(case: Case, architecture: int) -> Compiled:
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         # What does not fit into registers goes to local memory.
-        spilled=int(re.search(r"LOCAL:(\d+)", usage)[1]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        spilled=int(re.search(r"LOCAL:(\d+)", usage)[1])
+        + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=kernel.metadata.shared,
         load_bits=max((_width(load) for load in loads), default=0),
         tf32=".tf32" in kernel.asm["ptx"],
@@ -70,13 +77,17 @@ def _width(load: str) -> int:
 
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
-    """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA file, by nvcc."""
+    """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA
+    file, by nvcc."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
         subprocess.run(["nvcc", *flags, source, "-o", file.name], check=True)
         usage = _cuobjdump(file.name, "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    return {_kernel_name(name): (int(registers), int(local), int(shared)) for name, registers, local, shared in found}
+    return {
+        _kernel_name(name): (int(registers), int(local), int(shared))
+        for name, registers, local, shared in found
+    }
 
 
 def _kernel_name(mangled: str) -> str:
@@ -105,8 +116,8 @@ CUDA = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 def main() -> None:
     print(INTRODUCTION)
     print(section())
-    for module in pkgutil.iter_modules(mimo_fast.kernels.__path__):
-        kernels = importlib.import_module(f"mimo_fast.kernels.{module.name}")
+    for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
+        kernels = importlib.import_module(module.name)
         own = list(getattr(kernels, "compile_cases", tuple)())
         if not own:
             continue
@@ -115,7 +126,10 @@ def main() -> None:
         print("|---" * (len(ARCHITECTURES) + 1) + "|")
         for case in own:
             row = [compile_case(case, architecture) for architecture in ARCHITECTURES]
-            cells = (f"{c.registers}, {c.shared}, {c.load_bits}" + ", SPILLS" * (c.spilled > 0) for c in row)
+            cells = (
+                f"{c.registers}, {c.shared}, {c.load_bits}" + ", SPILLS" * (c.spilled > 0)
+                for c in row
+            )
             print(f"| {case.name} | " + " | ".join(cells) + " |", flush=True)
         print()
     for source in CUDA:
@@ -124,9 +138,17 @@ def main() -> None:
 
 def _print_cuda(source: Path) -> None:
     essay = re.match(r"(?://.*\n)+", source.read_text(encoding="utf-8"))[0]
-    print(f"## csrc/cuda/{source.name}\n\n```\n" + re.sub(r"(?m)^// ?", "", essay).strip() + "\n```\n")
+    print(
+        f"## csrc/cuda/{source.name}\n\n```\n" + re.sub(r"(?m)^// ?", "", essay).strip() + "\n```\n"
+    )
     columns = [compile_cuda(source, architecture) for architecture in ARCHITECTURES]
-    print("| template | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    print(
+        "| template | "
+        + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
+        + " |\n"
+        + "|---" * (len(columns) + 1)
+        + "|"
+    )
     for name in sorted(columns[0]):
         cells = (f"{c[name][0]}, {c[name][2]}" + ", SPILLS" * (c[name][1] > 0) for c in columns)
         print(f"| {name} | " + " | ".join(cells) + " |")

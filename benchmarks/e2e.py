@@ -1,12 +1,15 @@
-"""End to end: steady-state groups by batch and context, and whole requests by task and batch, of one model or several.
+"""End to end: steady-state groups by batch and context, and whole requests by task and batch, of
+one model or several.
 
-    python -m benchmarks e2e --preset tiny 7b --quantization bf16 int8 int4 -o benchmarks/results/DATE-e2e.jsonl
-    python -m benchmarks e2e --model DIR --codec DIR --quantization stored int4
+    python -m benchmarks e2e --preset tiny 7b --quantization bf16 int8 int4 -o
+    benchmarks/results/DATE-e2e.jsonl python -m benchmarks e2e --model DIR --codec DIR
+    --quantization stored int4
 
-Presets get random weights, made on the device, and replies of a known mix of words and speech, which the record says.
-A floor is what must be read over the bandwidth that this machine reads with, or its arithmetic where that is more; it
-is printed before each measurement, and `of floor` is it over what was measured: 100% is as fast as the machine allows.
-What does not fit into memory, or cannot end within --limit, is skipped by name.
+Presets get random weights, made on the device, and replies of a known mix of words and speech,
+which the record says. A floor is what must be read over the bandwidth that this machine reads with,
+or its arithmetic where that is more; it is printed before each measurement, and `of floor` is it
+over what was measured: 100% is as fast as the machine allows. What does not fit into memory, or
+cannot end within --limit, is skipped by name.
 """
 
 from __future__ import annotations
@@ -28,32 +31,53 @@ from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, time_groups
+from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.pipeline import PROMPTS, Metrics, Request, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.errors import DeviceMemoryError
-from mimo_fast.loading import default_device, parse_dtype
-from mimo_fast.machine import useful_threads
-from mimo_fast.tasks import find_task
+from mimo_fast.runtime.loading import default_device, parse_dtype
+from mimo_fast.text.tasks import find_task
 
 Result = TypeVar("Result")
 
 QUANTIZATIONS = ("bf16", "int8", "int4", "nf4", "stored")
 
 GROUP_COLUMNS = {
-    "model": -16, "batch": 5, "context": 7, "prompt ms": 10, "of floor": 8, "word ms": 9, "of floor ": 8,
-    "speech ms": 9, "of floor  ": 8, "rtf": 7,
-}  # fmt: skip
+    "model": -16,
+    "batch": 5,
+    "context": 7,
+    "prompt ms": 10,
+    "of floor": 8,
+    "word ms": 9,
+    "of floor ": 8,
+    "speech ms": 9,
+    "of floor  ": 8,
+    "rtf": 7,
+}
 REQUEST_COLUMNS = {
-    "model": -16, "task": -19, "batch": 5, "ttft ms": 9, "ttfp ms": 9, "itl p50": 8, "p95": 8, "p99": 8,
-    "underrun": 8, "e2el s": 8, "rtf": 7, "rtfx": 7, "of floor": 8, "peak GB": 7,
-}  # fmt: skip
+    "model": -16,
+    "task": -19,
+    "batch": 5,
+    "ttft ms": 9,
+    "ttfp ms": 9,
+    "itl p50": 8,
+    "p95": 8,
+    "p99": 8,
+    "underrun": 8,
+    "e2el s": 8,
+    "rtf": 7,
+    "rtfx": 7,
+    "of floor": 8,
+    "peak GB": 7,
+}
 
 
 @dataclass
 class Run:
     """What one invocation measures with, and what it has found.
 
-    excess: seconds by which a group of the present model last exceeded its floor, from which the next row is judged.
+    excess: seconds by which a group of the present model last exceeded its floor, from which the
+    next row is judged.
     """
 
     args: argparse.Namespace
@@ -64,15 +88,20 @@ class Run:
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def attempt(self, name: str, floor: float, groups: float, about: str, work: Callable[[], Result]) -> Result | None:
-        """Announces a row and measures it; None where it would take too long, does not fit into memory, or fails.
+    def attempt(
+        self, name: str, floor: float, groups: float, about: str, work: Callable[[], Result]
+    ) -> Result | None:
+        """Announces a row and measures it; None where it would take too long, does not fit into
+        memory, or fails.
 
         Args:
             floor, groups: seconds that it takes at least, and how many groups are decoded in them.
         """
         expected = floor + groups * self.excess
         if expected > self.args.limit:
-            self.skip(name, f"it would take {expected:,.0f} s, more than --limit {self.args.limit:g}")
+            self.skip(
+                name, f"it would take {expected:,.0f} s, more than --limit {self.args.limit:g}"
+            )
             return None
         say(f"{name}: {about}")
         try:
@@ -105,17 +134,28 @@ def models(run: Run) -> Iterator[tuple[dict[str, Any], Callable[[], Target]]]:
     dtype = parse_dtype(args.dtype)
     for name in [str(args.model)] if args.model else args.preset:
         for quantization in args.quantization:
-            about = {"model": name, "quantization": quantization, "random_weights": args.model is None,
-                     "steered": args.model is None or args.steer, "with_codec": not args.no_codec}  # fmt: skip
+            about = {
+                "model": name,
+                "quantization": quantization,
+                "random_weights": args.model is None,
+                "steered": args.model is None or args.steer,
+                "with_codec": not args.no_codec,
+            }
             chosen = None if quantization in ("bf16", "stored") else quantization
             if args.model:
                 wanted = None if quantization == "stored" else dtype
-                yield about, lambda chosen=chosen, wanted=wanted: Target.load(
-                    args.model, args.codec, chosen, wanted, device, args.steer
+                yield (
+                    about,
+                    lambda chosen=chosen, wanted=wanted: Target.load(
+                        args.model, args.codec, chosen, wanted, device, args.steer
+                    ),
                 )
             elif quantization != "stored":
-                yield about, lambda name=name, chosen=chosen: Target.random(
-                    name, chosen, dtype, device, not args.no_codec
+                yield (
+                    about,
+                    lambda name=name, chosen=chosen: Target.random(
+                        name, chosen, dtype, device, not args.no_codec
+                    ),
                 )
 
 
@@ -124,7 +164,9 @@ def sweep(run: Run) -> None:
     threads = torch.get_num_threads()
     for about, make in models(run):
         title = f"{Path(about['model']).name} {about['quantization']}"
-        target = run.attempt(title, 0, 0, "making it" if about["random_weights"] else "loading it", make)
+        target = run.attempt(
+            title, 0, 0, "making it" if about["random_weights"] else "loading it", make
+        )
         if target is None:
             continue
         run.excess = 0.0
@@ -152,7 +194,9 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         floors = work.floors(run.machine)
         count = args.groups + SETTLING
         times = run.attempt(
-            name, floors[0] + count * (floors[1] + floors[2]), 2 * count,
+            name,
+            floors[0] + count * (floors[1] + floors[2]),
+            2 * count,
             work.describe(run.machine),
             lambda batch=batch, context=context, prompt=prompt: time_groups(
                 target.sized(batch, context), batch, prompt, args.groups
@@ -163,15 +207,30 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         run.excess = times.audio.p50 - floors[2]
         measured = times.prefill, times.text.p50, times.audio.p50
         shares = [floor / seconds for floor, seconds in zip(floors, measured, strict=True)]
-        rtf, parts = times.audio.p50 / target.patch_seconds, ("prefill", "text_group", "audio_group")
+        rtf, parts = (
+            times.audio.p50 / target.patch_seconds,
+            ("prefill", "text_group", "audio_group"),
+        )
         run.record(
-            "groups", about | {"steered": True}, batch=batch, prompt_groups=prompt, groups=args.groups,
-            prefill=times.prefill, text_group=vars(times.text), audio_group=vars(times.audio), audio_rtf=rtf,
-            bytes=work.audio.bytes, floor=dict(zip(parts, floors, strict=True)),
+            "groups",
+            about | {"steered": True},
+            batch=batch,
+            prompt_groups=prompt,
+            groups=args.groups,
+            prefill=times.prefill,
+            text_group=vars(times.text),
+            audio_group=vars(times.audio),
+            audio_rtf=rtf,
+            bytes=work.audio.bytes,
+            floor=dict(zip(parts, floors, strict=True)),
             of_floor=dict(zip(parts, shares, strict=True)),
         )
         pairs = zip(measured, shares, strict=True)
-        cells = [cell for seconds, share in pairs for cell in (f"{1e3 * seconds:,.2f}", f"{100 * share:.1f}%")]
+        cells = [
+            cell
+            for seconds, share in pairs
+            for cell in (f"{1e3 * seconds:,.2f}", f"{100 * share:.1f}%")
+        ]
         table = table or Table(GROUP_COLUMNS)
         table.row(title, str(batch), str(context), *cells, f"{rtf:.3f}")
 
@@ -179,13 +238,19 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
 def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
     """Whole requests, by batch and task."""
     args, table, audio = run.args, None, user_speech(run.args.seconds, run.args.audio)
-    asked = [Request(task, audio, args.words, args.patches if find_task(task).speaks else 0) for task in args.task]
-    prompts = [prompt_ids(target, request).shape[1] // target.lm.config.group_size for request in asked]
+    asked = [
+        Request(task, audio, args.words, args.patches if find_task(task).speaks else 0)
+        for task in args.task
+    ]
+    prompts = [
+        prompt_ids(target, request).shape[1] // target.lm.config.group_size for request in asked
+    ]
     capacity = max(prompts, default=0) + args.words + args.patches + 2
     rooms: dict[int, Target] = {}
 
     def room(batch: int) -> Target:
-        """One engine serves all tasks; the last batch's goes before the next is checked against what is free."""
+        """One engine serves all tasks; the last batch's goes before the next is checked against
+        what is free."""
         if batch not in rooms:
             rooms.clear()
             release(run.device)
@@ -196,17 +261,28 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
         words, patches = request.words, request.patches
         floor = target.request_floor(run.machine, batch, prompt, words, patches)
         metrics = run.attempt(
-            f"{title}, {batch} x {request.task}", floor * args.rounds, args.rounds * (words + patches),
+            f"{title}, {batch} x {request.task}",
+            floor * args.rounds,
+            args.rounds * (words + patches),
             f"floor of {prompt} groups of prompt, {words} words, {patches} patches: {floor:.3f} s",
             lambda batch=batch, request=request: measure(room(batch), request, batch, args.rounds),
         )
         if metrics is None:
             continue
         if not target.steered:
-            spoken, written = (count / metrics.requests for count in (metrics.audio_groups, metrics.text_groups))
+            spoken, written = (
+                count / metrics.requests for count in (metrics.audio_groups, metrics.text_groups)
+            )
             floor = target.request_floor(run.machine, batch, prompt, written, spoken)
         share = floor / metrics.e2el.p50 if metrics.e2el else None
-        run.record("request", about, **metrics.as_dict(), input_seconds=args.seconds, floor=floor, of_floor=share)
+        run.record(
+            "request",
+            about,
+            **metrics.as_dict(),
+            input_seconds=args.seconds,
+            floor=floor,
+            of_floor=share,
+        )
         table = table or Table(REQUEST_COLUMNS)
         table.row(title, request.task, str(batch), *_cells(metrics, share))
 
@@ -227,35 +303,67 @@ def _cells(metrics: Metrics, share: float | None) -> Iterator[str]:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more, before the next size is checked against what is free."""
+    """Gives back what nobody holds any more, before the next size is checked against what is
+    free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def add_e2e(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("e2e", help="groups and whole requests of a model or several", description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "e2e",
+        help="groups and whole requests of a model or several",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--preset", nargs="+", default=["tiny", "7b"], choices=("tiny", "7b"))
     add("--model", help="directory or hub id of a language model, in place of presets")
     add("--codec", help="directory or hub id of its codec")
-    add("--steer", action="store_true", help="with --model: replies on a schedule, as with random weights")
-    add("--quantization", nargs="+", default=["bf16", "int8", "int4"], choices=QUANTIZATIONS, metavar="FORMAT",
-        help=f"{', '.join(QUANTIZATIONS)} (as --model is stored) [bf16 int8 int4]")  # fmt: skip
+    add(
+        "--steer",
+        action="store_true",
+        help="with --model: replies on a schedule, as with random weights",
+    )
+    add(
+        "--quantization",
+        nargs="+",
+        default=["bf16", "int8", "int4"],
+        choices=QUANTIZATIONS,
+        metavar="FORMAT",
+        help=f"{', '.join(QUANTIZATIONS)} (as --model is stored) [bf16 int8 int4]",
+    )
     add("--dtype", default="bfloat16", help="of activations and dense weights")
     add("--no-codec", action="store_true", help="leave audio out: no first audio, no underruns")
     add("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
-    add("--context", type=int, nargs="*", default=[256, 2048, 8192], help="groups, for the steady state")
-    add("--task", nargs="*", default=[*PROMPTS], choices=[*PROMPTS], metavar="TASK",
-        help=f"{', '.join(PROMPTS)} [all]")  # fmt: skip
+    add(
+        "--context",
+        type=int,
+        nargs="*",
+        default=[256, 2048, 8192],
+        help="groups, for the steady state",
+    )
+    add(
+        "--task",
+        nargs="*",
+        default=[*PROMPTS],
+        choices=[*PROMPTS],
+        metavar="TASK",
+        help=f"{', '.join(PROMPTS)} [all]",
+    )
     add("--groups", type=int, default=24, help="timed in the steady state")
     add("--words", type=int, default=12, help="of a reply")
     add("--patches", type=int, default=25, help="of 160 ms, of a spoken reply")
     add("--seconds", type=float, default=3.0, help="of the user's speech")
     add("--audio", type=Path, help="a recording of it [noise]")
     add("--rounds", type=int, default=1, help="of each batch of requests")
-    add("--limit", type=float, default=120.0, help="seconds that a row may take, as far as can be told before")
+    add(
+        "--limit",
+        type=float,
+        default=120.0,
+        help="seconds that a row may take, as far as can be told before",
+    )
     add_run_options(parser, each="row")
     parser.set_defaults(run=run_e2e)
 

@@ -1,8 +1,10 @@
-"""What every measurement goes through: one row and record for each provider of an op, and none for a wrong result.
+"""What every measurement goes through: one row and record for each provider of an op, and none for
+a wrong result.
 
-A provider is timed on the inputs on which its result has just been checked. Where the check fails there is no row and
-no record: the provider is named as refused, and the run ends with exit code 1. Providers that cannot run here are named
-with the reason.
+A provider is timed on the inputs on which its result has just been checked. Where the check fails
+there is no row and
+no record: the provider is named as refused, and the run ends with exit code 1. Providers that
+cannot run here are named with the reason.
 """
 
 from __future__ import annotations
@@ -23,16 +25,18 @@ from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.timing import Timing, copies_for, time_calls
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight
+from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 
 Inputs = dict[str, Any]
-"""Tensors, weights, caches and settings of one call, by name; `copy.deepcopy` gives another of the same values."""
+"""Tensors, weights, caches and settings of one call, by name; `copy.deepcopy` gives another of the
+same values."""
 
 Outputs = tuple[Tensor, ...]
 
 MIN_RUNS = 5
 COPIED_BYTES = 2**30
-"""What the copies of a case's inputs may take: some hold tables of which a call reads a few rows."""
+"""What the copies of a case's inputs may take: some hold tables of which a call reads a few
+rows."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Provider:
         run: prepared inputs -> outputs; called again on the same inputs it must give the same.
         prepare: the case's inputs -> what `run` takes, such as weights in another form; not timed.
         missing: device -> why it cannot run there, or None.
-        stands_for: (case's inputs, prepared) -> the inputs whose result `run` should give, where its own rounding of
-            weights or activations is no error of its arithmetic; None: the case's own.
+        stands_for: (case's inputs, prepared) -> the inputs whose result `run` should give, where
+            its own rounding of weights or activations is no error of its arithmetic; None: the
+            case's own.
     """
 
     name: str
@@ -114,16 +119,27 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written."""
-        own = {key: value for key, value in vars(self).items() if key not in ("time", "ceiling", "accuracy")}
+        own = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("time", "ceiling", "accuracy")
+        }
         return {
-            "kind": "op", **own, "seconds": vars(self.time), "floor_s": self.floor, "bound": self.bound,
-            "of_ceiling": self.of_ceiling, "ceiling": self.ceiling.as_dict(), "accuracy": vars(self.accuracy),
-        }  # fmt: skip
+            "kind": "op",
+            **own,
+            "seconds": vars(self.time),
+            "floor_s": self.floor,
+            "bound": self.bound,
+            "of_ceiling": self.of_ceiling,
+            "ceiling": self.ceiling.as_dict(),
+            "accuracy": vars(self.accuracy),
+        }
 
 
 @dataclass
 class Outcome:
-    """What came of a run: records, "op format provider: why" of what was refused, reason -> what was skipped for it."""
+    """What came of a run: records, "op format provider: why" of what was refused, reason -> what
+    was skipped for it."""
 
     records: list[Record] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -139,7 +155,8 @@ class Refused(Exception):
 
 
 def widen(tree: Any) -> Any:
-    """The same inputs with 16-bit floats in float32; packed weights stay, for they are unpacked to what x is."""
+    """The same inputs with 16-bit floats in float32; packed weights stay, for they are unpacked to
+    what x is."""
     if isinstance(tree, Tensor):
         return tree.float() if tree.is_floating_point() else tree
     if isinstance(tree, dict):
@@ -165,13 +182,17 @@ def held_bytes(tree: Any) -> int:
 def fresh(inputs: Inputs) -> Inputs:
     """A copy of all that an op may write into; weights are shared."""
     kept = (Weight, QuantizedWeight)
-    return {name: value if isinstance(value, kept) else copy.deepcopy(value) for name, value in inputs.items()}
+    return {
+        name: value if isinstance(value, kept) else copy.deepcopy(value)
+        for name, value in inputs.items()
+    }
 
 
 def prepare(
     case: Case, provider: Provider, inputs: Inputs, device: torch.device
 ) -> tuple[list[Callable[[], Outputs]], Accuracy]:
-    """Calls to be timed in turn, each on inputs of its own, once the first has shown its result to be right.
+    """Calls to be timed in turn, each on inputs of its own, once the first has shown its result to
+    be right.
 
     Raises:
         Refused: it is wrong.
@@ -183,13 +204,20 @@ def prepare(
     found = _accuracy(case, stands_for, got)
     if not found.accepted:
         raise Refused(str(found))
-    copies = min(copies_for(case.nbytes, device), max(1, COPIED_BYTES // max(1, held_bytes(prepared))))
+    copies = min(
+        copies_for(case.nbytes, device), max(1, COPIED_BYTES // max(1, held_bytes(prepared)))
+    )
     turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
     return [partial(provider.run, turn) for turn in turns], found
 
 
 def measure(
-    case: Case, provider: Provider, inputs: Inputs, device: torch.device, machine: Ceiling, seconds: float
+    case: Case,
+    provider: Provider,
+    inputs: Inputs,
+    device: torch.device,
+    machine: Ceiling,
+    seconds: float,
 ) -> Record:
     """Checks and times one provider on one case.
 
@@ -199,8 +227,19 @@ def measure(
     calls, found = prepare(case, provider, inputs, device)
     time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
     return Record(
-        case.op, provider.name, case.format, case.m, case.shape, name_of(case.dtype), case.nbytes, case.flop, time,
-        machine, found, len(calls), environment(device),
+        case.op,
+        provider.name,
+        case.format,
+        case.m,
+        case.shape,
+        name_of(case.dtype),
+        case.nbytes,
+        case.flop,
+        time,
+        machine,
+        found,
+        len(calls),
+        environment(device),
     )
 
 
@@ -212,16 +251,30 @@ def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
 
 
 COLUMNS = {
-    "op": -30, "provider": -17, "format": -8, "shape": -24, "p50": 9, "p10": 9, "p90": 9, "GB/s": 7, "GFLOP/s": 7,
+    "op": -30,
+    "provider": -17,
+    "format": -8,
+    "shape": -24,
+    "p50": 9,
+    "p10": 9,
+    "p90": 9,
+    "GB/s": 7,
+    "GFLOP/s": 7,
     "achieved/ceiling": 16,
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
 def run_cases(
-    cases: Sequence[Case], device: torch.device, machine: Ceiling, output: JsonLines, *, seconds: float = 0.5,
-    providers: Callable[[str], bool] = lambda name: True, write: Callable[[str], object] | None = None,
-) -> Outcome:  # fmt: skip
+    cases: Sequence[Case],
+    device: torch.device,
+    machine: Ceiling,
+    output: JsonLines,
+    *,
+    seconds: float = 0.5,
+    providers: Callable[[str], bool] = lambda name: True,
+    write: Callable[[str], object] | None = None,
+) -> Outcome:
     """Measures every wanted provider of every case; rows and records come as they are made.
 
     Args:
@@ -245,7 +298,9 @@ def run_cases(
                 continue
             except Exception as error:
                 # A provider that breaks says so, and the others go on.
-                outcome.refused.append(f"{title}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                outcome.refused.append(
+                    f"{title}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                )
                 continue
             outcome.records.append(record)
             output.append(record.as_dict())
@@ -257,7 +312,15 @@ def _cells(record: Record) -> Iterable[str]:
     time = record.time
     times = (duration(value) for value in (time.p50, time.p10, time.p90))
     rates = f"{record.bytes / time.p50 / 1e9:.1f}", f"{record.flop / time.p50 / 1e9:.0f}"
-    return record.op, record.provider, record.format, record.shape, *times, *rates, f"{100 * record.of_ceiling:.1f}%"
+    return (
+        record.op,
+        record.provider,
+        record.format,
+        record.shape,
+        *times,
+        *rates,
+        f"{100 * record.of_ceiling:.1f}%",
+    )
 
 
 def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:

@@ -1,4 +1,5 @@
-"""What a layer launches to decode, and the bytes that each launch must move: the table in docs/kernels.md.
+"""What a layer launches to decode, and the bytes that each launch must move: the table in
+docs/kernels.md.
 
 `tests/interpreted/test_launches.py` runs the layers and holds them to `kernels`.
 """
@@ -12,7 +13,7 @@ from benchmarks.synthetic import shape_weight
 from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.attention import rotary_attention_bytes
 from mimo_fast.kernels.decode_attention import decode_attention_bytes
-from mimo_fast.kernels.qmatmul import qmatmul_bytes
+from mimo_fast.kernels.matmul.product import qmatmul_bytes
 
 FORMATS = ("dense", "int8", "int4")
 ITEMSIZE = 2
@@ -60,14 +61,21 @@ class Layer:
         qkv, attended = heads * config.head_dim, config.heads * config.head_dim
         yield _product("rms_norm(x, n1) W_qkv^T + b", m, qkv, d, qkv, 2, bias=True, norm=True)
         if m == self.length:
-            nbytes = rotary_attention_bytes(1, m, config.heads, config.kv_heads, config.head_dim, ITEMSIZE)
+            nbytes = rotary_attention_bytes(
+                1, m, config.heads, config.kv_heads, config.head_dim, ITEMSIZE
+            )
         else:
             activations = m * (qkv + attended) * ITEMSIZE + 4 * config.head_dim
             nbytes = activations + decode_attention_bytes(
                 [self.length], config.kv_heads, config.head_dim, ITEMSIZE, quantized=False
             )
-        yield Launch("attention(rope(q), rope(k), v)", f"[{m}, {qkv}] -> [{m}, {attended}], {self.length} keys",
-                     (nbytes,) * len(FORMATS), self.attention_before, self.attention)  # fmt: skip
+        yield Launch(
+            "attention(rope(q), rope(k), v)",
+            f"[{m}, {qkv}] -> [{m}, {attended}], {self.length} keys",
+            (nbytes,) * len(FORMATS),
+            self.attention_before,
+            self.attention,
+        )
         yield _product("x + a W_o^T", m, d, attended, d, 1, residual=True)
         yield _product("swiglu(rms_norm(x, n2) W_gate_up^T)", m, 2 * f, d, f, 2, norm=True)
         yield _product("x + h W_down^T", m, d, f, d, 1, residual=True)
@@ -75,18 +83,30 @@ class Layer:
 
 def layers() -> tuple[Layer, ...]:
     """One layer of each transformer, at the published dimensions and batch 1."""
-    lm = LMConfig.from_dict(json.loads(files("mimo_fast").joinpath("presets/7b-lm.json").read_text(encoding="utf-8")))
+    lm = LMConfig.from_dict(
+        json.loads(files("mimo_fast").joinpath("presets/7b-lm.json").read_text(encoding="utf-8"))
+    )
     return (
-        Layer("backbone", lm.backbone, 1, CACHED, ("split_attention_kernel", "merge_splits_kernel"), 3),
+        Layer(
+            "backbone", lm.backbone, 1, CACHED, ("split_attention_kernel", "merge_splits_kernel"), 3
+        ),
         Layer("patch decoder", lm.patch_decoder, 1, lm.patch_steps, ("small_decode_kernel",), 2),
-        Layer("patch encoder", lm.patch_encoder, lm.group_size, lm.group_size, ("rotary_attention_kernel",), 3),
+        Layer(
+            "patch encoder",
+            lm.patch_encoder,
+            lm.group_size,
+            lm.group_size,
+            ("rotary_attention_kernel",),
+            3,
+        ),
     )
 
 
 def section() -> str:
     """The tables as Markdown."""
     lines = [
-        "## Launches a layer", "",
+        "## Launches a layer",
+        "",
         f"At decode, batch 1, {ITEMSIZE}-byte activations, {CACHED} positions in the backbone's cache. MB: what must",
         f"be read and written, with weights that are {', '.join(FORMATS)}. Before:",
         "norms, rotations and appends as launches.",
@@ -94,7 +114,9 @@ def section() -> str:
     for layer in layers():
         launches = list(layer.launches())
         lines += [
-            "", f"{layer.name.capitalize()}, {layer.config.layers} layers:", "",
+            "",
+            f"{layer.name.capitalize()}, {layer.config.layers} layers:",
+            "",
             f"| computes | shapes | {' | '.join(f'MB {name}' for name in FORMATS)} | before | now |",
             "|---" * (len(FORMATS) + 4) + "|",
         ]
@@ -104,16 +126,30 @@ def section() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(formula: str, shapes: str, nbytes: tuple[int, ...] | list[int], before: int, now: int) -> str:
+def _row(
+    formula: str, shapes: str, nbytes: tuple[int, ...] | list[int], before: int, now: int
+) -> str:
     return f"| {formula} | {shapes} | {' | '.join(f'{n / 1e6:.3f}' for n in nbytes)} | {before} | {now} |"
 
 
 def _product(
-    formula: str, m: int, n: int, k: int, outputs: int, before: int, *, bias: bool = False, norm: bool = False,
+    formula: str,
+    m: int,
+    n: int,
+    k: int,
+    outputs: int,
+    before: int,
+    *,
+    bias: bool = False,
+    norm: bool = False,
     residual: bool = False,
 ) -> Launch:
     nbytes = tuple(
-        qmatmul_bytes(m, shape_weight(name, n, k, bias), outputs, ITEMSIZE, norm=norm, residual=residual)
+        qmatmul_bytes(
+            m, shape_weight(name, n, k, bias), outputs, ITEMSIZE, norm=norm, residual=residual
+        )
         for name in FORMATS
     )
-    return Launch(formula, f"[{m}, {k}] x [{n}, {k}] -> [{m}, {outputs}]", nbytes, before, ("gemv_kernel",))
+    return Launch(
+        formula, f"[{m}, {k}] x [{n}, {k}] -> [{m}, {outputs}]", nbytes, before, ("gemv_kernel",)
+    )

@@ -1,4 +1,5 @@
-"""What has been measured: the records of benchmarks/results/*.jsonl, the newest of each thing on each device."""
+"""What has been measured: the records of benchmarks/results/*.jsonl, the newest of each thing on
+each device."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ THING = {
     "compare": ("case",),
     "profile": ("model", "quantization", "batch", "mode"),
 }
-"""Kind of record -> the fields that tell what was measured; a newer record of the same takes the older one's place."""
+"""Kind of record -> the fields that tell what was measured; a newer record of the same takes the
+older one's place."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,12 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """The model and its format; dense weights are named by their type, whatever the sweep called them."""
+        """The model and its format; dense weights are named by their type, whatever the sweep
+        called them."""
         dense = self.get("quantization") in (None, "bf16", "stored")
-        kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(self.get("dtype"), self.get("dtype"))
+        kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
+            self.get("dtype"), self.get("dtype")
+        )
         return f"{Path(str(self['model'])).name} {kind if dense else self['quantization']}"
 
 
@@ -101,14 +106,21 @@ class Measured:
                 held = newest.get(entry.thing)
                 if held is None or held.date <= entry.date:
                     newest[entry.thing] = entry
-        return cls(tuple(newest.values()), tuple(e for names in skipped.values() for e in names.values()))
+        return cls(
+            tuple(newest.values()), tuple(e for names in skipped.values() for e in names.values())
+        )
 
     def find(
-        self, kind: str, device: str | None = None, where: Callable[[Entry], bool] = lambda entry: True
+        self,
+        kind: str,
+        device: str | None = None,
+        where: Callable[[Entry], bool] = lambda entry: True,
     ) -> list[Entry]:
         return [
-            e for e in self.entries if e["kind"] == kind and (device is None or e.device == device) and where(e)
-        ]  # fmt: skip
+            e
+            for e in self.entries
+            if e["kind"] == kind and (device is None or e.device == device) and where(e)
+        ]
 
     def devices(self, *kinds: str) -> list[str]:
         """Those with such records, GPUs first."""
@@ -117,7 +129,8 @@ class Measured:
 
 
 def sources(entries: Iterable[Entry]) -> str:
-    """The device, and for each file and commit the days and the ceiling that was measured with them; Markdown."""
+    """The device, and for each file and commit the days and the ceiling that was measured with
+    them; Markdown."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.device, entry.file, entry.commit), []).append(entry)
@@ -125,7 +138,9 @@ def sources(entries: Iterable[Entry]) -> str:
     for (device, file, commit), members in sorted(groups.items()):
         days = sorted({entry.date[:10] for entry in members})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-        reads = sorted(entry["ceiling"]["read_Bps"] / 1e9 for entry in members if entry.get("ceiling"))
+        reads = sorted(
+            entry["ceiling"]["read_Bps"] / 1e9 for entry in members if entry.get("ceiling")
+        )
         span = "" if not reads else f"; the device then read {_span(reads)} GB/s"
         lines.append(f"*{device}; {when}; {commit}; [{file}](../benchmarks/results/{file}){span}.*")
     return "  \n".join(lines)

@@ -1,4 +1,5 @@
-"""Attention at decode, in prefill, in the patch encoder and in the codec, and what is appended to a cache."""
+"""Attention at decode, in prefill, in the patch encoder and in the codec, and what is appended to a
+cache."""
 
 from __future__ import annotations
 
@@ -17,11 +18,26 @@ from mimo_fast.kernels.attention import (
     rotary_attention,
     rotary_attention_bytes,
     rotary_attention_ref,
-)  # fmt: skip
-from mimo_fast.kernels.decode_attention import decode_attention, decode_attention_bytes, decode_attention_ref
+)
+from mimo_fast.kernels.decode_attention import (
+    decode_attention,
+    decode_attention_bytes,
+    decode_attention_ref,
+)
 from mimo_fast.kernels.kv_cache import LayerKV, quantize_heads
-from mimo_fast.kernels.rope import rope, rope_append, rope_append_ref, rope_bytes, rope_ref, rope_table
-from mimo_fast.kernels.window_attention import window_attention, window_attention_bytes, window_attention_ref
+from mimo_fast.kernels.rope import (
+    rope,
+    rope_append,
+    rope_append_ref,
+    rope_bytes,
+    rope_ref,
+    rope_table,
+)
+from mimo_fast.kernels.window_attention import (
+    window_attention,
+    window_attention_bytes,
+    window_attention_ref,
+)
 
 CONTEXTS = (256, 1024, 4096, 8192)
 """Positions that a step of the backbone attends to."""
@@ -63,14 +79,18 @@ def cases() -> Iterator[Case]:
 
 
 def _position_bytes(config: TransformerConfig, form: str) -> int:
-    return decode_attention_bytes([1], config.kv_heads, config.head_dim, DTYPE.itemsize, CACHES[form])
+    return decode_attention_bytes(
+        [1], config.kv_heads, config.head_dim, DTYPE.itemsize, CACHES[form]
+    )
 
 
 def _width(config: TransformerConfig) -> int:
     return (config.heads + 2 * config.kv_heads) * config.head_dim
 
 
-def _cache(config: TransformerConfig, slots: int, positions: int, form: str, device: torch.device) -> LayerKV:
+def _cache(
+    config: TransformerConfig, slots: int, positions: int, form: str, device: torch.device
+) -> LayerKV:
     shape = (slots, config.kv_heads, positions, config.head_dim)
     k, v = (normal(device, *shape, seed=seed) for seed in (1, 2))
     if not CACHES[form]:
@@ -91,11 +111,14 @@ def _decode(op: str, config: TransformerConfig, rows: int, context: int, form: s
 
     def make(device: torch.device) -> Inputs:
         return {
-            "qkv": normal(device, rows, 1, width), "slots": torch.arange(rows, device=device),
+            "qkv": normal(device, rows, 1, width),
+            "slots": torch.arange(rows, device=device),
             "table": rope_table(config.head_dim, config.rope_theta, POSITIONS, device),
             "cache": _cache(config, rows, context, form, device),
-            "starts": torch.full((rows,), context - 1, device=device), "heads": config.heads, "max_length": context,
-        }  # fmt: skip
+            "starts": torch.full((rows,), context - 1, device=device),
+            "heads": config.heads,
+            "max_length": context,
+        }
 
     def reference(max_length: int, **inputs: Any) -> Tensor:
         return decode_attention_ref(**inputs)
@@ -105,25 +128,42 @@ def _decode(op: str, config: TransformerConfig, rows: int, context: int, form: s
         [context] * rows, config.kv_heads, config.head_dim, DTYPE.itemsize, CACHES[form]
     )
     return op_case(
-        op, decode_attention, reference, make, m=rows, shape=f"M={rows} S={context}", form=form,
-        nbytes=activations + cached, flop=4 * rows * context * attended,
-        collect=lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)), has_native=not CACHES[form],
-    )  # fmt: skip
+        op,
+        decode_attention,
+        reference,
+        make,
+        m=rows,
+        shape=f"M={rows} S={context}",
+        form=form,
+        nbytes=activations + cached,
+        flop=4 * rows * context * attended,
+        collect=lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)),
+        has_native=not CACHES[form],
+    )
 
 
 def _patch_encoder(patches: int) -> Case:
     t, heads, dh = LM.group_size, ENCODER.heads, ENCODER.head_dim
 
     def make(device: torch.device) -> Inputs:
-        return {"qkv": normal(device, patches, t, _width(ENCODER)),
-                "table": rope_table(dh, ENCODER.rope_theta, t, device), "heads": heads, "kv_heads": ENCODER.kv_heads,
-                "causal": LM.patch_encoder_causal}  # fmt: skip
+        return {
+            "qkv": normal(device, patches, t, _width(ENCODER)),
+            "table": rope_table(dh, ENCODER.rope_theta, t, device),
+            "heads": heads,
+            "kv_heads": ENCODER.kv_heads,
+            "causal": LM.patch_encoder_causal,
+        }
 
     return op_case(
-        "patch_encoder.rotary_attention", rotary_attention, rotary_attention_ref, make, m=patches,
-        shape=f"M={patches} T={t}", nbytes=rotary_attention_bytes(patches, t, heads, ENCODER.kv_heads, dh, 2),
+        "patch_encoder.rotary_attention",
+        rotary_attention,
+        rotary_attention_ref,
+        make,
+        m=patches,
+        shape=f"M={patches} T={t}",
+        nbytes=rotary_attention_bytes(patches, t, heads, ENCODER.kv_heads, dh, 2),
         flop=4 * patches * t * t * heads * dh,
-    )  # fmt: skip
+    )
 
 
 def _prefill(t: int, s: int) -> Case:
@@ -136,36 +176,62 @@ def _prefill(t: int, s: int) -> Case:
     # Of the newest t positions, half see half of each other.
     pairs = t * (s - t) + t * (t + 1) // 2
     return op_case(
-        "backbone.prefill_attention", attention, attention, make, m=t, shape=f"T={t} S={s}",
-        nbytes=attention_bytes(1, t, s, heads, kv_heads, dh, DTYPE.itemsize), flop=4 * pairs * heads * dh,
-    )  # fmt: skip
+        "backbone.prefill_attention",
+        attention,
+        attention,
+        make,
+        m=t,
+        shape=f"T={t} S={s}",
+        nbytes=attention_bytes(1, t, s, heads, kv_heads, dh, DTYPE.itemsize),
+        flop=4 * pairs * heads * dh,
+    )
 
 
 def _append(t: int, form: str) -> Case:
     def make(device: torch.device) -> Inputs:
         return {
-            "qkv": normal(device, 1, t, _width(BACKBONE)), "cache": _cache(BACKBONE, 1, 2 * t, form, device),
+            "qkv": normal(device, 1, t, _width(BACKBONE)),
+            "cache": _cache(BACKBONE, 1, 2 * t, form, device),
             "table": rope_table(BACKBONE.head_dim, BACKBONE.rope_theta, POSITIONS, device),
-            "slots": torch.zeros(1, dtype=torch.int64, device=device), "starts": torch.full((1,), t, device=device),
+            "slots": torch.zeros(1, dtype=torch.int64, device=device),
+            "starts": torch.full((1,), t, device=device),
             "heads": BACKBONE.heads,
-        }  # fmt: skip
+        }
 
     heads = BACKBONE.heads + 2 * BACKBONE.kv_heads
     return op_case(
-        "backbone.kv_append", rope_append, rope_append_ref, make, m=t, shape=f"T={t}", form=form,
-        nbytes=rope_bytes(t, heads, BACKBONE.head_dim, DTYPE.itemsize), flop=3 * t * heads * BACKBONE.head_dim,
+        "backbone.kv_append",
+        rope_append,
+        rope_append_ref,
+        make,
+        m=t,
+        shape=f"T={t}",
+        form=form,
+        nbytes=rope_bytes(t, heads, BACKBONE.head_dim, DTYPE.itemsize),
+        flop=3 * t * heads * BACKBONE.head_dim,
         collect=lambda inputs, q: (q, *_appended(inputs["cache"], t, t)),
-    )  # fmt: skip
+    )
 
 
 def _rope(t: int) -> Case:
     heads, dh = CODEC.decoder_heads, CODEC.dim // CODEC.decoder_heads
 
     def make(device: torch.device) -> Inputs:
-        return {"x": normal(device, t, heads, dh), "table": rope_table(dh, CODEC.rope_theta, t, device)}
+        return {
+            "x": normal(device, t, heads, dh),
+            "table": rope_table(dh, CODEC.rope_theta, t, device),
+        }
 
-    return op_case("codec.rope", rope, rope_ref, make, m=t, shape=f"T={t} H={heads} Dh={dh}",
-                   nbytes=rope_bytes(t, heads, dh, DTYPE.itemsize), flop=3 * t * heads * dh)  # fmt: skip
+    return op_case(
+        "codec.rope",
+        rope,
+        rope_ref,
+        make,
+        m=t,
+        shape=f"T={t} H={heads} Dh={dh}",
+        nbytes=rope_bytes(t, heads, dh, DTYPE.itemsize),
+        flop=3 * t * heads * dh,
+    )
 
 
 def _codec(t: int) -> Case:
@@ -174,12 +240,24 @@ def _codec(t: int) -> Case:
 
     def make(device: torch.device) -> Inputs:
         k, v = (normal(device, 1, heads, s, dh, seed=seed) for seed in (1, 2))
-        return {"q": normal(device, 1, heads, t, dh), "k": k, "v": v, "causal": CODEC.decoder_causal}
+        return {
+            "q": normal(device, 1, heads, t, dh),
+            "k": k,
+            "v": v,
+            "causal": CODEC.decoder_causal,
+        }
 
     pairs = t * (s - t) + t * (t + 1) // 2
-    return op_case("codec.attention", attention, attention, make, m=t, shape=f"T={t} S={s}",
-                   nbytes=attention_bytes(1, t, s, heads, heads, dh, DTYPE.itemsize),
-                   flop=4 * pairs * heads * dh)  # fmt: skip
+    return op_case(
+        "codec.attention",
+        attention,
+        attention,
+        make,
+        m=t,
+        shape=f"T={t} S={s}",
+        nbytes=attention_bytes(1, t, s, heads, heads, dh, DTYPE.itemsize),
+        flop=4 * pairs * heads * dh,
+    )
 
 
 def _vocoder(t: int) -> Case:
@@ -191,6 +269,12 @@ def _vocoder(t: int) -> Case:
         return {"q": q, "k": k, "v": v, "left": left, "right": right}
 
     return op_case(
-        "vocoder.window_attention", window_attention, window_attention_ref, make, m=t, shape=f"T={t} H={heads}",
-        nbytes=window_attention_bytes(heads, t, dh, DTYPE.itemsize), flop=4 * t * (left + right + 1) * heads * dh,
-    )  # fmt: skip
+        "vocoder.window_attention",
+        window_attention,
+        window_attention_ref,
+        make,
+        m=t,
+        shape=f"T={t} H={heads}",
+        nbytes=window_attention_bytes(heads, t, dh, DTYPE.itemsize),
+        flop=4 * t * (left + right + 1) * heads * dh,
+    )

@@ -18,14 +18,25 @@ from mimo_fast.kernels.sample_codes import (
     sample_codes,
     sample_codes_bytes,
     sample_codes_ref,
-)  # fmt: skip
+)
 from mimo_fast.kernels.sample_text import sample_text, sample_text_bytes, sample_text_ref
-from mimo_fast.sampling import DEFAULT_GLOBAL_SAMPLER, GREEDY, TASK_SAMPLERS, MiMoSampler, sampler_tensors
+from mimo_fast.sampling import (
+    DEFAULT_GLOBAL_SAMPLER,
+    GREEDY,
+    TASK_SAMPLERS,
+    MiMoSampler,
+    sampler_tensors,
+)
 
-TEXT_SAMPLERS = {"greedy": GREEDY, "top-p": TASK_SAMPLERS["spoken_dialogue"]["global"], "top-k": DEFAULT_GLOBAL_SAMPLER}
+TEXT_SAMPLERS = {
+    "greedy": GREEDY,
+    "top-p": TASK_SAMPLERS["spoken_dialogue"]["global"],
+    "top-k": DEFAULT_GLOBAL_SAMPLER,
+}
 SPEECH = TASK_SAMPLERS["spoken_dialogue"]["local"]
 STEP = LM.group_size - 1
-"""The first step of a patch at which as many heads are active as ever are; it has both of the large ones."""
+"""The first step of a patch at which as many heads are active as ever are; it has both of the large
+ones."""
 
 DRAW_FLOP = 200
 """Of one Gumbel number: 10 rounds of Philox and two logarithms."""
@@ -51,17 +62,28 @@ def _text(rows: int, name: str, sampler: MiMoSampler) -> Case:
 
     def make(device: torch.device) -> Inputs:
         seeds, draws = _seeds(device, rows)
-        return {"logits": normal(device, rows, size, scale=3.0), "seeds": seeds, "draws": draws,
-                "settings": sampler_tensors([sampler] * rows, device)}  # fmt: skip
+        return {
+            "logits": normal(device, rows, size, scale=3.0),
+            "seeds": seeds,
+            "draws": draws,
+            "settings": sampler_tensors([sampler] * rows, device),
+        }
 
     top_k, top_p = bool(sampler.top_k), sampler.top_p is not None
     noise = 0 if name == "greedy" else DRAW_FLOP
     return op_case(
-        "backbone.sample_text", sample_text, sample_text_ref, make, m=rows, shape=f"M={rows} V={size}", form=name,
-        nbytes=rows * size * DTYPE.itemsize if name == "greedy" else sample_text_bytes(
-            rows, size, DTYPE.itemsize, top_k, top_p
-        ), flop=rows * size * (2 + noise),
-    )  # fmt: skip
+        "backbone.sample_text",
+        sample_text,
+        sample_text_ref,
+        make,
+        m=rows,
+        shape=f"M={rows} V={size}",
+        form=name,
+        nbytes=rows * size * DTYPE.itemsize
+        if name == "greedy"
+        else sample_text_bytes(rows, size, DTYPE.itemsize, top_k, top_p),
+        flop=rows * size * (2 + noise),
+    )
 
 
 def _noise(rows: int) -> Case:
@@ -72,10 +94,16 @@ def _noise(rows: int) -> Case:
         return {"seeds": seeds, "draws": draws, "group_size": LM.group_size, "size": size}
 
     return op_case(
-        "patch_decoder.patch_noise", patch_noise, patch_noise_ref, make, m=rows, dtype=torch.float32,
-        shape=f"M={rows} G={LM.group_size} V={size}", nbytes=patch_noise_bytes(rows, LM.group_size, size),
+        "patch_decoder.patch_noise",
+        patch_noise,
+        patch_noise_ref,
+        make,
+        m=rows,
+        dtype=torch.float32,
+        shape=f"M={rows} G={LM.group_size} V={size}",
+        nbytes=patch_noise_bytes(rows, LM.group_size, size),
         flop=DRAW_FLOP * rows * LM.group_size * size,
-    )  # fmt: skip
+    )
 
 
 def _codes(rows: int) -> Case:
@@ -83,22 +111,32 @@ def _codes(rows: int) -> Case:
     steps = code_steps(LM.code_sizes, LM.empty_codes, LM.delays, group)
 
     def make(device: torch.device) -> Inputs:
-        # Small integers times a power of two: logits are exact in any order of summation, and so is the draw.
+        # Small integers times a power of two: logits are exact in any order of summation, and so is
+        # the draw.
         hidden, heads = (integers(device, 5, n, dim, seed=n) - 2 for n in (rows, table))
         seeds, draws = _seeds(device, rows)
         return {
-            "hidden": hidden.to(DTYPE) / 16, "heads": heads.to(DTYPE), "embeddings": normal(device, table, dim),
+            "hidden": hidden.to(DTYPE) / 16,
+            "heads": heads.to(DTYPE),
+            "embeddings": normal(device, table, dim),
             "step": code_steps(LM.code_sizes, LM.empty_codes, LM.delays, group, device)[STEP],
-            "settings": sampler_tensors([SPEECH] * rows, device), "noise": patch_noise(seeds, draws, group, table),
+            "settings": sampler_tensors([SPEECH] * rows, device),
+            "noise": patch_noise(seeds, draws, group, table),
             "codes": torch.zeros(rows, LM.channels, group, dtype=torch.int64, device=device),
-        }  # fmt: skip
+        }
 
     def collect(inputs: Inputs, x: Any) -> tuple[Tensor, ...]:
         return x, inputs["codes"]
 
     active = steps[STEP].last - steps[STEP].first
     return op_case(
-        "patch_decoder.sample_codes", sample_codes, sample_codes_ref, make, m=rows, collect=collect,
-        shape=f"M={rows} V={active} D={dim}", flop=2 * rows * active * dim,
+        "patch_decoder.sample_codes",
+        sample_codes,
+        sample_codes_ref,
+        make,
+        m=rows,
+        collect=collect,
+        shape=f"M={rows} V={active} D={dim}",
+        flop=2 * rows * active * dim,
         nbytes=sample_codes_bytes(rows, steps[STEP], dim, dim, DTYPE.itemsize),
-    )  # fmt: skip
+    )

@@ -1,10 +1,13 @@
-"""Where the time of an audio group goes, kernel by kernel: backbone step, patch decoder with its draws, patch encoder.
+"""Where the time of an audio group goes, kernel by kernel: backbone step, patch decoder with its
+draws, patch encoder.
 
-    python -m benchmarks profile --preset 7b --quantization int4 -o benchmarks/results/DATE-profile.jsonl
+    python -m benchmarks profile --preset 7b --quantization int4 -o
+    benchmarks/results/DATE-profile.jsonl
 
-On a GPU a row is a CUDA kernel, and the group runs twice: from captured graphs and, named "eager", kernel by kernel. On
-a CPU a row is a torch op; what native kernels and Python take is the row "outside torch". Counts and times are those of
-one group, the mean of all that were profiled; a group's own seconds are measured without the profiler.
+On a GPU a row is a CUDA kernel, and the group runs twice: from captured graphs and, named "eager",
+kernel by kernel. On a CPU a row is a torch op; what native kernels and Python take is the row
+"outside torch". Counts and times are those of one group, the mean of all that were profiled; a
+group's own seconds are measured without the profiler.
 """
 
 from __future__ import annotations
@@ -26,18 +29,32 @@ from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, prompted, start_rows, time_groups
+from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.target import Target
 from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.loading import default_device, parse_dtype
-from mimo_fast.machine import useful_threads
-from mimo_fast.runtime.job import Reply
+from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.loading import default_device, parse_dtype
 
-SYNCHRONIZING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy",
-                 "cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")  # fmt: skip
+SYNCHRONIZING = (
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaMemcpy",
+    "cuStreamSynchronize",
+    "cuEventSynchronize",
+    "cuCtxSynchronize",
+)
 """Calls in which the host waits for the device."""
 
-LAUNCHING = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch",
-             "cudaMemcpyAsync", "cudaMemsetAsync")  # fmt: skip
+LAUNCHING = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaGraphLaunch",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+)
 """Calls with which it gives the device work."""
 
 GROUPS = "audio groups"
@@ -51,7 +68,8 @@ COLUMNS = {"kernel": -NAME_WIDTH, "count": 8, "time": 9, "share": 6, "MB": 9, "G
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel, or on a CPU one torch op, takes of a group: launches, seconds, bytes where shapes tell them."""
+    """What one kernel, or on a CPU one torch op, takes of a group: launches, seconds, bytes where
+    shapes tell them."""
 
     name: str
     count: float
@@ -63,7 +81,8 @@ class Kernel:
 class Trace:
     """One audio group of all rows.
 
-    kernels: the costliest first; what is outside of all counts as none. launches, host_syncs: the host's calls a group.
+    kernels: the costliest first; what is outside of all counts as none. launches, host_syncs: the
+    host's calls a group.
     """
 
     mode: str
@@ -105,19 +124,30 @@ def take(replies: Sequence[Reply], groups: int) -> None:
 def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: str) -> Trace:
     """A trace from the profiler's events, which are in microseconds."""
     events = list(events)
-    (window,) = (e.time_range for e in events if e.name == GROUPS and e.device_type == DeviceType.CPU)
+    (window,) = (
+        e.time_range for e in events if e.name == GROUPS and e.device_type == DeviceType.CPU
+    )
     host = [
-        e for e in events if e.device_type == DeviceType.CPU and e.name != GROUPS
-        and window.start <= e.time_range.start and e.time_range.end <= window.end
-    ]  # fmt: skip
+        e
+        for e in events
+        if e.device_type == DeviceType.CPU
+        and e.name != GROUPS
+        and window.start <= e.time_range.start
+        and e.time_range.end <= window.end
+    ]
     calls = Counter(e.name for e in host)
     counted = {
-        names: {name: calls[name] / groups for name in names if calls[name]} for names in (LAUNCHING, SYNCHRONIZING)
+        names: {name: calls[name] / groups for name in names if calls[name]}
+        for names in (LAUNCHING, SYNCHRONIZING)
     }
     if device.type == "cuda":
-        # Kernels end after the host has left the window, which the device's side of the trace has by its name too.
-        pairs = [(e.name, e.time_range.elapsed_us()) for e in events
-                 if e.device_type == DeviceType.CUDA and e.name != GROUPS]  # fmt: skip
+        # Kernels end after the host has left the window, which the device's side of the trace has
+        # by its name too.
+        pairs = [
+            (e.name, e.time_range.elapsed_us())
+            for e in events
+            if e.device_type == DeviceType.CUDA and e.name != GROUPS
+        ]
     else:
         pairs = [(e.name, e.self_cpu_time_total) for e in host]
     count, microseconds = Counter[str](), Counter[str]()
@@ -126,19 +156,28 @@ def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: st
         microseconds[name] += time
     if device.type == "cpu":
         microseconds[OUTSIDE] = window.elapsed_us() - microseconds.total()
-    kernels = (Kernel(name, count[name] / groups, spent / groups / 1e6) for name, spent in microseconds.most_common())
+    kernels = (
+        Kernel(name, count[name] / groups, spent / groups / 1e6)
+        for name, spent in microseconds.most_common()
+    )
     return Trace(mode, tuple(kernels), counted[LAUNCHING], counted[SYNCHRONIZING])
 
 
 def with_bytes(trace: Trace, target: Target, work: GroupWork) -> Trace:
-    """Adds what a kernel must read where shapes tell: one that reads all of the cache, all code heads, or all weights.
+    """Adds what a kernel must read where shapes tell: one that reads all of the cache, all code
+    heads, or all weights.
 
-    Weights are told where one kernel does every product, as for a row in a quantized format or one dense row.
+    Weights are told where one kernel does every product, as for a row in a quantized format or one
+    dense row.
     """
     read = work.audio.bytes
     heads = target.lm.code_heads.nbytes * target.lm.config.group_size
     known = {"split_attention_kernel": read["cache"], "head_logits_kernel": heads}
-    products = [kernel.name for kernel in trace.kernels if "gemv" in kernel.name or "dot_kernel" in kernel.name]
+    products = [
+        kernel.name
+        for kernel in trace.kernels
+        if "gemv" in kernel.name or "dot_kernel" in kernel.name
+    ]
     if len(products) == 1:
         known[products[0]] = sum(read.values()) - read["cache"] - heads
     kernels = (Kernel(k.name, k.count, k.seconds, known.get(k.name)) for k in trace.kernels)
@@ -156,20 +195,37 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
     for mode in ("graph", "eager") if captured else ("eager",):
         target.engine.decoder.graphs = captured if mode == "graph" else None
         measured = time_groups(target, args.batch, prompt, args.groups).audio
-        replies = start_rows(target, context, args.batch, target.lm.empty_id, args.groups + SETTLING)
+        replies = start_rows(
+            target, context, args.batch, target.lm.empty_id, args.groups + SETTLING
+        )
         with without_collection():
             trace = trace_groups(replies, args.groups, device, mode)
         trace = with_bytes(trace, target, work)
         show(trace, measured, args.top)
-        output.append({
-            "kind": "profile", "model": args.preset, "random_weights": True, "quantization": args.quantization,
-            "dtype": name_of(target.lm.dtype), "mode": mode, "batch": args.batch, "prompt_groups": prompt,
-            "groups": args.groups, "unit": "CUDA kernel" if device.type == "cuda" else "torch op",
-            "kernels_a_group": trace.count, "kernel_seconds": trace.seconds, "audio_group": vars(measured),
-            "host_syncs": trace.host_syncs, "launches": trace.launches, "bytes": work.audio.bytes,
-            "floor": work.floors(machine)[2], "kernels": [asdict(kernel) for kernel in trace.kernels],
-            "ceiling": machine.as_dict(), "environment": environment(device),
-        })  # fmt: skip
+        output.append(
+            {
+                "kind": "profile",
+                "model": args.preset,
+                "random_weights": True,
+                "quantization": args.quantization,
+                "dtype": name_of(target.lm.dtype),
+                "mode": mode,
+                "batch": args.batch,
+                "prompt_groups": prompt,
+                "groups": args.groups,
+                "unit": "CUDA kernel" if device.type == "cuda" else "torch op",
+                "kernels_a_group": trace.count,
+                "kernel_seconds": trace.seconds,
+                "audio_group": vars(measured),
+                "host_syncs": trace.host_syncs,
+                "launches": trace.launches,
+                "bytes": work.audio.bytes,
+                "floor": work.floors(machine)[2],
+                "kernels": [asdict(kernel) for kernel in trace.kernels],
+                "ceiling": machine.as_dict(),
+                "environment": environment(device),
+            }
+        )
 
 
 @contextmanager
@@ -194,23 +250,34 @@ def show(trace: Trace, measured: Timing, top: int) -> None:
     for kernel in trace.kernels[:top]:
         known = kernel.bytes is not None and kernel.seconds > 0
         table.row(
-            kernel.name[:NAME_WIDTH], f"{kernel.count:g}", duration(kernel.seconds),
-            f"{100 * kernel.seconds / trace.seconds:.1f}%", f"{kernel.bytes / 1e6:,.1f}" if known else "-",
+            kernel.name[:NAME_WIDTH],
+            f"{kernel.count:g}",
+            duration(kernel.seconds),
+            f"{100 * kernel.seconds / trace.seconds:.1f}%",
+            f"{kernel.bytes / 1e6:,.1f}" if known else "-",
             f"{kernel.bytes / kernel.seconds / 1e9:,.0f}" if known else "-",
-        )  # fmt: skip
+        )
     rest = trace.kernels[top:]
     if rest:
         seconds = sum(kernel.seconds for kernel in rest)
         count = sum(kernel.count for kernel in rest)
-        table.row(f"{len(rest)} others", f"{count:g}", duration(seconds), f"{100 * seconds / trace.seconds:.1f}%",
-                  "-", "-")  # fmt: skip
+        table.row(
+            f"{len(rest)} others",
+            f"{count:g}",
+            duration(seconds),
+            f"{100 * seconds / trace.seconds:.1f}%",
+            "-",
+            "-",
+        )
 
 
 def run_profile(args: argparse.Namespace) -> int:
     if min(args.batch, args.groups, args.top) < 1:
         raise ValueError("--batch, --groups and --top must be at least 1")
     if args.context <= args.groups + SETTLING:
-        raise ValueError(f"--context must be above {args.groups + SETTLING}, the groups that are decoded")
+        raise ValueError(
+            f"--context must be above {args.groups + SETTLING}, the groups that are decoded"
+        )
     device, dtype = torch.device(args.device or default_device()), parse_dtype(args.dtype)
     assert dtype is not None
     quantization = None if args.quantization == "bf16" else args.quantization
@@ -221,12 +288,21 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def add_profile(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("profile", help="where the time of an audio group goes, kernel by kernel",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "profile",
+        help="where the time of an audio group goes, kernel by kernel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--preset", default="7b", choices=("tiny", "7b"))
-    add("--quantization", default="int4", choices=("bf16", "int8", "int4", "nf4"), metavar="FORMAT",
-        help="bf16 (as --dtype), int8, int4 or nf4 [%(default)s]")  # fmt: skip
+    add(
+        "--quantization",
+        default="int4",
+        choices=("bf16", "int8", "int4", "nf4"),
+        metavar="FORMAT",
+        help="bf16 (as --dtype), int8, int4 or nf4 [%(default)s]",
+    )
     add("--dtype", default="bfloat16", help="of activations and dense weights")
     add("--batch", type=int, default=1)
     add("--context", type=int, default=1024, help="groups, with those that are decoded")

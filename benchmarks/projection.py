@@ -1,15 +1,17 @@
-"""What other cards would do, from what one has been measured to do: bytes, bandwidth, and what a kernel costs.
+"""What other cards would do, from what one has been measured to do: bytes, bandwidth, and what a
+kernel costs.
 
     t = bytes / (published bandwidth x share) + kernels x cost
 
-`share` is what part of its published bandwidth the measured card reached while its kernels ran, and `cost` what the
-time of a group holds, for each kernel, beside them:
+`share` is what part of its published bandwidth the measured card reached while its kernels ran, and
+`cost` what the time of a group holds, for each kernel, beside them:
 
     cost = (group - busy) / kernels        share = bytes / (busy x published bandwidth)
 
-with a group's seconds (measured without the profiler) and bytes, the number of its kernels, and `busy`, the seconds of
-them all, from a record of kind `profile`. It assumes that another card reaches the same share, and launches at the same
-cost; a projection is no measurement. Without a record there is only the floor, bytes / published bandwidth.
+with a group's seconds (measured without the profiler) and bytes, the number of its kernels, and
+`busy`, the seconds of them all, from a record of kind `profile`. It assumes that another card
+reaches the same share, and launches at the same cost; a projection is no measurement. Without a
+record there is only the floor, bytes / published bandwidth.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Basis:
-    """What was measured on a card in a format: the two figures of the formula, and the number of kernels."""
+    """What was measured on a card in a format: the two figures of the formula, and the number of
+    kernels."""
 
     profile: Entry
     share: float
@@ -73,7 +76,8 @@ class Basis:
 
 @dataclass(frozen=True)
 class Projection:
-    """An audio group at batch 1 on a card; seconds: None where nothing comparable has been measured."""
+    """An audio group at batch 1 on a card; seconds: None where nothing comparable has been
+    measured."""
 
     card: Card
     quantization: str
@@ -93,14 +97,24 @@ def card_of(device: str) -> Card | None:
 
 def basis(measured: Measured, quantization: str) -> Basis | None:
     """The newest of a known card's groups at batch 1, from captured graphs."""
-    found = measured.find("profile", where=lambda e: (
-        e.on_gpu and e.title == f"7b {quantization}" and e["batch"] == 1 and e["mode"] == "graph"
-        and card_of(e.device) is not None
-    ))  # fmt: skip
+    found = measured.find(
+        "profile",
+        where=lambda e: (
+            e.on_gpu
+            and e.title == f"7b {quantization}"
+            and e["batch"] == 1
+            and e["mode"] == "graph"
+            and card_of(e.device) is not None
+        ),
+    )
     if not found:
         return None
     profile = max(found, key=lambda e: e.date)
-    card, kernels, total = card_of(profile.device), profile["kernels_a_group"], profile["audio_group"]["p50"]
+    card, kernels, total = (
+        card_of(profile.device),
+        profile["kernels_a_group"],
+        profile["audio_group"]["p50"],
+    )
     assert card is not None
     # A profiler makes kernels look longer than they are, but they cannot be longer than the group.
     busy = min(profile["kernel_seconds"], total)

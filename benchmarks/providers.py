@@ -1,4 +1,5 @@
-"""Who computes an op: ours, plain torch, torch.compile, and what else there is for products with stored weights.
+"""Who computes an op: ours, plain torch, torch.compile, and what else there is for products with
+stored weights.
 
     ours-gpu      the op's launcher on a CUDA device: a kernel of csrc/cuda where it was built and takes it, or Triton
     ours-cpu      the same launcher on a CPU: a kernel of csrc/ where it was built and takes the case, else plain torch
@@ -9,8 +10,8 @@
     torch-int8, torch-int4, torch-int4-cuda    torch's products with packed weights, on the CPU and on CUDA
     bitsandbytes-int8, bitsandbytes-nf4        its matmul and matmul_4bit
 
-Products round weights, and bitsandbytes' int8 the activations too, before they multiply: such a provider is held to the
-exact result for what it multiplies, as the op's own formats are.
+Products round weights, and bitsandbytes' int8 the activations too, before they multiply: such a
+provider is held to the exact result for what it multiplies, as the op's own formats are.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ from torch import Tensor
 
 from benchmarks.harness import Inputs, Outputs, Provider
 from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
+from mimo_fast.kernels.matmul.cpu import pack_for_torch, packed_product, unpacked_product
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.quantized_weight import (
+    QuantizedWeight,
+    dequantize_to,
+    torch_int4_order,
+    unpack_words,
+)
 from mimo_fast.kernels.norm import rms_norm_ref
-from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.kernels.qmatmul_cpu import pack_for_torch, packed_product, unpacked_product
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize_to, torch_int4_order, unpack_words
 from mimo_fast.kernels.swiglu import swiglu_ref
 
 Run = Callable[[Inputs], Outputs]
@@ -50,7 +56,8 @@ def ours(run: Run) -> tuple[Provider, ...]:
 
 
 def plain(reference: Run, *, ours_on_cpu: bool = True) -> tuple[Provider, ...]:
-    """Plain torch and torch.compile of it. ours_on_cpu: whether that is what our op does on a CPU."""
+    """Plain torch and torch.compile of it. ours_on_cpu: whether that is what our op does on a
+    CPU."""
 
     def missing(device: torch.device) -> str | None:
         return "is what ours-cpu runs" if device.type == "cpu" and ours_on_cpu else None
@@ -64,7 +71,9 @@ def compiled(reference: Run) -> Provider:
         torch._dynamo.reset()
         return {"run": torch.compile(reference, dynamic=False), "inputs": inputs}
 
-    return Provider("compile", lambda prepared: prepared["run"](prepared["inputs"]), prepare, needs_compiler)
+    return Provider(
+        "compile", lambda prepared: prepared["run"](prepared["inputs"]), prepare, needs_compiler
+    )
 
 
 def needs_triton(device: torch.device) -> str | None:
@@ -76,7 +85,11 @@ def needs_triton(device: torch.device) -> str | None:
 
 
 def needs_plain_path(device: torch.device) -> str | None:
-    return f"{ENVIRONMENT}=triton turns it off" if os.environ.get(ENVIRONMENT) == "triton" else _cpu_only(device)
+    return (
+        f"{ENVIRONMENT}=triton turns it off"
+        if os.environ.get(ENVIRONMENT) == "triton"
+        else _cpu_only(device)
+    )
 
 
 def needs_compiler(device: torch.device) -> str | None:
@@ -104,18 +117,37 @@ def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
     if form in ("int8", "int4"):
         own = (*own, Provider("unpacked", lambda i: around(i, unpacked_product), missing=_cpu_only))
     if form == "int8":
-        return (*own, Provider("torch-int8", _torch_packed, _pack_torch, _cpu_only),
-                Provider("bitsandbytes-int8", _bitsandbytes_int8, _pack_bitsandbytes_int8,
-                         needs_package("bitsandbytes"), _exact_bitsandbytes_int8))  # fmt: skip
+        return (
+            *own,
+            Provider("torch-int8", _torch_packed, _pack_torch, _cpu_only),
+            Provider(
+                "bitsandbytes-int8",
+                _bitsandbytes_int8,
+                _pack_bitsandbytes_int8,
+                needs_package("bitsandbytes"),
+                _exact_bitsandbytes_int8,
+            ),
+        )
     if form == "int4":
-        on_cuda = Provider("torch-int4-cuda", _torch_int4_cuda, _pack_int4_cuda, _cuda_only, _exact_int4_cuda)
+        on_cuda = Provider(
+            "torch-int4-cuda", _torch_int4_cuda, _pack_int4_cuda, _cuda_only, _exact_int4_cuda
+        )
         return (*own, Provider("torch-int4", _torch_packed, _pack_torch, _lacks_int4), on_cuda)
-    return (*own, Provider("bitsandbytes-nf4", _bitsandbytes_nf4, _pack_bitsandbytes_nf4,
-                           needs_package("bitsandbytes"), _exact_bitsandbytes_nf4))  # fmt: skip
+    return (
+        *own,
+        Provider(
+            "bitsandbytes-nf4",
+            _bitsandbytes_nf4,
+            _pack_bitsandbytes_nf4,
+            needs_package("bitsandbytes"),
+            _exact_bitsandbytes_nf4,
+        ),
+    )
 
 
 def around(inputs: Inputs, product: Product) -> Outputs:
-    """The op in plain torch but for its product x W^T: norm, bias, SwiGLU and residual, as the inputs have them."""
+    """The op in plain torch but for its product x W^T: norm, bias, SwiGLU and residual, as the
+    inputs have them."""
     x, norm, residual = inputs["x"], inputs.get("norm"), inputs.get("residual")
     y = product(x if norm is None else rms_norm_ref(x, norm.weight, norm.eps), inputs["weight"])
     bias = inputs.get("bias")
@@ -132,7 +164,10 @@ def unpacked(inputs: Inputs) -> Outputs:
 
     def product(x: Tensor, weight: Weight) -> Tensor:
         pairs = zip(weight.blocks, weight.biases, strict=True)
-        parts = [F.linear(x, block.to(dtype), None if bias is None else bias.to(dtype)) for block, bias in pairs]
+        parts = [
+            F.linear(x, block.to(dtype), None if bias is None else bias.to(dtype))
+            for block, bias in pairs
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     return around({**inputs, "weight": weight}, product)
@@ -150,7 +185,10 @@ def join(inputs: Inputs) -> Inputs:
 def _holding(inputs: Inputs, dense: Tensor) -> Inputs:
     """The case with a weight of these values, in float32."""
     bias = inputs["weight"].bias
-    return {**inputs, "weight": Weight.stack([dense.float()], [None if bias is None else bias.float()])}
+    return {
+        **inputs,
+        "weight": Weight.stack([dense.float()], [None if bias is None else bias.float()]),
+    }
 
 
 def _cpu_only(device: torch.device) -> str | None:
@@ -178,11 +216,17 @@ def _torch_packed(inputs: Inputs) -> Outputs:
 def _pack_int4_cuda(inputs: Inputs) -> dict[str, Any]:
     weight = inputs["weight"]
     q = unpack_words(weight.words, 4, weight.group)
-    packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES)
+    packed = torch.ops.aten._convert_weight_to_int4pack(
+        (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES
+    )
     zeros = torch.zeros_like(weight.scales) if weight.zeros is None else weight.zeros
     # It computes scale (q - 8) + offset.
     offsets = -(weight.scales.float() * zeros.float())
-    pairs = torch.stack([weight.scales.bfloat16(), offsets.bfloat16()], dim=-1).transpose(0, 1).contiguous()
+    pairs = (
+        torch.stack([weight.scales.bfloat16(), offsets.bfloat16()], dim=-1)
+        .transpose(0, 1)
+        .contiguous()
+    )
     return {**inputs, "weight": (packed, weight.group, pairs), "bias": weight.bias}
 
 
@@ -202,7 +246,11 @@ def _pack_bitsandbytes_nf4(inputs: Inputs) -> dict[str, Any]:
 
     weight = inputs["weight"]
     dense = dequantize_to(weight, inputs["x"].dtype)
-    return {**inputs, "weight": functional.quantize_4bit(dense, blocksize=64, quant_type="nf4"), "bias": weight.bias}
+    return {
+        **inputs,
+        "weight": functional.quantize_4bit(dense, blocksize=64, quant_type="nf4"),
+        "bias": weight.bias,
+    }
 
 
 def _bitsandbytes_nf4(inputs: Inputs) -> Outputs:

@@ -1,6 +1,7 @@
-"""Relative error of each weight format on Gaussian rows, and the size of the 7B language model in it.
+"""Relative error of each weight format on Gaussian rows, and the size of the 7B language model in
+it.
 
-    python -m benchmarks.quantization_error [FILE.json]
+python -m benchmarks.quantization_error [FILE.json]
 """
 
 import json
@@ -10,9 +11,15 @@ from pathlib import Path
 import torch
 
 import mimo_fast
+from mimo_fast.bench.machine import describe_machine
 from mimo_fast.config import LMConfig, read_json
-from mimo_fast.machine import describe_machine
-from mimo_fast.quantization import Format, QuantizationConfig, checkpoint_bytes, quantize, relative_error
+from mimo_fast.quantization import (
+    Format,
+    QuantizationConfig,
+    checkpoint_bytes,
+    quantize,
+    relative_error,
+)
 
 ROWS, WIDTHS = 64, (4096, 11008)
 FORMATS = ("int4-g64", "int4", "nf4", "int8-g128", "int8")
@@ -24,7 +31,9 @@ def main() -> None:
     for width in WIDTHS:
         weight = torch.randn(ROWS, width, generator=generator)
         for name in FORMATS:
-            errors[f"{name} K={width}"] = round(float(relative_error(weight, quantize(weight, Format.parse(name)))), 5)
+            errors[f"{name} K={width}"] = round(
+                float(relative_error(weight, quantize(weight, Format.parse(name)))), 5
+            )
     preset = Path(mimo_fast.__file__).parent / "presets" / "7b-lm.json"
     config = LMConfig.from_dict(read_json(preset))
     choices = {name: QuantizationConfig.parse(name) for name in (None, "int8", "int4", "nf4")}

@@ -1,4 +1,5 @@
-"""What measurements are written into and printed as: JSON lines, tables, durations; the options that say where."""
+"""What measurements are written into and printed as: JSON lines, tables, durations; the options
+that say where."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from tqdm import tqdm
 
 
 class JsonLines:
-    """Appends records to a file, each on a line and out of our hands before the next is made; nowhere for None."""
+    """Appends records to a file, each on a line and out of our hands before the next is made;
+    nowhere for None."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+            cut_off = (
+                path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+            )
             self._file = path.open("a", encoding="utf-8")
             # Of a run that was killed while it wrote.
             self._file.write("\n" if cut_off else "")
@@ -52,9 +56,12 @@ def add_run_options(parser: argparse.ArgumentParser, each: str) -> None:
 
 
 class Table:
-    """Rows printed as they come, in columns of fixed widths; a negative width aligns to the left."""
+    """Rows printed as they come, in columns of fixed widths; a negative width aligns to the
+    left."""
 
-    def __init__(self, columns: Mapping[str, int], write: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self, columns: Mapping[str, int], write: Callable[[str], object] | None = None
+    ) -> None:
         self._widths = list(columns.values())
         # Above a progress bar, where there is one.
         self._write = write or partial(tqdm.write, file=sys.stdout)
@@ -62,11 +69,15 @@ class Table:
 
     def row(self, *cells: str) -> None:
         pairs = zip(cells, self._widths, strict=True)
-        self._write("  ".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs).rstrip())
+        self._write(
+            "  ".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs).rstrip()
+        )
 
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    unit, factor = next(((u, f) for u, f in (("s", 1.0), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
+    unit, factor = next(
+        ((u, f) for u, f in (("s", 1.0), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6)
+    )
     value = seconds * factor
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"

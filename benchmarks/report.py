@@ -1,7 +1,8 @@
-"""docs/performance.md and its pictures, from benchmarks/results alone: no figure in them is typed by hand.
+"""docs/performance.md and its pictures, from benchmarks/results alone: no figure in them is typed
+by hand.
 
-The newest record of each thing on each device has the say. What a reader wants to know and nothing has measured is
-listed as not measured.
+The newest record of each thing on each device has the say. What a reader wants to know and nothing
+has measured is listed as not measured.
 """
 
 from __future__ import annotations
@@ -55,24 +56,47 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     parts = [INTRODUCTION, "## What to expect of the published dimensions\n", *_expected(measured)]
     for device in measured.devices("groups", "request", "quick"):
         parts += _end_to_end(measured, device, pictures)
-    parts += ["## Beside upstream's way of running it\n", *_per_device(
-        measured, "baseline", tables.baselines_table, "A spoken reply by transformers' modules as upstream runs them",
-        PLACES,
-    )]  # fmt: skip
+    parts += [
+        "## Beside upstream's way of running it\n",
+        *_per_device(
+            measured,
+            "baseline",
+            tables.baselines_table,
+            "A spoken reply by transformers' modules as upstream runs them",
+            PLACES,
+        ),
+    ]
     parts += ["## Ops\n", *_ops(measured, pictures)]
-    parts += ["## Where the time of a patch goes\n", *_per_device(
-        measured, "profile", tables.profile_table, "An audio group, kernel by kernel", PLACES[:1]
-    )]  # fmt: skip
+    parts += [
+        "## Where the time of a patch goes\n",
+        *_per_device(
+            measured,
+            "profile",
+            tables.profile_table,
+            "An audio group, kernel by kernel",
+            PLACES[:1],
+        ),
+    ]
     parts += ["## Quality of quantized weights\n", *_quality(measured), *_weight_errors(results)]
-    parts += ["## Projection to other cards\n", PROJECTION, tables.projection_section(measured) + "\n"]
+    parts += [
+        "## Projection to other cards\n",
+        PROJECTION,
+        tables.projection_section(measured) + "\n",
+    ]
     if measured.find("compare"):
-        parts += ["## Comparisons of commits\n", *_per_device(measured, "compare", tables.compare_table, "")]
+        parts += [
+            "## Comparisons of commits\n",
+            *_per_device(measured, "compare", tables.compare_table, ""),
+        ]
     parts += _skipped(measured)
     return "\n".join(parts)
 
 
 def _expected(measured: Measured) -> Iterator[str]:
-    on_gpu = {e.device: e.on_gpu for e in measured.find("groups") + measured.find("request") + measured.find("quick")}
+    on_gpu = {
+        e.device: e.on_gpu
+        for e in measured.find("groups") + measured.find("request") + measured.find("quick")
+    }
     for kind, wanted in (("a GPU", True), ("a CPU", False)):
         for device in sorted(name for name, gpu in on_gpu.items() if gpu is wanted) or [None]:
             rows, used = tables.expected(measured, device)
@@ -85,21 +109,29 @@ def _end_to_end(measured: Measured, device: str, pictures: Sequence[str]) -> Ite
     """Every group and request of a device."""
     yield f"## {device}\n"
     for kind, title, write in (
-        ("groups", "Steady state", tables.groups_table), ("request", "Whole requests", tables.requests_table),
+        ("groups", "Steady state", tables.groups_table),
+        ("request", "Whole requests", tables.requests_table),
         ("quick", "`mimo-fast bench`", tables.quick_table),
-    ):  # fmt: skip
+    ):
         found = measured.find(kind, device)
         if found:
             yield from (f"### {title}\n", write(found) + "\n", sources(found) + "\n")
-            yield from _pictures(pictures, device, ("latency",) if kind == "groups" else
-                                 ("memory",) if kind == "request" else ())  # fmt: skip
+            yield from _pictures(
+                pictures,
+                device,
+                ("latency",) if kind == "groups" else ("memory",) if kind == "request" else (),
+            )
 
 
 def _per_device(
-    measured: Measured, kind: str, write: Callable[[Sequence[Entry]], str], what: str,
+    measured: Measured,
+    kind: str,
+    write: Callable[[Sequence[Entry]], str],
+    what: str,
     places: Sequence[tuple[str, bool]] = (),
-) -> Iterator[str]:  # fmt: skip
-    """A table for each device; of those of `places` (in words, whether it is a GPU) that there is none."""
+) -> Iterator[str]:
+    """A table for each device; of those of `places` (in words, whether it is a GPU) that there is
+    none."""
     for place, on_gpu in places:
         if not measured.find(kind, where=lambda e, on_gpu=on_gpu: e.on_gpu is on_gpu):
             yield f"{what}{place}: {NOT_MEASURED}.\n"
@@ -117,7 +149,12 @@ def _ops(measured: Measured, pictures: Sequence[str]) -> Iterator[str]:
         yield f"### Ops on {device}\n"
         yield from _pictures(pictures, device, ("roofline",))
         title = f"<details><summary>{len(found)} rows: every op beside what the machine could do at best</summary>"
-        yield from (title + "\n", tables.ops_table(found) + "\n", "</details>\n", sources(found) + "\n")
+        yield from (
+            title + "\n",
+            tables.ops_table(found) + "\n",
+            "</details>\n",
+            sources(found) + "\n",
+        )
 
 
 def _quality(measured: Measured) -> Iterator[str]:
@@ -134,7 +171,9 @@ def _pictures(pictures: Sequence[str], device: str, kinds: Sequence[str]) -> Ite
 
 def picture_name(kind: str, device: str) -> str:
     """Of a device's picture in docs/performance/."""
-    return f"{kind}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in device).lower().split())}.svg"
+    return (
+        f"{kind}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in device).lower().split())}.svg"
+    )
 
 
 def _weight_errors(results: Path) -> Iterator[str]:
@@ -151,16 +190,27 @@ def _weight_errors(results: Path) -> Iterator[str]:
 def _skipped(measured: Measured) -> Iterator[str]:
     if measured.skipped:
         yield "## Not measured, and why\n"
-        yield table(("what", "why", "file"), (
-            (e["name"], e["reason"], f"[{e.file}](../benchmarks/results/{e.file})") for e in measured.skipped
-        ), texts=3) + "\n"  # fmt: skip
+        yield (
+            table(
+                ("what", "why", "file"),
+                (
+                    (e["name"], e["reason"], f"[{e.file}](../benchmarks/results/{e.file})")
+                    for e in measured.skipped
+                ),
+                texts=3,
+            )
+            + "\n"
+        )
 
 
 def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
-    """Writes the report and its pictures, and removes pictures of what is no longer there; returns the exit code."""
+    """Writes the report and its pictures, and removes pictures of what is no longer there; returns
+    the exit code."""
     if find_spec("matplotlib") is None:
-        print("error: the report needs matplotlib: pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "error: the report needs matplotlib: pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)",
+            file=sys.stderr,
+        )
         return 1
     from benchmarks.plots import draw
 
@@ -176,7 +226,22 @@ def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="docs/performance.md from benchmarks/results; --report is the same")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of *.jsonl [benchmarks/results]")
-    parser.add_argument("-o", "--output", type=Path, default=DOCUMENT, metavar="FILE.md", help="[docs/performance.md]")
+    parser = commands.add_parser(
+        "report", help="docs/performance.md from benchmarks/results; --report is the same"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="of *.jsonl [benchmarks/results]",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=DOCUMENT,
+        metavar="FILE.md",
+        help="[docs/performance.md]",
+    )
     parser.set_defaults(run=lambda args: write_report(args.results, args.output))

@@ -1,9 +1,12 @@
-"""Processor time of speech from a small pair on a CPU, through the public API: of a group, and until the first audio.
+"""Processor time of speech from a small pair on a CPU, through the public API: of a group, and
+until the first audio.
 
-    python -m benchmarks.small_model LM CODEC [--threads 1] [--quantization int8] [--patches 60] [FILE.json]
+    python -m benchmarks.small_model LM CODEC [--threads 1] [--quantization int8] [--patches 60]
+    [FILE.json]
 
-Words and patches alternate by fives, whatever the weights say. Time is that of all threads of the process, which other
-programs disturb less than the clock; the least of some runs. FILE.json gathers one record a call.
+Words and patches alternate by fives, whatever the weights say. Time is that of all threads of the
+process, which other programs disturb less than the clock; the least of some runs. FILE.json gathers
+one record a call.
 """
 
 import argparse
@@ -19,8 +22,8 @@ import torch
 
 import mimo_fast
 from mimo_fast import MimoAudio
+from mimo_fast.bench.machine import describe_machine
 from mimo_fast.bench.schedule import ScheduledLM, spoken_reply
-from mimo_fast.machine import describe_machine
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests."
 RUNS = 3
@@ -30,14 +33,17 @@ def prepare(args: argparse.Namespace) -> MimoAudio:
     model = MimoAudio(args.lm, args.codec, "cpu", quantization=args.quantization)
     special = model.tokenizer.special
     words = min(len(model.tokenizer.encode(TEXT)), args.patches)
-    plan = spoken_reply(args.patches, words, model.tokenizer.encode("a")[0], special.empty, special.eostm)
+    plan = spoken_reply(
+        args.patches, words, model.tokenizer.encode("a")[0], special.empty, special.eostm
+    )
     model.lm = ScheduledLM.of(model.lm, len(plan))
     model.lm.follow(plan)
     return model
 
 
 def measure(model: MimoAudio, groups: int) -> dict[str, float]:
-    """Milliseconds of one reply: to its first chunk, to the first audio, and the median of later chunks with audio."""
+    """Milliseconds of one reply: to its first chunk, to the first audio, and the median of later
+    chunks with audio."""
     began, spent, audible = time.process_time(), [], []
     for chunk in model.stream("tts", TEXT, seed=1, max_new_tokens=groups, min_new_tokens=groups):
         spent.append((time.process_time() - began) * 1e3)
@@ -45,8 +51,14 @@ def measure(model: MimoAudio, groups: int) -> dict[str, float]:
     first = audible.index(True)
     costs = [now - before for before, now in pairwise(spent)]
     # The last chunk ends the stream.
-    steady = [cost for cost, heard in zip(costs[first:-1], audible[first + 1 : -1], strict=True) if heard]
-    return {"first_chunk_ms": spent[0], "first_audio_ms": spent[first], "patch_ms": statistics.median(steady)}
+    steady = [
+        cost for cost, heard in zip(costs[first:-1], audible[first + 1 : -1], strict=True) if heard
+    ]
+    return {
+        "first_chunk_ms": spent[0],
+        "first_audio_ms": spent[first],
+        "patch_ms": statistics.median(steady),
+    }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,14 +70,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = [measure(model, groups) for _ in range(RUNS)]
     least = {name: round(min(each[name] for each in runs), 2) for name in runs[0]}
     return {
-        "machine": list(describe_machine()), "commit": os.environ.get("COMMIT"), "load": os.getloadavg()[0],
-        "lm": Path(args.lm).name, "quantization": args.quantization or "float32",
-        "threads": args.threads or f"torch's own {torch.get_num_threads()}", "patches": args.patches, "cpu": least,
-    }  # fmt: skip
+        "machine": list(describe_machine()),
+        "commit": os.environ.get("COMMIT"),
+        "load": os.getloadavg()[0],
+        "lm": Path(args.lm).name,
+        "quantization": args.quantization or "float32",
+        "threads": args.threads or f"torch's own {torch.get_num_threads()}",
+        "patches": args.patches,
+        "cpu": least,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("lm")
     parser.add_argument("codec")
     parser.add_argument("output", nargs="?", type=Path)

@@ -36,8 +36,8 @@ class Comparison:
 def compare(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Comparison:
     """Of (old, new) seconds, each pair measured one right after the other.
 
-    The interval is a percentile bootstrap over pairs. What a machine does to both times of a pair alike cancels in
-    their ratio; a median leaves what it does to one of them without effect.
+    The interval is a percentile bootstrap over pairs. What a machine does to both times of a pair
+    alike cancels in their ratio; a median leaves what it does to one of them without effect.
 
     Raises:
         ValueError: there are no pairs, or a time is not positive.

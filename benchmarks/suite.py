@@ -1,11 +1,13 @@
-"""`make bench`: what a CPU does, within ten minutes on two cores, into one dated file, and then the report.
+"""`make bench`: what a CPU does, within ten minutes on two cores, into one dated file, and then the
+report.
 
     python -m benchmarks suite                            benchmarks/results/DATE-cpu.jsonl, docs/performance.md
     python -m benchmarks suite --budget 1200 --only ops
 
-Each part is a process of its own, which gives back its memory and can be ended. A part begins when what it takes on two
-quiet cores is still left of the budget, and ends with the budget at the latest; parts that do not fit are skipped by
-name, and what a part has measured before it was ended is kept.
+Each part is a process of its own, which gives back its memory and can be ended. A part begins when
+what it takes on two quiet cores is still left of the budget, and ends with the budget at the
+latest; parts that do not fit are skipped by name, and what a part has measured before it was ended
+is kept.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ BUDGET = 570.0
 """Seconds for all parts; the report takes some more."""
 
 GRACE = 20.0
-"""Seconds that an interrupted part has to end before it is killed: a large product cannot be interrupted."""
+"""Seconds that an interrupted part has to end before it is killed: a large product cannot be
+interrupted."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of `python -m benchmarks`, or `mimo-fast bench`; seconds: about what it takes on two quiet cores."""
+    """A command of `python -m benchmarks`, or `mimo-fast bench`; seconds: about what it takes on
+    two quiet cores."""
 
     name: str
     seconds: float
@@ -44,21 +48,54 @@ class Part:
 
 
 def _group_part(quantization: str, seconds: float, *arguments: str) -> Part:
-    fixed = ("e2e", "--preset", "7b", "--batch", "1", "--groups", "8", "--words", "4", "--patches", "12")
+    fixed = (
+        "e2e",
+        "--preset",
+        "7b",
+        "--batch",
+        "1",
+        "--groups",
+        "8",
+        "--words",
+        "4",
+        "--patches",
+        "12",
+    )
     return Part(f"7b {quantization}", seconds, (*fixed, "--quantization", quantization, *arguments))
 
 
 QUICK = "quick"
 PARTS = (
-    Part("tiny", 25, ("e2e", "--preset", "tiny", "--dtype", "float32", "--quantization", "bf16", "--batch", "1", "4",
-                      "--context", "256", "2048", "--groups", "12", "--patches", "16")),
+    Part(
+        "tiny",
+        25,
+        (
+            "e2e",
+            "--preset",
+            "tiny",
+            "--dtype",
+            "float32",
+            "--quantization",
+            "bf16",
+            "--batch",
+            "1",
+            "4",
+            "--context",
+            "256",
+            "2048",
+            "--groups",
+            "12",
+            "--patches",
+            "16",
+        ),
+    ),
     _group_part("int4", 100, "--context", "64", "256", "--task", "tts"),
     _group_part("int8", 90, "--context", "64", "--task", "tts"),
     Part("ops", 120, ("ops", "--quick")),
     # Dense prompts are slow where the CPU has no bfloat16 instructions, so there is no request.
     _group_part("bf16", 100, "--context", "64", "--task", "--no-codec"),
     Part(QUICK, 60, ("bench", "--quantization", "int4")),
-)  # fmt: skip
+)
 """The most telling first."""
 
 Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
@@ -67,9 +104,11 @@ Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
 def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
     """A part's process; output: what it appends to, or for the quick table, writes."""
     quick = part.name == QUICK
-    command = ["mimo_fast", *part.arguments, "--device", "cpu", "--json", str(output)] if quick else [
-        "benchmarks", *part.arguments, "--device", "cpu", "-o", str(output)
-    ]  # fmt: skip
+    command = (
+        ["mimo_fast", *part.arguments, "--device", "cpu", "--json", str(output)]
+        if quick
+        else ["benchmarks", *part.arguments, "--device", "cpu", "-o", str(output)]
+    )
     return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT)
 
 
@@ -86,7 +125,9 @@ def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> 
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             end(process)
-            return f"ended after {seconds:.0f} s, with the time for all; what it had measured is kept"
+            return (
+                f"ended after {seconds:.0f} s, with the time for all; what it had measured is kept"
+            )
         except KeyboardInterrupt:
             end(process)
             raise
@@ -106,17 +147,27 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_parts(
-    parts: Sequence[Part], output: Path, budget: float, clock: Callable[[], float] = monotonic, start: Start = start
+    parts: Sequence[Part],
+    output: Path,
+    budget: float,
+    clock: Callable[[], float] = monotonic,
+    start: Start = start,
 ) -> dict[str, str]:
     """Name of a part -> why it is missing or not whole."""
     began, amiss = clock(), {}
     for part in parts:
         left = budget - GRACE - (clock() - began)
         if part.seconds > left:
-            amiss[part.name] = f"it takes about {part.seconds:.0f} s, and {max(left, 0):.0f} s are left"
-            JsonLines(output).append({"kind": "skipped", "name": part.name, "reason": amiss[part.name]})
+            amiss[part.name] = (
+                f"it takes about {part.seconds:.0f} s, and {max(left, 0):.0f} s are left"
+            )
+            JsonLines(output).append(
+                {"kind": "skipped", "name": part.name, "reason": amiss[part.name]}
+            )
             continue
-        print(f"\n{part.name}: about {part.seconds:.0f} s on two cores, {left:.0f} s left", flush=True)
+        print(
+            f"\n{part.name}: about {part.seconds:.0f} s on two cores, {left:.0f} s left", flush=True
+        )
         if (wrong := run_part(part, output, left, start)) is not None:
             amiss[part.name] = wrong
     return amiss
@@ -126,7 +177,9 @@ def run_suite(args: argparse.Namespace) -> int:
     output = args.output or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-cpu.jsonl"
     parts = [part for part in PARTS if any(fnmatch(part.name, glob) for glob in args.only)]
     if not parts:
-        raise ValueError(f"no part matches {args.only}; there are {', '.join(part.name for part in PARTS)}")
+        raise ValueError(
+            f"no part matches {args.only}; there are {', '.join(part.name for part in PARTS)}"
+        )
     code = 0
     try:
         amiss = run_parts(parts, output, args.budget)
@@ -145,11 +198,27 @@ def run_suite(args: argparse.Namespace) -> int:
 
 
 def add_suite(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("suite", help="make bench: the CPU's tables within ten minutes, and the report",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "suite",
+        help="make bench: the CPU's tables within ten minutes, and the report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--budget", type=float, default=BUDGET, help="seconds for all parts [%(default)g]")
-    add("--only", nargs="+", default=["*"], metavar="GLOB", help=f"of {', '.join(part.name for part in PARTS)}")
+    add(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="GLOB",
+        help=f"of {', '.join(part.name for part in PARTS)}",
+    )
     add("--no-report", action="store_true", help="leave docs/performance.md as it is")
-    add("-o", "--output", type=Path, metavar="FILE.jsonl", help="append to this [benchmarks/results/DATE-cpu.jsonl]")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="append to this [benchmarks/results/DATE-cpu.jsonl]",
+    )
     parser.set_defaults(run=run_suite)

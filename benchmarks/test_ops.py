@@ -27,5 +27,7 @@ def test_op(case: Case, benchmark):
     calls, found = prepare(case, provider, case.make(CPU), CPU)
     turns = cycle(calls)
     benchmark.group = case.op
-    benchmark.extra_info.update(bytes=case.nbytes, flop=case.flop, error=found.error, bound=found.bound)
+    benchmark.extra_info.update(
+        bytes=case.nbytes, flop=case.flop, error=found.error, bound=found.bound
+    )
     benchmark(lambda: next(turns)())

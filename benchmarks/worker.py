@@ -1,6 +1,8 @@
-"""Times cases of one version of the package on request: one process of `compare.py`, which has one for each version.
+"""Times cases of one version of the package on request: one process of `compare.py`, which has one
+for each version.
 
-Started in the tree of its version. Requests and answers are JSON, a line each, on standard input and output:
+Started in the tree of its version. Requests and answers are JSON, a line each, on standard input
+and output:
 
     at the start                 -> {"cases": [names], "missing": {family: why}}
     {"case": name, "seconds": s} -> {"seconds": median} or {"refused": why}
@@ -24,7 +26,8 @@ from mimo_fast.bench.timing import time_calls
 def named_cases(
     arguments: dict[str, Any], device: torch.device, missing: dict[str, str]
 ) -> dict[str, tuple[Case, Provider]]:
-    """Our own providers that run on the device, by "op format shape"; missing: see `ops.all_cases`."""
+    """Our own providers that run on the device, by "op format shape"; missing: see
+    `ops.all_cases`."""
     found = {}
     wanted = (arguments[name] for name in ("op", "m", "format"))
     try:
@@ -56,7 +59,9 @@ class Timer:
             except Refused as refused:
                 return {"refused": str(refused)}
             self._name, self._calls = name, list(calls)
-        return {"seconds": time_calls(self._calls, self._device, seconds=seconds, min_runs=MIN_RUNS).p50}
+        return {
+            "seconds": time_calls(self._calls, self._device, seconds=seconds, min_runs=MIN_RUNS).p50
+        }
 
 
 @torch.no_grad()

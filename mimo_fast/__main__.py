@@ -1,5 +1,5 @@
 """`python -m mimo_fast` is the `mimo-fast` command."""
 
-from .cli import main
+from mimo_fast.cli.main import main
 
 raise SystemExit(main())

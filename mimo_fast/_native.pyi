@@ -26,15 +26,40 @@ class Linear:
     def add_block(self, *, weight: int, bias: int, rows: int) -> None: ...
     @staticmethod
     def quantized(
-        *, words: int, scales: int, zeros: int, bias: int, bits: int, block: int, group: int, rows: int, columns: int
+        *,
+        words: int,
+        scales: int,
+        zeros: int,
+        bias: int,
+        bits: int,
+        block: int,
+        group: int,
+        rows: int,
+        columns: int,
     ) -> Linear: ...
 
 class Transformer:
     def __init__(
-        self, *, norm: int, eps: float, table: int, positions: int, dim: int, heads: int, kv_heads: int, head_dim: int
+        self,
+        *,
+        norm: int,
+        eps: float,
+        table: int,
+        positions: int,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
     ) -> None: ...
     def add_layer(
-        self, *, attention_norm: int, qkv: Linear, out: Linear, ffn_norm: int, gate_up: Linear, down: Linear
+        self,
+        *,
+        attention_norm: int,
+        qkv: Linear,
+        out: Linear,
+        ffn_norm: int,
+        gate_up: Linear,
+        down: Linear,
     ) -> None: ...
     def step(
         self, *, x: int, y: int, k: int, v: int, slots: int, starts: int, rows: int, capacity: int, layer_stride: int,
@@ -44,7 +69,13 @@ class Transformer:
 
 class PatchDecoder:
     def __init__(
-        self, *, transformer: Transformer, heads: int, embeddings: int, channels: int, group_size: int
+        self,
+        *,
+        transformer: Transformer,
+        heads: int,
+        embeddings: int,
+        channels: int,
+        group_size: int,
     ) -> None: ...
     def add_step(self, *, heads: int, active: int) -> None: ...
     def decode(

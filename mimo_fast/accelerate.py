@@ -1,24 +1,26 @@
-"""`accelerate`: an upstream model already in memory keeps its object and its weights, and gets our generate."""
+"""`accelerate`: an upstream model already in memory keeps its object and its weights, and gets our
+generate."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .config import LMConfig
-from .errors import CheckpointError
-from .generation import generate
-from .layout import lm_shapes
-from .quantization import WeightSource
-from .runtime.lm import LM
+from mimo_fast.checkpoint.layout import lm_shapes
+from mimo_fast.config import LMConfig
+from mimo_fast.errors import CheckpointError
+from mimo_fast.generation import generate
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.lm.model import LM
 
 CONFIG_NAMES = ("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id")
 
 
 def accelerate(model: Any) -> Any:
-    """Replaces `generate` of an upstream `MimoAudio` or `MiMoAudioForCausalLM` by `mimo_fast.generate`.
+    """Replaces `generate` of an upstream `MimoAudio` or `MiMoAudioForCausalLM` by
+    `mimo_fast.generate`.
 
-    The weights are shared, not copied: call it after the model is on its device and in its dtype. Anything with
-    upstream's attributes will do: `config`, `args.empty_idx` and `state_dict()` on the language model; `model` on what
-    wraps it.
+    The weights are shared, not copied: call it after the model is on its device and in its dtype.
+    Anything with upstream's attributes will do: `config`, `args.empty_idx` and `state_dict()` on
+    the language model; `model` on what wraps it.
 
     Returns:
         The same object.
@@ -39,23 +41,44 @@ def accelerate(model: Any) -> Any:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name, shape in lm_shapes(config).items() if shapes.get(name) != shape]
     if wrong:
-        raise CheckpointError(f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}")
-    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), WeightSource(tensors.__getitem__, join=False))
+        raise CheckpointError(
+            f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}"
+        )
+    causal._mimo_fast_lm = LM(
+        config, int(causal.args.empty_idx), WeightSource(tensors.__getitem__, join=False)
+    )
 
     def upstream_generate(
-        inputs: Any = None, generation_config: Any = None, stopping_criteria: Any = None, streamer: Any = None,
-        synced_gpus: bool | None = None, global_sampler: Any = None, local_sampler: Any = None,
-        warmup_run: bool | None = None, input_ids: Any = None, **options: Any,
+        inputs: Any = None,
+        generation_config: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+        synced_gpus: bool | None = None,
+        global_sampler: Any = None,
+        local_sampler: Any = None,
+        warmup_run: bool | None = None,
+        input_ids: Any = None,
+        **options: Any,
     ) -> Any:
-        """`mimo_fast.generate` behind upstream's arguments; synced_gpus and warmup_run have no meaning here."""
+        """`mimo_fast.generate` behind upstream's arguments; synced_gpus and warmup_run have no
+        meaning here."""
         seed = options.pop("seed", None)
         if options:
             # Lengths and the like may come as keywords too, and then win.
             named = {name: getattr(generation_config, name, None) for name in CONFIG_NAMES}
-            generation_config = {**(generation_config if isinstance(generation_config, dict) else named), **options}
+            generation_config = {
+                **(generation_config if isinstance(generation_config, dict) else named),
+                **options,
+            }
         return generate(
-            causal, input_ids if inputs is None else inputs, generation_config, stopping_criteria, streamer,
-            global_sampler, local_sampler, seed=seed,
+            causal,
+            input_ids if inputs is None else inputs,
+            generation_config,
+            stopping_criteria,
+            streamer,
+            global_sampler,
+            local_sampler,
+            seed=seed,
         )
 
     causal.generate = upstream_generate

@@ -1,7 +1,8 @@
 """Dimensions of the language model and the codec, read once from a checkpoint's config.json.
 
-No class defaults: upstream's defaults are wrong for the published tokenizer, so a key that decides a shape must be
-in the file. Keys are upstream's (`MiMoAudioConfig`, `MiMoAudioTokenizerConfig`); field names are this project's.
+No class defaults: upstream's defaults are wrong for the published tokenizer, so a key that decides
+a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`, `MiMoAudioTokenizerConfig`);
+field names are this project's.
 """
 
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .errors import ConfigError
+from mimo_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class LMConfig:
     max_positions: int
     tie_embeddings: bool
     greedy_tasks: tuple[str, ...] = ()
-    """Of `sampling.TASK_SAMPLERS`: their replies are greedy unless asked otherwise. A checkpoint may state them."""
+    """Of `sampling.TASK_SAMPLERS`: their replies are greedy unless asked otherwise. A checkpoint
+    may state them."""
 
     @property
     def patch_steps(self) -> int:
-        """Patch-decoder steps per patch: the last channel starts max(delays) steps after the first."""
+        """Patch-decoder steps per patch: the last channel starts max(delays) steps after the
+        first."""
         return self.group_size + max(self.delays)
 
     @property
@@ -62,7 +65,11 @@ class LMConfig:
         read = _Reader(raw, source)
         read.refuse("hidden_act", lambda act: act != "silu", "only 'silu' is supported")
         read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
-        read.refuse("rope_scaling", lambda scaling: _rope_kind(scaling) != "default", "only plain RoPE is supported")
+        read.refuse(
+            "rope_scaling",
+            lambda scaling: _rope_kind(scaling) != "default",
+            "only plain RoPE is supported",
+        )
         channels, group_size = read.integer("audio_channels"), read.integer("group_size")
         theta, eps = read.rope_theta(), read.number("rms_norm_eps")
         heads, dim = read.integer("num_attention_heads"), read.integer("hidden_size")
@@ -73,18 +80,28 @@ class LMConfig:
                 raise ConfigError(
                     f"{source}: local width {width} does not split into local_attn_heads {local_heads} of an even size"
                 )
-            return TransformerConfig(width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps)
+            return TransformerConfig(
+                width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps
+            )
 
         local_dim = read.integer("local_dim")
         input_dim = read.integer("input_local_dim", default=local_dim)
         config = cls(
             vocab_size=read.integer("vocab_size"),
             backbone=TransformerConfig(
-                dim, read.integer("num_hidden_layers"), heads, read.integer("num_key_value_heads"),
-                read.integer("head_dim", default=max(1, dim // heads)), read.integer("intermediate_size"), theta, eps,
+                dim,
+                read.integer("num_hidden_layers"),
+                heads,
+                read.integer("num_key_value_heads"),
+                read.integer("head_dim", default=max(1, dim // heads)),
+                read.integer("intermediate_size"),
+                theta,
+                eps,
             ),
             patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
-            patch_decoder=local(local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")),
+            patch_decoder=local(
+                local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")
+            ),
             patch_encoder_causal=not raw.get("input_full_attention"),
             group_size=group_size,
             channels=channels,
@@ -100,12 +117,20 @@ class LMConfig:
 
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:
-            raise ConfigError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
+            raise ConfigError(
+                f"{source}: num_attention_heads is not a multiple of num_key_value_heads"
+            )
         if self.backbone.head_dim % 2:
-            raise ConfigError(f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be")
-        for channel, (size, empty) in enumerate(zip(self.code_sizes, self.empty_codes, strict=True)):
+            raise ConfigError(
+                f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
+            )
+        for channel, (size, empty) in enumerate(
+            zip(self.code_sizes, self.empty_codes, strict=True)
+        ):
             if not 0 <= empty < size:
-                raise ConfigError(f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}")
+                raise ConfigError(
+                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}"
+                )
         if min(self.delays) < 0:
             raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
 
@@ -148,7 +173,8 @@ class CodecConfig:
     norm: str
     rope_theta: float
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Mean and variance that its norms over time (unpooling, then to mel) see in the speech it was made for."""
+    """Mean and variance that its norms over time (unpooling, then to mel) see in the speech it was
+    made for."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -159,40 +185,66 @@ class CodecConfig:
     def from_dict(cls, raw: Mapping[str, Any], source: str = "codec config") -> "CodecConfig":
         read = _Reader(raw, source)
         read.refuse("activation_function", lambda name: name != "gelu", "only 'gelu' is supported")
-        read.refuse("position_embedding_type", lambda name: name != "rope", "only 'rope' is supported")
+        read.refuse(
+            "position_embedding_type", lambda name: name != "rope", "only 'rope' is supported"
+        )
         read.refuse("rope_type", lambda name: name != "default", "only 'default' is supported")
         read.refuse("vocoder_padding", lambda name: name != "same", "only 'same' is supported")
-        read.refuse("ln_type", lambda name: name not in ("LayerNorm", "RMSNorm"), "use 'LayerNorm' or 'RMSNorm'")
+        read.refuse(
+            "ln_type",
+            lambda name: name not in ("LayerNorm", "RMSNorm"),
+            "use 'LayerNorm' or 'RMSNorm'",
+        )
         rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
         sizes = read.integers("codebook_size")
         skip = read.required("encoder_skip_layer_id")
         config = cls(
-            sample_rate=rate, n_mels=read.integer("n_mels"), n_fft=read.integer("nfft"),
-            hop=read.integer("hop_length"), window=read.integer("window_size"), f_min=read.number("fmin", default=0),
-            f_max=read.number("fmax", default=rate / 2), max_seconds=read.integer("max_audio_seconds"),
-            dim=read.integer("d_model"), kernel=read.integer("kernel_size"), stride=read.integer("stride_size"),
-            pool=read.integer("avg_pooler"), encoder_layers=read.integer("encoder_layers"),
-            encoder_heads=read.integer("encoder_attention_heads"), encoder_ffn=read.integer("encoder_ffn_dim"),
+            sample_rate=rate,
+            n_mels=read.integer("n_mels"),
+            n_fft=read.integer("nfft"),
+            hop=read.integer("hop_length"),
+            window=read.integer("window_size"),
+            f_min=read.number("fmin", default=0),
+            f_max=read.number("fmax", default=rate / 2),
+            max_seconds=read.integer("max_audio_seconds"),
+            dim=read.integer("d_model"),
+            kernel=read.integer("kernel_size"),
+            stride=read.integer("stride_size"),
+            pool=read.integer("avg_pooler"),
+            encoder_layers=read.integer("encoder_layers"),
+            encoder_heads=read.integer("encoder_attention_heads"),
+            encoder_ffn=read.integer("encoder_ffn_dim"),
             encoder_causal=bool(read.required("encoder_causal")),
             skip_layer=None if skip is None else read.integer("encoder_skip_layer_id"),
             encoder_window=read.window("encoder_attn_window_size"),
-            decoder_layers=read.integer("decoder_layers"), decoder_heads=read.integer("decoder_attention_heads"),
-            decoder_ffn=read.integer("decoder_ffn_dim"), decoder_causal=bool(read.required("decoder_causal")),
-            decoder_window=read.window("decoder_attn_window_size"), decoder_kernel=read.integer("decoder_kernel_size"),
-            decoder_stride=read.integer("decoder_stride_size"), vocoder_dim=read.integer("vocoder_dim"),
-            vocoder_layers=read.integer("vocoder_num_layers"), vocoder_heads=read.integer("vocoder_attention_heads"),
+            decoder_layers=read.integer("decoder_layers"),
+            decoder_heads=read.integer("decoder_attention_heads"),
+            decoder_ffn=read.integer("decoder_ffn_dim"),
+            decoder_causal=bool(read.required("decoder_causal")),
+            decoder_window=read.window("decoder_attn_window_size"),
+            decoder_kernel=read.integer("decoder_kernel_size"),
+            decoder_stride=read.integer("decoder_stride_size"),
+            vocoder_dim=read.integer("vocoder_dim"),
+            vocoder_layers=read.integer("vocoder_num_layers"),
+            vocoder_heads=read.integer("vocoder_attention_heads"),
             vocoder_ffn=read.integer("vocoder_intermediate_dim"),
             vocoder_window=read.window("vocoder_attn_window_size"),
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
-            norm=str(raw.get("ln_type", "LayerNorm")), rope_theta=read.number("rope_theta"),
+            norm=str(raw.get("ln_type", "LayerNorm")),
+            rope_theta=read.number("rope_theta"),
             moments=read.moments("streaming_moments"),
         )
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
-        for width, heads in ((config.dim, config.encoder_heads), (config.dim, config.decoder_heads),
-                             (config.vocoder_dim, config.vocoder_heads)):
+        for width, heads in (
+            (config.dim, config.encoder_heads),
+            (config.dim, config.decoder_heads),
+            (config.vocoder_dim, config.vocoder_heads),
+        ):
             if width % heads or (width // heads) % 2:
-                raise ConfigError(f"{source}: width {width} does not split into {heads} heads of an even size")
+                raise ConfigError(
+                    f"{source}: width {width} does not split into {heads} heads of an even size"
+                )
         return config
 
 
@@ -204,7 +256,9 @@ class _Reader:
 
     def required(self, key: str) -> Any:
         if key not in self.raw:
-            raise ConfigError(f"{self.source} has no '{key}', which decides a shape and so has no default")
+            raise ConfigError(
+                f"{self.source} has no '{key}', which decides a shape and so has no default"
+            )
         return self.raw[key]
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -221,7 +275,9 @@ class _Reader:
         value = self.required(key)
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
-            raise ConfigError(f"{self.source}: '{key}' must be a positive integer or a list of them, not {value!r}")
+            raise ConfigError(
+                f"{self.source}: '{key}' must be a positive integer or a list of them, not {value!r}"
+            )
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -235,22 +291,32 @@ class _Reader:
 
     def window(self, key: str) -> tuple[int, int]:
         value = self.required(key)
-        if not isinstance(value, list | tuple) or len(value) != 2 or not all(_is_integer(each) for each in value):
-            raise ConfigError(f"{self.source}: '{key}' must be two integers, left and right, not {value!r}")
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != 2
+            or not all(_is_integer(each) for each in value)
+        ):
+            raise ConfigError(
+                f"{self.source}: '{key}' must be two integers, left and right, not {value!r}"
+            )
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """Two pairs of mean and variance; an extension of upstream's form, absent from its files."""
+        """Two pairs of mean and variance; an extension of upstream's form, absent from its
+        files."""
         if (value := self.raw.get(key)) is None:
             return None
         with suppress(TypeError, ValueError):
             first, second = ((float(mean), float(variance)) for mean, variance in value)
             if min(first[1], second[1]) > 0:
                 return first, second
-        raise ConfigError(f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}")
+        raise ConfigError(
+            f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}"
+        )
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names, empty by default; an extension of upstream's form, absent from its files."""
+        """A list of names, empty by default; an extension of upstream's form, absent from its
+        files."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")
@@ -262,13 +328,19 @@ class _Reader:
         try:
             if not _is_integer(value) and not isinstance(value, str):
                 raise ValueError
-            values = tuple(int(part) for part in value.split("-")) if isinstance(value, str) else (value,)
+            values = (
+                tuple(int(part) for part in value.split("-"))
+                if isinstance(value, str)
+                else (value,)
+            )
         except ValueError:
             problem = f"'{key}' must be integers joined by '-', one a channel, not {value!r}"
             raise ConfigError(f"{self.source}: {problem}") from None
         values = values * channels if len(values) == 1 else values
         if len(values) != channels:
-            raise ConfigError(f"{self.source}: '{key}' has {len(values)} values for {channels} audio_channels")
+            raise ConfigError(
+                f"{self.source}: '{key}' has {len(values)} values for {channels} audio_channels"
+            )
         return values
 
     def rope_theta(self) -> float:
@@ -285,7 +357,11 @@ class _Reader:
 
 
 def _rope_kind(scaling: Any) -> str:
-    return str(scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling)
+    return str(
+        scaling.get("rope_type", scaling.get("type", "default"))
+        if isinstance(scaling, Mapping)
+        else scaling
+    )
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

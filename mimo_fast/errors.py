@@ -1,4 +1,5 @@
-"""Errors that a user can act on. Each message is one line and names the fix; the CLI prints it without a traceback."""
+"""Errors that a user can act on. Each message is one line and names the fix; the CLI prints it
+without a traceback."""
 
 
 class MimoFastError(Exception):

@@ -1,4 +1,5 @@
-"""`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop rules and streamers."""
+"""`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop
+rules and streamers."""
 
 import operator
 import secrets
@@ -9,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import LMConfig
-from .errors import PromptError
-from .prompt import TEXT_FILLER
-from .runtime.conversation import Conversation
-from .runtime.decode import Limits, Samplers
-from .runtime.engine import Engine
-from .runtime.job import StopHook
-from .runtime.lm import LM
-from .sampling import GREEDY, MiMoSampler
+from mimo_fast.config import LMConfig
+from mimo_fast.errors import PromptError
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.request import StopHook
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Limits, Samplers
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.sampling import GREEDY, MiMoSampler
+from mimo_fast.text.prompt import TEXT_FILLER
 
 Ids = Tensor | Sequence[Tensor]
 Seed = int | Sequence[int] | None
@@ -39,20 +40,25 @@ def generate(
 
     Args:
         model: a `MimoAudio`, an `LM`, or an upstream model passed through `accelerate`.
-        input_ids: [C + 1, T G]; or upstream's flattened [B, T G (C + 1)]; or [B, C + 1, T G]; or a list of
-            [C + 1, T_b G] for prompts of different lengths.
-        generation_config: any object or dict with max_length (groups, prompt included), max_new_tokens,
-            min_new_tokens; do_sample, temperature, top_k and top_p stand in for a missing global_sampler.
-        stopping_criteria: `MiMoStopper`s, or callables (flattened ids [1, L], None) -> bool, asked row by row.
-        streamer: gets put(flattened prompt), put(each group's ids [1, G (C + 1)]), end(); batch 1 only.
+        input_ids: [C + 1, T G]; or upstream's flattened [B, T G (C + 1)]; or [B, C + 1, T G]; or a
+            list of [C + 1, T_b G] for prompts of different lengths.
+        generation_config: any object or dict with max_length (groups, prompt included),
+            max_new_tokens, min_new_tokens; do_sample, temperature, top_k and top_p stand in for a
+            missing global_sampler.
+        stopping_criteria: `MiMoStopper`s, or callables (flattened ids [1, L], None) -> bool, asked
+            row by row.
+        streamer: gets put(flattened prompt), put(each group's ids [1, G (C + 1)]), end(); batch 1
+            only.
         global_sampler, local_sampler: for text and for speech codes; greedy when missing.
-        max_new_tokens, min_new_tokens: groups. Without a limit, up to the model's max_position_embeddings.
-        seed: one for every row, or one a row; None draws fresh ones. A row's tokens depend on its own seed alone.
+        max_new_tokens, min_new_tokens: groups. Without a limit, up to the model's
+            max_position_embeddings.
+        seed: one for every row, or one a row; None draws fresh ones. A row's tokens depend on its
+            own seed alone.
 
     Returns:
-        Ids in the layout, dtype and device of input_ids, prompt included. On generated groups channel 0 repeats the
-        text token over the G frames. Rows that end early are padded with pad_token_id (or -100) and empty codes,
-        except in a list, where each row has its own length.
+        Ids in the layout, dtype and device of input_ids, prompt included. On generated groups
+        channel 0 repeats the text token over the G frames. Rows that end early are padded with
+        pad_token_id (or -100) and empty codes, except in a list, where each row has its own length.
 
     Raises:
         PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
@@ -62,24 +68,36 @@ def generate(
     options = _Options.read(generation_config, stopping_criteria, max_new_tokens, min_new_tokens)
     engine = getattr(model, "engine", None)
     context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
-    limits = [options.limits(prompt.shape[1] // lm.config.group_size, context) for prompt in batch.prompts]
+    limits = [
+        options.limits(prompt.shape[1] // lm.config.group_size, context) for prompt in batch.prompts
+    ]
     rows = len(batch.prompts)
     if streamer is not None and rows != 1:
-        raise ValueError(f"a streamer takes a batch of one, not {rows}; call generate once a prompt")
+        raise ValueError(
+            f"a streamer takes a batch of one, not {rows}; call generate once a prompt"
+        )
     if engine is None:
         sizes = (prompt.shape[1] // lm.config.group_size for prompt in batch.prompts)
-        engine = Engine(lm, rows, max(size + limit.max_new for size, limit in zip(sizes, limits, strict=True)))
+        engine = Engine(
+            lm, rows, max(size + limit.max_new for size, limit in zip(sizes, limits, strict=True))
+        )
     samplers = Samplers(global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
     grown = [[prompt] for prompt in batch.prompts]
     replies = []
-    for prompt, limit, seed_of_row, parts in zip(batch.prompts, limits, row_seeds(seed, rows), grown, strict=True):
+    for prompt, limit, seed_of_row, parts in zip(
+        batch.prompts, limits, row_seeds(seed, rows), grown, strict=True
+    ):
         conversation = Conversation(engine, seed_of_row)
         conversation.ids = prompt
         hook = _stop_hook(options.callables, parts)
         # Rows share their steps, however many there are: none waits for its groups to be taken.
-        replies.append(engine.start(conversation, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False))
+        replies.append(
+            engine.start(
+                conversation, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False
+            )
+        )
     try:
         for reply, parts in zip(replies, grown, strict=True):
             for group in reply:
@@ -121,7 +139,8 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
 
 
 def group_ids(text: int, codes: Tensor) -> Tensor:
-    """A generated group as ids [C + 1, G]: the text token repeated over the frames, then the codes [C, G]."""
+    """A generated group as ids [C + 1, G]: the text token repeated over the frames, then the codes
+    [C, G]."""
     return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
 
 
@@ -148,7 +167,9 @@ class _Batch:
         if not isinstance(input_ids, Tensor):
             rows, layout = list(input_ids), "list"
             if any(not isinstance(row, Tensor) or row.ndim != 2 for row in rows):
-                raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
+                raise PromptError(
+                    "a batch must be a non-empty list of [C + 1, T * group_size] tensors"
+                )
         elif input_ids.ndim == 3:
             rows, layout = list(input_ids), "channels"
         elif input_ids.ndim == 2 and _is_single(input_ids, config):
@@ -171,7 +192,9 @@ class _Batch:
             return [row.to(self.like.device) for row in rows]
         longest = max(row.shape[1] for row in rows)
         pad = torch.tensor((pad_id, *config.empty_codes), dtype=self.like.dtype)[:, None]
-        full = torch.stack([torch.cat((row, pad.expand(-1, longest - row.shape[1])), dim=1) for row in rows])
+        full = torch.stack(
+            [torch.cat((row, pad.expand(-1, longest - row.shape[1])), dim=1) for row in rows]
+        )
         if self.layout == "single":
             full = full[0]
         elif self.layout == "flat":
@@ -180,7 +203,8 @@ class _Batch:
 
 
 def _is_single(ids: Tensor, config: LMConfig) -> bool:
-    """[C + 1, T G], told from a flattened batch of C + 1 rows, which has the text filler in every row."""
+    """[C + 1, T G], told from a flattened batch of C + 1 rows, which has the text filler in every
+    row."""
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size:
         return False
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
@@ -194,7 +218,9 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
         )
     ids = ids.to("cpu", torch.int64)
     sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
-    used = torch.cat((ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1), ids[1:]))
+    used = torch.cat(
+        (ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1), ids[1:])
+    )
     wrong = (used < 0) | (used >= sizes)
     if wrong.any():
         channel, position = (int(i) for i in wrong.nonzero()[0])
@@ -219,7 +245,9 @@ class _Options:
     pad_id: int
 
     @classmethod
-    def read(cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int) -> "_Options":
+    def read(
+        cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int
+    ) -> "_Options":
         def option(name: str) -> Any:
             return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
@@ -237,11 +265,14 @@ class _Options:
             sampler = MiMoSampler(True, option("temperature"), option("top_k"), option("top_p"))
         pad_id = option("pad_token_id")
         return cls(
-            max_length=min(lengths, default=None), max_new=max_new,
+            max_length=min(lengths, default=None),
+            max_new=max_new,
             min_length=max((stopper.min_length or 0 for stopper in stoppers), default=0),
             min_new=max(min_new, option("min_new_tokens") or 0),
             stop_ids=frozenset().union(*(stopper.stop_token_ids for stopper in stoppers)),
-            callables=callables, sampler=sampler, pad_id=TEXT_FILLER if pad_id is None else int(pad_id),
+            callables=callables,
+            sampler=sampler,
+            pad_id=TEXT_FILLER if pad_id is None else int(pad_id),
         )
 
     def limits(self, prompt: int, context: int) -> Limits:
@@ -253,12 +284,19 @@ class _Options:
                 f"the prompt has {prompt} groups and the limit is {longest}, prompt included: "
                 "shorten the prompt or raise max_length"
             )
-        return Limits(min(room, self.max_new or room), max(self.min_new, self.min_length - prompt), self.stop_ids)
+        return Limits(
+            min(room, self.max_new or room),
+            max(self.min_new, self.min_length - prompt),
+            self.stop_ids,
+        )
 
 
 def _is_stopper(criterion: Any) -> bool:
     """A `MiMoStopper`, ours or upstream's."""
-    return all(hasattr(criterion, name) for name in ("stop_token_ids", "min_length", "max_length", "group_size"))
+    return all(
+        hasattr(criterion, name)
+        for name in ("stop_token_ids", "min_length", "max_length", "group_size")
+    )
 
 
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:

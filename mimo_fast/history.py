@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
-from .errors import PromptError
-from .generation import flatten_ids, row_seeds
-from .prompt_builder import PromptBuilder
-from .runtime.conversation import Conversation
-from .runtime.engine import Engine
-from .runtime.memory import Setup
-from .runtime.reply import ChunkStream
+from mimo_fast.errors import PromptError
+from mimo_fast.generation import flatten_ids, row_seeds
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.stream import ChunkStream
+from mimo_fast.runtime.memory import Setup
+from mimo_fast.text.prompt_builder import PromptBuilder
 
 
 class KeepsHistory(PromptBuilder):
-    """One conversation: each request starts a new one, or with add_history prefills what is new in the old one."""
+    """One conversation: each request starts a new one, or with add_history prefills what is new in
+    the old one."""
 
     setup: Setup
 
@@ -27,15 +28,18 @@ class KeepsHistory(PromptBuilder):
         """What decodes every stream and session of this language model."""
         if self._engine is None or self._engine.lm is not self.lm:
             setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
-            self._engine = Engine(self.lm, setup.max_batch, capacity, quantized_cache=setup.kv_cache is not None)
+            self._engine = Engine(
+                self.lm, setup.max_batch, capacity, quantized_cache=setup.kv_cache is not None
+            )
         return self._engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
-        """Captures the graphs of every batch size and of as many codec streams, so that the first reply is as fast as
-        the tenth; done at load.
+        """Captures the graphs of every batch size and of as many codec streams, so that the first
+        reply is as fast as the tenth; done at load.
 
         Returns:
-            Bytes of the device's memory by what they are for, and on a GPU what has been reserved of it in all.
+            Bytes of the device's memory by what they are for, and on a GPU what has been reserved
+            of it in all.
         """
         self.engine.warmup(progress)
         self.codec.warmup(self.setup.max_batch, progress)
@@ -46,7 +50,8 @@ class KeepsHistory(PromptBuilder):
 
     @property
     def history(self) -> Tensor | None:
-        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the first."""
+        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the
+        first."""
         return flatten_ids(self._kept.ids)[None] if self._kept is not None else None
 
     @history.setter
@@ -66,8 +71,11 @@ class KeepsHistory(PromptBuilder):
         """An empty conversation."""
         return Conversation(self.engine, row_seeds(seed, 1)[0])
 
-    def conversation_for(self, input_ids: Tensor, add_history: bool, seed: int | None) -> Conversation:
-        """The last conversation or, without add_history, a new one, with the prompt [C + 1, T G] appended.
+    def conversation_for(
+        self, input_ids: Tensor, add_history: bool, seed: int | None
+    ) -> Conversation:
+        """The last conversation or, without add_history, a new one, with the prompt [C + 1, T G]
+        appended.
 
         Raises:
             PromptError: the prompt is empty or does not fit; what was kept stays.

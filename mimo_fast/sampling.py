@@ -1,4 +1,5 @@
-"""Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for each task."""
+"""Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for
+each task."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -7,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .kernels.sample import TAIL_OFF, SamplerTensors
+from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
 
 @dataclass
 class MiMoSampler:
-    """Settings of one sampler; None leaves a step out (upstream `MiMoSampler`). Without do_sample: greedy.
+    """Settings of one sampler; None leaves a step out (upstream `MiMoSampler`). Without do_sample:
+    greedy.
 
     temperature 0 means greedy too, as elsewhere in the field (upstream divides by it).
     """
@@ -39,29 +41,50 @@ _SPEECH = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
 TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
     "asr": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
     "tts": {"global": MiMoSampler(do_sample=True, temperature=0.6, top_p=1.0), "local": _SPEECH},
-    "spoken_dialogue": {"global": MiMoSampler(do_sample=True, temperature=0.6, top_p=0.95), "local": _SPEECH},
-    "audio_understanding": {"global": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95), "local": _SPEECH},
-    "text_chat": {"global": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95), "local": _SPEECH},
-    "in_context_learning_s2s": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
+    "spoken_dialogue": {
+        "global": MiMoSampler(do_sample=True, temperature=0.6, top_p=0.95),
+        "local": _SPEECH,
+    },
+    "audio_understanding": {
+        "global": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95),
+        "local": _SPEECH,
+    },
+    "text_chat": {
+        "global": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95),
+        "local": _SPEECH,
+    },
+    "in_context_learning_s2s": {
+        "global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
+        "local": _SPEECH,
+    },
 }
-"""Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for speech codes."""
+"""Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for
+speech codes."""
 
 
 def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
     """A copy of upstream's samplers per task; for the tasks named, text and speech are greedy."""
     samplers = copy.deepcopy(TASK_SAMPLERS)
-    return samplers | {name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy}
+    return samplers | {
+        name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy
+    }
 
 
-def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu") -> SamplerTensors:
-    """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as well."""
+def sampler_tensors(
+    samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu"
+) -> SamplerTensors:
+    """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as
+    well."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
     return SamplerTensors(
         temperature=torch.tensor([s.temperature or 1.0 for s in samplers], device=device),
         top_k=torch.tensor([max(s.top_k or 0, 0) for s in samplers], device=device),
         tail=torch.tensor(
-            [TAIL_OFF if off else 1 - float(s.top_p or 0) for s, off in zip(samplers, top_p_off, strict=True)],
+            [
+                TAIL_OFF if off else 1 - float(s.top_p or 0)
+                for s, off in zip(samplers, top_p_off, strict=True)
+            ],
             device=device,
         ),
         greedy=torch.tensor(greedy, device=device),
@@ -71,9 +94,11 @@ def sampler_tensors(samplers: Sequence[MiMoSampler], device: torch.device | str 
 
 
 class MiMoStopper:
-    """Stops a row at a stop token or at a length; lengths count groups, prompt included (upstream `MiMoStopper`).
+    """Stops a row at a stop token or at a length; lengths count groups, prompt included (upstream
+    `MiMoStopper`).
 
-    Called with flattened ids [B, T * G * (C + 1)] it returns bool [B]. Upstream looks at row 0 alone; this one at each.
+    Called with flattened ids [B, T * G * (C + 1)] it returns bool [B]. Upstream looks at row 0
+    alone; this one at each.
     """
 
     def __init__(

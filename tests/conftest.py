@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
 
 import mimo_fast
-from mimo_fast.runtime.decode import Limits
-from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.decode import Limits
 from mimo_fast.sampling import GREEDY
-from mimo_fast.verify import Golden
+from mimo_fast.testing.parity import Golden
 
 KIT = Path(__file__).parent / "golden"
 
@@ -89,9 +89,18 @@ def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[Request]:
     stops = frozenset({special.eos, special.eostm, special.im_end})
     made = []
     for i, name in enumerate(sorted(golden.meta["prompts"])[:6]):
-        limits = Limits(max_new=9 + 3 * i, min_new=4 * (i % 3), stop_ids=stops if i % 2 else frozenset())
+        limits = Limits(
+            max_new=9 + 3 * i, min_new=4 * (i % 3), stop_ids=stops if i % 2 else frozenset()
+        )
         ids = golden.get(f"prompts:{name}").long()
-        made.append(Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 100 + i, (GREEDILY, SAMPLED)[i % 2], limits))
+        made.append(
+            Request(
+                ids[:, : 4 * min(ids.shape[1] // 4, 36)],
+                100 + i,
+                (GREEDILY, SAMPLED)[i % 2],
+                limits,
+            )
+        )
     return made
 
 

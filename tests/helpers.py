@@ -1,4 +1,5 @@
-"""What several test files share: error bounds, checkpoint pairs of any dimensions, matrices and weight formats."""
+"""What several test files share: error bounds, checkpoint pairs of any dimensions, matrices and
+weight formats."""
 
 import json
 import shutil
@@ -12,11 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimo_fast.bench.accuracy import accuracy
-from mimo_fast.checkpoint import open_weights, write_checkpoint
+from mimo_fast.checkpoint.files import open_weights, write_checkpoint
+from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.errors import CheckpointError
-from mimo_fast.layout import codec_shapes, lm_shapes
-from mimo_fast.quantization import Format, QuantizationConfig, WeightSource, quantize, relative_error, stored_formats
+from mimo_fast.quantization import (
+    Format,
+    QuantizationConfig,
+    WeightSource,
+    quantize,
+    relative_error,
+    stored_formats,
+)
 
 KIT = Path(__file__).parent / "golden"
 
@@ -35,19 +43,33 @@ BAD_CODES = [
 
 
 FORMATS = [
-    "int4", "int4-g64", "int4-g32", "int4-sym", "int4-sym-g64", "int8", "int8-g128", "int8-g32", "nf4", "nf4-g32",
-]  # fmt: skip
+    "int4",
+    "int4-g64",
+    "int4-g32",
+    "int4-sym",
+    "int4-sym-g64",
+    "int8",
+    "int8-g128",
+    "int8-g32",
+    "nf4",
+    "nf4-g32",
+]
 
 
-def assert_rounded(got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0) -> None:
-    """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of float32 inside."""
+def assert_rounded(
+    got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0
+) -> None:
+    """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of
+    float32 inside."""
     assert got.shape == want.shape
     assert want.dtype == torch.float64
     half_ulp = torch.finfo(got.dtype).eps / 2
     error = (got.double() - want).abs()
     excess = error - want.abs() * half_ulp * roundings * 1.01 - noise
     # Written so that NaN fails.
-    assert bool((excess <= 0).all()), f"error {error.max():.3g} exceeds its bound by {excess.max():.3g}"
+    assert bool((excess <= 0).all()), (
+        f"error {error.max():.3g} exceeds its bound by {excess.max():.3g}"
+    )
 
 
 def assert_as_exact_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
@@ -67,8 +89,11 @@ def kit_config(part: str) -> dict[str, Any]:
     return json.loads((KIT / "checkpoint" / part / "config.json").read_text(encoding="utf-8"))
 
 
-def write_pair(directory: Path, lm: dict[str, Any], codec: dict[str, Any], seed: int = 0) -> tuple[Path, Path]:
-    """A random checkpoint pair: the kit's configs with the given keys changed, and the kit's text tokenizer."""
+def write_pair(
+    directory: Path, lm: dict[str, Any], codec: dict[str, Any], seed: int = 0
+) -> tuple[Path, Path]:
+    """A random checkpoint pair: the kit's configs with the given keys changed, and the kit's text
+    tokenizer."""
     raw_lm, raw_codec = kit_config("lm") | lm, kit_config("codec") | codec
     generator = torch.Generator().manual_seed(seed)
     for part, raw, shapes in (
@@ -94,7 +119,9 @@ def altered_checkpoint(
     directory: Path, part: str, tensor: str, index: tuple[int, ...], add: float
 ) -> tuple[Path, Path]:
     """A copy of the kit's checkpoint pair in which one element of one tensor differs."""
-    shutil.copytree(KIT / "checkpoint", directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    shutil.copytree(
+        KIT / "checkpoint", directory, dirs_exist_ok=True, copy_function=shutil.copyfile
+    )
     path = directory / part / "model.safetensors"
     tensors = load_file(path)
     tensors[tensor] = tensors[tensor].clone()

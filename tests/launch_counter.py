@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Launches(TorchDispatchMode):
-    """Names of the Triton kernels that are launched, and "torch.<op>" for each torch op that computes or copies."""
+    """Names of the Triton kernels that are launched, and "torch.<op>" for each torch op that
+    computes or copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -14,7 +15,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        views = all(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        views = all(
+            result.alias_info and not result.alias_info.is_write for result in func._schema.returns
+        )
         if not (views or "empty" in name):
             self.names.append(f"torch.{name}")
         return func(*args, **(kwargs or {}))

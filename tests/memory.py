@@ -1,4 +1,5 @@
-"""Peak memory of a call, as the operating system sees it: torch and libsndfile allocate outside Python's accounts."""
+"""Peak memory of a call, as the operating system sees it: torch and libsndfile allocate outside
+Python's accounts."""
 
 import ctypes
 import gc
@@ -15,7 +16,8 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes by which resident memory grows at most during `call`; skips the test where this cannot be measured."""
+    """Bytes by which resident memory grows at most during `call`; skips the test where this cannot
+    be measured."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -28,7 +30,8 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def peak_memory_alone(setup: str, expression: str) -> int:
-    """`peak_memory` of an expression in a process of its own: a long-lived one's heap is fragmented. Skips as above."""
+    """`peak_memory` of an expression in a process of its own: a long-lived one's heap is
+    fragmented. Skips as above."""
     peak_memory(lambda: None)
     script = f"from memory import peak_memory\n{setup}\nprint(peak_memory(lambda: {expression}))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -38,7 +41,8 @@ def peak_memory_alone(setup: str, expression: str) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of the process that are in memory now, without what the allocator merely keeps; skips as above."""
+    """Bytes of the process that are in memory now, without what the allocator merely keeps; skips
+    as above."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         return _kilobytes("VmRSS") * 1024
@@ -47,4 +51,8 @@ def resident_memory() -> int:
 
 
 def _kilobytes(key: str) -> int:
-    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return next(
+        int(line.split()[1])
+        for line in STATUS.read_text().splitlines()
+        if line.startswith(f"{key}:")
+    )

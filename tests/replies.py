@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mimo_fast.runtime.conversation import Conversation
-from mimo_fast.runtime.decode import Group, Limits, Samplers
-from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.job import Reply
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, MiMoSampler
 
 CAPACITY = 80
@@ -44,7 +44,8 @@ class Interruption:
 
 @dataclass(eq=False)
 class Consumer:
-    """Takes groups of a reply, one at a time, until it has had enough; then it interrupts, or leaves."""
+    """Takes groups of a reply, one at a time, until it has had enough; then it interrupts, or
+    leaves."""
 
     request: Request
     patience: int
@@ -76,10 +77,14 @@ class Consumer:
     def _interrupt(self, interruption: Interruption) -> None:
         conversation = self.conversation
         self.reply.close()
-        conversation.truncate(conversation.groups - len(self.got) + min(interruption.heard, len(self.got)))
+        conversation.truncate(
+            conversation.groups - len(self.got) + min(interruption.heard, len(self.got))
+        )
         conversation.add(interruption.then)
         self.interruption = None
-        self.reply = self.engine.start(conversation, self.request.limits, self.request.samplers, **self.options)
+        self.reply = self.engine.start(
+            conversation, self.request.limits, self.request.samplers, **self.options
+        )
 
 
 def drawn(groups: list[Group]) -> Drawn:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mimo_fast.audio import load_audio
+from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import AudioError
 
 
@@ -14,7 +14,9 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
 
 
-def encode(samples: np.ndarray, rate: int = 24000, kind: str = "WAV", subtype: str | None = None) -> bytes:
+def encode(
+    samples: np.ndarray, rate: int = 24000, kind: str = "WAV", subtype: str | None = None
+) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()

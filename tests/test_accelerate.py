@@ -1,4 +1,5 @@
-"""`accelerate`: an object of upstream's form keeps its identity and its weights, and generates as we do."""
+"""`accelerate`: an object of upstream's form keeps its identity and its weights, and generates as
+we do."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, StoppingCriteriaList
 
-from mimo_fast import CheckpointError, ConfigError, MimoAudio, MiMoSampler, MiMoStopper, accelerate, generate
+from mimo_fast import (
+    CheckpointError,
+    ConfigError,
+    MimoAudio,
+    MiMoSampler,
+    MiMoStopper,
+    accelerate,
+    generate,
+)
 from mimo_fast.generation import flatten_ids, unflatten_ids
-from mimo_fast.runtime.transformer import TransformerWeights
-from mimo_fast.verify import Golden
+from mimo_fast.runtime.lm.transformer import TransformerWeights
+from mimo_fast.testing.parity import Golden
 
 GROUP = 4
 EMPTY = 407
@@ -26,7 +35,11 @@ class Causal:
     """Has what `accelerate` asks of upstream's MiMoAudioForCausalLM, and no more."""
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Any) -> None:
-        self.config, self.args, self.tensors = config, SimpleNamespace(empty_idx=EMPTY), dict(tensors)
+        self.config, self.args, self.tensors = (
+            config,
+            SimpleNamespace(empty_idx=EMPTY),
+            dict(tensors),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.tensors
@@ -47,8 +60,12 @@ def test_greedy_generation_is_upstreams(causal: Any, golden: Golden, name: str) 
     prompt, want = golden.get(f"prompts:{name}").long(), golden.get(f"model:generate.{name}").long()
     accelerate(causal)
     new = want.shape[1] // GROUP
-    config = GenerationConfig(max_length=prompt.shape[1] // GROUP + new, eos_token_id=400, pad_token_id=401)
-    ids = causal.generate(flatten_ids(prompt)[None], config, global_sampler=MiMoSampler(), local_sampler=MiMoSampler())
+    config = GenerationConfig(
+        max_length=prompt.shape[1] // GROUP + new, eos_token_id=400, pad_token_id=401
+    )
+    ids = causal.generate(
+        flatten_ids(prompt)[None], config, global_sampler=MiMoSampler(), local_sampler=MiMoSampler()
+    )
     assert torch.equal(unflatten_ids(ids[0], 8), torch.cat((prompt, want), dim=1))
 
 
@@ -59,10 +76,16 @@ def test_upstreams_call_equals_ours(causal: Any, model: MimoAudio, golden: Golde
     text = free[0, prompt.shape[1] :: GROUP].tolist()
     stop = next(token for token in text[5:] if token != EMPTY)
     end = prompt.shape[1] + (text.index(stop) + 1) * GROUP
-    criteria = StoppingCriteriaList([MiMoStopper(stop_tokens=[stop], group_size=GROUP, audio_channels=8)])
+    criteria = StoppingCriteriaList(
+        [MiMoStopper(stop_tokens=[stop], group_size=GROUP, audio_channels=8)]
+    )
     accelerate(causal)
     ids = causal.generate(
-        flatten_ids(prompt)[None], GenerationConfig(max_length=8192), stopping_criteria=criteria, seed=3, **samplers
+        flatten_ids(prompt)[None],
+        GenerationConfig(max_length=8192),
+        stopping_criteria=criteria,
+        seed=3,
+        **samplers,
     )
     assert torch.equal(unflatten_ids(ids[0], 8), free[:, :end])
     samplers |= {"max_new_tokens": 30, "seed": 3}
@@ -79,7 +102,10 @@ def test_the_object_stays_the_same(causal: Any, golden: Golden, depth: int) -> N
     given = SimpleNamespace(model=causal) if depth else causal
     assert accelerate(given) is given
     prompt = golden.get("prompts:text").long()
-    through_causal, through_given = causal.generate(prompt, max_new_tokens=4), generate(given, prompt, max_new_tokens=4)
+    through_causal, through_given = (
+        causal.generate(prompt, max_new_tokens=4),
+        generate(given, prompt, max_new_tokens=4),
+    )
     assert torch.equal(through_causal, through_given)
     assert accelerate(given) is given
     assert torch.equal(causal.generate(prompt, max_new_tokens=4), through_given)
@@ -95,12 +121,16 @@ def test_a_module_may_be_accelerated(tensors: dict[str, Tensor], golden: Golden)
                 owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
         owner.register_parameter(leaf, torch.nn.Parameter(tensor))
-    module.__dict__.update(config=SimpleNamespace(**kit_config("lm")), args=SimpleNamespace(empty_idx=EMPTY))
+    module.__dict__.update(
+        config=SimpleNamespace(**kit_config("lm")), args=SimpleNamespace(empty_idx=EMPTY)
+    )
     names = set(module.state_dict())
     prompt = golden.get("prompts:text").long()
     ids = accelerate(module).generate(prompt, max_new_tokens=4)
     assert not ids.requires_grad
-    assert torch.equal(ids[:, prompt.shape[1] :], golden.get("model:generate.text").long()[:, : 4 * GROUP])
+    assert torch.equal(
+        ids[:, prompt.shape[1] :], golden.get("model:generate.text").long()[:, : 4 * GROUP]
+    )
     assert set(module.state_dict()) == names
 
 
@@ -116,17 +146,24 @@ def stored(weights: TransformerWeights) -> Iterator[Tensor]:
 def test_weights_are_shared(causal: Any) -> None:
     lm = accelerate(causal)._mimo_fast_lm
     originals = {tensor.data_ptr() for tensor in causal.tensors.values()}
-    held = [*stored(lm.backbone), *stored(lm.patch_encoder), *stored(lm.patch_decoder), lm.text_embeddings]
+    held = [
+        *stored(lm.backbone),
+        *stored(lm.patch_encoder),
+        *stored(lm.patch_decoder),
+        lm.text_embeddings,
+    ]
     for matrix in (lm.text_head, lm.patch_to_backbone, lm.backbone_to_patch):
         held += matrix.blocks
     shared = {tensor.data_ptr() for tensor in held}
     assert shared <= originals
-    # Code tables and heads alone are joined anew: one a channel each, and the projection of the tables.
+    # Code tables and heads alone are joined anew: one a channel each, and the projection of the
+    # tables.
     assert len(originals) - len(shared) == 8 + 8 + 1
 
 
 class TransformersConfig(PretrainedConfig):
-    """Keeps what upstream's config class keeps: attributes, and a to_dict() that leaves defaults out."""
+    """Keeps what upstream's config class keeps: attributes, and a to_dict() that leaves defaults
+    out."""
 
     def __init__(self, **keys: Any) -> None:
         super().__init__()
@@ -158,7 +195,9 @@ class TestRefusals:
     )
     def test_another_object(self, given: Any, lacking: str) -> None:
         name = type(given).__name__
-        with pytest.raises(TypeError, match=f"^a {name} is not an upstream MiMo-Audio model, it lacks {lacking}; "):
+        with pytest.raises(
+            TypeError, match=f"^a {name} is not an upstream MiMo-Audio model, it lacks {lacking}; "
+        ):
             accelerate(given)
 
     def test_our_own_model(self, model: MimoAudio) -> None:
@@ -171,7 +210,9 @@ class TestRefusals:
         with pytest.raises(CheckpointError) as caught:
             accelerate(causal)
         assert str(caught.value).startswith("2 tensors are missing or misshapen, such as ")
-        assert {"model.norm.weight", "lm_head.weight"} <= set(str(caught.value).replace(",", "").split())
+        assert {"model.norm.weight", "lm_head.weight"} <= set(
+            str(caught.value).replace(",", "").split()
+        )
         assert not hasattr(causal, "generate")
 
     def test_a_config_that_lacks_a_key(self, causal: Any) -> None:
@@ -186,4 +227,6 @@ def test_lengths_may_come_as_keywords(causal: Any, model: MimoAudio) -> None:
     groups = flat.shape[1] // 36
     assert causal.generate(flat, max_length=groups + 3).shape[1] == flat.shape[1] + 3 * 36
     config = {"max_length": 8192, "pad_token_id": 401}
-    assert causal.generate(flat, config, max_new_tokens=2, seed=1).shape[1] == flat.shape[1] + 2 * 36
+    assert (
+        causal.generate(flat, config, max_new_tokens=2, seed=1).shape[1] == flat.shape[1] + 2 * 36
+    )

@@ -30,8 +30,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
 
 
 def float32_noise(q: Tensor, k: Tensor, v: Tensor) -> float:
-    """What float32 scores may be off by, a few units of their largest terms' sum, moves the output by as much of v."""
-    magnitude = q.double().abs().amax((0, 1, 2)) @ k.double().abs().amax((0, 1, 2)) / math.sqrt(q.shape[-1])
+    """What float32 scores may be off by, a few units of their largest terms' sum, moves the output
+    by as much of v."""
+    magnitude = (
+        q.double().abs().amax((0, 1, 2)) @ k.double().abs().amax((0, 1, 2)) / math.sqrt(q.shape[-1])
+    )
     return float(4 * 2.0**-24 * magnitude * v.abs().max())
 
 
@@ -45,7 +48,13 @@ def window_mask(t: int, left: int, right: int) -> Tensor:
 
 
 def random_qkv(
-    heads: int, kv_heads: int, t: int, s: int, dh: int, n: int = 1, dtype: torch.dtype = torch.float32
+    heads: int,
+    kv_heads: int,
+    t: int,
+    s: int,
+    dh: int,
+    n: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(heads * 1000 + t * 10 + s)
     shapes = ((n, heads, t, dh), (n, kv_heads, s, dh), (n, kv_heads, s, dh))
@@ -82,15 +91,20 @@ def test_causal_attention_cannot_see_the_future():
         last = 10 - 6 + query
         later_k, later_v = k.clone(), v.clone()
         later_k[:, :, last + 1 :], later_v[:, :, last + 1 :] = 1e4, -1e4
-        torch.testing.assert_close(attention(q, later_k, later_v, causal=True)[:, :, query], before[:, :, query])
+        torch.testing.assert_close(
+            attention(q, later_k, later_v, causal=True)[:, :, query], before[:, :, query]
+        )
         # The newest visible position does count.
         seen = v.clone()
         seen[:, :, last] += 100
-        assert (attention(q, k, seen, causal=True)[:, :, query] - before[:, :, query]).abs().max() > 1e-3
+        assert (
+            attention(q, k, seen, causal=True)[:, :, query] - before[:, :, query]
+        ).abs().max() > 1e-3
 
 
 def test_query_heads_share_key_value_heads_in_blocks():
-    """Head h reads key/value head h // (H / Hkv): with one position, the output is that head's value."""
+    """Head h reads key/value head h // (H / Hkv): with one position, the output is that head's
+    value."""
     q, k, v = torch.randn(1, 6, 1, 4), torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4)
     got = attention(q, k, v, causal=True)
     assert torch.equal(got[0, :, 0], v[0, [0, 0, 0, 1, 1, 1], 0])
@@ -107,7 +121,9 @@ def test_rotary_attention_turns_queries_and_keys(heads, kv_heads, t, causal):
     q, k = (rope(x, table[:, :t]) for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     want = oracle(q, k, v, causal_mask(t, t) if causal else None).transpose(1, 2).flatten(2)
-    assert_rounded(rotary_attention(qkv, table, heads, kv_heads, causal), want, noise=float32_noise(q, k, v))
+    assert_rounded(
+        rotary_attention(qkv, table, heads, kv_heads, causal), want, noise=float32_noise(q, k, v)
+    )
 
 
 def test_rotary_attention_refuses_what_does_not_match():
@@ -116,12 +132,16 @@ def test_rotary_attention_refuses_what_does_not_match():
 
 
 @pytest.mark.parametrize("t", [1, 2, WINDOW_BLOCK - 1, WINDOW_BLOCK, WINDOW_BLOCK + 1, 300, 700])
-@pytest.mark.parametrize(("left", "right"), [(40, 10), (0, 10), (40, 0), (0, 0), (3, 300), (800, 0), (900, 1000)])
+@pytest.mark.parametrize(
+    ("left", "right"), [(40, 10), (0, 10), (40, 0), (0, 0), (3, 300), (800, 0), (900, 1000)]
+)
 def test_window_attention_is_the_masked_softmax(t, left, right):
     q, k, v = random_qkv(2, 2, t, t, 8)
     got = window_attention(q[0], k[0], v[0], left, right)
     assert not got.isnan().any()
-    assert_rounded(got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v))
+    assert_rounded(
+        got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v)
+    )
 
 
 def test_window_as_long_as_the_sequence_is_full_attention():
@@ -142,7 +162,9 @@ def test_window_of_itself_alone_gives_the_value():
 def test_any_window(t, left, right):
     q, k, v = random_qkv(1, 1, t, t, 4)
     got = window_attention(q[0], k[0], v[0], left, right)
-    assert_rounded(got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v))
+    assert_rounded(
+        got[None], oracle(q, k, v, window_mask(t, left, right)), noise=float32_noise(q, k, v)
+    )
 
 
 def test_window_attention_sees_nothing_outside_its_window():

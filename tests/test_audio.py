@@ -15,14 +15,19 @@ from hypothesis import strategies as st
 from sounds import encode, error_of, noise
 from torch import Tensor
 
-from mimo_fast.audio import load_audio, resample, save_wav
+from mimo_fast.audio.files import load_audio, resample, save_wav
 from mimo_fast.errors import AudioError
 
 # Decoding
 
 BITS = {"PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 24, "FLOAT": 24, "DOUBLE": 24}
-FILES = [*(("WAV", subtype) for subtype in BITS), ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("FLAC", "PCM_16"),
-         ("FLAC", "PCM_24")]
+FILES = [
+    *(("WAV", subtype) for subtype in BITS),
+    ("WAVEX", "PCM_16"),
+    ("RF64", "PCM_16"),
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"),
+]
 
 
 @pytest.mark.parametrize(("kind", "subtype"), FILES)
@@ -30,10 +35,14 @@ def test_lossless_files(kind: str, subtype: str) -> None:
     samples = noise(70_000)
     wav = load_audio(encode(samples, 24000, kind, subtype), 24000)
     assert wav.dtype == torch.float32
-    torch.testing.assert_close(wav, torch.from_numpy(samples), rtol=0, atol=2.0 ** (1 - BITS[subtype]))
+    torch.testing.assert_close(
+        wav, torch.from_numpy(samples), rtol=0, atol=2.0 ** (1 - BITS[subtype])
+    )
 
 
-@pytest.mark.parametrize(("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+)
 def test_lossy_files(kind: str, subtype: str) -> None:
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(100_000) / 24000).astype(np.float32)
     wav = load_audio(encode(tone, 24000, kind, subtype), 24000)
@@ -76,21 +85,38 @@ def test_every_source_gives_the_same_samples(tmp_path: Path) -> None:
     behind = io.BytesIO(b"header" + data)
     behind.seek(6)
     with path.open("rb") as file:
-        for source in (path, str(path), bytearray(data), memoryview(data), io.BytesIO(data), file, behind, Pipe(data)):
+        for source in (
+            path,
+            str(path),
+            bytearray(data),
+            memoryview(data),
+            io.BytesIO(data),
+            file,
+            behind,
+            Pipe(data),
+        ):
             assert torch.equal(load_audio(source, 24000), expected)  # type: ignore[arg-type]
 
 
 def test_kit_audio_equals_its_pcm(audio: list[Path]) -> None:
     stereo, rate = soundfile.read(audio[2], dtype="int16")
-    assert torch.equal(load_audio(audio[2], rate), torch.from_numpy(stereo.astype(np.float32) / 2**15).mean(dim=1))
+    assert torch.equal(
+        load_audio(audio[2], rate), torch.from_numpy(stereo.astype(np.float32) / 2**15).mean(dim=1)
+    )
 
 
 # Arrays
 
-INTEGERS = [(np.uint8, [0, 128, 255], [-1, 0, 127 / 128]), (np.int8, [-128, 0, 127], [-1, 0, 127 / 128]),
-            (np.int16, [-(2**15), 0, 2**14], [-1, 0, 0.5]), (np.int32, [-(2**31), 0, 2**30], [-1, 0, 0.5]),
-            (">i2", [-(2**15), 0, 2**14], [-1, 0, 0.5]), (">f4", [-1, 0, 0.5], [-1, 0, 0.5]),
-            (np.float64, [-1, 0, 2.5], [-1, 0, 2.5]), (np.float16, [-1, 0, 2.5], [-1, 0, 2.5])]
+INTEGERS = [
+    (np.uint8, [0, 128, 255], [-1, 0, 127 / 128]),
+    (np.int8, [-128, 0, 127], [-1, 0, 127 / 128]),
+    (np.int16, [-(2**15), 0, 2**14], [-1, 0, 0.5]),
+    (np.int32, [-(2**31), 0, 2**30], [-1, 0, 0.5]),
+    (">i2", [-(2**15), 0, 2**14], [-1, 0, 0.5]),
+    (">f4", [-1, 0, 0.5], [-1, 0, 0.5]),
+    (np.float64, [-1, 0, 2.5], [-1, 0, 2.5]),
+    (np.float16, [-1, 0, 2.5], [-1, 0, 2.5]),
+]
 
 
 @pytest.mark.parametrize(("dtype", "values", "expected"), INTEGERS)
@@ -149,7 +175,12 @@ def test_silence_is_valid() -> None:
 
 def test_empty_audio() -> None:
     assert error_of(b"") == "the audio data is empty"
-    for source in (encode(np.zeros(0)), encode(np.zeros(0), 44100, "RF64"), torch.zeros(0), np.zeros((2, 0))):
+    for source in (
+        encode(np.zeros(0)),
+        encode(np.zeros(0), 44100, "RF64"),
+        torch.zeros(0),
+        np.zeros((2, 0)),
+    ):
         assert "no samples" in error_of(source)
 
 
@@ -167,7 +198,12 @@ def test_not_a_number(bad: float, place: int, rate: int) -> None:
 
 
 def test_written_bytes_equal_soundfile(tmp_path: Path) -> None:
-    wav = torch.cat([torch.from_numpy(noise(70_000)), torch.tensor([1.0, -1.0, 1.5, -7.0, 1e30, -1e-12, 2.0**-17])])
+    wav = torch.cat(
+        [
+            torch.from_numpy(noise(70_000)),
+            torch.tensor([1.0, -1.0, 1.5, -7.0, 1e30, -1e-12, 2.0**-17]),
+        ]
+    )
     save_wav(tmp_path / "ours.wav", wav, 24000)
     soundfile.write(tmp_path / "theirs.wav", wav.numpy(), 24000)
     assert (tmp_path / "ours.wav").read_bytes() == (tmp_path / "theirs.wav").read_bytes()
@@ -185,7 +221,11 @@ def test_written_samples_are_clipped_and_nearest(values: list[float]) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    save_wav(str(tmp_path / "a.wav"), torch.from_numpy(noise(5000)).to(torch.bfloat16).requires_grad_(), 16000)
+    save_wav(
+        str(tmp_path / "a.wav"),
+        torch.from_numpy(noise(5000)).to(torch.bfloat16).requires_grad_(),
+        16000,
+    )
     wav = load_audio(tmp_path / "a.wav", 16000)
     save_wav(tmp_path / "b.wav", wav, 16000)
     assert torch.equal(load_audio(tmp_path / "b.wav", 16000), wav)
@@ -219,14 +259,19 @@ def test_a_failed_write_leaves_what_was_there(
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises((AudioError, KeyboardInterrupt)) as caught:
         save_wav(path, torch.zeros(10), 24000)
-    assert isinstance(error, KeyboardInterrupt) or str(caught.value) == f"cannot write {path}: No space left on device"
+    assert (
+        isinstance(error, KeyboardInterrupt)
+        or str(caught.value) == f"cannot write {path}: No space left on device"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
     assert path.read_text() == "old"
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     missing = tmp_path / "no" / "a.wav"
-    with pytest.raises(AudioError, match=re.escape(f"cannot write {missing}: No such file or directory")):
+    with pytest.raises(
+        AudioError, match=re.escape(f"cannot write {missing}: No such file or directory")
+    ):
         save_wav(missing, torch.zeros(10), 24000)
     with pytest.raises(AudioError, match="not a regular file"):
         save_wav(tmp_path, torch.zeros(10), 24000)
@@ -248,7 +293,9 @@ def test_a_link_is_written_through_and_permissions_are_the_usual(tmp_path: Path)
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-@pytest.mark.parametrize("wav", [torch.zeros(1, 10), torch.zeros(10, dtype=torch.int16), torch.tensor(0.0)])
+@pytest.mark.parametrize(
+    "wav", [torch.zeros(1, 10), torch.zeros(10, dtype=torch.int16), torch.tensor(0.0)]
+)
 def test_waveforms_of_another_layout_are_refused(wav: Tensor) -> None:
     with pytest.raises(AudioError, match=r"float samples \[n\]"):
         save_wav(io.BytesIO(), wav, 24000)

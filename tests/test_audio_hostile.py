@@ -1,4 +1,5 @@
-"""Sources that are no audio, are damaged, lie about themselves or do not end; limits and interrupts."""
+"""Sources that are no audio, are damaged, lie about themselves or do not end; limits and
+interrupts."""
 
 import contextlib
 import io
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from memory import peak_memory
 from sounds import encode, error_of, noise
 
-from mimo_fast.audio import DecodeLimits, load_audio
+from mimo_fast.audio.files import DecodeLimits, load_audio
 from mimo_fast.errors import AudioError
 
 # Paths and objects that hold no audio
@@ -91,7 +92,9 @@ def test_a_file_cut_short_plays_what_is_there(kind: str) -> None:
 
 def test_damaged_flac_is_an_error_and_says_where() -> None:
     data = encode(noise(300_000), kind="FLAC")
-    assert "damaged somewhere after 8.19 s: flac decoder lost sync" in error_of(data[: 2 * len(data) // 3])
+    assert "damaged somewhere after 8.19 s: flac decoder lost sync" in error_of(
+        data[: 2 * len(data) // 3]
+    )
 
 
 def forged_wav(samples: np.ndarray, claim: int) -> bytes:
@@ -107,9 +110,16 @@ def forged_flac(samples: np.ndarray, claim: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize(("forge", "claim"), [
-    (forged_wav, 2**32 - 1), (forged_wav, 2**31), (forged_wav, 10**9), (forged_flac, 0), (forged_flac, 2**36 - 1),
-])
+@pytest.mark.parametrize(
+    ("forge", "claim"),
+    [
+        (forged_wav, 2**32 - 1),
+        (forged_wav, 2**31),
+        (forged_wav, 10**9),
+        (forged_flac, 0),
+        (forged_flac, 2**36 - 1),
+    ],
+)
 def test_claims_of_enormous_length(forge: Callable[[np.ndarray, int], bytes], claim: int) -> None:
     data, decoded = forge(noise(1000), claim), []
     assert peak_memory(lambda: decoded.append(load_audio(data, 24000))) < 16 * 2**20
@@ -122,13 +132,16 @@ def test_claims_of_tiny_length() -> None:
     assert "no samples" in error_of(forged_wav(noise(1000), 0))
 
 
-@pytest.mark.parametrize(("offset", "value", "message"), [
-    (22, struct.pack("<H", 9), "has 9 channels"),
-    (22, struct.pack("<H", 1000), "has 1000 channels"),
-    (24, struct.pack("<I", 999), "is 999 Hz"),
-    (24, struct.pack("<I", 2**31 - 1), "is 2147483647 Hz"),
-    (24, struct.pack("<I", 0), "cannot decode"),
-])
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (22, struct.pack("<H", 9), "has 9 channels"),
+        (22, struct.pack("<H", 1000), "has 1000 channels"),
+        (24, struct.pack("<I", 999), "is 999 Hz"),
+        (24, struct.pack("<I", 2**31 - 1), "is 2147483647 Hz"),
+        (24, struct.pack("<I", 0), "cannot decode"),
+    ],
+)
 def test_forged_formats(offset: int, value: bytes, message: str) -> None:
     data = bytearray(encode(noise(10_000)))
     data[offset : offset + len(value)] = value
@@ -140,7 +153,9 @@ def test_forged_formats(offset: int, value: bytes, message: str) -> None:
 def test_any_damage_ends_in_audio_or_audio_error(data: st.DataObject, kind: str) -> None:
     damaged = bytearray(encode(noise(3000), kind=kind))
     for _ in range(data.draw(st.integers(1, 4))):
-        damaged[data.draw(st.integers(0, min(200, len(damaged) - 1)))] = data.draw(st.integers(0, 255))
+        damaged[data.draw(st.integers(0, min(200, len(damaged) - 1)))] = data.draw(
+            st.integers(0, 255)
+        )
     with contextlib.suppress(AudioError):
         wav = load_audio(bytes(damaged), 24000)
         assert wav.ndim == 1
@@ -186,12 +201,14 @@ def test_the_byte_limit_is_of_the_waveform_returned() -> None:
     assert "48100 bytes" in error_of(encode(np.zeros(8000), 8000), limits=limits)
 
 
-def test_encoded_bytes_are_limited_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_bytes_are_limited_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = encode(noise(1000))
     path = tmp_path / "large.wav"
     path.write_bytes(data)
     limits = DecodeLimits(bytes=len(data) - 1)
-    monkeypatch.setattr("mimo_fast.audio._open", None)
+    monkeypatch.setattr("mimo_fast.audio.files._open", None)
     for source in (data, path, io.BytesIO(data)):
         assert f"is larger than {limits.bytes} bytes" in error_of(source, limits=limits)
 

@@ -1,4 +1,5 @@
-"""The baselines: upstream's own golden tokens from transformers' modules, and no speed for a wrong one."""
+"""The baselines: upstream's own golden tokens from transformers' modules, and no speed for a wrong
+one."""
 
 import json
 
@@ -18,7 +19,19 @@ from benchmarks.baselines.qwen2 import qwen2_model
 from benchmarks.baselines.upstream import Upstream
 
 CPU = torch.device("cpu")
-TINY = ["baselines", "--preset", "tiny", "--dtype", "float32", "--baseline", "eager", "--patches", "12", "--words", "2"]
+TINY = [
+    "baselines",
+    "--preset",
+    "tiny",
+    "--dtype",
+    "float32",
+    "--baseline",
+    "eager",
+    "--patches",
+    "12",
+    "--words",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,9 @@ def quick(monkeypatch):
 def test_its_greedy_tokens_are_upstreams(loaded, golden, name):
     ids, want = golden.get(f"prompts:{name}").long(), golden.get(f"model:generate.{name}")
     groups = Upstream(loaded.lm, 512).generate(ids, 24)
-    got = torch.cat([torch.cat((codes.new_full((1, 4), token), codes)) for token, codes in groups], dim=1)
+    got = torch.cat(
+        [torch.cat((codes.new_full((1, 4), token), codes)) for token, codes in groups], dim=1
+    )
     assert torch.equal(got, want[:, -24 * 4 :])
 
 
@@ -51,10 +66,17 @@ def test_it_agrees_with_ours_in_every_choice(loaded, golden):
 
 def test_weights_are_shared(loaded):
     baseline, lm = Upstream(loaded.lm, 64), loaded.lm
-    ours = {tensor.untyped_storage().data_ptr() for layer in lm.backbone.layers for weight in
-            (layer.qkv, layer.out, layer.gate_up, layer.down) for tensor in weight.blocks}  # fmt: skip
-    theirs = {p.untyped_storage().data_ptr() for name, p in baseline.backbone.layers.named_parameters()
-              if name.endswith("proj.weight")}  # fmt: skip
+    ours = {
+        tensor.untyped_storage().data_ptr()
+        for layer in lm.backbone.layers
+        for weight in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        for tensor in weight.blocks
+    }
+    theirs = {
+        p.untyped_storage().data_ptr()
+        for name, p in baseline.backbone.layers.named_parameters()
+        if name.endswith("proj.weight")
+    }
     assert theirs == ours
     assert baseline.text_head is lm.text_head.blocks[0]
     assert baseline.backbone.embed_tokens.weight.data_ptr() == lm.text_embeddings.data_ptr()
@@ -62,9 +84,12 @@ def test_weights_are_shared(loaded):
 
 @pytest.mark.parametrize(
     ("stack", "name"),
-    [("backbone", "layers.1.mlp.down_proj"), ("patch_decoder", "layers.0.self_attn.v_proj"),
-     ("patch_encoder", "layers.0.mlp.up_proj")],
-)  # fmt: skip
+    [
+        ("backbone", "layers.1.mlp.down_proj"),
+        ("patch_decoder", "layers.0.self_attn.v_proj"),
+        ("patch_encoder", "layers.0.mlp.up_proj"),
+    ],
+)
 def test_a_corrupted_weight_is_refused(loaded, golden, stack, name):
     baseline = Upstream(loaded.lm, 200)
     module = getattr(baseline, stack).get_submodule(name)
@@ -108,7 +133,9 @@ def test_the_command_prints_ours_and_its_own_row(quick, capsys, tmp_path):
 def test_a_wrong_baseline_has_no_row(quick, capsys, tmp_path, monkeypatch):
     def wrong(name, target, longest):
         baseline = Upstream(target.lm, longest)
-        baseline.backbone.norm.weight = torch.nn.Parameter(baseline.backbone.norm.weight.flip(0) * torch.arange(64))
+        baseline.backbone.norm.weight = torch.nn.Parameter(
+            baseline.backbone.norm.weight.flip(0) * torch.arange(64)
+        )
         return baseline
 
     monkeypatch.setattr(run, "baseline", wrong)

@@ -1,4 +1,5 @@
-"""`mimo-fast bench` as a user meets it; the machine's ceiling is given, so that nothing large is read."""
+"""`mimo-fast bench` as a user meets it; the machine's ceiling is given, so that nothing large is
+read."""
 
 import json
 from dataclasses import replace
@@ -9,8 +10,8 @@ from helpers import KIT
 
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
-from mimo_fast.cli import main
-from mimo_fast.embedded import NANO
+from mimo_fast.checkpoint.embedded import NANO
+from mimo_fast.cli.main import main
 from mimo_fast.errors import DeviceMemoryError
 
 PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
@@ -31,7 +32,9 @@ def test_without_a_model_the_tiny_preset_and_why(capsys, tmp_path):
     assert lines[0].startswith("cpu: ")
     # The ceiling comes before any figure.
     assert lines[1].startswith("ceiling: reads 1.0 GB/s")
-    assert lines[2].startswith("model: a tiny one with random weights, since the published dimensions in int4")
+    assert lines[2].startswith(
+        "model: a tiny one with random weights, since the published dimensions in int4"
+    )
     assert lines[3].startswith("floor: ")
     assert lines[5].split()[:3] == ["streams", "real-time", "factor"]
     assert lines[6].split()[0] == "1"
@@ -48,7 +51,9 @@ def test_without_a_model_the_tiny_preset_and_why(capsys, tmp_path):
 
 
 def test_a_given_model(capsys, tmp_path):
-    assert main(["bench", *PAIR, "--max-seq-len", "200", "--json", str(tmp_path / "bench.json")]) == 0
+    assert (
+        main(["bench", *PAIR, "--max-seq-len", "200", "--json", str(tmp_path / "bench.json")]) == 0
+    )
     assert f"model: {PAIR[1]}, replies of a set length\n" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "bench.json").read_text())["rows"][0]["metrics"]
     assert (metrics["text_groups"], metrics["audio_groups"]) == (command.WORDS, command.PATCHES)
@@ -64,7 +69,9 @@ def test_the_embedded_model_by_its_name(capsys):
 def test_one_stream_that_does_not_fit_is_an_error(capsys, monkeypatch):
     monkeypatch.setattr(command.Target, "sized", _too_large)
     assert main(["bench"]) == 1
-    assert capsys.readouterr().err.endswith("mimo-fast: error: it needs 9.0 GB and cpu has 1.0 GB free\n")
+    assert capsys.readouterr().err.endswith(
+        "mimo-fast: error: it needs 9.0 GB and cpu has 1.0 GB free\n"
+    )
 
 
 def _too_large(*arguments: object) -> None:
@@ -145,4 +152,6 @@ def test_wrong_input_is_one_line(capsys, arguments, code, problem):
     assert problem in err
     assert "Traceback" not in err
     if code == 1:
-        assert len([line for line in err.splitlines() if line.startswith("mimo-fast: error: ")]) == 1
+        assert (
+            len([line for line in err.splitlines() if line.startswith("mimo-fast: error: ")]) == 1
+        )

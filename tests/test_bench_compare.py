@@ -1,4 +1,5 @@
-"""Two versions timed in turn: what is slower is called slower, what is equal is not, and nothing is left behind."""
+"""Two versions timed in turn: what is slower is called slower, what is equal is not, and nothing is
+left behind."""
 
 import json
 import shutil
@@ -15,7 +16,14 @@ from benchmarks.records import JsonLines, read_records
 from benchmarks.statistics import compare
 
 ROOT = Path(__file__).parents[1]
-ARGUMENTS = {"op": "patch_decoder.swiglu", "format": "*", "m": [1, 2], "quick": False, "device": "cpu", "threads": 1}
+ARGUMENTS = {
+    "op": "patch_decoder.swiglu",
+    "format": "*",
+    "m": [1, 2],
+    "quick": False,
+    "device": "cpu",
+    "threads": 1,
+}
 CASES = ["patch_decoder.swiglu bfloat16 M=1 F=4096", "patch_decoder.swiglu bfloat16 M=2 F=4096"]
 
 
@@ -75,7 +83,9 @@ class FakeWorker:
 def test_the_order_is_abba_and_then_baab(monkeypatch):
     asked: list[tuple[str, str]] = []
     cases = {"old": ["x", "y", "gone"], "new": ["x", "new", "y"]}
-    monkeypatch.setattr(module, "started", lambda side, arguments: FakeWorker(side, cases[side.name], asked))
+    monkeypatch.setattr(
+        module, "started", lambda side, arguments: FakeWorker(side, cases[side.name], asked)
+    )
     old, new = (Side(name, Path(".")) for name in ("old", "new"))
     pairs = paired_times(old, new, {}, rounds=2)
     for case, first in (("x", ["old", "new", "new", "old"]), ("y", ["old", "new", "new", "old"])):
@@ -91,17 +101,24 @@ def test_the_order_is_abba_and_then_baab(monkeypatch):
 
 def git(root: Path, *arguments: str) -> str:
     about = ["-c", "user.name=t", "-c", "user.email=t@t", "-C", str(root)]
-    return subprocess.run(["git", *about, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *about, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository of the package in two commits, the first from before there was a suite; the tree is the second."""
+    """A repository of the package in two commits, the first from before there was a suite; the tree
+    is the second."""
     root = tmp_path / "repository"
     root.mkdir()
     git(root, "init", "-q")
     ignored = shutil.ignore_patterns("__pycache__", "results")
-    shutil.copytree(ROOT / "mimo_fast", root / "mimo_fast", ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    shutil.copytree(
+        ROOT / "mimo_fast",
+        root / "mimo_fast",
+        ignore=shutil.ignore_patterns("__pycache__", "bench"),
+    )
     git(root, "add", ".")
     git(root, "commit", "-q", "-m", "before the suite")
     for part in ("benchmarks", "mimo_fast/bench"):
@@ -135,8 +152,10 @@ def test_a_slowed_op_is_slower_than_the_commit_before(checkout, tmp_path, capsys
 def test_a_wrong_op_ends_the_comparison(checkout):
     path = checkout / "mimo_fast" / "kernels" / "swiglu.py"
     text = path.read_text()
-    broken = text.replace("    if not use_triton(gate_up):\n        return swiglu_ref(gate_up)\n",
-                          "    if not use_triton(gate_up):\n        return swiglu_ref(gate_up) * 1.1\n")  # fmt: skip
+    broken = text.replace(
+        "    if not use_triton(gate_up):\n        return swiglu_ref(gate_up)\n",
+        "    if not use_triton(gate_up):\n        return swiglu_ref(gate_up) * 1.1\n",
+    )
     assert broken != text
     path.write_text(broken)
     with pytest.raises(CompareError, match=r"swiglu.* is wrong in the working tree: error"):
@@ -147,7 +166,9 @@ def test_a_wrong_op_ends_the_comparison(checkout):
 def test_a_version_that_does_not_fit_is_one_line(checkout):
     path = checkout / "mimo_fast" / "kernels" / "qmatmul.py"
     path.write_text("raise ImportError('no products yet')\n")
-    with pytest.raises(CompareError, match="cannot measure the working tree with this suite: ImportError") as caught:
+    with pytest.raises(
+        CompareError, match="cannot measure the working tree with this suite: ImportError"
+    ) as caught:
         run_compare("HEAD", ARGUMENTS, JsonLines(None), rounds=1, seconds=0, root=checkout)
     assert "\n" not in str(caught.value)
 
@@ -170,7 +191,10 @@ def test_the_worktree_is_gone_after_an_interrupt(checkout):
 
 
 def test_an_unknown_commit_is_one_line(checkout, capsys, monkeypatch):
-    with pytest.raises(CompareError, match="nothing names no commit"), checked_out("nothing", checkout):
+    with (
+        pytest.raises(CompareError, match="nothing names no commit"),
+        checked_out("nothing", checkout),
+    ):
         pass
     with pytest.raises(CompareError, match="names no commit"), checked_out("HEAD", checkout.parent):
         pass
@@ -179,7 +203,12 @@ def test_an_unknown_commit_is_one_line(checkout, capsys, monkeypatch):
         raise CompareError(f"{reference} names no commit; {json.dumps(arguments)}")
 
     monkeypatch.setattr(module, "run_compare", refused)
-    assert command.main(["--compare", "nothing", "--op", "backbone.swiglu", "--m", "1", "--device", "cpu"]) == 1
+    assert (
+        command.main(
+            ["--compare", "nothing", "--op", "backbone.swiglu", "--m", "1", "--device", "cpu"]
+        )
+        == 1
+    )
     printed = capsys.readouterr().err
     assert printed.startswith("error: nothing names no commit")
     assert '"m": [1]' in printed

@@ -10,9 +10,25 @@ from benchmarks.__main__ import main
 from mimo_fast.bench.ceiling import Ceiling
 
 SMALL = [
-    "e2e", "--preset", "tiny", "--dtype", "float32", "--batch", "1", "2", "--groups", "3", "--words", "2", "--patches",
-    "3", "--seconds", "0.5", "--device", "cpu",
-]  # fmt: skip
+    "e2e",
+    "--preset",
+    "tiny",
+    "--dtype",
+    "float32",
+    "--batch",
+    "1",
+    "2",
+    "--groups",
+    "3",
+    "--words",
+    "2",
+    "--patches",
+    "3",
+    "--seconds",
+    "0.5",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +44,9 @@ def sweep(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
 
 
 def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
-    code, rows = sweep(tmp_path, "--quantization", "bf16", "--context", "32", "--task", "tts", "asr")
+    code, rows = sweep(
+        tmp_path, "--quantization", "bf16", "--context", "32", "--task", "tts", "asr"
+    )
     assert code == 0
     assert [row["kind"] for row in rows] == ["groups"] * 2 + ["request"] * 4
     for row in rows:
@@ -41,7 +59,12 @@ def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
     )
     assert steady["floor"]["audio_group"] * 1e9 >= sum(steady["bytes"].values())
     request = rows[2]
-    assert (request["task"], request["batch"], request["text_groups"], request["audio_groups"]) == ("tts", 1, 2, 3)
+    assert (request["task"], request["batch"], request["text_groups"], request["audio_groups"]) == (
+        "tts",
+        1,
+        2,
+        3,
+    )
     assert request["of_floor"] == pytest.approx(request["floor"] / request["e2el"]["p50"])
     out, err = capsys.readouterr()
     assert out.startswith("ceiling: reads 1.0 GB/s")
@@ -61,7 +84,16 @@ def test_what_does_not_fit_is_skipped_by_name(tmp_path, monkeypatch, capsys):
 
 def test_what_takes_too_long_is_skipped_by_name(tmp_path, capsys):
     code, rows = sweep(
-        tmp_path, "--quantization", "bf16", "--context", "4", "32", "--task", "tts", "--limit", "0.000001"
+        tmp_path,
+        "--quantization",
+        "bf16",
+        "--context",
+        "4",
+        "32",
+        "--task",
+        "tts",
+        "--limit",
+        "0.000001",
     )
     assert code == 0
     assert {row["kind"] for row in rows} == {"skipped"}
@@ -77,26 +109,43 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     code, rows = sweep(tmp_path, "--quantization", "bf16", "--context", "32", "--task", "asr")
     assert code == 1
     assert [row["kind"] for row in rows] == ["request"] * 2
-    assert "FAILED tiny bf16, groups at batch 1, context 32: RuntimeError: a fuse has blown" in capsys.readouterr().err
+    assert (
+        "FAILED tiny bf16, groups at batch 1, context 32: RuntimeError: a fuse has blown"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_real_checkpoint_answers_as_it_will(tmp_path, kit):
     pair = ["--model", str(kit / "checkpoint" / "lm"), "--codec", str(kit / "checkpoint" / "codec")]
-    code, rows = sweep(tmp_path, *pair, "--quantization", "stored", "--context", "--task", "spoken_dialogue",
-                       "--audio", str(kit / "audio" / "en_m_24k.wav"))  # fmt: skip
+    code, rows = sweep(
+        tmp_path,
+        *pair,
+        "--quantization",
+        "stored",
+        "--context",
+        "--task",
+        "spoken_dialogue",
+        "--audio",
+        str(kit / "audio" / "en_m_24k.wav"),
+    )
     assert code == 0
     for row in rows:
         assert (row["random_weights"], row["steered"], row["dtype"]) == (False, False, "float32")
         # As many groups as they are at most, or fewer; of its own mix.
         assert 0 < row["text_groups"] + row["audio_groups"] <= 5 * row["batch"]
-    code, rows = sweep(tmp_path, *pair, "--quantization", "stored", "--steer", "--context", "--task", "tts")
+    code, rows = sweep(
+        tmp_path, *pair, "--quantization", "stored", "--steer", "--context", "--task", "tts"
+    )
     assert code == 0
     assert rows[-1]["text_groups"] == 2 * 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(["--model", "x"], "--model and --codec go together"), (["--groups", "0"], "must be at least 1")],
+    [
+        (["--model", "x"], "--model and --codec go together"),
+        (["--groups", "0"], "must be at least 1"),
+    ],
 )
 def test_bad_usage(capsys, arguments, problem):
     assert main([*SMALL, *arguments]) == 2

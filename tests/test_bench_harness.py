@@ -1,4 +1,5 @@
-"""Rows of an op: what is right is written with its share of the ceiling, what is wrong is refused by name."""
+"""Rows of an op: what is right is written with its share of the ceiling, what is wrong is refused
+by name."""
 
 import copy
 import json
@@ -14,8 +15,8 @@ from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.timing import Timing
 from mimo_fast.kernels.kv_cache import LayerKV
+from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.qmatmul import Weight
 from mimo_fast.quantization import Format, quantize
 
 CPU = torch.device("cpu")
@@ -27,7 +28,8 @@ def double(inputs):
 
 
 def in_place(inputs):
-    """Writes what it read: a second call on the same inputs gives the same, as an append to a cache does."""
+    """Writes what it read: a second call on the same inputs gives the same, as an append to a cache
+    does."""
     inputs["y"][:] = inputs["x"] * 2
     return (inputs["y"],)
 
@@ -37,18 +39,35 @@ def doubling(*providers: Provider, check=None) -> Case:
         x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
         return {"x": x, "y": torch.full_like(x, torch.nan)}
 
-    return Case("double", "double", "bfloat16", 1, "N=64", torch.bfloat16, 256, 64, make, double, providers, check)
+    return Case(
+        "double",
+        "double",
+        "bfloat16",
+        1,
+        "N=64",
+        torch.bfloat16,
+        256,
+        64,
+        make,
+        double,
+        providers,
+        check,
+    )
 
 
 def run(case: Case, path=None, **options):
     lines: list[str] = []
-    outcome = run_cases([case], CPU, MACHINE, JsonLines(path), seconds=0, write=lines.append, **options)
+    outcome = run_cases(
+        [case], CPU, MACHINE, JsonLines(path), seconds=0, write=lines.append, **options
+    )
     print_outcome(outcome, lines.append)
     return outcome, "\n".join(lines)
 
 
 def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
-    outcome, printed = run(doubling(Provider("ours", double), Provider("written", in_place)), tmp_path / "a.jsonl")
+    outcome, printed = run(
+        doubling(Provider("ours", double), Provider("written", in_place)), tmp_path / "a.jsonl"
+    )
     assert outcome.exit_code == 0
     assert [record.provider for record in outcome.records] == ["ours", "written"]
     first, second = read_records(tmp_path / "a.jsonl")
@@ -68,7 +87,9 @@ def test_a_wrong_op_is_refused_by_name(tmp_path):
     outcome, printed = run(doubling(Provider("ours", double), wrong), tmp_path / "a.jsonl")
     assert outcome.exit_code == 1
     assert [record["provider"] for record in read_records(tmp_path / "a.jsonl")] == ["ours"]
-    assert [line for line in printed.splitlines() if "wrong" in line] == [f"REFUSED {outcome.refused[0]}"]
+    assert [line for line in printed.splitlines() if "wrong" in line] == [
+        f"REFUSED {outcome.refused[0]}"
+    ]
     assert "double bfloat16 N=64 wrong: error" in outcome.refused[0]
 
 
@@ -83,7 +104,11 @@ def test_the_check_is_made_on_the_inputs_that_are_timed():
     outcome, _ = run(doubling(Provider("sometimes", sometimes)))
     assert outcome.refused
     assert len(seen) == 1
-    outcome, _ = run(doubling(Provider("never", lambda inputs: (seen.append(inputs["x"]), double(inputs)[0])[1:])))
+    outcome, _ = run(
+        doubling(
+            Provider("never", lambda inputs: (seen.append(inputs["x"]), double(inputs)[0])[1:])
+        )
+    )
     assert not outcome.refused
     assert all(torch.equal(x, seen[0]) for x in seen)
     assert len({x.data_ptr() for x in seen[1:]}) > 1, "copies, so that no cache serves them"
@@ -92,7 +117,9 @@ def test_the_check_is_made_on_the_inputs_that_are_timed():
 def test_copies_are_bounded_by_what_the_inputs_hold(monkeypatch):
     weight = Weight.stack([torch.ones(8, 8)], [torch.ones(8)])
     table = torch.ones(1000)
-    assert held_bytes({"w": weight, "t": (table, 1), "norm": RMSNorm(torch.ones(4), 1e-6)}) == 4 * (64 + 8 + 1000 + 4)
+    assert held_bytes({"w": weight, "t": (table, 1), "norm": RMSNorm(torch.ones(4), 1e-6)}) == 4 * (
+        64 + 8 + 1000 + 4
+    )
     monkeypatch.setattr(harness, "COPIED_BYTES", 1000)
     (record,) = run(doubling(Provider("ours", double)))[0].records
     assert record.copies == 3, "256 bytes of x and y"
@@ -113,9 +140,10 @@ def test_what_cannot_run_is_named_and_what_breaks_does_not_stop_the_others():
     outcome, printed = run(
         doubling(
             Provider("elsewhere", double, missing=lambda device: f"needs a GPU, not a {device}"),
-            Provider("broken", broken), Provider("ours", double),
+            Provider("broken", broken),
+            Provider("ours", double),
         )
-    )  # fmt: skip
+    )
     assert "skipped 1 of elsewhere: needs a GPU, not a cpu" in printed
     assert "REFUSED double bfloat16 N=64 broken: RuntimeError: no such kernel" in printed
     assert [record.provider for record in outcome.records] == ["ours"]
@@ -124,6 +152,7 @@ def test_what_cannot_run_is_named_and_what_breaks_does_not_stop_the_others():
 
 def test_a_provider_stands_for_the_values_that_it_holds():
     """Rounded weights are no error of its arithmetic, and what it adds to them is."""
+
     def coarse(inputs):
         return {"x": inputs["x"].mul(4).round().div(4)}
 
@@ -131,16 +160,19 @@ def test_a_provider_stands_for_the_values_that_it_holds():
         return {**inputs, **prepared}
 
     case = doubling(
-        Provider("own", double, coarse, stands_for=exact), Provider("given", double, coarse),
+        Provider("own", double, coarse, stands_for=exact),
+        Provider("given", double, coarse),
         Provider("worse", lambda inputs: (inputs["x"] * 2 + 0.5,), coarse, stands_for=exact),
-    )  # fmt: skip
+    )
     outcome, _ = run(case)
     assert [record.provider for record in outcome.records] == ["own"]
     assert len(outcome.refused) == 2
 
 
 def test_only_what_is_wanted_runs():
-    outcome, _ = run(doubling(Provider("a", double), Provider("b", double)), providers=lambda name: name == "b")
+    outcome, _ = run(
+        doubling(Provider("a", double), Provider("b", double)), providers=lambda name: name == "b"
+    )
     assert [record.provider for record in outcome.records] == ["b"]
 
 
@@ -165,17 +197,30 @@ def test_records_are_appended_and_a_line_that_was_cut_off_is_passed_over(tmp_pat
 
 def test_records_are_json():
     time, found = Timing(1, 2, 3, 4), Accuracy(0.0, 1.0, 0.0)
-    record = Record("op", "p", "int4", 1, "M=1", "bfloat16", 2_000_000_000, 1, time, MACHINE, found, 1, {})
+    record = Record(
+        "op", "p", "int4", 1, "M=1", "bfloat16", 2_000_000_000, 1, time, MACHINE, found, 1, {}
+    )
     assert record.floor == 2
     assert record.of_ceiling == 1
     assert record.bound == "memory"
     assert replace(record, flop=10**10).bound == "arithmetic"
-    assert json.loads(json.dumps(record.as_dict()))["seconds"] == {"p10": 1, "p50": 2, "p90": 3, "n": 4}
+    assert json.loads(json.dumps(record.as_dict()))["seconds"] == {
+        "p10": 1,
+        "p50": 2,
+        "p90": 3,
+        "n": 4,
+    }
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (0.9994, "999 ms"), (4.56e-4, "456 us"), (3e-8, "0.03 us")],
+    [
+        (2.5, "2.50 s"),
+        (0.0123, "12.3 ms"),
+        (0.9994, "999 ms"),
+        (4.56e-4, "456 us"),
+        (3e-8, "0.03 us"),
+    ],
 )
 def test_durations_have_three_digits(seconds, text):
     assert duration(seconds) == text
@@ -188,9 +233,19 @@ def test_a_table_keeps_its_columns():
 
 
 def test_widening_leaves_packed_weights_and_integers():
-    weight, packed = Weight.stack([torch.ones(2, 2).bfloat16()]), quantize(torch.randn(4, 64), Format.parse("int8"))
+    weight, packed = (
+        Weight.stack([torch.ones(2, 2).bfloat16()]),
+        quantize(torch.randn(4, 64), Format.parse("int8")),
+    )
     cache = LayerKV(*(torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16) for _ in range(2)))
-    before = {"w": weight, "q": packed, "kv": cache, "n": torch.arange(3), "s": 1e-6, "t": (torch.ones(1).half(),)}
+    before = {
+        "w": weight,
+        "q": packed,
+        "kv": cache,
+        "n": torch.arange(3),
+        "s": 1e-6,
+        "t": (torch.ones(1).half(),),
+    }
     wide = widen(copy.deepcopy(before))
     assert wide["w"].blocks[0].dtype == wide["kv"].k.dtype == wide["t"][0].dtype == torch.float32
     assert wide["q"].scales.dtype == packed.scales.dtype

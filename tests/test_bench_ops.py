@@ -1,4 +1,5 @@
-"""The registry holds every op of the package, each case is right on the CPU, and a wrong op is refused."""
+"""The registry holds every op of the package, each case is right on the CPU, and a wrong op is
+refused."""
 
 import math
 from dataclasses import replace
@@ -27,7 +28,9 @@ CHEAP_OPS = sorted(op for op, case in LEAST.items() if case.nbytes <= CHEAP)
 
 def run(case: Case, wanted=lambda name: True, path=None):
     lines: list[str] = []
-    return run_cases([case], CPU, MACHINE, JsonLines(path), seconds=0, providers=wanted, write=lines.append), lines
+    return run_cases(
+        [case], CPU, MACHINE, JsonLines(path), seconds=0, providers=wanted, write=lines.append
+    ), lines
 
 
 def native(name: str) -> bool:
@@ -35,7 +38,14 @@ def native(name: str) -> bool:
 
 
 def test_every_op_of_the_package_is_in_the_registry():
-    assert {"matmul", "rms_norm", "decode_attention", "rvq_encode", "sample_text", "attention"} <= launchers()
+    assert {
+        "matmul",
+        "rms_norm",
+        "decode_attention",
+        "rvq_encode",
+        "sample_text",
+        "attention",
+    } <= launchers()
     assert {case.launcher for case in CASES} == launchers()
 
 
@@ -66,10 +76,15 @@ def test_dimensions_are_the_published_ones():
     assert shapes["backbone.text_head", "int8", 64].shape == "M=64 N=151680 K=4096"
     assert shapes["patch_decoder.down", "nf4", 1].shape == "M=1 N=1024 K=4096"
     assert shapes["patch_decoder.sample_codes", "bfloat16", 1].shape == "M=1 V=2308 D=1024"
-    assert [case.m for case in CASES if case.op == "backbone.down" and case.format == "int4"] == [*dimensions.ROWS]
-    contexts = {case.shape for case in CASES if case.op == "backbone.decode_attention" and case.m == 1}
+    assert [case.m for case in CASES if case.op == "backbone.down" and case.format == "int4"] == [
+        *dimensions.ROWS
+    ]
+    contexts = {
+        case.shape for case in CASES if case.op == "backbone.decode_attention" and case.m == 1
+    }
     assert contexts == {"M=1 S=256", "M=1 S=1024", "M=1 S=4096", "M=1 S=8192"}
-    # int4 at group 128: half a byte a weight, 4 for each group; then x, the norm's weight, the bias and y.
+    # int4 at group 128: half a byte a weight, 4 for each group; then x, the norm's weight, the bias
+    # and y.
     weight = 6144 * 4096 // 2 + 6144 * 32 * 4 + 6144 * 2
     assert shapes["backbone.qkv", "int4", 1].nbytes == weight + 2 * (4096 + 4096 + 6144)
     assert shapes["backbone.qkv", "int4", 1].flop == 2 * 6144 * 4096
@@ -116,7 +131,11 @@ def test_one_wrong_value_is_refused(op, output):
     def wrong(function):
         def run(inputs):
             outputs = [x.clone() for x in function(inputs)]
-            values = outputs[output].view(-1) if outputs[output].is_contiguous() else outputs[output][0, 0, 0]
+            values = (
+                outputs[output].view(-1)
+                if outputs[output].is_contiguous()
+                else outputs[output][0, 0, 0]
+            )
             at = len(values) // 2
             if outputs[output].is_floating_point():
                 values[at] += 0.5 * outputs[output].abs().max()
@@ -150,9 +169,15 @@ def test_every_provider_of_a_product_computes_it(product, form, m):
     outcome, _ = run(case, lambda name: name != "compile")
     ops_matmul._weight.cache_clear()
     assert not outcome.refused
-    others = {"dense": {"linear"}, "int8": {"eager", "unpacked", "torch-int8", "bitsandbytes-int8"},
-              "int4": {"eager", "unpacked", "torch-int4"}, "nf4": {"eager", "bitsandbytes-nf4"}}[form]  # fmt: skip
-    here = {provider.name for provider in case.providers if provider.missing(CPU) is None} - {"compile"}
+    others = {
+        "dense": {"linear"},
+        "int8": {"eager", "unpacked", "torch-int8", "bitsandbytes-int8"},
+        "int4": {"eager", "unpacked", "torch-int4"},
+        "nf4": {"eager", "bitsandbytes-nf4"},
+    }[form]
+    here = {provider.name for provider in case.providers if provider.missing(CPU) is None} - {
+        "compile"
+    }
     assert here <= {"ours-cpu", *others}
     assert {record.provider for record in outcome.records} == here
     assert "ours-cpu" in here
@@ -178,12 +203,15 @@ def test_without_a_compiler_or_a_package_the_provider_is_skipped_by_name(monkeyp
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     monkeypatch.setattr(providers, "find_spec", lambda name: None)
     ops_matmul._weight.cache_clear()
-    outcome, _ = run(ops_matmul._case(TINY[0], "nf4", 1), lambda name: not native(name) and name != "eager")
+    outcome, _ = run(
+        ops_matmul._case(TINY[0], "nf4", 1), lambda name: not native(name) and name != "eager"
+    )
     assert not outcome.records
     assert not outcome.refused
-    assert {"compile: no C++ compiler is installed", "bitsandbytes-nf4: bitsandbytes is not installed"} < set(
-        outcome.skipped
-    )
+    assert {
+        "compile: no C++ compiler is installed",
+        "bitsandbytes-nf4: bitsandbytes is not installed",
+    } < set(outcome.skipped)
 
 
 def test_a_path_that_is_turned_off_is_not_timed_under_its_name(monkeypatch):
@@ -208,8 +236,21 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
     def slightly_wrong(gate_up):
         return swiglu(gate_up) * 1.02
 
-    arguments = ["ops", "--op", "patch_decoder.swiglu", "--m", "1", "--provider", "ours-*", "--seconds", "0",
-                 "--device", "cpu", "-o", str(tmp_path / "ops.jsonl")]  # fmt: skip
+    arguments = [
+        "ops",
+        "--op",
+        "patch_decoder.swiglu",
+        "--m",
+        "1",
+        "--provider",
+        "ours-*",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "ops.jsonl"),
+    ]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.index("ceiling: reads 10.0 GB/s") < printed.index("patch_decoder.swiglu")
@@ -224,7 +265,12 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
 def test_bad_usage_is_one_line(machine, capsys):
     assert command.main(["ops", "--op", "nothing", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert command.main(["ops", "--op", "backbone.swiglu", "--provider", "ours-gpu", "--device", "cpu"]) == 1
+    assert (
+        command.main(
+            ["ops", "--op", "backbone.swiglu", "--provider", "ours-gpu", "--device", "cpu"]
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert "ours-gpu: needs a CUDA device" in captured.out
     assert "nothing was measured" in captured.err

@@ -1,4 +1,5 @@
-"""Measured requests: counts that follow from the schedule, names, cut-off replies; floors against counted bytes."""
+"""Measured requests: counts that follow from the schedule, names, cut-off replies; floors against
+counted bytes."""
 
 import math
 import subprocess
@@ -20,11 +21,11 @@ from mimo_fast.bench.pipeline import PROMPTS, Request, measure, prompt_ids
 from mimo_fast.bench.schedule import FREE, spoken_reply, written_reply
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, random_lm, weightless_lm
 from mimo_fast.bench.target import Target, shortfall, user_speech
+from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.errors import DeviceMemoryError
-from mimo_fast.layout import lm_shapes
 from mimo_fast.quantization import QuantizationConfig
 from mimo_fast.quantization.formats import stored_tensors
-from mimo_fast.runtime.state import KVCache
+from mimo_fast.runtime.lm.state import KVCache
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,16 @@ def test_every_task_has_the_groups_it_was_told_and_audio_for_each_patch(target, 
 
 def test_names_are_the_fields(target):
     names = measure(target.sized(1, 160), spoken()).as_dict()
-    wanted = {"ttft", "audio_ttfp", "itl", "e2el", "audio_rtf", "audio_rtfx", "audio_underrun", "audio_continuity"}
+    wanted = {
+        "ttft",
+        "audio_ttfp",
+        "itl",
+        "e2el",
+        "audio_rtf",
+        "audio_rtfx",
+        "audio_underrun",
+        "audio_continuity",
+    }
     assert wanted <= set(names)
     assert set(names["itl"]) == {"p50", "p95", "p99", "n"}
 
@@ -138,7 +148,11 @@ def test_the_reply_follows_the_schedule_and_then_the_model(target):
     for draw in range(4):
         state.draws[0], state.draws[1] = draw, 3 - draw
         settings = state.text_sampler.select(slots)
-        free.append(lm.sample_text(state, slots, replace(settings, all_greedy=True, any_top_k=False)).tolist())
+        free.append(
+            lm.sample_text(
+                state, slots, replace(settings, all_greedy=True, any_top_k=False)
+            ).tolist()
+        )
     assert [text for text, _ in free[:3]] == [5, lm.empty_id, 7]
     assert [text for _, text in free[1:]] == [7, lm.empty_id, 5]
     assert free[3][0] == free[0][1] == int(lm.text_logits(state.hidden[:1]).argmax())
@@ -160,26 +174,37 @@ def test_floors_are_the_bytes_of_the_stored_tensors(quantization):
     stored = stored_tensors(shapes, chosen.formats(shapes) if chosen else {}, torch.float32)
 
     def count(*prefixes: str) -> int:
-        named = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in stored.items()
-                 if name.startswith(prefixes) and "layernorm" not in name}  # fmt: skip
+        named = {
+            name: math.prod(shape) * dtype.itemsize
+            for name, (shape, dtype) in stored.items()
+            if name.startswith(prefixes) and "layernorm" not in name
+        }
         assert named
         return sum(named.values())
 
-    cache = sum(part.nbytes for part in KVCache.allocate(config.backbone, 3, 50, torch.float32, CPU).parts)
+    cache = sum(
+        part.nbytes for part in KVCache.allocate(config.backbone, 3, 50, torch.float32, CPU).parts
+    )
     word = {"backbone": count("model.layers."), "text head": count("lm_head."), "cache": cache}
     # Every codebook's head is read for each frame of a patch.
     decoder = count("local_transformer.layers.") * config.patch_steps
     patch = {
         "patch decoder": decoder + count("local_transformer_lm_heads.") * config.group_size,
-        "patch encoder": count("input_local_transformer.layers.", "speech_group_downcast.", "hidden_states_downcast."),
+        "patch encoder": count(
+            "input_local_transformer.layers.", "speech_group_downcast.", "hidden_states_downcast."
+        ),
     }
-    for lm in (random_lm(config, quantization, torch.float32), weightless_lm(config, quantization, torch.float32)):
+    for lm in (
+        random_lm(config, quantization, torch.float32),
+        weightless_lm(config, quantization, torch.float32),
+    ):
         assert word_work(lm, 50, 3).bytes == word
         assert patch_work(lm, 50, 3).bytes == word | patch
 
 
 def test_floors_of_the_published_dimensions():
-    # From the table of the model's parts: 14.0 GB of backbone and text head, 5.9 GB of patch decoder in bfloat16.
+    # From the table of the model's parts: 14.0 GB of backbone and text head, 5.9 GB of patch
+    # decoder in bfloat16.
     lm = weightless_lm(preset_configs("7b")[0], None, torch.bfloat16)
     read = patch_work(lm, 0).bytes
     assert read["backbone"] + read["text head"] == pytest.approx(14.0e9, rel=0.01)
@@ -191,9 +216,14 @@ def test_floors_of_the_published_dimensions():
 def test_arithmetic_bounds_what_bytes_do_not(target):
     slow = replace(MACHINE, flops={"float32": 1.0})
     assert word_work(target.lm, 10).floor(slow, torch.float32) == word_work(target.lm, 10).flop
-    assert word_work(target.lm, 10).floor(MACHINE, torch.float32) == word_work(target.lm, 10).total / 1e9
+    assert (
+        word_work(target.lm, 10).floor(MACHINE, torch.float32)
+        == word_work(target.lm, 10).total / 1e9
+    )
     prefill, word, patch = GroupWork.of(target.lm, 2, 30, 10).floors(MACHINE)
-    assert request_floor(MACHINE, target.lm, None, 2, 30, 6, 4) == pytest.approx(2 * prefill + 6 * word + 4 * patch)
+    assert request_floor(MACHINE, target.lm, None, 2, 30, 6, 4) == pytest.approx(
+        2 * prefill + 6 * word + 4 * patch
+    )
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch, target):
@@ -219,7 +249,9 @@ print(before, peak, PeakMemory(torch.device("cpu")).bytes if reset_resident_peak
 
 def test_the_peak_of_memory_is_that_of_the_work():
     """In a process of its own: a long-lived one may have as much memory to spare."""
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     before, peak, after = map(int, done.stdout.split())
     assert 150 * 2**20 < peak - before < 400 * 2**20
     assert after < peak - 150 * 2**20
@@ -247,11 +279,15 @@ def test_energy_is_the_drivers_count(monkeypatch):
         return count
 
     nvml = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}", NVMLError=Error,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
+        NVMLError=Error,
         nvmlDeviceGetTotalEnergyConsumption=consumption,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
+    )
     meter = EnergyMeter(torch.device("cuda"))
     assert meter.unmeasured is None
     assert meter.joules == 2.5

@@ -1,4 +1,5 @@
-"""The simulated player, by cases worked out by hand: 1000 samples a second, so that 100 samples play for 0.1 s."""
+"""The simulated player, by cases worked out by hand: 1000 samples a second, so that 100 samples
+play for 0.1 s."""
 
 import pytest
 
@@ -18,7 +19,8 @@ def test_a_reply_that_keeps_ahead_is_never_silent():
 
 
 def test_each_silence_lasts_from_running_dry_to_the_next_chunk():
-    # Dry at 0.2, silent to 0.5; then 0.1 s to 0.6, silent to 0.65; then 0.4 s to 1.05, in time for the last.
+    # Dry at 0.2, silent to 0.5; then 0.1 s to 0.6, silent to 0.65; then 0.4 s to 1.05, in time for
+    # the last.
     heard = play([(0.1, 100), (0.5, 100), (0.65, 400), (1.0, 100)], RATE)
     assert heard.underruns == pytest.approx((0.3, 0.05))
     assert heard.worst_underrun == pytest.approx(0.3)

@@ -1,4 +1,5 @@
-"""The profile of an audio group: what is counted, per group, from a real CPU trace and from made CUDA events."""
+"""The profile of an audio group: what is counted, per group, from a real CPU trace and from made
+CUDA events."""
 
 import json
 from types import SimpleNamespace
@@ -17,18 +18,26 @@ from mimo_fast.bench.target import Target
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def event(name: str, start: float, end: float, kind: DeviceType = DeviceType.CPU, own: float = 0) -> SimpleNamespace:
+def event(
+    name: str, start: float, end: float, kind: DeviceType = DeviceType.CPU, own: float = 0
+) -> SimpleNamespace:
     span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
     return SimpleNamespace(name=name, time_range=span, device_type=kind, self_cpu_time_total=own)
 
 
 EVENTS = [
-    event("cudaDeviceSynchronize", 0, 5), event("cudaGraphLaunch", 12, 14), event("cudaGraphLaunch", 15, 18),
-    event("cudaEventSynchronize", 20, 50), event(GROUPS, 10, 100), event("cudaDeviceSynchronize", 101, 130),
-    event(GROUPS, 13, 120, DeviceType.CUDA), event("gemv", 13, 33, DeviceType.CUDA),
+    event("cudaDeviceSynchronize", 0, 5),
+    event("cudaGraphLaunch", 12, 14),
+    event("cudaGraphLaunch", 15, 18),
+    event("cudaEventSynchronize", 20, 50),
+    event(GROUPS, 10, 100),
+    event("cudaDeviceSynchronize", 101, 130),
+    event(GROUPS, 13, 120, DeviceType.CUDA),
+    event("gemv", 13, 33, DeviceType.CUDA),
     # The last kernel runs on when the host has left.
-    event("gemv", 40, 60, DeviceType.CUDA), event("attention", 90, 120, DeviceType.CUDA),
-]  # fmt: skip
+    event("gemv", 40, 60, DeviceType.CUDA),
+    event("attention", 90, 120, DeviceType.CUDA),
+]
 
 
 def test_kernels_launches_and_waits_are_counted_a_group() -> None:
@@ -41,7 +50,11 @@ def test_kernels_launches_and_waits_are_counted_a_group() -> None:
 
 
 def test_what_torch_does_not_see_on_a_cpu_has_a_row() -> None:
-    events = [event(GROUPS, 0, 100), event("aten::mm", 10, 40, own=30), event("aten::add", 200, 240, own=40)]
+    events = [
+        event(GROUPS, 0, 100),
+        event("aten::mm", 10, 40, own=30),
+        event("aten::add", 200, 240, own=40),
+    ]
     trace = summarize(events, 2, CPU, "eager")
     assert trace.kernels == (Kernel(OUTSIDE, 0, 35e-6), Kernel("aten::mm", 0.5, 15e-6))
     assert (trace.count, trace.launches, trace.host_syncs) == (0.5, {}, {})
@@ -50,31 +63,64 @@ def test_what_torch_does_not_see_on_a_cpu_has_a_row() -> None:
 def test_bytes_are_told_where_one_kernel_reads_all() -> None:
     target = Target.random("tiny", "int8", torch.float32, CPU, with_codec=False)
     work = GroupWork.of(target.lm, 1, 50, 8)
-    names = ("split_attention_kernel", "head_logits_kernel", "quantized_gemv_kernel", "merge_splits_kernel")
+    names = (
+        "split_attention_kernel",
+        "head_logits_kernel",
+        "quantized_gemv_kernel",
+        "merge_splits_kernel",
+    )
     trace = Trace("graph", tuple(Kernel(name, 1, 1e-6) for name in names), {}, {})
     told = {kernel.name: kernel.bytes for kernel in with_bytes(trace, target, work).kernels}
     assert told.pop("merge_splits_kernel") is None
     assert told["split_attention_kernel"] == work.audio.bytes["cache"]
     assert sum(told.values()) == work.audio.total
     two = Trace("graph", (*trace.kernels, Kernel("dense_gemv_kernel", 1, 1e-6)), {}, {})
-    assert all("gemv" not in kernel.name or kernel.bytes is None for kernel in with_bytes(two, target, work).kernels)
+    assert all(
+        "gemv" not in kernel.name or kernel.bytes is None
+        for kernel in with_bytes(two, target, work).kernels
+    )
 
 
 def test_profile_on_the_cpu(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(profile, "ceiling", lambda device: Ceiling(1e9, 1e9, {"float32": 1e9}))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     path = tmp_path / "profile.jsonl"
-    arguments = ["profile", "--preset", "tiny", "--dtype", "float32", "--quantization", "bf16", "--context", "24",
-                 "--groups", "3", "--batch", "2", "--device", "cpu", "--top", "5", "-o", str(path)]  # fmt: skip
+    arguments = [
+        "profile",
+        "--preset",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--quantization",
+        "bf16",
+        "--context",
+        "24",
+        "--groups",
+        "3",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--top",
+        "5",
+        "-o",
+        str(path),
+    ]
     assert main(arguments) == 0
     (record,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert (record["kind"], record["mode"], record["unit"]) == ("profile", "eager", "torch op")
     assert {"environment", "ceiling", "floor", "audio_group"} <= set(record)
     by_name = {kernel["name"]: kernel for kernel in record["kernels"]}
     # Every step of every group: the same work each time, so whole numbers of it.
-    assert all(kernel["count"] == int(kernel["count"]) for kernel in by_name.values() if "mm" in kernel["name"])
+    assert all(
+        kernel["count"] == int(kernel["count"])
+        for kernel in by_name.values()
+        if "mm" in kernel["name"]
+    )
     assert record["kernels_a_group"] > 100
-    assert sum(kernel["seconds"] for kernel in record["kernels"]) == pytest.approx(record["kernel_seconds"])
+    assert sum(kernel["seconds"] for kernel in record["kernels"]) == pytest.approx(
+        record["kernel_seconds"]
+    )
     out = capsys.readouterr().out
     assert "an audio group takes" in out
     assert "others" in out

@@ -1,4 +1,5 @@
-"""What formats cost: identical models cost nothing, and teacher forcing gives the scores that decoding draws from."""
+"""What formats cost: identical models cost nothing, and teacher forcing gives the scores that
+decoding draws from."""
 
 import json
 import math
@@ -10,7 +11,7 @@ from helpers import KIT
 
 from mimo_fast.bench import quality
 from mimo_fast.bench.quality import Lesson, compare, compare_codec, head_quality, teacher_forced
-from mimo_fast.cli import main
+from mimo_fast.cli.main import main
 from mimo_fast.generation import generate
 
 AUDIO = str(KIT / "audio" / "en_m_24k.wav")
@@ -43,7 +44,9 @@ def test_a_model_equals_itself(model, lesson):
     assert len(heads) == 9
     assert all((head.kl, head.agreement) == (0, 1) for head in heads)
     assert heads[0].predictions == 24
-    assert {head.predictions for head in heads[1:]} == {4 * int((scores[0].text.argmax(-1) == model.lm.empty_id).sum())}
+    assert {head.predictions for head in heads[1:]} == {
+        4 * int((scores[0].text.argmax(-1) == model.lm.empty_id).sum())
+    }
 
 
 def test_divergence_by_hand():
@@ -58,7 +61,7 @@ def test_divergence_by_hand():
 
 
 def test_a_codec_equals_itself_and_not_another(model, audio):
-    from mimo_fast.audio import load_audio
+    from mimo_fast.audio.files import load_audio
 
     wav = load_audio(audio[0], 24000)
     same = compare_codec(model.codec, model.codec, [wav], 8)
@@ -66,7 +69,19 @@ def test_a_codec_equals_itself_and_not_another(model, audio):
 
 
 def test_the_command_compares_every_format(capsys, tmp_path):
-    code = main(["bench", "--quality", *PAIR, "--audio", AUDIO, "--text", "Hello.", "--json", str(tmp_path / "q.json")])
+    code = main(
+        [
+            "bench",
+            "--quality",
+            *PAIR,
+            "--audio",
+            AUDIO,
+            "--text",
+            "Hello.",
+            "--json",
+            str(tmp_path / "q.json"),
+        ]
+    )
     out = capsys.readouterr().out
     assert code == 0
     lines = out.splitlines()
@@ -105,7 +120,10 @@ def test_a_worse_model_is_told_from_a_better(model, lesson, tmp_path, kit):
         ([], "--quality needs --audio or --text"),
         (PAIR, "--quality needs --audio or --text"),
         ([*PAIR, "--audio", "missing.wav"], "missing.wav"),
-        ([*PAIR, "--text", "Hi.", "--quantization", "int8"], "use --format in place of --quantization"),
+        (
+            [*PAIR, "--text", "Hi.", "--quantization", "int8"],
+            "use --format in place of --quantization",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(capsys, arguments, problem):

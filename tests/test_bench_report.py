@@ -20,42 +20,95 @@ CEILING = {"read_Bps": 4.0e12, "copy_Bps": 3.5e12, "flops": {"float32": 5e13, "b
 
 
 def environment(date: str = "2027-01-02T03:04:05+00:00", device: str = CARD) -> dict:
-    return {"date": date, "commit": "0123456789abcdef", "dirty": False, "device": {"type": "cuda", "name": device}}
+    return {
+        "date": date,
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "device": {"type": "cuda", "name": device},
+    }
 
 
 def groups(**changes) -> dict:
     return {
-        "kind": "groups", "model": "7b", "quantization": "int4", "dtype": "bfloat16", "batch": 1, "prompt_groups": 230,
-        "groups": 24, "prefill": 0.0123, "text_group": TIMING, "audio_group": TIMING, "audio_rtf": 0.0156,
-        "bytes": {"backbone": 5 * GB, "patch decoder": GB}, "ceiling": CEILING, "environment": environment(),
+        "kind": "groups",
+        "model": "7b",
+        "quantization": "int4",
+        "dtype": "bfloat16",
+        "batch": 1,
+        "prompt_groups": 230,
+        "groups": 24,
+        "prefill": 0.0123,
+        "text_group": TIMING,
+        "audio_group": TIMING,
+        "audio_rtf": 0.0156,
+        "bytes": {"backbone": 5 * GB, "patch decoder": GB},
+        "ceiling": CEILING,
+        "environment": environment(),
         "of_floor": {"prefill": 0.5, "text_group": 0.6, "audio_group": 0.637},
-    } | changes  # fmt: skip
+    } | changes
 
 
 def request(**changes) -> dict:
     return {
-        "kind": "request", "model": "7b", "quantization": "int4", "dtype": "bfloat16", "with_codec": True,
-        "task": "tts", "batch": 1, "prompt_groups": 107, "ttft": SPREAD, "audio_ttfp": SPREAD, "itl": SPREAD,
-        "e2el": SPREAD, "audio_rtf": 0.111, "audio_rtfx": 9.1, "audio_underrun": 0.0, "audio_continuity": 1.0,
-        "peak_bytes": 7_770_000_000, "joules": 12.5, "of_floor": 0.4, "ceiling": CEILING, "environment": environment(),
-    } | changes  # fmt: skip
+        "kind": "request",
+        "model": "7b",
+        "quantization": "int4",
+        "dtype": "bfloat16",
+        "with_codec": True,
+        "task": "tts",
+        "batch": 1,
+        "prompt_groups": 107,
+        "ttft": SPREAD,
+        "audio_ttfp": SPREAD,
+        "itl": SPREAD,
+        "e2el": SPREAD,
+        "audio_rtf": 0.111,
+        "audio_rtfx": 9.1,
+        "audio_underrun": 0.0,
+        "audio_continuity": 1.0,
+        "peak_bytes": 7_770_000_000,
+        "joules": 12.5,
+        "of_floor": 0.4,
+        "ceiling": CEILING,
+        "environment": environment(),
+    } | changes
 
 
 def op(**changes) -> dict:
     return {
-        "kind": "op", "op": "backbone.qkv", "provider": "ours-gpu", "format": "int4", "m": 1, "shape": "M=1 N=6144",
-        "dtype": "bfloat16", "bytes": 13_000_000, "flop": 50_000_000, "seconds": TIMING, "bound": "memory",
-        "of_ceiling": 0.789, "ceiling": CEILING, "environment": environment(),
-    } | changes  # fmt: skip
+        "kind": "op",
+        "op": "backbone.qkv",
+        "provider": "ours-gpu",
+        "format": "int4",
+        "m": 1,
+        "shape": "M=1 N=6144",
+        "dtype": "bfloat16",
+        "bytes": 13_000_000,
+        "flop": 50_000_000,
+        "seconds": TIMING,
+        "bound": "memory",
+        "of_ceiling": 0.789,
+        "ceiling": CEILING,
+        "environment": environment(),
+    } | changes
 
 
 def profile(**changes) -> dict:
     kernel = {"name": "gemv_kernel", "count": 400, "seconds": 0.0015, "bytes": None}
     return {
-        "kind": "profile", "model": "7b", "quantization": "int4", "dtype": "bfloat16", "batch": 1, "mode": "graph",
-        "kernels_a_group": 500, "kernel_seconds": 0.002, "kernels": [kernel], "audio_group": TIMING,
-        "bytes": {"backbone": 5 * GB, "patch decoder": GB}, "environment": environment(),
-    } | changes  # fmt: skip
+        "kind": "profile",
+        "model": "7b",
+        "quantization": "int4",
+        "dtype": "bfloat16",
+        "batch": 1,
+        "mode": "graph",
+        "kernels_a_group": 500,
+        "kernel_seconds": 0.002,
+        "kernels": [kernel],
+        "audio_group": TIMING,
+        "bytes": {"backbone": 5 * GB, "patch decoder": GB},
+        "environment": environment(),
+    } | changes
 
 
 def measured(*records: dict, file: str = "2027-01-02-gpu.jsonl") -> Measured:
@@ -72,18 +125,25 @@ def row_of(text: str, beginning: str) -> str:
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     assert write_report(RESULTS, tmp_path / DOCUMENT.name) == 0
-    assert (tmp_path / DOCUMENT.name).read_text() == DOCUMENT.read_text(), "run: python -m benchmarks --report"
-    committed, drawn = ({p.name: p.read_bytes() for p in (folder / DOCUMENT.stem).glob("*")}
-                        for folder in (DOCUMENT.parent, tmp_path))  # fmt: skip
+    assert (tmp_path / DOCUMENT.name).read_text() == DOCUMENT.read_text(), (
+        "run: python -m benchmarks --report"
+    )
+    committed, drawn = (
+        {p.name: p.read_bytes() for p in (folder / DOCUMENT.stem).glob("*")}
+        for folder in (DOCUMENT.parent, tmp_path)
+    )
     assert drawn.keys() == committed.keys()
     for name, picture in drawn.items():
         (strokes, places), (wanted, there) = _parts_of(picture), _parts_of(committed[name])
         assert strokes == wanted, f"{name}: run: python -m benchmarks --report"
-        assert places == pytest.approx(there, abs=1e-3), f"{name}: run: python -m benchmarks --report"
+        assert places == pytest.approx(there, abs=1e-3), (
+            f"{name}: run: python -m benchmarks --report"
+        )
 
 
 def _parts_of(picture: bytes) -> tuple[str, list[float]]:
-    """An SVG without its numbers, and these: their last digits, and so the names of clips, hang on the CPU."""
+    """An SVG without its numbers, and these: their last digits, and so the names of clips, hang on
+    the CPU."""
     text, number = re.sub(r"#?\bp[0-9a-f]{10}\b", "", picture.decode()), r"-?\d+\.\d+"
     return re.sub(number, "", text), [float(found) for found in re.findall(number, text)]
 
@@ -95,13 +155,25 @@ def test_without_records_every_row_says_so(tmp_path):
         for name in ("7b int4", "7b int8", "7b bf16"):
             assert row_of(section, f"| {name} |").count("not measured yet") == 6
     for place in ("on a GPU", "on a CPU"):
-        assert f"A spoken reply by transformers' modules as upstream runs them {place}: not measured yet." in text
-    assert text.count("projection: not measured yet") == len(projection.CARDS) * len(projection.FORMATS)
+        assert (
+            f"A spoken reply by transformers' modules as upstream runs them {place}: not measured yet."
+            in text
+        )
+    assert text.count("projection: not measured yet") == len(projection.CARDS) * len(
+        projection.FORMATS
+    )
 
 
 def test_records_of_a_gpu_appear(tmp_path):
-    text = text_of(groups(), request(), request(batch=16, audio_rtf=1.5), request(batch=8), op(), profile(),
-                   tmp_path=tmp_path)  # fmt: skip
+    text = text_of(
+        groups(),
+        request(),
+        request(batch=16, audio_rtf=1.5),
+        request(batch=8),
+        op(),
+        profile(),
+        tmp_path=tmp_path,
+    )
     section = text.split(f"**{CARD}**")[1]
     first = row_of(section, "| 7b int4 |")
     assert first == "| 7b int4 | 2.50 ms at 254 of context | 63.7% | 0.016 | 42 ms | 8 | 7.77 GB |"
@@ -116,22 +188,39 @@ def test_records_of_a_gpu_appear(tmp_path):
 
 
 def test_the_newest_record_of_a_device_wins():
-    old, new, other = (groups(audio_rtf=rtf, environment=environment(date, device)) for rtf, date, device in (
-        (0.1, "2027-01-01T00:00:00+00:00", CARD), (0.2, "2027-01-03T00:00:00+00:00", CARD),
-        (0.3, "2027-01-02T00:00:00+00:00", "another")))  # fmt: skip
+    old, new, other = (
+        groups(audio_rtf=rtf, environment=environment(date, device))
+        for rtf, date, device in (
+            (0.1, "2027-01-01T00:00:00+00:00", CARD),
+            (0.2, "2027-01-03T00:00:00+00:00", CARD),
+            (0.3, "2027-01-02T00:00:00+00:00", "another"),
+        )
+    )
     for order in ([old, new, other], [new, other, old]):
         found = measured(*order).find("groups")
         assert sorted(entry["audio_rtf"] for entry in found) == [0.2, 0.3]
 
 
 def test_a_quick_table_of_a_preset_replaces_the_older_one_and_tells_the_streams(tmp_path):
-    metrics = {name: request()[name] for name in ("audio_rtf", "audio_ttfp", "itl", "audio_underrun", "peak_bytes")}
+    metrics = {
+        name: request()[name]
+        for name in ("audio_rtf", "audio_ttfp", "itl", "audio_underrun", "peak_bytes")
+    }
     tables = ("so", "2027-01-01T00:00:00+00:00", 4), ("thus", "2027-01-02T00:00:00+00:00", 64)
-    old, new = ({
-        "kind": "quick", "preset": "7b", "quantization": "int4", "dtype": "bfloat16", "model": words,
-        "ceiling": CEILING, "environment": environment(date), "streams": streams,
-        "rows": [{"streams": streams, "floor": 0.1, "metrics": metrics}],
-    } for words, date, streams in tables)  # fmt: skip
+    old, new = (
+        {
+            "kind": "quick",
+            "preset": "7b",
+            "quantization": "int4",
+            "dtype": "bfloat16",
+            "model": words,
+            "ceiling": CEILING,
+            "environment": environment(date),
+            "streams": streams,
+            "rows": [{"streams": streams, "floor": 0.1, "metrics": metrics}],
+        }
+        for words, date, streams in tables
+    )
     text = text_of(new, old, tmp_path=tmp_path)
     assert "| 64 or more |" in row_of(text, "| 7b int4 | not measured yet")
     assert "| 7b int4 | 64 |" in text
@@ -139,8 +228,15 @@ def test_a_quick_table_of_a_preset_replaces_the_older_one_and_tells_the_streams(
 
 
 def test_what_was_skipped_is_told_by_the_newest_file_alone(tmp_path):
-    files = {"2027-01-01-cpu.jsonl": "long ago", "2027-01-02-cpu.jsonl": "today", "2027-01-01-gpu.jsonl": "elsewhere"}
-    records = [Entry(file, {"kind": "skipped", "name": name, "reason": "no room"}) for file, name in files.items()]
+    files = {
+        "2027-01-01-cpu.jsonl": "long ago",
+        "2027-01-02-cpu.jsonl": "today",
+        "2027-01-01-gpu.jsonl": "elsewhere",
+    }
+    records = [
+        Entry(file, {"kind": "skipped", "name": name, "reason": "no room"})
+        for file, name in files.items()
+    ]
     text = document(Measured.of(records), tmp_path, [])
     assert "long ago" not in text
     assert "| today | no room |" in text
@@ -149,7 +245,13 @@ def test_what_was_skipped_is_told_by_the_newest_file_alone(tmp_path):
 
 def test_the_pictures_are_the_same_bytes_twice_and_old_ones_go(tmp_path):
     output = JsonLines(tmp_path / "2027-01-02-gpu.jsonl")
-    for record in (groups(), groups(batch=4), request(), op(), op(provider="cublas-bf16", bytes=50_000_000)):
+    for record in (
+        groups(),
+        groups(batch=4),
+        request(),
+        op(),
+        op(provider="cublas-bf16", bytes=50_000_000),
+    ):
         output.append(record)
     target = tmp_path / "docs" / "report.md"
     (target.parent / "report").mkdir(parents=True)
@@ -178,13 +280,17 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch,
 
 
 def test_a_projection_is_the_formula(tmp_path):
-    known = projection.basis(measured(profile(), profile(mode="eager", kernels_a_group=9000)), "int4")
+    known = projection.basis(
+        measured(profile(), profile(mode="eager", kernels_a_group=9000)), "int4"
+    )
     # 0.5 ms of 2.5 beside 500 kernels; 6 GB in the other 2 ms, of 4.8 TB/s.
     assert known.cost == pytest.approx(1e-6)
     assert known.share == pytest.approx(6e9 / (0.002 * 4.8e12))
     card = next(card for card in projection.CARDS if card.name == "RTX 4090")
     got = projection.project(card, "int4", known)
-    assert got.seconds == pytest.approx(projection.group_bytes("int4") / (1008e9 * known.share) + 500e-6)
+    assert got.seconds == pytest.approx(
+        projection.group_bytes("int4") / (1008e9 * known.share) + 500e-6
+    )
     assert got.floor == pytest.approx(projection.group_bytes("int4") / 1008e9)
     assert got.floor < got.seconds
     text = text_of(groups(), profile(), tmp_path=tmp_path)
@@ -201,26 +307,41 @@ def test_nothing_is_projected_from_a_cpu_an_unknown_card_or_without_a_profile():
     cpu = {"type": "cpu", "name": "a CPU", "cores": 2, "instructions": "AVX2"}
     unknown = environment(device="NVIDIA Unheard Of")
     for records in (
-        [groups()], [profile(batch=4)], [profile(mode="eager")], [profile(quantization="int8")],
-        [profile(environment=unknown)], [profile(environment=environment() | {"device": cpu})],
-    ):  # fmt: skip
+        [groups()],
+        [profile(batch=4)],
+        [profile(mode="eager")],
+        [profile(quantization="int8")],
+        [profile(environment=unknown)],
+        [profile(environment=environment() | {"device": cpu})],
+    ):
         assert projection.basis(measured(*records), "int4") is None
 
 
 def test_what_fits_into_a_card():
     cards = {card.name: card for card in projection.CARDS}
-    fits = {(name, kind): projection.project(cards[name], kind, None).fits
-            for name in ("RTX 3060 12 GB", "RTX 4090") for kind in projection.FORMATS}  # fmt: skip
+    fits = {
+        (name, kind): projection.project(cards[name], kind, None).fits
+        for name in ("RTX 3060 12 GB", "RTX 4090")
+        for kind in projection.FORMATS
+    }
     assert fits["RTX 3060 12 GB", "int4"]
     assert not fits["RTX 3060 12 GB", "bf16"]
     assert fits["RTX 4090", "bf16"]
 
 
-@pytest.mark.parametrize(("driver", "name"), [
-    ("NVIDIA GeForce RTX 4070", "RTX 4070"), ("NVIDIA GeForce RTX 4070 Ti", None), ("NVIDIA L4", "L4"),
-    ("NVIDIA L40S", None), ("NVIDIA A100-SXM4-80GB", "A100 SXM 80 GB"), ("NVIDIA H100 80GB HBM3", "H100 SXM"),
-    ("NVIDIA H100 PCIe", None), ("NVIDIA H200", "H200 SXM"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA GeForce RTX 4070", "RTX 4070"),
+        ("NVIDIA GeForce RTX 4070 Ti", None),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80 GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200", "H200 SXM"),
+    ],
+)
 def test_a_card_is_known_by_its_drivers_name(driver, name):
     card = projection.card_of(driver)
     assert (card and card.name) == name

@@ -42,7 +42,10 @@ def test_a_part_that_does_not_listen_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_part_that_fails_is_named(tmp_path):
-    assert run_part(Part("ops", 1, ()), tmp_path / "rows.jsonl", 60, process("sys.exit(3)")) == "exit code 3"
+    assert (
+        run_part(Part("ops", 1, ()), tmp_path / "rows.jsonl", 60, process("sys.exit(3)"))
+        == "exit code 3"
+    )
 
 
 def test_the_quick_table_becomes_a_line_of_the_same_file(tmp_path):
@@ -58,7 +61,11 @@ def test_what_does_not_fit_into_the_budget_is_skipped_by_name(tmp_path):
     times = iter([0.0, 0.0, 60.0, 60.0])
     amiss = run_parts(parts, output, GRACE + 100, lambda: next(times), process(APPEND))
     assert list(amiss) == ["long"]
-    assert [record.get("name", record["kind"]) for record in read_records(output)] == ["op", "long", "op"]
+    assert [record.get("name", record["kind"]) for record in read_records(output)] == [
+        "op",
+        "long",
+        "op",
+    ]
 
 
 def test_ctrl_c_keeps_what_was_measured_and_ends_with_130(tmp_path, monkeypatch, capsys):
@@ -84,7 +91,9 @@ def test_unknown_parts_are_bad_usage(capsys):
     assert "there are tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part.name != QUICK], ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "part", [part for part in PARTS if part.name != QUICK], ids=lambda part: part.name
+)
 def test_every_part_is_a_command_that_exists(part, monkeypatch):
     seen = []
     for name in ("run_ops", "sweep"):

@@ -1,4 +1,5 @@
-"""Percentiles, turns of calls, bounds on measuring, the ceiling, and what a record says of its machine."""
+"""Percentiles, turns of calls, bounds on measuring, the ceiling, and what a record says of its
+machine."""
 
 import json
 import subprocess
@@ -53,7 +54,9 @@ def test_what_is_timed_is_the_call(monkeypatch):
     assert time_calls(call, CPU, seconds=0, min_runs=5) == Timing.of([1, 2, 3, 4, 5])
 
 
-@pytest.mark.parametrize(("seconds", "most", "runs"), [(0, 9, 5), (3.5, 9, 5), (6.5, 9, 7), (100, 9, 9)])
+@pytest.mark.parametrize(
+    ("seconds", "most", "runs"), [(0, 9, 5), (3.5, 9, 5), (6.5, 9, 7), (100, 9, 9)]
+)
 def test_measuring_ends_in_time(monkeypatch, seconds, most, runs):
     now = [0.0]
     monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
@@ -65,7 +68,9 @@ def test_measuring_ends_in_time(monkeypatch, seconds, most, runs):
 
 
 def test_a_slower_call_takes_longer():
-    fast, slow = (time_calls(lambda wait=wait: sleep(wait), CPU, seconds=0, min_runs=5) for wait in (0, 0.01))
+    fast, slow = (
+        time_calls(lambda wait=wait: sleep(wait), CPU, seconds=0, min_runs=5) for wait in (0, 0.01)
+    )
     assert slow.p50 >= 0.01
     assert slow.p10 > fast.p50
 
@@ -100,7 +105,9 @@ def test_bandwidth_and_rate_are_those_of_what_was_timed(monkeypatch):
 
 def test_the_ceiling_is_measured_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(ceiling_module, "read_bandwidth", lambda device: calls.append(device) or 1e9)
+    monkeypatch.setattr(
+        ceiling_module, "read_bandwidth", lambda device: calls.append(device) or 1e9
+    )
     monkeypatch.setattr(ceiling_module, "copy_bandwidth", lambda device: 2e9)
     monkeypatch.setattr(ceiling_module, "matmul_rate", lambda device, dtype: 3e9)
     ceiling_module._measured.cache_clear()
@@ -122,7 +129,9 @@ def test_the_environment_is_json_and_names_what_matters():
 def test_the_commit_and_whether_the_code_is_its(tmp_path):
     def git(*arguments):
         about = ["-c", "user.name=t", "-c", "user.email=t@t", "-C", tmp_path]
-        return subprocess.run(["git", *about, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *about, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     git("init", "-q")
     package, results = tmp_path / "mimo_fast", tmp_path / "benchmarks" / "results"
@@ -142,14 +151,20 @@ def test_the_commit_and_whether_the_code_is_its(tmp_path):
 
 
 def test_a_card_without_nvidia_smi(monkeypatch):
-    card = type("Card", (), {"name": "card", "major": 9, "minor": 0, "total_memory": 80, "multi_processor_count": 132})
+    card = type(
+        "Card",
+        (),
+        {"name": "card", "major": 9, "minor": 0, "total_memory": 80, "multi_processor_count": 132},
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(environment_module.shutil, "which", lambda name: None)
     assert environment_module._card(torch.device("cuda", 0))["capability"] == "sm_90"
     reply = type("Done", (), {"stdout": "card, 570.1, 1980, 2619, 1980, 2619, 700.00\n"})
     asked = []
     monkeypatch.setattr(environment_module.shutil, "which", lambda name: "/bin/nvidia-smi")
-    monkeypatch.setattr(environment_module.subprocess, "run", lambda query, **_: asked.append(query) or reply)
+    monkeypatch.setattr(
+        environment_module.subprocess, "run", lambda query, **_: asked.append(query) or reply
+    )
     found = environment_module._card(torch.device("cuda", 1))
     assert found["driver_version"] == "570.1"
     assert found["clocks.sm"] == "1980"

@@ -1,4 +1,5 @@
-"""Checkpoints: what is written is read back, nothing is copied that need not be, and every fault is one clear line."""
+"""Checkpoints: what is written is read back, nothing is copied that need not be, and every fault is
+one clear line."""
 
 import json
 import shutil
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mimo_fast.checkpoint import DTYPES, Weights, open_weights, write_checkpoint
+from mimo_fast.checkpoint.files import DTYPES, Weights, open_weights, write_checkpoint
 from mimo_fast.errors import CheckpointError, ConfigError
 
 MIB = 2**20
@@ -27,7 +28,14 @@ INDEX = "model.safetensors.index.json"
 def write(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 2**31) -> Path:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_checkpoint(directory, shapes, tensors.__getitem__, dtype=dtypes, config={"a": 1}, shard_bytes=shard_bytes)
+    write_checkpoint(
+        directory,
+        shapes,
+        tensors.__getitem__,
+        dtype=dtypes,
+        config={"a": 1},
+        shard_bytes=shard_bytes,
+    )
     return directory
 
 
@@ -39,7 +47,9 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 @st.composite
 def tensor_tables(draw: st.DrawFn) -> dict[str, Tensor]:
-    names = draw(st.lists(st.text("abc.0ü\"", min_size=1, max_size=6), min_size=1, max_size=8, unique=True))
+    names = draw(
+        st.lists(st.text('abc.0ü"', min_size=1, max_size=6), min_size=1, max_size=8, unique=True)
+    )
     table = {}
     for name in names:
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
@@ -74,7 +84,10 @@ def test_published_file_names(tmp_path):
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert sorted(path.name for path in many.iterdir()) == ["config.json", *shards, INDEX]
     index = json.loads((many / INDEX).read_text())
-    assert index == {"metadata": {"total_size": 48}, "weight_map": {"t0": shards[0], "t1": shards[0], "t2": shards[1]}}
+    assert index == {
+        "metadata": {"total_size": 48},
+        "weight_map": {"t0": shards[0], "t1": shards[0], "t2": shards[1]},
+    }
     assert json.loads((one / "config.json").read_text()) == {"a": 1}
 
 
@@ -95,21 +108,26 @@ def test_dtype_is_converted_on_request(tmp_path):
 def test_pieces_and_progress(tmp_path):
     values, heard = torch.randn(10, 3), []
     pieces = {"x": iter(values.split(4))}
-    write_checkpoint(tmp_path, {"x": (10, 3)}, pieces.get, dtype=torch.float16, config={}, advance=heard.append)
+    write_checkpoint(
+        tmp_path, {"x": (10, 3)}, pieces.get, dtype=torch.float16, config={}, advance=heard.append
+    )
     assert torch.equal(open_weights(tmp_path).get("x"), values.half())
     assert heard == [24, 24, 12]
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, int, int]:
-    """A checkpoint of 200 MiB: its directory, its size, and by how much memory grew while it was written."""
+    """A checkpoint of 200 MiB: its directory, its size, and by how much memory grew while it was
+    written."""
     directory, rows = tmp_path_factory.mktemp("large"), 50
 
     def read(name: str) -> Iterator[Tensor]:
         return (torch.full((MIB,), float(i)) for i in range(rows))
 
     shapes = {"x": (rows, MIB)}
-    grown = peak_memory(lambda: write_checkpoint(directory, shapes, read, dtype=torch.float32, config={}))
+    grown = peak_memory(
+        lambda: write_checkpoint(directory, shapes, read, dtype=torch.float32, config={})
+    )
     return directory, 4 * rows * MIB, grown
 
 
@@ -123,7 +141,9 @@ def test_loading_takes_no_anonymous_memory(large):
     directory, size, _ = large
 
     def anonymous() -> int:
-        line = next(line for line in ROLLUP.read_text().splitlines() if line.startswith("Anonymous:"))
+        line = next(
+            line for line in ROLLUP.read_text().splitlines() if line.startswith("Anonymous:")
+        )
         return int(line.split()[1]) * 1024
 
     before = anonymous()
@@ -144,7 +164,9 @@ def test_writing_to_a_view_leaves_the_file_alone(tmp_path):
 
 @pytest.fixture
 def small(tmp_path) -> Weights:
-    tensors = {f"layer.{i}": torch.zeros(2, 3) for i in range(12)} | {"steps": torch.zeros(1, dtype=torch.int64)}
+    tensors = {f"layer.{i}": torch.zeros(2, 3) for i in range(12)} | {
+        "steps": torch.zeros(1, dtype=torch.int64)
+    }
     return open_weights(write(tmp_path, tensors))
 
 
@@ -154,15 +176,26 @@ def test_validate_accepts_what_matches(small):
 
 
 def test_validate_reports_everything_at_once(small):
-    shapes = {f"layer.{i}": (2, 3) for i in range(1, 12)} | {"layer.1": (3, 2), "steps": (1,), "head": (4,)}
+    shapes = {f"layer.{i}": (2, 3) for i in range(1, 12)} | {
+        "layer.1": (3, 2),
+        "steps": (1,),
+        "head": (4,),
+    }
     message = fault(lambda: small.validate(shapes))
-    for part in ("1 missing (head)", "1 unexpected (layer.0)", "1 wrongly shaped (layer.1 is [2, 3], not [3, 2])",
-                 "1 not floating point (steps is I64)", str(small.directory)):
+    for part in (
+        "1 missing (head)",
+        "1 unexpected (layer.0)",
+        "1 wrongly shaped (layer.1 is [2, 3], not [3, 2])",
+        "1 not floating point (steps is I64)",
+        str(small.directory),
+    ):
         assert part in message
 
 
 def test_validate_abridges_long_lists(small):
-    message = fault(lambda: small.validate({f"other.{i}": (1,) for i in range(9)} | {"steps": (1,)}))
+    message = fault(
+        lambda: small.validate({f"other.{i}": (1,) for i in range(9)} | {"steps": (1,)})
+    )
     missing = ", ".join(f"other.{i}" for i in range(8))
     assert f"9 missing ({missing} and 1 more)" in message
     assert "12 unexpected (" in message
@@ -195,11 +228,15 @@ def test_a_missing_shard_is_named(sharded):
 
 
 def test_a_tensor_absent_from_its_shard_is_named(sharded):
-    shutil.copy(sharded / "model-00001-of-00003.safetensors", sharded / "model-00002-of-00003.safetensors")
+    shutil.copy(
+        sharded / "model-00001-of-00003.safetensors", sharded / "model-00002-of-00003.safetensors"
+    )
     assert "t1 from model-00002-of-00003.safetensors" in fault(lambda: open_weights(sharded))
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/b.safetensors", "..", "", r"..\x"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/model.safetensors", "a/b.safetensors", "..", "", r"..\x"]
+)
 def test_an_index_must_not_lead_elsewhere(sharded, name):
     shutil.copy(sharded / "model-00001-of-00003.safetensors", sharded.parent / "model.safetensors")
     (sharded / INDEX).write_text(json.dumps({"weight_map": {"t0": name}}))
@@ -247,7 +284,9 @@ def test_damaged_files_are_refused_or_read(tmp_path_factory, data):
 
 def test_a_pointer_file_of_git_lfs_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    )
     assert "model.safetensors is damaged" in fault(lambda: open_weights(tmp_path))
 
 
@@ -261,14 +300,20 @@ class TestWriting:
     def test_an_interrupted_write_leaves_only_whole_files(self, tmp_path):
         shapes = {"a": (4,), "b": (4,)}
         with pytest.raises(KeyboardInterrupt):
-            write_checkpoint(tmp_path, shapes, self.interrupted, dtype=torch.float32, config={}, shard_bytes=16)
+            write_checkpoint(
+                tmp_path, shapes, self.interrupted, dtype=torch.float32, config={}, shard_bytes=16
+            )
         assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
         assert list(load_file(next(tmp_path.iterdir()))) == ["a"]
 
-    @pytest.mark.parametrize("given", [torch.zeros(3), torch.zeros(5), iter([torch.zeros(2), torch.zeros(1)])])
+    @pytest.mark.parametrize(
+        "given", [torch.zeros(3), torch.zeros(5), iter([torch.zeros(2), torch.zeros(1)])]
+    )
     def test_a_tensor_of_another_size(self, tmp_path, given):
         shapes = {"a": (2, 2)}
-        message = fault(lambda: write_checkpoint(tmp_path, shapes, lambda _: given, dtype=torch.half, config={}))
+        message = fault(
+            lambda: write_checkpoint(tmp_path, shapes, lambda _: given, dtype=torch.half, config={})
+        )
         assert "tensor a does not fill its shape [2, 2]" in message
         assert not list(tmp_path.iterdir())
 
@@ -283,8 +328,16 @@ class TestWriting:
 
 
 def test_mixed_types_are_aligned(tmp_path):
-    tensors = {"a": torch.zeros(3, dtype=torch.int8), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.half)}
+    tensors = {
+        "a": torch.zeros(3, dtype=torch.int8),
+        "b": torch.ones(2),
+        "c": torch.ones(1, dtype=torch.half),
+    }
     weights = open_weights(write(tmp_path, tensors))
-    assert all(weights.get(name).data_ptr() % tensor.itemsize == 0 for name, tensor in tensors.items())
+    assert all(
+        weights.get(name).data_ptr() % tensor.itemsize == 0 for name, tensor in tensors.items()
+    )
     save_file(tensors, tmp_path / "theirs.safetensors")
-    assert (tmp_path / "theirs.safetensors").stat().st_size <= (tmp_path / "model.safetensors").stat().st_size + 64
+    assert (tmp_path / "theirs.safetensors").stat().st_size <= (
+        tmp_path / "model.safetensors"
+    ).stat().st_size + 64

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from safetensors.torch import load_file, save_file
 
-from mimo_fast import cli
-from mimo_fast.cli import main
+from mimo_fast.cli import main as cli
+from mimo_fast.cli.main import main
 
 KIT = Path(__file__).parent / "golden"
 AUDIO = KIT / "audio" / "en_m_24k.wav"
@@ -57,14 +57,26 @@ def test_tts_is_repeatable_and_styles_change_it(capsys, tmp_path):
         return (tmp_path / "a.wav").read_bytes()
 
     assert say() == say()
-    assert len({say(), say("--instruct", "slowly"), say("--natural"), say("--natural", "--voice", AUDIO)}) == 4
+    assert (
+        len(
+            {
+                say(),
+                say("--instruct", "slowly"),
+                say("--natural"),
+                say("--natural", "--voice", AUDIO),
+            }
+        )
+        == 4
+    )
 
 
 def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_path):
     shutil.copytree(KIT / "checkpoint" / "lm", tmp_path / "lm")
     path = tmp_path / "lm" / "tokenizer_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(raw | {"trained_words": ["seven", "forty", "two", "hello"]}), encoding="utf-8")
+    path.write_text(
+        json.dumps(raw | {"trained_words": ["seven", "forty", "two", "hello"]}), encoding="utf-8"
+    )
     limited = ["--model", tmp_path / "lm", *PAIR[2:]]
 
     def warnings(text: str, *options: object) -> list[str]:
@@ -73,7 +85,9 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
         return [line for line in err.splitlines() if line.startswith("warning")]
 
     text = "Seven 42, hello world of worlds: hello world!"
-    assert warnings(text, *limited) == ["warning: this model was not trained on, and may garble: world, of, worlds"]
+    assert warnings(text, *limited) == [
+        "warning: this model was not trained on, and may garble: world, of, worlds"
+    ]
     for fine in (["Seven 42, hello.", *limited], [text, *limited, "--natural"], [text, *PAIR]):
         assert warnings(*fine) == []
     (many,) = warnings("a b c d e f g h i", *limited)
@@ -89,12 +103,22 @@ def test_asr_prints_a_line_a_recording(capsys):
 
 def test_understand_prints_what_the_model_returns(capsys, model):
     code, out, _ = run(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
-    expected = model.audio_understanding_sft(AUDIO, "What is said?", True, seed=1, max_new_tokens=30)
+    expected = model.audio_understanding_sft(
+        AUDIO, "What is said?", True, seed=1, max_new_tokens=30
+    )
     assert (code, out.strip()) == (0, expected)
 
 
 def test_chat_writes_a_reply_a_turn(capsys, tmp_path):
-    arguments = ["chat", AUDIO, KIT / "audio" / "en_f_16k.wav", "-o", tmp_path / "reply.wav", "--system", "Be brief."]
+    arguments = [
+        "chat",
+        AUDIO,
+        KIT / "audio" / "en_f_16k.wav",
+        "-o",
+        tmp_path / "reply.wav",
+        "--system",
+        "Be brief.",
+    ]
     assert run(capsys, *arguments, "--voice", AUDIO, *PAIR, *SHORT)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reply-1.wav", "reply-2.wav"]
 
@@ -107,7 +131,9 @@ def test_chat_in_text(capsys):
 
 def test_continue_can_join(capsys, tmp_path):
     assert run(capsys, "continue", AUDIO, "-o", tmp_path / "more.wav", *PAIR, *SHORT)[0] == 0
-    assert run(capsys, "continue", AUDIO, "-o", tmp_path / "all.wav", "--join", *PAIR, *SHORT)[0] == 0
+    assert (
+        run(capsys, "continue", AUDIO, "-o", tmp_path / "all.wav", "--join", *PAIR, *SHORT)[0] == 0
+    )
     before, more, everything = (
         soundfile.info(path).frames for path in (AUDIO, tmp_path / "more.wav", tmp_path / "all.wav")
     )
@@ -128,7 +154,9 @@ def test_verify_names_the_stage_whose_golden_tensor_is_altered(capsys, tmp_path)
     tensors = load_file(file)
     tensors["generate.text"][3, 5] += 1
     save_file(tensors, file)
-    code, out, err = run(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", tmp_path / "kit")
+    code, out, err = run(
+        capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", tmp_path / "kit"
+    )
     assert code == 1
     assert [line.split()[0] for line in out.splitlines() if "FAILED" in line] == ["generate"]
     assert "verify failed at: generate" in err
@@ -165,14 +193,23 @@ def test_quantize_and_speak(capsys, tmp_path, form):
     code, out, _ = run(capsys, "info", *small)
     assert "248,880 parameters" in out
     assert run(capsys, "tts", "Hi.", "-o", tmp_path / "stored.wav", *small, *SHORT)[0] == 0
-    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "now.wav", "--quantization", form, *PAIR, *SHORT)[0] == 0
+    assert (
+        run(
+            capsys, "tts", "Hi.", "-o", tmp_path / "now.wav", "--quantization", form, *PAIR, *SHORT
+        )[0]
+        == 0
+    )
     assert (tmp_path / "stored.wav").read_bytes() == (tmp_path / "now.wav").read_bytes()
     assert "quantized already" in fails(capsys, "asr", AUDIO, "--quantization", form, *small)
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"", "empty|no samples|cannot"), (b"just text\n" * 99, "cannot decode"), (b"RIFF", "cannot decode")],
+    [
+        (b"", "empty|no samples|cannot"),
+        (b"just text\n" * 99, "cannot decode"),
+        (b"RIFF", "cannot decode"),
+    ],
 )
 def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, complaint):
     recording = tmp_path / "bad.wav"
@@ -192,7 +229,10 @@ def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, com
         (["tts", "", "-o", "a.wav", *PAIR], "no text"),
         (["chat", AUDIO, *PAIR], "-o FILE.wav"),
         (["chat", "--text", "Hi.", "-o", "a.wav", *PAIR], "--text"),
-        (["demo", "-o", ".", *PAIR[:2], "--cache-dir", "none", "--offline"], "Tokenizer is not in the cache"),
+        (
+            ["demo", "-o", ".", *PAIR[:2], "--cache-dir", "none", "--offline"],
+            "Tokenizer is not in the cache",
+        ),
         (["verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "audio"], "golden.json"),
         (["asr", AUDIO, "--device", "nonsense", *PAIR], "nonsense"),
     ],
@@ -249,8 +289,23 @@ def test_unexpected_errors_are_one_line_too(capsys, monkeypatch):
 
 def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
     # Native calls would be done with the reply too soon, and so would some seeds.
-    command = [sys.executable, "-m", "mimo_fast", "continue", str(AUDIO), "-o", str(tmp_path / "a.wav"), "--seed", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MIMO_FAST_KERNELS": "torch"}
+    command = [
+        sys.executable,
+        "-m",
+        "mimo_fast",
+        "continue",
+        str(AUDIO),
+        "-o",
+        str(tmp_path / "a.wav"),
+        "--seed",
+        "0",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "MIMO_FAST_KERNELS": "torch",
+    }
     command += PAIR
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

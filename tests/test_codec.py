@@ -10,10 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast.audio import load_audio, log_mel
+from mimo_fast.audio.files import load_audio, log_mel
 from mimo_fast.errors import AudioError
-from mimo_fast.runtime.codec import DECODE_SEGMENT, ENCODE_SEGMENT
-from mimo_fast.runtime.codec_layers import CodecStack, TransposedConv, inverse_stft, overlap_add, split_lengths
+from mimo_fast.runtime.codec.layers import (
+    CodecStack,
+    TransposedConv,
+    inverse_stft,
+    overlap_add,
+    split_lengths,
+)
+from mimo_fast.runtime.codec.model import DECODE_SEGMENT, ENCODE_SEGMENT
 
 SAMPLES = 960
 
@@ -74,26 +80,36 @@ def test_inverse_stft_clips_magnitudes_at_100():
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (4, 2), (5, 3), (1, 1)])
 def test_transposed_conv_normalises_before_it_trims(kernel, stride):
     generator = torch.Generator().manual_seed(kernel)
-    weight, x = torch.randn(6, 4, kernel, generator=generator), torch.randn(9, 6, generator=generator)
+    weight, x = (
+        torch.randn(6, 4, kernel, generator=generator),
+        torch.randn(9, 6, generator=generator),
+    )
     bias, norm_weight, norm_bias = (torch.randn(4, generator=generator) for _ in range(3))
     full = torch.zeros((9 - 1) * stride + kernel, 4, dtype=torch.float64)
     for t in range(9):
         for k in range(kernel):
             full[t * stride + k] += x[t].double() @ weight[:, :, k].double()
     full += bias.double()
-    full = (full - full.mean()) / (full.var(correction=0) + 1e-5).sqrt() * norm_weight.double() + norm_bias.double()
+    full = (full - full.mean()) / (
+        full.var(correction=0) + 1e-5
+    ).sqrt() * norm_weight.double() + norm_bias.double()
     got = TransposedConv(weight, bias, norm_weight, norm_bias, stride)(x)
     assert got.shape == (9 * stride, 4)
     assert snr_db(got, full[: 9 * stride]) > 100
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [(-1, -1), (5, 3), (0, 0), (-1, 4), (4, -1), (-1, 0), (500, 500)])
+@pytest.mark.parametrize(
+    "window", [(-1, -1), (5, 3), (0, 0), (-1, 4), (4, -1), (-1, 0), (500, 500)]
+)
 def test_stack_sees_its_window(model, causal, window):
-    """Inputs that reach output 20 through one layer: a negative side is unlimited, and causal sees nothing later."""
+    """Inputs that reach output 20 through one layer: a negative side is unlimited, and causal sees
+    nothing later."""
     layers = model.codec.vocoder.layers[:1]
     stack = CodecStack(layers, model.codec.config.vocoder_heads, 10000.0, causal, window)
-    x = torch.randn(40, model.codec.config.vocoder_dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(
+        40, model.codec.config.vocoder_dim, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     stack(x)[20].sum().backward()
     reached = set(x.grad.abs().sum(-1).nonzero().flatten().tolist())
     left, right = window
@@ -105,7 +121,9 @@ def test_stack_sees_its_window(model, causal, window):
 def test_skip_layer_adds_its_output_to_the_last(model):
     stack = model.codec.encoder
     x = torch.randn(12, model.codec.config.dim, generator=torch.Generator().manual_seed(0))
-    first_two = CodecStack(stack.layers[:2], stack.heads, stack.rope_theta, stack.causal, stack.window)
+    first_two = CodecStack(
+        stack.layers[:2], stack.heads, stack.rope_theta, stack.causal, stack.window
+    )
     torch.testing.assert_close(stack(x, 2), stack(x) + first_two(x))
     assert torch.equal(stack(x, None), stack(x))
 
@@ -117,7 +135,8 @@ def speech(audio) -> Tensor:
 
 @pytest.mark.parametrize("n", [1, 100, 479, 480, 481, 959, 960, 961, 1920, 24000, 24001])
 def test_a_code_frame_for_every_960_samples_begun(model, speech, n):
-    """1 + n // 240 mel frames (at least 3, for shorter audio is padded), a code for every 4 begun."""
+    """1 + n // 240 mel frames (at least 3, for shorter audio is padded), a code for every 4
+    begun."""
     codes = model.codec.encode(speech[:n])
     mel_frames = 1 + max(n, 481) // 240
     assert codes.shape == (12, -(-mel_frames // 4))
@@ -158,7 +177,8 @@ def long_speech(speech: Tensor, seconds: float) -> Tensor:
 
 
 def padded_segment(codec, mel: Tensor) -> Tensor:
-    """A last segment as upstream encodes it: convolved as part of a full one of zeros, then cut to its own length."""
+    """A last segment as upstream encodes it: convolved as part of a full one of zeros, then cut to
+    its own length."""
     frames = -(-len(mel) // 2)
     x = F.pad(mel.T, (0, ENCODE_SEGMENT - len(mel)))[None]
     x = F.gelu(F.conv1d(x, *codec.conv1, padding=1))
@@ -175,8 +195,12 @@ def test_more_than_60_seconds_are_encoded_in_segments(model, speech, last_frames
     mel = log_mel(long_speech(speech, 63), codec.config)[: ENCODE_SEGMENT + last_frames]
     hidden = codec.encode_mel(mel)
     assert len(hidden) == 1500 + -(-last_frames // 4)
-    torch.testing.assert_close(hidden[:1500], codec.encode_mel(mel[:ENCODE_SEGMENT]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(hidden[1500:], padded_segment(codec, mel[ENCODE_SEGMENT:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        hidden[:1500], codec.encode_mel(mel[:ENCODE_SEGMENT]), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        hidden[1500:], padded_segment(codec, mel[ENCODE_SEGMENT:]), rtol=0, atol=1e-5
+    )
 
 
 def test_encode_of_more_than_60_seconds(model, speech):
@@ -185,7 +209,9 @@ def test_encode_of_more_than_60_seconds(model, speech):
     mel = log_mel(wav, model.codec.config)
     assert codes.shape == (3, 1500 + -(-(len(mel) - ENCODE_SEGMENT) // 4))
     assert torch.equal(codes, model.codec.quantize(model.codec.encode_mel(mel), 3))
-    assert torch.equal(codes[:, :1500], model.codec.quantize(model.codec.encode_mel(mel[:ENCODE_SEGMENT]), 3))
+    assert torch.equal(
+        codes[:, :1500], model.codec.quantize(model.codec.encode_mel(mel[:ENCODE_SEGMENT]), 3)
+    )
 
 
 def test_decode_of_more_than_60_seconds(model, golden):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.codec_stream import upstream_stream
-from mimo_fast.runtime import codec_incremental as incremental
+from mimo_fast.runtime.codec import incremental
 
 FRAMES = 182
 
@@ -29,7 +29,11 @@ def stream_in(codec, codes: Tensor, sizes: list[int], *, last_by_finish: bool = 
     while start < codes.shape[1]:
         size = sizes[len(parts) % len(sizes)]
         chunk, start = codes[:, start : start + size], start + size
-        parts.append(stream.finish(chunk) if last_by_finish and start >= codes.shape[1] else stream.push(chunk))
+        parts.append(
+            stream.finish(chunk)
+            if last_by_finish and start >= codes.shape[1]
+            else stream.push(chunk)
+        )
     return torch.cat([*parts, stream.finish()])
 
 
@@ -39,7 +43,9 @@ def test_upstreams_windows_give_the_kits_streams(model, golden, codes, size):
     assert snr_db(upstream_stream(model.codec, codes, size), want) >= 100
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 14, 25, 28, 36, 40, 44, 52, 60, 80, 92, 100, 120, 146, 150, 160, 181])
+@pytest.mark.parametrize(
+    "size", [1, 4, 7, 14, 25, 28, 36, 40, 44, 52, 60, 80, 92, 100, 120, 146, 150, 160, 181]
+)
 def test_chunks_of_any_size_are_as_close_as_upstreams(model, codes, oneshot, size):
     ours = snr_db(stream_in(model.codec, codes, [size]), oneshot)
     theirs = snr_db(upstream_stream(model.codec, codes, size), oneshot)
@@ -50,7 +56,9 @@ def test_chunks_of_any_size_are_as_close_as_upstreams(model, codes, oneshot, siz
 @example([1], False)
 @example([4], True)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.booleans())
-def test_mixed_chunks_are_as_close_as_upstreams_patches(model, golden, codes, oneshot, sizes, last_by_finish):
+def test_mixed_chunks_are_as_close_as_upstreams_patches(
+    model, golden, codes, oneshot, sizes, last_by_finish
+):
     wav = stream_in(model.codec, codes, sizes, last_by_finish=last_by_finish)
     assert snr_db(wav, oneshot) >= snr_db(golden.get("codec:stream_wav.4"), oneshot)
 
@@ -61,9 +69,12 @@ def test_codes_pushed_at_once_are_decoded_as_in_one_shot(model, codes):
 
 
 def test_a_push_decodes_at_most_two_others_again(model, codes, monkeypatch):
-    """Rows of the decoder's layers: none again for patches, three pushes in all for the third of equal pushes."""
+    """Rows of the decoder's layers: none again for patches, three pushes in all for the third of
+    equal pushes."""
     block, rows = incremental._decoder_block, list[int]()
-    monkeypatch.setattr(incremental, "_decoder_block", lambda *args: rows.append(len(args[2])) or block(*args))
+    monkeypatch.setattr(
+        incremental, "_decoder_block", lambda *args: rows.append(len(args[2])) or block(*args)
+    )
     stream, done = model.codec.stream(), list[int]()
     for chunk in codes.repeat(1, 3).split(60, dim=1):
         rows.clear()

@@ -13,12 +13,12 @@ from test_engine_mixes import Counted
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast.runtime.codec import Codec
-from mimo_fast.runtime.codec_graphs import StreamGraphs
-from mimo_fast.runtime.codec_offload import offload
-from mimo_fast.runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES, default_lookahead
-from mimo_fast.runtime.decode import Group
-from mimo_fast.runtime.reply import ReplyReader, _chunks
+from mimo_fast.runtime.codec.graphs import StreamGraphs
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.offload import offload
+from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES, default_lookahead
+from mimo_fast.runtime.engine.stream import ReplyReader, _chunks
+from mimo_fast.runtime.lm.decode import Group
 
 STATED = {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 3}
 
@@ -31,11 +31,14 @@ def graphed(codec: Codec) -> tuple[Codec, Counted]:
 
 @pytest.fixture(scope="module", params=["kit", "stated", "late"])
 def plain(request, tmp_path_factory) -> Codec:
-    """The kit's codec, one with stated moments, one whose first decode goes in two blocks of vocoder frames."""
+    """The kit's codec, one with stated moments, one whose first decode goes in two blocks of
+    vocoder frames."""
     if request.param == "kit":
         return request.getfixturevalue("model").codec
     changed = STATED if request.param == "stated" else {"avg_pooler": 4}
-    return mimo_fast.load(*write_pair(tmp_path_factory.mktemp(request.param), {}, changed), device="cpu").codec
+    return mimo_fast.load(
+        *write_pair(tmp_path_factory.mktemp(request.param), {}, changed), device="cpu"
+    ).codec
 
 
 def wait(codec: Codec) -> int:
@@ -52,9 +55,12 @@ def test_the_waits_differ(plain: Codec) -> None:
     assert (default_lookahead(plain.config) == LOOKAHEAD) == (plain.config.moments is None)
 
 
-@pytest.mark.parametrize("more", [-5, 0, 1, PATCH_FRAMES, 3 * PATCH_FRAMES, 40 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1])
+@pytest.mark.parametrize(
+    "more", [-5, 0, 1, PATCH_FRAMES, 3 * PATCH_FRAMES, 40 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
+)
 def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None:
-    """From the first decode on, but for a rest of less than a patch; the last chunk after it is one again."""
+    """From the first decode on, but for a rest of less than a patch; the last chunk after it is one
+    again."""
     codec, counted = graphed(plain)
     total = wait(codec) + more
     codes, sizes = random_codes(codec.config, total), cut(total, [PATCH_FRAMES])
@@ -63,7 +69,9 @@ def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None
     assert counted.captures == 3
 
 
-@pytest.mark.parametrize("sizes", [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]])
+@pytest.mark.parametrize(
+    "sizes", [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
+)
 def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> None:
     codec, counted = graphed(plain)
     lengths = cut(400, sizes)
@@ -92,7 +100,8 @@ def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None
             for stream, got, push in zip(streams, parts, pushes, strict=True):
                 got.append(stream.push(push))
         for i in range(2):
-            # The first is dropped in the middle in every other round, which must not matter to the next.
+            # The first is dropped in the middle in every other round, which must not matter to the
+            # next.
             if i or seed % 2:
                 parts[i].append(streams[i].finish())
                 same(parts[i], want[i])
@@ -140,12 +149,18 @@ def test_threads_push_at_the_same_time(plain: Codec) -> None:
 
 
 def test_what_was_not_captured_goes_without(plain: Codec) -> None:
-    """Moments of the caller's, another look-ahead, layers in host memory, a copy with other layers."""
+    """Moments of the caller's, another look-ahead, layers in host memory, a copy with other
+    layers."""
     codec, counted = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
     moments = codec.moments(codes)
-    same(stream_in(codec, codes, lengths, moments=moments), stream_in(plain, codes, lengths, moments=moments))
-    same(stream_in(codec, codes, lengths, lookahead=4), stream_in(plain, codes, lengths, lookahead=4))
+    same(
+        stream_in(codec, codes, lengths, moments=moments),
+        stream_in(plain, codes, lengths, moments=moments),
+    )
+    same(
+        stream_in(codec, codes, lengths, lookahead=4), stream_in(plain, codes, lengths, lookahead=4)
+    )
     other = copy.copy(codec)
     other.decoder = replace(codec.decoder, layers=codec.decoder.layers[:1])
     stream_in(other, codes, lengths)

@@ -5,11 +5,12 @@ import torch
 from helpers import snr_db, write_pair
 
 import mimo_fast
-from mimo_fast.audio import load_audio
-from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.mel import log_mel
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.quantization import Format, QuantizationConfig, WeightSource, quantize
-from mimo_fast.runtime.codec_offload import HostLayers
+from mimo_fast.runtime.codec.offload import HostLayers
 
 WIDE_ENOUGH = {"decoder_ffn_dim": 256, "encoder_ffn_dim": 256, "d_model": 128}
 """Every matrix has whole groups of 32 columns."""
@@ -25,13 +26,19 @@ def layers_of(codec):
 
 
 def matrices_of(codec):
-    return [matrix for layer in layers_of(codec) for matrix in (layer.qkv, layer.out, layer.up, layer.down)]
+    return [
+        matrix
+        for layer in layers_of(codec)
+        for matrix in (layer.qkv, layer.out, layer.up, layer.down)
+    ]
 
 
 def test_an_int8_codec_is_the_dense_one_up_to_rounding(pair):
     dense = mimo_fast.load(*pair, device="cpu").codec
     codec = mimo_fast.load(*pair, device="cpu", quantization={"codec": "int8"}).codec
-    assert all(isinstance(matrix, QuantizedWeight) and matrix.bits == 8 for matrix in matrices_of(codec))
+    assert all(
+        isinstance(matrix, QuantizedWeight) and matrix.bits == 8 for matrix in matrices_of(codec)
+    )
     assert torch.equal(codec.codebooks.table, dense.codebooks.table)
     assert codec.codebooks.table.dtype == torch.float32
     want = dense.decoder.layers[0].qkv
@@ -57,7 +64,9 @@ def test_a_quantized_language_model_takes_a_quantized_codec(pair, tmp_path):
     from mimo_fast.quantization import quantize_checkpoint
 
     quantize_checkpoint(pair[0], tmp_path / "small", "int8", progress=False)
-    model = mimo_fast.load(tmp_path / "small", pair[1], device="cpu", quantization={"codec": "int8"})
+    model = mimo_fast.load(
+        tmp_path / "small", pair[1], device="cpu", quantization={"codec": "int8"}
+    )
     assert isinstance(model.codec.decoder.layers[0].up, QuantizedWeight)
     with pytest.raises(mimo_fast.MimoFastError, match="quantized already"):
         mimo_fast.load(tmp_path / "small", pair[1], device="cpu", quantization="int8")
@@ -74,13 +83,17 @@ def test_the_codec_is_a_part():
 def test_a_key_without_a_bias_joins_the_others():
     tensors = {f"{part}.weight": torch.randn(4, 32) for part in "qkv"}
     tensors |= {f"{part}.bias": torch.randn(4) for part in "qv"}
-    dense = WeightSource(tensors.__getitem__, torch.float32).weight(*"qkv", bias=(True, False, True))
+    dense = WeightSource(tensors.__getitem__, torch.float32).weight(
+        *"qkv", bias=(True, False, True)
+    )
     assert isinstance(dense, Weight)
     assert dense.biases[1] is None
     requested = QuantizationConfig(codec=Format.parse("int8"))
     named = {f"encoder.layers.0.{name}": tensor for name, tensor in tensors.items()}
     source = WeightSource(named.__getitem__, torch.float32, requested=requested)
-    packed = source.weight(*(f"encoder.layers.0.{part}" for part in "qkv"), bias=(True, False, True))
+    packed = source.weight(
+        *(f"encoder.layers.0.{part}" for part in "qkv"), bias=(True, False, True)
+    )
     assert isinstance(packed, QuantizedWeight)
     assert packed.shape == (12, 32)
     torch.testing.assert_close(packed.bias[:4].float(), tensors["q.bias"])
@@ -91,7 +104,7 @@ def test_a_key_without_a_bias_joins_the_others():
 def test_an_encoder_in_host_memory_encodes_the_same(pair, audio, quantization):
     codec = mimo_fast.load(*pair, device="cpu", quantization=quantization).codec
     wav = load_audio(audio[0], codec.sample_rate)
-    want = codec.encode_mel(mel := mimo_fast.audio.log_mel(wav, codec.config))
+    want = codec.encode_mel(mel := log_mel(wav, codec.config))
     codes = codec.encode(wav)
     codec.offload_encoder()
     assert isinstance(codec.encoder.layers, HostLayers)
@@ -103,7 +116,8 @@ def test_an_encoder_in_host_memory_encodes_the_same(pair, audio, quantization):
 
 
 def test_a_layer_is_on_the_device_only_while_it_runs(model):
-    """The meta device stands for one: layers come to it when asked for and stay in host memory otherwise."""
+    """The meta device stands for one: layers come to it when asked for and stay in host memory
+    otherwise."""
     host = HostLayers((*model.codec.encoder.layers,), torch.device("cpu"))
     away = HostLayers((*model.codec.encoder.layers,), torch.device("meta"))
     assert len(host) == len(away) == len(model.codec.encoder.layers)

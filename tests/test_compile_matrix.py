@@ -1,4 +1,5 @@
-"""Every configuration of every kernel compiles for every GPU generation, and to what it was designed for."""
+"""Every configuration of every kernel compiles for every GPU generation, and to what it was
+designed for."""
 
 import shutil
 from pathlib import Path
@@ -7,14 +8,23 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from benchmarks.compile_matrix import ARCHITECTURES, CUDA, SHARED_LIMIT, cases, compile_case, compile_cuda
+from benchmarks.compile_matrix import (
+    ARCHITECTURES,
+    CUDA,
+    SHARED_LIMIT,
+    cases,
+    compile_case,
+    compile_cuda,
+)
 from mimo_fast.kernels.dispatch import Case
 
 CASES = list(cases())
 STATIC_SHARED = 48 * 1024
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}"
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiles_without_spills(case: Case, architecture: int) -> None:
     compiled = compile_case(case, architecture)
@@ -27,7 +37,9 @@ def test_compiles_without_spills(case: Case, architecture: int) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}"
+)
 @pytest.mark.parametrize("source", CUDA, ids=lambda source: source.name)
 def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
     kernels = compile_cuda(source, architecture)
@@ -43,6 +55,15 @@ def test_names_are_unique() -> None:
 
 def test_every_kernel_file_is_covered() -> None:
     modules = {case.kernel.__module__.rpartition(".")[2] for case in CASES}
-    for op in ("attention", "norm", "patch_embed", "rope", "rvq", "sample_codes", "sample_text", "swiglu"):
+    for op in (
+        "attention",
+        "norm",
+        "patch_embed",
+        "rope",
+        "rvq",
+        "sample_codes",
+        "sample_text",
+        "swiglu",
+    ):
         assert op in modules
-    assert {"decode_attention", "text_embed", "window_attention", "qmatmul_kernels"} <= modules
+    assert {"decode_attention", "text_embed", "window_attention", "triton_kernels"} <= modules

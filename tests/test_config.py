@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mimo_fast
+from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import ConfigError
-from mimo_fast.layout import codec_shapes, lm_shapes
 
 PRESETS = Path(mimo_fast.__file__).parent / "presets"
 
@@ -35,18 +35,60 @@ def complaint(part: str, changes: dict[str, Any], without: str | None = None) ->
 
 
 LM_KEYS = [
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "rms_norm_eps", "rope_theta", "max_position_embeddings", "local_dim", "local_layers", "local_attn_heads",
-    "local_ffn_dim", "input_local_layers", "group_size", "audio_channels", "speech_vocab_size", "speech_zeroemb_idx",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "local_dim",
+    "local_layers",
+    "local_attn_heads",
+    "local_ffn_dim",
+    "input_local_layers",
+    "group_size",
+    "audio_channels",
+    "speech_vocab_size",
+    "speech_zeroemb_idx",
     "delay_pattern",
 ]
 CODEC_KEYS = [
-    "sampling_rate", "n_mels", "nfft", "hop_length", "window_size", "fmin", "fmax", "max_audio_seconds", "d_model",
-    "kernel_size", "stride_size", "avg_pooler", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
-    "encoder_causal", "encoder_attn_window_size", "encoder_skip_layer_id", "decoder_layers", "decoder_attention_heads",
-    "decoder_ffn_dim", "decoder_causal", "decoder_attn_window_size", "decoder_kernel_size", "decoder_stride_size",
-    "vocoder_dim", "vocoder_num_layers", "vocoder_attention_heads", "vocoder_intermediate_dim",
-    "vocoder_attn_window_size", "num_quantizers", "codebook_size", "rope_theta",
+    "sampling_rate",
+    "n_mels",
+    "nfft",
+    "hop_length",
+    "window_size",
+    "fmin",
+    "fmax",
+    "max_audio_seconds",
+    "d_model",
+    "kernel_size",
+    "stride_size",
+    "avg_pooler",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "encoder_causal",
+    "encoder_attn_window_size",
+    "encoder_skip_layer_id",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "decoder_causal",
+    "decoder_attn_window_size",
+    "decoder_kernel_size",
+    "decoder_stride_size",
+    "vocoder_dim",
+    "vocoder_num_layers",
+    "vocoder_attention_heads",
+    "vocoder_intermediate_dim",
+    "vocoder_attn_window_size",
+    "num_quantizers",
+    "codebook_size",
+    "rope_theta",
 ]
 EVERY_KEY = [*(("lm", key) for key in LM_KEYS), *(("codec", key) for key in CODEC_KEYS)]
 
@@ -57,13 +99,35 @@ def test_missing_key_is_named(part, key):
 
 
 INTEGERS = [
-    *(("lm", key) for key in LM_KEYS if key not in (
-        "rms_norm_eps", "rope_theta", "speech_vocab_size", "speech_zeroemb_idx", "delay_pattern",
-    )),
-    *(("codec", key) for key in CODEC_KEYS if key not in (
-        "fmin", "fmax", "encoder_causal", "decoder_causal", "encoder_attn_window_size", "decoder_attn_window_size",
-        "vocoder_attn_window_size", "encoder_skip_layer_id", "codebook_size", "rope_theta",
-    )),
+    *(
+        ("lm", key)
+        for key in LM_KEYS
+        if key
+        not in (
+            "rms_norm_eps",
+            "rope_theta",
+            "speech_vocab_size",
+            "speech_zeroemb_idx",
+            "delay_pattern",
+        )
+    ),
+    *(
+        ("codec", key)
+        for key in CODEC_KEYS
+        if key
+        not in (
+            "fmin",
+            "fmax",
+            "encoder_causal",
+            "decoder_causal",
+            "encoder_attn_window_size",
+            "decoder_attn_window_size",
+            "vocoder_attn_window_size",
+            "encoder_skip_layer_id",
+            "codebook_size",
+            "rope_theta",
+        )
+    ),
 ]
 
 
@@ -74,24 +138,41 @@ def test_sizes_must_be_positive_integers(part, key):
         assert f"'{key}' must be a positive integer, not {value!r}" in message
 
 
-@pytest.mark.parametrize(("part", "key", "value"), [
-    ("lm", "hidden_act", "gelu"), ("lm", "use_sliding_window", True),
-    ("lm", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("lm", "rope_scaling", {"type": "linear"}),
-    ("codec", "activation_function", "relu"), ("codec", "position_embedding_type", "alibi"),
-    ("codec", "kernel_size", 5),
-    ("codec", "rope_type", "dynamic"), ("codec", "vocoder_padding", "center"), ("codec", "ln_type", "BatchNorm"),
-])
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("lm", "hidden_act", "gelu"),
+        ("lm", "use_sliding_window", True),
+        ("lm", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("lm", "rope_scaling", {"type": "linear"}),
+        ("codec", "activation_function", "relu"),
+        ("codec", "position_embedding_type", "alibi"),
+        ("codec", "kernel_size", 5),
+        ("codec", "rope_type", "dynamic"),
+        ("codec", "vocoder_padding", "center"),
+        ("codec", "ln_type", "BatchNorm"),
+    ],
+)
 def test_what_is_not_supported_is_refused(part, key, value):
     message = complaint(part, {key: value})
     assert f"'{key}' is {value!r}" in message
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("hidden_act", None), ("use_sliding_window", None), ("use_sliding_window", False), ("rope_scaling", None),
-    ("rope_scaling", {"rope_type": "default"}), ("rope_scaling", {}),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", None),
+        ("use_sliding_window", None),
+        ("use_sliding_window", False),
+        ("rope_scaling", None),
+        ("rope_scaling", {"rope_type": "default"}),
+        ("rope_scaling", {}),
+    ],
+)
 def test_defaults_spelled_out_are_accepted(key, value):
-    assert LMConfig.from_dict(kit_config("lm") | {key: value}) == LMConfig.from_dict(kit_config("lm"))
+    assert LMConfig.from_dict(kit_config("lm") | {key: value}) == LMConfig.from_dict(
+        kit_config("lm")
+    )
 
 
 @pytest.mark.parametrize("key", ["speech_vocab_size", "speech_zeroemb_idx", "delay_pattern"])
@@ -102,7 +183,9 @@ def test_wrong_channel_count(key):
 
 def test_one_value_holds_for_every_channel():
     for size in (65, "65"):
-        config = LMConfig.from_dict(kit_config("lm") | {"speech_vocab_size": size, "speech_zeroemb_idx": 64})
+        config = LMConfig.from_dict(
+            kit_config("lm") | {"speech_vocab_size": size, "speech_zeroemb_idx": 64}
+        )
         assert config.code_sizes == (65,) * 8
         assert config.empty_codes == (64,) * 8
 
@@ -120,7 +203,11 @@ def test_heads_that_do_not_divide():
     assert "num_key_value_heads" in complaint("lm", {"num_key_value_heads": 3})
     assert "local_attn_heads 5" in complaint("lm", {"local_attn_heads": 5})
     assert "local width 48" in complaint("lm", {"local_attn_heads": 32})
-    for key, value in (("encoder_attention_heads", 3), ("decoder_attention_heads", 64), ("vocoder_attention_heads", 5)):
+    for key, value in (
+        ("encoder_attention_heads", 3),
+        ("decoder_attention_heads", 64),
+        ("vocoder_attention_heads", 5),
+    ):
         assert f"{value} heads" in complaint("codec", {key: value})
 
 
@@ -131,16 +218,32 @@ def test_odd_heads_cannot_be_rotated(changes):
 
 
 MALFORMED: list[tuple[str, str, Any]] = [
-    ("lm", "speech_vocab_size", "65-x-17-17-17-17-17-17"), ("lm", "speech_vocab_size", ""),
-    ("lm", "speech_vocab_size", None), ("lm", "delay_pattern", "0-1-2-3-4-5-6-"), ("lm", "delay_pattern", [0] * 8),
-    ("lm", "rms_norm_eps", None), ("lm", "rms_norm_eps", "small"), ("lm", "rope_theta", None),
-    ("lm", "rope_theta", "many"), ("lm", "head_dim", "16"), ("lm", "input_local_dim", "wide"),
-    ("lm", "head_dim", -16), ("lm", "rope_parameters", [1]), ("lm", "rope_scaling", "yarn"),
-    ("codec", "encoder_attn_window_size", 40), ("codec", "encoder_attn_window_size", [40]),
-    ("codec", "decoder_attn_window_size", None), ("codec", "vocoder_attn_window_size", ["a", "b"]),
-    ("codec", "codebook_size", "64"), ("codec", "codebook_size", []), ("codec", "codebook_size", [64, 0]),
-    ("codec", "codebook_size", [64, None]), ("codec", "fmin", "low"), ("codec", "fmax", [12000]),
-    ("codec", "encoder_skip_layer_id", "two"), ("codec", "rope_theta", None),
+    ("lm", "speech_vocab_size", "65-x-17-17-17-17-17-17"),
+    ("lm", "speech_vocab_size", ""),
+    ("lm", "speech_vocab_size", None),
+    ("lm", "delay_pattern", "0-1-2-3-4-5-6-"),
+    ("lm", "delay_pattern", [0] * 8),
+    ("lm", "rms_norm_eps", None),
+    ("lm", "rms_norm_eps", "small"),
+    ("lm", "rope_theta", None),
+    ("lm", "rope_theta", "many"),
+    ("lm", "head_dim", "16"),
+    ("lm", "input_local_dim", "wide"),
+    ("lm", "head_dim", -16),
+    ("lm", "rope_parameters", [1]),
+    ("lm", "rope_scaling", "yarn"),
+    ("codec", "encoder_attn_window_size", 40),
+    ("codec", "encoder_attn_window_size", [40]),
+    ("codec", "decoder_attn_window_size", None),
+    ("codec", "vocoder_attn_window_size", ["a", "b"]),
+    ("codec", "codebook_size", "64"),
+    ("codec", "codebook_size", []),
+    ("codec", "codebook_size", [64, 0]),
+    ("codec", "codebook_size", [64, None]),
+    ("codec", "fmin", "low"),
+    ("codec", "fmax", [12000]),
+    ("codec", "encoder_skip_layer_id", "two"),
+    ("codec", "rope_theta", None),
 ]
 
 
@@ -152,7 +255,9 @@ def test_malformed_value_is_a_config_error_that_names_its_key(part, key, value):
 def test_rope_theta_may_be_nested():
     raw = kit_config("lm")
     del raw["rope_theta"]
-    config = LMConfig.from_dict(raw | {"rope_parameters": {"rope_theta": 123.0, "rope_type": "default"}})
+    config = LMConfig.from_dict(
+        raw | {"rope_parameters": {"rope_theta": 123.0, "rope_type": "default"}}
+    )
     assert config.backbone.rope_theta == 123.0
 
 
@@ -167,11 +272,19 @@ def test_optional_keys():
     assert not config.tie_embeddings
 
 
-@pytest.mark.parametrize(("sizes", "want"), [
-    (32, (32, 32, 32)), ([64, 16], (64, 16, 16)), ([64, 32, 16], (64, 32, 16)), ([64, 32, 16, 8], (64, 32, 16)),
-])
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        (32, (32, 32, 32)),
+        ([64, 16], (64, 16, 16)),
+        ([64, 32, 16], (64, 32, 16)),
+        ([64, 32, 16, 8], (64, 32, 16)),
+    ],
+)
 def test_the_last_codebook_size_repeats(sizes, want):
-    config = CodecConfig.from_dict(kit_config("codec") | {"num_quantizers": 3, "codebook_size": sizes})
+    config = CodecConfig.from_dict(
+        kit_config("codec") | {"num_quantizers": 3, "codebook_size": sizes}
+    )
     assert config.codebook_sizes == want
 
 
@@ -182,10 +295,21 @@ def test_fmax_defaults_to_half_the_rate():
 
 def test_moments_of_a_codec_that_states_them():
     assert CodecConfig.from_dict(kit_config("codec")).moments is None
-    stated = CodecConfig.from_dict(kit_config("codec") | {"streaming_moments": [[0, 1], [-0.5, 2]]}).moments
+    stated = CodecConfig.from_dict(
+        kit_config("codec") | {"streaming_moments": [[0, 1], [-0.5, 2]]}
+    ).moments
     assert stated == ((0.0, 1.0), (-0.5, 2.0))
-    for wrong in ([[0, 1]], [[0, 1], [0, 0]], [[0, "x"], [0, 1]], "moments", 3, [[0, 1], [0, 1], [0, 1]]):
-        assert "two pairs of mean and positive variance" in complaint("codec", {"streaming_moments": wrong})
+    for wrong in (
+        [[0, 1]],
+        [[0, 1], [0, 0]],
+        [[0, "x"], [0, 1]],
+        "moments",
+        3,
+        [[0, 1], [0, 1], [0, 1]],
+    ):
+        assert "two pairs of mean and positive variance" in complaint(
+            "codec", {"streaming_moments": wrong}
+        )
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", '{"a": 1,}', "\x00", '{"a": 1} x'])
@@ -205,7 +329,9 @@ def test_not_text(tmp_path):
         read_json(path)
 
 
-@pytest.mark.parametrize(("content", "kind"), [([1], "list"), ("text", "str"), (3, "int"), (None, "NoneType")])
+@pytest.mark.parametrize(
+    ("content", "kind"), [([1], "list"), ("text", "str"), (3, "int"), (None, "NoneType")]
+)
 def test_not_an_object(tmp_path, content, kind):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
@@ -233,7 +359,11 @@ def test_the_error_reaches_load(tmp_path, kit):
         mimo_fast.load(lm, kit / "checkpoint" / "codec", device="cpu")
 
 
-@given(st.dictionaries(st.sampled_from(LM_KEYS), st.none() | st.integers(-9, 9) | st.text("129-x", max_size=4)))
+@given(
+    st.dictionaries(
+        st.sampled_from(LM_KEYS), st.none() | st.integers(-9, 9) | st.text("129-x", max_size=4)
+    )
+)
 def test_any_replaced_values_parse_or_raise_a_config_error(changes):
     with suppress(ConfigError):
         LMConfig.from_dict(kit_config("lm") | changes)
@@ -251,10 +381,28 @@ def test_published_language_model():
     """MiMo-Audio-7B: the report's table of dimensions."""
     config = LMConfig.from_dict(preset("lm"))
     backbone, encoder, decoder = config.backbone, config.patch_encoder, config.patch_decoder
-    assert (backbone.layers, backbone.dim, backbone.ffn_dim, backbone.heads, backbone.kv_heads, backbone.head_dim) == (
-        36, 4096, 11008, 32, 8, 128)
-    assert (encoder.layers, encoder.dim, encoder.ffn_dim, encoder.heads, encoder.head_dim) == (6, 1024, 4096, 64, 16)
-    assert (decoder.layers, decoder.dim, decoder.ffn_dim, decoder.heads, decoder.head_dim) == (16, 1024, 4096, 64, 16)
+    assert (
+        backbone.layers,
+        backbone.dim,
+        backbone.ffn_dim,
+        backbone.heads,
+        backbone.kv_heads,
+        backbone.head_dim,
+    ) == (36, 4096, 11008, 32, 8, 128)
+    assert (encoder.layers, encoder.dim, encoder.ffn_dim, encoder.heads, encoder.head_dim) == (
+        6,
+        1024,
+        4096,
+        64,
+        16,
+    )
+    assert (decoder.layers, decoder.dim, decoder.ffn_dim, decoder.heads, decoder.head_dim) == (
+        16,
+        1024,
+        4096,
+        64,
+        16,
+    )
     assert (config.vocab_size, config.group_size, config.channels) == (151680, 4, 8)
     assert config.code_sizes == (1025, 1025, *[129] * 6)
     assert config.empty_codes == (1024, 1024, *[128] * 6)
@@ -266,10 +414,20 @@ def test_published_language_model():
 
 def test_published_codec():
     config = CodecConfig.from_dict(preset("codec"))
-    assert (config.dim, config.encoder_layers, config.decoder_layers, config.vocoder_layers) == (1280, 32, 32, 16)
+    assert (config.dim, config.encoder_layers, config.decoder_layers, config.vocoder_layers) == (
+        1280,
+        32,
+        32,
+        16,
+    )
     assert (config.vocoder_dim, config.vocoder_window, config.skip_layer) == (256, (40, 10), 3)
     assert config.codebook_sizes == (1024, 1024, *[128] * 18)
-    assert (config.sample_rate, config.hop, config.n_mels, config.samples_per_frame) == (24000, 240, 128, 960)
+    assert (config.sample_rate, config.hop, config.n_mels, config.samples_per_frame) == (
+        24000,
+        240,
+        128,
+        960,
+    )
     assert (config.f_min, config.f_max) == (0, 12000)
     assert (config.encoder_causal, config.decoder_causal) == (False, True)
 
@@ -279,7 +437,11 @@ def test_published_numbers_of_parameters():
     codec = codec_shapes(CodecConfig.from_dict(preset("codec")))
     assert parameters(language_model) / 1e9 == pytest.approx(8.0, abs=0.05)
     assert parameters(codec) / 1e9 == pytest.approx(1.29, abs=0.005)
-    backbone = {name: shape for name, shape in language_model.items() if name.startswith(("model.layers", "lm_head"))}
+    backbone = {
+        name: shape
+        for name, shape in language_model.items()
+        if name.startswith(("model.layers", "lm_head"))
+    }
     assert parameters(backbone) / 1e9 == pytest.approx(7.0, abs=0.05)
 
 

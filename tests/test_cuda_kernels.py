@@ -1,4 +1,5 @@
-"""The CUDA kernels' own source, compiled for the CPU, where the threads of a warp are threads that meet at barriers."""
+"""The CUDA kernels' own source, compiled for the CPU, where the threads of a warp are threads that
+meet at barriers."""
 
 import ctypes
 import shutil
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels import cuda
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.quantization import Format, quantize
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,20 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("cuda") / "emulated.so"
     sources, names = sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "cuda"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, "-x", "c++", *flags, f"-I{names}", *sources, "-o", target], check=True)
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+    ]
+    subprocess.run(
+        [compiler, "-x", "c++", *flags, f"-I{names}", *sources, "-o", target], check=True
+    )
     return cuda.declared(ctypes.CDLL(str(target)))
 
 
@@ -36,11 +49,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weight_of(name: str, rows: int, columns: int, bias: bool = False) -> QuantizedWeight:
-    return quantize(random(rows, columns, seed=1).float(), Format.parse(name), random(rows, seed=2) if bias else None)
+    return quantize(
+        random(rows, columns, seed=1).float(),
+        Format.parse(name),
+        random(rows, seed=2) if bias else None,
+    )
 
 
-def product(library, x: Tensor, weight: QuantizedWeight, norm=None, residual=None, swiglu=False) -> Tensor:
-    """The kernel's result, in a buffer that holds NaN before, with a row after it that must stay so."""
+def product(
+    library, x: Tensor, weight: QuantizedWeight, norm=None, residual=None, swiglu=False
+) -> Tensor:
+    """The kernel's result, in a buffer that holds NaN before, with a row after it that must stay
+    so."""
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     room = torch.full((len(x) + 1, width), torch.nan, dtype=torch.bfloat16)
     assert cuda.takes_form(x, weight)
@@ -49,11 +69,15 @@ def product(library, x: Tensor, weight: QuantizedWeight, norm=None, residual=Non
     return room[:-1]
 
 
-def check(x: Tensor, weight: QuantizedWeight, got: Tensor, norm=None, residual=None, swiglu=False) -> None:
+def check(
+    x: Tensor, weight: QuantizedWeight, got: Tensor, norm=None, residual=None, swiglu=False
+) -> None:
     """Within the rounding to bfloat16 of the result and, with a norm, of x times its weight."""
     wide, dense = x.double(), dequantize(weight).double()
     if norm is not None:
-        wide = wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+        wide = (
+            wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+        )
     want = wide @ dense.T + (0 if weight.bias is None else weight.bias.double())
     size = (1e-5 + (norm is not None) * ROUNDING) * (wide.abs() @ dense.abs().T)
     if swiglu:

@@ -1,4 +1,5 @@
-"""Steps over a cache against an explicit float64 softmax over all that was fed, and what int8 costs."""
+"""Steps over a cache against an explicit float64 softmax over all that was fed, and what int8
+costs."""
 
 import math
 
@@ -15,7 +16,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def turned(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """x [T, H, Dh] -> float64, its halves the parts of complex numbers turned by each position's angles."""
+    """x [T, H, Dh] -> float64, its halves the parts of complex numbers turned by each position's
+    angles."""
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = table.double()[:, positions, None]
     product = torch.complex(first, second) * torch.complex(cos, sin)
@@ -23,8 +25,11 @@ def turned(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 
 def oracle(fed: Tensor, table: Tensor, heads: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Output [H Dh] float64 of the last of the rows fed [T, (H + 2 Hkv) Dh]; keys rounded to dtype as in a cache."""
-    q, k, v = fed.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+    """Output [H Dh] float64 of the last of the rows fed [T, (H + 2 Hkv) Dh]; keys rounded to dtype
+    as in a cache."""
+    q, k, v = fed.unflatten(-1, (heads + 2 * kv_heads, -1)).split(
+        (heads, kv_heads, kv_heads), dim=1
+    )
     positions = torch.arange(len(fed))
     query = turned(q[-1:], table, positions[-1:])[0].to(dtype).double()
     keys = turned(k, table, positions).to(dtype).double()
@@ -36,8 +41,12 @@ def oracle(fed: Tensor, table: Tensor, heads: int, kv_heads: int, dtype: torch.d
     return torch.cat(rows)
 
 
-def empty_cache(b: int, kv_heads: int, capacity: int, dh: int, dtype: torch.dtype, garbage: float) -> LayerKV:
-    return LayerKV(*(torch.full((b, kv_heads, capacity, dh), garbage, dtype=dtype) for _ in range(2)))
+def empty_cache(
+    b: int, kv_heads: int, capacity: int, dh: int, dtype: torch.dtype, garbage: float
+) -> LayerKV:
+    return LayerKV(
+        *(torch.full((b, kv_heads, capacity, dh), garbage, dtype=dtype) for _ in range(2))
+    )
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -51,13 +60,21 @@ def test_rows_at_lengths_of_their_own(heads, kv_heads, dtype, garbage):
     """Prefilled to 0, 17 and 36 of 40 positions, then three steps together."""
     slots, starts, dh = [3, 0, 4], [0, 17, 36], 16
     cache, table = empty_cache(5, kv_heads, 40, dh, dtype, garbage), rope_table(dh, 640000.0, 40)
-    fed = [gaussian(start + 3, (heads + 2 * kv_heads) * dh, seed=start).to(dtype) for start in starts]
+    fed = [
+        gaussian(start + 3, (heads + 2 * kv_heads) * dh, seed=start).to(dtype) for start in starts
+    ]
     for slot, start, rows in zip(slots, starts, fed, strict=True):
         if start:
-            rope_append(rows[None, :start], table, cache, torch.tensor([slot]), torch.tensor([0]), heads)
+            rope_append(
+                rows[None, :start], table, cache, torch.tensor([slot]), torch.tensor([0]), heads
+            )
     for step in range(3):
-        qkv = torch.stack([rows[start + step] for start, rows in zip(starts, fed, strict=True)])[:, None]
-        got = decode_attention(qkv, table, cache, torch.tensor(slots), torch.tensor(starts) + step, heads, 40)
+        qkv = torch.stack([rows[start + step] for start, rows in zip(starts, fed, strict=True)])[
+            :, None
+        ]
+        got = decode_attention(
+            qkv, table, cache, torch.tensor(slots), torch.tensor(starts) + step, heads, 40
+        )
         assert got.shape == (3, 1, heads * dh)
         assert got.dtype == dtype
         for row, (start, rows) in enumerate(zip(starts, fed, strict=True)):
@@ -65,7 +82,9 @@ def test_rows_at_lengths_of_their_own(heads, kv_heads, dtype, garbage):
             # Keys and probabilities may fall to the other side of a rounding.
             noise = 4 * torch.finfo(dtype).eps + (2e-5 if dtype == torch.float32 else 0)
             assert_rounded(got[row, 0], want, noise=noise)
-    assert torch.equal(cache.k[[1, 2]], torch.full_like(cache.k[[1, 2]], garbage)) or math.isnan(garbage)
+    assert torch.equal(cache.k[[1, 2]], torch.full_like(cache.k[[1, 2]], garbage)) or math.isnan(
+        garbage
+    )
 
 
 def test_a_row_alone_gives_what_it_gives_in_a_batch():
@@ -97,11 +116,14 @@ def steps_of(cache: LayerKV, fed: Tensor, heads: int) -> Tensor:
     """The last step's output after a prefill of the others."""
     table, zero = rope_table(cache.k.shape[3], 640000.0, cache.capacity), torch.tensor([0])
     rope_append(fed[None, :-1], table, cache, zero, zero, heads)
-    return decode_attention(fed[None, -1:], table, cache, zero, zero + len(fed) - 1, heads, cache.capacity)
+    return decode_attention(
+        fed[None, -1:], table, cache, zero, zero + len(fed) - 1, heads, cache.capacity
+    )
 
 
 def test_int8_keys_and_values_cost_about_a_percent():
-    """Gaussian heads of 128: a step of absmax / 127, about 3 / 127, is an error of 0.7% of a value's deviation."""
+    """Gaussian heads of 128: a step of absmax / 127, about 3 / 127, is an error of 0.7% of a
+    value's deviation."""
     heads, kv_heads, dh, length = 32, 8, 128, 500
     fed = gaussian(length, (heads + 2 * kv_heads) * dh)
     shape = (1, kv_heads, length, dh)
@@ -124,7 +146,11 @@ def test_int8_keys_and_values_cost_about_a_percent():
 
 
 def test_arguments_that_do_not_match_are_refused():
-    cache, table, one = empty_cache(1, 2, 20, 16, torch.float32, 0.0), rope_table(16, 640000.0, 20), torch.tensor([0])
+    cache, table, one = (
+        empty_cache(1, 2, 20, 16, torch.float32, 0.0),
+        rope_table(16, 640000.0, 20),
+        torch.tensor([0]),
+    )
     with pytest.raises(ValueError, match="as many slots"):
         decode_attention(gaussian(1, 1, 128), table, cache, torch.tensor([0, 0]), one, 4, 20)
     with pytest.raises(ValueError, match="width 128"):

@@ -1,4 +1,5 @@
-"""`mimo-fast demo` as a newcomer meets it; whatever the weights say, its table, texts and files are there."""
+"""`mimo-fast demo` as a newcomer meets it; whatever the weights say, its table, texts and files are
+there."""
 
 import json
 import re
@@ -8,18 +9,24 @@ import soundfile
 import torch
 from helpers import KIT
 
-from mimo_fast.cli import main
-from mimo_fast.demo import SENTENCE
-from mimo_fast.embedded import QUESTION
+from mimo_fast.checkpoint.embedded import QUESTION
+from mimo_fast.cli.demo import SENTENCE
+from mimo_fast.cli.main import main
 from training import domain
 
 AUDIO = KIT / "audio" / "en_m_24k.wav"
 PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 STAGES = [
-    "load", "say: prefill", "say: N groups, streaming", "encode to 8 x N codes", "decode them again",
-    "transcribe: encode and prefill", "transcribe: N groups, streaming",
-    "answer: encode and prefill", "answer: N groups, streaming",
-]  # fmt: skip
+    "load",
+    "say: prefill",
+    "say: N groups, streaming",
+    "encode to 8 x N codes",
+    "decode them again",
+    "transcribe: encode and prefill",
+    "transcribe: N groups, streaming",
+    "answer: encode and prefill",
+    "answer: N groups, streaming",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +41,20 @@ def without_counts(stage: str) -> str:
 
 
 def test_without_a_model_the_embedded_one_speaks_listens_and_answers(capsys, tmp_path):
-    assert main(["demo", "-o", str(tmp_path / "out"), "--json", str(tmp_path / "t.json"), "--max-tokens", "60"]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                "-o",
+                str(tmp_path / "out"),
+                "--json",
+                str(tmp_path / "t.json"),
+                "--max-tokens",
+                "60",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert err.startswith("using nano, ")
     assert "warning" not in err
@@ -43,7 +63,9 @@ def test_without_a_model_the_embedded_one_speaks_listens_and_answers(capsys, tmp
     stages = [row["stage"] for row in record["stages"]]
     assert [stage for stage in map(without_counts, stages) if "first audio" not in stage] == STAGES
     assert table[0].split() == ["stage", "audio", "time", "real-time", "factor"]
-    assert [line for line, stage in zip(table[1:], stages, strict=True) if not line.startswith(stage)] == []
+    assert [
+        line for line, stage in zip(table[1:], stages, strict=True) if not line.startswith(stage)
+    ] == []
     assert texts[0] == f"the recording: {QUESTION}"
     said = [f"{name + ':':<10}{text!r}" for name, text in record["texts"].items()]
     assert texts[1:4] == said
@@ -54,12 +76,26 @@ def test_without_a_model_the_embedded_one_speaks_listens_and_answers(capsys, tmp
 
 
 def test_with_a_model_and_a_recording(capsys, tmp_path):
-    arguments = ["demo", str(AUDIO), "--text", "Hello there.", "-o", str(tmp_path), *PAIR, "--max-tokens", "40"]
+    arguments = [
+        "demo",
+        str(AUDIO),
+        "--text",
+        "Hello there.",
+        "-o",
+        str(tmp_path),
+        *PAIR,
+        "--max-tokens",
+        "40",
+    ]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert err.startswith("loading ")
     assert f"the recording: {AUDIO}" in out
-    for stage in ("say: time to first audio", "encode to 8 x 63 codes", "answer: time to first audio"):
+    for stage in (
+        "say: time to first audio",
+        "encode to 8 x 63 codes",
+        "answer: time to first audio",
+    ):
         assert stage in out
     names = ["recording_decoded.wav", "reply.wav", "said.wav"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -68,8 +104,24 @@ def test_with_a_model_and_a_recording(capsys, tmp_path):
 
 
 def test_it_names_words_that_the_model_was_not_trained_on(capsys, tmp_path):
-    assert main(["demo", "--text", "Hello, 42 penguins!", "-o", str(tmp_path / "out"), "--max-tokens", "5"]) == 0
-    assert "warning: this model was not trained on, and may garble: penguins\n" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "demo",
+                "--text",
+                "Hello, 42 penguins!",
+                "-o",
+                str(tmp_path / "out"),
+                "--max-tokens",
+                "5",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "warning: this model was not trained on, and may garble: penguins\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_its_sentence_is_of_the_domain_and_new_to_the_model():
@@ -78,7 +130,10 @@ def test_its_sentence_is_of_the_domain_and_new_to_the_model():
 
 
 def test_wrong_input_is_one_line(capsys, tmp_path):
-    for arguments, problem in (([str(tmp_path / "no.wav")], "no.wav"), (["--text", " "], "no text to say")):
+    for arguments, problem in (
+        ([str(tmp_path / "no.wav")], "no.wav"),
+        (["--text", " "], "no text to say"),
+    ):
         assert main(["demo", "-o", str(tmp_path / "out"), *arguments]) == 1
         assert problem in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -10,13 +10,15 @@ from helpers import write_pair
 from variants import WIDE, random_prompt
 
 import mimo_fast
-from mimo_fast.audio import load_audio
+from mimo_fast.audio.files import load_audio
 
 
 def test_the_variants_differ_where_they_should(loaded):
     config, tensors = loaded.model.lm.config, loaded.tensors
     assert ("lm_head.weight" in tensors) != config.tie_embeddings
-    assert ("speech_embeddings_to_local.weight" in tensors) == (config.patch_encoder.dim != config.patch_decoder.dim)
+    assert ("speech_embeddings_to_local.weight" in tensors) == (
+        config.patch_encoder.dim != config.patch_decoder.dim
+    )
 
 
 def test_codec_end_to_end(loaded, audio):
@@ -25,7 +27,10 @@ def test_codec_end_to_end(loaded, audio):
     codes = codec.encode(wav)
     config = codec.config
     mel_frames = 1 + len(wav) // config.hop
-    assert codes.shape == (len(config.codebook_sizes), math.ceil(math.ceil(mel_frames / config.stride) / config.pool))
+    assert codes.shape == (
+        len(config.codebook_sizes),
+        math.ceil(math.ceil(mel_frames / config.stride) / config.pool),
+    )
     for index, size in zip(codes, config.codebook_sizes, strict=True):
         assert ((index >= 0) & (index < size)).all()
     assert len(codes[0].unique()) > 3, "the codes should depend on the audio"
@@ -57,7 +62,9 @@ def talking(loaded, monkeypatch) -> Iterator[mimo_fast.MimoAudio]:
     """A model whose text channel always opens an audio position."""
     model = loaded.model
     monkeypatch.setattr(
-        model.lm, "sample_text", lambda _state, slots, *_: torch.full((len(slots),), model.empty_token)
+        model.lm,
+        "sample_text",
+        lambda _state, slots, *_: torch.full((len(slots),), model.empty_token),
     )
     return model
 
@@ -71,9 +78,12 @@ def test_streamed_dialogue(talking, audio):
     assert len(wav) == 5 * samples
     assert wav.isfinite().all()
     assert wav.abs().max() > 0
-    again = torch.cat([
-        chunk.audio for chunk in talking.stream("spoken_dialogue", str(audio[0]), max_new_tokens=6, seed=3)
-    ])
+    again = torch.cat(
+        [
+            chunk.audio
+            for chunk in talking.stream("spoken_dialogue", str(audio[0]), max_new_tokens=6, seed=3)
+        ]
+    )
     assert torch.equal(wav, again)
 
 
@@ -81,9 +91,14 @@ def test_second_turn_of_a_dialogue(talking, audio, tmp_path):
     out = tmp_path / "reply.wav"
     talking.clear_history()
     for turn in range(2):
-        talking.spoken_dialogue_sft(str(audio[0]), str(out), add_history=turn > 0, max_new_tokens=4, seed=0)
+        talking.spoken_dialogue_sft(
+            str(audio[0]), str(out), add_history=turn > 0, max_new_tokens=4, seed=0
+        )
         frames = 3 * talking.group_size
-        assert len(load_audio(out, talking.codec.sample_rate)) == frames * talking.codec.config.samples_per_frame
+        assert (
+            len(load_audio(out, talking.codec.sample_rate))
+            == frames * talking.codec.config.samples_per_frame
+        )
 
 
 def test_generate_in_both_layouts(loaded):
@@ -105,7 +120,8 @@ def test_language_model_and_codec_that_do_not_belong_together(tmp_path: Path, ki
 
 @pytest.mark.parametrize("sizes", [[64, 64, 15], [64, 64, 17]])
 def test_codebooks_of_other_sizes_do_not_belong_together(tmp_path: Path, sizes: list[int]):
-    """A code that the codec lacks, or that the language model reads as the empty code, ends in an error or in noise."""
+    """A code that the codec lacks, or that the language model reads as the empty code, ends in an
+    error or in noise."""
     lm, codec = write_pair(tmp_path, {}, {"codebook_size": sizes})
     with pytest.raises(mimo_fast.CheckpointError, match="belong together") as caught:
         mimo_fast.load(lm, codec, device="cpu")

@@ -1,4 +1,5 @@
-"""The pair inside the package: when it is meant, that it is found without a network, that it is installed."""
+"""The pair inside the package: when it is meant, that it is found without a network, that it is
+installed."""
 
 import socket
 import tomllib
@@ -10,13 +11,22 @@ import soundfile
 from helpers import KIT, fault
 
 import mimo_fast
-from mimo_fast import commands, embedded
-from mimo_fast.checkpoint import find_checkpoint
-from mimo_fast.cli import main
-from mimo_fast.embedded import CARD, NANO, PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL, QUESTION, resolve_pair
+from mimo_fast.checkpoint import embedded
+from mimo_fast.checkpoint.embedded import (
+    CARD,
+    NANO,
+    PUBLISHED_BASE,
+    PUBLISHED_CODEC,
+    PUBLISHED_MODEL,
+    QUESTION,
+    resolve_pair,
+)
+from mimo_fast.checkpoint.files import find_checkpoint
+from mimo_fast.cli import commands
+from mimo_fast.cli.main import main
 from mimo_fast.errors import MimoFastError
 from mimo_fast.sampling import TASK_SAMPLERS
-from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +143,9 @@ def test_commands_without_a_model_use_the_embedded_one_and_say_so(capsys, asked,
         ([], {"MODEL": "", "CODEC": ""}, BOTH),
     ],
 )
-def test_options_and_the_environment_name_others(capsys, asked, monkeypatch, options, environment, pair):
+def test_options_and_the_environment_name_others(
+    capsys, asked, monkeypatch, options, environment, pair
+):
     for name, value in environment.items():
         monkeypatch.setenv(f"MIMO_FAST_{name}", value)
     assert main(["asr", str(AUDIO), *options]) == 1
@@ -183,4 +195,6 @@ def test_every_file_of_the_package_is_installed():
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["mimo_fast"]
     installed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
     built = {".py", ".pyc", ".so"}
-    assert {path for path in package.rglob("*") if path.is_file() and path.suffix not in built} == installed
+    assert {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in built
+    } == installed

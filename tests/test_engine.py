@@ -10,12 +10,16 @@ from torch import Tensor
 
 from mimo_fast import LM, MimoAudio
 from mimo_fast.generation import group_ids
-from mimo_fast.runtime.decode import Group
-from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.decode import Group
 
 
 def test_threads_share_their_steps(
-    model: MimoAudio, engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+    model: MimoAudio,
+    engine: Engine,
+    requests: list[Request],
+    alone: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows, step = list[int](), LM.step
 
@@ -40,22 +44,31 @@ def test_threads_share_their_steps(
 
 
 class TestPausing:
-    def test_a_stream_alone_is_as_lazy_as_a_generator(self, engine: Engine, requests: list[Request]) -> None:
+    def test_a_stream_alone_is_as_lazy_as_a_generator(
+        self, engine: Engine, requests: list[Request]
+    ) -> None:
         reply = requests[5].start(engine)
         for taken in range(1, 5):
             next(reply)
             assert reply._job.row.produced == taken
 
-    def test_a_row_runs_ahead_of_its_consumer_by_so_much(self, engine: Engine, requests: list[Request]) -> None:
+    def test_a_row_runs_ahead_of_its_consumer_by_so_much(
+        self, engine: Engine, requests: list[Request]
+    ) -> None:
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
         list(busy)
         assert idle._job.row.produced == 2
 
     def test_a_long_prompt_comes_in_chunks_between_the_groups_of_others(
-        self, model: MimoAudio, engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: Any
+        self,
+        model: MimoAudio,
+        engine: Engine,
+        requests: list[Request],
+        alone: list[Any],
+        monkeypatch: Any,
     ) -> None:
-        monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 8)
+        monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 8)
         running = requests[5].start(engine)
         got = [next(running)]
         long = requests[4].start(engine)
@@ -70,7 +83,9 @@ class TestPausing:
         assert drawn(list(long)) == alone[4]
 
 
-def test_conversations_that_nobody_holds_leave_their_slots(engine: Engine, requests: list[Request]) -> None:
+def test_conversations_that_nobody_holds_leave_their_slots(
+    engine: Engine, requests: list[Request]
+) -> None:
     for _ in range(8):
         next(requests[5].start(engine))
     assert len([owner for owner in engine._owners if owner and owner()]) <= 1
@@ -92,5 +107,7 @@ def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
         got[row] += list(reply)
     assert [drawn(groups) for groups in got] == [alone[i] for i in (3, 4, 5)]
     conversation = replies[0]._job.conversation
-    ids = torch.cat([requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1)
+    ids = torch.cat(
+        [requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1
+    )
     assert torch.equal(conversation.ids, ids)

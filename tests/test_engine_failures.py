@@ -1,4 +1,5 @@
-"""Rows that fail between others: each error ends its own reply, names its cause, and loses nothing of the others."""
+"""Rows that fail between others: each error ends its own reply, names its cause, and loses nothing
+of the others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mimo_fast import LM, MimoAudio
 from mimo_fast.errors import BusyError, DeviceMemoryError
-from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.engine.engine import Engine
 
 
 @pytest.fixture
@@ -43,11 +44,18 @@ def test_a_row_that_fails_leaves_the_others_alone(
     assert not engine._jobs
 
 
-def test_memory_running_out_says_what_to_do(engine: Engine, requests: list[Request], broken: Any) -> None:
+def test_memory_running_out_says_what_to_do(
+    engine: Engine, requests: list[Request], broken: Any
+) -> None:
     reply = requests[5].start(engine)
     next(reply)
-    broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"), reply._job.row.slot)
-    with pytest.raises(DeviceMemoryError, match=r"Tried to allocate 2 GiB\): lower max_batch or max_seq_len"):
+    broken(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+        reply._job.row.slot,
+    )
+    with pytest.raises(
+        DeviceMemoryError, match=r"Tried to allocate 2 GiB\): lower max_batch or max_seq_len"
+    ):
         list(reply)
 
 
@@ -56,7 +64,9 @@ def test_an_error_in_a_prompt_is_that_reply_s_own(
 ) -> None:
     other = requests[5].start(engine, ahead=None)
     first, prefill = next(other), LM.prefill
-    monkeypatch.setattr(LM, "prefill", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost")))
+    monkeypatch.setattr(
+        LM, "prefill", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost"))
+    )
     reply = requests[0].start(engine)
     with pytest.raises(RuntimeError, match="device lost"):
         reply.prefill()
@@ -69,7 +79,10 @@ def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(
     engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C comes to whoever does the work; the others go on where they were."""
-    interrupted, other = requests[3].start(engine, ahead=None), requests[5].start(engine, ahead=None)
+    interrupted, other = (
+        requests[3].start(engine, ahead=None),
+        requests[5].start(engine, ahead=None),
+    )
     before, first = [next(interrupted)], next(other)
     with monkeypatch.context() as patch:
         step = LM.step
@@ -91,7 +104,10 @@ def test_a_hook_that_fails_ends_its_own_reply(
     def hook(text: int, codes: Tensor) -> bool:
         raise ConnectionError("the client went away")
 
-    failing, other = requests[4].start(engine, stop_hook=hook, ahead=None), requests[5].start(engine)
+    failing, other = (
+        requests[4].start(engine, stop_hook=hook, ahead=None),
+        requests[5].start(engine),
+    )
     with pytest.raises(ConnectionError, match="went away"):
         list(failing)
     assert drawn(list(other)) == alone[5]

@@ -1,4 +1,5 @@
-"""Rows that join, leave, are cancelled and are interrupted between groups: each draws what it would draw alone."""
+"""Rows that join, leave, are cancelled and are interrupted between groups: each draws what it would
+draw alone."""
 
 import random
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from replies import CAPACITY, Consumer, Drawn, Interruption, Request, drawn
 from torch import Tensor
 
 from mimo_fast import MimoAudio
-from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.graphs import Capture, Graphs, Run
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.graphs import Capture, Graphs, Run
 
 
 def repeated(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Stands in for a CUDA graph: the work runs anew at each replay, its result at a fixed place."""
+    """Stands in for a CUDA graph: the work runs anew at each replay, its result at a fixed
+    place."""
     result = run().clone()
 
     def replay() -> None:
@@ -45,7 +47,11 @@ class Counted:
 def interruptions(requests: list[Request]) -> list[Interruption | None]:
     """For each request two that end at different places, and none at all."""
     then = requests[0].ids[:, :24]
-    return [None, Interruption(taken=5, heard=2, then=then), Interruption(taken=3, heard=3, then=then)]
+    return [
+        None,
+        Interruption(taken=5, heard=2, then=then),
+        Interruption(taken=3, heard=3, then=then),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +73,15 @@ def by_itself(model: MimoAudio, requests: list[Request], interruptions: list[Int
 
 @pytest.mark.parametrize("seed", range(50))
 def test_any_mix_gives_the_tokens_of_lone_runs(
-    model: MimoAudio, engine: Engine, requests: list[Request], interruptions: list[Interruption | None], by_itself,
+    model: MimoAudio,
+    engine: Engine,
+    requests: list[Request],
+    interruptions: list[Interruption | None],
+    by_itself,
     seed: int,
-) -> None:  # fmt: skip
-    """More rows than slots, started, left and interrupted at random moments, taken from in random order."""
+) -> None:
+    """More rows than slots, started, left and interrupted at random moments, taken from in random
+    order."""
     rng = random.Random(seed)
     engine.decoder.predict = bool(seed % 2)
     if seed % 3 == 2:
@@ -82,7 +93,9 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
             request, interruption = to_start.pop()
             patience = 1000 if interruption else rng.choice([3, 1000, 1000])
             consumer = Consumer(requests[request], patience, interruptions[interruption])
-            running.append((consumer.start(engine, ahead=rng.choice([1, 2, None])), request, interruption))
+            running.append(
+                (consumer.start(engine, ahead=rng.choice([1, 2, None])), request, interruption)
+            )
             continue
         each = rng.choice(running)
         if not each[0].take():
@@ -93,7 +106,10 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
         groups, ids = by_itself(request, interruption)
         assert drawn(consumer.got) == groups[: consumer.patience]
         # What it never took is forgotten.
-        assert torch.equal(consumer.conversation.ids, ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))])
+        assert torch.equal(
+            consumer.conversation.ids,
+            ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))],
+        )
     assert not engine._jobs
 
 

@@ -1,4 +1,5 @@
-"""Resampling and log-mel against formulas written down here a second time, and against upstream's own output."""
+"""Resampling and log-mel against formulas written down here a second time, and against upstream's
+own output."""
 
 import json
 import math
@@ -16,15 +17,33 @@ from memory import peak_memory, peak_memory_alone
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mimo_fast import features
-from mimo_fast.audio import load_audio
+from mimo_fast.audio import mel as features
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.mel import log_mel, resample, resample_blocks
 from mimo_fast.config import CodecConfig
 from mimo_fast.errors import AudioError
-from mimo_fast.features import log_mel, resample, resample_blocks
 
-SMALL_RATIOS = [(16000, 24000), (8000, 24000), (11025, 24000), (22050, 24000), (32000, 24000), (44100, 24000),
-                (48000, 24000), (192000, 24000), (24000, 44100), (24000, 8000), (24000, 16000)]
-COPRIME = [(44101, 24000), (11127, 24000), (24000, 44101), (7999, 8000), (767999, 1000), (1000, 15013)]
+SMALL_RATIOS = [
+    (16000, 24000),
+    (8000, 24000),
+    (11025, 24000),
+    (22050, 24000),
+    (32000, 24000),
+    (44100, 24000),
+    (48000, 24000),
+    (192000, 24000),
+    (24000, 44100),
+    (24000, 8000),
+    (24000, 16000),
+]
+COPRIME = [
+    (44101, 24000),
+    (11127, 24000),
+    (24000, 44101),
+    (7999, 8000),
+    (767999, 1000),
+    (1000, 15013),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +61,8 @@ def noise(n: int, seed: int = 0) -> Tensor:
 
 
 def dense_resample(wav: Tensor, source: int, target: int, dtype: torch.dtype) -> Tensor:
-    """One strided convolution with the whole filter table, its phases and taps computed in `dtype`."""
+    """One strided convolution with the whole filter table, its phases and taps computed in
+    `dtype`."""
     divisor = math.gcd(source, target)
     orig, new = source // divisor, target // divisor
     base = min(orig, new) * 0.99
@@ -72,8 +92,12 @@ def test_resample_equals_the_dense_formula(source: int, target: int, n: int) -> 
     wav = noise(n)
     out = resample(wav, source, target)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, dense_resample(wav, source, target, torch.float32), rtol=0, atol=1e-6)
-    torch.testing.assert_close(out, dense_resample(wav, source, target, torch.float64), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        out, dense_resample(wav, source, target, torch.float32), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        out, dense_resample(wav, source, target, torch.float64), rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(("source", "target"), [(2003, 1999), (5003, 1009), (1000, 7013)])
@@ -118,8 +142,15 @@ def test_linearity(source: int, target: int, a: float, b: float) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(source=rates, target=rates, sizes=st.lists(st.integers(0, 900), max_size=6), span=st.integers(1, 3000))
-def test_blocks_give_what_one_piece_gives(source: int, target: int, sizes: list[int], span: int) -> None:
+@given(
+    source=rates,
+    target=rates,
+    sizes=st.lists(st.integers(0, 900), max_size=6),
+    span=st.integers(1, 3000),
+)
+def test_blocks_give_what_one_piece_gives(
+    source: int, target: int, sizes: list[int], span: int
+) -> None:
     wav = noise(sum(sizes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "RESAMPLE_SPAN", span)
@@ -131,7 +162,9 @@ def test_blocks_give_what_one_piece_gives(source: int, target: int, sizes: list[
 def test_a_low_tone_keeps_its_frequency_and_level() -> None:
     tone = torch.sin(2 * math.pi * 440 * torch.arange(44101) / 44101)
     expected = torch.sin(2 * math.pi * 440 * torch.arange(24000) / 24000)
-    torch.testing.assert_close(resample(tone, 44101, 24000)[100:-100], expected[100:-100], rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        resample(tone, 44101, 24000)[100:-100], expected[100:-100], rtol=0, atol=2e-3
+    )
 
 
 def test_leading_dimensions_and_other_float_types() -> None:
@@ -162,7 +195,9 @@ def test_integer_samples_are_refused() -> None:
 
 def test_coprime_rates_stay_in_little_memory() -> None:
     wav = noise(44101 * 4)
-    assert peak_memory(lambda: resample(wav, 44101, 24000)) < 100 * 2**20  # torchaudio's table: 4.2 GB
+    assert (
+        peak_memory(lambda: resample(wav, 44101, 24000)) < 100 * 2**20
+    )  # torchaudio's table: 4.2 GB
 
 
 def test_resampled_kit_equals_upstream(audio: list[Path], upstream: dict[str, Tensor]) -> None:
@@ -170,7 +205,8 @@ def test_resampled_kit_equals_upstream(audio: list[Path], upstream: dict[str, Te
 
 
 def mel_by_hand(wav: Tensor, config: CodecConfig) -> np.ndarray:
-    """The mel spectrogram [T, n_mels] in float64, frame by frame and filter by filter; no logarithm."""
+    """The mel spectrogram [T, n_mels] in float64, frame by frame and filter by filter; no
+    logarithm."""
     half = config.n_fft // 2
     padded = np.pad(wav.double().numpy(), half, mode="reflect")
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.window) / config.window)
@@ -179,14 +215,18 @@ def mel_by_hand(wav: Tensor, config: CodecConfig) -> np.ndarray:
     low, high = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, config.f_max))
     corners = 700 * (10 ** (np.linspace(low, high, config.n_mels + 2) / 2595) - 1)
     hertz = np.linspace(0, config.sample_rate / 2, half + 1)
-    bank = [np.interp(hertz, corners[i : i + 3], [0, 1, 0], left=0, right=0) for i in range(config.n_mels)]
+    bank = [
+        np.interp(hertz, corners[i : i + 3], [0, 1, 0], left=0, right=0)
+        for i in range(config.n_mels)
+    ]
     return spectra @ np.stack(bank, axis=1)
 
 
 def worst_error(log: Tensor, linear: np.ndarray) -> float:
     """Largest error relative to the peak of its frame.
 
-    The logarithm would magnify the float32 noise in quiet bands of a loud frame, which differs between processors.
+    The logarithm would magnify the float32 noise in quiet bands of a loud frame, which differs
+    between processors.
     """
     floored = np.maximum(linear, 1e-7)
     error = np.abs(log.double().exp().numpy() - floored)
@@ -205,7 +245,8 @@ def test_log_mel_equals_upstream_on_the_linear_scale(
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="upstream's transform was MKL's")
 def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
-    """In a process that uses MKL's processor-independent code, as the machine that wrote the kit did."""
+    """In a process that uses MKL's processor-independent code, as the machine that wrote the kit
+    did."""
     code = """if True:
         import json, sys
         from safetensors.torch import load_file
@@ -220,7 +261,9 @@ def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
     command = [sys.executable, "-c", code, str(kit), *map(str, audio)]
     environment = os.environ | {"MKL_CBWR": "COMPATIBLE"}
     root = Path(__file__).parent.parent
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, check=True
+    )
     errors = [float(line) for line in result.stdout.split()]
     assert len(errors) == 3
     assert max(errors) <= 1e-4
@@ -230,10 +273,14 @@ def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
 def test_log_mel_equals_the_formula(n: int, config: CodecConfig) -> None:
     mel = log_mel(noise(n), config)
     assert mel.shape == (1 + n // config.hop, config.n_mels)
-    assert worst_error(mel, mel_by_hand(noise(n), config)) < 3e-5  # upstream's filter corners are float32
+    assert (
+        worst_error(mel, mel_by_hand(noise(n), config)) < 3e-5
+    )  # upstream's filter corners are float32
 
 
-def test_log_mel_in_blocks_equals_one_shot(config: CodecConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_mel_in_blocks_equals_one_shot(
+    config: CodecConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wav = noise(24000)
     monkeypatch.setattr(features, "MEL_BLOCK", 10**6)
     whole = log_mel(wav, config)
@@ -271,7 +318,9 @@ def test_silence_is_the_floor(config: CodecConfig) -> None:
     torch.testing.assert_close(mel, torch.full((11, config.n_mels), math.log(1e-7)))
 
 
-@pytest.mark.parametrize("wav", [torch.zeros(1, 2400), torch.zeros(2400, dtype=torch.int16), torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    "wav", [torch.zeros(1, 2400), torch.zeros(2400, dtype=torch.int16), torch.tensor(0.5)]
+)
 def test_log_mel_refuses_other_layouts(wav: Tensor, config: CodecConfig) -> None:
     with pytest.raises(AudioError, match="float samples"):
         log_mel(wav, config)

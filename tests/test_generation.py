@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mimo_fast import MimoAudio, MiMoSampler, MiMoStopper, PromptError, generate
 from mimo_fast.generation import flatten_ids, unflatten_ids
-from mimo_fast.verify import Golden
+from mimo_fast.testing.parity import Golden
 
 Prompts = list[Tensor]
 SAMPLED = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
@@ -67,14 +67,26 @@ def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompt
 
 
 @settings(max_examples=10)
-@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from([torch.int64, torch.int32]))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.int64, torch.int32]),
+)
 @example(groups=9, rows=1, seed=0, dtype=torch.int64).via("[9, 36], as long as one flattened group")
-@example(groups=2, rows=9, seed=0, dtype=torch.int64).via("flattened to nine rows, as many as channels")
+@example(groups=2, rows=9, seed=0, dtype=torch.int64).via(
+    "flattened to nine rows, as many as channels"
+)
 def test_the_result_has_the_layout_of_the_input(
     model: MimoAudio, sampled: Any, groups: int, rows: int, seed: int, dtype: torch.dtype
 ) -> None:
-    random, sizes = torch.Generator().manual_seed(seed), (model.vocab_size, *model.lm.config.code_sizes)
-    channels = [torch.randint(size, (rows, groups * GROUP), generator=random, dtype=dtype) for size in sizes]
+    random, sizes = (
+        torch.Generator().manual_seed(seed),
+        (model.vocab_size, *model.lm.config.code_sizes),
+    )
+    channels = [
+        torch.randint(size, (rows, groups * GROUP), generator=random, dtype=dtype) for size in sizes
+    ]
     batch = torch.stack(channels, dim=1)
     batch[:, 0].view(rows, -1, GROUP)[..., 1:] = -100
     run = partial(sampled, max_new_tokens=2)
@@ -82,8 +94,13 @@ def test_the_result_has_the_layout_of_the_input(
     assert all(ids.shape == (CHANNELS + 1, (groups + 2) * GROUP) for ids in want)
     flat = run(torch.stack([flatten_ids(ids) for ids in batch]), seed=range(rows))
     listed, stacked = (run(form, seed=range(rows)) for form in (list(batch), batch))
-    assert all(equal_rows(got, want) for got in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat]))
-    assert {(ids.dtype, ids.device) for ids in (*want, *listed, stacked, flat)} == {(dtype, batch.device)}
+    assert all(
+        equal_rows(got, want)
+        for got in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat])
+    )
+    assert {(ids.dtype, ids.device) for ids in (*want, *listed, stacked, flat)} == {
+        (dtype, batch.device)
+    }
 
 
 @given(channels=st.integers(0, 9), frames=st.integers(1, 20))
@@ -94,22 +111,33 @@ def test_flattening_goes_frame_by_frame_and_back(channels: int, frames: int) -> 
     assert torch.equal(unflatten_ids(flat, channels), ids)
 
 
-@pytest.mark.parametrize("seed", [None, 11, [3, 1, 4, 1]], ids=["greedy", "one seed", "a seed each"])
-def test_rows_of_a_batch_equal_single_runs(model: MimoAudio, sampled: Any, prompts: Prompts, seed: Any) -> None:
+@pytest.mark.parametrize(
+    "seed", [None, 11, [3, 1, 4, 1]], ids=["greedy", "one seed", "a seed each"]
+)
+def test_rows_of_a_batch_equal_single_runs(
+    model: MimoAudio, sampled: Any, prompts: Prompts, seed: Any
+) -> None:
     run = partial(generate, model) if seed is None else sampled
     seeds = seed if isinstance(seed, list) else [seed] * 4
-    alone = [run(prompt, max_new_tokens=24, seed=s) for prompt, s in zip(prompts, seeds, strict=True)]
+    alone = [
+        run(prompt, max_new_tokens=24, seed=s) for prompt, s in zip(prompts, seeds, strict=True)
+    ]
     assert equal_rows(run(prompts, max_new_tokens=24, seed=seed), alone)
 
 
 def test_rows_end_each_in_its_own_time(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
     run = partial(sampled, max_new_tokens=24, seed=7)
     free = list(map(new_text, run(prompts), prompts))
-    stops = {next(t for t in free[row][after:] if t != model.empty_token) for row, after in ((0, 4), (1, 9))}
+    stops = {
+        next(t for t in free[row][after:] if t != model.empty_token)
+        for row, after in ((0, 4), (1, 9))
+    }
     ends = [next((i + 1 for i, t in enumerate(text) if t in stops), 24) for text in free]
     assert len(set(ends)) > 2
     rows = run(prompts, stopping_criteria=[stopper(stops)])
-    assert list(map(new_text, rows, prompts)) == [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert list(map(new_text, rows, prompts)) == [
+        text[:end] for text, end in zip(free, ends, strict=True)
+    ]
     # A minimum that the first row has just reached where it ends, and shorter prompts have not.
     for criterion in (stopper(stops), stopper(stops, min_length=42 + ends[0] - 1)):
         alone = [run(prompt, stopping_criteria=[criterion]) for prompt in prompts]
@@ -122,7 +150,9 @@ def test_short_rows_of_a_tensor_are_padded(
 ) -> None:
     text = new_text(sampled(prompts[2], max_new_tokens=10, seed=0), prompts[2])
     stop = next(t for t in text[3:] if t != model.empty_token)
-    run = partial(sampled, generation_config=config, max_new_tokens=24, stopping_criteria=[stopper([stop])])
+    run = partial(
+        sampled, generation_config=config, max_new_tokens=24, stopping_criteria=[stopper([stop])]
+    )
     alone = [run(prompts[2], seed=seed) for seed in range(4)]
     assert len({row.shape for row in alone}) > 1
     filler = torch.tensor((pad, *model.lm.config.empty_codes))[:, None]
@@ -132,8 +162,10 @@ def test_short_rows_of_a_tensor_are_padded(
         assert (ids[:, want.shape[1] :] == filler).all()
 
 
-def test_a_prompt_may_be_prefilled_in_parts(sampled: Any, prompts: Prompts, free: list[int], monkeypatch: Any) -> None:
-    monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 7)
+def test_a_prompt_may_be_prefilled_in_parts(
+    sampled: Any, prompts: Prompts, free: list[int], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 7)
     assert new_text(sampled(prompts[0], max_new_tokens=30, seed=7), prompts[0]) == free
 
 
@@ -160,9 +192,17 @@ def test_a_seed_fixes_the_tokens_of_its_row(sampled: Any, prompts: Prompts) -> N
 )
 @pytest.mark.parametrize("form", [dict, SimpleNamespace, GenerationConfig])
 def test_the_limit_decides_the_length(
-    model: MimoAudio, prompts: Prompts, form: Any, config: dict[str, Any], arguments: dict[str, Any], groups: int
+    model: MimoAudio,
+    prompts: Prompts,
+    form: Any,
+    config: dict[str, Any],
+    arguments: dict[str, Any],
+    groups: int,
 ) -> None:
-    assert len(new_text(generate(model, prompts[0], form(**config), **arguments), prompts[0])) == groups
+    assert (
+        len(new_text(generate(model, prompts[0], form(**config), **arguments), prompts[0]))
+        == groups
+    )
 
 
 def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompts) -> None:
@@ -173,7 +213,9 @@ def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompt
         generate(lm, torch.cat([prompts[0]] * 2, dim=1))
 
 
-def test_stop_tokens_wait_for_the_minimum(model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]) -> None:
+def test_stop_tokens_wait_for_the_minimum(
+    model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]
+) -> None:
     stops = set(range(model.vocab_size)) - {model.empty_token, *free[8:]}
     assert stops.intersection(free[:8])
     run = partial(sampled, prompts[0], max_new_tokens=40, seed=7)
@@ -200,33 +242,55 @@ class Recorder(StoppingCriteria):
 
 
 @pytest.mark.parametrize("form", [bool, lambda done: torch.tensor([done])], ids=["bool", "tensor"])
-@pytest.mark.parametrize("limit", [5, 20], ids=["ended by max_new_tokens", "ended by the criterion"])
-def test_criteria_are_shown_every_group(sampled: Any, prompts: Prompts, form: Any, limit: int) -> None:
+@pytest.mark.parametrize(
+    "limit", [5, 20], ids=["ended by max_new_tokens", "ended by the criterion"]
+)
+def test_criteria_are_shown_every_group(
+    sampled: Any, prompts: Prompts, form: Any, limit: int
+) -> None:
     criterion, groups = Recorder(42 + 7, form), min(limit, 7)
-    ids = sampled(prompts[0], max_new_tokens=limit, seed=7, stopping_criteria=StoppingCriteriaList([criterion]))
+    ids = sampled(
+        prompts[0],
+        max_new_tokens=limit,
+        seed=7,
+        stopping_criteria=StoppingCriteriaList([criterion]),
+    )
     assert torch.equal(ids, sampled(prompts[0], max_new_tokens=groups, seed=7))
-    assert all(torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]]) for seen in criterion.seen)
+    assert all(
+        torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]]) for seen in criterion.seen
+    )
     assert [seen.shape[1] // WIDTH for seen in criterion.seen] == list(range(43, 43 + groups))
 
 
 def test_criteria_are_asked_row_by_row(sampled: Any, prompts: Prompts) -> None:
-    rows = sampled(prompts, max_new_tokens=50, seed=7, stopping_criteria=[MaxLengthCriteria(48 * WIDTH)])
-    alone = [sampled(prompt, max_new_tokens=48 - prompt.shape[1] // GROUP, seed=7) for prompt in prompts]
+    rows = sampled(
+        prompts, max_new_tokens=50, seed=7, stopping_criteria=[MaxLengthCriteria(48 * WIDTH)]
+    )
+    alone = [
+        sampled(prompt, max_new_tokens=48 - prompt.shape[1] // GROUP, seed=7) for prompt in prompts
+    ]
     assert equal_rows(rows, alone)
 
 
-def test_a_criterion_or_a_stop_token_ends_the_row(sampled: Any, prompts: Prompts, free: list[int]) -> None:
+def test_a_criterion_or_a_stop_token_ends_the_row(
+    sampled: Any, prompts: Prompts, free: list[int]
+) -> None:
     stop = next(token for token in free[4:] if free.index(token) >= 4)
     end = free.index(stop) + 1
     for length, groups in ((end - 2, end - 2), (end + 3, end)):
         criteria = [Recorder(42 + length), stopper([stop])]
-        assert new_text(sampled(prompts[0], seed=7, stopping_criteria=criteria), prompts[0]) == free[:groups]
+        assert (
+            new_text(sampled(prompts[0], seed=7, stopping_criteria=criteria), prompts[0])
+            == free[:groups]
+        )
 
 
 def test_having_stop_token_ids_makes_no_stopper(model: MimoAudio, prompts: Prompts) -> None:
     criterion = Recorder(42 + 3)
     criterion.stop_token_ids = [401]  # type: ignore[attr-defined]
-    assert len(new_text(generate(model, prompts[0], stopping_criteria=[criterion]), prompts[0])) == 3
+    assert (
+        len(new_text(generate(model, prompts[0], stopping_criteria=[criterion]), prompts[0])) == 3
+    )
 
 
 class RecordingStreamer(BaseStreamer):
@@ -241,16 +305,22 @@ class RecordingStreamer(BaseStreamer):
 
 
 @pytest.mark.parametrize("criteria", [[], [Recorder(10**6)]], ids=["alone", "beside a criterion"])
-def test_a_streamer_gets_the_prompt_and_every_group(sampled: Any, prompts: Prompts, criteria: list[Recorder]) -> None:
+def test_a_streamer_gets_the_prompt_and_every_group(
+    sampled: Any, prompts: Prompts, criteria: list[Recorder]
+) -> None:
     streamer = RecordingStreamer()
-    ids = sampled(prompts[0], max_new_tokens=6, seed=7, streamer=streamer, stopping_criteria=criteria)
+    ids = sampled(
+        prompts[0], max_new_tokens=6, seed=7, streamer=streamer, stopping_criteria=criteria
+    )
     *parts, end = streamer.got
     assert [part.shape for part in parts] == [(1, 42 * WIDTH), *[(1, WIDTH)] * 6]
     assert torch.equal(torch.cat(parts, dim=1)[0], flatten_ids(ids))
     assert end == "end"
 
 
-@pytest.mark.parametrize("form", [MiMoSampler, SimpleNamespace, dict], ids=["sampler", "quack", "config"])
+@pytest.mark.parametrize(
+    "form", [MiMoSampler, SimpleNamespace, dict], ids=["sampler", "quack", "config"]
+)
 def test_what_may_be_a_sampler(model: MimoAudio, sampled: Any, prompts: Prompts, form: Any) -> None:
     like = form(do_sample=True, temperature=0.9, top_k=None, top_p=0.95)
     role = {"generation_config": like} if form is dict else {"global_sampler": like}
@@ -277,11 +347,18 @@ def test_refuses_a_wrong_shape(model: MimoAudio, ids: Any, message: str) -> None
         generate(model, ids, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("case", [(0, 8, 448, 447), (0, 0, -100, 447), (1, 5, 65, 64), (8, 3, -1, 16)])
-def test_refuses_an_id_out_of_range(model: MimoAudio, prompts: Prompts, case: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "case", [(0, 8, 448, 447), (0, 0, -100, 447), (1, 5, 65, 64), (8, 3, -1, 16)]
+)
+def test_refuses_an_id_out_of_range(
+    model: MimoAudio, prompts: Prompts, case: tuple[int, ...]
+) -> None:
     (channel, frame, value, last), ids = case, prompts[0].clone()
     ids[channel, frame] = value
-    with pytest.raises(PromptError, match=f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"):
+    with pytest.raises(
+        PromptError,
+        match=f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$",
+    ):
         generate(model, ids, max_new_tokens=1)
 
 

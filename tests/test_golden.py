@@ -1,4 +1,5 @@
-"""Every stage equals upstream within the numeric contract, and the check notices any change of truth or weights."""
+"""Every stage equals upstream within the numeric contract, and the check notices any change of
+truth or weights."""
 
 from pathlib import Path
 
@@ -8,10 +9,10 @@ from helpers import KIT, altered_checkpoint, snr_db
 from safetensors import safe_open
 
 import mimo_fast
-from mimo_fast import verify as verification
 from mimo_fast.errors import CheckpointError
 from mimo_fast.generation import generate
-from mimo_fast.verify import STAGES, Golden, Result, verify
+from mimo_fast.testing import parity as verification
+from mimo_fast.testing.parity import STAGES, Golden, Result, verify
 
 CONTRACT = {
     "resample": (1e-5, "max abs"),
@@ -34,7 +35,9 @@ CONTRACT = {
 FILES = ("codec", "prompts", "model")
 
 
-def run_stage(model: mimo_fast.MimoAudio, golden: Golden, stage: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+def run_stage(
+    model: mimo_fast.MimoAudio, golden: Golden, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> Result:
     monkeypatch.setattr(verification, "STAGES", {stage: STAGES[stage]})
     (result,) = verify(model, golden)
     return result
@@ -44,7 +47,9 @@ def run_stage(model: mimo_fast.MimoAudio, golden: Golden, stage: str, monkeypatc
 def test_stage_equals_upstream(model, golden, stage, monkeypatch):
     result = run_stage(model, golden, stage, monkeypatch)
     assert result.compared > 0, f"{stage}: the kit has nothing to compare"
-    assert result.ok, f"{stage}: {result.worst} is off by {result.error:.3g} {result.unit}, bound {result.bound:g}"
+    assert result.ok, (
+        f"{stage}: {result.worst} is off by {result.error:.3g} {result.unit}, bound {result.bound:g}"
+    )
 
 
 def test_bounds_are_the_contract():
@@ -62,7 +67,8 @@ def test_every_golden_tensor_is_compared(model, kit):
 
 
 def test_waveforms_sample_by_sample(model, golden):
-    """80 dB over a whole waveform could hide a click: every sample is within 1e-4 of the largest."""
+    """80 dB over a whole waveform could hide a click: every sample is within 1e-4 of the
+    largest."""
     for name in ("wav_dec8", "wav_decall"):
         for i in range(3):
             want = golden.get(f"codec:{name}.{i}")
@@ -73,9 +79,13 @@ def test_waveforms_sample_by_sample(model, golden):
 
 
 def test_generated_groups_repeat_upstreams_layout(model, golden):
-    """Element by element: the prompt unchanged in front, text repeated over the frames, codes equal."""
+    """Element by element: the prompt unchanged in front, text repeated over the frames, codes
+    equal."""
     for name in golden.named("model:generate"):
-        prompt, want = golden.get(f"prompts:{name}").long(), golden.get(f"model:generate.{name}").long()
+        prompt, want = (
+            golden.get(f"prompts:{name}").long(),
+            golden.get(f"model:generate.{name}").long(),
+        )
         ids = generate(model, prompt, max_new_tokens=24)
         assert torch.equal(ids[:, : prompt.shape[1]], prompt)
         assert torch.equal(ids[:, prompt.shape[1] :], want)
@@ -121,7 +131,12 @@ TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
     ("codec:stream_lens.25", (0,), 960, {"codec stream"}),
     ("prompts:understand", (0, 0), 1, {"prompts"}),
     ("prompts:icl_s2s", (8, 563), -1, {"prompts"}),
-    ("prompts:text", (0, 112), 1, {"prompts", "embeddings", "text logits", "local hidden", "generate"}),
+    (
+        "prompts:text",
+        (0, 112),
+        1,
+        {"prompts", "embeddings", "text logits", "local hidden", "generate"},
+    ),
     ("model:embeds.text", (28, 63), 0.1, {"embeddings"}),
     ("model:text_logits.asr", (447,), 0.1, {"text logits"}),
     ("model:local_hidden.tts_instruct_clone", (0,), 0.1, {"local hidden"}),
@@ -135,8 +150,12 @@ TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("tensor", "index", "add", "expected"), TAMPERED, ids=[case[0] for case in TAMPERED])
-def test_altered_truth_fails_its_stages(model, kit, readers, monkeypatch, tensor, index, add, expected):
+@pytest.mark.parametrize(
+    ("tensor", "index", "add", "expected"), TAMPERED, ids=[case[0] for case in TAMPERED]
+)
+def test_altered_truth_fails_its_stages(
+    model, kit, readers, monkeypatch, tensor, index, add, expected
+):
     golden = PerturbedGolden(kit, tensor, index, add)
     affected = [stage for stage, reads in readers.items() if tensor in reads]
     failing = {stage for stage in affected if not run_stage(model, golden, stage, monkeypatch).ok}
@@ -144,7 +163,8 @@ def test_altered_truth_fails_its_stages(model, kit, readers, monkeypatch, tensor
 
 
 def test_a_stream_must_be_as_close_to_one_shot_as_upstreams(model, kit, monkeypatch):
-    """An upstream that lost 1 dB less would be ahead of ours; so is any ahead of a stream that does not look ahead."""
+    """An upstream that lost 1 dB less would be ahead of ours; so is any ahead of a stream that does
+    not look ahead."""
     golden = Golden(kit)
     oneshot = golden.tensors["codec:stream_oneshot"]
     noise = golden.tensors["codec:stream_wav.25"] - oneshot
@@ -168,17 +188,31 @@ def test_a_tensor_of_every_kind_was_tampered_with(golden):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_truth_that_is_not_finite_fails(model, kit, monkeypatch, value):
-    for tensor, stage in (("codec:rvq_sum8.0", "dequantize"), ("codec:wav_dec8.0", "codec decoder")):
+    for tensor, stage in (
+        ("codec:rvq_sum8.0", "dequantize"),
+        ("codec:wav_dec8.0", "codec decoder"),
+    ):
         golden = PerturbedGolden(kit, tensor, (0,), value)
         assert not run_stage(model, golden, stage, monkeypatch).ok
 
 
-@pytest.mark.parametrize(("band", "error", "passes"), [
-    (0, 9e-5, True), (0, 2e-4, False), (1, 2e-4, False), (2, 2e-4, True), (2, 5e-3, True), (2, 2e-2, False),
-    (1, torch.nan, False), (2, torch.nan, False), (0, torch.inf, False),
-])
+@pytest.mark.parametrize(
+    ("band", "error", "passes"),
+    [
+        (0, 9e-5, True),
+        (0, 2e-4, False),
+        (1, 2e-4, False),
+        (2, 2e-4, True),
+        (2, 5e-3, True),
+        (2, 2e-2, False),
+        (1, torch.nan, False),
+        (2, torch.nan, False),
+        (0, torch.inf, False),
+    ],
+)
 def test_only_quiet_bands_are_excused_by_rounding(band, error, passes):
-    """Bands at the frame's peak, a tenth of it, and 1e-4 of it, where 1e-6 of the peak is 1e-2 of the band."""
+    """Bands at the frame's peak, a tenth of it, and 1e-4 of it, where 1e-6 of the peak is 1e-2 of
+    the band."""
     want = torch.tensor([[1.0, 0.1, 1e-4]]).log()
     got = want.clone()
     got[0, band] += error
@@ -187,8 +221,12 @@ def test_only_quiet_bands_are_excused_by_rounding(band, error, passes):
 
 def test_truth_of_another_shape_fails(model, kit, monkeypatch):
     cuts = {
-        "codec:wav24k.1": "resample", "codec:enc_hidden.0": "codec encoder", "codec:rvq_sum8.2": "dequantize",
-        "codec:wav_dec8.0": "codec decoder", "prompts:asr": "prompts", "model:embeds.asr": "embeddings",
+        "codec:wav24k.1": "resample",
+        "codec:enc_hidden.0": "codec encoder",
+        "codec:rvq_sum8.2": "dequantize",
+        "codec:wav_dec8.0": "codec decoder",
+        "prompts:asr": "prompts",
+        "model:embeds.asr": "embeddings",
     }
     for tensor, stage in cuts.items():
         golden = Golden(kit)
@@ -229,7 +267,9 @@ ALTERED_WEIGHTS: list[tuple[str, str, tuple[int, ...], float, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("part", "tensor", "index", "add", "stage"), ALTERED_WEIGHTS, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("part", "tensor", "index", "add", "stage"), ALTERED_WEIGHTS, ids=lambda x: str(x)
+)
 def test_altered_weight_fails(golden, tmp_path, monkeypatch, part, tensor, index, add, stage):
     if tensor == "speech_embeddings.0.weight":
         # A code that a prompt uses.
@@ -242,7 +282,9 @@ def test_altered_weight_fails(golden, tmp_path, monkeypatch, part, tensor, index
 def test_altered_codebook_row_fails(golden, tmp_path, monkeypatch, codebook):
     row = int(golden.tensors["codec:codes.0"][codebook, 10])
     tensor = f"encoder.quantizer.vq.layers.{codebook}._codebook.embed"
-    altered = mimo_fast.load(*altered_checkpoint(tmp_path, "codec", tensor, (row, 4), 3.0), device="cpu")
+    altered = mimo_fast.load(
+        *altered_checkpoint(tmp_path, "codec", tensor, (row, 4), 3.0), device="cpu"
+    )
     # The eight codebooks that the language model speaks are dequantized on their own.
     for stage in ("codes", "codec decoder", *(["dequantize"] if codebook < 8 else [])):
         assert not run_stage(altered, golden, stage, monkeypatch).ok, stage

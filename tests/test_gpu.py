@@ -1,7 +1,7 @@
 """What only a GPU can show: python -m pytest -m gpu tests/test_gpu.py
 
-Each test also runs on a CPU, with graphs that repeat their work in place of captured ones, so that the tests themselves
-are known to be right. Neither hypothesis nor soundfile is needed.
+Each test also runs on a CPU, with graphs that repeat their work in place of captured ones, so that
+the tests themselves are known to be right. Neither hypothesis nor soundfile is needed.
 """
 
 import copy
@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import mimo_fast
-from mimo_fast import prompt_builder
-from mimo_fast import verify as verification
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
-from mimo_fast.runtime.codec_graphs import StreamGraphs
-from mimo_fast.runtime.decode import HostRead, Limits, Samplers
-from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.graphs import ENVIRONMENT, CudaCapture, Graphs, Run
-from mimo_fast.runtime.lm import LM
+from mimo_fast.runtime.codec.graphs import StreamGraphs
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.decode import HostRead, Limits, Samplers
+from mimo_fast.runtime.lm.graphs import ENVIRONMENT, CudaCapture, Graphs, Run
+from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import MiMoSampler
-from mimo_fast.verify import STAGES, Golden, verify
+from mimo_fast.testing import parity as verification
+from mimo_fast.testing.parity import STAGES, Golden, verify
+from mimo_fast.text import prompt_builder
 
 GROUPS = {"cuda": 200, "cpu": 60}
 """Decoded in both ways."""
@@ -77,7 +77,10 @@ def asked(golden: Golden, groups: int, samplers: Samplers = SAMPLED) -> list[Req
     names = sorted(golden.meta["prompts"])[:4]
     prompts = [golden.get(f"prompts:{name}").long() for name in names]
     limits = Limits(groups)
-    return [Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits) for i, ids in enumerate(prompts)]
+    return [
+        Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits)
+        for i, ids in enumerate(prompts)
+    ]
 
 
 def together(engine: Engine, requests: list[Request]) -> list[Drawn]:
@@ -91,14 +94,21 @@ def together(engine: Engine, requests: list[Request]) -> list[Drawn]:
 
 @pytest.fixture
 def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no soundfile: what the kit has resampled, and 16-bit recordings at 24 kHz as they are."""
+    """Where there is no soundfile: what the kit has resampled, and 16-bit recordings at 24 kHz as
+    they are."""
     if find_spec("soundfile") is not None:
         return
-    decoded = {str(golden.audio[int(i)]): golden.tensors[f"codec:wav24k.{i}"] for i in golden.named("codec:wav24k")}
+    decoded = {
+        str(golden.audio[int(i)]): golden.tensors[f"codec:wav24k.{i}"]
+        for i in golden.named("codec:wav24k")
+    }
     for path in (path for path in golden.audio if str(path) not in decoded):
         with wave.open(str(path)) as file:
             assert (file.getframerate(), file.getsampwidth()) == (24000, 2)
-            samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16) / 2**15
+            samples = (
+                torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16)
+                / 2**15
+            )
             decoded[str(path)] = samples.view(-1, file.getnchannels()).mean(dim=1)
     for module in (verification, prompt_builder):
         monkeypatch.setattr(module, "load_audio", lambda path, rate: decoded[str(path)])
@@ -106,7 +116,11 @@ def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_equals_upstream(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden, recordings: None, monkeypatch: pytest.MonkeyPatch, stage: str
+    loaded_model: mimo_fast.MimoAudio,
+    golden: Golden,
+    recordings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
 ) -> None:
     if stage == "resample":
         pytest.importorskip("soundfile")
@@ -114,7 +128,9 @@ def test_stage_equals_upstream(
         monkeypatch.setenv(KERNELS, "triton")
     monkeypatch.setattr(verification, "STAGES", {stage: STAGES[stage]})
     (result,) = verify(loaded_model, golden)
-    assert result.ok, f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
+    assert result.ok, (
+        f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
+    )
 
 
 def test_graph_and_eager_give_the_same_tokens(
@@ -134,8 +150,11 @@ def test_graph_and_eager_give_the_same_tokens(
     assert graphs[0] != graphs[1] != graphs[2]
 
 
-def test_no_two_replays_draw_the_same_numbers(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
-    """The same state but for the count of draws, over and over: only that may change what is drawn, and it must."""
+def test_no_two_replays_draw_the_same_numbers(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden
+) -> None:
+    """The same state but for the count of draws, over and over: only that may change what is drawn,
+    and it must."""
     engine = make_engine(loaded_model.lm, 1, 64)
     reply = asked(golden, 8, FLAT)[0].start(engine)
     next(reply), next(reply)
@@ -171,7 +190,8 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def one_wait(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    """(call -> its result, with an error for any wait but a host read's; counts of host reads, one for each call)."""
+    """(call -> its result, with an error for any wait but a host read's; counts of host reads, one
+    for each call)."""
     reads, wait, watching = list[int](), HostRead.wait, False
 
     def counted(read: HostRead) -> list[int]:
@@ -214,27 +234,35 @@ def test_a_group_waits_for_the_device_once(
     replies = [request.start(engine, ahead=1) for request in asked(golden, 60)[:rows]]
     for reply in replies:
         reply.prefill()
-        # The first groups set up what later ones find, and each row's first is drawn without a step.
+        # The first groups set up what later ones find, and each row's first is drawn without a
+        # step.
         next(reply), next(reply)
     # All that a consumer does who takes a group of each row.
     got = [watched(lambda: [next(reply) for reply in replies]) for _ in range(40)]
     assert reads == [1] * 40
-    assert {group.text == loaded_model.lm.empty_id for groups in got for group in groups} == {True, False}
+    assert {group.text == loaded_model.lm.empty_id for groups in got for group in groups} == {
+        True,
+        False,
+    }
 
 
-def test_the_check_for_waits_sees_one(
-    loaded_model: mimo_fast.MimoAudio, one_wait: Watched
-) -> None:
+def test_the_check_for_waits_sees_one(loaded_model: mimo_fast.MimoAudio, one_wait: Watched) -> None:
     watched, _ = one_wait
     value = torch.ones(3, device=loaded_model.device)
     with pytest.raises((RuntimeError, AssertionError), match=r"synchroniz|waits for the device"):
         watched(lambda: value.sum().item())
 
 
-def test_a_stream_with_graphs_sounds_as_without(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
-    """Patch by patch, then other pushes in between; states are used again. A copy of a codec has no graphs."""
+def test_a_stream_with_graphs_sounds_as_without(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden
+) -> None:
+    """Patch by patch, then other pushes in between; states are used again. A copy of a codec has no
+    graphs."""
     plain, codec = copy.copy(loaded_model.codec), copy.copy(loaded_model.codec)
-    plain.stream_graphs, counted = None, Counted(CudaCapture() if codec.device.type == "cuda" else repeated)
+    plain.stream_graphs, counted = (
+        None,
+        Counted(CudaCapture() if codec.device.type == "cuda" else repeated),
+    )
     codec.stream_graphs = StreamGraphs(codec, counted)
     codec.warmup(2, progress=False)
     codes = golden.get("codec:stream_codes").to(codec.device)
@@ -262,13 +290,17 @@ def test_a_row_does_not_depend_on_its_neighbours(
         monkeypatch.setenv(ENVIRONMENT, "1")
     found = {}
     for rows in (1, 3, 4):
-        engine = make_engine(loaded_model.lm, rows, 96) if graphs else Engine(loaded_model.lm, rows, 96)
+        engine = (
+            make_engine(loaded_model.lm, rows, 96) if graphs else Engine(loaded_model.lm, rows, 96)
+        )
         found[rows] = together(engine, requests[:rows])
     assert found[4][:3] == found[3]
     assert found[3][:1] == found[1]
 
 
-def test_memory_is_flat_over_a_hundred_requests(loaded_model: mimo_fast.MimoAudio, golden: Golden) -> None:
+def test_memory_is_flat_over_a_hundred_requests(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden
+) -> None:
     engine, requests = make_engine(loaded_model.lm, 2, 64), asked(golden, 2)
 
     def held() -> int:

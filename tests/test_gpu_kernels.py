@@ -1,7 +1,8 @@
 """Kernels on a GPU: python -m pytest -m gpu tests/test_gpu_kernels.py
 
-Every op of a quick selection of the benchmarks' registry, and every configuration that the published model uses. What
-can be is run on a CPU too, so that the tests themselves are known to be right.
+Every op of a quick selection of the benchmarks' registry, and every configuration that the
+published model uses. What can be is run on a CPU too, so that the tests themselves are known to be
+right.
 """
 
 from dataclasses import replace
@@ -19,14 +20,14 @@ from benchmarks.synthetic import random_weight
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.bench.synthetic import preset_configs, random_codec, random_lm
 from mimo_fast.config import LMConfig
-from mimo_fast.kernels import cuda
+from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.qmatmul import matmul
-from mimo_fast.runtime.conversation import Conversation
-from mimo_fast.runtime.decode import Limits, Samplers
-from mimo_fast.runtime.engine import Engine
-from mimo_fast.runtime.graphs import ENVIRONMENT, Graphs
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Limits, Samplers
+from mimo_fast.runtime.lm.graphs import ENVIRONMENT, Graphs
 
 
 def row_counts(case: Case) -> bool:
@@ -34,8 +35,12 @@ def row_counts(case: Case) -> bool:
     return case.m in (1, 4, 16, 64)
 
 
-PRODUCTS = [case for op in ("backbone.qkv", "patch_decoder.down") for case in select(op) if row_counts(case)]
-OPS = list({(case.op, case.format, case.shape): case for case in [*select(quick=True), *PRODUCTS]}.values())
+PRODUCTS = [
+    case for op in ("backbone.qkv", "patch_decoder.down") for case in select(op) if row_counts(case)
+]
+OPS = list(
+    {(case.op, case.format, case.shape): case for case in [*select(quick=True), *PRODUCTS]}.values()
+)
 CHEAP = 2**20
 
 
@@ -47,12 +52,16 @@ def check_op(case: Case, provider: str, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", OPS, ids=lambda case: f"{case.op}-{case.format}-{case.shape}".replace(" ", ","))
+@pytest.mark.parametrize(
+    "case", OPS, ids=lambda case: f"{case.op}-{case.format}-{case.shape}".replace(" ", ",")
+)
 def test_op_equals_its_reference(case: Case) -> None:
     check_op(case, "ours-gpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("case", [c for c in OPS if c.nbytes < CHEAP], ids=lambda case: f"{case.op}-{case.format}")
+@pytest.mark.parametrize(
+    "case", [c for c in OPS if c.nbytes < CHEAP], ids=lambda case: f"{case.op}-{case.format}"
+)
 def test_cheap_op_equals_its_reference_on_a_cpu(case: Case) -> None:
     check_op(case, "ours-cpu", torch.device("cpu"))
 
@@ -75,15 +84,21 @@ def shortened(preset: str, layers: int) -> LMConfig:
     """A preset with so many layers in each transformer."""
     config, _ = preset_configs(preset)
     parts = ("backbone", "patch_encoder", "patch_decoder")
-    return replace(config, **{name: replace(getattr(config, name), layers=layers) for name in parts})
+    return replace(
+        config, **{name: replace(getattr(config, name), layers=layers) for name in parts}
+    )
 
 
 @pytest.mark.parametrize("int8_cache", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4", "nf4"])
 def test_published_dimensions_in_bfloat16(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, quantization: str | None, int8_cache: bool
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str | None,
+    int8_cache: bool,
 ) -> None:
-    """Every kernel configuration of the 7B runs: prompts of words and speech, 1 to 8 rows, graphs as kernel by kernel.
+    """Every kernel configuration of the 7B runs: prompts of words and speech, 1 to 8 rows, graphs
+    as kernel by kernel.
 
     On a CPU the preset is the small one.
     """
@@ -111,7 +126,9 @@ def test_published_dimensions_in_bfloat16(
             if device.type == "cpu" and not without:
                 engine.decoder.graphs = Graphs(lm, engine.state, repeated)
             drawn_with.append(_replies(engine, ids, rows, samplers))
-        assert drawn_with[0] == drawn_with[1], f"{rows} rows: graphs differ from kernels launched one by one"
+        assert drawn_with[0] == drawn_with[1], (
+            f"{rows} rows: graphs differ from kernels launched one by one"
+        )
         codes = torch.tensor([row[-1][1] for row in drawn_with[0]]).view(rows, config.channels, -1)
         assert bool((codes >= 0).all())
         assert bool((codes.amax((0, 2)) < torch.tensor(config.code_sizes)).all())

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.sh on a CPU: every part runs or is skipped by name, results are written, failures are named last."""
+"""benchmarks/gpu.sh on a CPU: every part runs or is skipped by name, results are written, failures
+are named last."""
 
 import os
 import subprocess
@@ -16,9 +17,20 @@ MEASURED = ["ops-products", "e2e-int4", "profile-int4", "baseline-eager", "ops-o
 
 def script(out: Path, **variables: str) -> tuple[int, dict[str, str], str]:
     """(exit code, what became of each part, the last line)."""
-    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "SKIP": "native", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh"], cwd=out, env=environment | variables,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "OUT": str(out),
+        "SKIP": "native",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh"],
+        cwd=out,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = done.stdout.splitlines()
     fates = dict(line.split(maxsplit=1) for line in lines if line and not line[0].isspace())
     return done.returncode, fates, (lines or [done.stderr.strip()])[-1]
@@ -39,7 +51,12 @@ def test_rehearsal_on_a_cpu(tmp_path: Path) -> None:
         for record in read_records(path):
             kinds.setdefault(path.stem.rpartition("-")[2], set()).add(record["kind"])
             assert record["environment"]["device"]["type"] == "cpu"
-    assert kinds == {"ops": {"op"}, "e2e": {"groups", "request"}, "profile": {"profile"}, "baselines": {"baseline"}}
+    assert kinds == {
+        "ops": {"op"},
+        "e2e": {"groups", "request"},
+        "profile": {"profile"},
+        "baselines": {"baseline"},
+    }
 
 
 def test_parts_that_fail_are_named_and_the_others_run(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from mimo_fast.runtime.conversation import Conversation
+from mimo_fast.runtime.engine.sequence import Conversation
 
 
 def test_requests_that_begin_at_the_same_time_do_not_mix(model, golden, monkeypatch):

@@ -1,4 +1,5 @@
-"""Random checkpoints: complete, repeatable, alive enough for a demonstration, and careful with the disk."""
+"""Random checkpoints: complete, repeatable, alive enough for a demonstration, and careful with the
+disk."""
 
 import errno
 import json
@@ -12,15 +13,15 @@ from helpers import fault
 from safetensors.torch import load_file
 
 import mimo_fast
-from mimo_fast import initialize
-from mimo_fast.checkpoint import open_weights, write_checkpoint
+from mimo_fast.checkpoint import initialize
+from mimo_fast.checkpoint.files import open_weights, write_checkpoint
+from mimo_fast.checkpoint.initialize import TOKEN_IDS, init_checkpoint
+from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import CheckpointError
-from mimo_fast.initialize import TOKEN_IDS, init_checkpoint
-from mimo_fast.layout import codec_shapes, lm_shapes
-from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.text.tokenizer import Tokenizer
 
-PRESETS = Path(initialize.__file__).parent / "presets"
+PRESETS = Path(initialize.__file__).parents[1] / "presets"
 GIB = 2**30
 
 
@@ -39,7 +40,9 @@ def talker(tiny) -> mimo_fast.MimoAudio:
 def test_tensors_and_configs_match(tiny, kit):
     for part, config, shapes in (("lm", LMConfig, lm_shapes), ("codec", CodecConfig, codec_shapes)):
         raw = read_json(tiny / part / "config.json")
-        assert raw == read_json(kit / "checkpoint" / part / "config.json") | {"torch_dtype": "float32"}
+        assert raw == read_json(kit / "checkpoint" / part / "config.json") | {
+            "torch_dtype": "float32"
+        }
         weights = open_weights(tiny / part)
         weights.validate(shapes(config.from_dict(raw)))
         assert all(weights.dtype(name) == torch.float32 for name in weights.names())
@@ -48,8 +51,17 @@ def test_tensors_and_configs_match(tiny, kit):
 def test_the_published_dimensions():
     lm = LMConfig.from_dict(read_json(PRESETS / "7b-lm.json"))
     codec = CodecConfig.from_dict(read_json(PRESETS / "7b-codec.json"))
-    assert (lm.vocab_size, lm.backbone.layers, lm.backbone.dim, lm.backbone.kv_heads) == (151680, 36, 4096, 8)
-    assert (lm.patch_decoder.layers, lm.patch_decoder.head_dim, lm.patch_encoder.layers) == (16, 16, 6)
+    assert (lm.vocab_size, lm.backbone.layers, lm.backbone.dim, lm.backbone.kv_heads) == (
+        151680,
+        36,
+        4096,
+        8,
+    )
+    assert (lm.patch_decoder.layers, lm.patch_decoder.head_dim, lm.patch_encoder.layers) == (
+        16,
+        16,
+        6,
+    )
     assert (codec.dim, codec.encoder_layers, codec.vocoder_layers) == (1280, 32, 16)
     assert codec.codebook_sizes == (1024, 1024, *[128] * 18)
     assert lm.code_sizes == (1025, 1025, *[129] * 6)
@@ -65,23 +77,33 @@ def test_values_depend_on_the_seed_alone(tiny, tmp_path):
         init_checkpoint(tmp_path / name, seed=seed)
     for part in ("lm", "codec"):
         directories = (tiny / part, tmp_path / "same" / part, tmp_path / "other" / part)
-        here, same, other = (load_file(directory / "model.safetensors") for directory in directories)
+        here, same, other = (
+            load_file(directory / "model.safetensors") for directory in directories
+        )
         assert all(torch.equal(here[name], same[name]) for name in here)
-        random = [name for name, tensor in here.items() if tensor.unique().numel() > 1 and "window" not in name]
+        random = [
+            name
+            for name, tensor in here.items()
+            if tensor.unique().numel() > 1 and "window" not in name
+        ]
         assert len(random) > len(here) // 2
         assert not any(torch.equal(here[name], other[name]) for name in random)
 
 
 def test_tensors_differ_from_each_other(tiny):
     weights = load_file(tiny / "lm" / "model.safetensors")
-    names = [f"model.layers.{i}.mlp.{which}_proj.weight" for i in (0, 1) for which in ("gate", "up")]
+    names = [
+        f"model.layers.{i}.mlp.{which}_proj.weight" for i in (0, 1) for which in ("gate", "up")
+    ]
     values = torch.stack([weights[name].flatten() for name in names])
     assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.1
 
 
 def test_values_are_the_same_in_shards_and_pieces(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(initialize, "PIECE", 1024)
-    monkeypatch.setattr(initialize, "write_checkpoint", lambda *a, **k: write_checkpoint(*a, **k, shard_bytes=10**5))
+    monkeypatch.setattr(
+        initialize, "write_checkpoint", lambda *a, **k: write_checkpoint(*a, **k, shard_bytes=10**5)
+    )
     _, codec = init_checkpoint(tmp_path / "sharded")
     assert len(list(codec.glob("*.safetensors"))) > 5
     sharded, whole = open_weights(codec), open_weights(tiny / "codec")
@@ -90,13 +112,24 @@ def test_values_are_the_same_in_shards_and_pieces(tiny, tmp_path, monkeypatch):
 
 def test_scales(tiny):
     lm, codec = (load_file(tiny / part / "model.safetensors") for part in ("lm", "codec"))
-    assert torch.equal(codec["decoder.vocoder.head.istft.window"], torch.hann_window(960, periodic=True))
+    assert torch.equal(
+        codec["decoder.vocoder.head.istft.window"], torch.hann_window(960, periodic=True)
+    )
     for weights in (lm, codec):
-        assert all((w == 1).all() for name, w in weights.items() if w.ndim == 1 and "norm" in name and "weight" in name)
+        assert all(
+            (w == 1).all()
+            for name, w in weights.items()
+            if w.ndim == 1 and "norm" in name and "weight" in name
+        )
     assert codec["encoder.conv1.bias"].abs().max() < 0.1
-    for name, size in (("model.layers.0.mlp.down_proj.weight", 96), ("speech_group_downcast.weight", 192)):
+    for name, size in (
+        ("model.layers.0.mlp.down_proj.weight", 96),
+        ("speech_group_downcast.weight", 192),
+    ):
         assert lm[name].std() == pytest.approx(size**-0.5, rel=0.05)
-    assert lm["speech_embeddings.0.weight"][64].std() > 0.5, "rows of the empty code are random, too"
+    assert lm["speech_embeddings.0.weight"][64].std() > 0.5, (
+        "rows of the empty code are random, too"
+    )
 
 
 def test_dtype_may_be_chosen(tiny, tmp_path):
@@ -113,7 +146,10 @@ def test_tokenizer_of_the_tiny_preset(tiny):
     for token, i in TOKEN_IDS["tiny"].items():
         assert tokenizer.id(token) == i
         assert tokenizer.encode(f"a{token}")[1:] == [i]
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (
+        tokenizer.id("<|im_end|>"),
+        tokenizer.id("<|endoftext|>"),
+    )
     for text in ("It's 12:30.\n", "今天天气真好", "😀\x00\t"):
         ids = tokenizer.encode(text)
         assert len(ids) == len(text.encode())
@@ -127,9 +163,24 @@ def test_tokenizer_of_the_7b_preset(tmp_path):
     tokenizer = Tokenizer.from_directory(tmp_path)
     tokenizer.check_vocab(raw["vocab_size"])
     special = tokenizer.special
-    assert (special.pad, special.im_start, special.im_end, special.eos) == (151643, 151644, 151645, raw["eos_token_id"])
-    assert (special.sosp, special.eosp, special.empty, special.human) == (151665, 151666, 151667, 151668)
-    assert (special.speech_lm, special.sostm, special.eostm, special.eot) == (151669, 151670, 151671, 151672)
+    assert (special.pad, special.im_start, special.im_end, special.eos) == (
+        151643,
+        151644,
+        151645,
+        raw["eos_token_id"],
+    )
+    assert (special.sosp, special.eosp, special.empty, special.human) == (
+        151665,
+        151666,
+        151667,
+        151668,
+    )
+    assert (special.speech_lm, special.sostm, special.eostm, special.eot) == (
+        151669,
+        151670,
+        151671,
+        151672,
+    )
     assert tokenizer.decode(tokenizer.encode("北京<|empty|>")) == "北京<|empty|>"
     assert tokenizer.decode([5000, 151646]) == ""
 
@@ -140,7 +191,10 @@ def test_transformers_reads_the_tokenizer_alike(preset, tmp_path):
     raw = read_json(PRESETS / f"{preset}-lm.json")
     initialize.write_tokenizer(tmp_path, raw, TOKEN_IDS[preset])
     shutil.copyfile(PRESETS / f"{preset}-lm.json", tmp_path / "config.json")
-    ours, theirs = Tokenizer.from_directory(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_directory(tmp_path),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     text = "<|im_start|>user\nIt's 12 e\u0301 北京<|empty|> <|eot|>"
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
@@ -158,8 +212,13 @@ def test_the_tiny_preset_speaks_and_ends(talker):
     prompt = talker.get_tts_sft_prompt("It works.", template=0)
     stop = mimo_fast.MiMoStopper(talker.group_size, talker.audio_channels, [special.im_end])
     replies = mimo_fast.generate(
-        talker, [prompt] * 8, stopping_criteria=[stop], max_new_tokens=limit, seed=list(range(8)),
-        global_sampler=talker.get_task_sampler("tts")["global"], local_sampler=talker.get_task_sampler("tts")["local"],
+        talker,
+        [prompt] * 8,
+        stopping_criteria=[stop],
+        max_new_tokens=limit,
+        seed=list(range(8)),
+        global_sampler=talker.get_task_sampler("tts")["global"],
+        local_sampler=talker.get_task_sampler("tts")["local"],
     )
     texts = [reply[0, prompt.shape[1] :: talker.group_size].tolist() for reply in replies]
     tokens = [token for text in texts for token in text if token != special.im_end]
@@ -168,7 +227,9 @@ def test_the_tiny_preset_speaks_and_ends(talker):
 
 
 def test_audio_of_the_tiny_preset_is_audible_and_bounded(talker):
-    codes = torch.stack([torch.randint(0, size, (50,)) for size in talker.codec.config.codebook_sizes[:8]])
+    codes = torch.stack(
+        [torch.randint(0, size, (50,)) for size in talker.codec.config.codebook_sizes[:8]]
+    )
     wav = talker.codec.decode(codes)
     assert torch.isfinite(wav).all()
     assert 0.01 < wav.square().mean().sqrt() < 0.5
@@ -196,14 +257,18 @@ def test_an_unknown_preset(tmp_path):
 
 
 def test_the_disk_is_checked_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(initialize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB))
+    monkeypatch.setattr(
+        initialize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB)
+    )
     message = fault(lambda: init_checkpoint(tmp_path / "a" / "b", "7b"))
     assert "needs 17.34 GiB" in message
     assert "10.00 GiB free" in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
     draw, asked = initialize._draw, []
 
@@ -217,6 +282,12 @@ def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         init_checkpoint(tmp_path / "new")
     left = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
-    assert left == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert left == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not list((tmp_path / "new" / "codec").glob("*"))
     assert json.loads((tmp_path / "new" / "lm" / "config.json").read_text())

@@ -1,4 +1,5 @@
-"""The cache: what a head becomes as int8, what the runtime allocates, and steps over it beside a prefill."""
+"""The cache: what a head becomes as int8, what the runtime allocates, and steps over it beside a
+prefill."""
 
 from dataclasses import replace
 
@@ -8,21 +9,26 @@ import torch
 from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.kv_cache import LayerKV, quantize_heads
 from mimo_fast.kernels.rope import rope_table
-from mimo_fast.runtime.state import KVCache, kv_bytes
-from mimo_fast.runtime.transformer import cached_attend, prefill_attend, self_attend
+from mimo_fast.runtime.lm.state import KVCache, kv_bytes
+from mimo_fast.runtime.lm.transformer import cached_attend, prefill_attend, self_attend
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dh", [2, 16, 128])
 def test_quantized_heads(dh):
-    x = torch.randn(7, 5, dh, generator=torch.Generator().manual_seed(dh)) * torch.logspace(-6, 6, 7)[:, None, None]
+    x = (
+        torch.randn(7, 5, dh, generator=torch.Generator().manual_seed(dh))
+        * torch.logspace(-6, 6, 7)[:, None, None]
+    )
     x[0, 0] = 0
     levels, scales = quantize_heads(x)
     assert levels.dtype == torch.int8
     assert scales.dtype == torch.float32
     assert scales[0, 0] == 0
-    assert levels.abs().amax(-1).flatten()[1:].eq(127).all(), "the largest value takes the last level"
+    assert levels.abs().amax(-1).flatten()[1:].eq(127).all(), (
+        "the largest value takes the last level"
+    )
     assert ((levels * scales[..., None] - x).abs() <= scales[..., None] * 0.5001).all()
     torch.testing.assert_close(quantize_heads(-x)[0], -levels, rtol=0, atol=0)
 
@@ -60,7 +66,9 @@ def test_bytes_are_known_before_anything_is_allocated(backbone, dtype, quantized
 
 def test_int8_takes_about_half_of_bfloat16_at_the_published_dimensions(model):
     published = replace(model.lm.config.backbone, layers=36, heads=32, kv_heads=8, head_dim=128)
-    whole, half = (kv_bytes(published, 1, 8192, torch.bfloat16, quantized) for quantized in (False, True))
+    whole, half = (
+        kv_bytes(published, 1, 8192, torch.bfloat16, quantized) for quantized in (False, True)
+    )
     assert whole == 36 * 8192 * 8 * 128 * 2 * 2
     assert half / whole == 132 / 256
 
@@ -77,7 +85,8 @@ def test_a_layer_is_a_view(backbone, quantized):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_prefills_and_steps_are_attention_to_the_whole(backbone, quantized):
-    """9 positions of slot 1, as prefills of 4 and 2 and three steps, beside slot 0; int8 to its own error."""
+    """9 positions of slot 1, as prefills of 4 and 2 and three steps, beside slot 0; int8 to its own
+    error."""
     table = rope_table(16, 640000.0, 12)
     cache = KVCache.allocate(backbone, 2, 12, torch.float32, CPU, quantized)
     for x in (cache.k, cache.v):
@@ -87,10 +96,15 @@ def test_prefills_and_steps_are_attention_to_the_whole(backbone, quantized):
             x.fill_(torch.nan)
     qkv = torch.randn(2, 9, 10 * 16, generator=torch.Generator().manual_seed(0))
     prefill_attend(backbone, table, cache, 0, 0)(1, qkv[1:, :6])
-    got = [prefill_attend(backbone, table, cache, 1, start)(1, qkv[:1, start:end]) for start, end in ((0, 4), (4, 6))]
+    got = [
+        prefill_attend(backbone, table, cache, 1, start)(1, qkv[:1, start:end])
+        for start, end in ((0, 4), (4, 6))
+    ]
     for t in range(6, 9):
         rows = torch.stack([qkv[0, t : t + 1], qkv[1, t : t + 1]])
-        attend = cached_attend(backbone, table, cache, torch.tensor([1, 0]), torch.tensor([t, t]), 12)
+        attend = cached_attend(
+            backbone, table, cache, torch.tensor([1, 0]), torch.tensor([t, t]), 12
+        )
         got.append(attend(1, rows)[:1])
     want = self_attend(backbone, table, causal=True)(1, qkv)
     error = float((torch.cat(got, dim=1) - want[:1]).norm() / want[:1].norm())

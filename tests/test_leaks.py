@@ -7,7 +7,7 @@ import torch
 from memory import resident_memory
 
 from mimo_fast import LM, MimoAudio, generate
-from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.engine.engine import Engine
 
 REQUESTS, WARM = 1000, 250
 
@@ -15,7 +15,10 @@ REQUESTS, WARM = 1000, 250
 @pytest.fixture
 def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
     """request(i): the i-th of an endless mix of whole, abandoned, failing and batched requests."""
-    prompts = [model.pack([text]).to(model.device) for text in ("Hi.", "今天天气真好", "The quick brown fox.")]
+    prompts = [
+        model.pack([text]).to(model.device)
+        for text in ("Hi.", "今天天气真好", "The quick brown fox.")
+    ]
     engine, step = Engine(model.lm, 2, 64), LM.step
     monkeypatch.setattr(model, "_engine", engine)
 

@@ -1,5 +1,5 @@
-"""Patches, embeddings and cached steps equal straightforward recomputation, at several dimensions."""
-
+"""Patches, embeddings and cached steps equal straightforward recomputation, at several
+dimensions."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from variants import Loaded, random_prompt
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_codes import code_steps
-from mimo_fast.runtime.state import NO_POSITION
-from mimo_fast.runtime.transformer import self_attend, transformer
+from mimo_fast.runtime.lm.state import NO_POSITION
+from mimo_fast.runtime.lm.transformer import self_attend, transformer
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 
@@ -48,7 +48,8 @@ def recompute_hidden(loaded: Loaded, ids: Tensor) -> Tensor:
 
 
 def recompute_patch(loaded: Loaded, local: Tensor) -> Tensor:
-    """Greedy codes [C, G] after a patch decoder input [D]: a loop a channel, the whole sequence anew at each step."""
+    """Greedy codes [C, G] after a patch decoder input [D]: a loop a channel, the whole sequence
+    anew at each step."""
     config, tensors = loaded.model.lm.config, loaded.tensors
     decoder = config.patch_decoder
     table = rope_table(decoder.head_dim, decoder.rope_theta, 100)
@@ -56,7 +57,9 @@ def recompute_patch(loaded: Loaded, local: Tensor) -> Tensor:
     codes = torch.full((config.channels, config.group_size), -1)
     inputs = [local]
     for step in range(config.group_size + max(config.delays)):
-        hidden = transformer(torch.stack(inputs)[None], loaded.model.lm.patch_decoder, decoder.norm_eps, attend)[0, -1]
+        hidden = transformer(
+            torch.stack(inputs)[None], loaded.model.lm.patch_decoder, decoder.norm_eps, attend
+        )[0, -1]
         following = torch.zeros(decoder.dim)
         for c in range(config.channels):
             frame = step - config.delays[c]
@@ -77,7 +80,9 @@ def recompute_patch(loaded: Loaded, local: Tensor) -> Tensor:
 
 def test_greedy_patches_equal_recomputation(loaded):
     lm = loaded.model.lm
-    local = torch.randn(4, lm.config.patch_decoder.dim, generator=torch.Generator().manual_seed(0)) * 3
+    local = (
+        torch.randn(4, lm.config.patch_decoder.dim, generator=torch.Generator().manual_seed(0)) * 3
+    )
     state = lm.new_state([0] * 5, 1)
     codes = lm.decode_patch(local, state, torch.tensor([4, 0, 2, 1]), sampler_tensors([GREEDY] * 4))
     assert codes.shape == (4, lm.config.channels, lm.config.group_size)
@@ -87,19 +92,29 @@ def test_greedy_patches_equal_recomputation(loaded):
 
 def test_sampled_patches_hold_no_empty_code(loaded):
     lm, config = loaded.model.lm, loaded.model.lm.config
-    local = torch.randn(1, config.patch_decoder.dim, generator=torch.Generator().manual_seed(1)).expand(40, -1)
+    local = torch.randn(
+        1, config.patch_decoder.dim, generator=torch.Generator().manual_seed(1)
+    ).expand(40, -1)
     state = lm.new_state(list(range(40)), 1)
     settings = sampler_tensors([MiMoSampler(True, 2.0)] * 40)
     codes = lm.decode_patch(local, state, torch.arange(40), settings)
-    sizes, empty = (torch.tensor(values)[:, None] for values in (config.code_sizes, config.empty_codes))
+    sizes, empty = (
+        torch.tensor(values)[:, None] for values in (config.code_sizes, config.empty_codes)
+    )
     assert ((codes >= 0) & (codes < sizes) & (codes != empty)).all()
     for channel, size in enumerate(config.code_sizes):
-        assert len(codes[:, channel].unique()) > min(size, 20) // 2, "hot sampling should reach most codes"
+        assert len(codes[:, channel].unique()) > min(size, 20) // 2, (
+            "hot sampling should reach most codes"
+        )
     # A patch is the same alone, and greedy sampling is sampling at temperature 0.
     alone = lm.decode_patch(local[:1], state, torch.tensor([7]), settings.select([7]))
     assert torch.equal(alone[0], codes[7])
-    cold = lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([MiMoSampler(True, 1e-4)]))
-    assert torch.equal(cold, lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([GREEDY])))
+    cold = lm.decode_patch(
+        local[:1], state, torch.tensor([0]), sampler_tensors([MiMoSampler(True, 1e-4)])
+    )
+    assert torch.equal(
+        cold, lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([GREEDY]))
+    )
 
 
 def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model):
@@ -120,7 +135,9 @@ def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model)
         assert alone_text == text[row : row + 1]
         assert torch.equal(alone_codes[0], codes[row])
     again_text, again_codes = both([11, 12, 13], [0, 1, 2], [1, 6, 10])
-    assert (again_text, again_codes.tolist()) != (text, codes.tolist()), "the next group replays the draws"
+    assert (again_text, again_codes.tolist()) != (text, codes.tolist()), (
+        "the next group replays the draws"
+    )
 
 
 def test_no_two_draws_of_a_group_or_of_the_next_share_noise(loaded, monkeypatch):
@@ -152,9 +169,10 @@ def test_embeddings_equal_recomputation(loaded):
 
 @pytest.mark.parametrize("prefilled", [1, 4, 8, 9])
 def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
-    """However a sequence is cut into prefills and single steps, and beside another row of another length."""
+    """However a sequence is cut into prefills and single steps, and beside another row of another
+    length."""
     lm, size = loaded.model.lm, loaded.model.lm.config.group_size
-    monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 3)
     ids, other = random_prompt(lm.config, lm.empty_id, 9), random_prompt(lm.config, lm.empty_id, 14)
     want, wanted = recompute_hidden(loaded, ids), recompute_hidden(loaded, other)
     state = lm.new_state([0, 0], 14)
@@ -164,7 +182,10 @@ def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
     lm.prefill(other[:, : 5 * size], state, 0)
     torch.testing.assert_close(state.hidden[1], want[prefilled - 1], rtol=1e-3, atol=1e-4)
     for t in range(prefilled, 9):
-        rows = [part[:, at * size : (at + 1) * size] for part, at in ((ids, t), (other, t - prefilled + 5))]
+        rows = [
+            part[:, at * size : (at + 1) * size]
+            for part, at in ((ids, t), (other, t - prefilled + 5))
+        ]
         for slot, row in zip((1, 0), rows, strict=True):
             lm.stage(state, slot, int(row[0, 0]), row[1:])
         lm.step(state, torch.tensor([1, 0]))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import mimo_fast
+from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import DeviceMemoryError
-from mimo_fast.layout import lm_shapes
 from mimo_fast.quantization import QuantizationConfig
-from mimo_fast.runtime.engine import Engine
+from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.memory import GB, OFFLOADABLE, Setup, check_memory, fitting, largest_batch
 
 
@@ -28,7 +28,9 @@ def preset(quantization: str | None = None, **options: object) -> Setup:
 
 def test_the_published_model_fits_small_cards() -> None:
     assert preset("int4", graphs=True).total <= 10 * GB
-    assert preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
+    assert (
+        preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
+    )
 
 
 def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
@@ -38,11 +40,18 @@ def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
         counted = replace(
             model.setup, max_batch=slots, max_seq_len=40, kv_cache="int8" if quantized else None
         ).bytes()["cache"]
-        held = state.cache.nbytes + state.patch_cache.nbytes + state.banned.nbytes + 2 * state.hidden.nbytes
+        held = (
+            state.cache.nbytes
+            + state.patch_cache.nbytes
+            + state.banned.nbytes
+            + 2 * state.hidden.nbytes
+        )
         assert counted - held == 40 * config.backbone.head_dim * 4
 
 
-def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model: mimo_fast.MimoAudio) -> None:
+def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(
+    model: mimo_fast.MimoAudio,
+) -> None:
     setup, held = replace(model.setup, max_batch=3), 3 * model.codec.stream().nbytes
     assert replace(setup, graphs=True).total - setup.total == held
     assert not setup.graphs
@@ -90,7 +99,9 @@ def test_as_many_slots_as_fit() -> None:
 
 def test_options_reach_the_engine(kit: Path) -> None:
     parts = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
-    model = mimo_fast.load(*parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE)
+    model = mimo_fast.load(
+        *parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE
+    )
     state = model.engine.state
     assert (state.slots, state.capacity, state.cache.k.dtype) == (2, 50, torch.int8)
     with pytest.raises(mimo_fast.PromptError, match="the model's context is 50"):
@@ -109,18 +120,23 @@ def test_options_reach_the_engine(kit: Path) -> None:
 )
 def test_options_out_of_range(kit: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options)
+        mimo_fast.load(
+            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options
+        )
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimo_fast.loading.free_bytes", lambda _: 10**6)
-    monkeypatch.setattr("mimo_fast.loading.LM", None)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    kit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimo_fast.runtime.loading.free_bytes", lambda _: 10**6)
+    monkeypatch.setattr("mimo_fast.runtime.loading.LM", None)
     with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
         mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
 
 
 def test_an_int8_cache_changes_little(model: mimo_fast.MimoAudio) -> None:
-    """Greedy replies of a trained model would be the tokens of most groups; random weights only show that it runs."""
+    """Greedy replies of a trained model would be the tokens of most groups; random weights only
+    show that it runs."""
     prompt = model.pack(["The quick brown fox."])
     engines = [Engine(model.lm, 1, 64, quantized_cache=quantized) for quantized in (False, True)]
     hidden = []

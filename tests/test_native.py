@@ -1,4 +1,5 @@
-"""The native product: against float64, at odd shapes and for hostile values, and what it leaves to the other paths."""
+"""The native product: against float64, at odd shapes and for hostile values, and what it leaves to
+the other paths."""
 
 import math
 import platform
@@ -12,10 +13,12 @@ from helpers import FORMATS, gaussian
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mimo_fast.kernels import native, qmatmul, qmatmul_cpu
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.matmul import cpu as qmatmul_cpu
+from mimo_fast.kernels.matmul import product as qmatmul
+from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.qmatmul import matmul
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.quantization import Format, quantize
 
 CPU = Path("/proc/cpuinfo")
@@ -24,7 +27,9 @@ TAKEN = ["int4", "int4-g64", "int4-sym", "int4-sym-g64", "int8", "int8-g128", "i
 LARGEST_ERROR = {torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Of the largest value: 16 bits of x, or the rounding of the result."""
 
-needs_native = pytest.mark.skipif(not native.available(), reason=f"the native kernels are {native.state()}")
+needs_native = pytest.mark.skipif(
+    not native.available(), reason=f"the native kernels are {native.state()}"
+)
 
 
 def test_they_are_built_where_they_can_be():
@@ -50,11 +55,22 @@ def eager_error(x: torch.Tensor, weight: QuantizedWeight) -> float:
 @settings(max_examples=60)
 @example("int4", 1, 17, 4096, True, torch.float32)
 @example("int8", 5, 3, 11008, False, torch.bfloat16)
-@given(st.sampled_from(TAKEN), st.integers(1, 9), st.integers(1, 70), st.sampled_from([128, 256, 640, 1152]),
-       st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    st.sampled_from(TAKEN),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from([128, 256, 640, 1152]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_error_is_that_of_its_arithmetic(name, rows, outputs, columns, biased, dtype):
-    """Half a step of fixed point for each x, float32 sums of offset products, and the rounding of the result."""
-    weight = quantize(gaussian(outputs, columns), Format.parse(name), gaussian(1, outputs, 3)[0] if biased else None)
+    """Half a step of fixed point for each x, float32 sums of offset products, and the rounding of
+    the result."""
+    weight = quantize(
+        gaussian(outputs, columns),
+        Format.parse(name),
+        gaussian(1, outputs, 3)[0] if biased else None,
+    )
     assert native.takes_weight(weight)
     x = (gaussian(rows, columns, 1) * torch.linspace(-3, 3, columns).exp()).to(dtype)
     y = native.quantized_matmul(x, weight)
@@ -74,13 +90,17 @@ def test_error_is_that_of_its_arithmetic(name, rows, outputs, columns, biased, d
 def test_published_width_beats_dense_bfloat16(name):
     weight = quantize(gaussian(64, 4096), Format.parse(name))
     x = gaussian(4, 4096, 1).bfloat16()
-    error = float((native.quantized_matmul(x, weight).double() - exact(x, weight)).square().mean().sqrt())
+    error = float(
+        (native.quantized_matmul(x, weight).double() - exact(x, weight)).square().mean().sqrt()
+    )
     assert error <= eager_error(x, weight)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("normed", "swiglu", "added"), [(1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("normed", "swiglu", "added"), [(1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)]
+)
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_what_a_layer_does_around_it(name, normed, swiglu, added, dtype):
     """Against float64 all the way; the plain path rounds each step to the dtype."""
@@ -128,7 +148,9 @@ def test_integers_are_exact():
         offset = (largest + 1) // 2
         for sign in (1, -1):
             y = native.quantized_matmul(torch.full((3, 11008), float(sign)), weight)
-            torch.testing.assert_close(y, torch.full((3, 8), sign * 11008.0 * (largest - offset)), rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                y, torch.full((3, 8), sign * 11008.0 * (largest - offset)), rtol=1e-5, atol=0
+            )
 
 
 @needs_native

@@ -10,7 +10,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE = 1e-6
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0) -> list[torch.Tensor]:
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(shape[-1])
     x = torch.randn(shape, generator=generator) * scale + mean
     weight, bias = (torch.randn(shape[-1], generator=generator) for _ in range(2))
@@ -45,7 +47,8 @@ def test_layer_norm(dtype, shape, mean):
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_low_precision_statistics_are_float32(norm):
-    """Squares of float16 values beyond 256 overflow float16; means of 4096 bfloat16 values lose all digits."""
+    """Squares of float16 values beyond 256 overflow float16; means of 4096 bfloat16 values lose all
+    digits."""
     for dtype, scale in ((torch.float16, 2000.0), (torch.bfloat16, 3e4)):
         x, weight, bias = inputs((2, 4096), dtype, scale=scale)
         wide = x.double()
@@ -54,7 +57,11 @@ def test_low_precision_statistics_are_float32(norm):
             want = wide / wide.square().mean(-1, keepdim=True).sqrt() * weight.double()
         else:
             got = layer_norm(x, weight, bias, 1e-5)
-            want = (wide - wide.mean(-1, keepdim=True)) / wide.std(-1, correction=0, keepdim=True) * weight.double()
+            want = (
+                (wide - wide.mean(-1, keepdim=True))
+                / wide.std(-1, correction=0, keepdim=True)
+                * weight.double()
+            )
             want += bias.double()
         assert_rounded(got, want, roundings=2, noise=5 * NOISE)
 

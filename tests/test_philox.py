@@ -1,4 +1,5 @@
-"""Philox against published vectors; Gumbel noise: its law, and that no two draws share any of it."""
+"""Philox against published vectors; Gumbel noise: its law, and that no two draws share any of
+it."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def philox_words(counter: Sequence[int], key: Sequence[int]) -> list[int]:
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ],
@@ -40,7 +42,9 @@ def test_oracle_gives_random123_known_answers(counter, key, words):
     assert tuple(philox_words(counter, key)) == words
 
 
-@given(st.integers(0, 2**63 - 1), *[st.one_of(st.integers(0, WORD), st.sampled_from((0, 1, WORD)))] * 3)
+@given(
+    st.integers(0, 2**63 - 1), *[st.one_of(st.integers(0, WORD), st.sampled_from((0, 1, WORD)))] * 3
+)
 def test_philox_is_the_oracles_first_word(key, c0, c1, c2):
     word = philox(*(torch.tensor([value]) for value in (key, c0, c1, c2)))
     assert word.tolist() == philox_words((c0, c1, c2, 0), (key & WORD, key >> 32))[:1]
@@ -54,7 +58,10 @@ def test_philox_known_answer():
 def test_philox_broadcasts():
     key, ids = torch.tensor([[3], [5]]), torch.arange(4)
     words = philox(key, ids, torch.tensor([[7], [8]]), torch.tensor([[0], [1]]))
-    want = [[philox_words((i, 7 + row, row, 0), (k, 0))[0] for i in range(4)] for row, k in enumerate((3, 5))]
+    want = [
+        [philox_words((i, 7 + row, row, 0), (k, 0))[0] for i in range(4)]
+        for row, k in enumerate((3, 5))
+    ]
     assert words.tolist() == want
 
 
@@ -76,7 +83,9 @@ def test_gumbel_has_the_moments_and_tail_of_its_law():
 
 def test_gumbel_ends_are_finite(monkeypatch):
     for word in (0, WORD):
-        monkeypatch.setattr("mimo_fast.kernels.sample.philox", lambda *_, word=word: torch.tensor([[word]]))
+        monkeypatch.setattr(
+            "mimo_fast.kernels.sample.philox", lambda *_, word=word: torch.tensor([[word]])
+        )
         (value,) = gumbel(*torch.zeros(3, 1, dtype=torch.int64), 1).flatten().tolist()
         uniform = (word + 0.5) / 2**32
         assert value == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-6)
@@ -100,5 +109,7 @@ def test_draws_are_independent_across_seed_draw_slot_and_id():
         table = torch.stack((noise[:-1, 0], noise[1:, 0], noise[:-1, 1], noise[1:, 4]))
         correlation = torch.corrcoef(table.double()) - torch.eye(4)
         assert correlation.abs().max() < bound, name
-    across = torch.corrcoef(torch.stack([noise[:, 2] for noise in streams.values()]).double()) - torch.eye(5)
+    across = torch.corrcoef(
+        torch.stack([noise[:, 2] for noise in streams.values()]).double()
+    ) - torch.eye(5)
     assert across.abs().max() < bound

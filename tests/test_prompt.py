@@ -1,4 +1,5 @@
-"""Prompts: what packing promises for any segments, templates, audio as input, and malformed requests."""
+"""Prompts: what packing promises for any segments, templates, audio as input, and malformed
+requests."""
 
 import re
 from pathlib import Path
@@ -10,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast import AudioError, MimoAudio, PromptError, load_audio, prompt
-from mimo_fast.prompt import Reply, Speech
-from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
+from mimo_fast import AudioError, MimoAudio, PromptError, load_audio
+from mimo_fast.text import prompt
+from mimo_fast.text.prompt import Reply, Speech
+from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 
 GROUP, FRAME = 4, 960
 
@@ -26,7 +28,9 @@ def codes_of(model: MimoAudio, patches: int) -> Tensor:
     """Codes [C, patches G] that are never the empty ones."""
     random = torch.Generator().manual_seed(patches)
     empty = model.lm.config.empty_codes
-    return torch.stack([torch.randint(size, (patches * GROUP,), generator=random) for size in empty])
+    return torch.stack(
+        [torch.randint(size, (patches * GROUP,), generator=random) for size in empty]
+    )
 
 
 def text_of(model: MimoAudio, ids: Tensor) -> str:
@@ -36,8 +40,14 @@ def text_of(model: MimoAudio, ids: Tensor) -> str:
 
 class TestPack:
     @any_segments
-    @given(st.lists(st.one_of(texts, patch_counts, st.tuples(texts, patch_counts)), min_size=1, max_size=6))
-    def test_each_group_is_one_token_and_its_codes(self, model: MimoAudio, drawn: list[Any]) -> None:
+    @given(
+        st.lists(
+            st.one_of(texts, patch_counts, st.tuples(texts, patch_counts)), min_size=1, max_size=6
+        )
+    )
+    def test_each_group_is_one_token_and_its_codes(
+        self, model: MimoAudio, drawn: list[Any]
+    ) -> None:
         segments: list[prompt.Segment] = []
         for item in drawn:
             if isinstance(item, str):
@@ -53,7 +63,10 @@ class TestPack:
         text, codes = groups[0, :, 0], groups[1:]
         speech = text == model.empty_token
         assert (codes[:, ~speech] == torch.tensor(model.lm.config.empty_codes)[:, None, None]).all()
-        packed = [codes_of(model, 0), *(segment.codes for segment in segments if not isinstance(segment, str))]
+        packed = [
+            codes_of(model, 0),
+            *(segment.codes for segment in segments if not isinstance(segment, str)),
+        ]
         assert torch.equal(codes[:, speech].flatten(1), torch.cat(packed, dim=1))
 
         def tokens(segment: prompt.Segment) -> list[int]:
@@ -64,14 +77,18 @@ class TestPack:
                 return [model.sostm_idx, *encode(segment.text), model.eot_idx, model.eostm_idx]
             return [model.sosp_idx, *([model.eosp_idx] if segment.closed else [])]
 
-        assert text[~speech].tolist() == [token for segment in segments for token in tokens(segment)]
+        assert text[~speech].tolist() == [
+            token for segment in segments for token in tokens(segment)
+        ]
 
     @any_segments
     @given(text=st.text(alphabet="ab你🙂 ", max_size=14), patches=st.integers(0, 23))
     @example(text="", patches=0)
     @example(text="", patches=12)
     @example(text="abababababababab", patches=0)
-    def test_a_reply_alternates_five_tokens_and_five_patches(self, model: MimoAudio, text: str, patches: int) -> None:
+    def test_a_reply_alternates_five_tokens_and_five_patches(
+        self, model: MimoAudio, text: str, patches: int
+    ) -> None:
         sequence = model.pack([Reply(text, codes_of(model, patches))])[0, ::GROUP].tolist()
         assert (sequence[0], sequence[-1]) == (model.sostm_idx, model.eostm_idx)
         words = model.tokenizer.encode(text)
@@ -80,7 +97,11 @@ class TestPack:
         spoken = [i for i, token in enumerate(inner) if token == model.empty_token]
         assert len(spoken) == patches
         for patch, position in enumerate(spoken):
-            before = [token for token in inner[:position] if token not in (model.empty_token, model.eot_idx)]
+            before = [
+                token
+                for token in inner[:position]
+                if token not in (model.empty_token, model.eot_idx)
+            ]
             assert len(before) == min(len(words), 5 * (patch // 5 + 1))
         end = inner.index(model.eot_idx)
         assert not words or inner[end - 1] == words[-1]
@@ -91,7 +112,16 @@ class TestPack:
         places = [0, *[2] * (len(words) - 1)]
         sequence = model.pack([Reply("abab ab", codes_of(model, 3), places)])[0, ::GROUP].tolist()
         empty = model.empty_token
-        expected = [model.sostm_idx, words[0], empty, empty, *words[1:], model.eot_idx, empty, model.eostm_idx]
+        expected = [
+            model.sostm_idx,
+            words[0],
+            empty,
+            empty,
+            *words[1:],
+            model.eot_idx,
+            empty,
+            model.eostm_idx,
+        ]
         assert sequence == expected
 
     def test_a_reply_without_words_is_its_patches(self, model: MimoAudio) -> None:
@@ -103,8 +133,12 @@ class TestPack:
         assert model.pack([]).shape == (9, 0)
 
     @pytest.mark.parametrize("shape", [(7, 8), (8, 6), (9, 8), (64,), (1, 8, 4)])
-    @pytest.mark.parametrize("segment", [Speech, lambda codes: Reply("x", codes)], ids=["speech", "reply"])
-    def test_codes_of_a_wrong_shape(self, model: MimoAudio, shape: tuple[int, ...], segment: Any) -> None:
+    @pytest.mark.parametrize(
+        "segment", [Speech, lambda codes: Reply("x", codes)], ids=["speech", "reply"]
+    )
+    def test_codes_of_a_wrong_shape(
+        self, model: MimoAudio, shape: tuple[int, ...], segment: Any
+    ) -> None:
         message = f"codes must be [8, a multiple of 4], not {list(shape)}"
         with pytest.raises(PromptError, match=re.escape(message)):
             model.pack([segment(torch.zeros(shape, dtype=torch.int64))])
@@ -120,29 +154,50 @@ class TestTemplates:
         assert {prompt.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
 
     def test_transcription_asks_with_each_of_them(self, model: MimoAudio) -> None:
-        asked = {text_of(model, model.get_asr_sft_prompt(torch.zeros(FRAME), seed=seed)) for seed in range(200)}
-        assert all(any(f"<|eosp|>{words}<|im_end|>" in text for text in asked) for words in ASR_TEMPLATES)
+        asked = {
+            text_of(model, model.get_asr_sft_prompt(torch.zeros(FRAME), seed=seed))
+            for seed in range(200)
+        }
+        assert all(
+            any(f"<|eosp|>{words}<|im_end|>" in text for text in asked) for words in ASR_TEMPLATES
+        )
         assert len(asked) == len(ASR_TEMPLATES) == 22
 
-    @pytest.mark.parametrize(("text", "language"), [("Hello.", "en"), ("说 hello", "zh"), ("¿Qué?", "en"), ("", "en")])
+    @pytest.mark.parametrize(
+        ("text", "language"), [("Hello.", "en"), ("说 hello", "zh"), ("¿Qué?", "en"), ("", "en")]
+    )
     def test_speech_is_asked_for_in_the_language_of_the_text(
         self, model: MimoAudio, text: str, language: str
     ) -> None:
         asked = {text_of(model, model.get_tts_sft_prompt(text, seed=seed)) for seed in range(100)}
-        want = {f"<|im_start|>user\n{words}: {text}<|im_end|>\n<|im_start|>assistant\n<|sostm|>"
-                for words in TTS_TEMPLATES[language]}
+        want = {
+            f"<|im_start|>user\n{words}: {text}<|im_end|>\n<|im_start|>assistant\n<|sostm|>"
+            for words in TTS_TEMPLATES[language]
+        }
         assert asked == want
 
     def test_one_sentence_of_style_and_text_needs_no_template(self, model: MimoAudio) -> None:
-        first, second = (model.get_tts_sft_prompt("Whisper: hi", read_text_only=False, seed=seed) for seed in (0, 1))
+        first, second = (
+            model.get_tts_sft_prompt("Whisper: hi", read_text_only=False, seed=seed)
+            for seed in (0, 1)
+        )
         assert torch.equal(first, second)
         assert "user\nWhisper: hi<|im_end|>" in text_of(model, first)
 
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("THE FOX", "The fox"), ("the fox. it runs", "The fox. it runs"), ("The fox", "The fox"), ("the Fox", "the Fox"),
-     ("123", "123"), ("", ""), ("今天ok", "今天ok"), ("ok今天", "Ok今天"), ("ÉTÉ", "Été")],
+    [
+        ("THE FOX", "The fox"),
+        ("the fox. it runs", "The fox. it runs"),
+        ("The fox", "The fox"),
+        ("the Fox", "the Fox"),
+        ("123", "123"),
+        ("", ""),
+        ("今天ok", "今天ok"),
+        ("ok今天", "Ok今天"),
+        ("ÉTÉ", "Été"),
+    ],
 )
 def test_text_in_one_case_is_capitalized(model: MimoAudio, text: str, want: str) -> None:
     assert prompt.capitalize(text) == model.preprocess_input(text) == want
@@ -188,45 +243,78 @@ class TestDialogues:
         plain = model.get_spoken_dialogue_sft_prompt(audio[1])
         assert torch.equal(model.get_spoken_dialogue_sft_prompt(audio[1], system_prompt=""), plain)
         message = [{"role": "user", "content": audio[1]}]
-        assert torch.equal(model.get_spoken_dialogue_sft_multiturn_prompt(message, system_prompt=""), plain)
+        assert torch.equal(
+            model.get_spoken_dialogue_sft_multiturn_prompt(message, system_prompt=""), plain
+        )
         assert "user\n<|sosp|>" in text_of(model, plain)
 
     def test_one_message_is_the_single_turn(self, model: MimoAudio, audio: list[Path]) -> None:
-        spoken, written = [{"role": "user", "content": audio[1]}], [{"role": "user", "content": "Hi"}]
+        spoken, written = (
+            [{"role": "user", "content": audio[1]}],
+            [{"role": "user", "content": "Hi"}],
+        )
         options: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_speech": audio[0]}
         pairs = [
-            (model.get_spoken_dialogue_sft_multiturn_prompt(spoken, **options),
-             model.get_spoken_dialogue_sft_prompt(audio[1], **options)),
-            (model.get_s2t_dialogue_sft_multiturn_prompt(spoken), model.get_s2t_dialogue_sft_prompt(audio[1])),
-            (model.get_text_dialogue_sft_multiturn_prompt(written), model.get_text_dialogue_sft_prompt("Hi")),
+            (
+                model.get_spoken_dialogue_sft_multiturn_prompt(spoken, **options),
+                model.get_spoken_dialogue_sft_prompt(audio[1], **options),
+            ),
+            (
+                model.get_s2t_dialogue_sft_multiturn_prompt(spoken),
+                model.get_s2t_dialogue_sft_prompt(audio[1]),
+            ),
+            (
+                model.get_text_dialogue_sft_multiturn_prompt(written),
+                model.get_text_dialogue_sft_prompt("Hi"),
+            ),
         ]
         assert all(torch.equal(many, one) for many, one in pairs)
 
     def test_thinking_is_opened_or_skipped(self, model: MimoAudio) -> None:
-        thinking, not_thinking = (text_of(model, model.get_text_dialogue_sft_prompt("Hi", t)) for t in (True, False))
+        thinking, not_thinking = (
+            text_of(model, model.get_text_dialogue_sft_prompt("Hi", t)) for t in (True, False)
+        )
         assert thinking.endswith("assistant\n<think>\n")
         assert not_thinking.endswith("assistant\n<think>\n\n</think>\n")
 
     @pytest.mark.parametrize(
         "message",
-        [{"role": "system", "content": "x"}, {"content": "x"}, {"role": "user"}, {"role": None, "content": "x"},
-         {}, "hi", None],
+        [
+            {"role": "system", "content": "x"},
+            {"content": "x"},
+            {"role": "user"},
+            {"role": None, "content": "x"},
+            {},
+            "hi",
+            None,
+        ],
     )
     @pytest.mark.parametrize("task", ["spoken_dialogue", "s2t_dialogue", "text_dialogue"])
-    def test_a_message_needs_role_and_content(self, model: MimoAudio, task: str, message: Any) -> None:
-        with pytest.raises(PromptError, match=r"^a message needs a role \('user' or 'assistant'\) and content, not "):
+    def test_a_message_needs_role_and_content(
+        self, model: MimoAudio, task: str, message: Any
+    ) -> None:
+        with pytest.raises(
+            PromptError,
+            match=r"^a message needs a role \('user' or 'assistant'\) and content, not ",
+        ):
             getattr(model, f"get_{task}_sft_multiturn_prompt")([message])
 
     @pytest.mark.parametrize("content", ["Sure.", {"text": "Sure."}, None])
     def test_a_spoken_reply_needs_text_and_audio(self, model: MimoAudio, content: Any) -> None:
-        with pytest.raises(PromptError, match=r"assistant's message needs content \{'text': ..., 'audio': ...\}"):
-            model.get_spoken_dialogue_sft_multiturn_prompt([{"role": "assistant", "content": content}])
+        with pytest.raises(
+            PromptError, match=r"assistant's message needs content \{'text': ..., 'audio': ...\}"
+        ):
+            model.get_spoken_dialogue_sft_multiturn_prompt(
+                [{"role": "assistant", "content": content}]
+            )
 
     @pytest.mark.parametrize("content", [{"text": "Sure."}, None, 3])
     @pytest.mark.parametrize("task", ["s2t_dialogue", "text_dialogue"])
     def test_a_written_reply_needs_text(self, model: MimoAudio, task: str, content: Any) -> None:
         with pytest.raises(PromptError, match="content"):
-            getattr(model, f"get_{task}_sft_multiturn_prompt")([{"role": "assistant", "content": content}])
+            getattr(model, f"get_{task}_sft_multiturn_prompt")(
+                [{"role": "assistant", "content": content}]
+            )
 
 
 class TestExamples:
@@ -240,7 +328,11 @@ class TestExamples:
 
     def test_an_incomplete_one_is_named(self, model: MimoAudio, audio: list[Path]) -> None:
         for missing in ("input_audio", "output_audio", "output_transcription"):
-            example = {"input_audio": audio[1], "output_audio": audio[1], "output_transcription": "x"}
+            example = {
+                "input_audio": audio[1],
+                "output_audio": audio[1],
+                "output_transcription": "x",
+            }
             del example[missing]
             with pytest.raises(PromptError, match=missing):
                 model.get_in_context_learning_s2s_prompt("Do it.", [example], audio[1])

@@ -1,17 +1,11 @@
 """Weight formats: names, errors, and the search for scales."""
 
-
 import pytest
 import torch
 from helpers import FORMATS, error, gaussian, outliers
 
-from mimo_fast.kernels.quantized_weight import dequantize
-from mimo_fast.quantization import (
-    Format,
-    QuantizationConfig,
-    quantize,
-    relative_error,
-)  # fmt: skip
+from mimo_fast.kernels.matmul.quantized_weight import dequantize
+from mimo_fast.quantization import Format, QuantizationConfig, quantize, relative_error
 from mimo_fast.quantization.search import NF4_LEVELS
 
 
@@ -35,7 +29,9 @@ def test_error_on_weights_with_outliers():
     assert error(weight, "int8-g128") < 0.01
 
 
-@pytest.mark.parametrize("weight", [gaussian(64, 1024), outliers(64, 1024)], ids=["gaussian", "outliers"])
+@pytest.mark.parametrize(
+    "weight", [gaussian(64, 1024), outliers(64, 1024)], ids=["gaussian", "outliers"]
+)
 @pytest.mark.parametrize(("name", "steps"), [("int4-sym", 7), ("int8", 127), ("int8-g128", 127)])
 def test_search_beats_plain_absmax(weight, name, steps):
     group = Format.parse(name).group or weight.shape[1]
@@ -51,7 +47,9 @@ def test_nf4_values_are_nearest_levels_times_absmax():
     scale = groups.abs().amax(1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS)
     nearest = (groups[..., None] / scale[..., None] - levels).abs().argmin(-1)
-    torch.testing.assert_close(dequantize(quantize(weight, Format.parse("nf4"))).view(-1, 64), levels[nearest] * scale)
+    torch.testing.assert_close(
+        dequantize(quantize(weight, Format.parse("nf4"))).view(-1, 64), levels[nearest] * scale
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -100,13 +98,22 @@ def test_relative_error_is_that_of_the_whole_matrix():
     quantized = quantize(weight, Format.parse("int4"))
     want = (dequantize(quantized).double() - weight.double()).norm() / weight.double().norm()
     assert relative_error(weight, quantized) == pytest.approx(float(want), rel=1e-4)
-    assert relative_error(torch.zeros(2, 32), quantize(torch.zeros(2, 32), Format.parse("int8"))) == 0
+    assert (
+        relative_error(torch.zeros(2, 32), quantize(torch.zeros(2, 32), Format.parse("int8"))) == 0
+    )
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("int4", Format("int4", 128, False)), ("int4-sym", Format("int4", 128)), ("int4-sym-g64", Format("int4", 64)),
-    ("int8", Format("int8", None)), ("int8-g128", Format("int8", 128)), ("nf4", Format("nf4", 64)),
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("int4", Format("int4", 128, False)),
+        ("int4-sym", Format("int4", 128)),
+        ("int4-sym-g64", Format("int4", 64)),
+        ("int8", Format("int8", None)),
+        ("int8-g128", Format("int8", 128)),
+        ("nf4", Format("nf4", 64)),
+    ],
+)
 def test_format_names(text, want):
     assert Format.parse(text) == want
     assert Format.parse(str(want)) == want
@@ -131,15 +138,23 @@ def test_odd_widths_stay_dense():
 
 def test_parts():
     chosen = QuantizationConfig.parse("int4")
-    assert chosen.parts() == {"backbone": "int4-g128", "lm_head": "int8", "text_embeddings": "int8",
-                              "patch_decoder": "int8", "patch_encoder": None, "codec": None}
+    assert chosen.parts() == {
+        "backbone": "int4-g128",
+        "lm_head": "int8",
+        "text_embeddings": "int8",
+        "patch_decoder": "int8",
+        "patch_encoder": None,
+        "codec": None,
+    }
     assert QuantizationConfig.parse(chosen.parts()) == chosen
     assert QuantizationConfig.parse("nf4").backbone == Format("nf4", 64)
     assert QuantizationConfig.parse("int8").text_embeddings is None
     assert QuantizationConfig.parse({"lm_head": "dense"}) == QuantizationConfig()
     assert chosen.format_of("model.layers.0.self_attn.q_proj.bias", (64,)) is None
     assert chosen.format_of("speech_embeddings.0.weight", (64, 64)) is None
-    assert chosen.format_of("local_transformer.layers.0.mlp.up_proj.weight", (64, 64)) == Format("int8", None)
+    assert chosen.format_of("local_transformer.layers.0.mlp.up_proj.weight", (64, 64)) == Format(
+        "int8", None
+    )
 
 
 @pytest.mark.parametrize("bad", ["int5", {"head": "int8"}, {"lm_head": "int9"}])

@@ -9,12 +9,12 @@ import torch
 from helpers import KIT, gaussian, kit_config, source_of
 from safetensors.torch import load_file
 
-from mimo_fast.checkpoint import open_weights
+from mimo_fast.checkpoint.files import open_weights
+from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
-from mimo_fast.kernels.qmatmul import Weight, matmul
-from mimo_fast.kernels.quantized_weight import QuantizedWeight
-from mimo_fast.layout import lm_shapes
+from mimo_fast.kernels.matmul.product import Weight, matmul
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization import (
     QuantizationConfig,
     checkpoint_bytes,
@@ -23,12 +23,14 @@ from mimo_fast.quantization import (
     relative_error,
     stored_formats,
     stored_shapes,
-)  # fmt: skip
+)
 from mimo_fast.quantization.formats import CONFIG_KEY
 
 
 def published() -> LMConfig:
-    return LMConfig.from_dict(json.loads((files("mimo_fast") / "presets" / "7b-lm.json").read_text()))
+    return LMConfig.from_dict(
+        json.loads((files("mimo_fast") / "presets" / "7b-lm.json").read_text())
+    )
 
 
 def test_size_at_the_published_dimensions():
@@ -40,15 +42,26 @@ def test_size_at_the_published_dimensions():
 
 
 EVERY_PART = {
-    "backbone": "int4-sym-g32", "lm_head": "nf4", "text_embeddings": "int4-g64", "patch_decoder": "int8-g128",
+    "backbone": "int4-sym-g32",
+    "lm_head": "nf4",
+    "text_embeddings": "int4-g64",
+    "patch_decoder": "int8-g128",
     "patch_encoder": "int4",
 }
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "nf4", EVERY_PART], ids=["int4", "int8", "nf4", "every part"])
+@pytest.fixture(
+    scope="module",
+    params=["int4", "int8", "nf4", EVERY_PART],
+    ids=["int4", "int8", "nf4", "every part"],
+)
 def written(request, tmp_path_factory):
     target = tmp_path_factory.mktemp("quantized") / "lm"
-    return request.param, target, quantize_checkpoint(KIT / "checkpoint" / "lm", target, request.param, progress=False)
+    return (
+        request.param,
+        target,
+        quantize_checkpoint(KIT / "checkpoint" / "lm", target, request.param, progress=False),
+    )
 
 
 def test_a_checkpoint_survives_the_disk_bit_for_bit(written):
@@ -58,7 +71,9 @@ def test_a_checkpoint_survives_the_disk_bit_for_bit(written):
     formats = chosen.formats(shapes)
     dense, stored = open_weights(KIT / "checkpoint" / "lm"), load_file(target / "model.safetensors")
     assert {key: tuple(t.shape) for key, t in stored.items()} == stored_shapes(shapes, formats)
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == checkpoint_bytes(config, chosen, torch.float32)
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == checkpoint_bytes(
+        config, chosen, torch.float32
+    )
     assert errors.keys() == formats.keys()
     for matrix, shape in shapes.items():
         if matrix not in formats:
@@ -76,10 +91,14 @@ def test_errors_and_formats_are_kept_in_the_config(written):
     _, target, errors = written
     raw = json.loads((target / "config.json").read_text())
     kept = raw[CONFIG_KEY]["tensors"]
-    assert {name: about["error"] for name, about in kept.items()} == {n: round(e, 6) for n, e in errors.items()}
+    assert {name: about["error"] for name, about in kept.items()} == {
+        n: round(e, 6) for n, e in errors.items()
+    }
     assert raw["hidden_size"] == kit_config("lm")["hidden_size"]
     assert 0 < max(errors.values()) < 0.12
-    assert (target / "tokenizer.json").read_bytes() == (KIT / "checkpoint" / "lm" / "tokenizer.json").read_bytes()
+    assert (target / "tokenizer.json").read_bytes() == (
+        KIT / "checkpoint" / "lm" / "tokenizer.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,7 +107,9 @@ def test_quantizing_at_load_equals_loading_quantized(written, dtype):
     loaded = source_of(target, dtype)
     made = source_of(KIT / "checkpoint" / "lm", dtype, QuantizationConfig.parse(name))
     layer = "model.layers.0.self_attn"
-    qkv = [source.weight(*(f"{layer}.{p}_proj" for p in "qkv"), bias=True) for source in (loaded, made)]
+    qkv = [
+        source.weight(*(f"{layer}.{p}_proj" for p in "qkv"), bias=True) for source in (loaded, made)
+    ]
     assert all(isinstance(weight, QuantizedWeight) for weight in qkv)
     x = gaussian(3, 64).to(dtype)
     assert torch.equal(matmul(x, qkv[0]), matmul(x, qkv[1]))
@@ -103,12 +124,16 @@ def test_source_of_a_dense_checkpoint():
     modules = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
     weight = source.weight(*modules)
     assert isinstance(weight, Weight)
-    assert all(torch.equal(b, source(f"{m}.weight")) for b, m in zip(weight.blocks, modules, strict=True))
+    assert all(
+        torch.equal(b, source(f"{m}.weight")) for b, m in zip(weight.blocks, modules, strict=True)
+    )
 
 
 def test_shards(tmp_path):
     quantize_checkpoint(KIT / "checkpoint" / "lm", tmp_path / "a", "int4", progress=False)
-    quantize_checkpoint(KIT / "checkpoint" / "lm", tmp_path / "b", "int4", progress=False, shard_bytes=20_000)
+    quantize_checkpoint(
+        KIT / "checkpoint" / "lm", tmp_path / "b", "int4", progress=False, shard_bytes=20_000
+    )
     whole, shards = open_weights(tmp_path / "a"), open_weights(tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert all(torch.equal(whole.get(name), shards.get(name)) for name in whole.names())
@@ -122,10 +147,16 @@ def test_quantizing_twice_is_refused(written):
         source_of(target, requested=QuantizationConfig.parse("int8"))
 
 
-@pytest.mark.parametrize(("entry", "match"), [
-    ({"version": 9}, "is unknown"), ([], "is unknown"), ({"version": 1}, "damaged"),
-    ({"version": 1, "tensors": {"a": {"format": "int3"}}}, "damaged"), ({"version": 1, "tensors": []}, "damaged"),
-])
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"version": 9}, "is unknown"),
+        ([], "is unknown"),
+        ({"version": 1}, "damaged"),
+        ({"version": 1, "tensors": {"a": {"format": "int3"}}}, "damaged"),
+        ({"version": 1, "tensors": []}, "damaged"),
+    ],
+)
 def test_damaged_entries_are_refused(entry, match):
     with pytest.raises(CheckpointError, match=match):
         stored_formats({CONFIG_KEY: entry}, "config.json")

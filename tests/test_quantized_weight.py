@@ -8,14 +8,22 @@ from helpers import FORMATS, gaussian, outliers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimo_fast.kernels import qmatmul_cpu
-from mimo_fast.kernels.qmatmul import Weight, matmul, qmatmul_bytes
-from mimo_fast.kernels.qmatmul_cpu import PACKED_ROWS, pack_for_torch, packed_product, unpacked_product
-from mimo_fast.kernels.quantized_weight import QuantizedWeight, dequantize, dequantize_to, pack_words, unpack_words
-from mimo_fast.quantization import (
-    Format,
-    quantize,
-)  # fmt: skip
+from mimo_fast.kernels.matmul import cpu as qmatmul_cpu
+from mimo_fast.kernels.matmul.cpu import (
+    PACKED_ROWS,
+    pack_for_torch,
+    packed_product,
+    unpacked_product,
+)
+from mimo_fast.kernels.matmul.product import Weight, matmul, qmatmul_bytes
+from mimo_fast.kernels.matmul.quantized_weight import (
+    QuantizedWeight,
+    dequantize,
+    dequantize_to,
+    pack_words,
+    unpack_words,
+)
+from mimo_fast.quantization import Format, quantize
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +31,18 @@ def without_native(monkeypatch):
     monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
 
 
-@given(bits=st.sampled_from([4, 8]), group=st.sampled_from([32, 64, 96, 128, 256]), blocks=st.integers(1, 3),
-       rows=st.integers(1, 5), seed=st.integers(0, 99))
+@given(
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 96, 128, 256]),
+    blocks=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packing_is_undone_by_unpacking(bits, group, blocks, rows, seed):
-    q = torch.randint(2**bits, (rows, blocks * group), generator=torch.Generator().manual_seed(seed))
+    q = torch.randint(
+        2**bits, (rows, blocks * group), generator=torch.Generator().manual_seed(seed)
+    )
     words = pack_words(q, bits, group)
     assert words.shape == (rows, blocks * group * bits // 32)
     assert torch.equal(unpack_words(words, bits, group), q.int())
@@ -65,12 +80,17 @@ def test_product_is_that_of_the_dequantized_weight(name, rows, columns, shape, d
 
 def test_cpu_products_are_used_where_they_can_be(monkeypatch):
     calls = []
-    monkeypatch.setattr(qmatmul_cpu, "packed_product", lambda *args: calls.append(args) or packed_product(*args))
+    monkeypatch.setattr(
+        qmatmul_cpu, "packed_product", lambda *args: calls.append(args) or packed_product(*args)
+    )
     for name, columns in (("int4", 128), ("int4-sym-g32", 96), ("int8", 96)):
         weight = pack_for_torch(quantize(gaussian(64, columns), Format.parse(name)))
         for rows, dtype, packed in (
-            (1, torch.bfloat16, True), (PACKED_ROWS, torch.bfloat16, True), (PACKED_ROWS + 1, torch.bfloat16, False),
-            (1, torch.float32, False), (0, torch.bfloat16, False),
+            (1, torch.bfloat16, True),
+            (PACKED_ROWS, torch.bfloat16, True),
+            (PACKED_ROWS + 1, torch.bfloat16, False),
+            (1, torch.float32, False),
+            (0, torch.bfloat16, False),
         ):
             calls.clear()
             assert matmul(torch.ones(rows, columns, dtype=dtype), weight).shape == (rows, 64)
@@ -95,12 +115,20 @@ def test_torchs_form_holds_the_same_values_and_nothing_twice(name):
 
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int8"])
 def test_torchs_form_joins(name):
-    parts = [quantize(gaussian(rows, 256, rows), Format.parse(name), gaussian(1, rows)[0]) for rows in (64, 128)]
-    joined, want = QuantizedWeight.stack([pack_for_torch(part) for part in parts]), QuantizedWeight.stack(parts)
+    parts = [
+        quantize(gaussian(rows, 256, rows), Format.parse(name), gaussian(1, rows)[0])
+        for rows in (64, 128)
+    ]
+    joined, want = (
+        QuantizedWeight.stack([pack_for_torch(part) for part in parts]),
+        QuantizedWeight.stack(parts),
+    )
     assert joined.torch_scales is not None
     assert torch.equal(dequantize(joined), dequantize(want))
     x = gaussian(3, 256, 1).bfloat16()
-    assert torch.equal(matmul(x, joined), torch.cat([matmul(x, pack_for_torch(part)) for part in parts], dim=1))
+    assert torch.equal(
+        matmul(x, joined), torch.cat([matmul(x, pack_for_torch(part)) for part in parts], dim=1)
+    )
     with pytest.raises(ValueError, match="one format"):
         QuantizedWeight.stack([joined, want])
 
@@ -113,7 +141,10 @@ def test_packed_products_of_uncentred_inputs(name, mean):
     x, dense = (gaussian(4, 4096, 1) + mean).bfloat16(), dequantize(weight)
     want = x.double() @ dense.double().T
     eager = float((torch.nn.functional.linear(x, dense.bfloat16()).double() - want).abs().max())
-    for product, bound in ((packed_product(x, weight, weight.torch_scales), 2), (unpacked_product(x, weight), 1)):
+    for product, bound in (
+        (packed_product(x, weight, weight.torch_scales), 2),
+        (unpacked_product(x, weight), 1),
+    ):
         assert float((product.double() - want).abs().max()) <= bound * eager
 
 
@@ -128,12 +159,17 @@ def test_many_rows_and_few_agree(name):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_epilogues(quantized):
     dense = gaussian(64, 128)
-    weight = quantize(dense, Format.parse("int8")) if quantized else Weight.stack([dense[:32], dense[32:]])
+    weight = (
+        quantize(dense, Format.parse("int8"))
+        if quantized
+        else Weight.stack([dense[:32], dense[32:]])
+    )
     values = dequantize(weight) if quantized else dense
     x, residual = gaussian(3, 128, 1), gaussian(3, 32, 2)
     gate, up = (x @ values.T).chunk(2, -1)
     torch.testing.assert_close(
-        matmul(x, weight, residual=residual, swiglu=True), residual + torch.nn.functional.silu(gate) * up
+        matmul(x, weight, residual=residual, swiglu=True),
+        residual + torch.nn.functional.silu(gate) * up,
     )
     wide = gaussian(3, 64, 2)
     torch.testing.assert_close(matmul(x, weight, residual=wide), wide + x @ values.T)
@@ -146,7 +182,8 @@ def test_width_that_does_not_match_is_refused():
 
 def test_rows_join():
     parts = [
-        quantize(gaussian(rows, 128, rows), Format.parse("int4"), torch.full((rows,), rows * 1.0)) for rows in (3, 5)
+        quantize(gaussian(rows, 128, rows), Format.parse("int4"), torch.full((rows,), rows * 1.0))
+        for rows in (3, 5)
     ]
     joined = QuantizedWeight.stack(parts)
     assert joined.shape == (8, 128)

@@ -11,15 +11,20 @@ from mimo_fast.kernels.rope import rope, rope_table
 
 
 def oracle(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Half i of a head is the real part, half i + Dh / 2 the imaginary part, of a number turned by its angle."""
+    """Half i of a head is the real part, half i + Dh / 2 the imaginary part, of a number turned by
+    its angle."""
     half = x.shape[-1] // 2
     rates = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     turned = torch.complex(x[..., :half].double(), x[..., half:].double())
-    turned = turned * torch.polar(torch.ones(1, dtype=torch.float64), positions.double()[..., None, None] * rates)
+    turned = turned * torch.polar(
+        torch.ones(1, dtype=torch.float64), positions.double()[..., None, None] * rates
+    )
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-@pytest.mark.parametrize(("head_dim", "theta"), [(16, 640000.0), (128, 640000.0), (64, 10000.0), (2, 10000.0)])
+@pytest.mark.parametrize(
+    ("head_dim", "theta"), [(16, 640000.0), (128, 640000.0), (64, 10000.0), (2, 10000.0)]
+)
 def test_table_is_cos_and_sin(head_dim, theta):
     table = rope_table(head_dim, theta, 8192)
     assert table.shape == (2, 8192, head_dim // 2)
@@ -64,7 +69,9 @@ def test_scores_depend_on_the_distance_alone(first, second, shift):
     def score(i: int, j: int) -> Tensor:
         return (rope(q, table[:, i : i + 1]) * rope(k, table[:, j : j + 1])).sum()
 
-    torch.testing.assert_close(score(first, second), score(first + shift, second + shift), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        score(first, second), score(first + shift, second + shift), rtol=0, atol=2e-3
+    )
 
 
 def test_lengths_are_kept():

@@ -1,4 +1,5 @@
-"""Residual vector quantization: nearest rows in float64, ties, subsets, and decoding what was encoded."""
+"""Residual vector quantization: nearest rows in float64, ties, subsets, and decoding what was
+encoded."""
 
 from itertools import pairwise
 
@@ -18,13 +19,16 @@ def random_books(sizes: list[int], dim: int, seed: int = 0) -> list[Tensor]:
 
 
 def assert_nearest(x: Tensor, books: list[Tensor], codes: Tensor) -> int:
-    """Codes are those of float64, or of a row whose distance is larger by less than 1e-5; returns how many are such."""
+    """Codes are those of float64, or of a row whose distance is larger by less than 1e-5; returns
+    how many are such."""
     assert codes.shape == (len(books), len(x))
     assert codes.dtype == torch.int64
     residual, near = x.double(), 0
     for index, book in zip(codes, books, strict=True):
         wide = book.double()
-        distances = torch.cdist(residual, wide, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distances = torch.cdist(
+            residual, wide, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
         least, nearest = distances.min(-1)
         chosen = distances.gather(1, index[:, None])[:, 0]
         assert (chosen <= least * (1 + 1e-5)).all()
@@ -34,7 +38,8 @@ def assert_nearest(x: Tensor, books: list[Tensor], codes: Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dim", "t"), [([64, 64, 16], 24, 200), ([1024], 7, 50), ([1], 3, 2), ([5, 1, 9], 129, 33)]
+    ("sizes", "dim", "t"),
+    [([64, 64, 16], 24, 200), ([1024], 7, 50), ([1], 3, 2), ([5, 1, 9], 129, 33)],
 )
 def test_codes_are_nearest_rows(sizes, dim, t):
     books = random_books(sizes, dim)
@@ -83,7 +88,12 @@ def test_fewer_codebooks_give_the_first_rows():
 
 def test_decode_sums_rows():
     books = random_books([9, 5, 7], 11)
-    codes = torch.stack([torch.randint(len(book), (20,), generator=torch.Generator().manual_seed(3)) for book in books])
+    codes = torch.stack(
+        [
+            torch.randint(len(book), (20,), generator=torch.Generator().manual_seed(3))
+            for book in books
+        ]
+    )
     want = sum(book.double()[index] for index, book in zip(codes, books, strict=True))
     assert_rounded(rvq_decode(codes, books), want, noise=1e-6)
 
@@ -105,7 +115,10 @@ def test_codebooks_with_a_zero_row_never_make_it_worse(seed, count, dim):
         book[3] = 0
     x = torch.randn(10, dim, generator=torch.Generator().manual_seed(seed + 1))
     codes = rvq_encode(x, books)
-    errors = [x.square().sum(-1), *((x - rvq_decode(codes[:n], books)).square().sum(-1) for n in range(1, count + 1))]
+    errors = [
+        x.square().sum(-1),
+        *((x - rvq_decode(codes[:n], books)).square().sum(-1) for n in range(1, count + 1)),
+    ]
     for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-5) + 1e-5).all()
 

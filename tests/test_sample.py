@@ -1,4 +1,5 @@
-"""Filtering against a slow independent oracle, draws against exact probabilities, greedy and banned ids."""
+"""Filtering against a slow independent oracle, draws against exact probabilities, greedy and banned
+ids."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +14,18 @@ from mimo_fast.kernels.sample import filter_scores, gumbel, sample
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 
-def kept_values(logits: Sequence[float], sampler: MiMoSampler, slack: float = 1e-5) -> list[list[float]]:
+def kept_values(
+    logits: Sequence[float], sampler: MiMoSampler, slack: float = 1e-5
+) -> list[list[float]]:
     """Upstream's rule, a row at a time: every list of scaled logits, ascending, that may be kept.
 
-    More than one only where a cumulative probability is within `slack` of 1 - top_p: float32 may fall either way.
+    More than one only where a cumulative probability is within `slack` of 1 - top_p: float32 may
+    fall either way.
     """
     # Divided in float32, because that may tie what was not.
-    scores = sorted(float(torch.tensor(value) / torch.tensor(sampler.temperature or 1.0)) for value in logits)
+    scores = sorted(
+        float(torch.tensor(value) / torch.tensor(sampler.temperature or 1.0)) for value in logits
+    )
     if sampler.top_k:
         kth = scores[-min(sampler.top_k, len(scores))]
         scores = [score for score in scores if score >= kth]
@@ -44,7 +50,10 @@ def assert_kept(logits: Tensor, samplers: Sequence[MiMoSampler]) -> None:
         kept = sorted(value for value in got if value > -math.inf)
         assert kept in kept_values(row, sampler), (row, sampler)
         for value, logit in zip(got, row, strict=True):
-            assert value in (-math.inf, pytest.approx(logit / (sampler.temperature or 1.0), rel=1e-6))
+            assert value in (
+                -math.inf,
+                pytest.approx(logit / (sampler.temperature or 1.0), rel=1e-6),
+            )
 
 
 samplers = st.builds(
@@ -61,7 +70,9 @@ logit = st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), s
 @st.composite
 def logit_rows(draw: st.DrawFn) -> Tensor:
     size = draw(st.integers(1, 12))
-    row = st.lists(logit, min_size=size, max_size=size).filter(lambda values: max(values) > -math.inf)
+    row = st.lists(logit, min_size=size, max_size=size).filter(
+        lambda values: max(values) > -math.inf
+    )
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
@@ -85,7 +96,9 @@ CORNERS = [
 @pytest.mark.parametrize("top_p", [None, 0.0, 1e-6, 0.3, 0.85, 1.0])
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_filter_on_flat_one_hot_tied_and_steep_rows(top_k, top_p, temperature):
-    assert_kept(torch.tensor(CORNERS), [MiMoSampler(True, temperature, top_k, top_p)] * len(CORNERS))
+    assert_kept(
+        torch.tensor(CORNERS), [MiMoSampler(True, temperature, top_k, top_p)] * len(CORNERS)
+    )
 
 
 def test_top_k_keeps_all_ties_at_its_threshold():
@@ -110,8 +123,12 @@ def test_top_p_always_keeps_the_best():
 def test_mixed_settings_in_a_batch_equal_each_alone():
     generator = torch.Generator().manual_seed(0)
     mixed = [
-        MiMoSampler(True, 0.7, 5, 0.9), GREEDY, MiMoSampler(True, 1.5), MiMoSampler(True, None, None, 0.3),
-        MiMoSampler(True, 0.2, 1, 1.0), MiMoSampler(True, 0.0, 3, 0.5),
+        MiMoSampler(True, 0.7, 5, 0.9),
+        GREEDY,
+        MiMoSampler(True, 1.5),
+        MiMoSampler(True, None, None, 0.3),
+        MiMoSampler(True, 0.2, 1, 1.0),
+        MiMoSampler(True, 0.0, 3, 0.5),
     ]
     logits = torch.randn(6, 33, generator=generator) * 3
     banned = torch.rand(6, 33, generator=generator) < 0.2
@@ -134,14 +151,19 @@ def noise_of(seed: int, draws: int, size: int) -> Tensor:
     return gumbel(torch.full_like(index, seed), index, torch.zeros_like(index), size)
 
 
-def draw(logits: Tensor, sampler: MiMoSampler, noise: Tensor, banned: Tensor | None = None) -> Tensor:
+def draw(
+    logits: Tensor, sampler: MiMoSampler, noise: Tensor, banned: Tensor | None = None
+) -> Tensor:
     """One id from the same logits [V] for each row of noise [N, V]."""
     n = len(noise)
-    return sample(logits.expand(n, -1), sampler_tensors([sampler]).select([0], repeat=n), noise, banned)
+    return sample(
+        logits.expand(n, -1), sampler_tensors([sampler]).select([0], repeat=n), noise, banned
+    )
 
 
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """Chance of so uneven a result, or a more uneven one; ids expected less than 8 times are pooled."""
+    """Chance of so uneven a result, or a more uneven one; ids expected less than 8 times are
+    pooled."""
     expected = probabilities * counts.sum()
     rare = expected < 8
     pooled = [(counts[~rare].double(), expected[~rare])]
@@ -158,7 +180,9 @@ def test_chi_square_tail_is_right():
     for freedom, quantile in ((1, 3.841459), (10, 18.307038)):
         tail = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(quantile / 2))
         assert float(tail) == pytest.approx(0.05, abs=1e-5)
-    assert chi_square_p(torch.tensor([600, 400]), torch.tensor([0.5, 0.5], dtype=torch.float64)) < 1e-3
+    assert (
+        chi_square_p(torch.tensor([600, 400]), torch.tensor([0.5, 0.5], dtype=torch.float64)) < 1e-3
+    )
 
 
 DRAWS = 200_000
@@ -244,7 +268,11 @@ def test_greedy_row_ignores_noise():
 def test_where_nothing_is_left_the_best_id_not_banned_is_taken():
     logits = torch.tensor([[0.0, 5.0, 2.0, 3.0], [4.0, 0.0, 1.0, -9.0]])
     banned = torch.tensor([[False, True, False, False], [True, False, True, False]])
-    for sampler in (MiMoSampler(True, 1.0, 1), MiMoSampler(True, 1.0, None, 1e-6), MiMoSampler(False, 1.0, 1)):
+    for sampler in (
+        MiMoSampler(True, 1.0, 1),
+        MiMoSampler(True, 1.0, None, 1e-6),
+        MiMoSampler(False, 1.0, 1),
+    ):
         noise = torch.zeros(2, 4)
         noise[:, 0] = 50.0
         assert sample(logits, sampler_tensors([sampler] * 2), noise, banned).tolist() == [3, 1]
@@ -264,7 +292,9 @@ def test_banned_ids_are_removed_after_top_k_and_top_p():
 @given(logit_rows(), st.data())
 def test_banned_ids_are_never_drawn(logits, data):
     n, size = logits.shape
-    banned = torch.tensor([data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)])
+    banned = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)]
+    )
     banned[banned.all(-1), 0] = False
     picked = [data.draw(samplers) for _ in range(n)]
     noise = gumbel(torch.arange(n), torch.arange(n), torch.arange(n), size)

@@ -14,10 +14,16 @@ from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 ROWS, SIZE, SLACK = 1000, 129, 1e-5
 
 SAMPLERS = [
-    MiMoSampler(True, 0.6, 50, 0.95), MiMoSampler(True, 0.9, None, 0.95), MiMoSampler(True, 1.0, 5),
-    MiMoSampler(True, 1.0, 1, 0.5), MiMoSampler(True, 2.0, None, 0.02), MiMoSampler(True, 0.7, 200, 0.3),
-    MiMoSampler(True, 0.25, 20, 0.999), MiMoSampler(True, 1.0, None, 1.0), MiMoSampler(True, 1.3, 129, 1e-9),
-]  # fmt: skip
+    MiMoSampler(True, 0.6, 50, 0.95),
+    MiMoSampler(True, 0.9, None, 0.95),
+    MiMoSampler(True, 1.0, 5),
+    MiMoSampler(True, 1.0, 1, 0.5),
+    MiMoSampler(True, 2.0, None, 0.02),
+    MiMoSampler(True, 0.7, 200, 0.3),
+    MiMoSampler(True, 0.25, 20, 0.999),
+    MiMoSampler(True, 1.0, None, 1.0),
+    MiMoSampler(True, 1.3, 129, 1e-9),
+]
 
 
 def rows_of(kind: str) -> Tensor:
@@ -27,10 +33,14 @@ def rows_of(kind: str) -> Tensor:
     chance, place = (torch.rand(ROWS, n, generator=generator) for n in (SIZE, 1))
     some = (place * SIZE).long()
     rows = {
-        "normal": normal, "steep": normal * 20, "narrow": normal * 1e-3, "ties": normal.round(),
+        "normal": normal,
+        "steep": normal * 20,
+        "narrow": normal * 1e-3,
+        "ties": normal.round(),
         "pairs": normal.sort(dim=1).values.view(ROWS, -1, 3)[:, :, :1].expand(-1, -1, 3).flatten(1),
         "-inf": normal.masked_fill(chance > 0.1, -math.inf).scatter(1, some, -1.0),
-        "one-hot": torch.full((ROWS, SIZE), -math.inf).scatter(1, some, 2.0), "flat": place.expand(-1, SIZE) * 9,
+        "one-hot": torch.full((ROWS, SIZE), -math.inf).scatter(1, some, 2.0),
+        "flat": place.expand(-1, SIZE) * 9,
     }
     return rows[kind]
 
@@ -38,8 +48,8 @@ def rows_of(kind: str) -> Tensor:
 def kept_by_upstreams_rule(logits: Tensor, sampler: MiMoSampler) -> tuple[np.ndarray, np.ndarray]:
     """What must be kept and what may be kept, bool [R, V].
 
-    They differ where a cumulative probability is within SLACK of 1 - top_p. Of equal logits at the threshold, those of
-    lower ids are dropped first.
+    They differ where a cumulative probability is within SLACK of 1 - top_p. Of equal logits at the
+    threshold, those of lower ids are dropped first.
     """
     # Divided in float32, because that may tie what was not.
     scores = (logits / torch.tensor(sampler.temperature)).double().numpy()
@@ -62,11 +72,15 @@ def kept_by_upstreams_rule(logits: Tensor, sampler: MiMoSampler) -> tuple[np.nda
     return bounds[0], bounds[1]
 
 
-@pytest.mark.parametrize("kind", ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"]
+)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_kept_ids_are_those_of_upstreams_rule(kind, sampler):
     logits = rows_of(kind)
-    got = (filter_scores(logits, sampler_tensors([sampler]).select([0], repeat=ROWS)) > -math.inf).numpy()
+    got = (
+        filter_scores(logits, sampler_tensors([sampler]).select([0], repeat=ROWS)) > -math.inf
+    ).numpy()
     must, may = kept_by_upstreams_rule(logits, sampler)
     assert got.any(1).all()
     assert not (must & ~got).any()

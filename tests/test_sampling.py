@@ -15,8 +15,12 @@ from mimo_fast.sampling import GREEDY, MiMoSampler, MiMoStopper, sampler_tensors
 @pytest.mark.parametrize(
     ("bad", "word"),
     [
-        ({"temperature": -0.1}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_k": -1}, "top_k"),
-        ({"top_p": -0.1}, "top_p"), ({"top_p": 1.01}, "top_p"), ({"top_p": math.nan}, "top_p"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad, word):
@@ -26,10 +30,15 @@ def test_settings_that_make_no_sense_are_refused(bad, word):
 
 
 def test_sampler_tensors_of_each_setting():
-    tensors = sampler_tensors([
-        MiMoSampler(), MiMoSampler(True), MiMoSampler(True, 0.0, 7, 0.9), MiMoSampler(True, 2, 0, 1),
-        SimpleNamespace(do_sample=True, temperature=0.5, top_k=None, top_p=0.25),
-    ])
+    tensors = sampler_tensors(
+        [
+            MiMoSampler(),
+            MiMoSampler(True),
+            MiMoSampler(True, 0.0, 7, 0.9),
+            MiMoSampler(True, 2, 0, 1),
+            SimpleNamespace(do_sample=True, temperature=0.5, top_k=None, top_p=0.25),
+        ]
+    )
     assert tensors.greedy.tolist() == [True, False, True, False, False]
     assert tensors.temperature.tolist() == [1.0, 1.0, 1.0, 2.0, 0.5]
     assert tensors.top_k.tolist() == [0, 0, 7, 0, 0]
@@ -54,7 +63,8 @@ STEP = GROUP * (CHANNELS + 1)
 
 
 def flat_rows(last_tokens: Sequence[int], groups: int) -> Tensor:
-    """Flattened ids [B, groups * STEP] whose last group's text token is given; 50 fills everything else."""
+    """Flattened ids [B, groups * STEP] whose last group's text token is given; 50 fills everything
+    else."""
     ids = torch.full((len(last_tokens), groups * STEP), 50)
     ids[:, -STEP] = torch.tensor(last_tokens)
     return ids
@@ -91,4 +101,7 @@ def test_stopper_min_length_delays_stop_tokens_but_not_max_length(groups, done):
 
 def test_stopper_without_rules_never_stops():
     assert MiMoStopper(GROUP, CHANNELS)(flat_rows([0], 500)).tolist() == [False]
-    assert MiMoStopper(GROUP, CHANNELS, [7])(torch.empty(2, 0, dtype=torch.int64)).tolist() == [False, False]
+    assert MiMoStopper(GROUP, CHANNELS, [7])(torch.empty(2, 0, dtype=torch.int64)).tolist() == [
+        False,
+        False,
+    ]

@@ -1,4 +1,5 @@
-"""Sessions: turns that prefill themselves alone, and interruptions that forget what was not heard."""
+"""Sessions: turns that prefill themselves alone, and interruptions that forget what was not
+heard."""
 
 import asyncio
 import copy
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio, MiMoStopper, PromptError, Session, generate
-from mimo_fast.kernels.qmatmul import Weight
+from mimo_fast.kernels.matmul.product import Weight
 
 GROUP = 4
 PATCH_MS = 160
@@ -46,7 +47,9 @@ def from_scratch(model: MimoAudio, prompt: Tensor, new: int = NEXT) -> Tensor:
     """The prompt and its greedy reply, everything prefilled anew."""
     special = model.tokenizer.special
     stopper = MiMoStopper(GROUP, 8, [special.eos, special.eostm, special.im_end])
-    return generate(model, prompt, stopping_criteria=[stopper], max_new_tokens=new, min_new_tokens=new)
+    return generate(
+        model, prompt, stopping_criteria=[stopper], max_new_tokens=new, min_new_tokens=new
+    )
 
 
 def closed(model: MimoAudio, said: Tensor, audio: Any) -> Tensor:
@@ -94,7 +97,10 @@ class TestTurns:
     ) -> None:
         token = getattr(greedy.tokenizer.special, name)
         session = insistent(greedy, token).session()
-        turn, between = tokens(greedy.get_spoken_dialogue_sft_prompt(audio[1])), greedy.tokenizer.encode(closing)
+        turn, between = (
+            tokens(greedy.get_spoken_dialogue_sft_prompt(audio[1])),
+            greedy.tokenizer.encode(closing),
+        )
         assert len(list(session.stream(audio[1], max_new_tokens=6, min_new_tokens=3))) == new
         said = tokens(session.ids)
         assert said[: len(turn)] == turn
@@ -127,13 +133,17 @@ class TestTurns:
         session = greedy.session()
         say(session, audio[1], 8)
         said = session.ids
-        with pytest.raises(PromptError, match=r"the conversation has \d+ groups and the model's context is 90"):
+        with pytest.raises(
+            PromptError, match=r"the conversation has \d+ groups and the model's context is 90"
+        ):
             session.stream(torch.zeros(24000 * 20))
         assert torch.equal(session.ids, said)
         say(session, torch.zeros(24000), 8)
         assert torch.equal(session.ids[:, : said.shape[1]], said)
 
-    def test_the_context_may_be_filled_to_the_last_group(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_the_context_may_be_filled_to_the_last_group(
+        self, greedy: MimoAudio, audio: list[Path]
+    ) -> None:
         greedy.lm = copy.copy(greedy.lm)
         prompt = greedy.get_spoken_dialogue_sft_prompt(audio[1])
         greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=groups(prompt) + 3)
@@ -146,7 +156,16 @@ class TestTurns:
 class TestInterrupt:
     @pytest.mark.parametrize(
         ("played_ms", "heard"),
-        [(0, 0), (-5, 0), (1, 1), (80, 1), (PATCH_MS, 1), (PATCH_MS + 1, 2), (3 * PATCH_MS, 3), (999.5, 7)],
+        [
+            (0, 0),
+            (-5, 0),
+            (1, 1),
+            (80, 1),
+            (PATCH_MS, 1),
+            (PATCH_MS + 1, 2),
+            (3 * PATCH_MS, 3),
+            (999.5, 7),
+        ],
     )
     def test_keeps_what_was_heard(
         self, greedy: MimoAudio, audio: list[Path], played_ms: float, heard: int
@@ -166,7 +185,9 @@ class TestInterrupt:
         assert session.prefilled == groups(prompt) - kept
 
     @pytest.mark.parametrize("played_ms", [1e6, math.inf])
-    def test_beyond_the_end_keeps_all(self, greedy: MimoAudio, audio: list[Path], played_ms: float) -> None:
+    def test_beyond_the_end_keeps_all(
+        self, greedy: MimoAudio, audio: list[Path], played_ms: float
+    ) -> None:
         session = greedy.session()
         say(session, audio[1])
         said = session.ids
@@ -215,7 +236,8 @@ class TestInterrupt:
     def test_while_another_thread_decodes(
         self, greedy: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A listener breaks in: the event loop interrupts while a worker is in the middle of a group."""
+        """A listener breaks in: the event loop interrupts while a worker is in the middle of a
+        group."""
         inside, step = threading.Event(), LM.step
 
         def slow(lm: LM, *arguments: Any) -> None:
@@ -228,7 +250,9 @@ class TestInterrupt:
 
         async def break_in() -> int:
             async def consume() -> int:
-                return len([chunk async for chunk in session.astream(audio[1], max_new_tokens=REPLY)])
+                return len(
+                    [chunk async for chunk in session.astream(audio[1], max_new_tokens=REPLY)]
+                )
 
             consumer = asyncio.create_task(consume())
             while not inside.is_set():
@@ -262,7 +286,9 @@ class TestDraws:
         def heard(seed: int | None) -> tuple[str, Tensor]:
             session = model.session(seed=seed)
             chunks = [*say(session, audio[1], 20), *say(session, audio[2], 20)]
-            return "".join(chunk.text for chunk in chunks), torch.cat([chunk.audio for chunk in chunks])
+            return "".join(chunk.text for chunk in chunks), torch.cat(
+                [chunk.audio for chunk in chunks]
+            )
 
         (text, wav), (again, same_wav), (_, other), (_, fresh) = map(heard, (4, 4, 5, None))
         assert (text, wav.tolist()) == (again, same_wav.tolist())
@@ -279,7 +305,11 @@ class TestDraws:
 
         monkeypatch.setattr(LM, "sample_text", recording)
         session = model.session(seed=4)
-        forget: list[Callable[[], None]] = [lambda: session.interrupt(0), lambda: session.interrupt(200), session.reset]
+        forget: list[Callable[[], None]] = [
+            lambda: session.interrupt(0),
+            lambda: session.interrupt(200),
+            session.reset,
+        ]
         for undo in forget:
             say(session, audio[1], 8)
             undo()

@@ -42,7 +42,9 @@ class TestAFullContext:
         assert max(seen) > 2
         assert 1 <= min(seen[3:]) < max(seen), "nothing was dropped"
 
-    def test_goes_on_as_a_dialogue_of_what_is_left(self, short: MimoAudio, audio: list[Path]) -> None:
+    def test_goes_on_as_a_dialogue_of_what_is_left(
+        self, short: MimoAudio, audio: list[Path]
+    ) -> None:
         session = short.session("Be brief.", audio[0])
         replies = list[Tensor]()
         while session.turns == len(replies):
@@ -94,14 +96,19 @@ class TestFiles:
         assert torch.equal(restored.ids, session.ids)
         assert [path.name for path in tmp_path.iterdir()] == ["talk"]
 
-    def test_another_kind_of_cache_is_computed_anew(self, model: MimoAudio, audio: list[Path], tmp_path: Path) -> None:
+    def test_another_kind_of_cache_is_computed_anew(
+        self, model: MimoAudio, audio: list[Path], tmp_path: Path
+    ) -> None:
         session = model.session(seed=3)
         say(session, audio[1], NEXT)
         session.save(tmp_path / "talk")
         tensors = load_file(tmp_path / "talk")
         with safe_open(tmp_path / "talk", "pt") as file:
             metadata = file.metadata()
-        halved = {name: part.half() if name.startswith("cache") else part for name, part in tensors.items()}
+        halved = {
+            name: part.half() if name.startswith("cache") else part
+            for name, part in tensors.items()
+        }
         save_file(halved, tmp_path / "other", metadata=metadata)
         restored = model.restore_session(tmp_path / "other")
         say(restored, audio[2], NEXT)
@@ -110,7 +117,9 @@ class TestFiles:
         assert restored.prefilled == groups(restored.ids) - NEXT
 
     @pytest.mark.parametrize("damage", ["missing", "text", "cut", "foreign", "weights"])
-    def test_a_file_that_is_no_session(self, model: MimoAudio, audio: list[Path], tmp_path: Path, damage: str) -> None:
+    def test_a_file_that_is_no_session(
+        self, model: MimoAudio, audio: list[Path], tmp_path: Path, damage: str
+    ) -> None:
         path = tmp_path / "talk"
         if damage == "text":
             path.write_text("no session")
@@ -128,12 +137,15 @@ class TestFiles:
             model.lm.__dict__["fingerprint"] = "another"
         message = fault(lambda: model.restore_session(path))
         assert str(path) in message
-        wanted = {"foreign": "belongs to another model", "weights": "not a session"}.get(damage, "cannot be read")
+        wanted = {"foreign": "belongs to another model", "weights": "not a session"}.get(
+            damage, "cannot be read"
+        )
         assert wanted in message
 
 
 def test_the_twentieth_turn_computes_its_own_tokens(greedy: MimoAudio, audio: list[Path]) -> None:
-    """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as its pending group."""
+    """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as
+    its pending group."""
     session = greedy.session("Be brief.", audio[0])
     say(session, audio[1], NEXT)
     turn = groups(closed(greedy, session.ids, audio[1])) - groups(session.ids) + 1

@@ -1,4 +1,5 @@
-"""A small codec's stacks in native calls, against the same layers in plain torch, alone and in a stream."""
+"""A small codec's stacks in native calls, against the same layers in plain torch, alone and in a
+stream."""
 
 import threading
 
@@ -7,19 +8,29 @@ import torch
 from helpers import gaussian, snr_db, write_pair
 
 import mimo_fast
-from mimo_fast.kernels import native, small_codec, small_model
-from mimo_fast.runtime.codec_incremental import _run
-from mimo_fast.runtime.codec_layers import CodecStack
-from mimo_fast.runtime.codec_offload import offload
-from mimo_fast.runtime.codec_state import StackState
+from mimo_fast.kernels.cpu import codec_stack as small_codec
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cpu import transformer as small_model
+from mimo_fast.runtime.codec.incremental import _run
+from mimo_fast.runtime.codec.layers import CodecStack
+from mimo_fast.runtime.codec.offload import offload
+from mimo_fast.runtime.codec.state import StackState
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"the native kernels are {native.state()}")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=f"the native kernels are {native.state()}"
+)
 
 NANO = {
-    "d_model": 192, "encoder_ffn_dim": 512, "decoder_layers": 3, "decoder_ffn_dim": 512, "n_mels": 80,
-    "vocoder_dim": 192, "vocoder_intermediate_dim": 512, "vocoder_attention_heads": 6,
+    "d_model": 192,
+    "encoder_ffn_dim": 512,
+    "decoder_layers": 3,
+    "decoder_ffn_dim": 512,
+    "n_mels": 80,
+    "vocoder_dim": 192,
+    "vocoder_intermediate_dim": 512,
+    "vocoder_attention_heads": 6,
     "vocoder_attn_window_size": [40, 8],
-}  # fmt: skip
+}
 
 
 def load(directory, changed: dict, **options):
@@ -40,7 +51,9 @@ def plainly(monkeypatch, call):
 
 def buffer(stack: CodecStack, width: int, places: int) -> StackState:
     shape = (len(stack.layers), stack.heads, places, width // stack.heads)
-    return StackState(*(gaussian(1, torch.Size(shape).numel(), seed).view(shape) for seed in (5, 6)))
+    return StackState(
+        *(gaussian(1, torch.Size(shape).numel(), seed).view(shape) for seed in (5, 6))
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 32])
@@ -71,7 +84,12 @@ def test_a_stream_is_that_of_plain_torch(codec, sizes, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     sizes = (sizes * 60)[: 140 // sum(sizes) * len(sizes)]
     parts = [
-        torch.stack([torch.randint(0, most, (size,), generator=generator) for most in codec.config.codebook_sizes])
+        torch.stack(
+            [
+                torch.randint(0, most, (size,), generator=generator)
+                for most in codec.config.codebook_sizes
+            ]
+        )
         for size in sizes
     ]
 
@@ -94,15 +112,21 @@ def test_what_it_does_not_know_goes_elsewhere(tmp_path, monkeypatch):
             patch.setenv("MIMO_FAST_KERNELS", kernels)
             assert odd.vocoder.small is None
     monkeypatch.setattr(small_model, "SMALL", 1000)
-    assert not small_codec.takes_stack([layer.parts for layer in odd.vocoder.layers], odd.vocoder.heads)
+    assert not small_codec.takes_stack(
+        [layer.parts for layer in odd.vocoder.layers], odd.vocoder.heads
+    )
 
 
 def test_gelu_and_softmax_far_out(codec):
     """Inputs a thousand times as large as any that are meant: nothing overflows."""
     stack, width = codec.decoder, codec.config.dim
-    table = torch.stack((torch.ones(2, width // stack.heads // 2), torch.zeros(2, width // stack.heads // 2)))
+    table = torch.stack(
+        (torch.ones(2, width // stack.heads // 2), torch.zeros(2, width // stack.heads // 2))
+    )
     visible = torch.tensor([[True, False], [True, True]])
-    out = _run(stack, gaussian(2, width) * 1e3, table, buffer(stack, width, 2), torch.arange(2), visible)
+    out = _run(
+        stack, gaussian(2, width) * 1e3, table, buffer(stack, width, 2), torch.arange(2), visible
+    )
     assert out.isfinite().all()
 
 

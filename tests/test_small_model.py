@@ -1,4 +1,5 @@
-"""Small models in native calls, against plain torch: the same draws, the same greedy codes, hidden states to 1e-5."""
+"""Small models in native calls, against plain torch: the same draws, the same greedy codes, hidden
+states to 1e-5."""
 
 import copy
 import math
@@ -9,24 +10,39 @@ from helpers import gaussian, source_of, write_pair
 from test_sample_rows import SAMPLERS, SIZE, rows_of
 
 from mimo_fast.config import LMConfig, read_json
-from mimo_fast.kernels import native, sample_text
-from mimo_fast.kernels import small_model as small
+from mimo_fast.kernels import sample_text
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cpu import transformer as small
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_text import sample_text_ref
 from mimo_fast.quantization import QuantizationConfig
-from mimo_fast.runtime.lm import LM
-from mimo_fast.runtime.small_parts import SmallParts
+from mimo_fast.runtime.lm.fused import SmallParts
+from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"the native kernels are {native.state()}")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=f"the native kernels are {native.state()}"
+)
 
 NANO = {
-    "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "max_position_embeddings": 256, "speech_vocab_size": "257-257-129-129-129-129-129-129",
-    "speech_zeroemb_idx": "256-256-128-128-128-128-128-128", "local_dim": 192, "local_layers": 2,
-    "local_attn_heads": 4, "local_ffn_dim": 512, "input_local_layers": 1, "input_local_dim": 128,
-}  # fmt: skip
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 256,
+    "speech_vocab_size": "257-257-129-129-129-129-129-129",
+    "speech_zeroemb_idx": "256-256-128-128-128-128-128-128",
+    "local_dim": 192,
+    "local_layers": 2,
+    "local_attn_heads": 4,
+    "local_ffn_dim": 512,
+    "input_local_layers": 1,
+    "input_local_dim": 128,
+}
 CODEC = {"codebook_size": [256, 256, 128]}
 MIXED = [*SAMPLERS, GREEDY, MiMoSampler(True, 0.9, top_p=0.95), MiMoSampler(True, 0.6, 50, 0.95)]
 
@@ -50,7 +66,8 @@ def lm(request, nano, model, tmp_path) -> LM:
 
 
 def plainly(monkeypatch, lm: LM, call):
-    """Product by product; dense ones in plain torch, quantized ones by the native product, as without this."""
+    """Product by product; dense ones in plain torch, quantized ones by the native product, as
+    without this."""
     with monkeypatch.context() as patch:
         patch.setattr(LM, "_small", None)
         if not isinstance(lm.backbone.layers[0].qkv, small.QuantizedWeight):
@@ -72,7 +89,9 @@ def test_noise_is_that_of_the_reference(seed):
         assert torch.equal(native.gumbel(seed, draw, slot, first, len(ids)), want)
 
 
-@pytest.mark.parametrize("kind", ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"]
+)
 @pytest.mark.parametrize("banned", [None, "some", "rows", "all"])
 def test_text_is_drawn_as_by_the_reference(kind, banned):
     logits = rows_of(kind)
@@ -84,7 +103,9 @@ def test_text_is_drawn_as_by_the_reference(kind, banned):
     assert native.takes_logits(logits, settings, index, index, ban)
     for draw in range(5):
         want = sample_text_ref(logits, settings, index, index + draw, ban)
-        assert torch.equal(sample_text.sample_text(logits, settings, index, index + draw, ban), want)
+        assert torch.equal(
+            sample_text.sample_text(logits, settings, index, index + draw, ban), want
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 65, 151_680])
@@ -113,10 +134,17 @@ def test_a_patch_is_that_of_plain_torch(lm, rows, monkeypatch):
     state = lm.new_state(range(20, 29), 1)
     state.draws[:] = torch.arange(10) + 1
     slots = torch.arange(9).flip(0)[:rows]
-    for samplers in ([GREEDY] * rows, [MIXED[(3 * r + rows) % len(MIXED)] for r in range(rows)], MIXED[-2:]):
+    for samplers in (
+        [GREEDY] * rows,
+        [MIXED[(3 * r + rows) % len(MIXED)] for r in range(rows)],
+        MIXED[-2:],
+    ):
         settings = sampler_tensors((samplers * rows)[:rows])
         codes = lm.decode_patch(local, state, slots, settings)
-        assert torch.equal(codes, plainly(monkeypatch, lm, lambda s=settings: lm.decode_patch(local, state, slots, s)))
+        assert torch.equal(
+            codes,
+            plainly(monkeypatch, lm, lambda s=settings: lm.decode_patch(local, state, slots, s)),
+        )
         for r in range(rows):
             alone = lm.decode_patch(local[r : r + 1], state, slots[r : r + 1], settings.select([r]))
             assert torch.equal(alone[0], codes[r])
@@ -158,15 +186,22 @@ def test_positions_that_do_not_exist_write_nothing(nano):
 def test_an_encoded_patch_is_that_of_plain_torch(lm, patches, monkeypatch):
     config = lm.config
     sizes = torch.tensor(config.code_sizes)[:, None]
-    codes = (gaussian(patches, config.channels * config.group_size, 2).view(patches, config.channels, -1) * 1e4).long()
+    codes = (
+        gaussian(patches, config.channels * config.group_size, 2).view(patches, config.channels, -1)
+        * 1e4
+    ).long()
     codes = codes % sizes
-    assert_close(lm.encode_patches(codes), plainly(monkeypatch, lm, lambda: lm.encode_patches(codes)))
+    assert_close(
+        lm.encode_patches(codes), plainly(monkeypatch, lm, lambda: lm.encode_patches(codes))
+    )
 
 
 def test_a_causal_encoder_does_not_see_what_follows(nano):
     part, config, patches = SmallParts.of(nano).patch_encoder, nano.config, 3
     assert part is not None
-    x = gaussian(patches * config.group_size, config.patch_encoder.dim).view(patches, config.group_size, -1)
+    x = gaussian(patches * config.group_size, config.patch_encoder.dim).view(
+        patches, config.group_size, -1
+    )
     shorter = part.encode(x[:, :-1], causal=True)
     assert torch.equal(part.encode(x, causal=True)[:, :-1], shorter)
     assert not torch.equal(part.encode(x, causal=False)[:, :-1], shorter)
@@ -175,7 +210,10 @@ def test_a_causal_encoder_does_not_see_what_follows(nano):
 def test_results_do_not_depend_on_what_memory_held(nano):
     state, local = nano.new_state([1, 2, 3], 4), gaussian(3, 192)
     settings = sampler_tensors([MiMoSampler(True, 0.9, top_p=0.95)] * 3)
-    want = nano.decode_patch(local, state, torch.arange(3), settings), nano.encode_patches(torch.zeros(3, 8, 4).long())
+    want = (
+        nano.decode_patch(local, state, torch.arange(3), settings),
+        nano.encode_patches(torch.zeros(3, 8, 4).long()),
+    )
     for _ in range(10):
         for shape in ((3, 192), (3, 8, 4), (3, 4, 128), (3, 1024)):
             poison = torch.full(shape, float("nan"))
@@ -191,7 +229,9 @@ def test_what_it_does_not_know_goes_elsewhere(nano, tmp_path, monkeypatch):
         lm_dir, _ = write_pair(directory, NANO | changed, CODEC)
         config = LMConfig.from_dict(read_json(lm_dir / "config.json"))
         found = SmallParts.of(LM(config, 1, source_of(lm_dir, dtype)))
-        return [part is not None for part in (found.backbone, found.patch_encoder, found.patch_decoder)]
+        return [
+            part is not None for part in (found.backbone, found.patch_encoder, found.patch_decoder)
+        ]
 
     assert parts({}) == [True, True, True]
     assert parts({}, torch.bfloat16) == [False, False, False]
@@ -227,7 +267,11 @@ def test_a_copy_reads_its_own_weights(nano):
     local, settings, slots = gaussian(2, 192), sampler_tensors([GREEDY] * 2), torch.arange(2)
     want = nano.decode_patch(local, nano.new_state([1, 2], 4), slots, settings)
     copied = copy.deepcopy(nano)
-    assert torch.equal(copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want)
+    assert torch.equal(
+        copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want
+    )
     copied.code_heads.neg_()
-    assert not torch.equal(copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want)
+    assert not torch.equal(
+        copied.decode_patch(local, copied.new_state([1, 2], 4), slots, settings), want
+    )
     assert torch.equal(nano.decode_patch(local, nano.new_state([1, 2], 4), slots, settings), want)

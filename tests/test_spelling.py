@@ -1,4 +1,5 @@
-"""Numbers and punctuation for models that know spoken words alone, and the words such a model was trained on."""
+"""Numbers and punctuation for models that know spoken words alone, and the words such a model was
+trained on."""
 
 import copy
 import json
@@ -10,16 +11,40 @@ import torch
 from helpers import KIT, fault
 
 from mimo_fast.errors import PromptError
-from mimo_fast.spelling import spell
-from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.text.spelling import spell
+from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
 VALUES = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
-    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60,
-    "seventy": 70, "eighty": 80, "ninety": 90,
-}  # fmt: skip
+    "zero": 0,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
+    "twelve": 12,
+    "thirteen": 13,
+    "fourteen": 14,
+    "fifteen": 15,
+    "sixteen": 16,
+    "seventeen": 17,
+    "eighteen": 18,
+    "nineteen": 19,
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
 
 
 def value(words: list[str]) -> int:
@@ -69,7 +94,9 @@ def directory(tmp_path: Path) -> Path:
         shutil.copyfile(path, tmp_path / path.name)
     path = tmp_path / "tokenizer_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(raw | {"trained_words": ["seven", "forty", "two"]}), encoding="utf-8")
+    path.write_text(
+        json.dumps(raw | {"trained_words": ["seven", "forty", "two"]}), encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -81,10 +108,14 @@ def test_a_tokenizer_states_the_words_or_none(directory, model):
 def test_only_a_model_of_stated_words_gets_its_text_spelled(directory, model):
     limited = copy.copy(model)
     limited.tokenizer = Tokenizer.from_directory(directory)
-    plain, spelled = (model.get_tts_sft_prompt(text, template=0) for text in ("Seven 42!", "seven forty two"))
+    plain, spelled = (
+        model.get_tts_sft_prompt(text, template=0) for text in ("Seven 42!", "seven forty two")
+    )
     assert plain.shape != spelled.shape
     assert torch.equal(limited.get_tts_sft_prompt("Seven 42!", template=0), spelled)
-    natural = [each.get_tts_sft_prompt("Softly: 42!", read_text_only=False) for each in (limited, model)]
+    natural = [
+        each.get_tts_sft_prompt("Softly: 42!", read_text_only=False) for each in (limited, model)
+    ]
     assert torch.equal(*natural), "a style is no text to be said"
     assert "no word to say in '!!'" in fault(lambda: limited.get_tts_sft_prompt("!!"), PromptError)
     model.get_tts_sft_prompt("!!")

@@ -1,4 +1,5 @@
-"""Streaming: equal to the whole reply, timed, stopped by closing, asynchronous; and how groups are read."""
+"""Streaming: equal to the whole reply, timed, stopped by closing, asynchronous; and how groups are
+read."""
 
 import asyncio
 import copy
@@ -17,9 +18,9 @@ from test_tasks import arguments, history, last_reply
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
-from mimo_fast.runtime.reply import ReplyReader
-from mimo_fast.tasks import TASKS
-from mimo_fast.verify import Golden
+from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.testing.parity import Golden
+from mimo_fast.text.tasks import TASKS
 
 GROUP, FRAME = 4, 960
 
@@ -83,17 +84,25 @@ def sound(chunks: list[Chunk]) -> Tensor:
 
 def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
     """Equal but for the time they took."""
-    return [(c.text, c.audio.tolist()) for c in chunks] == [(c.text, c.audio.tolist()) for c in others]
+    return [(c.text, c.audio.tolist()) for c in chunks] == [
+        (c.text, c.audio.tolist()) for c in others
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_stream_equals_the_whole_reply(own: MimoAudio, audio: list[Path], golden: Golden, task: str) -> None:
+def test_a_stream_equals_the_whole_reply(
+    own: MimoAudio, audio: list[Path], golden: Golden, task: str
+) -> None:
     new = 48 if TASKS[task].speaks else 16
     options: dict[str, Any] = {"seed": 2, "max_new_tokens": new, "min_new_tokens": new}
     chunks = list(own.stream(task, *arguments(task, audio), **options))
     streamed = history(own)
     given = arguments(task, audio) + ([None] if task == "tts_sft" else [])
-    assert "".join(chunk.text for chunk in chunks).strip() == getattr(own, task)(*given, **options) != ""
+    assert (
+        "".join(chunk.text for chunk in chunks).strip()
+        == getattr(own, task)(*given, **options)
+        != ""
+    )
     assert torch.equal(streamed, history(own))
     _, codes = last_reply(own, new)
     assert codes.shape[1]
@@ -117,7 +126,9 @@ def test_a_style_instruction_streams_as_well(own: MimoAudio, audio: list[Path]) 
 
 
 def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
-    chunks = list(own.stream("spoken_dialogue", audio[1], seed=1, max_new_tokens=48, min_new_tokens=48))
+    chunks = list(
+        own.stream("spoken_dialogue", audio[1], seed=1, max_new_tokens=48, min_new_tokens=48)
+    )
     times = [chunk.timing for chunk in chunks]
     assert [t.groups for t in times] == list(range(1, 49))
     elapsed = [t.elapsed for t in times]
@@ -143,7 +154,9 @@ class TestStopping:
         assert list(stream) == []
         assert len(steps) == max(taken - 1, 0)
 
-    def test_an_error_of_the_consumer_leaves_the_model_usable(self, own: MimoAudio, steps: list[int]) -> None:
+    def test_an_error_of_the_consumer_leaves_the_model_usable(
+        self, own: MimoAudio, steps: list[int]
+    ) -> None:
         def consume(limit: int) -> list[Chunk]:
             chunks = list[Chunk]()
             for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12):
@@ -180,7 +193,9 @@ class TestStopping:
 def read(reader: ReplyReader, tokens: list[int | Tensor]) -> tuple[list[str], list[list[Tensor]]]:
     """What each group makes final, and then the end: texts and patches. A tensor is a patch."""
     empty, nothing = reader.tokenizer.special.empty, torch.zeros(8, GROUP)
-    got = [reader.read(empty, t) if isinstance(t, Tensor) else reader.read(t, nothing) for t in tokens]
+    got = [
+        reader.read(empty, t) if isinstance(t, Tensor) else reader.read(t, nothing) for t in tokens
+    ]
     texts, patches = zip(*got, reader.finish(), strict=True)
     return list(texts), list(patches)
 
@@ -202,17 +217,31 @@ class TestReading:
             assert pieces[-1] == ""
 
     @settings(max_examples=200)
-    @given(st.lists(st.one_of(st.integers(0, 399), st.sampled_from([*"今🙂é"]), st.none()), max_size=12))
-    def test_pieces_join_to_the_text_of_all_tokens(self, model: MimoAudio, drawn: list[int | str | None]) -> None:
+    @given(
+        st.lists(
+            st.one_of(st.integers(0, 399), st.sampled_from([*"今🙂é"]), st.none()), max_size=12
+        )
+    )
+    def test_pieces_join_to_the_text_of_all_tokens(
+        self, model: MimoAudio, drawn: list[int | str | None]
+    ) -> None:
         tokens: list[int | Tensor] = []
         for item in drawn:
-            tokens += model.tokenizer.encode(item) if isinstance(item, str) else [patch(0) if item is None else item]
+            tokens += (
+                model.tokenizer.encode(item)
+                if isinstance(item, str)
+                else [patch(0) if item is None else item]
+            )
         pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), tokens)
-        assert "".join(pieces) == model.tokenizer.decode([token for token in tokens if isinstance(token, int)])
+        assert "".join(pieces) == model.tokenizer.decode(
+            [token for token in tokens if isinstance(token, int)]
+        )
 
     def test_half_a_character_comes_at_the_end(self, model: MimoAudio) -> None:
         first, *_ = model.tokenizer.encode("🙂")
-        pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), [*model.tokenizer.encode("Hi"), first])
+        pieces, _ = read(
+            ReplyReader(model.tokenizer, speaking=True), [*model.tokenizer.encode("Hi"), first]
+        )
         assert (pieces[-2], pieces[-1]) == ("", "\ufffd")
 
     @pytest.mark.parametrize(
@@ -233,7 +262,9 @@ class TestReading:
         self, model: MimoAudio, speaking: bool, sequence: list[str], spoken: list[list[int]]
     ) -> None:
         special = model.tokenizer.special
-        tokens = [patch(int(name[1])) if name[0] == "p" else getattr(special, name) for name in sequence]
+        tokens = [
+            patch(int(name[1])) if name[0] == "p" else getattr(special, name) for name in sequence
+        ]
         _, patches = read(ReplyReader(model.tokenizer, speaking), tokens)
         assert [[int(p[0, 0]) for p in group] for group in patches] == spoken
 
@@ -263,7 +294,9 @@ class TestAsync:
         assert gate.passed == 11
 
     @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
-    def test_cancelling_stops_after_the_group_in_progress(self, own: MimoAudio, gate: Gate, times: int) -> None:
+    def test_cancelling_stops_after_the_group_in_progress(
+        self, own: MimoAudio, gate: Gate, times: int
+    ) -> None:
         async def consume(chunks: list[Chunk]) -> None:
             async for chunk in own.astream("tts", "Hi.", **self.OPTIONS):
                 chunks.append(chunk)

@@ -15,7 +15,8 @@ def test_swiglu(dtype, shape):
     got = swiglu(x)
     assert got.dtype == dtype
     want = gate / (1 + (-gate).exp()) * up
-    # silu(gate) is rounded, then its product with up; exp, sum and quotient before that in float32. Float16 underflows.
+    # silu(gate) is rounded, then its product with up; exp, sum and quotient before that in float32.
+    # Float16 underflows.
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert_rounded(got, want, roundings=2, noise=want.abs() * 4 * 2.0**-24 + tiny * (1 + up.abs()))
 
@@ -29,4 +30,6 @@ def test_the_first_half_is_the_gate():
     assert swiglu(torch.tensor([0.0, 5.0])).item() == 0.0
     assert swiglu(torch.tensor([5.0, 0.0])).item() == 0.0
     assert swiglu(torch.tensor([-50.0, 1.0])).abs().item() < 1e-18
-    assert swiglu(torch.tensor([1.0, -50.0])).item() == pytest.approx(-50 / (1 + 2.718281828459045**-1))
+    assert swiglu(torch.tensor([1.0, -50.0])).item() == pytest.approx(
+        -50 / (1 + 2.718281828459045**-1)
+    )

@@ -17,11 +17,16 @@ import mimo_fast
 from mimo_fast import AudioError, MimoAudio, MiMoSampler, PromptError, generate, save_wav
 from mimo_fast.generation import unflatten_ids
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
-from mimo_fast.tasks import TASKS, find_task
+from mimo_fast.text.tasks import TASKS, find_task
 
 GROUP, FRAME = 4, 960
-SPOKEN = ("tts_sft", "spoken_dialogue_sft", "spoken_dialogue_sft_multiturn", "in_context_learning_s2s",
-          "speech_continuation")
+SPOKEN = (
+    "tts_sft",
+    "spoken_dialogue_sft",
+    "spoken_dialogue_sft_multiturn",
+    "in_context_learning_s2s",
+    "speech_continuation",
+)
 
 
 @pytest.fixture
@@ -36,14 +41,20 @@ def own(model: MimoAudio) -> MimoAudio:
 def arguments(task: str, audio: list[Path]) -> list[Any]:
     """What upstream's method of that name needs, without an output."""
     user: dict[str, Any] = {"role": "user", "content": audio[1]}
-    example = {"input_audio": audio[1], "output_audio": audio[0], "output_transcription": "The fox."}
+    example = {
+        "input_audio": audio[1],
+        "output_audio": audio[0],
+        "output_transcription": "The fox.",
+    }
     given: dict[str, list[Any]] = {
         "tts_sft": ["The quick brown fox."],
         "audio_understanding_sft": [audio[1], "What is said?"],
         "spoken_dialogue_sft_multiturn": [
             [user, {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}, user]
         ],
-        "speech2text_dialogue_sft_multiturn": [[user, {"role": "assistant", "content": "Hi."}, user]],
+        "speech2text_dialogue_sft_multiturn": [
+            [user, {"role": "assistant", "content": "Hi."}, user]
+        ],
         "text_dialogue_sft": ["Hi."],
         "text_dialogue_sft_multiturn": [[{"role": "user", "content": "Hi."}]],
         "in_context_learning_s2s": ["Convert the voice.", [example], audio[1]],
@@ -71,13 +82,17 @@ def last_reply(model: MimoAudio, groups: int) -> tuple[list[int], Tensor]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_reply_is_what_was_generated(model: MimoAudio, audio: list[Path], tmp_path: Path, task: str) -> None:
+def test_a_reply_is_what_was_generated(
+    model: MimoAudio, audio: list[Path], tmp_path: Path, task: str
+) -> None:
     own, path = copy.copy(model), tmp_path / "reply.wav"
     text = call(own, task, audio, path, seed=3, max_new_tokens=24, min_new_tokens=24)
     ids, codes = last_reply(own, 24)
     assert codes.shape[1]
     silent = (own.empty_token, own.eot_idx, own.eostm_idx)
-    assert text == own.tokenizer.decode([token for token in ids if token not in silent]).strip() != ""
+    assert (
+        text == own.tokenizer.decode([token for token in ids if token not in silent]).strip() != ""
+    )
     assert path.exists() == (task in SPOKEN) == TASKS[task].speaks
     if task in SPOKEN:
         save_wav(expected := io.BytesIO(), own.codec.decode(codes), 24000)
@@ -102,18 +117,37 @@ def test_upstreams_stop_tokens_and_samplers(
     model: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
     used: dict[str, Any] = {}
-    monkeypatch.setattr(MimoAudio, "forward", lambda self, ids, **options: used.update(options) or "")
+    monkeypatch.setattr(
+        MimoAudio, "forward", lambda self, ids, **options: used.update(options) or ""
+    )
     call(model, task, audio)
-    stops = {"asr": ("eos", "im_end"), "tts": ("eos", "eostm", "im_end")}["tts" if task in SPOKEN else "asr"]
-    stops = {"in_context_learning_s2s": ("eos", "eostm"), "speech_continuation": ("eos", "eosp")}.get(task, stops)
+    stops = {"asr": ("eos", "im_end"), "tts": ("eos", "eostm", "im_end")}[
+        "tts" if task in SPOKEN else "asr"
+    ]
+    stops = {
+        "in_context_learning_s2s": ("eos", "eostm"),
+        "speech_continuation": ("eos", "eosp"),
+    }.get(task, stops)
     (stopper,) = used["stopping_criteria"]
     assert stopper.stop_token_ids == {getattr(model.tokenizer.special, name) for name in stops}
-    samplers = {"asr_sft": "asr", "tts_sft": "tts", "audio_understanding_sft": "audio_understanding"}
-    family = "text_chat" if task.startswith("text_") else "spoken_dialogue" if "dialogue" in task else task
+    samplers = {
+        "asr_sft": "asr",
+        "tts_sft": "tts",
+        "audio_understanding_sft": "audio_understanding",
+    }
+    family = (
+        "text_chat"
+        if task.startswith("text_")
+        else "spoken_dialogue"
+        if "dialogue" in task
+        else task
+    )
     assert used["task_name"] == samplers.get(task, family)
 
 
-def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own: MimoAudio, tmp_path: Path) -> None:
+def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(
+    own: MimoAudio, tmp_path: Path
+) -> None:
     assert own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=1) == ""
     samples, _ = soundfile.read(tmp_path / "a.wav")
     assert (len(samples), abs(samples).max()) == (24000, 0)
@@ -131,13 +165,17 @@ class TestFailures:
             own.tts_sft("Hi.", path, max_new_tokens=6)
         assert not list(tmp_path.iterdir())
 
-    def test_an_unwritable_waveform_leaves_the_old_file(self, own: MimoAudio, tmp_path: Path) -> None:
+    def test_an_unwritable_waveform_leaves_the_old_file(
+        self, own: MimoAudio, tmp_path: Path
+    ) -> None:
         (tmp_path / "a.wav").write_bytes(b"old")
         own.codec = copy.copy(own.codec)
         own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
         with pytest.raises(AudioError, match="NaN"):
             own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12)
-        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.wav", b"old")]
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+            ("a.wav", b"old")
+        ]
 
     def test_an_error_while_decoding(
         self, own: MimoAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,18 +205,34 @@ class TestForward:
         assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
 
     def test_unknown_tasks_use_the_default_samplers(self, own: MimoAudio) -> None:
-        own.default_global_sampler, own.default_local_sampler = MiMoSampler(True, 0.8), MiMoSampler(True, 0.7)
-        assert own.get_task_sampler(None) == own.get_task_sampler("?") == {
-            "global": MiMoSampler(True, 0.8), "local": MiMoSampler(True, 0.7),
-        }
+        own.default_global_sampler, own.default_local_sampler = (
+            MiMoSampler(True, 0.8),
+            MiMoSampler(True, 0.7),
+        )
+        assert (
+            own.get_task_sampler(None)
+            == own.get_task_sampler("?")
+            == {
+                "global": MiMoSampler(True, 0.8),
+                "local": MiMoSampler(True, 0.7),
+            }
+        )
         ids = own.get_tts_sft_prompt("Hi.", seed=0)
         own.forward(ids, max_new_tokens=10, seed=5)
-        want = generate(own, ids, max_new_tokens=10, seed=5, global_sampler=MiMoSampler(True, 0.8),
-                        local_sampler=MiMoSampler(True, 0.7))
+        want = generate(
+            own,
+            ids,
+            max_new_tokens=10,
+            seed=5,
+            global_sampler=MiMoSampler(True, 0.8),
+            local_sampler=MiMoSampler(True, 0.7),
+        )
         assert torch.equal(history(own), want)
 
     def test_samplers_belong_to_the_model(self, kit: Path, model: MimoAudio) -> None:
-        other = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+        other = mimo_fast.load(
+            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu"
+        )
         other.task_sampler_configs["tts"]["global"].temperature = 2.0
         for untouched in (model.task_sampler_configs, TASK_SAMPLERS):
             assert untouched["tts"]["global"].temperature == 0.6
@@ -198,13 +252,27 @@ class TestHistory:
         monkeypatch.setattr(mimo_fast.LM, "prefill", counting)
         return counts
 
-    @pytest.mark.parametrize("turn", [
-        lambda own, audio, **options: own.spoken_dialogue_sft(audio[1], prompt_speech=audio[0], **options),
-        lambda own, audio, system_prompt, **options: own.speech2text_dialogue_sft(audio[1], **options),
-        lambda own, audio, system_prompt, **options: own.text_dialogue_sft("And then?", **options),
-    ], ids=["spoken", "speech to text", "text"])
+    @pytest.mark.parametrize(
+        "turn",
+        [
+            lambda own, audio, **options: own.spoken_dialogue_sft(
+                audio[1], prompt_speech=audio[0], **options
+            ),
+            lambda own, audio, system_prompt, **options: own.speech2text_dialogue_sft(
+                audio[1], **options
+            ),
+            lambda own, audio, system_prompt, **options: own.text_dialogue_sft(
+                "And then?", **options
+            ),
+        ],
+        ids=["spoken", "speech to text", "text"],
+    )
     def test_a_turn_prefills_itself_and_equals_a_whole_prefill(
-        self, own: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, turn: Callable[..., str]
+        self,
+        own: MimoAudio,
+        audio: list[Path],
+        monkeypatch: pytest.MonkeyPatch,
+        turn: Callable[..., str],
     ) -> None:
         turn(own, audio, **self.OPTIONS)
         first, counts = history(own), self.prefills(monkeypatch)
@@ -216,8 +284,14 @@ class TestHistory:
         assert counts == [new + 1]
         assert torch.equal(generate(own, both[:, : -8 * GROUP], max_new_tokens=8), both)
 
-    def test_later_turns_do_not_repeat_instruction_and_voice(self, own: MimoAudio, audio: list[Path]) -> None:
-        options: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_speech": audio[0], "add_history": True}
+    def test_later_turns_do_not_repeat_instruction_and_voice(
+        self, own: MimoAudio, audio: list[Path]
+    ) -> None:
+        options: dict[str, Any] = {
+            "system_prompt": "Be brief.",
+            "prompt_speech": audio[0],
+            "add_history": True,
+        }
         first = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
         own.spoken_dialogue_sft(audio[1], max_new_tokens=2, **options)
         later = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
@@ -241,7 +315,9 @@ class TestHistory:
         own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
-        with pytest.raises(PromptError, match="the model's context is 80: start a new one or shorten the input"):
+        with pytest.raises(
+            PromptError, match="the model's context is 80: start a new one or shorten the input"
+        ):
             own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), before)
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
@@ -249,10 +325,16 @@ class TestHistory:
 
 
 def test_a_task_may_be_called_without_its_suffix() -> None:
-    for alias, name in [("asr", "asr_sft"), ("tts_sft", "tts_sft"), ("speech_continuation", "speech_continuation"),
-                        ("text_dialogue_multiturn", "text_dialogue_sft_multiturn")]:
+    for alias, name in [
+        ("asr", "asr_sft"),
+        ("tts_sft", "tts_sft"),
+        ("speech_continuation", "speech_continuation"),
+        ("text_dialogue_multiturn", "text_dialogue_sft_multiturn"),
+    ]:
         assert find_task(alias) is TASKS[name]
-    with pytest.raises(ValueError, match=r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"):
+    with pytest.raises(
+        ValueError, match=r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"
+    ):
         find_task("sing")
 
 

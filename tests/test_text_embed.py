@@ -1,11 +1,12 @@
-"""The backbone's input: text rows from any kind of table, patches elsewhere, and nothing of what lies unused."""
+"""The backbone's input: text rows from any kind of table, patches elsewhere, and nothing of what
+lies unused."""
 
 import pytest
 import torch
 from helpers import assert_rounded
 from torch import Tensor
 
-from mimo_fast.kernels.quantized_weight import dequantize
+from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.quantization import Format, quantize
 
@@ -17,7 +18,9 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("text", [[], [EMPTY], [0], [EMPTY, EMPTY], [3, 0, 9], [3, EMPTY, 9, EMPTY, 3]])
+@pytest.mark.parametrize(
+    "text", [[], [EMPTY], [0], [EMPTY, EMPTY], [3, 0, 9], [3, EMPTY, 9, EMPTY, 3]]
+)
 def test_each_row_comes_from_where_it_should(text, dtype):
     table, patches = drawn(10, 33, dtype=dtype), drawn(len(text), 33, dtype=dtype)
     for row, token in enumerate(text):

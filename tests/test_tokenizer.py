@@ -14,12 +14,32 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mimo_fast.errors import CheckpointError, ConfigError, PromptError
-from mimo_fast.tokenizer import MODEL_TOKENS, Tokenizer
+from mimo_fast.text.tokenizer import MODEL_TOKENS, Tokenizer
 
 LM = Path(__file__).parent / "golden" / "checkpoint" / "lm"
 WORDS = [
-    "<|sosp|>", "<|empty|>", "<|im_start|>user\n", "<|im_end|>\n", "<think>\n\n</think>\n", "<|eo", "|>", " ", "  \n",
-    "hello", "It's", " 1234.5", "今天天气真好", "北京", "é", "e\u0301", "😀", "👩\u200d👧", "ﬁ", "\u202e", "\x00", "\t",
+    "<|sosp|>",
+    "<|empty|>",
+    "<|im_start|>user\n",
+    "<|im_end|>\n",
+    "<think>\n\n</think>\n",
+    "<|eo",
+    "|>",
+    " ",
+    "  \n",
+    "hello",
+    "It's",
+    " 1234.5",
+    "今天天气真好",
+    "北京",
+    "é",
+    "e\u0301",
+    "😀",
+    "👩\u200d👧",
+    "ﬁ",
+    "\u202e",
+    "\x00",
+    "\t",
 ]
 TEXTS = st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=8).map("".join)
 
@@ -33,7 +53,8 @@ def save(path: Path, content: object) -> None:
 
 
 def with_model_tokens(theirs: Any) -> Any:
-    """What upstream does to the tokenizer it loads: tokens one by one, each only where the vocabulary lacks it."""
+    """What upstream does to the tokenizer it loads: tokens one by one, each only where the
+    vocabulary lacks it."""
     for token in MODEL_TOKENS.values():
         if token not in theirs.get_vocab():
             theirs.add_tokens([token], special_tokens=True)
@@ -43,13 +64,20 @@ def with_model_tokens(theirs: Any) -> Any:
 def assert_same(ours: Tokenizer, theirs: Any, text: str) -> None:
     ids = ours.encode(text)
     assert ids == theirs.encode(text, add_special_tokens=False)
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert ours.decode(ids) == theirs.decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
     """A copy of the kit's tokenizer, to be altered."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ):
         shutil.copyfile(LM / name, tmp_path / name)
     return tmp_path
 
@@ -61,7 +89,8 @@ def ours() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    # The class that takes tokenizer.json as it is; in transformers 5 AutoTokenizer replaces the pre-tokenizer.
+    # The class that takes tokenizer.json as it is; in transformers 5 AutoTokenizer replaces the
+    # pre-tokenizer.
     return PreTrainedTokenizerFast.from_pretrained(LM)
 
 
@@ -69,7 +98,10 @@ def test_special_ids_of_the_kit(ours, kit):
     want = read(kit / "golden" / "golden.json")["special_ids"]
     got = {name: getattr(ours.special, name.removesuffix("_idx")) for name in want}
     assert got == want
-    assert (ours.special.human, ours.special.speech_lm) == (ours.id("<|Human|>"), ours.id("<|SpeechLM|>"))
+    assert (ours.special.human, ours.special.speech_lm) == (
+        ours.id("<|Human|>"),
+        ours.id("<|SpeechLM|>"),
+    )
     assert (ours.eos_id, ours.pad_id) == (want["eos"], want["pad"])
 
 
@@ -85,7 +117,12 @@ def test_any_ids_decode_as_in_transformers(ours, theirs, ids):
         assert ours.decode(ids, skip_special_tokens=skip) == want
 
 
-@given(st.lists(st.integers(0, 412) | st.sampled_from([-100, -1, 413, 10**6, 2**32, 2**70, -(2**70)]), max_size=10))
+@given(
+    st.lists(
+        st.integers(0, 412) | st.sampled_from([-100, -1, 413, 10**6, 2**32, 2**70, -(2**70)]),
+        max_size=10,
+    )
+)
 def test_ids_that_are_no_token_decode_to_nothing(ours, ids):
     assert ours.decode(ids) == ours.decode([i for i in ids if 0 <= i < ours.vocab_size])
 
@@ -98,18 +135,35 @@ def test_special_tokens_in_a_text_are_single_ids(ours):
     assert ours.decode([special.im_start, special.im_end], skip_special_tokens=True) == ""
 
 
-@pytest.mark.parametrize("absent", [
-    ["<|sosp|>", "<|eosp|>", "<|empty|>", "<|Human|>", "<|SpeechLM|>", "<|sostm|>", "<|eostm|>", "<|eot|>"],
-    ["<|eot|>"], ["<|empty|>", "<|sostm|>"],
-])
+@pytest.mark.parametrize(
+    "absent",
+    [
+        [
+            "<|sosp|>",
+            "<|eosp|>",
+            "<|empty|>",
+            "<|Human|>",
+            "<|SpeechLM|>",
+            "<|sostm|>",
+            "<|eostm|>",
+            "<|eot|>",
+        ],
+        ["<|eot|>"],
+        ["<|empty|>", "<|sostm|>"],
+    ],
+)
 @pytest.mark.parametrize("listed", [True, False], ids=["config-lists-them", "config-lacks-them"])
 def test_absent_model_tokens_are_added_as_upstream_does(directory, absent, listed):
     content, config = read(directory / "tokenizer.json"), read(directory / "tokenizer_config.json")
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in absent]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] not in absent
+    ]
     save(directory / "tokenizer.json", content)
     if not listed:
         decoder = config["added_tokens_decoder"]
-        config["added_tokens_decoder"] = {i: token for i, token in decoder.items() if token["content"] not in absent}
+        config["added_tokens_decoder"] = {
+            i: token for i, token in decoder.items() if token["content"] not in absent
+        }
         config["additional_special_tokens"] = []
         save(directory / "tokenizer_config.json", config)
     (directory / "special_tokens_map.json").unlink()
@@ -123,7 +177,13 @@ def test_absent_model_tokens_are_added_as_upstream_does(directory, absent, liste
 
 def test_tokens_of_the_config_only_are_added_in_the_order_of_their_ids(directory):
     config = read(directory / "tokenizer_config.json")
-    flags = {"lstrip": True, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+    flags = {
+        "lstrip": True,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": True,
+        "special": False,
+    }
     config["added_tokens_decoder"] |= {
         "900": {"content": "<later>"} | flags,
         "1000": {"content": "<last>"} | flags | {"lstrip": False, "special": True},
@@ -131,7 +191,10 @@ def test_tokens_of_the_config_only_are_added_in_the_order_of_their_ids(directory
     }
     config["additional_special_tokens"] += ["<|extra|>"]
     save(directory / "tokenizer_config.json", config)
-    ours, theirs = Tokenizer.from_directory(directory), PreTrainedTokenizerFast.from_pretrained(directory)
+    ours, theirs = (
+        Tokenizer.from_directory(directory),
+        PreTrainedTokenizerFast.from_pretrained(directory),
+    )
     for token, i in (("<first>", 413), ("<later>", 414), ("<last>", 415), ("<|extra|>", 416)):
         assert ours.id(token) == i == theirs.convert_tokens_to_ids(token)
     for text in ("a <first> b", "a <later> b", "a <last> b<|extra|>", "<later><|empty|>"):
@@ -140,9 +203,20 @@ def test_tokens_of_the_config_only_are_added_in_the_order_of_their_ids(directory
 
 def test_truncation_and_padding_in_the_file_are_ignored(directory, ours):
     content = read(directory / "tokenizer.json")
-    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 401,
-                          "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    content["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 401,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     save(directory / "tokenizer.json", content)
     altered = Tokenizer.from_directory(directory)
     for text in ("ab", "a long enough text"):
@@ -183,15 +257,33 @@ def test_ids_must_fit_the_language_model(ours):
     assert "vocab_size 412" in message
 
 
-@pytest.mark.parametrize(("name", "content", "says", "kind"), [
-    ("tokenizer.json", "{", "tokenizer.json is damaged", CheckpointError),
-    ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is damaged", CheckpointError),
-    ("tokenizer_config.json", "[]", "tokenizer_config.json", ConfigError),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"a": {"content": "x"}}}', "malformed", CheckpointError),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {}}}', "malformed", CheckpointError),
-    ("tokenizer_config.json", '{"added_tokens_decoder": ["x"]}', "malformed", CheckpointError),
-    ("special_tokens_map.json", "", "special_tokens_map.json", ConfigError),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "says", "kind"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json is damaged", CheckpointError),
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "tokenizer.json is damaged",
+            CheckpointError,
+        ),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json", ConfigError),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"a": {"content": "x"}}}',
+            "malformed",
+            CheckpointError,
+        ),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {}}}',
+            "malformed",
+            CheckpointError,
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["x"]}', "malformed", CheckpointError),
+        ("special_tokens_map.json", "", "special_tokens_map.json", ConfigError),
+    ],
+)
 def test_damaged_files(directory, name, content, says, kind):
     (directory / name).write_text(content)
     assert says in fault(lambda: Tokenizer.from_directory(directory), kind)
@@ -199,26 +291,45 @@ def test_damaged_files(directory, name, content, says, kind):
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Path:
-    """Only vocab.json and merges.txt, in the style of Qwen2, whose tokenizer normalises and splits digits."""
+    """Only vocab.json and merges.txt, in the style of Qwen2, whose tokenizer normalises and splits
+    digits."""
     directory = tmp_path_factory.mktemp("vocabulary")
     merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "Ġ Ġ", "1 2", "e Ì", "ä ½", "ä½ ł", "Ċ Ċ"]
     tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
     save(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (directory / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+    )
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    save(directory / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "added_tokens_decoder": {str(len(tokens) + i): {"content": name} | flags for i, name in enumerate(names)},
-        "additional_special_tokens": names[1:], "clean_up_tokenization_spaces": False,
-    })
+    flags = {
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+        "special": True,
+    }
+    save(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "added_tokens_decoder": {
+                str(len(tokens) + i): {"content": name} | flags for i, name in enumerate(names)
+            },
+            "additional_special_tokens": names[1:],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
     shutil.copyfile(LM / "config.json", directory / "config.json")
     return directory
 
 
 @pytest.fixture(scope="module")
 def from_vocabulary(vocabulary) -> tuple[Tokenizer, Any]:
-    return Tokenizer.from_directory(vocabulary), with_model_tokens(AutoTokenizer.from_pretrained(vocabulary))
+    return Tokenizer.from_directory(vocabulary), with_model_tokens(
+        AutoTokenizer.from_pretrained(vocabulary)
+    )
 
 
 @given(TEXTS | st.text("hello 12\n"))
@@ -244,12 +355,16 @@ def saved(vocabulary, tmp_path_factory) -> tuple[Tokenizer, Any]:
     AutoTokenizer.from_pretrained(vocabulary).save_pretrained(directory)
     shutil.copyfile(LM / "config.json", directory / "config.json")
     assert (directory / "tokenizer.json").is_file()
-    return Tokenizer.from_directory(directory), with_model_tokens(AutoTokenizer.from_pretrained(directory))
+    return Tokenizer.from_directory(directory), with_model_tokens(
+        AutoTokenizer.from_pretrained(directory)
+    )
 
 
 def test_a_vocabulary_needs_transformers(vocabulary, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install mimo-fast[transformers]" in fault(lambda: Tokenizer.from_directory(vocabulary))
+    assert "pip install mimo-fast[transformers]" in fault(
+        lambda: Tokenizer.from_directory(vocabulary)
+    )
 
 
 def test_a_damaged_vocabulary(vocabulary, tmp_path):

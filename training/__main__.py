@@ -1,4 +1,5 @@
-"""`python -m training COMMAND`: the small model from nothing to a pair of checkpoints; see `training/__init__.py`."""
+"""`python -m training COMMAND`: the small model from nothing to a pair of checkpoints; see
+`training/__init__.py`."""
 
 import argparse
 import os
@@ -37,9 +38,20 @@ from .tokenizer import build_tokenizer
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
 SMOKE_SIZES = Sizes(
-    12, 12, 8, 8, 6, readings=6, spellings=4, letters=4, strangers=6, strange_words=4, strange_questions=4, unheard=3,
+    12,
+    12,
+    8,
+    8,
+    6,
+    readings=6,
+    spellings=4,
+    letters=4,
+    strangers=6,
+    strange_words=4,
+    strange_questions=4,
+    unheard=3,
     unsaid=3,
-)  # fmt: skip
+)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Of `lm`, both stages."""
 
@@ -47,19 +59,39 @@ MOST_WORKERS = 4
 """By default: a share of a batch of 16 should not get smaller."""
 
 MEASURES = (
-    evaluate.codec_quality, evaluate.text_to_speech, evaluate.transcription, evaluate.dialogue, evaluate.examples,
-    comparisons.formats, comparisons.streaming, comparisons.sampling, comparisons.pace,
-)  # fmt: skip
+    evaluate.codec_quality,
+    evaluate.text_to_speech,
+    evaluate.transcription,
+    evaluate.dialogue,
+    evaluate.examples,
+    comparisons.formats,
+    comparisons.streaming,
+    comparisons.sampling,
+    comparisons.pace,
+)
 
 
 class Recipe:
     """Every command over one directory; each goes on where an earlier call of it stopped."""
 
-    def __init__(self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]) -> None:
-        self.directory, self.seed, self.device, self.sizes, self.steps = directory, seed, device, sizes, steps
+    def __init__(
+        self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]
+    ) -> None:
+        self.directory, self.seed, self.device, self.sizes, self.steps = (
+            directory,
+            seed,
+            device,
+            sizes,
+            steps,
+        )
 
     def data(self) -> dict[str, Part]:
-        found = {"flite": has_flite(), "festival": has_festival(), "espeak-ng": has_espeak(), "pico": has_pico()}
+        found = {
+            "flite": has_flite(),
+            "festival": has_festival(),
+            "espeak-ng": has_espeak(),
+            "pico": has_pico(),
+        }
         for name, here in found.items():
             if not here and not parallel.is_worker():
                 problem = f"{name} is not installed ({INSTALL[name]})"
@@ -72,17 +104,24 @@ class Recipe:
         CodecTraining(self.directory, self.data(), schedule, self.seed, self.device).train()
 
     def decoder(self) -> None:
-        """Needs the codec's codes and nothing of the language model: the two can be trained side by side."""
-        schedule = replace(decoder.SCHEDULE, steps=self.steps.get("decoder", decoder.SCHEDULE.steps))
+        """Needs the codec's codes and nothing of the language model: the two can be trained side by
+        side."""
+        schedule = replace(
+            decoder.SCHEDULE, steps=self.steps.get("decoder", decoder.SCHEDULE.steps)
+        )
         trained = trained_tensors(self.directory, codec.NAME)
-        DecoderTraining(self.directory, self.data(), trained, schedule, self.seed, self.device).train()
+        DecoderTraining(
+            self.directory, self.data(), trained, schedule, self.seed, self.device
+        ).train()
 
     def lm(self) -> None:
         schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
         with parallel.first():
             tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
-        LMTraining(self.directory, known, tokenizer, schedule, self.seed, self.device, trained).train()
+        LMTraining(
+            self.directory, known, tokenizer, schedule, self.seed, self.device, trained
+        ).train()
 
     def codes(self) -> dict[str, Codes]:
         """Codes of all speech by the trained codec."""
@@ -90,7 +129,9 @@ class Recipe:
         trained = build_codec(codec.codec_config(), trained_tensors(self.directory, codec.NAME))
         parts = self.data()
         with parallel.first():
-            return codes.make(self.directory / "codes", parts, trained, config.channels, config.group_size)
+            return codes.make(
+                self.directory / "codes", parts, trained, config.channels, config.group_size
+            )
 
     def export(self) -> tuple[Path, Path]:
         pair = export.export(self.directory, self.directory / "nano", self.data()["replies"])
@@ -103,7 +144,9 @@ class Recipe:
         pair, target = self.directory / "nano", self.directory / "evaluation.json"
         # What is measured is what users run.
         os.environ.pop("MIMO_FAST_KERNELS", None)
-        results = evaluate.evaluate(_loader(pair / "lm", pair / "codec"), self.data(), count, MEASURES, target)
+        results = evaluate.evaluate(
+            _loader(pair / "lm", pair / "codec"), self.data(), count, MEASURES, target
+        )
         (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
@@ -114,7 +157,8 @@ class Recipe:
 
 
 def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
-    """Loads the pair in a format, once, with upstream's samplers for every task: greedy ones are measured beside."""
+    """Loads the pair in a format, once, with upstream's samplers for every task: greedy ones are
+    measured beside."""
 
     @cache
     def load(quantization: str | None) -> mimo_fast.MimoAudio:
@@ -169,15 +213,34 @@ def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", nargs="?", choices=COMMANDS)
-    parser.add_argument("--run", type=Path, default=Path("training_output"), help="directory of data, states, results")
-    parser.add_argument("--start", type=Path, help="exported pair (lm/ and codec/) to go on from, in a new directory")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("training_output"),
+        help="directory of data, states, results",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="exported pair (lm/ and codec/) to go on from, in a new directory",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
-    parser.add_argument("--threads", type=int, help="of torch, over all processes; by default all cores")
-    parser.add_argument("--workers", type=int, help="processes that train one model together; on a CPU one a core")
-    parser.add_argument("--steps", type=int, help="of the command's training, in place of the recipe's")
-    parser.add_argument("--count", type=int, default=200, help="utterances a measurement of evaluate")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it works")
+    parser.add_argument(
+        "--threads", type=int, help="of torch, over all processes; by default all cores"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that train one model together; on a CPU one a core"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="of the command's training, in place of the recipe's"
+    )
+    parser.add_argument(
+        "--count", type=int, default=200, help="utterances a measurement of evaluate"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of everything, to see that it works"
+    )
     args = parser.parse_args()
     if bool(args.command) == args.smoke:
         parser.error(f"give a command ({', '.join(COMMANDS)}) or --smoke")

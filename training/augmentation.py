@@ -1,4 +1,5 @@
-"""Recordings made from the data: other levels, noise, speakers and microphones, drawn anew whenever they are heard.
+"""Recordings made from the data: other levels, noise, speakers and microphones, drawn anew whenever
+they are heard.
 
 Four voices are not enough to learn from what a voice is.
 """
@@ -23,38 +24,50 @@ BENDS, BEND = 3, 0.03
 """Sines by which the mel axis is bent, and by how much of its width the first one moves a band."""
 
 MASKS, MASKED_BANDS, MASKED_FRAMES = 2, 0.15, 8
-"""Of what is heard: how many ranges of mel bands, and of frames, are hidden, and how long one may be: a share of the
-bands, and frames of 10 ms."""
+"""Of what is heard: how many ranges of mel bands, and of frames, are hidden, and how long one may
+be: a share of the bands, and frames of 10 ms."""
 
 
 def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
     """Waveform [n] -> (as recorded: at some level, maybe in noise, and the same without the noise).
 
-    Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is always a little.
+    Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is
+    always a little.
     """
     peak = float(wav.abs().max()) or 1.0
     clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
     level = rng.uniform(-35, -8) if rng.random() < noise_share else rng.uniform(-65, -45)
-    return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (level / 20), clean
+    return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (
+        level / 20
+    ), clean
 
 
 def vary(wav: Tensor, rng: random.Random) -> Tensor:
-    """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch and formants move
-    together, and coloured."""
-    played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[0, 0]
+    """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch
+    and formants move together, and coloured."""
+    played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[
+        0, 0
+    ]
     size = _fft_size(len(played))
     spectrum = torch.fft.rfft(played, size)
     place = torch.linspace(0, math.pi, len(spectrum))
-    gains = sum(rng.gauss(0, RIPPLE) * torch.cos(i * place + rng.uniform(0, math.pi)) for i in range(1, RIPPLES + 1))
+    gains = sum(
+        rng.gauss(0, RIPPLE) * torch.cos(i * place + rng.uniform(0, math.pi))
+        for i in range(1, RIPPLES + 1)
+    )
     return torch.fft.irfft(spectrum * 10 ** (gains / 20), size)[: len(played)]
 
 
 def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another mouth, and with more
-    or less between loud and soft."""
+    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another
+    mouth, and with more or less between loud and soft."""
     place = torch.linspace(0, 1, mel.shape[1])
-    shifts = sum(rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1))
-    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * (mel.shape[1] - 1)).clamp(0, mel.shape[1] - 1)
+    shifts = sum(
+        rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1)
+    )
+    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * (mel.shape[1] - 1)).clamp(
+        0, mel.shape[1] - 1
+    )
     below = source.floor().long().clamp(max=mel.shape[1] - 2)
     moved = torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
     mean = moved.mean(0)
@@ -62,12 +75,17 @@ def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
 
 
 def masked(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] with ranges of bands and of frames at their means, so that no cue of a sound is the only
-    one that is learned (SpecAugment, arXiv:1904.08779)."""
+    """Log-mel frames [T, M] with ranges of bands and of frames at their means, so that no cue of a
+    sound is the only one that is learned (SpecAugment, arXiv:1904.08779)."""
     mel, means = mel.clone(), mel.mean(0)
     for _ in range(MASKS):
-        bands, frames = (rng.randint(0, most) for most in (round(MASKED_BANDS * mel.shape[1]), MASKED_FRAMES))
-        band, frame = (rng.randrange(max(1, size - n)) for size, n in ((mel.shape[1], bands), (len(mel), frames)))
+        bands, frames = (
+            rng.randint(0, most) for most in (round(MASKED_BANDS * mel.shape[1]), MASKED_FRAMES)
+        )
+        band, frame = (
+            rng.randrange(max(1, size - n))
+            for size, n in ((mel.shape[1], bands), (len(mel), frames))
+        )
         mel[:, band : band + bands] = means[band : band + bands]
         mel[frame : frame + frames] = means
     return mel

@@ -1,10 +1,11 @@
-"""The model card of a trained pair: nano/card.md filled in from the evaluation's results; no figure is typed in."""
+"""The model card of a trained pair: nano/card.md filled in from the evaluation's results; no figure
+is typed in."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimo_fast.checkpoint import open_weights
+from mimo_fast.checkpoint.files import open_weights
 
 from . import domain
 from .data import REPLY_VOICE, STRANGERS, UNHEARD_VOICE, VOICES, Sizes
@@ -26,27 +27,41 @@ def card(pair: Path, results: Results, sizes: Sizes) -> str:
 
 def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
     return {
-        "size": sum(file.stat().st_size for part in PARTS for file in (pair / part).iterdir()) / 1e6,
+        "size": sum(file.stat().st_size for part in PARTS for file in (pair / part).iterdir())
+        / 1e6,
         "parameters": sum(open_weights(pair / part).nbytes for part in PARTS) / 2 / 1e6,
-        "words": len(domain.vocabulary()), "questions": len(domain.dialogue()),
+        "words": len(domain.vocabulary()),
+        "questions": len(domain.dialogue()),
         "styles": _listed([f'"{text}"' for text in INSTRUCTIONS.values()]),
-        "speech": sum(sizes.parts.values()), "voices": _listed(VOICES), "reply": REPLY_VOICE,
+        "speech": sum(sizes.parts.values()),
+        "voices": _listed(VOICES),
+        "reply": REPLY_VOICE,
         "strange": sum(count for name, count in sizes.parts.items() if name.startswith("strange")),
         "speakers": len({*STRANGERS}),
-        "unheard": UNHEARD_VOICE, "held_out": domain.HELD_OUT,
-    }  # fmt: skip
+        "unheard": UNHEARD_VOICE,
+        "held_out": domain.HELD_OUT,
+    }
 
 
 def _measured(results: Results) -> dict[str, Any]:
     environment, (load, cores) = results["environment"], results["pace"]["load_before_and_cores"]
-    quality = [(n, f"{at['stoi']:.3f}", f"{at['mel_distance']:.3f}") for n, at in results["codec_quality"].items()]
+    quality = [
+        (n, f"{at['stoi']:.3f}", f"{at['mel_distance']:.3f}")
+        for n, at in results["codec_quality"].items()
+    ]
     return {
-        "utterances": results["utterances"], "commit": environment["commit"] or "unknown",
-        "word_errors": _word_errors(results), "formats": _formats(results),
-        "snr": results["streaming"]["snr_db"], "codec": _table(["codebooks", "STOI", "mel distance"], quality),
-        "device": environment["device"]["name"], "instructions": environment["device"]["instructions"],
-        "cores": cores, "load": load, "pace": _pace(results["pace"]),
-    }  # fmt: skip
+        "utterances": results["utterances"],
+        "commit": environment["commit"] or "unknown",
+        "word_errors": _word_errors(results),
+        "formats": _formats(results),
+        "snr": results["streaming"]["snr_db"],
+        "codec": _table(["codebooks", "STOI", "mel distance"], quality),
+        "device": environment["device"]["name"],
+        "instructions": environment["device"]["instructions"],
+        "cores": cores,
+        "load": load,
+        "pace": _pace(results["pace"]),
+    }
 
 
 def _word_errors(results: Results) -> str:
@@ -66,18 +81,33 @@ def _word_errors(results: Results) -> str:
         "the text of these answers": dialogue["text"],
         "said again by example, heard by the recogniser": results["examples"]["heard"],
     }
-    return _table(["", "words that are wrong"], [(name, _percent(rate)) for name, rate in rows.items()])
+    return _table(
+        ["", "words that are wrong"], [(name, _percent(rate)) for name, rate in rows.items()]
+    )
 
 
 def _formats(results: Results) -> str:
     tts = results["text_to_speech"]
-    rates = tts["word_error_rate"]["model"], tts["word_error_rate_own_asr"], results["transcription"]["clean"]
+    rates = (
+        tts["word_error_rate"]["model"],
+        tts["word_error_rate_own_asr"],
+        results["transcription"]["clean"],
+    )
     rows = [("float32", *map(_percent, rates), "", "")]
     for name, found in results["formats"].items():
         text, *books = found["kl"].values()
         rates = found["word_error_rate"], found["word_error_rate_own_asr"], found["transcription"]
-        rows.append((name, *map(_percent, rates), f"{text:.4f}", f"{min(books):.4f} to {max(books):.4f}"))
-    head = ["", "tts, recogniser", "tts, by itself", "transcription", "KL of the text head", "KL of the codebooks"]
+        rows.append(
+            (name, *map(_percent, rates), f"{text:.4f}", f"{min(books):.4f} to {max(books):.4f}")
+        )
+    head = [
+        "",
+        "tts, recogniser",
+        "tts, by itself",
+        "transcription",
+        "KL of the text head",
+        "KL of the codebooks",
+    ]
     return _table(head, rows)
 
 
@@ -86,10 +116,14 @@ def _pace(pace: Results) -> str:
     for name, found in pace.items():
         if isinstance(found, Mapping):
             factor, first = found["real_time_factor"], found["first_audio_ms"]
-            rows.append((
-                name, str(found["threads"]), f"{factor['median']:.3f} and {factor['largest']:.3f}",
-                f"{first['median']:.0f} and {first['largest']:.0f} ms",
-            ))  # fmt: skip
+            rows.append(
+                (
+                    name,
+                    str(found["threads"]),
+                    f"{factor['median']:.3f} and {factor['largest']:.3f}",
+                    f"{first['median']:.0f} and {first['largest']:.0f} ms",
+                )
+            )
     return _table(["", "threads", "real-time factor", "first audio"], rows)
 
 

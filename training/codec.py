@@ -1,14 +1,16 @@
-"""Training of the codec: it hears speech in noise and gives the speech back, through codes that tell phones apart.
+"""Training of the codec: it hears speech in noise and gives the speech back, through codes that
+tell phones apart.
 
     loss = spectral(output, speech) + 0.25 commitment + 0.3 CTC(phones | first codebooks)
 
-The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it no reason to tell
-more than the first of them holds.
+The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it
+no reason to tell more than the first of them holds.
 
-The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear layer, thrown away
-afterwards, reads the synthesizer's phones from the codes. Most of a batch is only listened to and not rendered again,
-at a third of the arithmetic: what codes tell of words is learned from many more speakers and sentences than how to
-speak.
+The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear
+layer, thrown away afterwards, reads the synthesizer's phones from the codes. Most of a batch is
+only listened to and not rendered again,
+at a third of the arithmetic: what codes tell of words is learned from many more speakers and
+sentences than how to speak.
 """
 
 import random
@@ -20,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.audio import log_mel
+from mimo_fast.audio.files import log_mel
 from mimo_fast.config import CodecConfig
-from mimo_fast.runtime.codec import Codec
+from mimo_fast.runtime.codec.model import Codec
 
 from . import parallel
 from .augmentation import augment, masked, other_speaker, vary
@@ -48,7 +50,8 @@ LONGEST = 4.0
 COMMITMENT, CTC, ENVELOPE = 0.25, 0.3, 0.5
 CTC_CODEBOOKS = 2
 ALL_CODEBOOKS_SHARE = 0.6
-"""Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is speech as well."""
+"""Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is
+speech as well."""
 
 VALIDATION = 24
 
@@ -59,7 +62,10 @@ def codec_config() -> CodecConfig:
 
 def initial_tensors(config: CodecConfig, seed: int) -> Tensors:
     """The codec's, and those of the linear layer that reads phones."""
-    head = {"ctc.weight": torch.zeros(len(PHONES) + 1, config.dim), "ctc.bias": torch.zeros(len(PHONES) + 1)}
+    head = {
+        "ctc.weight": torch.zeros(len(PHONES) + 1, config.dim),
+        "ctc.bias": torch.zeros(len(PHONES) + 1),
+    }
     return initial_codec(config, seed) | head
 
 
@@ -75,15 +81,25 @@ class Spoken:
 class CodecTraining:
     """The codec, its data and its losses."""
 
-    def __init__(self, directory: Path, parts: dict[str, Part], schedule: Schedule = SCHEDULE, seed: int = 0,
-                 device: str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        directory: Path,
+        parts: dict[str, Part],
+        schedule: Schedule = SCHEDULE,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
         self.config = codec_config()
-        tensors = {name: tensor.to(device) for name, tensor in initial_tensors(self.config, seed).items()}
+        tensors = {
+            name: tensor.to(device) for name, tensor in initial_tensors(self.config, seed).items()
+        }
         self.quantizer = Quantizer(self.config, tensors)
         self.tensors, self.seed, self.device = tensors, seed, device
         # Replies are what the language model will say: they get a third of the codec's attention.
         self.parts = [parts[name] for name in ("speech", "speech", "replies")]
-        self.listened = [parts[name] for name in ("speech", "speech", "strangers", "strangers", "replies")]
+        self.listened = [
+            parts[name] for name in ("speech", "speech", "strangers", "strangers", "replies")
+        ]
         self.unheard = parts["unheard"]
         fixed = {name: tensor for name, tensor in tensors.items() if is_fixed(name)}
         self.run = Run(directory, NAME, trainable(tensors), fixed, schedule)
@@ -106,8 +122,10 @@ class CodecTraining:
         n_q = torch.repeat_interleave(used, torch.tensor(lengths)).to(self.device)
         starting = step < UNQUANTIZED_SHARE * self.run.schedule.steps
         quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
-        got = [codec.decode_hidden(rows)[: len(each.wanted)]
-               for rows, each in zip(quantized.rows.split(lengths), batch, strict=False)]  # fmt: skip
+        got = [
+            codec.decode_hidden(rows)[: len(each.wanted)]
+            for rows, each in zip(quantized.rows.split(lengths), batch, strict=False)
+        ]
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
         spectral, mel = spectral_distance(torch.cat(got), wanted, self.config.sample_rate)
         read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
@@ -116,8 +134,13 @@ class CodecTraining:
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
         parallel.follow(self.quantizer.state)
-        return {"loss": loss, "mel": mel.detach(), "commitment": quantized.commitment.detach(), "ctc": told.detach(),
-                "dead": float(dead)}  # fmt: skip
+        return {
+            "loss": loss,
+            "mel": mel.detach(),
+            "commitment": quantized.commitment.detach(),
+            "ctc": told.detach(),
+            "dead": float(dead),
+        }
 
     def validate(self) -> dict[str, float]:
         """Of a voice that training never hears: what becomes of its sound, and of its phones."""
@@ -138,7 +161,8 @@ class CodecTraining:
 
 
 def spectral_distance(got: Tensor, wanted: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-    """Waveforms [n] -> what is minimized, the sum of the distances of spectra and envelopes, and that of spectra."""
+    """Waveforms [n] -> what is minimized, the sum of the distances of spectra and envelopes, and
+    that of spectra."""
     mel = mel_distance(got, wanted, sample_rate)
     return mel + ENVELOPE * envelope_distance(got, wanted, sample_rate), mel
 
@@ -157,7 +181,8 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
 
 
 def draw(parts: Sequence[Part], rng: random.Random, noise_share: float = 0.5) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise; varied, but for what the model says."""
+    """An utterance of one of the parts, at some level and maybe in noise; varied, but for what the
+    model says."""
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
     wav, longest = drawn.wav if part.name in SAID else vary(drawn.wav, rng), int(LONGEST * RATE)

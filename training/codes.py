@@ -10,21 +10,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio import log_mel
-from mimo_fast.prompt import whole_patches
-from mimo_fast.runtime.codec import Codec
+from mimo_fast.audio.files import log_mel
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.text.prompt import whole_patches
 
 from .augmentation import augment, other_speaker, vary
 from .data import FRAME, SHARD, Part, joined, piece, save_whole
 from .synthesis import PHONES, RATE, Utterance
 
-HEARD = ("speech", "letters", "words", "questions", "echoes", "strangers", "strange_words", "strange_questions")
-"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different levels, in noise."""
+HEARD = (
+    "speech",
+    "letters",
+    "words",
+    "questions",
+    "echoes",
+    "strangers",
+    "strange_words",
+    "strange_questions",
+)
+"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different
+levels, in noise."""
 
 VARIANTS, NOISE_SHARE = 2, 0.4
 
 SAID = ("replies", "readings", "spellings", "answers", "unsaid")
-"""Parts that the model says: without the silence around, and with the places of words and phones."""
+"""Parts that the model says: without the silence around, and with the places of words and
+phones."""
 
 LEAD, TAIL = FRAME, 3 * FRAME
 """Seconds before the first word and after the last."""
@@ -66,7 +77,8 @@ class Codes:
         return piece(_open(self._path(shard)), "phones", place).tolist()
 
     def frame_phones(self, index: int) -> Tensor:
-        """The phone at each frame, int64 [n G], `len(PHONES)` for silence, of a part that is said."""
+        """The phone at each frame, int64 [n G], `len(PHONES)` for silence, of a part that is
+        said."""
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "frame_phones", place).long()
 
@@ -78,16 +90,26 @@ class Codes:
         """Encodes a shard that is not there yet; returns how many utterances it has."""
         indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
         if not self._path(shard).exists():
-            made = [self._encode(codec, index, variant) for index in indices for variant in range(self.variants)]
+            made = [
+                self._encode(codec, index, variant)
+                for index in indices
+                for variant in range(self.variants)
+            ]
             codes, places, frame_phones = zip(*made, strict=True)
             phones = [torch.tensor(self.part[index].phones, dtype=torch.int16) for index in indices]
             tensors = joined("codes", codes) | joined("phones", phones)
-            save_whole(self._path(shard), tensors | joined("places", places) | joined("frame_phones", frame_phones))
+            save_whole(
+                self._path(shard),
+                tensors | joined("places", places) | joined("frame_phones", frame_phones),
+            )
         return len(indices)
 
     def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flat codes, and where they are needed the places of words and the phones of frames."""
-        spoken, rng = self.part[index], random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
+        spoken, rng = (
+            self.part[index],
+            random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}"),
+        )
         heard, said = self.part.name in HEARD, self.part.name in SAID
         wav, start, frame = spoken.wav, 0, codec.config.samples_per_frame
         if heard:
@@ -101,7 +123,11 @@ class Codes:
         places = phones = torch.empty(0, dtype=torch.int16)
         if said:
             words = torch.tensor(spoken.starts)[spoken.words] - start - round(AHEAD * RATE)
-            places = words.div(frame * self._group_size, rounding_mode="floor").clamp(min=0).to(torch.int16)
+            places = (
+                words.div(frame * self._group_size, rounding_mode="floor")
+                .clamp(min=0)
+                .to(torch.int16)
+            )
             phones = phones_at(start + frame * torch.arange(codes.shape[1]) + frame // 2, spoken)
         return codes.T.reshape(-1).to(torch.int16), places, phones
 
@@ -114,19 +140,31 @@ def phones_at(times: Tensor, spoken: Utterance) -> Tensor:
     starts, ends = torch.tensor(spoken.starts), torch.tensor(spoken.ends)
     place = (starts[None] <= times[:, None]).sum(1) - 1
     phones = torch.tensor(spoken.phones)[place]
-    return phones.where((place >= 0) & (times < ends[place]), torch.tensor(len(PHONES))).to(torch.int16)
+    return phones.where((place >= 0) & (times < ends[place]), torch.tensor(len(PHONES))).to(
+        torch.int16
+    )
 
 
-def make(directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int) -> dict[str, Codes]:
-    """Codes of every part, of which only what is missing is encoded: a shard on each of torch's threads."""
+def make(
+    directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int
+) -> dict[str, Codes]:
+    """Codes of every part, of which only what is missing is encoded: a shard on each of torch's
+    threads."""
     directory.mkdir(parents=True, exist_ok=True)
     found = {name: Codes(directory, part, channels, group_size) for name, part in parts.items()}
     total, threads = sum(map(len, found.values())), torch.get_num_threads()
     # Sentences are too short to be worth sharing.
     torch.set_num_threads(1)
     try:
-        with tqdm(total=total, desc="codes", unit="utterance", miniters=1) as bar, ThreadPoolExecutor(threads) as pool:
-            work = [pool.submit(codes.make_shard, codec, i) for codes in found.values() for i in range(codes.shards)]
+        with (
+            tqdm(total=total, desc="codes", unit="utterance", miniters=1) as bar,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            work = [
+                pool.submit(codes.make_shard, codec, i)
+                for codes in found.values()
+                for i in range(codes.shards)
+            ]
             try:
                 for shard in as_completed(work):
                     bar.update(shard.result())

@@ -1,9 +1,9 @@
 """One trained pair in several ways: quantized, streamed, greedily; and how fast it is.
 
-    formats    int8 and int4 against float32: words, and KL of every head on the same ids
-    streaming  the same replies streamed and decoded at once: words and SNR
-    sampling   upstream's settings against greedy: words
-    pace       real-time factor and first audio of text to speech, on this machine as it is at the time
+formats    int8 and int4 against float32: words, and KL of every head on the same ids
+streaming  the same replies streamed and decoded at once: words and SNR
+sampling   upstream's settings against greedy: words
+pace       real-time factor and first audio of text to speech, on this machine as it is at the time
 """
 
 import os
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.quality import compare, own_sequences, teacher_forced
-from mimo_fast.machine import useful_threads
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.sampling import MiMoStopper
-from mimo_fast.tasks import TASKS
+from mimo_fast.text.tasks import TASKS
 
-from .evaluate import LONGEST_REPLY, Load, Parts, Results, heard_in, rate_of, speech_of, transcripts_of, unsaid
+from .evaluate import (
+    LONGEST_REPLY,
+    Load,
+    Parts,
+    Results,
+    heard_in,
+    rate_of,
+    speech_of,
+    transcripts_of,
+    unsaid,
+)
 from .listen import recognise
 
 FORMATS = ("int8", "int4")
@@ -41,7 +51,9 @@ def formats(load: Load, parts: Parts, count: int) -> Results:
         heads = compare(reference, [teacher_forced(model.lm, lesson) for lesson in lessons])
         results[name] = {
             "word_error_rate": rate_of(heard_in(model, texts), texts),
-            "word_error_rate_own_asr": rate_of(transcripts_of(model, speech_of(model, texts)), texts),
+            "word_error_rate_own_asr": rate_of(
+                transcripts_of(model, speech_of(model, texts)), texts
+            ),
             "transcription": rate_of(transcripts_of(model, waves), wanted),
             "kl": {_head(i): round(head.kl, 5) for i, head in enumerate(heads)},
             "agreement": {_head(i): round(head.agreement, 4) for i, head in enumerate(heads)},
@@ -56,13 +68,24 @@ def _head(index: int) -> str:
 @torch.no_grad()
 def streaming(load: Load, parts: Parts, count: int) -> Results:
     model, texts = load(None), unsaid(parts, count)
-    streamed, whole = speech_of(model, texts), [_at_once(model, text, i) for i, text in enumerate(texts)]
+    streamed, whole = (
+        speech_of(model, texts),
+        [_at_once(model, text, i) for i, text in enumerate(texts)],
+    )
     signal = sum(float(wav.double().square().sum()) for wav in whole)
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(streamed, whole, strict=True))
+    difference = sum(
+        float((a.double() - b.double()).square().sum())
+        for a, b in zip(streamed, whole, strict=True)
+    )
     heard = [recognise(wav, model.codec.sample_rate) for wav in whole]
     return {
-        "word_error_rate": {"streamed": rate_of(heard_in(model, texts), texts), "at_once": rate_of(heard, texts)},
-        "snr_db": round(10 * torch.log10(torch.tensor(signal / difference)).item(), 2) if difference else None,
+        "word_error_rate": {
+            "streamed": rate_of(heard_in(model, texts), texts),
+            "at_once": rate_of(heard, texts),
+        },
+        "snr_db": round(10 * torch.log10(torch.tensor(signal / difference)).item(), 2)
+        if difference
+        else None,
     }
 
 
@@ -72,7 +95,12 @@ def _at_once(model: MimoAudio, text: str, seed: int) -> Tensor:
     stopper = MiMoStopper(model.group_size, model.audio_channels, stops)
     ids = model.get_tts_sft_prompt(text, seed=seed)
     return model.forward(
-        ids, return_audio=True, stopping_criteria=[stopper], max_new_tokens=LONGEST_REPLY, task_name="tts", seed=seed
+        ids,
+        return_audio=True,
+        stopping_criteria=[stopper],
+        max_new_tokens=LONGEST_REPLY,
+        task_name="tts",
+        seed=seed,
     ).flatten()
 
 
@@ -90,7 +118,9 @@ def pace(load: Load, parts: Parts, count: int) -> Results:
         model = load(name)
         torch.set_num_threads(useful_threads(model.lm.config))
         timings = []
-        for i, text in enumerate(tqdm([texts[0], *texts], desc=f"pace {name or 'float32'}", unit="sentence")):
+        for i, text in enumerate(
+            tqdm([texts[0], *texts], desc=f"pace {name or 'float32'}", unit="sentence")
+        ):
             *_, last = model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY)
             timings.append(last.timing)
         said = [timing for timing in timings[1:] if timing.first_audio is not None]
@@ -104,4 +134,8 @@ def pace(load: Load, parts: Parts, count: int) -> Results:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)} if values else {}
+    return (
+        {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)}
+        if values
+        else {}
+    )

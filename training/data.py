@@ -15,7 +15,8 @@
     unheard     held-out sentences in the voice that training never hears
     unsaid      held-out sentences in the reply's voice: what text to speech is compared with
 
-Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it was.
+Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it
+was.
 """
 
 import random
@@ -39,17 +40,55 @@ STRANGERS = tuple(
     f"{ESPEAK}{accent}+{speaker}"
     for accent in ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")
     for speaker in (
-        *(f"m{i}" for i in range(1, 9)), *(f"f{i}" for i in range(1, 6)), "Alex", "Andy", "Annie", "Denis", "Diogo",
-        "Gene", "Hugo", "Jacky", "Lee", "Marco", "Michael", "adam", "antonio", "belinda", "benjamin", "boris", "david",
-        "ed", "edward", "iven", "john", "klatt", "klatt2", "klatt3", "linda", "max", "miguel", "pablo", "paul",
-        "pedro", "quincy", "rob", "robert", "sandro", "shelby", "steph", "travis", "victor", "zac",
+        *(f"m{i}" for i in range(1, 9)),
+        *(f"f{i}" for i in range(1, 6)),
+        "Alex",
+        "Andy",
+        "Annie",
+        "Denis",
+        "Diogo",
+        "Gene",
+        "Hugo",
+        "Jacky",
+        "Lee",
+        "Marco",
+        "Michael",
+        "adam",
+        "antonio",
+        "belinda",
+        "benjamin",
+        "boris",
+        "david",
+        "ed",
+        "edward",
+        "iven",
+        "john",
+        "klatt",
+        "klatt2",
+        "klatt3",
+        "linda",
+        "max",
+        "miguel",
+        "pablo",
+        "paul",
+        "pedro",
+        "quincy",
+        "rob",
+        "robert",
+        "sandro",
+        "shelby",
+        "steph",
+        "travis",
+        "victor",
+        "zac",
     )
-)  # fmt: skip
+)
 UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
 
 FRAME, PATCH = 0.04, 0.16
-"""Seconds of one frame of codes, and of the group of frames that the language model says at a time."""
+"""Seconds of one frame of codes, and of the group of frames that the language model says at a
+time."""
 
 STYLES = {
     "normal": Manner(REPLY_VOICE, grid=PATCH),
@@ -58,11 +97,12 @@ STYLES = {
     "high": Manner(REPLY_VOICE, pitch=1.35, grid=PATCH),
     "low": Manner(REPLY_VOICE, pitch=0.72, grid=PATCH),
 }
-"""Words of replies begin where patches do: the same word then has nearly the same patches wherever it is said."""
+"""Words of replies begin where patches do: the same word then has nearly the same patches wherever
+it is said."""
 
 LISTED_SHARE, LISTED = 0.3, 6
-"""Of readings and of what is heard: how much is words in no order, and of how many at most. Which word it is can then
-be told by its sound alone."""
+"""Of readings and of what is heard: how much is words in no order, and of how many at most. Which
+word it is can then be told by its sound alone."""
 
 SPELT = 6
 """Letters in a row at most, of letters and spellings."""
@@ -79,7 +119,8 @@ SYNTHESIZERS = 2
 
 @dataclass(frozen=True)
 class Item:
-    """One utterance to be made: the words, how they are spoken, and the style's name where it has one."""
+    """One utterance to be made: the words, how they are spoken, and the style's name where it has
+    one."""
 
     text: str
     manner: Manner
@@ -113,8 +154,14 @@ def item(part: str, index: int, seed: int = 0) -> Item:
     """Utterance `index` of a part."""
     rng = random.Random(f"{seed}/{part}/{index}")
     if part.startswith("strange"):
-        text = item({"strangers": "speech", "strange_words": "words"}.get(part, "questions"), index, seed + 1).text
-        return Item(text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7)))
+        text = item(
+            {"strangers": "speech", "strange_words": "words"}.get(part, "questions"),
+            index,
+            seed + 1,
+        ).text
+        return Item(
+            text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7))
+        )
     if part == "answers":
         return Item(answers()[index], STYLES["normal"])
     if part == "questions":
@@ -140,14 +187,18 @@ def item(part: str, index: int, seed: int = 0) -> Item:
 
 def _listed(rng: random.Random) -> str:
     """Words in no order."""
-    while domain.is_held_out(text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))):
+    while domain.is_held_out(
+        text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))
+    ):
         continue
     return text
 
 
 def _spelt(rng: random.Random) -> str:
     """Letters in no order."""
-    while domain.is_held_out(text := " ".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, SPELT)))):
+    while domain.is_held_out(
+        text := " ".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, SPELT)))
+    ):
         continue
     return text
 
@@ -208,10 +259,14 @@ class Part:
 
         with ThreadPoolExecutor(SYNTHESIZERS) as pool:
             made = list(pool.map(speak, indices))
-        samples = [(each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made]
+        samples = [
+            (each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made
+        ]
         tensors = joined("samples", samples)
         for name in ANNOTATIONS:
-            tensors |= joined(name, [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made])
+            tensors |= joined(
+                name, [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made]
+            )
         save_whole(self.path(shard), tensors)
 
 
@@ -223,13 +278,17 @@ def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
     """All speech, of which only what is missing is synthesized."""
     directory.mkdir(parents=True, exist_ok=True)
     found = parts(directory, sizes, seed)
-    with tqdm(total=sum(map(len, found.values())), desc="speech", unit="utterance", miniters=1) as bar:
+    with tqdm(
+        total=sum(map(len, found.values())), desc="speech", unit="utterance", miniters=1
+    ) as bar:
         for part in found.values():
             part.make(bar)
     return found
 
 
-def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_whole(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata)

@@ -2,8 +2,9 @@
 
     loss = spectral(output, speech) + |encoder(output) - encoder(speech)| / |encoder(speech)|
 
-The second of the technical report's two stages, without its discriminators: the encoder, which was taught to tell
-phones apart, listens in their place. The codes are final before it, so the language model can be trained beside it.
+The second of the technical report's two stages, without its discriminators: the encoder, which was
+taught to tell phones apart, listens in their place. The codes are final before it, so the language
+model can be trained beside it.
 """
 
 import random
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mimo_fast.audio import log_mel
-from mimo_fast.runtime.codec import Codec
+from mimo_fast.audio.files import log_mel
+from mimo_fast.runtime.codec.model import Codec
 
 from . import parallel
 from .augmentation import noise
@@ -35,12 +36,24 @@ HISS = 3e-3
 class DecoderTraining:
     """The decoder, its data and its loss. trained: the tensors of the first stage."""
 
-    def __init__(self, directory: Path, parts: dict[str, Part], trained: Tensors, schedule: Schedule = SCHEDULE,
-                 seed: int = 0, device: str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        directory: Path,
+        parts: dict[str, Part],
+        trained: Tensors,
+        schedule: Schedule = SCHEDULE,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
         self.config, self.seed, self.device = codec_config(), seed, device
-        self.tensors = {name: tensor.to(device, copy=True) for name, tensor in trained.items()
-                        if not name.startswith("ctc.")}  # fmt: skip
-        leaves = trainable({name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")})
+        self.tensors = {
+            name: tensor.to(device, copy=True)
+            for name, tensor in trained.items()
+            if not name.startswith("ctc.")
+        }
+        leaves = trainable(
+            {name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")}
+        )
         fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
         # What the language model will say gets most of the attention.
         self.parts = [parts[name] for name in ("speech", "replies", "readings", "replies")]
@@ -60,16 +73,26 @@ class DecoderTraining:
         spectral, mel, perceived = (torch.zeros((), device=self.device) for _ in range(3))
         for spoken in (draw(self.parts, rng, NOISE_SHARE) for _ in range(count)):
             wanted = spoken.wanted.to(self.device)
-            hiss = HISS * float(wanted.square().mean().sqrt()) * noise(len(wanted), rng).to(self.device)
+            hiss = (
+                HISS
+                * float(wanted.square().mean().sqrt())
+                * noise(len(wanted), rng).to(self.device)
+            )
             with torch.no_grad():
-                codes = codec.encode(spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks)))
+                codes = codec.encode(
+                    spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks))
+                )
                 right = codec.encode_mel(log_mel(wanted + hiss, self.config))
             got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)]
             whole, spectra = spectral_distance(got, wanted, self.config.sample_rate)
             spectral, mel = spectral + whole / count, mel + spectra.detach() / count
             heard = codec.encode_mel(log_mel(got + hiss, self.config))
             perceived = perceived + (heard - right).abs().mean() / right.abs().mean() / count
-        return {"loss": spectral + PERCEIVED * perceived, "mel": mel, "perceived": perceived.detach()}
+        return {
+            "loss": spectral + PERCEIVED * perceived,
+            "mel": mel,
+            "perceived": perceived.detach(),
+        }
 
     def validate(self) -> dict[str, float]:
         return reconstruction(self.model(), self.unheard)

@@ -1,6 +1,8 @@
-"""What the small model can say and understand: sentences drawn from `domain.jsgf`, questions and their answers.
+"""What the small model can say and understand: sentences drawn from `domain.jsgf`, questions and
+their answers.
 
-The same file is the grammar that the independent recogniser listens with, so both mean the same by "the domain".
+The same file is the grammar that the independent recogniser listens with, so both mean the same by
+"the domain".
 """
 
 import hashlib
@@ -22,10 +24,41 @@ SPOKEN_LETTERS = {"a": "ay"}
 """How a letter is to be written so that a synthesizer names it and does not read a word."""
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
-          "december")  # fmt: skip
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-           "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")  # fmt: skip
+MONTHS = (
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+)
+NUMBERS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+)
 TALK = {
     "hello": "hello how are you",
     "good morning": "good morning to you",
@@ -47,9 +80,14 @@ def dialogue() -> dict[str, str]:
     pairs = dict(TALK)
     for kind, names in (("day", DAYS), ("month", MONTHS)):
         following = (*names[1:], names[0])
-        pairs |= {f"what {kind} comes after {name}": after for name, after in zip(names, following, strict=True)}
+        pairs |= {
+            f"what {kind} comes after {name}": after
+            for name, after in zip(names, following, strict=True)
+        }
     digits = range(1, 10)
-    return pairs | {f"what is {NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in digits for b in digits}
+    return pairs | {
+        f"what is {NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in digits for b in digits
+    }
 
 
 def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
@@ -61,7 +99,8 @@ def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether training never sees this sentence; a question of the dialogue is always trained on."""
+    """Whether training never sees this sentence; a question of the dialogue is always trained
+    on."""
     if text.count(" ") + 1 < SHORTEST_HELD_OUT or text in dialogue():
         return False
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
@@ -70,7 +109,9 @@ def is_held_out(text: str) -> bool:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """Every word of the domain."""
-    words = {word for rule in _rules().values() for word in _leaves(rule) if not word.startswith("<")}
+    words = {
+        word for rule in _rules().values() for word in _leaves(rule) if not word.startswith("<")
+    }
     return tuple(sorted(words | set(" ".join((*dialogue(), *dialogue().values())).split())))
 
 
@@ -82,7 +123,9 @@ def spoken(text: str) -> str:
     letters = [len(word) == 1 for word in words]
     beside = [any(letters[max(0, i - 1) : i] + letters[i + 1 : i + 2]) for i in range(len(words))]
     named = [letter and near for letter, near in zip(letters, beside, strict=True)]
-    return " ".join(SPOKEN_LETTERS.get(w, w) if name else w for w, name in zip(words, named, strict=True))
+    return " ".join(
+        SPOKEN_LETTERS.get(w, w) if name else w for w, name in zip(words, named, strict=True)
+    )
 
 
 def _words(node: Node, rng: random.Random) -> Iterator[str]:

@@ -1,13 +1,15 @@
-"""What a trained pair can do, measured on sentences, and for listening on a voice, that training never had.
+"""What a trained pair can do, measured on sentences, and for listening on a voice, that training
+never had.
 
-    codec_quality   STOI and mel distance by number of codebooks, on the unheard voice
-    text_to_speech  words that an independent recogniser hears in what the model says, beside what it hears in the
-                    synthesizer's own speech of the same sentences and in the codec's reconstruction of that
-    transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it, and of the
-                    synthesizer in the reply's voice
-    dialogue        spoken answers to the unheard voice, by the recogniser and as text
-    examples        speech to speech by example: what the unheard voice says, said again in the reply's voice
-    formats, streaming, sampling, pace    see `comparisons`
+codec_quality   STOI and mel distance by number of codebooks, on the unheard voice
+text_to_speech  words that an independent recogniser hears in what the model says, beside what it hears in the
+                synthesizer's own speech of the same sentences and in the codec's reconstruction of
+                that
+transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it, and of the
+                synthesizer in the reply's voice
+dialogue        spoken answers to the unheard voice, by the recogniser and as text
+examples        speech to speech by example: what the unheard voice says, said again in the reply's voice
+formats, streaming, sampling, pace    see `comparisons`
 """
 
 import hashlib
@@ -24,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.bench.environment import environment
-from mimo_fast.checkpoint import write_json
+from mimo_fast.checkpoint.files import write_json
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.sampling import GREEDY
 
@@ -53,8 +55,11 @@ Parts = dict[str, Part]
 Measure = Callable[[Load, Parts, int], Results]
 
 
-def evaluate(load: Load, parts: Parts, count: int, measures: Iterable[Measure], target: Path | None = None) -> Results:
-    """Measures over at most `count` utterances each, kept in `target`, where those that it has are not made again."""
+def evaluate(
+    load: Load, parts: Parts, count: int, measures: Iterable[Measure], target: Path | None = None
+) -> Results:
+    """Measures over at most `count` utterances each, kept in `target`, where those that it has are
+    not made again."""
     model = load(None)
     results: Results = {"weights": fingerprint(model), "utterances": count}
     if target is not None and target.exists():
@@ -91,8 +96,10 @@ def codec_quality(load: Load, parts: Parts, count: int) -> Results:
             scores = found.setdefault(n, {"stoi": [], "mel_distance": []})
             scores["stoi"].append(float(stoi(wav.numpy(), got.numpy(), codec.sample_rate)))
             scores["mel_distance"].append(float(mel_distance(got / LEVEL, wav, codec.sample_rate)))
-    return {str(n): {name: round(statistics.fmean(values), 4) for name, values in scores.items()}
-            for n, scores in found.items()}  # fmt: skip
+    return {
+        str(n): {name: round(statistics.fmean(values), 4) for name, values in scores.items()}
+        for n, scores in found.items()
+    }
 
 
 @torch.no_grad()
@@ -117,10 +124,17 @@ def transcription(load: Load, parts: Parts, count: int) -> Results:
     """Word error rates of the model's own transcription."""
     model, results = load(None), Results()
     noisy = f"noise_{NOISE_DB}_db"
-    for name, part, level in (("clean", "unheard", None), (noisy, "unheard", NOISE_DB), ("own_voice", "unsaid", None)):
+    for name, part, level in (
+        ("clean", "unheard", None),
+        (noisy, "unheard", NOISE_DB),
+        ("own_voice", "unsaid", None),
+    ):
         texts = [parts[part].item(i).text for i in range(min(count, len(parts[part])))]
         waves = _waves(parts[part], count, f"asr {name}")
-        heard = [wav if level is None else _noisy(wav, level, random.Random(i)) for i, wav in enumerate(waves)]
+        heard = [
+            wav if level is None else _noisy(wav, level, random.Random(i))
+            for i, wav in enumerate(waves)
+        ]
         got = transcripts_of(model, heard)
         results[name] = rate_of(got, texts)
         results[f"wrong_{name}"] = _wrong(texts, got)
@@ -129,16 +143,23 @@ def transcription(load: Load, parts: Parts, count: int) -> Results:
 
 @torch.no_grad()
 def dialogue(load: Load, _parts: Parts, count: int) -> Results:
-    """Word error rates of spoken answers to questions, as the recogniser hears them and as the text beside them."""
+    """Word error rates of spoken answers to questions, as the recogniser hears them and as the text
+    beside them."""
     model, heard, written = load(None), list[str](), list[str]()
     pairs = dict([*domain.dialogue().items()][:count])
     for i, question in enumerate(tqdm(pairs, desc="dialogue", unit="question")):
         asked = synthesize(domain.spoken(question), UNHEARD).wav
-        wav, text = spoken(model.stream("spoken_dialogue", asked, seed=i, max_new_tokens=LONGEST_REPLY))
+        wav, text = spoken(
+            model.stream("spoken_dialogue", asked, seed=i, max_new_tokens=LONGEST_REPLY)
+        )
         heard.append(recognise(wav, model.codec.sample_rate))
         written.append(text)
     texts = [*pairs.values()]
-    return {"heard": rate_of(heard, texts), "text": rate_of(written, texts), "misheard": _wrong(texts, heard)}
+    return {
+        "heard": rate_of(heard, texts),
+        "text": rate_of(written, texts),
+        "misheard": _wrong(texts, heard),
+    }
 
 
 @torch.no_grad()
@@ -147,12 +168,16 @@ def examples(load: Load, parts: Parts, count: int) -> Results:
     model, answers, heard = load(None), parts["answers"], list[str]()
     texts = [answers.item(i).text for i in range(len(answers))]
     asked = [synthesize(domain.spoken(text), UNHEARD).wav for text in texts]
-    shown = [{"input_audio": wav, "output_audio": answers[i].wav, "output_transcription": text}
-             for i, (wav, text) in enumerate(zip(asked, texts, strict=True))]  # fmt: skip
+    shown = [
+        {"input_audio": wav, "output_audio": answers[i].wav, "output_transcription": text}
+        for i, (wav, text) in enumerate(zip(asked, texts, strict=True))
+    ]
     for i in tqdm(range(min(count, len(texts))), desc="examples", unit="sentence"):
         others = [shown[(i + step) % len(texts)] for step in (1, 2)]
         request = (S2S_INSTRUCTIONS["echoes"], others, asked[i])
-        wav, _ = spoken(model.stream("in_context_learning_s2s", *request, seed=i, max_new_tokens=LONGEST_REPLY))
+        wav, _ = spoken(
+            model.stream("in_context_learning_s2s", *request, seed=i, max_new_tokens=LONGEST_REPLY)
+        )
         heard.append(recognise(wav, model.codec.sample_rate))
     texts = texts[: len(heard)]
     return {"heard": rate_of(heard, texts), "misheard": _wrong(texts, heard)}
@@ -165,11 +190,15 @@ def unsaid(parts: Parts, count: int) -> tuple[str, ...]:
 
 @cache
 def speech_of(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[Tensor, ...]:
-    """What the model says for each text, streamed, with upstream's sampling or none; the seed is the text's place."""
+    """What the model says for each text, streamed, with upstream's sampling or none; the seed is
+    the text's place."""
     bar, samplers = tqdm(texts, desc="tts", unit="sentence"), model.task_sampler_configs["tts"]
     if greedy:
         model.task_sampler_configs["tts"] = {"global": GREEDY, "local": GREEDY}
-    chunks = (model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY) for i, text in enumerate(bar))
+    chunks = (
+        model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY)
+        for i, text in enumerate(bar)
+    )
     said = tuple(spoken(each)[0] for each in chunks)
     model.task_sampler_configs["tts"] = samplers
     return said

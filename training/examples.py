@@ -6,9 +6,10 @@
     dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
     few_shot  examples of speech to speech -> one more
 
-In a spoken reply every word's text stands before the patch in which its sound begins: what to say next is then asked of
-text alone, and how it sounds of the last word and of the sound so far. (Upstream's replies alternate five text tokens
-with five patches, and the request's own examples do so here as well.)
+In a spoken reply every word's text stands before the patch in which its sound begins: what to say
+next is then asked of text alone, and how it sounds of the last word and of the sound so far.
+(Upstream's replies alternate five text tokens with five patches, and the request's own examples do
+so here as well.)
 """
 
 import random
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mimo_fast import prompt
 from mimo_fast.config import LMConfig
-from mimo_fast.prompt import Reply, Segments, Speech
-from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.text import prompt
+from mimo_fast.text.prompt import Reply, Segments, Speech
+from mimo_fast.text.tokenizer import Tokenizer
 
 from . import domain
 from .codes import Codes
@@ -31,7 +32,16 @@ from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {"words": 1, "spliced": 3, "asr": 9, "written": 1, "tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
+JOINT = {
+    "words": 1,
+    "spliced": 3,
+    "asr": 9,
+    "written": 1,
+    "tts": 8,
+    "styled": 4,
+    "dialogue": 2,
+    "few_shot": 1,
+}
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -54,7 +64,8 @@ ASKED = {"speech": 7, "letters": 1, "questions": 2, "echoes": 2}
 """Weights of the parts that are transcribed."""
 
 COARSE_SHARE, COARSEST = 0.5, 2
-"""Of recordings that are heard by their first codebooks alone, at least so many: the others tell more of the voice."""
+"""Of recordings that are heard by their first codebooks alone, at least so many: the others tell
+more of the voice."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ class Heard(Speech):
 
 @dataclass(frozen=True)
 class Span:
-    """Groups start ... stop - 1 of an example, its last one the end of speech, in which these text ids are heard."""
+    """Groups start ... stop - 1 of an example, its last one the end of speech, in which these text
+    ids are heard."""
 
     start: int
     stop: int
@@ -93,8 +105,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T], spans of each, and
-    phones [B, T, G]."""
+    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T],
+    spans of each, and phones [B, T, G]."""
 
     text: Tensor
     codes: Tensor
@@ -129,7 +141,9 @@ class Examples:
         speech = Heard(codes.get(index), text=codes.text(index), phones=codes.phones(index))
         return self._example(prompt.asr(speech, template), [speech.text, "<|im_end|>"])
 
-    def reading(self, part: str, index: int, template: int | None = 0, seed: int | None = None) -> Example:
+    def reading(
+        self, part: str, index: int, template: int | None = 0, seed: int | None = None
+    ) -> Example:
         """One utterance to be said, plainly."""
         request = prompt.tts(self._codes[part].text(index), template=template, seed=seed)
         return self._example(request, [self._reply(part, index)])
@@ -145,7 +159,9 @@ class Examples:
         ids = torch.cat((asked, said), dim=1)
         phones = torch.full((len(learned), size), -1)
         if isinstance(reply[-1], Said):
-            phones[learned & (ids[0, ::size] == self._tokenizer.special.empty)] = reply[-1].phones.view(-1, size)
+            phones[learned & (ids[0, ::size] == self._tokenizer.special.empty)] = reply[
+                -1
+            ].phones.view(-1, size)
         return Example(ids, learned, self._spans(request, asked[0, ::size]), phones)
 
     def _spans(self, request: Segments, text: Tensor) -> list[Span]:
@@ -153,23 +169,33 @@ class Examples:
         marks = self._tokenizer.special.sosp, self._tokenizer.special.eosp
         starts, stops = ((text == mark).nonzero()[:, 0] + 1 for mark in marks)
         heard = [segment for segment in request if isinstance(segment, Speech)]
-        return [Span(start, stop, self._tokenizer.encode(each.text), each.phones)
-                for each, start, stop in zip(heard, starts.tolist(), stops.tolist(), strict=True)
-                if isinstance(each, Heard)]  # fmt: skip
+        return [
+            Span(start, stop, self._tokenizer.encode(each.text), each.phones)
+            for each, start, stop in zip(heard, starts.tolist(), stops.tolist(), strict=True)
+            if isinstance(each, Heard)
+        ]
 
     def _words(self, rng: random.Random) -> Example:
         pairs, spans, start = list[Example](), list[Span](), 0
         for _ in range(WORDS):
             speech = self._recording("words", rng)
             pairs.append(self._example([speech], [speech.text, "\n"]))
-            spans += [replace(each, start=each.start + start, stop=each.stop + start) for each in pairs[-1].spans]
+            spans += [
+                replace(each, start=each.start + start, stop=each.stop + start)
+                for each in pairs[-1].spans
+            ]
             start += len(pairs[-1])
-        ids, learned = torch.cat([each.ids for each in pairs], dim=1), torch.cat([each.learned for each in pairs])
+        ids, learned = (
+            torch.cat([each.ids for each in pairs], dim=1),
+            torch.cat([each.learned for each in pairs]),
+        )
         return Example(ids, learned, spans, torch.cat([each.phones for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
         """One of a part, sometimes without its finer codebooks."""
-        codes = self._codes[STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part]
+        codes = self._codes[
+            STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part
+        ]
         index = rng.randrange(len(codes))
         speech = codes.get(index, rng.randrange(codes.variants))
         if rng.random() < COARSE_SHARE:
@@ -194,7 +220,10 @@ class Examples:
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
-        text, phones = " ".join(each.text for each in drawn), [phone for each in drawn for phone in each.phones]
+        text, phones = (
+            " ".join(each.text for each in drawn),
+            [phone for each in drawn for phone in each.phones],
+        )
         speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text, phones=phones)
         return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
 

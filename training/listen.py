@@ -1,4 +1,5 @@
-"""An independent recogniser, to hear whether what was said are words: pocketsphinx with the domain's grammar."""
+"""An independent recogniser, to hear whether what was said are words: pocketsphinx with the
+domain's grammar."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.audio import resample
+from mimo_fast.audio.files import resample
 
 from .domain import GRAMMAR
 
 LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-3
-"""Level that everything is brought to, and of the noise under it: digital silence upsets the recogniser."""
+"""Level that everything is brought to, and of the noise under it: digital silence upsets the
+recogniser."""
 
 HUSH = 0.2
 """Seconds of silence before and after, which the recogniser measures the noise in."""
@@ -26,7 +28,9 @@ SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 def recognise(wav: Tensor, sample_rate: int) -> str:
     """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
     decoder = _decoder()
-    heard = F.pad(resample(wav.float(), sample_rate, LISTENING_RATE), [round(HUSH * LISTENING_RATE)] * 2)
+    heard = F.pad(
+        resample(wav.float(), sample_rate, LISTENING_RATE), [round(HUSH * LISTENING_RATE)] * 2
+    )
     hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
     heard = heard * (PEAK / max(HISS, float(heard.abs().max()))) + hiss
     decoder.start_utt()

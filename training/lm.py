@@ -3,13 +3,16 @@
     understanding   loss = 2 text + CTC, over tasks whose replies are text
     joint           loss = 2 text + CTC + phones + 2 codes, of the patch decoder's 8 codebooks, over all tasks
 
-The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys and values that
-later positions see of it, and its phones from those of a lower layer: a reply can copy words before it has found out by
-itself what they sound like. Another layer of that kind reads the phones of a patch from the state that the patch is
-drawn from: to know how far a word has come and what follows is learned from them much sooner than from codes.
+The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys
+and values that
+later positions see of it, and its phones from those of a lower layer: a reply can copy words before
+it has found out by itself what they sound like. Another layer of that kind reads the phones of a
+patch from the state that the patch is
+drawn from: to know how far a word has come and what follows is learned from them much sooner than
+from codes.
 
-Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the patch decoder, whose 11
-steps a patch would otherwise cost more than everything else.
+Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the
+patch decoder, whose 11 steps a patch would otherwise cost more than everything else.
 """
 
 import random
@@ -21,16 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.config import LMConfig
-from mimo_fast.runtime.lm import LM
-from mimo_fast.runtime.teacher_forcing import code_logits, hidden_states
-from mimo_fast.tokenizer import Tokenizer
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.teacher_forcing import code_logits, hidden_states
+from mimo_fast.text.tokenizer import Tokenizer
 
 from . import parallel
 from .codes import Codes
 from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
 from .losses import ctc
-from .parameters import Tensors, build_lm, codebook_names, config_json, embed_codebooks, initial_lm, trainable
+from .parameters import (
+    Tensors,
+    build_lm,
+    codebook_names,
+    config_json,
+    embed_codebooks,
+    initial_lm,
+    trainable,
+)
 from .synthesis import PHONES
 
 NAME = "lm"
@@ -49,7 +60,8 @@ CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
 """Of the codebooks' losses: the first ones carry the words."""
 
 WRONG_SHARE, LOST_SHARE = 0.1, 0.06
-"""Of the codes that the model is fed in training, and of the frames of recordings that it does not hear."""
+"""Of the codes that the model is fed in training, and of the frames of recordings that it does not
+hear."""
 
 CTC = 0.5
 CTC_LAYERS = (2, 3)
@@ -72,14 +84,22 @@ class LMTraining:
     """
 
     def __init__(
-        self, directory: Path, codes: Mapping[str, Codes], tokenizer: Tokenizer, schedule: Schedule = SCHEDULE,
-        seed: int = 0, device: str = "cpu", codec: Tensors | None = None,
+        self,
+        directory: Path,
+        codes: Mapping[str, Codes],
+        tokenizer: Tokenizer,
+        schedule: Schedule = SCHEDULE,
+        seed: int = 0,
+        device: str = "cpu",
+        codec: Tensors | None = None,
     ) -> None:
         self.config = lm_config()
         initial = initial_tensors(self.config, seed)
         if codec is not None:
             names = codebook_names(self.config.channels)
-            books, usage = ([codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size"))
+            books, usage = (
+                [codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size")
+            )
             embed_codebooks(initial, books, usage)
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
@@ -107,11 +127,16 @@ class LMTraining:
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
         phones = self.phones(states[0], batch.phones)
         loss = loss + phones + CODES * (codes * weights).sum()
-        shown |= {"phones": phones.detach(), "codes": codes.detach().mean(), "code_0": codes[0].detach()}
+        shown |= {
+            "phones": phones.detach(),
+            "codes": codes.detach().mean(),
+            "code_0": codes[0].detach(),
+        }
         return {"loss": loss, **shown}
 
     def heard(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
-        """Cross entropy of heard words per word, over the layers that are asked for them, and of phones per phone."""
+        """Cross entropy of heard words per word, over the layers that are asked for them, and of
+        phones per phone."""
         flat = [(row, span) for row, each in enumerate(spans) for span in each if span.words]
         if not flat:
             return torch.zeros((), device=self.device)
@@ -123,35 +148,56 @@ class LMTraining:
             total = total + ctc(scores, words, blank=self.special.empty) / len(CTC_LAYERS)
         return total
 
-    def _read(self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int) -> list[Tensor]:
-        """What a head reads from the keys and values of its layer, log-probabilities [T k, classes] of each span."""
+    def _read(
+        self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int
+    ) -> list[Tensor]:
+        """What a head reads from the keys and values of its layer, log-probabilities [T k, classes]
+        of each span."""
         layer, weight = int(head.rsplit(".", 1)[1]), self.tensors[f"{head}.weight"]
         seen = projections[layer][..., -weight.shape[1] :]
-        return [F.linear(seen[row, span.start : span.stop], weight, self.tensors[f"{head}.bias"])
-                .view(-1, classes).log_softmax(-1) for row, span in flat]  # fmt: skip
+        return [
+            F.linear(seen[row, span.start : span.stop], weight, self.tensors[f"{head}.bias"])
+            .view(-1, classes)
+            .log_softmax(-1)
+            for row, span in flat
+        ]
 
     def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
-        """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T, G]."""
+        """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T,
+        G]."""
         wanted = phones[:, 1:].to(self.device)
         known = wanted[..., 0] >= 0
-        scores = F.linear(hidden[:, :-1][known], self.tensors["phones.weight"], self.tensors["phones.bias"])
+        scores = F.linear(
+            hidden[:, :-1][known], self.tensors["phones.weight"], self.tensors["phones.bias"]
+        )
         return F.cross_entropy(scores.view(-1, len(PHONES) + 1), wanted[known].flatten())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses on held-out sentences: transcribing a voice that training never hears, and reading text out."""
-        model, count = self.model(), min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"]))
+        """Losses on held-out sentences: transcribing a voice that training never hears, and reading
+        text out."""
+        model, count = (
+            self.model(),
+            min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"])),
+        )
         heard = [self.examples.transcription("unheard", i) for i in range(count)]
         said = [self.examples.reading("unsaid", i) for i in range(count)]
         asr, _ = batch_losses(model, collate(heard, self.config, self.special.pad), None)
         text, codes = batch_losses(model, collate(said, self.config, self.special.pad), None)
         found = {"asr": float(asr), "text": float(text)}
-        return found if codes is None else found | {"codes": float(codes.mean()), "code_0": float(codes[0])}
+        return (
+            found
+            if codes is None
+            else found | {"codes": float(codes.mean()), "code_0": float(codes[0])}
+        )
 
     def _examples_of(self, step: int) -> list[Example]:
         number = step // POOL
         if self._pool[0] != number:
-            rng, count = random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}"), parallel.share(BATCH)
+            rng, count = (
+                random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}"),
+                parallel.share(BATCH),
+            )
             tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
             drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * count)
             examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
@@ -162,22 +208,30 @@ class LMTraining:
 
 
 def initial_tensors(config: LMConfig, seed: int) -> Tensors:
-    """The model's, and those of the heads that only training needs: of the words that layers' keys and values tell, and
-    of a patch's phones."""
+    """The model's, and those of the heads that only training needs: of the words that layers' keys
+    and values tell, and of a patch's phones."""
     seen = 2 * config.backbone.kv_heads * config.backbone.head_dim
     sizes = {f"ctc.{layer}": (config.vocab_size, seen) for layer in CTC_LAYERS}
     phones = (len(PHONES) + 1) * config.group_size
-    sizes |= {"phones": (phones, config.backbone.dim), f"phones_heard.{HEARING_LAYER}": (phones, seen)}
+    sizes |= {
+        "phones": (phones, config.backbone.dim),
+        f"phones_heard.{HEARING_LAYER}": (phones, seen),
+    }
     weights = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
-    return initial_lm(config, seed) | weights | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
+    return (
+        initial_lm(config, seed)
+        | weights
+        | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
+    )
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
     """The batch's codes [B, T, C, G] with errors, in its replies as sampling makes them.
 
-    A synthesizer says the same words in the same codes: unblurred, they tell which recording it is and what comes
-    next, and the text is not asked; and of the voices that speak to it the model would know everything by heart. In
-    half of the replies the finer codebooks are missing as well, of recordings some frames.
+    A synthesizer says the same words in the same codes: unblurred, they tell which recording it is
+    and what comes next, and the text is not asked; and of the voices that speak to it the model
+    would know everything by heart. In half of the replies the finer codebooks are missing as well,
+    of recordings some frames.
     """
     count, _, channels, _ = batch.codes.shape
     wrong = torch.rand(batch.codes.shape, generator=generator) < WRONG_SHARE
@@ -192,38 +246,54 @@ def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tenso
 
 
 def batch_losses(
-    model: LM, batch: Batch, generator: torch.Generator | None, projections: list[Tensor] | None = None,
-    states: list[Tensor] | None = None, fed: Tensor | None = None,
+    model: LM,
+    batch: Batch,
+    generator: torch.Generator | None,
+    projections: list[Tensor] | None = None,
+    states: list[Tensor] | None = None,
+    fed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where nothing is spoken.
+    """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where
+    nothing is spoken.
 
-    The mean over text ids is one of means over examples: a spoken reply has many groups whose id is plain, a transcript
-    few, and each tells something. generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps
-    all. projections: see `hidden_states`. states: collects what that returns. fed: the backbone's codes [B, T, C, G] in
-    place of the batch's.
+    The mean over text ids is one of means over examples: a spoken reply has many groups whose id is
+    plain, a transcript few, and each tells something. generator: chooses the patches where there
+    are more than `MAX_PATCHES`; None keeps all. projections: see `hidden_states`. states: collects
+    what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
     """
     hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
     if states is not None:
         states.append(hidden)
     hidden = hidden[:, :-1]
-    text, codes, learned = (x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned))
+    text, codes, learned = (
+        x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned)
+    )
     text_loss = _mean_of_means(
-        F.cross_entropy(model.text_logits(hidden[learned]).float(), text[learned], reduction="none"), learned
+        F.cross_entropy(
+            model.text_logits(hidden[learned]).float(), text[learned], reduction="none"
+        ),
+        learned,
     )
     patches = (learned & (text == model.empty_id)).nonzero()
     if not len(patches):
         return text_loss, None
     if generator is not None and len(patches) > (most := parallel.share(MAX_PATCHES)):
-        patches = patches[torch.randperm(len(patches), generator=generator)[:most].to(patches.device)]
+        patches = patches[
+            torch.randperm(len(patches), generator=generator)[:most].to(patches.device)
+        ]
     rows, columns = patches.T
     wanted = codes[rows, columns]
     logits = code_logits(model, hidden[rows, columns], wanted)
-    losses = [F.cross_entropy(x.flatten(0, 1).float(), wanted[:, c].flatten()) for c, x in enumerate(logits)]
+    losses = [
+        F.cross_entropy(x.flatten(0, 1).float(), wanted[:, c].flatten())
+        for c, x in enumerate(logits)
+    ]
     return text_loss, torch.stack(losses)
 
 
 def _mean_of_means(losses: Tensor, learned: Tensor) -> Tensor:
-    """losses [n] of the places that are set in learned [B, T] -> the mean over rows of their means."""
+    """losses [n] of the places that are set in learned [B, T] -> the mean over rows of their
+    means."""
     rows = learned.nonzero()[:, 0]
     counts = learned.sum(1)
     return (losses / counts[rows]).sum() / (counts > 0).sum()

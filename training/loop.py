@@ -1,7 +1,9 @@
-"""One training run: steps, learning rate, progress, and a state on disk from which it goes on as if never stopped.
+"""One training run: steps, learning rate, progress, and a state on disk from which it goes on as if
+never stopped.
 
-What a step sees is a function of the seed, the step's number and the process alone. The state is written whole every
-`SAVE_EVERY` steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds the losses.
+What a step sees is a function of the seed, the step's number and the process alone. The state is
+written whole every `SAVE_EVERY` steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds
+the losses.
 """
 
 import json
@@ -40,7 +42,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """Of the optimizers, in a saved state."""
 
 ORTHOGONAL = re.compile(r"layers\..*weight$")
-"""The leaves that Muon moves where they are matrices; AdamW moves embeddings, heads, convolutions and vectors."""
+"""The leaves that Muon moves where they are matrices; AdamW moves embeddings, heads, convolutions
+and vectors."""
 
 NEWTON_SCHULZ_STEPS = 3
 """Of Muon: two fewer than usual, at these sizes a tenth of a step's time."""
@@ -66,12 +69,18 @@ class Run:
         trained: leaves for the optimizer. fixed: all else that the state must hold.
     """
 
-    def __init__(self, directory: Path, name: str, trained: Tensors, fixed: Tensors, schedule: Schedule) -> None:
+    def __init__(
+        self, directory: Path, name: str, trained: Tensors, fixed: Tensors, schedule: Schedule
+    ) -> None:
         self.directory, self.name, self.schedule = directory, name, schedule
         self.trained, self.fixed, self.step = trained, fixed, 0
         self.optimizers = optimizers_of(trained, schedule)
-        self._states = {leaf: each.state for each in self.optimizers for group in each.param_groups
-                        for leaf in group["params"]}  # fmt: skip
+        self._states = {
+            leaf: each.state
+            for each in self.optimizers
+            for group in each.param_groups
+            for leaf in group["params"]
+        }
         directory.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
             self._restore()
@@ -84,7 +93,9 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.schedule.steps
 
-    def train(self, losses_of: Callable[[int], Losses], validate: Callable[[], dict[str, float]]) -> None:
+    def train(
+        self, losses_of: Callable[[int], Losses], validate: Callable[[], dict[str, float]]
+    ) -> None:
         """Runs what is left: losses_of(step) gives "loss", to be minimized, and others to be shown.
 
         Raises:
@@ -92,7 +103,13 @@ class Run:
         """
         shown: dict[str, float] = {}
         checked: dict[str, float] = {}
-        bar = tqdm(total=self.schedule.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
+        bar = tqdm(
+            total=self.schedule.steps,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            smoothing=0.05,
+        )
         with bar, _interruptible() as stopped:
             while not self.finished:
                 began = time.perf_counter()
@@ -106,11 +123,22 @@ class Run:
                     shown[name] = SMOOTHING * shown.get(name, value) + (1 - SMOOTHING) * value
                 if self.step % self.schedule.validate_every == 0 or self.finished:
                     checked = validate()
-                    self._log({"step": self.step, **{f"valid_{name}": value for name, value in checked.items()}})
-                self._log({"step": self.step, "seconds": round(time.perf_counter() - began, 3), **losses})
+                    self._log(
+                        {
+                            "step": self.step,
+                            **{f"valid_{name}": value for name, value in checked.items()},
+                        }
+                    )
+                self._log(
+                    {"step": self.step, "seconds": round(time.perf_counter() - began, 3), **losses}
+                )
                 bar.update(1)
                 texts = [f"{name} {value:.3f}" for name, value in shown.items()]
-                bar.set_postfix_str(" ".join(texts + [f"valid_{name} {value:.3f}" for name, value in checked.items()]))
+                bar.set_postfix_str(
+                    " ".join(
+                        texts + [f"valid_{name} {value:.3f}" for name, value in checked.items()]
+                    )
+                )
                 if stop or self.finished or self.step % SAVE_EVERY == 0:
                     self.save()
                 if stop:
@@ -159,7 +187,9 @@ class Run:
                 for name, tensor in (self.trained | self.fixed).items():
                     tensor.copy_(file.get_tensor(f"tensor.{name}"))
             for name, leaf in self.trained.items():
-                saved = {moment: f"{moment}.{name}" for moment in MOMENTS if f"{moment}.{name}" in names}
+                saved = {
+                    moment: f"{moment}.{name}" for moment in MOMENTS if f"{moment}.{name}" in names
+                }
                 if saved:
                     self._states[leaf][leaf] = {
                         moment: file.get_tensor(key).to("cpu" if moment == "step" else leaf.device)
@@ -172,7 +202,8 @@ class Run:
 
 
 def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon (kellerjordan.github.io/posts/muon), its steps as large as AdamW's, for the layers' matrices, and AdamW."""
+    """Muon (kellerjordan.github.io/posts/muon), its steps as large as AdamW's, for the layers'
+    matrices, and AdamW."""
     layers, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, leaf in trained.items():
         orthogonal = leaf.ndim == 2 and ORTHOGONAL.search(name)
@@ -180,16 +211,27 @@ def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Opti
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     decay = schedule.weight_decay
     return [
-        torch.optim.Muon(layers, lr=schedule.rate, weight_decay=decay, ns_steps=NEWTON_SCHULZ_STEPS,
-                         adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=schedule.rate, betas=schedule.betas, weight_decay=decay, foreach=True),
-    ]  # fmt: skip
+        torch.optim.Muon(
+            layers,
+            lr=schedule.rate,
+            weight_decay=decay,
+            ns_steps=NEWTON_SCHULZ_STEPS,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            groups, lr=schedule.rate, betas=schedule.betas, weight_decay=decay, foreach=True
+        ),
+    ]
 
 
 def save_state(path: Path, tensors: Tensors, step: int, moments: Tensors | None = None) -> None:
     """Writes what a `Run` goes on from, whole or not at all."""
-    state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()} | (moments or {})
-    save_whole(path, {name: tensor.contiguous() for name, tensor in state.items()}, {"step": str(step)})
+    state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()} | (
+        moments or {}
+    )
+    save_whole(
+        path, {name: tensor.contiguous() for name, tensor in state.items()}, {"step": str(step)}
+    )
 
 
 def trained_tensors(directory: Path, name: str) -> Tensors:
@@ -200,7 +242,9 @@ def trained_tensors(directory: Path, name: str) -> Tensors:
     """
     path = directory / f"{name}.safetensors"
     if not path.exists():
-        raise CheckpointError(f"{path} is missing: run `python -m training {name.split('-')[0]}` first")
+        raise CheckpointError(
+            f"{path} is missing: run `python -m training {name.split('-')[0]}` first"
+        )
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith("tensor.")]  # noqa: SIM118
         return {name.removeprefix("tensor."): file.get_tensor(name) for name in names}
@@ -208,7 +252,8 @@ def trained_tensors(directory: Path, name: str) -> Tensors:
 
 @contextmanager
 def _interruptible() -> Any:
-    """A list that is no longer empty once Ctrl-C or a termination was asked for; a second Ctrl-C stops at once."""
+    """A list that is no longer empty once Ctrl-C or a termination was asked for; a second Ctrl-C
+    stops at once."""
     stopped: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:

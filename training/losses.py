@@ -1,4 +1,5 @@
-"""What is trained for: spectra of a codec's output at several resolutions, and labels read in their order (CTC)."""
+"""What is trained for: spectra of a codec's output at several resolutions, and labels read in their
+order (CTC)."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.features import mel_filters
+from mimo_fast.audio.mel import mel_filters
 
 SCALES = ((256, 20), (512, 40), (1024, 80), (2048, 120))
-"""Window and mel bands of each resolution; hops are a quarter of a window. A shorter one would see single pulses of the
+"""Window and mel bands of each resolution; hops are a quarter of a window. A shorter one would see
+single pulses of the
 voice, whose places codes do not tell: what can be learned from it is to smear them."""
 
 ENVELOPE_WINDOW, ENVELOPE_BANDS, CEPSTRA = 640, 40, 13
@@ -24,7 +26,8 @@ FLOOR = 1e-3
 
 
 def mel_distance(got: Tensor, want: Tensor, sample_rate: int) -> Tensor:
-    """Waveforms [n] -> mean absolute difference of natural logarithms of mel magnitudes, averaged over `SCALES`."""
+    """Waveforms [n] -> mean absolute difference of natural logarithms of mel magnitudes, averaged
+    over `SCALES`."""
     total = got.new_zeros(())
     for window, bands in SCALES:
         a, b = (_log_mel(wav, window, bands, sample_rate) for wav in (got, want))
@@ -47,10 +50,13 @@ def _cosines(bands: int, count: int) -> Tensor:
 
 
 def ctc(scores: Sequence[Tensor], labels: Sequence[Sequence[int]], blank: int) -> Tensor:
-    """Log-probabilities [T_i, V] and labels of each sequence -> cross entropy of the labels per label."""
+    """Log-probabilities [T_i, V] and labels of each sequence -> cross entropy of the labels per
+    label."""
     lengths = [torch.tensor([*map(len, each)]) for each in (scores, labels)]
     targets = torch.tensor([label for each in labels for label in each], device=scores[0].device)
-    return F.ctc_loss(torch.nn.utils.rnn.pad_sequence([*scores]), targets, *lengths, blank, zero_infinity=True)
+    return F.ctc_loss(
+        torch.nn.utils.rnn.pad_sequence([*scores]), targets, *lengths, blank, zero_infinity=True
+    )
 
 
 def _log_mel(wav: Tensor, window: int, bands: int, sample_rate: int) -> Tensor:

@@ -1,7 +1,9 @@
-"""Several processes that train one model: each takes its share of every batch, and their gradients are averaged.
+"""Several processes that train one model: each takes its share of every batch, and their gradients
+are averaged.
 
-Steps this small gain nothing from a second thread, but from a second process with half of the batch. The first process
-starts the others with its own command line; it alone writes files and shows progress.
+Steps this small gain nothing from a second thread, but from a second process with half of the
+batch. The first process starts the others with its own command line; it alone writes files and
+shows progress.
 """
 
 import os
@@ -43,7 +45,8 @@ def seed_of(seed: int) -> int:
 
 @contextmanager
 def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
-    """Inside, `count` processes run `python -m training` with these arguments. They end together."""
+    """Inside, `count` processes run `python -m training` with these arguments. They end
+    together."""
     if count == 1:
         yield
         return
@@ -72,7 +75,9 @@ def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
 def _group(store: Path, place: int, count: int) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=place, world_size=count, timeout=PATIENCE)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=place, world_size=count, timeout=PATIENCE
+    )
     try:
         yield
     finally:
@@ -114,7 +119,8 @@ def any_of(flag: bool) -> bool:
 
 @torch.no_grad()
 def average_gradients(leaves: Sequence[Tensor]) -> None:
-    """Each leaf's gradient becomes its mean over the processes; a leaf that has one nowhere stays without."""
+    """Each leaf's gradient becomes its mean over the processes; a leaf that has one nowhere stays
+    without."""
     if not dist.is_initialized():
         return
     present = torch.tensor([float(leaf.grad is not None) for leaf in leaves])
@@ -137,5 +143,7 @@ def follow(tensors: Sequence[Tensor]) -> None:
 
 
 def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, values in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(values.view_as(tensor))

@@ -1,7 +1,9 @@
 """The package's own models over tensors that are trained.
 
-A model joins some of its tensors when it is built (the code tables of all channels, the codebooks), so it is built anew
-from the trained leaves at every step: about a millisecond, and gradients reach every leaf by its upstream name.
+A model joins some of its tensors when it is built (the code tables of all channels, the codebooks),
+so it is built anew
+from the trained leaves at every step: about a millisecond, and gradients reach every leaf by its
+upstream name.
 """
 
 import math
@@ -13,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
-from mimo_fast.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.codec import Codec
-from mimo_fast.runtime.lm import LM
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.lm.model import LM
 
 CONFIGS = Path(__file__).parent / "nano"
 
@@ -59,14 +61,20 @@ def initial_lm(config: LMConfig, seed: int) -> Tensors:
 
 @torch.no_grad()
 def embed_codebooks(tensors: Tensors, codebooks: Sequence[Tensor], usage: Sequence[Tensor]) -> None:
-    """Begins the language model's code embeddings at the codec's own rows, in their principal directions.
+    """Begins the language model's code embeddings at the codec's own rows, in their principal
+    directions.
 
-    A frame's input, the sum over its codes, then begins as a rotation of what the codec's decoder gets, which is near
-    for sounds that are near. codebooks [V_q, D], usage [V_q]: how often each row is chosen.
+    A frame's input, the sum over its codes, then begins as a rotation of what the codec's decoder
+    gets, which is near for sounds that are near. codebooks [V_q, D], usage [V_q]: how often each
+    row is chosen.
     """
     width = tensors["speech_embeddings.0.weight"].shape[1]
-    weighted = torch.cat([(book - mean(book, used)) * (used / used.sum()).sqrt()[:, None]
-                          for book, used in zip(codebooks, usage, strict=True)])  # fmt: skip
+    weighted = torch.cat(
+        [
+            (book - mean(book, used)) * (used / used.sum()).sqrt()[:, None]
+            for book, used in zip(codebooks, usage, strict=True)
+        ]
+    )
     _, spread, directions = torch.linalg.svd(weighted, full_matrices=False)
     turn = directions[:width].T / spread.square().sum().sqrt() * math.sqrt(width) * FRAME_STD
     for channel, (book, used) in enumerate(zip(codebooks, usage, strict=True)):
@@ -93,7 +101,8 @@ def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _initial(shapes: Shapes, layers: int, seed: int) -> Tensors:
-    """Each matrix keeps the variance of what passes through; what is added to the residual stream starts small."""
+    """Each matrix keeps the variance of what passes through; what is added to the residual stream
+    starts small."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -111,4 +120,8 @@ def _std(name: str, shape: tuple[int, ...], layers: int) -> float:
     if re.search(r"embed_tokens|speech_embeddings\.", name):
         return EMBEDDING_STD
     std = 1 / math.sqrt(math.prod(shape[1:]))
-    return std / math.sqrt(2 * layers) if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name) else std
+    return (
+        std / math.sqrt(2 * layers)
+        if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name)
+        else std
+    )

@@ -1,10 +1,11 @@
-"""Training of residual codebooks: straight-through gradients, moving averages, and new rows for those nobody uses.
+"""Training of residual codebooks: straight-through gradients, moving averages, and new rows for
+those nobody uses.
 
     r_0 = x,  i_q = nearest row of codebook q to r_q,  r_{q+1} = r_q - e_q[i_q]
 
-A codebook's rows are the averages of the residuals that chose them (upstream trains them so too, and its files carry
-`cluster_size` and `embed_avg`). A row that fewer than `DEAD_SHARE` of its fair share choose is replaced by a residual
-of the current batch.
+A codebook's rows are the averages of the residuals that chose them (upstream trains them so too,
+and its files carry `cluster_size` and `embed_avg`). A row that fewer than `DEAD_SHARE` of its fair
+share choose is replaced by a residual of the current batch.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from .parameters import Tensors, codebook_names
 DECAY = 0.99
 DEAD_SHARE = 0.1
 NEW_SHARE = 0.3
-"""Of its fair share that a new row begins with: low, so that it is soon its own average, or soon dead again."""
+"""Of its fair share that a new row begins with: low, so that it is soon its own average, or soon
+dead again."""
 
 USUAL_SIZE = 4.0
 """Of a row's moving average where it is not known: positions of a batch that choose it."""
@@ -31,7 +33,8 @@ PARTS = ("embed", "cluster_size", "embed_avg", "inited")
 
 @dataclass(frozen=True)
 class Quantized:
-    """rows [T, D] with the gradient of what was quantized, codes [n, T], commitment: a scalar to minimize."""
+    """rows [T, D] with the gradient of what was quantized, codes [n, T], commitment: a scalar to
+    minimize."""
 
     rows: Tensor
     codes: Tensor
@@ -39,12 +42,18 @@ class Quantized:
 
 
 def known_usage(config: CodecConfig, tensors: Tensors) -> Tensors:
-    """Averages of codebooks [size, D] in `tensors` that were trained already, as if every row were used alike."""
+    """Averages of codebooks [size, D] in `tensors` that were trained already, as if every row were
+    used alike."""
     found = {}
-    for name, size in zip(codebook_names(len(config.codebook_sizes)), config.codebook_sizes, strict=True):
+    for name, size in zip(
+        codebook_names(len(config.codebook_sizes)), config.codebook_sizes, strict=True
+    ):
         used = torch.full((size,), USUAL_SIZE)
-        found |= {f"{name}.cluster_size": used, f"{name}.embed_avg": tensors[f"{name}.embed"] * used[:, None],
-                  f"{name}.inited": torch.ones(1)}  # fmt: skip
+        found |= {
+            f"{name}.cluster_size": used,
+            f"{name}.embed_avg": tensors[f"{name}.embed"] * used[:, None],
+            f"{name}.inited": torch.ones(1),
+        }
     return found
 
 
@@ -75,7 +84,8 @@ class Quantizer:
         return [self._tensors[f"{name}.{part}"] for name in self._names for part in PARTS]
 
     def __call__(self, x: Tensor, n_q: Tensor | None = None) -> Quantized:
-        """x [T, D] -> its nearest sums of rows. n_q int64 [T]: codebooks that each position uses; None: all."""
+        """x [T, D] -> its nearest sums of rows. n_q int64 [T]: codebooks that each position uses;
+        None: all."""
         books = self.books
         codes = rvq_encode(x.detach(), books)
         levels = torch.stack([book[indices] for book, indices in zip(books, codes, strict=True)])
@@ -92,7 +102,8 @@ class Quantizer:
 
     @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> int:
-        """Moves the codebooks to what chose them, x [T, D] by codes [Q, T]; returns how many rows were replaced."""
+        """Moves the codebooks to what chose them, x [T, D] by codes [Q, T]; returns how many rows
+        were replaced."""
         residual, replaced = x.detach(), 0
         for name, indices in zip(self._names, codes, strict=True):
             embed, size, average, inited = (self._tensors[f"{name}.{part}"] for part in PARTS)
@@ -102,7 +113,9 @@ class Quantizer:
                 inited.fill_(1)
                 before = embed[rvq_encode(residual, [embed])[0]]
             else:
-                counts = torch.zeros_like(size).index_add_(0, indices, torch.ones_like(indices, dtype=size.dtype))
+                counts = torch.zeros_like(size).index_add_(
+                    0, indices, torch.ones_like(indices, dtype=size.dtype)
+                )
                 size.lerp_(counts, 1 - DECAY)
                 average.lerp_(torch.zeros_like(average).index_add_(0, indices, residual), 1 - DECAY)
                 embed.copy_(average / (size[:, None] + EPSILON))
@@ -112,9 +125,13 @@ class Quantizer:
             residual = residual - before
         return replaced
 
-    def _restart(self, rows: Tensor, residual: Tensor, name: str, generator: torch.Generator) -> None:
+    def _restart(
+        self, rows: Tensor, residual: Tensor, name: str, generator: torch.Generator
+    ) -> None:
         """Rows become residuals drawn from the batch."""
-        chosen = residual[torch.randint(len(residual), (len(rows),), generator=generator).to(residual.device)]
+        chosen = residual[
+            torch.randint(len(residual), (len(rows),), generator=generator).to(residual.device)
+        ]
         size = self._tensors[f"{name}.cluster_size"]
         share = NEW_SHARE * max(float(size.mean()), 1e-2)
         size[rows] = share

@@ -1,10 +1,11 @@
-"""A run that goes on from an exported pair: its weights, and everything else as at the first step."""
+"""A run that goes on from an exported pair: its weights, and everything else as at the first
+step."""
 
 from pathlib import Path
 
 import torch
 
-from mimo_fast.checkpoint import open_weights
+from mimo_fast.checkpoint.files import open_weights
 
 from . import codec, lm
 from .export import LEVEL, scaled
@@ -14,7 +15,8 @@ from .rvq import known_usage
 
 
 def start_from(pair: Path, run: Path) -> None:
-    """Writes states of the codec and the language model at step 0 into a run's directory, where it has none.
+    """Writes states of the codec and the language model at step 0 into a run's directory, where it
+    has none.
 
     The heads that only training has begin at zero; codebooks as if all their rows were used alike.
 

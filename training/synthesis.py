@@ -1,7 +1,8 @@
-"""Sentences -> speech, by flite, festival, espeak-ng and Pico: what is trained on is made on the spot.
+"""Sentences -> speech, by flite, festival, espeak-ng and Pico: what is trained on is made on the
+spot.
 
-Rate and pitch are their own settings. `warp` plays the result faster or slower through the package's resampler, which
-moves the formants as another speaker's vocal tract does.
+Rate and pitch are their own settings. `warp` plays the result faster or slower through the
+package's resampler, which moves the formants as another speaker's vocal tract does.
 """
 
 import math
@@ -21,17 +22,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_fast.audio import load_audio, resample
+from mimo_fast.audio.files import load_audio, resample
 from mimo_fast.errors import MimoFastError
 
 RATE = 24_000
 SYNTHESIZED_RATE = 16_000
 
 PHONES = (
-    "aa", "ae", "ah", "ao", "aw", "ax", "axr", "ay", "b", "ch", "d", "dh", "eh", "er", "ey", "f", "g", "hh", "ih",
-    "iy", "jh", "k", "l", "m", "n", "ng", "ow", "oy", "p", "r", "s", "sh", "t", "th", "uh", "uw", "v", "w", "y", "z",
+    "aa",
+    "ae",
+    "ah",
+    "ao",
+    "aw",
+    "ax",
+    "axr",
+    "ay",
+    "b",
+    "ch",
+    "d",
+    "dh",
+    "eh",
+    "er",
+    "ey",
+    "f",
+    "g",
+    "hh",
+    "ih",
+    "iy",
+    "jh",
+    "k",
+    "l",
+    "m",
+    "n",
+    "ng",
+    "ow",
+    "oy",
+    "p",
+    "r",
+    "s",
+    "sh",
+    "t",
+    "th",
+    "uh",
+    "uw",
+    "v",
+    "w",
+    "y",
+    "z",
     "zh",
-)  # fmt: skip
+)
 
 INSTALL = {
     "flite": "apt-get install flite",
@@ -62,7 +101,8 @@ PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95, "ked": 105}
 _PICO_IN_USE = Lock()
 
 HURRY = 0.3
-"""Of a step of the grid: what a word that is longer by less leaves out, and does not fill another step for."""
+"""Of a step of the grid: what a word that is longer by less leaves out, and does not fill another
+step for."""
 
 
 class SynthesisError(MimoFastError):
@@ -74,10 +114,12 @@ class Manner:
     """How a sentence is spoken.
 
     Args:
-        voice: of flite or festival, a key of `PITCH`, of Pico, a key of `PICO`, or of espeak-ng, see `ESPEAK`.
+        voice: of flite or festival, a key of `PITCH`, of Pico, a key of `PICO`, or of espeak-ng,
+            see `ESPEAK`.
         stretch: of durations, over the voice's own. pitch: mean over the voice's own.
         warp: playback speed of the result.
-        grid: seconds, of flite: each word begins a multiple of them after the first one, which its rate is adapted to.
+        grid: seconds, of flite: each word begins a multiple of them after the first one, which its
+            rate is adapted to.
     """
 
     voice: str
@@ -89,9 +131,11 @@ class Manner:
 
 @dataclass(frozen=True)
 class Utterance:
-    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where they are, if that is known.
+    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where they
+    are, if that is known.
 
-    words: which of the phones each word begins with. starts: the sample at which each phone begins. ends: and ends.
+    words: which of the phones each word begins with. starts: the sample at which each phone begins.
+    ends: and ends.
     """
 
     wav: Tensor
@@ -118,7 +162,8 @@ def has_pico() -> bool:
 
 
 def synthesize(text: str, manner: Manner) -> Utterance:
-    """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for nothing else."""
+    """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for
+    nothing else."""
     if manner.voice.startswith(ESPEAK):
         return _espeak(text, manner) if has_espeak() else tones(text, manner)
     if manner.voice in FESTIVAL:
@@ -181,8 +226,13 @@ def _warped(wav: Tensor, manner: Manner) -> Tensor:
 
 
 def _usual_phones(text: str) -> list[int]:
-    """Of the words alone: near enough to what any synthesizer says, and one set of phones for all."""
-    return _indices([phone for word in text.split() for phone in pronunciation(word)]) if has_flite() else []
+    """Of the words alone: near enough to what any synthesizer says, and one set of phones for
+    all."""
+    return (
+        _indices([phone for word in text.split() for phone in pronunciation(word)])
+        if has_flite()
+        else []
+    )
 
 
 def _flite(text: str, manner: Manner) -> Utterance:
@@ -190,11 +240,18 @@ def _flite(text: str, manner: Manner) -> Utterance:
         "duration_stretch": manner.stretch * manner.warp,
         "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
     }
-    options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")]
+    options = [
+        part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")
+    ]
     options = ["-voice", manner.voice, *options, "-psdur"]
     if manner.grid:
-        paces = _paces(_segments([*options, "-t", text, "-o", "none"], text), manner.grid * manner.warp)
-        paced = (f'<prosody rate="{pace:.4f}">{word}</prosody>' for word, pace in zip(text.split(), paces, strict=True))
+        paces = _paces(
+            _segments([*options, "-t", text, "-o", "none"], text), manner.grid * manner.warp
+        )
+        paced = (
+            f'<prosody rate="{pace:.4f}">{word}</prosody>'
+            for word, pace in zip(text.split(), paces, strict=True)
+        )
         options, spoken = [*options, "-ssml"], f"<speak>{' '.join(paced)}</speak>"
     else:
         spoken = text
@@ -202,7 +259,10 @@ def _flite(text: str, manner: Manner) -> Utterance:
         path = Path(directory, "speech.wav")
         found = _segments([*options, "-t", spoken, "-o", str(path)], text)
         wav = _warped(load_audio(path, SYNTHESIZED_RATE), manner)
-    starts, ends = ([round(second * RATE / manner.warp) for second in each] for each in (found.starts, found.ends))
+    starts, ends = (
+        [round(second * RATE / manner.warp) for second in each]
+        for each in (found.starts, found.ends)
+    )
     return Utterance(wav, _indices(found.phones), found.words, starts, ends)
 
 
@@ -222,16 +282,23 @@ def _segments(options: Sequence[str], text: str) -> _Segments:
     ends, spoken = [*map(float, seconds)], [i for i, name in enumerate(names) if name in PHONES]
     phones = [names[i] for i in spoken]
     words = word_places(phones, [pronunciation(word) for word in text.split()])
-    return _Segments(phones, words, [ends[i - 1] if i else 0.0 for i in spoken], [ends[i] for i in spoken])
+    return _Segments(
+        phones, words, [ends[i - 1] if i else 0.0 for i in spoken], [ends[i] for i in spoken]
+    )
 
 
 def _paces(found: _Segments, grid: float) -> list[float]:
-    """Rates of the words with which the next one begins on the grid; pauses between words stay as they are."""
+    """Rates of the words with which the next one begins on the grid; pauses between words stay as
+    they are."""
     paces = []
     for i, first in enumerate(found.words):
         following = found.words[i + 1] if i + 1 < len(found.words) else len(found.phones)
         length = found.ends[following - 1] - found.starts[first]
-        pause = found.starts[following] - found.ends[following - 1] if following < len(found.phones) else 0.0
+        pause = (
+            found.starts[following] - found.ends[following - 1]
+            if following < len(found.phones)
+            else 0.0
+        )
         steps = max(1, math.ceil((length + pause) / grid - HURRY))
         paces.append(length / max(steps * grid - pause, length / 2))
     return paces
@@ -249,17 +316,25 @@ def _run_flite(options: Sequence[str]) -> list[str]:
 @lru_cache(maxsize=4096)
 def pronunciation(word: str) -> tuple[str, ...]:
     """The phones of a word that is said alone."""
-    return tuple(phone for phone in _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"]) if phone in PHONES)
+    return tuple(
+        phone
+        for phone in _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"])
+        if phone in PHONES
+    )
 
 
 def word_places(phones: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
     """Where in the phones each word begins, though some of its phones are others in a sentence."""
     starts = [0, *accumulate(map(len, words))][:-1]
-    matcher = SequenceMatcher(None, [phone for word in words for phone in word], phones, autojunk=False)
+    matcher = SequenceMatcher(
+        None, [phone for word in words for phone in word], phones, autojunk=False
+    )
     changes = [(i, last, j, end) for _, i, last, j, end in matcher.get_opcodes() if last > i]
     spans = [next(each for each in changes if each[0] <= start < each[1]) for start in starts]
-    return [min(j + start - i, max(end - 1, j), len(phones) - 1)
-            for start, (i, _, j, end) in zip(starts, spans, strict=True)]  # fmt: skip
+    return [
+        min(j + start - i, max(end - 1, j), len(phones) - 1)
+        for start, (i, _, j, end) in zip(starts, spans, strict=True)
+    ]
 
 
 def _indices(phones: Sequence[str]) -> list[int]:
@@ -268,14 +343,20 @@ def _indices(phones: Sequence[str]) -> list[int]:
 
 
 def tones(text: str, manner: Manner) -> Utterance:
-    """A chord of 60 ms a letter, the letter deciding its upper note: deterministic, and no speech at all."""
+    """A chord of 60 ms a letter, the letter deciding its upper note: deterministic, and no speech
+    at all."""
     letters = [ord(letter) - ord("a") for letter in text if letter.isalpha()]
     samples = round(0.06 * RATE * manner.stretch)
     time = torch.arange(samples) / RATE
     base = 2 * math.pi * PITCH.get(manner.voice, 140) * manner.pitch
     fade = torch.sin(math.pi * torch.arange(samples) / samples)
-    parts = [fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
+    parts = [
+        fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4
+        for letter in letters
+    ]
     words = [*accumulate((sum(map(str.isalpha, word)) for word in text.split()), initial=0)][:-1]
     starts = [i * samples for i in range(len(letters))]
     ends = [start + samples for start in starts]
-    return Utterance(torch.cat(parts), [letter % len(PHONES) for letter in letters], words, starts, ends)
+    return Utterance(
+        torch.cat(parts), [letter % len(PHONES) for letter in letters], words, starts, ends
+    )

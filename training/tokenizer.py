@@ -1,7 +1,9 @@
-"""The small model's tokenizer: byte-level BPE like the published one, in which every word of the domain is one token.
+"""The small model's tokenizer: byte-level BPE like the published one, in which every word of the
+domain is one token.
 
-The wordings of requests are constants of the package, so each is a token of its own: what a prompt costs is its speech.
-Text is lowered and every piece of it begins with a space, so that a word has one token wherever it stands.
+The wordings of requests are constants of the package, so each is a token of its own: what a prompt
+costs is its speech. Text is lowered and every piece of it begins with a space, so that a word has
+one token wherever it stands.
 """
 
 from pathlib import Path
@@ -9,26 +11,48 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mimo_fast.checkpoint import write_json
-from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
-from mimo_fast.tokenizer import MODEL_TOKENS, TRAINED_WORDS, Tokenizer
+from mimo_fast.checkpoint.files import write_json
+from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
+from mimo_fast.text.tokenizer import MODEL_TOKENS, TRAINED_WORDS, Tokenizer
 
 from . import domain
 
 VOCABULARY = 1024
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", *MODEL_TOKENS.values())
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    *MODEL_TOKENS.values(),
+)
 
 STYLE_SYSTEM = "你需要根据指定的风格指令和文本内容来生成语音。"
 """The system turn of a styled request (`prompt.tts`)."""
 
-INSTRUCTIONS = {"slow": "speak slowly", "fast": "speak fast", "high": "in a high voice", "low": "in a low voice"}
+INSTRUCTIONS = {
+    "slow": "speak slowly",
+    "fast": "speak fast",
+    "high": "in a high voice",
+    "low": "in a low voice",
+}
 """How the styles are asked for."""
 
 S2S_INSTRUCTIONS = {"questions": "Answer the question", "echoes": "Say it again in your own voice"}
 """What is asked for by example, by the part of the data that is spoken to."""
 
-FRAMES = ("user\n", "system\n", "assistant\n", "\n", "\n\n", " \n\n", ": ", "[int]:", "your voice should be:")
+FRAMES = (
+    "user\n",
+    "system\n",
+    "assistant\n",
+    "\n",
+    "\n\n",
+    " \n\n",
+    ": ",
+    "[int]:",
+    "your voice should be:",
+)
 """Text between a prompt's parts."""
 
 
@@ -38,20 +62,35 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    constants = [*ASR_TEMPLATES, *(text for texts in TTS_TEMPLATES.values() for text in texts), STYLE_SYSTEM]
+    constants = [
+        *ASR_TEMPLATES,
+        *(text for texts in TTS_TEMPLATES.values() for text in texts),
+        STYLE_SYSTEM,
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL) - len(constants), show_progress=False,
+        vocab_size=VOCABULARY - len(SPECIAL) - len(constants),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    texts = [*domain.vocabulary(), *FRAMES, *(f"[int]:{text.lower()}\n" for text in S2S_INSTRUCTIONS.values())]
+    texts = [
+        *domain.vocabulary(),
+        *FRAMES,
+        *(f"[int]:{text.lower()}\n" for text in S2S_INSTRUCTIONS.values()),
+    ]
     texts += [f"{domain.vocabulary()[0]}({text})" for text in INSTRUCTIONS.values()]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in constants])
     tokenizer.add_special_tokens(list(SPECIAL))
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    write_json(directory / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", TRAINED_WORDS: list(domain.vocabulary()),
-    })  # fmt: skip
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            TRAINED_WORDS: list(domain.vocabulary()),
+        },
+    )
     return Tokenizer.from_directory(directory)

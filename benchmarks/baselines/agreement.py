@@ -1,8 +1,10 @@
-"""Whether a baseline computes what we compute: its choice at every text token and code, fed our tokens all along.
+"""Whether a baseline computes what we compute: its choice at every text token and code, fed our
+tokens all along.
 
-In float32 every choice must be ours. In 16 bits two orders of summation may decide a near tie differently: there a
-choice that is not ours passes where the baseline's score of our token is within TIES of its best, relative to its
-largest score; how many were equal, and how far the worst was, is part of the record.
+In float32 every choice must be ours. In 16 bits two orders of summation may decide a near tie
+differently: there a choice that is not ours passes where the baseline's score of our token is
+within TIES of its best, relative to its largest score; how many were equal, and how far the worst
+was, is part of the record.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from torch import Tensor
 
 from benchmarks.baselines.upstream import Upstream
 from mimo_fast.bench.target import Target
-from mimo_fast.runtime.conversation import Conversation
-from mimo_fast.runtime.decode import Group, Limits, Samplers
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY
 
 TIES = {torch.float32: 0.0, torch.bfloat16: 0.03, torch.float16: 0.005}
-"""Of the largest score. The best and the second best of 1,000 random scores are 7% apart in the median; a random choice
-is 100% off."""
+"""Of the largest score. The best and the second best of 1,000 random scores are 7% apart in the
+median; a random choice is 100% off."""
 
 
 class Refused(Exception):
@@ -30,7 +32,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Choices compared, how many were ours, and the largest gap of the others, relative to the largest score."""
+    """Choices compared, how many were ours, and the largest gap of the others, relative to the
+    largest score."""
 
     choices: int
     equal: int
@@ -86,8 +89,10 @@ def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> A
         judged.append(judge)
     bound = TIES[target.lm.dtype]
     found = Agreement(
-        sum(judge.choices for judge in judged), sum(judge.equal for judge in judged),
-        max((judge.worst_gap for judge in judged), key=lambda gap: (gap != gap, gap)), bound,
+        sum(judge.choices for judge in judged),
+        sum(judge.equal for judge in judged),
+        max((judge.worst_gap for judge in judged), key=lambda gap: (gap != gap, gap)),
+        bound,
     )
     if not found.worst_gap <= bound:
         raise Refused(
@@ -106,7 +111,8 @@ def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = (
 
 
 def _choices(groups: Sequence[Group], planned: bool, baseline: Upstream) -> Iterator[int | None]:
-    """Our tokens in the order in which the baseline asks for them; None for text that a plan decided."""
+    """Our tokens in the order in which the baseline asks for them; None for text that a plan
+    decided."""
     config = baseline.config
     for group in groups:
         yield None if planned else group.text

@@ -10,12 +10,15 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from mimo_fast.config import TransformerConfig
-from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.runtime.transformer import LayerWeights, TransformerWeights
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.runtime.lm.transformer import LayerWeights, TransformerWeights
 
 
 def qwen2_model(
-    config: TransformerConfig, weights: TransformerWeights, embeddings: Tensor | None = None, longest: int = 64
+    config: TransformerConfig,
+    weights: TransformerWeights,
+    embeddings: Tensor | None = None,
+    longest: int = 64,
 ) -> Qwen2Model:
     """A stack as transformers runs it, with scaled_dot_product_attention.
 
@@ -29,12 +32,20 @@ def qwen2_model(
     device = weights.norm.device
     rows = 1 if embeddings is None else len(embeddings)
     wanted = Qwen2Config(
-        vocab_size=rows, hidden_size=config.dim, intermediate_size=config.ffn_dim, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
-        max_position_embeddings=longest, rms_norm_eps=config.norm_eps, use_sliding_window=False,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, pad_token_id=None,
+        vocab_size=rows,
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=longest,
+        rms_norm_eps=config.norm_eps,
+        use_sliding_window=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        pad_token_id=None,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = Qwen2Model(wanted)
     state = {"norm.weight": weights.norm}
@@ -57,15 +68,24 @@ def _layer(config: TransformerConfig, layer: LayerWeights) -> dict[str, Tensor]:
         (layer.gate_up, (mlp("gate"), mlp("up")), (config.ffn_dim, config.ffn_dim)),
         (layer.down, (mlp("down"),), (config.dim,)),
     ]
-    named = {"input_layernorm.weight": layer.attention_norm, "post_attention_layernorm.weight": layer.ffn_norm}
+    named = {
+        "input_layernorm.weight": layer.attention_norm,
+        "post_attention_layernorm.weight": layer.ffn_norm,
+    }
     for weight, names, rows in parts:
         if not isinstance(weight, Weight):
             raise TypeError("the baselines run dense weights: use bf16 or float32")
         # On a GPU the blocks have been joined.
         matrices = weight.blocks if len(weight.blocks) > 1 else weight.blocks[0].split(rows)
-        biases = weight.biases if len(weight.biases) > 1 else (
-            (None,) * len(rows) if weight.biases[0] is None else weight.biases[0].split(rows)
-        )  # fmt: skip
+        biases = (
+            weight.biases
+            if len(weight.biases) > 1
+            else ((None,) * len(rows) if weight.biases[0] is None else weight.biases[0].split(rows))
+        )
         named |= {f"{name}.weight": matrix for name, matrix in zip(names, matrices, strict=True)}
-        named |= {f"{name}.bias": bias for name, bias in zip(names, biases, strict=True) if bias is not None}
+        named |= {
+            f"{name}.bias": bias
+            for name, bias in zip(names, biases, strict=True)
+            if bias is not None
+        }
     return named

@@ -1,8 +1,10 @@
-"""A spoken reply by upstream's way of running the model and by ours: same weights, same prompt, same run.
+"""A spoken reply by upstream's way of running the model and by ours: same weights, same prompt,
+same run.
 
-Each baseline must first agree with us: on a tiny float32 model in every greedy token, then on the measured model
-(`agreement.py`). Where it does not, it is refused, no speed is printed, and the exit code is 1. All tokens are greedy;
-words and speech follow one schedule. A baseline's audio is decoded after its last token, ours as it comes.
+Each baseline must first agree with us: on a tiny float32 model in every greedy token, then on the
+measured model (`agreement.py`). Where it does not, it is refused, no speed is printed, and the exit
+code is 1. All tokens are greedy; words and speech follow one schedule. A baseline's audio is
+decoded after its last token, ours as it comes.
 """
 
 from __future__ import annotations
@@ -25,13 +27,21 @@ from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import GroupTimes, time_groups
+from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.meters import EnergyMeter, PeakMemory
-from mimo_fast.bench.pipeline import Metrics, Request, Trace, measure, plan_of, prompt_ids, summarize
+from mimo_fast.bench.pipeline import (
+    Metrics,
+    Request,
+    Trace,
+    measure,
+    plan_of,
+    prompt_ids,
+    summarize,
+)
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.loading import default_device, parse_dtype
-from mimo_fast.machine import useful_threads
-from mimo_fast.runtime.decode import Samplers
+from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.loading import default_device, parse_dtype
 from mimo_fast.sampling import GREEDY
 
 if TYPE_CHECKING:
@@ -43,9 +53,16 @@ TRANSFORMERS = 5
 CHECKED_GROUPS = 6
 
 COLUMNS = {
-    "provider": -22, "prompt ms": 10, "word ms": 9, "speech ms": 9, "of floor": 8, "ttft ms": 9, "first audio s": 13,
-    "e2el s": 8, "rtf": 7,
-}  # fmt: skip
+    "provider": -22,
+    "prompt ms": 10,
+    "word ms": 9,
+    "speech ms": 9,
+    "of floor": 8,
+    "ttft ms": 9,
+    "first audio s": 13,
+    "e2el s": 8,
+    "rtf": 7,
+}
 
 
 def missing(name: str) -> str | None:
@@ -73,18 +90,27 @@ def check_in_float32(name: str) -> str:
     """
     from benchmarks.baselines.agreement import agreement
 
-    target = Target.random("tiny", None, torch.float32, torch.device("cpu"), with_codec=False).sized(1, 64)
+    target = Target.random(
+        "tiny", None, torch.float32, torch.device("cpu"), with_codec=False
+    ).sized(1, 64)
     return str(agreement(target, baseline(name, target, 64), target.filler(32), CHECKED_GROUPS))
 
 
-def measure_baseline(target: Target, runner: Upstream, request: Request) -> tuple[Metrics, GroupTimes]:
+def measure_baseline(
+    target: Target, runner: Upstream, request: Request
+) -> tuple[Metrics, GroupTimes]:
     """One request at batch 1: all groups, then all audio."""
     plan, device = plan_of(target, request), target.lm.device
-    for _ in runner.generate(prompt_ids(target, request), 2, plan=[target.word_id, target.lm.empty_id]):
+    for _ in runner.generate(
+        prompt_ids(target, request), 2, plan=[target.word_id, target.lm.empty_id]
+    ):
         pass
     memory, energy, trace, began = PeakMemory(device), EnergyMeter(device), Trace(), perf_counter()
     ids = prompt_ids(target, request)
-    trace.encoded, trace.prompt_groups = perf_counter() - began, ids.shape[1] // target.lm.config.group_size
+    trace.encoded, trace.prompt_groups = (
+        perf_counter() - began,
+        ids.shape[1] // target.lm.config.group_size,
+    )
     patches: list[Tensor] = []
     for token, codes in runner.generate(ids, len(plan), plan=plan):
         synchronize(device)
@@ -92,15 +118,22 @@ def measure_baseline(target: Target, runner: Upstream, request: Request) -> tupl
         trace.spoken.append(token == target.lm.empty_id)
         patches += [codes] if trace.spoken[-1] else []
     trace.first_group = trace.prefilled = trace.chunks[0][0]
-    times = [(spoken, after - before) for spoken, ((before, _), (after, _)) in
-             zip(trace.spoken[1:], pairwise(trace.chunks), strict=True)]  # fmt: skip
+    times = [
+        (spoken, after - before)
+        for spoken, ((before, _), (after, _)) in zip(
+            trace.spoken[1:], pairwise(trace.chunks), strict=True
+        )
+    ]
     # The last is the end of the reply.
     trace.spoken.pop()
     if target.codec is not None:
         audio = target.codec.decode(torch.cat(patches, dim=1)).cpu()
         trace.chunks.append((perf_counter() - began, len(audio)))
     trace.ended = perf_counter() - began
-    kinds = [Timing.of([seconds for spoken, seconds in times if spoken is kind]) for kind in (False, True)]
+    kinds = [
+        Timing.of([seconds for spoken, seconds in times if spoken is kind])
+        for kind in (False, True)
+    ]
     metrics = summarize(target, request, 1, [trace], trace.ended, memory.bytes, energy)
     return metrics, GroupTimes(trace.prefilled, *kinds)
 
@@ -122,7 +155,9 @@ class Comparison:
 
     @property
     def work(self) -> GroupWork:
-        return GroupWork.of(self.target.lm, 1, self.prompt, self.request.words + self.request.patches)
+        return GroupWork.of(
+            self.target.lm, 1, self.prompt, self.request.words + self.request.patches
+        )
 
     def baseline(self, name: str) -> tuple[Upstream, dict[str, Any]]:
         """A baseline and how far it agrees with us, in float32 and on the target.
@@ -138,16 +173,28 @@ class Comparison:
         print(f"{name}, {name_of(self.target.lm.dtype)}: {found}", flush=True)
         return runner, vars(found)
 
-    def row(self, table: Table, provider: str, metrics: Metrics, groups: GroupTimes, **more: Any) -> None:
+    def row(
+        self, table: Table, provider: str, metrics: Metrics, groups: GroupTimes, **more: Any
+    ) -> None:
         floors, device = self.work.floors(self.machine), self.target.lm.device
-        self.output.append({
-            "kind": "baseline", "provider": provider, "model": self.args.model or self.args.preset,
-            "random_weights": not self.args.model, "dtype": name_of(self.target.lm.dtype), **more, **metrics.as_dict(),
-            "prefill": groups.prefill, "text_group": vars(groups.text), "audio_group": vars(groups.audio),
-            "floor": dict(zip(("prefill", "text_group", "audio_group"), floors, strict=True)),
-            "of_floor": floors[2] / groups.audio.p50, "ceiling": self.machine.as_dict(),
-            "environment": environment(device),
-        })  # fmt: skip
+        self.output.append(
+            {
+                "kind": "baseline",
+                "provider": provider,
+                "model": self.args.model or self.args.preset,
+                "random_weights": not self.args.model,
+                "dtype": name_of(self.target.lm.dtype),
+                **more,
+                **metrics.as_dict(),
+                "prefill": groups.prefill,
+                "text_group": vars(groups.text),
+                "audio_group": vars(groups.audio),
+                "floor": dict(zip(("prefill", "text_group", "audio_group"), floors, strict=True)),
+                "of_floor": floors[2] / groups.audio.p50,
+                "ceiling": self.machine.as_dict(),
+                "environment": environment(device),
+            }
+        )
         table.row(provider, *_cells(metrics, groups, floors[2]))
 
 
@@ -173,7 +220,9 @@ def run_baselines(args: argparse.Namespace) -> int:
     ours = time_groups(target, 1, found.prompt, args.patches, samplers)
     found.row(table, "ours", measure(target, found.request), ours)
     for runner, agreed in accepted:
-        found.row(table, runner.name, *measure_baseline(target, runner, found.request), agreement=agreed)
+        found.row(
+            table, runner.name, *measure_baseline(target, runner, found.request), agreement=agreed
+        )
     for line in refused:
         print(f"REFUSED {line}")
     return 1 if refused else 0
@@ -198,20 +247,32 @@ def _cells(metrics: Metrics, groups: GroupTimes, floor: float) -> list[str]:
         return "-" if value is None else f"{scale * value:,.{digits}f}"
 
     return [
-        *(shown(seconds, 1e3, 2) for seconds in (groups.prefill, groups.text.p50, groups.audio.p50)),
-        f"{100 * floor / groups.audio.p50:.1f}%", shown(metrics.ttft and metrics.ttft.p50, 1e3, 1),
-        shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1, 3), shown(metrics.e2el and metrics.e2el.p50, 1, 3),
+        *(
+            shown(seconds, 1e3, 2)
+            for seconds in (groups.prefill, groups.text.p50, groups.audio.p50)
+        ),
+        f"{100 * floor / groups.audio.p50:.1f}%",
+        shown(metrics.ttft and metrics.ttft.p50, 1e3, 1),
+        shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1, 3),
+        shown(metrics.e2el and metrics.e2el.p50, 1, 3),
         shown(metrics.audio_rtf, 1, 3),
     ]
 
 
 def add_baselines(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("baselines", help="a spoken reply as upstream runs it, beside ours",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "baselines",
+        help="a spoken reply as upstream runs it, beside ours",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--baseline", nargs="+", default=["eager", "compiled"], choices=("eager", "compiled"))
     add("--preset", default="7b", choices=("tiny", "7b"))
-    add("--model", help="directory or hub id of a language model, in place of a preset with random weights")
+    add(
+        "--model",
+        help="directory or hub id of a language model, in place of a preset with random weights",
+    )
     add("--codec", help="directory or hub id of its codec")
     add("--dtype", default="bfloat16", help="of weights and activations")
     add("--no-codec", action="store_true", help="leave audio out")

@@ -1,11 +1,13 @@
-"""MiMo-Audio as upstream runs it: batch 1, eager modules, a DynamicCache, one token of Python at a time.
+"""MiMo-Audio as upstream runs it: batch 1, eager modules, a DynamicCache, one token of Python at a
+time.
 
-Each step feeds the last group and appends the new one to all ids; the text token and every code come to the host or go
-through modules of their own; the patch decoder gets a new cache for each patch; audio is decoded after the last token.
-`Compiled` is the same with static caches and torch.compile around both decoders, as a user would speed it up.
+Each step feeds the last group and appends the new one to all ids; the text token and every code
+come to the host or go through modules of their own; the patch decoder gets a new cache for each
+patch; audio is decoded after the last token. `Compiled` is the same with static caches and
+torch.compile around both decoders, as a user would speed it up.
 
-What it has better than upstream: the speech embeddings are projected to the patch decoder's width beforehand, as ours
-are, and tokens are greedy, which costs less than upstream's sampling.
+What it has better than upstream: the speech embeddings are projected to the patch decoder's width
+beforehand, as ours are, and tokens are greedy, which costs less than upstream's sampling.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from benchmarks.baselines.qwen2 import qwen2_model
-from mimo_fast.kernels.qmatmul import Weight
-from mimo_fast.runtime.lm import LM
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.runtime.lm.model import LM
 
 Choose = Callable[[Tensor], int]
 """Scores [V] -> the token taken."""
@@ -51,7 +53,9 @@ class Upstream:
         self.decoder_embeddings = lm.decoder_embeddings.split(config.code_sizes)
         self.heads = lm.code_heads.split(config.code_sizes)
         (self.patch_to_backbone,), (self.backbone_to_patch,) = (
-            weight.blocks for weight in (lm.patch_to_backbone, lm.backbone_to_patch) if isinstance(weight, Weight)
+            weight.blocks
+            for weight in (lm.patch_to_backbone, lm.backbone_to_patch)
+            if isinstance(weight, Weight)
         )
 
     @torch.no_grad()
@@ -74,7 +78,9 @@ class Upstream:
             if token == self.empty_id:
                 codes = self.patch(F.linear(hidden, self.backbone_to_patch)[:, None], choose)
             else:
-                codes = torch.tensor(self.config.empty_codes, device=ids.device)[:, None].expand(-1, size)
+                codes = torch.tensor(self.config.empty_codes, device=ids.device)[:, None].expand(
+                    -1, size
+                )
             group = torch.cat((codes.new_full((1, size), token), codes))[None]
             ids = torch.cat((ids, group), dim=-1)
             fed = ids[..., -size:]
@@ -90,17 +96,28 @@ class Upstream:
         text = ids[:, 0, :: config.group_size]
         codes = ids[:, 1:].unflatten(-1, (-1, config.group_size)).transpose(1, 2)
         speech = (text == self.empty_id)[..., None]
-        frames = torch.zeros(*codes.shape[:2], config.group_size, config.patch_encoder.dim,
-                             dtype=self.text_head.dtype, device=ids.device)  # fmt: skip
-        for channel, (table, empty) in enumerate(zip(self.embeddings, config.empty_codes, strict=True)):
+        frames = torch.zeros(
+            *codes.shape[:2],
+            config.group_size,
+            config.patch_encoder.dim,
+            dtype=self.text_head.dtype,
+            device=ids.device,
+        )
+        for channel, (table, empty) in enumerate(
+            zip(self.embeddings, config.empty_codes, strict=True)
+        ):
             some = codes[:, :, channel]
             frames += F.embedding(some, table).masked_fill((some == empty)[..., None], 0)
         frames = frames * speech[..., None]
         mask = None
         if not config.patch_encoder_causal:
-            everything = torch.ones(1, 1, config.group_size, config.group_size, dtype=torch.bool, device=ids.device)
+            everything = torch.ones(
+                1, 1, config.group_size, config.group_size, dtype=torch.bool, device=ids.device
+            )
             mask = {"full_attention": everything}
-        encoded = self.patch_encoder(inputs_embeds=frames.flatten(0, 1), attention_mask=mask).last_hidden_state
+        encoded = self.patch_encoder(
+            inputs_embeds=frames.flatten(0, 1), attention_mask=mask
+        ).last_hidden_state
         patches = F.linear(encoded.view(*codes.shape[:2], -1) * speech, self.patch_to_backbone)
         words = self.backbone.embed_tokens(text).masked_fill(speech, 0)
         return words + patches
@@ -108,7 +125,9 @@ class Upstream:
     def patch(self, local: Tensor, choose: Choose) -> Tensor:
         """The patch decoder's first input [1, 1, D] -> codes [C, G]."""
         config, cache = self.config, self.patch_cache()
-        codes = torch.zeros(config.channels, config.group_size, dtype=torch.int64, device=local.device)
+        codes = torch.zeros(
+            config.channels, config.group_size, dtype=torch.int64, device=local.device
+        )
         for step in range(config.patch_steps):
             hidden = self.run_patch_decoder(local, cache)[0, -1]
             local = torch.zeros_like(local)
@@ -128,14 +147,19 @@ class Upstream:
         return DynamicCache(config=self.patch_decoder.config)
 
     def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.backbone(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.backbone(
+            inputs_embeds=x, past_key_values=cache, use_cache=True
+        ).last_hidden_state
 
     def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.patch_decoder(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.patch_decoder(
+            inputs_embeds=x, past_key_values=cache, use_cache=True
+        ).last_hidden_state
 
 
 class Compiled(Upstream):
-    """The same with static caches; single steps of both decoders go through torch.compile, prompts do not."""
+    """The same with static caches; single steps of both decoders go through torch.compile, prompts
+    do not."""
 
     name = "transformers compiled"
 
@@ -143,11 +167,14 @@ class Compiled(Upstream):
         super().__init__(lm, longest)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
         self._step, self._patch_step = (
-            torch.compile(model, mode=mode, dynamic=False) for model in (self.backbone, self.patch_decoder)
+            torch.compile(model, mode=mode, dynamic=False)
+            for model in (self.backbone, self.patch_decoder)
         )
         # Kept: a captured graph knows where they lie.
         self._cache = StaticCache(config=self.backbone.config, max_cache_len=longest)
-        self._patch_cache = StaticCache(config=self.patch_decoder.config, max_cache_len=lm.config.patch_steps)
+        self._patch_cache = StaticCache(
+            config=self.patch_decoder.config, max_cache_len=lm.config.patch_steps
+        )
 
     def backbone_cache(self) -> Cache:
         self._cache.reset()
@@ -167,6 +194,8 @@ class Compiled(Upstream):
 
     def _compiled(self, model: Callable[..., object], x: Tensor, cache: Cache) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        hidden: Tensor = model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden: Tensor = model(
+            inputs_embeds=x, past_key_values=cache, use_cache=True
+        ).last_hidden_state
         # A replayed graph writes the next result over it.
         return hidden.clone()

@@ -1,1 +1,2 @@
-"""Measuring: how long calls take, what the machine could do at best, what it is, and when a result may be believed."""
+"""Measuring: how long calls take, what the machine could do at best, what it is, and when a result
+may be believed."""

@@ -1,10 +1,12 @@
-"""When a fast implementation of an op is accepted: the one rule, for the tests and before any time is reported.
+"""When a fast implementation of an op is accepted: the one rule, for the tests and before any time
+is reported.
 
     float32                at most 1e-5 of the largest exact value off
     float16, bfloat16      at most twice as far off as the same op in eager torch of that dtype
     int8                   at most one level off, in no more than 1% of the values: ties of a rounding
     other integers, bool   equal
-    codes of an RVQ search equal up to a frame's first near-tie: two distances that differ by less than 1e-5 of them
+    codes of an RVQ search equal up to a frame's first near-tie: two distances that differ by less
+    than 1e-5 of them
 
 "Exact" is the op in float32 on the same inputs. NaN and infinity are never accepted.
 """
@@ -28,7 +30,8 @@ LEVELS_OFF = 0.01
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The largest error of an output, and the bound that it had to keep. relative: of the largest exact value."""
+    """The largest error of an output, and the bound that it had to keep. relative: of the largest
+    exact value."""
 
     error: float
     bound: float
@@ -65,7 +68,9 @@ def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
         wrong = float((got != eager).float().mean())
         return Accuracy(wrong, 0.0, wrong)
     size = float(exact.abs().max())
-    error = float((got.to(exact.dtype) - exact).abs().max()) if bool(got.isfinite().all()) else REFUSED
+    error = (
+        float((got.to(exact.dtype) - exact).abs().max()) if bool(got.isfinite().all()) else REFUSED
+    )
     bound = FLOAT32_BOUND * size
     if got.dtype != torch.float32:
         bound = EAGER_FACTOR * float((eager.to(exact.dtype) - exact).abs().max())
@@ -82,8 +87,11 @@ def worst(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor
     return max(each, key=lambda a: (not a.accepted, a.error / a.bound if a.bound else a.error))
 
 
-def compare_codes(x: Tensor, codebooks: Sequence[Tensor], got: Tensor, want: Tensor) -> tuple[int, int]:
-    """Of frames x [T, D] and two searches' codes [Q, T]: how many frames differ wrongly, how many by a near-tie."""
+def compare_codes(
+    x: Tensor, codebooks: Sequence[Tensor], got: Tensor, want: Tensor
+) -> tuple[int, int]:
+    """Of frames x [T, D] and two searches' codes [Q, T]: how many frames differ wrongly, how many
+    by a near-tie."""
     residual = x.double()
     same = torch.ones(len(x), dtype=torch.bool, device=x.device)
     wrong = torch.zeros_like(same)

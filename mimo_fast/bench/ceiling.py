@@ -1,9 +1,11 @@
-"""What a device can do at best, measured on it: the bandwidth and the arithmetic that results are held against.
+"""What a device can do at best, measured on it: the bandwidth and the arithmetic that results are
+held against.
 
     floor of an op = max(bytes / read bandwidth, FLOP / matmul rate)
 
-read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of 16-bit types where
-the device has instructions for them. All are the best of several runs, and what others leave of the machine while they
+read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of
+16-bit types where the device has instructions for them. All are the best of several runs, and what
+others leave of the machine while they
 run: a loaded machine has a lower ceiling.
 """
 
@@ -15,8 +17,8 @@ from functools import cache
 
 import torch
 
-from ..kernels.qmatmul_cpu import multiplies
-from .timing import durations
+from mimo_fast.bench.timing import durations
+from mimo_fast.kernels.matmul.cpu import multiplies
 
 READ_BYTES = 2**31
 COPY_BYTES = 2**30
@@ -25,18 +27,22 @@ RUNS = 5
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Bytes a second of reading and of copying (read + written), and FLOP a second of a matmul by dtype name."""
+    """Bytes a second of reading and of copying (read + written), and FLOP a second of a matmul by
+    dtype name."""
 
     read_Bps: float
     copy_Bps: float
     flops: dict[str, float]
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP a second for activations of a dtype: that of float32, if it is more, for nothing forbids to widen."""
+        """FLOP a second for activations of a dtype: that of float32, if it is more, for nothing
+        forbids to widen."""
         single = self.flops[name_of(torch.float32)]
         return max(self.flops.get(name_of(dtype), single), single)
 
-    def floor_seconds(self, nbytes: float, flop: float = 0, dtype: torch.dtype = torch.float32) -> float:
+    def floor_seconds(
+        self, nbytes: float, flop: float = 0, dtype: torch.dtype = torch.float32
+    ) -> float:
         """The least time for reading so many bytes and doing so much arithmetic on them at once."""
         return max(nbytes / self.read_Bps, flop / self.rate(dtype))
 
@@ -54,7 +60,8 @@ class Ceiling:
 
 
 def ceiling(device: torch.device | str) -> Ceiling:
-    """Of this device and torch's present number of threads; measured once a process (some seconds on a CPU)."""
+    """Of this device and torch's present number of threads; measured once a process (some seconds
+    on a CPU)."""
     return _measured(torch.device(device), torch.get_num_threads())
 
 
@@ -69,7 +76,8 @@ def _measured(device: torch.device, _threads: int) -> Ceiling:
 
 
 def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Those that the device multiplies at a rate of their own; others it widens, or takes one by one."""
+    """Those that the device multiplies at a rate of their own; others it widens, or takes one by
+    one."""
     if device.type == "cuda":
         return torch.float32, torch.float16, torch.bfloat16
     return (torch.float32, torch.bfloat16) if multiplies(torch.bfloat16) else (torch.float32,)

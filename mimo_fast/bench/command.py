@@ -14,22 +14,23 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from ..errors import DeviceMemoryError, MimoFastError
-from ..loading import default_device, parse_dtype
-from ..machine import describe_machine, useful_threads
-from ..runtime.memory import GB
-from .ceiling import Ceiling, ceiling, name_of
-from .environment import environment
-from .floor import GroupWork
-from .pipeline import Metrics, Request, measure, prompt_ids
-from .synthetic import preset_configs, preset_setup, weightless_lm
-from .target import Target, shortfall, user_speech
+from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
+from mimo_fast.bench.environment import environment
+from mimo_fast.bench.floor import GroupWork
+from mimo_fast.bench.machine import describe_machine, useful_threads
+from mimo_fast.bench.pipeline import Metrics, Request, measure, prompt_ids
+from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
+from mimo_fast.bench.target import Target, shortfall, user_speech
+from mimo_fast.errors import DeviceMemoryError, MimoFastError
+from mimo_fast.runtime.loading import default_device, parse_dtype
+from mimo_fast.runtime.memory import GB
 
 BUDGET = 120.0
 """Seconds for everything."""
 
 OF_FLOOR, PROMPT_OF_FLOOR = 1 / 8, 1 / 2
-"""What part of its floor decoding, and a prompt, are expected to reach at least: for judging what ends in time."""
+"""What part of its floor decoding, and a prompt, are expected to reach at least: for judging what
+ends in time."""
 
 STREAMS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -47,14 +48,18 @@ TEXT_GROUPS = 60
 def bench(args: argparse.Namespace) -> int:
     """The command: the table on stdout, everything else on stderr."""
     if args.quality:
-        from .quality import quality
+        from mimo_fast.bench.quality import quality
 
         return quality(args)
     if args.format or args.audio or args.text:
         raise MimoFastError("--format, --audio and --text go with --quality")
     began = perf_counter()
     device = torch.device(args.device or default_device())
-    lines = [line for line in describe_machine() if line.startswith(("cpu", "gpu") if device.type == "cuda" else "cpu")]
+    lines = [
+        line
+        for line in describe_machine()
+        if line.startswith(("cpu", "gpu") if device.type == "cuda" else "cpu")
+    ]
     print("\n".join(lines), flush=True)
     machine = ceiling(device)
     print(machine, flush=True)
@@ -70,9 +75,14 @@ def bench(args: argparse.Namespace) -> int:
     print(_verdict(streams, rows), flush=True)
     if args.json:
         record = {
-            "kind": "quick", "environment": environment(device), "ceiling": machine.as_dict(), **about,
-            "dtype": name_of(target.lm.dtype), "streams": streams, "rows": [asdict(row) for row in rows],
-        }  # fmt: skip
+            "kind": "quick",
+            "environment": environment(device),
+            "ceiling": machine.as_dict(),
+            **about,
+            "dtype": name_of(target.lm.dtype),
+            "streams": streams,
+            "rows": [asdict(row) for row in rows],
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -97,8 +107,11 @@ class Table:
     def __init__(self, target: Target, machine: Ceiling) -> None:
         work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
         print(f"{work.describe(machine)}\n", flush=True)
-        print(f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
-              f"{'worst silence':>15}{'memory':>10}", flush=True)  # fmt: skip
+        print(
+            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
+            f"{'worst silence':>15}{'memory':>10}",
+            flush=True,
+        )
 
     def row(self, row: Row) -> None:
         found = row.metrics
@@ -108,11 +121,16 @@ class Table:
         factor = "-" if found.audio_rtf is None else f"{found.audio_rtf:.3f}"
         silence = "-" if found.audio_underrun is None else f"{1e3 * found.audio_underrun:,.0f} ms"
         share = f"{100 * row.floor / found.e2el.p50:.1f}%"
-        tqdm.write(f"{row.streams:>7}{factor:>18}{share:>10}{first:>13}{1e3 * found.itl.p95:>15,.0f} ms"
-                   f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB", file=sys.stdout)  # fmt: skip
+        tqdm.write(
+            f"{row.streams:>7}{factor:>18}{share:>10}{first:>13}{1e3 * found.itl.p95:>15,.0f} ms"
+            f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB",
+            file=sys.stdout,
+        )
 
 
-def _rows(args: argparse.Namespace, target: Target, machine: Ceiling, began: float) -> Iterator[Row]:
+def _rows(
+    args: argparse.Namespace, target: Target, machine: Ceiling, began: float
+) -> Iterator[Row]:
     """More and more streams, until they come slower than they play, or time or memory ends."""
     request = _request(target, machine, args.max_seq_len or 0)
     prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
@@ -122,41 +140,53 @@ def _rows(args: argparse.Namespace, target: Target, machine: Ceiling, began: flo
             left = BUDGET - (perf_counter() - began)
             # Twice as many take at most twice as long.
             if streams > 1 and 2 * last > left:
-                print(f"not measured: {streams} streams and more, for want of time", file=sys.stderr)
+                print(
+                    f"not measured: {streams} streams and more, for want of time", file=sys.stderr
+                )
                 return
             gc.collect()
             try:
                 sized = target.sized(streams, prompt + request.words + request.patches + 2)
-                metrics = measure(sized, request, streams, warm=target.lm.device.type == "cuda", seconds=left)
+                metrics = measure(
+                    sized, request, streams, warm=target.lm.device.type == "cuda", seconds=left
+                )
             except DeviceMemoryError as error:
                 if streams == 1:
                     raise
                 print(f"not measured: {streams} streams and more: {error}", file=sys.stderr)
                 return
             last = metrics.wall
-            words, patches = (count / streams for count in (metrics.text_groups, metrics.audio_groups))
-            row = Row(streams, metrics, target.request_floor(machine, streams, prompt, words, patches))
+            words, patches = (
+                count / streams for count in (metrics.text_groups, metrics.audio_groups)
+            )
+            row = Row(
+                streams, metrics, target.request_floor(machine, streams, prompt, words, patches)
+            )
             yield row
             if not row.carried:
                 return
 
 
 def _request(target: Target, machine: Ceiling, context: int) -> Request:
-    """A sentence to be said, at the end of a context where one is given; a longer one on a fast device."""
+    """A sentence to be said, at the end of a context where one is given; a longer one on a fast
+    device."""
     floor = target.request_floor(machine, 1, TEXT_GROUPS, LONG_WORDS, LONG_PATCHES) / OF_FLOOR
     words, patches = (LONG_WORDS, LONG_PATCHES) if floor <= FAST else (WORDS, PATCHES)
     return Request("tts", user_speech(1.0), words, patches, context - words - patches - 2)
 
 
-def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) -> tuple[Target, dict[str, str | None]]:
-    """What is measured, and what a record says of it, in plain words too, which are printed before it is made."""
+def _target(
+    args: argparse.Namespace, device: torch.device, machine: Ceiling
+) -> tuple[Target, dict[str, str | None]]:
+    """What is measured, and what a record says of it, in plain words too, which are printed before
+    it is made."""
 
     def announced(preset: str | None, quantization: str | None, what: str) -> dict[str, str | None]:
         print(f"model: {what}", flush=True)
         return {"model": what, "preset": preset, "quantization": quantization}
 
     if args.model is not None or args.codec is not None:
-        from ..commands import find_pair, load_options
+        from mimo_fast.cli.commands import find_pair, load_options
 
         lm, codec = find_pair(args)
         quantized = f", {args.quantization}" if args.quantization else ""
@@ -170,13 +200,17 @@ def _target(args: argparse.Namespace, device: torch.device, machine: Ceiling) ->
         about = announced("7b", quantization, what)
         return Target.random("7b", quantization, dtype, device), about
     about = announced(
-        "tiny", None, f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its "
-        "figures say nothing about theirs"
+        "tiny",
+        None,
+        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its "
+        "figures say nothing about theirs",
     )
     return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
 
 
-def _unfit(quantization: str, dtype: torch.dtype, device: torch.device, machine: Ceiling) -> str | None:
+def _unfit(
+    quantization: str, dtype: torch.dtype, device: torch.device, machine: Ceiling
+) -> str | None:
     """Why the published dimensions cannot be measured here in time, or None."""
     lack = shortfall(preset_setup("7b", quantization, dtype), device)
     if lack is not None:

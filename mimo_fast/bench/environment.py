@@ -15,12 +15,20 @@ from typing import Any
 import torch
 
 import mimo_fast
-from mimo_fast.machine import cpu_name, usable_cores
+from mimo_fast.bench.machine import cpu_name, usable_cores
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "numpy")
 ROOT = Path(mimo_fast.__file__).parent.parent
 
-CARD = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+CARD = (
+    "name",
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.limit",
+)
 """What nvidia-smi is asked for; clocks in MHz, the limit in watts."""
 
 
@@ -37,18 +45,25 @@ def environment(device: torch.device | str, *, root: Path = ROOT) -> dict[str, A
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": _cpu() if device.type == "cpu" else _card(device),
-        "packages": _packages(), "python": platform.python_version(), "os": f"{platform.system()} {platform.machine()}",
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "threads": torch.get_num_threads(),
-    } | _commit_at_start(root)  # fmt: skip
+        "packages": _packages(),
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+    } | _commit_at_start(root)
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
-    """{"commit": hash or None where there is no checkout, "dirty": whether the code there differs from it}."""
+    """{"commit": hash or None where there is no checkout, "dirty": whether the code there differs
+    from it}."""
     # An installed copy may lie in the checkout of something else.
     if _git(root, "ls-files", "--error-unmatch", "mimo_fast/__init__.py") is None:
         return {"commit": None, "dirty": None}
     code = ("mimo_fast", "csrc", "training", "benchmarks", ":(exclude)benchmarks/results")
-    return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain", "--", *code))}
+    return {
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "dirty": bool(_git(root, "status", "--porcelain", "--", *code)),
+    }
 
 
 @cache
@@ -59,7 +74,9 @@ def _commit_at_start(root: Path) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -76,23 +93,40 @@ def _packages() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    return {"type": "cpu", "name": cpu_name(), "cores": usable_cores(),
-            "instructions": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+    return {
+        "type": "cpu",
+        "name": cpu_name(),
+        "cores": usable_cores(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _card(device: torch.device) -> dict[str, Any]:
     card = torch.cuda.get_device_properties(device)
     about = {
-        "type": "cuda", "name": card.name, "capability": f"sm_{card.major}{card.minor}", "memory": card.total_memory,
-        "multiprocessors": card.multi_processor_count, "cuda": torch.version.cuda,
-    }  # fmt: skip
+        "type": "cuda",
+        "name": card.name,
+        "capability": f"sm_{card.major}{card.minor}",
+        "memory": card.total_memory,
+        "multiprocessors": card.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
     if (tool := shutil.which("nvidia-smi")) is not None:
-        query = [tool, f"--query-gpu={','.join(CARD)}", "--format=csv,noheader,nounits", f"--id={_id(card, device)}"]
+        query = [
+            tool,
+            f"--query-gpu={','.join(CARD)}",
+            "--format=csv,noheader,nounits",
+            f"--id={_id(card, device)}",
+        ]
         try:
-            found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+            found = subprocess.run(
+                query, capture_output=True, text=True, check=True, timeout=10
+            ).stdout
         except (OSError, subprocess.SubprocessError):
             return about
-        about |= {key: value.strip() for key, value in zip(CARD[1:], found.split(",")[1:], strict=False)}
+        about |= {
+            key: value.strip() for key, value in zip(CARD[1:], found.split(",")[1:], strict=False)
+        }
     return about
 
 

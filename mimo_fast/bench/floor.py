@@ -1,7 +1,10 @@
-"""The least that a piece of a reply costs, from shapes: bytes of weights and cache to read, and arithmetic.
+"""The least that a piece of a reply costs, from shapes: bytes of weights and cache to read, and
+arithmetic.
 
-Every weight counts once for all rows of a batch, but for the patch decoder's, which any implementation reads at each of
-its steps: they do not fit into a cache. Norms, biases of the heads, single rows of tables and activations are left out.
+Every weight counts once for all rows of a batch, but for the patch decoder's, which any
+implementation reads at each of
+its steps: they do not fit into a cache. Norms, biases of the heads, single rows of tables and
+activations are left out.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.qmatmul import Weight
-from ..runtime.codec import Codec
-from ..runtime.codec_layers import CodecStack
-from ..runtime.lm import LM
-from ..runtime.state import kv_bytes
-from ..runtime.transformer import AnyWeight, TransformerWeights
-from .ceiling import Ceiling
+from mimo_fast.bench.ceiling import Ceiling
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.runtime.codec.layers import CodecStack
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.state import kv_bytes
+from mimo_fast.runtime.lm.transformer import AnyWeight, TransformerWeights
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Work:
 
 
 def word_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False) -> Work:
-    """A group that is a word, for `rows` rows with so many cached positions each: the backbone and the text head."""
+    """A group that is a word, for `rows` rows with so many cached positions each: the backbone and
+    the text head."""
     config = lm.config.backbone
     matrices = [*_matrices(lm.backbone), lm.text_head]
     cache = kv_bytes(config, rows, positions, lm.dtype, quantized_cache)
@@ -51,7 +55,8 @@ def word_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = Fal
 
 
 def patch_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False) -> Work:
-    """A group that is speech: the same, the patch decoder at each of its steps, and the patch encoder."""
+    """A group that is speech: the same, the patch decoder at each of its steps, and the patch
+    encoder."""
     config, steps = lm.config, lm.config.patch_steps
     decoder, encoder = list(_matrices(lm.patch_decoder)), list(_matrices(lm.patch_encoder))
     joints = [lm.patch_to_backbone, lm.backbone_to_patch]
@@ -60,7 +65,11 @@ def patch_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = Fa
         "patch decoder": stack_bytes(lm.patch_decoder) * steps + heads,
         "patch encoder": stack_bytes(lm.patch_encoder) + sum(joint.nbytes for joint in joints),
     }
-    values = steps * _values(decoder) + config.group_size * (_values(encoder) + lm.code_heads.numel()) + _values(joints)
+    values = (
+        steps * _values(decoder)
+        + config.group_size * (_values(encoder) + lm.code_heads.numel())
+        + _values(joints)
+    )
     return word_work(lm, positions, rows, quantized_cache) + Work(read, rows * 2 * values)
 
 
@@ -80,7 +89,9 @@ class GroupWork:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, lm: LM, batch: int, prompt: int, groups: int = 0, quantized_cache: bool = False) -> GroupWork:
+    def of(
+        cls, lm: LM, batch: int, prompt: int, groups: int = 0, quantized_cache: bool = False
+    ) -> GroupWork:
         """After prompts of `prompt` words, in the middle of `groups` groups."""
         middle = prompt + groups // 2
         text, audio = (work(lm, middle, batch, quantized_cache) for work in (word_work, patch_work))
@@ -88,7 +99,9 @@ class GroupWork:
 
     def floors(self, ceiling: Ceiling) -> tuple[float, float, float]:
         """Seconds of each."""
-        prefill, text, audio = (work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio))
+        prefill, text, audio = (
+            work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio)
+        )
         return prefill, text, audio
 
     def describe(self, ceiling: Ceiling) -> str:
@@ -101,11 +114,20 @@ class GroupWork:
 
 
 def request_floor(
-    ceiling: Ceiling, lm: LM, codec: Codec | None, batch: int, prompt: int, words: float, patches: float,
+    ceiling: Ceiling,
+    lm: LM,
+    codec: Codec | None,
+    batch: int,
+    prompt: int,
+    words: float,
+    patches: float,
     quantized_cache: bool = False,
-) -> float:  # fmt: skip
-    """Seconds that so many equal requests at once take at least: prompts one by one, groups and audio together."""
-    prefill, text, audio = GroupWork.of(lm, batch, prompt, round(words + patches), quantized_cache).floors(ceiling)
+) -> float:
+    """Seconds that so many equal requests at once take at least: prompts one by one, groups and
+    audio together."""
+    prefill, text, audio = GroupWork.of(
+        lm, batch, prompt, round(words + patches), quantized_cache
+    ).floors(ceiling)
     vocoded = 0.0 if codec is None else ceiling.floor_seconds(codec_bytes(codec))
     return batch * prefill + words * text + patches * (audio + vocoded)
 
@@ -113,7 +135,12 @@ def request_floor(
 def codec_bytes(codec: Codec) -> int:
     """Bytes of the decoder and vocoder layers, which each chunk of a stream reads."""
     stacks: tuple[CodecStack, ...] = (codec.decoder, codec.vocoder)
-    matrices = [w for stack in stacks for layer in stack.layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
+    matrices = [
+        w
+        for stack in stacks
+        for layer in stack.layers
+        for w in (layer.qkv, layer.out, layer.up, layer.down)
+    ]
     return sum(matrix.nbytes for matrix in matrices)
 
 
@@ -129,7 +156,8 @@ def _matrices(stack: TransformerWeights) -> Iterable[AnyWeight]:
 def _values(matrices: Iterable[AnyWeight]) -> int:
     """Weights in a product."""
     return sum(
-        sum(block.numel() for block in matrix.blocks) if isinstance(matrix, Weight)
+        sum(block.numel() for block in matrix.blocks)
+        if isinstance(matrix, Weight)
         else matrix.shape[0] * matrix.shape[1]
         for matrix in matrices
     )

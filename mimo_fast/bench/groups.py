@@ -1,4 +1,5 @@
-"""The steady state of decoding: seconds of a group of B rows that all say words, or all speak, without the codec."""
+"""The steady state of decoding: seconds of a group of B rows that all say words, or all speak,
+without the codec."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..runtime.conversation import Conversation
-from ..runtime.decode import Limits, Samplers
-from ..runtime.job import Reply
-from ..runtime.snapshot import Snapshot
-from ..sampling import TASK_SAMPLERS
-from .target import Target
-from .timing import Timing, synchronize
+from mimo_fast.bench.target import Target
+from mimo_fast.bench.timing import Timing, synchronize
+from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Limits, Samplers
+from mimo_fast.runtime.lm.snapshot import Snapshot
+from mimo_fast.sampling import TASK_SAMPLERS
 
 SAMPLERS = Samplers(TASK_SAMPLERS["tts"]["global"], TASK_SAMPLERS["tts"]["local"])
 
@@ -43,7 +44,8 @@ class GroupTimes:
 def time_groups(
     target: Target, batch: int, prompt: int, groups: int, samplers: Samplers = SAMPLERS
 ) -> GroupTimes:
-    """Times `groups` groups of each kind after a prompt of `prompt` words, computed once and copied to every row.
+    """Times `groups` groups of each kind after a prompt of `prompt` words, computed once and copied
+    to every row.
 
     The target must have room for SETTLING groups more than both.
     """
@@ -74,9 +76,15 @@ def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tupl
 
 
 def start_rows(
-    target: Target, context: Context, batch: int, token: int, groups: int, samplers: Samplers = SAMPLERS
+    target: Target,
+    context: Context,
+    batch: int,
+    token: int,
+    groups: int,
+    samplers: Samplers = SAMPLERS,
 ) -> list[Reply]:
-    """Replies of `groups` groups of one token each, their prompt copied to every row; to be taken from in step."""
+    """Replies of `groups` groups of one token each, their prompt copied to every row; to be taken
+    from in step."""
     target.lm.follow([token] * groups)
     replies = []
     for row in range(batch):

@@ -1,4 +1,5 @@
-"""What a piece of work took besides time: the peak of its memory, and energy where the driver tells."""
+"""What a piece of work took besides time: the peak of its memory, and energy where the driver
+tells."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ RESET_PEAK = "5"
 
 
 class PeakMemory:
-    """The most memory in use since this object was made: of the device on a GPU, of the process on a CPU."""
+    """The most memory in use since this object was made: of the device on a GPU, of the process on
+    a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -32,7 +34,8 @@ class PeakMemory:
 
 
 def reset_resident_peak() -> bool:
-    """Lets `resident_peak` count from now; False where the system does not allow it, and it counts from the start."""
+    """Lets `resident_peak` count from now; False where the system does not allow it, and it counts
+    from the start."""
     try:
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
     except OSError:
@@ -80,5 +83,7 @@ class EnergyMeter:
     def joules(self) -> float | None:
         if self._nvml is None:
             return None
-        millijoules: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._began
+        millijoules: int = (
+            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._began
+        )
         return millijoules / 1000

@@ -1,7 +1,8 @@
-"""Whole requests, measured as their callers see them: one, or several at a time in threads of their own.
+"""Whole requests, measured as their callers see them: one, or several at a time in threads of their
+own.
 
-Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`, `stream_reply`. Names are the
-field's; all times are seconds.
+Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`,
+`stream_reply`. Names are the field's; all times are seconds.
 
     ttft             from the request to the first group, be it a word or a patch; encoding of the input included
     audio_ttfp       from the request to the first samples of audio
@@ -26,20 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import prompt
-from ..prompt import Segments, Speech
-from ..runtime.codec_stream import LOOKAHEAD, PATCH_FRAMES
-from ..runtime.conversation import Conversation
-from ..runtime.decode import Group, Limits, Samplers
-from ..runtime.job import Reply
-from ..runtime.reply import ReplyReader, stream_reply
-from ..sampling import GREEDY, TASK_SAMPLERS
-from ..tasks import find_task
-from .meters import EnergyMeter, PeakMemory
-from .player import Playback, play
-from .schedule import spoken_reply, written_reply
-from .target import SAMPLE_RATE, Target
-from .timing import percentile
+from mimo_fast.bench.meters import EnergyMeter, PeakMemory
+from mimo_fast.bench.player import Playback, play
+from mimo_fast.bench.schedule import spoken_reply, written_reply
+from mimo_fast.bench.target import SAMPLE_RATE, Target
+from mimo_fast.bench.timing import percentile
+from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES
+from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.stream import ReplyReader, stream_reply
+from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
+from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
+from mimo_fast.text import prompt
+from mimo_fast.text.prompt import Segments, Speech
+from mimo_fast.text.tasks import find_task
 
 SENTENCE = "It begins to speak before it has finished thinking."
 QUESTION = "What is being said?"
@@ -60,7 +61,8 @@ class Request:
     Args:
         task: one of PROMPTS.
         audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
-        words, patches: the reply's groups where the target is steered; its limit, together, where it is not.
+        words, patches: the reply's groups where the target is steered; its limit, together, where
+            it is not.
         context: groups of prompt, filled up with words in front; a longer prompt stays as it is.
         greedy: in place of the task's samplers.
     """
@@ -75,7 +77,8 @@ class Request:
 
 @dataclass
 class Trace:
-    """One request as it went; times from its beginning. chunks: (time, samples). spoken: whether each group was."""
+    """One request as it went; times from its beginning. chunks: (time, samples). spoken: whether
+    each group was."""
 
     encoded: float = 0.0
     prefilled: float = 0.0
@@ -107,7 +110,8 @@ class Spread:
 class Metrics:
     """What a number of equal requests took; see the module for names. None: `unmeasured` says why.
 
-    wall: from the first request to the end of the last. text_groups, audio_groups: of all of their replies.
+    wall: from the first request to the end of the last. text_groups, audio_groups: of all of their
+    replies.
     audio_seconds: likewise, and of all of their inputs where the replies are text.
     """
 
@@ -139,7 +143,12 @@ class Metrics:
 
 
 def measure(
-    target: Target, request: Request, batch: int = 1, rounds: int = 1, warm: bool = True, seconds: float | None = None
+    target: Target,
+    request: Request,
+    batch: int = 1,
+    rounds: int = 1,
+    warm: bool = True,
+    seconds: float | None = None,
 ) -> Metrics:
     """Sends `batch` requests at once, `rounds` times, and waits for all of their replies each time.
 
@@ -166,7 +175,13 @@ def measure(
 
 
 def summarize(
-    target: Target, request: Request, batch: int, traces: Sequence[Trace], wall: float, peak: int, energy: EnergyMeter
+    target: Target,
+    request: Request,
+    batch: int,
+    traces: Sequence[Trace],
+    wall: float,
+    peak: int,
+    energy: EnergyMeter,
 ) -> Metrics:
     spoken = sum(sum(trace.spoken) for trace in traces)
     unmeasured = {} if energy.unmeasured is None else {"joules": energy.unmeasured}
@@ -180,33 +195,54 @@ def summarize(
         seconds, why = sum(playback.duration for playback in heard), "no audio came"
     speaking = [playback for playback in heard if playback.first_audio is not None]
     factors = [trace.ended * len(traces) / seconds for trace in traces] if seconds else []
-    for name, known in (("audio_rtf", factors), ("audio_ttfp", speaking), ("audio_underrun", speaking)):
+    for name, known in (
+        ("audio_rtf", factors),
+        ("audio_ttfp", speaking),
+        ("audio_underrun", speaking),
+    ):
         if not known:
             unmeasured[name] = why
     # A request's first chunk waits for its prompt, which is counted as ttft.
-    gaps = [after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)]
+    gaps = [
+        after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)
+    ]
     return Metrics(
-        task=request.task, batch=batch, requests=len(traces), prompt_groups=traces[0].prompt_groups,
-        text_groups=sum(len(trace.spoken) for trace in traces) - spoken, audio_groups=spoken, audio_seconds=seconds,
-        wall=wall, encode=percentile([trace.encoded for trace in traces], 0.5),
+        task=request.task,
+        batch=batch,
+        requests=len(traces),
+        prompt_groups=traces[0].prompt_groups,
+        text_groups=sum(len(trace.spoken) for trace in traces) - spoken,
+        audio_groups=spoken,
+        audio_seconds=seconds,
+        wall=wall,
+        encode=percentile([trace.encoded for trace in traces], 0.5),
         prefill=percentile([trace.prefilled - trace.encoded for trace in traces], 0.5),
         ttft=Spread.of([trace.first_group for trace in traces if trace.first_group is not None]),
-        audio_ttfp=Spread.of([playback.first_audio for playback in heard if playback.first_audio is not None]),
-        itl=Spread.of(gaps), e2el=Spread.of([trace.ended for trace in traces]),
-        audio_rtf=percentile(factors, 0.5) if factors else None, audio_rtfx=seconds / wall if seconds else None,
+        audio_ttfp=Spread.of(
+            [playback.first_audio for playback in heard if playback.first_audio is not None]
+        ),
+        itl=Spread.of(gaps),
+        e2el=Spread.of([trace.ended for trace in traces]),
+        audio_rtf=percentile(factors, 0.5) if factors else None,
+        audio_rtfx=seconds / wall if seconds else None,
         audio_underrun=max((playback.worst_underrun for playback in speaking), default=None),
         audio_continuity=sum(p.continuous for p in speaking) / len(speaking) if speaking else None,
-        peak_bytes=peak, joules=energy.joules, unmeasured=unmeasured,
+        peak_bytes=peak,
+        joules=energy.joules,
+        unmeasured=unmeasured,
     )
 
 
 def warm_up(target: Target, request: Request) -> None:
-    """A request that ends with its first group and, for a spoken reply, enough of the codec to bring audio."""
+    """A request that ends with its first group and, for a spoken reply, enough of the codec to
+    bring audio."""
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
     if target.codec is not None and find_task(request.task).speaks:
         target.codec.warmup(target.setup.max_batch, progress=False)
         stream = target.codec.stream()
-        codes = torch.zeros(target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device)
+        codes = torch.zeros(
+            target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device
+        )
         for _ in range(LOOKAHEAD + 2):
             stream.push(codes, trusted=True)
         stream.finish()
@@ -223,12 +259,17 @@ def prompt_ids(target: Target, request: Request) -> Tensor:
 def plan_of(target: Target, request: Request) -> list[int]:
     special = target.tokenizer.special
     if find_task(request.task).speaks:
-        return spoken_reply(request.patches, request.words, target.word_id, special.empty, special.im_end)
+        return spoken_reply(
+            request.patches, request.words, target.word_id, special.empty, special.im_end
+        )
     return written_reply(request.words, target.word_id, special.im_end)
 
 
-def _together(target: Target, request: Request, batch: int, stopped: threading.Event) -> list[Trace]:
-    """One request in this thread, or several in one each; all begin at once and end early once `stopped`."""
+def _together(
+    target: Target, request: Request, batch: int, stopped: threading.Event
+) -> list[Trace]:
+    """One request in this thread, or several in one each; all begin at once and end early once
+    `stopped`."""
     limit = request.words + request.patches + 1
     if batch == 1:
         return [_answer(target, request, 0, limit, stopped)]
@@ -251,7 +292,9 @@ def _together(target: Target, request: Request, batch: int, stopped: threading.E
     return [future.result() for future in running]
 
 
-def _answer(target: Target, request: Request, seed: int, limit: int, stopped: threading.Event) -> Trace:
+def _answer(
+    target: Target, request: Request, seed: int, limit: int, stopped: threading.Event
+) -> Trace:
     trace, task, began = Trace(), find_task(request.task), perf_counter()
     ids = prompt_ids(target, request)
     trace.encoded = perf_counter() - began
@@ -259,8 +302,12 @@ def _answer(target: Target, request: Request, seed: int, limit: int, stopped: th
     conversation.add(ids)
     trace.prompt_groups = conversation.groups
     preset = TASK_SAMPLERS[task.sampler]
-    samplers = Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
-    reply = conversation.decode(Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special)), samplers)
+    samplers = (
+        Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
+    )
+    reply = conversation.decode(
+        Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special)), samplers
+    )
     trace.prefilled = perf_counter() - began
 
     def note(group: Group) -> None:
@@ -269,7 +316,9 @@ def _answer(target: Target, request: Request, seed: int, limit: int, stopped: th
         if not group.finished:
             trace.spoken.append(group.text == target.lm.empty_id)
 
-    for samples in _chunks(target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, note):
+    for samples in _chunks(
+        target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, note
+    ):
         trace.chunks.append((perf_counter() - began, samples))
         if stopped.is_set():
             reply.close()
@@ -278,7 +327,12 @@ def _answer(target: Target, request: Request, seed: int, limit: int, stopped: th
 
 
 def _chunks(
-    target: Target, reply: Reply, last_id: int, began: float, speaks: bool, note: Callable[[Group], None]
+    target: Target,
+    reply: Reply,
+    last_id: int,
+    began: float,
+    speaks: bool,
+    note: Callable[[Group], None],
 ) -> Iterator[int]:
     """Samples of each chunk; without a codec, none a group."""
     if target.codec is None:

@@ -1,8 +1,8 @@
 """A real-time player that is fed by a stream: when it begins to play, and when it runs dry.
 
-It plays from the first sample on (or once `buffer` seconds have come), without a break as long as there is something to
-play; where the next chunk comes late it is silent until then, and goes on with what came. A last chunk that is late
-counts like any other.
+It plays from the first sample on (or once `buffer` seconds have come), without a break as long as
+there is something to play; where the next chunk comes late it is silent until then, and goes on
+with what came. A last chunk that is late counts like any other.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 CONTINUOUS = 0.1
-"""Seconds of silence up to which a reply passes for continuous (the threshold of vLLM-Omni's `audio_continuity_ok`)."""
+"""Seconds of silence up to which a reply passes for continuous (the threshold of vLLM-Omni's
+`audio_continuity_ok`)."""
 
 
 @dataclass(frozen=True)
 class Playback:
     """What a listener heard of one reply; all in seconds.
 
-    first_audio: from the request to the arrival of the first samples, None if none came. duration: of the audio.
+    first_audio: from the request to the arrival of the first samples, None if none came. duration:
+    of the audio.
     gaps: between the arrivals of chunks that held audio. underruns: each silence in the middle.
     """
 
@@ -44,10 +46,12 @@ class Playback:
 
 
 def play(arrivals: Sequence[tuple[float, int]], sample_rate: int, buffer: float = 0.0) -> Playback:
-    """Plays a reply whose chunks arrived as (seconds since the request, samples), in order; samples may be 0.
+    """Plays a reply whose chunks arrived as (seconds since the request, samples), in order; samples
+    may be 0.
 
     Args:
-        buffer: seconds of audio to wait for before playing; a reply that ends before is played at its end.
+        buffer: seconds of audio to wait for before playing; a reply that ends before is played at
+            its end.
     """
     heard = [(time, samples / sample_rate) for time, samples in arrivals if samples]
     times = [time for time, _ in heard]

@@ -1,14 +1,16 @@
-"""What quantized weights cost: each format against the checkpoint's own weights, on the same ids, teacher-forced.
+"""What quantized weights cost: each format against the checkpoint's own weights, on the same ids,
+teacher-forced.
 
-Sequences are the given recordings carried on (their own codes are what is predicted), and the checkpoint's own replies
-to them and to the given texts. At each predicted position:
+Sequences are the given recordings carried on (their own codes are what is predicted), and the
+checkpoint's own replies to them and to the given texts. At each predicted position:
 
     KL         of the quantized distribution from the checkpoint's, in nats; temperature 1, before top-k and top-p
     agreement  how often both prefer the same token
 
-for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in int8 is held
-against itself in full: SNR and mel distance (mean absolute difference of the log-mel) of what it decodes from the
-recordings' codes, and how many of its own codes are the same.
+for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in
+int8 is held
+against itself in full: SNR and mel distance (mean absolute difference of the log-mel) of what it
+decodes from the recordings' codes, and how many of its own codes are the same.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..audio import load_audio
-from ..errors import MimoFastError
-from ..features import log_mel
-from ..mimo_audio import MimoAudio
-from ..runtime.codec import Codec
-from ..runtime.lm import LM
-from ..runtime.teacher_forcing import code_logits
-from .environment import environment
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.mel import log_mel
+from mimo_fast.bench.environment import environment
+from mimo_fast.errors import MimoFastError
+from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.teacher_forcing import code_logits
 
 FORMATS = ("int8", "int4", "nf4")
 REPLY_GROUPS = 48
@@ -51,7 +53,8 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the text head [P, V] and of each codebook [Q frames, size], on the host, float32."""
+    """Log-probabilities of the text head [P, V] and of each codebook [Q frames, size], on the host,
+    float32."""
 
     text: Tensor
     codes: tuple[Tensor, ...]
@@ -77,12 +80,14 @@ class CodecQuality:
 
 def quality(args: argparse.Namespace) -> int:
     """`mimo-fast bench --quality`: a table per format on stdout."""
-    from ..commands import find_pair
+    from mimo_fast.cli.commands import find_pair
 
     if not args.audio and not args.text:
         raise MimoFastError("--quality needs --audio or --text to compare on")
     if args.quantization:
-        raise MimoFastError("--quality chooses the formats itself: use --format in place of --quantization")
+        raise MimoFastError(
+            "--quality chooses the formats itself: use --format in place of --quantization"
+        )
     formats = tuple(dict.fromkeys(args.format or FORMATS))
     wavs = [load_audio(path, 24000) for path in args.audio or ()]
     args.model, args.codec = find_pair(args)
@@ -98,32 +103,45 @@ def quality(args: argparse.Namespace) -> int:
         lm = _load(args, name).lm
         results[name] = compare(reference, [teacher_forced(lm, sequence) for sequence in sequences])
         del lm
-    codec = compare_codec(full, _load(args, {"codec": "int8"}).codec, wavs, channels) if wavs else None
+    codec = (
+        compare_codec(full, _load(args, {"codec": "int8"}).codec, wavs, channels) if wavs else None
+    )
     for name, heads in results.items():
         print_table(name, heads)
     if codec is not None:
-        print(f"codec in int8: SNR {codec.snr_db:.1f} dB, mel distance {codec.mel_distance:.4f}, "
-              f"{100 * codec.code_agreement:.2f}% of its codes the same")  # fmt: skip
+        print(
+            f"codec in int8: SNR {codec.snr_db:.1f} dB, mel distance {codec.mel_distance:.4f}, "
+            f"{100 * codec.code_agreement:.2f}% of its codes the same"
+        )
     if args.json:
         record = {
-            "kind": "quality", "model": str(args.model), "codec": str(args.codec),
-            "environment": environment(full.device), "recordings": len(wavs), "texts": len(args.text or ()),
+            "kind": "quality",
+            "model": str(args.model),
+            "codec": str(args.codec),
+            "environment": environment(full.device),
+            "recordings": len(wavs),
+            "texts": len(args.text or ()),
             "formats": {name: [asdict(head) for head in heads] for name, heads in results.items()},
             "codec_int8": None if codec is None else asdict(codec),
-        }  # fmt: skip
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def _load(args: argparse.Namespace, quantization: Any) -> MimoAudio:
-    from ..commands import load_model
+    from mimo_fast.cli.commands import load_model
 
     return load_model(argparse.Namespace(**{**vars(args), "quantization": quantization}))
 
 
-def own_sequences(model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]) -> Iterator[Lesson]:
-    """What is predicted: recordings as they are, and replies that the model gives with its task's samplers."""
-    with tqdm(total=2 * len(wavs) + len(texts), desc="replies", delay=1, leave=False, disable=None) as bar:
+def own_sequences(
+    model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]
+) -> Iterator[Lesson]:
+    """What is predicted: recordings as they are, and replies that the model gives with its task's
+    samplers."""
+    with tqdm(
+        total=2 * len(wavs) + len(texts), desc="replies", delay=1, leave=False, disable=None
+    ) as bar:
         for wav in wavs:
             yield Lesson(model.get_speech_continuation_prompt(wav).cpu(), 2)
             bar.update(1)
@@ -149,7 +167,9 @@ def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
     text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
     state = lm.new_state([0], len(text))
     hidden = torch.cat(list(lm.hidden_chunks(sequence.ids, state, 0)))[sequence.first - 1 : -1]
-    chunks = [lm.text_logits(part).float().log_softmax(-1).cpu() for part in hidden.split(LOGITS_AT_ONCE)]
+    chunks = [
+        lm.text_logits(part).float().log_softmax(-1).cpu() for part in hidden.split(LOGITS_AT_ONCE)
+    ]
     speech = text[sequence.first :] == lm.empty_id
     heard = hidden[speech.to(hidden.device)]
     return Scores(torch.cat(chunks), code_scores(lm, heard, codes[sequence.first :][speech]))
@@ -158,10 +178,13 @@ def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
 def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
     """Log-probabilities of each codebook's frames, given the true codes before them.
 
-    hidden [N, D] of the backbone, codes [N, C, G] -> for each codebook [N G, size], the empty code's being -inf.
+    hidden [N, D] of the backbone, codes [N, C, G] -> for each codebook [N G, size], the empty
+    code's being -inf.
     """
     scores = []
-    for logits, empty in zip(code_logits(lm, hidden, codes.to(lm.device)), lm.config.empty_codes, strict=True):
+    for logits, empty in zip(
+        code_logits(lm, hidden, codes.to(lm.device)), lm.config.empty_codes, strict=True
+    ):
         wide = logits.float()
         wide[..., empty] = -torch.inf
         scores.append(wide.log_softmax(-1).flatten(0, 1).cpu())
@@ -172,7 +195,9 @@ def compare(reference: Sequence[Scores], quantized: Sequence[Scores]) -> list[He
     """The text head, then each codebook."""
     pairs = [(torch.cat([s.text for s in reference]), torch.cat([s.text for s in quantized]))]
     for channel in range(len(reference[0].codes)):
-        both = (torch.cat([scores.codes[channel] for scores in side]) for side in (reference, quantized))
+        both = (
+            torch.cat([scores.codes[channel] for scores in side]) for side in (reference, quantized)
+        )
         pairs.append(tuple(both))  # type: ignore[arg-type]
     return [head_quality(ours, theirs) for ours, theirs in pairs]
 
@@ -188,7 +213,9 @@ def head_quality(reference: Tensor, quantized: Tensor) -> Head:
     return Head(float((weights * differences).sum(-1).mean()), float(agreement), len(reference))
 
 
-def compare_codec(full: Codec, quantized: Codec, wavs: Sequence[Tensor], channels: int) -> CodecQuality:
+def compare_codec(
+    full: Codec, quantized: Codec, wavs: Sequence[Tensor], channels: int
+) -> CodecQuality:
     """Over all recordings together."""
     signal = noise = distance = frames = same = codes_ = 0.0
     for wav in wavs:

@@ -1,6 +1,8 @@
-"""A model told what to say when: words and speech in a known order, so that runs with random weights can be compared.
+"""A model told what to say when: words and speech in a known order, so that runs with random
+weights can be compared.
 
-The text token of each group is computed and drawn as always and then replaced by the schedule's, on the device, also
+The text token of each group is computed and drawn as always and then replaced by the schedule's, on
+the device, also
 inside a captured graph: three small kernels a group more than without one.
 """
 
@@ -11,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.sample import SamplerTensors
-from ..prompt import REPLY_PATCHES, REPLY_TEXT_TOKENS
-from ..runtime.lm import LM
-from ..runtime.state import DecodeState
+from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.state import DecodeState
+from mimo_fast.text.prompt import REPLY_PATCHES, REPLY_TEXT_TOKENS
 
 FREE = -1
 """In a schedule: whatever the model draws."""
 
 
 class ScheduledLM(LM):
-    """A model whose i-th group since its seed has the i-th token of a schedule; after its end, and before one is set,
-    the token that the model draws."""
+    """A model whose i-th group since its seed has the i-th token of a schedule; after its end, and
+    before one is set, the token that the model draws."""
 
     schedule: Tensor
 
@@ -42,13 +44,19 @@ class ScheduledLM(LM):
             ValueError: it is longer than was said.
         """
         if len(tokens) >= len(self.schedule):
-            raise ValueError(f"a schedule of {len(tokens)} groups exceeds the longest, {len(self.schedule) - 1}")
+            raise ValueError(
+                f"a schedule of {len(tokens)} groups exceeds the longest, {len(self.schedule) - 1}"
+            )
         # In place: graphs have captured where it lies.
         self.schedule.fill_(FREE)
         self.schedule[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
     def sample_text(
-        self, state: DecodeState, slots: Tensor, settings: SamplerTensors, banned: Tensor | None = None
+        self,
+        state: DecodeState,
+        slots: Tensor,
+        settings: SamplerTensors,
+        banned: Tensor | None = None,
     ) -> Tensor:
         places = state.draws[slots].clamp(max=len(self.schedule) - 1)
         drawn = super().sample_text(state, slots, settings, banned)
@@ -59,7 +67,8 @@ class ScheduledLM(LM):
 
 
 def spoken_reply(patches: int, words: int, word_id: int, empty_id: int, end_id: int) -> list[int]:
-    """A spoken reply as the model was trained to give it: 5 words, 5 patches, and so on; then its end."""
+    """A spoken reply as the model was trained to give it: 5 words, 5 patches, and so on; then its
+    end."""
     plan: list[int] = []
     while words or patches:
         plan += [word_id] * min(words, REPLY_TEXT_TOKENS) + [empty_id] * min(patches, REPLY_PATCHES)

@@ -1,4 +1,5 @@
-"""Models of any dimensions with random weights made in place, dense or quantized: nothing is read from a disk."""
+"""Models of any dimensions with random weights made in place, dense or quantized: nothing is read
+from a disk."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import CodecConfig, LMConfig
-from ..initialize import TOKEN_IDS, preset_config, write_tokenizer
-from ..layout import codec_shapes, lm_shapes
-from ..quantization import QuantizationConfig, WeightSource
-from ..quantization.formats import stored_tensors
-from ..runtime.codec import Codec
-from ..runtime.lm import LM
-from ..runtime.memory import Setup
-from ..tokenizer import Tokenizer
+from mimo_fast.checkpoint.initialize import TOKEN_IDS, preset_config, write_tokenizer
+from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
+from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.quantization import QuantizationConfig, WeightSource
+from mimo_fast.quantization.formats import stored_tensors
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.memory import Setup
+from mimo_fast.text.tokenizer import Tokenizer
 
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Read = Callable[[str], Tensor]
@@ -47,10 +48,15 @@ def preset_tokenizer(preset: str) -> Tokenizer:
 
 
 def random_lm(
-    config: LMConfig, quantization: str | None, dtype: torch.dtype, device: torch.device | str = "cpu",
-    empty_id: int = 1, seed: int = 0,
-) -> LM:  # fmt: skip
-    """A language model whose activations stay of order 1; quantized matrices are made in their packed form."""
+    config: LMConfig,
+    quantization: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    empty_id: int = 1,
+    seed: int = 0,
+) -> LM:
+    """A language model whose activations stay of order 1; quantized matrices are made in their
+    packed form."""
     chosen = QuantizationConfig.parse(quantization)
     formats = chosen.formats(lm_shapes(config)) if chosen else {}
     tensors = stored_tensors(lm_shapes(config), formats, dtype)
@@ -73,7 +79,11 @@ def weightless_lm(config: LMConfig, quantization: str | None, dtype: torch.dtype
 
 
 def random_codec(
-    config: CodecConfig, quantization: str | None, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    config: CodecConfig,
+    quantization: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Codec:
     """A codec likewise; quantization is that of its transformer layers, such as "int8"."""
     chosen = QuantizationConfig.parse({"codec": quantization})
@@ -89,7 +99,10 @@ def _progress(title: str, tensors: Stored) -> tqdm:
 
 
 def random_reader(
-    tensors: Stored, device: torch.device | str, seed: int, advance: Callable[[int], object] = lambda count: None
+    tensors: Stored,
+    device: torch.device | str,
+    seed: int,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Read:
     """name -> tensor, the same whenever it is asked for; `advance` is told of each."""
 
@@ -98,7 +111,9 @@ def random_reader(
         shape, dtype = tensors[name]
         generator = torch.Generator(device).manual_seed(seed + hash_of(name))
         if dtype == torch.int32:
-            return torch.randint(-(2**31), 2**31 - 1, shape, dtype=dtype, device=device, generator=generator)
+            return torch.randint(
+                -(2**31), 2**31 - 1, shape, dtype=dtype, device=device, generator=generator
+            )
         if name.endswith(".zeros"):
             return torch.full(shape, -0.5, dtype=dtype, device=device)
         if name.endswith(".scales"):
@@ -107,9 +122,13 @@ def random_reader(
         if name.endswith("istft.window"):
             return torch.hann_window(*shape, dtype=dtype, device=device)
         if len(shape) == 1:
-            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device)
+            return torch.full(
+                shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device
+            )
         values = torch.empty(shape, dtype=dtype, device=device)
-        return values.normal_(0, 1.0 if "embed" in name else math.prod(shape[1:]) ** -0.5, generator=generator)
+        return values.normal_(
+            0, 1.0 if "embed" in name else math.prod(shape[1:]) ** -0.5, generator=generator
+        )
 
     return read
 

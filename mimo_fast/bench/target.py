@@ -1,4 +1,5 @@
-"""What is measured: a language model, a codec or none, a tokenizer, and an engine of so many slots."""
+"""What is measured: a language model, a codec or none, a tokenizer, and an engine of so many
+slots."""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..audio import AudioSource, load_audio
-from ..errors import DeviceMemoryError
-from ..loading import LoadOptions, PathLike, load_parts
-from ..prompt import Speech
-from ..runtime.codec import Codec
-from ..runtime.codec_stream import PATCH_FRAMES
-from ..runtime.engine import Engine
-from ..runtime.memory import GB, Setup, free_bytes
-from ..tokenizer import Tokenizer
-from .ceiling import Ceiling
-from .floor import request_floor
-from .schedule import ScheduledLM
-from .synthetic import preset_setup, preset_tokenizer, random_codec, random_lm
+from mimo_fast.audio.files import AudioSource, load_audio
+from mimo_fast.bench.ceiling import Ceiling
+from mimo_fast.bench.floor import request_floor
+from mimo_fast.bench.schedule import ScheduledLM
+from mimo_fast.bench.synthetic import preset_setup, preset_tokenizer, random_codec, random_lm
+from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.stream import PATCH_FRAMES
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.loading import LoadOptions, PathLike, load_parts
+from mimo_fast.runtime.memory import GB, Setup, free_bytes
+from mimo_fast.text.prompt import Speech
+from mimo_fast.text.tokenizer import Tokenizer
 
 SAMPLE_RATE = 24000
 FRAME_SAMPLES = 960
@@ -38,8 +39,10 @@ class Target:
 
     Args:
         codec: None leaves audio out: prompts hold random codes in place of encoded speech.
-        steered: whether replies follow a schedule; random weights know no end and mix words and speech by chance.
-        setup: what it takes of the device's memory; the engine holds `max_batch` requests of `max_seq_len` groups.
+        steered: whether replies follow a schedule; random weights know no end and mix words and
+            speech by chance.
+        setup: what it takes of the device's memory; the engine holds `max_batch` requests of
+            `max_seq_len` groups.
     """
 
     lm: ScheduledLM
@@ -50,7 +53,12 @@ class Target:
 
     @classmethod
     def random(
-        cls, preset: str, quantization: str | None, dtype: torch.dtype, device: torch.device, with_codec: bool = True
+        cls,
+        preset: str,
+        quantization: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_codec: bool = True,
     ) -> Target:
         """A preset's dimensions with random weights, made on the device.
 
@@ -66,9 +74,15 @@ class Target:
 
     @classmethod
     def load(
-        cls, lm: PathLike, codec: PathLike, quantization: str | None, dtype: torch.dtype | str | None,
-        device: torch.device, steered: bool = False, **options: Unpack[LoadOptions],
-    ) -> Target:  # fmt: skip
+        cls,
+        lm: PathLike,
+        codec: PathLike,
+        quantization: str | None,
+        dtype: torch.dtype | str | None,
+        device: torch.device,
+        steered: bool = False,
+        **options: Unpack[LoadOptions],
+    ) -> Target:
         """A checkpoint pair, from directories or hub ids; options and errors as `MimoAudio`'s."""
         options["max_batch"], options["max_seq_len"] = 1, 2
         model, audio, tokenizer, setup = load_parts(lm, codec, device, dtype, quantization, options)
@@ -89,15 +103,21 @@ class Target:
     def quantized_cache(self) -> bool:
         return self.setup.kv_cache is not None
 
-    def request_floor(self, ceiling: Ceiling, batch: int, prompt: int, words: float, patches: float) -> float:
+    def request_floor(
+        self, ceiling: Ceiling, batch: int, prompt: int, words: float, patches: float
+    ) -> float:
         """Seconds that so many equal requests at once take at least."""
-        return request_floor(ceiling, self.lm, self.codec, batch, prompt, words, patches, self.quantized_cache)
+        return request_floor(
+            ceiling, self.lm, self.codec, batch, prompt, words, patches, self.quantized_cache
+        )
 
     @cached_property
     def engine(self) -> Engine:
         """Made, and on a GPU captured, when it is first needed."""
         setup = self.setup
-        engine = Engine(self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=self.quantized_cache)
+        engine = Engine(
+            self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=self.quantized_cache
+        )
         engine.warmup(progress=False)
         return engine
 
@@ -123,8 +143,14 @@ class Target:
             return Speech(self.codec.encode(audio, config.channels)[:, :frames].cpu())
         generator = torch.Generator().manual_seed(0)
         # The empty code is the last.
-        return Speech(torch.stack([torch.randint(size - 1, (frames,), generator=generator)
-                                   for size in config.code_sizes]))  # fmt: skip
+        return Speech(
+            torch.stack(
+                [
+                    torch.randint(size - 1, (frames,), generator=generator)
+                    for size in config.code_sizes
+                ]
+            )
+        )
 
     def filler(self, groups: int) -> Tensor:
         """Words [C + 1, groups * G] that came before."""
@@ -134,8 +160,11 @@ class Target:
         return ids
 
 
-def shortfall(setup: Setup, device: torch.device, with_codec: bool = True, loaded: bool = False) -> str | None:
-    """Why a setup does not fit into what is free of the device, or None; once loaded, its weights are there already."""
+def shortfall(
+    setup: Setup, device: torch.device, with_codec: bool = True, loaded: bool = False
+) -> str | None:
+    """Why a setup does not fit into what is free of the device, or None; once loaded, its weights
+    are there already."""
     free, parts = free_bytes(device), setup.bytes()
     absent = {"weights", "codec"} if loaded else set() if with_codec else {"codec"}
     need = sum(size for name, size in parts.items() if name not in absent)

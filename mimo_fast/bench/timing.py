@@ -1,8 +1,9 @@
 """How long a call takes, on a CPU or a CUDA device.
 
-CPU: a monotonic clock around each call, after a warm-up. CUDA: the calls are captured into a graph and the replays are
-timed with events, so that what launching costs the host does not count, as it does not in the runtime; calls that
-cannot be captured are timed one by one. Several calls on copies of the same inputs, taken in turn, keep a cache from
+CPU: a monotonic clock around each call, after a warm-up. CUDA: the calls are captured into a graph
+and the replays are timed with events, so that what launching costs the host does not count, as it
+does not in the runtime; calls that cannot be captured are timed one by one. Several calls on copies
+of the same inputs, taken in turn, keep a cache from
 serving what a model would read from memory: `copies_for` tells how many that takes.
 """
 
@@ -57,9 +58,13 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def time_calls(
-    calls: Call | Sequence[Call], device: torch.device | str, *, seconds: float = 0.5, min_runs: int = 5,
+    calls: Call | Sequence[Call],
+    device: torch.device | str,
+    *,
+    seconds: float = 0.5,
+    min_runs: int = 5,
     max_runs: int = 1000,
-) -> Timing:  # fmt: skip
+) -> Timing:
     """Times one call, or several that do the same on copies of their inputs, in turn.
 
     Args:
@@ -68,11 +73,18 @@ def time_calls(
         seconds: bound on the measuring, warm-up apart, unless `min_runs` calls take longer.
         min_runs, max_runs: measurements to make at least and at most.
     """
-    return Timing.of(durations(calls, device, seconds=seconds, min_runs=min_runs, max_runs=max_runs))
+    return Timing.of(
+        durations(calls, device, seconds=seconds, min_runs=min_runs, max_runs=max_runs)
+    )
 
 
 def durations(
-    calls: Call | Sequence[Call], device: torch.device | str, *, seconds: float, min_runs: int, max_runs: int
+    calls: Call | Sequence[Call],
+    device: torch.device | str,
+    *,
+    seconds: float,
+    min_runs: int,
+    max_runs: int,
 ) -> list[float]:
     """What `time_calls` sums up: seconds of each measurement."""
     turns = [calls] if callable(calls) else list(calls)
@@ -94,17 +106,22 @@ def cache_bytes(device: torch.device) -> int:
     """Bytes of the device's last cache; 32 MB for a CPU that does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    found = [path.read_text(encoding="utf-8").strip() for path in
-             Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]  # fmt: skip
+    found = [
+        path.read_text(encoding="utf-8").strip()
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     units = {"K": 2**10, "M": 2**20}
-    return max((int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units), default=2**25)
+    return max(
+        (int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units), default=2**25
+    )
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:
-    """How many copies of inputs of so many bytes a call must take in turn to find none of them in the cache.
+    """How many copies of inputs of so many bytes a call must take in turn to find none of them in
+    the cache.
 
-    At most 64: inputs that are smaller than that are as warm here as they are in a model, where the op before wrote
-    them.
+    At most 64: inputs that are smaller than that are as warm here as they are in a model, where the
+    op before wrote them.
     """
     return max(1, min(MAX_COPIES, -(-2 * cache_bytes(device) // max(1, nbytes))))
 
@@ -115,7 +132,9 @@ def _clocked(call: Call) -> float:
     return perf_counter() - began
 
 
-def _repeat(measure: Callable[[int], float], seconds: float, min_runs: int, max_runs: int) -> list[float]:
+def _repeat(
+    measure: Callable[[int], float], seconds: float, min_runs: int, max_runs: int
+) -> list[float]:
     times: list[float] = []
     began = perf_counter()
     while len(times) < max_runs and (len(times) < min_runs or perf_counter() - began < seconds):
@@ -136,14 +155,17 @@ def _time_cuda(turns: list[Call], seconds: float, min_runs: int, max_runs: int) 
     rounds = max(1, math.ceil(GRAPH_SECONDS / (single * len(turns))))
     replay = _captured(turns * rounds)
     if replay is None:
-        return _repeat(lambda i: _between_events(turns[i % len(turns)]), seconds, min_runs, max_runs)
+        return _repeat(
+            lambda i: _between_events(turns[i % len(turns)]), seconds, min_runs, max_runs
+        )
     replay()
     count = len(turns) * rounds
     return _repeat(lambda _: _between_events(replay) / count, seconds, min_runs, max_runs)
 
 
 def _captured(calls: list[Call]) -> Call | None:
-    """A replay of all calls, or None where one of them does what a capture forbids, such as reading from the device."""
+    """A replay of all calls, or None where one of them does what a capture forbids, such as reading
+    from the device."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

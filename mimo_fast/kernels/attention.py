@@ -3,14 +3,17 @@
     attention:         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention on every device
     rotary_attention:  from the projection of a sequence that starts at position 0: q and k rotated first
 
-Beside it are `decode_attention` (one query a row over a cache) and `window_attention` (vocoder), in their own files.
+Beside it are `decode_attention` (one query a row over a cache) and `window_attention` (vocoder), in
+their own files.
 
-Shapes: attention takes q [N, H, T, Dh], k and v [N, Hkv, S, Dh], any strides but the last; rotary_attention takes
-qkv [N, T, (H + 2 Hkv) Dh] and gives [N, T, H Dh]. Query head h reads key/value head h // (H / Hkv).
+Shapes: attention takes q [N, H, T, Dh], k and v [N, Hkv, S, Dh], any strides but the last;
+rotary_attention takes qkv [N, T, (H + 2 Hkv) Dh] and gives [N, T, H Dh]. Query head h reads
+key/value head h // (H / Hkv).
 
-T <= 16 (the 4-token patch encoder, 64 heads x 16): `rotary_attention_kernel`, a few heads of a sequence a program, one
-warp for 512 key elements; keys and values stay in registers while the queries pass. All of it is float32, y is rounded
-once. Nothing is as small as the launch itself here, so rotation has none of its own. Bytes: qkv in, y out, once.
+T <= 16 (the 4-token patch encoder, 64 heads x 16): `rotary_attention_kernel`, a few heads of a
+sequence a program, one warp for 512 key elements; keys and values stay in registers while the
+queries pass. All of it is float32, y is rounded once. Nothing is as small as the launch itself
+here, so rotation has none of its own. Bytes: qkv in, y out, once.
 """
 
 from __future__ import annotations
@@ -23,11 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .rope import load_angles, load_turned, rope
-from .window_attention import WINDOW_BLOCK, window_attention
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.rope import load_angles, load_turned, rope
+from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
-__all__ = ["SMALL", "WINDOW_BLOCK", "attention", "rotary_attention", "rotary_attention_ref", "window_attention"]
+__all__ = [
+    "SMALL",
+    "WINDOW_BLOCK",
+    "attention",
+    "rotary_attention",
+    "rotary_attention_ref",
+    "window_attention",
+]
 
 SMALL = 16
 """Keys and values of so many positions are held in registers."""
@@ -47,23 +57,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
-def attention_bytes(n: int, t: int, s: int, heads: int, kv_heads: int, dh: int, itemsize: int) -> int:
+def attention_bytes(
+    n: int, t: int, s: int, heads: int, kv_heads: int, dh: int, itemsize: int
+) -> int:
     """Bytes that must move: q, k and v in, y out."""
     return 2 * n * (t * heads + s * kv_heads) * dh * itemsize
 
 
-def rotary_attention_ref(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
+def rotary_attention_ref(
+    qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool
+) -> Tensor:
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
     angles = table[:, : qkv.shape[1]]
-    q, k, v = (x.transpose(1, 2) for x in (rope(split[0], angles), rope(split[1], angles), split[2]))
+    q, k, v = (
+        x.transpose(1, 2) for x in (rope(split[0], angles), rope(split[1], angles), split[2])
+    )
     return attention(q, k, v, causal).transpose(1, 2).flatten(2)
 
 
 @jit
 def rotary_attention_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, y_ptr, stride_xn, stride_xt, T, H, HKV, scale, DH: tl.constexpr, SHARE: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    stride_xn,
+    stride_xt,
+    T,
+    H,
+    HKV,
+    scale,
+    DH: tl.constexpr,
+    SHARE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -75,8 +105,12 @@ def rotary_attention_kernel(
     qkv_ptr += i_n * stride_xn
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_s[:, None], o_d[None, :], m_s, DH // 2)
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
-    b_k = load_turned(qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2)
-    b_v = tl.load(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], mask=m_kv, other=0.0).to(tl.float32)
+    b_k = load_turned(
+        qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
+    )
+    b_v = tl.load(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], mask=m_kv, other=0.0).to(
+        tl.float32
+    )
     for i_t in range(T):
         b_q_cos, b_q_sin = load_angles(cos_ptr, sin_ptr, i_t, o_d[None, :], m_d, DH // 2)
         o_q = o_h[:, None] * DH + i_t * stride_xt
@@ -91,7 +125,8 @@ def rotary_attention_kernel(
 
 
 def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
-    """Self-attention of N sequences from position 0 on: qkv [N, T, (heads + 2 kv_heads) Dh] -> [N, T, heads Dh].
+    """Self-attention of N sequences from position 0 on: qkv [N, T, (heads + 2 kv_heads) Dh] -> [N,
+    T, heads Dh].
 
     table [2, P, Dh / 2]: the rows of `rope_table` for at least T positions.
     """
@@ -107,20 +142,35 @@ def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, caus
     block = small_block(heads, t, dh)
     y = torch.empty(n, t, heads * dh, dtype=qkv.dtype, device=qkv.device)
     rotary_attention_kernel[(n, -(-heads // block["BLOCK_H"]))](
-        qkv_ptr=qkv, cos_ptr=table[0], sin_ptr=table[1], y_ptr=y, stride_xn=qkv.stride(0), stride_xt=qkv.stride(1),
-        T=t, H=heads, HKV=kv_heads, scale=log2(EULER) / sqrt(dh), DH=dh, SHARE=heads // kv_heads, CAUSAL=causal,
-        num_warps=small_warps(block), **block,
-    )  # fmt: skip
+        qkv_ptr=qkv,
+        cos_ptr=table[0],
+        sin_ptr=table[1],
+        y_ptr=y,
+        stride_xn=qkv.stride(0),
+        stride_xt=qkv.stride(1),
+        T=t,
+        H=heads,
+        HKV=kv_heads,
+        scale=log2(EULER) / sqrt(dh),
+        DH=dh,
+        SHARE=heads // kv_heads,
+        CAUSAL=causal,
+        num_warps=small_warps(block),
+        **block,
+    )
     return y
 
 
-def rotary_attention_bytes(n: int, t: int, heads: int, kv_heads: int, dh: int, itemsize: int) -> int:
+def rotary_attention_bytes(
+    n: int, t: int, heads: int, kv_heads: int, dh: int, itemsize: int
+) -> int:
     """Bytes that must move: qkv and the angles in, y out."""
     return n * t * 2 * (heads + kv_heads) * dh * itemsize + 4 * t * dh
 
 
 def small_block(heads: int, s: int, dh: int) -> dict[str, int]:
-    """Heads a program so that it holds 512 key elements, 16 a thread; one head where that alone is more."""
+    """Heads a program so that it holds 512 key elements, 16 a thread; one head where that alone is
+    more."""
     block_s, block_d = next_power_of_2(s), next_power_of_2(dh)
     block_h = max(1, min(next_power_of_2(heads), 512 // (block_s * block_d)))
     return {"BLOCK_H": block_h, "BLOCK_S": block_s, "BLOCK_D": block_d}
@@ -131,11 +181,29 @@ def small_warps(block: dict[str, int]) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The patch encoder (64 heads x 16, 4 positions), a causal one, and the largest that the kernel takes."""
+    """The patch encoder (64 heads x 16, 4 positions), a causal one, and the largest that the kernel
+    takes."""
     integers = dict.fromkeys(("stride_xn", "stride_xt", "T", "H", "HKV"), "i32")
-    for dtype, t, causal in (("bf16", 4, False), ("bf16", 4, True), ("fp32", 4, False), ("bf16", SMALL, True)):
-        pointers = {"qkv_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    for dtype, t, causal in (
+        ("bf16", 4, False),
+        ("bf16", 4, True),
+        ("fp32", 4, False),
+        ("bf16", SMALL, True),
+    ):
+        pointers = {
+            "qkv_ptr": f"*{dtype}",
+            "y_ptr": f"*{dtype}",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+        }
         block = small_block(64, t, 16)
-        yield Case(f"rotary_attention {dtype} T={t}" + " causal" * causal, rotary_attention_kernel,
-                   pointers | integers | {"scale": "fp32"}, {"DH": 16, "SHARE": 1, "CAUSAL": causal} | block,
-                   small_warps(block), ieee=dtype == "fp32", wide_loads=True, unaligned=("T", "H", "HKV"))  # fmt: skip
+        yield Case(
+            f"rotary_attention {dtype} T={t}" + " causal" * causal,
+            rotary_attention_kernel,
+            pointers | integers | {"scale": "fp32"},
+            {"DH": 16, "SHARE": 1, "CAUSAL": causal} | block,
+            small_warps(block),
+            ieee=dtype == "fp32",
+            wide_loads=True,
+            unaligned=("T", "H", "HKV"),
+        )

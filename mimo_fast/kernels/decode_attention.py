@@ -3,23 +3,28 @@
     q, k, v = heads of qkv[r];  q and k rotated at position p = starts[r];  k, v -> position p of slot slots[r]
     y[r, h] = sum_j softmax_j(q[h] . k[j] / sqrt(Dh)) v[j],   j = 0 ... p of that slot, key/value head h // (H / Hkv)
 
-Shapes: qkv [R, 1, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2], a `LayerKV` of S positions, y
-[R, 1, H Dh]. Rotation, scores, softmax and sums are float32. The new key and value are rounded to what the cache holds
-before they are attended to; int8 keys enter the scores, and int8 values their weights, with their scales. y is rounded
-once; with 16-bit inputs `split_attention_kernel` also rounds the rotated q and the weights of the values.
+Shapes: qkv [R, 1, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2], a `LayerKV` of S
+positions, y [R, 1, H Dh]. Rotation, scores, softmax and sums are float32. The new key and value are
+rounded to what the cache holds before they are attended to; int8 keys enter the scores, and int8
+values their weights, with their scales. y is rounded once; with 16-bit inputs
+`split_attention_kernel` also rounds the rotated q and the weights of the values.
 
-slots and starts are read on the device, so one captured graph serves every position. A row whose position the cache or
-the table does not have writes 0 to y and nothing to the cache: a replay too many must not reach the next slot. The new
+slots and starts are read on the device, so one captured graph serves every position. A row whose
+position the cache or
+the table does not have writes 0 to y and nothing to the cache: a replay too many must not reach the
+next slot. The new
 key and value never pass through memory: they begin the sum of the program that stores them.
 
-S <= 16 (the 11 positions of the patch decoder, 64 heads x 16): `small_decode_kernel`, a few heads a program, one warp
-for 512 key elements, all in registers. Nothing is as small as the launch itself here.
+S <= 16 (the 11 positions of the patch decoder, 64 heads x 16): `small_decode_kernel`, a few heads a
+program, one warp for 512 key elements, all in registers. Nothing is as small as the launch itself
+here.
 
-Longer caches: `split_attention_kernel`, split-KV. A program holds all H / Hkv query heads of one key/value head, so a
-key is read once, and one of SPLITS equal parts of the row's length, in blocks of 32 keys of which two are in flight.
-SPLITS depends on the greatest length alone, so a row's result depends on nothing around it. `merge_splits_kernel` joins
-the parts in order where there are several. Bytes: 2 p Hkv Dh of cache (int8: 2 p Hkv (Dh + 4)), and 8 SPLITS H Dh of
-float32 partials (6% of it at 8192).
+Longer caches: `split_attention_kernel`, split-KV. A program holds all H / Hkv query heads of one
+key/value head, so a key is read once, and one of SPLITS equal parts of the row's length, in blocks
+of 32 keys of which two are in flight. SPLITS depends on the greatest length alone, so a row's
+result depends on nothing around it. `merge_splits_kernel` joins the parts in order where there are
+several. Bytes: 2 p Hkv Dh of cache (int8: 2 p Hkv (Dh + 4)), and 8 SPLITS H Dh of float32 partials
+(6% of it at 8192).
 """
 
 from __future__ import annotations
@@ -31,11 +36,17 @@ from math import log2, sqrt
 import torch
 from torch import Tensor
 
-from . import native
-from .attention import SMALL, attention, small_block, small_warps
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .kv_cache import APPEND_UNALIGNED, LayerKV, append_signature, scale_of, to_levels
-from .rope import load_angles, load_turned, rope_append_ref
+from mimo_fast.kernels.attention import SMALL, attention, small_block, small_warps
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.kv_cache import (
+    APPEND_UNALIGNED,
+    LayerKV,
+    append_signature,
+    scale_of,
+    to_levels,
+)
+from mimo_fast.kernels.rope import load_angles, load_turned, rope_append_ref
 
 SPLITS = ((64, 1), (256, 4), (1024, 16))
 """(largest length, splits); 64 beyond."""
@@ -51,7 +62,11 @@ def decode_attention_ref(
         if 0 <= start < min(table.shape[1], cache.capacity):
             row = slice(r, r + 1)
             q = rope_append_ref(qkv[row], table, cache, slots[row], starts[row], heads)
-            y[r] = attention(q, *cache.read(slot, start + 1, qkv.dtype), causal=False).transpose(1, 2).flatten(2)
+            y[r] = (
+                attention(q, *cache.read(slot, start + 1, qkv.dtype), causal=False)
+                .transpose(1, 2)
+                .flatten(2)
+            )
     return y
 
 
@@ -64,11 +79,33 @@ def row_length(starts_ptr, i_row, LIMIT):
 
 @jit
 def small_decode_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, y_ptr, slots_ptr, starts_ptr,
-    stride_xr, stride_cb, stride_ch, stride_cs, stride_sb, stride_sh, LIMIT, H, HKV, scale,
-    DH: tl.constexpr, SHARE: tl.constexpr, QUANTIZED: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    y_ptr,
+    slots_ptr,
+    starts_ptr,
+    stride_xr,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    stride_sb,
+    stride_sh,
+    LIMIT,
+    H,
+    HKV,
+    scale,
+    DH: tl.constexpr,
+    SHARE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     position = length - 1
@@ -80,14 +117,22 @@ def small_decode_kernel(
     qkv_ptr += i_row * stride_xr
     b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d, m_h & m_d, b_cos, b_sin, DH // 2) * scale
     b_k_new = load_turned(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_h & m_d, b_cos, b_sin, DH // 2)
-    b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_h & m_d, other=0.0).to(tl.float32)
+    b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_h & m_d, other=0.0).to(
+        tl.float32
+    )
 
     o_cache = i_slot * stride_cb + o_kv[:, None] * stride_ch
     # Of the heads that share a key/value head, the first stores it.
     m_new = m_h & (o_h % SHARE == 0)[:, None] & m_d
     if QUANTIZED:
-        b_k_scale, b_v_scale = scale_of(tl.max(tl.abs(b_k_new), axis=1)), scale_of(tl.max(tl.abs(b_v_new), axis=1))
-        b_k_new, b_v_new = to_levels(b_k_new, b_k_scale[:, None]), to_levels(b_v_new, b_v_scale[:, None])
+        b_k_scale, b_v_scale = (
+            scale_of(tl.max(tl.abs(b_k_new), axis=1)),
+            scale_of(tl.max(tl.abs(b_v_new), axis=1)),
+        )
+        b_k_new, b_v_new = (
+            to_levels(b_k_new, b_k_scale[:, None]),
+            to_levels(b_v_new, b_v_scale[:, None]),
+        )
         o_scale = i_slot * stride_sb + o_kv * stride_sh
         m_scale = (o_h < tl.where(length > 0, H, 0)) & (o_h % SHARE == 0)
         tl.store(k_scales_ptr + o_scale + position, b_k_scale, mask=m_scale)
@@ -122,11 +167,36 @@ def small_decode_kernel(
 
 @jit
 def split_attention_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, y_ptr, part_ptr, stats_ptr, slots_ptr,
-    starts_ptr, stride_xr, stride_cb, stride_ch, stride_cs, stride_sb, stride_sh, LIMIT, H, HKV, scale,
-    DH: tl.constexpr, SHARE: tl.constexpr, QUANTIZED: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    y_ptr,
+    part_ptr,
+    stats_ptr,
+    slots_ptr,
+    starts_ptr,
+    stride_xr,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    stride_sb,
+    stride_sh,
+    LIMIT,
+    H,
+    HKV,
+    scale,
+    DH: tl.constexpr,
+    SHARE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_split, i_kv, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -138,9 +208,13 @@ def split_attention_kernel(
     m_d = o_d < DH
     m_q = (o_g < SHARE)[:, None] & m_d[None, :]
     m_new = o_d < tl.where(owner, DH, 0)
-    b_cos, b_sin = load_angles(cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2)
+    b_cos, b_sin = load_angles(
+        cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2
+    )
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2)
+    b_q = load_turned(
+        qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
+    )
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
     b_k_new = load_turned(qkv_ptr, (H + i_kv) * DH, o_d, m_new, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_new, other=0.0).to(tl.float32)
@@ -149,14 +223,19 @@ def split_attention_kernel(
     head_scale = i_slot * stride_sb + i_kv.to(tl.int64) * stride_sh
     b_k_scale, b_v_scale = 1.0, 1.0
     if QUANTIZED:
-        b_k_scale, b_v_scale = scale_of(tl.max(tl.abs(b_k_new), axis=0)), scale_of(tl.max(tl.abs(b_v_new), axis=0))
+        b_k_scale, b_v_scale = (
+            scale_of(tl.max(tl.abs(b_k_new), axis=0)),
+            scale_of(tl.max(tl.abs(b_v_new), axis=0)),
+        )
         b_k_new, b_v_new = to_levels(b_k_new, b_k_scale), to_levels(b_v_new, b_v_scale)
         tl.store(k_scales_ptr + head_scale + position, b_k_scale, mask=owner)
         tl.store(v_scales_ptr + head_scale + position, b_v_scale, mask=owner)
     b_k_new, b_v_new = b_k_new.to(k_ptr.dtype.element_ty), b_v_new.to(v_ptr.dtype.element_ty)
     tl.store(k_ptr + head + position * stride_cs + o_d, b_k_new, mask=m_new)
     tl.store(v_ptr + head + position * stride_cs + o_d, b_v_new, mask=m_new)
-    b_score = tl.sum(b_q.to(tl.float32) * b_k_new.to(tl.float32)[None, :], axis=1) * (b_k_scale * scale)
+    b_score = tl.sum(b_q.to(tl.float32) * b_k_new.to(tl.float32)[None, :], axis=1) * (
+        b_k_scale * scale
+    )
     b_max = tl.where(owner, b_score, -float("inf"))
     b_sum = tl.where(owner, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)
     b_y = tl.zeros([BLOCK_G, BLOCK_D], tl.float32) + (b_v_new.to(tl.float32) * b_v_scale)[None, :]
@@ -183,7 +262,9 @@ def split_attention_kernel(
     o_row = i_row * H + o_h
     if SPLITS == 1:
         b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-        tl.store(y_ptr + o_row[:, None] * DH + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_q)
+        tl.store(
+            y_ptr + o_row[:, None] * DH + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_q
+        )
     elif first < length:
         o_part = o_row * SPLITS + i_split
         tl.store(part_ptr + o_part[:, None] * DH + o_d[None, :], b_y, mask=m_q)
@@ -193,9 +274,17 @@ def split_attention_kernel(
 
 @jit
 def merge_splits_kernel(
-    part_ptr, stats_ptr, y_ptr, starts_ptr, LIMIT, H,
-    DH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    stats_ptr,
+    y_ptr,
+    starts_ptr,
+    LIMIT,
+    H,
+    DH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_head, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -205,7 +294,11 @@ def merge_splits_kernel(
     o_part = (i_row * H + i_head) * SPLITS + o_split
     b_max = tl.load(stats_ptr + o_part * 2, mask=m_split, other=-float("inf"))
     b_sum = tl.load(stats_ptr + o_part * 2 + 1, mask=m_split, other=0.0)
-    b_y = tl.load(part_ptr + o_part[:, None] * DH + o_d[None, :], mask=m_split[:, None] & m_d[None, :], other=0.0)
+    b_y = tl.load(
+        part_ptr + o_part[:, None] * DH + o_d[None, :],
+        mask=m_split[:, None] & m_d[None, :],
+        other=0.0,
+    )
     b_top = tl.max(b_max, axis=0)
     b_weight = tl.exp2(b_max - tl.where(b_top == -float("inf"), 0.0, b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
@@ -214,19 +307,31 @@ def merge_splits_kernel(
 
 
 def decode_attention(
-    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int, max_length: int
+    qkv: Tensor,
+    table: Tensor,
+    cache: LayerKV,
+    slots: Tensor,
+    starts: Tensor,
+    heads: int,
+    max_length: int,
 ) -> Tensor:
-    """qkv [R, 1, (heads + 2 Hkv) Dh] -> [R, 1, heads Dh]; row r appends to position starts[r] of slot slots[r].
+    """qkv [R, 1, (heads + 2 Hkv) Dh] -> [R, 1, heads Dh]; row r appends to position starts[r] of
+    slot slots[r].
 
-    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts: int64 [R], the slots different. max_length: no row
-    attends to more positions. It decides how the work is split, and so the rounding: give every step of a run the same.
+    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts: int64 [R], the slots different.
+    max_length: no row attends to more positions. It decides how the work is split, and so the
+    rounding: give every step of a run the same.
     """
     cache.check_append(qkv, table, slots, starts, heads)
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
-        raise ValueError(f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads in equal shares")
+        raise ValueError(
+            f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads in equal shares"
+        )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)
-        return (native.decode_attention if takes else decode_attention_ref)(qkv, table, cache, slots, starts, heads)
+        return (native.decode_attention if takes else decode_attention_ref)(
+            qkv, table, cache, slots, starts, heads
+        )
     if cache.capacity <= SMALL:
         return _small_attention(qkv, table, cache, slots, starts, heads)
     return _split_attention(qkv, table, cache, slots, starts, heads, max_length)
@@ -239,57 +344,123 @@ def _small_attention(
     block = small_block(heads, cache.capacity, dh)
     y = torch.empty(len(qkv), 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
     small_decode_kernel[(len(qkv), -(-heads // block["BLOCK_H"]))](
-        **cache.append_arguments(qkv, table, slots, starts), y_ptr=y, H=heads, HKV=kv_heads,
-        scale=log2(EULER) / sqrt(dh), DH=dh, SHARE=heads // kv_heads, num_warps=small_warps(block), **block,
-    )  # fmt: skip
+        **cache.append_arguments(qkv, table, slots, starts),
+        y_ptr=y,
+        H=heads,
+        HKV=kv_heads,
+        scale=log2(EULER) / sqrt(dh),
+        DH=dh,
+        SHARE=heads // kv_heads,
+        num_warps=small_warps(block),
+        **block,
+    )
     return y
 
 
 def _split_attention(
-    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int, max_length: int
+    qkv: Tensor,
+    table: Tensor,
+    cache: LayerKV,
+    slots: Tensor,
+    starts: Tensor,
+    heads: int,
+    max_length: int,
 ) -> Tensor:
     rows, kv_heads, dh = len(qkv), cache.k.shape[1], cache.k.shape[3]
     splits = next((count for limit, count in SPLITS if max_length <= limit), 64)
     share, block_d = heads // kv_heads, max(16, next_power_of_2(dh))
     y = torch.empty(rows, 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
     part, stats = (
-        y if splits == 1 else torch.empty(rows, heads, splits, width, device=qkv.device) for width in (dh, 2)
+        y if splits == 1 else torch.empty(rows, heads, splits, width, device=qkv.device)
+        for width in (dh, 2)
     )
     arguments = cache.append_arguments(qkv, table, slots, starts)
     split_attention_kernel[(splits, kv_heads, rows)](
-        **arguments, y_ptr=y, part_ptr=part, stats_ptr=stats, H=heads, HKV=kv_heads, scale=log2(EULER) / sqrt(dh),
-        DH=dh, SHARE=share, SPLITS=splits, BLOCK_G=max(16, next_power_of_2(share)), BLOCK_S=BLOCK_S, BLOCK_D=block_d,
-        num_warps=2 * qkv.element_size(), num_stages=3,
-    )  # fmt: skip
+        **arguments,
+        y_ptr=y,
+        part_ptr=part,
+        stats_ptr=stats,
+        H=heads,
+        HKV=kv_heads,
+        scale=log2(EULER) / sqrt(dh),
+        DH=dh,
+        SHARE=share,
+        SPLITS=splits,
+        BLOCK_G=max(16, next_power_of_2(share)),
+        BLOCK_S=BLOCK_S,
+        BLOCK_D=block_d,
+        num_warps=2 * qkv.element_size(),
+        num_stages=3,
+    )
     if splits > 1:
         merge_splits_kernel[(heads, rows)](
-            part_ptr=part, stats_ptr=stats, y_ptr=y, starts_ptr=starts, LIMIT=arguments["LIMIT"], H=heads, DH=dh,
-            SPLITS=splits, BLOCK_S=BLOCK_S, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
+            part_ptr=part,
+            stats_ptr=stats,
+            y_ptr=y,
+            starts_ptr=starts,
+            LIMIT=arguments["LIMIT"],
+            H=heads,
+            DH=dh,
+            SPLITS=splits,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
     return y
 
 
-def decode_attention_bytes(lengths: Sequence[int], kv_heads: int, dh: int, itemsize: int, quantized: bool) -> int:
+def decode_attention_bytes(
+    lengths: Sequence[int], kv_heads: int, dh: int, itemsize: int, quantized: bool
+) -> int:
     """Bytes that must move: the keys and values of each row's length, with their scales."""
     return 2 * sum(lengths) * kv_heads * (dh + 4 if quantized else dh * itemsize)
 
 
 def compile_cases() -> Iterator[Case]:
-    """Patch decoder (64 heads x 16), backbone (32/8 heads x 128) in every split; float32 and int8 caches."""
+    """Patch decoder (64 heads x 16), backbone (32/8 heads x 128) in every split; float32 and int8
+    caches."""
     floats = {"scale": "fp32", "part_ptr": "*fp32", "stats_ptr": "*fp32"}
     for dtype, quantized in (("bf16", False), ("fp32", False), ("bf16", True)):
         name, block = dtype + " int8" * quantized, small_block(64, 11, 16)
         signature = append_signature(dtype, quantized) | {"y_ptr": f"*{dtype}"}
         flags = {"DH": 16, "SHARE": 1, "QUANTIZED": quantized}
-        yield Case(f"small_decode {name}", small_decode_kernel, signature | {"scale": "fp32"}, flags | block,
-                   small_warps(block), ieee=dtype == "fp32", wide_loads=True, unaligned=APPEND_UNALIGNED)  # fmt: skip
+        yield Case(
+            f"small_decode {name}",
+            small_decode_kernel,
+            signature | {"scale": "fp32"},
+            flags | block,
+            small_warps(block),
+            ieee=dtype == "fp32",
+            wide_loads=True,
+            unaligned=APPEND_UNALIGNED,
+        )
         block = {"DH": 128, "BLOCK_S": BLOCK_S, "BLOCK_D": 128}
         flags = block | {"SHARE": 4, "QUANTIZED": quantized, "BLOCK_G": 16}
         for splits in (1, 4, 16, 64) if dtype == "bf16" else (64,):
-            yield Case(f"split_attention {name} splits={splits}", split_attention_kernel, signature | floats,
-                       flags | {"SPLITS": splits}, 8 if dtype == "fp32" else 4, 3, ieee=dtype == "fp32",
-                       wide_loads=True, unaligned=APPEND_UNALIGNED)  # fmt: skip
+            yield Case(
+                f"split_attention {name} splits={splits}",
+                split_attention_kernel,
+                signature | floats,
+                flags | {"SPLITS": splits},
+                8 if dtype == "fp32" else 4,
+                3,
+                ieee=dtype == "fp32",
+                wide_loads=True,
+                unaligned=APPEND_UNALIGNED,
+            )
     for splits in (4, 16, 64):
-        signature = {"part_ptr": "*fp32", "stats_ptr": "*fp32", "y_ptr": "*bf16", "starts_ptr": "*i64"}
-        yield Case(f"merge_splits splits={splits}", merge_splits_kernel, signature | {"LIMIT": "i32", "H": "i32"},
-                   block | {"SPLITS": splits}, 4, wide_loads=True, unaligned=("LIMIT", "H"))  # fmt: skip
+        signature = {
+            "part_ptr": "*fp32",
+            "stats_ptr": "*fp32",
+            "y_ptr": "*bf16",
+            "starts_ptr": "*i64",
+        }
+        yield Case(
+            f"merge_splits splits={splits}",
+            merge_splits_kernel,
+            signature | {"LIMIT": "i32", "H": "i32"},
+            block | {"SPLITS": splits},
+            4,
+            wide_loads=True,
+            unaligned=("LIMIT", "H"),
+        )

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: Triton on CUDA tensors, plain torch on all others.
 
-MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as the tests use it.
+MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as
+the tests use it.
 """
 
 import os
@@ -35,7 +36,8 @@ def use_triton(x: Tensor) -> bool:
 
 
 def jit(kernel):
-    """`triton.jit`, or the function untouched where Triton is missing: then it is never launched."""
+    """`triton.jit`, or the function untouched where Triton is missing: then it is never
+    launched."""
     return kernel if triton is None else triton.jit(kernel)
 
 

@@ -1,10 +1,12 @@
-"""Keys and values of one layer, in the activations' dtype or as int8 with a float32 scale a position and head.
+"""Keys and values of one layer, in the activations' dtype or as int8 with a float32 scale a
+position and head.
 
     scale = max |x| / 127,  stored = round(x / scale),  read as scale stored      x: one head of one position
 
-The scale is of the float32 value, after the rotation of a key; a head of zeros has scale 0. Scales lie apart, position
-by position, so that a block of positions reads its scales as one line and its int8 heads in 16-byte loads. A cached
-position takes 2 Hkv (Dh + 4) bytes instead of 4 Hkv Dh: 52% at Dh = 128.
+The scale is of the float32 value, after the rotation of a key; a head of zeros has scale 0. Scales
+lie apart, position by position, so that a block of positions reads its scales as one line and its
+int8 heads in 16-byte loads. A cached position takes 2 Hkv (Dh + 4) bytes instead of 4 Hkv Dh: 52%
+at Dh = 128.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl
+from mimo_fast.kernels.dispatch import jit, tl
 
 LEVELS = 127
 
@@ -26,7 +28,8 @@ class LayerKV:
 
     Args:
         k, v: [B, Hkv, S, Dh] of one layout, heads contiguous; int8 where there are scales.
-        k_scales, v_scales: float32 [B, Hkv, S] of one layout, positions contiguous; or None for none.
+        k_scales, v_scales: float32 [B, Hkv, S] of one layout, positions contiguous; or None for
+            none.
 
     Raises:
         ValueError: they do not go together.
@@ -39,15 +42,29 @@ class LayerKV:
 
     def __post_init__(self) -> None:
         k, v, scales, v_scales = self.k, self.v, self.k_scales, self.v_scales
-        if k.shape != v.shape or k.stride() != v.stride() or k.dtype != v.dtype or k.stride(-1) != 1:
-            raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must be of one layout with contiguous heads")
+        if (
+            k.shape != v.shape
+            or k.stride() != v.stride()
+            or k.dtype != v.dtype
+            or k.stride(-1) != 1
+        ):
+            raise ValueError(
+                f"k {list(k.shape)} and v {list(v.shape)} must be of one layout with contiguous heads"
+            )
         if (scales is None) != (v_scales is None) or (scales is None) == (k.dtype == torch.int8):
             raise ValueError("int8 keys and values come with scales for both, others with none")
-        if scales is not None and v_scales is not None and not (
-            scales.shape == v_scales.shape == k.shape[:3] and scales.stride() == v_scales.stride()
-            and scales.stride(2) == 1
-        ):  # fmt: skip
-            raise ValueError(f"scales must be [B, Hkv, S] of one layout with contiguous positions, not {scales.shape}")
+        if (
+            scales is not None
+            and v_scales is not None
+            and not (
+                scales.shape == v_scales.shape == k.shape[:3]
+                and scales.stride() == v_scales.stride()
+                and scales.stride(2) == 1
+            )
+        ):
+            raise ValueError(
+                f"scales must be [B, Hkv, S] of one layout with contiguous positions, not {scales.shape}"
+            )
 
     @property
     def capacity(self) -> int:
@@ -64,36 +81,64 @@ class LayerKV:
                 stored[slot, :, place], scales[slot, :, place] = quantize_heads(x)
 
     def read(self, slot: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each; int8 ones dequantized to a dtype."""
+        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each; int8 ones dequantized
+        to a dtype."""
         k, v = self.k[slot : slot + 1, :, :end], self.v[slot : slot + 1, :, :end]
         if self.k_scales is None or self.v_scales is None:
             return k, v
-        k_scales, v_scales = (scales[slot : slot + 1, :, :end, None] for scales in (self.k_scales, self.v_scales))
+        k_scales, v_scales = (
+            scales[slot : slot + 1, :, :end, None] for scales in (self.k_scales, self.v_scales)
+        )
         return (k * k_scales).to(dtype), (v * v_scales).to(dtype)
 
-    def check_append(self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor, heads: int) -> None:
-        """Raises ValueError unless rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and appended."""
+    def check_append(
+        self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor, heads: int
+    ) -> None:
+        """Raises ValueError unless rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and
+        appended."""
         rows, _, width = qkv.shape
         kv_heads, head_dim = self.k.shape[1], self.k.shape[3]
         if width != (heads + 2 * kv_heads) * head_dim:
-            raise ValueError(f"qkv of width {width} is not {heads} + 2 x {kv_heads} heads of {head_dim}")
+            raise ValueError(
+                f"qkv of width {width} is not {heads} + 2 x {kv_heads} heads of {head_dim}"
+            )
         if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
-            raise ValueError(f"an append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles")
+            raise ValueError(
+                f"an append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles"
+            )
         if any(x.stride(-1) != 1 for x in (qkv, slots, starts)) or not table.is_contiguous():
-            raise ValueError("an append needs qkv, slots, starts and table contiguous over their last dimension")
+            raise ValueError(
+                "an append needs qkv, slots, starts and table contiguous over their last dimension"
+            )
         if self.k_scales is None and self.k.dtype != qkv.dtype:
-            raise ValueError(f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it in that, or quantized")
+            raise ValueError(
+                f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it in that, or quantized"
+            )
 
-    def append_arguments(self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor) -> dict[str, Any]:
+    def append_arguments(
+        self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor
+    ) -> dict[str, Any]:
         """What every kernel that appends is launched with."""
         k_scales, v_scales = (self.k if x is None else x for x in (self.k_scales, self.v_scales))
         return {
-            "qkv_ptr": qkv, "cos_ptr": table[0], "sin_ptr": table[1], "k_ptr": self.k, "v_ptr": self.v,
-            "k_scales_ptr": k_scales, "v_scales_ptr": v_scales, "slots_ptr": slots, "starts_ptr": starts,
-            "stride_xr": qkv.stride(0), "stride_cb": self.k.stride(0), "stride_ch": self.k.stride(1),
-            "stride_cs": self.k.stride(2), "stride_sb": k_scales.stride(0), "stride_sh": k_scales.stride(1),
-            "LIMIT": min(table.shape[1], self.capacity), "QUANTIZED": self.k_scales is not None,
-        }  # fmt: skip
+            "qkv_ptr": qkv,
+            "cos_ptr": table[0],
+            "sin_ptr": table[1],
+            "k_ptr": self.k,
+            "v_ptr": self.v,
+            "k_scales_ptr": k_scales,
+            "v_scales_ptr": v_scales,
+            "slots_ptr": slots,
+            "starts_ptr": starts,
+            "stride_xr": qkv.stride(0),
+            "stride_cb": self.k.stride(0),
+            "stride_ch": self.k.stride(1),
+            "stride_cs": self.k.stride(2),
+            "stride_sb": k_scales.stride(0),
+            "stride_sh": k_scales.stride(1),
+            "LIMIT": min(table.shape[1], self.capacity),
+            "QUANTIZED": self.k_scales is not None,
+        }
 
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +155,8 @@ def scale_of(b_largest):
 
 @jit
 def to_levels(b_x, b_scale):
-    """b_x / b_scale rounded half to even, in float32: adding 1.5 x 2^23 leaves no bits for a fraction."""
+    """b_x / b_scale rounded half to even, in float32: adding 1.5 x 2^23 leaves no bits for a
+    fraction."""
     b_levels = tl.div_rn(b_x, tl.where(b_scale > 0, b_scale, 1.0) + tl.zeros_like(b_x))
     return (b_levels + 12582912.0) - 12582912.0
 
@@ -122,7 +168,13 @@ APPEND_UNALIGNED = ("LIMIT", "H", "HKV", "stride_sb", "stride_sh")
 def append_signature(dtype: str, quantized: bool) -> dict[str, str]:
     """Types of `LayerKV.append_arguments` and of the numbers of heads."""
     stored, scales = ("*i8", "*fp32") if quantized else (f"*{dtype}", f"*{dtype}")
-    types = {"qkv_ptr": f"*{dtype}", "k_ptr": stored, "v_ptr": stored, "k_scales_ptr": scales, "v_scales_ptr": scales}
+    types = {
+        "qkv_ptr": f"*{dtype}",
+        "k_ptr": stored,
+        "v_ptr": stored,
+        "k_scales_ptr": scales,
+        "v_scales_ptr": scales,
+    }
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "starts_ptr": "*i64"}
     strides = (f"stride_{name}" for name in ("xr", "cb", "ch", "cs", "sb", "sh"))
     return types | dict.fromkeys((*strides, "LIMIT", "H", "HKV"), "i32")

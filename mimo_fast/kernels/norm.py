@@ -3,13 +3,15 @@
     rms_norm:    y = x / sqrt(mean(x^2) + eps) * weight
     layer_norm:  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
-Shapes: x, y [N, D]; weight, bias [D]. Statistics and scaling are float32; y is rounded once (the plain torch RMSNorm
-rounds before the weight as well, as Qwen2 does).
+Shapes: x, y [N, D]; weight, bias [D]. Statistics and scaling are float32; y is rounded once (the
+plain torch RMSNorm rounds before the weight as well, as Qwen2 does).
 
-One program a row, the whole row in registers: D is at most 4096 here, 16 values a thread at 8 warps, so a row is read
-once and written once and needs one reduction. Bytes: N D (1 read + 1 write).
+One program a row, the whole row in registers: D is at most 4096 here, 16 values a thread at 8
+warps, so a row is read once and written once and needs one reduction. Bytes: N D (1 read + 1
+write).
 
-At decode a layer's RMSNorms are no launches of their own: `matmul` takes an `RMSNorm` and norms what it reads.
+At decode a layer's RMSNorms are no launches of their own: `matmul` takes an `RMSNorm` and norms
+what it reads.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, stride_x, D, eps, BLOCK_D: tl.cons
     b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
     b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d)
+    tl.store(
+        y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d
+    )
 
 
 @jit
@@ -67,18 +71,31 @@ def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, stride_x, D, eps, BLOC
     b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
     b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_bias = tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i_row * D + o_d, (b_centred * b_scale * b_weight + b_bias).to(y_ptr.dtype.element_ty), mask=m_d)
+    tl.store(
+        y_ptr + i_row * D + o_d,
+        (b_centred * b_scale * b_weight + b_bias).to(y_ptr.dtype.element_ty),
+        mask=m_d,
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x.dtype."""
     if not use_triton(x):
         return rms_norm_ref(x, weight, eps)
-    rows, y = _rows(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, y = (
+        _rows(x, weight),
+        torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out,
+    )
     dim = x.shape[-1]
     rms_norm_kernel[(len(rows),)](
-        x_ptr=rows, weight_ptr=weight, y_ptr=y, stride_x=rows.stride(0), D=dim, eps=eps,
-        BLOCK_D=next_power_of_2(dim), num_warps=_warps(dim),
+        x_ptr=rows,
+        weight_ptr=weight,
+        y_ptr=y,
+        stride_x=rows.stride(0),
+        D=dim,
+        eps=eps,
+        BLOCK_D=next_power_of_2(dim),
+        num_warps=_warps(dim),
     )
     return y
 
@@ -90,8 +107,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     rows, y = _rows(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format)
     dim = x.shape[-1]
     layer_norm_kernel[(len(rows),)](
-        x_ptr=rows, weight_ptr=weight, bias_ptr=bias, y_ptr=y, stride_x=rows.stride(0), D=dim, eps=eps,
-        BLOCK_D=next_power_of_2(dim), num_warps=_warps(dim),
+        x_ptr=rows,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        stride_x=rows.stride(0),
+        D=dim,
+        eps=eps,
+        BLOCK_D=next_power_of_2(dim),
+        num_warps=_warps(dim),
     )
     return y
 
@@ -116,9 +140,28 @@ def _warps(dim: int) -> int:
 
 def compile_cases() -> Iterator[Case]:
     """Every configuration the launchers choose at the published widths."""
-    rms = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "y_ptr": "*bf16", "stride_x": "i32", "D": "i32", "eps": "fp32"}
+    rms = {
+        "x_ptr": "*bf16",
+        "weight_ptr": "*bf16",
+        "y_ptr": "*bf16",
+        "stride_x": "i32",
+        "D": "i32",
+        "eps": "fp32",
+    }
     for dim in (4096, 1024):
-        yield Case(f"rms_norm D={dim}", rms_norm_kernel, rms, {"BLOCK_D": next_power_of_2(dim)}, _warps(dim))
+        yield Case(
+            f"rms_norm D={dim}",
+            rms_norm_kernel,
+            rms,
+            {"BLOCK_D": next_power_of_2(dim)},
+            _warps(dim),
+        )
     layer = rms | {"bias_ptr": "*bf16"}
     for dim in (1280, 256):
-        yield Case(f"layer_norm D={dim}", layer_norm_kernel, layer, {"BLOCK_D": next_power_of_2(dim)}, _warps(dim))
+        yield Case(
+            f"layer_norm D={dim}",
+            layer_norm_kernel,
+            layer,
+            {"BLOCK_D": next_power_of_2(dim)},
+            _warps(dim),
+        )

@@ -1,15 +1,19 @@
-"""Embedding of speech patches: per frame, the sum over channels of one table row a code, the empty code adding nothing.
+"""Embedding of speech patches: per frame, the sum over channels of one table row a code, the empty
+code adding nothing.
 
     y[n, g] = sum_c table[offset_c + codes[n, c, g]]  where codes[n, c, g] != empty_c
 
-Shapes: codes [N, C, G] int64 (any strides: the sampler's output as it lies), table [sum V_c, D], offsets and empty [C]
-int64, y [N, G, D] in the table's dtype. All channels share one table, channel c owning rows offset_c ... offset_c +
-V_c - 1. Summed in float32 in the order of the channels, rounded once. The row of an empty code is never read.
+Shapes: codes [N, C, G] int64 (any strides: the sampler's output as it lies), table [sum V_c, D],
+offsets and empty [C] int64, y [N, G, D] in the table's dtype. All channels share one table, channel
+c owning rows offset_c ... offset_c + V_c - 1. Summed in float32 in the order of the channels,
+rounded once. The row of an empty code is never read.
 
-A gather has no reuse, so only bytes in flight count: the channels are unrolled, so that the code loads of all of them
-overlap, and then their row loads, 16 bytes a thread in 16-bit types. A prefill has thousands of frames: a program takes
-1024 columns of one, so that the codes are read once where D = 1024. A decode step has G = 4 frames and would leave a
-card idle: its programs take 256 columns, a warp each. Bytes: N G (C D reads + D writes + 8 C of codes).
+A gather has no reuse, so only bytes in flight count: the channels are unrolled, so that the code
+loads of all of them overlap, and then their row loads, 16 bytes a thread in 16-bit types. A prefill
+has thousands of frames: a program takes 1024 columns of one, so that the codes are read once where
+D = 1024. A decode step has G = 4 frames and would leave a
+card idle: its programs take 256 columns, a warp each. Bytes: N G (C D reads + D writes + 8 C of
+codes).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 FEW_FRAMES = 128
 """Frames below which a frame is split over programs."""
@@ -32,9 +36,20 @@ def patch_embed_ref(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor
 
 @jit
 def patch_embed_kernel(
-    codes_ptr, table_ptr, offsets_ptr, empty_ptr, y_ptr, stride_cn, stride_cc, stride_cg, stride_table, G, D,
-    C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    table_ptr,
+    offsets_ptr,
+    empty_ptr,
+    y_ptr,
+    stride_cn,
+    stride_cc,
+    stride_cg,
+    stride_table,
+    G,
+    D,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_frame = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -44,7 +59,9 @@ def patch_embed_kernel(
         b_code = tl.load(codes_ptr + i_c * stride_cc)
         b_row = (b_code + tl.load(offsets_ptr + i_c)).to(tl.int64)
         b_width = tl.where(b_code == tl.load(empty_ptr + i_c), 0, D)
-        b_y += tl.load(table_ptr + b_row * stride_table + o_d, mask=o_d < b_width, other=0.0).to(tl.float32)
+        b_y += tl.load(table_ptr + b_row * stride_table + o_d, mask=o_d < b_width, other=0.0).to(
+            tl.float32
+        )
     tl.store(y_ptr + i_frame * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -55,16 +72,29 @@ def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) ->
     patches, channels, frames = codes.shape
     dim = table.shape[1]
     if len(offsets) != channels or len(empty) != channels:
-        raise ValueError(f"{channels} channels of codes, but {len(offsets)} offsets and {len(empty)} empty codes")
+        raise ValueError(
+            f"{channels} channels of codes, but {len(offsets)} offsets and {len(empty)} empty codes"
+        )
     if table.stride(1) != 1 or offsets.stride(0) != 1 or empty.stride(0) != 1:
         raise ValueError("rows of the table, offsets and empty codes must be contiguous")
     y = torch.empty(patches, frames, dim, dtype=table.dtype, device=table.device)
     if y.numel():
         block, warps = _tile(patches * frames, dim)
         patch_embed_kernel[(patches * frames, -(-dim // block))](
-            codes_ptr=codes, table_ptr=table, offsets_ptr=offsets, empty_ptr=empty, y_ptr=y, stride_cn=codes.stride(0),
-            stride_cc=codes.stride(1), stride_cg=codes.stride(2), stride_table=table.stride(0), G=frames, D=dim,
-            C=channels, BLOCK_D=block, num_warps=warps,
+            codes_ptr=codes,
+            table_ptr=table,
+            offsets_ptr=offsets,
+            empty_ptr=empty,
+            y_ptr=y,
+            stride_cn=codes.stride(0),
+            stride_cc=codes.stride(1),
+            stride_cg=codes.stride(2),
+            stride_table=table.stride(0),
+            G=frames,
+            D=dim,
+            C=channels,
+            BLOCK_D=block,
+            num_warps=warps,
         )
     return y
 
@@ -82,12 +112,27 @@ def _tile(frames: int, dim: int) -> tuple[int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both configurations at 8 channels of width 1024."""
-    signature = {"codes_ptr": "*i64", "table_ptr": "*bf16", "offsets_ptr": "*i64", "empty_ptr": "*i64",
-                 "y_ptr": "*bf16", "stride_cn": "i32", "stride_cc": "i32", "stride_cg": "i32", "stride_table": "i32",
-                 "G": "i32", "D": "i32"}
+    signature = {
+        "codes_ptr": "*i64",
+        "table_ptr": "*bf16",
+        "offsets_ptr": "*i64",
+        "empty_ptr": "*i64",
+        "y_ptr": "*bf16",
+        "stride_cn": "i32",
+        "stride_cc": "i32",
+        "stride_cg": "i32",
+        "stride_table": "i32",
+        "G": "i32",
+        "D": "i32",
+    }
     for name, frames in (("decode", 4), ("prefill", FEW_FRAMES)):
         block, warps = _tile(frames, 1024)
         yield Case(
-            f"patch_embed {name}", patch_embed_kernel, signature, {"C": 8, "BLOCK_D": block}, warps, wide_loads=True,
+            f"patch_embed {name}",
+            patch_embed_kernel,
+            signature,
+            {"C": 8, "BLOCK_D": block},
+            warps,
+            wide_loads=True,
             unaligned=("stride_cn", "stride_cc", "stride_cg", "G"),
         )

@@ -1,21 +1,25 @@
-"""Rotary position embedding, half-split ("rotate half") form, as in Qwen2; alone, or with the append to the KV cache.
+"""Rotary position embedding, half-split ("rotate half") form, as in Qwen2; alone, or with the
+append to the KV cache.
 
     y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin,  angle = position / theta^(2 i / Dh)
 
-where x1 and x2 are the halves of a head. Angles, cosines and the rotation are float32 whatever the activations are;
-y is rounded once, to x's dtype.
+where x1 and x2 are the halves of a head. Angles, cosines and the rotation are float32 whatever the
+activations are; y is rounded once, to x's dtype.
 
     rope:         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its positions -> y
     rope_append:  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds positions
-                  starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are rotated there, k and v written
-                  to the cache (`kv_cache.py`, which quantizes them or not), q returned as [R, H, T, Dh].
+                  starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are rotated there,
+                  k and v written to the cache (`kv_cache.py`, which quantizes them or not), q
+                  returned as [R, H, T, Dh].
 
-slots and starts are read on the device, so that a captured graph may be replayed at the next position. Nothing is
-written for a position that the cache or the table does not have: a replay too many must not reach the next slot.
+slots and starts are read on the device, so that a captured graph may be replayed at the next
+position. Nothing is
+written for a position that the cache or the table does not have: a replay too many must not reach
+the next slot.
 
-A program turns about 1024 values, some heads of one position: each thread 8 of either half, 16-byte loads in 16-bit
-types. All heads of a position share Dh / 2 angles, which come from L1. Bytes: rope N T H Dh (1 read + 1 write);
-rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position of angles.
+A program turns about 1024 values, some heads of one position: each thread 8 of either half, 16-byte
+loads in 16-bit types. All heads of a position share Dh / 2 angles, which come from L1. Bytes: rope
+N T H Dh (1 read + 1 write); rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position of angles.
 """
 
 from __future__ import annotations
@@ -25,13 +29,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .kv_cache import APPEND_UNALIGNED, LayerKV, append_signature, scale_of, to_levels
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.kv_cache import (
+    APPEND_UNALIGNED,
+    LayerKV,
+    append_signature,
+    scale_of,
+    to_levels,
+)
 
 WARPS = 2
 
 
-def rope_table(head_dim: int, theta: float, positions: int, device: torch.device | str = "cpu") -> Tensor:
+def rope_table(
+    head_dim: int, theta: float, positions: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """cos and sin of every position: [2, positions, head_dim / 2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     angles = torch.outer(torch.arange(positions, device=device).float(), 1.0 / theta**exponents)
@@ -53,7 +65,9 @@ def rope_append_ref(
     for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
         angles = table[:, start : start + new]
         turned[row] = rope_ref(q[row], angles).transpose(0, 1)
-        cache.append(slot, start, rope_ref(k[row].float(), angles).transpose(0, 1), v[row].transpose(0, 1))
+        cache.append(
+            slot, start, rope_ref(k[row].float(), angles).transpose(0, 1), v[row].transpose(0, 1)
+        )
     return turned
 
 
@@ -66,12 +80,15 @@ def turn(b_first, b_second, b_cos, b_sin):
 def load_angles(cos_ptr, sin_ptr, o_position, o_d, m_angle, HALF: tl.constexpr):
     """cos and sin for each of the Dh values of a head."""
     o_angle = o_position * HALF + o_d % HALF
-    return tl.load(cos_ptr + o_angle, mask=m_angle, other=0.0), tl.load(sin_ptr + o_angle, mask=m_angle, other=0.0)
+    return tl.load(cos_ptr + o_angle, mask=m_angle, other=0.0), tl.load(
+        sin_ptr + o_angle, mask=m_angle, other=0.0
+    )
 
 
 @jit
 def load_turned(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
-    """Whole heads at o_x, rotated, in float32: the other half is read again, from L1. All broadcast to o_x + o_d."""
+    """Whole heads at o_x, rotated, in float32: the other half is read again, from L1. All broadcast
+    to o_x + o_d."""
     b_x = tl.load(x_ptr + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
     o_other = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
     b_other = tl.load(x_ptr + o_x + o_other, mask=m_x, other=0.0).to(tl.float32)
@@ -80,9 +97,20 @@ def load_turned(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
 
 @jit
 def rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, stride_xn, stride_xt, stride_xh, T_TABLE, T, H,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    stride_xn,
+    stride_xt,
+    stride_xh,
+    T_TABLE,
+    T,
+    H,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_n, i_t = i_row // T, i_row % T
     o_half = tl.arange(0, BLOCK_HALF)
@@ -105,10 +133,32 @@ def rope_kernel(
 
 @jit
 def rope_append_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, slots_ptr, starts_ptr,
-    stride_xr, stride_xt, stride_cb, stride_ch, stride_cs, stride_sb, stride_sh, LIMIT, T, H, HKV,
-    HALF: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    slots_ptr,
+    starts_ptr,
+    stride_xr,
+    stride_xt,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    stride_sb,
+    stride_sh,
+    LIMIT,
+    T,
+    H,
+    HKV,
+    HALF: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_r, i_t = i_row // T, i_row % T
     i_slot = tl.load(slots_ptr + i_r).to(tl.int64)
@@ -149,12 +199,15 @@ def rope_append_kernel(
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates x [..., T, H, Dh] by table [2, ..., T, Dh / 2], the rows of `rope_table` for its T positions."""
+    """Rotates x [..., T, H, Dh] by table [2, ..., T, Dh / 2], the rows of `rope_table` for its T
+    positions."""
     if not use_triton(x):
         return rope_ref(x, table)
     *lead, new, heads, head_dim = x.shape
     if tuple(table.shape[-2:]) != (new, head_dim // 2):
-        raise ValueError(f"a table {list(table.shape)} does not turn {list(x.shape)}; pass the rows of its positions")
+        raise ValueError(
+            f"a table {list(table.shape)} does not turn {list(x.shape)}; pass the rows of its positions"
+        )
     rows = x.flatten(0, -4) if lead else x[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     angles = table if table.ndim == 3 else table.expand(2, *lead, -1, -1)
@@ -163,18 +216,33 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     if y.numel():
         half_block, head_block = _tile(head_dim)
         rope_kernel[(len(rows) * new, -(-heads // head_block))](
-            x_ptr=rows, cos_ptr=cos, sin_ptr=sin, y_ptr=y, stride_xn=rows.stride(0),
-            stride_xt=rows.stride(1), stride_xh=rows.stride(2), T_TABLE=0 if table.ndim == 3 else new, T=new, H=heads,
-            HALF=head_dim // 2, BLOCK_HALF=half_block, BLOCK_H=head_block, num_warps=WARPS,
+            x_ptr=rows,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            y_ptr=y,
+            stride_xn=rows.stride(0),
+            stride_xt=rows.stride(1),
+            stride_xh=rows.stride(2),
+            T_TABLE=0 if table.ndim == 3 else new,
+            T=new,
+            H=heads,
+            HALF=head_dim // 2,
+            BLOCK_HALF=half_block,
+            BLOCK_H=head_block,
+            num_warps=WARPS,
         )
     return y
 
 
-def rope_append(qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int) -> Tensor:
-    """Rotates q and k of qkv [R, T, (heads + 2 Hkv) Dh], appends k and v to the cache, returns q [R, heads, T, Dh].
+def rope_append(
+    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
+) -> Tensor:
+    """Rotates q and k of qkv [R, T, (heads + 2 Hkv) Dh], appends k and v to the cache, returns q
+    [R, heads, T, Dh].
 
-    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts int64 [R], the slots different; every starts[r] + T
-    must be within P and the cache's S (the kernel leaves out positions that are not).
+    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts int64 [R], the slots different;
+    every starts[r] + T must be within P and the cache's S (the kernel leaves out positions that are
+    not).
     """
     cache.check_append(qkv, table, slots, starts, heads)
     if not use_triton(qkv):
@@ -184,14 +252,23 @@ def rope_append(qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, start
     q = torch.empty(rows, heads, new, head_dim, dtype=qkv.dtype, device=qkv.device)
     half_block, head_block = _tile(head_dim)
     rope_append_kernel[(rows * new, -(-(heads + 2 * kv_heads) // head_block))](
-        **cache.append_arguments(qkv, table, slots, starts), q_ptr=q, stride_xt=qkv.stride(1), T=new, H=heads,
-        HKV=kv_heads, HALF=head_dim // 2, BLOCK_HALF=half_block, BLOCK_H=head_block, num_warps=WARPS,
+        **cache.append_arguments(qkv, table, slots, starts),
+        q_ptr=q,
+        stride_xt=qkv.stride(1),
+        T=new,
+        H=heads,
+        HKV=kv_heads,
+        HALF=head_dim // 2,
+        BLOCK_HALF=half_block,
+        BLOCK_H=head_block,
+        num_warps=WARPS,
     )
     return q
 
 
 def rope_bytes(positions: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes that must move, of rope or (heads = H + 2 Hkv) rope_append: activations in and out, angles in."""
+    """Bytes that must move, of rope or (heads = H + 2 Hkv) rope_append: activations in and out,
+    angles in."""
     return positions * head_dim * (2 * heads * itemsize + 4)
 
 
@@ -202,21 +279,43 @@ def _tile(head_dim: int) -> tuple[int, int]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Head widths 16 (small transformers, vocoder), 64 (codec) and 128 (backbone); any number of heads."""
-    signature = {f"{name}_ptr": "*bf16" for name in "xy"} | {f"{name}_ptr": "*fp32" for name in ("cos", "sin")}
+    """Head widths 16 (small transformers, vocoder), 64 (codec) and 128 (backbone); any number of
+    heads."""
+    signature = {f"{name}_ptr": "*bf16" for name in "xy"} | {
+        f"{name}_ptr": "*fp32" for name in ("cos", "sin")
+    }
     signature |= dict.fromkeys(("stride_xn", "stride_xt", "stride_xh", "T_TABLE", "T", "H"), "i32")
     for head_dim in (16, 64):
         half_block, head_block = _tile(head_dim)
         constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
         yield Case(
-            f"rope Dh={head_dim}", rope_kernel, signature, constexprs, WARPS,
-            wide_loads=True, unaligned=("T", "H", "T_TABLE"),
+            f"rope Dh={head_dim}",
+            rope_kernel,
+            signature,
+            constexprs,
+            WARPS,
+            wide_loads=True,
+            unaligned=("T", "H", "T_TABLE"),
         )
     for head_dim, quantized in ((16, False), (128, False), (128, True)):
         half_block, head_block = _tile(head_dim)
-        constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block, "QUANTIZED": quantized}
-        signature = append_signature("bf16", quantized) | {"q_ptr": "*bf16", "stride_xt": "i32", "T": "i32"}
+        constexprs = {
+            "HALF": head_dim // 2,
+            "BLOCK_HALF": half_block,
+            "BLOCK_H": head_block,
+            "QUANTIZED": quantized,
+        }
+        signature = append_signature("bf16", quantized) | {
+            "q_ptr": "*bf16",
+            "stride_xt": "i32",
+            "T": "i32",
+        }
         yield Case(
-            f"rope_append Dh={head_dim}" + " int8" * quantized, rope_append_kernel, signature, constexprs, WARPS,
-            wide_loads=True, unaligned=("T", *APPEND_UNALIGNED),
+            f"rope_append Dh={head_dim}" + " int8" * quantized,
+            rope_append_kernel,
+            signature,
+            constexprs,
+            WARPS,
+            wide_loads=True,
+            unaligned=("T", *APPEND_UNALIGNED),
         )

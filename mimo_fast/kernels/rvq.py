@@ -3,24 +3,28 @@
     encode: r_0 = x;  i_q = argmin_j |r_q - e_qj|^2 (first index on ties);  r_{q+1} = r_q - e_q[i_q]
     decode: sum_q e_q[i_q]
 
-Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as |r|^2 - 2 r.e + |e|^2
-in upstream's order of operations (`EuclideanCodebook.quantize`), so that near-ties fall on the same side: |e|^2 is
-computed once by the same expression, 2 r.e is exact, and the dot is a chain of float32 FMAs (no TF32). Only the order
-of the D terms inside the dot and |r|^2 differs between implementations. The sum of decode is bitwise the reference's.
+Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as
+|r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that near-ties fall on the same side: |e|^2 is
+computed once by the same expression, 2 r.e is exact, and the dot is a chain of float32 FMAs (no
+TF32). Only the order of the D terms inside the dot and |r|^2 differs between implementations. The
+sum of decode is bitwise the reference's.
 
-Encode is one launch. A program owns BLOCK_T frames from the first codebook to the last: for each it searches tiles of
-BLOCK_V rows in chunks of 32 columns, pipelined through shared memory, then subtracts the chosen rows. At D = 1280 the
-residual of 16 frames is 80 KB: 80 registers of each of 256 threads, padded to 128, and registers cannot be indexed by
-chunk. So it lies in a scratch row that no other program touches and that never need leave L2. Reading it again for
-every tile is 16 rows beside 128 of the codebook, 12% more; subtracting moves 12 D bytes a frame and codebook besides,
-in chunks of BLOCK_R = 128 columns, 16 bytes a load (of 256 they spill registers).
+Encode is one launch. A program owns BLOCK_T frames from the first codebook to the last: for each it
+searches tiles of BLOCK_V rows in chunks of 32 columns, pipelined through shared memory, then
+subtracts the chosen rows. At D = 1280 the
+residual of 16 frames is 80 KB: 80 registers of each of 256 threads, padded to 128, and registers
+cannot be indexed by chunk. So it lies in a scratch row that no other program touches and that never
+need leave L2. Reading it again for every tile is 16 rows beside 128 of the codebook, 12% more;
+subtracting moves 12 D bytes a frame and codebook besides, in chunks of BLOCK_R = 128 columns, 16
+bytes a load (of 256 they spill registers).
 
-Every program reads all codebooks from L2: 14.4 MB for the 8 that the language model speaks (7.2 MFLOP a frame), 22.3 MB
-for all 20. With 16 frames a tile does 7 FLOP a byte, 455 a clock at the 64 bytes a clock that a multiprocessor gets
-from L2, more than the 256 of its float32 units. With 4 frames it does 1.9 and L2 limits it to half of them, but short
-inputs need the four times as many programs to fill a card. A single program takes at least 0.1 ms (14.4 MB at about
-150 GB/s), which is the floor for very few frames: to share a frame between programs takes a grid-wide barrier for each
-codebook. From memory come x and the codebooks once, and the codes go there.
+Every program reads all codebooks from L2: 14.4 MB for the 8 that the language model speaks (7.2
+MFLOP a frame), 22.3 MB for all 20. With 16 frames a tile does 7 FLOP a byte, 455 a clock at the 64
+bytes a clock that a multiprocessor gets from L2, more than the 256 of its float32 units. With 4
+frames it does 1.9 and L2 limits it to half of them, but short inputs need the four times as many
+programs to fill a card. A single program takes at least 0.1 ms (14.4 MB at about 150 GB/s), which
+is the floor for very few frames: to share a frame between programs takes a grid-wide barrier for
+each codebook. From memory come x and the codebooks once, and the codes go there.
 
 Decode gathers: a program sums 256 columns of a frame over the codebooks, four rows in flight.
 Bytes: T (4 D Q reads + 4 D writes + 8 Q of codes).
@@ -34,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 FEW_FRAMES = 512
 """Frames below which programs take 4 of them, not 16."""
@@ -44,8 +48,9 @@ FEW_FRAMES = 512
 class Codebooks:
     """Codebooks packed once for all calls.
 
-    table [sum V_q, D] float32, codebook q being rows offsets[q] ... offsets[q + 1] - 1. norms [sum V_q]: |e|^2.
-    offsets int32 [Q + 1], on the table's device. books: each codebook as a view of the table.
+    table [sum V_q, D] float32, codebook q being rows offsets[q] ... offsets[q + 1] - 1. norms [sum
+    V_q]: |e|^2. offsets int32 [Q + 1], on the table's device. books: each codebook as a view of the
+    table.
     """
 
     table: Tensor
@@ -59,7 +64,9 @@ class Codebooks:
         table = torch.cat([book.float() for book in codebooks])
         sizes = [len(book) for book in codebooks]
         offsets = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
-        return cls(table, table.square().sum(-1), offsets.int().to(table.device), table.split(sizes))
+        return cls(
+            table, table.square().sum(-1), offsets.int().to(table.device), table.split(sizes)
+        )
 
     def __len__(self) -> int:
         return len(self.books)
@@ -76,7 +83,9 @@ def rvq_encode_ref(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
         distance = residual.square().sum(-1, keepdim=True) - 2 * residual @ codebook.T + norms
         codes.append(distance.argmin(-1))
         residual = residual - codebook[codes[-1]]
-    return torch.stack(codes) if codes else torch.empty(0, len(x), dtype=torch.int64, device=x.device)
+    return (
+        torch.stack(codes) if codes else torch.empty(0, len(x), dtype=torch.int64, device=x.device)
+    )
 
 
 def rvq_decode_ref(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
@@ -88,9 +97,21 @@ def rvq_decode_ref(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
 
 @jit
 def rvq_encode_kernel(
-    x_ptr, residual_ptr, table_ptr, norms_ptr, offsets_ptr, codes_ptr, stride_x, T, D, Q,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    table_ptr,
+    norms_ptr,
+    offsets_ptr,
+    codes_ptr,
+    stride_x,
+    T,
+    D,
+    Q,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
     o_wide = tl.arange(0, BLOCK_R)
@@ -98,7 +119,9 @@ def rvq_encode_kernel(
     b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for i_d in range(0, D, BLOCK_R):
         m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
-        b_r = tl.load(x_ptr + o_t[:, None] * stride_x + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
+        b_r = tl.load(
+            x_ptr + o_t[:, None] * stride_x + (i_d + o_wide)[None, :], mask=m_r, other=0.0
+        )
         tl.store(residual_ptr + o_t[:, None] * D + (i_d + o_wide)[None, :], b_r, mask=m_r)
         b_square += b_r * b_r
 
@@ -123,7 +146,8 @@ def rvq_encode_kernel(
                 b_dot = tl.dot(b_r, tl.trans(b_e), b_dot, input_precision="ieee")
             b_norm_e = tl.load(norms_ptr + o_v, mask=m_v, other=float("inf"))
             b_distance = b_norm_r[:, None] - 2 * b_dot + b_norm_e[None, :]
-            # NaN compares with nothing; as infinity it leaves a frame of NaN its first row, as argmin does.
+            # NaN compares with nothing; as infinity it leaves a frame of NaN its first row, as
+            # argmin does.
             b_distance = tl.where(b_distance < float("inf"), b_distance, float("inf"))
             b_tile_least, b_tile_row = tl.min(b_distance, axis=1, return_indices=True)
             # Strictly: an earlier tile wins a tie, as the earlier row does inside one.
@@ -137,7 +161,9 @@ def rvq_encode_kernel(
             m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
             o_r = o_t[:, None] * D + (i_d + o_wide)[None, :]
             b_r = tl.load(residual_ptr + o_r, mask=m_r, other=0.0)
-            b_r -= tl.load(table_ptr + b_row[:, None] * D + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
+            b_r -= tl.load(
+                table_ptr + b_row[:, None] * D + (i_d + o_wide)[None, :], mask=m_r, other=0.0
+            )
             tl.store(residual_ptr + o_r, b_r, mask=m_r)
             b_square += b_r * b_r
 
@@ -145,7 +171,7 @@ def rvq_encode_kernel(
 @jit
 def rvq_decode_kernel(
     codes_ptr, table_ptr, offsets_ptr, y_ptr, stride_cq, stride_ct, D, Q, BLOCK_D: tl.constexpr
-):  # fmt: skip
+):
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -160,22 +186,35 @@ def rvq_decode_kernel(
 def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
     """x [T, D] float32, codebooks [V_q, D] float32 -> codes [Q, T] int64.
 
-    A plain sequence of codebooks is packed at every call; `Codebooks.first` gives fewer without that.
+    A plain sequence of codebooks is packed at every call; `Codebooks.first` gives fewer without
+    that.
     """
     if not use_triton(x) or not len(codebooks):
         return rvq_encode_ref(x, _books(codebooks))
     packed = codebooks if isinstance(codebooks, Codebooks) else Codebooks.pack(codebooks)
     frames, dim = x.shape
     if x.dtype != torch.float32 or dim != packed.table.shape[1]:
-        raise ValueError(f"x must be float32 [T, {packed.table.shape[1]}], not {x.dtype} {list(x.shape)}")
+        raise ValueError(
+            f"x must be float32 [T, {packed.table.shape[1]}], not {x.dtype} {list(x.shape)}"
+        )
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(len(packed), frames, dtype=torch.int64, device=x.device)
     if frames:
         tile, warps, stages = _tile(frames)
         rvq_encode_kernel[(-(-frames // tile["BLOCK_T"]),)](
-            x_ptr=x, residual_ptr=torch.empty(frames, dim, device=x.device), table_ptr=packed.table,
-            norms_ptr=packed.norms, offsets_ptr=packed.offsets, codes_ptr=codes, stride_x=x.stride(0), T=frames, D=dim,
-            Q=len(packed), **tile, num_warps=warps, num_stages=stages,
+            x_ptr=x,
+            residual_ptr=torch.empty(frames, dim, device=x.device),
+            table_ptr=packed.table,
+            norms_ptr=packed.norms,
+            offsets_ptr=packed.offsets,
+            codes_ptr=codes,
+            stride_x=x.stride(0),
+            T=frames,
+            D=dim,
+            Q=len(packed),
+            **tile,
+            num_warps=warps,
+            num_stages=stages,
         )
     return codes
 
@@ -183,7 +222,9 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
 def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
     """codes [Q, T], at most as many rows as codebooks and each inside its own -> [T, D] float32."""
     if not 1 <= len(codes) <= len(codebooks):
-        raise ValueError(f"codes must have 1 to {len(codebooks)} rows, one a codebook, not {len(codes)}")
+        raise ValueError(
+            f"codes must have 1 to {len(codebooks)} rows, one a codebook, not {len(codes)}"
+        )
     books = _books(codebooks)
     if not use_triton(books[0]):
         return rvq_decode_ref(codes, books)
@@ -194,8 +235,16 @@ def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor
     if frames:
         block = min(256, next_power_of_2(dim))
         rvq_decode_kernel[(frames, -(-dim // block))](
-            codes_ptr=codes, table_ptr=packed.table, offsets_ptr=packed.offsets, y_ptr=y,
-            stride_cq=codes.stride(0), stride_ct=codes.stride(1), D=dim, Q=channels, BLOCK_D=block, num_warps=2,
+            codes_ptr=codes,
+            table_ptr=packed.table,
+            offsets_ptr=packed.offsets,
+            y_ptr=y,
+            stride_cq=codes.stride(0),
+            stride_ct=codes.stride(1),
+            D=dim,
+            Q=channels,
+            BLOCK_D=block,
+            num_warps=2,
         )
     return y
 
@@ -229,12 +278,24 @@ def compile_cases() -> Iterator[Case]:
     for frames in (FEW_FRAMES - 1, FEW_FRAMES):
         tile, warps, stages = _tile(frames)
         yield Case(
-            f"rvq_encode BLOCK_T={tile['BLOCK_T']}", rvq_encode_kernel, signature, dict(tile), warps, stages,
-            ieee=True, wide_loads=True, unaligned=("T", "Q"),
+            f"rvq_encode BLOCK_T={tile['BLOCK_T']}",
+            rvq_encode_kernel,
+            signature,
+            dict(tile),
+            warps,
+            stages,
+            ieee=True,
+            wide_loads=True,
+            unaligned=("T", "Q"),
         )
     signature = {"codes_ptr": "*i64", "table_ptr": "*fp32", "offsets_ptr": "*i32", "y_ptr": "*fp32"}
     signature |= dict.fromkeys(("stride_cq", "stride_ct", "D", "Q"), "i32")
     yield Case(
-        "rvq_decode", rvq_decode_kernel, signature, {"BLOCK_D": 256}, 2, wide_loads=True,
+        "rvq_decode",
+        rvq_decode_kernel,
+        signature,
+        {"BLOCK_D": 256},
+        2,
+        wide_loads=True,
         unaligned=("stride_cq", "stride_ct", "Q"),
     )

@@ -3,23 +3,28 @@
     scores = logits / temperature
     top-k:  keep scores >= the k-th largest (ties at the threshold all kept)
     top-p:  over what is left, sorted ascending, drop while the cumulative probability <= 1 - p
-    banned ids are removed last; where nothing would be left, the best id that is not banned is taken
+    banned ids are removed last; where nothing would be left, the best id that is not banned is
+    taken
     token = argmax(scores + gumbel)          greedy: argmax(scores)
 
-The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed, draw, slot, id)
-through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it and can be replayed.
+The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed,
+draw, slot, id) through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it
+and can be replayed.
 
-This file is the reference, in plain torch: `filter_scores` and `sample` for a given noise, `gumbel` for the noise. The
-kernels, `sample_text` and `sample_codes`, are in files of those names and never sort. They rest on two facts:
-  - What top-k and top-p keep is an upper set: of the order by (score, id), everything from some id on. So draw first,
-    from all ids that top-k keeps, and ask of the winner alone whether top-p keeps it: its cumulative probability is one
-    masked sum. If it does, no kept id can beat it. If it does not, nothing below it in the order is kept: draw again
-    among the ids above it, with the same noise. Each winner is kept with probability top_p or more (a winner falls into
-    the mass that top-p drops with probability 1 - top_p at most), so one sum is nearly always enough.
+This file is the reference, in plain torch: `filter_scores` and `sample` for a given noise, `gumbel`
+for the noise. The kernels, `sample_text` and `sample_codes`, are in files of those names and never
+sort. They rest on two facts:
+  - What top-k and top-p keep is an upper set: of the order by (score, id), everything from some id
+    on. So draw first, from all ids that top-k keeps, and ask of the winner alone whether top-p
+    keeps it: its cumulative probability is one masked sum. If it does, no kept id can beat it. If
+    it does not, nothing below it in the order is kept: draw again among the ids above it, with the
+    same noise. Each winner is kept with probability top_p or more (a winner falls into the mass
+    that top-p drops with probability 1 - top_p at most), so one sum is nearly always enough.
   - The k-th largest score is found bit by bit from counts of its ordered bits, which are exact.
-So the token is the reference's, ties included: the order by (score, id) is that of a stable sort. It may differ where
-a cumulative probability is within float32 rounding (about 1e-6) of 1 - p, as between any two orders of summation, and
-where logits computed in another order of summation round to other values.
+So the token is the reference's, ties included: the order by (score, id) is that of a stable sort.
+It may differ where a cumulative probability is within float32 rounding (about 1e-6) of 1 - p, as
+between any two orders of summation, and where logits computed in another order of summation round
+to other values.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl
+from mimo_fast.kernels.dispatch import jit, tl
 
 TAIL_OFF = -1.0
 """A tail that no cumulative probability can fall under: top-p off."""
@@ -38,10 +43,12 @@ TAIL_OFF = -1.0
 
 @dataclass(frozen=True)
 class SamplerTensors:
-    """Settings of N rows: temperature and tail float32 [N], top_k int64 [N] (0: off), greedy bool [N].
+    """Settings of N rows: temperature and tail float32 [N], top_k int64 [N] (0: off), greedy bool
+    [N].
 
     tail is 1 - top_p, subtracted in double before rounding, as upstream's comparison does.
-    all_greedy is known on the host, so that greedy decoding skips the sort; so may be any_top_k, to save launches.
+    all_greedy is known on the host, so that greedy decoding skips the sort; so may be any_top_k, to
+    save launches.
     """
 
     temperature: Tensor
@@ -52,22 +59,28 @@ class SamplerTensors:
     any_top_k: bool = True
 
     def select(self, rows: Sequence[int] | Tensor, repeat: int = 1) -> SamplerTensors:
-        """Settings of the given rows, each repeated; an index tensor on the device costs no copy."""
+        """Settings of the given rows, each repeated; an index tensor on the device costs no
+        copy."""
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
         index = index.repeat_interleave(repeat) if repeat > 1 else index
         return replace(
-            self, temperature=self.temperature[index], top_k=self.top_k[index], tail=self.tail[index],
+            self,
+            temperature=self.temperature[index],
+            top_k=self.top_k[index],
+            tail=self.tail[index],
             greedy=self.greedy[index],
         )
 
     def write(self, row: int, settings: SamplerTensors) -> None:
-        """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left as they are."""
+        """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left
+        as they are."""
         for name in ("temperature", "top_k", "tail", "greedy"):
             getattr(self, name)[row] = getattr(settings, name)[0]
 
 
 def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
-    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id; of ties, lower ids first."""
+    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id; of ties,
+    lower ids first."""
     scores = logits.float() / settings.temperature[:, None]
     ascending, order = scores.sort(dim=-1, stable=True)
     size = scores.shape[-1]
@@ -81,12 +94,15 @@ def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
 
 
 def sample(
-    logits: Tensor, settings: SamplerTensors, noise: Tensor | Callable[[Tensor], Tensor] | None, banned: Tensor | None
+    logits: Tensor,
+    settings: SamplerTensors,
+    noise: Tensor | Callable[[Tensor], Tensor] | None,
+    banned: Tensor | None,
 ) -> Tensor:
     """One id a row.
 
-    logits [N, V]; noise [N, V] from `gumbel`, or what gives it for ascending ids [K] as [N, K] (None when every row is
-    greedy); banned bool [N, V] or [V], or None. Returns int64 [N].
+    logits [N, V]; noise [N, V] from `gumbel`, or what gives it for ascending ids [K] as [N, K]
+    (None when every row is greedy); banned bool [N, V] or [V], or None. Returns int64 [N].
     """
     allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     best = allowed.argmax(-1)
@@ -108,7 +124,8 @@ def sample(
 
 
 def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Tensor:
-    """Standard Gumbel noise: seeds, draws, slots int64 [N]; ids int64 [K], or their number -> float32 [N, K].
+    """Standard Gumbel noise: seeds, draws, slots int64 [N]; ids int64 [K], or their number ->
+    float32 [N, K].
 
     The noise of id v in row n depends on (seeds[n], draws[n], slots[n], v) alone.
     """
@@ -120,21 +137,28 @@ def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Te
 
 
 def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First output word of Philox 4x32-10 for a 64-bit key and the counter (c0, c1, c2, 0); uint32 values in int64."""
+    """First output word of Philox 4x32-10 for a 64-bit key and the counter (c0, c1, c2, 0); uint32
+    values in int64."""
     low = 0xFFFFFFFF
     k0, k1 = key & low, (key >> 32) & low
     x0, x1, x2, x3 = torch.broadcast_tensors(c0 & low, c1 & low, c2 & low, torch.zeros_like(key))
     for _ in range(10):
         # Products wrap in int64; the masks take the right bits out of them all the same.
         p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
-        x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & low) ^ x1 ^ k0,
+            p1 & low,
+            ((p0 >> 32) & low) ^ x3 ^ k1,
+            p0 & low,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return x0
 
 
 @jit
 def gumbel_noise(seed, ids, draw, slot):
-    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or constexpr."""
+    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or
+    constexpr."""
     o_id = ids.to(tl.uint32)
     o_zero = o_id * 0
     word, _, _, _ = tl.philox(seed, o_id, o_zero + draw.to(tl.uint32), o_zero + slot, o_zero)

@@ -1,23 +1,29 @@
-"""One step of the patch decoder's output: the active heads' logits, a code from each, and the next step's input.
+"""One step of the patch decoder's output: the active heads' logits, a code from each, and the next
+step's input.
 
     logits[a] = hidden heads[a]^T             a: the channels that produce a code at this step, 4 at most as published
     code[a]   = draw of sample.py's law, the empty id banned; noise of (seed, draw, 1 + frame, row of the table)
     codes[channel a, frame a] = code[a]
     x         = sum_a embeddings[code[a]]
 
-Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], all channels one below the other; codes int64
-[R, C, G], written in place; x [R, D']. Logits are summed in float32 and rounded to hidden's dtype, as any product of
-the model; from there on float32; x is summed in float32 and rounded once.
+Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], all channels one below the
+other; codes int64 [R, C, G], written in place; x [R, D']. Logits are summed in float32 and rounded
+to hidden's dtype, as any product of the model; from there on float32; x is summed in float32 and
+rounded once.
 
 Three kernels, the first once a patch, the others once a step:
     patch_noise_kernel  every Gumbel number of a patch, [R, G, sum V_c] (45 KB a row): each is used exactly once. Apart
-                        from the step because it is float64, of which a consumer card does two a clock on each of its
+                        from the step because it is float64, of which a consumer card does two a
+                        clock on each of its
                         processors: spread over all of them here, it would be on one of them there.
     head_logits_kernel  16 table rows a program and 16 hidden rows at a time, on tensor cores: at few rows bound by the
-                        table, at most 2308 rows or 4.7 MB. Tiles do not depend on R, nor does a row's result.
+                        table, at most 2308 rows or 4.7 MB. Tiles do not depend on R, nor does a
+                        row's result.
     code_step_kernel    a row a program, all its active channels side by side in registers, [4, 2048] with 16 warps or
-                        [4, 256] with 4: draws, stores and sums the embeddings with no word from the host.
-Active channels follow each other where delays increase; else head_logits_kernel also computes those in between.
+                        [4, 256] with 4: draws, stores and sums the embeddings with no word from the
+                        host.
+Active channels follow each other where delays increase; else head_logits_kernel also computes those
+in between.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
 FRAME_SLOT = 1
 """Random slot of a patch's first frame; slot 0 is the text's."""
@@ -41,8 +47,8 @@ FRAME_SLOT = 1
 class CodeStep:
     """The heads that are active at one step.
 
-    heads int64 [5, A]: channel, frame, first row in the table, size and empty id of each. first ... last: the table
-    rows that hold them. widest: the largest size.
+    heads int64 [5, A]: channel, frame, first row in the table, size and empty id of each. first ...
+    last: the table rows that hold them. widest: the largest size.
     """
 
     heads: Tensor
@@ -52,9 +58,12 @@ class CodeStep:
 
 
 def code_steps(
-    sizes: Sequence[int], empty: Sequence[int], delays: Sequence[int], group_size: int,
+    sizes: Sequence[int],
+    empty: Sequence[int],
+    delays: Sequence[int],
+    group_size: int,
     device: torch.device | str = "cpu",
-) -> list[CodeStep]:  # fmt: skip
+) -> list[CodeStep]:
     """Every step of a patch: channel c produces frame t - delays[c] at step t."""
     rows = [0, *accumulate(sizes)]
     steps = []
@@ -62,7 +71,9 @@ def code_steps(
         active = [c for c, delay in enumerate(delays) if delay <= t < delay + group_size]
         columns = [(c, t - delays[c], rows[c], sizes[c], empty[c]) for c in active]
         first, last = (rows[active[0]], rows[active[-1] + 1]) if active else (0, 0)
-        heads = torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5).T.contiguous()
+        heads = (
+            torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5).T.contiguous()
+        )
         steps.append(CodeStep(heads, first, last, max((sizes[c] for c in active), default=0)))
     return steps
 
@@ -75,9 +86,14 @@ def patch_noise_ref(seeds: Tensor, draws: Tensor, group_size: int, size: int) ->
 
 
 def sample_codes_ref(
-    hidden: Tensor, step: CodeStep, heads: Tensor, settings: SamplerTensors, noise: Tensor | None, codes: Tensor,
+    hidden: Tensor,
+    step: CodeStep,
+    heads: Tensor,
+    settings: SamplerTensors,
+    noise: Tensor | None,
+    codes: Tensor,
     embeddings: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     rows, active = len(hidden), step.heads.shape[1]
     if not active:
         return embeddings.new_zeros(rows, embeddings.shape[1])
@@ -92,14 +108,18 @@ def sample_codes_ref(
     ids = torch.arange(step.widest, device=hidden.device)
     banned = ((ids == empty[:, None]) | (ids >= sizes[:, None])).repeat(rows, 1)
     repeated = settings.select(range(rows), repeat=active)
-    drawn = sample(logits.flatten(0, 1), repeated, None if noise is None else local.flatten(0, 1), banned)
+    drawn = sample(
+        logits.flatten(0, 1), repeated, None if noise is None else local.flatten(0, 1), banned
+    )
     drawn = drawn.unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
     return embeddings[drawn + firsts].sum(1)
 
 
 @jit
-def patch_noise_kernel(noise_ptr, seeds_ptr, draws_ptr, V, FIRST: tl.constexpr, BLOCK_V: tl.constexpr):
+def patch_noise_kernel(
+    noise_ptr, seeds_ptr, draws_ptr, V, FIRST: tl.constexpr, BLOCK_V: tl.constexpr
+):
     i_frame, i_row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     slot = (i_frame + FIRST).to(tl.uint32)
@@ -109,9 +129,18 @@ def patch_noise_kernel(noise_ptr, seeds_ptr, draws_ptr, V, FIRST: tl.constexpr, 
 
 @jit
 def head_logits_kernel(
-    hidden_ptr, heads_ptr, logits_ptr, stride_hidden, stride_heads, R, N, D,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    hidden_ptr,
+    heads_ptr,
+    logits_ptr,
+    stride_hidden,
+    stride_heads,
+    R,
+    N,
+    D,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n, m_r = o_n < N, o_r < R
@@ -119,19 +148,52 @@ def head_logits_kernel(
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = (o_d < D)[None, :]
-        b_x = tl.load(hidden_ptr + o_r[:, None] * stride_hidden + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
-        b_w = tl.load(heads_ptr + o_n[:, None] * stride_heads + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
+        b_x = tl.load(
+            hidden_ptr + o_r[:, None] * stride_hidden + o_d[None, :],
+            mask=m_r[:, None] & m_d,
+            other=0.0,
+        )
+        b_w = tl.load(
+            heads_ptr + o_n[:, None] * stride_heads + o_d[None, :],
+            mask=m_n[:, None] & m_d,
+            other=0.0,
+        )
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
-    tl.store(logits_ptr + o_logits, b_logits.to(logits_ptr.dtype.element_ty), mask=m_r[:, None] & m_n[None, :])
+    tl.store(
+        logits_ptr + o_logits,
+        b_logits.to(logits_ptr.dtype.element_ty),
+        mask=m_r[:, None] & m_n[None, :],
+    )
 
 
 @jit
 def code_step_kernel(
-    logits_ptr, noise_ptr, heads_ptr, codes_ptr, embeddings_ptr, x_ptr, temperature_ptr, top_k_ptr, tail_ptr,
-    greedy_ptr, A, first, N, V, stride_codes_r, stride_codes_c, stride_codes_g, stride_noise_r, stride_embeddings, DIM,
-    ALL_GREEDY: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    noise_ptr,
+    heads_ptr,
+    codes_ptr,
+    embeddings_ptr,
+    x_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    tail_ptr,
+    greedy_ptr,
+    A,
+    first,
+    N,
+    V,
+    stride_codes_r,
+    stride_codes_c,
+    stride_codes_g,
+    stride_noise_r,
+    stride_embeddings,
+    DIM,
+    ALL_GREEDY: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     o_a = tl.arange(0, BLOCK_A)
     o_v = tl.arange(0, BLOCK_V)[None, :]
@@ -176,8 +238,13 @@ def code_step_kernel(
                 share = tl.sum(tl.where(m_upto, b_mass, 0.0), axis=1) / total
                 # The last of the order is kept whatever its cumulative probability.
                 rejected = rejected & (share <= tail) & (tl.max(m_above.to(tl.int32), axis=1) > 0)
-                above, next_drawn = tl.max(tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True)
-                winner, drawn = tl.where(rejected, above, winner), tl.where(rejected, next_drawn, drawn)
+                above, next_drawn = tl.max(
+                    tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
+                )
+                winner, drawn = (
+                    tl.where(rejected, above, winner),
+                    tl.where(rejected, next_drawn, drawn),
+                )
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
@@ -186,46 +253,77 @@ def code_step_kernel(
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]
-        b_rows = tl.load(embeddings_ptr + o_row, mask=m_a[:, None] & (o_d < DIM)[None, :], other=0.0).to(tl.float32)
-        tl.store(x_ptr + i_row * DIM + o_d, tl.sum(b_rows, axis=0).to(x_ptr.dtype.element_ty), mask=o_d < DIM)
+        b_rows = tl.load(
+            embeddings_ptr + o_row, mask=m_a[:, None] & (o_d < DIM)[None, :], other=0.0
+        ).to(tl.float32)
+        tl.store(
+            x_ptr + i_row * DIM + o_d,
+            tl.sum(b_rows, axis=0).to(x_ptr.dtype.element_ty),
+            mask=o_d < DIM,
+        )
 
 
 def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
-    """Gumbel noise of a whole patch: seeds, draws int64 [R] -> float32 [R, G, size]; size: rows of the table."""
+    """Gumbel noise of a whole patch: seeds, draws int64 [R] -> float32 [R, G, size]; size: rows of
+    the table."""
     if not use_triton(seeds):
         return patch_noise_ref(seeds, draws, group_size, size)
     noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
     patch_noise_kernel[(-(-size // 128), group_size, len(seeds))](
-        noise_ptr=noise, seeds_ptr=seeds, draws_ptr=draws, V=size, FIRST=FRAME_SLOT, BLOCK_V=128, num_warps=1
+        noise_ptr=noise,
+        seeds_ptr=seeds,
+        draws_ptr=draws,
+        V=size,
+        FIRST=FRAME_SLOT,
+        BLOCK_V=128,
+        num_warps=1,
     )
     return noise
 
 
 def head_logits(hidden: Tensor, heads: Tensor) -> Tensor:
-    """hidden [R, D], heads [N, D] -> [R, N] in hidden's dtype. A row's result depends on nothing around it."""
+    """hidden [R, D], heads [N, D] -> [R, N] in hidden's dtype. A row's result depends on nothing
+    around it."""
     rows, size = len(hidden), len(heads)
     logits = torch.empty(rows, size, dtype=hidden.dtype, device=hidden.device)
     head_logits_kernel[(-(-size // 16), -(-rows // 16))](
-        hidden_ptr=hidden, heads_ptr=heads, logits_ptr=logits, stride_hidden=hidden.stride(0),
-        stride_heads=heads.stride(0), R=rows, N=size, D=hidden.shape[1], num_warps=4, num_stages=4,
+        hidden_ptr=hidden,
+        heads_ptr=heads,
+        logits_ptr=logits,
+        stride_hidden=hidden.stride(0),
+        stride_heads=heads.stride(0),
+        R=rows,
+        N=size,
+        D=hidden.shape[1],
+        num_warps=4,
+        num_stages=4,
         **_tile(hidden.shape[1]),
-    )  # fmt: skip
+    )
     return logits
 
 
 def sample_codes(
-    hidden: Tensor, step: CodeStep, heads: Tensor, settings: SamplerTensors, noise: Tensor | None, codes: Tensor,
+    hidden: Tensor,
+    step: CodeStep,
+    heads: Tensor,
+    settings: SamplerTensors,
+    noise: Tensor | None,
+    codes: Tensor,
     embeddings: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Draws the codes of one step into codes [R, C, G] and returns their summed embeddings [R, D'].
 
-    hidden [R, D]; heads [sum V_c, D], embeddings [sum V_c, D']; settings of R rows; noise [R, G, sum V_c] from
-    `patch_noise` (None when every row is greedy). hidden, heads, noise and embeddings contiguous over their last
-    dimension.
+    hidden [R, D]; heads [sum V_c, D], embeddings [sum V_c, D']; settings of R rows; noise [R, G,
+    sum V_c] from `patch_noise` (None when every row is greedy). hidden, heads, noise and embeddings
+    contiguous over their last dimension.
     """
     if not step.heads.shape[1] or not use_triton(hidden):
         return sample_codes_ref(hidden, step, heads, settings, noise, codes, embeddings)
-    if hidden.shape[1] != heads.shape[1] or len(heads) != len(embeddings) or len(hidden) != len(codes):
+    if (
+        hidden.shape[1] != heads.shape[1]
+        or len(heads) != len(embeddings)
+        or len(hidden) != len(codes)
+    ):
         raise ValueError(
             f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings {list(embeddings.shape)} and codes "
             f"{list(codes.shape)} do not go together"
@@ -235,14 +333,30 @@ def sample_codes(
     x = torch.empty(len(hidden), embeddings.shape[1], dtype=embeddings.dtype, device=hidden.device)
     block = _blocks(step.heads.shape[1], step.widest, x.shape[1])
     code_step_kernel[(len(hidden),)](
-        logits_ptr=logits, noise_ptr=logits if noise is None else noise, heads_ptr=step.heads, codes_ptr=codes,
-        embeddings_ptr=embeddings, x_ptr=x, temperature_ptr=settings.temperature, top_k_ptr=settings.top_k,
-        tail_ptr=settings.tail, greedy_ptr=settings.greedy, A=step.heads.shape[1], first=step.first,
-        N=logits.shape[1], V=len(heads), stride_codes_r=codes.stride(0), stride_codes_c=codes.stride(1),
-        stride_codes_g=codes.stride(2), stride_noise_r=0 if noise is None else noise.stride(0),
-        stride_embeddings=embeddings.stride(0), DIM=x.shape[1], ALL_GREEDY=settings.all_greedy,
-        num_warps=_warps(block), **block,
-    )  # fmt: skip
+        logits_ptr=logits,
+        noise_ptr=logits if noise is None else noise,
+        heads_ptr=step.heads,
+        codes_ptr=codes,
+        embeddings_ptr=embeddings,
+        x_ptr=x,
+        temperature_ptr=settings.temperature,
+        top_k_ptr=settings.top_k,
+        tail_ptr=settings.tail,
+        greedy_ptr=settings.greedy,
+        A=step.heads.shape[1],
+        first=step.first,
+        N=logits.shape[1],
+        V=len(heads),
+        stride_codes_r=codes.stride(0),
+        stride_codes_c=codes.stride(1),
+        stride_codes_g=codes.stride(2),
+        stride_noise_r=0 if noise is None else noise.stride(0),
+        stride_embeddings=embeddings.stride(0),
+        DIM=x.shape[1],
+        ALL_GREEDY=settings.all_greedy,
+        num_warps=_warps(block),
+        **block,
+    )
     return x
 
 
@@ -253,7 +367,11 @@ def _tile(dim: int) -> dict[str, int]:
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:
     block_a = max(4, next_power_of_2(active))
-    return {"BLOCK_A": block_a, "BLOCK_V": next_power_of_2(widest), "BLOCK_D": min(1024, next_power_of_2(dim))}
+    return {
+        "BLOCK_A": block_a,
+        "BLOCK_V": next_power_of_2(widest),
+        "BLOCK_D": min(1024, next_power_of_2(dim)),
+    }
 
 
 def _warps(block: dict[str, int]) -> int:
@@ -266,29 +384,63 @@ def patch_noise_bytes(rows: int, group_size: int, size: int) -> int:
 
 
 def sample_codes_bytes(rows: int, step: CodeStep, dim: int, next_dim: int, itemsize: int) -> int:
-    """Bytes that must move in one step: the active heads, their noise, hidden states, embeddings and the sum."""
+    """Bytes that must move in one step: the active heads, their noise, hidden states, embeddings
+    and the sum."""
     table = step.last - step.first
     embeddings = rows * (step.heads.shape[1] + 1) * next_dim
     return itemsize * (dim * (table + rows) + embeddings) + rows * table * (4 + 2 * itemsize)
 
 
 def compile_cases() -> Iterator[Case]:
-    """Steps with a codebook of 1025 and without, sampled and greedy; the logits in bf16 and float32."""
-    yield Case("patch_noise", patch_noise_kernel, {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64",
-               "V": "i32"}, {"FIRST": FRAME_SLOT, "BLOCK_V": 128}, 1, unaligned=("V",))  # fmt: skip
+    """Steps with a codebook of 1025 and without, sampled and greedy; the logits in bf16 and
+    float32."""
+    yield Case(
+        "patch_noise",
+        patch_noise_kernel,
+        {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64", "V": "i32"},
+        {"FIRST": FRAME_SLOT, "BLOCK_V": 128},
+        1,
+        unaligned=("V",),
+    )
     integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
     for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
         # A step's heads begin at any row, and rows of D = 1024 are aligned all the same.
-        yield Case(f"head_logits {dtype}", head_logits_kernel, signature, _tile(1024), 4, 4,
-                   ieee=dtype == "fp32", wide_loads=True, unaligned=("R", "N"))  # fmt: skip
+        yield Case(
+            f"head_logits {dtype}",
+            head_logits_kernel,
+            signature,
+            _tile(1024),
+            4,
+            4,
+            ieee=dtype == "fp32",
+            wide_loads=True,
+            unaligned=("R", "N"),
+        )
     signature = dict.fromkeys(("logits_ptr", "embeddings_ptr", "x_ptr"), "*bf16") | dict.fromkeys(
         ("noise_ptr", "temperature_ptr", "tail_ptr"), "*fp32"
     )
-    signature |= dict.fromkeys(("heads_ptr", "codes_ptr", "top_k_ptr"), "*i64") | {"greedy_ptr": "*i1"}
-    odd = ("A", "first", "N", "V", "stride_codes_r", "stride_codes_c", "stride_codes_g", "stride_noise_r")
+    signature |= dict.fromkeys(("heads_ptr", "codes_ptr", "top_k_ptr"), "*i64") | {
+        "greedy_ptr": "*i1"
+    }
+    odd = (
+        "A",
+        "first",
+        "N",
+        "V",
+        "stride_codes_r",
+        "stride_codes_c",
+        "stride_codes_g",
+        "stride_noise_r",
+    )
     signature |= dict.fromkeys((*odd, "stride_embeddings", "DIM"), "i32")
     for widest, greedy in ((1025, False), (129, False), (1025, True), (129, True)):
         block = _blocks(4, widest, 1024)
-        yield Case(f"code_step widest={widest}{' greedy' * greedy}", code_step_kernel, signature,
-                   {"ALL_GREEDY": greedy} | block, _warps(block), unaligned=odd)  # fmt: skip
+        yield Case(
+            f"code_step widest={widest}{' greedy' * greedy}",
+            code_step_kernel,
+            signature,
+            {"ALL_GREEDY": greedy} | block,
+            _warps(block),
+            unaligned=odd,
+        )

@@ -1,19 +1,21 @@
 """The text sampler at vocabularies like 151,680: the law of sample.py for N rows, without a sort.
 
-Shapes: logits [N, V] of any float type, banned bool [N, V] or [V], seeds and draws int64 [N] -> ids int64 [N]. Scores,
-exponentials and sums are float32, noise is float64 rounded to float32; settings, seeds and draws are read on the
-device, so a captured graph draws anew at each replay.
+Shapes: logits [N, V] of any float type, banned bool [N, V] or [V], seeds and draws int64 [N] -> ids
+int64 [N]. Scores, exponentials and sums are float32, noise is float64 rounded to float32; settings,
+seeds and draws are read on the device, so a captured graph draws anew at each replay.
 
     text_digit_kernel  4 launches, a chunk of a row a program: counts of the next 8 ordered bits of the scores that
-                       share the bits found so far, for the k-th largest. Integer atomics: any order gives one result.
-                       Left out where the host knows that no row uses top-k; rows that do not exit at once.
+                       share the bits found so far, for the k-th largest. Integer atomics: any order
+                       gives one result. Left out where the host knows that no row uses top-k; rows
+                       that do not exit at once.
     text_draw_kernel   a chunk of a row a program: noise and perturbed scores of what top-k keeps, the chunk's best id,
                        winner, maximum and sum of exponentials.
-    text_settle_kernel a row a program: joins the chunks, then tests the winner against top-p and draws again until it
-                       passes. Not at all where top-p is off or 1: then nothing that could win is dropped.
+    text_settle_kernel a row a program: joins the chunks, then tests the winner against top-p and
+                       draws again until it passes. Not at all where top-p is off or 1: then nothing
+                       that could win is dropped.
 
-Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the perturbed scores.
-All fit into L2 (0.9 MB a row).
+Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
+perturbed scores. All fit into L2 (0.9 MB a row).
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import native
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
 CHUNK = 1024
 """Ids a program: 149 programs a row at 151,680."""
@@ -34,7 +36,12 @@ SETTLE_BLOCK = 4096
 
 
 def sample_text_ref(
-    logits: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor, banned: Tensor | None = None, slot: int = 0
+    logits: Tensor,
+    settings: SamplerTensors,
+    seeds: Tensor,
+    draws: Tensor,
+    banned: Tensor | None = None,
+    slot: int = 0,
 ) -> Tensor:
     slots = torch.full_like(draws, slot)
     if settings.all_greedy:
@@ -53,7 +60,8 @@ def unsigned_bits(x):
 
 @jit
 def kth_bits(counts_ptr, k, PASSES: tl.constexpr):
-    """The first 8 PASSES ordered bits of the k-th largest score, from the counts of as many passes [PASSES, 256]."""
+    """The first 8 PASSES ordered bits of the k-th largest score, from the counts of as many passes
+    [PASSES, 256]."""
     o_digit = tl.arange(0, 256)
     found = k * 0
     for i_pass in tl.static_range(PASSES):
@@ -67,37 +75,72 @@ def kth_bits(counts_ptr, k, PASSES: tl.constexpr):
 
 @jit
 def text_digit_kernel(
-    logits_ptr, counts_ptr, temperature_ptr, top_k_ptr, greedy_ptr, stride_logits, V,
-    PASS: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    counts_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    greedy_ptr,
+    stride_logits,
+    V,
+    PASS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     i_row = tl.program_id(1).to(tl.int64)
     k = tl.load(top_k_ptr + i_row)
     if (k > 0) & (k < V) & (tl.load(greedy_ptr + i_row) == 0):
         o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
         m_v = o_v < V
-        b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=0.0).to(
+            tl.float32
+        )
         b_bits = unsigned_bits(tl.div_rn(b_logits, tl.load(temperature_ptr + i_row)))
         counts = counts_ptr + i_row * 1024
         m_v = m_v & (b_bits >> (32 - 8 * PASS) == kth_bits(counts, k, PASS))
         b_digit = ((b_bits >> (24 - 8 * PASS)) & 255).to(tl.int32)
         b_count = tl.histogram(b_digit, 256, mask=m_v)
-        tl.atomic_add(counts + PASS * 256 + tl.arange(0, 256), b_count, mask=b_count > 0, sem="relaxed")
+        tl.atomic_add(
+            counts + PASS * 256 + tl.arange(0, 256), b_count, mask=b_count > 0, sem="relaxed"
+        )
 
 
 @jit
 def text_draw_kernel(
-    logits_ptr, banned_ptr, counts_ptr, perturbed_ptr, values_ptr, ids_ptr, temperature_ptr, top_k_ptr, greedy_ptr,
-    seeds_ptr, draws_ptr, stride_logits, stride_banned, V, chunks,
-    SLOT: tl.constexpr, BANNED: tl.constexpr, TOP_K: tl.constexpr, ALL_GREEDY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    banned_ptr,
+    counts_ptr,
+    perturbed_ptr,
+    values_ptr,
+    ids_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    greedy_ptr,
+    seeds_ptr,
+    draws_ptr,
+    stride_logits,
+    stride_banned,
+    V,
+    chunks,
+    SLOT: tl.constexpr,
+    BANNED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ALL_GREEDY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
     m_allowed = m_v
     if BANNED:
-        m_allowed = m_v & (tl.load(banned_ptr + i_row * stride_banned + o_v, mask=m_v, other=1) == 0)
-    b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
-    values, ids = values_ptr + (i_row * chunks + i_chunk) * 4, ids_ptr + (i_row * chunks + i_chunk) * 2
+        m_allowed = m_v & (
+            tl.load(banned_ptr + i_row * stride_banned + o_v, mask=m_v, other=1) == 0
+        )
+    b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf")).to(
+        tl.float32
+    )
+    values, ids = (
+        values_ptr + (i_row * chunks + i_chunk) * 4,
+        ids_ptr + (i_row * chunks + i_chunk) * 2,
+    )
     best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
     tl.store(values, best)
     tl.store(ids, i_chunk * BLOCK_V + i_best)
@@ -108,13 +151,19 @@ def text_draw_kernel(
             if TOP_K:
                 k = tl.load(top_k_ptr + i_row)
                 if (k > 0) & (k < V):
-                    m_kept = m_kept & (unsigned_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4))
-            b_noise = gumbel_noise(tl.load(seeds_ptr + i_row), o_v, tl.load(draws_ptr + i_row), SLOT)
+                    m_kept = m_kept & (
+                        unsigned_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4)
+                    )
+            b_noise = gumbel_noise(
+                tl.load(seeds_ptr + i_row), o_v, tl.load(draws_ptr + i_row), SLOT
+            )
             b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
             tl.store(perturbed_ptr + i_row * V + o_v, b_perturbed, mask=m_v)
             winner, i_winner = tl.max(b_perturbed, axis=0, return_indices=True)
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=0)
-            b_mass = tl.where(m_kept, tl.exp(b_scores - tl.where(top == -float("inf"), 0.0, top)), 0.0)
+            b_mass = tl.where(
+                m_kept, tl.exp(b_scores - tl.where(top == -float("inf"), 0.0, top)), 0.0
+            )
             tl.store(values + 1, winner)
             tl.store(values + 2, top)
             tl.store(values + 3, tl.sum(b_mass, axis=0))
@@ -123,10 +172,24 @@ def text_draw_kernel(
 
 @jit
 def text_settle_kernel(
-    logits_ptr, counts_ptr, perturbed_ptr, values_ptr, ids_ptr, out_ptr, temperature_ptr, top_k_ptr, tail_ptr,
-    greedy_ptr, stride_logits, V, chunks,
-    TOP_K: tl.constexpr, ALL_GREEDY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    counts_ptr,
+    perturbed_ptr,
+    values_ptr,
+    ids_ptr,
+    out_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    tail_ptr,
+    greedy_ptr,
+    stride_logits,
+    V,
+    chunks,
+    TOP_K: tl.constexpr,
+    ALL_GREEDY: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
@@ -136,8 +199,9 @@ def text_settle_kernel(
     token = tl.load(ids_ptr + (i_row * chunks + i_best) * 2)
     if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
-            winner, i_winner = tl.max(tl.load(values + 1, mask=m_chunk, other=-float("inf")), axis=0,
-                                      return_indices=True)  # fmt: skip
+            winner, i_winner = tl.max(
+                tl.load(values + 1, mask=m_chunk, other=-float("inf")), axis=0, return_indices=True
+            )
             drawn = tl.load(ids_ptr + (i_row * chunks + i_winner) * 2 + 1)
             b_top = tl.load(values + 2, mask=m_chunk, other=-float("inf"))
             top = tl.max(b_top, axis=0)
@@ -160,7 +224,9 @@ def text_settle_kernel(
                 for start in range(0, V, BLOCK_V):
                     o_v = start + tl.arange(0, BLOCK_V)
                     m_v = o_v < V
-                    b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf"))
+                    b_logits = tl.load(
+                        logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf")
+                    )
                     b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
                     m_kept = m_v & (b_scores > -float("inf"))
                     if TOP_K:
@@ -169,7 +235,9 @@ def text_settle_kernel(
                     m_above = m_kept & (m_upto == 0)
                     b_mass += tl.where(m_upto, tl.exp(b_scores - top), 0.0)
                     b_above = b_above | m_above.to(tl.int32)
-                    b_perturbed = tl.load(perturbed_ptr + i_row * V + o_v, mask=m_above, other=-float("inf"))
+                    b_perturbed = tl.load(
+                        perturbed_ptr + i_row * V + o_v, mask=m_above, other=-float("inf")
+                    )
                     b_id = tl.where(b_perturbed > b_next, o_v, b_id)
                     b_next = tl.maximum(b_next, b_perturbed)
                 # The last of the order is kept whatever its cumulative probability.
@@ -184,7 +252,12 @@ def text_settle_kernel(
 
 
 def sample_text(
-    logits: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor, banned: Tensor | None = None, slot: int = 0
+    logits: Tensor,
+    settings: SamplerTensors,
+    seeds: Tensor,
+    draws: Tensor,
+    banned: Tensor | None = None,
+    slot: int = 0,
 ) -> Tensor:
     """One id a row, with the noise of `gumbel(seeds, draws, slot, V)`.
 
@@ -205,29 +278,49 @@ def sample_text(
     device, chunks = logits.device, -(-size // CHUNK)
     top_k = settings.any_top_k and not settings.all_greedy
     shared = {
-        "logits_ptr": logits, "stride_logits": logits.stride(0), "V": size, "counts_ptr": settings.top_k,
-        "temperature_ptr": settings.temperature, "top_k_ptr": settings.top_k, "greedy_ptr": settings.greedy,
-    }  # fmt: skip
+        "logits_ptr": logits,
+        "stride_logits": logits.stride(0),
+        "V": size,
+        "counts_ptr": settings.top_k,
+        "temperature_ptr": settings.temperature,
+        "top_k_ptr": settings.top_k,
+        "greedy_ptr": settings.greedy,
+    }
     if top_k:
         shared["counts_ptr"] = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
         for i_pass in range(4):
             text_digit_kernel[(chunks, rows)](**shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4)
     values = torch.empty(rows, chunks, 4, device=device)
     work = {
-        "values_ptr": values, "ids_ptr": torch.empty(rows, chunks, 2, dtype=torch.int32, device=device),
-        "perturbed_ptr": values if settings.all_greedy else torch.empty(rows, size, device=device), "chunks": chunks,
-        "TOP_K": top_k, "ALL_GREEDY": settings.all_greedy,
-    }  # fmt: skip
+        "values_ptr": values,
+        "ids_ptr": torch.empty(rows, chunks, 2, dtype=torch.int32, device=device),
+        "perturbed_ptr": values if settings.all_greedy else torch.empty(rows, size, device=device),
+        "chunks": chunks,
+        "TOP_K": top_k,
+        "ALL_GREEDY": settings.all_greedy,
+    }
     text_draw_kernel[(chunks, rows)](
-        **shared, **work, banned_ptr=logits if banned is None else banned.view(torch.uint8), seeds_ptr=seeds,
-        draws_ptr=draws, stride_banned=banned.stride(0) if banned is not None and banned.ndim > 1 else 0, SLOT=slot,
-        BANNED=banned is not None, BLOCK_V=CHUNK, num_warps=4,
-    )  # fmt: skip
+        **shared,
+        **work,
+        banned_ptr=logits if banned is None else banned.view(torch.uint8),
+        seeds_ptr=seeds,
+        draws_ptr=draws,
+        stride_banned=banned.stride(0) if banned is not None and banned.ndim > 1 else 0,
+        SLOT=slot,
+        BANNED=banned is not None,
+        BLOCK_V=CHUNK,
+        num_warps=4,
+    )
     out = torch.empty(rows, dtype=torch.int64, device=device)
     text_settle_kernel[(rows,)](
-        **shared, **work, out_ptr=out, tail_ptr=settings.tail, BLOCK_C=next_power_of_2(chunks),
-        BLOCK_V=min(SETTLE_BLOCK, next_power_of_2(size)), num_warps=16,
-    )  # fmt: skip
+        **shared,
+        **work,
+        out_ptr=out,
+        tail_ptr=settings.tail,
+        BLOCK_C=next_power_of_2(chunks),
+        BLOCK_V=min(SETTLE_BLOCK, next_power_of_2(size)),
+        num_warps=16,
+    )
     return out
 
 
@@ -238,15 +331,44 @@ def sample_text_bytes(rows: int, size: int, itemsize: int, top_k: bool, top_p: b
 
 def compile_cases() -> Iterator[Case]:
     """V = 151,680 with and without top-k, and greedy alone."""
-    tensors = {"logits_ptr": "*bf16", "counts_ptr": "*i32", "temperature_ptr": "*fp32", "top_k_ptr": "*i64",
-               "greedy_ptr": "*i1", "stride_logits": "i32", "V": "i32"}  # fmt: skip
+    tensors = {
+        "logits_ptr": "*bf16",
+        "counts_ptr": "*i32",
+        "temperature_ptr": "*fp32",
+        "top_k_ptr": "*i64",
+        "greedy_ptr": "*i1",
+        "stride_logits": "i32",
+        "V": "i32",
+    }
     work = {"perturbed_ptr": "*fp32", "values_ptr": "*fp32", "ids_ptr": "*i32", "chunks": "i32"}
     draw = {"banned_ptr": "*u8", "seeds_ptr": "*i64", "draws_ptr": "*i64", "stride_banned": "i32"}
     for i_pass in range(4):
-        yield Case(f"text_digit {i_pass}", text_digit_kernel, tensors, {"PASS": i_pass, "BLOCK_V": CHUNK}, 4)
-    for name, top_k, greedy in (("top-p", False, False), ("top-k, top-p", True, False), ("greedy", False, True)):
+        yield Case(
+            f"text_digit {i_pass}",
+            text_digit_kernel,
+            tensors,
+            {"PASS": i_pass, "BLOCK_V": CHUNK},
+            4,
+        )
+    for name, top_k, greedy in (
+        ("top-p", False, False),
+        ("top-k, top-p", True, False),
+        ("greedy", False, True),
+    ):
         flags = {"TOP_K": top_k, "ALL_GREEDY": greedy}
-        yield Case(f"text_draw {name}", text_draw_kernel, tensors | work | draw,
-                   flags | {"SLOT": 0, "BANNED": True, "BLOCK_V": CHUNK}, 4, unaligned=("chunks",))  # fmt: skip
-        yield Case(f"text_settle {name}", text_settle_kernel, tensors | work | {"tail_ptr": "*fp32", "out_ptr": "*i64"},
-                   flags | {"BLOCK_C": 256, "BLOCK_V": SETTLE_BLOCK}, 16, unaligned=("chunks",))  # fmt: skip
+        yield Case(
+            f"text_draw {name}",
+            text_draw_kernel,
+            tensors | work | draw,
+            flags | {"SLOT": 0, "BANNED": True, "BLOCK_V": CHUNK},
+            4,
+            unaligned=("chunks",),
+        )
+        yield Case(
+            f"text_settle {name}",
+            text_settle_kernel,
+            tensors | work | {"tail_ptr": "*fp32", "out_ptr": "*i64"},
+            flags | {"BLOCK_C": 256, "BLOCK_V": SETTLE_BLOCK},
+            16,
+            unaligned=("chunks",),
+        )

@@ -2,12 +2,12 @@
 
     y[n, f] = silu(x[n, f]) x[n, F + f],  silu(g) = g / (1 + exp(-g))
 
-Shapes: x [N, 2 F] (rows of any stride), y [N, F], in any float dtype. The kernel computes in float32 and rounds once;
-the plain torch form rounds silu as well, as upstream does.
+Shapes: x [N, 2 F] (rows of any stride), y [N, F], in any float dtype. The kernel computes in
+float32 and rounds once; the plain torch form rounds silu as well, as upstream does.
 
-Elementwise, so bandwidth is all: 1024 values a program, 8 a thread, which is one 16-byte load a half in 16-bit types.
-A decode step (N = 1, F = 11008) makes 11 programs, and its cost is the launch; prefill fills the card with N times as
-many. Bytes: N F (2 reads + 1 write).
+Elementwise, so bandwidth is all: 1024 values a program, 8 a thread, which is one 16-byte load a
+half in 16-bit types. A decode step (N = 1, F = 11008) makes 11 programs, and its cost is the
+launch; prefill fills the card with N times as many. Bytes: N F (2 reads + 1 write).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 BLOCK_F = 1024
 WARPS = 4
@@ -46,13 +46,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return swiglu_ref(gate_up)
     width, odd = divmod(gate_up.shape[-1], 2)
     if odd:
-        raise ValueError(f"the last dimension of {list(gate_up.shape)} is odd; it must hold a gate and as many values")
+        raise ValueError(
+            f"the last dimension of {list(gate_up.shape)} is odd; it must hold a gate and as many values"
+        )
     rows = gate_up.flatten(0, -2) if gate_up.ndim > 1 else gate_up[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         swiglu_kernel[(len(rows), -(-width // BLOCK_F))](
-            x_ptr=rows, y_ptr=y, stride_x=rows.stride(0), F=width, BLOCK_F=min(BLOCK_F, next_power_of_2(width)),
+            x_ptr=rows,
+            y_ptr=y,
+            stride_x=rows.stride(0),
+            F=width,
+            BLOCK_F=min(BLOCK_F, next_power_of_2(width)),
             num_warps=WARPS,
         )
     return y
@@ -64,6 +70,7 @@ def swiglu_bytes(rows: int, width: int, itemsize: int) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The one configuration, at the widths of the backbone (11008) and the small transformers (4096)."""
+    """The one configuration, at the widths of the backbone (11008) and the small transformers
+    (4096)."""
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride_x": "i32", "F": "i32"}
     yield Case("swiglu", swiglu_kernel, signature, {"BLOCK_F": BLOCK_F}, WARPS, wide_loads=True)

@@ -1,16 +1,19 @@
-"""Input of the backbone: at a text position the row of the table, at an audio position the encoded patch.
+"""Input of the backbone: at a text position the row of the table, at an audio position the encoded
+patch.
 
     x[r] = patches[r]        where text[r] == empty_id
     x[r] = table[text[r]]    elsewhere
 
-Shapes: text [R] int64 (any stride: as it lies in the ids), patches [R, D] (any stride over R; rows of text positions
-are never read), x [R, D] in their dtype. The table is dense [V, D] or a `QuantizedWeight`, of which one row is
+Shapes: text [R] int64 (any stride: as it lies in the ids), patches [R, D] (any stride over R; rows
+of text positions are never read), x [R, D] in their dtype. The table is dense [V, D] or a
+`QuantizedWeight`, of which one row is
 unpacked: scale (q - zero), each step rounded to float32, then once to x's dtype.
 
-A copy of a row, so only the launch and the latency of two dependent reads count; text is read on the device, so that a
-captured graph serves any token. Programs take 1024 columns of a row in 16-byte accesses. A packed word is read once and
-its planes spread over a third axis of the block, in whose order the columns lie (quantized_weight.py has the layout).
-The table may lie in pinned host memory, of which a step then fetches a row. Bytes: R D in and out, stored rows in.
+A copy of a row, so only the launch and the latency of two dependent reads count; text is read on
+the device, so that a captured graph serves any token. Programs take 1024 columns of a row in
+16-byte accesses. A packed word is read once and its planes spread over a third axis of the block,
+in whose order the columns lie (quantized_weight.py has the layout). The table may lie in pinned
+host memory, of which a step then fetches a row. Bytes: R D in and out, stored rows in.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
-from .quantized_weight import QuantizedWeight, dequantize
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 
 BLOCK_D = 1024
 WARPS = 4
 
 
-def input_embed_ref(text: Tensor, patches: Tensor, table: Tensor | QuantizedWeight, empty_id: int) -> Tensor:
+def input_embed_ref(
+    text: Tensor, patches: Tensor, table: Tensor | QuantizedWeight, empty_id: int
+) -> Tensor:
     is_audio = text == empty_id
     x = patches.clone(memory_format=torch.contiguous_format)
     ids = text[~is_audio]
@@ -41,24 +46,51 @@ def input_embed_ref(text: Tensor, patches: Tensor, table: Tensor | QuantizedWeig
 
 @jit
 def dense_embed_kernel(
-    text_ptr, patches_ptr, table_ptr, x_ptr, stride_t, stride_pr, stride_tv, stride_xr, EMPTY, D,
+    text_ptr,
+    patches_ptr,
+    table_ptr,
+    x_ptr,
+    stride_t,
+    stride_pr,
+    stride_tv,
+    stride_xr,
+    EMPTY,
+    D,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_patch = o_d < tl.where(i_text == EMPTY, D, 0)
     m_table = o_d < tl.where(i_text == EMPTY, 0, D)
     b_patch = tl.load(patches_ptr + i_row * stride_pr + o_d, mask=m_patch, other=0.0)
-    b_table = tl.load(table_ptr + i_text * stride_tv + o_d, mask=m_table, other=0.0).to(x_ptr.dtype.element_ty)
+    b_table = tl.load(table_ptr + i_text * stride_tv + o_d, mask=m_table, other=0.0).to(
+        x_ptr.dtype.element_ty
+    )
     tl.store(x_ptr + i_row * stride_xr + o_d, tl.where(m_patch, b_patch, b_table), mask=o_d < D)
 
 
 @jit
 def quantized_embed_kernel(
-    text_ptr, patches_ptr, words_ptr, scales_ptr, zeros_ptr, levels_ptr, x_ptr, stride_t, stride_pr, stride_xr, EMPTY,
-    D, GROUP, BITS: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    text_ptr,
+    patches_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    levels_ptr,
+    x_ptr,
+    stride_t,
+    stride_pr,
+    stride_xr,
+    EMPTY,
+    D,
+    GROUP,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
@@ -83,15 +115,24 @@ def quantized_embed_kernel(
 
 
 def input_embed(
-    text: Tensor, patches: Tensor, table: Tensor | QuantizedWeight, empty_id: int, out: Tensor | None = None
+    text: Tensor,
+    patches: Tensor,
+    table: Tensor | QuantizedWeight,
+    empty_id: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """text int64 [R], patches [R, D], table [V, D] -> [R, D] in the patches' dtype, into `out` where it is given."""
+    """text int64 [R], patches [R, D], table [V, D] -> [R, D] in the patches' dtype, into `out`
+    where it is given."""
     rows, dim = patches.shape
     columns = table.shape[1]
     if tuple(text.shape) != (rows,) or columns != dim:
-        raise ValueError(f"text {list(text.shape)}, patches {list(patches.shape)} and a table of width {columns}")
+        raise ValueError(
+            f"text {list(text.shape)}, patches {list(patches.shape)} and a table of width {columns}"
+        )
     if out is not None and (out.shape != patches.shape or out.dtype != patches.dtype):
-        raise ValueError(f"out {list(out.shape)} {out.dtype} must be as patches {list(patches.shape)} {patches.dtype}")
+        raise ValueError(
+            f"out {list(out.shape)} {out.dtype} must be as patches {list(patches.shape)} {patches.dtype}"
+        )
     if not use_triton(patches):
         x = input_embed_ref(text, patches, table, empty_id)
         return x if out is None else out.copy_(x)
@@ -104,14 +145,25 @@ def input_embed(
     elif rows:
         block = min(BLOCK_D, next_power_of_2(dim))
         dense_embed_kernel[(rows, -(-dim // block))](
-            text_ptr=text, patches_ptr=patches, table_ptr=table, x_ptr=x, stride_t=text.stride(0),
-            stride_pr=patches.stride(0), stride_tv=table.stride(0), stride_xr=x.stride(0), EMPTY=empty_id, D=dim,
-            BLOCK_D=block, num_warps=WARPS,
+            text_ptr=text,
+            patches_ptr=patches,
+            table_ptr=table,
+            x_ptr=x,
+            stride_t=text.stride(0),
+            stride_pr=patches.stride(0),
+            stride_tv=table.stride(0),
+            stride_xr=x.stride(0),
+            EMPTY=empty_id,
+            D=dim,
+            BLOCK_D=block,
+            num_warps=WARPS,
         )
     return x
 
 
-def _quantized(text: Tensor, patches: Tensor, table: QuantizedWeight, empty_id: int, x: Tensor) -> None:
+def _quantized(
+    text: Tensor, patches: Tensor, table: QuantizedWeight, empty_id: int, x: Tensor
+) -> None:
     rows, dim = x.shape
     block = math.gcd(128, table.group)
     if not table.words.is_contiguous() or not table.scales.is_contiguous():
@@ -119,17 +171,31 @@ def _quantized(text: Tensor, patches: Tensor, table: QuantizedWeight, empty_id: 
     blocks = min(BLOCK_D // block, next_power_of_2(dim // block))
     if rows:
         quantized_embed_kernel[(rows, -(-dim // (blocks * block)))](
-            text_ptr=text, patches_ptr=patches, words_ptr=table.words, scales_ptr=table.scales,
+            text_ptr=text,
+            patches_ptr=patches,
+            words_ptr=table.words,
+            scales_ptr=table.scales,
             zeros_ptr=table.scales if table.zeros is None else table.zeros,
-            levels_ptr=table.scales if table.levels is None else table.levels, x_ptr=x, stride_t=text.stride(0),
-            stride_pr=patches.stride(0), stride_xr=x.stride(0), EMPTY=empty_id, D=dim, GROUP=table.group,
-            BITS=table.bits, BLOCK=block, ZEROS=table.zeros is not None, LEVELS=table.levels is not None,
-            BLOCKS=blocks, num_warps=WARPS,
+            levels_ptr=table.scales if table.levels is None else table.levels,
+            x_ptr=x,
+            stride_t=text.stride(0),
+            stride_pr=patches.stride(0),
+            stride_xr=x.stride(0),
+            EMPTY=empty_id,
+            D=dim,
+            GROUP=table.group,
+            BITS=table.bits,
+            BLOCK=block,
+            ZEROS=table.zeros is not None,
+            LEVELS=table.levels is not None,
+            BLOCKS=blocks,
+            num_warps=WARPS,
         )
 
 
 def input_embed_bytes(audio: int, texts: int, dim: int, itemsize: int, row_bytes: int) -> int:
-    """Bytes that must move: patches in, table rows of `row_bytes` as stored in, x out, and the ids."""
+    """Bytes that must move: patches in, table rows of `row_bytes` as stored in, x out, and the
+    ids."""
     return audio * (2 * dim * itemsize + 8) + texts * (row_bytes + dim * itemsize + 8)
 
 
@@ -137,11 +203,39 @@ def compile_cases() -> Iterator[Case]:
     """Width 4096: a dense table, int8 by rows, int4 with zeros, nf4."""
     shared = {"text_ptr": "*i64", "patches_ptr": "*bf16", "x_ptr": "*bf16"}
     shared |= dict.fromkeys(("stride_t", "stride_pr", "stride_xr", "EMPTY", "D"), "i32")
-    yield Case("input_embed dense", dense_embed_kernel, shared | {"table_ptr": "*bf16", "stride_tv": "i32"},
-               {"BLOCK_D": BLOCK_D}, WARPS, wide_loads=True, unaligned=("stride_t", "EMPTY"))  # fmt: skip
-    for name, bits, zeros, levels in (("int8", 8, False, False), ("int4", 4, True, False), ("nf4", 4, False, True)):
+    yield Case(
+        "input_embed dense",
+        dense_embed_kernel,
+        shared | {"table_ptr": "*bf16", "stride_tv": "i32"},
+        {"BLOCK_D": BLOCK_D},
+        WARPS,
+        wide_loads=True,
+        unaligned=("stride_t", "EMPTY"),
+    )
+    for name, bits, zeros, levels in (
+        ("int8", 8, False, False),
+        ("int4", 4, True, False),
+        ("nf4", 4, False, True),
+    ):
         scales = "*fp32" if levels else "*bf16"
-        signature = shared | {"words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": "*fp16" if zeros else scales}
-        constexprs = {"BITS": bits, "BLOCK": 128, "ZEROS": zeros, "LEVELS": levels, "BLOCKS": BLOCK_D // 128}
-        yield Case(f"input_embed {name}", quantized_embed_kernel, signature | {"levels_ptr": scales, "GROUP": "i32"},
-                   constexprs, WARPS, wide_loads=True, unaligned=("stride_t", "EMPTY"))  # fmt: skip
+        signature = shared | {
+            "words_ptr": "*i32",
+            "scales_ptr": scales,
+            "zeros_ptr": "*fp16" if zeros else scales,
+        }
+        constexprs = {
+            "BITS": bits,
+            "BLOCK": 128,
+            "ZEROS": zeros,
+            "LEVELS": levels,
+            "BLOCKS": BLOCK_D // 128,
+        }
+        yield Case(
+            f"input_embed {name}",
+            quantized_embed_kernel,
+            signature | {"levels_ptr": scales, "GROUP": "i32"},
+            constexprs,
+            WARPS,
+            wide_loads=True,
+            unaligned=("stride_t", "EMPTY"),
+        )

@@ -1,13 +1,15 @@
-"""Softmax attention in a window: query i sees keys i - left ... i + right that exist (vocoder: 40 and 10).
+"""Softmax attention in a window: query i sees keys i - left ... i + right that exist (vocoder: 40
+and 10).
 
     y[i] = sum_j softmax_j(q[i] . k[j] / sqrt(Dh)) v[j],   j in [i - left, i + right] and in [0, T)
 
-Shapes: q, k, v, y [H, T, Dh], any strides over H and T. Scores, softmax and sums are float32; with 16-bit inputs the
-unnormalised probabilities are rounded to that dtype to weight the values, and y is rounded once.
+Shapes: q, k, v, y [H, T, Dh], any strides over H and T. Scores, softmax and sums are float32; with
+16-bit inputs the unnormalised probabilities are rounded to that dtype to weight the values, and y
+is rounded once.
 
-One program a head and 32 queries: an online softmax over the blocks of keys that any of them sees, from the first such
-key on (3 blocks at 40 and 10), so work and memory are linear in T. Bytes: q, k, v and y once; the overlap of
-neighbouring windows comes from the cache.
+One program a head and 32 queries: an online softmax over the blocks of keys that any of them sees,
+from the first such key on (3 blocks at 40 and 10), so work and memory are linear in T. Bytes: q, k,
+v and y once; the overlap of neighbouring windows comes from the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 WINDOW_BLOCK = 256
 """Queries the reference treats at once."""
@@ -36,7 +38,9 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
     queries = F.pad(q, (0, 0, 0, blocks * WINDOW_BLOCK - t)).view(heads, blocks, WINDOW_BLOCK, dh)
     # Block n of keys starts left positions before its first query.
     padding = (0, 0, left, blocks * WINDOW_BLOCK - t + right)
-    keys, values = (F.pad(x, padding).unfold(1, span, WINDOW_BLOCK).transpose(-1, -2) for x in (k, v))
+    keys, values = (
+        F.pad(x, padding).unfold(1, span, WINDOW_BLOCK).transpose(-1, -2) for x in (k, v)
+    )
     query = torch.arange(WINDOW_BLOCK, device=q.device)[:, None]
     key = torch.arange(span, device=q.device)
     in_window = (key >= query) & (key <= query + left + right)
@@ -50,9 +54,26 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
 
 @jit
 def window_attention_kernel(
-    q_ptr, k_ptr, v_ptr, y_ptr, stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_yh, stride_yt,
-    T, LEFT, RIGHT, scale, DH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    y_ptr,
+    stride_qh,
+    stride_qt,
+    stride_kh,
+    stride_kt,
+    stride_vh,
+    stride_vt,
+    stride_yh,
+    stride_yt,
+    T,
+    LEFT,
+    RIGHT,
+    scale,
+    DH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_q = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
@@ -69,13 +90,22 @@ def window_attention_kernel(
         o_k = start + tl.arange(0, BLOCK_T)
         m_k = (o_k[:, None] < T) & m_d
         o_kt = o_k.to(tl.int64)[:, None]
-        b_k = tl.load(k_ptr + i_head * stride_kh + o_kt * stride_kt + o_d[None, :], mask=m_k, other=0.0)
-        b_v = tl.load(v_ptr + i_head * stride_vh + o_kt * stride_vt + o_d[None, :], mask=m_k, other=0.0)
+        b_k = tl.load(
+            k_ptr + i_head * stride_kh + o_kt * stride_kt + o_d[None, :], mask=m_k, other=0.0
+        )
+        b_v = tl.load(
+            v_ptr + i_head * stride_vh + o_kt * stride_vt + o_d[None, :], mask=m_k, other=0.0
+        )
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-        m_seen = (o_k[None, :] >= o_q[:, None] - LEFT) & (o_k[None, :] <= o_q[:, None] + RIGHT) & (o_k[None, :] < T)
+        m_seen = (
+            (o_k[None, :] >= o_q[:, None] - LEFT)
+            & (o_k[None, :] <= o_q[:, None] + RIGHT)
+            & (o_k[None, :] < T)
+        )
         b_scores = tl.where(m_seen, b_scores, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
-        # A query that has seen no key yet keeps a maximum of -inf, from which nothing can be subtracted.
+        # A query that has seen no key yet keeps a maximum of -inf, from which nothing can be
+        # subtracted.
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_p = tl.exp2(b_scores - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
@@ -88,20 +118,40 @@ def window_attention_kernel(
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
-    """q, k, v [H, T, Dh] -> [H, T, Dh]; query i sees keys i - left ... i + right that exist. left, right >= 0."""
+    """q, k, v [H, T, Dh] -> [H, T, Dh]; query i sees keys i - left ... i + right that exist. left,
+    right >= 0."""
     if not use_triton(q):
         return window_attention_ref(q, k, v, left, right)
     if q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must have one shape [H, T, Dh]")
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must have one shape [H, T, Dh]"
+        )
     heads, t, dh = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     y = torch.empty(t, heads, dh, dtype=q.dtype, device=q.device).transpose(0, 1)
     window_attention_kernel[(-(-t // BLOCK), heads)](
-        q_ptr=q, k_ptr=k, v_ptr=v, y_ptr=y, stride_qh=q.stride(0), stride_qt=q.stride(1), stride_kh=k.stride(0),
-        stride_kt=k.stride(1), stride_vh=v.stride(0), stride_vt=v.stride(1), stride_yh=y.stride(0),
-        stride_yt=y.stride(1), T=t, LEFT=min(left, t), RIGHT=min(right, t), scale=log2(EULER) / sqrt(dh), DH=dh,
-        BLOCK_T=BLOCK, BLOCK_D=max(16, next_power_of_2(dh)), num_warps=2, num_stages=2,
-    )  # fmt: skip
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        y_ptr=y,
+        stride_qh=q.stride(0),
+        stride_qt=q.stride(1),
+        stride_kh=k.stride(0),
+        stride_kt=k.stride(1),
+        stride_vh=v.stride(0),
+        stride_vt=v.stride(1),
+        stride_yh=y.stride(0),
+        stride_yt=y.stride(1),
+        T=t,
+        LEFT=min(left, t),
+        RIGHT=min(right, t),
+        scale=log2(EULER) / sqrt(dh),
+        DH=dh,
+        BLOCK_T=BLOCK,
+        BLOCK_D=max(16, next_power_of_2(dh)),
+        num_warps=2,
+        num_stages=2,
+    )
     return y
 
 
@@ -115,9 +165,17 @@ def compile_cases() -> Iterator[Case]:
     strides = {f"stride_{x}{axis}": "i32" for x in "qkvy" for axis in "ht"}
     for dtype in ("bf16", "fp32"):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), f"*{dtype}")
-        signature = pointers | strides | {"T": "i32", "LEFT": "i32", "RIGHT": "i32", "scale": "fp32"}
+        signature = (
+            pointers | strides | {"T": "i32", "LEFT": "i32", "RIGHT": "i32", "scale": "fp32"}
+        )
         yield Case(
-            f"window_attention {dtype}", window_attention_kernel, signature,
-            {"DH": 16, "BLOCK_T": BLOCK, "BLOCK_D": 16}, 2, 2, ieee=dtype == "fp32", wide_loads=True,
+            f"window_attention {dtype}",
+            window_attention_kernel,
+            signature,
+            {"DH": 16, "BLOCK_T": BLOCK, "BLOCK_D": 16},
+            2,
+            2,
+            ieee=dtype == "fp32",
+            wide_loads=True,
             unaligned=("T", "LEFT", "RIGHT"),
-        )  # fmt: skip
+        )

@@ -1,9 +1,10 @@
 """Import of matrices that bitsandbytes stored as NF4, as transformers saves them.
 
-A matrix X [N, K] is stored as X uint8 [N K / 2, 1], two values a byte, the first in the high bits, and its state:
-X.absmax, a scale for each block of consecutive values, X.quant_map [16], the levels, and JSON with the shape and the
-size of a block as bytes in X.quant_state.bitsandbytes__nf4. Where scales are quantized in their turn, X.absmax is uint8
-and X.nested_absmax and X.nested_quant_map expand it. bitsandbytes itself reads all of that here.
+A matrix X [N, K] is stored as X uint8 [N K / 2, 1], two values a byte, the first in the high bits,
+and its state: X.absmax, a scale for each block of consecutive values, X.quant_map [16], the levels,
+and JSON with the shape and the size of a block as bytes in X.quant_state.bitsandbytes__nf4. Where
+scales are quantized in their turn, X.absmax is uint8 and X.nested_absmax and X.nested_quant_map
+expand it. bitsandbytes itself reads all of that here.
 """
 
 from collections.abc import Mapping
@@ -13,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Weights
-from ..errors import CheckpointError
-from ..kernels.quantized_weight import QuantizedWeight, pack_words
-from ..layout import Shapes
-from .formats import Format, PackedMatrices, importable_group
-from .search import NF4_LEVELS
+from mimo_fast.checkpoint.files import Weights
+from mimo_fast.checkpoint.layout import Shapes
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, pack_words
+from mimo_fast.quantization.formats import Format, PackedMatrices, importable_group
+from mimo_fast.quantization.search import NF4_LEVELS
 
 STATE = "quant_state.bitsandbytes__nf4"
 FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 
 def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedWeight | Tensor:
-    """One matrix in our nf4 form, with the very same values; `state` has its tensors by the names of FIELDS.
+    """One matrix in our nf4 form, with the very same values; `state` has its tensors by the names
+    of FIELDS.
 
-    Where our form cannot hold it (blocks that do not end with a row, other levels), its values as a dense float32
-    matrix [N, K] instead.
+    Where our form cannot hold it (blocks that do not end with a row, other levels), its values as a
+    dense float32 matrix [N, K] instead.
 
     Raises:
         CheckpointError: bitsandbytes is not installed, or the tensors do not belong together.
@@ -37,13 +39,20 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
     try:
         read = functional.QuantState.from_dict(dict(state), device=packed.device)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"bitsandbytes cannot read the state of a matrix ({error}): download it again") from error
+        raise CheckpointError(
+            f"bitsandbytes cannot read the state of a matrix ({error}): download it again"
+        ) from error
     (rows, columns), flat = read.shape, packed.view(torch.uint8).flatten()
     if 2 * len(flat) != rows * columns or -(-rows * columns // read.blocksize) != len(read.absmax):
-        raise CheckpointError("packed values, absmax and shape are not of one matrix: download the checkpoint again")
+        raise CheckpointError(
+            "packed values, absmax and shape are not of one matrix: download the checkpoint again"
+        )
     # What is stored, not rounded to the type of the model that was saved.
     read.dtype = torch.float32
-    group, levels = importable_group(read.blocksize, columns), torch.tensor(NF4_LEVELS, device=flat.device)
+    group, levels = (
+        importable_group(read.blocksize, columns),
+        torch.tensor(NF4_LEVELS, device=flat.device),
+    )
     if group is None or not torch.equal(read.code, levels):
         return functional.dequantize_4bit(flat[:, None], read)
     scales = read.absmax
@@ -51,7 +60,11 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
         scales = functional.dequantize_blockwise(scales, read.state2) + read.offset
     q = torch.stack((flat >> 4, flat & 15), dim=1).view(rows, columns)
     return QuantizedWeight(
-        words=pack_words(q, 4, group), bias=None, bits=4, zeros=None, levels=levels,
+        words=pack_words(q, 4, group),
+        bias=None,
+        bits=4,
+        zeros=None,
+        levels=levels,
         scales=scales.float().repeat_interleave(read.blocksize // group).view(rows, -1),
     )
 
@@ -64,26 +77,34 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
     """
     if not about.get("load_in_4bit") or about.get("bnb_4bit_quant_type") != "nf4":
         kind = about.get("bnb_4bit_quant_type") if about.get("load_in_4bit") else "8-bit"
-        raise CheckpointError(f"{weights.directory} holds {kind} weights of bitsandbytes: only NF4 is imported")
+        raise CheckpointError(
+            f"{weights.directory} holds {kind} weights of bitsandbytes: only NF4 is imported"
+        )
     _functional()
     from bitsandbytes.utils import unpack_tensor_to_dict
 
     states = {
         name: unpack_tensor_to_dict(weights.get(f"{name}.{STATE}"))
-        for name in shapes if f"{name}.{STATE}" in weights.names()
+        for name in shapes
+        if f"{name}.{STATE}" in weights.names()
     }
-    groups = {name: importable_group(state["blocksize"], state["shape"][1]) for name, state in states.items()}
+    groups = {
+        name: importable_group(state["blocksize"], state["shape"][1])
+        for name, state in states.items()
+    }
 
     def get(name: str) -> QuantizedWeight | Tensor:
         fields = {field: f"{name}.{field}" for field in FIELDS}
         return from_bitsandbytes(
-            weights.get(name), {field: weights.get(at) for field, at in fields.items() if at in weights.names()}
+            weights.get(name),
+            {field: weights.get(at) for field, at in fields.items() if at in weights.names()},
         )
 
     return PackedMatrices(
         shapes={name: tuple(state["shape"]) for name, state in states.items()},
         formats={name: Format("nf4", group) for name, group in groups.items() if group},
-        dtypes={name: getattr(torch, state["dtype"]) for name, state in states.items()}, get=get,
+        dtypes={name: getattr(torch, state["dtype"]) for name, state in states.items()},
+        get=get,
     )
 
 
@@ -91,6 +112,8 @@ def _functional() -> ModuleType:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise CheckpointError("this checkpoint is in bitsandbytes' form, which is not installed here: "
-                              "pip install 'mimo-fast[bitsandbytes]'") from error
+        raise CheckpointError(
+            "this checkpoint is in bitsandbytes' form, which is not installed here: "
+            "pip install 'mimo-fast[bitsandbytes]'"
+        ) from error
     return functional

@@ -1,4 +1,5 @@
-"""Quantized checkpoints: written tensor by tensor, and read, as dense ones are, through `WeightSource`."""
+"""Quantized checkpoints: written tensor by tensor, and read, as dense ones are, through
+`WeightSource`."""
 
 import os
 import shutil
@@ -10,47 +11,69 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
-from ..config import LMConfig, read_json
-from ..errors import CheckpointError
-from ..kernels import native
-from ..kernels.dispatch import use_triton
-from ..kernels.qmatmul import Weight
-from ..kernels.qmatmul_cpu import pack_for_torch
-from ..kernels.quantized_weight import QuantizedWeight, dequantize_to
-from ..layout import Shapes, lm_shapes
-from .formats import CONFIG_KEY, FOREIGN_KEY, VERSION, Format, QuantizationConfig, stored_tensors
-from .search import NF4_LEVELS, quantize, relative_error
+from mimo_fast.checkpoint.files import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
+from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.config import LMConfig, read_json
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.dispatch import use_triton
+from mimo_fast.kernels.matmul.cpu import pack_for_torch
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize_to
+from mimo_fast.quantization.formats import (
+    CONFIG_KEY,
+    FOREIGN_KEY,
+    VERSION,
+    Format,
+    QuantizationConfig,
+    stored_tensors,
+)
+from mimo_fast.quantization.search import NF4_LEVELS, quantize, relative_error
 
 Read = Callable[[str], Tensor]
 Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
-"""Matrix by upstream's name -> its quantized form and relative error, None where the original is unknown."""
+"""Matrix by upstream's name -> its quantized form and relative error, None where the original is
+unknown."""
 
 PathLike = str | os.PathLike[str]
 
 
 class WeightSource:
-    """What a model is built from: tensors and matrices by upstream's names, however they are stored.
+    """What a model is built from: tensors and matrices by upstream's names, however they are
+    stored.
 
     Args:
         read: tensor by its name in the file, on the target device, in its stored dtype.
         dtype: of activations, and so of everything dense; None keeps the stored dtype.
         stored: format of each matrix that the file holds quantized.
         requested: quantization to do now, of matrices that the file holds dense.
-        join: on a GPU, copy the row blocks of a dense matrix into one, for one launch; False shares them as they are.
+        join: on a GPU, copy the row blocks of a dense matrix into one, for one launch; False shares
+            them as they are.
     """
 
     def __init__(
-        self, read: Read, dtype: torch.dtype | None = None, stored: Mapping[str, Format] | None = None,
-        requested: QuantizationConfig | None = None, join: bool = True,
+        self,
+        read: Read,
+        dtype: torch.dtype | None = None,
+        stored: Mapping[str, Format] | None = None,
+        requested: QuantizationConfig | None = None,
+        join: bool = True,
     ) -> None:
-        self._read, self._dtype, self._stored, self._requested = read, dtype, dict(stored or {}), requested
+        self._read, self._dtype, self._stored, self._requested = (
+            read,
+            dtype,
+            dict(stored or {}),
+            requested,
+        )
         self._join = join
         if self._stored and requested:
-            raise CheckpointError("the checkpoint is quantized already: load it without quantization=")
+            raise CheckpointError(
+                "the checkpoint is quantized already: load it without quantization="
+            )
 
     def __call__(self, name: str) -> Tensor:
-        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if none is wanted)."""
+        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if
+        none is wanted)."""
         if name in self._stored:
             return dequantize_to(self._quantized(name, None), self._dtype or torch.bfloat16)
         tensor = self._read(name)
@@ -59,23 +82,35 @@ class WeightSource:
             return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
-    def weight(self, *modules: str, bias: bool | Sequence[bool] = False) -> Weight | QuantizedWeight:
-        """The matrix whose row blocks are M.weight, with M.bias if `bias` (for all or each), for the given modules M.
+    def weight(
+        self, *modules: str, bias: bool | Sequence[bool] = False
+    ) -> Weight | QuantizedWeight:
+        """The matrix whose row blocks are M.weight, with M.bias if `bias` (for all or each), for
+        the given modules M.
 
         Raises:
             CheckpointError: the blocks are not all dense or all of one format.
         """
         names = [f"{module}.weight" for module in modules]
         biased = [bias] * len(modules) if isinstance(bias, bool) else bias
-        biases = [self(f"{module}.bias") if has else None for module, has in zip(modules, biased, strict=True)]
+        biases = [
+            self(f"{module}.bias") if has else None
+            for module, has in zip(modules, biased, strict=True)
+        ]
         if any(name in self._stored for name in names):
             if not all(name in self._stored for name in names):
-                raise CheckpointError(f"only some of {', '.join(names)} are quantized: quantize the checkpoint again")
-            return self._joined([self._quantized(name, b) for name, b in zip(names, biases, strict=True)])
+                raise CheckpointError(
+                    f"only some of {', '.join(names)} are quantized: quantize the checkpoint again"
+                )
+            return self._joined(
+                [self._quantized(name, b) for name, b in zip(names, biases, strict=True)]
+            )
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            return self._joined([quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)])
+            return self._joined(
+                [quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)]
+            )
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
@@ -85,7 +120,8 @@ class WeightSource:
         return Weight.stack(blocks, biases)
 
     def table(self, module: str) -> Tensor | QuantizedWeight:
-        """The embedding table M.weight as it is stored or wanted, its rows to be taken one by one."""
+        """The embedding table M.weight as it is stored or wanted, its rows to be taken one by
+        one."""
         name = f"{module}.weight"
         if name in self._stored:
             return self._quantized(name, None)
@@ -97,7 +133,10 @@ class WeightSource:
         chosen = self._stored[name]
         words = self._read(f"{name}.words")
         return QuantizedWeight(
-            words=words, scales=self._read(f"{name}.scales"), bias=bias, bits=chosen.bits,
+            words=words,
+            scales=self._read(f"{name}.scales"),
+            bias=bias,
+            bits=chosen.bits,
             zeros=None if chosen.symmetric else self._read(f"{name}.zeros"),
             levels=torch.tensor(NF4_LEVELS, device=words.device) if chosen.kind == "nf4" else None,
         )
@@ -107,21 +146,31 @@ class WeightSource:
             joined = QuantizedWeight.stack(blocks)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        packs = self._dtype == torch.bfloat16 and not use_triton(joined.words) and not native.takes_weight(joined)
+        packs = (
+            self._dtype == torch.bfloat16
+            and not use_triton(joined.words)
+            and not native.takes_weight(joined)
+        )
         return pack_for_torch(joined) if packs else joined
 
 
 def quantize_checkpoint(
-    source: PathLike, target: PathLike, quantization: str | Mapping[str, str | None] | QuantizationConfig, *,
-    progress: bool = True, shard_bytes: int = SHARD_BYTES,
+    source: PathLike,
+    target: PathLike,
+    quantization: str | Mapping[str, str | None] | QuantizationConfig,
+    *,
+    progress: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
-    """Quantizes a language model's checkpoint into another directory, with its tokenizer; one tensor in memory.
+    """Quantizes a language model's checkpoint into another directory, with its tokenizer; one
+    tensor in memory.
 
     Returns:
         Relative error of each quantized matrix by upstream's name; config.json keeps them too.
 
     Raises:
-        CheckpointError: the source is no dense checkpoint, the target holds weights, or the disk is full.
+        CheckpointError: the source is no dense checkpoint, the target holds weights, or the disk is
+            full.
         ValueError: the quantization is none.
     """
     source, target = Path(source), Path(target)
@@ -130,14 +179,24 @@ def quantize_checkpoint(
         raise ValueError("no quantization was given: use int8, int4, nf4 or a format for each part")
     raw = read_json(source / "config.json")
     if CONFIG_KEY in raw:
-        raise CheckpointError(f"{source} is quantized already: give the checkpoint it was made from")
+        raise CheckpointError(
+            f"{source} is quantized already: give the checkpoint it was made from"
+        )
     if raw.get(FOREIGN_KEY):
-        raise CheckpointError(f"{source} was quantized by another tool: import_checkpoint converts it")
+        raise CheckpointError(
+            f"{source} was quantized by another tool: import_checkpoint converts it"
+        )
     shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
     weights = open_weights(source)
     weights.validate(shapes)
     formats = chosen.formats(shapes)
-    with tqdm(total=len(formats), desc="quantizing", unit="matrix", delay=1, disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(formats),
+        desc="quantizing",
+        unit="matrix",
+        delay=1,
+        disable=None if progress else True,
+    ) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float]:
             matrix = weights.get(name)
@@ -146,17 +205,34 @@ def quantize_checkpoint(
             return quantized, relative_error(matrix, quantized)
 
         return write_quantized(
-            target, raw, shapes, formats, {name: weights.dtype(name) for name in shapes}, weights.get, convert,
-            about={"parts": chosen.parts()}, copy_from=source, shard_bytes=shard_bytes,
+            target,
+            raw,
+            shapes,
+            formats,
+            {name: weights.dtype(name) for name in shapes},
+            weights.get,
+            convert,
+            about={"parts": chosen.parts()},
+            copy_from=source,
+            shard_bytes=shard_bytes,
         )
 
 
 def write_quantized(
-    target: Path, raw: Mapping[str, Any], shapes: Shapes, formats: Mapping[str, Format],
-    dtypes: Mapping[str, torch.dtype], read: Read, convert: Convert, *, about: Mapping[str, Any], copy_from: Path,
+    target: Path,
+    raw: Mapping[str, Any],
+    shapes: Shapes,
+    formats: Mapping[str, Format],
+    dtypes: Mapping[str, torch.dtype],
+    read: Read,
+    convert: Convert,
+    *,
+    about: Mapping[str, Any],
+    copy_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
-    """Writes matrices of `formats` as `convert` gives them and all else as `read` does; returns relative errors.
+    """Writes matrices of `formats` as `convert` gives them and all else as `read` does; returns
+    relative errors.
 
     `dtypes` has every dense tensor, and may have packed ones whose dtype is not the usual one.
     """
@@ -171,7 +247,10 @@ def write_quantized(
         matrix, _, field = name.rpartition(".")
         if field == "words":
             quantized, error = convert(matrix)
-            entry["tensors"][matrix] = {"format": str(formats[matrix]), "error": error and round(error, 6)}
+            entry["tensors"][matrix] = {
+                "format": str(formats[matrix]),
+                "error": error and round(error, 6),
+            }
             if error is not None:
                 errors[matrix] = error
             waiting[f"{matrix}.scales"] = quantized.scales
@@ -182,8 +261,11 @@ def write_quantized(
 
     # `entry` is complete when it is written: config.json comes after the last tensor.
     write_checkpoint(
-        target, {name: shape for name, (shape, _) in stored.items()}, pieces,
-        dtype={name: dtypes.get(name, dtype) for name, (_, dtype) in stored.items()}, config={**raw, CONFIG_KEY: entry},
+        target,
+        {name: shape for name, (shape, _) in stored.items()},
+        pieces,
+        dtype={name: dtypes.get(name, dtype) for name, (_, dtype) in stored.items()},
+        config={**raw, CONFIG_KEY: entry},
         shard_bytes=shard_bytes,
     )
     _copy_tokenizer(copy_from, target)

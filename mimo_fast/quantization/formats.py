@@ -1,8 +1,9 @@
-"""Which tensor is stored how: formats, the choice of a format for each part of the model, names, shapes and bytes.
+"""Which tensor is stored how: formats, the choice of a format for each part of the model, names,
+shapes and bytes.
 
-A quantized matrix X.weight [N, K] is stored as X.weight.words, X.weight.scales and, where zeros are free,
-X.weight.zeros; `kernels/quantized_weight.py` has the layout. config.json lists these matrices under
-`mimo_fast_quantization`.
+A quantized matrix X.weight [N, K] is stored as X.weight.words, X.weight.scales and, where zeros are
+free, X.weight.zeros; `kernels/quantized_weight.py` has the layout. config.json lists these matrices
+under `mimo_fast_quantization`.
 """
 
 import math
@@ -14,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LMConfig
-from ..errors import CheckpointError
-from ..kernels.quantized_weight import QuantizedWeight
-from ..layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.config import LMConfig
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 CONFIG_KEY = "mimo_fast_quantization"
 VERSION = 1
 
 PARTS: dict[str, str | tuple[str, ...]] = {
-    "backbone": "model.layers.", "lm_head": "lm_head.", "text_embeddings": "model.embed_tokens.",
-    "patch_decoder": "local_transformer.layers.", "patch_encoder": "input_local_transformer.layers.",
+    "backbone": "model.layers.",
+    "lm_head": "lm_head.",
+    "text_embeddings": "model.embed_tokens.",
+    "patch_decoder": "local_transformer.layers.",
+    "patch_encoder": "input_local_transformer.layers.",
     "codec": ("encoder.layers.", "decoder.layers.", "decoder.vocoder.layers."),
 }
 """Prefixes of the names of each part that may be quantized; all other tensors stay dense."""
@@ -42,7 +46,8 @@ class Format:
     """How one matrix is stored.
 
     Args:
-        kind: "int4" (w = scale (q - zero)), "int8" (w = scale q), or "nf4" (w = scale * a level of a fixed table).
+        kind: "int4" (w = scale (q - zero)), "int8" (w = scale q), or "nf4" (w = scale * a level of
+            a fixed table).
         group: values along K that share a scale; None is a whole row (int8 only).
         symmetric: no zeros (int4 only; the others never have them).
     """
@@ -53,13 +58,16 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """ "int4", "int4-sym", "int8" or "nf4", each with "-g32", "-g64" or "-g128" to choose the group.
+        """ "int4", "int4-sym", "int8" or "nf4", each with "-g32", "-g64" or "-g128" to choose the
+        group.
 
         Without one the group is 128 for int4, 64 for nf4, the row for int8.
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
-            raise ValueError(f"no weight format {text!r}: use {', '.join(NAMED)}, or one with -g32, -g64, -g128")
+            raise ValueError(
+                f"no weight format {text!r}: use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
+            )
         name, group = match[1], match[2]
         default = {"int8": None, "nf4": 64}.get(name, 128)
         return cls(name.removesuffix("-sym"), int(group) if group else default, name != "int4")
@@ -73,26 +81,39 @@ class Format:
         return 8 if self.kind == "int8" else 4
 
     def fit(self, columns: int) -> "Format | None":
-        """This format with the largest group, halved from the wanted one, that divides K; None if none does."""
+        """This format with the largest group, halved from the wanted one, that divides K; None if
+        none does."""
         if columns % MIN_GROUP:
             return None
         return self if self.group is None else replace(self, group=math.gcd(self.group, columns))
 
-    def tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of what is stored for a matrix; the first is asked for first by the writer."""
+    def tensors(
+        self, name: str, shape: tuple[int, ...]
+    ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Shape and dtype of what is stored for a matrix; the first is asked for first by the
+        writer."""
         rows, columns = shape
         groups = columns // (self.group or columns)
         stored = {
             f"{name}.words": ((rows, columns * self.bits // 32), torch.int32),
-            # nf4 keeps the float32 scales of its published form, so that its values are exactly those.
-            f"{name}.scales": ((rows, groups), torch.float32 if self.kind == "nf4" else torch.bfloat16),
+            # nf4 keeps the float32 scales of its published form, so that its values are exactly
+            # those.
+            f"{name}.scales": (
+                (rows, groups),
+                torch.float32 if self.kind == "nf4" else torch.bfloat16,
+            ),
         }
-        return stored if self.symmetric else stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
+        return (
+            stored
+            if self.symmetric
+            else stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
+        )
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Format of each part; None is dense. The codec is quantized at load alone, and its codebooks never are."""
+    """Format of each part; None is dense. The codec is quantized at load alone, and its codebooks
+    never are."""
 
     backbone: Format | None = None
     lm_head: Format | None = None
@@ -102,8 +123,11 @@ class QuantizationConfig:
     codec: Format | None = None
 
     @classmethod
-    def parse(cls, value: "str | Mapping[str, str | None] | QuantizationConfig | None") -> "QuantizationConfig | None":
-        """A named choice ("int8", "int4", "nf4"), or a format for each part: {"backbone": "int4-g64", ...}.
+    def parse(
+        cls, value: "str | Mapping[str, str | None] | QuantizationConfig | None"
+    ) -> "QuantizationConfig | None":
+        """A named choice ("int8", "int4", "nf4"), or a format for each part: {"backbone":
+        "int4-g64", ...}.
 
         Parts left out of a mapping stay dense, as do those given as None or "dense".
 
@@ -114,10 +138,14 @@ class QuantizationConfig:
             return value
         if isinstance(value, str):
             if value not in CHOICES:
-                raise ValueError(f"no quantization {value!r}: use {', '.join(CHOICES)} or a format for each part")
+                raise ValueError(
+                    f"no quantization {value!r}: use {', '.join(CHOICES)} or a format for each part"
+                )
             value = CHOICES[value]
         if unknown := sorted(set(value) - set(PARTS)):
-            raise ValueError(f"no part {', '.join(unknown)} to quantize: the parts are {', '.join(PARTS)}")
+            raise ValueError(
+                f"no part {', '.join(unknown)} to quantize: the parts are {', '.join(PARTS)}"
+            )
         chosen = {part: text for part, text in value.items() if text not in (None, "dense")}
         return cls(**{part: Format.parse(str(text)) for part, text in chosen.items()})
 
@@ -147,7 +175,8 @@ CHOICES: dict[str, dict[str, str]] = {
     "int4": _INT4,
     "nf4": _INT4 | {"backbone": "nf4"},
 }
-"""What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of it all."""
+"""What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a
+fifth of it all."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +197,14 @@ class PackedMatrices:
 
 
 def importable_group(size: int, columns: int) -> int | None:
-    """Our group for one of `size` values along K, a longer group being several of the same scale; None if none is."""
+    """Our group for one of `size` values along K, a longer group being several of the same scale;
+    None if none is."""
     return min(size, 128) if columns % size == 0 and (size in (32, 64) or size % 128 == 0) else None
 
 
 def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
-    """Format of every matrix that a config.json says is stored quantized; empty for a dense checkpoint.
+    """Format of every matrix that a config.json says is stored quantized; empty for a dense
+    checkpoint.
 
     Raises:
         CheckpointError: the entry is malformed or of a later version.
@@ -183,22 +214,29 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
         return {}
     if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
         version = entry.get("version") if isinstance(entry, Mapping) else None
-        raise CheckpointError(f"{source}: quantized form {version!r} is unknown: update mimo-fast or quantize again")
+        raise CheckpointError(
+            f"{source}: quantized form {version!r} is unknown: update mimo-fast or quantize again"
+        )
     try:
         return {name: Format.parse(about["format"]) for name, about in entry["tensors"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: its '{CONFIG_KEY}' is damaged ({error}): quantize again") from error
+        raise CheckpointError(
+            f"{source}: its '{CONFIG_KEY}' is damaged ({error}): quantize again"
+        ) from error
 
 
 def stored_shapes(shapes: Shapes, formats: Mapping[str, Format]) -> Shapes:
     """Names and shapes in the file: each matrix of `formats` gives way to its packed tensors."""
-    return {name: shape for name, (shape, _) in stored_tensors(shapes, formats, torch.bfloat16).items()}
+    return {
+        name: shape for name, (shape, _) in stored_tensors(shapes, formats, torch.bfloat16).items()
+    }
 
 
 def stored_tensors(
     shapes: Shapes, formats: Mapping[str, Format], dense: torch.dtype | Mapping[str, torch.dtype]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in the file; `dense` is the dtype of what is not quantized, one or by name."""
+    """Shape and dtype of every tensor in the file; `dense` is the dtype of what is not quantized,
+    one or by name."""
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in shapes.items():
         if name in formats:
@@ -211,7 +249,8 @@ def stored_tensors(
 def checkpoint_bytes(
     config: LMConfig, quantization: QuantizationConfig | None, dense: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of all tensors of a language model on disk, from shapes alone; file headers add some tens of kilobytes."""
+    """Bytes of all tensors of a language model on disk, from shapes alone; file headers add some
+    tens of kilobytes."""
     shapes = lm_shapes(config)
     formats = quantization.formats(shapes) if quantization else {}
     stored = stored_tensors(shapes, formats, dense)

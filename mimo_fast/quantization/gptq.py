@@ -1,9 +1,10 @@
 """Import of 4-bit matrices in the GPTQ layout, which AutoRound writes too.
 
-A linear layer M [N, K] is stored as M.qweight int32 [K / 8, N] (8 consecutive k a word, the lowest bits first),
-M.qzeros int32 [G, N / 8] (8 consecutive n a word), M.scales [G, N] and M.g_idx [K], the group of each k. Its values are
-scale (q - zero), where the original layout ("gptq", v1) stores zero - 1 and "gptq_v2" stores zero. The facts are those
-of https://github.com/AutoGPTQ/AutoGPTQ and https://github.com/ModelCloud/GPTQModel.
+A linear layer M [N, K] is stored as M.qweight int32 [K / 8, N] (8 consecutive k a word, the lowest
+bits first), M.qzeros int32 [G, N / 8] (8 consecutive n a word), M.scales [G, N] and M.g_idx [K],
+the group of each k. Its values are scale (q - zero), where the original layout ("gptq", v1) stores
+zero - 1 and "gptq_v2" stores zero. The facts are those of https://github.com/AutoGPTQ/AutoGPTQ and
+https://github.com/ModelCloud/GPTQModel.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Weights
-from ..errors import CheckpointError
-from ..kernels.quantized_weight import QuantizedWeight, pack_words
-from ..layout import Shapes
-from .formats import Format, PackedMatrices, importable_group
+from mimo_fast.checkpoint.files import Weights
+from mimo_fast.checkpoint.layout import Shapes
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, pack_words
+from mimo_fast.quantization.formats import Format, PackedMatrices, importable_group
 
 
 def from_gptq(
@@ -25,28 +26,40 @@ def from_gptq(
 ) -> QuantizedWeight | Tensor:
     """One layer in our int4 form, with the very same values; bias is the caller's.
 
-    Where our form cannot hold the layer (groups in activation order, or of a size that is neither 32, 64 nor a multiple
-    of 128), its values as a dense float32 matrix [N, K] instead.
+    Where our form cannot hold the layer (groups in activation order, or of a size that is neither
+    32, 64 nor a multiple of 128), its values as a dense float32 matrix [N, K] instead.
 
     Raises:
         CheckpointError: the tensors do not belong together.
     """
     q = _unpack(qweight.T)
     (rows, columns), groups = q.shape, len(scales)
-    if scales.shape != (groups, rows) or qzeros.shape != (groups, rows // 8) or columns % groups or rows % 8:
-        raise CheckpointError("qweight, qzeros and scales are not of one 4-bit GPTQ layer: only 4-bit is imported")
+    if (
+        scales.shape != (groups, rows)
+        or qzeros.shape != (groups, rows // 8)
+        or columns % groups
+        or rows % 8
+    ):
+        raise CheckpointError(
+            "qweight, qzeros and scales are not of one 4-bit GPTQ layer: only 4-bit is imported"
+        )
     zeros = _unpack(qzeros).T + (1 if v1 else 0)
     size = columns // groups
     in_order = torch.arange(columns, device=q.device) // size
     order = in_order if g_idx is None else g_idx.long()
     if order.shape != (columns,) or order.min() < 0 or order.max() >= groups:
-        raise CheckpointError("g_idx does not name a group for each column of its layer: download the checkpoint again")
+        raise CheckpointError(
+            "g_idx does not name a group for each column of its layer: download the checkpoint again"
+        )
     group = importable_group(size, columns)
     if group is None or not torch.equal(order, in_order):
         return scales.T.float()[:, order] * (q - zeros[:, order]).float()
     per_group = [t.repeat_interleave(size // group, dim=1) for t in (scales.T, zeros)]
     return QuantizedWeight(
-        words=pack_words(q, 4, group), scales=per_group[0].contiguous(), zeros=(per_group[1] - 8).half(), bias=None,
+        words=pack_words(q, 4, group),
+        scales=per_group[0].contiguous(),
+        zeros=(per_group[1] - 8).half(),
+        bias=None,
         bits=4,
     )
 
@@ -77,7 +90,9 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
 def _layer(weights: Weights, name: str, v1: bool) -> QuantizedWeight | Tensor:
     layer = name.removesuffix("weight")
     g_idx = weights.get(f"{layer}g_idx") if f"{layer}g_idx" in weights.names() else None
-    qweight, qzeros, scales = (weights.get(f"{layer}{part}") for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = (
+        weights.get(f"{layer}{part}") for part in ("qweight", "qzeros", "scales")
+    )
     return from_gptq(qweight, qzeros, scales, g_idx, v1=v1)
 
 
@@ -92,7 +107,9 @@ def _is_v1(about: Mapping[str, Any], source: Path) -> bool:
     """Whether zeros are stored less one."""
     bits, packing = about.get("bits"), str(about.get("packing_format", ""))
     if "awq" in packing:
-        raise CheckpointError(f"{source} is packed as {packing!r}: of AutoRound's layouts only GPTQ's is imported")
+        raise CheckpointError(
+            f"{source} is packed as {packing!r}: of AutoRound's layouts only GPTQ's is imported"
+        )
     if bits != 4:
         raise CheckpointError(f"{source} holds {bits}-bit weights: only 4-bit GPTQ is imported")
     return str(about.get("checkpoint_format", "gptq")) != "gptq_v2"

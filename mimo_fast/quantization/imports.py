@@ -1,4 +1,5 @@
-"""Checkpoints that other tools quantized -> our form: GPTQ (AutoRound writes it too) and bitsandbytes NF4."""
+"""Checkpoints that other tools quantized -> our form: GPTQ (AutoRound writes it too) and
+bitsandbytes NF4."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,51 +8,65 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import Weights, open_weights
-from ..config import LMConfig, read_json
-from ..errors import CheckpointError
-from ..kernels.quantized_weight import QuantizedWeight
-from ..layout import Shapes, lm_shapes
-from . import bitsandbytes, gptq
-from .convert import PathLike, write_quantized
-from .formats import FOREIGN_KEY, PackedMatrices, QuantizationConfig
-from .search import quantize, relative_error
+from mimo_fast.checkpoint.files import Weights, open_weights
+from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.config import LMConfig, read_json
+from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.quantization import bitsandbytes, gptq
+from mimo_fast.quantization.convert import PathLike, write_quantized
+from mimo_fast.quantization.formats import FOREIGN_KEY, PackedMatrices, QuantizationConfig
+from mimo_fast.quantization.search import quantize, relative_error
 
 METHODS: dict[str, Callable[[Weights, Shapes, Mapping[str, Any]], PackedMatrices]] = {
-    "gptq": gptq.packed_matrices, "auto-round": gptq.packed_matrices, "autoround": gptq.packed_matrices,
+    "gptq": gptq.packed_matrices,
+    "auto-round": gptq.packed_matrices,
+    "autoround": gptq.packed_matrices,
     "bitsandbytes": bitsandbytes.packed_matrices,
 }
 """By the quant_method of config.json."""
 
 
 def import_checkpoint(
-    source: PathLike, target: PathLike, quantization: str | Mapping[str, str | None] | QuantizationConfig | None = None,
-    *, progress: bool = True,
+    source: PathLike,
+    target: PathLike,
+    quantization: str | Mapping[str, str | None] | QuantizationConfig | None = None,
+    *,
+    progress: bool = True,
 ) -> dict[str, float]:
-    """Converts a language model's checkpoint that another tool quantized into our form, values unchanged.
+    """Converts a language model's checkpoint that another tool quantized into our form, values
+    unchanged.
 
     Args:
-        quantization: for matrices that the source holds dense, such as lm_head, and for those that our forms cannot
-            hold, which are unpacked; by default both are stored dense.
+        quantization: for matrices that the source holds dense, such as lm_head, and for those that
+            our forms cannot hold, which are unpacked; by default both are stored dense.
 
     Returns:
         Relative error of what was quantized here; of what was imported, the original is not known.
 
     Raises:
-        CheckpointError: the source is of no form that is imported, a package is missing, or the target holds weights.
+        CheckpointError: the source is of no form that is imported, a package is missing, or the
+            target holds weights.
     """
     source = Path(source)
     raw = dict(read_json(source / "config.json"))
     about = raw.pop(FOREIGN_KEY, None)
     method = about.get("quant_method") if isinstance(about, Mapping) else None
     if method not in METHODS:
-        raise CheckpointError(f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported")
-    shapes, weights = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json"))), open_weights(source)
+        raise CheckpointError(
+            f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported"
+        )
+    shapes, weights = (
+        lm_shapes(LMConfig.from_dict(raw, str(source / "config.json"))),
+        open_weights(source),
+    )
     packed = METHODS[method](weights, shapes, about)
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()
     formats = chosen.formats(shapes) | packed.formats
-    dtypes = packed.dtypes | {name: weights.dtype(name) for name in shapes if name not in packed.shapes}
+    dtypes = packed.dtypes | {
+        name: weights.dtype(name) for name in shapes if name not in packed.shapes
+    }
 
     def matrix(name: str) -> QuantizedWeight | Tensor:
         return packed.get(name) if name in packed.shapes else weights.get(name)
@@ -61,7 +76,13 @@ def import_checkpoint(
         assert isinstance(found, Tensor)
         return found
 
-    with tqdm(total=len(formats), desc="importing", unit="matrix", delay=1, disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(formats),
+        desc="importing",
+        unit="matrix",
+        delay=1,
+        disable=None if progress else True,
+    ) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float | None]:
             bar.update(1)
@@ -72,8 +93,15 @@ def import_checkpoint(
             return quantized, relative_error(found, quantized)
 
         return write_quantized(
-            Path(target), raw, shapes, formats, dtypes, dense, convert,
-            about={"parts": chosen.parts(), "imported": method}, copy_from=source,
+            Path(target),
+            raw,
+            shapes,
+            formats,
+            dtypes,
+            dense,
+            convert,
+            about={"parts": chosen.parts(), "imported": method},
+            copy_from=source,
         )
 
 
@@ -81,5 +109,7 @@ def _check_shapes(weights: Weights, shapes: Shapes, packed: PackedMatrices) -> N
     for name, shape in shapes.items():
         found = packed.shapes[name] if name in packed.shapes else weights.shape(name)
         if found != tuple(shape):
-            raise CheckpointError(f"{weights.directory}: {name} is {list(found)}, not {list(shape)}: "
-                                  "use the config.json that belongs to these weights")
+            raise CheckpointError(
+                f"{weights.directory}: {name} is {list(found)}, not {list(shape)}: "
+                "use the config.json that belongs to these weights"
+            )

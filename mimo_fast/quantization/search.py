@@ -1,11 +1,12 @@
 """Values -> quantized values: scales (and zeros) that minimise the squared error, group by group.
 
-4 bits: for fixed integers q the best scale and zero are a least-squares line through (q, w); for fixed scale and zero
-the best q is rounding. The two alternate from several starts, each the range of the group shrunk a little (which trades
-clipping for resolution), and the best is kept: plain absmax is one of the states compared, so never better.
+4 bits: for fixed integers q the best scale and zero are a least-squares line through (q, w); for
+fixed scale and zero the best q is rounding. The two alternate from several starts, each the range
+of the group shrunk a little (which trades clipping for resolution), and the best is kept: plain
+absmax is one of the states compared, so never better.
 
-8 bits: the line gains nothing, what counts is how far to shrink. Scales are compared as they are stored, in bfloat16,
-whose steps are as wide as the differences between them.
+8 bits: the line gains nothing, what counts is how far to shrink. Scales are compared as they are
+stored, in bfloat16, whose steps are as wide as the differences between them.
 """
 
 from collections.abc import Callable
@@ -15,28 +16,45 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.quantized_weight import QuantizedWeight, dequantize, pack_words
-from .formats import Format
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize, pack_words
+from mimo_fast.quantization.formats import Format
 
 CHUNK, CUDA_CHUNK = 2**15, 2**24
-"""Values searched at once. On the CPU their few float32 copies stay in a core's cache, and torch does not split work
-this small, so that cores take chunks each and never wait for one another."""
+"""Values searched at once. On the CPU their few float32 copies stay in a core's cache, and torch
+does not split work this small, so that cores take chunks each and never wait for one another."""
 
 INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
-"""Fractions of the range to start from; least-squares corrections after each. More gain less than 1% of the error."""
+"""Fractions of the range to start from; least-squares corrections after each. More gain less than
+1% of the error."""
 
 INT8_FRACTIONS = (1.0, 0.985, 0.97, 0.955, 0.94)
-"""Fractions of the range to try. The best of 129 has an error at most 0.4% smaller by rows, 4% by groups of 128."""
+"""Fractions of the range to try. The best of 129 has an error at most 0.4% smaller by rows, 4% by
+groups of 128."""
 
 ZERO_LIMIT = 24.0
-"""Zeros lie in the range of q but for fits that overshoot; float16 resolves 1/64 of a step up to here."""
+"""Zeros lie in the range of q but for fits that overshoot; float16 resolves 1/64 of a step up to
+here."""
 
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
-"""Quantiles of a normal distribution, as published with QLoRA (https://arxiv.org/abs/2305.14314, appendix E)."""
+"""Quantiles of a normal distribution, as published with QLoRA (https://arxiv.org/abs/2305.14314,
+appendix E)."""
 
 Searched = tuple[Tensor, Tensor, Tensor | None]
 """q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
@@ -45,7 +63,8 @@ Search = Callable[[Tensor], Searched]
 
 
 def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
-    """weight [N, K] of any floating dtype -> its quantized form, on the same device, row chunk by row chunk.
+    """weight [N, K] of any floating dtype -> its quantized form, on the same device, row chunk by
+    row chunk.
 
     Raises:
         ValueError: K is not a multiple of the group, or values are not finite.
@@ -53,21 +72,31 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     columns = weight.shape[1]
     group = chosen.group or columns
     if columns % group or columns % 32:
-        raise ValueError(f"a matrix of {columns} columns does not split into groups of {group}: leave it dense")
+        raise ValueError(
+            f"a matrix of {columns} columns does not split into groups of {group}: leave it dense"
+        )
     int4 = _symmetric if chosen.symmetric else _asymmetric
     search: dict[str, Search] = {"int4": int4, "int8": _int8, "nf4": _nf4}
 
     def convert(start: int, end: int) -> tuple[Tensor, ...]:
         values = weight[start:end].float().reshape(-1, group)
         if not values.isfinite().all():
-            raise ValueError("a matrix to quantize holds values that are not finite: repair the checkpoint")
+            raise ValueError(
+                "a matrix to quantize holds values that are not finite: repair the checkpoint"
+            )
         q, *grid = search[chosen.kind](values)
         words = pack_words(q.view(-1, columns), chosen.bits, group)
         return words, *(part.view(len(words), -1) for part in grid if part is not None)
 
-    words, scales, *zeros = (torch.cat(parts) for parts in zip(*_map_rows(convert, weight), strict=True))
+    words, scales, *zeros = (
+        torch.cat(parts) for parts in zip(*_map_rows(convert, weight), strict=True)
+    )
     return QuantizedWeight(
-        words=words, scales=scales, zeros=zeros[0] if zeros else None, bias=bias, bits=chosen.bits,
+        words=words,
+        scales=scales,
+        zeros=zeros[0] if zeros else None,
+        bias=bias,
+        bits=chosen.bits,
         levels=torch.tensor(NF4_LEVELS, device=weight.device) if chosen.kind == "nf4" else None,
     )
 
@@ -79,7 +108,9 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
         values = weight[start:end].float()
         return (dequantize(quantized, start, end) - values).square().sum(), values.square().sum()
 
-    error, norm = (sum(map(float, parts)) for parts in zip(*_map_rows(squares, weight), strict=True))
+    error, norm = (
+        sum(map(float, parts)) for parts in zip(*_map_rows(squares, weight), strict=True)
+    )
     return (error / norm) ** 0.5 if norm else 0.0
 
 
@@ -87,7 +118,8 @@ Result = TypeVar("Result")
 
 
 def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Result]:
-    """function(start, end) of each chunk of rows, in order; on the CPU as many at a time as torch uses threads."""
+    """function(start, end) of each chunk of rows, in order; on the CPU as many at a time as torch
+    uses threads."""
     step = max(1, (CUDA_CHUNK if weight.is_cuda else CHUNK) // weight.shape[1])
     starts = range(0, len(weight), step)
     ends = [min(start + step, len(weight)) for start in starts]
@@ -99,9 +131,17 @@ def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Re
 
 
 def _asymmetric(values: Tensor) -> Searched:
-    """w = scale (q - zero), q in -8 ... 7. The range always includes 0, so that zero stays small and 0 near exact."""
-    low, high = values.amin(1, keepdim=True).clamp_(max=0), values.amax(1, keepdim=True).clamp_(min=0)
-    size, total, energy = values.shape[1], values.sum(1, keepdim=True), values.square().sum(1, keepdim=True)
+    """w = scale (q - zero), q in -8 ... 7. The range always includes 0, so that zero stays small
+    and 0 near exact."""
+    low, high = (
+        values.amin(1, keepdim=True).clamp_(max=0),
+        values.amax(1, keepdim=True).clamp_(min=0),
+    )
+    size, total, energy = (
+        values.shape[1],
+        values.sum(1, keepdim=True),
+        values.square().sum(1, keepdim=True),
+    )
     best_scale = (high - low) / 15
     best_zero = torch.zeros_like(best_scale)
     best_error = torch.full_like(best_scale, torch.inf)
@@ -120,7 +160,9 @@ def _asymmetric(values: Tensor) -> Searched:
             for kept, new in ((best_error, error), (best_scale, scale), (best_zero, zero)):
                 torch.where(better, new, kept, out=kept)
             spread = square - q_sum.square() / size
-            scale = torch.where(spread > 0, (cross - q_sum * total / size) / spread.clamp(min=0.5), scale).clamp_(min=0)
+            scale = torch.where(
+                spread > 0, (cross - q_sum * total / size) / spread.clamp(min=0.5), scale
+            ).clamp_(min=0)
             zero = (q_sum - total * _inverse(scale)).div_(size).clamp_(-ZERO_LIMIT, ZERO_LIMIT)
     scale, zero = best_scale.bfloat16(), best_zero.half()
     torch.addcmul(zero.float(), values, _inverse(scale.float()), out=q).round_().clamp_(-8, 7)
@@ -167,13 +209,15 @@ def _int8(values: Tensor) -> Searched:
 
 
 def _widest(values: Tensor) -> Tensor:
-    """Largest magnitude of each group, negated where it is a positive value's: the longer side of q is the lower."""
+    """Largest magnitude of each group, negated where it is a positive value's: the longer side of q
+    is the lower."""
     low, high = values.aminmax(dim=1, keepdim=True)
     return torch.where(high >= -low, -high, -low)
 
 
 def _nf4(values: Tensor) -> Searched:
-    """The nearest of 16 levels times the group's largest magnitude: the published format, which has no search."""
+    """The nearest of 16 levels times the group's largest magnitude: the published format, which has
+    no search."""
     levels = torch.tensor(NF4_LEVELS, device=values.device)
     scale = values.abs().amax(1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2

@@ -1,9 +1,10 @@
-"""What a model needs of a device's memory, from shapes alone, before any is allocated; and what would make it fit.
+"""What a model needs of a device's memory, from shapes alone, before any is allocated; and what
+would make it fit.
 
-    weights   the language model in its formats, with its text embeddings unless they stay in host memory
-    codec     encoder (unless in host memory), decoder and float32 codebooks; with graphs, `max_batch` streams' states
-    cache     keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside them
-    work      activations of the largest piece of work, graphs' own memory, and what libraries take
+weights   the language model in its formats, with its text embeddings unless they stay in host memory
+codec     encoder (unless in host memory), decoder and float32 codebooks; with graphs, `max_batch` streams' states
+cache     keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside them
+work      activations of the largest piece of work, graphs' own memory, and what libraries take
 """
 
 import math
@@ -14,19 +15,20 @@ from typing import Any
 
 import torch
 
-from ..config import CodecConfig, LMConfig
-from ..errors import DeviceMemoryError
-from ..kernels.qmatmul_launch import UNPACKED_AT_ONCE
-from ..layout import Shapes, codec_shapes, lm_shapes
-from ..quantization.formats import Format, QuantizationConfig, stored_tensors
-from .codec_stream import default_lookahead, new_state, streamable
-from .lm import PREFILL_CHUNK
-from .state import kv_bytes
+from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
+from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
+from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
+from mimo_fast.runtime.codec.stream import default_lookahead, new_state, streamable
+from mimo_fast.runtime.lm.model import PREFILL_CHUNK
+from mimo_fast.runtime.lm.state import kv_bytes
 
 GB = 10**9
 
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
-"""What may lie in host memory: a step reads one row of the one, an input runs once through the other."""
+"""What may lie in host memory: a step reads one row of the one, an input runs once through the
+other."""
 
 LIBRARIES = 400 * 10**6
 """What cuBLAS, cuDNN and the allocator's rounding take on a GPU: an allowance."""
@@ -41,9 +43,10 @@ DEFAULT_BATCH = 4
 class Setup:
     """All that decides how much memory a loaded model takes.
 
-    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether dense weights stay in
-    their memory-mapped file, which a CPU reads in place and the system can drop. graphs: whether it decodes with CUDA
-    graphs, for which the states of codec streams stay allocated.
+    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether
+    dense weights stay in their memory-mapped file, which a CPU reads in place and the system can
+    drop. graphs: whether it decodes with CUDA graphs, for which the states of codec streams stay
+    allocated.
     """
 
     lm: LMConfig
@@ -61,7 +64,12 @@ class Setup:
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
-        return {"weights": self._weights(), "codec": self._codec(), "cache": self._cache(), "work": self._work()}
+        return {
+            "weights": self._weights(),
+            "codec": self._codec(),
+            "cache": self._cache(),
+            "work": self._work(),
+        }
 
     @property
     def total(self) -> int:
@@ -79,18 +87,28 @@ class Setup:
         rest = {name: shape for name, shape in shapes.items() if name not in books}
         if "codec_encoder" in self.offload:
             rest = {name: shape for name, shape in rest.items() if not name.startswith("encoder.")}
-        weights = self._stored(books, {}, torch.float32) + self._stored(rest, self.codec_formats, self.codec_dtype)
+        weights = self._stored(books, {}, torch.float32) + self._stored(
+            rest, self.codec_formats, self.codec_dtype
+        )
         return weights + self._streams()
 
     def _streams(self) -> int:
         if not self.graphs or not streamable(self.codec):
             return 0
         lookahead = default_lookahead(self.codec)
-        return self.max_batch * new_state(self.codec, lookahead, self.codec_dtype, torch.device("meta")).nbytes
+        return (
+            self.max_batch
+            * new_state(self.codec, lookahead, self.codec_dtype, torch.device("meta")).nbytes
+        )
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
-        shapes = {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in stored_tensors(shapes, formats, dtype).values())
+        shapes = (
+            {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
+        )
+        return sum(
+            math.prod(shape) * kind.itemsize
+            for shape, kind in stored_tensors(shapes, formats, dtype).values()
+        )
 
     def _cache(self) -> int:
         config = self.lm
@@ -104,19 +122,26 @@ class Setup:
 
     def _work(self) -> int:
         backbone, codec = self.lm.backbone, self.codec
-        width = 3 * backbone.ffn_dim + 2 * (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
+        width = (
+            3 * backbone.ffn_dim + 2 * (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
+        )
         prefill = PREFILL_CHUNK * (width + 4 * backbone.dim) * self.dtype.itemsize
         if self.formats and not self.mapped:
-            prefill += min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
+            prefill += (
+                min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
+            )
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
-        draw = self.max_batch * (12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4)
+        draw = self.max_batch * (
+            12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4
+        )
         frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)
         encode = frames * (codec.encoder_ffn + 8 * codec.dim) * self.codec_dtype.itemsize
         return 2 * draw + max(prefill, encode) + LIBRARIES
 
 
 def check_memory(setup: Setup, free: int, device: str) -> None:
-    """Raises DeviceMemoryError unless the setup fits into so many free bytes; the message names arguments that do."""
+    """Raises DeviceMemoryError unless the setup fits into so many free bytes; the message names
+    arguments that do."""
     if setup.total <= free:
         return
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in setup.bytes().items())
@@ -128,7 +153,8 @@ def check_memory(setup: Setup, free: int, device: str) -> None:
 
 
 def fitting(setup: Setup, free: int) -> list[str]:
-    """The arguments of `load` that would make it fit, as few as will do, the least loss first; none if none will."""
+    """The arguments of `load` that would make it fit, as few as will do, the least loss first; none
+    if none will."""
     choices = dict(_savings(setup))
 
     def total(names: list[str]) -> int:
@@ -139,7 +165,10 @@ def fitting(setup: Setup, free: int) -> list[str]:
 
     chosen = list[str]()
     for name in choices:
-        chosen = [*(other for other in chosen if other.partition("=")[0] != name.partition("=")[0]), name]
+        chosen = [
+            *(other for other in chosen if other.partition("=")[0] != name.partition("=")[0]),
+            name,
+        ]
         if total(chosen) <= free:
             break
     else:
@@ -151,7 +180,8 @@ def fitting(setup: Setup, free: int) -> list[str]:
 
 
 def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arguments that save memory and what they change; of one argument, a later value stands in for an earlier."""
+    """Arguments that save memory and what they change; of one argument, a later value stands in for
+    an earlier."""
     if setup.max_batch > 1:
         yield "max_batch=1", {"max_batch": 1}
     if setup.kv_cache is None:
@@ -169,7 +199,9 @@ def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def largest_batch(setup: Setup, free: int) -> int:
     """The most slots, up to DEFAULT_BATCH, that fit; 1 where none do."""
-    return next((n for n in range(DEFAULT_BATCH, 1, -1) if replace(setup, max_batch=n).total <= free), 1)
+    return next(
+        (n for n in range(DEFAULT_BATCH, 1, -1) if replace(setup, max_batch=n).total <= free), 1
+    )
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -178,6 +210,8 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, StopIteration):
         return None

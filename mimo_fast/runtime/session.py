@@ -10,25 +10,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import prompt
-from ..tasks import find_task
-from .decode import Group
-from .reply import Chunk, ChunkStream, ReplyReader, iterate_async, stream_reply
-from .session_file import read_session, write_session
+from mimo_fast.runtime.engine.stream import (
+    Chunk,
+    ChunkStream,
+    ReplyReader,
+    iterate_async,
+    stream_reply,
+)
+from mimo_fast.runtime.lm.decode import Group
+from mimo_fast.runtime.session_file import read_session, write_session
+from mimo_fast.text import prompt
+from mimo_fast.text.tasks import find_task
 
 if TYPE_CHECKING:
-    from ..mimo_audio import MimoAudio
+    from mimo_fast.mimo_audio import MimoAudio
 
 REPLY = 1 / 8
 """Part of the context that is kept free for a reply."""
 
 FULL = 0.5
-"""Part of the context that a dialogue may fill after turns had to be dropped: so that not every turn drops one."""
+"""Part of the context that a dialogue may fill after turns had to be dropped: so that not every
+turn drops one."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: the groups of the conversation at which it and its reply begin, and what the user said, codes."""
+    """One exchange: the groups of the conversation at which it and its reply begin, and what the
+    user said, codes."""
 
     begin: int
     reply: int
@@ -38,8 +46,9 @@ class Turn:
 class Session:
     """A spoken dialogue, turn by turn, in the format of upstream's multi-turn prompt.
 
-    When a turn leaves less than an eighth of the context for its reply, the oldest turns are dropped, whole, until the
-    dialogue with the new one fills at most half of it; voice and system prompt stay. What is kept is computed anew.
+    When a turn leaves less than an eighth of the context for its reply, the oldest turns are
+    dropped, whole, until the dialogue with the new one fills at most half of it; voice and system
+    prompt stay. What is kept is computed anew.
 
     Args:
         model: a `MimoAudio`.
@@ -49,12 +58,18 @@ class Session:
     """
 
     def __init__(
-        self, model: "MimoAudio", system_prompt: str | None = None, voice: Any = None, seed: int | None = None
+        self,
+        model: "MimoAudio",
+        system_prompt: str | None = None,
+        voice: Any = None,
+        seed: int | None = None,
     ) -> None:
         self._model = model
         self._system_prompt = system_prompt
         self._conversation = model.conversation(seed)
-        self._conversation.add(model.pack(prompt.voice_system(None if voice is None else model.speech(voice))))
+        self._conversation.add(
+            model.pack(prompt.voice_system(None if voice is None else model.speech(voice)))
+        )
         self._opening = self._conversation.shared = self._conversation.groups
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
@@ -75,13 +90,18 @@ class Session:
         """Groups that the last turn had to prefill."""
         return self._conversation.prefilled
 
-    def stream(self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0) -> ChunkStream:
-        """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is decoded.
+    def stream(
+        self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
+    ) -> ChunkStream:
+        """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is
+        decoded.
 
-        Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what was heard.
+        Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what
+        was heard.
 
         Raises:
-            PromptError: the turn alone does not fit into the context. The dialogue stays as it was, as with any error.
+            PromptError: the turn alone does not fit into the context. The dialogue stays as it was,
+                as with any error.
         """
         self._stop()
         began = perf_counter()
@@ -91,7 +111,9 @@ class Session:
             self._say(model.speech(audio))
             task = find_task("spoken_dialogue")
             stop_ids = task.stop_ids(model.tokenizer.special)
-            reply = model.decode(conversation, task.sampler, stop_ids, max_new_tokens, min_new_tokens)
+            reply = model.decode(
+                conversation, task.sampler, stop_ids, max_new_tokens, min_new_tokens
+            )
         except BaseException:
             ids, cached, self._turns, self._spoken = before
             conversation.go_back(ids, cached)
@@ -128,10 +150,14 @@ class Session:
         conversation, kept = self._conversation, self._turns[count:]
         ids = [self.ids[:, : self._opening * conversation.group_size]]
         if kept:
-            first = self._model.pack(prompt.spoken_dialogue(prompt.Speech(kept[0].speech), self._system_prompt))
+            first = self._model.pack(
+                prompt.spoken_dialogue(prompt.Speech(kept[0].speech), self._system_prompt)
+            )
             moved = self._opening + first.shape[1] // conversation.group_size - kept[0].reply
             ids += [first, self.ids[:, kept[0].reply * conversation.group_size :]]
-            kept = [replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept]
+            kept = [
+                replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept
+            ]
             kept[0] = replace(kept[0], begin=self._opening)
         conversation.truncate(self._opening)
         conversation.ids = torch.cat(ids, dim=1)
@@ -145,13 +171,16 @@ class Session:
         """Stops the running reply and forgets what was not heard.
 
         Args:
-            played_ms: how much of this reply's audio has been played. The patch being played counts as heard; text,
-                codes and cache after it are dropped. Text in front of it stays, which may run up to five tokens
-                ahead of the voice. The next turn closes the reply there.
+            played_ms: how much of this reply's audio has been played. The patch being played counts
+                as heard; text, codes and cache after it are dropped. Text in front of it stays,
+                which may run up to five tokens ahead of the voice. The next turn closes the reply
+                there.
         """
         self._stop()
         codec = self._model.codec.config
-        patch_ms = 1000 * self._conversation.group_size * codec.samples_per_frame / codec.sample_rate
+        patch_ms = (
+            1000 * self._conversation.group_size * codec.samples_per_frame / codec.sample_rate
+        )
         heard = math.ceil(min(max(played_ms / patch_ms, 0), len(self._spoken)))
         if heard < len(self._spoken):
             self._conversation.truncate(self._spoken[heard])
@@ -164,12 +193,17 @@ class Session:
         self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
-        """Writes the dialogue with its cache to a safetensors file, which `MimoAudio.restore_session` reads.
+        """Writes the dialogue with its cache to a safetensors file, which
+        `MimoAudio.restore_session` reads.
 
         A running reply ends as if its stream were closed.
         """
         self._stop()
-        about = {"system_prompt": self._system_prompt, "opening": self._opening, "spoken": self._spoken}
+        about = {
+            "system_prompt": self._system_prompt,
+            "opening": self._opening,
+            "spoken": self._spoken,
+        }
         turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
         write_session(path, self._conversation, about, turns)
 
@@ -193,7 +227,8 @@ class Session:
             self._spoken.append(self._conversation.groups - 1)
 
     def _closing(self) -> Sequence[prompt.Segment]:
-        """What turns the last reply into a finished turn: it may have ended at a stop token, a limit or mid-word."""
+        """What turns the last reply into a finished turn: it may have ended at a stop token, a
+        limit or mid-word."""
         if not self._turns:
             return []
         special = self._model.tokenizer.special

@@ -1,6 +1,8 @@
-"""A conversation on disk: a safetensors file with its ids, its cache and, in the header, what else a session knows.
+"""A conversation on disk: a safetensors file with its ids, its cache and, in the header, what else
+a session knows.
 
-The cache is a convenience: where the model that reads the file stores it in another form, it is computed anew.
+The cache is a convenience: where the model that reads the file stores it in another form, it is
+computed anew.
 """
 
 import json
@@ -15,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .conversation import Conversation
-from .snapshot import Snapshot
+from mimo_fast.errors import CheckpointError
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.snapshot import Snapshot
 
 FORMAT = "mimo-fast session 1"
 
@@ -25,18 +27,25 @@ Turns = Sequence[tuple[int, int, Tensor]]
 """(first group, first group of the reply, codes of what the user said) of each turn."""
 
 
-def write_session(path: str | Path, conversation: Conversation, about: dict[str, Any], turns: Turns) -> None:
+def write_session(
+    path: str | Path, conversation: Conversation, about: dict[str, Any], turns: Turns
+) -> None:
     """Writes the file whole or not at all."""
     path = Path(path)
     kept = conversation.engine.export(conversation)
     header = about | {
-        "model": conversation.engine.lm.fingerprint, "seed": conversation.seed, "draws": conversation.draws,
-        "cached": kept.length if kept else 0, "turns": [(begin, reply) for begin, reply, _ in turns],
+        "model": conversation.engine.lm.fingerprint,
+        "seed": conversation.seed,
+        "draws": conversation.draws,
+        "cached": kept.length if kept else 0,
+        "turns": [(begin, reply) for begin, reply, _ in turns],
     }
     tensors = {"ids": conversation.ids.contiguous()}
     tensors |= {f"speech.{i}": codes.contiguous() for i, (_, _, codes) in enumerate(turns)}
     if kept:
-        tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)} | {"hidden": kept.hidden}
+        tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)} | {
+            "hidden": kept.hidden
+        }
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "session": json.dumps(header)})
@@ -56,15 +65,26 @@ def read_session(path: str | Path, conversation: Conversation) -> tuple[dict[str
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not a session of this version: it was not written by Session.save")
+                raise CheckpointError(
+                    f"{path} is not a session of this version: it was not written by Session.save"
+                )
             header = json.loads(metadata["session"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header["model"] != engine.lm.fingerprint:
-            raise CheckpointError(f"{path} belongs to another model: load the one it was saved with")
+            raise CheckpointError(
+                f"{path} belongs to another model: load the one it was saved with"
+            )
         ids = tensors["ids"]
         engine.check_room(ids.shape[1] // conversation.group_size)
-        turns = [(begin, reply, tensors[f"speech.{i}"]) for i, (begin, reply) in enumerate(header["turns"])]
-        conversation.seed, conversation.draws, conversation.ids = header["seed"], header["draws"], ids
+        turns = [
+            (begin, reply, tensors[f"speech.{i}"])
+            for i, (begin, reply) in enumerate(header["turns"])
+        ]
+        conversation.seed, conversation.draws, conversation.ids = (
+            header["seed"],
+            header["draws"],
+            ids,
+        )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the session in {path} cannot be read: {error}") from error
     parts = tuple(tensors[f"cache.{i}"] for i in range(len(tensors)) if f"cache.{i}" in tensors)
@@ -72,4 +92,3 @@ def read_session(path: str | Path, conversation: Conversation) -> tuple[dict[str
     if kept.fits(engine.state):
         conversation.snapshot, conversation.cached = kept, kept.length
     return header, turns
-

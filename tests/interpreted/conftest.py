@@ -1,6 +1,7 @@
 """Tests of the Triton kernels on the CPU: TRITON_INTERPRET=1 pytest tests/interpreted
 
-Triton reads TRITON_INTERPRET when it is imported, so these need a run of their own; any other run passes them by.
+Triton reads TRITON_INTERPRET when it is imported, so these need a run of their own; any other run
+passes them by.
 """
 
 import os
@@ -28,7 +29,8 @@ def triton_kernels() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def poisoned() -> Iterator[None]:
-    """Memory that a launcher allocates holds NaN, or a large negative integer, until a kernel writes it."""
+    """Memory that a launcher allocates holds NaN, or a large negative integer, until a kernel
+    writes it."""
 
     def poison(allocate):
         def allocated(*args, **kwargs):

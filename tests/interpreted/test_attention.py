@@ -1,4 +1,5 @@
-"""The attention kernels under Triton's interpreter against the references on the same inputs, in float32."""
+"""The attention kernels under Triton's interpreter against the references on the same inputs, in
+float32."""
 
 import math
 
@@ -21,14 +22,22 @@ DTYPES = [torch.float32, torch.float16]
 def poisoned(monkeypatch):
     """Every output starts as NaN."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(math.nan))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(math.nan)
+    )
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).to(dtype)
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Tensor:
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    ).to(dtype)
 
 
-def projected(n: int, t: int, heads: int, kv_heads: int, dh: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def projected(
+    n: int, t: int, heads: int, kv_heads: int, dh: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Rows of a wider buffer, whose rest must not be read."""
     width = (heads + 2 * kv_heads) * dh
     qkv = torch.full((n, t, width + 8), math.nan, dtype=dtype)[..., :width]
@@ -39,8 +48,15 @@ def projected(n: int, t: int, heads: int, kv_heads: int, dh: int, dtype: torch.d
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("n", "t", "heads", "kv_heads", "dh"),
-    [(2, 4, 64, 64, 16), (1, 11, 64, 64, 16), (1, 1, 4, 4, 16), (3, 3, 6, 2, 8), (1, 7, 3, 1, 24), (1, 16, 2, 1, 128),
-     (0, 4, 2, 2, 16)],
+    [
+        (2, 4, 64, 64, 16),
+        (1, 11, 64, 64, 16),
+        (1, 1, 4, 4, 16),
+        (3, 3, 6, 2, 8),
+        (1, 7, 3, 1, 24),
+        (1, 16, 2, 1, 128),
+        (0, 4, 2, 2, 16),
+    ],
 )
 def test_rotary_attention(n, t, heads, kv_heads, dh, causal, dtype):
     qkv, table = projected(n, t, heads, kv_heads, dh, dtype), rope_table(dh, 640000.0, t + 2)
@@ -49,7 +65,9 @@ def test_rotary_attention(n, t, heads, kv_heads, dh, causal, dtype):
     assert got.is_contiguous()
     if n:
         exact = rotary_attention_ref(qkv.float(), table, heads, kv_heads, causal)
-        assert_as_exact_as_eager(got, rotary_attention_ref(qkv, table, heads, kv_heads, causal), exact)
+        assert_as_exact_as_eager(
+            got, rotary_attention_ref(qkv, table, heads, kv_heads, causal), exact
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -60,7 +78,9 @@ def test_rotary_attention_of_any_shape(data):
     qkv, table = projected(n, t, share * kv_heads, kv_heads, dh), rope_table(dh, 640000.0, t)
     causal = data.draw(st.booleans())
     got = rotary_attention(qkv, table, share * kv_heads, kv_heads, causal)
-    assert_as_exact_as_eager(got, got, rotary_attention_ref(qkv, table, share * kv_heads, kv_heads, causal))
+    assert_as_exact_as_eager(
+        got, got, rotary_attention_ref(qkv, table, share * kv_heads, kv_heads, causal)
+    )
 
 
 def test_short_sequences_take_one_launch_and_long_ones_torchs_attention(monkeypatch):
@@ -96,7 +116,9 @@ def test_arguments_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="do not go together"):
         rotary_attention(projected(1, 4, 2, 2, 16), rope_table(16, 640000.0, 3), 2, 2, causal=True)
     with pytest.raises(ValueError, match="contiguous"):
-        rotary_attention(normal(1, 4, 192)[..., ::2], rope_table(16, 640000.0, 4), 2, 2, causal=True)
+        rotary_attention(
+            normal(1, 4, 192)[..., ::2], rope_table(16, 640000.0, 4), 2, 2, causal=True
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,5 @@
-"""The fused decode step under Triton's interpreter: rotation, append and attention against the reference."""
+"""The fused decode step under Triton's interpreter: rotation, append and attention against the
+reference."""
 
 import math
 
@@ -18,22 +19,36 @@ DTYPES = [torch.float32, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).to(dtype)
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Tensor:
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    ).to(dtype)
 
 
 def filled_cache(
-    slots: list[int], starts: list[int], b: int, kv_heads: int, capacity: int, dh: int,
-    dtype: torch.dtype = torch.float32, quantized: bool = False, garbage: float = math.nan,
-) -> LayerKV:  # fmt: skip
-    """A cache where only the positions before each row's start are not garbage: 127 with huge scales if quantized."""
+    slots: list[int],
+    starts: list[int],
+    b: int,
+    kv_heads: int,
+    capacity: int,
+    dh: int,
+    dtype: torch.dtype = torch.float32,
+    quantized: bool = False,
+    garbage: float = math.nan,
+) -> LayerKV:
+    """A cache where only the positions before each row's start are not garbage: 127 with huge
+    scales if quantized."""
     shape = (b, kv_heads, capacity, dh)
     stored, value = (torch.int8, 127) if quantized else (dtype, garbage)
     k, v = (torch.full(shape, value, dtype=stored) for _ in range(2))
     scales = [torch.full(shape[:3], garbage) for _ in range(2)] if quantized else []
     cache = LayerKV(k, v, *scales)
     for slot, start in zip(slots, starts, strict=True):
-        cache.append(slot, 0, *(normal(kv_heads, start, dh, seed=slot + i, dtype=dtype) for i in range(2)))
+        cache.append(
+            slot, 0, *(normal(kv_heads, start, dh, seed=slot + i, dtype=dtype) for i in range(2))
+        )
     return cache
 
 
@@ -43,11 +58,14 @@ def tensors(cache: LayerKV) -> list[Tensor]:
 
 def as_float32(cache: LayerKV) -> LayerKV:
     """A copy: of float32 keys and values unless they are int8."""
-    return LayerKV(*(x.clone() if x.dtype == torch.int8 else x.float().clone() for x in tensors(cache)))
+    return LayerKV(
+        *(x.clone() if x.dtype == torch.int8 else x.float().clone() for x in tensors(cache))
+    )
 
 
 def assert_cache_as(got: LayerKV, want: LayerKV, dtype: torch.dtype) -> None:
-    """Everywhere, untouched positions included; keys and scales up to a rounding, int8 values up to a tie."""
+    """Everywhere, untouched positions included; keys and scales up to a rounding, int8 values up to
+    a tie."""
     for x, y in zip(tensors(got), tensors(want), strict=True):
         if x.dtype == torch.int8:
             assert (x.int() - y.int()).abs().max() <= 1
@@ -58,14 +76,24 @@ def assert_cache_as(got: LayerKV, want: LayerKV, dtype: torch.dtype) -> None:
 
 
 def check(
-    heads: int, kv_heads: int, dh: int, capacity: int, starts: list[int], dtype: torch.dtype = torch.float32,
-    quantized: bool = False, garbage: float = math.nan, max_length: int | None = None, scale: float = 1.0,
-) -> None:  # fmt: skip
+    heads: int,
+    kv_heads: int,
+    dh: int,
+    capacity: int,
+    starts: list[int],
+    dtype: torch.dtype = torch.float32,
+    quantized: bool = False,
+    garbage: float = math.nan,
+    max_length: int | None = None,
+    scale: float = 1.0,
+) -> None:
     slots = [3, 0, 4, 1][: len(starts)]
     cache = filled_cache(slots, starts, 5, kv_heads, capacity, dh, dtype, quantized, garbage)
     table = rope_table(dh, 640000.0, capacity + 3)
     # Strided rows, and garbage beside them that must not be read.
-    qkv = torch.full((len(starts), 1, (heads + 2 * kv_heads) * dh + 16), math.nan, dtype=dtype)[..., :-16]
+    qkv = torch.full((len(starts), 1, (heads + 2 * kv_heads) * dh + 16), math.nan, dtype=dtype)[
+        ..., :-16
+    ]
     qkv[:] = normal(*qkv.shape, dtype=dtype, scale=scale)
     slot, start = torch.tensor(slots), torch.tensor(starts)
     exact_cache, eager_cache = as_float32(cache), LayerKV(*(x.clone() for x in tensors(cache)))
@@ -80,10 +108,15 @@ def check(
     assert_cache_as(cache, exact_cache, dtype)
     for row, own in enumerate(alone_caches if len(starts) > 1 else []):
         part = slice(row, row + 1)
-        alone = decode_attention(qkv[part], table, own, slot[part], start[part], heads, max_length or capacity)
+        alone = decode_attention(
+            qkv[part], table, own, slot[part], start[part], heads, max_length or capacity
+        )
         assert torch.equal(alone[0], got[row]), "a row depends on its neighbours"
         place = slot[row], slice(None), start[row]
-        assert all(torch.equal(x[place], y[place]) for x, y in zip(tensors(own), tensors(cache), strict=True))
+        assert all(
+            torch.equal(x[place], y[place])
+            for x, y in zip(tensors(own), tensors(cache), strict=True)
+        )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -100,7 +133,15 @@ def test_rows_of_different_lengths(capacity, garbage, share, dtype, quantized):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("capacity", "heads", "kv_heads", "dh"),
-    [(11, 64, 64, 16), (16, 4, 2, 64), (12, 6, 3, 24), (9, 2, 1, 128), (90, 4, 2, 64), (50, 6, 3, 24), (40, 5, 5, 2)],
+    [
+        (11, 64, 64, 16),
+        (16, 4, 2, 64),
+        (12, 6, 3, 24),
+        (9, 2, 1, 128),
+        (90, 4, 2, 64),
+        (50, 6, 3, 24),
+        (40, 5, 5, 2),
+    ],
 )
 def test_heads_of_any_width(capacity, heads, kv_heads, dh, dtype, quantized):
     check(heads, kv_heads, dh, capacity, [capacity // 2, capacity - 1], dtype, quantized)
@@ -120,10 +161,22 @@ def test_the_published_backbone(quantized):
     check(32, 8, 128, 40, [33, 39], torch.float16, quantized)
 
 
-@pytest.mark.parametrize(("start", "capacity"), [
-    (0, 40), (31, 40), (32, 40), (33, 64), (63, 64), (31, 200), (127, 200), (128, 200), (2047, 2050), (2048, 2050),
-    (8191, 8192),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start", "capacity"),
+    [
+        (0, 40),
+        (31, 40),
+        (32, 40),
+        (33, 64),
+        (63, 64),
+        (31, 200),
+        (127, 200),
+        (128, 200),
+        (2047, 2050),
+        (2048, 2050),
+        (8191, 8192),
+    ],
+)
 def test_positions_at_the_edges_of_blocks_and_parts(start, capacity):
     check(2, 1, 16, capacity, [start])
 
@@ -141,8 +194,11 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("capacity", "max_length"), [(8, 8), (40, 40), (40, 200)])
 @pytest.mark.parametrize(("start", "positions"), [(0, 0), (0, 50), (7, 7), (-1, 50), (2**32, 50)])
-def test_a_position_that_does_not_exist_is_not_written(start, positions, capacity, max_length, quantized):
-    """Of the cache (slot 1 begins where slot 0 ends), of the table, before both, and beyond 32 bits."""
+def test_a_position_that_does_not_exist_is_not_written(
+    start, positions, capacity, max_length, quantized
+):
+    """Of the cache (slot 1 begins where slot 0 ends), of the table, before both, and beyond 32
+    bits."""
     if positions == 50 and start == 0:
         start = capacity
     table = rope_table(8, 640000.0, 50)[:, :positions].contiguous()
@@ -177,8 +233,13 @@ def test_steps_store_what_a_prefill_stores(capacity, quantized):
     caches = []
     for _ in range(2):
         shape = (2, capacity, 2, 16)
-        k, v = (torch.zeros(shape, dtype=torch.int8 if quantized else torch.float32).transpose(1, 2) for _ in range(2))
-        caches.append(LayerKV(k, v, *([torch.zeros(2, 2, capacity) for _ in range(2)] if quantized else [])))
+        k, v = (
+            torch.zeros(shape, dtype=torch.int8 if quantized else torch.float32).transpose(1, 2)
+            for _ in range(2)
+        )
+        caches.append(
+            LayerKV(k, v, *([torch.zeros(2, 2, capacity) for _ in range(2)] if quantized else []))
+        )
     rope_append(qkv, table, caches[0], slot, torch.tensor([0]), heads=2)
     for t in range(10):
         decode_attention(qkv[:, t : t + 1], table, caches[1], slot, torch.tensor([t]), 2, capacity)
@@ -199,7 +260,9 @@ def test_heads_of_zeros(capacity, quantized):
     torch.testing.assert_close(got.view(1, 2, 16), want.expand(1, 2, 16))
 
 
-@pytest.mark.parametrize(("capacity", "launches"), [(SPLITS[0][0], 1), (11, 1), (SPLITS[0][0] + 1, 2), (4000, 2)])
+@pytest.mark.parametrize(
+    ("capacity", "launches"), [(SPLITS[0][0], 1), (11, 1), (SPLITS[0][0] + 1, 2), (4000, 2)]
+)
 def test_launches(monkeypatch, capacity, launches):
     launched = []
 

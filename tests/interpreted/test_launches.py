@@ -1,6 +1,8 @@
-"""What one layer launches at decode, counted: on a GPU each launch costs as much as a small kernel's work.
+"""What one layer launches at decode, counted: on a GPU each launch costs as much as a small
+kernel's work.
 
-Which kernels are launched does not depend on values, so they are counted and not run; other tests have the results.
+Which kernels are launched does not depend on values, so they are counted and not run; other tests
+have the results.
 """
 
 import pytest
@@ -9,12 +11,12 @@ from torch import Tensor
 
 from benchmarks.launches import Layer, layers
 from mimo_fast.config import TransformerConfig
+from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight, matmul
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.qmatmul import QuantizedWeight, Weight, matmul
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.quantization import Format, quantize
-from mimo_fast.runtime.state import KVCache
-from mimo_fast.runtime.transformer import (
+from mimo_fast.runtime.lm.state import KVCache
+from mimo_fast.runtime.lm.transformer import (
     Attend,
     LayerWeights,
     TransformerWeights,
@@ -42,7 +44,9 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def random_weight(kind: str, rows: int, columns: int, bias: Tensor | None = None) -> Weight | QuantizedWeight:
+def random_weight(
+    kind: str, rows: int, columns: int, bias: Tensor | None = None
+) -> Weight | QuantizedWeight:
     """One block, as a matrix is stored on a GPU."""
     dense = random(rows, columns) / columns**0.5
     if kind == "dense":
@@ -56,9 +60,12 @@ def one_layer(config: TransformerConfig, kind: str) -> TransformerWeights:
     dim, attended = config.dim, config.heads * config.head_dim
     qkv = attended + 2 * config.kv_heads * config.head_dim
     layer = LayerWeights(
-        attention_norm=random(dim), qkv=random_weight(kind, qkv, dim, random(qkv)),
-        out=random_weight(kind, dim, attended), ffn_norm=random(dim),
-        gate_up=random_weight(kind, 2 * config.ffn_dim, dim), down=random_weight(kind, dim, config.ffn_dim),
+        attention_norm=random(dim),
+        qkv=random_weight(kind, qkv, dim, random(qkv)),
+        out=random_weight(kind, dim, attended),
+        ffn_norm=random(dim),
+        gate_up=random_weight(kind, 2 * config.ffn_dim, dim),
+        down=random_weight(kind, dim, config.ffn_dim),
     )
     return TransformerWeights((layer,), random(dim))
 
@@ -97,9 +104,16 @@ def test_products_are_the_only_launches_beside_attention(launches, kind, m):
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
-@pytest.mark.parametrize(("name", "m"), [
-    ("backbone", 1), ("backbone", 4), ("patch decoder", 1), ("patch decoder", 4), ("patch encoder", 4),
-])
+@pytest.mark.parametrize(
+    ("name", "m"),
+    [
+        ("backbone", 1),
+        ("backbone", 4),
+        ("patch decoder", 1),
+        ("patch decoder", 4),
+        ("patch encoder", 4),
+    ],
+)
 def test_launches_of_a_layer(launches, name, m, kind):
     config, layer = DIMENSIONS[name], LAYERS[name]
     rows = (1, m) if name == "patch encoder" else (m, 1)
@@ -109,7 +123,9 @@ def test_launches_of_a_layer(launches, name, m, kind):
     assert len(layer.kernels) <= AT_MOST[name]
 
 
-@pytest.mark.parametrize(("dtype", "inside", "beyond"), [(torch.float32, 64, 65), (torch.float16, 4, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "inside", "beyond"), [(torch.float32, 64, 65), (torch.float16, 4, 5)]
+)
 def test_norm_is_a_launch_beyond_so_many_rows(launches, dtype, inside, beyond):
     weight, norm = random_weight("int4", 6, 128), RMSNorm(random(128).to(dtype), EPS)
     matmul(random(inside, 128).to(dtype), weight, norm=norm)
@@ -121,7 +137,11 @@ def test_norm_is_a_launch_beyond_so_many_rows(launches, dtype, inside, beyond):
 
 def test_blocks_that_are_not_joined_take_a_launch_each(launches):
     """As `accelerate` shares them: the norm is inside each."""
-    x, weight, norm = random(2, 64), Weight.stack([random(8, 64), random(4, 64)]), RMSNorm(random(64), EPS)
+    x, weight, norm = (
+        random(2, 64),
+        Weight.stack([random(8, 64), random(4, 64)]),
+        RMSNorm(random(64), EPS),
+    )
     with launches:
         matmul(x, weight, norm=norm)
     assert launches.names == ["dense_gemv_kernel", "dense_gemv_kernel", "torch.cat"]

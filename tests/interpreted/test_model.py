@@ -1,8 +1,9 @@
 """The kernels fit together: every stage of the kit with every op on its Triton path.
 
-The interpreter takes milliseconds a program. So a decoding step is given a sixth of its programs by taller tiles, and
-what several stages compute alike is computed once: the codes of a recording, which most prompts are built of, its
-encoder output, and the hidden states after a prompt.
+The interpreter takes milliseconds a program. So a decoding step is given a sixth of its programs by
+taller tiles, and
+what several stages compute alike is computed once: the codes of a recording, which most prompts are
+built of, its encoder output, and the hidden states after a prompt.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 import mimo_fast
-from mimo_fast import verify as stages
-from mimo_fast.kernels import decode_attention, qmatmul_launch
+from mimo_fast.kernels import decode_attention
 from mimo_fast.kernels.dispatch import use_triton
-from mimo_fast.verify import STAGES, Golden, verify
+from mimo_fast.kernels.matmul import launch as qmatmul_launch
+from mimo_fast.testing import parity as stages
+from mimo_fast.testing.parity import STAGES, Golden, verify
 
 
 def remembered(function: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
@@ -38,15 +40,25 @@ def results(kit, triton_kernels):
         # Taller tiles and fewer splits than a launch takes; each kernel's own tests take its own.
         patch.setattr(qmatmul_launch, "gemv_block_n", lambda *args: 64)
         patch.setattr(decode_attention, "SPLITS", ((10**9, 4),))
-        patch.setattr(model.codec, "encode_mel", remembered(model.codec.encode_mel, lambda mel: mel.numpy().tobytes()))
-        patch.setattr(model.codec, "encode", remembered(
-            model.codec.encode, lambda wav, n_q=None: (wav.numpy().tobytes(), n_q)
-        ))
-        patch.setattr(stages, "_prefilled", remembered(stages._prefilled, lambda model, golden, name: name))
+        patch.setattr(
+            model.codec,
+            "encode_mel",
+            remembered(model.codec.encode_mel, lambda mel: mel.numpy().tobytes()),
+        )
+        patch.setattr(
+            model.codec,
+            "encode",
+            remembered(model.codec.encode, lambda wav, n_q=None: (wav.numpy().tobytes(), n_q)),
+        )
+        patch.setattr(
+            stages, "_prefilled", remembered(stages._prefilled, lambda model, golden, name: name)
+        )
         return {result.stage: result for result in verify(model, Golden(kit))}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_golden_stage(results, stage):
     result = results[stage]
-    assert result.ok, f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
+    assert result.ok, (
+        f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
+    )

@@ -62,7 +62,9 @@ def test_rows_of_any_stride(rows, dim, step, pad):
 def test_columns_that_are_not_contiguous():
     x, weight, bias = inputs((6, 6), torch.float32)
     torch.testing.assert_close(rms_norm(x.T, weight, 1e-6), rms_norm_ref(x.T, weight, 1e-6))
-    torch.testing.assert_close(layer_norm(x.T, weight, bias, 1e-5), layer_norm_ref(x.T, weight, bias, 1e-5))
+    torch.testing.assert_close(
+        layer_norm(x.T, weight, bias, 1e-5), layer_norm_ref(x.T, weight, bias, 1e-5)
+    )
 
 
 def test_the_result_goes_where_it_is_asked():
@@ -77,7 +79,9 @@ def test_statistics_are_float32(dtype):
     """Squares of 300 overflow float16."""
     x, weight, bias = inputs((2, 512), dtype)
     x = x * 300
-    assert_rounded(rms_norm(x, weight, 1e-6), rms_norm_ref(*wide(x, weight), 1e-6).double(), noise=NOISE)
+    assert_rounded(
+        rms_norm(x, weight, 1e-6), rms_norm_ref(*wide(x, weight), 1e-6).double(), noise=NOISE
+    )
     want = layer_norm_ref(*wide(x, weight, bias), 1e-5).double()
     assert_rounded(layer_norm(x, weight, bias, 1e-5), want, noise=NOISE)
 
@@ -90,6 +94,9 @@ def test_zero_rows_stay_finite():
 
 def test_a_weight_of_another_width_is_refused():
     x = torch.zeros(2, 8)
-    for call in (lambda: rms_norm(x, torch.ones(7), 1e-6), lambda: layer_norm(x, torch.ones(9), torch.ones(9), 1e-5)):
+    for call in (
+        lambda: rms_norm(x, torch.ones(7), 1e-6),
+        lambda: layer_norm(x, torch.ones(9), torch.ones(9), 1e-5),
+    ):
         with pytest.raises(ValueError, match="last dimension"):
             call()

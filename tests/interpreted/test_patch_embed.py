@@ -1,4 +1,5 @@
-"""The patch embedding kernel: sums of rows at prefill and decode sizes, the empty code, codes of any strides."""
+"""The patch embedding kernel: sums of rows at prefill and decode sizes, the empty code, codes of
+any strides."""
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ SIZES = (65, 17, 9)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def inputs(n: int, g: int, dim: int, channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """codes, table, offsets, empty; about one code in four is empty, and the empty rows hold NaN."""
+def inputs(
+    n: int, g: int, dim: int, channels: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """codes, table, offsets, empty; about one code in four is empty, and the empty rows hold
+    NaN."""
     generator = torch.Generator().manual_seed(n * g + dim)
     sizes = [SIZES[c % len(SIZES)] for c in range(channels)]
     empty = [size - 1 if c % 2 else 0 for c, size in enumerate(sizes)]
     codes = torch.stack([torch.randint(size, (n, g), generator=generator) for size in sizes], dim=1)
-    codes = codes.where(torch.rand(codes.shape, generator=generator) > 0.25, torch.tensor(empty)[:, None])
+    codes = codes.where(
+        torch.rand(codes.shape, generator=generator) > 0.25, torch.tensor(empty)[:, None]
+    )
     offsets = torch.tensor([sum(sizes[:c]) for c in range(channels)])
     table = torch.randn(sum(sizes), dim, generator=generator).to(dtype)
     table[offsets + torch.tensor(empty)] = torch.nan
@@ -29,7 +35,14 @@ def inputs(n: int, g: int, dim: int, channels: int, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("n", "g", "dim", "channels"),
-    [(1, 4, 1024, 8), (FEW_FRAMES // 4, 4, 1024, 8), (1, 1, 1, 1), (5, 3, 33, 3), (40, 4, 1030, 2), (0, 4, 8, 3)],
+    [
+        (1, 4, 1024, 8),
+        (FEW_FRAMES // 4, 4, 1024, 8),
+        (1, 1, 1, 1),
+        (5, 3, 33, 3),
+        (40, 4, 1030, 2),
+        (0, 4, 8, 3),
+    ],
 )
 def test_sum_of_rows(dtype, n, g, dim, channels):
     codes, table, offsets, empty = inputs(n, g, dim, channels, dtype)
@@ -39,13 +52,22 @@ def test_sum_of_rows(dtype, n, g, dim, channels):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 6), st.integers(1, 5), st.integers(1, 70), st.integers(1, 4), st.permutations((0, 1, 2)))
+@given(
+    st.integers(0, 6),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(1, 4),
+    st.permutations((0, 1, 2)),
+)
 def test_codes_of_any_strides(n, g, dim, channels, order):
     codes, table, offsets, empty = inputs(n, g, dim, channels)
     back = [order.index(axis) for axis in range(3)]
     strided = codes.permute(order).contiguous().permute(back)
     torch.testing.assert_close(
-        patch_embed(strided, table, offsets, empty), patch_embed_ref(codes, table, offsets, empty), rtol=1e-6, atol=1e-6
+        patch_embed(strided, table, offsets, empty),
+        patch_embed_ref(codes, table, offsets, empty),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 

@@ -1,4 +1,5 @@
-"""The rotary kernels: alone and with the append to the cache, which must change nothing else in it."""
+"""The rotary kernels: alone and with the append to the cache, which must change nothing else in
+it."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (0, 3, 8)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (0, 3, 8)]
+)
 def test_rope(dtype, shape):
     x = randn(*shape, dtype=dtype)
     table = rope_table(shape[-1], 10000.0, shape[-3])
@@ -35,9 +38,13 @@ def test_rope_with_a_table_for_each_row_and_strided_heads():
     q = randn(3, 4, 12, 16)[:, :, 3:8]
     torch.testing.assert_close(rope(q, rows), rope_ref(q, rows), rtol=1e-6, atol=1e-6)
     unbound = randn(5, 3, 4, 16).unbind(1)[1]
-    torch.testing.assert_close(rope(unbound, table[:, 2:7]), rope_ref(unbound, table[:, 2:7]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rope(unbound, table[:, 2:7]), rope_ref(unbound, table[:, 2:7]), rtol=1e-6, atol=1e-6
+    )
     flipped = randn(4, 16, 3).transpose(1, 2)
-    torch.testing.assert_close(rope(flipped, table[:, :4]), rope_ref(flipped, table[:, :4]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rope(flipped, table[:, :4]), rope_ref(flipped, table[:, :4]), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rope_refuses_a_table_of_other_positions():
@@ -48,13 +55,22 @@ def test_rope_refuses_a_table_of_other_positions():
 def cache_of(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A cache full of large values whose slots, heads and positions lie in memory in `order`."""
     back = [order.index(axis) for axis in range(3)]
-    return torch.full([*(shape[axis] for axis in order), shape[3]], LARGE, dtype=dtype).permute(*back, 3)
+    return torch.full([*(shape[axis] for axis in order), shape[3]], LARGE, dtype=dtype).permute(
+        *back, 3
+    )
 
 
 def check_append(
-    rows: int, new: int, heads: int, kv_heads: int, head_dim: int, starts: list[int], slots: list[int],
-    order: tuple[int, ...] = (0, 1, 2), dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+    rows: int,
+    new: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    starts: list[int],
+    slots: list[int],
+    order: tuple[int, ...] = (0, 1, 2),
+    dtype: torch.dtype = torch.float32,
+) -> None:
     shape = (max(slots) + 2, kv_heads, max(starts) + new + 3, head_dim)
     table = rope_table(head_dim, 640000.0, shape[2])
     qkv = randn(rows, new, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype)[..., :-8]
@@ -76,18 +92,35 @@ def check_append(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "new", "heads", "kv_heads", "head_dim"),
-    [(1, 1, 32, 8, 128), (2, 1, 64, 64, 16), (2, 3, 4, 2, 16), (1, 5, 3, 1, 12), (3, 1, 5, 5, 8), (1, 2, 1, 1, 2)],
+    [
+        (1, 1, 32, 8, 128),
+        (2, 1, 64, 64, 16),
+        (2, 3, 4, 2, 16),
+        (1, 5, 3, 1, 12),
+        (3, 1, 5, 5, 8),
+        (1, 2, 1, 1, 2),
+    ],
 )
 def test_append(dtype, rows, new, heads, kv_heads, head_dim):
-    check_append(rows, new, heads, kv_heads, head_dim, [0, 17, 5][:rows], [2, 0, 1][:rows], dtype=dtype)
+    check_append(
+        rows, new, heads, kv_heads, head_dim, [0, 17, 5][:rows], [2, 0, 1][:rows], dtype=dtype
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.sampled_from((2, 8, 12, 16)),
-    st.permutations((0, 1, 2, 3)), st.lists(st.integers(0, 40), min_size=3, max_size=3), st.permutations((0, 1, 2)),
-)  # fmt: skip
-def test_append_to_any_slots_at_any_positions(rows, new, heads, kv_heads, head_dim, slots, starts, order):
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from((2, 8, 12, 16)),
+    st.permutations((0, 1, 2, 3)),
+    st.lists(st.integers(0, 40), min_size=3, max_size=3),
+    st.permutations((0, 1, 2)),
+)
+def test_append_to_any_slots_at_any_positions(
+    rows, new, heads, kv_heads, head_dim, slots, starts, order
+):
     check_append(rows, new, heads, kv_heads, head_dim, starts[:rows], slots[:rows], tuple(order))
 
 
@@ -97,7 +130,8 @@ def test_appending_one_by_one_is_appending_at_once():
     slot = torch.tensor([0])
     at_once = rope_append(qkv, table, caches[0], slot, torch.tensor([3]), heads=2)
     one_by_one = [
-        rope_append(qkv[:, t : t + 1], table, caches[1], slot, torch.tensor([3 + t]), heads=2) for t in range(6)
+        rope_append(qkv[:, t : t + 1], table, caches[1], slot, torch.tensor([3 + t]), heads=2)
+        for t in range(6)
     ]
     assert torch.equal(at_once, torch.cat(one_by_one, dim=2))
     assert torch.equal(caches[0].k, caches[1].k)

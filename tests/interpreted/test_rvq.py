@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mimo_fast.bench.accuracy import compare_codes
 from mimo_fast.kernels import rvq
-from mimo_fast.kernels.rvq import FEW_FRAMES, Codebooks, rvq_decode, rvq_decode_ref, rvq_encode, rvq_encode_ref
+from mimo_fast.kernels.rvq import (
+    FEW_FRAMES,
+    Codebooks,
+    rvq_decode,
+    rvq_decode_ref,
+    rvq_encode,
+    rvq_encode_ref,
+)
 
 SHORT, LONG = 10**9, 0
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -32,7 +39,8 @@ def encode(x: Tensor, books: list[Tensor], few_frames: int) -> Tensor:
 
 
 def assert_same_codes(x: Tensor, books: list[Tensor], got: Tensor, max_near_ties: int = 0) -> None:
-    """Frame by frame up to its first near-tie: two rows whose float64 distances differ by less than 1e-5 of them."""
+    """Frame by frame up to its first near-tie: two rows whose float64 distances differ by less than
+    1e-5 of them."""
     want = rvq_encode_ref(x, books)
     assert got.shape == want.shape
     assert got.dtype == torch.int64
@@ -49,7 +57,9 @@ def test_codes_are_the_references(few_frames, frames, sizes, dim):
     assert_same_codes(x, books, encode(x, books, few_frames))
 
 
-@pytest.mark.parametrize(("few_frames", "sizes"), [(SHORT, [128, 128]), (LONG, [1024, 1024, 128, 128])])
+@pytest.mark.parametrize(
+    ("few_frames", "sizes"), [(SHORT, [128, 128]), (LONG, [1024, 1024, 128, 128])]
+)
 def test_published_width(few_frames, sizes):
     x, books = random_frames(4, 1280), random_books(sizes, 1280)
     assert_same_codes(x, books, encode(x, books, few_frames))
@@ -70,7 +80,8 @@ def test_many_frames(monkeypatch):
 
 @both
 def test_frames_near_codebook_boundaries(few_frames):
-    """Half-way between two rows, but for a nudge along their difference that float32 distances can tell."""
+    """Half-way between two rows, but for a nudge along their difference that float32 distances can
+    tell."""
     books = random_books([64, 32], 48)
     generator = torch.Generator().manual_seed(5)
     a, b = (books[0][torch.randint(64, (60,), generator=generator)] for _ in range(2))
@@ -82,9 +93,12 @@ def test_frames_near_codebook_boundaries(few_frames):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.integers(1, 140), min_size=1, max_size=4), st.integers(1, 70), st.integers(0, 20), st.integers(0, 9),
+    st.lists(st.integers(1, 140), min_size=1, max_size=4),
+    st.integers(1, 70),
+    st.integers(0, 20),
+    st.integers(0, 9),
     st.sampled_from((SHORT, LONG)),
-)  # fmt: skip
+)
 def test_any_sizes(sizes, dim, frames, seed, few_frames):
     x, books = random_frames(frames, dim, seed), random_books(sizes, dim, seed + 1)
     assert_same_codes(x, books, encode(x, books, few_frames), max_near_ties=1)
@@ -139,11 +153,15 @@ def test_x_must_fit():
         rvq_encode(random_frames(3, 13), books)
 
 
-@pytest.mark.parametrize(("dim", "frames", "count"), [(1280, 2, 20), (33, 1, 1), (300, 5, 4), (16, 30, 6), (7, 0, 2)])
+@pytest.mark.parametrize(
+    ("dim", "frames", "count"), [(1280, 2, 20), (33, 1, 1), (300, 5, 4), (16, 30, 6), (7, 0, 2)]
+)
 def test_decode_is_bitwise_the_reference(dim, frames, count):
     books = random_books([9, 1, 130, 4, *[5] * 16][:count], dim)
     generator = torch.Generator().manual_seed(3)
-    codes = torch.stack([torch.randint(len(book), (frames,), generator=generator) for book in books])
+    codes = torch.stack(
+        [torch.randint(len(book), (frames,), generator=generator) for book in books]
+    )
     packed = Codebooks.pack(books)
     for n in {1, (count + 1) // 2, count}:
         want = rvq_decode_ref(codes[:n], books)

@@ -1,4 +1,5 @@
-"""The sampling kernels under Triton's interpreter: the same tokens as the reference's for the same seeds."""
+"""The sampling kernels under Triton's interpreter: the same tokens as the reference's for the same
+seeds."""
 
 import math
 
@@ -23,10 +24,18 @@ from mimo_fast.kernels.sample_text import sample_text, sample_text_ref
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 SAMPLERS = [
-    MiMoSampler(True), MiMoSampler(True, 0.6, 50, 0.95), MiMoSampler(True, 0.9, None, 0.95), MiMoSampler(True, 0.5, 3),
-    MiMoSampler(True, 2.0, None, 0.02), MiMoSampler(True, 1.0, 1, 0.5), GREEDY, MiMoSampler(True, 0.6, None, 1.0),
-    MiMoSampler(True, 1.3, 10**6, 0.5), MiMoSampler(True, 1.0, None, 1e-9), MiMoSampler(True, 0.7, 7, 0.3),
-]  # fmt: skip
+    MiMoSampler(True),
+    MiMoSampler(True, 0.6, 50, 0.95),
+    MiMoSampler(True, 0.9, None, 0.95),
+    MiMoSampler(True, 0.5, 3),
+    MiMoSampler(True, 2.0, None, 0.02),
+    MiMoSampler(True, 1.0, 1, 0.5),
+    GREEDY,
+    MiMoSampler(True, 0.6, None, 1.0),
+    MiMoSampler(True, 1.3, 10**6, 0.5),
+    MiMoSampler(True, 1.0, None, 1e-9),
+    MiMoSampler(True, 0.7, 7, 0.3),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +51,16 @@ def poisoned(monkeypatch):
 
 
 def rows_of(kind: str, n: int, size: int, seed: int) -> Tensor:
-    """Logits [n, size]: spread out, with many ties, mostly -inf, one-hot, flat, steep, or of both zeros."""
+    """Logits [n, size]: spread out, with many ties, mostly -inf, one-hot, flat, steep, or of both
+    zeros."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(n, size, generator=generator) * 3
     if kind == "ties":
         return normal.round()
     if kind == "-inf":
-        return normal.where(torch.rand(n, size, generator=generator) < 0.1, torch.tensor(-math.inf)).index_fill(
-            1, torch.tensor([size // 2]), -1.0
-        )
+        return normal.where(
+            torch.rand(n, size, generator=generator) < 0.1, torch.tensor(-math.inf)
+        ).index_fill(1, torch.tensor([size // 2]), -1.0)
     if kind == "one-hot":
         return torch.full((n, size), -math.inf).index_fill(1, torch.tensor([size // 3]), 2.0)
     if kind == "flat":
@@ -67,13 +77,21 @@ KINDS = ["normal", "ties", "-inf", "one-hot", "flat", "steep", "zeros"]
 
 def random_seeds(n: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed + 999)
-    return torch.randint(2**62, (n,), generator=generator), torch.randint(2**33, (n,), generator=generator)
+    return torch.randint(2**62, (n,), generator=generator), torch.randint(
+        2**33, (n,), generator=generator
+    )
 
 
-def undecided(logits: Tensor, batch: SamplerTensors, got: Tensor, want: Tensor, slack: float = 1e-5) -> Tensor:
-    """Rows in which moving 1 - top_p by float32 rounding moves the threshold across the token that was drawn."""
+def undecided(
+    logits: Tensor, batch: SamplerTensors, got: Tensor, want: Tensor, slack: float = 1e-5
+) -> Tensor:
+    """Rows in which moving 1 - top_p by float32 rounding moves the threshold across the token that
+    was drawn."""
     kept = [
-        filter_scores(logits, SamplerTensors(batch.temperature, batch.top_k, tail, batch.greedy, False)) > -math.inf
+        filter_scores(
+            logits, SamplerTensors(batch.temperature, batch.top_k, tail, batch.greedy, False)
+        )
+        > -math.inf
         for tail in (batch.tail - slack, batch.tail + slack)
     ]
     moved = kept[0] != kept[1]
@@ -81,7 +99,9 @@ def undecided(logits: Tensor, batch: SamplerTensors, got: Tensor, want: Tensor, 
     return (batch.tail > 0) & moved.gather(1, at).any(1)
 
 
-def assert_same_tokens(logits: Tensor, picked: list[MiMoSampler], seed: int, banned: Tensor | None = None) -> int:
+def assert_same_tokens(
+    logits: Tensor, picked: list[MiMoSampler], seed: int, banned: Tensor | None = None
+) -> int:
     """Compares and returns how many rows rounding left undecided."""
     batch = sampler_tensors(picked)
     seeds, draws = random_seeds(len(logits), seed)
@@ -106,7 +126,12 @@ def test_text_tokens_with_banned_ids(kind):
     assert assert_same_tokens(logits, SAMPLERS, 5, banned) == 0
     assert assert_same_tokens(logits, SAMPLERS, 6, banned[0]) == 0
     # A row whose best ids are all banned, so that often nothing is left.
-    assert assert_same_tokens(logits, SAMPLERS, 7, logits >= logits.quantile(0.99, dim=1, keepdim=True)) == 0
+    assert (
+        assert_same_tokens(
+            logits, SAMPLERS, 7, logits >= logits.quantile(0.99, dim=1, keepdim=True)
+        )
+        == 0
+    )
 
 
 def test_text_tokens_at_the_published_vocabulary():
@@ -116,7 +141,8 @@ def test_text_tokens_at_the_published_vocabulary():
 
 
 def test_only_kept_ids_are_drawn():
-    """Every id but the best and one other is banned: the other is drawn sometimes if it is kept, else never."""
+    """Every id but the best and one other is banned: the other is drawn sometimes if it is kept,
+    else never."""
     row = rows_of("ties", 1, 12, seed=8)[0]
     ids = torch.arange(12)
     banned = (ids != ids[:, None]) & (ids != int(row.argmax()))
@@ -124,7 +150,9 @@ def test_only_kept_ids_are_drawn():
         kept = filter_scores(row[None], sampler_tensors([sampler]))[0] > -math.inf
         batch, tokens = sampler_tensors([sampler] * 12), set()
         for draw in range(6):
-            tokens.update(sample_text(row.expand(12, -1), batch, ids + 50, ids * 0 + draw, banned).tolist())
+            tokens.update(
+                sample_text(row.expand(12, -1), batch, ids + 50, ids * 0 + draw, banned).tolist()
+            )
         assert tokens == set(ids[kept].tolist())
 
 
@@ -132,18 +160,28 @@ def test_only_kept_ids_are_drawn():
 @given(st.data())
 def test_text_tokens_of_any_rows(data):
     n, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
-    value = st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), st.just(-math.inf))
-    row = st.lists(value, min_size=size, max_size=size).filter(lambda values: max(values) > -math.inf)
+    value = st.one_of(
+        st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), st.just(-math.inf)
+    )
+    row = st.lists(value, min_size=size, max_size=size).filter(
+        lambda values: max(values) > -math.inf
+    )
     logits = torch.tensor(data.draw(st.lists(row, min_size=n, max_size=n)))
     picked = [
         MiMoSampler(
-            data.draw(st.booleans()), data.draw(st.sampled_from([0.3, 1.0, 2.5])), data.draw(st.integers(0, 45)),
+            data.draw(st.booleans()),
+            data.draw(st.sampled_from([0.3, 1.0, 2.5])),
+            data.draw(st.integers(0, 45)),
             data.draw(st.floats(0, 1)),
         )
         for _ in range(n)
-    ]  # fmt: skip
-    banned = torch.tensor([data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)])
-    assert_same_tokens(logits, picked, data.draw(st.integers(0, 100)), data.draw(st.sampled_from([None, banned])))
+    ]
+    banned = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)]
+    )
+    assert_same_tokens(
+        logits, picked, data.draw(st.integers(0, 100)), data.draw(st.sampled_from([None, banned]))
+    )
 
 
 def test_a_text_draw_depends_on_nothing_around_it():
@@ -151,10 +189,15 @@ def test_a_text_draw_depends_on_nothing_around_it():
     seeds, draws = random_seeds(len(SAMPLERS), 3)
     batch = sampler_tensors(SAMPLERS)
     together = sample_text(logits, batch, seeds, draws)
-    assert torch.equal(together, sample_text(logits.T.contiguous().T, batch, seeds, draws)), "strides matter"
+    assert torch.equal(together, sample_text(logits.T.contiguous().T, batch, seeds, draws)), (
+        "strides matter"
+    )
     for row in (2, 0, 10):
         one = slice(row, row + 1)
-        assert sample_text(logits[one], batch.select([row]), seeds[one], draws[one]).item() == together[row].item()
+        assert (
+            sample_text(logits[one], batch.select([row]), seeds[one], draws[one]).item()
+            == together[row].item()
+        )
 
 
 def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
@@ -163,7 +206,9 @@ def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
     seeds, draws = random_seeds(2, 3)
     want = sample_text(logits, batch, seeds, draws)
     monkeypatch.setattr(text_module, "text_digit_kernel", None)
-    told = SamplerTensors(batch.temperature, batch.top_k, batch.tail, batch.greedy, False, any_top_k=False)
+    told = SamplerTensors(
+        batch.temperature, batch.top_k, batch.tail, batch.greedy, False, any_top_k=False
+    )
     assert torch.equal(sample_text(logits, told, seeds, draws), want)
 
 
@@ -172,7 +217,9 @@ def test_text_arguments_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="1 of settings"):
         sample_text(logits, sampler_tensors([GREEDY]), seeds, draws)
     with pytest.raises(ValueError, match="banned"):
-        sample_text(logits, sampler_tensors([GREEDY] * 2), seeds, draws, torch.zeros(4, dtype=torch.bool))
+        sample_text(
+            logits, sampler_tensors([GREEDY] * 2), seeds, draws, torch.zeros(4, dtype=torch.bool)
+        )
 
 
 def test_patch_noise_is_gumbels_bit_for_bit():
@@ -185,7 +232,9 @@ def test_patch_noise_is_gumbels_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("rows", "size", "dim"), [(1, 33, 64), (17, 129, 200), (2, 16, 5), (3, 65, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "size", "dim"), [(1, 33, 64), (17, 129, 200), (2, 16, 5), (3, 65, 1024)]
+)
 def test_head_logits(rows, size, dim, dtype):
     generator = torch.Generator().manual_seed(size)
     hidden, heads = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, size))
@@ -198,14 +247,19 @@ SIZES = {"published": (1025, 1025, *[129] * 6), "tiny": (65, 65, *[17] * 6), "od
 DELAYS = {"published": tuple(range(8)), "tiny": tuple(range(8)), "odd": (3, 0, 7)}
 
 
-def check_patch(name: str, picked: list[MiMoSampler], seed: int, dim: int = 24, scale: float = 1.0) -> Tensor:
-    """All steps of a patch on random hidden states: codes and embeddings against the reference's."""
+def check_patch(
+    name: str, picked: list[MiMoSampler], seed: int, dim: int = 24, scale: float = 1.0
+) -> Tensor:
+    """All steps of a patch on random hidden states: codes and embeddings against the
+    reference's."""
     sizes, generator = SIZES[name], torch.Generator().manual_seed(seed)
     empty = [(c * 5) % size for c, size in enumerate(sizes)]
     rows, table = len(picked), sum(sizes)
     steps = code_steps(sizes, empty, DELAYS[name], group_size=4)
     # Small integers times a power of two: sums are exact, whatever their order, and ties are many.
-    hidden, heads = (torch.randint(-2, 3, (n, dim), generator=generator).float() * scale for n in (rows, table))
+    hidden, heads = (
+        torch.randint(-2, 3, (n, dim), generator=generator).float() * scale for n in (rows, table)
+    )
     embeddings = torch.randn(table, 40, generator=generator)
     batch, (seeds, draws) = sampler_tensors(picked), random_seeds(rows, seed)
     noise = None if batch.all_greedy else patch_noise(seeds, draws, 4, table)
@@ -234,14 +288,18 @@ def test_codes_of_a_row_depend_on_nothing_around_it():
     sizes = SIZES["tiny"]
     step = code_steps(sizes, [0] * 8, DELAYS["tiny"], 4)[3]
     generator = torch.Generator().manual_seed(0)
-    hidden, heads, embeddings = (torch.randn(n, 32, generator=generator) for n in (5, sum(sizes), sum(sizes)))
+    hidden, heads, embeddings = (
+        torch.randn(n, 32, generator=generator) for n in (5, sum(sizes), sum(sizes))
+    )
     seeds, draws = random_seeds(5, 1)
     batch = sampler_tensors(SAMPLERS[:5])
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor]:
         codes = torch.full((len(rows), 8, 4), -1)
         noise = patch_noise(seeds[rows], draws[rows], 4, sum(sizes))
-        return sample_codes(hidden[rows], step, heads, batch.select(rows), noise, codes, embeddings), codes
+        return sample_codes(
+            hidden[rows], step, heads, batch.select(rows), noise, codes, embeddings
+        ), codes
 
     x, codes = run([0, 1, 2, 3, 4])
     for row in (3, 0):
@@ -255,7 +313,10 @@ def test_codes_of_a_row_depend_on_nothing_around_it():
 def test_codes_are_written_into_any_strides():
     sizes = SIZES["tiny"]
     step = code_steps(sizes, [0] * 8, DELAYS["tiny"], 4)[5]
-    hidden, table = torch.ones(2, 16), torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(1))
+    hidden, table = (
+        torch.ones(2, 16),
+        torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(1)),
+    )
     codes = torch.full((4, 8, 2), -1).permute(2, 1, 0)
     want = codes.contiguous()
     batch = sampler_tensors([GREEDY] * 2)
@@ -268,7 +329,9 @@ def test_a_step_without_active_heads_gives_zeros():
     steps = code_steps((5, 5), (0, 0), (0, 9), group_size=4)
     assert [step.heads.shape[1] for step in steps] == [1] * 4 + [0] * 5 + [1] * 4
     table, codes = torch.ones(10, 8), torch.full((1, 2, 4), -1)
-    x = sample_codes(torch.ones(1, 8), steps[5], table, sampler_tensors([GREEDY]), None, codes, table)
+    x = sample_codes(
+        torch.ones(1, 8), steps[5], table, sampler_tensors([GREEDY]), None, codes, table
+    )
     assert torch.equal(x, torch.zeros(1, 8))
     assert bool((codes == -1).all())
 
@@ -276,4 +339,12 @@ def test_a_step_without_active_heads_gives_zeros():
 def test_code_arguments_that_do_not_match_are_refused():
     step, table = code_steps((5,), (0,), (0,), 4)[0], torch.ones(5, 8)
     with pytest.raises(ValueError, match="go together"):
-        sample_codes(torch.ones(1, 7), step, table, sampler_tensors([GREEDY]), None, torch.zeros(1, 1, 4).long(), table)
+        sample_codes(
+            torch.ones(1, 7),
+            step,
+            table,
+            sampler_tensors([GREEDY]),
+            None,
+            torch.zeros(1, 1, 4).long(),
+            table,
+        )

@@ -42,7 +42,9 @@ def test_rows_that_are_not_contiguous():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_far_ends():
     x = torch.tensor([[-200.0, 200.0, 0.0, torch.nan, 3.0, 3.0, 3.0, 1.0]])
-    torch.testing.assert_close(swiglu(x), torch.tensor([[0.0, 600.0, 0.0, torch.nan]]), equal_nan=True)
+    torch.testing.assert_close(
+        swiglu(x), torch.tensor([[0.0, 600.0, 0.0, torch.nan]]), equal_nan=True
+    )
 
 
 def test_an_odd_width_is_refused():

@@ -1,4 +1,5 @@
-"""The input embedding kernels: dense and packed tables, widths no block divides, and garbage that must not leak."""
+"""The input embedding kernels: dense and packed tables, widths no block divides, and garbage that
+must not leak."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast.kernels import text_embed as module
-from mimo_fast.kernels.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.text_embed import input_embed, input_embed_ref
 from mimo_fast.quantization import Format, quantize
 
@@ -21,8 +22,12 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def check(tokens: list[int], table: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
-    """Text lies strided, as in the ids; patches are rows of a wider buffer, with NaN wherever none is to be read."""
-    text, dim = torch.tensor([tokens, [EMPTY] * len(tokens)], dtype=torch.int64).T.contiguous()[:, 0], table.shape[1]
+    """Text lies strided, as in the ids; patches are rows of a wider buffer, with NaN wherever none
+    is to be read."""
+    text, dim = (
+        torch.tensor([tokens, [EMPTY] * len(tokens)], dtype=torch.int64).T.contiguous()[:, 0],
+        table.shape[1],
+    )
     patches = torch.full((len(tokens), dim + 8), torch.nan, dtype=dtype)[:, :dim]
     patches[text == EMPTY] = drawn(dim, dtype=dtype)
     want = input_embed_ref(text, patches, table, EMPTY)

@@ -23,13 +23,18 @@ def test_codebooks_follow_what_chose_them(codec_training):
         quantizer.update(x, rvq_encode(x, quantizer.books), generator)
     quantized = quantizer(x := batch())
     nearest = torch.cdist(x, quantizer.books[0]).amin(1)
-    assert nearest.max() < 0.05 * x.norm(dim=1).mean(), "every centre has a row of the first codebook"
+    assert nearest.max() < 0.05 * x.norm(dim=1).mean(), (
+        "every centre has a row of the first codebook"
+    )
     assert (quantized.rows - x).norm() < 0.01 * x.norm()
 
 
 def test_an_unused_row_is_replaced_and_a_used_one_moves(codec_training):
     config = codec_training.config
-    names = [f"encoder.quantizer.vq.layers.{i}._codebook.embed" for i in range(len(config.codebook_sizes))]
+    names = [
+        f"encoder.quantizer.vq.layers.{i}._codebook.embed"
+        for i in range(len(config.codebook_sizes))
+    ]
     shapes = zip(names, config.codebook_sizes, strict=True)
     tensors = {name: torch.zeros(size, config.dim) for name, size in shapes}
     quantizer = Quantizer(config, tensors)
@@ -39,7 +44,9 @@ def test_an_unused_row_is_replaced_and_a_used_one_moves(codec_training):
         tensors[name.replace(".embed", ".cluster_size")].fill_(1)
     tensors[f"{first}.cluster_size"][7] = 0
     x = torch.ones(50, config.dim)
-    replaced = quantizer.update(x, torch.zeros(len(names), 50, dtype=torch.int64), torch.Generator().manual_seed(0))
+    replaced = quantizer.update(
+        x, torch.zeros(len(names), 50, dtype=torch.int64), torch.Generator().manual_seed(0)
+    )
     assert replaced == 1
     assert torch.equal(tensors[names[0]][7], x[0])
     # 1% of the way from one position at zero to fifty at one.

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from mimo_fast.templates import ASR_TEMPLATES, TTS_TEMPLATES
+from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from training import augmentation, data, domain, lm, synthesis
 from training.tokenizer import INSTRUCTIONS
 
@@ -25,14 +25,18 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
     assert not torch.equal(noisy, augmentation.augment(wav, random.Random(4))[0])
 
 
-@pytest.mark.parametrize(("voice", "package"), [("slt", "flite"), ("ked", "festvox-kdlpc16k"),
-                                                ("espeak en-us+m3", "espeak-ng")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("voice", "package"),
+    [("slt", "flite"), ("ked", "festvox-kdlpc16k"), ("espeak en-us+m3", "espeak-ng")],
+)
 def test_a_synthesizer_that_fails_names_its_package(voice, package, monkeypatch):
     for name in ("has_flite", "has_festival", "has_espeak", "has_pico"):
         monkeypatch.setattr(synthesis, name, lambda: True)
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such voice")
     monkeypatch.setattr(subprocess, "run", lambda *_, **given: in_kind(given, failed))
-    with pytest.raises(synthesis.SynthesisError, match=f"no such voice.*apt-get install .*{package}"):
+    with pytest.raises(
+        synthesis.SynthesisError, match=f"no such voice.*apt-get install .*{package}"
+    ):
         synthesis.synthesize("seven", synthesis.Manner(voice))
 
 
@@ -56,12 +60,18 @@ def test_masks_hide_some_bands_and_frames_and_leave_the_rest():
         assert bands.sum() <= augmentation.MASKS * augmentation.MASKED_BANDS * 80
         assert frames.sum() <= augmentation.MASKS * augmentation.MASKED_FRAMES
         assert same[~frames][:, ~bands].all()
-    assert not all(torch.equal(augmentation.masked(mel, random.Random(seed)), mel) for seed in range(3))
+    assert not all(
+        torch.equal(augmentation.masked(mel, random.Random(seed)), mel) for seed in range(3)
+    )
 
 
 def test_parts_keep_apart_what_is_held_out():
     assert all(domain.is_held_out(data.item("unsaid", i).text) for i in range(50))
-    assert not any(domain.is_held_out(data.item(part, i).text) for part in ("speech", "replies") for i in range(200))
+    assert not any(
+        domain.is_held_out(data.item(part, i).text)
+        for part in ("speech", "replies")
+        for i in range(200)
+    )
     assert {data.item("unheard", i).manner.voice for i in range(5)} == {data.UNHEARD_VOICE}
     assert data.UNHEARD_VOICE not in {data.item("speech", i).manner.voice for i in range(100)}
     strangers = [data.item("strangers", i) for i in range(100)]
@@ -79,7 +89,15 @@ def test_parts_keep_apart_what_is_held_out():
 def test_words_are_looked_for_where_they_are_heard(lm_training):
     rng, examples = random.Random(1), lm_training.examples
     special, size = examples._tokenizer.special, lm_training.config.group_size
-    expected = {"words": 6, "spliced": 1, "asr": 1, "written": 1, "dialogue": 1, "tts": 0, "styled": 0}
+    expected = {
+        "words": 6,
+        "spliced": 1,
+        "asr": 1,
+        "written": 1,
+        "dialogue": 1,
+        "tts": 0,
+        "styled": 0,
+    }
     for task in lm.JOINT:
         drawn = examples.draw(task, rng)
         text = drawn.ids[0, ::size]
@@ -111,15 +129,22 @@ def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
                 starts.append(patches * patch)
         words = [(spoken.starts[word] - spoken.starts[0]) / 24_000 for word in spoken.words]
         assert len(starts) == len(words)
-        # The patch that holds the instant 20 ms before the word; the first word begins at most 40 ms into the reply.
-        assert all(-0.181 < at / 24_000 - want < 0.021 for at, want in zip(starts, words, strict=True))
+        # The patch that holds the instant 20 ms before the word; the first word begins at most 40
+        # ms into the reply.
+        assert all(
+            -0.181 < at / 24_000 - want < 0.021 for at, want in zip(starts, words, strict=True)
+        )
         assert patches * patch < spoken.ends[-1] - spoken.starts[0] + 0.4 * 24_000
         phones = drawn.phones[drawn.learned]
         assert torch.equal(phones[:, 0] >= 0, torch.tensor(said) == special.empty)
         said_phones = phones[phones >= 0].tolist()
         assert said_phones[-1] == len(synthesis.PHONES), "it ends in silence"
-        runs = [phone for i, phone in enumerate(said_phones) if not i or phone != said_phones[i - 1]]
-        assert runs[:-1] == [phone for i, phone in enumerate(spoken.phones) if not i or phone != spoken.phones[i - 1]]
+        runs = [
+            phone for i, phone in enumerate(said_phones) if not i or phone != said_phones[i - 1]
+        ]
+        assert runs[:-1] == [
+            phone for i, phone in enumerate(spoken.phones) if not i or phone != spoken.phones[i - 1]
+        ]
 
 
 def test_what_is_fed_has_errors_where_something_is_spoken(lm_training, monkeypatch):
@@ -132,7 +157,9 @@ def test_what_is_fed_has_errors_where_something_is_spoken(lm_training, monkeypat
     assert torch.equal(fed[~spoken], batch.codes[~spoken])
     missing = (fed == sizes) & spoken
     lost = missing[:, :, :1] & ~replies[:, :, :1]
-    assert torch.equal(missing & ~replies, lost & spoken), "what is lost of a recording is whole frames"
+    assert torch.equal(missing & ~replies, lost & spoken), (
+        "what is lost of a recording is whole frames"
+    )
     assert 0.15 < lost.sum() / (spoken & ~replies)[:, :, :1].sum() < 0.35
     assert not (missing & replies)[:, :, 0].any(), "a reply keeps its first codebook"
     for where in (replies, ~replies):

@@ -1,4 +1,5 @@
-"""Makes the recordings beside this file again, by flite (a Debian package): PYTHONPATH=. python tests/words/make.py"""
+"""Makes the recordings beside this file again, by flite (a Debian package): PYTHONPATH=. python
+tests/words/make.py"""
 
 from pathlib import Path
 

@@ -1,0 +1,1 @@
+"""Recordings: files and decoding limits, resampling, log-mel."""

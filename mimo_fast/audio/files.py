@@ -1,0 +1,339 @@
+"""Audio files, bytes, streams and arrays -> float32 mono waveform, bounded; waveform -> WAV file,
+all or nothing."""
+
+import io
+import os
+import secrets
+import stat
+import wave
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_fast.audio.mel import check_rate, log_mel, resample, resample_blocks
+from mimo_fast.errors import AudioError
+
+__all__ = ["AudioSource", "DecodeLimits", "load_audio", "log_mel", "resample", "save_wav"]
+
+AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
+
+FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}
+MAX_CHANNELS = 8
+BLOCK = 2**16  # frames decoded or encoded at a time
+READ_BLOCK = 2**20  # bytes read from a file object at a time
+SCALES = {
+    torch.uint8: (128, 2**7),
+    torch.int8: (0, 2**7),
+    torch.int16: (0, 2**15),
+    torch.int32: (0, 2**31),
+}
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """The most that one call accepts, counted while decoding: what a header claims is never
+    believed.
+
+    `seconds` of audio; `bytes` of the encoded input, and of the float32 waveform returned.
+    """
+
+    seconds: float = 1800.0
+    bytes: int = 256 * 2**20
+
+
+@torch.no_grad()
+def load_audio(
+    source: AudioSource,
+    sample_rate: int,
+    *,
+    limits: DecodeLimits = DecodeLimits(),
+    source_rate: int | None = None,
+) -> Tensor:
+    """Decode `source`, mix its channels to their mean and resample -> float32 [n] at `sample_rate`,
+    on the CPU.
+
+    A path (of a regular file), encoded bytes or a binary file object holds WAV, FLAC, OGG or MP3; a
+    file object is read from its position on, at most `limits.bytes`. A tensor or array is decoded
+    audio at `source_rate` (default: `sample_rate`), [n] or [channels, n]; integers are scaled to
+    [-1, 1). At most 8 channels, 1 kHz..768 kHz. Silence is valid. A file cut short gives what is
+    there, unless its format shows the damage (FLAC).
+
+    Raises:
+        AudioError: the source cannot be read or decoded, exceeds `limits`, is empty, or holds NaN
+            or infinite samples.
+    """
+    sample_rate = check_rate(sample_rate)
+    if isinstance(source, Tensor | np.ndarray):
+        rate = check_rate(sample_rate if source_rate is None else source_rate, "source_rate")
+        return _collect(_array_blocks(source), rate, sample_rate, limits, "the audio array")
+    name = _name(source)
+    if source_rate is not None:
+        raise AudioError(
+            f"source_rate is for tensors and arrays; {name} states its own rate: leave source_rate out"
+        )
+    encoded = _encoded(source, name, limits)
+    # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
+    # threads get no signals.
+    with ThreadPoolExecutor(1) as decoder:
+        file = decoder.submit(_open, encoded, name).result()
+        try:
+            rate = _check_header(file, name)
+            return _collect(_file_blocks(file, name, decoder), rate, sample_rate, limits, name)
+        finally:
+            decoder.submit(file.close)  # after a read that an interrupt left running
+
+
+def _collect(
+    blocks: Iterator[Tensor], rate: int, sample_rate: int, limits: DecodeLimits, name: str
+) -> Tensor:
+    """Resample and join mono blocks [n]: the one place where length and samples are checked."""
+
+    def bounded() -> Iterator[Tensor]:
+        frames = 0
+        for block in blocks:
+            frames += len(block)
+            if frames > limits.seconds * rate:
+                raise AudioError(
+                    f"{name} is longer than {limits.seconds:g} s; cut it or raise DecodeLimits.seconds"
+                )
+            if 4 * frames * sample_rate > limits.bytes * rate:
+                raise AudioError(
+                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise DecodeLimits.bytes"
+                )
+            yield block
+
+    pieces = []
+    for piece in resample_blocks(bounded(), rate, sample_rate):
+        if not piece.isfinite().all():
+            raise AudioError(f"{name} holds NaN or infinite samples; export it again")
+        pieces.append(piece)
+    if not sum(map(len, pieces)):
+        raise AudioError(f"{name} holds no samples")
+    return torch.cat(pieces)
+
+
+def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
+    shape = tuple(source.shape)
+    if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
+        raise AudioError(
+            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} channels, n]"
+        )
+    for start in range(0, shape[-1], BLOCK):
+        block = _as_float(source[..., start : start + BLOCK])
+        yield block if block.ndim == 1 else block.mean(dim=0)
+
+
+def _as_float(block: Tensor | np.ndarray) -> Tensor:
+    dtype = block.dtype
+    if isinstance(block, np.ndarray) and block.dtype.kind in "fiu":
+        native = np.float32 if block.dtype.kind == "f" else block.dtype.newbyteorder("=")
+        block = torch.from_numpy(np.array(block, native))
+    if isinstance(block, Tensor):
+        samples = block.detach().to("cpu", torch.float32)
+        if block.is_floating_point():
+            return samples
+        if block.dtype in SCALES:
+            offset, scale = SCALES[block.dtype]
+            return (samples - offset) / scale
+    raise AudioError(
+        f"the audio array holds {dtype}; convert it to float32, or to 8-, 16- or 32-bit integers"
+    )
+
+
+def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.BytesIO:
+    """What soundfile is to open, its size checked."""
+    encoded: str | bytes | io.BytesIO
+    if isinstance(source, str | os.PathLike):
+        encoded = os.fspath(source)
+        size = _regular_size(encoded, name)
+    else:
+        data = (
+            bytes(source)
+            if isinstance(source, bytes | bytearray | memoryview)
+            else _read(source, name, limits)
+        )
+        encoded, size = io.BytesIO(data), len(data)
+    if size > limits.bytes:
+        raise AudioError(
+            f"{name} is larger than {limits.bytes} bytes; cut it or raise DecodeLimits.bytes"
+        )
+    if not size:
+        raise AudioError(f"{name} is empty")
+    return encoded
+
+
+def _regular_size(path: str | bytes, name: str) -> int:
+    """Bytes in a readable regular file; pipes and devices are refused because they may never
+    end."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise AudioError(
+                f"{name} is not a regular file; open a pipe or device yourself and pass the file object"
+            )
+        with open(path, "rb"):  # soundfile would not say why it cannot
+            return status.st_size
+    except (OSError, ValueError) as error:
+        raise AudioError(f"cannot read {name}: {_reason(error)}") from error
+
+
+def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
+    """The rest of a binary file object, cut one byte after the limit."""
+    if not hasattr(source, "read"):
+        raise AudioError(
+            f"cannot read audio from {name}; pass a path, bytes, a binary file object or an array"
+        )
+    chunks, room = [], limits.bytes + 1
+    while room > 0:
+        try:
+            chunk = source.read(min(room, READ_BLOCK))
+        except (OSError, ValueError) as error:
+            raise AudioError(f"cannot read {name}: {_reason(error)}") from error
+        if not isinstance(chunk, bytes | bytearray | memoryview):
+            raise AudioError(
+                f"reading {name} gave {type(chunk).__name__}, not bytes; open it in binary mode"
+            )
+        if not chunk:
+            break
+        chunks.append(chunk)
+        room -= len(chunk)
+    return b"".join(chunks)
+
+
+def _soundfile() -> Any:
+    """The library of encoded audio; what works on arrays alone runs without it, such as the
+    benchmarks."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
+        raise AudioError("audio files need the package soundfile: pip install soundfile") from error
+    return soundfile
+
+
+def _open(encoded: str | bytes | io.BytesIO, name: str) -> Any:
+    """A soundfile.SoundFile."""
+    library = _soundfile()
+    try:
+        file = library.SoundFile(encoded)
+    except (
+        library.LibsndfileError,
+        TypeError,
+    ) as error:  # TypeError: a suffix that promises headerless audio
+        raise AudioError(
+            f"cannot decode {name}: {_reason(error)}; convert it to WAV, FLAC, OGG or MP3"
+        ) from error
+    # soundfile otherwise seeks after each read, which fails at the end of a stream of unknown
+    # length.
+    file.seekable = lambda: False
+    return file
+
+
+def _check_header(file: Any, name: str) -> int:
+    if file.format not in FORMATS:
+        raise AudioError(f"{name} is {file.format} audio; convert it to WAV, FLAC, OGG or MP3")
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise AudioError(
+            f"{name} has {file.channels} channels; mix it down to at most {MAX_CHANNELS}"
+        )
+    return check_rate(file.samplerate, f"the sample rate of {name}")
+
+
+def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
+    frames = 0
+    while True:
+        try:
+            block = decoder.submit(file.read, BLOCK, dtype="float32", always_2d=True).result()
+        except _soundfile().LibsndfileError as error:
+            where = f"somewhere after {frames / file.samplerate:.2f} s"
+            raise AudioError(
+                f"{name} is damaged {where}: {_reason(error)}; export it again"
+            ) from error
+        if not len(block):
+            return
+        frames += len(block)
+        yield torch.from_numpy(block).T.mean(dim=0)
+
+
+def _name(source: Any) -> str:
+    """What an error calls the source or target, always on one line."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "the audio data"
+    path = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
+    if not isinstance(path, str | os.PathLike):
+        return f"the {type(source).__name__} object"
+    text = os.fsdecode(path)
+    return text if text and text.isprintable() else ascii(text)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TypeError):
+        return "it has no header"
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
+
+
+@torch.no_grad()
+def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
+    """Write float `wav` [n], clipped to [-1, 1): 16-bit PCM WAV, byte for byte what soundfile.write
+    gives.
+
+    A path that ends in .flac, .ogg or .mp3 is written in that format.
+    A path appears complete or not at all: an error or an interrupt leaves what was there. A
+    buffered binary file object gets the whole file at its position and need not be seekable.
+
+    Raises:
+        AudioError: `wav` is not [n] finite floats, or `target` cannot be written.
+    """
+    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav)
+    if wav.ndim != 1 or not wav.is_floating_point():
+        raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
+    if not wav.isfinite().all():
+        raise AudioError(
+            "the waveform holds NaN or infinite samples, which an audio file cannot hold"
+        )
+    encoded = io.BytesIO()
+    name = _name(target)
+    suffix = Path(name).suffix.lower() if isinstance(target, str | os.PathLike) else ""
+    if suffix in (".flac", ".ogg", ".mp3"):
+        _soundfile().write(
+            encoded, wav.clamp(-1, 1).float().cpu().numpy(), sample_rate, format=suffix[1:].upper()
+        )
+    else:
+        with wave.open(encoded, "wb") as file:
+            file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))
+            for block in wav.split(BLOCK):
+                file.writeframes(_pcm16(block))
+    try:
+        if isinstance(target, str | os.PathLike):
+            _replace(Path(os.path.realpath(os.fsdecode(target))), encoded.getvalue(), name)
+        else:
+            target.write(encoded.getvalue())
+    except (OSError, ValueError) as error:
+        raise AudioError(f"cannot write {name}: {_reason(error)}") from error
+
+
+def _pcm16(samples: Tensor) -> bytes:
+    """libsndfile's conversion: the upper half of the nearest 32-bit integer, saturated."""
+    scaled = samples.to("cpu", torch.float64).mul(2**31).round().div(2**16).floor()
+    return scaled.clamp(-(2**15), 2**15 - 1).numpy().astype("<i2").tobytes()
+
+
+def _replace(path: Path, data: bytes, name: str) -> None:
+    if path.exists() and not path.is_file():
+        raise AudioError(
+            f"cannot write {name}: it is not a regular file; open it yourself and pass the file object"
+        )
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,125 @@
+"""What `mimo-fast info` tells: the machine, the versions, the kernels, a checkpoint's parts and
+bytes."""
+
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mimo_fast import __version__
+from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
+from mimo_fast.config import LMConfig
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.runtime.loading import HubOptions, PathLike, find, open_codec, open_lm
+
+SHARED_PRODUCT = 2**20
+"""Weights of a matrix from which on a product with one row is worth sharing between cores."""
+
+PARTS = {
+    "lm": {
+        "model.embed_tokens": "text embeddings",
+        "model.": "backbone",
+        "lm_head": "text head",
+        "input_local_transformer": "patch encoder",
+        "speech_group_downcast": "patch encoder",
+        "speech_embeddings.": "code embeddings",
+        "local_transformer": "patch decoder",
+        "speech_embeddings_to_local": "patch decoder",
+        "hidden_states_downcast": "patch decoder",
+    },
+    "codec": {
+        "encoder.quantizer": "codebooks",
+        "encoder.": "encoder",
+        "decoder.vocoder": "vocoder",
+        "decoder.": "decoder",
+    },
+}
+"""Tensor name prefix -> part of the model, the first match counts."""
+
+
+def describe_machine() -> Iterator[str]:
+    """Lines about this machine and what is installed on it."""
+    yield f"mimo-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    packages = ("torch", "triton", "safetensors", "tokenizers", "soundfile", "transformers")
+    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in packages)
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
+    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
+    if not torch.cuda.is_available():
+        yield "gpu: none that this torch can use"
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        yield (
+            f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
+            f"{card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+        )
+    yield f"native kernels: {native.state()}"
+    yield f"cuda kernels: {cuda.state()}"
+
+
+def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:
+    """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes. Reads headers
+    only."""
+    directory = find(source, hub)
+    if kind == "lm":
+        config, weights, _ = open_lm(directory)
+        shapes = lm_shapes(config)
+    else:
+        codec_config, weights = open_codec(directory)
+        shapes = codec_shapes(codec_config) | codec_training_state(codec_config)
+    parts: dict[str, list[int]] = {}
+    for name in weights.names():
+        part = next(label for prefix, label in PARTS[kind].items() if name.startswith(prefix))
+        totals = parts.setdefault(part, [0, 0])
+        # A quantized matrix is counted once, by its packed words.
+        totals[0] += math.prod(shapes.get(name.removesuffix(".words"), (0,)))
+        totals[1] += math.prod(weights.shape(name)) * weights.dtype(name).itemsize
+    parameters, size = (sum(totals[i] for totals in parts.values()) for i in (0, 1))
+    dtypes = sorted({str(weights.dtype(name)).removeprefix("torch.") for name in weights.names()})
+    yield f"{kind}: {directory}, {', '.join(dtypes)}"
+    for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
+        yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
+
+
+def useful_threads(config: LMConfig) -> int:
+    """Threads that torch should use for a language model on the CPU: the cores this process may
+    use, or one.
+
+    A product smaller than SHARED_PRODUCT is done before the other threads have been woken, and
+    waiting for them costs many times the work where other programs use the cores.
+    """
+    backbone = config.backbone
+    return (
+        min(usable_cores(), torch.get_num_threads())
+        if backbone.dim * backbone.ffn_dim >= SHARED_PRODUCT
+        else 1
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name as it tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

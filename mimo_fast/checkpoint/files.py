@@ -1,0 +1,425 @@
+"""Find, validate, open and write checkpoints: a directory of config.json and safetensors, in one
+file or in shards.
+
+Reading is lazy. Files are memory-mapped and only their headers are parsed, so a checkpoint is
+validated before anything is allocated and no tensor is ever twice in memory. The format is that of
+https://github.com/huggingface/safetensors.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimo_fast.checkpoint.layout import Shapes
+from mimo_fast.config import read_json
+from mimo_fast.errors import CheckpointError
+
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.json")
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 2**30
+NAMES_SHOWN = 8
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def find_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The directory of a checkpoint: `source` itself where it is one, else a hub id "owner/name",
+    downloaded or cached.
+
+    Raises:
+        CheckpointError: nothing is there, the hub refuses or is out of reach, or config.json or
+            safetensors are absent.
+    """
+    directory = Path(text := os.fspath(source)).expanduser()
+    if directory.is_file():
+        raise CheckpointError(
+            f"{directory} is a file: give the directory that holds it and config.json"
+        )
+    if not directory.is_dir():
+        if (
+            not isinstance(source, str)
+            or text.startswith((".", "/", "~"))
+            or "\\" in text
+            or text.count("/") != 1
+        ):
+            raise CheckpointError(
+                f"no directory {directory}: give a checkpoint directory or a hub id OWNER/NAME"
+            )
+        options = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        directory = _download(text, options)
+    _require_files(directory)
+    return directory
+
+
+def _download(hub_id: str, options: dict[str, Any]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    by_hand = f"where there is a network run `hf download {hub_id} --local-dir DIR` and give DIR"
+    problems = (
+        (
+            errors.GatedRepoError,
+            f"{hub_id} is gated: accept its terms on its hub page and log in with `hf auth login`",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"there is no directory {hub_id}, and the hub has no such repository or hides "
+            "it as private: check the name, or log in with `hf auth login`",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"{hub_id} has no revision {options['revision']!r}: check its hub page",
+        ),
+        (
+            errors.HFValidationError,
+            f"{hub_id!r} is neither a directory nor a hub id OWNER/NAME: check its spelling",
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            f"{hub_id} is not in the cache and the hub is out of reach: {by_hand}",
+        ),
+    )
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES), **options)
+        )
+    # The HTTP library behind huggingface_hub, and with it the exception of a broken connection,
+    # changes by version.
+    except Exception as error:
+        known = (problem for kind, problem in problems if isinstance(error, kind))
+        problem = f"cannot download {hub_id} ({_first_line(error)}): {by_hand}"
+        raise CheckpointError(next(known, problem)) from error
+
+
+def _require_files(directory: Path) -> None:
+    suffixes = {path.suffix for path in directory.iterdir()}
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no config.json: give a directory that holds a whole checkpoint"
+        )
+    if ".safetensors" not in suffixes and suffixes & {".bin", ".pt", ".pth"}:
+        raise CheckpointError(
+            f"{directory} has only PyTorch .bin/.pt weights: only safetensors are read, convert them"
+        )
+    if ".safetensors" not in suffixes:
+        raise CheckpointError(
+            f"{directory} has no *.safetensors: copy the weights there or download them again"
+        )
+
+
+class Weights:
+    """Read-only view of a checkpoint's tensors: only headers are in memory, files stay mapped while
+    this object lives.
+
+    `files` gives for each tensor name the open safetensors file that holds it; `open_weights` makes
+    it.
+    """
+
+    def __init__(self, directory: Path, files: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._files = dict(files)
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, file in self._files.items():
+            header = file.get_slice(name)
+            self._headers[name] = (tuple(header.get_shape()), str(header.get_dtype()))
+
+    def names(self) -> Iterable[str]:
+        return self._headers.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header(name)[0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._header(name)[1]
+        if stored not in DTYPES:
+            raise CheckpointError(
+                f"{self.directory}: {name} is of type {stored}, which is not supported: convert it"
+            )
+        return DTYPES[stored]
+
+    def get(
+        self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """One tensor. On the CPU in its stored dtype it is a view of the mapped file: no copy,
+        pages read on first use.
+
+        Writing to such a view changes this process's copy of the page, never the file. On another
+        device the dtype is converted after the transfer.
+        """
+        self.dtype(name)
+        return self._files[name].get_tensor(name).to(device).to(dtype=dtype)
+
+    def validate(self, expected: Shapes, optional: Shapes | None = None) -> None:
+        """Compares the headers with the tensors a config calls for, before anything is allocated.
+
+        Raises:
+            CheckpointError: names all that is missing, unexpected, of a wrong shape, or not
+                floating point.
+        """
+        allowed = expected | (optional or {})
+        present = [name for name in self._headers if name in allowed]
+        faults = (
+            ("missing", [name for name in expected if name not in self._headers]),
+            ("unexpected", [name for name in self._headers if name not in allowed]),
+            (
+                "wrongly shaped",
+                [
+                    f"{name} is {list(self.shape(name))}, not {list(allowed[name])}"
+                    for name in present
+                    if self.shape(name) != tuple(allowed[name])
+                ],
+            ),
+            (
+                "not floating point",
+                [
+                    f"{name} is {self._headers[name][1]}"
+                    for name in present
+                    if name in expected
+                    and not name.endswith(".words")
+                    and not self._headers[name][1].startswith(("F", "BF"))
+                ],
+            ),
+        )
+        found = "; ".join(
+            f"{len(items)} {fault} ({_abridge(items)})" for fault, items in faults if items
+        )
+        if found:
+            raise CheckpointError(
+                f"{self.directory}: the tensors are not those of config.json: {found}: "
+                "use the config.json that belongs to these weights, or download both again"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the checkpoint holds."""
+        return sum(math.prod(shape) for shape, _ in self._headers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(
+            math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._headers
+        )
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self._headers:
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name}: use the config.json of these weights"
+            )
+        return self._headers[name]
+
+
+def open_weights(directory: str | os.PathLike[str]) -> Weights:
+    """Opens model.safetensors, the shards of model.safetensors.index.json, or the only other
+    safetensors file.
+
+    Raises:
+        CheckpointError: there are no weights or it is unclear which, or a file is absent, damaged
+            or cut short.
+        ConfigError: the index is not a JSON object.
+    """
+    directory = Path(directory)
+    _require_files(directory)
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if index.is_file() and not single.is_file():
+        return Weights(directory, _open_shards(index))
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if len(files) > 1:
+        found = _abridge([path.name for path in files])
+        raise CheckpointError(
+            f"{directory} has several safetensors files ({found}) but no {INDEX_FILE}: add it"
+        )
+    file = _open(files[0])
+    return Weights(directory, dict.fromkeys(file.keys(), file))
+
+
+def _open_shards(index: Path) -> dict[str, Any]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor to file: download it again")
+    shards: dict[str, Any] = {}
+    tensors: dict[str, set[str]] = {}
+    for shard in sorted(set(table.values())):
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            raise CheckpointError(
+                f"{index} names {shard!r}, which is not a file beside it: download it again"
+            )
+        shards[shard] = _open(index.parent / shard)
+        tensors[shard] = set(shards[shard].keys())
+    absent = [f"{name} from {shard}" for name, shard in table.items() if name not in tensors[shard]]
+    if absent:
+        raise CheckpointError(
+            f"{index} lists tensors absent from their shards ({_abridge(absent)}): download it again"
+        )
+    return {name: shards[shard] for name, shard in table.items()}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: download the checkpoint again") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({_first_line(error)}): download it again"
+        ) from error
+
+
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    shapes: Shapes,
+    read: Callable[[str], Tensor | Iterable[Tensor]],
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    config: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], object] = lambda written: None,
+) -> None:
+    """Writes the tensors of `shapes`, in shards of at most `shard_bytes` (one tensor at the least),
+    then config.json.
+
+    `read(name)` is asked for one tensor at a time, so peak memory is one tensor; it may also return
+    consecutive pieces of the flattened tensor, and then peak memory is one piece. Everything is
+    converted to `dtype`, one for all or one for each name. `advance` hears how many bytes were
+    written, for a progress bar. An interrupted write leaves no config.json and no half file under a
+    final name.
+
+    Raises:
+        CheckpointError: weights are already there, a tensor has another size, or the disk is full.
+    """
+    directory = Path(directory)
+    if any(directory.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{directory} already holds weights: choose another directory or delete them"
+        )
+    dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards, weight_map = _plan(sizes, shard_bytes), dict[str, str]()
+    for i, names in enumerate(shards, 1):
+        shard = (
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
+        )
+        # Wide types first keeps every tensor aligned to its item size, as the format's own writer
+        # does.
+        names.sort(key=lambda name: -dtypes[name].itemsize)
+        weight_map |= dict.fromkeys(names, shard)
+        with _new_file(directory / shard) as file:
+            file.write(_file_header({name: sizes[name] for name in names}, shapes, dtypes))
+            for name in names:
+                start = file.tell()
+                data = read(name)
+                for piece in [data] if isinstance(data, Tensor) else data:
+                    raw = (
+                        piece.detach()
+                        .to("cpu", dtypes[name])
+                        .contiguous()
+                        .view(-1)
+                        .view(torch.uint8)
+                    )
+                    advance(file.write(raw.numpy().data))
+                if file.tell() - start != sizes[name]:
+                    raise CheckpointError(
+                        f"the data of tensor {name} does not fill its shape {list(shapes[name])}"
+                    )
+    if len(shards) > 1:
+        write_json(
+            directory / INDEX_FILE,
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
+        )
+    write_json(directory / "config.json", config)
+
+
+def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    free = 0
+    for name, size in sizes.items():
+        if not shards or size > free:
+            shards.append([])
+            free = shard_bytes
+        shards[-1].append(name)
+        free -= size
+    return shards
+
+
+def _file_header(
+    sizes: Mapping[str, int], shapes: Shapes, dtypes: Mapping[str, torch.dtype]
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, size in sizes.items():
+        start, end = end, end + size
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtypes[name]],
+            "shape": shapes[name],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes one JSON object, whole or not at all."""
+    with _new_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error.strerror}): free space or write elsewhere"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _abridge(items: list[str]) -> str:
+    more = len(items) - NAMES_SHOWN
+    return ", ".join(items[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

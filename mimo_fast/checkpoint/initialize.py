@@ -1,0 +1,239 @@
+"""Writes a pair of checkpoints with random weights: to try everything out, to test and to measure
+without a download.
+
+Names, dimensions and files are those of the published checkpoints, or tiny ones ("presets"). Every
+tensor has a random generator of its own, seeded from the seed and the tensor's name, so its values
+depend on nothing else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.checkpoint.files import write_checkpoint, write_json
+from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
+from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.errors import CheckpointError
+from mimo_fast.text.tokenizer import MODEL_TOKENS
+
+Draw = Callable[[str], Iterator[Tensor]]
+
+PIECE = 2**24
+"""Values drawn at once: bounds the memory."""
+
+TOKEN_IDS = {
+    "tiny": dict(
+        zip(
+            (
+                "<|im_end|>",
+                "<|endoftext|>",
+                "<|im_start|>",
+                "<think>",
+                "</think>",
+                *MODEL_TOKENS.values(),
+            ),
+            range(400, 413),
+            strict=True,
+        )
+    ),
+    "7b": {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+    | dict(zip(MODEL_TOKENS.values(), range(151665, 151673), strict=True)),
+}
+"""Special tokens of each preset; those of 7b have the published ids. Ids below 256 are bytes, the
+others are unused."""
+
+README = """# Random weights
+`mimo-fast init-checkpoint --preset {preset} --seed {seed}` made these two checkpoints, `lm` and `codec`. Nothing was
+trained: what the model says is noise, and the tokenizer knows bytes and special tokens only. Names, shapes and files
+are those of real checkpoints, so what loads those loads these.
+"""
+
+SPEAKING = """
+This preset is biased towards speaking, so that a random model produces audio: the weights are arranged so that
+`<|empty|>`, the token of an audio position, is usually the likeliest, and `<|im_end|>` comes up now and then.
+"""
+
+CODEBOOK_STD, CODEBOOK_DECAY = 0.5, 0.8
+"""Of the first codebook, and from each to the next: encoder outputs have unit variance, residuals
+shrink."""
+
+BIAS_STD = 0.02
+
+HEAD_GAIN = 2.0
+"""Of the output heads over unit variance, so that logits differ enough to be worth sampling
+from."""
+
+PUSH, EMPTY_LEAN, END_LEAN = 8.0, 2.0, 0.9
+"""See `_lean_to_speech`."""
+
+
+def init_checkpoint(
+    directory: str | os.PathLike[str],
+    preset: str = "tiny",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> tuple[Path, Path]:
+    """Writes DIR/lm and DIR/codec with random weights and returns their paths.
+
+    Args:
+        preset: "tiny" (2.3 MB, float32) or "7b" (the published dimensions, 18.6 GB in bfloat16).
+        dtype: of all tensors; by default the preset's.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: the preset is unknown, the directory is not empty, or the disk lacks space.
+    """
+    directory = Path(directory)
+    if preset not in TOKEN_IDS:
+        raise CheckpointError(f"no preset {preset!r}: use one of {', '.join(TOKEN_IDS)}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists and is not an empty directory: choose another")
+    raw = {part: preset_config(preset, part, dtype) for part in ("lm", "codec")}
+    config = LMConfig.from_dict(raw["lm"])
+    shapes = {"lm": lm_shapes(config), "codec": codec_shapes(CodecConfig.from_dict(raw["codec"]))}
+    total = sum(
+        math.prod(shape) * _dtype(raw[part]).itemsize
+        for part in shapes
+        for shape in shapes[part].values()
+    )
+    _require_space(directory, total)
+    draws: dict[str, Draw] = {part: partial(_draw, shapes[part], seed) for part in shapes}
+    if preset == "tiny":
+        draws["lm"] = partial(_lean_to_speech, draws["lm"], config, TOKEN_IDS[preset])
+    write_tokenizer(directory / "lm", raw["lm"], TOKEN_IDS[preset])
+    readme = README.format(preset=preset, seed=seed) + (SPEAKING if preset == "tiny" else "")
+    (directory / "README.md").write_text(readme, encoding="utf-8")
+    hide = None if progress else True
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
+        for part in shapes:
+            write_checkpoint(
+                directory / part,
+                shapes[part],
+                draws[part],
+                dtype=_dtype(raw[part]),
+                config=raw[part],
+                advance=bar.update,
+            )
+    return directory / "lm", directory / "codec"
+
+
+def preset_config(preset: str, part: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """A preset's config.json, with its dtype replaced if one is given."""
+    text = (files("mimo_fast") / "presets" / f"{preset}-{part}.json").read_text(encoding="utf-8")
+    raw: dict[str, Any] = json.loads(text)
+    return raw | ({} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _dtype(raw: dict[str, Any]) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
+    return dtype
+
+
+def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
+    """Values of one tensor, flattened, in float32 pieces."""
+    shape = shapes[name]
+    size = math.prod(shape)
+    if name.endswith("istft.window"):
+        yield torch.hann_window(size)
+        return
+    mean, std = _spread(name, shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    for start in range(0, size, PIECE):
+        yield torch.randn(min(PIECE, size - start), generator=generator).mul_(std).add_(mean)
+
+
+def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor: norms are one, matrices keep the variance of what
+    passes through."""
+    if len(shape) == 1:
+        return (0.0, BIAS_STD) if name.endswith("bias") else (1.0, 0.0)
+    if match := re.search(r"vq\.layers\.(\d+)\._codebook", name):
+        return 0.0, CODEBOOK_STD * CODEBOOK_DECAY ** int(match[1])
+    if re.match(r"model\.embed_tokens|speech_embeddings\.", name):
+        return 0.0, 1.0
+    gain = HEAD_GAIN if "lm_head" in name else 1.0
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+
+
+def _lean_to_speech(
+    draw: Draw, config: LMConfig, ids: dict[str, int], name: str
+) -> Iterator[Tensor]:
+    """The tensors of `draw`, changed so that the text head prefers `<|empty|>`, then `<|im_end|>`.
+
+    Attention weights add up to one, so a constant in the last layer's value bias reaches all
+    positions alike. o_proj moves it to coordinate 0 of the hidden state, which so is always
+    positive and can serve as a bias of lm_head.
+    """
+    layer, backbone = f"model.layers.{config.backbone.layers - 1}.self_attn", config.backbone
+    values = torch.cat(list(draw(name)))
+    if name == f"{layer}.v_proj.bias":
+        values += 1
+    elif name == f"{layer}.o_proj.weight":
+        values.view(backbone.dim, -1)[0] += PUSH / (backbone.heads * backbone.head_dim)
+    elif name == "lm_head.weight":
+        rows = values.view(-1, backbone.dim)
+        rows[:, 0] = 0
+        rows[ids["<|empty|>"], 0], rows[ids["<|im_end|>"], 0] = EMPTY_LEAN, END_LEAN
+    yield values
+
+
+def write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:
+    """Writes a byte-level tokenizer without merges into a folder: a token a byte of UTF-8, and the
+    special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | ids
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(ids))
+    write_json(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
+    names = {i: token for token, i in ids.items()}
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": names[raw["eos_token_id"]],
+            "pad_token": "<|endoftext|>",
+            "added_tokens_decoder": {
+                str(i): {"content": token} | flags for token, i in ids.items()
+            },
+        },
+    )
+
+
+def _require_space(directory: Path, nbytes: int) -> None:
+    existing = next(
+        path for path in (directory.absolute(), *directory.absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        need, have = (f"{size / 2**30:.2f} GiB" for size in (nbytes, free))
+        raise CheckpointError(
+            f"{directory} needs {need}, but its disk has {have} free: free space or use another disk"
+        )

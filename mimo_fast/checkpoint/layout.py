@@ -1,0 +1,128 @@
+"""Names and shapes of every tensor in a checkpoint: the one table behind loading, validation,
+writing and counting.
+
+Names are upstream's state-dict names, so that published checkpoints load as they are.
+"""
+
+from mimo_fast.config import CodecConfig, LMConfig, TransformerConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def lm_shapes(config: LMConfig) -> Shapes:
+    """Every tensor of the language model, in upstream's naming (`MiMoAudioForCausalLM`)."""
+    backbone, encoder, decoder = config.backbone, config.patch_encoder, config.patch_decoder
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, backbone.dim)}
+    shapes |= _transformer("model", backbone)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, backbone.dim)
+    shapes |= _transformer("local_transformer", decoder)
+    shapes |= _transformer("input_local_transformer", encoder)
+    for channel, size in enumerate(config.code_sizes):
+        shapes[f"speech_embeddings.{channel}.weight"] = (size, encoder.dim)
+        shapes[f"local_transformer_lm_heads.{channel}.weight"] = (size, decoder.dim)
+    if encoder.dim != decoder.dim:
+        shapes["speech_embeddings_to_local.weight"] = (decoder.dim, encoder.dim)
+    shapes["speech_group_downcast.weight"] = (backbone.dim, encoder.dim * config.group_size)
+    shapes["hidden_states_downcast.weight"] = (decoder.dim, backbone.dim)
+    return shapes
+
+
+def _transformer(prefix: str, config: TransformerConfig) -> Shapes:
+    dim, ffn = config.dim, config.ffn_dim
+    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes: Shapes = {}
+    for i in range(config.layers):
+        layer = f"{prefix}.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (dim,)
+        for name, width in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, dim)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (dim, q_dim)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (dim,)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (ffn, dim)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (ffn, dim)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (dim, ffn)
+    shapes[f"{prefix}.norm.weight"] = (dim,)
+    return shapes
+
+
+def codec_shapes(config: CodecConfig) -> Shapes:
+    """Every tensor of the audio tokenizer that inference reads (`MiMoAudioTokenizer`)."""
+    dim, norm = config.dim, config.norm
+    shapes: Shapes = {
+        "encoder.conv1.weight": (dim, config.n_mels, config.kernel),
+        "encoder.conv1.bias": (dim,),
+        "encoder.conv2.weight": (dim, dim, config.kernel),
+        "encoder.conv2.bias": (dim,),
+    }
+    shapes |= _codec_layers("encoder.layers", config.encoder_layers, dim, config.encoder_ffn, norm)
+    shapes |= _norm("encoder.layer_norm", dim, norm)
+    if config.pool != 1:
+        shapes["encoder.down_sample_layer.0.weight"] = (dim, dim, config.pool)
+        shapes |= _norm("encoder.down_sample_norm", dim, norm)
+        shapes |= _transposed_conv("decoder.dconv1", dim, dim, config.pool)
+    for i, size in enumerate(config.codebook_sizes):
+        shapes[f"encoder.quantizer.vq.layers.{i}._codebook.embed"] = (size, dim)
+    shapes |= _codec_layers("decoder.layers", config.decoder_layers, dim, config.decoder_ffn, norm)
+    shapes |= _norm("decoder.layer_norm", dim, norm)
+    shapes |= _transposed_conv("decoder.dconv2", dim, config.n_mels, config.decoder_kernel)
+    width = config.vocoder_dim
+    shapes["decoder.vocoder.embeddings.weight"] = (width, config.n_mels)
+    shapes |= _codec_layers(
+        "decoder.vocoder.layers", config.vocoder_layers, width, config.vocoder_ffn, norm
+    )
+    shapes |= _norm("decoder.vocoder.layer_norm", width, norm)
+    shapes["decoder.vocoder.head.out.weight"] = (config.n_fft + 2, width)
+    shapes["decoder.vocoder.head.out.bias"] = (config.n_fft + 2,)
+    shapes["decoder.vocoder.head.istft.window"] = (config.n_fft,)
+    return shapes
+
+
+def codec_training_state(config: CodecConfig) -> Shapes:
+    """Codebook statistics that published files carry and only training reads: allowed, never
+    required."""
+    shapes: Shapes = {}
+    for i, size in enumerate(config.codebook_sizes):
+        codebook = f"encoder.quantizer.vq.layers.{i}._codebook"
+        shapes |= {
+            f"{codebook}.cluster_size": (size,),
+            f"{codebook}.embed_avg": (size, config.dim),
+            f"{codebook}.inited": (1,),
+        }
+    return shapes
+
+
+def _codec_layers(prefix: str, layers: int, dim: int, ffn: int, norm: str) -> Shapes:
+    shapes: Shapes = {}
+    for i in range(layers):
+        layer = f"{prefix}.{i}"
+        shapes |= _norm(f"{layer}.self_attn_layer_norm", dim, norm)
+        for name in ("q", "k", "v", "out"):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (dim, dim)
+            if name != "k":
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (dim,)
+        shapes |= _norm(f"{layer}.final_layer_norm", dim, norm)
+        shapes |= {
+            f"{layer}.fc1.weight": (ffn, dim),
+            f"{layer}.fc1.bias": (ffn,),
+            f"{layer}.fc2.weight": (dim, ffn),
+            f"{layer}.fc2.bias": (dim,),
+        }
+    return shapes
+
+
+def _norm(name: str, dim: int, kind: str) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (dim,)}
+    if kind == "LayerNorm":
+        shapes[f"{name}.bias"] = (dim,)
+    return shapes
+
+
+def _transposed_conv(name: str, dim_in: int, dim_out: int, kernel: int) -> Shapes:
+    return {
+        f"{name}.conv.weight": (dim_in, dim_out, kernel),
+        f"{name}.conv.bias": (dim_out,),
+        f"{name}.norm.weight": (dim_out,),
+        f"{name}.norm.bias": (dim_out,),
+    }

@@ -1,0 +1,124 @@
+"""All of it in one go: a text is said, a recording transcribed and answered by voice, and every
+stage timed."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.audio.files import load_audio, save_wav
+from mimo_fast.bench.machine import describe_machine
+from mimo_fast.checkpoint.embedded import QUESTION
+from mimo_fast.cli.commands import load_model, say, warn_of_words
+from mimo_fast.errors import MimoFastError
+from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.runtime.engine.stream import ChunkStream
+
+SENTENCE = "tomorrow is tuesday december twenty five"
+"""The embedded model was not trained on it, but on its words."""
+
+Result = TypeVar("Result")
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`mimo-fast demo [AUDIO]`: --text is said; AUDIO, or the question in the package, transcribed
+    and answered."""
+    if not args.text.strip():
+        raise MimoFastError("there is no text to say")
+    recording = args.audio or QUESTION
+    wav = load_audio(recording, 24000)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model, loading = _timed(lambda: load_model(args))
+    warn_of_words(model, args.text)
+    say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")
+    table = Table()
+    table.row("load", loading)
+    texts, sounds = _talk(model, args, wav, table)
+    print(f"\nthe recording: {recording}")
+    for what, text in texts.items():
+        print(f"{what + ':':<10}{text!r}")
+    for name, samples in sounds.items():
+        # Nothing is what an untrained model may say.
+        if len(samples):
+            save_wav(args.output / name, samples, model.codec.sample_rate)
+            print(f"wrote {args.output / name}")
+    if args.json:
+        table.write(args.json, [*describe_machine()], texts)
+    return 0
+
+
+def _talk(
+    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "Table"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Every stage in turn, its rows added: what was said, heard and answered, and waveforms [n] by
+    file name."""
+    seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
+    seconds = len(wav) / rate
+    saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)
+    said, spoken = _follow("say", saying, table)
+    codes, encoding = _timed(lambda: model.codec.encode(wav, model.audio_channels))
+    table.row(f"encode to {len(codes)} x {codes.shape[1]} codes", encoding, seconds)
+    decoded, decoding = _timed(lambda: model.codec.decode(codes).cpu())
+    table.row("decode them again", decoding, len(decoded) / rate)
+    hearing = model.stream("asr", wav, seed=seed, max_new_tokens=limit)
+    heard, _ = _follow("transcribe", hearing, table, seconds, speaks=False)
+    answered, reply = _follow("answer", model.session(seed=seed).stream(wav, limit), table, seconds)
+    texts = {"said": said, "heard": heard, "answered": answered}
+    return texts, {"said.wav": spoken, "recording_decoded.wav": decoded, "reply.wav": reply}
+
+
+def _follow(
+    name: str, stream: ChunkStream, table: "Table", heard: float = 0.0, speaks: bool = True
+) -> tuple[str, Tensor]:
+    """A reply as it comes, with the rows that only a stream has: its text and waveform [n].
+
+    heard: seconds of recording in its prompt; they are what a reply that does not speak is timed
+    against.
+    """
+    chunks = []
+    with tqdm(desc=name, unit="group", disable=None, leave=False) as bar:
+        for chunk in stream:
+            chunks.append(chunk)
+            bar.update(1)
+    timing = chunks[-1].timing
+    table.row(f"{name}: {'encode and ' if heard else ''}prefill", timing.prefill, heard)
+    audio = timing.audio_seconds if speaks else heard
+    table.row(f"{name}: {timing.groups} groups, streaming", timing.elapsed - timing.prefill, audio)
+    if timing.first_audio is not None:
+        table.row(f"{name}: time to first audio", timing.first_audio)
+    return "".join(chunk.text for chunk in chunks).strip(), torch.cat(
+        [chunk.audio for chunk in chunks]
+    )
+
+
+class Table:
+    """Stages as they end: printed, and kept for --json."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        print(f"{'stage':<34}{'audio':>9}{'time':>11}{'real-time factor':>18}", flush=True)
+
+    def row(self, stage: str, time: float, audio: float = 0.0) -> None:
+        """time and audio in seconds; audio 0 where there is none to compare with."""
+        self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio or None})
+        length = f"{audio:.2f} s" if audio else ""
+        factor = f"{time / audio:.3f}" if audio else ""
+        print(f"{stage:<34}{length:>9}{1000 * time:>8.0f} ms{factor:>18}".rstrip(), flush=True)
+
+    def write(self, path: Path, machine: list[str], texts: dict[str, str]) -> None:
+        content = {"machine": machine, "stages": self.rows, "texts": texts}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    began = perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, perf_counter() - began

@@ -1,0 +1,283 @@
+"""The `mimo-fast` command: arguments, exit codes (0 done, 1 failed, 2 bad usage, 130 interrupted),
+one-line errors.
+
+Results go to stdout, everything else to stderr.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mimo_fast import __version__
+from mimo_fast.bench.command import bench
+from mimo_fast.checkpoint.embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL
+from mimo_fast.cli import commands
+from mimo_fast.cli.demo import SENTENCE, demo
+from mimo_fast.errors import MimoFastError
+from mimo_fast.runtime.memory import OFFLOADABLE
+
+TRACEBACK = "MIMO_FAST_TRACEBACK"
+EMBEDDED = "nano, inside the package"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("mimo-fast: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout went away, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        print(f"mimo-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MimoFastError | ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text:.300} (set {TRACEBACK}=1 to see where)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mimo-fast", description="MiMo-Audio: speech in, speech and text out."
+    )
+    parser.add_argument("--version", action="version", version=f"mimo-fast {__version__}")
+    commands_ = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str,
+        run: Command,
+        help: str,
+        published: str | None = PUBLISHED_MODEL,
+        default: str = EMBEDDED,
+    ) -> argparse.ArgumentParser:
+        sub = commands_.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run, published=published)
+        if published is not None:
+            _add_model_options(sub, published, default)
+        return sub
+
+    tts = command("tts", commands.tts, "Say a text.")
+    tts.add_argument("text", help="what to say; '-' reads it from standard input")
+    _add_output(tts)
+    tts.add_argument(
+        "--instruct", metavar="STYLE", help="how to say it, such as 'in a happy voice'"
+    )
+    tts.add_argument(
+        "--natural",
+        action="store_true",
+        help='TEXT holds style and words: "say softly: good night"',
+    )
+    tts.add_argument(
+        "--voice",
+        type=Path,
+        metavar="WAV",
+        help="whose voice to use; needs --instruct or --natural",
+    )
+    _add_generation_options(tts)
+
+    asr = command("asr", commands.asr, "Transcribe recordings.")
+    asr.add_argument("audio", type=Path, nargs="+")
+    _add_generation_options(asr)
+
+    understand = command("understand", commands.understand, "Answer a question about a recording.")
+    understand.add_argument("audio", type=Path)
+    understand.add_argument("question")
+    understand.add_argument(
+        "--thinking", action="store_true", help="let the model think before it answers"
+    )
+    _add_generation_options(understand)
+
+    chat = command("chat", commands.chat, "Answer speech with speech, turn by turn.")
+    chat.add_argument(
+        "turns", nargs="+", metavar="AUDIO", help="one recording a turn (or texts, with --text)"
+    )
+    _add_output(
+        chat,
+        required=False,
+        note="; with several turns reply.wav becomes reply-1.wav, reply-2.wav, ...",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="an instruction in front of the first turn")
+    chat.add_argument(
+        "--voice", type=Path, metavar="WAV", help="whose voice the replies should have"
+    )
+    chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
+    chat.add_argument(
+        "--thinking", action="store_true", help="with --text: let the model think before it answers"
+    )
+    _add_generation_options(chat)
+
+    more = command(
+        "continue",
+        commands.carry_on,
+        "Carry a recording on (a base model does this).",
+        PUBLISHED_BASE,
+    )
+    more.add_argument("audio", type=Path)
+    _add_output(more)
+    more.add_argument(
+        "--join", action="store_true", help="write the recording and its continuation as one file"
+    )
+    _add_generation_options(more)
+
+    show = command(
+        "demo", demo, "Say a text, transcribe a recording and answer it; time every stage."
+    )
+    show.add_argument(
+        "audio",
+        type=Path,
+        nargs="?",
+        help="what to transcribe and to answer [a question in English]",
+    )
+    show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
+    show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    show.add_argument(
+        "--json", type=_writable, metavar="FILE", help="write the table there as well"
+    )
+    _add_generation_options(show)
+
+    speed = command(
+        "bench",
+        bench,
+        "Measure this machine: speed, first audio, streams it can carry, memory.",
+        default="random weights; nano with --quality",
+    )
+    speed.add_argument(
+        "--json", type=_writable, metavar="FILE", help="write the table there as well"
+    )
+    judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
+    judge.add_argument(
+        "--quality", action="store_true", help="compare formats with a model's own weights"
+    )
+    judge.add_argument(
+        "--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]"
+    )
+    judge.add_argument(
+        "--audio",
+        type=Path,
+        action="append",
+        metavar="WAV",
+        help="speech to compare on; repeatable",
+    )
+    judge.add_argument(
+        "--text", action="append", metavar="TEXT", help="a text to be said; repeatable"
+    )
+
+    check = command(
+        "verify", commands.verify_, "Check every stage against ground truth on this machine.", None
+    )
+    check.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="folder with lm/ and codec/"
+    )
+    check.add_argument("--golden", type=Path, required=True, metavar="DIR", help="the parity kit")
+    _add_device_options(check)
+
+    init = command(
+        "init-checkpoint", commands.init, "Write a checkpoint pair of random weights.", None
+    )
+    init.add_argument("directory", type=Path, metavar="DIR")
+    init.add_argument(
+        "--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB"
+    )
+    init.add_argument("--seed", type=int, default=0)
+
+    what = "Write a language model's checkpoint in a smaller format; GPTQ and bitsandbytes NF4 are imported."
+    pack = command("quantize", commands.quantize, what, None)
+    pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
+    pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
+    pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
+
+    command("info", commands.info, "Describe this machine, the kernels and a checkpoint pair.")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, published: str, default: str) -> None:
+    group = parser.add_argument_group(
+        "model", f"one without the other goes with {published} or {PUBLISHED_CODEC}"
+    )
+    for option, variable, what in (
+        ("--model", "MIMO_FAST_MODEL", "language model"),
+        ("--codec", "MIMO_FAST_CODEC", "audio tokenizer"),
+    ):
+        chosen = os.environ.get(variable) or None
+        group.add_argument(
+            option, default=chosen, metavar="DIR|ID", help=f"{what} [{chosen or default}]"
+        )
+    group.add_argument("--revision", help="of the language model, on the hub")
+    group.add_argument("--codec-revision", help="of the codec, on the hub")
+    group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
+    group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--max-seq-len", type=_positive, metavar="N", help="groups of context [the model's]"
+    )
+    memory.add_argument(
+        "--kv-cache", choices=("int8",), help="keys and values in half the memory [the dtype's own]"
+    )
+    memory.add_argument(
+        "--offload",
+        action="append",
+        choices=OFFLOADABLE,
+        metavar="PART",
+        help=f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice",
+    )
+    group.add_argument(
+        "--quantization", choices=("int8", "int4", "nf4"), help="quantize while loading [none]"
+    )
+    _add_device_options(parser)
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to compute in [the checkpoint's]",
+    )
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--seed", type=int, help="makes the draws repeatable")
+    group.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, required: bool = True, note: str = "") -> None:
+    parser.add_argument(
+        "-o", "--output", type=_writable, required=required, metavar="WAV", help=f"audio file{note}"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _writable(text: str) -> Path:
+    """Refused before a model is loaded rather than after it has spoken."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"no permission to write into {path.parent}")
+    return path

@@ -1,0 +1,1 @@
+"""What csrc/cpu builds."""

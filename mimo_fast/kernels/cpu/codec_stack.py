@@ -1,0 +1,87 @@
+"""A stack of a small codec's layers in one native call, for decoding codes as they come.
+
+    y = x + out(attend(qkv(norm(x)))),  x = y + down(gelu(up(norm(y))))       layer after layer
+
+The key, rotated, and the value of row t go to place slots[t] of a layer's buffer; row t then
+attends to the places of that buffer that visible[t] marks. A ring and a window are both that. On
+the caller's thread, for the sizes and types that `small_model.py` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cpu.transformer import AnyWeight, linear, takes_parts
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+
+Norm = tuple[Tensor, Tensor | None]
+"""Weight and bias of a LayerNorm, or the weight of an RMSNorm and None."""
+
+Layer = tuple[Norm, AnyWeight, AnyWeight, Norm, AnyWeight, AnyWeight]
+"""Norm, qkv, out, norm, up, down."""
+
+
+class CodecStack:
+    """Layers of one width, D. eps: of their norms."""
+
+    def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
+        self._arguments = (tuple(layers), heads, eps)
+        self._native = native.compiled().CodecStack(dim=len(layers[0][0][0]), heads=heads, eps=eps)
+        for attention_norm, qkv, out, ffn_norm, up, down in layers:
+            self._native.add_layer(
+                attention_norm=native.address(attention_norm[0]),
+                attention_norm_bias=native.address(attention_norm[1]),
+                qkv=linear(qkv),
+                out=linear(out),
+                ffn_norm=native.address(ffn_norm[0]),
+                ffn_norm_bias=native.address(ffn_norm[1]),
+                up=linear(up),
+                down=linear(down),
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy reads the copied weights.
+        return type(self), self._arguments
+
+    def run(
+        self, x: Tensor, table: Tensor, k: Tensor, v: Tensor, slots: Tensor, visible: Tensor
+    ) -> Tensor:
+        """x [T, D] -> [T, D].
+
+        table [2, T, Dh / 2]: rows of `rope_table` for the positions of the rows. k, v [L, H, S,
+        Dh], contiguous and written in place at slots, int64 [T]. visible: bool [T, S].
+        """
+        y = x.clone(memory_format=torch.contiguous_format)
+        table, visible = table.contiguous(), visible.contiguous()
+        self._native.run(
+            x=y.data_ptr(),
+            rows=len(y),
+            table=table.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            slots=slots.data_ptr(),
+            visible=visible.data_ptr(),
+            places=k.shape[2],
+        )
+        return y
+
+
+def takes_stack(layers: Sequence[Layer], heads: int) -> bool:
+    """Whether `CodecStack` computes it, and no slower than products that wake more threads.
+
+    Not quantized weights: x is in fixed point there, which makes much of what attention rounds
+    otherwise, and a stream is to be what one-shot decoding is.
+    """
+    parts = [
+        each
+        for layer in layers
+        for part in layer
+        for each in (part if isinstance(part, tuple) else (part,))
+    ]
+    dense = not any(isinstance(part, QuantizedWeight) for part in parts)
+    return dense and bool(layers) and len(layers[0][0][0]) % (8 * heads) == 0 and takes_parts(parts)

@@ -1,0 +1,220 @@
+"""A whole small transformer, or a whole patch, in one native call: in small models it is calls that
+take the time.
+
+    Transformer.step     backbone at decode: every layer, with the append to the cache and attention over it
+    Transformer.encode   patch encoder: every layer of N short sequences
+    PatchDecoder         G + max delay steps, each a `Transformer.step`, the active heads, draws and embeddings
+
+Weights are read where they lie, float32 or quantized, so nothing is copied and a memory-mapped file
+stays one. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
+draw is `sample.py`'s. All runs on the caller's thread: below SMALL bytes of weights another would
+come too late.
+
+CPU, float32, heads of 8 n values, widths of 8 n. Everything else goes one product after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.sample import SamplerTensors
+
+SMALL = 2**24
+"""Bytes of a transformer's weights up to which it is computed like this."""
+
+AnyWeight = Weight | QuantizedWeight
+
+Layer = tuple[Tensor, AnyWeight, AnyWeight, Tensor, AnyWeight, AnyWeight]
+"""Weight of an RMSNorm, qkv, out, weight of another RMSNorm, gate and up, down."""
+
+
+class Transformer:
+    """A small transformer in float32 that is computed whole in one call; weights are read where
+    they lie.
+
+    Args:
+        norm: weight of the RMSNorm after the layers. table: of `rope_table`, for all positions.
+
+    Raises:
+        ValueError: `takes_transformer` does not hold.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        eps: float,
+        table: Tensor,
+        heads: int,
+        kv_heads: int,
+    ) -> None:
+        if not takes_transformer(layers, norm, table):
+            raise ValueError("the native transformer takes small float32 models on a CPU alone")
+        self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
+        self.native = native.compiled().Transformer(
+            norm=norm.data_ptr(),
+            eps=eps,
+            table=table.data_ptr(),
+            positions=table.shape[1],
+            dim=len(norm),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=2 * table.shape[2],
+        )
+        for attention_norm, qkv, out, ffn_norm, gate_up, down in layers:
+            self.native.add_layer(
+                attention_norm=attention_norm.data_ptr(),
+                qkv=linear(qkv),
+                out=linear(out),
+                ffn_norm=ffn_norm.data_ptr(),
+                gate_up=linear(gate_up),
+                down=linear(down),
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy reads the copied weights.
+        return type(self), self._arguments
+
+    def step(self, x: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
+        """One new position of R rows: x [R, D] -> normed hidden states [R, D].
+
+        k, v: the cache [L, B, Hkv, S, Dh] in float32, of one layout. slots, starts int64 [R]: where
+            each row appends.
+        """
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.native.step(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            slots=slots.data_ptr(),
+            starts=starts.data_ptr(),
+            rows=len(x),
+            capacity=k.shape[3],
+            layer_stride=k.stride(0),
+            slot_stride=k.stride(1),
+            head_stride=k.stride(2),
+            position_stride=k.stride(3),
+        )
+        return y
+
+    def encode(self, x: Tensor, causal: bool) -> Tensor:
+        """Sequences that attend to themselves from position 0 on: x [N, T, D] -> normed hidden
+        states [N, T, D]."""
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.native.encode(
+            x=x.data_ptr(), y=y.data_ptr(), sequences=len(x), length=x.shape[1], causal=causal
+        )
+        return y
+
+
+class PatchDecoder:
+    """All steps of a patch in one call: a transformer, `sample_codes` after each, its sum the next
+    input.
+
+    Args:
+        heads, embeddings: float32 [table rows, D]. steps: `CodeStep.heads` of each step.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        heads: Tensor,
+        embeddings: Tensor,
+        steps: Sequence[Tensor],
+        channels: int,
+        group_size: int,
+    ) -> None:
+        self._arguments = (transformer, heads, embeddings, tuple(steps), channels, group_size)
+        self._shape = (channels, group_size)
+        self._native = native.compiled().PatchDecoder(
+            transformer=transformer.native,
+            heads=heads.data_ptr(),
+            embeddings=embeddings.data_ptr(),
+            channels=channels,
+            group_size=group_size,
+        )
+        for step in steps:
+            self._native.add_step(heads=step.data_ptr(), active=step.shape[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+    def decode(
+        self, local: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor
+    ) -> Tensor:
+        """local [R, D], settings, seeds and draws int64 of R rows -> codes int64 [R, C, G]."""
+        if not native.fit_rows(len(local), settings, seeds, draws):
+            raise ValueError(f"settings, seeds and draws are not of {len(local)} rows")
+        local, codes = local.contiguous(), torch.empty(len(local), *self._shape, dtype=torch.int64)
+        self._native.decode(
+            local=local.data_ptr(),
+            codes=codes.data_ptr(),
+            rows=len(local),
+            **native.sampler_rows(settings, seeds, draws),
+        )
+        return codes
+
+
+def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> bool:
+    """Whether `Transformer` computes it, and no slower than products that wake more threads."""
+    return table.shape[2] % 4 == 0 and takes_parts(
+        [norm, table, *(part for layer in layers for part in layer)]
+    )
+
+
+def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
+    """Whether a native call may read all of these for as long as they live, and they are small."""
+    size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
+    return native.available() and size <= SMALL and all(map(_is_plain, parts))
+
+
+def takes_table(rows: Tensor) -> bool:
+    """Whether `PatchDecoder` reads heads or embeddings like these."""
+    return _is_plain(rows) and rows.shape[1] % 8 == 0
+
+
+def _is_plain(part: Tensor | AnyWeight | None) -> bool:
+    """Whether native code reads it as it is; what is being trained may move."""
+    if part is None:
+        return True
+    if isinstance(part, QuantizedWeight):
+        return native.takes_weight(part) and _is_plain(part.bias)
+    if isinstance(part, Weight):
+        widths = all(block.shape[1] % 8 == 0 for block in part.blocks)
+        return widths and all(_is_plain(each) for each in (*part.blocks, *part.biases))
+    return (
+        part.device.type == "cpu"
+        and part.dtype == torch.float32
+        and part.is_contiguous()
+        and not part.requires_grad
+    )
+
+
+def linear(weight: AnyWeight) -> Any:
+    """The native view of a weight, which must outlive it."""
+    if isinstance(weight, QuantizedWeight):
+        rows, columns = weight.shape
+        return native.compiled().Linear.quantized(
+            words=weight.words.data_ptr(),
+            scales=weight.scales.data_ptr(),
+            zeros=native.address(weight.zeros),
+            bias=native.address(weight.bias),
+            bits=weight.bits,
+            block=math.gcd(128, weight.group),
+            group=weight.group,
+            rows=rows,
+            columns=columns,
+        )
+    linear = native.compiled().Linear(columns=weight.blocks[0].shape[1])
+    for block, bias in zip(weight.blocks, weight.biases, strict=True):
+        linear.add_block(weight=block.data_ptr(), bias=native.address(bias), rows=len(block))
+    return linear

@@ -1,0 +1,1 @@
+"""Products with dense and quantized weights."""

@@ -1,0 +1,369 @@
+"""Which kernel of `qmatmul` runs, with which tiles; and the cases to compile.
+
+| M        | quantized, CUDA where it takes it | quantized, Triton                   | dense                         |
+|----------|-----------------------------------|-------------------------------------|-------------------------------|
+| 1 ... 4  | quantized_mma, norm inside        | gemv, norm inside                   | gemv a row block, norm inside |
+| 5 ... 64 | quantized_mma, norm inside        | dot, norm inside but for float16    | rms_norm, torch's product     |
+| ... 96   | quantized_mma, norm inside        | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
+| 97 ...   | rms_norm, unpack, torch's product | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.dispatch import Case, next_power_of_2
+from mimo_fast.kernels.matmul.triton_kernels import (
+    dense_gemv_kernel,
+    quantized_dot_kernel,
+    quantized_gemv_kernel,
+    unpack_kernel,
+)
+from mimo_fast.kernels.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+
+GROUPS = (32, 64, 128)
+GEMV_ROWS = 4
+GEMV_WARPS = 4
+SMALL_N = 3072
+"""Up to here a program takes 4 rows of the weight instead of 8, so that there are programs for
+every SM."""
+
+NORMED_ROWS = 64
+"""Rows up to which a quantized product norms what it reads: they are one tile, so a program reads
+all of x anyway."""
+
+DOT_TILES = ((16, (16, 32, 64, 4)), (NORMED_ROWS, (64, 32, 32, 8)))
+"""(largest M, (BLOCK_M, BLOCK_N, BLOCK_W, warps)). Larger tiles spill on sm_80, or on sm_120 with a
+norm inside."""
+
+MMA_ROWS = 96
+"""Rows up to which `cuda.quantized_matmul` is used: beyond, unpacking costs less, though more
+launches."""
+
+UNPACKED_AT_ONCE = 2**26
+"""Values that are unpacked at a time for a product of many rows: 128 MB. The fewer launches, the
+less a host delays them, and no smaller piece stays in a cache until it is multiplied."""
+
+UNPACK_TILE = (8, 128, 4)
+"""Rows, words and warps of a program that unpacks."""
+
+
+def fits_quantized(weight: QuantizedWeight) -> bool:
+    """Whether the kernels take this group: one of their blocks, or the whole row."""
+    return weight.group in GROUPS or (weight.group == weight.shape[1] and weight.zeros is None)
+
+
+def fuses_norm(x: Tensor) -> bool:
+    """Whether the kernels of quantized weights, where they take so many rows, norm x as they read
+    it.
+
+    The dot kernel rounds x times the norm's weight to x.dtype before it knows the row's scale:
+    float16 has no range for that.
+    """
+    return x.dtype != torch.float16 or x.numel() <= GEMV_ROWS * x.shape[-1]
+
+
+def quantized_matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [..., K], of at most `most_rows`."""
+    rows, columns = weight.shape
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, out)
+    if not y.numel():
+        return y
+    if cuda.takes(flat, weight):
+        return cuda.quantized_matmul(flat, weight, norm, residual, swiglu, y)
+    block, bits = math.gcd(128, weight.group), weight.bits
+    shared: dict[str, Any] = {
+        "x_ptr": flat,
+        "norm_ptr": flat if norm is None else norm.weight,
+        "words_ptr": weight.words,
+        "scales_ptr": weight.scales,
+        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
+        "levels_ptr": weight.scales if weight.levels is None else weight.levels,
+        "bias_ptr": weight.scales if weight.bias is None else weight.bias,
+        "residual_ptr": y if residual is None else residual,
+        "y_ptr": y,
+        "stride_xm": flat.stride(0),
+        "N": rows,
+        "K_WORDS": weight.words.shape[1],
+        "eps": 0.0 if norm is None else norm.eps,
+        "BITS": bits,
+        "BLOCK": block,
+        "GROUPED": weight.group in GROUPS,
+        "ZEROS": weight.zeros is not None,
+        "LEVELS": weight.levels is not None,
+        "NORM": norm is not None,
+        "BIAS": weight.bias is not None,
+        "RESIDUAL": residual is not None,
+        "SWIGLU": swiglu,
+    }
+    if len(flat) <= GEMV_ROWS:
+        block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
+        quantized_gemv_kernel[(-(-rows // block_n),)](
+            **shared,
+            M=len(flat),
+            BLOCK_N=block_n,
+            BLOCK_W=gemv_block_w(weight.words.shape[1], bits, block),
+            num_warps=GEMV_WARPS,
+        )
+        return y
+    block_m, block_n, block_w, warps = dot_tiles(len(flat))
+    quantized_dot_kernel[(-(-rows // block_n), -(-len(flat) // block_m))](
+        **shared,
+        M=len(flat),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_W=block_w,
+        num_warps=warps,
+        num_stages=dot_stages(weight.levels is not None),
+    )
+    return y
+
+
+def most_rows(x: Tensor, weight: QuantizedWeight) -> int:
+    """Rows of x up to which `quantized_matmul` computes the product; beyond, `unpacked_matmul`."""
+    return MMA_ROWS if cuda.takes(x, weight) else NORMED_ROWS
+
+
+def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None = None) -> Tensor:
+    """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some
+    rows at a time.
+
+    From some 64 rows on a product is bound by arithmetic, which no hand-written kernel does as
+    fast.
+    """
+    rows, columns = weight.shape
+    if x.shape[-1] != columns:
+        raise ValueError(_misfit(x, columns))
+    step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
+    unpacks = cuda.unpack if cuda.takes(x, weight) else unpack
+    flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
+    unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        part = unpacked[: some.stop - start]
+        unpacks(weight, start, part)
+        term = None if added is None else added[:, some]
+        if weight.bias is not None:
+            bias = weight.bias[some].to(x.dtype)
+            term = bias if term is None else term + bias
+        if term is None:
+            torch.mm(flat, part.T, out=y[:, some])
+        else:
+            torch.addmm(term, flat, part.T, out=y[:, some])
+    return y.view(*x.shape[:-1], rows)
+
+
+def unpack(weight: QuantizedWeight, start: int, out: Tensor) -> None:
+    """Rows start ... start + R - 1 of a weight, rounded to the dtype of out [R, K]."""
+    block, words = math.gcd(128, weight.group), weight.words.shape[1]
+    block_r, block_w, warps = UNPACK_TILE
+    unpack_kernel[(-(-len(out) // block_r), -(-words // block_w))](
+        words_ptr=weight.words,
+        scales_ptr=weight.scales,
+        zeros_ptr=weight.scales if weight.zeros is None else weight.zeros,
+        levels_ptr=weight.scales if weight.levels is None else weight.levels,
+        out_ptr=out,
+        START=start,
+        R=len(out),
+        K_WORDS=words,
+        GROUPS=weight.scales.shape[1],
+        BITS=weight.bits,
+        BLOCK=block,
+        ZEROS=weight.zeros is not None,
+        LEVELS=weight.levels is not None,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+        num_warps=warps,
+    )
+
+
+def dense_gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """x [..., K] of at most GEMV_ROWS rows, weight [N, K] with contiguous rows."""
+    rows, columns = weight.shape
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, None)
+    block_n = gemv_block_n(len(flat), rows)
+    dense_gemv_kernel[(-(-rows // block_n),)](
+        x_ptr=flat,
+        norm_ptr=flat if norm is None else norm.weight,
+        w_ptr=weight,
+        bias_ptr=weight if bias is None else bias,
+        residual_ptr=y if residual is None else residual,
+        y_ptr=y,
+        stride_xm=flat.stride(0),
+        stride_wn=weight.stride(0),
+        N=rows,
+        K=columns,
+        eps=0.0 if norm is None else norm.eps,
+        M=len(flat),
+        NORM=norm is not None,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        SWIGLU=swiglu,
+        BLOCK_N=block_n,
+        BLOCK_K=min(1024, max(8, next_power_of_2(columns))),
+        num_warps=GEMV_WARPS,
+    )
+    return y
+
+
+def _prepare(
+    x: Tensor,
+    rows: int,
+    columns: int,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
+    if x.shape[-1] != columns:
+        raise ValueError(_misfit(x, columns))
+    if norm is not None and norm.weight.shape != (columns,):
+        raise ValueError(f"the norm's weight is {list(norm.weight.shape)}, not {[columns]}")
+    if swiglu and rows % 2:
+        raise ValueError(f"a weight of {rows} rows does not hold a gate and as many values")
+    shape = (*x.shape[:-1], rows // 2 if swiglu else rows)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"the residual is {list(residual.shape)}, not {list(shape)}")
+    flat = x.reshape(-1, columns)
+    # The CUDA kernel reads 8 bytes at once.
+    plain = flat.stride(-1) == 1 and flat.stride(0) % 4 == 0 and flat.data_ptr() % 8 == 0
+    flat = flat if plain else flat.contiguous()
+    y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    return flat, y, None if residual is None else residual.contiguous()
+
+
+def _misfit(x: Tensor, columns: int) -> str:
+    return f"the last dimension of {list(x.shape)} is not the weight's {columns}"
+
+
+def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:
+    # Sums of every row of x with every row of the weight are in registers; a table's levels take
+    # most (spills, sm_120).
+    if m == 1:
+        return 8 if rows > SMALL_N else 4
+    return 2 if levels and m > 2 else 4
+
+
+def gemv_block_w(words: int, bits: int, block: int) -> int:
+    """Words of a row at once: 16 bytes a thread, no more than the row has, and whole blocks."""
+    return max(min(GEMV_WARPS * 32 * 4, next_power_of_2(words)), block * bits // 32)
+
+
+def dot_tiles(m: int) -> tuple[int, int, int, int]:
+    return next(tiles for limit, tiles in DOT_TILES if m <= limit)
+
+
+def dot_stages(levels: bool) -> int:
+    # Pipelining would copy every looked-up level through shared memory.
+    return 1 if levels else 2
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every tile configuration at the published dimensions, in each format, as the layers call
+    it."""
+    signature = {f"{name}_ptr": "*bf16" for name in ("x", "norm", "bias", "residual", "y")}
+    signature |= {"stride_xm": "i32", "N": "i32", "eps": "fp32"}
+    packed = {
+        "words_ptr": "*i32",
+        "scales_ptr": "*bf16",
+        "zeros_ptr": "*fp16",
+        "levels_ptr": "*fp32",
+        "K_WORDS": "i32",
+    }
+    formats: dict[str, dict[str, Any]] = {
+        "int4": {"BITS": 4, "BLOCK": 128, "GROUPED": True, "ZEROS": True, "LEVELS": False},
+        "int8": {"BITS": 8, "BLOCK": 128, "GROUPED": False, "ZEROS": False, "LEVELS": False},
+        "int8-g128": {"BITS": 8, "BLOCK": 128, "GROUPED": True, "ZEROS": False, "LEVELS": False},
+        "nf4": {"BITS": 4, "BLOCK": 64, "GROUPED": True, "ZEROS": False, "LEVELS": True},
+    }
+    for name, form in formats.items():
+        own = signature | packed | ({"scales_ptr": "*fp32"} if name == "nf4" else {})
+        for m, rows, k, *around in (
+            (1, 6144, 4096, "NORM", "BIAS"),
+            (1, 22016, 4096, "NORM", "SWIGLU"),
+            (1, 3072, 1024, "NORM", "BIAS"),
+            (1, 151680, 4096),
+            (4, 22016, 4096, "NORM", "SWIGLU"),
+            (4, 4096, 11008, "RESIDUAL"),
+        ):
+            block_w = gemv_block_w(k * form["BITS"] // 32, form["BITS"], form["BLOCK"])
+            tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows, form["LEVELS"]), "BLOCK_W": block_w}
+            yield Case(
+                f"{name} gemv M={m} {rows}x{k}{_named(around)}",
+                quantized_gemv_kernel,
+                own,
+                {**form, **_flags(around), **tiles},
+                GEMV_WARPS,
+                wide_loads=True,
+            )
+        for m, *around in ((5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL")):
+            block_m, block_n, block_w, warps = dot_tiles(m)
+            tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w}
+            yield Case(
+                f"{name} dot M={m}{_named(around)}",
+                quantized_dot_kernel,
+                own | {"M": "i32"},
+                {**form, **_flags(around), **tiles},
+                warps,
+                dot_stages(form["LEVELS"]),
+                unaligned=("M",),
+            )
+        block_r, block_w, warps = UNPACK_TILE
+        unpacked = {**own, "out_ptr": "*bf16", "START": "i32", "R": "i32", "GROUPS": "i32"}
+        yield Case(
+            f"{name} unpack",
+            unpack_kernel,
+            {key: unpacked[key] for key in unpack_kernel.arg_names if key in unpacked},
+            {key: form[key] for key in ("BITS", "BLOCK", "ZEROS", "LEVELS")}
+            | {"BLOCK_R": block_r, "BLOCK_W": block_w},
+            warps,
+            unaligned=("START", "R", "GROUPS"),
+        )
+    dense = signature | {"w_ptr": "*bf16", "stride_wn": "i32", "K": "i32"}
+    for m, rows, *around in (
+        (1, 3072, "NORM", "BIAS"),
+        (1, 6144, "NORM", "BIAS"),
+        (4, 6144, "NORM", "BIAS"),
+        (4, 4096, "RESIDUAL"),
+    ):
+        tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_K": 1024}
+        yield Case(
+            f"bf16 gemv M={m} N={rows}{_named(around)}",
+            dense_gemv_kernel,
+            dense,
+            {**_flags(around), **tiles},
+            GEMV_WARPS,
+            wide_loads=True,
+        )
+
+
+def _flags(around: Sequence[str]) -> dict[str, bool]:
+    return {name: name in around for name in ("NORM", "BIAS", "RESIDUAL", "SWIGLU")}
+
+
+def _named(around: Sequence[str]) -> str:
+    return "".join(f" +{name.lower()}" for name in around)

@@ -1,0 +1,264 @@
+"""Building blocks of the codec: pre-norm transformer layers with biased projections and GELU,
+convolutions, ISTFT.
+
+Decoding a whole sequence and decoding it as it comes (`codec_incremental.py`) share them: they
+differ in the attention that a stack is run with, and in where the norms over time take their
+statistics from.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo_fast.kernels.attention import attention, window_attention
+from mimo_fast.kernels.cpu import codec_stack as small_codec
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.norm import layer_norm, rms_norm
+from mimo_fast.kernels.rope import rope, rope_table
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.lm.transformer import AnyWeight, Attend, GetTensor
+
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-6
+GROUP_NORM_EPS = 1e-5
+MAX_MAGNITUDE = 1e2
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm where there is no bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def load(cls, name: str, kind: str, get: GetTensor) -> "Norm":
+        return cls(get(f"{name}.weight"), get(f"{name}.bias") if kind == "LayerNorm" else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, RMS_NORM_EPS)
+        return layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+
+
+@dataclass(frozen=True)
+class CodecLayer:
+    attention_norm: Norm
+    qkv: AnyWeight
+    out: AnyWeight
+    ffn_norm: Norm
+    up: AnyWeight
+    down: AnyWeight
+
+    @classmethod
+    def load(cls, name: str, norm: str, source: WeightSource) -> "CodecLayer":
+        def linear(part: str) -> AnyWeight:
+            return source.weight(f"{name}.{part}", bias=True)
+
+        # k has no bias upstream.
+        qkv = source.weight(
+            *(f"{name}.self_attn.{part}_proj" for part in "qkv"), bias=(True, False, True)
+        )
+        return cls(
+            attention_norm=Norm.load(f"{name}.self_attn_layer_norm", norm, source),
+            qkv=qkv,
+            out=linear("self_attn.out_proj"),
+            ffn_norm=Norm.load(f"{name}.final_layer_norm", norm, source),
+            up=linear("fc1"),
+            down=linear("fc2"),
+        )
+
+    @property
+    def parts(self) -> small_codec.Layer:
+        """Itself as `small_codec.py` takes it."""
+        norms = [(norm.weight, norm.bias) for norm in (self.attention_norm, self.ffn_norm)]
+        return norms[0], self.qkv, self.out, norms[1], self.up, self.down
+
+    def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [T, D] -> [T, D]; attend: qkv [T, 3 D] -> [T, D]."""
+        x = matmul(attend(matmul(self.attention_norm(x), self.qkv)), self.out, residual=x)
+        return matmul(F.gelu(matmul(self.ffn_norm(x), self.up)), self.down, residual=x)
+
+
+@dataclass(frozen=True)
+class CodecStack:
+    """Transformer layers with one attention pattern: full, causal or windowed.
+
+    `layers` is iterated once a run, so that it may bring each layer to the device only then
+    (`codec_offload.py`).
+    """
+
+    layers: Iterable[CodecLayer]
+    heads: int
+    rope_theta: float
+    causal: bool
+    window: tuple[int, int]
+
+    @cached_property
+    def _native(self) -> small_codec.CodecStack | None:
+        layers = [layer.parts for layer in self.layers]
+        if not small_codec.takes_stack(layers, self.heads):
+            return None
+        layer_norm = layers[0][0][1] is not None
+        return small_codec.CodecStack(
+            layers, self.heads, LAYER_NORM_EPS if layer_norm else RMS_NORM_EPS
+        )
+
+    @property
+    def small(self) -> small_codec.CodecStack | None:
+        """All of it as one native call, where it is small enough for that and on a CPU."""
+        return self._native if isinstance(self.layers, tuple) and native.available() else None
+
+    def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
+        """One whole sequence x [T, D] -> [T, D]; `run` tells of skip_layer."""
+        table = rope_table(x.shape[-1] // self.heads, self.rope_theta, len(x), x.device)
+        return self.run(x, lambda _layer, qkv: self._attend(qkv, table), skip_layer)
+
+    def run(self, x: Tensor, attend: Attend, skip_layer: int | None = None) -> Tensor:
+        """x [T, D] -> [T, D], attend: (layer, qkv [T, 3 D]) -> [T, D].
+
+        The output of layer `skip_layer` (counted from 1) is added to the last one's.
+        """
+        skipped: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            x = layer(x, lambda qkv, i=i: attend(i, qkv))  # type: ignore[misc]
+            if i + 1 == skip_layer:
+                skipped = x
+        return x if skipped is None else x + skipped
+
+    def split_heads(self, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, 3 D], rows of `rope_table` for its positions -> q and k, both turned, and v, each
+        [H, T, Dh]."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return rope(q, table).transpose(0, 1), rope(k, table).transpose(0, 1), v.transpose(0, 1)
+
+    def _attend(self, qkv: Tensor, table: Tensor) -> Tensor:
+        q, k, v = self.split_heads(qkv, table)
+        left, right = self.window
+        if left < 0 and right < 0:
+            out = attention(q[None], k[None], v[None], self.causal)[0]
+        else:
+            right = 0 if self.causal else right
+            # A negative reach is unlimited.
+            out = window_attention(
+                q, k, v, *(len(qkv) if reach < 0 else reach for reach in (left, right))
+            )
+        return out.transpose(0, 1).flatten(1)
+
+
+def load_stack(
+    name: str,
+    layers: int,
+    heads: int,
+    causal: bool,
+    window: tuple[int, int],
+    norm: str,
+    theta: float,
+    source: WeightSource,
+) -> CodecStack:
+    return CodecStack(
+        tuple(CodecLayer.load(f"{name}.{i}", norm, source) for i in range(layers)),
+        heads,
+        theta,
+        causal,
+        window,
+    )
+
+
+def ieee_convolutions() -> AbstractContextManager[None]:
+    """Convolutions without TF32, cuDNN's default: codes depend on them, and nearly equal distances
+    are common."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def conv_overlap(kernel: int, stride: int) -> int:
+    """Output rows of a transposed convolution's input that the next input adds to."""
+    return max(0, kernel - stride)
+
+
+@dataclass(frozen=True)
+class TransposedConv:
+    """Causal transposed convolution, then GroupNorm over all of time and channels (upstream
+    `CausalConvTranspose1d`).
+
+    The norm sees the samples that are trimmed afterwards; its statistics run over the whole input,
+    which is why decoding in chunks can only approach decoding at once.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    stride: int
+
+    @classmethod
+    def load(cls, name: str, stride: int, get: GetTensor) -> "TransposedConv":
+        conv, norm = (
+            (get(f"{name}.{part}.weight"), get(f"{name}.{part}.bias")) for part in ("conv", "norm")
+        )
+        return cls(*conv, *norm, stride=stride)
+
+    @property
+    def overlap(self) -> int:
+        """Output rows of an input that the next input adds to."""
+        return conv_overlap(self.weight.shape[-1], self.stride)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, D_in] -> [T stride, D_out]."""
+        out = self.convolve(x)
+        return self.normalise(out[: len(out) - self.overlap], *self.moments(out))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """[T, D_in] -> [T stride + overlap, D_out], before the norm."""
+        with ieee_convolutions():
+            return F.conv_transpose1d(x.T[None], self.weight, self.bias, self.stride)[0].T
+
+    def moments(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the convolution's whole output, float32 scalars."""
+        variance, mean = torch.var_mean(out.float(), correction=0)
+        return mean, variance
+
+    def normalise(self, out: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Rows of the convolution's output [T, D_out], normed by the given statistics and rounded
+        once."""
+        scale = torch.rsqrt(variance + GROUP_NORM_EPS) * self.norm_weight.float()
+        return ((out.float() - mean) * scale + self.norm_bias.float()).to(out.dtype)
+
+
+def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Vocoder head output [T, n_fft + 2] (log-magnitudes, then phases) -> waveform [T hop] float32.
+
+    "Same" padding: (n_fft - hop) / 2 samples are trimmed at either end (upstream `ISTFTHead`,
+    `ISTFT`).
+    """
+    trim = (len(window) - hop) // 2
+    wave, weight = synthesize(head, window, hop)[:, trim : trim + len(head) * hop]
+    return wave / weight
+
+
+def synthesize(head: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of windowed frames and of squared
+    windows."""
+    log_magnitude, phase = head.float().chunk(2, dim=-1)
+    spectrum = torch.polar(log_magnitude.exp().clip(max=MAX_MAGNITUDE), phase)
+    frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window
+    weights = window.square().expand(len(frames), -1)
+    return torch.stack([overlap_add(x, hop) for x in (frames, weights)])
+
+
+def overlap_add(frames: Tensor, hop: int) -> Tensor:
+    """Frames [T, N] every `hop` samples -> their sum [(T - 1) hop + N]."""
+    total = (len(frames) - 1) * hop + frames.shape[1]
+    return F.fold(frames.T[None], (1, total), (1, frames.shape[1]), stride=(1, hop)).flatten()
+
+
+def split_lengths(total: int, segment: int) -> Sequence[int]:
+    """Lengths of the segments of `total`, all full but the last."""
+    full, rest = divmod(total, segment)
+    return [segment] * full + ([rest] if rest else [])

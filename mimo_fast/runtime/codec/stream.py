@@ -1,0 +1,172 @@
+"""Decoding codes as they come: each push costs what its own frames cost, however much was said
+before."""
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import CodecConfig
+from mimo_fast.kernels.cpu.library import one_thread
+from mimo_fast.runtime.codec.incremental import decode_chunk, with_the_past
+from mimo_fast.runtime.codec.state import CodecState, Moments
+
+if TYPE_CHECKING:
+    from mimo_fast.runtime.codec.graphs import ChunkGraphs
+    from mimo_fast.runtime.codec.model import Codec
+
+PATCH_FRAMES = 4
+"""Code frames of a patch, 160 ms."""
+
+LOOKAHEAD = 10
+"""Patches after a sample that can change it in the published codec: 16 vocoder layers look 10
+frames of 10 ms ahead."""
+
+
+def patch_rows(config: CodecConfig) -> int:
+    """Vocoder frames of a patch."""
+    return PATCH_FRAMES * config.pool * config.decoder_stride
+
+
+def receptive_patches(config: CodecConfig) -> int:
+    """Patches after a sample that can change it."""
+    return -(-config.vocoder_layers * config.vocoder_window[1] // patch_rows(config))
+
+
+def default_lookahead(config: CodecConfig, given: bool = False) -> int:
+    """Patches that a stream waits for: LOOKAHEAD, or what its vocoder sees where moments are
+    stated, or given."""
+    known = given or config.moments is not None
+    return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
+
+
+def streamable(config: CodecConfig) -> bool:
+    """Whether the codec looks ahead no farther than its vocoder's window."""
+    return config.decoder_causal and min(config.vocoder_window) >= 0
+
+
+def new_state(
+    config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
+) -> CodecState:
+    """What a stream with a lookahead of so many patches needs on the device."""
+    stride = config.decoder_stride
+    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
+    return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
+
+
+class CodecStream:
+    """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a
+    seam.
+
+    Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
+    Where there are graphs (`codec_graphs.py`), a stream borrows its memory from the codec until it
+    is closed or gone.
+
+    Args:
+        codec: weights.
+        lookahead: patches that must follow a sample before it is returned, 0 to 10. Fewer bring the
+            first audio earlier and less close to one-shot decoding: the vocoder then does without
+            what has not come yet.
+        moments: of the norms over time, as `Codec.moments` measured them on other codes of the same
+            speaker; by default those of what has been pushed.
+
+    Raises:
+        ValueError: the lookahead is out of range, or the codec looks ahead without a limit.
+    """
+
+    def __init__(
+        self, codec: "Codec", lookahead: int = LOOKAHEAD, moments: Moments | None = None
+    ) -> None:
+        config = codec.config
+        if not 0 <= lookahead <= LOOKAHEAD:
+            raise ValueError(
+                f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}"
+            )
+        if not streamable(config):
+            raise ValueError("this codec's layers see all of the audio to come: decode it at once")
+        self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
+        self._lookahead = lookahead * patch_rows(config)
+        self._graphs: ChunkGraphs | None = None
+        self._state: CodecState | None
+        pool = codec.stream_graphs
+        with self._threads():
+            if pool is not None and pool.serves(codec, lookahead, moments):
+                self._graphs = pool.take()
+                self._state = self._graphs.state
+                self._give_back = weakref.finalize(self, pool.give_back, self._graphs)
+                self._give_back.atexit = False
+            else:
+                self._state = new_state(config, lookahead, codec.dtype, codec.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stream holds on the device."""
+        return 0 if self._state is None else self._state.nbytes
+
+    @torch.no_grad()
+    def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
+        """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m
+        may be 0.
+
+        trusted: they were drawn by the model; looking at them would make the host wait for the
+            device.
+        """
+        return self._advance(codes, False, trusted)
+
+    @torch.no_grad()
+    def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
+        """The last codes, if any -> all samples still waiting for what follows. The stream starts
+        anew after it."""
+        wav = self._advance(codes, True, trusted)
+        self.reset()
+        return wav
+
+    def reset(self) -> None:
+        """Forgets what was pushed and starts anew in the same memory."""
+        with self._threads():
+            self._open().reset()
+
+    def close(self) -> None:
+        """Gives the memory back; the stream cannot be used any more."""
+        if self._graphs is not None:
+            self._give_back()
+        self._state = self._graphs = None
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return one_thread() if self._codec.decoder.small else nullcontext()
+
+    def _open(self) -> CodecState:
+        if self._state is None:
+            raise ValueError("the stream is closed: make another with codec.stream()")
+        return self._state
+
+    def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        with self._threads():
+            return self._decoded(codes, ended, trusted)
+
+    def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        state, codec = self._open(), self._codec
+        if codes is not None:
+            if not trusted:
+                codec.check_codes(codes)
+            state.held.append(codec.dequantize(codes))
+            state.largest = max(state.largest, codes.shape[1])
+        waiting = sum(map(len, state.held))
+        # Before the first sample nothing is lost by waiting, and the norms over time begin with
+        # more to go by.
+        if waiting + state.frames == 0 or (
+            state.frames == 0 and waiting <= self._hold and not ended
+        ):
+            return torch.zeros(0, device=codec.device)
+        hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
+        state.held.clear()
+        if self._moments is None:
+            hidden = with_the_past(state, hidden)
+        wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
+        return (
+            decode_chunk(codec, state, hidden, self._lookahead, self._moments, ended)
+            if wav is None
+            else wav
+        )

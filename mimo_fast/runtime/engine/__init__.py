@@ -1,0 +1,1 @@
+"""Requests that share the slots of one state."""

@@ -1,0 +1,275 @@
+"""Many replies at once over the slots of one state: they join, leave, wait and fail each on its
+own.
+
+There is no thread here. Whoever waits for a group does the work: one waiting thread at a time runs
+a tick, which is a chunk of one prompt and a group of every row that wants one, and leaves the
+others' groups where they will find them. So a single stream is computed as lazily as a generator,
+Ctrl-C arrives where the work is, and threads or tasks that stream at the same time share their
+steps.
+
+A row runs at most `ahead` groups in front of its consumer, then pauses. A conversation without a
+running reply keeps its slot until another needs it; then its keys and values move to host memory,
+as do those of a paused row.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mimo_fast.errors import BusyError
+from mimo_fast.runtime.engine.request import Job, Reply, StopHook
+from mimo_fast.runtime.engine.sequence import Conversation, no_room
+from mimo_fast.runtime.lm.decode import Decoder, Limits, Samplers
+from mimo_fast.runtime.lm.graphs import Graphs, wanted
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
+
+AHEAD = 4
+QUEUE = 64
+PREFIX_BYTES = 2**28
+REHEARSED = (3, 40, 100)
+"""Groups of a prompt: each takes other kernels of the products (kernels/qmatmul_launch.py)."""
+
+
+class Engine:
+    """Decodes conversations of one language model.
+
+    Args:
+        lm: the model.
+        slots: rows that can be decoded at once.
+        capacity: groups that a row can hold.
+        queue: replies that may wait for a slot.
+        quantized_cache: whether keys and values are kept as int8.
+    """
+
+    def __init__(
+        self, lm: LM, slots: int, capacity: int, queue: int = QUEUE, quantized_cache: bool = False
+    ) -> None:
+        self.lm, self.capacity, self.queue = lm, capacity, queue
+        self.state = lm.new_state([0] * slots, capacity, quantized_cache)
+        self.decoder = Decoder(
+            lm, self.state, Graphs(lm, self.state) if wanted(lm.device) else None
+        )
+        self.prefixes = PrefixCache(PREFIX_BYTES)
+        self._owners: list[weakref.ref[Conversation] | None] = [None] * slots
+        self._used = [0] * slots
+        self._clock = 0
+        self._jobs: list[Job] = []
+        self._turn = threading.Condition()
+        self._leader: int | None = None
+
+    def warmup(self, progress: bool = True) -> None:
+        """Captures the graphs of every batch size and runs some prompts, so that the first reply is
+        as fast as the
+        tenth: their kernels are compiled now."""
+        if self.decoder.graphs:
+            self.decoder.graphs.warmup(progress)
+            if not self._jobs and not any(self._owners):
+                self._rehearse()
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """Prompts of words and speech of each length that has kernels of its own; nothing of them
+        stays."""
+        config = self.lm.config
+        for groups in (length for length in REHEARSED if length <= self.capacity):
+            ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
+            ids[0, config.group_size :] = self.lm.empty_id
+            self.lm.prefill(ids, self.state, slot=0)
+        self.state.lengths[0] = 0
+
+    def check_room(self, groups: int) -> None:
+        """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+        if groups >= self.capacity:
+            raise no_room(groups, self.capacity)
+
+    def start(
+        self,
+        conversation: Conversation,
+        limits: Limits,
+        samplers: Samplers,
+        stop_hook: StopHook | None = None,
+        ahead: int | None = AHEAD,
+        bounded: bool = True,
+    ) -> Reply:
+        """A reply to all that the conversation holds; nothing is computed before it is asked for.
+
+        Args:
+            ahead: groups it may be in front of its consumer; None for any number.
+            bounded: whether a full queue refuses it.
+
+        Raises:
+            PromptError: the conversation leaves no room. BusyError: the queue is full.
+        """
+        self.check_room(conversation.groups)
+        limits = Limits(
+            min(limits.max_new, self.capacity - conversation.groups),
+            limits.min_new,
+            limits.stop_ids,
+        )
+        job = Job(conversation, limits, samplers, stop_hook, ahead)
+        with self._turn:
+            waiting = sum(other.conversation.slot is None for other in self._jobs)
+            if bounded and waiting >= self.queue:
+                raise BusyError(
+                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try again later, or load the "
+                    "model with a larger max_batch"
+                )
+            # The last position is fed again where nothing new was said: what follows is drawn from
+            # its hidden state.
+            conversation.cached = min(conversation.cached, conversation.groups - 1)
+            conversation.prefilled = conversation.groups - conversation.cached
+            self._jobs.append(job)
+        return Reply(self, job)
+
+    def drive(self, until: Callable[[], bool]) -> None:
+        """Works, or waits while another thread does, until the condition holds."""
+        while True:
+            with self._turn:
+                while self._leader is not None and not until():
+                    self._turn.wait()
+                if until():
+                    return
+                self._leader = threading.get_ident()
+            try:
+                if not self._tick() and not until():
+                    raise RuntimeError("a reply waits for nothing: a bug in the engine")
+            finally:
+                with self._turn:
+                    self._leader = None
+                    self._turn.notify_all()
+
+    def leave(self, job: Job) -> None:
+        """Takes a job off its slot, after the group in progress; its conversation keeps what has
+        been delivered."""
+        with self._turn:
+            job.done = True
+            while self._leader not in (None, threading.get_ident()) and job in self._jobs:
+                self._turn.wait()
+            if job in self._jobs:
+                self._jobs.remove(job)
+            job.settle()
+            self._turn.notify_all()
+
+    def export(self, conversation: Conversation) -> Snapshot | None:
+        """A copy of what is cached of a conversation that has no running reply."""
+        with self._turn:
+            while self._leader is not None:
+                self._turn.wait()
+            if not conversation.cached:
+                return None
+            if conversation.slot is None:
+                return conversation.snapshot
+            return Snapshot.take(self.state, conversation.slot, conversation.cached)
+
+    def _tick(self) -> bool:
+        """A chunk of one prompt, and a group of every row that wants one; False if there was
+        nothing to do."""
+        with self._turn:
+            self._jobs = [job for job in self._jobs if not job.done]
+            for job in self._jobs:
+                if job.wants and job.conversation.slot is None:
+                    self._seat(job)
+            seated = [job for job in self._jobs if job.wants and job.conversation.slot is not None]
+            for job in seated:
+                self._touch(job.conversation)
+            prompts = [job for job in seated if job.row is None]
+            rows = [job for job in seated if job.row is not None]
+        with self.lm.threads():
+            if prompts:
+                self._attempt(prompts[:1], self._prefill)
+            if rows:
+                self._attempt(rows, self._decode)
+        return bool(prompts or rows)
+
+    def _attempt(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
+        """Does the work for these jobs together or, where that fails, for each alone: who fails
+        alone has failed."""
+        try:
+            work(jobs)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if len(jobs) == 1:
+                jobs[0].fail(error)
+            else:
+                for job in jobs:
+                    self._attempt([job], work)
+
+    def _prefill(self, jobs: Sequence[Job]) -> None:
+        (job,) = jobs
+        conversation = job.conversation
+        slot, start = conversation.slot, conversation.cached
+        assert slot is not None
+        end = min(start + self.lm.prefill_chunk, conversation.groups)
+        if start < conversation.shared < end:
+            # The opening ends a chunk, so that what follows is the same whether or not it was
+            # computed before.
+            end = conversation.shared
+        size = conversation.group_size
+        with torch.no_grad():
+            self.lm.prefill(conversation.ids[:, start * size : end * size], self.state, slot, start)
+            if end == conversation.shared and self.prefixes.get(conversation.opening) is None:
+                self.prefixes.put(conversation.opening, Snapshot.take(self.state, slot, end))
+        conversation.cached = end
+        if end == conversation.groups:
+            job.begin()
+
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        rows = [job.row for job in jobs if job.row]
+        groups = self.decoder.next_groups(rows)
+        for job, row, group in zip(jobs, rows, groups, strict=True):
+            job.conversation.cached = row.cached
+            job.receive(group)
+
+    def _seat(self, job: Job) -> None:
+        """Gives a job a slot and puts back what its conversation had cached; without a slot to
+        give, it waits."""
+        slot, conversation = self._free_slot(), job.conversation
+        if slot is None:
+            return
+        kept = conversation.snapshot
+        if kept is None and conversation.shared and not conversation.cached:
+            kept = self.prefixes.get(conversation.opening)
+            if kept is not None:
+                conversation.cached = min(kept.length, conversation.groups - 1)
+                conversation.prefilled = conversation.groups - conversation.cached
+        if kept is not None:
+            kept.put(self.state, slot)
+        self._owners[slot] = weakref.ref(conversation)
+        conversation.slot, conversation.snapshot = slot, None
+        if job.row is not None:
+            job.row.slot, job.row.stale = slot, True
+
+    def _free_slot(self) -> int | None:
+        """A slot that nobody owns, else the longest unused of those whose owner can wait in host
+        memory."""
+        owners = [None if owner is None else owner() for owner in self._owners]
+        if None in owners:
+            return owners.index(None)
+        busy = {id(job.conversation) for job in self._jobs if job.wants}
+        movable = [slot for slot, owner in enumerate(owners) if id(owner) not in busy]
+        if not movable:
+            return None
+        slot = min(movable, key=self._used.__getitem__)
+        self._park(owners[slot])
+        return slot
+
+    def _park(self, conversation: Conversation | None) -> None:
+        assert conversation is not None
+        assert conversation.slot is not None
+        kept = (
+            Snapshot.take(self.state, conversation.slot, conversation.cached)
+            if conversation.cached
+            else None
+        )
+        conversation.snapshot = kept
+        self._owners[conversation.slot] = None
+        conversation.slot = None
+
+    def _touch(self, conversation: Conversation) -> None:
+        assert conversation.slot is not None
+        self._clock += 1
+        self._used[conversation.slot] = self._clock

@@ -1,0 +1,111 @@
+"""One row's ids, and the part of them whose keys and values lie in a slot of the engine or in a
+snapshot."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mimo_fast.errors import PromptError
+from mimo_fast.runtime.lm.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from mimo_fast.runtime.engine.engine import Engine, Reply
+    from mimo_fast.runtime.lm.decode import Limits, Samplers
+
+
+class Conversation:
+    """Ids [C + 1, T G] that grow by prompts and replies.
+
+    Args:
+        engine: what decodes it.
+        seed: of its draws.
+
+    slot: where its cache is, None outside the engine. cached: groups whose keys and values are
+    kept, in the slot or the snapshot. shared: groups at its beginning that other conversations may
+    begin with too. draws: groups drawn.
+    prefilled: groups that the last reply had to compute before it could begin.
+    """
+
+    def __init__(self, engine: "Engine", seed: int) -> None:
+        self.engine, self.seed, self.draws = engine, seed, 0
+        config = engine.lm.config
+        self.group_size = config.group_size
+        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self._decoded: list[tuple[int, Tensor]] = []
+        self.slot: int | None = None
+        self.snapshot: Snapshot | None = None
+        self.cached = self.shared = self.prefilled = 0
+
+    @property
+    def ids(self) -> Tensor:
+        """All ids [C + 1, T G] on the host. Decoded groups stay on the device until someone asks
+        for them here."""
+        if self._decoded:
+            codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
+            text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
+                self.group_size
+            )
+            self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
+            self._decoded.clear()
+        return self._ids
+
+    @ids.setter
+    def ids(self, ids: Tensor) -> None:
+        self._ids = ids.cpu()
+        self._decoded.clear()
+
+    @property
+    def groups(self) -> int:
+        return self._ids.shape[1] // self.group_size + len(self._decoded)
+
+    @property
+    def opening(self) -> Tensor:
+        """Ids of the shared beginning."""
+        return self.ids[:, : self.shared * self.group_size]
+
+    def reseed(self, seed: int) -> None:
+        """Restarts the draws from a seed."""
+        self.seed, self.draws = seed, 0
+
+    def add(self, ids: Tensor) -> None:
+        """Appends a prompt [C + 1, n G], to be fed when decoding begins.
+
+        Raises:
+            PromptError: it leaves no room for a reply; the conversation stays as it was.
+        """
+        self.engine.check_room(self.groups + ids.shape[1] // self.group_size)
+        self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
+
+    def append(self, text: int, codes: Tensor) -> None:
+        """Appends a decoded group, its codes [C, G] on any device."""
+        self._decoded.append((text, codes))
+
+    def truncate(self, groups: int) -> None:
+        """Forgets all but the first `groups` groups."""
+        self.ids = self.ids[:, : groups * self.group_size]
+        self.cached = min(self.cached, groups)
+
+    def go_back(self, ids: Tensor, cached: int) -> None:
+        """Returns to earlier ids, of which so many groups were cached; what has been overwritten
+        since is not."""
+        shorter = min(ids.shape[1], self.ids.shape[1])
+        same = (
+            int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
+            // self.group_size
+        )
+        self.ids, self.cached = ids, min(cached, self.cached, same)
+
+    def decode(self, limits: "Limits", samplers: "Samplers") -> "Reply":
+        """Prefills what is not cached and returns the reply, each group part of the conversation
+        once it is taken."""
+        reply = self.engine.start(self, limits, samplers)
+        reply.prefill()
+        return reply
+
+
+def no_room(groups: int, capacity: int) -> PromptError:
+    return PromptError(
+        f"the conversation has {groups} groups and the model's context is {capacity}: "
+        "start a new one or shorten the input"
+    )

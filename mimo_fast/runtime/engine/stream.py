@@ -1,0 +1,216 @@
+"""Decoded groups -> what a listener gets: text, spoken patches, and chunks of audio as they become
+final."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.lm.decode import Group
+from mimo_fast.text.tokenizer import Tokenizer
+
+UNFINISHED_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds since the request. first_audio is None until audio has come; audio_seconds is what
+    has been returned."""
+
+    elapsed: float
+    prefill: float
+    first_audio: float | None
+    groups: int
+    audio_seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one group added: audio float32 [n] on the CPU and text, either may be empty."""
+
+    audio: Tensor
+    sample_rate: int
+    text: str
+    timing: Timing
+
+
+@dataclass
+class ReplyReader:
+    """Reads one row's groups: its text, and the patches between `<|sostm|>` and `<|eostm|>`
+    (upstream `forward`).
+
+    Without `<|sostm|>` every patch is spoken, without `<|eostm|>` to the end. `<|empty|>`,
+    `<|eot|>` and `<|eostm|>` are not text; dropping them before decoding, and not after as upstream
+    does, keeps characters whole whose bytes lie on either side of a patch.
+
+    Args:
+        speaking: whether the prompt itself ended in `<|sostm|>`.
+    """
+
+    tokenizer: Tokenizer
+    speaking: bool
+    _ended: bool = False
+    _waiting: list[Tensor] = field(default_factory=list)
+    _tokens: list[int] = field(default_factory=list)
+
+    def read(self, token: int, codes: Tensor) -> tuple[str, list[Tensor]]:
+        """A group -> the text and the patches [C, G] that it makes final."""
+        special = self.tokenizer.special
+        if token == special.empty:
+            if self.speaking:
+                return "", [codes]
+            if not self._ended:
+                self._waiting.append(codes)
+            return "", []
+        if token == special.sostm and not self.speaking and not self._ended:
+            self.speaking = True
+            self._waiting.clear()
+        elif token == special.eostm:
+            self._ended = True
+            spoken, self.speaking, self._waiting = self._waiting, False, []
+            return "", spoken
+        if token == special.eot:
+            return "", []
+        self._tokens.append(token)
+        return self._flush(final=False), []
+
+    def finish(self) -> tuple[str, list[Tensor]]:
+        """What was held back: half a character, and patches of a reply that never had a
+        `<|sostm|>`."""
+        return self._flush(final=True), self._waiting
+
+    def _flush(self, final: bool) -> str:
+        text = self.tokenizer.decode(self._tokens) if self._tokens else ""
+        if text.endswith(UNFINISHED_CHARACTER) and not final:
+            return ""
+        self._tokens.clear()
+        return text
+
+
+class ChunkStream(Iterator[Chunk]):
+    """Chunks of one reply. Any thread may take the next one, and any may close it: closing waits
+    for the group in progress, and after it there are no more."""
+
+    def __init__(self, chunks: Generator[Chunk, None, None], reply: Reply) -> None:
+        self._chunks, self._reply = chunks, reply
+        self._lock = threading.RLock()
+
+    def __next__(self) -> Chunk:
+        with self._lock:
+            return next(self._chunks)
+
+    def close(self) -> None:
+        with self._lock:
+            self._chunks.close()
+            self._reply.close()
+
+
+def read_reply(groups: Iterator[Group], reader: ReplyReader) -> tuple[str, Tensor | None]:
+    """All of a one-row reply: stripped text, and codes [C, T] or None. Its last group ends it and
+    is not part of it."""
+    text, patches = [], []
+    for group in groups:
+        if not group.finished:
+            words, spoken = reader.read(group.text, group.codes)
+            text.append(words)
+            patches += spoken
+    words, spoken = reader.finish()
+    patches += spoken
+    return "".join([*text, words]).strip(), torch.cat(patches, dim=1) if patches else None
+
+
+def stream_reply(
+    reply: Reply,
+    reader: ReplyReader,
+    codec: Codec,
+    began: float,
+    speaks: bool = True,
+    note: Callable[[Group], None] | None = None,
+) -> ChunkStream:
+    """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
+
+    Args:
+        reply: its prompt prefilled.
+        began: `time.perf_counter()` at the request, before the prefill.
+        speaks: False leaves all audio out.
+        note: told of each group before its chunk comes.
+    """
+    prefill = time.perf_counter() - began
+    return ChunkStream(_chunks(reply, reader, codec, began, prefill, speaks, note), reply)
+
+
+def _chunks(
+    reply: Reply,
+    reader: ReplyReader,
+    codec: Codec,
+    began: float,
+    prefill: float,
+    speaks: bool,
+    note: Callable[[Group], None] | None,
+) -> Generator[Chunk, None, None]:
+    stream: CodecStream | None = None
+    decoded, samples, first_audio = 0, 0, None
+
+    def chunk(text: str, audio: Tensor) -> Chunk:
+        nonlocal samples, first_audio
+        # Audio has come when it is on the host, and not when its work has been queued.
+        audio = audio.float().cpu()
+        samples += len(audio)
+        elapsed = time.perf_counter() - began
+        if first_audio is None and len(audio):
+            first_audio = elapsed
+        timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
+        return Chunk(audio, codec.sample_rate, text, timing)
+
+    nothing = torch.zeros(0)
+    try:
+        for group in reply:
+            # Not before the reply has a slot: as many streams as slots have graphs from the start.
+            stream = stream or (codec.stream() if speaks else None)
+            decoded += 1
+            if note is not None:
+                note(group)
+            if not group.finished:
+                text, patches = reader.read(group.text, group.codes)
+                heard = (
+                    stream.push(torch.cat(patches, dim=1), trusted=True)
+                    if stream and patches
+                    else nothing
+                )
+                yield chunk(text, heard)
+        text, patches = reader.finish()
+        held = torch.cat(patches, dim=1) if patches else None
+        yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
+    """The chunks of `start()`, all of it computed in worker threads, so that the event loop stays
+    free.
+
+    Leaving the loop or cancelling the task stops after the group in progress.
+    """
+    started = asyncio.ensure_future(asyncio.to_thread(start))
+    try:
+        chunks = await asyncio.shield(started)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk
+    finally:
+        # Waits for the thread in a group or a prefill, however often the task is cancelled
+        # meanwhile.
+        await asyncio.shield(_close(started))
+
+
+async def _close(started: asyncio.Future[ChunkStream]) -> None:
+    await asyncio.wait([started])
+    if not started.cancelled() and started.exception() is None:
+        await asyncio.to_thread(started.result().close)

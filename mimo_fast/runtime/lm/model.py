@@ -1,0 +1,297 @@
+"""The language model: patch encoder -> backbone -> text head and patch decoder (upstream
+`MiMoAudioForCausalLM`).
+
+ids [C + 1, T G] -> embed [T, D] -> backbone -> hidden [D] -> text token
+                                                           -> patch decoder, G + max delay steps ->
+                                                           codes [C, G]
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import LMConfig
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.patch_embed import patch_embed
+from mimo_fast.kernels.rope import rope_table
+from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.kernels.sample_codes import code_steps, patch_noise, sample_codes
+from mimo_fast.kernels.sample_text import sample_text
+from mimo_fast.kernels.text_embed import input_embed
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.lm.fused import SmallParts
+from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
+from mimo_fast.runtime.lm.transformer import (
+    cached_attend,
+    prefill_attend,
+    self_attend,
+    transformer,
+    transformer_weights,
+)
+
+PREFILL_CHUNK = 512
+"""Positions prefilled at once: bounds the activations of a long prompt, and how long other streams
+wait for it."""
+
+FEW_PATCHES = 16
+"""Patches up to which a small encoder is faster in one native call, on one thread, than product by
+product."""
+
+TEXT_SLOT = 0
+"""Random slot of the text draw; the frames of a patch draw in the slots after it."""
+
+
+class LM:
+    """Weights and pure functions over them; all that changes is in the `DecodeState` passed in.
+
+    Args:
+        config: dimensions.
+        empty_id: text id of `<|empty|>`, which marks audio positions.
+        source: its weights, on the device and in the dtype to compute in.
+    """
+
+    def __init__(self, config: LMConfig, empty_id: int, source: WeightSource) -> None:
+        self.config, self.empty_id = config, empty_id
+        self.backbone = transformer_weights("model", config.backbone, source)
+        self.patch_encoder = transformer_weights(
+            "input_local_transformer", config.patch_encoder, source
+        )
+        self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, source)
+        self.text_embeddings = source.table("model.embed_tokens")
+        self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
+        channels = range(config.channels)
+        self.code_embeddings = torch.cat(
+            [source(f"speech_embeddings.{c}.weight") for c in channels]
+        )
+        self.code_heads = torch.cat(
+            [source(f"local_transformer_lm_heads.{c}.weight") for c in channels]
+        )
+        # Projecting the table once makes each decoder step a plain gather.
+        self.decoder_embeddings = self.code_embeddings
+        if config.patch_encoder.dim != config.patch_decoder.dim:
+            projection = source.weight("speech_embeddings_to_local")
+            self.decoder_embeddings = matmul(self.code_embeddings, projection)
+        self.patch_to_backbone = source.weight("speech_group_downcast")
+        self.backbone_to_patch = source.weight("hidden_states_downcast")
+        self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        config, device = self.config, self.device
+        self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], device=device)
+        self.empty_codes = torch.tensor(config.empty_codes, device=device)
+        self.code_steps = code_steps(
+            config.code_sizes, config.empty_codes, config.delays, config.group_size, device
+        )
+        encoder, decoder = config.patch_encoder, config.patch_decoder
+        self.encoder_rope = rope_table(
+            encoder.head_dim, encoder.rope_theta, config.group_size, device
+        )
+        self.decoder_rope = rope_table(
+            decoder.head_dim, decoder.rope_theta, config.patch_steps, device
+        )
+
+    @cached_property
+    def backbone_rope(self) -> Tensor:
+        config = self.config.backbone
+        return rope_table(
+            config.head_dim, config.rope_theta, self.config.max_positions, self.device
+        )
+
+    @cached_property
+    def _small_parts(self) -> SmallParts:
+        return SmallParts.of(self)
+
+    @property
+    def _small(self) -> SmallParts | None:
+        return self._small_parts if self.device.type == "cpu" and native.available() else None
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The threads that its operations are worth: one for a small model on a CPU, else as many
+        as torch has."""
+        return native.one_thread() if self._small and self._small.backbone else nullcontext()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model from others: its dimensions and some of its weights."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Positions of a prompt that are computed before other rows get their turn."""
+        return PREFILL_CHUNK
+
+    def new_state(
+        self, seeds: Sequence[int], capacity: int, quantized_cache: bool = False
+    ) -> DecodeState:
+        """A state of len(seeds) slots that hold up to `capacity` groups each, its cache as int8 if
+        quantized."""
+        return DecodeState.allocate(
+            self.config, seeds, capacity, self.dtype, self.device, quantized_cache
+        )
+
+    def embed(self, text: Tensor, codes: Tensor) -> Tensor:
+        """A prompt's backbone inputs: text [N] (one id a group), codes [N, C, G] -> [N, D].
+
+        A text position adds no speech and an audio position (`<|empty|>`) no text, so each goes its
+        own way.
+        """
+        # Where the ids come from the host, which positions are speech is known without asking the
+        # device.
+        is_audio = (text == self.empty_id).nonzero()[:, 0]
+        text, codes, is_audio = (x.to(self.device) for x in (text, codes[is_audio], is_audio))
+        patches = torch.empty(
+            len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device
+        )
+        if len(codes):
+            patches[is_audio] = self.encode_patches(codes)
+        return input_embed(text, patches, self.text_embeddings, self.empty_id)
+
+    def encode_patches(self, codes: Tensor) -> Tensor:
+        """Patch encoder: codes [N, C, G] -> [N, D]."""
+        config = self.config
+        frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
+        if len(codes) <= FEW_PATCHES and self._small and self._small.patch_encoder:
+            encoded = self._small.patch_encoder.encode(frames, config.patch_encoder_causal)
+        else:
+            attend = self_attend(
+                config.patch_encoder, self.encoder_rope, config.patch_encoder_causal
+            )
+            encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
+        return matmul(encoded.flatten(1), self.patch_to_backbone)
+
+    def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
+        """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot,
+        PREFILL_CHUNK at a time.
+
+        Leaves the last one's hidden state in `state.hidden[slot]`.
+        """
+        for hidden in self.hidden_chunks(ids, state, slot, start):
+            state.hidden[slot] = hidden[-1]
+            start += len(hidden)
+        state.lengths[slot] = start
+
+    def hidden_chunks(
+        self, ids: Tensor, state: DecodeState, slot: int, start: int = 0
+    ) -> Iterator[Tensor]:
+        """What `prefill` computes, chunk by chunk: the backbone's hidden states [n, D], n <=
+        PREFILL_CHUNK."""
+        groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
+        text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
+        config = self.config.backbone
+        for text_part, code_part in zip(
+            text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True
+        ):
+            attend = prefill_attend(config, self.backbone_rope, state.cache, slot, start)
+            yield transformer(
+                self.embed(text_part, code_part)[None], self.backbone, config.norm_eps, attend
+            )[0]
+            start += len(text_part)
+
+    def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
+        """Makes a group, its token and its codes [C, G], the one that the slot's next step
+        feeds."""
+        state.text[slot] = text
+        state.codes[slot] = codes
+        if text == self.empty_id:
+            state.patches[slot] = self.encode_patches(codes.to(self.device)[None])[0]
+
+    def step(self, state: DecodeState, slots: Tensor) -> None:
+        """Feeds the last group of each of R different slots, int64 [R], and updates
+        `state.hidden[slots]`."""
+        config, cache, starts = self.config.backbone, state.cache, state.lengths[slots]
+        x = input_embed(
+            state.text[slots], state.patches[slots], self.text_embeddings, self.empty_id
+        )
+        if cache.k_scales is None and self._small and self._small.backbone:
+            state.hidden[slots] = self._small.backbone.step(x, cache.k, cache.v, slots, starts)
+        else:
+            attend = cached_attend(config, self.backbone_rope, cache, slots, starts, state.capacity)
+            state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[
+                :, 0
+            ]
+        state.lengths[slots] = torch.where(starts == NO_POSITION, starts, starts + 1)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, vocabulary]."""
+        return matmul(hidden, self.text_head)
+
+    def local_hidden(self, hidden: Tensor) -> Tensor:
+        """The patch decoder's first input: [N, D] -> [N, D of the patch decoder]."""
+        return matmul(hidden, self.backbone_to_patch)
+
+    def sample_text(
+        self,
+        state: DecodeState,
+        slots: Tensor,
+        settings: SamplerTensors,
+        banned: Tensor | None = None,
+    ) -> Tensor:
+        """Draws the text token of each slot's next group, int64 [R], into `state.text`; banned bool
+        [R, vocabulary]."""
+        draws = state.draws[slots]
+        logits = self.text_logits(state.hidden[slots])
+        text = sample_text(logits, settings, state.seeds[slots], draws, banned, TEXT_SLOT)
+        state.text[slots] = text
+        state.draws[slots] = draws + 1
+        return text
+
+    def sample_patch(self, state: DecodeState, slots: Tensor, settings: SamplerTensors) -> Tensor:
+        """Draws the codes [R, C, G] of the group whose token was drawn last, into `state.codes`,
+        and encodes them."""
+        codes = self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
+        state.codes[slots] = codes
+        state.patches[slots] = self.encode_patches(codes)
+        return codes
+
+    def decode_patch(
+        self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
+    ) -> Tensor:
+        """Patch decoder (upstream `local_forward`): local [R, D of the patch decoder] -> codes [R,
+        C, G].
+
+        Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just
+        drawn.
+        """
+        config, rows = self.config, len(slots)
+        if self._small and self._small.patch_decoder:
+            return self._small.patch_decoder.decode(
+                local, settings, state.seeds[slots], state.draws[slots] - 1
+            )
+        noise = None
+        if not settings.all_greedy:
+            noise = patch_noise(
+                state.seeds[slots],
+                state.draws[slots] - 1,
+                config.group_size,
+                sum(config.code_sizes),
+            )
+        codes = torch.empty(
+            rows, config.channels, config.group_size, dtype=torch.int64, device=self.device
+        )
+        x = local
+        for step, starts in zip(self.code_steps, state.patch_starts[:, :rows], strict=True):
+            attend = cached_attend(
+                config.patch_decoder,
+                self.decoder_rope,
+                state.patch_cache,
+                state.rows[:rows],
+                starts,
+                config.patch_steps,
+            )
+            hidden = transformer(
+                x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend
+            )[:, 0]
+            x = sample_codes(
+                hidden, step, self.code_heads, settings, noise, codes, self.decoder_embeddings
+            )
+        return codes

@@ -1,0 +1,103 @@
+"""Keys and values of one conversation outside the cache: parked, shared as a prefix, or on their
+way to a file."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast.runtime.lm.state import DecodeState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The first `length` positions of a slot: parts [L, ..., length, ...] as the cache stores them,
+    and hidden [D].
+
+    It lies in host memory (pinned beside a GPU), in the cache's own types: putting it back changes
+    no bit.
+    """
+
+    length: int
+    parts: tuple[Tensor, ...]
+    hidden: Tensor
+
+    @classmethod
+    def take(cls, state: DecodeState, slot: int, length: int) -> "Snapshot":
+        """Copies a slot's first positions."""
+        parts = tuple(_to_host(part[:, slot, :, :length]) for part in state.cache.parts)
+        return cls(length, parts, _to_host(state.hidden[slot]))
+
+    def put(self, state: DecodeState, slot: int, length: int | None = None) -> None:
+        """Writes the positions, or the first of them, back into a slot, whichever it is."""
+        length = self.length if length is None else min(length, self.length)
+        for part, saved in zip(state.cache.parts, self.parts, strict=True):
+            part[:, slot, :, :length].copy_(saved[:, :, :length], non_blocking=True)
+        state.hidden[slot].copy_(self.hidden, non_blocking=True)
+        state.lengths[slot] = length
+
+    def fits(self, state: DecodeState) -> bool:
+        """Whether it holds anything, and that in the form of this state's cache."""
+        own = state.cache.parts
+        return (
+            0 < self.length <= state.capacity
+            and len(self.parts) == len(own)
+            and all(
+                part.dtype == cache.dtype
+                and part.shape == (cache.shape[0], cache.shape[2], self.length, *cache.shape[4:])
+                for part, cache in zip((*self.parts,), own, strict=True)
+            )
+            and (self.hidden.dtype, self.hidden.shape)
+            == (state.hidden.dtype, state.hidden.shape[1:])
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (*self.parts, self.hidden))
+
+
+def _to_host(part: Tensor) -> Tensor:
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    return copy.copy_(part)
+
+
+class PrefixCache:
+    """Snapshots of openings that many conversations share, such as a voice: the least recently used
+    goes first.
+
+    Args:
+        budget: bytes to hold at most.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[bytes, Snapshot] = OrderedDict()
+
+    def get(self, ids: Tensor) -> Snapshot | None:
+        """The snapshot of exactly these ids [C + 1, n G]."""
+        key = _key(ids)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, ids: Tensor, snapshot: Snapshot) -> None:
+        if snapshot.nbytes > self.budget:
+            return
+        self._entries[_key(ids)] = snapshot
+        while self.nbytes > self.budget:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+
+def _key(ids: Tensor) -> bytes:
+    return ids.cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,178 @@
+"""Everything that changes while decoding: caches, positions, the last group, counters. Passed in,
+never global."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.kernels.kv_cache import LayerKV
+from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
+
+NO_POSITION = -1
+"""Length of the scratch row: a step appends nothing for it and leaves it where it is."""
+
+
+@dataclass
+class KVCache:
+    """Preallocated keys and values of B slots.
+
+    k, v [L, B, Hkv, S, Dh]; with k_scales and v_scales [L, B, Hkv, S] they are int8, see `LayerKV`.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls,
+        config: TransformerConfig,
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantized: bool = False,
+    ) -> "KVCache":
+        shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
+        k, v = (
+            torch.empty(shape, dtype=torch.int8 if quantized else dtype, device=device)
+            for _ in range(2)
+        )
+        if not quantized:
+            return cls(k, v)
+        k_scales, v_scales = (
+            torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)
+        )
+        return cls(k, v, k_scales, v_scales)
+
+    @property
+    def capacity(self) -> int:
+        """Positions a slot can hold."""
+        return self.k.shape[3]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All that a slot holds, each [L, B, Hkv, S, ...]."""
+        return tuple(x for x in (self.k, self.v, self.k_scales, self.v_scales) if x is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(part.nbytes for part in self.parts)
+
+    def layer(self, index: int) -> LayerKV:
+        scales = (None if x is None else x[index] for x in (self.k_scales, self.v_scales))
+        return LayerKV(self.k[index], self.v[index], *scales)
+
+
+def kv_bytes(
+    config: TransformerConfig,
+    slots: int,
+    capacity: int,
+    dtype: torch.dtype,
+    quantized: bool = False,
+) -> int:
+    """`nbytes` of a cache of these dimensions, from shapes alone."""
+    head = (
+        config.head_dim + torch.float32.itemsize if quantized else config.head_dim * dtype.itemsize
+    )
+    return 2 * config.layers * slots * config.kv_heads * capacity * head
+
+
+@dataclass
+class DecodeState:
+    """B slots, and after them one scratch row that pads a batch to the size of a captured graph.
+
+    Tensors stay where they are for the life of the state, and a group changes nothing else, so a
+    graph may be replayed.
+
+    cache: the backbone's. patch_cache: the patch decoder's, its rows in the order of the call, used
+    within one patch; rows int64 [B + 1] numbers them and patch_starts int64 [steps, B + 1] holds
+    their position at each step. lengths int64 [B + 1]: positions that a slot holds. hidden [B + 1,
+    D]: the backbone's last hidden state. text int64 [B + 1], codes int64 [B + 1, C, G], patches [B
+    + 1, D]: the group sampled last and the patch encoder's output for it, which the next step
+    feeds; codes and patches count where the text is `<|empty|>`. seeds, draws int64 [B + 1]: random
+    key, and how many groups have been drawn; together they name every draw.
+    text_sampler, code_sampler: settings of each slot. banned bool [B + 1, V]: text ids that may not
+    be drawn.
+    """
+
+    cache: KVCache
+    patch_cache: KVCache
+    rows: Tensor
+    patch_starts: Tensor
+    lengths: Tensor
+    hidden: Tensor
+    text: Tensor
+    codes: Tensor
+    patches: Tensor
+    seeds: Tensor
+    draws: Tensor
+    text_sampler: SamplerTensors
+    code_sampler: SamplerTensors
+    banned: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        config: LMConfig,
+        seeds: Sequence[int],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantized_cache: bool = False,
+    ) -> "DecodeState":
+        slots, dim = len(seeds), config.backbone.dim
+        rows = slots + 1
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        steps = torch.arange(config.patch_steps, device=device)
+        lengths = zeros()
+        lengths[slots] = NO_POSITION
+        return cls(
+            cache=KVCache.allocate(
+                config.backbone, slots, capacity, dtype, device, quantized_cache
+            ),
+            patch_cache=KVCache.allocate(
+                config.patch_decoder, rows, config.patch_steps, dtype, device
+            ),
+            rows=torch.arange(rows, device=device),
+            patch_starts=steps[:, None].expand(-1, rows).contiguous(),
+            lengths=lengths,
+            hidden=zeros(dim, dtype=dtype),
+            text=zeros(),
+            codes=zeros(config.channels, config.group_size),
+            patches=zeros(dim, dtype=dtype),
+            seeds=torch.tensor([*seeds, 0], dtype=torch.int64, device=device),
+            draws=zeros(),
+            text_sampler=_any_settings(rows, device),
+            code_sampler=_any_settings(rows, device),
+            banned=zeros(config.vocab_size, dtype=torch.bool),
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.cache.k.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Positions a slot can hold."""
+        return self.cache.capacity
+
+    def set_samplers(self, slot: int, text: MiMoSampler, codes: MiMoSampler) -> None:
+        """Settings of a slot's draws."""
+        device = self.lengths.device
+        self.text_sampler.write(slot, sampler_tensors([text], device))
+        self.code_sampler.write(slot, sampler_tensors([codes], device))
+
+
+def _any_settings(rows: int, device: torch.device) -> SamplerTensors:
+    """Settings to be overwritten row by row, of which the host claims to know nothing."""
+    return replace(sampler_tensors([GREEDY] * rows, device), all_greedy=False, any_top_k=True)

@@ -1,0 +1,66 @@
+"""Whole sequences whose groups are all known: what decoding would have thought of each, computed at
+once.
+
+Training and the comparison of models need it. The layers are those of decoding, over all positions
+instead of a cache, and on the plain torch path gradients pass through them.
+"""
+
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels.matmul.product import Weight, matmul
+from mimo_fast.kernels.patch_embed import patch_embed
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.transformer import Attend, self_attend, transformer
+
+
+def hidden_states(
+    lm: LM, text: Tensor, codes: Tensor, projections: list[Tensor] | None = None
+) -> Tensor:
+    """Backbone over B sequences from position 0 on: text [B, T] (one id a group), codes [B, T, C,
+    G] -> [B, T, D].
+
+    Row t is what group t + 1 is drawn from. Shorter sequences are filled up at their end, where
+    nothing sees it.
+    projections: collects each layer's queries, keys and values, [B, T, (H + 2 Hkv) Dh], without
+    positions.
+    """
+    config = lm.config.backbone
+    x = lm.embed(text.flatten(), codes.flatten(0, 1)).unflatten(0, text.shape)
+    attend = self_attend(config, lm.backbone_rope, causal=True)
+    return transformer(x, lm.backbone, config.norm_eps, _collecting(attend, projections))
+
+
+def _collecting(attend: Attend, projections: list[Tensor] | None) -> Attend:
+    if projections is None:
+        return attend
+
+    def collect(layer: int, qkv: Tensor) -> Tensor:
+        projections.append(qkv)
+        return attend(layer, qkv)
+
+    return collect
+
+
+def code_logits(lm: LM, hidden: Tensor, codes: Tensor) -> list[Tensor]:
+    """Patch decoder over N known patches: hidden [N, D] and the codes [N, C, G] drawn from it ->
+    [N, G, V_c] a channel.
+
+    They include the logit of the empty code, which is never drawn.
+    """
+    config = lm.config
+    decoder, patches = config.patch_decoder, len(codes)
+    # What each step drew: channel c's frames from step delays[c] on, and nothing (the empty code)
+    # elsewhere.
+    drawn = lm.empty_codes.repeat(patches, config.patch_steps, 1).transpose(1, 2)
+    for channel, delay in enumerate(config.delays):
+        drawn[:, channel, delay : delay + config.group_size] = codes[:, channel]
+    fed = patch_embed(drawn, lm.decoder_embeddings, lm.code_offsets, lm.empty_codes)
+    x = torch.cat((lm.local_hidden(hidden)[:, None], fed[:, :-1]), dim=1)
+    attend = self_attend(decoder, lm.decoder_rope, causal=True)
+    out = transformer(x, lm.patch_decoder, decoder.norm_eps, attend)
+    heads = lm.code_heads.split(config.code_sizes)
+    return [
+        matmul(out[:, delay : delay + config.group_size], Weight.stack([head]))
+        for delay, head in zip(config.delays, heads, strict=True)
+    ]

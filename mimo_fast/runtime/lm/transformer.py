@@ -1,0 +1,116 @@
+"""The one Qwen2-style transformer: backbone, patch encoder and patch decoder differ only in weights
+and attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import TransformerConfig
+from mimo_fast.kernels.attention import attention, rotary_attention
+from mimo_fast.kernels.decode_attention import decode_attention
+from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight, matmul
+from mimo_fast.kernels.norm import RMSNorm, rms_norm
+from mimo_fast.kernels.rope import rope_append
+from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.lm.state import KVCache
+
+AnyWeight = Weight | QuantizedWeight
+
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, qkv [N, T, (H + 2 Hkv) Dh]) -> [N, T, H Dh]."""
+
+GetTensor = Callable[[str], Tensor]
+"""Tensor by upstream's name, already on its device and in its dtype."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attention_norm: Tensor
+    qkv: AnyWeight
+    out: AnyWeight
+    ffn_norm: Tensor
+    gate_up: AnyWeight
+    down: AnyWeight
+
+
+@dataclass(frozen=True)
+class TransformerWeights:
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+
+
+def transformer_weights(
+    prefix: str, config: TransformerConfig, source: WeightSource
+) -> TransformerWeights:
+    def layer(name: str) -> LayerWeights:
+        return LayerWeights(
+            attention_norm=source(f"{name}.input_layernorm.weight"),
+            qkv=source.weight(*(f"{name}.self_attn.{part}_proj" for part in "qkv"), bias=True),
+            out=source.weight(f"{name}.self_attn.o_proj"),
+            ffn_norm=source(f"{name}.post_attention_layernorm.weight"),
+            gate_up=source.weight(*(f"{name}.mlp.{part}_proj" for part in ("gate", "up"))),
+            down=source.weight(f"{name}.mlp.down_proj"),
+        )
+
+    layers = tuple(layer(f"{prefix}.layers.{i}") for i in range(config.layers))
+    return TransformerWeights(layers, source(f"{prefix}.norm.weight"))
+
+
+def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
+    """x [N, T, D] -> final-normed hidden states [N, T, D]."""
+    for i, layer in enumerate(weights.layers):
+        qkv = matmul(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
+        x = matmul(attend(i, qkv), layer.out, residual=x)
+        gated = matmul(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
+        x = matmul(gated, layer.down, residual=x)
+    return rms_norm(x, weights.norm, eps)
+
+
+def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Attend:
+    """Each of N sequences attends to itself, positions 0 ... T - 1."""
+
+    def attend(_layer: int, qkv: Tensor) -> Tensor:
+        return rotary_attention(qkv, table, config.heads, config.kv_heads, causal)
+
+    return attend
+
+
+def cached_attend(
+    config: TransformerConfig,
+    table: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    starts: Tensor,
+    max_length: int,
+) -> Attend:
+    """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends
+    up to there.
+
+    slots, starts: int64 [R] on the cache's device, read there alone. max_length: see
+    `decode_attention`.
+    """
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        return decode_attention(
+            qkv, table, cache.layer(layer), slots, starts, config.heads, max_length
+        )
+
+    return attend
+
+
+def prefill_attend(
+    config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int
+) -> Attend:
+    """T new positions of one slot: qkv [1, T, ...] is appended from `start` on and attends causally
+    to the slot."""
+    slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        layer_cache = cache.layer(layer)
+        q = rope_append(qkv, table, layer_cache, slots, starts, config.heads)
+        k, v = layer_cache.read(slot, start + qkv.shape[1], qkv.dtype)
+        return attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+
+    return attend

@@ -1,0 +1,257 @@
+"""Checkpoint directories -> language model, codec and tokenizer on a device."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
+from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
+from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.errors import CheckpointError
+from mimo_fast.quantization import (
+    FOREIGN_KEY,
+    Format,
+    QuantizationConfig,
+    WeightSource,
+    stored_formats,
+    stored_shapes,
+)
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.lm.graphs import wanted
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.memory import (
+    DEFAULT_BATCH,
+    OFFLOADABLE,
+    Setup,
+    check_memory,
+    free_bytes,
+    largest_batch,
+)
+from mimo_fast.text.tokenizer import Tokenizer
+
+PathLike = str | os.PathLike[str]
+
+
+class HubOptions(TypedDict, total=False):
+    """Where and how hub ids are looked up; as in huggingface_hub."""
+
+    revision: str | None
+    codec_revision: str | None
+    cache_dir: PathLike | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+class LoadOptions(HubOptions, total=False):
+    """How much memory a model may take, besides where it is found.
+
+    max_batch: replies decoded at once; None: as many as fit, at most 4. max_seq_len: groups that a
+    conversation may have; None: the model's context. kv_cache: "int8" for keys and values in half
+    the memory, None for the dtype's own.
+    offload: "text_embeddings" and "codec_encoder" may stay in host memory.
+    """
+
+    max_batch: int | None
+    max_seq_len: int | None
+    kv_cache: str | None
+    offload: Iterable[str]
+
+
+def load_parts(
+    lm: PathLike,
+    codec: PathLike,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    quantization: Any,
+    options: LoadOptions,
+) -> tuple[LM, Codec, Tokenizer, Setup]:
+    """Both checkpoints are found and checked whole, and their memory counted, before anything is
+    put on the device."""
+    requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
+    target = default_device() if device is None else torch.device(device)
+    for_codec = LoadOptions(**options)
+    for_codec["revision"] = options.get("codec_revision")
+    lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
+    lm_config, lm_weights, stored = open_lm(lm_dir)
+    codec_config, codec_weights = open_codec(codec_dir)
+    _check_pair(lm_config, codec_config)
+    tokenizer = Tokenizer.from_directory(lm_dir)
+    tokenizer.check_vocab(lm_config.vocab_size)
+    chosen = parse_dtype(dtype)
+    if chosen is None and target.type == "cuda":
+        chosen = torch.bfloat16
+    elif (
+        chosen is None
+        and target.type == "cpu"
+        and lm_weights.dtype("model.norm.weight") == torch.float16
+    ):
+        # Few CPUs compute in it.
+        chosen = torch.float32
+    # Norms are never quantized: their type is the checkpoint's.
+    lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
+    codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
+    formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
+    codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
+    setup = Setup(
+        lm_config,
+        codec_config,
+        lm_dtype,
+        codec_dtype,
+        formats,
+        codec_formats,
+        mapped=target.type == "cpu",
+        graphs=wanted(target),
+    )
+    setup = planned(setup, target, options)
+    tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
+    # On a terminal only.
+    with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
+        offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
+        read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
+        source = WeightSource(read, lm_dtype, stored, requested)
+        language_model = LM(lm_config, tokenizer.special.empty, source)
+        read = _reader(codec_weights, target, bar)
+        codebooks = WeightSource(read, torch.float32)
+        audio_codec = Codec(
+            codec_config, WeightSource(read, chosen, requested=codec_requested), codebooks
+        )
+    if "codec_encoder" in setup.offload:
+        audio_codec.offload_encoder()
+    return language_model, audio_codec, tokenizer, setup
+
+
+def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
+    """The setup that the options ask for.
+
+    Raises:
+        ValueError: an option is out of range. DeviceMemoryError: the device has not so much memory
+            free.
+    """
+    longest, wanted, batch = (
+        setup.lm.max_positions,
+        options.get("max_seq_len"),
+        options.get("max_batch"),
+    )
+    cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
+    if wanted is not None and not 2 <= wanted <= longest:
+        raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"max_batch must be at least 1, not {batch}")
+    if cache not in (None, "int8"):
+        raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
+    if unknown := offload - set(OFFLOADABLE):
+        raise ValueError(
+            f"nothing called {', '.join(sorted(unknown))} to offload: use {', '.join(OFFLOADABLE)}"
+        )
+    setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
+    free = free_bytes(device)
+    if free is None:
+        return replace(setup, max_batch=batch or DEFAULT_BATCH)
+    setup = replace(setup, max_batch=batch or largest_batch(setup, free))
+    check_memory(setup, free, f"the {'GPU' if device.type == 'cuda' else 'machine'}")
+    return setup
+
+
+def _split_parts(
+    requested: QuantizationConfig | None,
+) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
+    """What is asked for the language model, which may be stored quantized, and for the codec; None
+    for nothing."""
+    if requested is None:
+        return None, None
+    parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
+    dense = QuantizationConfig()
+    language_model, codec = (None if part == dense else part for part in parts)
+    return language_model, codec
+
+
+def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
+    """Every code but the empty one, which comes last, must be a row of the codec's codebook."""
+    sizes = codec.codebook_sizes
+    if lm.channels > len(sizes):
+        problem = (
+            f"the language model speaks {lm.channels} codebooks and the codec has {len(sizes)}"
+        )
+        raise CheckpointError(f"{problem}: they do not belong together")
+    for channel, (size, empty) in enumerate(zip(lm.code_sizes, lm.empty_codes, strict=True)):
+        if not size - 1 == empty == sizes[channel]:
+            raise CheckpointError(
+                f"codebook {channel} has {sizes[channel]} codes in the codec and {size} with the empty code {empty} in "
+                "the language model: they do not belong together"
+            )
+
+
+def find(source: PathLike, hub: HubOptions) -> Path:
+    return find_checkpoint(
+        source,
+        revision=hub.get("revision"),
+        cache_dir=hub.get("cache_dir"),
+        token=hub.get("token"),
+        local_files_only=hub.get("local_files_only", False),
+    )
+
+
+def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
+    """Config, weights and formats of quantized matrices of a language model; every tensor's name
+    and shape checked."""
+    path = directory / "config.json"
+    raw = read_json(path)
+    if raw.get(FOREIGN_KEY):
+        raise CheckpointError(
+            f"{directory} was quantized by another tool: convert it with "
+            f"`mimo-fast quantize {directory} OUT` and load OUT"
+        )
+    config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
+    weights = open_weights(directory)
+    weights.validate(stored_shapes(lm_shapes(config), stored))
+    return config, weights, stored
+
+
+def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
+    """Config and weights of a codec, every tensor's name and shape checked."""
+    config = CodecConfig.from_dict(
+        read_json(directory / "config.json"), str(directory / "config.json")
+    )
+    weights = open_weights(directory)
+    weights.validate(codec_shapes(config), optional=codec_training_state(config))
+    return config, weights
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype from itself or its name ("bfloat16", "bf16", ...)."""
+    short = {
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "half": "float16",
+        "fp32": "float32",
+        "float": "float32",
+    }
+    chosen = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    return chosen
+
+
+def _reader(
+    weights: Weights, device: torch.device, bar: Any, on_host: str | None = None
+) -> Callable[[str], Tensor]:
+    """Reads to the device, but for names that begin with `on_host`, which a GPU then reads where
+    they are."""
+
+    def read(name: str) -> Tensor:
+        bar.update(1)
+        if on_host and name.startswith(on_host) and device.type == "cuda":
+            return weights.get(name, device="cpu").pin_memory()
+        return weights.get(name, device=device)
+
+    return read

@@ -1,0 +1,1 @@
+"""What tests and `verify` compare with: ground truth, oracles, synthetic models."""

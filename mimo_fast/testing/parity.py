@@ -1,0 +1,351 @@
+"""Every stage of the pipeline against ground truth of the parity kit's form
+(tests/golden/README.md), on this machine.
+
+Bounds are the numeric contract: codes, prompts and greedy tokens exactly; log-mel 1e-4; embeddings,
+logits and hidden states 1e-3 of their largest value; waveforms 80 dB; streams at least as close to
+one-shot decoding as upstream's.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.mel import log_mel
+from mimo_fast.errors import CheckpointError
+from mimo_fast.generation import generate
+from mimo_fast.kernels.sample import filter_scores
+from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
+
+LOG_MEL_BOUND = 1e-4
+FFT_ROUNDING = 1e-6
+"""Of a frame's largest magnitude: 8 units in the last place of float32."""
+
+Errors = Iterator[tuple[str, float]]
+"""(golden tensor, error) pairs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One stage: its largest error, the golden tensor it occurred in, and the bound that error must
+    not exceed."""
+
+    stage: str
+    error: float
+    bound: float
+    unit: str
+    worst: str
+    compared: int
+
+    @property
+    def ok(self) -> bool:
+        return self.compared > 0 and self.error <= self.bound
+
+
+class Golden:
+    """Ground truth of one checkpoint, and which of its tensors have been compared."""
+
+    def __init__(self, directory: Path) -> None:
+        folder = next(
+            (d for d in (directory, directory / "golden") if (d / "golden.json").is_file()), None
+        )
+        if folder is None:
+            raise CheckpointError(
+                f"no golden.json in {directory} or {directory / 'golden'}: not a parity kit"
+            )
+        audio = next((d for d in (folder / "audio", folder.parent / "audio") if d.is_dir()), None)
+        if audio is None:
+            raise CheckpointError(
+                f"no audio folder in {folder} or beside it: not a whole parity kit"
+            )
+        try:
+            self.meta = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+            self.tensors = {
+                f"{file}:{name}": tensor
+                for file in ("codec", "prompts", "model")
+                for name, tensor in load_file(folder / f"{file}.safetensors").items()
+            }
+            self.audio = [audio / name for name in self.meta["audio"]]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"the parity kit in {folder} cannot be read: {error}") from error
+        self.compared: set[str] = set()
+
+    def named(self, prefix: str) -> list[str]:
+        """Suffixes of the tensors called prefix.suffix, "codec:mel" -> ["0", "1", "2"]."""
+        return sorted(
+            name.removeprefix(f"{prefix}.")
+            for name in self.tensors
+            if name.startswith(f"{prefix}.")
+        )
+
+    def get(self, name: str) -> Tensor:
+        self.compared.add(name)
+        return self.tensors[name]
+
+
+def verify(model: MimoAudio, golden: Golden) -> Iterator[Result]:
+    """Runs the stages one after the other."""
+    for stage, (compare, bound, unit) in STAGES.items():
+        errors = list(compare(model, golden))
+        # NaN must win the maximum.
+        worst, error = max(
+            errors,
+            key=lambda pair: (pair[1] != pair[1], pair[1]),
+            default=("nothing to compare", 0.0),
+        )
+        yield Result(stage, error, bound, unit, worst.partition(":")[2] or worst, len(errors))
+
+
+def _max_abs(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return torch.inf
+    return (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return _max_abs(got, want) / max(want.double().abs().max().item(), 1e-30)
+
+
+def _differing(got: Tensor, want: Tensor) -> float:
+    return torch.inf if got.shape != want.shape else float((got.cpu() != want).sum())
+
+
+def _noise_db(got: Tensor, want: Tensor) -> float:
+    """Noise relative to the signal in dB: minus the SNR."""
+    if got.shape != want.shape:
+        return torch.inf
+    noise = (got.cpu().double() - want.double()).square().sum()
+    return (
+        (10 * torch.log10(noise / want.double().square().sum())).item()
+        if noise != 0
+        else -torch.inf
+    )
+
+
+def _resample(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:wav24k"):
+        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate)
+        yield f"codec:wav24k.{i}", _max_abs(wav, golden.get(f"codec:wav24k.{i}"))
+
+
+def _mel(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:mel"):
+        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate).to(model.device)
+        yield (
+            f"codec:mel.{i}",
+            _log_error(log_mel(wav, model.codec.config), golden.get(f"codec:mel.{i}")),
+        )
+
+
+def _log_error(got: Tensor, want: Tensor) -> float:
+    """Largest difference of the logarithms [T, n_mels], but for what the FFT's own rounding
+    explains.
+
+    Float32 FFTs of different libraries and instruction sets disagree by a few units in the last
+    place of a frame's
+    largest magnitude, which the logarithm blows up in bands far below it: a difference of
+    FFT_ROUNDING of that magnitude counts as LOG_MEL_BOUND, a smaller one as less.
+    """
+    if got.shape != want.shape:
+        return torch.inf
+    got, want = got.cpu().double(), want.double()
+    magnitudes, wanted = got.exp(), want.exp()
+    of_peak = (magnitudes - wanted).abs() / wanted.amax(-1, keepdim=True)
+    return torch.minimum((got - want).abs(), of_peak / FFT_ROUNDING * LOG_MEL_BOUND).max().item()
+
+
+def _encoder(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:enc_hidden"):
+        hidden = model.codec.encode_mel(golden.get(f"codec:mel.{i}").to(model.device))
+        yield f"codec:enc_hidden.{i}", _relative(hidden, golden.get(f"codec:enc_hidden.{i}"))
+
+
+def _codes(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:codes"):
+        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate)
+        yield (
+            f"codec:codes.{i}",
+            _differing(model.codec.encode(wav), golden.get(f"codec:codes.{i}")),
+        )
+        quantized = model.codec.quantize(golden.get(f"codec:enc_hidden.{i}").to(model.device))
+        yield f"codec:codes.{i}", _differing(quantized, golden.get(f"codec:codes.{i}"))
+
+
+def _packed(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:packed"):
+        packed = model.preprocess_input(str(golden.audio[int(i)]))
+        yield f"codec:packed.{i}", _differing(packed, golden.get(f"codec:packed.{i}"))
+
+
+def _dequantize(model: MimoAudio, golden: Golden) -> Errors:
+    for i in golden.named("codec:rvq_sum8"):
+        total = model.codec.dequantize(golden.get(f"codec:codes.{i}")[: model.audio_channels])
+        yield f"codec:rvq_sum8.{i}", _relative(total, golden.get(f"codec:rvq_sum8.{i}"))
+
+
+def _decoder(model: MimoAudio, golden: Golden) -> Errors:
+    for name, count in (("wav_dec8", model.audio_channels), ("wav_decall", None)):
+        for i in golden.named(f"codec:{name}"):
+            wav = model.codec.decode(golden.get(f"codec:codes.{i}")[:count])
+            yield f"codec:{name}.{i}", _noise_db(wav, golden.get(f"codec:{name}.{i}"))
+    codes = golden.get("codec:stream_codes")
+    yield (
+        "codec:stream_oneshot",
+        _noise_db(model.codec.decode(codes), golden.get("codec:stream_oneshot")),
+    )
+
+
+def _stream(model: MimoAudio, golden: Golden) -> Errors:
+    """How far a stream is from one-shot decoding, beyond upstream's own; the norms over time make
+    neither equal."""
+    oneshot = golden.get("codec:stream_oneshot")
+    for size in golden.named("codec:stream_wav"):
+        *chunks, last = golden.get("codec:stream_codes").split(int(size), dim=1)
+        stream = model.codec.stream()
+        wav = torch.cat([*(stream.push(chunk) for chunk in chunks), stream.finish(last)])
+        if len(wav) != int(golden.get(f"codec:stream_lens.{size}").sum()):
+            yield f"codec:stream_lens.{size}", torch.inf
+        upstream = _noise_db(golden.get(f"codec:stream_wav.{size}"), oneshot)
+        yield f"codec:stream_wav.{size}", _noise_db(wav, oneshot) - upstream
+
+
+def _prompts(model: MimoAudio, golden: Golden) -> Errors:
+    for name in sorted(golden.meta["prompts"]):
+        ids = golden_prompt(model, golden.meta["prompts"][name], golden.audio)
+        yield f"prompts:{name}", _differing(ids, golden.get(f"prompts:{name}"))
+
+
+def golden_prompt(model: MimoAudio, call: dict[str, Any], audio: list[Path]) -> Tensor:
+    """The prompt that one entry of golden.json asks for; every template is the first of its
+    list."""
+    given = dict(call)
+    method, path = given.pop("method"), lambda key: str(audio[given.pop(key)])
+    if "prompt_speech" in given:
+        given["prompt_speech"] = path("prompt_speech")
+    if method == "asr_sft":
+        return model.get_asr_sft_prompt(path("audio"), template=0)
+    if method == "tts_sft":
+        return model.get_tts_sft_prompt(given.pop("text"), template=0, **given)
+    if method == "audio_understanding_sft":
+        return model.get_audio_understanding_sft_prompt(path("audio"), given.pop("text"), **given)
+    if method == "in_context_learning_s2s":
+        examples = [
+            {
+                **example,
+                **{key: str(audio[example[key]]) for key in ("input_audio", "output_audio")},
+            }
+            for example in given["examples"]
+        ]
+        return model.get_in_context_learning_s2s_prompt(
+            given["instruction"], examples, path("audio")
+        )
+    build = getattr(model, f"get_{method.replace('speech2text', 's2t')}_prompt")
+    if "messages" in given:
+        return build([_message(message, audio) for message in given.pop("messages")], **given)
+    return build(given.pop("text") if "text" in given else path("audio"), **given)
+
+
+def _message(message: dict[str, Any], audio: list[Path]) -> dict[str, Any]:
+    """golden.json names audio by index; the task methods take upstream's message form."""
+    if "content" in message:
+        return message
+    speech = str(audio[message["audio"]]) if "audio" in message else None
+    both = {"text": message.get("text"), "audio": speech}
+    content = both if None not in both.values() else speech or message["text"]
+    return {"role": message["role"], "content": content}
+
+
+def _prefilled(model: MimoAudio, golden: Golden, name: str) -> Tensor:
+    ids = golden.get(f"prompts:{name}")
+    state = model.lm.new_state([0], ids.shape[1] // model.group_size)
+    model.lm.prefill(ids.long(), state, 0)
+    return state.hidden[:1]
+
+
+def _embeddings(model: MimoAudio, golden: Golden) -> Errors:
+    for name in golden.named("model:embeds"):
+        groups = (
+            golden.get(f"prompts:{name}")
+            .long()
+            .to(model.device)
+            .unflatten(1, (-1, model.group_size))
+        )
+        embeds = model.lm.embed(groups[0, :, 0], groups[1:].transpose(0, 1))
+        yield f"model:embeds.{name}", _relative(embeds, golden.get(f"model:embeds.{name}"))
+
+
+def _logits(model: MimoAudio, golden: Golden) -> Errors:
+    for name in golden.named("model:text_logits"):
+        logits = model.lm.text_logits(_prefilled(model, golden, name))[0]
+        yield (
+            f"model:text_logits.{name}",
+            _relative(logits, golden.get(f"model:text_logits.{name}")),
+        )
+
+
+def _local_hidden(model: MimoAudio, golden: Golden) -> Errors:
+    for name in golden.named("model:local_hidden"):
+        local = model.lm.local_hidden(_prefilled(model, golden, name))[0]
+        yield (
+            f"model:local_hidden.{name}",
+            _relative(local, golden.get(f"model:local_hidden.{name}")),
+        )
+
+
+def _patch_decoder(model: MimoAudio, golden: Golden) -> Errors:
+    local = golden.get("model:local_in").to(model.device, model.lm.dtype)
+    state = model.lm.new_state([0] * len(local), 1)
+    greedy = sampler_tensors([GREEDY] * len(local), model.device)
+    codes = model.lm.decode_patch(local, state, state.rows[: len(local)], greedy)
+    yield "model:local_greedy", _differing(codes.transpose(1, 2), golden.get("model:local_greedy"))
+
+
+def _sampler(model: MimoAudio, golden: Golden) -> Errors:
+    for size in golden.named("model:sampler_logits"):
+        logits = golden.get(f"model:sampler_logits.{size}")
+        for j, setting in enumerate(golden.meta["sampler_settings"]):
+            settings = sampler_tensors([MiMoSampler(True, **setting)] * len(logits), model.device)
+            kept = filter_scores(logits.to(model.device), settings).cpu() > -torch.inf
+            want = golden.get(f"model:sampler_kept.{size}.{j}").bool()
+            # Of equal logits at the threshold upstream's sort keeps arbitrary ones: compare values,
+            # not places.
+            values = (
+                logits.masked_fill(~mask, -torch.inf).sort(dim=-1).values for mask in (kept, want)
+            )
+            yield f"model:sampler_kept.{size}.{j}", _differing(*values)
+
+
+def _generate(model: MimoAudio, golden: Golden) -> Errors:
+    for name in golden.named("model:generate"):
+        want = golden.get(f"model:generate.{name}")
+        groups = want.shape[1] // model.group_size
+        ids = generate(model, golden.get(f"prompts:{name}").long(), max_new_tokens=groups)
+        yield f"model:generate.{name}", _differing(ids[:, -want.shape[1] :], want)
+
+
+STAGES: dict[str, tuple[Callable[[MimoAudio, Golden], Errors], float, str]] = {
+    "resample": (_resample, 1e-5, "max abs"),
+    "log-mel": (_mel, LOG_MEL_BOUND, "max abs"),
+    "codec encoder": (_encoder, 1e-3, "of max"),
+    "codes": (_codes, 0, "differ"),
+    "packed codes": (_packed, 0, "differ"),
+    "dequantize": (_dequantize, 1e-3, "of max"),
+    "codec decoder": (_decoder, -80, "dB noise"),
+    "codec stream": (_stream, 0, "dB lost"),
+    "prompts": (_prompts, 0, "differ"),
+    "embeddings": (_embeddings, 1e-3, "of max"),
+    "text logits": (_logits, 1e-3, "of max"),
+    "local hidden": (_local_hidden, 1e-3, "of max"),
+    "patch decoder": (_patch_decoder, 0, "differ"),
+    "sampler": (_sampler, 0, "differ"),
+    "generate": (_generate, 0, "differ"),
+}
+"""Name -> (comparison, bound on its error, unit of the error)."""

@@ -1,0 +1,249 @@
+"""Text <-> ids, with the special tokens of MiMo-Audio.
+
+tokenizer.json is taken as it is, as upstream's pinned transformers (4.49) takes it; transformers 5
+replaces its pre-tokenizer by that of the class named in tokenizer_config.json, which for the
+published files is the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from mimo_fast.config import read_json
+from mimo_fast.errors import CheckpointError, PromptError
+
+MODEL_TOKENS = {
+    "sosp": "<|sosp|>",
+    "eosp": "<|eosp|>",
+    "empty": "<|empty|>",
+    "human": "<|Human|>",
+    "speech_lm": "<|SpeechLM|>",
+    "sostm": "<|sostm|>",
+    "eostm": "<|eostm|>",
+    "eot": "<|eot|>",
+}
+"""Upstream adds those that are absent, in this order, and so decides their ids
+(`MimoAudio.__init__`)."""
+
+CHAT_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
+
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+TRAINED_WORDS = "trained_words"
+"""Our key of tokenizer_config.json: a list of lower-case words."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning to the model: speech and stream bounds, the audio marker, chat bounds,
+    stop and padding."""
+
+    sosp: int
+    eosp: int
+    empty: int
+    human: int
+    speech_lm: int
+    sostm: int
+    eostm: int
+    eot: int
+    im_start: int
+    im_end: int
+    eos: int
+    pad: int
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer of the `tokenizers` package. Ids equal those that transformers
+    gives.
+
+    Args:
+        backend: is changed: tokens that `config` or the model needs are added, truncation and
+            padding turned off.
+        config: content of tokenizer_config.json, and of special_tokens_map.json where that lacks a
+            key.
+        source: what to call it in errors.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict[str, Any], source: str = "the tokenizer"
+    ) -> None:
+        self._backend, self._config, self._source = backend, config, source
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            _add_configured_tokens(backend, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = (
+                f"the special tokens in {source}/tokenizer_config.json are malformed ({error!r})"
+            )
+            raise CheckpointError(f"{problem}: download the file again") from error
+        backend.add_special_tokens(
+            [token for token in MODEL_TOKENS.values() if backend.token_to_id(token) is None]
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | PathLike[str]) -> "Tokenizer":
+        """The tokenizer of a checkpoint: tokenizer.json, else vocab.json and merges.txt (which
+        needs transformers).
+
+        Raises:
+            CheckpointError: neither is there, one cannot be read, or transformers is needed and
+                missing.
+            ConfigError: tokenizer_config.json or special_tokens_map.json is not a JSON object.
+        """
+        directory = Path(directory)
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (directory / name).is_file():
+                config |= {
+                    key: value
+                    for key, value in read_json(directory / name).items()
+                    if value is not None
+                }
+        if (path := directory / "tokenizer.json").is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(path))
+            # The only class of error that tokenizers raises.
+            except Exception as error:
+                raise CheckpointError(f"{path} is damaged ({error}): download it again") from error
+        else:
+            backend = _from_vocabulary(directory)
+        return cls(backend, config, str(directory))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it are recognised, and none is added.
+
+        Raises:
+            PromptError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text holds a broken character at position {error.start}: remove it"
+            ) from error
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids. Ids outside the vocabulary give nothing, and bytes that are no character
+        give U+FFFD."""
+        known = [i for i in ids if 0 <= i < 2**32]
+        return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
+
+    def id(self, token: str) -> int:
+        """Id of a token. Raises CheckpointError where the vocabulary lacks it."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise CheckpointError(
+                f"{self._source} has no token {token}: use the tokenizer files of the checkpoint"
+            )
+        return int(found)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; where the vocabulary has gaps, the largest id is
+        larger."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def trained_words(self) -> frozenset[str]:
+        """The only words that the model was trained on, where tokenizer_config.json states them;
+        else none."""
+        return frozenset(self._config.get(TRAINED_WORDS) or ())
+
+    @cached_property
+    def eos_id(self) -> int:
+        return self._named_id("eos_token")
+
+    @cached_property
+    def pad_id(self) -> int:
+        return self._named_id("pad_token")
+
+    @cached_property
+    def special(self) -> SpecialIds:
+        ids = {name: self.id(token) for name, token in (MODEL_TOKENS | CHAT_TOKENS).items()}
+        return SpecialIds(**ids, eos=self.eos_id, pad=self.pad_id)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises CheckpointError where a token's id is not below the LM's vocab_size."""
+        token, largest = max(self._backend.get_vocab().items(), key=lambda item: item[1])
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"{self._source}: token {token!r} has id {largest}, but the LM has vocab_size "
+                f"{vocab_size}: use the tokenizer that belongs to this checkpoint"
+            )
+
+    def _named_id(self, name: str) -> int:
+        token = _content(self._config.get(name))
+        if not token:
+            raise CheckpointError(
+                f"{self._source} names no {name}: set it in its tokenizer_config.json"
+            )
+        return self.id(token)
+
+
+def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
+    if not (directory / "vocab.json").is_file() or not (directory / "merges.txt").is_file():
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json, nor vocab.json with merges.txt: add tokenizer.json"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        problem = (
+            f"{directory} has no tokenizer.json, and vocab.json with merges.txt needs transformers"
+        )
+        raise CheckpointError(f"{problem}: pip install mimo-fast[transformers]") from error
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+    # transformers raises whatever the parser it picked happens to raise.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"cannot read vocab.json of {directory} ({reason}): add a tokenizer.json"
+        ) from error
+
+
+def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Adds what transformers adds: `added_tokens_decoder` by its ids, then named and additional
+    special tokens."""
+    listed = config.get("added_tokens_decoder") or {}
+    for entry in (entry for _, entry in sorted(listed.items(), key=lambda item: int(item[0]))):
+        flags = {
+            name: bool(entry[name])
+            for name in ("single_word", "lstrip", "rstrip", "normalized")
+            if name in entry
+        }
+        token = AddedToken(_content(entry), special=bool(entry.get("special")), **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    named = [config.get(name) for name in NAMED_TOKENS]
+    # transformers 5 writes the additional ones as a list under extra_special_tokens; 4 has a
+    # mapping of names there.
+    extra = config.get("extra_special_tokens") or ()
+    more = [
+        *(config.get("additional_special_tokens") or ()),
+        *(extra.values() if isinstance(extra, dict) else extra),
+    ]
+    tokens = [_content(token) for token in (*named, *more)]
+    backend.add_special_tokens(
+        [token for token in tokens if token and backend.token_to_id(token) is None]
+    )
+
+
+def _content(token: Any) -> str:
+    """A special token's text: config files give it as a string or as an object."""
+    return str(token["content"]) if isinstance(token, dict) else str(token or "")
