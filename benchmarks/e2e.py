@@ -222,6 +222,7 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
             audio_group=vars(times.audio),
             audio_rtf=rtf,
             bytes=work.audio.bytes,
+            cached_bytes=work.audio.cached,
             floor=dict(zip(parts, floors, strict=True)),
             of_floor=dict(zip(parts, shares, strict=True)),
         )

@@ -220,6 +220,7 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
                 "host_syncs": trace.host_syncs,
                 "launches": trace.launches,
                 "bytes": work.audio.bytes,
+                "cached_bytes": work.audio.cached,
                 "floor": work.floors(machine)[2],
                 "kernels": [asdict(kernel) for kernel in trace.kernels],
                 "ceiling": machine.as_dict(),

@@ -1,17 +1,21 @@
 """What other cards would do, from what one has been measured to do: bytes, bandwidth, and what a
-kernel costs.
+kernel takes besides.
 
-    t = bytes / (published bandwidth x share) + kernels x cost
+    t = bytes / (published bandwidth x share) + kernels x latency
+    latency = (group - bytes / read bandwidth) / kernels
+    share = read bandwidth / published bandwidth
 
-`share` is what part of its published bandwidth the measured card reached while its kernels ran, and
-`cost` what the time of a group holds, for each kernel, beside them:
+with a group's seconds, its bytes and the number of its kernels from a record of kind `profile`, and
+the bandwidth that the same card was just measured to read with. Only the first term depends on the
+bandwidth of a card. The second is what kernels take beyond their bytes (their beginning and end,
+the wait for the first of the data, too few blocks for the card, what the host does between them):
+it is taken to be the same on every card, and none of it to be hidden behind the longer reads of a
+slower one. How long a profiler calls the kernels busy is no part of it: kernels that overlap
+count as busy while they wait for each other. A projection is no measurement.
 
-    cost = (group - busy) / kernels        share = bytes / (busy x published bandwidth)
-
-with a group's seconds (measured without the profiler) and bytes, the number of its kernels, and
-`busy`, the seconds of them all, from a record of kind `profile`. It assumes that another card
-reaches the same share, and launches at the same cost; a projection is no measurement. Without a
-record there is only the floor, bytes / published bandwidth.
+The floor of a card needs no record: bytes / published bandwidth, without those that its last cache
+can keep from one step of the patch decoder to the next (`mimo_fast.bench.floor`). Today's kernels
+keep nothing on purpose, so a projection counts them all.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from functools import cache
 import torch
 
 from benchmarks.measured import Entry, Measured
-from mimo_fast.bench.floor import patch_work
+from mimo_fast.bench.floor import Work, patch_work
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.runtime.memory import GB
 
@@ -37,35 +41,42 @@ SEQUENCE = 8192
 
 @dataclass(frozen=True)
 class Card:
-    """A card's published figures. pattern: what its driver calls it; source: whose document."""
+    """A card's published figures.
+
+    Args:
+        cache_mb: of its L2, in units of 2^20 bytes, as vendors give it.
+        pattern: what its driver calls it.
+        source: whose document.
+    """
 
     name: str
     gb_per_s: int
     gb: int
+    cache_mb: int
     pattern: str
     source: str
 
 
 CARDS = (
-    Card("RTX 3060 12 GB", 360, 12, r"RTX 3060$", "NVIDIA, GeForce RTX 3060 specifications"),
-    Card("RTX 4070", 504, 12, r"RTX 4070$", "NVIDIA, GeForce RTX 4070 specifications"),
-    Card("RTX 4090", 1008, 24, r"RTX 4090$", "NVIDIA, GeForce RTX 4090 specifications"),
-    Card("RTX 5090", 1792, 32, r"RTX 5090$", "NVIDIA, GeForce RTX 5090 specifications"),
-    Card("L4", 300, 24, r"\bL4$", "NVIDIA, L4 datasheet"),
-    Card("A100 SXM 80 GB", 2039, 80, r"A100-SXM4-80GB", "NVIDIA, A100 datasheet"),
-    Card("H100 SXM", 3350, 80, r"H100 80GB HBM3", "NVIDIA, H100 datasheet"),
-    Card("H200 SXM", 4800, 141, r"\bH200$", "NVIDIA, H200 datasheet"),
+    Card("RTX 3060 12 GB", 360, 12, 3, r"RTX 3060$", "NVIDIA, GeForce RTX 3060 specifications"),
+    Card("RTX 4070", 504, 12, 36, r"RTX 4070$", "NVIDIA, GeForce RTX 4070 specifications"),
+    Card("RTX 4090", 1008, 24, 72, r"RTX 4090$", "NVIDIA, GeForce RTX 4090 specifications"),
+    Card("RTX 5090", 1792, 32, 96, r"RTX 5090$", "NVIDIA, GeForce RTX 5090 specifications"),
+    Card("L4", 300, 24, 48, r"\bL4$", "NVIDIA, L4 datasheet"),
+    Card("A100 SXM 80 GB", 2039, 80, 40, r"A100-SXM4-80GB", "NVIDIA, A100 datasheet"),
+    Card("H100 SXM", 3350, 80, 50, r"H100 80GB HBM3", "NVIDIA, H100 datasheet"),
+    Card("H200 SXM", 4800, 141, 50, r"\bH200$", "NVIDIA, H200 datasheet"),
 )
 
 
 @dataclass(frozen=True)
 class Basis:
     """What was measured on a card in a format: the two figures of the formula, and the number of
-    kernels."""
+    kernels. latency: seconds of each."""
 
     profile: Entry
     share: float
-    cost: float
+    latency: float
     kernels: float
 
     @property
@@ -110,24 +121,19 @@ def basis(measured: Measured, quantization: str) -> Basis | None:
     if not found:
         return None
     profile = max(found, key=lambda e: e.date)
-    card, kernels, total = (
-        card_of(profile.device),
-        profile["kernels_a_group"],
-        profile["audio_group"]["p50"],
-    )
+    card, read = card_of(profile.device), profile["ceiling"]["read_Bps"]
     assert card is not None
-    # A profiler makes kernels look longer than they are, but they cannot be longer than the group.
-    busy = min(profile["kernel_seconds"], total)
-    share = sum(profile["bytes"].values()) / (busy * card.gb_per_s * GB)
-    return Basis(profile, share, (total - busy) / kernels, kernels)
+    besides = profile["audio_group"]["p50"] - sum(profile["bytes"].values()) / read
+    kernels = profile["kernels_a_group"]
+    return Basis(profile, read / (card.gb_per_s * GB), max(besides, 0.0) / kernels, kernels)
 
 
 @cache
-def group_bytes(quantization: str) -> int:
-    """Of an audio group at batch 1, from the published dimensions."""
+def group_work(quantization: str, cache_bytes: int) -> Work:
+    """An audio group at batch 1, from the published dimensions."""
     config, _ = preset_configs("7b")
     lm = weightless_lm(config, None if quantization == "bf16" else quantization, torch.bfloat16)
-    return patch_work(lm, POSITIONS).total
+    return patch_work(lm, POSITIONS, cache=cache_bytes)
 
 
 @cache
@@ -138,7 +144,9 @@ def needed_bytes(quantization: str) -> int:
 
 
 def project(card: Card, quantization: str, known: Basis | None) -> Projection:
-    nbytes = group_bytes(quantization)
-    floor = nbytes / (card.gb_per_s * GB)
-    seconds = None if known is None else floor / known.share + known.kernels * known.cost
+    work, bandwidth = group_work(quantization, card.cache_mb * 2**20), card.gb_per_s * GB
+    floor = (work.total - work.cached) / bandwidth
+    seconds = None
+    if known is not None:
+        seconds = work.total / (bandwidth * known.share) + known.kernels * known.latency
     return Projection(card, quantization, floor, seconds, needed_bytes(quantization))

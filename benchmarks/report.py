@@ -40,14 +40,15 @@ replies of a set length: their speed is real, their speech is not. Names of requ
 PROJECTION = """\
 No measurement: what the formula gives for other cards from what one was measured to do.
 
-    t = bytes / (published bandwidth x share) + kernels x cost
-    cost = (group - busy) / kernels        share = bytes / (busy x published bandwidth)
+    t = bytes / (published bandwidth x share) + kernels x latency
+    latency = (group - bytes / read bandwidth) / kernels        share = read bandwidth / published bandwidth
 
-with the seconds and bytes of an audio group, the number of its kernels, and the seconds that they were busy, from its \
-profile ([projection.py](../benchmarks/projection.py)). It takes the other card to reach the same share \
-of its bandwidth, and to launch at the same cost. Where kernels overlap they count as busy all the time, so that what \
-does not depend on the bandwidth is scaled with it too, and a slower card comes out slower than it may be. *Bytes / \
-bandwidth* is the floor that no program beats.
+with the seconds and bytes of an audio group and the number of its kernels from its profile, and the bandwidth that \
+the same card was measured to read with ([projection.py](../benchmarks/projection.py)). Only the first term scales \
+with a card's bandwidth; what kernels take beyond their bytes is taken to be the same on every card, and none of it \
+to be hidden behind the longer reads of a slower one. *Floor* is what no program beats: bytes / published bandwidth, \
+without those of the patch decoder that the card's L2 can keep over its 11 steps, which today's kernels, and so the \
+projection, read again each time.
 """
 
 

@@ -409,6 +409,7 @@ def projection_section(measured: Measured) -> str:
                     card.name,
                     name,
                     f"{card.gb_per_s:,} GB/s",
+                    f"{card.cache_mb} MB",
                     fits,
                     f"floor: {duration(got.floor)}",
                     projected,
@@ -419,21 +420,26 @@ def projection_section(measured: Measured) -> str:
         "card",
         "weights",
         "published bandwidth",
+        "L2",
         f"fits with {SEQUENCE} of context",
-        "bytes / bandwidth",
+        "floor",
         f"an audio group, batch 1, {POSITIONS} of context",
         "measured beside it",
     )
     bases = [_basis(name, found) for name, found in known.items() if found is not None]
     cited = "; ".join(dict.fromkeys(card.source for card in CARDS))
     return "\n\n".join(
-        [table(columns, rows, 2), *bases, f"Bandwidth and memory of the cards: {cited}."]
+        [
+            table(columns, rows, 2),
+            *bases,
+            f"Bandwidth, memory and L2 of the cards: {cited}, and the architectures' white papers.",
+        ]
     )
 
 
 def _basis(name: str, found: Basis) -> str:
     figures = (
-        f"{name}: {share(found.share)} of the published bandwidth, {found.kernels:,.0f} kernels a group at "
-        f"{duration(found.cost)} each. "
+        f"{name}: reads reach {share(found.share)} of the published bandwidth; {found.kernels:,.0f} kernels a group "
+        f"take {duration(found.latency)} each beyond their bytes. "
     )
     return figures + sources([found.profile])

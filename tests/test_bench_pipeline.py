@@ -199,7 +199,19 @@ def test_floors_are_the_bytes_of_the_stored_tensors(quantization):
         weightless_lm(config, quantization, torch.float32),
     ):
         assert word_work(lm, 50, 3).bytes == word
-        assert patch_work(lm, 50, 3).bytes == word | patch
+        assert (
+            patch_work(lm, 50, 3).bytes == patch_work(lm, 50, 3, cache=10**9).bytes == word | patch
+        )
+        assert patch_work(lm, 50, 3).cached == 0
+        # A cache that holds half of the layers spares it in all steps but the first; a large one
+        # spares the heads too.
+        layers = count("local_transformer.layers.")
+        again = layers * (config.patch_steps - 1)
+        assert patch_work(lm, 50, cache=layers // 2).cached == layers // 2 * (
+            config.patch_steps - 1
+        )
+        heads = count("local_transformer_lm_heads.") * (config.group_size - 1)
+        assert patch_work(lm, 50, cache=10**9).cached == again + heads
 
 
 def test_floors_of_the_published_dimensions():
@@ -220,6 +232,9 @@ def test_arithmetic_bounds_what_bytes_do_not(target):
         word_work(target.lm, 10).floor(MACHINE, torch.float32)
         == word_work(target.lm, 10).total / 1e9
     )
+    kept = patch_work(target.lm, 10, cache=10**6)
+    reads = replace(MACHINE, flops={"float32": 1e15})
+    assert kept.floor(reads, torch.float32) == (kept.total - kept.cached) / 1e9
     prefill, word, patch = GroupWork.of(target.lm, 2, 30, 10).floors(MACHINE)
     assert request_floor(MACHINE, target.lm, None, 2, 30, 6, 4) == pytest.approx(
         2 * prefill + 6 * word + 4 * patch
