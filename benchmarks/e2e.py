@@ -240,8 +240,15 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
     """Whole requests, by batch and task."""
     args, table, audio = run.args, None, user_speech(run.args.seconds, run.args.audio)
     asked = [
-        Request(task, audio, args.words, args.patches if find_task(task).speaks else 0)
-        for task in args.task
+        Request(
+            task,
+            audio,
+            args.words,
+            args.patches if find_task(task).speaks else 0,
+            context=context or 0,
+            cut=context is not None,
+        )
+        for task, context in product(args.task, args.prompt or [None])
     ]
     prompts = [
         prompt_ids(target, request).shape[1] // target.lm.config.group_size for request in asked
@@ -262,7 +269,7 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
         words, patches = request.words, request.patches
         floor = target.request_floor(run.machine, batch, prompt, words, patches)
         metrics = run.attempt(
-            f"{title}, {batch} x {request.task}",
+            f"{title}, {batch} x {request.task} after {prompt} groups",
             floor * args.rounds,
             args.rounds * (words + patches),
             f"floor of {prompt} groups of prompt, {words} words, {patches} patches: {floor:.3f} s",
@@ -353,6 +360,14 @@ def add_e2e(commands: argparse._SubParsersAction) -> None:
         metavar="TASK",
         help=f"{', '.join(PROMPTS)} [all]",
     )
+    add(
+        "--prompt",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="GROUPS",
+        help="of each request: filled up with words in front, or cut there [the task's own]",
+    )
     add("--groups", type=int, default=24, help="timed in the steady state")
     add("--words", type=int, default=12, help="of a reply")
     add("--patches", type=int, default=25, help="of 160 ms, of a spoken reply")
@@ -372,8 +387,23 @@ def add_e2e(commands: argparse._SubParsersAction) -> None:
 def run_e2e(args: argparse.Namespace) -> int:
     if bool(args.model) != bool(args.codec):
         raise ValueError("--model and --codec go together")
-    if min([*args.batch, *args.context, args.groups, args.words, args.patches, args.rounds]) < 1:
-        raise ValueError("batches, contexts, groups, words, patches and rounds must be at least 1")
+    if (
+        min(
+            [
+                *args.batch,
+                *args.context,
+                *args.prompt,
+                args.groups,
+                args.words,
+                args.patches,
+                args.rounds,
+            ]
+        )
+        < 1
+    ):
+        raise ValueError(
+            "batches, contexts, prompts, groups, words, patches and rounds must be at least 1"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or default_device())

@@ -35,6 +35,24 @@ class JsonLines:
             self._file.flush()
 
 
+def study_records(name: str, path: Path) -> list[dict[str, Any]]:
+    """What a study of benchmarks/studies wrote (JSON, or JSON lines), as records of kind "study"."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = [json.loads(text)]
+    except json.JSONDecodeError:
+        found = read_records(path)
+    return [
+        {"kind": "study", "study": name, "result": result}
+        | {
+            key: result[key]
+            for key in ("environment",)
+            if isinstance(result, dict) and key in result
+        }
+        for result in found
+    ]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file; a line that was cut off is left out."""
     records = []
@@ -81,3 +99,18 @@ def duration(seconds: float) -> str:
     )
     value = seconds * factor
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def main() -> int:
+    """`python -m benchmarks.records STUDY FILE.json RECORDS.jsonl` appends what a study wrote."""
+    name, path, output = sys.argv[1], Path(sys.argv[2]), JsonLines(Path(sys.argv[3]))
+    if not path.exists():
+        print(f"the study {name} has written nothing", file=sys.stderr)
+        return 1
+    for record in study_records(name, path):
+        output.append(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,12 +7,13 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mimo_fast.bench import pipeline
+from mimo_fast.bench import meters, pipeline
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.floor import GroupWork, patch_work, request_floor, word_work
 from mimo_fast.bench.groups import SETTLING, time_groups
@@ -104,6 +105,8 @@ def test_a_context_is_filled_with_words_in_front(target):
     ids, short = (prompt_ids(target, spoken(context=context)) for context in (200, 0))
     assert ids.shape[1] == 200 * 4
     assert torch.equal(ids[:, -short.shape[1] :], short)
+    assert torch.equal(prompt_ids(target, spoken(context=8)), short)
+    assert torch.equal(prompt_ids(target, spoken(context=8, cut=True)), short[:, -8 * 4 :])
 
 
 def test_a_reply_that_takes_too_long_is_cut_off(target):
@@ -303,13 +306,30 @@ def test_energy_is_the_drivers_count(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
     )
+    monkeypatch.setattr(meters.shutil, "which", lambda name: None)
     meter = EnergyMeter(torch.device("cuda"))
     assert meter.unmeasured is None
-    assert meter.joules == 2.5
+    assert (meter.joules, meter.source) == (2.5, "NVML's counter")
     meter = EnergyMeter(torch.device("cuda"))
     assert (meter.joules, meter.unmeasured) == (None, "NVML: Not Supported")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyMeter(torch.device("cuda")).unmeasured == "nvidia-ml-py is not installed"
+
+
+@pytest.mark.parametrize(
+    ("written", "watts"), [("300.0\n[N/A]\n500.0\n", 400.0), ("[N/A]\n", None)]
+)
+def test_without_a_counter_energy_is_power_over_time(monkeypatch, tmp_path, written, watts):
+    """A program in nvidia-smi's place, which writes and goes on until it is ended."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{written}'\ntouch {tmp_path}/ready\nexec sleep 60\n")
+    tool.chmod(0o755)
+    log = meters.PowerLog(str(tool), "GPU-1234")
+    while not (tmp_path / "ready").exists():
+        sleep(0.01)
+    monkeypatch.setattr(meters, "perf_counter", lambda: log._began + 2)
+    assert log.joules() == (watts and 2 * watts)
+    assert log._process.poll() is not None
 
 
 def test_settling_groups_need_room(target):

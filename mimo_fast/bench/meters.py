@@ -4,8 +4,12 @@ tells."""
 from __future__ import annotations
 
 import resource
+import shutil
+import subprocess
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import torch
 
@@ -53,37 +57,65 @@ def resident_peak() -> int:
 
 
 class EnergyMeter:
-    """Joules that a GPU has drawn since this object was made, as NVML counts them.
+    """Joules that a GPU has drawn since this object was made.
 
+    source: whose figure it is: NVML's counter of energy or, without nvidia-ml-py or on cards without
+    one, the power that nvidia-smi tells, over time.
     unmeasured: why there is no figure, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = None
+        self.source: str | None = None
         self.unmeasured: str | None = "only an NVIDIA driver tells"
+        self._read: Callable[[], float | None] = lambda: None
         if device.type != "cuda":
             return
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        self.unmeasured = self._count(uuid)
+        if self.unmeasured is not None and (tool := shutil.which("nvidia-smi")) is not None:
+            self._read = PowerLog(tool, uuid).joules
+            self.source, self.unmeasured = "power by nvidia-smi", None
+
+    def _count(self, uuid: str) -> str | None:
+        """Why NVML's counter does not serve, or None."""
         try:
             import pynvml
         except ImportError:
-            self.unmeasured = "nvidia-ml-py is not installed"
-            return
+            return "nvidia-ml-py is not installed"
         try:
             pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-            self._began = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+            began = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         # Old cards, parts of a card and some virtual machines have no counter.
         except pynvml.NVMLError as error:
-            self.unmeasured = f"NVML: {error}"
-            return
-        self._nvml, self.unmeasured = pynvml, None
+            return f"NVML: {error}"
+        count = pynvml.nvmlDeviceGetTotalEnergyConsumption
+        self._read, self.source = lambda: (count(handle) - began) / 1000, "NVML's counter"
+        return None
 
     @property
     def joules(self) -> float | None:
-        if self._nvml is None:
-            return None
-        millijoules: int = (
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._began
-        )
-        return millijoules / 1000
+        return self._read()
+
+
+class PowerLog:
+    """nvidia-smi in a process of its own, which writes a card's power some times a second."""
+
+    EVERY_MS = 50
+
+    def __init__(self, tool: str, uuid: str) -> None:
+        query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+        command = [tool, f"--id={uuid}", *query, f"--loop-ms={self.EVERY_MS}"]
+        self._began = perf_counter()
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # Whatever becomes of the measurement, it ends with this object.
+        weakref.finalize(self, self._process.kill)
+
+    def joules(self) -> float | None:
+        """The mean of all that was written, times the seconds since the beginning; None where
+        nothing was. Ends the process."""
+        seconds = perf_counter() - self._began
+        self._process.terminate()
+        written, _ = self._process.communicate()
+        watts = [float(line) for line in written.split() if line.replace(".", "", 1).isdigit()]
+        return seconds * sum(watts) / len(watts) if watts else None

@@ -63,7 +63,8 @@ class Request:
         audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
         words, patches: the reply's groups where the target is steered; its limit, together, where
             it is not.
-        context: groups of prompt, filled up with words in front; a longer prompt stays as it is.
+        context: groups of prompt, filled up with words in front; a longer prompt stays as it is or, if
+            `cut`, loses its beginning.
         greedy: in place of the task's samplers.
     """
 
@@ -73,6 +74,7 @@ class Request:
     patches: int
     context: int = 0
     greedy: bool = False
+    cut: bool = False
 
 
 @dataclass
@@ -135,6 +137,7 @@ class Metrics:
     audio_continuity: float | None
     peak_bytes: int
     joules: float | None
+    joules_source: str | None
     unmeasured: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -229,6 +232,7 @@ def summarize(
         audio_continuity=sum(p.continuous for p in speaking) / len(speaking) if speaking else None,
         peak_bytes=peak,
         joules=energy.joules,
+        joules_source=energy.source,
         unmeasured=unmeasured,
     )
 
@@ -252,7 +256,10 @@ def prompt_ids(target: Target, request: Request) -> Tensor:
     """The request's prompt [C + 1, T G], its audio encoded."""
     segments = PROMPTS[request.task](lambda: target.speech(request.audio))
     ids = prompt.pack(segments, target.tokenizer, target.lm.config)
-    missing = request.context - ids.shape[1] // target.lm.config.group_size
+    size = target.lm.config.group_size
+    missing = request.context - ids.shape[1] // size
+    if missing < 0 and request.cut:
+        return ids[:, -request.context * size :]
     return ids if missing <= 0 else torch.cat((target.filler(missing), ids), dim=1)
 
 

@@ -1,0 +1,73 @@
+"""Triton's cache as archives that another machine unpacks, so that its kernels need not be compiled
+again.
+
+    python -m benchmarks.kernel_cache pack FOLDER      writes FOLDER/kernels-0.tar.gz and so on
+    python -m benchmarks.kernel_cache unpack FOLDER    what is there already stays
+
+The cache is that of TRITON_CACHE_DIR, which must be the same path on both machines: an entry names
+its files by absolute paths. What a kernel was compiled by way of (Triton's and LLVM's code, PTX) is
+not needed to run it; those files must exist, and are packed empty.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+BY_WAY = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
+PART_BYTES = 15 * 2**20
+"""Of one archive: what is carried from machine to machine is often bounded at 16 MiB a file."""
+
+
+def pack(cache: Path, folder: Path, limit: int = PART_BYTES) -> list[Path]:
+    """Writes the archives, each of `limit` bytes at most where no file exceeds it; returns them."""
+    for old in folder.glob("kernels-*.tar.gz"):
+        old.unlink()
+    buffers: list[io.BytesIO] = []
+    archive: tarfile.TarFile | None = None
+    for path in sorted(path for path in cache.rglob("*") if path.is_file()):
+        content = b"" if path.suffix in BY_WAY else path.read_bytes()
+        # An entry that does not compress, its header and the archive's end must still fit.
+        if archive is None or buffers[-1].tell() + len(content) + 2**16 > limit:
+            if archive is not None:
+                archive.close()
+            buffers.append(io.BytesIO())
+            archive = tarfile.open(fileobj=buffers[-1], mode="w:gz", compresslevel=6)  # noqa: SIM115
+        entry = tarfile.TarInfo(str(path.relative_to(cache)))
+        entry.size, entry.mode = len(content), path.stat().st_mode
+        archive.addfile(entry, io.BytesIO(content))
+    if archive is not None:
+        archive.close()
+    written = [folder / f"kernels-{i}.tar.gz" for i in range(len(buffers))]
+    for path, buffer in zip(written, buffers, strict=True):
+        path.write_bytes(buffer.getvalue())
+    return written
+
+
+def unpack(folder: Path, cache: Path) -> int:
+    """Adds what the folder's archives hold to a cache; returns how many files were new."""
+    added = 0
+    for path in sorted(folder.glob("kernels-*.tar.gz")):
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                if not (cache / entry.name).exists():
+                    archive.extract(entry, cache, filter="data")
+                    added += 1
+    return added
+
+
+def main() -> None:
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    if command == "unpack":
+        print(f"{unpack(folder, cache)} files of compiled kernels from {folder}")
+        return
+    for path in pack(cache, folder):
+        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
