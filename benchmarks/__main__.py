@@ -137,15 +137,14 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad
-    usage."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     add_ops(commands)
     add_e2e(commands)
     add_baselines(commands)
@@ -153,10 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_compare(commands)
     add_suite(commands)
     add_report(commands)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad
+    usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["--compare"], ["--report"]):
         given[0] = given[0].removeprefix("--")
-    args = parser.parse_args(given)
+    args = parser().parse_args(given)
     try:
         return args.run(args)
     except (compare.CompareError, MimoFastError) as error:

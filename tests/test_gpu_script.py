@@ -1,5 +1,6 @@
-"""benchmarks/gpu.sh on a CPU: every part runs or is skipped by name, a second call goes on where the
-first ended, results are written, failures are named last."""
+"""benchmarks/gpu.sh: every part is a command that exists, a second call goes on where the first ended,
+failures are named last. A program in the interpreter's place notes what would run; two parts run on
+this CPU."""
 
 import os
 import subprocess
@@ -8,28 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import parser
 from benchmarks.kernel_cache import pack, unpack
+from benchmarks.ops import select
 from benchmarks.records import read_records, study_records
 
 ROOT = Path(__file__).parent.parent
-GPU_ONLY = ["tests-kernels", "tests-model", "baseline-compiled", "e2e-int8-bf16", "tasks-int8-bf16"]
-MEASURED = ["profile-int4", "e2e-int4", "requests-int4", "tasks-int4", "energy-int4", "e2e-wide"]
-MEASURED += ["ops-products", "ops-others", "baseline-eager"]
+GPU_ONLY = {"tests-kernels", "tests-model", "baseline-compiled", "profile-bf16"}
+GPU_ONLY |= {"e2e-int8-bf16", "tasks-int8-bf16"}
+MEASURED = {"profile-int4", "e2e-int4", "requests-int4", "tasks-int4", "energy-int4", "e2e-wide"}
+MEASURED |= {"ops-products", "ops-others", "baseline-eager"}
+
+NOTES = """#!/usr/bin/env bash
+[[ $1 == - ]] && { [[ $2 == c* ]] && echo a-card; exit 0; }
+[[ $1 == -c ]] && exit 1
+echo "$*" >>"$(dirname "$0")/noted"
+[[ $* != *${WRONG:-none}* ]] || exit 3
+"""
 
 
 def script(out: Path, *parts: str, **variables: str) -> tuple[int, dict[str, str], str]:
     """(exit code, what became of each part, the last line)."""
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "OUT": str(out),
-        "DEVICE": "cpu",
-        "PRESET": "tiny",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_CACHE_DIR": str(out / "triton"),
-    }
+    environment = os.environ | {"OUT": str(out), "TRITON_CACHE_DIR": str(out / "triton")}
     done = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh", *parts],
-        cwd=ROOT,
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -40,49 +43,78 @@ def script(out: Path, *parts: str, **variables: str) -> tuple[int, dict[str, str
     return done.returncode, fates, (done.stderr.strip().splitlines() or lines)[-1]
 
 
-def test_rehearsal_in_two_calls_on_a_cpu(tmp_path: Path) -> None:
+@pytest.fixture
+def noting(tmp_path: Path) -> str:
+    """A program that notes what it would run, in `noted` beside it."""
+    program = tmp_path / "python"
+    program.write_text(NOTES)
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> None:
+    for device, wanted in (("cuda", MEASURED | GPU_ONLY), ("cpu", MEASURED)):
+        code, fates, last = script(tmp_path / device, PYTHON=noting, DEVICE=device)
+        assert code == 0
+        assert last.startswith("all is well after")
+        assert {name for name in MEASURED | GPU_ONLY if fates[name].startswith("ok, ")} == wanted
+        assert fates["native"] == "skipped: is built already"
+    lines = (tmp_path / "noted").read_text().splitlines()
+    commands = [line.split()[2:] for line in lines if line.startswith("-m benchmarks ")]
+    assert len(commands) == 2 * len(MEASURED | GPU_ONLY) - len(GPU_ONLY) - 2
+    for command in commands:
+        args = parser().parse_args(command)
+        if command[0] == "ops":
+            assert select(args.op, args.m, args.format, quick=args.quick)
+    tests = [line for line in lines if line.startswith("-m pytest")]
+    assert [Path(line.split()[4]).name for line in tests] == ["test_gpu_kernels.py", "test_gpu.py"]
+
+
+def test_two_calls_on_this_cpu(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    code, fates, last = script(first, "ops-others", "ops-products")
-    assert code == 0, fates
-    assert list(fates)[:2] == ["ops-products", "ops-others"]
-    assert last.startswith("all is well after")
-    code, fates, last = script(second, EARLIER=str(first), SKIP="native")
+    here = {"PYTHON": sys.executable, "DEVICE": "cpu", "PRESET": "tiny", "OMP_NUM_THREADS": "1"}
+    others = " ".join(MEASURED - {"ops-others", "profile-int4"})
+    code, fates, last = script(first, "ops-others", **here)
+    assert (code, [*fates][:1]) == (0, ["ops-others"])
+    code, fates, _ = script(second, EARLIER=str(first), SKIP=f"native {others}", **here)
     log = "".join(path.read_text() for path in second.glob("*.log"))
     assert code == 0, f"{fates}\n{log[-3000:]}"
     assert {fates[name] for name in GPU_ONLY} == {"skipped: needs a CUDA device"}
     assert fates["native"] == "skipped: SKIP names it"
-    assert fates.pop("ops-products").startswith("skipped: done before, on cpu in ")
-    assert fates.pop("ops-others").startswith("skipped: done before")
-    assert all(fates[name].startswith("ok, ") for name in MEASURED if name in fates)
-    kinds = set()
-    for call, folder in enumerate((first, second), 1):
+    assert fates["ops-others"].startswith("skipped: done before, on cpu in ")
+    assert fates["profile-int4"].startswith("ok, ")
+    for call, (folder, kind) in enumerate(((first, "op"), (second, "profile")), 1):
         (path,) = folder.glob("*.jsonl")
         assert path.name[4] == path.name[7] == "-"
         assert path.name[10:] == f"-cpu-{call}.jsonl"
         for record in read_records(path):
-            kinds.add(record["kind"])
+            assert record["kind"] == kind
             assert record["environment"]["device"]["type"] == "cpu"
-    assert kinds == {"op", "groups", "request", "profile", "baseline"}
 
 
-def test_parts_that_fail_are_named_and_the_others_run(tmp_path: Path) -> None:
-    chosen = ["e2e-int4", "ops-others", "e2e-wide"]
-    code, fates, last = script(tmp_path, *chosen, PRESET="none-such")
-    wrong = ["e2e-int4", "e2e-wide"]
+def test_parts_that_fail_are_named_and_the_others_run(tmp_path: Path, noting: str) -> None:
+    wrong = ["e2e-int4", "requests-int4", "energy-int4", "tasks-int4", "e2e-wide"]
+    code, fates, last = script(tmp_path, PYTHON=noting, DEVICE="cpu", WRONG="benchmarks e2e")
     assert code == 1
-    assert all(fates[name].startswith("FAILED: exit code 2") for name in wrong)
+    assert {name for name in MEASURED if fates[name].startswith("FAILED: exit code 3")} == {*wrong}
     assert fates["ops-others"].startswith("ok, ")
-    assert last.endswith(f"s: {' '.join(wrong)}")
-    assert [line.split()[0] for line in (tmp_path / "gpu-done.txt").open()] == [
-        "call",
-        "ops-others",
-    ]
-
-
-def test_without_time_or_device_it_says_so(tmp_path: Path) -> None:
-    code, fates, _ = script(tmp_path, LIMIT="1", SKIP="native")
+    assert set(last.partition("s: ")[2].split()) == {*wrong}
+    # What failed is not done, and runs again; what is done runs where it is forced or named.
+    code, fates, last = script(tmp_path, PYTHON=noting, DEVICE="cpu")
     assert code == 0
-    assert all(fates[name].startswith("left for the next call: it takes") for name in MEASURED)
+    again = {name for name in MEASURED if fates[name].startswith("ok, ")}
+    assert again == {*wrong}
+    code, fates, last = script(tmp_path, PYTHON=noting, DEVICE="cpu", FORCE="1")
+    assert all(fates[name].startswith("ok, ") for name in MEASURED)
+    code, fates, last = script(tmp_path, "ops-others", PYTHON=noting, DEVICE="cpu")
+    assert [name for name in MEASURED if name in fates] == ["ops-others"]
+
+
+def test_without_time_it_says_so(tmp_path: Path, noting: str) -> None:
+    code, fates, _ = script(tmp_path, PYTHON=noting, LIMIT="1")
+    assert code == 0
+    late = {fates[name] for name in MEASURED | GPU_ONLY}
+    assert all(fate.startswith("left for the next call: it takes about") for fate in late)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +126,8 @@ def test_without_time_or_device_it_says_so(tmp_path: Path) -> None:
         (["e2e-int3"], 2, "gpu.sh: no part e2e-int3; see --list"),
     ],
 )
-def test_usage(tmp_path: Path, arguments: list[str], code: int, printed: str) -> None:
-    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "DEVICE": "cpu"}
+def test_usage(tmp_path: Path, noting: str, arguments: list[str], code: int, printed: str) -> None:
+    environment = os.environ | {"PYTHON": noting, "OUT": str(tmp_path), "DEVICE": "cpu"}
     command = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code
@@ -107,7 +139,7 @@ def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    code, fates, last = script(tmp_path, DEVICE="cuda")
+    code, fates, last = script(tmp_path, PYTHON=sys.executable)
     assert (code, fates) == (2, {})
     assert last == "no CUDA device here; DEVICE=cpu PRESET=tiny rehearses without one"
 
