@@ -1,14 +1,16 @@
 """The pictures of docs/performance.md: SVG, the same bytes for the same records, on white for light
-and dark pages."""
+and dark pages. Floors are dashed in the colour of what they belong to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from benchmarks.measured import Entry, Measured
@@ -42,8 +44,18 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 """Told apart by the colour-blind too (Okabe and Ito)."""
 
 MARKERS = "osD^vPX*"
+INK = "#222222"
 PATCH_MS = 160
 """A group of speech plays for so long."""
+
+OUTLIERS = 7
+"""Ops of ours that are furthest below the ceiling, and are named in the roofline."""
+
+SHORT, LONG = 256, 2048
+"""Groups of context, or what was measured nearest to the one and from the other on."""
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in points."""
 
 
 def draw(measured: Measured, folder: Path) -> list[str]:
@@ -71,125 +83,206 @@ def draw(measured: Measured, folder: Path) -> list[str]:
 
 def roofline(entries: Sequence[Entry], device: str) -> Figure:
     """Achieved arithmetic against arithmetic intensity, by provider, under the newest entry's
-    ceilings."""
-    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
-    axes = figure.subplots()
-    points = [
-        (e["flop"] / e["bytes"], e["flop"] / e["seconds"]["p50"] / 1e9, e["provider"])
-        for e in entries
-    ]
+    ceilings; those of ours that are furthest below have a number and a line in the list."""
+    figure = Figure(figsize=(9.6, 5.0))
+    # No layout that is found while drawing: the numbers' places hang on it.
+    axes = figure.add_axes((0.07, 0.1, 0.6, 0.83))
     providers = sorted(
-        {provider for *_, provider in points}, key=lambda name: (not name.startswith("ours"), name)
+        {e["provider"] for e in entries}, key=lambda name: (not name.startswith("ours"), name)
     )
     for i, provider in enumerate(providers):
-        x, y = zip(*((x, y) for x, y, name in points if name == provider), strict=True)
         ours = provider.startswith("ours")
+        x, y = zip(*(_point(e) for e in entries if e["provider"] == provider), strict=True)
         axes.scatter(
             x,
             y,
-            s=26 if ours else 20,
+            s=30 if ours else 20,
             marker=MARKERS[i % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
-            alpha=0.85 if ours else 0.6,
+            alpha=0.8 if ours else 0.55,
             linewidths=0,
             label=provider,
             zorder=3 if ours else 2,
         )
+    points = [_point(e) for e in entries]
     newest = max(entries, key=lambda e: e.date)["ceiling"]
-    left, right = min(x for x, *_ in points) / 2, max(x for x, *_ in points) * 4
-    for i, (dtype, rate) in enumerate(newest["flops"].items()):
-        knee = rate / newest["read_Bps"]
-        style = ("-", "--", ":")[i % 3]
-        axes.plot(
-            [max(knee, left), max(right, 4 * knee)],
-            [rate / 1e9] * 2,
-            style,
-            color="#222222",
-            linewidth=1.3,
-        )
-        axes.annotate(
-            f"{dtype} products, {rate / 1e9:,.0f} GFLOP/s",
-            (max(right, 4 * knee), rate / 1e9),
-            ha="right",
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="#222222",
-        )
     knee = max(newest["flops"].values()) / newest["read_Bps"]
-    axes.plot(
-        [left, knee],
-        [x * newest["read_Bps"] / 1e9 for x in (left, knee)],
-        color="#222222",
-        linewidth=1.3,
-    )
-    axes.annotate(
-        f"reads {newest['read_Bps'] / 1e9:,.1f} GB/s",
-        (left, left * newest["read_Bps"] / 1e9),
-        xytext=(16, 1),
-        textcoords="offset points",
-        fontsize=8,
-        color="#222222",
-    )
+    left, right = min(x for x, _ in points) / 2, max(max(x for x, _ in points), knee) * 4
     axes.set(
         xscale="log",
         yscale="log",
+        xlim=(left, right),
+        ylim=(min(y for _, y in points) / 2.5, max(newest["flops"].values()) / 1e9 * 2.2),
         xlabel="arithmetic intensity (FLOP/byte)",
         ylabel="achieved (GFLOP/s)",
         title=f"Ops under the ceiling: {device}",
     )
-    axes.legend(loc="lower right", ncols=2)
+    taken = _ceilings(axes, newest, left, right, knee)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), title="who computes", alignment="left")
+    _outliers(axes, entries, taken)
     return figure
 
 
-def latency(entries: Sequence[Entry], device: str) -> Figure:
-    """A group of speech by batch, at the context most measured, and by context, at the smallest
-    batch."""
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-    by_batch, by_context = figure.subplots(1, 2, sharey=True)
+def _point(entry: Entry) -> tuple[float, float]:
+    return entry["flop"] / entry["bytes"], entry["flop"] / entry["seconds"]["p50"] / 1e9
 
-    def context(entry: Entry) -> int:
-        return entry["prompt_groups"] + entry["groups"]
 
-    for i, title in enumerate(sorted({e.title for e in entries})):
-        own = [e for e in entries if e.title == title]
-        near = min(
-            {context(e) for e in own},
-            key=lambda c: (-len({e["batch"] for e in own if context(e) == c}), c),
-        )
-        small = min(e["batch"] for e in own)
-        _line(
-            by_batch,
-            i,
-            f"{title}, context {near}",
-            [e for e in own if context(e) == near],
-            lambda e: e["batch"],
-        )
-        _line(
-            by_context,
-            i,
-            f"{title}, batch {small}",
-            [e for e in own if e["batch"] == small],
-            context,
-        )
-    by_batch.set(xlabel="batch (streams)", ylabel="a group of speech (ms), p10 to p90")
-    by_context.set(xlabel="context (groups)")
-    for axes in (by_batch, by_context):
-        axes.set(xscale="log", yscale="log")
-        _mark_measured(axes)
-        axes.axhline(PATCH_MS, color="#222222", linewidth=1, linestyle="--")
-        axes.legend(loc="best")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,g}")
-    by_batch.annotate(
-        "real time: 160 ms",
-        (0.02, PATCH_MS),
-        xycoords=("axes fraction", "data"),
+def _in_points(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Where that is on the page; for axes whose place and limits are set."""
+    scale = 72 / axes.figure.dpi
+    place = axes.transData.transform((x, y))
+    return scale * place[0], scale * place[1]
+
+
+def _ceilings(axes: Axes, newest: dict, left: float, right: float, knee: float) -> list[Box]:
+    """What the device reads, and the rate of products of each type; types that are within a tenth
+    of each other share a label. Returns what lines and labels cover."""
+    read = newest["read_Bps"] / 1e9
+    axes.plot([left, knee], [left * read, knee * read], color=INK, linewidth=1.3)
+    place = math.sqrt(left * knee)
+    (x0, y0), (x1, y1) = (_in_points(axes, x, x * read) for x in (left, knee))
+    steps = [(x0 + (x1 - x0) * i / 40, y0 + (y1 - y0) * i / 40) for i in range(41)]
+    taken = [(x - 6, y - 3, x + 6, y + 14) for x, y in steps]
+    axes.annotate(
+        f"reads {read:,.0f} GB/s",
+        (place, place * read),
         xytext=(0, 3),
         textcoords="offset points",
+        rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)),
+        rotation_mode="anchor",
+        ha="center",
         fontsize=8,
-        color="#222222",
+        color=INK,
     )
+    shared: list[list[tuple[float, str]]] = []
+    for name, rate in sorted(newest["flops"].items(), key=lambda item: -item[1]):
+        if shared and rate > 0.9 * shared[-1][0][0]:
+            shared[-1].append((rate, name))
+        else:
+            shared.append([(rate, name)])
+    for lines in shared:
+        for rate, _ in lines:
+            axes.plot(
+                [rate / newest["read_Bps"], right], [rate / 1e9] * 2, color=INK, linewidth=1.3
+            )
+        axes.annotate(
+            "products: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for rate, name in lines),
+            (right, lines[0][0] / 1e9),
+            ha="right",
+            xytext=(0, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+        )
+        end, height = _in_points(axes, right, lines[0][0] / 1e9)
+        start, lowest = _in_points(axes, lines[-1][0] / newest["read_Bps"], lines[-1][0] / 1e9)
+        taken += [(start, lowest - 3, end, height + 3), (end - 230, height, end, height + 15)]
+    return taken
+
+
+def _outliers(axes: Axes, entries: Sequence[Entry], taken: Sequence[Box]) -> None:
+    """Numbers beside the points, and beside the picture what they are."""
+    worst: dict[tuple[str, str], Entry] = {}
+    for entry in sorted(entries, key=lambda e: e["of_ceiling"]):
+        if entry["provider"].startswith("ours"):
+            worst.setdefault((entry["op"], entry["format"]), entry)
+    chosen = sorted([*worst.values()][:OUTLIERS], key=lambda e: (_point(e), e["op"], e["format"]))
+    centres = [_in_points(axes, *_point(e)) for e in entries]
+    placed: list[Box] = [*taken, *((x - 3, y - 3, x + 3, y + 3) for x, y in centres)]
+    lines = [f"furthest below the ceiling,\nof {len(worst)} ops and formats of ours:"]
+    for number, entry in enumerate(chosen, 1):
+        at = _in_points(axes, *_point(entry))
+        dx, dy = _free_place(at, placed)
+        placed.append((at[0] + dx - 5, at[1] + dy - 5, at[0] + dx + 5, at[1] + dy + 5))
+        axes.annotate(
+            str(number),
+            _point(entry),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=INK,
+            fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 2},
+        )
+        lines.append(
+            f"{number}  {entry['op']}\n     {entry['format']}, {entry['shape']}: "
+            f"{100 * entry['of_ceiling']:.1f}%"
+        )
+    axes.text(
+        1.045,
+        0.0,
+        "\n".join(lines),
+        transform=axes.transAxes,
+        va="bottom",
+        fontsize=8,
+        linespacing=1.35,
+        color=INK,
+    )
+
+
+def _free_place(at: tuple[float, float], taken: Sequence[Box]) -> tuple[float, float]:
+    """Where a label of 10 by 10 points lies on nothing, as near as can be: on circles around its
+    point, from below to the right."""
+    for radius in range(11, 80, 6):
+        for step in range(16):
+            angle = math.radians(-90 + 22.5 * step)
+            dx, dy = (round(radius * f(angle), 1) for f in (math.cos, math.sin))
+            left, bottom = at[0] + dx - 5, at[1] + dy - 5
+            free = (
+                left >= right or left + 10 <= low or bottom >= top or bottom + 10 <= down
+                for low, down, right, top in taken
+            )
+            if all(free):
+                return dx, dy
+    return 11.0, 11.0
+
+
+def latency(entries: Sequence[Entry], device: str) -> Figure:
+    """A group of speech beside its floor: by batch at a short and at a long context, every format
+    in the same colour, and by context at the smallest batch."""
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = sorted({e.title for e in entries})
+    short = _contexts(entries, titles, lambda own: min(own, key=lambda c: (abs(c - SHORT), c)))
+    longest = _contexts(entries, titles, lambda own: max(c for c in own if c >= LONG - 8))
+    for panel, chosen, what in (
+        (panels[0], short, "short context"),
+        (panels[1], longest, "long context"),
+    ):
+        for title, context in chosen.items():
+            own = [e for e in entries if e.title == title and _context(e) == context]
+            _line(panel, titles.index(title), own, _batch)
+        contexts = sorted(set(chosen.values()))
+        span = " to ".join(f"{context:,}" for context in contexts[:1] + contexts[1:][-1:])
+        panel.set(xlabel="batch (streams)", title=f"{what}: {span or 'no'} groups")
+        if missing := [title for title in titles if title not in chosen]:
+            panel.text(
+                0.02,
+                0.97,
+                f"not measured: {', '.join(missing)}",
+                transform=panel.transAxes,
+                va="top",
+                fontsize=8,
+                color=INK,
+            )
+    for i, title in enumerate(titles):
+        own = [e for e in entries if e.title == title]
+        smallest = min(map(_batch, own))
+        one = [e for e in own if _batch(e) == smallest]
+        _line(panels[2], i, one, _context)
+    panels[2].set(xlabel="context (groups)", title="smallest batch")
+    _legend(figure, titles)
+    panels[0].set_ylabel("a group of speech (ms), p10 to p90")
+    times = [1e3 * seconds for e in entries for seconds in _span(e)]
+    for panel in panels:
+        panel.set(xscale="log", yscale="log")
+        panel.set_ylim(min(times) / 1.3, max([*times, PATCH_MS]) * 2)
+        _mark_measured(panel)
+        panel.axhline(PATCH_MS, color=INK, linewidth=1, linestyle=":")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:,g}")
     figure.suptitle(
         f"Latency of a group of speech: {device}",
         x=0.01,
@@ -200,27 +293,66 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
     return figure
 
 
-def _line(
-    axes: Axes, i: int, label: str, entries: Iterable[Entry], x: Callable[[Entry], float]
-) -> None:
-    ordered = sorted(entries, key=x)
-    times = [[1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90")]
-    colour = COLOURS[i % len(COLOURS)]
-    errors = [
-        [mid - low for low, mid in zip(times[0], times[1], strict=True)],
-        [high - mid for mid, high in zip(times[1], times[2], strict=True)],
+def _legend(figure: Figure, titles: Sequence[str]) -> None:
+    """One for all panels, below them."""
+    lines = [
+        Line2D(
+            [], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=name
+        )
+        for i, name in enumerate(titles)
     ]
+    lines += [
+        Line2D([], [], color="#666666", linewidth=1.2, linestyle="--", label="its floor"),
+        Line2D([], [], color=INK, linewidth=1, linestyle=":", label="real time: 160 ms"),
+    ]
+    figure.legend(handles=lines, loc="outside lower left", ncols=len(lines))
+
+
+def _contexts(
+    entries: Sequence[Entry], titles: Sequence[str], choose: Callable[[set[int]], int]
+) -> dict[str, int]:
+    """Title -> the context that is chosen of its own; those without one are left out."""
+    found = {}
+    for title in titles:
+        try:
+            found[title] = choose({_context(e) for e in entries if e.title == title})
+        except ValueError:
+            continue
+    return found
+
+
+def _context(entry: Entry) -> int:
+    return entry["prompt_groups"] + entry["groups"]
+
+
+def _batch(entry: Entry) -> int:
+    return entry["batch"]
+
+
+def _span(entry: Entry) -> tuple[float, float]:
+    return entry["floor"]["audio_group"], entry["audio_group"]["p90"]
+
+
+def _line(axes: Axes, i: int, entries: Iterable[Entry], x: Callable[[Entry], float]) -> None:
+    """Times with their spread, and the floor of each below."""
+    ordered = sorted(entries, key=x)
+    places, colour = [x(e) for e in ordered], COLOURS[i % len(COLOURS)]
+    low, mid, high = ([1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90"))
     axes.errorbar(
-        [x(e) for e in ordered],
-        times[1],
-        yerr=errors,
+        places,
+        mid,
+        yerr=[
+            [m - l for l, m in zip(low, mid, strict=True)],  # noqa: E741
+            [h - m for m, h in zip(mid, high, strict=True)],
+        ],
         marker=MARKERS[i % len(MARKERS)],
         markersize=5,
         color=colour,
         capsize=2.5,
         elinewidth=1,
-        label=label,
     )
+    floors = [1e3 * e["floor"]["audio_group"] for e in ordered]
+    axes.plot(places, floors, "--", marker="_", markersize=9, color=colour, linewidth=1.2)
 
 
 def memory(entries: Sequence[Entry], device: str) -> Figure:

@@ -44,6 +44,7 @@ def groups(**changes) -> dict:
         "bytes": {"backbone": 5 * GB, "patch decoder": GB},
         "ceiling": CEILING,
         "environment": environment(),
+        "floor": {"prefill": 0.006, "text_group": 0.0015, "audio_group": 0.0016},
         "of_floor": {"prefill": 0.5, "text_group": 0.6, "audio_group": 0.637},
     } | changes
 
@@ -269,6 +270,49 @@ def test_the_pictures_are_the_same_bytes_twice_and_old_ones_go(tmp_path):
     target.parent.mkdir()
     assert main(["report", "--results", str(tmp_path), "-o", str(target)]) == 0
     assert {path.name: path.read_bytes() for path in (target.parent / "report").iterdir()} == drawn
+
+
+def test_labels_of_a_roofline_lie_on_nothing():
+    """Many ops at one place: every number is beside all points, lines and other numbers."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Annotation
+
+    from benchmarks import plots
+
+    ops = [op(op=f"x.{i}", seconds=TIMING | {"p50": 0.0025 + i * 1e-6}) for i in range(30)]
+    entries = measured(*ops).find("op")
+    (axes,) = plots.roofline(entries, CARD).axes
+    points = [plots._in_points(axes, *plots._point(entry)) for entry in entries]
+    numbers = [
+        text for text in axes.texts if isinstance(text, Annotation) and text.get_text().isdigit()
+    ]
+    assert len(numbers) == plots.OUTLIERS
+    places = []
+    for text in numbers:
+        at = plots._in_points(axes, *text.xy)
+        places.append(tuple(a + b for a, b in zip(at, text.xyann, strict=True)))
+    for i, (x, y) in enumerate(places):
+        assert all(max(abs(x - px), abs(y - py)) >= 8 for px, py in points)
+        assert all(max(abs(x - ox), abs(y - oy)) >= 10 for ox, oy in places[:i])
+
+
+def test_the_latency_picture_has_floors_and_says_what_is_missing():
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    entries = measured(
+        groups(), groups(batch=4), groups(prompt_groups=4000), groups(quantization="int8")
+    ).find("groups")
+    short, longest, by_context = plots.latency(entries, CARD).axes
+    assert [axes.get_title() for axes in (short, longest, by_context)] == [
+        "short context: 254 groups",
+        "long context: 4,024 groups",
+        "smallest batch",
+    ]
+    assert [text.get_text() for text in longest.texts] == ["not measured: 7b int8"]
+    dashed = [line for line in short.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[1, 4], [1]]
+    assert all(set(line.get_ydata()) == {1.6} for line in dashed)
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
