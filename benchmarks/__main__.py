@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare
+from benchmarks import compare, report
 from benchmarks.baselines.run import add_baselines
 from benchmarks.e2e import add_e2e
 from benchmarks.harness import print_outcome, run_cases
 from benchmarks.ops import select
 from benchmarks.profile import add_profile
 from benchmarks.records import JsonLines
-from benchmarks.report import add_report
 from benchmarks.suite import add_suite
 from mimo_fast.bench.ceiling import ceiling
 from mimo_fast.errors import MimoFastError
@@ -151,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     add_profile(commands)
     add_compare(commands)
     add_suite(commands)
-    add_report(commands)
+    made_report = commands.add_parser("report")
+    report.add_options(made_report.add_argument)
+    made_report.set_defaults(run=report.run)
     return made
 
 

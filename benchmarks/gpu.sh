@@ -120,7 +120,7 @@ PY
 study() {
     [[ -e benchmarks/studies/$1.py ]] || return 0
     gpu_part "study-$1" 60 bash -c '
-        "$0" -m "benchmarks.studies.$1" -o "$2/$1.json"; code=$?
+        "$0" -m "benchmarks.studies.$1" --out "$2/$1.json"; code=$?
         "$0" -m benchmarks.records "$1" "$2/$1.json" "$3" || code=1
         exit $code' "$python" "$1" "$scratch" "$records"
 }

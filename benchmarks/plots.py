@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from benchmarks.measured import Entry, Measured
+from benchmarks.records import Entry, Measured
 from benchmarks.report import picture_name
 from mimo_fast.runtime.memory import GB
 
@@ -252,8 +252,8 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
         (panels[1], longest, "long context"),
     ):
         for title, context in chosen.items():
-            own = [e for e in entries if e.title == title and _context(e) == context]
-            _line(panel, titles.index(title), own, _batch)
+            own = [e for e in entries if e.title == title and e.context == context]
+            _line(panel, titles.index(title), own, "batch")
         contexts = sorted(set(chosen.values()))
         span = " to ".join(f"{context:,}" for context in contexts[:1] + contexts[1:][-1:])
         panel.set(xlabel="batch (streams)", title=f"{what}: {span or 'no'} groups")
@@ -269,9 +269,9 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
             )
     for i, title in enumerate(titles):
         own = [e for e in entries if e.title == title]
-        smallest = min(map(_batch, own))
-        one = [e for e in own if _batch(e) == smallest]
-        _line(panels[2], i, one, _context)
+        smallest = min(e["batch"] for e in own)
+        one = [e for e in own if e["batch"] == smallest]
+        _line(panels[2], i, one, "context")
     panels[2].set(xlabel="context (groups)", title="smallest batch")
     _legend(figure, titles)
     panels[0].set_ylabel("a group of speech (ms), p10 to p90")
@@ -315,28 +315,20 @@ def _contexts(
     found = {}
     for title in titles:
         try:
-            found[title] = choose({_context(e) for e in entries if e.title == title})
+            found[title] = choose({e.context for e in entries if e.title == title})
         except ValueError:
             continue
     return found
-
-
-def _context(entry: Entry) -> int:
-    return entry["prompt_groups"] + entry["groups"]
-
-
-def _batch(entry: Entry) -> int:
-    return entry["batch"]
 
 
 def _span(entry: Entry) -> tuple[float, float]:
     return entry["floor"]["audio_group"], entry["audio_group"]["p90"]
 
 
-def _line(axes: Axes, i: int, entries: Iterable[Entry], x: Callable[[Entry], float]) -> None:
+def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
     """Times with their spread, and the floor of each below."""
-    ordered = sorted(entries, key=x)
-    places, colour = [x(e) for e in ordered], COLOURS[i % len(COLOURS)]
+    ordered = sorted(entries, key=lambda e: e.at(field))
+    places, colour = [e.at(field) for e in ordered], COLOURS[i % len(COLOURS)]
     low, mid, high = ([1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90"))
     axes.errorbar(
         places,

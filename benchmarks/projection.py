@@ -26,7 +26,7 @@ from functools import cache
 
 import torch
 
-from benchmarks.measured import Entry, Measured
+from benchmarks.records import NOT_MEASURED, Entry, Measured, duration, share, sources, table
 from mimo_fast.bench.floor import Work, patch_work
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.runtime.memory import GB
@@ -66,6 +66,34 @@ CARDS = (
     Card("A100 SXM 80 GB", 2039, 80, 40, r"A100-SXM4-80GB", "NVIDIA, A100 datasheet"),
     Card("H100 SXM", 3350, 80, 50, r"H100 80GB HBM3", "NVIDIA, H100 datasheet"),
     Card("H200 SXM", 4800, 141, 50, r"\bH200$", "NVIDIA, H200 datasheet"),
+)
+
+
+TEXT = """\
+No measurement: what the formula gives for other cards from what one was measured to do.
+
+    t = bytes / (published bandwidth x share) + kernels x latency
+    latency = (group - bytes / read bandwidth) / kernels
+    share = read bandwidth / published bandwidth
+
+with the seconds and bytes of an audio group and the number of its kernels from its profile, and \
+the bandwidth that the same card was measured to read with \
+([projection.py](../benchmarks/projection.py)). Only the first term scales with a card's \
+bandwidth; what kernels take beyond their bytes is taken to be the same on every card, and none of \
+it to be hidden behind the longer reads of a slower one. *Floor* is what no program beats: bytes / \
+published bandwidth, without those of the patch decoder that the card's L2 can keep over its 11 \
+steps, which today's kernels, and so the projection, read again each time.
+"""
+
+COLUMNS = (
+    "card",
+    "weights",
+    "published bandwidth",
+    "L2",
+    f"fits with {SEQUENCE} of context",
+    "floor",
+    f"an audio group, batch 1, {POSITIONS} of context",
+    "measured beside it",
 )
 
 
@@ -150,3 +178,39 @@ def project(card: Card, quantization: str, known: Basis | None) -> Projection:
     if known is not None:
         seconds = work.total / (bandwidth * known.share) + known.kernels * known.latency
     return Projection(card, quantization, floor, seconds, needed_bytes(quantization))
+
+
+def section(measured: Measured) -> str:
+    """A table of all cards and formats, with the measured card beside each projection."""
+    rows, notes = [], []
+    for form in FORMATS:
+        found = basis(measured, form)
+        for card in CARDS:
+            if found is not None and card_of(found.profile.device) == card:
+                continue
+            got = project(card, form, found)
+            projected = NOT_MEASURED if got.seconds is None else duration(got.seconds)
+            beside = "-" if found is None else f"{found.profile.device}: {duration(found.seconds)}"
+            rows.append(
+                (
+                    card.name,
+                    form,
+                    f"{card.gb_per_s:,} GB/s",
+                    f"{card.cache_mb} MB",
+                    f"{'yes' if got.fits else 'no'}: {got.needed / GB:.1f} of {card.gb} GB",
+                    f"floor: {duration(got.floor)}",
+                    f"projection: {projected}",
+                    beside,
+                )
+            )
+        if found is not None:
+            notes.append(
+                f"{form}: reads reach {share(found.share)} of the published bandwidth; "
+                f"{found.kernels:,.0f} kernels a group take {duration(found.latency)} each beyond "
+                f"their bytes. {sources([found.profile])}"
+            )
+    cited = "; ".join(dict.fromkeys(card.source for card in CARDS))
+    notes.append(
+        f"Bandwidth, memory and L2 of the cards: {cited}, and the architectures' white papers."
+    )
+    return "\n".join([TEXT, "\n\n".join([table(COLUMNS, rows, 2), *notes])])

@@ -1,17 +1,41 @@
-"""What measurements are written into and printed as: JSON lines, tables, durations; the options
-that say where."""
+"""Records: JSON lines as they are made, the newest of each thing as the report reads them, and what
+rows are printed as.
+
+    python -m benchmarks.records STUDY FILE.json RECORDS.jsonl      appends what a study wrote
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from mimo_fast.bench.ceiling import Ceiling
+from mimo_fast.bench.environment import ROOT, environment
+
+NOT_MEASURED = "not measured yet"
+RESULTS = ROOT / "benchmarks" / "results"
+
+THING = {
+    "op": ("op", "provider", "format", "m", "shape", "dtype"),
+    "groups": ("model", "quantization", "dtype", "batch", "prompt_groups"),
+    "request": ("model", "quantization", "dtype", "with_codec", "task", "batch", "prompt_groups"),
+    "quick": ("preset", "model", "quantization", "dtype"),
+    "baseline": ("provider", "model", "dtype"),
+    "quality": ("model",),
+    "compare": ("case",),
+    "profile": ("model", "quantization", "batch", "mode"),
+}
+"""Kind of record -> the fields that tell what was measured; a newer record of the same takes the
+older one's place."""
 
 
 class JsonLines:
@@ -22,11 +46,9 @@ class JsonLines:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut_off = (
-                path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-            )
-            self._file = path.open("a", encoding="utf-8")
             # Of a run that was killed while it wrote.
+            cut_off = path.exists() and not (b"\n" + path.read_bytes()).endswith(b"\n")
+            self._file = path.open("a", encoding="utf-8")
             self._file.write("\n" if cut_off else "")
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -35,22 +57,9 @@ class JsonLines:
             self._file.flush()
 
 
-def study_records(name: str, path: Path) -> list[dict[str, Any]]:
-    """What a study of benchmarks/studies wrote (JSON, or JSON lines), as records of kind "study"."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        found = [json.loads(text)]
-    except json.JSONDecodeError:
-        found = read_records(path)
-    return [
-        {"kind": "study", "study": name, "result": result}
-        | {
-            key: result[key]
-            for key in ("environment",)
-            if isinstance(result, dict) and key in result
-        }
-        for result in found
-    ]
+def machine_fields(machine: Ceiling, device: torch.device) -> dict[str, Any]:
+    """What a record says of its machine, as it is now."""
+    return {"ceiling": machine.as_dict(), "environment": environment(device)}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -64,13 +73,161 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def add_run_options(parser: argparse.ArgumentParser, each: str) -> None:
-    """Where a model is measured, and where the records go. each: what has one."""
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE.jsonl", help=f"append a record for each {each}"
-    )
+def study_records(name: str, path: Path) -> list[dict[str, Any]]:
+    """What a study wrote (JSON, or JSON lines), as records of kind "study"."""
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8"))]
+    except json.JSONDecodeError:
+        found = read_records(path)
+    return [
+        {"kind": "study", "study": name, "result": result}
+        | ({"environment": result["environment"]} if "environment" in result else {})
+        for result in found
+    ]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record, and the name of the file that it is from."""
+
+    file: str
+    data: dict[str, Any]
+
+    def __getitem__(self, field: str) -> Any:
+        return self.data[field]
+
+    def get(self, field: str) -> Any:
+        return self.data.get(field)
+
+    def at(self, path: str) -> Any:
+        """A property, or a field of fields such as "audio_group.p50"; None if one on the way is."""
+        if hasattr(type(self), path):
+            return getattr(self, path)
+        value = self.data
+        for field in path.split("."):
+            value = None if value is None else value[field]
+        return value
+
+    @property
+    def device(self) -> str:
+        """For people."""
+        about = self.data["environment"]["device"]
+        if about["type"] != "cpu":
+            return about["name"]
+        return f"{about['name']}, {about['cores']} cores, {about['instructions']}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.data["environment"]["device"]["type"] != "cpu"
+
+    @property
+    def date(self) -> str:
+        """ISO 8601, UTC."""
+        return self.data["environment"]["date"]
+
+    @property
+    def commit(self) -> str:
+        about = self.data["environment"]
+        if about.get("commit") is None:
+            return "no commit"
+        return f"commit {about['commit'][:10]}{' with changes' if about.get('dirty') else ''}"
+
+    @property
+    def context(self) -> int:
+        """Groups at the end of what was measured."""
+        return self["prompt_groups"] + self["groups"]
+
+    @property
+    def thing(self) -> tuple[str, ...]:
+        fields = THING[self["kind"]]
+        # What a quick table says of a preset's model varies with the machine's mood.
+        named = [field for field in fields if field != "model" or not self.get("preset")]
+        return (self.device, self["kind"], *(str(self.get(field)) for field in named))
+
+    @property
+    def title(self) -> str:
+        """The model and its format; dense weights are named by their type, whatever the sweep
+        called them."""
+        dense = self.get("quantization") in (None, "bf16", "stored")
+        kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
+            self.get("dtype"), self.get("dtype")
+        )
+        return f"{Path(str(self['model'])).name} {kind if dense else self['quantization']}"
+
+    @property
+    def link(self) -> str:
+        return f"[{self.file}](../benchmarks/results/{self.file})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The newest entry of every thing, and what was skipped."""
+
+    entries: tuple[Entry, ...]
+    skipped: tuple[Entry, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Measured:
+        files = sorted(folder.glob("*.jsonl"))
+        return cls.of(Entry(path.name, record) for path in files for record in read_records(path))
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Measured:
+        newest: dict[tuple[str, ...], Entry] = {}
+        skipped: dict[str, dict[str, Entry]] = {}
+        for entry in entries:
+            if entry["kind"] == "skipped":
+                # Of files like DATE-cpu.jsonl the newest has the say.
+                others = skipped.get(entry.file[10:], {})
+                same = others if all(other.file == entry.file for other in others.values()) else {}
+                skipped[entry.file[10:]] = same | {entry["name"]: entry}
+            elif entry["kind"] in THING:
+                held = newest.get(entry.thing)
+                if held is None or held.date <= entry.date:
+                    newest[entry.thing] = entry
+        names = tuple(entry for series in skipped.values() for entry in series.values())
+        return cls(tuple(newest.values()), names)
+
+    def find(
+        self,
+        kind: str,
+        device: str | None = None,
+        where: Callable[[Entry], bool] = lambda entry: True,
+    ) -> list[Entry]:
+        of_kind = (e for e in self.entries if e["kind"] == kind)
+        return [e for e in of_kind if (device is None or e.device == device) and where(e)]
+
+    def devices(self, *kinds: str) -> list[str]:
+        """Those with such records, GPUs first."""
+        found = {e.device: e.on_gpu for e in self.entries if not kinds or e["kind"] in kinds}
+        return sorted(found, key=lambda device: (not found[device], device))
+
+
+def sources(entries: Iterable[Entry]) -> str:
+    """The device, and for each file and commit the days and the ceiling that was measured with
+    them; Markdown."""
+    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.device, entry.file, entry.commit), []).append(entry)
+    lines = []
+    for (device, _, commit), members in sorted(groups.items()):
+        when = _span(sorted({entry.date[:10] for entry in members}))
+        reads = sorted(e["ceiling"]["read_Bps"] for e in members if e.get("ceiling"))
+        read = _span([f"{rate / 1e9:,.1f}" for rate in reads])
+        span = f"; the device then read {read} GB/s" if reads else ""
+        lines.append(f"*{device}; {when}; {commit}; {members[0].link}{span}.*")
+    return "  \n".join(lines)
+
+
+def _span(values: Sequence[str]) -> str:
+    """Of ordered values."""
+    return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Markdown; the first `texts` columns are aligned to the left."""
+    marks = [":--" if i < texts else "--:" for i in range(len(heads))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
 
 
 class Table:
@@ -87,22 +244,37 @@ class Table:
 
     def row(self, *cells: str) -> None:
         pairs = zip(cells, self._widths, strict=True)
-        self._write(
-            "  ".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs).rstrip()
-        )
+        texts = (cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs)
+        self._write("  ".join(texts).rstrip())
 
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    unit, factor = next(
-        ((u, f) for u, f in (("s", 1.0), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6)
-    )
+    units = (u for u in (("s", 1.0), ("ms", 1e3)) if seconds * u[1] >= 1)
+    unit, factor = next(units, ("us", 1e6))
     value = seconds * factor
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
+def shown(value: float | None, scale: float = 1.0, digits: int = 1, unit: str = "") -> str:
+    """With thousands apart; a line for None."""
+    return "-" if value is None else f"{scale * value:,.{digits}f}{unit}"
+
+
+def share(value: float | None) -> str:
+    return shown(value, 100, 1, "%")
+
+
+def add_run_options(parser: argparse.ArgumentParser, each: str) -> None:
+    """Where a model is measured, and where the records go. each: what has one."""
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--threads", type=int, help="of the CPU [chosen by the model's size]")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.jsonl", help=f"append a record for each {each}"
+    )
+
+
 def main() -> int:
-    """`python -m benchmarks.records STUDY FILE.json RECORDS.jsonl` appends what a study wrote."""
     name, path, output = sys.argv[1], Path(sys.argv[2]), JsonLines(Path(sys.argv[3]))
     if not path.exists():
         print(f"the study {name} has written nothing", file=sys.stderr)

@@ -10,131 +10,344 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from benchmarks import report_tables as tables
-from benchmarks.measured import Entry, Measured, sources
-from benchmarks.report_tables import NOT_MEASURED, table
+from benchmarks import projection
+from benchmarks.projection import FORMATS
+from benchmarks.records import (
+    NOT_MEASURED,
+    RESULTS,
+    Entry,
+    Measured,
+    duration,
+    share,
+    shown,
+    sources,
+    table,
+)
 from mimo_fast.bench.environment import ROOT
+from mimo_fast.runtime.memory import GB
 
-RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
-
+DOCUMENT = ROOT / "docs" / "performance.md"
 PLACES = (" on a GPU", True), (" on a CPU", False)
+CONTEXT = 256
+"""Groups of context of the steady state in the first table, or what has been measured nearest to
+it."""
+
+TOP, NAME_WIDTH = 12, 60
+"""Kernels of a profile that are shown, and letters of their names."""
 
 INTRODUCTION = """\
 # Performance
 
-Written by `python -m benchmarks --report` from [benchmarks/results](../benchmarks/results): not by hand. The newest \
-record of each thing on each device is shown, with its date, commit and file.
+Written by `python -m benchmarks --report` from [benchmarks/results](../benchmarks/results): not \
+by hand. The newest record of each thing on each device is shown, with its date, commit and file.
 
-A *floor* is what must be read over the bandwidth that the same machine was just measured to read with, or its \
-arithmetic over the rate of its matrix products where that takes longer; *of floor* is floor over time: 100% is as \
-fast as the machine allows. A *group* is one step of the backbone: a word, or 160 ms of speech. A *real-time factor* \
-below 1 is faster than it plays. Times are medians. Presets have random weights in the published dimensions, and \
-replies of a set length: their speed is real, their speech is not. Names of request metrics are explained in \
+A *floor* is what must be read over the bandwidth that the same machine was just measured to read \
+with, or its arithmetic over the rate of its matrix products where that takes longer; *of floor* \
+is floor over time: 100% is as fast as the machine allows. A *group* is one step of the backbone: \
+a word, or 160 ms of speech. A *real-time factor* below 1 is faster than it plays. Times are \
+medians. Presets have random weights in the published dimensions, and replies of a set length: \
+their speed is real, their speech is not. Names of request metrics are explained in \
 [pipeline.py](../mimo_fast/bench/pipeline.py).
 """
 
-PROJECTION = """\
-No measurement: what the formula gives for other cards from what one was measured to do.
+Column = tuple[str, str, Callable[[Any], str]]
+"""Its head, where a record has its value (`Entry.at`), and how that is written."""
 
-    t = bytes / (published bandwidth x share) + kernels x latency
-    latency = (group - bytes / read bandwidth) / kernels        share = read bandwidth / published bandwidth
+ms = partial(shown, scale=1e3, digits=1, unit=" ms")
+whole_ms = partial(shown, scale=1e3, digits=0, unit=" ms")
+gigabytes = partial(shown, scale=1 / GB, digits=2, unit=" GB")
+factor = partial(shown, digits=3)
+per_nano = partial(shown, scale=1e-9)
 
-with the seconds and bytes of an audio group and the number of its kernels from its profile, and the bandwidth that \
-the same card was measured to read with ([projection.py](../benchmarks/projection.py)). Only the first term scales \
-with a card's bandwidth; what kernels take beyond their bytes is taken to be the same on every card, and none of it \
-to be hidden behind the longer reads of a slower one. *Floor* is what no program beats: bytes / published bandwidth, \
-without those of the patch decoder that the card's L2 can keep over its 11 steps, which today's kernels, and so the \
-projection, read again each time.
-"""
+GROUPS: tuple[Column, ...] = (
+    ("model", "title", str),
+    ("batch", "batch", str),
+    ("context", "context", str),
+    ("prompt", "prefill", duration),
+    ("of floor", "of_floor.prefill", share),
+    ("group of words", "text_group.p50", duration),
+    ("of floor", "of_floor.text_group", share),
+    ("group of speech", "audio_group.p50", duration),
+    ("of floor", "of_floor.audio_group", share),
+    ("p90", "audio_group.p90", duration),
+    ("real-time factor", "audio_rtf", factor),
+)
+REQUESTS: tuple[Column, ...] = (
+    ("model", "title", str),
+    ("task", "task", str),
+    ("batch", "batch", str),
+    ("prompt", "prompt_groups", str),
+    ("ttft", "ttft.p50", ms),
+    ("audio_ttfp", "audio_ttfp.p50", ms),
+    ("itl p50", "itl.p50", ms),
+    ("p95", "itl.p95", ms),
+    ("p99", "itl.p99", ms),
+    ("underrun", "audio_underrun", whole_ms),
+    ("continuity", "audio_continuity", share),
+    ("e2el", "e2el.p50", partial(shown, digits=2, unit=" s")),
+    ("audio_rtf", "audio_rtf", factor),
+    ("audio_rtfx", "audio_rtfx", partial(shown, digits=2)),
+    ("of floor", "of_floor", share),
+    ("peak memory", "peak_bytes", gigabytes),
+    ("energy", "joules", partial(shown, unit=" J")),
+)
+QUICK: tuple[Column, ...] = (
+    ("model", "named", str),
+    ("streams", "streams", str),
+    ("real-time factor", "metrics.audio_rtf", factor),
+    ("first audio", "metrics.audio_ttfp.p50", whole_ms),
+    ("next chunk, p95", "metrics.itl.p95", whole_ms),
+    ("worst silence", "metrics.audio_underrun", whole_ms),
+    ("memory", "metrics.peak_bytes", gigabytes),
+)
+BASELINES: tuple[Column, ...] = (
+    ("provider", "provider", str),
+    ("model", "title", str),
+    ("prompt", "prefill", duration),
+    ("group of words", "text_group.p50", duration),
+    ("group of speech", "audio_group.p50", duration),
+    ("of floor", "of_floor", share),
+    ("ttft", "ttft.p50", ms),
+    ("audio_ttfp", "audio_ttfp.p50", partial(factor, unit=" s")),
+    ("e2el", "e2el.p50", partial(factor, unit=" s")),
+    ("audio_rtf", "audio_rtf", factor),
+)
+OPS: tuple[Column, ...] = (
+    ("op", "op", str),
+    ("provider", "provider", str),
+    ("format", "format", str),
+    ("shape", "shape", str),
+    ("p50", "seconds.p50", duration),
+    ("p10", "seconds.p10", duration),
+    ("p90", "seconds.p90", duration),
+    ("GB/s", "bytes_per_s", per_nano),
+    ("GFLOP/s", "flop_per_s", per_nano),
+    ("bound by", "bound", str),
+    ("achieved / ceiling", "of_ceiling", share),
+)
+PROFILE: tuple[Column, ...] = (
+    ("model", "title", str),
+    ("mode", "mode", str),
+    ("kernel", "kernel", str),
+    ("an audio group", "count", lambda count: f"{count:g}"),
+    ("busy", "seconds", duration),
+    ("share", "share", share),
+)
+QUALITY: tuple[Column, ...] = (
+    ("model", "model", str),
+    ("format", "format", str),
+    ("head", "head", str),
+    ("KL (nats)", "kl", lambda value: f"{value:.5f}"),
+    ("top-1 agreement", "agreement", share),
+    ("predictions", "predictions", str),
+)
+COMPARE: tuple[Column, ...] = (
+    ("op", "case", str),
+    ("old", "old", str),
+    ("new", "new", str),
+    ("new / old", "ratio", lambda value: f"{value:.3f}"),
+    ("99% interval", "interval", str),
+    ("verdict", "verdict", str),
+)
+EXPECTED = (
+    "weights",
+    "an audio group (160 ms of speech)",
+    "of the floor",
+    "real-time factor",
+    "first audio",
+    "streams in real time",
+    "peak memory",
+)
+
+
+def columns_table(columns: Sequence[Column], entries: Iterable[Entry], texts: int = 1) -> str:
+    rows = ([write(entry.at(path)) for _, path, write in columns] for entry in entries)
+    return table([head for head, _, _ in columns], rows, texts)
+
+
+def groups_table(entries: Sequence[Entry]) -> str:
+    return columns_table(
+        GROUPS, sorted(entries, key=lambda e: (e.title, e["batch"], e["prompt_groups"]))
+    )
+
+
+def requests_table(entries: Sequence[Entry]) -> str:
+    ordered = sorted(entries, key=lambda e: (e.title, e["task"], e["batch"], e["prompt_groups"]))
+    return columns_table(REQUESTS, ordered, texts=2)
+
+
+def quick_table(entries: Sequence[Entry]) -> str:
+    rows = [_with(e, named=_quick_name(e), **row) for e in entries for row in e["rows"]]
+    return columns_table(QUICK, rows)
+
+
+def _quick_name(entry: Entry) -> str:
+    if not entry.get("preset"):
+        return entry.title
+    return f"{entry.get('preset')} {entry.get('quantization') or entry['dtype']}"
+
+
+def baselines_table(entries: Sequence[Entry]) -> str:
+    ordered = sorted(entries, key=lambda e: (e.title, e["provider"] != "ours", e["provider"]))
+    return columns_table(BASELINES, ordered, texts=2)
+
+
+def ops_table(entries: Sequence[Entry]) -> str:
+    def rates(e: Entry) -> Entry:
+        seconds = e["seconds"]["p50"]
+        return _with(e, bytes_per_s=e["bytes"] / seconds, flop_per_s=e["flop"] / seconds)
+
+    return columns_table(OPS, map(rates, entries), texts=4)
+
+
+def profile_table(entries: Sequence[Entry]) -> str:
+    """The costliest kernels of each mode, and all together."""
+    rows = []
+    for e in entries:
+        total, every = e["kernel_seconds"], e["kernels_a_group"]
+        rows.append(_with(e, kernel="**all**", count=every, seconds=total, share=1.0))
+        for kernel in sorted(e["kernels"], key=lambda kernel: -kernel["seconds"])[:TOP]:
+            name = f"`{kernel['name'].replace('|', ' ')[:NAME_WIDTH]}`"
+            rows.append(_with(e, **kernel, kernel=name, share=kernel["seconds"] / total))
+    return columns_table(PROFILE, rows, texts=3)
+
+
+def quality_table(entries: Sequence[Entry]) -> str:
+    rows = [
+        _with(e, format=name, head="text" if i == 0 else f"codebook {i - 1}", **head)
+        for e in entries
+        for name, heads in e["formats"].items()
+        for i, head in enumerate(heads)
+    ]
+    return columns_table(QUALITY, rows, texts=3)
+
+
+def compare_table(entries: Sequence[Entry]) -> str:
+    rows = (_with(e, interval=f"{e['low']:.3f} to {e['high']:.3f}") for e in entries)
+    return columns_table(COMPARE, rows, texts=3)
+
+
+def _with(entry: Entry, **fields: Any) -> Entry:
+    return Entry(entry.file, entry.data | fields)
+
+
+def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], list[Entry]]:
+    """What a reader wants to know of the published dimensions on a device; None: of one that is not
+    there. Rows, and the entries that they are from."""
+    rows: list[list[str]] = []
+    used: list[Entry] = []
+    for form in FORMATS:
+        name = f"7b {form}"
+        found = [e for e in measured.entries if e.device == device and e["kind"] != "op"]
+        groups = [e for e in found if e["kind"] == "groups" and e.title == name and e["batch"] == 1]
+        requests = [e for e in found if e["kind"] == "request" and e.title == name]
+        spoken = [e for e in requests if e["batch"] == 1 and e["audio_ttfp"] is not None]
+        many = [e for e in requests if e["task"] == "tts"]
+        quick = [
+            e
+            for e in found
+            if e["kind"] == "quick" and f"{e.get('preset')} {e['quantization']}" == name
+        ]
+        nearest = sorted(groups, key=lambda e: abs(e.context - CONTEXT))[:1]
+        newest = sorted(spoken, key=lambda e: (e["task"] == "tts", e.date))[-1:]
+        rows.append([name, *_group_cells(nearest), *_request_cells(newest, many, quick)])
+        used += nearest + newest + quick + many
+    return rows, used
+
+
+def _group_cells(entries: Sequence[Entry]) -> Sequence[str]:
+    """Milliseconds, share of the floor, real-time factor."""
+    for e in entries:
+        time = shown(e.at("audio_group.p50"), 1e3, 2)
+        return (
+            f"{time} ms at {e.context} of context",
+            share(e.at("of_floor.audio_group")),
+            factor(e["audio_rtf"]),
+        )
+    return (NOT_MEASURED,) * 3
+
+
+def _request_cells(
+    spoken: Sequence[Entry], many: Sequence[Entry], quick: Sequence[Entry]
+) -> Iterator[str]:
+    """First audio, streams, memory."""
+    rows = [(row["streams"], row["metrics"]["audio_rtf"]) for e in quick for row in e["rows"]]
+    rows += [(e["batch"], e["audio_rtf"]) for e in many]
+    known = [(streams, rtf) for streams, rtf in rows if rtf is not None]
+    carried = max((streams for streams, rtf in known if rtf < 1), default=0)
+    more = known and carried == max(streams for streams, _ in known)
+    yield whole_ms(spoken[0].at("audio_ttfp.p50")) if spoken else NOT_MEASURED
+    yield f"{carried}{' or more' if more else ''}" if known else NOT_MEASURED
+    yield gigabytes(spoken[0]["peak_bytes"]) if spoken else NOT_MEASURED
 
 
 def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     """The whole report; pictures: names of those that there are."""
+    spoken = "A spoken reply by transformers' modules as upstream runs them"
     parts = [INTRODUCTION, "## What to expect of the published dimensions\n", *_expected(measured)]
     for device in measured.devices("groups", "request", "quick"):
         parts += _end_to_end(measured, device, pictures)
-    parts += [
-        "## Beside upstream's way of running it\n",
-        *_per_device(
-            measured,
-            "baseline",
-            tables.baselines_table,
-            "A spoken reply by transformers' modules as upstream runs them",
-            PLACES,
-        ),
-    ]
-    parts += ["## Ops\n", *_ops(measured, pictures)]
-    parts += [
-        "## Where the time of a patch goes\n",
-        *_per_device(
-            measured,
-            "profile",
-            tables.profile_table,
-            "An audio group, kernel by kernel",
-            PLACES[:1],
-        ),
-    ]
-    parts += ["## Quality of quantized weights\n", *_quality(measured), *_weight_errors(results)]
-    parts += [
-        "## Projection to other cards\n",
-        PROJECTION,
-        tables.projection_section(measured) + "\n",
-    ]
+    parts += ["## Beside upstream's way of running it\n"]
+    parts += _per_device(measured, "baseline", baselines_table, spoken, PLACES)
+    parts += ["## Ops\n", *_ops(measured, pictures), "## Where the time of a patch goes\n"]
+    what = "An audio group, kernel by kernel"
+    parts += _per_device(measured, "profile", profile_table, what, PLACES[:1])
+    parts += ["## Quality of quantized weights\n"]
+    if not measured.find("quality"):
+        parts += [f"KL and agreement of each head on trained weights: {NOT_MEASURED}.\n"]
+    parts += _per_device(measured, "quality", quality_table)
+    parts += _weight_errors(results)
+    parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
     if measured.find("compare"):
-        parts += [
-            "## Comparisons of commits\n",
-            *_per_device(measured, "compare", tables.compare_table, ""),
-        ]
-    parts += _skipped(measured)
+        parts += ["## Comparisons of commits\n"]
+        parts += _per_device(measured, "compare", compare_table)
+    if measured.skipped:
+        rows = ((e["name"], e["reason"], e.link) for e in measured.skipped)
+        parts += ["## Not measured, and why\n", table(("what", "why", "file"), rows, 3) + "\n"]
     return "\n".join(parts)
 
 
 def _expected(measured: Measured) -> Iterator[str]:
-    on_gpu = {
-        e.device: e.on_gpu
-        for e in measured.find("groups") + measured.find("request") + measured.find("quick")
-    }
+    kinds = "groups", "request", "quick"
+    on_gpu = {e.device: e.on_gpu for kind in kinds for e in measured.find(kind)}
     for kind, wanted in (("a GPU", True), ("a CPU", False)):
         for device in sorted(name for name, gpu in on_gpu.items() if gpu is wanted) or [None]:
-            rows, used = tables.expected(measured, device)
+            rows, used = expected(measured, device)
             yield f"**{device or kind}**\n"
-            yield table(tables.EXPECTED_COLUMNS, rows) + "\n"
+            yield table(EXPECTED, rows) + "\n"
             yield sources(used) + "\n" if used else ""
 
 
 def _end_to_end(measured: Measured, device: str, pictures: Sequence[str]) -> Iterator[str]:
     """Every group and request of a device."""
     yield f"## {device}\n"
-    for kind, title, write in (
-        ("groups", "Steady state", tables.groups_table),
-        ("request", "Whole requests", tables.requests_table),
-        ("quick", "`mimo-fast bench`", tables.quick_table),
+    for kind, title, write, picture in (
+        ("groups", "Steady state", groups_table, "latency"),
+        ("request", "Whole requests", requests_table, "memory"),
+        ("quick", "`mimo-fast bench`", quick_table, None),
     ):
-        found = measured.find(kind, device)
-        if found:
+        if found := measured.find(kind, device):
             yield from (f"### {title}\n", write(found) + "\n", sources(found) + "\n")
-            yield from _pictures(
-                pictures,
-                device,
-                ("latency",) if kind == "groups" else ("memory",) if kind == "request" else (),
-            )
+            yield from _picture(pictures, device, picture)
 
 
 def _per_device(
     measured: Measured,
     kind: str,
     write: Callable[[Sequence[Entry]], str],
-    what: str,
+    what: str = "",
     places: Sequence[tuple[str, bool]] = (),
 ) -> Iterator[str]:
     """A table for each device; of those of `places` (in words, whether it is a GPU) that there is
     none."""
     for place, on_gpu in places:
-        if not measured.find(kind, where=lambda e, on_gpu=on_gpu: e.on_gpu is on_gpu):
+        if not any(e.on_gpu is on_gpu for e in measured.find(kind)):
             yield f"{what}{place}: {NOT_MEASURED}.\n"
     for device in measured.devices(kind):
         found = measured.find(kind, device)
@@ -143,38 +356,27 @@ def _per_device(
 
 def _ops(measured: Measured, pictures: Sequence[str]) -> Iterator[str]:
     for place, on_gpu in PLACES:
-        if not measured.find("op", where=lambda e, on_gpu=on_gpu: e.on_gpu is on_gpu):
-            yield f"Every op{place}, beside bitsandbytes, torch's packed formats and dense products: {NOT_MEASURED}.\n"
+        if not any(e.on_gpu is on_gpu for e in measured.find("op")):
+            others = "beside bitsandbytes, torch's packed formats and dense products"
+            yield f"Every op{place}, {others}: {NOT_MEASURED}.\n"
     for device in measured.devices("op"):
         found = measured.find("op", device)
         yield f"### Ops on {device}\n"
-        yield from _pictures(pictures, device, ("roofline",))
-        title = f"<details><summary>{len(found)} rows: every op beside what the machine could do at best</summary>"
-        yield from (
-            title + "\n",
-            tables.ops_table(found) + "\n",
-            "</details>\n",
-            sources(found) + "\n",
-        )
+        yield from _picture(pictures, device, "roofline")
+        what = "every op beside what the machine could do at best"
+        yield f"<details><summary>{len(found)} rows: {what}</summary>\n"
+        yield from (ops_table(found) + "\n", "</details>\n", sources(found) + "\n")
 
 
-def _quality(measured: Measured) -> Iterator[str]:
-    if not measured.find("quality"):
-        yield f"KL and agreement of each head on trained weights: {NOT_MEASURED}.\n"
-    yield from _per_device(measured, "quality", tables.quality_table, "")
-
-
-def _pictures(pictures: Sequence[str], device: str, kinds: Sequence[str]) -> Iterator[str]:
-    for kind in kinds:
-        if (name := picture_name(kind, device)) in pictures:
-            yield f"![{kind} on {device}](performance/{name})\n"
+def _picture(pictures: Sequence[str], device: str, kind: str | None) -> Iterator[str]:
+    if kind is not None and (name := picture_name(kind, device)) in pictures:
+        yield f"![{kind} on {device}](performance/{name})\n"
 
 
 def picture_name(kind: str, device: str) -> str:
     """Of a device's picture in docs/performance/."""
-    return (
-        f"{kind}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in device).lower().split())}.svg"
-    )
+    words = "".join(c if c.isalnum() else " " for c in device).lower().split()
+    return f"{kind}-{'-'.join(words)}.svg"
 
 
 def _weight_errors(results: Path) -> Iterator[str]:
@@ -185,33 +387,15 @@ def _weight_errors(results: Path) -> Iterator[str]:
         yield "Error of quantized random weights, relative to their root mean square:\n"
         rows = ((name, f"{100 * value:.2f}%") for name, value in found.items())
         yield table(("format and width", "error"), rows) + "\n"
-        yield f"*[{files[-1].name}](../benchmarks/results/{files[-1].name})*\n"
-
-
-def _skipped(measured: Measured) -> Iterator[str]:
-    if measured.skipped:
-        yield "## Not measured, and why\n"
-        yield (
-            table(
-                ("what", "why", "file"),
-                (
-                    (e["name"], e["reason"], f"[{e.file}](../benchmarks/results/{e.file})")
-                    for e in measured.skipped
-                ),
-                texts=3,
-            )
-            + "\n"
-        )
+        yield f"*{Entry(files[-1].name, {}).link}*\n"
 
 
 def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
     """Writes the report and its pictures, and removes pictures of what is no longer there; returns
     the exit code."""
     if find_spec("matplotlib") is None:
-        print(
-            "error: the report needs matplotlib: pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)",
-            file=sys.stderr,
-        )
+        install = "pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)"
+        print(f"error: the report needs matplotlib: {install}", file=sys.stderr)
         return 1
     from benchmarks.plots import draw
 
@@ -226,23 +410,11 @@ def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
     return 0
 
 
-def add_report(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "report", help="docs/performance.md from benchmarks/results; --report is the same"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="of *.jsonl [benchmarks/results]",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=DOCUMENT,
-        metavar="FILE.md",
-        help="[docs/performance.md]",
-    )
-    parser.set_defaults(run=lambda args: write_report(args.results, args.output))
+def add_options(add: Callable[..., object]) -> None:
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="[benchmarks/results]")
+    about = "[docs/performance.md]"
+    add("-o", "--output", type=Path, default=DOCUMENT, metavar="FILE.md", help=about)
+
+
+def run(args: argparse.Namespace) -> int:
+    return write_report(args.results, args.output)
