@@ -1,45 +1,102 @@
 """Is the working tree faster than another commit? Both are timed in turn, op by op, and each op
 gets a verdict.
 
+    python -m benchmarks --compare HEAD~1 --op '*.qkv'
+
 The other commit is checked out into a temporary git worktree. What measures is the same on both
-sides: benchmarks/, mimo_fast/bench of the working tree are laid over the other's, so that a commit
-from before there was a suite can be measured as well, as long as its kernels have the functions
-that today's cases call.
+sides: benchmarks/ and mimo_fast/bench of the working tree are laid over the other's, so that a
+commit from before there was a suite can be measured as well, as long as its kernels have the
+functions that today's cases call.
 
 Each round starts a process for either side, since where a process has its memory can be worth some
-percent, and times
-every op in the order A B B A or B A A B: what drifts while an op is measured falls on both alike.
-Each pair of neighbours gives a ratio; `statistics.py` has the interval and the verdict.
+percent, and times every op in the order A B B A or B A A B: what drifts while an op is measured
+falls on both alike. Each pair of neighbours gives a ratio, and the verdict is that of their median
+and its confidence interval.
+
+A process is this file with a JSON argument, started in the tree of its version. Requests and
+answers are JSON, a line each, on standard input and output:
+
+    at the start                 -> {"cases": [names], "missing": {op: why}}
+    {"case": name, "seconds": s} -> {"seconds": median} or {"refused": why}
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
+from benchmarks.harness import MIN_RUNS, Case, Provider, Refused, prepare
+from benchmarks.ops import add_case_options, select
 from benchmarks.records import JsonLines, Table
-from benchmarks.statistics import Comparison, compare
 from mimo_fast.bench.environment import ROOT, environment
+from mimo_fast.bench.timing import time_calls
 
 OVERLAID = ("benchmarks", "mimo_fast/bench")
 ORDERS = ("ABBA", "BAAB")
 ROUNDS = 8
 SECONDS = 0.1
+CONFIDENCE = 0.99
+"""Many ops are compared at once: at 95% every twentieth would seem to differ."""
+
+RESAMPLES = 5000
 COLUMNS = {"op": -56, "new/old [99% interval]": 24, "verdict": -20}
 
 
 class CompareError(ValueError):
     """Two versions cannot be compared; one line."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The median over pairs of new time / old time, and its confidence interval."""
+
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows; none is shown while it holds 1."""
+        if self.low > 1:
+            return "slower"
+        return "faster" if self.high < 1 else "no difference shown"
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def compared(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Comparison:
+    """Of (old, new) seconds, each pair measured one right after the other.
+
+    The interval is a percentile bootstrap over pairs. What a machine does to both times of a pair
+    alike cancels in their ratio; a median leaves what it does to one of them without effect.
+
+    Raises:
+        ValueError: there are no pairs, or a time is not positive.
+    """
+    if not pairs or min(min(pair) for pair in pairs) <= 0:
+        raise ValueError("a comparison needs pairs of positive times")
+    ratios = np.log([new / old for old, new in pairs])
+    drawn = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    medians = np.median(ratios[drawn], axis=1)
+    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Comparison(*(float(np.exp(x)) for x in (np.median(ratios), low, high)), len(ratios))
 
 
 @dataclass(frozen=True)
@@ -92,7 +149,7 @@ class Worker:
 @contextmanager
 def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
     """A worker in the tree of a side, ended afterwards."""
-    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.compare", json.dumps(arguments)]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
         subprocess.Popen(
@@ -201,7 +258,7 @@ def run_compare(
 ) -> dict[str, Comparison]:
     """Compares the working tree with a commit: a line and a record for each op.
 
-    arguments: of the cases, as `worker.named_cases` takes them, with device and threads.
+    arguments: of the cases, as `named_cases` takes them, with device and threads.
     """
     new = Side("the working tree", root)
     with checked_out(reference, root) as old:
@@ -213,7 +270,7 @@ def run_compare(
     table, found = Table(COLUMNS), {}
     about = environment(arguments["device"], root=root)
     for case, times in pairs.items():
-        found[case] = compare(times)
+        found[case] = compared(times)
         table.row(case, str(found[case]), found[case].verdict)
         output.append(
             {
@@ -228,3 +285,93 @@ def run_compare(
             }
         )
     return found
+
+
+def add_options(add: Callable[..., object]) -> None:
+    add("reference", metavar="REF", help="the other commit, such as HEAD~1")
+    add_case_options(add)
+    add("--rounds", type=int, default=ROUNDS, help="each has two pairs [%(default)s]")
+    add("--seconds", type=float, default=SECONDS, help="of each measurement [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = {
+        "op": args.op,
+        "format": args.format,
+        "m": args.m,
+        "quick": args.m is None,
+        "device": args.device,
+        "threads": args.threads or torch.get_num_threads(),
+    }
+    # Unknown ops are bad usage, and known before anything is checked out.
+    select(args.op, args.m, args.format)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
+    # So that what was checked out is removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    output, options = JsonLines(args.output), {"rounds": args.rounds, "seconds": args.seconds}
+    run_compare(args.reference, wanted, output, **options)
+    return 0
+
+
+def named_cases(
+    arguments: dict[str, Any], device: torch.device, missing: dict[str, str]
+) -> dict[str, tuple[Case, Provider]]:
+    """Our own providers that run on the device, by "op format shape"; missing: see
+    `ops.all_cases`."""
+    found = {}
+    wanted = (arguments[name] for name in ("op", "m", "format"))
+    try:
+        cases = select(*wanted, quick=arguments["quick"], missing=missing)
+    except ValueError:
+        # The other side has some, or there would have been an error before.
+        return {}
+    for case in cases:
+        for provider in case.providers:
+            if provider.name.startswith("ours-") and provider.missing(device) is None:
+                found[case.title] = case, provider
+    return found
+
+
+class Timer:
+    """Times one case at a time; its inputs are kept until another is asked for."""
+
+    def __init__(self, cases: dict[str, tuple[Case, Provider]], device: torch.device) -> None:
+        self._cases, self._device = cases, device
+        self._name, self._calls = "", list[Callable[[], object]]()
+
+    def __call__(self, name: str, seconds: float) -> dict[str, Any]:
+        if name != self._name:
+            # Two large cases at once might not fit.
+            self._name, self._calls = "", []
+            case, provider = self._cases[name]
+            try:
+                calls, _ = prepare(case, provider, case.make(self._device), self._device)
+            except Refused as refused:
+                return {"refused": str(refused)}
+            self._name, self._calls = name, list(calls)
+        return {
+            "seconds": time_calls(self._calls, self._device, seconds=seconds, min_runs=MIN_RUNS).p50
+        }
+
+
+@torch.no_grad()
+def answer() -> None:
+    """What a process of one side does."""
+    arguments = json.loads(sys.argv[1])
+    # Whatever else prints must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(arguments["threads"])
+    device = torch.device(arguments["device"])
+    missing: dict[str, str] = {}
+    cases = named_cases(arguments, device, missing)
+    timer = Timer(cases, device)
+    answers.write(json.dumps({"cases": list(cases), "missing": missing}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers.write(json.dumps(timer(request["case"], request["seconds"])) + "\n")
+
+
+if __name__ == "__main__":
+    answer()

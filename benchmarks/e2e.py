@@ -19,16 +19,23 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.records import JsonLines, Table, add_run_options
+from benchmarks.records import (
+    JsonLines,
+    Table,
+    add_run_options,
+    machine_fields,
+    share,
+    shown,
+)
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
-from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, time_groups
 from mimo_fast.bench.machine import useful_threads
@@ -58,6 +65,7 @@ REQUEST_COLUMNS = {
     "model": -16,
     "task": -19,
     "batch": 5,
+    "prompt": 6,
     "ttft ms": 9,
     "ttfp ms": 9,
     "itl p50": 8,
@@ -69,7 +77,9 @@ REQUEST_COLUMNS = {
     "rtfx": 7,
     "of floor": 8,
     "peak GB": 7,
+    "energy J": 8,
 }
+PERCENTILES = ("p50", "p95", "p99")
 
 
 @dataclass
@@ -120,7 +130,7 @@ class Run:
         self.output.append({"kind": "skipped", "name": name, "reason": reason})
 
     def record(self, kind: str, about: dict[str, Any], **results: Any) -> None:
-        machine = {"ceiling": self.machine.as_dict(), "environment": environment(self.device)}
+        machine = machine_fields(self.machine, self.device)
         self.output.append({"kind": kind, **about, **results, **machine})
 
 
@@ -130,33 +140,22 @@ def say(text: str) -> None:
 
 def models(run: Run) -> Iterator[tuple[dict[str, Any], Callable[[], Target]]]:
     """What is known of each model of the sweep, and what makes it."""
-    args, device = run.args, run.device
-    dtype = parse_dtype(args.dtype)
-    for name in [str(args.model)] if args.model else args.preset:
-        for quantization in args.quantization:
-            about = {
-                "model": name,
-                "quantization": quantization,
-                "random_weights": args.model is None,
-                "steered": args.model is None or args.steer,
-                "with_codec": not args.no_codec,
-            }
-            chosen = None if quantization in ("bf16", "stored") else quantization
-            if args.model:
-                wanted = None if quantization == "stored" else dtype
-                yield (
-                    about,
-                    lambda chosen=chosen, wanted=wanted: Target.load(
-                        args.model, args.codec, chosen, wanted, device, args.steer
-                    ),
-                )
-            elif quantization != "stored":
-                yield (
-                    about,
-                    lambda name=name, chosen=chosen: Target.random(
-                        name, chosen, dtype, device, not args.no_codec
-                    ),
-                )
+    args, device, dtype = run.args, run.device, parse_dtype(run.args.dtype)
+    for name, form in product([str(args.model)] if args.model else args.preset, args.quantization):
+        about = {
+            "model": name,
+            "quantization": form,
+            "random_weights": args.model is None,
+            "steered": args.model is None or args.steer,
+            "with_codec": not args.no_codec,
+        }
+        chosen = None if form in ("bf16", "stored") else form
+        if args.model:
+            wanted = None if form == "stored" else dtype
+            pair = (args.model, args.codec, chosen, wanted, device, args.steer)
+            yield about, partial(Target.load, *pair)
+        elif form != "stored":
+            yield about, partial(Target.random, name, chosen, dtype, device, not args.no_codec)
 
 
 def sweep(run: Run) -> None:
@@ -205,12 +204,10 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         if times is None:
             continue
         run.excess = times.audio.p50 - floors[2]
+        parts = ("prefill", "text_group", "audio_group")
         measured = times.prefill, times.text.p50, times.audio.p50
         shares = [floor / seconds for floor, seconds in zip(floors, measured, strict=True)]
-        rtf, parts = (
-            times.audio.p50 / target.patch_seconds,
-            ("prefill", "text_group", "audio_group"),
-        )
+        rtf = times.audio.p50 / target.patch_seconds
         run.record(
             "groups",
             about | {"steered": True},
@@ -226,14 +223,9 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
             floor=dict(zip(parts, floors, strict=True)),
             of_floor=dict(zip(parts, shares, strict=True)),
         )
-        pairs = zip(measured, shares, strict=True)
-        cells = [
-            cell
-            for seconds, share in pairs
-            for cell in (f"{1e3 * seconds:,.2f}", f"{100 * share:.1f}%")
-        ]
         table = table or Table(GROUP_COLUMNS)
-        table.row(title, str(batch), str(context), *cells, f"{rtf:.3f}")
+        pairs = ((shown(x, 1e3, 2), share(y)) for x, y in zip(measured, shares, strict=True))
+        table.row(title, str(batch), str(context), *chain.from_iterable(pairs), f"{rtf:.3f}")
 
 
 def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
@@ -282,32 +274,24 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
                 count / metrics.requests for count in (metrics.audio_groups, metrics.text_groups)
             )
             floor = target.request_floor(run.machine, batch, prompt, written, spoken)
-        share = floor / metrics.e2el.p50 if metrics.e2el else None
-        run.record(
-            "request",
-            about,
-            **metrics.as_dict(),
-            input_seconds=args.seconds,
-            floor=floor,
-            of_floor=share,
-        )
+        of_floor = floor / metrics.e2el.p50 if metrics.e2el else None
+        about_request = {"input_seconds": args.seconds, "floor": floor, "of_floor": of_floor}
+        run.record("request", about, **metrics.as_dict(), **about_request)
         table = table or Table(REQUEST_COLUMNS)
-        table.row(title, request.task, str(batch), *_cells(metrics, share))
+        table.row(title, request.task, str(batch), str(prompt), *_cells(metrics, of_floor))
 
 
-def _cells(metrics: Metrics, share: float | None) -> Iterator[str]:
-    def shown(value: float | None, scale: float = 1e3, digits: int = 1) -> str:
-        return "-" if value is None else f"{scale * value:,.{digits}f}"
-
-    yield shown(metrics.ttft and metrics.ttft.p50)
-    yield shown(metrics.audio_ttfp and metrics.audio_ttfp.p50)
-    yield from (shown(metrics.itl and getattr(metrics.itl, name)) for name in ("p50", "p95", "p99"))
-    yield shown(metrics.audio_underrun)
+def _cells(metrics: Metrics, of_floor: float | None) -> Iterator[str]:
+    yield shown(metrics.ttft and metrics.ttft.p50, 1e3)
+    yield shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1e3)
+    yield from (shown(metrics.itl and getattr(metrics.itl, name), 1e3) for name in PERCENTILES)
+    yield shown(metrics.audio_underrun, 1e3)
     yield shown(metrics.e2el and metrics.e2el.p50, 1, 3)
     yield shown(metrics.audio_rtf, 1, 3)
     yield shown(metrics.audio_rtfx, 1, 2)
-    yield "-" if share is None else f"{100 * share:.1f}%"
+    yield share(of_floor)
     yield shown(metrics.peak_bytes, 1e-9, 2)
+    yield shown(metrics.joules)
 
 
 def release(device: torch.device) -> None:
@@ -318,92 +302,43 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def add_e2e(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "e2e",
-        help="groups and whole requests of a model or several",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def add_options(add: Callable[..., object]) -> None:
+    formats = f"{', '.join(QUANTIZATIONS)} (as --model is stored) [bf16 int8 int4]"
+    steered = "with --model: replies on a schedule, as with random weights"
+    prompt = "of each request: filled up with words in front, or cut there [the task's own]"
+    limit = "seconds that a row may take, as far as can be told before [%(default)g]"
+    several = {"type": int, "nargs": "+"}
     add("--preset", nargs="+", default=["tiny", "7b"], choices=("tiny", "7b"))
     add("--model", help="directory or hub id of a language model, in place of presets")
     add("--codec", help="directory or hub id of its codec")
-    add(
-        "--steer",
-        action="store_true",
-        help="with --model: replies on a schedule, as with random weights",
-    )
-    add(
-        "--quantization",
-        nargs="+",
-        default=["bf16", "int8", "int4"],
-        choices=QUANTIZATIONS,
-        metavar="FORMAT",
-        help=f"{', '.join(QUANTIZATIONS)} (as --model is stored) [bf16 int8 int4]",
-    )
+    add("--steer", action="store_true", help=steered)
+    given = {"choices": QUANTIZATIONS, "metavar": "FORMAT", "help": formats}
+    add("--quantization", nargs="+", default=["bf16", "int8", "int4"], **given)
     add("--dtype", default="bfloat16", help="of activations and dense weights")
     add("--no-codec", action="store_true", help="leave audio out: no first audio, no underruns")
-    add("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
-    add(
-        "--context",
-        type=int,
-        nargs="*",
-        default=[256, 2048, 8192],
-        help="groups, for the steady state",
-    )
-    add(
-        "--task",
-        nargs="*",
-        default=[*PROMPTS],
-        choices=[*PROMPTS],
-        metavar="TASK",
-        help=f"{', '.join(PROMPTS)} [all]",
-    )
-    add(
-        "--prompt",
-        type=int,
-        nargs="*",
-        default=[],
-        metavar="GROUPS",
-        help="of each request: filled up with words in front, or cut there [the task's own]",
-    )
+    add("--batch", default=[1, 4, 16, 64], **several)
+    contexts = {"default": [256, 2048, 8192], "help": "groups, for the steady state"}
+    add("--context", type=int, nargs="*", **contexts)
+    tasks = {"choices": [*PROMPTS], "metavar": "TASK", "help": f"{', '.join(PROMPTS)} [all]"}
+    add("--task", nargs="*", default=[*PROMPTS], **tasks)
+    add("--prompt", type=int, nargs="*", default=[], metavar="GROUPS", help=prompt)
     add("--groups", type=int, default=24, help="timed in the steady state")
     add("--words", type=int, default=12, help="of a reply")
     add("--patches", type=int, default=25, help="of 160 ms, of a spoken reply")
     add("--seconds", type=float, default=3.0, help="of the user's speech")
     add("--audio", type=Path, help="a recording of it [noise]")
     add("--rounds", type=int, default=1, help="of each batch of requests")
-    add(
-        "--limit",
-        type=float,
-        default=120.0,
-        help="seconds that a row may take, as far as can be told before",
-    )
-    add_run_options(parser, each="row")
-    parser.set_defaults(run=run_e2e)
+    add("--limit", type=float, default=120.0, help=limit)
+    add_run_options(add, each="row")
 
 
-def run_e2e(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if bool(args.model) != bool(args.codec):
         raise ValueError("--model and --codec go together")
-    if (
-        min(
-            [
-                *args.batch,
-                *args.context,
-                *args.prompt,
-                args.groups,
-                args.words,
-                args.patches,
-                args.rounds,
-            ]
-        )
-        < 1
-    ):
-        raise ValueError(
-            "batches, contexts, prompts, groups, words, patches and rounds must be at least 1"
-        )
+    counts = [args.groups, args.words, args.patches, args.rounds]
+    if min([*args.batch, *args.context, *args.prompt, *counts]) < 1:
+        what = "batches, contexts, prompts, groups, words, patches and rounds"
+        raise ValueError(f"{what} must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or default_device())

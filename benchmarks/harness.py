@@ -1,16 +1,23 @@
-"""What every measurement goes through: one row and record for each provider of an op, and none for
-a wrong result.
+"""What every measurement of an op goes through: one row and record for each of its providers, and
+none for a wrong result.
 
 A provider is timed on the inputs on which its result has just been checked. Where the check fails
-there is no row and
-no record: the provider is named as refused, and the run ends with exit code 1. Providers that
-cannot run here are named with the reason.
+there is no row and no record: the provider is named as refused, and the run ends with exit code 1.
+Providers that cannot run here are named with the reason. Those that every op has:
+
+    ours-gpu    the op's launcher on a CUDA device: a kernel of csrc/cuda where it was built and
+                takes it, or Triton
+    ours-cpu    the same launcher on a CPU: a kernel of csrc/cpu where it was built and takes the
+                case, else plain torch
+    eager       the op's reference in plain torch; quantized weights are unpacked for each call
+    compile     torch.compile of that
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.records import JsonLines, Table, duration
+from benchmarks.records import JsonLines, Table, duration, machine_fields
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
-from mimo_fast.bench.environment import environment
-from mimo_fast.bench.timing import Timing, copies_for, time_calls
+from mimo_fast.bench.timing import copies_for, time_calls
+from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 
 Inputs = dict[str, Any]
@@ -32,11 +39,25 @@ Inputs = dict[str, Any]
 same values."""
 
 Outputs = tuple[Tensor, ...]
+Run = Callable[[Inputs], Outputs]
 
 MIN_RUNS = 5
 COPIED_BYTES = 2**30
 """What the copies of a case's inputs may take: some hold tables of which a call reads a few
 rows."""
+
+COLUMNS = {
+    "op": -30,
+    "provider": -17,
+    "format": -8,
+    "shape": -24,
+    "p50": 9,
+    "p10": 9,
+    "p90": 9,
+    "GB/s": 7,
+    "GFLOP/s": 7,
+    "achieved/ceiling": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -80,78 +101,91 @@ class Case:
     nbytes: int
     flop: int
     make: Callable[[torch.device], Inputs]
-    reference: Callable[[Inputs], Outputs]
+    reference: Run
     providers: tuple[Provider, ...]
     check: Callable[[Inputs, Outputs], Accuracy] | None = None
 
-
-@dataclass(frozen=True)
-class Record:
-    """One row: what was timed, how long it took, and how near to the ceiling that is."""
-
-    op: str
-    provider: str
-    format: str
-    m: int
-    shape: str
-    dtype: str
-    bytes: int
-    flop: int
-    time: Timing
-    ceiling: Ceiling
-    accuracy: Accuracy
-    copies: int
-    environment: dict[str, Any]
-
     @property
-    def floor(self) -> float:
-        """Seconds below which this machine cannot do it."""
-        return self.ceiling.floor_seconds(self.bytes, self.flop, getattr(torch, self.dtype))
-
-    @property
-    def bound(self) -> str:
-        return self.ceiling.bound(self.bytes, self.flop, getattr(torch, self.dtype))
-
-    @property
-    def of_ceiling(self) -> float:
-        """Achieved over ceiling; 1 is as fast as the machine allows."""
-        return self.floor / self.time.p50
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it is written."""
-        own = {
-            key: value
-            for key, value in vars(self).items()
-            if key not in ("time", "ceiling", "accuracy")
-        }
-        return {
-            "kind": "op",
-            **own,
-            "seconds": vars(self.time),
-            "floor_s": self.floor,
-            "bound": self.bound,
-            "of_ceiling": self.of_ceiling,
-            "ceiling": self.ceiling.as_dict(),
-            "accuracy": vars(self.accuracy),
-        }
+    def title(self) -> str:
+        return f"{self.op} {self.format} {self.shape}"
 
 
 @dataclass
 class Outcome:
-    """What came of a run: records, "op format provider: why" of what was refused, reason -> what
-    was skipped for it."""
+    """What came of a run: records, "op format shape provider: why" of what was refused, reason ->
+    what was skipped for it."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.refused else 0
 
 
 class Refused(Exception):
     """A provider's result is wrong."""
+
+
+def ours(run: Run) -> tuple[Provider, ...]:
+    """The launcher of an op, by the name of the path that it takes."""
+    return (
+        Provider("ours-gpu", run, missing=needs_triton),
+        Provider("ours-cpu", run, missing=needs_plain_path),
+    )
+
+
+def plain(reference: Run, *, ours_on_cpu: bool = True) -> tuple[Provider, ...]:
+    """Plain torch and torch.compile of it. ours_on_cpu: whether that is what our op does on a
+    CPU."""
+
+    def missing(device: torch.device) -> str | None:
+        return "is what ours-cpu runs" if device.type == "cpu" and ours_on_cpu else None
+
+    def compiled(inputs: Inputs) -> dict[str, Any]:
+        # Past eight shapes of one function dynamo would quietly run it uncompiled.
+        torch._dynamo.reset()
+        return {"run": torch.compile(reference, dynamic=False), "inputs": inputs}
+
+    def run(prepared: dict[str, Any]) -> Outputs:
+        return prepared["run"](prepared["inputs"])
+
+    return (
+        Provider("eager", reference, missing=missing),
+        Provider("compile", run, compiled, needs_compiler),
+    )
+
+
+def needs_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "needs the CPU"
+
+
+def needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "needs a CUDA device"
+
+
+def needs_triton(device: torch.device) -> str | None:
+    if triton is None:
+        return "triton is not installed"
+    if os.environ.get(ENVIRONMENT) == "torch":
+        return f"{ENVIRONMENT}=torch turns it off"
+    return needs_cuda(device)
+
+
+def needs_plain_path(device: torch.device) -> str | None:
+    if os.environ.get(ENVIRONMENT) == "triton":
+        return f"{ENVIRONMENT}=triton turns it off"
+    return needs_cpu(device)
+
+
+def needs_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None if triton is not None else "triton is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return "no C++ compiler is installed"
+    return None
 
 
 def widen(tree: Any) -> Any:
@@ -172,11 +206,13 @@ def held_bytes(tree: Any) -> int:
     """Of all tensors in it."""
     if isinstance(tree, Tensor):
         return tree.nbytes
+    if dataclasses.is_dataclass(tree):
+        tree = vars(tree)
     if isinstance(tree, dict):
-        return sum(map(held_bytes, tree.values()))
-    if isinstance(tree, (list, tuple)):
-        return sum(map(held_bytes, tree))
-    return held_bytes(vars(tree)) if dataclasses.is_dataclass(tree) else 0
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return 0
+    return sum(map(held_bytes, tree))
 
 
 def fresh(inputs: Inputs) -> Inputs:
@@ -204,43 +240,10 @@ def prepare(
     found = _accuracy(case, stands_for, got)
     if not found.accepted:
         raise Refused(str(found))
-    copies = min(
-        copies_for(case.nbytes, device), max(1, COPIED_BYTES // max(1, held_bytes(prepared)))
-    )
+    room = max(1, COPIED_BYTES // max(1, held_bytes(prepared)))
+    copies = min(copies_for(case.nbytes, device), room)
     turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
     return [partial(provider.run, turn) for turn in turns], found
-
-
-def measure(
-    case: Case,
-    provider: Provider,
-    inputs: Inputs,
-    device: torch.device,
-    machine: Ceiling,
-    seconds: float,
-) -> Record:
-    """Checks and times one provider on one case.
-
-    Raises:
-        Refused: its result is wrong.
-    """
-    calls, found = prepare(case, provider, inputs, device)
-    time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
-    return Record(
-        case.op,
-        provider.name,
-        case.format,
-        case.m,
-        case.shape,
-        name_of(case.dtype),
-        case.nbytes,
-        case.flop,
-        time,
-        machine,
-        found,
-        len(calls),
-        environment(device),
-    )
 
 
 def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
@@ -250,18 +253,43 @@ def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
     return worst(got, eager, case.reference(widen(fresh(inputs))))
 
 
-COLUMNS = {
-    "op": -30,
-    "provider": -17,
-    "format": -8,
-    "shape": -24,
-    "p50": 9,
-    "p10": 9,
-    "p90": 9,
-    "GB/s": 7,
-    "GFLOP/s": 7,
-    "achieved/ceiling": 16,
-}
+def measure(
+    case: Case,
+    provider: Provider,
+    inputs: Inputs,
+    device: torch.device,
+    machine: Ceiling,
+    seconds: float,
+) -> dict[str, Any]:
+    """Checks and times one provider on one case: a record.
+
+    `floor_s` are the seconds below which this machine cannot do it, `of_ceiling` is achieved over
+    ceiling; 1 is as fast as the machine allows.
+
+    Raises:
+        Refused: its result is wrong.
+    """
+    calls, found = prepare(case, provider, inputs, device)
+    time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
+    floor = machine.floor_seconds(case.nbytes, case.flop, case.dtype)
+    return {
+        "kind": "op",
+        "op": case.op,
+        "provider": provider.name,
+        "format": case.format,
+        "m": case.m,
+        "shape": case.shape,
+        "dtype": name_of(case.dtype),
+        "bytes": case.nbytes,
+        "flop": case.flop,
+        "copies": len(calls),
+        "seconds": vars(time),
+        "floor_s": floor,
+        "bound": machine.bound(case.nbytes, case.flop, case.dtype),
+        "of_ceiling": floor / time.p50,
+        "accuracy": vars(found),
+        **machine_fields(machine, device),
+    }
 
 
 @torch.no_grad()
@@ -286,7 +314,7 @@ def run_cases(
     for case in tqdm(cases, unit="case", disable=None, leave=False):
         inputs = None
         for provider in (p for p in case.providers if providers(p.name)):
-            title = f"{case.op} {case.format} {case.shape} {provider.name}"
+            title = f"{case.title} {provider.name}"
             if (reason := provider.missing(device)) is not None:
                 outcome.skipped.setdefault(f"{provider.name}: {reason}", []).append(title)
                 continue
@@ -298,29 +326,22 @@ def run_cases(
                 continue
             except Exception as error:
                 # A provider that breaks says so, and the others go on.
-                outcome.refused.append(
-                    f"{title}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                )
+                first = str(error).partition("\n")[0]
+                outcome.refused.append(f"{title}: {type(error).__name__}: {first}")
                 continue
             outcome.records.append(record)
-            output.append(record.as_dict())
+            output.append(record)
             table.row(*_cells(record))
     return outcome
 
 
-def _cells(record: Record) -> Iterable[str]:
-    time = record.time
-    times = (duration(value) for value in (time.p50, time.p10, time.p90))
-    rates = f"{record.bytes / time.p50 / 1e9:.1f}", f"{record.flop / time.p50 / 1e9:.0f}"
-    return (
-        record.op,
-        record.provider,
-        record.format,
-        record.shape,
-        *times,
-        *rates,
-        f"{100 * record.of_ceiling:.1f}%",
-    )
+def _cells(record: dict[str, Any]) -> Iterable[str]:
+    time = record["seconds"]
+    yield from (record[name] for name in ("op", "provider", "format", "shape"))
+    yield from (duration(time[name]) for name in ("p50", "p10", "p90"))
+    yield f"{record['bytes'] / time['p50'] / 1e9:.1f}"
+    yield f"{record['flop'] / time['p50'] / 1e9:.0f}"
+    yield f"{100 * record['of_ceiling']:.1f}%"
 
 
 def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:

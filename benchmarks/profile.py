@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,9 +24,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.records import JsonLines, Table, add_run_options, duration
+from benchmarks.records import JsonLines, Table, add_run_options, duration, machine_fields
 from mimo_fast.bench.ceiling import ceiling, name_of
-from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, prompted, start_rows, time_groups
 from mimo_fast.bench.machine import useful_threads
@@ -195,38 +194,34 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
     for mode in ("graph", "eager") if captured else ("eager",):
         target.engine.decoder.graphs = captured if mode == "graph" else None
         measured = time_groups(target, args.batch, prompt, args.groups).audio
-        replies = start_rows(
-            target, context, args.batch, target.lm.empty_id, args.groups + SETTLING
-        )
+        taken = args.groups + SETTLING
+        replies = start_rows(target, context, args.batch, target.lm.empty_id, taken)
         with without_collection():
             trace = trace_groups(replies, args.groups, device, mode)
         trace = with_bytes(trace, target, work)
         show(trace, measured, args.top)
-        output.append(
-            {
-                "kind": "profile",
-                "model": args.preset,
-                "random_weights": True,
-                "quantization": args.quantization,
-                "dtype": name_of(target.lm.dtype),
-                "mode": mode,
-                "batch": args.batch,
-                "prompt_groups": prompt,
-                "groups": args.groups,
-                "unit": "CUDA kernel" if device.type == "cuda" else "torch op",
-                "kernels_a_group": trace.count,
-                "kernel_seconds": trace.seconds,
-                "audio_group": vars(measured),
-                "host_syncs": trace.host_syncs,
-                "launches": trace.launches,
-                "bytes": work.audio.bytes,
-                "cached_bytes": work.audio.cached,
-                "floor": work.floors(machine)[2],
-                "kernels": [asdict(kernel) for kernel in trace.kernels],
-                "ceiling": machine.as_dict(),
-                "environment": environment(device),
-            }
-        )
+        record = {
+            "kind": "profile",
+            "model": args.preset,
+            "random_weights": True,
+            "quantization": args.quantization,
+            "dtype": name_of(target.lm.dtype),
+            "mode": mode,
+            "batch": args.batch,
+            "prompt_groups": prompt,
+            "groups": args.groups,
+            "unit": "CUDA kernel" if device.type == "cuda" else "torch op",
+            "kernels_a_group": trace.count,
+            "kernel_seconds": trace.seconds,
+            "audio_group": vars(measured),
+            "host_syncs": trace.host_syncs,
+            "launches": trace.launches,
+            "bytes": work.audio.bytes,
+            "cached_bytes": work.audio.cached,
+            "floor": work.floors(machine)[2],
+            "kernels": [asdict(kernel) for kernel in trace.kernels],
+        }
+        output.append(record | machine_fields(machine, device))
 
 
 @contextmanager
@@ -241,14 +236,18 @@ def without_collection() -> Iterator[None]:
 
 
 def show(trace: Trace, measured: Timing, top: int) -> None:
-    syncs = sum(trace.host_syncs.values())
+    launches, syncs = (sum(calls.values()) for calls in (trace.launches, trace.host_syncs))
     print(
-        f"{trace.mode}: an audio group takes {duration(measured.p50)}; {trace.count:.0f} kernels of "
-        f"{duration(trace.seconds)} in all; the host makes {sum(trace.launches.values()):.0f} launches and waits "
+        f"{trace.mode}: an audio group takes {duration(measured.p50)}; {trace.count:.0f} kernels "
+        f"of {duration(trace.seconds)} in all; the host makes {launches:.0f} launches and waits "
         f"{syncs:g} times"
     )
+    rows, rest = list(trace.kernels[:top]), trace.kernels[top:]
+    if rest:
+        sums = (sum(k.count for k in rest), sum(k.seconds for k in rest))
+        rows.append(Kernel(f"{len(rest)} others", *sums))
     table = Table(COLUMNS)
-    for kernel in trace.kernels[:top]:
+    for kernel in rows:
         known = kernel.bytes is not None and kernel.seconds > 0
         table.row(
             kernel.name[:NAME_WIDTH],
@@ -258,27 +257,27 @@ def show(trace: Trace, measured: Timing, top: int) -> None:
             f"{kernel.bytes / 1e6:,.1f}" if known else "-",
             f"{kernel.bytes / kernel.seconds / 1e9:,.0f}" if known else "-",
         )
-    rest = trace.kernels[top:]
-    if rest:
-        seconds = sum(kernel.seconds for kernel in rest)
-        count = sum(kernel.count for kernel in rest)
-        table.row(
-            f"{len(rest)} others",
-            f"{count:g}",
-            duration(seconds),
-            f"{100 * seconds / trace.seconds:.1f}%",
-            "-",
-            "-",
-        )
 
 
-def run_profile(args: argparse.Namespace) -> int:
+def add_options(add: Callable[..., object]) -> None:
+    formats = {"choices": ("bf16", "int8", "int4", "nf4"), "metavar": "FORMAT"}
+    add("--preset", default="7b", choices=("tiny", "7b"))
+    about = "bf16 (as --dtype), int8, int4 or nf4 [%(default)s]"
+    add("--quantization", default="int4", help=about, **formats)
+    add("--dtype", default="bfloat16", help="of activations and dense weights")
+    add("--batch", type=int, default=1)
+    add("--context", type=int, default=1024, help="groups, with those that are decoded")
+    add("--groups", type=int, default=8, help="profiled")
+    add("--top", type=int, default=25, help="rows of the table; the record has all")
+    add_run_options(add, each="mode")
+
+
+def run(args: argparse.Namespace) -> int:
     if min(args.batch, args.groups, args.top) < 1:
         raise ValueError("--batch, --groups and --top must be at least 1")
-    if args.context <= args.groups + SETTLING:
-        raise ValueError(
-            f"--context must be above {args.groups + SETTLING}, the groups that are decoded"
-        )
+    decoded = args.groups + SETTLING
+    if args.context <= decoded:
+        raise ValueError(f"--context must be above {decoded}, the groups that are decoded")
     device, dtype = torch.device(args.device or default_device()), parse_dtype(args.dtype)
     assert dtype is not None
     quantization = None if args.quantization == "bf16" else args.quantization
@@ -286,28 +285,3 @@ def run_profile(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or useful_threads(target.lm.config))
     profile_target(args, target.sized(args.batch, args.context), JsonLines(args.output))
     return 0
-
-
-def add_profile(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "profile",
-        help="where the time of an audio group goes, kernel by kernel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", default="7b", choices=("tiny", "7b"))
-    add(
-        "--quantization",
-        default="int4",
-        choices=("bf16", "int8", "int4", "nf4"),
-        metavar="FORMAT",
-        help="bf16 (as --dtype), int8, int4 or nf4 [%(default)s]",
-    )
-    add("--dtype", default="bfloat16", help="of activations and dense weights")
-    add("--batch", type=int, default=1)
-    add("--context", type=int, default=1024, help="groups, with those that are decoded")
-    add("--groups", type=int, default=8, help="profiled")
-    add("--top", type=int, default=25, help="rows of the table; the record has all")
-    add_run_options(parser, each="mode")
-    parser.set_defaults(run=run_profile)

@@ -6,7 +6,6 @@ rows are printed as.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -265,13 +264,12 @@ def share(value: float | None) -> str:
     return shown(value, 100, 1, "%")
 
 
-def add_run_options(parser: argparse.ArgumentParser, each: str) -> None:
+def add_run_options(add: Callable[..., object], each: str) -> None:
     """Where a model is measured, and where the records go. each: what has one."""
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--threads", type=int, help="of the CPU [chosen by the model's size]")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE.jsonl", help=f"append a record for each {each}"
-    )
+    add("--device", default=None)
+    add("--threads", type=int, help="of the CPU [chosen by the model's size]")
+    about = f"append a record for each {each}"
+    add("-o", "--output", type=Path, metavar="FILE.jsonl", help=about)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """`make bench`: what a CPU does, within ten minutes on two cores, into one dated file, and then the
 report.
 
-    python -m benchmarks suite                            benchmarks/results/DATE-cpu.jsonl, docs/performance.md
+    python -m benchmarks suite      benchmarks/results/DATE-cpu.jsonl, docs/performance.md
     python -m benchmarks suite --budget 1200 --only ops
 
 Each part is a process of its own, which gives back its memory and can be ended. A part begins when
@@ -25,10 +25,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic
 
-from benchmarks.records import JsonLines
+from benchmarks.records import RESULTS, JsonLines
+from benchmarks.report import write_report
 from mimo_fast.bench.environment import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 570.0
 """Seconds for all parts; the report takes some more."""
 
@@ -44,57 +44,20 @@ class Part:
 
     name: str
     seconds: float
-    arguments: tuple[str, ...]
-
-
-def _group_part(quantization: str, seconds: float, *arguments: str) -> Part:
-    fixed = (
-        "e2e",
-        "--preset",
-        "7b",
-        "--batch",
-        "1",
-        "--groups",
-        "8",
-        "--words",
-        "4",
-        "--patches",
-        "12",
-    )
-    return Part(f"7b {quantization}", seconds, (*fixed, "--quantization", quantization, *arguments))
+    command: str
 
 
 QUICK = "quick"
+GROUPS = "e2e --preset 7b --batch 1 --groups 8 --words 4 --patches 12 --quantization "
+TINY = "e2e --preset tiny --dtype float32 --quantization bf16 --batch 1 4 --context 256 2048"
 PARTS = (
-    Part(
-        "tiny",
-        25,
-        (
-            "e2e",
-            "--preset",
-            "tiny",
-            "--dtype",
-            "float32",
-            "--quantization",
-            "bf16",
-            "--batch",
-            "1",
-            "4",
-            "--context",
-            "256",
-            "2048",
-            "--groups",
-            "12",
-            "--patches",
-            "16",
-        ),
-    ),
-    _group_part("int4", 100, "--context", "64", "256", "--task", "tts"),
-    _group_part("int8", 90, "--context", "64", "--task", "tts"),
-    Part("ops", 120, ("ops", "--quick")),
+    Part("tiny", 25, f"{TINY} --groups 12 --patches 16"),
+    Part("7b int4", 100, f"{GROUPS} int4 --context 64 256 --task tts"),
+    Part("7b int8", 90, f"{GROUPS} int8 --context 64 --task tts"),
+    Part("ops", 120, "ops --quick"),
     # Dense prompts are slow where the CPU has no bfloat16 instructions, so there is no request.
-    _group_part("bf16", 100, "--context", "64", "--task", "--no-codec"),
-    Part(QUICK, 60, ("bench", "--quantization", "int4")),
+    Part("7b bf16", 100, f"{GROUPS} bf16 --context 64 --task --no-codec"),
+    Part(QUICK, 60, "bench --quantization int4"),
 )
 """The most telling first."""
 
@@ -103,12 +66,8 @@ Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
 
 def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
     """A part's process; output: what it appends to, or for the quick table, writes."""
-    quick = part.name == QUICK
-    command = (
-        ["mimo_fast", *part.arguments, "--device", "cpu", "--json", str(output)]
-        if quick
-        else ["benchmarks", *part.arguments, "--device", "cpu", "-o", str(output)]
-    )
+    program, result = ("mimo_fast", "--json") if part.name == QUICK else ("benchmarks", "-o")
+    command = [program, *part.command.split(), "--device", "cpu", result, str(output)]
     return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT)
 
 
@@ -125,9 +84,7 @@ def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> 
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             end(process)
-            return (
-                f"ended after {seconds:.0f} s, with the time for all; what it had measured is kept"
-            )
+            return f"ended after {seconds:.0f} s, with the time for all; its records are kept"
         except KeyboardInterrupt:
             end(process)
             raise
@@ -157,29 +114,33 @@ def run_parts(
     began, amiss = clock(), {}
     for part in parts:
         left = budget - GRACE - (clock() - began)
+        about = f"about {part.seconds:.0f} s"
         if part.seconds > left:
-            amiss[part.name] = (
-                f"it takes about {part.seconds:.0f} s, and {max(left, 0):.0f} s are left"
-            )
-            JsonLines(output).append(
-                {"kind": "skipped", "name": part.name, "reason": amiss[part.name]}
-            )
+            amiss[part.name] = f"it takes {about}, and {max(left, 0):.0f} s are left"
+            record = {"kind": "skipped", "name": part.name, "reason": amiss[part.name]}
+            JsonLines(output).append(record)
             continue
-        print(
-            f"\n{part.name}: about {part.seconds:.0f} s on two cores, {left:.0f} s left", flush=True
-        )
+        print(f"\n{part.name}: {about} on two cores, {left:.0f} s left", flush=True)
         if (wrong := run_part(part, output, left, start)) is not None:
             amiss[part.name] = wrong
     return amiss
 
 
-def run_suite(args: argparse.Namespace) -> int:
+def add_options(add: Callable[..., object]) -> None:
+    names = f"of {', '.join(part.name for part in PARTS)}"
+    where = "append to this [benchmarks/results/DATE-cpu.jsonl]"
+    add("--budget", type=float, default=BUDGET, help="seconds for all parts [%(default)g]")
+    add("--only", nargs="+", default=["*"], metavar="GLOB", help=names)
+    add("--no-report", action="store_true", help="leave docs/performance.md as it is")
+    add("-o", "--output", type=Path, metavar="FILE.jsonl", help=where)
+
+
+def run(args: argparse.Namespace) -> int:
     output = args.output or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-cpu.jsonl"
     parts = [part for part in PARTS if any(fnmatch(part.name, glob) for glob in args.only)]
     if not parts:
-        raise ValueError(
-            f"no part matches {args.only}; there are {', '.join(part.name for part in PARTS)}"
-        )
+        there = ", ".join(part.name for part in PARTS)
+        raise ValueError(f"no part matches {args.only}; there are {there}")
     code = 0
     try:
         amiss = run_parts(parts, output, args.budget)
@@ -192,33 +153,4 @@ def run_suite(args: argparse.Namespace) -> int:
     print(f"results: {output if output.exists() else 'none'}", flush=True)
     if args.no_report or not output.exists():
         return code
-    from benchmarks.report import write_report
-
     return write_report() or code
-
-
-def add_suite(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "suite",
-        help="make bench: the CPU's tables within ten minutes, and the report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--budget", type=float, default=BUDGET, help="seconds for all parts [%(default)g]")
-    add(
-        "--only",
-        nargs="+",
-        default=["*"],
-        metavar="GLOB",
-        help=f"of {', '.join(part.name for part in PARTS)}",
-    )
-    add("--no-report", action="store_true", help="leave docs/performance.md as it is")
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="append to this [benchmarks/results/DATE-cpu.jsonl]",
-    )
-    parser.set_defaults(run=run_suite)

@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 
+from benchmarks import baselines as run
 from benchmarks.__main__ import main
-from benchmarks.baselines import run
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.synthetic import random_lm
 from mimo_fast.bench.target import Target
 
 pytest.importorskip("transformers", minversion="5")
 
-from benchmarks.baselines.agreement import Refused, agreement
-from benchmarks.baselines.qwen2 import qwen2_model
-from benchmarks.baselines.upstream import Upstream
+from benchmarks.baselines import agreement
+from benchmarks.harness import Refused
+from benchmarks.upstream import Upstream, qwen2_model
 
 CPU = torch.device("cpu")
 TINY = [

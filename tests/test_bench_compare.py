@@ -11,9 +11,15 @@ import pytest
 
 import benchmarks.__main__ as command
 from benchmarks import compare as module
-from benchmarks.compare import CompareError, Side, checked_out, paired_times, run_compare
+from benchmarks.compare import (
+    CompareError,
+    Side,
+    checked_out,
+    compared,
+    paired_times,
+    run_compare,
+)
 from benchmarks.records import JsonLines, read_records
-from benchmarks.statistics import compare
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
@@ -39,25 +45,25 @@ def noisy(pairs: int, ratio: float, seed: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.1, "slower"), (0.9, "faster")])
 def test_a_tenth_is_found_under_drift_and_spikes(ratio, verdict):
-    found = [compare(noisy(16, ratio, seed)) for seed in range(20)]
+    found = [compared(noisy(16, ratio, seed)) for seed in range(20)]
     assert [one.verdict for one in found].count(verdict) >= 18
     assert all(one.low <= one.ratio <= one.high for one in found)
     assert np.median([one.ratio for one in found]) == pytest.approx(ratio, rel=0.02)
 
 
 def test_equal_versions_are_not_called_different():
-    verdicts = [compare(noisy(16, 1.0, seed)).verdict for seed in range(200)]
+    verdicts = [compared(noisy(16, 1.0, seed)).verdict for seed in range(200)]
     assert verdicts.count("no difference shown") >= 194
 
 
 def test_the_ratio_is_new_over_old_and_drift_cancels():
-    found = compare([(1.0, 2.0), (10.0, 20.0), (5.0, 10.0)])
+    found = compared([(1.0, 2.0), (10.0, 20.0), (5.0, 10.0)])
     assert (found.ratio, found.low, found.high) == pytest.approx((2, 2, 2))
     assert found.pairs == 3
-    assert compare([(2.0, 1.0)]).verdict == "faster"
+    assert compared([(2.0, 1.0)]).verdict == "faster"
     for bad in ([], [(0.0, 1.0)]):
         with pytest.raises(ValueError, match="positive"):
-            compare(bad)
+            compared(bad)
 
 
 class FakeWorker:

@@ -2,18 +2,15 @@
 by name."""
 
 import copy
-import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Case, Provider, Record, held_bytes, print_outcome, run_cases, widen
+from benchmarks.harness import Case, Provider, held_bytes, print_outcome, run_cases, widen
 from benchmarks.records import JsonLines, Table, duration, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
-from mimo_fast.bench.timing import Timing
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.norm import RMSNorm
@@ -68,10 +65,10 @@ def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
     outcome, printed = run(
         doubling(Provider("ours", double), Provider("written", in_place)), tmp_path / "a.jsonl"
     )
-    assert outcome.exit_code == 0
-    assert [record.provider for record in outcome.records] == ["ours", "written"]
+    assert not outcome.refused
+    assert [record["provider"] for record in outcome.records] == ["ours", "written"]
     first, second = read_records(tmp_path / "a.jsonl")
-    assert first["op"] == "double"
+    assert (first["op"], first["bound"]) == ("double", "memory")
     assert second["provider"] == "written"
     assert first["floor_s"] == pytest.approx(256e-9)
     assert first["of_ceiling"] == pytest.approx(first["floor_s"] / first["seconds"]["p50"])
@@ -85,7 +82,7 @@ def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
 def test_a_wrong_op_is_refused_by_name(tmp_path):
     wrong = Provider("wrong", lambda inputs: (inputs["x"] * 2.1,))
     outcome, printed = run(doubling(Provider("ours", double), wrong), tmp_path / "a.jsonl")
-    assert outcome.exit_code == 1
+    assert outcome.refused
     assert [record["provider"] for record in read_records(tmp_path / "a.jsonl")] == ["ours"]
     assert [line for line in printed.splitlines() if "wrong" in line] == [
         f"REFUSED {outcome.refused[0]}"
@@ -122,15 +119,15 @@ def test_copies_are_bounded_by_what_the_inputs_hold(monkeypatch):
     )
     monkeypatch.setattr(harness, "COPIED_BYTES", 1000)
     (record,) = run(doubling(Provider("ours", double)))[0].records
-    assert record.copies == 3, "256 bytes of x and y"
+    assert record["copies"] == 3, "256 bytes of x and y"
     monkeypatch.setattr(harness, "COPIED_BYTES", 100)
     (record,) = run(doubling(Provider("ours", double)))[0].records
-    assert record.copies == 1
+    assert record["copies"] == 1
 
 
 def test_an_own_check_decides():
     case = doubling(Provider("ours", double), check=lambda inputs, got: Accuracy(1.0, 0.5, 1.0))
-    assert run(case)[0].exit_code == 1
+    assert run(case)[0].refused
 
 
 def test_what_cannot_run_is_named_and_what_breaks_does_not_stop_the_others():
@@ -146,8 +143,8 @@ def test_what_cannot_run_is_named_and_what_breaks_does_not_stop_the_others():
     )
     assert "skipped 1 of elsewhere: needs a GPU, not a cpu" in printed
     assert "REFUSED double bfloat16 N=64 broken: RuntimeError: no such kernel" in printed
-    assert [record.provider for record in outcome.records] == ["ours"]
-    assert outcome.exit_code == 1
+    assert [record["provider"] for record in outcome.records] == ["ours"]
+    assert outcome.refused
 
 
 def test_a_provider_stands_for_the_values_that_it_holds():
@@ -165,7 +162,7 @@ def test_a_provider_stands_for_the_values_that_it_holds():
         Provider("worse", lambda inputs: (inputs["x"] * 2 + 0.5,), coarse, stands_for=exact),
     )
     outcome, _ = run(case)
-    assert [record.provider for record in outcome.records] == ["own"]
+    assert [record["provider"] for record in outcome.records] == ["own"]
     assert len(outcome.refused) == 2
 
 
@@ -173,7 +170,7 @@ def test_only_what_is_wanted_runs():
     outcome, _ = run(
         doubling(Provider("a", double), Provider("b", double)), providers=lambda name: name == "b"
     )
-    assert [record.provider for record in outcome.records] == ["b"]
+    assert [record["provider"] for record in outcome.records] == ["b"]
 
 
 def test_an_interrupt_loses_nothing(tmp_path):
@@ -193,23 +190,6 @@ def test_records_are_appended_and_a_line_that_was_cut_off_is_passed_over(tmp_pat
     JsonLines(path).append({"n": 4})
     assert [record["n"] for record in read_records(path)] == [1, 3, 4]
     JsonLines(None).append({"n": 5})
-
-
-def test_records_are_json():
-    time, found = Timing(1, 2, 3, 4), Accuracy(0.0, 1.0, 0.0)
-    record = Record(
-        "op", "p", "int4", 1, "M=1", "bfloat16", 2_000_000_000, 1, time, MACHINE, found, 1, {}
-    )
-    assert record.floor == 2
-    assert record.of_ceiling == 1
-    assert record.bound == "memory"
-    assert replace(record, flop=10**10).bound == "arithmetic"
-    assert json.loads(json.dumps(record.as_dict()))["seconds"] == {
-        "p10": 1,
-        "p50": 2,
-        "p90": 3,
-        "n": 4,
-    }
 
 
 @pytest.mark.parametrize(

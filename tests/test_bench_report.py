@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import projection, report
 from benchmarks.__main__ import main
-from benchmarks.records import Entry, Measured
-from benchmarks.records import JsonLines
+from benchmarks.records import Entry, JsonLines, Measured
 from benchmarks.report import DOCUMENT, RESULTS, document, picture_name, write_report
 from mimo_fast.runtime.memory import GB
 

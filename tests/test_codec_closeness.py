@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.codec_stream import upstream_stream
+from benchmarks.studies.codec_stream import upstream_stream
 from mimo_fast.runtime.codec import incremental
 
 FRAMES = 182

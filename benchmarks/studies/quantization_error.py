@@ -1,7 +1,7 @@
 """Relative error of each weight format on Gaussian rows, and the size of the 7B language model in
 it.
 
-python -m benchmarks.quantization_error [FILE.json]
+python -m benchmarks.studies.quantization_error [FILE.json]
 """
 
 import json

@@ -1,7 +1,7 @@
 """Processor time of speech from a small pair on a CPU, through the public API: of a group, and
 until the first audio.
 
-    python -m benchmarks.small_model LM CODEC [--threads 1] [--quantization int8] [--patches 60]
+    python -m benchmarks.studies.small_model LM CODEC [--threads 1] [--quantization int8] [--patches 60]
     [FILE.json]
 
 Words and patches alternate by fives, whatever the weights say. Time is that of all threads of the

@@ -1,6 +1,6 @@
 """Cost, delay and closeness to one-shot decoding of the codec's stream.
 
-    python -m benchmarks.codec_stream [--dtype bfloat16] [--quantization int8] [--chunks 1000]
+    python -m benchmarks.studies.codec_stream [--dtype bfloat16] [--quantization int8] [--chunks 1000]
     [--kit-only] [FILE.json]
 
 Milliseconds per 160 ms chunk, for the kit's codec and for random weights of the published

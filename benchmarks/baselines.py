@@ -2,9 +2,14 @@
 same run.
 
 Each baseline must first agree with us: on a tiny float32 model in every greedy token, then on the
-measured model (`agreement.py`). Where it does not, it is refused, no speed is printed, and the exit
-code is 1. All tokens are greedy; words and speech follow one schedule. A baseline's audio is
-decoded after its last token, ours as it comes.
+measured model, at every text token and code, fed our tokens all along. In float32 every choice must
+be ours. In 16 bits two orders of summation may decide a near tie differently: there a choice that
+is not ours passes where the baseline's score of our token is within TIES of its best, relative to
+its largest score; how many were equal, and how far the worst was, is part of the record. A baseline
+that does not agree is refused, no speed is printed, and the exit code is 1.
+
+All tokens are greedy; words and speech follow one schedule. A baseline's audio is decoded after its
+last token, ours as it comes.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.records import JsonLines, Table, add_run_options
+from benchmarks.harness import Refused
+from benchmarks.records import JsonLines, Table, add_run_options, machine_fields, share, shown
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
-from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import GroupTimes, time_groups
 from mimo_fast.bench.machine import useful_threads
@@ -40,12 +46,13 @@ from mimo_fast.bench.pipeline import (
 )
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.loading import default_device, parse_dtype
 from mimo_fast.sampling import GREEDY
 
 if TYPE_CHECKING:
-    from benchmarks.baselines.upstream import Upstream
+    from benchmarks.upstream import Upstream
 
 TRANSFORMERS = 5
 """Major version whose modules the baselines are made of."""
@@ -65,6 +72,105 @@ COLUMNS = {
 }
 
 
+TIES = {torch.float32: 0.0, torch.bfloat16: 0.03, torch.float16: 0.005}
+"""Of the largest score. The best and the second best of 1,000 random scores are 7% apart in the
+median; a random choice is 100% off."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Choices compared, how many were ours, and the largest gap of the others, relative to the
+    largest score."""
+
+    choices: int
+    equal: int
+    worst_gap: float
+    bound: float
+
+    def __str__(self) -> str:
+        if self.equal == self.choices:
+            return f"all {self.choices} greedy choices equal ours"
+        return (
+            f"{self.equal} of {self.choices} greedy choices equal ours, the others are ties: "
+            f"within {100 * self.worst_gap:.2f}% of the largest score (bound {100 * self.bound:g}%)"
+        )
+
+
+class Judge:
+    """Takes our tokens one after the other and compares them with what the scores prefer."""
+
+    def __init__(self, tokens: Iterator[int | None]) -> None:
+        self._tokens = tokens
+        self.choices = self.equal = 0
+        self.worst_gap = 0.0
+
+    def __call__(self, scores: Tensor) -> int:
+        best, ours = int(scores.argmax()), next(self._tokens)
+        if ours is None:
+            return best
+        self.choices += 1
+        self.equal += best == ours
+        allowed = scores[scores != -torch.inf].float()
+        gap = float((scores[best].float() - scores[ours].float()) / allowed.abs().max())
+        # A NaN stays.
+        if gap > self.worst_gap or gap != gap:
+            self.worst_gap = gap
+        return ours
+
+
+def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> Agreement:
+    """Compares the text tokens of a reply that runs freely, and the codes of one that only speaks.
+
+    Args:
+        ids: a prompt [C + 1, T G]; the target must have room for it and the groups.
+
+    Raises:
+        Refused: a token is neither equal nor a tie.
+    """
+    judged = []
+    for plan in ([], [target.lm.empty_id] * groups):
+        ours = our_groups(target, ids, groups, plan)
+        judge = Judge(_choices(ours, bool(plan), baseline))
+        for _ in baseline.generate(ids, groups, judge, plan):
+            pass
+        judged.append(judge)
+    bound = TIES[target.lm.dtype]
+    found = Agreement(
+        sum(judge.choices for judge in judged),
+        sum(judge.equal for judge in judged),
+        max((judge.worst_gap for judge in judged), key=lambda gap: (gap != gap, gap)),
+        bound,
+    )
+    if not found.worst_gap <= bound:
+        raise Refused(
+            f"{found.choices - found.equal} of {found.choices} greedy choices differ from ours, "
+            f"by up to {100 * found.worst_gap:.1f}% of the largest score"
+        )
+    return found
+
+
+def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = ()) -> list[Group]:
+    """Our greedy groups after a prompt."""
+    target.lm.follow(plan)
+    conversation = Conversation(target.engine, seed=0)
+    conversation.add(ids)
+    return list(target.engine.start(conversation, Limits(groups), Samplers(GREEDY, GREEDY)))
+
+
+def _choices(groups: Sequence[Group], planned: bool, baseline: Upstream) -> Iterator[int | None]:
+    """Our tokens in the order in which the baseline asks for them; None for text that a plan
+    decided."""
+    config = baseline.config
+    for group in groups:
+        yield None if planned else group.text
+        if group.text == baseline.empty_id:
+            codes = group.codes.tolist()
+            for step in range(config.patch_steps):
+                for channel, delay in enumerate(config.delays):
+                    if delay <= step < delay + config.group_size:
+                        yield codes[channel][step - delay]
+
+
 def missing(name: str) -> str | None:
     """Why a baseline cannot run here, or None."""
     if find_spec("transformers") is None:
@@ -77,7 +183,7 @@ def missing(name: str) -> str | None:
 
 
 def baseline(name: str, target: Target, longest: int) -> Upstream:
-    from benchmarks.baselines.upstream import Compiled, Upstream
+    from benchmarks.upstream import Compiled, Upstream
 
     return {"eager": Upstream, "compiled": Compiled}[name](target.lm, longest)
 
@@ -88,8 +194,6 @@ def check_in_float32(name: str) -> str:
     Raises:
         Refused: a token differs.
     """
-    from benchmarks.baselines.agreement import agreement
-
     target = Target.random(
         "tiny", None, torch.float32, torch.device("cpu"), with_codec=False
     ).sized(1, 64)
@@ -165,8 +269,6 @@ class Comparison:
         Raises:
             Refused: a token differs.
         """
-        from benchmarks.baselines.agreement import agreement
-
         print(f"{name}, tiny, float32: {check_in_float32(name)}", flush=True)
         runner = baseline(name, self.target, self.target.setup.max_seq_len)
         found = agreement(self.target, runner, self.target.filler(16), CHECKED_GROUPS)
@@ -191,14 +293,13 @@ class Comparison:
                 "audio_group": vars(groups.audio),
                 "floor": dict(zip(("prefill", "text_group", "audio_group"), floors, strict=True)),
                 "of_floor": floors[2] / groups.audio.p50,
-                "ceiling": self.machine.as_dict(),
-                "environment": environment(device),
+                **machine_fields(self.machine, device),
             }
         )
         table.row(provider, *_cells(metrics, groups, floors[2]))
 
 
-def run_baselines(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if bool(args.model) != bool(args.codec):
         raise ValueError("--model and --codec go together")
     machine = ceiling(args.device or default_device())
@@ -242,41 +343,24 @@ def _comparison(args: argparse.Namespace, machine: Ceiling) -> Comparison:
     return replace(unsized, target=target.sized(1, unsized.prompt + args.words + args.patches + 8))
 
 
-def _cells(metrics: Metrics, groups: GroupTimes, floor: float) -> list[str]:
-    def shown(value: float | None, scale: float, digits: int) -> str:
-        return "-" if value is None else f"{scale * value:,.{digits}f}"
-
-    return [
-        *(
-            shown(seconds, 1e3, 2)
-            for seconds in (groups.prefill, groups.text.p50, groups.audio.p50)
-        ),
-        f"{100 * floor / groups.audio.p50:.1f}%",
-        shown(metrics.ttft and metrics.ttft.p50, 1e3, 1),
-        shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1, 3),
-        shown(metrics.e2el and metrics.e2el.p50, 1, 3),
-        shown(metrics.audio_rtf, 1, 3),
-    ]
+def _cells(metrics: Metrics, groups: GroupTimes, floor: float) -> Iterator[str]:
+    for seconds in (groups.prefill, groups.text.p50, groups.audio.p50):
+        yield shown(seconds, 1e3, 2)
+    yield share(floor / groups.audio.p50)
+    yield shown(metrics.ttft and metrics.ttft.p50, 1e3)
+    yield shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1, 3)
+    yield shown(metrics.e2el and metrics.e2el.p50, 1, 3)
+    yield shown(metrics.audio_rtf, 1, 3)
 
 
-def add_baselines(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "baselines",
-        help="a spoken reply as upstream runs it, beside ours",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--baseline", nargs="+", default=["eager", "compiled"], choices=("eager", "compiled"))
+def add_options(add: Callable[..., object]) -> None:
+    names, model = ("eager", "compiled"), "directory or hub id of a language model"
+    add("--baseline", nargs="+", default=names, choices=names)
     add("--preset", default="7b", choices=("tiny", "7b"))
-    add(
-        "--model",
-        help="directory or hub id of a language model, in place of a preset with random weights",
-    )
+    add("--model", help=f"{model}, in place of a preset with random weights")
     add("--codec", help="directory or hub id of its codec")
     add("--dtype", default="bfloat16", help="of weights and activations")
     add("--no-codec", action="store_true", help="leave audio out")
     add("--words", type=int, default=12, help="of the reply")
     add("--patches", type=int, default=25, help="of 160 ms, of the reply")
-    add_run_options(parser, each="row")
-    parser.set_defaults(run=run_baselines)
+    add_run_options(add, each="row")

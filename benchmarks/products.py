@@ -1,13 +1,12 @@
-"""Who computes an op: ours, plain torch, torch.compile, and what else there is for products with
-stored weights.
+"""Products with stored weights, as the layers call them (norm, bias, SwiGLU and residual where
+theirs are), and who else computes them:
 
-    ours-gpu      the op's launcher on a CUDA device: a kernel of csrc/cuda where it was built and takes it, or Triton
-    ours-cpu      the same launcher on a CPU: a kernel of csrc/ where it was built and takes the case, else plain torch
-    eager         the op's reference in plain torch; quantized weights are unpacked for each call
-    compile       torch.compile of that
-    unpacked      our CPU product of quantized weights for many rows: unpacked some rows at a time, in float32
-    linear        one F.linear with a joined dense weight (cuBLAS on a GPU), norm and epilogues in plain torch
-    torch-int8, torch-int4, torch-int4-cuda    torch's products with packed weights, on the CPU and on CUDA
+    unpacked    our CPU product of quantized weights for many rows: unpacked some rows at a time, in
+                float32
+    linear      one F.linear with a joined dense weight (cuBLAS on a GPU), norm and epilogues in
+                plain torch
+    torch-int8, torch-int4, torch-int4-cuda    torch's products with packed weights, on the CPU and
+                on CUDA
     bitsandbytes-int8, bitsandbytes-nf4        its matmul and matmul_4bit
 
 Products round weights, and bitsandbytes' int8 the activations too, before they multiply: such a
@@ -17,8 +16,9 @@ provider is held to the exact result for what it multiplies, as the op's own for
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,126 +26,152 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Inputs, Outputs, Provider
-from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
+from benchmarks.cases import (
+    BACKBONE,
+    CODEC,
+    DECODER,
+    DTYPE,
+    ENCODER,
+    EPS,
+    LM,
+    ROWS,
+    SIZE,
+    STREAMS,
+    normal,
+)
+from benchmarks.harness import (
+    Case,
+    Inputs,
+    Outputs,
+    Provider,
+    Run,
+    needs_cpu,
+    needs_cuda,
+    ours,
+    plain,
+)
+from benchmarks.synthetic import random_weight, shape_weight
+from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.matmul.cpu import pack_for_torch, packed_product, unpacked_product
-from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.product import Weight, matmul, qmatmul_bytes
 from mimo_fast.kernels.matmul.quantized_weight import (
     QuantizedWeight,
     dequantize_to,
     torch_int4_order,
     unpack_words,
 )
-from mimo_fast.kernels.norm import rms_norm_ref
+from mimo_fast.kernels.norm import RMSNorm, rms_norm_ref
 from mimo_fast.kernels.swiglu import swiglu_ref
 
-Run = Callable[[Inputs], Outputs]
-Product = Callable[[Tensor, Any], Tensor]
-Missing = Callable[[torch.device], str | None]
-
+FORMATS = ("dense", "int8", "int4", "nf4")
 INNER_K_TILES = 8
 """Of torch's int4 product on CUDA."""
 
 
-def ours(run: Run) -> tuple[Provider, ...]:
-    """The launcher of an op, by the name of the path that it takes."""
-    return (
-        Provider("ours-gpu", run, missing=needs_triton),
-        Provider("ours-cpu", run, missing=needs_plain_path),
-    )
+@dataclass(frozen=True)
+class Product:
+    """One matrix of the model [sum blocks, K], and what its product does besides."""
+
+    name: str
+    blocks: tuple[int, ...]
+    columns: int
+    rows: tuple[int, ...]
+    bias: bool = False
+    norm: bool = False
+    swiglu: bool = False
+    residual: bool = False
+    formats: tuple[str, ...] = FORMATS
+
+    @property
+    def outputs(self) -> int:
+        return sum(self.blocks) // (2 if self.swiglu else 1)
 
 
-def plain(reference: Run, *, ours_on_cpu: bool = True) -> tuple[Provider, ...]:
-    """Plain torch and torch.compile of it. ours_on_cpu: whether that is what our op does on a
-    CPU."""
-
-    def missing(device: torch.device) -> str | None:
-        return "is what ours-cpu runs" if device.type == "cpu" and ours_on_cpu else None
-
-    return Provider("eager", reference, missing=missing), compiled(reference)
-
-
-def compiled(reference: Run) -> Provider:
-    def prepare(inputs: Inputs) -> dict[str, Any]:
-        # Past eight shapes of one function dynamo would quietly run it uncompiled.
-        torch._dynamo.reset()
-        return {"run": torch.compile(reference, dynamic=False), "inputs": inputs}
-
-    return Provider(
-        "compile", lambda prepared: prepared["run"](prepared["inputs"]), prepare, needs_compiler
-    )
+def layer(part: str, config: TransformerConfig, rows: tuple[int, ...]) -> Iterator[Product]:
+    """The four products of a layer."""
+    dim, ffn, attended = config.dim, config.ffn_dim, config.heads * config.head_dim
+    kv = config.kv_heads * config.head_dim
+    yield Product(f"{part}.qkv", (attended, kv, kv), dim, rows, bias=True, norm=True)
+    yield Product(f"{part}.out", (dim,), attended, rows, residual=True)
+    yield Product(f"{part}.gate_up", (ffn, ffn), dim, rows, norm=True, swiglu=True)
+    yield Product(f"{part}.down", (dim,), ffn, rows, residual=True)
 
 
-def needs_triton(device: torch.device) -> str | None:
-    if triton is None:
-        return "triton is not installed"
-    if os.environ.get(ENVIRONMENT) == "torch":
-        return f"{ENVIRONMENT}=torch turns it off"
-    return _cuda_only(device)
+def products() -> Iterator[Product]:
+    dim, group, ffn = CODEC.dim, LM.group_size, CODEC.decoder_ffn
+    # A patch is a row for each of its frames, and twice as many positions of the codec's decoder.
+    frames, positions = tuple(group * n for n in (1, 2, 4, 16, 128)), (2 * group, 64, 512)
+    yield from layer("backbone", BACKBONE, ROWS)
+    yield Product("backbone.text_head", (LM.vocab_size,), BACKBONE.dim, STREAMS)
+    yield from layer("patch_decoder", DECODER, STREAMS)
+    yield from layer("patch_encoder", ENCODER, frames)
+    yield Product("patch_encoder.to_backbone", (BACKBONE.dim,), group * ENCODER.dim, ROWS)
+    yield Product("patch_decoder.from_backbone", (DECODER.dim,), BACKBONE.dim, STREAMS)
+    for name, blocks, columns, residual in (
+        ("qkv", (dim, dim, dim), dim, False),
+        ("out", (dim,), dim, True),
+        ("up", (ffn,), dim, False),
+        ("down", (dim,), ffn, True),
+    ):
+        about = {"bias": True, "residual": residual, "formats": ("dense", "int8")}
+        yield Product(f"codec.{name}", blocks, columns, positions, **about)
 
 
-def needs_plain_path(device: torch.device) -> str | None:
-    return (
-        f"{ENVIRONMENT}=triton turns it off"
-        if os.environ.get(ENVIRONMENT) == "triton"
-        else _cpu_only(device)
-    )
+def product_case(product: Product, form: str, m: int) -> Case:
+    n, k, outputs = sum(product.blocks), product.columns, product.outputs
+    stored, besides = shape_weight(form, n, k, product.bias), (product.norm, product.residual)
+    nbytes = qmatmul_bytes(m, stored, outputs, SIZE, norm=besides[0], residual=besides[1])
+
+    def make(device: torch.device) -> Inputs:
+        return {
+            "x": normal(device, m, k),
+            "weight": weight_of(form, product.blocks, k, product.bias, device),
+            "norm": RMSNorm(normal(device, k, seed=1), EPS) if product.norm else None,
+            "residual": normal(device, m, outputs, seed=2) if product.residual else None,
+            "swiglu": product.swiglu,
+        }
+
+    def run(inputs: Inputs) -> Outputs:
+        return (matmul(**inputs),)
+
+    about = (DTYPE, nbytes, 2 * m * n * k, make, unpacked, product_providers(run, form))
+    return Case(product.name, "matmul", form, m, f"M={m} N={n} K={k}", *about)
 
 
-def needs_compiler(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return None if triton is not None else "triton is not installed"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, OSError):
-        return "no C++ compiler is installed"
-    return None
+@lru_cache(maxsize=1)
+def weight_of(
+    form: str, blocks: tuple[int, ...], columns: int, bias: bool, device: torch.device
+) -> Weight | QuantizedWeight:
+    """One for all M, which follow each other; nothing writes into it."""
+    return random_weight(form, blocks, columns, DTYPE, device, bias)
 
 
-def needs_package(name: str) -> Missing:
+def needs_package(name: str) -> Callable[[torch.device], str | None]:
     return lambda device: None if find_spec(name) is not None else f"{name} is not installed"
 
 
 def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
     """For a product with a weight of this format and what is around it (see `around`)."""
-    own = (*ours(run), *plain(unpacked, ours_on_cpu=form == "dense"))
-    if form == "dense":
-        return (*own, Provider("linear", lambda i: around(i, F.linear), join))
-    if form in ("int8", "int4"):
-        own = (*own, Provider("unpacked", lambda i: around(i, unpacked_product), missing=_cpu_only))
-    if form == "int8":
-        return (
-            *own,
-            Provider("torch-int8", _torch_packed, _pack_torch, _cpu_only),
-            Provider(
-                "bitsandbytes-int8",
-                _bitsandbytes_int8,
-                _pack_bitsandbytes_int8,
-                needs_package("bitsandbytes"),
-                _exact_bitsandbytes_int8,
-            ),
-        )
-    if form == "int4":
-        on_cuda = Provider(
-            "torch-int4-cuda", _torch_int4_cuda, _pack_int4_cuda, _cuda_only, _exact_int4_cuda
-        )
-        return (*own, Provider("torch-int4", _torch_packed, _pack_torch, _lacks_int4), on_cuda)
-    return (
-        *own,
-        Provider(
-            "bitsandbytes-nf4",
-            _bitsandbytes_nf4,
-            _pack_bitsandbytes_nf4,
-            needs_package("bitsandbytes"),
-            _exact_bitsandbytes_nf4,
-        ),
-    )
+    packed, spread = _torch_packed, Provider("unpacked", _unpacked, missing=needs_cpu)
+    bits = needs_package("bitsandbytes")
+    others = {
+        "dense": [Provider("linear", lambda i: around(i, F.linear), join)],
+        "int8": [
+            spread,
+            Provider("torch-int8", packed, _pack_torch, needs_cpu),
+            Provider("bitsandbytes-int8", _bnb_int8, _pack_bnb_int8, bits, _exact_bnb_int8),
+        ],
+        "int4": [
+            spread,
+            Provider("torch-int4", packed, _pack_torch, _lacks_int4),
+            Provider("torch-int4-cuda", _int4_cuda, _pack_int4_cuda, needs_cuda, _exact_int4_cuda),
+        ],
+        "nf4": [Provider("bitsandbytes-nf4", _bnb_nf4, _pack_bnb_nf4, bits, _exact_bnb_nf4)],
+    }
+    return (*ours(run), *plain(unpacked, ours_on_cpu=form == "dense"), *others[form])
 
 
-def around(inputs: Inputs, product: Product) -> Outputs:
+def around(inputs: Inputs, product: Callable[[Tensor, Any], Tensor]) -> Outputs:
     """The op in plain torch but for its product x W^T: norm, bias, SwiGLU and residual, as the
     inputs have them."""
     x, norm, residual = inputs["x"], inputs.get("norm"), inputs.get("residual")
@@ -154,6 +180,10 @@ def around(inputs: Inputs, product: Product) -> Outputs:
     y = y if bias is None else y + bias
     y = swiglu_ref(y) if inputs.get("swiglu") else y
     return (y if residual is None else residual + y,)
+
+
+def _unpacked(inputs: Inputs) -> Outputs:
+    return around(inputs, unpacked_product)
 
 
 def unpacked(inputs: Inputs) -> Outputs:
@@ -191,18 +221,10 @@ def _holding(inputs: Inputs, dense: Tensor) -> Inputs:
     }
 
 
-def _cpu_only(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "needs the CPU"
-
-
 def _lacks_int4(device: torch.device) -> str | None:
     if device.type == "cpu" and torch_int4_order() is None:
         return "this torch has no packed int4 form for this CPU"
-    return _cpu_only(device)
-
-
-def _cuda_only(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "needs a CUDA device"
+    return needs_cpu(device)
 
 
 def _pack_torch(inputs: Inputs) -> dict[str, Any]:
@@ -230,7 +252,7 @@ def _pack_int4_cuda(inputs: Inputs) -> dict[str, Any]:
     return {**inputs, "weight": (packed, weight.group, pairs), "bias": weight.bias}
 
 
-def _torch_int4_cuda(inputs: Inputs) -> Outputs:
+def _int4_cuda(inputs: Inputs) -> Outputs:
     return around(inputs, lambda x, w: torch.ops.aten._weight_int4pack_mm(x, *w))
 
 
@@ -241,7 +263,7 @@ def _exact_int4_cuda(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
     return _holding(inputs, (q * scales + offsets).flatten(1))
 
 
-def _pack_bitsandbytes_nf4(inputs: Inputs) -> dict[str, Any]:
+def _pack_bnb_nf4(inputs: Inputs) -> dict[str, Any]:
     from bitsandbytes import functional
 
     weight = inputs["weight"]
@@ -253,20 +275,20 @@ def _pack_bitsandbytes_nf4(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _bitsandbytes_nf4(inputs: Inputs) -> Outputs:
+def _bnb_nf4(inputs: Inputs) -> Outputs:
     import bitsandbytes
 
     return around(inputs, lambda x, w: bitsandbytes.matmul_4bit(x, w[0].t(), quant_state=w[1]))
 
 
-def _exact_bitsandbytes_nf4(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
+def _exact_bnb_nf4(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
     from bitsandbytes import functional
 
     packed, state = prepared["weight"]
     return _holding(inputs, functional.dequantize_4bit(packed, state))
 
 
-def _pack_bitsandbytes_int8(inputs: Inputs) -> dict[str, Any]:
+def _pack_bnb_int8(inputs: Inputs) -> dict[str, Any]:
     import bitsandbytes
 
     # It says at every call that it converts to float16.
@@ -279,13 +301,13 @@ def _pack_bitsandbytes_int8(inputs: Inputs) -> dict[str, Any]:
     return {**inputs, "weight": state, "bias": weight.bias}
 
 
-def _bitsandbytes_int8(inputs: Inputs) -> Outputs:
+def _bnb_int8(inputs: Inputs) -> Outputs:
     import bitsandbytes
 
     return around(inputs, lambda x, state: bitsandbytes.matmul(x, state.CB, state=state))
 
 
-def _exact_bitsandbytes_int8(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
+def _exact_bnb_int8(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
     from bitsandbytes import functional
 
     x, norm, state = inputs["x"], inputs.get("norm"), prepared["weight"]
