@@ -250,7 +250,8 @@ def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
     code = """if True:
         import json, sys
         from safetensors.torch import load_file
-        from mimo_fast.audio import load_audio, log_mel
+        from mimo_fast.audio.files import load_audio
+        from mimo_fast.audio.mel import log_mel
         from mimo_fast.config import CodecConfig
         kit, *audio = sys.argv[1:]
         config = CodecConfig.from_dict(json.load(open(kit + "/checkpoint/codec/config.json")))
@@ -293,7 +294,7 @@ LONG_AUDIO = """
 import torch
 from helpers import kit_config
 from mimo_fast.config import CodecConfig
-from mimo_fast.features import log_mel
+from mimo_fast.audio.mel import log_mel
 torch.set_num_threads(1)
 config, wav = CodecConfig.from_dict(kit_config("codec")), torch.randn(24000 * 240)
 """
