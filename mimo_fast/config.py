@@ -6,6 +6,7 @@ field names are this project's.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mimo_fast.errors import ConfigError
+
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

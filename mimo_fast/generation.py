@@ -1,8 +1,6 @@
 """`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop
 rules and streamers."""
 
-import operator
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +12,12 @@ from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.request import StopHook
-from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.sampling import GREEDY, MiMoSampler
+from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
 from mimo_fast.text.prompt import TEXT_FILLER
 
 Ids = Tensor | Sequence[Tensor]
-Seed = int | Sequence[int] | None
 
 
 def generate(
@@ -89,7 +85,7 @@ def generate(
     for prompt, limit, seed_of_row, parts in zip(
         batch.prompts, limits, row_seeds(seed, rows), grown, strict=True
     ):
-        conversation = Conversation(engine, seed_of_row)
+        conversation = engine.conversation(seed_of_row)
         conversation.ids = prompt
         hook = _stop_hook(options.callables, parts)
         # Rows share their steps, however many there are: none waits for its groups to be taken.
@@ -125,17 +121,6 @@ def language_model(model: Any) -> LM:
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
     )
-
-
-def row_seeds(seed: Seed, rows: int) -> list[int]:
-    """One 63-bit seed a row."""
-    if seed is None:
-        return [secrets.randbits(63) for _ in range(rows)]
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
-    return [s % 2**63 for s in seeds]
 
 
 def group_ids(text: int, codes: Tensor) -> Tensor:

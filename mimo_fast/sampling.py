@@ -2,6 +2,8 @@
 each task."""
 
 import copy
+import operator
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
+
+Seed = int | Sequence[int] | None
+"""One for every row, one a row, or None for fresh ones."""
 
 
 @dataclass
@@ -91,6 +96,21 @@ def sampler_tensors(
         all_greedy=all(greedy),
         any_top_k=any(s.top_k for s in samplers),
     )
+
+
+def row_seeds(seed: Seed, rows: int) -> list[int]:
+    """One 63-bit seed a row.
+
+    Raises:
+        ValueError: there are several seeds, and not one a row.
+    """
+    if seed is None:
+        return [secrets.randbits(63) for _ in range(rows)]
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
+    return [s % 2**63 for s in seeds]
 
 
 class MiMoStopper:

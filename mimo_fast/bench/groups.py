@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mimo_fast.bench.target import Target
 from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.runtime.engine.request import Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.snapshot import Snapshot
 from mimo_fast.sampling import TASK_SAMPLERS
@@ -62,7 +61,7 @@ def time_groups(
 
 def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
     """A prompt of `prompt` words, computed, and the seconds that it took."""
-    first = Conversation(target.engine, seed=0)
+    first = target.engine.conversation(seed=0)
     first.add(target.filler(prompt))
     reply = target.engine.start(first, Limits(1), samplers)
     began = perf_counter()
@@ -88,7 +87,7 @@ def start_rows(
     target.lm.follow([token] * groups)
     replies = []
     for row in range(batch):
-        conversation = Conversation(target.engine, seed=row)
+        conversation = target.engine.conversation(seed=row)
         conversation.add(context.ids)
         conversation.snapshot, conversation.cached = context.computed, context.computed.length
         replies.append(target.engine.start(conversation, Limits(groups), samplers, ahead=1))

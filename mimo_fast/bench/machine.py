@@ -12,10 +12,10 @@ import torch
 
 from mimo_fast import __version__
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import LMConfig
+from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.runtime.loading import HubOptions, PathLike, find, open_codec, open_lm
+from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
 
 SHARED_PRODUCT = 2**20
 """Weights of a matrix from which on a product with one row is worth sharing between cores."""

@@ -3,8 +3,8 @@ two, is named."""
 
 from pathlib import Path
 
+from mimo_fast.config import PathLike
 from mimo_fast.errors import CheckpointError
-from mimo_fast.runtime.loading import PathLike
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NAME = "nano"

@@ -15,12 +15,12 @@ from mimo_fast.bench.machine import describe_checkpoint, describe_machine, usefu
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
 from mimo_fast.checkpoint.files import open_weights
 from mimo_fast.checkpoint.initialize import init_checkpoint
-from mimo_fast.config import read_json
+from mimo_fast.config import PathLike, read_json
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.quantization import FOREIGN_KEY, import_checkpoint, quantize_checkpoint
 from mimo_fast.runtime.engine.stream import Chunk
-from mimo_fast.runtime.loading import HubOptions, LoadOptions, PathLike
+from mimo_fast.runtime.loading import HubOptions, LoadOptions
 from mimo_fast.testing.parity import Golden, verify
 from mimo_fast.text.spelling import spell
 

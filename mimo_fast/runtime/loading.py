@@ -1,6 +1,5 @@
 """Checkpoint directories -> language model, codec and tokenizer on a device."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.quantization import (
     FOREIGN_KEY,
@@ -34,8 +33,6 @@ from mimo_fast.runtime.memory import (
     largest_batch,
 )
 from mimo_fast.text.tokenizer import Tokenizer
-
-PathLike = str | os.PathLike[str]
 
 
 class HubOptions(TypedDict, total=False):

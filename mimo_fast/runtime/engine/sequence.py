@@ -1,35 +1,30 @@
 """One row's ids, and the part of them whose keys and values lie in a slot of the engine or in a
 snapshot."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from mimo_fast.runtime.engine.engine import Engine, Reply
-    from mimo_fast.runtime.lm.decode import Limits, Samplers
 
 
 class Conversation:
     """Ids [C + 1, T G] that grow by prompts and replies.
 
     Args:
-        engine: what decodes it.
+        config: dimensions of the language model.
+        capacity: groups that it may have, the last one of a reply included.
         seed: of its draws.
 
     slot: where its cache is, None outside the engine. cached: groups whose keys and values are
     kept, in the slot or the snapshot. shared: groups at its beginning that other conversations may
-    begin with too. draws: groups drawn.
-    prefilled: groups that the last reply had to compute before it could begin.
+    begin with too. draws: groups drawn. prefilled: groups that the last reply had to compute before
+    it could begin.
     """
 
-    def __init__(self, engine: "Engine", seed: int) -> None:
-        self.engine, self.seed, self.draws = engine, seed, 0
-        config = engine.lm.config
+    def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
+        self.capacity, self.seed, self.draws = capacity, seed, 0
         self.group_size = config.group_size
         self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
         self._decoded: list[tuple[int, Tensor]] = []
@@ -74,7 +69,7 @@ class Conversation:
         Raises:
             PromptError: it leaves no room for a reply; the conversation stays as it was.
         """
-        self.engine.check_room(self.groups + ids.shape[1] // self.group_size)
+        check_room(self.groups + ids.shape[1] // self.group_size, self.capacity)
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
 
     def append(self, text: int, codes: Tensor) -> None:
@@ -96,16 +91,11 @@ class Conversation:
         )
         self.ids, self.cached = ids, min(cached, self.cached, same)
 
-    def decode(self, limits: "Limits", samplers: "Samplers") -> "Reply":
-        """Prefills what is not cached and returns the reply, each group part of the conversation
-        once it is taken."""
-        reply = self.engine.start(self, limits, samplers)
-        reply.prefill()
-        return reply
 
-
-def no_room(groups: int, capacity: int) -> PromptError:
-    return PromptError(
-        f"the conversation has {groups} groups and the model's context is {capacity}: "
-        "start a new one or shorten the input"
-    )
+def check_room(groups: int, capacity: int) -> None:
+    """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+    if groups >= capacity:
+        raise PromptError(
+            f"the conversation has {groups} groups and the model's context is {capacity}: "
+            "start a new one or shorten the input"
+        )
