@@ -17,6 +17,10 @@ from mimo_fast.errors import ConfigError
 
 PathLike = str | os.PathLike[str]
 
+OFFLOADABLE = ("text_embeddings", "codec_encoder")
+"""Parts that may lie in host memory: a step reads one row of the one, an input runs once through
+the other."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

@@ -88,7 +88,7 @@ class MimoAudio:
             model_path, mimo_audio_tokenizer_path, device, dtype, quantization, options
         )
         self.pipeline = Pipeline(*parts)
-        self._history = History()
+        self.setup, self._history = self.pipeline.setup, History()
         self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
         config, special = self.lm.config, self.tokenizer.special
         self.group_size, self.audio_channels = config.group_size, config.channels
@@ -315,7 +315,7 @@ class MimoAudio:
         ids = self.pipeline.prompt(task, arguments, None, options.get("seed"), continued)
         stop_ids = task.stop_ids(self.tokenizer.special)
         return self.forward(
-            ids.to(self.device),
+            ids,
             output_audio_path=output,
             stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stop_ids)],
             add_history=add_history,

@@ -281,7 +281,7 @@ def test_unexpected_errors_are_one_line_too(capsys, monkeypatch):
     def broken(_: object) -> int:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(cli.commands, "info", broken)
+    monkeypatch.setattr("mimo_fast.cli.info.run", broken)
     assert "ZeroDivisionError: first line second line" in fails(capsys, "info")
     monkeypatch.setenv(cli.TRACEBACK, "1")
     assert "Traceback" in run(capsys, "info")[2]

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.mel import check_rate, log_mel, resample, resample_blocks
+from mimo_fast.audio.resample import check_rate, resample_blocks
 from mimo_fast.errors import AudioError
-
-__all__ = ["AudioSource", "DecodeLimits", "load_audio", "log_mel", "resample", "save_wav"]
 
 AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
 

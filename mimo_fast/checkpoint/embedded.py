@@ -17,6 +17,9 @@ CARD = NANO / "README.md"
 QUESTION = ASSETS / "question.wav"
 """A question that the embedded model can answer, in a voice that it was not trained on."""
 
+SENTENCE = "tomorrow is tuesday december twenty five"
+"""What it can say: it was not trained on the sentence, but on its words."""
+
 PUBLISHED_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
 PUBLISHED_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"
 PUBLISHED_CODEC = "XiaomiMiMo/MiMo-Audio-Tokenizer"

@@ -15,18 +15,15 @@ from tqdm import tqdm
 from mimo_fast.audio.files import load_audio, save_wav
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
-from mimo_fast.cli.commands import load_model, say, warn_of_words
+from mimo_fast.cli.common import load_model, say, warn_of_words
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.stream import ChunkStream
 
-SENTENCE = "tomorrow is tuesday december twenty five"
-"""The embedded model was not trained on it, but on its words."""
-
 Result = TypeVar("Result")
 
 
-def demo(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """`mimo-fast demo [AUDIO]`: --text is said; AUDIO, or the question in the package, transcribed
     and answered."""
     if not args.text.strip():
@@ -37,7 +34,7 @@ def demo(args: argparse.Namespace) -> int:
     model, loading = _timed(lambda: load_model(args))
     warn_of_words(model, args.text)
     say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")
-    table = Table()
+    table = StageTable()
     table.row("load", loading)
     texts, sounds = _talk(model, args, wav, table)
     print(f"\nthe recording: {recording}")
@@ -54,7 +51,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _talk(
-    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "Table"
+    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "StageTable"
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Every stage in turn, its rows added: what was said, heard and answered, and waveforms [n] by
     file name."""
@@ -74,7 +71,7 @@ def _talk(
 
 
 def _follow(
-    name: str, stream: ChunkStream, table: "Table", heard: float = 0.0, speaks: bool = True
+    name: str, stream: ChunkStream, table: "StageTable", heard: float = 0.0, speaks: bool = True
 ) -> tuple[str, Tensor]:
     """A reply as it comes, with the rows that only a stream has: its text and waveform [n].
 
@@ -97,7 +94,7 @@ def _follow(
     )
 
 
-class Table:
+class StageTable:
     """Stages as they end: printed, and kept for --json."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.config import OFFLOADABLE, CodecConfig, LMConfig
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
@@ -25,10 +25,6 @@ from mimo_fast.runtime.lm.model import PREFILL_CHUNK
 from mimo_fast.runtime.lm.state import kv_bytes
 
 GB = 10**9
-
-OFFLOADABLE = ("text_embeddings", "codec_encoder")
-"""What may lie in host memory: a step reads one row of the one, an input runs once through the
-other."""
 
 LIBRARIES = 400 * 10**6
 """What cuBLAS, cuDNN and the allocator's rounding take on a GPU: an allowance."""
