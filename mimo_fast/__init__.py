@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A public name is imported when it is first used: `mimo-fast --help` does without torch."""
+        """Imports a public name when it is first used: `mimo-fast --help` needs no torch."""
         for module, names in _HOMES.items():
             if name in names:
                 found = getattr(import_module(f"{__name__}.{module}"), name)

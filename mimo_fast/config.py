@@ -18,8 +18,7 @@ from mimo_fast.errors import ConfigError
 PathLike = str | os.PathLike[str]
 
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
-"""Parts that may lie in host memory: a step reads one row of the one, an input runs once through
-the other."""
+"""Parts that may lie in host memory: a step reads one row, an input needs the encoder once."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class LMConfig:
             local_heads = read.integer("local_attn_heads")
             if width % (2 * local_heads):
                 raise ConfigError(
-                    f"{source}: local width {width} does not split into local_attn_heads {local_heads} of an even size"
+                    f"{source}: local width {width} does not split into local_attn_heads "
+                    f"{local_heads} of an even size"
                 )
             return TransformerConfig(
                 width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps
@@ -136,7 +136,8 @@ class LMConfig:
         ):
             if not 0 <= empty < size:
                 raise ConfigError(
-                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}"
+                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside "
+                    f"0..{size - 1}"
                 )
         if min(self.delays) < 0:
             raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
@@ -283,7 +284,8 @@ class _Reader:
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
             raise ConfigError(
-                f"{self.source}: '{key}' must be a positive integer or a list of them, not {value!r}"
+                f"{self.source}: '{key}' must be a positive integer or a list of them, not "
+                f"{value!r}"
             )
         return values
 

@@ -124,8 +124,7 @@ def language_model(model: Any) -> LM:
 
 
 def group_ids(text: int, codes: Tensor) -> Tensor:
-    """A generated group as ids [C + 1, G]: the text token repeated over the frames, then the codes
-    [C, G]."""
+    """A generated group as ids [C + 1, G]: its text token, repeated, above its codes [C, G]."""
     return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
 
 
@@ -163,8 +162,8 @@ class _Batch:
             rows, layout = [unflatten_ids(row, config.channels) for row in input_ids], "flat"
         else:
             raise PromptError(
-                f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, T * "
-                f"{config.group_size}] nor flattened [batch, T * {config.row_width}]"
+                f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, "
+                f"T * {config.group_size}] nor flattened [batch, T * {config.row_width}]"
             )
         if not rows:
             raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
@@ -188,8 +187,7 @@ class _Batch:
 
 
 def _is_single(ids: Tensor, config: LMConfig) -> bool:
-    """[C + 1, T G], told from a flattened batch of C + 1 rows, which has the text filler in every
-    row."""
+    """Whether ids are [C + 1, T G]: of a flattened batch, every row would have text filler."""
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size:
         return False
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
@@ -198,8 +196,8 @@ def _is_single(ids: Tensor, config: LMConfig) -> bool:
 def _checked(ids: Tensor, config: LMConfig) -> Tensor:
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size or not ids.shape[1]:
         raise PromptError(
-            f"a prompt must be [{config.channels + 1}, a positive multiple of {config.group_size}], "
-            f"not {list(ids.shape)}"
+            f"a prompt must be [{config.channels + 1}, a positive multiple of "
+            f"{config.group_size}], not {list(ids.shape)}"
         )
     ids = ids.to("cpu", torch.int64)
     sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
@@ -210,8 +208,8 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
     if wrong.any():
         channel, position = (int(i) for i in wrong.nonzero()[0])
         raise PromptError(
-            f"id {int(used[channel, position])} of channel {channel} at frame {position} is outside "
-            f"0..{int(sizes[channel]) - 1}"
+            f"id {int(used[channel, position])} of channel {channel} at frame {position} is "
+            f"outside 0..{int(sizes[channel]) - 1}"
         )
     return ids
 

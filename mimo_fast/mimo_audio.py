@@ -63,8 +63,9 @@ class MimoAudio:
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take
     `output_path` or `output_audio_path` write a WAV there and return the text; `tts_sft` and the
     dialogue tasks do so as upstream does. Methods with a seed draw a fresh one when it is None.
-    The task methods (`asr_sft`, ...) run what `text/tasks.py` says over the model's `pipeline`; the
-    `get_*_prompt` methods return the ids [C + 1, T G] that they would begin with.
+
+    A task method (`asr_sft`, ...) runs a task of `text/tasks.py` on the model's `pipeline`; its
+    `get_*_prompt` returns the ids [C + 1, T G] that it begins with.
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their
@@ -140,14 +141,12 @@ class MimoAudio:
         return self.pipeline.engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
-        """Captures the graphs, so that the first reply is as fast as the tenth; done at load. Returns
-        bytes of the device's memory by what they are for, see `Pipeline.warmup`."""
+        """Captures the graphs; done at load. Returns memory in bytes, see `Pipeline.warmup`."""
         return self.pipeline.warmup(progress)
 
     @property
     def history(self) -> Tensor | None:
-        """Ids of the last exchange, flattened [1, L] as upstream keeps them; None before the
-        first."""
+        """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
         kept = self._history.conversation
         return None if kept is None else flatten_ids(kept.ids)[None]
 
@@ -175,15 +174,13 @@ class MimoAudio:
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
-        """Audio -> its codes, flattened [T C]; any other string -> the text, capitalized if all in
-        one case."""
+        """Audio -> its codes, flattened [T C]; a string that names no file -> text of a prompt."""
         if isinstance(input, str) and not isfile(input):
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
 
     def speech(self, audio: AudioSource, closed: bool = True) -> Speech:
-        """Audio -> codes [C, n G] for a prompt: padded with the last frame, or cut when it is left
-        open."""
+        """Audio -> codes [C, n G] for a prompt, see `Pipeline.speech`."""
         return self.pipeline.speech(audio, closed)
 
     def pack(self, segments: Iterable[Segment]) -> Tensor:
@@ -380,8 +377,7 @@ class MimoAudio:
         prompt_speech: AudioSource | None = None,
         **options: Unpack[Options],
     ) -> str:
-        """A spoken answer; a user's content is audio, an assistant's {"text": ..., "audio":
-        ...}."""
+        """A spoken answer; contents are audio, or {"text": ..., "audio": ...} of an assistant."""
         return self._run(
             TASKS["spoken_dialogue_sft_multiturn"],
             message_list,
@@ -443,8 +439,10 @@ class MimoAudio:
         min_new_tokens: int = 0,
         seed: int | None = None,
     ) -> str:
-        """Speech to speech by example (base model); examples have input_audio, output_audio,
-        output_transcription."""
+        """Speech to speech by example (base model).
+
+        Examples have input_audio, output_audio and output_transcription.
+        """
         return self._run(
             TASKS["in_context_learning_s2s"],
             instruction,
@@ -459,8 +457,7 @@ class MimoAudio:
     def speech_continuation(
         self, audio: AudioSource, output_audio_path: Any = None, **options: Unpack[Options]
     ) -> str:
-        """Carries a recording on (base model); the continuation alone goes into
-        output_audio_path."""
+        """Carries a recording on (base model); output_audio_path gets what follows it alone."""
         return self._run(TASKS["speech_continuation"], audio, output=output_audio_path, **options)
 
     def get_asr_sft_prompt(

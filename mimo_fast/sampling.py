@@ -1,5 +1,4 @@
-"""Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for
-each task."""
+"""Sampler settings, stop rules and the presets of the tasks; names and values are upstream's."""
 
 import copy
 import operator
@@ -63,8 +62,7 @@ TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
         "local": _SPEECH,
     },
 }
-"""Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for
-speech codes."""
+"""Task -> samplers (`MimoAudio.task_sampler_configs`): "global" of text, "local" of codes."""
 
 
 def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
@@ -78,8 +76,7 @@ def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler
 def sampler_tensors(
     samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu"
 ) -> SamplerTensors:
-    """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as
-    well."""
+    """Settings of one sampler a row, on the device; upstream's own `MiMoSampler`s will do too."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
     return SamplerTensors(

@@ -20,7 +20,7 @@ from mimo_fast.runtime.codec.layers import (
     overlap_add,
     split_lengths,
 )
-from mimo_fast.runtime.codec.model import DECODE_SEGMENT, ENCODE_SEGMENT
+from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT
 
 SAMPLES = 960
 

@@ -1,5 +1,4 @@
-"""Audio files, bytes, streams and arrays -> float32 mono waveform, bounded; waveform -> WAV file,
-all or nothing."""
+"""Audio of any source -> float32 mono waveform, within limits; waveform -> file, all or nothing."""
 
 import io
 import os
@@ -73,7 +72,8 @@ def load_audio(
     name = _name(source)
     if source_rate is not None:
         raise AudioError(
-            f"source_rate is for tensors and arrays; {name} states its own rate: leave source_rate out"
+            f"source_rate is for tensors and arrays; {name} states its own rate: leave "
+            "source_rate out"
         )
     encoded = _encoded(source, name, limits)
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
@@ -98,11 +98,13 @@ def _collect(
             frames += len(block)
             if frames > limits.seconds * rate:
                 raise AudioError(
-                    f"{name} is longer than {limits.seconds:g} s; cut it or raise DecodeLimits.seconds"
+                    f"{name} is longer than {limits.seconds:g} s; cut it or raise "
+                    "DecodeLimits.seconds"
                 )
             if 4 * frames * sample_rate > limits.bytes * rate:
                 raise AudioError(
-                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise DecodeLimits.bytes"
+                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise "
+                    "DecodeLimits.bytes"
                 )
             yield block
 
@@ -120,7 +122,8 @@ def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
         raise AudioError(
-            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} channels, n]"
+            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} "
+            "channels, n]"
         )
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
@@ -167,13 +170,13 @@ def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.B
 
 
 def _regular_size(path: str | bytes, name: str) -> int:
-    """Bytes in a readable regular file; pipes and devices are refused because they may never
-    end."""
+    """Bytes in a readable regular file. Pipes and devices are refused: they may never end."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise AudioError(
-                f"{name} is not a regular file; open a pipe or device yourself and pass the file object"
+                f"{name} is not a regular file; open a pipe or device yourself and pass the file "
+                "object"
             )
         with open(path, "rb"):  # soundfile would not say why it cannot
             return status.st_size
@@ -205,8 +208,7 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
 
 
 def _soundfile() -> Any:
-    """The library of encoded audio; what works on arrays alone runs without it, such as the
-    benchmarks."""
+    """soundfile, imported when it is needed: what works on arrays alone runs without it."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
@@ -281,9 +283,9 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
     """Write float `wav` [n], clipped to [-1, 1): 16-bit PCM WAV, byte for byte what soundfile.write
     gives.
 
-    A path that ends in .flac, .ogg or .mp3 is written in that format.
-    A path appears complete or not at all: an error or an interrupt leaves what was there. A
-    buffered binary file object gets the whole file at its position and need not be seekable.
+    A path that ends in .flac, .ogg or .mp3 is written in that format. A path appears complete or
+    not at all: an error or an interrupt leaves what was there. A buffered binary file object gets
+    the whole file at its position and need not be seekable.
 
     Raises:
         AudioError: `wav` is not [n] finite floats, or `target` cannot be written.
@@ -325,7 +327,8 @@ def _pcm16(samples: Tensor) -> bytes:
 def _replace(path: Path, data: bytes, name: str) -> None:
     if path.exists() and not path.is_file():
         raise AudioError(
-            f"cannot write {name}: it is not a regular file; open it yourself and pass the file object"
+            f"cannot write {name}: it is not a regular file; open it yourself and pass the file "
+            "object"
         )
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:

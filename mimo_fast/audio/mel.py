@@ -33,7 +33,8 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     """
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(
-            f"log_mel takes float samples [n], not {wav.dtype} {list(wav.shape)}; use load_audio first"
+            f"log_mel takes float samples [n], not {wav.dtype} {list(wav.shape)}; use load_audio "
+            "first"
         )
     if not len(wav):
         raise AudioError("the audio holds no samples")
@@ -64,8 +65,7 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> Tensor:
-    """Triangular filters [n_fft // 2 + 1, n_mels], equally spaced on the HTK mel scale, peaks at
-    1."""
+    """Triangular filters [n_fft // 2 + 1, n_mels] of peak 1, equally spaced in HTK mel."""
     low, high = (2595.0 * math.log10(1.0 + hertz / 700.0) for hertz in (f_min, f_max))
     corners = 700.0 * (10.0 ** (torch.linspace(low, high, n_mels + 2) / 2595.0) - 1.0)
     bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1)

@@ -25,8 +25,7 @@ RESAMPLE_SPAN = 2**21  # samples in or out at a time
 
 
 def check_rate(rate: int, name: str = "the sample rate") -> int:
-    """`rate` as an int; raises AudioError unless it is a whole number of hertz from 1 kHz to 768
-    kHz."""
+    """`rate` as an int. Raises AudioError unless it is whole hertz from 1 kHz to 768 kHz."""
     if not isinstance(rate, numbers.Integral) or not MIN_RATE <= int(rate) <= MAX_RATE:
         raise AudioError(
             f"{name} is {rate!r} Hz; it must be a whole number from {MIN_RATE} to {MAX_RATE}"
@@ -148,8 +147,7 @@ def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
 
 
 def _windowed_sinc(outputs: Tensor, inputs: Tensor, base: float, gain: float) -> Tensor:
-    """Hann-windowed sinc of cutoff `base` between output times [p] and input times [k], in periods
-    -> [p, k]."""
+    """Hann-windowed sinc [p, k] of cutoff `base` between output times [p] and input times [k]."""
     t = ((inputs - outputs[:, None]) * base).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
     window = torch.cos(t * math.pi / ZERO_CROSSINGS / 2) ** 2
     t = t * math.pi

@@ -68,7 +68,7 @@ def bench(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
     rows = []
-    table = Table(target, machine)
+    table = StreamTable(target, machine)
     for row in _rows(args, target, machine, began):
         table.row(row)
         rows.append(row)
@@ -102,13 +102,14 @@ class Row:
         return self.metrics.audio_rtf is not None and self.metrics.audio_rtf < 1
 
 
-class Table:
+class StreamTable:
     """Rows as they come."""
 
     def __init__(self, target: Target, machine: Ceiling) -> None:
         work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
         print(f"{work.describe(machine)}\n", flush=True)
         print(
+            ""
             f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
             f"{'worst silence':>15}{'memory':>10}",
             flush=True,
@@ -204,8 +205,8 @@ def _target(
     about = announced(
         "tiny",
         None,
-        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its "
-        "figures say nothing about theirs",
+        f"a tiny one with random weights, since the published dimensions in {quantization} "
+        f"{reason}; its figures say nothing about theirs",
     )
     return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
 

@@ -56,8 +56,8 @@ def describe_machine() -> Iterator[str]:
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         yield (
-            f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
-            f"{card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+            f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} "
+            f"GiB, {card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         )
     yield f"native kernels: {native.state()}"
     yield f"cuda kernels: {cuda.state()}"

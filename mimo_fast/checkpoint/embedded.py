@@ -1,5 +1,4 @@
-"""The small pair inside the package, and which checkpoints are meant where none, or only one of
-two, is named."""
+"""The small pair inside the package, and which pair is meant where one or both have no name."""
 
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""`mimo-fast bench`: what a user will get on this machine; with --quality, what quantized weights
-cost."""
+"""`mimo-fast bench`: this machine's speed or, with --quality, what quantized weights cost."""
 
 import argparse
 from functools import partial

@@ -1,5 +1,4 @@
-"""What several commands share: the model that the options mean, and how text and speech are
-given out."""
+"""What commands share: the model that their options mean, and how replies are given out."""
 
 import argparse
 import math
@@ -41,13 +40,13 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
-    """The language model and the codec that the command's options mean; says so where nothing named
-    them."""
+    """Language model and codec that the options mean; says which where they name neither."""
     lm, codec = resolve_pair(args.model, args.codec, args.published)
     if args.model is None and args.codec is None:
         say(
-            f"using nano, which speaks, transcribes and answers in a small closed domain of English (see {CARD}); "
-            f"for the published model give --model {args.published} --codec {PUBLISHED_CODEC}"
+            "using nano, which speaks, transcribes and answers in a small closed domain of "
+            f"English (see {CARD}); for the published model give --model {args.published} --codec "
+            f"{PUBLISHED_CODEC}"
         )
     return lm, codec
 
@@ -76,8 +75,7 @@ def say(text: str) -> None:
 
 
 def warn_of_words(model: MimoAudio, text: str) -> None:
-    """Names the words of a text to be said that the model was not trained on, where it is known on
-    which it was."""
+    """Names the words of a text that the model was not trained to say, where that is known."""
     known = model.tokenizer.trained_words
     unknown = [word for word in dict.fromkeys(spell(text)) if known and word not in known]
     if unknown:
@@ -99,8 +97,7 @@ def print_text(chunks: Iterator[Chunk]) -> str:
 
 
 def write_speech(chunks: Iterator[Chunk], output: Path, before: torch.Tensor | None = None) -> None:
-    """Collects a reply under a progress bar of seconds spoken, writes it whole, and says how fast
-    it was."""
+    """Writes a reply, whole, and says how fast it came; a progress bar shows seconds spoken."""
     audio, text, last = [] if before is None else [before], [], None
     with tqdm(desc="speaking", unit="s", unit_scale=True, disable=None, leave=False) as bar:
         for chunk in chunks:

@@ -1,5 +1,4 @@
-"""All of it in one go: a text is said, a recording transcribed and answered by voice, and every
-stage timed."""
+"""`mimo-fast demo [WAV]`: says a text, transcribes a recording and answers it; times all stages."""
 
 import argparse
 import json
@@ -24,8 +23,6 @@ Result = TypeVar("Result")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`mimo-fast demo [AUDIO]`: --text is said; AUDIO, or the question in the package, transcribed
-    and answered."""
     if not args.text.strip():
         raise MimoFastError("there is no text to say")
     recording = args.audio or QUESTION
@@ -53,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def _talk(
     model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "StageTable"
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Every stage in turn, its rows added: what was said, heard and answered, and waveforms [n] by
-    file name."""
+    """Runs every stage and adds its rows -> texts by what they are, waveforms [n] by file name."""
     seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
     seconds = len(wav) / rate
     saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)

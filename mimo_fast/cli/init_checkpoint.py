@@ -9,7 +9,8 @@ from mimo_fast.cli.common import say
 def run(args: argparse.Namespace) -> int:
     lm, codec = init_checkpoint(args.directory, args.preset, seed=args.seed)
     say(
-        "random weights make noise, not words: this pair is for trying the pipeline and for timing it"
+        "random weights make noise, not words: this pair is for trying the pipeline and for "
+        "timing it"
     )
     print(f"{lm}\n{codec}")
     return 0

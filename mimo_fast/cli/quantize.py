@@ -18,6 +18,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{error:>14.4f}  {name}")
     before, after = (open_weights(directory).nbytes for directory in (args.source, args.target))
     say(
-        f"wrote {args.target}: {after / 1e9:.3f} GB, was {before / 1e9:.3f} GB; it loads without --quantization"
+        f"wrote {args.target}: {after / 1e9:.3f} GB, was {before / 1e9:.3f} GB; it loads without "
+        "--quantization"
     )
     return 0

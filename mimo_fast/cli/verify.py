@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> int:
     for result in verify(model, golden):
         verdict = "" if result.ok else "  FAILED"
         print(
-            f"{result.stage:<15}{result.error:>14.3g}{result.bound:>10.3g}  {result.unit:<9} {result.compared:>8}  "
-            f"{result.worst}{verdict}",
+            f"{result.stage:<15}{result.error:>14.3g}{result.bound:>10.3g}  {result.unit:<9} "
+            f"{result.compared:>8}  {result.worst}{verdict}",
             flush=True,
         )
         if not result.ok:
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"mimo-fast: verify failed at: {', '.join(failed)}")
         return 1
     say(
-        f"all {len(golden.compared)} golden tensors within bounds, on {model.device}, {args.dtype or 'float32'}"
+        f"all {len(golden.compared)} golden tensors within bounds, on {model.device}, "
+        f"{args.dtype or 'float32'}"
     )
     return 0

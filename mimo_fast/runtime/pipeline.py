@@ -1,5 +1,4 @@
-"""`Pipeline`: language model, codec, tokenizer and engine as one, from audio and text to audio and
-text.
+"""`Pipeline`: language model, codec, tokenizer and engine, from audio or text to audio and text.
 
     task (text/tasks.py) -> segments -> ids -> conversation -> reply -> text and audio
 
@@ -152,8 +151,7 @@ class Pipeline:
         return self.engine.decode(conversation, limits, samplers)
 
     def read(self, reply: Reply, ids: Tensor) -> tuple[str, Tensor | None]:
-        """All of the reply to a prompt that ends with `ids`: its text, and its codes [C, T] or
-        None."""
+        """All of the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
         return read_reply(reply, self._reader(ids))
 
     def stream(

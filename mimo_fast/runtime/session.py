@@ -23,14 +23,12 @@ REPLY = 1 / 8
 """Part of the context that is kept free for a reply."""
 
 FULL = 0.5
-"""Part of the context that a dialogue may fill after turns were dropped, so that not every turn
-drops one."""
+"""Part of the context that a dialogue fills at most when turns are dropped, which then is rare."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: the groups at which it and its reply begin, and the codes of what the user
-    said."""
+    """One exchange: the groups at which it and its reply begin, and codes of the user's speech."""
 
     begin: int
     reply: int

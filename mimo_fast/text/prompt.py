@@ -24,8 +24,7 @@ REPLY_PATCHES = 5
 
 @dataclass(frozen=True)
 class Speech:
-    """Codes [C, n G] between `<|sosp|>` and `<|eosp|>`; open speech lacks the end, to be
-    continued."""
+    """Codes [C, n G] between `<|sosp|>` and `<|eosp|>`; the latter is missing in open speech."""
 
     codes: Tensor
     closed: bool = True
@@ -117,8 +116,7 @@ def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
 
 
 def whole_patches(codes: Tensor, group_size: int, closed: bool = True) -> Tensor:
-    """Codes [C, T] -> [C, n G]: the last frame is repeated; where speech stays open, the rest of a
-    patch is cut off."""
+    """Codes [C, T] -> [C, n G]: the last frame is repeated or, in open speech, the rest cut off."""
     extra = codes.shape[1] % group_size
     if extra and closed:
         return torch.cat((codes, codes[:, -1:].expand(-1, group_size - extra)), dim=1)

@@ -122,8 +122,7 @@ def spoken_dialogue(
     system_prompt: str | None = None,
     prompt_speech: Audio | None = None,
 ) -> Segments:
-    """Answer speech with speech: the first turn of a dialogue or, with neither option, a later
-    one."""
+    """Answer speech with speech: a dialogue's first turn or, with neither option, a later one."""
     if context.continued:
         system_prompt, prompt_speech = None, None
     speech, voice = context.encode(input_speech), context.voice(prompt_speech)

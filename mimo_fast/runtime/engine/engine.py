@@ -124,8 +124,8 @@ class Engine:
             waiting = sum(other.conversation.slot is None for other in self._jobs)
             if bounded and waiting >= self.queue:
                 raise BusyError(
-                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try again later, or load the "
-                    "model with a larger max_batch"
+                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try "
+                    "again later, or load the model with a larger max_batch"
                 )
             # The last position is fed again where nothing new was said: what follows is drawn from
             # its hidden state.

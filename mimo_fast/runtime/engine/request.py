@@ -19,8 +19,7 @@ class Job:
     """A reply as the engine sees it.
 
     row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
-    will be decoded.
-    error: why it ended early.
+    will be decoded. error: why it ended early.
     """
 
     conversation: Conversation

@@ -1,5 +1,4 @@
-"""One row's ids, and the part of them whose keys and values lie in a slot of the engine or in a
-snapshot."""
+"""One row's ids, and where the keys and values of those lie that are computed already."""
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ class Conversation:
 
     @property
     def ids(self) -> Tensor:
-        """All ids [C + 1, T G] on the host. Decoded groups stay on the device until someone asks
-        for them here."""
+        """All ids [C + 1, T G] on the host. Decoded groups are copied when they are asked for."""
         if self._decoded:
             codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
             text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
@@ -82,8 +80,7 @@ class Conversation:
         self.cached = min(self.cached, groups)
 
     def go_back(self, ids: Tensor, cached: int) -> None:
-        """Returns to earlier ids, of which so many groups were cached; what has been overwritten
-        since is not."""
+        """Returns to earlier ids; of what was cached then, what was overwritten since is not."""
         shorter = min(ids.shape[1], self.ids.shape[1])
         same = (
             int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
