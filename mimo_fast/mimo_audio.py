@@ -288,7 +288,7 @@ class MimoAudio:
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         continued = add_history and self.has_history
-        ids = pipeline.prompt(spec, arguments, task_arguments, seed, continued)
+        ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
         conversation = self._history.begin(pipeline, ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
         reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
@@ -309,7 +309,8 @@ class MimoAudio:
     ) -> Any:
         """All of a task's reply: its text; its audio is written to `output`."""
         continued = add_history and self.has_history
-        ids = self.pipeline.prompt(task, arguments, None, options.get("seed"), continued)
+        seed = options.get("seed")
+        ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
         stop_ids = task.stop_ids(self.tokenizer.special)
         return self.forward(
             ids,

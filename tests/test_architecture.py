@@ -38,7 +38,7 @@ ROOMS = (
     "cli",
     "__main__",
 )
-"""From the ground up: a room imports itself and what is before it. "" is `mimo_fast/__init__.py`."""
+"""From the ground up: a room imports itself and those before it. "" is `mimo_fast/__init__.py`."""
 
 CIRCLES = {
     # The fused executor takes the whole model; it should be made from weights, config and tables.

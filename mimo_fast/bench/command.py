@@ -110,8 +110,8 @@ class StreamTable:
         print(f"{work.describe(machine)}\n", flush=True)
         print(
             ""
-            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
-            f"{'worst silence':>15}{'memory':>10}",
+            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
+            f"{'next chunk (p95)':>18}{'worst silence':>15}{'memory':>10}",
             flush=True,
         )
 
@@ -199,8 +199,12 @@ def _target(
     quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
-        what = f"the published dimensions in {quantization}, random weights: real speed, no real speech"
-        about = announced("7b", quantization, what)
+        about = announced(
+            "7b",
+            quantization,
+            f"the published dimensions in {quantization}, random weights: real speed, no real "
+            "speech",
+        )
         return Target.random("7b", quantization, dtype, device), about
     about = announced(
         "tiny",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.bench.target import Target
-from mimo_fast.bench.timing import Timing, synchronize
+from mimo_fast.bench.timing import CallTime, synchronize
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.snapshot import Snapshot
@@ -36,8 +36,8 @@ class GroupTimes:
     """Seconds of the first row's prompt, and of a group of all rows, of words and of speech."""
 
     prefill: float
-    text: Timing
-    audio: Timing
+    text: CallTime
+    audio: CallTime
 
 
 def time_groups(
@@ -95,7 +95,7 @@ def start_rows(
     return replies
 
 
-def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Timing:
+def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> CallTime:
     """Takes all groups of the replies, in step, and closes them."""
     times = []
     for _ in range(groups + SETTLING):
@@ -107,4 +107,4 @@ def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Ti
         times.append(perf_counter() - began)
     for reply in replies:
         reply.close()
-    return Timing.of(times[SETTLING:])
+    return CallTime.of(times[SETTLING:])

@@ -44,13 +44,15 @@ PARTS = {
 
 def describe_machine() -> Iterator[str]:
     """Lines about this machine and what is installed on it."""
-    yield f"mimo-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    system = f"{platform.system()} {platform.machine()}"
+    yield f"mimo-fast {__version__}, Python {platform.python_version()}, {system}"
     packages = ("torch", "triton", "safetensors", "tokenizers", "soundfile", "transformers")
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in packages)
     memory = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     )
-    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
+    threads = torch.get_num_threads()
+    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {threads} threads, {memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
         yield "gpu: none that this torch can use"
     for i in range(torch.cuda.device_count()):

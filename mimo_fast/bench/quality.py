@@ -1,16 +1,15 @@
-"""What quantized weights cost: each format against the checkpoint's own weights, on the same ids,
-teacher-forced.
+"""What quantized weights cost, against the checkpoint's own on the same ids, teacher-forced.
 
 Sequences are the given recordings carried on (their own codes are what is predicted), and the
 checkpoint's own replies to them and to the given texts. At each predicted position:
 
-    KL         of the quantized distribution from the checkpoint's, in nats; temperature 1, before top-k and top-p
+    KL         of the quantized distribution from the checkpoint's, in nats, at temperature 1 and
+               before top-k and top-p
     agreement  how often both prefer the same token
 
 for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in
-int8 is held
-against itself in full: SNR and mel distance (mean absolute difference of the log-mel) of what it
-decodes from the recordings' codes, and how many of its own codes are the same.
+int8 is held against itself in full: SNR and mel distance (mean absolute difference of the log-mel)
+of what it decodes from the recordings' codes, and how many of its own codes are the same.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The facade (`MimoAudio`), dialogues (`Session`) and servers are written in terms of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,14 +114,13 @@ class Pipeline:
     def prompt(
         self,
         task: Task,
-        arguments: Sequence[Any] = (),
-        named: Mapping[str, Any] | None = None,
+        *arguments: Any,
         seed: int | None = None,
         continued: bool = False,
+        **named: Any,
     ) -> Tensor:
         """A task's prompt [C + 1, T G] on the CPU; arguments are those of `task.prompt`."""
-        context = self.context(seed, continued)
-        return self.ids(task.prompt(context, *arguments, **(named or {})))
+        return self.ids(task.prompt(self.context(seed, continued), *arguments, **named))
 
     def conversation(self, seed: int | None = None) -> Conversation:
         """An empty conversation; without a seed its draws are fresh."""

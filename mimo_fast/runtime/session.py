@@ -63,7 +63,7 @@ class Session:
         self._conversation = pipeline.conversation(seed)
         speech = None if voice is None else pipeline.speech(voice)
         self._conversation.add(pipeline.ids(voice_system(speech)))
-        self._opening = self._conversation.shared = self._conversation.groups
+        self._prefix = self._conversation.shared = self._conversation.groups
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
         self._running: ChunkStream | None = None
@@ -136,22 +136,22 @@ class Session:
         conversation, capacity = self._conversation, self._conversation.capacity
         if conversation.groups + new <= (1 - REPLY) * capacity:
             return len(self._turns)
-        room = FULL * capacity - self._opening - new
+        room = FULL * capacity - self._prefix - new
         return sum(conversation.groups - turn.begin <= room for turn in self._turns)
 
     def _drop(self, count: int) -> None:
         """Forgets the oldest turns; the system prompt moves to the first that stays."""
         conversation, kept = self._conversation, self._turns[count:]
-        ids = [self.ids[:, : self._opening * conversation.group_size]]
+        ids = [self.ids[:, : self._prefix * conversation.group_size]]
         if kept:
             first = self._pipeline.ids(self._turn(Speech(kept[0].speech), first=True))
-            moved = self._opening + first.shape[1] // conversation.group_size - kept[0].reply
+            moved = self._prefix + first.shape[1] // conversation.group_size - kept[0].reply
             ids += [first, self.ids[:, kept[0].reply * conversation.group_size :]]
             kept = [
                 replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept
             ]
-            kept[0] = replace(kept[0], begin=self._opening)
-        conversation.truncate(self._opening)
+            kept[0] = replace(kept[0], begin=self._prefix)
+        conversation.truncate(self._prefix)
         conversation.ids = torch.cat(ids, dim=1)
         self._turns = kept
 
@@ -181,7 +181,7 @@ class Session:
     def reset(self) -> None:
         """Starts over; the voice stays, and stays cached."""
         self._stop()
-        self._conversation.truncate(self._opening)
+        self._conversation.truncate(self._prefix)
         self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
@@ -193,7 +193,7 @@ class Session:
         self._stop()
         about = {
             "system_prompt": self._system_prompt,
-            "opening": self._opening,
+            "opening": self._prefix,
             "spoken": self._spoken,
         }
         turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
@@ -211,7 +211,7 @@ class Session:
         session = cls(pipeline, samplers=samplers)
         about, turns = read_session(path, pipeline.engine, session._conversation)
         session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
-        session._opening = session._conversation.shared = about["opening"]
+        session._prefix = session._conversation.shared = about["opening"]
         session._turns = [Turn(*turn) for turn in turns]
         return session
 

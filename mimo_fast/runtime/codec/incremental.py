@@ -144,7 +144,7 @@ def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     stack, ring = codec.decoder, state.decoder
     size = ring.k.shape[2]
     positions = state.position + torch.arange(len(x), device=x.device)
-    table, slots = _turns(codec, x.shape[1] // stack.heads, positions), positions % size
+    table, slots = _rope_rows(codec, x.shape[1] // stack.heads, positions), positions % size
     # The newest position that each slot holds once the block is written.
     held = positions[-1] - (positions[-1] - torch.arange(size, device=x.device)) % size
     past = positions[:, None] - held
@@ -161,7 +161,7 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     (left, right), kept = stack.window, before.k.shape[2]
     positions = state.frame + new - len(mel) + torch.arange(-kept, len(mel), device=mel.device)
     queries = positions[kept:]
-    table = _turns(codec, codec.config.vocoder_dim // stack.heads, queries)
+    table = _rope_rows(codec, codec.config.vocoder_dim // stack.heads, queries)
     ahead = positions - queries[:, None]
     # Before the first frame there are rows too: they see one another, and no frame sees them.
     visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
@@ -209,7 +209,7 @@ def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: boo
     return wave / weight
 
 
-def _turns(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
+def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
     """Rows of `rope_table` for positions [T] on the device; in float64, exact however far."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())

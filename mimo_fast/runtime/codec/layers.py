@@ -1,7 +1,7 @@
 """Building blocks of the codec: pre-norm transformer layers with biased projections and GELU,
 convolutions, ISTFT.
 
-Decoding a whole sequence and decoding it as it comes (`codec_incremental.py`) share them: they
+Decoding a whole sequence and decoding it as it comes (`incremental.py`) share them: they
 differ in the attention that a stack is run with, and in where the norms over time take their
 statistics from.
 """
@@ -77,7 +77,7 @@ class CodecLayer:
 
     @property
     def parts(self) -> small_codec.Layer:
-        """Itself as `small_codec.py` takes it."""
+        """Itself as `kernels/cpu/codec_stack.py` takes it."""
         norms = [(norm.weight, norm.bias) for norm in (self.attention_norm, self.ffn_norm)]
         return norms[0], self.qkv, self.out, norms[1], self.up, self.down
 
@@ -92,7 +92,7 @@ class CodecStack:
     """Transformer layers with one attention pattern: full, causal or windowed.
 
     `layers` is iterated once a run, so that it may bring each layer to the device only then
-    (`codec_offload.py`).
+    (`offload.py`).
     """
 
     layers: Iterable[CodecLayer]
