@@ -108,9 +108,8 @@ class GroupWork:
         """A line to be printed before the measurement."""
         prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling))
         return (
-            f"floor: the prompt {prefill:,.1f} ms; a group of words reads "
-            f"{self.text.total / 1e6:,.1f} MB, {text:.2f} ms; of speech "
-            f"{self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
+            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
+            f"ms; of speech {self.audio.total / 1e6:,.1f} MB, {audio:.2f} ms"
         )
 
 

@@ -1,7 +1,7 @@
 """Whole requests, measured as their callers see them: one, or several at a time in threads of their
 own.
 
-Everything goes through the runtime's own path: `pack`, `Conversation`, `Engine`,
+Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`,
 `stream_reply`. Names are the field's; all times are seconds.
 
     ttft             from the request to the first group, be it a word or a patch; encoding of the input included
@@ -37,8 +37,8 @@ from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.stream import ReplyReader, stream_reply
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
-from mimo_fast.text import tasks
-from mimo_fast.text.prompt import Segments, Speech, pack
+from mimo_fast.text import prompt, tasks
+from mimo_fast.text.prompt import Segments, Speech
 from mimo_fast.text.tasks import find_task
 
 SENTENCE = "It begins to speak before it has finished thinking."
@@ -252,7 +252,7 @@ def warm_up(target: Target, request: Request) -> None:
 def prompt_ids(target: Target, request: Request) -> Tensor:
     """The request's prompt [C + 1, T G], its audio encoded."""
     segments = PROMPTS[request.task](lambda: target.speech(request.audio))
-    ids = pack(segments, target.tokenizer, target.lm.config)
+    ids = prompt.pack(segments, target.tokenizer, target.lm.config)
     missing = request.context - ids.shape[1] // target.lm.config.group_size
     return ids if missing <= 0 else torch.cat((target.filler(missing), ids), dim=1)
 

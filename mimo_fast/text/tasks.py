@@ -58,9 +58,9 @@ class PromptContext:
 
     def voice(self, audio: Audio | None) -> Speech | None:
         """Speech in the voice to use. Upstream takes an empty path for none."""
-        return (
-            None if audio is None or (isinstance(audio, str) and not audio) else self.encode(audio)
-        )
+        if audio is None or (isinstance(audio, str) and not audio):
+            return None
+        return self.encode(audio)
 
     def choose(self, templates: Sequence[str], template: Template) -> str:
         return choose_template(templates, template, self.seed)
