@@ -23,7 +23,7 @@ REPLY = 1 / 8
 """Part of the context that is kept free for a reply."""
 
 FULL = 0.5
-"""Part of the context that a dialogue fills at most when turns are dropped, which then is rare."""
+"""Part of the context left to a dialogue when turns are dropped; small, so that drops are rare."""
 
 
 @dataclass(frozen=True)
