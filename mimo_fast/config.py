@@ -52,13 +52,11 @@ class LMConfig:
     max_positions: int
     tie_embeddings: bool
     greedy_tasks: tuple[str, ...] = ()
-    """Of `sampling.TASK_SAMPLERS`: their replies are greedy unless asked otherwise. A checkpoint
-    may state them."""
+    """Keys of `sampling.TASK_SAMPLERS` whose replies are greedy unless asked otherwise."""
 
     @property
     def patch_steps(self) -> int:
-        """Patch-decoder steps per patch: the last channel starts max(delays) steps after the
-        first."""
+        """Patch-decoder steps a patch; the last channel starts max(delays) after the first."""
         return self.group_size + max(self.delays)
 
     @property
@@ -181,8 +179,7 @@ class CodecConfig:
     norm: str
     rope_theta: float
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Mean and variance that its norms over time (unpooling, then to mel) see in the speech it was
-    made for."""
+    """Mean and variance of its norms over time (unpooling, then to mel) in the speech it is for."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -311,8 +308,7 @@ class _Reader:
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """Two pairs of mean and variance; an extension of upstream's form, absent from its
-        files."""
+        """Two pairs of mean and variance, which upstream's own files do not have."""
         if (value := self.raw.get(key)) is None:
             return None
         with suppress(TypeError, ValueError):
@@ -324,8 +320,7 @@ class _Reader:
         )
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names, empty by default; an extension of upstream's form, absent from its
-        files."""
+        """A list of names, which upstream's own files do not have; empty by default."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")

@@ -26,8 +26,7 @@ class History:
     def begin(
         self, pipeline: Pipeline, ids: Tensor, add_history: bool, seed: int | None
     ) -> Conversation:
-        """The last conversation or, without add_history, a new one, with a prompt [C + 1, T G]
-        appended.
+        """Adds a prompt [C + 1, T G] to the last conversation or, without add_history, a new one.
 
         Raises:
             PromptError: the prompt is empty or does not fit; what was kept stays.

@@ -239,8 +239,7 @@ class MimoAudio:
         task_name: str | None = None,
         seed: int | None = None,
     ) -> Any:
-        """Generates after a prompt [C + 1, T G] and returns its text; or its audio [1, 1, n] with
-        return_audio.
+        """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
         `MiMoStopper`s.

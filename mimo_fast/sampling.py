@@ -17,10 +17,10 @@ Seed = int | Sequence[int] | None
 
 @dataclass
 class MiMoSampler:
-    """Settings of one sampler; None leaves a step out (upstream `MiMoSampler`). Without do_sample:
-    greedy.
+    """Settings of one sampler (upstream `MiMoSampler`); None leaves a step out.
 
-    temperature 0 means greedy too, as elsewhere in the field (upstream divides by it).
+    It is greedy without do_sample and, as elsewhere in the field, at temperature 0, by which
+    upstream divides.
     """
 
     do_sample: bool | None = None

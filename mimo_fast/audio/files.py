@@ -34,8 +34,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """The most that one call accepts, counted while decoding: what a header claims is never
-    believed.
+    """The most that one call accepts, counted while decoding and whatever a header claims.
 
     `seconds` of audio; `bytes` of the encoded input, and of the float32 waveform returned.
     """
@@ -52,8 +51,7 @@ def load_audio(
     limits: DecodeLimits = DecodeLimits(),
     source_rate: int | None = None,
 ) -> Tensor:
-    """Decode `source`, mix its channels to their mean and resample -> float32 [n] at `sample_rate`,
-    on the CPU.
+    """Decodes, mixes to mono and resamples -> float32 [n] at `sample_rate`, on the CPU.
 
     A path (of a regular file), encoded bytes or a binary file object holds WAV, FLAC, OGG or MP3; a
     file object is read from its position on, at most `limits.bytes`. A tensor or array is decoded
@@ -280,8 +278,7 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
-    """Write float `wav` [n], clipped to [-1, 1): 16-bit PCM WAV, byte for byte what soundfile.write
-    gives.
+    """Writes float `wav` [n], clipped to [-1, 1), as a 16-bit PCM WAV like soundfile.write's.
 
     A path that ends in .flac, .ogg or .mp3 is written in that format. A path appears complete or
     not at all: an error or an interrupt leaves what was there. A buffered binary file object gets

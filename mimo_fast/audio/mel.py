@@ -20,8 +20,7 @@ MEL_BLOCK = 2048  # frames per Fourier transform
 
 @torch.no_grad()
 def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
-    """Natural logarithm of the mel spectrogram of `wav` [n] at `config.sample_rate` -> [1 + n //
-    hop, n_mels].
+    """Waveform [n] at `config.sample_rate` -> natural log-mel spectrogram [1 + n // hop, n_mels].
 
     Equals log(clip(MelSpectrogram(wav), min=1e-7)) with power 1, frames centred by reflection, a
     periodic Hann window and HTK filters. Reflection needs more than n_fft / 2 samples; shorter

@@ -97,8 +97,7 @@ def _output_length(n: int, source_rate: int, target_rate: int) -> int:
 
 
 class _PolyphaseTable(NamedTuple):
-    """The filters of the `new` output phases of a period of `orig` samples, in bands of consecutive
-    phases.
+    """Filters of the `new` output phases of `orig` input samples, in bands of consecutive phases.
 
     A phase sees `width` samples to either side. Band b computes its phases as taps[b] [phases,
     reach] times the `reach` samples from starts[b] on.

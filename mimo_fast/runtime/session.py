@@ -86,8 +86,7 @@ class Session:
     def stream(
         self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
     ) -> ChunkStream:
-        """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is
-        decoded.
+        """Says `audio`, anything `load_audio` reads, and yields the reply as it is decoded.
 
         Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what
         was heard.

@@ -145,8 +145,7 @@ def _mel(model: MimoAudio, golden: Golden) -> Errors:
 
 
 def _log_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference of the logarithms [T, n_mels], but for what the FFT's own rounding
-    explains.
+    """Largest difference of log-mels [T, n_mels] that the FFT's rounding does not explain.
 
     Float32 FFTs of different libraries and instruction sets disagree by a few units in the last
     place of a frame's largest magnitude, which the logarithm blows up in bands far below it. A

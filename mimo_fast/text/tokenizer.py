@@ -66,8 +66,7 @@ class SpecialIds:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer of the `tokenizers` package. Ids equal those that transformers
-    gives.
+    """A byte-level BPE tokenizer of the `tokenizers` package; ids equal those of transformers.
 
     Args:
         backend: is changed: tokens that `config` or the model needs are added, truncation and

@@ -117,8 +117,7 @@ class ChunkGraphs:
 
 
 class StreamGraphs:
-    """States with their graphs, lent to the streams of one codec; as many as were asked for are
-    kept.
+    """States with their graphs, lent to the streams of one codec and kept for the next ones.
 
     Args:
         capture: how work becomes a graph; CUDA's by default.

@@ -52,8 +52,7 @@ def decode_chunk(
     moments: Moments | None,
     ended: bool,
 ) -> Tensor:
-    """Dequantized codes [T, D] that come next, T >= 0 -> the samples that are now decided, float32
-    [m].
+    """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
 
     A graph may replay it: `frames`, `committed` and `largest` are all that it knows of the state on
     the host, and it changes the first two alone.

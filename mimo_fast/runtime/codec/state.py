@@ -45,8 +45,7 @@ class Moments(NamedTuple):
 
 @dataclass
 class RunningMoments:
-    """Mean and variance that a norm over time will have seen by the end, as far as its rows so far
-    tell.
+    """Estimates mean and variance that a norm over time will have seen by the end.
 
     One-shot decoding norms by the statistics of a whole utterance, which a stream must guess while
     it lasts. Until `expected` rows have come, those that are missing are taken to have the
@@ -111,8 +110,7 @@ class StackState:
 
 @dataclass
 class CodecState:
-    """One waveform in progress. The newest P vocoder frames are pending: what comes next may still
-    change them.
+    """One waveform in progress; its newest P vocoder frames are pending and may still change.
 
     Args:
         position: decoder positions done, int64 scalar; slot p % S of `decoder` holds position p.

@@ -15,8 +15,7 @@ from mimo_fast.runtime.codec.state import CodecState, Moments, new_state
 
 
 class CodecStream:
-    """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a
-    seam.
+    """One waveform in progress: feed codes with `push`, end with `finish`; parts join seamlessly.
 
     Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
     Where there are graphs, a stream borrows its memory from them until it is closed or gone.
@@ -68,8 +67,7 @@ class CodecStream:
 
     @torch.no_grad()
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
-        """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m
-        may be 0.
+        """The next codes [n, t] -> samples that are final now, float32 [m]; m may be 0.
 
         trusted: they were drawn by the model; looking at them would make the host wait for the
             device.
