@@ -24,7 +24,7 @@ from benchmarks.records import JsonLines, Table, duration
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.environment import environment
-from mimo_fast.bench.timing import Timing, copies_for, time_calls
+from mimo_fast.bench.timing import CallTime, copies_for, time_calls
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 
 Inputs = dict[str, Any]
@@ -97,7 +97,7 @@ class Record:
     dtype: str
     bytes: int
     flop: int
-    time: Timing
+    time: CallTime
     ceiling: Ceiling
     accuracy: Accuracy
     copies: int

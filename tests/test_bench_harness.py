@@ -13,7 +13,7 @@ from benchmarks.harness import Case, Provider, Record, held_bytes, print_outcome
 from benchmarks.records import JsonLines, Table, duration, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
-from mimo_fast.bench.timing import Timing
+from mimo_fast.bench.timing import CallTime
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.norm import RMSNorm
@@ -196,7 +196,7 @@ def test_records_are_appended_and_a_line_that_was_cut_off_is_passed_over(tmp_pat
 
 
 def test_records_are_json():
-    time, found = Timing(1, 2, 3, 4), Accuracy(0.0, 1.0, 0.0)
+    time, found = CallTime(1, 2, 3, 4), Accuracy(0.0, 1.0, 0.0)
     record = Record(
         "op", "p", "int4", 1, "M=1", "bfloat16", 2_000_000_000, 1, time, MACHINE, found, 1, {}
     )

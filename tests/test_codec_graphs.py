@@ -13,10 +13,10 @@ from test_engine_mixes import Counted
 from torch import Tensor
 
 import mimo_fast
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES, default_lookahead
 from mimo_fast.runtime.engine.stream import ReplyReader, _chunks
 from mimo_fast.runtime.lm.decode import Group
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import mimo_fast
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.runtime import pipeline
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import HostRead, Limits, Samplers
@@ -30,7 +31,6 @@ from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import MiMoSampler
 from mimo_fast.testing import parity as verification
 from mimo_fast.testing.parity import STAGES, Golden, verify
-from mimo_fast.text import prompt_builder
 
 GROUPS = {"cuda": 200, "cpu": 60}
 """Decoded in both ways."""
@@ -110,7 +110,7 @@ def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
                 / 2**15
             )
             decoded[str(path)] = samples.view(-1, file.getnchannels()).mean(dim=1)
-    for module in (verification, prompt_builder):
+    for module in (verification, pipeline):
         monkeypatch.setattr(module, "load_audio", lambda path, rate: decoded[str(path)])
 
 

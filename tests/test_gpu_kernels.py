@@ -25,7 +25,6 @@ from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import ENVIRONMENT, Graphs
 
@@ -137,7 +136,7 @@ def test_published_dimensions_in_bfloat16(
 def _replies(engine: Engine, ids: Tensor, rows: int, samplers: Samplers) -> list[Drawn]:
     replies = []
     for row in range(rows):
-        conversation = Conversation(engine, row)
+        conversation = engine.conversation(row)
         conversation.add(ids)
         replies.append(engine.start(conversation, Limits(5), samplers))
     return [drawn(list(reply)) for reply in replies]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks.baselines.upstream import Upstream
 from mimo_fast.bench.target import Target
-from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY
 
@@ -105,7 +104,7 @@ def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> A
 def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = ()) -> list[Group]:
     """Our greedy groups after a prompt."""
     target.lm.follow(plan)
-    conversation = Conversation(target.engine, seed=0)
+    conversation = target.engine.conversation(seed=0)
     conversation.add(ids)
     return list(target.engine.start(conversation, Limits(groups), Samplers(GREEDY, GREEDY)))
 

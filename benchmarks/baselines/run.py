@@ -39,7 +39,7 @@ from mimo_fast.bench.pipeline import (
     summarize,
 )
 from mimo_fast.bench.target import Target, user_speech
-from mimo_fast.bench.timing import Timing, synchronize
+from mimo_fast.bench.timing import CallTime, synchronize
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.loading import default_device, parse_dtype
 from mimo_fast.sampling import GREEDY
@@ -131,7 +131,7 @@ def measure_baseline(
         trace.chunks.append((perf_counter() - began, len(audio)))
     trace.ended = perf_counter() - began
     kinds = [
-        Timing.of([seconds for spoken, seconds in times if spoken is kind])
+        CallTime.of([seconds for spoken, seconds in times if spoken is kind])
         for kind in (False, True)
     ]
     metrics = summarize(target, request, 1, [trace], trace.ended, memory.bytes, energy)

@@ -14,14 +14,14 @@ as do those of a paused row.
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from mimo_fast.errors import BusyError
-from mimo_fast.runtime.engine.request import Job, Reply, StopHook
-from mimo_fast.runtime.engine.sequence import Conversation, no_room
-from mimo_fast.runtime.lm.decode import Decoder, Limits, Samplers
+from mimo_fast.runtime.engine.request import Job, StopHook
+from mimo_fast.runtime.engine.sequence import Conversation, check_room
+from mimo_fast.runtime.lm.decode import Decoder, Group, Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
@@ -82,8 +82,18 @@ class Engine:
 
     def check_room(self, groups: int) -> None:
         """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
-        if groups >= self.capacity:
-            raise no_room(groups, self.capacity)
+        check_room(groups, self.capacity)
+
+    def conversation(self, seed: int) -> Conversation:
+        """An empty conversation, its draws from this seed."""
+        return Conversation(self.lm.config, self.capacity, seed)
+
+    def decode(self, conversation: Conversation, limits: Limits, samplers: Samplers) -> "Reply":
+        """Prefills what is not cached and returns the reply, each group part of the conversation
+        once it is taken."""
+        reply = self.start(conversation, limits, samplers)
+        reply.prefill()
+        return reply
 
     def start(
         self,
@@ -93,7 +103,7 @@ class Engine:
         stop_hook: StopHook | None = None,
         ahead: int | None = AHEAD,
         bounded: bool = True,
-    ) -> Reply:
+    ) -> "Reply":
         """A reply to all that the conversation holds; nothing is computed before it is asked for.
 
         Args:
@@ -114,8 +124,8 @@ class Engine:
             waiting = sum(other.conversation.slot is None for other in self._jobs)
             if bounded and waiting >= self.queue:
                 raise BusyError(
-                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try again later, or load the "
-                    "model with a larger max_batch"
+                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try "
+                    "again later, or load the model with a larger max_batch"
                 )
             # The last position is fed again where nothing new was said: what follows is drawn from
             # its hidden state.
@@ -273,3 +283,47 @@ class Engine:
         assert conversation.slot is not None
         self._clock += 1
         self._used[conversation.slot] = self._clock
+
+
+class Reply(Iterator[Group]):
+    """The groups of a reply, each part of the conversation once it is taken. Any thread may take or
+    close."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine, self._job = engine, job
+
+    def prefill(self) -> None:
+        """Returns when the prompt has been computed.
+
+        Raises:
+            Exception: what went wrong with it.
+        """
+        job = self._job
+        self._engine.drive(lambda: job.row is not None or job.done)
+        if job.error is not None:
+            self.close()
+            raise job.error
+
+    def __next__(self) -> Group:
+        job = self._job
+        if job.settled:
+            raise StopIteration
+        self._engine.drive(lambda: bool(job.ready) or job.done)
+        if job.ready:
+            group = job.ready.popleft()
+            job.conversation.append(group.text, group.codes)
+            job.taken += 1
+            return group
+        self.close()
+        if job.error is not None:
+            raise job.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends it after the group in progress; groups that nobody took are forgotten."""
+        self._engine.leave(self._job)
+
+    def __del__(self) -> None:
+        # What nobody holds any more must not be decoded on; the engine drops it at its next tick.
+        self._job.done = True
+        self._job.settle()
