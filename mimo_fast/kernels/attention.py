@@ -113,9 +113,9 @@ def rotary_attention_kernel(
     m_h = (o_h < H)[:, None] & m_d
     m_s = (o_s < T)[:, None] & m_d
     m_kv = m_h[:, None, :] & m_s[None, :, :]
-    qkv_ptr += i_n * stride_xn
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_s[:, None], o_d[None, :], m_s, DH // 2)
     wait_for_the_last(PDL)
+    qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
     b_k = load_turned(
         qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
