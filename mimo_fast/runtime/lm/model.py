@@ -287,6 +287,7 @@ class LM:
                 state.rows[:rows],
                 starts,
                 config.patch_steps,
+                fixed=True,
             )
             hidden = transformer(
                 x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend

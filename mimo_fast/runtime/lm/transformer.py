@@ -84,17 +84,18 @@ def cached_attend(
     slots: Tensor,
     starts: Tensor,
     max_length: int,
+    fixed: bool = False,
 ) -> Attend:
     """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends
     up to there.
 
-    slots, starts: int64 [R] on the cache's device, read there alone. max_length: see
+    slots, starts: int64 [R] on the cache's device, read there alone. max_length, fixed: see
     `decode_attention`.
     """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         return decode_attention(
-            qkv, table, cache.layer(layer), slots, starts, config.heads, max_length
+            qkv, table, cache.layer(layer), slots, starts, config.heads, max_length, fixed
         )
 
     return attend
