@@ -1,96 +1,136 @@
-"""The engine: threads share steps, streams pause, slots change hands."""
+"""The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in a drawn order."""
 
-import threading
-from typing import Any
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from replies import CAPACITY, Request, drawn
 from torch import Tensor
 
-from mimo_fast import LM, MimoAudio
-from mimo_fast.generation import group_ids
-from mimo_fast.runtime.decode import Group
-from mimo_fast.runtime.engine import Engine
+from benchmarks.studies.engine_model import Decoder, Matrix, Model, declared, random_model, reference
+from mimo_fast.kernels.quantized_weight import dequantize
+from mimo_fast.quantization import Format, quantize
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "engine" / "decoder.cu"
+STUCK = 719
+DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
 
 
-def test_threads_share_their_steps(
-    model: MimoAudio, engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, step = list[int](), LM.step
-
-    def counting(lm: LM, state: Any, slots: Tensor) -> None:
-        rows.append(len(slots))
-        step(lm, state, slots)
-
-    monkeypatch.setattr(LM, "step", counting)
-    replies = [request.start(engine) for request in requests[:3]]
-    got: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, reply=reply: got.update({i: drawn(list(reply))}))
-        for i, reply in enumerate(replies)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [got[i] for i in range(3)] == alone[:3]
-    assert max(rows) == 3
-    assert len(rows) < sum(rows)
+def built(source: Path, target: Path) -> ctypes.CDLL:
+    names = ROOT / "tests" / "cuda"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command = ["g++", "-x", "c++", *flags, f"-I{names}", f"-I{names / 'engine'}", source, "-o", target]
+    subprocess.run(command, check=True)
+    return declared(ctypes.CDLL(str(target)))
 
 
-class TestPausing:
-    def test_a_stream_alone_is_as_lazy_as_a_generator(self, engine: Engine, requests: list[Request]) -> None:
-        reply = requests[5].start(engine)
-        for taken in range(1, 5):
-            next(reply)
-            assert reply._job.row.produced == taken
-
-    def test_a_row_runs_ahead_of_its_consumer_by_so_much(self, engine: Engine, requests: list[Request]) -> None:
-        idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
-        idle.prefill()
-        list(busy)
-        assert idle._job.row.produced == 2
-
-    def test_a_long_prompt_comes_in_chunks_between_the_groups_of_others(
-        self, model: MimoAudio, engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: Any
-    ) -> None:
-        monkeypatch.setattr("mimo_fast.runtime.lm.PREFILL_CHUNK", 8)
-        running = requests[5].start(engine)
-        got = [next(running)]
-        long = requests[4].start(engine)
-        chunks = -(-long._job.conversation.groups // 8)
-        assert chunks > 2
-        for _ in range(chunks - 1):
-            got.append(next(running))
-            assert long._job.row is None
-        got.append(next(running))
-        assert long._job.row is not None
-        assert drawn([*got, *running]) == alone[5]
-        assert drawn(list(long)) == alone[4]
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return built(SOURCE, tmp_path_factory.mktemp("engine") / "emulated.so")
 
 
-def test_conversations_that_nobody_holds_leave_their_slots(engine: Engine, requests: list[Request]) -> None:
-    for _ in range(8):
-        next(requests[5].start(engine))
-    assert len([owner for owner in engine._owners if owner and owner()]) <= 1
-    list(requests[3].start(engine))
-    assert not engine._jobs
+def given(steps: int = STEPS, dim: int = DIM) -> Tensor:
+    return torch.randn(steps, dim, generator=torch.Generator().manual_seed(5)).bfloat16()
 
 
-def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
-    model: MimoAudio, requests: list[Request], alone: list[Any]
-) -> None:
-    """One slot for three streams: each step moves two of them out and one back in."""
-    engine = Engine(model.lm, 1, CAPACITY)
-    replies = [requests[i].start(engine, ahead=1) for i in (3, 4, 5)]
-    got: list[list[Group]] = [[], [], []]
-    for _ in range(6):
-        for row, reply in enumerate(replies):
-            got[row].append(next(reply))
-    for row, reply in enumerate(replies):
-        got[row] += list(reply)
-    assert [drawn(groups) for groups in got] == [alone[i] for i in (3, 4, 5)]
-    conversation = replies[0]._job.conversation
-    ids = torch.cat([requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1)
-    assert torch.equal(conversation.ids, ids)
+def decoded(library, model: Model, x: Tensor, blocks: int = 4, threads: int = 64, seed: int = 1, **settings) -> Tensor:
+    """The result, of buffers that hold NaNs before, with a row after it that must stay so."""
+    library.set_seed_of_grid(seed)
+    decoder = Decoder(library, model, len(x))
+    assert decoder.run(x, blocks, threads, **settings) == 0
+    assert int(decoder.state[32]) == 0
+    assert int(decoder.state[0]) == len(model.layers) * len(x)
+    assert bool(decoder.hidden[-1].isnan().all())
+    return decoder.hidden[:-1]
+
+
+def check(model: Model, x: Tensor, got: Tensor) -> None:
+    """Half a unit of bfloat16 for the result; as much again for values on the edge of a rounding before it."""
+    want = reference(model, x, rounded=True)
+    assert (got.float() - want).norm() <= 2**-8 * want.norm()
+    assert (got.float() - want).abs().max() <= 2**-7 * want.abs().max()
+    plain = reference(model, x, rounded=False)
+    assert (got.float() - plain).norm() <= 2 * (want - plain).norm() + 2**-8 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("bits", "grouped", "zeros", "depth"),
+    [(8, False, False, 4), (8, True, False, 5), (4, True, True, 4), (4, True, False, 8), (4, True, True, 10)],
+)
+def test_formats(emulated, bits, grouped, zeros, depth):
+    model, x = random_model(DIM, FFN, LAYERS, bits, grouped, zeros), given()
+    check(model, x, decoded(emulated, model, x, depth=depth))
+
+
+def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
+    model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
+    want = decoded(emulated, model, x)
+    for blocks, threads, seed in ((1, 64, 2), (3, 96, 3), (4, 64, 4), (5, 128, 5), (32, 64, 6)):
+        assert torch.equal(decoded(emulated, model, x, blocks, threads, seed), want)
+
+
+def test_the_published_width(emulated):
+    model, x = random_model(1024, 4096, 1, 4, True, True), given(1, 1024)
+    check(model, x, decoded(emulated, model, x, blocks=2, threads=256))
+
+
+def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
+    model, x = random_model(DIM, FFN, LAYERS, 8, False), given(2)
+    decoder = Decoder(emulated, model, 2)
+    decoder.state[0] = 2**16 - 3
+    results = []
+    for seed in range(3):
+        emulated.set_seed_of_grid(seed)
+        assert decoder.run(x, 3, 64) == 0
+        results.append(decoder.hidden[:2].clone())
+        decoder.hidden.fill_(torch.nan)
+    assert int(decoder.state[0]) == 2**16 - 3 + 3 * 2 * LAYERS
+    check(model, x, results[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+BUGS = {
+    "a piece is not published": ("put(gated + job * 4 + quad, total);", "if (job) put(gated + job * 4 + quad, total);"),
+    "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
+    "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
+    "a copy is read too early": ("wait_for_copies<DEPTH - 1>();", "wait_for_copies<DEPTH>();"),
+    "sums are read before they are there": ("if (last) fence();\n        __syncthreads();", "if (last) fence();"),
+    "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
+    "a key is not kept": ("cache[position * 2 * HEAD + d] = key;", ";"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_that_these_bugs_are_found(emulated, tmp_path, bug):
+    source, (right, wrong) = SOURCE.read_text(), BUGS[bug]
+    assert source.count(right) == 1
+    (tmp_path / "decoder.cu").write_text(source.replace(right, wrong))
+    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
+    model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
+    want = decoded(emulated, model, x)
+    decoder = Decoder(library, model, 2)
+    library.set_seed_of_grid(1)
+    error = decoder.run(x, 4, 64)
+    if bug == "a piece is not published":
+        assert error == STUCK
+    assert error == STUCK or not torch.equal(decoder.hidden[:2], want)
+
+
+def test_what_it_refuses(emulated):
+    model, x = random_model(DIM, FFN, 1, 8, False), given(1)
+    decoder = Decoder(emulated, model, 1)
+    for blocks, threads in ((0, 64), (33, 64), (4, 32), (4, 100), (4, 544)):
+        assert decoder.run(x, blocks, threads) == 1
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+def test_it_takes_the_projects_packed_words(name):
+    weight = quantize(torch.randn(32, 256, generator=torch.Generator().manual_seed(1)), Format.parse(name), None)
+    matrix = Matrix(weight.words, weight.scales.bfloat16(), weight.zeros, weight.bits)
+    assert torch.equal(matrix.dense(), dequantize(weight))

@@ -60,20 +60,34 @@ struct Decoder {
     int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
     int pause;               // nanoseconds between two looks
     float eps;
+    int most_sums, most_units;  // units of a block's largest phase, of a warp in a layer
 };
 
 struct Phase {
-    int units, inner, split;  // of a job; those that a sum has; 2 if jobs are halves of K
-    int first;                // unit of a layer
-    int own, total;           // jobs of this block, their units
-    int start;                // warp of the first unit
+    int units, inner;  // of a job; those that a sum has
+    int first;         // unit of a layer
+    int own, total;    // jobs of this block, their units
+    int start;         // warp of the first unit
+};
+
+// A unit of a warp: its number in a layer; the block of columns of x that it meets; where its sums go.
+struct Unit {
+    int number;
+    uint16_t block, sums;
 };
 
 __device__ inline uint32_t part_of(const uint4& words, int i) {
     return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-__device__ inline uint32_t pair(uint32_t word, int shift) { return ((word >> shift) & HALVES) | MAGIC; }
+__device__ inline uint32_t pair(uint32_t word, int shift) { return and_or(word >> shift, HALVES, MAGIC); }
+
+// 16 bytes of shared memory at once.
+__device__ inline void load_four(const float* from, float (&values)[4]) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    values[0] = bits_float(bits.x), values[1] = bits_float(bits.y);
+    values[2] = bits_float(bits.z), values[3] = bits_float(bits.w);
+}
 
 __device__ inline float silu(float value) { return value / (1 + expf(-value)); }
 
@@ -121,6 +135,8 @@ struct Engine {
     float* parts;       // [warps, 2 heads, 2 halves, 3 HEAD]
     float* angles;      // [POSITIONS, 2, HEAD / 2]
     Phase* phases;      // [PHASES]
+    Unit* units;        // [warps, most_units], of a layer
+    int* counts;        // [warps, PHASES]: units of each phase
     int64_t* times;     // [PHASES + 1, TIMES]
     uint32_t* stop;
 
@@ -132,13 +148,14 @@ struct Engine {
 
     uint64_t kept, others;
     int layer_units;
-    bool needs[2];         // the halves of K of this block's OUT and DOWN jobs
+    int needs = 0;         // the halves of K of this block's OUT and DOWN jobs, a bit each
     float residual[4];     // columns 4 threadIdx.x ...
     uint32_t tag;          // of this layer
     int64_t since = 0;
 
-    // The next unit to ask for, and the slot that it goes to.
-    int ask_step = 0, ask_layer = 0, ask_phase = 0, ask_unit = 0, ask_slot = 0, slot = 0;
+    // Of this warp's units of a layer: all of them, the next to ask for, the next to multiply; and their slots.
+    int all_units = 0, ask_unit = 0, unit = 0, ask_slot = 0, slot = 0;
+    int ask_layer = 0, layers_to_ask;
 
     __device__ Engine(const Decoder& p, unsigned char* shared) : p(p) {
         fifo = reinterpret_cast<uint4*>(shared);
@@ -150,18 +167,20 @@ struct Engine {
         parts = x_sums + widest / 16;
         squares = parts + warps * 12 * HEAD;
         angles = squares + 32;
-        phases = reinterpret_cast<Phase*>(angles + POSITIONS * HEAD);
+        sums = angles + POSITIONS * HEAD;
+        units = reinterpret_cast<Unit*>(sums + p.most_sums * TILE);
+        counts = reinterpret_cast<int*>(units + warps * p.most_units);
+        phases = reinterpret_cast<Phase*>(counts + warps * PHASES);
         stop = reinterpret_cast<uint32_t*>(phases + PHASES);
-        sums = reinterpret_cast<float*>(stop + 4);
         qkv = p.exchanged;
         out = qkv + heads * 24;
         gated = out + 2 * quads;
         down = gated + p.ffn / 4;
         kept = p.keep < 0 ? policy_of_others() : policy_to_keep();
         others = p.keep < 0 ? policy_of_others() : policy_to_drop();
-        needs[0] = needs[1] = false;
-        for (int job = blockIdx.x; job < p.dim / TILE * 2; job += gridDim.x) needs[job % 2] = true;
-        layer_units = units_of_layer(p.dim, p.ffn);
+        for (int job = blockIdx.x; job < p.dim / TILE * 2; job += gridDim.x) needs |= 1 << job % 2;
+        layer_units = (4 * p.dim + 3 * p.ffn) / TILE * (p.dim / COLUMNS);
+        layers_to_ask = p.layers * p.steps;
         if (threadIdx.x == 0) {
             *stop = 0;
             plan();
@@ -170,73 +189,73 @@ struct Engine {
         for (int i = threadIdx.x; i < (PHASES + 1) * TIMES; i += blockDim.x) times[i] = 0;
     }
 
-    static __device__ int units_of_layer(int dim, int ffn) { return (4 * dim + 3 * ffn) / TILE * (dim / COLUMNS); }
-
     __device__ void plan() {
-        const int k = p.dim / COLUMNS, jobs[PHASES] = {2 * heads, p.dim / 8, p.ffn / TILE, p.dim / 8};
-        const int inner[PHASES] = {k / 2, k / 2, k, p.ffn / COLUMNS / 2}, tiles[PHASES] = {3, 1, 2, 1};
+        const int k = p.dim / COLUMNS;
         int first = 0, before = 0;
-        for (int i = 0; i < PHASES; ++i) {
-            Phase& phase = phases[i];
-            phase.inner = inner[i];
-            phase.units = inner[i] * tiles[i];
-            phase.split = i == GATE_UP ? 1 : 2;
+        const auto add = [&](Phase& phase, int jobs, int tiles, int inner) {
+            phase.inner = inner;
+            phase.units = inner * tiles;
             phase.first = first;
-            phase.own = (jobs[i] - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+            phase.own = (jobs - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
             phase.total = phase.own * phase.units;
             phase.start = before % warps;
-            first += jobs[i] * phase.units;
+            first += jobs * phase.units;
             before += phase.total;
-        }
+        };
+        add(phases[QKV], 2 * heads, 3, k / 2);
+        add(phases[OUT], p.dim / 8, 1, k / 2);
+        add(phases[GATE_UP], p.ffn / TILE, 2, k);
+        add(phases[DOWN], p.dim / 8, 1, p.ffn / COLUMNS / 2);
     }
 
-    // The first of the phase's units that is this warp's.
-    __device__ int first_unit(const Phase& phase) const { return (warp - phase.start + warps) % warps; }
-
-    // On to a unit that exists, from ask_unit.
-    __device__ void find_unit() {
-        while (ask_step < p.steps && ask_unit >= phases[ask_phase].total) {
-            if (++ask_phase == PHASES) {
-                ask_phase = 0;
-                if (++ask_layer == p.layers) ask_layer = 0, ++ask_step;
+    // Lists this warp's units, after the plan.
+    __device__ void list() {
+        units += warp * p.most_units;
+        counts += warp * PHASES;
+        for (int which = 0; which < PHASES; ++which) {
+            const Phase& phase = phases[which];
+            int count = 0;
+            for (int i = (warp - phase.start + warps) % warps; i < phase.total; i += warps, ++count) {
+                const int job = blockIdx.x + i / phase.units * gridDim.x, within = i % phase.units;
+                const int half = which == GATE_UP ? 0 : job % 2;
+                if (lane == 0)
+                    units[all_units + count] = Unit{phase.first + job * phase.units + within,
+                                                    uint16_t(half * phase.inner + within % phase.inner), uint16_t(i)};
             }
-            ask_unit = first_unit(phases[ask_phase]);
+            if (lane == 0) counts[which] = count;
+            all_units += count;
         }
+        warp_barrier();
     }
 
     __device__ void ask() {
-        if (ask_step < p.steps) {
-            const Phase& phase = phases[ask_phase];
-            const int job = blockIdx.x + ask_unit / phase.units * gridDim.x;
-            const int64_t unit = int64_t(ask_layer) * layer_units + phase.first + job * phase.units + ask_unit % phase.units;
+        if (layers_to_ask && all_units) {
+            const int64_t number = int64_t(ask_layer) * layer_units + units[ask_unit].number;
             const uint64_t policy = ask_layer < p.keep ? kept : others;
             const int place = warp * DEPTH + ask_slot;
-            const uint4* from = p.words + unit * PARTS * 32 + lane;
+            const uint4* from = p.words + number * PARTS * 32 + lane;
 #pragma unroll
             for (int i = 0; i < PARTS; ++i) copy_16(fifo + (place * PARTS + i) * 32 + lane, from + i * 32, policy);
-            copy_8(fifo_scales + place * 32 + lane, p.scales + unit * 8 + g, policy);
-            ask_unit += warps;
-            find_unit();
+            copy_8(fifo_scales + place * 32 + lane, p.scales + number * 8 + g, policy);
+            if (++ask_unit == all_units) {
+                ask_unit = 0;
+                --layers_to_ask;
+                if (++ask_layer == p.layers) ask_layer = 0;
+            }
         }
         commit_copies();
         ask_slot = ask_slot + 1 == DEPTH ? 0 : ask_slot + 1;
     }
 
-    __device__ void begin() {
-        ask_unit = first_unit(phases[0]);
-        find_unit();
-        for (int i = 0; i < DEPTH; ++i) ask();
-    }
-
     // The sums of this warp's units of a phase.
     __device__ void multiply(int which) {
-        const Phase phase = phases[which];
-        for (int i = first_unit(phase); i < phase.total; i += warps) {
-            const int job = blockIdx.x + i / phase.units * gridDim.x;
-            const int block = (phase.split == 2 ? job % 2 * phase.inner : 0) + i % phase.units % phase.inner;
+        for (int count = counts[which]; count; --count) {
+            const Unit now = units[unit];
             wait_for_copies<DEPTH - 1>();
-            multiply_unit(fifo + (warp * DEPTH + slot) * PARTS * 32 + lane, fifo_scales[(warp * DEPTH + slot) * 32 + lane],
-                          block, sums + i * TILE);
+            const int place = warp * DEPTH + slot;
+            multiply_unit(fifo + place * PARTS * 32 + lane, fifo_scales[place * 32 + lane], now.block,
+                          sums + now.sums * TILE);
+            unit = unit + 1 == all_units ? 0 : unit + 1;
             slot = slot + 1 == DEPTH ? 0 : slot + 1;
             ask();
         }
@@ -349,7 +368,7 @@ struct Engine {
     __device__ void stage_gated() {
         const int half = p.ffn / 8;
         for (int h = 0; h < 2; ++h) {
-            if (!needs[h]) continue;
+            if (!(needs >> h & 1)) continue;
             for (int i = h * half + threadIdx.x; i < (h + 1) * half; i += blockDim.x) {
                 uint4 piece, same;
                 get(gated + i, gated + i, tag, piece, same);
@@ -369,7 +388,7 @@ struct Engine {
 
     // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
     __device__ void stage_attention(int layer, int position) {
-        const int pairs = heads / 4 * (needs[0] + needs[1]), first = needs[0] ? 0 : heads / 4;
+        const int pairs = heads / 4 * (needs == 3 ? 2 : 1), first = needs & 1 ? 0 : heads / 4;
         const int sub = lane / 16, d = lane % 16;
         float* own = parts + warp * 12 * HEAD;
         for (int i = first + warp; i < first + pairs; i += warps) {
@@ -404,19 +423,22 @@ struct Engine {
             const uint16_t key = to_bfloat16(k * cosine + (d < 8 ? -other_k : other_k) * sine);
             warp_barrier();
             own[sub * 6 * HEAD + d] = q;
-            own[sub * 6 * HEAD + HEAD + d] = from_bfloat16(key);
+            const uint4* new_key = reinterpret_cast<const uint4*>(own + sub * 6 * HEAD + HEAD);
+            const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(new_key))[d] = key;
             warp_barrier();
-            float score = -INFINITY;
-            if (d <= position) {
-                score = 0;
+            if (d == position) keys[0] = new_key[0], keys[1] = new_key[1];
+            float score = 0;
 #pragma unroll
-                for (int e = 0; e < HEAD; ++e) {
-                    const uint32_t two = part_of(keys[e / 8], e % 8 / 2);
-                    const float old = from_bfloat16(uint16_t(two >> e % 2 * 16));
-                    score += own[sub * 6 * HEAD + e] * (d < position ? old : own[sub * 6 * HEAD + HEAD + e]);
+            for (int e = 0; e < HEAD; e += 4) {
+                float some[4];
+                load_four(own + sub * 6 * HEAD + e, some);
+#pragma unroll
+                for (int f = 0; f < 4; ++f) {
+                    const uint32_t two = part_of(keys[e / 8], e % 8 / 2 + f / 2);
+                    score += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
                 }
-                score *= 0.25f;
             }
+            score = d <= position ? score * 0.25f : -INFINITY;
             float most = score;
             for (int mask = 1; mask < 16; mask *= 2) most = fmaxf(most, from_lane_xor(most, mask));
             float weight = d <= position ? expf(score - most) : 0, all = weight;
@@ -447,9 +469,13 @@ struct Engine {
     __device__ void add(int first, int inner, int quad, float (&total)[4]) const {
 #pragma unroll
         for (int e = 0; e < 4; ++e) total[e] = 0;
-        for (int i = 0; i < inner; ++i)
+#pragma unroll 4
+        for (int i = 0; i < inner; ++i) {
+            float more[4];
+            load_four(sums + (first + i) * TILE + quad * 4, more);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) total[e] += sums[(first + i) * TILE + quad * 4 + e];
+            for (int e = 0; e < 4; ++e) total[e] += more[e];
+        }
     }
 
     __device__ void put(uint4* to, const float (&values)[4]) const {
@@ -457,7 +483,12 @@ struct Engine {
                                      tagged(values[3], tag, 3)));
     }
 
-    __device__ void publish(int which, int layer) {
+    __device__ const uint2* bias_of(int layer, int i) const {
+        const int job = blockIdx.x + i / 12 * gridDim.x, row = i % 12 / 4 * p.dim + job / 2 * HEAD + i % 4 * 4;
+        return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * p.dim + row);
+    }
+
+    __device__ void publish(int which, int layer, const uint2 first_bias) {
         const Phase phase = phases[which];
         const int each = which == QKV ? 12 : 4;
         for (int i = threadIdx.x; i < phase.own * each; i += blockDim.x) {
@@ -467,7 +498,9 @@ struct Engine {
             add(first, phase.inner, quad, total);
             if (which == QKV) {
                 const float scale = norm_scale();
-                const uint16_t* bias = p.bias + int64_t(layer) * 3 * p.dim + tile * p.dim + job / 2 * HEAD + quad * 4;
+                const uint2 both = i == int(threadIdx.x) ? first_bias : *bias_of(layer, i);
+                const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
+                                          uint16_t(both.y >> 16)};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
                 put(qkv + job * 12 + tile * 4 + quad, total);
@@ -496,12 +529,14 @@ struct Engine {
         __syncthreads();
         if (*stop) return false;
         note(which, 0);
+        uint2 bias = make_uint2(0, 0);
+        if (which == QKV && int(threadIdx.x) < phases[QKV].own * 12) bias = *bias_of(layer, threadIdx.x);
         multiply(which);
         // Of this step's keys and values, before its last sums.
         if (last) fence();
         __syncthreads();
         note(which, 1);
-        publish(which, layer);
+        publish(which, layer, bias);
         note(which, 2);
         return true;
     }
@@ -539,9 +574,9 @@ struct Engine {
 
     __device__ void run() {
         __syncthreads();
-        begin();
-        const uint32_t first = load_relaxed(p.state);
-        tag = first;
+        list();
+        for (int i = 0; i < DEPTH; ++i) ask();
+        tag = load_relaxed(p.state);
         note(-1, 0);
         bool going = true;
         for (int i = 0; going && i < p.steps; ++i) going = step(i);
@@ -562,22 +597,26 @@ __global__ void __launch_bounds__(512) decode(const Decoder p) {
     engine.run();
 }
 
-int shared_bytes(const Decoder& p, int bits, int depth, int blocks, int threads) {
+// Sets most_sums and most_units; bytes of shared memory.
+int plan(Decoder& p, int bits, int depth, int blocks, int threads) {
     const int warps = threads / 32, widest = p.dim > p.ffn ? p.dim : p.ffn, k = p.dim / COLUMNS;
     const int jobs[PHASES] = {p.dim / 8, p.dim / 8, p.ffn / TILE, p.dim / 8};
     const int units[PHASES] = {3 * k / 2, k / 2, 2 * k, p.ffn / COLUMNS / 2};
-    int most = 0;
+    p.most_sums = p.most_units = 0;
     for (int i = 0; i < PHASES; ++i) {
         const int own = (jobs[i] + blocks - 1) / blocks * units[i];
-        most = own > most ? own : most;
+        p.most_sums = own > p.most_sums ? own : p.most_sums;
+        p.most_units += (own + warps - 1) / warps;
     }
     return warps * depth * (bits / 2 * 512 + 256) + ((PHASES + 1) * TIMES + 1) * 8 + widest * 2 + widest / 16 * 4 +
-           (warps * 12 * HEAD + 32 + POSITIONS * HEAD) * 4 + int(PHASES * sizeof(Phase)) + 16 + most * TILE * 4;
+           (warps * 12 * HEAD + 32 + POSITIONS * HEAD + p.most_sums * TILE) * 4 +
+           warps * (p.most_units * int(sizeof(Unit)) + PHASES * 4) + int(PHASES * sizeof(Phase)) + 16;
 }
 
 template <int BITS, int DEPTH>
-int launch(const Decoder& p, int blocks, int threads, cudaStream_t stream) {
-    return start_together(decode<BITS, DEPTH>, blocks, threads, shared_bytes(p, BITS, DEPTH, blocks, threads), stream, p);
+int launch(Decoder p, int blocks, int threads, cudaStream_t stream) {
+    const int shared = plan(p, BITS, DEPTH, blocks, threads);
+    return start_together(decode<BITS, DEPTH>, blocks, threads, shared, stream, p);
 }
 
 constexpr int REFUSED = 1;  // cudaErrorInvalidValue
@@ -595,7 +634,7 @@ extern "C" int mimo_fast_engine_decode(
     const Decoder p{static_cast<const uint4*>(words), static_cast<const uint2*>(scales), as16(norms), as16(bias),
                     static_cast<const float*>(angles), as16(inputs), static_cast<uint16_t*>(hidden),
                     static_cast<uint16_t*>(cache), static_cast<uint4*>(exchanged), static_cast<uint32_t*>(state),
-                    static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, eps};
+                    static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, eps, 0, 0};
     if (dim % 256 || ffn % 256 || blocks < 1 || blocks > dim / 8 || blocks > ffn / TILE || threads % 32 ||
         threads * 4 < dim || threads > 512 || steps > POSITIONS)
         return REFUSED;

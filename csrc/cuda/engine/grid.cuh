@@ -98,6 +98,13 @@ __device__ inline float from_lane(float value, int lane) { return __shfl_sync(0x
 __device__ inline float from_lane_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 __device__ inline void warp_barrier() { __syncwarp(); }
 
+// (a & b) | c. Of two constants the compiler makes two instructions.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t got;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
+    return got;
+}
+
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 

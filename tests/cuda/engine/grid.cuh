@@ -180,6 +180,8 @@ void wait_for_copies() {
     }
 }
 
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+
 inline uint32_t float_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
