@@ -30,6 +30,7 @@ LIMITS = {"exchange": 25, "stream": 25, "int8": 40, "int4": 40}
 """Seconds."""
 
 DIM, FFN, LAYERS, STEPS = 1024, 4096, 16, 11
+PATCHES = 2000
 MB = 1_000_000
 KINDS = ("tagged", "grid.sync + read", "counter + read", "grid.sync alone", "counter alone")
 
@@ -191,6 +192,14 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     attempt(record, "correctness", correct)
 
+    def measure(settings: dict[str, int]) -> None:
+        each = microseconds(lambda: run(**settings), 10)
+        record(
+            **{"bits": bits, "blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0} | settings,
+            us_a_patch=each, us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000,
+            error=int(patch.state[32].item()),
+        )  # fmt: skip
+
     def timed() -> None:
         for settings in (
             *({"depth": depth} for depth in depths),
@@ -198,14 +207,12 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
             *({"depth": depth, "threads": 256} for depth in depths),
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
+            *({"depth": depths[-1], "without": without} for without in (1, 2, 3)),
         ):
-            each = microseconds(lambda settings=settings: run(**settings), 10)
-            record(
-                **{"bits": bits, "blocks": 128, "threads": 512, "keep": -1, "pause": 0} | settings, us_a_patch=each,
-                us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000, error=int(patch.state[32]),
-            )  # fmt: skip
+            attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
         record(bytes_a_step=patch.nbytes, floor_us_at_3120_GB_s=patch.nbytes * STEPS / 3.12e6)
 
+    print("without: 1 the waiting for data, 2 the copies of weights, 3 both; their results mean nothing")
     attempt(record, "time", timed)
 
     def clocks() -> None:
@@ -215,7 +222,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         each = counted.double() / STEPS
         each[:, :-1] /= LAYERS
         for i, phase in enumerate(PHASES):
-            for j, name in enumerate(TIMES if i < len(PHASES) - 1 else TIMES[:1]):
+            for j, name in enumerate(TIMES if i < len(PHASES) - 1 else TIMES[:2]):
                 values = each[:, i, j]
                 record(
                     phase=phase, time=name, clocks_mean=values.mean().item(), clocks_least=values.min().item(),
@@ -227,15 +234,14 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     def soak() -> None:
         assert first is not None
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-        patches = 2000
         start = time.perf_counter()
-        for _ in range(patches):
+        for _ in range(PATCHES):
             run(depth=depths[-1])
             wrong += (patch.hidden[:STEPS] != first).any()
         torch.cuda.synchronize()
         record(
-            check=f"{patches} patches in a row", different=int(wrong), waited_in_vain=int(patch.state[32]),
-            us_a_patch_with_check=(time.perf_counter() - start) / patches * 1e6,
+            check=f"{PATCHES} patches in a row", different=int(wrong), waited_in_vain=int(patch.state[32]),
+            us_a_patch_with_check=(time.perf_counter() - start) / PATCHES * 1e6,
         )  # fmt: skip
 
     attempt(record, "soak", soak)

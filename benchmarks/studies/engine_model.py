@@ -16,7 +16,7 @@ COLUMNS = 128
 TILE = 16
 POSITIONS = 16
 PHASES = ("qkv", "out", "gate/up", "down", "end of step")
-TIMES = ("wait and stage", "multiply", "publish")
+TIMES = ("wait", "stage", "multiply", "publish")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions' arguments."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     decode = library.mimo_fast_engine_decode
-    decode.argtypes = [*[pointer] * 11, *[integer] * 6, ctypes.c_float, *[integer] * 4, pointer]
+    decode.argtypes = [*[pointer] * 11, *[integer] * 7, ctypes.c_float, *[integer] * 4, pointer]
     if hasattr(library, "mimo_fast_engine_exchange"):
         library.mimo_fast_engine_exchange.argtypes = [*[integer] * 6, *[pointer] * 4]
         library.mimo_fast_engine_stream.argtypes = [pointer, wide, wide, *[integer] * 4, *[pointer] * 2]
@@ -226,9 +226,12 @@ class Decoder:
 
     def run(
         self, inputs: Tensor, blocks: int, threads: int = 512, depth: int = 4, keep: int = -1, pause: int = 0,
-        clocks: Tensor | None = None, stream: int | None = None,
+        without: int = 0, clocks: Tensor | None = None, stream: int | None = None,
     ) -> int:  # fmt: skip
-        """inputs bfloat16 [T, D] -> self.hidden[:T]. Returns a cudaError_t. clocks: int64 [blocks, 5, 3]."""
+        """inputs bfloat16 [T, D] -> self.hidden[:T]. Returns a cudaError_t. clocks: int64 [blocks, 5, 4].
+
+        without: for measurements, which spoil the result: 1 the waiting for data, 2 the copies of weights, 3 both.
+        """
         assert inputs.is_contiguous()
         assert inputs.dtype == torch.bfloat16
         assert len(inputs) <= self.steps
@@ -239,5 +242,5 @@ class Decoder:
         model = self.model
         return self.library.mimo_fast_engine_decode(
             *(None if each is None else each.data_ptr() for each in arrays), model.dim, model.ffn, len(model.layers),
-            len(inputs), keep, pause, model.eps, self.bits, depth, blocks, threads, stream,
+            len(inputs), keep, pause, without, model.eps, self.bits, depth, blocks, threads, stream,
         )  # fmt: skip

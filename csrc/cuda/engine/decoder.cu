@@ -34,7 +34,7 @@ constexpr int TILE = 16;
 constexpr int HEAD = 16;
 constexpr int POSITIONS = 16;
 constexpr int PHASES = 4;
-constexpr int TIMES = 3;
+constexpr int TIMES = 4;
 constexpr uint32_t PATIENCE = 1 << 20;
 
 constexpr uint32_t HALVES = 0x000f000f;
@@ -59,6 +59,7 @@ struct Decoder {
     int dim, ffn, layers, steps;
     int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
     int pause;               // nanoseconds between two looks
+    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies
     float eps;
     int most_sums, most_units;  // units of a block's largest phase, of a warp in a layer
 };
@@ -229,7 +230,7 @@ struct Engine {
     }
 
     __device__ void ask() {
-        if (layers_to_ask && all_units) {
+        if (layers_to_ask && all_units && !(p.without & 2)) {
             const int64_t number = int64_t(ask_layer) * layer_units + units[ask_unit].number;
             const uint64_t policy = ask_layer < p.keep ? kept : others;
             const int place = warp * DEPTH + ask_slot;
@@ -313,6 +314,7 @@ struct Engine {
         for (uint32_t looks = 1;; ++looks) {
             const bool come = is_of(piece, tag), second_come = is_of(second, tag);
             if (come && second_come) return true;
+            if (p.without & 1) return true;
             if (looks % 1024 == 0) {
                 if (looks >= PATIENCE) store_relaxed(p.state + 32, 1);
                 if (load_relaxed(p.state + 32)) {
@@ -327,7 +329,8 @@ struct Engine {
     }
 
     // The last sums to the residual, then x = norm weight times it, rounded; without its scale, which comes last.
-    __device__ void stage_residual(const uint4* partial, uint32_t tag, const uint16_t* norm, const uint16_t* input) {
+    __device__ void stage_residual(int which, const uint4* partial, uint32_t tag, const uint16_t* norm,
+                                   const uint16_t* input) {
         const int i = threadIdx.x;
         if (i >= quads) return;
         const uint2 weight = reinterpret_cast<const uint2*>(norm)[i];
@@ -339,6 +342,7 @@ struct Engine {
             uint4 first, second;
             get(partial + i, partial + quads + i, tag, first, second);
             float a[4], b[4];
+            note(which, 0);
             untag(first, a), untag(second, b);
 #pragma unroll
             for (int e = 0; e < 4; ++e) residual[e] += a[e] + b[e];
@@ -372,6 +376,7 @@ struct Engine {
             for (int i = h * half + threadIdx.x; i < (h + 1) * half; i += blockDim.x) {
                 uint4 piece, same;
                 get(gated + i, gated + i, tag, piece, same);
+                note(DOWN, 0);
                 float values[4], sum = 0;
                 untag(piece, values);
 #pragma unroll
@@ -407,6 +412,7 @@ struct Engine {
             const uint4* from = qkv + i * 48 + lane;
             uint4 piece, second;
             get(from, lane < 16 ? from + 32 : from, tag, piece, second);
+            note(OUT, 0);
             warp_barrier();
             untag(piece, *reinterpret_cast<float(*)[4]>(own + 4 * lane));
             if (lane < 16) untag(second, *reinterpret_cast<float(*)[4]>(own + 4 * (lane + 32)));
@@ -528,16 +534,16 @@ struct Engine {
     __device__ bool finish(int which, int layer, bool last) {
         __syncthreads();
         if (*stop) return false;
-        note(which, 0);
+        note(which, 1);
         uint2 bias = make_uint2(0, 0);
         if (which == QKV && int(threadIdx.x) < phases[QKV].own * 12) bias = *bias_of(layer, threadIdx.x);
         multiply(which);
         // Of this step's keys and values, before its last sums.
         if (last) fence();
         __syncthreads();
-        note(which, 1);
-        publish(which, layer, bias);
         note(which, 2);
+        publish(which, layer, bias);
+        note(which, 3);
         return true;
     }
 
@@ -545,17 +551,17 @@ struct Engine {
         for (int layer = 0; layer < p.layers; ++layer) {
             const uint16_t* norms = p.norms + int64_t(layer) * 2 * p.dim;
             const uint32_t before = tag++;
-            stage_residual(down, before, norms, layer ? nullptr : p.inputs + int64_t(step) * p.dim);
+            stage_residual(QKV, down, before, norms, layer ? nullptr : p.inputs + int64_t(step) * p.dim);
             if (!finish(QKV, layer, false)) return false;
             stage_attention(layer, step);
             if (!finish(OUT, layer, false)) return false;
-            stage_residual(out, tag, norms + p.dim, nullptr);
+            stage_residual(GATE_UP, out, tag, norms + p.dim, nullptr);
             if (!finish(GATE_UP, layer, false)) return false;
             stage_gated();
             if (!finish(DOWN, layer, layer + 1 == p.layers)) return false;
         }
         const uint16_t* norm = p.norms + int64_t(p.layers) * 2 * p.dim;
-        stage_residual(down, tag, norm, nullptr);
+        stage_residual(PHASES, down, tag, norm, nullptr);
         fence();
         __syncthreads();
         if (*stop) return false;
@@ -568,7 +574,7 @@ struct Engine {
             }
         }
         __syncthreads();
-        note(PHASES, 0);
+        note(PHASES, 1);
         return true;
     }
 
@@ -629,12 +635,13 @@ constexpr int REFUSED = 1;  // cudaErrorInvalidValue
 extern "C" int mimo_fast_engine_decode(
     const void* words, const void* scales, const void* norms, const void* bias, const void* angles, const void* inputs,
     void* hidden, void* cache, void* exchanged, void* state, void* clocks, int dim, int ffn, int layers, int steps,
-    int keep, int pause, float eps, int bits, int depth, int blocks, int threads, cudaStream_t stream) {
+    int keep, int pause, int without, float eps, int bits, int depth, int blocks, int threads, cudaStream_t stream) {
     const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
     const Decoder p{static_cast<const uint4*>(words), static_cast<const uint2*>(scales), as16(norms), as16(bias),
                     static_cast<const float*>(angles), as16(inputs), static_cast<uint16_t*>(hidden),
                     static_cast<uint16_t*>(cache), static_cast<uint4*>(exchanged), static_cast<uint32_t*>(state),
-                    static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, eps, 0, 0};
+                    static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, without,
+                    eps, 0, 0};
     if (dim % 256 || ffn % 256 || blocks < 1 || blocks > dim / 8 || blocks > ffn / TILE || threads % 32 ||
         threads * 4 < dim || threads > 512 || steps > POSITIONS)
         return REFUSED;
