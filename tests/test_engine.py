@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.studies.engine_model import Decoder, Matrix, Model, declared, random_model, reference
+from benchmarks.studies.engine_model import Decoder, Matrix, Model, declared, random_heads, random_model, reference
 from mimo_fast.kernels.quantized_weight import dequantize
 from mimo_fast.quantization import Format, quantize
 
@@ -93,6 +93,28 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
     check(model, x, results[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_codes_drawn_within(emulated, noisy):
+    """Codes are the best, or as good but for rounding; what follows is right for the codes that were drawn."""
+    sizes = (37, 37, 9, 9, 10)
+    model, heads, x = random_model(DIM, FFN, 1, 4, True, True), random_heads(DIM, sizes, noisy), given(8)
+    results = []
+    for blocks, threads, seed in ((4, 64, 1), (3, 96, 2)):
+        emulated.set_seed_of_grid(seed)
+        decoder = Decoder(emulated, model, 8, heads)
+        assert decoder.run(x, blocks, threads) == 0
+        results.append((decoder.codes, decoder.hidden[:8]))
+    (codes, hidden), again = results
+    assert torch.equal(codes, again[0])
+    assert torch.equal(hidden, again[1])
+    inputs = heads.inputs(x[0], codes)
+    check(model, inputs, hidden)
+    regret = heads.regret(reference(model, inputs, rounded=True), codes)
+    assert regret.max() <= 2**-6 * 8
+    assert (regret == 0).float().mean() > 0.7
+    assert all(bool((row < size - 1).all()) for row, size in zip(codes, sizes, strict=True))
 
 
 BUGS = {

@@ -31,6 +31,8 @@ LIMITS = {"exchange": 25, "stream": 25, "int8": 40, "int4": 40}
 
 DIM, FFN, LAYERS, STEPS = 1024, 4096, 16, 11
 PATCHES = 2000
+SIZES = (1025, 1025, *[129] * 6)
+"""Of the channels' codes."""
 MB = 1_000_000
 KINDS = ("tagged", "grid.sync + read", "counter + read", "grid.sync alone", "counter alone")
 
@@ -152,7 +154,7 @@ def stream(library: ctypes.CDLL, record: Record) -> None:
 def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     import torch
 
-    from .engine_model import PHASES, TIMES, Decoder, random_model, reference
+    from .engine_model import PHASES, TIMES, Decoder, random_heads, random_model, reference
 
     model = random_model(DIM, FFN, LAYERS, bits, grouped=bits == 4, zeros=bits == 4, device="cuda")
     inputs = torch.randn(STEPS, DIM, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
@@ -192,11 +194,34 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     attempt(record, "correctness", correct)
 
+    heads = random_heads(DIM, SIZES, noisy=True, device="cuda")
+    whole = Decoder(library, model, STEPS, heads)
+
+    def draws() -> None:
+        for _ in range(2):
+            whole.codes.fill_(-1)
+            error = whole.run(inputs, 128, stream=at)
+            torch.cuda.synchronize()
+        wanted = heads.inputs(inputs[0], whole.codes)
+        want = reference(model, wanted, rounded=True)
+        got = whole.hidden[:STEPS].float()
+        regret = heads.regret(want, whole.codes)
+        record(
+            check="codes drawn within", error=error, waited_in_vain=int(whole.state[32].item()),
+            hidden_rms=((got - want).norm() / want.norm()).item(), regret_most=regret.max().item(),
+            regret_share=(regret > 0).float().mean().item(), codes=whole.codes.tolist(),
+        )  # fmt: skip
+        for depth in depths:
+            each = microseconds(lambda depth=depth: whole.run(inputs, 128, depth=depth, stream=at), 10)
+            record(bits=bits, with_heads=True, depth=depth, us_a_patch=each, us_a_layer=each / STEPS / LAYERS)
+
+    attempt(record, "draws", draws)
+
     def measure(settings: dict[str, int]) -> None:
         each = microseconds(lambda: run(**settings), 10)
         record(
-            **{"bits": bits, "blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0} | settings,
-            us_a_patch=each, us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000,
+            **{"bits": bits, "blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0}
+            | settings, us_a_patch=each, us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000,
             error=int(patch.state[32].item()),
         )  # fmt: skip
 
@@ -217,12 +242,13 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     def clocks() -> None:
         counted = torch.zeros(128, len(PHASES), len(TIMES), dtype=torch.int64, device="cuda")
-        result(depth=depths[-1], clocks=counted)
-        result(depth=depths[-1], clocks=counted)
+        for _ in range(2):
+            whole.run(inputs, 128, depth=depths[-1], clocks=counted, stream=at)
+        torch.cuda.synchronize()
         each = counted.double() / STEPS
-        each[:, :-1] /= LAYERS
+        each[:, :4] /= LAYERS
         for i, phase in enumerate(PHASES):
-            for j, name in enumerate(TIMES if i < len(PHASES) - 1 else TIMES[:2]):
+            for j, name in enumerate(TIMES):
                 values = each[:, i, j]
                 record(
                     phase=phase, time=name, clocks_mean=values.mean().item(), clocks_least=values.min().item(),

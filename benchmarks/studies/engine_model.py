@@ -15,7 +15,8 @@ HEAD = 16
 COLUMNS = 128
 TILE = 16
 POSITIONS = 16
-PHASES = ("qkv", "out", "gate/up", "down", "end of step")
+PHASES = ("qkv", "out", "gate/up", "down", "norm and logits", "draw")
+FRAMES = 4
 TIMES = ("wait", "stage", "multiply", "publish")
 
 
@@ -118,6 +119,64 @@ class Model:
         return torch.stack((angles.cos(), angles.sin()), dim=1).contiguous()
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Of the codes: channel c makes the code of frame t - c in step t.
+
+    Args:
+        heads, embeddings: bfloat16 [V, D], the channels' rows one below the other.
+        sizes, empty: of each channel, and the code that is never drawn.
+        noise: float32 [FRAMES, V], added to logit / temperature, or None.
+    """
+
+    heads: Tensor
+    embeddings: Tensor
+    sizes: tuple[int, ...]
+    empty: tuple[int, ...]
+    noise: Tensor | None = None
+    temperature: float = 1.0
+
+    def rows(self, channel: int) -> slice:
+        first = sum(self.sizes[:channel])
+        return slice(first, first + self.sizes[channel])
+
+    def active(self, step: int) -> range:
+        return range(max(0, step - FRAMES + 1), min(len(self.sizes), step + 1))
+
+    def inputs(self, first: Tensor, codes: Tensor) -> Tensor:
+        """The inputs [T, D] of all steps, given the first [D] and the codes [C, FRAMES]."""
+        rows = [first]
+        for step in range(len(self.sizes) + FRAMES - 2):
+            drawn = [self.rows(c).start + int(codes[c, step - c]) for c in self.active(step)]
+            rows.append(self.embeddings[drawn].float().sum(0).bfloat16())
+        return torch.stack(rows)
+
+    def regret(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """By how much a code's score, in float32, is below the best one's [C, FRAMES]; NaN for a code out of range."""
+        result = torch.zeros(codes.shape)
+        for step in range(len(hidden)):
+            for c in self.active(step):
+                scores = (hidden[step].float() @ self.heads[self.rows(c)].float().T) / self.temperature
+                if self.noise is not None:
+                    scores = scores + self.noise[step - c, self.rows(c)]
+                scores[self.empty[c]] = -torch.inf
+                code = int(codes[c, step - c])
+                known = 0 <= code < self.sizes[c]
+                result[c, step - c] = scores.max() - scores[code] if known else torch.nan
+        return result
+
+
+def random_heads(dim: int, sizes: tuple[int, ...], noisy: bool, seed: int = 0, device: str = "cpu") -> Heads:
+    """Logits of a deviation of 2; the last code of a channel is its empty one."""
+    draw = torch.Generator(device).manual_seed(seed + 1)
+    rows = sum(sizes)
+    heads = (torch.randn(rows, dim, generator=draw, device=device) * 2 / dim**0.5).bfloat16()
+    embeddings = torch.randn(rows, dim, generator=draw, device=device).bfloat16()
+    uniform = torch.rand(FRAMES, rows, generator=draw, device=device).clamp(1e-6, 1 - 1e-6)
+    noise = -(-uniform.log()).log() if noisy else None
+    return Heads(heads, embeddings, sizes, tuple(size - 1 for size in sizes), noise, 0.9 if noisy else 1.0)
+
+
 def random_model(
     dim: int, ffn: int, layers: int, bits: int, grouped: bool, zeros: bool = False, seed: int = 0,
     device: str = "cpu",
@@ -193,7 +252,16 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions' arguments."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     decode = library.mimo_fast_engine_decode
-    decode.argtypes = [*[pointer] * 11, *[integer] * 7, ctypes.c_float, *[integer] * 4, pointer]
+    decode.argtypes = [
+        *[pointer] * 12,
+        integer,
+        ctypes.c_float,
+        *[pointer] * 5,
+        *[integer] * 7,
+        ctypes.c_float,
+        *[integer] * 4,
+        pointer,
+    ]
     if hasattr(library, "mimo_fast_engine_exchange"):
         library.mimo_fast_engine_exchange.argtypes = [*[integer] * 6, *[pointer] * 4]
         library.mimo_fast_engine_stream.argtypes = [pointer, wide, wide, *[integer] * 4, *[pointer] * 2]
@@ -203,7 +271,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 class Decoder:
     """The kernel's arguments for a model, kept between runs as a product would keep them."""
 
-    def __init__(self, library: ctypes.CDLL, model: Model, steps: int) -> None:
+    def __init__(self, library: ctypes.CDLL, model: Model, steps: int, heads: Heads | None = None) -> None:
         device, dim, layers = model.device, model.dim, model.layers
         self.library, self.model, self.steps = library, model, steps
         self.bits = layers[0].qkv.bits
@@ -213,9 +281,14 @@ class Decoder:
         self.norms = torch.stack([*(n for layer in layers for n in (layer.attention_norm, layer.ffn_norm)), model.norm])
         self.bias = torch.stack([layer.bias for layer in layers])
         self.angles = model.angles()
-        heads = dim // HEAD
-        self.cache = torch.full((len(layers), heads, POSITIONS, 2 * HEAD), torch.nan, device=device).bfloat16()
-        self.exchanged = torch.zeros(heads * 24 + dim + model.ffn // 4, 4, dtype=torch.int32, device=device)
+        self.heads, channels = heads, len(heads.sizes) if heads else 0
+        self.codes = torch.full((channels, FRAMES), -1, dtype=torch.int32, device=device)
+        self.sizes, self.empty = (
+            (ctypes.c_int * channels)(*(getattr(heads, n) if heads else ())) for n in ("sizes", "empty")
+        )
+        self.cache = torch.full((len(layers), dim // HEAD, POSITIONS, 2 * HEAD), torch.nan, device=device).bfloat16()
+        pieces = dim // HEAD * 24 + dim + model.ffn // 4 + (sum(heads.sizes) + 3 if heads else 0) // 4
+        self.exchanged = torch.zeros(pieces, 4, dtype=torch.int32, device=device)
         self.state = torch.zeros(64, dtype=torch.int32, device=device)
         self.hidden = torch.full((steps + 1, dim), torch.nan, device=device).bfloat16()
 
@@ -228,19 +301,23 @@ class Decoder:
         self, inputs: Tensor, blocks: int, threads: int = 512, depth: int = 4, keep: int = -1, pause: int = 0,
         without: int = 0, clocks: Tensor | None = None, stream: int | None = None,
     ) -> int:  # fmt: skip
-        """inputs bfloat16 [T, D] -> self.hidden[:T]. Returns a cudaError_t. clocks: int64 [blocks, 5, 4].
+        """inputs bfloat16 [T, D] -> self.hidden[:T]; with heads, inputs[0] and as many steps -> self.codes as well.
 
+        clocks: int64 [blocks, 6, 4], see PHASES and TIMES. Returns a cudaError_t.
         without: for measurements, which spoil the result: 1 the waiting for data, 2 the copies of weights, 3 both.
         """
         assert inputs.is_contiguous()
         assert inputs.dtype == torch.bfloat16
         assert len(inputs) <= self.steps
-        arrays = (
-            self.words, self.scales, self.norms, self.bias, self.angles, inputs, self.hidden, self.cache,
-            self.exchanged, self.state, clocks,
-        )  # fmt: skip
-        model = self.model
+        heads, model = self.heads, self.model
+
+        def at(*tensors: Tensor | None) -> list[int | None]:
+            return [None if each is None else each.data_ptr() for each in tensors]
+
+        drawn = (heads.heads, heads.embeddings, heads.noise, self.codes) if heads else (None, None, None, None)
         return self.library.mimo_fast_engine_decode(
-            *(None if each is None else each.data_ptr() for each in arrays), model.dim, model.ffn, len(model.layers),
+            *at(self.words, self.scales, self.norms, self.bias, self.angles, inputs, *drawn), self.sizes, self.empty,
+            len(self.codes), 1 / heads.temperature if heads else 1.0,
+            *at(self.hidden, self.cache, self.exchanged, self.state, clocks), model.dim, model.ffn, len(model.layers),
             len(inputs), keep, pause, without, model.eps, self.bits, depth, blocks, threads, stream,
         )  # fmt: skip

@@ -15,6 +15,10 @@
 // weight alone. Each block attends for all heads that it needs itself, and holds the residual, a quad of columns a
 // thread, in registers.
 //
+// A step ends with the norm and, where heads are given, with the logits of its active channels, exchanged like the rest;
+// every block then draws all codes itself (the greatest logit / temperature + noise) and sums their embeddings, which is
+// the next step's input. Channel c makes the code of frame t - c in step t.
+//
 // Why a buffer of each kind is enough: a block writes a buffer in layer n + 1 after it has read, complete, the sums of an
 // OUT or DOWN phase that came after the buffer's phase of layer n; every block has jobs in both, and publishes their sums
 // after it has read what came before. So nobody still reads what is overwritten. Tags go up by one a layer: what a
@@ -34,7 +38,10 @@ constexpr int TILE = 16;
 constexpr int HEAD = 16;
 constexpr int POSITIONS = 16;
 constexpr int PHASES = 4;
+constexpr int END = PHASES, DRAW = PHASES + 1, NOTED = PHASES + 2;
 constexpr int TIMES = 4;
+constexpr int CHANNELS = 8;
+constexpr int FRAMES = 4;
 constexpr uint32_t PATIENCE = 1 << 20;
 
 constexpr uint32_t HALVES = 0x000f000f;
@@ -50,17 +57,24 @@ struct Decoder {
     const uint16_t* norms;   // [2 layers + 1, dim]
     const uint16_t* bias;    // [layers, 3 dim]
     const float* angles;     // [POSITIONS, 2, HEAD / 2]: cosines, sines
-    const uint16_t* inputs;  // [steps, dim]
+    const uint16_t* inputs;  // [steps, dim], or with heads [1, dim]
+    const uint16_t* heads;   // [rows of all channels, dim], or null
+    const uint16_t* embeddings;  // [rows of all channels, dim]
+    const float* noise;      // [FRAMES, rows of all channels], or null
+    int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
     uint16_t* cache;         // [layers, heads, POSITIONS, 2 HEAD]: k, v
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
-    int64_t* clocks;         // [blocks, PHASES + 1, TIMES], or null
+    int64_t* clocks;         // [blocks, NOTED, TIMES], or null
     int dim, ffn, layers, steps;
     int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
     int pause;               // nanoseconds between two looks
     int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies
     float eps;
+    float per_temperature;
+    int channels;
+    int firsts[CHANNELS + 1], empty[CHANNELS];  // rows of the channels; codes that are not drawn
     int most_sums, most_units;  // units of a block's largest phase, of a warp in a layer
 };
 
@@ -102,6 +116,12 @@ __device__ inline int place_of(int c) {
     return c / COLUMNS * COLUMNS + ((reg / 4 * 4 + t) * 4 + reg % 4) * 2 + plane / HALF;
 }
 
+// A float32 as an integer of the same order.
+__device__ inline uint32_t ordered(float value) {
+    const uint32_t bits = float_bits(value);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 __device__ inline uint32_t tagged(float value, uint32_t tag, int i) {
     const uint32_t bits = float_bits(value);
     return ((bits + 8) & ~15u) | (tag >> 4 * i & 15);
@@ -138,7 +158,8 @@ struct Engine {
     Phase* phases;      // [PHASES]
     Unit* units;        // [warps, most_units], of a layer
     int* counts;        // [warps, PHASES]: units of each phase
-    int64_t* times;     // [PHASES + 1, TIMES]
+    int64_t* times;     // [NOTED, TIMES]
+    uint32_t* bests;    // [FRAMES, 2, 32]: of each warp the greatest of a channel, and its code
     uint32_t* stop;
 
     // Buffers of what is exchanged: pieces of four columns.
@@ -146,6 +167,7 @@ struct Engine {
     uint4* out;    // [2 halves of K, dim / 4]
     uint4* gated;  // [ffn / 4]
     uint4* down;   // [2 halves of K, dim / 4]
+    uint4* logits; // [rows of the active channels / 4, rounded up]
 
     uint64_t kept, others;
     int layer_units;
@@ -163,12 +185,13 @@ struct Engine {
         fifo_scales = reinterpret_cast<uint2*>(fifo + warps * DEPTH * PARTS * 32);
         const int widest = p.dim > p.ffn ? p.dim : p.ffn;
         times = reinterpret_cast<int64_t*>(fifo_scales + warps * DEPTH * 32);
-        x = reinterpret_cast<uint16_t*>(times + (PHASES + 1) * TIMES + 1);
+        x = reinterpret_cast<uint16_t*>(times + NOTED * TIMES);
         x_sums = reinterpret_cast<float*>(x + widest);
         parts = x_sums + widest / 16;
         squares = parts + warps * 12 * HEAD;
         angles = squares + 32;
-        sums = angles + POSITIONS * HEAD;
+        bests = reinterpret_cast<uint32_t*>(angles + POSITIONS * HEAD);
+        sums = reinterpret_cast<float*>(bests + FRAMES * 64);
         units = reinterpret_cast<Unit*>(sums + p.most_sums * TILE);
         counts = reinterpret_cast<int*>(units + warps * p.most_units);
         phases = reinterpret_cast<Phase*>(counts + warps * PHASES);
@@ -177,6 +200,7 @@ struct Engine {
         out = qkv + heads * 24;
         gated = out + 2 * quads;
         down = gated + p.ffn / 4;
+        logits = down + 2 * quads;
         kept = p.keep < 0 ? policy_of_others() : policy_to_keep();
         others = p.keep < 0 ? policy_of_others() : policy_to_drop();
         for (int job = blockIdx.x; job < p.dim / TILE * 2; job += gridDim.x) needs |= 1 << job % 2;
@@ -187,7 +211,7 @@ struct Engine {
             plan();
         }
         for (int i = threadIdx.x; i < POSITIONS * HEAD; i += blockDim.x) angles[i] = p.angles[i];
-        for (int i = threadIdx.x; i < (PHASES + 1) * TIMES; i += blockDim.x) times[i] = 0;
+        for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x) times[i] = 0;
     }
 
     __device__ void plan() {
@@ -338,7 +362,7 @@ struct Engine {
             const uint2 given = load_shared_data(reinterpret_cast<const uint2*>(input) + i);
             residual[0] = from_bfloat16(uint16_t(given.x)), residual[1] = from_bfloat16(uint16_t(given.x >> 16));
             residual[2] = from_bfloat16(uint16_t(given.y)), residual[3] = from_bfloat16(uint16_t(given.y >> 16));
-        } else {
+        } else if (partial) {
             uint4 first, second;
             get(partial + i, partial + quads + i, tag, first, second);
             float a[4], b[4];
@@ -355,7 +379,7 @@ struct Engine {
             square += residual[e] * residual[e];
             const uint16_t value = to_bfloat16(residual[e] * from_bfloat16(weights[e]));
             sum += from_bfloat16(value);
-            x[place_of<BITS>(4 * i + e)] = value;
+            x[which == END ? 4 * i + e : place_of<BITS>(4 * i + e)] = value;
         }
         sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
         if (i % 4 == 0) x_sums[i / 4] = sum;
@@ -547,11 +571,126 @@ struct Engine {
         return true;
     }
 
+    // Eight products of bfloat16.
+    static __device__ float dot(const uint4& a, const uint4& b) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t v = part_of(a, i), w = part_of(b, i);
+            sum += from_bfloat16(uint16_t(v)) * from_bfloat16(uint16_t(w));
+            sum += from_bfloat16(uint16_t(v >> 16)) * from_bfloat16(uint16_t(w >> 16));
+        }
+        return sum;
+    }
+
+    // Rows first ... last - 1 of the heads: this step's channels.
+    struct Active {
+        int low, high, first, rows;
+    };
+
+    __device__ Active active_in(int step) const {
+        const int low = step < FRAMES ? 0 : step - FRAMES + 1, high = step < p.channels ? step + 1 : p.channels;
+        return {low, high, p.firsts[low], p.firsts[high] - p.firsts[low]};
+    }
+
+    // Row i of those that are this block's: every gridDim.x-th four of them.
+    __device__ int head_row(int i) const { return (blockIdx.x + i / 4 * int(gridDim.x)) * 4 + i % 4; }
+
+    __device__ void load_head(const Active& active, int row, uint4 (&values)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[i] = make_uint4(0, 0, 0, 0);
+            if (row < active.rows && i * 256 < p.dim)
+                values[i] = reinterpret_cast<const uint4*>(p.heads + int64_t(active.first + row) * p.dim)[i * 32 + lane];
+        }
+    }
+
+    // Logits of this block's rows to `sums`, published by fours; `values` are those of the first row of this warp.
+    __device__ void make_logits(const Active& active, uint4 (&values)[4]) {
+        const float scale = norm_scale();
+        const int fours = (active.rows + 3) / 4, own = (fours - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+        for (int i = warp; i < own * 4; i += warps) {
+            if (i != warp) load_head(active, head_row(i), values);
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (j * 256 < p.dim) sum += dot(values[j], reinterpret_cast<const uint4*>(x)[j * 32 + lane]);
+            for (int mask = 1; mask < 32; mask *= 2) sum += from_lane_xor(sum, mask);
+            if (lane == 0) sums[i] = head_row(i) < active.rows ? from_bfloat16(to_bfloat16(sum * scale)) : -INFINITY;
+        }
+        __syncthreads();
+        note(END, 2);
+        for (int i = threadIdx.x; i < own; i += blockDim.x) {
+            float four[4];
+            load_four(sums + 4 * i, four);
+            put(logits + blockIdx.x + i * gridDim.x, four);
+        }
+        note(END, 3);
+    }
+
+    // Draws this step's codes from all logits; the residual is the sum of their embeddings, rounded. False: all leave.
+    __device__ bool draw(int step, const Active& active) {
+        const int fours = (active.rows + 3) / 4;
+        uint32_t best[FRAMES] = {}, code[FRAMES] = {};
+        for (int i = threadIdx.x; i < fours; i += blockDim.x) {
+            uint4 piece, same;
+            get(logits + i, logits + i, tag, piece, same);
+            note(DRAW, 0);
+            float values[4];
+            untag(piece, values);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = active.first + 4 * i + e;
+#pragma unroll
+                for (int a = 0; a < FRAMES; ++a) {
+                    const int channel = active.low + a;
+                    if (channel >= active.high || row < p.firsts[channel] || row >= p.firsts[channel + 1]) continue;
+                    const uint32_t id = row - p.firsts[channel];
+                    float score = values[e] * p.per_temperature;
+                    if (p.noise) score += p.noise[int64_t(step - channel) * p.firsts[p.channels] + row];
+                    const uint32_t rank = id == uint32_t(p.empty[channel]) ? 1 : ordered(score);
+                    if (rank > best[a]) best[a] = rank, code[a] = id;
+                }
+            }
+        }
+        // Of equal ones the first code: threads, and each its own, go up by rows.
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const uint32_t most = greatest_of_warp(best[a]);
+            const uint32_t first = ~greatest_of_warp(best[a] == most ? ~code[a] : 0);
+            if (lane == 0) bests[a * 64 + warp] = most, bests[a * 64 + 32 + warp] = first;
+        }
+        __syncthreads();
+        if (*stop) return false;
+        const int i = threadIdx.x;
+        float total[4] = {};
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const int channel = active.low + a;
+            if (channel >= active.high) break;
+            const uint32_t mine = lane < warps ? bests[a * 64 + lane] : 0;
+            const uint32_t most = greatest_of_warp(mine);
+            const uint32_t drawn = ~greatest_of_warp(lane < warps && mine == most ? ~bests[a * 64 + 32 + lane] : 0);
+            if (blockIdx.x == 0 && i == 0) p.codes[channel * FRAMES + step - channel] = drawn;
+            if (i < quads) {
+                const int64_t row = p.firsts[channel] + drawn;
+                const uint2 four = reinterpret_cast<const uint2*>(p.embeddings + row * p.dim)[i];
+                total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
+                total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) residual[e] = from_bfloat16(to_bfloat16(total[e]));
+        note(DRAW, 1);
+        return true;
+    }
+
     __device__ bool step(int step) {
         for (int layer = 0; layer < p.layers; ++layer) {
             const uint16_t* norms = p.norms + int64_t(layer) * 2 * p.dim;
             const uint32_t before = tag++;
-            stage_residual(QKV, down, before, norms, layer ? nullptr : p.inputs + int64_t(step) * p.dim);
+            const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
+            stage_residual(QKV, layer ? down : nullptr, before, norms, given ? p.inputs + int64_t(step) * p.dim : nullptr);
             if (!finish(QKV, layer, false)) return false;
             stage_attention(layer, step);
             if (!finish(OUT, layer, false)) return false;
@@ -561,10 +700,14 @@ struct Engine {
             if (!finish(DOWN, layer, layer + 1 == p.layers)) return false;
         }
         const uint16_t* norm = p.norms + int64_t(p.layers) * 2 * p.dim;
-        stage_residual(PHASES, down, tag, norm, nullptr);
+        const Active active = active_in(step);
+        uint4 values[4];
+        if (p.heads) load_head(active, head_row(warp), values);
+        stage_residual(END, down, tag, norm, nullptr);
         fence();
         __syncthreads();
         if (*stop) return false;
+        note(END, 1);
         if (blockIdx.x == 0 && int(threadIdx.x) < quads) {
             const float scale = norm_scale();
 #pragma unroll
@@ -573,8 +716,11 @@ struct Engine {
                 p.hidden[int64_t(step) * p.dim + column] = to_bfloat16(residual[e] * scale * from_bfloat16(norm[column]));
             }
         }
+        if (p.heads) {
+            make_logits(active, values);
+            return draw(step, active);
+        }
         __syncthreads();
-        note(PHASES, 1);
         return true;
     }
 
@@ -591,8 +737,8 @@ struct Engine {
         // Every block has read the first tag before it published anything.
         if (blockIdx.x == 0 && threadIdx.x == 0) store_relaxed(p.state, tag);
         if (p.clocks)
-            for (int i = threadIdx.x; i < (PHASES + 1) * TIMES; i += blockDim.x)
-                p.clocks[int64_t(blockIdx.x) * (PHASES + 1) * TIMES + i] = times[i];
+            for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x)
+                p.clocks[int64_t(blockIdx.x) * NOTED * TIMES + i] = times[i];
     }
 };
 
@@ -614,8 +760,11 @@ int plan(Decoder& p, int bits, int depth, int blocks, int threads) {
         p.most_sums = own > p.most_sums ? own : p.most_sums;
         p.most_units += (own + warps - 1) / warps;
     }
-    return warps * depth * (bits / 2 * 512 + 256) + ((PHASES + 1) * TIMES + 1) * 8 + widest * 2 + widest / 16 * 4 +
-           (warps * 12 * HEAD + 32 + POSITIONS * HEAD + p.most_sums * TILE) * 4 +
+    // Logits lie where sums do.
+    const int rows = p.heads ? ((p.firsts[p.channels] + 3) / 4 + blocks - 1) / blocks * 4 : 0;
+    p.most_sums = p.most_sums * TILE > rows ? p.most_sums : (rows + TILE - 1) / TILE;
+    return warps * depth * (bits / 2 * 512 + 256) + NOTED * TIMES * 8 + widest * 2 + widest / 16 * 4 +
+           (warps * 12 * HEAD + 32 + POSITIONS * HEAD + FRAMES * 64 + p.most_sums * TILE) * 4 +
            warps * (p.most_units * int(sizeof(Unit)) + PHASES * 4) + int(PHASES * sizeof(Phase)) + 16;
 }
 
@@ -631,17 +780,24 @@ constexpr int REFUSED = 1;  // cudaErrorInvalidValue
 
 // `steps` steps of one row, from position 0 on. dim and ffn are multiples of 256, heads are 16 wide; blocks at most
 // min(dim / 8, ffn / 16), threads a multiple of 32 from dim / 4 to 512; depth 4 or 5 for 8 bits, 4, 8 or 10 for 4.
+// With heads: sizes, empty int [channels] of the host; at most channels + 3 steps, dim at most 1024.
 // Arrays: see `Decoder`. Returns a cudaError_t.
 extern "C" int mimo_fast_engine_decode(
     const void* words, const void* scales, const void* norms, const void* bias, const void* angles, const void* inputs,
-    void* hidden, void* cache, void* exchanged, void* state, void* clocks, int dim, int ffn, int layers, int steps,
+    const void* heads, const void* embeddings, const void* noise, void* codes, const int* sizes, const int* empty,
+    int channels, float per_temperature, void* hidden, void* cache, void* exchanged, void* state, void* clocks, int dim, int ffn, int layers, int steps,
     int keep, int pause, int without, float eps, int bits, int depth, int blocks, int threads, cudaStream_t stream) {
     const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
-    const Decoder p{static_cast<const uint4*>(words), static_cast<const uint2*>(scales), as16(norms), as16(bias),
-                    static_cast<const float*>(angles), as16(inputs), static_cast<uint16_t*>(hidden),
-                    static_cast<uint16_t*>(cache), static_cast<uint4*>(exchanged), static_cast<uint32_t*>(state),
-                    static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, without,
-                    eps, 0, 0};
+    Decoder p{static_cast<const uint4*>(words), static_cast<const uint2*>(scales), as16(norms), as16(bias),
+              static_cast<const float*>(angles), as16(inputs), as16(heads), as16(embeddings),
+              static_cast<const float*>(noise), static_cast<int*>(codes), static_cast<uint16_t*>(hidden),
+              static_cast<uint16_t*>(cache), static_cast<uint4*>(exchanged), static_cast<uint32_t*>(state),
+              static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, without, eps, per_temperature,
+              channels, {}, {}, 0, 0};
+    if (heads) {
+        if (channels < 1 || channels > CHANNELS || steps > channels + FRAMES - 1 || dim > 1024) return REFUSED;
+        for (int i = 0; i < channels; ++i) p.firsts[i + 1] = p.firsts[i] + sizes[i], p.empty[i] = empty[i];
+    }
     if (dim % 256 || ffn % 256 || blocks < 1 || blocks > dim / 8 || blocks > ffn / TILE || threads % 32 ||
         threads * 4 < dim || threads > 512 || steps > POSITIONS)
         return REFUSED;

@@ -96,6 +96,7 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group %0;
 
 __device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 __device__ inline float from_lane_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+__device__ inline uint32_t greatest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ inline void warp_barrier() { __syncwarp(); }
 
 // (a & b) | c. Of two constants the compiler makes two instructions.

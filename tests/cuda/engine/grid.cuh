@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <vector>
@@ -46,6 +47,7 @@ struct Warp {
     Meeting all{32};
     uint32_t words[32][6];
     float lanes[32], sums[32][4];
+    uint32_t greatest;
 };
 
 struct Block {
@@ -131,6 +133,16 @@ inline float from_lane(float value, int lane) {
 }
 
 inline float from_lane_xor(float value, int mask) { return from_lane(value, own_lane() ^ mask); }
+
+inline uint32_t greatest_of_warp(uint32_t value) {
+    Warp& warp = own_warp();
+    warp.words[own_lane()][0] = value;
+    meet(warp.all, [&] {
+        warp.greatest = 0;
+        for (int i = 0; i < 32; ++i) warp.greatest = std::max(warp.greatest, warp.words[i][0]);
+    });
+    return warp.greatest;
+}
 
 inline void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     Warp& warp = own_warp();
