@@ -1,7 +1,7 @@
 """Which implementation of an op runs: Triton on CUDA tensors, plain torch on all others.
 
 MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as
-the tests use it.
+the tests use it. MIMO_FAST_EXPERIMENTAL=1 adds what is not yet proven.
 """
 
 import os
@@ -17,6 +17,7 @@ except ImportError:  # CPU builds of torch come without it.
     triton = tl = None
 
 ENVIRONMENT = "MIMO_FAST_KERNELS"
+EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
 
 
 def forced() -> str:
@@ -25,6 +26,12 @@ def forced() -> str:
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
     return choice
+
+
+def experimental() -> bool:
+    """Whether the environment asks for paths that no GPU has yet shown to be right and faster; read
+    where a path is constructed."""
+    return os.environ.get(EXPERIMENTAL, "") not in ("", "0")
 
 
 def use_triton(x: Tensor) -> bool:
