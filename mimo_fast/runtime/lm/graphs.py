@@ -165,7 +165,7 @@ class Graphs:
             length = part.shape[1]
             bucket = next(size for size in buckets if size >= length)
             if bucket not in self._prompts:
-                self.warmup(progress=False)
+                self._prompts[bucket] = self._captured_prompt(bucket)
             self._prompts[bucket].run(part, slot, start)
             start += length
 
