@@ -10,10 +10,10 @@ Steps and patches are captured once per batch size 1, 2, 4, ... B and replayed w
 settings and banned ids are read there. A batch between two sizes is padded with the state's scratch
 row, for which nothing is appended and whose results go nowhere.
 
-A prompt is captured once per length of `PROMPTS` and padded to the next, so that its result follows
-from its length and start alone. Its ids and numbers are one copy to the device, the graph the
-second launch. These are captured first and share their memory with the others: it is what one
-prompt of the greatest length takes. They are experimental (MIMO_FAST_EXPERIMENTAL=1).
+Prompts are captured once per length of `PROMPTS` and padded to the next, so that a result follows
+from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph is
+the second launch. Prompts are captured first; all graphs share the memory that one of the greatest
+length takes. Each takes three prompts to capture. Experimental (MIMO_FAST_EXPERIMENTAL=1).
 
 MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time.
 """
