@@ -11,9 +11,10 @@ settings and banned ids are read there. A batch between two sizes is padded with
 row, for which nothing is appended and whose results go nowhere.
 
 Prompts are captured once per length of `PROMPTS` and padded to the next, so that a result follows
-from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph is
-the second launch. Prompts are captured first; all graphs share the memory that one of the greatest
-length takes. Each takes three prompts to capture. Experimental (MIMO_FAST_EXPERIMENTAL=1).
+from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph
+is the second launch. Prompts are captured first; all graphs share the memory that one of the
+greatest length takes. A capture takes as long as three prompts. Experimental
+(MIMO_FAST_EXPERIMENTAL=1).
 
 MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time.
 """
