@@ -44,6 +44,9 @@ from mimo_fast.runtime.lm.state import DecodeState
 
 LENGTHS = (32, 64, 100, 128, 254, 512, 1022)
 STARTS = (0, 300)
+LATE = (32, 4000)
+"""(groups, start) of a short turn of a long dialogue, where few programs walk many keys."""
+
 EXACT = ((254, 0), (100, 300))
 CHECKED = ((32, 0), (100, 0), (254, 0), (20, 300), (254, 300))
 """(groups, start) of the prompts that are compared."""
@@ -92,7 +95,8 @@ class Study:
 
     def new_state(self) -> DecodeState:
         """Two slots for the longest prompt."""
-        return self.lm.new_state([SEED, SEED], max(STARTS) + max(LENGTHS) + 2)
+        capacity = max(max(STARTS) + max(LENGTHS), sum(LATE)) + 2
+        return self.lm.new_state([SEED, SEED], capacity)
 
     @cached_property
     def state(self) -> DecodeState:
@@ -227,14 +231,13 @@ def same_bits(study: Study) -> bool:
 
 
 def times(study: Study) -> list[dict[str, Any]]:
-    rows = []
-    for start in STARTS:
-        for groups in LENGTHS:
-            ids, row = prompt(study.lm.config, groups), {"groups": groups, "start": start}
-            for way, runs in (("graph", 7), ("kernels", 3)):
-                row[way] = timed(study, partial(prefill, study, way, ids, start), runs)
-            rows.append(row)
-            print(row, flush=True)
+    rows = list[dict[str, Any]]()
+    for groups, start in [(groups, start) for start in STARTS for groups in LENGTHS] + [LATE]:
+        ids, row = prompt(study.lm.config, groups), {"groups": groups, "start": start}
+        for way, runs in (("graph", 7), ("kernels", 3)):
+            row[way] = timed(study, partial(prefill, study, way, ids, start), runs)
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
