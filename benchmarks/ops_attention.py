@@ -25,6 +25,11 @@ from mimo_fast.kernels.decode_attention import (
     decode_attention_ref,
 )
 from mimo_fast.kernels.kv_cache import LayerKV, quantize_heads
+from mimo_fast.kernels.prefill_attention import (
+    prefill_attention,
+    prefill_attention_bytes,
+    prefill_attention_ref,
+)
 from mimo_fast.kernels.rope import (
     rope,
     rope_append,
@@ -69,6 +74,8 @@ def cases() -> Iterator[Case]:
         yield _patch_encoder(patches)
     for context in (CHUNK, 1024, 4096):
         yield _prefill(CHUNK, context)
+        for form in CACHES:
+            yield _cached_prefill(CHUNK, context, form)
     for form in CACHES:
         yield _append(CHUNK, form)
     for t in SEQUENCES:
@@ -183,6 +190,32 @@ def _prefill(t: int, s: int) -> Case:
         m=t,
         shape=f"T={t} S={s}",
         nbytes=attention_bytes(1, t, s, heads, kv_heads, dh, DTYPE.itemsize),
+        flop=4 * pairs * heads * dh,
+    )
+
+
+def _cached_prefill(t: int, s: int, form: str) -> Case:
+    """The same from the cache, its positions read on the device."""
+    heads, kv_heads, dh = BACKBONE.heads, BACKBONE.kv_heads, BACKBONE.head_dim
+
+    def make(device: torch.device) -> Inputs:
+        return {
+            "q": normal(device, t, heads, dh),
+            "cache": _cache(BACKBONE, 1, s, form, device),
+            "slots": torch.zeros(t, dtype=torch.int64, device=device),
+            "positions": torch.arange(s - t, s, device=device),
+        }
+
+    pairs = t * (s - t) + t * (t + 1) // 2
+    return op_case(
+        "backbone.cached_prefill_attention",
+        prefill_attention,
+        prefill_attention_ref,
+        make,
+        m=t,
+        shape=f"T={t} S={s}",
+        form=form,
+        nbytes=prefill_attention_bytes(t, s - t, heads, kv_heads, dh, 2, CACHES[form]),
         flop=4 * pairs * heads * dh,
     )
 

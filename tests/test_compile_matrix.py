@@ -65,6 +65,7 @@ def test_every_kernel_file_is_covered() -> None:
         "attention",
         "norm",
         "patch_embed",
+        "prefill_attention",
         "rope",
         "rvq",
         "sample_codes",

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import mimo_fast
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.kernels.dispatch import EXPERIMENTAL
 from mimo_fast.runtime import pipeline
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.engine.engine import Engine
@@ -148,6 +149,17 @@ def test_graph_and_eager_give_the_same_tokens(
     empty = loaded_model.lm.empty_id
     assert {text == empty for row in graphs for text, _, _ in row} == {True, False}
     assert graphs[0] != graphs[1] != graphs[2]
+
+
+def test_prompts_as_graphs_give_the_same_tokens(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = asked(golden, 12)[:3]
+    plain = together(make_engine(loaded_model.lm, 3, 240), requests)
+    monkeypatch.setenv(EXPERIMENTAL, "1")
+    engine = make_engine(loaded_model.lm, 3, 240)
+    assert engine.decoder.graphs.takes_prompts
+    assert together(engine, requests) == plain
 
 
 def test_no_two_replays_draw_the_same_numbers(

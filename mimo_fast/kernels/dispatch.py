@@ -23,7 +23,7 @@ holds every kernel to the rule.
 
 `let_the_next_begin` may be called anywhere and so stands first. csrc/cuda/warp.cuh has both under
 the same names. MIMO_FAST_PDL=0 turns early launches of Triton's kernels off; it is asked at every
-launch.
+launch. MIMO_FAST_EXPERIMENTAL=1 turns on paths that no GPU has shown right and faster yet.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ ENVIRONMENT = "MIMO_FAST_KERNELS"
 EARLY_ENVIRONMENT = "MIMO_FAST_PDL"
 EARLY_CAPABILITY = 9
 """Major compute capability from which a kernel can be launched early."""
+EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
 
 
 def forced() -> str:
@@ -64,6 +65,12 @@ def forced() -> str:
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
     return choice
+
+
+def experimental() -> bool:
+    """Whether the environment asks for paths that no GPU has yet shown to be right and faster; read
+    where a path is constructed."""
+    return os.environ.get(EXPERIMENTAL, "") not in ("", "0")
 
 
 def use_triton(x: Tensor) -> bool:

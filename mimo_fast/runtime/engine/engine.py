@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.request import Job, StopHook
@@ -66,6 +67,9 @@ class Engine:
         tenth: their kernels are compiled now."""
         if self.decoder.graphs:
             self.decoder.graphs.warmup(progress)
+            # Prompts that are graphs have run by now.
+            if self.decoder.graphs.takes_prompts:
+                return
             if not self._jobs and not any(self._owners):
                 self._rehearse()
 
@@ -220,12 +224,19 @@ class Engine:
             end = conversation.shared
         size = conversation.group_size
         with torch.no_grad():
-            self.lm.prefill(conversation.ids[:, start * size : end * size], self.state, slot, start)
+            self._compute(conversation.ids[:, start * size : end * size], slot, start)
             if end == conversation.shared and self.prefixes.get(conversation.opening) is None:
                 self.prefixes.put(conversation.opening, Snapshot.take(self.state, slot, end))
         conversation.cached = end
         if end == conversation.groups:
             job.begin()
+
+    def _compute(self, ids: Tensor, slot: int, start: int) -> None:
+        """A part of a prompt."""
+        if self.decoder.graphs:
+            self.decoder.graphs.prefill(ids, slot, start)
+        else:
+            self.lm.prefill(ids, self.state, slot, start)
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         rows = [job.row for job in jobs if job.row]

@@ -1,18 +1,25 @@
 """CUDA graphs of the two pieces of a group: the backbone step with its text draw, the patch decoder
-with its encoder.
+with its encoder; and of prompts.
 
     step   text and patches of R slots -> embed, backbone, hidden -> text head and draw -> text
     patch  hidden of R slots -> 11 patch-decoder steps with their draws -> codes -> patch encoder -> patches
+    prompt ids of up to T groups, their slot and start -> embed, backbone -> keys and values, hidden
 
-Each is captured once per batch size 1, 2, 4, ... B and replayed with nothing but `DecodeState` and
-the slot numbers
-changing, both in device memory: positions, seeds, counters, settings and banned ids are read there.
-A batch between two sizes is padded with the state's scratch row, for which nothing is appended and
-whose results go nowhere.
+Steps and patches are captured once per batch size 1, 2, 4, ... B and replayed with nothing but
+`DecodeState` and the slot numbers changing, both in device memory: positions, seeds, counters,
+settings and banned ids are read there. A batch between two sizes is padded with the state's scratch
+row, for which nothing is appended and whose results go nowhere.
+
+Prompts are captured once per length of `PROMPTS` and padded to the next, so that a result follows
+from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph
+is the second launch. Prompts are captured first; all graphs share the memory that one of the
+greatest length takes. A capture takes as long as three prompts. Experimental
+(MIMO_FAST_EXPERIMENTAL=1).
 
 MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -23,10 +30,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo_fast.kernels.dispatch import experimental
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.state import DecodeState
+from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 
 ENVIRONMENT = "MIMO_FAST_NO_GRAPH"
+
+PROMPTS = (32, 64, 128, 256, 512)
+"""Groups of a prompt that is captured. Longer ones are computed in parts of the greatest."""
 
 Run = Callable[[], Tensor]
 Capture = Callable[[Run], tuple[Callable[[], None], Tensor]]
@@ -59,18 +70,48 @@ class Captured:
         return self.result
 
 
+@dataclass
+class CapturedPrompt:
+    """One graph of a prompt of up to T groups.
+
+    inputs int64 [(C + 1) T G + 3] on the device: ids, then slot, start and the number of groups.
+    """
+
+    inputs: Tensor
+    replay: Callable[[], None]
+
+    def run(self, ids: Tensor, slot: int, start: int) -> None:
+        """ids [C + 1, n, G] in host memory, n at most T."""
+        channels, groups, frames = ids.shape
+        # A buffer of its own for each run: the copy of the one before may be under way.
+        host = torch.zeros(len(self.inputs), dtype=torch.int64, pin_memory=self.inputs.is_cuda)
+        host[:-3].view(channels, -1, frames)[:, :groups] = ids
+        host[-3], host[-2], host[-1] = slot, start, groups
+        self.inputs.copy_(host, non_blocking=True)
+        self.replay()
+
+
 class Graphs:
     """The captured pieces of one state.
 
     Args:
         capture: how work becomes a graph; CUDA's by default.
+        prompts: whether prompts are captured; what the environment says by default.
     """
 
-    def __init__(self, lm: LM, state: DecodeState, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        state: DecodeState,
+        capture: Capture | None = None,
+        prompts: bool | None = None,
+    ) -> None:
         self._lm, self._state = lm, state
         self._capture = capture or CudaCapture()
         self._steps: dict[int, Captured] = {}
         self._patches: dict[int, Captured] = {}
+        self._prompts: dict[int, CapturedPrompt] = {}
+        self.takes_prompts = experimental() if prompts is None else prompts
 
     @property
     def buckets(self) -> list[int]:
@@ -79,15 +120,25 @@ class Graphs:
         slots = self._state.slots
         return [*(1 << i for i in range((slots - 1).bit_length())), slots]
 
+    @property
+    def prompt_buckets(self) -> list[int]:
+        """Lengths of prompts that get a graph: those up to the first that holds a whole slot."""
+        if not self.takes_prompts:
+            return []
+        enough = next((size for size in PROMPTS if size >= self._state.capacity), PROMPTS[-1])
+        return [size for size in PROMPTS if size <= enough]
+
     @torch.no_grad()
     def warmup(self, progress: bool = True) -> None:
-        """Captures everything, the largest batch first, so that smaller ones fit into its
-        memory."""
+        """Captures everything, the largest first, so that smaller ones fit into its memory."""
         # On a terminal only.
         show = None if progress else True
-        with tqdm(
-            total=2 * len(self.buckets), desc="capturing", unit="graph", leave=False, disable=show
-        ) as bar:
+        total = 2 * len(self.buckets) + len(self.prompt_buckets)
+        with tqdm(total=total, desc="capturing", unit="graph", leave=False, disable=show) as bar:
+            for bucket in reversed(self.prompt_buckets):
+                if bucket not in self._prompts:
+                    self._prompts[bucket] = self._captured_prompt(bucket)
+                bar.update(1)
             for bucket in reversed(self.buckets):
                 for graphs, work in ((self._steps, self._step), (self._patches, self._patch)):
                     if bucket not in graphs:
@@ -103,6 +154,22 @@ class Graphs:
         """`LM.sample_patch` of these slots: codes int64 [R, C, G], the caller's own."""
         return self._replay(self._patches, slots).clone()
 
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, slot: int, start: int = 0) -> None:
+        """`LM.prefill` of ids [C + 1, T G], as graphs where prompts have some."""
+        if not self.takes_prompts:
+            self._lm.prefill(ids, self._state, slot, start)
+            return
+        buckets = self.prompt_buckets
+        groups = ids.cpu().unflatten(1, (-1, self._lm.config.group_size))
+        for part in groups.split(buckets[-1], dim=1):
+            length = part.shape[1]
+            bucket = next(size for size in buckets if size >= length)
+            if bucket not in self._prompts:
+                self._prompts[bucket] = self._captured_prompt(bucket)
+            self._prompts[bucket].run(part, slot, start)
+            start += length
+
     def _replay(self, graphs: dict[int, Captured], slots: Sequence[int]) -> Tensor:
         bucket = next(size for size in self.buckets if size >= len(slots))
         if bucket not in graphs:
@@ -115,6 +182,17 @@ class Graphs:
         slots = torch.tensor(scratch, device=self._lm.device)
         replay, result = self._capture(lambda: work(slots))
         return Captured(slots, scratch, replay, result)
+
+    def _captured_prompt(self, bucket: int) -> CapturedPrompt:
+        config = self._lm.config
+        shape = (config.channels + 1, bucket, config.group_size)
+        inputs = torch.zeros(math.prod(shape) + 3, dtype=torch.int64, device=self._lm.device)
+        # Nothing, for the scratch row.
+        inputs[-3], inputs[-2] = self._state.slots, NO_POSITION
+        ids, place = inputs[:-3].view(shape), inputs[-3:]
+        self._lm.backbone_rope  # noqa: B018
+        replay, _ = self._capture(lambda: self._lm.prefill_padded(ids, place, self._state))
+        return CapturedPrompt(inputs, replay)
 
     def _step(self, slots: Tensor) -> Tensor:
         state = self._state
