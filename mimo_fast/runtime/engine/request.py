@@ -24,7 +24,8 @@ class Job:
 
     row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
     will be decoded.
-    error: why it ended early.
+    error: why it ended early. launching: its consumer waits for a group or holds one whose work,
+    a chunk of the codec, it has yet to launch.
     """
 
     conversation: Conversation
@@ -38,6 +39,7 @@ class Job:
     done: bool = False
     settled: bool = False
     error: BaseException | None = None
+    launching: bool = False
 
     @property
     def wants(self) -> bool:
@@ -93,10 +95,15 @@ class Job:
 
 class Reply(Iterator[Group]):
     """The groups of a reply, each part of the conversation once it is taken. Any thread may take or
-    close."""
+    close.
+
+    launches: the consumer has work of its own for the device in each group, and calls `launch_next`
+    when it has launched that.
+    """
 
     def __init__(self, engine: "Engine", job: Job) -> None:
         self._engine, self._job = engine, job
+        self.launches = False
 
     def prefill(self) -> None:
         """Returns when the prompt has been computed.
@@ -114,6 +121,7 @@ class Reply(Iterator[Group]):
         job = self._job
         if job.settled:
             raise StopIteration
+        job.launching = self.launches
         self._engine.drive(lambda: bool(job.ready) or job.done)
         if job.ready:
             group = job.ready.popleft()
@@ -124,6 +132,11 @@ class Reply(Iterator[Group]):
         if job.error is not None:
             raise job.error
         raise StopIteration
+
+    def launch_next(self) -> None:
+        """Lets the device begin the next group, where it works on its own and nothing else comes
+        first; an error of that group is raised where the group is taken."""
+        self._engine.launch_next(self._job)
 
     def close(self) -> None:
         """Ends it after the group in progress; groups that nobody took are forgotten."""

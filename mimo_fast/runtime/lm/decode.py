@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.runtime.host_copy import HostCopy
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import DecodeState
@@ -77,20 +78,22 @@ class HostRead:
     """Tokens [R] on their way to the host, while the device goes on. order: the row of each."""
 
     def __init__(self, tokens: Tensor, order: Sequence[int]) -> None:
-        self._order, self._event = order, None
-        self._tokens = tokens
-        if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._order, self._copy = order, HostCopy(tokens)
 
     def wait(self) -> list[int]:
         """The tokens by row."""
-        if self._event is not None:
-            self._event.synchronize()
-        by_row = dict(zip(self._order, self._tokens.tolist(), strict=True))
+        by_row = dict(zip(self._order, self._copy.wait().tolist(), strict=True))
         return [by_row[row] for row in range(len(by_row))]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A group of some rows that the device is at: their tokens, and the patches that have been
+    launched so far by their slot."""
+
+    rows: Sequence[Row]
+    tokens: HostRead
+    patches: dict[int, Tensor]
 
 
 @dataclass
@@ -112,22 +115,32 @@ class Decoder:
     predict: bool | None = None
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    @torch.no_grad()
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
         """The next group of each row. On any error no row has moved: each may be tried again or
         given up."""
+        return self.collect(self.launch(rows))
+
+    @torch.no_grad()
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """Gives the device the next group of each row and waits for nothing. It is either collected
+        or, with all that it has changed, forgotten: until then no row has moved."""
         for row in rows:
             if row.stale:
                 self._set_back(row)
             row.stale = True
         drawn = self._draw_text(rows)
         likely = self._likely_to_speak(rows)
-        patches = self._patches(likely) if likely else {}
+        return Launched(rows, drawn, self._patches(likely) if likely else {})
+
+    @torch.no_grad()
+    def collect(self, launched: Launched) -> list[Group]:
+        """The groups of the last `launch`, one a row."""
+        rows, patches = launched.rows, launched.patches
         # The one host read of a group.
-        tokens = drawn.wait()
+        tokens = launched.tokens.wait()
         speaking = [row for row, text in zip(rows, tokens, strict=True) if text == self.lm.empty_id]
         if missing := [row for row in speaking if row.slot not in patches]:
-            patches |= self._patches(missing)
+            patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
         groups = [
             self._group(row, text, patches[row.slot] if text == self.lm.empty_id else silence)
@@ -142,7 +155,7 @@ class Decoder:
                 self.state.banned[row.slot] = False
         return groups
 
-    def _draw_text(self, rows: Sequence[Row]) -> "HostRead":
+    def _draw_text(self, rows: Sequence[Row]) -> HostRead:
         """Feeds the rows that have a group to feed, and draws a text token for each row."""
         fed = [i for i, row in enumerate(rows) if row.last is not None]
         fresh = [i for i, row in enumerate(rows) if row.last is None]
