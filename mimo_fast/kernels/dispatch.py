@@ -17,6 +17,7 @@ except ImportError:  # CPU builds of torch come without it.
     triton = tl = None
 
 ENVIRONMENT = "MIMO_FAST_KERNELS"
+EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
 
 
 def forced() -> str:
@@ -25,6 +26,11 @@ def forced() -> str:
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
     return choice
+
+
+def experimental() -> bool:
+    """Whether to use what no GPU has yet shown to be right and faster."""
+    return os.environ.get(EXPERIMENTAL, "") not in ("", "0")
 
 
 def use_triton(x: Tensor) -> bool:

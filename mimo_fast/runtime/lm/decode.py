@@ -7,7 +7,7 @@ A row's tokens depend on its own prompt, seed and settings alone, whatever rows 
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,14 +75,30 @@ class Row:
 
 
 class HostRead:
-    """Tokens [R] on their way to the host, while the device goes on. order: the row of each."""
+    """Tokens on their way to the host, while the device goes on.
 
-    def __init__(self, tokens: Tensor, order: Sequence[int]) -> None:
-        self._order, self._copy = order, HostCopy(tokens)
+    Args:
+        parts: rows, and what waits for the token of each. Several are of one device, so that
+            waiting for the last is waiting for all.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Callable[[], list[int]]]]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(cls, tokens: Tensor, order: Sequence[int]) -> "HostRead":
+        """Tokens [R] and the row of each."""
+        copy = HostCopy(tokens)
+        return cls([(order, lambda: copy.wait().tolist())])
+
+    def __add__(self, other: "HostRead") -> "HostRead":
+        return HostRead([*self._parts, *other._parts])
 
     def wait(self) -> list[int]:
         """The tokens by row."""
-        by_row = dict(zip(self._order, self._copy.wait().tolist(), strict=True))
+        by_row = dict[int, int]()
+        for rows, wait in self._parts:
+            by_row |= zip(rows, wait(), strict=True)
         return [by_row[row] for row in range(len(by_row))]
 
 
@@ -106,7 +122,8 @@ class Decoder:
 
     predict: start the patch decoder of rows that spoke in their last group before the host has read
     whether they speak in this one, so that a device never waits for the host; where that was wrong
-    the patch is dropped. On by default on devices that work on their own.
+    the patch is dropped. On by default on devices that work on their own; of no account where the
+    device itself tests whether a row speaks (`Graphs.conditional`).
     """
 
     lm: LM
@@ -128,9 +145,23 @@ class Decoder:
             if row.stale:
                 self._set_back(row)
             row.stale = True
+        if self.graphs and self.graphs.conditional:
+            return self._launch_whole(rows, self.graphs)
         drawn = self._draw_text(rows)
         likely = self._likely_to_speak(rows)
         return Launched(rows, drawn, self._patches(likely) if likely else {})
+
+    def _launch_whole(self, rows: Sequence[Row], graphs: Graphs) -> Launched:
+        """One launch for all rows that have a group to feed, patches included."""
+        fed, fresh = _fed_and_fresh(rows)
+        drawn, patches = HostRead([]), dict[int, Tensor]()
+        if fed:
+            slots = [rows[i].slot for i in fed]
+            wait, codes = graphs.group(slots)
+            drawn, patches = HostRead([(fed, wait)]), dict(zip(slots, codes, strict=True))
+        if fresh:
+            drawn += HostRead.of(self._sample_text([rows[i] for i in fresh]), order=fresh)
+        return Launched(rows, drawn, patches)
 
     @torch.no_grad()
     def collect(self, launched: Launched) -> list[Group]:
@@ -157,14 +188,13 @@ class Decoder:
 
     def _draw_text(self, rows: Sequence[Row]) -> HostRead:
         """Feeds the rows that have a group to feed, and draws a text token for each row."""
-        fed = [i for i, row in enumerate(rows) if row.last is not None]
-        fresh = [i for i, row in enumerate(rows) if row.last is None]
+        fed, fresh = _fed_and_fresh(rows)
         tokens = list[Tensor]()
         if fed:
             tokens.append(self._feed([rows[i] for i in fed]))
         if fresh:
             tokens.append(self._sample_text([rows[i] for i in fresh]))
-        return HostRead(torch.cat(tokens), order=[*fed, *fresh])
+        return HostRead.of(torch.cat(tokens), order=[*fed, *fresh])
 
     def _likely_to_speak(self, rows: Sequence[Row]) -> list[Row]:
         predict = self.lm.device.type == "cuda" if self.predict is None else self.predict
@@ -222,6 +252,12 @@ class Decoder:
                 self._places.clear()
             self._places[key] = torch.tensor(key, device=self.lm.device)
         return self._places[key]
+
+
+def _fed_and_fresh(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """Which rows have a group to feed, and which are drawn from their prompts."""
+    fed = [i for i, row in enumerate(rows) if row.last is not None]
+    return fed, [i for i, row in enumerate(rows) if row.last is None]
 
 
 def _known(settings: SamplerTensors, samplers: Sequence[MiMoSampler]) -> SamplerTensors:
