@@ -56,7 +56,7 @@ class Engine:
         queue: replies that may wait for a slot.
         quantized_cache: whether keys and values are kept as int8.
 
-    overlaps: whether `launch_next` launches; on by default on devices that work on their own.
+    overlaps: whether `launch_next` launches; on by default where a device replays graphs.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class Engine:
         self._jobs: list[Job] = []
         self._turn = threading.Condition()
         self._leader: int | None = None
-        self.overlaps = lm.device.type == "cuda"
+        # Kernel by kernel, launching a group would take the host longer than samples take to come.
+        self.overlaps = self.decoder.graphs is not None
         self._flight: Flight | None = None
 
     def warmup(self, progress: bool = True) -> None:
