@@ -35,7 +35,6 @@ Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
 unknown."""
 
 
-
 class WeightSource:
     """What a model is built from: tensors and matrices by upstream's names, however they are
     stored.

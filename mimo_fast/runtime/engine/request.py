@@ -19,7 +19,8 @@ class Job:
     """A reply as the engine sees it.
 
     row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
-    will be decoded. error: why it ended early.
+    will be decoded. error: why it ended early. launching: its consumer waits for a group or holds
+    one whose work, a chunk of the codec, it has yet to launch.
     """
 
     conversation: Conversation
@@ -33,6 +34,7 @@ class Job:
     done: bool = False
     settled: bool = False
     error: BaseException | None = None
+    launching: bool = False
 
     @property
     def wants(self) -> bool:
