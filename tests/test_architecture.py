@@ -24,6 +24,7 @@ ROOMS = (
     "kernels",
     "sampling",
     "quantization",
+    "runtime.device",
     "runtime.lm",
     "runtime.codec",
     "runtime.engine",

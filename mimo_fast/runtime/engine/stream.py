@@ -13,7 +13,7 @@ from torch import Tensor
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.engine.engine import Reply
-from mimo_fast.runtime.host_copy import HostCopy
+from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.text.tokenizer import Tokenizer
 

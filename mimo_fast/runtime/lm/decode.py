@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.sample import SamplerTensors
-from mimo_fast.runtime.host_copy import HostCopy
+from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import DecodeState
