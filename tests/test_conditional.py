@@ -14,6 +14,7 @@ from replies import CAPACITY, Drawn, Request, drawn
 from test_engine_mixes import Counted, repeated
 from torch import Tensor
 
+import mimo_fast
 from mimo_fast import MimoAudio
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.kernels.cuda import graph_conditional
@@ -180,6 +181,29 @@ def test_it_is_behind_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert experimental() == on
     monkeypatch.delenv(EXPERIMENTAL)
     assert not experimental()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_on_a_gpu_the_tokens_are_those_without_it(
+    kit: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch, overlaps: bool
+) -> None:
+    if not graph_conditional.available():
+        pytest.skip("needs CUDA 12.4, torch 2.8 and the built library")
+    lm = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cuda").lm
+    found = []
+    for value in ("0", "1"):
+        monkeypatch.setenv(EXPERIMENTAL, value)
+        engine = Engine(lm, 3, CAPACITY)
+        engine.overlaps = overlaps
+        assert engine.decoder.graphs.conditional == (value == "1")
+        replies = [request.start(engine, ahead=None) for request in requests]
+        for reply in replies[:2]:
+            next(reply)
+            reply.launch_next()
+            reply.close()
+        found.append([drawn(list(reply)) for reply in replies[2:]])
+    assert found[0] == found[1]
 
 
 ROOT = Path(__file__).parent.parent
