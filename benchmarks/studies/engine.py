@@ -16,6 +16,7 @@ import ctypes
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -198,10 +199,9 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         patch.cache.fill_(torch.nan)
         error = run(**settings)
         torch.cuda.synchronize()
-        if error or int(patch.state[32].item()):
-            raise RuntimeError(
-                f"CUDA error {error}, blocks waited in vain: {int(patch.state[32].item())}"
-            )
+        vain = patch.waited_in_vain()
+        if error or vain:
+            raise RuntimeError(f"CUDA error {error}, blocks waited in vain: {vain}")
         return patch.hidden[:STEPS].clone()
 
     first = None
@@ -218,11 +218,14 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
                 worst_of_max=worst.item(), rms=((wide - want).norm() / want.norm()).item(),
                 by_step=[float(x) for x in (wide - want).norm(dim=1) / want.norm(dim=1)], nan=int(wide.isnan().sum()),
             )  # fmt: skip
+
+    def alike() -> None:
         for blocks, threads in ((128, 512), (127, 512), (100, 256), (64, 512), (33, 512)):
             same = torch.equal(result(blocks=blocks, threads=threads), first)
             record(check="the same bits by other blocks", blocks=blocks, threads=threads, same=same)
 
     attempt(record, "correctness", correct)
+    attempt(record, "other blocks", alike)
 
     heads = random_heads(DIM, SIZES, noisy=True, device="cuda")
     whole = Decoder(library, model, STEPS, heads)
@@ -237,7 +240,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         got = whole.hidden[:STEPS].float()
         regret = heads.regret(want, whole.codes)
         record(
-            check="codes drawn within", error=error, waited_in_vain=int(whole.state[32].item()),
+            check="codes drawn within", error=error, waited_in_vain=whole.waited_in_vain(),
             hidden_rms=((got - want).norm() / want.norm()).item(), regret_most=regret.max().item(),
             regret_share=(regret > 0).float().mean().item(), codes=whole.codes.tolist(),
         )  # fmt: skip
@@ -260,7 +263,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         record(
             **{"bits": bits, "blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0}
             | settings, us_a_patch=each, us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000,
-            error=int(patch.state[32].item()),
+            waited_in_vain=patch.waited_in_vain(),
         )  # fmt: skip
 
     def timed() -> None:
@@ -268,7 +271,10 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             *({"depth": depth} for depth in depths),
             *({"depth": depths[-1], "keep": keep} for keep in (0, 1, 2, 3, 4, 6)),
             *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
-            *({"depth": depth, "threads": 256} for depth in depths),
+            *(
+                {"depth": depth, "threads": 256}
+                for depth in ((4, 5, 8) if bits == 8 else (4, 8, 10, 16))
+            ),
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
             *({"depth": depths[-1], "without": without} for without in (1, 2, 3)),
         ):
@@ -306,7 +312,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             wrong += (patch.hidden[:STEPS] != first).any()
         torch.cuda.synchronize()
         record(
-            check=f"{PATCHES} patches in a row", different=int(wrong), waited_in_vain=int(patch.state[32]),
+            check=f"{PATCHES} patches in a row", different=int(wrong), waited_in_vain=patch.waited_in_vain(),
             us_a_patch_with_check=(time.perf_counter() - start) / PATCHES * 1e6,
         )  # fmt: skip
 
@@ -359,6 +365,12 @@ def main() -> int:
         build(arguments.library, ARCHITECTURES)
     if arguments.build:
         return 0
+    try:
+        ctypes.CDLL(str(arguments.library))
+    except OSError as error:
+        arguments.library = Path(tempfile.mkdtemp()) / "libengine.so"
+        print(f"built here, since {error}")
+        build(arguments.library, ("90",))
     if arguments.child:
         child(arguments.child, arguments.library)
         return 0

@@ -328,6 +328,14 @@ class Decoder:
         self.state = torch.zeros(64, dtype=torch.int32, device=device)
         self.hidden = torch.full((steps + 1, dim), torch.nan, device=device).bfloat16()
 
+    def waited_in_vain(self) -> bool:
+        """Whether blocks have left a launch for want of data; then makes the buffers as new."""
+        vain = bool(self.state[32].item())
+        if vain:
+            self.state.zero_()
+            self.exchanged.zero_()
+        return vain
+
     @property
     def nbytes(self) -> int:
         """That a step reads, at least once."""

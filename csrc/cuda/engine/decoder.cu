@@ -318,9 +318,10 @@ struct Engine {
         }
         // All columns of the products are the one row of x: a thread in four stores.
         if (t == 0) {
-            float plain = 0;
+            float first[4], second[4], plain = 0;
+            load_four(x_sums + block * (COLUMNS / 16), first), load_four(x_sums + block * (COLUMNS / 16) + 4, second);
 #pragma unroll
-            for (int i = 0; i < COLUMNS / 16; ++i) plain += x_sums[block * (COLUMNS / 16) + i];
+            for (int i = 0; i < 4; ++i) plain += first[i] + second[i];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint32_t both = half ? scale.y : scale.x;
@@ -727,6 +728,7 @@ struct Engine {
     __device__ void run() {
         __syncthreads();
         list();
+#pragma unroll 1
         for (int i = 0; i < DEPTH; ++i) ask();
         tag = load_relaxed(p.state);
         note(-1, 0);
@@ -779,7 +781,7 @@ constexpr int REFUSED = 1;  // cudaErrorInvalidValue
 }  // namespace
 
 // `steps` steps of one row, from position 0 on. dim and ffn are multiples of 256, heads are 16 wide; blocks at most
-// min(dim / 8, ffn / 16), threads a multiple of 32 from dim / 4 to 512; depth 4 or 5 for 8 bits, 4, 8 or 10 for 4.
+// min(dim / 8, ffn / 16), threads a multiple of 32 from dim / 4 to 512; depth 4, 5 or 8 for 8 bits, 4, 8, 10 or 16 for 4.
 // With heads: sizes, empty int [channels] of the host; at most channels + 3 steps, dim at most 1024.
 // Arrays: see `Decoder`. Returns a cudaError_t.
 extern "C" int mimo_fast_engine_decode(
@@ -801,10 +803,14 @@ extern "C" int mimo_fast_engine_decode(
     if (dim % 256 || ffn % 256 || blocks < 1 || blocks > dim / 8 || blocks > ffn / TILE || threads % 32 ||
         threads * 4 < dim || threads > 512 || steps > POSITIONS)
         return REFUSED;
-    if (bits == 8) return depth == 4 ? launch<8, 4>(p, blocks, threads, stream) : launch<8, 5>(p, blocks, threads, stream);
-    switch (depth) {
-        case 4: return launch<4, 4>(p, blocks, threads, stream);
-        case 8: return launch<4, 8>(p, blocks, threads, stream);
-        default: return launch<4, 10>(p, blocks, threads, stream);
+    switch (bits * 100 + depth) {
+        case 804: return launch<8, 4>(p, blocks, threads, stream);
+        case 805: return launch<8, 5>(p, blocks, threads, stream);
+        case 808: return launch<8, 8>(p, blocks, threads, stream);
+        case 404: return launch<4, 4>(p, blocks, threads, stream);
+        case 408: return launch<4, 8>(p, blocks, threads, stream);
+        case 410: return launch<4, 10>(p, blocks, threads, stream);
+        case 416: return launch<4, 16>(p, blocks, threads, stream);
+        default: return REFUSED;
     }
 }

@@ -11,7 +11,7 @@ namespace {
 enum Kind { TAGGED, COOPERATIVE, COUNTER, COOPERATIVE_ALONE, COUNTER_ALONE };
 
 constexpr int RING = 8;
-constexpr uint32_t PATIENCE = 4 << 20;
+constexpr uint32_t PATIENCE = 1 << 20;
 
 struct Exchange {
     uint4* buffers;    // [RING, chunks], zeros at first
