@@ -45,8 +45,7 @@ from mimo_fast.bench.pipeline import (
     summarize,
 )
 from mimo_fast.bench.target import Target, user_speech
-from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.bench.timing import CallTime, synchronize
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.loading import default_device, parse_dtype
 from mimo_fast.sampling import GREEDY
@@ -152,7 +151,7 @@ def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> A
 def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = ()) -> list[Group]:
     """Our greedy groups after a prompt."""
     target.lm.follow(plan)
-    conversation = Conversation(target.engine, seed=0)
+    conversation = target.engine.conversation(seed=0)
     conversation.add(ids)
     return list(target.engine.start(conversation, Limits(groups), Samplers(GREEDY, GREEDY)))
 
@@ -235,7 +234,7 @@ def measure_baseline(
         trace.chunks.append((perf_counter() - began, len(audio)))
     trace.ended = perf_counter() - began
     kinds = [
-        Timing.of([seconds for spoken, seconds in times if spoken is kind])
+        CallTime.of([seconds for spoken, seconds in times if spoken is kind])
         for kind in (False, True)
     ]
     metrics = summarize(target, request, 1, [trace], trace.ended, memory.bytes, energy)

@@ -221,6 +221,22 @@ def attention(op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int,
     return op_case(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
 
 
+def cached_prefill_attention(form: str, t: int, s: int) -> Case:
+    """The same from the cache, its positions read on the device."""
+    module, heads = kernels("prefill_attention"), BACKBONE.heads
+    kv_heads, dh = BACKBONE.kv_heads, BACKBONE.head_dim
+    inputs = {
+        "q": (t, heads, dh),
+        "cache": _cache(BACKBONE, 1, s, form),
+        "slots": lambda device: torch.zeros(t, dtype=torch.int64, device=device),
+        "positions": lambda device: torch.arange(s - t, s, device=device),
+    }
+    nbytes = module.prefill_attention_bytes(t, s - t, heads, kv_heads, dh, SIZE, CACHES[form])
+    flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
+    op, run, shape = "backbone.cached_prefill_attention", module.prefill_attention, f"T={t} S={s}"
+    return op_case(op, run, t, shape, inputs, nbytes, flop, form=form)
+
+
 def kv_append(form: str, t: int) -> Case:
     module, dh = kernels("rope"), BACKBONE.head_dim
     heads = BACKBONE.heads + 2 * BACKBONE.kv_heads
@@ -462,6 +478,7 @@ def table() -> list[tuple[Callable[..., Case | None], Iterable[tuple[Any, ...]]]
         (decode_attention, own),
         (rotary_attention, product(ROWS)),
         (attention, [(*backbone, True, CHUNK, s) for s in (CHUNK, 1024, 4096)]),
+        (cached_prefill_attention, product(CACHES, [CHUNK], [CHUNK, 1024, 4096])),
         (kv_append, product(CACHES, [CHUNK])),
         (rope, product(frames)),
         # The decoder's attention to what it remembers; its encoder sees both ways.

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import mimo_fast.kernels
 from benchmarks.launches import section
-from mimo_fast.kernels.dispatch import Case
+from mimo_fast.kernels.dispatch import EARLY_CAPABILITY, KNOWS_EARLY_LAUNCH, Case
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = 99 * 1024
@@ -28,13 +28,16 @@ SHARED_LIMIT = 99 * 1024
 @dataclass(frozen=True)
 class Compiled:
     """What the assembler made: registers a thread, spilled bytes, shared memory, widest global
-    load, any TF32."""
+    load, any TF32; waits for the kernel before (`griddepcontrol.wait`) and calls of the next."""
 
     registers: int
     spilled: int
     shared: int
     load_bits: int
     tf32: bool
+    waits: int
+    begins: int
+    ptx: str
 
 
 def cases() -> Iterator[Case]:
@@ -53,13 +56,19 @@ def compile_case(case: Case, architecture: int) -> Compiled:
         if kind[0] in "*i" and name not in case.unaligned
     ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
+    constexprs = dict(case.constexprs)
     options = {"num_warps": case.warps, "num_stages": case.stages}
+    if "PDL" in names:
+        early = KNOWS_EARLY_LAUNCH and architecture >= 10 * EARLY_CAPABILITY
+        constexprs["PDL"] = early
+        options |= {"launch_pdl": True} if early else {}
+    source = ASTSource(case.kernel, signature, constexprs, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         sass, usage = (_cuobjdump(file.name, option) for option in ("-sass", "-res-usage"))
+    ptx = kernel.asm["ptx"]
     loads = re.findall(r"LDG\.E(?:\.\w+)*", sass) + re.findall(r"LDGSTS\.E(?:\.\w+)*", sass)
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -68,7 +77,10 @@ def compile_case(case: Case, architecture: int) -> Compiled:
         + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=kernel.metadata.shared,
         load_bits=max((_width(load) for load in loads), default=0),
-        tf32=".tf32" in kernel.asm["ptx"],
+        tf32=".tf32" in ptx,
+        waits=ptx.count("griddepcontrol.wait"),
+        begins=ptx.count("griddepcontrol.launch_dependents"),
+        ptx=ptx,
     )
 
 

@@ -38,7 +38,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} preset=${PRESET:-7b} limit=${LIMIT:-540} skip=" ${SKIP:-} "
 out=${OUT:-benchmarks/results} force=${FORCE:-0}
 earlier=${EARLIER:-$out}
-studies=(engine products prompts glue overlap)
+studies=(engine:130 products:80 prompts:80 glue:60 overlap:90)
 export PYTHONPATH=. PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/mimo-fast-triton}
 unset MIMO_FAST_KERNELS MIMO_FAST_NO_GRAPH
 
@@ -116,10 +116,10 @@ PY
     part native 60 bash -c '"$0" setup.py build_ext --inplace && "$0" -c "from mimo_fast import _native"' "$python"
 }
 
-# study NAME: benchmarks/studies/NAME.py, where there is one; its JSON becomes a record.
+# study NAME SECONDS: benchmarks/studies/NAME.py, where there is one; its JSON becomes a record.
 study() {
     [[ -e benchmarks/studies/$1.py ]] || return 0
-    gpu_part "study-$1" 60 bash -c '
+    gpu_part "study-$1" "$2" bash -c '
         "$0" -m "benchmarks.studies.$1" --out "$2/$1.json"; code=$?
         "$0" -m benchmarks.records "$1" "$2/$1.json" "$3" || code=1
         exit $code' "$python" "$1" "$scratch" "$records"
@@ -188,7 +188,7 @@ gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/test_gpu_kernels.py "
 gpu_part tests-model 90 "$python" -m pytest -m gpu "${model_tests[@]}" "${tests[@]}"
 # Most kernels are compiled by now; a call that is cut off keeps them.
 ((list_only)) || pack
-for study in "${studies[@]}"; do study "$study"; done
+for study in "${studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 bench profile-int4 25 profile "${model[@]}" --quantization int4 "${profiled[@]}"
 bench e2e-int4 55 e2e "${model[@]}" --quantization int4 "${sweep[@]}"
 bench requests-int4 75 e2e "${model[@]}" --quantization int4 "${asked[@]}"

@@ -30,8 +30,8 @@ from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, prompted, start_rows, time_groups
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.target import Target
-from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.bench.timing import CallTime, synchronize
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.loading import default_device, parse_dtype
 
 SYNCHRONIZING = (
@@ -235,7 +235,7 @@ def without_collection() -> Iterator[None]:
         gc.enable()
 
 
-def show(trace: Trace, measured: Timing, top: int) -> None:
+def show(trace: Trace, measured: CallTime, top: int) -> None:
     launches, syncs = (sum(calls.values()) for calls in (trace.launches, trace.host_syncs))
     print(
         f"{trace.mode}: an audio group takes {duration(measured.p50)}; {trace.count:.0f} kernels "

@@ -6,6 +6,7 @@ field names are this project's.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mimo_fast.errors import ConfigError
+
+PathLike = str | os.PathLike[str]
+
+OFFLOADABLE = ("text_embeddings", "codec_encoder")
+"""Parts that may lie in host memory: a step reads one row, an input needs the encoder once."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,11 @@ class LMConfig:
     max_positions: int
     tie_embeddings: bool
     greedy_tasks: tuple[str, ...] = ()
-    """Of `sampling.TASK_SAMPLERS`: their replies are greedy unless asked otherwise. A checkpoint
-    may state them."""
+    """Keys of `sampling.TASK_SAMPLERS` whose replies are greedy unless asked otherwise."""
 
     @property
     def patch_steps(self) -> int:
-        """Patch-decoder steps per patch: the last channel starts max(delays) steps after the
-        first."""
+        """Patch-decoder steps a patch; the last channel starts max(delays) after the first."""
         return self.group_size + max(self.delays)
 
     @property
@@ -78,7 +82,8 @@ class LMConfig:
             local_heads = read.integer("local_attn_heads")
             if width % (2 * local_heads):
                 raise ConfigError(
-                    f"{source}: local width {width} does not split into local_attn_heads {local_heads} of an even size"
+                    f"{source}: local width {width} does not split into local_attn_heads "
+                    f"{local_heads} of an even size"
                 )
             return TransformerConfig(
                 width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps
@@ -129,7 +134,8 @@ class LMConfig:
         ):
             if not 0 <= empty < size:
                 raise ConfigError(
-                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside 0..{size - 1}"
+                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside "
+                    f"0..{size - 1}"
                 )
         if min(self.delays) < 0:
             raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
@@ -173,8 +179,7 @@ class CodecConfig:
     norm: str
     rope_theta: float
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Mean and variance that its norms over time (unpooling, then to mel) see in the speech it was
-    made for."""
+    """Mean and variance of its norms over time (unpooling, then to mel) in the speech it is for."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -276,7 +281,8 @@ class _Reader:
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
             raise ConfigError(
-                f"{self.source}: '{key}' must be a positive integer or a list of them, not {value!r}"
+                f"{self.source}: '{key}' must be a positive integer or a list of them, not "
+                f"{value!r}"
             )
         return values
 
@@ -302,8 +308,7 @@ class _Reader:
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """Two pairs of mean and variance; an extension of upstream's form, absent from its
-        files."""
+        """Two pairs of mean and variance, which upstream's own files do not have."""
         if (value := self.raw.get(key)) is None:
             return None
         with suppress(TypeError, ValueError):
@@ -315,8 +320,7 @@ class _Reader:
         )
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names, empty by default; an extension of upstream's form, absent from its
-        files."""
+        """A list of names, which upstream's own files do not have; empty by default."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")

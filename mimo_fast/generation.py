@@ -1,8 +1,6 @@
 """`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop
 rules and streamers."""
 
-import operator
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +12,12 @@ from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.request import StopHook
-from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.sampling import GREEDY, MiMoSampler
+from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
 from mimo_fast.text.prompt import TEXT_FILLER
 
 Ids = Tensor | Sequence[Tensor]
-Seed = int | Sequence[int] | None
 
 
 def generate(
@@ -89,7 +85,7 @@ def generate(
     for prompt, limit, seed_of_row, parts in zip(
         batch.prompts, limits, row_seeds(seed, rows), grown, strict=True
     ):
-        conversation = Conversation(engine, seed_of_row)
+        conversation = engine.conversation(seed_of_row)
         conversation.ids = prompt
         hook = _stop_hook(options.callables, parts)
         # Rows share their steps, however many there are: none waits for its groups to be taken.
@@ -127,20 +123,8 @@ def language_model(model: Any) -> LM:
     )
 
 
-def row_seeds(seed: Seed, rows: int) -> list[int]:
-    """One 63-bit seed a row."""
-    if seed is None:
-        return [secrets.randbits(63) for _ in range(rows)]
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
-    return [s % 2**63 for s in seeds]
-
-
 def group_ids(text: int, codes: Tensor) -> Tensor:
-    """A generated group as ids [C + 1, G]: the text token repeated over the frames, then the codes
-    [C, G]."""
+    """A generated group as ids [C + 1, G]: its text token, repeated, above its codes [C, G]."""
     return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
 
 
@@ -178,8 +162,8 @@ class _Batch:
             rows, layout = [unflatten_ids(row, config.channels) for row in input_ids], "flat"
         else:
             raise PromptError(
-                f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, T * "
-                f"{config.group_size}] nor flattened [batch, T * {config.row_width}]"
+                f"input_ids of shape {list(input_ids.shape)} are neither [{config.channels + 1}, "
+                f"T * {config.group_size}] nor flattened [batch, T * {config.row_width}]"
             )
         if not rows:
             raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
@@ -203,8 +187,7 @@ class _Batch:
 
 
 def _is_single(ids: Tensor, config: LMConfig) -> bool:
-    """[C + 1, T G], told from a flattened batch of C + 1 rows, which has the text filler in every
-    row."""
+    """Whether ids are [C + 1, T G]: of a flattened batch, every row would have text filler."""
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size:
         return False
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
@@ -213,8 +196,8 @@ def _is_single(ids: Tensor, config: LMConfig) -> bool:
 def _checked(ids: Tensor, config: LMConfig) -> Tensor:
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size or not ids.shape[1]:
         raise PromptError(
-            f"a prompt must be [{config.channels + 1}, a positive multiple of {config.group_size}], "
-            f"not {list(ids.shape)}"
+            f"a prompt must be [{config.channels + 1}, a positive multiple of "
+            f"{config.group_size}], not {list(ids.shape)}"
         )
     ids = ids.to("cpu", torch.int64)
     sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
@@ -225,8 +208,8 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
     if wrong.any():
         channel, position = (int(i) for i in wrong.nonzero()[0])
         raise PromptError(
-            f"id {int(used[channel, position])} of channel {channel} at frame {position} is outside "
-            f"0..{int(sizes[channel]) - 1}"
+            f"id {int(used[channel, position])} of channel {channel} at frame {position} is "
+            f"outside 0..{int(sizes[channel]) - 1}"
         )
     return ids
 

@@ -3,6 +3,9 @@ speech continuation."""
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
+from os.path import isfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypedDict, Unpack
@@ -12,31 +15,28 @@ from torch import Tensor
 
 from mimo_fast.audio.files import AudioSource, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
-from mimo_fast.history import KeepsHistory
-from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.config import PathLike
+from mimo_fast.generation import flatten_ids
+from mimo_fast.history import History
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import Conversation
-from mimo_fast.runtime.engine.stream import (
-    Chunk,
-    ChunkStream,
-    ReplyReader,
-    iterate_async,
-    read_reply,
-    stream_reply,
-)
-from mimo_fast.runtime.lm.decode import Limits, Samplers
-from mimo_fast.runtime.loading import LoadOptions, PathLike, load_parts
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
+from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.loading import LoadOptions, load_parts
+from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline
 from mimo_fast.runtime.session import Session
 from mimo_fast.sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
     MiMoSampler,
     MiMoStopper,
-    task_samplers,
 )
-from mimo_fast.text.prompt_builder import Message
-from mimo_fast.text.tasks import Task, find_task
-
-MAX_NEW_TOKENS = 8192
+from mimo_fast.text import tasks
+from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.tasks import TASKS, Message, Template, find_task
+from mimo_fast.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
     min_new_tokens: int
 
 
-class MimoAudio(KeepsHistory):
+class MimoAudio:
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
 
     Args:
@@ -63,6 +63,9 @@ class MimoAudio(KeepsHistory):
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take
     `output_path` or `output_audio_path` write a WAV there and return the text; `tts_sft` and the
     dialogue tasks do so as upstream does. Methods with a seed draw a fresh one when it is None.
+
+    A task method (`asr_sft`, ...) runs a task of `text/tasks.py` on the model's `pipeline`; its
+    `get_*_prompt` returns the ids [C + 1, T G] that it begins with.
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their
@@ -82,9 +85,11 @@ class MimoAudio(KeepsHistory):
         **options: Unpack[LoadOptions],
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        self.lm, self.codec, self.tokenizer, self.setup = load_parts(
+        parts = load_parts(
             model_path, mimo_audio_tokenizer_path, device, dtype, quantization, options
         )
+        self.pipeline = Pipeline(*parts)
+        self.setup, self._history = self.pipeline.setup, History()
         self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
         config, special = self.lm.config, self.tokenizer.special
         self.group_size, self.audio_channels = config.group_size, config.channels
@@ -93,14 +98,71 @@ class MimoAudio(KeepsHistory):
         self.sosp_idx, self.eosp_idx, self.empty_token = special.sosp, special.eosp, special.empty
         self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
-        self.default_global_sampler, self.default_local_sampler = (
-            DEFAULT_GLOBAL_SAMPLER,
-            DEFAULT_LOCAL_SAMPLER,
-        )
-        self.task_sampler_configs = task_samplers(config.greedy_tasks)
-        super().__init__()
+        self.default_global_sampler = DEFAULT_GLOBAL_SAMPLER
+        self.default_local_sampler = DEFAULT_LOCAL_SAMPLER
+        self.task_sampler_configs = self.pipeline.presets
         if self.device.type == "cuda":
             self.warmup()
+
+    def __copy__(self) -> "MimoAudio":
+        """Shares the pipeline; from now on its history is its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _history=copy(self._history))
+        return twin
+
+    @property
+    def lm(self) -> LM:
+        return self.pipeline.lm
+
+    @lm.setter
+    def lm(self, lm: LM) -> None:
+        self.pipeline = replace(self.pipeline, lm=lm)
+        self.clear_history()
+
+    @property
+    def codec(self) -> Codec:
+        return self.pipeline.codec
+
+    @codec.setter
+    def codec(self, codec: Codec) -> None:
+        self.pipeline = replace(self.pipeline, codec=codec)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.pipeline.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.pipeline = replace(self.pipeline, tokenizer=tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes every stream and session of this language model."""
+        return self.pipeline.engine
+
+    def warmup(self, progress: bool = True) -> dict[str, int]:
+        """Captures the graphs; done at load. Returns memory in bytes, see `Pipeline.warmup`."""
+        return self.pipeline.warmup(progress)
+
+    @property
+    def history(self) -> Tensor | None:
+        """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
+        kept = self._history.conversation
+        return None if kept is None else flatten_ids(kept.ids)[None]
+
+    @history.setter
+    def history(self, value: None) -> None:
+        if value is not None:
+            raise ValueError("history can only be cleared: set it to None")
+        self.clear_history()
+
+    @property
+    def has_history(self) -> bool:
+        """Whether add_history has anything to add to."""
+        return self._history.conversation is not None
+
+    def clear_history(self) -> None:
+        self._history.clear()
 
     def get_task_sampler(self, task_name: str | None) -> dict[str, MiMoSampler]:
         """The "global" and "local" samplers of a task; upstream's defaults for an unknown one."""
@@ -111,6 +173,20 @@ class MimoAudio(KeepsHistory):
         """Writes a waveform of any shape as a mono WAV."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
+    def preprocess_input(self, input: Any = None) -> Any:
+        """Audio -> its codes, flattened [T C]; a string that names no file -> text of a prompt."""
+        if isinstance(input, str) and not isfile(input):
+            return tasks.capitalize(input)
+        return self.speech(input).codes.T.reshape(-1)
+
+    def speech(self, audio: AudioSource, closed: bool = True) -> Speech:
+        """Audio -> codes [C, n G] for a prompt, see `Pipeline.speech`."""
+        return self.pipeline.speech(audio, closed)
+
+    def pack(self, segments: Iterable[Segment]) -> Tensor:
+        """Segments -> ids [C + 1, T G] on the CPU."""
+        return self.pipeline.ids(segments)
+
     def session(
         self,
         system_prompt: str | None = None,
@@ -118,7 +194,8 @@ class MimoAudio(KeepsHistory):
         seed: int | None = None,
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
-        return Session(self, system_prompt, voice, seed)
+        samplers = self._samplers("spoken_dialogue")
+        return Session(self.pipeline, system_prompt, voice, seed, samplers)
 
     def restore_session(self, path: PathLike) -> Session:
         """A dialogue that `Session.save` wrote, with its cache.
@@ -126,7 +203,11 @@ class MimoAudio(KeepsHistory):
         Raises:
             CheckpointError: the file is no session, is damaged, or belongs to another model.
         """
-        return Session.restore(self, Path(path))
+        return Session.restore(self.pipeline, Path(path), self._samplers("spoken_dialogue"))
+
+    def conversation(self, seed: int | None = None) -> Conversation:
+        """An empty conversation."""
+        return self.pipeline.conversation(seed)
 
     def decode(
         self,
@@ -137,11 +218,14 @@ class MimoAudio(KeepsHistory):
         min_new_tokens: int = 0,
     ) -> Reply:
         """Prefills what is new in the conversation and decodes a reply with the task's samplers."""
-        samplers = self.get_task_sampler(task_name)
-        limits = Limits(
-            MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, min_new_tokens, stop_ids
+        samplers = self._samplers(task_name)
+        return self.pipeline.decode(
+            conversation, samplers, stop_ids, max_new_tokens, min_new_tokens
         )
-        return conversation.decode(limits, Samplers(samplers["global"], samplers["local"]))
+
+    def _samplers(self, task_name: str) -> Samplers:
+        chosen = self.get_task_sampler(task_name)
+        return Samplers(chosen["global"], chosen["local"])
 
     def forward(
         self,
@@ -155,8 +239,7 @@ class MimoAudio(KeepsHistory):
         task_name: str | None = None,
         seed: int | None = None,
     ) -> Any:
-        """Generates after a prompt [C + 1, T G] and returns its text; or its audio [1, 1, n] with
-        return_audio.
+        """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
         `MiMoStopper`s.
@@ -167,59 +250,21 @@ class MimoAudio(KeepsHistory):
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
-        output_audio_path = (
-            None
-            if isinstance(output_audio_path, str) and not output_audio_path
-            else output_audio_path
-        )
-        conversation = self.conversation_for(input_ids, add_history, seed)
+        conversation = self._history.begin(self.pipeline, input_ids, add_history, seed)
         with closing(
             self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
         ) as reply:
-            text, codes = read_reply(reply, self._reader(input_ids))
-        if not return_audio and output_audio_path is None:
+            text, codes = self.pipeline.read(reply, input_ids)
+        # Upstream takes an empty path for none.
+        silent = output_audio_path is None or output_audio_path == ""
+        if silent and not return_audio:
             return text
-        wav = (
-            torch.zeros(self.codec.sample_rate) if codes is None else self.codec.decode(codes).cpu()
-        )
-        if output_audio_path is None:
+        rate = self.codec.sample_rate
+        wav = torch.zeros(rate) if codes is None else self.codec.decode(codes).cpu()
+        if silent:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
         return text
-
-    def _reader(self, input_ids: Tensor) -> ReplyReader:
-        """A reply speaks from the start where the prompt opened its speech: by `<|sostm|>`, or
-        mid-recording."""
-        last = int(input_ids[0, -self.group_size])
-        return ReplyReader(self.tokenizer, speaking=last in (self.sostm_idx, self.empty_token))
-
-    def _prompt(
-        self, spec: Task, arguments: Sequence[Any], named: Mapping[str, Any], shared: dict[str, Any]
-    ) -> Tensor:
-        wanted = {name: shared[name] for name in spec.shares}
-        return getattr(self, spec.prompt)(*arguments, **named, **wanted)
-
-    def _reply(
-        self,
-        task: str,
-        *arguments: Any,
-        output: Any = None,
-        add_history: bool = False,
-        **options: Unpack[Options],
-    ) -> Any:
-        spec, seed = find_task(task), options.get("seed")
-        input_ids = self._prompt(spec, arguments, {}, {"seed": seed, "add_history": add_history})
-        stopper = MiMoStopper(
-            self.group_size, self.audio_channels, spec.stop_ids(self.tokenizer.special)
-        )
-        return self.forward(
-            input_ids,
-            output_audio_path=output,
-            stopping_criteria=[stopper],
-            add_history=add_history,
-            task_name=spec.sampler,
-            **options,
-        )
 
     def stream(
         self,
@@ -240,25 +285,44 @@ class MimoAudio(KeepsHistory):
 
         Closing the iterator stops decoding within one group.
         """
-        began, spec = perf_counter(), find_task(task)
-        input_ids = self._prompt(
-            spec, arguments, task_arguments, {"seed": seed, "add_history": add_history}
-        )
-        conversation = self.conversation_for(input_ids, add_history, seed)
+        began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
+        continued = add_history and self.has_history
+        ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
+        conversation = self._history.begin(pipeline, ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
         reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        chunks = self._running = stream_reply(
-            reply, self._reader(input_ids), self.codec, began, spec.speaks
-        )
+        chunks = self._history.stream = pipeline.stream(reply, ids, began, spec.speaks)
         return chunks
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""
         return iterate_async(lambda: self.stream(task, *arguments, **options))
 
+    def _run(
+        self,
+        task: tasks.Task,
+        *arguments: Any,
+        output: Any = None,
+        add_history: bool = False,
+        **options: Unpack[Options],
+    ) -> Any:
+        """All of a task's reply: its text; its audio is written to `output`."""
+        continued = add_history and self.has_history
+        seed = options.get("seed")
+        ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
+        stop_ids = task.stop_ids(self.tokenizer.special)
+        return self.forward(
+            ids,
+            output_audio_path=output,
+            stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stop_ids)],
+            add_history=add_history,
+            task_name=task.sampler,
+            **options,
+        )
+
     def asr_sft(self, audio: AudioSource, **options: Unpack[Options]) -> str:
         """Transcription."""
-        return self._reply("asr_sft", audio, **options)
+        return self._run(TASKS["asr_sft"], audio, **options)
 
     def tts_sft(
         self,
@@ -271,7 +335,7 @@ class MimoAudio(KeepsHistory):
     ) -> str:
         """Speech for a text, into output_path; returns the text channel."""
         arguments = (text, instruct, read_text_only, prompt_speech)
-        return self._reply("tts_sft", *arguments, output=output_path, **options)
+        return self._run(TASKS["tts_sft"], *arguments, output=output_path, **options)
 
     def audio_understanding_sft(
         self,
@@ -281,7 +345,9 @@ class MimoAudio(KeepsHistory):
         **options: Unpack[Options],
     ) -> str:
         """The answer to a question about a recording."""
-        return self._reply("audio_understanding_sft", input_speech, input_text, thinking, **options)
+        return self._run(
+            TASKS["audio_understanding_sft"], input_speech, input_text, thinking, **options
+        )
 
     def spoken_dialogue_sft(
         self,
@@ -293,8 +359,8 @@ class MimoAudio(KeepsHistory):
         **options: Unpack[Options],
     ) -> str:
         """A spoken answer, its audio into output_audio_path; returns its text."""
-        return self._reply(
-            "spoken_dialogue_sft",
+        return self._run(
+            TASKS["spoken_dialogue_sft"],
             input_speech,
             system_prompt,
             prompt_speech,
@@ -311,10 +377,9 @@ class MimoAudio(KeepsHistory):
         prompt_speech: AudioSource | None = None,
         **options: Unpack[Options],
     ) -> str:
-        """A spoken answer; a user's content is audio, an assistant's {"text": ..., "audio":
-        ...}."""
-        return self._reply(
-            "spoken_dialogue_sft_multiturn",
+        """A spoken answer; contents are audio, or {"text": ..., "audio": ...} of an assistant."""
+        return self._run(
+            TASKS["spoken_dialogue_sft_multiturn"],
             message_list,
             system_prompt,
             prompt_speech,
@@ -330,15 +395,21 @@ class MimoAudio(KeepsHistory):
         **options: Unpack[Options],
     ) -> str:
         """A written answer to speech."""
-        return self._reply(
-            "speech2text_dialogue_sft", input_speech, thinking, add_history=add_history, **options
+        return self._run(
+            TASKS["speech2text_dialogue_sft"],
+            input_speech,
+            thinking,
+            add_history=add_history,
+            **options,
         )
 
     def speech2text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
         """A written answer; users' contents are audio, assistants' text."""
-        return self._reply("speech2text_dialogue_sft_multiturn", message_list, thinking, **options)
+        return self._run(
+            TASKS["speech2text_dialogue_sft_multiturn"], message_list, thinking, **options
+        )
 
     def text_dialogue_sft(
         self,
@@ -348,15 +419,15 @@ class MimoAudio(KeepsHistory):
         **options: Unpack[Options],
     ) -> str:
         """A written answer to text."""
-        return self._reply(
-            "text_dialogue_sft", input_text, thinking, add_history=add_history, **options
+        return self._run(
+            TASKS["text_dialogue_sft"], input_text, thinking, add_history=add_history, **options
         )
 
     def text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
         """A written answer; all contents are text."""
-        return self._reply("text_dialogue_sft_multiturn", message_list, thinking, **options)
+        return self._run(TASKS["text_dialogue_sft_multiturn"], message_list, thinking, **options)
 
     def in_context_learning_s2s(
         self,
@@ -368,10 +439,12 @@ class MimoAudio(KeepsHistory):
         min_new_tokens: int = 0,
         seed: int | None = None,
     ) -> str:
-        """Speech to speech by example (base model); examples have input_audio, output_audio,
-        output_transcription."""
-        return self._reply(
-            "in_context_learning_s2s",
+        """Speech to speech by example (base model).
+
+        Examples have input_audio, output_audio and output_transcription.
+        """
+        return self._run(
+            TASKS["in_context_learning_s2s"],
             instruction,
             prompt_examples,
             audio,
@@ -384,9 +457,91 @@ class MimoAudio(KeepsHistory):
     def speech_continuation(
         self, audio: AudioSource, output_audio_path: Any = None, **options: Unpack[Options]
     ) -> str:
-        """Carries a recording on (base model); the continuation alone goes into
-        output_audio_path."""
-        return self._reply("speech_continuation", audio, output=output_audio_path, **options)
+        """Carries a recording on (base model); output_audio_path gets what follows it alone."""
+        return self._run(TASKS["speech_continuation"], audio, output=output_audio_path, **options)
+
+    def get_asr_sft_prompt(
+        self, input: AudioSource, template: Template = None, seed: int | None = None
+    ) -> Tensor:
+        return self._ids(tasks.asr(self.pipeline.context(seed), input, template))
+
+    def get_tts_sft_prompt(
+        self,
+        input: str,
+        instruct: str | None = None,
+        read_text_only: bool = True,
+        prompt_speech: AudioSource | None = None,
+        template: Template = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        context = self.pipeline.context(seed)
+        return self._ids(
+            tasks.tts(context, input, instruct, read_text_only, prompt_speech, template)
+        )
+
+    def get_audio_understanding_sft_prompt(
+        self, input_speech: AudioSource, input_text: str, thinking: bool = False
+    ) -> Tensor:
+        context = self.pipeline.context()
+        return self._ids(tasks.audio_understanding(context, input_speech, input_text, thinking))
+
+    def get_spoken_dialogue_sft_prompt(
+        self,
+        input_speech: AudioSource,
+        system_prompt: str | None = None,
+        prompt_speech: AudioSource | None = None,
+        add_history: bool = False,
+    ) -> Tensor:
+        context = self.pipeline.context(continued=add_history and self.has_history)
+        return self._ids(tasks.spoken_dialogue(context, input_speech, system_prompt, prompt_speech))
+
+    def get_spoken_dialogue_sft_multiturn_prompt(
+        self,
+        message_list: Sequence[Message],
+        system_prompt: str | None = None,
+        prompt_speech: AudioSource | None = None,
+    ) -> Tensor:
+        context = self.pipeline.context()
+        return self._ids(
+            tasks.spoken_dialogue_multiturn(context, message_list, system_prompt, prompt_speech)
+        )
+
+    def get_s2t_dialogue_sft_prompt(
+        self, input_speech: AudioSource, thinking: bool = False
+    ) -> Tensor:
+        return self._ids(
+            tasks.speech2text_dialogue(self.pipeline.context(), input_speech, thinking)
+        )
+
+    def get_s2t_dialogue_sft_multiturn_prompt(
+        self, message_list: Sequence[Message], thinking: bool = False
+    ) -> Tensor:
+        context = self.pipeline.context()
+        return self._ids(tasks.speech2text_dialogue_multiturn(context, message_list, thinking))
+
+    def get_text_dialogue_sft_prompt(self, input_text: str, thinking: bool = False) -> Tensor:
+        return self._ids(tasks.text_dialogue(self.pipeline.context(), input_text, thinking))
+
+    def get_text_dialogue_sft_multiturn_prompt(
+        self, message_list: Sequence[Message], thinking: bool = False
+    ) -> Tensor:
+        context = self.pipeline.context()
+        return self._ids(tasks.text_dialogue_multiturn(context, message_list, thinking))
+
+    def get_in_context_learning_s2s_prompt(
+        self, instruction: str, prompt_examples: Sequence[Mapping[str, Any]], audio: AudioSource
+    ) -> Tensor:
+        context = self.pipeline.context()
+        return self._ids(
+            tasks.in_context_learning_s2s(context, instruction, prompt_examples, audio)
+        )
+
+    def get_speech_continuation_prompt(self, audio: AudioSource) -> Tensor:
+        return self._ids(tasks.speech_continuation(self.pipeline.context(), audio))
+
+    def _ids(self, segments: Segments) -> Tensor:
+        """A prompt [C + 1, T G], on the device as upstream's are."""
+        return self.pipeline.ids(segments).to(self.lm.device)
 
 
 def load(

@@ -1,7 +1,8 @@
-"""Sampler settings and stop rules, with upstream's names and defaults, and upstream's preset for
-each task."""
+"""Sampler settings, stop rules and the presets of the tasks; names and values are upstream's."""
 
 import copy
+import operator
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
+Seed = int | Sequence[int] | None
+"""One for every row, one a row, or None for fresh ones."""
+
 
 @dataclass
 class MiMoSampler:
-    """Settings of one sampler; None leaves a step out (upstream `MiMoSampler`). Without do_sample:
-    greedy.
+    """Settings of one sampler (upstream `MiMoSampler`); None leaves a step out.
 
-    temperature 0 means greedy too, as elsewhere in the field (upstream divides by it).
+    It is greedy without do_sample and, as elsewhere in the field, at temperature 0, by which
+    upstream divides.
     """
 
     do_sample: bool | None = None
@@ -58,8 +62,7 @@ TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
         "local": _SPEECH,
     },
 }
-"""Upstream's samplers per task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for
-speech codes."""
+"""Task -> samplers (`MimoAudio.task_sampler_configs`): "global" of text, "local" of codes."""
 
 
 def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
@@ -73,8 +76,7 @@ def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler
 def sampler_tensors(
     samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu"
 ) -> SamplerTensors:
-    """Settings of one sampler a row, on the device. Upstream's own `MiMoSampler` objects will do as
-    well."""
+    """Settings of one sampler a row, on the device; upstream's own `MiMoSampler`s will do too."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
     return SamplerTensors(
@@ -91,6 +93,21 @@ def sampler_tensors(
         all_greedy=all(greedy),
         any_top_k=any(s.top_k for s in samplers),
     )
+
+
+def row_seeds(seed: Seed, rows: int) -> list[int]:
+    """One 63-bit seed a row.
+
+    Raises:
+        ValueError: there are several seeds, and not one a row.
+    """
+    if seed is None:
+        return [secrets.randbits(63) for _ in range(rows)]
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
+    return [s % 2**63 for s in seeds]
 
 
 class MiMoStopper:

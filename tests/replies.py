@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, MiMoSampler
@@ -28,7 +27,7 @@ class Request:
     limits: Limits
 
     def start(self, engine: Engine, **options: Any) -> Reply:
-        conversation = Conversation(engine, self.seed)
+        conversation = engine.conversation(self.seed)
         conversation.add(self.ids)
         return engine.start(conversation, self.limits, self.samplers, **options)
 

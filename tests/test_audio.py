@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from sounds import encode, error_of, noise
 from torch import Tensor
 
-from mimo_fast.audio.files import load_audio, resample, save_wav
+from mimo_fast.audio.files import load_audio, save_wav
+from mimo_fast.audio.resample import resample
 from mimo_fast.errors import AudioError
 
 # Decoding

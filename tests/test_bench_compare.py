@@ -170,7 +170,7 @@ def test_a_wrong_op_ends_the_comparison(checkout):
 
 
 def test_a_version_that_does_not_fit_is_one_line(checkout):
-    path = checkout / "mimo_fast" / "kernels" / "qmatmul.py"
+    path = checkout / "mimo_fast" / "kernels" / "matmul" / "product.py"
     path.write_text("raise ImportError('no products yet')\n")
     with pytest.raises(
         CompareError, match="cannot measure the working tree with this suite: ImportError"

@@ -15,7 +15,7 @@ from mimo_fast.bench import environment as environment_module
 from mimo_fast.bench import timing
 from mimo_fast.bench.ceiling import Ceiling, ceiling, copy_bandwidth, matmul_rate, read_bandwidth
 from mimo_fast.bench.environment import commit, environment
-from mimo_fast.bench.timing import Timing, cache_bytes, copies_for, percentile, time_calls
+from mimo_fast.bench.timing import CallTime, cache_bytes, copies_for, percentile, time_calls
 
 CPU = torch.device("cpu")
 
@@ -27,12 +27,12 @@ def test_percentiles_are_those_of_torch(values, share):
 
 
 def test_a_timing_is_in_seconds_and_in_order():
-    found = Timing.of([0.3, 0.1, 0.2])
+    found = CallTime.of([0.3, 0.1, 0.2])
     assert found.p50 == 0.2
     assert 0.1 < found.p10 < found.p50 < found.p90 < 0.3
     assert found.n == 3
     with pytest.raises(ValueError, match="at least one"):
-        Timing.of([])
+        CallTime.of([])
 
 
 def test_calls_take_turns_after_a_warm_up(monkeypatch):
@@ -51,7 +51,7 @@ def test_what_is_timed_is_the_call(monkeypatch):
     def call():
         now[0] += next(durations)
 
-    assert time_calls(call, CPU, seconds=0, min_runs=5) == Timing.of([1, 2, 3, 4, 5])
+    assert time_calls(call, CPU, seconds=0, min_runs=5) == CallTime.of([1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_unexpected_errors_are_one_line_too(capsys, monkeypatch):
     def broken(_: object) -> int:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(cli.commands, "info", broken)
+    monkeypatch.setattr("mimo_fast.cli.info.run", broken)
     assert "ZeroDivisionError: first line second line" in fails(capsys, "info")
     monkeypatch.setenv(cli.TRACEBACK, "1")
     assert "Traceback" in run(capsys, "info")[2]
@@ -316,6 +316,22 @@ def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
         assert process.wait(timeout=60) == 130, rest
     assert rest.strip() == "mimo-fast: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_do_without_torch():
+    code = """if True:
+        import sys
+        from mimo_fast.cli.main import main
+        for arguments in (["--version"], ["--help"], ["tts", "--help"]):
+            try:
+                main(arguments)
+            except SystemExit as end:
+                assert end.code == 0
+        assert "torch" not in sys.modules
+    """
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_output_into_a_closed_pipe_is_quiet():

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast.audio.files import load_audio, log_mel
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.mel import log_mel
 from mimo_fast.errors import AudioError
 from mimo_fast.runtime.codec.layers import (
     CodecStack,
@@ -19,7 +20,7 @@ from mimo_fast.runtime.codec.layers import (
     overlap_add,
     split_lengths,
 )
-from mimo_fast.runtime.codec.model import DECODE_SEGMENT, ENCODE_SEGMENT
+from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT
 
 SAMPLES = 960
 

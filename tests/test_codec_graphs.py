@@ -13,10 +13,10 @@ from test_engine_mixes import Counted
 from torch import Tensor
 
 import mimo_fast
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES, default_lookahead
 from mimo_fast.runtime.engine.stream import ReplyReader, _chunks
 from mimo_fast.runtime.lm.decode import Group
 
@@ -182,7 +182,8 @@ def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
 def test_a_reply_gives_its_state_back_at_once(model) -> None:
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
-    chunks = _chunks([spoken] * 20, ReplyReader(model.tokenizer, True), codec, 0.0, 0.0, True, None)
+    reader = ReplyReader(model.tokenizer, True)
+    chunks = _chunks([spoken] * 20, lambda: None, reader, codec, 0.0, 0.0, True, None)
     for _ in range(LOOKAHEAD + 3):
         next(chunks)
     assert not codec.stream_graphs._idle

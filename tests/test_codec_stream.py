@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mimo_fast
 from mimo_fast.runtime.codec import incremental
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
 from mimo_fast.runtime.codec.state import BLOCK, CONTEXT, YOUNG
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES
 
 SAMPLES = 960
 WAIT = LOOKAHEAD * PATCH_FRAMES

@@ -1,6 +1,7 @@
 """Every configuration of every kernel compiles for every GPU generation, and to what it was
 designed for."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def test_compiles_without_spills(case: Case, architecture: int) -> None:
         assert not compiled.tf32
     if case.wide_loads:
         assert compiled.load_bits == 128
+    early = "PDL" in case.kernel.arg_names and architecture >= 90
+    assert (compiled.begins, compiled.waits) == ((1, 1) if early else (0, 0))
+    if early:
+        before, _, _ = compiled.ptx.partition("griddepcontrol.wait")
+        assert not re.search(r"\b(st\.global|atom\.|red\.)", before), "writes before it waits"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -59,6 +65,7 @@ def test_every_kernel_file_is_covered() -> None:
         "attention",
         "norm",
         "patch_embed",
+        "prefill_attention",
         "rope",
         "rvq",
         "sample_codes",

@@ -9,8 +9,7 @@ import soundfile
 import torch
 from helpers import KIT
 
-from mimo_fast.checkpoint.embedded import QUESTION
-from mimo_fast.cli.demo import SENTENCE
+from mimo_fast.checkpoint.embedded import QUESTION, SENTENCE
 from mimo_fast.cli.main import main
 from training import domain
 

@@ -22,7 +22,7 @@ from mimo_fast.checkpoint.embedded import (
     resolve_pair,
 )
 from mimo_fast.checkpoint.files import find_checkpoint
-from mimo_fast.cli import commands
+from mimo_fast.cli import common
 from mimo_fast.cli.main import main
 from mimo_fast.errors import MimoFastError
 from mimo_fast.sampling import TASK_SAMPLERS
@@ -59,7 +59,7 @@ def asked(monkeypatch) -> list[tuple[object, object]]:
         pairs.append((lm, codec))
         raise MimoFastError("enough")
 
-    monkeypatch.setattr(commands, "MimoAudio", load)
+    monkeypatch.setattr(common, "MimoAudio", load)
     return pairs
 
 

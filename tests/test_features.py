@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mimo_fast.audio import mel as features
+from mimo_fast.audio import resample as resampling
 from mimo_fast.audio.files import load_audio
-from mimo_fast.audio.mel import log_mel, resample, resample_blocks
+from mimo_fast.audio.mel import log_mel
+from mimo_fast.audio.resample import resample, resample_blocks
 from mimo_fast.config import CodecConfig
 from mimo_fast.errors import AudioError
 
@@ -109,7 +111,7 @@ def test_large_tables_equal_the_dense_formula_in_float64(source: int, target: in
 
 @pytest.mark.parametrize(("source", "target"), [*SMALL_RATIOS, *COPRIME])
 def test_resample_interpolates(source: int, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "RESAMPLE_SPAN", 1000)
+    monkeypatch.setattr(resampling, "RESAMPLE_SPAN", 1000)
     wav = noise(3000)
     out = resample(wav, source, target)
     positions = torch.linspace(0, len(out) - 1, 500).long()
@@ -153,7 +155,7 @@ def test_blocks_give_what_one_piece_gives(
 ) -> None:
     wav = noise(sum(sizes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "RESAMPLE_SPAN", span)
+        patch.setattr(resampling, "RESAMPLE_SPAN", span)
         pieces = list(resample_blocks(wav.split(sizes) if sizes else [], source, target))
     joined = torch.cat([torch.empty(0), *pieces])
     torch.testing.assert_close(joined, resample(wav, source, target), rtol=0, atol=1e-6)
@@ -250,7 +252,8 @@ def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
     code = """if True:
         import json, sys
         from safetensors.torch import load_file
-        from mimo_fast.audio import load_audio, log_mel
+        from mimo_fast.audio.files import load_audio
+        from mimo_fast.audio.mel import log_mel
         from mimo_fast.config import CodecConfig
         kit, *audio = sys.argv[1:]
         config = CodecConfig.from_dict(json.load(open(kit + "/checkpoint/codec/config.json")))
@@ -293,7 +296,7 @@ LONG_AUDIO = """
 import torch
 from helpers import kit_config
 from mimo_fast.config import CodecConfig
-from mimo_fast.features import log_mel
+from mimo_fast.audio.mel import log_mel
 torch.set_num_threads(1)
 config, wav = CodecConfig.from_dict(kit_config("codec")), torch.randn(24000 * 240)
 """

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import mimo_fast
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
+from mimo_fast.kernels.dispatch import EXPERIMENTAL
+from mimo_fast.runtime import pipeline
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import HostRead, Limits, Samplers
@@ -30,7 +32,6 @@ from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import MiMoSampler
 from mimo_fast.testing import parity as verification
 from mimo_fast.testing.parity import STAGES, Golden, verify
-from mimo_fast.text import prompt_builder
 
 GROUPS = {"cuda": 200, "cpu": 60}
 """Decoded in both ways."""
@@ -110,7 +111,7 @@ def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
                 / 2**15
             )
             decoded[str(path)] = samples.view(-1, file.getnchannels()).mean(dim=1)
-    for module in (verification, prompt_builder):
+    for module in (verification, pipeline):
         monkeypatch.setattr(module, "load_audio", lambda path, rate: decoded[str(path)])
 
 
@@ -148,6 +149,17 @@ def test_graph_and_eager_give_the_same_tokens(
     empty = loaded_model.lm.empty_id
     assert {text == empty for row in graphs for text, _, _ in row} == {True, False}
     assert graphs[0] != graphs[1] != graphs[2]
+
+
+def test_prompts_as_graphs_give_the_same_tokens(
+    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = asked(golden, 12)[:3]
+    plain = together(make_engine(loaded_model.lm, 3, 240), requests)
+    monkeypatch.setenv(EXPERIMENTAL, "1")
+    engine = make_engine(loaded_model.lm, 3, 240)
+    assert engine.decoder.graphs.takes_prompts
+    assert together(engine, requests) == plain
 
 
 def test_no_two_replays_draw_the_same_numbers(

@@ -53,12 +53,14 @@ def noting(tmp_path: Path) -> str:
 
 
 def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> None:
+    gpu_fates: dict[str, str] = {}
     for device, wanted in (("cuda", MEASURED | GPU_ONLY), ("cpu", MEASURED)):
         code, fates, last = script(tmp_path / device, PYTHON=noting, DEVICE=device)
         assert code == 0
         assert last.startswith("all is well after")
         assert {name for name in MEASURED | GPU_ONLY if fates[name].startswith("ok, ")} == wanted
         assert fates["native"] == "skipped: is built already"
+        gpu_fates = fates if device == "cuda" else gpu_fates
     lines = (tmp_path / "noted").read_text().splitlines()
     commands = [line.split()[2:] for line in lines if line.startswith("-m benchmarks ")]
     assert len(commands) == 2 * len(MEASURED | GPU_ONLY) - len(GPU_ONLY) - 2
@@ -66,6 +68,12 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
         args = parser().parse_args(command)
         if command[0] == "ops":
             assert select(args.op, args.m, args.format, quick=args.quick)
+    # After the tests, what is known of no GPU yet; each writes where it is told.
+    parts = [name for name, fate in gpu_fates.items() if fate.startswith("ok, ")]
+    studies = [name.removeprefix("study-") for name in parts if name.startswith("study-")]
+    assert parts[2 : 2 + len(studies)] == [f"study-{name}" for name in studies] != []
+    for name in studies:
+        assert '"--out' in (ROOT / "benchmarks" / "studies" / f"{name}.py").read_text()
     tests = [line for line in lines if line.startswith("-m pytest")]
     assert [Path(line.split()[4]).name for line in tests] == ["test_gpu_kernels.py", "test_gpu.py"]
 

@@ -14,11 +14,11 @@ def test_requests_that_begin_at_the_same_time_do_not_mix(model, golden, monkeypa
     def interrupted(conversation: Conversation, ids: torch.Tensor) -> None:
         """Another thread's request comes whole in between."""
         if ids is first:
-            other.append(own.conversation_for(second, False, 1))
+            other.append(own._history.begin(own.pipeline, second, False, 1))
         add(conversation, ids)
 
     monkeypatch.setattr(Conversation, "add", interrupted)
-    conversation = own.conversation_for(first, False, 0)
+    conversation = own._history.begin(own.pipeline, first, False, 0)
     assert torch.equal(conversation.ids, first)
     assert conversation.seed == 0
     assert torch.equal(other[0].ids, second)

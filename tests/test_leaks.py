@@ -20,7 +20,7 @@ def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
         for text in ("Hi.", "今天天气真好", "The quick brown fox.")
     ]
     engine, step = Engine(model.lm, 2, 64), LM.step
-    monkeypatch.setattr(model, "_engine", engine)
+    monkeypatch.setattr(model.pipeline, "_engine", engine)
 
     def failing(lm: LM, *arguments: object) -> None:
         raise RuntimeError("device lost")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast import AudioError, MimoAudio, PromptError, load_audio
-from mimo_fast.text import prompt
-from mimo_fast.text.prompt import Reply, Speech
+from mimo_fast.text import prompt, tasks
+from mimo_fast.text.prompt import Speech, SpokenReply
+from mimo_fast.text.tasks import PromptContext
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 
 GROUP, FRAME = 4, 960
@@ -53,7 +54,7 @@ class TestPack:
             if isinstance(item, str):
                 segments.append(item)
             elif isinstance(item, tuple):
-                segments.append(Reply(item[0], codes_of(model, item[1])))
+                segments.append(SpokenReply(item[0], codes_of(model, item[1])))
             else:
                 segments.append(Speech(codes_of(model, item), closed=bool(item % 2)))
         ids = model.pack(segments)
@@ -73,7 +74,7 @@ class TestPack:
             encode = model.tokenizer.encode
             if isinstance(segment, str):
                 return encode(segment)
-            if isinstance(segment, Reply):
+            if isinstance(segment, SpokenReply):
                 return [model.sostm_idx, *encode(segment.text), model.eot_idx, model.eostm_idx]
             return [model.sosp_idx, *([model.eosp_idx] if segment.closed else [])]
 
@@ -89,7 +90,7 @@ class TestPack:
     def test_a_reply_alternates_five_tokens_and_five_patches(
         self, model: MimoAudio, text: str, patches: int
     ) -> None:
-        sequence = model.pack([Reply(text, codes_of(model, patches))])[0, ::GROUP].tolist()
+        sequence = model.pack([SpokenReply(text, codes_of(model, patches))])[0, ::GROUP].tolist()
         assert (sequence[0], sequence[-1]) == (model.sostm_idx, model.eostm_idx)
         words = model.tokenizer.encode(text)
         inner = sequence[1:-1]
@@ -110,7 +111,9 @@ class TestPack:
     def test_a_reply_whose_words_have_places(self, model: MimoAudio) -> None:
         words = model.tokenizer.encode("abab ab")
         places = [0, *[2] * (len(words) - 1)]
-        sequence = model.pack([Reply("abab ab", codes_of(model, 3), places)])[0, ::GROUP].tolist()
+        sequence = model.pack([SpokenReply("abab ab", codes_of(model, 3), places)])[
+            0, ::GROUP
+        ].tolist()
         empty = model.empty_token
         expected = [
             model.sostm_idx,
@@ -125,7 +128,7 @@ class TestPack:
         assert sequence == expected
 
     def test_a_reply_without_words_is_its_patches(self, model: MimoAudio) -> None:
-        sequence = model.pack([Reply("", codes_of(model, 2), [])])[0, ::GROUP].tolist()
+        sequence = model.pack([SpokenReply("", codes_of(model, 2), [])])[0, ::GROUP].tolist()
         empty = model.empty_token
         assert sequence == [model.sostm_idx, model.eot_idx, empty, empty, model.eostm_idx]
 
@@ -134,7 +137,7 @@ class TestPack:
 
     @pytest.mark.parametrize("shape", [(7, 8), (8, 6), (9, 8), (64,), (1, 8, 4)])
     @pytest.mark.parametrize(
-        "segment", [Speech, lambda codes: Reply("x", codes)], ids=["speech", "reply"]
+        "segment", [Speech, lambda codes: SpokenReply("x", codes)], ids=["speech", "reply"]
     )
     def test_codes_of_a_wrong_shape(
         self, model: MimoAudio, shape: tuple[int, ...], segment: Any
@@ -146,12 +149,12 @@ class TestPack:
 
 class TestTemplates:
     def test_by_text_by_index_by_seed(self) -> None:
-        assert prompt.choose_template(ASR_TEMPLATES, "My own", None) == "My own"
-        assert prompt.choose_template(ASR_TEMPLATES, 3, 1) == ASR_TEMPLATES[3]
-        drawn = [prompt.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
-        assert drawn == [prompt.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
+        assert tasks.choose_template(ASR_TEMPLATES, "My own", None) == "My own"
+        assert tasks.choose_template(ASR_TEMPLATES, 3, 1) == ASR_TEMPLATES[3]
+        drawn = [tasks.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
+        assert drawn == [tasks.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
         assert set(drawn) == set(ASR_TEMPLATES)
-        assert {prompt.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
+        assert {tasks.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
 
     def test_transcription_asks_with_each_of_them(self, model: MimoAudio) -> None:
         asked = {
@@ -200,7 +203,7 @@ class TestTemplates:
     ],
 )
 def test_text_in_one_case_is_capitalized(model: MimoAudio, text: str, want: str) -> None:
-    assert prompt.capitalize(text) == model.preprocess_input(text) == want
+    assert tasks.capitalize(text) == model.preprocess_input(text) == want
     assert f": {want}<|im_end|>" in text_of(model, model.get_tts_sft_prompt(text))
 
 
@@ -320,11 +323,17 @@ class TestDialogues:
 class TestExamples:
     def test_as_many_as_the_report_uses(self, model: MimoAudio) -> None:
         speech = Speech(codes_of(model, 1))
-        example = (speech, Reply("x", speech.codes))
-        ids = model.pack(prompt.in_context_s2s("Do it.", [example] * 16, speech))
+        example = {"input_audio": speech, "output_audio": speech, "output_transcription": "x"}
+
+        def prompt_of(count: int) -> tasks.Segments:
+            return tasks.in_context_learning_s2s(
+                PromptContext(), "Do it.", [example] * count, speech
+            )
+
+        ids = model.pack(prompt_of(16))
         assert (ids[0] == model.sosp_idx).sum() == 17
         with pytest.raises(PromptError, match="at most 16 examples are supported, not 17"):
-            prompt.in_context_s2s("Do it.", [example] * 17, speech)
+            prompt_of(17)
 
     def test_an_incomplete_one_is_named(self, model: MimoAudio, audio: list[Path]) -> None:
         for missing in ("input_audio", "output_audio", "output_transcription"):

@@ -341,7 +341,9 @@ def test_a_task_may_be_called_without_its_suffix() -> None:
 def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
     for name, task in TASKS.items():
         assert callable(getattr(model, name))
-        assert callable(getattr(model, task.prompt))
+        assert callable(task.prompt)
+        method = f"get_{name.replace('speech2text', 's2t')}_prompt"
+        assert callable(getattr(model, method))
 
 
 def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.audio.files import log_mel
+from mimo_fast.audio.mel import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.model import Codec
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.files import log_mel
+from mimo_fast.audio.mel import log_mel
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.text.prompt import whole_patches
 

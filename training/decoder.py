@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mimo_fast.audio.files import log_mel
+from mimo_fast.audio.mel import log_mel
 from mimo_fast.runtime.codec.model import Codec
 
 from . import parallel

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mimo_fast.config import LMConfig
-from mimo_fast.text import prompt
-from mimo_fast.text.prompt import Reply, Segments, Speech
+from mimo_fast.text import tasks
+from mimo_fast.text.prompt import Segments, Speech, SpokenReply, pack
+from mimo_fast.text.tasks import PromptContext
 from mimo_fast.text.tokenizer import Tokenizer
 
 from . import domain
@@ -116,7 +117,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Said(Reply):
+class Said(SpokenReply):
     """A reply whose phones are known, of each frame, int64 [n G]."""
 
     phones: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -139,18 +140,21 @@ class Examples:
         """The transcription of one utterance."""
         codes = self._codes[part]
         speech = Heard(codes.get(index), text=codes.text(index), phones=codes.phones(index))
-        return self._example(prompt.asr(speech, template), [speech.text, "<|im_end|>"])
+        return self._example(
+            tasks.asr(PromptContext(), speech, template), [speech.text, "<|im_end|>"]
+        )
 
     def reading(
         self, part: str, index: int, template: int | None = 0, seed: int | None = None
     ) -> Example:
         """One utterance to be said, plainly."""
-        request = prompt.tts(self._codes[part].text(index), template=template, seed=seed)
+        text = self._codes[part].text(index)
+        request = tasks.tts(PromptContext(seed=seed), text, template=template)
         return self._example(request, [self._reply(part, index)])
 
     def _example(self, request: Segments, reply: Segments) -> Example:
-        asked = prompt.pack(request, self._tokenizer, self._config)
-        said = prompt.pack(reply, self._tokenizer, self._config)
+        asked = pack(request, self._tokenizer, self._config)
+        said = pack(reply, self._tokenizer, self._config)
         size = self._config.group_size
         if int(asked[0, -size]) == self._tokenizer.special.sostm == int(said[0, 0]):
             # The request opens the reply's speech already.
@@ -211,12 +215,12 @@ class Examples:
             tokens += [place] * len(self._tokenizer.encode(word))
         return Said(text, codes.get(index), tokens, codes.frame_phones(index))
 
-    def _answer(self, text: str) -> Reply:
+    def _answer(self, text: str) -> SpokenReply:
         return self._reply("answers", self._answers[text])
 
     def _asr(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording(_weighted(ASKED, rng), rng)
-        return prompt.asr(speech, seed=rng.getrandbits(32)), [speech.text, "<|im_end|>"]
+        return tasks.asr(_drawn(rng), speech), [speech.text, "<|im_end|>"]
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
@@ -225,17 +229,18 @@ class Examples:
             [phone for each in drawn for phone in each.phones],
         )
         speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text, phones=phones)
-        return prompt.asr(speech, seed=rng.getrandbits(32)), [text, "<|im_end|>"]
+        return tasks.asr(_drawn(rng), speech), [text, "<|im_end|>"]
 
     def _written(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording("questions", rng)
-        return prompt.text_reply([("user", speech)]), [domain.dialogue()[speech.text], "<|im_end|>"]
+        request = tasks.speech2text_dialogue(PromptContext(), speech)
+        return request, [domain.dialogue()[speech.text], "<|im_end|>"]
 
     def _tts(self, rng: random.Random) -> tuple[Segments, Segments]:
         if (part := _weighted(READ, rng)) == "replies":
             return self._said(["normal"], rng)
         reply = self._reply(part, rng.randrange(len(self._codes[part])))
-        return prompt.tts(reply.text, seed=rng.getrandbits(32)), [reply]
+        return tasks.tts(_drawn(rng), reply.text), [reply]
 
     def _styled(self, rng: random.Random) -> tuple[Segments, Segments]:
         return self._said([*INSTRUCTIONS], rng)
@@ -245,24 +250,39 @@ class Examples:
         while (style := codes.style(index := rng.randrange(len(codes)))) not in styles:
             continue
         reply, instruction = self._reply("replies", index), INSTRUCTIONS.get(style)
-        request = prompt.tts(reply.text, instruction, seed=rng.getrandbits(32))
+        request = tasks.tts(_drawn(rng), reply.text, instruction)
         return request, ["</think>\n", reply] if instruction else [reply]
 
     def _dialogue(self, rng: random.Random) -> tuple[Segments, Segments]:
         speech = self._recording("questions", rng)
-        return prompt.spoken_dialogue(speech), [self._answer(domain.dialogue()[speech.text])]
+        request = tasks.spoken_dialogue(PromptContext(), speech)
+        return request, [self._answer(domain.dialogue()[speech.text])]
 
     def _few_shot(self, rng: random.Random) -> tuple[Segments, Segments]:
         part = rng.choice([*S2S_INSTRUCTIONS])
 
-        def pair() -> tuple[Speech, Reply]:
+        def pair() -> tuple[Speech, SpokenReply]:
             speech = self._recording(part, rng)
             text = domain.dialogue()[speech.text] if part == "questions" else speech.text
             return speech, self._answer(text)
 
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
-        examples = [(heard, replace(said, places=None)) for heard, said in examples]
-        return prompt.in_context_s2s(S2S_INSTRUCTIONS[part], examples, speech), [reply]
+        given = [
+            {
+                "input_audio": heard,
+                "output_audio": Speech(said.codes),
+                "output_transcription": said.text,
+            }
+            for heard, said in examples
+        ]
+        instruction = S2S_INSTRUCTIONS[part]
+        request = tasks.in_context_learning_s2s(PromptContext(), instruction, given, speech)
+        return request, [reply]
+
+
+def _drawn(rng: random.Random) -> PromptContext:
+    """A prompt whose wording is drawn."""
+    return PromptContext(seed=rng.getrandbits(32))
 
 
 def _weighted(weights: Mapping[str, int], rng: random.Random) -> str:

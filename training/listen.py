@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.audio.files import resample
+from mimo_fast.audio.resample import resample
 
 from .domain import GRAMMAR
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.files import load_audio, resample
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.resample import resample
 from mimo_fast.errors import MimoFastError
 
 RATE = 24_000

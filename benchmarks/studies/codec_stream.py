@@ -23,8 +23,9 @@ import mimo_fast
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.bench.synthetic import preset_configs, random_codec
 from mimo_fast.config import CodecConfig, read_json
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES, CodecStream
+from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.testing.parity import Golden
 
 KIT = Path("tests/golden")

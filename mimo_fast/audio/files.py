@@ -1,5 +1,4 @@
-"""Audio files, bytes, streams and arrays -> float32 mono waveform, bounded; waveform -> WAV file,
-all or nothing."""
+"""Audio of any source -> float32 mono waveform, within limits; waveform -> file, all or nothing."""
 
 import io
 import os
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.mel import check_rate, log_mel, resample, resample_blocks
+from mimo_fast.audio.resample import check_rate, resample_blocks
 from mimo_fast.errors import AudioError
-
-__all__ = ["AudioSource", "DecodeLimits", "load_audio", "log_mel", "resample", "save_wav"]
 
 AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
 
@@ -37,8 +34,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """The most that one call accepts, counted while decoding: what a header claims is never
-    believed.
+    """The most that one call accepts, counted while decoding and whatever a header claims.
 
     `seconds` of audio; `bytes` of the encoded input, and of the float32 waveform returned.
     """
@@ -55,8 +51,7 @@ def load_audio(
     limits: DecodeLimits = DecodeLimits(),
     source_rate: int | None = None,
 ) -> Tensor:
-    """Decode `source`, mix its channels to their mean and resample -> float32 [n] at `sample_rate`,
-    on the CPU.
+    """Decodes, mixes to mono and resamples -> float32 [n] at `sample_rate`, on the CPU.
 
     A path (of a regular file), encoded bytes or a binary file object holds WAV, FLAC, OGG or MP3; a
     file object is read from its position on, at most `limits.bytes`. A tensor or array is decoded
@@ -75,7 +70,8 @@ def load_audio(
     name = _name(source)
     if source_rate is not None:
         raise AudioError(
-            f"source_rate is for tensors and arrays; {name} states its own rate: leave source_rate out"
+            f"source_rate is for tensors and arrays; {name} states its own rate: leave "
+            "source_rate out"
         )
     encoded = _encoded(source, name, limits)
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
@@ -100,11 +96,13 @@ def _collect(
             frames += len(block)
             if frames > limits.seconds * rate:
                 raise AudioError(
-                    f"{name} is longer than {limits.seconds:g} s; cut it or raise DecodeLimits.seconds"
+                    f"{name} is longer than {limits.seconds:g} s; cut it or raise "
+                    "DecodeLimits.seconds"
                 )
             if 4 * frames * sample_rate > limits.bytes * rate:
                 raise AudioError(
-                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise DecodeLimits.bytes"
+                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise "
+                    "DecodeLimits.bytes"
                 )
             yield block
 
@@ -122,7 +120,8 @@ def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
         raise AudioError(
-            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} channels, n]"
+            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} "
+            "channels, n]"
         )
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
@@ -169,13 +168,13 @@ def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.B
 
 
 def _regular_size(path: str | bytes, name: str) -> int:
-    """Bytes in a readable regular file; pipes and devices are refused because they may never
-    end."""
+    """Bytes in a readable regular file. Pipes and devices are refused: they may never end."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise AudioError(
-                f"{name} is not a regular file; open a pipe or device yourself and pass the file object"
+                f"{name} is not a regular file; open a pipe or device yourself and pass the file "
+                "object"
             )
         with open(path, "rb"):  # soundfile would not say why it cannot
             return status.st_size
@@ -207,8 +206,7 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
 
 
 def _soundfile() -> Any:
-    """The library of encoded audio; what works on arrays alone runs without it, such as the
-    benchmarks."""
+    """soundfile, imported when it is needed: what works on arrays alone runs without it."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
@@ -280,12 +278,11 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
-    """Write float `wav` [n], clipped to [-1, 1): 16-bit PCM WAV, byte for byte what soundfile.write
-    gives.
+    """Writes float `wav` [n], clipped to [-1, 1), as a 16-bit PCM WAV like soundfile.write's.
 
-    A path that ends in .flac, .ogg or .mp3 is written in that format.
-    A path appears complete or not at all: an error or an interrupt leaves what was there. A
-    buffered binary file object gets the whole file at its position and need not be seekable.
+    A path that ends in .flac, .ogg or .mp3 is written in that format. A path appears complete or
+    not at all: an error or an interrupt leaves what was there. A buffered binary file object gets
+    the whole file at its position and need not be seekable.
 
     Raises:
         AudioError: `wav` is not [n] finite floats, or `target` cannot be written.
@@ -327,7 +324,8 @@ def _pcm16(samples: Tensor) -> bytes:
 def _replace(path: Path, data: bytes, name: str) -> None:
     if path.exists() and not path.is_file():
         raise AudioError(
-            f"cannot write {name}: it is not a regular file; open it yourself and pass the file object"
+            f"cannot write {name}: it is not a regular file; open it yourself and pass the file "
+            "object"
         )
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:

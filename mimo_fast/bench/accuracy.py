@@ -1,9 +1,8 @@
-"""When a fast implementation of an op is accepted: the one rule, for the tests and before any time
-is reported.
+"""When a fast implementation of an op is accepted: one rule for tests and for measurements.
 
     float32                at most 1e-5 of the largest exact value off
     float16, bfloat16      at most twice as far off as the same op in eager torch of that dtype
-    int8                   at most one level off, in no more than 1% of the values: ties of a rounding
+    int8                   at most one level off, in at most 1% of the values: ties of a rounding
     other integers, bool   equal
     codes of an RVQ search equal up to a frame's first near-tie: two distances that differ by less
     than 1e-5 of them

@@ -4,9 +4,8 @@ held against.
     floor of an op = max(bytes / read bandwidth, FLOP / matmul rate)
 
 read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of
-16-bit types where the device has instructions for them. All are the best of several runs, and what
-others leave of the machine while they
-run: a loaded machine has a lower ceiling.
+16-bit types where the device has instructions for them. All are the best of several runs. A
+machine with other work to do has a lower ceiling.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ class Ceiling:
 
     def __str__(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in self.flops.items())
-        return f"ceiling: reads {self.read_Bps / 1e9:.1f} GB/s, copies {self.copy_Bps / 1e9:.1f} GB/s; GFLOP/s: {rates}"
+        read, copied = (f"{rate / 1e9:.1f} GB/s" for rate in (self.read_Bps, self.copy_Bps))
+        return f"ceiling: reads {read}, copies {copied}; GFLOP/s: {rates}"
 
     def as_dict(self) -> dict[str, object]:
         """For a record."""

@@ -21,8 +21,9 @@ from mimo_fast.bench.machine import describe_machine, useful_threads
 from mimo_fast.bench.pipeline import Metrics, Request, measure, prompt_ids
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.bench.target import Target, shortfall, user_speech
-from mimo_fast.errors import DeviceMemoryError, MimoFastError
-from mimo_fast.runtime.loading import default_device, parse_dtype
+from mimo_fast.config import PathLike
+from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.runtime.loading import LoadOptions, default_device, parse_dtype
 from mimo_fast.runtime.memory import GB
 
 BUDGET = 120.0
@@ -45,14 +46,14 @@ TEXT_GROUPS = 60
 """About what the shortest request to speak takes as a prompt."""
 
 
-def bench(args: argparse.Namespace) -> int:
-    """The command: the table on stdout, everything else on stderr."""
-    if args.quality:
-        from mimo_fast.bench.quality import quality
+def bench(
+    args: argparse.Namespace, pair: tuple[PathLike, PathLike] | None, options: LoadOptions
+) -> int:
+    """The command: the table on stdout, everything else on stderr.
 
-        return quality(args)
-    if args.format or args.audio or args.text:
-        raise MimoFastError("--format, --audio and --text go with --quality")
+    Args:
+        pair: language model and codec to measure; None for random weights.
+    """
     began = perf_counter()
     device = torch.device(args.device or default_device())
     lines = [
@@ -63,11 +64,11 @@ def bench(args: argparse.Namespace) -> int:
     print("\n".join(lines), flush=True)
     machine = ceiling(device)
     print(machine, flush=True)
-    target, about = _target(args, device, machine)
+    target, about = _target(args, pair, options, device, machine)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
     rows = []
-    table = Table(target, machine)
+    table = StreamTable(target, machine)
     for row in _rows(args, target, machine, began):
         table.row(row)
         rows.append(row)
@@ -101,15 +102,16 @@ class Row:
         return self.metrics.audio_rtf is not None and self.metrics.audio_rtf < 1
 
 
-class Table:
+class StreamTable:
     """Rows as they come."""
 
     def __init__(self, target: Target, machine: Ceiling) -> None:
         work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
         print(f"{work.describe(machine)}\n", flush=True)
         print(
-            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}{'next chunk (p95)':>18}"
-            f"{'worst silence':>15}{'memory':>10}",
+            ""
+            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
+            f"{'next chunk (p95)':>18}{'worst silence':>15}{'memory':>10}",
             flush=True,
         )
 
@@ -176,7 +178,11 @@ def _request(target: Target, machine: Ceiling, context: int) -> Request:
 
 
 def _target(
-    args: argparse.Namespace, device: torch.device, machine: Ceiling
+    args: argparse.Namespace,
+    pair: tuple[PathLike, PathLike] | None,
+    options: LoadOptions,
+    device: torch.device,
+    machine: Ceiling,
 ) -> tuple[Target, dict[str, str | None]]:
     """What is measured, and what a record says of it, in plain words too, which are printed before
     it is made."""
@@ -185,25 +191,26 @@ def _target(
         print(f"model: {what}", flush=True)
         return {"model": what, "preset": preset, "quantization": quantization}
 
-    if args.model is not None or args.codec is not None:
-        from mimo_fast.cli.commands import find_pair, load_options
-
-        lm, codec = find_pair(args)
+    if pair is not None:
+        lm, codec = pair
         quantized = f", {args.quantization}" if args.quantization else ""
         about = announced(None, args.quantization, f"{lm}{quantized}, replies of a set length")
-        options = load_options(args)
         return Target.load(lm, codec, args.quantization, args.dtype, device, True, **options), about
     quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
-        what = f"the published dimensions in {quantization}, random weights: real speed, no real speech"
-        about = announced("7b", quantization, what)
+        about = announced(
+            "7b",
+            quantization,
+            f"the published dimensions in {quantization}, random weights: real speed, no real "
+            "speech",
+        )
         return Target.random("7b", quantization, dtype, device), about
     about = announced(
         "tiny",
         None,
-        f"a tiny one with random weights, since the published dimensions in {quantization} {reason}; its "
-        "figures say nothing about theirs",
+        f"a tiny one with random weights, since the published dimensions in {quantization} "
+        f"{reason}; its figures say nothing about theirs",
     )
     return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.bench.target import Target
-from mimo_fast.bench.timing import Timing, synchronize
-from mimo_fast.runtime.engine.request import Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.bench.timing import CallTime, synchronize
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.snapshot import Snapshot
 from mimo_fast.sampling import TASK_SAMPLERS
@@ -37,8 +36,8 @@ class GroupTimes:
     """Seconds of the first row's prompt, and of a group of all rows, of words and of speech."""
 
     prefill: float
-    text: Timing
-    audio: Timing
+    text: CallTime
+    audio: CallTime
 
 
 def time_groups(
@@ -62,7 +61,7 @@ def time_groups(
 
 def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
     """A prompt of `prompt` words, computed, and the seconds that it took."""
-    first = Conversation(target.engine, seed=0)
+    first = target.engine.conversation(seed=0)
     first.add(target.filler(prompt))
     reply = target.engine.start(first, Limits(1), samplers)
     began = perf_counter()
@@ -88,7 +87,7 @@ def start_rows(
     target.lm.follow([token] * groups)
     replies = []
     for row in range(batch):
-        conversation = Conversation(target.engine, seed=row)
+        conversation = target.engine.conversation(seed=row)
         conversation.add(context.ids)
         conversation.snapshot, conversation.cached = context.computed, context.computed.length
         replies.append(target.engine.start(conversation, Limits(groups), samplers, ahead=1))
@@ -96,7 +95,7 @@ def start_rows(
     return replies
 
 
-def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Timing:
+def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> CallTime:
     """Takes all groups of the replies, in step, and closes them."""
     times = []
     for _ in range(groups + SETTLING):
@@ -108,4 +107,4 @@ def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> Ti
         times.append(perf_counter() - began)
     for reply in replies:
         reply.close()
-    return Timing.of(times[SETTLING:])
+    return CallTime.of(times[SETTLING:])

@@ -12,10 +12,10 @@ import torch
 
 from mimo_fast import __version__
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import LMConfig
+from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.runtime.loading import HubOptions, PathLike, find, open_codec, open_lm
+from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
 
 SHARED_PRODUCT = 2**20
 """Weights of a matrix from which on a product with one row is worth sharing between cores."""
@@ -44,20 +44,22 @@ PARTS = {
 
 def describe_machine() -> Iterator[str]:
     """Lines about this machine and what is installed on it."""
-    yield f"mimo-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    system = f"{platform.system()} {platform.machine()}"
+    yield f"mimo-fast {__version__}, Python {platform.python_version()}, {system}"
     packages = ("torch", "triton", "safetensors", "tokenizers", "soundfile", "transformers")
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in packages)
     memory = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     )
-    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
+    threads = torch.get_num_threads()
+    yield f"cpu: {cpu_name()}, {usable_cores()} cores, {threads} threads, {memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
         yield "gpu: none that this torch can use"
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         yield (
-            f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
-            f"{card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+            f"gpu {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} "
+            f"GiB, {card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         )
     yield f"native kernels: {native.state()}"
     yield f"cuda kernels: {cuda.state()}"

@@ -32,24 +32,25 @@ from mimo_fast.bench.player import Playback, play
 from mimo_fast.bench.schedule import spoken_reply, written_reply
 from mimo_fast.bench.target import SAMPLE_RATE, Target
 from mimo_fast.bench.timing import percentile
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, PATCH_FRAMES
-from mimo_fast.runtime.engine.request import Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.stream import ReplyReader, stream_reply
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
-from mimo_fast.text import prompt
+from mimo_fast.text import prompt, tasks
 from mimo_fast.text.prompt import Segments, Speech
 from mimo_fast.text.tasks import find_task
 
 SENTENCE = "It begins to speak before it has finished thinking."
 QUESTION = "What is being said?"
 
+ENCODED = tasks.PromptContext()
+
 PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
-    "tts": lambda _speech: prompt.tts(SENTENCE, template=0),
-    "spoken_dialogue": lambda speech: prompt.spoken_dialogue(speech()),
-    "asr": lambda speech: prompt.asr(speech(), template=0),
-    "audio_understanding": lambda speech: prompt.audio_understanding(speech(), QUESTION),
+    "tts": lambda _speech: tasks.tts(ENCODED, SENTENCE, template=0),
+    "spoken_dialogue": lambda speech: tasks.spoken_dialogue(ENCODED, speech()),
+    "asr": lambda speech: tasks.asr(ENCODED, speech(), template=0),
+    "audio_understanding": lambda speech: tasks.audio_understanding(ENCODED, speech(), QUESTION),
 }
 """Task -> what is asked, given what encodes the user's speech."""
 
@@ -305,16 +306,15 @@ def _answer(
     trace, task, began = Trace(), find_task(request.task), perf_counter()
     ids = prompt_ids(target, request)
     trace.encoded = perf_counter() - began
-    conversation = Conversation(target.engine, seed)
+    conversation = target.engine.conversation(seed)
     conversation.add(ids)
     trace.prompt_groups = conversation.groups
     preset = TASK_SAMPLERS[task.sampler]
     samplers = (
         Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
     )
-    reply = conversation.decode(
-        Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special)), samplers
-    )
+    limits = Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special))
+    reply = target.engine.decode(conversation, limits, samplers)
     trace.prefilled = perf_counter() - began
 
     def note(group: Group) -> None:

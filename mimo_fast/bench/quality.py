@@ -1,16 +1,15 @@
-"""What quantized weights cost: each format against the checkpoint's own weights, on the same ids,
-teacher-forced.
+"""What quantized weights cost, against the checkpoint's own on the same ids, teacher-forced.
 
 Sequences are the given recordings carried on (their own codes are what is predicted), and the
 checkpoint's own replies to them and to the given texts. At each predicted position:
 
-    KL         of the quantized distribution from the checkpoint's, in nats; temperature 1, before top-k and top-p
+    KL         of the quantized distribution from the checkpoint's, in nats, at temperature 1 and
+               before top-k and top-p
     agreement  how often both prefer the same token
 
 for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in
-int8 is held
-against itself in full: SNR and mel distance (mean absolute difference of the log-mel) of what it
-decodes from the recordings' codes, and how many of its own codes are the same.
+int8 is held against itself in full: SNR and mel distance (mean absolute difference of the log-mel)
+of what it decodes from the recordings' codes, and how many of its own codes are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +28,6 @@ from tqdm import tqdm
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.mel import log_mel
 from mimo_fast.bench.environment import environment
-from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.model import LM
@@ -78,20 +76,11 @@ class CodecQuality:
     code_agreement: float
 
 
-def quality(args: argparse.Namespace) -> int:
-    """`mimo-fast bench --quality`: a table per format on stdout."""
-    from mimo_fast.cli.commands import find_pair
-
-    if not args.audio and not args.text:
-        raise MimoFastError("--quality needs --audio or --text to compare on")
-    if args.quantization:
-        raise MimoFastError(
-            "--quality chooses the formats itself: use --format in place of --quantization"
-        )
+def quality(args: argparse.Namespace, load: Callable[[Any], MimoAudio]) -> int:
+    """`mimo-fast bench --quality`: a table per format on stdout; load: quantization -> model."""
     formats = tuple(dict.fromkeys(args.format or FORMATS))
     wavs = [load_audio(path, 24000) for path in args.audio or ()]
-    args.model, args.codec = find_pair(args)
-    model = _load(args, None)
+    model = load(None)
     sequences = list(own_sequences(model, wavs, args.text or ()))
     reference = [teacher_forced(model.lm, sequence) for sequence in sequences]
     full = model.codec
@@ -100,12 +89,12 @@ def quality(args: argparse.Namespace) -> int:
     results: dict[str, list[Head]] = {}
     for name in formats:
         gc.collect()
-        lm = _load(args, name).lm
+        lm = load(name).lm
         results[name] = compare(reference, [teacher_forced(lm, sequence) for sequence in sequences])
         del lm
-    codec = (
-        compare_codec(full, _load(args, {"codec": "int8"}).codec, wavs, channels) if wavs else None
-    )
+    codec = None
+    if wavs:
+        codec = compare_codec(full, load({"codec": "int8"}).codec, wavs, channels)
     for name, heads in results.items():
         print_table(name, heads)
     if codec is not None:
@@ -126,12 +115,6 @@ def quality(args: argparse.Namespace) -> int:
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def _load(args: argparse.Namespace, quantization: Any) -> MimoAudio:
-    from mimo_fast.cli.commands import load_model
-
-    return load_model(argparse.Namespace(**{**vars(args), "quantization": quantization}))
 
 
 def own_sequences(

@@ -16,11 +16,12 @@ from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.floor import request_floor
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.bench.synthetic import preset_setup, preset_tokenizer, random_codec, random_lm
+from mimo_fast.config import PathLike
 from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.runtime.codec.geometry import PATCH_FRAMES
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.stream import PATCH_FRAMES
 from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.loading import LoadOptions, PathLike, load_parts
+from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.memory import GB, Setup, free_bytes
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ MAX_COPIES = 64
 
 
 @dataclass(frozen=True)
-class Timing:
+class CallTime:
     """Seconds of one call: the 10th, 50th and 90th percentile of n measurements."""
 
     p10: float
@@ -36,7 +36,7 @@ class Timing:
     n: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
+    def of(cls, seconds: Sequence[float]) -> CallTime:
         """Of measured durations, at least one; percentiles are interpolated linearly."""
         p10, p50, p90 = (percentile(seconds, share) for share in (0.1, 0.5, 0.9))
         return cls(p10, p50, p90, len(seconds))
@@ -64,7 +64,7 @@ def time_calls(
     seconds: float = 0.5,
     min_runs: int = 5,
     max_runs: int = 1000,
-) -> Timing:
+) -> CallTime:
     """Times one call, or several that do the same on copies of their inputs, in turn.
 
     Args:
@@ -73,7 +73,7 @@ def time_calls(
         seconds: bound on the measuring, warm-up apart, unless `min_runs` calls take longer.
         min_runs, max_runs: measurements to make at least and at most.
     """
-    return Timing.of(
+    return CallTime.of(
         durations(calls, device, seconds=seconds, min_runs=min_runs, max_runs=max_runs)
     )
 

@@ -1,2 +1,1 @@
-"""Checkpoints on disk: safetensors files, tensor names and shapes, random weights, the pair in the
-package."""
+"""Checkpoints on disk: safetensors, tensor names and shapes, random weights, the embedded pair."""

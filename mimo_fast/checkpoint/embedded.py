@@ -1,10 +1,9 @@
-"""The small pair inside the package, and which checkpoints are meant where none, or only one of
-two, is named."""
+"""The small pair inside the package, and which pair is meant where one or both have no name."""
 
 from pathlib import Path
 
+from mimo_fast.config import PathLike
 from mimo_fast.errors import CheckpointError
-from mimo_fast.runtime.loading import PathLike
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NAME = "nano"
@@ -16,6 +15,9 @@ CARD = NANO / "README.md"
 
 QUESTION = ASSETS / "question.wav"
 """A question that the embedded model can answer, in a voice that it was not trained on."""
+
+SENTENCE = "tomorrow is tuesday december twenty five"
+"""What it can say: it was not trained on the sentence, but on its words."""
 
 PUBLISHED_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
 PUBLISHED_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"

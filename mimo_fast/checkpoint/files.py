@@ -134,7 +134,8 @@ def _require_files(directory: Path) -> None:
         )
     if ".safetensors" not in suffixes and suffixes & {".bin", ".pt", ".pth"}:
         raise CheckpointError(
-            f"{directory} has only PyTorch .bin/.pt weights: only safetensors are read, convert them"
+            f"{directory} has only PyTorch .bin/.pt weights: only safetensors are read, convert "
+            "them"
         )
     if ".safetensors" not in suffixes:
         raise CheckpointError(
@@ -284,7 +285,8 @@ def _open_shards(index: Path) -> dict[str, Any]:
     absent = [f"{name} from {shard}" for name, shard in table.items() if name not in tensors[shard]]
     if absent:
         raise CheckpointError(
-            f"{index} lists tensors absent from their shards ({_abridge(absent)}): download it again"
+            f"{index} lists tensors absent from their shards ({_abridge(absent)}): download it "
+            "again"
         )
     return {name: shards[shard] for name, shard in table.items()}
 

@@ -53,29 +53,28 @@ TOKEN_IDS = {
     "7b": {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
     | dict(zip(MODEL_TOKENS.values(), range(151665, 151673), strict=True)),
 }
-"""Special tokens of each preset; those of 7b have the published ids. Ids below 256 are bytes, the
-others are unused."""
+"""Special tokens of each preset, published ids in 7b; ids below 256 are bytes, others unused."""
 
 README = """# Random weights
-`mimo-fast init-checkpoint --preset {preset} --seed {seed}` made these two checkpoints, `lm` and `codec`. Nothing was
-trained: what the model says is noise, and the tokenizer knows bytes and special tokens only. Names, shapes and files
-are those of real checkpoints, so what loads those loads these.
+`mimo-fast init-checkpoint --preset {preset} --seed {seed}` made these two checkpoints, `lm` and
+`codec`. Nothing was trained: what the model says is noise, and the tokenizer knows bytes and
+special tokens only. Names, shapes and files are those of real checkpoints, so what loads those
+loads these.
 """
 
 SPEAKING = """
-This preset is biased towards speaking, so that a random model produces audio: the weights are arranged so that
-`<|empty|>`, the token of an audio position, is usually the likeliest, and `<|im_end|>` comes up now and then.
+This preset is biased towards speaking, so that a random model produces audio: the weights are
+arranged so that `<|empty|>`, the token of an audio position, is usually the likeliest, and
+`<|im_end|>` comes up now and then.
 """
 
 CODEBOOK_STD, CODEBOOK_DECAY = 0.5, 0.8
-"""Of the first codebook, and from each to the next: encoder outputs have unit variance, residuals
-shrink."""
+"""Of the first codebook, and from each to the next: residuals of a unit variance shrink."""
 
 BIAS_STD = 0.02
 
 HEAD_GAIN = 2.0
-"""Of the output heads over unit variance, so that logits differ enough to be worth sampling
-from."""
+"""Of the output heads over unit variance: logits should differ enough to sample from."""
 
 PUSH, EMPTY_LEAN, END_LEAN = 8.0, 2.0, 0.9
 """See `_lean_to_speech`."""
@@ -160,8 +159,7 @@ def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor: norms are one, matrices keep the variance of what
-    passes through."""
+    """Mean and deviation of a tensor: norms are one, matrices keep the variance of their input."""
     if len(shape) == 1:
         return (0.0, BIAS_STD) if name.endswith("bias") else (1.0, 0.0)
     if match := re.search(r"vq\.layers\.(\d+)\._codebook", name):
@@ -195,8 +193,7 @@ def _lean_to_speech(
 
 
 def write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -> None:
-    """Writes a byte-level tokenizer without merges into a folder: a token a byte of UTF-8, and the
-    special tokens."""
+    """Writes a byte-level tokenizer without merges: a token a byte of UTF-8, and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)} | ids
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -235,5 +232,6 @@ def _require_space(directory: Path, nbytes: int) -> None:
     if free < nbytes:
         need, have = (f"{size / 2**30:.2f} GiB" for size in (nbytes, free))
         raise CheckpointError(
-            f"{directory} needs {need}, but its disk has {have} free: free space or use another disk"
+            f"{directory} needs {need}, but its disk has {have} free: free space or use another "
+            "disk"
         )

@@ -80,8 +80,7 @@ def codec_shapes(config: CodecConfig) -> Shapes:
 
 
 def codec_training_state(config: CodecConfig) -> Shapes:
-    """Codebook statistics that published files carry and only training reads: allowed, never
-    required."""
+    """Codebook statistics of published files, which only training reads: allowed, not required."""
     shapes: Shapes = {}
     for i, size in enumerate(config.codebook_sizes):
         codebook = f"encoder.quantizer.vq.layers.{i}._codebook"

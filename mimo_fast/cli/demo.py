@@ -1,5 +1,4 @@
-"""All of it in one go: a text is said, a recording transcribed and answered by voice, and every
-stage timed."""
+"""`mimo-fast demo [WAV]`: says a text, transcribes a recording and answers it; times all stages."""
 
 import argparse
 import json
@@ -15,20 +14,15 @@ from tqdm import tqdm
 from mimo_fast.audio.files import load_audio, save_wav
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
-from mimo_fast.cli.commands import load_model, say, warn_of_words
+from mimo_fast.cli.common import load_model, say, warn_of_words
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.stream import ChunkStream
 
-SENTENCE = "tomorrow is tuesday december twenty five"
-"""The embedded model was not trained on it, but on its words."""
-
 Result = TypeVar("Result")
 
 
-def demo(args: argparse.Namespace) -> int:
-    """`mimo-fast demo [AUDIO]`: --text is said; AUDIO, or the question in the package, transcribed
-    and answered."""
+def run(args: argparse.Namespace) -> int:
     if not args.text.strip():
         raise MimoFastError("there is no text to say")
     recording = args.audio or QUESTION
@@ -37,7 +31,7 @@ def demo(args: argparse.Namespace) -> int:
     model, loading = _timed(lambda: load_model(args))
     warn_of_words(model, args.text)
     say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")
-    table = Table()
+    table = StageTable()
     table.row("load", loading)
     texts, sounds = _talk(model, args, wav, table)
     print(f"\nthe recording: {recording}")
@@ -54,10 +48,9 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _talk(
-    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "Table"
+    model: MimoAudio, args: argparse.Namespace, wav: Tensor, table: "StageTable"
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Every stage in turn, its rows added: what was said, heard and answered, and waveforms [n] by
-    file name."""
+    """Runs every stage and adds its rows -> texts by what they are, waveforms [n] by file name."""
     seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
     seconds = len(wav) / rate
     saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)
@@ -74,7 +67,7 @@ def _talk(
 
 
 def _follow(
-    name: str, stream: ChunkStream, table: "Table", heard: float = 0.0, speaks: bool = True
+    name: str, stream: ChunkStream, table: "StageTable", heard: float = 0.0, speaks: bool = True
 ) -> tuple[str, Tensor]:
     """A reply as it comes, with the rows that only a stream has: its text and waveform [n].
 
@@ -97,7 +90,7 @@ def _follow(
     )
 
 
-class Table:
+class StageTable:
     """Stages as they end: printed, and kept for --json."""
 
     def __init__(self) -> None:

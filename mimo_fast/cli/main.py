@@ -1,35 +1,37 @@
-"""The `mimo-fast` command: arguments, exit codes (0 done, 1 failed, 2 bad usage, 130 interrupted),
-one-line errors.
+"""The `mimo-fast` command: arguments, exit codes and one-line errors.
 
-Results go to stdout, everything else to stderr.
+Exit codes are 0 done, 1 failed, 2 bad usage, 130 interrupted. Results go to stdout, everything else
+to stderr. What a command does is in the module of its name, imported once it is asked for: `--help`
+does not wait for torch.
 """
 
 import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from mimo_fast import __version__
-from mimo_fast.bench.command import bench
-from mimo_fast.checkpoint.embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL
-from mimo_fast.cli import commands
-from mimo_fast.cli.demo import SENTENCE, demo
+from mimo_fast.checkpoint.embedded import (
+    PUBLISHED_BASE,
+    PUBLISHED_CODEC,
+    PUBLISHED_MODEL,
+    SENTENCE,
+)
+from mimo_fast.config import OFFLOADABLE
 from mimo_fast.errors import MimoFastError
-from mimo_fast.runtime.memory import OFFLOADABLE
 
 TRACEBACK = "MIMO_FAST_TRACEBACK"
 EMBEDDED = "nano, inside the package"
-
-Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = build_parser().parse_args(arguments)
     try:
-        return int(args.run(args))
+        return int(import_module(f"mimo_fast.cli.{args.module}").run(args))
     except KeyboardInterrupt:
         print("mimo-fast: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -60,18 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(
         name: str,
-        run: Command,
         help: str,
         published: str | None = PUBLISHED_MODEL,
         default: str = EMBEDDED,
+        module: str | None = None,
     ) -> argparse.ArgumentParser:
         sub = commands_.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run, published=published)
+        sub.set_defaults(module=module or name, published=published)
         if published is not None:
             _add_model_options(sub, published, default)
         return sub
 
-    tts = command("tts", commands.tts, "Say a text.")
+    tts = command("tts", "Say a text.")
     tts.add_argument("text", help="what to say; '-' reads it from standard input")
     _add_output(tts)
     tts.add_argument(
@@ -90,11 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_generation_options(tts)
 
-    asr = command("asr", commands.asr, "Transcribe recordings.")
+    asr = command("asr", "Transcribe recordings.")
     asr.add_argument("audio", type=Path, nargs="+")
     _add_generation_options(asr)
 
-    understand = command("understand", commands.understand, "Answer a question about a recording.")
+    understand = command("understand", "Answer a question about a recording.")
     understand.add_argument("audio", type=Path)
     understand.add_argument("question")
     understand.add_argument(
@@ -102,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_generation_options(understand)
 
-    chat = command("chat", commands.chat, "Answer speech with speech, turn by turn.")
+    chat = command("chat", "Answer speech with speech, turn by turn.")
     chat.add_argument(
         "turns", nargs="+", metavar="AUDIO", help="one recording a turn (or texts, with --text)"
     )
@@ -123,9 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     more = command(
         "continue",
-        commands.carry_on,
         "Carry a recording on (a base model does this).",
         PUBLISHED_BASE,
+        module="carry_on",
     )
     more.add_argument("audio", type=Path)
     _add_output(more)
@@ -134,9 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_generation_options(more)
 
-    show = command(
-        "demo", demo, "Say a text, transcribe a recording and answer it; time every stage."
-    )
+    show = command("demo", "Say a text, transcribe a recording and answer it; time every stage.")
     show.add_argument(
         "audio",
         type=Path,
@@ -152,7 +152,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     speed = command(
         "bench",
-        bench,
         "Measure this machine: speed, first audio, streams it can carry, memory.",
         default="random weights; nano with --quality",
     )
@@ -177,9 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", action="append", metavar="TEXT", help="a text to be said; repeatable"
     )
 
-    check = command(
-        "verify", commands.verify_, "Check every stage against ground truth on this machine.", None
-    )
+    check = command("verify", "Check every stage against ground truth on this machine.", None)
     check.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="folder with lm/ and codec/"
     )
@@ -187,7 +184,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device_options(check)
 
     init = command(
-        "init-checkpoint", commands.init, "Write a checkpoint pair of random weights.", None
+        "init-checkpoint",
+        "Write a checkpoint pair of random weights.",
+        None,
+        module="init_checkpoint",
     )
     init.add_argument("directory", type=Path, metavar="DIR")
     init.add_argument(
@@ -195,13 +195,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--seed", type=int, default=0)
 
-    what = "Write a language model's checkpoint in a smaller format; GPTQ and bitsandbytes NF4 are imported."
-    pack = command("quantize", commands.quantize, what, None)
+    pack = command(
+        "quantize",
+        "Write a language model's checkpoint in a smaller format; GPTQ and bitsandbytes NF4 are "
+        "imported.",
+        None,
+    )
     pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
     pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
 
-    command("info", commands.info, "Describe this machine, the kernels and a checkpoint pair.")
+    command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
 
 

@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 from mimo_fast.kernels.rope import load_angles, load_turned, rope
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
@@ -93,7 +102,9 @@ def rotary_attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -102,8 +113,9 @@ def rotary_attention_kernel(
     m_h = (o_h < H)[:, None] & m_d
     m_s = (o_s < T)[:, None] & m_d
     m_kv = m_h[:, None, :] & m_s[None, :, :]
-    qkv_ptr += i_n * stride_xn
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_s[:, None], o_d[None, :], m_s, DH // 2)
+    wait_for_the_last(PDL)
+    qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
     b_k = load_turned(
         qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
@@ -142,6 +154,7 @@ def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, caus
     block = small_block(heads, t, dh)
     y = torch.empty(n, t, heads * dh, dtype=qkv.dtype, device=qkv.device)
     rotary_attention_kernel[(n, -(-heads // block["BLOCK_H"]))](
+        **early_launch(qkv),
         qkv_ptr=qkv,
         cos_ptr=table[0],
         sin_ptr=table[1],

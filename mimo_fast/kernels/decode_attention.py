@@ -38,7 +38,16 @@ from torch import Tensor
 
 from mimo_fast.kernels.attention import SMALL, attention, small_block, small_warps
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 from mimo_fast.kernels.kv_cache import (
     APPEND_UNALIGNED,
     LayerKV,
@@ -102,10 +111,15 @@ def small_decode_kernel(
     DH: tl.constexpr,
     SHARE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    if not FIXED:
+        wait_for_the_last(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     position = length - 1
@@ -114,10 +128,14 @@ def small_decode_kernel(
     m_h = (o_h < H)[:, None]
     m_d = o_d < tl.where(length > 0, DH, 0)
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, position, o_d, m_d, DH // 2)
+    if FIXED:
+        wait_for_the_last(PDL)
+    # Whatever the length, so that these reads do not wait for it.
+    m_x = m_h & (o_d < DH)
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d, m_h & m_d, b_cos, b_sin, DH // 2) * scale
-    b_k_new = load_turned(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_h & m_d, b_cos, b_sin, DH // 2)
-    b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_h & m_d, other=0.0).to(
+    b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
+    b_k_new = load_turned(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
+    b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_x, other=0.0).to(
         tl.float32
     )
 
@@ -196,7 +214,10 @@ def split_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_split, i_kv, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -216,8 +237,10 @@ def split_attention_kernel(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
     )
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
-    b_k_new = load_turned(qkv_ptr, (H + i_kv) * DH, o_d, m_new, b_cos, b_sin, DH // 2)
-    b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_new, other=0.0).to(tl.float32)
+    # By every program, so that these reads do not wait for the length.
+    b_k_new = load_turned(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
+    b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_v_new = tl.where(owner, b_v_new, 0.0)
 
     head = i_slot * stride_cb + i_kv.to(tl.int64) * stride_ch
     head_scale = i_slot * stride_sb + i_kv.to(tl.int64) * stride_sh
@@ -284,7 +307,10 @@ def merge_splits_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_head, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -314,13 +340,16 @@ def decode_attention(
     starts: Tensor,
     heads: int,
     max_length: int,
+    fixed: bool = False,
 ) -> Tensor:
     """qkv [R, 1, (heads + 2 Hkv) Dh] -> [R, 1, heads Dh]; row r appends to position starts[r] of
     slot slots[r].
 
     table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts: int64 [R], the slots different.
     max_length: no row attends to more positions. It decides how the work is split, and so the
-    rounding: give every step of a run the same.
+    rounding: give every step of a run the same. fixed: slots and starts were complete before the
+    run's first kernel was launched, and never change in it; then they are read ahead of the wait for
+    the kernel before (dispatch.py). Caches of at most SMALL positions make use of it.
     """
     cache.check_append(qkv, table, slots, starts, heads)
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
@@ -333,17 +362,24 @@ def decode_attention(
             qkv, table, cache, slots, starts, heads
         )
     if cache.capacity <= SMALL:
-        return _small_attention(qkv, table, cache, slots, starts, heads)
+        return _small_attention(qkv, table, cache, slots, starts, heads, fixed)
     return _split_attention(qkv, table, cache, slots, starts, heads, max_length)
 
 
 def _small_attention(
-    qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
+    qkv: Tensor,
+    table: Tensor,
+    cache: LayerKV,
+    slots: Tensor,
+    starts: Tensor,
+    heads: int,
+    fixed: bool,
 ) -> Tensor:
     kv_heads, dh = cache.k.shape[1], cache.k.shape[3]
     block = small_block(heads, cache.capacity, dh)
     y = torch.empty(len(qkv), 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
     small_decode_kernel[(len(qkv), -(-heads // block["BLOCK_H"]))](
+        **early_launch(qkv),
         **cache.append_arguments(qkv, table, slots, starts),
         y_ptr=y,
         H=heads,
@@ -351,6 +387,7 @@ def _small_attention(
         scale=log2(EULER) / sqrt(dh),
         DH=dh,
         SHARE=heads // kv_heads,
+        FIXED=fixed,
         num_warps=small_warps(block),
         **block,
     )
@@ -376,6 +413,7 @@ def _split_attention(
     )
     arguments = cache.append_arguments(qkv, table, slots, starts)
     split_attention_kernel[(splits, kv_heads, rows)](
+        **early_launch(qkv),
         **arguments,
         y_ptr=y,
         part_ptr=part,
@@ -394,6 +432,7 @@ def _split_attention(
     )
     if splits > 1:
         merge_splits_kernel[(heads, rows)](
+            **early_launch(qkv),
             part_ptr=part,
             stats_ptr=stats,
             y_ptr=y,
@@ -423,7 +462,7 @@ def compile_cases() -> Iterator[Case]:
     for dtype, quantized in (("bf16", False), ("fp32", False), ("bf16", True)):
         name, block = dtype + " int8" * quantized, small_block(64, 11, 16)
         signature = append_signature(dtype, quantized) | {"y_ptr": f"*{dtype}"}
-        flags = {"DH": 16, "SHARE": 1, "QUANTIZED": quantized}
+        flags = {"DH": 16, "SHARE": 1, "QUANTIZED": quantized, "FIXED": True}
         yield Case(
             f"small_decode {name}",
             small_decode_kernel,

@@ -2,12 +2,38 @@
 
 MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as
 the tests use it.
+
+Programmatic dependent launch, on Hopper and newer: the blocks of a kernel that is launched with
+`early_launch` start as soon as every block of the kernel before it has called `let_the_next_begin`
+or ended, so that its launch and what it may read at once are over when that one ends. The rule:
+
+    A kernel that is launched early calls `wait_for_the_last` on every path of every program, before
+    it writes anything, and before it reads anything that a kernel or a copy of the same run wrote.
+
+Before it, only weights and tables may be read that were complete before the first kernel of the run
+was launched. Writes come after it even where nothing in flight writes the same memory, since a
+kernel before may still read it, or be yet to read what lay there before the allocator gave it away.
+
+The wait is for the end of the one kernel before, and its memory. That covers all before it because
+that one, too, ends only after its own wait: a chain of early kernels in which one did not wait would
+let the next pass the wait while kernels further back still run. So there are no exceptions for
+kernels that need nothing of their predecessor. Kernels that are not launched early, torch's for
+instance, begin after the end of all before them, and keep the chain. `tests/test_early_launch.py`
+holds every kernel to the rule.
+
+`let_the_next_begin` may be called anywhere and so stands first. csrc/cuda/warp.cuh has both under
+the same names. MIMO_FAST_PDL=0 turns early launches of Triton's kernels off; it is asked at every
+launch. MIMO_FAST_EXPERIMENTAL=1 turns on paths that no GPU has shown right and faster yet.
 """
+
+from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -16,7 +42,21 @@ try:
 except ImportError:  # CPU builds of torch come without it.
     triton = tl = None
 
+try:
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    KNOWS_EARLY_LAUNCH = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    """Whether this Triton has programmatic dependent launch."""
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+    KNOWS_EARLY_LAUNCH = False
+
 ENVIRONMENT = "MIMO_FAST_KERNELS"
+EARLY_ENVIRONMENT = "MIMO_FAST_PDL"
+EARLY_CAPABILITY = 9
+"""Major compute capability from which a kernel can be launched early."""
+EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
 
 
 def forced() -> str:
@@ -25,6 +65,12 @@ def forced() -> str:
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
     return choice
+
+
+def experimental() -> bool:
+    """Whether the environment asks for paths that no GPU has yet shown to be right and faster; read
+    where a path is constructed."""
+    return os.environ.get(EXPERIMENTAL, "") not in ("", "0")
 
 
 def use_triton(x: Tensor) -> bool:
@@ -41,13 +87,56 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 
+@jit
+def let_the_next_begin(PDL: tl.constexpr):
+    """Lets the next kernel's blocks start once all of this kernel's have come here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@jit
+def wait_for_the_last(PDL: tl.constexpr):
+    """Waits until the kernel before has ended and its memory can be seen. See the rule above."""
+    if PDL:
+        gdc_wait()
+
+
+@jit
+def prefetch(x_ptr, PDL: tl.constexpr):
+    """Fetches the lines of L2 at these addresses, of weights, ahead of the wait."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [x_ptr.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+def early_launch(x: Tensor) -> dict[str, bool]:
+    """Arguments for the launch of a kernel that takes PDL, on the device that x lies on."""
+    if not x.is_cuda or os.environ.get(EARLY_ENVIRONMENT) == "0" or not _begins_early(x.device):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@cache
+def _begins_early(device: torch.device) -> bool:
+    # A GPU of another maker has capabilities of its own.
+    nvidia = torch.version.hip is None
+    capability = torch.cuda.get_device_capability(device)[0]
+    return KNOWS_EARLY_LAUNCH and nvidia and capability >= EARLY_CAPABILITY
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration of a kernel to be compiled without a GPU.
 
     Args:
         signature: type of every argument that is not a constexpr, such as "*bf16", "i32", "fp32".
-        constexprs: value of every constexpr.
+        constexprs: value of every constexpr but PDL, which follows from what it is compiled for.
         ieee: no TF32 may appear. wide_loads: global loads of 16 bytes must appear.
         unaligned: integer or pointer arguments that may not be assumed to be multiples of 16.
     """

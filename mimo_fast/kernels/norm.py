@@ -23,7 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,17 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
 
 
 @jit
-def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, stride_x, D, eps, BLOCK_D: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, weight_ptr, y_ptr, stride_x, D, eps, BLOCK_D: tl.constexpr, PDL: tl.constexpr
+):
+    let_the_next_begin(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    wait_for_the_last(PDL)
     b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
-    b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(
         y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d
     )
@@ -88,6 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     )
     dim = x.shape[-1]
     rms_norm_kernel[(len(rows),)](
+        **early_launch(x),
         x_ptr=rows,
         weight_ptr=weight,
         y_ptr=y,

@@ -23,7 +23,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 
 FEW_FRAMES = 128
 """Frames below which a frame is split over programs."""
@@ -49,7 +58,10 @@ def patch_embed_kernel(
     D,
     C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_frame = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -81,6 +93,7 @@ def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) ->
     if y.numel():
         block, warps = _tile(patches * frames, dim)
         patch_embed_kernel[(patches * frames, -(-dim // block))](
+            **early_launch(codes),
             codes_ptr=codes,
             table_ptr=table,
             offsets_ptr=offsets,

@@ -63,6 +63,9 @@ def rope_append_ref(
     q, k, v = qkv.unflatten(-1, (-1, cache.k.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
     turned = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
+        if start + new <= 0:  # None of its positions exists.
+            turned[row] = 0
+            continue
         angles = table[:, start : start + new]
         turned[row] = rope_ref(q[row], angles).transpose(0, 1)
         cache.append(

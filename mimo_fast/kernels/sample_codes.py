@@ -36,7 +36,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    prefetch,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
 FRAME_SLOT = 1
@@ -118,8 +128,16 @@ def sample_codes_ref(
 
 @jit
 def patch_noise_kernel(
-    noise_ptr, seeds_ptr, draws_ptr, V, FIRST: tl.constexpr, BLOCK_V: tl.constexpr
+    noise_ptr,
+    seeds_ptr,
+    draws_ptr,
+    V,
+    FIRST: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_frame, i_row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     slot = (i_frame + FIRST).to(tl.uint32)
@@ -140,10 +158,18 @@ def head_logits_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n, m_r = o_n < N, o_r < R
+    # A line of 128 bytes each; rows beyond the last fetch its own once more.
+    LINE: tl.constexpr = 128 // (heads_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    o_line = tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, D - 1)
+    prefetch(heads_ptr + tl.minimum(o_n, N - 1)[:, None] * stride_heads + o_line[None, :], PDL)
+    wait_for_the_last(PDL)
     b_logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
@@ -193,7 +219,9 @@ def code_step_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_a = tl.arange(0, BLOCK_A)
     o_v = tl.arange(0, BLOCK_V)[None, :]
@@ -205,14 +233,22 @@ def code_step_kernel(
     empty = tl.load(heads_ptr + 4 * A + o_a, mask=m_a, other=0)
     m_v = o_v < size[:, None]
     m_allowed = m_v & (o_v != empty[:, None])
+    wait_for_the_last(PDL)
+    # All that the draw needs is asked for at once: each of these reads takes as long as the rest.
     o_logits = i_row * N + (base - first)[:, None] + o_v
     b_logits = tl.load(logits_ptr + o_logits, mask=m_v, other=-float("inf")).to(tl.float32)
+    if not ALL_GREEDY:
+        o_noise = i_row * stride_noise_r + (frame * V + base)[:, None] + o_v
+        b_noise = tl.load(noise_ptr + o_noise, mask=m_v, other=0.0)
+        greedy = tl.load(greedy_ptr + i_row)
+        temperature = tl.load(temperature_ptr + i_row)
+        k = tl.load(top_k_ptr + i_row)
+        tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
     _, code = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=1, return_indices=True)
     if not ALL_GREEDY:  # noqa: SIM102
-        if tl.load(greedy_ptr + i_row) == 0:
-            b_scores = tl.div_rn(b_logits, tl.load(temperature_ptr + i_row))
+        if greedy == 0:
+            b_scores = tl.div_rn(b_logits, temperature)
             m_kept = b_scores > -float("inf")
-            k = tl.load(top_k_ptr + i_row)
             if (k > 0) & (k < BLOCK_V):
                 b_bits = ordered_bits(b_scores)
                 kth = tl.full([BLOCK_A], -2147483648, tl.int32)
@@ -221,15 +257,12 @@ def code_step_kernel(
                     count = tl.sum((b_bits >= trial[:, None]).to(tl.int32), axis=1)
                     kth = tl.where(count >= k, trial, kth)
                 m_kept = m_kept & (b_bits >= kth[:, None])
-            o_noise = i_row * stride_noise_r + (frame * V + base)[:, None] + o_v
-            b_noise = tl.load(noise_ptr + o_noise, mask=m_v, other=0.0)
             b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
             winner, drawn = tl.max(b_perturbed, axis=1, return_indices=True)
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=1)
             top = tl.where(top == -float("inf"), 0.0, top)
             b_mass = tl.where(m_kept, tl.exp(b_scores - top[:, None]), 0.0)
             total = tl.maximum(tl.sum(b_mass, axis=1), 1e-37)
-            tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
             rejected = (winner > -float("inf")) & (tail > 0)
             while tl.max(rejected.to(tl.int32), axis=0) > 0:
                 score = tl.sum(tl.where(o_v == drawn[:, None], b_scores, 0.0), axis=1)[:, None]
@@ -270,6 +303,7 @@ def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Ten
         return patch_noise_ref(seeds, draws, group_size, size)
     noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
     patch_noise_kernel[(-(-size // 128), group_size, len(seeds))](
+        **early_launch(seeds),
         noise_ptr=noise,
         seeds_ptr=seeds,
         draws_ptr=draws,
@@ -287,6 +321,7 @@ def head_logits(hidden: Tensor, heads: Tensor) -> Tensor:
     rows, size = len(hidden), len(heads)
     logits = torch.empty(rows, size, dtype=hidden.dtype, device=hidden.device)
     head_logits_kernel[(-(-size // 16), -(-rows // 16))](
+        **early_launch(hidden),
         hidden_ptr=hidden,
         heads_ptr=heads,
         logits_ptr=logits,
@@ -333,6 +368,7 @@ def sample_codes(
     x = torch.empty(len(hidden), embeddings.shape[1], dtype=embeddings.dtype, device=hidden.device)
     block = _blocks(step.heads.shape[1], step.widest, x.shape[1])
     code_step_kernel[(len(hidden),)](
+        **early_launch(hidden),
         logits_ptr=logits,
         noise_ptr=logits if noise is None else noise,
         heads_ptr=step.heads,
@@ -361,8 +397,14 @@ def sample_codes(
 
 
 def _tile(dim: int) -> dict[str, int]:
-    """128 columns of 16 table rows at a time, three such tiles in flight."""
-    return {"BLOCK_R": 16, "BLOCK_N": 16, "BLOCK_D": max(16, min(128, next_power_of_2(dim)))}
+    """128 columns of 16 table rows at a time, three such tiles in flight; columns to prefetch."""
+    columns = next_power_of_2(dim)
+    return {
+        "BLOCK_R": 16,
+        "BLOCK_N": 16,
+        "BLOCK_D": max(16, min(128, columns)),
+        "PREFETCH": max(128, min(2048, columns)),
+    }
 
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:

@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
 CHUNK = 1024
@@ -84,7 +93,10 @@ def text_digit_kernel(
     V,
     PASS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_row = tl.program_id(1).to(tl.int64)
     k = tl.load(top_k_ptr + i_row)
     if (k > 0) & (k < V) & (tl.load(greedy_ptr + i_row) == 0):
@@ -125,7 +137,10 @@ def text_draw_kernel(
     TOP_K: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
@@ -189,7 +204,10 @@ def text_settle_kernel(
     ALL_GREEDY: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
@@ -289,7 +307,9 @@ def sample_text(
     if top_k:
         shared["counts_ptr"] = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
         for i_pass in range(4):
-            text_digit_kernel[(chunks, rows)](**shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4)
+            text_digit_kernel[(chunks, rows)](
+                **early_launch(logits), **shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4
+            )
     values = torch.empty(rows, chunks, 4, device=device)
     work = {
         "values_ptr": values,
@@ -300,6 +320,7 @@ def sample_text(
         "ALL_GREEDY": settings.all_greedy,
     }
     text_draw_kernel[(chunks, rows)](
+        **early_launch(logits),
         **shared,
         **work,
         banned_ptr=logits if banned is None else banned.view(torch.uint8),
@@ -313,6 +334,7 @@ def sample_text(
     )
     out = torch.empty(rows, dtype=torch.int64, device=device)
     text_settle_kernel[(rows,)](
+        **early_launch(logits),
         **shared,
         **work,
         out_ptr=out,

@@ -24,7 +24,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 
 BLOCK_D = 1024
@@ -57,7 +66,10 @@ def dense_embed_kernel(
     EMPTY,
     D,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -90,7 +102,10 @@ def quantized_embed_kernel(
     ZEROS: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
@@ -145,6 +160,7 @@ def input_embed(
     elif rows:
         block = min(BLOCK_D, next_power_of_2(dim))
         dense_embed_kernel[(rows, -(-dim // block))](
+            **early_launch(patches),
             text_ptr=text,
             patches_ptr=patches,
             table_ptr=table,
@@ -171,6 +187,7 @@ def _quantized(
     blocks = min(BLOCK_D // block, next_power_of_2(dim // block))
     if rows:
         quantized_embed_kernel[(rows, -(-dim // (blocks * block)))](
+            **early_launch(patches),
             text_ptr=text,
             patches_ptr=patches,
             words_ptr=table.words,

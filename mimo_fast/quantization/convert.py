@@ -1,7 +1,6 @@
 """Quantized checkpoints: written tensor by tensor, and read, as dense ones are, through
 `WeightSource`."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
 from mimo_fast.checkpoint.layout import Shapes, lm_shapes
-from mimo_fast.config import LMConfig, read_json
+from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.dispatch import use_triton
@@ -34,8 +33,6 @@ Read = Callable[[str], Tensor]
 Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
 """Matrix by upstream's name -> its quantized form and relative error, None where the original is
 unknown."""
-
-PathLike = str | os.PathLike[str]
 
 
 class WeightSource:

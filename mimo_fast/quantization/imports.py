@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import Weights, open_weights
 from mimo_fast.checkpoint.layout import Shapes, lm_shapes
-from mimo_fast.config import LMConfig, read_json
+from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization import bitsandbytes, gptq
-from mimo_fast.quantization.convert import PathLike, write_quantized
+from mimo_fast.quantization.convert import write_quantized
 from mimo_fast.quantization.formats import FOREIGN_KEY, PackedMatrices, QuantizationConfig
 from mimo_fast.quantization.search import quantize, relative_error
 

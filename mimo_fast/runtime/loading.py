@@ -1,6 +1,5 @@
 """Checkpoint directories -> language model, codec and tokenizer on a device."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig, read_json
+from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.quantization import (
     FOREIGN_KEY,
@@ -35,8 +34,6 @@ from mimo_fast.runtime.memory import (
 )
 from mimo_fast.text.tokenizer import Tokenizer
 
-PathLike = str | os.PathLike[str]
-
 
 class HubOptions(TypedDict, total=False):
     """Where and how hub ids are looked up; as in huggingface_hub."""
@@ -53,8 +50,8 @@ class LoadOptions(HubOptions, total=False):
 
     max_batch: replies decoded at once; None: as many as fit, at most 4. max_seq_len: groups that a
     conversation may have; None: the model's context. kv_cache: "int8" for keys and values in half
-    the memory, None for the dtype's own.
-    offload: "text_embeddings" and "codec_encoder" may stay in host memory.
+    the memory, None for the dtype's own. offload: "text_embeddings" and "codec_encoder" may stay in
+    host memory.
     """
 
     max_batch: int | None
@@ -71,8 +68,7 @@ def load_parts(
     quantization: Any,
     options: LoadOptions,
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
-    """Both checkpoints are found and checked whole, and their memory counted, before anything is
-    put on the device."""
+    """Loads a pair: both are found, checked and fitted into memory before either is read."""
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
     for_codec = LoadOptions(**options)
@@ -161,8 +157,7 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
 def _split_parts(
     requested: QuantizationConfig | None,
 ) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
-    """What is asked for the language model, which may be stored quantized, and for the codec; None
-    for nothing."""
+    """What is asked for the language model, and for the codec; None for nothing."""
     if requested is None:
         return None, None
     parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
@@ -182,8 +177,8 @@ def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
     for channel, (size, empty) in enumerate(zip(lm.code_sizes, lm.empty_codes, strict=True)):
         if not size - 1 == empty == sizes[channel]:
             raise CheckpointError(
-                f"codebook {channel} has {sizes[channel]} codes in the codec and {size} with the empty code {empty} in "
-                "the language model: they do not belong together"
+                f"codebook {channel} has {sizes[channel]} codes in the codec and {size} with the "
+                f"empty code {empty} in the language model: they do not belong together"
             )
 
 
@@ -198,8 +193,7 @@ def find(source: PathLike, hub: HubOptions) -> Path:
 
 
 def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
-    """Config, weights and formats of quantized matrices of a language model; every tensor's name
-    and shape checked."""
+    """Config, weights and stored formats of a language model, its names and shapes checked."""
     path = directory / "config.json"
     raw = read_json(path)
     if raw.get(FOREIGN_KEY):
@@ -245,8 +239,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _reader(
     weights: Weights, device: torch.device, bar: Any, on_host: str | None = None
 ) -> Callable[[str], Tensor]:
-    """Reads to the device, but for names that begin with `on_host`, which a GPU then reads where
-    they are."""
+    """Reads to the device; names that begin with `on_host` stay in pinned memory for a GPU."""
 
     def read(name: str) -> Tensor:
         bar.update(1)

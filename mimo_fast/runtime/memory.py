@@ -1,10 +1,11 @@
-"""What a model needs of a device's memory, from shapes alone, before any is allocated; and what
-would make it fit.
+"""What a model needs of a device's memory, from shapes alone, and what would make it fit.
 
-weights   the language model in its formats, with its text embeddings unless they stay in host memory
-codec     encoder (unless in host memory), decoder and float32 codebooks; with graphs, `max_batch` streams' states
-cache     keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside them
-work      activations of the largest piece of work, graphs' own memory, and what libraries take
+weights  the language model in its formats; text embeddings unless they stay in host memory
+codec    encoder (unless in host memory), decoder and float32 codebooks; with graphs, the states
+         of `max_batch` streams
+cache    keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside
+         them
+work     activations of the largest piece of work, graphs' own memory, and what libraries take
 """
 
 import math
@@ -16,19 +17,17 @@ from typing import Any
 import torch
 
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.config import OFFLOADABLE, CodecConfig, LMConfig
 from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.kernels.dispatch import experimental
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
-from mimo_fast.runtime.codec.stream import default_lookahead, new_state, streamable
+from mimo_fast.runtime.codec.geometry import default_lookahead, streamable
+from mimo_fast.runtime.codec.state import new_state
 from mimo_fast.runtime.lm.model import PREFILL_CHUNK
 from mimo_fast.runtime.lm.state import kv_bytes
 
 GB = 10**9
-
-OFFLOADABLE = ("text_embeddings", "codec_encoder")
-"""What may lie in host memory: a step reads one row of the one, an input runs once through the
-other."""
 
 LIBRARIES = 400 * 10**6
 """What cuBLAS, cuDNN and the allocator's rounding take on a GPU: an allowance."""
@@ -130,6 +129,9 @@ class Setup:
             prefill += (
                 min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
             )
+        if self.graphs and experimental():
+            # Graphs of prompts keep what one takes; as they are captured, one runs beside them.
+            prefill *= 2
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
         draw = self.max_batch * (
             12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4
@@ -140,21 +142,20 @@ class Setup:
 
 
 def check_memory(setup: Setup, free: int, device: str) -> None:
-    """Raises DeviceMemoryError unless the setup fits into so many free bytes; the message names
-    arguments that do."""
+    """Raises DeviceMemoryError, which names arguments that fit, unless this setup fits."""
     if setup.total <= free:
         return
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in setup.bytes().items())
     remedy = fitting(setup, free)
     advice = f"{', '.join(remedy)} would fit" if remedy else "no setting would fit"
     raise DeviceMemoryError(
-        f"this needs {setup.total / GB:.1f} GB ({parts}) and {device} has {free / GB:.1f} GB free: {advice}"
+        f"this needs {setup.total / GB:.1f} GB ({parts}) and {device} has {free / GB:.1f} GB "
+        f"free: {advice}"
     )
 
 
 def fitting(setup: Setup, free: int) -> list[str]:
-    """The arguments of `load` that would make it fit, as few as will do, the least loss first; none
-    if none will."""
+    """The fewest arguments of `load` that make it fit, least loss first; none if none do."""
     choices = dict(_savings(setup))
 
     def total(names: list[str]) -> int:
@@ -180,8 +181,7 @@ def fitting(setup: Setup, free: int) -> list[str]:
 
 
 def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arguments that save memory and what they change; of one argument, a later value stands in for
-    an earlier."""
+    """Arguments that save memory and what they change; a later value replaces an earlier one."""
     if setup.max_batch > 1:
         yield "max_batch=1", {"max_batch": 1}
     if setup.kv_cache is None:

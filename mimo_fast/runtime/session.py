@@ -5,38 +5,30 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mimo_fast.runtime.engine.stream import (
-    Chunk,
-    ChunkStream,
-    ReplyReader,
-    iterate_async,
-    stream_reply,
-)
-from mimo_fast.runtime.lm.decode import Group
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
+from mimo_fast.runtime.lm.decode import Group, Samplers
+from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.runtime.session_file import read_session, write_session
-from mimo_fast.text import prompt
-from mimo_fast.text.tasks import find_task
+from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.tasks import TASKS, spoken_dialogue, voice_system
 
-if TYPE_CHECKING:
-    from mimo_fast.mimo_audio import MimoAudio
+TASK = TASKS["spoken_dialogue_sft"]
 
 REPLY = 1 / 8
 """Part of the context that is kept free for a reply."""
 
 FULL = 0.5
-"""Part of the context that a dialogue may fill after turns had to be dropped: so that not every
-turn drops one."""
+"""Part of the context left to a dialogue when turns are dropped; small, so that drops are rare."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: the groups of the conversation at which it and its reply begin, and what the
-    user said, codes."""
+    """One exchange: the groups at which it and its reply begin, and codes of the user's speech."""
 
     begin: int
     reply: int
@@ -51,26 +43,27 @@ class Session:
     prompt stay. What is kept is computed anew.
 
     Args:
-        model: a `MimoAudio`.
+        pipeline: what encodes, decodes and speaks.
         system_prompt: an instruction in front of the first turn.
         voice: a recording whose voice the replies should have.
         seed: of all draws; None draws a fresh one.
+        samplers: of text and codes; None for the preset of spoken dialogues.
     """
 
     def __init__(
         self,
-        model: "MimoAudio",
+        pipeline: Pipeline,
         system_prompt: str | None = None,
         voice: Any = None,
         seed: int | None = None,
+        samplers: Samplers | None = None,
     ) -> None:
-        self._model = model
-        self._system_prompt = system_prompt
-        self._conversation = model.conversation(seed)
-        self._conversation.add(
-            model.pack(prompt.voice_system(None if voice is None else model.speech(voice)))
-        )
-        self._opening = self._conversation.shared = self._conversation.groups
+        self._pipeline, self._system_prompt = pipeline, system_prompt
+        self._samplers = samplers or pipeline.samplers(TASK.sampler)
+        self._conversation = pipeline.conversation(seed)
+        speech = None if voice is None else pipeline.speech(voice)
+        self._conversation.add(pipeline.ids(voice_system(speech)))
+        self._prefix = self._conversation.shared = self._conversation.groups
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
         self._running: ChunkStream | None = None
@@ -93,8 +86,7 @@ class Session:
     def stream(
         self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
     ) -> ChunkStream:
-        """Says `audio` (anything `load_audio` reads) to the model and yields its reply as it is
-        decoded.
+        """Says `audio`, anything `load_audio` reads, and yields the reply as it is decoded.
 
         Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what
         was heard.
@@ -105,61 +97,60 @@ class Session:
         """
         self._stop()
         began = perf_counter()
-        model, conversation = self._model, self._conversation
+        pipeline, conversation = self._pipeline, self._conversation
         before = conversation.ids, conversation.cached, self._turns, self._spoken
         try:
-            self._say(model.speech(audio))
-            task = find_task("spoken_dialogue")
-            stop_ids = task.stop_ids(model.tokenizer.special)
-            reply = model.decode(
-                conversation, task.sampler, stop_ids, max_new_tokens, min_new_tokens
+            self._say(pipeline.speech(audio))
+            stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
+            reply = pipeline.decode(
+                conversation, self._samplers, stop_ids, max_new_tokens, min_new_tokens
             )
         except BaseException:
             ids, cached, self._turns, self._spoken = before
             conversation.go_back(ids, cached)
             raise
-        reader = ReplyReader(model.tokenizer, speaking=True)
-        self._running = stream_reply(reply, reader, model.codec, began, note=self._note)
+        self._running = pipeline.stream(reply, conversation.ids, began, note=self._note)
         return self._running
 
-    def _say(self, speech: prompt.Speech) -> None:
+    def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
-        model, conversation = self._model, self._conversation
-        system = None if self._turns else self._system_prompt
-        turn = model.pack([*self._closing(), *prompt.spoken_dialogue(speech, system)])
+        conversation = self._conversation
+        turn = self._pipeline.ids([*self._closing(), *self._turn(speech, first=not self._turns)])
         kept = self._fitting(turn.shape[1] // conversation.group_size)
         if kept < len(self._turns):
             self._drop(len(self._turns) - kept)
             if not kept:
-                turn = model.pack(prompt.spoken_dialogue(speech, self._system_prompt))
+                turn = self._pipeline.ids(self._turn(speech, first=True))
         begin = conversation.groups
         conversation.add(turn)
         self._turns = [*self._turns, Turn(begin, conversation.groups, speech.codes)]
         self._spoken = []
 
+    def _turn(self, speech: Speech, first: bool) -> Segments:
+        system = self._system_prompt if first else None
+        return spoken_dialogue(self._pipeline.context(), speech, system)
+
     def _fitting(self, new: int) -> int:
         """How many of the last turns may stay before a turn of so many groups."""
-        conversation, capacity = self._conversation, self._conversation.engine.capacity
+        conversation, capacity = self._conversation, self._conversation.capacity
         if conversation.groups + new <= (1 - REPLY) * capacity:
             return len(self._turns)
-        room = FULL * capacity - self._opening - new
+        room = FULL * capacity - self._prefix - new
         return sum(conversation.groups - turn.begin <= room for turn in self._turns)
 
     def _drop(self, count: int) -> None:
         """Forgets the oldest turns; the system prompt moves to the first that stays."""
         conversation, kept = self._conversation, self._turns[count:]
-        ids = [self.ids[:, : self._opening * conversation.group_size]]
+        ids = [self.ids[:, : self._prefix * conversation.group_size]]
         if kept:
-            first = self._model.pack(
-                prompt.spoken_dialogue(prompt.Speech(kept[0].speech), self._system_prompt)
-            )
-            moved = self._opening + first.shape[1] // conversation.group_size - kept[0].reply
+            first = self._pipeline.ids(self._turn(Speech(kept[0].speech), first=True))
+            moved = self._prefix + first.shape[1] // conversation.group_size - kept[0].reply
             ids += [first, self.ids[:, kept[0].reply * conversation.group_size :]]
             kept = [
                 replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept
             ]
-            kept[0] = replace(kept[0], begin=self._opening)
-        conversation.truncate(self._opening)
+            kept[0] = replace(kept[0], begin=self._prefix)
+        conversation.truncate(self._prefix)
         conversation.ids = torch.cat(ids, dim=1)
         self._turns = kept
 
@@ -177,7 +168,7 @@ class Session:
                 there.
         """
         self._stop()
-        codec = self._model.codec.config
+        codec = self._pipeline.codec.config
         patch_ms = (
             1000 * self._conversation.group_size * codec.samples_per_frame / codec.sample_rate
         )
@@ -189,7 +180,7 @@ class Session:
     def reset(self) -> None:
         """Starts over; the voice stays, and stays cached."""
         self._stop()
-        self._conversation.truncate(self._opening)
+        self._conversation.truncate(self._prefix)
         self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
@@ -201,37 +192,39 @@ class Session:
         self._stop()
         about = {
             "system_prompt": self._system_prompt,
-            "opening": self._opening,
+            "opening": self._prefix,
             "spoken": self._spoken,
         }
         turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
-        write_session(path, self._conversation, about, turns)
+        write_session(path, self._pipeline.engine, self._conversation, about, turns)
 
     @classmethod
-    def restore(cls, model: "MimoAudio", path: str | Path) -> "Session":
+    def restore(
+        cls, pipeline: Pipeline, path: str | Path, samplers: Samplers | None = None
+    ) -> "Session":
         """The dialogue that `save` wrote, with its voice, its draws and its cache.
 
         Raises:
             CheckpointError: the file is no session, is damaged, or belongs to another model.
         """
-        session = cls(model)
-        about, turns = read_session(path, session._conversation)
+        session = cls(pipeline, samplers=samplers)
+        about, turns = read_session(path, pipeline.engine, session._conversation)
         session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
-        session._opening = session._conversation.shared = about["opening"]
+        session._prefix = session._conversation.shared = about["opening"]
         session._turns = [Turn(*turn) for turn in turns]
         return session
 
     def _note(self, group: Group) -> None:
         """Remembers at which group of the conversation each patch of the reply lies."""
-        if group.text == self._model.tokenizer.special.empty:
+        if group.text == self._pipeline.tokenizer.special.empty:
             self._spoken.append(self._conversation.groups - 1)
 
-    def _closing(self) -> Sequence[prompt.Segment]:
-        """What turns the last reply into a finished turn: it may have ended at a stop token, a
-        limit or mid-word."""
+    def _closing(self) -> Sequence[Segment]:
+        """What makes a finished turn of the last reply, which a stop token, a limit or an
+        interruption ended."""
         if not self._turns:
             return []
-        special = self._model.tokenizer.special
+        special = self._pipeline.tokenizer.special
         last = int(self.ids[0, -self._conversation.group_size])
         if last == special.im_end:
             return ["\n"]

@@ -1,8 +1,6 @@
-"""A conversation on disk: a safetensors file with its ids, its cache and, in the header, what else
-a session knows.
+"""A dialogue on disk: a safetensors file with its ids and its cache; the header has the rest.
 
-The cache is a convenience: where the model that reads the file stores it in another form, it is
-computed anew.
+Where the model that reads the file keeps its cache in another form, the cache is computed anew.
 """
 
 import json
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimo_fast.errors import CheckpointError
+from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
@@ -28,13 +27,17 @@ Turns = Sequence[tuple[int, int, Tensor]]
 
 
 def write_session(
-    path: str | Path, conversation: Conversation, about: dict[str, Any], turns: Turns
+    path: str | Path,
+    engine: Engine,
+    conversation: Conversation,
+    about: dict[str, Any],
+    turns: Turns,
 ) -> None:
     """Writes the file whole or not at all."""
     path = Path(path)
-    kept = conversation.engine.export(conversation)
+    kept = engine.export(conversation)
     header = about | {
-        "model": conversation.engine.lm.fingerprint,
+        "model": engine.lm.fingerprint,
         "seed": conversation.seed,
         "draws": conversation.draws,
         "cached": kept.length if kept else 0,
@@ -54,13 +57,14 @@ def write_session(
         partial.unlink(missing_ok=True)
 
 
-def read_session(path: str | Path, conversation: Conversation) -> tuple[dict[str, Any], Turns]:
+def read_session(
+    path: str | Path, engine: Engine, conversation: Conversation
+) -> tuple[dict[str, Any], Turns]:
     """Fills an empty conversation from the file and returns what `write_session` was told besides.
 
     Raises:
         CheckpointError: the file is no session, is damaged, or belongs to another model.
     """
-    engine = conversation.engine
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -80,11 +84,8 @@ def read_session(path: str | Path, conversation: Conversation) -> tuple[dict[str
             (begin, reply, tensors[f"speech.{i}"])
             for i, (begin, reply) in enumerate(header["turns"])
         ]
-        conversation.seed, conversation.draws, conversation.ids = (
-            header["seed"],
-            header["draws"],
-            ids,
-        )
+        conversation.seed, conversation.draws = header["seed"], header["draws"]
+        conversation.ids = ids
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the session in {path} cannot be read: {error}") from error
     parts = tuple(tensors[f"cache.{i}"] for i in range(len(tensors)) if f"cache.{i}" in tensors)

@@ -35,8 +35,7 @@ Errors = Iterator[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Result:
-    """One stage: its largest error, the golden tensor it occurred in, and the bound that error must
-    not exceed."""
+    """One stage: its largest error, the golden tensor it occurred in, and the error's bound."""
 
     stage: str
     error: float
@@ -146,13 +145,11 @@ def _mel(model: MimoAudio, golden: Golden) -> Errors:
 
 
 def _log_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference of the logarithms [T, n_mels], but for what the FFT's own rounding
-    explains.
+    """Largest difference of log-mels [T, n_mels] that the FFT's rounding does not explain.
 
     Float32 FFTs of different libraries and instruction sets disagree by a few units in the last
-    place of a frame's
-    largest magnitude, which the logarithm blows up in bands far below it: a difference of
-    FFT_ROUNDING of that magnitude counts as LOG_MEL_BOUND, a smaller one as less.
+    place of a frame's largest magnitude, which the logarithm blows up in bands far below it. A
+    difference of FFT_ROUNDING of that magnitude counts as LOG_MEL_BOUND, a smaller one as less.
     """
     if got.shape != want.shape:
         return torch.inf
@@ -204,8 +201,10 @@ def _decoder(model: MimoAudio, golden: Golden) -> Errors:
 
 
 def _stream(model: MimoAudio, golden: Golden) -> Errors:
-    """How far a stream is from one-shot decoding, beyond upstream's own; the norms over time make
-    neither equal."""
+    """How much farther a stream is from one-shot decoding than upstream's own, in dB.
+
+    The norms over time make neither equal.
+    """
     oneshot = golden.get("codec:stream_oneshot")
     for size in golden.named("codec:stream_wav"):
         *chunks, last = golden.get("codec:stream_codes").split(int(size), dim=1)
@@ -224,8 +223,7 @@ def _prompts(model: MimoAudio, golden: Golden) -> Errors:
 
 
 def golden_prompt(model: MimoAudio, call: dict[str, Any], audio: list[Path]) -> Tensor:
-    """The prompt that one entry of golden.json asks for; every template is the first of its
-    list."""
+    """The prompt that an entry of golden.json asks for, with the first template of its list."""
     given = dict(call)
     method, path = given.pop("method"), lambda key: str(audio[given.pop(key)])
     if "prompt_speech" in given:

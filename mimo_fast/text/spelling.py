@@ -1,11 +1,9 @@
-"""Text as a checkpoint knows it that was trained on so many spoken words: no digits, capitals or
-punctuation."""
+"""Text -> spoken words in lower case, for a checkpoint that was trained on a few of them alone."""
 
 import re
 
 LONGEST = 4
-"""Digits of a number that is read as one; those of a longer one, or of one that begins with 0, are
-read one by one."""
+"""Digits of a number read as one; longer ones, and ones with a leading 0, are read by digits."""
 
 UNITS = (
     "zero",

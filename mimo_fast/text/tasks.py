@@ -1,64 +1,272 @@
-"""What distinguishes upstream's tasks: prompt, sampler preset, stop tokens, whether the reply is
-spoken."""
+"""Upstream's tasks, a function each: what is asked -> the segments of its prompt.
 
-from dataclasses import dataclass
+Wording, segment boundaries (each is tokenized on its own) and templates are upstream's
+(`MimoAudio.get_*_prompt`), because they are what the model was tuned with; so are the names of the
+arguments. `TASKS` adds how a task's reply is decoded.
+"""
 
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from mimo_fast.audio.files import AudioSource
+from mimo_fast.errors import PromptError
+from mimo_fast.text.prompt import Segments, Speech, SpokenReply
+from mimo_fast.text.spelling import spell
+from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import SpecialIds
+
+MAX_EXAMPLES = 16
+"""In-context examples that the report evaluates with (section 3.3)."""
+
+Audio = AudioSource | Speech
+Message = Mapping[str, Any]
+Template = int | str | None
+"""A wording, its index in upstream's list, or None for one drawn at random."""
+
+
+class Encode(Protocol):
+    """Audio -> its codes; an open segment ends where the recording does, to be continued."""
+
+    def __call__(self, audio: Audio, closed: bool = True) -> Speech: ...
+
+
+def encoded_speech(audio: Audio, closed: bool = True) -> Speech:
+    """`Encode` without a codec, for speech that is encoded already."""
+    if not isinstance(audio, Speech):
+        raise PromptError(f"encoding a {type(audio).__name__} needs a codec")
+    return audio if closed else replace(audio, closed=False)
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What a prompt depends on besides the arguments of its task.
+
+    Args:
+        encode: audio -> codes.
+        trained_words: the only words that the model can say, if it was trained on so few.
+        seed: of the draw of a template.
+        continued: earlier turns precede, so instruction and voice are not repeated.
+    """
+
+    encode: Encode = encoded_speech
+    trained_words: frozenset[str] = frozenset()
+    seed: int | None = None
+    continued: bool = False
+
+    def voice(self, audio: Audio | None) -> Speech | None:
+        """Speech in the voice to use. Upstream takes an empty path for none."""
+        if audio is None or (isinstance(audio, str) and not audio):
+            return None
+        return self.encode(audio)
+
+    def choose(self, templates: Sequence[str], template: Template) -> str:
+        return choose_template(templates, template, self.seed)
+
+
+def asr(context: PromptContext, input: Audio, template: Template = None) -> Segments:
+    """Transcribe a recording."""
+    speech = context.encode(input)
+    words = context.choose(ASR_TEMPLATES, template)
+    return [*_user(speech, words), "<|im_start|>assistant\n", _think(False)]
+
+
+def tts(
+    context: PromptContext,
+    input: str,
+    instruct: str | None = None,
+    read_text_only: bool = True,
+    prompt_speech: Audio | None = None,
+    template: Template = None,
+) -> Segments:
+    """Say a text: plain; with a style instruction; or one natural sentence that holds both.
+
+    As upstream, a voice is used only together with an instruction or with read_text_only=False.
+    """
+    voice = context.voice(prompt_speech)
+    if not isinstance(input, str):
+        raise PromptError(f"what to say must be text, not a {type(input).__name__}")
+    if read_text_only and context.trained_words:
+        input = _spelled(input)
+    language = "zh" if re.search("[\u4e00-\u9fff]", input) else "en"
+    request = capitalize(input)
+    if read_text_only:
+        request = f"{context.choose(TTS_TEMPLATES[language], template)}: {request}"
+        if instruct is None:
+            return [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<|sostm|>"]
+        request += f"({instruct})"
+    if voice is None:
+        system: Segments = ["你需要根据指定的风格指令和文本内容来生成语音。"]
+    else:
+        system = [
+            "你需要根据指定的风格指令和文本内容来生成和语音prompt具有相同音色的语音。你的音色应该是：",
+            voice,
+        ]
+    turn = [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<think>\n"]
+    return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
+
+
+def audio_understanding(
+    context: PromptContext, input_speech: Audio, input_text: str, thinking: bool = False
+) -> Segments:
+    """Answer a question about a recording, in text."""
+    speech = context.encode(input_speech)
+    return [*_user(speech, input_text), "<|im_start|>assistant\n", _think(thinking)]
+
+
+def spoken_dialogue(
+    context: PromptContext,
+    input_speech: Audio,
+    system_prompt: str | None = None,
+    prompt_speech: Audio | None = None,
+) -> Segments:
+    """Answer speech with speech: a dialogue's first turn or, with neither option, a later one."""
+    if context.continued:
+        system_prompt, prompt_speech = None, None
+    speech, voice = context.encode(input_speech), context.voice(prompt_speech)
+    instruction = [system_prompt, "\n\n"] if system_prompt else []
+    return [
+        *voice_system(voice),
+        *_user(*instruction, speech),
+        "<|im_start|>assistant\n<|sostm|>",
+    ]
+
+
+def spoken_dialogue_multiturn(
+    context: PromptContext,
+    message_list: Sequence[Message],
+    system_prompt: str | None = None,
+    prompt_speech: Audio | None = None,
+) -> Segments:
+    """Answer the last turn of a spoken dialogue with speech.
+
+    A user's content is audio, an assistant's {"text": ..., "audio": ...}.
+    """
+    turns: Segments = []
+    for i, message in enumerate(message_list):
+        role, content = role_of(message), message["content"]
+        if role == "user":
+            instruction = [system_prompt, "\n\n"] if system_prompt and i == 0 else []
+            turns += _user(*instruction, context.encode(content))
+        elif isinstance(content, Mapping) and {"text", "audio"} <= content.keys():
+            reply = SpokenReply(content["text"], context.encode(content["audio"]).codes)
+            turns += ["<|im_start|>assistant\n", reply, "<|im_end|>\n"]
+        else:
+            raise PromptError("an assistant's message needs content {'text': ..., 'audio': ...}")
+    voice = voice_system(context.voice(prompt_speech))
+    return [*voice, *turns, "<|im_start|>assistant\n<|sostm|>"]
+
+
+def speech2text_dialogue(
+    context: PromptContext, input_speech: Audio, thinking: bool = False
+) -> Segments:
+    """Answer speech in text."""
+    return _text_reply([("user", context.encode(input_speech))], thinking)
+
+
+def speech2text_dialogue_multiturn(
+    context: PromptContext, message_list: Sequence[Message], thinking: bool = False
+) -> Segments:
+    """Answer the last turn in text; users' contents are audio, assistants' text."""
+    turns = [
+        (role, context.encode(message["content"]) if role == "user" else text_of(message))
+        for role, message in ((role_of(message), message) for message in message_list)
+    ]
+    return _text_reply(turns, thinking)
+
+
+def text_dialogue(context: PromptContext, input_text: str, thinking: bool = False) -> Segments:
+    """Answer text in text."""
+    return _text_reply([("user", input_text)], thinking)
+
+
+def text_dialogue_multiturn(
+    context: PromptContext, message_list: Sequence[Message], thinking: bool = False
+) -> Segments:
+    """Answer the last turn in text; all contents are text."""
+    return _text_reply([(role_of(message), text_of(message)) for message in message_list], thinking)
+
+
+def in_context_learning_s2s(
+    context: PromptContext,
+    instruction: str,
+    prompt_examples: Sequence[Mapping[str, Any]],
+    audio: Audio,
+) -> Segments:
+    """Speech to speech by example, on the base model.
+
+    Examples have input_audio, output_audio and output_transcription.
+    """
+    for example in prompt_examples:
+        missing = {"input_audio", "output_audio", "output_transcription"} - set(example)
+        if missing:
+            raise PromptError(f"an example needs {', '.join(sorted(missing))} as well")
+    if len(prompt_examples) > MAX_EXAMPLES:
+        found = len(prompt_examples)
+        raise PromptError(f"at most {MAX_EXAMPLES} examples are supported, not {found}")
+    segments: Segments = [f"[Int]:{instruction}\n"]
+    for example in prompt_examples:
+        source, target = (context.encode(example[key]) for key in ("input_audio", "output_audio"))
+        reply = SpokenReply(example["output_transcription"], target.codes)
+        segments += [source, "\n", reply, " \n\n"]
+    return [*segments, context.encode(audio), "\n", "<|sostm|>"]
+
+
+def speech_continuation(context: PromptContext, audio: Audio) -> Segments:
+    """Carry a recording on, with the base model: an open segment (report, section 3.3.2)."""
+    return [context.encode(audio, closed=False)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of upstream's `MimoAudio`.
+    """One of upstream's tasks.
 
     Args:
-        prompt: name of the method that builds its prompt.
+        prompt: (context, its arguments) -> segments.
         sampler: key of `TASK_SAMPLERS`; any other means upstream's default samplers.
-        stops: the special tokens that end it.
+        stops: the special tokens that end its reply.
         speaks: whether the reply has audio.
-        shares: which of the general options (seed, add_history) the prompt depends on as well.
     """
 
-    prompt: str
+    prompt: Callable[..., Segments]
     sampler: str
     stops: tuple[str, ...]
     speaks: bool
-    shares: tuple[str, ...] = ()
 
     def stop_ids(self, special: SpecialIds) -> frozenset[int]:
         return frozenset(getattr(special, name) for name in self.stops)
 
 
-def _text(prompt: str, sampler: str, shares: tuple[str, ...] = ()) -> Task:
-    return Task(prompt, sampler, ("eos", "im_end"), False, shares)
+def _in_text(prompt: Callable[..., Segments], sampler: str) -> Task:
+    return Task(prompt, sampler, ("eos", "im_end"), speaks=False)
 
 
-def _spoken(prompt: str, sampler: str, shares: tuple[str, ...] = ()) -> Task:
-    return Task(prompt, sampler, ("eos", "eostm", "im_end"), True, shares)
+def _in_speech(prompt: Callable[..., Segments], sampler: str) -> Task:
+    return Task(prompt, sampler, ("eos", "eostm", "im_end"), speaks=True)
 
 
 TASKS: dict[str, Task] = {
-    "asr_sft": _text("get_asr_sft_prompt", "asr", ("seed",)),
-    "tts_sft": _spoken("get_tts_sft_prompt", "tts", ("seed",)),
-    "audio_understanding_sft": _text("get_audio_understanding_sft_prompt", "audio_understanding"),
-    "spoken_dialogue_sft": _spoken(
-        "get_spoken_dialogue_sft_prompt", "spoken_dialogue", ("add_history",)
+    "asr_sft": _in_text(asr, "asr"),
+    "tts_sft": _in_speech(tts, "tts"),
+    "audio_understanding_sft": _in_text(audio_understanding, "audio_understanding"),
+    "spoken_dialogue_sft": _in_speech(spoken_dialogue, "spoken_dialogue"),
+    "spoken_dialogue_sft_multiturn": _in_speech(spoken_dialogue_multiturn, "spoken_dialogue"),
+    "speech2text_dialogue_sft": _in_text(speech2text_dialogue, "spoken_dialogue"),
+    "speech2text_dialogue_sft_multiturn": _in_text(
+        speech2text_dialogue_multiturn, "spoken_dialogue"
     ),
-    "spoken_dialogue_sft_multiturn": _spoken(
-        "get_spoken_dialogue_sft_multiturn_prompt", "spoken_dialogue"
-    ),
-    "speech2text_dialogue_sft": _text("get_s2t_dialogue_sft_prompt", "spoken_dialogue"),
-    "speech2text_dialogue_sft_multiturn": _text(
-        "get_s2t_dialogue_sft_multiturn_prompt", "spoken_dialogue"
-    ),
-    "text_dialogue_sft": _text("get_text_dialogue_sft_prompt", "text_chat"),
-    "text_dialogue_sft_multiturn": _text("get_text_dialogue_sft_multiturn_prompt", "text_chat"),
+    "text_dialogue_sft": _in_text(text_dialogue, "text_chat"),
+    "text_dialogue_sft_multiturn": _in_text(text_dialogue_multiturn, "text_chat"),
     "in_context_learning_s2s": Task(
-        "get_in_context_learning_s2s_prompt", "in_context_learning_s2s", ("eos", "eostm"), True
+        in_context_learning_s2s, "in_context_learning_s2s", ("eos", "eostm"), speaks=True
     ),
     "speech_continuation": Task(
-        "get_speech_continuation_prompt", "speech_continuation", ("eos", "eosp"), True
+        speech_continuation, "speech_continuation", ("eos", "eosp"), speaks=True
     ),
 }
+"""By the name of upstream's method."""
 
 
 def find_task(name: str) -> Task:
@@ -75,3 +283,85 @@ def find_task(name: str) -> Task:
     if task is None:
         raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
     return task
+
+
+def voice_system(voice: Speech | None) -> Segments:
+    """The system turn that sets the voice of a dialogue; nothing without one."""
+    if voice is None:
+        return []
+    return ["<|im_start|>system\n", "Your voice should be:", voice, "<|im_end|>\n"]
+
+
+def capitalize(text: str) -> str:
+    """Text all in one case is capitalized, as the model was tuned (upstream `preprocess_input`)."""
+    return text.capitalize() if text.isupper() or text.islower() else text
+
+
+def choose_template(templates: Sequence[str], template: Template, seed: int | None) -> str:
+    """A template by its text, by its index, or drawn with a seed.
+
+    Raises:
+        PromptError: there is no template of that index.
+    """
+    if isinstance(template, str):
+        return template
+    if template is not None:
+        if not -len(templates) <= template < len(templates):
+            raise PromptError(
+                f"there are {len(templates)} templates, 0 to {len(templates) - 1}; not {template}"
+            )
+        return templates[template]
+    return random.Random(seed).choice(templates)
+
+
+def role_of(message: Any) -> str:
+    """The role of a message, "user" or "assistant".
+
+    Raises:
+        PromptError: the message lacks a role or content, or has another role.
+    """
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ("user", "assistant") or "content" not in message:
+        shown = repr(message)
+        raise PromptError(
+            f"a message needs a role ('user' or 'assistant') and content, not {shown:.120}"
+        )
+    return str(role)
+
+
+def text_of(message: Message) -> str:
+    """The content of a message that must be text.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    role, content = message["role"], message["content"]
+    if not isinstance(content, str):
+        kind = type(content).__name__
+        raise PromptError(f"the content of this {role} message must be text, not a {kind}")
+    return content
+
+
+def _user(*content: str | Speech) -> Segments:
+    return ["<|im_start|>user\n", *content, "<|im_end|>\n"]
+
+
+def _text_reply(turns: Sequence[tuple[str, str | Speech]], thinking: bool) -> Segments:
+    """Turns (role, text or speech) answered in text."""
+    segments: Segments = []
+    for role, content in turns:
+        segments += [f"<|im_start|>{role}\n", content, "<|im_end|>\n"]
+    return [*segments, "<|im_start|>assistant\n", _think(thinking)]
+
+
+def _think(thinking: bool) -> str:
+    return "<think>\n" if thinking else "<think>\n\n</think>\n"
+
+
+def _spelled(text: str) -> str:
+    words = spell(text)
+    if not words:
+        raise PromptError(
+            f"there is no word to say in {text!r:.80}: this model knows words and numbers alone"
+        )
+    return " ".join(words)

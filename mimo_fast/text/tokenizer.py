@@ -49,8 +49,7 @@ TRAINED_WORDS = "trained_words"
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids with a meaning to the model: speech and stream bounds, the audio marker, chat bounds,
-    stop and padding."""
+    """Ids with a meaning to the model: bounds of speech, stream and chat; audio, stop, padding."""
 
     sosp: int
     eosp: int
@@ -67,8 +66,7 @@ class SpecialIds:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer of the `tokenizers` package. Ids equal those that transformers
-    gives.
+    """A byte-level BPE tokenizer of the `tokenizers` package; ids equal those of transformers.
 
     Args:
         backend: is changed: tokens that `config` or the model needs are added, truncation and
@@ -139,8 +137,7 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids. Ids outside the vocabulary give nothing, and bytes that are no character
-        give U+FFFD."""
+        """Text of ids; those outside the vocabulary give nothing, broken characters U+FFFD."""
         known = [i for i in ids if 0 <= i < 2**32]
         return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
 
@@ -155,14 +152,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; where the vocabulary has gaps, the largest id is
-        larger."""
+        """Number of tokens, added ones included; the largest id is larger where there are gaps."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @cached_property
     def trained_words(self) -> frozenset[str]:
-        """The only words that the model was trained on, where tokenizer_config.json states them;
-        else none."""
+        """The only words that the model was trained on; empty if tokenizer_config.json has none."""
         return frozenset(self._config.get(TRAINED_WORDS) or ())
 
     @cached_property
@@ -219,8 +214,7 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
 
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Adds what transformers adds: `added_tokens_decoder` by its ids, then named and additional
-    special tokens."""
+    """Adds what transformers adds: `added_tokens_decoder` in order, then other special tokens."""
     listed = config.get("added_tokens_decoder") or {}
     for entry in (entry for _, entry in sorted(listed.items(), key=lambda item: int(item[0]))):
         flags = {

@@ -11,6 +11,7 @@ from launch_counter import Launches
 import mimo_fast
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.graphs import Graphs
+from mimo_fast.runtime.lm.state import NO_POSITION
 
 READS = {
     "_local_scalar_dense",
@@ -77,3 +78,18 @@ def test_pieces_ask_nothing_of_the_device(strict: Strict, kit, slots: int) -> No
     assert len(outside[0]) == 20, outside
     # From 5 rows on, which is 2 slots of the patch encoder, dense products are torch's.
     assert slots > 1 or len(outside[1]) == 10, outside
+
+
+def test_a_prompt_asks_nothing_of_the_device(strict: Strict, kit) -> None:
+    model = mimo_fast.load(
+        kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", max_seq_len=80
+    )
+    config, state = model.lm.config, model.lm.new_state([0], 80)
+    ids = torch.zeros(config.channels + 1, 32, config.group_size, dtype=torch.int64)
+    place = torch.tensor([1, NO_POSITION, 0])
+    model.lm.backbone_rope  # noqa: B018
+    with strict:
+        model.lm.prefill_padded(ids, place, state)
+    for kernel in ("rope_append_kernel", "prefill_attention_kernel"):
+        assert strict.names.count(kernel) == config.backbone.layers
+    assert strict.names.count("rotary_attention_kernel") == config.patch_encoder.layers

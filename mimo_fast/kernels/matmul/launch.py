@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.dispatch import Case, next_power_of_2
+from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
     quantized_dot_kernel,
@@ -206,6 +206,7 @@ def dense_gemv(
     flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, None)
     block_n = gemv_block_n(len(flat), rows)
     dense_gemv_kernel[(-(-rows // block_n),)](
+        **early_launch(x),
         x_ptr=flat,
         norm_ptr=flat if norm is None else norm.weight,
         w_ptr=weight,
@@ -224,9 +225,15 @@ def dense_gemv(
         SWIGLU=swiglu,
         BLOCK_N=block_n,
         BLOCK_K=min(1024, max(8, next_power_of_2(columns))),
+        LINES=gemv_lines(columns, weight.element_size()),
         num_warps=GEMV_WARPS,
     )
     return y
+
+
+def gemv_lines(columns: int, itemsize: int) -> int:
+    """Lines of 128 bytes of each row of a dense weight that are fetched ahead."""
+    return max(1, min(64, next_power_of_2(columns) * itemsize // 128))
 
 
 def _prepare(
@@ -350,7 +357,12 @@ def compile_cases() -> Iterator[Case]:
         (4, 6144, "NORM", "BIAS"),
         (4, 4096, "RESIDUAL"),
     ):
-        tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_K": 1024}
+        tiles = {
+            "M": m,
+            "BLOCK_N": gemv_block_n(m, rows),
+            "BLOCK_K": 1024,
+            "LINES": gemv_lines(4096, 2),
+        }
         yield Case(
             f"bf16 gemv M={m} N={rows}{_named(around)}",
             dense_gemv_kernel,

@@ -27,7 +27,13 @@ it.
 
 from __future__ import annotations
 
-from mimo_fast.kernels.dispatch import jit, tl
+from mimo_fast.kernels.dispatch import (
+    jit,
+    let_the_next_begin,
+    prefetch,
+    tl,
+    wait_for_the_last,
+)
 
 
 @jit
@@ -202,11 +208,20 @@ def dense_gemv_kernel(
     SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_the_next_begin(PDL)
     VECTOR: tl.constexpr = 8
     PARTS: tl.constexpr = BLOCK_K // VECTOR
     o_row = weight_rows(tl.program_id(0), N, BLOCK_N, SWIGLU)
     m_row = o_row < N
+    # What of the weight fits in flight; rows and columns beyond the last fetch it once more.
+    LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    o_line = tl.minimum(o_row, N - 1)[:, None].to(tl.int64) * stride_wn
+    o_line += tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :]
+    prefetch(w_ptr + o_line, PDL)
+    wait_for_the_last(PDL)
     b_accs = (tl.zeros((BLOCK_N, PARTS), tl.float32),) * M
     b_squares = (tl.zeros((PARTS,), tl.float32),) * M
     for start in range(0, K, BLOCK_K):

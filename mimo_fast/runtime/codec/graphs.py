@@ -19,31 +19,29 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.runtime.codec.incremental import decode_chunk
-from mimo_fast.runtime.codec.state import WHOLE, Moments
-from mimo_fast.runtime.codec.stream import (
+from mimo_fast.runtime.codec.geometry import (
     PATCH_FRAMES,
     default_lookahead,
-    new_state,
     patch_rows,
     streamable,
 )
+from mimo_fast.runtime.codec.incremental import decode_chunk
+from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.state import WHOLE, Moments, new_state
 from mimo_fast.runtime.lm.graphs import Capture, CudaCapture
-
-if TYPE_CHECKING:
-    from mimo_fast.runtime.codec.model import Codec
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One graph: its dequantized codes [T, D] float32, whether they end the stream, and where its
-    samples [m] lie."""
+class CapturedChunk:
+    """One graph: its input, dequantized codes [T, D] float32, and its result, samples [m].
+
+    ended: whether its codes are the last of a stream.
+    """
 
     codes: Tensor
     ended: bool
@@ -59,7 +57,7 @@ class ChunkGraphs:
             graph runs; all run on one CUDA stream.
     """
 
-    def __init__(self, codec: Codec, capture: Capture, lock: threading.Lock) -> None:
+    def __init__(self, codec: CodecNetwork, capture: Capture, lock: threading.Lock) -> None:
         config, patches = codec.config, default_lookahead(codec.config)
         self.state = new_state(config, patches, codec.dtype, codec.device)
         self._capture, self._lock = capture, lock
@@ -76,8 +74,7 @@ class ChunkGraphs:
         self.state.reset()
 
     def advance(self, hidden: Tensor, ended: bool) -> Tensor | None:
-        """`decode_chunk` of this state: samples of the caller's own, or None where the chunk is of
-        no captured kind."""
+        """`decode_chunk` of this state, samples copied; None for a kind that is not captured."""
         chunk, state = self._usual(len(hidden), ended), self.state
         if chunk is None:
             return None
@@ -89,7 +86,7 @@ class ChunkGraphs:
         state.frames, state.committed = frames, frames if ended else frames - self._lookahead
         return wav
 
-    def _usual(self, new: int, ended: bool) -> Chunk | None:
+    def _usual(self, new: int, ended: bool) -> CapturedChunk | None:
         """The graph for so many code frames now."""
         state = self.state
         if state.frames == state.committed == 0:
@@ -103,10 +100,9 @@ class ChunkGraphs:
         return chunk if forecast and ended == chunk.ended and new == len(chunk.codes) else None
 
     def _captured(
-        self, codec: Codec, new: int, frames: int, committed: int, ended: bool = False
-    ) -> Chunk:
-        """The chunk of `new` code frames after so many vocoder frames; what the state holds does
-        not matter."""
+        self, codec: CodecNetwork, new: int, frames: int, committed: int, ended: bool = False
+    ) -> CapturedChunk:
+        """The chunk of `new` code frames after so many vocoder frames, whatever the state holds."""
         codes, state, lookahead = (
             torch.zeros(new, codec.config.dim, device=codec.device),
             self.state,
@@ -117,18 +113,17 @@ class ChunkGraphs:
             state.frames, state.committed = frames, committed
             return decode_chunk(codec, state, codes, lookahead, codec.stated_moments, ended)
 
-        return Chunk(codes, ended, *self._capture(run))
+        return CapturedChunk(codes, ended, *self._capture(run))
 
 
 class StreamGraphs:
-    """States with their graphs, lent to the streams of one codec; as many as were asked for are
-    kept.
+    """States with their graphs, lent to the streams of one codec and kept for the next ones.
 
     Args:
         capture: how work becomes a graph; CUDA's by default.
     """
 
-    def __init__(self, codec: Codec, capture: Capture | None = None) -> None:
+    def __init__(self, codec: CodecNetwork, capture: Capture | None = None) -> None:
         self._codec = weakref.ref(codec)
         self._capture = capture or CudaCapture()
         self._lock = threading.Lock()
@@ -137,7 +132,7 @@ class StreamGraphs:
         self._idle: list[ChunkGraphs] = []
         self._kept = 1
 
-    def serves(self, codec: Codec, lookahead: int, moments: Moments | None) -> bool:
+    def serves(self, codec: CodecNetwork, lookahead: int, moments: Moments | None) -> bool:
         """Whether a stream is as the graphs were captured: look-ahead and moments are the codec's,
         and so are its layers, which a copy may have changed, on the device."""
         own = codec is self._codec() and lookahead == default_lookahead(codec.config)
@@ -177,7 +172,7 @@ class StreamGraphs:
     def _captured(self) -> ChunkGraphs:
         return ChunkGraphs(self._owner(), self._capture, self._lock)
 
-    def _owner(self) -> Codec:
+    def _owner(self) -> CodecNetwork:
         codec = self._codec()
         assert codec is not None
         return codec

@@ -1,5 +1,4 @@
-"""The codec's decoder, a few code frames at a time: what a chunk costs does not depend on what came
-before.
+"""The codec's decoder, a few code frames at a time: a chunk costs the same whatever came before.
 
     codes -> rows -> transposed conv, norm -> 32 causal layers -> norm -> transposed conv -> mel
     mel of the newest P + n frames -> norm -> 16 layers with a window -> head -> overlap-add ->
@@ -7,9 +6,8 @@ before.
 
 A position goes once through each of the decoder's layers; its keys and values stay in a ring. The
 vocoder sees frames that are still to come, 10 a layer, so its newest P frames are computed again
-with each chunk, from the decoder's end
-on: 2% of the decoder's weights, and weights are what a chunk's 8 rows cost. Keys and values of the
-frames before those are final and kept.
+with each chunk, from the decoder's end on. That reads 2% of the decoder's weights, and weights are
+what a chunk's 8 rows cost. Keys and values of the frames before those are final and kept.
 
 The norms over time learn with each chunk. The pending frames follow: what entered the decoder's
 layers is normed anew and what the layers added to it is kept, for a new scale passes the residual
@@ -24,14 +22,13 @@ size alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.kernels.matmul.product import matmul
-from mimo_fast.runtime.codec.layers import synthesize
+from mimo_fast.runtime.codec.layers import CodecStack, synthesize
+from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     WHOLE,
@@ -43,24 +40,19 @@ from mimo_fast.runtime.codec.state import (
     decoder_context,
 )
 
-if TYPE_CHECKING:
-    from mimo_fast.runtime.codec.layers import CodecStack
-    from mimo_fast.runtime.codec.model import Codec
-
 VOCODER_BLOCK = 256
 """New vocoder frames computed at once at most."""
 
 
 def decode_chunk(
-    codec: Codec,
+    codec: CodecNetwork,
     state: CodecState,
     hidden: Tensor,
     lookahead: int,
     moments: Moments | None,
     ended: bool,
 ) -> Tensor:
-    """Dequantized codes [T, D] that come next, T >= 0 -> the samples that are now decided, float32
-    [m].
+    """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
 
     A graph may replay it: `frames`, `committed` and `largest` are all that it knows of the state on
     the host, and it changes the first two alone.
@@ -87,8 +79,7 @@ def decode_chunk(
 
 
 def with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
-    """Codes to decode now: those that come next, or all from the first on, where that is worth
-    it."""
+    """Codes to decode now: the next ones, or all from the first on where that is worth it."""
     new, past = len(hidden), sum(map(len, state.past))
     if state.frames and not past:
         return hidden
@@ -103,10 +94,9 @@ def with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
 
 
 def _decode(
-    codec: Codec, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool
+    codec: CodecNetwork, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool
 ) -> tuple[Tensor, NormMoments]:
-    """Dequantized codes [T, D] -> mel [P + T pool stride, n_mels] of pending and new frames, and
-    what norms it."""
+    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its moments."""
     first = state.position - len(state.entered)
     entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), moments, ended)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
@@ -125,10 +115,9 @@ def _decode(
 
 
 def _run_decoder(
-    codec: Codec, state: CodecState, x: Tensor, moments: Moments | None, ended: bool
+    codec: CodecNetwork, state: CodecState, x: Tensor, moments: Moments | None, ended: bool
 ) -> tuple[Tensor, Tensor]:
-    """Decoder inputs and what the layers add to them, [P / stride + T pool, D] of pending and new
-    positions."""
+    """Pending and new decoder inputs [P / stride + T pool, D], and what the layers add to them."""
     if codec.unpool is not None and len(x):
         x = codec.unpool.convolve(x)
         state.unpool.add(x, state.position)
@@ -149,12 +138,12 @@ def _run_decoder(
     return entered, joined
 
 
-def _decoder_block(codec: Codec, state: CodecState, x: Tensor) -> Tensor:
+def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     """Decoder inputs [n, D] that come next, n <= BLOCK -> the last layer's outputs [n, D]."""
     stack, ring = codec.decoder, state.decoder
     size = ring.k.shape[2]
     positions = state.position + torch.arange(len(x), device=x.device)
-    table, slots = _turns(codec, x.shape[1] // stack.heads, positions), positions % size
+    table, slots = _rope_rows(codec, x.shape[1] // stack.heads, positions), positions % size
     # The newest position that each slot holds once the block is written.
     held = positions[-1] - (positions[-1] - torch.arange(size, device=x.device)) % size
     past = positions[:, None] - held
@@ -165,14 +154,13 @@ def _decoder_block(codec: Codec, state: CodecState, x: Tensor) -> Tensor:
     return out
 
 
-def _vocode(codec: Codec, state: CodecState, mel: Tensor, new: int, end: int) -> Tensor:
-    """Normed mel [P + new, n_mels] of pending and new frames -> head outputs of frames committed
-    ... end - 1."""
+def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: int) -> Tensor:
+    """Normed mel [P + new, n_mels] -> head outputs of the frames from `committed` to end - 1."""
     stack, before = codec.vocoder, state.vocoder
     (left, right), kept = stack.window, before.k.shape[2]
     positions = state.frame + new - len(mel) + torch.arange(-kept, len(mel), device=mel.device)
     queries = positions[kept:]
-    table = _turns(codec, codec.config.vocoder_dim // stack.heads, queries)
+    table = _rope_rows(codec, codec.config.vocoder_dim // stack.heads, queries)
     ahead = positions - queries[:, None]
     # Before the first frame there are rows too: they see one another, and no frame sees them.
     visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
@@ -193,8 +181,7 @@ def _vocode(codec: Codec, state: CodecState, mel: Tensor, new: int, end: int) ->
 def _run(
     stack: CodecStack, x: Tensor, table: Tensor, buffer: StackState, slots: Tensor, visible: Tensor
 ) -> Tensor:
-    """x [T, D] through a stack; keys and values go to `slots` [T] of a buffer of S, visible: bool
-    [T, S]."""
+    """x [T, D] through a stack; keys and values go to `slots` [T] of S; visible is bool [T, S]."""
     if stack.small and x.dtype == torch.float32:
         return stack.small.run(x, table, buffer.k, buffer.v, slots, visible)
 
@@ -209,9 +196,8 @@ def _run(
     return stack.run(x, attend)
 
 
-def _overlap_add(codec: Codec, state: CodecState, head: Tensor, last: bool) -> Tensor:
-    """Head outputs [n, n_fft + 2] of the frames just committed -> the samples that no later frame
-    adds to."""
+def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: bool) -> Tensor:
+    """Head outputs [n, n_fft + 2] of frames just committed -> samples that are final now."""
     hop, overlap = codec.config.hop, state.tail.shape[1]
     done = len(head) * hop
     sums = synthesize(head, codec.window, hop) if len(head) else state.tail.new_zeros(2, overlap)
@@ -222,9 +208,8 @@ def _overlap_add(codec: Codec, state: CodecState, head: Tensor, last: bool) -> T
     return wave / weight
 
 
-def _turns(codec: Codec, head_dim: int, positions: Tensor) -> Tensor:
-    """Rows of `rope_table` for any positions [T], on the device; float64, so that they stay exact
-    however far."""
+def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
+    """Rows of `rope_table` for positions [T] on the device; in float64, exact however far."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())
     return torch.stack((angles.cos(), angles.sin())).float()

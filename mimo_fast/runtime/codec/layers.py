@@ -1,7 +1,7 @@
 """Building blocks of the codec: pre-norm transformer layers with biased projections and GELU,
 convolutions, ISTFT.
 
-Decoding a whole sequence and decoding it as it comes (`codec_incremental.py`) share them: they
+Decoding a whole sequence and decoding it as it comes (`incremental.py`) share them: they
 differ in the attention that a stack is run with, and in where the norms over time take their
 statistics from.
 """
@@ -22,6 +22,7 @@ from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import layer_norm, rms_norm
 from mimo_fast.kernels.rope import rope, rope_table
 from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec.geometry import conv_overlap
 from mimo_fast.runtime.lm.transformer import AnyWeight, Attend, GetTensor
 
 LAYER_NORM_EPS = 1e-5
@@ -76,7 +77,7 @@ class CodecLayer:
 
     @property
     def parts(self) -> small_codec.Layer:
-        """Itself as `small_codec.py` takes it."""
+        """Itself as `kernels/cpu/codec_stack.py` takes it."""
         norms = [(norm.weight, norm.bias) for norm in (self.attention_norm, self.ffn_norm)]
         return norms[0], self.qkv, self.out, norms[1], self.up, self.down
 
@@ -91,7 +92,7 @@ class CodecStack:
     """Transformer layers with one attention pattern: full, causal or windowed.
 
     `layers` is iterated once a run, so that it may bring each layer to the device only then
-    (`codec_offload.py`).
+    (`offload.py`).
     """
 
     layers: Iterable[CodecLayer]
@@ -133,8 +134,7 @@ class CodecStack:
         return x if skipped is None else x + skipped
 
     def split_heads(self, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [T, 3 D], rows of `rope_table` for its positions -> q and k, both turned, and v, each
-        [H, T, Dh]."""
+        """qkv [T, 3 D], rows of `rope_table` -> rotated q and k, and v, [H, T, Dh] each."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         return rope(q, table).transpose(0, 1), rope(k, table).transpose(0, 1), v.transpose(0, 1)
 
@@ -172,14 +172,8 @@ def load_stack(
 
 
 def ieee_convolutions() -> AbstractContextManager[None]:
-    """Convolutions without TF32, cuDNN's default: codes depend on them, and nearly equal distances
-    are common."""
+    """Convolutions without TF32, cuDNN's default: codes hang on small differences."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-def conv_overlap(kernel: int, stride: int) -> int:
-    """Output rows of a transposed convolution's input that the next input adds to."""
-    return max(0, kernel - stride)
 
 
 @dataclass(frozen=True)
@@ -225,8 +219,7 @@ class TransposedConv:
         return mean, variance
 
     def normalise(self, out: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """Rows of the convolution's output [T, D_out], normed by the given statistics and rounded
-        once."""
+        """The convolution's output [T, D_out], normed by these statistics and rounded once."""
         scale = torch.rsqrt(variance + GROUP_NORM_EPS) * self.norm_weight.float()
         return ((out.float() - mean) * scale + self.norm_bias.float()).to(out.dtype)
 
@@ -243,8 +236,7 @@ def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
 
 
 def synthesize(head: Tensor, window: Tensor, hop: int) -> Tensor:
-    """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of windowed frames and of squared
-    windows."""
+    """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of frames and squared windows."""
     log_magnitude, phase = head.float().chunk(2, dim=-1)
     spectrum = torch.polar(log_magnitude.exp().clip(max=MAX_MAGNITUDE), phase)
     frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window

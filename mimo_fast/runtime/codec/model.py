@@ -1,198 +1,22 @@
-"""The audio tokenizer: waveform -> log-mel -> encoder -> RVQ codes, and codes -> decoder -> vocoder
--> waveform.
+"""`Codec`: the audio tokenizer with its streams, and the graphs that they run on."""
 
-(upstream `MiMoAudioTokenizer`)  Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
-"""
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from mimo_fast.audio.files import log_mel
 from mimo_fast.config import CodecConfig
-from mimo_fast.errors import AudioError
-from mimo_fast.kernels.matmul.product import matmul
-from mimo_fast.kernels.rvq import Codebooks, rvq_decode, rvq_encode
 from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec.geometry import default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
-from mimo_fast.runtime.codec.layers import (
-    Norm,
-    TransposedConv,
-    ieee_convolutions,
-    inverse_stft,
-    load_stack,
-    split_lengths,
-)
-from mimo_fast.runtime.codec.offload import offload
+from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import Moments
-from mimo_fast.runtime.codec.stream import CodecStream, default_lookahead, receptive_patches
+from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.transformer import GetTensor
 
-ENCODE_SEGMENT = 6000
-"""Mel frames encoded at once: 60 s (upstream `MimoAudio.preprocess_input`)."""
 
-DECODE_SEGMENT = 1500
-"""Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
-
-
-class Codec:
-    """Weights and functions over them.
-
-    Args:
-        config: dimensions.
-        source: its weights, on the device and in the dtype to compute in.
-        codebook: tensor by upstream's name in float32: codes hang on small differences between
-            codebook rows.
-    """
+class Codec(CodecNetwork):
+    """Encodes, decodes at once, and decodes as codes come; arguments as `CodecNetwork`'s."""
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
-        self.config = config
-        self.conv1, self.conv2 = (
-            (source(f"encoder.{conv}.weight"), source(f"encoder.{conv}.bias"))
-            for conv in ("conv1", "conv2")
-        )
-        self.encoder = load_stack(
-            "encoder.layers",
-            config.encoder_layers,
-            config.encoder_heads,
-            config.encoder_causal,
-            config.encoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
-        )
-        self.encoder_norm = Norm.load("encoder.layer_norm", config.norm, source)
-        if config.pool != 1:
-            self.pool_conv = source("encoder.down_sample_layer.0.weight")
-            self.pool_norm = Norm.load("encoder.down_sample_norm", config.norm, source)
-        self.unpool = (
-            TransposedConv.load("decoder.dconv1", config.pool, source) if config.pool != 1 else None
-        )
-        names = [
-            f"encoder.quantizer.vq.layers.{i}._codebook.embed"
-            for i in range(len(config.codebook_sizes))
-        ]
-        self.codebooks = Codebooks.pack([codebook(name) for name in names])
-        self.decoder = load_stack(
-            "decoder.layers",
-            config.decoder_layers,
-            config.decoder_heads,
-            config.decoder_causal,
-            config.decoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
-        )
-        self.decoder_norm = Norm.load("decoder.layer_norm", config.norm, source)
-        self.to_mel = TransposedConv.load("decoder.dconv2", config.decoder_stride, source)
-        self.vocoder_in = source.weight("decoder.vocoder.embeddings")
-        self.vocoder = load_stack(
-            "decoder.vocoder.layers",
-            config.vocoder_layers,
-            config.vocoder_heads,
-            False,
-            config.vocoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
-        )
-        self.vocoder_norm = Norm.load("decoder.vocoder.layer_norm", config.norm, source)
-        self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
-        self.window = source("decoder.vocoder.head.istft.window").float()
-        self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
-        self.stated_moments: Moments | None = None
-        if config.moments is not None:
-            unpool, to_mel = torch.tensor(config.moments, device=self.device)
-            self.stated_moments = Moments((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+        super().__init__(config, source, codebook)
         self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
-
-    @property
-    def sample_rate(self) -> int:
-        return self.config.sample_rate
-
-    @torch.no_grad()
-    def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
-        """Waveform [n] at 24 kHz -> codes [n_q, T] int64 (all codebooks by default), T = one a 960
-        samples."""
-        if n_q is not None and not 1 <= n_q <= len(self.codebooks):
-            raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
-        if wav.ndim != 1:
-            raise AudioError(
-                f"encode takes a mono waveform [n], not {list(wav.shape)}; average its channels first"
-            )
-        return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
-
-    def quantize(self, hidden: Tensor, n_q: int | None = None) -> Tensor:
-        """Encoder output [T, D] -> codes [n_q, T]."""
-        return rvq_encode(hidden.float(), self.codebooks.first(n_q))
-
-    def encode_mel(self, mel: Tensor) -> Tensor:
-        """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
-        lengths = split_lengths(len(mel), ENCODE_SEGMENT)
-        # Upstream pads a short last segment to the full one's length, and what it pads with leaks
-        # across the end.
-        short = len(lengths) > 1 and lengths[-1] < ENCODE_SEGMENT
-        parts = mel.split(lengths)
-        return torch.cat(
-            [self._encode_segment(part, short and part is parts[-1]) for part in parts]
-        )
-
-    def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
-        config = self.config
-        with ieee_convolutions():
-            x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
-            x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
-            x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
-        length = (len(mel) + 2 - config.kernel) // config.stride + 1
-        x = self.encoder_norm(self.encoder(x[:length], config.skip_layer))
-        if config.pool == 1:
-            return x
-        if short := -len(x) % config.pool:
-            x = torch.cat(
-                (x, x[-1:].expand(short, -1) if padded else x.new_zeros(short, x.shape[1]))
-            )
-        with ieee_convolutions():
-            x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
-        return self.pool_norm(F.gelu(x))
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, T], n <= number of codebooks -> waveform [960 T] float32, in segments of 60
-        s."""
-        self.check_codes(codes)
-        return torch.cat(
-            [
-                self.decode_hidden(self.dequantize(part))
-                for part in codes.split(DECODE_SEGMENT, dim=1)
-            ]
-        )
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Codes [n, T] -> sum of codebook rows [T, D] float32."""
-        return rvq_decode(codes.to(self.device, torch.int64), self.codebooks)
-
-    def decode_hidden(self, hidden: Tensor) -> Tensor:
-        """Dequantized codes [T, D] -> waveform [960 T] float32."""
-        mel = self.to_mel(self._decoder_hidden(hidden))
-        x = self.vocoder_norm(self.vocoder(matmul(mel, self.vocoder_in)))
-        return inverse_stft(matmul(x, self.vocoder_out), self.window, self.config.hop)
-
-    def _decoder_hidden(self, hidden: Tensor) -> Tensor:
-        x = hidden.to(self.dtype)
-        return self.decoder_norm(self.decoder(x if self.unpool is None else self.unpool(x)))
-
-    @torch.no_grad()
-    def moments(self, codes: Tensor) -> Moments:
-        """What the norms over time see when codes [n, T] are decoded at once; `stream` takes it for
-        another stream."""
-        self.check_codes(codes)
-        hidden = self.dequantize(codes)
-        conv = self.unpool
-        unpool = None if conv is None else conv.moments(conv.convolve(hidden.to(self.dtype)))
-        return Moments(
-            unpool, self.to_mel.moments(self.to_mel.convolve(self._decoder_hidden(hidden)))
-        )
 
     def stream(self, lookahead: int | None = None, moments: Moments | None = None) -> CodecStream:
         """A decoder to be fed codes as they come; `CodecStream` tells of the arguments.
@@ -203,38 +27,10 @@ class Codec:
         """
         if lookahead is None:
             lookahead = default_lookahead(self.config, given=moments is not None)
-        return CodecStream(self, lookahead, self.stated_moments if moments is None else moments)
+        moments = self.stated_moments if moments is None else moments
+        return CodecStream(self, lookahead, moments, self.stream_graphs)
 
     def warmup(self, streams: int, progress: bool = True) -> None:
-        """Captures the graphs of so many streams, where there are graphs, so that none of them
-        begins with that."""
+        """Captures the graphs of so many streams ahead of time, where there are graphs."""
         if self.stream_graphs is not None:
             self.stream_graphs.warmup(streams, progress)
-
-    @property
-    def receptive_patches(self) -> int:
-        """Patches after a sample that can change it."""
-        return receptive_patches(self.config)
-
-    def offload_encoder(self) -> None:
-        """Keeps the encoder's layers in host memory (pinned for CUDA) and brings them one by one
-        for each encode.
-
-        It frees half of the codec's weights on the device; an encode then waits for as many bytes
-        from the host.
-        """
-        self.encoder = offload(self.encoder, self.device)
-
-    def check_codes(self, codes: Tensor) -> None:
-        """Raises ValueError unless codes are [n, T] with every index inside its codebook."""
-        if codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"codes must be integers, not {codes.dtype}")
-        if codes.ndim != 2 or not 1 <= codes.shape[0] <= len(self.codebooks) or codes.shape[1] == 0:
-            raise ValueError(
-                f"codes must be [1 to {len(self.codebooks)}, T >= 1], not {list(codes.shape)}"
-            )
-        sizes = torch.tensor(self.config.codebook_sizes[: len(codes)])[:, None]
-        if ((codes.cpu() < 0) | (codes.cpu() >= sizes)).any():
-            raise ValueError(
-                "codes hold an index outside its codebook; drop the empty codes of text positions first"
-            )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.config import CodecConfig
-from mimo_fast.runtime.codec.layers import conv_overlap
+from mimo_fast.runtime.codec.geometry import conv_overlap, patch_rows
 
 CONTEXT = 512
 """Decoder positions before its own that a position sees at least: 256 code frames, 10.24 s
@@ -37,8 +37,7 @@ NormMoments = tuple[Tensor, Tensor]
 
 
 class Moments(NamedTuple):
-    """Mean and variance that each norm over time uses; `unpool` is None where the codec does not
-    pool."""
+    """Mean and variance of each norm over time; `unpool` is None where the codec does not pool."""
 
     unpool: NormMoments | None
     to_mel: NormMoments
@@ -46,16 +45,14 @@ class Moments(NamedTuple):
 
 @dataclass
 class RunningMoments:
-    """Mean and variance that a norm over time will have seen by the end, as far as its rows so far
-    tell.
+    """Estimates mean and variance that a norm over time will have seen by the end.
 
     One-shot decoding norms by the statistics of a whole utterance, which a stream must guess while
     it lasts. Until `expected` rows have come, those that are missing are taken to have the
-    statistics of those that came, later ones
-    counting more, in proportion to their position: the causal decoder's first outputs, which attend
-    to few others, differ from the rest. After that, and at the end, it is the plain statistics of
-    all that came, so that what is pushed at once is decoded as in one shot. docs/LOG.md has the
-    figures.
+    statistics of those that came, later ones counting more, in proportion to their position: the
+    causal decoder's first outputs, which attend to few others, differ from the rest. After that,
+    and at the end, it is the plain statistics of all that came, so that what is pushed at once is
+    decoded as in one shot. docs/LOG.md has the figures.
 
     Args:
         sums: float64 [2, 3]: sums over rows of weight, weighted mean and weighted mean square over
@@ -71,8 +68,7 @@ class RunningMoments:
         return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
 
     def add(self, rows: Tensor, first: Tensor) -> None:
-        """Rows [R, D] that will not change, from position `first` on; those before position 0 do
-        not count."""
+        """Adds final rows [R, D], the first at position `first`; those before 0 are left out."""
         self.sums += _sums(rows, first)
 
     def moments(self, rows: Tensor, first: Tensor, ended: bool) -> NormMoments:
@@ -93,8 +89,7 @@ def _sums(rows: Tensor, first: Tensor) -> Tensor:
 
 @dataclass
 class StackState:
-    """Keys, already turned, and values that later positions of a stack see: [layers, H, S, Dh]
-    each."""
+    """Rotated keys, and values, that later positions of a stack see: [layers, H, S, Dh] each."""
 
     k: Tensor
     v: Tensor
@@ -115,8 +110,7 @@ class StackState:
 
 @dataclass
 class CodecState:
-    """One waveform in progress. The newest P vocoder frames are pending: what comes next may still
-    change them.
+    """One waveform in progress; its newest P vocoder frames are pending and may still change.
 
     Args:
         position: decoder positions done, int64 scalar; slot p % S of `decoder` holds position p.
@@ -202,8 +196,7 @@ class CodecState:
 
     @property
     def trim(self) -> int:
-        """Samples of the first window before the waveform begins, and as many of the last one after
-        its end."""
+        """Samples of the first window before the waveform, and of the last window after it."""
         return self.tail.shape[1] // 2
 
     def reset(self) -> None:
@@ -215,17 +208,24 @@ class CodecState:
         self.past.clear()
 
     def rewind(self) -> None:
-        """Forgets all but the waveform so far: the same codes may be decoded again from the first
-        on."""
+        """Forgets all but the waveform so far: codes may be decoded again from the first."""
         for tensor in _tensors(self):
             if tensor is not self.tail:
                 tensor.zero_()
         self.frames = 0
 
 
+def new_state(
+    config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
+) -> CodecState:
+    """What a stream with a lookahead of so many patches needs on the device."""
+    stride = config.decoder_stride
+    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
+    return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
+
+
 def decoder_context(window: tuple[int, int]) -> int:
-    """Positions before its own that a position sees: the window's left side where it is shorter
-    than CONTEXT."""
+    """Positions before its own that a position sees: the window's left side, CONTEXT at most."""
     return min(window[0], CONTEXT) if window[0] >= 0 else CONTEXT
 
 

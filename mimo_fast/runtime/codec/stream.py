@@ -1,68 +1,24 @@
-"""Decoding codes as they come: each push costs what its own frames cost, however much was said
-before."""
+"""Decoding codes as they come: a push costs what its own frames cost, whatever came before."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mimo_fast.config import CodecConfig
 from mimo_fast.kernels.cpu.library import one_thread
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
+from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
 from mimo_fast.runtime.codec.incremental import decode_chunk, with_the_past
-from mimo_fast.runtime.codec.state import CodecState, Moments
-
-if TYPE_CHECKING:
-    from mimo_fast.runtime.codec.graphs import ChunkGraphs
-    from mimo_fast.runtime.codec.model import Codec
-
-PATCH_FRAMES = 4
-"""Code frames of a patch, 160 ms."""
-
-LOOKAHEAD = 10
-"""Patches after a sample that can change it in the published codec: 16 vocoder layers look 10
-frames of 10 ms ahead."""
-
-
-def patch_rows(config: CodecConfig) -> int:
-    """Vocoder frames of a patch."""
-    return PATCH_FRAMES * config.pool * config.decoder_stride
-
-
-def receptive_patches(config: CodecConfig) -> int:
-    """Patches after a sample that can change it."""
-    return -(-config.vocoder_layers * config.vocoder_window[1] // patch_rows(config))
-
-
-def default_lookahead(config: CodecConfig, given: bool = False) -> int:
-    """Patches that a stream waits for: LOOKAHEAD, or what its vocoder sees where moments are
-    stated, or given."""
-    known = given or config.moments is not None
-    return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
-
-
-def streamable(config: CodecConfig) -> bool:
-    """Whether the codec looks ahead no farther than its vocoder's window."""
-    return config.decoder_causal and min(config.vocoder_window) >= 0
-
-
-def new_state(
-    config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
-) -> CodecState:
-    """What a stream with a lookahead of so many patches needs on the device."""
-    stride = config.decoder_stride
-    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
-    return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
+from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.state import CodecState, Moments, new_state
 
 
 class CodecStream:
-    """One waveform in progress. Feed codes with `push`, end with `finish`; the parts join without a
-    seam.
+    """One waveform in progress: feed codes with `push`, end with `finish`; parts join seamlessly.
 
     Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
-    Where there are graphs (`codec_graphs.py`), a stream borrows its memory from the codec until it
-    is closed or gone.
+    Where there are graphs, a stream borrows its memory from them until it is closed or gone.
 
     Args:
         codec: weights.
@@ -71,13 +27,18 @@ class CodecStream:
             what has not come yet.
         moments: of the norms over time, as `Codec.moments` measured them on other codes of the same
             speaker; by default those of what has been pushed.
+        graphs: states with captured graphs to borrow from.
 
     Raises:
         ValueError: the lookahead is out of range, or the codec looks ahead without a limit.
     """
 
     def __init__(
-        self, codec: "Codec", lookahead: int = LOOKAHEAD, moments: Moments | None = None
+        self,
+        codec: CodecNetwork,
+        lookahead: int = LOOKAHEAD,
+        moments: Moments | None = None,
+        graphs: StreamGraphs | None = None,
     ) -> None:
         config = codec.config
         if not 0 <= lookahead <= LOOKAHEAD:
@@ -90,12 +51,11 @@ class CodecStream:
         self._lookahead = lookahead * patch_rows(config)
         self._graphs: ChunkGraphs | None = None
         self._state: CodecState | None
-        pool = codec.stream_graphs
         with self._threads():
-            if pool is not None and pool.serves(codec, lookahead, moments):
-                self._graphs = pool.take()
+            if graphs is not None and graphs.serves(codec, lookahead, moments):
+                self._graphs = graphs.take()
                 self._state = self._graphs.state
-                self._give_back = weakref.finalize(self, pool.give_back, self._graphs)
+                self._give_back = weakref.finalize(self, graphs.give_back, self._graphs)
                 self._give_back.atexit = False
             else:
                 self._state = new_state(config, lookahead, codec.dtype, codec.device)
@@ -107,8 +67,7 @@ class CodecStream:
 
     @torch.no_grad()
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
-        """Codes [n, t] that follow the last ones -> the samples that are now final, float32 [m], m
-        may be 0.
+        """The next codes [n, t] -> samples that are final now, float32 [m]; m may be 0.
 
         trusted: they were drawn by the model; looking at them would make the host wait for the
             device.
@@ -117,8 +76,7 @@ class CodecStream:
 
     @torch.no_grad()
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
-        """The last codes, if any -> all samples still waiting for what follows. The stream starts
-        anew after it."""
+        """The last codes, if any -> all samples still held back. The stream then starts anew."""
         wav = self._advance(codes, True, trusted)
         self.reset()
         return wav

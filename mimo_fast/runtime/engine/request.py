@@ -1,18 +1,14 @@
-"""One reply in progress: the engine's side of it, and the consumer's."""
+"""A reply in progress, as the engine sees it."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from torch import OutOfMemoryError, Tensor
 
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
-
-if TYPE_CHECKING:
-    from mimo_fast.runtime.engine.engine import Engine
 
 StopHook = Callable[[int, Tensor], bool]
 """(text token, codes [C, G]) of a new group -> whether the reply ends with it."""
@@ -23,8 +19,8 @@ class Job:
     """A reply as the engine sees it.
 
     row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
-    will be decoded.
-    error: why it ended early.
+    will be decoded. error: why it ended early. launching: its consumer waits for a group or holds
+    one whose work, a chunk of the codec, it has yet to launch.
     """
 
     conversation: Conversation
@@ -38,6 +34,7 @@ class Job:
     done: bool = False
     settled: bool = False
     error: BaseException | None = None
+    launching: bool = False
 
     @property
     def wants(self) -> bool:
@@ -89,47 +86,3 @@ class Job:
             self.conversation.cached = min(self.conversation.cached, self.conversation.groups)
             self.conversation.draws += self.taken
         self.settled = True
-
-
-class Reply(Iterator[Group]):
-    """The groups of a reply, each part of the conversation once it is taken. Any thread may take or
-    close."""
-
-    def __init__(self, engine: "Engine", job: Job) -> None:
-        self._engine, self._job = engine, job
-
-    def prefill(self) -> None:
-        """Returns when the prompt has been computed.
-
-        Raises:
-            Exception: what went wrong with it.
-        """
-        job = self._job
-        self._engine.drive(lambda: job.row is not None or job.done)
-        if job.error is not None:
-            self.close()
-            raise job.error
-
-    def __next__(self) -> Group:
-        job = self._job
-        if job.settled:
-            raise StopIteration
-        self._engine.drive(lambda: bool(job.ready) or job.done)
-        if job.ready:
-            group = job.ready.popleft()
-            job.conversation.append(group.text, group.codes)
-            job.taken += 1
-            return group
-        self.close()
-        if job.error is not None:
-            raise job.error
-        raise StopIteration
-
-    def close(self) -> None:
-        """Ends it after the group in progress; groups that nobody took are forgotten."""
-        self._engine.leave(self._job)
-
-    def __del__(self) -> None:
-        # What nobody holds any more must not be decoded on; the engine drops it at its next tick.
-        self._job.done = True
-        self._job.settle()

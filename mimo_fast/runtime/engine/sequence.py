@@ -1,35 +1,29 @@
-"""One row's ids, and the part of them whose keys and values lie in a slot of the engine or in a
-snapshot."""
-
-from typing import TYPE_CHECKING
+"""One row's ids, and where the keys and values of those lie that are computed already."""
 
 import torch
 from torch import Tensor
 
+from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from mimo_fast.runtime.engine.engine import Engine, Reply
-    from mimo_fast.runtime.lm.decode import Limits, Samplers
 
 
 class Conversation:
     """Ids [C + 1, T G] that grow by prompts and replies.
 
     Args:
-        engine: what decodes it.
+        config: dimensions of the language model.
+        capacity: groups that it may have, the last one of a reply included.
         seed: of its draws.
 
     slot: where its cache is, None outside the engine. cached: groups whose keys and values are
     kept, in the slot or the snapshot. shared: groups at its beginning that other conversations may
-    begin with too. draws: groups drawn.
-    prefilled: groups that the last reply had to compute before it could begin.
+    begin with too. draws: groups drawn. prefilled: groups that the last reply had to compute before
+    it could begin.
     """
 
-    def __init__(self, engine: "Engine", seed: int) -> None:
-        self.engine, self.seed, self.draws = engine, seed, 0
-        config = engine.lm.config
+    def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
+        self.capacity, self.seed, self.draws = capacity, seed, 0
         self.group_size = config.group_size
         self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
         self._decoded: list[tuple[int, Tensor]] = []
@@ -39,8 +33,7 @@ class Conversation:
 
     @property
     def ids(self) -> Tensor:
-        """All ids [C + 1, T G] on the host. Decoded groups stay on the device until someone asks
-        for them here."""
+        """All ids [C + 1, T G] on the host. Decoded groups are copied when they are asked for."""
         if self._decoded:
             codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
             text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
@@ -74,7 +67,7 @@ class Conversation:
         Raises:
             PromptError: it leaves no room for a reply; the conversation stays as it was.
         """
-        self.engine.check_room(self.groups + ids.shape[1] // self.group_size)
+        check_room(self.groups + ids.shape[1] // self.group_size, self.capacity)
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
 
     def append(self, text: int, codes: Tensor) -> None:
@@ -87,8 +80,7 @@ class Conversation:
         self.cached = min(self.cached, groups)
 
     def go_back(self, ids: Tensor, cached: int) -> None:
-        """Returns to earlier ids, of which so many groups were cached; what has been overwritten
-        since is not."""
+        """Returns to earlier ids; of what was cached then, what was overwritten since is not."""
         shorter = min(ids.shape[1], self.ids.shape[1])
         same = (
             int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
@@ -96,16 +88,11 @@ class Conversation:
         )
         self.ids, self.cached = ids, min(cached, self.cached, same)
 
-    def decode(self, limits: "Limits", samplers: "Samplers") -> "Reply":
-        """Prefills what is not cached and returns the reply, each group part of the conversation
-        once it is taken."""
-        reply = self.engine.start(self, limits, samplers)
-        reply.prefill()
-        return reply
 
-
-def no_room(groups: int, capacity: int) -> PromptError:
-    return PromptError(
-        f"the conversation has {groups} groups and the model's context is {capacity}: "
-        "start a new one or shorten the input"
-    )
+def check_room(groups: int, capacity: int) -> None:
+    """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+    if groups >= capacity:
+        raise PromptError(
+            f"the conversation has {groups} groups and the model's context is {capacity}: "
+            "start a new one or shorten the input"
+        )

@@ -4,7 +4,7 @@ final."""
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
-from mimo_fast.runtime.engine.request import Reply
+from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -143,11 +144,14 @@ def stream_reply(
         note: told of each group before its chunk comes.
     """
     prefill = time.perf_counter() - began
-    return ChunkStream(_chunks(reply, reader, codec, began, prefill, speaks, note), reply)
+    reply.launches = True
+    chunks = _chunks(reply, reply.launch_next, reader, codec, began, prefill, speaks, note)
+    return ChunkStream(chunks, reply)
 
 
 def _chunks(
-    reply: Reply,
+    groups: Iterable[Group],
+    launch_next: Callable[[], None],
     reader: ReplyReader,
     codec: Codec,
     began: float,
@@ -155,13 +159,23 @@ def _chunks(
     speaks: bool,
     note: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
+    """The chunks of a reply's groups.
+
+    A device is given, in this order: a group's codec chunk, the copy of its samples to the host,
+    the next group. Then the samples are waited for, and the device is busy while the host hands
+    them over. The codec comes first: behind the next group its samples would come that group later
+    (7.0 ms of int4 on an H100), and the device would be as busy.
+    """
     stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
 
     def chunk(text: str, audio: Tensor) -> Chunk:
         nonlocal samples, first_audio
-        # Audio has come when it is on the host, and not when its work has been queued.
-        audio = audio.float().cpu()
+        copy = HostCopy(audio.float())
+        launch_next()
+        # Audio has come when it is on the host, and not when its work has been queued. It leaves
+        # the pinned memory, of which there is little.
+        audio = copy.wait().clone()
         samples += len(audio)
         elapsed = time.perf_counter() - began
         if first_audio is None and len(audio):
@@ -171,7 +185,7 @@ def _chunks(
 
     nothing = torch.zeros(0)
     try:
-        for group in reply:
+        for group in groups:
             # Not before the reply has a slot: as many streams as slots have graphs from the start.
             stream = stream or (codec.stream() if speaks else None)
             decoded += 1

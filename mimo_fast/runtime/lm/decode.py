@@ -7,13 +7,14 @@ A row's tokens depend on its own prompt, seed and settings alone, whatever rows 
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import DecodeState
@@ -74,23 +75,41 @@ class Row:
 
 
 class HostRead:
-    """Tokens [R] on their way to the host, while the device goes on. order: the row of each."""
+    """Tokens on their way to the host, while the device goes on.
 
-    def __init__(self, tokens: Tensor, order: Sequence[int]) -> None:
-        self._order, self._event = order, None
-        self._tokens = tokens
-        if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+    Args:
+        parts: rows, and what waits for the token of each. Several are of one device, so that
+            waiting for the last is waiting for all.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Callable[[], list[int]]]]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(cls, tokens: Tensor, order: Sequence[int]) -> "HostRead":
+        """Tokens [R] and the row of each."""
+        copy = HostCopy(tokens)
+        return cls([(order, lambda: copy.wait().tolist())])
+
+    def __add__(self, other: "HostRead") -> "HostRead":
+        return HostRead([*self._parts, *other._parts])
 
     def wait(self) -> list[int]:
         """The tokens by row."""
-        if self._event is not None:
-            self._event.synchronize()
-        by_row = dict(zip(self._order, self._tokens.tolist(), strict=True))
+        by_row = dict[int, int]()
+        for rows, wait in self._parts:
+            by_row |= zip(rows, wait(), strict=True)
         return [by_row[row] for row in range(len(by_row))]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A group of some rows that the device is at: their tokens, and the patches that have been
+    launched so far by their slot."""
+
+    rows: Sequence[Row]
+    tokens: HostRead
+    patches: dict[int, Tensor]
 
 
 @dataclass
@@ -103,7 +122,8 @@ class Decoder:
 
     predict: start the patch decoder of rows that spoke in their last group before the host has read
     whether they speak in this one, so that a device never waits for the host; where that was wrong
-    the patch is dropped. On by default on devices that work on their own.
+    the patch is dropped. On by default on devices that work on their own; of no account where the
+    device itself tests whether a row speaks (`Graphs.conditional`).
     """
 
     lm: LM
@@ -112,22 +132,46 @@ class Decoder:
     predict: bool | None = None
     _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    @torch.no_grad()
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
         """The next group of each row. On any error no row has moved: each may be tried again or
         given up."""
+        return self.collect(self.launch(rows))
+
+    @torch.no_grad()
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """Gives the device the next group of each row and waits for nothing. It is either collected
+        or, with all that it has changed, forgotten: until then no row has moved."""
         for row in rows:
             if row.stale:
                 self._set_back(row)
             row.stale = True
+        if self.graphs and self.graphs.conditional:
+            return self._launch_whole(rows, self.graphs)
         drawn = self._draw_text(rows)
         likely = self._likely_to_speak(rows)
-        patches = self._patches(likely) if likely else {}
+        return Launched(rows, drawn, self._patches(likely) if likely else {})
+
+    def _launch_whole(self, rows: Sequence[Row], graphs: Graphs) -> Launched:
+        """One launch for all rows that have a group to feed, patches included."""
+        fed, fresh = _fed_and_fresh(rows)
+        drawn, patches = HostRead([]), dict[int, Tensor]()
+        if fed:
+            slots = [rows[i].slot for i in fed]
+            wait, codes = graphs.group(slots)
+            drawn, patches = HostRead([(fed, wait)]), dict(zip(slots, codes, strict=True))
+        if fresh:
+            drawn += HostRead.of(self._sample_text([rows[i] for i in fresh]), order=fresh)
+        return Launched(rows, drawn, patches)
+
+    @torch.no_grad()
+    def collect(self, launched: Launched) -> list[Group]:
+        """The groups of the last `launch`, one a row."""
+        rows, patches = launched.rows, launched.patches
         # The one host read of a group.
-        tokens = drawn.wait()
+        tokens = launched.tokens.wait()
         speaking = [row for row, text in zip(rows, tokens, strict=True) if text == self.lm.empty_id]
         if missing := [row for row in speaking if row.slot not in patches]:
-            patches |= self._patches(missing)
+            patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
         groups = [
             self._group(row, text, patches[row.slot] if text == self.lm.empty_id else silence)
@@ -142,16 +186,15 @@ class Decoder:
                 self.state.banned[row.slot] = False
         return groups
 
-    def _draw_text(self, rows: Sequence[Row]) -> "HostRead":
+    def _draw_text(self, rows: Sequence[Row]) -> HostRead:
         """Feeds the rows that have a group to feed, and draws a text token for each row."""
-        fed = [i for i, row in enumerate(rows) if row.last is not None]
-        fresh = [i for i, row in enumerate(rows) if row.last is None]
+        fed, fresh = _fed_and_fresh(rows)
         tokens = list[Tensor]()
         if fed:
             tokens.append(self._feed([rows[i] for i in fed]))
         if fresh:
             tokens.append(self._sample_text([rows[i] for i in fresh]))
-        return HostRead(torch.cat(tokens), order=[*fed, *fresh])
+        return HostRead.of(torch.cat(tokens), order=[*fed, *fresh])
 
     def _likely_to_speak(self, rows: Sequence[Row]) -> list[Row]:
         predict = self.lm.device.type == "cuda" if self.predict is None else self.predict
@@ -209,6 +252,12 @@ class Decoder:
                 self._places.clear()
             self._places[key] = torch.tensor(key, device=self.lm.device)
         return self._places[key]
+
+
+def _fed_and_fresh(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """Which rows have a group to feed, and which are drawn from their prompts."""
+    fed = [i for i, row in enumerate(rows) if row.last is not None]
+    return fed, [i for i, row in enumerate(rows) if row.last is None]
 
 
 def _known(settings: SamplerTensors, samplers: Sequence[MiMoSampler]) -> SamplerTensors:

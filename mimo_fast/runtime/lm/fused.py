@@ -1,5 +1,7 @@
-"""Those parts of a language model that are small enough to be computed whole in one native call
-(`small_model.py`)."""
+"""The parts of a language model that are small enough for one native call each.
+
+`kernels/cpu/transformer.py` has the calls, and what they take.
+"""
 
 from __future__ import annotations
 

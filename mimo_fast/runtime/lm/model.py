@@ -29,6 +29,7 @@ from mimo_fast.runtime.lm.fused import SmallParts
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
     cached_attend,
+    padded_attend,
     prefill_attend,
     self_attend,
     transformer,
@@ -197,6 +198,28 @@ class LM:
             )[0]
             start += len(text_part)
 
+    def prefill_padded(self, ids: Tensor, place: Tensor, state: DecodeState) -> Tensor:
+        """`prefill` of at most T groups, with all that differs between prompts on the device: ids
+        int64 [C + 1, T, G], place int64 [3]: slot, start, and how many groups there are.
+
+        The other groups pad: whatever ids they hold, they leave no trace. With no group at all and
+        start -1 it only writes the scratch row. Returns the last group's hidden state [1, D].
+        """
+        config, rows = self.config.backbone, torch.arange(ids.shape[1], device=self.device)
+        slot, start, length = place.split(1)
+        text, codes = ids[0, :, 0], ids[1:].transpose(0, 1)
+        # Shapes are fixed, so every group passes the patch encoder: 1/16 of the backbone's work,
+        # and as much as a compact list of the audio groups would cost, which has no shorter bound.
+        x = input_embed(text, self.encode_patches(codes), self.text_embeddings, self.empty_id)
+        positions = (start + rows).masked_fill(rows >= length, NO_POSITION)
+        slots = slot.expand(len(rows)).contiguous()
+        attend = padded_attend(config, self.backbone_rope, state.cache, slots, positions)
+        hidden = transformer(x[None], self.backbone, config.norm_eps, attend)[0]
+        last = hidden[(length - 1).clamp(min=0)]
+        state.hidden[slot] = last
+        state.lengths[slot] = start + length
+        return last
+
     def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
         """Makes a group, its token and its codes [C, G], the one that the slot's next step
         feeds."""
@@ -287,6 +310,7 @@ class LM:
                 state.rows[:rows],
                 starts,
                 config.patch_steps,
+                fixed=True,
             )
             hidden = transformer(
                 x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend

@@ -12,6 +12,7 @@ from mimo_fast.kernels.attention import attention, rotary_attention
 from mimo_fast.kernels.decode_attention import decode_attention
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight, matmul
 from mimo_fast.kernels.norm import RMSNorm, rms_norm
+from mimo_fast.kernels.prefill_attention import prefill_attention
 from mimo_fast.kernels.rope import rope_append
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.state import KVCache
@@ -84,17 +85,18 @@ def cached_attend(
     slots: Tensor,
     starts: Tensor,
     max_length: int,
+    fixed: bool = False,
 ) -> Attend:
     """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends
     up to there.
 
-    slots, starts: int64 [R] on the cache's device, read there alone. max_length: see
+    slots, starts: int64 [R] on the cache's device, read there alone. max_length, fixed: see
     `decode_attention`.
     """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         return decode_attention(
-            qkv, table, cache.layer(layer), slots, starts, config.heads, max_length
+            qkv, table, cache.layer(layer), slots, starts, config.heads, max_length, fixed
         )
 
     return attend
@@ -112,5 +114,23 @@ def prefill_attend(
         q = rope_append(qkv, table, layer_cache, slots, starts, config.heads)
         k, v = layer_cache.read(slot, start + qkv.shape[1], qkv.dtype)
         return attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def padded_attend(
+    config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
+) -> Attend:
+    """T new positions of one slot, as `prefill_attend`'s, but read on the device alone: row t of
+    qkv [1, T, ...] is appended to positions[t] of slot slots[t] and attends up to there.
+
+    slots, positions: int64 [T], as `prefill_attention` takes them.
+    """
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        layer_cache = cache.layer(layer)
+        # A position is a row of its own, so that each may be left out.
+        q = rope_append(qkv.transpose(0, 1), table, layer_cache, slots, positions, config.heads)
+        return prefill_attention(q[:, :, 0], layer_cache, slots, positions)[None]
 
     return attend

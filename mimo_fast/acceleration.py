@@ -1,5 +1,4 @@
-"""`accelerate`: an upstream model already in memory keeps its object and its weights, and gets our
-generate."""
+"""`accelerate`: our `generate` for an upstream model that is in memory already."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +32,9 @@ def accelerate(model: Any) -> Any:
     missing = [name for name in ("config", "args", "state_dict") if not hasattr(causal, name)]
     if missing:
         raise TypeError(
-            f"a {type(model).__name__} is not an upstream MiMo-Audio model, it lacks {', '.join(missing)}; "
-            "pass a MimoAudio or MiMoAudioForCausalLM, or load the checkpoint with mimo_fast.load(lm, codec)"
+            f"a {type(model).__name__} is not an upstream MiMo-Audio model, it lacks "
+            f"{', '.join(missing)}; pass a MimoAudio or MiMoAudioForCausalLM, or load the "
+            "checkpoint with mimo_fast.load(lm, codec)"
         )
     config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
     tensors = causal.state_dict()
@@ -60,8 +60,7 @@ def accelerate(model: Any) -> Any:
         input_ids: Any = None,
         **options: Any,
     ) -> Any:
-        """`mimo_fast.generate` behind upstream's arguments; synced_gpus and warmup_run have no
-        meaning here."""
+        """`mimo_fast.generate` with upstream's arguments; ignores synced_gpus and warmup_run."""
         seed = options.pop("seed", None)
         if options:
             # Lengths and the like may come as keywords too, and then win.

@@ -1,0 +1,816 @@
+// The patch decoder as one persistent kernel: all layers of all steps, one row, int8 or int4 weights on tensor cores.
+//
+// Every block runs through the same phases of a layer. What a phase makes is exchanged through global memory, and the
+// data carries the flag: a piece of 16 bytes is four float32 whose lowest four bits are a nibble each of a 16-bit tag
+// (a relative error of 2^-20), stored and loaded as one access; a reader looks until the tag is the one it waits for.
+//
+//   phase     jobs           units of a job            made                           read by every block
+//   QKV       2 heads        3 tiles x half of K       partial q, k, v of a head      of the heads that its OUT jobs need
+//   OUT       2 D / 16       1 tile x half of K        partial sums                   all
+//   GATE_UP   F / 16         2 tiles x K               silu(gate) up                  of the half that its DOWN jobs need
+//   DOWN      2 D / 16       1 tile x half of K        partial sums                   all
+//
+// A tile is 16 rows, a unit 16 rows x 128 columns. Job j is done by block j % blocks, unit i of a block's phase by one of
+// its warps, so any number of blocks up to that of the jobs works. Which units a sum has, and their order, depend on the
+// weight alone. Each block attends for all heads that it needs itself, and holds the residual, a quad of columns a
+// thread, in registers.
+//
+// A step ends with the norm and, where heads are given, with the logits of its active channels, exchanged like the rest;
+// every block then draws all codes itself (the greatest logit / temperature + noise) and sums their embeddings, which is
+// the next step's input. Channel c makes the code of frame t - c in step t.
+//
+// Why a buffer of each kind is enough: a block writes a buffer in layer n + 1 after it has read, complete, the sums of an
+// OUT or DOWN phase that came after the buffer's phase of layer n; every block has jobs in both, and publishes their sums
+// after it has read what came before. So nobody still reads what is overwritten. Tags go up by one a layer: what a
+// buffer holds from before is never taken for new.
+//
+// Weights come by copies to shared memory: a FIFO for each thread of what it asked for itself, DEPTH units ahead across
+// phases, layers and steps; so the stream does not stop while blocks wait for each other. Keys and values of earlier
+// positions are in global memory, written by one block a head. They are read in later steps only: one fence a step, by
+// their writers before they publish the step's last sums and by readers after they have got those.
+
+#include <grid.cuh>
+
+namespace {
+
+constexpr int COLUMNS = 128;
+constexpr int TILE = 16;
+constexpr int HEAD = 16;
+constexpr int POSITIONS = 16;
+constexpr int PHASES = 4;
+constexpr int END = PHASES, DRAW = PHASES + 1, NOTED = PHASES + 2;
+constexpr int TIMES = 4;
+constexpr int CHANNELS = 8;
+constexpr int FRAMES = 4;
+constexpr uint32_t PATIENCE = 1 << 20;
+
+constexpr uint32_t HALVES = 0x000f000f;
+constexpr uint32_t MAGIC = 0x43004300;
+constexpr float OFFSET_INT4 = 128 + 8;
+constexpr float OFFSET_INT8 = 128 + 16 * 128 + 128;
+
+enum { QKV, OUT, GATE_UP, DOWN };
+
+struct Decoder {
+    const uint4* words;      // [layers, units of a layer, BITS / 2, 32]
+    const uint2* scales;     // [layers, units of a layer, 8]: scale and zero of row g, then of row g + 8
+    const uint16_t* norms;   // [2 layers + 1, dim]
+    const uint16_t* bias;    // [layers, 3 dim]
+    const float* angles;     // [POSITIONS, 2, HEAD / 2]: cosines, sines
+    const uint16_t* inputs;  // [steps, dim], or with heads [1, dim]
+    const uint16_t* heads;   // [rows of all channels, dim], or null
+    const uint16_t* embeddings;  // [rows of all channels, dim]
+    const float* noise;      // [FRAMES, rows of all channels], or null
+    int* codes;              // [channels, FRAMES]
+    uint16_t* hidden;        // [steps, dim]
+    uint16_t* cache;         // [layers, heads, POSITIONS, 2 HEAD]: k, v
+    uint4* exchanged;        // of each phase what `Engine` says; zeros at first
+    uint32_t* state;         // the last tag, 32 words on an error; zeros at first
+    int64_t* clocks;         // [blocks, NOTED, TIMES], or null
+    int dim, ffn, layers, steps;
+    int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
+    int pause;               // nanoseconds between two looks
+    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies
+    float eps;
+    float per_temperature;
+    int channels;
+    int firsts[CHANNELS + 1], empty[CHANNELS];  // rows of the channels; codes that are not drawn
+    int most_sums, most_units;  // units of a block's largest phase, of a warp in a layer
+};
+
+struct Phase {
+    int units, inner;  // of a job; those that a sum has
+    int first;         // unit of a layer
+    int own, total;    // jobs of this block, their units
+    int start;         // warp of the first unit
+};
+
+// A unit of a warp: its number in a layer; the block of columns of x that it meets; where its sums go.
+struct Unit {
+    int number;
+    uint16_t block, sums;
+};
+
+__device__ inline uint32_t part_of(const uint4& words, int i) {
+    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+__device__ inline uint32_t pair(uint32_t word, int shift) { return and_or(word >> shift, HALVES, MAGIC); }
+
+// 16 bytes of shared memory at once.
+__device__ inline void load_four(const float* from, float (&values)[4]) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    values[0] = bits_float(bits.x), values[1] = bits_float(bits.y);
+    values[2] = bits_float(bits.z), values[3] = bits_float(bits.w);
+}
+
+__device__ inline float silu(float value) { return value / (1 + expf(-value)); }
+
+// Where column c of x lies in shared memory, in 16-bit values: as the four registers of a 16-byte load that meet the
+// words of a thread.
+template <int BITS>
+__device__ inline int place_of(int c) {
+    constexpr int PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
+    const int plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
+    const int reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
+    return c / COLUMNS * COLUMNS + ((reg / 4 * 4 + t) * 4 + reg % 4) * 2 + plane / HALF;
+}
+
+// A float32 as an integer of the same order.
+__device__ inline uint32_t ordered(float value) {
+    const uint32_t bits = float_bits(value);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline uint32_t tagged(float value, uint32_t tag, int i) {
+    const uint32_t bits = float_bits(value);
+    return ((bits + 8) & ~15u) | (tag >> 4 * i & 15);
+}
+
+__device__ inline bool is_of(const uint4& piece, uint32_t tag) {
+    return (((piece.x ^ tag) | (piece.y ^ tag >> 4) | (piece.z ^ tag >> 8) | (piece.w ^ tag >> 12)) & 15) == 0;
+}
+
+__device__ inline void untag(const uint4& piece, float (&values)[4]) {
+    values[0] = bits_float(piece.x & ~15u);
+    values[1] = bits_float(piece.y & ~15u);
+    values[2] = bits_float(piece.z & ~15u);
+    values[3] = bits_float(piece.w & ~15u);
+}
+
+template <int BITS, int DEPTH>
+struct Engine {
+    static constexpr int PARTS = BITS / 2;  // 16-byte words of a thread in a unit
+
+    const Decoder& p;
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int heads = p.dim / HEAD, quads = p.dim / 4;
+
+    // Shared memory.
+    uint4* fifo;        // [warps, DEPTH, PARTS, 32]
+    uint2* fifo_scales; // [warps, DEPTH, 32]
+    uint16_t* x;        // [max(dim, ffn)], in the order of `place_of`
+    float* x_sums;      // of 16 columns of x
+    float* squares;     // of 128 columns of the residual
+    float* sums;        // [units of the block's largest phase, TILE]
+    float* parts;       // [warps, 2 heads, 2 halves, 3 HEAD]
+    float* angles;      // [POSITIONS, 2, HEAD / 2]
+    Phase* phases;      // [PHASES]
+    Unit* units;        // [warps, most_units], of a layer
+    int* counts;        // [warps, PHASES]: units of each phase
+    int64_t* times;     // [NOTED, TIMES]
+    uint32_t* bests;    // [FRAMES, 2, 32]: of each warp the greatest of a channel, and its code
+    uint32_t* stop;
+
+    // Buffers of what is exchanged: pieces of four columns.
+    uint4* qkv;    // [heads, 2 halves of K, q k v, 4]
+    uint4* out;    // [2 halves of K, dim / 4]
+    uint4* gated;  // [ffn / 4]
+    uint4* down;   // [2 halves of K, dim / 4]
+    uint4* logits; // [rows of the active channels / 4, rounded up]
+
+    uint64_t kept, others;
+    int layer_units;
+    int needs = 0;         // the halves of K of this block's OUT and DOWN jobs, a bit each
+    float residual[4];     // columns 4 threadIdx.x ...
+    uint32_t tag;          // of this layer
+    int64_t since = 0;
+
+    // Of this warp's units of a layer: all of them, the next to ask for, the next to multiply; and their slots.
+    int all_units = 0, ask_unit = 0, unit = 0, ask_slot = 0, slot = 0;
+    int ask_layer = 0, layers_to_ask;
+
+    __device__ Engine(const Decoder& p, unsigned char* shared) : p(p) {
+        fifo = reinterpret_cast<uint4*>(shared);
+        fifo_scales = reinterpret_cast<uint2*>(fifo + warps * DEPTH * PARTS * 32);
+        const int widest = p.dim > p.ffn ? p.dim : p.ffn;
+        times = reinterpret_cast<int64_t*>(fifo_scales + warps * DEPTH * 32);
+        x = reinterpret_cast<uint16_t*>(times + NOTED * TIMES);
+        x_sums = reinterpret_cast<float*>(x + widest);
+        parts = x_sums + widest / 16;
+        squares = parts + warps * 12 * HEAD;
+        angles = squares + 32;
+        bests = reinterpret_cast<uint32_t*>(angles + POSITIONS * HEAD);
+        sums = reinterpret_cast<float*>(bests + FRAMES * 64);
+        units = reinterpret_cast<Unit*>(sums + p.most_sums * TILE);
+        counts = reinterpret_cast<int*>(units + warps * p.most_units);
+        phases = reinterpret_cast<Phase*>(counts + warps * PHASES);
+        stop = reinterpret_cast<uint32_t*>(phases + PHASES);
+        qkv = p.exchanged;
+        out = qkv + heads * 24;
+        gated = out + 2 * quads;
+        down = gated + p.ffn / 4;
+        logits = down + 2 * quads;
+        kept = p.keep < 0 ? policy_of_others() : policy_to_keep();
+        others = p.keep < 0 ? policy_of_others() : policy_to_drop();
+        for (int job = blockIdx.x; job < p.dim / TILE * 2; job += gridDim.x) needs |= 1 << job % 2;
+        layer_units = (4 * p.dim + 3 * p.ffn) / TILE * (p.dim / COLUMNS);
+        layers_to_ask = p.layers * p.steps;
+        if (threadIdx.x == 0) {
+            *stop = 0;
+            plan();
+        }
+        for (int i = threadIdx.x; i < POSITIONS * HEAD; i += blockDim.x) angles[i] = p.angles[i];
+        for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x) times[i] = 0;
+    }
+
+    __device__ void plan() {
+        const int k = p.dim / COLUMNS;
+        int first = 0, before = 0;
+        const auto add = [&](Phase& phase, int jobs, int tiles, int inner) {
+            phase.inner = inner;
+            phase.units = inner * tiles;
+            phase.first = first;
+            phase.own = (jobs - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+            phase.total = phase.own * phase.units;
+            phase.start = before % warps;
+            first += jobs * phase.units;
+            before += phase.total;
+        };
+        add(phases[QKV], 2 * heads, 3, k / 2);
+        add(phases[OUT], p.dim / 8, 1, k / 2);
+        add(phases[GATE_UP], p.ffn / TILE, 2, k);
+        add(phases[DOWN], p.dim / 8, 1, p.ffn / COLUMNS / 2);
+    }
+
+    // Lists this warp's units, after the plan.
+    __device__ void list() {
+        units += warp * p.most_units;
+        counts += warp * PHASES;
+        for (int which = 0; which < PHASES; ++which) {
+            const Phase& phase = phases[which];
+            int count = 0;
+            for (int i = (warp - phase.start + warps) % warps; i < phase.total; i += warps, ++count) {
+                const int job = blockIdx.x + i / phase.units * gridDim.x, within = i % phase.units;
+                const int half = which == GATE_UP ? 0 : job % 2;
+                if (lane == 0)
+                    units[all_units + count] = Unit{phase.first + job * phase.units + within,
+                                                    uint16_t(half * phase.inner + within % phase.inner), uint16_t(i)};
+            }
+            if (lane == 0) counts[which] = count;
+            all_units += count;
+        }
+        warp_barrier();
+    }
+
+    __device__ void ask() {
+        if (layers_to_ask && all_units && !(p.without & 2)) {
+            const int64_t number = int64_t(ask_layer) * layer_units + units[ask_unit].number;
+            const uint64_t policy = ask_layer < p.keep ? kept : others;
+            const int place = warp * DEPTH + ask_slot;
+            const uint4* from = p.words + number * PARTS * 32 + lane;
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) copy_16(fifo + (place * PARTS + i) * 32 + lane, from + i * 32, policy);
+            copy_8(fifo_scales + place * 32 + lane, p.scales + number * 8 + g, policy);
+            if (++ask_unit == all_units) {
+                ask_unit = 0;
+                --layers_to_ask;
+                if (++ask_layer == p.layers) ask_layer = 0;
+            }
+        }
+        commit_copies();
+        ask_slot = ask_slot + 1 == DEPTH ? 0 : ask_slot + 1;
+    }
+
+    // The sums of this warp's units of a phase.
+    __device__ void multiply(int which) {
+        for (int count = counts[which]; count; --count) {
+            const Unit now = units[unit];
+            wait_for_copies<DEPTH - 1>();
+            const int place = warp * DEPTH + slot;
+            multiply_unit(fifo + place * PARTS * 32 + lane, fifo_scales[place * 32 + lane], now.block,
+                          sums + now.sums * TILE);
+            unit = unit + 1 == all_units ? 0 : unit + 1;
+            slot = slot + 1 == DEPTH ? 0 : slot + 1;
+            ask();
+        }
+    }
+
+    __device__ void multiply_unit(const uint4* from, const uint2 scale, int block, float* to) {
+        const uint4* from_x = reinterpret_cast<const uint4*>(x + block * COLUMNS) + t;
+        uint4 upper[PARTS / 2], lower[PARTS / 2], values[4];
+#pragma unroll
+        for (int i = 0; i < PARTS / 2; ++i) upper[i] = from[i * 32], lower[i] = from[(PARTS / 2 + i) * 32];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = from_x[4 * i];
+        // Independent sums, so that a product need not wait for the one before.
+        float some[4][4] = {};
+        if constexpr (BITS == 8) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t up = part_of(upper[part], i), low = part_of(lower[part], i);
+                    const uint4& both = values[part * 2 + i / 2];
+                    const uint32_t b0 = part_of(both, i % 2 * 2), b1 = part_of(both, i % 2 * 2 + 1);
+                    multiply_add(some[part], pair(up, 0), pair(low, 0), pair(up, 8), pair(low, 8), b0, b1);
+                    multiply_add(some[2 + part], pair(up, 4), pair(low, 4), pair(up, 12), pair(low, 12), b0, b1);
+                }
+        } else {
+#pragma unroll
+            for (int s = 0; s < 4; s += 2)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t up = part_of(upper[0], i), low = part_of(lower[0], i);
+                    multiply_add(some[i], pair(up, 4 * s), pair(low, 4 * s), pair(up, 4 * s + 4), pair(low, 4 * s + 4),
+                                 part_of(values[i], s), part_of(values[i], s + 1));
+                }
+        }
+        // All columns of the products are the one row of x: a thread in four stores.
+        if (t == 0) {
+            float first[4], second[4], plain = 0;
+            load_four(x_sums + block * (COLUMNS / 16), first), load_four(x_sums + block * (COLUMNS / 16) + 4, second);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) plain += first[i] + second[i];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t both = half ? scale.y : scale.x;
+                const float left = some[0][2 * half] + some[1][2 * half], right = some[2][2 * half] + some[3][2 * half];
+                const float sum = BITS == 8 ? left + 16 * right : left + right;
+                const float offset = BITS == 8 ? OFFSET_INT8 : OFFSET_INT4 + from_half(uint16_t(both >> 16));
+                to[half * 8 + g] = from_bfloat16(uint16_t(both)) * (sum - offset * plain);
+            }
+        }
+    }
+
+    // Looks at a piece, and another, until both are of this tag. False if somebody has lost patience: then all leave.
+    __device__ bool get(const uint4* from, const uint4* other, uint32_t tag, uint4& piece, uint4& second) {
+        piece = load_relaxed(from), second = load_relaxed(other);
+        for (uint32_t looks = 1;; ++looks) {
+            const bool come = is_of(piece, tag), second_come = is_of(second, tag);
+            if (come && second_come) return true;
+            if (p.without & 1) return true;
+            if (looks % 1024 == 0) {
+                if (looks >= PATIENCE) store_relaxed(p.state + 32, 1);
+                if (load_relaxed(p.state + 32)) {
+                    *stop = 1;
+                    return false;
+                }
+            }
+            look_again(p.pause);
+            if (!come) piece = load_relaxed(from);
+            if (!second_come) second = load_relaxed(other);
+        }
+    }
+
+    // The last sums to the residual, then x = norm weight times it, rounded; without its scale, which comes last.
+    __device__ void stage_residual(int which, const uint4* partial, uint32_t tag, const uint16_t* norm,
+                                   const uint16_t* input) {
+        const int i = threadIdx.x;
+        if (i >= quads) return;
+        const uint2 weight = reinterpret_cast<const uint2*>(norm)[i];
+        if (input) {
+            const uint2 given = load_shared_data(reinterpret_cast<const uint2*>(input) + i);
+            residual[0] = from_bfloat16(uint16_t(given.x)), residual[1] = from_bfloat16(uint16_t(given.x >> 16));
+            residual[2] = from_bfloat16(uint16_t(given.y)), residual[3] = from_bfloat16(uint16_t(given.y >> 16));
+        } else if (partial) {
+            uint4 first, second;
+            get(partial + i, partial + quads + i, tag, first, second);
+            float a[4], b[4];
+            note(which, 0);
+            untag(first, a), untag(second, b);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) residual[e] += a[e] + b[e];
+        }
+        float square = 0, sum = 0;
+        const uint16_t weights[4] = {uint16_t(weight.x), uint16_t(weight.x >> 16), uint16_t(weight.y),
+                                     uint16_t(weight.y >> 16)};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            square += residual[e] * residual[e];
+            const uint16_t value = to_bfloat16(residual[e] * from_bfloat16(weights[e]));
+            sum += from_bfloat16(value);
+            x[which == END ? 4 * i + e : place_of<BITS>(4 * i + e)] = value;
+        }
+        sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+        if (i % 4 == 0) x_sums[i / 4] = sum;
+        for (int mask = 1; mask < 32; mask *= 2) square += from_lane_xor(square, mask);
+        if (i % 32 == 0) squares[i / 32] = square;
+    }
+
+    __device__ float norm_scale() const {
+        float square = 0;
+        for (int i = 0; i < p.dim / COLUMNS; ++i) square += squares[i];
+        return rsqrtf(square / p.dim + p.eps);
+    }
+
+    __device__ void stage_gated() {
+        const int half = p.ffn / 8;
+        for (int h = 0; h < 2; ++h) {
+            if (!(needs >> h & 1)) continue;
+            for (int i = h * half + threadIdx.x; i < (h + 1) * half; i += blockDim.x) {
+                uint4 piece, same;
+                get(gated + i, gated + i, tag, piece, same);
+                note(DOWN, 0);
+                float values[4], sum = 0;
+                untag(piece, values);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const uint16_t value = to_bfloat16(values[e]);
+                    sum += from_bfloat16(value);
+                    x[place_of<BITS>(4 * i + e)] = value;
+                }
+                sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+                if (i % 4 == 0) x_sums[i / 4] = sum;
+            }
+        }
+    }
+
+    // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
+    __device__ void stage_attention(int layer, int position) {
+        const int pairs = heads / 4 * (needs == 3 ? 2 : 1), first = needs & 1 ? 0 : heads / 4;
+        const int sub = lane / 16, d = lane % 16;
+        float* own = parts + warp * 12 * HEAD;
+        for (int i = first + warp; i < first + pairs; i += warps) {
+            const int head = 2 * i + sub;
+            uint16_t* cache = p.cache + (int64_t(layer) * heads + head) * POSITIONS * 2 * HEAD;
+            uint4 keys[2] = {};
+            if (d < position) {
+                const uint4* from = reinterpret_cast<const uint4*>(cache + d * 2 * HEAD);
+                keys[0] = load_shared_data(from), keys[1] = load_shared_data(from + 1);
+            }
+            uint16_t values[POSITIONS - 1];
+#pragma unroll
+            for (int j = 0; j < POSITIONS - 1; ++j)
+                values[j] = j < position ? load_shared_data(cache + j * 2 * HEAD + HEAD + d) : 0;
+
+            const uint4* from = qkv + i * 48 + lane;
+            uint4 piece, second;
+            get(from, lane < 16 ? from + 32 : from, tag, piece, second);
+            note(OUT, 0);
+            warp_barrier();
+            untag(piece, *reinterpret_cast<float(*)[4]>(own + 4 * lane));
+            if (lane < 16) untag(second, *reinterpret_cast<float(*)[4]>(own + 4 * (lane + 32)));
+            warp_barrier();
+            const auto joined = [&](int part) {
+                const float* at = own + sub * 6 * HEAD + part * HEAD + d;
+                return from_bfloat16(to_bfloat16(at[0] + at[3 * HEAD]));
+            };
+            float q = joined(0), k = joined(1);
+            const uint16_t v = to_bfloat16(joined(2));
+            const float cosine = angles[position * HEAD + d % 8], sine = angles[position * HEAD + 8 + d % 8];
+            const float other_q = from_lane_xor(q, 8), other_k = from_lane_xor(k, 8);
+            q = q * cosine + (d < 8 ? -other_q : other_q) * sine;
+            const uint16_t key = to_bfloat16(k * cosine + (d < 8 ? -other_k : other_k) * sine);
+            warp_barrier();
+            own[sub * 6 * HEAD + d] = q;
+            const uint4* new_key = reinterpret_cast<const uint4*>(own + sub * 6 * HEAD + HEAD);
+            const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(new_key))[d] = key;
+            warp_barrier();
+            if (d == position) keys[0] = new_key[0], keys[1] = new_key[1];
+            float score = 0;
+#pragma unroll
+            for (int e = 0; e < HEAD; e += 4) {
+                float some[4];
+                load_four(own + sub * 6 * HEAD + e, some);
+#pragma unroll
+                for (int f = 0; f < 4; ++f) {
+                    const uint32_t two = part_of(keys[e / 8], e % 8 / 2 + f / 2);
+                    score += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
+                }
+            }
+            score = d <= position ? score * 0.25f : -INFINITY;
+            float most = score;
+            for (int mask = 1; mask < 16; mask *= 2) most = fmaxf(most, from_lane_xor(most, mask));
+            float weight = d <= position ? expf(score - most) : 0, all = weight;
+            for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
+            weight /= all;
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < POSITIONS; ++j) {
+                if (j > position) break;
+                const float share = from_lane(weight, sub * 16 + j);
+                sum += share * from_bfloat16(j == position ? v : values[j < POSITIONS - 1 ? j : 0]);
+            }
+            const uint16_t result = to_bfloat16(sum);
+            x[place_of<BITS>(head * HEAD + d)] = result;
+            float plain = from_bfloat16(result);
+            for (int mask = 1; mask < 16; mask *= 2) plain += from_lane_xor(plain, mask);
+            if (d == 0) x_sums[head] = plain;
+            // A head's keys and values are written by the block that has, of the jobs of its half, the one of its number.
+            const int half = head / (heads / 2), job = head % (heads / 2) * 2 + half;
+            if (job % int(gridDim.x) == int(blockIdx.x)) {
+                cache[position * 2 * HEAD + d] = key;
+                cache[position * 2 * HEAD + HEAD + d] = v;
+            }
+        }
+    }
+
+    // The four sums of a quad of rows, over units first, ..., in order.
+    __device__ void add(int first, int inner, int quad, float (&total)[4]) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[e] = 0;
+#pragma unroll 4
+        for (int i = 0; i < inner; ++i) {
+            float more[4];
+            load_four(sums + (first + i) * TILE + quad * 4, more);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) total[e] += more[e];
+        }
+    }
+
+    __device__ void put(uint4* to, const float (&values)[4]) const {
+        store_relaxed(to, make_uint4(tagged(values[0], tag, 0), tagged(values[1], tag, 1), tagged(values[2], tag, 2),
+                                     tagged(values[3], tag, 3)));
+    }
+
+    __device__ const uint2* bias_of(int layer, int i) const {
+        const int job = blockIdx.x + i / 12 * gridDim.x, row = i % 12 / 4 * p.dim + job / 2 * HEAD + i % 4 * 4;
+        return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * p.dim + row);
+    }
+
+    __device__ void publish(int which, int layer, const uint2 first_bias) {
+        const Phase phase = phases[which];
+        const int each = which == QKV ? 12 : 4;
+        for (int i = threadIdx.x; i < phase.own * each; i += blockDim.x) {
+            const int own = i / each, tile = i % each / 4, quad = i % 4, job = blockIdx.x + own * gridDim.x;
+            const int half = job % 2, first = own * phase.units + tile * phase.inner;
+            float total[4];
+            add(first, phase.inner, quad, total);
+            if (which == QKV) {
+                const float scale = norm_scale();
+                const uint2 both = i == int(threadIdx.x) ? first_bias : *bias_of(layer, i);
+                const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
+                                          uint16_t(both.y >> 16)};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
+                put(qkv + job * 12 + tile * 4 + quad, total);
+            } else if (which == GATE_UP) {
+                const float scale = norm_scale();
+                float up[4];
+                add(first + phase.inner, phase.inner, quad, up);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) total[e] = silu(total[e] * scale) * (up[e] * scale);
+                put(gated + job * 4 + quad, total);
+            } else {
+                put((which == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);
+            }
+        }
+    }
+
+    __device__ void note(int phase, int time) {
+        if (p.clocks == nullptr || threadIdx.x) return;
+        const int64_t now = clocks_now();
+        if (phase >= 0) times[phase * TIMES + time] += now - since;
+        since = now;
+    }
+
+    // From what is staged to what is published. False if all are to leave.
+    __device__ bool finish(int which, int layer, bool last) {
+        __syncthreads();
+        if (*stop) return false;
+        note(which, 1);
+        uint2 bias = make_uint2(0, 0);
+        if (which == QKV && int(threadIdx.x) < phases[QKV].own * 12) bias = *bias_of(layer, threadIdx.x);
+        multiply(which);
+        // Of this step's keys and values, before its last sums.
+        if (last) fence();
+        __syncthreads();
+        note(which, 2);
+        publish(which, layer, bias);
+        note(which, 3);
+        return true;
+    }
+
+    // Eight products of bfloat16.
+    static __device__ float dot(const uint4& a, const uint4& b) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t v = part_of(a, i), w = part_of(b, i);
+            sum += from_bfloat16(uint16_t(v)) * from_bfloat16(uint16_t(w));
+            sum += from_bfloat16(uint16_t(v >> 16)) * from_bfloat16(uint16_t(w >> 16));
+        }
+        return sum;
+    }
+
+    // Rows first ... last - 1 of the heads: this step's channels.
+    struct Active {
+        int low, high, first, rows;
+    };
+
+    __device__ Active active_in(int step) const {
+        const int low = step < FRAMES ? 0 : step - FRAMES + 1, high = step < p.channels ? step + 1 : p.channels;
+        return {low, high, p.firsts[low], p.firsts[high] - p.firsts[low]};
+    }
+
+    // Row i of those that are this block's: every gridDim.x-th four of them.
+    __device__ int head_row(int i) const { return (blockIdx.x + i / 4 * int(gridDim.x)) * 4 + i % 4; }
+
+    __device__ void load_head(const Active& active, int row, uint4 (&values)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[i] = make_uint4(0, 0, 0, 0);
+            if (row < active.rows && i * 256 < p.dim)
+                values[i] = reinterpret_cast<const uint4*>(p.heads + int64_t(active.first + row) * p.dim)[i * 32 + lane];
+        }
+    }
+
+    // Logits of this block's rows to `sums`, published by fours; `values` are those of the first row of this warp.
+    __device__ void make_logits(const Active& active, uint4 (&values)[4]) {
+        const float scale = norm_scale();
+        const int fours = (active.rows + 3) / 4, own = (fours - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+        for (int i = warp; i < own * 4; i += warps) {
+            if (i != warp) load_head(active, head_row(i), values);
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (j * 256 < p.dim) sum += dot(values[j], reinterpret_cast<const uint4*>(x)[j * 32 + lane]);
+            for (int mask = 1; mask < 32; mask *= 2) sum += from_lane_xor(sum, mask);
+            if (lane == 0) sums[i] = head_row(i) < active.rows ? from_bfloat16(to_bfloat16(sum * scale)) : -INFINITY;
+        }
+        __syncthreads();
+        note(END, 2);
+        for (int i = threadIdx.x; i < own; i += blockDim.x) {
+            float four[4];
+            load_four(sums + 4 * i, four);
+            put(logits + blockIdx.x + i * gridDim.x, four);
+        }
+        note(END, 3);
+    }
+
+    // Draws this step's codes from all logits; the residual is the sum of their embeddings, rounded. False: all leave.
+    __device__ bool draw(int step, const Active& active) {
+        const int fours = (active.rows + 3) / 4;
+        uint32_t best[FRAMES] = {}, code[FRAMES] = {};
+        for (int i = threadIdx.x; i < fours; i += blockDim.x) {
+            uint4 piece, same;
+            get(logits + i, logits + i, tag, piece, same);
+            note(DRAW, 0);
+            float values[4];
+            untag(piece, values);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = active.first + 4 * i + e;
+#pragma unroll
+                for (int a = 0; a < FRAMES; ++a) {
+                    const int channel = active.low + a;
+                    if (channel >= active.high || row < p.firsts[channel] || row >= p.firsts[channel + 1]) continue;
+                    const uint32_t id = row - p.firsts[channel];
+                    float score = values[e] * p.per_temperature;
+                    if (p.noise) score += p.noise[int64_t(step - channel) * p.firsts[p.channels] + row];
+                    const uint32_t rank = id == uint32_t(p.empty[channel]) ? 1 : ordered(score);
+                    if (rank > best[a]) best[a] = rank, code[a] = id;
+                }
+            }
+        }
+        // Of equal ones the first code: threads, and each its own, go up by rows.
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const uint32_t most = greatest_of_warp(best[a]);
+            const uint32_t first = ~greatest_of_warp(best[a] == most ? ~code[a] : 0);
+            if (lane == 0) bests[a * 64 + warp] = most, bests[a * 64 + 32 + warp] = first;
+        }
+        __syncthreads();
+        if (*stop) return false;
+        const int i = threadIdx.x;
+        float total[4] = {};
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const int channel = active.low + a;
+            if (channel >= active.high) break;
+            const uint32_t mine = lane < warps ? bests[a * 64 + lane] : 0;
+            const uint32_t most = greatest_of_warp(mine);
+            const uint32_t drawn = ~greatest_of_warp(lane < warps && mine == most ? ~bests[a * 64 + 32 + lane] : 0);
+            if (blockIdx.x == 0 && i == 0) p.codes[channel * FRAMES + step - channel] = drawn;
+            if (i < quads) {
+                const int64_t row = p.firsts[channel] + drawn;
+                const uint2 four = reinterpret_cast<const uint2*>(p.embeddings + row * p.dim)[i];
+                total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
+                total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) residual[e] = from_bfloat16(to_bfloat16(total[e]));
+        note(DRAW, 1);
+        return true;
+    }
+
+    __device__ bool step(int step) {
+        for (int layer = 0; layer < p.layers; ++layer) {
+            const uint16_t* norms = p.norms + int64_t(layer) * 2 * p.dim;
+            const uint32_t before = tag++;
+            const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
+            stage_residual(QKV, layer ? down : nullptr, before, norms, given ? p.inputs + int64_t(step) * p.dim : nullptr);
+            if (!finish(QKV, layer, false)) return false;
+            stage_attention(layer, step);
+            if (!finish(OUT, layer, false)) return false;
+            stage_residual(GATE_UP, out, tag, norms + p.dim, nullptr);
+            if (!finish(GATE_UP, layer, false)) return false;
+            stage_gated();
+            if (!finish(DOWN, layer, layer + 1 == p.layers)) return false;
+        }
+        const uint16_t* norm = p.norms + int64_t(p.layers) * 2 * p.dim;
+        const Active active = active_in(step);
+        uint4 values[4];
+        if (p.heads) load_head(active, head_row(warp), values);
+        stage_residual(END, down, tag, norm, nullptr);
+        fence();
+        __syncthreads();
+        if (*stop) return false;
+        note(END, 1);
+        if (blockIdx.x == 0 && int(threadIdx.x) < quads) {
+            const float scale = norm_scale();
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int column = 4 * threadIdx.x + e;
+                p.hidden[int64_t(step) * p.dim + column] = to_bfloat16(residual[e] * scale * from_bfloat16(norm[column]));
+            }
+        }
+        if (p.heads) {
+            make_logits(active, values);
+            return draw(step, active);
+        }
+        __syncthreads();
+        return true;
+    }
+
+    __device__ void run() {
+        __syncthreads();
+        list();
+#pragma unroll 1
+        for (int i = 0; i < DEPTH; ++i) ask();
+        tag = load_relaxed(p.state);
+        note(-1, 0);
+        bool going = true;
+        for (int i = 0; going && i < p.steps; ++i) going = step(i);
+        wait_for_copies<0>();
+        if (!going) return;
+        // Every block has read the first tag before it published anything.
+        if (blockIdx.x == 0 && threadIdx.x == 0) store_relaxed(p.state, tag);
+        if (p.clocks)
+            for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x)
+                p.clocks[int64_t(blockIdx.x) * NOTED * TIMES + i] = times[i];
+    }
+};
+
+template <int BITS, int DEPTH>
+__global__ void __launch_bounds__(512) decode(const Decoder p) {
+    DYNAMIC_SHARED(shared);
+    Engine<BITS, DEPTH> engine(p, shared);
+    engine.run();
+}
+
+// Sets most_sums and most_units; bytes of shared memory.
+int plan(Decoder& p, int bits, int depth, int blocks, int threads) {
+    const int warps = threads / 32, widest = p.dim > p.ffn ? p.dim : p.ffn, k = p.dim / COLUMNS;
+    const int jobs[PHASES] = {p.dim / 8, p.dim / 8, p.ffn / TILE, p.dim / 8};
+    const int units[PHASES] = {3 * k / 2, k / 2, 2 * k, p.ffn / COLUMNS / 2};
+    p.most_sums = p.most_units = 0;
+    for (int i = 0; i < PHASES; ++i) {
+        const int own = (jobs[i] + blocks - 1) / blocks * units[i];
+        p.most_sums = own > p.most_sums ? own : p.most_sums;
+        p.most_units += (own + warps - 1) / warps;
+    }
+    // Logits lie where sums do.
+    const int rows = p.heads ? ((p.firsts[p.channels] + 3) / 4 + blocks - 1) / blocks * 4 : 0;
+    p.most_sums = p.most_sums * TILE > rows ? p.most_sums : (rows + TILE - 1) / TILE;
+    return warps * depth * (bits / 2 * 512 + 256) + NOTED * TIMES * 8 + widest * 2 + widest / 16 * 4 +
+           (warps * 12 * HEAD + 32 + POSITIONS * HEAD + FRAMES * 64 + p.most_sums * TILE) * 4 +
+           warps * (p.most_units * int(sizeof(Unit)) + PHASES * 4) + int(PHASES * sizeof(Phase)) + 16;
+}
+
+template <int BITS, int DEPTH>
+int launch(Decoder p, int blocks, int threads, cudaStream_t stream) {
+    const int shared = plan(p, BITS, DEPTH, blocks, threads);
+    return start_together(decode<BITS, DEPTH>, blocks, threads, shared, stream, p);
+}
+
+constexpr int REFUSED = 1;  // cudaErrorInvalidValue
+
+}  // namespace
+
+// `steps` steps of one row, from position 0 on. dim and ffn are multiples of 256, heads are 16 wide; blocks at most
+// min(dim / 8, ffn / 16), threads a multiple of 32 from dim / 4 to 512; depth 4, 5 or 8 for 8 bits, 4, 8, 10 or 16 for 4.
+// With heads: sizes, empty int [channels] of the host; at most channels + 3 steps, dim at most 1024.
+// Arrays: see `Decoder`. Returns a cudaError_t.
+extern "C" int mimo_fast_engine_decode(
+    const void* words, const void* scales, const void* norms, const void* bias, const void* angles, const void* inputs,
+    const void* heads, const void* embeddings, const void* noise, void* codes, const int* sizes, const int* empty,
+    int channels, float per_temperature, void* hidden, void* cache, void* exchanged, void* state, void* clocks, int dim, int ffn, int layers, int steps,
+    int keep, int pause, int without, float eps, int bits, int depth, int blocks, int threads, cudaStream_t stream) {
+    const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
+    Decoder p{static_cast<const uint4*>(words), static_cast<const uint2*>(scales), as16(norms), as16(bias),
+              static_cast<const float*>(angles), as16(inputs), as16(heads), as16(embeddings),
+              static_cast<const float*>(noise), static_cast<int*>(codes), static_cast<uint16_t*>(hidden),
+              static_cast<uint16_t*>(cache), static_cast<uint4*>(exchanged), static_cast<uint32_t*>(state),
+              static_cast<int64_t*>(clocks), dim, ffn, layers, steps, keep, pause, without, eps, per_temperature,
+              channels, {}, {}, 0, 0};
+    if (heads) {
+        if (channels < 1 || channels > CHANNELS || steps > channels + FRAMES - 1 || dim > 1024) return REFUSED;
+        for (int i = 0; i < channels; ++i) p.firsts[i + 1] = p.firsts[i] + sizes[i], p.empty[i] = empty[i];
+    }
+    if (dim % 256 || ffn % 256 || blocks < 1 || blocks > dim / 8 || blocks > ffn / TILE || threads % 32 ||
+        threads * 4 < dim || threads > 512 || steps > POSITIONS)
+        return REFUSED;
+    switch (bits * 100 + depth) {
+        case 804: return launch<8, 4>(p, blocks, threads, stream);
+        case 805: return launch<8, 5>(p, blocks, threads, stream);
+        case 808: return launch<8, 8>(p, blocks, threads, stream);
+        case 404: return launch<4, 4>(p, blocks, threads, stream);
+        case 408: return launch<4, 8>(p, blocks, threads, stream);
+        case 410: return launch<4, 10>(p, blocks, threads, stream);
+        case 416: return launch<4, 16>(p, blocks, threads, stream);
+        default: return REFUSED;
+    }
+}

@@ -1,0 +1,134 @@
+// What a persistent kernel asks of a grid whose blocks all run at once, each under one name, beside those of warp.cuh;
+// tests/cuda/engine/grid.cuh has the same names for a CPU.
+#pragma once
+
+#include <warp.cuh>
+
+// Of 16 bytes that blocks exchange: one indivisible access each, seen by the whole GPU, and no order with any other.
+__device__ inline uint4 load_relaxed(const uint4* from) {
+    uint64_t low, high;
+    asm volatile("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return make_uint4(uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32));
+}
+
+__device__ inline void store_relaxed(uint4* to, uint4 value) {
+    const uint64_t low = uint64_t(value.y) << 32 | value.x, high = uint64_t(value.w) << 32 | value.z;
+    asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(to), "l"(low),
+                 "l"(high)
+                 : "memory");
+}
+
+__device__ inline uint32_t load_relaxed(const uint32_t* from) {
+    uint32_t got;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(got) : "l"(from) : "memory");
+    return got;
+}
+
+__device__ inline void store_relaxed(uint32_t* to, uint32_t value) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+__device__ inline uint32_t load_acquire(const uint32_t* from) {
+    uint32_t got;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(got) : "l"(from) : "memory");
+    return got;
+}
+
+__device__ inline void add_release(uint32_t* to, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// What other blocks wrote before a fence of theirs: from L2, since L1 may hold what was there before.
+template <class Value>
+__device__ inline Value load_shared_data(const Value* from) { return __ldcg(from); }
+
+__device__ inline void fence() { __threadfence(); }
+
+// Between two looks at what has not come yet.
+__device__ inline void look_again(int nanoseconds) {
+    if (nanoseconds) __nanosleep(nanoseconds);
+}
+
+__device__ inline int64_t clocks_now() { return clock64(); }
+
+// How L2 treats a line: among the last to leave it, or among the first.
+__device__ inline uint64_t policy_to_keep() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ inline uint64_t policy_of_others() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ inline uint64_t policy_to_drop() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Copies to shared memory that a thread waits for with `wait_for_copies`, which makes its own copies visible to it alone.
+__device__ inline void copy_16(void* shared, const void* global, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                     uint32_t(__cvta_generic_to_shared(shared))),
+                 "l"(global), "l"(policy)
+                 : "memory");
+}
+
+__device__ inline void copy_8(void* shared, const void* global, uint64_t policy) {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(
+                     uint32_t(__cvta_generic_to_shared(shared))),
+                 "l"(global), "l"(policy)
+                 : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last LEFT commits have come.
+template <int LEFT>
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+__device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+__device__ inline float from_lane_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+__device__ inline uint32_t greatest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+__device__ inline void warp_barrier() { __syncwarp(); }
+
+// (a & b) | c. Of two constants the compiler makes two instructions.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t got;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
+    return got;
+}
+
+__device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Launches a kernel of one argument whose blocks may wait for each other: refused if they do not all fit at once.
+template <class Argument>
+int start_together(void (*kernel)(Argument), int blocks, int threads, int shared, cudaStream_t stream,
+                   const Argument& argument) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess) {
+        cudaLaunchAttribute together;
+        together.id = cudaLaunchAttributeCooperative;
+        together.val.cooperative = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = blocks;
+        config.blockDim = threads;
+        config.dynamicSmemBytes = shared;
+        config.stream = stream;
+        config.attrs = &together;
+        config.numAttrs = 1;
+        error = cudaLaunchKernelEx(&config, kernel, argument);
+    }
+    const cudaError_t last = cudaGetLastError();
+    return error != cudaSuccess ? error : last;
+}

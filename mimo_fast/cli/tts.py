@@ -1,0 +1,31 @@
+"""`mimo-fast tts TEXT -o WAV`: says a text."""
+
+import argparse
+import sys
+
+from mimo_fast.cli.common import load_model, warn_of_words, write_speech
+from mimo_fast.errors import MimoFastError
+
+
+def run(args: argparse.Namespace) -> int:
+    text = sys.stdin.read().strip() if args.text == "-" else args.text
+    if not text:
+        raise MimoFastError("there is no text to say")
+    if args.voice and not (args.instruct or args.natural):
+        raise MimoFastError(
+            "--voice needs --instruct or --natural: the model clones voices in those forms alone"
+        )
+    model = load_model(args)
+    if not args.natural:
+        warn_of_words(model, text)
+    chunks = model.stream(
+        "tts",
+        text,
+        args.instruct,
+        not args.natural,
+        args.voice,
+        seed=args.seed,
+        max_new_tokens=args.max_tokens,
+    )
+    write_speech(chunks, args.output)
+    return 0

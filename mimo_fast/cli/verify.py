@@ -1,0 +1,36 @@
+"""`mimo-fast verify`: every stage against ground truth, on this machine."""
+
+import argparse
+
+from mimo_fast.cli.common import say
+from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.testing.parity import Golden, verify
+
+
+def run(args: argparse.Namespace) -> int:
+    golden = Golden(args.golden)
+    model = MimoAudio(
+        args.checkpoint / "lm",
+        args.checkpoint / "codec",
+        args.device,
+        dtype=args.dtype or "float32",
+    )
+    print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")
+    failed = []
+    for result in verify(model, golden):
+        verdict = "" if result.ok else "  FAILED"
+        print(
+            f"{result.stage:<15}{result.error:>14.3g}{result.bound:>10.3g}  {result.unit:<9} "
+            f"{result.compared:>8}  {result.worst}{verdict}",
+            flush=True,
+        )
+        if not result.ok:
+            failed.append(result.stage)
+    if failed:
+        say(f"mimo-fast: verify failed at: {', '.join(failed)}")
+        return 1
+    say(
+        f"all {len(golden.compared)} golden tensors within bounds, on {model.device}, "
+        f"{args.dtype or 'float32'}"
+    )
+    return 0

@@ -1,0 +1,36 @@
+"""What the codec's configuration alone tells of a stream: frames, overlaps and look-ahead."""
+
+from mimo_fast.config import CodecConfig
+
+PATCH_FRAMES = 4
+"""Code frames of a patch, 160 ms."""
+
+LOOKAHEAD = 10
+"""Patches after a sample that can change it in the published codec, whose 16 vocoder layers look 10
+frames of 10 ms ahead each."""
+
+
+def patch_rows(config: CodecConfig) -> int:
+    """Vocoder frames of a patch."""
+    return PATCH_FRAMES * config.pool * config.decoder_stride
+
+
+def receptive_patches(config: CodecConfig) -> int:
+    """Patches after a sample that can change it."""
+    return -(-config.vocoder_layers * config.vocoder_window[1] // patch_rows(config))
+
+
+def default_lookahead(config: CodecConfig, given: bool = False) -> int:
+    """Patches that a stream waits for: LOOKAHEAD or, with known moments, what its vocoder sees."""
+    known = given or config.moments is not None
+    return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
+
+
+def streamable(config: CodecConfig) -> bool:
+    """Whether the codec looks ahead no farther than its vocoder's window."""
+    return config.decoder_causal and min(config.vocoder_window) >= 0
+
+
+def conv_overlap(kernel: int, stride: int) -> int:
+    """Output rows of a transposed convolution's input that the next input adds to."""
+    return max(0, kernel - stride)

@@ -1,0 +1,170 @@
+"""`Pipeline`: language model, codec, tokenizer and engine, from audio or text to audio and text.
+
+    task (text/tasks.py) -> segments -> ids -> conversation -> reply -> text and audio
+
+The facade (`MimoAudio`), dialogues (`Session`) and servers are written in terms of it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_fast.audio.files import load_audio
+from mimo_fast.errors import PromptError
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.engine.engine import Engine, Reply
+from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader, read_reply, stream_reply
+from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
+from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.memory import Setup
+from mimo_fast.sampling import (
+    DEFAULT_GLOBAL_SAMPLER,
+    DEFAULT_LOCAL_SAMPLER,
+    MiMoSampler,
+    row_seeds,
+    task_samplers,
+)
+from mimo_fast.text.prompt import Segment, Speech, pack, whole_patches
+from mimo_fast.text.tasks import Audio, PromptContext, Task, encoded_speech
+from mimo_fast.text.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 8192
+"""Groups of a reply whose length nobody limits."""
+
+
+@dataclass(eq=False)
+class Pipeline:
+    """What a loaded pair can do. One engine decodes all that is asked of it.
+
+    Args:
+        setup: the memory that it was planned to take.
+
+    presets: upstream's samplers of each task, greedy where the checkpoint says so.
+    """
+
+    lm: LM
+    codec: Codec
+    tokenizer: Tokenizer
+    setup: Setup
+    _engine: Engine | None = field(default=None, repr=False)
+    presets: dict[str, dict[str, MiMoSampler]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.presets = task_samplers(self.lm.config.greedy_tasks)
+        # `dataclasses.replace` passes it on; another language model needs another.
+        if self._engine is not None and self._engine.lm is not self.lm:
+            self._engine = None
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes every conversation; its cache is allocated when it is first needed."""
+        if self._engine is None:
+            setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
+            self._engine = Engine(
+                self.lm, setup.max_batch, capacity, quantized_cache=setup.kv_cache is not None
+            )
+        return self._engine
+
+    def warmup(self, progress: bool = True) -> dict[str, int]:
+        """Captures the graphs of every batch size and of as many codec streams, so that the first
+        reply is as fast as the tenth.
+
+        Returns:
+            Bytes of the device's memory by what they are for and, on a GPU, all that has been
+            reserved of it.
+        """
+        self.engine.warmup(progress)
+        self.codec.warmup(self.setup.max_batch, progress)
+        report = self.setup.bytes()
+        if self.lm.device.type == "cuda":
+            report["reserved"] = torch.cuda.memory_reserved(self.lm.device)
+        return report
+
+    def speech(self, audio: Audio, closed: bool = True) -> Speech:
+        """Audio -> codes [C, n G] for a prompt; the last patch is filled with its last frame.
+
+        Args:
+            audio: anything that `load_audio` reads, or speech that is encoded already.
+            closed: False leaves it open, to be continued; an unfinished last patch is cut off.
+
+        Raises:
+            AudioError: the audio cannot be read. PromptError: it is shorter than a patch.
+        """
+        if isinstance(audio, Speech):
+            return encoded_speech(audio, closed)
+        wav = load_audio(audio, self.codec.sample_rate)
+        codes = self.codec.encode(wav, self.lm.config.channels).cpu()
+        codes = whole_patches(codes, self.lm.config.group_size, closed)
+        if not codes.shape[1]:
+            raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
+        return Speech(codes, closed)
+
+    def context(self, seed: int | None = None, continued: bool = False) -> PromptContext:
+        """What the functions of `text/tasks.py` need of a model."""
+        return PromptContext(self.speech, self.tokenizer.trained_words, seed, continued)
+
+    def ids(self, segments: Iterable[Segment]) -> Tensor:
+        """Segments -> ids [C + 1, T G] on the CPU."""
+        return pack(segments, self.tokenizer, self.lm.config)
+
+    def prompt(
+        self,
+        task: Task,
+        *arguments: Any,
+        seed: int | None = None,
+        continued: bool = False,
+        **named: Any,
+    ) -> Tensor:
+        """A task's prompt [C + 1, T G] on the CPU; arguments are those of `task.prompt`."""
+        return self.ids(task.prompt(self.context(seed, continued), *arguments, **named))
+
+    def conversation(self, seed: int | None = None) -> Conversation:
+        """An empty conversation; without a seed its draws are fresh."""
+        return self.engine.conversation(row_seeds(seed, 1)[0])
+
+    def samplers(self, preset: str) -> Samplers:
+        """Those of `Task.sampler`; upstream's defaults where there is no such preset."""
+        default = {"global": DEFAULT_GLOBAL_SAMPLER, "local": DEFAULT_LOCAL_SAMPLER}
+        chosen = self.presets.get(preset, default)
+        return Samplers(chosen["global"], chosen["local"])
+
+    def decode(
+        self,
+        conversation: Conversation,
+        samplers: Samplers,
+        stop_ids: frozenset[int],
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> Reply:
+        """Prefills what is new in a conversation and returns its reply, decoded as it is read.
+
+        Raises:
+            PromptError: the conversation leaves no room. BusyError: too many replies wait.
+        """
+        longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        limits = Limits(longest, min_new_tokens, stop_ids)
+        return self.engine.decode(conversation, limits, samplers)
+
+    def read(self, reply: Reply, ids: Tensor) -> tuple[str, Tensor | None]:
+        """All of the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
+        return read_reply(reply, self._reader(ids))
+
+    def stream(
+        self,
+        reply: Reply,
+        ids: Tensor,
+        began: float,
+        speaks: bool = True,
+        note: Callable[[Group], None] | None = None,
+    ) -> ChunkStream:
+        """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
+        return stream_reply(reply, self._reader(ids), self.codec, began, speaks, note)
+
+    def _reader(self, ids: Tensor) -> ReplyReader:
+        """A reply speaks from its start where the prompt ends in `<|sostm|>`, or mid-recording."""
+        special, last = self.tokenizer.special, int(ids[0, -self.lm.config.group_size])
+        return ReplyReader(self.tokenizer, speaking=last in (special.sostm, special.empty))

@@ -1,0 +1,156 @@
+"""The rule of programmatic dependent launch, which dispatch.py states, in every kernel that takes
+part in it."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from benchmarks.compile_matrix import cases
+from mimo_fast.kernels import dispatch
+
+KERNELS = {case.kernel.__name__: case.kernel for case in cases() if "PDL" in case.kernel.arg_names}
+
+AHEAD = {
+    "rms_norm_kernel": {"weight_ptr"},
+    "rotary_attention_kernel": {"cos_ptr", "sin_ptr"},
+    "small_decode_kernel": {"cos_ptr", "sin_ptr", "slots_ptr", "starts_ptr"},
+    "head_logits_kernel": {"heads_ptr"},
+    "code_step_kernel": {"heads_ptr"},
+    "dense_gemv_kernel": {"w_ptr"},
+}
+"""What a kernel may name before it waits: weights and tables, and what its caller says is fixed."""
+
+DECODED = {
+    "code_step_kernel",
+    "dense_embed_kernel",
+    "dense_gemv_kernel",
+    "head_logits_kernel",
+    "merge_splits_kernel",
+    "patch_embed_kernel",
+    "patch_noise_kernel",
+    "quantized_embed_kernel",
+    "rms_norm_kernel",
+    "rotary_attention_kernel",
+    "small_decode_kernel",
+    "split_attention_kernel",
+    "text_digit_kernel",
+    "text_draw_kernel",
+    "text_settle_kernel",
+}
+"""Kernels of a group that are launched early."""
+
+
+def body_of(kernel: Any) -> list[ast.stmt]:
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    return function.body
+
+
+def paths(body: list[ast.stmt]) -> Iterator[tuple[dict[str, bool], list[ast.stmt]]]:
+    """The statements of a program in order, for each choice of the flags that decide at the top
+    level."""
+    tests = [x.test for x in body if isinstance(x, ast.If)]
+    flags = sorted(
+        {name.id for test in tests for name in ast.walk(test) if isinstance(name, ast.Name)}
+    )
+    flags = [flag for flag in flags if flag.isupper()]
+    for values in product((False, True), repeat=len(flags)):
+        chosen = dict(zip(flags, values, strict=True))
+        yield chosen, list(flattened(body, chosen))
+
+
+def flattened(body: list[ast.stmt], flags: dict[str, bool]) -> Iterator[ast.stmt]:
+    for statement in body:
+        names = {
+            name.id
+            for name in ast.walk(getattr(statement, "test", statement))
+            if isinstance(name, ast.Name)
+        }
+        if isinstance(statement, ast.If) and names <= flags.keys():
+            expression = compile(ast.Expression(statement.test), "<flags>", "eval")
+            yield from statement.body if eval(expression, dict(flags)) else statement.orelse
+        else:
+            yield statement
+
+
+def called(statement: ast.stmt) -> str:
+    """The function that a statement calls with PDL, alone."""
+    text = ast.unparse(statement)
+    return text.removesuffix("(PDL)") if text.endswith("(PDL)") else ""
+
+
+def follows_the_rule(name: str, body: list[ast.stmt]) -> None:
+    for flags, statements in paths(body):
+        calls = [called(statement) for statement in statements]
+        assert calls[0] == "let_the_next_begin", f"{name} lets the next begin late"
+        assert calls.count("wait_for_the_last") == 1, f"{name} does not wait where {flags}"
+        before = statements[: calls.index("wait_for_the_last")]
+        for node in (node for statement in before for node in ast.walk(statement)):
+            assert not isinstance(node, ast.Return | ast.While | ast.For), f"{name} {node.lineno}"
+            if isinstance(node, ast.Name) and node.id.endswith("_ptr"):
+                assert node.id in AHEAD.get(name, ()), f"{name} has {node.id} before it waits"
+            if isinstance(node, ast.Attribute):
+                assert not node.attr.startswith(("store", "atomic")), f"{name} writes too early"
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_every_path_waits_before_it_reads_or_writes(name: str) -> None:
+    follows_the_rule(name, body_of(KERNELS[name]))
+
+
+def test_all_kernels_of_a_group_take_part() -> None:
+    assert KERNELS.keys() == DECODED
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "let_the_next_begin(PDL)\nx = tl.load(x_ptr)\nwait_for_the_last(PDL)",
+        "let_the_next_begin(PDL)\nif FLAG:\n    wait_for_the_last(PDL)\nx = tl.load(x_ptr)",
+        "let_the_next_begin(PDL)\nif i_row > 0:\n    wait_for_the_last(PDL)",
+        "let_the_next_begin(PDL)\nif i_row > 0:\n    return\nwait_for_the_last(PDL)",
+        "wait_for_the_last(PDL)\nlet_the_next_begin(PDL)",
+    ],
+)
+def test_what_breaks_the_rule_is_found(body: str) -> None:
+    with pytest.raises(AssertionError):
+        follows_the_rule("broken_kernel", ast.parse(body).body)
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "known", "switch", "early"),
+    [
+        (9, None, True, None, True),
+        (12, None, True, "1", True),
+        (9, None, True, "0", False),
+        (8, None, True, None, False),
+        (9, "7.0", True, None, False),
+        (9, None, False, None, False),
+    ],
+)
+def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, early) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(dispatch, "KNOWS_EARLY_LAUNCH", known)
+    monkeypatch.delenv(dispatch.EARLY_ENVIRONMENT, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(dispatch.EARLY_ENVIRONMENT, switch)
+    dispatch._begins_early.cache_clear()
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    expected = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
+    assert dispatch.early_launch(x) == expected
+    dispatch._begins_early.cache_clear()
+
+
+def test_never_on_a_cpu() -> None:
+    assert dispatch.early_launch(torch.zeros(1)) == {"PDL": False}

@@ -1,0 +1,205 @@
+"""The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in a drawn order."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.studies.engine_model import (
+    Decoder,
+    Matrix,
+    Model,
+    declared,
+    random_heads,
+    random_model,
+    reference,
+)
+from mimo_fast.kernels.quantized_weight import dequantize
+from mimo_fast.quantization import Format, quantize
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "engine" / "decoder.cu"
+STUCK = 719
+DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
+
+
+def built(source: Path, target: Path) -> ctypes.CDLL:
+    names = ROOT / "tests" / "cuda"
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+    ]
+    command = [
+        "g++",
+        "-x",
+        "c++",
+        *flags,
+        f"-I{names}",
+        f"-I{names / 'engine'}",
+        source,
+        "-o",
+        target,
+    ]
+    subprocess.run(command, check=True)
+    return declared(ctypes.CDLL(str(target)))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return built(SOURCE, tmp_path_factory.mktemp("engine") / "emulated.so")
+
+
+def given(steps: int = STEPS, dim: int = DIM) -> Tensor:
+    return torch.randn(steps, dim, generator=torch.Generator().manual_seed(5)).bfloat16()
+
+
+def decoded(
+    library, model: Model, x: Tensor, blocks: int = 4, threads: int = 64, seed: int = 1, **settings
+) -> Tensor:
+    """The result, of buffers that hold NaNs before, with a row after it that must stay so."""
+    library.set_seed_of_grid(seed)
+    decoder = Decoder(library, model, len(x))
+    assert decoder.run(x, blocks, threads, **settings) == 0
+    assert int(decoder.state[32]) == 0
+    assert int(decoder.state[0]) == len(model.layers) * len(x)
+    assert bool(decoder.hidden[-1].isnan().all())
+    return decoder.hidden[:-1]
+
+
+def check(model: Model, x: Tensor, got: Tensor) -> None:
+    """Half a unit of bfloat16 for the result; as much again for values on the edge of a rounding before it."""
+    want = reference(model, x, rounded=True)
+    assert (got.float() - want).norm() <= 2**-8 * want.norm()
+    assert (got.float() - want).abs().max() <= 2**-7 * want.abs().max()
+    plain = reference(model, x, rounded=False)
+    assert (got.float() - plain).norm() <= 2 * (want - plain).norm() + 2**-8 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("bits", "grouped", "zeros", "depth"),
+    [
+        (8, False, False, 4),
+        (8, True, False, 5),
+        (4, True, True, 4),
+        (4, True, False, 8),
+        (4, True, True, 10),
+    ],
+)
+def test_formats(emulated, bits, grouped, zeros, depth):
+    model, x = random_model(DIM, FFN, LAYERS, bits, grouped, zeros), given()
+    check(model, x, decoded(emulated, model, x, depth=depth))
+
+
+def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
+    model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
+    want = decoded(emulated, model, x)
+    for blocks, threads, seed in ((1, 64, 2), (3, 96, 3), (4, 64, 4), (5, 128, 5), (32, 64, 6)):
+        assert torch.equal(decoded(emulated, model, x, blocks, threads, seed), want)
+
+
+def test_the_published_width(emulated):
+    model, x = random_model(1024, 4096, 1, 4, True, True), given(1, 1024)
+    check(model, x, decoded(emulated, model, x, blocks=2, threads=256))
+
+
+def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
+    model, x = random_model(DIM, FFN, LAYERS, 8, False), given(2)
+    decoder = Decoder(emulated, model, 2)
+    decoder.state[0] = 2**16 - 3
+    results = []
+    for seed in range(3):
+        emulated.set_seed_of_grid(seed)
+        assert decoder.run(x, 3, 64) == 0
+        results.append(decoder.hidden[:2].clone())
+        decoder.hidden.fill_(torch.nan)
+    assert int(decoder.state[0]) == 2**16 - 3 + 3 * 2 * LAYERS
+    check(model, x, results[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_codes_drawn_within(emulated, noisy):
+    """Codes are the best, or as good but for rounding; what follows is right for the codes that were drawn."""
+    sizes = (37, 37, 9, 9, 10)
+    model, heads, x = (
+        random_model(DIM, FFN, 1, 4, True, True),
+        random_heads(DIM, sizes, noisy),
+        given(8),
+    )
+    results = []
+    for blocks, threads, seed in ((4, 64, 1), (3, 96, 2)):
+        emulated.set_seed_of_grid(seed)
+        decoder = Decoder(emulated, model, 8, heads)
+        assert decoder.run(x, blocks, threads) == 0
+        results.append((decoder.codes, decoder.hidden[:8]))
+    (codes, hidden), again = results
+    assert torch.equal(codes, again[0])
+    assert torch.equal(hidden, again[1])
+    inputs = heads.inputs(x[0], codes)
+    check(model, inputs, hidden)
+    regret = heads.regret(reference(model, inputs, rounded=True), codes)
+    assert regret.max() <= 2**-6 * 8
+    assert (regret == 0).float().mean() > 0.7
+    assert all(bool((row < size - 1).all()) for row, size in zip(codes, sizes, strict=True))
+
+
+BUGS = {
+    "a piece is not published": (
+        "put(gated + job * 4 + quad, total);",
+        "if (job) put(gated + job * 4 + quad, total);",
+    ),
+    "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
+    "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
+    "a copy is read too early": ("wait_for_copies<DEPTH - 1>();", "wait_for_copies<DEPTH>();"),
+    "sums are read before they are there": (
+        "if (last) fence();\n        __syncthreads();",
+        "if (last) fence();",
+    ),
+    "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
+    "a key is not kept": ("cache[position * 2 * HEAD + d] = key;", ";"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_that_these_bugs_are_found(emulated, tmp_path, bug):
+    source, (right, wrong) = SOURCE.read_text(), BUGS[bug]
+    assert source.count(right) == 1
+    (tmp_path / "decoder.cu").write_text(source.replace(right, wrong))
+    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
+    model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
+    want = decoded(emulated, model, x)
+    decoder = Decoder(library, model, 2)
+    library.set_seed_of_grid(1)
+    error = decoder.run(x, 4, 64)
+    if bug == "a piece is not published":
+        assert error == STUCK
+    assert error == STUCK or not torch.equal(decoder.hidden[:2], want)
+
+
+def test_what_it_refuses(emulated):
+    model, x = random_model(DIM, FFN, 1, 8, False), given(1)
+    decoder = Decoder(emulated, model, 1)
+    for blocks, threads in ((0, 64), (33, 64), (4, 32), (4, 100), (4, 544)):
+        assert decoder.run(x, blocks, threads) == 1
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+def test_it_takes_the_projects_packed_words(name):
+    weight = quantize(
+        torch.randn(32, 256, generator=torch.Generator().manual_seed(1)), Format.parse(name), None
+    )
+    matrix = Matrix(weight.words, weight.scales.bfloat16(), weight.zeros, weight.bits)
+    assert torch.equal(matrix.dense(), dequantize(weight))

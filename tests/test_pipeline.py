@@ -1,0 +1,68 @@
+"""The pipeline alone, as a server uses it: it does what the facade does, and parts can change."""
+
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+
+from mimo_fast import MimoAudio, PromptError, Session
+from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.text.prompt import Speech
+from mimo_fast.text.tasks import TASKS, PromptContext, asr
+
+
+@pytest.fixture
+def pipeline(model: MimoAudio) -> Pipeline:
+    return model.pipeline
+
+
+def test_a_request_is_what_the_facade_makes_of_it(
+    model: MimoAudio, pipeline: Pipeline, audio: list[Path]
+) -> None:
+    task, began = TASKS["spoken_dialogue_sft"], perf_counter()
+    ids = pipeline.prompt(task, audio[1], system_prompt="Be brief.")
+    assert torch.equal(ids, model.get_spoken_dialogue_sft_prompt(audio[1], "Be brief.").cpu())
+    conversation = pipeline.conversation(seed=3)
+    conversation.add(ids)
+    stops = task.stop_ids(pipeline.tokenizer.special)
+    reply = pipeline.decode(conversation, pipeline.samplers(task.sampler), stops, 20, 20)
+    chunks = list(pipeline.stream(reply, ids, began))
+    options = {"seed": 3, "max_new_tokens": 20, "min_new_tokens": 20}
+    want = list(copy(model).stream("spoken_dialogue", audio[1], "Be brief.", **options))
+    assert [chunk.text for chunk in chunks] == [chunk.text for chunk in want]
+    assert all(torch.equal(got.audio, each.audio) for got, each in zip(chunks, want, strict=True))
+
+
+def test_a_session_needs_no_facade(model: MimoAudio, pipeline: Pipeline, audio: list[Path]) -> None:
+    alone, own = Session(pipeline, seed=1), model.session(seed=1)
+    for session in (alone, own):
+        list(session.stream(audio[1], max_new_tokens=6))
+    assert torch.equal(alone.ids, own.ids)
+
+
+def test_another_codec_keeps_the_engine_and_another_language_model_does_not(
+    pipeline: Pipeline,
+) -> None:
+    engine = pipeline.engine
+    assert replace(pipeline, codec=copy(pipeline.codec)).engine is engine
+    assert replace(pipeline, lm=copy(pipeline.lm)).engine is not engine
+
+
+def test_a_model_with_another_part_leaves_its_copies_alone(model: MimoAudio) -> None:
+    own = copy(model)
+    own.lm = copy(model.lm)
+    assert own.engine.lm is own.lm
+    assert model.engine.lm is model.lm is not own.lm
+
+
+def test_encoded_speech_needs_no_codec(pipeline: Pipeline, audio: list[Path]) -> None:
+    speech = pipeline.speech(audio[1])
+    assert pipeline.speech(speech) is speech
+    assert pipeline.speech(speech, closed=False) == Speech(speech.codes, closed=False)
+    without = pipeline.ids(asr(PromptContext(), speech, template=0))
+    assert torch.equal(without, pipeline.ids(asr(pipeline.context(), audio[1], template=0)))
+    with pytest.raises(PromptError, match="needs a codec"):
+        asr(PromptContext(), audio[1])
