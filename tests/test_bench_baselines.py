@@ -2,6 +2,7 @@
 one."""
 
 import json
+from shlex import split
 
 import pytest
 import torch
@@ -19,19 +20,7 @@ from benchmarks.harness import Refused
 from benchmarks.upstream import Upstream, qwen2_model
 
 CPU = torch.device("cpu")
-TINY = [
-    "baselines",
-    "--preset",
-    "tiny",
-    "--dtype",
-    "float32",
-    "--baseline",
-    "eager",
-    "--patches",
-    "12",
-    "--words",
-    "2",
-]
+TINY = split("baselines --preset tiny --dtype float32 --baseline eager --patches 12 --words 2")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The end-to-end sweep: rows, records, what is skipped by name, what fails."""
 
 import json
+from shlex import split
 
 import pytest
 import torch
@@ -9,26 +10,8 @@ from benchmarks import e2e
 from benchmarks.__main__ import main
 from mimo_fast.bench.ceiling import Ceiling
 
-SMALL = [
-    "e2e",
-    "--preset",
-    "tiny",
-    "--dtype",
-    "float32",
-    "--batch",
-    "1",
-    "2",
-    "--groups",
-    "3",
-    "--words",
-    "2",
-    "--patches",
-    "3",
-    "--seconds",
-    "0.5",
-    "--device",
-    "cpu",
-]
+SMALL = split("e2e --preset tiny --dtype float32 --batch 1 2 --groups 3 --words 2 --patches 3")
+SMALL += split("--seconds 0.5 --device cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +20,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
-def sweep(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
+def sweep(tmp_path, arguments: str) -> tuple[int, list[dict]]:
     path = tmp_path / "rows.jsonl"
-    code = main([*SMALL, *arguments, "-o", str(path)])
+    code = main([*SMALL, *arguments.split(), "-o", str(path)])
     return code, [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
-    code, rows = sweep(
-        tmp_path, "--quantization", "bf16", "--context", "32", "--task", "tts", "asr"
-    )
+    code, rows = sweep(tmp_path, "--quantization bf16 --context 32 --task tts asr")
     assert code == 0
     assert [row["kind"] for row in rows] == ["groups"] * 2 + ["request"] * 4
     for row in rows:
@@ -76,7 +57,7 @@ def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
 
 def test_what_does_not_fit_is_skipped_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mimo_fast.bench.target.free_bytes", lambda device: 10**6)
-    code, rows = sweep(tmp_path, "--quantization", "int8", "--context", "32", "--task", "tts")
+    code, rows = sweep(tmp_path, "--quantization int8 --context 32 --task tts")
     assert code == 0
     assert [row["kind"] for row in rows] == ["skipped"]
     assert "needs" in rows[0]["reason"]
@@ -84,18 +65,8 @@ def test_what_does_not_fit_is_skipped_by_name(tmp_path, monkeypatch, capsys):
 
 
 def test_what_takes_too_long_is_skipped_by_name(tmp_path, capsys):
-    code, rows = sweep(
-        tmp_path,
-        "--quantization",
-        "bf16",
-        "--context",
-        "4",
-        "32",
-        "--task",
-        "tts",
-        "--limit",
-        "0.000001",
-    )
+    limited = "--quantization bf16 --context 4 32 --task tts --limit 0.000001"
+    code, rows = sweep(tmp_path, limited)
     assert code == 0
     assert {row["kind"] for row in rows} == {"skipped"}
     assert "do not fit into it" in rows[0]["reason"]
@@ -107,7 +78,7 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
         raise RuntimeError("a fuse has blown")
 
     monkeypatch.setattr(e2e, "time_groups", broken)
-    code, rows = sweep(tmp_path, "--quantization", "bf16", "--context", "32", "--task", "asr")
+    code, rows = sweep(tmp_path, "--quantization bf16 --context 32 --task asr")
     assert code == 1
     assert [row["kind"] for row in rows] == ["request"] * 2
     assert (
@@ -117,26 +88,15 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_real_checkpoint_answers_as_it_will(tmp_path, kit):
-    pair = ["--model", str(kit / "checkpoint" / "lm"), "--codec", str(kit / "checkpoint" / "codec")]
-    code, rows = sweep(
-        tmp_path,
-        *pair,
-        "--quantization",
-        "stored",
-        "--context",
-        "--task",
-        "spoken_dialogue",
-        "--audio",
-        str(kit / "audio" / "en_m_24k.wav"),
-    )
+    pair = f"--model {kit}/checkpoint/lm --codec {kit}/checkpoint/codec --quantization stored"
+    heard = f"--task spoken_dialogue --audio {kit}/audio/en_m_24k.wav"
+    code, rows = sweep(tmp_path, f"{pair} --context {heard}")
     assert code == 0
     for row in rows:
         assert (row["random_weights"], row["steered"], row["dtype"]) == (False, False, "float32")
         # As many groups as they are at most, or fewer; of its own mix.
         assert 0 < row["text_groups"] + row["audio_groups"] <= 5 * row["batch"]
-    code, rows = sweep(
-        tmp_path, *pair, "--quantization", "stored", "--steer", "--context", "--task", "tts"
-    )
+    code, rows = sweep(tmp_path, f"{pair} --steer --context --task tts")
     assert code == 0
     assert rows[-1]["text_groups"] == 2 * 2
 

@@ -4,6 +4,7 @@ refused."""
 import math
 import sys
 from dataclasses import replace
+from shlex import split
 
 import pytest
 import torch
@@ -244,21 +245,8 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
     def slightly_wrong(gate_up):
         return swiglu(gate_up) * 1.02
 
-    arguments = [
-        "ops",
-        "--op",
-        "patch_decoder.swiglu",
-        "--m",
-        "1",
-        "--provider",
-        "ours-*",
-        "--seconds",
-        "0",
-        "--device",
-        "cpu",
-        "-o",
-        str(tmp_path / "ops.jsonl"),
-    ]
+    arguments = split("ops --op patch_decoder.swiglu --m 1 --provider ours-* --seconds 0")
+    arguments += ["--device", "cpu", "-o", str(tmp_path / "ops.jsonl")]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.index("ceiling: reads 10.0 GB/s") < printed.index("patch_decoder.swiglu")
@@ -273,12 +261,8 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
 def test_bad_usage_is_one_line(machine, capsys):
     assert command.main(["ops", "--op", "nothing", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert (
-        command.main(
-            ["ops", "--op", "backbone.swiglu", "--provider", "ours-gpu", "--device", "cpu"]
-        )
-        == 1
-    )
+    nowhere = split("ops --op backbone.swiglu --provider ours-gpu --device cpu")
+    assert command.main(nowhere) == 1
     captured = capsys.readouterr()
     assert "ours-gpu: needs a CUDA device" in captured.out
     assert "nothing was measured" in captured.err

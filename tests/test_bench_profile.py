@@ -2,6 +2,7 @@
 CUDA events."""
 
 import json
+from shlex import split
 from types import SimpleNamespace
 
 import pytest
@@ -85,27 +86,9 @@ def test_profile_on_the_cpu(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(profile, "ceiling", lambda device: Ceiling(1e9, 1e9, {"float32": 1e9}))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     path = tmp_path / "profile.jsonl"
-    arguments = [
-        "profile",
-        "--preset",
-        "tiny",
-        "--dtype",
-        "float32",
-        "--quantization",
-        "bf16",
-        "--context",
-        "24",
-        "--groups",
-        "3",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-        "--top",
-        "5",
-        "-o",
-        str(path),
-    ]
+    arguments = split("profile --preset tiny --dtype float32 --quantization bf16 --device cpu")
+    arguments += ["--context", "24", "--groups", "3", "--batch", "2", "--top", "5"]
+    arguments += ["-o", str(path)]
     assert main(arguments) == 0
     (record,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert (record["kind"], record["mode"], record["unit"]) == ("profile", "eager", "torch op")

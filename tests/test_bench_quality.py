@@ -69,19 +69,8 @@ def test_a_codec_equals_itself_and_not_another(model, audio):
 
 
 def test_the_command_compares_every_format(capsys, tmp_path):
-    code = main(
-        [
-            "bench",
-            "--quality",
-            *PAIR,
-            "--audio",
-            AUDIO,
-            "--text",
-            "Hello.",
-            "--json",
-            str(tmp_path / "q.json"),
-        ]
-    )
+    asked = [*PAIR, "--audio", AUDIO, "--text", "Hello.", "--json", str(tmp_path / "q.json")]
+    code = main(["bench", "--quality", *asked])
     out = capsys.readouterr().out
     assert code == 0
     lines = out.splitlines()

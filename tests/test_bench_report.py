@@ -18,98 +18,45 @@ SPREAD = {"p50": 0.0421, "p95": 0.05, "p99": 0.06, "n": 3}
 CEILING = {"read_Bps": 4.0e12, "copy_Bps": 3.5e12, "flops": {"float32": 5e13, "bfloat16": 7e14}}
 
 
+COMMITTED = Measured.read(RESULTS)
+
+
 def environment(date: str = "2027-01-02T03:04:05+00:00", device: str = CARD) -> dict:
-    return {
-        "date": date,
-        "commit": "0123456789abcdef",
-        "dirty": False,
-        "device": {"type": "cuda", "name": device},
-    }
+    about = {"type": "cuda", "name": device}
+    return {"date": date, "commit": "0123456789abcdef", "dirty": False, "device": about}
+
+
+def like(kind: str, **fields) -> dict:
+    """A committed record of a GPU, with other fields."""
+    found = next(e for e in COMMITTED.find(kind) if e.on_gpu)
+    return found.data | {"ceiling": CEILING, "environment": environment()} | fields
 
 
 def groups(**changes) -> dict:
-    return {
-        "kind": "groups",
-        "model": "7b",
-        "quantization": "int4",
-        "dtype": "bfloat16",
-        "batch": 1,
-        "prompt_groups": 230,
-        "groups": 24,
-        "prefill": 0.0123,
-        "text_group": TIMING,
-        "audio_group": TIMING,
-        "audio_rtf": 0.0156,
-        "bytes": {"backbone": 5 * GB, "patch decoder": GB},
-        "ceiling": CEILING,
-        "environment": environment(),
-        "floor": {"prefill": 0.006, "text_group": 0.0015, "audio_group": 0.0016},
-        "of_floor": {"prefill": 0.5, "text_group": 0.6, "audio_group": 0.637},
-    } | changes
+    fields = {"quantization": "int4", "batch": 1, "prompt_groups": 230, "groups": 24}
+    fields |= {"text_group": TIMING, "audio_group": TIMING, "audio_rtf": 0.0156}
+    fields["floor"] = {"prefill": 0.006, "text_group": 0.0015, "audio_group": 0.0016}
+    fields["of_floor"] = {"prefill": 0.5, "text_group": 0.6, "audio_group": 0.637}
+    return like("groups", **fields | changes)
 
 
 def request(**changes) -> dict:
-    return {
-        "kind": "request",
-        "model": "7b",
-        "quantization": "int4",
-        "dtype": "bfloat16",
-        "with_codec": True,
-        "task": "tts",
-        "batch": 1,
-        "prompt_groups": 107,
-        "ttft": SPREAD,
-        "audio_ttfp": SPREAD,
-        "itl": SPREAD,
-        "e2el": SPREAD,
-        "audio_rtf": 0.111,
-        "audio_rtfx": 9.1,
-        "audio_underrun": 0.0,
-        "audio_continuity": 1.0,
-        "peak_bytes": 7_770_000_000,
-        "joules": 12.5,
-        "of_floor": 0.4,
-        "ceiling": CEILING,
-        "environment": environment(),
-    } | changes
+    fields = {"quantization": "int4", "task": "tts", "batch": 1, "audio_ttfp": SPREAD}
+    fields |= {"audio_rtf": 0.111, "peak_bytes": 7_770_000_000, "joules": 12.5}
+    return like("request", **fields | changes)
 
 
 def op(**changes) -> dict:
-    return {
-        "kind": "op",
-        "op": "backbone.qkv",
-        "provider": "ours-gpu",
-        "format": "int4",
-        "m": 1,
-        "shape": "M=1 N=6144",
-        "dtype": "bfloat16",
-        "bytes": 13_000_000,
-        "flop": 50_000_000,
-        "seconds": TIMING,
-        "bound": "memory",
-        "of_ceiling": 0.789,
-        "ceiling": CEILING,
-        "environment": environment(),
-    } | changes
+    fields = {"op": "backbone.qkv", "provider": "ours-gpu", "seconds": TIMING, "of_ceiling": 0.789}
+    return like("op", **fields | changes)
 
 
 def profile(**changes) -> dict:
     kernel = {"name": "gemv_kernel", "count": 400, "seconds": 0.0015, "bytes": None}
-    return {
-        "kind": "profile",
-        "model": "7b",
-        "quantization": "int4",
-        "dtype": "bfloat16",
-        "batch": 1,
-        "mode": "graph",
-        "kernels_a_group": 500,
-        "kernel_seconds": 0.002,
-        "kernels": [kernel],
-        "audio_group": TIMING,
-        "bytes": {"backbone": 5 * GB, "patch decoder": GB},
-        "ceiling": CEILING,
-        "environment": environment(),
-    } | changes
+    fields = {"quantization": "int4", "batch": 1, "mode": "graph", "audio_group": TIMING}
+    fields |= {"kernels_a_group": 500, "kernel_seconds": 0.002, "kernels": [kernel]}
+    fields["bytes"] = {"backbone": 5 * GB, "patch decoder": GB}
+    return like("profile", **fields | changes)
 
 
 def measured(*records: dict, file: str = "2027-01-02-gpu.jsonl") -> Measured:
@@ -156,10 +103,8 @@ def test_without_records_every_row_says_so(tmp_path):
         for name in ("7b int4", "7b int8", "7b bf16"):
             assert row_of(section, f"| {name} |").count("not measured yet") == 6
     for place in ("on a GPU", "on a CPU"):
-        assert (
-            f"A spoken reply by transformers' modules as upstream runs them {place}: not measured yet."
-            in text
-        )
+        reply = "A spoken reply by transformers' modules as upstream runs them"
+        assert f"{reply} {place}: not measured yet." in text
     assert text.count("projection: not measured yet") == len(projection.CARDS) * len(
         projection.FORMATS
     )
