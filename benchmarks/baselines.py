@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.columns import BASELINES, Table
 from benchmarks.harness import Refused
-from benchmarks.records import JsonLines, Table, add_run_options, machine_fields, share, shown
+from benchmarks.records import JsonLines, add_run_options, machine_fields
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import GroupTimes, time_groups
@@ -57,19 +58,6 @@ TRANSFORMERS = 5
 """Major version whose modules the baselines are made of."""
 
 CHECKED_GROUPS = 6
-
-COLUMNS = {
-    "provider": -22,
-    "prompt ms": 10,
-    "word ms": 9,
-    "speech ms": 9,
-    "of floor": 8,
-    "ttft ms": 9,
-    "first audio s": 13,
-    "e2el s": 8,
-    "rtf": 7,
-}
-
 
 TIES = {torch.float32: 0.0, torch.bfloat16: 0.03, torch.float16: 0.005}
 """Of the largest score. The best and the second best of 1,000 random scores are 7% apart in the
@@ -193,9 +181,8 @@ def check_in_float32(name: str) -> str:
     Raises:
         Refused: a token differs.
     """
-    target = Target.random(
-        "tiny", None, torch.float32, torch.device("cpu"), with_codec=False
-    ).sized(1, 64)
+    device = torch.device("cpu")
+    target = Target.random("tiny", None, torch.float32, device, with_codec=False).sized(1, 64)
     return str(agreement(target, baseline(name, target, 64), target.filler(32), CHECKED_GROUPS))
 
 
@@ -204,16 +191,13 @@ def measure_baseline(
 ) -> tuple[Metrics, GroupTimes]:
     """One request at batch 1: all groups, then all audio."""
     plan, device = plan_of(target, request), target.lm.device
-    for _ in runner.generate(
-        prompt_ids(target, request), 2, plan=[target.word_id, target.lm.empty_id]
-    ):
+    both = [target.word_id, target.lm.empty_id]
+    for _ in runner.generate(prompt_ids(target, request), 2, plan=both):
         pass
     memory, energy, trace, began = PeakMemory(device), EnergyMeter(device), Trace(), perf_counter()
     ids = prompt_ids(target, request)
-    trace.encoded, trace.prompt_groups = (
-        perf_counter() - began,
-        ids.shape[1] // target.lm.config.group_size,
-    )
+    trace.encoded = perf_counter() - began
+    trace.prompt_groups = ids.shape[1] // target.lm.config.group_size
     patches: list[Tensor] = []
     for token, codes in runner.generate(ids, len(plan), plan=plan):
         synchronize(device)
@@ -221,24 +205,17 @@ def measure_baseline(
         trace.spoken.append(token == target.lm.empty_id)
         patches += [codes] if trace.spoken[-1] else []
     trace.first_group = trace.prefilled = trace.chunks[0][0]
-    times = [
-        (spoken, after - before)
-        for spoken, ((before, _), (after, _)) in zip(
-            trace.spoken[1:], pairwise(trace.chunks), strict=True
-        )
-    ]
+    gaps = [after - before for (before, _), (after, _) in pairwise(trace.chunks)]
+    times = list(zip(trace.spoken[1:], gaps, strict=True))
     # The last is the end of the reply.
     trace.spoken.pop()
     if target.codec is not None:
         audio = target.codec.decode(torch.cat(patches, dim=1)).cpu()
         trace.chunks.append((perf_counter() - began, len(audio)))
     trace.ended = perf_counter() - began
-    kinds = [
-        CallTime.of([seconds for spoken, seconds in times if spoken is kind])
-        for kind in (False, True)
-    ]
+    said, spoke = ([gap for spoken, gap in times if spoken is kind] for kind in (False, True))
     metrics = summarize(target, request, 1, [trace], trace.ended, memory.bytes, energy)
-    return metrics, GroupTimes(trace.prefilled, *kinds)
+    return metrics, GroupTimes(trace.prefilled, CallTime.of(said), CallTime.of(spoke))
 
 
 @dataclass
@@ -258,9 +235,8 @@ class Comparison:
 
     @property
     def work(self) -> GroupWork:
-        return GroupWork.of(
-            self.target.lm, 1, self.prompt, self.request.words + self.request.patches
-        )
+        groups = self.request.words + self.request.patches
+        return GroupWork.of(self.target.lm, 1, self.prompt, groups)
 
     def baseline(self, name: str) -> tuple[Upstream, dict[str, Any]]:
         """A baseline and how far it agrees with us, in float32 and on the target.
@@ -277,25 +253,24 @@ class Comparison:
     def row(
         self, table: Table, provider: str, metrics: Metrics, groups: GroupTimes, **more: Any
     ) -> None:
-        floors, device = self.work.floors(self.machine), self.target.lm.device
-        self.output.append(
-            {
-                "kind": "baseline",
-                "provider": provider,
-                "model": self.args.model or self.args.preset,
-                "random_weights": not self.args.model,
-                "dtype": name_of(self.target.lm.dtype),
-                **more,
-                **metrics.as_dict(),
-                "prefill": groups.prefill,
-                "text_group": vars(groups.text),
-                "audio_group": vars(groups.audio),
-                "floor": dict(zip(("prefill", "text_group", "audio_group"), floors, strict=True)),
-                "of_floor": floors[2] / groups.audio.p50,
-                **machine_fields(self.machine, device),
-            }
-        )
-        table.row(provider, *_cells(metrics, groups, floors[2]))
+        floors, parts = self.work.floors(self.machine), ("prefill", "text_group", "audio_group")
+        record = {
+            "kind": "baseline",
+            "provider": provider,
+            "model": self.args.model or self.args.preset,
+            "random_weights": not self.args.model,
+            "dtype": name_of(self.target.lm.dtype),
+            **more,
+            **metrics.as_dict(),
+            "prefill": groups.prefill,
+            "text_group": vars(groups.text),
+            "audio_group": vars(groups.audio),
+            "floor": dict(zip(parts, floors, strict=True)),
+            "of_floor": floors[2] / groups.audio.p50,
+            **machine_fields(self.machine, self.target.lm.device),
+        }
+        self.output.append(record)
+        table.row(record)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -316,13 +291,12 @@ def run(args: argparse.Namespace) -> int:
         except Exception as error:
             # A baseline that breaks says so, and the other goes on.
             refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    table, target, samplers = Table(COLUMNS), found.target, Samplers(GREEDY, GREEDY)
+    table, target, samplers = Table(BASELINES), found.target, Samplers(GREEDY, GREEDY)
     ours = time_groups(target, 1, found.prompt, args.patches, samplers)
     found.row(table, "ours", measure(target, found.request), ours)
     for runner, agreed in accepted:
-        found.row(
-            table, runner.name, *measure_baseline(target, runner, found.request), agreement=agreed
-        )
+        measured = measure_baseline(target, runner, found.request)
+        found.row(table, runner.name, *measured, agreement=agreed)
     for line in refused:
         print(f"REFUSED {line}")
     return 1 if refused else 0
@@ -340,16 +314,6 @@ def _comparison(args: argparse.Namespace, machine: Ceiling) -> Comparison:
     request = Request("tts", user_speech(1.0), args.words, args.patches, greedy=True)
     unsized = Comparison(args, target, request, machine, JsonLines(args.output))
     return replace(unsized, target=target.sized(1, unsized.prompt + args.words + args.patches + 8))
-
-
-def _cells(metrics: Metrics, groups: GroupTimes, floor: float) -> Iterator[str]:
-    for seconds in (groups.prefill, groups.text.p50, groups.audio.p50):
-        yield shown(seconds, 1e3, 2)
-    yield share(floor / groups.audio.p50)
-    yield shown(metrics.ttft and metrics.ttft.p50, 1e3)
-    yield shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1, 3)
-    yield shown(metrics.e2el and metrics.e2el.p50, 1, 3)
-    yield shown(metrics.audio_rtf, 1, 3)
 
 
 def add_options(add: Callable[..., object]) -> None:

@@ -40,13 +40,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.columns import COMPARE, Table
 from benchmarks.harness import MIN_RUNS, Case, Provider, Refused, prepare
 from benchmarks.ops import add_case_options, select
-from benchmarks.records import JsonLines, Table
+from benchmarks.records import JsonLines
 from mimo_fast.bench.environment import ROOT, environment
 from mimo_fast.bench.timing import time_calls
 
 OVERLAID = ("benchmarks", "mimo_fast/bench")
+PIPES = {"text": True, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 ORDERS = ("ABBA", "BAAB")
 ROUNDS = 8
 SECONDS = 0.1
@@ -54,7 +56,6 @@ CONFIDENCE = 0.99
 """Many ops are compared at once: at 95% every twentieth would seem to differ."""
 
 RESAMPLES = 5000
-COLUMNS = {"op": -56, "new/old [99% interval]": 24, "verdict": -20}
 
 
 class CompareError(ValueError):
@@ -76,9 +77,6 @@ class Comparison:
         if self.low > 1:
             return "slower"
         return "faster" if self.high < 1 else "no difference shown"
-
-    def __str__(self) -> str:
-        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def compared(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Comparison:
@@ -140,10 +138,9 @@ class Worker:
             return json.loads(line)
         self._process.wait()
         self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or [
-            f"exit code {self._process.returncode}"
-        ]
-        raise CompareError(f"cannot measure {self._side.name} with this suite: {lines[-1]}")
+        lines = self._errors.read().strip().splitlines()
+        why = lines[-1] if lines else f"exit code {self._process.returncode}"
+        raise CompareError(f"cannot measure {self._side.name} with this suite: {why}")
 
 
 @contextmanager
@@ -152,14 +149,7 @@ def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
     command = [sys.executable, "-m", "benchmarks.compare", json.dumps(arguments)]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        subprocess.Popen(
-            command,
-            cwd=side.root,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        ) as process,
+        subprocess.Popen(command, cwd=side.root, stderr=errors, **PIPES) as process,
     ):
         try:
             yield Worker(side, process, errors)
@@ -267,23 +257,22 @@ def run_compare(
             flush=True,
         )
         pairs = paired_times(old, new, arguments, rounds, seconds)
-    table, found = Table(COLUMNS), {}
+    table, found = Table(COMPARE), {}
     about = environment(arguments["device"], root=root)
     for case, times in pairs.items():
         found[case] = compared(times)
-        table.row(case, str(found[case]), found[case].verdict)
-        output.append(
-            {
-                "kind": "compare",
-                "case": case,
-                "old": old.name,
-                "new": new.name,
-                **vars(found[case]),
-                "verdict": found[case].verdict,
-                "seconds": times,
-                "environment": about,
-            }
-        )
+        record = {
+            "kind": "compare",
+            "case": case,
+            "old": old.name,
+            "new": new.name,
+            **vars(found[case]),
+            "verdict": found[case].verdict,
+            "seconds": times,
+            "environment": about,
+        }
+        table.row(record)
+        output.append(record)
     return found
 
 

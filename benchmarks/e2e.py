@@ -20,26 +20,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.records import (
-    JsonLines,
-    Table,
-    add_run_options,
-    machine_fields,
-    share,
-    shown,
-)
+from benchmarks.columns import GROUPS, REQUESTS, Table
+from benchmarks.records import JsonLines, add_run_options, machine_fields
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, time_groups
 from mimo_fast.bench.machine import useful_threads
-from mimo_fast.bench.pipeline import PROMPTS, Metrics, Request, measure, prompt_ids
+from mimo_fast.bench.pipeline import PROMPTS, Request, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.runtime.loading import default_device, parse_dtype
@@ -48,38 +42,6 @@ from mimo_fast.text.tasks import find_task
 Result = TypeVar("Result")
 
 QUANTIZATIONS = ("bf16", "int8", "int4", "nf4", "stored")
-
-GROUP_COLUMNS = {
-    "model": -16,
-    "batch": 5,
-    "context": 7,
-    "prompt ms": 10,
-    "of floor": 8,
-    "word ms": 9,
-    "of floor ": 8,
-    "speech ms": 9,
-    "of floor  ": 8,
-    "rtf": 7,
-}
-REQUEST_COLUMNS = {
-    "model": -16,
-    "task": -19,
-    "batch": 5,
-    "prompt": 6,
-    "ttft ms": 9,
-    "ttfp ms": 9,
-    "itl p50": 8,
-    "p95": 8,
-    "p99": 8,
-    "underrun": 8,
-    "e2el s": 8,
-    "rtf": 7,
-    "rtfx": 7,
-    "of floor": 8,
-    "peak GB": 7,
-    "energy J": 8,
-}
-PERCENTILES = ("p50", "p95", "p99")
 
 
 @dataclass
@@ -129,9 +91,10 @@ class Run:
         self.skipped.append(f"{name}: {reason}")
         self.output.append({"kind": "skipped", "name": name, "reason": reason})
 
-    def record(self, kind: str, about: dict[str, Any], **results: Any) -> None:
-        machine = machine_fields(self.machine, self.device)
-        self.output.append({"kind": kind, **about, **results, **machine})
+    def record(self, kind: str, about: dict[str, Any], **results: Any) -> dict[str, Any]:
+        record = {"kind": kind, **about, **results, **machine_fields(self.machine, self.device)}
+        self.output.append(record)
+        return record
 
 
 def say(text: str) -> None:
@@ -207,8 +170,7 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
         parts = ("prefill", "text_group", "audio_group")
         measured = times.prefill, times.text.p50, times.audio.p50
         shares = [floor / seconds for floor, seconds in zip(floors, measured, strict=True)]
-        rtf = times.audio.p50 / target.patch_seconds
-        run.record(
+        record = run.record(
             "groups",
             about | {"steered": True},
             batch=batch,
@@ -217,15 +179,14 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
             prefill=times.prefill,
             text_group=vars(times.text),
             audio_group=vars(times.audio),
-            audio_rtf=rtf,
+            audio_rtf=times.audio.p50 / target.patch_seconds,
             bytes=work.audio.bytes,
             cached_bytes=work.audio.cached,
             floor=dict(zip(parts, floors, strict=True)),
             of_floor=dict(zip(parts, shares, strict=True)),
         )
-        table = table or Table(GROUP_COLUMNS)
-        pairs = ((shown(x, 1e3, 2), share(y)) for x, y in zip(measured, shares, strict=True))
-        table.row(title, str(batch), str(context), *chain.from_iterable(pairs), f"{rtf:.3f}")
+        table = table or Table(GROUPS)
+        table.row(record)
 
 
 def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
@@ -276,22 +237,9 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
             floor = target.request_floor(run.machine, batch, prompt, written, spoken)
         of_floor = floor / metrics.e2el.p50 if metrics.e2el else None
         about_request = {"input_seconds": args.seconds, "floor": floor, "of_floor": of_floor}
-        run.record("request", about, **metrics.as_dict(), **about_request)
-        table = table or Table(REQUEST_COLUMNS)
-        table.row(title, request.task, str(batch), str(prompt), *_cells(metrics, of_floor))
-
-
-def _cells(metrics: Metrics, of_floor: float | None) -> Iterator[str]:
-    yield shown(metrics.ttft and metrics.ttft.p50, 1e3)
-    yield shown(metrics.audio_ttfp and metrics.audio_ttfp.p50, 1e3)
-    yield from (shown(metrics.itl and getattr(metrics.itl, name), 1e3) for name in PERCENTILES)
-    yield shown(metrics.audio_underrun, 1e3)
-    yield shown(metrics.e2el and metrics.e2el.p50, 1, 3)
-    yield shown(metrics.audio_rtf, 1, 3)
-    yield shown(metrics.audio_rtfx, 1, 2)
-    yield share(of_floor)
-    yield shown(metrics.peak_bytes, 1e-9, 2)
-    yield shown(metrics.joules)
+        record = run.record("request", about, **metrics.as_dict(), **about_request)
+        table = table or Table(REQUESTS)
+        table.row(record)
 
 
 def release(device: torch.device) -> None:

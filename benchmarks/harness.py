@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.records import JsonLines, Table, duration, machine_fields
+from benchmarks.columns import OPS, Table
+from benchmarks.records import JsonLines, machine_fields
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.timing import copies_for, time_calls
@@ -45,19 +46,6 @@ MIN_RUNS = 5
 COPIED_BYTES = 2**30
 """What the copies of a case's inputs may take: some hold tables of which a call reads a few
 rows."""
-
-COLUMNS = {
-    "op": -30,
-    "provider": -17,
-    "format": -8,
-    "shape": -24,
-    "p50": 9,
-    "p10": 9,
-    "p90": 9,
-    "GB/s": 7,
-    "GFLOP/s": 7,
-    "achieved/ceiling": 16,
-}
 
 
 @dataclass(frozen=True)
@@ -310,7 +298,7 @@ def run_cases(
         providers: which names are wanted.
         write: takes the table's lines; standard output by default.
     """
-    outcome, table = Outcome(), Table(COLUMNS, write)
+    outcome, table = Outcome(), Table(OPS, write)
     for case in tqdm(cases, unit="case", disable=None, leave=False):
         inputs = None
         for provider in (p for p in case.providers if providers(p.name)):
@@ -331,17 +319,8 @@ def run_cases(
                 continue
             outcome.records.append(record)
             output.append(record)
-            table.row(*_cells(record))
+            table.row(record)
     return outcome
-
-
-def _cells(record: dict[str, Any]) -> Iterable[str]:
-    time = record["seconds"]
-    yield from (record[name] for name in ("op", "provider", "format", "shape"))
-    yield from (duration(time[name]) for name in ("p50", "p10", "p90"))
-    yield f"{record['bytes'] / time['p50'] / 1e9:.1f}"
-    yield f"{record['flop'] / time['p50'] / 1e9:.0f}"
-    yield f"{100 * record['of_ceiling']:.1f}%"
 
 
 def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:

@@ -18,13 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.records import JsonLines, Table, add_run_options, duration, machine_fields
+from benchmarks.columns import Column, Table, duration, share, shown
+from benchmarks.records import JsonLines, add_run_options, machine_fields
 from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, prompted, start_rows, time_groups
@@ -62,7 +64,14 @@ GROUPS = "audio groups"
 OUTSIDE = "outside torch"
 
 NAME_WIDTH = 48
-COLUMNS = {"kernel": -NAME_WIDTH, "count": 8, "time": 9, "share": 6, "MB": 9, "GB/s": 7}
+COLUMNS: tuple[Column, ...] = (
+    ("kernel", "name", lambda name: name[:NAME_WIDTH]),
+    ("count", "count", "{:g}".format),
+    ("time", "seconds", duration),
+    ("share", "share", share),
+    ("MB", "bytes", partial(shown, scale=1e-6)),
+    ("GB/s", "rate", partial(shown, scale=1e-9, digits=0)),
+)
 
 
 @dataclass(frozen=True)
@@ -249,14 +258,8 @@ def show(trace: Trace, measured: CallTime, top: int) -> None:
     table = Table(COLUMNS)
     for kernel in rows:
         known = kernel.bytes is not None and kernel.seconds > 0
-        table.row(
-            kernel.name[:NAME_WIDTH],
-            f"{kernel.count:g}",
-            duration(kernel.seconds),
-            f"{100 * kernel.seconds / trace.seconds:.1f}%",
-            f"{kernel.bytes / 1e6:,.1f}" if known else "-",
-            f"{kernel.bytes / kernel.seconds / 1e9:,.0f}" if known else "-",
-        )
+        rate = kernel.bytes / kernel.seconds if known else None
+        table.row(vars(kernel) | {"share": kernel.seconds / trace.seconds, "rate": rate})
 
 
 def add_options(add: Callable[..., object]) -> None:

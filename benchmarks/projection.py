@@ -26,7 +26,8 @@ from functools import cache
 
 import torch
 
-from benchmarks.records import NOT_MEASURED, Entry, Measured, duration, share, sources, table
+from benchmarks.columns import duration, share, table
+from benchmarks.records import NOT_MEASURED, Entry, Measured, sources
 from mimo_fast.bench.floor import Work, patch_work
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.runtime.memory import GB

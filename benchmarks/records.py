@@ -10,12 +10,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.environment import ROOT, environment
@@ -137,6 +135,18 @@ class Entry:
         return self["prompt_groups"] + self["groups"]
 
     @property
+    def bytes_per_s(self) -> float:
+        return self["bytes"] / self["seconds"]["p50"]
+
+    @property
+    def flop_per_s(self) -> float:
+        return self["flop"] / self["seconds"]["p50"]
+
+    @property
+    def interval(self) -> str:
+        return f"{self['low']:.3f} to {self['high']:.3f}"
+
+    @property
     def thing(self) -> tuple[str, ...]:
         fields = THING[self["kind"]]
         # What a quick table says of a preset's model varies with the machine's mood.
@@ -221,47 +231,6 @@ def sources(entries: Iterable[Entry]) -> str:
 def _span(values: Sequence[str]) -> str:
     """Of ordered values."""
     return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """Markdown; the first `texts` columns are aligned to the left."""
-    marks = [":--" if i < texts else "--:" for i in range(len(heads))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
-
-
-class Table:
-    """Rows printed as they come, in columns of fixed widths; a negative width aligns to the
-    left."""
-
-    def __init__(
-        self, columns: Mapping[str, int], write: Callable[[str], object] | None = None
-    ) -> None:
-        self._widths = list(columns.values())
-        # Above a progress bar, where there is one.
-        self._write = write or partial(tqdm.write, file=sys.stdout)
-        self.row(*columns)
-
-    def row(self, *cells: str) -> None:
-        pairs = zip(cells, self._widths, strict=True)
-        texts = (cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in pairs)
-        self._write("  ".join(texts).rstrip())
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    units = (u for u in (("s", 1.0), ("ms", 1e3)) if seconds * u[1] >= 1)
-    unit, factor = next(units, ("us", 1e6))
-    value = seconds * factor
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
-def shown(value: float | None, scale: float = 1.0, digits: int = 1, unit: str = "") -> str:
-    """With thousands apart; a line for None."""
-    return "-" if value is None else f"{scale * value:,.{digits}f}{unit}"
-
-
-def share(value: float | None) -> str:
-    return shown(value, 100, 1, "%")
 
 
 def add_run_options(add: Callable[..., object], each: str) -> None:

@@ -10,27 +10,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks import projection
-from benchmarks.projection import FORMATS
-from benchmarks.records import (
-    NOT_MEASURED,
-    RESULTS,
-    Entry,
-    Measured,
-    duration,
+from benchmarks.columns import (
+    BASELINES,
+    COMPARE,
+    GROUPS,
+    OPS,
+    PROFILE,
+    QUALITY,
+    QUICK,
+    REQUESTS,
+    columns_table,
+    factor,
+    gigabytes,
     share,
     shown,
-    sources,
     table,
+    whole_ms,
 )
+from benchmarks.projection import FORMATS
+from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, sources
 from mimo_fast.bench.environment import ROOT
-from mimo_fast.runtime.memory import GB
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 PLACES = (" on a GPU", True), (" on a CPU", False)
@@ -56,105 +61,6 @@ their speed is real, their speech is not. Names of request metrics are explained
 [pipeline.py](../mimo_fast/bench/pipeline.py).
 """
 
-Column = tuple[str, str, Callable[[Any], str]]
-"""Its head, where a record has its value (`Entry.at`), and how that is written."""
-
-ms = partial(shown, scale=1e3, digits=1, unit=" ms")
-whole_ms = partial(shown, scale=1e3, digits=0, unit=" ms")
-gigabytes = partial(shown, scale=1 / GB, digits=2, unit=" GB")
-factor = partial(shown, digits=3)
-per_nano = partial(shown, scale=1e-9)
-
-GROUPS: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("batch", "batch", str),
-    ("context", "context", str),
-    ("prompt", "prefill", duration),
-    ("of floor", "of_floor.prefill", share),
-    ("group of words", "text_group.p50", duration),
-    ("of floor", "of_floor.text_group", share),
-    ("group of speech", "audio_group.p50", duration),
-    ("of floor", "of_floor.audio_group", share),
-    ("p90", "audio_group.p90", duration),
-    ("real-time factor", "audio_rtf", factor),
-)
-REQUESTS: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("task", "task", str),
-    ("batch", "batch", str),
-    ("prompt", "prompt_groups", str),
-    ("ttft", "ttft.p50", ms),
-    ("audio_ttfp", "audio_ttfp.p50", ms),
-    ("itl p50", "itl.p50", ms),
-    ("p95", "itl.p95", ms),
-    ("p99", "itl.p99", ms),
-    ("underrun", "audio_underrun", whole_ms),
-    ("continuity", "audio_continuity", share),
-    ("e2el", "e2el.p50", partial(shown, digits=2, unit=" s")),
-    ("audio_rtf", "audio_rtf", factor),
-    ("audio_rtfx", "audio_rtfx", partial(shown, digits=2)),
-    ("of floor", "of_floor", share),
-    ("peak memory", "peak_bytes", gigabytes),
-    ("energy", "joules", partial(shown, unit=" J")),
-)
-QUICK: tuple[Column, ...] = (
-    ("model", "named", str),
-    ("streams", "streams", str),
-    ("real-time factor", "metrics.audio_rtf", factor),
-    ("first audio", "metrics.audio_ttfp.p50", whole_ms),
-    ("next chunk, p95", "metrics.itl.p95", whole_ms),
-    ("worst silence", "metrics.audio_underrun", whole_ms),
-    ("memory", "metrics.peak_bytes", gigabytes),
-)
-BASELINES: tuple[Column, ...] = (
-    ("provider", "provider", str),
-    ("model", "title", str),
-    ("prompt", "prefill", duration),
-    ("group of words", "text_group.p50", duration),
-    ("group of speech", "audio_group.p50", duration),
-    ("of floor", "of_floor", share),
-    ("ttft", "ttft.p50", ms),
-    ("audio_ttfp", "audio_ttfp.p50", partial(factor, unit=" s")),
-    ("e2el", "e2el.p50", partial(factor, unit=" s")),
-    ("audio_rtf", "audio_rtf", factor),
-)
-OPS: tuple[Column, ...] = (
-    ("op", "op", str),
-    ("provider", "provider", str),
-    ("format", "format", str),
-    ("shape", "shape", str),
-    ("p50", "seconds.p50", duration),
-    ("p10", "seconds.p10", duration),
-    ("p90", "seconds.p90", duration),
-    ("GB/s", "bytes_per_s", per_nano),
-    ("GFLOP/s", "flop_per_s", per_nano),
-    ("bound by", "bound", str),
-    ("achieved / ceiling", "of_ceiling", share),
-)
-PROFILE: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("mode", "mode", str),
-    ("kernel", "kernel", str),
-    ("an audio group", "count", lambda count: f"{count:g}"),
-    ("busy", "seconds", duration),
-    ("share", "share", share),
-)
-QUALITY: tuple[Column, ...] = (
-    ("model", "model", str),
-    ("format", "format", str),
-    ("head", "head", str),
-    ("KL (nats)", "kl", lambda value: f"{value:.5f}"),
-    ("top-1 agreement", "agreement", share),
-    ("predictions", "predictions", str),
-)
-COMPARE: tuple[Column, ...] = (
-    ("op", "case", str),
-    ("old", "old", str),
-    ("new", "new", str),
-    ("new / old", "ratio", lambda value: f"{value:.3f}"),
-    ("99% interval", "interval", str),
-    ("verdict", "verdict", str),
-)
 EXPECTED = (
     "weights",
     "an audio group (160 ms of speech)",
@@ -164,11 +70,6 @@ EXPECTED = (
     "streams in real time",
     "peak memory",
 )
-
-
-def columns_table(columns: Sequence[Column], entries: Iterable[Entry], texts: int = 1) -> str:
-    rows = ([write(entry.at(path)) for _, path, write in columns] for entry in entries)
-    return table([head for head, _, _ in columns], rows, texts)
 
 
 def groups_table(entries: Sequence[Entry]) -> str:
@@ -199,11 +100,7 @@ def baselines_table(entries: Sequence[Entry]) -> str:
 
 
 def ops_table(entries: Sequence[Entry]) -> str:
-    def rates(e: Entry) -> Entry:
-        seconds = e["seconds"]["p50"]
-        return _with(e, bytes_per_s=e["bytes"] / seconds, flop_per_s=e["flop"] / seconds)
-
-    return columns_table(OPS, map(rates, entries), texts=4)
+    return columns_table(OPS, entries, texts=4)
 
 
 def profile_table(entries: Sequence[Entry]) -> str:
@@ -229,8 +126,7 @@ def quality_table(entries: Sequence[Entry]) -> str:
 
 
 def compare_table(entries: Sequence[Entry]) -> str:
-    rows = (_with(e, interval=f"{e['low']:.3f} to {e['high']:.3f}") for e in entries)
-    return columns_table(COMPARE, rows, texts=3)
+    return columns_table(COMPARE, entries, texts=3)
 
 
 def _with(entry: Entry, **fields: Any) -> Entry:

@@ -52,7 +52,7 @@ def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
     assert out.startswith("ceiling: reads 1.0 GB/s")
     # A floor before each measurement.
     assert err.count("floor") == len(rows)
-    assert "tiny bf16" in out
+    assert "tiny fp32" in out
 
 
 def test_what_does_not_fit_is_skipped_by_name(tmp_path, monkeypatch, capsys):

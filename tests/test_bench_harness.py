@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.columns import Table, duration, factor
 from benchmarks.harness import Case, Provider, held_bytes, print_outcome, run_cases, widen
-from benchmarks.records import JsonLines, Table, duration, read_records
+from benchmarks.records import JsonLines, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.kernels.kv_cache import LayerKV
@@ -75,7 +76,7 @@ def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
     assert first["seconds"]["n"] >= 5
     assert first["environment"]["device"]["type"] == "cpu"
     assert first["ceiling"]["read_Bps"] == 1e9
-    assert "achieved/ceiling" in printed
+    assert "achieved / ceiling" in printed
     assert f"{100 * first['of_ceiling']:.1f}%" in printed
 
 
@@ -207,9 +208,18 @@ def test_durations_have_three_digits(seconds, text):
 
 
 def test_a_table_keeps_its_columns():
+    """Text to the left where that is its column's way, numbers to the right, a line for nothing."""
     lines: list[str] = []
-    Table({"a": -4, "b": 3}, lines.append).row("x", "1")
-    assert lines == ["a       b", "x       1"]
+    columns = (("model", "title", str), ("rtf", "metrics.rtf", factor), ("rtf", "rtf", factor))
+    table = Table(columns, lines.append)
+    about = {"model": "7b", "quantization": "int4"}
+    table.row(about | {"metrics": {"rtf": 0.5}, "rtf": 12.3456})
+    table.row(about | {"metrics": None, "rtf": 1})
+    assert lines == [
+        "model                   rtf        rtf",
+        "7b int4               0.500     12.346",
+        "7b int4                   -      1.000",
+    ]
 
 
 def test_widening_leaves_packed_weights_and_integers():

@@ -250,7 +250,7 @@ def test_a_wrong_op_ends_the_command_with_1(machine, monkeypatch, tmp_path, caps
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.index("ceiling: reads 10.0 GB/s") < printed.index("patch_decoder.swiglu")
-    assert "achieved/ceiling" in printed
+    assert "achieved / ceiling" in printed
     slightly_wrong.__name__, slightly_wrong.__module__ = "swiglu", "mimo_fast.kernels.swiglu"
     monkeypatch.setattr("mimo_fast.kernels.swiglu.swiglu", slightly_wrong)
     assert command.main(arguments) == 1
