@@ -11,14 +11,7 @@ import pytest
 
 import benchmarks.__main__ as command
 from benchmarks import compare as module
-from benchmarks.compare import (
-    CompareError,
-    Side,
-    checked_out,
-    compared,
-    paired_times,
-    run_compare,
-)
+from benchmarks.compare import CompareError, Side, checked_out, compared, paired_times, run_compare
 from benchmarks.records import JsonLines, read_records
 
 ROOT = Path(__file__).parents[1]
