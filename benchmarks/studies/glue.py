@@ -50,7 +50,7 @@ from mimo_fast.runtime.lm.transformer import (
 )
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
-DEVICE = "cuda"
+DEVICE, DTYPE = "cuda", torch.bfloat16
 SECONDS = 60.0
 REPLAYS = 15
 RACES = 200
@@ -143,8 +143,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), device=DEVICE).to(dtype)
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), device=DEVICE).to(DTYPE)
 
 
 def closeness(got: Tensor, exact: Tensor, eager: Tensor) -> dict[str, Any]:
@@ -163,10 +163,8 @@ def published() -> LMConfig:
     return LMConfig.from_dict(json.loads(text))
 
 
-def filled_cache(
-    config: TransformerConfig, rows: int, capacity: int, dtype: torch.dtype = torch.bfloat16
-) -> KVCache:
-    cache = KVCache.allocate(config, rows, capacity, dtype, torch.device(DEVICE))
+def filled_cache(config: TransformerConfig, rows: int, capacity: int) -> KVCache:
+    cache = KVCache.allocate(config, rows, capacity, DTYPE, torch.device(DEVICE))
     for part, seed in zip(cache.parts, (1, 2), strict=True):
         part.normal_(generator=generator(seed))
     return cache
@@ -204,7 +202,7 @@ def codes(study: Study, config: LMConfig, rows: int, sampler: MiMoSampler, at: i
     )
     dim, table = config.patch_decoder.dim, sum(config.code_sizes)
     integers = [
-        torch.randint(-2, 3, (n, dim), generator=generator(n), device=DEVICE).bfloat16()
+        torch.randint(-2, 3, (n, dim), generator=generator(n), device=DEVICE).to(DTYPE)
         for n in (rows, table)
     ]
     hidden, heads = integers[0] * 2.0**-5, integers[1]
@@ -253,7 +251,7 @@ def weights(config: TransformerConfig, form: str, layers: int) -> TransformerWei
     """Random ones."""
 
     def product(*blocks: int, columns: int, bias: bool = False, seed: int) -> Any:
-        return random_weight(form, blocks, columns, torch.bfloat16, DEVICE, bias, seed)
+        return random_weight(form, blocks, columns, DTYPE, DEVICE, bias, seed)
 
     def layer(i: int) -> LayerWeights:
         attended = config.heads * config.head_dim
