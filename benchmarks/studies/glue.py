@@ -30,8 +30,16 @@ from mimo_fast.bench.timing import percentile
 from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.decode_attention import decode_attention, decode_attention_ref
-from mimo_fast.kernels.dispatch import EARLY_ENVIRONMENT, ENVIRONMENT, early_launch, triton
+from mimo_fast.kernels.dispatch import (
+    EARLY_ENVIRONMENT,
+    ENVIRONMENT,
+    early_launch,
+    jit,
+    tl,
+    triton,
+)
 from mimo_fast.kernels.rope import rope_table
+from mimo_fast.kernels.sample import NEAR, near_gumbel
 from mimo_fast.kernels.sample_codes import (
     code_steps,
     patch_noise,
@@ -325,7 +333,28 @@ def encoder(study: Study, config: LMConfig, form: str) -> None:
     study.measure(f"patch encoder {form}", run, check, calls=10)
 
 
+@jit
+def near_noise_kernel(worst_ptr, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Multiples of 257 lie all over 32 bits, with both ends.
+    word = o.to(tl.uint32) * 257
+    rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    exact = -tl.log(-tl.log(rest))
+    error = tl.abs(near_gumbel(word).to(tl.float64) - exact)
+    tl.store(worst_ptr + tl.program_id(0), tl.max(error, axis=0))
+
+
+def near_noise(study: Study) -> None:
+    """The fast noise of 2^24 words against the exact."""
+    programs = 1 << 14
+    worst = torch.empty(programs, dtype=torch.float64, device=DEVICE)
+    near_noise_kernel[(programs,)](worst, BLOCK=1024)
+    error = worst.max().item()
+    study.add({"name": "near_gumbel", "worst": error, "bound": NEAR, "ok": error < NEAR / 10})
+
+
 def everything(study: Study, config: LMConfig) -> None:
+    near_noise(study)
     decoder, steps = config.patch_decoder, config.patch_steps
     chain(study, "patch decoder int8, 4 layers", decoder, "int8", 6, steps)
     chain(study, "backbone int4, 4 layers at 1024", config.backbone, "int4", 1024, 4096)
@@ -367,7 +396,9 @@ def main() -> int:
     with torch.no_grad():
         everything(study, published())
     wrong = [
-        row["name"] for row in study.rows if "failed" in row or not (row["same_bits"] and row["ok"])
+        row["name"]
+        for row in study.rows
+        if "failed" in row or not (row.get("same_bits", True) and row["ok"])
     ]
     took = time.monotonic() - start
     end = {"seconds": took, "skipped": study.skipped, "wrong": wrong}
