@@ -201,6 +201,15 @@ def test_a_text_draw_depends_on_nothing_around_it():
         )
 
 
+def test_settings_of_rows_are_taken_in_one_launch():
+    batch, index = sampler_tensors(SAMPLERS), torch.tensor([10, 0, 6, 6, 3])
+    taken = batch.select(index)
+    for name in ("temperature", "top_k", "tail", "greedy"):
+        assert torch.equal(getattr(taken, name), getattr(batch, name)[index]), name
+    twice = batch.select([2, 0], repeat=2)
+    assert torch.equal(twice.temperature, batch.temperature[[2, 2, 0, 0]])
+
+
 def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
     logits = rows_of("normal", 2, 300, seed=4)
     batch = sampler_tensors([SAMPLERS[2]] * 2)
