@@ -88,23 +88,26 @@ class SamplerTensors:
 
     def _selected(self, index: Tensor) -> SamplerTensors:
         """`select` in one launch: four of torch's take as long as a small kernel each."""
-        fields = ("temperature", "top_k", "tail", "greedy")
-        taken = {
-            name: torch.empty(len(index), dtype=field.dtype, device=field.device)
-            for name in fields
-            for field in (getattr(self, name),)
-        }
-        if len(index):
+        count = len(index)
+        taken = replace(
+            self,
+            temperature=self.temperature.new_empty(count),
+            top_k=self.top_k.new_empty(count),
+            tail=self.tail.new_empty(count),
+            greedy=self.greedy.new_empty(count),
+        )
+        if count:
+            fields = ("temperature", "top_k", "tail", "greedy")
             take_settings_kernel[(1,)](
                 **early_launch(index),
                 **{f"{name}_ptr": getattr(self, name) for name in fields},
-                **{f"to_{name}_ptr": to for name, to in taken.items()},
+                **{f"to_{name}_ptr": getattr(taken, name) for name in fields},
                 index_ptr=index,
-                N=len(index),
-                BLOCK=next_power_of_2(len(index)),
+                N=count,
+                BLOCK=next_power_of_2(count),
                 num_warps=1,
             )
-        return replace(self, **taken)
+        return taken
 
     def write(self, row: int, settings: SamplerTensors) -> None:
         """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left
