@@ -177,8 +177,8 @@ extern "C" inline void __attribute__((used)) mimo_fast_set_device(int multiproce
     current_device() = Device{multiprocessors, shared};
 }
 
-template <auto KERNEL, class Argument>
-int start(dim3 grid, int threads, int bytes, cudaStream_t, const Argument& argument) {
+template <class Argument>
+void run_blocks(void (*kernel)(Argument), dim3 grid, int threads, int bytes, const std::remove_const_t<Argument>& argument) {
     for (int y = 0; y < grid.y; ++y)
         for (int x = 0; x < grid.x; ++x) {
             Block block(threads, bytes);
@@ -186,9 +186,14 @@ int start(dim3 grid, int threads, int bytes, cudaStream_t, const Argument& argum
             for (int i = 0; i < threads; ++i)
                 running.emplace_back([&, i] {
                     threadIdx = dim3(i), blockIdx = dim3(x, y), gridDim = grid, block_of_threads = &block;
-                    KERNEL(argument);
+                    kernel(argument);
                 });
             for (auto& thread : running) thread.join();
         }
+}
+
+template <auto KERNEL, class Argument>
+int start(dim3 grid, int threads, int bytes, cudaStream_t, const Argument& argument) {
+    run_blocks<Argument>(KERNEL, grid, threads, bytes, argument);
     return 0;
 }

@@ -254,7 +254,7 @@ class LM:
             state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[
                 :, 0
             ]
-        state.lengths[slots] = torch.where(starts == NO_POSITION, starts, starts + 1)
+        state.lengths[slots] = starts + (starts != NO_POSITION)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
