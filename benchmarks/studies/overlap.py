@@ -47,10 +47,10 @@ from mimo_fast.bench.timing import percentile
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.dispatch import EXPERIMENTAL
 from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.engine import stream as streams
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import Conversation
-from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
