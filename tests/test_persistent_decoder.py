@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mimo_fast.kernels.quantized_weight import dequantize
+from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from torch import Tensor
 
 from benchmarks.studies.engine_model import (
