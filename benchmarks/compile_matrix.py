@@ -92,8 +92,7 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
     """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA
     file, by nvcc."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
-        subprocess.run(["nvcc", *flags, source, "-o", file.name], check=True)
+        _nvcc(source, architecture, file.name)
         usage = _cuobjdump(file.name, "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     return {
@@ -102,10 +101,28 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
     }
 
 
+def cuda_instructions(source: Path, architecture: int) -> dict[str, list[str]]:
+    """The machine instructions of every kernel of a CUDA file, without their operands, by nvcc."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        _nvcc(source, architecture, file.name)
+        sass = _cuobjdump(file.name, "-sass")
+    found: dict[str, list[str]] = {}
+    for text in sass.split("Function : ")[1:]:
+        name = _kernel_name(text.split(None, 1)[0])
+        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text)
+    return found
+
+
+def _nvcc(source: Path, architecture: int, target: str) -> None:
+    flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
+    subprocess.run(["nvcc", *flags, source, "-o", target], check=True)
+
+
 def _kernel_name(mangled: str) -> str:
-    """A kernel and its template's integers."""
+    """A kernel, its type of activations and its template's integers."""
     name = re.search(r"\d_([a-z_]+)_cu_", mangled)[1]
-    return " ".join([name, *re.findall(r"L[ib](\d+)E", mangled)])
+    types = re.findall(r"\d(Bfloat16|Float16)", mangled)[:1]
+    return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])
 
 
 def _cuobjdump(cubin: str, option: str) -> str:

@@ -1,7 +1,7 @@
 """`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and
 speech continuation."""
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
@@ -463,7 +463,7 @@ class MimoAudio:
     def get_asr_sft_prompt(
         self, input: AudioSource, template: Template = None, seed: int | None = None
     ) -> Tensor:
-        return self._ids(tasks.asr(self.pipeline.context(seed), input, template))
+        return self._prompt(tasks.asr, input, template, seed=seed)
 
     def get_tts_sft_prompt(
         self,
@@ -474,16 +474,13 @@ class MimoAudio:
         template: Template = None,
         seed: int | None = None,
     ) -> Tensor:
-        context = self.pipeline.context(seed)
-        return self._ids(
-            tasks.tts(context, input, instruct, read_text_only, prompt_speech, template)
-        )
+        arguments = (input, instruct, read_text_only, prompt_speech, template)
+        return self._prompt(tasks.tts, *arguments, seed=seed)
 
     def get_audio_understanding_sft_prompt(
         self, input_speech: AudioSource, input_text: str, thinking: bool = False
     ) -> Tensor:
-        context = self.pipeline.context()
-        return self._ids(tasks.audio_understanding(context, input_speech, input_text, thinking))
+        return self._prompt(tasks.audio_understanding, input_speech, input_text, thinking)
 
     def get_spoken_dialogue_sft_prompt(
         self,
@@ -492,8 +489,9 @@ class MimoAudio:
         prompt_speech: AudioSource | None = None,
         add_history: bool = False,
     ) -> Tensor:
-        context = self.pipeline.context(continued=add_history and self.has_history)
-        return self._ids(tasks.spoken_dialogue(context, input_speech, system_prompt, prompt_speech))
+        continued = add_history and self.has_history
+        arguments = (input_speech, system_prompt, prompt_speech)
+        return self._prompt(tasks.spoken_dialogue, *arguments, continued=continued)
 
     def get_spoken_dialogue_sft_multiturn_prompt(
         self,
@@ -501,46 +499,45 @@ class MimoAudio:
         system_prompt: str | None = None,
         prompt_speech: AudioSource | None = None,
     ) -> Tensor:
-        context = self.pipeline.context()
-        return self._ids(
-            tasks.spoken_dialogue_multiturn(context, message_list, system_prompt, prompt_speech)
+        return self._prompt(
+            tasks.spoken_dialogue_multiturn, message_list, system_prompt, prompt_speech
         )
 
     def get_s2t_dialogue_sft_prompt(
         self, input_speech: AudioSource, thinking: bool = False
     ) -> Tensor:
-        return self._ids(
-            tasks.speech2text_dialogue(self.pipeline.context(), input_speech, thinking)
-        )
+        return self._prompt(tasks.speech2text_dialogue, input_speech, thinking)
 
     def get_s2t_dialogue_sft_multiturn_prompt(
         self, message_list: Sequence[Message], thinking: bool = False
     ) -> Tensor:
-        context = self.pipeline.context()
-        return self._ids(tasks.speech2text_dialogue_multiturn(context, message_list, thinking))
+        return self._prompt(tasks.speech2text_dialogue_multiturn, message_list, thinking)
 
     def get_text_dialogue_sft_prompt(self, input_text: str, thinking: bool = False) -> Tensor:
-        return self._ids(tasks.text_dialogue(self.pipeline.context(), input_text, thinking))
+        return self._prompt(tasks.text_dialogue, input_text, thinking)
 
     def get_text_dialogue_sft_multiturn_prompt(
         self, message_list: Sequence[Message], thinking: bool = False
     ) -> Tensor:
-        context = self.pipeline.context()
-        return self._ids(tasks.text_dialogue_multiturn(context, message_list, thinking))
+        return self._prompt(tasks.text_dialogue_multiturn, message_list, thinking)
 
     def get_in_context_learning_s2s_prompt(
         self, instruction: str, prompt_examples: Sequence[Mapping[str, Any]], audio: AudioSource
     ) -> Tensor:
-        context = self.pipeline.context()
-        return self._ids(
-            tasks.in_context_learning_s2s(context, instruction, prompt_examples, audio)
-        )
+        return self._prompt(tasks.in_context_learning_s2s, instruction, prompt_examples, audio)
 
     def get_speech_continuation_prompt(self, audio: AudioSource) -> Tensor:
-        return self._ids(tasks.speech_continuation(self.pipeline.context(), audio))
+        return self._prompt(tasks.speech_continuation, audio)
 
-    def _ids(self, segments: Segments) -> Tensor:
+    def _prompt(
+        self,
+        task: Callable[..., Segments],
+        *arguments: Any,
+        seed: int | None = None,
+        continued: bool = False,
+    ) -> Tensor:
         """A prompt [C + 1, T G], on the device as upstream's are."""
+        segments = task(self.pipeline.context(seed, continued), *arguments)
         return self.pipeline.ids(segments).to(self.lm.device)
 
 

@@ -41,12 +41,6 @@ ROOMS = (
 )
 """From the ground up: a room imports itself and those before it. "" is `mimo_fast/__init__.py`."""
 
-CIRCLES = {
-    # The fused executor takes the whole model; it should be made from weights, config and tables.
-    frozenset({"mimo_fast.runtime.lm.fused", "mimo_fast.runtime.lm.model"}),
-}
-"""Circles that are still there, by their modules. It only gets shorter."""
-
 Graph = Mapping[str, frozenset[str]]
 
 
@@ -131,13 +125,8 @@ def graph() -> Graph:
 
 
 def test_no_module_imports_itself_by_way_of_others(graph: Graph) -> None:
-    ways = [" -> ".join(way) for group, way in circles(graph).items() if group not in CIRCLES]
+    ways = [" -> ".join(way) for way in circles(graph).values()]
     assert not ways, "circles of imports:\n" + "\n".join(ways)
-
-
-def test_circles_that_are_gone_are_not_allowed_any_more(graph: Graph) -> None:
-    gone = CIRCLES - circles(graph).keys()
-    assert not gone, f"take these out of CIRCLES: {[sorted(group) for group in gone]}"
 
 
 def test_packages_import_one_way(graph: Graph) -> None:

@@ -16,6 +16,7 @@ from benchmarks.compile_matrix import (
     cases,
     compile_case,
     compile_cuda,
+    cuda_instructions,
 )
 from mimo_fast.kernels.dispatch import Case
 
@@ -55,6 +56,20 @@ def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
         assert shared <= STATIC_SHARED, name
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_pair_of_int4_is_one_logical_instruction() -> None:
+    """A thread unpacks 32 pairs of 16 rows a unit: two instructions each would be 64, and were."""
+    kernels = cuda_instructions(
+        next(source for source in CUDA if source.stem == "quantized_mma"), 90
+    )
+    found = {name.removeprefix("quantized_mma Bfloat16 "): code for name, code in kernels.items()}
+    # T, BITS, GROUPED, ROWS, WARPS, STAGES, TILES_X: tiles of 16 rows against those of 8, which
+    # unpack 16 pairs.
+    counts = {rows: found[f"4 1 {rows} 16 4 1"].count("LOP3") for rows in (8, 16)}
+    assert counts[16] - counts[8] <= 16 + 8
+    assert all(code.count("HMMA") == 8 for name, code in found.items() if name.endswith(" 1"))
+
+
 def test_names_are_unique() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
@@ -73,4 +88,4 @@ def test_every_kernel_file_is_covered() -> None:
         "swiglu",
     ):
         assert op in modules
-    assert {"decode_attention", "text_embed", "window_attention", "triton_kernels"} <= modules
+    assert {"decode_attention", "text_embed", "window_attention", "qmatmul_kernels"} <= modules

@@ -42,6 +42,7 @@ DECODED = {
     "rotary_attention_kernel",
     "small_decode_kernel",
     "split_attention_kernel",
+    "take_settings_kernel",
     "text_digit_kernel",
     "text_draw_kernel",
     "text_settle_kernel",

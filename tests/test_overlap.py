@@ -75,8 +75,10 @@ def speaking(model: MimoAudio, slots: int = 2, overlaps: bool = True) -> MimoAud
     lm = ScheduledLM.of(model.lm, OPTIONS["max_new_tokens"])
     word, empty = model.tokenizer.encode("a")[0], model.lm.empty_id
     lm.follow(6 * [*3 * [word], *5 * [empty]])
-    own.lm, own._engine = lm, Engine(lm, slots, capacity=120)
-    own._engine.overlaps = own._engine.decoder.predict = overlaps
+    engine = Engine(lm, slots, capacity=120)
+    engine.overlaps = engine.decoder.predict = overlaps
+    own.lm = lm
+    own.pipeline._engine = engine
     return own
 
 

@@ -16,7 +16,6 @@ from mimo_fast.kernels.cpu import transformer as small
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_text import sample_text_ref
 from mimo_fast.quantization import QuantizationConfig
-from mimo_fast.runtime.lm.fused import SmallParts
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -129,7 +128,7 @@ def test_logits_that_are_no_numbers_draw_an_id():
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_a_patch_is_that_of_plain_torch(lm, rows, monkeypatch):
     """Greedy and sampled rows side by side, slots in any order."""
-    assert SmallParts.of(lm).patch_decoder is not None
+    assert lm._small_parts.patch_decoder is not None
     local = gaussian(rows, lm.config.patch_decoder.dim, rows) * 3
     state = lm.new_state(range(20, 29), 1)
     state.draws[:] = torch.arange(10) + 1
@@ -152,7 +151,7 @@ def test_a_patch_is_that_of_plain_torch(lm, rows, monkeypatch):
 
 def test_a_step_of_the_backbone_is_that_of_plain_torch(lm, monkeypatch):
     """Ten steps of rows at positions of their own; then every cached key and value."""
-    assert SmallParts.of(lm).backbone is not None
+    assert lm._small_parts.backbone is not None
     states = [lm.new_state([0] * 4, 40) for _ in range(2)]
     slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([0, 5, 29])
     for state in states:
@@ -197,7 +196,7 @@ def test_an_encoded_patch_is_that_of_plain_torch(lm, patches, monkeypatch):
 
 
 def test_a_causal_encoder_does_not_see_what_follows(nano):
-    part, config, patches = SmallParts.of(nano).patch_encoder, nano.config, 3
+    part, config, patches = nano._small_parts.patch_encoder, nano.config, 3
     assert part is not None
     x = gaussian(patches * config.group_size, config.patch_encoder.dim).view(
         patches, config.group_size, -1
@@ -228,7 +227,7 @@ def test_what_it_does_not_know_goes_elsewhere(nano, tmp_path, monkeypatch):
         directory = tmp_path / str(len(list(tmp_path.iterdir())))
         lm_dir, _ = write_pair(directory, NANO | changed, CODEC)
         config = LMConfig.from_dict(read_json(lm_dir / "config.json"))
-        found = SmallParts.of(LM(config, 1, source_of(lm_dir, dtype)))
+        found = LM(config, 1, source_of(lm_dir, dtype))._small_parts
         return [
             part is not None for part in (found.backbone, found.patch_encoder, found.patch_decoder)
         ]
@@ -257,7 +256,7 @@ def test_weights_in_training_are_not_held(nano, tmp_path):
     directory = write_pair(tmp_path, NANO, CODEC)[0]
     lm = load(directory)
     lm.patch_decoder.layers[1].out.blocks[0].requires_grad_()
-    found = SmallParts.of(lm)
+    found = lm._small_parts
     assert found.patch_decoder is None
     assert found.backbone is not None
 

@@ -111,7 +111,7 @@ def exchange(library: ctypes.CDLL, record: Record) -> None:
         (132, 256),
         (132, 512),
     ):
-        for kind, chunks, reads in [*whole, *parts, *barriers]:
+        for kind, chunks, reads in [*whole, *(parts if blocks > 2 else []), *barriers]:
 
             def run(kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads) -> int:
                 words.zero_()
@@ -148,18 +148,21 @@ def stream(library: ctypes.CDLL, record: Record) -> None:
 
     def measure(megabytes: int, keep: int, depth: int, blocks: int, threads: int) -> None:
         passes = max(2, 3000 // megabytes)
+        # As many pieces of 2048 bytes for every warp.
+        turn = blocks * threads // 32 * 2048
+        size = round(megabytes * MB / turn) * turn
 
         def run() -> int:
             return library.mimo_fast_engine_stream(
-                weights.data_ptr(), megabytes * MB, keep * MB if keep >= 0 else -1, passes, depth, blocks, threads,
+                weights.data_ptr(), size, keep * MB if keep >= 0 else -1, passes, depth, blocks, threads,
                 result.data_ptr(), at,
             )  # fmt: skip
 
         def part() -> None:
             each = microseconds(run, 1) / passes
             record(
-                megabytes=megabytes, keep=keep, depth=depth, blocks=blocks, threads=threads, us_a_pass=each,
-                GB_s=megabytes * 1000 / each,
+                megabytes=size / MB, keep=keep, depth=depth, blocks=blocks, threads=threads, us_a_pass=each,
+                GB_s=size / each / 1000,
             )  # fmt: skip
 
         attempt(record, f"stream of {megabytes} MB", part)
@@ -269,7 +272,6 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     def timed() -> None:
         for settings in (
             *({"depth": depth} for depth in depths),
-            *({"depth": depths[-1], "keep": keep} for keep in (0, 1, 2, 3, 4, 6)),
             *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
             *(
                 {"depth": depth, "threads": 256}
@@ -318,6 +320,11 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     attempt(record, "soak", soak)
 
+    # Last, since L2 goes on to keep what it was told to.
+    for keep in (0, 1, 2, 3, 4, 6):
+        settings = {"depth": depths[-1], "keep": keep}
+        attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
+
 
 def child(part: str, target: Path) -> None:
     """One part: imports first, measures when told to."""
@@ -332,6 +339,13 @@ def child(part: str, target: Path) -> None:
 
     def record(**values: object) -> None:
         print("RECORD " + json.dumps(values), flush=True)
+
+    device = torch.cuda.get_device_properties(0)
+    record(
+        device=device.name,
+        processors=device.multi_processor_count,
+        l2_bytes=getattr(device, "L2_cache_size", None),
+    )
 
     parts = {"exchange": exchange, "stream": stream}
     bits = {"int8": 8, "int4": 4}

@@ -22,7 +22,7 @@ TIMES = ("wait", "stage", "multiply", "publish")
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] as `mimo_fast.kernels.quantized_weight` packs it.
+    """[N, K] as `mimo_fast.kernels.matmul.quantized_weight` packs it.
 
     Args:
         words: int32 [N, K bits / 32].

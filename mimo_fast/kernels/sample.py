@@ -29,13 +29,26 @@ to other values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import jit, tl
+from mimo_fast.kernels.dispatch import (
+    Case,
+    early_launch,
+    jit,
+    let_the_next_begin,
+    next_power_of_2,
+    tl,
+    use_triton,
+    wait_for_the_last,
+)
+
+NEAR = 1e-3
+"""Bound on the error of `near_gumbel`: 50 times what its formula and a GPU's fast logarithm add up
+to."""
 
 TAIL_OFF = -1.0
 """A tail that no cumulative probability can fall under: top-p off."""
@@ -63,6 +76,8 @@ class SamplerTensors:
         copy."""
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
         index = index.repeat_interleave(repeat) if repeat > 1 else index
+        if use_triton(self.greedy):
+            return self._selected(index)
         return replace(
             self,
             temperature=self.temperature[index],
@@ -70,6 +85,29 @@ class SamplerTensors:
             tail=self.tail[index],
             greedy=self.greedy[index],
         )
+
+    def _selected(self, index: Tensor) -> SamplerTensors:
+        """`select` in one launch: four of torch's take as long as a small kernel each."""
+        count = len(index)
+        taken = replace(
+            self,
+            temperature=self.temperature.new_empty(count),
+            top_k=self.top_k.new_empty(count),
+            tail=self.tail.new_empty(count),
+            greedy=self.greedy.new_empty(count),
+        )
+        if count:
+            fields = ("temperature", "top_k", "tail", "greedy")
+            take_settings_kernel[(1,)](
+                **early_launch(index),
+                **{f"{name}_ptr": getattr(self, name) for name in fields},
+                **{f"to_{name}_ptr": getattr(taken, name) for name in fields},
+                index_ptr=index,
+                N=count,
+                BLOCK=next_power_of_2(count),
+                num_warps=1,
+            )
+        return taken
 
     def write(self, row: int, settings: SamplerTensors) -> None:
         """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left
@@ -156,12 +194,60 @@ def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 
 
 @jit
-def gumbel_noise(seed, ids, draw, slot):
-    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or
-    constexpr."""
+def take_settings_kernel(
+    index_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    tail_ptr,
+    greedy_ptr,
+    to_temperature_ptr,
+    to_top_k_ptr,
+    to_tail_ptr,
+    to_greedy_ptr,
+    N,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
+    o_n = tl.arange(0, BLOCK)
+    m_n = o_n < N
+    o_row = tl.load(index_ptr + o_n, mask=m_n, other=0)
+    b_temperature = tl.load(temperature_ptr + o_row, mask=m_n, other=0.0)
+    b_top_k = tl.load(top_k_ptr + o_row, mask=m_n, other=0)
+    b_tail = tl.load(tail_ptr + o_row, mask=m_n, other=0.0)
+    b_greedy = tl.load(greedy_ptr + o_row, mask=m_n, other=0)
+    tl.store(to_temperature_ptr + o_n, b_temperature, mask=m_n)
+    tl.store(to_top_k_ptr + o_n, b_top_k, mask=m_n)
+    tl.store(to_tail_ptr + o_n, b_tail, mask=m_n)
+    tl.store(to_greedy_ptr + o_n, b_greedy, mask=m_n)
+
+
+@jit
+def gumbel_word(seed, ids, draw, slot):
+    """The 32 random bits, uint32, that the noise of these ids is made of."""
     o_id = ids.to(tl.uint32)
     o_zero = o_id * 0
     word, _, _, _ = tl.philox(seed, o_id, o_zero + draw.to(tl.uint32), o_zero + slot, o_zero)
+    return word
+
+
+@jit
+def near_gumbel(word):
+    """The noise of these bits in float32, within NEAR of `gumbel_noise`: consumer cards do one
+    float64 for 64 float32."""
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    # -log(1 - u), by its series where the logarithm would cancel.
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333 + u * 0.25)))
+    return -tl.log(tl.where(u < 0.03125, series, -tl.log(rest)))
+
+
+@jit
+def gumbel_noise(seed, ids, draw, slot):
+    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or
+    constexpr."""
+    word = gumbel_word(seed, ids, draw, slot)
     # 1 - w is exact in float64, so that its logarithm is as good as log1p(-w).
     rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -tl.log(-tl.log(rest)).to(tl.float32)
@@ -172,3 +258,19 @@ def ordered_bits(x):
     """float32 -> int32 of the same order; -0.0 is 0.0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def compile_cases() -> Iterator[Case]:
+    """Settings of 1 row and of 64."""
+    tensors = {"temperature": "*fp32", "top_k": "*i64", "tail": "*fp32", "greedy": "*i1"}
+    signature = {f"{name}_ptr": kind for name, kind in tensors.items()}
+    signature |= {f"to_{name}_ptr": kind for name, kind in tensors.items()}
+    for rows in (1, 64):
+        yield Case(
+            f"take_settings rows={rows}",
+            take_settings_kernel,
+            signature | {"index_ptr": "*i64", "N": "i32"},
+            {"BLOCK": rows},
+            1,
+            unaligned=("N",),
+        )

@@ -8,11 +8,14 @@ seeds and draws are read on the device, so a captured graph draws anew at each r
                        share the bits found so far, for the k-th largest. Integer atomics: any order
                        gives one result. Left out where the host knows that no row uses top-k; rows
                        that do not exit at once.
-    text_draw_kernel   a chunk of a row a program: noise and perturbed scores of what top-k keeps, the chunk's best id,
-                       winner, maximum and sum of exponentials.
+    text_draw_kernel   a chunk of a row a program: perturbed scores of what top-k keeps, their noise within NEAR of what
+                       it is, the chunk's best id, winner, second, maximum and sum of exponentials.
     text_settle_kernel a row a program: joins the chunks, then tests the winner against top-p and
                        draws again until it passes. Not at all where top-p is off or 1: then nothing
-                       that could win is dropped.
+                       that could win is dropped. Where the second is so near the winner that
+                       the noise cannot tell them apart, that of all so near is computed exactly:
+                       of a draw in some hundred. So the token is the reference's, and float64 is
+                       left to the few.
 
 Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
 perturbed scores. All fit into L2 (0.9 MB a row).
@@ -36,7 +39,16 @@ from mimo_fast.kernels.dispatch import (
     use_triton,
     wait_for_the_last,
 )
-from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.sample import (
+    NEAR,
+    SamplerTensors,
+    gumbel,
+    gumbel_noise,
+    gumbel_word,
+    near_gumbel,
+    ordered_bits,
+    sample,
+)
 
 CHUNK = 1024
 """Ids a program: 149 programs a row at 151,680."""
@@ -153,7 +165,7 @@ def text_draw_kernel(
         tl.float32
     )
     values, ids = (
-        values_ptr + (i_row * chunks + i_chunk) * 4,
+        values_ptr + (i_row * chunks + i_chunk) * 5,
         ids_ptr + (i_row * chunks + i_chunk) * 2,
     )
     best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
@@ -169,12 +181,12 @@ def text_draw_kernel(
                     m_kept = m_kept & (
                         unsigned_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4)
                     )
-            b_noise = gumbel_noise(
-                tl.load(seeds_ptr + i_row), o_v, tl.load(draws_ptr + i_row), SLOT
-            )
-            b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
+            word = gumbel_word(tl.load(seeds_ptr + i_row), o_v, tl.load(draws_ptr + i_row), SLOT)
+            b_perturbed = tl.where(m_kept & m_allowed, b_scores + near_gumbel(word), -float("inf"))
             tl.store(perturbed_ptr + i_row * V + o_v, b_perturbed, mask=m_v)
             winner, i_winner = tl.max(b_perturbed, axis=0, return_indices=True)
+            m_other = tl.arange(0, BLOCK_V) != i_winner
+            tl.store(values + 4, tl.max(tl.where(m_other, b_perturbed, -float("inf")), axis=0))
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=0)
             b_mass = tl.where(
                 m_kept, tl.exp(b_scores - tl.where(top == -float("inf"), 0.0, top)), 0.0
@@ -183,6 +195,49 @@ def text_draw_kernel(
             tl.store(values + 2, top)
             tl.store(values + 3, tl.sum(b_mass, axis=0))
             tl.store(ids + 1, i_chunk * BLOCK_V + i_winner)
+
+
+@jit
+def least_near(winner, NEAR: tl.constexpr):
+    """The least perturbed score that may be the winner's, from the largest: both are off by NEAR at
+    most, and by their rounding."""
+    return winner - (2 * NEAR + tl.abs(winner) * 1e-6)
+
+
+@jit
+def exact_winner(
+    logits_ptr,
+    perturbed_ptr,
+    V,
+    temperature,
+    seed,
+    draw,
+    least,
+    score,
+    last,
+    SLOT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Of the ids above (score, last) in the order whose perturbed score is near the largest: the
+    winner by exact noise, and its id."""
+    winner = tl.full([], -float("inf"), tl.float32)
+    drawn = tl.full([], 0, tl.int32)
+    for start in range(0, V, BLOCK_V):
+        o_v = start + tl.arange(0, BLOCK_V)
+        m_v = o_v < V
+        b_near = tl.load(perturbed_ptr + o_v, mask=m_v, other=-float("inf"))
+        b_logits = tl.load(logits_ptr + o_v, mask=m_v, other=-float("inf"))
+        b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
+        m_near = (b_scores > score) | ((b_scores == score) & (o_v > last))
+        # An infinite winner leaves no bound, and then all are near.
+        m_near = m_near & (b_near > -float("inf")) & ((b_near < least) == 0)
+        if tl.max(m_near.to(tl.int32), axis=0) > 0:
+            b_exact = b_scores + gumbel_noise(seed, o_v, draw, SLOT)
+            b_exact = tl.where(m_near, b_exact, -float("inf"))
+            largest, i_largest = tl.max(b_exact, axis=0, return_indices=True)
+            drawn = tl.where(largest > winner, (start + i_largest).to(tl.int32), drawn)
+            winner = tl.maximum(winner, largest)
+    return winner, drawn
 
 
 @jit
@@ -197,9 +252,13 @@ def text_settle_kernel(
     top_k_ptr,
     tail_ptr,
     greedy_ptr,
+    seeds_ptr,
+    draws_ptr,
     stride_logits,
     V,
     chunks,
+    SLOT: tl.constexpr,
+    NEAR: tl.constexpr,
     TOP_K: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -211,21 +270,39 @@ def text_settle_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
-    values = values_ptr + (i_row * chunks + o_chunk) * 4
+    values = values_ptr + (i_row * chunks + o_chunk) * 5
     b_best = tl.load(values, mask=m_chunk, other=-float("inf"))
     _, i_best = tl.max(b_best, axis=0, return_indices=True)
     token = tl.load(ids_ptr + (i_row * chunks + i_best) * 2)
     if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
-            winner, i_winner = tl.max(
-                tl.load(values + 1, mask=m_chunk, other=-float("inf")), axis=0, return_indices=True
-            )
+            b_winner = tl.load(values + 1, mask=m_chunk, other=-float("inf"))
+            b_second = tl.load(values + 4, mask=m_chunk, other=-float("inf"))
+            winner, i_winner = tl.max(b_winner, axis=0, return_indices=True)
+            second = tl.max(tl.where(o_chunk == i_winner, b_second, b_winner), axis=0)
+            seed, draw = tl.load(seeds_ptr + i_row), tl.load(draws_ptr + i_row)
+            logits, perturbed = logits_ptr + i_row * stride_logits, perturbed_ptr + i_row * V
             drawn = tl.load(ids_ptr + (i_row * chunks + i_winner) * 2 + 1)
             b_top = tl.load(values + 2, mask=m_chunk, other=-float("inf"))
             top = tl.max(b_top, axis=0)
             b_decay = tl.exp(b_top - tl.where(top == -float("inf"), 0.0, top))
             total = tl.sum(tl.load(values + 3, mask=m_chunk, other=0.0) * b_decay, axis=0)
             temperature, tail = tl.load(temperature_ptr + i_row), tl.load(tail_ptr + i_row)
+            least = least_near(winner, NEAR)
+            if (winner > -float("inf")) & ((second < least) == 0):
+                winner, drawn = exact_winner(
+                    logits,
+                    perturbed,
+                    V,
+                    temperature,
+                    seed,
+                    draw,
+                    least,
+                    -float("inf"),
+                    -1,
+                    SLOT,
+                    BLOCK_V,
+                )
             threshold = tl.full([], 0, tl.int64)
             if TOP_K:
                 k = tl.load(top_k_ptr + i_row)
@@ -233,18 +310,17 @@ def text_settle_kernel(
                     threshold = kth_bits(counts_ptr + i_row * 1024, k, 4)
             rejected = (winner > -float("inf")) & (tail > 0)
             while rejected:
-                logit = tl.load(logits_ptr + i_row * stride_logits + drawn).to(tl.float32)
+                logit = tl.load(logits + drawn).to(tl.float32)
                 score = tl.div_rn(logit, temperature)
                 b_mass = tl.zeros([BLOCK_V], tl.float32)
                 b_above = tl.zeros([BLOCK_V], tl.int32)
                 b_next = tl.full([BLOCK_V], -float("inf"), tl.float32)
+                b_after = tl.full([BLOCK_V], -float("inf"), tl.float32)
                 b_id = tl.zeros([BLOCK_V], tl.int32)
                 for start in range(0, V, BLOCK_V):
                     o_v = start + tl.arange(0, BLOCK_V)
                     m_v = o_v < V
-                    b_logits = tl.load(
-                        logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf")
-                    )
+                    b_logits = tl.load(logits + o_v, mask=m_v, other=-float("inf"))
                     b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
                     m_kept = m_v & (b_scores > -float("inf"))
                     if TOP_K:
@@ -253,16 +329,33 @@ def text_settle_kernel(
                     m_above = m_kept & (m_upto == 0)
                     b_mass += tl.where(m_upto, tl.exp(b_scores - top), 0.0)
                     b_above = b_above | m_above.to(tl.int32)
-                    b_perturbed = tl.load(
-                        perturbed_ptr + i_row * V + o_v, mask=m_above, other=-float("inf")
-                    )
+                    b_perturbed = tl.load(perturbed + o_v, mask=m_above, other=-float("inf"))
+                    b_after = tl.maximum(b_after, tl.minimum(b_next, b_perturbed))
                     b_id = tl.where(b_perturbed > b_next, o_v, b_id)
                     b_next = tl.maximum(b_next, b_perturbed)
                 # The last of the order is kept whatever its cumulative probability.
                 rejected = (tl.sum(b_mass, axis=0) / total <= tail) & (tl.max(b_above, axis=0) > 0)
                 if rejected:
+                    last = drawn
                     winner = tl.max(b_next, axis=0)
                     drawn = tl.min(tl.where(b_next == winner, b_id, V), axis=0)
+                    b_others = tl.where((b_next == winner) & (b_id == drawn), b_after, b_next)
+                    least = least_near(winner, NEAR)
+                    near = (tl.max(b_others, axis=0) < least) == 0
+                    if (winner > -float("inf")) & near:
+                        winner, drawn = exact_winner(
+                            logits,
+                            perturbed,
+                            V,
+                            temperature,
+                            seed,
+                            draw,
+                            least,
+                            score,
+                            last,
+                            SLOT,
+                            BLOCK_V,
+                        )
                     # Where all above are banned, nothing is left.
                     rejected = winner > -float("inf")
             token = tl.where(winner > -float("inf"), drawn, token)
@@ -310,12 +403,15 @@ def sample_text(
             text_digit_kernel[(chunks, rows)](
                 **early_launch(logits), **shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4
             )
-    values = torch.empty(rows, chunks, 4, device=device)
+    values = torch.empty(rows, chunks, 5, device=device)
     work = {
         "values_ptr": values,
         "ids_ptr": torch.empty(rows, chunks, 2, dtype=torch.int32, device=device),
         "perturbed_ptr": values if settings.all_greedy else torch.empty(rows, size, device=device),
         "chunks": chunks,
+        "seeds_ptr": seeds,
+        "draws_ptr": draws,
+        "SLOT": slot,
         "TOP_K": top_k,
         "ALL_GREEDY": settings.all_greedy,
     }
@@ -324,10 +420,7 @@ def sample_text(
         **shared,
         **work,
         banned_ptr=logits if banned is None else banned.view(torch.uint8),
-        seeds_ptr=seeds,
-        draws_ptr=draws,
         stride_banned=banned.stride(0) if banned is not None and banned.ndim > 1 else 0,
-        SLOT=slot,
         BANNED=banned is not None,
         BLOCK_V=CHUNK,
         num_warps=4,
@@ -339,6 +432,7 @@ def sample_text(
         **work,
         out_ptr=out,
         tail_ptr=settings.tail,
+        NEAR=NEAR,
         BLOCK_C=next_power_of_2(chunks),
         BLOCK_V=min(SETTLE_BLOCK, next_power_of_2(size)),
         num_warps=16,
@@ -363,7 +457,8 @@ def compile_cases() -> Iterator[Case]:
         "V": "i32",
     }
     work = {"perturbed_ptr": "*fp32", "values_ptr": "*fp32", "ids_ptr": "*i32", "chunks": "i32"}
-    draw = {"banned_ptr": "*u8", "seeds_ptr": "*i64", "draws_ptr": "*i64", "stride_banned": "i32"}
+    work |= {"seeds_ptr": "*i64", "draws_ptr": "*i64"}
+    draw = {"banned_ptr": "*u8", "stride_banned": "i32"}
     for i_pass in range(4):
         yield Case(
             f"text_digit {i_pass}",
@@ -377,12 +472,12 @@ def compile_cases() -> Iterator[Case]:
         ("top-k, top-p", True, False),
         ("greedy", False, True),
     ):
-        flags = {"TOP_K": top_k, "ALL_GREEDY": greedy}
+        flags = {"SLOT": 0, "TOP_K": top_k, "ALL_GREEDY": greedy}
         yield Case(
             f"text_draw {name}",
             text_draw_kernel,
             tensors | work | draw,
-            flags | {"SLOT": 0, "BANNED": True, "BLOCK_V": CHUNK},
+            flags | {"BANNED": True, "BLOCK_V": CHUNK},
             4,
             unaligned=("chunks",),
         )
@@ -390,7 +485,7 @@ def compile_cases() -> Iterator[Case]:
             f"text_settle {name}",
             text_settle_kernel,
             tensors | work | {"tail_ptr": "*fp32", "out_ptr": "*i64"},
-            flags | {"BLOCK_C": 256, "BLOCK_V": SETTLE_BLOCK},
+            flags | {"NEAR": NEAR, "BLOCK_C": 256, "BLOCK_V": SETTLE_BLOCK},
             16,
             unaligned=("chunks",),
         )

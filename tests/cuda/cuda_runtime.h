@@ -118,9 +118,9 @@ inline cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t gra
     std::memcpy(&copied.handle, params->kernelParams[0], sizeof copied.handle);
     std::memcpy(&copied.words, params->kernelParams[1], sizeof copied.words);
     copied.kernel = reinterpret_cast<void (*)(cudaGraphConditionalHandle, Words)>(params->func);
-    void (*call)(const Arguments) = [](const Arguments a) { a.kernel(a.handle, a.words); };
+    void (*call)(Arguments) = [](Arguments a) { a.kernel(a.handle, a.words); };
     return add(node, graph, after, count, [copied, call, grid = params->gridDim, threads = params->blockDim.x] {
-        start(call, grid, threads, nullptr, copied);
+        run_blocks<Arguments>(call, grid, threads, 0, copied);
     });
 }
 

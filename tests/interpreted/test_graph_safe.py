@@ -75,9 +75,9 @@ def test_pieces_ask_nothing_of_the_device(strict: Strict, kit, slots: int) -> No
         [name for name in piece if name.startswith("torch.") and name != "torch.cat"]
         for piece in (step, patch)
     ]
-    assert len(outside[0]) == 20, outside
+    assert len(outside[0]) == 15, outside
     # From 5 rows on, which is 2 slots of the patch encoder, dense products are torch's.
-    assert slots > 1 or len(outside[1]) == 10, outside
+    assert slots > 1 or len(outside[1]) == 6, outside
 
 
 def test_a_prompt_asks_nothing_of_the_device(strict: Strict, kit) -> None:

@@ -135,8 +135,8 @@ def test_norm_within_the_dot_kernel_in_16_bits(name, m):
     rounded once."""
     weight = quantize(random(19, 256), Format.parse(name))
     x, norm = random(m, 256, seed=1, dtype=torch.float16), random_norm(256, dtype=torch.float16)
-    assert not fuses_norm(x)
-    assert fuses_norm(x.bfloat16())
+    assert not fuses_norm(x, weight)
+    assert fuses_norm(x.bfloat16(), weight)
     check(x, weight, norm=norm, got=quantized_matmul(x, weight, norm, None, False))
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast.kernels import sample_text as text_module
-from mimo_fast.kernels.sample import SamplerTensors, filter_scores, gumbel
+from mimo_fast.kernels.dispatch import jit, tl
+from mimo_fast.kernels.sample import NEAR, SamplerTensors, filter_scores, gumbel, near_gumbel
 from mimo_fast.kernels.sample_codes import (
     code_steps,
     head_logits,
@@ -200,6 +201,15 @@ def test_a_text_draw_depends_on_nothing_around_it():
         )
 
 
+def test_settings_of_rows_are_taken_in_one_launch():
+    batch, index = sampler_tensors(SAMPLERS), torch.tensor([10, 0, 6, 6, 3])
+    taken = batch.select(index)
+    for name in ("temperature", "top_k", "tail", "greedy"):
+        assert torch.equal(getattr(taken, name), getattr(batch, name)[index]), name
+    twice = batch.select([2, 0], repeat=2)
+    assert torch.equal(twice.temperature, batch.temperature[[2, 2, 0, 0]])
+
+
 def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
     logits = rows_of("normal", 2, 300, seed=4)
     batch = sampler_tensors([SAMPLERS[2]] * 2)
@@ -210,6 +220,41 @@ def test_the_host_may_say_that_nobody_uses_top_k(monkeypatch):
         batch.temperature, batch.top_k, batch.tail, batch.greedy, False, any_top_k=False
     )
     assert torch.equal(sample_text(logits, told, seeds, draws), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_winners_that_are_near_each_other_are_told_apart(kind, monkeypatch):
+    """With a bound so wide that the exact noise decides every draw, and every draw again."""
+    monkeypatch.setattr(text_module, "NEAR", 100.0)
+    logits = rows_of(kind, len(SAMPLERS), 300, seed=3)
+    banned = torch.rand(len(SAMPLERS), 300, generator=torch.Generator().manual_seed(2)) < 0.2
+    assert assert_same_tokens(logits, SAMPLERS, 1, banned) == 0
+
+
+@jit
+def near_noise_kernel(words_ptr, noise_ptr, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(noise_ptr + o, near_gumbel(tl.load(words_ptr + o).to(tl.uint32)))
+
+
+def test_near_noise_is_near():
+    """At both ends, where the series ends, and anywhere."""
+    ends = torch.arange(1024)
+    words = torch.cat(
+        [
+            ends,
+            2**32 - 1 - ends,
+            2**27 - 512 + ends,
+            2**31 - 512 + ends,
+            1 << torch.arange(1024) % 32,
+            torch.randint(2**32, (64 * 1024,), generator=torch.Generator().manual_seed(0)),
+        ]
+    )
+    noise = torch.zeros(len(words))
+    near_noise_kernel[(len(words) // 1024,)](words, noise, BLOCK=1024)
+    exact = -torch.log(-torch.log1p(-(words.double() + 0.5) * 2.0**-32))
+    # A GPU's logarithm is less exact than the interpreter's: NEAR has room for both.
+    assert (noise - exact).abs().max() < NEAR / 50
 
 
 def test_text_arguments_that_do_not_match_are_refused():

@@ -8,6 +8,7 @@ kernels run.
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).parents[2] / "libmimo_fast_cuda.so"
 COMPUTE_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16)
 
 COLUMNS = 128
-"""Of a weight that share a scale, unless its whole row does."""
+"""Columns of a weight that share a scale, unless its whole row does."""
+
+MAX_COLUMNS = 16384
+"""Beyond, a tile has more scales than a block of threads loads at once."""
 
 
 @cache
@@ -33,49 +38,78 @@ def library() -> ctypes.CDLL | None:
     """None where it was not built, or does not load."""
     try:
         return declared(ctypes.CDLL(str(LIBRARY)))
-    except OSError:
+    except (OSError, AttributeError):
+        # One of an older version lacks a function.
         return None
 
 
 def state() -> str:
     """One line for `mimo-fast info`."""
-    if library() is not None:
-        return "products of few rows with int4 and int8 weights, on GPUs from Ampere on"
-    if LIBRARY.exists():
-        return f"built, but {LIBRARY} does not load"
-    return "not built (they need nvcc when mimo-fast is installed); Triton's take their place"
+    if library() is None:
+        if LIBRARY.exists():
+            return f"built, but {LIBRARY} does not load; Triton's take their place"
+        return "not built (they need nvcc when mimo-fast is installed); Triton's take their place"
+    line = "products of few rows with int4 and int8 weights, on GPUs from Ampere on"
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        if torch.cuda.get_device_capability(device) >= COMPUTE_CAPABILITY and (
+            error := _probe(device)
+        ):
+            line += f"; not on gpu {index} (CUDA error {error}), where Triton's take their place"
+    return line
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types of its functions' arguments."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    """With the types of its functions' arguments.
+
+    Raises:
+        AttributeError: it lacks one of them.
+    """
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     product = loaded.mimo_fast_quantized_mma
-    product.argtypes = [*[pointer] * 8, ctypes.c_int64, *[integer] * 6, ctypes.c_float, pointer]
+    product.argtypes = [*[pointer] * 8, long, *[integer] * 8, ctypes.c_float, pointer]
     unpack = loaded.mimo_fast_unpack
-    unpack.argtypes = [*[pointer] * 4, *[ctypes.c_int64] * 2, *[integer] * 3, pointer]
-    product.restype = unpack.restype = integer
+    unpack.argtypes = [*[pointer] * 4, *[long] * 2, *[integer] * 4, pointer]
+    loaded.mimo_fast_variants.argtypes = []
+    for function in (product, unpack, loaded.mimo_fast_variants):
+        function.restype = integer
     return loaded
 
 
 @cache
+def _probe(device: torch.device) -> int:
+    """The CUDA error of a first product on a device: it has no image for it, or its driver is too
+    old; 0 for none."""
+    x = torch.ones(1, COLUMNS, dtype=torch.bfloat16, device=device)
+    words = torch.zeros(8, COLUMNS // 4, dtype=torch.int32, device=device)
+    scales, y = (torch.ones(8, dtype=torch.bfloat16, device=device) for _ in range(2))
+    pointers = map(_at, (x, None, words, scales, None, None, None, y))
+    with _current(x):
+        return _library(None).mimo_fast_quantized_mma(
+            *pointers, COLUMNS, 1, 8, COLUMNS, 8, False, False, False, 0, 0.0, _stream(x)
+        )
+
+
+@cache
 def _runs_on(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= COMPUTE_CAPABILITY and library() is not None
+    if library() is None or torch.cuda.get_device_capability(device) < COMPUTE_CAPABILITY:
+        return False
+    return not _probe(device)
 
 
 def takes(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether there are kernels for this product: bfloat16, int4 in groups of 128, int8 by row or
-    in those."""
+    """Whether there are kernels for it: bfloat16 or float16; int4 in groups of 128, int8 by row or
+    in such groups."""
     return x.is_cuda and not forced() and takes_form(x, weight) and _runs_on(x.device)
 
 
 def takes_form(x: Tensor, weight: QuantizedWeight) -> bool:
     """`takes`, on any device."""
     columns = weight.shape[1]
-    grouped = weight.group == COLUMNS or (
-        weight.bits == 8 and weight.group == columns and columns % COLUMNS == 0
-    )
-    typed = x.dtype == weight.scales.dtype == torch.bfloat16 and weight.levels is None
-    return grouped and typed and weight.words.data_ptr() % 16 == 0
+    by_row = weight.bits == 8 and weight.group == columns and columns % COLUMNS == 0
+    typed = x.dtype == weight.scales.dtype and x.dtype in DTYPES and weight.levels is None
+    placed = weight.words.data_ptr() % 16 == 0 and columns <= MAX_COLUMNS
+    return typed and placed and (by_row or weight.group == COLUMNS)
 
 
 def quantized_matmul(
@@ -86,36 +120,37 @@ def quantized_matmul(
     swiglu: bool,
     y: Tensor,
     loaded: ctypes.CDLL | None = None,
+    variant: int = 0,
 ) -> Tensor:
     """x [M, K], M small, with contiguous rows that begin at multiples of 8 bytes -> y, which is
     written; y and residual are contiguous. What it computes: qmatmul.py.
 
-    loaded: another build of the library than the package's.
+    norm: None where x is of float16, which has no range for x times the norm's weight before the
+    row's scale.
+    loaded: another build of the library than the package's. variant: one of its configurations, 0
+    for its own choice.
 
     Raises:
         RuntimeError: the device refused the launch.
     """
     rows, columns = weight.shape
-    pointers = (
-        x,
-        None if norm is None else norm.weight,
-        weight.words,
-        weight.scales,
-        weight.zeros,
-        weight.bias,
-    )
-    error = _library(loaded).mimo_fast_quantized_mma(
-        *map(_at, (*pointers, residual, y)),
-        x.stride(0),
-        len(x),
-        rows,
-        columns,
-        weight.bits,
-        _grouped(weight),
-        swiglu,
-        0.0 if norm is None else norm.eps,
-        _stream(x),
-    )
+    scale = None if norm is None else _aligned(norm.weight)
+    pointers = (x, scale, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    with _current(x):
+        error = _library(loaded).mimo_fast_quantized_mma(
+            *map(_at, pointers),
+            x.stride(0),
+            len(x),
+            rows,
+            columns,
+            weight.bits,
+            _grouped(weight),
+            swiglu,
+            x.dtype == torch.float16,
+            variant,
+            0.0 if norm is None else norm.eps,
+            _stream(x),
+        )
     _check(error, f"a product of {len(x)} rows")
     return y
 
@@ -123,15 +158,24 @@ def quantized_matmul(
 def unpack(
     weight: QuantizedWeight, start: int, out: Tensor, loaded: ctypes.CDLL | None = None
 ) -> None:
-    """Rows start ... start + R - 1 of a weight, rounded to bfloat16, into out [R, K], contiguous.
+    """Rows start ... start + R - 1 of a weight, rounded to the dtype of out [R, K], contiguous;
+    scales are of it too.
 
     Raises:
         RuntimeError: the device refused the launch.
     """
     pointers = map(_at, (weight.words, weight.scales, weight.zeros, out))
-    error = _library(loaded).mimo_fast_unpack(
-        *pointers, start, len(out), weight.shape[1], weight.bits, _grouped(weight), _stream(out)
-    )
+    with _current(out):
+        error = _library(loaded).mimo_fast_unpack(
+            *pointers,
+            start,
+            len(out),
+            weight.shape[1],
+            weight.bits,
+            _grouped(weight),
+            out.dtype == torch.float16,
+            _stream(out),
+        )
     _check(error, f"to unpack {len(out)} rows")
 
 
@@ -139,6 +183,23 @@ def _library(loaded: ctypes.CDLL | None) -> ctypes.CDLL:
     found = library() if loaded is None else loaded
     assert found is not None
     return found
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[object]:
+    """A launch goes to the current device, whatever its stream belongs to."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The kernel reads 8 bytes of a norm's weight at once; one that is a slice may begin
+    elsewhere."""
+    return (
+        tensor
+        if tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()
+        else tensor.clone().contiguous()
+    )
 
 
 def _at(tensor: Tensor | None) -> int | None:

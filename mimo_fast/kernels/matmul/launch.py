@@ -62,14 +62,16 @@ def fits_quantized(weight: QuantizedWeight) -> bool:
     return weight.group in GROUPS or (weight.group == weight.shape[1] and weight.zeros is None)
 
 
-def fuses_norm(x: Tensor) -> bool:
+def fuses_norm(x: Tensor, weight: QuantizedWeight) -> bool:
     """Whether the kernels of quantized weights, where they take so many rows, norm x as they read
     it.
 
-    The dot kernel rounds x times the norm's weight to x.dtype before it knows the row's scale:
-    float16 has no range for that.
+    The dot kernel and the CUDA kernel round x times the norm's weight to x.dtype before they know
+    the row's scale: float16 has no range for that.
     """
-    return x.dtype != torch.float16 or x.numel() <= GEMV_ROWS * x.shape[-1]
+    return x.dtype != torch.float16 or (
+        x.numel() <= GEMV_ROWS * x.shape[-1] and not cuda.takes(x, weight)
+    )
 
 
 def quantized_matmul(

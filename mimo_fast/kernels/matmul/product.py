@@ -98,7 +98,7 @@ def _quantized(
     x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
     many = x.numel() > most_rows(x, weight) * x.shape[-1]
-    if norm is not None and (many or not fuses_norm(x)):
+    if norm is not None and (many or not fuses_norm(x, weight)):
         x, norm = norm(x), None
     if not many:
         return quantized_matmul(x, weight, norm, residual, swiglu)

@@ -14,6 +14,11 @@ p W + w of the block.
     bits 28+  k112 k113 k114    k127                    bits 24+   k96  k97  k98     k127
 
 q is stored as an offset: q + 8 or q + 128.
+
+On a GPU that begins a kernel before the last one has ended (programmatic dependent launch, sm_90
+on), the CUDA kernels read a weight before they wait for what ran before. So whoever makes or
+changes a weight's tensors (bias included) must synchronize, or launch a kernel that is not begun
+early, as torch's own are, between that and the first product with it.
 """
 
 from __future__ import annotations

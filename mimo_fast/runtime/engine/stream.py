@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
-from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.device.host_copy import HostCopy
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.text.tokenizer import Tokenizer
 

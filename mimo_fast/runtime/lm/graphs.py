@@ -128,8 +128,8 @@ class Graphs:
 
     Args:
         capture: how work becomes a graph; CUDA's by default.
-        prompts: whether prompts are captured; what the environment says by default.
         join: how a step and a patch become one; with CUDA's graphs by default what is there.
+        prompts: whether prompts are captured; what the environment says by default.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class Graphs:
         lm: LM,
         state: DecodeState,
         capture: Capture | None = None,
-        prompts: bool | None = None,
         join: Join | None = None,
+        prompts: bool | None = None,
     ) -> None:
         self._lm, self._state = lm, state
         if capture is None:

@@ -25,7 +25,7 @@ from mimo_fast.kernels.sample_codes import code_steps, patch_noise, sample_codes
 from mimo_fast.kernels.sample_text import sample_text
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.lm.fused import SmallParts
+from mimo_fast.runtime.lm.fused import SmallParts, small_patch_decoder, small_transformer
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
     cached_attend,
@@ -107,7 +107,19 @@ class LM:
 
     @cached_property
     def _small_parts(self) -> SmallParts:
-        return SmallParts.of(self)
+        config = self.config
+        return SmallParts(
+            small_transformer(self.backbone, config.backbone, self.backbone_rope),
+            small_transformer(self.patch_encoder, config.patch_encoder, self.encoder_rope),
+            small_patch_decoder(
+                self.patch_decoder,
+                config,
+                self.decoder_rope,
+                self.code_heads,
+                self.decoder_embeddings,
+                self.code_steps,
+            ),
+        )
 
     @property
     def _small(self) -> SmallParts | None:
@@ -242,7 +254,7 @@ class LM:
             state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[
                 :, 0
             ]
-        state.lengths[slots] = torch.where(starts == NO_POSITION, starts, starts + 1)
+        state.lengths[slots] = starts + (starts != NO_POSITION)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
