@@ -176,9 +176,9 @@ else
 fi
 tests=(-p no:cacheprovider -v --durations 10)
 ((list_only)) || tests+=($("$python" -c 'import xdist' 2>>"$log" && echo "-n auto"))
-model_tests=()
-for path in tests/test_gpu*.py; do
-    [[ $path == */test_gpu_kernels.py || $path == */test_gpu_script.py ]] || model_tests+=("$path")
+model_tests=(tests/test_gpu.py)
+for path in tests/test_*.py; do
+    [[ $path == */test_gpu_kernels.py ]] || ! grep -q 'pytest\.mark\.gpu' "$path" || model_tests+=("$path")
 done
 model=(--preset "$preset")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from benchmarks.records import JsonLines, machine_fields
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
 from mimo_fast.bench.timing import copies_for, time_calls
+from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 
@@ -174,6 +176,68 @@ def needs_compiler(device: torch.device) -> str | None:
     except (InvalidCxxCompiler, OSError):
         return "no C++ compiler is installed"
     return None
+
+
+def normal(
+    device: torch.device,
+    *shape: int,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Gaussian values, the same for a shape and seed."""
+    generator = torch.Generator(device).manual_seed(seed + sum(shape))
+    return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
+
+
+def integers(device: torch.device, high: int, *shape: int, seed: int = 0) -> Tensor:
+    """int64 in 0 ... high - 1."""
+    generator = torch.Generator(device).manual_seed(seed + sum(shape))
+    return torch.randint(high, shape, device=device, generator=generator)
+
+
+def op_case(
+    op: str,
+    run: Callable[..., Any],
+    m: int,
+    shape: str,
+    inputs: dict[str, Any],
+    nbytes: int,
+    flop: int,
+    *,
+    form: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    reference: Callable[..., Any] | None = None,
+    collect: Callable[[Inputs, Any], Outputs] = lambda inputs, result: (result,),
+    check: Callable[[Inputs, Outputs], Accuracy] | None = None,
+    has_native: bool = False,
+) -> Case:
+    """A case of a launcher, and of its neighbour NAME_ref unless another reference is given.
+
+    Args:
+        inputs: the arguments of both, by name: a shape of Gaussian values, a function of the
+            device, or a value as it is.
+        collect: (inputs, what the op returned) -> all that it gave, with what it wrote in place.
+        has_native: on a CPU the launcher runs a kernel of csrc/ where it was built, not the
+            reference.
+    """
+    plainly = reference or getattr(sys.modules[run.__module__], f"{run.__name__}_ref", run)
+
+    def make(device: torch.device) -> Inputs:
+        def value(seed: int, told: Any) -> Any:
+            if isinstance(told, tuple):
+                return normal(device, *told, seed=seed)
+            return told(device) if callable(told) else told
+
+        return {name: value(i, told) for i, (name, told) in enumerate(inputs.items())}
+
+    def called(function: Callable[..., Any]) -> Callable[[Inputs], Outputs]:
+        return lambda inputs: collect(inputs, function(**inputs))
+
+    own = plain(called(plainly), ours_on_cpu=not (has_native and native.available()))
+    providers = (*ours(called(run)), *own)
+    about = (dtype, nbytes, flop, make, called(plainly), providers)
+    return Case(op, run.__name__, form or name_of(dtype), m, shape, *about, check)
 
 
 def widen(tree: Any) -> Any:

@@ -107,17 +107,19 @@ def section() -> str:
     lines = [
         "## Launches a layer",
         "",
-        f"At decode, batch 1, {ITEMSIZE}-byte activations, {CACHED} positions in the backbone's cache. MB: what must",
+        f"At decode, batch 1, {ITEMSIZE}-byte activations, {CACHED} positions in the backbone's "
+        "cache. MB: what must",
         f"be read and written, with weights that are {', '.join(FORMATS)}. Before:",
         "norms, rotations and appends as launches.",
     ]
+    heads = " | ".join(f"MB {name}" for name in FORMATS)
     for layer in layers():
         launches = list(layer.launches())
         lines += [
             "",
             f"{layer.name.capitalize()}, {layer.config.layers} layers:",
             "",
-            f"| computes | shapes | {' | '.join(f'MB {name}' for name in FORMATS)} | before | now |",
+            f"| computes | shapes | {heads} | before | now |",
             "|---" * (len(FORMATS) + 4) + "|",
         ]
         lines += [_row(x.formula, x.shapes, x.nbytes, x.before, len(x.kernels)) for x in launches]
@@ -129,7 +131,8 @@ def section() -> str:
 def _row(
     formula: str, shapes: str, nbytes: tuple[int, ...] | list[int], before: int, now: int
 ) -> str:
-    return f"| {formula} | {shapes} | {' | '.join(f'{n / 1e6:.3f}' for n in nbytes)} | {before} | {now} |"
+    megabytes = " | ".join(f"{n / 1e6:.3f}" for n in nbytes)
+    return f"| {formula} | {shapes} | {megabytes} | {before} | {now} |"
 
 
 def _product(

@@ -37,7 +37,6 @@ from benchmarks.cases import (
     ROWS,
     SIZE,
     STREAMS,
-    normal,
 )
 from benchmarks.harness import (
     Case,
@@ -47,6 +46,7 @@ from benchmarks.harness import (
     Run,
     needs_cpu,
     needs_cuda,
+    normal,
     ours,
     plain,
 )

@@ -88,4 +88,4 @@ def test_every_kernel_file_is_covered() -> None:
         "swiglu",
     ):
         assert op in modules
-    assert {"decode_attention", "text_embed", "window_attention", "qmatmul_kernels"} <= modules
+    assert {"decode_attention", "text_embed", "window_attention", "triton_kernels"} <= modules

@@ -13,8 +13,7 @@ from replies import GREEDILY, SAMPLED, Drawn, drawn
 from test_engine_mixes import repeated
 from torch import Tensor
 
-from benchmarks.cases import normal
-from benchmarks.harness import Case, prepare
+from benchmarks.harness import Case, normal, prepare
 from benchmarks.ops import select
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.schedule import ScheduledLM

@@ -50,7 +50,6 @@ from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.engine import stream as streams
 from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.engine.sequence import Conversation
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
@@ -166,11 +165,12 @@ def answer(target: Target, engine: Engine, request: Request, seed: int) -> Heard
     """One request through the runtime's own path."""
     heard, task, began = Heard(), find_task(request.task), perf_counter()
     ids = prompt_ids(target, request)
-    conversation = Conversation(engine, seed)
+    conversation = engine.conversation(seed)
     conversation.add(ids)
     preset = TASK_SAMPLERS[task.sampler]
     stops = task.stop_ids(target.tokenizer.special)
-    reply = conversation.decode(
+    reply = engine.decode(
+        conversation,
         Limits(request.words + request.patches + 1, stop_ids=stops),
         Samplers(preset["global"], preset["local"]),
     )
