@@ -176,9 +176,10 @@ else
 fi
 tests=(-p no:cacheprovider -v --durations 10)
 ((list_only)) || tests+=($("$python" -c 'import xdist' 2>>"$log" && echo "-n auto"))
-model_tests=(tests/test_gpu.py)
-for path in tests/test_*.py; do
-    [[ $path == */test_gpu_kernels.py ]] || ! grep -q 'pytest\.mark\.gpu' "$path" || model_tests+=("$path")
+# Tests of a GPU are marked, or take the device that conftest.py gives.
+model_tests=()
+for path in $(grep -lE '@pytest\.mark\.gpu|device: torch\.device' tests/test_*.py); do
+    [[ $path == */test_gpu_kernels.py ]] || model_tests+=("$path")
 done
 model=(--preset "$preset")
 

@@ -1,6 +1,6 @@
-"""benchmarks/gpu.sh: every part is a command that exists, a second call goes on where the first ended,
-failures are named last. A program in the interpreter's place notes what would run; two parts run on
-this CPU."""
+"""benchmarks/gpu.sh: every part is a command that exists, a second call goes on where the first
+ended, failures are named last. A program in the interpreter's place notes what would run; two parts
+run on this CPU."""
 
 import os
 import subprocess
@@ -90,7 +90,7 @@ def test_two_calls_on_this_cpu(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     here = {"PYTHON": sys.executable, "DEVICE": "cpu", "PRESET": "tiny", "OMP_NUM_THREADS": "1"}
     others = " ".join(MEASURED - {"ops-others", "profile-int4"})
-    code, fates, last = script(first, "ops-others", **here)
+    code, fates, _ = script(first, "ops-others", **here)
     assert (code, [*fates][:1]) == (0, ["ops-others"])
     code, fates, _ = script(second, EARLIER=str(first), SKIP=f"native {others}", **here)
     log = "".join(path.read_text() for path in second.glob("*.log"))
