@@ -70,12 +70,7 @@ def draw(measured: Measured, folder: Path) -> list[str]:
         ):
             for device in measured.devices(records):
                 name = picture_name(kind, device)
-                entries = measured.find(
-                    records, device, lambda e: e["kind"] != "op" or e["flop"] > 0
-                )
-                if not entries:
-                    continue
-                made = figure(entries, device)
+                made = figure(measured.find(records, device), device)
                 made.savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
                 drawn.append(name)
     return drawn
@@ -97,8 +92,7 @@ def roofline(entries: Sequence[Entry], device: str) -> Figure:
             x,
             y,
             s=30 if ours else 20,
-            marker=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
+            **_style(i),
             alpha=0.8 if ours else 0.55,
             linewidths=0,
             label=provider,
@@ -123,6 +117,17 @@ def roofline(entries: Sequence[Entry], device: str) -> Figure:
     return figure
 
 
+def _style(i: int) -> dict[str, str]:
+    """Of the i-th of several."""
+    return {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], away: tuple[float, float], **how) -> None:
+    """Text so many points from a place."""
+    where = {"xytext": away, "textcoords": "offset points"}
+    axes.annotate(text, at, fontsize=8, color=INK, **where, **how)
+
+
 def _point(entry: Entry) -> tuple[float, float]:
     return entry["flop"] / entry["bytes"], entry["flop"] / entry["seconds"]["p50"] / 1e9
 
@@ -143,17 +148,8 @@ def _ceilings(axes: Axes, newest: dict, left: float, right: float, knee: float) 
     (x0, y0), (x1, y1) = (_in_points(axes, x, x * read) for x in (left, knee))
     steps = [(x0 + (x1 - x0) * i / 40, y0 + (y1 - y0) * i / 40) for i in range(41)]
     taken = [(x - 6, y - 3, x + 6, y + 14) for x, y in steps]
-    axes.annotate(
-        f"reads {read:,.0f} GB/s",
-        (place, place * read),
-        xytext=(0, 3),
-        textcoords="offset points",
-        rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)),
-        rotation_mode="anchor",
-        ha="center",
-        fontsize=8,
-        color=INK,
-    )
+    slope = {"rotation": math.degrees(math.atan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor"}
+    _note(axes, f"reads {read:,.0f} GB/s", (place, place * read), (0, 3), ha="center", **slope)
     shared: list[list[tuple[float, str]]] = []
     for name, rate in sorted(newest["flops"].items(), key=lambda item: -item[1]):
         if shared and rate > 0.9 * shared[-1][0][0]:
@@ -165,15 +161,8 @@ def _ceilings(axes: Axes, newest: dict, left: float, right: float, knee: float) 
             axes.plot(
                 [rate / newest["read_Bps"], right], [rate / 1e9] * 2, color=INK, linewidth=1.3
             )
-        axes.annotate(
-            "products: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for rate, name in lines),
-            (right, lines[0][0] / 1e9),
-            ha="right",
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-        )
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for rate, name in lines)
+        _note(axes, f"products: {rates}", (right, lines[0][0] / 1e9), (0, 4), ha="right")
         end, height = _in_points(axes, right, lines[0][0] / 1e9)
         start, lowest = _in_points(axes, lines[-1][0] / newest["read_Bps"], lines[-1][0] / 1e9)
         taken += [(start, lowest - 3, end, height + 3), (end - 230, height, end, height + 15)]
@@ -194,15 +183,13 @@ def _outliers(axes: Axes, entries: Sequence[Entry], taken: Sequence[Box]) -> Non
         at = _in_points(axes, *_point(entry))
         dx, dy = _free_place(at, placed)
         placed.append((at[0] + dx - 5, at[1] + dy - 5, at[0] + dx + 5, at[1] + dy + 5))
-        axes.annotate(
+        _note(
+            axes,
             str(number),
             _point(entry),
-            xytext=(dx, dy),
-            textcoords="offset points",
+            (dx, dy),
             ha="center",
             va="center",
-            fontsize=8,
-            color=INK,
             fontweight="bold",
             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 2},
         )
@@ -295,12 +282,7 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
 
 def _legend(figure: Figure, titles: Sequence[str]) -> None:
     """One for all panels, below them."""
-    lines = [
-        Line2D(
-            [], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=name
-        )
-        for i, name in enumerate(titles)
-    ]
+    lines = [Line2D([], [], **_style(i), label=name) for i, name in enumerate(titles)]
     lines += [
         Line2D([], [], color="#666666", linewidth=1.2, linestyle="--", label="its floor"),
         Line2D([], [], color=INK, linewidth=1, linestyle=":", label="real time: 160 ms"),
@@ -328,7 +310,7 @@ def _span(entry: Entry) -> tuple[float, float]:
 def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
     """Times with their spread, and the floor of each below."""
     ordered = sorted(entries, key=lambda e: e.at(field))
-    places, colour = [e.at(field) for e in ordered], COLOURS[i % len(COLOURS)]
+    places = [e.at(field) for e in ordered]
     low, mid, high = ([1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90"))
     axes.errorbar(
         places,
@@ -337,14 +319,13 @@ def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
             [m - l for l, m in zip(low, mid, strict=True)],  # noqa: E741
             [h - m for m, h in zip(mid, high, strict=True)],
         ],
-        marker=MARKERS[i % len(MARKERS)],
         markersize=5,
-        color=colour,
         capsize=2.5,
         elinewidth=1,
+        **_style(i),
     )
     floors = [1e3 * e["floor"]["audio_group"] for e in ordered]
-    axes.plot(places, floors, "--", marker="_", markersize=9, color=colour, linewidth=1.2)
+    axes.plot(places, floors, "--", **_style(i) | {"marker": "_"}, markersize=9, linewidth=1.2)
 
 
 def memory(entries: Sequence[Entry], device: str) -> Figure:
@@ -360,19 +341,12 @@ def memory(entries: Sequence[Entry], device: str) -> Figure:
         axes.plot(
             batches,
             [peaks[b] for b in batches],
-            marker=MARKERS[i % len(MARKERS)],
             markersize=5,
-            color=COLOURS[i % len(COLOURS)],
             label=title,
+            **_style(i),
         )
-        axes.annotate(
-            f"{peaks[batches[-1]]:.2f} GB",
-            (batches[-1], peaks[batches[-1]]),
-            xytext=(6, 5),
-            textcoords="offset points",
-            fontsize=8,
-            color="#333333",
-        )
+        last = (batches[-1], peaks[batches[-1]])
+        _note(axes, f"{last[1]:.2f} GB", last, (6, 5))
     axes.set(
         xscale="log",
         xlabel="batch (streams)",

@@ -1,21 +1,12 @@
 """What other cards would do, from what one has been measured to do: bytes, bandwidth, and what a
-kernel takes besides.
+kernel takes besides (TEXT has the formula and what it assumes).
 
-    t = bytes / (published bandwidth x share) + kernels x latency
-    latency = (group - bytes / read bandwidth) / kernels
-    share = read bandwidth / published bandwidth
+How long a profiler calls the kernels busy is no part of it: kernels that overlap count as busy
+while they wait for each other. What a kernel takes beyond its bytes are its beginning and end, the
+wait for the first of the data, too few blocks for the card, what the host does between two.
 
-with a group's seconds, its bytes and the number of its kernels from a record of kind `profile`, and
-the bandwidth that the same card was just measured to read with. Only the first term depends on the
-bandwidth of a card. The second is what kernels take beyond their bytes (their beginning and end,
-the wait for the first of the data, too few blocks for the card, what the host does between them):
-it is taken to be the same on every card, and none of it to be hidden behind the longer reads of a
-slower one. How long a profiler calls the kernels busy is no part of it: kernels that overlap
-count as busy while they wait for each other. A projection is no measurement.
-
-The floor of a card needs no record: bytes / published bandwidth, without those that its last cache
-can keep from one step of the patch decoder to the next (`mimo_fast.bench.floor`). Today's kernels
-keep nothing on purpose, so a projection counts them all.
+The floor of a card needs no record; `mimo_fast.bench.floor` has what its last cache can keep from
+one step of the patch decoder to the next.
 """
 
 from __future__ import annotations

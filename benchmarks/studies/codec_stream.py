@@ -1,7 +1,7 @@
 """Cost, delay and closeness to one-shot decoding of the codec's stream.
 
-    python -m benchmarks.studies.codec_stream [--dtype bfloat16] [--quantization int8] [--chunks 1000]
-    [--kit-only] [FILE.json]
+    python -m benchmarks.studies.codec_stream [--dtype bfloat16] [--quantization int8]
+        [--chunks 1000] [--kit-only] [FILE.json]
 
 Milliseconds per 160 ms chunk, for the kit's codec and for random weights of the published
 dimensions: medians of 18 chunks around the 20th (audio begins with the 11th, which also decodes the

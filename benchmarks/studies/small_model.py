@@ -1,8 +1,8 @@
 """Processor time of speech from a small pair on a CPU, through the public API: of a group, and
 until the first audio.
 
-    python -m benchmarks.studies.small_model LM CODEC [--threads 1] [--quantization int8] [--patches 60]
-    [FILE.json]
+    python -m benchmarks.studies.small_model LM CODEC [--threads 1] [--quantization int8]
+        [--patches 60] [FILE.json]
 
 Words and patches alternate by fives, whatever the weights say. Time is that of all threads of the
 process, which other programs disturb less than the clock; the least of some runs. FILE.json gathers
