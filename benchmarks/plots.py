@@ -70,13 +70,19 @@ def draw(measured: Measured, folder: Path) -> list[str]:
         ):
             for device in measured.devices(records):
                 name = picture_name(kind, device)
-                made = figure(measured.find(records, device), device)
+                made = figure(measured.find(records, device), device, _titles(measured, device))
                 made.savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
                 drawn.append(name)
     return drawn
 
 
-def roofline(entries: Sequence[Entry], device: str) -> Figure:
+def _titles(measured: Measured, device: str) -> list[str]:
+    """Of all models that were measured: each has one colour in every picture."""
+    kinds = ("groups", "request")
+    return sorted({e.title for kind in kinds for e in measured.find(kind, device)})
+
+
+def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ()) -> Figure:
     """Achieved arithmetic against arithmetic intensity, by provider, under the newest entry's
     ceilings; those of ours that are furthest below have a number and a line in the list."""
     figure = Figure(figsize=(9.6, 5.0))
@@ -226,14 +232,14 @@ def _free_place(at: tuple[float, float], taken: Sequence[Box]) -> tuple[float, f
     return 11.0, 11.0
 
 
-def latency(entries: Sequence[Entry], device: str) -> Figure:
+def latency(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Figure:
     """A group of speech beside its floor: by batch at a short and at a long context, every format
     in the same colour, and by context at the smallest batch."""
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    titles = sorted({e.title for e in entries})
-    short = _contexts(entries, titles, lambda own: min(own, key=lambda c: (abs(c - SHORT), c)))
-    longest = _contexts(entries, titles, lambda own: max(c for c in own if c >= LONG - 8))
+    known = [title for title in titles if any(e.title == title for e in entries)]
+    short = _contexts(entries, known, lambda own: min(own, key=lambda c: (abs(c - SHORT), c)))
+    longest = _contexts(entries, known, lambda own: max(c for c in own if c >= LONG - 8))
     for panel, chosen, what in (
         (panels[0], short, "short context"),
         (panels[1], longest, "long context"),
@@ -244,7 +250,7 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
         contexts = sorted(set(chosen.values()))
         span = " to ".join(f"{context:,}" for context in contexts[:1] + contexts[1:][-1:])
         panel.set(xlabel="batch (streams)", title=f"{what}: {span or 'no'} groups")
-        if missing := [title for title in titles if title not in chosen]:
+        if missing := [title for title in known if title not in chosen]:
             panel.text(
                 0.02,
                 0.97,
@@ -254,13 +260,13 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
                 fontsize=8,
                 color=INK,
             )
-    for i, title in enumerate(titles):
+    for title in known:
         own = [e for e in entries if e.title == title]
         smallest = min(e["batch"] for e in own)
         one = [e for e in own if e["batch"] == smallest]
-        _line(panels[2], i, one, "context")
+        _line(panels[2], titles.index(title), one, "context")
     panels[2].set(xlabel="context (groups)", title="smallest batch")
-    _legend(figure, titles)
+    _legend(figure, {title: _style(titles.index(title)) for title in known})
     panels[0].set_ylabel("a group of speech (ms), p10 to p90")
     times = [1e3 * seconds for e in entries for seconds in _span(e)]
     for panel in panels:
@@ -280,9 +286,9 @@ def latency(entries: Sequence[Entry], device: str) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, titles: Sequence[str]) -> None:
+def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
     """One for all panels, below them."""
-    lines = [Line2D([], [], **_style(i), label=name) for i, name in enumerate(titles)]
+    lines = [Line2D([], [], **style, label=name) for name, style in styles.items()]
     lines += [
         Line2D([], [], color="#666666", linewidth=1.2, linestyle="--", label="its floor"),
         Line2D([], [], color=INK, linewidth=1, linestyle=":", label="real time: 160 ms"),
@@ -328,11 +334,11 @@ def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
     axes.plot(places, floors, "--", **_style(i) | {"marker": "_"}, markersize=9, linewidth=1.2)
 
 
-def memory(entries: Sequence[Entry], device: str) -> Figure:
+def memory(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Figure:
     """Peak memory of requests by batch, the most of all tasks."""
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     axes, highest = figure.subplots(), 0.0
-    for i, title in enumerate(sorted({e.title for e in entries})):
+    for title in sorted({e.title for e in entries}):
         peaks: dict[int, float] = {}
         for e in entries:
             if e.title == title:
@@ -343,7 +349,7 @@ def memory(entries: Sequence[Entry], device: str) -> Figure:
             [peaks[b] for b in batches],
             markersize=5,
             label=title,
-            **_style(i),
+            **_style(titles.index(title)),
         )
         last = (batches[-1], peaks[batches[-1]])
         _note(axes, f"{last[1]:.2f} GB", last, (6, 5))

@@ -247,7 +247,7 @@ def test_the_latency_picture_has_floors_and_says_what_is_missing():
     entries = measured(
         groups(), groups(batch=4), groups(prompt_groups=4000), groups(quantization="int8")
     ).find("groups")
-    short, longest, by_context = plots.latency(entries, CARD).axes
+    short, longest, by_context = plots.latency(entries, CARD, ["7b int4", "7b int8"]).axes
     assert [axes.get_title() for axes in (short, longest, by_context)] == [
         "short context: 254 groups",
         "long context: 4,024 groups",
