@@ -190,7 +190,9 @@ def test_on_a_gpu_the_tokens_are_those_without_it(
 ) -> None:
     if not graph_conditional.available():
         pytest.skip("needs CUDA 12.4, torch 2.8 and the built library")
-    lm = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cuda").lm
+    # In 16 bits a dense product of another number of rows rounds otherwise, and draws with it.
+    lm, codec = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
+    lm = mimo_fast.load(lm, codec, device="cuda", dtype="float32").lm
     found = []
     for value in ("0", "1"):
         monkeypatch.setenv(EXPERIMENTAL, value)
