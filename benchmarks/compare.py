@@ -167,32 +167,24 @@ def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
     """
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
     if found.returncode:
-        raise CompareError(
-            f"{reference} names no commit of {root}; try HEAD~1, a branch, a tag or a hash"
-        )
+        advice = "try HEAD~1, a branch, a tag or a hash"
+        raise CompareError(f"{reference} names no commit of {root}; {advice}")
     commit = found.stdout.strip()
     with tempfile.TemporaryDirectory(prefix="mimo-fast-compare-") as temporary:
         tree = Path(temporary) / "tree"
         added = _git(root, "worktree", "add", "--detach", str(tree), commit)
         try:
             if added.returncode:
-                raise CompareError(
-                    f"git cannot check out {reference}: {added.stderr.strip().splitlines()[-1]}"
-                )
+                why = added.stderr.strip().splitlines()[-1]
+                raise CompareError(f"git cannot check out {reference}: {why}")
+            ignored = shutil.ignore_patterns("__pycache__", "results")
             for part in OVERLAID:
-                _overlay(root / part, tree / part)
+                shutil.rmtree(tree / part, ignore_errors=True)
+                shutil.copytree(root / part, tree / part, ignore=ignored)
             yield Side(f"{reference} ({commit[:10]})", tree)
         finally:
             _git(root, "worktree", "remove", "--force", str(tree))
             _git(root, "worktree", "prune")
-
-
-def _overlay(source: Path, target: Path) -> None:
-    if source.is_file():
-        shutil.copy(source, target)
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "results"))
 
 
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -221,9 +213,8 @@ def paired_times(
                         for family, why in workers[x].missing.items():
                             tqdm.write(f"not compared: {family}: {side.name} is too old: {why}")
                 if not both:
-                    raise CompareError(
-                        f"{old.name} and {new.name} have none of the chosen ops in common"
-                    )
+                    both_names = f"{old.name} and {new.name}"
+                    raise CompareError(f"{both_names} have none of the chosen ops in common")
                 for case in both:
                     order = ORDERS[turn % 2]
                     times = [(x, workers[x].time(case, seconds)) for x in order]

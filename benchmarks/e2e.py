@@ -71,9 +71,8 @@ class Run:
         """
         expected = floor + groups * self.excess
         if expected > self.args.limit:
-            self.skip(
-                name, f"it would take {expected:,.0f} s, more than --limit {self.args.limit:g}"
-            )
+            limit = f"more than --limit {self.args.limit:g}"
+            self.skip(name, f"it would take {expected:,.0f} s, {limit}")
             return None
         say(f"{name}: {about}")
         try:
@@ -126,9 +125,8 @@ def sweep(run: Run) -> None:
     threads = torch.get_num_threads()
     for about, make in models(run):
         title = f"{Path(about['model']).name} {about['quantization']}"
-        target = run.attempt(
-            title, 0, 0, "making it" if about["random_weights"] else "loading it", make
-        )
+        doing = "making it" if about["random_weights"] else "loading it"
+        target = run.attempt(title, 0, 0, doing, make)
         if target is None:
             continue
         run.excess = 0.0
@@ -192,20 +190,12 @@ def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) ->
 def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
     """Whole requests, by batch and task."""
     args, table, audio = run.args, None, user_speech(run.args.seconds, run.args.audio)
-    asked = [
-        Request(
-            task,
-            audio,
-            args.words,
-            args.patches if find_task(task).speaks else 0,
-            context=context or 0,
-            cut=context is not None,
-        )
-        for task, context in product(args.task, args.prompt or [None])
-    ]
-    prompts = [
-        prompt_ids(target, request).shape[1] // target.lm.config.group_size for request in asked
-    ]
+    asked = []
+    for task, context in product(args.task, args.prompt or [None]):
+        patches, cut = args.patches if find_task(task).speaks else 0, context is not None
+        asked.append(Request(task, audio, args.words, patches, context or 0, cut=cut))
+    size = target.lm.config.group_size
+    prompts = [prompt_ids(target, request).shape[1] // size for request in asked]
     capacity = max(prompts, default=0) + args.words + args.patches + 2
     rooms: dict[int, Target] = {}
 
@@ -231,9 +221,8 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
         if metrics is None:
             continue
         if not target.steered:
-            spoken, written = (
-                count / metrics.requests for count in (metrics.audio_groups, metrics.text_groups)
-            )
+            counts = (metrics.audio_groups, metrics.text_groups)
+            spoken, written = (count / metrics.requests for count in counts)
             floor = target.request_floor(run.machine, batch, prompt, written, spoken)
         of_floor = floor / metrics.e2el.p50 if metrics.e2el else None
         about_request = {"input_seconds": args.seconds, "floor": floor, "of_floor": of_floor}

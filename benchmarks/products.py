@@ -193,10 +193,9 @@ def unpacked(inputs: Inputs) -> Outputs:
         weight = Weight.stack([dequantize_to(weight, dtype)], [weight.bias])
 
     def product(x: Tensor, weight: Weight) -> Tensor:
-        pairs = zip(weight.blocks, weight.biases, strict=True)
         parts = [
             F.linear(x, block.to(dtype), None if bias is None else bias.to(dtype))
-            for block, bias in pairs
+            for block, bias in zip(weight.blocks, weight.biases, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -215,10 +214,8 @@ def join(inputs: Inputs) -> Inputs:
 def _holding(inputs: Inputs, dense: Tensor) -> Inputs:
     """The case with a weight of these values, in float32."""
     bias = inputs["weight"].bias
-    return {
-        **inputs,
-        "weight": Weight.stack([dense.float()], [None if bias is None else bias.float()]),
-    }
+    weight = Weight.stack([dense.float()], [None if bias is None else bias.float()])
+    return {**inputs, "weight": weight}
 
 
 def _lacks_int4(device: torch.device) -> str | None:
@@ -238,18 +235,14 @@ def _torch_packed(inputs: Inputs) -> Outputs:
 def _pack_int4_cuda(inputs: Inputs) -> dict[str, Any]:
     weight = inputs["weight"]
     q = unpack_words(weight.words, 4, weight.group)
-    packed = torch.ops.aten._convert_weight_to_int4pack(
-        (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES
-    )
+    pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
     zeros = torch.zeros_like(weight.scales) if weight.zeros is None else weight.zeros
     # It computes scale (q - 8) + offset.
     offsets = -(weight.scales.float() * zeros.float())
-    pairs = (
-        torch.stack([weight.scales.bfloat16(), offsets.bfloat16()], dim=-1)
-        .transpose(0, 1)
-        .contiguous()
-    )
-    return {**inputs, "weight": (packed, weight.group, pairs), "bias": weight.bias}
+    both = torch.stack([weight.scales.bfloat16(), offsets.bfloat16()], dim=-1)
+    scales = both.transpose(0, 1).contiguous()
+    return {**inputs, "weight": (packed, weight.group, scales), "bias": weight.bias}
 
 
 def _int4_cuda(inputs: Inputs) -> Outputs:
@@ -268,11 +261,8 @@ def _pack_bnb_nf4(inputs: Inputs) -> dict[str, Any]:
 
     weight = inputs["weight"]
     dense = dequantize_to(weight, inputs["x"].dtype)
-    return {
-        **inputs,
-        "weight": functional.quantize_4bit(dense, blocksize=64, quant_type="nf4"),
-        "bias": weight.bias,
-    }
+    quantized = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    return {**inputs, "weight": quantized, "bias": weight.bias}
 
 
 def _bnb_nf4(inputs: Inputs) -> Outputs:

@@ -132,17 +132,17 @@ def take(replies: Sequence[Reply], groups: int) -> None:
 def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: str) -> Trace:
     """A trace from the profiler's events, which are in microseconds."""
     events = list(events)
-    (window,) = (
-        e.time_range for e in events if e.name == GROUPS and e.device_type == DeviceType.CPU
-    )
-    host = [
-        e
-        for e in events
-        if e.device_type == DeviceType.CPU
-        and e.name != GROUPS
-        and window.start <= e.time_range.start
-        and e.time_range.end <= window.end
-    ]
+    sides = {
+        kind: [e for e in events if e.device_type == kind and e.name != GROUPS]
+        for kind in (DeviceType.CPU, DeviceType.CUDA)
+    }
+    marks = (e for e in events if e.name == GROUPS and e.device_type == DeviceType.CPU)
+    (window,) = (mark.time_range for mark in marks)
+
+    def inside(span: Any) -> bool:
+        return window.start <= span.start and span.end <= window.end
+
+    host = [e for e in sides[DeviceType.CPU] if inside(e.time_range)]
     calls = Counter(e.name for e in host)
     counted = {
         names: {name: calls[name] / groups for name in names if calls[name]}
@@ -151,11 +151,7 @@ def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: st
     if device.type == "cuda":
         # Kernels end after the host has left the window, which the device's side of the trace has
         # by its name too.
-        pairs = [
-            (e.name, e.time_range.elapsed_us())
-            for e in events
-            if e.device_type == DeviceType.CUDA and e.name != GROUPS
-        ]
+        pairs = [(e.name, e.time_range.elapsed_us()) for e in sides[DeviceType.CUDA]]
     else:
         pairs = [(e.name, e.self_cpu_time_total) for e in host]
     count, microseconds = Counter[str](), Counter[str]()
@@ -181,11 +177,8 @@ def with_bytes(trace: Trace, target: Target, work: GroupWork) -> Trace:
     read = work.audio.bytes
     heads = target.lm.code_heads.nbytes * target.lm.config.group_size
     known = {"split_attention_kernel": read["cache"], "head_logits_kernel": heads}
-    products = [
-        kernel.name
-        for kernel in trace.kernels
-        if "gemv" in kernel.name or "dot_kernel" in kernel.name
-    ]
+    names = [kernel.name for kernel in trace.kernels]
+    products = [name for name in names if "gemv" in name or "dot_kernel" in name]
     if len(products) == 1:
         known[products[0]] = sum(read.values()) - read["cache"] - heads
     kernels = (Kernel(k.name, k.count, k.seconds, known.get(k.name)) for k in trace.kernels)

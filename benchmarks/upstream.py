@@ -99,28 +99,18 @@ class Upstream:
         text = ids[:, 0, :: config.group_size]
         codes = ids[:, 1:].unflatten(-1, (-1, config.group_size)).transpose(1, 2)
         speech = (text == self.empty_id)[..., None]
-        frames = torch.zeros(
-            *codes.shape[:2],
-            config.group_size,
-            config.patch_encoder.dim,
-            dtype=self.text_head.dtype,
-            device=ids.device,
-        )
-        for channel, (table, empty) in enumerate(
-            zip(self.embeddings, config.empty_codes, strict=True)
-        ):
+        shape = (*codes.shape[:2], config.group_size, config.patch_encoder.dim)
+        frames = torch.zeros(shape, dtype=self.text_head.dtype, device=ids.device)
+        tables = zip(self.embeddings, config.empty_codes, strict=True)
+        for channel, (table, empty) in enumerate(tables):
             some = codes[:, :, channel]
             frames += F.embedding(some, table).masked_fill((some == empty)[..., None], 0)
         frames = frames * speech[..., None]
-        mask = None
+        mask, square = None, (1, 1, config.group_size, config.group_size)
         if not config.patch_encoder_causal:
-            everything = torch.ones(
-                1, 1, config.group_size, config.group_size, dtype=torch.bool, device=ids.device
-            )
-            mask = {"full_attention": everything}
-        encoded = self.patch_encoder(
-            inputs_embeds=frames.flatten(0, 1), attention_mask=mask
-        ).last_hidden_state
+            mask = {"full_attention": torch.ones(square, dtype=torch.bool, device=ids.device)}
+        run = self.patch_encoder(inputs_embeds=frames.flatten(0, 1), attention_mask=mask)
+        encoded = run.last_hidden_state
         patches = F.linear(encoded.view(*codes.shape[:2], -1) * speech, self.patch_to_backbone)
         words = self.backbone.embed_tokens(text).masked_fill(speech, 0)
         return words + patches
@@ -128,9 +118,8 @@ class Upstream:
     def patch(self, local: Tensor, choose: Choose) -> Tensor:
         """The patch decoder's first input [1, 1, D] -> codes [C, G]."""
         config, cache = self.config, self.patch_cache()
-        codes = torch.zeros(
-            config.channels, config.group_size, dtype=torch.int64, device=local.device
-        )
+        shape = (config.channels, config.group_size)
+        codes = torch.zeros(shape, dtype=torch.int64, device=local.device)
         for step in range(config.patch_steps):
             hidden = self.run_patch_decoder(local, cache)[0, -1]
             local = torch.zeros_like(local)
@@ -150,14 +139,14 @@ class Upstream:
         return DynamicCache(config=self.patch_decoder.config)
 
     def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.backbone(
-            inputs_embeds=x, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return hidden_states(self.backbone, x, cache)
 
     def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.patch_decoder(
-            inputs_embeds=x, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return hidden_states(self.patch_decoder, x, cache)
+
+
+def hidden_states(model: Callable[..., Any], x: Tensor, cache: Cache) -> Tensor:
+    return model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 class Compiled(Upstream):
@@ -169,15 +158,13 @@ class Compiled(Upstream):
     def __init__(self, lm: LM, longest: int) -> None:
         super().__init__(lm, longest)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
-        self._step, self._patch_step = (
-            torch.compile(model, mode=mode, dynamic=False)
-            for model in (self.backbone, self.patch_decoder)
-        )
+        models = (self.backbone, self.patch_decoder)
+        compiled = (torch.compile(model, mode=mode, dynamic=False) for model in models)
+        self._step, self._patch_step = compiled
         # Kept: a captured graph knows where they lie.
-        self._cache = StaticCache(config=self.backbone.config, max_cache_len=longest)
-        self._patch_cache = StaticCache(
-            config=self.patch_decoder.config, max_cache_len=lm.config.patch_steps
-        )
+        lengths = zip(models, (longest, lm.config.patch_steps), strict=True)
+        caches = (StaticCache(config=m.config, max_cache_len=length) for m, length in lengths)
+        self._cache, self._patch_cache = caches
 
     def backbone_cache(self) -> Cache:
         self._cache.reset()
@@ -197,11 +184,8 @@ class Compiled(Upstream):
 
     def _compiled(self, model: Callable[..., object], x: Tensor, cache: Cache) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        hidden: Tensor = model(
-            inputs_embeds=x, past_key_values=cache, use_cache=True
-        ).last_hidden_state
         # A replayed graph writes the next result over it.
-        return hidden.clone()
+        return hidden_states(model, x, cache).clone()
 
 
 def qwen2_model(
@@ -267,15 +251,9 @@ def _layer(config: TransformerConfig, layer: LayerWeights) -> dict[str, Tensor]:
             raise TypeError("the baselines run dense weights: use bf16 or float32")
         # On a GPU the blocks have been joined.
         matrices = weight.blocks if len(weight.blocks) > 1 else weight.blocks[0].split(rows)
-        biases = (
-            weight.biases
-            if len(weight.biases) > 1
-            else ((None,) * len(rows) if weight.biases[0] is None else weight.biases[0].split(rows))
-        )
         named |= {f"{name}.weight": matrix for name, matrix in zip(names, matrices, strict=True)}
-        named |= {
-            f"{name}.bias": bias
-            for name, bias in zip(names, biases, strict=True)
-            if bias is not None
-        }
+        if weight.biases[0] is not None:
+            joined = len(weight.biases) == 1
+            biases = weight.biases[0].split(rows) if joined else weight.biases
+            named |= {f"{name}.bias": bias for name, bias in zip(names, biases, strict=True)}
     return named
