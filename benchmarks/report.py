@@ -54,7 +54,9 @@ by hand. The newest record of each thing on each device is shown, with its date,
 
 A *floor* is what must be read over the bandwidth that the same machine was just measured to read \
 with, or its arithmetic over the rate of its matrix products where that takes longer; *of floor* \
-is floor over time: 100% is as fast as the machine allows. A *group* is one step of the backbone: \
+is floor over time: 100% is as fast as the machine allows. What a last cache can keep of the patch \
+decoder over its steps counts as read once in records with `cached_bytes`, those from 2026-11-28 \
+on, and at each step in older ones. A *group* is one step of the backbone: \
 a word, or 160 ms of speech. A *real-time factor* below 1 is faster than it plays. Times are \
 medians. Presets have random weights in the published dimensions, and replies of a set length: \
 their speed is real, their speech is not. Names of request metrics are explained in \
