@@ -1,32 +1,33 @@
-"""Metadata is in pyproject.toml; this file builds the native kernels of csrc/, and goes on without
-where it cannot."""
+"""Metadata is in pyproject.toml; this file builds the native kernels of csrc/ by ninja, and goes on
+without where it cannot."""
 
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-# torch has loaded an OpenMP before: the kernels use its threads. `now` turns a missing one into an
-# ImportError.
-native = Pybind11Extension(
-    "mimo_fast._native",
-    sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-    depends=[*map(str, Path("csrc/cpu").glob("*.h"))],
-    cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp", "-Wall", "-Wextra"],
-    extra_link_args=["-Wl,-z,now"],
-    optional=True,
-)
-built = sys.platform == "linux" and platform.machine() == "x86_64"
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from cpu_build import SETS, add_extension  # noqa: E402
+from ninja_file import NinjaFile  # noqa: E402
+
+# Objects stay here, so that a later build compiles only what has changed.
+BUILD = ROOT / "build" / "native"
 
 # Machine code for Ampere and Ada, Hopper, and Blackwell's cards; later GPUs compile the last one's
 # PTX.
 ARCHITECTURES = ("80", "90", "120")
+
+machine = platform.machine()
+builds = sys.platform == "linux" and machine in SETS
 
 
 class BuildAll(build_ext):
@@ -35,6 +36,31 @@ class BuildAll(build_ext):
 
     def run(self) -> None:
         super().run()
+        self.build_cuda()
+
+    def build_extension(self, ext: Extension) -> None:
+        """`mimo_fast._native`, if there is a C++ compiler."""
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            print("no C++ compiler is installed: plain torch takes the place of csrc/cpu")
+            return
+        output = Path(self.get_ext_fullpath(ext.name))
+        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        # A folder for each Python, whose headers the bindings are compiled with.
+        ninja = NinjaFile(BUILD / f"cpu-{sys.implementation.cache_tag}")
+        add_extension(ninja, compiler, machine, includes, output.name)
+        if ninja.run():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Not over the old one, which a running program may have mapped.
+            output.unlink(missing_ok=True)
+            shutil.copy2(ninja.directory / output.name, output)
+        else:
+            print(
+                "warning: the CPU kernels were not built: plain torch takes their place",
+                file=sys.stderr,
+            )
+
+    def build_cuda(self) -> None:
         home = os.environ.get("CUDA_HOME")
         nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
         if nvcc is None:
@@ -65,4 +91,5 @@ class BuildAll(build_ext):
             )
 
 
-setup(ext_modules=[native] if built else [], cmdclass={"build_ext": BuildAll})
+native = Extension("mimo_fast._native", [], optional=True)
+setup(ext_modules=[native] if builds else [], cmdclass={"build_ext": BuildAll})

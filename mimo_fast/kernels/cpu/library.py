@@ -1,7 +1,11 @@
-"""The kernels of csrc/, present where this package was built with a C++ compiler on x86-64 Linux;
-they need AVX2.
+"""The kernels of csrc/cpu, present where this package was built with a C++ compiler on Linux, x86-64
+or aarch64. They are compiled once per instruction set; the fastest that the CPU has is chosen when
+they are loaded.
 
-MIMO_FAST_KERNELS=torch or =triton turns them off.
+MIMO_FAST_CPU=portable, avx2, avx512 or neon takes another set. MIMO_FAST_KERNELS=torch or =triton
+turns all of them off.
+
+Functions raise ValueError where tensors do not fit each other: native code reads addresses.
 """
 
 from __future__ import annotations
@@ -21,9 +25,15 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.sample import SamplerTensors
 
+INSTRUCTION_SET = "MIMO_FAST_CPU"
+"""Environment variable that names a set of kernels."""
+
 try:
     from mimo_fast import _native
 except ImportError:  # Built without a compiler, or for a torch that brings no OpenMP.
+    if os.environ.get(INSTRUCTION_SET):
+        # Which is an error where a set is asked for, as is one that this CPU does not have.
+        raise
     _native = None  # type: ignore[assignment]
 
 BLOCKS = {4: (64, 128), 8: (32, 64, 128)}
@@ -33,7 +43,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
-    return _native is not None and _native.runs_here() and not os.environ.get(ENVIRONMENT)
+    return _native is not None and not os.environ.get(ENVIRONMENT)
 
 
 def compiled() -> ModuleType:
@@ -62,12 +72,22 @@ def one_thread() -> Iterator[None]:
 def state() -> str:
     """One line for `mimo-fast info`."""
     if _native is None:
-        return "not built (they need a C++ compiler when mimo-fast is installed, on x86-64 Linux)"
-    if not _native.runs_here():
-        return "built, but this CPU has no AVX2"
+        return "not built (they need a C++ compiler when mimo-fast is installed, on Linux)"
     if not available():
         return f"turned off by {ENVIRONMENT}"
-    return "quantized products, decode attention, sampling and small models on the CPU"
+    return (
+        "quantized products, decode attention, sampling and small models on the CPU, "
+        f"by {_native.instruction_set()} (it runs {', '.join(_native.instruction_sets())})"
+    )
+
+
+def expect(holds: bool, message: str) -> None:
+    """
+    Raises:
+        ValueError: it does not hold.
+    """
+    if not holds:
+        raise ValueError(message)
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:
@@ -103,31 +123,46 @@ def quantized_matmul(
         )
         return wide.to(x.dtype)
     rows, columns = weight.shape
+    expect(x.device.type == "cpu", f"x is on {x.device}")
+    expect(x.shape[-1] == columns, f"x is {x.shape[-1]} wide and the weight {columns}")
+    expect(weight.bias is None or weight.bias.shape == (rows,), "the bias is not one of the rows")
+    expect(norm is None or norm.weight.shape == (columns,), "the norm is not of x's width")
     flat = x.reshape(-1, columns).contiguous()
     y = x.new_empty(*x.shape[:-1], rows // 2 if swiglu else rows)
     added = None if residual is None else residual.expand_as(y).to(x.dtype).contiguous()
     bias = None if weight.bias is None else weight.bias.to(x.dtype).contiguous()
     gain = None if norm is None else norm.weight.to(x.dtype).contiguous()
-    _native.quantized_matmul(
-        x=flat.data_ptr(),
-        y=y.data_ptr(),
-        words=weight.words.data_ptr(),
-        scales=weight.scales.data_ptr(),
-        zeros=address(weight.zeros),
+    product = _native.QuantizedMatmul(
+        weight=stored(weight),
+        type=_type(x),
         bias=address(bias),
         norm=address(gain),
-        residual=address(added),
         eps=norm.eps if norm else 0.0,
         swiglu=swiglu,
-        type=_type(x),
+    )
+    product.run(x=flat.data_ptr(), y=y.data_ptr(), residual=address(added), rows=len(flat))
+    return y
+
+
+def stored(weight: QuantizedWeight) -> _native.QuantizedWeight:
+    """The native view of a weight, which must outlive it."""
+    rows, columns = weight.shape
+    scales, zeros = weight.scales, weight.zeros
+    expect(scales.shape[0] == rows and scales.is_contiguous(), "scales are not those of the rows")
+    expect(
+        zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous()),
+        "zeros are not shaped as scales",
+    )
+    return compiled().QuantizedWeight(
+        words=weight.words.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=address(zeros),
         bits=weight.bits,
         block=math.gcd(128, weight.group),
         group=weight.group,
-        M=len(flat),
-        N=rows,
-        K=columns,
+        rows=rows,
+        columns=columns,
     )
-    return y
 
 
 def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
@@ -145,31 +180,65 @@ def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
 def decode_attention(
     qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
 ) -> Tensor:
-    """`decode_attention` of decode_attention.py, its arguments checked there."""
+    """`decode_attention` of decode_attention.py.
+
+    Raises:
+        ValueError: shapes or types do not fit, or a slot is none of the cache's.
+    """
     assert _native is not None
-    k = cache.k
-    y = qkv.new_empty(len(qkv), 1, heads * k.shape[3])
-    _native.decode_attention(
-        qkv=qkv.data_ptr(),
-        table=table.data_ptr(),
-        k=k.data_ptr(),
-        v=cache.v.data_ptr(),
-        slots=slots.data_ptr(),
-        starts=starts.data_ptr(),
-        y=y.data_ptr(),
+    k, v = cache.k, cache.v
+    kv_heads, head_dim = k.shape[1], k.shape[3]
+    width = (heads + 2 * kv_heads) * head_dim
+    expect(qkv.shape[1:] == (1, width) and qkv.stride(2) == 1, f"qkv is not [R, 1, {width}]")
+    expect(k.dtype == v.dtype == qkv.dtype, "the cache is of another type than qkv")
+    expect(v.shape == k.shape and v.stride() == k.stride(), "keys and values are laid out unlike")
+    expect(k.stride(3) == 1, "a key is not contiguous")
+    expect(
+        table.shape[2] == head_dim // 2 and table.dtype == torch.float32 and table.is_contiguous(),
+        f"the table is not float32 [2, positions, {head_dim // 2}]",
+    )
+    y = qkv.new_empty(len(qkv), 1, heads * head_dim)
+    attention = _native.DecodeAttention(
         type=_type(qkv),
-        rows=len(qkv),
         heads=heads,
-        kv_heads=k.shape[1],
-        head_dim=k.shape[3],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        table=table.data_ptr(),
         positions=table.shape[1],
+    )
+    one_layer = _native.Cache(
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        layers=1,
+        slots=k.shape[0],
         capacity=k.shape[2],
-        row_stride=qkv.stride(0),
+        layer_stride=0,
         slot_stride=k.stride(0),
         head_stride=k.stride(1),
         position_stride=k.stride(2),
     )
+    attention.run(
+        qkv=qkv.data_ptr(),
+        row_stride=qkv.stride(0),
+        y=y.data_ptr(),
+        cache=one_layer,
+        at=positions(len(qkv), slots, starts),
+    )
     return y
+
+
+def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
+    """Where `rows` rows append.
+
+    Raises:
+        ValueError: slots or starts are not contiguous int64 [rows].
+    """
+    for name, values in (("slots", slots), ("starts", starts)):
+        expect(
+            values.dtype == torch.int64 and values.shape == (rows,) and values.is_contiguous(),
+            f"{name} are not int64 [{rows}]",
+        )
+    return compiled().Positions(slots=slots.data_ptr(), starts=starts.data_ptr(), rows=rows)
 
 
 def takes_logits(
@@ -201,17 +270,26 @@ def sample_text(
     """`sample_text` of sample_text.py."""
     assert _native is not None
     rows, size = logits.shape
+    expect(
+        fit_rows(rows, settings, seeds, draws), f"settings, seeds and draws are not of {rows} rows"
+    )
+    expect(
+        banned is None
+        or (banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:])),
+        "banned is not bool, of the ids or of rows of them",
+    )
     flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
     banned = None if banned is None else banned.contiguous()
     _native.sample(
-        logits=flat.data_ptr(),
+        logits=_native.Logits(
+            values=flat.data_ptr(),
+            banned=address(banned),
+            banned_stride=size if banned is not None and banned.ndim == 2 else 0,
+            size=size,
+            slot=slot,
+        ),
+        settings=sampler_rows(settings, seeds, draws),
         ids=ids.data_ptr(),
-        banned=address(banned),
-        banned_stride=size if banned is not None and banned.ndim == 2 else 0,
-        rows=rows,
-        size=size,
-        slot=slot,
-        **sampler_rows(settings, seeds, draws),
     )
     return ids
 
@@ -242,15 +320,17 @@ def fit_rows(rows: int, settings: SamplerTensors, seeds: Tensor, draws: Tensor) 
     )
 
 
-def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> dict[str, int]:
-    return {
-        "temperature": settings.temperature.data_ptr(),
-        "top_k": settings.top_k.data_ptr(),
-        "tail": settings.tail.data_ptr(),
-        "greedy": settings.greedy.data_ptr(),
-        "seeds": seeds.data_ptr(),
-        "draws": draws.data_ptr(),
-    }
+def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> _native.SamplerRows:
+    """The native view of settings that `fit_rows`."""
+    return compiled().SamplerRows(
+        temperature=settings.temperature.data_ptr(),
+        top_k=settings.top_k.data_ptr(),
+        tail=settings.tail.data_ptr(),
+        greedy=settings.greedy.data_ptr(),
+        seeds=seeds.data_ptr(),
+        draws=draws.data_ptr(),
+        rows=len(seeds),
+    )
 
 
 def address(tensor: Tensor | None) -> int:
