@@ -72,28 +72,18 @@ class CodecStack:
             ValueError: shapes or types are others, or a slot is no place.
         """
         rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
-        native.expect(
-            x.shape == (rows, self._dim) and x.dtype == torch.float32,
-            f"x is not float32 [T, {self._dim}]",
-        )
+        if x.shape != (rows, self._dim) or x.dtype != torch.float32:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
         shape = (self._layers, self._heads, places, head_dim)
-        for name, buffer in (("k", k), ("v", v)):
-            native.expect(
-                buffer.shape == shape and buffer.dtype == torch.float32 and buffer.is_contiguous(),
-                f"{name} is not float32 {list(shape)}",
-            )
-        native.expect(
-            table.shape == (2, rows, head_dim // 2) and table.dtype == torch.float32,
-            f"the table is not float32 [2, {rows}, {head_dim // 2}]",
-        )
-        native.expect(
-            slots.shape == (rows,) and slots.dtype == torch.int64 and slots.is_contiguous(),
-            f"slots are not int64 [{rows}]",
-        )
-        native.expect(
-            visible.shape == (rows, places) and visible.dtype == torch.bool,
-            f"visible is not bool [{rows}, {places}]",
-        )
+        for buffer in (k, v):
+            if buffer.shape != shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
+                raise ValueError(f"a buffer is {list(buffer.shape)}, not float32 {list(shape)}")
+        if table.shape != (2, rows, head_dim // 2) or table.dtype != torch.float32:
+            raise ValueError(f"the table is not float32 [2, {rows}, {head_dim // 2}]")
+        if slots.shape != (rows,) or slots.dtype != torch.int64 or not slots.is_contiguous():
+            raise ValueError(f"slots are not int64 [{rows}]")
+        if visible.shape != (rows, places) or visible.dtype != torch.bool:
+            raise ValueError(f"visible is not bool [{rows}, {places}]")
         y = x.clone(memory_format=torch.contiguous_format)
         table, visible = table.contiguous(), visible.contiguous()
         attention = native.compiled().CodecAttention(

@@ -1,6 +1,6 @@
-"""The kernels of csrc/cpu, present where this package was built with a C++ compiler on Linux, x86-64
-or aarch64. They are compiled once per instruction set; the fastest that the CPU has is chosen when
-they are loaded.
+"""The kernels of csrc/cpu, present where this package was built with a C++ compiler on x86-64 or
+aarch64 Linux. They are compiled once per instruction set; the fastest that the CPU has is chosen
+when they are loaded.
 
 MIMO_FAST_CPU=portable, avx2, avx512 or neon takes another set. MIMO_FAST_KERNELS=torch or =triton
 turns all of them off.
@@ -38,6 +38,9 @@ except ImportError:  # Built without a compiler, or for a torch that brings no O
 
 BLOCKS = {4: (64, 128), 8: (32, 64, 128)}
 """Columns packed together that the kernels know, by bits."""
+
+VIEW = "_native_view"
+"""Where a quantized weight keeps its native view: as a cached property does, and not in copies."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -92,15 +95,20 @@ def expect(holds: bool, message: str) -> None:
 
 def takes_weight(weight: QuantizedWeight) -> bool:
     """Whether `quantized_matmul` multiplies by a weight stored like this."""
+    return available() and (VIEW in vars(weight) or _is_known(weight))
+
+
+def _is_known(weight: QuantizedWeight) -> bool:
+    scales, zeros = weight.scales, weight.zeros
     return (
-        available()
-        and weight.words.device.type == "cpu"
+        weight.words.device.type == "cpu"
         and weight.words.is_contiguous()
         and weight.levels is None
         and weight.torch_scales is None
         and math.gcd(128, weight.group) in BLOCKS[weight.bits]
-        and weight.scales.dtype == torch.bfloat16
-        and (weight.zeros is None or weight.zeros.dtype == torch.float16)
+        and scales.dtype == torch.bfloat16
+        and scales.is_contiguous()
+        and (zeros is None or (zeros.dtype == torch.float16 and zeros.is_contiguous()))
     )
 
 
@@ -123,17 +131,19 @@ def quantized_matmul(
         )
         return wide.to(x.dtype)
     rows, columns = weight.shape
-    expect(x.device.type == "cpu", f"x is on {x.device}")
-    expect(x.shape[-1] == columns, f"x is {x.shape[-1]} wide and the weight {columns}")
-    expect(weight.bias is None or weight.bias.shape == (rows,), "the bias is not one of the rows")
-    expect(norm is None or norm.weight.shape == (columns,), "the norm is not of x's width")
+    if x.shape[-1] != columns or x.device.type != "cpu":
+        raise ValueError(f"x is {list(x.shape)} on {x.device}, the weight {columns} wide on a CPU")
+    if weight.bias is not None and weight.bias.shape != (rows,):
+        raise ValueError(f"the bias is not one of {rows} rows")
+    if norm is not None and norm.weight.shape != (columns,):
+        raise ValueError(f"the norm is not {columns} wide")
     flat = x.reshape(-1, columns).contiguous()
     y = x.new_empty(*x.shape[:-1], rows // 2 if swiglu else rows)
     added = None if residual is None else residual.expand_as(y).to(x.dtype).contiguous()
     bias = None if weight.bias is None else weight.bias.to(x.dtype).contiguous()
     gain = None if norm is None else norm.weight.to(x.dtype).contiguous()
     product = _native.QuantizedMatmul(
-        weight=stored(weight),
+        weight=view(weight),
         type=_type(x),
         bias=address(bias),
         norm=address(gain),
@@ -144,16 +154,20 @@ def quantized_matmul(
     return y
 
 
-def stored(weight: QuantizedWeight) -> _native.QuantizedWeight:
-    """The native view of a weight, which must outlive it."""
-    rows, columns = weight.shape
-    scales, zeros = weight.scales, weight.zeros
-    expect(scales.shape[0] == rows and scales.is_contiguous(), "scales are not those of the rows")
-    expect(
-        zeros is None or (zeros.shape == scales.shape and zeros.is_contiguous()),
-        "zeros are not shaped as scales",
-    )
-    return compiled().QuantizedWeight(
+def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
+    """The native view of a weight, which must outlive it; made once and kept with the weight.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    known = vars(weight).get(VIEW)
+    if known is not None:
+        return known
+    expect(_is_known(weight), "the weight is of a format that native code does not read")
+    (rows, columns), scales, zeros = weight.shape, weight.scales, weight.zeros
+    expect(len(scales) == rows, f"the scales are not those of {rows} rows")
+    expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
+    made = compiled().QuantizedWeight(
         words=weight.words.data_ptr(),
         scales=scales.data_ptr(),
         zeros=address(zeros),
@@ -163,6 +177,8 @@ def stored(weight: QuantizedWeight) -> _native.QuantizedWeight:
         rows=rows,
         columns=columns,
     )
+    vars(weight)[VIEW] = made
+    return made
 
 
 def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
@@ -189,14 +205,13 @@ def decode_attention(
     k, v = cache.k, cache.v
     kv_heads, head_dim = k.shape[1], k.shape[3]
     width = (heads + 2 * kv_heads) * head_dim
-    expect(qkv.shape[1:] == (1, width) and qkv.stride(2) == 1, f"qkv is not [R, 1, {width}]")
-    expect(k.dtype == v.dtype == qkv.dtype, "the cache is of another type than qkv")
-    expect(v.shape == k.shape and v.stride() == k.stride(), "keys and values are laid out unlike")
-    expect(k.stride(3) == 1, "a key is not contiguous")
-    expect(
-        table.shape[2] == head_dim // 2 and table.dtype == torch.float32 and table.is_contiguous(),
-        f"the table is not float32 [2, positions, {head_dim // 2}]",
-    )
+    if qkv.shape[1:] != (1, width) or qkv.stride(2) != 1:
+        raise ValueError(f"qkv is {list(qkv.shape)}, not [R, 1, {width}]")
+    if k.dtype != qkv.dtype or v.dtype != qkv.dtype:
+        raise ValueError(f"qkv is {qkv.dtype} and the cache {k.dtype}, {v.dtype}")
+    check_layout(k, v)
+    if table.shape[2] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
     y = qkv.new_empty(len(qkv), 1, heads * head_dim)
     attention = _native.DecodeAttention(
         type=_type(qkv),
@@ -227,17 +242,24 @@ def decode_attention(
     return y
 
 
+def check_layout(k: Tensor, v: Tensor) -> None:
+    """
+    Raises:
+        ValueError: keys and values [..., Dh] have not one layout, or heads are not contiguous.
+    """
+    if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
+        raise ValueError("keys and values are not of one layout, heads contiguous")
+
+
 def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
     """Where `rows` rows append.
 
     Raises:
         ValueError: slots or starts are not contiguous int64 [rows].
     """
-    for name, values in (("slots", slots), ("starts", starts)):
-        expect(
-            values.dtype == torch.int64 and values.shape == (rows,) and values.is_contiguous(),
-            f"{name} are not int64 [{rows}]",
-        )
+    for values in (slots, starts):
+        if values.dtype != torch.int64 or values.shape != (rows,) or not values.is_contiguous():
+            raise ValueError(f"slots or starts are not int64 [{rows}], but {list(values.shape)}")
     return compiled().Positions(slots=slots.data_ptr(), starts=starts.data_ptr(), rows=rows)
 
 
@@ -252,11 +274,12 @@ def takes_logits(
         and available()
         and logits.shape[1] > 0
         and fit_rows(rows, settings, seeds, draws)
-        and (
-            banned is None
-            or (banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:]))
-        )
+        and (banned is None or _bans(banned, logits))
     )
+
+
+def _bans(banned: Tensor, logits: Tensor) -> bool:
+    return banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:])
 
 
 def sample_text(
@@ -270,14 +293,10 @@ def sample_text(
     """`sample_text` of sample_text.py."""
     assert _native is not None
     rows, size = logits.shape
-    expect(
-        fit_rows(rows, settings, seeds, draws), f"settings, seeds and draws are not of {rows} rows"
-    )
-    expect(
-        banned is None
-        or (banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:])),
-        "banned is not bool, of the ids or of rows of them",
-    )
+    if not fit_rows(rows, settings, seeds, draws):
+        raise ValueError(f"settings, seeds and draws are not of {rows} rows")
+    if banned is not None and not _bans(banned, logits):
+        raise ValueError("banned is not bool, of the ids or of rows of them")
     flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
     banned = None if banned is None else banned.contiguous()
     _native.sample(

@@ -59,7 +59,8 @@ class Transformer:
         if not takes_transformer(layers, norm, table):
             raise ValueError("the native transformer takes small float32 models on a CPU alone")
         self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
-        self.dim, self._kv_heads, self._head_dim = len(norm), kv_heads, 2 * table.shape[2]
+        head_dim = 2 * table.shape[2]
+        self.dim, self._head_shape = len(norm), (kv_heads, head_dim)
         self.native = native.compiled().Transformer(
             norm=norm.data_ptr(),
             eps=eps,
@@ -68,7 +69,7 @@ class Transformer:
             dim=len(norm),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=self._head_dim,
+            head_dim=head_dim,
         )
         for attention_norm, qkv, out, ffn_norm, gate_up, down in layers:
             native.expect(
@@ -96,18 +97,18 @@ class Transformer:
         Raises:
             ValueError: shapes or types are others, or a slot is none of the cache's.
         """
-        native.expect(_is_rows(x, self.dim) and x.ndim == 2, f"x is not float32 [R, {self.dim}]")
-        native.expect(
-            k.ndim == 5
-            and k.dtype == v.dtype == torch.float32
-            and k.shape[2] == self._kv_heads
-            and k.shape[4] == self._head_dim
-            and k.stride(4) == 1,
-            f"the cache is not float32 [L, B, {self._kv_heads}, S, {self._head_dim}]",
-        )
-        native.expect(
-            k.shape == v.shape and k.stride() == v.stride(), "keys and values are laid out unlike"
-        )
+        if x.ndim != 2 or not _is_rows(x, self.dim):
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [R, {self.dim}]")
+        native.check_layout(k, v)
+        if (
+            k.dtype != torch.float32
+            or v.dtype != torch.float32
+            or k.shape[2::2] != self._head_shape
+        ):
+            raise ValueError(
+                f"the cache is {k.dtype} {list(k.shape)}, not float32 [layers, slots, kv_heads, "
+                f"capacity, head_dim] with kv_heads and head_dim {list(self._head_shape)}"
+            )
         cache = native.compiled().Cache(
             k=k.data_ptr(),
             v=v.data_ptr(),
@@ -131,7 +132,8 @@ class Transformer:
         Raises:
             ValueError: x is another shape or type, or T more than the positions of the table.
         """
-        native.expect(_is_rows(x, self.dim) and x.ndim == 3, f"x is not float32 [N, T, {self.dim}]")
+        if x.ndim != 3 or not _is_rows(x, self.dim):
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [N, T, {self.dim}]")
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         self.native.encode(
             x=x.data_ptr(), y=y.data_ptr(), sequences=len(x), length=x.shape[1], causal=causal
@@ -192,13 +194,10 @@ class PatchDecoder:
     ) -> Tensor:
         """local [R, D], settings, seeds and draws int64 of R rows -> codes int64 [R, C, G]."""
         rows = len(local)
-        native.expect(
-            _is_rows(local, self._dim) and local.ndim == 2, f"local is not float32 [R, {self._dim}]"
-        )
-        native.expect(
-            native.fit_rows(rows, settings, seeds, draws),
-            f"settings, seeds and draws are not of {rows} rows",
-        )
+        if local.ndim != 2 or not _is_rows(local, self._dim):
+            raise ValueError(f"local is {local.dtype} {list(local.shape)}, not [R, {self._dim}]")
+        if not native.fit_rows(rows, settings, seeds, draws):
+            raise ValueError(f"settings, seeds and draws are not of {rows} rows")
         local, codes = local.contiguous(), torch.empty(rows, *self._shape, dtype=torch.int64)
         self._native.decode(
             local=local.data_ptr(),
@@ -259,7 +258,7 @@ def linear(weight: AnyWeight) -> Any:
         native.expect(
             bias is None or bias.shape == (weight.shape[0],), "the bias is not one of the rows"
         )
-        return compiled.Linear.quantized(weight=native.stored(weight), bias=native.address(bias))
+        return compiled.Linear.quantized(weight=native.view(weight), bias=native.address(bias))
     columns = weight.blocks[0].shape[1]
     linear = compiled.Linear(columns=columns)
     for block, bias in zip(weight.blocks, weight.biases, strict=True):
