@@ -16,11 +16,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from cpu_build import SETS, add_extension  # noqa: E402
+from cpu_build import BUILD, SETS, add_extension, default_compiler  # noqa: E402
 from ninja_file import NinjaFile  # noqa: E402
-
-# Objects stay here, so that a later build compiles only what has changed.
-BUILD = ROOT / "build" / "native"
 
 # Machine code for Ampere and Ada, Hopper, and Blackwell's cards; later GPUs compile the last one's
 # PTX.
@@ -40,14 +37,13 @@ class BuildAll(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """`mimo_fast._native`, if there is a C++ compiler."""
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        compiler = default_compiler()
         if compiler is None:
             print("no C++ compiler is installed: plain torch takes the place of csrc/cpu")
             return
         output = Path(self.get_ext_fullpath(ext.name))
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
-        # A folder for each Python, whose headers the bindings are compiled with.
-        ninja = NinjaFile(BUILD / f"cpu-{sys.implementation.cache_tag}")
+        ninja = NinjaFile(BUILD / machine)
         add_extension(ninja, compiler, machine, includes, output.name)
         if ninja.run():
             output.parent.mkdir(parents=True, exist_ok=True)

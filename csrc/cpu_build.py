@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ninja_file import NinjaFile
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
+
+BUILD = SOURCES.parent.parent / "build" / "native"
+"""Objects stay here, so that a later build compiles only what has changed."""
 
 SETS = {
     "x86_64": {
@@ -28,25 +34,27 @@ SHARED = ("bindings", "instruction_set")
 FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
 
 
-def add_objects(ninja: NinjaFile, compiler: str, machine: str, prefix: str = "") -> list[str]:
+def default_compiler() -> str | None:
+    """$CXX or the one on the path; None for none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def add_objects(ninja: NinjaFile, compiler: str, machine: str) -> list[str]:
     """Edges for the kernels of every set and for what chooses one; returns the objects.
 
-    compiler: command and flags. prefix: of the rule and the objects' folder.
+    compiler: command and flags.
     """
-    rule = f"{prefix}cxx"
     ninja.rule(
-        rule, f"{compiler} {FLAGS} $flags -MMD -MF $out.d -c $in -o $out", "CXX $out", depfile=True
+        "cxx", f"{compiler} {FLAGS} $flags -MMD -MF $out.d -c $in -o $out", "CXX $out", depfile=True
     )
     objects = [
-        ninja.edge(
-            f"{prefix}{name}/{source.stem}.o", rule, [source], {"flags": _flags(name, flags)}
-        )
+        ninja.edge(f"{name}/{source.stem}.o", "cxx", [source], {"flags": _flags(name, flags)})
         for name, flags in SETS[machine].items()
         for source in sorted(SOURCES.glob("*.cpp"))
         if source.stem not in SHARED
     ]
     source = SOURCES / "instruction_set.cpp"
-    return [*objects, ninja.edge(f"{prefix}instruction_set.o", rule, [source])]
+    return [*objects, ninja.edge("instruction_set.o", "cxx", [source])]
 
 
 def add_extension(
@@ -54,8 +62,8 @@ def add_extension(
 ) -> None:
     """Edges for Python's extension module, under the name `output`."""
     objects = add_objects(ninja, compiler, machine)
-    flags = " ".join(f"-isystem {path}" for path in includes)
-    bindings = ninja.edge("bindings.o", "cxx", [SOURCES / "bindings.cpp"], {"flags": flags})
+    flags = " ".join(f"-I{shlex.quote(path)}" for path in includes)
+    bindings = ninja.edge(f"{output}.o", "cxx", [SOURCES / "bindings.cpp"], {"flags": flags})
     # torch has loaded an OpenMP before: the kernels use its threads. `now` turns a missing one into
     # an ImportError.
     ninja.rule("link", f"{compiler} -shared -fopenmp $in -o $out -Wl,-z,now", "LINK $out")

@@ -20,11 +20,12 @@ def ninja_program() -> str | None:
 
 class NinjaFile:
     """Rules and edges of one build. Paths of edges are absolute or relative to `directory`, where
-    the file, its log and its outputs are.
+    the file, its log and its outputs are. Builds of other names there share outputs with it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "build.ninja") -> None:
         self.directory = directory.absolute()
+        self._path = self.directory / name
         self._lines = ["ninja_required_version = 1.8", ""]
         self._targets: list[str] = []
 
@@ -60,13 +61,11 @@ class NinjaFile:
             print("ninja is missing: pip install ninja")
             return False
         self.directory.mkdir(parents=True, exist_ok=True)
-        path, text = self.directory / "build.ninja", "\n".join([*self._lines, ""])
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        self._path.write_text("\n".join([*self._lines, ""]), encoding="utf-8")
         # ninja's own default is two more jobs than there are cores.
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        command = [program, "-C", str(self.directory), "-j", jobs, *self._targets]
-        return subprocess.run(command, check=False).returncode == 0
+        command = [program, "-C", str(self.directory), "-f", self._path.name, "-j", jobs]
+        return subprocess.run([*command, *self._targets], check=False).returncode == 0
 
 
 def _escaped(path: str) -> str:
