@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.cpu.transformer import AnyWeight, linear, takes_parts
+from mimo_fast.kernels.cpu.transformer import AnyWeight, is_plain, linear, takes_parts
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 Norm = tuple[Tensor, Tensor | None]
@@ -51,8 +51,11 @@ class CodecStack:
     def _norm(self, norm: Norm) -> Any:
         weight, bias = norm
         native.expect(
-            weight.shape == (self._dim,) and (bias is None or bias.shape == weight.shape),
-            f"a norm is not of width {self._dim}",
+            is_plain(weight)
+            and is_plain(bias)
+            and weight.shape == (self._dim,)
+            and (bias is None or bias.shape == weight.shape),
+            f"a norm is not float32 [{self._dim}] on a CPU, contiguous and frozen",
         )
         return native.compiled().Norm(weight=weight.data_ptr(), bias=native.address(bias))
 

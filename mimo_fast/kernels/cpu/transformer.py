@@ -217,23 +217,23 @@ def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> b
 def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
     """Whether a native call may read all of these for as long as they live, and they are small."""
     size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
-    return native.available() and size <= SMALL and all(map(_is_plain, parts))
+    return native.available() and size <= SMALL and all(map(is_plain, parts))
 
 
 def takes_table(rows: Tensor) -> bool:
     """Whether `PatchDecoder` reads heads or embeddings like these."""
-    return _is_plain(rows) and rows.shape[1] % 8 == 0
+    return is_plain(rows) and rows.shape[1] % 8 == 0
 
 
-def _is_plain(part: Tensor | AnyWeight | None) -> bool:
+def is_plain(part: Tensor | AnyWeight | None) -> bool:
     """Whether native code reads it as it is; what is being trained may move."""
     if part is None:
         return True
     if isinstance(part, QuantizedWeight):
-        return native.takes_weight(part) and _is_plain(part.bias)
+        return native.takes_weight(part) and is_plain(part.bias)
     if isinstance(part, Weight):
         widths = all(block.shape[1] % 8 == 0 for block in part.blocks)
-        return widths and all(_is_plain(each) for each in (*part.blocks, *part.biases))
+        return widths and all(is_plain(each) for each in (*part.blocks, *part.biases))
     return (
         part.device.type == "cpu"
         and part.dtype == torch.float32
@@ -252,6 +252,7 @@ def linear(weight: AnyWeight) -> Any:
     Raises:
         ValueError: its parts do not fit each other.
     """
+    native.expect(is_plain(weight), "a weight is not float32 on a CPU, contiguous and frozen")
     compiled = native.compiled()
     if isinstance(weight, QuantizedWeight):
         bias = weight.bias
