@@ -1,11 +1,11 @@
 // Products of one block of packed weights with R rows of x in fixed point: exact integers, the same in every set.
 //
-//     dot_4_bits<BLOCK, R>    x = 256 high + low, both bytes: sums of q high and of q low
-//     dot_8_bits<BLOCK, R>    x of 16 bits
+//     dot_4_bits<BLOCK, R>    where SPLITS_X, x = 256 high + low, both bytes: sums of q high and of q low
+//     dot_8_bits<BLOCK, R>    x of 16 bits, as for 4 bits where not SPLITS_X
 //
-// Lane i of the result has the products of columns whose places in their 32 nibbles are 4 i ... 4 i + 3, or in their 16
-// bytes 2 i and 2 i + 1. The order of columns in x is `unpacking_order` of quantized_matmul.cpp: bytes in order, the low
-// nibbles of NIBBLE_BYTES bytes before their high ones.
+// The sum over a block is in lanes, of which lane i has the products of columns whose places in their 32 nibbles are 4 i
+// ... 4 i + 3, or in their 16 bytes 2 i and 2 i + 1; in portable C++ it is all in lane 0. The order of columns in x is
+// `UnpackingOrder` of quantized_matmul.cpp: bytes in order, the low nibbles of NIBBLE_BYTES bytes before their high ones.
 //
 // Bounds. 4 bits: a product is at most 15 * 128 = 1,920. 8 bits: at most 255 * 32,512, of which 128 fit 31 bits.
 #pragma once
@@ -16,6 +16,7 @@ namespace mimo_fast::MIMO_FAST_SET {
 
 #if defined(MIMO_FAST_AVX512)
 
+constexpr bool SPLITS_X = true;
 template <int BLOCK>
 constexpr int NIBBLE_BYTES = BLOCK / 2;
 
@@ -68,6 +69,7 @@ INLINE void dot_8_bits(const uint8_t* words, const int16_t* x, int64_t stride, I
 
 #elif defined(MIMO_FAST_AVX2)
 
+constexpr bool SPLITS_X = true;
 template <int BLOCK>
 constexpr int NIBBLE_BYTES = 32;
 
@@ -110,6 +112,7 @@ INLINE void dot_8_bits(const uint8_t* words, const int16_t* x, int64_t stride, I
 
 #elif defined(MIMO_FAST_NEON)
 
+constexpr bool SPLITS_X = true;
 template <int BLOCK>
 constexpr int NIBBLE_BYTES = 32;
 
@@ -165,44 +168,36 @@ INLINE void dot_8_bits(const uint8_t* words, const int16_t* x, int64_t stride, I
 
 #else
 
+constexpr bool SPLITS_X = false;
 template <int BLOCK>
 constexpr int NIBBLE_BYTES = 32;
 
-// Sums of q x over BLOCK places, 32 at a time. A sum of 16 bits gets at most 4 products, 7,680.
-template <int BLOCK>
-INLINE Ints dot_bytes(const int16_t* q, const int8_t* x) {
-    int16_t sums[32] = {};
-    for (int n = 0; n < BLOCK; n += 32)
-        for (int i = 0; i < 32; ++i) sums[i] = int16_t(sums[i] + q[n + i] * x[n + i]);
-    Ints result;
-    for (int i = 0; i < 8; ++i)
-        result.v[i] = (sums[4 * i] + sums[4 * i + 1]) + (sums[4 * i + 2] + sums[4 * i + 3]);
-    return result;
+// R rows of x at `stride` with q. Compilers know this loop: x86-64 has it in SSE2, pmaddwd. The sum is in lane 0.
+template <int BLOCK, int R>
+INLINE void dot_words(const int16_t (&q)[BLOCK], const int16_t* x, int64_t stride, Ints (&out)[R]) {
+    for (int r = 0; r < R; ++r, x += stride) {
+        int32_t sum = 0;
+        for (int i = 0; i < BLOCK; ++i) sum += int32_t(q[i]) * x[i];
+        out[r] = splat(0);
+        out[r].v[0] = sum;
+    }
 }
 
 template <int BLOCK, int R>
-INLINE void dot_4_bits(const uint8_t* words, const int8_t* high, const int8_t* low, int64_t stride, Ints (&out)[R]) {
+INLINE void dot_4_bits(const uint8_t* words, const int16_t* x, int64_t stride, Ints (&out)[R]) {
     int16_t q[BLOCK];
-    for (int n = 0; n < BLOCK; n += 64)
-        for (int i = 0; i < 32; ++i) {
-            q[n + i] = words[n / 2 + i] & 15;
-            q[n + 32 + i] = words[n / 2 + i] >> 4;
-        }
-    for (int r = 0; r < R; ++r, high += stride, low += stride)
-        out[r] = shift_left<8>(dot_bytes<BLOCK>(q, high)) + dot_bytes<BLOCK>(q, low);
+    for (int n = 0; n < BLOCK; n += 64) {
+        for (int i = 0; i < 32; ++i) q[n + i] = words[n / 2 + i] & 15;
+        for (int i = 0; i < 32; ++i) q[n + 32 + i] = words[n / 2 + i] >> 4;
+    }
+    dot_words<BLOCK, R>(q, x, stride, out);
 }
 
 template <int BLOCK, int R>
 INLINE void dot_8_bits(const uint8_t* words, const int16_t* x, int64_t stride, Ints (&out)[R]) {
     int16_t q[BLOCK];
     for (int i = 0; i < BLOCK; ++i) q[i] = words[i];
-    for (int r = 0; r < R; ++r, x += stride) {
-        Ints sum = splat(0);
-        for (int n = 0; n < BLOCK; n += 16)
-            for (int i = 0; i < 8; ++i)
-                sum.v[i] += int32_t(q[n + 2 * i]) * x[n + 2 * i] + int32_t(q[n + 2 * i + 1]) * x[n + 2 * i + 1];
-        out[r] = sum;
-    }
+    dot_words<BLOCK, R>(q, x, stride, out);
 }
 
 #endif

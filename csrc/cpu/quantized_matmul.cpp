@@ -50,19 +50,21 @@ struct UnpackingOrder {
 
 // All rows of x in fixed point.
 struct FixedPoint {
-    Buffer<int8_t> high, low;  // [M, K], for 4 bits
-    Buffer<int16_t> whole;     // [M, K], for 8 bits
+    Buffer<int8_t> high, low;  // [M, K], for 4 bits where the set SPLITS_X
+    Buffer<int16_t> whole;     // [M, K], otherwise
     Buffer<float> steps;       // [M, K / block]: s
     Buffer<float> sums;        // [M, K / group]: t
 
     explicit FixedPoint(const QuantizedMatmul& p)
-        : high(p.weight.bits == 4 ? p.M * p.weight.columns : 0), low(high.size()),
-          whole(p.weight.bits == 8 ? p.M * p.weight.columns : 0), steps(p.M * (p.weight.columns / p.weight.block)),
+        : high(splits(p.weight) ? p.M * p.weight.columns : 0), low(high.size()),
+          whole(splits(p.weight) ? 0 : p.M * p.weight.columns), steps(p.M * (p.weight.columns / p.weight.block)),
           sums(p.M * (p.weight.columns / p.weight.group)) {
         const UnpackingOrder order(p.weight.bits, p.weight.block);
 #pragma omp parallel for if (p.M > 4)
         for (int64_t m = 0; m < p.M; ++m) convert_row(p, order, m);
     }
+
+    static bool splits(const QuantizedWeight& w) { return SPLITS_X && w.bits == 4; }
 
     void convert_row(const QuantizedMatmul& p, const UnpackingOrder& order, int64_t m) {
         const int64_t K = p.weight.columns;
@@ -106,7 +108,7 @@ struct FixedPoint {
             store(fixed + i, whole8);
         }
         const int64_t at = m * w.columns + start;
-        if (w.bits == 8) {
+        if (!splits(w)) {
             for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(fixed[order.order[i]]);
         } else {
             for (int i = 0; i < w.block; ++i) {
@@ -142,6 +144,14 @@ INLINE void subtract_zeros(const QuantizedWeight& w, int64_t n, const float* sum
     }
 }
 
+// A block of W with R rows of x, whose first is `at` and K values before the next.
+template <int BITS, int BLOCK, int R>
+INLINE void dot_block(const uint8_t* words, const FixedPoint& x, int64_t at, int64_t K, Ints (&out)[R]) {
+    if constexpr (BITS == 8) dot_8_bits<BLOCK, R>(words, x.whole.data() + at, K, out);
+    else if constexpr (SPLITS_X) dot_4_bits<BLOCK, R>(words, x.high.data() + at, x.low.data() + at, K, out);
+    else dot_4_bits<BLOCK, R>(words, x.whole.data() + at, K, out);
+}
+
 // Row n of W with rows m ... m + R - 1 of x, and the bias.
 template <int BITS, int BLOCK, int R>
 INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t n, float (&y)[R]) {
@@ -157,8 +167,7 @@ INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, in
         for (int64_t end = b + blocks_of_group; b < end; ++b, words += BLOCK * BITS / 8) {
             const int64_t at = m * K + b * BLOCK;
             Ints dots[R];
-            if constexpr (BITS == 4) dot_4_bits<BLOCK, R>(words, x.high.data() + at, x.low.data() + at, K, dots);
-            else dot_8_bits<BLOCK, R>(words, x.whole.data() + at, K, dots);
+            dot_block<BITS, BLOCK, R>(words, x, at, K, dots);
             for (int r = 0; r < R; ++r)
                 sums[r] = fma(to_floats(dots[r]), splat(scale * steps[r * blocks + b]), sums[r]);
         }
