@@ -4,7 +4,7 @@ OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test kernels bench nano lint types unit golden interpreted compiled clean
+.PHONY: demo test kernels aarch64 bench nano lint types unit golden interpreted compiled clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -18,6 +18,10 @@ test: lint types unit
 
 # The Triton kernels without a GPU; -j2 runs two parts at once.
 kernels: golden interpreted compiled
+
+# The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
+aarch64: $(READY)
+	$(BIN)/python tests/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
@@ -43,7 +47,7 @@ golden: $(READY)
 compiled: $(READY)
 	$(BIN)/python -m pytest tests/test_compile_matrix.py
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/* csrc/cuda/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

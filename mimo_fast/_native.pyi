@@ -1,42 +1,79 @@
+"""csrc/cpu/bindings.cpp. Integers are addresses, sizes and strides in elements; an address of 0 is
+none. Constructors raise ValueError for what cannot be, calls for slots and lengths out of range."""
+
 from enum import Enum
 
 class Type(Enum):
     float32 = 0
     bfloat16 = 1
 
-def runs_here() -> bool: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
 def set_threads(threads: int) -> int: ...
-def quantized_matmul(
-    *, x: int, y: int, words: int, scales: int, zeros: int, bias: int, norm: int, residual: int, eps: float,
-    swiglu: bool, type: Type, bits: int, block: int, group: int, M: int, N: int, K: int,
-) -> None: ...  # fmt: skip
-def decode_attention(
-    *, qkv: int, table: int, k: int, v: int, slots: int, starts: int, y: int, type: Type, rows: int, heads: int,
-    kv_heads: int, head_dim: int, positions: int, capacity: int, row_stride: int, slot_stride: int, head_stride: int,
-    position_stride: int,
-) -> None: ...  # fmt: skip
-def sample(
-    *, logits: int, ids: int, banned: int, banned_stride: int, rows: int, size: int, slot: int, temperature: int,
-    top_k: int, tail: int, greedy: int, seeds: int, draws: int,
-) -> None: ...  # fmt: skip
-def gumbel(*, seed: int, draw: int, slot: int, first: int, count: int, noise: int) -> None: ...
 
-class Linear:
-    def __init__(self, *, columns: int) -> None: ...
-    def add_block(self, *, weight: int, bias: int, rows: int) -> None: ...
-    @staticmethod
-    def quantized(
+class QuantizedWeight:
+    def __init__(
+        self,
         *,
         words: int,
         scales: int,
         zeros: int,
-        bias: int,
         bits: int,
         block: int,
         group: int,
         rows: int,
         columns: int,
-    ) -> Linear: ...
+    ) -> None: ...
+
+class QuantizedMatmul:
+    def __init__(
+        self,
+        *,
+        weight: QuantizedWeight,
+        type: Type,
+        bias: int,
+        norm: int,
+        eps: float,
+        swiglu: bool,
+    ) -> None: ...
+    def run(self, *, x: int, y: int, residual: int, rows: int) -> None: ...
+
+class Linear:
+    def __init__(self, *, columns: int) -> None: ...
+    def add_block(self, *, weight: int, bias: int, rows: int) -> None: ...
+    @staticmethod
+    def quantized(*, weight: QuantizedWeight, bias: int) -> Linear: ...
+
+class Cache:
+    def __init__(
+        self,
+        *,
+        k: int,
+        v: int,
+        layers: int,
+        slots: int,
+        capacity: int,
+        layer_stride: int,
+        slot_stride: int,
+        head_stride: int,
+        position_stride: int,
+    ) -> None: ...
+
+class Positions:
+    def __init__(self, *, slots: int, starts: int, rows: int) -> None: ...
+
+class DecodeAttention:
+    def __init__(
+        self,
+        *,
+        type: Type,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        table: int,
+        positions: int,
+    ) -> None: ...
+    def run(self, *, qkv: int, row_stride: int, y: int, cache: Cache, at: Positions) -> None: ...
 
 class Transformer:
     def __init__(
@@ -61,11 +98,29 @@ class Transformer:
         gate_up: Linear,
         down: Linear,
     ) -> None: ...
-    def step(
-        self, *, x: int, y: int, k: int, v: int, slots: int, starts: int, rows: int, capacity: int, layer_stride: int,
-        slot_stride: int, head_stride: int, position_stride: int,
-    ) -> None: ...  # fmt: skip
+    def step(self, *, x: int, y: int, cache: Cache, at: Positions) -> None: ...
     def encode(self, *, x: int, y: int, sequences: int, length: int, causal: bool) -> None: ...
+
+class SamplerRows:
+    def __init__(
+        self,
+        *,
+        temperature: int,
+        top_k: int,
+        tail: int,
+        greedy: int,
+        seeds: int,
+        draws: int,
+        rows: int,
+    ) -> None: ...
+
+class Logits:
+    def __init__(
+        self, *, values: int, banned: int, banned_stride: int, size: int, slot: int
+    ) -> None: ...
+
+def sample(*, logits: Logits, settings: SamplerRows, ids: int) -> None: ...
+def gumbel(*, seed: int, draw: int, slot: int, first: int, count: int, noise: int) -> None: ...
 
 class PatchDecoder:
     def __init__(
@@ -74,21 +129,31 @@ class PatchDecoder:
         transformer: Transformer,
         heads: int,
         embeddings: int,
+        table_rows: int,
         channels: int,
         group_size: int,
     ) -> None: ...
     def add_step(self, *, heads: int, active: int) -> None: ...
-    def decode(
-        self, *, local: int, codes: int, rows: int, temperature: int, top_k: int, tail: int, greedy: int, seeds: int,
-        draws: int,
-    ) -> None: ...  # fmt: skip
+    def decode(self, *, local: int, codes: int, settings: SamplerRows) -> None: ...
+
+class Norm:
+    def __init__(self, *, weight: int, bias: int) -> None: ...
+
+class CodecAttention:
+    def __init__(
+        self, *, table: int, k: int, v: int, slots: int, visible: int, places: int
+    ) -> None: ...
 
 class CodecStack:
     def __init__(self, *, dim: int, heads: int, eps: float) -> None: ...
     def add_layer(
-        self, *, attention_norm: int, attention_norm_bias: int, qkv: Linear, out: Linear, ffn_norm: int,
-        ffn_norm_bias: int, up: Linear, down: Linear,
-    ) -> None: ...  # fmt: skip
-    def run(
-        self, *, x: int, rows: int, table: int, k: int, v: int, slots: int, visible: int, places: int
-    ) -> None: ...  # fmt: skip
+        self,
+        *,
+        attention_norm: Norm,
+        qkv: Linear,
+        out: Linear,
+        ffn_norm: Norm,
+        up: Linear,
+        down: Linear,
+    ) -> None: ...
+    def run(self, *, x: int, rows: int, attention: CodecAttention) -> None: ...

@@ -1,14 +1,13 @@
 // Softmax attention of one float32 query over the keys and values at given places.
 #pragma once
 
-#include <vector>
+#include "buffer.h"
+#include "simd.h"
 
-#include "activations.h"
+namespace mimo_fast::MIMO_FAST_SET {
 
-namespace mimo_fast {
-
-// The head [head_dim] at x, rotated in place by cosines and sines [head_dim / 2].
-inline void rotate_head(float* x, const float* cosines, const float* sines, int64_t half) {
+// The head [2 half] at x, rotated in place by cosines and sines [half].
+INLINE void rotate_head(float* x, const float* cosines, const float* sines, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
         const float a = x[i], b = x[half + i];
         x[i] = a * cosines[i] - b * sines[i];
@@ -16,11 +15,11 @@ inline void rotate_head(float* x, const float* cosines, const float* sines, int6
     }
 }
 
-// y[head_dim] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_j over j in `places`; key and value j are `stride` apart.
-// weights: scratch. head_dim is a multiple of 8; without places y is 0.
+// y[head_dim] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_j over j in the `count` places; key and value j are `stride`
+// apart. weights: scratch. head_dim is a multiple of 8; without places y is 0.
 void attend(
-    const float* q, const float* k, const float* v, const std::vector<int64_t>& places, int64_t stride,
-    int64_t head_dim, std::vector<float>& weights, float* y
+    const float* q, const float* k, const float* v, const int64_t* places, int64_t count, int64_t stride,
+    int64_t head_dim, Buffer<float>& weights, float* y
 );
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -1,31 +1,90 @@
-// Python's view of the native kernels: addresses and sizes in, nothing of torch.
+// Python's view of the kernels: addresses and sizes in named structs, nothing of torch. What a struct can tell to be
+// wrong raises ValueError when it is made, and what a call can tell (slots, lengths) before anything is computed; types
+// and shapes of tensors are checked in mimo_fast/kernels/cpu, which alone calls this.
 
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "codec_stack.h"
-#include "decode_attention.h"
-#include "patch_decoder.h"
-#include "quantized_matmul.h"
+#include <stdexcept>
+#include <string>
+
+#include "instruction_set.h"
 
 namespace py = pybind11;
 using namespace mimo_fast;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+const Kernels* kernels = nullptr;  // set when the module is loaded
 
 template <class T>
 T* address(uintptr_t value) {
     return reinterpret_cast<T*>(value);
 }
 
-SamplerRows sampler_rows(
-    uintptr_t temperature, uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds, uintptr_t draws
-) {
-    return {address<const float>(temperature), address<const int64_t>(top_k), address<const float>(tail),
-            address<const bool>(greedy), address<const int64_t>(seeds), address<const int64_t>(draws)};
+void check(bool right, const std::string& what) {
+    if (!right) throw std::invalid_argument(what);
 }
 
-void bind_transformer(py::module_& module) {
+void check_slots(const int64_t* slots, int64_t rows, int64_t count) {
+    for (int64_t r = 0; r < rows; ++r)
+        check(slots[r] >= 0 && slots[r] < count,
+              "slot " + std::to_string(slots[r]) + " of row " + std::to_string(r) + " is not below " +
+                  std::to_string(count));
+}
+
+void check_shape(const Linear& w, int64_t rows, int64_t columns, const char* name) {
+    check(w.rows == rows && w.columns == columns,
+          std::string(name) + " is [" + std::to_string(w.rows) + ", " + std::to_string(w.columns) + "], not [" +
+              std::to_string(rows) + ", " + std::to_string(columns) + "]");
+}
+
+void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
+    check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads are no multiple of kv_heads");
+    check(head_dim > 0 && head_dim % 8 == 0, "head_dim is no multiple of 8");
+}
+
+QuantizedWeight quantized_weight(
+    uintptr_t words, uintptr_t scales, uintptr_t zeros, int bits, int block, int64_t group, int64_t rows,
+    int64_t columns
+) {
+    check(bits == 4 || bits == 8, "bits are neither 4 nor 8");
+    check(block == 128 || block == 64 || (block == 32 && bits == 8), "blocks of this size are not known");
+    check(group > 0 && group % block == 0, "group is no multiple of block");
+    check(columns > 0 && columns % group == 0, "columns are no multiple of group");
+    check(rows >= 0 && (!rows || (words && scales)), "words and scales are missing");
+    return {address<const uint8_t>(words), address<const uint16_t>(scales), address<const uint16_t>(zeros), bits,
+            block, group, rows, columns};
+}
+
+void bind_weights(py::module_& module) {
+    py::enum_<Type>(module, "Type").value("float32", Type::float32).value("bfloat16", Type::bfloat16);
+    py::class_<QuantizedWeight>(module, "QuantizedWeight")
+        .def(py::init(&quantized_weight), py::kw_only(), py::arg("words"), py::arg("scales"), py::arg("zeros"),
+             py::arg("bits"), py::arg("block"), py::arg("group"), py::arg("rows"), py::arg("columns"));
+    py::class_<QuantizedMatmul>(module, "QuantizedMatmul")
+        .def(py::init([](const QuantizedWeight& weight, Type type, uintptr_t bias, uintptr_t norm, float eps,
+                         bool swiglu) {
+                 check(!swiglu || weight.rows % 2 == 0, "SwiGLU needs an even number of rows");
+                 return QuantizedMatmul{weight, type, address<const void>(bias), address<const void>(norm), eps,
+                                        swiglu, nullptr, nullptr, nullptr, 0};
+             }),
+             py::kw_only(), py::arg("weight"), py::arg("type"), py::arg("bias"), py::arg("norm"), py::arg("eps"),
+             py::arg("swiglu"))
+        .def("run",
+             [](QuantizedMatmul self, uintptr_t x, uintptr_t y, uintptr_t residual, int64_t rows) {
+                 self.x = address<const void>(x);
+                 self.y = address<void>(y);
+                 self.residual = address<const void>(residual);
+                 self.M = rows;
+                 kernels->quantized_matmul(self);
+             },
+             py::kw_only(), py::arg("x"), py::arg("y"), py::arg("residual"), py::arg("rows"), Unlocked());
     py::class_<Linear>(module, "Linear")
         .def(py::init([](int64_t columns) {
+                 check(columns > 0 && columns % 8 == 0, "columns are no multiple of 8");
                  Linear linear;
                  linear.columns = columns;
                  return linear;
@@ -33,134 +92,228 @@ void bind_transformer(py::module_& module) {
              py::kw_only(), py::arg("columns"))
         .def("add_block",
              [](Linear& self, uintptr_t weight, uintptr_t bias, int64_t rows) {
+                 check(!self.quantized.bits, "the matrix is quantized");
+                 check(weight && rows > 0, "the block is empty");
                  self.blocks.push_back({address<const float>(weight), address<const float>(bias), rows});
                  self.rows += rows;
              },
              py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("rows"))
         .def_static(
             "quantized",
-            [](uintptr_t words, uintptr_t scales, uintptr_t zeros, uintptr_t bias, int bits, int block, int64_t group,
-               int64_t rows, int64_t columns) {
-                Linear linear;
-                linear.rows = rows, linear.columns = columns;
-                linear.quantized = {nullptr, nullptr, address<const uint8_t>(words), address<const uint16_t>(scales),
-                                    address<const uint16_t>(zeros), address<const void>(bias), nullptr, nullptr, 0,
-                                    false, Type::float32, bits, block, group, 0, rows, columns};
-                return linear;
+            [](const QuantizedWeight& weight, uintptr_t bias) {
+                return Linear{{}, weight, address<const float>(bias), weight.rows, weight.columns};
             },
-            py::kw_only(), py::arg("words"), py::arg("scales"), py::arg("zeros"), py::arg("bias"), py::arg("bits"),
-            py::arg("block"), py::arg("group"), py::arg("rows"), py::arg("columns"));
+            py::kw_only(), py::arg("weight"), py::arg("bias"));
+}
+
+void bind_attention(py::module_& module) {
+    py::class_<Cache>(module, "Cache")
+        .def(py::init([](uintptr_t k, uintptr_t v, int64_t layers, int64_t slots, int64_t capacity,
+                         int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t position_stride) {
+                 return Cache{address<void>(k), address<void>(v), layers, slots, capacity, layer_stride, slot_stride,
+                              head_stride, position_stride};
+             }),
+             py::kw_only(), py::arg("k"), py::arg("v"), py::arg("layers"), py::arg("slots"), py::arg("capacity"),
+             py::arg("layer_stride"), py::arg("slot_stride"), py::arg("head_stride"), py::arg("position_stride"));
+    py::class_<Positions>(module, "Positions")
+        .def(py::init([](uintptr_t slots, uintptr_t starts, int64_t rows) {
+                 return Positions{address<const int64_t>(slots), address<const int64_t>(starts), rows};
+             }),
+             py::kw_only(), py::arg("slots"), py::arg("starts"), py::arg("rows"));
+    py::class_<DecodeAttention>(module, "DecodeAttention")
+        .def(py::init([](Type type, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t table,
+                         int64_t positions) {
+                 check_heads(heads, kv_heads, head_dim);
+                 DecodeAttention p;
+                 p.type = type;
+                 p.heads = heads;
+                 p.kv_heads = kv_heads;
+                 p.head_dim = head_dim;
+                 p.table = address<const float>(table);
+                 p.positions = positions;
+                 return p;
+             }),
+             py::kw_only(), py::arg("type"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+             py::arg("table"), py::arg("positions"))
+        .def("run",
+             [](DecodeAttention self, uintptr_t qkv, int64_t row_stride, uintptr_t y, const Cache& cache,
+                const Positions& at) {
+                 check_slots(at.slots, at.rows, cache.slots);
+                 self.qkv = address<const void>(qkv);
+                 self.row_stride = row_stride;
+                 self.y = address<void>(y);
+                 self.cache = cache;
+                 self.at = at;
+                 kernels->decode_attention(self);
+             },
+             py::kw_only(), py::arg("qkv"), py::arg("row_stride"), py::arg("y"), py::arg("cache"), py::arg("at"),
+             Unlocked());
+}
+
+void add_layer(
+    Transformer& self, uintptr_t attention_norm, const Linear& qkv, const Linear& out, uintptr_t ffn_norm,
+    const Linear& gate_up, const Linear& down
+) {
+    check(attention_norm && ffn_norm, "a norm is missing");
+    check_shape(qkv, self.qkv_width(), self.dim, "qkv");
+    check_shape(out, self.dim, self.heads * self.head_dim, "out");
+    check_shape(gate_up, gate_up.rows / 2 * 2, self.dim, "gate_up");
+    check_shape(down, self.dim, gate_up.rows / 2, "down");
+    self.layers.push_back(
+        {address<const float>(attention_norm), qkv, out, address<const float>(ffn_norm), gate_up, down});
+}
+
+void bind_transformer(py::module_& module) {
     py::class_<Transformer>(module, "Transformer")
         .def(py::init([](uintptr_t norm, float eps, uintptr_t table, int64_t positions, int64_t dim, int64_t heads,
                          int64_t kv_heads, int64_t head_dim) {
+                 check(norm && table, "norm and table are missing");
+                 check(dim > 0 && dim % 8 == 0, "dim is no multiple of 8");
+                 check_heads(heads, kv_heads, head_dim);
                  return Transformer{{}, address<const float>(norm), eps, address<const float>(table), positions, dim,
                                     heads, kv_heads, head_dim};
              }),
              py::kw_only(), py::arg("norm"), py::arg("eps"), py::arg("table"), py::arg("positions"), py::arg("dim"),
              py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"))
-        .def("add_layer",
-             [](Transformer& self, uintptr_t attention_norm, const Linear& qkv, const Linear& out, uintptr_t ffn_norm,
-                const Linear& gate_up, const Linear& down) {
-                 self.layers.push_back(
-                     {address<const float>(attention_norm), qkv, out, address<const float>(ffn_norm), gate_up, down});
-             },
-             py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("out"), py::arg("ffn_norm"),
-             py::arg("gate_up"), py::arg("down"))
+        .def("add_layer", &add_layer, py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("out"),
+             py::arg("ffn_norm"), py::arg("gate_up"), py::arg("down"))
         .def("step",
-             [](const Transformer& self, uintptr_t x, uintptr_t y, uintptr_t k, uintptr_t v, uintptr_t slots,
-                uintptr_t starts, int64_t rows, int64_t capacity, int64_t layer_stride, int64_t slot_stride,
-                int64_t head_stride, int64_t position_stride) {
-                 step(self, address<const float>(x), address<float>(y),
-                      {address<float>(k), address<float>(v), capacity, layer_stride, slot_stride, head_stride,
-                       position_stride},
-                      address<const int64_t>(slots), address<const int64_t>(starts), rows);
+             [](const Transformer& self, uintptr_t x, uintptr_t y, const Cache& cache, const Positions& at) {
+                 check(cache.layers == int64_t(self.layers.size()), "the cache has other layers");
+                 check_slots(at.slots, at.rows, cache.slots);
+                 kernels->step(self, address<const float>(x), address<float>(y), cache, at);
              },
-             py::kw_only(), py::arg("x"), py::arg("y"), py::arg("k"), py::arg("v"), py::arg("slots"),
-             py::arg("starts"), py::arg("rows"), py::arg("capacity"), py::arg("layer_stride"), py::arg("slot_stride"),
-             py::arg("head_stride"), py::arg("position_stride"), py::call_guard<py::gil_scoped_release>())
+             py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cache"), py::arg("at"), Unlocked())
         .def("encode",
              [](const Transformer& self, uintptr_t x, uintptr_t y, int64_t sequences, int64_t length, bool causal) {
-                 encode(self, address<const float>(x), address<float>(y), sequences, length, causal);
+                 check(length <= self.positions, "a sequence is longer than the table of rotations");
+                 kernels->encode(self, address<const float>(x), address<float>(y), sequences, length, causal);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("sequences"), py::arg("length"), py::arg("causal"),
-             py::call_guard<py::gil_scoped_release>());
+             Unlocked());
 }
 
+// The patch decoder and the rows of its tables, to hold its steps against.
+struct BoundPatchDecoder {
+    PatchDecoder decoder;
+    int64_t table_rows;
+
+    void add_step(uintptr_t heads, int64_t active) {
+        const int64_t* values = address<const int64_t>(heads);
+        for (int64_t a = 0; a < active; ++a) {
+            const int64_t channel = values[a], frame = values[active + a], first = values[2 * active + a];
+            const int64_t size = values[3 * active + a];
+            check(channel >= 0 && channel < decoder.channels && frame >= 0 && frame < decoder.group_size,
+                  "a head is of no channel and frame of the patch");
+            check(first >= 0 && size > 0 && first + size <= table_rows, "a head is beyond the tables");
+        }
+        decoder.steps.push_back({values, active});
+    }
+};
+
 void bind_sampling(py::module_& module) {
-    py::class_<PatchDecoder>(module, "PatchDecoder")
-        .def(py::init([](const Transformer& transformer, uintptr_t heads, uintptr_t embeddings, int64_t channels,
-                         int64_t group_size) {
-                 return PatchDecoder{transformer, address<const float>(heads), address<const float>(embeddings),
-                                     channels, group_size, {}};
+    py::class_<SamplerRows>(module, "SamplerRows")
+        .def(py::init([](uintptr_t temperature, uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds,
+                         uintptr_t draws, int64_t rows) {
+                 return SamplerRows{address<const float>(temperature), address<const int64_t>(top_k),
+                                    address<const float>(tail), address<const bool>(greedy),
+                                    address<const int64_t>(seeds), address<const int64_t>(draws), rows};
              }),
-             py::kw_only(), py::arg("transformer"), py::arg("heads"), py::arg("embeddings"), py::arg("channels"),
-             py::arg("group_size"))
-        .def("add_step",
-             [](PatchDecoder& self, uintptr_t heads, int64_t active) {
-                 self.steps.push_back({address<const int64_t>(heads), active});
-             },
-             py::kw_only(), py::arg("heads"), py::arg("active"))
-        .def("decode",
-             [](const PatchDecoder& self, uintptr_t local, uintptr_t codes, int64_t rows, uintptr_t temperature,
-                uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds, uintptr_t draws) {
-                 decode_patch(self, address<const float>(local), address<int64_t>(codes), rows,
-                              sampler_rows(temperature, top_k, tail, greedy, seeds, draws));
-             },
-             py::kw_only(), py::arg("local"), py::arg("codes"), py::arg("rows"), py::arg("temperature"),
-             py::arg("top_k"), py::arg("tail"), py::arg("greedy"), py::arg("seeds"), py::arg("draws"),
-             py::call_guard<py::gil_scoped_release>());
+             py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("tail"), py::arg("greedy"),
+             py::arg("seeds"), py::arg("draws"), py::arg("rows"));
+    py::class_<Logits>(module, "Logits")
+        .def(py::init([](uintptr_t values, uintptr_t banned, int64_t banned_stride, int64_t size, uint32_t slot) {
+                 check(size > 0, "there are no ids");
+                 check(banned_stride == 0 || banned_stride == size, "banned ids are neither of one row nor of each");
+                 return Logits{address<const float>(values), address<const bool>(banned), banned_stride, size, slot};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("banned"), py::arg("banned_stride"), py::arg("size"),
+             py::arg("slot"));
     module.def(
         "sample",
-        [](uintptr_t logits, uintptr_t ids, uintptr_t banned, int64_t banned_stride, int64_t rows, int64_t size,
-           uint32_t slot, uintptr_t temperature, uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds,
-           uintptr_t draws) {
-            const SamplerRows settings = sampler_rows(temperature, top_k, tail, greedy, seeds, draws);
-            Sampler sampler;
-            for (int64_t r = 0; r < rows; ++r)
-                address<int64_t>(ids)[r] = sampler.draw(
-                    address<const float>(logits) + r * size, size,
-                    banned ? address<const bool>(banned) + r * banned_stride : nullptr, -1, settings, r, slot, 0);
+        [](const Logits& logits, const SamplerRows& settings, uintptr_t ids) {
+            kernels->sample(logits, settings, address<int64_t>(ids));
         },
-        py::kw_only(), py::arg("logits"), py::arg("ids"), py::arg("banned"), py::arg("banned_stride"), py::arg("rows"),
-        py::arg("size"), py::arg("slot"), py::arg("temperature"), py::arg("top_k"), py::arg("tail"), py::arg("greedy"),
-        py::arg("seeds"), py::arg("draws"), py::call_guard<py::gil_scoped_release>());
+        py::kw_only(), py::arg("logits"), py::arg("settings"), py::arg("ids"), Unlocked());
     module.def(
         "gumbel",
         [](int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t count, uintptr_t noise) {
-            gumbel(seed, draw, slot, first, count, address<float>(noise));
+            kernels->gumbel(seed, draw, slot, first, count, address<float>(noise));
         },
         py::kw_only(), py::arg("seed"), py::arg("draw"), py::arg("slot"), py::arg("first"), py::arg("count"),
-        py::arg("noise"), py::call_guard<py::gil_scoped_release>());
+        py::arg("noise"), Unlocked());
+    py::class_<BoundPatchDecoder>(module, "PatchDecoder")
+        .def(py::init([](const Transformer& transformer, uintptr_t heads, uintptr_t embeddings, int64_t table_rows,
+                         int64_t channels, int64_t group_size) {
+                 check(heads && embeddings, "heads and embeddings are missing");
+                 return BoundPatchDecoder{{transformer, address<const float>(heads),
+                                           address<const float>(embeddings), channels, group_size, {}},
+                                          table_rows};
+             }),
+             py::kw_only(), py::arg("transformer"), py::arg("heads"), py::arg("embeddings"), py::arg("table_rows"),
+             py::arg("channels"), py::arg("group_size"))
+        .def("add_step", &BoundPatchDecoder::add_step, py::kw_only(), py::arg("heads"), py::arg("active"))
+        .def("decode",
+             [](const BoundPatchDecoder& self, uintptr_t local, uintptr_t codes, const SamplerRows& settings) {
+                 kernels->decode_patch(self.decoder, address<const float>(local), address<int64_t>(codes), settings);
+             },
+             py::kw_only(), py::arg("local"), py::arg("codes"), py::arg("settings"), Unlocked());
 }
 
 void bind_codec(py::module_& module) {
+    py::class_<Norm>(module, "Norm")
+        .def(py::init([](uintptr_t weight, uintptr_t bias) {
+                 check(weight, "the weight is missing");
+                 return Norm{address<const float>(weight), address<const float>(bias)};
+             }),
+             py::kw_only(), py::arg("weight"), py::arg("bias"));
+    py::class_<CodecAttention>(module, "CodecAttention")
+        .def(py::init([](uintptr_t table, uintptr_t k, uintptr_t v, uintptr_t slots, uintptr_t visible,
+                         int64_t places) {
+                 return CodecAttention{address<const float>(table), address<float>(k), address<float>(v),
+                                       address<const int64_t>(slots), address<const bool>(visible), places};
+             }),
+             py::kw_only(), py::arg("table"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("visible"),
+             py::arg("places"));
     py::class_<CodecStack>(module, "CodecStack")
-        .def(py::init([](int64_t dim, int64_t heads, float eps) { return CodecStack{{}, dim, heads, eps}; }),
+        .def(py::init([](int64_t dim, int64_t heads, float eps) {
+                 check(heads > 0 && dim > 0 && dim % (8 * heads) == 0, "heads are no multiple of 8 wide");
+                 return CodecStack{{}, dim, heads, eps};
+             }),
              py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("eps"))
         .def("add_layer",
-             [](CodecStack& self, uintptr_t attention_norm, uintptr_t attention_norm_bias, const Linear& qkv,
-                const Linear& out, uintptr_t ffn_norm, uintptr_t ffn_norm_bias, const Linear& up, const Linear& down) {
-                 self.layers.push_back(
-                     {{address<const float>(attention_norm), address<const float>(attention_norm_bias)}, qkv, out,
-                      {address<const float>(ffn_norm), address<const float>(ffn_norm_bias)}, up, down});
+             [](CodecStack& self, const Norm& attention_norm, const Linear& qkv, const Linear& out,
+                const Norm& ffn_norm, const Linear& up, const Linear& down) {
+                 check_shape(qkv, 3 * self.dim, self.dim, "qkv");
+                 check_shape(out, self.dim, self.dim, "out");
+                 check_shape(up, up.rows, self.dim, "up");
+                 check_shape(down, self.dim, up.rows, "down");
+                 self.layers.push_back({attention_norm, qkv, out, ffn_norm, up, down});
              },
-             py::kw_only(), py::arg("attention_norm"), py::arg("attention_norm_bias"), py::arg("qkv"), py::arg("out"),
-             py::arg("ffn_norm"), py::arg("ffn_norm_bias"), py::arg("up"), py::arg("down"))
+             py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("out"), py::arg("ffn_norm"),
+             py::arg("up"), py::arg("down"))
         .def("run",
-             [](const CodecStack& self, uintptr_t x, int64_t rows, uintptr_t table, uintptr_t k, uintptr_t v,
-                uintptr_t slots, uintptr_t visible, int64_t places) {
-                 run_codec_stack(self, address<float>(x), rows,
-                                 {address<const float>(table), address<float>(k), address<float>(v),
-                                  address<const int64_t>(slots), address<const bool>(visible), places});
+             [](const CodecStack& self, uintptr_t x, int64_t rows, const CodecAttention& attention) {
+                 check_slots(attention.slots, rows, attention.places);
+                 kernels->run_codec_stack(self, address<float>(x), rows, attention);
              },
-             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("table"), py::arg("k"), py::arg("v"),
-             py::arg("slots"), py::arg("visible"), py::arg("places"), py::call_guard<py::gil_scoped_release>());
+             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("attention"), Unlocked());
 }
 
+}  // namespace
+
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Kernels of csrc/. What they are given is checked in mimo_fast/kernels/native.py.";
-    py::enum_<Type>(module, "Type").value("float32", Type::float32).value("bfloat16", Type::bfloat16);
-    module.def("runs_here", &has_avx2);
+    module.doc() = "Kernels of csrc/cpu; mimo_fast/kernels/cpu calls them.";
+    kernels = &choose_kernels();
+    module.def("instruction_set", [] { return kernels->name; }, "Name of the set of kernels in use.");
+    module.def(
+        "instruction_sets",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* each : supported_kernels()) names.push_back(each->name);
+            return names;
+        },
+        "Names of the sets that this CPU runs, the fastest first.");
     module.def(
         "set_threads",
         [](int threads) {
@@ -169,35 +322,8 @@ PYBIND11_MODULE(_native, module) {
             return before;
         },
         py::arg("threads"));
-    module.def(
-        "quantized_matmul",
-        [](uintptr_t x, uintptr_t y, uintptr_t words, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t norm,
-           uintptr_t residual, float eps, bool swiglu, Type type, int bits, int block, int64_t group, int64_t M,
-           int64_t N, int64_t K) {
-            quantized_matmul({address<const void>(x), address<void>(y), address<const uint8_t>(words),
-                              address<const uint16_t>(scales), address<const uint16_t>(zeros),
-                              address<const void>(bias), address<const void>(norm), address<const void>(residual), eps,
-                              swiglu, type, bits, block, group, M, N, K});
-        },
-        py::kw_only(), py::arg("x"), py::arg("y"), py::arg("words"), py::arg("scales"), py::arg("zeros"),
-        py::arg("bias"), py::arg("norm"), py::arg("residual"), py::arg("eps"), py::arg("swiglu"), py::arg("type"),
-        py::arg("bits"), py::arg("block"), py::arg("group"), py::arg("M"), py::arg("N"), py::arg("K"),
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "decode_attention",
-        [](uintptr_t qkv, uintptr_t table, uintptr_t k, uintptr_t v, uintptr_t slots, uintptr_t starts, uintptr_t y,
-           Type type, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t positions,
-           int64_t capacity, int64_t row_stride, int64_t slot_stride, int64_t head_stride, int64_t position_stride) {
-            decode_attention({address<const void>(qkv), address<const float>(table), address<void>(k),
-                              address<void>(v), address<const int64_t>(slots), address<const int64_t>(starts),
-                              address<void>(y), type, rows, heads, kv_heads, head_dim, positions, capacity, row_stride,
-                              slot_stride, head_stride, position_stride});
-        },
-        py::kw_only(), py::arg("qkv"), py::arg("table"), py::arg("k"), py::arg("v"), py::arg("slots"),
-        py::arg("starts"), py::arg("y"), py::arg("type"), py::arg("rows"), py::arg("heads"), py::arg("kv_heads"),
-        py::arg("head_dim"), py::arg("positions"), py::arg("capacity"), py::arg("row_stride"),
-        py::arg("slot_stride"), py::arg("head_stride"), py::arg("position_stride"),
-        py::call_guard<py::gil_scoped_release>());
+    bind_weights(module);
+    bind_attention(module);
     bind_transformer(module);
     bind_sampling(module);
     bind_codec(module);

@@ -1,10 +1,11 @@
 #include "codec_stack.h"
 
-#include <algorithm>
-
+#include "activations.h"
 #include "attend.h"
+#include "dense_matmul.h"
+#include "linear.h"
 
-namespace mimo_fast {
+namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 void norm(const Norm& norm, float eps, const float* x, int64_t T, int64_t dim, float* y) {
@@ -13,13 +14,15 @@ void norm(const Norm& norm, float eps, const float* x, int64_t T, int64_t dim, f
 }
 
 // Places that each row sees.
-std::vector<std::vector<int64_t>> seen(const CodecAttention& a, int64_t T) {
-    std::vector<std::vector<int64_t>> places(T);
-    for (int64_t t = 0; t < T; ++t)
-        for (int64_t s = 0; s < a.places; ++s)
-            if (a.visible[t * a.places + s]) places[t].push_back(s);
-    return places;
-}
+struct Seen {
+    Buffer<int64_t> places, counts;  // [T, a.places], of which row t sees the first counts[t]
+
+    Seen(const CodecAttention& a, int64_t T) : places(T * a.places), counts(T) {
+        for (int64_t t = 0; t < T; ++t)
+            for (int64_t s = 0; s < a.places; ++s)
+                if (a.visible[t * a.places + s]) places[t * a.places + counts[t]++] = s;
+    }
+};
 
 // Rotates queries and keys of qkv [T, 3 dim] and stores keys and values at k and v, a layer's part of the buffer.
 void append(const CodecStack& stack, const CodecAttention& a, float* qkv, int64_t T, float* k, float* v) {
@@ -30,22 +33,22 @@ void append(const CodecStack& stack, const CodecAttention& a, float* qkv, int64_
         for (int64_t h = 0; h < 2 * stack.heads; ++h) rotate_head(row + h * dh, cosines, sines, half);
         for (int64_t h = 0; h < stack.heads; ++h) {
             const int64_t at = (h * a.places + a.slots[t]) * dh;
-            std::copy_n(row + dim + h * dh, dh, k + at);
-            std::copy_n(row + 2 * dim + h * dh, dh, v + at);
+            std::memcpy(k + at, row + dim + h * dh, dh * sizeof(float));
+            std::memcpy(v + at, row + 2 * dim + h * dh, dh * sizeof(float));
         }
     }
 }
 
-AVX2 void gelu(std::vector<float>& x) {
-    for (size_t i = 0; i < x.size(); i += 8) _mm256_storeu_ps(&x[i], gelu8(_mm256_loadu_ps(&x[i])));
+void gelu(float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += 8) store(x + i, gelu(load(x + i)));
 }
 
 }  // namespace
 
 void run_codec_stack(const CodecStack& stack, float* x, int64_t T, const CodecAttention& a) {
     const int64_t dim = stack.dim, dh = dim / stack.heads, layer_size = stack.heads * a.places * dh;
-    const auto places = seen(a, T);
-    std::vector<float> normed(T * dim), qkv(T * 3 * dim), attended(T * dim), wide, weights;
+    const Seen seen(a, T);
+    Buffer<float> normed(T * dim), qkv(T * 3 * dim), attended(T * dim), wide, weights;
     for (size_t i = 0; i < stack.layers.size(); ++i) {
         const CodecLayer& layer = stack.layers[i];
         float *k = a.k + int64_t(i) * layer_size, *v = a.v + int64_t(i) * layer_size;
@@ -54,15 +57,16 @@ void run_codec_stack(const CodecStack& stack, float* x, int64_t T, const CodecAt
         append(stack, a, qkv.data(), T, k, v);
         for (int64_t h = 0; h < stack.heads; ++h)
             for (int64_t t = 0; t < T; ++t)
-                attend(qkv.data() + t * 3 * dim + h * dh, k + h * a.places * dh, v + h * a.places * dh, places[t], dh,
-                       dh, weights, attended.data() + t * dim + h * dh);
+                attend(qkv.data() + t * 3 * dim + h * dh, k + h * a.places * dh, v + h * a.places * dh,
+                       seen.places.data() + t * a.places, seen.counts[t], dh, dh, weights,
+                       attended.data() + t * dim + h * dh);
         add_multiply(layer.out, attended.data(), T, x, normed.data());
         norm(layer.ffn_norm, stack.eps, x, T, dim, normed.data());
-        wide.resize(T * layer.up.rows);
+        wide.reserve(T * layer.up.rows);
         multiply(layer.up, normed.data(), T, wide.data());
-        gelu(wide);
+        gelu(wide.data(), T * layer.up.rows);
         add_multiply(layer.down, wide.data(), T, x, normed.data());
     }
 }
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -6,10 +6,10 @@
 
 #include "decode_attention.h"
 
-#include <algorithm>
-#include <vector>
+#include "buffer.h"
+#include "simd.h"
 
-namespace mimo_fast {
+namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 constexpr int64_t BLOCK = 32;
@@ -17,7 +17,7 @@ constexpr int64_t BLOCK = 32;
 constexpr int64_t SHARED = 1 << 17;
 
 // A head at `head`, rotated to `position`, times `scale`.
-AVX2_INLINE void rotate(
+INLINE void rotate(
     const DecodeAttention& p, const void* qkv, int64_t head, int64_t position, float scale, float* out
 ) {
     const int64_t half = p.head_dim / 2, at = head * p.head_dim;
@@ -31,76 +31,75 @@ AVX2_INLINE void rotate(
 
 // Online softmax of one query head.
 struct Head {
-    std::vector<float> q, sum;
+    Buffer<float> q, sum;
     float largest = -INFINITY, weight = 0;
 };
 
 // A block of `count` keys and values in float32, heads one after the other.
-AVX2 void attend(int64_t head_dim, Head& head, const float* k, const float* v, int64_t count) {
+void attend_block(int64_t head_dim, Head& head, const float* k, const float* v, int64_t count) {
     float scores[BLOCK], largest = head.largest;
     // Four keys at once: one sum would wait for itself. Those beyond the last are in the buffer and not used.
     for (int64_t j = 0; j < count; j += 4) {
-        __m256 sum[4] = {};
+        Floats sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
         for (int64_t i = 0; i < head_dim; i += 8) {
-            const __m256 q = _mm256_loadu_ps(&head.q[i]);
-            for (int n = 0; n < 4; ++n)
-                sum[n] = _mm256_fmadd_ps(_mm256_loadu_ps(k + (j + n) * head_dim + i), q, sum[n]);
+            const Floats q = load(head.q.data() + i);
+            for (int n = 0; n < 4; ++n) sums[n] = fma(load(k + (j + n) * head_dim + i), q, sums[n]);
         }
-        for (int n = 0; n < 4; ++n) scores[j + n] = sum8(sum[n]);
+        for (int n = 0; n < 4; ++n) scores[j + n] = sum(sums[n]);
     }
-    for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j]);
+    for (int64_t j = 0; j < count; ++j) largest = scores[j] > largest ? scores[j] : largest;
     const float kept = std::exp(head.largest - largest);
     head.largest = largest;
     head.weight *= kept;
     for (int64_t j = 0; j < count; ++j) head.weight += scores[j] = std::exp(scores[j] - largest);
     for (int64_t i = 0; i < head_dim; i += 8) {
-        __m256 sum = _mm256_mul_ps(_mm256_loadu_ps(&head.sum[i]), _mm256_set1_ps(kept));
-        for (int64_t j = 0; j < count; ++j)
-            sum = _mm256_fmadd_ps(_mm256_loadu_ps(v + j * head_dim + i), _mm256_set1_ps(scores[j]), sum);
-        _mm256_storeu_ps(&head.sum[i], sum);
+        Floats total = load(head.sum.data() + i) * splat(kept);
+        for (int64_t j = 0; j < count; ++j) total = fma(load(v + j * head_dim + i), splat(scores[j]), total);
+        store(head.sum.data() + i, total);
     }
 }
 
 // `count` heads that begin at `from`, a position apart.
-AVX2 void widen_heads(const DecodeAttention& p, const char* from, int64_t count, float* out) {
+void widen_heads(const DecodeAttention& p, const char* from, int64_t count, float* out) {
     for (int64_t j = 0; j < count; ++j)
         for (int64_t i = 0; i < p.head_dim; i += 8)
-            _mm256_storeu_ps(out + j * p.head_dim + i, read8(from, p.type, j * p.position_stride + i));
+            store(out + j * p.head_dim + i, read8(from, p.type, j * p.cache.position_stride + i));
 }
 
 // Row r, key/value head g and the query heads that read it.
-AVX2 void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
-    const int64_t share = p.heads / p.kv_heads, size = size_of(p.type), position = p.starts[r];
+void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
+    const Cache& cache = p.cache;
+    const int64_t share = p.heads / p.kv_heads, size = size_of(p.type), position = p.at.starts[r];
     const char* qkv = static_cast<const char*>(p.qkv) + r * p.row_stride * size;
     char* y = static_cast<char*>(p.y) + (r * p.heads + g * share) * p.head_dim * size;
-    if (position < 0 || position >= std::min(p.positions, p.capacity)) {
+    if (position < 0 || position >= least(p.positions, cache.capacity)) {
         std::memset(y, 0, share * p.head_dim * size);
         return;
     }
-    const int64_t first = (p.slots[r] * p.slot_stride + g * p.head_stride) * size;
-    char *k = static_cast<char*>(p.k) + first, *v = static_cast<char*>(p.v) + first;
-    std::vector<float> key(p.head_dim);
+    const int64_t first = (p.at.slots[r] * cache.slot_stride + g * cache.head_stride) * size;
+    char *k = static_cast<char*>(cache.k) + first, *v = static_cast<char*>(cache.v) + first;
+    Buffer<float> key(p.head_dim);
     rotate(p, qkv, p.heads + g, position, 1, key.data());
     for (int64_t i = 0; i < p.head_dim; ++i) {
-        write(k, p.type, position * p.position_stride + i, key[i]);
-        write(v, p.type, position * p.position_stride + i,
+        write(k, p.type, position * cache.position_stride + i, key[i]);
+        write(v, p.type, position * cache.position_stride + i,
               read(qkv, p.type, (p.heads + p.kv_heads + g) * p.head_dim + i));
     }
-    std::vector<Head> heads(share);
+    Buffer<Head> heads(share);
     const float scale = 1 / std::sqrt(float(p.head_dim));
     for (int64_t h = 0; h < share; ++h) {
-        heads[h].q.resize(p.head_dim);
-        heads[h].sum.resize(p.head_dim);
+        heads[h].q.reserve(p.head_dim);
+        heads[h].sum.reserve(p.head_dim);
         rotate(p, qkv, g * share + h, position, scale, heads[h].q.data());
     }
-    static thread_local std::vector<float> keys, values;
-    keys.resize(BLOCK * p.head_dim);
-    values.resize(BLOCK * p.head_dim);
+    static thread_local Buffer<float> keys, values;
+    keys.reserve(BLOCK * p.head_dim);
+    values.reserve(BLOCK * p.head_dim);
     for (int64_t j = 0; j <= position; j += BLOCK) {
-        const int64_t count = std::min(BLOCK, position + 1 - j), at = j * p.position_stride * size;
+        const int64_t count = least(BLOCK, position + 1 - j), at = j * cache.position_stride * size;
         widen_heads(p, k + at, count, keys.data());
         widen_heads(p, v + at, count, values.data());
-        for (Head& head : heads) attend(p.head_dim, head, keys.data(), values.data(), count);
+        for (Head& head : heads) attend_block(p.head_dim, head, keys.data(), values.data(), count);
     }
     for (int64_t h = 0; h < share; ++h)
         for (int64_t i = 0; i < p.head_dim; ++i)
@@ -111,11 +110,11 @@ AVX2 void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
 
 void decode_attention(const DecodeAttention& p) {
     int64_t positions = 0;
-    for (int64_t r = 0; r < p.rows; ++r) positions += std::max<int64_t>(0, p.starts[r] + 1);
+    for (int64_t r = 0; r < p.at.rows; ++r) positions += most(0, p.at.starts[r] + 1);
     const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * size_of(p.type);
 #pragma omp parallel for collapse(2) schedule(dynamic) if (bytes > SHARED)
-    for (int64_t r = 0; r < p.rows; ++r)
+    for (int64_t r = 0; r < p.at.rows; ++r)
         for (int64_t g = 0; g < p.kv_heads; ++g) attend_row(p, r, g);
 }
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

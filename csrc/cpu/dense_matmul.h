@@ -1,20 +1,12 @@
-// Products of a few float32 rows with float32 weights as they lie, and what a layer does around them.
+// Products of a few float32 rows with float32 weights as they lie, and the norms around them.
 #pragma once
 
-#include <vector>
+#include "parameters.h"
 
-#include "numbers.h"
+namespace mimo_fast::MIMO_FAST_SET {
 
-namespace mimo_fast {
-
-// y[M, rows] = x[M, columns] W^T + bias, `y` rows `stride` apart. A row of y does not depend on the other rows.
-struct DenseBlock {
-    const float* weight;  // [rows, columns]
-    const float* bias;    // [rows], or null for none
-    int64_t rows;
-};
-
-// columns: a multiple of 8.
+// y[M, rows] = x[M, columns] W^T + bias, `y` rows `stride` apart; columns a multiple of 8. A row of y does not depend on
+// the other rows.
 void dense_matmul(const DenseBlock& w, int64_t columns, const float* x, int64_t M, float* y, int64_t stride);
 
 // y[M, K] = x / sqrt(mean(x^2) + eps) weight; K a multiple of 8.
@@ -25,4 +17,4 @@ void layer_norm(
     const float* x, const float* weight, const float* bias, float eps, int64_t M, int64_t K, float* y
 );
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -1,13 +1,22 @@
 #include "linear.h"
 
-namespace mimo_fast {
+#include "dense_matmul.h"
+#include "quantized_matmul.h"
+
+namespace mimo_fast::MIMO_FAST_SET {
+
+QuantizedMatmul product(const Linear& w, const float* x, int64_t M, float* y) {
+    QuantizedMatmul p;
+    p.weight = w.quantized;
+    p.bias = w.quantized_bias;
+    p.x = x;
+    p.y = y;
+    p.M = M;
+    return p;
+}
 
 void multiply(const Linear& w, const float* x, int64_t M, float* y) {
-    if (w.blocks.empty()) {
-        QuantizedMatmul p = w.quantized;
-        p.x = x, p.y = y, p.M = M;
-        return quantized_matmul(p);
-    }
+    if (w.blocks.empty()) return quantized_matmul(product(w, x, M, y));
     int64_t at = 0;
     for (const DenseBlock& block : w.blocks) {
         dense_matmul(block, w.columns, x, M, y + at, w.rows);
@@ -17,12 +26,12 @@ void multiply(const Linear& w, const float* x, int64_t M, float* y) {
 
 void add_multiply(const Linear& w, const float* x, int64_t M, float* y, float* scratch) {
     if (w.blocks.empty()) {
-        QuantizedMatmul p = w.quantized;
-        p.x = x, p.y = y, p.residual = y, p.M = M;
+        QuantizedMatmul p = product(w, x, M, y);
+        p.residual = y;
         return quantized_matmul(p);
     }
     multiply(w, x, M, scratch);
     for (int64_t i = 0; i < M * w.rows; ++i) y[i] += scratch[i];
 }
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

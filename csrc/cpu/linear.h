@@ -1,19 +1,12 @@
-// A stored matrix, dense or quantized, and its products with float32 rows.
+// Products of float32 rows with a stored matrix, dense or quantized.
 #pragma once
 
-#include <vector>
+#include "parameters.h"
 
-#include "dense_matmul.h"
-#include "quantized_matmul.h"
+namespace mimo_fast::MIMO_FAST_SET {
 
-namespace mimo_fast {
-
-// [rows, columns]: dense blocks of rows one below the other, or quantized where there are none.
-struct Linear {
-    std::vector<DenseBlock> blocks;
-    QuantizedMatmul quantized = {};  // what a call does not change
-    int64_t rows = 0, columns = 0;
-};
+// A product of float32 rows x with a quantized `w`; norm, SwiGLU and residual are the caller's to set.
+QuantizedMatmul product(const Linear& w, const float* x, int64_t M, float* y);
 
 // y[M, rows] = x[M, columns] W^T + bias.
 void multiply(const Linear& w, const float* x, int64_t M, float* y);
@@ -21,4 +14,4 @@ void multiply(const Linear& w, const float* x, int64_t M, float* y);
 // y += x W^T + bias; scratch holds M rows of y.
 void add_multiply(const Linear& w, const float* x, int64_t M, float* y, float* scratch);
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -1,9 +1,13 @@
 #include "patch_decoder.h"
 
-#include <algorithm>
-#include <numeric>
+#include <cstring>
 
-namespace mimo_fast {
+#include "buffer.h"
+#include "dense_matmul.h"
+#include "sampler.h"
+#include "transformer.h"
+
+namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 // Random slot of a patch's first frame; slot 0 is the text's.
@@ -11,30 +15,34 @@ constexpr uint32_t FRAME_SLOT = 1;
 
 // Keys and values of one patch [layers, rows, kv_heads, steps, head_dim], and whose they are.
 struct PatchCache {
-    std::vector<float> k, v;
-    std::vector<int64_t> slots, starts;
+    Buffer<float> k, v;
+    Buffer<int64_t> slots, starts;
     Cache cache;
 
-    PatchCache(const PatchDecoder& p, int64_t rows) : slots(rows), starts(rows, -1) {
+    PatchCache(const PatchDecoder& p, int64_t rows) : slots(rows), starts(rows) {
         const Transformer& t = p.transformer;
-        const int64_t head = int64_t(p.steps.size()) * t.head_dim, slot = t.kv_heads * head;
-        k.resize(int64_t(t.layers.size()) * rows * slot);
-        v.resize(k.size());
-        std::iota(slots.begin(), slots.end(), 0);
-        cache = {k.data(), v.data(), int64_t(p.steps.size()), rows * slot, slot, head, t.head_dim};
+        const int64_t layers = int64_t(t.layers.size()), steps = int64_t(p.steps.size());
+        const int64_t head = steps * t.head_dim, slot = t.kv_heads * head;
+        k.reserve(layers * rows * slot);
+        v.reserve(layers * rows * slot);
+        for (int64_t r = 0; r < rows; ++r) {
+            slots[r] = r;
+            starts[r] = -1;
+        }
+        cache = {k.data(), v.data(), layers, rows, steps, rows * slot, slot, head, t.head_dim};
     }
 };
 
 // Draws head a of a step for every row, and adds the embeddings of what was drawn to the next input.
 void draw_codes(
-    const PatchDecoder& p, const CodeStep& step, int64_t a, const float* hidden, int64_t rows,
-    const SamplerRows& settings, Sampler& sampler, std::vector<float>& logits, int64_t* codes, float* next
+    const PatchDecoder& p, const CodeStep& step, int64_t a, const float* hidden, const SamplerRows& settings,
+    Sampler& sampler, Buffer<float>& logits, int64_t* codes, float* next
 ) {
     const int64_t *heads = step.heads + a, n = step.active, dim = p.transformer.dim;
     const int64_t channel = heads[0], frame = heads[n], first = heads[2 * n], size = heads[3 * n], empty = heads[4 * n];
-    logits.resize(rows * size);
-    dense_matmul({p.heads + first * dim, nullptr, size}, dim, hidden, rows, logits.data(), size);
-    for (int64_t r = 0; r < rows; ++r) {
+    logits.reserve(settings.rows * size);
+    dense_matmul({p.heads + first * dim, nullptr, size}, dim, hidden, settings.rows, logits.data(), size);
+    for (int64_t r = 0; r < settings.rows; ++r) {
         const int64_t code = sampler.draw(logits.data() + r * size, size, nullptr, empty, settings, r,
                                           FRAME_SLOT + uint32_t(frame), uint32_t(first));
         codes[(r * p.channels + channel) * p.group_size + frame] = code;
@@ -45,20 +53,19 @@ void draw_codes(
 
 }  // namespace
 
-void decode_patch(
-    const PatchDecoder& p, const float* local, int64_t* codes, int64_t rows, const SamplerRows& settings
-) {
-    const int64_t size = rows * p.transformer.dim;
+void decode_patch(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings) {
+    const int64_t rows = settings.rows, size = rows * p.transformer.dim;
     PatchCache cache(p, rows);
     Sampler sampler;
-    std::vector<float> x(local, local + size), hidden(size), logits;
+    Buffer<float> x(size), hidden(size), logits;
+    std::memcpy(x.data(), local, size * sizeof(float));
     for (const CodeStep& each : p.steps) {
         for (int64_t& start : cache.starts) ++start;
-        step(p.transformer, x.data(), hidden.data(), cache.cache, cache.slots.data(), cache.starts.data(), rows);
-        std::fill(x.begin(), x.end(), 0.0f);
+        step(p.transformer, x.data(), hidden.data(), cache.cache, {cache.slots.data(), cache.starts.data(), rows});
+        std::memset(x.data(), 0, size * sizeof(float));
         for (int64_t a = 0; a < each.active; ++a)
-            draw_codes(p, each, a, hidden.data(), rows, settings, sampler, logits, codes, x.data());
+            draw_codes(p, each, a, hidden.data(), settings, sampler, logits, codes, x.data());
     }
 }
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

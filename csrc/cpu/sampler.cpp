@@ -4,9 +4,12 @@
 #include "sampler.h"
 
 #include <algorithm>
-#include <functional>
+#include <cmath>
+#include <cstring>
 
-namespace mimo_fast {
+#include "simd.h"
+
+namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 constexpr int64_t IDS = 64;
@@ -14,7 +17,7 @@ constexpr int64_t IDS = 64;
 constexpr float SPAN = 26.5f;
 
 // First output words of Philox 4x32-10 for counters (first + i, draw, slot, 0).
-AVX2 void philox(uint64_t key, uint32_t draw, uint32_t slot, uint32_t first, uint32_t (&words)[IDS]) {
+void philox(uint64_t key, uint32_t draw, uint32_t slot, uint32_t first, uint32_t (&words)[IDS]) {
     uint32_t x0[IDS], x1[IDS], x2[IDS], x3[IDS];
     for (int64_t i = 0; i < IDS; ++i) x0[i] = first + uint32_t(i), x1[i] = draw, x2[i] = slot, x3[i] = 0;
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
@@ -26,7 +29,7 @@ AVX2 void philox(uint64_t key, uint32_t draw, uint32_t slot, uint32_t first, uin
             x2[i] = uint32_t(p0 >> 32) ^ x3[i] ^ k1;
             x3[i] = uint32_t(p0);
         }
-    std::copy(x0, x0 + IDS, words);
+    std::memcpy(words, x0, sizeof words);
 }
 
 // int32 of the order of float32; -0.0 is 0.0.
@@ -43,7 +46,7 @@ void gumbel(int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t c
     uint32_t words[IDS];
     for (int64_t start = 0; start < count; start += IDS) {
         philox(uint64_t(seed), uint32_t(draw), slot, first + uint32_t(start), words);
-        const int64_t end = std::min(IDS, count - start);
+        const int64_t end = least(IDS, count - start);
         // 1 - w is exact, so that its logarithm is as good as log1p(-w).
         for (int64_t i = 0; i < end; ++i)
             noise[start + i] = -float(std::log(-std::log(1 - (double(words[i]) + 0.5) * 0x1p-32)));
@@ -52,9 +55,11 @@ void gumbel(int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t c
 
 // Scores below the k-th largest become -inf; of ties at it, all are kept.
 void Sampler::keep_top_k(int64_t size, int64_t k) {
-    bits.resize(size);
-    std::transform(scores.begin(), scores.begin() + size, bits.begin(), ordered_bits);
-    std::nth_element(bits.begin(), bits.begin() + (k - 1), bits.end(), std::greater<>());
+    bits.reserve(size);
+    for (int64_t i = 0; i < size; ++i) bits[i] = ordered_bits(scores[i]);
+    // The comparison is a lambda of this namespace, so that each set has a function of its own: see buffer.h.
+    std::nth_element(bits.begin(), bits.begin() + (k - 1), bits.begin() + size,
+                     [](int32_t a, int32_t b) { return a > b; });
     const int32_t kth = bits[k - 1];
     for (int64_t i = 0; i < size; ++i)
         if (ordered_bits(scores[i]) < kth) scores[i] = -INFINITY;
@@ -71,17 +76,17 @@ int64_t Sampler::draw(
         if (logits[i] > largest && allowed(i)) best = i, largest = logits[i];
     if (rows.greedy[row]) return best;
 
-    scores.resize(size);
-    noise.resize(size);
+    scores.reserve(size);
+    noise.reserve(size);
     for (int64_t i = 0; i < size; ++i) scores[i] = logits[i] / rows.temperature[row];
     if (rows.top_k[row] > 0 && rows.top_k[row] < size) keep_top_k(size, rows.top_k[row]);
-    const float least = scores[best] - SPAN;
+    const float lowest = scores[best] - SPAN;
     for (int64_t start = 0; start < size; start += IDS) {
-        const int64_t count = std::min(IDS, size - start);
-        const auto begin = scores.begin() + start;
-        if (std::any_of(begin, begin + count, [&](float score) { return !(score < least); }))
-            gumbel(rows.seeds[row], rows.draws[row], slot, first + uint32_t(start), count, &noise[start]);
-        else std::fill_n(&noise[start], count, 0.0f);
+        const int64_t count = least(IDS, size - start);
+        bool wins = false;
+        for (int64_t i = start; i < start + count; ++i) wins |= !(scores[i] < lowest);
+        if (wins) gumbel(rows.seeds[row], rows.draws[row], slot, first + uint32_t(start), count, &noise[start]);
+        else std::memset(&noise[start], 0, count * sizeof(float));
     }
 
     int64_t drawn = -1;
@@ -95,8 +100,9 @@ int64_t Sampler::draw(
     const float tail = rows.tail[row];
     if (drawn < 0 || tail <= 0) return drawn < 0 ? best : drawn;
 
-    const float top = *std::max_element(scores.begin(), scores.begin() + size);
-    mass.resize(size);
+    float top = scores[0];
+    for (int64_t i = 1; i < size; ++i) top = scores[i] > top ? scores[i] : top;
+    mass.reserve(size);
     double total = 0;
     for (int64_t i = 0; i < size; ++i) total += mass[i] = std::exp(scores[i] - top);
     while (drawn >= 0) {
@@ -116,4 +122,12 @@ int64_t Sampler::draw(
     return best;
 }
 
-}  // namespace mimo_fast
+void sample(const Logits& logits, const SamplerRows& settings, int64_t* ids) {
+    Sampler sampler;
+    for (int64_t r = 0; r < settings.rows; ++r) {
+        const bool* banned = logits.banned ? logits.banned + r * logits.banned_stride : nullptr;
+        ids[r] = sampler.draw(logits.values + r * logits.size, logits.size, banned, -1, settings, r, logits.slot, 0);
+    }
+}
+
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -1,21 +1,10 @@
 // The law of mimo_fast/kernels/sample.py on a CPU: one id a row, without a sort.
 #pragma once
 
-#include <vector>
+#include "buffer.h"
+#include "parameters.h"
 
-#include "numbers.h"
-
-namespace mimo_fast {
-
-// Settings of N rows, as `SamplerTensors` has them, and what names their noise.
-struct SamplerRows {
-    const float* temperature;
-    const int64_t* top_k;
-    const float* tail;
-    const bool* greedy;
-    const int64_t* seeds;
-    const int64_t* draws;
-};
+namespace mimo_fast::MIMO_FAST_SET {
 
 class Sampler {
   public:
@@ -27,13 +16,16 @@ class Sampler {
     );
 
   private:
-    std::vector<float> scores, noise, mass;
-    std::vector<int32_t> bits;
+    Buffer<float> scores, noise, mass;
+    Buffer<int32_t> bits;
 
     void keep_top_k(int64_t size, int64_t k);
 };
 
+// One id of each row of logits.
+void sample(const Logits& logits, const SamplerRows& settings, int64_t* ids);
+
 // Standard Gumbel noise of `count` ids from `first` on.
 void gumbel(int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t count, float* noise);
 
-}  // namespace mimo_fast
+}  // namespace mimo_fast::MIMO_FAST_SET

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.cpu.transformer import AnyWeight, linear, takes_parts
+from mimo_fast.kernels.cpu.transformer import AnyWeight, is_plain, linear, takes_parts
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 Norm = tuple[Tensor, Tensor | None]
@@ -27,22 +27,37 @@ Layer = tuple[Norm, AnyWeight, AnyWeight, Norm, AnyWeight, AnyWeight]
 
 
 class CodecStack:
-    """Layers of one width, D. eps: of their norms."""
+    """Layers of one width, D. eps: of their norms.
+
+    Raises:
+        ValueError: weights do not fit each other.
+    """
 
     def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
         self._arguments = (tuple(layers), heads, eps)
-        self._native = native.compiled().CodecStack(dim=len(layers[0][0][0]), heads=heads, eps=eps)
+        compiled = native.compiled()
+        self._dim, self._heads, self._layers = len(layers[0][0][0]), heads, len(layers)
+        self._native = compiled.CodecStack(dim=self._dim, heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
             self._native.add_layer(
-                attention_norm=native.address(attention_norm[0]),
-                attention_norm_bias=native.address(attention_norm[1]),
+                attention_norm=self._norm(attention_norm),
                 qkv=linear(qkv),
                 out=linear(out),
-                ffn_norm=native.address(ffn_norm[0]),
-                ffn_norm_bias=native.address(ffn_norm[1]),
+                ffn_norm=self._norm(ffn_norm),
                 up=linear(up),
                 down=linear(down),
             )
+
+    def _norm(self, norm: Norm) -> Any:
+        weight, bias = norm
+        native.expect(
+            is_plain(weight)
+            and is_plain(bias)
+            and weight.shape == (self._dim,)
+            and (bias is None or bias.shape == weight.shape),
+            f"a norm is not float32 [{self._dim}] on a CPU, contiguous and frozen",
+        )
+        return native.compiled().Norm(weight=weight.data_ptr(), bias=native.address(bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy reads the copied weights.
@@ -55,19 +70,34 @@ class CodecStack:
 
         table [2, T, Dh / 2]: rows of `rope_table` for the positions of the rows. k, v [L, H, S,
         Dh], contiguous and written in place at slots, int64 [T]. visible: bool [T, S].
+
+        Raises:
+            ValueError: shapes or types are others, or a slot is no place.
         """
+        rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
+        if x.shape != (rows, self._dim) or x.dtype != torch.float32:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
+        shape = (self._layers, self._heads, places, head_dim)
+        for buffer in (k, v):
+            if buffer.shape != shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
+                raise ValueError(f"a buffer is {list(buffer.shape)}, not float32 {list(shape)}")
+        if table.shape != (2, rows, head_dim // 2) or table.dtype != torch.float32:
+            raise ValueError(f"the table is not float32 [2, {rows}, {head_dim // 2}]")
+        if slots.shape != (rows,) or slots.dtype != torch.int64 or not slots.is_contiguous():
+            raise ValueError(f"slots are not int64 [{rows}]")
+        if visible.shape != (rows, places) or visible.dtype != torch.bool:
+            raise ValueError(f"visible is not bool [{rows}, {places}]")
         y = x.clone(memory_format=torch.contiguous_format)
         table, visible = table.contiguous(), visible.contiguous()
-        self._native.run(
-            x=y.data_ptr(),
-            rows=len(y),
+        attention = native.compiled().CodecAttention(
             table=table.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),
             slots=slots.data_ptr(),
             visible=visible.data_ptr(),
-            places=k.shape[2],
+            places=places,
         )
+        self._native.run(x=y.data_ptr(), rows=rows, attention=attention)
         return y
 
 

@@ -1,7 +1,11 @@
-"""The kernels of csrc/, present where this package was built with a C++ compiler on x86-64 Linux;
-they need AVX2.
+"""The kernels of csrc/cpu, present where this package was built with a C++ compiler on x86-64 or
+aarch64 Linux. They are compiled once per instruction set; the fastest that the CPU has is chosen
+when they are loaded.
 
-MIMO_FAST_KERNELS=torch or =triton turns them off.
+MIMO_FAST_CPU=portable, avx2, avx512 or neon takes another set. MIMO_FAST_KERNELS=torch or =triton
+turns all of them off.
+
+Functions raise ValueError where tensors do not fit each other: native code reads addresses.
 """
 
 from __future__ import annotations
@@ -21,19 +25,28 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.sample import SamplerTensors
 
+INSTRUCTION_SET = "MIMO_FAST_CPU"
+"""Environment variable that names a set of kernels."""
+
 try:
     from mimo_fast import _native
 except ImportError:  # Built without a compiler, or for a torch that brings no OpenMP.
+    if os.environ.get(INSTRUCTION_SET):
+        # Which is an error where a set is asked for, as is one that this CPU does not have.
+        raise
     _native = None  # type: ignore[assignment]
 
 BLOCKS = {4: (64, 128), 8: (32, 64, 128)}
 """Columns packed together that the kernels know, by bits."""
 
+VIEW = "_native_view"
+"""Where a quantized weight keeps its native view: as a cached property does, and not in copies."""
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
-    return _native is not None and _native.runs_here() and not os.environ.get(ENVIRONMENT)
+    return _native is not None and not os.environ.get(ENVIRONMENT)
 
 
 def compiled() -> ModuleType:
@@ -62,25 +75,40 @@ def one_thread() -> Iterator[None]:
 def state() -> str:
     """One line for `mimo-fast info`."""
     if _native is None:
-        return "not built (they need a C++ compiler when mimo-fast is installed, on x86-64 Linux)"
-    if not _native.runs_here():
-        return "built, but this CPU has no AVX2"
+        return "not built (they need a C++ compiler when mimo-fast is installed, on Linux)"
     if not available():
         return f"turned off by {ENVIRONMENT}"
-    return "quantized products, decode attention, sampling and small models on the CPU"
+    return (
+        "quantized products, decode attention, sampling and small models on the CPU, "
+        f"by {_native.instruction_set()} (it runs {', '.join(_native.instruction_sets())})"
+    )
+
+
+def expect(holds: bool, message: str) -> None:
+    """
+    Raises:
+        ValueError: it does not hold.
+    """
+    if not holds:
+        raise ValueError(message)
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:
     """Whether `quantized_matmul` multiplies by a weight stored like this."""
+    return available() and (VIEW in vars(weight) or _is_known(weight))
+
+
+def _is_known(weight: QuantizedWeight) -> bool:
+    scales, zeros = weight.scales, weight.zeros
     return (
-        available()
-        and weight.words.device.type == "cpu"
+        weight.words.device.type == "cpu"
         and weight.words.is_contiguous()
         and weight.levels is None
         and weight.torch_scales is None
         and math.gcd(128, weight.group) in BLOCKS[weight.bits]
-        and weight.scales.dtype == torch.bfloat16
-        and (weight.zeros is None or weight.zeros.dtype == torch.float16)
+        and scales.dtype == torch.bfloat16
+        and scales.is_contiguous()
+        and (zeros is None or (zeros.dtype == torch.float16 and zeros.is_contiguous()))
     )
 
 
@@ -103,31 +131,54 @@ def quantized_matmul(
         )
         return wide.to(x.dtype)
     rows, columns = weight.shape
+    if x.shape[-1] != columns or x.device.type != "cpu":
+        raise ValueError(f"x is {list(x.shape)} on {x.device}, the weight {columns} wide on a CPU")
+    if weight.bias is not None and weight.bias.shape != (rows,):
+        raise ValueError(f"the bias is not one of {rows} rows")
+    if norm is not None and norm.weight.shape != (columns,):
+        raise ValueError(f"the norm is not {columns} wide")
     flat = x.reshape(-1, columns).contiguous()
     y = x.new_empty(*x.shape[:-1], rows // 2 if swiglu else rows)
     added = None if residual is None else residual.expand_as(y).to(x.dtype).contiguous()
     bias = None if weight.bias is None else weight.bias.to(x.dtype).contiguous()
     gain = None if norm is None else norm.weight.to(x.dtype).contiguous()
-    _native.quantized_matmul(
-        x=flat.data_ptr(),
-        y=y.data_ptr(),
-        words=weight.words.data_ptr(),
-        scales=weight.scales.data_ptr(),
-        zeros=address(weight.zeros),
+    product = _native.QuantizedMatmul(
+        weight=view(weight),
+        type=_type(x),
         bias=address(bias),
         norm=address(gain),
-        residual=address(added),
         eps=norm.eps if norm else 0.0,
         swiglu=swiglu,
-        type=_type(x),
+    )
+    product.run(x=flat.data_ptr(), y=y.data_ptr(), residual=address(added), rows=len(flat))
+    return y
+
+
+def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
+    """The native view of a weight, which must outlive it; made once and kept with the weight.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    known = vars(weight).get(VIEW)
+    if known is not None:
+        return known
+    expect(_is_known(weight), "the weight is of a format that native code does not read")
+    (rows, columns), scales, zeros = weight.shape, weight.scales, weight.zeros
+    expect(len(scales) == rows, f"the scales are not those of {rows} rows")
+    expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
+    made = compiled().QuantizedWeight(
+        words=weight.words.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=address(zeros),
         bits=weight.bits,
         block=math.gcd(128, weight.group),
         group=weight.group,
-        M=len(flat),
-        N=rows,
-        K=columns,
+        rows=rows,
+        columns=columns,
     )
-    return y
+    vars(weight)[VIEW] = made
+    return made
 
 
 def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
@@ -145,31 +196,71 @@ def takes_attention(qkv: Tensor, cache: LayerKV) -> bool:
 def decode_attention(
     qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
 ) -> Tensor:
-    """`decode_attention` of decode_attention.py, its arguments checked there."""
+    """`decode_attention` of decode_attention.py.
+
+    Raises:
+        ValueError: shapes or types do not fit, or a slot is none of the cache's.
+    """
     assert _native is not None
-    k = cache.k
-    y = qkv.new_empty(len(qkv), 1, heads * k.shape[3])
-    _native.decode_attention(
-        qkv=qkv.data_ptr(),
-        table=table.data_ptr(),
-        k=k.data_ptr(),
-        v=cache.v.data_ptr(),
-        slots=slots.data_ptr(),
-        starts=starts.data_ptr(),
-        y=y.data_ptr(),
+    k, v = cache.k, cache.v
+    kv_heads, head_dim = k.shape[1], k.shape[3]
+    width = (heads + 2 * kv_heads) * head_dim
+    if qkv.shape[1:] != (1, width) or qkv.stride(2) != 1:
+        raise ValueError(f"qkv is {list(qkv.shape)}, not [R, 1, {width}]")
+    if k.dtype != qkv.dtype or v.dtype != qkv.dtype:
+        raise ValueError(f"qkv is {qkv.dtype} and the cache {k.dtype}, {v.dtype}")
+    check_layout(k, v)
+    if table.shape[2] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
+    y = qkv.new_empty(len(qkv), 1, heads * head_dim)
+    attention = _native.DecodeAttention(
         type=_type(qkv),
-        rows=len(qkv),
         heads=heads,
-        kv_heads=k.shape[1],
-        head_dim=k.shape[3],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        table=table.data_ptr(),
         positions=table.shape[1],
+    )
+    one_layer = _native.Cache(
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        layers=1,
+        slots=k.shape[0],
         capacity=k.shape[2],
-        row_stride=qkv.stride(0),
+        layer_stride=0,
         slot_stride=k.stride(0),
         head_stride=k.stride(1),
         position_stride=k.stride(2),
     )
+    attention.run(
+        qkv=qkv.data_ptr(),
+        row_stride=qkv.stride(0),
+        y=y.data_ptr(),
+        cache=one_layer,
+        at=positions(len(qkv), slots, starts),
+    )
     return y
+
+
+def check_layout(k: Tensor, v: Tensor) -> None:
+    """
+    Raises:
+        ValueError: keys and values [..., Dh] have not one layout, or heads are not contiguous.
+    """
+    if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
+        raise ValueError("keys and values are not of one layout, heads contiguous")
+
+
+def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
+    """Where `rows` rows append.
+
+    Raises:
+        ValueError: slots or starts are not contiguous int64 [rows].
+    """
+    for values in (slots, starts):
+        if values.dtype != torch.int64 or values.shape != (rows,) or not values.is_contiguous():
+            raise ValueError(f"slots or starts are not int64 [{rows}], but {list(values.shape)}")
+    return compiled().Positions(slots=slots.data_ptr(), starts=starts.data_ptr(), rows=rows)
 
 
 def takes_logits(
@@ -183,11 +274,12 @@ def takes_logits(
         and available()
         and logits.shape[1] > 0
         and fit_rows(rows, settings, seeds, draws)
-        and (
-            banned is None
-            or (banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:]))
-        )
+        and (banned is None or _bans(banned, logits))
     )
+
+
+def _bans(banned: Tensor, logits: Tensor) -> bool:
+    return banned.dtype == torch.bool and banned.shape in (logits.shape, logits.shape[1:])
 
 
 def sample_text(
@@ -201,17 +293,22 @@ def sample_text(
     """`sample_text` of sample_text.py."""
     assert _native is not None
     rows, size = logits.shape
+    if not fit_rows(rows, settings, seeds, draws):
+        raise ValueError(f"settings, seeds and draws are not of {rows} rows")
+    if banned is not None and not _bans(banned, logits):
+        raise ValueError("banned is not bool, of the ids or of rows of them")
     flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
     banned = None if banned is None else banned.contiguous()
     _native.sample(
-        logits=flat.data_ptr(),
+        logits=_native.Logits(
+            values=flat.data_ptr(),
+            banned=address(banned),
+            banned_stride=size if banned is not None and banned.ndim == 2 else 0,
+            size=size,
+            slot=slot,
+        ),
+        settings=sampler_rows(settings, seeds, draws),
         ids=ids.data_ptr(),
-        banned=address(banned),
-        banned_stride=size if banned is not None and banned.ndim == 2 else 0,
-        rows=rows,
-        size=size,
-        slot=slot,
-        **sampler_rows(settings, seeds, draws),
     )
     return ids
 
@@ -242,15 +339,17 @@ def fit_rows(rows: int, settings: SamplerTensors, seeds: Tensor, draws: Tensor) 
     )
 
 
-def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> dict[str, int]:
-    return {
-        "temperature": settings.temperature.data_ptr(),
-        "top_k": settings.top_k.data_ptr(),
-        "tail": settings.tail.data_ptr(),
-        "greedy": settings.greedy.data_ptr(),
-        "seeds": seeds.data_ptr(),
-        "draws": draws.data_ptr(),
-    }
+def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> _native.SamplerRows:
+    """The native view of settings that `fit_rows`."""
+    return compiled().SamplerRows(
+        temperature=settings.temperature.data_ptr(),
+        top_k=settings.top_k.data_ptr(),
+        tail=settings.tail.data_ptr(),
+        greedy=settings.greedy.data_ptr(),
+        seeds=seeds.data_ptr(),
+        draws=draws.data_ptr(),
+        rows=len(seeds),
+    )
 
 
 def address(tensor: Tensor | None) -> int:

@@ -1,9 +1,10 @@
 """A whole small transformer, or a whole patch, in one native call: in small models it is calls that
 take the time.
 
-    Transformer.step     backbone at decode: every layer, with the append to the cache and attention over it
+    Transformer.step     backbone at decode: every layer, with the append to the cache and attention
     Transformer.encode   patch encoder: every layer of N short sequences
-    PatchDecoder         G + max delay steps, each a `Transformer.step`, the active heads, draws and embeddings
+    PatchDecoder         G + max delay steps, each a `Transformer.step`, the active heads, draws and
+                         embeddings
 
 Weights are read where they lie, float32 or quantized, so nothing is copied and a memory-mapped file
 stays one. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
@@ -15,7 +16,6 @@ CPU, float32, heads of 8 n values, widths of 8 n. Everything else goes one produ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +44,7 @@ class Transformer:
         norm: weight of the RMSNorm after the layers. table: of `rope_table`, for all positions.
 
     Raises:
-        ValueError: `takes_transformer` does not hold.
+        ValueError: `takes_transformer` does not hold, or weights do not fit each other.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class Transformer:
         if not takes_transformer(layers, norm, table):
             raise ValueError("the native transformer takes small float32 models on a CPU alone")
         self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
+        head_dim = 2 * table.shape[2]
+        self.dim, self._head_shape = len(norm), (kv_heads, head_dim)
         self.native = native.compiled().Transformer(
             norm=norm.data_ptr(),
             eps=eps,
@@ -67,9 +69,12 @@ class Transformer:
             dim=len(norm),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=2 * table.shape[2],
+            head_dim=head_dim,
         )
         for attention_norm, qkv, out, ffn_norm, gate_up, down in layers:
+            native.expect(
+                attention_norm.shape == ffn_norm.shape == norm.shape, "norms are of other widths"
+            )
             self.native.add_layer(
                 attention_norm=attention_norm.data_ptr(),
                 qkv=linear(qkv),
@@ -88,27 +93,47 @@ class Transformer:
 
         k, v: the cache [L, B, Hkv, S, Dh] in float32, of one layout. slots, starts int64 [R]: where
             each row appends.
+
+        Raises:
+            ValueError: shapes or types are others, or a slot is none of the cache's.
         """
-        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        self.native.step(
-            x=x.data_ptr(),
-            y=y.data_ptr(),
+        if x.ndim != 2 or not _is_rows(x, self.dim):
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [R, {self.dim}]")
+        native.check_layout(k, v)
+        if (
+            k.dtype != torch.float32
+            or v.dtype != torch.float32
+            or k.shape[2::2] != self._head_shape
+        ):
+            raise ValueError(
+                f"the cache is {k.dtype} {list(k.shape)}, not float32 [layers, slots, kv_heads, "
+                f"capacity, head_dim] with kv_heads and head_dim {list(self._head_shape)}"
+            )
+        cache = native.compiled().Cache(
             k=k.data_ptr(),
             v=v.data_ptr(),
-            slots=slots.data_ptr(),
-            starts=starts.data_ptr(),
-            rows=len(x),
+            layers=k.shape[0],
+            slots=k.shape[1],
             capacity=k.shape[3],
             layer_stride=k.stride(0),
             slot_stride=k.stride(1),
             head_stride=k.stride(2),
             position_stride=k.stride(3),
         )
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        at = native.positions(len(x), slots, starts)
+        self.native.step(x=x.data_ptr(), y=y.data_ptr(), cache=cache, at=at)
         return y
 
     def encode(self, x: Tensor, causal: bool) -> Tensor:
         """Sequences that attend to themselves from position 0 on: x [N, T, D] -> normed hidden
-        states [N, T, D]."""
+        states [N, T, D].
+
+        Raises:
+            ValueError: x is another shape or type, or T more than the positions of the table.
+        """
+        if x.ndim != 3 or not _is_rows(x, self.dim):
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [N, T, {self.dim}]")
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         self.native.encode(
             x=x.data_ptr(), y=y.data_ptr(), sequences=len(x), length=x.shape[1], causal=causal
@@ -122,6 +147,9 @@ class PatchDecoder:
 
     Args:
         heads, embeddings: float32 [table rows, D]. steps: `CodeStep.heads` of each step.
+
+    Raises:
+        ValueError: they are others, or a step's heads are not in the tables.
     """
 
     def __init__(
@@ -135,14 +163,27 @@ class PatchDecoder:
     ) -> None:
         self._arguments = (transformer, heads, embeddings, tuple(steps), channels, group_size)
         self._shape = (channels, group_size)
+        self._dim = heads.shape[1]
+        native.expect(
+            takes_table(heads)
+            and takes_table(embeddings)
+            and heads.shape == embeddings.shape
+            and self._dim == transformer.dim,
+            f"heads and embeddings are not float32 [rows, {transformer.dim}]",
+        )
         self._native = native.compiled().PatchDecoder(
             transformer=transformer.native,
             heads=heads.data_ptr(),
             embeddings=embeddings.data_ptr(),
+            table_rows=len(heads),
             channels=channels,
             group_size=group_size,
         )
         for step in steps:
+            native.expect(
+                step.dtype == torch.int64 and step.shape[0] == 5 and step.is_contiguous(),
+                "a step's heads are not int64 [5, active]",
+            )
             self._native.add_step(heads=step.data_ptr(), active=step.shape[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -152,14 +193,16 @@ class PatchDecoder:
         self, local: Tensor, settings: SamplerTensors, seeds: Tensor, draws: Tensor
     ) -> Tensor:
         """local [R, D], settings, seeds and draws int64 of R rows -> codes int64 [R, C, G]."""
-        if not native.fit_rows(len(local), settings, seeds, draws):
-            raise ValueError(f"settings, seeds and draws are not of {len(local)} rows")
-        local, codes = local.contiguous(), torch.empty(len(local), *self._shape, dtype=torch.int64)
+        rows = len(local)
+        if local.ndim != 2 or not _is_rows(local, self._dim):
+            raise ValueError(f"local is {local.dtype} {list(local.shape)}, not [R, {self._dim}]")
+        if not native.fit_rows(rows, settings, seeds, draws):
+            raise ValueError(f"settings, seeds and draws are not of {rows} rows")
+        local, codes = local.contiguous(), torch.empty(rows, *self._shape, dtype=torch.int64)
         self._native.decode(
             local=local.data_ptr(),
             codes=codes.data_ptr(),
-            rows=len(local),
-            **native.sampler_rows(settings, seeds, draws),
+            settings=native.sampler_rows(settings, seeds, draws),
         )
         return codes
 
@@ -174,23 +217,23 @@ def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> b
 def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
     """Whether a native call may read all of these for as long as they live, and they are small."""
     size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
-    return native.available() and size <= SMALL and all(map(_is_plain, parts))
+    return native.available() and size <= SMALL and all(map(is_plain, parts))
 
 
 def takes_table(rows: Tensor) -> bool:
     """Whether `PatchDecoder` reads heads or embeddings like these."""
-    return _is_plain(rows) and rows.shape[1] % 8 == 0
+    return is_plain(rows) and rows.shape[1] % 8 == 0
 
 
-def _is_plain(part: Tensor | AnyWeight | None) -> bool:
+def is_plain(part: Tensor | AnyWeight | None) -> bool:
     """Whether native code reads it as it is; what is being trained may move."""
     if part is None:
         return True
     if isinstance(part, QuantizedWeight):
-        return native.takes_weight(part) and _is_plain(part.bias)
+        return native.takes_weight(part) and is_plain(part.bias)
     if isinstance(part, Weight):
         widths = all(block.shape[1] % 8 == 0 for block in part.blocks)
-        return widths and all(_is_plain(each) for each in (*part.blocks, *part.biases))
+        return widths and all(is_plain(each) for each in (*part.blocks, *part.biases))
     return (
         part.device.type == "cpu"
         and part.dtype == torch.float32
@@ -199,22 +242,30 @@ def _is_plain(part: Tensor | AnyWeight | None) -> bool:
     )
 
 
+def _is_rows(x: Tensor, width: int) -> bool:
+    return x.shape[-1] == width and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def linear(weight: AnyWeight) -> Any:
-    """The native view of a weight, which must outlive it."""
+    """The native view of a weight, which must outlive it.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    native.expect(is_plain(weight), "a weight is not float32 on a CPU, contiguous and frozen")
+    compiled = native.compiled()
     if isinstance(weight, QuantizedWeight):
-        rows, columns = weight.shape
-        return native.compiled().Linear.quantized(
-            words=weight.words.data_ptr(),
-            scales=weight.scales.data_ptr(),
-            zeros=native.address(weight.zeros),
-            bias=native.address(weight.bias),
-            bits=weight.bits,
-            block=math.gcd(128, weight.group),
-            group=weight.group,
-            rows=rows,
-            columns=columns,
+        bias = weight.bias
+        native.expect(
+            bias is None or bias.shape == (weight.shape[0],), "the bias is not one of the rows"
         )
-    linear = native.compiled().Linear(columns=weight.blocks[0].shape[1])
+        return compiled.Linear.quantized(weight=native.view(weight), bias=native.address(bias))
+    columns = weight.blocks[0].shape[1]
+    linear = compiled.Linear(columns=columns)
     for block, bias in zip(weight.blocks, weight.biases, strict=True):
+        native.expect(
+            block.shape[1] == columns and (bias is None or bias.shape == (len(block),)),
+            "blocks of one matrix do not fit each other",
+        )
         linear.add_block(weight=block.data_ptr(), bias=native.address(bias), rows=len(block))
     return linear

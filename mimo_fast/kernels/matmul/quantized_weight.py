@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
 import torch
@@ -57,6 +57,10 @@ class QuantizedWeight:
     bits: int
     levels: Tensor | None = None
     torch_scales: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has memory of its own: what is cached about this one's is not copied.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def stack(cls, blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:

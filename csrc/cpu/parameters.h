@@ -1,0 +1,163 @@
+// What the kernels are asked to do, in plain data. Nothing here depends on an instruction set: bindings.cpp fills these
+// structs, and every set of kernels reads them. Addresses are of the caller's memory, which must outlive the call.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace mimo_fast {
+
+enum class Type : int { float32, bfloat16 };
+
+// W [rows, columns] = scale (q - zero), packed as mimo_fast/kernels/matmul/quantized_weight.py says.
+struct QuantizedWeight {
+    const uint8_t* words = nullptr;    // [rows, columns bits / 8], in blocks of `block` columns
+    const uint16_t* scales = nullptr;  // bfloat16 [rows, columns / group]
+    const uint16_t* zeros = nullptr;   // float16 [rows, columns / group], or null for none
+    int bits = 0;                      // 4 or 8
+    int block = 0;                     // columns packed together: 64 or 128 of 4 bits, 32, 64 or 128 of 8
+    int64_t group = 0;                 // columns that share a scale, a multiple of `block`
+    int64_t rows = 0, columns = 0;
+};
+
+// y[M, F] = residual + f(normed x W^T + bias). f is the identity, and F = rows, or SwiGLU: W has the rows / 2 rows of
+// gate, then those of up, and F = rows / 2.
+struct QuantizedMatmul {
+    QuantizedWeight weight;
+    Type type = Type::float32;       // of x, y and the four vectors
+    const void* bias = nullptr;      // [rows], or null for none
+    const void* norm = nullptr;      // weight [columns] of an RMSNorm of x, or null for none
+    float eps = 0;                   // of the norm
+    bool swiglu = false;
+    const void* x = nullptr;         // [M, columns]
+    void* y = nullptr;               // [M, F]
+    const void* residual = nullptr;  // [M, F], or null for none
+    int64_t M = 0;
+};
+
+// Rows of a float32 matrix as they lie in memory.
+struct DenseBlock {
+    const float* weight;  // [rows, columns]; columns a multiple of 8
+    const float* bias;    // [rows], or null for none
+    int64_t rows;
+};
+
+// A matrix [rows, columns] with its bias: dense blocks of rows one below the other, or quantized where there are none.
+struct Linear {
+    std::vector<DenseBlock> blocks;
+    QuantizedWeight quantized;
+    const float* quantized_bias = nullptr;
+    int64_t rows = 0, columns = 0;
+};
+
+// Keys and values [layers, slots, kv_heads, capacity, head_dim]. Strides are in elements; both share them.
+struct Cache {
+    void* k = nullptr;
+    void* v = nullptr;
+    int64_t layers = 0, slots = 0, capacity = 0;
+    int64_t layer_stride = 0, slot_stride = 0, head_stride = 0, position_stride = 0;
+};
+
+// Row r appends to position starts[r] of slot slots[r] of a cache, and attends to that slot up to there. A row whose
+// position does not exist writes nothing to the cache.
+struct Positions {
+    const int64_t* slots = nullptr;   // [rows]
+    const int64_t* starts = nullptr;  // [rows]
+    int64_t rows = 0;
+};
+
+// A step of cached attention, as mimo_fast/kernels/decode_attention.py says.
+struct DecodeAttention {
+    Type type = Type::float32;         // of qkv, y and the cache
+    int64_t heads = 0, kv_heads = 0, head_dim = 0;
+    const float* table = nullptr;      // [2, positions, head_dim / 2]: cosines, sines
+    int64_t positions = 0;
+    const void* qkv = nullptr;         // [rows, (heads + 2 kv_heads) head_dim], rows `row_stride` elements apart
+    int64_t row_stride = 0;
+    void* y = nullptr;                 // [rows, heads head_dim]
+    Cache cache;                       // of one layer
+    Positions at;
+};
+
+struct Layer {
+    const float* attention_norm;
+    Linear qkv, out;
+    const float* ffn_norm;
+    Linear gate_up, down;
+};
+
+// A Qwen2-style transformer in float32.
+struct Transformer {
+    std::vector<Layer> layers;
+    const float* norm;   // [dim], of the result
+    float eps;
+    const float* table;  // [2, positions, head_dim / 2]: cosines, sines
+    int64_t positions, dim, heads, kv_heads, head_dim;
+
+    int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Settings of rows that draw an id each, as `SamplerTensors` has them, and what names their noise.
+struct SamplerRows {
+    const float* temperature;
+    const int64_t* top_k;
+    const float* tail;
+    const bool* greedy;
+    const int64_t* seeds;
+    const int64_t* draws;
+    int64_t rows;
+};
+
+// Rows of logits to draw from.
+struct Logits {
+    const float* values;    // [rows, size]
+    const bool* banned;     // rows `banned_stride` apart, or null for none
+    int64_t banned_stride;  // size, or 0 where all rows share one
+    int64_t size;
+    uint32_t slot;          // of the noise
+};
+
+// As mimo_fast/kernels/sample_codes.py says of one step.
+struct CodeStep {
+    const int64_t* heads;  // [5, active]: channel, frame, first row in the table, size and empty id of each
+    int64_t active;
+};
+
+struct PatchDecoder {
+    Transformer transformer;
+    const float* heads;       // [table rows, dim]
+    const float* embeddings;  // [table rows, dim]
+    int64_t channels, group_size;
+    std::vector<CodeStep> steps;
+};
+
+// LayerNorm, or RMSNorm where there is no bias.
+struct Norm {
+    const float* weight;
+    const float* bias;
+};
+
+struct CodecLayer {
+    Norm attention_norm;
+    Linear qkv, out;
+    Norm ffn_norm;
+    Linear up, down;
+};
+
+struct CodecStack {
+    std::vector<CodecLayer> layers;
+    int64_t dim, heads;
+    float eps;  // of the norms
+};
+
+// What T rows attend to. The key and value of row t go to place slots[t] first, in every layer.
+struct CodecAttention {
+    const float* table;    // [2, T, head_dim / 2]: cosines and sines of the rows' positions
+    float* k;              // [layers, heads, places, head_dim], contiguous
+    float* v;
+    const int64_t* slots;  // [T]
+    const bool* visible;   // [T, places]
+    int64_t places;
+};
+
+}  // namespace mimo_fast
