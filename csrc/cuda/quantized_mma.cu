@@ -34,6 +34,7 @@
 // Weights (words, scales, zeros, norm, bias) are read before `pdl_wait`, that is while the kernel before this one may
 // still run: none of them may be written by it (quantized_weight.py says what whoever makes a weight has to do).
 
+#include <cstdlib>
 #include <type_traits>
 
 #include <warp.cuh>
@@ -58,6 +59,7 @@ struct Product {
     float eps;
     int chunk;  // rows of x of a block of threads
     int tiles;  // of W
+    int begin;  // when the next kernel may: 0 ahead of the wait, 1 with the last tile, 2 at the end
 };
 
 // ---- Unpacking
@@ -483,7 +485,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
     Units<C> ahead(p, warp, lane);
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES; ++stage) ahead.request(p, warp, lane, queue + stage * STAGE);
-    pdl_launch_dependents();
+    if (p.begin == 0) pdl_launch_dependents();
     if (p.norm && thread < p.k / 64) prefetch_l2(p.norm + thread * 64);
     Result<C> result;
     result.load_weight(p, blockIdx.y, rows);
@@ -500,6 +502,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.y; tile < p.tiles; tile += gridDim.y, turn ^= 1) {
+        if (p.begin == 1 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
         result.load_residual(p, tile, first, rows);
         if (C::GROUPED) scales.load(p, tile + gridDim.y, thread);
         Sums<C> mine;
@@ -655,8 +658,10 @@ extern "C" int mimo_fast_quantized_mma(
     const void* residual, void* y, int64_t stride, int m, int n, int k, int bits, int grouped, int swiglu, int half,
     int variant, float eps, cudaStream_t stream) {
     const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
+    const char* const begin = std::getenv("MIMO_FAST_PRODUCT_BEGIN");  // benchmarks/studies/chains.py
     const Product product{as16(x), as16(norm), static_cast<const uint4*>(words), as16(scales), as16(zeros), as16(bias),
-                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0};
+                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0,
+                          begin ? std::atoi(begin) : 0};
     const auto aligned = [](const void* pointer, int to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
     if (!aligned(x, 8) || !aligned(norm, 8) || !aligned(words, 16) || !aligned(scales, 2) || stride % 4) return INVALID;
     if (m < 1 || k < COLUMNS || k % COLUMNS || (bits == 4 && !grouped) || (half && norm)) return INVALID;

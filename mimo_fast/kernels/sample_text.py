@@ -401,7 +401,11 @@ def sample_text(
         shared["counts_ptr"] = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
         for i_pass in range(4):
             text_digit_kernel[(chunks, rows)](
-                **early_launch(logits), **shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4
+                **early_launch(logits, "text_digit"),
+                **shared,
+                PASS=i_pass,
+                BLOCK_V=CHUNK,
+                num_warps=4,
             )
     values = torch.empty(rows, chunks, 5, device=device)
     work = {
@@ -416,7 +420,7 @@ def sample_text(
         "ALL_GREEDY": settings.all_greedy,
     }
     text_draw_kernel[(chunks, rows)](
-        **early_launch(logits),
+        **early_launch(logits, "text_draw"),
         **shared,
         **work,
         banned_ptr=logits if banned is None else banned.view(torch.uint8),
@@ -427,7 +431,7 @@ def sample_text(
     )
     out = torch.empty(rows, dtype=torch.int64, device=device)
     text_settle_kernel[(rows,)](
-        **early_launch(logits),
+        **early_launch(logits, "text_settle"),
         **shared,
         **work,
         out_ptr=out,
