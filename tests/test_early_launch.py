@@ -44,6 +44,7 @@ DECODED = {
     "small_decode_kernel",
     "split_attention_kernel",
     "take_settings_kernel",
+    "text_check_kernel",
     "text_digit_kernel",
     "text_draw_kernel",
     "text_settle_kernel",

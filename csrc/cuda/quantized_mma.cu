@@ -59,7 +59,7 @@ struct Product {
     float eps;
     int chunk;  // rows of x of a block of threads
     int tiles;  // of W
-    int begin;  // when the next kernel may: 0 ahead of the wait, 1 with the last tile, 2 at the end
+    int begin;  // when the next kernel may: 0 ahead of the wait, 1 after it, 2 ahead of the last results, 3 at the end
 };
 
 // ---- Unpacking
@@ -495,6 +495,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
         scales.store(p, all_scales, thread);
     }
     pdl_wait();
+    if (p.begin == 1) pdl_launch_dependents();
 
     stage_x<C>(p, layout, shared, first, rows);
     __syncthreads();
@@ -502,7 +503,6 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.y; tile < p.tiles; tile += gridDim.y, turn ^= 1) {
-        if (p.begin == 1 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
         result.load_residual(p, tile, first, rows);
         if (C::GROUPED) scales.load(p, tile + gridDim.y, thread);
         Sums<C> mine;
@@ -533,6 +533,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
                 sums[(warp * C::XS + 8 * x + 2 * (lane % 4) + i % 2) * (C::ROWS + 1) + i / 2 * 8 + lane / 4] =
                     mine.total[x][i];
         __syncthreads();
+        if (p.begin == 2 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
         result.write(p, tile, first, rows, sums, reinterpret_cast<const float*>(shared + layout.scales_x));
         result.load_weight(p, tile + gridDim.y, rows);
     }

@@ -96,6 +96,7 @@ BEGINS = {
     "small_decode": Begin.OFF,
     "split_attention": Begin.OFF,
     "take_settings": Begin.OFF,
+    "text_check": Begin.OFF,
     "text_digit": Begin.OFF,
     "text_draw": Begin.OFF,
     "text_settle": Begin.OFF,
