@@ -5,17 +5,18 @@ python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
 
     Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
-    products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before this
-                       study; once they have "waited"; when all weights of a block have been used
-                       ("last"); at the "end" of its blocks. "late": they are not launched early themselves
-    carveout           whether Triton's kernels ask for the same division of an SM's memory into L1 and
-                       shared memory as the products ("max"), or leave it to the driver: a multiprocessor
-                       is drained before the division changes
+    products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before
+                       this study; once they have "waited"; when all weights of a block have been
+                       used ("last"); at the "end" of its blocks. "late": not launched early
+                       themselves
+    carveout           whether Triton's kernels ask for the same division of a multiprocessor's
+                       memory into L1 and shared memory as the products ("max"), or leave it to the
+                       driver: a multiprocessor is drained before the division changes
 
-All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early. A
-line a way: us a layer (median), its change from the first, the way; best first. The best are captured
-and timed once more, next to the first, and replayed often for races. At the end, of each family of
-chains: the ways by the geometric mean of their times over the family's chains.
+All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
+A line a way: us a layer (median), its change from the first, the way; best first. The best are
+captured and timed once more, next to the first, and replayed often for races. At the end, of each
+family of chains: the ways by the geometric mean of their times over the family's chains.
 """
 
 import argparse
@@ -57,7 +58,7 @@ AGAIN = 4
 """The best ways of a chain, timed once more."""
 
 MODES = ("off", "none", "lets", "first", "waited", "last")
-PRODUCTS = {"ahead": "0", "waited": "1", "last": "2", "end": "3", "late": "0"}
+PRODUCTS = {"ahead": "0", "end": "3", "waited": "1", "last": "2", "late": "0"}
 KERNELS = (
     merge_splits_kernel,
     small_decode_kernel,
