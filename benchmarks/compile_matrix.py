@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import mimo_fast.kernels
 from benchmarks.launches import section
-from mimo_fast.kernels.dispatch import EARLY_CAPABILITY, KNOWS_EARLY_LAUNCH, Case
+from mimo_fast.kernels.dispatch import EARLY_CAPABILITY, KNOWS_EARLY_LAUNCH, Begin, Case
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = 99 * 1024
@@ -47,7 +47,7 @@ def cases() -> Iterator[Case]:
         yield from getattr(found, "compile_cases", tuple)()
 
 
-def compile_case(case: Case, architecture: int) -> Compiled:
+def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> Compiled:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = [
@@ -60,8 +60,8 @@ def compile_case(case: Case, architecture: int) -> Compiled:
     options = {"num_warps": case.warps, "num_stages": case.stages}
     if "PDL" in names:
         early = KNOWS_EARLY_LAUNCH and architecture >= 10 * EARLY_CAPABILITY
-        constexprs["PDL"] = early
-        options |= {"launch_pdl": True} if early else {}
+        constexprs["PDL"] = int(begin if early else Begin.OFF)
+        options |= {"launch_pdl": True} if early and begin & Begin.NONE else {}
     source = ASTSource(case.kernel, signature, constexprs, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from benchmarks.compile_matrix import cases
 from mimo_fast.kernels import dispatch
+from mimo_fast.kernels.dispatch import BEGINS, Begin
 
 KERNELS = {case.kernel.__name__: case.kernel for case in cases() if "PDL" in case.kernel.arg_names}
 
@@ -43,6 +44,7 @@ DECODED = {
     "small_decode_kernel",
     "split_attention_kernel",
     "take_settings_kernel",
+    "text_check_kernel",
     "text_digit_kernel",
     "text_draw_kernel",
     "text_settle_kernel",
@@ -95,7 +97,9 @@ def follows_the_rule(name: str, body: list[ast.stmt]) -> None:
         calls = [called(statement) for statement in statements]
         assert calls[0] == "let_the_next_begin", f"{name} lets the next begin late"
         assert calls.count("wait_for_the_last") == 1, f"{name} does not wait where {flags}"
-        before = statements[: calls.index("wait_for_the_last")]
+        waits = calls.index("wait_for_the_last")
+        assert "let_the_next_begin_last" not in calls[:waits], f"{name} has its last call too early"
+        before = statements[:waits]
         for node in (node for statement in before for node in ast.walk(statement)):
             assert not isinstance(node, ast.Return | ast.While | ast.For), f"{name} {node.lineno}"
             if isinstance(node, ast.Name) and node.id.endswith("_ptr"):
@@ -111,6 +115,7 @@ def test_every_path_waits_before_it_reads_or_writes(name: str) -> None:
 
 def test_all_kernels_of_a_group_take_part() -> None:
     assert KERNELS.keys() == DECODED
+    assert {f"{name}_kernel" for name in BEGINS} == DECODED
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,7 @@ def test_all_kernels_of_a_group_take_part() -> None:
         "let_the_next_begin(PDL)\nif i_row > 0:\n    wait_for_the_last(PDL)",
         "let_the_next_begin(PDL)\nif i_row > 0:\n    return\nwait_for_the_last(PDL)",
         "wait_for_the_last(PDL)\nlet_the_next_begin(PDL)",
+        "let_the_next_begin(PDL)\nlet_the_next_begin_last(PDL)\nwait_for_the_last(PDL)",
     ],
 )
 def test_what_breaks_the_rule_is_found(body: str) -> None:
@@ -129,17 +135,22 @@ def test_what_breaks_the_rule_is_found(body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("major", "hip", "known", "switch", "early"),
+    ("major", "hip", "known", "switch", "begin"),
     [
-        (9, None, True, None, True),
-        (12, None, True, "1", True),
-        (9, None, True, "0", False),
-        (8, None, True, None, False),
-        (9, "7.0", True, None, False),
-        (9, None, False, None, False),
+        (9, None, True, None, BEGINS["rms_norm"]),
+        (12, None, True, "1", Begin.FIRST),
+        (9, None, True, "waited", Begin.WAITED),
+        (9, None, True, "first,rms_norm=none", Begin.NONE),
+        (9, None, True, "merge_splits=last,rms_norm=last", Begin.LAST),
+        (9, None, True, "1,rms_norm=lets", Begin.LETS),
+        (9, None, True, "none,merge_splits=0", Begin.NONE),
+        (9, None, True, "0", Begin.OFF),
+        (8, None, True, "1", Begin.OFF),
+        (9, "7.0", True, "1", Begin.OFF),
+        (9, None, False, "1", Begin.OFF),
     ],
 )
-def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, early) -> None:
+def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, begin) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(dispatch, "KNOWS_EARLY_LAUNCH", known)
@@ -148,10 +159,17 @@ def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch
         monkeypatch.setenv(dispatch.EARLY_ENVIRONMENT, switch)
     dispatch._begins_early.cache_clear()
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    expected = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
-    assert dispatch.early_launch(x) == expected
+    waits = begin not in (Begin.OFF, Begin.LETS)
+    expected = {"PDL": int(begin)} | ({"launch_pdl": True} if waits else {})
+    assert dispatch.early_launch(x, "rms_norm") == expected
     dispatch._begins_early.cache_clear()
 
 
 def test_never_on_a_cpu() -> None:
-    assert dispatch.early_launch(torch.zeros(1)) == {"PDL": False}
+    assert dispatch.early_launch(torch.zeros(1), "rms_norm") == {"PDL": 0}
+
+
+@pytest.mark.parametrize("switch", ["2", "rms_norm", "rms=first", "first,", "rms_norm=begin"])
+def test_a_switch_that_says_nothing_is_refused(switch: str) -> None:
+    with pytest.raises(ValueError, match=dispatch.EARLY_ENVIRONMENT):
+        dispatch._begin("rms_norm", switch)

@@ -384,7 +384,7 @@ def main() -> int:
         parser.error("this needs a CUDA device")
     start, study = time.monotonic(), Study(arguments.seconds)
     with early(True):
-        can = "launch_pdl" in early_launch(torch.zeros(1, device=DEVICE))
+        can = "launch_pdl" in early_launch(torch.zeros(1, device=DEVICE), "rms_norm")
     about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -34,6 +34,7 @@
 // Weights (words, scales, zeros, norm, bias) are read before `pdl_wait`, that is while the kernel before this one may
 // still run: none of them may be written by it (quantized_weight.py says what whoever makes a weight has to do).
 
+#include <cstdlib>
 #include <type_traits>
 
 #include <warp.cuh>
@@ -58,6 +59,7 @@ struct Product {
     float eps;
     int chunk;  // rows of x of a block of threads
     int tiles;  // of W
+    int begin;  // when the next kernel may: 0 ahead of the wait, 1 after it, 2 ahead of the last results, 3 at the end
 };
 
 // ---- Unpacking
@@ -483,7 +485,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
     Units<C> ahead(p, warp, lane);
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES; ++stage) ahead.request(p, warp, lane, queue + stage * STAGE);
-    pdl_launch_dependents();
+    if (p.begin == 0) pdl_launch_dependents();
     if (p.norm && thread < p.k / 64) prefetch_l2(p.norm + thread * 64);
     Result<C> result;
     result.load_weight(p, blockIdx.y, rows);
@@ -493,6 +495,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
         scales.store(p, all_scales, thread);
     }
     pdl_wait();
+    if (p.begin == 1) pdl_launch_dependents();
 
     stage_x<C>(p, layout, shared, first, rows);
     __syncthreads();
@@ -530,6 +533,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
                 sums[(warp * C::XS + 8 * x + 2 * (lane % 4) + i % 2) * (C::ROWS + 1) + i / 2 * 8 + lane / 4] =
                     mine.total[x][i];
         __syncthreads();
+        if (p.begin == 2 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
         result.write(p, tile, first, rows, sums, reinterpret_cast<const float*>(shared + layout.scales_x));
         result.load_weight(p, tile + gridDim.y, rows);
     }
@@ -655,8 +659,10 @@ extern "C" int mimo_fast_quantized_mma(
     const void* residual, void* y, int64_t stride, int m, int n, int k, int bits, int grouped, int swiglu, int half,
     int variant, float eps, cudaStream_t stream) {
     const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
+    const char* const begin = std::getenv("MIMO_FAST_PRODUCT_BEGIN");  // benchmarks/studies/chains.py
     const Product product{as16(x), as16(norm), static_cast<const uint4*>(words), as16(scales), as16(zeros), as16(bias),
-                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0};
+                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0,
+                          begin ? std::atoi(begin) : 0};
     const auto aligned = [](const void* pointer, int to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
     if (!aligned(x, 8) || !aligned(norm, 8) || !aligned(words, 16) || !aligned(scales, 2) || stride % 4) return INVALID;
     if (m < 1 || k < COLUMNS || k % COLUMNS || (bits == 4 && !grouped) || (half && norm)) return INVALID;

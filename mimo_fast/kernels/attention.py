@@ -154,7 +154,7 @@ def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, caus
     block = small_block(heads, t, dh)
     y = torch.empty(n, t, heads * dh, dtype=qkv.dtype, device=qkv.device)
     rotary_attention_kernel[(n, -(-heads // block["BLOCK_H"]))](
-        **early_launch(qkv),
+        **early_launch(qkv, "rotary_attention"),
         qkv_ptr=qkv,
         cos_ptr=table[0],
         sin_ptr=table[1],

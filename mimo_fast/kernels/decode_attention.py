@@ -43,6 +43,7 @@ from mimo_fast.kernels.dispatch import (
     early_launch,
     jit,
     let_the_next_begin,
+    let_the_next_begin_last,
     next_power_of_2,
     tl,
     use_triton,
@@ -179,6 +180,7 @@ def small_decode_kernel(
         b_v_scales = tl.load(v_scales_ptr + o_scales, mask=m_scales, other=0.0)
         b_p *= tl.where((o_s == position)[None, :], b_v_scale[:, None], b_v_scales)
     b_y = tl.sum(b_p[:, :, None] * b_v, axis=1) / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    let_the_next_begin_last(PDL)
     o_y = (i_row * H + o_h)[:, None] * DH + o_d
     tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h & (o_d < DH))
 
@@ -282,6 +284,7 @@ def split_attention_kernel(
             b_p *= tl.load(v_scales_ptr + head_scale + o_s, mask=m_s, other=0.0)[None, :]
         b_y = b_y * b_decay[:, None] + tl.dot(b_p.to(b_q.dtype), b_v, input_precision="ieee")
         b_max = b_new
+    let_the_next_begin_last(PDL)
     o_row = i_row * H + o_h
     if SPLITS == 1:
         b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
@@ -329,6 +332,7 @@ def merge_splits_kernel(
     b_weight = tl.exp2(b_max - tl.where(b_top == -float("inf"), 0.0, b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
     b_y = tl.sum(b_weight[:, None] * b_y, axis=0) / tl.where(b_total > 0, b_total, 1.0)
+    let_the_next_begin_last(PDL)
     tl.store(y_ptr + (i_row * H + i_head) * DH + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -379,7 +383,7 @@ def _small_attention(
     block = small_block(heads, cache.capacity, dh)
     y = torch.empty(len(qkv), 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
     small_decode_kernel[(len(qkv), -(-heads // block["BLOCK_H"]))](
-        **early_launch(qkv),
+        **early_launch(qkv, "small_decode"),
         **cache.append_arguments(qkv, table, slots, starts),
         y_ptr=y,
         H=heads,
@@ -413,7 +417,7 @@ def _split_attention(
     )
     arguments = cache.append_arguments(qkv, table, slots, starts)
     split_attention_kernel[(splits, kv_heads, rows)](
-        **early_launch(qkv),
+        **early_launch(qkv, "split_attention"),
         **arguments,
         y_ptr=y,
         part_ptr=part,
@@ -432,7 +436,7 @@ def _split_attention(
     )
     if splits > 1:
         merge_splits_kernel[(heads, rows)](
-            **early_launch(qkv),
+            **early_launch(qkv, "merge_splits"),
             part_ptr=part,
             stats_ptr=stats,
             y_ptr=y,

@@ -21,15 +21,22 @@ kernels that need nothing of their predecessor. Kernels that are not launched ea
 instance, begin after the end of all before them, and keep the chain. `tests/test_early_launch.py`
 holds every kernel to the rule.
 
-`let_the_next_begin` may be called anywhere and so stands first. csrc/cuda/warp.cuh has both under
-the same names. MIMO_FAST_PDL=0 turns early launches of Triton's kernels off; it is asked at every
-launch. MIMO_FAST_EXPERIMENTAL=1 turns on paths that no GPU has shown right and faster yet.
+Where the next kernel is let begin is free, for any place is right, but it decides what is resident
+together: a successor whose blocks start while a small grid still has some multiprocessors may put
+two of its blocks where there is room and none where there is not. So each kernel has a `Begin` in
+`BEGINS`: the one line a kernel that is to be changed after a measurement by
+`benchmarks/studies/chains.py`. csrc/cuda/warp.cuh has the two calls under the same names.
+
+MIMO_FAST_PDL overrides the table, and is asked at every launch: 0 turns early launches of Triton's
+kernels off, 1 is "first" for all, any name of `Begin` is that for all, and "rms_norm=last,..." for
+some. MIMO_FAST_EXPERIMENTAL=1 turns on paths that no GPU has shown right and faster yet.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
@@ -57,6 +64,44 @@ EARLY_ENVIRONMENT = "MIMO_FAST_PDL"
 EARLY_CAPABILITY = 9
 """Major compute capability from which a kernel can be launched early."""
 EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
+
+
+class Begin(IntEnum):
+    """How a kernel takes part in early launches; the values are what its PDL is. WAITS: launched
+    early, and waits. The others: where it lets the next kernel begin."""
+
+    OFF = 0
+    NONE = 1
+    """Launched early; the next begins as its blocks end."""
+    LETS = 2
+    """Launched as any other; lets the next begin first of all."""
+    FIRST = 1 | 2
+    WAITED = 1 | 4
+    """Lets the next begin once it has waited itself: no more than two kernels are resident."""
+    LAST = 1 | 8
+    """Lets the next begin ahead of its last stores, where it calls `let_the_next_begin_last`."""
+
+
+BEGINS = {
+    "code_step": Begin.OFF,
+    "dense_embed": Begin.OFF,
+    "dense_gemv": Begin.OFF,
+    "head_logits": Begin.OFF,
+    "merge_splits": Begin.OFF,
+    "patch_embed": Begin.OFF,
+    "patch_noise": Begin.OFF,
+    "quantized_embed": Begin.OFF,
+    "rms_norm": Begin.OFF,
+    "rotary_attention": Begin.OFF,
+    "small_decode": Begin.OFF,
+    "split_attention": Begin.OFF,
+    "take_settings": Begin.OFF,
+    "text_check": Begin.OFF,
+    "text_digit": Begin.OFF,
+    "text_draw": Begin.OFF,
+    "text_settle": Begin.OFF,
+}
+"""Of each kernel, named without "_kernel". Off until measured in the chains it is part of."""
 
 
 def forced() -> str:
@@ -89,22 +134,33 @@ def jit(kernel):
 
 @jit
 def let_the_next_begin(PDL: tl.constexpr):
-    """Lets the next kernel's blocks start once all of this kernel's have come here."""
-    if PDL:
+    """Lets the next kernel's blocks start once all of this kernel's have come here: first of all
+    where PDL is `Begin.FIRST` or LETS."""
+    if PDL & 2:
+        gdc_launch_dependents()
+
+
+@jit
+def let_the_next_begin_last(PDL: tl.constexpr):
+    """The same behind all else that a kernel reads, where PDL is `Begin.LAST`."""
+    if PDL & 8:
         gdc_launch_dependents()
 
 
 @jit
 def wait_for_the_last(PDL: tl.constexpr):
-    """Waits until the kernel before has ended and its memory can be seen. See the rule above."""
-    if PDL:
+    """Waits until the kernel before has ended and its memory can be seen. See the rule above. Lets
+    the next begin then, where PDL is `Begin.WAITED`."""
+    if PDL & 1:
         gdc_wait()
+    if PDL & 4:
+        gdc_launch_dependents()
 
 
 @jit
 def prefetch(x_ptr, PDL: tl.constexpr):
     """Fetches the lines of L2 at these addresses, of weights, ahead of the wait."""
-    if PDL:
+    if PDL & 1:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
@@ -115,11 +171,26 @@ def prefetch(x_ptr, PDL: tl.constexpr):
         )
 
 
-def early_launch(x: Tensor) -> dict[str, bool]:
-    """Arguments for the launch of a kernel that takes PDL, on the device that x lies on."""
-    if not x.is_cuda or os.environ.get(EARLY_ENVIRONMENT) == "0" or not _begins_early(x.device):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+def early_launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
+    """Arguments for the launch of a kernel that takes PDL, on the device that x lies on; named as in
+    `BEGINS`."""
+    if not x.is_cuda or not _begins_early(x.device):
+        return {"PDL": 0}
+    begin = _begin(kernel, os.environ.get(EARLY_ENVIRONMENT, ""))
+    return {"PDL": int(begin), "launch_pdl": True} if begin & Begin.NONE else {"PDL": int(begin)}
+
+
+@cache
+def _begin(kernel: str, override: str) -> Begin:
+    known = BEGINS[kernel]
+    for part in override.split(",") if override else ():
+        name, _, value = part.rpartition("=")
+        value = {"0": "off", "1": "first"}.get(value, value).upper()
+        if value not in Begin.__members__ or name not in BEGINS.keys() | {""}:
+            raise ValueError(f"{EARLY_ENVIRONMENT} has {part!r}: it takes 0, 1 or KERNEL=WHERE")
+        if name in ("", kernel):
+            known = Begin[value]
+    return known
 
 
 @cache

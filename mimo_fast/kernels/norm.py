@@ -28,6 +28,7 @@ from mimo_fast.kernels.dispatch import (
     early_launch,
     jit,
     let_the_next_begin,
+    let_the_next_begin_last,
     next_power_of_2,
     tl,
     use_triton,
@@ -69,6 +70,7 @@ def rms_norm_kernel(
     wait_for_the_last(PDL)
     b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+    let_the_next_begin_last(PDL)
     tl.store(
         y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d
     )
@@ -101,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     )
     dim = x.shape[-1]
     rms_norm_kernel[(len(rows),)](
-        **early_launch(x),
+        **early_launch(x, "rms_norm"),
         x_ptr=rows,
         weight_ptr=weight,
         y_ptr=y,

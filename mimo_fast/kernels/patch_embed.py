@@ -93,7 +93,7 @@ def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) ->
     if y.numel():
         block, warps = _tile(patches * frames, dim)
         patch_embed_kernel[(patches * frames, -(-dim // block))](
-            **early_launch(codes),
+            **early_launch(codes, "patch_embed"),
             codes_ptr=codes,
             table_ptr=table,
             offsets_ptr=offsets,

@@ -99,7 +99,7 @@ class SamplerTensors:
         if count:
             fields = ("temperature", "top_k", "tail", "greedy")
             take_settings_kernel[(1,)](
-                **early_launch(index),
+                **early_launch(index, "take_settings"),
                 **{f"{name}_ptr": getattr(self, name) for name in fields},
                 **{f"to_{name}_ptr": getattr(taken, name) for name in fields},
                 index_ptr=index,

@@ -303,7 +303,7 @@ def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Ten
         return patch_noise_ref(seeds, draws, group_size, size)
     noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
     patch_noise_kernel[(-(-size // 128), group_size, len(seeds))](
-        **early_launch(seeds),
+        **early_launch(seeds, "patch_noise"),
         noise_ptr=noise,
         seeds_ptr=seeds,
         draws_ptr=draws,
@@ -321,7 +321,7 @@ def head_logits(hidden: Tensor, heads: Tensor) -> Tensor:
     rows, size = len(hidden), len(heads)
     logits = torch.empty(rows, size, dtype=hidden.dtype, device=hidden.device)
     head_logits_kernel[(-(-size // 16), -(-rows // 16))](
-        **early_launch(hidden),
+        **early_launch(hidden, "head_logits"),
         hidden_ptr=hidden,
         heads_ptr=heads,
         logits_ptr=logits,
@@ -368,7 +368,7 @@ def sample_codes(
     x = torch.empty(len(hidden), embeddings.shape[1], dtype=embeddings.dtype, device=hidden.device)
     block = _blocks(step.heads.shape[1], step.widest, x.shape[1])
     code_step_kernel[(len(hidden),)](
-        **early_launch(hidden),
+        **early_launch(hidden, "code_step"),
         logits_ptr=logits,
         noise_ptr=logits if noise is None else noise,
         heads_ptr=step.heads,

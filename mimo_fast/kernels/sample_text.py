@@ -10,9 +10,11 @@ seeds and draws are read on the device, so a captured graph draws anew at each r
                        that do not exit at once.
     text_draw_kernel   a chunk of a row a program: perturbed scores of what top-k keeps, their noise within NEAR of what
                        it is, the chunk's best id, winner, second, maximum and sum of exponentials.
-    text_settle_kernel a row a program: joins the chunks, then tests the winner against top-p and
-                       draws again until it passes. Not at all where top-p is off or 1: then nothing
-                       that could win is dropped. Where the second is so near the winner that
+    text_check_kernel  a chunk of a row a program: how much of the chunk is up to the row's winner in top-p's order.
+                       Left out where all rows are greedy; rows where top-p is off or 1 exit at once:
+                       then nothing that could win is dropped.
+    text_settle_kernel a row a program: joins the chunks and tests the winner against top-p. Where it
+                       fails, one draw in twenty at 0.95, it draws again until one passes. Where the second is so near the winner that
                        the noise cannot tell them apart, that of all so near is computed exactly:
                        of a draw in some hundred. So the token is the reference's, and float64 is
                        left to the few.
@@ -198,6 +200,65 @@ def text_draw_kernel(
 
 
 @jit
+def joined_winner(values_ptr, ids_ptr, BLOCK_C: tl.constexpr, chunks):
+    """Of all chunks of a row: the largest perturbed score, its chunk, its id and the largest score."""
+    o_chunk = tl.arange(0, BLOCK_C)
+    values, m_chunk = values_ptr + o_chunk * 5, o_chunk < chunks
+    b_winner = tl.load(values + 1, mask=m_chunk, other=-float("inf"))
+    winner, i_winner = tl.max(b_winner, axis=0, return_indices=True)
+    top = tl.max(tl.load(values + 2, mask=m_chunk, other=-float("inf")), axis=0)
+    return winner, i_winner, tl.load(ids_ptr + i_winner * 2 + 1), top
+
+
+@jit
+def text_check_kernel(
+    logits_ptr,
+    counts_ptr,
+    values_ptr,
+    ids_ptr,
+    checks_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    tail_ptr,
+    greedy_ptr,
+    stride_logits,
+    V,
+    chunks,
+    TOP_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_the_next_begin(PDL)
+    wait_for_the_last(PDL)
+    i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if (tl.load(greedy_ptr + i_row) == 0) & (tl.load(tail_ptr + i_row) > 0):
+        logits = logits_ptr + i_row * stride_logits
+        o_v = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
+        m_v = o_v < V
+        b_logits = tl.load(logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
+        temperature = tl.load(temperature_ptr + i_row)
+        winner, _, drawn, top = joined_winner(
+            values_ptr + i_row * chunks * 5, ids_ptr + i_row * chunks * 2, BLOCK_C, chunks
+        )
+        if winner > -float("inf"):
+            b_scores = tl.div_rn(b_logits, temperature)
+            score = tl.div_rn(tl.load(logits + drawn).to(tl.float32), temperature)
+            m_kept = m_v & (b_scores > -float("inf"))
+            if TOP_K:
+                k = tl.load(top_k_ptr + i_row)
+                if (k > 0) & (k < V):
+                    m_kept = m_kept & (
+                        unsigned_bits(b_scores) >= kth_bits(counts_ptr + i_row * 1024, k, 4)
+                    )
+            m_upto = m_kept & ((b_scores < score) | ((b_scores == score) & (o_v <= drawn)))
+            m_above = m_kept & (m_upto == 0)
+            checks = checks_ptr + (i_row * chunks + i_chunk) * 2
+            tl.store(checks, tl.sum(tl.where(m_upto, tl.exp(b_scores - top), 0.0), axis=0))
+            tl.store(checks + 1, tl.max(m_above.to(tl.int32), axis=0).to(tl.float32))
+
+
+@jit
 def least_near(winner, NEAR: tl.constexpr):
     """The least perturbed score that may be the winner's, from the largest: both are off by NEAR at
     most, and by their rounding."""
@@ -247,6 +308,7 @@ def text_settle_kernel(
     perturbed_ptr,
     values_ptr,
     ids_ptr,
+    checks_ptr,
     out_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -283,6 +345,7 @@ def text_settle_kernel(
             seed, draw = tl.load(seeds_ptr + i_row), tl.load(draws_ptr + i_row)
             logits, perturbed = logits_ptr + i_row * stride_logits, perturbed_ptr + i_row * V
             drawn = tl.load(ids_ptr + (i_row * chunks + i_winner) * 2 + 1)
+            checked = drawn
             b_top = tl.load(values + 2, mask=m_chunk, other=-float("inf"))
             top = tl.max(b_top, axis=0)
             b_decay = tl.exp(b_top - tl.where(top == -float("inf"), 0.0, top))
@@ -309,6 +372,12 @@ def text_settle_kernel(
                 if (k > 0) & (k < V):
                     threshold = kth_bits(counts_ptr + i_row * 1024, k, 4)
             rejected = (winner > -float("inf")) & (tail > 0)
+            # The chunks have been checked against that id.
+            if rejected & (drawn == checked):
+                checks = checks_ptr + (i_row * chunks + o_chunk) * 2
+                upto = tl.sum(tl.load(checks, mask=m_chunk, other=0.0), axis=0)
+                above = tl.max(tl.load(checks + 1, mask=m_chunk, other=0.0), axis=0)
+                rejected = (upto / total <= tail) & (above > 0)
             while rejected:
                 logit = tl.load(logits + drawn).to(tl.float32)
                 score = tl.div_rn(logit, temperature)
@@ -401,7 +470,11 @@ def sample_text(
         shared["counts_ptr"] = torch.zeros(rows, 4, 256, dtype=torch.int32, device=device)
         for i_pass in range(4):
             text_digit_kernel[(chunks, rows)](
-                **early_launch(logits), **shared, PASS=i_pass, BLOCK_V=CHUNK, num_warps=4
+                **early_launch(logits, "text_digit"),
+                **shared,
+                PASS=i_pass,
+                BLOCK_V=CHUNK,
+                num_warps=4,
             )
     values = torch.empty(rows, chunks, 5, device=device)
     work = {
@@ -416,7 +489,7 @@ def sample_text(
         "ALL_GREEDY": settings.all_greedy,
     }
     text_draw_kernel[(chunks, rows)](
-        **early_launch(logits),
+        **early_launch(logits, "text_draw"),
         **shared,
         **work,
         banned_ptr=logits if banned is None else banned.view(torch.uint8),
@@ -425,15 +498,32 @@ def sample_text(
         BLOCK_V=CHUNK,
         num_warps=4,
     )
+    block_c = next_power_of_2(chunks)
+    checks = values if settings.all_greedy else torch.empty(rows, chunks, 2, device=device)
+    if not settings.all_greedy:
+        text_check_kernel[(chunks, rows)](
+            **early_launch(logits, "text_check"),
+            **shared,
+            values_ptr=work["values_ptr"],
+            ids_ptr=work["ids_ptr"],
+            checks_ptr=checks,
+            tail_ptr=settings.tail,
+            chunks=chunks,
+            TOP_K=top_k,
+            BLOCK_C=block_c,
+            BLOCK_V=CHUNK,
+            num_warps=4,
+        )
     out = torch.empty(rows, dtype=torch.int64, device=device)
     text_settle_kernel[(rows,)](
-        **early_launch(logits),
+        **early_launch(logits, "text_settle"),
         **shared,
         **work,
+        checks_ptr=checks,
         out_ptr=out,
         tail_ptr=settings.tail,
         NEAR=NEAR,
-        BLOCK_C=next_power_of_2(chunks),
+        BLOCK_C=block_c,
         BLOCK_V=min(SETTLE_BLOCK, next_power_of_2(size)),
         num_warps=16,
     )
@@ -481,10 +571,21 @@ def compile_cases() -> Iterator[Case]:
             4,
             unaligned=("chunks",),
         )
+        checks = {"tail_ptr": "*fp32", "checks_ptr": "*fp32"}
+        if not greedy:
+            joined = {key: work[key] for key in ("values_ptr", "ids_ptr", "chunks")}
+            yield Case(
+                f"text_check {name}",
+                text_check_kernel,
+                tensors | joined | checks,
+                {"TOP_K": top_k, "BLOCK_C": 256, "BLOCK_V": CHUNK},
+                4,
+                unaligned=("chunks",),
+            )
         yield Case(
             f"text_settle {name}",
             text_settle_kernel,
-            tensors | work | {"tail_ptr": "*fp32", "out_ptr": "*i64"},
+            tensors | work | checks | {"out_ptr": "*i64"},
             flags | {"NEAR": NEAR, "BLOCK_C": 256, "BLOCK_V": SETTLE_BLOCK},
             16,
             unaligned=("chunks",),

@@ -160,7 +160,7 @@ def input_embed(
     elif rows:
         block = min(BLOCK_D, next_power_of_2(dim))
         dense_embed_kernel[(rows, -(-dim // block))](
-            **early_launch(patches),
+            **early_launch(patches, "dense_embed"),
             text_ptr=text,
             patches_ptr=patches,
             table_ptr=table,
@@ -187,7 +187,7 @@ def _quantized(
     blocks = min(BLOCK_D // block, next_power_of_2(dim // block))
     if rows:
         quantized_embed_kernel[(rows, -(-dim // (blocks * block)))](
-            **early_launch(patches),
+            **early_launch(patches, "quantized_embed"),
             text_ptr=text,
             patches_ptr=patches,
             words_ptr=table.words,

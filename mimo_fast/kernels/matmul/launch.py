@@ -208,7 +208,7 @@ def dense_gemv(
     flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, None)
     block_n = gemv_block_n(len(flat), rows)
     dense_gemv_kernel[(-(-rows // block_n),)](
-        **early_launch(x),
+        **early_launch(x, "dense_gemv"),
         x_ptr=flat,
         norm_ptr=flat if norm is None else norm.weight,
         w_ptr=weight,

@@ -1,0 +1,354 @@
+"""What is each kernel's best part in early launches, in the chains of a decode step?
+
+python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
+
+A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
+
+    Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
+    products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before
+                       this study; once they have "waited"; when all weights of a block have been
+                       used ("last"); at the "end" of its blocks. "late": not launched early
+                       themselves
+    carveout           whether Triton's kernels ask for the same division of a multiprocessor's
+                       memory into L1 and shared memory as the products ("max"), or leave it to the
+                       driver: a multiprocessor is drained before the division changes
+
+All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
+A line a way: us a layer (median), its change from the first, the way; best first. The best are
+captured and timed once more, next to the first, and replayed often for races. At the end, of each
+family of chains: the ways by the geometric mean of their times over the family's chains.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.studies.glue import DEVICE, filled_cache, published, random, weights
+from mimo_fast.config import TransformerConfig
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.decode_attention import (
+    merge_splits_kernel,
+    small_decode_kernel,
+    split_attention_kernel,
+)
+from mimo_fast.kernels.dispatch import EARLY_ENVIRONMENT, triton
+from mimo_fast.kernels.matmul.triton_kernels import dense_gemv_kernel
+from mimo_fast.kernels.norm import rms_norm_kernel
+from mimo_fast.kernels.rope import rope_table
+from mimo_fast.runtime.lm.transformer import cached_attend, transformer
+
+CALLS = 10
+LAYERS = 4
+REPLAYS = 7
+RACES = 50
+AGAIN = 4
+"""The best ways of a chain, timed once more."""
+
+MODES = ("off", "none", "lets", "first", "waited", "last")
+PRODUCTS = {"ahead": "0", "end": "3", "waited": "1", "last": "2", "late": "0"}
+KERNELS = (
+    merge_splits_kernel,
+    small_decode_kernel,
+    split_attention_kernel,
+    dense_gemv_kernel,
+    rms_norm_kernel,
+)
+
+SPLIT_AND_MERGE = (
+    *((mode, mode) for mode in MODES),
+    ("off", "none"),
+    ("off", "first"),
+    ("off", "last"),
+    ("none", "first"),
+    ("none", "off"),
+    ("last", "none"),
+    ("waited", "none"),
+    ("first", "none"),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    kernels: str
+    products: str = "ahead"
+    carveout: str = "driver"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernels} products={self.products} carveout={self.carveout}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    family: str
+    name: str
+    config: TransformerConfig
+    form: str
+    rows: int
+    length: int
+    capacity: int
+
+
+def chains() -> list[Chain]:
+    config = published()
+    own, steps = config.patch_decoder, config.patch_steps
+    found = [
+        Chain("patch decoder int8", f"rows={rows}", own, "int8", rows, 6, steps) for rows in (1, 8)
+    ]
+    for length, capacity in ((254, 1024), (2048, 4096)):
+        for rows in (1, 8):
+            name = f"length={length} rows={rows}"
+            found.append(
+                Chain("backbone int4", name, config.backbone, "int4", rows, length, capacity)
+            )
+    return [*found, Chain("patch decoder dense", "rows=1", own, "dense", 1, 6, steps)]
+
+
+def ways(family: str) -> list[Way]:
+    """All of a family's, the first with nothing of Triton's launched early."""
+    if family == "patch decoder dense":
+        return [
+            Way(f"off,small_decode={own},dense_gemv={gemv},rms_norm={norm}")
+            for gemv in ("off", "none", "first", "waited", "last")
+            for own in MODES
+            for norm in ("off", "first")
+        ]
+    if family == "backbone int4":
+        early = [
+            f"off,split_attention={own},merge_splits={merge}" for own, merge in SPLIT_AND_MERGE
+        ]
+        early += ["first", "none", "last"]
+    else:
+        early = [f"off,small_decode={own}" for own in MODES]
+        early += ["first", "none", "last", "off,small_decode=last,rms_norm=first"]
+    both = [Way(kernels, products) for products in PRODUCTS for kernels in early]
+    return both + [
+        Way(kernels, products, "max") for products in ("ahead", "end") for kernels in early
+    ]
+
+
+@contextmanager
+def environment(way: Way) -> Iterator[None]:
+    names = {EARLY_ENVIRONMENT: way.kernels, "MIMO_FAST_PRODUCT_BEGIN": PRODUCTS[way.products]}
+    if way.products == "late":
+        names["MIMO_FAST_PRODUCT_LATE"] = "1"
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def set_carveout(driver: Any, percent: int) -> None:
+    """Of all of Triton's kernels that have been launched; -1 leaves it to the driver."""
+    preferred_shared_memory_carveout = 9
+    for kernel in KERNELS:
+        for compiled in kernel.device_caches[torch.cuda.current_device()][0].values():
+            if compiled.function is not None:
+                code = driver.cuFuncSetAttribute(
+                    ctypes.c_void_p(compiled.function),
+                    preferred_shared_memory_carveout,
+                    percent,
+                )
+                if code:
+                    raise RuntimeError(f"cuFuncSetAttribute returns {code}")
+
+
+def runner(chain: Chain, layers: int) -> Callable[[], Tensor]:
+    config = replace(chain.config, layers=layers)
+    rows = chain.rows
+    loaded, cache = (
+        weights(config, chain.form, layers),
+        filled_cache(config, rows, chain.capacity),
+    )
+    table = rope_table(config.head_dim, config.rope_theta, chain.capacity, DEVICE)
+    slots = torch.arange(rows, device=DEVICE)
+    starts = torch.full((rows,), chain.length - 1, device=DEVICE)
+    attend = cached_attend(config, table, cache, slots, starts, chain.capacity, fixed=True)
+    x = random(rows, 1, config.dim)
+    return lambda: transformer(x, loaded, config.norm_eps, attend)
+
+
+def captured(
+    run: Callable[[], Tensor], way: Way, driver: Any
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    with environment(way):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.synchronize()
+        set_carveout(driver, 100 if way.carveout == "max" else -1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                result = run()
+        # Instantiated, and sent to the device, with the attributes still set.
+        graph.replay()
+        torch.cuda.synchronize()
+    return graph, result
+
+
+def timed(graph: torch.cuda.CUDAGraph) -> float:
+    """Median us a layer."""
+    taken = []
+    graph.replay()
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) * 1e3 / CALLS / LAYERS)
+    return sorted(taken)[REPLAYS // 2]
+
+
+def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
+    run, rows = runner(chain, LAYERS), []
+    first: Tensor | None = None
+    found = ways(chain.family)
+    skipped = 0
+    for way in found:
+        if time.monotonic() > until:
+            skipped += 1
+            continue
+        row: dict[str, Any] = asdict(way) | {"way": way.name}
+        try:
+            graph, result = captured(run, way, driver)
+            row["us"] = timed(graph)
+            first = result.clone() if first is None else first
+            row["same_bits"] = torch.equal(result, first)
+            del graph, result
+        except Exception as error:  # One way that fails must not cost the others.
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
+    measured = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
+    for row in [r for r in rows if r["way"] == found[0].name] + measured[:AGAIN]:
+        if "us_again" in row or "us" not in row or time.monotonic() > until + 3:
+            continue
+        way = next(way for way in found if way.name == row["way"])
+        graph, result = captured(run, way, driver)
+        row["us_again"] = timed(graph)
+        row["races"] = 0
+        for _ in range(RACES):
+            result.fill_(torch.nan)
+            graph.replay()
+            row["races"] += not torch.equal(result, first)
+        del graph, result
+    set_carveout(driver, -1)
+    return {"family": chain.family, "chain": chain.name, "skipped": skipped, "rows": rows}
+
+
+def show(record: dict[str, Any]) -> None:
+    rows = record["rows"]
+    title = f"{record['family']}, {record['chain']}"
+    print(f"== {title}: us a layer; {record['skipped']} ways skipped", flush=True)
+    off = rows[0].get("us", math.nan)
+    for row in sorted(rows, key=lambda row: row.get("us", math.inf)):
+        if "failed" in row:
+            print(f"failed   {row['way']}: {row['failed']}")
+            continue
+        again = f" again {row['us_again']:.3f}, {row['races']} races" if "races" in row else ""
+        bits = "" if row["same_bits"] else " OTHER BITS"
+        print(f"{row['us']:8.3f} {row['us'] / off - 1:+7.1%}  {row['way']}{again}{bits}")
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
+    """Of each family: (way, mean of its time over that of the first way), best first."""
+    means: dict[str, list[tuple[str, float]]] = {}
+    for family in dict.fromkeys(record["family"] for record in records):
+        of_family = [record for record in records if record["family"] == family]
+        ratios: dict[str, list[float]] = {}
+        for record in of_family:
+            for row in record["rows"]:
+                if "us" in row and "us" in record["rows"][0] and row["same_bits"]:
+                    ratio = math.log(row["us"] / record["rows"][0]["us"])
+                    ratios.setdefault(row["way"], []).append(ratio)
+        complete = {way: x for way, x in ratios.items() if len(x) == len(of_family)}
+        ordered = sorted((math.exp(sum(x) / len(x)), way) for way, x in complete.items())
+        means[family] = [(way, ratio) for ratio, way in ordered]
+        print(f"== {family}, over its {len(of_family)} chains: time over the first way's")
+        for way, ratio in means[family][:12]:
+            print(f"{ratio:8.4f}  {way}")
+    return means
+
+
+def warm(mode: str) -> None:
+    """Compiles what one `Begin` needs into Triton's cache."""
+    os.environ[EARLY_ENVIRONMENT] = mode
+    for chain in chains():
+        if chain.rows == 1:
+            runner(chain, 1)()
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Early launches in the chains of a decode step.")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--seconds", type=float, default=50, help="measure no more ways after these"
+    )
+    parser.add_argument("--warm", choices=MODES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device")
+    torch.set_grad_enabled(False)
+    if arguments.warm:
+        warm(arguments.warm)
+        return 0
+    start = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.studies.chains", "--warm"]
+    others = [subprocess.Popen([*command, mode]) for mode in MODES]
+    codes = [other.wait() for other in others]
+    compiled = time.monotonic() - start
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda_kernels": cuda.state(),
+        "compile_seconds": compiled,
+        "compile_codes": codes,
+    }
+    print(json.dumps(about), flush=True)
+    driver, records, found = ctypes.CDLL("libcuda.so.1"), [], chains()
+    for i, chain in enumerate(found):
+        # The time that is left, in equal parts.
+        now = time.monotonic()
+        part = (start + arguments.seconds - now) / (len(found) - i)
+        records.append(study(chain, now + part, driver))
+        show(records[-1])
+        torch.cuda.empty_cache()
+    means = summarize(records)
+    bad = [
+        f"{record['family']}, {record['chain']}: {row['way']}"
+        for record in records
+        for row in record["rows"]
+        if "failed" in row or not row["same_bits"] or row.get("races")
+    ]
+    end = {"seconds": time.monotonic() - start, "wrong": bad}
+    print(json.dumps(end), flush=True)
+    if arguments.output:
+        result = {"kind": "chains", **about, **end, "chains": records, "means": means}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
