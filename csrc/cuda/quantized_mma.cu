@@ -304,109 +304,144 @@ __device__ inline int first_column(int v, int t) {
     return (C::BITS == 4 ? 16 * v : 32 * (v % 2) + 16 * (v / 2)) + 4 * t;
 }
 
+// A row's block of columns, of which each of four threads has all v.
+template <class C>
+struct Quarter {
+    Eight<C> eight[PAIRS];
+
+    __device__ static Quarter load(const uint16_t* block, bool real) {
+        Quarter got;
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) got.eight[v] = Eight<C>::load(block + first_column<C>(v, threadIdx.x % 4), real);
+        return got;
+    }
+
+    // In the order of `Eight::sum`.
+    template <class Operation>
+    __device__ float sum(Operation of) const {
+        float sum = (eight[0].part(of) + eight[1].part(of)) + (eight[2].part(of) + eight[3].part(of));
+        sum += shfl_xor(sum, 1);
+        return sum + shfl_xor(sum, 2);
+    }
+
+    __device__ void multiply(const Quarter& by) {
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) eight[v].multiply(by.eight[v]);
+    }
+
+    // pairs[i]: of all v.
+    __device__ void sort(uint4 (&pairs)[4]) const {
+        uint32_t sorted[PAIRS][4];
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) eight[v].store(sorted[v], 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = {sorted[0][i], sorted[1][i], sorted[2][i], sorted[3][i]};
+    }
+};
+
+__device__ inline float itself(float value) { return value; }
+__device__ inline float squared(float value) { return value * value; }
+
 // Rows first, ... first + rows - 1 of x, times the norm's weight, in the order of pairs; and for each row and block of
-// columns the sum of these and the sum of the squares of x. 16 threads have a row's block, whatever rows there are, so
-// the order of these sums is always the same.
+// columns the sum of these and the sum of the squares of x. One row is read by 16 threads a block, several by four each:
+// fewer exchanges between threads. The order of the sums is the same.
 template <class C>
 __device__ void stage_x(const Product& p, const Layout<C>& layout, unsigned char* shared, int first, int rows) {
-    constexpr int AT_ONCE = 4;  // loads of a thread that are on their way together
-    uint32_t* const pairs = reinterpret_cast<uint32_t*>(shared + layout.x);
     float* const sums = reinterpret_cast<float*>(shared + layout.sums_x);
     float* const squares = reinterpret_cast<float*>(shared + layout.squares);
-    const int blocks = p.k / COLUMNS, t = threadIdx.x % 4, v = threadIdx.x / 4 % 4;
-    const int offset = first_column<C>(v, t);
-    // Groups of 16 threads, each with another block; several rows at once where there are more groups than blocks. All
-    // lanes of a warp go through the loops alike, for they shuffle.
-    constexpr int GROUPS = C::THREADS / 16;
-    const int rows_at_once = blocks < GROUPS ? GROUPS / blocks : 1, group = threadIdx.x / 16;
-    const int own_row = blocks < GROUPS ? group / blocks : 0, own_block = blocks < GROUPS ? group % blocks : group;
-    for (int begin = 0; begin < blocks; begin += GROUPS) {
-        const int block = begin + own_block, column = block * COLUMNS + offset;
-        const bool mine = block < blocks && own_row < rows_at_once;
-        Eight<C> weight;
-        if (p.norm) weight = Eight<C>::load(p.norm + column, mine);
-        for (int from = 0; from < rows; from += AT_ONCE * rows_at_once) {
-            Eight<C> x[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int row = from + i * rows_at_once + own_row;
-                x[i] = Eight<C>::load(p.x + (first + row) * p.stride + column, mine && row < rows);
+    const int blocks = p.k / COLUMNS, t = threadIdx.x % 4;
+    if (rows == 1) {
+        uint32_t* const pairs = reinterpret_cast<uint32_t*>(shared + layout.x);
+        const int v = threadIdx.x / 4 % 4;
+        // All lanes of a warp go through the loop alike, for they shuffle.
+        for (int begin = 0; begin < blocks; begin += C::THREADS / 16) {
+            const int block = begin + threadIdx.x / 16, column = block * COLUMNS + first_column<C>(v, t);
+            const bool real = block < blocks, writes = real && threadIdx.x % 16 == 0;
+            Eight<C> x = Eight<C>::load(p.x + first * p.stride + column, real);
+            if (p.norm) {
+                const Eight<C> weight = Eight<C>::load(p.norm + column, real);
+                const float square = x.sum(squared);
+                if (writes) squares[block * C::XS] = square;
+                x.multiply(weight);
             }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int row = from + i * rows_at_once + own_row;
-                if (from + i * rows_at_once >= rows) break;
-                const bool real = mine && row < rows, writes = real && threadIdx.x % 16 == 0;
-                if (p.norm) {
-                    const float square = x[i].sum([](float value) { return value * value; });
-                    if (writes) squares[block * C::XS + row] = square;
-                    x[i].multiply(weight);
-                }
-                if (C::SUM_X) {
-                    const float sum = x[i].sum([](float value) { return value; });
-                    if (writes) sums[block * C::XS + row] = sum;
-                }
-                if (real) x[i].store(pairs + (block * 4 * rows + row) * 16 + 4 * t + v, rows * 16);
+            if (C::SUM_X) {
+                const float sum = x.sum(itself);
+                if (writes) sums[block * C::XS] = sum;
             }
+            if (real) x.store(pairs + block * 64 + 4 * t + v, 16);
+        }
+        return;
+    }
+    uint4* const pairs = reinterpret_cast<uint4*>(shared + layout.x);
+    for (int block = threadIdx.x / 32; block < blocks; block += C::WARPS) {
+        Quarter<C> weight, x[C::TILES_X];
+        if (p.norm) weight = Quarter<C>::load(p.norm + block * COLUMNS, true);
+#pragma unroll
+        for (int tile = 0; tile < C::TILES_X; ++tile) {
+            const int row = 8 * tile + threadIdx.x % 32 / 4;
+            x[tile] = Quarter<C>::load(p.x + (first + row) * p.stride + block * COLUMNS, row < rows);
+        }
+#pragma unroll
+        for (int tile = 0; tile < C::TILES_X; ++tile) {
+            const int row = 8 * tile + threadIdx.x % 32 / 4;
+            if (p.norm) {
+                const float square = x[tile].sum(squared);
+                if (t == 0 && row < rows) squares[block * C::XS + row] = square;
+                x[tile].multiply(weight);
+            }
+            if (C::SUM_X) {
+                const float sum = x[tile].sum(itself);
+                if (t == 0 && row < rows) sums[block * C::XS + row] = sum;
+            }
+            uint4 sorted[4];
+            x[tile].sort(sorted);
+            if (row >= rows) continue;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[((block * 4 + i) * rows + row) * 4 + t] = sorted[i];
         }
     }
 }
 
-// A warp's own columns of up to 8 rows of x, as it multiplies them: the same values, and sums in the same order, as
-// `stage_x` leaves in shared memory.
+// A warp's own columns of up to 8 rows of x, as `stage_x` leaves them in shared memory.
 template <class C>
 struct Held {
     static constexpr int UNITS = C::HELD ? C::HELD : 1;
-    Eight<C> norm[UNITS][PAIRS];
-    uint32_t pairs[UNITS][PAIRS][4];  // [unit, v, i] of row g
-    float sums[UNITS][2];             // of rows 2 t and 2 t + 1
+    Quarter<C> norm[UNITS];
+    uint4 pairs[UNITS][4];  // of row g
+    float sums[UNITS][2];   // of rows 2 t and 2 t + 1
 
     // Before x is there.
     __device__ void load_norm(const Product& p) {
 #pragma unroll
         for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-            for (int v = 0; v < PAIRS; ++v)
-                norm[u][v] = Eight<C>::load(p.norm + column(u, v), block(u) < p.k / COLUMNS);
+            norm[u] = Quarter<C>::load(p.norm + block(u) * COLUMNS, block(u) < p.k / COLUMNS);
     }
 
     __device__ void load(const Product& p, float* squares, int first, int rows) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        Eight<C> x[UNITS][PAIRS];
+        Quarter<C> x[UNITS];
 #pragma unroll
         for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-            for (int v = 0; v < PAIRS; ++v)
-                x[u][v] = Eight<C>::load(p.x + (first + g) * p.stride + column(u, v),
-                                         g < rows && block(u) < p.k / COLUMNS);
+            x[u] = Quarter<C>::load(p.x + (first + g) * p.stride + block(u) * COLUMNS,
+                                    g < rows && block(u) < p.k / COLUMNS);
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
             if (p.norm) {
-                const float square = sum(x[u], [](float value) { return value * value; });
+                const float square = x[u].sum(squared);
                 if (t == 0 && g < rows && block(u) < p.k / COLUMNS) squares[block(u) * C::XS + g] = square;
-#pragma unroll
-                for (int v = 0; v < PAIRS; ++v) x[u][v].multiply(norm[u][v]);
+                x[u].multiply(norm[u]);
             }
             if (C::SUM_X) {
-                const float plain = sum(x[u], [](float value) { return value; });
+                const float sum = x[u].sum(itself);
 #pragma unroll
-                for (int j = 0; j < 2; ++j) sums[u][j] = shfl(plain, (2 * t + j) * 4);
+                for (int j = 0; j < 2; ++j) sums[u][j] = shfl(sum, (2 * t + j) * 4);
             }
-#pragma unroll
-            for (int v = 0; v < PAIRS; ++v) x[u][v].store(pairs[u][v], 1);
+            x[u].sort(pairs[u]);
         }
     }
 
 private:
     __device__ static int block(int u) { return threadIdx.x / 32 + u * C::WARPS; }
-    __device__ static int column(int u, int v) { return block(u) * COLUMNS + first_column<C>(v, threadIdx.x % 4); }
-
-    template <class Operation>
-    __device__ static float sum(const Eight<C> (&x)[PAIRS], Operation of) {
-        float sum = (x[0].part(of) + x[1].part(of)) + (x[2].part(of) + x[3].part(of));
-        sum += shfl_xor(sum, 1);
-        return sum + shfl_xor(sum, 2);
-    }
 };
 
 // The norm's scale of a row: 1 / sqrt(mean of squares + eps).
@@ -586,9 +621,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
             for (int u = 0; u < Held<C>::UNITS; ++u) {
                 const int block = warp + u * C::WARPS;
                 if (block >= blocks) break;
-                const auto& x = held.pairs[u];
-                const auto pairs = [&](int, int i) { return uint4{x[0][i], x[1][i], x[2][i], x[3][i]}; };
-                next(block, pairs, [&](int, int j) { return held.sums[u][j]; });
+                next(block, [&](int, int i) { return held.pairs[u][i]; }, [&](int, int j) { return held.sums[u][j]; });
             }
         } else {
             for (int block = warp; block < blocks; block += C::WARPS) {
@@ -661,26 +694,28 @@ struct Table {
     using V1 = Row<2,     1,      0,    2,      1>;  // what mostly is best at up to 8 rows
     using V2 = Row<DEEP,  1,      0,    2,      2>;  // many tiles, or few columns
     using V3 = Row<2,     2,      0,    1,      1>;  // more than 8 rows of x
-    using V4 = Row<BITS == 4 ? 2 : 1, 1, 0, 1,  1>;  // little shared memory, or much of x
-    using V5 = Row<DEEP,  1,      HELD, 2,      2>;
-    using V6 = Row<2,     1,      HELD, 2,      1>;
-    using V7 = Row<2,     1,      0,    1,      2>;
+    using V4 = Row<2,     1,      0,    1,      1>;  // much of x
+    using V5 = Row<1,     1,      0,    1,      1>;  // little shared memory, or very much of x
+    using V6 = Row<DEEP,  1,      HELD, 2,      2>;  // only measured, in bfloat16
+    using V7 = Row<DEEP,  1,      HELD, 2,      1>;  // likewise
+    using V8 = Row<2,     1,      0,    1,      2>;  // likewise
 };
-constexpr int VARIANTS = 8;
+constexpr int VARIANTS = 9;
 
 // Measured on an H100 (docs/LOG.md).
 template <class T, int BITS, bool GROUPED, int WARPS>
 int choose(const Product& p) {
     using Own = Table<T, BITS, GROUPED, WARPS>;
     // Each chunk of rows of x reads all of W again.
-    const int least = chunks<typename Own::V4>(p);
+    const int least = chunks<typename Own::V5>(p);
     const auto takes = [&](int count) { return count && count <= least; };
-    const int wide = chunks<typename Own::V3>(p);
-    if (p.m > 8 && wide && wide < least) return 3;
+    // Each takes a multiprocessor of its own where there are enough.
+    const int wide = chunks<typename Own::V3>(p), tiles = (p.n + ROWS - 1) / ROWS;
+    if (p.m > 8 && wide && wide < least && tiles * least > current_device().multiprocessors) return 3;
     // Two blocks a multiprocessor where there are many tiles and the shared memory lets both run.
     const bool two = WARPS == SHORT_WARPS || (BITS == 4 && p.m == 1 && p.n >= 128 * current_device().multiprocessors);
     if (two && takes(chunks<typename Own::V2>(p))) return 2;
-    return takes(chunks<typename Own::V1>(p)) ? 1 : 4;
+    return takes(chunks<typename Own::V1>(p)) ? 1 : takes(chunks<typename Own::V4>(p)) ? 4 : 5;
 }
 
 template <class T, int BITS, bool GROUPED, int WARPS>
@@ -692,11 +727,12 @@ int launch(const Product& p, int variant, cudaStream_t stream) {
         case 2: return as(typename Own::V2());
         case 3: return as(typename Own::V3());
         case 4: return as(typename Own::V4());
+        case 5: return as(typename Own::V5());
     }
     if constexpr (std::is_same_v<T, Bfloat16>) {
-        if (variant == 5) return as(typename Own::V5());
         if (variant == 6) return as(typename Own::V6());
         if (variant == 7) return as(typename Own::V7());
+        if (variant == 8) return as(typename Own::V8());
     }
     return INVALID;
 }
