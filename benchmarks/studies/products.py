@@ -8,6 +8,10 @@ for rows that do not depend on their neighbours, bit for bit; only then is it ti
 many launches over weights that together exceed L2 three times. Each line is printed at once; after
 `--seconds` no measurement begins. Of a build with configurations to choose from each is timed at
 the numbers of rows that `--variants` names.
+
+Then the products of the patch decoder as they follow each other, 16 layers in one graph with one
+row of x: what a layer costs where a kernel begins while the one before it ends. Each build with its
+own choice, with each configuration for all products, and with that which was best for each.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ ERROR = 6e-3
 leaves."""
 
 EPS = 1e-6
+
+LAYERS = 16
+CHAIN = tuple(f"patch_decoder.{name}" for name in ("qkv", "o", "gate_up", "down"))
 
 
 @dataclass(frozen=True)
@@ -256,29 +263,104 @@ def microseconds(
         with torch.cuda.graph(graph, stream=stream):
             for i in range(launches):
                 library.launch(weights[i % len(weights)], inputs, variant)
+        return replayed(graph, stream, replays) / launches
+
+
+def replayed(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, replays: int) -> float:
+    """Microseconds, the median; after one replay that is not timed."""
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
         graph.replay()
-        times = []
-        for _ in range(replays):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / launches)
+        end.record(stream)
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
     return sorted(times)[len(times) // 2]
 
 
-def cases(only: str) -> Iterator[tuple[Shape, int]]:
-    for bits in (4, 8):
+def cases(only: list[str]) -> Iterator[tuple[Shape, int]]:
+    """int8 first, which the patch decoder has in all models."""
+    for bits in (8, 4):
         for shape in SHAPES:
-            if only in shape.name:
+            if not only or any(part in shape.name for part in only):
                 yield shape, bits
+
+
+def chain(
+    libraries: list[Library], records: list[dict[str, Any]], bits: int, replays: int
+) -> dict[str, Any]:
+    """Microseconds of a layer's products by build and configuration; "best" takes those that
+    `records` found best for one row."""
+    shapes = [shape for name in CHAIN for shape in SHAPES if shape.name == name]
+    layers = [[Weight.random(shape, bits) for shape in shapes] for _ in range(LAYERS)]
+    inputs = [Inputs.random(shape, 1) for shape in shapes]
+    # A product reads what the one before it wrote, as far as shapes allow it (attention is absent).
+    inputs[1].x, inputs[2].x, inputs[3].x = inputs[0].y[:, :1024], inputs[1].y, inputs[2].y
+    inputs[0].x = inputs[3].y
+    for each in inputs:
+        each.y.normal_()
+    found: dict[str, Any] = {}
+    for library in libraries:
+        choices = {library.name: [0] * len(shapes)}
+        for variant in library.variants:
+            choices[f"{library.name}.{variant}"] = [variant] * len(shapes)
+        best = [fastest(library, records, shape, bits) for shape in shapes]
+        if library.variants:
+            choices[f"{library.name}.best {best}"] = best
+        for name, choice in choices.items():
+            try:
+                found[name] = round(layer(library, layers, inputs, choice, replays), 3)
+            except RuntimeError as error:
+                found[name] = str(error)
+    return {"shape": "patch_decoder, layer", "bits": bits, "rows": 1, "layer": found}
+
+
+def fastest(library: Library, records: list[dict[str, Any]], shape: Shape, bits: int) -> int:
+    """The configuration that was fastest with one row of x; 0 where none was measured."""
+    times = {
+        variant: us
+        for record in records
+        if (record["shape"], record["bits"], record.get("rows")) == (shape.name, bits, 1)
+        for variant in library.variants
+        if isinstance(us := record.get("variants", {}).get(f"{library.name}.{variant}"), float)
+    }
+    return min(times, key=lambda variant: times[variant], default=0)
+
+
+def layer(
+    library: Library,
+    layers: list[list[Weight]],
+    inputs: list[Inputs],
+    choice: list[int],
+    replays: int,
+) -> float:
+    """Microseconds of a layer of several, in one graph.
+
+    Raises:
+        RuntimeError: a launch was refused.
+    """
+
+    def launch() -> None:
+        for weights in layers:
+            for weight, given, variant in zip(weights, inputs, choice, strict=True):
+                if error := library.launch(weight, given, variant):
+                    raise RuntimeError(f"CUDA error {error}")
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        launch()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            launch()
+        return replayed(graph, stream, replays) / len(layers)
 
 
 def study(libraries: list[Library], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A record for each shape, format and number of rows, or one with "left out" when the time is
-    over."""
-    begun = time.monotonic()
+    over; for the chain as soon as its products are there."""
+    begun, done = time.monotonic(), []
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     for shape, bits in cases(arguments.only):
         if time.monotonic() - begun > arguments.seconds:
@@ -315,8 +397,11 @@ def study(libraries: list[Library], arguments: argparse.Namespace) -> Iterator[d
             }
             if arguments.variants and rows in arguments.variants:
                 record["variants"] = variants(sound, weights, most, want, rows, arguments.replays)
+            done.append(record)
             yield record
         del weights, first, most, want
+        if shape.name == CHAIN[-1] and time.monotonic() - begun < arguments.seconds:
+            yield chain(libraries, done, bits, arguments.replays)
 
 
 def variants(
@@ -350,6 +435,8 @@ def line(record: dict[str, Any], names: list[str]) -> str:
     head = f"{record['shape']:<22} int{record['bits']} {record.get('rows', ''):>3}"
     if "left out" in record:
         return f"{head}  left out: {record['left out']}"
+    if "layer" in record:
+        return f"{head}  us: " + "  ".join(f"{name} {us}" for name, us in record["layer"].items())
     us = record["us"]
     parts = [
         f"{name} {us[name]:8.2f} us {record['bytes'] / us[name] / 1e3:7.0f} GB/s"
@@ -380,12 +467,14 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=70, help="after which no measurement begins"
     )
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="shapes whose name contains one of these"
+    )
     parser.add_argument(
         "--variants",
         type=int,
         nargs="*",
-        default=[1, 8],
+        default=[1, 8, 16, 64],
         help="numbers of rows with which to time each configuration",
     )
     parser.add_argument("--replays", type=int, default=3, help="of a configuration's graph")

@@ -42,6 +42,7 @@
 namespace {
 
 constexpr int COLUMNS = 128;
+constexpr int ROWS = 16;  // of W a tile
 constexpr int PAIRS = 4;  // v
 
 struct Product {
@@ -112,32 +113,31 @@ __device__ inline uint32_t word(const uint4& words, int i) {
 // ---- Configurations
 
 // T, BITS: of x and what goes with it; of a value of W. GROUPED: W has a scale for each 128 columns, else for each row.
-// ROWS: of W a tile; 8 leave half of A zero, which costs the tensor cores twice the time and nothing else: more blocks.
 // WARPS: that share the columns of a tile. It decides about the order of sums, so it may follow from K alone.
-// STAGES: units of a warp that are on their way. H100: 21 KB a multiprocessor hide the latency of its memory (0.9 us at
-//     3.1 TB/s over 132 of them); a stage of 16 warps is 16 KB of int4 or 32 KB of int8 at 16 rows.
+// STAGES: units of a warp that are on their way beside the one in its registers. H100: 21 KB a multiprocessor hide the
+//     latency of its memory (0.9 us at 3.1 TB/s over 132 of them); a stage of 16 warps is 16 KB of int4 or 32 KB of int8.
 // TILES_X: of 8 rows of x, for each of which a unit's unpacked words are used again.
-template <class T_, int BITS_, bool GROUPED_, int ROWS_, int WARPS_, int STAGES_, int TILES_X_>
+// HELD: units of x that a warp reads itself and keeps in registers for all tiles, where that is all of its columns; no
+//     thread then waits for another before its first product. 0: x is in shared memory.
+// BUFFERS: of the warps' sums; one takes another barrier and less shared memory.
+template <class T_, int BITS_, bool GROUPED_, int WARPS_, int STAGES_, int TILES_X_, int HELD_, int BUFFERS_>
 struct Config {
     using T = T_;
     static constexpr bool GROUPED = GROUPED_;
-    static constexpr int BITS = BITS_, ROWS = ROWS_, WARPS = WARPS_, STAGES = STAGES_, TILES_X = TILES_X_;
+    static constexpr int BITS = BITS_, WARPS = WARPS_, STAGES = STAGES_, TILES_X = TILES_X_, HELD = HELD_;
+    static constexpr int BUFFERS = BUFFERS_;
     static constexpr int THREADS = WARPS * 32;
     static constexpr int XS = 8 * TILES_X;
-    static constexpr int HALVES = ROWS / 8;       // rows of W a thread has in a unit: g and, of 16, g + 8
-    static constexpr int PARTS = BITS / 4;        // pieces of 16 bytes it has of each
-    static constexpr int BUFFERS = TILES_X == 1 ? 2 : 1;  // of the warps' sums; one takes another barrier
-    static constexpr bool SUM_X = BITS == 4;      // int8 has neither zeros nor an offset
+    static constexpr int PARTS = BITS / 4;    // pieces of 16 bytes that a thread has of each of its two rows in a unit
+    static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
     // Threads a multiprocessor has registers for. 1024 have 64 each, which lets the next kernel begin beside this one; what
     // does not fit into those on every GPU has 128.
-    static constexpr bool SMALL = TILES_X == 1 && HALVES * PARTS < 4 && (BITS == 4 || !GROUPED);
-    // No card of sm_120 has the shared memory for which `choose` takes 16 rows, and its compiler needs some more for those.
-    static constexpr bool FITS = SMALL && (HALVES == 1 || ARCHITECTURE < 1200);
-    static constexpr int RESIDENT = ARCHITECTURE >= 900 && FITS ? 1024 : 512;
+    static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && HELD == 0;
+    static constexpr int RESIDENT = ARCHITECTURE != 900 ? 512 : SMALL ? 1024 : HELD == 1 ? 768 : 512;
 
     static_assert(BITS == 8 || (BITS == 4 && GROUPED));
-    static_assert(ROWS == 8 || ROWS == 16, "the rows of A");
-    static_assert(STAGES >= 2 && TILES_X >= 1);
+    static_assert(STAGES >= 1 && TILES_X >= 1);
+    static_assert(HELD == 0 || TILES_X == 1);
     static_assert(XS * ROWS <= THREADS, "a thread writes one result of a tile");
     static_assert(THREADS <= 1024);
 };
@@ -145,31 +145,29 @@ struct Config {
 // Where things lie in a block's shared memory, as bytes from its begin.
 template <class C>
 struct Layout {
-    int x, sums, squares, scales_x, sums_x, scales, total;
+    int x, sums, squares, sums_x, scales, total;
 
     __host__ __device__ Layout(const Product& p) {
         const int blocks = p.k / COLUMNS;
-        int end = C::WARPS * C::STAGES * C::HALVES * C::PARTS * 32 * 16;  // the queues come first
+        int end = C::WARPS * C::STAGES * 2 * C::PARTS * 32 * 16;  // the queues come first
         const auto take = [&end](int bytes) {
             const int begin = end;
             end += (bytes + 15) / 16 * 16;
             return begin;
         };
-        x = take(p.chunk * p.k * 2);                                      // [blocks, i, chunk, t, v] pairs
-        sums = take(C::BUFFERS * C::WARPS * C::XS * (C::ROWS + 1) * 4);   // [buffer, warp, row of x, row of W]
+        x = take(C::HELD ? 0 : p.chunk * p.k * 2);                        // [blocks, i, chunk, t, v] pairs
+        sums = take(C::BUFFERS * C::WARPS * C::XS * (ROWS + 1) * 4);   // [buffer, warp, row of x, row of W]
         squares = take(p.norm ? blocks * C::XS * 4 : 0);                  // [blocks, row of x]
-        scales_x = take(p.norm ? C::XS * 4 : 0);                          // of the norm
-        sums_x = take(C::SUM_X ? blocks * C::XS * 4 : 0);                 // [blocks, row of x]
-        scales = take(C::GROUPED ? 2 * C::ROWS * blocks * 4 : 0);          // [tile % 2, block, row of W]: scale, zero
+        sums_x = take(C::SUM_X && !C::HELD ? blocks * C::XS * 4 : 0);     // [blocks, row of x]
+        scales = take(C::GROUPED ? 2 * ROWS * blocks * 4 : 0);          // [tile % 2, block, row of W]: scale, zero
         total = end;
     }
 };
 
 // Row r of a tile as a row of W, at most the last: half of them gate and half up where a result takes one of each.
-template <class C>
 __device__ inline int weight_row(const Product& p, int tile, int r) {
-    const int half = C::ROWS / 2;
-    const int row = p.swiglu ? r / half * (p.n / 2) + tile * half + r % half : tile * C::ROWS + r;
+    const int half = ROWS / 2;
+    const int row = p.swiglu ? r / half * (p.n / 2) + tile * half + r % half : tile * ROWS + r;
     return row < p.n ? row : p.n - 1;
 }
 
@@ -188,9 +186,9 @@ struct Units {
     }
 
     __device__ void find(const Product& p, int lane) {
-        const int step = p.k / COLUMNS * C::BITS, upper = weight_row<C>(p, tile, lane / 4);
+        const int step = p.k / COLUMNS * C::BITS, upper = weight_row(p, tile, lane / 4);
         at = p.words + int64_t(upper) * step + block * C::BITS + lane % 4;
-        if (C::HALVES == 2) to_lower = (weight_row<C>(p, tile, 8 + lane / 4) - upper) * step;
+        to_lower = (weight_row(p, tile, 8 + lane / 4) - upper) * step;
     }
 
     // Asks for the words of this unit, if there is one, and goes on to the next.
@@ -201,7 +199,7 @@ struct Units {
 #pragma unroll
             for (int part = 0; part < C::PARTS; ++part) {
                 cp_async(stage + part * 32 + lane, at + 4 * part, policy);
-                if (C::HALVES == 2) cp_async(stage + (C::PARTS + part) * 32 + lane, at + to_lower + 4 * part, policy);
+                cp_async(stage + (C::PARTS + part) * 32 + lane, at + to_lower + 4 * part, policy);
             }
             block += C::WARPS;
             at += C::WARPS * C::BITS;
@@ -223,7 +221,7 @@ struct Scales {
     uint2 scale = {}, zero = {};
 
     __device__ void load(const Product& p, int tile, int piece) {
-        const int blocks = p.k / COLUMNS, half = C::ROWS / 2 * blocks;
+        const int blocks = p.k / COLUMNS, half = ROWS / 2 * blocks;
         int64_t place = 4 * piece;
         if (tile >= p.tiles || place >= 2 * half) return;
         if (!p.swiglu)
@@ -245,12 +243,12 @@ struct Scales {
     // As [block, row], a scale in the lower half of a word and a zero in the upper one.
     __device__ void store(const Product& p, uint32_t* to, int piece) const {
         const int blocks = p.k / COLUMNS;
-        if (4 * piece >= C::ROWS * blocks) return;
+        if (4 * piece >= ROWS * blocks) return;
         int row = 4 * piece / blocks, block = 4 * piece % blocks;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint32_t low = i < 2 ? scale.x : scale.y, high = C::BITS == 8 ? 0 : i < 2 ? zero.x : zero.y;
-            to[block * C::ROWS + row] = prmt(low, high, i % 2 ? 0x7632 : 0x5410);
+            to[block * ROWS + row] = prmt(low, high, i % 2 ? 0x7632 : 0x5410);
             if (++block == blocks) block = 0, ++row;
         }
     }
@@ -275,12 +273,17 @@ struct Eight {
                (of(widen<T>(uint16_t(quad.y))) + of(widen<T>(uint16_t(quad.y >> 16))));
     }
 
-    // Over the 16 threads of a row's block.
+    template <class Operation>
+    __device__ float part(Operation of) const {
+        return over(low, of) + over(high, of);
+    }
+
+    // Over the 16 threads of a row's block: v, then t.
     template <class Operation>
     __device__ float sum(Operation of) const {
-        float sum = over(low, of) + over(high, of);
+        float sum = part(of);
 #pragma unroll
-        for (int lanes = 1; lanes < 16; lanes *= 2) sum += shfl_xor(sum, lanes);
+        for (int i = 0; i < 4; ++i) sum += shfl_xor(sum, i < 2 ? 4 << i : 1 << (i - 2));
         return sum;
     }
 
@@ -297,66 +300,159 @@ struct Eight {
     }
 };
 
+// The first column of thread t's pairs (i, v) in a block.
+template <class C>
+__device__ inline int first_column(int v, int t) {
+    return (C::BITS == 4 ? 16 * v : 32 * (v % 2) + 16 * (v / 2)) + 4 * t;
+}
+
+// A row's block of columns, of which each of four threads has all v.
+template <class C>
+struct Quarter {
+    Eight<C> eight[PAIRS];
+
+    __device__ static Quarter load(const uint16_t* block, bool real) {
+        Quarter got;
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) got.eight[v] = Eight<C>::load(block + first_column<C>(v, threadIdx.x % 4), real);
+        return got;
+    }
+
+    // In the order of `Eight::sum`.
+    template <class Operation>
+    __device__ float sum(Operation of) const {
+        float sum = (eight[0].part(of) + eight[1].part(of)) + (eight[2].part(of) + eight[3].part(of));
+        sum += shfl_xor(sum, 1);
+        return sum + shfl_xor(sum, 2);
+    }
+
+    __device__ void multiply(const Quarter& by) {
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) eight[v].multiply(by.eight[v]);
+    }
+
+    // pairs[i]: of all v.
+    __device__ void sort(uint4 (&pairs)[4]) const {
+        uint32_t sorted[PAIRS][4];
+#pragma unroll
+        for (int v = 0; v < PAIRS; ++v) eight[v].store(sorted[v], 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = {sorted[0][i], sorted[1][i], sorted[2][i], sorted[3][i]};
+    }
+};
+
+__device__ inline float itself(float value) { return value; }
+__device__ inline float squared(float value) { return value * value; }
+
 // Rows first, ... first + rows - 1 of x, times the norm's weight, in the order of pairs; and for each row and block of
-// columns the sum of these and the sum of the squares of x. 16 threads have a row's block, whatever rows there are, so
-// the order of these sums is always the same.
+// columns the sum of these and the sum of the squares of x. One row is read by 16 threads a block, several by four each:
+// fewer exchanges between threads. The order of the sums is the same.
 template <class C>
 __device__ void stage_x(const Product& p, const Layout<C>& layout, unsigned char* shared, int first, int rows) {
-    constexpr int AT_ONCE = 4;  // loads of a thread that are on their way together
-    uint32_t* const pairs = reinterpret_cast<uint32_t*>(shared + layout.x);
     float* const sums = reinterpret_cast<float*>(shared + layout.sums_x);
     float* const squares = reinterpret_cast<float*>(shared + layout.squares);
-    const int blocks = p.k / COLUMNS, t = threadIdx.x % 4, v = threadIdx.x / 4 % 4;
-    const int offset = (C::BITS == 4 ? 16 * v : 32 * (v % 2) + 16 * (v / 2)) + 4 * t;
-    // Groups of 16 threads, each with another block; several rows at once where there are more groups than blocks. All
-    // lanes of a warp go through the loops alike, for they shuffle.
-    constexpr int GROUPS = C::THREADS / 16;
-    const int rows_at_once = blocks < GROUPS ? GROUPS / blocks : 1, group = threadIdx.x / 16;
-    const int own_row = blocks < GROUPS ? group / blocks : 0, own_block = blocks < GROUPS ? group % blocks : group;
-    for (int begin = 0; begin < blocks; begin += GROUPS) {
-        const int block = begin + own_block, column = block * COLUMNS + offset;
-        const bool mine = block < blocks && own_row < rows_at_once;
-        Eight<C> weight;
-        if (p.norm) weight = Eight<C>::load(p.norm + column, mine);
-        for (int from = 0; from < rows; from += AT_ONCE * rows_at_once) {
-            Eight<C> x[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int row = from + i * rows_at_once + own_row;
-                x[i] = Eight<C>::load(p.x + (first + row) * p.stride + column, mine && row < rows);
+    const int blocks = p.k / COLUMNS, t = threadIdx.x % 4;
+    if (rows == 1) {
+        uint32_t* const pairs = reinterpret_cast<uint32_t*>(shared + layout.x);
+        const int v = threadIdx.x / 4 % 4;
+        // All lanes of a warp go through the loop alike, for they shuffle.
+        for (int begin = 0; begin < blocks; begin += C::THREADS / 16) {
+            const int block = begin + threadIdx.x / 16, column = block * COLUMNS + first_column<C>(v, t);
+            const bool real = block < blocks, writes = real && threadIdx.x % 16 == 0;
+            Eight<C> x = Eight<C>::load(p.x + first * p.stride + column, real);
+            if (p.norm) {
+                const Eight<C> weight = Eight<C>::load(p.norm + column, real);
+                const float square = x.sum(squared);
+                if (writes) squares[block * C::XS] = square;
+                x.multiply(weight);
             }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int row = from + i * rows_at_once + own_row;
-                if (from + i * rows_at_once >= rows) break;
-                const bool real = mine && row < rows, writes = real && threadIdx.x % 16 == 0;
-                if (p.norm) {
-                    const float square = x[i].sum([](float value) { return value * value; });
-                    if (writes) squares[block * C::XS + row] = square;
-                    x[i].multiply(weight);
-                }
-                if (C::SUM_X) {
-                    const float sum = x[i].sum([](float value) { return value; });
-                    if (writes) sums[block * C::XS + row] = sum;
-                }
-                if (real) x[i].store(pairs + (block * 4 * rows + row) * 16 + 4 * t + v, rows * 16);
+            if (C::SUM_X) {
+                const float sum = x.sum(itself);
+                if (writes) sums[block * C::XS] = sum;
             }
+            if (real) x.store(pairs + block * 64 + 4 * t + v, 16);
+        }
+        return;
+    }
+    uint4* const pairs = reinterpret_cast<uint4*>(shared + layout.x);
+    for (int block = threadIdx.x / 32; block < blocks; block += C::WARPS) {
+        Quarter<C> weight, x[C::TILES_X];
+        if (p.norm) weight = Quarter<C>::load(p.norm + block * COLUMNS, true);
+#pragma unroll
+        for (int tile = 0; tile < C::TILES_X; ++tile) {
+            const int row = 8 * tile + threadIdx.x % 32 / 4;
+            x[tile] = Quarter<C>::load(p.x + (first + row) * p.stride + block * COLUMNS, row < rows);
+        }
+#pragma unroll
+        for (int tile = 0; tile < C::TILES_X; ++tile) {
+            const int row = 8 * tile + threadIdx.x % 32 / 4;
+            if (p.norm) {
+                const float square = x[tile].sum(squared);
+                if (t == 0 && row < rows) squares[block * C::XS + row] = square;
+                x[tile].multiply(weight);
+            }
+            if (C::SUM_X) {
+                const float sum = x[tile].sum(itself);
+                if (t == 0 && row < rows) sums[block * C::XS + row] = sum;
+            }
+            uint4 sorted[4];
+            x[tile].sort(sorted);
+            if (row >= rows) continue;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[((block * 4 + i) * rows + row) * 4 + t] = sorted[i];
         }
     }
 }
 
-// The norm's scale of each row: 1 / sqrt(mean of squares + eps).
+// A warp's own columns of up to 8 rows of x, as `stage_x` leaves them in shared memory.
 template <class C>
-__device__ void scale_rows(const Product& p, const Layout<C>& layout, unsigned char* shared, int rows) {
-    const float* const squares = reinterpret_cast<const float*>(shared + layout.squares);
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < rows; row += C::WARPS) {
-        float sum = 0;
-        for (int block = lane; block < p.k / COLUMNS; block += 32) sum += squares[block * C::XS + row];
+struct Held {
+    static constexpr int UNITS = C::HELD ? C::HELD : 1;
+    Quarter<C> norm[UNITS];
+    uint4 pairs[UNITS][4];  // of row g
+    float sums[UNITS][2];   // of rows 2 t and 2 t + 1
+
+    // Before x is there.
+    __device__ void load_norm(const Product& p) {
 #pragma unroll
-        for (int lanes = 1; lanes < 32; lanes *= 2) sum += shfl_xor(sum, lanes);
-        if (lane == 0) reinterpret_cast<float*>(shared + layout.scales_x)[row] = rsqrtf(sum / p.k + p.eps);
+        for (int u = 0; u < UNITS; ++u)
+            norm[u] = Quarter<C>::load(p.norm + block(u) * COLUMNS, block(u) < p.k / COLUMNS);
     }
+
+    __device__ void load(const Product& p, float* squares, int first, int rows) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        Quarter<C> x[UNITS];
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u)
+            x[u] = Quarter<C>::load(p.x + (first + g) * p.stride + block(u) * COLUMNS,
+                                    g < rows && block(u) < p.k / COLUMNS);
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+            if (p.norm) {
+                const float square = x[u].sum(squared);
+                if (t == 0 && g < rows && block(u) < p.k / COLUMNS) squares[block(u) * C::XS + g] = square;
+                x[u].multiply(norm[u]);
+            }
+            if (C::SUM_X) {
+                const float sum = x[u].sum(itself);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) sums[u][j] = shfl(sum, (2 * t + j) * 4);
+            }
+            x[u].sort(pairs[u]);
+        }
+    }
+
+private:
+    __device__ static int block(int u) { return threadIdx.x / 32 + u * C::WARPS; }
+};
+
+// The norm's scale of a row: 1 / sqrt(mean of squares + eps).
+template <class C>
+__device__ float norm_scale(const Product& p, const float* squares, int row) {
+    float sum = 0;
+#pragma unroll 8
+    for (int block = 0; block < p.k / COLUMNS; ++block) sum += squares[block * C::XS + row];
+    return rsqrtf(sum / p.k + p.eps);
 }
 
 // ---- One unit
@@ -367,32 +463,29 @@ struct Sums {
     using T = typename C::T;
     float total[C::TILES_X][4] = {};
 
-    __device__ void add(const uint4 (&words)[C::HALVES][C::PARTS], const uint4* x, const float* sums_x,
-                        const uint32_t* scales, int rows) {
-        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // x(tile, i): the pairs (i, v) of row g of a tile of x. sum_x(tile, j): the sum over row 2 t + j of it.
+    template <class X, class SumX>
+    __device__ void add(const uint4 (&words)[2][C::PARTS], X x, SumX sum_x, const uint32_t* scales) {
+        const int g = threadIdx.x % 32 / 4;
         float chain[C::TILES_X][2][4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            uint32_t a[C::HALVES][PAIRS];
+            uint32_t a[2][PAIRS];
 #pragma unroll
-            for (int half = 0; half < C::HALVES; ++half)
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int v = 0; v < PAIRS; ++v)
                     a[half][v] = C::BITS == 4 ? Unpack<T, C::BITS>::pair(word(words[half][0], i), 4 * v)
                                               : Unpack<T, C::BITS>::pair(word(words[half][v / 2 % C::PARTS], i), v % 2 * 8);
 #pragma unroll
             for (int tile = 0; tile < C::TILES_X; ++tile) {
-                const int row = 8 * tile + g;
-                const uint4 b = row < rows ? x[(i * rows + row) * 4 + t] : uint4{0, 0, 0, 0};
-                // Rows g + 8 of A are zero where a tile has 8.
-                const uint32_t* const lower = a[C::HALVES - 1];
-                const uint32_t keep = C::HALVES == 2 ? 0xffffffff : 0;
-                mma_m16n8k16<T>(chain[tile][0], a[0][0], lower[0] & keep, a[0][1], lower[1] & keep, b.x, b.y);
-                mma_m16n8k16<T>(chain[tile][1], a[0][2], lower[2] & keep, a[0][3], lower[3] & keep, b.z, b.w);
+                const uint4 b = x(tile, i);
+                mma_m16n8k16<T>(chain[tile][0], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                mma_m16n8k16<T>(chain[tile][1], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
             }
         }
 #pragma unroll
-        for (int half = 0; half < C::HALVES; ++half) {
+        for (int half = 0; half < 2; ++half) {
             const uint32_t both = scales ? scales[half * 8 + g] : 0;
             const float scale = scales ? widen<T>(uint16_t(both)) : 1;
             const float offset = Unpack<T, C::BITS>::OFFSET + from_half(uint16_t(both >> 16));
@@ -402,7 +495,7 @@ struct Sums {
                 for (int j = 0; j < 2; ++j) {
                     const int i = half * 2 + j;
                     float sum = chain[tile][0][i] + chain[tile][1][i];
-                    if (C::SUM_X) sum -= offset * sums_x[8 * tile + 2 * t + j];
+                    if (C::SUM_X) sum -= offset * sum_x(tile, j);
                     total[tile][i] += scale * sum;
                 }
         }
@@ -420,6 +513,7 @@ struct Result {
     using T = typename C::T;
     uint32_t bias = 0, scale = 0;
     uint16_t residual = 0;
+    float norm = 0;  // the scale of its row of x, which is the same in all tiles; 0: not known yet
 
     // Where a thread's result of a tile is: row x of the block's, row r of the tile's results, column of y.
     struct Place {
@@ -427,7 +521,7 @@ struct Result {
         bool real;
 
         __device__ Place(const Product& p, int tile, int rows) {
-            const int outputs = p.swiglu ? C::ROWS / 2 : C::ROWS;
+            const int outputs = p.swiglu ? ROWS / 2 : ROWS;
             width = p.swiglu ? p.n / 2 : p.n;
             x = threadIdx.x / outputs, r = threadIdx.x % outputs, column = tile * outputs + r;
             real = x < rows && column < width && tile < p.tiles;
@@ -449,15 +543,15 @@ struct Result {
         if (at.real && p.residual) residual = p.residual[int64_t(first + at.x) * at.width + at.column];
     }
 
-    __device__ void write(const Product& p, int tile, int first, int rows, const float* sums, const float* scales_x) const {
+    __device__ void write(const Product& p, int tile, int first, int rows, const float* sums, const float* squares) {
         const Place at(p, tile, rows);
         if (!at.real) return;
-        const float norm = p.norm ? scales_x[at.x] : 1;
+        if (norm == 0) norm = p.norm ? norm_scale<C>(p, squares, at.x) : 1;
         const auto result = [&](int i) {
-            const float* from = sums + at.x * (C::ROWS + 1) + at.r + i * (C::ROWS / 2);
+            const float* from = sums + at.x * (ROWS + 1) + at.r + i * (ROWS / 2);
             float sum = 0;
 #pragma unroll
-            for (int warp = 0; warp < C::WARPS; ++warp) sum += from[warp * C::XS * (C::ROWS + 1)];
+            for (int warp = 0; warp < C::WARPS; ++warp) sum += from[warp * C::XS * (ROWS + 1)];
             if (!C::GROUPED) sum *= widen<T>(uint16_t(scale >> 16 * i));
             return sum * norm + (p.bias ? widen<T>(uint16_t(bias >> 16 * i)) : 0);
         };
@@ -476,11 +570,11 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
     const Layout<C> layout(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = p.k / COLUMNS;
     const int first = blockIdx.x * p.chunk, rows = p.m - first < p.chunk ? p.m - first : p.chunk;
-    const int thread = threadIdx.x, scales_size = C::ROWS * blocks;
+    const int thread = threadIdx.x, scales_size = ROWS * blocks;
     uint32_t* const all_scales = reinterpret_cast<uint32_t*>(shared + layout.scales);
 
     // The weights are asked for before the last kernel's results are there.
-    constexpr int STAGE = C::HALVES * C::PARTS * 32;
+    constexpr int STAGE = 2 * C::PARTS * 32;
     uint4* const queue = reinterpret_cast<uint4*>(shared) + warp * C::STAGES * STAGE;
     Units<C> ahead(p, warp, lane);
 #pragma unroll 1
@@ -494,47 +588,70 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
         scales.load(p, blockIdx.y, thread);
         scales.store(p, all_scales, thread);
     }
+    float* const squares = reinterpret_cast<float*>(shared + layout.squares);
+    Held<C> held;
+    if (C::HELD && p.norm) held.load_norm(p);
+    if (C::HELD && C::GROUPED) __syncthreads();  // the first tile's scales are for all warps
     pdl_wait();
     if (p.begin == 1) pdl_launch_dependents();
 
-    stage_x<C>(p, layout, shared, first, rows);
-    __syncthreads();
-    if (p.norm) scale_rows<C>(p, layout, shared, rows);
+    if (C::HELD) {
+        held.load(p, squares, first, rows);
+    } else {
+        stage_x<C>(p, layout, shared, first, rows);
+        __syncthreads();
+    }
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.y; tile < p.tiles; tile += gridDim.y, turn ^= 1) {
         result.load_residual(p, tile, first, rows);
         if (C::GROUPED) scales.load(p, tile + gridDim.y, thread);
         Sums<C> mine;
-        for (int block = warp; block < blocks; block += C::WARPS) {
+        const auto next = [&](int block, auto x, auto sum_x) {
             cp_async_wait_group<C::STAGES - 1>();
             uint4* const here = queue + stage * STAGE;
-            uint4 words[C::HALVES][C::PARTS];
+            uint4 words[2][C::PARTS];
 #pragma unroll
-            for (int half = 0; half < C::HALVES; ++half)
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int part = 0; part < C::PARTS; ++part) words[half][part] = here[(half * C::PARTS + part) * 32 + lane];
             ahead.request(p, warp, lane, here);
             stage = stage + 1 == C::STAGES ? 0 : stage + 1;
-            mine.add(words, reinterpret_cast<const uint4*>(shared + layout.x) + block * 16 * rows,
-                     reinterpret_cast<const float*>(shared + layout.sums_x) + block * C::XS,
-                     C::GROUPED ? all_scales + turn * scales_size + block * C::ROWS : nullptr, rows);
+            mine.add(words, x, sum_x, C::GROUPED ? all_scales + turn * scales_size + block * ROWS : nullptr);
+        };
+        if (C::HELD) {
+#pragma unroll
+            for (int u = 0; u < Held<C>::UNITS; ++u) {
+                const int block = warp + u * C::WARPS;
+                if (block >= blocks) break;
+                next(block, [&](int, int i) { return held.pairs[u][i]; }, [&](int, int j) { return held.sums[u][j]; });
+            }
+        } else {
+            for (int block = warp; block < blocks; block += C::WARPS) {
+                const uint4* const x = reinterpret_cast<const uint4*>(shared + layout.x) + block * 16 * rows;
+                const float* const sums_x = reinterpret_cast<const float*>(shared + layout.sums_x) + block * C::XS;
+                const auto pairs = [&](int x_tile, int i) {
+                    const int row = 8 * x_tile + lane / 4;
+                    return row < rows ? x[(i * rows + row) * 4 + lane % 4] : uint4{0, 0, 0, 0};
+                };
+                next(block, pairs, [&](int x_tile, int j) { return sums_x[8 * x_tile + 2 * (lane % 4) + j]; });
+            }
         }
         if (C::GROUPED && tile + int(gridDim.y) < p.tiles)
             scales.store(p, all_scales + (turn ^ 1) * scales_size, thread);
 
         float* const sums = reinterpret_cast<float*>(shared + layout.sums) +
-                            (C::BUFFERS == 2 ? turn : 0) * C::WARPS * C::XS * (C::ROWS + 1);
+                            (C::BUFFERS == 2 ? turn : 0) * C::WARPS * C::XS * (ROWS + 1);
         if (C::BUFFERS == 1) __syncthreads();
 #pragma unroll
         for (int x = 0; x < C::TILES_X; ++x)
 #pragma unroll
-            for (int i = 0; i < 2 * C::HALVES; ++i)
-                sums[(warp * C::XS + 8 * x + 2 * (lane % 4) + i % 2) * (C::ROWS + 1) + i / 2 * 8 + lane / 4] =
+            for (int i = 0; i < 4; ++i)
+                sums[(warp * C::XS + 8 * x + 2 * (lane % 4) + i % 2) * (ROWS + 1) + i / 2 * 8 + lane / 4] =
                     mine.total[x][i];
         __syncthreads();
         if (p.begin == 2 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
-        result.write(p, tile, first, rows, sums, reinterpret_cast<const float*>(shared + layout.scales_x));
+        result.write(p, tile, first, rows, sums, squares);
         result.load_weight(p, tile + gridDim.y, rows);
     }
 }
@@ -546,6 +663,7 @@ constexpr int INVALID = 1;  // cudaErrorInvalidValue
 // Chunks of rows of x that a configuration needs, each as large as there is shared memory for; 0 if there is for none.
 template <class C>
 int chunks(Product p) {
+    if (C::HELD && p.k > C::HELD * C::WARPS * COLUMNS) return 0;
     p.chunk = p.m < C::XS ? p.m : C::XS;
     while (p.chunk > 0 && Layout<C>(p).total > current_device().shared) --p.chunk;
     return p.chunk ? (p.m + p.chunk - 1) / p.chunk : 0;
@@ -555,9 +673,9 @@ int chunks(Product p) {
 template <class C>
 int launch(Product p, int busy, cudaStream_t stream) {
     const int count = chunks<C>(p);
-    if (!count || (C::GROUPED && C::ROWS * (p.k / COLUMNS) > 4 * C::THREADS)) return INVALID;
+    if (!count || (C::GROUPED && ROWS * (p.k / COLUMNS) > 4 * C::THREADS)) return INVALID;
     p.chunk = (p.m + count - 1) / count;
-    p.tiles = p.swiglu ? (p.n / 2 + C::ROWS / 2 - 1) / (C::ROWS / 2) : (p.n + C::ROWS - 1) / C::ROWS;
+    p.tiles = p.swiglu ? (p.n / 2 + ROWS / 2 - 1) / (ROWS / 2) : (p.n + ROWS - 1) / ROWS;
     int grid = current_device().multiprocessors * busy / count;
     grid = grid < 1 ? 1 : grid < p.tiles ? grid : p.tiles;
     // Neighbours in the first dimension read the same weights.
@@ -567,51 +685,41 @@ int launch(Product p, int busy, cudaStream_t stream) {
 // Values of K from which on a tile has so many warps, and warps below.
 constexpr int LONG = 2048, LONG_WARPS = 16, SHORT_WARPS = 8;
 
-// Bytes of shared memory from which on a multiprocessor is taken for one with so fast a memory that a queue must be deep.
-constexpr int DEEP_SHARED = 160 * 1024;
-
 // The configurations of a weight, by number, for measurements; `Config` says what they mean. BUSY: `busy` of `launch`.
 template <class T, int BITS, bool GROUPED, int WARPS>
 struct Table {
-    static constexpr int DEEP = BITS == 4 ? 4 : 3;
-    template <int ROWS, int STAGES, int TILES_X, int BUSY_>
-    struct Row : Config<T, BITS, GROUPED, ROWS, WARPS, STAGES, TILES_X> {
-        using Base = Config<T, BITS, GROUPED, ROWS, WARPS, STAGES, TILES_X>;
+    static constexpr int DEEP = BITS == 4 ? 4 : 3, HELD = WARPS == SHORT_WARPS ? 1 : 2;
+    template <int STAGES, int TILES_X, int HELD_, int BUFFERS, int BUSY_>
+    struct Row : Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, HELD_, BUFFERS> {
+        using Base = Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, HELD_, BUFFERS>;
         static constexpr int BUSY = BUSY_;
     };
-    //              ROWS STAGES TILES_X BUSY
-    using V1 = Row<16, DEEP, 1, 1>;  // few tiles more than multiprocessors
-    using V2 = Row<16, DEEP, 1, 2>;
-    using V3 = Row<8, DEEP, 1, 1>;   // twice the blocks of threads
-    using V4 = Row<8, DEEP, 1, 2>;
-    using V5 = Row<8, 2, 1, 1>;      // little shared memory, or much of x
-    using V6 = Row<16, 2, 2, 1>;     // more than 8 rows of x
-    using V7 = Row<16, 2, 1, 1>;     // only measured, in bfloat16
-    using V8 = Row<8, 2, 1, 3>;      // likewise
+    //             STAGES TILES_X HELD BUFFERS BUSY
+    using V1 = Row<2,     1,      0,    2,      1>;  // what mostly is best at up to 8 rows
+    using V2 = Row<DEEP,  1,      0,    2,      2>;  // many tiles, or few columns
+    using V3 = Row<2,     2,      0,    1,      1>;  // more than 8 rows of x
+    using V4 = Row<2,     1,      0,    1,      1>;  // much of x
+    using V5 = Row<1,     1,      0,    1,      1>;  // little shared memory, or very much of x
+    using V6 = Row<DEEP,  1,      HELD, 2,      2>;  // only measured, in bfloat16
+    using V7 = Row<DEEP,  1,      HELD, 2,      1>;  // likewise
+    using V8 = Row<2,     1,      0,    1,      2>;  // likewise
 };
 constexpr int VARIANTS = 9;
 
-// Two tiles of x for more than 8 rows; tiles of 8 rows of W where those of 16 leave multiprocessors without work, and for
-// int8, of which 16 rows take the registers that the next kernel is to begin with; but a short queue where that leaves
-// room for more rows of x at once.
+// Measured on an H100 (docs/LOG.md).
 template <class T, int BITS, bool GROUPED, int WARPS>
 int choose(const Product& p) {
     using Own = Table<T, BITS, GROUPED, WARPS>;
-    const Device& device = current_device();
+    // Each chunk of rows of x reads all of W again.
     const int least = chunks<typename Own::V5>(p);
-    if (p.m > 8) {
-        const int two_tiles = chunks<typename Own::V6>(p);
-        return two_tiles && two_tiles < least ? 6 : 5;
-    }
-    if (device.shared < DEEP_SHARED) return 5;
-    const auto rows_of_the_busiest = [&](int rows) {
-        const int tiles = (p.n + rows - 1) / rows;
-        return (tiles + device.multiprocessors - 1) / device.multiprocessors * rows;
-    };
-    const bool narrow = BITS == 8 || rows_of_the_busiest(8) * 8 < rows_of_the_busiest(16) * 7;
-    const int deep = narrow ? chunks<typename Own::V3>(p) : chunks<typename Own::V1>(p);
-    if (!deep || deep > least) return 5;
-    return (narrow ? 3 : 1) + (WARPS == SHORT_WARPS);
+    const auto takes = [&](int count) { return count && count <= least; };
+    // Each takes a multiprocessor of its own where there are enough.
+    const int wide = chunks<typename Own::V3>(p), tiles = (p.n + ROWS - 1) / ROWS;
+    if (p.m > 8 && wide && wide < least && tiles * least > current_device().multiprocessors) return 3;
+    // Two blocks a multiprocessor where there are many tiles and the shared memory lets both run.
+    const bool two = WARPS == SHORT_WARPS || (BITS == 4 && p.m == 1 && p.n >= 128 * current_device().multiprocessors);
+    if (two && takes(chunks<typename Own::V2>(p))) return 2;
+    return takes(chunks<typename Own::V1>(p)) ? 1 : takes(chunks<typename Own::V4>(p)) ? 4 : 5;
 }
 
 template <class T, int BITS, bool GROUPED, int WARPS>
@@ -624,9 +732,9 @@ int launch(const Product& p, int variant, cudaStream_t stream) {
         case 3: return as(typename Own::V3());
         case 4: return as(typename Own::V4());
         case 5: return as(typename Own::V5());
-        case 6: return as(typename Own::V6());
     }
     if constexpr (std::is_same_v<T, Bfloat16>) {
+        if (variant == 6) return as(typename Own::V6());
         if (variant == 7) return as(typename Own::V7());
         if (variant == 8) return as(typename Own::V8());
     }

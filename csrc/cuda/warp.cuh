@@ -29,6 +29,8 @@ __device__ inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t which) { r
 
 __device__ inline float shfl_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffff, value, lanes); }
 
+__device__ inline float shfl(float value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
+
 // ---- Numbers
 
 __device__ inline float from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

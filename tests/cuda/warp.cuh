@@ -81,6 +81,15 @@ inline float shfl_xor(float value, int lanes) {
     return value;
 }
 
+inline float shfl(float value, int from) {
+    Warp& warp = own_warp();
+    std::memcpy(&warp.words[threadIdx.x % 32][0], &value, 4);
+    warp.all.arrive_and_wait();
+    std::memcpy(&value, &warp.words[from][0], 4);
+    warp.all.arrive_and_wait();
+    return value;
+}
+
 inline float from_half(uint16_t bits) {
     _Float16 value;
     std::memcpy(&value, &bits, 2);
