@@ -290,25 +290,62 @@ struct Sums {
 
 __device__ inline float silu(float value) { return value / (1 + expf(-value)); }
 
-// What follows the sums: a warp has neighbouring columns of one row of y.
-template <class C>
+// What follows the sums. A thread has four neighbouring columns of y, of every so many-th row.
+template <class C, bool SWIGLU>
 __device__ void write(const Product& p, const float* sums, int tile, int first_x) {
     using T = typename C::T;
-    const int outputs = p.swiglu ? C::ROWS / 2 : C::ROWS, width = p.swiglu ? p.n / 2 : p.n;
-    for (int i = threadIdx.x; i < C::XS * outputs; i += THREADS) {
-        const int x = i / outputs, r = i % outputs, row = first_x + x, column = tile * outputs + r;
-        if (row >= p.m || column >= width) continue;
-        const auto result = [&](int from, int row_of_w) {
-            const float* const even = sums + x * C::STRIDE + from;
-            float sum = even[0] + even[C::XS * C::STRIDE];
-            if (!C::GROUPED) sum *= widen<T>(p.scales[row_of_w]);
-            return p.bias ? sum + widen<T>(p.bias[row_of_w]) : sum;
-        };
-        const int gate = r / 8 * 16 + r % 8;
-        float value = p.swiglu ? silu(result(gate, column)) * result(gate + 8, column + width) : result(r, column);
-        const int64_t place = int64_t(row) * width + column;
-        if (p.residual) value += widen<T>(p.residual[place]);
-        p.y[place] = narrow<T>(value);
+    constexpr int OUTPUTS = SWIGLU ? C::ROWS / 2 : C::ROWS, QUADS = OUTPUTS / 4, ROWS_AT_ONCE = THREADS / QUADS;
+    constexpr int HALVES = SWIGLU ? 2 : 1;  // gate and up
+    const int width = SWIGLU ? p.n / 2 : p.n, r = threadIdx.x % QUADS * 4, column = tile * OUTPUTS + r;
+    if (threadIdx.x / QUADS >= ROWS_AT_ONCE || column >= width) return;
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 8 == 0; };
+    const bool whole = width % 4 == 0 && aligned(p.y) && aligned(p.residual);
+    const float* const from = sums + (SWIGLU ? r / 8 * 16 + r % 8 : r);
+    float scale[HALVES][4], bias[HALVES][4];
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = (column + i < width ? column + i : width - 1) + half * width;
+            scale[half][i] = C::GROUPED ? 1 : widen<T>(p.scales[row]);
+            bias[half][i] = p.bias ? widen<T>(p.bias[row]) : 0;
+        }
+    for (int x = threadIdx.x / QUADS; x < C::XS && first_x + x < p.m; x += ROWS_AT_ONCE) {
+        float value[HALVES][4];
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+            const float* const even = from + x * C::STRIDE + 8 * half;
+            const float* const odd = even + C::XS * C::STRIDE;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[half][i] = (even[i] + odd[i]) * scale[half][i] + bias[half][i];
+        }
+        const int64_t place = int64_t(first_x + x) * width + column;
+        uint16_t residual[4] = {}, y[4];
+        if (p.residual) {
+            if (whole) {
+                const uint2 both = *reinterpret_cast<const uint2*>(p.residual + place);
+                residual[0] = uint16_t(both.x), residual[1] = uint16_t(both.x >> 16);
+                residual[2] = uint16_t(both.y), residual[3] = uint16_t(both.y >> 16);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (column + i < width) residual[i] = p.residual[place + i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float result = SWIGLU ? silu(value[0][i]) * value[HALVES - 1][i] : value[0][i];
+            if (p.residual) result += widen<T>(residual[i]);
+            y[i] = narrow<T>(result);
+        }
+        if (whole) {
+            *reinterpret_cast<uint2*>(p.y + place) =
+                make_uint2(uint32_t(y[1]) << 16 | y[0], uint32_t(y[3]) << 16 | y[2]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (column + i < width) p.y[place + i] = y[i];
+        }
     }
 }
 
@@ -367,7 +404,10 @@ __global__ void __launch_bounds__(THREADS, 1) quantized_gemm(const Product p) {
     float* const all = reinterpret_cast<float*>(shared);
     sums.store(all + group * C::XS * C::STRIDE, first, lane);
     __syncthreads();
-    write<C>(p, all, tile, first_x);
+    if (p.swiglu)
+        write<C, true>(p, all, tile, first_x);
+    else
+        write<C, false>(p, all, tile, first_x);
 }
 
 // ---- Which configuration
