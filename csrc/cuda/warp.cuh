@@ -79,6 +79,22 @@ __device__ inline uint32_t add_pairs<Float16>(uint32_t a, uint32_t b) {
     return d;
 }
 
+// a times b plus c of two at once, each rounded once.
+template <class T>
+__device__ inline uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c);
+template <>
+__device__ inline uint32_t fma_pairs<Bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+template <>
+__device__ inline uint32_t fma_pairs<Float16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // D = A B + D in float32: A [16, 16], B [16, 8], D [16, 8]. Lane 4 g + t holds of A rows g (a0, a2) and g + 8 (a1, a3),
 // columns 2 t, 2 t + 1 (a0, a1) and 8 more (a2, a3); of B column g and these rows; of D rows g and g + 8, columns 2 t and
 // 2 t + 1.
@@ -105,6 +121,23 @@ __device__ inline unsigned char* dynamic_shared() {
     extern __shared__ uint4 dynamic_shared_memory[];
     return reinterpret_cast<unsigned char*>(dynamic_shared_memory);
 }
+
+// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8 and gets of each matrix word l % 4 of row
+// l / 4. As B of `mma_m16n8k16`, a matrix is 8 columns of 8 values.
+__device__ inline void ldmatrix_x4(uint32_t (&d)[4], const uint4* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+// Until THREADS threads have come to barrier `id`, of 1 ... 15; `__syncthreads` has 0.
+template <int THREADS>
+__device__ inline void barrier(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+__device__ inline void sync_warp() { __syncwarp(); }
 
 // How L2 is to treat a line: `evict_first` is for what is read once a launch, so that it takes no room from activations.
 __device__ inline uint64_t policy_evict_first() {

@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -38,6 +40,8 @@ struct Block {
     std::barrier<> all;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<uint4> shared;
+    std::map<int, std::unique_ptr<std::barrier<>>> named;
+    std::mutex naming;
 
     // With a line of 16 bytes behind the shared memory that nobody may write.
     Block(int threads, int bytes) : all(threads), shared(bytes / 16 + 1, uint4{UNTOUCHED, UNTOUCHED, UNTOUCHED, UNTOUCHED}) {
@@ -53,6 +57,18 @@ inline thread_local Block* block_of_threads;
 
 inline Warp& own_warp() { return *block_of_threads->warps[threadIdx.x / 32]; }
 inline void __syncthreads() { block_of_threads->all.arrive_and_wait(); }
+inline void sync_warp() { own_warp().all.arrive_and_wait(); }
+template <int THREADS>
+void barrier(int id) {
+    std::barrier<>* found;
+    {
+        const std::lock_guard<std::mutex> lock(block_of_threads->naming);
+        auto& place = block_of_threads->named[id];
+        if (!place) place = std::make_unique<std::barrier<>>(THREADS);
+        found = place.get();
+    }
+    found->arrive_and_wait();
+}
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block_of_threads->shared.data()); }
 
@@ -135,6 +151,28 @@ template <class T>
 uint32_t mul_pairs(uint32_t a, uint32_t b) { return of_pairs<T>(a, b, [](float x, float y) { return x * y; }); }
 template <class T>
 uint32_t add_pairs(uint32_t a, uint32_t b) { return of_pairs<T>(a, b, [](float x, float y) { return x + y; }); }
+
+template <class T>
+uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
+    const auto one = [&](int shift) {
+        const auto wide = [&](uint32_t pair) { return double(widen<T>(uint16_t(pair >> shift))); };
+        return uint32_t(narrow<T>(float(wide(a) * wide(b) + wide(c)))) << shift;
+    };
+    return one(0) | one(16);
+}
+
+inline void ldmatrix_x4(uint32_t (&d)[4], const uint4* row) {
+    Warp& warp = own_warp();
+    const int lane = threadIdx.x % 32;
+    std::memcpy(warp.words[lane], &row, sizeof row);
+    warp.all.arrive_and_wait();
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t* from;
+        std::memcpy(&from, warp.words[8 * i + lane / 4], sizeof from);
+        d[i] = from[lane % 4];
+    }
+    warp.all.arrive_and_wait();
+}
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

@@ -70,8 +70,12 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     product.argtypes = [*[pointer] * 8, long, *[integer] * 8, ctypes.c_float, pointer]
     unpack = loaded.mimo_fast_unpack
     unpack.argtypes = [*[pointer] * 4, *[long] * 2, *[integer] * 4, pointer]
-    loaded.mimo_fast_variants.argtypes = []
-    for function in (product, unpack, loaded.mimo_fast_variants):
+    gemm = loaded.mimo_fast_quantized_gemm
+    gemm.argtypes = [*[pointer] * 7, long, *[integer] * 8, pointer]
+    counts = (loaded.mimo_fast_variants, loaded.mimo_fast_gemm_variants)
+    for function in counts:
+        function.argtypes = []
+    for function in (product, unpack, gemm, *counts):
         function.restype = integer
     return loaded
 
@@ -149,6 +153,47 @@ def quantized_matmul(
             x.dtype == torch.float16,
             variant,
             0.0 if norm is None else norm.eps,
+            _stream(x),
+        )
+    _check(error, f"a product of {len(x)} rows")
+    return y
+
+
+def gemm_takes(x: Tensor) -> bool:
+    """Whether x [M, K], with contiguous rows, lies as `quantized_gemm` reads it; `takes` says what
+    weights it has kernels for."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+
+
+def quantized_gemm(
+    x: Tensor,
+    weight: QuantizedWeight,
+    residual: Tensor | None,
+    swiglu: bool,
+    y: Tensor,
+    loaded: ctypes.CDLL | None = None,
+    variant: int = 0,
+) -> Tensor:
+    """As `quantized_matmul`, for many rows and without a norm; x, and each row of it, begins at a
+    multiple of 16 bytes. Values of the weight are rounded to x.dtype, as `unpack` does.
+
+    Raises:
+        RuntimeError: the device refused the launch.
+    """
+    rows, columns = weight.shape
+    pointers = (x, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    with _current(x):
+        error = _library(loaded).mimo_fast_quantized_gemm(
+            *map(_at, pointers),
+            x.stride(0),
+            len(x),
+            rows,
+            columns,
+            weight.bits,
+            _grouped(weight),
+            swiglu,
+            x.dtype == torch.float16,
+            variant,
             _stream(x),
         )
     _check(error, f"a product of {len(x)} rows")

@@ -6,6 +6,9 @@
 | 5 ... 64 | quantized_mma, norm inside        | dot, norm inside but for float16    | rms_norm, torch's product     |
 | ... 96   | quantized_mma, norm inside        | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
 | 97 ...   | rms_norm, unpack, torch's product | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
+
+With MIMO_FAST_EXPERIMENTAL=1, `fused_matmul` (csrc/cuda/quantized_gemm.cu) takes the place of
+unpack and torch's product where CUDA takes the weight.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2
+from mimo_fast.kernels.dispatch import Case, early_launch, experimental, next_power_of_2
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
     quantized_dot_kernel,
@@ -140,6 +143,24 @@ def quantized_matmul(
 def most_rows(x: Tensor, weight: QuantizedWeight) -> int:
     """Rows of x up to which `quantized_matmul` computes the product; beyond, `unpacked_matmul`."""
     return MMA_ROWS if cuda.takes(x, weight) else NORMED_ROWS
+
+
+def fused_many(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether `fused_matmul` takes the place of `unpacked_matmul`, swiglu inside."""
+    return experimental() and cuda.takes(x, weight)
+
+
+def fused_matmul(
+    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool
+) -> Tensor:
+    """x [..., K], of any number of rows -> what `quantized_matmul` computes, the weight unpacked as
+    it is multiplied."""
+    rows, columns = weight.shape
+    flat, y, residual = _prepare(x, rows, columns, None, residual, swiglu, None)
+    if not y.numel():
+        return y
+    flat = flat if cuda.gemm_takes(flat) else flat.clone()
+    return cuda.quantized_gemm(flat, weight, residual, swiglu, y)
 
 
 def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None = None) -> Tensor:

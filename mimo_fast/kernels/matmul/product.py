@@ -37,6 +37,8 @@ from mimo_fast.kernels.matmul.launch import (
     GEMV_ROWS,
     dense_gemv,
     fits_quantized,
+    fused_many,
+    fused_matmul,
     fuses_norm,
     most_rows,
     quantized_matmul,
@@ -102,6 +104,8 @@ def _quantized(
         x, norm = norm(x), None
     if not many:
         return quantized_matmul(x, weight, norm, residual, swiglu)
+    if fused_many(x, weight):
+        return fused_matmul(x, weight, residual, swiglu)
     y = unpacked_matmul(x, weight, None if swiglu else residual)
     return _epilogues(y, residual, swiglu) if swiglu else y
 
