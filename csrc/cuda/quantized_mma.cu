@@ -132,7 +132,7 @@ struct Config {
     static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
     // Threads a multiprocessor has registers for. 1024 have 64 each, which lets the next kernel begin beside this one; what
     // does not fit into those on every GPU has 128.
-    static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && HELD == 0;
+    static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && HELD == 0 && BUFFERS == 2;
     static constexpr int RESIDENT = ARCHITECTURE != 900 ? 512 : SMALL ? 1024 : HELD == 1 ? 768 : 512;
 
     static_assert(BITS == 8 || (BITS == 4 && GROUPED));
