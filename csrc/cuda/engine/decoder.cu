@@ -72,8 +72,7 @@ struct Decoder {
     int dim, ffn, layers, steps;
     int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
     int pause;               // nanoseconds between two looks
-    int without;             // for measurements: 1 the waiting for data, 2 the weights' copies, which spoil the result;
-                             // 4 the late asking for weights
+    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies
     float eps;
     float per_temperature;
     int channels;
@@ -306,7 +305,8 @@ struct Engine {
     template <int WHICH>
     __device__ void multiply() {
         int count = counts[WHICH];
-        if (!late()) {
+        if constexpr (!USUAL) {
+#pragma unroll 1
             for (; count; --count) {
                 multiply_next<DEPTH - 1>();
                 ask();
@@ -323,12 +323,11 @@ struct Engine {
         }
     }
 
-    // Whether units are asked for after what the phase makes is published, rather than before.
-    __device__ bool late() const { return USUAL && !(p.without & 4); }
-
+    // The usual launch asks for units after what the phase makes is published.
     template <int WHICH>
     __device__ void refill() {
-        if (late())
+        if constexpr (USUAL)
+#pragma unroll 1
             for (int count = counts[WHICH]; count; --count) ask();
     }
 
@@ -383,6 +382,7 @@ struct Engine {
     // Looks at a piece, and another, until both are of this tag. False if somebody has lost patience: then all leave.
     __device__ bool get(const uint4* from, const uint4* other, uint32_t tag, uint4& piece, uint4& second) {
         piece = load_relaxed(from), second = load_relaxed(other);
+#pragma unroll 1
         for (uint32_t looks = 1;; ++looks) {
             const bool come = is_of(piece, tag), second_come = is_of(second, tag);
             if (come && second_come) return true;
@@ -402,6 +402,7 @@ struct Engine {
 
     __device__ bool get(const uint4* from, uint32_t tag, uint4& piece) {
         piece = load_relaxed(from);
+#pragma unroll 1
         for (uint32_t looks = 1;; ++looks) {
             if (is_of(piece, tag) || p.without & 1) return true;
             if (looks % 1024 == 0) {
@@ -622,6 +623,7 @@ struct Engine {
     __device__ void publish(int layer, const uint2 first_bias, float scale) {
         constexpr int EACH = WHICH == QKV ? 12 : 4;
         const int inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
+#pragma unroll 1
         for (int i = threadIdx.x; i < all; i += threads()) {
             const int own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
             const int half = job % 2, first = own * units + tile * inner;
@@ -716,6 +718,7 @@ struct Engine {
     __device__ void make_logits(const Active& active, uint4 (&values)[4], const uint4 (&more)[4]) {
         const float scale = norm_scale();
         const int fours = (active.rows + 3) / 4, own = (fours - int(blockIdx.x) + blocks() - 1) / blocks();
+#pragma unroll 1
         for (int i = warp; i < own * 4; i += warps) {
             if (i == warp + warps)
 #pragma unroll
@@ -731,6 +734,7 @@ struct Engine {
         }
         __syncthreads();
         note(END, 2);
+#pragma unroll 1
         for (int i = threadIdx.x; i < own; i += threads()) {
             float four[4];
             load_four(sums + 4 * i, four);
@@ -760,6 +764,7 @@ struct Engine {
         const int fours = (active.rows + 3) / 4;
         uint32_t best[FRAMES] = {}, code[FRAMES] = {};
         int seen = 0;
+#pragma unroll 1
         for (int i = threadIdx.x; i < fours; i += threads(), ++seen) {
             float noise[4];
             if (seen < 2) {
@@ -821,6 +826,7 @@ struct Engine {
 
     __device__ bool step(int step) {
         uint2 norm = norm_of(0), bias = first_bias_of(0);
+#pragma unroll 1
         for (int layer = 0; layer < p.layers; ++layer) {
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
@@ -948,8 +954,8 @@ extern "C" int mimo_fast_engine_decode(
     switch (bits * 100 + depth) {
         case 804: return launch<8, 4>(p, blocks, threads, stream);
         case 404: return launch<4, 4>(p, blocks, threads, stream);
-        case 408: return launch<4, 8>(p, blocks, threads, stream);
 #ifndef FEW_DEPTHS
+        case 408: return launch<4, 8>(p, blocks, threads, stream);
         case 805: return launch<8, 5>(p, blocks, threads, stream);
         case 808: return launch<8, 8>(p, blocks, threads, stream);
         case 410: return launch<4, 10>(p, blocks, threads, stream);
