@@ -189,7 +189,7 @@ BUGS = {
         "if (last) fence();",
     ),
     "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
-    "a key is not kept": ("cache[position * 2 * HEAD + d] = key;", ";"),
+    "a key is not kept": ("cache[position * HEAD + d] = key;", ";"),
 }
 
 

@@ -36,7 +36,7 @@ namespace {
 constexpr int COLUMNS = 128;
 constexpr int TILE = 16;
 constexpr int HEAD = 16;
-constexpr int POSITIONS = 16;
+constexpr int POSITIONS = 16;  // as many as a head has columns
 constexpr int PHASES = 4;
 constexpr int END = PHASES, DRAW = PHASES + 1, NOTED = PHASES + 2;
 constexpr int TIMES = 4;
@@ -65,7 +65,7 @@ struct Decoder {
     const float* noise;      // [FRAMES, rows of all channels], or null
     int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, POSITIONS, 2 HEAD]: k, v
+    uint16_t* cache;         // [layers, heads, 2, 16, 16]: k by positions, v by columns
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
     int64_t* clocks;         // [blocks, NOTED, TIMES], or null
@@ -116,12 +116,16 @@ __device__ inline float silu(float value) { return fast_divide(value, 1 + fast_e
 // Where column c of x lies in shared memory, in 16-bit values: as the four registers of a 16-byte load that meet the
 // words of a thread.
 template <int BITS>
-__device__ inline int place_of(int c) {
-    constexpr int PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
-    const int plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
-    const int reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
+__device__ inline uint32_t place_of(uint32_t c) {
+    constexpr uint32_t PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
+    const uint32_t plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
+    const uint32_t reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
     return c / COLUMNS * COLUMNS + ((reg / 4 * 4 + t) * 4 + reg % 4) * 2 + plane / HALF;
 }
+
+// How far behind column c that of c + e lies: c is a multiple of 4, e less than 4.
+template <int BITS>
+__device__ constexpr uint32_t place_after(uint32_t e) { return BITS == 8 ? e / 2 * 32 + e % 2 * 4 : e * 32; }
 
 // A float32 as an integer of the same order.
 __device__ inline uint32_t ordered(float value) {
@@ -442,6 +446,7 @@ struct Engine {
             for (int e = 0; e < 4; ++e) residual[e] += a[e] + b[e];
         }
         float square = 0, sum = 0;
+        uint16_t* place = x + (which == END ? 4 * threadIdx.x : place_of<BITS>(4 * threadIdx.x));
         const uint16_t weights[4] = {uint16_t(weight.x), uint16_t(weight.x >> 16), uint16_t(weight.y),
                                      uint16_t(weight.y >> 16)};
 #pragma unroll
@@ -449,7 +454,7 @@ struct Engine {
             square += residual[e] * residual[e];
             const uint16_t value = to_bfloat16(residual[e] * from_bfloat16(weights[e]));
             sum += from_bfloat16(value);
-            x[which == END ? 4 * i + e : place_of<BITS>(4 * i + e)] = value;
+            place[which == END ? e : place_after<BITS>(e)] = value;
         }
         if (SUM_X && which != END) {
             sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
@@ -476,12 +481,13 @@ struct Engine {
                 get(gated + i, tag, piece);
                 note(DOWN, 0);
                 float values[4], sum = 0;
+                uint16_t* place = x + place_of<BITS>(4 * uint32_t(i));
                 untag(piece, values);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const uint16_t value = to_bfloat16(values[e]);
                     sum += from_bfloat16(value);
-                    x[place_of<BITS>(4 * i + e)] = value;
+                    place[place_after<BITS>(e)] = value;
                 }
                 if (SUM_X) {
                     sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
@@ -491,10 +497,9 @@ struct Engine {
         }
     }
 
-    // Of two heads, lane d of 16 those of each: the key of position d and value d of each position, of those before.
+    // Of two heads, lane d of 16 of each: the key of position d, value d of all positions; rubbish where none is yet.
     struct Past {
-        uint4 keys[2];
-        uint16_t values[POSITIONS - 1];
+        uint4 keys[2], values[2];
     };
 
     __device__ uint16_t* cache_of(int layer, int head) const {
@@ -503,20 +508,13 @@ struct Engine {
 
     __device__ int first_pair() const { return needs & 1 ? 0 : heads / 4; }
 
-    __device__ void load_past(int layer, int position, int pair, Past& past) const {
+    __device__ void load_past(int layer, int pair, Past& past) const {
         const int d = lane % 16;
-        past.keys[0] = past.keys[1] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int j = 0; j < POSITIONS - 1; ++j) past.values[j] = 0;
-        if (pair >= heads / 2) return;
-        const uint16_t* cache = cache_of(layer, 2 * pair + lane / 16);
-        if (d < position) {
-            const uint4* from = reinterpret_cast<const uint4*>(cache + d * 2 * HEAD);
-            past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
-        }
-#pragma unroll
-        for (int j = 0; j < POSITIONS - 1; ++j)
-            if (j < position) past.values[j] = load_shared_data(cache + j * 2 * HEAD + HEAD + d);
+        if (pair >= heads / 2) pair = 0;
+        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16)) + 2 * d;
+        past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
+        from += 2 * POSITIONS;
+        past.values[0] = load_shared_data(from), past.values[1] = load_shared_data(from + 1);
     }
 
     // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
@@ -525,9 +523,9 @@ struct Engine {
         const int sub = lane / 16, d = lane % 16;
         float* own = parts + warp * 12 * HEAD;
         for (int i = first + warp; i < first + pairs; i += warps) {
-            const int head = 2 * i + sub;
+            const uint32_t head = 2 * i + sub;
             uint16_t* cache = cache_of(layer, head);
-            if (i != first + warp) load_past(layer, position, i, past);
+            if (i != first + warp) load_past(layer, i, past);
             uint4 keys[2] = {past.keys[0], past.keys[1]};
 
             const uint4* from = qkv + i * 48 + lane;
@@ -573,12 +571,22 @@ struct Engine {
 #pragma unroll
             for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
             weight = fast_divide(weight, all);
+            float* shares = own + sub * 6 * HEAD + 2 * HEAD;
+            shares[d] = weight;
+            warp_barrier();
             float sum = 0;
 #pragma unroll
-            for (int j = 0; j < POSITIONS; ++j) {
-                const float share = from_lane(weight, sub * 16 + j);
-                sum += share * from_bfloat16(j == position ? v : j < POSITIONS - 1 ? past.values[j] : uint16_t(0));
+            for (int j = 0; j < POSITIONS; j += 4) {
+                float some[4];
+                load_four(shares + j, some);
+#pragma unroll
+                for (int f = 0; f < 4; ++f) {
+                    const uint32_t two = part_of(past.values[j / 8], j % 8 / 2 + f / 2);
+                    const float value = from_bfloat16(uint16_t(two >> f % 2 * 16));
+                    sum += some[f] * (j + f < position ? value : 0);
+                }
             }
+            sum += shares[position] * from_bfloat16(v);
             const uint16_t result = to_bfloat16(sum);
             x[place_of<BITS>(head * HEAD + d)] = result;
             if (SUM_X) {
@@ -588,10 +596,10 @@ struct Engine {
                 if (d == 0) x_sums[head] = plain;
             }
             // A head's keys and values are written by the block that has, of the jobs of its half, the one of its number.
-            const int half = head / (heads / 2), job = head % (heads / 2) * 2 + half;
-            if (job % blocks() == int(blockIdx.x)) {
-                cache[position * 2 * HEAD + d] = key;
-                cache[position * 2 * HEAD + HEAD + d] = v;
+            const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
+            if (job % blocks() == uint32_t(blockIdx.x)) {
+                cache[position * HEAD + d] = key;
+                cache[(POSITIONS + d) * HEAD + position] = v;
             }
         }
     }
@@ -614,23 +622,23 @@ struct Engine {
                                      tagged(values[3], tag, 3)));
     }
 
-    __device__ const uint2* bias_of(int layer, int i) const {
-        const int job = blockIdx.x + i / 12 * blocks(), row = i % 12 / 4 * dim() + job / 2 * HEAD + i % 4 * 4;
+    __device__ const uint2* bias_of(int layer, uint32_t i) const {
+        const uint32_t job = blockIdx.x + i / 12 * blocks(), row = i % 12 / 4 * dim() + job / 2 * HEAD + i % 4 * 4;
         return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * dim() + row);
     }
 
     template <int WHICH>
     __device__ void publish(int layer, const uint2 first_bias, float scale) {
         constexpr int EACH = WHICH == QKV ? 12 : 4;
-        const int inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
+        const uint32_t inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < all; i += threads()) {
-            const int own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
-            const int half = job % 2, first = own * units + tile * inner;
+        for (uint32_t i = threadIdx.x; i < all; i += threads()) {
+            const uint32_t own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
+            const uint32_t half = job % 2, first = own * units + tile * inner;
             float total[4];
             add(first, inner, quad, total);
             if (WHICH == QKV) {
-                const uint2 both = i == int(threadIdx.x) ? first_bias : *bias_of(layer, i);
+                const uint2 both = i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
                 const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
                                           uint16_t(both.y >> 16)};
 #pragma unroll
@@ -802,21 +810,27 @@ struct Engine {
         __syncthreads();
         if (*stop) return false;
         const int i = threadIdx.x;
-        float total[4] = {};
+        uint2 fours_of[FRAMES];
+        // All are asked for before the first is waited for.
 #pragma unroll
         for (int a = 0; a < FRAMES; ++a) {
             const int channel = active.low + a;
-            if (channel >= active.high) break;
+            fours_of[a] = make_uint2(0, 0);
+            if (channel >= active.high) continue;
             const uint32_t mine = lane < warps ? bests[a * 64 + lane] : 0;
             const uint32_t most = greatest_of_warp(mine);
             const uint32_t drawn = ~greatest_of_warp(lane < warps && mine == most ? ~bests[a * 64 + 32 + lane] : 0);
             if (blockIdx.x == 0 && i == 0) p.codes[channel * FRAMES + step - channel] = drawn;
-            if (i < quads) {
-                const int64_t row = p.firsts[channel] + drawn;
-                const uint2 four = reinterpret_cast<const uint2*>(p.embeddings + row * dim())[i];
-                total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
-                total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
-            }
+            if (i < quads)
+                fours_of[a] =
+                    reinterpret_cast<const uint2*>(p.embeddings + int64_t(p.firsts[channel] + drawn) * dim())[i];
+        }
+        float total[4] = {};
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const uint2 four = fours_of[a];
+            total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
+            total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) residual[e] = from_bfloat16(to_bfloat16(total[e]));
@@ -831,7 +845,7 @@ struct Engine {
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
             Past past;
-            load_past(layer, step, first_pair() + warp, past);
+            load_past(layer, first_pair() + warp, past);
             const uint2 norm_between = norm_of(2 * layer + 1);
             stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
             if (!finish<QKV>(layer, false, bias)) return false;

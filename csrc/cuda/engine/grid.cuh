@@ -45,7 +45,8 @@ __device__ inline void add_release(uint32_t* to, uint32_t value) {
 template <class Value>
 __device__ inline Value load_shared_data(const Value* from) { return __ldcg(from); }
 
-__device__ inline void fence() { __threadfence(); }
+// Without the order of all fences that `__threadfence` keeps.
+__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Between two looks at what has not come yet.
 __device__ inline void look_again(int nanoseconds) {
