@@ -1,6 +1,7 @@
 """The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in a drawn order."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -109,6 +110,25 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
         assert torch.equal(decoded(emulated, model, x, blocks, threads, seed), want)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_path, bits):
+    source, usual = SOURCE.read_text(), re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
+    assert dict(usual.findall(source)) == {
+        "DIM": "1024",
+        "FFN": "4096",
+        "BLOCKS": "128",
+        "THREADS": "512",
+    }
+    # Of which no warp has more than two units a phase, as in the usual launch.
+    values = {"DIM": DIM, "FFN": FFN, "BLOCKS": 32, "THREADS": 64}
+    (tmp_path / "decoder.cu").write_text(
+        usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", source)
+    )
+    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
+    model, x = random_model(DIM, FFN, LAYERS, bits, bits == 4, bits == 4), given(2)
+    assert torch.equal(decoded(library, model, x, 32, 64), decoded(emulated, model, x))
+
+
 def test_the_published_width(emulated):
     model, x = random_model(1024, 4096, 1, 4, True, True), given(1, 1024)
     check(model, x, decoded(emulated, model, x, blocks=2, threads=256))
@@ -169,7 +189,7 @@ BUGS = {
         "if (last) fence();",
     ),
     "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
-    "a key is not kept": ("cache[position * 2 * HEAD + d] = key;", ";"),
+    "a key is not kept": ("cache[position * HEAD + d] = key;", ";"),
 }
 
 

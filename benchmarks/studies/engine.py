@@ -51,6 +51,7 @@ def build(target: Path, architectures: tuple[str, ...]) -> None:
         "-cudart=static",
         "--threads=0",
         "-Xcompiler=-fPIC",
+        "-DFEW_DEPTHS",
     ]
     command += [f"-I{SOURCES}", f"-I{SOURCES / 'engine'}", *codes, "-o", str(target)]
     subprocess.run([*command, *map(str, sorted((SOURCES / "engine").glob("*.cu")))], check=True)
@@ -192,7 +193,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     ).bfloat16()
     patch = Decoder(library, model, STEPS)
     at = torch.cuda.current_stream().cuda_stream
-    depths = (4, 5) if bits == 8 else (4, 8, 10)
+    depths = (4,)
 
     def run(**settings: object) -> int:
         return patch.run(inputs, **({"blocks": 128, "stream": at} | settings))
@@ -273,10 +274,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         for settings in (
             *({"depth": depth} for depth in depths),
             *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
-            *(
-                {"depth": depth, "threads": 256}
-                for depth in ((4, 5, 8) if bits == 8 else (4, 8, 10, 16))
-            ),
+            *({"depth": depth, "threads": 256} for depth in depths),
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
             *({"depth": depths[-1], "without": without} for without in (1, 2, 3)),
         ):

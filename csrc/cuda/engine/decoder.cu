@@ -36,7 +36,7 @@ namespace {
 constexpr int COLUMNS = 128;
 constexpr int TILE = 16;
 constexpr int HEAD = 16;
-constexpr int POSITIONS = 16;
+constexpr int POSITIONS = 16;  // as many as a head has columns
 constexpr int PHASES = 4;
 constexpr int END = PHASES, DRAW = PHASES + 1, NOTED = PHASES + 2;
 constexpr int TIMES = 4;
@@ -47,7 +47,9 @@ constexpr uint32_t PATIENCE = 1 << 20;
 constexpr uint32_t HALVES = 0x000f000f;
 constexpr uint32_t MAGIC = 0x43004300;
 constexpr float OFFSET_INT4 = 128 + 8;
-constexpr float OFFSET_INT8 = 128 + 16 * 128 + 128;
+
+// Of the launch that has a kernel of its own.
+constexpr int USUAL_DIM = 1024, USUAL_FFN = 4096, USUAL_BLOCKS = 128, USUAL_THREADS = 512;
 
 enum { QKV, OUT, GATE_UP, DOWN };
 
@@ -63,7 +65,7 @@ struct Decoder {
     const float* noise;      // [FRAMES, rows of all channels], or null
     int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, POSITIONS, 2 HEAD]: k, v
+    uint16_t* cache;         // [layers, heads, 2, 16, 16]: k by positions, v by columns
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
     int64_t* clocks;         // [blocks, NOTED, TIMES], or null
@@ -81,7 +83,7 @@ struct Decoder {
 struct Phase {
     int units, inner;  // of a job; those that a sum has
     int first;         // unit of a layer
-    int own, total;    // jobs of this block, their units
+    int total;         // units of this block
     int start;         // warp of the first unit
 };
 
@@ -97,6 +99,11 @@ __device__ inline uint32_t part_of(const uint4& words, int i) {
 
 __device__ inline uint32_t pair(uint32_t word, int shift) { return and_or(word >> shift, HALVES, MAGIC); }
 
+// Two q + 128 of a word, at bits 0 and 16, as two q: 128 and the low seven bits, less 128 or 256.
+__device__ inline uint32_t byte_pair(uint32_t word) {
+    return add_two(and_or(word, 0x007f007f, MAGIC), not_and_or(word, 0x00800080, 0xc300c300));
+}
+
 // 16 bytes of shared memory at once.
 __device__ inline void load_four(const float* from, float (&values)[4]) {
     const uint4 bits = *reinterpret_cast<const uint4*>(from);
@@ -104,17 +111,21 @@ __device__ inline void load_four(const float* from, float (&values)[4]) {
     values[2] = bits_float(bits.z), values[3] = bits_float(bits.w);
 }
 
-__device__ inline float silu(float value) { return value / (1 + expf(-value)); }
+__device__ inline float silu(float value) { return fast_divide(value, 1 + fast_exp(-value)); }
 
 // Where column c of x lies in shared memory, in 16-bit values: as the four registers of a 16-byte load that meet the
 // words of a thread.
 template <int BITS>
-__device__ inline int place_of(int c) {
-    constexpr int PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
-    const int plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
-    const int reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
+__device__ inline uint32_t place_of(uint32_t c) {
+    constexpr uint32_t PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
+    const uint32_t plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
+    const uint32_t reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
     return c / COLUMNS * COLUMNS + ((reg / 4 * 4 + t) * 4 + reg % 4) * 2 + plane / HALF;
 }
+
+// How far behind column c that of c + e lies: c is a multiple of 4, e less than 4.
+template <int BITS>
+__device__ constexpr uint32_t place_after(uint32_t e) { return BITS == 8 ? e / 2 * 32 + e % 2 * 4 : e * 32; }
 
 // A float32 as an integer of the same order.
 __device__ inline uint32_t ordered(float value) {
@@ -138,13 +149,29 @@ __device__ inline void untag(const uint4& piece, float (&values)[4]) {
     values[3] = bits_float(piece.w & ~15u);
 }
 
-template <int BITS, int DEPTH>
+template <int BITS, int DEPTH, bool USUAL>
 struct Engine {
+    static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
     static constexpr int PARTS = BITS / 2;  // 16-byte words of a thread in a unit
 
     const Decoder& p;
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int heads = p.dim / HEAD, quads = p.dim / 4;
+    const int warps = threads() / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int heads = dim() / HEAD, quads = dim() / 4;
+
+    // What the usual launch knows when it is compiled.
+    __device__ int dim() const { return USUAL ? USUAL_DIM : p.dim; }
+    __device__ int ffn() const { return USUAL ? USUAL_FFN : p.ffn; }
+    __device__ int threads() const { return USUAL ? USUAL_THREADS : int(blockDim.x); }
+    __device__ int blocks() const { return USUAL ? USUAL_BLOCKS : int(gridDim.x); }
+
+    __device__ int jobs_of(int which) const { return which == GATE_UP ? ffn() / TILE : dim() / 8; }
+    __device__ int tiles_of(int which) const { return which == QKV ? 3 : which == GATE_UP ? 2 : 1; }
+    __device__ int inner_of(int which) const {
+        return which == DOWN ? ffn() / COLUMNS / 2 : which == GATE_UP ? dim() / COLUMNS : dim() / COLUMNS / 2;
+    }
+    __device__ int own_of(int which) const {
+        return USUAL ? jobs_of(which) / blocks() : (jobs_of(which) - int(blockIdx.x) + blocks() - 1) / blocks();
+    }
 
     // Shared memory.
     uint4* fifo;        // [warps, DEPTH, PARTS, 32]
@@ -183,7 +210,7 @@ struct Engine {
     __device__ Engine(const Decoder& p, unsigned char* shared) : p(p) {
         fifo = reinterpret_cast<uint4*>(shared);
         fifo_scales = reinterpret_cast<uint2*>(fifo + warps * DEPTH * PARTS * 32);
-        const int widest = p.dim > p.ffn ? p.dim : p.ffn;
+        const int widest = dim() > ffn() ? dim() : ffn();
         times = reinterpret_cast<int64_t*>(fifo_scales + warps * DEPTH * 32);
         x = reinterpret_cast<uint16_t*>(times + NOTED * TIMES);
         x_sums = reinterpret_cast<float*>(x + widest);
@@ -199,38 +226,33 @@ struct Engine {
         qkv = p.exchanged;
         out = qkv + heads * 24;
         gated = out + 2 * quads;
-        down = gated + p.ffn / 4;
+        down = gated + ffn() / 4;
         logits = down + 2 * quads;
         kept = p.keep < 0 ? policy_of_others() : policy_to_keep();
         others = p.keep < 0 ? policy_of_others() : policy_to_drop();
-        for (int job = blockIdx.x; job < p.dim / TILE * 2; job += gridDim.x) needs |= 1 << job % 2;
-        layer_units = (4 * p.dim + 3 * p.ffn) / TILE * (p.dim / COLUMNS);
+        for (int job = blockIdx.x; job < dim() / TILE * 2; job += blocks()) needs |= 1 << job % 2;
+        layer_units = (4 * dim() + 3 * ffn()) / TILE * (dim() / COLUMNS);
         layers_to_ask = p.layers * p.steps;
         if (threadIdx.x == 0) {
             *stop = 0;
             plan();
         }
-        for (int i = threadIdx.x; i < POSITIONS * HEAD; i += blockDim.x) angles[i] = p.angles[i];
-        for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x) times[i] = 0;
+        for (int i = threadIdx.x; i < POSITIONS * HEAD; i += threads()) angles[i] = p.angles[i];
+        for (int i = threadIdx.x; i < NOTED * TIMES; i += threads()) times[i] = 0;
     }
 
     __device__ void plan() {
-        const int k = p.dim / COLUMNS;
         int first = 0, before = 0;
-        const auto add = [&](Phase& phase, int jobs, int tiles, int inner) {
-            phase.inner = inner;
-            phase.units = inner * tiles;
+        for (int which = 0; which < PHASES; ++which) {
+            Phase& phase = phases[which];
+            phase.inner = inner_of(which);
+            phase.units = phase.inner * tiles_of(which);
             phase.first = first;
-            phase.own = (jobs - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-            phase.total = phase.own * phase.units;
+            phase.total = own_of(which) * phase.units;
             phase.start = before % warps;
-            first += jobs * phase.units;
+            first += jobs_of(which) * phase.units;
             before += phase.total;
-        };
-        add(phases[QKV], 2 * heads, 3, k / 2);
-        add(phases[OUT], p.dim / 8, 1, k / 2);
-        add(phases[GATE_UP], p.ffn / TILE, 2, k);
-        add(phases[DOWN], p.dim / 8, 1, p.ffn / COLUMNS / 2);
+        }
     }
 
     // Lists this warp's units, after the plan.
@@ -241,7 +263,7 @@ struct Engine {
             const Phase& phase = phases[which];
             int count = 0;
             for (int i = (warp - phase.start + warps) % warps; i < phase.total; i += warps, ++count) {
-                const int job = blockIdx.x + i / phase.units * gridDim.x, within = i % phase.units;
+                const int job = blockIdx.x + i / phase.units * blocks(), within = i % phase.units;
                 const int half = which == GATE_UP ? 0 : job % 2;
                 if (lane == 0)
                     units[all_units + count] = Unit{phase.first + job * phase.units + within,
@@ -272,18 +294,45 @@ struct Engine {
         ask_slot = ask_slot + 1 == DEPTH ? 0 : ask_slot + 1;
     }
 
-    // The sums of this warp's units of a phase.
-    __device__ void multiply(int which) {
-        for (int count = counts[which]; count; --count) {
-            const Unit now = units[unit];
-            wait_for_copies<DEPTH - 1>();
-            const int place = warp * DEPTH + slot;
-            multiply_unit(fifo + place * PARTS * 32 + lane, fifo_scales[place * 32 + lane], now.block,
-                          sums + now.sums * TILE);
-            unit = unit + 1 == all_units ? 0 : unit + 1;
-            slot = slot + 1 == DEPTH ? 0 : slot + 1;
-            ask();
+    // The sums of this warp's next unit, asked for with at least LEFT after it.
+    template <int LEFT>
+    __device__ void multiply_next() {
+        const Unit now = units[unit];
+        wait_for_copies<LEFT>();
+        const int place = warp * DEPTH + slot;
+        multiply_unit(fifo + place * PARTS * 32 + lane, fifo_scales[place * 32 + lane], now.block, sums + now.sums * TILE);
+        unit = unit + 1 == all_units ? 0 : unit + 1;
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    }
+
+    // Of this warp's units of a phase. In the usual launch a warp has at most two, of GATE_UP, which may overlap.
+    template <int WHICH>
+    __device__ void multiply() {
+        int count = counts[WHICH];
+        if constexpr (!USUAL) {
+#pragma unroll 1
+            for (; count; --count) {
+                multiply_next<DEPTH - 1>();
+                ask();
+            }
+        } else {
+            constexpr int INNER = (WHICH == DOWN ? USUAL_FFN : USUAL_DIM) / COLUMNS / (WHICH == GATE_UP ? 1 : 2);
+            constexpr int JOBS = (WHICH == GATE_UP ? USUAL_FFN / TILE : USUAL_DIM / 8) / USUAL_BLOCKS;
+            constexpr int TOTAL = JOBS * INNER * (WHICH == QKV ? 3 : WHICH == GATE_UP ? 2 : 1);
+            constexpr int WARPS = USUAL_THREADS / 32;
+            constexpr bool EVEN = TOTAL % WARPS == 0;
+            static_assert(TOTAL <= 2 * WARPS);
+            if (EVEN || count) multiply_next<DEPTH - 1>();
+            if (TOTAL > WARPS && (EVEN || count > 1)) multiply_next<DEPTH - 2>();
         }
+    }
+
+    // The usual launch asks for units after what the phase makes is published.
+    template <int WHICH>
+    __device__ void refill() {
+        if constexpr (USUAL)
+#pragma unroll 1
+            for (int count = counts[WHICH]; count; --count) ask();
     }
 
     __device__ void multiply_unit(const uint4* from, const uint2 scale, int block, float* to) {
@@ -302,9 +351,8 @@ struct Engine {
                 for (int i = 0; i < 4; ++i) {
                     const uint32_t up = part_of(upper[part], i), low = part_of(lower[part], i);
                     const uint4& both = values[part * 2 + i / 2];
-                    const uint32_t b0 = part_of(both, i % 2 * 2), b1 = part_of(both, i % 2 * 2 + 1);
-                    multiply_add(some[part], pair(up, 0), pair(low, 0), pair(up, 8), pair(low, 8), b0, b1);
-                    multiply_add(some[2 + part], pair(up, 4), pair(low, 4), pair(up, 12), pair(low, 12), b0, b1);
+                    multiply_add(some[i], byte_pair(up), byte_pair(low), byte_pair(up >> 8), byte_pair(low >> 8),
+                                 part_of(both, i % 2 * 2), part_of(both, i % 2 * 2 + 1));
                 }
         } else {
 #pragma unroll
@@ -318,17 +366,19 @@ struct Engine {
         }
         // All columns of the products are the one row of x: a thread in four stores.
         if (t == 0) {
-            float first[4], second[4], plain = 0;
-            load_four(x_sums + block * (COLUMNS / 16), first), load_four(x_sums + block * (COLUMNS / 16) + 4, second);
+            float plain = 0;
+            if (SUM_X) {
+                float first[4], second[4];
+                load_four(x_sums + block * (COLUMNS / 16), first), load_four(x_sums + block * (COLUMNS / 16) + 4, second);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) plain += first[i] + second[i];
+                for (int i = 0; i < 4; ++i) plain += first[i] + second[i];
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint32_t both = half ? scale.y : scale.x;
-                const float left = some[0][2 * half] + some[1][2 * half], right = some[2][2 * half] + some[3][2 * half];
-                const float sum = BITS == 8 ? left + 16 * right : left + right;
-                const float offset = BITS == 8 ? OFFSET_INT8 : OFFSET_INT4 + from_half(uint16_t(both >> 16));
-                to[half * 8 + g] = from_bfloat16(uint16_t(both)) * (sum - offset * plain);
+                float sum = some[0][2 * half] + some[1][2 * half] + (some[2][2 * half] + some[3][2 * half]);
+                if (SUM_X) sum -= (OFFSET_INT4 + from_half(uint16_t(both >> 16))) * plain;
+                to[half * 8 + g] = from_bfloat16(uint16_t(both)) * sum;
             }
         }
     }
@@ -336,6 +386,7 @@ struct Engine {
     // Looks at a piece, and another, until both are of this tag. False if somebody has lost patience: then all leave.
     __device__ bool get(const uint4* from, const uint4* other, uint32_t tag, uint4& piece, uint4& second) {
         piece = load_relaxed(from), second = load_relaxed(other);
+#pragma unroll 1
         for (uint32_t looks = 1;; ++looks) {
             const bool come = is_of(piece, tag), second_come = is_of(second, tag);
             if (come && second_come) return true;
@@ -353,12 +404,34 @@ struct Engine {
         }
     }
 
+    __device__ bool get(const uint4* from, uint32_t tag, uint4& piece) {
+        piece = load_relaxed(from);
+#pragma unroll 1
+        for (uint32_t looks = 1;; ++looks) {
+            if (is_of(piece, tag) || p.without & 1) return true;
+            if (looks % 1024 == 0) {
+                if (looks >= PATIENCE) store_relaxed(p.state + 32, 1);
+                if (load_relaxed(p.state + 32)) {
+                    *stop = 1;
+                    return false;
+                }
+            }
+            look_again(p.pause);
+            piece = load_relaxed(from);
+        }
+    }
+
+    // Of norm i, what this thread multiplies with. Weights like these come from DRAM: they are asked for phases ahead.
+    __device__ uint2 norm_of(int i) const {
+        if (int(threadIdx.x) >= quads || i > 2 * p.layers) return make_uint2(0, 0);
+        return reinterpret_cast<const uint2*>(p.norms + int64_t(i) * dim())[threadIdx.x];
+    }
+
     // The last sums to the residual, then x = norm weight times it, rounded; without its scale, which comes last.
-    __device__ void stage_residual(int which, const uint4* partial, uint32_t tag, const uint16_t* norm,
+    __device__ void stage_residual(int which, const uint4* partial, uint32_t tag, const uint2 weight,
                                    const uint16_t* input) {
         const int i = threadIdx.x;
         if (i >= quads) return;
-        const uint2 weight = reinterpret_cast<const uint2*>(norm)[i];
         if (input) {
             const uint2 given = load_shared_data(reinterpret_cast<const uint2*>(input) + i);
             residual[0] = from_bfloat16(uint16_t(given.x)), residual[1] = from_bfloat16(uint16_t(given.x >> 16));
@@ -373,6 +446,7 @@ struct Engine {
             for (int e = 0; e < 4; ++e) residual[e] += a[e] + b[e];
         }
         float square = 0, sum = 0;
+        uint16_t* place = x + (which == END ? 4 * threadIdx.x : place_of<BITS>(4 * threadIdx.x));
         const uint16_t weights[4] = {uint16_t(weight.x), uint16_t(weight.x >> 16), uint16_t(weight.y),
                                      uint16_t(weight.y >> 16)};
 #pragma unroll
@@ -380,59 +454,79 @@ struct Engine {
             square += residual[e] * residual[e];
             const uint16_t value = to_bfloat16(residual[e] * from_bfloat16(weights[e]));
             sum += from_bfloat16(value);
-            x[which == END ? 4 * i + e : place_of<BITS>(4 * i + e)] = value;
+            place[which == END ? e : place_after<BITS>(e)] = value;
         }
-        sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
-        if (i % 4 == 0) x_sums[i / 4] = sum;
+        if (SUM_X && which != END) {
+            sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+            if (i % 4 == 0) x_sums[i / 4] = sum;
+        }
+#pragma unroll
         for (int mask = 1; mask < 32; mask *= 2) square += from_lane_xor(square, mask);
         if (i % 32 == 0) squares[i / 32] = square;
     }
 
     __device__ float norm_scale() const {
         float square = 0;
-        for (int i = 0; i < p.dim / COLUMNS; ++i) square += squares[i];
-        return rsqrtf(square / p.dim + p.eps);
+#pragma unroll 8
+        for (int i = 0; i < dim() / COLUMNS; ++i) square += squares[i];
+        return rsqrtf(square / dim() + p.eps);
     }
 
     __device__ void stage_gated() {
-        const int half = p.ffn / 8;
+        const int half = ffn() / 8;
         for (int h = 0; h < 2; ++h) {
             if (!(needs >> h & 1)) continue;
-            for (int i = h * half + threadIdx.x; i < (h + 1) * half; i += blockDim.x) {
-                uint4 piece, same;
-                get(gated + i, gated + i, tag, piece, same);
+            for (int i = h * half + threadIdx.x; i < (h + 1) * half; i += threads()) {
+                uint4 piece;
+                get(gated + i, tag, piece);
                 note(DOWN, 0);
                 float values[4], sum = 0;
+                uint16_t* place = x + place_of<BITS>(4 * uint32_t(i));
                 untag(piece, values);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const uint16_t value = to_bfloat16(values[e]);
                     sum += from_bfloat16(value);
-                    x[place_of<BITS>(4 * i + e)] = value;
+                    place[place_after<BITS>(e)] = value;
                 }
-                sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
-                if (i % 4 == 0) x_sums[i / 4] = sum;
+                if (SUM_X) {
+                    sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+                    if (i % 4 == 0) x_sums[i / 4] = sum;
+                }
             }
         }
     }
 
+    // Of two heads, lane d of 16 of each: the key of position d, value d of all positions; rubbish where none is yet.
+    struct Past {
+        uint4 keys[2], values[2];
+    };
+
+    __device__ uint16_t* cache_of(int layer, int head) const {
+        return p.cache + (int64_t(layer) * heads + head) * POSITIONS * 2 * HEAD;
+    }
+
+    __device__ int first_pair() const { return needs & 1 ? 0 : heads / 4; }
+
+    __device__ void load_past(int layer, int pair, Past& past) const {
+        const int d = lane % 16;
+        if (pair >= heads / 2) pair = 0;
+        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16)) + 2 * d;
+        past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
+        from += 2 * POSITIONS;
+        past.values[0] = load_shared_data(from), past.values[1] = load_shared_data(from + 1);
+    }
+
     // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
-    __device__ void stage_attention(int layer, int position) {
-        const int pairs = heads / 4 * (needs == 3 ? 2 : 1), first = needs & 1 ? 0 : heads / 4;
+    __device__ void stage_attention(int layer, int position, Past& past) {
+        const int pairs = heads / 4 * (needs == 3 ? 2 : 1), first = first_pair();
         const int sub = lane / 16, d = lane % 16;
         float* own = parts + warp * 12 * HEAD;
         for (int i = first + warp; i < first + pairs; i += warps) {
-            const int head = 2 * i + sub;
-            uint16_t* cache = p.cache + (int64_t(layer) * heads + head) * POSITIONS * 2 * HEAD;
-            uint4 keys[2] = {};
-            if (d < position) {
-                const uint4* from = reinterpret_cast<const uint4*>(cache + d * 2 * HEAD);
-                keys[0] = load_shared_data(from), keys[1] = load_shared_data(from + 1);
-            }
-            uint16_t values[POSITIONS - 1];
-#pragma unroll
-            for (int j = 0; j < POSITIONS - 1; ++j)
-                values[j] = j < position ? load_shared_data(cache + j * 2 * HEAD + HEAD + d) : 0;
+            const uint32_t head = 2 * i + sub;
+            uint16_t* cache = cache_of(layer, head);
+            if (i != first + warp) load_past(layer, i, past);
+            uint4 keys[2] = {past.keys[0], past.keys[1]};
 
             const uint4* from = qkv + i * 48 + lane;
             uint4 piece, second;
@@ -471,27 +565,41 @@ struct Engine {
             }
             score = d <= position ? score * 0.25f : -INFINITY;
             float most = score;
+#pragma unroll
             for (int mask = 1; mask < 16; mask *= 2) most = fmaxf(most, from_lane_xor(most, mask));
-            float weight = d <= position ? expf(score - most) : 0, all = weight;
+            float weight = d <= position ? fast_exp(score - most) : 0, all = weight;
+#pragma unroll
             for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
-            weight /= all;
+            weight = fast_divide(weight, all);
+            float* shares = own + sub * 6 * HEAD + 2 * HEAD;
+            shares[d] = weight;
+            warp_barrier();
             float sum = 0;
 #pragma unroll
-            for (int j = 0; j < POSITIONS; ++j) {
-                if (j > position) break;
-                const float share = from_lane(weight, sub * 16 + j);
-                sum += share * from_bfloat16(j == position ? v : values[j < POSITIONS - 1 ? j : 0]);
+            for (int j = 0; j < POSITIONS; j += 4) {
+                float some[4];
+                load_four(shares + j, some);
+#pragma unroll
+                for (int f = 0; f < 4; ++f) {
+                    const uint32_t two = part_of(past.values[j / 8], j % 8 / 2 + f / 2);
+                    const float value = from_bfloat16(uint16_t(two >> f % 2 * 16));
+                    sum += some[f] * (j + f < position ? value : 0);
+                }
             }
+            sum += shares[position] * from_bfloat16(v);
             const uint16_t result = to_bfloat16(sum);
             x[place_of<BITS>(head * HEAD + d)] = result;
-            float plain = from_bfloat16(result);
-            for (int mask = 1; mask < 16; mask *= 2) plain += from_lane_xor(plain, mask);
-            if (d == 0) x_sums[head] = plain;
+            if (SUM_X) {
+                float plain = from_bfloat16(result);
+#pragma unroll
+                for (int mask = 1; mask < 16; mask *= 2) plain += from_lane_xor(plain, mask);
+                if (d == 0) x_sums[head] = plain;
+            }
             // A head's keys and values are written by the block that has, of the jobs of its half, the one of its number.
-            const int half = head / (heads / 2), job = head % (heads / 2) * 2 + half;
-            if (job % int(gridDim.x) == int(blockIdx.x)) {
-                cache[position * 2 * HEAD + d] = key;
-                cache[position * 2 * HEAD + HEAD + d] = v;
+            const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
+            if (job % blocks() == uint32_t(blockIdx.x)) {
+                cache[position * HEAD + d] = key;
+                cache[(POSITIONS + d) * HEAD + position] = v;
             }
         }
     }
@@ -500,7 +608,7 @@ struct Engine {
     __device__ void add(int first, int inner, int quad, float (&total)[4]) const {
 #pragma unroll
         for (int e = 0; e < 4; ++e) total[e] = 0;
-#pragma unroll 4
+#pragma unroll 16
         for (int i = 0; i < inner; ++i) {
             float more[4];
             load_four(sums + (first + i) * TILE + quad * 4, more);
@@ -514,36 +622,36 @@ struct Engine {
                                      tagged(values[3], tag, 3)));
     }
 
-    __device__ const uint2* bias_of(int layer, int i) const {
-        const int job = blockIdx.x + i / 12 * gridDim.x, row = i % 12 / 4 * p.dim + job / 2 * HEAD + i % 4 * 4;
-        return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * p.dim + row);
+    __device__ const uint2* bias_of(int layer, uint32_t i) const {
+        const uint32_t job = blockIdx.x + i / 12 * blocks(), row = i % 12 / 4 * dim() + job / 2 * HEAD + i % 4 * 4;
+        return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * dim() + row);
     }
 
-    __device__ void publish(int which, int layer, const uint2 first_bias) {
-        const Phase phase = phases[which];
-        const int each = which == QKV ? 12 : 4;
-        for (int i = threadIdx.x; i < phase.own * each; i += blockDim.x) {
-            const int own = i / each, tile = i % each / 4, quad = i % 4, job = blockIdx.x + own * gridDim.x;
-            const int half = job % 2, first = own * phase.units + tile * phase.inner;
+    template <int WHICH>
+    __device__ void publish(int layer, const uint2 first_bias, float scale) {
+        constexpr int EACH = WHICH == QKV ? 12 : 4;
+        const uint32_t inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x; i < all; i += threads()) {
+            const uint32_t own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
+            const uint32_t half = job % 2, first = own * units + tile * inner;
             float total[4];
-            add(first, phase.inner, quad, total);
-            if (which == QKV) {
-                const float scale = norm_scale();
-                const uint2 both = i == int(threadIdx.x) ? first_bias : *bias_of(layer, i);
+            add(first, inner, quad, total);
+            if (WHICH == QKV) {
+                const uint2 both = i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
                 const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
                                           uint16_t(both.y >> 16)};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
                 put(qkv + job * 12 + tile * 4 + quad, total);
-            } else if (which == GATE_UP) {
-                const float scale = norm_scale();
+            } else if (WHICH == GATE_UP) {
                 float up[4];
-                add(first + phase.inner, phase.inner, quad, up);
+                add(first + inner, inner, quad, up);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = silu(total[e] * scale) * (up[e] * scale);
                 put(gated + job * 4 + quad, total);
             } else {
-                put((which == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);
+                put((WHICH == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);
             }
         }
     }
@@ -556,20 +664,28 @@ struct Engine {
     }
 
     // From what is staged to what is published. False if all are to leave.
-    __device__ bool finish(int which, int layer, bool last) {
+    template <int WHICH>
+    __device__ bool finish(int layer, bool last, const uint2 bias = {}) {
         __syncthreads();
         if (*stop) return false;
-        note(which, 1);
-        uint2 bias = make_uint2(0, 0);
-        if (which == QKV && int(threadIdx.x) < phases[QKV].own * 12) bias = *bias_of(layer, threadIdx.x);
-        multiply(which);
+        note(WHICH, 1);
+        // Of those that publish.
+        float scale = 0;
+        if ((WHICH == QKV || WHICH == GATE_UP) && (!USUAL || warp == 0)) scale = norm_scale();
+        multiply<WHICH>();
         // Of this step's keys and values, before its last sums.
         if (last) fence();
         __syncthreads();
-        note(which, 2);
-        publish(which, layer, bias);
-        note(which, 3);
+        note(WHICH, 2);
+        publish<WHICH>(layer, bias, scale);
+        note(WHICH, 3);
+        refill<WHICH>();
         return true;
+    }
+
+    __device__ uint2 first_bias_of(int layer) const {
+        if (layer == p.layers) layer = 0;
+        return int(threadIdx.x) < own_of(QKV) * 12 ? *bias_of(layer, threadIdx.x) : make_uint2(0, 0);
     }
 
     // Eight products of bfloat16.
@@ -594,48 +710,79 @@ struct Engine {
         return {low, high, p.firsts[low], p.firsts[high] - p.firsts[low]};
     }
 
-    // Row i of those that are this block's: every gridDim.x-th four of them.
-    __device__ int head_row(int i) const { return (blockIdx.x + i / 4 * int(gridDim.x)) * 4 + i % 4; }
+    // Row i of those that are this block's: every blocks()-th four of them.
+    __device__ int head_row(int i) const { return (blockIdx.x + i / 4 * blocks()) * 4 + i % 4; }
 
     __device__ void load_head(const Active& active, int row, uint4 (&values)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             values[i] = make_uint4(0, 0, 0, 0);
-            if (row < active.rows && i * 256 < p.dim)
-                values[i] = reinterpret_cast<const uint4*>(p.heads + int64_t(active.first + row) * p.dim)[i * 32 + lane];
+            if (row < active.rows && i * 256 < dim())
+                values[i] = reinterpret_cast<const uint4*>(p.heads + int64_t(active.first + row) * dim())[i * 32 + lane];
         }
     }
 
-    // Logits of this block's rows to `sums`, published by fours; `values` are those of the first row of this warp.
-    __device__ void make_logits(const Active& active, uint4 (&values)[4]) {
+    // Logits of this block's rows to `sums`, published by fours; `values` and `more` are those of this warp's first two.
+    __device__ void make_logits(const Active& active, uint4 (&values)[4], const uint4 (&more)[4]) {
         const float scale = norm_scale();
-        const int fours = (active.rows + 3) / 4, own = (fours - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+        const int fours = (active.rows + 3) / 4, own = (fours - int(blockIdx.x) + blocks() - 1) / blocks();
+#pragma unroll 1
         for (int i = warp; i < own * 4; i += warps) {
-            if (i != warp) load_head(active, head_row(i), values);
+            if (i == warp + warps)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) values[j] = more[j];
+            else if (i != warp)
+                load_head(active, head_row(i), values);
             float sum = 0;
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                if (j * 256 < p.dim) sum += dot(values[j], reinterpret_cast<const uint4*>(x)[j * 32 + lane]);
+                if (j * 256 < dim()) sum += dot(values[j], reinterpret_cast<const uint4*>(x)[j * 32 + lane]);
             for (int mask = 1; mask < 32; mask *= 2) sum += from_lane_xor(sum, mask);
             if (lane == 0) sums[i] = head_row(i) < active.rows ? from_bfloat16(to_bfloat16(sum * scale)) : -INFINITY;
         }
         __syncthreads();
         note(END, 2);
-        for (int i = threadIdx.x; i < own; i += blockDim.x) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < own; i += threads()) {
             float four[4];
             load_four(sums + 4 * i, four);
-            put(logits + blockIdx.x + i * gridDim.x, four);
+            put(logits + blockIdx.x + i * blocks(), four);
         }
         note(END, 3);
     }
 
+    // Of rows 4 i ... 4 i + 3 of this step's, zeros for those that there are not.
+    __device__ void load_noise(int step, const Active& active, int i, float (&noise)[4]) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = 4 * i + e;
+            noise[e] = 0;
+            if (p.noise == nullptr || row >= active.rows) continue;
+            int channel = active.low;
+#pragma unroll
+            for (int a = 1; a < FRAMES; ++a)
+                if (active.low + a < active.high && active.first + row >= p.firsts[active.low + a]) channel = active.low + a;
+            noise[e] = p.noise[int64_t(step - channel) * p.firsts[p.channels] + active.first + row];
+        }
+    }
+
     // Draws this step's codes from all logits; the residual is the sum of their embeddings, rounded. False: all leave.
-    __device__ bool draw(int step, const Active& active) {
+    // `noises`: of this thread's first two pieces.
+    __device__ bool draw(int step, const Active& active, const float (&noises)[2][4]) {
         const int fours = (active.rows + 3) / 4;
         uint32_t best[FRAMES] = {}, code[FRAMES] = {};
-        for (int i = threadIdx.x; i < fours; i += blockDim.x) {
-            uint4 piece, same;
-            get(logits + i, logits + i, tag, piece, same);
+        int seen = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < fours; i += threads(), ++seen) {
+            float noise[4];
+            if (seen < 2) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) noise[e] = seen ? noises[1][e] : noises[0][e];
+            } else {
+                load_noise(step, active, i, noise);
+            }
+            uint4 piece;
+            get(logits + i, tag, piece);
             note(DRAW, 0);
             float values[4];
             untag(piece, values);
@@ -647,8 +794,7 @@ struct Engine {
                     const int channel = active.low + a;
                     if (channel >= active.high || row < p.firsts[channel] || row >= p.firsts[channel + 1]) continue;
                     const uint32_t id = row - p.firsts[channel];
-                    float score = values[e] * p.per_temperature;
-                    if (p.noise) score += p.noise[int64_t(step - channel) * p.firsts[p.channels] + row];
+                    const float score = values[e] * p.per_temperature + noise[e];
                     const uint32_t rank = id == uint32_t(p.empty[channel]) ? 1 : ordered(score);
                     if (rank > best[a]) best[a] = rank, code[a] = id;
                 }
@@ -664,21 +810,27 @@ struct Engine {
         __syncthreads();
         if (*stop) return false;
         const int i = threadIdx.x;
-        float total[4] = {};
+        uint2 fours_of[FRAMES];
+        // All are asked for before the first is waited for.
 #pragma unroll
         for (int a = 0; a < FRAMES; ++a) {
             const int channel = active.low + a;
-            if (channel >= active.high) break;
+            fours_of[a] = make_uint2(0, 0);
+            if (channel >= active.high) continue;
             const uint32_t mine = lane < warps ? bests[a * 64 + lane] : 0;
             const uint32_t most = greatest_of_warp(mine);
             const uint32_t drawn = ~greatest_of_warp(lane < warps && mine == most ? ~bests[a * 64 + 32 + lane] : 0);
             if (blockIdx.x == 0 && i == 0) p.codes[channel * FRAMES + step - channel] = drawn;
-            if (i < quads) {
-                const int64_t row = p.firsts[channel] + drawn;
-                const uint2 four = reinterpret_cast<const uint2*>(p.embeddings + row * p.dim)[i];
-                total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
-                total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
-            }
+            if (i < quads)
+                fours_of[a] =
+                    reinterpret_cast<const uint2*>(p.embeddings + int64_t(p.firsts[channel] + drawn) * dim())[i];
+        }
+        float total[4] = {};
+#pragma unroll
+        for (int a = 0; a < FRAMES; ++a) {
+            const uint2 four = fours_of[a];
+            total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
+            total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) residual[e] = from_bfloat16(to_bfloat16(total[e]));
@@ -687,23 +839,30 @@ struct Engine {
     }
 
     __device__ bool step(int step) {
+        uint2 norm = norm_of(0), bias = first_bias_of(0);
+#pragma unroll 1
         for (int layer = 0; layer < p.layers; ++layer) {
-            const uint16_t* norms = p.norms + int64_t(layer) * 2 * p.dim;
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
-            stage_residual(QKV, layer ? down : nullptr, before, norms, given ? p.inputs + int64_t(step) * p.dim : nullptr);
-            if (!finish(QKV, layer, false)) return false;
-            stage_attention(layer, step);
-            if (!finish(OUT, layer, false)) return false;
-            stage_residual(GATE_UP, out, tag, norms + p.dim, nullptr);
-            if (!finish(GATE_UP, layer, false)) return false;
+            Past past;
+            load_past(layer, first_pair() + warp, past);
+            const uint2 norm_between = norm_of(2 * layer + 1);
+            stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
+            if (!finish<QKV>(layer, false, bias)) return false;
+            stage_attention(layer, step, past);
+            if (!finish<OUT>(layer, false)) return false;
+            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
+            stage_residual(GATE_UP, out, tag, norm_between, nullptr);
+            if (!finish<GATE_UP>(layer, false)) return false;
             stage_gated();
-            if (!finish(DOWN, layer, layer + 1 == p.layers)) return false;
+            if (!finish<DOWN>(layer, layer + 1 == p.layers)) return false;
         }
-        const uint16_t* norm = p.norms + int64_t(p.layers) * 2 * p.dim;
         const Active active = active_in(step);
-        uint4 values[4];
-        if (p.heads) load_head(active, head_row(warp), values);
+        uint4 values[4], more[4];
+        if (p.heads) load_head(active, head_row(warp), values), load_head(active, head_row(warp + warps), more);
+        float noises[2][4];
+        if (p.heads)
+            for (int k = 0; k < 2; ++k) load_noise(step, active, threadIdx.x + k * threads(), noises[k]);
         stage_residual(END, down, tag, norm, nullptr);
         fence();
         __syncthreads();
@@ -711,15 +870,17 @@ struct Engine {
         note(END, 1);
         if (blockIdx.x == 0 && int(threadIdx.x) < quads) {
             const float scale = norm_scale();
+            const uint16_t weights[4] = {uint16_t(norm.x), uint16_t(norm.x >> 16), uint16_t(norm.y),
+                                         uint16_t(norm.y >> 16)};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int column = 4 * threadIdx.x + e;
-                p.hidden[int64_t(step) * p.dim + column] = to_bfloat16(residual[e] * scale * from_bfloat16(norm[column]));
+                p.hidden[int64_t(step) * dim() + column] = to_bfloat16(residual[e] * scale * from_bfloat16(weights[e]));
             }
         }
         if (p.heads) {
-            make_logits(active, values);
-            return draw(step, active);
+            make_logits(active, values, more);
+            return draw(step, active, noises);
         }
         __syncthreads();
         return true;
@@ -739,15 +900,15 @@ struct Engine {
         // Every block has read the first tag before it published anything.
         if (blockIdx.x == 0 && threadIdx.x == 0) store_relaxed(p.state, tag);
         if (p.clocks)
-            for (int i = threadIdx.x; i < NOTED * TIMES; i += blockDim.x)
+            for (int i = threadIdx.x; i < NOTED * TIMES; i += threads())
                 p.clocks[int64_t(blockIdx.x) * NOTED * TIMES + i] = times[i];
     }
 };
 
-template <int BITS, int DEPTH>
+template <int BITS, int DEPTH, bool USUAL>
 __global__ void __launch_bounds__(512) decode(const Decoder p) {
     DYNAMIC_SHARED(shared);
-    Engine<BITS, DEPTH> engine(p, shared);
+    Engine<BITS, DEPTH, USUAL> engine(p, shared);
     engine.run();
 }
 
@@ -772,8 +933,9 @@ int plan(Decoder& p, int bits, int depth, int blocks, int threads) {
 
 template <int BITS, int DEPTH>
 int launch(Decoder p, int blocks, int threads, cudaStream_t stream) {
+    const bool usual = blocks == USUAL_BLOCKS && threads == USUAL_THREADS && p.dim == USUAL_DIM && p.ffn == USUAL_FFN;
     const int shared = plan(p, BITS, DEPTH, blocks, threads);
-    return start_together(decode<BITS, DEPTH>, blocks, threads, shared, stream, p);
+    return start_together(usual ? decode<BITS, DEPTH, true> : decode<BITS, DEPTH, false>, blocks, threads, shared, stream, p);
 }
 
 constexpr int REFUSED = 1;  // cudaErrorInvalidValue
@@ -805,12 +967,14 @@ extern "C" int mimo_fast_engine_decode(
         return REFUSED;
     switch (bits * 100 + depth) {
         case 804: return launch<8, 4>(p, blocks, threads, stream);
+        case 404: return launch<4, 4>(p, blocks, threads, stream);
+#ifndef FEW_DEPTHS
+        case 408: return launch<4, 8>(p, blocks, threads, stream);
         case 805: return launch<8, 5>(p, blocks, threads, stream);
         case 808: return launch<8, 8>(p, blocks, threads, stream);
-        case 404: return launch<4, 4>(p, blocks, threads, stream);
-        case 408: return launch<4, 8>(p, blocks, threads, stream);
         case 410: return launch<4, 10>(p, blocks, threads, stream);
         case 416: return launch<4, 16>(p, blocks, threads, stream);
+#endif
         default: return REFUSED;
     }
 }

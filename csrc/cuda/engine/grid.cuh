@@ -45,7 +45,8 @@ __device__ inline void add_release(uint32_t* to, uint32_t value) {
 template <class Value>
 __device__ inline Value load_shared_data(const Value* from) { return __ldcg(from); }
 
-__device__ inline void fence() { __threadfence(); }
+// Without the order of all fences that `__threadfence` keeps.
+__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Between two looks at what has not come yet.
 __device__ inline void look_again(int nanoseconds) {
@@ -105,6 +106,24 @@ __device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
     return got;
 }
+
+__device__ inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t got;
+    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
+    return got;
+}
+
+__device__ inline float from_bfloat16(uint16_t bits) { return widen<Bfloat16>(bits); }
+__device__ inline uint16_t to_bfloat16(float value) { return narrow<Bfloat16>(value); }
+__device__ inline uint32_t add_two(uint32_t a, uint32_t b) { return add_pairs<Bfloat16>(a, b); }
+__device__ inline void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+    mma_m16n8k16<Bfloat16>(d, a0, a1, a2, a3, b0, b1);
+}
+
+// Within some units in the last place, without the cases of a division that IEEE 754 asks for.
+__device__ inline float fast_exp(float value) { return __expf(value); }
+__device__ inline float fast_divide(float value, float by) { return __fdividef(value, by); }
 
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -193,6 +193,15 @@ void wait_for_copies() {
 }
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) { return (~a & b) | c; }
+inline uint32_t add_two(uint32_t a, uint32_t b) {
+    const auto sum = [&](int shift) {
+        return uint32_t(to_bfloat16(from_bfloat16(uint16_t(a >> shift)) + from_bfloat16(uint16_t(b >> shift)))) << shift;
+    };
+    return sum(0) | sum(16);
+}
+inline float fast_exp(float value) { return std::exp(value); }
+inline float fast_divide(float value, float by) { return value / by; }
 
 inline uint32_t float_bits(float value) {
     uint32_t bits;
