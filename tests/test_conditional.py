@@ -19,7 +19,7 @@ from mimo_fast import MimoAudio
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.cuda.graph_conditional import ConditionalGraph
-from mimo_fast.kernels.dispatch import EXPERIMENTAL, experimental
+from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import Limits
 from mimo_fast.runtime.lm.graphs import Graphs, Joined, Replay
@@ -173,14 +173,6 @@ def test_where_it_is_refused_decoding_goes_on_as_before(
         assert not engine.decoder.graphs.conditional
     replies = [request.start(engine, ahead=None) for request in requests]
     assert [drawn(list(reply)) for reply in replies] == alone
-
-
-def test_it_is_behind_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, on in (("", False), ("0", False), ("1", True)):
-        monkeypatch.setenv(EXPERIMENTAL, value)
-        assert experimental() == on
-    monkeypatch.delenv(EXPERIMENTAL)
-    assert not experimental()
 
 
 @pytest.mark.gpu

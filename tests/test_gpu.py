@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import mimo_fast
+from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
-from mimo_fast.kernels.dispatch import EXPERIMENTAL
 from mimo_fast.runtime import pipeline
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.engine.engine import Engine

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from torch import Tensor
 
 from benchmarks.studies.engine_model import (
@@ -20,6 +19,7 @@ from benchmarks.studies.engine_model import (
     random_model,
     reference,
 )
+from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.quantization import Format, quantize
 
 ROOT = Path(__file__).parent.parent

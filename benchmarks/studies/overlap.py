@@ -45,7 +45,7 @@ from mimo_fast.bench.pipeline import Request, plan_of, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.bench.timing import percentile
 from mimo_fast.kernels.cuda import graph_conditional
-from mimo_fast.kernels.dispatch import EXPERIMENTAL
+from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.engine import stream as streams

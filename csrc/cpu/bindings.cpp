@@ -28,11 +28,19 @@ void check(bool right, const std::string& what) {
     if (!right) throw std::invalid_argument(what);
 }
 
+void check_slot(int64_t slot, int64_t row, int64_t count) {
+    check(slot >= 0 && slot < count, "slot " + std::to_string(slot) + " of row " + std::to_string(row) +
+                                         " is not below " + std::to_string(count));
+}
+
 void check_slots(const int64_t* slots, int64_t rows, int64_t count) {
-    for (int64_t r = 0; r < rows; ++r)
-        check(slots[r] >= 0 && slots[r] < count,
-              "slot " + std::to_string(slots[r]) + " of row " + std::to_string(r) + " is not below " +
-                  std::to_string(count));
+    for (int64_t r = 0; r < rows; ++r) check_slot(slots[r], r, count);
+}
+
+// A row without a position reads nothing of the cache, whatever its slot.
+void check_rows(const Positions& at, const Cache& cache) {
+    for (int64_t r = 0; r < at.rows; ++r)
+        if (at.starts[r] >= 0) check_slot(at.slots[r], r, cache.slots);
 }
 
 void check_shape(const Linear& w, int64_t rows, int64_t columns, const char* name) {
@@ -138,7 +146,7 @@ void bind_attention(py::module_& module) {
         .def("run",
              [](DecodeAttention self, uintptr_t qkv, int64_t row_stride, uintptr_t y, const Cache& cache,
                 const Positions& at) {
-                 check_slots(at.slots, at.rows, cache.slots);
+                 check_rows(at, cache);
                  self.qkv = address<const void>(qkv);
                  self.row_stride = row_stride;
                  self.y = address<void>(y);
@@ -180,7 +188,7 @@ void bind_transformer(py::module_& module) {
         .def("step",
              [](const Transformer& self, uintptr_t x, uintptr_t y, const Cache& cache, const Positions& at) {
                  check(cache.layers == int64_t(self.layers.size()), "the cache has other layers");
-                 check_slots(at.slots, at.rows, cache.slots);
+                 check_rows(at, cache);
                  kernels->step(self, address<const float>(x), address<float>(y), cache, at);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cache"), py::arg("at"), Unlocked())

@@ -13,6 +13,7 @@ import torch
 from mimo_fast import __version__
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import LMConfig, PathLike
+from mimo_fast.kernels import defaults
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
@@ -63,6 +64,8 @@ def describe_machine() -> Iterator[str]:
         )
     yield f"native kernels: {native.state()}"
     yield f"cuda kernels: {cuda.state()}"
+    for i in range(torch.cuda.device_count()):
+        yield from defaults.describe(torch.device("cuda", i))
 
 
 def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:

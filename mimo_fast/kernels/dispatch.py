@@ -29,7 +29,7 @@ two of its blocks where there is room and none where there is not. So each kerne
 
 MIMO_FAST_PDL overrides the table, and is asked at every launch: 0 turns early launches of Triton's
 kernels off, 1 is "first" for all, any name of `Begin` is that for all, and "rms_norm=last,..." for
-some. MIMO_FAST_EXPERIMENTAL=1 turns on paths that no GPU has shown right and faster yet.
+some.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ ENVIRONMENT = "MIMO_FAST_KERNELS"
 EARLY_ENVIRONMENT = "MIMO_FAST_PDL"
 EARLY_CAPABILITY = 9
 """Major compute capability from which a kernel can be launched early."""
-EXPERIMENTAL = "MIMO_FAST_EXPERIMENTAL"
 
 
 class Begin(IntEnum):
@@ -83,25 +82,26 @@ class Begin(IntEnum):
 
 
 BEGINS = {
-    "code_step": Begin.OFF,
-    "dense_embed": Begin.OFF,
-    "dense_gemv": Begin.OFF,
-    "head_logits": Begin.OFF,
-    "merge_splits": Begin.OFF,
-    "patch_embed": Begin.OFF,
-    "patch_noise": Begin.OFF,
-    "quantized_embed": Begin.OFF,
-    "rms_norm": Begin.OFF,
-    "rotary_attention": Begin.OFF,
-    "small_decode": Begin.OFF,
-    "split_attention": Begin.OFF,
-    "take_settings": Begin.OFF,
-    "text_check": Begin.OFF,
-    "text_digit": Begin.OFF,
-    "text_draw": Begin.OFF,
-    "text_settle": Begin.OFF,
+    "code_step": Begin.FIRST,
+    "dense_embed": Begin.FIRST,
+    "dense_gemv": Begin.WAITED,
+    "head_logits": Begin.FIRST,
+    "merge_splits": Begin.FIRST,
+    "patch_embed": Begin.FIRST,
+    "patch_noise": Begin.FIRST,
+    "quantized_embed": Begin.FIRST,
+    "rms_norm": Begin.FIRST,
+    "rotary_attention": Begin.FIRST,
+    "small_decode": Begin.FIRST,
+    "split_attention": Begin.FIRST,
+    "take_settings": Begin.FIRST,
+    "text_check": Begin.FIRST,
+    "text_digit": Begin.FIRST,
+    "text_draw": Begin.FIRST,
+    "text_settle": Begin.FIRST,
 }
-"""Of each kernel, named without "_kernel". Off until measured in the chains it is part of."""
+"""Of each kernel, named without "_kernel": the fastest in the chains that it is part of
+(benchmarks/results/2026-11-28-h100-chains.json)."""
 
 
 def forced() -> str:
@@ -110,12 +110,6 @@ def forced() -> str:
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; use 'torch', 'triton' or leave it unset")
     return choice
-
-
-def experimental() -> bool:
-    """Whether the environment asks for paths that no GPU has yet shown to be right and faster; read
-    where a path is constructed."""
-    return os.environ.get(EXPERIMENTAL, "") not in ("", "0")
 
 
 def use_triton(x: Tensor) -> bool:

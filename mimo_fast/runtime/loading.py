@@ -13,6 +13,7 @@ from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.quantization import (
     FOREIGN_KEY,
     Format,
@@ -103,6 +104,7 @@ def load_parts(
         codec_formats,
         mapped=target.type == "cpu",
         graphs=wanted(target),
+        prompt_graphs=wanted(target) and enabled(NewPath.PROMPT_GRAPHS, target),
     )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])

@@ -19,7 +19,6 @@ import torch
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import OFFLOADABLE, CodecConfig, LMConfig
 from mimo_fast.errors import DeviceMemoryError
-from mimo_fast.kernels.dispatch import experimental
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
 from mimo_fast.runtime.codec.geometry import default_lookahead, streamable
@@ -60,6 +59,7 @@ class Setup:
     offload: frozenset[str] = frozenset()
     mapped: bool = False
     graphs: bool = False
+    prompt_graphs: bool = False
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
@@ -129,7 +129,7 @@ class Setup:
             prefill += (
                 min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
             )
-        if self.graphs and experimental():
+        if self.prompt_graphs:
             # Graphs of prompts keep what one takes; as they are captured, one runs beside them.
             prefill *= 2
         # Logits and perturbed scores of the text draw, and the partial results of split attention.

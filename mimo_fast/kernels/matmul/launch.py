@@ -7,7 +7,7 @@
 | ... 96   | quantized_mma, norm inside        | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
 | 97 ...   | rms_norm, unpack, torch's product | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
 
-With MIMO_FAST_EXPERIMENTAL=1, `fused_matmul` (csrc/cuda/quantized_gemm.cu) takes the place of
+Where kernels/defaults.py says so, `fused_matmul` (csrc/cuda/quantized_gemm.cu) takes the place of
 unpack and torch's product where CUDA takes the weight.
 """
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.dispatch import Case, early_launch, experimental, next_power_of_2
+from mimo_fast.kernels.defaults import NewPath, enabled
+from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
     quantized_dot_kernel,
@@ -147,7 +148,11 @@ def most_rows(x: Tensor, weight: QuantizedWeight) -> int:
 
 def fused_many(x: Tensor, weight: QuantizedWeight) -> bool:
     """Whether `fused_matmul` takes the place of `unpacked_matmul`, swiglu inside."""
-    return experimental() and cuda.takes(x, weight)
+    return (
+        weight.bits == 4
+        and enabled(NewPath.FUSED_PROMPT_PRODUCTS, x.device)
+        and cuda.takes(x, weight)
+    )
 
 
 def fused_matmul(

@@ -14,14 +14,14 @@ row, for which nothing is appended and whose results go nowhere.
 Prompts are captured once per length of `PROMPTS` and padded to the next, so that a result follows
 from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph
 is the second launch. Prompts are captured first; all graphs share the memory that one of the
-greatest length takes. A capture takes as long as three prompts. Experimental
-(MIMO_FAST_EXPERIMENTAL=1).
+greatest length takes. A capture takes as long as three prompts.
 
 Where conditional graphs are to be had, a third is made of the two: the step, and behind it the
 patch, which runs only if one of the rows has drawn `<|empty|>`. Then a group is one launch, no
 patch is computed in vain, and none waits for the host.
 
-MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time. MIMO_FAST_EXPERIMENTAL=1 joins them.
+MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time. Prompts and joined graphs are new
+paths (kernels/defaults.py).
 """
 
 import math
@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.kernels.cuda import graph_conditional
-from mimo_fast.kernels.dispatch import experimental
+from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 
@@ -142,13 +142,15 @@ class Graphs:
     ) -> None:
         self._lm, self._state = lm, state
         if capture is None:
-            joins = experimental() and graph_conditional.available()
+            joins = enabled(NewPath.CONDITIONAL_GRAPHS, lm.device) and graph_conditional.available()
             capture, join = CudaCapture(keep=joins), joined if joins else None
         self._capture, self._join = capture, join
         self._steps: dict[int, Captured] = {}
         self._patches: dict[int, Captured] = {}
         self._prompts: dict[int, CapturedPrompt] = {}
-        self.takes_prompts = experimental() if prompts is None else prompts
+        self.takes_prompts = (
+            enabled(NewPath.PROMPT_GRAPHS, lm.device) if prompts is None else prompts
+        )
         self._joined: dict[int, Joined] = {}
 
     @property

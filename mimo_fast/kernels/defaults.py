@@ -1,0 +1,54 @@
+"""Which new GPU paths run by default: those that a committed result shows right and faster on the
+same family of GPUs.
+
+MIMO_FAST_EXPERIMENTAL=1 turns all of them on wherever they can run, =0 turns all of them off.
+`mimo-fast info` lists them.
+"""
+
+import os
+from collections.abc import Iterator
+from enum import Enum
+
+import torch
+
+ENVIRONMENT = "MIMO_FAST_EXPERIMENTAL"
+
+
+class NewPath(Enum):
+    """A path that takes another's place; its value is its name in `mimo-fast info`."""
+
+    PROMPT_GRAPHS = "prompts as CUDA graphs"
+    CONDITIONAL_GRAPHS = "a group as one conditional graph"
+    FUSED_PROMPT_PRODUCTS = "products of prompts that unpack in registers"
+
+
+MEASURED: dict[NewPath, dict[int, str]] = {
+    NewPath.PROMPT_GRAPHS: {9: "2026-11-28-h100-prompts.json"},
+    NewPath.CONDITIONAL_GRAPHS: {9: "2026-11-28-h100-overlap.json"},
+    NewPath.FUSED_PROMPT_PRODUCTS: {},
+}
+"""Major compute capability -> the file of benchmarks/results that shows it right and faster."""
+
+
+def enabled(path: NewPath, device: torch.device) -> bool:
+    """Whether a model on this device should take a path; asked where the path is constructed."""
+    choice = os.environ.get(ENVIRONMENT, "")
+    if choice:
+        return choice != "0"
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device)[0] in MEASURED[path]
+
+
+def describe(device: torch.device) -> Iterator[str]:
+    """A line a path for `mimo-fast info`: whether it is on, and why."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    for path in NewPath:
+        state = "on" if enabled(path, device) else "off"
+        if os.environ.get(ENVIRONMENT, ""):
+            why = f"{ENVIRONMENT} asks for it"
+        elif capability in MEASURED[path]:
+            why = f"measured in {MEASURED[path][capability]}"
+        else:
+            why = "no GPU of this family has shown it right and faster"
+        yield f"{path.value}: {state} ({why})"
