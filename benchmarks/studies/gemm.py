@@ -17,7 +17,7 @@ import argparse
 import ctypes
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,11 +180,11 @@ def of_type(weight: Weight, inputs: Inputs, dtype: torch.dtype) -> tuple[Weight,
     )
 
 
-def other_formats(library: Library) -> Iterator[dict[str, Any]]:
+def other_formats(library: Library, formats: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Those that are not timed: float16, int4 without zeros, int8 in groups; a width that no tile
     divides."""
     shape = Shape("other", 1000, 640, bias=True, residual=True)
-    for bits in (4, 8):
+    for bits in formats:
         for dtype in (torch.bfloat16, torch.float16):
             weight, inputs = of_type(
                 Weight.random(shape, bits), Inputs.random(shape, max(ROWS)), dtype
@@ -203,8 +203,8 @@ def other_formats(library: Library) -> Iterator[dict[str, Any]]:
 def study(library: Library, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    yield from other_formats(library)
-    for bits in (4, 8):
+    yield from other_formats(library, arguments.bits)
+    for bits in arguments.bits:
         for shape in SHAPES:
             head: dict[str, Any] = {"shape": shape.name, "bits": bits}
             if time.monotonic() - begun > arguments.seconds:
@@ -299,6 +299,7 @@ def main() -> None:
     )
     parser.add_argument("--library", required=True, help="a build of csrc/cuda")
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
     parser.add_argument(
         "--seconds", type=float, default=30, help="after which no measurement begins"
     )
