@@ -50,6 +50,7 @@ constexpr float OFFSET_INT4 = 128 + 8;
 
 // Of the launch that has a kernel of its own.
 constexpr int USUAL_DIM = 1024, USUAL_FFN = 4096, USUAL_BLOCKS = 128, USUAL_THREADS = 512;
+static_assert(USUAL_BLOCKS == USUAL_DIM / 8);  // a job of each phase a block but for GATE_UP
 
 enum { QKV, OUT, GATE_UP, DOWN };
 
@@ -497,7 +498,8 @@ struct Engine {
         }
     }
 
-    // Of two heads, lane d of 16 of each: the key of position d, value d of all positions; rubbish where none is yet.
+    // Of two heads, lane d of 16 of each: the key of position d, rubbish where none is yet; value d of all positions, zeros
+    // where none is.
     struct Past {
         uint4 keys[2], values[2];
     };
@@ -508,9 +510,10 @@ struct Engine {
 
     __device__ int first_pair() const { return needs & 1 ? 0 : heads / 4; }
 
-    __device__ void load_past(int layer, int pair, Past& past) const {
+    __device__ void load_past(int layer, int position, int pair, Past& past) const {
         const int d = lane % 16;
-        if (pair >= heads / 2) pair = 0;
+        past.keys[0] = past.keys[1] = past.values[0] = past.values[1] = make_uint4(0, 0, 0, 0);
+        if (position == 0 || pair >= heads / 2) return;
         const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16)) + 2 * d;
         past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
         from += 2 * POSITIONS;
@@ -525,7 +528,7 @@ struct Engine {
         for (int i = first + warp; i < first + pairs; i += warps) {
             const uint32_t head = 2 * i + sub;
             uint16_t* cache = cache_of(layer, head);
-            if (i != first + warp) load_past(layer, i, past);
+            if (i != first + warp) load_past(layer, position, i, past);
             uint4 keys[2] = {past.keys[0], past.keys[1]};
 
             const uint4* from = qkv + i * 48 + lane;
@@ -572,7 +575,9 @@ struct Engine {
             for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
             weight = fast_divide(weight, all);
             float* shares = own + sub * 6 * HEAD + 2 * HEAD;
-            shares[d] = weight;
+            // The block that keeps this position's value may have written it already: it counts once.
+            shares[d] = d == position ? 0 : weight;
+            if (d == position) shares[HEAD] = weight;
             warp_barrier();
             float sum = 0;
 #pragma unroll
@@ -582,11 +587,10 @@ struct Engine {
 #pragma unroll
                 for (int f = 0; f < 4; ++f) {
                     const uint32_t two = part_of(past.values[j / 8], j % 8 / 2 + f / 2);
-                    const float value = from_bfloat16(uint16_t(two >> f % 2 * 16));
-                    sum += some[f] * (j + f < position ? value : 0);
+                    sum += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
                 }
             }
-            sum += shares[position] * from_bfloat16(v);
+            sum += shares[HEAD] * from_bfloat16(v);
             const uint16_t result = to_bfloat16(sum);
             x[place_of<BITS>(head * HEAD + d)] = result;
             if (SUM_X) {
@@ -599,7 +603,13 @@ struct Engine {
             const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
             if (job % blocks() == uint32_t(blockIdx.x)) {
                 cache[position * HEAD + d] = key;
-                cache[(POSITIONS + d) * HEAD + position] = v;
+                uint16_t* values = cache + (POSITIONS + d) * HEAD;
+                if (position == 0) {
+                    reinterpret_cast<uint4*>(values)[0] = make_uint4(v, 0, 0, 0);
+                    reinterpret_cast<uint4*>(values)[1] = make_uint4(0, 0, 0, 0);
+                } else {
+                    values[position] = v;
+                }
             }
         }
     }
@@ -632,18 +642,19 @@ struct Engine {
         constexpr int EACH = WHICH == QKV ? 12 : 4;
         const uint32_t inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < all; i += threads()) {
-            const uint32_t own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
+        for (uint32_t i = threadIdx.x; i < all; i += USUAL ? all : threads()) {
+            const uint32_t own = USUAL && WHICH != GATE_UP ? 0 : i / EACH, place = USUAL && WHICH != GATE_UP ? i : i % EACH;
+            const uint32_t tile = place / 4, quad = i % 4, job = blockIdx.x + own * blocks();
             const uint32_t half = job % 2, first = own * units + tile * inner;
             float total[4];
             add(first, inner, quad, total);
             if (WHICH == QKV) {
-                const uint2 both = i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
+                const uint2 both = USUAL || i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
                 const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
                                           uint16_t(both.y >> 16)};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
-                put(qkv + job * 12 + tile * 4 + quad, total);
+                put(qkv + job * 12 + place, total);
             } else if (WHICH == GATE_UP) {
                 float up[4];
                 add(first + inner, inner, quad, up);
@@ -845,7 +856,7 @@ struct Engine {
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
             Past past;
-            load_past(layer, first_pair() + warp, past);
+            load_past(layer, step, first_pair() + warp, past);
             const uint2 norm_between = norm_of(2 * layer + 1);
             stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
             if (!finish<QKV>(layer, false, bias)) return false;
