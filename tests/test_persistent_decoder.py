@@ -178,12 +178,12 @@ def test_codes_drawn_within(emulated, noisy):
 
 BUGS = {
     "a piece is not published": (
-        "put(gated + job * 4 + quad, total);",
-        "if (job) put(gated + job * 4 + quad, total);",
+        "put(gated + job * 4 + row / 4, four);",
+        "put(gated + (job ? job : 1) * 4 + row / 4, four);",
     ),
     "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
     "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
-    "a copy is read too early": ("wait_for_copies<DEPTH - 1>();", "wait_for_copies<DEPTH>();"),
+    "a copy is read too early": ("wait_for_copies<LEFT>();", "wait_for_copies<LEFT + 1>();"),
     "sums are read before they are there": (
         "if (last) fence();\n        __syncthreads();",
         "if (last) fence();",

@@ -66,7 +66,7 @@ struct Decoder {
     const float* noise;      // [FRAMES, rows of all channels], or null
     int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, 2, 16, 16]: k by positions, v by columns
+    uint16_t* cache;         // [layers, heads, 512]: k [16 positions, 16], v [2, 16, 8 positions]
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
     int64_t* clocks;         // [blocks, NOTED, TIMES], or null
@@ -514,10 +514,11 @@ struct Engine {
         const int d = lane % 16;
         past.keys[0] = past.keys[1] = past.values[0] = past.values[1] = make_uint4(0, 0, 0, 0);
         if (position == 0 || pair >= heads / 2) return;
-        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16)) + 2 * d;
-        past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
-        from += 2 * POSITIONS;
-        past.values[0] = load_shared_data(from), past.values[1] = load_shared_data(from + 1);
+        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16));
+        if (d < position) past.keys[0] = load_shared_data(from + 2 * d), past.keys[1] = load_shared_data(from + 2 * d + 1);
+        from += 2 * POSITIONS + d;
+        past.values[0] = load_shared_data(from);
+        if (position > 8) past.values[1] = load_shared_data(from + HEAD);
     }
 
     // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
@@ -603,13 +604,11 @@ struct Engine {
             const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
             if (job % blocks() == uint32_t(blockIdx.x)) {
                 cache[position * HEAD + d] = key;
-                uint16_t* values = cache + (POSITIONS + d) * HEAD;
-                if (position == 0) {
-                    reinterpret_cast<uint4*>(values)[0] = make_uint4(v, 0, 0, 0);
-                    reinterpret_cast<uint4*>(values)[1] = make_uint4(0, 0, 0, 0);
-                } else {
-                    values[position] = v;
-                }
+                uint16_t* values = cache + POSITIONS * HEAD + (position / 8 * HEAD + d) * 8;
+                if (position % 8 == 0)
+                    *reinterpret_cast<uint4*>(values) = make_uint4(v, 0, 0, 0);
+                else
+                    values[position % 8] = v;
             }
         }
     }
@@ -637,17 +636,36 @@ struct Engine {
         return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * dim() + row);
     }
 
+    // silu(gate) up of this block's jobs, a row a lane of its first warp.
+    __device__ void publish_gated(float scale) {
+        if (warp) return;
+        const uint32_t inner = inner_of(GATE_UP), all = own_of(GATE_UP) * TILE;
+        for (uint32_t start = 0; start < all; start += 32) {
+            const uint32_t i = start + lane < all ? start + lane : 0, own = i / TILE, row = i % TILE;
+            const float* from = sums + own * 2 * inner * TILE + row;
+            float gate = 0, up = 0;
+#pragma unroll 8
+            for (uint32_t k = 0; k < inner; ++k) gate += from[k * TILE], up += from[(inner + k) * TILE];
+            const float value = silu(gate * scale) * (up * scale);
+            float four[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) four[e] = from_lane(value, lane / 4 * 4 + e);
+            const uint32_t job = blockIdx.x + own * blocks();
+            if (start + lane < all && lane % 4 == 0) put(gated + job * 4 + row / 4, four);
+        }
+    }
+
     template <int WHICH>
     __device__ void publish(int layer, const uint2 first_bias, float scale) {
+        if constexpr (WHICH == GATE_UP) return publish_gated(scale);
         constexpr int EACH = WHICH == QKV ? 12 : 4;
         const uint32_t inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < all; i += USUAL ? all : threads()) {
-            const uint32_t own = USUAL && WHICH != GATE_UP ? 0 : i / EACH, place = USUAL && WHICH != GATE_UP ? i : i % EACH;
-            const uint32_t tile = place / 4, quad = i % 4, job = blockIdx.x + own * blocks();
-            const uint32_t half = job % 2, first = own * units + tile * inner;
+            const uint32_t own = USUAL ? 0 : i / EACH, place = USUAL ? i : i % EACH, tile = place / 4, quad = i % 4;
+            const uint32_t job = blockIdx.x + own * blocks(), half = job % 2;
             float total[4];
-            add(first, inner, quad, total);
+            add(own * units + tile * inner, inner, quad, total);
             if (WHICH == QKV) {
                 const uint2 both = USUAL || i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
                 const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
@@ -655,12 +673,6 @@ struct Engine {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
                 put(qkv + job * 12 + place, total);
-            } else if (WHICH == GATE_UP) {
-                float up[4];
-                add(first + inner, inner, quad, up);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) total[e] = silu(total[e] * scale) * (up[e] * scale);
-                put(gated + job * 4 + quad, total);
             } else {
                 put((WHICH == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);
             }
@@ -800,15 +812,17 @@ struct Engine {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int row = active.first + 4 * i + e;
+                int mine = 0;
 #pragma unroll
-                for (int a = 0; a < FRAMES; ++a) {
-                    const int channel = active.low + a;
-                    if (channel >= active.high || row < p.firsts[channel] || row >= p.firsts[channel + 1]) continue;
-                    const uint32_t id = row - p.firsts[channel];
-                    const float score = values[e] * p.per_temperature + noise[e];
-                    const uint32_t rank = id == uint32_t(p.empty[channel]) ? 1 : ordered(score);
-                    if (rank > best[a]) best[a] = rank, code[a] = id;
-                }
+                for (int a = 1; a < FRAMES; ++a)
+                    if (active.low + a < active.high && row >= p.firsts[active.low + a]) mine = a;
+                const uint32_t id = row - p.firsts[active.low + mine];
+                const float score = values[e] * p.per_temperature + noise[e];
+                const uint32_t rank = id == uint32_t(p.empty[active.low + mine]) ? 1 : ordered(score);
+                if (4 * i + e >= active.rows) continue;
+#pragma unroll
+                for (int a = 0; a < FRAMES; ++a)
+                    if (a == mine && rank > best[a]) best[a] = rank, code[a] = id;
             }
         }
         // Of equal ones the first code: threads, and each its own, go up by rows.
