@@ -48,9 +48,15 @@ constexpr uint32_t HALVES = 0x000f000f;
 constexpr uint32_t MAGIC = 0x43004300;
 constexpr float OFFSET_INT4 = 128 + 8;
 
+#ifndef PACED
+#define PACED 1
+#endif
+
 // Of the launch that has a kernel of its own.
 constexpr int USUAL_DIM = 1024, USUAL_FFN = 4096, USUAL_BLOCKS = 128, USUAL_THREADS = 512;
-static_assert(USUAL_BLOCKS == USUAL_DIM / 8);  // a job of each phase a block but for GATE_UP
+// A block has a job of each phase but two of GATE_UP; a warp a unit of QKV or of OUT, two of GATE_UP and one of DOWN.
+static_assert(USUAL_BLOCKS == USUAL_DIM / 8 && USUAL_BLOCKS == USUAL_FFN / TILE / 2);
+static_assert(USUAL_THREADS / 32 == USUAL_DIM / COLUMNS * 2 && USUAL_THREADS / 32 == USUAL_FFN / COLUMNS / 2);
 
 enum { QKV, OUT, GATE_UP, DOWN };
 
@@ -306,34 +312,26 @@ struct Engine {
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
 
-    // Of this warp's units of a phase. In the usual launch a warp has at most two, of GATE_UP, which may overlap.
+    // Of this warp's units of a phase, each of which makes room for the next to ask for.
+    //
+    // PACED, for the usual launch, in which a warp has one unit of QKV or of OUT, two of GATE_UP and one of DOWN: it asks
+    // for one in each phase, so that copies come evenly rather than by bursts before what blocks exchange. It begins
+    // with one less than there is room for, and one less are on their way from GATE_UP to the next layer's QKV or OUT.
     template <int WHICH>
     __device__ void multiply() {
         int count = counts[WHICH];
-        if constexpr (!USUAL) {
+        if constexpr (USUAL && PACED) {
+            constexpr int LEFT = WHICH == QKV || WHICH == DOWN ? DEPTH - 2 : DEPTH - 1;
+            if (WHICH == GATE_UP || WHICH == DOWN || count) multiply_next<LEFT>();
+            ask();
+            if (WHICH == GATE_UP) multiply_next<DEPTH - 1>();
+        } else {
 #pragma unroll 1
             for (; count; --count) {
                 multiply_next<DEPTH - 1>();
                 ask();
             }
-        } else {
-            constexpr int INNER = (WHICH == DOWN ? USUAL_FFN : USUAL_DIM) / COLUMNS / (WHICH == GATE_UP ? 1 : 2);
-            constexpr int JOBS = (WHICH == GATE_UP ? USUAL_FFN / TILE : USUAL_DIM / 8) / USUAL_BLOCKS;
-            constexpr int TOTAL = JOBS * INNER * (WHICH == QKV ? 3 : WHICH == GATE_UP ? 2 : 1);
-            constexpr int WARPS = USUAL_THREADS / 32;
-            constexpr bool EVEN = TOTAL % WARPS == 0;
-            static_assert(TOTAL <= 2 * WARPS);
-            if (EVEN || count) multiply_next<DEPTH - 1>();
-            if (TOTAL > WARPS && (EVEN || count > 1)) multiply_next<DEPTH - 2>();
         }
-    }
-
-    // The usual launch asks for units after what the phase makes is published.
-    template <int WHICH>
-    __device__ void refill() {
-        if constexpr (USUAL)
-#pragma unroll 1
-            for (int count = counts[WHICH]; count; --count) ask();
     }
 
     __device__ void multiply_unit(const uint4* from, const uint2 scale, int block, float* to) {
@@ -688,7 +686,7 @@ struct Engine {
 
     // From what is staged to what is published. False if all are to leave.
     template <int WHICH>
-    __device__ bool finish(int layer, bool last, const uint2 bias = {}) {
+    __device__ bool finish(int layer, const uint2 bias = {}) {
         __syncthreads();
         if (*stop) return false;
         note(WHICH, 1);
@@ -696,13 +694,10 @@ struct Engine {
         float scale = 0;
         if ((WHICH == QKV || WHICH == GATE_UP) && (!USUAL || warp == 0)) scale = norm_scale();
         multiply<WHICH>();
-        // Of this step's keys and values, before its last sums.
-        if (last) fence();
         __syncthreads();
         note(WHICH, 2);
         publish<WHICH>(layer, bias, scale);
         note(WHICH, 3);
-        refill<WHICH>();
         return true;
     }
 
@@ -869,18 +864,21 @@ struct Engine {
         for (int layer = 0; layer < p.layers; ++layer) {
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
+            stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
+            // These come while the phase multiplies and nobody waits for what is exchanged.
             Past past;
             load_past(layer, step, first_pair() + warp, past);
             const uint2 norm_between = norm_of(2 * layer + 1);
-            stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
-            if (!finish<QKV>(layer, false, bias)) return false;
+            if (!finish<QKV>(layer, bias)) return false;
             stage_attention(layer, step, past);
-            if (!finish<OUT>(layer, false)) return false;
-            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
+            if (!finish<OUT>(layer)) return false;
             stage_residual(GATE_UP, out, tag, norm_between, nullptr);
-            if (!finish<GATE_UP>(layer, false)) return false;
+            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
+            if (!finish<GATE_UP>(layer)) return false;
+            // Of this step's keys and values, before its last sums.
+            if (layer + 1 == p.layers) fence();
             stage_gated();
-            if (!finish<DOWN>(layer, layer + 1 == p.layers)) return false;
+            if (!finish<DOWN>(layer)) return false;
         }
         const Active active = active_in(step);
         uint4 values[4], more[4];
@@ -889,7 +887,6 @@ struct Engine {
         if (p.heads)
             for (int k = 0; k < 2; ++k) load_noise(step, active, threadIdx.x + k * threads(), noises[k]);
         stage_residual(END, down, tag, norm, nullptr);
-        fence();
         __syncthreads();
         if (*stop) return false;
         note(END, 1);
@@ -905,8 +902,11 @@ struct Engine {
         }
         if (p.heads) {
             make_logits(active, values, more);
+            // After the step's last sums came, before a barrier and then the reads of what they tell of.
+            fence();
             return draw(step, active, noises);
         }
+        fence();
         __syncthreads();
         return true;
     }
@@ -915,7 +915,7 @@ struct Engine {
         __syncthreads();
         list();
 #pragma unroll 1
-        for (int i = 0; i < DEPTH; ++i) ask();
+        for (int i = 0; i < DEPTH - (USUAL && PACED); ++i) ask();
         tag = load_relaxed(p.state);
         note(-1, 0);
         bool going = true;
