@@ -119,14 +119,13 @@ def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_pa
         "BLOCKS": "128",
         "THREADS": "512",
     }
-    # Of which no warp has more than two units a phase, as in the usual launch.
-    values = {"DIM": DIM, "FFN": FFN, "BLOCKS": 32, "THREADS": 64}
+    values = {"DIM": DIM, "FFN": 1024, "BLOCKS": 32, "THREADS": 128}
     (tmp_path / "decoder.cu").write_text(
         usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", source)
     )
     library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
-    model, x = random_model(DIM, FFN, LAYERS, bits, bits == 4, bits == 4), given(2)
-    assert torch.equal(decoded(library, model, x, 32, 64), decoded(emulated, model, x))
+    model, x = random_model(DIM, 1024, LAYERS, bits, bits == 4, bits == 4), given(2)
+    assert torch.equal(decoded(library, model, x, 32, 128), decoded(emulated, model, x))
 
 
 def test_the_published_width(emulated):
@@ -178,15 +177,15 @@ def test_codes_drawn_within(emulated, noisy):
 
 BUGS = {
     "a piece is not published": (
-        "put(gated + job * 4 + quad, total);",
-        "if (job) put(gated + job * 4 + quad, total);",
+        "put(gated + job * 4 + row / 4, four);",
+        "put(gated + (job ? job : 1) * 4 + row / 4, four);",
     ),
     "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
     "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
-    "a copy is read too early": ("wait_for_copies<DEPTH - 1>();", "wait_for_copies<DEPTH>();"),
+    "a copy is read too early": ("wait_for_copies<LEFT>();", "wait_for_copies<LEFT + 1>();"),
     "sums are read before they are there": (
-        "if (last) fence();\n        __syncthreads();",
-        "if (last) fence();",
+        "multiply<WHICH>();\n        __syncthreads();",
+        "multiply<WHICH>();",
     ),
     "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
     "a key is not kept": ("cache[position * HEAD + d] = key;", ";"),

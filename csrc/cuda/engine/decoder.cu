@@ -48,8 +48,15 @@ constexpr uint32_t HALVES = 0x000f000f;
 constexpr uint32_t MAGIC = 0x43004300;
 constexpr float OFFSET_INT4 = 128 + 8;
 
+#ifndef PACED
+#define PACED 1
+#endif
+
 // Of the launch that has a kernel of its own.
 constexpr int USUAL_DIM = 1024, USUAL_FFN = 4096, USUAL_BLOCKS = 128, USUAL_THREADS = 512;
+// A block has a job of each phase but two of GATE_UP; a warp a unit of QKV or of OUT, two of GATE_UP and one of DOWN.
+static_assert(USUAL_BLOCKS == USUAL_DIM / 8 && USUAL_BLOCKS == USUAL_FFN / TILE / 2);
+static_assert(USUAL_THREADS / 32 == USUAL_DIM / COLUMNS * 2 && USUAL_THREADS / 32 == USUAL_FFN / COLUMNS / 2);
 
 enum { QKV, OUT, GATE_UP, DOWN };
 
@@ -65,7 +72,7 @@ struct Decoder {
     const float* noise;      // [FRAMES, rows of all channels], or null
     int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, 2, 16, 16]: k by positions, v by columns
+    uint16_t* cache;         // [layers, heads, 512]: k [16 positions, 16], v [2, 16, 8 positions]
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
     int64_t* clocks;         // [blocks, NOTED, TIMES], or null
@@ -305,34 +312,26 @@ struct Engine {
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
 
-    // Of this warp's units of a phase. In the usual launch a warp has at most two, of GATE_UP, which may overlap.
+    // Of this warp's units of a phase, each of which makes room for the next to ask for.
+    //
+    // PACED, for the usual launch, in which a warp has one unit of QKV or of OUT, two of GATE_UP and one of DOWN: it asks
+    // for one in each phase, so that copies come evenly rather than by bursts before what blocks exchange. It begins
+    // with one less than there is room for, and one less are on their way from GATE_UP to the next layer's QKV or OUT.
     template <int WHICH>
     __device__ void multiply() {
         int count = counts[WHICH];
-        if constexpr (!USUAL) {
+        if constexpr (USUAL && PACED) {
+            constexpr int LEFT = WHICH == QKV || WHICH == DOWN ? DEPTH - 2 : DEPTH - 1;
+            if (WHICH == GATE_UP || WHICH == DOWN || count) multiply_next<LEFT>();
+            ask();
+            if (WHICH == GATE_UP) multiply_next<DEPTH - 1>();
+        } else {
 #pragma unroll 1
             for (; count; --count) {
                 multiply_next<DEPTH - 1>();
                 ask();
             }
-        } else {
-            constexpr int INNER = (WHICH == DOWN ? USUAL_FFN : USUAL_DIM) / COLUMNS / (WHICH == GATE_UP ? 1 : 2);
-            constexpr int JOBS = (WHICH == GATE_UP ? USUAL_FFN / TILE : USUAL_DIM / 8) / USUAL_BLOCKS;
-            constexpr int TOTAL = JOBS * INNER * (WHICH == QKV ? 3 : WHICH == GATE_UP ? 2 : 1);
-            constexpr int WARPS = USUAL_THREADS / 32;
-            constexpr bool EVEN = TOTAL % WARPS == 0;
-            static_assert(TOTAL <= 2 * WARPS);
-            if (EVEN || count) multiply_next<DEPTH - 1>();
-            if (TOTAL > WARPS && (EVEN || count > 1)) multiply_next<DEPTH - 2>();
         }
-    }
-
-    // The usual launch asks for units after what the phase makes is published.
-    template <int WHICH>
-    __device__ void refill() {
-        if constexpr (USUAL)
-#pragma unroll 1
-            for (int count = counts[WHICH]; count; --count) ask();
     }
 
     __device__ void multiply_unit(const uint4* from, const uint2 scale, int block, float* to) {
@@ -497,7 +496,8 @@ struct Engine {
         }
     }
 
-    // Of two heads, lane d of 16 of each: the key of position d, value d of all positions; rubbish where none is yet.
+    // Of two heads, lane d of 16 of each: the key of position d, rubbish where none is yet; value d of all positions, zeros
+    // where none is.
     struct Past {
         uint4 keys[2], values[2];
     };
@@ -508,13 +508,15 @@ struct Engine {
 
     __device__ int first_pair() const { return needs & 1 ? 0 : heads / 4; }
 
-    __device__ void load_past(int layer, int pair, Past& past) const {
+    __device__ void load_past(int layer, int position, int pair, Past& past) const {
         const int d = lane % 16;
-        if (pair >= heads / 2) pair = 0;
-        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16)) + 2 * d;
-        past.keys[0] = load_shared_data(from), past.keys[1] = load_shared_data(from + 1);
-        from += 2 * POSITIONS;
-        past.values[0] = load_shared_data(from), past.values[1] = load_shared_data(from + 1);
+        past.keys[0] = past.keys[1] = past.values[0] = past.values[1] = make_uint4(0, 0, 0, 0);
+        if (position == 0 || pair >= heads / 2) return;
+        const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16));
+        if (d < position) past.keys[0] = load_shared_data(from + 2 * d), past.keys[1] = load_shared_data(from + 2 * d + 1);
+        from += 2 * POSITIONS + d;
+        past.values[0] = load_shared_data(from);
+        if (position > 8) past.values[1] = load_shared_data(from + HEAD);
     }
 
     // Attention of the heads that this block needs, two a warp; lane d of 16 has value d of a head and position d.
@@ -525,7 +527,7 @@ struct Engine {
         for (int i = first + warp; i < first + pairs; i += warps) {
             const uint32_t head = 2 * i + sub;
             uint16_t* cache = cache_of(layer, head);
-            if (i != first + warp) load_past(layer, i, past);
+            if (i != first + warp) load_past(layer, position, i, past);
             uint4 keys[2] = {past.keys[0], past.keys[1]};
 
             const uint4* from = qkv + i * 48 + lane;
@@ -572,7 +574,9 @@ struct Engine {
             for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
             weight = fast_divide(weight, all);
             float* shares = own + sub * 6 * HEAD + 2 * HEAD;
-            shares[d] = weight;
+            // The block that keeps this position's value may have written it already: it counts once.
+            shares[d] = d == position ? 0 : weight;
+            if (d == position) shares[HEAD] = weight;
             warp_barrier();
             float sum = 0;
 #pragma unroll
@@ -582,11 +586,10 @@ struct Engine {
 #pragma unroll
                 for (int f = 0; f < 4; ++f) {
                     const uint32_t two = part_of(past.values[j / 8], j % 8 / 2 + f / 2);
-                    const float value = from_bfloat16(uint16_t(two >> f % 2 * 16));
-                    sum += some[f] * (j + f < position ? value : 0);
+                    sum += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
                 }
             }
-            sum += shares[position] * from_bfloat16(v);
+            sum += shares[HEAD] * from_bfloat16(v);
             const uint16_t result = to_bfloat16(sum);
             x[place_of<BITS>(head * HEAD + d)] = result;
             if (SUM_X) {
@@ -599,7 +602,11 @@ struct Engine {
             const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
             if (job % blocks() == uint32_t(blockIdx.x)) {
                 cache[position * HEAD + d] = key;
-                cache[(POSITIONS + d) * HEAD + position] = v;
+                uint16_t* values = cache + POSITIONS * HEAD + (position / 8 * HEAD + d) * 8;
+                if (position % 8 == 0)
+                    *reinterpret_cast<uint4*>(values) = make_uint4(v, 0, 0, 0);
+                else
+                    values[position % 8] = v;
             }
         }
     }
@@ -627,29 +634,43 @@ struct Engine {
         return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * dim() + row);
     }
 
+    // silu(gate) up of this block's jobs, a row a lane of its first warp.
+    __device__ void publish_gated(float scale) {
+        if (warp) return;
+        const uint32_t inner = inner_of(GATE_UP), all = own_of(GATE_UP) * TILE;
+        for (uint32_t start = 0; start < all; start += 32) {
+            const uint32_t i = start + lane < all ? start + lane : 0, own = i / TILE, row = i % TILE;
+            const float* from = sums + own * 2 * inner * TILE + row;
+            float gate = 0, up = 0;
+#pragma unroll 8
+            for (uint32_t k = 0; k < inner; ++k) gate += from[k * TILE], up += from[(inner + k) * TILE];
+            const float value = silu(gate * scale) * (up * scale);
+            float four[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) four[e] = from_lane(value, lane / 4 * 4 + e);
+            const uint32_t job = blockIdx.x + own * blocks();
+            if (start + lane < all && lane % 4 == 0) put(gated + job * 4 + row / 4, four);
+        }
+    }
+
     template <int WHICH>
     __device__ void publish(int layer, const uint2 first_bias, float scale) {
+        if constexpr (WHICH == GATE_UP) return publish_gated(scale);
         constexpr int EACH = WHICH == QKV ? 12 : 4;
         const uint32_t inner = inner_of(WHICH), units = inner * tiles_of(WHICH), all = own_of(WHICH) * EACH;
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < all; i += threads()) {
-            const uint32_t own = i / EACH, tile = i % EACH / 4, quad = i % 4, job = blockIdx.x + own * blocks();
-            const uint32_t half = job % 2, first = own * units + tile * inner;
+        for (uint32_t i = threadIdx.x; i < all; i += USUAL ? all : threads()) {
+            const uint32_t own = USUAL ? 0 : i / EACH, place = USUAL ? i : i % EACH, tile = place / 4, quad = i % 4;
+            const uint32_t job = blockIdx.x + own * blocks(), half = job % 2;
             float total[4];
-            add(first, inner, quad, total);
+            add(own * units + tile * inner, inner, quad, total);
             if (WHICH == QKV) {
-                const uint2 both = i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
+                const uint2 both = USUAL || i == uint32_t(threadIdx.x) ? first_bias : *bias_of(layer, i);
                 const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
                                           uint16_t(both.y >> 16)};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
-                put(qkv + job * 12 + tile * 4 + quad, total);
-            } else if (WHICH == GATE_UP) {
-                float up[4];
-                add(first + inner, inner, quad, up);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) total[e] = silu(total[e] * scale) * (up[e] * scale);
-                put(gated + job * 4 + quad, total);
+                put(qkv + job * 12 + place, total);
             } else {
                 put((WHICH == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);
             }
@@ -665,7 +686,7 @@ struct Engine {
 
     // From what is staged to what is published. False if all are to leave.
     template <int WHICH>
-    __device__ bool finish(int layer, bool last, const uint2 bias = {}) {
+    __device__ bool finish(int layer, const uint2 bias = {}) {
         __syncthreads();
         if (*stop) return false;
         note(WHICH, 1);
@@ -673,13 +694,10 @@ struct Engine {
         float scale = 0;
         if ((WHICH == QKV || WHICH == GATE_UP) && (!USUAL || warp == 0)) scale = norm_scale();
         multiply<WHICH>();
-        // Of this step's keys and values, before its last sums.
-        if (last) fence();
         __syncthreads();
         note(WHICH, 2);
         publish<WHICH>(layer, bias, scale);
         note(WHICH, 3);
-        refill<WHICH>();
         return true;
     }
 
@@ -789,15 +807,17 @@ struct Engine {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int row = active.first + 4 * i + e;
+                int mine = 0;
 #pragma unroll
-                for (int a = 0; a < FRAMES; ++a) {
-                    const int channel = active.low + a;
-                    if (channel >= active.high || row < p.firsts[channel] || row >= p.firsts[channel + 1]) continue;
-                    const uint32_t id = row - p.firsts[channel];
-                    const float score = values[e] * p.per_temperature + noise[e];
-                    const uint32_t rank = id == uint32_t(p.empty[channel]) ? 1 : ordered(score);
-                    if (rank > best[a]) best[a] = rank, code[a] = id;
-                }
+                for (int a = 1; a < FRAMES; ++a)
+                    if (active.low + a < active.high && row >= p.firsts[active.low + a]) mine = a;
+                const uint32_t id = row - p.firsts[active.low + mine];
+                const float score = values[e] * p.per_temperature + noise[e];
+                const uint32_t rank = id == uint32_t(p.empty[active.low + mine]) ? 1 : ordered(score);
+                if (4 * i + e >= active.rows) continue;
+#pragma unroll
+                for (int a = 0; a < FRAMES; ++a)
+                    if (a == mine && rank > best[a]) best[a] = rank, code[a] = id;
             }
         }
         // Of equal ones the first code: threads, and each its own, go up by rows.
@@ -844,18 +864,21 @@ struct Engine {
         for (int layer = 0; layer < p.layers; ++layer) {
             const uint32_t before = tag++;
             const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
-            Past past;
-            load_past(layer, first_pair() + warp, past);
-            const uint2 norm_between = norm_of(2 * layer + 1);
             stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
-            if (!finish<QKV>(layer, false, bias)) return false;
+            // These come while the phase multiplies and nobody waits for what is exchanged.
+            Past past;
+            load_past(layer, step, first_pair() + warp, past);
+            const uint2 norm_between = norm_of(2 * layer + 1);
+            if (!finish<QKV>(layer, bias)) return false;
             stage_attention(layer, step, past);
-            if (!finish<OUT>(layer, false)) return false;
-            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
+            if (!finish<OUT>(layer)) return false;
             stage_residual(GATE_UP, out, tag, norm_between, nullptr);
-            if (!finish<GATE_UP>(layer, false)) return false;
+            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
+            if (!finish<GATE_UP>(layer)) return false;
+            // Of this step's keys and values, before its last sums.
+            if (layer + 1 == p.layers) fence();
             stage_gated();
-            if (!finish<DOWN>(layer, layer + 1 == p.layers)) return false;
+            if (!finish<DOWN>(layer)) return false;
         }
         const Active active = active_in(step);
         uint4 values[4], more[4];
@@ -864,7 +887,6 @@ struct Engine {
         if (p.heads)
             for (int k = 0; k < 2; ++k) load_noise(step, active, threadIdx.x + k * threads(), noises[k]);
         stage_residual(END, down, tag, norm, nullptr);
-        fence();
         __syncthreads();
         if (*stop) return false;
         note(END, 1);
@@ -880,8 +902,11 @@ struct Engine {
         }
         if (p.heads) {
             make_logits(active, values, more);
+            // After the step's last sums came, before a barrier and then the reads of what they tell of.
+            fence();
             return draw(step, active, noises);
         }
+        fence();
         __syncthreads();
         return true;
     }
@@ -890,7 +915,7 @@ struct Engine {
         __syncthreads();
         list();
 #pragma unroll 1
-        for (int i = 0; i < DEPTH; ++i) ask();
+        for (int i = 0; i < DEPTH - (USUAL && PACED); ++i) ask();
         tag = load_relaxed(p.state);
         note(-1, 0);
         bool going = true;
