@@ -20,6 +20,7 @@ from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.bench.synthetic import preset_configs, random_codec, random_lm
 from mimo_fast.config import LMConfig
 from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import RMSNorm
@@ -104,7 +105,9 @@ def test_published_dimensions_in_bfloat16(
     lm = ScheduledLM.of(random_lm(config, quantization, torch.bfloat16, device), 8)
     # Two words and three patches of every row, whatever the model would rather say.
     lm.follow([5, 6, lm.empty_id, lm.empty_id, lm.empty_id])
-    ids = torch.randint(min(config.code_sizes) - 1, (config.channels + 1, 40 * config.group_size))
+    seeded = torch.Generator().manual_seed(0)
+    shape = (config.channels + 1, 40 * config.group_size)
+    ids = torch.randint(min(config.code_sizes) - 1, shape, generator=seeded)
     ids[0] = torch.tensor([5, lm.empty_id]).repeat_interleave(config.group_size).repeat(20)
     prefilled = []
     for kernels in ("torch", ""):
@@ -120,6 +123,8 @@ def test_published_dimensions_in_bfloat16(
     for hidden in ours:
         # A wrong stride or scale gives a difference of the order of the values.
         assert (hidden - plain).norm() < 0.05 * plain.norm()
+    # In 16 bits a prompt as a graph rounds otherwise than kernel by kernel: both ways begin alike.
+    monkeypatch.setenv(EXPERIMENTAL, "0")
     runs = [(1, SAMPLED), (2, GREEDILY), (8, SAMPLED)] if device.type == "cuda" else [(2, SAMPLED)]
     for rows, samplers in runs:
         drawn_with = []
