@@ -188,7 +188,7 @@ BUGS = {
         "multiply<WHICH>();",
     ),
     "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
-    "a key is not kept": ("cache[position * HEAD + d] = key;", ";"),
+    "a key is not kept": ("cache[(d / 8 * POSITIONS + position) * 8 + d % 8] = key;", ";"),
 }
 
 

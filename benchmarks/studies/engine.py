@@ -276,13 +276,13 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
             *({"depth": depth, "threads": 256} for depth in depths),
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
-            *({"depth": depths[-1], "without": without} for without in (1, 2, 3)),
+            *({"depth": depths[-1], "without": without} for without in (1, 2, 3, 4, 6, 7)),
         ):
             attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
         record(bytes_a_step=patch.nbytes, floor_us_at_3120_GB_s=patch.nbytes * STEPS / 3.12e6)
 
     print(
-        "without: 1 the waiting for data, 2 the copies of weights, 3 both; their results mean nothing"
+        "without: 1 the waiting for data, 2 the copies of weights, 4 the reads of earlier keys and values; their results mean nothing"
     )
     attempt(record, "time", timed)
 

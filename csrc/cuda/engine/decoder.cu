@@ -72,14 +72,15 @@ struct Decoder {
     const float* noise;      // [FRAMES, rows of all channels], or null
     int* codes;              // [channels, FRAMES]
     uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, 512]: k [16 positions, 16], v [2, 16, 8 positions]
+    uint16_t* cache;         // [layers, heads, 512]: k [2, 16 positions, 8], v [2, 16, 8 positions]
     uint4* exchanged;        // of each phase what `Engine` says; zeros at first
     uint32_t* state;         // the last tag, 32 words on an error; zeros at first
     int64_t* clocks;         // [blocks, NOTED, TIMES], or null
     int dim, ffn, layers, steps;
     int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
     int pause;               // nanoseconds between two looks
-    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies
+    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies,
+                             // 4 the reads of earlier keys and values
     float eps;
     float per_temperature;
     int channels;
@@ -511,9 +512,9 @@ struct Engine {
     __device__ void load_past(int layer, int position, int pair, Past& past) const {
         const int d = lane % 16;
         past.keys[0] = past.keys[1] = past.values[0] = past.values[1] = make_uint4(0, 0, 0, 0);
-        if (position == 0 || pair >= heads / 2) return;
+        if (position == 0 || pair >= heads / 2 || p.without & 4) return;
         const uint4* from = reinterpret_cast<const uint4*>(cache_of(layer, 2 * pair + lane / 16));
-        if (d < position) past.keys[0] = load_shared_data(from + 2 * d), past.keys[1] = load_shared_data(from + 2 * d + 1);
+        if (d < position) past.keys[0] = load_shared_data(from + d), past.keys[1] = load_shared_data(from + POSITIONS + d);
         from += 2 * POSITIONS + d;
         past.values[0] = load_shared_data(from);
         if (position > 8) past.values[1] = load_shared_data(from + HEAD);
@@ -601,7 +602,7 @@ struct Engine {
             // A head's keys and values are written by the block that has, of the jobs of its half, the one of its number.
             const uint32_t each = heads / 2, half = head / each, job = head % each * 2 + half;
             if (job % blocks() == uint32_t(blockIdx.x)) {
-                cache[position * HEAD + d] = key;
+                cache[(d / 8 * POSITIONS + position) * 8 + d % 8] = key;
                 uint16_t* values = cache + POSITIONS * HEAD + (position / 8 * HEAD + d) * 8;
                 if (position % 8 == 0)
                     *reinterpret_cast<uint4*>(values) = make_uint4(v, 0, 0, 0);
