@@ -3,7 +3,6 @@ meet at barriers."""
 
 import ctypes
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,36 +15,13 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantiz
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.quantization import Format, quantize
 
-ROOT = Path(__file__).parents[3]
 ROUNDING = 2.0**-8
 """Of bfloat16, half a unit in the last place."""
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    sources, names = (
-        sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        ROOT / "tests" / "kernels" / "cuda",
-    )
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-    ]
-    subprocess.run(
-        [compiler, "-x", "c++", *flags, f"-I{names}", *sources, "-o", target], check=True
-    )
-    return cuda.declared(ctypes.CDLL(str(target)))
+def emulated(emulated_cuda: Path) -> ctypes.CDLL:
+    return cuda.declared(ctypes.CDLL(str(emulated_cuda)))
 
 
 HALF = torch.float16

@@ -2,12 +2,11 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from emulated import HEADERS, SOURCES, compile_for_cpu, compiled_once
 from torch import Tensor
 
 from benchmarks.studies.engine_model import (
@@ -22,44 +21,19 @@ from benchmarks.studies.engine_model import (
 from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.quantization import Format, quantize
 
-ROOT = Path(__file__).parents[3]
-SOURCE = ROOT / "csrc" / "cuda" / "engine" / "decoder.cu"
+SOURCE = SOURCES / "engine" / "decoder.cu"
 STUCK = 719
 DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
 
 
 def built(source: Path, target: Path) -> ctypes.CDLL:
-    names = ROOT / "tests" / "kernels" / "cuda"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-    ]
-    command = [
-        "g++",
-        "-x",
-        "c++",
-        *flags,
-        f"-I{names}",
-        f"-I{names / 'engine'}",
-        source,
-        "-o",
-        target,
-    ]
-    subprocess.run(command, check=True)
-    return declared(ctypes.CDLL(str(target)))
+    return declared(ctypes.CDLL(str(compile_for_cpu([source], target, [HEADERS / "engine"]))))
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    return built(SOURCE, tmp_path_factory.mktemp("engine") / "emulated.so")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = compiled_once(tmp_path_factory, "decoder", [SOURCE], [HEADERS / "engine"])
+    return declared(ctypes.CDLL(str(library)))
 
 
 def given(steps: int = STEPS, dim: int = DIM) -> Tensor:

@@ -3,8 +3,6 @@
 import ctypes
 import gc
 import random
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -200,34 +198,14 @@ def test_on_a_gpu_the_tokens_are_those_without_it(
     assert found[0] == found[1]
 
 
-ROOT = Path(__file__).parents[3]
 EMPTY, SCRATCH = 7, 99
 Work = ctypes.CFUNCTYPE(None)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(emulated_cuda: Path) -> ctypes.CDLL:
     """csrc/cuda/graph_conditional.cu on graphs that run on the CPU."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("conditional") / "conditional.so"
-    source = ROOT / "csrc" / "cuda" / "graph_conditional.cu"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(
-        [
-            compiler,
-            "-x",
-            "c++",
-            *flags,
-            f"-I{ROOT / 'tests' / 'kernels' / 'cuda'}",
-            source,
-            "-o",
-            target,
-        ],
-        check=True,
-    )
-    loaded = graph_conditional.declared(ctypes.CDLL(str(target)))
+    loaded = graph_conditional.declared(ctypes.CDLL(str(emulated_cuda)))
     loaded.fake_graph.restype = ctypes.c_void_p
     return loaded
 
