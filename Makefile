@@ -21,7 +21,7 @@ kernels: golden interpreted compiled
 
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
-	$(BIN)/python tests/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
+	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
@@ -35,7 +35,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/interpreted --ignore=tests/test_compile_matrix.py
+	$(BIN)/python -m pytest --ignore=tests/interpreted --ignore=tests/kernels/test_compile_matrix.py
 
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted --ignore=tests/interpreted/test_model.py
@@ -45,7 +45,7 @@ golden: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted/test_model.py
 
 compiled: $(READY)
-	$(BIN)/python -m pytest tests/test_compile_matrix.py
+	$(BIN)/python -m pytest tests/kernels/test_compile_matrix.py
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'

@@ -1,4 +1,4 @@
-// What the kernels ask of the machine, each under one name, that of its instruction where it is one. tests/cuda/warp.cuh
+// What the kernels ask of the machine, each under one name, that of its instruction where it is one. tests/kernels/cuda/warp.cuh
 // has the same names for a CPU.
 #pragma once
 

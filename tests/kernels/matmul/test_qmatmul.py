@@ -56,7 +56,7 @@ def test_matmul(dtype, rows, k, blocks, biased):
 @pytest.mark.parametrize("name", ["dense", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_norm_is_the_norm_and_then_the_product(dtype, m, name, swiglu, monkeypatch):
-    # The native kernel rounds nothing in between: tests/test_native.py.
+    # The native kernel rounds nothing in between: tests/kernels/cpu/test_native.py.
     monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
     generator = torch.Generator().manual_seed(m)
     part, gain = (torch.randn(*shape, generator=generator) for shape in ((6, 128), (128,)))

@@ -21,7 +21,7 @@ import mimo_fast
 from mimo_fast.cli import main as cli
 from mimo_fast.cli.main import main
 
-KIT = Path(__file__).parent / "golden"
+KIT = Path(__file__).parents[1] / "golden"
 AUDIO = KIT / "audio" / "en_m_24k.wav"
 PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 SHORT = ["--seed", "1", "--max-tokens", "30"]

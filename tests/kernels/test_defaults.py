@@ -10,7 +10,7 @@ from mimo_fast.kernels.defaults import ENVIRONMENT, MEASURED, NewPath, describe,
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture

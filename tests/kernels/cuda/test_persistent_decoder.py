@@ -22,14 +22,14 @@ from benchmarks.studies.engine_model import (
 from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.quantization import Format, quantize
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "csrc" / "cuda" / "engine" / "decoder.cu"
 STUCK = 719
 DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
 
 
 def built(source: Path, target: Path) -> ctypes.CDLL:
-    names = ROOT / "tests" / "cuda"
+    names = ROOT / "tests" / "kernels" / "cuda"
     flags = [
         "-std=c++20",
         "-O1",

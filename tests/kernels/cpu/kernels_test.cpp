@@ -505,7 +505,7 @@ int main(int count, char** arguments) {
         kernels = set;
         checked = failed = 0;
         const uint64_t checksum = test_set();
-        // Noise as the reference in Python has it, mimo_fast/kernels/sample.py; tests/test_instruction_sets.py.
+        // Noise as the reference in Python has it, mimo_fast/kernels/sample.py; tests/kernels/cpu/test_instruction_sets.py.
         report(checksum == CHECKSUM, "gumbel: the noise of this machine has the checksum %llx",
                static_cast<unsigned long long>(checksum));
         const Floats mine = results(*set);

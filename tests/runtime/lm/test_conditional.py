@@ -200,7 +200,7 @@ def test_on_a_gpu_the_tokens_are_those_without_it(
     assert found[0] == found[1]
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 EMPTY, SCRATCH = 7, 99
 Work = ctypes.CFUNCTYPE(None)
 
@@ -215,7 +215,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source = ROOT / "csrc" / "cuda" / "graph_conditional.cu"
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     subprocess.run(
-        [compiler, "-x", "c++", *flags, f"-I{ROOT / 'tests' / 'cuda'}", source, "-o", target],
+        [
+            compiler,
+            "-x",
+            "c++",
+            *flags,
+            f"-I{ROOT / 'tests' / 'kernels' / 'cuda'}",
+            source,
+            "-o",
+            target,
+        ],
         check=True,
     )
     loaded = graph_conditional.declared(ctypes.CDLL(str(target)))

@@ -15,8 +15,8 @@ import torch
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.sample import gumbel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tests" / "cpu")]
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tests" / "kernels" / "cpu")]
 
 import ninja_file  # noqa: E402
 import run_kernels  # noqa: E402
@@ -75,7 +75,7 @@ def program() -> tuple[Path, list[Path]]:
 @needs_compiler
 @needs_ninja
 def test_every_set_against_double_precision(program):
-    """tests/cpu/kernels_test.cpp, which `make aarch64` runs for the other machine."""
+    """tests/kernels/cpu/kernels_test.cpp, which `make aarch64` runs for the other machine."""
     run = subprocess.run([program[0]], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     tested = re.findall(r"^(\w+): \d+ checks, 0 failed$", run.stdout, re.MULTILINE)
@@ -135,7 +135,7 @@ def test_the_checksum_of_the_noise_is_the_references():
             noise = gumbel(torch.tensor([seed]), torch.tensor([5]), torch.tensor([2]), ids)[0]
             for (bits,) in struct.iter_unpack("=I", noise.numpy().tobytes()):
                 checksum = (checksum ^ bits) * 0x100000001B3 % 2**64
-    source = (ROOT / "tests" / "cpu" / "kernels_test.cpp").read_text(encoding="utf-8")
+    source = (ROOT / "tests" / "kernels" / "cpu" / "kernels_test.cpp").read_text(encoding="utf-8")
     assert f"CHECKSUM = 0x{checksum:X};" in source
 
 

@@ -16,7 +16,7 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantiz
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.quantization import Format, quantize
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 ROUNDING = 2.0**-8
 """Of bfloat16, half a unit in the last place."""
 
@@ -27,7 +27,10 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    sources, names = sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "cuda"
+    sources, names = (
+        sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+        ROOT / "tests" / "kernels" / "cuda",
+    )
     flags = [
         "-std=c++20",
         "-O1",

@@ -263,7 +263,7 @@ def test_log_mel_equals_upstream(kit: Path, audio: list[Path]) -> None:
     """
     command = [sys.executable, "-c", code, str(kit), *map(str, audio)]
     environment = os.environ | {"MKL_CBWR": "COMPATIBLE"}
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         command, env=environment, cwd=root, capture_output=True, text=True, check=True
     )

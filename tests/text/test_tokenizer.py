@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mimo_fast.errors import CheckpointError, ConfigError, PromptError
 from mimo_fast.text.tokenizer import MODEL_TOKENS, Tokenizer
 
-LM = Path(__file__).parent / "golden" / "checkpoint" / "lm"
+LM = Path(__file__).parents[1] / "golden" / "checkpoint" / "lm"
 WORDS = [
     "<|sosp|>",
     "<|empty|>",

@@ -29,7 +29,7 @@ from mimo_fast.sampling import TASK_SAMPLERS
 from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AUDIO = KIT / "audio" / "en_m_24k.wav"
 BOTH = (NANO / "lm", NANO / "codec")
 

@@ -14,7 +14,7 @@ from benchmarks import compare as module
 from benchmarks.compare import CompareError, Side, checked_out, compared, paired_times, run_compare
 from benchmarks.records import JsonLines, read_records
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
     "op": "patch_decoder.swiglu",
     "format": "*",

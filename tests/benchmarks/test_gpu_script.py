@@ -14,7 +14,7 @@ from benchmarks.kernel_cache import pack, unpack
 from benchmarks.ops import select
 from benchmarks.records import read_records, study_records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPU_ONLY = {"tests-kernels", "tests-model", "baseline-compiled", "profile-bf16"}
 GPU_ONLY |= {"e2e-int8-bf16", "tasks-int8-bf16"}
 MEASURED = {"profile-int4", "e2e-int4", "requests-int4", "tasks-int4", "energy-int4", "e2e-wide"}
@@ -80,7 +80,7 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
     # Every file with tests of a GPU, and one that is about nothing else.
     marked = {
         path.name
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         if "@pytest.mark.gpu" in path.read_text()
     }
     assert marked | {"test_gpu.py"} <= kernels | model

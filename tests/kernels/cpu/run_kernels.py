@@ -1,7 +1,7 @@
 """Builds and runs kernels_test.cpp, a program without Python or torch.
 
-    python tests/cpu/run_kernels.py                                      for this machine
-    python tests/cpu/run_kernels.py --machine aarch64 \\
+    python tests/kernels/cpu/run_kernels.py                                      for this machine
+    python tests/kernels/cpu/run_kernels.py --machine aarch64 \\
         --compiler aarch64-linux-gnu-g++ --run qemu-aarch64              for another, emulated
 """
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from cpu_build import BUILD, FLAGS, SETS, SOURCES, add_objects, default_compiler  # noqa: E402

@@ -29,7 +29,7 @@ from mimo_fast.quantization.formats import stored_tensors
 from mimo_fast.runtime.lm.state import KVCache
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MACHINE = Ceiling(1e9, 1e9, {"float32": 1e9})
 
 

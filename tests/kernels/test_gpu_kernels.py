@@ -1,4 +1,4 @@
-"""Kernels on a GPU: python -m pytest -m gpu tests/test_gpu_kernels.py
+"""Kernels on a GPU: python -m pytest -m gpu tests/kernels/test_gpu_kernels.py
 
 Every op of a quick selection of the benchmarks' registry, and every configuration that the
 published model uses. What can be is run on a CPU too, so that the tests themselves are known to be
