@@ -1,16 +1,15 @@
-"""Whole requests, measured as their callers see them: one, or several at a time in threads of their
-own.
+"""Whole requests, measured as their callers see them: one, or several at a time in threads.
 
-Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`,
-`stream_reply`. Names are the field's; all times are seconds.
+Everything takes the runtime's own path: `prompt.pack`, `Conversation`, `Engine`, `stream_reply`.
+Names are the field's; all times are seconds.
 
-    ttft             from the request to the first group, be it a word or a patch; encoding of the input included
+    ttft             from the request to the first group, text or audio; includes encoding the input
     audio_ttfp       from the request to the first samples of audio
-    itl              between two chunks of a reply: a group each, with its share of the codec's work
+    itl              between two chunks of a reply: one group each, with its share of the codec
     e2el             from the request to the last sample or word
-    audio_rtf        e2el over the seconds of audio that came of it or, where the reply is text, that went into it
+    audio_rtf        e2el over the seconds of audio produced or, for a text reply, of the input
     audio_rtfx       audio of all requests over wall time
-    audio_underrun   worst silence in the middle of a reply, played as it came (`player.py`)
+    audio_underrun   longest silence within a reply that is played as it arrives (`player.py`)
     audio_continuity share of the replies in which no more than a tenth of a second was silent
 """
 
@@ -57,16 +56,16 @@ PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked and answered.
+    """One request to measure.
 
     Args:
         task: one of PROMPTS.
         audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
-        words, patches: the reply's groups where the target is steered; its limit, together, where
-            it is not.
-        context: groups of prompt, filled up with words in front; a longer prompt stays as it is or, if
-            `cut`, loses its beginning.
-        greedy: in place of the task's samplers.
+        words, patches: text and audio groups of the reply where the target is steered; elsewhere
+            their sum is the reply's limit.
+        context: length of the prompt in groups. A shorter prompt is filled up with words in front;
+            a longer one is kept or, if `cut`, loses its beginning.
+        greedy: decode greedily instead of with the task's samplers.
     """
 
     task: str

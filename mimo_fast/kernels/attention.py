@@ -1,19 +1,22 @@
 """Softmax attention over whole sequences, scale 1 / sqrt(Dh).
 
-    attention:         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention on every device
-    rotary_attention:  from the projection of a sequence that starts at position 0: q and k rotated first
+    attention         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention
+                      on every device
+    rotary_attention  takes the projection of a sequence that starts at position 0, and rotates q
+                      and k first
 
-Beside it are `decode_attention` (one query a row over a cache) and `window_attention` (vocoder), in
-their own files.
+`decode_attention` (one query a row over a cache) and `window_attention` (vocoder) have their own
+files.
 
 Shapes: attention takes q [N, H, T, Dh], k and v [N, Hkv, S, Dh], any strides but the last;
 rotary_attention takes qkv [N, T, (H + 2 Hkv) Dh] and gives [N, T, H Dh]. Query head h reads
 key/value head h // (H / Hkv).
 
-T <= 16 (the 4-token patch encoder, 64 heads x 16): `rotary_attention_kernel`, a few heads of a
-sequence a program, one warp for 512 key elements; keys and values stay in registers while the
-queries pass. All of it is float32, y is rounded once. Nothing is as small as the launch itself
-here, so rotation has none of its own. Bytes: qkv in, y out, once.
+T <= 16 (the 4-token patch encoder, 64 heads x 16): in `rotary_attention_kernel` a program computes
+a few heads of one sequence, with one warp for every 512 key elements; keys and values stay in
+registers while the program loops over the queries. All arithmetic is float32 and y is rounded once.
+At this size every kernel costs its launch, so the rotation is part of this one. Bytes: qkv is read
+once and y written once.
 """
 
 from __future__ import annotations

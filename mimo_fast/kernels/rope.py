@@ -1,25 +1,25 @@
-"""Rotary position embedding, half-split ("rotate half") form, as in Qwen2; alone, or with the
-append to the KV cache.
+"""Rotary position embedding, half-split form as in Qwen2, and the append to the cache.
 
     y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin,  angle = position / theta^(2 i / Dh)
 
 where x1 and x2 are the halves of a head. Angles, cosines and the rotation are float32 whatever the
 activations are; y is rounded once, to x's dtype.
 
-    rope:         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its positions -> y
-    rope_append:  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds positions
-                  starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are rotated there,
-                  k and v written to the cache (`kv_cache.py`, which quantizes them or not), q
-                  returned as [R, H, T, Dh].
+    rope         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its
+                 positions -> y
+    rope_append  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds
+                 positions starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are
+                 rotated there, k and v written to the cache (`kv_cache.py`, which quantizes them or
+                 not), q returned as [R, H, T, Dh].
 
-slots and starts are read on the device, so that a captured graph may be replayed at the next
-position. Nothing is
-written for a position that the cache or the table does not have: a replay too many must not reach
-the next slot.
+slots and starts are read on the device, so a captured graph can be replayed at the next position.
+Nothing is written for a position outside the cache or the table: one replay too many must not write
+into the next slot.
 
-A program turns about 1024 values, some heads of one position: each thread 8 of either half, 16-byte
-loads in 16-bit types. All heads of a position share Dh / 2 angles, which come from L1. Bytes: rope
-N T H Dh (1 read + 1 write); rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position of angles.
+A program rotates about 1024 values, some heads of one position: each thread 8 of either half, which
+are 16-byte loads in 16-bit types. All heads of a position share Dh / 2 angles, which come from L1.
+Bytes: rope N T H Dh (1 read + 1 write); rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position
+of angles.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     *lead, new, heads, head_dim = x.shape
     if tuple(table.shape[-2:]) != (new, head_dim // 2):
         raise ValueError(
-            f"a table {list(table.shape)} does not turn {list(x.shape)}; pass the rows of its positions"
+            f"a table {list(table.shape)} does not rotate {list(x.shape)}: pass the rows of its "
+            "positions"
         )
     rows = x.flatten(0, -4) if lead else x[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
