@@ -39,7 +39,7 @@ from mimo_fast.kernels.dispatch import (
     use_triton,
     wait_for_the_last,
 )
-from mimo_fast.kernels.rope import load_angles, load_turned, rope
+from mimo_fast.kernels.rope import load_angles, load_rotated, rope
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
 __all__ = [
@@ -120,7 +120,7 @@ def rotary_attention_kernel(
     wait_for_the_last(PDL)
     qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
-    b_k = load_turned(
+    b_k = load_rotated(
         qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
     )
     b_v = tl.load(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], mask=m_kv, other=0.0).to(
@@ -129,7 +129,7 @@ def rotary_attention_kernel(
     for i_t in range(T):
         b_q_cos, b_q_sin = load_angles(cos_ptr, sin_ptr, i_t, o_d[None, :], m_d, DH // 2)
         o_q = o_h[:, None] * DH + i_t * stride_xt
-        b_q = load_turned(qkv_ptr, o_q, o_d[None, :], m_h, b_q_cos, b_q_sin, DH // 2) * scale
+        b_q = load_rotated(qkv_ptr, o_q, o_d[None, :], m_h, b_q_cos, b_q_sin, DH // 2) * scale
         b_scores = tl.sum(b_k * b_q[:, None, :], axis=2)
         end = i_t + 1 if CAUSAL else T
         b_scores = tl.where((o_s < end)[None, :], b_scores, -float("inf"))

@@ -57,7 +57,7 @@ from mimo_fast.kernels.kv_cache import (
     scale_of,
     to_levels,
 )
-from mimo_fast.kernels.rope import load_angles, load_turned, rope_append_ref
+from mimo_fast.kernels.rope import load_angles, load_rotated, rope_append_ref
 
 SPLITS = ((64, 1), (256, 4), (1024, 16))
 """(largest length, splits); 64 beyond."""
@@ -135,8 +135,8 @@ def small_decode_kernel(
     # Whatever the length, so that these reads do not wait for it.
     m_x = m_h & (o_d < DH)
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
-    b_k_new = load_turned(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
+    b_q = load_rotated(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
+    b_k_new = load_rotated(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_x, other=0.0).to(
         tl.float32
     )
@@ -236,12 +236,12 @@ def split_attention_kernel(
         cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2
     )
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(
+    b_q = load_rotated(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
     )
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
     # By every program, so that these reads do not wait for the length.
-    b_k_new = load_turned(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
+    b_k_new = load_rotated(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_v_new = tl.where(owner, b_v_new, 0.0)
 
