@@ -38,7 +38,7 @@ from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.meters import EnergyMeter, PeakMemory
 from mimo_fast.bench.pipeline import (
     Metrics,
-    Request,
+    TimedRequest,
     Trace,
     measure,
     plan_of,
@@ -139,9 +139,9 @@ def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> A
 def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = ()) -> list[Group]:
     """Our greedy groups after a prompt."""
     target.lm.follow(plan)
-    conversation = target.engine.conversation(seed=0)
-    conversation.add(ids)
-    return list(target.engine.start(conversation, Limits(groups), Samplers(GREEDY, GREEDY)))
+    sequence = target.engine.sequence(seed=0)
+    sequence.add(ids)
+    return list(target.engine.start(sequence, Limits(groups), Samplers(GREEDY, GREEDY)))
 
 
 def _choices(groups: Sequence[Group], planned: bool, baseline: Upstream) -> Iterator[int | None]:
@@ -187,7 +187,7 @@ def check_in_float32(name: str) -> str:
 
 
 def measure_baseline(
-    target: Target, runner: Upstream, request: Request
+    target: Target, runner: Upstream, request: TimedRequest
 ) -> tuple[Metrics, GroupTimes]:
     """One request at batch 1: all groups, then all audio."""
     plan, device = plan_of(target, request), target.lm.device
@@ -224,7 +224,7 @@ class Comparison:
 
     args: argparse.Namespace
     target: Target
-    request: Request
+    request: TimedRequest
     machine: Ceiling
     output: JsonLines
 
@@ -311,7 +311,7 @@ def _comparison(args: argparse.Namespace, machine: Ceiling) -> Comparison:
         assert dtype is not None
         target = Target.random(args.preset, None, dtype, device, not args.no_codec)
     torch.set_num_threads(args.threads or useful_threads(target.lm.config))
-    request = Request("tts", user_speech(1.0), args.words, args.patches, greedy=True)
+    request = TimedRequest("tts", user_speech(1.0), args.words, args.patches, greedy=True)
     unsized = Comparison(args, target, request, machine, JsonLines(args.output))
     return replace(unsized, target=target.sized(1, unsized.prompt + args.words + args.patches + 8))
 

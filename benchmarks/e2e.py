@@ -33,7 +33,7 @@ from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import SETTLING, time_groups
 from mimo_fast.bench.machine import useful_threads
-from mimo_fast.bench.pipeline import PROMPTS, Request, measure, prompt_ids
+from mimo_fast.bench.pipeline import PROMPTS, TimedRequest, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.runtime.loading import default_device, parse_dtype
@@ -193,7 +193,7 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
     asked = []
     for task, context in product(args.task, args.prompt or [None]):
         patches, cut = args.patches if find_task(task).speaks else 0, context is not None
-        asked.append(Request(task, audio, args.words, patches, context or 0, cut=cut))
+        asked.append(TimedRequest(task, audio, args.words, patches, context or 0, cut=cut))
     size = target.lm.config.group_size
     prompts = [prompt_ids(target, request).shape[1] // size for request in asked]
     capacity = max(prompts, default=0) + args.words + args.patches + 2

@@ -85,13 +85,13 @@ def generate(
     for prompt, limit, seed_of_row, parts in zip(
         batch.prompts, limits, row_seeds(seed, rows), grown, strict=True
     ):
-        conversation = engine.conversation(seed_of_row)
-        conversation.ids = prompt
+        sequence = engine.sequence(seed_of_row)
+        sequence.ids = prompt
         hook = _stop_hook(options.callables, parts)
         # Rows share their steps, however many there are: none waits for its groups to be taken.
         replies.append(
             engine.start(
-                conversation, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False
+                sequence, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False
             )
         )
     try:

@@ -20,7 +20,7 @@ from mimo_fast.generation import flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
@@ -147,7 +147,7 @@ class MimoAudio:
     @property
     def history(self) -> Tensor | None:
         """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
-        kept = self._history.conversation
+        kept = self._history.sequence
         return None if kept is None else flatten_ids(kept.ids)[None]
 
     @history.setter
@@ -159,7 +159,7 @@ class MimoAudio:
     @property
     def has_history(self) -> bool:
         """Whether add_history has anything to add to."""
-        return self._history.conversation is not None
+        return self._history.sequence is not None
 
     def clear_history(self) -> None:
         self._history.clear()
@@ -205,13 +205,13 @@ class MimoAudio:
         """
         return Session.restore(self.pipeline, Path(path), self._samplers("spoken_dialogue"))
 
-    def conversation(self, seed: int | None = None) -> Conversation:
+    def conversation(self, seed: int | None = None) -> TokenSequence:
         """An empty conversation."""
-        return self.pipeline.conversation(seed)
+        return self.pipeline.sequence(seed)
 
     def decode(
         self,
-        conversation: Conversation,
+        conversation: TokenSequence,
         task_name: str,
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
@@ -250,9 +250,9 @@ class MimoAudio:
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
-        conversation = self._history.begin(self.pipeline, input_ids, add_history, seed)
+        sequence = self._history.begin(self.pipeline, input_ids, add_history, seed)
         with closing(
-            self.decode(conversation, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
+            self.decode(sequence, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
         ) as reply:
             text, codes = self.pipeline.read(reply, input_ids)
         # Upstream takes an empty path for none.
@@ -288,9 +288,9 @@ class MimoAudio:
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         continued = add_history and self.has_history
         ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
-        conversation = self._history.begin(pipeline, ids, add_history, seed)
+        sequence = self._history.begin(pipeline, ids, add_history, seed)
         stop_ids = spec.stop_ids(self.tokenizer.special)
-        reply = self.decode(conversation, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
+        reply = self.decode(sequence, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
         chunks = self._history.stream = pipeline.stream(reply, ids, began, spec.speaks)
         return chunks
 

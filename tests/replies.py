@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mimo_fast.runtime.engine.engine import Engine, Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, MiMoSampler
 
@@ -27,9 +27,9 @@ class Request:
     limits: Limits
 
     def start(self, engine: Engine, **options: Any) -> Reply:
-        conversation = engine.conversation(self.seed)
-        conversation.add(self.ids)
-        return engine.start(conversation, self.limits, self.samplers, **options)
+        sequence = engine.sequence(self.seed)
+        sequence.add(self.ids)
+        return engine.start(sequence, self.limits, self.samplers, **options)
 
 
 @dataclass(eq=False)
@@ -57,8 +57,8 @@ class Consumer:
         return self
 
     @property
-    def conversation(self) -> Conversation:
-        return self.reply._job.conversation
+    def sequence(self) -> TokenSequence:
+        return self.reply._request.sequence
 
     def take(self) -> bool:
         """False when it has ended."""
@@ -74,15 +74,13 @@ class Consumer:
         return False
 
     def _interrupt(self, interruption: Interruption) -> None:
-        conversation = self.conversation
+        sequence = self.sequence
         self.reply.close()
-        conversation.truncate(
-            conversation.groups - len(self.got) + min(interruption.heard, len(self.got))
-        )
-        conversation.add(interruption.then)
+        sequence.truncate(sequence.groups - len(self.got) + min(interruption.heard, len(self.got)))
+        sequence.add(interruption.then)
         self.interruption = None
         self.reply = self.engine.start(
-            conversation, self.request.limits, self.request.samplers, **self.options
+            sequence, self.request.limits, self.request.samplers, **self.options
         )
 
 

@@ -4,21 +4,21 @@ import copy
 
 import torch
 
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 
 
 def test_requests_that_begin_at_the_same_time_do_not_mix(model, golden, monkeypatch):
     first, second = (golden.get(f"prompts:{name}").long() for name in ("tts_en", "text"))
-    own, add, other = copy.copy(model), Conversation.add, list[Conversation]()
+    own, add, other = copy.copy(model), TokenSequence.add, list[TokenSequence]()
 
-    def interrupted(conversation: Conversation, ids: torch.Tensor) -> None:
+    def interrupted(sequence: TokenSequence, ids: torch.Tensor) -> None:
         """Another thread's request comes whole in between."""
         if ids is first:
             other.append(own._history.begin(own.pipeline, second, False, 1))
-        add(conversation, ids)
+        add(sequence, ids)
 
-    monkeypatch.setattr(Conversation, "add", interrupted)
-    conversation = own._history.begin(own.pipeline, first, False, 0)
-    assert torch.equal(conversation.ids, first)
-    assert conversation.seed == 0
+    monkeypatch.setattr(TokenSequence, "add", interrupted)
+    sequence = own._history.begin(own.pipeline, first, False, 0)
+    assert torch.equal(sequence.ids, first)
+    assert sequence.seed == 0
     assert torch.equal(other[0].ids, second)

@@ -1,11 +1,11 @@
-"""Trains `nano`, a small pair of exactly MiMo-Audio's architecture, from nothing: speech that is
-made on the spot.
+"""Trains `nano`, a small checkpoint pair of MiMo-Audio's architecture, on synthesized speech.
 
-    python -m training all          data, codec, decoder, codes, language model, export, evaluation and model card,
-                                    into training_output/; its nano/ is what the package ships as
-                                    mimo_fast/assets/nano
-    python -m training all --start mimo_fast/assets/nano    the same, from the weights that are shipped
-    python -m training --smoke      a few steps of everything
+    python -m training all      data, codec, decoder, codes, language model, export, evaluation and
+                                model card, into training_output/; its nano/ is what the package
+                                ships as mimo_fast/assets/nano
+    python -m training all --start mimo_fast/assets/nano
+                                the same, starting from the weights in the package
+    python -m training --smoke  a few steps of everything
 
 Each command goes on where it was stopped, and `decoder` and `lm` may run side by side, each on a
 core (`--workers 1 --threads 1`). What is computed is the package's own modules; here are only data,

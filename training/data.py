@@ -1,22 +1,22 @@
-"""The training data: which sentence is spoken how, and the speech itself in shards on disk.
+"""The training data: which sentences are spoken how, and the speech itself in shards on disk.
 
-    speech      sentences, and words in no order, in the six voices of training, their rate, pitch and size of speaker
-                drawn anew for each
+    speech      sentences, and words in random order, in the six training voices; rate, pitch and
+                speaker size are drawn for each utterance
     replies     sentences in the reply's voice, each in one of the styles that can be asked for
-    readings    sentences, and words in no order, in the reply's voice, plainly
+    readings    sentences, and words in random order, in the reply's voice, in the plain style
     spellings   letters in the reply's voice
-    letters     letters spoken as `speech` is
-    words       every word of the domain alone, spoken as `speech` is
-    questions   those of the dialogue, spoken as `speech` is
-    answers     those of the dialogue, in the reply's voice
-    echoes      answers spoken as `speech` is: what is to be said again in the reply's voice
-    strangers, strange_words, strange_questions    as `speech`, `words` and `questions`, by the many speakers of another
-                synthesizer: less natural, and only heard
-    unheard     held-out sentences in the voice that training never hears
-    unsaid      held-out sentences in the reply's voice: what text to speech is compared with
+    letters     letters spoken as in `speech`
+    words       every word of the domain alone, spoken as in `speech`
+    questions   the dialogue's questions, spoken as in `speech`
+    answers     the dialogue's answers, in the reply's voice
+    echoes      answers spoken as in `speech`: inputs to be repeated in the reply's voice
+    strangers, strange_words, strange_questions
+                like `speech`, `words` and `questions`, by the many speakers of another synthesizer;
+                less natural, and used only as input
+    unheard     held-out sentences in a voice that training never uses
+    unsaid      held-out sentences in the reply's voice: the reference for text to speech
 
-Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run goes on where it
-was.
+Utterance i of a part is a function of (seed, part, i) alone, so an interrupted run can continue.
 """
 
 import random

@@ -1,15 +1,15 @@
-"""What a trained pair can do, measured on sentences, and for listening on a voice, that training
-never had.
+"""Measures what a trained pair can do, on sentences and an input voice that training never had.
 
 codec_quality   STOI and mel distance by number of codebooks, on the unheard voice
-text_to_speech  words that an independent recogniser hears in what the model says, beside what it hears in the
-                synthesizer's own speech of the same sentences and in the codec's reconstruction of
-                that
-transcription   the model's own transcriptions of the unheard voice, clean and in noise 10 dB below it, and of the
-                synthesizer in the reply's voice
-dialogue        spoken answers to the unheard voice, by the recogniser and as text
-examples        speech to speech by example: what the unheard voice says, said again in the reply's voice
-formats, streaming, sampling, pace    see `comparisons`
+text_to_speech  words that an independent recogniser hears in the model's speech, beside what it
+                hears in the synthesizer's own speech of the same sentences and in the codec's
+                reconstruction of that speech
+transcription   the model's transcriptions of the unheard voice, clean and in noise at 10 dB
+                SNR, and of the synthesizer in the reply's voice
+dialogue        spoken answers to the unheard voice, as the recogniser hears them and as text
+examples        speech to speech by example: the unheard voice, repeated in the reply's voice
+formats, streaming, sampling, pace
+                see `comparisons`
 """
 
 import hashlib

@@ -1,15 +1,19 @@
 """Examples of every task: the package's own prompts, and the replies that should follow them.
 
-    words     recordings of single words, each followed by the word, as speech and text alternate in pretraining
-    asr       a recording -> its words                      spliced   recordings of single words as one -> the words
-    written   a spoken question -> its written answer       tts       words -> their speech
-    dialogue  a spoken question -> its spoken answer        styled    words and how to say them -> speech in that style
+    words     recordings of single words, each followed by the word: speech and text alternate as in
+              pretraining
+    asr       a recording -> its words
+    spliced   recordings of single words, joined -> the words
+    written   a spoken question -> its written answer
+    tts       words -> their speech
+    dialogue  a spoken question -> its spoken answer
+    styled    words and a style -> speech in that style
     few_shot  examples of speech to speech -> one more
 
-In a spoken reply every word's text stands before the patch in which its sound begins: what to say
-next is then asked of text alone, and how it sounds of the last word and of the sound so far.
-(Upstream's replies alternate five text tokens with five patches, and the request's own examples do
-so here as well.)
+In a spoken reply the text of every word stands before the patch in which its sound begins. So the
+text alone decides what is said next, and the last word and the sound so far decide how it sounds.
+(Upstream's replies alternate five text tokens with five patches; so do the package's own examples
+in prompts.)
 """
 
 import random

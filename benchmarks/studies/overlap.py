@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.bench.environment import environment
-from mimo_fast.bench.pipeline import Request, plan_of, prompt_ids
+from mimo_fast.bench.pipeline import TimedRequest, plan_of, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.bench.timing import percentile
 from mimo_fast.kernels.cuda import graph_conditional
@@ -161,16 +161,16 @@ class Heard:
     ended: float = 0.0
 
 
-def answer(target: Target, engine: Engine, request: Request, seed: int) -> Heard:
+def answer(target: Target, engine: Engine, request: TimedRequest, seed: int) -> Heard:
     """One request through the runtime's own path."""
     heard, task, began = Heard(), find_task(request.task), perf_counter()
     ids = prompt_ids(target, request)
-    conversation = engine.conversation(seed)
-    conversation.add(ids)
+    sequence = engine.sequence(seed)
+    sequence.add(ids)
     preset = TASK_SAMPLERS[task.sampler]
     stops = task.stop_ids(target.tokenizer.special)
     reply = engine.decode(
-        conversation,
+        sequence,
         Limits(request.words + request.patches + 1, stop_ids=stops),
         Samplers(preset["global"], preset["local"]),
     )
@@ -183,7 +183,7 @@ def answer(target: Target, engine: Engine, request: Request, seed: int) -> Heard
         heard.first_audio = chunk.timing.first_audio
         parts.append(chunk.audio)
     heard.ended = perf_counter() - began
-    heard.tokens, heard.samples = digest(conversation.ids), digest(torch.cat(parts))
+    heard.tokens, heard.samples = digest(sequence.ids), digest(torch.cat(parts))
     return heard
 
 
@@ -191,7 +191,7 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def together(target: Target, engine: Engine, request: Request, count: int) -> list[Heard]:
+def together(target: Target, engine: Engine, request: TimedRequest, count: int) -> list[Heard]:
     """So many of them at once, each in a thread."""
     if count == 1:
         return [answer(target, engine, request, 0)]
@@ -303,7 +303,7 @@ def study(options: argparse.Namespace, began: float) -> dict[str, Any]:
     }
     engines: dict[bool, Engine | None] = {}
     for name, words, patches, count in REPLIES:
-        request = Request("tts", user_speech(1.0), words, patches)
+        request = TimedRequest("tts", user_speech(1.0), words, patches)
         target.plan(plan_of(target, request))
         for way in WAYS:
             label = f"{name} {count} x {way.name}"
@@ -330,7 +330,7 @@ def study(options: argparse.Namespace, began: float) -> dict[str, Any]:
 
 
 def measured(
-    target: Target, engine: Engine, request: Request, count: int, way: Way, rounds: int
+    target: Target, engine: Engine, request: TimedRequest, count: int, way: Way, rounds: int
 ) -> dict[str, Any]:
     """One way of one kind of reply, after one that is not counted."""
     meter, heard, walls = Meter(target.lm.device), list[list[Heard]](), list[float]()

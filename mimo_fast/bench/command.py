@@ -18,7 +18,7 @@ from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.machine import describe_machine, useful_threads
-from mimo_fast.bench.pipeline import Metrics, Request, measure, prompt_ids
+from mimo_fast.bench.pipeline import Metrics, TimedRequest, measure, prompt_ids
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.bench.target import Target, shortfall, user_speech
 from mimo_fast.config import PathLike
@@ -169,12 +169,12 @@ def _rows(
                 return
 
 
-def _request(target: Target, machine: Ceiling, context: int) -> Request:
+def _request(target: Target, machine: Ceiling, context: int) -> TimedRequest:
     """A sentence to be said, at the end of a context where one is given; a longer one on a fast
     device."""
     floor = target.request_floor(machine, 1, TEXT_GROUPS, LONG_WORDS, LONG_PATCHES) / OF_FLOOR
     words, patches = (LONG_WORDS, LONG_PATCHES) if floor <= FAST else (WORDS, PATCHES)
-    return Request("tts", user_speech(1.0), words, patches, context - words - patches - 2)
+    return TimedRequest("tts", user_speech(1.0), words, patches, context - words - patches - 2)
 
 
 def _target(

@@ -122,9 +122,10 @@ class GroupWork:
         """A line to be printed before the measurement."""
         prefill, text, audio = (1e3 * seconds for seconds in self.floors(ceiling))
         return (
-            f"floor: the prompt {prefill:,.1f} ms; a group of words reads {self.text.total / 1e6:,.1f} MB, {text:.2f} "
-            f"ms; of speech {self.audio.total / 1e6:,.1f} MB ({self.audio.cached / 1e6:,.1f} of them again, which the "
-            f"cache can keep), {audio:.2f} ms"
+            f"floor: the prompt {prefill:,.1f} ms; "
+            f"a group of text reads {self.text.total / 1e6:,.1f} MB, {text:.2f} ms; "
+            f"a group of speech reads {self.audio.total / 1e6:,.1f} MB "
+            f"({self.audio.cached / 1e6:,.1f} of them again, from the cache), {audio:.2f} ms"
         )
 
 

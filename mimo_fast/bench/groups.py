@@ -61,7 +61,7 @@ def time_groups(
 
 def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
     """A prompt of `prompt` words, computed, and the seconds that it took."""
-    first = target.engine.conversation(seed=0)
+    first = target.engine.sequence(seed=0)
     first.add(target.filler(prompt))
     reply = target.engine.start(first, Limits(1), samplers)
     began = perf_counter()
@@ -87,10 +87,10 @@ def start_rows(
     target.lm.follow([token] * groups)
     replies = []
     for row in range(batch):
-        conversation = target.engine.conversation(seed=row)
-        conversation.add(context.ids)
-        conversation.snapshot, conversation.cached = context.computed, context.computed.length
-        replies.append(target.engine.start(conversation, Limits(groups), samplers, ahead=1))
+        sequence = target.engine.sequence(seed=row)
+        sequence.add(context.ids)
+        sequence.snapshot, sequence.cached = context.computed, context.computed.length
+        replies.append(target.engine.start(sequence, Limits(groups), samplers, ahead=1))
         replies[-1].prefill()
     return replies
 

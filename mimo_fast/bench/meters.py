@@ -59,8 +59,8 @@ def resident_peak() -> int:
 class EnergyMeter:
     """Joules that a GPU has drawn since this object was made.
 
-    source: whose figure it is: NVML's counter of energy or, without nvidia-ml-py or on cards without
-    one, the power that nvidia-smi tells, over time.
+    source: where the figure comes from: NVML's energy counter or, without nvidia-ml-py or on cards
+        without that counter, nvidia-smi's power integrated over time.
     unmeasured: why there is no figure, or None.
     """
 

@@ -1,16 +1,15 @@
-"""Whole requests, measured as their callers see them: one, or several at a time in threads of their
-own.
+"""Whole requests, measured as their callers see them: one, or several at a time in threads.
 
-Everything goes through the runtime's own path: `prompt.pack`, `Conversation`, `Engine`,
+Everything goes through the runtime's own path: `prompt.pack`, `TokenSequence`, `Engine`,
 `stream_reply`. Names are the field's; all times are seconds.
 
-    ttft             from the request to the first group, be it a word or a patch; encoding of the input included
+    ttft             from the request to the first group, text or audio; includes encoding the input
     audio_ttfp       from the request to the first samples of audio
-    itl              between two chunks of a reply: a group each, with its share of the codec's work
+    itl              between two chunks of a reply: one group each, with its share of the codec
     e2el             from the request to the last sample or word
-    audio_rtf        e2el over the seconds of audio that came of it or, where the reply is text, that went into it
+    audio_rtf        e2el over the seconds of audio produced or, for a text reply, of the input
     audio_rtfx       audio of all requests over wall time
-    audio_underrun   worst silence in the middle of a reply, played as it came (`player.py`)
+    audio_underrun   longest silence within a reply that is played as it arrives (`player.py`)
     audio_continuity share of the replies in which no more than a tenth of a second was silent
 """
 
@@ -56,17 +55,17 @@ PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked and answered.
+class TimedRequest:
+    """One request to measure.
 
     Args:
         task: one of PROMPTS.
         audio: the user's speech, float32 [n] at the codec's rate, a whole number of patches.
-        words, patches: the reply's groups where the target is steered; its limit, together, where
-            it is not.
-        context: groups of prompt, filled up with words in front; a longer prompt stays as it is or, if
-            `cut`, loses its beginning.
-        greedy: in place of the task's samplers.
+        words, patches: text and audio groups of the reply where the target is steered; elsewhere
+            their sum is the reply's limit.
+        context: length of the prompt in groups. A shorter prompt is filled up with words in front;
+            a longer one is kept or, if `cut`, loses its beginning.
+        greedy: decode greedily instead of with the task's samplers.
     """
 
     task: str
@@ -148,7 +147,7 @@ class Metrics:
 
 def measure(
     target: Target,
-    request: Request,
+    request: TimedRequest,
     batch: int = 1,
     rounds: int = 1,
     warm: bool = True,
@@ -180,7 +179,7 @@ def measure(
 
 def summarize(
     target: Target,
-    request: Request,
+    request: TimedRequest,
     batch: int,
     traces: Sequence[Trace],
     wall: float,
@@ -238,7 +237,7 @@ def summarize(
     )
 
 
-def warm_up(target: Target, request: Request) -> None:
+def warm_up(target: Target, request: TimedRequest) -> None:
     """A request that ends with its first group and, for a spoken reply, enough of the codec to
     bring audio."""
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
@@ -253,7 +252,7 @@ def warm_up(target: Target, request: Request) -> None:
         stream.finish()
 
 
-def prompt_ids(target: Target, request: Request) -> Tensor:
+def prompt_ids(target: Target, request: TimedRequest) -> Tensor:
     """The request's prompt [C + 1, T G], its audio encoded."""
     segments = PROMPTS[request.task](lambda: target.speech(request.audio))
     ids = prompt.pack(segments, target.tokenizer, target.lm.config)
@@ -264,7 +263,7 @@ def prompt_ids(target: Target, request: Request) -> Tensor:
     return ids if missing <= 0 else torch.cat((target.filler(missing), ids), dim=1)
 
 
-def plan_of(target: Target, request: Request) -> list[int]:
+def plan_of(target: Target, request: TimedRequest) -> list[int]:
     special = target.tokenizer.special
     if find_task(request.task).speaks:
         return spoken_reply(
@@ -274,7 +273,7 @@ def plan_of(target: Target, request: Request) -> list[int]:
 
 
 def _together(
-    target: Target, request: Request, batch: int, stopped: threading.Event
+    target: Target, request: TimedRequest, batch: int, stopped: threading.Event
 ) -> list[Trace]:
     """One request in this thread, or several in one each; all begin at once and end early once
     `stopped`."""
@@ -301,30 +300,30 @@ def _together(
 
 
 def _answer(
-    target: Target, request: Request, seed: int, limit: int, stopped: threading.Event
+    target: Target, request: TimedRequest, seed: int, limit: int, stopped: threading.Event
 ) -> Trace:
     trace, task, began = Trace(), find_task(request.task), perf_counter()
     ids = prompt_ids(target, request)
     trace.encoded = perf_counter() - began
-    conversation = target.engine.conversation(seed)
-    conversation.add(ids)
-    trace.prompt_groups = conversation.groups
+    sequence = target.engine.sequence(seed)
+    sequence.add(ids)
+    trace.prompt_groups = sequence.groups
     preset = TASK_SAMPLERS[task.sampler]
     samplers = (
         Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
     )
     limits = Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special))
-    reply = target.engine.decode(conversation, limits, samplers)
+    reply = target.engine.decode(sequence, limits, samplers)
     trace.prefilled = perf_counter() - began
 
-    def note(group: Group) -> None:
+    def on_group(group: Group) -> None:
         if trace.first_group is None:
             trace.first_group = perf_counter() - began
         if not group.finished:
             trace.spoken.append(group.text == target.lm.empty_id)
 
     for samples in _chunks(
-        target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, note
+        target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, on_group
     ):
         trace.chunks.append((perf_counter() - began, samples))
         if stopped.is_set():
@@ -339,15 +338,15 @@ def _chunks(
     last_id: int,
     began: float,
     speaks: bool,
-    note: Callable[[Group], None],
+    on_group: Callable[[Group], None],
 ) -> Iterator[int]:
     """Samples of each chunk; without a codec, none a group."""
     if target.codec is None:
         for group in reply:
-            note(group)
+            on_group(group)
             yield 0
         return
     special = target.tokenizer.special
     reader = ReplyReader(target.tokenizer, speaking=last_id in (special.sostm, special.empty))
-    for chunk in stream_reply(reply, reader, target.codec, began, speaks, note):
+    for chunk in stream_reply(reply, reader, target.codec, began, speaks, on_group):
         yield len(chunk.audio)

@@ -136,11 +136,11 @@ def own_sequences(
 
 
 def _reply(model: MimoAudio, task: str, ids: Tensor) -> Lesson:
-    conversation = model.conversation(seed=0)
-    conversation.add(ids)
-    for _ in model.decode(conversation, task, frozenset(), REPLY_GROUPS):
+    sequence = model.conversation(seed=0)
+    sequence.add(ids)
+    for _ in model.decode(sequence, task, frozenset(), REPLY_GROUPS):
         pass
-    return Lesson(conversation.ids, ids.shape[1] // model.group_size)
+    return Lesson(sequence.ids, ids.shape[1] // model.group_size)
 
 
 @torch.no_grad()

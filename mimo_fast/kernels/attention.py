@@ -1,19 +1,22 @@
 """Softmax attention over whole sequences, scale 1 / sqrt(Dh).
 
-    attention:         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention on every device
-    rotary_attention:  from the projection of a sequence that starts at position 0: q and k rotated first
+    attention         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention
+                      on every device
+    rotary_attention  takes the projection of a sequence that starts at position 0, and rotates q
+                      and k first
 
-Beside it are `decode_attention` (one query a row over a cache) and `window_attention` (vocoder), in
-their own files.
+`decode_attention` (one query a row over a cache) and `window_attention` (vocoder) have their own
+files.
 
 Shapes: attention takes q [N, H, T, Dh], k and v [N, Hkv, S, Dh], any strides but the last;
 rotary_attention takes qkv [N, T, (H + 2 Hkv) Dh] and gives [N, T, H Dh]. Query head h reads
 key/value head h // (H / Hkv).
 
-T <= 16 (the 4-token patch encoder, 64 heads x 16): `rotary_attention_kernel`, a few heads of a
-sequence a program, one warp for 512 key elements; keys and values stay in registers while the
-queries pass. All of it is float32, y is rounded once. Nothing is as small as the launch itself
-here, so rotation has none of its own. Bytes: qkv in, y out, once.
+T <= 16 (the 4-token patch encoder, 64 heads x 16): in `rotary_attention_kernel` a program computes
+a few heads of one sequence, with one warp for every 512 key elements; keys and values stay in
+registers while the program loops over the queries. All arithmetic is float32 and y is rounded once.
+At this size every kernel costs its launch, so the rotation is part of this one. Bytes: qkv is read
+once and y written once.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from mimo_fast.kernels.dispatch import (
     use_triton,
     wait_for_the_last,
 )
-from mimo_fast.kernels.rope import load_angles, load_turned, rope
+from mimo_fast.kernels.rope import load_angles, load_rotated, rope
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
 __all__ = [
@@ -117,7 +120,7 @@ def rotary_attention_kernel(
     wait_for_the_last(PDL)
     qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
-    b_k = load_turned(
+    b_k = load_rotated(
         qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
     )
     b_v = tl.load(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], mask=m_kv, other=0.0).to(
@@ -126,7 +129,7 @@ def rotary_attention_kernel(
     for i_t in range(T):
         b_q_cos, b_q_sin = load_angles(cos_ptr, sin_ptr, i_t, o_d[None, :], m_d, DH // 2)
         o_q = o_h[:, None] * DH + i_t * stride_xt
-        b_q = load_turned(qkv_ptr, o_q, o_d[None, :], m_h, b_q_cos, b_q_sin, DH // 2) * scale
+        b_q = load_rotated(qkv_ptr, o_q, o_d[None, :], m_h, b_q_cos, b_q_sin, DH // 2) * scale
         b_scores = tl.sum(b_k * b_q[:, None, :], axis=2)
         end = i_t + 1 if CAUSAL else T
         b_scores = tl.where((o_s < end)[None, :], b_scores, -float("inf"))

@@ -1,28 +1,29 @@
-"""One step of cached self-attention, from the projection on: rotate, append to the cache, attend.
+"""One step of cached self-attention: rotate the projection, append to the cache, attend.
 
-    q, k, v = heads of qkv[r];  q and k rotated at position p = starts[r];  k, v -> position p of slot slots[r]
-    y[r, h] = sum_j softmax_j(q[h] . k[j] / sqrt(Dh)) v[j],   j = 0 ... p of that slot, key/value head h // (H / Hkv)
+    q, k, v = heads of qkv[r];  q and k are rotated at position p = starts[r];
+    k, v -> position p of slot slots[r]
+    y[r, h] = sum_j softmax_j(q[h] . k[j] / sqrt(Dh)) v[j],   j = 0 ... p of that slot,
+              with key/value head h // (H / Hkv)
 
 Shapes: qkv [R, 1, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2], a `LayerKV` of S
 positions, y [R, 1, H Dh]. Rotation, scores, softmax and sums are float32. The new key and value are
-rounded to what the cache holds before they are attended to; int8 keys enter the scores, and int8
-values their weights, with their scales. y is rounded once; with 16-bit inputs
-`split_attention_kernel` also rounds the rotated q and the weights of the values.
+rounded to the cache's format before they are attended to. The scales of int8 keys are applied to
+the scores, those of int8 values to the softmax weights. y is rounded once; with 16-bit inputs
+`split_attention_kernel` also rounds the rotated q and the softmax weights.
 
 slots and starts are read on the device, so one captured graph serves every position. A row whose
-position the cache or
-the table does not have writes 0 to y and nothing to the cache: a replay too many must not reach the
-next slot. The new
-key and value never pass through memory: they begin the sum of the program that stores them.
+position lies outside the cache or the table writes 0 to y and nothing to the cache: one replay too
+many must not write into the next slot. The new key and value do not pass through memory: the
+program that stores them starts its sum with them.
 
-S <= 16 (the 11 positions of the patch decoder, 64 heads x 16): `small_decode_kernel`, a few heads a
-program, one warp for 512 key elements, all in registers. Nothing is as small as the launch itself
-here.
+S <= 16 (the 11 positions of the patch decoder, 64 heads x 16): `small_decode_kernel` computes a few
+heads a program with one warp for every 512 key elements, all in registers. At this size every
+kernel costs its launch.
 
 Longer caches: `split_attention_kernel`, split-KV. A program holds all H / Hkv query heads of one
 key/value head, so a key is read once, and one of SPLITS equal parts of the row's length, in blocks
-of 32 keys of which two are in flight. SPLITS depends on the greatest length alone, so a row's
-result depends on nothing around it. `merge_splits_kernel` joins the parts in order where there are
+of 32 keys of which two are in flight. SPLITS depends only on the greatest length, so a row's result
+does not depend on the other rows. `merge_splits_kernel` combines the parts in order where there are
 several. Bytes: 2 p Hkv Dh of cache (int8: 2 p Hkv (Dh + 4)), and 8 SPLITS H Dh of float32 partials
 (6% of it at 8192).
 """
@@ -56,7 +57,7 @@ from mimo_fast.kernels.kv_cache import (
     scale_of,
     to_levels,
 )
-from mimo_fast.kernels.rope import load_angles, load_turned, rope_append_ref
+from mimo_fast.kernels.rope import load_angles, load_rotated, rope_append_ref
 
 SPLITS = ((64, 1), (256, 4), (1024, 16))
 """(largest length, splits); 64 beyond."""
@@ -134,8 +135,8 @@ def small_decode_kernel(
     # Whatever the length, so that these reads do not wait for it.
     m_x = m_h & (o_d < DH)
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
-    b_k_new = load_turned(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
+    b_q = load_rotated(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
+    b_k_new = load_rotated(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_x, other=0.0).to(
         tl.float32
     )
@@ -235,12 +236,12 @@ def split_attention_kernel(
         cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2
     )
     qkv_ptr += i_row * stride_xr
-    b_q = load_turned(
+    b_q = load_rotated(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
     )
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
     # By every program, so that these reads do not wait for the length.
-    b_k_new = load_turned(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
+    b_k_new = load_rotated(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_v_new = tl.where(owner, b_v_new, 0.0)
 
@@ -346,19 +347,24 @@ def decode_attention(
     max_length: int,
     fixed: bool = False,
 ) -> Tensor:
-    """qkv [R, 1, (heads + 2 Hkv) Dh] -> [R, 1, heads Dh]; row r appends to position starts[r] of
-    slot slots[r].
+    """qkv [R, 1, (heads + 2 Hkv) Dh] -> [R, 1, heads Dh].
 
-    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts: int64 [R], the slots different.
-    max_length: no row attends to more positions. It decides how the work is split, and so the
-    rounding: give every step of a run the same. fixed: slots and starts were complete before the
-    run's first kernel was launched, and never change in it; then they are read ahead of the wait for
-    the kernel before (dispatch.py). Caches of at most SMALL positions make use of it.
+    Row r appends to position starts[r] of slot slots[r].
+
+    Args:
+        table: [2, P, Dh / 2], all rows of `rope_table`.
+        slots, starts: int64 [R]; no slot occurs twice.
+        max_length: no row attends to more positions. It determines how the work is split, and so
+            the rounding: pass the same value at every step of a run.
+        fixed: slots and starts were complete before the run's first kernel was launched and do not
+            change in it. They may then be read before the PDL wait (dispatch.py); kernels for
+            caches of at most SMALL positions do so.
     """
     cache.check_append(qkv, table, slots, starts, heads)
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
         raise ValueError(
-            f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads in equal shares"
+            f"qkv {list(qkv.shape)} must have one position a row, and {heads} query heads must be "
+            f"a multiple of the key/value heads"
         )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)

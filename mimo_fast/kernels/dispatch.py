@@ -15,8 +15,8 @@ was launched. Writes come after it even where nothing in flight writes the same 
 kernel before may still read it, or be yet to read what lay there before the allocator gave it away.
 
 The wait is for the end of the one kernel before, and its memory. That covers all before it because
-that one, too, ends only after its own wait: a chain of early kernels in which one did not wait would
-let the next pass the wait while kernels further back still run. So there are no exceptions for
+that one, too, ends only after its own wait: if one kernel of a chain did not wait, the next would
+pass its wait while kernels further back still run. So there are no exceptions for
 kernels that need nothing of their predecessor. Kernels that are not launched early, torch's for
 instance, begin after the end of all before them, and keep the chain. `tests/kernels/test_early_launch.py`
 holds every kernel to the rule.
@@ -166,8 +166,7 @@ def prefetch(x_ptr, PDL: tl.constexpr):
 
 
 def early_launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
-    """Arguments for the launch of a kernel that takes PDL, on the device that x lies on; named as in
-    `BEGINS`."""
+    """Launch arguments of a kernel that takes PDL, on x's device; `kernel` is a key of `BEGINS`."""
     if not x.is_cuda or not _begins_early(x.device):
         return {"PDL": 0}
     begin = _begin(kernel, os.environ.get(EARLY_ENVIRONMENT, ""))

@@ -1,12 +1,13 @@
-"""Keys and values of one layer, in the activations' dtype or as int8 with a float32 scale a
-position and head.
+"""Keys and values of one layer, in the activations' dtype or as int8 with float32 scales.
 
-    scale = max |x| / 127,  stored = round(x / scale),  read as scale stored      x: one head of one position
+    scale = max |x| / 127,  stored = round(x / scale),  read as scale stored
+
+x is one head at one position, so there is a scale for each position and head.
 
 The scale is of the float32 value, after the rotation of a key; a head of zeros has scale 0. Scales
-lie apart, position by position, so that a block of positions reads its scales as one line and its
-int8 heads in 16-byte loads. A cached position takes 2 Hkv (Dh + 4) bytes instead of 4 Hkv Dh: 52%
-at Dh = 128.
+are stored apart from the int8 values, position by position, so a block of positions reads its
+scales as one line and its int8 heads in 16-byte loads. A cached position takes 2 Hkv (Dh + 4) bytes
+instead of 4 Hkv Dh: 52% at Dh = 128.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LayerKV:
             or k.stride(-1) != 1
         ):
             raise ValueError(
-                f"k {list(k.shape)} and v {list(v.shape)} must be of one layout with contiguous heads"
+                f"k {list(k.shape)} and v {list(v.shape)} must have one layout, heads contiguous"
             )
         if (scales is None) != (v_scales is None) or (scales is None) == (k.dtype == torch.int8):
             raise ValueError("int8 keys and values come with scales for both, others with none")
@@ -63,7 +64,7 @@ class LayerKV:
             )
         ):
             raise ValueError(
-                f"scales must be [B, Hkv, S] of one layout with contiguous positions, not {scales.shape}"
+                f"scales {list(scales.shape)} must be [B, Hkv, S] in one layout, contiguous last"
             )
 
     @property
@@ -104,7 +105,7 @@ class LayerKV:
             )
         if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
             raise ValueError(
-                f"an append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles"
+                f"appending {rows} rows needs {rows} slots and starts, and {head_dim // 2} angles"
             )
         if any(x.stride(-1) != 1 for x in (qkv, slots, starts)) or not table.is_contiguous():
             raise ValueError(
@@ -112,7 +113,7 @@ class LayerKV:
             )
         if self.k_scales is None and self.k.dtype != qkv.dtype:
             raise ValueError(
-                f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it in that, or quantized"
+                f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it so, or quantized"
             )
 
     def append_arguments(

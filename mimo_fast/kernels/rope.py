@@ -1,25 +1,25 @@
-"""Rotary position embedding, half-split ("rotate half") form, as in Qwen2; alone, or with the
-append to the KV cache.
+"""Rotary position embedding, half-split form as in Qwen2, and the append to the cache.
 
     y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin,  angle = position / theta^(2 i / Dh)
 
 where x1 and x2 are the halves of a head. Angles, cosines and the rotation are float32 whatever the
 activations are; y is rounded once, to x's dtype.
 
-    rope:         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its positions -> y
-    rope_append:  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds positions
-                  starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are rotated there,
-                  k and v written to the cache (`kv_cache.py`, which quantizes them or not), q
-                  returned as [R, H, T, Dh].
+    rope         x [..., T, H, Dh] (any strides but the last), table [2, ..., T, Dh / 2] of its
+                 positions -> y
+    rope_append  qkv [R, T, (H + 2 Hkv) Dh], the table of all positions [2, P, Dh / 2]. Row r holds
+                 positions starts[r] ... starts[r] + T - 1 of cache slot slots[r]: q and k are
+                 rotated there, k and v written to the cache (`kv_cache.py`, which quantizes them or
+                 not), q returned as [R, H, T, Dh].
 
-slots and starts are read on the device, so that a captured graph may be replayed at the next
-position. Nothing is
-written for a position that the cache or the table does not have: a replay too many must not reach
-the next slot.
+slots and starts are read on the device, so a captured graph can be replayed at the next position.
+Nothing is written for a position outside the cache or the table: one replay too many must not write
+into the next slot.
 
-A program turns about 1024 values, some heads of one position: each thread 8 of either half, 16-byte
-loads in 16-bit types. All heads of a position share Dh / 2 angles, which come from L1. Bytes: rope
-N T H Dh (1 read + 1 write); rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position of angles.
+A program rotates about 1024 values, some heads of one position: each thread 8 of either half, which
+are 16-byte loads in 16-bit types. All heads of a position share Dh / 2 angles, which come from L1.
+Bytes: rope N T H Dh (1 read + 1 write); rope_append R T (H + 2 Hkv) Dh (1 + 1); and 4 Dh a position
+of angles.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ def rope_append_ref(
 ) -> Tensor:
     new, kv_heads = qkv.shape[1], cache.k.shape[1]
     q, k, v = qkv.unflatten(-1, (-1, cache.k.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
-    turned = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+    rotated = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
         if start + new <= 0:  # None of its positions exists.
-            turned[row] = 0
+            rotated[row] = 0
             continue
         angles = table[:, start : start + new]
-        turned[row] = rope_ref(q[row], angles).transpose(0, 1)
+        rotated[row] = rope_ref(q[row], angles).transpose(0, 1)
         cache.append(
             slot, start, rope_ref(k[row].float(), angles).transpose(0, 1), v[row].transpose(0, 1)
         )
-    return turned
+    return rotated
 
 
 @jit
-def turn(b_first, b_second, b_cos, b_sin):
+def rotate(b_first, b_second, b_cos, b_sin):
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
@@ -89,7 +89,7 @@ def load_angles(cos_ptr, sin_ptr, o_position, o_d, m_angle, HALF: tl.constexpr):
 
 
 @jit
-def load_turned(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
+def load_rotated(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
     """Whole heads at o_x, rotated, in float32: the other half is read again, from L1. All broadcast
     to o_x + o_d."""
     b_x = tl.load(x_ptr + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
@@ -127,7 +127,7 @@ def rope_kernel(
     o_x = o_h[:, None] * stride_xh + o_half[None, :]
     b_first = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_second = tl.load(x_ptr + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_first, b_second = turn(b_first, b_second, b_cos, b_sin)
+    b_first, b_second = rotate(b_first, b_second, b_cos, b_sin)
     y_ptr += i_row * H * 2 * HALF
     o_y = o_h[:, None] * 2 * HALF + o_half[None, :]
     tl.store(y_ptr + o_y, b_first.to(y_ptr.dtype.element_ty), mask=m_x)
@@ -177,9 +177,9 @@ def rope_append_kernel(
     o_x = o_h * 2 * HALF + o_half
     b_first = tl.load(qkv_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_second = tl.load(qkv_ptr + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_turned_first, b_turned_second = turn(b_first, b_second, b_cos, b_sin)
-    b_first = tl.where(o_h < H + HKV, b_turned_first, b_first)
-    b_second = tl.where(o_h < H + HKV, b_turned_second, b_second)
+    b_rotated_first, b_rotated_second = rotate(b_first, b_second, b_cos, b_sin)
+    b_first = tl.where(o_h < H + HKV, b_rotated_first, b_first)
+    b_second = tl.where(o_h < H + HKV, b_rotated_second, b_second)
 
     m_q = m_x & (o_h < H)
     o_q = (i_r * H + o_h) * T * 2 * HALF + i_t * 2 * HALF + o_half
@@ -209,7 +209,8 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     *lead, new, heads, head_dim = x.shape
     if tuple(table.shape[-2:]) != (new, head_dim // 2):
         raise ValueError(
-            f"a table {list(table.shape)} does not turn {list(x.shape)}; pass the rows of its positions"
+            f"a table {list(table.shape)} does not rotate {list(x.shape)}: pass the rows of its "
+            "positions"
         )
     rows = x.flatten(0, -4) if lead else x[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -4,19 +4,19 @@
     decode: sum_q e_q[i_q]
 
 Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as
-|r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that near-ties fall on the same side: |e|^2 is
-computed once by the same expression, 2 r.e is exact, and the dot is a chain of float32 FMAs (no
-TF32). Only the order of the D terms inside the dot and |r|^2 differs between implementations. The
-sum of decode is bitwise the reference's.
+|r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that
+near-ties fall on the same side: |e|^2 is computed once by the same expression, 2 r.e is exact, and
+the dot product is a chain of float32 FMAs (no TF32). Implementations differ only in the order of
+the D terms of the dot product and of |r|^2. The sum of decode is bitwise the reference's.
 
-Encode is one launch. A program owns BLOCK_T frames from the first codebook to the last: for each it
-searches tiles of BLOCK_V rows in chunks of 32 columns, pipelined through shared memory, then
-subtracts the chosen rows. At D = 1280 the
-residual of 16 frames is 80 KB: 80 registers of each of 256 threads, padded to 128, and registers
-cannot be indexed by chunk. So it lies in a scratch row that no other program touches and that never
-need leave L2. Reading it again for every tile is 16 rows beside 128 of the codebook, 12% more;
-subtracting moves 12 D bytes a frame and codebook besides, in chunks of BLOCK_R = 128 columns, 16
-bytes a load (of 256 they spill registers).
+Encode is one launch. A program owns BLOCK_T frames from the first codebook to the last. For each
+codebook it searches tiles of BLOCK_V rows in chunks of 32 columns, pipelined through shared memory,
+then subtracts the chosen rows. At D = 1280 the residual of 16 frames is 80 KB, which would be 80
+registers (padded to 128) of each of 256 threads, and registers cannot be indexed by chunk. So the
+residual lies in a scratch row that no other program touches and that stays in L2. Reading it again
+for every tile adds 12% (16 rows beside 128 of the codebook). Subtracting moves another 12 D bytes a
+frame and codebook, in chunks of BLOCK_R = 128 columns, 16 bytes a load (chunks of 256 columns spill
+registers).
 
 Every program reads all codebooks from L2: 14.4 MB for the 8 that the language model speaks (7.2
 MFLOP a frame), 22.3 MB for all 20. With 16 frames a tile does 7 FLOP a byte, 455 a clock at the 64

@@ -1,29 +1,32 @@
-"""One step of the patch decoder's output: the active heads' logits, a code from each, and the next
-step's input.
+"""One step of the patch decoder's output: logits of the active heads, their codes, the next input.
 
-    logits[a] = hidden heads[a]^T             a: the channels that produce a code at this step, 4 at most as published
-    code[a]   = draw of sample.py's law, the empty id banned; noise of (seed, draw, 1 + frame, row of the table)
+    logits[a] = hidden heads[a]^T
+    code[a]   = draw from sample.py's distribution with the empty id banned; its noise is a function
+                of (seed, draw, 1 + frame, row of the table)
     codes[channel a, frame a] = code[a]
     x         = sum_a embeddings[code[a]]
 
-Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], all channels one below the
-other; codes int64 [R, C, G], written in place; x [R, D']. Logits are summed in float32 and rounded
-to hidden's dtype, as any product of the model; from there on float32; x is summed in float32 and
-rounded once.
+a runs over the channels that produce a code at this step: at most 4 in the published model.
+
+Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], the channels stacked; codes
+int64 [R, C, G], written in place; x [R, D']. Logits are summed in float32 and rounded to hidden's
+dtype, like any product of the model; the rest is float32; x is summed in float32 and rounded once.
 
 Three kernels, the first once a patch, the others once a step:
-    patch_noise_kernel  every Gumbel number of a patch, [R, G, sum V_c] (45 KB a row): each is used exactly once. Apart
-                        from the step because it is float64, of which a consumer card does two a
-                        clock on each of its
-                        processors: spread over all of them here, it would be on one of them there.
-    head_logits_kernel  16 table rows a program and 16 hidden rows at a time, on tensor cores: at few rows bound by the
-                        table, at most 2308 rows or 4.7 MB. Tiles do not depend on R, nor does a
-                        row's result.
-    code_step_kernel    a row a program, all its active channels side by side in registers, [4, 2048] with 16 warps or
-                        [4, 256] with 4: draws, stores and sums the embeddings with no word from the
-                        host.
-Active channels follow each other where delays increase; else head_logits_kernel also computes those
-in between.
+
+    patch_noise_kernel  All Gumbel noise of a patch, [R, G, sum V_c] (45 KB a row), each value used
+                        once. It is float64, of which a consumer card computes two a clock on each
+                        multiprocessor: here the work is spread over all of them, in the step's
+                        kernel it would run on one.
+    head_logits_kernel  16 table rows a program, 16 hidden rows at a time, on tensor cores. With few
+                        rows it is bound by reading the table, at most 2308 rows or 4.7 MB. Tiles do
+                        not depend on R, so neither does a row's result.
+    code_step_kernel    One row a program, its active channels side by side in registers, [4, 2048]
+                        with 16 warps or [4, 256] with 4. Draws the codes, stores them and sums
+                        their embeddings, without the host.
+
+Active channels are adjacent where delays increase; otherwise head_logits_kernel also computes the
+channels in between.
 """
 
 from __future__ import annotations
@@ -360,8 +363,8 @@ def sample_codes(
         or len(hidden) != len(codes)
     ):
         raise ValueError(
-            f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings {list(embeddings.shape)} and codes "
-            f"{list(codes.shape)} do not go together"
+            f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings "
+            f"{list(embeddings.shape)} and codes {list(codes.shape)} do not go together"
         )
     assert noise is not None or settings.all_greedy, "rows that sample need noise"
     logits = head_logits(hidden, heads[step.first : step.last])

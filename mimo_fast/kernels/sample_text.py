@@ -1,23 +1,26 @@
-"""The text sampler at vocabularies like 151,680: the law of sample.py for N rows, without a sort.
+"""The text sampler for vocabularies like 151,680: sample.py's distribution without a sort.
 
 Shapes: logits [N, V] of any float type, banned bool [N, V] or [V], seeds and draws int64 [N] -> ids
-int64 [N]. Scores, exponentials and sums are float32, noise is float64 rounded to float32; settings,
-seeds and draws are read on the device, so a captured graph draws anew at each replay.
+int64 [N]. Scores, exponentials and sums are float32, noise is float64 rounded to float32. Settings,
+seeds and draws are read on the device, so each replay of a captured graph draws anew.
 
-    text_digit_kernel  4 launches, a chunk of a row a program: counts of the next 8 ordered bits of the scores that
-                       share the bits found so far, for the k-th largest. Integer atomics: any order
-                       gives one result. Left out where the host knows that no row uses top-k; rows
-                       that do not exit at once.
-    text_draw_kernel   a chunk of a row a program: perturbed scores of what top-k keeps, their noise within NEAR of what
-                       it is, the chunk's best id, winner, second, maximum and sum of exponentials.
-    text_check_kernel  a chunk of a row a program: how much of the chunk is up to the row's winner in top-p's order.
-                       Left out where all rows are greedy; rows where top-p is off or 1 exit at once:
-                       then nothing that could win is dropped.
-    text_settle_kernel a row a program: joins the chunks and tests the winner against top-p. Where it
-                       fails, one draw in twenty at 0.95, it draws again until one passes. Where the second is so near the winner that
-                       the noise cannot tell them apart, that of all so near is computed exactly:
-                       of a draw in some hundred. So the token is the reference's, and float64 is
-                       left to the few.
+    text_digit_kernel   A chunk of a row a program, 4 launches, for the k-th largest score: counts
+                        the values of the next 8 ordered bits among the scores that share the bits
+                        found so far. Integer atomics, so the order does not matter. Not launched
+                        where the host knows that no row uses top-k; rows without top-k exit at
+                        once.
+    text_draw_kernel    A chunk of a row a program: perturbs the scores that top-k keeps, with noise
+                        that is accurate to NEAR, and stores the chunk's best id, its perturbed
+                        score, the second, the largest score and the sum of exponentials.
+    text_check_kernel   A chunk of a row a program: how much probability of the chunk comes before
+                        the row's winner in top-p's order. Not launched where all rows are greedy;
+                        rows with top-p off or 1 exit at once, since nothing is dropped there.
+    text_settle_kernel  A row a program: combines the chunks and tests the winner against top-p.
+                        Where it fails (one draw in twenty at 0.95), it draws again until one
+                        passes. Where the second is too near the winner for the approximate noise to
+                        decide (one draw in some hundred), it computes the noise of all candidates
+                        that near exactly. So the token is the reference's, and few values need
+                        float64.
 
 Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
 perturbed scores. All fit into L2 (0.9 MB a row).
@@ -201,7 +204,7 @@ def text_draw_kernel(
 
 @jit
 def joined_winner(values_ptr, ids_ptr, BLOCK_C: tl.constexpr, chunks):
-    """Of all chunks of a row: the largest perturbed score, its chunk, its id and the largest score."""
+    """Of all chunks of a row: the largest perturbed score, its chunk and id; the largest score."""
     o_chunk = tl.arange(0, BLOCK_C)
     values, m_chunk = values_ptr + o_chunk * 5, o_chunk < chunks
     b_winner = tl.load(values + 1, mask=m_chunk, other=-float("inf"))

@@ -47,7 +47,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     width, odd = divmod(gate_up.shape[-1], 2)
     if odd:
         raise ValueError(
-            f"the last dimension of {list(gate_up.shape)} is odd; it must hold a gate and as many values"
+            f"the last dimension of {list(gate_up.shape)} must be even: gates, then as many values"
         )
     rows = gate_up.flatten(0, -2) if gate_up.ndim > 1 else gate_up[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -146,7 +146,8 @@ def input_embed(
         )
     if out is not None and (out.shape != patches.shape or out.dtype != patches.dtype):
         raise ValueError(
-            f"out {list(out.shape)} {out.dtype} must be as patches {list(patches.shape)} {patches.dtype}"
+            f"out {list(out.shape)} {out.dtype} must be as patches {list(patches.shape)} "
+            f"{patches.dtype}"
         )
     if not use_triton(patches):
         x = input_embed_ref(text, patches, table, empty_id)

@@ -124,7 +124,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> 
         return window_attention_ref(q, k, v, left, right)
     if q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must have one shape [H, T, Dh]"
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must all be [H, T, Dh]"
         )
     heads, t, dh = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

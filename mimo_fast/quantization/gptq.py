@@ -49,7 +49,7 @@ def from_gptq(
     order = in_order if g_idx is None else g_idx.long()
     if order.shape != (columns,) or order.min() < 0 or order.max() >= groups:
         raise CheckpointError(
-            "g_idx does not name a group for each column of its layer: download the checkpoint again"
+            "g_idx does not give each column of its layer a group: download the checkpoint again"
         )
     group = importable_group(size, columns)
     if group is None or not torch.equal(order, in_order):

@@ -1,6 +1,6 @@
 """`Pipeline`: language model, codec, tokenizer and engine, from audio or text to audio and text.
 
-    task (text/tasks.py) -> segments -> ids -> conversation -> reply -> text and audio
+    task (text/tasks.py) -> segments -> ids -> sequence -> reply -> text and audio
 
 The facade (`MimoAudio`), dialogues (`Session`) and servers are written in terms of it.
 """
@@ -16,7 +16,7 @@ from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader, read_reply, stream_reply
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
@@ -61,7 +61,7 @@ class Pipeline:
 
     @property
     def engine(self) -> Engine:
-        """What decodes every conversation; its cache is allocated when it is first needed."""
+        """What decodes every sequence; its cache is allocated when it is first needed."""
         if self._engine is None:
             setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
             self._engine = Engine(
@@ -122,9 +122,9 @@ class Pipeline:
         """A task's prompt [C + 1, T G] on the CPU; arguments are those of `task.prompt`."""
         return self.ids(task.prompt(self.context(seed, continued), *arguments, **named))
 
-    def conversation(self, seed: int | None = None) -> Conversation:
-        """An empty conversation; without a seed its draws are fresh."""
-        return self.engine.conversation(row_seeds(seed, 1)[0])
+    def sequence(self, seed: int | None = None) -> TokenSequence:
+        """An empty sequence; without a seed its draws are fresh."""
+        return self.engine.sequence(row_seeds(seed, 1)[0])
 
     def samplers(self, preset: str) -> Samplers:
         """Those of `Task.sampler`; upstream's defaults where there is no such preset."""
@@ -134,20 +134,20 @@ class Pipeline:
 
     def decode(
         self,
-        conversation: Conversation,
+        sequence: TokenSequence,
         samplers: Samplers,
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
     ) -> Reply:
-        """Prefills what is new in a conversation and returns its reply, decoded as it is read.
+        """Prefills what is new in a sequence and returns its reply, decoded as it is read.
 
         Raises:
-            PromptError: the conversation leaves no room. BusyError: too many replies wait.
+            PromptError: the sequence leaves no room. BusyError: too many replies wait.
         """
         longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         limits = Limits(longest, min_new_tokens, stop_ids)
-        return self.engine.decode(conversation, limits, samplers)
+        return self.engine.decode(sequence, limits, samplers)
 
     def read(self, reply: Reply, ids: Tensor) -> tuple[str, Tensor | None]:
         """All of the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
@@ -159,10 +159,10 @@ class Pipeline:
         ids: Tensor,
         began: float,
         speaks: bool = True,
-        note: Callable[[Group], None] | None = None,
+        on_group: Callable[[Group], None] | None = None,
     ) -> ChunkStream:
         """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
-        return stream_reply(reply, self._reader(ids), self.codec, began, speaks, note)
+        return stream_reply(reply, self._reader(ids), self.codec, began, speaks, on_group)
 
     def _reader(self, ids: Tensor) -> ReplyReader:
         """A reply speaks from its start where the prompt ends in `<|sostm|>`, or mid-recording."""

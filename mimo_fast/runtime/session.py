@@ -60,10 +60,10 @@ class Session:
     ) -> None:
         self._pipeline, self._system_prompt = pipeline, system_prompt
         self._samplers = samplers or pipeline.samplers(TASK.sampler)
-        self._conversation = pipeline.conversation(seed)
+        self._sequence = pipeline.sequence(seed)
         speech = None if voice is None else pipeline.speech(voice)
-        self._conversation.add(pipeline.ids(voice_system(speech)))
-        self._prefix = self._conversation.shared = self._conversation.groups
+        self._sequence.add(pipeline.ids(voice_system(speech)))
+        self._prefix_groups = self._sequence.prefix_groups = self._sequence.groups
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
         self._running: ChunkStream | None = None
@@ -71,7 +71,7 @@ class Session:
     @property
     def ids(self) -> Tensor:
         """What the model sees of all that was said: [C + 1, T G]."""
-        return self._conversation.ids
+        return self._sequence.ids
 
     @property
     def turns(self) -> int:
@@ -81,7 +81,7 @@ class Session:
     @property
     def prefilled(self) -> int:
         """Groups that the last turn had to prefill."""
-        return self._conversation.prefilled
+        return self._sequence.prefilled
 
     def stream(
         self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
@@ -97,33 +97,33 @@ class Session:
         """
         self._stop()
         began = perf_counter()
-        pipeline, conversation = self._pipeline, self._conversation
-        before = conversation.ids, conversation.cached, self._turns, self._spoken
+        pipeline, sequence = self._pipeline, self._sequence
+        before = sequence.ids, sequence.cached, self._turns, self._spoken
         try:
             self._say(pipeline.speech(audio))
             stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
             reply = pipeline.decode(
-                conversation, self._samplers, stop_ids, max_new_tokens, min_new_tokens
+                sequence, self._samplers, stop_ids, max_new_tokens, min_new_tokens
             )
         except BaseException:
             ids, cached, self._turns, self._spoken = before
-            conversation.go_back(ids, cached)
+            sequence.go_back(ids, cached)
             raise
-        self._running = pipeline.stream(reply, conversation.ids, began, note=self._note)
+        self._running = pipeline.stream(reply, sequence.ids, began, on_group=self._record_patch)
         return self._running
 
     def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
-        conversation = self._conversation
+        sequence = self._sequence
         turn = self._pipeline.ids([*self._closing(), *self._turn(speech, first=not self._turns)])
-        kept = self._fitting(turn.shape[1] // conversation.group_size)
+        kept = self._fitting(turn.shape[1] // sequence.group_size)
         if kept < len(self._turns):
             self._drop(len(self._turns) - kept)
             if not kept:
                 turn = self._pipeline.ids(self._turn(speech, first=True))
-        begin = conversation.groups
-        conversation.add(turn)
-        self._turns = [*self._turns, Turn(begin, conversation.groups, speech.codes)]
+        begin = sequence.groups
+        sequence.add(turn)
+        self._turns = [*self._turns, Turn(begin, sequence.groups, speech.codes)]
         self._spoken = []
 
     def _turn(self, speech: Speech, first: bool) -> Segments:
@@ -132,26 +132,26 @@ class Session:
 
     def _fitting(self, new: int) -> int:
         """How many of the last turns may stay before a turn of so many groups."""
-        conversation, capacity = self._conversation, self._conversation.capacity
-        if conversation.groups + new <= (1 - REPLY) * capacity:
+        sequence, capacity = self._sequence, self._sequence.capacity
+        if sequence.groups + new <= (1 - REPLY) * capacity:
             return len(self._turns)
-        room = FULL * capacity - self._prefix - new
-        return sum(conversation.groups - turn.begin <= room for turn in self._turns)
+        room = FULL * capacity - self._prefix_groups - new
+        return sum(sequence.groups - turn.begin <= room for turn in self._turns)
 
     def _drop(self, count: int) -> None:
         """Forgets the oldest turns; the system prompt moves to the first that stays."""
-        conversation, kept = self._conversation, self._turns[count:]
-        ids = [self.ids[:, : self._prefix * conversation.group_size]]
+        sequence, kept = self._sequence, self._turns[count:]
+        ids = [self.ids[:, : self._prefix_groups * sequence.group_size]]
         if kept:
             first = self._pipeline.ids(self._turn(Speech(kept[0].speech), first=True))
-            moved = self._prefix + first.shape[1] // conversation.group_size - kept[0].reply
-            ids += [first, self.ids[:, kept[0].reply * conversation.group_size :]]
+            moved = self._prefix_groups + first.shape[1] // sequence.group_size - kept[0].reply
+            ids += [first, self.ids[:, kept[0].reply * sequence.group_size :]]
             kept = [
                 replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept
             ]
-            kept[0] = replace(kept[0], begin=self._prefix)
-        conversation.truncate(self._prefix)
-        conversation.ids = torch.cat(ids, dim=1)
+            kept[0] = replace(kept[0], begin=self._prefix_groups)
+        sequence.truncate(self._prefix_groups)
+        sequence.ids = torch.cat(ids, dim=1)
         self._turns = kept
 
     def astream(self, audio: Any, **options: Any) -> AsyncIterator[Chunk]:
@@ -169,18 +169,16 @@ class Session:
         """
         self._stop()
         codec = self._pipeline.codec.config
-        patch_ms = (
-            1000 * self._conversation.group_size * codec.samples_per_frame / codec.sample_rate
-        )
+        patch_ms = 1000 * self._sequence.group_size * codec.samples_per_frame / codec.sample_rate
         heard = math.ceil(min(max(played_ms / patch_ms, 0), len(self._spoken)))
         if heard < len(self._spoken):
-            self._conversation.truncate(self._spoken[heard])
+            self._sequence.truncate(self._spoken[heard])
             del self._spoken[heard:]
 
     def reset(self) -> None:
         """Starts over; the voice stays, and stays cached."""
         self._stop()
-        self._conversation.truncate(self._prefix)
+        self._sequence.truncate(self._prefix_groups)
         self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
@@ -192,11 +190,11 @@ class Session:
         self._stop()
         about = {
             "system_prompt": self._system_prompt,
-            "opening": self._prefix,
+            "opening": self._prefix_groups,
             "spoken": self._spoken,
         }
         turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
-        write_session(path, self._pipeline.engine, self._conversation, about, turns)
+        write_session(path, self._pipeline.engine, self._sequence, about, turns)
 
     @classmethod
     def restore(
@@ -208,16 +206,16 @@ class Session:
             CheckpointError: the file is no session, is damaged, or belongs to another model.
         """
         session = cls(pipeline, samplers=samplers)
-        about, turns = read_session(path, pipeline.engine, session._conversation)
+        about, turns = read_session(path, pipeline.engine, session._sequence)
         session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
-        session._prefix = session._conversation.shared = about["opening"]
+        session._prefix_groups = session._sequence.prefix_groups = about["opening"]
         session._turns = [Turn(*turn) for turn in turns]
         return session
 
-    def _note(self, group: Group) -> None:
-        """Remembers at which group of the conversation each patch of the reply lies."""
+    def _record_patch(self, group: Group) -> None:
+        """Remembers at which group of the sequence each patch of the reply lies."""
         if group.text == self._pipeline.tokenizer.special.empty:
-            self._spoken.append(self._conversation.groups - 1)
+            self._spoken.append(self._sequence.groups - 1)
 
     def _closing(self) -> Sequence[Segment]:
         """What makes a finished turn of the last reply, which a stop token, a limit or an
@@ -225,7 +223,7 @@ class Session:
         if not self._turns:
             return []
         special = self._pipeline.tokenizer.special
-        last = int(self.ids[0, -self._conversation.group_size])
+        last = int(self.ids[0, -self._sequence.group_size])
         if last == special.im_end:
             return ["\n"]
         return ["<|im_end|>\n"] if last == special.eostm else ["<|eostm|>", "<|im_end|>\n"]

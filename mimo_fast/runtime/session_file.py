@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimo_fast.errors import CheckpointError
 from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
 FORMAT = "mimo-fast session 1"
@@ -29,21 +29,21 @@ Turns = Sequence[tuple[int, int, Tensor]]
 def write_session(
     path: str | Path,
     engine: Engine,
-    conversation: Conversation,
+    sequence: TokenSequence,
     about: dict[str, Any],
     turns: Turns,
 ) -> None:
     """Writes the file whole or not at all."""
     path = Path(path)
-    kept = engine.export(conversation)
+    kept = engine.export(sequence)
     header = about | {
         "model": engine.lm.fingerprint,
-        "seed": conversation.seed,
-        "draws": conversation.draws,
+        "seed": sequence.seed,
+        "draws": sequence.draws,
         "cached": kept.length if kept else 0,
         "turns": [(begin, reply) for begin, reply, _ in turns],
     }
-    tensors = {"ids": conversation.ids.contiguous()}
+    tensors = {"ids": sequence.ids.contiguous()}
     tensors |= {f"speech.{i}": codes.contiguous() for i, (_, _, codes) in enumerate(turns)}
     if kept:
         tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)} | {
@@ -58,9 +58,9 @@ def write_session(
 
 
 def read_session(
-    path: str | Path, engine: Engine, conversation: Conversation
+    path: str | Path, engine: Engine, sequence: TokenSequence
 ) -> tuple[dict[str, Any], Turns]:
-    """Fills an empty conversation from the file and returns what `write_session` was told besides.
+    """Fills an empty sequence from the file and returns what `write_session` was told besides.
 
     Raises:
         CheckpointError: the file is no session, is damaged, or belongs to another model.
@@ -79,17 +79,17 @@ def read_session(
                 f"{path} belongs to another model: load the one it was saved with"
             )
         ids = tensors["ids"]
-        engine.check_room(ids.shape[1] // conversation.group_size)
+        engine.check_room(ids.shape[1] // sequence.group_size)
         turns = [
             (begin, reply, tensors[f"speech.{i}"])
             for i, (begin, reply) in enumerate(header["turns"])
         ]
-        conversation.seed, conversation.draws = header["seed"], header["draws"]
-        conversation.ids = ids
+        sequence.seed, sequence.draws = header["seed"], header["draws"]
+        sequence.ids = ids
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the session in {path} cannot be read: {error}") from error
     parts = tuple(tensors[f"cache.{i}"] for i in range(len(tensors)) if f"cache.{i}" in tensors)
     kept = Snapshot(header["cached"], parts, tensors.get("hidden", torch.empty(0)))
     if kept.fits(engine.state):
-        conversation.snapshot, conversation.cached = kept, kept.length
+        sequence.snapshot, sequence.cached = kept, kept.length
     return header, turns

@@ -18,7 +18,7 @@ from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.floor import GroupWork, patch_work, request_floor, word_work
 from mimo_fast.bench.groups import SETTLING, time_groups
 from mimo_fast.bench.meters import EnergyMeter
-from mimo_fast.bench.pipeline import PROMPTS, Request, measure, prompt_ids
+from mimo_fast.bench.pipeline import PROMPTS, TimedRequest, measure, prompt_ids
 from mimo_fast.bench.schedule import FREE, spoken_reply, written_reply
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, random_lm, weightless_lm
 from mimo_fast.bench.target import Target, shortfall, user_speech
@@ -38,15 +38,15 @@ def target() -> Target:
     return Target.random("tiny", None, torch.float32, CPU)
 
 
-def spoken(words: int = 3, patches: int = 12, **options: object) -> Request:
-    return Request("tts", user_speech(1.0), words, patches, **options)  # type: ignore[arg-type]
+def spoken(words: int = 3, patches: int = 12, **options: object) -> TimedRequest:
+    return TimedRequest("tts", user_speech(1.0), words, patches, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", PROMPTS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_task_has_the_groups_it_was_told_and_audio_for_each_patch(target, task, batch):
     speaks = task in ("tts", "spoken_dialogue")
-    request = Request(task, user_speech(1.0), 3, 12 if speaks else 0)
+    request = TimedRequest(task, user_speech(1.0), 3, 12 if speaks else 0)
     metrics = measure(target.sized(batch, 160), request, batch)
     assert (metrics.requests, metrics.text_groups) == (batch, 3 * batch)
     assert metrics.audio_groups == (12 * batch if speaks else 0)
@@ -97,8 +97,8 @@ def test_without_a_codec_what_needs_one_is_named(target):
     assert metrics.audio_ttfp is metrics.audio_underrun is None
     assert metrics.unmeasured["audio_ttfp"] == "measured without a codec"
     assert metrics.audio_seconds == pytest.approx(4 * 0.16)
-    ids = prompt_ids(silent, Request("asr", user_speech(1.0), 1, 1))
-    assert ids.shape == prompt_ids(target, Request("asr", user_speech(1.0), 1, 1)).shape
+    ids = prompt_ids(silent, TimedRequest("asr", user_speech(1.0), 1, 1))
+    assert ids.shape == prompt_ids(target, TimedRequest("asr", user_speech(1.0), 1, 1)).shape
 
 
 def test_a_context_is_filled_with_words_in_front(target):

@@ -145,9 +145,9 @@ def test_published_dimensions_in_bfloat16(
 def _replies(engine: Engine, ids: Tensor, rows: int, samplers: Samplers) -> list[Drawn]:
     replies = []
     for row in range(rows):
-        conversation = engine.conversation(row)
-        conversation.add(ids)
-        replies.append(engine.start(conversation, Limits(5), samplers))
+        sequence = engine.sequence(row)
+        sequence.add(ids)
+        replies.append(engine.start(sequence, Limits(5), samplers))
     return [drawn(list(reply)) for reply in replies]
 
 

@@ -69,7 +69,7 @@ def noise_of(seed: int, draws: Tensor, slot: int, size: int) -> Tensor:
     return gumbel(torch.full_like(draws, seed), draws, torch.full_like(draws, slot), size)
 
 
-def test_gumbel_has_the_moments_and_tail_of_its_law():
+def test_gumbel_has_the_moments_and_tail_of_its_distribution():
     n = 1_000_000
     noise = noise_of(1, torch.arange(n // 1000), 0, 1000).double().flatten()
     assert noise.isfinite().all()

@@ -58,7 +58,7 @@ def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> No
             after.append(resident_memory())
     warm, end = after
     assert end <= 1.02 * warm, f"resident memory grew from {warm / 1e6:.0f} to {end / 1e6:.0f} MB"
-    assert not served.engine._jobs
+    assert not served.engine._requests
 
 
 def test_requests_leave_no_objects_behind(model: MimoAudio, served) -> None:

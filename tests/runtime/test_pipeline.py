@@ -25,10 +25,10 @@ def test_a_request_is_what_the_facade_makes_of_it(
     task, began = TASKS["spoken_dialogue_sft"], perf_counter()
     ids = pipeline.prompt(task, audio[1], system_prompt="Be brief.")
     assert torch.equal(ids, model.get_spoken_dialogue_sft_prompt(audio[1], "Be brief.").cpu())
-    conversation = pipeline.conversation(seed=3)
-    conversation.add(ids)
+    sequence = pipeline.sequence(seed=3)
+    sequence.add(ids)
     stops = task.stop_ids(pipeline.tokenizer.special)
-    reply = pipeline.decode(conversation, pipeline.samplers(task.sampler), stops, 20, 20)
+    reply = pipeline.decode(sequence, pipeline.samplers(task.sampler), stops, 20, 20)
     chunks = list(pipeline.stream(reply, ids, began))
     options = {"seed": 3, "max_new_tokens": 20, "min_new_tokens": 20}
     want = list(copy(model).stream("spoken_dialogue", audio[1], "Be brief.", **options))

@@ -21,7 +21,7 @@ def receptive_patches(config: CodecConfig) -> int:
 
 
 def default_lookahead(config: CodecConfig, given: bool = False) -> int:
-    """Patches that a stream waits for: LOOKAHEAD or, with known moments, what its vocoder sees."""
+    """Patches that a stream waits for: LOOKAHEAD or, with known statistics, what its vocoder sees."""
     known = given or config.moments is not None
     return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
 

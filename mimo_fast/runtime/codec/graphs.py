@@ -32,7 +32,7 @@ from mimo_fast.runtime.codec.geometry import (
 )
 from mimo_fast.runtime.codec.incremental import decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.state import WHOLE, Moments, new_state
+from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, NormStatistics, new_state
 from mimo_fast.runtime.lm.graphs import Capture, CudaCapture
 
 
@@ -50,7 +50,7 @@ class CapturedChunk:
 
 
 class ChunkGraphs:
-    """The state of one stream and its captured chunks, with the codec's own look-ahead and moments.
+    """The state of one stream and its captured chunks, with the codec's own look-ahead and statistics.
 
     Args:
         lock: of the codec. Graphs share a pool of memory, so a result lies there only until another
@@ -68,7 +68,7 @@ class ChunkGraphs:
         # From so many committed frames on, nothing of the waveform's start is trimmed.
         self._begun = -(-self.state.trim // config.hop)
         steady = self._begun + self._lookahead
-        self._opening = self._captured(codec, (patches + 1) * PATCH_FRAMES, frames=0, committed=0)
+        self._first = self._captured(codec, (patches + 1) * PATCH_FRAMES, frames=0, committed=0)
         self._next = self._captured(codec, PATCH_FRAMES, steady, self._begun)
         self._last = self._captured(codec, 0, steady, self._begun, ended=True)
         self.state.reset()
@@ -90,13 +90,13 @@ class ChunkGraphs:
         """The graph for so many code frames now."""
         state = self.state
         if state.frames == state.committed == 0:
-            chunk = self._opening
+            chunk = self._first
         elif state.committed >= self._begun and state.frames - state.committed == self._lookahead:
             chunk = self._last if ended else self._next
         else:
             return None
         # After a push that held most of an utterance the norms over time make no forecast.
-        forecast = ended or state.largest < WHOLE
+        forecast = ended or state.largest < WHOLE_UTTERANCE
         return chunk if forecast and ended == chunk.ended and new == len(chunk.codes) else None
 
     def _captured(
@@ -111,7 +111,7 @@ class ChunkGraphs:
 
         def run() -> Tensor:
             state.frames, state.committed = frames, committed
-            return decode_chunk(codec, state, codes, lookahead, codec.stated_moments, ended)
+            return decode_chunk(codec, state, codes, lookahead, codec.stated_statistics, ended)
 
         return CapturedChunk(codes, ended, *self._capture(run))
 
@@ -132,19 +132,23 @@ class StreamGraphs:
         self._idle: list[ChunkGraphs] = []
         self._kept = 1
 
-    def serves(self, codec: CodecNetwork, lookahead: int, moments: Moments | None) -> bool:
-        """Whether a stream is as the graphs were captured: look-ahead and moments are the codec's,
+    def serves(
+        self, codec: CodecNetwork, lookahead: int, statistics: NormStatistics | None
+    ) -> bool:
+        """Whether a stream is as the graphs were captured: look-ahead and statistics are the codec's,
         and so are its layers, which a copy may have changed, on the device."""
         own = codec is self._codec() and lookahead == default_lookahead(codec.config)
         resident = isinstance(codec.decoder.layers, tuple) and isinstance(
             codec.vocoder.layers, tuple
         )
-        return own and resident and moments is codec.stated_moments and streamable(codec.config)
+        return (
+            own and resident and statistics is codec.stated_statistics and streamable(codec.config)
+        )
 
     def warmup(self, streams: int, progress: bool = True) -> None:
         """Captures until so many states wait for a stream, and keeps as many from then on."""
         codec = self._owner()
-        if not self.serves(codec, default_lookahead(codec.config), codec.stated_moments):
+        if not self.serves(codec, default_lookahead(codec.config), codec.stated_statistics):
             return
         self._kept = max(self._kept, streams)
         # On a terminal only.

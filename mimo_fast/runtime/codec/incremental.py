@@ -31,11 +31,11 @@ from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import (
     BLOCK,
-    WHOLE,
-    YOUNG,
+    RESTART_LIMIT,
+    WHOLE_UTTERANCE,
     CodecState,
-    Moments,
-    NormMoments,
+    MeanVariance,
+    NormStatistics,
     StackState,
     decoder_context,
 )
@@ -49,7 +49,7 @@ def decode_chunk(
     state: CodecState,
     hidden: Tensor,
     lookahead: int,
-    moments: Moments | None,
+    statistics: NormStatistics | None,
     ended: bool,
 ) -> Tensor:
     """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
@@ -59,10 +59,10 @@ def decode_chunk(
 
     Args:
         lookahead: vocoder frames that must have come after one before it is decided.
-        moments: of the norms over time, in place of those of what has come.
+        statistics: of the norms over time, in place of those of what has come.
         ended: nothing follows, so everything is decided.
     """
-    mel, norm = _decode(codec, state, hidden, moments, ended or state.largest >= WHOLE)
+    mel, norm = _decode(codec, state, hidden, statistics, ended or state.largest >= WHOLE_UTTERANCE)
     pending = len(state.entered) * codec.config.decoder_stride
     new = len(mel) - pending
     parts = []
@@ -78,12 +78,12 @@ def decode_chunk(
     return torch.cat(parts)
 
 
-def with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
+def codes_to_decode(state: CodecState, hidden: Tensor) -> Tensor:
     """Codes to decode now: the next ones, or all from the first on where that is worth it."""
     new, past = len(hidden), sum(map(len, state.past))
     if state.frames and not past:
         return hidden
-    if past + new > YOUNG:
+    if past + new > RESTART_LIMIT:
         state.past.clear()
         return hidden
     state.past.append(hidden)
@@ -94,11 +94,15 @@ def with_the_past(state: CodecState, hidden: Tensor) -> Tensor:
 
 
 def _decode(
-    codec: CodecNetwork, state: CodecState, hidden: Tensor, moments: Moments | None, ended: bool
-) -> tuple[Tensor, NormMoments]:
-    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its moments."""
+    codec: CodecNetwork,
+    state: CodecState,
+    hidden: Tensor,
+    statistics: NormStatistics | None,
+    ended: bool,
+) -> tuple[Tensor, MeanVariance]:
+    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its statistics."""
     first = state.position - len(state.entered)
-    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), moments, ended)
+    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, ended)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
     # What precedes position 0 must not reach it through the convolution.
     x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
@@ -109,13 +113,21 @@ def _decode(
     )
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
-    norm = state.to_mel.moments(out, first * stride, ended) if moments is None else moments.to_mel
+    norm = (
+        state.to_mel.estimate(out, first * stride, ended)
+        if statistics is None
+        else statistics.to_mel
+    )
     state.to_mel.add(out[: new * stride], first * stride)
     return out[: len(x) * stride], norm
 
 
 def _run_decoder(
-    codec: CodecNetwork, state: CodecState, x: Tensor, moments: Moments | None, ended: bool
+    codec: CodecNetwork,
+    state: CodecState,
+    x: Tensor,
+    statistics: NormStatistics | None,
+    ended: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pending and new decoder inputs [P / stride + T pool, D], and what the layers add to them."""
     if codec.unpool is not None and len(x):
@@ -125,9 +137,9 @@ def _run_decoder(
     state.entered.copy_(raw[new:])
     entered = raw
     if codec.unpool is not None:
-        known = moments and moments.unpool
+        known = statistics and statistics.unpool
         entered = codec.unpool.normalise(
-            raw, *(known or state.unpool.moments(raw[:0], state.position, ended))
+            raw, *(known or state.unpool.estimate(raw[:0], state.position, ended))
         )
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):

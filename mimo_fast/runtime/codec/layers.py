@@ -206,14 +206,14 @@ class TransposedConv:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D_in] -> [T stride, D_out]."""
         out = self.convolve(x)
-        return self.normalise(out[: len(out) - self.overlap], *self.moments(out))
+        return self.normalise(out[: len(out) - self.overlap], *self.statistics(out))
 
     def convolve(self, x: Tensor) -> Tensor:
         """[T, D_in] -> [T stride + overlap, D_out], before the norm."""
         with ieee_convolutions():
             return F.conv_transpose1d(x.T[None], self.weight, self.bias, self.stride)[0].T
 
-    def moments(self, out: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the convolution's whole output, float32 scalars."""
         variance, mean = torch.var_mean(out.float(), correction=0)
         return mean, variance

@@ -26,7 +26,7 @@ from mimo_fast.runtime.codec.layers import (
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.state import Moments
+from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -101,10 +101,10 @@ class CodecNetwork:
         self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
         self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
-        self.stated_moments: Moments | None = None
+        self.stated_statistics: NormStatistics | None = None
         if config.moments is not None:
             unpool, to_mel = torch.tensor(config.moments, device=self.device)
-            self.stated_moments = Moments((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+            self.stated_statistics = NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
     @property
     def sample_rate(self) -> int:
@@ -184,14 +184,14 @@ class CodecNetwork:
         return self.decoder_norm(self.decoder(x if self.unpool is None else self.unpool(x)))
 
     @torch.no_grad()
-    def moments(self, codes: Tensor) -> Moments:
+    def moments(self, codes: Tensor) -> NormStatistics:
         """What the norms over time see when codes [n, T] are decoded at once, for `stream`."""
         self.check_codes(codes)
         hidden = self.dequantize(codes)
         conv = self.unpool
-        unpool = None if conv is None else conv.moments(conv.convolve(hidden.to(self.dtype)))
-        return Moments(
-            unpool, self.to_mel.moments(self.to_mel.convolve(self._decoder_hidden(hidden)))
+        unpool = None if conv is None else conv.statistics(conv.convolve(hidden.to(self.dtype)))
+        return NormStatistics(
+            unpool, self.to_mel.statistics(self.to_mel.convolve(self._decoder_hidden(hidden)))
         )
 
     @property

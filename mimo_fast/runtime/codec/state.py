@@ -26,25 +26,25 @@ BLOCK = 64
 FORECAST = 200
 """Code frames that an utterance is expected to last at least: 8 s."""
 
-WHOLE = 150
+WHOLE_UTTERANCE = 150
 """Code frames of a push that is taken to hold most of an utterance: no forecast after it."""
 
-YOUNG = CONTEXT // 2
+RESTART_LIMIT = CONTEXT // 2
 """Code frames up to which a stream may begin anew: a decoder position still sees all of them."""
 
-NormMoments = tuple[Tensor, Tensor]
+MeanVariance = tuple[Tensor, Tensor]
 """Mean and variance, scalars."""
 
 
-class Moments(NamedTuple):
+class NormStatistics(NamedTuple):
     """Mean and variance of each norm over time; `unpool` is None where the codec does not pool."""
 
-    unpool: NormMoments | None
-    to_mel: NormMoments
+    unpool: MeanVariance | None
+    to_mel: MeanVariance
 
 
 @dataclass
-class RunningMoments:
+class RunningStatistics:
     """Estimates mean and variance that a norm over time will have seen by the end.
 
     One-shot decoding norms by the statistics of a whole utterance, which a stream must guess while
@@ -63,7 +63,7 @@ class RunningMoments:
     expected: int
 
     @classmethod
-    def allocate(cls, frame_rows: int, device: torch.device) -> RunningMoments:
+    def allocate(cls, frame_rows: int, device: torch.device) -> RunningStatistics:
         """frame_rows: rows of a code frame."""
         return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
 
@@ -71,7 +71,7 @@ class RunningMoments:
         """Adds final rows [R, D], the first at position `first`; those before 0 are left out."""
         self.sums += _sums(rows, first)
 
-    def moments(self, rows: Tensor, first: Tensor, ended: bool) -> NormMoments:
+    def estimate(self, rows: Tensor, first: Tensor, ended: bool) -> MeanVariance:
         """Mean and variance over what was added and these rows, from position `first` on."""
         plain, later = self.sums + _sums(rows, first)
         missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
@@ -135,9 +135,9 @@ class CodecState:
     entered: Tensor
     added: Tensor
     history: Tensor
-    unpool: RunningMoments
+    unpool: RunningStatistics
     decoder: StackState
-    to_mel: RunningMoments
+    to_mel: RunningStatistics
     frame: Tensor
     vocoder: StackState
     tail: Tensor
@@ -164,7 +164,7 @@ class CodecState:
             entered=torch.zeros(positions, config.dim, dtype=dtype, device=device),
             added=torch.zeros(positions, config.dim, device=device),
             history=torch.zeros(history, config.dim, dtype=dtype, device=device),
-            unpool=RunningMoments.allocate(config.pool, device),
+            unpool=RunningStatistics.allocate(config.pool, device),
             decoder=StackState.allocate(
                 config.decoder_layers,
                 config.decoder_heads,
@@ -173,7 +173,7 @@ class CodecState:
                 dtype,
                 device,
             ),
-            to_mel=RunningMoments.allocate(config.pool * config.decoder_stride, device),
+            to_mel=RunningStatistics.allocate(config.pool * config.decoder_stride, device),
             frame=torch.zeros((), dtype=torch.int64, device=device),
             vocoder=StackState.allocate(
                 config.vocoder_layers,
@@ -235,6 +235,6 @@ def _tensors(state: object) -> list[Tensor]:
         value = getattr(state, each.name)
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, RunningMoments | StackState):
+        elif isinstance(value, RunningStatistics | StackState):
             found += _tensors(value)
     return found

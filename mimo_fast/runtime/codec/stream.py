@@ -9,9 +9,9 @@ from torch import Tensor
 from mimo_fast.kernels.cpu.library import one_thread
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
-from mimo_fast.runtime.codec.incremental import decode_chunk, with_the_past
+from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.state import CodecState, Moments, new_state
+from mimo_fast.runtime.codec.state import CodecState, NormStatistics, new_state
 
 
 class CodecStream:
@@ -25,7 +25,7 @@ class CodecStream:
         lookahead: patches that must follow a sample before it is returned, 0 to 10. Fewer bring the
             first audio earlier and less close to one-shot decoding: the vocoder then does without
             what has not come yet.
-        moments: of the norms over time, as `Codec.moments` measured them on other codes of the same
+        statistics: of the norms over time, as `Codec.moments` measured them on other codes of the same
             speaker; by default those of what has been pushed.
         graphs: states with captured graphs to borrow from.
 
@@ -37,7 +37,7 @@ class CodecStream:
         self,
         codec: CodecNetwork,
         lookahead: int = LOOKAHEAD,
-        moments: Moments | None = None,
+        statistics: NormStatistics | None = None,
         graphs: StreamGraphs | None = None,
     ) -> None:
         config = codec.config
@@ -47,12 +47,12 @@ class CodecStream:
             )
         if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
-        self._codec, self._moments, self._hold = codec, moments, lookahead * PATCH_FRAMES
+        self._codec, self._statistics, self._hold = codec, statistics, lookahead * PATCH_FRAMES
         self._lookahead = lookahead * patch_rows(config)
         self._graphs: ChunkGraphs | None = None
         self._state: CodecState | None
         with self._threads():
-            if graphs is not None and graphs.serves(codec, lookahead, moments):
+            if graphs is not None and graphs.serves(codec, lookahead, statistics):
                 self._graphs = graphs.take()
                 self._state = self._graphs.state
                 self._give_back = weakref.finalize(self, graphs.give_back, self._graphs)
@@ -120,11 +120,11 @@ class CodecStream:
             return torch.zeros(0, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
-        if self._moments is None:
-            hidden = with_the_past(state, hidden)
+        if self._statistics is None:
+            hidden = codes_to_decode(state, hidden)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
         return (
-            decode_chunk(codec, state, hidden, self._lookahead, self._moments, ended)
+            decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
             if wav is None
             else wav
         )

@@ -11,7 +11,7 @@ Where the device works on its own it gets the next group of every row before the
 waited for (`launch_next`): so the codec's chunk and the next group follow each other without a gap,
 and one group at most is computed that nobody takes.
 
-A row runs at most `ahead` groups in front of its consumer, then pauses. A conversation without a
+A row runs at most `ahead` groups in front of its consumer, then pauses. A sequence without a
 running reply keeps its slot until another needs it; then its keys and values move to host memory,
 as do those of a paused row.
 """
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.errors import BusyError
-from mimo_fast.runtime.engine.request import Job, StopHook
-from mimo_fast.runtime.engine.sequence import Conversation, check_room
+from mimo_fast.runtime.engine.request import Request, StopHook
+from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
@@ -35,20 +35,20 @@ from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
 AHEAD = 4
 QUEUE = 64
 PREFIX_BYTES = 2**28
-REHEARSED = (3, 40, 100)
+WARMUP_GROUPS = (3, 40, 100)
 """Groups of a prompt: each takes other kernels of the products (kernels/qmatmul_launch.py)."""
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlight:
     """A group of these replies' rows that the device has been given and nobody has waited for."""
 
-    jobs: Sequence[Job]
+    requests: Sequence[Request]
     groups: Launched
 
 
 class Engine:
-    """Decodes conversations of one language model.
+    """Decodes sequences of one language model.
 
     Args:
         lm: the model.
@@ -69,15 +69,15 @@ class Engine:
             lm, self.state, Graphs(lm, self.state) if wanted(lm.device) else None
         )
         self.prefixes = PrefixCache(PREFIX_BYTES)
-        self._owners: list[weakref.ref[Conversation] | None] = [None] * slots
+        self._owners: list[weakref.ref[TokenSequence] | None] = [None] * slots
         self._used = [0] * slots
         self._clock = 0
-        self._jobs: list[Job] = []
-        self._turn = threading.Condition()
+        self._requests: list[Request] = []
+        self._changed = threading.Condition()
         self._leader: int | None = None
         # Kernel by kernel, launching a group would take the host longer than samples take to come.
         self.overlaps = self.decoder.graphs is not None
-        self._flight: Flight | None = None
+        self._in_flight: InFlight | None = None
 
     def warmup(self, progress: bool = True) -> None:
         """Captures the graphs of every batch size and runs some prompts, so that the first reply is
@@ -88,169 +88,175 @@ class Engine:
             # Prompts that are graphs have run by now.
             if self.decoder.graphs.takes_prompts:
                 return
-            if not self._jobs and not any(self._owners):
-                self._rehearse()
+            if not self._requests and not any(self._owners):
+                self._warm_up_prompts()
 
     @torch.no_grad()
-    def _rehearse(self) -> None:
+    def _warm_up_prompts(self) -> None:
         """Prompts of words and speech of each length that has kernels of its own; nothing of them
         stays."""
         config = self.lm.config
-        for groups in (length for length in REHEARSED if length <= self.capacity):
+        for groups in (length for length in WARMUP_GROUPS if length <= self.capacity):
             ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
             ids[0, config.group_size :] = self.lm.empty_id
             self.lm.prefill(ids, self.state, slot=0)
         self.state.lengths[0] = 0
 
     def check_room(self, groups: int) -> None:
-        """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+        """Raises PromptError unless a sequence of so many groups leaves room for a reply."""
         check_room(groups, self.capacity)
 
-    def conversation(self, seed: int) -> Conversation:
-        """An empty conversation, its draws from this seed."""
-        return Conversation(self.lm.config, self.capacity, seed)
+    def sequence(self, seed: int) -> TokenSequence:
+        """An empty sequence, its draws from this seed."""
+        return TokenSequence(self.lm.config, self.capacity, seed)
 
-    def decode(self, conversation: Conversation, limits: Limits, samplers: Samplers) -> "Reply":
-        """Prefills what is not cached and returns the reply, each group part of the conversation
+    def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> "Reply":
+        """Prefills what is not cached and returns the reply, each group part of the sequence
         once it is taken."""
-        reply = self.start(conversation, limits, samplers)
+        reply = self.start(sequence, limits, samplers)
         reply.prefill()
         return reply
 
     def start(
         self,
-        conversation: Conversation,
+        sequence: TokenSequence,
         limits: Limits,
         samplers: Samplers,
         stop_hook: StopHook | None = None,
         ahead: int | None = AHEAD,
         bounded: bool = True,
     ) -> "Reply":
-        """A reply to all that the conversation holds; nothing is computed before it is asked for.
+        """A reply to all that the sequence holds; nothing is computed before it is asked for.
 
         Args:
             ahead: groups it may be in front of its consumer; None for any number.
             bounded: whether a full queue refuses it.
 
         Raises:
-            PromptError: the conversation leaves no room. BusyError: the queue is full.
+            PromptError: the sequence leaves no room. BusyError: the queue is full.
         """
-        self.check_room(conversation.groups)
+        self.check_room(sequence.groups)
         limits = Limits(
-            min(limits.max_new, self.capacity - conversation.groups),
+            min(limits.max_new, self.capacity - sequence.groups),
             limits.min_new,
             limits.stop_ids,
         )
-        job = Job(conversation, limits, samplers, stop_hook, ahead)
-        with self._turn:
-            waiting = sum(other.conversation.slot is None for other in self._jobs)
+        request = Request(sequence, limits, samplers, stop_hook, ahead)
+        with self._changed:
+            waiting = sum(other.sequence.slot is None for other in self._requests)
             if bounded and waiting >= self.queue:
                 raise BusyError(
-                    f"{len(self._jobs) - waiting} replies are running and {waiting} wait: try "
+                    f"{len(self._requests) - waiting} replies are running and {waiting} wait: try "
                     "again later, or load the model with a larger max_batch"
                 )
             # The last position is fed again where nothing new was said: what follows is drawn from
             # its hidden state.
-            conversation.cached = min(conversation.cached, conversation.groups - 1)
-            conversation.prefilled = conversation.groups - conversation.cached
-            self._jobs.append(job)
-        return Reply(self, job)
+            sequence.cached = min(sequence.cached, sequence.groups - 1)
+            sequence.prefilled = sequence.groups - sequence.cached
+            self._requests.append(request)
+        return Reply(self, request)
 
     def drive(self, until: Callable[[], bool]) -> None:
         """Works, or waits while another thread does, until the condition holds."""
         while True:
-            with self._turn:
+            with self._changed:
                 while self._leader is not None and not until():
-                    self._turn.wait()
+                    self._changed.wait()
                 if until():
                     return
                 self._leader = threading.get_ident()
             try:
-                if not self._tick() and not until():
+                if not self._step() and not until():
                     raise RuntimeError("a reply waits for nothing: a bug in the engine")
             finally:
-                with self._turn:
+                with self._changed:
                     self._leader = None
-                    self._turn.notify_all()
+                    self._changed.notify_all()
 
-    def launch_next(self, job: Job) -> None:
+    def launch_next(self, request: Request) -> None:
         """Gives the device the next group of every row that wants one, without waiting for it.
 
-        To be called once the job's own work on its last group has been launched, for whoever waits
+        To be called once the request's own work on its last group has been launched, for whoever waits
         for that work must not wait for a group more.
 
         Nothing is launched while that of others is still to come, while a prompt could be computed
         instead, or while another thread works: then the next tick does it.
         """
-        with self._turn:
-            job.launching = False
-            jobs = [other for other in self._jobs if other.wants]
-            busy = self._leader is not None or self._flight is not None
-            if not self.overlaps or busy or any(other.launching for other in self._jobs):
+        with self._changed:
+            request.launching = False
+            requests = [other for other in self._requests if other.runnable]
+            busy = self._leader is not None or self._in_flight is not None
+            if not self.overlaps or busy or any(other.launching for other in self._requests):
                 return
-            seatless = [other for other in jobs if other.conversation.slot is None]
-            jobs = [other for other in jobs if other.conversation.slot is not None]
-            if not jobs or any(other.row is None for other in jobs):
+            unadmitted = [other for other in requests if other.sequence.slot is None]
+            requests = [other for other in requests if other.sequence.slot is not None]
+            if not requests or any(other.row is None for other in requests):
                 return
-            if seatless and self._choose_slot() is not None:
+            if unadmitted and self._choose_slot() is not None:
                 return
-            for other in jobs:
-                self._touch(other.conversation)
+            for other in requests:
+                self._touch(other.sequence)
             self._leader = threading.get_ident()
         try:
             with self.lm.threads():
-                self._flight = Flight(jobs, self.decoder.launch(_rows(jobs)))
+                self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
         except Exception:
             # No row has moved. The next tick meets what failed here again, where each reply gets
             # its own error, and the chunk that the caller holds is not lost to it.
-            self._flight = None
+            self._in_flight = None
         finally:
-            with self._turn:
+            with self._changed:
                 self._leader = None
-                self._turn.notify_all()
+                self._changed.notify_all()
 
-    def leave(self, job: Job) -> None:
-        """Takes a job off its slot, after the group in progress; its conversation keeps what has
+    def remove(self, request: Request) -> None:
+        """Takes a request off its slot, after the group in progress; its sequence keeps what has
         been delivered."""
-        with self._turn:
-            job.done, job.launching = True, False
-            while self._leader not in (None, threading.get_ident()) and job in self._jobs:
-                self._turn.wait()
-            if job in self._jobs:
-                self._jobs.remove(job)
-            if self._flight is not None and all(other.done for other in self._flight.jobs):
-                self._flight = None
-            job.settle()
-            self._turn.notify_all()
+        with self._changed:
+            request.done, request.launching = True, False
+            while self._leader not in (None, threading.get_ident()) and request in self._requests:
+                self._changed.wait()
+            if request in self._requests:
+                self._requests.remove(request)
+            if self._in_flight is not None and all(
+                other.done for other in self._in_flight.requests
+            ):
+                self._in_flight = None
+            request.settle()
+            self._changed.notify_all()
 
-    def export(self, conversation: Conversation) -> Snapshot | None:
-        """A copy of what is cached of a conversation that has no running reply."""
-        with self._turn:
+    def export(self, sequence: TokenSequence) -> Snapshot | None:
+        """A copy of what is cached of a sequence that has no running reply."""
+        with self._changed:
             while self._leader is not None:
-                self._turn.wait()
-            if not conversation.cached:
+                self._changed.wait()
+            if not sequence.cached:
                 return None
-            if conversation.slot is None:
-                return conversation.snapshot
-            return Snapshot.take(self.state, conversation.slot, conversation.cached)
+            if sequence.slot is None:
+                return sequence.snapshot
+            return Snapshot.take(self.state, sequence.slot, sequence.cached)
 
-    def _tick(self) -> bool:
+    def _step(self) -> bool:
         """A chunk of one prompt, and a group of every row that wants one, or the group that has
         been launched; False if there was nothing to do."""
         # Before anything moves a row to another slot.
-        if self._flight is not None:
-            self._land()
+        if self._in_flight is not None:
+            self._collect()
             return True
-        with self._turn:
-            self._jobs = [job for job in self._jobs if not job.done]
-            for job in self._jobs:
-                if job.wants and job.conversation.slot is None:
-                    self._seat(job)
-            seated = [job for job in self._jobs if job.wants and job.conversation.slot is not None]
-            for job in seated:
-                self._touch(job.conversation)
-            prompts = [job for job in seated if job.row is None]
-            rows = [job for job in seated if job.row is not None]
+        with self._changed:
+            self._requests = [request for request in self._requests if not request.done]
+            for request in self._requests:
+                if request.runnable and request.sequence.slot is None:
+                    self._admit(request)
+            admitted = [
+                request
+                for request in self._requests
+                if request.runnable and request.sequence.slot is not None
+            ]
+            for request in admitted:
+                self._touch(request.sequence)
+            prompts = [request for request in admitted if request.row is None]
+            rows = [request for request in admitted if request.row is not None]
         with self.lm.threads():
             if prompts:
                 self._attempt(prompts[:1], self._prefill)
@@ -258,11 +264,11 @@ class Engine:
                 self._attempt(rows, self._decode)
         return bool(prompts or rows)
 
-    def _land(self) -> None:
+    def _collect(self) -> None:
         """Hands over the group that has been launched. Where that fails it is begun again."""
-        flight, self._flight = self._flight, None
+        flight, self._in_flight = self._in_flight, None
         assert flight is not None
-        left = [job for job in flight.jobs if not job.done]
+        left = [request for request in flight.requests if not request.done]
         with self.lm.threads():
             try:
                 groups = self.decoder.collect(flight.groups)
@@ -270,40 +276,42 @@ class Engine:
                 if left:
                     self._attempt(left, self._decode)
             else:
-                self._deliver(flight.jobs, groups)
+                self._deliver(flight.requests, groups)
 
-    def _attempt(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
-        """Does the work for these jobs together or, where that fails, for each alone: who fails
+    def _attempt(
+        self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
+    ) -> None:
+        """Does the work for these requests together or, where that fails, for each alone: who fails
         alone has failed."""
         try:
-            work(jobs)
+            work(requests)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            if len(jobs) == 1:
-                jobs[0].fail(error)
+            if len(requests) == 1:
+                requests[0].fail(error)
             else:
-                for job in jobs:
-                    self._attempt([job], work)
+                for request in requests:
+                    self._attempt([request], work)
 
-    def _prefill(self, jobs: Sequence[Job]) -> None:
-        (job,) = jobs
-        conversation = job.conversation
-        slot, start = conversation.slot, conversation.cached
+    def _prefill(self, requests: Sequence[Request]) -> None:
+        (request,) = requests
+        sequence = request.sequence
+        slot, start = sequence.slot, sequence.cached
         assert slot is not None
-        end = min(start + self.lm.prefill_chunk, conversation.groups)
-        if start < conversation.shared < end:
-            # The opening ends a chunk, so that what follows is the same whether or not it was
+        end = min(start + self.lm.prefill_chunk, sequence.groups)
+        if start < sequence.prefix_groups < end:
+            # The prefix ends a chunk, so that what follows is the same whether or not it was
             # computed before.
-            end = conversation.shared
-        size = conversation.group_size
+            end = sequence.prefix_groups
+        size = sequence.group_size
         with torch.no_grad():
-            self._compute(conversation.ids[:, start * size : end * size], slot, start)
-            if end == conversation.shared and self.prefixes.get(conversation.opening) is None:
-                self.prefixes.put(conversation.opening, Snapshot.take(self.state, slot, end))
-        conversation.cached = end
-        if end == conversation.groups:
-            job.begin()
+            self._compute(sequence.ids[:, start * size : end * size], slot, start)
+            if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
+                self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
+        sequence.cached = end
+        if end == sequence.groups:
+            request.begin()
 
     def _compute(self, ids: Tensor, slot: int, start: int) -> None:
         """A part of a prompt."""
@@ -312,37 +320,37 @@ class Engine:
         else:
             self.lm.prefill(ids, self.state, slot, start)
 
-    def _decode(self, jobs: Sequence[Job]) -> None:
-        self._deliver(jobs, self.decoder.next_groups(_rows(jobs)))
+    def _decode(self, requests: Sequence[Request]) -> None:
+        self._deliver(requests, self.decoder.next_groups(_rows(requests)))
 
-    def _deliver(self, jobs: Sequence[Job], groups: Sequence[Group]) -> None:
-        """One group to each job; who has left since it was launched gets none."""
-        for job, row, group in zip(jobs, _rows(jobs), groups, strict=True):
-            if not job.settled:
-                job.conversation.cached = row.cached
-                job.receive(group)
+    def _deliver(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+        """One group to each request; who has left since it was launched gets none."""
+        for request, row, group in zip(requests, _rows(requests), groups, strict=True):
+            if not request.settled:
+                request.sequence.cached = row.cached
+                request.receive(group)
 
-    def _seat(self, job: Job) -> None:
-        """Gives a job a slot and puts back what its conversation had cached; without a slot to
+    def _admit(self, request: Request) -> None:
+        """Gives a request a slot and puts back what its sequence had cached; without a slot to
         give, it waits."""
-        slot, conversation = self._choose_slot(), job.conversation
+        slot, sequence = self._choose_slot(), request.sequence
         if slot is None:
             return
         owner = self._owner(slot)
         if owner is not None:
-            self._park(owner)
-        kept = conversation.snapshot
-        if kept is None and conversation.shared and not conversation.cached:
-            kept = self.prefixes.get(conversation.opening)
+            self._evict(owner)
+        kept = sequence.snapshot
+        if kept is None and sequence.prefix_groups and not sequence.cached:
+            kept = self.prefixes.get(sequence.prefix)
             if kept is not None:
-                conversation.cached = min(kept.length, conversation.groups - 1)
-                conversation.prefilled = conversation.groups - conversation.cached
+                sequence.cached = min(kept.length, sequence.groups - 1)
+                sequence.prefilled = sequence.groups - sequence.cached
         if kept is not None:
             kept.put(self.state, slot)
-        self._owners[slot] = weakref.ref(conversation)
-        conversation.slot, conversation.snapshot = slot, None
-        if job.row is not None:
-            job.row.slot, job.row.stale = slot, True
+        self._owners[slot] = weakref.ref(sequence)
+        sequence.slot, sequence.snapshot = slot, None
+        if request.row is not None:
+            request.row.slot, request.row.stale = slot, True
 
     def _choose_slot(self) -> int | None:
         """A slot that nobody owns, else the longest unused of those whose owner can wait in host
@@ -350,48 +358,46 @@ class Engine:
         owners = [self._owner(slot) for slot in range(len(self._owners))]
         if None in owners:
             return owners.index(None)
-        busy = {id(job.conversation) for job in self._jobs if job.wants}
+        busy = {id(request.sequence) for request in self._requests if request.runnable}
         movable = [slot for slot, owner in enumerate(owners) if id(owner) not in busy]
         return min(movable, key=self._used.__getitem__, default=None)
 
-    def _owner(self, slot: int) -> Conversation | None:
+    def _owner(self, slot: int) -> TokenSequence | None:
         owner = self._owners[slot]
         return None if owner is None else owner()
 
-    def _park(self, conversation: Conversation) -> None:
-        assert conversation.slot is not None
+    def _evict(self, sequence: TokenSequence) -> None:
+        assert sequence.slot is not None
         kept = (
-            Snapshot.take(self.state, conversation.slot, conversation.cached)
-            if conversation.cached
-            else None
+            Snapshot.take(self.state, sequence.slot, sequence.cached) if sequence.cached else None
         )
-        conversation.snapshot = kept
-        self._owners[conversation.slot] = None
-        conversation.slot = None
+        sequence.snapshot = kept
+        self._owners[sequence.slot] = None
+        sequence.slot = None
 
-    def _touch(self, conversation: Conversation) -> None:
-        assert conversation.slot is not None
+    def _touch(self, sequence: TokenSequence) -> None:
+        assert sequence.slot is not None
         self._clock += 1
-        self._used[conversation.slot] = self._clock
+        self._used[sequence.slot] = self._clock
 
 
-def _rows(jobs: Sequence[Job]) -> list[Row]:
-    """Of jobs whose prompts are computed."""
-    rows = [job.row for job in jobs if job.row is not None]
-    assert len(rows) == len(jobs)
+def _rows(requests: Sequence[Request]) -> list[Row]:
+    """Of requests whose prompts are computed."""
+    rows = [request.row for request in requests if request.row is not None]
+    assert len(rows) == len(requests)
     return rows
 
 
 class Reply(Iterator[Group]):
-    """The groups of a reply, each part of the conversation once it is taken. Any thread may take or
+    """The groups of a reply, each part of the sequence once it is taken. Any thread may take or
     close.
 
     launches: the consumer has work of its own for the device in each group, and calls `launch_next`
     when it has launched that.
     """
 
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self._engine, self._job = engine, job
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
         self.launches = False
 
     def prefill(self) -> None:
@@ -400,38 +406,38 @@ class Reply(Iterator[Group]):
         Raises:
             Exception: what went wrong with it.
         """
-        job = self._job
-        self._engine.drive(lambda: job.row is not None or job.done)
-        if job.error is not None:
+        request = self._request
+        self._engine.drive(lambda: request.row is not None or request.done)
+        if request.error is not None:
             self.close()
-            raise job.error
+            raise request.error
 
     def __next__(self) -> Group:
-        job = self._job
-        if job.settled:
+        request = self._request
+        if request.settled:
             raise StopIteration
-        job.launching = self.launches
-        self._engine.drive(lambda: bool(job.ready) or job.done)
-        if job.ready:
-            group = job.ready.popleft()
-            job.conversation.append(group.text, group.codes)
-            job.taken += 1
+        request.launching = self.launches
+        self._engine.drive(lambda: bool(request.ready) or request.done)
+        if request.ready:
+            group = request.ready.popleft()
+            request.sequence.append(group.text, group.codes)
+            request.taken += 1
             return group
         self.close()
-        if job.error is not None:
-            raise job.error
+        if request.error is not None:
+            raise request.error
         raise StopIteration
 
     def launch_next(self) -> None:
         """Lets the device begin the next group, where it works on its own and nothing else comes
         first; an error of that group is raised where the group is taken."""
-        self._engine.launch_next(self._job)
+        self._engine.launch_next(self._request)
 
     def close(self) -> None:
         """Ends it after the group in progress; groups that nobody took are forgotten."""
-        self._engine.leave(self._job)
+        self._engine.remove(self._request)
 
     def __del__(self) -> None:
         # What nobody holds any more must not be decoded on; the engine drops it at its next tick.
-        self._job.done = True
-        self._job.settle()
+        self._request.done = True
+        self._request.settle()

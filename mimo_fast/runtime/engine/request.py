@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import OutOfMemoryError, Tensor
 
 from mimo_fast.errors import DeviceMemoryError
-from mimo_fast.runtime.engine.sequence import Conversation
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
 
 StopHook = Callable[[int, Tensor], bool]
@@ -15,7 +15,7 @@ StopHook = Callable[[int, Tensor], bool]
 
 
 @dataclass(eq=False)
-class Job:
+class Request:
     """A reply as the engine sees it.
 
     row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
@@ -23,7 +23,7 @@ class Job:
     one whose work, a chunk of the codec, it has yet to launch.
     """
 
-    conversation: Conversation
+    sequence: TokenSequence
     limits: Limits
     samplers: Samplers
     stop_hook: StopHook | None
@@ -37,21 +37,21 @@ class Job:
     launching: bool = False
 
     @property
-    def wants(self) -> bool:
+    def runnable(self) -> bool:
         """Whether there is something to compute for it now."""
         return not self.done and (self.ahead is None or len(self.ready) < self.ahead)
 
     def begin(self) -> None:
         """Its prompt lies in its slot."""
-        conversation = self.conversation
-        assert conversation.slot is not None
+        sequence = self.sequence
+        assert sequence.slot is not None
         self.row = Row(
-            conversation.slot,
+            sequence.slot,
             self.limits,
             self.samplers,
-            conversation.seed,
-            conversation.groups,
-            conversation.draws,
+            sequence.seed,
+            sequence.groups,
+            sequence.draws,
         )
 
     def receive(self, group: Group) -> None:
@@ -81,8 +81,8 @@ class Job:
         self.error, self.done = error, True
 
     def settle(self) -> None:
-        """Leaves the conversation with what its consumer has taken."""
+        """Leaves the sequence with what its consumer has taken."""
         if not self.settled:
-            self.conversation.cached = min(self.conversation.cached, self.conversation.groups)
-            self.conversation.draws += self.taken
+            self.sequence.cached = min(self.sequence.cached, self.sequence.groups)
+            self.sequence.draws += self.taken
         self.settled = True

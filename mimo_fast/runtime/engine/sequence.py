@@ -8,7 +8,7 @@ from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
 
-class Conversation:
+class TokenSequence:
     """Ids [C + 1, T G] that grow by prompts and replies.
 
     Args:
@@ -17,7 +17,7 @@ class Conversation:
         seed: of its draws.
 
     slot: where its cache is, None outside the engine. cached: groups whose keys and values are
-    kept, in the slot or the snapshot. shared: groups at its beginning that other conversations may
+    kept, in the slot or the snapshot. shared: groups at its beginning that other sequences may
     begin with too. draws: groups drawn. prefilled: groups that the last reply had to compute before
     it could begin.
     """
@@ -29,7 +29,7 @@ class Conversation:
         self._decoded: list[tuple[int, Tensor]] = []
         self.slot: int | None = None
         self.snapshot: Snapshot | None = None
-        self.cached = self.shared = self.prefilled = 0
+        self.cached = self.prefix_groups = self.prefilled = 0
 
     @property
     def ids(self) -> Tensor:
@@ -53,9 +53,9 @@ class Conversation:
         return self._ids.shape[1] // self.group_size + len(self._decoded)
 
     @property
-    def opening(self) -> Tensor:
+    def prefix(self) -> Tensor:
         """Ids of the shared beginning."""
-        return self.ids[:, : self.shared * self.group_size]
+        return self.ids[:, : self.prefix_groups * self.group_size]
 
     def reseed(self, seed: int) -> None:
         """Restarts the draws from a seed."""
@@ -65,7 +65,7 @@ class Conversation:
         """Appends a prompt [C + 1, n G], to be fed when decoding begins.
 
         Raises:
-            PromptError: it leaves no room for a reply; the conversation stays as it was.
+            PromptError: it leaves no room for a reply; the sequence stays as it was.
         """
         check_room(self.groups + ids.shape[1] // self.group_size, self.capacity)
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
@@ -90,7 +90,7 @@ class Conversation:
 
 
 def check_room(groups: int, capacity: int) -> None:
-    """Raises PromptError unless a conversation of so many groups leaves room for a reply."""
+    """Raises PromptError unless a sequence of so many groups leaves room for a reply."""
     if groups >= capacity:
         raise PromptError(
             f"the conversation has {groups} groups and the model's context is {capacity}: "

@@ -133,7 +133,7 @@ def stream_reply(
     codec: Codec,
     began: float,
     speaks: bool = True,
-    note: Callable[[Group], None] | None = None,
+    on_group: Callable[[Group], None] | None = None,
 ) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
@@ -141,15 +141,17 @@ def stream_reply(
         reply: its prompt prefilled.
         began: `time.perf_counter()` at the request, before the prefill.
         speaks: False leaves all audio out.
-        note: told of each group before its chunk comes.
+        on_group: told of each group before its chunk comes.
     """
     prefill = time.perf_counter() - began
     reply.launches = True
-    chunks = _chunks(reply, reply.launch_next, reader, codec, began, prefill, speaks, note)
+    chunks = _generate_chunks(
+        reply, reply.launch_next, reader, codec, began, prefill, speaks, on_group
+    )
     return ChunkStream(chunks, reply)
 
 
-def _chunks(
+def _generate_chunks(
     groups: Iterable[Group],
     launch_next: Callable[[], None],
     reader: ReplyReader,
@@ -157,7 +159,7 @@ def _chunks(
     began: float,
     prefill: float,
     speaks: bool,
-    note: Callable[[Group], None] | None,
+    on_group: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
     """The chunks of a reply's groups.
 
@@ -189,8 +191,8 @@ def _chunks(
             # Not before the reply has a slot: as many streams as slots have graphs from the start.
             stream = stream or (codec.stream() if speaks else None)
             decoded += 1
-            if note is not None:
-                note(group)
+            if on_group is not None:
+                on_group(group)
             if not group.finished:
                 text, patches = reader.read(group.text, group.codes)
                 heard = (

@@ -130,7 +130,7 @@ class Decoder:
     state: DecodeState
     graphs: Graphs | None = None
     predict: bool | None = None
-    _places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _slot_indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
         """The next group of each row. On any error no row has moved: each may be tried again or
@@ -143,7 +143,7 @@ class Decoder:
         or, with all that it has changed, forgotten: until then no row has moved."""
         for row in rows:
             if row.stale:
-                self._set_back(row)
+                self._restore(row)
             row.stale = True
         if self.graphs and self.graphs.conditional:
             return self._launch_whole(rows, self.graphs)
@@ -223,17 +223,17 @@ class Decoder:
         slots = [row.slot for row in rows]
         if self.graphs:
             return dict(zip(slots, self.graphs.patch(slots), strict=True))
-        places = self._slots(rows)
+        indices = self._slots(rows)
         settings = _known(
-            self.state.code_sampler.select(places), [row.samplers.codes for row in rows]
+            self.state.code_sampler.select(indices), [row.samplers.codes for row in rows]
         )
-        return dict(zip(slots, self.lm.sample_patch(self.state, places, settings), strict=True))
+        return dict(zip(slots, self.lm.sample_patch(self.state, indices, settings), strict=True))
 
     def _group(self, row: Row, text: int, codes: Tensor) -> Group:
         done = text in row.limits.stop_ids or row.produced + 1 >= row.limits.max_new
         return Group(text, codes, done)
 
-    def _set_back(self, row: Row) -> None:
+    def _restore(self, row: Row) -> None:
         """Brings the device to what the host knows of a row."""
         state, slot = self.state, row.slot
         state.lengths[slot], state.seeds[slot], state.draws[slot] = row.cached, row.seed, row.draws
@@ -247,11 +247,11 @@ class Decoder:
 
     def _slots(self, rows: Sequence[Row]) -> Tensor:
         key = tuple(row.slot for row in rows)
-        if key not in self._places:
-            if len(self._places) >= 64:
-                self._places.clear()
-            self._places[key] = torch.tensor(key, device=self.lm.device)
-        return self._places[key]
+        if key not in self._slot_indices:
+            if len(self._slot_indices) >= 64:
+                self._slot_indices.clear()
+            self._slot_indices[key] = torch.tensor(key, device=self.lm.device)
+        return self._slot_indices[key]
 
 
 def _fed_and_fresh(rows: Sequence[Row]) -> tuple[list[int], list[int]]:

@@ -73,7 +73,7 @@ def wanted(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get(ENVIRONMENT, "") in ("", "0")
 
 
-class Places:
+class SlotIndices:
     """Slot numbers [bucket] on the device that graphs read, and what they are."""
 
     def __init__(self, slots: list[int], device: torch.device) -> None:
@@ -92,12 +92,12 @@ class Places:
 class Captured:
     """One graph: the slots that it reads, and where its result lies [bucket, ...]."""
 
-    places: Places
+    indices: SlotIndices
     replay: Replay
     result: Tensor
 
     def run(self, slots: list[int]) -> Tensor:
-        self.places.set(slots)
+        self.indices.set(slots)
         self.replay()
         return self.result
 
@@ -182,9 +182,9 @@ class Graphs:
             for bucket in reversed(self.buckets):
                 if bucket not in self._patches:
                     step = self._captured(bucket, self._step)
-                    places = step.places if self._join else None
+                    indices = step.indices if self._join else None
                     self._steps[bucket] = step
-                    self._patches[bucket] = self._captured(bucket, self._patch, places)
+                    self._patches[bucket] = self._captured(bucket, self._patch, indices)
                     self._join_both(bucket)
                 bar.update(2)
 
@@ -204,7 +204,7 @@ class Graphs:
         """
         bucket, padded = self._padded(slots)
         both = self._joined[bucket]
-        self._steps[bucket].places.set(padded)
+        self._steps[bucket].indices.set(padded)
         both.launch()
         codes = self._patches[bucket].result[: len(slots)].clone()
         return lambda: both.wait()[: len(slots)], codes
@@ -246,17 +246,17 @@ class Graphs:
         return bucket, [*slots, *[self._state.slots] * (bucket - len(slots))]
 
     def _captured(
-        self, bucket: int, work: Callable[[Tensor], Tensor], places: Places | None = None
+        self, bucket: int, work: Callable[[Tensor], Tensor], indices: SlotIndices | None = None
     ) -> Captured:
-        places = places or Places([self._state.slots] * bucket, self._lm.device)
-        replay, result = self._capture(lambda: work(places.numbers))
-        return Captured(places, replay, result)
+        indices = indices or SlotIndices([self._state.slots] * bucket, self._lm.device)
+        replay, result = self._capture(lambda: work(indices.numbers))
+        return Captured(indices, replay, result)
 
     def _join_both(self, bucket: int) -> None:
         if self._join is None:
             return
         step, patch = self._steps[bucket], self._patches[bucket]
-        numbers, empty, scratch = step.places.numbers, self._lm.empty_id, self._state.slots
+        numbers, empty, scratch = step.indices.numbers, self._lm.empty_id, self._state.slots
         try:
             self._joined[bucket] = self._join(
                 step.replay, patch.replay, step.result, numbers, empty, scratch

@@ -1,4 +1,4 @@
-"""The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in a drawn order."""
+"""The persistent patch decoder's source on a CPU: threads are fibers, resumed in random order."""
 
 import ctypes
 import re
@@ -54,7 +54,7 @@ def decoded(
 
 
 def check(model: Model, x: Tensor, got: Tensor) -> None:
-    """Half a unit of bfloat16 for the result; as much again for values on the edge of a rounding before it."""
+    """Half a bfloat16 ulp for the result, and as much again for earlier values that round apart."""
     want = reference(model, x, rounded=True)
     assert (got.float() - want).norm() <= 2**-8 * want.norm()
     assert (got.float() - want).abs().max() <= 2**-7 * want.abs().max()
@@ -125,7 +125,7 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_codes_drawn_within(emulated, noisy):
-    """Codes are the best, or as good but for rounding; what follows is right for the codes that were drawn."""
+    """Codes are the best up to rounding; later steps are right for the codes that were drawn."""
     sizes = (37, 37, 9, 9, 10)
     model, heads, x = (
         random_model(DIM, FFN, 1, 4, True, True),

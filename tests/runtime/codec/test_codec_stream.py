@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mimo_fast
 from mimo_fast.runtime.codec import incremental
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
-from mimo_fast.runtime.codec.state import BLOCK, CONTEXT, YOUNG
+from mimo_fast.runtime.codec.state import BLOCK, CONTEXT, RESTART_LIMIT
 
 SAMPLES = 960
 WAIT = LOOKAHEAD * PATCH_FRAMES
@@ -219,7 +219,7 @@ def test_memory_is_allocated_once(model, stream_codes):
     for chunk in stream_codes.repeat(1, 4).split(30, dim=1):
         stream.push(chunk)
         # Codes may wait before the first sample, and those of a young stream are kept.
-        assert stream.nbytes <= before + (WAIT + YOUNG) * config.dim * 4
+        assert stream.nbytes <= before + (WAIT + RESTART_LIMIT) * config.dim * 4
     assert stream.nbytes == before
     assert places == [
         tensor.data_ptr() for tensor in (state.decoder.k, state.vocoder.v, state.added, state.tail)

@@ -50,7 +50,7 @@ class TestPausing:
         reply = requests[5].start(engine)
         for taken in range(1, 5):
             next(reply)
-            assert reply._job.row.produced == taken
+            assert reply._request.row.produced == taken
 
     def test_a_row_runs_ahead_of_its_consumer_by_so_much(
         self, engine: Engine, requests: list[Request]
@@ -58,7 +58,7 @@ class TestPausing:
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
         list(busy)
-        assert idle._job.row.produced == 2
+        assert idle._request.row.produced == 2
 
     def test_a_long_prompt_comes_in_chunks_between_the_groups_of_others(
         self,
@@ -72,13 +72,13 @@ class TestPausing:
         running = requests[5].start(engine)
         got = [next(running)]
         long = requests[4].start(engine)
-        chunks = -(-long._job.conversation.groups // 8)
+        chunks = -(-long._request.sequence.groups // 8)
         assert chunks > 2
         for _ in range(chunks - 1):
             got.append(next(running))
-            assert long._job.row is None
+            assert long._request.row is None
         got.append(next(running))
-        assert long._job.row is not None
+        assert long._request.row is not None
         assert drawn([*got, *running]) == alone[5]
         assert drawn(list(long)) == alone[4]
 
@@ -90,7 +90,7 @@ def test_conversations_that_nobody_holds_leave_their_slots(
         next(requests[5].start(engine))
     assert len([owner for owner in engine._owners if owner and owner()]) <= 1
     list(requests[3].start(engine))
-    assert not engine._jobs
+    assert not engine._requests
 
 
 def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
@@ -106,8 +106,8 @@ def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
     for row, reply in enumerate(replies):
         got[row] += list(reply)
     assert [drawn(groups) for groups in got] == [alone[i] for i in (3, 4, 5)]
-    conversation = replies[0]._job.conversation
+    sequence = replies[0]._request.sequence
     ids = torch.cat(
         [requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1
     )
-    assert torch.equal(conversation.ids, ids)
+    assert torch.equal(sequence.ids, ids)

@@ -36,12 +36,12 @@ def test_a_row_that_fails_leaves_the_others_alone(
 ) -> None:
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     firsts = [next(reply) for reply in replies]
-    broken(ValueError("no such thing"), replies[1]._job.row.slot)
+    broken(ValueError("no such thing"), replies[1]._request.row.slot)
     with pytest.raises(ValueError, match="no such thing"):
         list(replies[1])
     for i, number in ((0, 3), (2, 5)):
         assert drawn([firsts[i], *replies[i]]) == alone[number]
-    assert not engine._jobs
+    assert not engine._requests
 
 
 def test_memory_running_out_says_what_to_do(
@@ -51,7 +51,7 @@ def test_memory_running_out_says_what_to_do(
     next(reply)
     broken(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
-        reply._job.row.slot,
+        reply._request.row.slot,
     )
     with pytest.raises(
         DeviceMemoryError, match=r"Tried to allocate 2 GiB\): lower max_batch or max_seq_len"

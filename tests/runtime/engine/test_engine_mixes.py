@@ -65,7 +65,7 @@ def by_itself(model: MimoAudio, requests: list[Request], interruptions: list[Int
             consumer.start(Engine(model.lm, 1, CAPACITY))
             while consumer.take():
                 pass
-            known[request, interruption] = drawn(consumer.got), consumer.conversation.ids
+            known[request, interruption] = drawn(consumer.got), consumer.sequence.ids
         return known[request, interruption]
 
     return run
@@ -110,10 +110,10 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
         assert drawn(consumer.got) == groups[: consumer.patience]
         # What it never took is forgotten.
         assert torch.equal(
-            consumer.conversation.ids,
+            consumer.sequence.ids,
             ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))],
         )
-    assert not engine._jobs
+    assert not engine._requests
 
 
 def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> None:

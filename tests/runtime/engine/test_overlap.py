@@ -151,8 +151,8 @@ def test_who_stops_has_cost_the_group_in_progress(
     stream.close()
     assert list(stream) == []
     assert device.log.count("step") == taken
-    assert own.engine._flight is None
-    assert not own.engine._jobs
+    assert own.engine._in_flight is None
+    assert not own.engine._requests
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
 
 
@@ -168,12 +168,12 @@ def test_a_conversation_goes_on_where_its_reply_was_left(
         for _ in range(3):
             next(reply)
             reply.launch_next()
-        assert (engine._flight is not None) == overlaps
+        assert (engine._in_flight is not None) == overlaps
         reply.close()
-        conversation = reply._job.conversation
-        conversation.add(requests[0].ids[:, :24])
-        again = engine.start(conversation, requests[5].limits, requests[5].samplers)
-        replies.append((drawn(list(again)), conversation.ids.tolist()))
+        sequence = reply._request.sequence
+        sequence.add(requests[0].ids[:, :24])
+        again = engine.start(sequence, requests[5].limits, requests[5].samplers)
+        replies.append((drawn(list(again)), sequence.ids.tolist()))
     assert replies[0] == replies[1]
 
 
@@ -216,12 +216,12 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     got = [[next(reply)] for reply in replies]
     replies[0].launch_next()
-    assert engine._flight is not None
+    assert engine._in_flight is not None
     step = LM.step
 
     def failing(lm: LM, state: Any, slots: Tensor) -> None:
         step(lm, state, slots)
-        if replies[1]._job.row.slot in slots.tolist():
+        if replies[1]._request.row.slot in slots.tolist():
             raise ValueError("no such thing")
 
     monkeypatch.setattr(LM, "step", failing)
@@ -231,7 +231,7 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(
     with pytest.raises(ValueError, match="no such thing"):
         list(replies[1])
     assert [drawn(groups) for groups in (got[0], got[2])] == [alone[3], alone[5]]
-    assert not engine._jobs
+    assert not engine._requests
 
 
 def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
@@ -258,22 +258,22 @@ class TestManyStreams:
         for reply in (first, second):
             reply.prefill()
         # As if another thread waited for the second's.
-        second._job.launching = True
+        second._request.launching = True
         next(first)
         next(first)
-        assert len(second._job.ready) == 1
+        assert len(second._request.ready) == 1
         first.launch_next()
-        assert engine._flight is None
+        assert engine._in_flight is None
         next(second)
         second.launch_next()
-        assert engine._flight is not None
-        assert len(engine._flight.jobs) == 2
+        assert engine._in_flight is not None
+        assert len(engine._in_flight.requests) == 2
         # A consumer that fails or leaves holds nobody up.
         next(first)
-        second._job.launching = True
+        second._request.launching = True
         second.close()
         first.launch_next()
-        assert len(engine._flight.jobs) == 1
+        assert len(engine._in_flight.requests) == 1
 
     def test_a_prompt_that_waits_goes_before_the_next_group(
         self, engine: Engine, requests: list[Request], alone: list[Any]
@@ -283,11 +283,11 @@ class TestManyStreams:
         got = [next(running)]
         joining = requests[3].start(engine)
         running.launch_next()
-        assert engine._flight is None
+        assert engine._in_flight is None
         got.append(next(running))
-        assert joining._job.row is not None
+        assert joining._request.row is not None
         running.launch_next()
-        assert len(engine._flight.jobs) == 2
+        assert len(engine._in_flight.requests) == 2
         assert drawn([*got, *running]) == alone[5]
         assert drawn(list(joining)) == alone[3]
 
@@ -299,7 +299,7 @@ class TestManyStreams:
         running, queued = requests[5].start(engine), requests[3].start(engine)
         got = [next(running)]
         running.launch_next()
-        assert engine._flight is not None
+        assert engine._in_flight is not None
         for group in running:
             got.append(group)
             running.launch_next()
@@ -314,7 +314,7 @@ class TestManyStreams:
         idle.prefill()
         for _ in busy:
             busy.launch_next()
-        assert idle._job.row.produced == 2
+        assert idle._request.row.produced == 2
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_threads_that_stream_get_what_each_gets_alone(
@@ -338,8 +338,8 @@ class TestManyStreams:
             thread.join(60)
         for row in range(count):
             assert same(got[row], run(alone, row))
-        assert shared.engine._flight is None
-        assert not shared.engine._jobs
+        assert shared.engine._in_flight is None
+        assert not shared.engine._requests
 
 
 def test_a_chunk_leaves_the_memory_it_was_copied_to(own: MimoAudio, device: Device) -> None:
