@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fault
+from helpers import fault, write
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_memory
@@ -23,20 +23,6 @@ from mimo_fast.errors import CheckpointError, ConfigError
 MIB = 2**20
 ROLLUP = Path("/proc/self/smaps_rollup")
 INDEX = "model.safetensors.index.json"
-
-
-def write(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 2**31) -> Path:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_checkpoint(
-        directory,
-        shapes,
-        tensors.__getitem__,
-        dtype=dtypes,
-        config={"a": 1},
-        shard_bytes=shard_bytes,
-    )
-    return directory
 
 
 def same(got: Tensor, want: Tensor) -> bool:

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from helpers import fault
+from helpers import fault, write
 from huggingface_hub import errors as hub_errors
-from test_checkpoint import write
 
 from mimo_fast.checkpoint.files import find_checkpoint, open_weights
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from replays import repeated
 from replies import GREEDILY, SAMPLED, Drawn, drawn
-from test_engine_mixes import repeated
 from torch import Tensor
 
 from benchmarks.harness import Case, normal, prepare

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import gaussian, source_of, write_pair
-from test_sample_rows import SAMPLERS, SIZE, rows_of
+from rows import SAMPLERS, SIZE, rows_of
 
 from mimo_fast.config import LMConfig, read_json
 from mimo_fast.kernels import sample_text

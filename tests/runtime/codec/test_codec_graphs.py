@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import write_pair
+from replays import Counted
 from test_codec_stream import cut, random_codes, stream_in
-from test_engine_mixes import Counted
 from torch import Tensor
 
 import mimo_fast

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from dialogues import arguments, history, last_reply
 from helpers import snr_db
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tasks import arguments, history, last_reply
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio

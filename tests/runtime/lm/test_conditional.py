@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from replays import Counted, repeated
 from replies import CAPACITY, Drawn, Request, drawn
-from test_engine_mixes import Counted, repeated
 from torch import Tensor
 
 import mimo_fast

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from replays import Counted, repeated
 from replies import CAPACITY, Drawn, Request, drawn
-from test_engine_mixes import Counted, repeated
 from variants import Loaded, random_prompt
 
 from mimo_fast import LM, MimoAudio
