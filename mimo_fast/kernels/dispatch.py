@@ -18,8 +18,8 @@ The wait is for the end of the one kernel before, and its memory. That covers al
 that one, too, ends only after its own wait: if one kernel of a chain did not wait, the next would
 pass its wait while kernels further back still run. So there are no exceptions for
 kernels that need nothing of their predecessor. Kernels that are not launched early, torch's for
-instance, begin after the end of all before them, and keep the chain. `tests/kernels/test_early_launch.py`
-holds every kernel to the rule.
+instance, begin after the end of all before them, and keep the chain.
+`tests/kernels/test_early_launch.py` holds every kernel to the rule.
 
 Where the next kernel is let begin is free, for any place is right, but it decides what is resident
 together: a successor whose blocks start while a small grid still has some multiprocessors may put
