@@ -100,26 +100,19 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
     }
 
 
-def cuda_instructions(source: Path, architecture: int) -> dict[str, list[str]]:
-    """The machine instructions of every kernel of a CUDA file, without their operands, by nvcc."""
-    return {
-        name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text)
-        for name, text in _assembly(source, architecture)
-    }
-
-
 def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
     """Instructions of a CUDA file's kernels that no GPU executes: the descriptor of an access to
     memory is a pair of uniform registers, the first of them even, and ptxas 13.0 has written others
     (`cp_async` in csrc/cuda/warp.cuh)."""
     return {
         name: found
-        for name, text in _assembly(source, architecture)
+        for name, text in cuda_assembly(source, architecture)
         if (found := re.findall(r"\*/\s+(.*desc\[UR\d*[13579]\].*?) *;", text))
     }
 
 
-def _assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
+def cuda_assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
+    """The machine instructions of every kernel of a CUDA file, by nvcc."""
     for text in _of_cuda(source, architecture, "-sass").split("Function : ")[1:]:
         yield _kernel_name(text.split(None, 1)[0]), text
 

@@ -9,10 +9,11 @@ A chain is four layers at one position, as `glue` has them, in a CUDA graph. A w
                        memory into L1 and shared memory as the products ("max"), or leave it to the
                        driver: a multiprocessor is drained before the division changes
 
-The products of csrc/cuda are launched early and let the next kernel begin ahead of their wait. Other
-ways were measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where a way
-names them): once they had waited ("waited"), when all weights of a block had been used ("last"), at
-the end of its blocks ("end"), and not launched early themselves ("late"). Their code is gone.
+The products of csrc/cuda are launched early and let the next kernel begin ahead of their wait.
+Other ways were measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where
+the way's name has them): once they had waited ("waited"), when all weights of a block had been used
+("last"), at the end of its blocks ("end"), and not launched early themselves ("late"). Their code
+is gone.
 
 All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
 A line a way: us a layer (median), its change from the first, the way; best first. The best are
