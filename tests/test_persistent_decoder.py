@@ -1,9 +1,11 @@
-"""The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in a drawn order."""
+"""The persistent patch decoder's own source on a CPU: each thread of each block a fiber, resumed in
+a drawn order."""
 
 import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from mimo_fast.quantization import Format, quantize
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "engine" / "decoder.cu"
+PARTS = [path for path in SOURCE.parent.glob("*.cuh") if path.name != "grid.cuh"]
 STUCK = 719
 DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
 
@@ -55,6 +58,13 @@ def built(source: Path, target: Path) -> ctypes.CDLL:
     return declared(ctypes.CDLL(str(target)))
 
 
+def built_with(change: Callable[[str], str], folder: Path) -> ctypes.CDLL:
+    """Of changed source text."""
+    for path in (SOURCE, *PARTS):
+        (folder / path.name).write_text(change(path.read_text()))
+    return built(folder / SOURCE.name, folder / "emulated.so")
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
@@ -80,7 +90,8 @@ def decoded(
 
 
 def check(model: Model, x: Tensor, got: Tensor) -> None:
-    """Half a unit of bfloat16 for the result; as much again for values on the edge of a rounding before it."""
+    """Half a unit of bfloat16 for the result; as much again for values on the edge of a rounding
+    before it."""
     want = reference(model, x, rounded=True)
     assert (got.float() - want).norm() <= 2**-8 * want.norm()
     assert (got.float() - want).abs().max() <= 2**-7 * want.abs().max()
@@ -112,18 +123,18 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_path, bits):
-    source, usual = SOURCE.read_text(), re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
-    assert dict(usual.findall(source)) == {
+    usual = re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
+    assert dict(usual.findall((SOURCE.parent / "engine.cuh").read_text())) == {
         "DIM": "1024",
         "FFN": "4096",
         "BLOCKS": "128",
         "THREADS": "512",
     }
     values = {"DIM": DIM, "FFN": 1024, "BLOCKS": 32, "THREADS": 128}
-    (tmp_path / "decoder.cu").write_text(
-        usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", source)
+    library = built_with(
+        lambda text: usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", text),
+        tmp_path,
     )
-    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
     model, x = random_model(DIM, 1024, LAYERS, bits, bits == 4, bits == 4), given(2)
     assert torch.equal(decoded(library, model, x, 32, 128), decoded(emulated, model, x))
 
@@ -151,7 +162,8 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_codes_drawn_within(emulated, noisy):
-    """Codes are the best, or as good but for rounding; what follows is right for the codes that were drawn."""
+    """Codes are the best, or as good but for rounding; what follows is right for the codes that were
+    drawn."""
     sizes = (37, 37, 9, 9, 10)
     model, heads, x = (
         random_model(DIM, FFN, 1, 4, True, True),
@@ -194,10 +206,9 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_that_these_bugs_are_found(emulated, tmp_path, bug):
-    source, (right, wrong) = SOURCE.read_text(), BUGS[bug]
-    assert source.count(right) == 1
-    (tmp_path / "decoder.cu").write_text(source.replace(right, wrong))
-    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
+    right, wrong = BUGS[bug]
+    assert sum(path.read_text().count(right) for path in (SOURCE, *PARTS)) == 1
+    library = built_with(lambda text: text.replace(right, wrong), tmp_path)
     model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
     want = decoded(emulated, model, x)
     decoder = Decoder(library, model, 2)

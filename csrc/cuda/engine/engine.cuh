@@ -1,5 +1,5 @@
-// The state of a block of the persistent decoder, and the order of its phases; decoder.cu explains them. What a phase does
-// is in weights.cuh, exchange.cuh, attention.cuh and logits.cuh.
+// The state of a block of the persistent decoder, and the order of its phases; decoder.cu explains them. What a phase
+// does is in weights.cuh, exchange.cuh, attention.cuh and logits.cuh.
 #pragma once
 
 #include <grid.cuh>
@@ -251,8 +251,8 @@ struct Engine {
 
     __device__ void stage_gated();
 
-    // Of two heads, lane d of 16 of each: the key of position d, rubbish where none is yet; value d of all positions, zeros
-    // where none is.
+    // Of two heads, lane d of 16 of each: the key of position d, rubbish where none is yet; value d of all positions,
+    // zeros where none is.
     struct Past {
         uint4 keys[2], values[2];
     };
