@@ -162,8 +162,8 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_codes_drawn_within(emulated, noisy):
-    """Codes are the best, or as good but for rounding; what follows is right for the codes that were
-    drawn."""
+    """Codes are the best, or as good but for rounding; what follows is right for those that
+    were drawn."""
     sizes = (37, 37, 9, 9, 10)
     model, heads, x = (
         random_model(DIM, FFN, 1, 4, True, True),
