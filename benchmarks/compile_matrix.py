@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -91,9 +92,7 @@ def _width(load: str) -> int:
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
     """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA
     file, by nvcc."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        _nvcc(source, architecture, file.name)
-        usage = _cuobjdump(file.name, "-res-usage")
+    usage = _of_cuda(source, architecture, "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     return {
         _kernel_name(name): (int(registers), int(local), int(shared))
@@ -101,21 +100,37 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
     }
 
 
-def cuda_instructions(source: Path, architecture: int) -> dict[str, list[str]]:
-    """The machine instructions of every kernel of a CUDA file, without their operands, by nvcc."""
+def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
+    """Instructions of a CUDA file's kernels that no GPU executes: the descriptor of an access to
+    memory is a pair of uniform registers, the first of them even, and ptxas 13.0 has written others
+    (`cp_async` in csrc/cuda/warp.cuh)."""
+    return {
+        name: found
+        for name, text in cuda_assembly(source, architecture)
+        if (found := re.findall(r"\*/\s+(.*desc\[UR\d*[13579]\].*?) *;", text))
+    }
+
+
+def cuda_assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
+    """The machine instructions of every kernel of a CUDA file, by nvcc."""
+    for text in _of_cuda(source, architecture, "-sass").split("Function : ")[1:]:
+        yield _kernel_name(text.split(None, 1)[0]), text
+
+
+def _of_cuda(source: Path, architecture: int, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        _nvcc(source, architecture, file.name)
-        sass = _cuobjdump(file.name, "-sass")
-    found: dict[str, list[str]] = {}
-    for text in sass.split("Function : ")[1:]:
-        name = _kernel_name(text.split(None, 1)[0])
-        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text)
-    return found
+        file.write(_nvcc(source, architecture))
+        file.flush()
+        return _cuobjdump(file.name, option)
 
 
-def _nvcc(source: Path, architecture: int, target: str) -> None:
+@cache
+def _nvcc(source: Path, architecture: int) -> bytes:
+    """A cubin."""
     flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
-    subprocess.run(["nvcc", *flags, source, "-o", target], check=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        subprocess.run(["nvcc", *flags, source, "-o", file.name], check=True)
+        return Path(file.name).read_bytes()
 
 
 def _kernel_name(mangled: str) -> str:

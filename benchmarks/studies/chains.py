@@ -5,13 +5,15 @@ python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
 
     Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
-    products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before
-                       this study; once they have "waited"; when all weights of a block have been
-                       used ("last"); at the "end" of its blocks. "late": not launched early
-                       themselves
     carveout           whether Triton's kernels ask for the same division of a multiprocessor's
                        memory into L1 and shared memory as the products ("max"), or leave it to the
                        driver: a multiprocessor is drained before the division changes
+
+The products of csrc/cuda are launched early and let the next kernel begin ahead of their wait.
+Other ways were measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where
+the way's name has them): once they had waited ("waited"), when all weights of a block had been used
+("last"), at the end of its blocks ("end"), and not launched early themselves ("late"). Their code
+is gone.
 
 All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
 A line a way: us a layer (median), its change from the first, the way; best first. The best are
@@ -58,7 +60,6 @@ AGAIN = 4
 """The best ways of a chain, timed once more."""
 
 MODES = ("off", "none", "lets", "first", "waited", "last")
-PRODUCTS = {"ahead": "0", "end": "3", "waited": "1", "last": "2", "late": "0"}
 KERNELS = (
     merge_splits_kernel,
     small_decode_kernel,
@@ -83,12 +84,11 @@ SPLIT_AND_MERGE = (
 @dataclass(frozen=True)
 class Way:
     kernels: str
-    products: str = "ahead"
     carveout: str = "driver"
 
     @property
     def name(self) -> str:
-        return f"{self.kernels} products={self.products} carveout={self.carveout}"
+        return f"{self.kernels} carveout={self.carveout}"
 
 
 @dataclass(frozen=True)
@@ -134,26 +134,19 @@ def ways(family: str) -> list[Way]:
     else:
         early = [f"off,small_decode={own}" for own in MODES]
         early += ["first", "none", "last", "off,small_decode=last,rms_norm=first"]
-    both = [Way(kernels, products) for products in PRODUCTS for kernels in early]
-    return both + [
-        Way(kernels, products, "max") for products in ("ahead", "end") for kernels in early
-    ]
+    return [Way(kernels, carveout) for carveout in ("driver", "max") for kernels in early]
 
 
 @contextmanager
 def environment(way: Way) -> Iterator[None]:
-    names = {EARLY_ENVIRONMENT: way.kernels, "MIMO_FAST_PRODUCT_BEGIN": PRODUCTS[way.products]}
-    if way.products == "late":
-        names["MIMO_FAST_PRODUCT_LATE"] = "1"
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    before = os.environ.get(EARLY_ENVIRONMENT)
+    os.environ[EARLY_ENVIRONMENT] = way.kernels
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.pop(EARLY_ENVIRONMENT)
+        if before is not None:
+            os.environ[EARLY_ENVIRONMENT] = before
 
 
 def set_carveout(driver: Any, percent: int) -> None:

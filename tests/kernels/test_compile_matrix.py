@@ -16,7 +16,8 @@ from benchmarks.compile_matrix import (
     cases,
     compile_case,
     compile_cuda,
-    cuda_instructions,
+    cuda_assembly,
+    wrong_descriptors,
 )
 from mimo_fast.kernels.dispatch import Begin, Case
 
@@ -76,20 +77,22 @@ def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
     for name, (_, local, shared) in kernels.items():
         assert local == 0, name
         assert shared <= STATIC_SHARED, name
+    assert not wrong_descriptors(source, architecture)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_pair_of_int4_is_one_logical_instruction() -> None:
-    """A thread unpacks 32 pairs of 16 rows a unit: two instructions each would be 64, and were."""
-    kernels = cuda_instructions(
-        next(source for source in CUDA if source.stem == "quantized_mma"), 90
-    )
-    found = {name.removeprefix("quantized_mma Bfloat16 "): code for name, code in kernels.items()}
-    # T, BITS, GROUPED, ROWS, WARPS, STAGES, TILES_X: tiles of 16 rows against those of 8, which
-    # unpack 16 pairs.
-    counts = {rows: found[f"4 1 {rows} 16 4 1"].count("LOP3") for rows in (8, 16)}
-    assert counts[16] - counts[8] <= 16 + 8
-    assert all(code.count("HMMA") == 8 for name, code in found.items() if name.endswith(" 1"))
+    """A thread unpacks 32 pairs of a unit: two instructions each would be 64, and were."""
+    source = next(source for source in CUDA if source.stem == "quantized_mma")
+    # T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS
+    found = {tuple(name.split()[1:]): code for name, code in cuda_assembly(source, 90)}
+    of_int4 = {name: code for name, code in found.items() if name[1] == "4"}
+    assert of_int4
+    for name, code in of_int4.items():
+        masks = re.findall(r"LOP3\.LUT [^;]*\b0xf000f\b[^;]*;", code)
+        assert len(masks) == 32, name
+        assert all(" 0xea," in mask for mask in masks), name
+        assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(name[5]), name
 
 
 def test_names_are_unique() -> None:

@@ -32,6 +32,11 @@ COLUMNS = 128
 MAX_COLUMNS = 16384
 """Beyond, a tile has more scales than a block of threads loads at once."""
 
+FUSED_ROWS = 192
+"""Rows of x up to which `quantized_gemm` is worth taking. On an H100 a layer's four products
+take less time than by `unpack` and torch's product at 64, 96 and 128 rows (int4), and more from 256
+on (benchmarks/results/2026-11-28-h100-gemm.json)."""
+
 
 @cache
 def library() -> ctypes.CDLL | None:
