@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import mimo_fast.kernels
 from benchmarks.launches import section
-from mimo_fast.kernels.dispatch import EARLY_CAPABILITY, KNOWS_EARLY_LAUNCH, Begin, Case
+from mimo_fast.kernels.dispatch import HAS_PDL, PDL_CAPABILITY, Case, PdlTrigger
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = 99 * 1024
@@ -36,7 +36,7 @@ class Compiled:
     load_bits: int
     tf32: bool
     waits: int
-    begins: int
+    triggers: int
     ptx: str
 
 
@@ -47,7 +47,7 @@ def cases() -> Iterator[Case]:
         yield from getattr(found, "compile_cases", tuple)()
 
 
-def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> Compiled:
+def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger.FIRST) -> Compiled:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = [
@@ -59,9 +59,9 @@ def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> C
     constexprs = dict(case.constexprs)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     if "PDL" in names:
-        early = KNOWS_EARLY_LAUNCH and architecture >= 10 * EARLY_CAPABILITY
-        constexprs["PDL"] = int(begin if early else Begin.OFF)
-        options |= {"launch_pdl": True} if early and begin & Begin.NONE else {}
+        early = HAS_PDL and architecture >= 10 * PDL_CAPABILITY
+        constexprs["PDL"] = int(trigger if early else PdlTrigger.OFF)
+        options |= {"launch_pdl": True} if early and trigger & PdlTrigger.NONE else {}
     source = ASTSource(case.kernel, signature, constexprs, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -79,7 +79,7 @@ def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> C
         load_bits=max((_width(load) for load in loads), default=0),
         tf32=".tf32" in ptx,
         waits=ptx.count("griddepcontrol.wait"),
-        begins=ptx.count("griddepcontrol.launch_dependents"),
+        triggers=ptx.count("griddepcontrol.launch_dependents"),
         ptx=ptx,
     )
 

@@ -4,7 +4,7 @@ python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 
 A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
 
-    Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
+    Triton's kernels   a `PdlTrigger` each (dispatch.py): off, none, lets, first, waited, last
     products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before
                        this study; once they have "waited"; when all weights of a block have been
                        used ("last"); at the "end" of its blocks. "late": not launched early
@@ -44,7 +44,7 @@ from mimo_fast.kernels.decode_attention import (
     small_decode_kernel,
     split_attention_kernel,
 )
-from mimo_fast.kernels.dispatch import EARLY_ENVIRONMENT, triton
+from mimo_fast.kernels.dispatch import PDL_ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.triton_kernels import dense_gemv_kernel
 from mimo_fast.kernels.norm import rms_norm_kernel
 from mimo_fast.kernels.rope import rope_table
@@ -142,7 +142,7 @@ def ways(family: str) -> list[Way]:
 
 @contextmanager
 def environment(way: Way) -> Iterator[None]:
-    names = {EARLY_ENVIRONMENT: way.kernels, "MIMO_FAST_PRODUCT_BEGIN": PRODUCTS[way.products]}
+    names = {PDL_ENVIRONMENT: way.kernels, "MIMO_FAST_PRODUCT_BEGIN": PRODUCTS[way.products]}
     if way.products == "late":
         names["MIMO_FAST_PRODUCT_LATE"] = "1"
     before = {name: os.environ.get(name) for name in names}
@@ -291,8 +291,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]
 
 
 def warm(mode: str) -> None:
-    """Compiles what one `Begin` needs into Triton's cache."""
-    os.environ[EARLY_ENVIRONMENT] = mode
+    """Compiles what one `PdlTrigger` needs into Triton's cache."""
+    os.environ[PDL_ENVIRONMENT] = mode
     for chain in chains():
         if chain.rows == 1:
             runner(chain, 1)()
