@@ -363,8 +363,8 @@ def decode_attention(
     cache.check_append(qkv, table, slots, starts, heads)
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
         raise ValueError(
-            f"qkv {list(qkv.shape)} must have one position a row, and {heads} query heads must be "
-            f"a multiple of the key/value heads"
+            f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads "
+            "in equal shares for the key/value heads"
         )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)

@@ -84,7 +84,8 @@ def state() -> str:
 
 
 def expect(holds: bool, message: str) -> None:
-    """
+    """Checks a condition on the arguments.
+
     Raises:
         ValueError: it does not hold.
     """
@@ -243,9 +244,10 @@ def decode_attention(
 
 
 def check_layout(k: Tensor, v: Tensor) -> None:
-    """
+    """Checks that keys and values [..., Dh] can be read in place.
+
     Raises:
-        ValueError: keys and values [..., Dh] have not one layout, or heads are not contiguous.
+        ValueError: their layouts differ, or heads are not contiguous.
     """
     if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("keys and values are not of one layout, heads contiguous")

@@ -129,13 +129,13 @@ def quantized_matmul(
     loaded: ctypes.CDLL | None = None,
     variant: int = 0,
 ) -> Tensor:
-    """Product of a few rows: x [M, K] -> y, which is written. kernels/matmul has the formula.
+    """Product of a few rows: x [M, K] -> y, which is written; kernels/matmul has the formula.
 
     x has contiguous rows that start at multiples of 8 bytes; y and residual are contiguous.
 
     Args:
-        norm: must be None for float16 x, whose range does not hold x times the norm's weight before it
-            is scaled by the row.
+        norm: must be None for float16 x, whose range does not hold x times the norm's weight before
+            the row's scale is applied.
         loaded: another build of the library than the package's.
         variant: one of its configurations, 0 for its own choice.
 
