@@ -1,5 +1,4 @@
-"""Compiles every kernel configuration for every supported GPU generation, with no GPU, and reads
-what came out.
+"""Compiles every kernel configuration for every supported GPU generation, without a GPU.
 
 python -m benchmarks.compile_matrix > docs/kernels.md
 """
@@ -27,8 +26,11 @@ SHARED_LIMIT = 99 * 1024
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made: registers a thread, spilled bytes, shared memory, widest global
-    load, any TF32; waits for the kernel before (`griddepcontrol.wait`) and calls of the next."""
+    """Properties of compiled code.
+
+    Registers a thread, spilled bytes, shared memory, widest global load, any TF32; numbers of PDL
+    waits (`griddepcontrol.wait`) and triggers (`griddepcontrol.launch_dependents`).
+    """
 
     registers: int
     spilled: int
@@ -72,7 +74,7 @@ def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger
     loads = re.findall(r"LDG\.E(?:\.\w+)*", sass) + re.findall(r"LDGSTS\.E(?:\.\w+)*", sass)
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        # What does not fit into registers goes to local memory.
+        # Spilled registers go to local memory.
         spilled=int(re.search(r"LOCAL:(\d+)", usage)[1])
         + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=kernel.metadata.shared,
@@ -89,8 +91,7 @@ def _width(load: str) -> int:
 
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
-    """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA
-    file, by nvcc."""
+    """Registers a thread, bytes of local and of shared memory of every kernel of a CUDA file."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         _nvcc(source, architecture, file.name)
         usage = _cuobjdump(file.name, "-res-usage")
@@ -102,7 +103,7 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
 
 
 def cuda_instructions(source: Path, architecture: int) -> dict[str, list[str]]:
-    """The machine instructions of every kernel of a CUDA file, without their operands, by nvcc."""
+    """The machine instructions of every kernel of a CUDA file, without their operands."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         _nvcc(source, architecture, file.name)
         sass = _cuobjdump(file.name, "-sass")
@@ -119,7 +120,7 @@ def _nvcc(source: Path, architecture: int, target: str) -> None:
 
 
 def _kernel_name(mangled: str) -> str:
-    """A kernel, its type of activations and its template's integers."""
+    """Name of a kernel: its activations' type and its template's integers follow."""
     name = re.search(r"\d_([a-z_]+)_cu_", mangled)[1]
     types = re.findall(r"\d(Bfloat16|Float16)", mangled)[:1]
     return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])
