@@ -4,7 +4,7 @@ python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 
 A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
 
-    Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
+    Triton's kernels   a `PdlTrigger` each (dispatch.py): off, none, lets, first, waited, last
     carveout           whether Triton's kernels ask for the same division of a multiprocessor's
                        memory into L1 and shared memory as the products ("max"), or leave it to the
                        driver: a multiprocessor is drained before the division changes
@@ -46,7 +46,7 @@ from mimo_fast.kernels.decode_attention import (
     small_decode_kernel,
     split_attention_kernel,
 )
-from mimo_fast.kernels.dispatch import EARLY_ENVIRONMENT, triton
+from mimo_fast.kernels.dispatch import PDL_ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.triton_kernels import dense_gemv_kernel
 from mimo_fast.kernels.norm import rms_norm_kernel
 from mimo_fast.kernels.rope import rope_table
@@ -139,14 +139,14 @@ def ways(family: str) -> list[Way]:
 
 @contextmanager
 def environment(way: Way) -> Iterator[None]:
-    before = os.environ.get(EARLY_ENVIRONMENT)
-    os.environ[EARLY_ENVIRONMENT] = way.kernels
+    before = os.environ.get(PDL_ENVIRONMENT)
+    os.environ[PDL_ENVIRONMENT] = way.kernels
     try:
         yield
     finally:
-        os.environ.pop(EARLY_ENVIRONMENT)
+        os.environ.pop(PDL_ENVIRONMENT)
         if before is not None:
-            os.environ[EARLY_ENVIRONMENT] = before
+            os.environ[PDL_ENVIRONMENT] = before
 
 
 def set_carveout(driver: Any, percent: int) -> None:
@@ -284,8 +284,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]
 
 
 def warm(mode: str) -> None:
-    """Compiles what one `Begin` needs into Triton's cache."""
-    os.environ[EARLY_ENVIRONMENT] = mode
+    """Compiles what one `PdlTrigger` needs into Triton's cache."""
+    os.environ[PDL_ENVIRONMENT] = mode
     for chain in chains():
         if chain.rows == 1:
             runner(chain, 1)()

@@ -31,8 +31,8 @@ from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.decode_attention import decode_attention, decode_attention_ref
 from mimo_fast.kernels.dispatch import (
-    EARLY_ENVIRONMENT,
     ENVIRONMENT,
+    PDL_ENVIRONMENT,
     early_launch,
     jit,
     tl,
@@ -76,14 +76,14 @@ Run = Callable[[], Tensor]
 
 @contextmanager
 def early(on: bool) -> Iterator[None]:
-    before = os.environ.get(EARLY_ENVIRONMENT)
-    os.environ[EARLY_ENVIRONMENT] = "1" if on else "0"
+    before = os.environ.get(PDL_ENVIRONMENT)
+    os.environ[PDL_ENVIRONMENT] = "1" if on else "0"
     try:
         yield
     finally:
-        os.environ.pop(EARLY_ENVIRONMENT)
+        os.environ.pop(PDL_ENVIRONMENT)
         if before is not None:
-            os.environ[EARLY_ENVIRONMENT] = before
+            os.environ[PDL_ENVIRONMENT] = before
 
 
 def captured(run: Run, calls: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:

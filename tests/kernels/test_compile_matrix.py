@@ -19,7 +19,7 @@ from benchmarks.compile_matrix import (
     cuda_assembly,
     wrong_descriptors,
 )
-from mimo_fast.kernels.dispatch import Begin, Case
+from mimo_fast.kernels.dispatch import Case, PdlTrigger
 
 CASES = list(cases())
 STATIC_SHARED = 48 * 1024
@@ -38,30 +38,30 @@ def test_compiles_without_spills(case: Case, architecture: int) -> None:
     if case.wide_loads:
         assert compiled.load_bits == 128
     early = "PDL" in case.kernel.arg_names and architecture >= 90
-    assert (compiled.begins, compiled.waits) == ((1, 1) if early else (0, 0))
+    assert (compiled.triggers, compiled.waits) == ((1, 1) if early else (0, 0))
     if early:
         before, _, _ = compiled.ptx.partition("griddepcontrol.wait")
         assert not re.search(r"\b(st\.global|atom\.|red\.)", before), "writes before it waits"
 
 
-@pytest.mark.parametrize("begin", Begin)
+@pytest.mark.parametrize("trigger", PdlTrigger)
 @pytest.mark.parametrize(
     "name", ["small_decode bf16", "split_attention bf16 splits=16", "merge_splits splits=16"]
 )
-def test_the_next_begins_where_it_is_said(name: str, begin: Begin) -> None:
+def test_the_next_starts_where_it_is_triggered(name: str, trigger: PdlTrigger) -> None:
     case = next(case for case in CASES if case.name == name)
-    ptx = compile_case(case, 90, begin).ptx
+    ptx = compile_case(case, 90, trigger).ptx
     calls = re.findall(r"griddepcontrol\.\w+|\b(?:ld|st)\.global|cp\.async\.cg", ptx)
-    begins = [i for i, call in enumerate(calls) if call.endswith("launch_dependents")]
+    triggers = [i for i, call in enumerate(calls) if call.endswith("launch_dependents")]
     waits = [i for i, call in enumerate(calls) if call.endswith("wait")]
-    assert len(waits) == (begin not in (Begin.OFF, Begin.LETS))
-    assert len(begins) == (begin not in (Begin.OFF, Begin.NONE))
-    if begin in (Begin.FIRST, Begin.LETS):
-        assert begins == [0]
-    if begin == Begin.WAITED:
-        assert begins[0] == waits[0] + 1
-    if begin == Begin.LAST:
-        after = calls[begins[0] + 1 :]
+    assert len(waits) == (trigger not in (PdlTrigger.OFF, PdlTrigger.LETS))
+    assert len(triggers) == (trigger not in (PdlTrigger.OFF, PdlTrigger.NONE))
+    if trigger in (PdlTrigger.FIRST, PdlTrigger.LETS):
+        assert triggers == [0]
+    if trigger == PdlTrigger.WAITED:
+        assert triggers[0] == waits[0] + 1
+    if trigger == PdlTrigger.LAST:
+        after = calls[triggers[0] + 1 :]
         assert after
         assert not any(call.startswith(("ld", "cp")) for call in after)
 
