@@ -4,7 +4,8 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def compile_for_cpu(sources: Sequence[Path], target: Path, headers: Sequence[Pat
     return part.replace(target)
 
 
+@contextmanager
+def exclusive(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """One process of this run of the tests at a time; gives a directory that all of them share."""
+    directory = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    with (directory / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield directory
+
+
 def compiled_once(
     factory: pytest.TempPathFactory,
     name: str,
@@ -34,10 +46,6 @@ def compiled_once(
     headers: Sequence[Path] = (),
 ) -> Path:
     """`compile_for_cpu` into NAME.so, once a run of the tests, whatever its number of processes."""
-    directory = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    target = directory / f"{name}.so"
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(factory, name) as directory:
+        target = directory / f"{name}.so"
         return target if target.exists() else compile_for_cpu(sources, target, headers)

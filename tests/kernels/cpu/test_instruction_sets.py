@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import exclusive
 
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.sample import gumbel
@@ -60,14 +61,15 @@ def in_set(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def program() -> tuple[Path, list[Path]]:
+def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """The test program and the kernels' objects."""
     machine = os.uname().machine
     if machine not in run_kernels.SETS:
         pytest.skip(f"no kernels for {machine}")
     compiler = run_kernels.default_compiler()
     assert compiler is not None
-    built = run_kernels.build(machine, compiler)
+    with exclusive(tmp_path_factory, "kernels_test"):
+        built = run_kernels.build(machine, compiler)
     assert built is not None
     return built
 
