@@ -8,7 +8,7 @@ Presets get random weights, made on the device, and replies with a fixed schedul
 speech, which the record has. A floor is the bytes to read over this machine's measured read
 bandwidth, or the time of the arithmetic where that is longer. It is printed before each
 measurement; `of floor` is floor over measured time, 100% being as fast as the machine allows.
-Models that do not fit into memory, or cannot end within --limit, are skipped by name.
+Rows that do not fit into memory, or cannot end within --limit, are skipped by name.
 """
 
 from __future__ import annotations

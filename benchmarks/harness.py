@@ -56,11 +56,12 @@ class Provider:
 
     Args:
         run: prepared inputs -> outputs; the same inputs must give the same outputs again.
-        prepare: the case's inputs -> what `run` takes, such as weights in another form; not timed.
+        prepare: the case's inputs -> what `run` takes, such as weights in another form; not
+            timed.
         missing: device -> why it cannot run there, or None.
-        stands_for: (case's inputs, prepared) -> the inputs whose exact result `run` is compared with,
-            where its own rounding of weights or activations is not an error of its arithmetic; None:
-            the case's own.
+        stands_for: (case's inputs, prepared) -> the inputs whose exact result `run` is compared
+            with, where its own rounding of weights or activations is not an error of its
+            arithmetic; None: the case's own.
     """
 
     name: str

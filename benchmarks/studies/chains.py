@@ -1,24 +1,23 @@
-"""What is each kernel's best part in early launches, in the chains of a decode step?
+"""Which PDL trigger is best for each kernel, in the chains of a decode step?
 
 python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 
-A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
+A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way chooses
 
     Triton's kernels   a `PdlTrigger` each (dispatch.py): off, none, lets, first, waited, last
     carveout           whether Triton's kernels ask for the same division of a multiprocessor's
                        memory into L1 and shared memory as the products ("max"), or leave it to the
                        driver: a multiprocessor is drained before the division changes
 
-The products of csrc/cuda are launched early and let the next kernel begin ahead of their wait.
-Other ways were measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where
-the way's name has them): once they had waited ("waited"), when all weights of a block had been used
-("last"), at the end of its blocks ("end"), and not launched early themselves ("late"). Their code
-is gone.
+The products of csrc/cuda are launched early and trigger ahead of their wait. Other ways were
+measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where a way's name has
+them): after the wait ("waited"), when a block had used all its weights ("last"), at the end of its
+blocks ("end"), and not launched early themselves ("late"). Their code is gone.
 
-All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
-A line a way: us a layer (median), its change from the first, the way; best first. The best are
-captured and timed once more, next to the first, and replayed often for races. At the end, of each
-family of chains: the ways by the geometric mean of their times over the family's chains.
+All ways of a chain must give the bits of the first, in which no Triton kernel is launched early.
+One line a way: us a layer (median), its change from the first, the way; best first. The best are
+captured and timed once more, next to the first, and replayed often to find races. At the end, for
+each family of chains: the ways by the geometric mean of their times over the family's chains.
 """
 
 import argparse
@@ -57,7 +56,7 @@ LAYERS = 4
 REPLAYS = 7
 RACES = 50
 AGAIN = 4
-"""The best ways of a chain, timed once more."""
+"""Number of a chain's best ways that are timed once more."""
 
 MODES = ("off", "none", "lets", "first", "waited", "last")
 KERNELS = (
@@ -118,7 +117,7 @@ def chains() -> list[Chain]:
 
 
 def ways(family: str) -> list[Way]:
-    """All of a family's, the first with nothing of Triton's launched early."""
+    """All ways of a family; in the first no Triton kernel is launched early."""
     if family == "patch decoder dense":
         return [
             Way(f"off,small_decode={own},dense_gemv={gemv},rms_norm={norm}")
@@ -150,7 +149,7 @@ def environment(way: Way) -> Iterator[None]:
 
 
 def set_carveout(driver: Any, percent: int) -> None:
-    """Of all of Triton's kernels that have been launched; -1 leaves it to the driver."""
+    """Sets the carveout of all Triton kernels that have been launched; -1: the driver's choice."""
     preferred_shared_memory_carveout = 9
     for kernel in KERNELS:
         for compiled in kernel.device_caches[torch.cuda.current_device()][0].values():
@@ -193,7 +192,7 @@ def captured(
         with torch.cuda.graph(graph):
             for _ in range(CALLS):
                 result = run()
-        # Instantiated, and sent to the device, with the attributes still set.
+        # Instantiate and upload while the attributes are still set.
         graph.replay()
         torch.cuda.synchronize()
     return graph, result
@@ -229,7 +228,7 @@ def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
             first = result.clone() if first is None else first
             row["same_bits"] = torch.equal(result, first)
             del graph, result
-        except Exception as error:  # One way that fails must not cost the others.
+        except Exception as error:  # The other ways run even if one fails.
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
     measured = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
@@ -264,7 +263,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
-    """Of each family: (way, mean of its time over that of the first way), best first."""
+    """For each family: (way, mean of its time over that of the first way), best first."""
     means: dict[str, list[tuple[str, float]]] = {}
     for family in dict.fromkeys(record["family"] for record in records):
         of_family = [record for record in records if record["family"] == family]

@@ -19,8 +19,8 @@ allocator gave it away.
 earlier kernels because that kernel, too, ends only after its own wait: if one kernel of a chain did
 not wait, the next would pass its wait while kernels further back still run. So a kernel that needs
 nothing of its predecessor waits as well. Kernels that are not launched early, such as torch's,
-start after all earlier ones have ended, which keeps the chain intact. `tests/kernels/test_early_launch.py`
-checks every kernel against the rule.
+start after all earlier ones have ended, which keeps the chain intact.
+`tests/kernels/test_early_launch.py` checks every kernel against the rule.
 
 The trigger is correct at any place, but its place decides which kernels are resident together: if
 the next kernel starts while a small grid still occupies some multiprocessors, two of its blocks may
