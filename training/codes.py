@@ -81,7 +81,7 @@ class Codes:
         return piece(_open(self._path(shard)), "phones", place).tolist()
 
     def frame_phones(self, index: int) -> Tensor:
-        """The phone at each frame, int64 [n G], of a part that is said; `len(PHONES)` for silence."""
+        """The phone at each frame of a spoken part, int64 [n G]; `len(PHONES)` for silence."""
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "frame_phones", place).long()
 
