@@ -210,7 +210,7 @@ class Graphs:
         return lambda: both.wait()[: len(slots)], codes
 
     def step(self, slots: Sequence[int]) -> Tensor:
-        """`LM.step`, then `LM.sample_text`, of these slots: int64 [R], valid until the next call."""
+        """`LM.step` and `LM.sample_text` of these slots: int64 [R], valid until the next call."""
         return self._replay(self._steps, slots)
 
     def patch(self, slots: Sequence[int]) -> Tensor:
