@@ -1,10 +1,15 @@
-# `make demo` and `make test` do all of their own set-up in .venv. PYTHON chooses the interpreter, 3.11 to 3.13.
+# Every target does all of its own set-up in .venv. PYTHON chooses the interpreter, 3.11 to 3.13.
 PYTHON ?= python3
 OUT ?= demo_output
 BIN := .venv/bin
 READY := .venv/ready
+PYTEST := $(BIN)/python -m pytest
+# Two processes; one that is done takes over tests of the other.
+WORKERS := -n 2 --dist worksteal
+# Triton's interpreter is chosen when Triton is imported, so those tests run by themselves.
+APART := tests/interpreted tests/kernels/test_compile_matrix.py
 
-.PHONY: demo test kernels aarch64 bench nano lint types unit golden interpreted compiled clean
+.PHONY: demo test check kernels aarch64 bench nano lint types unit slow golden interpreted compiled clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -14,14 +19,18 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks suite
 
+# Before every commit: at most six minutes on two cores.
 test: lint types unit
 
-# The Triton kernels without a GPU; -j2 runs two parts at once.
+# Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
+check: slow kernels $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+
+# The Triton kernels without a GPU.
 kernels: golden interpreted compiled
 
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
-	$(BIN)/python tests/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
+	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
@@ -29,23 +38,27 @@ nano: $(READY)
 	$(BIN)/python -m training all --run training_output
 
 lint: $(READY)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/interpreted --ignore=tests/test_compile_matrix.py
+	$(PYTEST) $(WORKERS) -m 'not slow' $(APART:%=--ignore=%)
+
+slow: $(READY)
+	$(PYTEST) $(WORKERS) -m slow $(APART:%=--ignore=%)
 
 interpreted: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted --ignore=tests/interpreted/test_model.py
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/interpreted --ignore=tests/interpreted/test_model.py
 
-# The parity kit with every op on its Triton path; as long as the other two parts together.
+# The parity kit with every op on its Triton path, in one process: stages share what they compute.
 golden: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted/test_model.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted/test_model.py
 
 compiled: $(READY)
-	$(BIN)/python -m pytest tests/test_compile_matrix.py
+	$(PYTEST) $(WORKERS) tests/kernels/test_compile_matrix.py
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'

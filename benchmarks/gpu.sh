@@ -178,13 +178,13 @@ tests=(-p no:cacheprovider -v --durations 10)
 ((list_only)) || tests+=($("$python" -c 'import xdist' 2>>"$log" && echo "-n auto"))
 # Tests of a GPU are marked, or take the device that conftest.py gives.
 model_tests=()
-for path in $(grep -lE '@pytest\.mark\.gpu|device: torch\.device' tests/test_*.py); do
+for path in $(grep -lE '@pytest\.mark\.gpu|device: torch\.device' tests --include 'test_*.py' -r); do
     [[ $path == */test_gpu_kernels.py ]] || model_tests+=("$path")
 done
 model=(--preset "$preset")
 
 native
-gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/test_gpu_kernels.py "${tests[@]}"
+gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/kernels/test_gpu_kernels.py "${tests[@]}"
 gpu_part tests-model 90 "$python" -m pytest -m gpu "${model_tests[@]}" "${tests[@]}"
 # Most kernels are compiled by now; a call that is cut off keeps them.
 ((list_only)) || pack

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import SOURCES, compiled_once
 from helpers import write_pair
 from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, Request, drawn
 from safetensors.torch import load_file
@@ -80,6 +81,12 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     variant = VARIANTS[request.param]
     lm, codec = write_pair(tmp_path_factory.mktemp(request.param), variant.lm, variant.codec)
     return Loaded(mimo_fast.load(lm, codec, device="cpu"), load_file(lm / "model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of CUDA kernels, compiled for the CPU."""
+    return compiled_once(tmp_path_factory, "cuda", sorted(SOURCES.glob("*.cu")))
 
 
 @pytest.fixture(scope="session")

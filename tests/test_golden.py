@@ -48,7 +48,8 @@ def test_stage_equals_upstream(model, golden, stage, monkeypatch):
     result = run_stage(model, golden, stage, monkeypatch)
     assert result.compared > 0, f"{stage}: the kit has nothing to compare"
     assert result.ok, (
-        f"{stage}: {result.worst} is off by {result.error:.3g} {result.unit}, bound {result.bound:g}"
+        f"{stage}: {result.worst} is off by {result.error:.3g} {result.unit}, "
+        f"bound {result.bound:g}"
     )
 
 

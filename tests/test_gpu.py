@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from memory import resident_memory
+from replays import Counted, repeated
 from replies import SAMPLED, Drawn, Request, drawn
-from test_engine_mixes import Counted, repeated
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 

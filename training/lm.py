@@ -1,18 +1,17 @@
-"""Training of the language model, the technical report's two stages in small.
+"""Training of the language model, in the two stages of the technical report.
 
     understanding   loss = 2 text + CTC, over tasks whose replies are text
-    joint           loss = 2 text + CTC + phones + 2 codes, of the patch decoder's 8 codebooks, over all tasks
+    joint           loss = 2 text + CTC + phones + 2 codes, over all tasks; codes are the patch
+                    decoder's 8 codebooks
 
-The CTC term has linear layers, thrown away afterwards, read the words of a recording from the keys
-and values that
-later positions see of it, and its phones from those of a lower layer: a reply can copy words before
-it has found out by itself what they sound like. Another layer of that kind reads the phones of a
-patch from the state that the patch is
-drawn from: to know how far a word has come and what follows is learned from them much sooner than
-from codes.
+The CTC term uses linear layers that are discarded after training. They read the words of a
+recording from its keys and values that later positions attend to, and its phones from those of a
+lower layer: a reply can copy words before the model has learned by itself what they sound like.
+Another such layer reads the phones of a patch from the hidden state from which the patch is drawn:
+phones teach how far a word has come and what follows much sooner than codes do.
 
-Only groups of replies are learned. Of their patches at most `MAX_PATCHES` a step go through the
-patch decoder, whose 11 steps a patch would otherwise cost more than everything else.
+Loss is taken on the groups of replies only. At most `MAX_PATCHES` of their patches a step go
+through the patch decoder, whose 11 steps a patch would otherwise cost more than everything else.
 """
 
 import random

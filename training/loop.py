@@ -180,7 +180,9 @@ class Run:
             names = set(file.keys())
             expected = {f"tensor.{name}" for name in (*self.trained, *self.fixed)}
             if missing := expected - names:
-                problem = f"{self.state_path} lacks {len(missing)} tensors ({min(missing)}), so it is of another model"
+                problem = (
+                    f"{self.state_path} lacks {len(missing)} tensors of this model ({min(missing)})"
+                )
                 raise CheckpointError(f"{problem}: delete it to start anew")
             self.step = int(file.metadata()["step"])
             with torch.no_grad():

@@ -1,12 +1,15 @@
-"""What a GPU has to say about a persistent engine (csrc/cuda/engine): run it as `python -m benchmarks.studies.engine`.
+"""Measures on a GPU what a persistent engine (csrc/cuda/engine) depends on.
 
-    exchange   microseconds for all blocks to exchange a vector, by tagged data, by a counter, by grid.sync
-    stream     GB/s of weights through a FIFO in shared memory, by how much is read again and again
-    int8, int4 the persistent patch decoder at the published dimensions: against a reference, time by settings, clocks
+    python -m benchmarks.studies.engine
 
-Needs torch and, where no library is given, nvcc. Each part is a process of its own with a time limit, so that an error
-of one does not reach the others; all start at once and measure one after the other. Prints as it measures and writes
-one JSON file, also when parts have failed.
+    exchange    microseconds for all blocks to exchange a vector: tagged data, a counter, grid.sync
+    stream      GB/s of weights through a FIFO in shared memory, by how much is read repeatedly
+    int8, int4  the persistent patch decoder at the published dimensions: error against a reference,
+                time by settings, clocks by phase
+
+Needs torch and, unless a library is given, nvcc. Each part is a process with a time limit, so a
+part that fails does not stop the others; all start at once and measure one after the other. Prints
+while it measures and writes one JSON file, also when parts have failed.
 """
 
 from __future__ import annotations
@@ -100,9 +103,7 @@ def exchange(library: ctypes.CDLL, record: Record) -> None:
     whole = [(0, chunks, chunks) for chunks in (147, 512, 586, 1024)]
     parts = [(0, 512, 256), (0, 586, 293), (0, 1024, 512), (0, 1024, 256)]
     barriers = [(1, 147, 147), (1, 586, 586), (2, 147, 147), (2, 586, 586), (3, 1, 1), (4, 1, 1)]
-    print(
-        "us an exchange; a piece is 16 bytes: 147 of 7 bfloat16 hold a vector of 1024, 586 one of 4096"
-    )
+    print("us an exchange; pieces of 16 bytes (7 bfloat16): 147 hold a vector of 1024, 586 of 4096")
     for blocks, threads in (
         (2, 512),
         (64, 256),
@@ -118,9 +119,17 @@ def exchange(library: ctypes.CDLL, record: Record) -> None:
                 words.zero_()
                 buffers.zero_()
                 return library.mimo_fast_engine_exchange(
-                    kind, blocks, threads, chunks, reads, iterations, buffers.data_ptr(), words.data_ptr(),
-                    result.data_ptr(), stream,
-                )  # fmt: skip
+                    kind,
+                    blocks,
+                    threads,
+                    chunks,
+                    reads,
+                    iterations,
+                    buffers.data_ptr(),
+                    words.data_ptr(),
+                    result.data_ptr(),
+                    stream,
+                )
 
             def part(
                 run=run, kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads
@@ -155,21 +164,34 @@ def stream(library: ctypes.CDLL, record: Record) -> None:
 
         def run() -> int:
             return library.mimo_fast_engine_stream(
-                weights.data_ptr(), size, keep * MB if keep >= 0 else -1, passes, depth, blocks, threads,
-                result.data_ptr(), at,
-            )  # fmt: skip
+                weights.data_ptr(),
+                size,
+                keep * MB if keep >= 0 else -1,
+                passes,
+                depth,
+                blocks,
+                threads,
+                result.data_ptr(),
+                at,
+            )
 
         def part() -> None:
             each = microseconds(run, 1) / passes
             record(
-                megabytes=size / MB, keep=keep, depth=depth, blocks=blocks, threads=threads, us_a_pass=each,
+                megabytes=size / MB,
+                keep=keep,
+                depth=depth,
+                blocks=blocks,
+                threads=threads,
+                us_a_pass=each,
                 GB_s=size / each / 1000,
-            )  # fmt: skip
+            )
 
         attempt(record, f"stream of {megabytes} MB", part)
 
     print(
-        "GB/s of weights read again and again; keep: MB that L2 is told to keep, -1: told nothing; depth 0: registers"
+        "GB/s of weights read repeatedly; keep: MB that L2 is told to keep, -1 for no hint; "
+        "depth 0: through registers"
     )
     for depth, threads in ((0, 512), (1, 512), (2, 512), (4, 256), (4, 512), (6, 512)):
         for blocks in (128, 132):
@@ -219,9 +241,11 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             worst = (wide - want).abs().max() / want.abs().max()
             record(
                 check=f"against the reference, {'rounded alike' if rounded else 'float32'}",
-                worst_of_max=worst.item(), rms=((wide - want).norm() / want.norm()).item(),
-                by_step=[float(x) for x in (wide - want).norm(dim=1) / want.norm(dim=1)], nan=int(wide.isnan().sum()),
-            )  # fmt: skip
+                worst_of_max=worst.item(),
+                rms=((wide - want).norm() / want.norm()).item(),
+                by_step=[float(x) for x in (wide - want).norm(dim=1) / want.norm(dim=1)],
+                nan=int(wide.isnan().sum()),
+            )
 
     def alike() -> None:
         for blocks, threads in ((128, 512), (127, 512), (100, 256), (64, 512), (33, 512)):
@@ -244,10 +268,14 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         got = whole.hidden[:STEPS].float()
         regret = heads.regret(want, whole.codes)
         record(
-            check="codes drawn within", error=error, waited_in_vain=whole.waited_in_vain(),
-            hidden_rms=((got - want).norm() / want.norm()).item(), regret_most=regret.max().item(),
-            regret_share=(regret > 0).float().mean().item(), codes=whole.codes.tolist(),
-        )  # fmt: skip
+            check="codes drawn within",
+            error=error,
+            waited_in_vain=whole.waited_in_vain(),
+            hidden_rms=((got - want).norm() / want.norm()).item(),
+            regret_most=regret.max().item(),
+            regret_share=(regret > 0).float().mean().item(),
+            codes=whole.codes.tolist(),
+        )
         for depth in depths:
             each = microseconds(
                 lambda depth=depth: whole.run(inputs, 128, depth=depth, stream=at), 10
@@ -265,10 +293,21 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     def measure(settings: dict[str, int]) -> None:
         each = microseconds(lambda: run(**settings), 10)
         record(
-            **{"bits": bits, "blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0}
-            | settings, us_a_patch=each, us_a_layer=each / STEPS / LAYERS, GB_s=patch.nbytes * STEPS / each / 1000,
+            **{
+                "bits": bits,
+                "blocks": 128,
+                "threads": 512,
+                "depth": 4,
+                "keep": -1,
+                "pause": 0,
+                "without": 0,
+            }
+            | settings,
+            us_a_patch=each,
+            us_a_layer=each / STEPS / LAYERS,
+            GB_s=patch.nbytes * STEPS / each / 1000,
             waited_in_vain=patch.waited_in_vain(),
-        )  # fmt: skip
+        )
 
     def timed() -> None:
         for settings in (
@@ -282,7 +321,8 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         record(bytes_a_step=patch.nbytes, floor_us_at_3120_GB_s=patch.nbytes * STEPS / 3.12e6)
 
     print(
-        "without: 1 the waiting for data, 2 the copies of weights, 4 the reads of earlier keys and values; their results mean nothing"
+        "without (the results are then wrong): 1 waiting for data, 2 copies of weights, "
+        "4 reads of earlier keys and values"
     )
     attempt(record, "time", timed)
 
@@ -297,9 +337,12 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             for j, name in enumerate(TIMES):
                 values = each[:, i, j]
                 record(
-                    phase=phase, time=name, clocks_mean=values.mean().item(), clocks_least=values.min().item(),
+                    phase=phase,
+                    time=name,
+                    clocks_mean=values.mean().item(),
+                    clocks_least=values.min().item(),
                     clocks_most=values.max().item(),
-                )  # fmt: skip
+                )
 
     attempt(record, "clocks", clocks)
 
@@ -312,9 +355,11 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             wrong += (patch.hidden[:STEPS] != first).any()
         torch.cuda.synchronize()
         record(
-            check=f"{PATCHES} patches in a row", different=int(wrong), waited_in_vain=patch.waited_in_vain(),
+            check=f"{PATCHES} patches in a row",
+            different=int(wrong),
+            waited_in_vain=patch.waited_in_vain(),
             us_a_patch_with_check=(time.perf_counter() - start) / PATCHES * 1e6,
-        )  # fmt: skip
+        )
 
     attempt(record, "soak", soak)
 

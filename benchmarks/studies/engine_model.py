@@ -1,6 +1,7 @@
-"""A patch decoder with random quantized weights: in the persistent kernel's order, and as a plain reference.
+"""A patch decoder with random quantized weights, as the persistent kernel and as a plain reference.
 
-Needs torch alone. Dimensions: N rows and K columns of a matrix, D width, F width of the FFN, L layers, T steps.
+Needs only torch. Dimensions: a matrix has N rows and K columns; the decoder has width D, an FFN of
+width F and L layers, and runs T steps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Matrix:
         return (values * self.scales.float()[..., None]).flatten(1)
 
     def units(self) -> tuple[Tensor, Tensor]:
-        """Units of 16 rows x 128 columns: words [N / 16, K / 128, 64 bits], scales int16 [N / 16, K / 128, 32]."""
+        """Units of 16 rows x 128 columns.
+
+        Returns words [N / 16, K / 128, 64 bits] and scales int16 [N / 16, K / 128, 32].
+        """
         tiles = len(self.words) // TILE
         words = self.words.view(tiles, 2, 8, self.blocks, self.bits // 4, 4, 4).permute(
             0, 3, 1, 4, 2, 5, 6
@@ -79,7 +83,7 @@ class Layer:
     down: Matrix
 
     def units(self) -> tuple[Tensor, Tensor]:
-        """All units of the layer in the order of the kernel's jobs: words [U, ...], scales [U, ...]."""
+        """All units of the layer, in the kernel's order: words [U, ...], scales [U, ...]."""
         parts = []
         for name, matrix in (
             ("qkv", self.qkv),
@@ -165,7 +169,7 @@ class Heads:
         return torch.stack(rows)
 
     def regret(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """By how much a code's score, in float32, is below the best one's [C, FRAMES]; NaN for a code out of range."""
+        """How far each code's float32 score is below the best, [C, FRAMES]; NaN: invalid code."""
         result = torch.zeros(codes.shape)
         for step in range(len(hidden)):
             for c in self.active(step):
@@ -197,10 +201,16 @@ def random_heads(
 
 
 def random_model(
-    dim: int, ffn: int, layers: int, bits: int, grouped: bool, zeros: bool = False, seed: int = 0,
+    dim: int,
+    ffn: int,
+    layers: int,
+    bits: int,
+    grouped: bool,
+    zeros: bool = False,
+    seed: int = 0,
     device: str = "cpu",
-) -> Model:  # fmt: skip
-    """Weights of a trained model's sizes: a product of a normed row is about as large as the row."""
+) -> Model:
+    """Weights scaled so that the product of a normed row is about as large as the row."""
     draw = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -226,13 +236,18 @@ def random_model(
     return Model(
         tuple(
             Layer(
-                norm(), matrix(3 * dim, dim, 1.0), (0.5 * normal(3 * dim)).bfloat16(), matrix(dim, dim, 1.0), norm(),
-                matrix(2 * ffn, dim, 1.0), matrix(dim, ffn, 1.0),
+                norm(),
+                matrix(3 * dim, dim, 1.0),
+                (0.5 * normal(3 * dim)).bfloat16(),
+                matrix(dim, dim, 1.0),
+                norm(),
+                matrix(2 * ffn, dim, 1.0),
+                matrix(dim, ffn, 1.0),
             )
             for _ in range(layers)
         ),
         norm(),
-    )  # fmt: skip
+    )
 
 
 def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
@@ -248,7 +263,7 @@ def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + model.eps).rsqrt()
         return kept(x * weight.float()) @ matrix.dense().T * scale
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         cos, sin = model.angles()[: len(x)].unbind(1)
         first, second = x.chunk(2, -1)
         cos, sin = cos[:, None], sin[:, None]
@@ -258,7 +273,7 @@ def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
     for layer in model.layers:
         qkv = kept(normed(x, layer.attention_norm, layer.qkv) + layer.bias.float())
         q, k, v = (part.unflatten(-1, (-1, HEAD)) for part in qkv.chunk(3, -1))
-        q, k = turned(q), kept(turned(k))
+        q, k = rotated(q), kept(rotated(k))
         scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD**0.5
         causal = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
         weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
@@ -344,13 +359,24 @@ class Decoder:
         )
 
     def run(
-        self, inputs: Tensor, blocks: int, threads: int = 512, depth: int = 4, keep: int = -1, pause: int = 0,
-        without: int = 0, clocks: Tensor | None = None, stream: int | None = None,
-    ) -> int:  # fmt: skip
-        """inputs bfloat16 [T, D] -> self.hidden[:T]; with heads, inputs[0] and as many steps -> self.codes as well.
+        self,
+        inputs: Tensor,
+        blocks: int,
+        threads: int = 512,
+        depth: int = 4,
+        keep: int = -1,
+        pause: int = 0,
+        without: int = 0,
+        clocks: Tensor | None = None,
+        stream: int | None = None,
+    ) -> int:
+        """inputs bfloat16 [T, D] -> self.hidden[:T].
+
+        With heads, only inputs[0] is used; T steps also write self.codes.
 
         clocks: int64 [blocks, 6, 4], see PHASES and TIMES. Returns a cudaError_t.
-        without: for measurements, which spoil the result: 1 the waiting for data, 2 the copies of weights, 3 both.
+        without: for measurements with a wrong result: 1 leaves out the waiting for data, 2 the
+            copies of weights, 4 the reads of earlier keys and values; a sum leaves out several.
         """
         assert inputs.is_contiguous()
         assert inputs.dtype == torch.bfloat16
@@ -366,8 +392,23 @@ class Decoder:
             else (None, None, None, None)
         )
         return self.library.mimo_fast_engine_decode(
-            *at(self.words, self.scales, self.norms, self.bias, self.angles, inputs, *drawn), self.sizes, self.empty,
-            len(self.codes), 1 / heads.temperature if heads else 1.0,
-            *at(self.hidden, self.cache, self.exchanged, self.state, clocks), model.dim, model.ffn, len(model.layers),
-            len(inputs), keep, pause, without, model.eps, self.bits, depth, blocks, threads, stream,
-        )  # fmt: skip
+            *at(self.words, self.scales, self.norms, self.bias, self.angles, inputs, *drawn),
+            self.sizes,
+            self.empty,
+            len(self.codes),
+            1 / heads.temperature if heads else 1.0,
+            *at(self.hidden, self.cache, self.exchanged, self.state, clocks),
+            model.dim,
+            model.ffn,
+            len(model.layers),
+            len(inputs),
+            keep,
+            pause,
+            without,
+            model.eps,
+            self.bits,
+            depth,
+            blocks,
+            threads,
+            stream,
+        )

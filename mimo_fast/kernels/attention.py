@@ -1,19 +1,22 @@
 """Softmax attention over whole sequences, scale 1 / sqrt(Dh).
 
-    attention:         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention on every device
-    rotary_attention:  from the projection of a sequence that starts at position 0: q and k rotated first
+    attention         q, k and v as they are (prefill, codec): torch's scaled_dot_product_attention
+                      on every device
+    rotary_attention  takes the projection of a sequence that starts at position 0, and rotates q
+                      and k first
 
-Beside it are `decode_attention` (one query a row over a cache) and `window_attention` (vocoder), in
-their own files.
+`decode_attention` (one query a row over a cache) and `window_attention` (vocoder) have their own
+files.
 
 Shapes: attention takes q [N, H, T, Dh], k and v [N, Hkv, S, Dh], any strides but the last;
 rotary_attention takes qkv [N, T, (H + 2 Hkv) Dh] and gives [N, T, H Dh]. Query head h reads
 key/value head h // (H / Hkv).
 
-T <= 16 (the 4-token patch encoder, 64 heads x 16): `rotary_attention_kernel`, a few heads of a
-sequence a program, one warp for 512 key elements; keys and values stay in registers while the
-queries pass. All of it is float32, y is rounded once. Nothing is as small as the launch itself
-here, so rotation has none of its own. Bytes: qkv in, y out, once.
+T <= 16 (the 4-token patch encoder, 64 heads x 16): in `rotary_attention_kernel` a program computes
+a few heads of one sequence, with one warp for every 512 key elements; keys and values stay in
+registers while the program loops over the queries. All arithmetic is float32 and y is rounded once.
+At this size every kernel costs its launch, so the rotation is part of this one. Bytes: qkv is read
+once and y written once.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.rope import load_angles, load_rotated, rope
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 SMALL = 16
-"""Keys and values of so many positions are held in registers."""
+"""Largest number of positions whose keys and values are held in registers."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -104,7 +107,7 @@ def rotary_attention_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -114,7 +117,7 @@ def rotary_attention_kernel(
     m_s = (o_s < T)[:, None] & m_d
     m_kv = m_h[:, None, :] & m_s[None, :, :]
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_s[:, None], o_d[None, :], m_s, DH // 2)
-    wait_for_the_last(PDL)
+    pdl_wait(PDL)
     qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
     b_k = load_rotated(
@@ -137,10 +140,10 @@ def rotary_attention_kernel(
 
 
 def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
-    """Self-attention of N sequences from position 0 on: qkv [N, T, (heads + 2 kv_heads) Dh] -> [N,
-    T, heads Dh].
+    """Self-attention of N sequences from position 0 on.
 
-    table [2, P, Dh / 2]: the rows of `rope_table` for at least T positions.
+    qkv [N, T, (heads + 2 kv_heads) Dh] -> [N, T, heads Dh]. table [2, P, Dh / 2]: the rows of
+    `rope_table` for at least T positions.
     """
     n, t, width = qkv.shape
     dh = 2 * table.shape[2]
@@ -182,8 +185,7 @@ def rotary_attention_bytes(
 
 
 def small_block(heads: int, s: int, dh: int) -> dict[str, int]:
-    """Heads a program so that it holds 512 key elements, 16 a thread; one head where that alone is
-    more."""
+    """Heads a program: 512 key elements, 16 a thread; one head where it alone has more."""
     block_s, block_d = next_power_of_2(s), next_power_of_2(dh)
     block_h = max(1, min(next_power_of_2(heads), 512 // (block_s * block_d)))
     return {"BLOCK_H": block_h, "BLOCK_S": block_s, "BLOCK_D": block_d}
@@ -194,8 +196,7 @@ def small_warps(block: dict[str, int]) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The patch encoder (64 heads x 16, 4 positions), a causal one, and the largest that the kernel
-    takes."""
+    """The patch encoder (64 heads x 16, 4 positions), also causal, and the largest size."""
     integers = dict.fromkeys(("stride_xn", "stride_xt", "T", "H", "HKV"), "i32")
     for dtype, t, causal in (
         ("bf16", 4, False),

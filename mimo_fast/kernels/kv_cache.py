@@ -1,12 +1,13 @@
-"""Keys and values of one layer, in the activations' dtype or as int8 with a float32 scale a
-position and head.
+"""Keys and values of one layer, in the activations' dtype or as int8 with float32 scales.
 
-    scale = max |x| / 127,  stored = round(x / scale),  read as scale stored      x: one head of one position
+    scale = max |x| / 127,  stored = round(x / scale),  read as scale stored
+
+x is one head at one position, so there is a scale for each position and head.
 
 The scale is of the float32 value, after the rotation of a key; a head of zeros has scale 0. Scales
-lie apart, position by position, so that a block of positions reads its scales as one line and its
-int8 heads in 16-byte loads. A cached position takes 2 Hkv (Dh + 4) bytes instead of 4 Hkv Dh: 52%
-at Dh = 128.
+are stored apart from the int8 values, position by position, so a block of positions reads its
+scales as one line and its int8 heads in 16-byte loads. A cached position takes 2 Hkv (Dh + 4) bytes
+instead of 4 Hkv Dh: 52% at Dh = 128.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LayerKV:
             or k.stride(-1) != 1
         ):
             raise ValueError(
-                f"k {list(k.shape)} and v {list(v.shape)} must be of one layout with contiguous heads"
+                f"k {list(k.shape)} and v {list(v.shape)} must have one layout, heads contiguous"
             )
         if (scales is None) != (v_scales is None) or (scales is None) == (k.dtype == torch.int8):
             raise ValueError("int8 keys and values come with scales for both, others with none")
@@ -63,7 +64,7 @@ class LayerKV:
             )
         ):
             raise ValueError(
-                f"scales must be [B, Hkv, S] of one layout with contiguous positions, not {scales.shape}"
+                f"scales {list(scales.shape)} must be [B, Hkv, S] in one layout, contiguous last"
             )
 
     @property
@@ -81,8 +82,10 @@ class LayerKV:
                 stored[slot, :, place], scales[slot, :, place] = quantize_heads(x)
 
     def read(self, slot: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each; int8 ones dequantized
-        to a dtype."""
+        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each.
+
+        int8 ones are dequantized to dtype.
+        """
         k, v = self.k[slot : slot + 1, :, :end], self.v[slot : slot + 1, :, :end]
         if self.k_scales is None or self.v_scales is None:
             return k, v
@@ -94,8 +97,11 @@ class LayerKV:
     def check_append(
         self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor, heads: int
     ) -> None:
-        """Raises ValueError unless rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and
-        appended."""
+        """Checks that rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and appended.
+
+        Raises:
+            ValueError: they cannot.
+        """
         rows, _, width = qkv.shape
         kv_heads, head_dim = self.k.shape[1], self.k.shape[3]
         if width != (heads + 2 * kv_heads) * head_dim:
@@ -104,7 +110,7 @@ class LayerKV:
             )
         if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
             raise ValueError(
-                f"an append of {rows} rows needs as many slots and starts, and {head_dim // 2} angles"
+                f"appending {rows} rows needs as many slots and starts, and {head_dim // 2} angles"
             )
         if any(x.stride(-1) != 1 for x in (qkv, slots, starts)) or not table.is_contiguous():
             raise ValueError(
@@ -112,13 +118,13 @@ class LayerKV:
             )
         if self.k_scales is None and self.k.dtype != qkv.dtype:
             raise ValueError(
-                f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it in that, or quantized"
+                f"a cache of {self.k.dtype} does not take {qkv.dtype}: allocate it so, or quantized"
             )
 
     def append_arguments(
         self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor
     ) -> dict[str, Any]:
-        """What every kernel that appends is launched with."""
+        """Launch arguments common to all kernels that append."""
         k_scales, v_scales = (self.k if x is None else x for x in (self.k_scales, self.v_scales))
         return {
             "qkv_ptr": qkv,
@@ -155,14 +161,16 @@ def scale_of(b_largest):
 
 @jit
 def to_levels(b_x, b_scale):
-    """b_x / b_scale rounded half to even, in float32: adding 1.5 x 2^23 leaves no bits for a
-    fraction."""
+    """b_x / b_scale rounded half to even, as float32.
+
+    Adding 1.5 x 2^23 leaves no bits for a fraction.
+    """
     b_levels = tl.div_rn(b_x, tl.where(b_scale > 0, b_scale, 1.0) + tl.zeros_like(b_x))
     return (b_levels + 12582912.0) - 12582912.0
 
 
 APPEND_UNALIGNED = ("LIMIT", "H", "HKV", "stride_sb", "stride_sh")
-"""Of `append_signature`, what a capacity or a number of heads may leave unaligned."""
+"""Arguments of `append_signature` that need not be multiples of 16."""
 
 
 def append_signature(dtype: str, quantized: bool) -> dict[str, str]:

@@ -1,23 +1,26 @@
-"""The text sampler at vocabularies like 151,680: the law of sample.py for N rows, without a sort.
+"""The text sampler for vocabularies like 151,680: sample.py's distribution without a sort.
 
 Shapes: logits [N, V] of any float type, banned bool [N, V] or [V], seeds and draws int64 [N] -> ids
-int64 [N]. Scores, exponentials and sums are float32, noise is float64 rounded to float32; settings,
-seeds and draws are read on the device, so a captured graph draws anew at each replay.
+int64 [N]. Scores, exponentials and sums are float32, noise is float64 rounded to float32. Settings,
+seeds and draws are read on the device, so each replay of a captured graph draws anew.
 
-    text_digit_kernel  4 launches, a chunk of a row a program: counts of the next 8 ordered bits of the scores that
-                       share the bits found so far, for the k-th largest. Integer atomics: any order
-                       gives one result. Left out where the host knows that no row uses top-k; rows
-                       that do not exit at once.
-    text_draw_kernel   a chunk of a row a program: perturbed scores of what top-k keeps, their noise within NEAR of what
-                       it is, the chunk's best id, winner, second, maximum and sum of exponentials.
-    text_check_kernel  a chunk of a row a program: how much of the chunk is up to the row's winner in top-p's order.
-                       Left out where all rows are greedy; rows where top-p is off or 1 exit at once:
-                       then nothing that could win is dropped.
-    text_settle_kernel a row a program: joins the chunks and tests the winner against top-p. Where it
-                       fails, one draw in twenty at 0.95, it draws again until one passes. Where the second is so near the winner that
-                       the noise cannot tell them apart, that of all so near is computed exactly:
-                       of a draw in some hundred. So the token is the reference's, and float64 is
-                       left to the few.
+    text_digit_kernel   A chunk of a row a program, 4 launches, for the k-th largest score: counts
+                        the values of the next 8 ordered bits among the scores that share the bits
+                        found so far. Integer atomics, so the order does not matter. Not launched
+                        where the host knows that no row uses top-k; rows without top-k exit at
+                        once.
+    text_draw_kernel    A chunk of a row a program: perturbs the scores that top-k keeps, with noise
+                        that is accurate to NEAR, and stores the chunk's best id, its perturbed
+                        score, the second, the largest score and the sum of exponentials.
+    text_check_kernel   A chunk of a row a program: how much probability of the chunk comes before
+                        the row's winner in top-p's order. Not launched where all rows are greedy;
+                        rows with top-p off or 1 exit at once, since nothing is dropped there.
+    text_settle_kernel  A row a program: combines the chunks and tests the winner against top-p.
+                        Where it fails (one draw in twenty at 0.95), it draws again until one
+                        passes. Where the second is too near the winner for the approximate noise to
+                        decide (one draw in some hundred), it computes the noise of all candidates
+                        that near exactly. So the token is the reference's, and few values need
+                        float64.
 
 Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
 perturbed scores. All fit into L2 (0.9 MB a row).
@@ -35,11 +38,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.sample import (
     NEAR,
@@ -53,7 +56,7 @@ from mimo_fast.kernels.sample import (
 )
 
 CHUNK = 1024
-"""Ids a program: 149 programs a row at 151,680."""
+"""Ids a program, which makes 149 programs a row at 151,680."""
 
 SETTLE_BLOCK = 4096
 
@@ -83,8 +86,10 @@ def unsigned_bits(x):
 
 @jit
 def kth_bits(counts_ptr, k, PASSES: tl.constexpr):
-    """The first 8 PASSES ordered bits of the k-th largest score, from the counts of as many passes
-    [PASSES, 256]."""
+    """The first 8 PASSES ordered bits of the k-th largest score.
+
+    Read from the counts of as many passes, [PASSES, 256].
+    """
     o_digit = tl.arange(0, 256)
     found = k * 0
     for i_pass in tl.static_range(PASSES):
@@ -109,8 +114,8 @@ def text_digit_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_row = tl.program_id(1).to(tl.int64)
     k = tl.load(top_k_ptr + i_row)
     if (k > 0) & (k < V) & (tl.load(greedy_ptr + i_row) == 0):
@@ -153,8 +158,8 @@ def text_draw_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
@@ -201,7 +206,7 @@ def text_draw_kernel(
 
 @jit
 def joined_winner(values_ptr, ids_ptr, BLOCK_C: tl.constexpr, chunks):
-    """Of all chunks of a row: the largest perturbed score, its chunk, its id and the largest score."""
+    """Of all chunks of a row: the largest perturbed score, its chunk and id; the largest score."""
     o_chunk = tl.arange(0, BLOCK_C)
     values, m_chunk = values_ptr + o_chunk * 5, o_chunk < chunks
     b_winner = tl.load(values + 1, mask=m_chunk, other=-float("inf"))
@@ -229,8 +234,8 @@ def text_check_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (tl.load(greedy_ptr + i_row) == 0) & (tl.load(tail_ptr + i_row) > 0):
         logits = logits_ptr + i_row * stride_logits
@@ -260,8 +265,10 @@ def text_check_kernel(
 
 @jit
 def least_near(winner, NEAR: tl.constexpr):
-    """The least perturbed score that may be the winner's, from the largest: both are off by NEAR at
-    most, and by their rounding."""
+    """The lowest perturbed score that may be the winner's, given the largest.
+
+    Both are off by at most NEAR and their rounding.
+    """
     return winner - (2 * NEAR + tl.abs(winner) * 1e-6)
 
 
@@ -279,8 +286,11 @@ def exact_winner(
     SLOT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Of the ids above (score, last) in the order whose perturbed score is near the largest: the
-    winner by exact noise, and its id."""
+    """The winner by exact noise, and its id.
+
+    Candidates are the ids above (score, last) in the order whose perturbed score is near the
+    largest.
+    """
     winner = tl.full([], -float("inf"), tl.float32)
     drawn = tl.full([], 0, tl.int32)
     for start in range(0, V, BLOCK_V):
@@ -290,7 +300,7 @@ def exact_winner(
         b_logits = tl.load(logits_ptr + o_v, mask=m_v, other=-float("inf"))
         b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
         m_near = (b_scores > score) | ((b_scores == score) & (o_v > last))
-        # An infinite winner leaves no bound, and then all are near.
+        # An infinite winner gives no bound, so all ids are near.
         m_near = m_near & (b_near > -float("inf")) & ((b_near < least) == 0)
         if tl.max(m_near.to(tl.int32), axis=0) > 0:
             b_exact = b_scores + gumbel_noise(seed, o_v, draw, SLOT)
@@ -327,8 +337,8 @@ def text_settle_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
@@ -402,7 +412,7 @@ def text_settle_kernel(
                     b_after = tl.maximum(b_after, tl.minimum(b_next, b_perturbed))
                     b_id = tl.where(b_perturbed > b_next, o_v, b_id)
                     b_next = tl.maximum(b_next, b_perturbed)
-                # The last of the order is kept whatever its cumulative probability.
+                # The last id of the order is always kept.
                 rejected = (tl.sum(b_mass, axis=0) / total <= tail) & (tl.max(b_above, axis=0) > 0)
                 if rejected:
                     last = drawn

@@ -47,7 +47,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     width, odd = divmod(gate_up.shape[-1], 2)
     if odd:
         raise ValueError(
-            f"the last dimension of {list(gate_up.shape)} is odd; it must hold a gate and as many values"
+            f"the last dimension of {list(gate_up.shape)} must be even: gates, then as many values"
         )
     rows = gate_up.flatten(0, -2) if gate_up.ndim > 1 else gate_up[None]
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -70,7 +70,6 @@ def swiglu_bytes(rows: int, width: int, itemsize: int) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The one configuration, at the widths of the backbone (11008) and the small transformers
-    (4096)."""
+    """One configuration, for the widths of the backbone (11008) and small transformers (4096)."""
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride_x": "i32", "F": "i32"}
     yield Case("swiglu", swiglu_kernel, signature, {"BLOCK_F": BLOCK_F}, WARPS, wide_loads=True)

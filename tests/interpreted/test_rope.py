@@ -48,7 +48,7 @@ def test_rope_with_a_table_for_each_row_and_strided_heads():
 
 
 def test_rope_refuses_a_table_of_other_positions():
-    with pytest.raises(ValueError, match="does not turn"):
+    with pytest.raises(ValueError, match="does not rotate"):
         rope(randn(3, 2, 8), rope_table(8, 10000.0, 4))
 
 

@@ -1,5 +1,5 @@
 // What a persistent kernel asks of a grid whose blocks all run at once, each under one name, beside those of warp.cuh;
-// tests/cuda/engine/grid.cuh has the same names for a CPU.
+// tests/kernels/cuda/engine/grid.cuh has the same names for a CPU.
 #pragma once
 
 #include <warp.cuh>

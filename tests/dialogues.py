@@ -1,0 +1,48 @@
+"""Calls of upstream's methods, and what they leave in the history."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mimo_fast import MimoAudio
+from mimo_fast.generation import unflatten_ids
+
+GROUP = 4
+
+
+def arguments(task: str, audio: list[Path]) -> list[Any]:
+    """What upstream's method of that name needs, without an output."""
+    user: dict[str, Any] = {"role": "user", "content": audio[1]}
+    example = {
+        "input_audio": audio[1],
+        "output_audio": audio[0],
+        "output_transcription": "The fox.",
+    }
+    given: dict[str, list[Any]] = {
+        "tts_sft": ["The quick brown fox."],
+        "audio_understanding_sft": [audio[1], "What is said?"],
+        "spoken_dialogue_sft_multiturn": [
+            [user, {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}, user]
+        ],
+        "speech2text_dialogue_sft_multiturn": [
+            [user, {"role": "assistant", "content": "Hi."}, user]
+        ],
+        "text_dialogue_sft": ["Hi."],
+        "text_dialogue_sft_multiturn": [[{"role": "user", "content": "Hi."}]],
+        "in_context_learning_s2s": ["Convert the voice.", [example], audio[1]],
+    }
+    return given.get(task, [audio[1]])
+
+
+def history(model: MimoAudio) -> Tensor:
+    """Ids [C + 1, T G] of the last exchange."""
+    assert model.history is not None
+    assert model.history.shape[0] == 1
+    return unflatten_ids(model.history[0], 8)
+
+
+def last_reply(model: MimoAudio, groups: int) -> tuple[list[int], Tensor]:
+    """Text ids and codes [C, n G] of so many last groups, without the one that ended the reply."""
+    ids = history(model)[:, -groups * GROUP : -GROUP]
+    return ids[0, ::GROUP].tolist(), ids[1:, ids[0] == model.empty_token]

@@ -1,0 +1,523 @@
+// Every kernel of every instruction set that this CPU runs, against scalar references in double precision: random
+// inputs, odd shapes, outputs that hold poison before and guards behind. Needs neither Python nor torch, so that it runs
+// under an emulator too. Exits with 1 where something is off.
+//
+//     kernels_test [SET]    one set alone; it must be there
+
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+#include "instruction_set.h"
+#include "reference.h"
+
+using namespace reference;
+
+namespace {
+
+const Kernels* kernels;
+int64_t checked, failed;
+
+constexpr uint64_t CHECKSUM = 0x676A1CE2A58281A;
+
+void report(bool right, const char* format, ...) __attribute__((format(printf, 2, 3)));
+void report(bool right, const char* format, ...) {
+    ++checked;
+    if (right) return;
+    ++failed;
+    std::printf("%s: ", kernels->name);
+    va_list values;
+    va_start(values, format);
+    std::vprintf(format, values);
+    va_end(values);
+    std::printf("\n");
+}
+
+// An output of `count` values: poison, and 64 guards behind it.
+struct Output {
+    int64_t count;
+    Floats values;
+    std::vector<uint16_t> narrow;
+
+    explicit Output(int64_t count) : count(count), values(count + 64, NAN), narrow(count + 64, 0x7FC1) {}
+    void* data(Type type) { return type == Type::float32 ? static_cast<void*>(values.data()) : narrow.data(); }
+
+    // Largest error beside the largest value; infinity for poison, or where a guard was overwritten.
+    double error(const Doubles& want, Type type = Type::float32) const {
+        double worst = 0, largest = 1e-30;
+        for (int64_t i = 0; i < count; ++i) {
+            const double got = type == Type::float32 ? values[i] : from_bfloat16(narrow[i]);
+            if (!std::isfinite(got)) return INFINITY;
+            worst = std::max(worst, std::fabs(got - want[i]));
+            largest = std::max(largest, std::fabs(want[i]));
+        }
+        for (int64_t i = count; i < count + 64; ++i)
+            if (!std::isnan(values[i]) || narrow[i] != 0x7FC1) return INFINITY;
+        return worst / largest;
+    }
+};
+
+constexpr double FLOAT_ERROR = 1e-5;  // of sums in float32, beside the largest value
+constexpr double FIXED_ERROR = 2e-4;  // of x in fixed point of 16 bits
+constexpr double BFLOAT16_ERROR = 4e-3;
+
+void test_quantized_matmul(int bits, int64_t group, int64_t groups, int64_t rows, int64_t M, int options, Type type) {
+    const bool has_zeros = options & 1, has_bias = options & 2, has_norm = options & 4, has_residual = options & 8;
+    const bool gated = (options & 16) && rows % 2 == 0;
+    const int64_t K = group * groups, outputs = gated ? rows / 2 : rows;
+    const Matrix w(rows, K, has_bias, bits, group, has_zeros);
+    Stored x(type, gaussian(M * K)), norm(type, gaussian(K, 0.2, 1)), residual(type, gaussian(M * outputs));
+    Stored bias(type, w.biases);
+    QuantizedMatmul p;
+    p.weight = w.linear.quantized;
+    p.type = type;
+    p.bias = has_bias ? bias.data() : nullptr;
+    p.norm = has_norm ? norm.data() : nullptr;
+    p.eps = 0.01f;
+    p.swiglu = gated;
+    p.x = x.data();
+    p.residual = has_residual ? residual.data() : nullptr;
+    p.M = M;
+    Doubles want = has_norm ? rms_norm(wide(x.wide), norm.wide, p.eps) : wide(x.wide);
+    want = w.multiply(want);
+    if (has_bias)
+        for (int64_t i = 0; i < M * rows; ++i) want[i] += bias.wide[i % rows] - w.bias[i % rows];
+    if (gated) want = swiglu(want, rows);
+    if (has_residual) Model::add(want, wide(residual.wide));
+    Output y(M * outputs);
+    p.y = y.data(type);
+    kernels->quantized_matmul(p);
+    const double error = y.error(want, type);
+    report(error <= (type == Type::float32 ? FIXED_ERROR : BFLOAT16_ERROR),
+           "quantized_matmul: error %g; %d bits, group %ld, N %ld, K %ld, M %ld, options %d", error, bits, long(group),
+           long(rows), long(K), long(M), options);
+    // A row does not depend on the others.
+    if (type == Type::float32 && M > 1) {
+        Output alone(outputs);
+        const int64_t m = below(M);
+        p.x = x.wide.data() + m * K;
+        p.y = alone.values.data();
+        p.residual = has_residual ? residual.wide.data() + m * outputs : nullptr;
+        p.M = 1;
+        kernels->quantized_matmul(p);
+        report(!std::memcmp(alone.values.data(), &y.values[m * outputs], outputs * sizeof(float)),
+               "quantized_matmul: row %ld of %ld depends on its neighbours", long(m), long(M));
+    }
+}
+
+// The largest q with the largest x throughout: no sum may wrap. All is a power of two, so that the result is exact.
+void test_extremes() {
+    for (const int bits : {4, 8})
+        for (const int64_t group : {64, 128})
+            for (const float sign : {1.0f, -1.0f}) {
+                const int64_t K = 1024, offset = int64_t(1) << (bits - 1);
+                Matrix w(3, K, false, bits, group, false);
+                std::fill(w.words.begin(), w.words.end(), ~0u);
+                std::fill(w.scales.begin(), w.scales.end(), uint16_t(0x3F80));
+                const Floats x(3 * K, sign);
+                Output y(9);
+                QuantizedMatmul p;
+                p.weight = w.linear.quantized;
+                p.x = x.data();
+                p.y = y.values.data();
+                p.M = 3;
+                kernels->quantized_matmul(p);
+                const double error = y.error(Doubles(9, sign * double(K * (offset - 1))));
+                report(error <= 1e-5, "quantized_matmul: extremes of %d bits are off by %g", bits, error);
+            }
+}
+
+void test_values_that_are_no_numbers() {
+    for (const int bits : {4, 8})
+        for (const float bad : {NAN, INFINITY, -INFINITY}) {
+            const Matrix w(5, 256, false, bits, 128, true);
+            Floats x = gaussian(2 * 256);
+            x[17] = bad;
+            Output y(10);
+            QuantizedMatmul p;
+            p.weight = w.linear.quantized;
+            p.x = x.data();
+            p.y = y.values.data();
+            p.M = 2;
+            kernels->quantized_matmul(p);
+            bool right = true;
+            for (int i = 0; i < 10; ++i) right &= std::isfinite(y.values[i]) == (i >= 5);
+            report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
+        }
+}
+
+void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_t dh, int64_t capacity, Type type) {
+    const int64_t heads = kv_heads * share, width = (heads + 2 * kv_heads) * dh, stride = width + 3, slots = rows + 1;
+    const Floats table = rotations(capacity, dh / 2);
+    Stored qkv(type, gaussian(rows * stride));
+    Stored k(type, gaussian(slots * kv_heads * capacity * dh)), v(type, gaussian(slots * kv_heads * capacity * dh));
+    std::vector<int64_t> slot(rows), start(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+        slot[r] = rows - r;
+        start[r] = r == 2 ? -1 : r == 3 ? capacity : below(capacity);
+    }
+    const Stored k_before = k, v_before = v;
+    Output y(rows * heads * dh);
+    DecodeAttention p;
+    p.type = type;
+    p.heads = heads;
+    p.kv_heads = kv_heads;
+    p.head_dim = dh;
+    p.table = table.data();
+    p.positions = capacity;
+    p.qkv = qkv.data();
+    p.row_stride = stride;
+    p.y = y.data(type);
+    p.cache = {k.data(), v.data(), 1, slots, capacity, 0, kv_heads * capacity * dh, capacity * dh, dh};
+    p.at = {slot.data(), start.data(), rows};
+    kernels->decode_attention(p);
+    Doubles want(rows * heads * dh);
+    int64_t changed = 0, written = 0;
+    for (int64_t i = 0; i < slots * kv_heads * capacity * dh; ++i)
+        changed += k.at(i) != k_before.at(i) || v.at(i) != v_before.at(i);
+    double append_error = 0;
+    const double rounding = type == Type::float32 ? 1e-6 : 1.0 / 256;
+    for (int64_t r = 0; r < rows; ++r) {
+        if (start[r] < 0 || start[r] >= capacity) continue;
+        const Doubles row = wide(Floats(&qkv.wide[r * stride], &qkv.wide[r * stride] + width));
+        const float *cosines = &table[start[r] * dh / 2], *sines = cosines + capacity * dh / 2;
+        for (int64_t g = 0; g < kv_heads; ++g) {
+            const int64_t first = (slot[r] * kv_heads + g) * capacity * dh, last = first + start[r] * dh;
+            const Doubles key = rotated(&row[(heads + g) * dh], dh, cosines, sines);
+            std::vector<Doubles> keys, values;
+            for (int64_t i = 0; i < dh; ++i) {
+                append_error = std::max(append_error, std::fabs(k.at(last + i) - key[i]) / (std::fabs(key[i]) + 0.1));
+                append_error = std::max<double>(
+                    append_error, std::fabs(v.at(last + i) - row[(heads + kv_heads + g) * dh + i]));
+            }
+            written += dh;
+            for (int64_t at = first; at <= last; at += dh) {
+                keys.emplace_back();
+                values.emplace_back();
+                for (int64_t i = 0; i < dh; ++i) {
+                    keys.back().push_back(k.at(at + i));
+                    values.back().push_back(v.at(at + i));
+                }
+            }
+            for (int64_t h = g * share; h < (g + 1) * share; ++h) {
+                const Doubles one = attend(rotated(&row[h * dh], dh, cosines, sines), keys, values);
+                std::copy(one.begin(), one.end(), &want[(r * heads + h) * dh]);
+            }
+        }
+    }
+    report(append_error <= rounding && changed <= written, "decode_attention: appends with error %g, %ld values of %ld",
+           append_error, long(changed), long(written));
+    const double error = y.error(want, type);
+    report(error <= (type == Type::float32 ? FLOAT_ERROR : BFLOAT16_ERROR),
+           "decode_attention: error %g; %ld rows, %ld x %ld heads of %ld, capacity %ld", error, long(rows),
+           long(kv_heads), long(share), long(dh), long(capacity));
+}
+
+void test_transformer(const Model& model, double tolerance) {
+    const Transformer& t = model.native;
+    const int64_t N = 3, T = 7, dim = t.dim;
+    const Floats x = gaussian(N * T * dim);
+    for (const bool causal : {false, true}) {
+        Output y(N * T * dim);
+        kernels->encode(t, x.data(), y.values.data(), N, T, causal);
+        Doubles want;
+        for (int64_t n = 0; n < N; ++n) {
+            const Doubles one = model.run(wide(Floats(&x[n * T * dim], &x[n * T * dim] + T * dim)), causal);
+            want.insert(want.end(), one.begin(), one.end());
+        }
+        const double error = y.error(want);
+        report(error <= tolerance, "encode: error %g, causal %d, dim %ld", error, causal, long(dim));
+        if (!causal) continue;
+        // Position by position through a cache it is the same.
+        const int64_t slots = N + 1, head = t.positions * t.head_dim, slot = t.kv_heads * head;
+        const int64_t layers = int64_t(t.layers.size());
+        Floats k(layers * slots * slot, 1e4f), v(k);
+        const Cache cache = {k.data(), v.data(), layers, slots, t.positions, slots * slot, slot, head, t.head_dim};
+        for (int64_t i = 0; i < T; ++i) {
+            const std::vector<int64_t> at = {3, 0, 2}, starts(N, i);
+            Floats rows;
+            Doubles expected;
+            for (int64_t n = 0; n < N; ++n) {
+                rows.insert(rows.end(), &x[(n * T + i) * dim], &x[(n * T + i) * dim] + dim);
+                expected.insert(expected.end(), &want[(n * T + i) * dim], &want[(n * T + i) * dim] + dim);
+            }
+            Output stepped(N * dim);
+            kernels->step(t, rows.data(), stepped.values.data(), cache, {at.data(), starts.data(), N});
+            const double off = stepped.error(expected);
+            report(off <= tolerance, "step: error %g at position %ld, dim %ld", off, long(i), long(dim));
+        }
+        const bool kept = std::all_of(&k[slot], &k[2 * slot], [](float value) { return value == 1e4f; });
+        report(kept, "step: a slot of no row was written to");
+    }
+}
+
+void test_decode_patch(const Model& model) {
+    const Transformer& t = model.native;
+    const int64_t channels = 2, group = 3, rows = 4, dim = t.dim, sizes[] = {37, 21}, firsts[] = {0, 37}, empty[] = {36, 5};
+    const Floats heads = gaussian(58 * dim, 0.4), embeddings = gaussian(58 * dim), local = gaussian(rows * dim);
+    std::vector<std::vector<int64_t>> steps;  // channel c is one step late
+    for (int64_t s = 0; s < group + 1; ++s) {
+        std::vector<int64_t> active;
+        for (int64_t c = 0; c < channels; ++c)
+            if (s - c >= 0 && s - c < group) active.push_back(c);
+        std::vector<int64_t> values;
+        for (const int64_t c : active) values.push_back(c);
+        for (const int64_t c : active) values.push_back(s - c);
+        for (const int64_t c : active) values.push_back(firsts[c]);
+        for (const int64_t c : active) values.push_back(sizes[c]);
+        for (const int64_t c : active) values.push_back(empty[c]);
+        steps.push_back(values);
+    }
+    PatchDecoder p = {t, heads.data(), embeddings.data(), channels, group, {}};
+    for (const auto& values : steps) p.steps.push_back({values.data(), int64_t(values.size()) / 5});
+    const Floats temperature = {1, 0.7f, 1.3f, 1}, tail(rows, 0);
+    const std::vector<int64_t> top_k(rows, 0), seeds = {1, -5, 7, int64_t(1) << 40}, draws = {0, 3, 2, 1};
+    const bool greedy[] = {true, false, false, true};
+    std::vector<int64_t> codes(rows * channels * group, -7);
+    kernels->decode_patch(p, local.data(), codes.data(),
+                          {temperature.data(), top_k.data(), tail.data(), greedy, seeds.data(), draws.data(), rows});
+    for (int64_t r = 0; r < rows; ++r) {
+        Doubles sequence(&local[r * dim], &local[r * dim] + dim);
+        for (const auto& values : steps) {
+            const int64_t n = int64_t(values.size()) / 5;
+            const Doubles hidden = model.run(sequence, true);
+            Doubles next(dim);
+            for (int64_t a = 0; a < n; ++a) {
+                const int64_t c = values[a], frame = values[n + a], first = values[2 * n + a], size = values[3 * n + a];
+                Floats logits, noise(size);
+                for (int64_t i = 0; i < size; ++i)
+                    logits.push_back(float(std::inner_product(hidden.end() - dim, hidden.end(),
+                                                              &heads[(first + i) * dim], 0.0)));
+                kernels->gumbel(seeds[r], draws[r], uint32_t(1 + frame), uint32_t(first), size, noise.data());
+                const int64_t want = draw(logits.data(), size, [&](int64_t i) { return i != empty[c]; },
+                                          temperature[r], 0, 0, greedy[r], noise);
+                const int64_t got = codes[(r * channels + c) * group + frame];
+                report(got == want, "decode_patch: code %ld, not %ld, of row %ld", long(got), long(want), long(r));
+                for (int64_t i = 0; i < dim; ++i) next[i] += embeddings[(first + want) * dim + i];
+            }
+            sequence.insert(sequence.end(), next.begin(), next.end());
+        }
+    }
+}
+
+void test_codec_stack(int64_t T, int64_t heads, int64_t dh, int64_t ffn, bool layer_norms) {
+    const int64_t dim = heads * dh, places = T + 5, layers = 2, half = dh / 2;
+    std::deque<Matrix> matrices;
+    std::deque<Floats> norms;
+    CodecStack stack = {{}, dim, heads, 1e-5f};
+    for (int64_t i = 0; i < layers; ++i) {
+        for (int n = 0; n < 4; ++n) norms.push_back(gaussian(dim, 0.1, n % 2 ? 0 : 1));
+        const auto norm = [&](int64_t n) {
+            return Norm{norms[n].data(), layer_norms ? norms[n + 1].data() : nullptr};
+        };
+        matrices.emplace_back(3 * dim, dim, true);
+        matrices.emplace_back(dim, dim, true);
+        matrices.emplace_back(ffn, dim, true);
+        matrices.emplace_back(dim, ffn, true);
+        stack.layers.push_back({norm(4 * i), matrices[4 * i].linear, matrices[4 * i + 1].linear, norm(4 * i + 2),
+                                matrices[4 * i + 2].linear, matrices[4 * i + 3].linear});
+    }
+    const Floats input = gaussian(T * dim), angles = gaussian(T * half);
+    Floats table(2 * T * half), k = gaussian(layers * heads * places * dh), v = gaussian(layers * heads * places * dh);
+    for (int64_t i = 0; i < T * half; ++i) {
+        table[i] = std::cos(angles[i]);
+        table[T * half + i] = std::sin(angles[i]);
+    }
+    std::vector<int64_t> slots(places);
+    std::iota(slots.begin(), slots.end(), 0);
+    std::shuffle(slots.begin(), slots.end(), generator);
+    std::vector<char> visible(T * places);
+    for (int64_t i = 0; i < T * places; ++i) visible[i] = below(2) || i % places == slots[i / places];
+    Doubles x = wide(input), keys = wide(k), values = wide(v);
+    const auto normed = [&](int64_t n) {
+        return layer_norms ? layer_norm(x, norms[n], norms[n + 1], stack.eps) : rms_norm(x, norms[n], stack.eps);
+    };
+    for (int64_t i = 0; i < layers; ++i) {
+        const Doubles qkv = matrices[4 * i].multiply(normed(4 * i));
+        const auto head = [&](int64_t t, int64_t h) {
+            return rotated(&qkv[t * 3 * dim + h * dh], dh, &table[t * half], &table[(T + t) * half]);
+        };
+        const auto place = [&](int64_t h, int64_t s) { return ((i * heads + h) * places + s) * dh; };
+        Doubles attended;
+        for (int64_t t = 0; t < T; ++t)
+            for (int64_t h = 0; h < heads; ++h) {
+                const Doubles key = head(t, heads + h);
+                std::copy(key.begin(), key.end(), &keys[place(h, slots[t])]);
+                std::copy_n(&qkv[t * 3 * dim + 2 * dim + h * dh], dh, &values[place(h, slots[t])]);
+            }
+        for (int64_t t = 0; t < T; ++t)
+            for (int64_t h = 0; h < heads; ++h) {
+                std::vector<Doubles> seen_keys, seen_values;
+                for (int64_t s = 0; s < places; ++s) {
+                    if (!visible[t * places + s]) continue;
+                    seen_keys.emplace_back(&keys[place(h, s)], &keys[place(h, s)] + dh);
+                    seen_values.emplace_back(&values[place(h, s)], &values[place(h, s)] + dh);
+                }
+                const Doubles y = attend(head(t, h), seen_keys, seen_values);
+                attended.insert(attended.end(), y.begin(), y.end());
+            }
+        Model::add(x, matrices[4 * i + 1].multiply(attended));
+        Doubles up = matrices[4 * i + 2].multiply(normed(4 * i + 2));
+        for (double& value : up) value *= (1 + std::erf(value / std::sqrt(2.0))) / 2;
+        Model::add(x, matrices[4 * i + 3].multiply(up));
+    }
+    Output y(T * dim), got_k(int64_t(k.size())), got_v(int64_t(v.size()));
+    std::copy(input.begin(), input.end(), y.values.begin());
+    std::copy(k.begin(), k.end(), got_k.values.begin());
+    std::copy(v.begin(), v.end(), got_v.values.begin());
+    kernels->run_codec_stack(stack, y.values.data(), T,
+                             {table.data(), got_k.values.data(), got_v.values.data(), slots.data(),
+                              reinterpret_cast<const bool*>(visible.data()), places});
+    const double error = std::max({y.error(x), got_k.error(keys), got_v.error(values)});
+    report(error <= FLOAT_ERROR, "run_codec_stack: error %g; %ld rows, %ld heads of %ld, layer norms %d", error, long(T),
+           long(heads), long(dh), layer_norms);
+}
+
+void test_sample(int64_t size, double scale) {
+    const int64_t rows = 12;
+    Floats values = gaussian(rows * size, scale);
+    for (float& value : values)
+        if (below(4) == 0) value = std::round(value);  // ties
+    std::vector<char> banned(rows * size);
+    for (int64_t i = 0; i < rows * size; ++i) banned[i] = below(5) == 0 && i % size;
+    Floats temperature, tail;
+    std::vector<int64_t> top_k, seeds, draws, ids(rows, -7);
+    std::vector<char> greedy;
+    for (int64_t r = 0; r < rows; ++r) {
+        temperature.push_back(0.5f + 0.1f * float(r));
+        tail.push_back(r % 3 ? 0.05f * float(r) : 0);
+        top_k.push_back(r % 4 ? 3 * r : 0);
+        seeds.push_back(int64_t(generator()) << (r * 3));
+        draws.push_back(below(100));
+        greedy.push_back(r == 5);
+    }
+    const SamplerRows settings = {temperature.data(), top_k.data(), tail.data(),
+                                  reinterpret_cast<const bool*>(greedy.data()), seeds.data(), draws.data(), rows};
+    for (const bool bans : {false, true}) {
+        kernels->sample({values.data(), bans ? reinterpret_cast<const bool*>(banned.data()) : nullptr, size, size, 4},
+                        settings, ids.data());
+        for (int64_t r = 0; r < rows; ++r) {
+            Floats noise(size);
+            kernels->gumbel(seeds[r], draws[r], 4, 0, size, noise.data());
+            const auto allowed = [&](int64_t i) { return !bans || !banned[r * size + i]; };
+            const int64_t want = draw(&values[r * size], size, allowed, temperature[r], top_k[r], tail[r], greedy[r],
+                                      noise);
+            report(ids[r] == want, "sample: %ld, not %ld, of %ld ids in row %ld", long(ids[r]), long(want), long(size),
+                   long(r));
+        }
+    }
+}
+
+// Philox 4x32-10 by its definition (Salmon et al. 2011), first word.
+uint32_t philox(uint64_t key, uint32_t x0, uint32_t x1, uint32_t x2) {
+    uint32_t x3 = 0, k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        const uint64_t a = uint64_t(x0) * 0xD2511F53u, b = uint64_t(x2) * 0xCD9E8D57u;
+        x0 = uint32_t(b >> 32) ^ x1 ^ k0;
+        x1 = uint32_t(b);
+        x2 = uint32_t(a >> 32) ^ x3 ^ k1;
+        x3 = uint32_t(a);
+    }
+    return x0;
+}
+
+// Noise bit for bit; returns a checksum of its bits, which must be the same on every machine.
+uint64_t test_gumbel() {
+    uint64_t checksum = 0xCBF29CE484222325u;
+    for (const int64_t seed : {int64_t(0), int64_t(7), int64_t(-1), int64_t(1) << 40})
+        for (const int64_t count : {1, 63, 64, 65, 3001}) {
+            Output noise(count);
+            kernels->gumbel(seed, 5, 2, 514, count, noise.values.data());
+            bool right = std::isnan(noise.values[count]);
+            for (int64_t i = 0; i < count; ++i) {
+                const double uniform = (double(philox(uint64_t(seed), uint32_t(514 + i), 5, 2)) + 0.5) * 0x1p-32;
+                right &= noise.values[i] == -float(std::log(-std::log(1 - uniform)));
+                uint32_t bits;
+                std::memcpy(&bits, &noise.values[i], 4);
+                checksum = (checksum ^ bits) * 0x100000001B3u;
+            }
+            report(right, "gumbel: noise is not that of its definition, seed %ld", long(seed));
+        }
+    return checksum;
+}
+
+// Integer sums are the same in every set; what is float around them may be rounded otherwise.
+Floats results(const Kernels& set) {
+    generator.seed(2);
+    Floats all;
+    for (const int bits : {4, 8})
+        for (const int64_t group : {32, 64, 128}) {
+            if (bits == 4 && group == 32) continue;
+            const Matrix w(37, 1280, true, bits, group, true);
+            const Floats x = gaussian(5 * 1280);
+            Floats y(5 * 37);
+            QuantizedMatmul p;
+            p.weight = w.linear.quantized;
+            p.bias = w.biases.data();
+            p.x = x.data();
+            p.y = y.data();
+            p.M = 5;
+            set.quantized_matmul(p);
+            all.insert(all.end(), y.begin(), y.end());
+        }
+    return all;
+}
+
+uint64_t test_set() {
+    generator.seed(1);
+    for (int i = 0; i < 120; ++i) {
+        const int bits = i % 2 ? 8 : 4;
+        const int64_t group = bits == 4 ? 64 << below(3) : 32 << below(4);
+        test_quantized_matmul(bits, group, 1 + below(11), 1 + below(40), 1 + below(6), int(below(32)),
+                              i % 3 ? Type::float32 : Type::bfloat16);
+    }
+    // Large enough to be shared between threads.
+    test_quantized_matmul(4, 128, 8, 600, 3, 31, Type::float32);
+    test_extremes();
+    test_values_that_are_no_numbers();
+    for (const Type type : {Type::float32, Type::bfloat16})
+        for (int i = 0; i < 12; ++i)
+            test_decode_attention(1 + below(5), 1 + below(3), 1 + below(4), 8 * (1 + below(9)), 1 + below(90), type);
+    test_decode_attention(4, 8, 4, 64, 300, Type::float32);
+    for (const int bits : {0, 4, 8}) {
+        test_transformer(Model(2, 192, 6, 2, 64, 320, bits), bits ? 2e-3 : FLOAT_ERROR);
+        test_transformer(Model(1, 64, 4, 4, 16, 128, bits), bits ? 2e-3 : FLOAT_ERROR);
+    }
+    test_transformer(Model(2, 40, 3, 1, 24, 72, 0), FLOAT_ERROR);
+    test_decode_patch(Model(2, 40, 3, 1, 24, 72, 0));
+    for (const bool layer_norms : {false, true}) {
+        test_codec_stack(1, 3, 24, 80, layer_norms);
+        test_codec_stack(9, 2, 40, 104, layer_norms);
+    }
+    for (const int64_t size : {1, 2, 63, 65, 1000}) test_sample(size, size % 2 ? 1 : 6);
+    return test_gumbel();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const std::string wanted = count > 1 ? arguments[1] : "";
+    const auto supported = supported_kernels();
+    const Floats plain = results(*supported.back());
+    int tested = 0;
+    for (const Kernels* set : supported) {
+        if (!wanted.empty() && wanted != set->name) continue;
+        kernels = set;
+        checked = failed = 0;
+        const uint64_t checksum = test_set();
+        // Noise as the reference in Python has it, mimo_fast/kernels/sample.py; tests/kernels/cpu/test_instruction_sets.py.
+        report(checksum == CHECKSUM, "gumbel: the noise of this machine has the checksum %llx",
+               static_cast<unsigned long long>(checksum));
+        const Floats mine = results(*set);
+        const bool exact = std::string(set->name) != "portable" && supported.front()->name != std::string("neon");
+        if (exact) report(mine == results(*supported.front()), "quantized_matmul: bits differ between sets with FMA");
+        double worst = 0;
+        for (size_t i = 0; i < mine.size(); ++i) worst = std::max<double>(worst, std::fabs(mine[i] - plain[i]));
+        report(worst <= 1e-5, "quantized_matmul: %g from the portable set", worst);
+        std::printf("%s: %ld checks, %ld failed\n", set->name, long(checked), long(failed));
+        if (failed) return 1;
+        ++tested;
+    }
+    if (!tested) std::printf("%s is no set that this CPU runs\n", wanted.c_str());
+    return tested ? 0 : 1;
+}

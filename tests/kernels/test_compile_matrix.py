@@ -1,0 +1,116 @@
+"""Every configuration of every kernel compiles for every GPU generation, and to what it was
+designed for."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from benchmarks.compile_matrix import (
+    ARCHITECTURES,
+    CUDA,
+    SHARED_LIMIT,
+    cases,
+    compile_case,
+    compile_cuda,
+    cuda_assembly,
+    wrong_descriptors,
+)
+from mimo_fast.kernels.dispatch import Case, PdlTrigger
+
+CASES = list(cases())
+STATIC_SHARED = 48 * 1024
+
+
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}"
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_without_spills(case: Case, architecture: int) -> None:
+    compiled = compile_case(case, architecture)
+    assert compiled.spilled == 0
+    assert compiled.shared <= SHARED_LIMIT
+    if case.ieee:
+        assert not compiled.tf32
+    if case.wide_loads:
+        assert compiled.load_bits == 128
+    early = "PDL" in case.kernel.arg_names and architecture >= 90
+    assert (compiled.triggers, compiled.waits) == ((1, 1) if early else (0, 0))
+    if early:
+        before, _, _ = compiled.ptx.partition("griddepcontrol.wait")
+        assert not re.search(r"\b(st\.global|atom\.|red\.)", before), "writes before it waits"
+
+
+@pytest.mark.parametrize("trigger", PdlTrigger)
+@pytest.mark.parametrize(
+    "name", ["small_decode bf16", "split_attention bf16 splits=16", "merge_splits splits=16"]
+)
+def test_the_next_starts_where_it_is_triggered(name: str, trigger: PdlTrigger) -> None:
+    case = next(case for case in CASES if case.name == name)
+    ptx = compile_case(case, 90, trigger).ptx
+    calls = re.findall(r"griddepcontrol\.\w+|\b(?:ld|st)\.global|cp\.async\.cg", ptx)
+    triggers = [i for i, call in enumerate(calls) if call.endswith("launch_dependents")]
+    waits = [i for i, call in enumerate(calls) if call.endswith("wait")]
+    assert len(waits) == (trigger not in (PdlTrigger.OFF, PdlTrigger.LETS))
+    assert len(triggers) == (trigger not in (PdlTrigger.OFF, PdlTrigger.NONE))
+    if trigger in (PdlTrigger.FIRST, PdlTrigger.LETS):
+        assert triggers == [0]
+    if trigger == PdlTrigger.WAITED:
+        assert triggers[0] == waits[0] + 1
+    if trigger == PdlTrigger.LAST:
+        after = calls[triggers[0] + 1 :]
+        assert after
+        assert not any(call.startswith(("ld", "cp")) for call in after)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}"
+)
+@pytest.mark.parametrize("source", CUDA, ids=lambda source: source.name)
+def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
+    kernels = compile_cuda(source, architecture)
+    assert kernels
+    for name, (_, local, shared) in kernels.items():
+        assert local == 0, name
+        assert shared <= STATIC_SHARED, name
+    assert not wrong_descriptors(source, architecture)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_pair_of_int4_is_one_logical_instruction() -> None:
+    """A thread unpacks 32 pairs of a unit: two instructions each would be 64, and were."""
+    source = next(source for source in CUDA if source.stem == "quantized_mma")
+    # T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS
+    found = {tuple(name.split()[1:]): code for name, code in cuda_assembly(source, 90)}
+    of_int4 = {name: code for name, code in found.items() if name[1] == "4"}
+    assert of_int4
+    for name, code in of_int4.items():
+        masks = re.findall(r"LOP3\.LUT [^;]*\b0xf000f\b[^;]*;", code)
+        assert len(masks) == 32, name
+        assert all(" 0xea," in mask for mask in masks), name
+        assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(name[5]), name
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_kernel_file_is_covered() -> None:
+    modules = {case.kernel.__module__.rpartition(".")[2] for case in CASES}
+    for op in (
+        "attention",
+        "norm",
+        "patch_embed",
+        "prefill_attention",
+        "rope",
+        "rvq",
+        "sample_codes",
+        "sample_text",
+        "swiglu",
+    ):
+        assert op in modules
+    assert {"decode_attention", "text_embed", "window_attention", "triton_kernels"} <= modules

@@ -1,0 +1,40 @@
+"""Rows of logits of every kind, and samplers for them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mimo_fast.sampling import MiMoSampler
+
+ROWS, SIZE = 1000, 129
+SAMPLERS = [
+    MiMoSampler(True, 0.6, 50, 0.95),
+    MiMoSampler(True, 0.9, None, 0.95),
+    MiMoSampler(True, 1.0, 5),
+    MiMoSampler(True, 1.0, 1, 0.5),
+    MiMoSampler(True, 2.0, None, 0.02),
+    MiMoSampler(True, 0.7, 200, 0.3),
+    MiMoSampler(True, 0.25, 20, 0.999),
+    MiMoSampler(True, 1.0, None, 1.0),
+    MiMoSampler(True, 1.3, 129, 1e-9),
+]
+
+
+def rows_of(kind: str) -> Tensor:
+    """Logits [ROWS, SIZE]; their maximum is finite in every row."""
+    generator = torch.Generator().manual_seed(sum(map(ord, kind)))
+    normal = torch.randn(ROWS, SIZE, generator=generator) * 3
+    chance, place = (torch.rand(ROWS, n, generator=generator) for n in (SIZE, 1))
+    some = (place * SIZE).long()
+    rows = {
+        "normal": normal,
+        "steep": normal * 20,
+        "narrow": normal * 1e-3,
+        "ties": normal.round(),
+        "pairs": normal.sort(dim=1).values.view(ROWS, -1, 3)[:, :, :1].expand(-1, -1, 3).flatten(1),
+        "-inf": normal.masked_fill(chance > 0.1, -math.inf).scatter(1, some, -1.0),
+        "one-hot": torch.full((ROWS, SIZE), -math.inf).scatter(1, some, 2.0),
+        "flat": place.expand(-1, SIZE) * 9,
+    }
+    return rows[kind]

@@ -1,0 +1,192 @@
+"""Streams fed patch by patch replay graphs, and give the samples that they give without."""
+
+import copy
+import gc
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import write_pair
+from replays import Counted
+from test_codec_stream import cut, random_codes, stream_in
+from torch import Tensor
+
+import mimo_fast
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, default_lookahead
+from mimo_fast.runtime.codec.graphs import StreamGraphs
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.offload import offload
+from mimo_fast.runtime.engine.stream import ReplyReader, _generate_chunks
+from mimo_fast.runtime.lm.decode import Group
+
+STATED = {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 3}
+
+
+def graphed(codec: Codec) -> tuple[Codec, Counted]:
+    codec, counted = copy.copy(codec), Counted()
+    codec.stream_graphs = StreamGraphs(codec, counted)
+    return codec, counted
+
+
+@pytest.fixture(scope="module", params=["kit", "stated", "late"])
+def plain(request, tmp_path_factory) -> Codec:
+    """The kit's codec, one with stated moments, one whose first decode goes in two blocks of
+    vocoder frames."""
+    if request.param == "kit":
+        return request.getfixturevalue("model").codec
+    changed = STATED if request.param == "stated" else {"avg_pooler": 4}
+    return mimo_fast.load(
+        *write_pair(tmp_path_factory.mktemp(request.param), {}, changed), device="cpu"
+    ).codec
+
+
+def wait(codec: Codec) -> int:
+    """Code frames that wait before the first decode."""
+    return default_lookahead(codec.config) * PATCH_FRAMES
+
+
+def same(got: list[Tensor], want: list[Tensor]) -> None:
+    assert [len(part) for part in got] == [len(part) for part in want]
+    assert all(map(torch.equal, got, want))
+
+
+def test_the_waits_differ(plain: Codec) -> None:
+    assert (default_lookahead(plain.config) == LOOKAHEAD) == (plain.config.moments is None)
+
+
+@pytest.mark.parametrize(
+    "more", [-5, 0, 1, PATCH_FRAMES, 3 * PATCH_FRAMES, 40 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
+)
+def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None:
+    """From the first decode on, but for a rest of less than a patch; the last chunk after it is one
+    again."""
+    codec, counted = graphed(plain)
+    total = wait(codec) + more
+    codes, sizes = random_codes(codec.config, total), cut(total, [PATCH_FRAMES])
+    same(stream_in(codec, codes, sizes), stream_in(plain, codes, sizes))
+    assert counted.replays == (more // PATCH_FRAMES + 1 if more > 0 else 0)
+    assert counted.captures == 3
+
+
+@pytest.mark.parametrize(
+    "sizes", [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
+)
+def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> None:
+    codec, counted = graphed(plain)
+    lengths = cut(400, sizes)
+    codes = random_codes(codec.config, 400)
+    for last_by_finish in (False, True):
+        counted.replays = 0
+        got = stream_in(codec, codes, lengths, last_by_finish=last_by_finish)
+        same(got, stream_in(plain, codes, lengths, last_by_finish=last_by_finish))
+        # A push that holds most of an utterance changes the norms over time of all later ones.
+        most = 0 if sizes[0] == 160 else lengths.count(PATCH_FRAMES)
+        assert (not last_by_finish) <= counted.replays <= most + 1
+
+
+def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None:
+    codec, counted = graphed(plain)
+    codec.warmup(2, progress=False)
+    assert counted.captures == 6
+    total = wait(codec) + 40
+    sizes = cut(total, [PATCH_FRAMES])
+    for seed in range(3):
+        ours, theirs = (random_codes(codec.config, total, 2 * seed + i) for i in range(2))
+        want = [stream_in(plain, codes, sizes) for codes in (ours, theirs)]
+        streams, parts = [codec.stream(), codec.stream()], [[], []]
+        places = {stream._state.decoder.k.data_ptr() for stream in streams}
+        for pushes in zip(ours.split(sizes, dim=1), theirs.split(sizes, dim=1), strict=True):
+            for stream, got, push in zip(streams, parts, pushes, strict=True):
+                got.append(stream.push(push))
+        for i in range(2):
+            # The first is dropped in the middle in every other round, which must not matter to the
+            # next.
+            if i or seed % 2:
+                parts[i].append(streams[i].finish())
+                same(parts[i], want[i])
+        streams[0].close()
+        streams[0].close()
+        del stream, streams
+        gc.collect()
+        assert {graphs.state.decoder.k.data_ptr() for graphs in codec.stream_graphs._idle} == places
+    assert counted.captures == 6
+    assert counted.replays == 2 * 3 * 10 + 4
+
+
+def test_a_stream_too_many_captures_its_own(plain: Codec) -> None:
+    codec, counted = graphed(plain)
+    codec.warmup(1, progress=False)
+    streams = [codec.stream() for _ in range(3)]
+    assert counted.captures == 9
+    for stream in streams:
+        stream.close()
+        assert stream.nbytes == 0
+    with pytest.raises(ValueError, match="closed"):
+        streams[0].push(random_codes(codec.config, 4))
+    codec.stream().close()
+    codec.warmup(1, progress=False)
+    assert counted.captures == 9
+
+
+def test_threads_push_at_the_same_time(plain: Codec) -> None:
+    codec, counted = graphed(plain)
+    total = wait(codec) + 60
+    sizes, found = cut(total, [PATCH_FRAMES]), {}
+    codes = [random_codes(codec.config, total, seed) for seed in range(4)]
+
+    def run(i: int) -> None:
+        found[i] = stream_in(codec, codes[i], sizes)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        same(found[i], stream_in(plain, codes[i], sizes))
+    assert counted.replays == 4 * 16
+
+
+def test_what_was_not_captured_goes_without(plain: Codec) -> None:
+    """Moments of the caller's, another look-ahead, layers in host memory, a copy with other
+    layers."""
+    codec, counted = graphed(plain)
+    codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
+    moments = codec.moments(codes)
+    same(
+        stream_in(codec, codes, lengths, moments=moments),
+        stream_in(plain, codes, lengths, moments=moments),
+    )
+    same(
+        stream_in(codec, codes, lengths, lookahead=4), stream_in(plain, codes, lengths, lookahead=4)
+    )
+    other = copy.copy(codec)
+    other.decoder = replace(codec.decoder, layers=codec.decoder.layers[:1])
+    stream_in(other, codes, lengths)
+    codec.vocoder = offload(codec.vocoder, codec.device)
+    codec.warmup(2, progress=False)
+    stream_in(codec, codes, lengths)
+    assert counted.captures == counted.replays == 0
+
+
+def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
+    codec, _ = graphed(plain)
+    codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
+    with torch.inference_mode():
+        first = stream_in(codec, codes, lengths)
+    gc.collect()
+    same(stream_in(codec, codes, lengths), first)
+
+
+def test_a_reply_gives_its_state_back_at_once(model) -> None:
+    codec, counted = graphed(model.codec)
+    spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
+    reader = ReplyReader(model.tokenizer, True)
+    chunks = _generate_chunks([spoken] * 20, lambda: None, reader, codec, 0.0, 0.0, True, None)
+    for _ in range(LOOKAHEAD + 3):
+        next(chunks)
+    assert not codec.stream_graphs._idle
+    chunks.close()
+    assert len(codec.stream_graphs._idle) == 1
+    assert counted.replays == 3

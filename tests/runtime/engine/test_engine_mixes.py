@@ -1,0 +1,110 @@
+"""Rows that join, leave, are cancelled and are interrupted between groups: each draws what it would
+draw alone."""
+
+import random
+
+import pytest
+import torch
+from replays import repeated
+from replies import CAPACITY, Consumer, Drawn, Interruption, Request, drawn
+from torch import Tensor
+
+from mimo_fast import MimoAudio
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.graphs import Graphs
+
+
+@pytest.fixture(scope="module")
+def interruptions(requests: list[Request]) -> list[Interruption | None]:
+    """For each request two that end at different places, and none at all."""
+    then = requests[0].ids[:, :24]
+    return [
+        None,
+        Interruption(taken=5, heard=2, then=then),
+        Interruption(taken=3, heard=3, then=then),
+    ]
+
+
+@pytest.fixture(scope="module")
+def by_itself(model: MimoAudio, requests: list[Request], interruptions: list[Interruption | None]):
+    """(request, interruption) -> its groups and final ids in an engine of its own."""
+    known: dict[tuple[int, int], tuple[Drawn, Tensor]] = {}
+
+    def run(request: int, interruption: int) -> tuple[Drawn, Tensor]:
+        if (request, interruption) not in known:
+            consumer = Consumer(requests[request], 1000, interruptions[interruption])
+            consumer.start(Engine(model.lm, 1, CAPACITY))
+            while consumer.take():
+                pass
+            known[request, interruption] = drawn(consumer.got), consumer.sequence.ids
+        return known[request, interruption]
+
+    return run
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_mix_gives_the_tokens_of_lone_runs(
+    model: MimoAudio,
+    engine: Engine,
+    requests: list[Request],
+    interruptions: list[Interruption | None],
+    by_itself,
+    seed: int,
+) -> None:
+    """More rows than slots, started, left and interrupted at random moments, taken from in random
+    order; of every five engines two are given the next group ahead at random moments."""
+    rng, ahead = random.Random(seed), random.Random(-seed)
+    engine.overlaps = seed % 5 < 2
+    engine.decoder.predict = bool(seed % 2)
+    if seed % 3 == 2:
+        engine.decoder.graphs = Graphs(model.lm, engine.state, repeated)
+    to_start = [(rng.randrange(len(requests)), rng.choice([0, 0, 1, 2])) for _ in range(7)]
+    running, ended = list[tuple[Consumer, int, int]](), list[tuple[Consumer, int, int]]()
+    while running or to_start:
+        if to_start and (not running or rng.random() < 0.3):
+            request, interruption = to_start.pop()
+            patience = 1000 if interruption else rng.choice([3, 1000, 1000])
+            consumer = Consumer(requests[request], patience, interruptions[interruption])
+            running.append(
+                (consumer.start(engine, ahead=rng.choice([1, 2, None])), request, interruption)
+            )
+            continue
+        each = rng.choice(running)
+        if ahead.random() < 0.7:
+            each[0].reply.launch_next()
+        if not each[0].take():
+            running.remove(each)
+            ended.append(each)
+    assert len(ended) == 7
+    for consumer, request, interruption in ended:
+        groups, ids = by_itself(request, interruption)
+        assert drawn(consumer.got) == groups[: consumer.patience]
+        # What it never took is forgotten.
+        assert torch.equal(
+            consumer.sequence.ids,
+            ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))],
+        )
+    assert not engine._requests
+
+
+def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> None:
+    """The mixes would not notice an interruption that does nothing."""
+    assert by_itself(5, 0)[0] == alone[5]
+    for interruption, taken in ((1, 5), (2, 3)):
+        groups, _ = by_itself(5, interruption)
+        assert groups[:taken] == alone[5][:taken]
+        assert groups[taken:] != alone[5][taken:]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5])
+def test_graphs_pad_their_batches_without_a_trace(
+    model: MimoAudio, requests: list[Request], alone: list[Drawn], slots: int
+) -> None:
+    engine = Engine(model.lm, slots, CAPACITY)
+    engine.state.cache.k.fill_(torch.nan)
+    engine.state.cache.v.fill_(torch.nan)
+    engine.decoder.graphs = graphs = Graphs(model.lm, engine.state, repeated)
+    assert graphs.buckets == {1: [1], 3: [1, 2, 3], 5: [1, 2, 4, 5]}[slots]
+    graphs.warmup(progress=False)
+    replies = [request.start(engine, ahead=None) for request in requests]
+    assert [drawn(list(reply)) for reply in replies] == alone

@@ -1,0 +1,137 @@
+"""Prompts as graphs: what `LM.prefill` computes, whatever pads them and wherever they start."""
+
+import pytest
+import torch
+from replays import Counted, repeated
+from replies import CAPACITY, Drawn, Request, drawn
+from variants import Loaded, random_prompt
+
+from mimo_fast import LM, MimoAudio
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.lm.graphs import PROMPTS, Graphs
+from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
+
+FIRST, SECOND = 37, 21
+
+
+def poisoned_state(lm: LM, capacity: int, quantized: bool = False) -> DecodeState:
+    """Two slots whose cache is NaN."""
+    state = lm.new_state([0, 0], capacity, quantized)
+    for part in state.cache.parts:
+        part.fill_(127 if part.dtype == torch.int8 else torch.nan)
+    return state
+
+
+def assert_equal_states(got: DecodeState, want: DecodeState) -> None:
+    """Up to the order of sums; an int8 value up to a tie, which later layers see as a level of
+    127; garbage where there was garbage."""
+    assert torch.equal(got.lengths, want.lengths)
+    bound = 1e-5 if want.cache.k_scales is None else 2e-3
+    torch.testing.assert_close(got.hidden[:-1], want.hidden[:-1], rtol=bound, atol=bound)
+    for x, y in zip(got.cache.parts, want.cache.parts, strict=True):
+        if x.dtype == torch.int8:
+            assert (x.int() - y.int()).abs().max() <= 1
+            assert (x != y).float().mean() < 0.01
+        else:
+            torch.testing.assert_close(x, y, rtol=bound, atol=bound, equal_nan=True)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("first", [1, 31, 32, 33, 100])
+def test_as_a_prefill_at_any_length_and_start(loaded: Loaded, first: int, quantized: bool) -> None:
+    """Three turns of one slot, and another's in between."""
+    lm = loaded.model.lm
+    size, capacity = lm.config.group_size, first + 60
+    ids = random_prompt(lm.config, lm.empty_id, first + 50)
+    other = random_prompt(lm.config, lm.empty_id, 45)
+    want, got = (poisoned_state(lm, capacity, quantized) for _ in range(2))
+    graphs = Graphs(lm, got, repeated, prompts=True)
+    turns = [
+        (ids[:, : first * size], 1, 0),
+        (other, 0, 0),
+        (ids[:, first * size : (first + 7) * size], 1, first),
+        (ids[:, (first + 7) * size :], 1, first + 7),
+    ]
+    for part, slot, start in turns:
+        lm.prefill(part, want, slot, start)
+        graphs.prefill(part, slot, start)
+        assert_equal_states(got, want)
+        texts = [lm.text_logits(state.hidden[:2]).argmax(-1)[slot] for state in (got, want)]
+        assert torch.equal(*texts)
+
+
+def test_padding_leaves_no_trace(model: MimoAudio) -> None:
+    """Not by a bit, whatever ids it holds."""
+    lm, length, start = model.lm, 20, 9
+    size = lm.config.group_size
+    ids = random_prompt(lm.config, lm.empty_id, 32).unflatten(1, (32, size))
+    place = torch.tensor([1, start, length])
+    states = list[DecodeState]()
+    for padding in (ids.roll(5, dims=1), torch.zeros_like(ids)):
+        state = poisoned_state(lm, 70)
+        lm.prefill(random_prompt(lm.config, lm.empty_id, start), state, 1)
+        padded = torch.cat((ids[:, :length], padding[:, length:]), dim=1)
+        last = lm.prefill_padded(padded, place, state)
+        assert torch.equal(last[0], state.hidden[1])
+        states.append(state)
+    assert torch.equal(states[0].hidden, states[1].hidden)
+    for x, y in zip(states[0].cache.parts, states[1].cache.parts, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        assert x[:, 0].isnan().all()
+        assert x[:, 1, :, start + length :].isnan().all()
+        assert not x[:, 1, :, : start + length].isnan().any()
+
+
+def test_a_warm_up_touches_the_scratch_row_alone(model: MimoAudio) -> None:
+    lm, capture = model.lm, Counted()
+    state = poisoned_state(lm, 200)
+    state.hidden.fill_(7)
+    state.lengths[:2] = 5
+    graphs = Graphs(lm, state, capture, prompts=True)
+    graphs.warmup(progress=False)
+    assert graphs.prompt_buckets == [32, 64, 128, 256]
+    assert capture.captures == 4 + 2 * len(graphs.buckets)
+    assert state.lengths.tolist() == [5, 5, NO_POSITION]
+    assert (state.hidden[:2] == 7).all()
+    assert all(part.isnan().all() for part in state.cache.parts)
+
+
+@pytest.mark.parametrize(("groups", "replays"), [(1, 1), (PROMPTS[-1], 1), (PROMPTS[-1] + 1, 2)])
+def test_a_prompt_is_a_graph_for_each_part(model: MimoAudio, groups: int, replays: int) -> None:
+    capture = Counted()
+    want, got = (poisoned_state(model.lm, PROMPTS[-1] + 8) for _ in range(2))
+    graphs = Graphs(model.lm, got, capture, prompts=True)
+    ids = random_prompt(model.lm.config, model.lm.empty_id, groups)
+    graphs.prefill(ids, 0)
+    assert capture.replays == replays
+    model.lm.prefill(ids, want, 0)
+    assert_equal_states(got, want)
+
+
+@pytest.mark.parametrize("chosen", ["", "0", "1"])
+def test_they_are_experimental(
+    model: MimoAudio, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    """Without the switch no prompt is captured, and each is computed as it was."""
+    monkeypatch.setenv("MIMO_FAST_EXPERIMENTAL", chosen)
+    capture, state = Counted(), model.lm.new_state([0], 40)
+    graphs = Graphs(model.lm, state, capture)
+    monkeypatch.delenv("MIMO_FAST_EXPERIMENTAL")
+    graphs.prefill(random_prompt(model.lm.config, model.lm.empty_id, 9), 0)
+    assert (capture.replays == 1) == graphs.takes_prompts == (chosen == "1")
+    assert int(state.lengths[0]) == 9
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_replies_to_them_are_the_same(
+    model: MimoAudio, requests: list[Request], alone: list[Drawn], slots: int
+) -> None:
+    """Tokens of whole replies, sampled and greedy, over more rows than slots."""
+    engine, capture = Engine(model.lm, slots, CAPACITY), Counted()
+    for part in engine.state.cache.parts:
+        part.fill_(torch.nan)
+    engine.decoder.graphs = Graphs(model.lm, engine.state, capture, prompts=True)
+    engine.warmup(progress=False)
+    replies = [request.start(engine) for request in requests]
+    for reply, want in zip(replies, alone, strict=True):
+        assert drawn(list(reply)) == want

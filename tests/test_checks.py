@@ -1,0 +1,118 @@
+"""`make test` and `make check` together run every test, and each once."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@dataclass
+class Run:
+    """One call of pytest: what it is given, and the words that say which tests it runs."""
+
+    environment: dict[str, str]
+    paths: list[Path]
+    ignore: list[Path]
+    marks: str
+
+    def takes(self, file: Path) -> bool:
+        def under(paths: list[Path]) -> bool:
+            return any(file.is_relative_to(path) for path in paths)
+
+        return under(self.paths) and not under(self.ignore)
+
+    def collected(self) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only"]
+        command += [*map(str, self.paths), *(f"--ignore={path}" for path in self.ignore)]
+        environment = {name: os.environ[name] for name in os.environ if "PYTEST" not in name}
+        result = subprocess.run(
+            [*command, "-p", "no:cacheprovider", "-m", self.marks],
+            cwd=ROOT,
+            env=environment | self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return [line for line in result.stdout.splitlines() if line.startswith("tests/")]
+
+
+EVERYTHING = Run({"TRITON_INTERPRET": "1"}, [Path("tests")], [], "")
+
+
+def runs(target: str) -> list[Run]:
+    """The calls of pytest that `make TARGET` makes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-m", dest="marks", default="")
+    parser.add_argument("-n")
+    parser.add_argument("--dist")
+    parser.add_argument("--ignore", type=Path, action="append", default=[])
+    parser.add_argument("paths", type=Path, nargs="*")
+    listed = subprocess.run(
+        ["make", "--dry-run", "--always-make", "--no-print-directory", target],
+        cwd=ROOT,
+        env={name: os.environ[name] for name in os.environ if not name.startswith("MAKE")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = []
+    for line in listed.stdout.splitlines():
+        before, is_pytest, after = line.partition(" -m pytest")
+        if not is_pytest:
+            continue
+        options = parser.parse_args(shlex.split(after))
+        environment = dict(word.split("=") for word in shlex.split(before) if "=" in word)
+        paths = options.paths or EVERYTHING.paths
+        found.append(Run(environment, paths, options.ignore, options.marks))
+    return found
+
+
+@pytest.fixture(scope="module")
+def before_commits() -> list[Run]:
+    return runs("test")
+
+
+@pytest.fixture(scope="module")
+def before_merges() -> list[Run]:
+    return runs("check")
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_is_run_whole(
+    file: Path, before_commits: list[Run], before_merges: list[Run]
+) -> None:
+    before = [run.marks for run in before_commits if run.takes(file)]
+    after = [run.marks for run in before_merges if run.takes(file)]
+    assert (before, after) in ((["not slow"], ["slow"]), ([], [""]))
+
+
+def test_the_interpreter_runs_its_own_files(before_merges: list[Run]) -> None:
+    for run in before_merges:
+        interpreted = all(path.is_relative_to("tests/interpreted") for path in run.paths)
+        assert (run.environment.get("TRITON_INTERPRET") == "1") == interpreted
+
+
+def test_no_test_lies_where_none_is_looked_for() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.relative_to(ROOT) not in FILES:
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(async )?def test_|^class Test", text, re.M)
+
+
+@pytest.mark.slow
+def test_every_test_is_collected_once(before_commits: list[Run], before_merges: list[Run]) -> None:
+    found = Counter(name for run in (*before_commits, *before_merges) for name in run.collected())
+    assert found == Counter(EVERYTHING.collected())
