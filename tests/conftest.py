@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulated import SOURCES, compiled_once
 from helpers import write_pair
-from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, Request, drawn
+from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, RequestSpec, drawn
 from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
 
@@ -90,7 +90,7 @@ def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[Request]:
+def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[RequestSpec]:
     """Six prompts of several tasks, greedy and sampled in turn, with and without stop tokens."""
     special = model.tokenizer.special
     stops = frozenset({special.eos, special.eostm, special.im_end})
@@ -101,7 +101,7 @@ def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[Request]:
         )
         ids = golden.get(f"prompts:{name}").long()
         made.append(
-            Request(
+            RequestSpec(
                 ids[:, : 4 * min(ids.shape[1] // 4, 36)],
                 100 + i,
                 (GREEDILY, SAMPLED)[i % 2],
@@ -112,7 +112,7 @@ def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[Request]:
 
 
 @pytest.fixture(scope="session")
-def alone(model: mimo_fast.MimoAudio, requests: list[Request]) -> list[Drawn]:
+def alone(model: mimo_fast.MimoAudio, requests: list[RequestSpec]) -> list[Drawn]:
     """What each request gives in an engine of its own."""
     return [drawn(list(request.start(Engine(model.lm, 1, CAPACITY)))) for request in requests]
 

@@ -18,7 +18,7 @@ Drawn = list[tuple[int, list[int], bool]]
 
 
 @dataclass(eq=False)
-class Request:
+class RequestSpec:
     """A prompt with all that decides its reply."""
 
     ids: Tensor
@@ -46,7 +46,7 @@ class Consumer:
     """Takes groups of a reply, one at a time, until it has had enough; then it interrupts, or
     leaves."""
 
-    request: Request
+    request: RequestSpec
     patience: int
     interruption: Interruption | None = None
     got: list[Group] = field(default_factory=list)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from memory import resident_memory
 from replays import Counted, repeated
-from replies import SAMPLED, Drawn, Request, drawn
+from replies import SAMPLED, Drawn, RequestSpec, drawn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -73,18 +73,18 @@ def make_engine(lm: LM, slots: int, capacity: int) -> Engine:
     return engine
 
 
-def asked(golden: Golden, groups: int, samplers: Samplers = SAMPLED) -> list[Request]:
+def asked(golden: Golden, groups: int, samplers: Samplers = SAMPLED) -> list[RequestSpec]:
     """Four prompts of several tasks, each with a seed of its own and a reply of so many groups."""
     names = sorted(golden.meta["prompts"])[:4]
     prompts = [golden.get(f"prompts:{name}").long() for name in names]
     limits = Limits(groups)
     return [
-        Request(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits)
+        RequestSpec(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits)
         for i, ids in enumerate(prompts)
     ]
 
 
-def together(engine: Engine, requests: list[Request]) -> list[Drawn]:
+def together(engine: Engine, requests: list[RequestSpec]) -> list[Drawn]:
     """All replies, decoded in one batch."""
     replies = [request.start(engine) for request in requests]
     for reply in replies:

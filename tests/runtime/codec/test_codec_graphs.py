@@ -149,7 +149,7 @@ def test_threads_push_at_the_same_time(plain: Codec) -> None:
 
 
 def test_what_was_not_captured_goes_without(plain: Codec) -> None:
-    """Moments of the caller's, another look-ahead, layers in host memory, a copy with other
+    """The caller's norm statistics, another look-ahead, layers in host memory, a copy with other
     layers."""
     codec, counted = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
@@ -162,6 +162,7 @@ def test_what_was_not_captured_goes_without(plain: Codec) -> None:
         stream_in(codec, codes, lengths, lookahead=4), stream_in(plain, codes, lengths, lookahead=4)
     )
     other = copy.copy(codec)
+    other.config = replace(codec.config, decoder_layers=1)
     other.decoder = replace(codec.decoder, layers=codec.decoder.layers[:1])
     stream_in(other, codes, lengths)
     codec.vocoder = offload(codec.vocoder, codec.device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, Request, drawn
+from replies import CAPACITY, RequestSpec, drawn
 from torch import Tensor
 
 from mimo_fast import LM, MimoAudio
@@ -17,7 +17,7 @@ from mimo_fast.runtime.lm.decode import Group
 def test_threads_share_their_steps(
     model: MimoAudio,
     engine: Engine,
-    requests: list[Request],
+    requests: list[RequestSpec],
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,7 +45,7 @@ def test_threads_share_their_steps(
 
 class TestPausing:
     def test_a_stream_alone_is_as_lazy_as_a_generator(
-        self, engine: Engine, requests: list[Request]
+        self, engine: Engine, requests: list[RequestSpec]
     ) -> None:
         reply = requests[5].start(engine)
         for taken in range(1, 5):
@@ -53,7 +53,7 @@ class TestPausing:
             assert reply._request.row.produced == taken
 
     def test_a_row_runs_ahead_of_its_consumer_by_so_much(
-        self, engine: Engine, requests: list[Request]
+        self, engine: Engine, requests: list[RequestSpec]
     ) -> None:
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
@@ -64,7 +64,7 @@ class TestPausing:
         self,
         model: MimoAudio,
         engine: Engine,
-        requests: list[Request],
+        requests: list[RequestSpec],
         alone: list[Any],
         monkeypatch: Any,
     ) -> None:
@@ -84,7 +84,7 @@ class TestPausing:
 
 
 def test_conversations_that_nobody_holds_leave_their_slots(
-    engine: Engine, requests: list[Request]
+    engine: Engine, requests: list[RequestSpec]
 ) -> None:
     for _ in range(8):
         next(requests[5].start(engine))
@@ -94,7 +94,7 @@ def test_conversations_that_nobody_holds_leave_their_slots(
 
 
 def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
-    model: MimoAudio, requests: list[Request], alone: list[Any]
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
 ) -> None:
     """One slot for three streams: each step moves two of them out and one back in."""
     engine = Engine(model.lm, 1, CAPACITY)

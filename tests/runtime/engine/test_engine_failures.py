@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, Request, drawn
+from replies import CAPACITY, RequestSpec, drawn
 from torch import Tensor
 
 from mimo_fast import LM, MimoAudio
@@ -32,7 +32,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
 
 
 def test_a_row_that_fails_leaves_the_others_alone(
-    engine: Engine, requests: list[Request], alone: list[Any], broken: Any
+    engine: Engine, requests: list[RequestSpec], alone: list[Any], broken: Any
 ) -> None:
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     firsts = [next(reply) for reply in replies]
@@ -45,7 +45,7 @@ def test_a_row_that_fails_leaves_the_others_alone(
 
 
 def test_memory_running_out_says_what_to_do(
-    engine: Engine, requests: list[Request], broken: Any
+    engine: Engine, requests: list[RequestSpec], broken: Any
 ) -> None:
     reply = requests[5].start(engine)
     next(reply)
@@ -60,7 +60,7 @@ def test_memory_running_out_says_what_to_do(
 
 
 def test_an_error_in_a_prompt_is_that_reply_s_own(
-    engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = requests[5].start(engine, ahead=None)
     first, prefill = next(other), LM.prefill
@@ -76,7 +76,7 @@ def test_an_error_in_a_prompt_is_that_reply_s_own(
 
 
 def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(
-    engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C comes to whoever does the work; the others go on where they were."""
     interrupted, other = (
@@ -99,7 +99,7 @@ def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(
 
 
 def test_a_hook_that_fails_ends_its_own_reply(
-    engine: Engine, requests: list[Request], alone: list[Any]
+    engine: Engine, requests: list[RequestSpec], alone: list[Any]
 ) -> None:
     def hook(text: int, codes: Tensor) -> bool:
         raise ConnectionError("the client went away")
@@ -113,7 +113,7 @@ def test_a_hook_that_fails_ends_its_own_reply(
     assert drawn(list(other)) == alone[5]
 
 
-def test_a_full_queue_says_so(model: MimoAudio, requests: list[Request]) -> None:
+def test_a_full_queue_says_so(model: MimoAudio, requests: list[RequestSpec]) -> None:
     engine = Engine(model.lm, 1, CAPACITY, queue=2)
     running = requests[5].start(engine, ahead=None)
     next(running)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from replays import repeated
-from replies import CAPACITY, Consumer, Drawn, Interruption, Request, drawn
+from replies import CAPACITY, Consumer, Drawn, Interruption, RequestSpec, drawn
 from torch import Tensor
 
 from mimo_fast import MimoAudio
@@ -15,7 +15,7 @@ from mimo_fast.runtime.lm.graphs import Graphs
 
 
 @pytest.fixture(scope="module")
-def interruptions(requests: list[Request]) -> list[Interruption | None]:
+def interruptions(requests: list[RequestSpec]) -> list[Interruption | None]:
     """For each request two that end at different places, and none at all."""
     then = requests[0].ids[:, :24]
     return [
@@ -26,7 +26,9 @@ def interruptions(requests: list[Request]) -> list[Interruption | None]:
 
 
 @pytest.fixture(scope="module")
-def by_itself(model: MimoAudio, requests: list[Request], interruptions: list[Interruption | None]):
+def by_itself(
+    model: MimoAudio, requests: list[RequestSpec], interruptions: list[Interruption | None]
+):
     """(request, interruption) -> its groups and final ids in an engine of its own."""
     known: dict[tuple[int, int], tuple[Drawn, Tensor]] = {}
 
@@ -46,7 +48,7 @@ def by_itself(model: MimoAudio, requests: list[Request], interruptions: list[Int
 def test_any_mix_gives_the_tokens_of_lone_runs(
     model: MimoAudio,
     engine: Engine,
-    requests: list[Request],
+    requests: list[RequestSpec],
     interruptions: list[Interruption | None],
     by_itself,
     seed: int,
@@ -98,7 +100,7 @@ def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> Non
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_graphs_pad_their_batches_without_a_trace(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn], slots: int
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
 ) -> None:
     engine = Engine(model.lm, slots, CAPACITY)
     engine.state.cache.k.fill_(torch.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, Request, drawn
+from replies import CAPACITY, RequestSpec, drawn
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
@@ -157,7 +157,7 @@ def test_who_stops_has_cost_the_group_in_progress(
 
 
 def test_a_conversation_goes_on_where_its_reply_was_left(
-    model: MimoAudio, requests: list[Request]
+    model: MimoAudio, requests: list[RequestSpec]
 ) -> None:
     """The group that was in the air leaves no trace in the slot."""
     replies = []
@@ -208,7 +208,7 @@ def test_an_error_that_stays_comes_after_the_chunks_before_it(
 
 
 def test_an_error_that_a_wait_brings_is_that_reply_s_own(
-    engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work that was launched fails when it is waited for: it is done again, each row alone."""
     engine.overlaps = True
@@ -235,7 +235,7 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(
 
 
 def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
-    engine: Engine, requests: list[Request], alone: list[Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.overlaps = True
     device, reply = Device(monkeypatch), requests[5].start(engine)
@@ -249,7 +249,7 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 
 class TestManyStreams:
     def test_the_last_to_launch_its_chunk_launches_the_next_group(
-        self, engine: Engine, requests: list[Request]
+        self, engine: Engine, requests: list[RequestSpec]
     ) -> None:
         """Or a chunk would wait behind a group."""
         engine.overlaps = True
@@ -276,7 +276,7 @@ class TestManyStreams:
         assert len(engine._in_flight.requests) == 1
 
     def test_a_prompt_that_waits_goes_before_the_next_group(
-        self, engine: Engine, requests: list[Request], alone: list[Any]
+        self, engine: Engine, requests: list[RequestSpec], alone: list[Any]
     ) -> None:
         engine.overlaps = True
         running = requests[5].start(engine)
@@ -292,7 +292,7 @@ class TestManyStreams:
         assert drawn(list(joining)) == alone[3]
 
     def test_a_full_engine_overlaps_while_others_queue(
-        self, model: MimoAudio, requests: list[Request], alone: list[Any]
+        self, model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
     ) -> None:
         engine = Engine(model.lm, 1, CAPACITY)
         engine.overlaps = True
@@ -307,7 +307,7 @@ class TestManyStreams:
         assert drawn(list(queued)) == alone[3]
 
     def test_a_row_that_is_ahead_by_its_bound_is_not_launched(
-        self, engine: Engine, requests: list[Request]
+        self, engine: Engine, requests: list[RequestSpec]
     ) -> None:
         engine.overlaps = True
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)

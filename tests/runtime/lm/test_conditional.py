@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from replays import Counted, repeated
-from replies import CAPACITY, Drawn, Request, drawn
+from replies import CAPACITY, Drawn, RequestSpec, drawn
 from torch import Tensor
 
 import mimo_fast
@@ -60,7 +60,7 @@ def joined_engine(lm: Any, slots: int, pieces: Pieces, counted: Counted | None =
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_the_tokens_are_those_without_it(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn], slots: int
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
 ) -> None:
     pieces = Pieces()
     engine = joined_engine(model.lm, slots, pieces)
@@ -73,7 +73,7 @@ def test_the_tokens_are_those_without_it(
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_a_change_between_words_and_speech_wastes_nothing(
-    model: MimoAudio, requests: list[Request], overlaps: bool
+    model: MimoAudio, requests: list[RequestSpec], overlaps: bool
 ) -> None:
     """One launch a group and one host read, a patch for each group that speaks and no other; the
     tokens drawn from a prompt come without a step."""
@@ -89,7 +89,7 @@ def test_a_change_between_words_and_speech_wastes_nothing(
         if not graphed:
             engine.decoder.graphs = Graphs(lm, engine.state, repeated)
         engine.overlaps = overlaps
-        request = Request(requests[1].ids, 7, requests[1].samplers, limits)
+        request = RequestSpec(requests[1].ids, 7, requests[1].samplers, limits)
         reply, groups = request.start(engine), []
         for group in reply:
             groups.append(group)
@@ -104,7 +104,7 @@ def test_a_change_between_words_and_speech_wastes_nothing(
 
 
 def test_a_batch_computes_patches_where_any_row_speaks(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn]
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
 ) -> None:
     """What the padding draws is no reason to."""
     pieces = Pieces()
@@ -132,7 +132,7 @@ def test_a_batch_computes_patches_where_any_row_speaks(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_join_leave_and_move(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn], seed: int
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], seed: int
 ) -> None:
     rng, pieces = random.Random(seed), Pieces()
     engine = joined_engine(model.lm, 2, pieces)
@@ -160,7 +160,7 @@ def test_rows_join_leave_and_move(
 
 
 def test_where_it_is_refused_decoding_goes_on_as_before(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn]
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
 ) -> None:
     def refusing(*_arguments: Any) -> Joined:
         raise RuntimeError("CUDA error 801")
@@ -176,7 +176,7 @@ def test_where_it_is_refused_decoding_goes_on_as_before(
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_on_a_gpu_the_tokens_are_those_without_it(
-    kit: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch, overlaps: bool
+    kit: Path, requests: list[RequestSpec], monkeypatch: pytest.MonkeyPatch, overlaps: bool
 ) -> None:
     if not graph_conditional.available():
         pytest.skip("needs CUDA 12.4, torch 2.8 and the built library")

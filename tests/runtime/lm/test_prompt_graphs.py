@@ -3,7 +3,7 @@
 import pytest
 import torch
 from replays import Counted, repeated
-from replies import CAPACITY, Drawn, Request, drawn
+from replies import CAPACITY, Drawn, RequestSpec, drawn
 from variants import Loaded, random_prompt
 
 from mimo_fast import LM, MimoAudio
@@ -124,7 +124,7 @@ def test_they_are_experimental(
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_replies_to_them_are_the_same(
-    model: MimoAudio, requests: list[Request], alone: list[Drawn], slots: int
+    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
 ) -> None:
     """Tokens of whole replies, sampled and greedy, over more rows than slots."""
     engine, capture = Engine(model.lm, slots, CAPACITY), Counted()
