@@ -36,7 +36,7 @@ AHEAD = 4
 QUEUE = 64
 PREFIX_BYTES = 2**28
 REHEARSED = (3, 40, 100)
-"""Groups of a prompt: each takes other kernels of the products (kernels/qmatmul_launch.py)."""
+"""Groups of a prompt: each takes other kernels of the products (kernels/matmul/plan.py)."""
 
 
 @dataclass(frozen=True)
