@@ -168,7 +168,7 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
         heads.append(hidden @ table.T)
         return sample_codes(hidden, step, table, *rest)
 
-    monkeypatch.setattr("mimo_fast.runtime.lm.model.sample_codes", recorded)
+    monkeypatch.setattr("mimo_fast.runtime.lm.executor.sample_codes", recorded)
     prompt = ids.unflatten(1, (-1, config.group_size))
     text, groups = prompt[0, :, 0].tolist(), [*prompt[1:].transpose(0, 1)]
     model.prefill(ids, state, 0)

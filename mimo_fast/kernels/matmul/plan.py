@@ -19,7 +19,7 @@ gradient, and keeps the answer with the weight. A call compares its rows with at
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -234,7 +234,7 @@ TABLE = (
         swiglu=True,
     ),
     Implementation(
-        "CUDA unpack, torch's product",
+        "CUDA unpack + mm",
         cuda_unpack_mm,
         (*QUANTIZED_ON_GPU, cuda_takes),
         first=MMA_ROWS + 1,
@@ -260,7 +260,7 @@ TABLE = (
         swiglu=True,
     ),
     Implementation(
-        "Triton unpack, torch's product",
+        "Triton unpack + mm",
         triton_unpack_mm,
         QUANTIZED_ON_GPU,
         first=NORMED_ROWS + 1,
@@ -277,7 +277,7 @@ TABLE = (
         swiglu=True,
     ),
     Implementation(
-        "Triton dense gemv, a row block each",
+        "Triton dense gemv by block",
         dense_blocks_gemv,
         (dense, gpu_kernels),
         first=1,
@@ -387,17 +387,15 @@ def make(setting: Setting) -> Plan:
 
 def explain(
     weight: AnyWeight, device: torch.device, dtype: torch.dtype, rows: int
-) -> tuple[str, list[str]]:
-    """The implementation that computes a product of so many rows, and for each that comes before it
-    in the table, of this kind of weight, why it does not."""
+) -> tuple[str, dict[str, list[str]]]:
+    """The implementation that computes a product of so many rows; and why not those that the table
+    has before it for this kind of weight: reason -> their names."""
     setting = Setting(weight, device, dtype, forced(), False)
     chosen = plan(weight, device, dtype).at(rows).implementation
-    return chosen.name, list(_passed_over(setting, chosen, rows))
-
-
-def _passed_over(setting: Setting, chosen: Implementation, rows: int) -> Iterator[str]:
-    kind = quantized if isinstance(setting.weight, QuantizedWeight) else dense
+    kind = quantized if isinstance(weight, QuantizedWeight) else dense
+    passed_over: dict[str, list[str]] = {}
     for each in TABLE[: TABLE.index(chosen)]:
         if kind in each.requires:
-            reason = each.refuses(setting) or f"used for {each.rows()}"
-            yield f"{each.name}: {reason}"
+            reason = each.refuses(setting) or f"for {each.rows()}"
+            passed_over.setdefault(reason, []).append(each.name)
+    return chosen.name, passed_over
