@@ -22,7 +22,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +35,7 @@ from mimo_fast.bench.synthetic import preset_configs, random_lm, random_reader
 from mimo_fast.bench.timing import synchronize, time_calls
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
-from mimo_fast.kernels.matmul import launch
+from mimo_fast.kernels.matmul import launch, plan
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.quantization import QuantizationConfig, WeightSource
@@ -318,6 +318,33 @@ def exact(study: Study) -> list[dict[str, Any]]:
 
 
 @contextmanager
+def mma_rows(lm: LM, most: int) -> Iterator[None]:
+    """The mma kernel computes so many rows, and unpacking the others."""
+    table = plan.TABLE
+    plan.TABLE = tuple(
+        replace(each, last=most)
+        if each.run is launch.cuda_mma
+        else replace(each, first=most + 1)
+        if each.run is launch.cuda_unpack_mm
+        else each
+        for each in table
+    )
+    _plan_anew(lm)
+    try:
+        yield
+    finally:
+        plan.TABLE = table
+        _plan_anew(lm)
+
+
+def _plan_anew(lm: LM) -> None:
+    for part in (lm.backbone, lm.patch_encoder, lm.patch_decoder):
+        for layer in part.layers:
+            for weight in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                weight.plans.clear()
+
+
+@contextmanager
 def setting(name: str, value: int) -> Iterator[None]:
     before = getattr(launch, name)
     setattr(launch, name, value)
@@ -340,7 +367,7 @@ def products(study: Study) -> list[dict[str, Any]]:
     for count in (32, 48, 64, 96, 128):
         row: dict[str, Any] = {"rows": count}
         for way, most in (("mma", 10**6), ("unpack", 0)):
-            with setting("MMA_ROWS", most):
+            with mma_rows(lm, most):
                 for name, around in shared.items():
                     columns = getattr(layers[0], name).shape[1]
                     x = torch.randn(count, columns, dtype=lm.dtype, device=lm.device)
@@ -361,7 +388,7 @@ def settings(study: Study) -> list[dict[str, Any]]:
     for groups, name, value in trials:
         if study.deadline < perf_counter() + 2:
             break
-        with setting(name, value):
+        with mma_rows(study.lm, value) if name == "MMA_ROWS" else setting(name, value):
             graphs, ids = study.new_graphs(), prompt(study.lm.config, groups)
             took = timed(study, partial(graphs.prefill, ids, 0), 7)
         rows.append({"groups": groups, name: value, **took})

@@ -15,6 +15,9 @@ from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels import defaults
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.matmul.plan import explain
+from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
+from mimo_fast.quantization import Format, WeightSource, quantize
 from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
 
 SHARED_PRODUCT = 2**20
@@ -40,6 +43,22 @@ PARTS = {
     },
 }
 """Tensor name prefix -> part of the model, the first match counts."""
+
+
+PRODUCTS = {
+    "backbone": tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"),
+    "patch encoder": tuple(
+        f"input_local_transformer.layers.0.self_attn.{part}_proj" for part in "qkv"
+    ),
+    "patch decoder": tuple(f"local_transformer.layers.0.self_attn.{part}_proj" for part in "qkv"),
+    "text head": ("lm_head",),
+}
+"""Part of a language model -> row blocks of one of its matrices."""
+
+SHOWN_ROWS = (1, 8, 64, 512)
+
+SOME_ROWS = 64
+"""Rows of a matrix that tell how products with it are computed; torch packs so many at a time."""
 
 
 def describe_machine() -> Iterator[str]:
@@ -91,6 +110,56 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
     yield f"{kind}: {directory}, {', '.join(dtypes)}"
     for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
         yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
+
+
+def describe_products(source: PathLike | None, hub: HubOptions) -> Iterator[str]:
+    """Lines about which kernel computes products of few and many rows on each device, and why not
+    another: with the matrices of a language model, or with one in each format. Reads some rows."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        made = _of_formats(device) if source is None else _of_model(find(source, hub), device)
+        for name, weight, dtype in made:
+            yield f"products on {device}, {name}, {str(dtype).removeprefix('torch.')}:"
+            lines: dict[str, list[int]] = {}
+            for rows in SHOWN_ROWS:
+                chosen, passed_over = explain(weight, device, dtype, rows)
+                because = [f"not {', '.join(them)}: {why}" for why, them in passed_over.items()]
+                lines.setdefault("; ".join([chosen, *because]), []).append(rows)
+            for line, counts in lines.items():
+                yield f"  {', '.join(map(str, counts))} rows: {line}"
+
+
+Product = tuple[str, Weight | QuantizedWeight, torch.dtype]
+"""What it is called, its weight and the dtype of x."""
+
+
+def _of_formats(device: torch.device) -> Iterator[Product]:
+    values = torch.randn(SOME_ROWS, 256, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield "dense", Weight.stack([values.to(device, dtype)]), dtype
+    for name in ("int8", "int4", "nf4"):
+        yield name, quantize(values.to(device), Format.parse(name)), torch.bfloat16
+
+
+def _of_model(directory: Path, device: torch.device) -> Iterator[Product]:
+    config, weights, stored = open_lm(directory)
+    dtype = weights.dtype("model.norm.weight")
+    if device.type == "cuda":
+        dtype = torch.bfloat16
+    elif dtype == torch.float16:
+        # As models are loaded.
+        dtype = torch.float32
+
+    def read(name: str) -> torch.Tensor:
+        return weights.get(name, device="cpu")[:SOME_ROWS].to(device)
+
+    for label, modules in PRODUCTS.items():
+        head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        names = [head if module == "lm_head" else module for module in modules]
+        form = stored.get(f"{names[0]}.weight")
+        weight = WeightSource(read, dtype, stored).weight(*names)
+        yield f"{label} ({form or 'dense'})", weight, dtype
 
 
 def useful_threads(config: LMConfig) -> int:

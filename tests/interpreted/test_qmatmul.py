@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_fast.kernels.matmul import launch as qmatmul_launch
-from mimo_fast.kernels.matmul.launch import fuses_norm, quantized_matmul
+from mimo_fast.kernels.matmul.launch import GEMV_ROWS, quantized_dot, quantized_gemv
+from mimo_fast.kernels.matmul.plan import plan
 from mimo_fast.kernels.matmul.product import Weight, matmul, matmul_ref
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.kernels.norm import RMSNorm
@@ -135,9 +136,9 @@ def test_norm_within_the_dot_kernel_in_16_bits(name, m):
     rounded once."""
     weight = quantize(random(19, 256), Format.parse(name))
     x, norm = random(m, 256, seed=1, dtype=torch.float16), random_norm(256, dtype=torch.float16)
-    assert not fuses_norm(x, weight)
-    assert fuses_norm(x.bfloat16(), weight)
-    check(x, weight, norm=norm, got=quantized_matmul(x, weight, norm, None, False))
+    assert not plan(weight, x.device, torch.float16).at(m).norm
+    assert plan(weight, x.device, torch.bfloat16).at(m).norm
+    check(x, weight, norm=norm, got=quantized_dot(x, weight, norm, None, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -176,7 +177,8 @@ def test_every_result_is_written_and_none_beyond(m):
     room = torch.full((m + 1, 21), torch.nan)
     x = random(m, 128, seed=1)
     norm = random_norm(128)
-    quantized_matmul(x, weight, norm, None, False, out=room[:m])
+    launched = quantized_gemv if m <= GEMV_ROWS else quantized_dot
+    launched(x, weight, norm, None, False, out=room[:m])
     check(x, weight, norm=norm, got=room[:m])
     assert room[m].isnan().all()
 

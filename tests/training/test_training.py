@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mimo_fast
 from mimo_fast.kernels.sample_codes import sample_codes
+from mimo_fast.runtime.lm.executor import layer_by_layer
 from mimo_fast.runtime.lm.teacher_forcing import code_logits, hidden_states
 from mimo_fast.sampling import GREEDY, sampler_tensors
 from training import codec, decoder, lm
@@ -160,6 +161,7 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
     # Heads are recorded where no native call holds them.
     monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
     model, config = loaded.model.lm, loaded.model.lm.config
+    monkeypatch.setattr(model, "_executor", layer_by_layer(model.network))
     ids = loaded.model.get_tts_sft_prompt("It works.", template=0).cpu()
     state, slot = model.new_state([0], 64), torch.tensor([0])
     heads: list[Tensor] = []
@@ -168,7 +170,7 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
         heads.append(hidden @ table.T)
         return sample_codes(hidden, step, table, *rest)
 
-    monkeypatch.setattr("mimo_fast.runtime.lm.model.sample_codes", recorded)
+    monkeypatch.setattr("mimo_fast.runtime.lm.executor.sample_codes", recorded)
     prompt = ids.unflatten(1, (-1, config.group_size))
     text, groups = prompt[0, :, 0].tolist(), [*prompt[1:].transpose(0, 1)]
     model.prefill(ids, state, 0)

@@ -93,23 +93,35 @@ def expect(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def refuses(weight: QuantizedWeight) -> str:
+    """Why `quantized_matmul` does not multiply by a weight stored like this, or ""."""
+    if _native is None:
+        return "the native kernels were not built"
+    if os.environ.get(ENVIRONMENT):
+        return f"{ENVIRONMENT} is set"
+    return _refuses_form(weight)
+
+
+def _refuses_form(weight: QuantizedWeight) -> str:
+    scales, zeros = weight.scales, weight.zeros
+    if weight.words.device.type != "cpu":
+        return "the weight is not on a CPU"
+    if weight.levels is not None:
+        return "the format has a table of levels"
+    if weight.torch_scales is not None:
+        return "the weight is packed for torch's products"
+    if math.gcd(128, weight.group) not in BLOCKS[weight.bits]:
+        return f"groups of {weight.group} with {weight.bits} bits"
+    if scales.dtype != torch.bfloat16 or not (zeros is None or zeros.dtype == torch.float16):
+        return "scales are not bfloat16, or zeros not float16"
+    parts = (weight.words, scales, zeros)
+    contiguous = all(part is None or part.is_contiguous() for part in parts)
+    return "" if contiguous else "the weight is not contiguous"
+
+
 def takes_weight(weight: QuantizedWeight) -> bool:
     """Whether `quantized_matmul` multiplies by a weight stored like this."""
-    return available() and (VIEW in vars(weight) or _is_known(weight))
-
-
-def _is_known(weight: QuantizedWeight) -> bool:
-    scales, zeros = weight.scales, weight.zeros
-    return (
-        weight.words.device.type == "cpu"
-        and weight.words.is_contiguous()
-        and weight.levels is None
-        and weight.torch_scales is None
-        and math.gcd(128, weight.group) in BLOCKS[weight.bits]
-        and scales.dtype == torch.bfloat16
-        and scales.is_contiguous()
-        and (zeros is None or (zeros.dtype == torch.float16 and zeros.is_contiguous()))
-    )
+    return not refuses(weight)
 
 
 def quantized_matmul(
@@ -164,7 +176,8 @@ def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
     known = vars(weight).get(VIEW)
     if known is not None:
         return known
-    expect(_is_known(weight), "the weight is of a format that native code does not read")
+    reason = _refuses_form(weight)
+    expect(not reason, f"native code does not read the weight: {reason}")
     (rows, columns), scales, zeros = weight.shape, weight.scales, weight.zeros
     expect(len(scales) == rows, f"the scales are not those of {rows} rows")
     expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import forced
+from mimo_fast.kernels.dispatch import ENVIRONMENT, forced
 from mimo_fast.kernels.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -107,21 +107,35 @@ def _runs_on(device: torch.device) -> bool:
     return not _probe(device)
 
 
-def takes(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether there are kernels for it.
+def refuses(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> str:
+    """Why there are no kernels for products with a weight, or "" where there are.
 
-    bfloat16 or float16 activations; int4 in groups of 128, int8 by row or in such groups.
+    They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in such groups.
     """
-    return x.is_cuda and not forced() and takes_form(x, weight) and _runs_on(x.device)
+    if device.type != "cuda":
+        return "x is not on a GPU"
+    if forced():
+        return f"{ENVIRONMENT} is set"
+    if library() is None:
+        return "the CUDA kernels were not built"
+    if not _runs_on(device):
+        return "this GPU does not run them"
+    return refuses_form(weight, dtype)
 
 
-def takes_form(x: Tensor, weight: QuantizedWeight) -> bool:
-    """`takes`, on any device."""
+def refuses_form(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    """`refuses`, on any device."""
     columns = weight.shape[1]
     by_row = weight.bits == 8 and weight.group == columns and columns % COLUMNS == 0
-    typed = x.dtype == weight.scales.dtype and x.dtype in DTYPES and weight.levels is None
-    placed = weight.words.data_ptr() % 16 == 0 and columns <= MAX_COLUMNS
-    return typed and placed and (by_row or weight.group == COLUMNS)
+    if weight.levels is not None:
+        return "the format has a table of levels"
+    if dtype not in DTYPES or dtype != weight.scales.dtype:
+        return f"x is {dtype} and the scales {weight.scales.dtype}, not both bfloat16 or float16"
+    if not (by_row or weight.group == COLUMNS):
+        return f"groups of {weight.group}, not {COLUMNS} or int8 by row"
+    if columns > MAX_COLUMNS:
+        return f"rows of {columns} values are longer than {MAX_COLUMNS}"
+    return "" if weight.words.data_ptr() % 16 == 0 else "the weight is not aligned to 16 bytes"
 
 
 def quantized_matmul(
@@ -172,7 +186,7 @@ def quantized_matmul(
 def gemm_takes(x: Tensor) -> bool:
     """Whether `quantized_gemm` can read x [M, K] with contiguous rows.
 
-    `takes` tells which weights it has kernels for.
+    `refuses` says for which weights it has no kernels.
     """
     return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
 

@@ -1,10 +1,9 @@
 """Products in plain torch, where neither Triton nor a native kernel takes them.
 
-    quantized, any x, any format                y = x.float() W^T + b, W unpacked some rows at a time
-    bfloat16, few rows, `pack_for_torch`        torch's product, which unpacks in registers
-    dense, 16 bits, many rows                   y = x.float() W^T + b, W widened some rows at a time, where the CPU has
-                                                no instructions for 16-bit products: a sixth of
-                                                torch's time there
+    unpacked    quantized, any x, any format: y = x.float() W^T + b, W unpacked some rows at a time
+    packed      bfloat16, few rows, `pack_for_torch`: torch's product, which unpacks in registers
+    widened     dense, 16 bits, many rows: y = x.float() W^T + b, W widened some rows at a time,
+                where the CPU has no instructions for 16-bit products: a sixth of torch's time there
 
 Shapes: x [..., K]; W [N, K]; b [N]; y [..., N]. All accumulate in float32 and round y to x.dtype;
 torch's rounds once more before b is added, and rounds -scale zero to bfloat16, which costs less
@@ -46,13 +45,6 @@ UNPACKED_AT_ONCE = 2**18
 malloc reuses."""
 
 
-def quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    few = 0 < check_width(x, weight).numel() <= PACKED_ROWS * x.shape[-1]
-    if weight.torch_scales is not None and x.dtype == torch.bfloat16 and few:
-        return packed_product(x, weight, weight.torch_scales)
-    return unpacked_product(x, weight)
-
-
 def check_width(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x, whose last dimension must be the weight's."""
     if x.shape[-1] != weight.shape[1]:
@@ -68,17 +60,6 @@ def unpacked_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
         bias = None if weight.bias is None else weight.bias[some].float()
         y[..., some] = F.linear(wide, dequantize(weight, some.start, some.stop), bias)
     return y
-
-
-def widens(x: Tensor) -> bool:
-    """Whether a dense product of x is `widened_product`'s."""
-    many = x.numel() >= WIDENED_ROWS * x.shape[-1]
-    return (
-        many
-        and x.device.type == "cpu"
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and not multiplies(x.dtype)
-    )
 
 
 def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,38 +1,29 @@
-"""Which kernel of `qmatmul` runs, with which tiles; and the cases to compile.
+"""Launches of the GPU kernels of `matmul`, with which tiles; and the cases to compile.
 
-| M        | quantized, CUDA where it takes it | quantized, Triton                   | dense                         |
-|----------|-----------------------------------|-------------------------------------|-------------------------------|
-| 1 ... 4  | quantized_mma, norm inside        | gemv, norm inside                   | gemv a row block, norm inside |
-| 5 ... 64 | quantized_mma, norm inside        | dot, norm inside but for float16    | rms_norm, torch's product     |
-| ... 96   | quantized_mma, norm inside        | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
-| 97 ...   | rms_norm, unpack, torch's product | rms_norm, unpack, torch's product   | rms_norm, torch's product     |
-
-Where kernels/defaults.py says so, `fused_matmul` (csrc/cuda/quantized_gemm.cu) takes the place of
-unpack and torch's product where CUDA takes the weight.
+Every launcher takes (x, weight, norm, residual, swiglu); `plan.py` has which of them runs when, and
+what of these is inside.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
     quantized_dot_kernel,
     quantized_gemv_kernel,
     unpack_kernel,
 )
+from mimo_fast.kernels.matmul.weight import Weight
 from mimo_fast.kernels.norm import RMSNorm
-
-if TYPE_CHECKING:
-    from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 GROUPS = (32, 64, 128)
 GEMV_ROWS = 4
@@ -49,10 +40,6 @@ DOT_TILES = ((16, (16, 32, 64, 4)), (NORMED_ROWS, (64, 32, 32, 8)))
 """(largest M, (BLOCK_M, BLOCK_N, BLOCK_W, warps)). Larger tiles spill on sm_80, or on sm_120 with a
 norm inside."""
 
-MMA_ROWS = 96
-"""Rows up to which `cuda.quantized_matmul` is used: beyond, unpacking costs less, though more
-launches."""
-
 UNPACKED_AT_ONCE = 2**26
 """Values that are unpacked at a time for a product of many rows: 128 MB. The fewer launches, the
 less a host delays them, and no smaller piece stays in a cache until it is multiplied."""
@@ -61,24 +48,31 @@ UNPACK_TILE = (8, 128, 4)
 """Rows, words and warps of a program that unpacks."""
 
 
-def fits_quantized(weight: QuantizedWeight) -> bool:
-    """Whether the kernels take this group: one of their blocks, or the whole row."""
-    return weight.group in GROUPS or (weight.group == weight.shape[1] and weight.zeros is None)
+def cuda_mma(
+    x: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """x [..., K], of few rows, by csrc/cuda/quantized_mma.cu; no norm in float16."""
+    flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
+    return cuda.quantized_matmul(flat, weight, norm, residual, swiglu, y) if y.numel() else y
 
 
-def fuses_norm(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether the kernels of quantized weights, where they take so many rows, norm x as they read
-    it.
+def cuda_fused(
+    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, swiglu: bool
+) -> Tensor:
+    """x [..., K], of any number of rows, by csrc/cuda/quantized_gemm.cu: the weight is unpacked as
+    it is multiplied."""
+    flat, y, residual = _prepare(x, *weight.shape, None, residual, swiglu)
+    if not y.numel():
+        return y
+    flat = flat if cuda.gemm_takes(flat) else flat.clone()
+    return cuda.quantized_gemm(flat, weight, residual, swiglu, y)
 
-    The dot kernel and the CUDA kernel round x times the norm's weight to x.dtype before they know
-    the row's scale: float16 has no range for that.
-    """
-    return x.dtype != torch.float16 or (
-        x.numel() <= GEMV_ROWS * x.shape[-1] and not cuda.takes(x, weight)
-    )
 
-
-def quantized_matmul(
+def quantized_gemv(
     x: Tensor,
     weight: QuantizedWeight,
     norm: RMSNorm | None,
@@ -86,15 +80,59 @@ def quantized_matmul(
     swiglu: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K], of at most `most_rows`."""
-    rows, columns = weight.shape
-    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, out)
+    """x [..., K] of at most GEMV_ROWS rows."""
+    flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu, out)
     if not y.numel():
         return y
-    if cuda.takes(flat, weight):
-        return cuda.quantized_matmul(flat, weight, norm, residual, swiglu, y)
-    block, bits = math.gcd(128, weight.group), weight.bits
-    shared: dict[str, Any] = {
+    (rows, _), words = weight.shape, weight.words.shape[1]
+    block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
+    quantized_gemv_kernel[(-(-rows // block_n),)](
+        **_arguments(flat, weight, norm, residual, swiglu, y),
+        BLOCK_N=block_n,
+        BLOCK_W=gemv_block_w(words, weight.bits, math.gcd(128, weight.group)),
+        num_warps=GEMV_WARPS,
+    )
+    return y
+
+
+def quantized_dot(
+    x: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [..., K] of at most NORMED_ROWS rows, on tensor cores.
+
+    The kernel rounds x times the norm's weight to x.dtype before it knows the row's scale: float16
+    has no range for that.
+    """
+    flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu, out)
+    if not y.numel():
+        return y
+    block_m, block_n, block_w, warps = dot_tiles(len(flat))
+    quantized_dot_kernel[(-(-weight.shape[0] // block_n), -(-len(flat) // block_m))](
+        **_arguments(flat, weight, norm, residual, swiglu, y),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_W=block_w,
+        num_warps=warps,
+        num_stages=dot_stages(weight.levels is not None),
+    )
+    return y
+
+
+def _arguments(
+    flat: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    y: Tensor,
+) -> dict[str, Any]:
+    """Arguments that gemv and dot share."""
+    return {
         "x_ptr": flat,
         "norm_ptr": flat if norm is None else norm.weight,
         "words_ptr": weight.words,
@@ -105,11 +143,12 @@ def quantized_matmul(
         "residual_ptr": y if residual is None else residual,
         "y_ptr": y,
         "stride_xm": flat.stride(0),
-        "N": rows,
+        "M": len(flat),
+        "N": weight.shape[0],
         "K_WORDS": weight.words.shape[1],
         "eps": 0.0 if norm is None else norm.eps,
-        "BITS": bits,
-        "BLOCK": block,
+        "BITS": weight.bits,
+        "BLOCK": math.gcd(128, weight.group),
         "GROUPED": weight.group in GROUPS,
         "ZEROS": weight.zeros is not None,
         "LEVELS": weight.levels is not None,
@@ -118,57 +157,28 @@ def quantized_matmul(
         "RESIDUAL": residual is not None,
         "SWIGLU": swiglu,
     }
-    if len(flat) <= GEMV_ROWS:
-        block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
-        quantized_gemv_kernel[(-(-rows // block_n),)](
-            **shared,
-            M=len(flat),
-            BLOCK_N=block_n,
-            BLOCK_W=gemv_block_w(weight.words.shape[1], bits, block),
-            num_warps=GEMV_WARPS,
-        )
-        return y
-    block_m, block_n, block_w, warps = dot_tiles(len(flat))
-    quantized_dot_kernel[(-(-rows // block_n), -(-len(flat) // block_m))](
-        **shared,
-        M=len(flat),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_W=block_w,
-        num_warps=warps,
-        num_stages=dot_stages(weight.levels is not None),
-    )
-    return y
 
 
-def most_rows(x: Tensor, weight: QuantizedWeight) -> int:
-    """Rows of x up to which `quantized_matmul` computes the product; beyond, `unpacked_matmul`."""
-    return MMA_ROWS if cuda.takes(x, weight) else NORMED_ROWS
-
-
-def fused_many(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `fused_matmul` takes the place of `unpacked_matmul`, swiglu inside."""
-    return (
-        weight.bits == 4
-        and enabled(NewPath.FUSED_PROMPT_PRODUCTS, x.device)
-        and cuda.takes(x, weight)
-    )
-
-
-def fused_matmul(
-    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool
+def cuda_unpack_mm(
+    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
 ) -> Tensor:
-    """x [..., K], of any number of rows -> what `quantized_matmul` computes, the weight unpacked as
-    it is multiplied."""
-    rows, columns = weight.shape
-    flat, y, residual = _prepare(x, rows, columns, None, residual, swiglu, None)
-    if not y.numel():
-        return y
-    flat = flat if cuda.gemm_takes(flat) else flat.clone()
-    return cuda.quantized_gemm(flat, weight, residual, swiglu, y)
+    """`unpacked_matmul`, unpacked by csrc/cuda."""
+    return unpacked_matmul(x, weight, residual, cuda.unpack)
 
 
-def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None = None) -> Tensor:
+def triton_unpack_mm(
+    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
+) -> Tensor:
+    """`unpacked_matmul`, unpacked by Triton's kernel."""
+    return unpacked_matmul(x, weight, residual, unpack)
+
+
+def unpacked_matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    residual: Tensor | None,
+    unpacks: Callable[[QuantizedWeight, int, Tensor], None],
+) -> Tensor:
     """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some
     rows at a time.
 
@@ -179,7 +189,6 @@ def unpacked_matmul(x: Tensor, weight: QuantizedWeight, residual: Tensor | None 
     if x.shape[-1] != columns:
         raise ValueError(_misfit(x, columns))
     step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
-    unpacks = cuda.unpack if cuda.takes(x, weight) else unpack
     flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
     unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
     for start in range(0, rows, step):
@@ -223,15 +232,32 @@ def unpack(weight: QuantizedWeight, start: int, out: Tensor) -> None:
 
 def dense_gemv(
     x: Tensor,
+    weight: Weight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """x [..., K] of at most GEMV_ROWS rows, a weight of one block [N, K] with contiguous rows."""
+    return _block_gemv(x, weight.blocks[0], weight.biases[0], norm, residual, swiglu)
+
+
+def dense_blocks_gemv(
+    x: Tensor, weight: Weight, norm: RMSNorm | None, _residual: None, _swiglu: bool
+) -> Tensor:
+    """The same with a weight of several blocks: a launch each."""
+    return weight.product(lambda block, bias: _block_gemv(x, block, bias, norm, None, False))
+
+
+def _block_gemv(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norm: RMSNorm | None,
     residual: Tensor | None,
     swiglu: bool,
 ) -> Tensor:
-    """x [..., K] of at most GEMV_ROWS rows, weight [N, K] with contiguous rows."""
     rows, columns = weight.shape
-    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu, None)
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu)
     block_n = gemv_block_n(len(flat), rows)
     dense_gemv_kernel[(-(-rows // block_n),)](
         **early_launch(x, "dense_gemv"),
@@ -271,7 +297,7 @@ def _prepare(
     norm: RMSNorm | None,
     residual: Tensor | None,
     swiglu: bool,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
     if x.shape[-1] != columns:

@@ -24,9 +24,10 @@ early, as torch's own are, between that and the first product with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ class QuantizedWeight:
     def group(self) -> int:
         """Values along K that share a scale."""
         return self.shape[1] // self.scales.shape[1]
+
+    @cached_property
+    def plans(self) -> dict[Hashable, Any]:
+        """How products with it are computed; `plan.py` fills it."""
+        return {}
 
     @property
     def nbytes(self) -> int:

@@ -22,11 +22,10 @@ Nothing here waits for the device, and after P frames every shape follows from t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.kernels.matmul.product import matmul
-from mimo_fast.runtime.codec.layers import CodecStack, synthesize
+from mimo_fast.runtime.codec.layers import synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import (
     BLOCK,
@@ -160,7 +159,7 @@ def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     past = positions[:, None] - held
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
 
-    out = _run(stack, x, table, ring, slots, visible)
+    out = stack.executor.run(x, table, ring.k, ring.v, slots, visible)
     state.position += len(x)
     return out
 
@@ -179,7 +178,8 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     room = before.k.new_empty(*before.k.shape[:2], len(mel), before.k.shape[3])
     buffer = StackState(torch.cat((before.k, room), dim=2), torch.cat((before.v, room), dim=2))
     slots = torch.arange(kept, kept + len(mel), device=mel.device)
-    x = _run(stack, matmul(mel, codec.vocoder_in), table, buffer, slots, visible)
+    x = matmul(mel, codec.vocoder_in)
+    x = stack.executor.run(x, table, buffer.k, buffer.v, slots, visible)
     before.k.copy_(buffer.k[:, :, new : new + kept])
     before.v.copy_(buffer.v[:, :, new : new + kept])
     state.frame += new
@@ -187,24 +187,6 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     decided = x[first + state.committed : first + end]
     state.committed = end
     return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
-
-
-def _run(
-    stack: CodecStack, x: Tensor, table: Tensor, buffer: StackState, slots: Tensor, visible: Tensor
-) -> Tensor:
-    """Runs a stack on x [T, D]; keys and values go to `slots` [T] of S; visible: bool [T, S]."""
-    if stack.small and x.dtype == torch.float32:
-        return stack.small.run(x, table, buffer.k, buffer.v, slots, visible)
-
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = stack.split_heads(qkv, table)
-        keys, values = (
-            buffer.k[layer].index_copy_(1, slots, k),
-            buffer.v[layer].index_copy_(1, slots, v),
-        )
-        return _masked_attention(q, keys, values, visible)
-
-    return stack.run(x, attend)
 
 
 def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: bool) -> Tensor:
@@ -224,9 +206,3 @@ def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())
     return torch.stack((angles.cos(), angles.sin())).float()
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q [H, T, Dh], k and v [H, S, Dh], visible bool [T, S] -> [T, H Dh]."""
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible)[0]
-    return out.transpose(0, 1).flatten(1)

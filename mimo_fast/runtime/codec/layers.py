@@ -100,19 +100,24 @@ class CodecStack:
     window: tuple[int, int]
 
     @cached_property
-    def _native(self) -> small_codec.CodecStack | None:
+    def executor(self) -> "LayerByLayer | small_codec.CodecStack":
+        """What computes rows that attend to a buffer: one native call for all layers where they
+        are small, float32 and on a CPU, else layer by layer. Chosen once; a copy, or a stack whose
+        layers are replaced, chooses anew."""
+        if not isinstance(self.layers, tuple) or not native.available():
+            return LayerByLayer(self)
         layers = [layer.parts for layer in self.layers]
         if not small_codec.takes_stack(layers, self.heads):
-            return None
+            return LayerByLayer(self)
         layer_norm = layers[0][0][1] is not None
         return small_codec.CodecStack(
             layers, self.heads, LAYER_NORM_EPS if layer_norm else RMS_NORM_EPS
         )
 
     @property
-    def small(self) -> small_codec.CodecStack | None:
-        """The stack as one native call; None unless it is small and on a CPU."""
-        return self._native if isinstance(self.layers, tuple) and native.available() else None
+    def fused(self) -> bool:
+        """Whether `executor` is one native call, which one thread computes fastest."""
+        return isinstance(self.executor, small_codec.CodecStack)
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
         """One whole sequence x [T, D] -> [T, D]; skip_layer as in `run`."""
@@ -148,6 +153,33 @@ class CodecStack:
                 q, k, v, *(len(qkv) if reach < 0 else reach for reach in (left, right))
             )
         return out.transpose(0, 1).flatten(1)
+
+
+class LayerByLayer:
+    """`kernels/cpu/codec_stack.py`'s `CodecStack.run` for any stack on any device."""
+
+    def __init__(self, stack: CodecStack) -> None:
+        self._stack = stack
+
+    def run(
+        self, x: Tensor, table: Tensor, k: Tensor, v: Tensor, slots: Tensor, visible: Tensor
+    ) -> Tensor:
+        """x [T, D] -> [T, D]; keys and values go to `slots` [T] of k and v [L, H, S, Dh]; row t
+        attends to the places that visible[t] marks, bool [T, S]."""
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, new_k, new_v = self._stack.split_heads(qkv, table)
+            keys = k[layer].index_copy_(1, slots, new_k)
+            values = v[layer].index_copy_(1, slots, new_v)
+            return _masked_attention(q, keys, values, visible)
+
+        return self._stack.run(x, attend)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """q [H, T, Dh], k and v [H, S, Dh], visible bool [T, S] -> [T, H Dh]."""
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible)[0]
+    return out.transpose(0, 1).flatten(1)
 
 
 def load_stack(

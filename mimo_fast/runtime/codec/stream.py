@@ -93,7 +93,7 @@ class CodecStream:
         self._state = self._graphs = None
 
     def _threads(self) -> AbstractContextManager[None]:
-        return one_thread() if self._codec.decoder.small else nullcontext()
+        return one_thread() if self._codec.decoder.fused else nullcontext()
 
     def _open(self) -> CodecState:
         if self._state is None:

@@ -35,7 +35,7 @@ AHEAD = 4
 QUEUE = 64
 PREFIX_BYTES = 2**28
 WARMUP_GROUPS = (3, 40, 100)
-"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul`)."""
+"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ ids [C + 1, T G] -> embed [T, D] -> backbone -> hidden [D] -> text token
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import accumulate
 
@@ -16,22 +16,19 @@ import torch
 from torch import Tensor
 
 from mimo_fast.config import LMConfig
-from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import SamplerTensors
-from mimo_fast.kernels.sample_codes import code_steps, patch_noise, sample_codes
+from mimo_fast.kernels.sample_codes import code_steps
 from mimo_fast.kernels.sample_text import sample_text
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.lm.fused import SmallParts, small_patch_decoder, small_transformer
+from mimo_fast.runtime.lm.executor import Executor, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
-    cached_attend,
     padded_attend,
     prefill_attend,
-    self_attend,
     transformer,
     transformer_weights,
 )
@@ -39,10 +36,6 @@ from mimo_fast.runtime.lm.transformer import (
 PREFILL_CHUNK = 512
 """Positions prefilled at once: bounds the activations of a long prompt, and how long other streams
 wait for it."""
-
-FEW_PATCHES = 16
-"""Patches up to which a small encoder is faster in one native call, on one thread, than product by
-product."""
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
@@ -82,6 +75,7 @@ class LM:
         self.backbone_to_patch = source.weight("hidden_states_downcast")
         self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
         self._make_tables()
+        self._executor: Executor = choose(self.network)
 
     def _make_tables(self) -> None:
         config, device = self.config, self.device
@@ -97,38 +91,31 @@ class LM:
         self.decoder_rope = rope_table(
             decoder.head_dim, decoder.rope_theta, config.patch_steps, device
         )
-
-    @cached_property
-    def backbone_rope(self) -> Tensor:
-        config = self.config.backbone
-        return rope_table(
-            config.head_dim, config.rope_theta, self.config.max_positions, self.device
-        )
-
-    @cached_property
-    def _small_parts(self) -> SmallParts:
-        config = self.config
-        return SmallParts(
-            small_transformer(self.backbone, config.backbone, self.backbone_rope),
-            small_transformer(self.patch_encoder, config.patch_encoder, self.encoder_rope),
-            small_patch_decoder(
-                self.patch_decoder,
-                config,
-                self.decoder_rope,
-                self.code_heads,
-                self.decoder_embeddings,
-                self.code_steps,
-            ),
+        backbone = config.backbone
+        self.backbone_rope = rope_table(
+            backbone.head_dim, backbone.rope_theta, config.max_positions, device
         )
 
     @property
-    def _small(self) -> SmallParts | None:
-        return self._small_parts if self.device.type == "cpu" and native.available() else None
+    def network(self) -> Network:
+        """What an executor computes with."""
+        return Network(
+            config=self.config,
+            backbone=self.backbone,
+            patch_encoder=self.patch_encoder,
+            patch_decoder=self.patch_decoder,
+            backbone_rope=self.backbone_rope,
+            encoder_rope=self.encoder_rope,
+            decoder_rope=self.decoder_rope,
+            code_heads=self.code_heads,
+            decoder_embeddings=self.decoder_embeddings,
+            code_steps=self.code_steps,
+        )
 
     def threads(self) -> AbstractContextManager[None]:
         """The threads that its operations are worth: one for a small model on a CPU, else as many
         as torch has."""
-        return native.one_thread() if self._small and self._small.backbone else nullcontext()
+        return self._executor.threads()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,16 +158,10 @@ class LM:
 
     def encode_patches(self, codes: Tensor) -> Tensor:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
-        config = self.config
         frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
-        if len(codes) <= FEW_PATCHES and self._small and self._small.patch_encoder:
-            encoded = self._small.patch_encoder.encode(frames, config.patch_encoder_causal)
-        else:
-            attend = self_attend(
-                config.patch_encoder, self.encoder_rope, config.patch_encoder_causal
-            )
-            encoded = transformer(frames, self.patch_encoder, config.patch_encoder.norm_eps, attend)
-        return matmul(encoded.flatten(1), self.patch_to_backbone)
+        return matmul(
+            self._executor.patch_encoder.encode(frames).flatten(1), self.patch_to_backbone
+        )
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
         """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot,
@@ -243,17 +224,11 @@ class LM:
     def step(self, state: DecodeState, slots: Tensor) -> None:
         """Feeds the last group of each of R different slots, int64 [R], and updates
         `state.hidden[slots]`."""
-        config, cache, starts = self.config.backbone, state.cache, state.lengths[slots]
+        starts = state.lengths[slots]
         x = input_embed(
             state.text[slots], state.patches[slots], self.text_embeddings, self.empty_id
         )
-        if cache.k_scales is None and self._small and self._small.backbone:
-            state.hidden[slots] = self._small.backbone.step(x, cache.k, cache.v, slots, starts)
-        else:
-            attend = cached_attend(config, self.backbone_rope, cache, slots, starts, state.capacity)
-            state.hidden[slots] = transformer(x[:, None], self.backbone, config.norm_eps, attend)[
-                :, 0
-            ]
+        state.hidden[slots] = self._executor.backbone.step(x, state, slots, starts)
         state.lengths[slots] = starts + (starts != NO_POSITION)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -297,37 +272,4 @@ class LM:
         Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just
         drawn.
         """
-        config, rows = self.config, len(slots)
-        if self._small and self._small.patch_decoder:
-            return self._small.patch_decoder.decode(
-                local, settings, state.seeds[slots], state.draws[slots] - 1
-            )
-        noise = None
-        if not settings.all_greedy:
-            noise = patch_noise(
-                state.seeds[slots],
-                state.draws[slots] - 1,
-                config.group_size,
-                sum(config.code_sizes),
-            )
-        codes = torch.empty(
-            rows, config.channels, config.group_size, dtype=torch.int64, device=self.device
-        )
-        x = local
-        for step, starts in zip(self.code_steps, state.patch_starts[:, :rows], strict=True):
-            attend = cached_attend(
-                config.patch_decoder,
-                self.decoder_rope,
-                state.patch_cache,
-                state.rows[:rows],
-                starts,
-                config.patch_steps,
-                fixed=True,
-            )
-            hidden = transformer(
-                x[:, None], self.patch_decoder, config.patch_decoder.norm_eps, attend
-            )[:, 0]
-            x = sample_codes(
-                hidden, step, self.code_heads, settings, noise, codes, self.decoder_embeddings
-            )
-        return codes
+        return self._executor.patch_decoder.decode(local, state, slots, settings)

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.matmul import cpu as qmatmul_cpu
-from mimo_fast.kernels.matmul import product as qmatmul
-from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.matmul.product import matmul, matmul_ref
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.quantization import Format, quantize
@@ -118,7 +117,7 @@ def test_what_a_layer_does_around_it(name, normed, swiglu, added, dtype):
         want = gate * gate.sigmoid() * up
     want = want if residual is None else want + residual.double()
     got = native.quantized_matmul(x, weight, norm, residual, swiglu)
-    plain = qmatmul._plain(x, weight, qmatmul.unpacked_product, norm, residual, swiglu)
+    plain = matmul_ref(x, weight, norm=norm, residual=residual, swiglu=swiglu)
     assert got.shape == plain.shape == (5, outputs)
     scale = float(want.abs().max())
     assert float((got.double() - want).abs().max()) <= LARGEST_ERROR[dtype] * scale

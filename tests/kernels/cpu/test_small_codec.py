@@ -2,6 +2,7 @@
 stream."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ import mimo_fast
 from mimo_fast.kernels.cpu import codec_stack as small_codec
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu import transformer as small_model
-from mimo_fast.runtime.codec.incremental import _run
-from mimo_fast.runtime.codec.layers import CodecStack
+from mimo_fast.runtime.codec.layers import CodecStack, LayerByLayer
 from mimo_fast.runtime.codec.offload import offload
 from mimo_fast.runtime.codec.state import StackState
 
@@ -45,7 +45,7 @@ def codec(request, tmp_path_factory):
 
 def plainly(monkeypatch, call):
     with monkeypatch.context() as patch:
-        patch.setattr(CodecStack, "small", None)
+        patch.setattr(CodecStack, "executor", property(LayerByLayer))
         return call()
 
 
@@ -56,13 +56,17 @@ def buffer(stack: CodecStack, width: int, places: int) -> StackState:
     )
 
 
+def run(stack, x, table, state, slots, visible) -> torch.Tensor:
+    return stack.executor.run(x, table, state.k, state.v, slots, visible)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 32])
 @pytest.mark.parametrize("part", ["decoder", "vocoder"])
 def test_a_stack_is_that_of_plain_torch(codec, part, rows, monkeypatch):
     """Rows that see any places, one of them its own alone; buffers afterwards too."""
     stack, places = getattr(codec, part), 50
     width = codec.config.dim if part == "decoder" else codec.config.vocoder_dim
-    assert stack.small is not None
+    assert stack.fused
     slots = torch.randperm(places, generator=torch.Generator().manual_seed(rows))[:rows]
     visible = gaussian(rows, places, 3) > 0
     visible[0] = False
@@ -71,11 +75,11 @@ def test_a_stack_is_that_of_plain_torch(codec, part, rows, monkeypatch):
     angles = gaussian(rows, half, 4)
     table, x = torch.stack((angles.cos(), angles.sin())), gaussian(rows, width, 2)
     buffers = [buffer(stack, width, places) for _ in range(2)]
-    got = _run(stack, x, table, buffers[0], slots, visible)
-    want = plainly(monkeypatch, lambda: _run(stack, x, table, buffers[1], slots, visible))
+    got = run(stack, x, table, buffers[0], slots, visible)
+    want = plainly(monkeypatch, lambda: run(stack, x, table, buffers[1], slots, visible))
     for each, other in ((got, want), (buffers[0].k, buffers[1].k), (buffers[0].v, buffers[1].v)):
         assert float((each - other).abs().max()) <= 1e-5 * float(other.abs().max())
-    again = _run(stack, x, table, buffer(stack, width, places), slots, visible)
+    again = run(stack, x, table, buffer(stack, width, places), slots, visible)
     assert torch.equal(again, got)
 
 
@@ -101,16 +105,16 @@ def test_a_stream_is_that_of_plain_torch(codec, sizes, monkeypatch):
 
 
 def test_what_it_does_not_know_goes_elsewhere(tmp_path, monkeypatch):
-    assert load(tmp_path / "16", NANO, dtype="bfloat16").decoder.small is None
-    assert load(tmp_path / "int8", NANO, quantization={"codec": "int8"}).decoder.small is None
+    assert not load(tmp_path / "16", NANO, dtype="bfloat16").decoder.fused
+    assert not load(tmp_path / "int8", NANO, quantization={"codec": "int8"}).decoder.fused
     odd = load(tmp_path / "odd", NANO | {"decoder_ffn_dim": 100})
-    assert odd.decoder.small is None
-    assert odd.vocoder.small is not None
-    assert offload(odd.vocoder, torch.device("cpu")).small is None
+    assert not odd.decoder.fused
+    assert odd.vocoder.fused
+    assert not offload(odd.vocoder, torch.device("cpu")).fused
     with monkeypatch.context() as patch:
         for kernels in ("torch", "triton"):
             patch.setenv("MIMO_FAST_KERNELS", kernels)
-            assert odd.vocoder.small is None
+            assert not replace(odd.vocoder).fused
     monkeypatch.setattr(small_model, "SMALL", 1000)
     assert not small_codec.takes_stack(
         [layer.parts for layer in odd.vocoder.layers], odd.vocoder.heads
@@ -124,7 +128,7 @@ def test_gelu_and_softmax_far_out(codec):
         (torch.ones(2, width // stack.heads // 2), torch.zeros(2, width // stack.heads // 2))
     )
     visible = torch.tensor([[True, False], [True, True]])
-    out = _run(
+    out = run(
         stack, gaussian(2, width) * 1e3, table, buffer(stack, width, 2), torch.arange(2), visible
     )
     assert out.isfinite().all()

@@ -16,6 +16,13 @@ from mimo_fast.kernels.cpu import transformer as small
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_text import sample_text_ref
 from mimo_fast.quantization import QuantizationConfig
+from mimo_fast.runtime.lm.executor import (
+    FusedBackbone,
+    FusedDecoder,
+    FusedEncoder,
+    choose,
+    layer_by_layer,
+)
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
@@ -64,11 +71,18 @@ def lm(request, nano, model, tmp_path) -> LM:
     return load(write_pair(tmp_path, NANO, CODEC)[0], request.param)
 
 
+def fused(lm: LM) -> list[bool]:
+    """Of backbone, patch encoder and patch decoder, which are one native call."""
+    parts, kinds = lm._executor, (FusedBackbone, FusedEncoder, FusedDecoder)
+    each = (parts.backbone, parts.patch_encoder, parts.patch_decoder)
+    return [isinstance(*pair) for pair in zip(each, kinds, strict=True)]
+
+
 def plainly(monkeypatch, lm: LM, call):
     """Product by product; dense ones in plain torch, quantized ones by the native product, as
     without this."""
     with monkeypatch.context() as patch:
-        patch.setattr(LM, "_small", None)
+        patch.setattr(lm, "_executor", layer_by_layer(lm.network))
         if not isinstance(lm.backbone.layers[0].qkv, small.QuantizedWeight):
             patch.setenv("MIMO_FAST_KERNELS", "torch")
         return call()
@@ -128,7 +142,7 @@ def test_logits_that_are_no_numbers_draw_an_id():
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_a_patch_is_that_of_plain_torch(lm, rows, monkeypatch):
     """Greedy and sampled rows side by side, slots in any order."""
-    assert lm._small_parts.patch_decoder is not None
+    assert isinstance(lm._executor.patch_decoder, FusedDecoder)
     local = gaussian(rows, lm.config.patch_decoder.dim, rows) * 3
     state = lm.new_state(range(20, 29), 1)
     state.draws[:] = torch.arange(10) + 1
@@ -151,7 +165,7 @@ def test_a_patch_is_that_of_plain_torch(lm, rows, monkeypatch):
 
 def test_a_step_of_the_backbone_is_that_of_plain_torch(lm, monkeypatch):
     """Ten steps of rows at positions of their own; then every cached key and value."""
-    assert lm._small_parts.backbone is not None
+    assert isinstance(lm._executor.backbone, FusedBackbone)
     states = [lm.new_state([0] * 4, 40) for _ in range(2)]
     slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([0, 5, 29])
     for state in states:
@@ -196,8 +210,8 @@ def test_an_encoded_patch_is_that_of_plain_torch(lm, patches, monkeypatch):
 
 
 def test_a_causal_encoder_does_not_see_what_follows(nano):
-    part, config, patches = nano._small_parts.patch_encoder, nano.config, 3
-    assert part is not None
+    assert isinstance(nano._executor.patch_encoder, FusedEncoder)
+    part, config, patches = nano._executor.patch_encoder.native, nano.config, 3
     x = gaussian(patches * config.group_size, config.patch_encoder.dim).view(
         patches, config.group_size, -1
     )
@@ -227,10 +241,7 @@ def test_what_it_does_not_know_goes_elsewhere(nano, tmp_path, monkeypatch):
         directory = tmp_path / str(len(list(tmp_path.iterdir())))
         lm_dir, _ = write_pair(directory, NANO | changed, CODEC)
         config = LMConfig.from_dict(read_json(lm_dir / "config.json"))
-        found = LM(config, 1, source_of(lm_dir, dtype))._small_parts
-        return [
-            part is not None for part in (found.backbone, found.patch_encoder, found.patch_decoder)
-        ]
+        return fused(LM(config, 1, source_of(lm_dir, dtype)))
 
     assert parts({}) == [True, True, True]
     assert parts({}, torch.bfloat16) == [False, False, False]
@@ -243,22 +254,24 @@ def test_what_it_does_not_know_goes_elsewhere(nano, tmp_path, monkeypatch):
     assert quantized_cache.lengths[0] == 1
 
 
-def test_without_the_native_module_torch_computes(nano, monkeypatch):
-    state, local = nano.new_state([1], 4), gaussian(1, 192)
-    settings = sampler_tensors([MiMoSampler(True)])
-    want = nano.decode_patch(local, state, torch.tensor([0]), settings)
+def test_without_the_native_module_torch_computes(nano, tmp_path, monkeypatch):
+    directory = write_pair(tmp_path, NANO, CODEC)[0]
+    lm, settings = load(directory), sampler_tensors([MiMoSampler(True)])
+    local, slots = gaussian(1, 192), torch.tensor([0])
+    want = lm.decode_patch(local, lm.new_state([1], 4), slots, settings)
     monkeypatch.setattr(native, "_native", None)
-    assert nano._small is None
-    assert torch.equal(nano.decode_patch(local, state, torch.tensor([0]), settings), want)
+    plain = load(directory)
+    assert fused(plain) == [False, False, False]
+    assert torch.equal(plain.decode_patch(local, plain.new_state([1], 4), slots, settings), want)
 
 
-def test_weights_in_training_are_not_held(nano, tmp_path):
+def test_weights_in_training_are_not_held(tmp_path):
     directory = write_pair(tmp_path, NANO, CODEC)[0]
     lm = load(directory)
     lm.patch_decoder.layers[1].out.blocks[0].requires_grad_()
-    found = lm._small_parts
-    assert found.patch_decoder is None
-    assert found.backbone is not None
+    assert choose(lm.network).patch_decoder is not lm._executor.patch_decoder
+    lm._executor = choose(lm.network)
+    assert fused(lm) == [True, True, False]
 
 
 def test_a_copy_reads_its_own_weights(nano):

@@ -51,7 +51,7 @@ def product(
     so."""
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     room = torch.full((len(x) + 1, width), torch.nan, dtype=x.dtype)
-    assert cuda.takes_form(x, weight)
+    assert not cuda.refuses_form(weight, x.dtype)
     cuda.quantized_matmul(x, weight, norm, residual, swiglu, room[:-1], library, variant)
     assert bool(room[-1].isnan().all())
     return room[:-1]
@@ -171,11 +171,11 @@ def test_unpacked_rows_are_the_weight_rounded_once(emulated, name, dtype):
 def test_what_it_does_not_take():
     x = random(1, 256)
     for name in ("int4-g64", "int8-g32", "nf4"):
-        assert not cuda.takes_form(x, weight_of(name, 8, 256))
-    assert not cuda.takes_form(x.float(), weight_of("int4", 8, 256))
-    assert not cuda.takes_form(x.half(), weight_of("int4", 8, 256))
-    assert not cuda.takes_form(random(1, 192), weight_of("int8", 8, 192))
-    assert not cuda.takes(x, weight_of("int4", 8, 256))
+        assert cuda.refuses_form(weight_of(name, 8, 256), x.dtype)
+    assert cuda.refuses_form(weight_of("int4", 8, 256), torch.float32)
+    assert cuda.refuses_form(weight_of("int4", 8, 256), torch.float16)
+    assert cuda.refuses_form(weight_of("int8", 8, 192), x.dtype)
+    assert cuda.refuses(weight_of("int4", 8, 256), x.device, x.dtype)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -22,7 +22,7 @@ def product(
     so."""
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     room = torch.full((len(x) + 1, width), torch.nan, dtype=x.dtype)
-    assert cuda.takes_form(x, weight)
+    assert not cuda.refuses_form(weight, x.dtype)
     assert cuda.gemm_takes(x)
     cuda.quantized_gemm(x, weight, residual, swiglu, room[:-1], library, variant)
     assert bool(room[-1].isnan().all())

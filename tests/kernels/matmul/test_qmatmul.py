@@ -5,7 +5,8 @@ import torch
 from helpers import assert_rounded
 
 from mimo_fast.kernels.matmul import cpu as qmatmul_cpu
-from mimo_fast.kernels.matmul.cpu import widened_product, widens
+from mimo_fast.kernels.matmul.cpu import widened_product
+from mimo_fast.kernels.matmul.plan import plan
 from mimo_fast.kernels.matmul.product import Weight, matmul, matmul_ref, qmatmul_bytes
 from mimo_fast.kernels.norm import RMSNorm, rms_norm_ref
 from mimo_fast.quantization import Format, quantize
@@ -142,4 +143,6 @@ def test_weights_are_widened_for_many_rows_where_the_cpu_lacks_the_instructions(
             (7, torch.bfloat16, False),
             (9, torch.float32, False),
         ):
-            assert widens(torch.zeros(rows, 4, dtype=dtype)) == (wanted and not has)
+            weight = Weight.stack([torch.zeros(3, 4, dtype=dtype)])
+            chosen = plan(weight, torch.device("cpu"), dtype).at(rows).implementation
+            assert (chosen.name == "torch widened") == (wanted and not has)

@@ -12,6 +12,7 @@ from variants import Loaded, random_prompt
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import gumbel
 from mimo_fast.kernels.sample_codes import code_steps
+from mimo_fast.runtime.lm.executor import layer_by_layer
 from mimo_fast.runtime.lm.state import NO_POSITION
 from mimo_fast.runtime.lm.transformer import self_attend, transformer
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
@@ -149,6 +150,7 @@ def test_no_two_draws_of_a_group_or_of_the_next_share_noise(loaded, monkeypatch)
 
     # Where noise is not made inside of a native sampler.
     monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
+    monkeypatch.setattr(lm, "_executor", layer_by_layer(lm.network))
     for op in ("sample_text", "sample_codes"):
         monkeypatch.setattr(f"mimo_fast.kernels.{op}.gumbel", recorded)
     state, settings = lm.new_state([5, 6], 1), sampler_tensors([MiMoSampler(True)] * 2)

@@ -1,0 +1,401 @@
+"""Which implementation computes a product, decided once for a weight.
+
+`TABLE` has every implementation: what it requires of the weight, the device and the dtype, for how
+many rows of x it is used, and what of a layer is inside. The first whose requirements hold for a
+number of rows computes it; what is not inside runs before (the norm) or after it (SwiGLU, then the
+residual) as an operation of its own.
+
+`plan` asks the table once for each weight, device, dtype, MIMO_FAST_KERNELS and whether x needs a
+gradient, and keeps the answer with the weight. A call compares its rows with at most a few bounds.
+
+| rows     | quantized, CUDA                    | quantized, Triton           | dense, GPU        |
+|----------|------------------------------------|-----------------------------|-------------------|
+| 1 ... 4  | mma                                | gemv                        | gemv              |
+| 5 ... 64 | mma                                | dot                         | torch's product   |
+| ... 96   | mma                                | unpack, torch's product     | torch's product   |
+| 97 ...   | unpack, torch's product; or fused  | unpack, torch's product     | torch's product   |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast.kernels import dispatch
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.defaults import NewPath, enabled
+from mimo_fast.kernels.dispatch import forced
+from mimo_fast.kernels.matmul import cpu
+from mimo_fast.kernels.matmul.launch import (
+    GEMV_ROWS,
+    GROUPS,
+    NORMED_ROWS,
+    cuda_fused,
+    cuda_mma,
+    cuda_unpack_mm,
+    dense_blocks_gemv,
+    dense_gemv,
+    quantized_dot,
+    quantized_gemv,
+    triton_unpack_mm,
+)
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.matmul.reference import dense_product, epilogues
+from mimo_fast.kernels.matmul.weight import Weight
+from mimo_fast.kernels.norm import RMSNorm
+
+AnyWeight = Weight | QuantizedWeight
+
+MANY = sys.maxsize
+
+MMA_ROWS = 96
+"""Rows up to which the CUDA mma kernel is used: beyond, unpacking costs less, though more
+launches."""
+
+ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
+WIDE_RANGE = (torch.float32, torch.bfloat16)
+"""Of kernels that round x times the norm's weight to x.dtype before they know the row's scale:
+float16 has no range for that."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan depends on.
+
+    Args:
+        forced: MIMO_FAST_KERNELS. gradient: whether x requires one.
+    """
+
+    weight: AnyWeight
+    device: torch.device
+    dtype: torch.dtype
+    forced: str
+    gradient: bool
+
+
+Requirement = Callable[[Setting], str]
+"""Why an implementation cannot compute a product, or "" if it can."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A row of the table.
+
+    Args:
+        run: (x, weight, norm, residual, swiglu) -> y. Those that are not inside are None or False.
+        first, last: rows of x for which it is used.
+        norm: dtypes of x in which the norm is inside. residual, swiglu: whether they are; a
+            residual alone comes after SwiGLU, so it is inside only where both are.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    requires: tuple[Requirement, ...]
+    first: int = 0
+    last: int = MANY
+    norm: tuple[torch.dtype, ...] = ()
+    residual: bool = False
+    swiglu: bool = False
+
+    def refuses(self, setting: Setting) -> str:
+        """The first requirement that does not hold, or ""."""
+        return next(filter(None, (require(setting) for require in self.requires)), "")
+
+    def rows(self) -> str:
+        """Its range of rows, in words."""
+        if self.last == MANY:
+            return "any rows" if self.first <= 1 else f"{self.first} rows and more"
+        return f"{max(1, self.first)} to {self.last} rows"
+
+
+def quantized(setting: Setting) -> str:
+    return "" if isinstance(setting.weight, QuantizedWeight) else "the weight is dense"
+
+
+def dense(setting: Setting) -> str:
+    return "" if isinstance(setting.weight, Weight) else "the weight is quantized"
+
+
+def one_block(setting: Setting) -> str:
+    assert isinstance(setting.weight, Weight)
+    return "" if len(setting.weight.blocks) == 1 else "the weight is in several row blocks"
+
+
+def no_gradient(setting: Setting) -> str:
+    return "x requires a gradient" if setting.gradient else ""
+
+
+def gpu_kernels(setting: Setting) -> str:
+    """Triton's, and those of CUDA that take their place."""
+    if dispatch.triton is None:
+        return "Triton is not installed"
+    if setting.forced == "torch":
+        return f"{dispatch.ENVIRONMENT}=torch"
+    if setting.device.type != "cuda" and setting.forced != "triton":
+        return "x is not on a GPU"
+    return no_gradient(setting)
+
+
+def grouped_by_blocks(setting: Setting) -> str:
+    """A scale for each of the kernels' blocks, or for the whole row."""
+    weight = setting.weight
+    assert isinstance(weight, QuantizedWeight)
+    if weight.torch_scales is not None:
+        return "the weight is packed for torch's CPU products"
+    by_row = weight.group == weight.shape[1] and weight.zeros is None
+    return "" if weight.group in GROUPS or by_row else f"groups of {weight.group}"
+
+
+def cuda_takes(setting: Setting) -> str:
+    assert isinstance(setting.weight, QuantizedWeight)
+    return cuda.refuses(setting.weight, setting.device, setting.dtype)
+
+
+def fused_by_default(setting: Setting) -> str:
+    assert isinstance(setting.weight, QuantizedWeight)
+    if setting.weight.bits != 4:
+        return "it is for 4 bits"
+    on = enabled(NewPath.FUSED_PROMPT_PRODUCTS, setting.device)
+    return "" if on else "not shown to be faster on this GPU (kernels/defaults.py)"
+
+
+def native_takes(setting: Setting) -> str:
+    assert isinstance(setting.weight, QuantizedWeight)
+    return native.refuses(setting.weight) or no_gradient(setting)
+
+
+def packed_for_torch(setting: Setting) -> str:
+    assert isinstance(setting.weight, QuantizedWeight)
+    if setting.weight.torch_scales is None:
+        return "the weight is not packed for torch's CPU products"
+    return "" if setting.dtype == torch.bfloat16 else "x is not bfloat16"
+
+
+def widening_pays(setting: Setting) -> str:
+    if setting.device.type != "cpu":
+        return "x is not on a CPU"
+    if setting.dtype not in (torch.bfloat16, torch.float16):
+        return "x is not of 16 bits"
+    if cpu.multiplies(setting.dtype):
+        return "the CPU has instructions for 16-bit products"
+    return no_gradient(setting)
+
+
+def native_matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    return native.quantized_matmul(cpu.check_width(x, weight), weight, norm, residual, swiglu)
+
+
+def torch_packed(x: Tensor, weight: QuantizedWeight, *_: object) -> Tensor:
+    assert weight.torch_scales is not None
+    return cpu.packed_product(cpu.check_width(x, weight), weight, weight.torch_scales)
+
+
+def torch_unpacked(x: Tensor, weight: QuantizedWeight, *_: object) -> Tensor:
+    return cpu.unpacked_product(cpu.check_width(x, weight), weight)
+
+
+def torch_widened(x: Tensor, weight: Weight, *_: object) -> Tensor:
+    return weight.product(lambda block, bias: cpu.widened_product(x, block, bias))
+
+
+def torch_dense(x: Tensor, weight: Weight, *_: object) -> Tensor:
+    return dense_product(x, weight)
+
+
+QUANTIZED_ON_GPU = (quantized, gpu_kernels, grouped_by_blocks)
+
+TABLE = (
+    Implementation(
+        "CUDA mma",
+        cuda_mma,
+        (*QUANTIZED_ON_GPU, cuda_takes),
+        last=MMA_ROWS,
+        norm=WIDE_RANGE,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "CUDA fused gemm",
+        cuda_fused,
+        (*QUANTIZED_ON_GPU, cuda_takes, fused_by_default),
+        first=MMA_ROWS + 1,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "CUDA unpack + mm",
+        cuda_unpack_mm,
+        (*QUANTIZED_ON_GPU, cuda_takes),
+        first=MMA_ROWS + 1,
+        residual=True,
+    ),
+    Implementation(
+        "Triton gemv",
+        quantized_gemv,
+        QUANTIZED_ON_GPU,
+        last=GEMV_ROWS,
+        norm=ANY_DTYPE,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "Triton dot",
+        quantized_dot,
+        QUANTIZED_ON_GPU,
+        first=GEMV_ROWS + 1,
+        last=NORMED_ROWS,
+        norm=WIDE_RANGE,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "Triton unpack + mm",
+        triton_unpack_mm,
+        QUANTIZED_ON_GPU,
+        first=NORMED_ROWS + 1,
+        residual=True,
+    ),
+    Implementation(
+        "Triton dense gemv",
+        dense_gemv,
+        (dense, gpu_kernels, one_block),
+        first=1,
+        last=GEMV_ROWS,
+        norm=ANY_DTYPE,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "Triton dense gemv by block",
+        dense_blocks_gemv,
+        (dense, gpu_kernels),
+        first=1,
+        last=GEMV_ROWS,
+        norm=ANY_DTYPE,
+    ),
+    Implementation(
+        "CPU native",
+        native_matmul,
+        (quantized, native_takes),
+        norm=ANY_DTYPE,
+        residual=True,
+        swiglu=True,
+    ),
+    Implementation(
+        "torch packed",
+        torch_packed,
+        (quantized, packed_for_torch),
+        first=1,
+        last=cpu.PACKED_ROWS,
+    ),
+    Implementation("torch unpacked", torch_unpacked, (quantized,)),
+    Implementation(
+        "torch widened",
+        torch_widened,
+        (dense, widening_pays),
+        first=cpu.WIDENED_ROWS,
+    ),
+    Implementation("torch dense", torch_dense, (dense,)),
+)
+"""The fastest first. Of either kind of weight the last takes everything."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Up to so many rows, an implementation; norm: whether the norm is inside for this dtype."""
+
+    most_rows: int
+    implementation: Implementation
+    norm: bool
+
+    def run(
+        self,
+        x: Tensor,
+        weight: AnyWeight,
+        norm: RMSNorm | None,
+        residual: Tensor | None,
+        swiglu: bool,
+    ) -> Tensor:
+        chosen = self.implementation
+        if norm is not None and not self.norm:
+            x, norm = norm(x), None
+        if chosen.swiglu or (chosen.residual and not swiglu):
+            return chosen.run(x, weight, norm, residual, swiglu)
+        return epilogues(chosen.run(x, weight, norm, None, False), residual, swiglu)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How products with one weight are computed; the last step has no bound."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: AnyWeight,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Tensor:
+        """`matmul` with the weight that it was made for."""
+        rows = x.numel() // (x.shape[-1] or 1)
+        return self.at(rows).run(x, weight, norm, residual, swiglu)
+
+    def at(self, rows: int) -> Step:
+        for step in self.steps:
+            if rows <= step.most_rows:
+                return step
+        raise AssertionError("the last step of a plan has no bound")
+
+
+def plan(
+    weight: AnyWeight, device: torch.device, dtype: torch.dtype, gradient: bool = False
+) -> Plan:
+    """How products of x, on this device and of this dtype, with the weight are computed; made once
+    and kept with the weight."""
+    key = device, dtype, forced(), gradient
+    known = weight.plans.get(key)
+    if known is None:
+        known = weight.plans[key] = make(Setting(weight, *key))
+    return known
+
+
+def make(setting: Setting) -> Plan:
+    """The first of `TABLE` for every number of rows."""
+    takers = [each for each in TABLE if not each.refuses(setting)]
+    bounds = {each.last for each in takers} | {each.first - 1 for each in takers if each.first}
+    steps: list[Step] = []
+    for bound in sorted(bounds):
+        chosen = next(each for each in takers if each.first <= bound <= each.last)
+        if steps and steps[-1].implementation is chosen:
+            steps.pop()
+        steps.append(Step(bound, chosen, setting.dtype in chosen.norm))
+    return Plan(tuple(steps))
+
+
+def explain(
+    weight: AnyWeight, device: torch.device, dtype: torch.dtype, rows: int
+) -> tuple[str, dict[str, list[str]]]:
+    """The implementation that computes a product of so many rows; and why not those that the table
+    has before it for this kind of weight: reason -> their names."""
+    setting = Setting(weight, device, dtype, forced(), False)
+    chosen = plan(weight, device, dtype).at(rows).implementation
+    kind = quantized if isinstance(weight, QuantizedWeight) else dense
+    passed_over: dict[str, list[str]] = {}
+    for each in TABLE[: TABLE.index(chosen)]:
+        if kind in each.requires:
+            reason = each.refuses(setting) or f"for {each.rows()}"
+            passed_over.setdefault(reason, []).append(each.name)
+    return chosen.name, passed_over

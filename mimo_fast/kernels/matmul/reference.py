@@ -1,0 +1,39 @@
+"""`matmul` in plain torch: the norm, the product and each epilogue one after the other, every one
+rounded to x.dtype. What the other implementations are compared with, and what gradients flow
+through."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimo_fast.kernels.matmul.cpu import unpacked_product
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.matmul.weight import Weight
+from mimo_fast.kernels.norm import RMSNorm
+from mimo_fast.kernels.swiglu import swiglu as swiglu_op
+
+
+def matmul_ref(
+    x: Tensor,
+    weight: Weight | QuantizedWeight,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """x [..., K] -> [..., N], or [..., N / 2] with swiglu; arguments are those of `matmul`."""
+    x = x if norm is None else norm(x)
+    product = dense_product if isinstance(weight, Weight) else unpacked_product
+    return epilogues(product(x, weight), residual, swiglu)
+
+
+def dense_product(x: Tensor, weight: Weight) -> Tensor:
+    """x [..., K] -> x W^T + b [..., N]."""
+    return weight.product(lambda block, bias: F.linear(x, block, bias))
+
+
+def epilogues(y: Tensor, residual: Tensor | None, swiglu: bool) -> Tensor:
+    """What follows a product that has neither inside."""
+    y = swiglu_op(y) if swiglu else y
+    return y if residual is None else residual + y

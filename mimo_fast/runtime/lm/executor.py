@@ -1,0 +1,226 @@
+"""What computes a model's transformers, chosen when the model is constructed.
+
+    LayerByLayer    every product, attention and draw is an op of its own
+    Fused           a whole step, patch encoder or patch decoder is one native call: in small models
+                    it is calls that take the time (`kernels/cpu/transformer.py` has what it takes)
+
+An `Executor` has one of either for each of the three transformers; the choice follows from sizes,
+dtype, device and MIMO_FAST_KERNELS at that time. Weights and tables are read where they lie: they
+may change in place, and a copy of a model reads its own; who replaces one makes another executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cpu.transformer import (
+    PatchDecoder,
+    Transformer,
+    takes_table,
+    takes_transformer,
+)
+from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.kernels.sample_codes import CodeStep, patch_noise, sample_codes
+from mimo_fast.runtime.lm.state import DecodeState
+from mimo_fast.runtime.lm.transformer import (
+    TransformerWeights,
+    cached_attend,
+    self_attend,
+    transformer,
+)
+
+FEW_PATCHES = 16
+"""Patches up to which a small encoder is faster in one native call, on one thread, than product by
+product."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights and tables of the three transformers.
+
+    Args:
+        backbone_rope, encoder_rope, decoder_rope: of `rope_table`.
+        code_heads, decoder_embeddings: of all codebooks, one below the other [rows, D].
+    """
+
+    config: LMConfig
+    backbone: TransformerWeights
+    patch_encoder: TransformerWeights
+    patch_decoder: TransformerWeights
+    backbone_rope: Tensor
+    encoder_rope: Tensor
+    decoder_rope: Tensor
+    code_heads: Tensor
+    decoder_embeddings: Tensor
+    code_steps: Sequence[CodeStep]
+
+
+class Steps(Protocol):
+    def step(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
+        """One new position of R rows: x [R, D] -> normed hidden states [R, D]; row r appends to
+        position starts[r] of slot slots[r]."""
+
+
+class Encodes(Protocol):
+    def encode(self, frames: Tensor) -> Tensor:
+        """Patch encoder: frames [N, G, D] -> normed hidden states [N, G, D]."""
+
+
+class Decodes(Protocol):
+    def decode(
+        self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
+    ) -> Tensor:
+        """Patch decoder: local [R, D of the patch decoder] -> codes int64 [R, C, G], drawn."""
+
+
+class LayerByLayer:
+    """Every product, attention and draw as an op of its own, on any device."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def step(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
+        own, config = self._network, self._network.config.backbone
+        attend = cached_attend(
+            config, own.backbone_rope, state.cache, slots, starts, state.capacity
+        )
+        return transformer(x[:, None], own.backbone, config.norm_eps, attend)[:, 0]
+
+    def encode(self, frames: Tensor) -> Tensor:
+        own, config = self._network, self._network.config
+        encoder = config.patch_encoder
+        attend = self_attend(encoder, own.encoder_rope, config.patch_encoder_causal)
+        return transformer(frames, own.patch_encoder, encoder.norm_eps, attend)
+
+    def decode(
+        self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
+    ) -> Tensor:
+        own, config, rows = self._network, self._network.config, len(slots)
+        noise = None
+        if not settings.all_greedy:
+            noise = patch_noise(
+                state.seeds[slots],
+                state.draws[slots] - 1,
+                config.group_size,
+                sum(config.code_sizes),
+            )
+        codes = torch.empty(
+            rows, config.channels, config.group_size, dtype=torch.int64, device=local.device
+        )
+        x, decoder = local, config.patch_decoder
+        for step, starts in zip(own.code_steps, state.patch_starts[:, :rows], strict=True):
+            attend = cached_attend(
+                decoder,
+                own.decoder_rope,
+                state.patch_cache,
+                state.rows[:rows],
+                starts,
+                config.patch_steps,
+                fixed=True,
+            )
+            hidden = transformer(x[:, None], own.patch_decoder, decoder.norm_eps, attend)[:, 0]
+            x = sample_codes(
+                hidden, step, own.code_heads, settings, noise, codes, own.decoder_embeddings
+            )
+        return codes
+
+
+class FusedBackbone:
+    """`step` as one native call, but for an int8 cache."""
+
+    def __init__(self, native_form: Transformer, otherwise: LayerByLayer) -> None:
+        self._native, self._otherwise = native_form, otherwise
+
+    def step(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
+        cache = state.cache
+        if cache.k_scales is not None:
+            return self._otherwise.step(x, state, slots, starts)
+        return self._native.step(x, cache.k, cache.v, slots, starts)
+
+
+class FusedEncoder:
+    """`encode` as one native call, for few patches."""
+
+    def __init__(self, native_form: Transformer, causal: bool, otherwise: LayerByLayer) -> None:
+        self.native, self._causal, self._otherwise = native_form, causal, otherwise
+
+    def encode(self, frames: Tensor) -> Tensor:
+        if len(frames) > FEW_PATCHES:
+            return self._otherwise.encode(frames)
+        return self.native.encode(frames, self._causal)
+
+
+class FusedDecoder:
+    """All steps of a patch as one native call, sampling included."""
+
+    def __init__(self, native_form: PatchDecoder) -> None:
+        self._native = native_form
+
+    def decode(
+        self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
+    ) -> Tensor:
+        return self._native.decode(local, settings, state.seeds[slots], state.draws[slots] - 1)
+
+
+@dataclass(frozen=True)
+class Executor:
+    """The three transformers as `LM` runs them."""
+
+    backbone: Steps
+    patch_encoder: Encodes
+    patch_decoder: Decodes
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The threads that its operations are worth: one for a small model on a CPU, else as many
+        as torch has."""
+        return native.one_thread() if isinstance(self.backbone, FusedBackbone) else nullcontext()
+
+
+def layer_by_layer(network: Network) -> Executor:
+    """The executor of models of any size on any device."""
+    each = LayerByLayer(network)
+    return Executor(each, each, each)
+
+
+def choose(network: Network) -> Executor:
+    """For each transformer the fused form where it takes it and is faster."""
+    config, plain = network.config, LayerByLayer(network)
+    backbone = _native(network.backbone, config.backbone, network.backbone_rope)
+    encoder = _native(network.patch_encoder, config.patch_encoder, network.encoder_rope)
+    decoder = _native(network.patch_decoder, config.patch_decoder, network.decoder_rope)
+    tables = network.code_heads, network.decoder_embeddings
+    fits = decoder is not None and all(map(takes_table, tables))
+    return Executor(
+        FusedBackbone(backbone, plain) if backbone else plain,
+        FusedEncoder(encoder, config.patch_encoder_causal, plain) if encoder else plain,
+        _fused_decoder(decoder, network) if decoder and fits else plain,
+    )
+
+
+def _native(
+    weights: TransformerWeights, config: TransformerConfig, rope: Tensor
+) -> Transformer | None:
+    """A whole transformer in one call; None where it is not small."""
+    layers = [
+        (layer.attention_norm, layer.qkv, layer.out, layer.ffn_norm, layer.gate_up, layer.down)
+        for layer in weights.layers
+    ]
+    if not takes_transformer(layers, weights.norm, rope):
+        return None
+    return Transformer(layers, weights.norm, config.norm_eps, rope, config.heads, config.kv_heads)
+
+
+def _fused_decoder(decoder: Transformer, network: Network) -> FusedDecoder:
+    config, active = network.config, [step.heads for step in network.code_steps]
+    heads, embeddings = network.code_heads, network.decoder_embeddings
+    return FusedDecoder(
+        PatchDecoder(decoder, heads, embeddings, active, config.channels, config.group_size)
+    )
