@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all commands."""
+    """The parser of all commands."""
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, **style)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
@@ -43,8 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for a wrong result or a failure, 2 for bad
-    usage."""
+    """Runs one command; returns the exit code.
+
+    0: success. 1: a wrong result or a failure. 2: bad usage.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["--compare"], ["--report"]):
         given[0] = given[0].removeprefix("--")

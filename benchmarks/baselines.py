@@ -1,14 +1,13 @@
-"""A spoken reply by upstream's way of running the model and by ours: same weights, same prompt,
-same run.
+"""A spoken reply as upstream runs the model and as we do: same weights, same prompt, same run.
 
 Each baseline must first agree with us: on a tiny float32 model in every greedy token, then on the
-measured model, at every text token and code, fed our tokens all along. In float32 every choice must
-be ours. In 16 bits two orders of summation may decide a near tie differently: there a choice that
-is not ours passes where the baseline's score of our token is within TIES of its best, relative to
-its largest score; how many were equal, and how far the worst was, is part of the record. A baseline
-that does not agree is refused, no speed is printed, and the exit code is 1.
+measured model, at every text token and code, with our tokens as its input. In float32 every choice
+must be ours. In 16 bits two orders of summation may decide a near-tie differently: a choice that is
+not ours passes if the baseline's score of our token is within TIES of its best, relative to its
+largest score. The record has how many were equal, and how far the worst was. A baseline that does
+not agree is refused: no speed is printed, and the exit code is 1.
 
-All tokens are greedy; words and speech follow one schedule. A baseline's audio is decoded after its
+All tokens are greedy; text and speech follow one schedule. A baseline's audio is decoded after its
 last token, ours as it comes.
 """
 
@@ -55,19 +54,24 @@ if TYPE_CHECKING:
     from benchmarks.upstream import Upstream
 
 TRANSFORMERS = 5
-"""Major version whose modules the baselines are made of."""
+"""Major version of transformers, whose modules the baselines are made of."""
 
 CHECKED_GROUPS = 6
 
 TIES = {torch.float32: 0.0, torch.bfloat16: 0.03, torch.float16: 0.005}
-"""Of the largest score. The best and the second best of 1,000 random scores are 7% apart in the
-median; a random choice is 100% off."""
+"""Largest gap of a tie, relative to the largest score.
+
+The best and the second best of 1,000 random scores are 7% apart in the median; a random choice is
+100% off.
+"""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Choices compared, how many were ours, and the largest gap of the others, relative to the
-    largest score."""
+    """Number of choices compared, how many were ours, and the largest gap of the others.
+
+    The gap is relative to the largest score.
+    """
 
     choices: int
     equal: int
@@ -84,7 +88,7 @@ class Agreement:
 
 
 class Judge:
-    """Takes our tokens one after the other and compares them with what the scores prefer."""
+    """Takes our tokens one after the other and compares them with the best by the scores."""
 
     def __init__(self, tokens: Iterator[int | None]) -> None:
         self._tokens = tokens
@@ -99,7 +103,7 @@ class Judge:
         self.equal += best == ours
         allowed = scores[scores != -torch.inf].float()
         gap = float((scores[best].float() - scores[ours].float()) / allowed.abs().max())
-        # A NaN stays.
+        # NaN is kept.
         if gap > self.worst_gap or gap != gap:
             self.worst_gap = gap
         return ours
@@ -145,8 +149,10 @@ def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = (
 
 
 def _choices(groups: Sequence[Group], planned: bool, baseline: Upstream) -> Iterator[int | None]:
-    """Our tokens in the order in which the baseline asks for them; None for text that a plan
-    decided."""
+    """Our tokens in the order in which the baseline asks for them.
+
+    None for text that a plan decided.
+    """
     config = baseline.config
     for group in groups:
         yield None if planned else group.text
@@ -176,7 +182,7 @@ def baseline(name: str, target: Target, longest: int) -> Upstream:
 
 
 def check_in_float32(name: str) -> str:
-    """What came of the comparison on a tiny model on the CPU.
+    """The comparison on a tiny model on the CPU.
 
     Raises:
         Refused: a token differs.
@@ -207,7 +213,7 @@ def measure_baseline(
     trace.first_group = trace.prefilled = trace.chunks[0][0]
     gaps = [after - before for (before, _), (after, _) in pairwise(trace.chunks)]
     times = list(zip(trace.spoken[1:], gaps, strict=True))
-    # The last is the end of the reply.
+    # The last group ends the reply.
     trace.spoken.pop()
     if target.codec is not None:
         audio = target.codec.decode(torch.cat(patches, dim=1)).cpu()
@@ -220,7 +226,7 @@ def measure_baseline(
 
 @dataclass
 class Comparison:
-    """One target and one request, and where its rows go."""
+    """One target and one request, and the table that collects their rows."""
 
     args: argparse.Namespace
     target: Target
@@ -230,7 +236,7 @@ class Comparison:
 
     @property
     def prompt(self) -> int:
-        """Its groups."""
+        """Groups of the prompt."""
         return prompt_ids(self.target, self.request).shape[1] // self.target.lm.config.group_size
 
     @property
@@ -239,7 +245,7 @@ class Comparison:
         return GroupWork.of(self.target.lm, 1, self.prompt, groups)
 
     def baseline(self, name: str) -> tuple[Upstream, dict[str, Any]]:
-        """A baseline and how far it agrees with us, in float32 and on the target.
+        """A baseline, and its agreement with us in float32 and on the target.
 
         Raises:
             Refused: a token differs.
@@ -289,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             accepted.append(found.baseline(name))
         except Exception as error:
-            # A baseline that breaks says so, and the other goes on.
+            # A failing baseline is reported, and the next one runs.
             refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     table, target, samplers = Table(BASELINES), found.target, Samplers(GREEDY, GREEDY)
     ours = time_groups(target, 1, found.prompt, args.patches, samplers)

@@ -1,10 +1,10 @@
 """The cases: every op of mimo_fast/kernels at the published dimensions, as a table.
 
-An op's name begins with the part of the model that it is measured for. M is rows of x: streams at
+An op's name starts with the part of the model that it is measured for. M is rows of x: streams at
 decode, positions in prefill, frames in the codec. Formats are those of weights or caches;
-activations are bfloat16, as the published checkpoints are, except where an op is float32 by
-contract. A function below tells of one op what it is called with, what it moves and computes;
-`table` has the arguments of them all.
+activations are bfloat16, as in the published checkpoints, except where an op is float32 by
+contract. One function for each op defines its arguments, bytes and FLOP; `table` lists the
+arguments of all cases.
 """
 
 from __future__ import annotations
@@ -33,24 +33,26 @@ SIZE = DTYPE.itemsize
 
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 STREAMS = ROWS[:-1]
-"""Rows of an op that only decodes: more streams than 64 share no step."""
+"""Rows of an op that only decodes; no step has more than 64 streams."""
 
 POSITIONS = 8192
-"""Of rotation tables: the published model's context."""
+"""Positions of rotation tables: the published model's context."""
 
 CONTEXTS = (256, 1024, 4096, 8192)
 """Positions that a step of the backbone attends to."""
 
 CACHE_LIMIT = 2**30
-"""Bytes of one layer's cache up to which rows and contexts are combined."""
+"""Bytes of one layer's cache up to which all rows and contexts are combined."""
 
 CHUNK = 256
 """Positions of a prefill chunk."""
 
 CACHES = {"bfloat16": False, "int8": True}
 TABLE_ROWS = 1024
-"""Rows of the text embedding that a case holds; a gather costs the same in any table that no cache
-holds, and there are many copies of this one."""
+"""Rows of the text embedding in a case.
+
+A gather costs the same in any table that exceeds the cache, and there are many copies of this one.
+"""
 
 EMPTY_ID = 0
 BOOKS = [size - 1 for size in LM.code_sizes]
@@ -61,16 +63,17 @@ TEXT_SAMPLERS = {
 }
 SPEECH = TASK_SAMPLERS["spoken_dialogue"]["local"]
 STEP = LM.group_size - 1
-"""The first step of a patch at which as many heads are active as ever are; it has both of the large
-ones."""
+"""The first step of a patch with the most active heads, both large ones among them."""
 
 DRAW_FLOP = 200
-"""Of one Gumbel number: 10 rounds of Philox and two logarithms."""
+"""FLOP of one Gumbel number: 10 rounds of Philox and two logarithms."""
 
 
 def kernels(name: str) -> ModuleType:
-    """A module of mimo_fast.kernels, imported when a case needs it: `--compare` runs this file with
-    packages that are older, and leaves out what they have not."""
+    """A module of mimo_fast.kernels, imported when a case needs it.
+
+    `--compare` runs this file with older packages, and leaves out what they lack.
+    """
     return importlib.import_module(f"mimo_fast.kernels.{name}")
 
 
@@ -100,7 +103,7 @@ def _cache(config: TransformerConfig, slots: int, positions: int, form: str) -> 
 
 
 def _appended(cache: Any, first: int, count: int) -> Outputs:
-    """What an append wrote; scales are float32."""
+    """The part of the cache that an append wrote; scales are float32."""
     tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
     return tuple(x[:, :, first : first + count] for x in tensors if x is not None)
 
@@ -152,7 +155,7 @@ def rotary_attention(m: int) -> Case:
 
 
 def attention(op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int, s: int) -> Case:
-    """The newest t of s positions, of which half see half of each other."""
+    """The newest t of s positions; on average a query sees half of the new ones."""
     module, kv = kernels("attention"), (1, kv_heads, s, dh)
     inputs = {"q": (1, heads, t, dh), "k": kv, "v": kv, "causal": causal}
     nbytes = module.attention_bytes(1, t, s, heads, kv_heads, dh, SIZE)
@@ -161,7 +164,7 @@ def attention(op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int,
 
 
 def cached_prefill_attention(form: str, t: int, s: int) -> Case:
-    """The same from the cache, its positions read on the device."""
+    """The same from the cache; its positions are read on the device."""
     module, heads = kernels("prefill_attention"), BACKBONE.heads
     kv_heads, dh = BACKBONE.kv_heads, BACKBONE.head_dim
     inputs = {
@@ -217,7 +220,7 @@ def window_attention(t: int) -> Case:
     return op_case(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
 
 
-# Norms, SwiGLU, embeddings and codebooks: they move more than they compute, but for the search.
+# Norms, SwiGLU, embeddings, codebooks: bound by memory, except the search.
 
 
 def rms_norm(part: str, dim: int, m: int) -> Case:
@@ -259,7 +262,7 @@ def patch_embed(m: int) -> Case:
 
 
 def input_embed(form: str, rows: int) -> Case:
-    """Text rows, the dearer kind where one is packed; every fourth of many is audio."""
+    """Text rows, the more expensive kind where one is packed; every fourth of many is audio."""
     module, dim, audio = kernels("text_embed"), BACKBONE.dim, rows // 4
     row_bytes = dim * SIZE if form == "dense" else dim + 2
 
@@ -403,13 +406,13 @@ def sample_codes(rows: int) -> Case:
 
 
 def table() -> list[tuple[Callable[..., Case | None], Iterable[tuple[Any, ...]]]]:
-    """What makes an op's cases, and for which arguments."""
+    """The function that makes an op's cases, and its arguments."""
     backbone = ("backbone.prefill_attention", BACKBONE.heads, BACKBONE.kv_heads, BACKBONE.head_dim)
     heads, frames = CODEC.decoder_heads, (8, 64, 512)
     codec = ("codec.attention", heads, heads, CODEC.dim // heads, CODEC.decoder_causal)
     widths = (("backbone", BACKBONE), ("patch_decoder", DECODER))
     norms = [("codec", CODEC.dim, m) for m in frames]
-    # What a stream computes anew for a patch, and 10 s at once.
+    # What a stream recomputes for a patch, and 10 s at once.
     norms += [("vocoder", CODEC.vocoder_dim, m) for m in (176, 1024)]
     own = [("patch_decoder", DECODER, "bfloat16", LM.patch_steps, m) for m in STREAMS]
     return [
@@ -420,7 +423,7 @@ def table() -> list[tuple[Callable[..., Case | None], Iterable[tuple[Any, ...]]]
         (cached_prefill_attention, product(CACHES, [CHUNK], [CHUNK, 1024, 4096])),
         (kv_append, product(CACHES, [CHUNK])),
         (rope, product(frames)),
-        # The decoder's attention to what it remembers; its encoder sees both ways.
+        # The decoder attends to the past; the encoder both ways.
         (attention, [(*codec, t, max(t, 512)) for t in frames]),
         (window_attention, product((176, 1024))),
         (rms_norm, [(part, config.dim, m) for part, config in widths for m in ROWS]),

@@ -1,5 +1,4 @@
-"""What records are shown as, on a terminal and in the report: columns, each with its head, where a
-record has the value, and how that is written."""
+"""Columns that show records on a terminal and in the report."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from mimo_fast.runtime.memory import GB
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """A duration with three digits and a unit."""
     units = (u for u in (("s", 1.0), ("ms", 1e3)) if seconds * u[1] >= 1)
     unit, factor = next(units, ("us", 1e6))
     value = seconds * factor
@@ -23,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(value: float | None, scale: float = 1.0, digits: int = 1, unit: str = "") -> str:
-    """With thousands apart; a line for None."""
+    """A number with thousands separators; a dash for None."""
     return "-" if value is None else f"{scale * value:,.{digits}f}{unit}"
 
 
@@ -39,7 +38,7 @@ per_nano = partial(shown, scale=1e-9)
 
 
 Column = tuple[str, str, Callable[[Any], str]]
-"""Its head, where a record has its value (`Entry.at`), and how that is written."""
+"""A column: its head, its field of a record (`Entry.at`), and its format."""
 
 WIDTHS = {
     "case": -56,
@@ -55,8 +54,10 @@ WIDTHS = {
     "interval": 16,
     "verdict": -20,
 }
-"""Of columns on a terminal, by their place; negative: to the left. Others are as wide as their
-heads, and NUMBER at least."""
+"""Widths of columns on a terminal, by their place; negative: aligned to the left.
+
+Others are as wide as their heads, and at least NUMBER.
+"""
 
 NUMBER = 9
 
@@ -153,13 +154,13 @@ COMPARE: tuple[Column, ...] = (
 
 
 class Table:
-    """Records printed as they come, a row each."""
+    """Records printed as they come, one row each."""
 
     def __init__(
         self, columns: Sequence[Column], write: Callable[[str], object] | None = None
     ) -> None:
         self._columns = columns
-        # Above a progress bar, where there is one.
+        # Printed above a progress bar, if there is one.
         self._write = write or partial(tqdm.write, file=sys.stdout)
         self._row([head for head, _, _ in columns])
 
@@ -179,7 +180,7 @@ def cells(columns: Sequence[Column], entry: Entry) -> list[str]:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """Markdown; the first `texts` columns are aligned to the left."""
+    """A Markdown table; its first `texts` columns are aligned to the left."""
     marks = [":--" if i < texts else "--:" for i in range(len(heads))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
 

@@ -1,20 +1,18 @@
-"""Is the working tree faster than another commit? Both are timed in turn, op by op, and each op
-gets a verdict.
+"""Is the working tree faster than another commit? Both are timed alternately, op by op.
 
     python -m benchmarks --compare HEAD~1 --op '*.qkv'
 
-The other commit is checked out into a temporary git worktree. What measures is the same on both
-sides: benchmarks/ and mimo_fast/bench of the working tree are laid over the other's, so that a
-commit from before there was a suite can be measured as well, as long as its kernels have the
-functions that today's cases call.
+The other commit is checked out into a temporary git worktree. The measuring code is the same on
+both sides: benchmarks/ and mimo_fast/bench of the working tree replace the other's, so that older
+commits can be measured too, as long as their kernels have the functions that today's cases call.
 
-Each round starts a process for either side, since where a process has its memory can be worth some
-percent, and times every op in the order A B B A or B A A B: what drifts while an op is measured
-falls on both alike. Each pair of neighbours gives a ratio, and the verdict is that of their median
-and its confidence interval.
+Each round starts one process a side, since the placement of a process in memory can change times by
+some percent, and times every op in the order A B B A or B A A B, so that drift affects both sides
+alike. Each pair of neighbours gives a ratio; the verdict on an op is that of the median ratio and
+its confidence interval.
 
 A process is this file with a JSON argument, started in the tree of its version. Requests and
-answers are JSON, a line each, on standard input and output:
+answers are JSON, one a line, on standard input and output:
 
     at the start                 -> {"cases": [names], "missing": {op: why}}
     {"case": name, "seconds": s} -> {"seconds": median} or {"refused": why}
@@ -53,18 +51,18 @@ ORDERS = ("ABBA", "BAAB")
 ROUNDS = 8
 SECONDS = 0.1
 CONFIDENCE = 0.99
-"""Many ops are compared at once: at 95% every twentieth would seem to differ."""
+"""Confidence level; many ops are compared, and at 95% every twentieth would seem to differ."""
 
 RESAMPLES = 5000
 
 
 class CompareError(ValueError):
-    """Two versions cannot be compared; one line."""
+    """Two versions cannot be compared; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The median over pairs of new time / old time, and its confidence interval."""
+    """Median over pairs of new time / old time, and its confidence interval."""
 
     ratio: float
     low: float
@@ -73,17 +71,17 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval shows; none is shown while it holds 1."""
+        """The verdict of the interval; none while it contains 1."""
         if self.low > 1:
             return "slower"
         return "faster" if self.high < 1 else "no difference shown"
 
 
 def compared(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Comparison:
-    """Of (old, new) seconds, each pair measured one right after the other.
+    """Compares (old, new) seconds; each pair was measured one right after the other.
 
-    The interval is a percentile bootstrap over pairs. What a machine does to both times of a pair
-    alike cancels in their ratio; a median leaves what it does to one of them without effect.
+    The interval is a percentile bootstrap over pairs. Whatever the machine does to both times of a
+    pair cancels in their ratio; a median is robust to what it does to one of them.
 
     Raises:
         ValueError: there are no pairs, or a time is not positive.
@@ -114,12 +112,12 @@ class Worker:
         self.missing: dict[str, str] = {}
 
     def ready(self) -> None:
-        """Waits until it knows its cases, and what its version has not."""
+        """Waits until it knows its cases, and what its version lacks."""
         answer = self._answer()
         self.cases, self.missing = answer["cases"], answer["missing"]
 
     def time(self, case: str, seconds: float) -> float:
-        """Seconds of one call, the median of some.
+        """Seconds of one call, the median of several.
 
         Raises:
             CompareError: the result of the case is wrong, or the process has died.
@@ -159,8 +157,7 @@ def started(side: Side, arguments: dict[str, Any]) -> Iterator[Worker]:
 
 @contextmanager
 def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
-    """A temporary worktree of a commit under today's measuring code; it is gone afterwards,
-    whatever happens.
+    """A temporary worktree of a commit under today's measuring code; always removed afterwards.
 
     Raises:
         CompareError: there is no such commit here, or no git checkout.
@@ -287,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
     select(args.op, args.m, args.format)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
-    # So that what was checked out is removed then, too.
+    # The worktree must be removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     output, options = JsonLines(args.output), {"rounds": args.rounds, "seconds": args.seconds}
     run_compare(args.reference, wanted, output, **options)
@@ -297,14 +294,16 @@ def run(args: argparse.Namespace) -> int:
 def named_cases(
     arguments: dict[str, Any], device: torch.device, missing: dict[str, str]
 ) -> dict[str, tuple[Case, Provider]]:
-    """Our own providers that run on the device, by "op format shape"; missing: see
-    `ops.all_cases`."""
+    """Our own providers that run on the device, by "op format shape".
+
+    missing: see `ops.all_cases`.
+    """
     found = {}
     wanted = (arguments[name] for name in ("op", "m", "format"))
     try:
         cases = select(*wanted, quick=arguments["quick"], missing=missing)
     except ValueError:
-        # The other side has some, or there would have been an error before.
+        # The other side has some; otherwise there was an error before.
         return {}
     for case in cases:
         for provider in case.providers:
@@ -314,7 +313,7 @@ def named_cases(
 
 
 class Timer:
-    """Times one case at a time; its inputs are kept until another is asked for."""
+    """Times one case at a time, and keeps its inputs until another is asked for."""
 
     def __init__(self, cases: dict[str, tuple[Case, Provider]], device: torch.device) -> None:
         self._cases, self._device = cases, device
@@ -322,7 +321,7 @@ class Timer:
 
     def __call__(self, name: str, seconds: float) -> dict[str, Any]:
         if name != self._name:
-            # Two large cases at once might not fit.
+            # Two large cases might not fit into memory.
             self._name, self._calls = "", []
             case, provider = self._cases[name]
             try:
@@ -337,9 +336,9 @@ class Timer:
 
 @torch.no_grad()
 def answer() -> None:
-    """What a process of one side does."""
+    """Serves one side's requests."""
     arguments = json.loads(sys.argv[1])
-    # Whatever else prints must not come between the answers.
+    # Other output must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(arguments["threads"])

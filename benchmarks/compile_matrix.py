@@ -1,5 +1,4 @@
-"""Compiles every kernel configuration for every supported GPU generation, with no GPU, and reads
-what came out.
+"""Compiles every kernel configuration for every supported GPU generation, without a GPU.
 
 python -m benchmarks.compile_matrix > docs/kernels.md
 """
@@ -11,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import mimo_fast.kernels
 from benchmarks.launches import section
-from mimo_fast.kernels.dispatch import EARLY_CAPABILITY, KNOWS_EARLY_LAUNCH, Begin, Case
+from mimo_fast.kernels.dispatch import HAS_PDL, PDL_CAPABILITY, Case, PdlTrigger
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = 99 * 1024
@@ -27,8 +27,11 @@ SHARED_LIMIT = 99 * 1024
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made: registers a thread, spilled bytes, shared memory, widest global
-    load, any TF32; waits for the kernel before (`griddepcontrol.wait`) and calls of the next."""
+    """Properties of compiled code.
+
+    Registers a thread, spilled bytes, shared memory, widest global load, any TF32; numbers of PDL
+    waits (`griddepcontrol.wait`) and triggers (`griddepcontrol.launch_dependents`).
+    """
 
     registers: int
     spilled: int
@@ -36,7 +39,7 @@ class Compiled:
     load_bits: int
     tf32: bool
     waits: int
-    begins: int
+    triggers: int
     ptx: str
 
 
@@ -47,7 +50,7 @@ def cases() -> Iterator[Case]:
         yield from getattr(found, "compile_cases", tuple)()
 
 
-def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> Compiled:
+def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger.FIRST) -> Compiled:
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = [
@@ -59,9 +62,9 @@ def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> C
     constexprs = dict(case.constexprs)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     if "PDL" in names:
-        early = KNOWS_EARLY_LAUNCH and architecture >= 10 * EARLY_CAPABILITY
-        constexprs["PDL"] = int(begin if early else Begin.OFF)
-        options |= {"launch_pdl": True} if early and begin & Begin.NONE else {}
+        early = HAS_PDL and architecture >= 10 * PDL_CAPABILITY
+        constexprs["PDL"] = int(trigger if early else PdlTrigger.OFF)
+        options |= {"launch_pdl": True} if early and trigger & PdlTrigger.NONE else {}
     source = ASTSource(case.kernel, signature, constexprs, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -72,14 +75,14 @@ def compile_case(case: Case, architecture: int, begin: Begin = Begin.FIRST) -> C
     loads = re.findall(r"LDG\.E(?:\.\w+)*", sass) + re.findall(r"LDGSTS\.E(?:\.\w+)*", sass)
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        # What does not fit into registers goes to local memory.
+        # Spilled registers go to local memory.
         spilled=int(re.search(r"LOCAL:(\d+)", usage)[1])
         + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=kernel.metadata.shared,
         load_bits=max((_width(load) for load in loads), default=0),
         tf32=".tf32" in ptx,
         waits=ptx.count("griddepcontrol.wait"),
-        begins=ptx.count("griddepcontrol.launch_dependents"),
+        triggers=ptx.count("griddepcontrol.launch_dependents"),
         ptx=ptx,
     )
 
@@ -89,11 +92,8 @@ def _width(load: str) -> int:
 
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
-    """Registers a thread, bytes of local memory and of shared memory of every kernel of a CUDA
-    file, by nvcc."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        _nvcc(source, architecture, file.name)
-        usage = _cuobjdump(file.name, "-res-usage")
+    """Registers a thread, bytes of local and of shared memory of every kernel of a CUDA file."""
+    usage = _of_cuda(source, architecture, "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     return {
         _kernel_name(name): (int(registers), int(local), int(shared))
@@ -101,25 +101,41 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, i
     }
 
 
-def cuda_instructions(source: Path, architecture: int) -> dict[str, list[str]]:
-    """The machine instructions of every kernel of a CUDA file, without their operands, by nvcc."""
+def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
+    """Instructions of a CUDA file's kernels that no GPU executes: the descriptor of an access to
+    memory is a pair of uniform registers, the first of them even, and ptxas 13.0 has written others
+    (`cp_async` in csrc/cuda/warp.cuh)."""
+    return {
+        name: found
+        for name, text in cuda_assembly(source, architecture)
+        if (found := re.findall(r"\*/\s+(.*desc\[UR\d*[13579]\].*?) *;", text))
+    }
+
+
+def cuda_assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
+    """The machine instructions of every kernel of a CUDA file, by nvcc."""
+    for text in _of_cuda(source, architecture, "-sass").split("Function : ")[1:]:
+        yield _kernel_name(text.split(None, 1)[0]), text
+
+
+def _of_cuda(source: Path, architecture: int, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        _nvcc(source, architecture, file.name)
-        sass = _cuobjdump(file.name, "-sass")
-    found: dict[str, list[str]] = {}
-    for text in sass.split("Function : ")[1:]:
-        name = _kernel_name(text.split(None, 1)[0])
-        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text)
-    return found
+        file.write(_nvcc(source, architecture))
+        file.flush()
+        return _cuobjdump(file.name, option)
 
 
-def _nvcc(source: Path, architecture: int, target: str) -> None:
+@cache
+def _nvcc(source: Path, architecture: int) -> bytes:
+    """A cubin."""
     flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
-    subprocess.run(["nvcc", *flags, source, "-o", target], check=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        subprocess.run(["nvcc", *flags, source, "-o", file.name], check=True)
+        return Path(file.name).read_bytes()
 
 
 def _kernel_name(mangled: str) -> str:
-    """A kernel, its type of activations and its template's integers."""
+    """Name of a kernel: its activations' type and its template's integers follow."""
     name = re.search(r"\d_([a-z_]+)_cu_", mangled)[1]
     types = re.findall(r"\d(Bfloat16|Float16)", mangled)[:1]
     return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])

@@ -1,15 +1,14 @@
-"""End to end: steady-state groups by batch and context, and whole requests by task and batch, of
-one model or several.
+"""End to end: steady-state groups by batch and context, whole requests by task and batch.
 
-    python -m benchmarks e2e --preset tiny 7b --quantization bf16 int8 int4 -o
-    benchmarks/results/DATE-e2e.jsonl python -m benchmarks e2e --model DIR --codec DIR
-    --quantization stored int4
+    python -m benchmarks e2e --preset tiny 7b --quantization bf16 int8 int4 \\
+        -o benchmarks/results/DATE-e2e.jsonl
+    python -m benchmarks e2e --model DIR --codec DIR --quantization stored int4
 
-Presets get random weights, made on the device, and replies of a known mix of words and speech,
-which the record says. A floor is what must be read over the bandwidth that this machine reads with,
-or its arithmetic where that is more; it is printed before each measurement, and `of floor` is it
-over what was measured: 100% is as fast as the machine allows. What does not fit into memory, or
-cannot end within --limit, is skipped by name.
+Presets get random weights, made on the device, and replies with a fixed schedule of text and
+speech, which the record has. A floor is the bytes to read over this machine's measured read
+bandwidth, or the time of the arithmetic where that is longer. It is printed before each
+measurement; `of floor` is floor over measured time, 100% being as fast as the machine allows.
+Rows that do not fit into memory, or cannot end within --limit, are skipped by name.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ QUANTIZATIONS = ("bf16", "int8", "int4", "nf4", "stored")
 
 @dataclass
 class Run:
-    """What one invocation measures with, and what it has found.
+    """Settings of one invocation, and what it has found.
 
-    excess: seconds by which a group of the present model last exceeded its floor, from which the
-    next row is judged.
+    excess: seconds by which a group of the present model last exceeded its floor; used to estimate
+    the next row.
     """
 
     args: argparse.Namespace
@@ -63,11 +62,12 @@ class Run:
     def attempt(
         self, name: str, floor: float, groups: float, about: str, work: Callable[[], Result]
     ) -> Result | None:
-        """Announces a row and measures it; None where it would take too long, does not fit into
-        memory, or fails.
+        """Announces a row and measures it.
+
+        None where it would take too long, does not fit into memory, or fails.
 
         Args:
-            floor, groups: seconds that it takes at least, and how many groups are decoded in them.
+            floor, groups: least seconds that it takes, and how many groups are decoded in them.
         """
         expected = floor + groups * self.excess
         if expected > self.args.limit:
@@ -80,7 +80,7 @@ class Run:
         except (DeviceMemoryError, torch.OutOfMemoryError) as error:
             self.skip(name, str(error).partition("\n")[0])
         except Exception as error:
-            # The other rows can still be measured.
+            # The other rows are still measured.
             self.failed.append(f"{name}: {type(error).__name__}: {error}")
         finally:
             release(self.device)
@@ -101,7 +101,7 @@ def say(text: str) -> None:
 
 
 def models(run: Run) -> Iterator[tuple[dict[str, Any], Callable[[], Target]]]:
-    """What is known of each model of the sweep, and what makes it."""
+    """Each model of the sweep: its description, and what makes it."""
     args, device, dtype = run.args, run.device, parse_dtype(run.args.dtype)
     for name, form in product([str(args.model)] if args.model else args.preset, args.quantization):
         about = {
@@ -200,8 +200,10 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
     rooms: dict[int, Target] = {}
 
     def room(batch: int) -> Target:
-        """One engine serves all tasks; the last batch's goes before the next is checked against
-        what is free."""
+        """Makes the engine that serves all tasks of a batch size.
+
+        That of the last batch is freed before memory is checked for the next.
+        """
         if batch not in rooms:
             rooms.clear()
             release(run.device)
@@ -232,8 +234,7 @@ def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> Non
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more, before the next size is checked against what is
-    free."""
+    """Frees unused memory before the next size is checked against what is free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,12 +1,11 @@
-"""What every measurement of an op goes through: one row and record for each of its providers, and
-none for a wrong result.
+"""Measures ops: a row and a record for each provider, and none for a wrong result.
 
 A provider is timed on the inputs on which its result has just been checked. Where the check fails
-there is no row and no record: the provider is named as refused, and the run ends with exit code 1.
-Providers that cannot run here are named with the reason. Those that every op has:
+there is no row and no record: the provider is named as refused, and the exit code is 1. Providers
+that cannot run here are named with the reason. Every op has:
 
     ours-gpu    the op's launcher on a CUDA device: a kernel of csrc/cuda where it was built and
-                takes it, or Triton
+                takes the case, else Triton
     ours-cpu    the same launcher on a CPU: a kernel of csrc/cpu where it was built and takes the
                 case, else plain torch
     eager       the op's reference in plain torch; quantized weights are unpacked for each call
@@ -38,16 +37,17 @@ from mimo_fast.kernels.dispatch import ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 
 Inputs = dict[str, Any]
-"""Tensors, weights, caches and settings of one call, by name; `copy.deepcopy` gives another of the
-same values."""
+"""Tensors, weights, caches and settings of one call, by name.
+
+`copy.deepcopy` gives another with the same values.
+"""
 
 Outputs = tuple[Tensor, ...]
 Run = Callable[[Inputs], Outputs]
 
 MIN_RUNS = 5
 COPIED_BYTES = 2**30
-"""What the copies of a case's inputs may take: some hold tables of which a call reads a few
-rows."""
+"""Most bytes of the copies of a case's inputs, of whose tables a call may read a few rows."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Provider:
     """One way to compute an op.
 
     Args:
-        run: prepared inputs -> outputs; called again on the same inputs it must give the same.
-        prepare: the case's inputs -> what `run` takes, such as weights in another form; not timed.
+        run: prepared inputs -> outputs; the same inputs must give the same outputs again.
+        prepare: the case's inputs -> what `run` takes, such as weights in another form; not
+            timed.
         missing: device -> why it cannot run there, or None.
-        stands_for: (case's inputs, prepared) -> the inputs whose result `run` should give, where
-            its own rounding of weights or activations is no error of its arithmetic; None: the
-            case's own.
+        stands_for: (case's inputs, prepared) -> the inputs whose exact result `run` is compared
+            with, where its own rounding of weights or activations is not an error of its
+            arithmetic; None: the case's own.
     """
 
     name: str
@@ -75,10 +76,14 @@ class Case:
     """One op at one shape.
 
     Args:
-        op: name in the registry. launcher: the function of mimo_fast.kernels that it measures.
+        op: name in the registry.
+        launcher: the function of mimo_fast.kernels that it measures.
         format: of the weights or the cache; the activations' dtype where there is none.
-        m: rows. shape: for people. nbytes, flop: what one call must move and compute.
-        make: device -> inputs. reference: the op in plain torch, in the dtype of its inputs.
+        m: rows.
+        shape: for people.
+        nbytes, flop: what one call must move and compute.
+        make: device -> inputs.
+        reference: the op in plain torch, in the dtype of its inputs.
         check: (inputs, outputs) -> accuracy, in place of the comparison with the reference.
     """
 
@@ -102,8 +107,11 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of a run: records, "op format shape provider: why" of what was refused, reason ->
-    what was skipped for it."""
+    """Result of a run.
+
+    Records; "op format shape provider: why" of refused providers; reason -> what was skipped for
+    it.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -115,7 +123,7 @@ class Refused(Exception):
 
 
 def ours(run: Run) -> tuple[Provider, ...]:
-    """The launcher of an op, by the name of the path that it takes."""
+    """The provider of an op's launcher, named by the path that it takes."""
     return (
         Provider("ours-gpu", run, missing=needs_triton),
         Provider("ours-cpu", run, missing=needs_plain_path),
@@ -123,14 +131,16 @@ def ours(run: Run) -> tuple[Provider, ...]:
 
 
 def plain(reference: Run, *, ours_on_cpu: bool = True) -> tuple[Provider, ...]:
-    """Plain torch and torch.compile of it. ours_on_cpu: whether that is what our op does on a
-    CPU."""
+    """Plain torch and torch.compile of it.
+
+    ours_on_cpu: whether our op on a CPU is plain torch as well.
+    """
 
     def missing(device: torch.device) -> str | None:
         return "is what ours-cpu runs" if device.type == "cpu" and ours_on_cpu else None
 
     def compiled(inputs: Inputs) -> dict[str, Any]:
-        # Past eight shapes of one function dynamo would quietly run it uncompiled.
+        # After eight shapes of one function dynamo would silently run it uncompiled.
         torch._dynamo.reset()
         return {"run": torch.compile(reference, dynamic=False), "inputs": inputs}
 
@@ -185,7 +195,7 @@ def normal(
     seed: int = 0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Gaussian values, the same for a shape and seed."""
+    """Gaussian values, the same for the same shape and seed."""
     generator = torch.Generator(device).manual_seed(seed + sum(shape))
     return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
 
@@ -241,8 +251,10 @@ def op_case(
 
 
 def widen(tree: Any) -> Any:
-    """The same inputs with 16-bit floats in float32; packed weights stay, for they are unpacked to
-    what x is."""
+    """The same inputs with 16-bit floats in float32.
+
+    Packed weights stay, since they are unpacked to the dtype of x.
+    """
     if isinstance(tree, Tensor):
         return tree.float() if tree.is_floating_point() else tree
     if isinstance(tree, dict):
@@ -255,7 +267,7 @@ def widen(tree: Any) -> Any:
 
 
 def held_bytes(tree: Any) -> int:
-    """Of all tensors in it."""
+    """Bytes of all tensors in it."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     if dataclasses.is_dataclass(tree):
@@ -268,7 +280,7 @@ def held_bytes(tree: Any) -> int:
 
 
 def fresh(inputs: Inputs) -> Inputs:
-    """A copy of all that an op may write into; weights are shared."""
+    """A copy of the tensors that an op may write into; weights are shared."""
     kept = (Weight, QuantizedWeight)
     return {
         name: value if isinstance(value, kept) else copy.deepcopy(value)
@@ -279,11 +291,10 @@ def fresh(inputs: Inputs) -> Inputs:
 def prepare(
     case: Case, provider: Provider, inputs: Inputs, device: torch.device
 ) -> tuple[list[Callable[[], Outputs]], Accuracy]:
-    """Calls to be timed in turn, each on inputs of its own, once the first has shown its result to
-    be right.
+    """Calls to be timed alternately, each on its own inputs; the first has been checked.
 
     Raises:
-        Refused: it is wrong.
+        Refused: its result is wrong.
     """
     # Ops that write into a cache or into codes find them as the case made them.
     prepared = provider.prepare(fresh(inputs))
@@ -315,8 +326,8 @@ def measure(
 ) -> dict[str, Any]:
     """Checks and times one provider on one case: a record.
 
-    `floor_s` are the seconds below which this machine cannot do it, `of_ceiling` is achieved over
-    ceiling; 1 is as fast as the machine allows.
+    `floor_s` is the least time on this machine; `of_ceiling` is achieved over ceiling, 1 being as
+    fast as the machine allows.
 
     Raises:
         Refused: its result is wrong.
@@ -377,7 +388,7 @@ def run_cases(
                 outcome.refused.append(f"{title}: {refused}")
                 continue
             except Exception as error:
-                # A provider that breaks says so, and the others go on.
+                # A failing provider is reported, and the others run.
                 first = str(error).partition("\n")[0]
                 outcome.refused.append(f"{title}: {type(error).__name__}: {first}")
                 continue
@@ -388,7 +399,7 @@ def run_cases(
 
 
 def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:
-    """What has no row, and why."""
+    """Prints what has no row, and why."""
     for reason, titles in outcome.skipped.items():
         write(f"skipped {len(titles)} of {reason}")
     for line in outcome.refused:

@@ -1,12 +1,11 @@
-"""Triton's cache as archives that another machine unpacks, so that its kernels need not be compiled
-again.
+"""Triton's cache as archives, so that another machine need not compile its kernels again.
 
     python -m benchmarks.kernel_cache pack FOLDER      writes FOLDER/kernels-0.tar.gz and so on
-    python -m benchmarks.kernel_cache unpack FOLDER    what is there already stays
+    python -m benchmarks.kernel_cache unpack FOLDER    keeps existing entries
 
 The cache is that of TRITON_CACHE_DIR, which must be the same path on both machines: an entry names
-its files by absolute paths. What a kernel was compiled by way of (Triton's and LLVM's code, PTX) is
-not needed to run it; those files must exist, and are packed empty.
+its files by absolute paths. Intermediate forms of a kernel (Triton's and LLVM's code, PTX) are not
+needed to run it; those files must exist, and are packed empty.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 BY_WAY = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
 PART_BYTES = 15 * 2**20
-"""Of one archive: what is carried from machine to machine is often bounded at 16 MiB a file."""
+"""Bytes of one archive; transfers between machines are often limited to 16 MiB a file."""
 
 
 def pack(cache: Path, folder: Path, limit: int = PART_BYTES) -> list[Path]:
@@ -30,7 +29,7 @@ def pack(cache: Path, folder: Path, limit: int = PART_BYTES) -> list[Path]:
     archive: tarfile.TarFile | None = None
     for path in sorted(path for path in cache.rglob("*") if path.is_file()):
         content = b"" if path.suffix in BY_WAY else path.read_bytes()
-        # An entry that does not compress, its header and the archive's end must still fit.
+        # An incompressible entry, its header and the archive's end must still fit.
         if archive is None or buffers[-1].tell() + len(content) + 2**16 > limit:
             if archive is not None:
                 archive.close()
@@ -48,7 +47,7 @@ def pack(cache: Path, folder: Path, limit: int = PART_BYTES) -> list[Path]:
 
 
 def unpack(folder: Path, cache: Path) -> int:
-    """Adds what the folder's archives hold to a cache; returns how many files were new."""
+    """Adds the archives' entries to a cache; returns the number of new files."""
     added = 0
     for path in sorted(folder.glob("kernels-*.tar.gz")):
         with tarfile.open(path) as archive:

@@ -1,7 +1,6 @@
-"""What a layer launches to decode, and the bytes that each launch must move: the table in
-docs/kernels.md.
+"""Launches of a layer at decode, and the bytes of each: the table in docs/kernels.md.
 
-`tests/interpreted/test_launches.py` runs the layers and holds them to `kernels`.
+`tests/interpreted/test_launches.py` runs the layers and compares them with `kernels`.
 """
 
 import json
@@ -18,7 +17,7 @@ from mimo_fast.kernels.matmul.product import qmatmul_bytes
 FORMATS = ("dense", "int8", "int4")
 ITEMSIZE = 2
 CACHED = 1024
-"""Positions of the backbone's cache that the bytes of its attention are given for."""
+"""Positions of the backbone's cache for which the bytes of attention are given."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Launch:
         formula: what it computes; n1 and n2 are the weights of the two norms.
         shapes: of its inputs and outputs.
         nbytes: bytes to move, for each of FORMATS.
-        before: launches that it took when norms, rotations and appends were launches of their own.
-        kernels: what runs now.
+        before: launches when norms, rotations and appends had their own.
+        kernels: what is launched now.
     """
 
     formula: str

@@ -23,25 +23,27 @@ from benchmarks.records import JsonLines
 from mimo_fast.bench.ceiling import ceiling
 
 SECONDS, QUICK_SECONDS = 0.5, 0.1
-"""Of measuring, for each row."""
+"""Seconds of measuring for each row."""
 
 COMPARED = "backbone.qkv"
-"""The product for which the quick set has the other libraries too; they take as long for the
-others."""
+"""The product for which the quick set has other libraries too.
+
+They take as long for the others.
+"""
 
 QUICK_PROVIDERS = ("ours-*", "linear")
 COMPARED_PROVIDERS = (*QUICK_PROVIDERS, "eager", "torch-*", "bitsandbytes-*")
-"""Of the quick set: no torch.compile, which compiles for longer than all the rest takes."""
+"""Providers of the quick set: torch.compile compiles for longer than all the rest takes."""
 
 WITHOUT_REFERENCE = ("attention",)
-"""Ops that are torch's own on every device, and so have no reference beside them."""
+"""Ops that are torch's own on every device, and so have no separate reference."""
 
 
 def all_cases(missing: dict[str, str] | None = None) -> list[Case]:
     """Every case, those of one op and format together.
 
-    missing: takes why an op has no cases, as where the package is older than it; None: that is an
-    error.
+    missing: takes the reason why an op has no cases, as where the package is older; None makes that
+    an error.
     """
     found: list[Case] = []
     for name, make in families():
@@ -84,13 +86,12 @@ def select(
     quick: bool = False,
     missing: dict[str, str] | None = None,
 ) -> list[Case]:
-    """Cases whose op and format match the globs, at the given M (all by default); quick: one M, and
-    few providers.
+    """Cases whose op and format match the globs, at the given M (all by default).
 
-    missing: as for `all_cases`.
+    quick: one M, and few providers. missing: as for `all_cases`.
 
     Raises:
-        ValueError: there is no such case; the message tells what there is.
+        ValueError: there is no such case; the message lists what there is.
     """
     cases = all_cases(missing)
     found = [case for case in cases if fnmatch(case.op, op) and fnmatch(case.format, formats)]
@@ -107,8 +108,10 @@ def select(
 
 
 def launchers() -> set[str]:
-    """Names of the public ops of mimo_fast.kernels: functions with a reference beside them, and
-    torch's own."""
+    """Names of the public ops of mimo_fast.kernels.
+
+    They are functions with a reference beside them, and torch's own.
+    """
     found = set(WITHOUT_REFERENCE)
     for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
         members = vars(importlib.import_module(module.name))
@@ -118,7 +121,7 @@ def launchers() -> set[str]:
 
 
 def _is_quick(case: Case, among: Sequence[Case]) -> bool:
-    """One row, or as few as the op has; of the products that are slow on a CPU, one."""
+    """Whether a case is quick: the fewest rows; of the products that are slow on a CPU, one."""
     if case.format == "nf4" and case.op != COMPARED:
         return False
     same = (other.m for other in among if (other.op, other.format) == (case.op, case.format))
@@ -132,7 +135,7 @@ def _quick(case: Case) -> Case:
 
 
 def add_case_options(add: Callable[..., object]) -> None:
-    """Which cases, and where."""
+    """Adds the options that select cases and device."""
     add("--op", default="*", metavar="GLOB", help="such as 'backbone.*' or '*.qkv'")
     add("--format", default="*", metavar="GLOB", help="dense, int8, int4, nf4, bfloat16, ...")
     add("--m", type=int, nargs="+", metavar="M", help="rows [all that the op is measured at]")

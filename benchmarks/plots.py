@@ -1,5 +1,7 @@
-"""The pictures of docs/performance.md: SVG, the same bytes for the same records, on white for light
-and dark pages. Floors are dashed in the colour of what they belong to."""
+"""The pictures of docs/performance.md: SVG, the same bytes for the same records.
+
+They are drawn on white, for light and dark pages. A floor is dashed in the colour of its series.
+"""
 
 from __future__ import annotations
 
@@ -41,25 +43,25 @@ STYLE = {
 }
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#666666")
-"""Told apart by the colour-blind too (Okabe and Ito)."""
+"""Colours that the colour-blind can tell apart (Okabe and Ito)."""
 
 MARKERS = "osD^vPX*"
 INK = "#222222"
 PATCH_MS = 160
-"""A group of speech plays for so long."""
+"""Seconds of audio of a group of speech."""
 
 OUTLIERS = 7
-"""Ops of ours that are furthest below the ceiling, and are named in the roofline."""
+"""Number of our ops furthest below the ceiling that the roofline names."""
 
 SHORT, LONG = 256, 2048
-"""Groups of context, or what was measured nearest to the one and from the other on."""
+"""Groups of context; the nearest measured one is taken, for the second from it on."""
 
 Box = tuple[float, float, float, float]
-"""Left, bottom, right, top, in points."""
+"""Margins: left, bottom, right, top, in points."""
 
 
 def draw(measured: Measured, folder: Path) -> list[str]:
-    """Writes what there are records for; returns the names of the files."""
+    """Draws the pictures for which there are records; returns the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     with matplotlib.rc_context(STYLE):
@@ -77,16 +79,18 @@ def draw(measured: Measured, folder: Path) -> list[str]:
 
 
 def _titles(measured: Measured, device: str) -> list[str]:
-    """Of all models that were measured: each has one colour in every picture."""
+    """Titles of all measured models; each has one colour in every picture."""
     kinds = ("groups", "request")
     return sorted({e.title for kind in kinds for e in measured.find(kind, device)})
 
 
 def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ()) -> Figure:
-    """Achieved arithmetic against arithmetic intensity, by provider, under the newest entry's
-    ceilings; those of ours that are furthest below have a number and a line in the list."""
+    """Achieved arithmetic over arithmetic intensity, by provider, under the newest ceilings.
+
+    Our ops furthest below them have a number and a line in the list.
+    """
     figure = Figure(figsize=(9.6, 5.0))
-    # No layout that is found while drawing: the numbers' places hang on it.
+    # A fixed layout, since the numbers' places depend on it.
     axes = figure.add_axes((0.07, 0.1, 0.6, 0.83))
     providers = sorted(
         {e["provider"] for e in entries}, key=lambda name: (not name.startswith("ours"), name)
@@ -124,12 +128,12 @@ def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ())
 
 
 def _style(i: int) -> dict[str, str]:
-    """Of the i-th of several."""
+    """Style of the i-th of several series."""
     return {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], away: tuple[float, float], **how) -> None:
-    """Text so many points from a place."""
+    """Text at an offset in points from a place."""
     where = {"xytext": away, "textcoords": "offset points"}
     axes.annotate(text, at, fontsize=8, color=INK, **where, **how)
 
@@ -139,15 +143,17 @@ def _point(entry: Entry) -> tuple[float, float]:
 
 
 def _in_points(axes: Axes, x: float, y: float) -> tuple[float, float]:
-    """Where that is on the page; for axes whose place and limits are set."""
+    """Position on the page in points; for axes whose place and limits are set."""
     scale = 72 / axes.figure.dpi
     place = axes.transData.transform((x, y))
     return scale * place[0], scale * place[1]
 
 
 def _ceilings(axes: Axes, newest: dict, left: float, right: float, knee: float) -> list[Box]:
-    """What the device reads, and the rate of products of each type; types that are within a tenth
-    of each other share a label. Returns what lines and labels cover."""
+    """Draws the read bandwidth and the rate of products of each type.
+
+    Types within a tenth of each other share a label. Returns the boxes of lines and labels.
+    """
     read = newest["read_Bps"] / 1e9
     axes.plot([left, knee], [left * read, knee * read], color=INK, linewidth=1.3)
     place = math.sqrt(left * knee)
@@ -176,7 +182,7 @@ def _ceilings(axes: Axes, newest: dict, left: float, right: float, knee: float) 
 
 
 def _outliers(axes: Axes, entries: Sequence[Entry], taken: Sequence[Box]) -> None:
-    """Numbers beside the points, and beside the picture what they are."""
+    """Numbers the points furthest below, and lists them beside the picture."""
     worst: dict[tuple[str, str], Entry] = {}
     for entry in sorted(entries, key=lambda e: e["of_ceiling"]):
         if entry["provider"].startswith("ours"):
@@ -216,8 +222,10 @@ def _outliers(axes: Axes, entries: Sequence[Entry], taken: Sequence[Box]) -> Non
 
 
 def _free_place(at: tuple[float, float], taken: Sequence[Box]) -> tuple[float, float]:
-    """Where a label of 10 by 10 points lies on nothing, as near as can be: on circles around its
-    point, from below to the right."""
+    """A place for a label of 10 by 10 points that overlaps nothing, as near as possible.
+
+    Tries circles around its point, starting below and to the right.
+    """
     for radius in range(11, 80, 6):
         for step in range(16):
             angle = math.radians(-90 + 22.5 * step)
@@ -233,8 +241,11 @@ def _free_place(at: tuple[float, float], taken: Sequence[Box]) -> tuple[float, f
 
 
 def latency(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Figure:
-    """A group of speech beside its floor: by batch at a short and at a long context, every format
-    in the same colour, and by context at the smallest batch."""
+    """A group of speech and its floor.
+
+    By batch at a short and at a long context, all formats in the same colours, and by context at
+    the smallest batch.
+    """
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     known = [title for title in titles if any(e.title == title for e in entries)]
@@ -287,7 +298,7 @@ def latency(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Fig
 
 
 def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
-    """One for all panels, below them."""
+    """One legend for all panels, below them."""
     lines = [Line2D([], [], **style, label=name) for name, style in styles.items()]
     lines += [
         Line2D([], [], color="#666666", linewidth=1.2, linestyle="--", label="its floor"),
@@ -299,7 +310,7 @@ def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
 def _contexts(
     entries: Sequence[Entry], titles: Sequence[str], choose: Callable[[set[int]], int]
 ) -> dict[str, int]:
-    """Title -> the context that is chosen of its own; those without one are left out."""
+    """Title -> the chosen context; models without one are left out."""
     found = {}
     for title in titles:
         try:
@@ -314,7 +325,7 @@ def _span(entry: Entry) -> tuple[float, float]:
 
 
 def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
-    """Times with their spread, and the floor of each below."""
+    """Times with their spread, and their floor."""
     ordered = sorted(entries, key=lambda e: e.at(field))
     places = [e.at(field) for e in ordered]
     low, mid, high = ([1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90"))
@@ -367,7 +378,7 @@ def memory(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Figu
 
 
 def _mark_measured(axes: Axes) -> None:
-    """Marks what was measured on the x axis, and nothing else."""
+    """Puts ticks only at the measured values of the x axis."""
     found = sorted({float(x) for line in axes.lines for x in line.get_xdata()})
     axes.set_xticks(found, [f"{x:,.0f}" for x in found])
     axes.minorticks_off()

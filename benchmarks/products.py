@@ -1,16 +1,18 @@
-"""Products with stored weights, as the layers call them (norm, bias, SwiGLU and residual where
-theirs are), and who else computes them:
+"""Products with stored weights, as the layers call them, and other libraries that compute them.
 
-    unpacked    our CPU product of quantized weights for many rows: unpacked some rows at a time, in
-                float32
-    linear      one F.linear with a joined dense weight (cuBLAS on a GPU), norm and epilogues in
-                plain torch
-    torch-int8, torch-int4, torch-int4-cuda    torch's products with packed weights, on the CPU and
-                on CUDA
-    bitsandbytes-int8, bitsandbytes-nf4        its matmul and matmul_4bit
+A product has its norm, bias, SwiGLU and residual where the layer has them.
 
-Products round weights, and bitsandbytes' int8 the activations too, before they multiply: such a
-provider is held to the exact result for what it multiplies, as the op's own formats are.
+    unpacked          our CPU product of quantized weights for many rows: some rows of the weight
+                      are unpacked to float32 at a time
+    linear            one F.linear with a joined dense weight (cuBLAS on a GPU), norm and epilogues
+                      in plain torch
+    torch-int8, torch-int4, torch-int4-cuda
+                      torch's products with packed weights, on the CPU and on CUDA
+    bitsandbytes-int8, bitsandbytes-nf4
+                      its matmul and matmul_4bit
+
+These products round weights, and bitsandbytes' int8 the activations too, before they multiply. Such
+a provider is compared with the exact result of the rounded values, as the op's own formats are.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def layer(part: str, config: TransformerConfig, rows: tuple[int, ...]) -> Iterat
 
 def products() -> Iterator[Product]:
     dim, group, ffn = CODEC.dim, LM.group_size, CODEC.decoder_ffn
-    # A patch is a row for each of its frames, and twice as many positions of the codec's decoder.
+    # A patch is one row a frame, and twice as many positions of the codec's decoder.
     frames, positions = tuple(group * n for n in (1, 2, 4, 16, 128)), (2 * group, 64, 512)
     yield from layer("backbone", BACKBONE, ROWS)
     yield Product("backbone.text_head", (LM.vocab_size,), BACKBONE.dim, STREAMS)
@@ -142,7 +144,7 @@ def product_case(product: Product, form: str, m: int) -> Case:
 def weight_of(
     form: str, blocks: tuple[int, ...], columns: int, bias: bool, device: torch.device
 ) -> Weight | QuantizedWeight:
-    """One for all M, which follow each other; nothing writes into it."""
+    """One weight for all M, which follow each other; nothing writes into it."""
     return random_weight(form, blocks, columns, DTYPE, device, bias)
 
 
@@ -151,7 +153,7 @@ def needs_package(name: str) -> Callable[[torch.device], str | None]:
 
 
 def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
-    """For a product with a weight of this format and what is around it (see `around`)."""
+    """Providers of a product with a weight of this format; for the rest see `around`."""
     packed, spread = _torch_packed, Provider("unpacked", _unpacked, missing=needs_cpu)
     bits = needs_package("bitsandbytes")
     others = {
@@ -172,8 +174,7 @@ def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
 
 
 def around(inputs: Inputs, product: Callable[[Tensor, Any], Tensor]) -> Outputs:
-    """The op in plain torch but for its product x W^T: norm, bias, SwiGLU and residual, as the
-    inputs have them."""
+    """The op in plain torch except its product x W^T: norm, bias, SwiGLU and residual."""
     x, norm, residual = inputs["x"], inputs.get("norm"), inputs.get("residual")
     y = product(x if norm is None else rms_norm_ref(x, norm.weight, norm.eps), inputs["weight"])
     bias = inputs.get("bias")
@@ -187,7 +188,7 @@ def _unpacked(inputs: Inputs) -> Outputs:
 
 
 def unpacked(inputs: Inputs) -> Outputs:
-    """The reference of a product: dense, row block by row block, in the dtype of x."""
+    """Reference of a product: unpacked row block by row block, in the dtype of x."""
     weight, dtype = inputs["weight"], inputs["x"].dtype
     if isinstance(weight, QuantizedWeight):
         weight = Weight.stack([dequantize_to(weight, dtype)], [weight.bias])
@@ -203,7 +204,7 @@ def unpacked(inputs: Inputs) -> Outputs:
 
 
 def join(inputs: Inputs) -> Inputs:
-    """The weight as one dense matrix, its biases apart."""
+    """The weight as one dense matrix, without its biases."""
     weight, dtype = inputs["weight"], inputs["x"].dtype
     if isinstance(weight, QuantizedWeight):
         return {**inputs, "weight": dequantize_to(weight, dtype), "bias": weight.bias}
@@ -212,7 +213,7 @@ def join(inputs: Inputs) -> Inputs:
 
 
 def _holding(inputs: Inputs, dense: Tensor) -> Inputs:
-    """The case with a weight of these values, in float32."""
+    """The case with a dense float32 weight of these values."""
     bias = inputs["weight"].bias
     weight = Weight.stack([dense.float()], [None if bias is None else bias.float()])
     return {**inputs, "weight": weight}
@@ -281,12 +282,12 @@ def _exact_bnb_nf4(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
 def _pack_bnb_int8(inputs: Inputs) -> dict[str, Any]:
     import bitsandbytes
 
-    # It says at every call that it converts to float16.
+    # It warns at every call that it converts to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     weight, state = inputs["weight"], bitsandbytes.MatmulLtState()
     dense = dequantize_to(weight, torch.float16)
     state.CB, state.SCB, _ = bitsandbytes.functional.int8_vectorwise_quant(dense)
-    # As its Linear8bitLt sets it for inference.
+    # The setting of its Linear8bitLt for inference.
     state.has_fp16_weights, state.is_training, state.threshold = False, False, 0.0
     return {**inputs, "weight": state, "bias": weight.bias}
 

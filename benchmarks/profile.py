@@ -1,13 +1,12 @@
-"""Where the time of an audio group goes, kernel by kernel: backbone step, patch decoder with its
-draws, patch encoder.
+"""The time of an audio group, kernel by kernel: backbone step, patch decoder, patch encoder.
 
-    python -m benchmarks profile --preset 7b --quantization int4 -o
-    benchmarks/results/DATE-profile.jsonl
+    python -m benchmarks profile --preset 7b --quantization int4 \\
+        -o benchmarks/results/DATE-profile.jsonl
 
 On a GPU a row is a CUDA kernel, and the group runs twice: from captured graphs and, named "eager",
-kernel by kernel. On a CPU a row is a torch op; what native kernels and Python take is the row
-"outside torch". Counts and times are those of one group, the mean of all that were profiled; a
-group's own seconds are measured without the profiler.
+kernel by kernel. On a CPU a row is a torch op; native kernels and Python are the row "outside
+torch". Counts and times are means over the profiled groups; a group's own seconds are measured
+without the profiler.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SYNCHRONIZING = (
     "cuEventSynchronize",
     "cuCtxSynchronize",
 )
-"""Calls in which the host waits for the device."""
+"""CUDA calls in which the host waits for the device."""
 
 LAUNCHING = (
     "cudaLaunchKernel",
@@ -56,10 +55,10 @@ LAUNCHING = (
     "cudaMemcpyAsync",
     "cudaMemsetAsync",
 )
-"""Calls with which it gives the device work."""
+"""CUDA calls that launch work."""
 
 GROUPS = "audio groups"
-"""The part of a trace that counts."""
+"""Name of the range of the trace that counts."""
 
 OUTSIDE = "outside torch"
 
@@ -76,8 +75,10 @@ COLUMNS: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel, or on a CPU one torch op, takes of a group: launches, seconds, bytes where
-    shapes tell them."""
+    """Launches and seconds of one kernel (on a CPU, one torch op) in a group.
+
+    Bytes are given where shapes tell them.
+    """
 
     name: str
     count: float
@@ -89,8 +90,8 @@ class Kernel:
 class Trace:
     """One audio group of all rows.
 
-    kernels: the costliest first; what is outside of all counts as none. launches, host_syncs: the
-    host's calls a group.
+    kernels: the most expensive first; time outside all of them has no row. launches, host_syncs:
+    the host's calls a group.
     """
 
     mode: str
@@ -100,20 +101,20 @@ class Trace:
 
     @property
     def count(self) -> float:
-        """Kernels a group."""
+        """Number of kernels of a group."""
         return sum(kernel.count for kernel in self.kernels)
 
     @property
     def seconds(self) -> float:
-        """That they take, one after the other."""
+        """Seconds of the kernels, one after the other."""
         return sum(kernel.seconds for kernel in self.kernels)
 
 
 def trace_groups(replies: Sequence[Reply], groups: int, device: torch.device, mode: str) -> Trace:
-    """Takes groups of replies in step, SETTLING of them before any is counted."""
+    """Takes groups of replies in step; the first SETTLING are not counted."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     take(replies, SETTLING)
-    # What is still running belongs to no group that counts.
+    # Work that is still running belongs to an earlier group.
     synchronize(device)
     with profile(activities=activities) as profiler, record_function(GROUPS):
         take(replies, groups)
@@ -124,13 +125,13 @@ def trace_groups(replies: Sequence[Reply], groups: int, device: torch.device, mo
 
 def take(replies: Sequence[Reply], groups: int) -> None:
     for _ in range(groups):
-        # The first to be asked computes the group of all.
+        # The first reply that is asked computes the group of all rows.
         for reply in replies:
             next(reply)
 
 
 def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: str) -> Trace:
-    """A trace from the profiler's events, which are in microseconds."""
+    """Makes a trace from the profiler's events, which are in microseconds."""
     events = list(events)
     sides = {
         kind: [e for e in events if e.device_type == kind and e.name != GROUPS]
@@ -168,11 +169,10 @@ def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: st
 
 
 def with_bytes(trace: Trace, target: Target, work: GroupWork) -> Trace:
-    """Adds what a kernel must read where shapes tell: one that reads all of the cache, all code
-    heads, or all weights.
+    """Adds the bytes that a kernel reads, where shapes tell them.
 
-    Weights are told where one kernel does every product, as for a row in a quantized format or one
-    dense row.
+    They do for a kernel that reads the whole cache, all code heads, or all weights. The latter are
+    known where one kernel does every product, as for a row in a quantized format or one dense row.
     """
     read = work.audio.bytes
     heads = target.lm.code_heads.nbytes * target.lm.config.group_size
@@ -228,7 +228,7 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """No collection of garbage in the trace, which would be counted as the group's."""
+    """Turns garbage collection off during a trace, so that it is not counted as the group's."""
     gc.collect()
     gc.disable()
     try:

@@ -1,12 +1,12 @@
-"""What other cards would do, from what one has been measured to do: bytes, bandwidth, and what a
-kernel takes besides (TEXT has the formula and what it assumes).
+"""Projects other cards from a measured one: bytes, bandwidth, and a latency for each kernel.
 
-How long a profiler calls the kernels busy is no part of it: kernels that overlap count as busy
-while they wait for each other. What a kernel takes beyond its bytes are its beginning and end, the
-wait for the first of the data, too few blocks for the card, what the host does between two.
+TEXT has the formula and its assumptions. The profiler's busy time of kernels is not used: kernels
+that overlap count as busy while they wait for each other. A kernel's latency beyond its bytes is
+its start and end, the wait for its first data, too few blocks for the card, and the host's work
+between two kernels.
 
-The floor of a card needs no record; `mimo_fast.bench.floor` has what its last cache can keep from
-one step of the patch decoder to the next.
+The floor of a card needs no record; `mimo_fast.bench.floor` tells what its last-level cache can
+keep from one step of the patch decoder to the next.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mimo_fast.runtime.memory import GB
 
 FORMATS = ("int4", "int8", "bf16")
 POSITIONS = 1000
-"""Of context: groups."""
+"""Groups of context."""
 
 SEQUENCE = 8192
-"""Positions that the cache has room for, where it is asked whether a card's memory suffices."""
+"""Positions that the cache has room for, when checking whether a card's memory suffices."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Card:
 
     Args:
         cache_mb: of its L2, in units of 2^20 bytes, as vendors give it.
-        pattern: what its driver calls it.
-        source: whose document.
+        pattern: of its name in the driver.
+        source: the document of these figures.
     """
 
     name: str
@@ -91,8 +91,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Basis:
-    """What was measured on a card in a format: the two figures of the formula, and the number of
-    kernels. latency: seconds of each."""
+    """Figures of a measured card in a format: those of the formula, and the number of kernels.
+
+    latency: seconds of each kernel.
+    """
 
     profile: Entry
     share: float
@@ -101,14 +103,16 @@ class Basis:
 
     @property
     def seconds(self) -> float:
-        """Of an audio group, as measured."""
+        """Measured seconds of an audio group."""
         return self.profile["audio_group"]["p50"]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """An audio group at batch 1 on a card; seconds: None where nothing comparable has been
-    measured."""
+    """An audio group at batch 1 on a card.
+
+    seconds: None where nothing comparable has been measured.
+    """
 
     card: Card
     quantization: str
@@ -122,12 +126,12 @@ class Projection:
 
 
 def card_of(device: str) -> Card | None:
-    """By the name that its driver gives."""
+    """The card of a driver's name."""
     return next((card for card in CARDS if re.search(card.pattern, device)), None)
 
 
 def basis(measured: Measured, quantization: str) -> Basis | None:
-    """The newest of a known card's groups at batch 1, from captured graphs."""
+    """The newest group at batch 1 of a known card, from captured graphs."""
     found = measured.find(
         "profile",
         where=lambda e: (
@@ -150,7 +154,7 @@ def basis(measured: Measured, quantization: str) -> Basis | None:
 
 @cache
 def group_work(quantization: str, cache_bytes: int) -> Work:
-    """An audio group at batch 1, from the published dimensions."""
+    """Work of an audio group at batch 1, from the published dimensions."""
     config, _ = preset_configs("7b")
     lm = weightless_lm(config, None if quantization == "bf16" else quantization, torch.bfloat16)
     return patch_work(lm, POSITIONS, cache=cache_bytes)
@@ -158,7 +162,7 @@ def group_work(quantization: str, cache_bytes: int) -> Work:
 
 @cache
 def needed_bytes(quantization: str) -> int:
-    """Of a card's memory, for one stream."""
+    """Bytes of a card's memory that one stream needs."""
     setup = preset_setup("7b", None if quantization == "bf16" else quantization, torch.bfloat16)
     return replace(setup, max_seq_len=SEQUENCE).total
 
@@ -173,7 +177,7 @@ def project(card: Card, quantization: str, known: Basis | None) -> Projection:
 
 
 def section(measured: Measured) -> str:
-    """A table of all cards and formats, with the measured card beside each projection."""
+    """A table of all cards and formats, with measurements beside their projection."""
     rows, notes = [], []
     for form in FORMATS:
         found = basis(measured, form)

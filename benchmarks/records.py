@@ -1,7 +1,6 @@
-"""Records: JSON lines as they are made, the newest of each thing as the report reads them, and what
-rows are printed as.
+"""Records: JSON lines as they are made, and the newest of each thing for the report.
 
-    python -m benchmarks.records STUDY FILE.json RECORDS.jsonl      appends what a study wrote
+python -m benchmarks.records STUDY FILE.json RECORDS.jsonl      appends a study's results
 """
 
 from __future__ import annotations
@@ -31,19 +30,20 @@ THING = {
     "compare": ("case",),
     "profile": ("model", "quantization", "batch", "mode"),
 }
-"""Kind of record -> the fields that tell what was measured; a newer record of the same takes the
-older one's place."""
+"""Kind of record -> the fields that identify what was measured.
+
+A newer record with the same fields replaces the older one.
+"""
 
 
 class JsonLines:
-    """Appends records to a file, each on a line and out of our hands before the next is made;
-    nowhere for None."""
+    """Appends records to a file, each on a line and flushed before the next; None: nowhere."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Of a run that was killed while it wrote.
+            # An incomplete line, of a run that was killed while it wrote.
             cut_off = path.exists() and not (b"\n" + path.read_bytes()).endswith(b"\n")
             self._file = path.open("a", encoding="utf-8")
             self._file.write("\n" if cut_off else "")
@@ -55,12 +55,12 @@ class JsonLines:
 
 
 def machine_fields(machine: Ceiling, device: torch.device) -> dict[str, Any]:
-    """What a record says of its machine, as it is now."""
+    """The fields of a record about its machine, as it is now."""
     return {"ceiling": machine.as_dict(), "environment": environment(device)}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that was cut off is left out."""
+    """The records of a file; an incomplete last line is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -71,7 +71,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def study_records(name: str, path: Path) -> list[dict[str, Any]]:
-    """What a study wrote (JSON, or JSON lines), as records of kind "study"."""
+    """A study's results (JSON, or JSON lines) as records of kind "study"."""
     try:
         found = [json.loads(path.read_text(encoding="utf-8"))]
     except json.JSONDecodeError:
@@ -85,7 +85,7 @@ def study_records(name: str, path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record, and the name of the file that it is from."""
+    """A record, and the name of its file."""
 
     file: str
     data: dict[str, Any]
@@ -97,7 +97,7 @@ class Entry:
         return self.data.get(field)
 
     def at(self, path: str) -> Any:
-        """A property, or a field of fields such as "audio_group.p50"; None if one on the way is."""
+        """A property, or a nested field such as "audio_group.p50"; None if one is absent."""
         if hasattr(type(self), path):
             return getattr(self, path)
         value = self.data
@@ -107,7 +107,7 @@ class Entry:
 
     @property
     def device(self) -> str:
-        """For people."""
+        """Name of the device for people."""
         about = self.data["environment"]["device"]
         if about["type"] != "cpu":
             return about["name"]
@@ -131,7 +131,7 @@ class Entry:
 
     @property
     def context(self) -> int:
-        """Groups at the end of what was measured."""
+        """Groups of context at the end of the measurement."""
         return self["prompt_groups"] + self["groups"]
 
     @property
@@ -149,14 +149,13 @@ class Entry:
     @property
     def thing(self) -> tuple[str, ...]:
         fields = THING[self["kind"]]
-        # What a quick table says of a preset's model varies with the machine's mood.
+        # A quick table's description of a preset's model varies with the machine's load.
         named = [field for field in fields if field != "model" or not self.get("preset")]
         return (self.device, self["kind"], *(str(self.get(field)) for field in named))
 
     @property
     def title(self) -> str:
-        """The model and its format; dense weights are named by their type, whatever the sweep
-        called them."""
+        """The model and its format; dense weights are named by their dtype."""
         dense = self.get("quantization") in (None, "bf16", "stored")
         kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
             self.get("dtype"), self.get("dtype")
@@ -170,7 +169,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Measured:
-    """The newest entry of every thing, and what was skipped."""
+    """The newest entry of everything, and what was skipped."""
 
     entries: tuple[Entry, ...]
     skipped: tuple[Entry, ...]
@@ -186,7 +185,7 @@ class Measured:
         skipped: dict[str, dict[str, Entry]] = {}
         for entry in entries:
             if entry["kind"] == "skipped":
-                # Of files like DATE-cpu.jsonl the newest has the say.
+                # Of files like DATE-cpu.jsonl the newest counts.
                 others = skipped.get(entry.file[10:], {})
                 same = others if all(other.file == entry.file for other in others.values()) else {}
                 skipped[entry.file[10:]] = same | {entry["name"]: entry}
@@ -207,14 +206,13 @@ class Measured:
         return [e for e in of_kind if (device is None or e.device == device) and where(e)]
 
     def devices(self, *kinds: str) -> list[str]:
-        """Those with such records, GPUs first."""
+        """Devices with such records, GPUs first."""
         found = {e.device: e.on_gpu for e in self.entries if not kinds or e["kind"] in kinds}
         return sorted(found, key=lambda device: (not found[device], device))
 
 
 def sources(entries: Iterable[Entry]) -> str:
-    """The device, and for each file and commit the days and the ceiling that was measured with
-    them; Markdown."""
+    """The device, and for each file and commit the days and the measured ceiling; Markdown."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.device, entry.file, entry.commit), []).append(entry)
@@ -229,12 +227,12 @@ def sources(entries: Iterable[Entry]) -> str:
 
 
 def _span(values: Sequence[str]) -> str:
-    """Of ordered values."""
+    """First and last of ordered values."""
     return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
 
 
 def add_run_options(add: Callable[..., object], each: str) -> None:
-    """Where a model is measured, and where the records go. each: what has one."""
+    """Adds the options for the device of a model and the file of records; `each` has one record."""
     add("--device", default=None)
     add("--threads", type=int, help="of the CPU [chosen by the model's size]")
     about = f"append a record for each {each}"

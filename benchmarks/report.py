@@ -1,8 +1,7 @@
-"""docs/performance.md and its pictures, from benchmarks/results alone: no figure in them is typed
-by hand.
+"""docs/performance.md and its pictures, made from benchmarks/results alone.
 
-The newest record of each thing on each device has the say. What a reader wants to know and nothing
-has measured is listed as not measured.
+No figure is typed in. The newest record of each thing on each device counts. What a reader wants to
+know and nothing has measured is listed as not measured.
 """
 
 from __future__ import annotations
@@ -43,11 +42,10 @@ SENTENCE = 107
 """Groups of the prompt of a text to be said, as `mimo-fast bench` has it."""
 
 CONTEXT = 256
-"""Groups of context of the steady state in the first table, or what has been measured nearest to
-it."""
+"""Groups of context of the first table's steady state; the nearest measured one is taken."""
 
 TOP, NAME_WIDTH = 12, 60
-"""Kernels of a profile that are shown, and letters of their names."""
+"""Number of a profile's kernels that are shown, and length of their names."""
 
 INTRODUCTION = """\
 # Performance
@@ -109,7 +107,7 @@ def ops_table(entries: Sequence[Entry]) -> str:
 
 
 def profile_table(entries: Sequence[Entry]) -> str:
-    """The costliest kernels of each mode, and all together."""
+    """The most expensive kernels of each mode, and the sum of all."""
     rows = []
     for e in entries:
         total, every = e["kernel_seconds"], e["kernels_a_group"]
@@ -139,8 +137,10 @@ def _with(entry: Entry, **fields: Any) -> Entry:
 
 
 def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], list[Entry]]:
-    """What a reader wants to know of the published dimensions on a device; None: of one that is not
-    there. Rows, and the entries that they are from."""
+    """The rows that a reader wants to know of the published dimensions on a device.
+
+    With the entries that they are from. None: a device that was not measured.
+    """
     rows: list[list[str]] = []
     used: list[Entry] = []
     for form in FORMATS:
@@ -167,7 +167,7 @@ def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], l
 
 
 def _group_cells(entries: Sequence[Entry]) -> Sequence[str]:
-    """Milliseconds, share of the floor, real-time factor."""
+    """Milliseconds, share of the floor, real-time factor of a group."""
     for e in entries:
         time = shown(e.at("audio_group.p50"), 1e3, 2)
         return (
@@ -181,7 +181,7 @@ def _group_cells(entries: Sequence[Entry]) -> Sequence[str]:
 def _request_cells(
     spoken: Sequence[Entry], many: Sequence[Entry], quick: Sequence[Entry]
 ) -> Iterator[str]:
-    """First audio, streams, memory."""
+    """First audio, streams and memory of a request."""
     rows = [(row["streams"], row["metrics"]["audio_rtf"]) for e in quick for row in e["rows"]]
     rows += [(e["batch"], e["audio_rtf"]) for e in many]
     known = [(streams, rtf) for streams, rtf in rows if rtf is not None]
@@ -193,7 +193,7 @@ def _request_cells(
 
 
 def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
-    """The whole report; pictures: names of those that there are."""
+    """The whole report; pictures: names of the existing ones."""
     spoken = "A spoken reply by transformers' modules as upstream runs them"
     parts = [INTRODUCTION, "## What to expect of the published dimensions\n", *_expected(measured)]
     for device in measured.devices("groups", "request", "quick"):
@@ -249,8 +249,11 @@ def _per_device(
     what: str = "",
     places: Sequence[tuple[str, bool]] = (),
 ) -> Iterator[str]:
-    """A table for each device; of those of `places` (in words, whether it is a GPU) that there is
-    none."""
+    """A table for each device.
+
+    places: (in words, whether it is a GPU) of the devices that are expected; missing ones are
+    named.
+    """
     for place, on_gpu in places:
         if not any(e.on_gpu is on_gpu for e in measured.find(kind)):
             yield f"{what}{place}: {NOT_MEASURED}.\n"
@@ -279,13 +282,13 @@ def _picture(pictures: Sequence[str], device: str, kind: str | None) -> Iterator
 
 
 def picture_name(kind: str, device: str) -> str:
-    """Of a device's picture in docs/performance/."""
+    """File name of a device's picture in docs/performance/."""
     words = "".join(c if c.isalnum() else " " for c in device).lower().split()
     return f"{kind}-{'-'.join(words)}.svg"
 
 
 def _weight_errors(results: Path) -> Iterator[str]:
-    """What rounding does to Gaussian weights, from the newest of the single files that tell."""
+    """Error of rounded Gaussian weights, from the newest of the files that have it."""
     files = sorted(results.glob("*-quantization.json"))
     if files:
         found = json.loads(files[-1].read_text(encoding="utf-8"))["relative_error"]
@@ -296,8 +299,7 @@ def _weight_errors(results: Path) -> Iterator[str]:
 
 
 def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
-    """Writes the report and its pictures, and removes pictures of what is no longer there; returns
-    the exit code."""
+    """Writes the report and its pictures, and removes outdated pictures; returns the exit code."""
     if find_spec("matplotlib") is None:
         install = "pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)"
         print(f"error: the report needs matplotlib: {install}", file=sys.stderr)

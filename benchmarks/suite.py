@@ -1,13 +1,11 @@
-"""`make bench`: what a CPU does, within ten minutes on two cores, into one dated file, and then the
-report.
+"""`make bench`: measures a CPU in ten minutes on two cores, into one dated file, and reports.
 
     python -m benchmarks suite      benchmarks/results/DATE-cpu.jsonl, docs/performance.md
     python -m benchmarks suite --budget 1200 --only ops
 
-Each part is a process of its own, which gives back its memory and can be ended. A part begins when
-what it takes on two quiet cores is still left of the budget, and ends with the budget at the
-latest; parts that do not fit are skipped by name, and what a part has measured before it was ended
-is kept.
+Each part is a process, so its memory is freed and it can be ended. A part starts if its time on two
+quiet cores is left of the budget, and ends with the budget at the latest. Parts that do not fit are
+skipped by name; the rows of a part that was ended are kept.
 """
 
 from __future__ import annotations
@@ -33,14 +31,18 @@ BUDGET = 570.0
 """Seconds for all parts; the report takes some more."""
 
 GRACE = 20.0
-"""Seconds that an interrupted part has to end before it is killed: a large product cannot be
-interrupted."""
+"""Seconds that an interrupted part has before it is killed.
+
+A large product cannot be interrupted.
+"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of `python -m benchmarks`, or `mimo-fast bench`; seconds: about what it takes on
-    two quiet cores."""
+    """A command of `python -m benchmarks`, or `mimo-fast bench`.
+
+    seconds: about what it takes on two quiet cores.
+    """
 
     name: str
     seconds: float
@@ -59,20 +61,23 @@ PARTS = (
     Part("7b bf16", 100, f"{GROUPS} bf16 --context 64 --task --no-codec"),
     Part(QUICK, 60, "bench --quantization int4"),
 )
-"""The most telling first."""
+"""All parts, the most informative first."""
 
 Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
 
 
 def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
-    """A part's process; output: what it appends to, or for the quick table, writes."""
+    """Starts a part's process.
+
+    output: the file that it appends to or, for the quick table, writes.
+    """
     program, result = ("mimo_fast", "--json") if part.name == QUICK else ("benchmarks", "-o")
     command = [program, *part.command.split(), "--device", "cpu", result, str(output)]
     return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT)
 
 
 def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> str | None:
-    """Runs a part for so long at most; returns what was wrong, or None.
+    """Runs a part for at most so long; returns what was wrong, or None.
 
     Raises:
         KeyboardInterrupt: once the part has ended as well.
@@ -94,7 +99,7 @@ def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> 
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, and if that does not help, at once."""
+    """Interrupts a part as Ctrl-C does, then kills it if it does not end."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=GRACE)
@@ -110,7 +115,7 @@ def run_parts(
     clock: Callable[[], float] = monotonic,
     start: Start = start,
 ) -> dict[str, str]:
-    """Name of a part -> why it is missing or not whole."""
+    """Name of a part -> why it is missing or incomplete."""
     began, amiss = clock(), {}
     for part in parts:
         left = budget - GRACE - (clock() - began)

@@ -1,5 +1,7 @@
-"""Single matrices of random weights, as a loaded model holds them; `mimo_fast.bench.synthetic`
-makes whole models."""
+"""Single matrices of random weights, as a loaded model holds them.
+
+`mimo_fast.bench.synthetic` makes whole models.
+"""
 
 from collections.abc import Sequence
 
@@ -22,8 +24,7 @@ def random_weight(
     bias: bool = False,
     seed: int = 0,
 ) -> Weight | QuantizedWeight:
-    """A matrix of row blocks as a loaded model holds it on this device, with random scales and
-    biases.
+    """A matrix of row blocks on a device, as a loaded model holds it; scales and biases are random.
 
     form: "dense", or the name of a quantization format.
     """
@@ -50,7 +51,7 @@ def random_weight(
 
 
 def shape_weight(form: str, rows: int, columns: int, biased: bool) -> Weight | QuantizedWeight:
-    """A weight of no memory, for its bytes; dense ones are bfloat16."""
+    """A weight without memory, for its bytes; dense ones are bfloat16."""
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

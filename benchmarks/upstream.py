@@ -1,13 +1,13 @@
-"""MiMo-Audio as upstream runs it: batch 1, transformers' eager modules over the tensors of a dense
-`LM` (nothing is copied), a DynamicCache, one token of Python at a time.
+"""MiMo-Audio as upstream runs it: batch 1, eager modules, one token of Python at a time.
 
-Each step feeds the last group and appends the new one to all ids; the text token and every code
-come to the host or go through modules of their own; the patch decoder gets a new cache for each
-patch; audio is decoded after the last token. `Compiled` is the same with static caches and
-torch.compile around both decoders, as a user would speed it up.
+transformers' modules use the tensors of a dense `LM` (nothing is copied) and a DynamicCache. Each
+step feeds the last group and appends the new one to all ids; the text token and every code go
+through the host or modules of their own; the patch decoder gets a new cache for each patch; audio
+is decoded after the last token. `Compiled` is the same with static caches and torch.compile around
+both decoders, as a user would speed it up.
 
-What it has better than upstream: the speech embeddings are projected to the patch decoder's width
-beforehand, as ours are, and tokens are greedy, which costs less than upstream's sampling.
+It has two advantages over upstream: the speech embeddings are projected to the patch decoder's
+width beforehand, as ours are, and tokens are greedy, which costs less than upstream's sampling.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Upstream:
 
         Args:
             choose: takes every token; the empty code's score is -inf.
-            plan: text tokens to go on with instead, as in `ScheduledLM`.
+            plan: text tokens to continue with instead, as in `ScheduledLM`.
         """
         size, cache = self.config.group_size, self.backbone_cache()
         ids = ids.to(self.text_head.device)[None]
@@ -150,8 +150,10 @@ def hidden_states(model: Callable[..., Any], x: Tensor, cache: Cache) -> Tensor:
 
 
 class Compiled(Upstream):
-    """The same with static caches; single steps of both decoders go through torch.compile, prompts
-    do not."""
+    """The same with static caches.
+
+    Single steps of both decoders go through torch.compile, prompts do not.
+    """
 
     name = "transformers compiled"
 
@@ -161,7 +163,7 @@ class Compiled(Upstream):
         models = (self.backbone, self.patch_decoder)
         compiled = (torch.compile(model, mode=mode, dynamic=False) for model in models)
         self._step, self._patch_step = compiled
-        # Kept: a captured graph knows where they lie.
+        # Kept, since a captured graph uses their addresses.
         lengths = zip(models, (longest, lm.config.patch_steps), strict=True)
         caches = (StaticCache(config=m.config, max_cache_len=length) for m, length in lengths)
         self._cache, self._patch_cache = caches
@@ -184,7 +186,7 @@ class Compiled(Upstream):
 
     def _compiled(self, model: Callable[..., object], x: Tensor, cache: Cache) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        # A replayed graph writes the next result over it.
+        # The next replay overwrites it.
         return hidden_states(model, x, cache).clone()
 
 
@@ -228,7 +230,7 @@ def qwen2_model(
     for i, layer in enumerate(weights.layers):
         state |= {f"layers.{i}.{name}": tensor for name, tensor in _layer(config, layer).items()}
     model.load_state_dict(state, strict=True, assign=True)
-    # Computed from the config and no part of a state: it is still on the meta device.
+    # Computed from the config, in no state dict, and so still on the meta device.
     model.rotary_emb = Qwen2RotaryEmbedding(wanted).to(device)
     return model.eval().requires_grad_(False)
 
@@ -249,7 +251,7 @@ def _layer(config: TransformerConfig, layer: LayerWeights) -> dict[str, Tensor]:
     for weight, names, rows in parts:
         if not isinstance(weight, Weight):
             raise TypeError("the baselines run dense weights: use bf16 or float32")
-        # On a GPU the blocks have been joined.
+        # On a GPU the row blocks are joined.
         matrices = weight.blocks if len(weight.blocks) > 1 else weight.blocks[0].split(rows)
         named |= {f"{name}.weight": matrix for name, matrix in zip(names, matrices, strict=True)}
         if weight.biases[0] is not None:

@@ -4,13 +4,16 @@
     for chunk in model.stream("tts", "seven forty two"):
         play(chunk.audio, chunk.sample_rate)
 
-Dimension letters, used in every docstring:
-    B streams (rows of a batch), R rows still running, T positions (groups) or frames, G frames per
-    group, C audio channels the language model speaks, Q codebooks of the codec, S cached positions,
-    D width, H / Hkv / Dh heads, key-value heads and their size, V vocabulary, L layers; M, N, K
-    only in a matrix product.
+Dimensions in every docstring:
+    B   slots, rows of a batch              D       width
+    R   rows that are running               H, Hkv  heads, key-value heads
+    T   positions (groups) or frames        Dh      size of a head
+    G   frames of a group                   V       vocabulary
+    C   audio channels of the LM            L       layers
+    Q   codebooks of the codec              M, N, K of a matrix product
+    S   cached positions
 
-A position of the language model is a group: one text token, and a patch of C x G codes (160 ms of
+A position of the language model is a group: one text token and a patch of C x G codes (160 ms of
 audio).
 """
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Imports a public name when it is first used: `mimo-fast --help` needs no torch."""
+        """Imports a public name on first use, so that `mimo-fast --help` does not import torch."""
         for module, names in _HOMES.items():
             if name in names:
                 found = getattr(import_module(f"{__name__}.{module}"), name)
@@ -85,7 +88,7 @@ _HOMES = {
     "runtime.session": ("Session",),
     "sampling": ("MiMoSampler", "MiMoStopper"),
 }
-"""Module -> the public names that it defines."""
+"""Public names by the module that defines them."""
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`accelerate`: our `generate` for an upstream model that is in memory already."""
+"""`accelerate`: our `generate` for an upstream model that is already in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,18 @@ CONFIG_NAMES = ("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id"
 
 
 def accelerate(model: Any) -> Any:
-    """Replaces `generate` of an upstream `MimoAudio` or `MiMoAudioForCausalLM` by
-    `mimo_fast.generate`.
+    """Replaces `generate` of an upstream model by `mimo_fast.generate`.
 
-    The weights are shared, not copied: call it after the model is on its device and in its dtype.
-    Anything with upstream's attributes will do: `config`, `args.empty_idx` and `state_dict()` on
-    the language model; `model` on what wraps it.
+    The model is a `MimoAudio` or `MiMoAudioForCausalLM`, or any object with the same attributes:
+    `config`, `args.empty_idx` and `state_dict()` on the language model, `model` on its wrapper. The
+    weights are shared, not copied: call it once the model is on its device and in its dtype.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: it has no such attributes.
-        CheckpointError: its tensors are not those its config describes.
+        TypeError: the model lacks these attributes.
+        CheckpointError: its tensors do not match its config.
     """
     causal: Any = model if hasattr(model, "args") else getattr(model, "model", None)
     missing = [name for name in ("config", "args", "state_dict") if not hasattr(causal, name)]
@@ -63,7 +62,7 @@ def accelerate(model: Any) -> Any:
         """`mimo_fast.generate` with upstream's arguments; ignores synced_gpus and warmup_run."""
         seed = options.pop("seed", None)
         if options:
-            # Lengths and the like may come as keywords too, and then win.
+            # Options of generation_config may come as keywords too; keywords take precedence.
             named = {name: getattr(generation_config, name, None) for name in CONFIG_NAMES}
             generation_config = {
                 **(generation_config if isinstance(generation_config, dict) else named),
@@ -87,5 +86,5 @@ def accelerate(model: Any) -> Any:
 def _as_mapping(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    # Defaults of the class come first: to_dict() of a transformers config may leave them out.
+    # Attributes first: to_dict() of a transformers config may omit defaults of the class.
     return {**vars(config), **(config.to_dict() if hasattr(config, "to_dict") else {})}

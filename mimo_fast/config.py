@@ -1,8 +1,8 @@
 """Dimensions of the language model and the codec, read once from a checkpoint's config.json.
 
-No class defaults: upstream's defaults are wrong for the published tokenizer, so a key that decides
-a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`, `MiMoAudioTokenizerConfig`);
-field names are this project's.
+There are no class defaults: upstream's are wrong for the published tokenizer, so a key that
+determines a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`,
+`MiMoAudioTokenizerConfig`); field names are this project's.
 """
 
 import json
@@ -18,7 +18,7 @@ from mimo_fast.errors import ConfigError
 PathLike = str | os.PathLike[str]
 
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
-"""Parts that may lie in host memory: a step reads one row, an input needs the encoder once."""
+"""Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class LMConfig:
     max_positions: int
     tie_embeddings: bool
     greedy_tasks: tuple[str, ...] = ()
-    """Keys of `sampling.TASK_SAMPLERS` whose replies are greedy unless asked otherwise."""
+    """Keys of `sampling.TASK_SAMPLERS` that are greedy by default for this checkpoint."""
 
     @property
     def patch_steps(self) -> int:
-        """Patch-decoder steps a patch; the last channel starts max(delays) after the first."""
+        """Patch-decoder steps of a patch; the last channel starts max(delays) steps late."""
         return self.group_size + max(self.delays)
 
     @property
@@ -179,7 +179,7 @@ class CodecConfig:
     norm: str
     rope_theta: float
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Mean and variance of its norms over time (unpooling, then to mel) in the speech it is for."""
+    """Norm statistics for streaming: (mean, variance) of the unpooling and the to-mel norm."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -308,7 +308,7 @@ class _Reader:
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """Two pairs of mean and variance, which upstream's own files do not have."""
+        """Two pairs of mean and variance; the key is this project's, None if it is missing."""
         if (value := self.raw.get(key)) is None:
             return None
         with suppress(TypeError, ValueError):
@@ -320,14 +320,14 @@ class _Reader:
         )
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names, which upstream's own files do not have; empty by default."""
+        """A list of names; the key is this project's, empty if it is missing."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")
         return tuple(value)
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
-        """'1025-129' lists a value a channel; a single number holds for every channel."""
+        """A value for each channel, written '1025-129-...'; a single number applies to all."""
         value = self.required(key)
         try:
             if not _is_integer(value) and not isinstance(value, str):
@@ -348,7 +348,7 @@ class _Reader:
         return values
 
     def rope_theta(self) -> float:
-        """transformers 5 moves rope_theta into rope_parameters."""
+        """rope_theta, which transformers 5 moves into rope_parameters."""
         nested = self.raw.get("rope_parameters") or {}
         if not isinstance(nested, Mapping):
             raise ConfigError(f"{self.source}: 'rope_parameters' must be an object, not {nested!r}")

@@ -1,5 +1,7 @@
-"""Errors that a user can act on. Each message is one line and names the fix; the CLI prints it
-without a traceback."""
+"""Errors that a user can act on.
+
+Each message is one line and names the fix; the CLI prints it without a traceback.
+"""
 
 
 class MimoFastError(Exception):
@@ -11,11 +13,11 @@ class ConfigError(MimoFastError):
 
 
 class CheckpointError(MimoFastError):
-    """A checkpoint cannot be found, or its tensors are not those its config describes."""
+    """A checkpoint cannot be found, or its tensors do not match its config."""
 
 
 class AudioError(MimoFastError):
-    """Audio cannot be read, is too large, or holds nothing usable."""
+    """Audio cannot be read, is too large, or is too short to use."""
 
 
 class PromptError(MimoFastError):
@@ -23,8 +25,8 @@ class PromptError(MimoFastError):
 
 
 class BusyError(MimoFastError):
-    """As many replies wait as may: try again later."""
+    """The engine's queue is full: try again later."""
 
 
 class DeviceMemoryError(MimoFastError):
-    """The device has not enough memory for what was asked of it."""
+    """The device has too little memory for the model or the request."""

@@ -1,5 +1,4 @@
-"""`generate`: upstream's low-level entry, ids in and ids out, with its layouts, samplers, stop
-rules and streamers."""
+"""`generate`: upstream's low-level entry point, ids to ids, with its layouts and stop rules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,22 +38,22 @@ def generate(
         input_ids: [C + 1, T G]; or upstream's flattened [B, T G (C + 1)]; or [B, C + 1, T G]; or a
             list of [C + 1, T_b G] for prompts of different lengths.
         generation_config: any object or dict with max_length (groups, prompt included),
-            max_new_tokens, min_new_tokens; do_sample, temperature, top_k and top_p stand in for a
+            max_new_tokens, min_new_tokens; do_sample, temperature, top_k and top_p replace a
             missing global_sampler.
-        stopping_criteria: `MiMoStopper`s, or callables (flattened ids [1, L], None) -> bool, asked
-            row by row.
-        streamer: gets put(flattened prompt), put(each group's ids [1, G (C + 1)]), end(); batch 1
-            only.
-        global_sampler, local_sampler: for text and for speech codes; greedy when missing.
-        max_new_tokens, min_new_tokens: groups. Without a limit, up to the model's
+        stopping_criteria: `MiMoStopper`s, or callables (flattened ids [1, L], None) -> bool, called
+            for each row.
+        streamer: receives put(flattened prompt), put(ids [1, G (C + 1)]) for each group, end();
+            only with a batch of one.
+        global_sampler, local_sampler: for text and for speech codes; greedy by default.
+        max_new_tokens, min_new_tokens: groups; the limit defaults to the model's
             max_position_embeddings.
-        seed: one for every row, or one a row; None draws fresh ones. A row's tokens depend on its
-            own seed alone.
+        seed: one for all rows, or one for each; None draws random ones. A row's tokens depend only
+            on its own seed.
 
     Returns:
         Ids in the layout, dtype and device of input_ids, prompt included. On generated groups
         channel 0 repeats the text token over the G frames. Rows that end early are padded with
-        pad_token_id (or -100) and empty codes, except in a list, where each row has its own length.
+        pad_token_id (or -100) and empty codes; in a list each row keeps its own length.
 
     Raises:
         PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
@@ -88,7 +87,7 @@ def generate(
         sequence = engine.sequence(seed_of_row)
         sequence.ids = prompt
         hook = _stop_hook(options.callables, parts)
-        # Rows share their steps, however many there are: none waits for its groups to be taken.
+        # Rows of a batch are read one after the other, so none may pause until it is read.
         replies.append(
             engine.start(
                 sequence, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False
@@ -140,7 +139,7 @@ def unflatten_ids(flat: Tensor, channels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts [C + 1, T_b G] int64 on the CPU, and the layout they came in."""
+    """Prompts [C + 1, T_b G] int64 on the CPU, and the caller's layout."""
 
     prompts: list[Tensor]
     layout: str
@@ -187,7 +186,7 @@ class _Batch:
 
 
 def _is_single(ids: Tensor, config: LMConfig) -> bool:
-    """Whether ids are [C + 1, T G]: of a flattened batch, every row would have text filler."""
+    """Whether ids are [C + 1, T G]; in a flattened batch every row would contain text filler."""
     if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size:
         return False
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
@@ -216,7 +215,7 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class _Options:
-    """Lengths and stop rules gathered from generation_config, criteria and arguments."""
+    """Lengths and stop rules from generation_config, criteria and arguments."""
 
     max_length: int | None
     max_new: int | None
@@ -259,7 +258,7 @@ class _Options:
         )
 
     def limits(self, prompt: int, context: int) -> Limits:
-        """Limits of a row whose prompt has so many groups, in a context of so many."""
+        """Limits of a row with a prompt of `prompt` groups in a context of `context` groups."""
         longest = min(context, self.max_length or context)
         room = longest - prompt
         if room < 1:
@@ -275,7 +274,7 @@ class _Options:
 
 
 def _is_stopper(criterion: Any) -> bool:
-    """A `MiMoStopper`, ours or upstream's."""
+    """Whether it is a `MiMoStopper`, ours or upstream's."""
     return all(
         hasattr(criterion, name)
         for name in ("stop_token_ids", "min_length", "max_length", "group_size")
@@ -283,7 +282,7 @@ def _is_stopper(criterion: Any) -> bool:
 
 
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:
-    """Appends each new group to its row and asks every criterion about the row so far."""
+    """A hook that appends each new group to its row and calls every criterion with the row."""
     if not callables:
         return None
 

@@ -1,4 +1,4 @@
-"""The last exchange of a model, kept with its cache for add_history."""
+"""The model's last exchange, kept with its KV cache for `add_history`."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,11 @@ from mimo_fast.runtime.pipeline import Pipeline
 
 @dataclass
 class History:
-    """One sequence: each request starts a new one or, with add_history, adds to the old one.
+    """One sequence; a task starts a new one or, with add_history, continues it.
 
-    stream: what may still be reading its last reply.
+    Attributes:
+        sequence: The sequence of the last exchange, None before the first.
+        stream: The stream of its last reply, which may still be running.
     """
 
     sequence: TokenSequence | None = None
@@ -26,22 +28,23 @@ class History:
     def begin(
         self, pipeline: Pipeline, ids: Tensor, add_history: bool, seed: int | None
     ) -> TokenSequence:
-        """Adds a prompt [C + 1, T G] to the last sequence or, without add_history, a new one.
+        """Adds a prompt [C + 1, T G] to the last sequence or, without add_history, to a new one.
 
         Raises:
-            PromptError: the prompt is empty or does not fit; what was kept stays.
+            PromptError: the prompt is empty or does not fit; the history is unchanged.
         """
         if not ids.shape[1]:
             raise PromptError("the prompt is empty")
         kept = self.sequence
         if kept is None or not add_history:
             pipeline.engine.check_room(ids.shape[1] // pipeline.lm.config.group_size)
-            # The old cache goes before the new one comes. Other threads may begin theirs meanwhile.
+            # The old cache is freed before a new one is allocated. `kept` is a local variable,
+            # since another thread may call `begin` meanwhile.
             kept = None
             self.clear()
             kept = self.sequence = pipeline.sequence(seed)
         elif (running := self.stream) is not None:
-            # A reply still being read would write into the same sequence.
+            # A running reply would append to the same sequence.
             running.close()
         kept.add(ids)
         if seed is not None:

@@ -1,5 +1,4 @@
-"""`MimoAudio`: upstream's class, its methods, arguments and returns; plus streams, sessions and
-speech continuation."""
+"""`MimoAudio`: upstream's class and methods; plus streams, sessions and speech continuation."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -40,7 +39,7 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
-    """What every task method takes besides upstream's arguments."""
+    """Arguments of every task method besides upstream's."""
 
     seed: int | None
     max_new_tokens: int | None
@@ -53,24 +52,24 @@ class MimoAudio:
     Args:
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the
             codec.
-        device: "cuda", "cpu", ...; CUDA where there is one.
-        dtype: to compute in; None: bfloat16 on CUDA, elsewhere the checkpoint's own, but float32
-            for float16 on a CPU.
+        device: "cuda", "cpu", ...; by default CUDA if there is a GPU.
+        dtype: to compute in. None is bfloat16 on CUDA, elsewhere the checkpoint's own (float32
+            instead of float16 on a CPU).
         quantization: "int8", "int4", "nf4", or a format for each part; None keeps the checkpoint's.
-        max_batch, max_seq_len, kv_cache, offload: how much memory it may take, see `LoadOptions`.
+        max_batch, max_seq_len, kv_cache, offload: memory use, see `LoadOptions`.
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
-    Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods that take
-    `output_path` or `output_audio_path` write a WAV there and return the text; `tts_sft` and the
-    dialogue tasks do so as upstream does. Methods with a seed draw a fresh one when it is None.
+    Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
+    `output_path` or `output_audio_path` write a WAV there and return the text, as upstream's
+    `tts_sft` and dialogue tasks do. A seed of None draws a random one.
 
     A task method (`asr_sft`, ...) runs a task of `text/tasks.py` on the model's `pipeline`; its
-    `get_*_prompt` returns the ids [C + 1, T G] that it begins with.
+    `get_*_prompt` returns the ids [C + 1, T G] of its prompt.
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their
             config.
-        DeviceMemoryError: the device has not enough memory free; the message names settings that
+        DeviceMemoryError: the device has too little memory free; the message names settings that
             would fit.
     """
 
@@ -105,7 +104,7 @@ class MimoAudio:
             self.warmup()
 
     def __copy__(self) -> "MimoAudio":
-        """Shares the pipeline; from now on its history is its own."""
+        """A copy that shares the pipeline and has a history of its own."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, _history=copy(self._history))
         return twin
@@ -137,11 +136,11 @@ class MimoAudio:
 
     @property
     def engine(self) -> Engine:
-        """What decodes every stream and session of this language model."""
+        """The engine of every stream and session of this language model."""
         return self.pipeline.engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
-        """Captures the graphs; done at load. Returns memory in bytes, see `Pipeline.warmup`."""
+        """Captures the graphs, as loading on a GPU does; returns bytes, see `Pipeline.warmup`."""
         return self.pipeline.warmup(progress)
 
     @property
@@ -158,7 +157,7 @@ class MimoAudio:
 
     @property
     def has_history(self) -> bool:
-        """Whether add_history has anything to add to."""
+        """Whether there is a last exchange for add_history to continue."""
         return self._history.sequence is not None
 
     def clear_history(self) -> None:
@@ -174,7 +173,7 @@ class MimoAudio:
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
-        """Audio -> its codes, flattened [T C]; a string that names no file -> text of a prompt."""
+        """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
         if isinstance(input, str) and not isfile(input):
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
@@ -198,15 +197,15 @@ class MimoAudio:
         return Session(self.pipeline, system_prompt, voice, seed, samplers)
 
     def restore_session(self, path: PathLike) -> Session:
-        """A dialogue that `Session.save` wrote, with its cache.
+        """Reads a dialogue that `Session.save` wrote, with its cache.
 
         Raises:
-            CheckpointError: the file is no session, is damaged, or belongs to another model.
+            CheckpointError: the file is not a session, is damaged, or belongs to another model.
         """
         return Session.restore(self.pipeline, Path(path), self._samplers("spoken_dialogue"))
 
     def conversation(self, seed: int | None = None) -> TokenSequence:
-        """An empty conversation."""
+        """An empty sequence for `decode`."""
         return self.pipeline.sequence(seed)
 
     def decode(
@@ -217,7 +216,7 @@ class MimoAudio:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
     ) -> Reply:
-        """Prefills what is new in the conversation and decodes a reply with the task's samplers."""
+        """Prefills what is new in a sequence and returns a reply with the task's samplers."""
         samplers = self._samplers(task_name)
         return self.pipeline.decode(
             conversation, samplers, stop_ids, max_new_tokens, min_new_tokens
@@ -255,7 +254,7 @@ class MimoAudio:
             self.decode(sequence, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
         ) as reply:
             text, codes = self.pipeline.read(reply, input_ids)
-        # Upstream takes an empty path for none.
+        # Upstream treats an empty path as none.
         silent = output_audio_path is None or output_audio_path == ""
         if silent and not return_audio:
             return text
@@ -276,14 +275,14 @@ class MimoAudio:
         seed: int | None = None,
         **task_arguments: Any,
     ) -> ChunkStream:
-        """A task's reply while it is decoded, a chunk a group.
+        """Yields a task's reply while it is decoded, one chunk a group.
 
         Args:
             task: upstream's method name, with or without `_sft` ("tts", "asr", "spoken_dialogue",
                 ...).
-            arguments, task_arguments: those of the task's `get_*_prompt`.
+            arguments, task_arguments: the arguments of the task's `get_*_prompt`.
 
-        Closing the iterator stops decoding within one group.
+        Closing the iterator stops decoding after the group in progress.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         continued = add_history and self.has_history
@@ -306,7 +305,7 @@ class MimoAudio:
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> Any:
-        """All of a task's reply: its text; its audio is written to `output`."""
+        """Runs a task to its end: returns the text and writes the audio to `output`."""
         continued = add_history and self.has_history
         seed = options.get("seed")
         ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
@@ -321,7 +320,7 @@ class MimoAudio:
         )
 
     def asr_sft(self, audio: AudioSource, **options: Unpack[Options]) -> str:
-        """Transcription."""
+        """Transcribes a recording."""
         return self._run(TASKS["asr_sft"], audio, **options)
 
     def tts_sft(
@@ -333,7 +332,7 @@ class MimoAudio:
         prompt_speech: AudioSource | None = None,
         **options: Unpack[Options],
     ) -> str:
-        """Speech for a text, into output_path; returns the text channel."""
+        """Writes speech for a text to output_path; returns the text channel."""
         arguments = (text, instruct, read_text_only, prompt_speech)
         return self._run(TASKS["tts_sft"], *arguments, output=output_path, **options)
 
@@ -344,7 +343,7 @@ class MimoAudio:
         thinking: bool = False,
         **options: Unpack[Options],
     ) -> str:
-        """The answer to a question about a recording."""
+        """Answers a question about a recording."""
         return self._run(
             TASKS["audio_understanding_sft"], input_speech, input_text, thinking, **options
         )
@@ -358,7 +357,7 @@ class MimoAudio:
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> str:
-        """A spoken answer, its audio into output_audio_path; returns its text."""
+        """Answers speech with speech, written to output_audio_path; returns the text."""
         return self._run(
             TASKS["spoken_dialogue_sft"],
             input_speech,
@@ -377,7 +376,7 @@ class MimoAudio:
         prompt_speech: AudioSource | None = None,
         **options: Unpack[Options],
     ) -> str:
-        """A spoken answer; contents are audio, or {"text": ..., "audio": ...} of an assistant."""
+        """Answers with speech; contents are audio, an assistant's {"text": ..., "audio": ...}."""
         return self._run(
             TASKS["spoken_dialogue_sft_multiturn"],
             message_list,
@@ -394,7 +393,7 @@ class MimoAudio:
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> str:
-        """A written answer to speech."""
+        """Answers speech with text."""
         return self._run(
             TASKS["speech2text_dialogue_sft"],
             input_speech,
@@ -406,7 +405,7 @@ class MimoAudio:
     def speech2text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
-        """A written answer; users' contents are audio, assistants' text."""
+        """Answers with text; users' contents are audio, assistants' are text."""
         return self._run(
             TASKS["speech2text_dialogue_sft_multiturn"], message_list, thinking, **options
         )
@@ -418,7 +417,7 @@ class MimoAudio:
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> str:
-        """A written answer to text."""
+        """Answers text with text."""
         return self._run(
             TASKS["text_dialogue_sft"], input_text, thinking, add_history=add_history, **options
         )
@@ -426,7 +425,7 @@ class MimoAudio:
     def text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
-        """A written answer; all contents are text."""
+        """Answers with text; all contents are text."""
         return self._run(TASKS["text_dialogue_sft_multiturn"], message_list, thinking, **options)
 
     def in_context_learning_s2s(
@@ -457,7 +456,7 @@ class MimoAudio:
     def speech_continuation(
         self, audio: AudioSource, output_audio_path: Any = None, **options: Unpack[Options]
     ) -> str:
-        """Carries a recording on (base model); output_audio_path gets what follows it alone."""
+        """Continues a recording (base model); output_audio_path gets only the continuation."""
         return self._run(TASKS["speech_continuation"], audio, output=output_audio_path, **options)
 
     def get_asr_sft_prompt(
@@ -551,8 +550,8 @@ def load(
 ) -> MimoAudio:
     """Loads a language model and a codec from directories or hub ids; arguments as `MimoAudio`'s.
 
-    Without either, or by the name "nano", it is the small pair inside the package; one alone goes
-    with the published other.
+    Without arguments, or with the name "nano", it loads the small pair in the package. If only one
+    is given, the other is the published one.
     """
     return MimoAudio(
         *resolve_pair(lm, codec), device, dtype=dtype, quantization=quantization, **options

@@ -12,15 +12,15 @@ from torch import Tensor
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
 Seed = int | Sequence[int] | None
-"""One for every row, one a row, or None for fresh ones."""
+"""One seed for all rows, one for each row, or None for random ones."""
 
 
 @dataclass
 class MiMoSampler:
     """Settings of one sampler (upstream `MiMoSampler`); None leaves a step out.
 
-    It is greedy without do_sample and, as elsewhere in the field, at temperature 0, by which
-    upstream divides.
+    It is greedy without do_sample. It is also greedy at temperature 0, as is usual; upstream
+    divides by it.
     """
 
     do_sample: bool | None = None
@@ -62,11 +62,11 @@ TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
         "local": _SPEECH,
     },
 }
-"""Task -> samplers (`MimoAudio.task_sampler_configs`): "global" of text, "local" of codes."""
+"""Samplers by task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for codes."""
 
 
 def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
-    """A copy of upstream's samplers per task; for the tasks named, text and speech are greedy."""
+    """A copy of upstream's samplers by task; the tasks in `greedy` get greedy ones."""
     samplers = copy.deepcopy(TASK_SAMPLERS)
     return samplers | {
         name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy
@@ -76,7 +76,7 @@ def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler
 def sampler_tensors(
     samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu"
 ) -> SamplerTensors:
-    """Settings of one sampler a row, on the device; upstream's own `MiMoSampler`s will do too."""
+    """Settings of one sampler a row, on the device; upstream's `MiMoSampler`s work too."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
     return SamplerTensors(
@@ -99,7 +99,7 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
     """One 63-bit seed a row.
 
     Raises:
-        ValueError: there are several seeds, and not one a row.
+        ValueError: the number of seeds is not the number of rows.
     """
     if seed is None:
         return [secrets.randbits(63) for _ in range(rows)]
@@ -111,11 +111,10 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
 
 
 class MiMoStopper:
-    """Stops a row at a stop token or at a length; lengths count groups, prompt included (upstream
-    `MiMoStopper`).
+    """Stops a row at a stop token or at a length in groups, prompt included.
 
-    Called with flattened ids [B, T * G * (C + 1)] it returns bool [B]. Upstream looks at row 0
-    alone; this one at each.
+    Upstream `MiMoStopper`. Called with flattened ids [B, T * G * (C + 1)] it returns bool [B], one
+    for each row; upstream checks only row 0.
     """
 
     def __init__(

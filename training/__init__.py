@@ -7,8 +7,8 @@
                                 the same, starting from the weights in the package
     python -m training --smoke  a few steps of everything
 
-Each command goes on where it was stopped, and `decoder` and `lm` may run side by side, each on a
-core (`--workers 1 --threads 1`). What is computed is the package's own modules; here are only data,
+Each command resumes where it was stopped, and `decoder` and `lm` may run side by side, each on a
+core (`--workers 1 --threads 1`). The modules are the package's own; this folder has only data,
 losses and loops. The extra is `pip install '.[training]'`, and speech needs the Debian packages
 flite, festival, festvox-kdlpc16k and espeak-ng.
 
@@ -19,8 +19,7 @@ Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and p
       encoder 1.04 M, decoder 1.04 M                                 50                     0.62 G
       vocoder and its head 0.89 M                                   100                     0.54 G
       convolutions 0.35 M, codebooks 0.25 M                      50, 25                     0.11 G
-    a step: 4 utterances of 1.65 s rendered again, 16 only listened to, 19 GFLOP; 3,600 steps:
-    0.7e14
+    a step: 4 utterances of 1.65 s decoded again, 16 only encoded, 19 GFLOP; 3,600 steps: 0.7e14
     a step of the decoder alone: 3 utterances, 3.7 GFLOP; 10,800 steps: 0.4e14
 
     language model, 4.39 M parameters                positions an example         FLOP an example
@@ -32,5 +31,5 @@ Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and p
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together
 are 7.96 M parameters, 15.9 MB in float16. The vocoder has 2 layers that look 8 frames ahead each:
-160 ms, one patch, is what a listener waits for beyond what is spoken.
+160 ms, one patch, is the delay that it adds for a listener.
 """

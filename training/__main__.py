@@ -1,5 +1,4 @@
-"""`python -m training COMMAND`: the small model from nothing to a pair of checkpoints; see
-`training/__init__.py`."""
+"""`python -m training COMMAND`: trains the small checkpoint pair; see `training/__init__.py`."""
 
 import argparse
 import os
@@ -11,9 +10,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# Gradients pass through the plain torch path alone; set before the package is imported.
+# Only the plain torch path has gradients; set before the package is imported.
 os.environ["MIMO_FAST_KERNELS"] = "torch"
-# Threads that spin while they wait cost most where cores are shared.
+# Threads that spin while they wait are expensive where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -53,10 +52,10 @@ SMOKE_SIZES = Sizes(
     unsaid=3,
 )
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
-"""Of `lm`, both stages."""
+"""Steps of `lm`, both stages."""
 
 MOST_WORKERS = 4
-"""By default: a share of a batch of 16 should not get smaller."""
+"""Default number of workers; their share of a batch of 16 should not get smaller."""
 
 MEASURES = (
     evaluate.codec_quality,
@@ -72,7 +71,7 @@ MEASURES = (
 
 
 class Recipe:
-    """Every command over one directory; each goes on where an earlier call of it stopped."""
+    """Every command over one directory; each resumes where an earlier call of it stopped."""
 
     def __init__(
         self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]
@@ -104,8 +103,11 @@ class Recipe:
         CodecTraining(self.directory, self.data(), schedule, self.seed, self.device).train()
 
     def decoder(self) -> None:
-        """Needs the codec's codes and nothing of the language model: the two can be trained side by
-        side."""
+        """Trains the decoder.
+
+        It needs the codec's codes and nothing of the language model, so both can be trained side by
+        side.
+        """
         schedule = replace(
             decoder.SCHEDULE, steps=self.steps.get("decoder", decoder.SCHEDULE.steps)
         )
@@ -142,7 +144,7 @@ class Recipe:
 
     def evaluate(self, count: int) -> None:
         pair, target = self.directory / "nano", self.directory / "evaluation.json"
-        # What is measured is what users run.
+        # Measure what users run.
         os.environ.pop("MIMO_FAST_KERNELS", None)
         results = evaluate.evaluate(
             _loader(pair / "lm", pair / "codec"), self.data(), count, MEASURES, target
@@ -157,8 +159,10 @@ class Recipe:
 
 
 def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
-    """Loads the pair in a format, once, with upstream's samplers for every task: greedy ones are
-    measured beside."""
+    """Loads the pair in a format, once, with upstream's samplers for every task.
+
+    Greedy decoding is measured beside them.
+    """
 
     @cache
     def load(quantization: str | None) -> mimo_fast.MimoAudio:
@@ -177,8 +181,8 @@ def _missing() -> Iterator[str]:
 
 
 def smoke(seed: int, workers: int) -> None:
-    """A few steps of everything, in a directory that is thrown away."""
-    # What is this small only waits for a second thread.
+    """A few steps of everything, in a temporary directory."""
+    # At this size a second thread only costs time.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         with parallel.workers(workers, sys.argv[1:]):
@@ -197,7 +201,7 @@ def smoke(seed: int, workers: int) -> None:
 
 
 def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
-    """One command."""
+    """Runs one command."""
     if command in ("codec", "decoder", "lm", "all"):
         with parallel.workers(workers, sys.argv[1:]):
             recipe.train() if command == "all" else getattr(recipe, command)()

@@ -1,7 +1,6 @@
-"""Recordings made from the data: other levels, noise, speakers and microphones, drawn anew whenever
-they are heard.
+"""Augmentation: recordings at other levels, in noise, of other speakers and microphones.
 
-Four voices are not enough to learn from what a voice is.
+They are drawn anew at every use, since a few voices are not enough to learn what a voice is.
 """
 
 import math
@@ -12,24 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPEEDS = (0.75, 1.2)
-"""To play at what is heard."""
+"""Range of playback speeds of what is heard."""
 
 RIPPLES, RIPPLE = 4, 4.0
-"""Of what is heard: cosines over the spectrum by which it is coloured, and the decibels of each."""
+"""Cosines over the spectrum that colour what is heard, and the decibels of each."""
 
 SIZES_OF_SPEAKERS, CONTRASTS = (0.85, 1.15), (0.75, 1.25)
-"""For another speaker: scales of the mel axis, and of what differs from a band's mean."""
+"""For another speaker: scales of the mel axis, and of the deviation from a band's mean."""
 
 BENDS, BEND = 3, 0.03
-"""Sines by which the mel axis is bent, and by how much of its width the first one moves a band."""
+"""Sines that bend the mel axis, and how much of its width the first one moves a band."""
 
 MASKS, MASKED_BANDS, MASKED_FRAMES = 2, 0.15, 8
-"""Of what is heard: how many ranges of mel bands, and of frames, are hidden, and how long one may
-be: a share of the bands, and frames of 10 ms."""
+"""Masks of what is heard: number of ranges of mel bands and of frames, and their largest length.
+
+The length is a share of the bands, and frames of 10 ms.
+"""
 
 
 def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Waveform [n] -> (as recorded: at some level, maybe in noise, and the same without the noise).
+    """Waveform [n] -> the recording at some level, maybe in noise, and the same without the noise.
 
     Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is
     always a little.
@@ -43,8 +44,10 @@ def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[
 
 
 def vary(wav: Tensor, rng: random.Random) -> Tensor:
-    """Waveform [n] as of another speaker and another microphone: slower or faster, so that pitch
-    and formants move together, and coloured."""
+    """Waveform [n] as of another speaker and another microphone.
+
+    It is slower or faster, so that pitch and formants move together, and coloured.
+    """
     played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[
         0, 0
     ]
@@ -59,8 +62,10 @@ def vary(wav: Tensor, rng: random.Random) -> Tensor:
 
 
 def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] whose formants lie elsewhere, each a little differently, as in another
-    mouth, and with more or less between loud and soft."""
+    """Log-mel frames [T, M] of another speaker.
+
+    Formants move, each a little differently, and the range between loud and soft changes.
+    """
     place = torch.linspace(0, 1, mel.shape[1])
     shifts = sum(
         rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1)
@@ -75,8 +80,10 @@ def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
 
 
 def masked(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] with ranges of bands and of frames at their means, so that no cue of a
-    sound is the only one that is learned (SpecAugment, arXiv:1904.08779)."""
+    """Log-mel frames [T, M] with ranges of bands and of frames set to their means.
+
+    So no cue of a sound is the only one that is learned (SpecAugment, arXiv:1904.08779).
+    """
     mel, means = mel.clone(), mel.mean(0)
     for _ in range(MASKS):
         bands, frames = (
@@ -102,5 +109,5 @@ def noise(samples: int, rng: random.Random) -> Tensor:
 
 
 def _fft_size(samples: int) -> int:
-    """At least so many, and quick to transform."""
+    """A size of at least so many that is fast to transform."""
     return -(-samples // 4096) * 4096

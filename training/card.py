@@ -1,5 +1,7 @@
-"""The model card of a trained pair: nano/card.md filled in from the evaluation's results; no figure
-is typed in."""
+"""The model card of a trained pair: nano/card.md filled in with the evaluation's results.
+
+No figure is typed in.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

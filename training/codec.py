@@ -1,16 +1,14 @@
-"""Training of the codec: it hears speech in noise and gives the speech back, through codes that
-tell phones apart.
+"""Training of the codec: it reconstructs clean speech from noisy speech, through codes.
 
     loss = spectral(output, speech) + 0.25 commitment + 0.3 CTC(phones | first codebooks)
 
-The first steps go without codes: codebooks that begin on an encoder that knows nothing yet leave it
-no reason to tell more than the first of them holds.
+The first steps go without quantization: with codebooks on an untrained encoder, only the first of
+them would be learned.
 
 The CTC term is the audio-to-text loss of the technical report's first stage in small: a linear
-layer, thrown away afterwards, reads the synthesizer's phones from the codes. Most of a batch is
-only listened to and not rendered again,
-at a third of the arithmetic: what codes tell of words is learned from many more speakers and
-sentences than how to speak.
+layer, discarded after training, reads the synthesizer's phones from the codes. Most of a batch is
+only encoded and not decoded again, at a third of the arithmetic: learning which words codes tell
+takes many more speakers and sentences than learning how to speak.
 """
 
 import random
@@ -39,19 +37,21 @@ from .synthesis import PHONES, RATE
 NAME = "codec"
 SCHEDULE = Schedule(steps=3600, rate=2e-3)
 UNQUANTIZED_SHARE = 0.05
-"""Of the steps, before the codebooks begin."""
+"""Share of the steps before quantization starts."""
 
 BATCH, LISTENED = 4, 16
-"""Utterances a step: rendered again, and only listened to."""
+"""Utterances a step: decoded again, and only encoded."""
 
 LONGEST = 4.0
-"""Seconds of an utterance that are used; the phones of a longer one are left out."""
+"""Seconds of an utterance that are used; phones beyond them are left out."""
 
 COMMITMENT, CTC, ENVELOPE = 0.25, 0.3, 0.5
 CTC_CODEBOOKS = 2
 ALL_CODEBOOKS_SHARE = 0.6
-"""Of utterances that use every codebook; the others use fewer, so that a prefix of the codes is
-speech as well."""
+"""Share of utterances that use every codebook.
+
+The others use fewer, so that a prefix of the codes is speech as well.
+"""
 
 VALIDATION = 24
 
@@ -61,7 +61,7 @@ def codec_config() -> CodecConfig:
 
 
 def initial_tensors(config: CodecConfig, seed: int) -> Tensors:
-    """The codec's, and those of the linear layer that reads phones."""
+    """Tensors of the codec and of the linear layer that reads phones."""
     head = {
         "ctc.weight": torch.zeros(len(PHONES) + 1, config.dim),
         "ctc.bias": torch.zeros(len(PHONES) + 1),
@@ -95,7 +95,7 @@ class CodecTraining:
         }
         self.quantizer = Quantizer(self.config, tensors)
         self.tensors, self.seed, self.device = tensors, seed, device
-        # Replies are what the language model will say: they get a third of the codec's attention.
+        # Replies are what the language model will say: a third of the utterances.
         self.parts = [parts[name] for name in ("speech", "speech", "replies")]
         self.listened = [
             parts[name] for name in ("speech", "speech", "strangers", "strangers", "replies")
@@ -143,7 +143,7 @@ class CodecTraining:
         }
 
     def validate(self) -> dict[str, float]:
-        """Of a voice that training never hears: what becomes of its sound, and of its phones."""
+        """Metrics of a voice that training never hears: sound and phones."""
         codec = build_codec(self.config, self.tensors)
         spoken = [self.unheard[i] for i in range(min(VALIDATION, len(self.unheard)))]
         with torch.no_grad():
@@ -153,7 +153,7 @@ class CodecTraining:
         return reconstruction(codec, self.unheard) | {"ctc": float(told)}
 
     def _ctc(self, rows: tuple[Tensor, ...], phones: list[list[int]]) -> Tensor:
-        """Cross entropy of the phones per phone, given codes' rows [T, D] of each utterance."""
+        """Cross entropy of the phones per phone, from rows [T, D] of each utterance's codes."""
         known = [i for i, each in enumerate(phones) if each]
         weight, bias = self.tensors["ctc.weight"], self.tensors["ctc.bias"]
         scores = [F.linear(rows[i], weight, bias).log_softmax(-1) for i in known]
@@ -161,15 +161,18 @@ class CodecTraining:
 
 
 def spectral_distance(got: Tensor, wanted: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-    """Waveforms [n] -> what is minimized, the sum of the distances of spectra and envelopes, and
-    that of spectra."""
+    """Distance of waveforms [n].
+
+    Returns what is minimized (the sum of the distances of spectra and envelopes), and that of
+    spectra alone.
+    """
     mel = mel_distance(got, wanted, sample_rate)
     return mel + ENVELOPE * envelope_distance(got, wanted, sample_rate), mel
 
 
 @torch.no_grad()
 def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
-    """Mel distance on some utterances of a part, without noise, with all codebooks and with two."""
+    """Mel distance on some utterances of a part, without noise, with all and with two codebooks."""
     total, count = [0.0, 0.0], min(VALIDATION, len(part))
     for i in range(count):
         wav = part[i].wav.to(codec.device)
@@ -181,8 +184,10 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
 
 
 def draw(parts: Sequence[Part], rng: random.Random, noise_share: float = 0.5) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise; varied, but for what the
-    model says."""
+    """An utterance of one of the parts, at some level and maybe in noise.
+
+    Varied, unless it is what the model says.
+    """
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
     wav, longest = drawn.wav if part.name in SAID else vary(drawn.wav, rng), int(LONGEST * RATE)
@@ -191,5 +196,5 @@ def draw(parts: Sequence[Part], rng: random.Random, noise_share: float = 0.5) ->
 
 
 def codebooks_used(rng: random.Random, every: int) -> int:
-    """Of one utterance."""
+    """Number of codebooks that an utterance uses."""
     return every if rng.random() < ALL_CODEBOOKS_SHARE else rng.randrange(1, every)

@@ -1,4 +1,4 @@
-"""The trained codec's codes of all speech, encoded once: what the language model is trained on."""
+"""The trained codec's codes of all speech, encoded once, to train the language model."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,20 +28,24 @@ HEARD = (
     "strange_words",
     "strange_questions",
 )
-"""Parts that the model listens to: each is encoded in `VARIANTS` recordings, varied, at different
-levels, in noise."""
+"""Parts that the model listens to.
+
+Each is encoded in `VARIANTS` recordings, varied, at different levels, in noise.
+"""
 
 VARIANTS, NOISE_SHARE = 2, 0.4
 
 SAID = ("replies", "readings", "spellings", "answers", "unsaid")
-"""Parts that the model says: without the silence around, and with the places of words and
-phones."""
+"""Parts that the model says.
+
+Encoded without the silence around, with the places of words and phones.
+"""
 
 LEAD, TAIL = FRAME, 3 * FRAME
-"""Seconds before the first word and after the last."""
+"""Seconds kept before the first word and after the last."""
 
 AHEAD = 0.02
-"""Seconds before a word begins at which its text should stand: sounds lean towards the next."""
+"""Seconds by which a word's text precedes its sound: sounds lean towards the next."""
 
 
 class Codes:
@@ -67,18 +71,17 @@ class Codes:
         return flat.long().view(-1, self._channels).T
 
     def places(self, index: int) -> list[int]:
-        """The patch before which each word's text stands, of a part that is said."""
+        """The patch before which each word's text stands, in a part that is said."""
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "places", place).tolist()
 
     def phones(self, index: int) -> list[int]:
-        """Those that are spoken."""
+        """The phones that are spoken."""
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "phones", place).tolist()
 
     def frame_phones(self, index: int) -> Tensor:
-        """The phone at each frame, int64 [n G], `len(PHONES)` for silence, of a part that is
-        said."""
+        """The phone at each frame, int64 [n G], of a part that is said; `len(PHONES)` for silence."""
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "frame_phones", place).long()
 
@@ -105,7 +108,7 @@ class Codes:
         return len(indices)
 
     def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat codes, and where they are needed the places of words and the phones of frames."""
+        """Flat codes and, where needed, the places of words and the phones of frames."""
         spoken, rng = (
             self.part[index],
             random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}"),
@@ -148,12 +151,11 @@ def phones_at(times: Tensor, spoken: Utterance) -> Tensor:
 def make(
     directory: Path, parts: dict[str, Part], codec: Codec, channels: int, group_size: int
 ) -> dict[str, Codes]:
-    """Codes of every part, of which only what is missing is encoded: a shard on each of torch's
-    threads."""
+    """Codes of every part; only missing shards are encoded, one on each of torch's threads."""
     directory.mkdir(parents=True, exist_ok=True)
     found = {name: Codes(directory, part, channels, group_size) for name, part in parts.items()}
     total, threads = sum(map(len, found.values())), torch.get_num_threads()
-    # Sentences are too short to be worth sharing.
+    # Sentences are too short to be split over threads.
     torch.set_num_threads(1)
     try:
         with (

@@ -1,9 +1,9 @@
-"""One trained pair in several ways: quantized, streamed, greedily; and how fast it is.
+"""One trained pair in several ways: quantized, streamed, greedy; and its speed.
 
 formats    int8 and int4 against float32: words, and KL of every head on the same ids
 streaming  the same replies streamed and decoded at once: words and SNR
 sampling   upstream's settings against greedy: words
-pace       real-time factor and first audio of text to speech, on this machine as it is at the time
+pace       real-time factor and first audio of text to speech, on this machine at present
 """
 
 import os
@@ -34,7 +34,7 @@ from .listen import recognise
 
 FORMATS = ("int8", "int4")
 KL_SENTENCES = 40
-"""Texts, and recordings, whose replies the heads are compared on."""
+"""Number of texts and of recordings on whose replies the heads are compared."""
 
 PACED = 20
 
@@ -112,7 +112,7 @@ def sampling(load: Load, parts: Parts, count: int) -> Results:
 
 
 def pace(load: Load, parts: Parts, count: int) -> Results:
-    """By format: the median and the largest of some sentences, after one that is not counted."""
+    """Speed by format: median and largest of some sentences, after one that is not counted."""
     texts, results, before = unsaid(parts, min(count, PACED)), Results(), torch.get_num_threads()
     for name in (None, *FORMATS):
         model = load(name)

@@ -87,8 +87,7 @@ UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
 
 FRAME, PATCH = 0.04, 0.16
-"""Seconds of one frame of codes, and of the group of frames that the language model says at a
-time."""
+"""Seconds of one frame of codes, and of a group of frames, one step of the language model."""
 
 STYLES = {
     "normal": Manner(REPLY_VOICE, grid=PATCH),
@@ -97,30 +96,33 @@ STYLES = {
     "high": Manner(REPLY_VOICE, pitch=1.35, grid=PATCH),
     "low": Manner(REPLY_VOICE, pitch=0.72, grid=PATCH),
 }
-"""Words of replies begin where patches do: the same word then has nearly the same patches wherever
-it is said."""
+"""Words of replies begin where patches do.
+
+So the same word has nearly the same patches wherever it is said.
+"""
 
 LISTED_SHARE, LISTED = 0.3, 6
-"""Of readings and of what is heard: how much is words in no order, and of how many at most. Which
-word it is can then be told by its sound alone."""
+"""Share of word lists in random order among readings and heard speech, and their largest length.
+
+In these lists only its sound tells which word it is.
+"""
 
 SPELT = 6
 """Letters in a row at most, of letters and spellings."""
 
 ANNOTATIONS = ("phones", "words", "starts", "ends")
-"""Of utterances, see `Utterance`."""
+"""Fields of an utterance, see `Utterance`."""
 
 SHARD = 100
-"""Utterances a file."""
+"""Utterances in a file."""
 
 SYNTHESIZERS = 2
-"""Runs of flite at a time."""
+"""Concurrent runs of flite."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One utterance to be made: the words, how they are spoken, and the style's name where it has
-    one."""
+    """One utterance to be made: words, how they are spoken, and the style's name if it has one."""
 
     text: str
     manner: Manner
@@ -186,7 +188,7 @@ def item(part: str, index: int, seed: int = 0) -> Item:
 
 
 def _listed(rng: random.Random) -> str:
-    """Words in no order."""
+    """Words in random order."""
     while domain.is_held_out(
         text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))
     ):
@@ -195,7 +197,7 @@ def _listed(rng: random.Random) -> str:
 
 
 def _spelt(rng: random.Random) -> str:
-    """Letters in no order."""
+    """Letters in random order."""
     while domain.is_held_out(
         text := " ".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, SPELT)))
     ):
@@ -215,7 +217,7 @@ def _questions() -> tuple[str, ...]:
 
 @lru_cache
 def answers() -> tuple[str, ...]:
-    """What the dialogue answers, each once: utterance i of `answers`."""
+    """The dialogue's answers, each once: utterance i of `answers`."""
     return tuple(dict.fromkeys(domain.dialogue().values()))
 
 
@@ -235,14 +237,14 @@ class Part:
         return self.directory / f"{self.name}-{shard:04d}.safetensors"
 
     def __getitem__(self, index: int) -> Utterance:
-        """One utterance, with what is known of it."""
+        """One utterance, with what is known about it."""
         shard, place = divmod(index, SHARD)
         tensors = _open(self.path(shard))
         wav, *rest = (piece(tensors, name, place) for name in ("samples", *ANNOTATIONS))
         return Utterance(wav.float() / 2**15, *(each.tolist() for each in rest))
 
     def make(self, bar: tqdm) -> None:
-        """Writes the shards that are not there yet."""
+        """Writes the missing shards."""
         for shard in range(-(-self.count // SHARD)):
             indices = range(shard * SHARD, min(self.count, (shard + 1) * SHARD))
             if not self.path(shard).exists():
@@ -275,7 +277,7 @@ def parts(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
 
 
 def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
-    """All speech, of which only what is missing is synthesized."""
+    """All speech; only missing shards are synthesized."""
     directory.mkdir(parents=True, exist_ok=True)
     found = parts(directory, sizes, seed)
     with tqdm(
@@ -296,7 +298,7 @@ def save_whole(
 
 
 def joined(name: str, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors [n_i] as two of a file: `name`, one after the other, and where each ends."""
+    """Tensors [n_i] as two of a file: `name` concatenates them, the other has their ends."""
     ends = torch.tensor([0, *map(len, pieces)]).cumsum(0)
     return {name: torch.cat(list(pieces)), f"{name}.ends": ends}
 

@@ -2,9 +2,9 @@
 
     loss = spectral(output, speech) + |encoder(output) - encoder(speech)| / |encoder(speech)|
 
-The second of the technical report's two stages, without its discriminators: the encoder, which was
-taught to tell phones apart, listens in their place. The codes are final before it, so the language
-model can be trained beside it.
+It is the second of the technical report's two stages, without its discriminators: the encoder,
+which was trained to tell phones apart, replaces them. The codes no longer change, so the language
+model can be trained at the same time.
 """
 
 import random
@@ -26,15 +26,18 @@ NAME = "decoder"
 SCHEDULE = Schedule(steps=10800, rate=1.5e-3)
 BATCH = 3
 NOISE_SHARE = 0.1
-"""Of utterances: the codes that the language model draws are those of clean speech."""
+"""Share of clean utterances: the language model draws codes of clean speech."""
 
 PERCEIVED = 1.0
 HISS = 3e-3
-"""Of the level, under what the encoder hears: differences of silences do not count."""
+"""Floor under the encoder's input, relative to the level: silences may differ."""
 
 
 class DecoderTraining:
-    """The decoder, its data and its loss. trained: the tensors of the first stage."""
+    """The decoder, its data and its loss.
+
+    trained: the tensors of the first stage.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class DecoderTraining:
             {name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")}
         )
         fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
-        # What the language model will say gets most of the attention.
+        # Most utterances are of the kind that the language model will say.
         self.parts = [parts[name] for name in ("speech", "replies", "readings", "replies")]
         self.unheard = parts["unheard"]
         self.run = Run(directory, NAME, leaves, fixed, schedule)

@@ -1,8 +1,6 @@
-"""What the small model can say and understand: sentences drawn from `domain.jsgf`, questions and
-their answers.
+"""What the small model can say and understand: sentences of `domain.jsgf`, questions, answers.
 
-The same file is the grammar that the independent recogniser listens with, so both mean the same by
-"the domain".
+The same file is the grammar of the independent recogniser, so both mean the same by "the domain".
 """
 
 import hashlib
@@ -15,13 +13,13 @@ from pathlib import Path
 GRAMMAR = Path(__file__).with_name("domain.jsgf")
 
 HELD_OUT = 16
-"""One sentence in so many is left to the tests."""
+"""One sentence in so many is held out for tests."""
 
 SHORTEST_HELD_OUT = 3
-"""Words: single words are few, and all of them are trained on."""
+"""Number of words of the shortest held-out sentence: all single words are trained on."""
 
 SPOKEN_LETTERS = {"a": "ay"}
-"""How a letter is to be written so that a synthesizer names it and does not read a word."""
+"""Spelling of a letter that makes a synthesizer name it instead of reading a word."""
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MONTHS = (
@@ -91,7 +89,7 @@ def dialogue() -> dict[str, str]:
 
 
 def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
-    """A sentence of the domain, from those that are trained on or from those that are not."""
+    """A sentence of the domain, from the trained or from the held-out ones."""
     while True:
         text = " ".join(_words("<sentence>", rng))
         if is_held_out(text) == held_out:
@@ -99,8 +97,10 @@ def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether training never sees this sentence; a question of the dialogue is always trained
-    on."""
+    """Whether training never sees this sentence.
+
+    Questions of the dialogue are always trained on.
+    """
     if text.count(" ") + 1 < SHORTEST_HELD_OUT or text in dialogue():
         return False
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
@@ -116,7 +116,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def spoken(text: str) -> str:
-    """What a synthesizer is given for a sentence: a letter beside another, or alone, is named."""
+    """The text of a sentence for a synthesizer: letters alone or beside another are named."""
     words = text.split()
     if len(words) == 1:
         return SPOKEN_LETTERS.get(text, text)
@@ -157,7 +157,7 @@ def _rules() -> dict[str, Node]:
 
 
 def _parse(tokens: list[str], closing: str = "") -> Node:
-    """Takes an expansion from the front of `tokens`, up to the bracket that closes it."""
+    """Parses an expansion from the front of `tokens`, up to its closing bracket."""
     choices: list[list[Node]] = [[]]
     while tokens:
         token = tokens.pop(0)

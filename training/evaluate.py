@@ -42,10 +42,10 @@ from .tokenizer import S2S_INSTRUCTIONS
 UNHEARD = Manner(UNHEARD_VOICE)
 NOISE_DB = 10
 LONGEST_REPLY = 200
-"""Groups, 32 s: a reply that never ends has errors enough by then."""
+"""Most groups of a reply (32 s): one that never ends has errors enough by then."""
 
 SHOWN = 20
-"""Sentences that went wrong, of those that are kept."""
+"""Number of wrong sentences that are kept."""
 
 Results = dict[str, Any]
 Load = Callable[[str | None], MimoAudio]
@@ -58,8 +58,10 @@ Measure = Callable[[Load, Parts, int], Results]
 def evaluate(
     load: Load, parts: Parts, count: int, measures: Iterable[Measure], target: Path | None = None
 ) -> Results:
-    """Measures over at most `count` utterances each, kept in `target`, where those that it has are
-    not made again."""
+    """Measures over at most `count` utterances each.
+
+    Results are kept in `target`; existing ones are not measured again.
+    """
     model = load(None)
     results: Results = {"weights": fingerprint(model), "utterances": count}
     if target is not None and target.exists():
@@ -76,7 +78,7 @@ def evaluate(
 
 
 def fingerprint(model: MimoAudio) -> str:
-    """Of both files of weights."""
+    """Fingerprint of both files of weights."""
     digest = hashlib.sha256()
     for directory in (model.path, model.mimo_audio_tokenizer_path):
         digest.update(Path(directory, "model.safetensors").read_bytes())
@@ -85,7 +87,7 @@ def fingerprint(model: MimoAudio) -> str:
 
 @torch.no_grad()
 def codec_quality(load: Load, parts: Parts, count: int) -> Results:
-    """Of the unheard voice's reconstruction from the first 1, 2, ... codebooks."""
+    """Quality of the unheard voice's reconstruction from the first 1, 2, ... codebooks."""
     from pystoi import stoi
 
     codec, found = load(None).codec, dict[int, dict[str, list[float]]]()
@@ -143,8 +145,10 @@ def transcription(load: Load, parts: Parts, count: int) -> Results:
 
 @torch.no_grad()
 def dialogue(load: Load, _parts: Parts, count: int) -> Results:
-    """Word error rates of spoken answers to questions, as the recogniser hears them and as the text
-    beside them."""
+    """Word error rates of spoken answers to questions.
+
+    Of the sound, as the recogniser hears it, and of the text beside it.
+    """
     model, heard, written = load(None), list[str](), list[str]()
     pairs = dict([*domain.dialogue().items()][:count])
     for i, question in enumerate(tqdm(pairs, desc="dialogue", unit="question")):
@@ -164,7 +168,7 @@ def dialogue(load: Load, _parts: Parts, count: int) -> Results:
 
 @torch.no_grad()
 def examples(load: Load, parts: Parts, count: int) -> Results:
-    """Word error rate, by the recogniser, of what is said again after two examples of it."""
+    """Word error rate, by the recogniser, of speech repeated after two examples."""
     model, answers, heard = load(None), parts["answers"], list[str]()
     texts = [answers.item(i).text for i in range(len(answers))]
     asked = [synthesize(domain.spoken(text), UNHEARD).wav for text in texts]
@@ -190,8 +194,10 @@ def unsaid(parts: Parts, count: int) -> tuple[str, ...]:
 
 @cache
 def speech_of(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[Tensor, ...]:
-    """What the model says for each text, streamed, with upstream's sampling or none; the seed is
-    the text's place."""
+    """Speech of the model for each text, streamed, with upstream's sampling or greedy.
+
+    The seed is the text's place.
+    """
     bar, samplers = tqdm(texts, desc="tts", unit="sentence"), model.task_sampler_configs["tts"]
     if greedy:
         model.task_sampler_configs["tts"] = {"global": GREEDY, "local": GREEDY}
@@ -206,7 +212,7 @@ def speech_of(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) ->
 
 @cache
 def heard_in(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[str, ...]:
-    """What the recogniser hears in it."""
+    """The sentences that the recogniser hears."""
     return tuple(recognise(wav, model.codec.sample_rate) for wav in speech_of(model, texts, greedy))
 
 

@@ -50,20 +50,20 @@ JOINT = {
 """Weights in the second stage."""
 
 FEW = (1, 2)
-"""Examples before the one to be done."""
+"""Number of examples before the one to be done."""
 
 WORDS = 6
-"""Single words in a row."""
+"""Most single words in a row."""
 
 SPLICED = 5
-"""Single words in one recording at most."""
+"""Most single words in one recording."""
 
 STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strange_questions"}
 STRANGE_SHARE = 0.4
 """Of recordings that are by the speakers of the other synthesizer, where there are any."""
 
 READ = {"replies": 3, "readings": 5, "spellings": 2}
-"""Weights of the parts that plain replies are drawn from."""
+"""Weights of the parts from which plain replies are drawn."""
 
 ASKED = {"speech": 7, "letters": 1, "questions": 2, "echoes": 2}
 """Weights of the parts that are transcribed."""
@@ -83,8 +83,10 @@ class Heard(Speech):
 
 @dataclass(frozen=True)
 class Span:
-    """Groups start ... stop - 1 of an example, its last one the end of speech, in which these text
-    ids are heard."""
+    """Groups start ... stop - 1 of an example, in which these text ids are heard.
+
+    The last group is the end of speech.
+    """
 
     start: int
     stop: int
@@ -94,9 +96,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """ids [C + 1, T G], which of the groups are to be learned, bool [T], and where words are heard.
+    """ids [C + 1, T G], which of the groups are learned, bool [T], and where words are heard.
 
-    phones: of each frame that is to be said, int64 [T, G], -1 elsewhere.
+    phones: of each frame of the reply, int64 [T, G], -1 elsewhere.
     """
 
     ids: Tensor
@@ -110,8 +112,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, filled up to T groups: text [B, T], codes [B, T, C, G], learned bool [B, T],
-    spans of each, and phones [B, T, G]."""
+    """B examples, padded to T groups.
+
+    text [B, T], codes [B, T, C, G], learned bool [B, T], spans of each, and phones [B, T, G].
+    """
 
     text: Tensor
     codes: Tensor
@@ -122,7 +126,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Said(SpokenReply):
-    """A reply whose phones are known, of each frame, int64 [n G]."""
+    """A reply whose phones are known for each frame, int64 [n G]."""
 
     phones: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -151,7 +155,7 @@ class Examples:
     def reading(
         self, part: str, index: int, template: int | None = 0, seed: int | None = None
     ) -> Example:
-        """One utterance to be said, plainly."""
+        """One utterance to be said in the plain style."""
         text = self._codes[part].text(index)
         request = tasks.tts(PromptContext(seed=seed), text, template=template)
         return self._example(request, [self._reply(part, index)])
@@ -200,7 +204,7 @@ class Examples:
         return Example(ids, learned, spans, torch.cat([each.phones for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
-        """One of a part, sometimes without its finer codebooks."""
+        """A recording of a part, sometimes without its finer codebooks."""
         codes = self._codes[
             STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part
         ]
@@ -285,7 +289,7 @@ class Examples:
 
 
 def _drawn(rng: random.Random) -> PromptContext:
-    """A prompt whose wording is drawn."""
+    """A prompt with a randomly drawn wording."""
     return PromptContext(seed=rng.getrandbits(32))
 
 
@@ -294,7 +298,7 @@ def _weighted(weights: Mapping[str, int], rng: random.Random) -> str:
 
 
 def collate(examples: Sequence[Example], config: LMConfig, pad: int) -> Batch:
-    """Examples of any lengths, side by side."""
+    """Batches examples of any lengths."""
     size, longest = config.group_size, max(map(len, examples))
     text = torch.full((len(examples), longest), pad)
     codes = torch.tensor(config.empty_codes)[:, None].repeat(len(examples), longest, 1, size)

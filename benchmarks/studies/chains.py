@@ -1,22 +1,23 @@
-"""What is each kernel's best part in early launches, in the chains of a decode step?
+"""Which PDL trigger is best for each kernel, in the chains of a decode step?
 
 python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 
-A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way is a choice of
+A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way chooses
 
-    Triton's kernels   a `Begin` each (dispatch.py): off, none, lets, first, waited, last
-    products           where csrc/cuda's let the next kernel begin: "ahead" of their wait, as before
-                       this study; once they have "waited"; when all weights of a block have been
-                       used ("last"); at the "end" of its blocks. "late": not launched early
-                       themselves
+    Triton's kernels   a `PdlTrigger` each (dispatch.py): off, none, lets, first, waited, last
     carveout           whether Triton's kernels ask for the same division of a multiprocessor's
                        memory into L1 and shared memory as the products ("max"), or leave it to the
                        driver: a multiprocessor is drained before the division changes
 
-All ways of a chain must give the bits of the first, in which nothing of Triton's is launched early.
-A line a way: us a layer (median), its change from the first, the way; best first. The best are
-captured and timed once more, next to the first, and replayed often for races. At the end, of each
-family of chains: the ways by the geometric mean of their times over the family's chains.
+The products of csrc/cuda are launched early and trigger ahead of their wait. Other ways were
+measured on an H100 and lost (benchmarks/results/2026-11-28-h100-chains.json, where a way's name has
+them): after the wait ("waited"), when a block had used all its weights ("last"), at the end of its
+blocks ("end"), and not launched early themselves ("late"). Their code is gone.
+
+All ways of a chain must give the bits of the first, in which no Triton kernel is launched early.
+One line a way: us a layer (median), its change from the first, the way; best first. The best are
+captured and timed once more, next to the first, and replayed often to find races. At the end, for
+each family of chains: the ways by the geometric mean of their times over the family's chains.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from mimo_fast.kernels.decode_attention import (
     small_decode_kernel,
     split_attention_kernel,
 )
-from mimo_fast.kernels.dispatch import EARLY_ENVIRONMENT, triton
+from mimo_fast.kernels.dispatch import PDL_ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.triton_kernels import dense_gemv_kernel
 from mimo_fast.kernels.norm import rms_norm_kernel
 from mimo_fast.kernels.rope import rope_table
@@ -55,10 +56,9 @@ LAYERS = 4
 REPLAYS = 7
 RACES = 50
 AGAIN = 4
-"""The best ways of a chain, timed once more."""
+"""Number of a chain's best ways that are timed once more."""
 
 MODES = ("off", "none", "lets", "first", "waited", "last")
-PRODUCTS = {"ahead": "0", "end": "3", "waited": "1", "last": "2", "late": "0"}
 KERNELS = (
     merge_splits_kernel,
     small_decode_kernel,
@@ -83,12 +83,11 @@ SPLIT_AND_MERGE = (
 @dataclass(frozen=True)
 class Way:
     kernels: str
-    products: str = "ahead"
     carveout: str = "driver"
 
     @property
     def name(self) -> str:
-        return f"{self.kernels} products={self.products} carveout={self.carveout}"
+        return f"{self.kernels} carveout={self.carveout}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def chains() -> list[Chain]:
 
 
 def ways(family: str) -> list[Way]:
-    """All of a family's, the first with nothing of Triton's launched early."""
+    """All ways of a family; in the first no Triton kernel is launched early."""
     if family == "patch decoder dense":
         return [
             Way(f"off,small_decode={own},dense_gemv={gemv},rms_norm={norm}")
@@ -134,30 +133,23 @@ def ways(family: str) -> list[Way]:
     else:
         early = [f"off,small_decode={own}" for own in MODES]
         early += ["first", "none", "last", "off,small_decode=last,rms_norm=first"]
-    both = [Way(kernels, products) for products in PRODUCTS for kernels in early]
-    return both + [
-        Way(kernels, products, "max") for products in ("ahead", "end") for kernels in early
-    ]
+    return [Way(kernels, carveout) for carveout in ("driver", "max") for kernels in early]
 
 
 @contextmanager
 def environment(way: Way) -> Iterator[None]:
-    names = {EARLY_ENVIRONMENT: way.kernels, "MIMO_FAST_PRODUCT_BEGIN": PRODUCTS[way.products]}
-    if way.products == "late":
-        names["MIMO_FAST_PRODUCT_LATE"] = "1"
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    before = os.environ.get(PDL_ENVIRONMENT)
+    os.environ[PDL_ENVIRONMENT] = way.kernels
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.pop(PDL_ENVIRONMENT)
+        if before is not None:
+            os.environ[PDL_ENVIRONMENT] = before
 
 
 def set_carveout(driver: Any, percent: int) -> None:
-    """Of all of Triton's kernels that have been launched; -1 leaves it to the driver."""
+    """Sets the carveout of all Triton kernels that have been launched; -1: the driver's choice."""
     preferred_shared_memory_carveout = 9
     for kernel in KERNELS:
         for compiled in kernel.device_caches[torch.cuda.current_device()][0].values():
@@ -200,7 +192,7 @@ def captured(
         with torch.cuda.graph(graph):
             for _ in range(CALLS):
                 result = run()
-        # Instantiated, and sent to the device, with the attributes still set.
+        # Instantiate and upload while the attributes are still set.
         graph.replay()
         torch.cuda.synchronize()
     return graph, result
@@ -236,7 +228,7 @@ def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
             first = result.clone() if first is None else first
             row["same_bits"] = torch.equal(result, first)
             del graph, result
-        except Exception as error:  # One way that fails must not cost the others.
+        except Exception as error:  # The other ways run even if one fails.
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
     measured = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
@@ -271,7 +263,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
-    """Of each family: (way, mean of its time over that of the first way), best first."""
+    """For each family: (way, mean of its time over that of the first way), best first."""
     means: dict[str, list[tuple[str, float]]] = {}
     for family in dict.fromkeys(record["family"] for record in records):
         of_family = [record for record in records if record["family"] == family]
@@ -291,8 +283,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]
 
 
 def warm(mode: str) -> None:
-    """Compiles what one `Begin` needs into Triton's cache."""
-    os.environ[EARLY_ENVIRONMENT] = mode
+    """Compiles what one `PdlTrigger` needs into Triton's cache."""
+    os.environ[PDL_ENVIRONMENT] = mode
     for chain in chains():
         if chain.rows == 1:
             runner(chain, 1)()

@@ -5,8 +5,8 @@
 
 Milliseconds per 160 ms chunk, for the kit's codec and for random weights of the published
 dimensions: medians of 18 chunks around the 20th (audio begins with the 11th, which also decodes the
-ten that waited) and of the last 18, pushed in turn so that what else the machine does meets both;
-their ratio is the median of the pairs'. SNR against one-shot decoding on the kit, by chunk size and
+ten that waited) and of the last 18, pushed alternately so that other load affects both; their ratio
+is the median of the pairs'. SNR against one-shot decoding on the kit, by chunk size and
 look-ahead, beside upstream's stream.
 """
 
@@ -37,8 +37,10 @@ CHUNK_SIZES = (1, 2, 4, 8, 12, 16, 20, 25, 36, 40, 44, 52, 60, 80, 92, 100, 120,
 
 
 def time_chunks(codec: Codec, chunks: int) -> dict[str, float]:
-    """Milliseconds of a push early in one stream and late in another, in turn, and of the one with
-    the first audio."""
+    """Milliseconds of a push early in one stream and late in another, alternately.
+
+    And of the push with the first audio.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = codec.config.codebook_sizes[:8]
     codes = torch.stack(
@@ -75,8 +77,7 @@ def time_chunks(codec: Codec, chunks: int) -> dict[str, float]:
 
 
 def time_first_audio(codec: Codec, codes: Tensor) -> dict[int, dict[str, float]]:
-    """Audio that must have been generated before the first sample, and the codec's time until it,
-    by look-ahead."""
+    """Audio generated before the first sample, and the codec's time until it, by look-ahead."""
     delays = {}
     for lookahead in range(LOOKAHEAD + 1):
         stream, spent, pushed = codec.stream(lookahead), 0.0, 0
@@ -99,10 +100,10 @@ def snr_db(got: Tensor, want: Tensor) -> float:
 
 
 def upstream_stream(codec: Codec, codes: Tensor, size: int) -> Tensor:
-    """What upstream's `MiMoAudioTokenizer.streaming_decode` gives for chunks of so many frames.
+    """Audio of upstream's `MiMoAudioTokenizer.streaming_decode` for chunks of so many frames.
 
-    Each call decodes a window of at most 250 frames and what came since; the newest 40 wait for
-    what follows.
+    Each call decodes a window of at most 250 frames and the new ones; the newest 40 wait for what
+    follows.
     """
     samples, window, done, parts = (
         codec.config.samples_per_frame,
@@ -143,8 +144,10 @@ def closeness(codec: Codec, golden: Golden) -> dict[str, object]:
 
 
 def depth(dtype: torch.dtype) -> dict[int, float]:
-    """SNR by look-ahead of a vocoder of the published depth and small width, random weights, given
-    moments."""
+    """SNR by look-ahead, for a vocoder of the published depth and small width.
+
+    Random weights, norm statistics given.
+    """
     raw = read_json(KIT / "checkpoint" / "codec" / "config.json") | {"vocoder_num_layers": 16}
     codec = random_codec(CodecConfig.from_dict(raw), None, dtype)
     sizes, generator = codec.config.codebook_sizes[:8], torch.Generator().manual_seed(0)

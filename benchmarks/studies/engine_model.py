@@ -263,7 +263,7 @@ def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + model.eps).rsqrt()
         return kept(x * weight.float()) @ matrix.dense().T * scale
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         cos, sin = model.angles()[: len(x)].unbind(1)
         first, second = x.chunk(2, -1)
         cos, sin = cos[:, None], sin[:, None]
@@ -273,7 +273,7 @@ def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
     for layer in model.layers:
         qkv = kept(normed(x, layer.attention_norm, layer.qkv) + layer.bias.float())
         q, k, v = (part.unflatten(-1, (-1, HEAD)) for part in qkv.chunk(3, -1))
-        q, k = turned(q), kept(turned(k))
+        q, k = rotated(q), kept(rotated(k))
         scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD**0.5
         causal = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
         weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)

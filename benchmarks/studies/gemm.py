@@ -116,7 +116,7 @@ def unpacked(library: Library, weight: Weight, x: Tensor, room: Tensor, y: Tenso
 
 
 def microseconds(launches: list[Callable[[], Any]], replays: int = 3) -> float:
-    """Of a launch, the median of some replays of a graph of all."""
+    """Microseconds of a launch, the median of several replays of a graph of all."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         launches[0]()
@@ -141,8 +141,10 @@ def off(got: Tensor, want: Tensor) -> float:
 
 
 def faults(library: Library, weight: Weight, inputs: Inputs, want: Tensor) -> list[str]:
-    """What is wrong with the fused product: each configuration gives the default's bits, and so
-    does each number of rows."""
+    """What is wrong with the fused product, or nothing.
+
+    Each configuration must give the default's bits, and so must each number of rows.
+    """
     found = []
     inputs.y.fill_(torch.nan)
     error = library.fused(weight, inputs)
@@ -181,8 +183,10 @@ def of_type(weight: Weight, inputs: Inputs, dtype: torch.dtype) -> tuple[Weight,
 
 
 def other_formats(library: Library, formats: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Those that are not timed: float16, int4 without zeros, int8 in groups; a width that no tile
-    divides."""
+    """Checks formats that are not timed.
+
+    float16, int4 without zeros, int8 in groups; a width that no tile divides.
+    """
     shape = Shape("other", 1000, 640, bias=True, residual=True)
     for bits in formats:
         for dtype in (torch.bfloat16, torch.float16):

@@ -1,14 +1,13 @@
-"""The Triton kernels between the products, on a GPU: are they right, what do they take, and what
-does an early launch (programmatic dependent launch, dispatch.py) save?
+"""The Triton kernels between the products, on a GPU: correctness, times, and what PDL saves.
 
 python -m benchmarks.studies.glue [-o FILE.json]
 
-Everything is timed inside CUDA graphs of many launches, with early launches on and off in the same
-run (`MIMO_FAST_PDL`), and the two must give the same bits. Beside that each is compared with its
-reference in plain torch. Chains are what it is for: four layers of the patch decoder in int8 and of
-the backbone in int4, products and attention in turn, where every boundary counts. Their replays are
-compared bit for bit with the first, since a missing wait would show as a race. A line is printed as
-soon as it is known; what there is no time left for is named at the end.
+Everything is timed inside CUDA graphs of many launches, with early launches (PDL, dispatch.py) on
+and off in the same run (`MIMO_FAST_PDL`), and both must give the same bits. Each kernel is also
+compared with its reference in plain torch. Chains are the purpose: four layers of the patch decoder
+in int8 and of the backbone in int4, products and attention alternating, so every boundary counts.
+Their replays are compared bit for bit with the first, since a missing wait would show as a race. A
+line is printed as soon as it is known; what there is no time for is named at the end.
 """
 
 import argparse
@@ -31,8 +30,8 @@ from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.decode_attention import decode_attention, decode_attention_ref
 from mimo_fast.kernels.dispatch import (
-    EARLY_ENVIRONMENT,
     ENVIRONMENT,
+    PDL_ENVIRONMENT,
     early_launch,
     jit,
     tl,
@@ -69,21 +68,21 @@ WORDS = MiMoSampler(True, 0.6, None, 0.95)
 TOP_K = MiMoSampler(True, 0.6, 50, 0.95)
 
 CHAIN_ERROR = 0.03
-"""Of several layers in bfloat16 against the same in plain torch, over the largest value."""
+"""Bound on the error of several bfloat16 layers against plain torch, over the largest value."""
 
 Run = Callable[[], Tensor]
 
 
 @contextmanager
 def early(on: bool) -> Iterator[None]:
-    before = os.environ.get(EARLY_ENVIRONMENT)
-    os.environ[EARLY_ENVIRONMENT] = "1" if on else "0"
+    before = os.environ.get(PDL_ENVIRONMENT)
+    os.environ[PDL_ENVIRONMENT] = "1" if on else "0"
     try:
         yield
     finally:
-        os.environ.pop(EARLY_ENVIRONMENT)
+        os.environ.pop(PDL_ENVIRONMENT)
         if before is not None:
-            os.environ[EARLY_ENVIRONMENT] = before
+            os.environ[PDL_ENVIRONMENT] = before
 
 
 def captured(run: Run, calls: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -138,7 +137,7 @@ class Study:
                     results[label] = result.clone()
             row["same_bits"] = torch.equal(results["on"], results["off"])
             row |= check(results["on"])
-        except Exception as error:  # One line that fails must not cost the others.
+        except Exception as error:  # The other lines run even if one fails.
             row["failed"] = f"{type(error).__name__}: {error}"[:500]
         self.add(row)
 

@@ -1,23 +1,22 @@
-"""What order a device is given a reply's work in: groups and the codec's chunks, and who tests
-whether a row speaks.
+"""In which order should a device get a reply's groups and codec chunks, and who branches?
 
     python -m benchmarks.studies.overlap -o benchmarks/results/DATE-overlap.json
 
-Ways, each measured on the same random weights with the same schedules and seeds:
+Ways, each measured with the same random weights, schedules and seeds:
 
-    waits          a chunk's samples are waited for, then the next group is launched
-    overlap        the next group is launched, then the samples are waited for
-    conditional    "waits", a group being one conditional graph
+    waits          waits for a chunk's samples, then launches the next group
+    overlap        launches the next group, then waits for the samples
+    conditional    "waits", with each group as one conditional graph
     both           "overlap" with conditional graphs
-    side           "overlap", the codec on a stream of its own: what one stream leaves undone
+    side           "overlap" with the codec on a second stream, which uses idle time of the first
 
-Replies: "tts", 6 words and 30 patches; "cycle", 5 words and 5 patches in turn, which changes from
-one to the other 12 times. All ways must give the same tokens; samples are compared as well.
+Replies: "tts", 6 words and 30 patches; "cycle", 5 words and 5 patches alternating, which changes
+from one to the other 12 times. All ways must give the same tokens; samples are compared as well.
 
-busy is the share of a reply in which the device had work, by events around whatever it was given
-(of a stream of its own, the codec's share is counted apart and busy is left out). ms of a step, a
-patch, both as one graph, and a codec chunk are the device's own, by the same events: what is
-between them, waiting for the host included, is not in them.
+busy is the share of a reply in which the device had work, by events around each piece of work (with
+a second stream, the codec's share is counted apart and busy is left out). ms of a step, a patch,
+both as one graph, and a codec chunk are the device's own, by the same events; time between them,
+such as waiting for the host, is not included.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ from mimo_fast.text.tasks import find_task
 BEGAN = perf_counter()
 CAPACITY = 256
 BUDGET = 65.0
-"""Seconds after which nothing new is begun."""
+"""Seconds after which no measurement starts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ WAYS = (
 )
 
 REPLIES = (("tts", 6, 30, 1), ("cycle", 30, 30, 1), ("tts", 6, 30, 4))
-"""Name, words, patches, and how many streams at once; what matters least is last."""
+"""Name, words, patches and number of streams, the least important last."""
 
 
 GROUPS = ("step", "patch", "group")
@@ -107,8 +106,11 @@ class Meter:
         return call
 
     def take(self) -> tuple[float | None, dict[str, list[float]]]:
-        """Of the work since the last call: the share of the time from its first group on in which
-        the device had some, None without a GPU, and ms of each piece by kind."""
+        """Share of busy time, and ms of each piece by kind, since the last call.
+
+        The share is that of the time from the first group on in which the device had work, None
+        without a GPU.
+        """
         pieces, self._pieces = self._pieces, []
         spans = defaultdict[str, list[float]](list)
         if not pieces:

@@ -3,15 +3,15 @@
     python -m benchmarks.studies.products --library old=PATH --library new=PATH --out products.json
 
 Every product of the 7B model's decode path, int4 in groups of 128 and int8 by row, with 1 to 64
-rows of x. A build is checked against float32 of the dequantized weight on fresh random inputs, then
-for rows that do not depend on their neighbours, bit for bit; only then is it timed: CUDA graphs of
-many launches over weights that together exceed L2 three times. Each line is printed at once; after
-`--seconds` no measurement begins. Of a build with configurations to choose from each is timed at
+rows of x. A build is compared with float32 of the dequantized weight on fresh random inputs, then
+checked for rows that do not depend on their neighbours, bit for bit. Only then is it timed: CUDA
+graphs of many launches over weights that together are three times as large as L2. Each line is
+printed at once; no measurement starts after `--seconds`. Each configuration of a build is timed at
 the numbers of rows that `--variants` names.
 
-Then the products of the patch decoder as they follow each other, 16 layers in one graph with one
-row of x: what a layer costs where a kernel begins while the one before it ends. Each build with its
-own choice, with each configuration for all products, and with that which was best for each.
+Then the patch decoder's products in their order, 16 layers in one graph with one row of x: the cost
+of a layer where kernels start while the one before ends. Each build runs with its own choice, with
+each configuration for all products, and with the best one for each product.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from torch import Tensor
 COLUMNS = 128
 ROWS = (1, 4, 8, 16, 64)
 ERROR = 6e-3
-"""Relative norm of what bfloat16's rounding of the result, and of x times the norm's weight,
-leaves."""
+"""Relative norm of the error that bfloat16 rounding leaves.
+
+It rounds the result, and x times the norm's weight.
+"""
 
 EPS = 1e-6
 
@@ -72,8 +74,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Weight:
-    """A random weight in the package's layout (mimo_fast/kernels/quantized_weight.py), without the
-    package."""
+    """A random weight in the package's layout, without the package.
+
+    See mimo_fast/kernels/matmul/quantized_weight.py.
+    """
 
     bits: int
     words: Tensor
@@ -144,8 +148,10 @@ class Inputs:
 
 @dataclass
 class Library:
-    """A build. One without `mimo_fast_variants` has the interface that products had up to
-    2026-11-27."""
+    """A build.
+
+    One without `mimo_fast_variants` has the interface that products had until 2026-11-27.
+    """
 
     name: str
     path: str
@@ -232,8 +238,7 @@ def fault(
 def dependent(
     library: Library, weight: Weight, inputs: Inputs, rows: tuple[int, ...], variant: int = 0
 ) -> list[int]:
-    """Numbers of rows of x whose results differ from those of the same rows among all of `inputs`,
-    in any bit."""
+    """Numbers of rows whose results differ in any bit from those among all rows of `inputs`."""
     differ = []
     for m in rows:
         some = inputs.first(m)
@@ -253,8 +258,10 @@ def microseconds(
     replays: int = 5,
     launches: int = 0,
 ) -> float:
-    """Of a launch, the median of some replays of a graph that goes through all weights; chained as
-    a model's are."""
+    """Microseconds of a launch, the median of several replays of a graph over all weights.
+
+    Chained as in a model.
+    """
     launches = launches or max(16, -(-32 // len(weights)) * len(weights))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -291,12 +298,14 @@ def cases(only: list[str]) -> Iterator[tuple[Shape, int]]:
 def chain(
     libraries: list[Library], records: list[dict[str, Any]], bits: int, replays: int
 ) -> dict[str, Any]:
-    """Microseconds of a layer's products by build and configuration; "best" takes those that
-    `records` found best for one row."""
+    """Microseconds of a layer's products by build and configuration.
+
+    "best" takes those that `records` found best for one row.
+    """
     shapes = [shape for name in CHAIN for shape in SHAPES if shape.name == name]
     layers = [[Weight.random(shape, bits) for shape in shapes] for _ in range(LAYERS)]
     inputs = [Inputs.random(shape, 1) for shape in shapes]
-    # A product reads what the one before it wrote, as far as shapes allow it (attention is absent).
+    # A product reads the result of the one before where shapes allow it; there is no attention.
     inputs[1].x, inputs[2].x, inputs[3].x = inputs[0].y[:, :1024], inputs[1].y, inputs[2].y
     inputs[0].x = inputs[3].y
     for each in inputs:
@@ -358,8 +367,10 @@ def layer(
 
 
 def study(libraries: list[Library], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A record for each shape, format and number of rows, or one with "left out" when the time is
-    over; for the chain as soon as its products are there."""
+    """A record for each shape, format and number of rows, or "left out" when the time is over.
+
+    The chain follows as soon as its products are there.
+    """
     begun, done = time.monotonic(), []
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     for shape, bits in cases(arguments.only):
@@ -412,8 +423,10 @@ def variants(
     rows: int,
     replays: int,
 ) -> dict[str, float | str]:
-    """Microseconds of each configuration, or what is wrong with it; its results must be the
-    default's, bit for bit."""
+    """Microseconds of each configuration, or what is wrong with it.
+
+    Its results must be the default's, bit for bit.
+    """
     found: dict[str, float | str] = {}
     inputs = most.first(rows)
     for library in libraries:

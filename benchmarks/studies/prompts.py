@@ -1,4 +1,6 @@
-"""What a GPU has to say about prompts as CUDA graphs: python -m benchmarks.studies.prompts
+"""Measures prompts as CUDA graphs on a GPU.
+
+    python -m benchmarks.studies.prompts
 
     check     hidden state, last layer's keys, next token: graphs against kernels one by one
     times     prompts of several lengths, alone and after 300 groups, both ways
@@ -8,8 +10,8 @@
     products  backbone products of few rows: tensor-core kernel against unpacking and cuBLAS
 
 Random int4 weights of the published dimensions. Prints as it measures and writes one JSON file
-after each part; a part for which the time has run out is left out, and one that fails says so and
-lets the others run. `--preset tiny --device cpu` rehearses it, with graphs that repeat their work.
+after each part. A part without enough time is left out; one that fails is reported, and the others
+run. `--preset tiny --device cpu` rehearses it, with graphs that repeat their work.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from mimo_fast.runtime.lm.state import DecodeState
 LENGTHS = (32, 64, 100, 128, 254, 512, 1022)
 STARTS = (0, 300)
 LATE = (32, 4000)
-"""(groups, start) of a short turn of a long dialogue, where few programs walk many keys."""
+"""(groups, start) of a short turn in a long dialogue: few programs loop over many keys."""
 
 EXACT = ((254, 0), (100, 300))
 CHECKED = ((32, 0), (100, 0), (254, 0), (20, 300), (254, 300))
@@ -66,7 +68,7 @@ LAUNCHING = (
 
 @dataclass
 class Study:
-    """What is measured, what was found, and until when there is time."""
+    """Settings, results, and the end of the available time."""
 
     lm: LM
     formats: str
@@ -75,7 +77,7 @@ class Study:
     found: dict[str, Any] = field(default_factory=dict)
 
     def part(self, name: str, work: Callable[[Study], Any], least: float) -> None:
-        """Runs a part if so many seconds are left for it, and keeps what it found."""
+        """Runs a part if so many seconds are left for it, and keeps its results."""
         left = self.deadline - perf_counter()
         print(f"== {name}, {left:.0f} s left", flush=True)
         if left < least:
@@ -134,8 +136,10 @@ def prompt(config: LMConfig, groups: int) -> Tensor:
 
 
 def timed(study: Study, run: Callable[[], None], runs: int) -> dict[str, float]:
-    """Medians in ms: on the device's clock, of the host until the work is done, and until it may go
-    on."""
+    """Medians in ms, three of them.
+
+    On the device's clock, of the host until the work is done, and of the host until it may go on.
+    """
     device, walls, hosts, events = study.lm.device, list[float](), list[float](), list[float]()
     run()
     for _ in range(runs):
@@ -159,8 +163,7 @@ def timed(study: Study, run: Callable[[], None], runs: int) -> dict[str, float]:
 
 
 def capture(study: Study) -> dict[str, Any]:
-    """Records every prompt graph, the greatest first: seconds of each, MB that it takes of the
-    device."""
+    """Captures every prompt graph, the longest first: seconds of each, MB of device memory."""
     rows = dict[int, float]()
     free = torch.cuda.mem_get_info()[0] if study.cuda else 0
     for bucket in reversed(study.graphs.prompt_buckets):
@@ -183,7 +186,7 @@ def last_keys(state: DecodeState, slot: int, end: int) -> Tensor:
 
 
 def turns(study: Study, groups: int, start: int) -> Iterator[tuple[Tensor, int]]:
-    """A prompt as its first `start` groups, where there are any, and the others: ids and start."""
+    """A prompt as its first `start` groups, if any, and the rest: ids and start."""
     ids, size = prompt(study.lm.config, start + groups), start * study.lm.config.group_size
     if start:
         yield ids[:, :size], 0
@@ -221,7 +224,7 @@ def check(study: Study) -> list[dict[str, Any]]:
 
 
 def same_bits(study: Study) -> bool:
-    """Of a prompt in another slot, after other prompts, and once more."""
+    """Whether a prompt gives the same bits in another slot, after other prompts, and again."""
     ids, state, bits = prompt(study.lm.config, USUAL), study.state, []
     for slot in (1, 0, 0):
         study.graphs.prefill(prompt(study.lm.config, USUAL - 3 + slot), slot)
@@ -250,8 +253,10 @@ def prefill(study: Study, way: str, ids: Tensor, start: int = 0) -> None:
 
 
 def kernels(study: Study) -> dict[str, Any]:
-    """Of a usual prompt: launches of the host both ways, and the kernels of its graph that take
-    most: ms, how many, name."""
+    """A usual prompt: the host's launches both ways, and its graph's slowest kernels.
+
+    A kernel has ms, number of launches and name.
+    """
     if not study.cuda:
         return {"launches": {}}
     launches, found = dict[str, int](), []
@@ -323,7 +328,7 @@ def setting(name: str, value: int) -> Iterator[None]:
 
 
 def products(study: Study) -> list[dict[str, Any]]:
-    """Microseconds of a layer's four products, in graphs, weights of several layers in turn."""
+    """Microseconds of a layer's four products, in graphs, alternating between layers' weights."""
     lm, rows = study.lm, []
     config, layers = lm.config.backbone, lm.backbone.layers[:6]
     shared: dict[str, dict[str, Any]] = {

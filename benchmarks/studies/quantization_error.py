@@ -1,5 +1,4 @@
-"""Relative error of each weight format on Gaussian rows, and the size of the 7B language model in
-it.
+"""Relative error of each weight format on Gaussian rows, and the 7B language model's size in it.
 
 python -m benchmarks.studies.quantization_error [FILE.json]
 """

@@ -1,12 +1,11 @@
-"""Processor time of speech from a small pair on a CPU, through the public API: of a group, and
-until the first audio.
+"""CPU time of speech from a small pair, through the public API: a group, the first audio.
 
     python -m benchmarks.studies.small_model LM CODEC [--threads 1] [--quantization int8]
         [--patches 60] [FILE.json]
 
-Words and patches alternate by fives, whatever the weights say. Time is that of all threads of the
-process, which other programs disturb less than the clock; the least of some runs. FILE.json gathers
-one record a call.
+Words and patches alternate by fives, whatever the weights say. Time is CPU time of all threads of
+the process, which other programs disturb less than wall time; the least of several runs. FILE.json
+collects one record a call.
 """
 
 import argparse
@@ -42,8 +41,10 @@ def prepare(args: argparse.Namespace) -> MimoAudio:
 
 
 def measure(model: MimoAudio, groups: int) -> dict[str, float]:
-    """Milliseconds of one reply: to its first chunk, to the first audio, and the median of later
-    chunks with audio."""
+    """Milliseconds of one reply: to its first chunk, to the first audio, and of later audio chunks.
+
+    The last is their median.
+    """
     began, spent, audible = time.process_time(), [], []
     for chunk in model.stream("tts", TEXT, seed=1, max_new_tokens=groups, min_new_tokens=groups):
         spent.append((time.process_time() - began) * 1e3)

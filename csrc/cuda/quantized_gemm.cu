@@ -194,26 +194,26 @@ struct Scales {
 // ---- Loads
 
 template <class C>
-__device__ inline void request_words(const Product& p, int tile, int first, int lane, int block, uint4* stage,
-                                     uint64_t policy) {
+__device__ inline void request_words(const Product& p, int tile, int first, int lane, int block, uint4* stage) {
     const int step = p.k / COLUMNS * C::BITS, c = lane % C::BITS;
 #pragma unroll
     for (int i = 0; i < C::WARP_ROWS * C::BITS / 32; ++i) {
         const int r = first + lane / C::BITS + 32 / C::BITS * i;
         const int64_t place = int64_t(weight_row<C>(p, tile, r)) * step + block * C::BITS + c;
-        cp_async(stage + C::X_STAGE + place_of<C>(r, c), p.words + place, policy);
+        cp_async(stage + C::X_STAGE + place_of<C>(r, c), p.words + place);
     }
 }
 
 template <class C>
-__device__ inline void request_x(const Product& p, int first, int thread, int block, uint4* stage, uint64_t policy) {
+__device__ inline void request_x(const Product& p, int first, int thread, int block, uint4* stage) {
     const int c = thread % X_PIECES;
 #pragma unroll
     for (int i = 0; i < C::X_STAGE / GROUP_THREADS; ++i) {
         const int r = thread / X_PIECES + GROUP_THREADS / X_PIECES * i;
-        const int row = first + r < p.m ? first + r : p.m - 1;
-        const uint16_t* const from = p.x + row * p.stride + block * COLUMNS + c * 8;
-        cp_async(stage + r * X_PIECES + (c ^ r % 8), reinterpret_cast<const uint4*>(from), policy);
+        // Beyond the last row a column of B stays what it is: it reaches no other column's sums.
+        if (first + r >= p.m) continue;
+        const uint16_t* const from = p.x + (first + r) * p.stride + block * COLUMNS + c * 8;
+        cp_async(stage + r * X_PIECES + (c ^ r % 8), reinterpret_cast<const uint4*>(from));
     }
 }
 
@@ -359,7 +359,6 @@ __global__ void __launch_bounds__(THREADS, 1) quantized_gemm(const Product p) {
     const int blocks = p.k / COLUMNS;
     uint4* const queue = shared + group * C::STAGES * C::STAGE;
     uint2* const own_scales = reinterpret_cast<uint2*>(shared + C::QUEUE) + group * C::ROWS + first;
-    const uint64_t policy = policy_evict_normal();
 
     // Weights are asked for before the last kernel's results are there.
     Scales<C> scales;
@@ -367,13 +366,13 @@ __global__ void __launch_bounds__(THREADS, 1) quantized_gemm(const Product p) {
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES - 1; ++stage)
         if (group + GROUPS * stage < blocks)
-            request_words<C>(p, tile, first, lane, group + GROUPS * stage, queue + stage * C::STAGE, policy);
+            request_words<C>(p, tile, first, lane, group + GROUPS * stage, queue + stage * C::STAGE);
     pdl_launch_dependents();
     pdl_wait();
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES - 1; ++stage) {
         if (group + GROUPS * stage < blocks)
-            request_x<C>(p, first_x, thread, group + GROUPS * stage, queue + stage * C::STAGE, policy);
+            request_x<C>(p, first_x, thread, group + GROUPS * stage, queue + stage * C::STAGE);
         cp_async_commit_group();
     }
 
@@ -388,8 +387,8 @@ __global__ void __launch_bounds__(THREADS, 1) quantized_gemm(const Product p) {
         const int later = block + GROUPS * (C::STAGES - 1);
         if (later < blocks) {
             uint4* const to = queue + ahead * C::STAGE;
-            request_words<C>(p, tile, first, lane, later, to, policy);
-            request_x<C>(p, first_x, thread, later, to, policy);
+            request_words<C>(p, tile, first, lane, later, to);
+            request_x<C>(p, first_x, thread, later, to);
         }
         cp_async_commit_group();
         if (C::GROUPED) scales.load(p, tile, first, lane, block + GROUPS);

@@ -34,9 +34,6 @@
 // Weights (words, scales, zeros, norm, bias) are read before `pdl_wait`, that is while the kernel before this one may
 // still run: none of them may be written by it (quantized_weight.py says what whoever makes a weight has to do).
 
-#include <cstdlib>
-#include <type_traits>
-
 #include <warp.cuh>
 
 namespace {
@@ -60,7 +57,6 @@ struct Product {
     float eps;
     int chunk;  // rows of x of a block of threads
     int tiles;  // of W
-    int begin;  // when the next kernel may: 0 ahead of the wait, 1 after it, 2 ahead of the last results, 3 at the end
 };
 
 // ---- Unpacking
@@ -117,14 +113,12 @@ __device__ inline uint32_t word(const uint4& words, int i) {
 // STAGES: units of a warp that are on their way beside the one in its registers. H100: 21 KB a multiprocessor hide the
 //     latency of its memory (0.9 us at 3.1 TB/s over 132 of them); a stage of 16 warps is 16 KB of int4 or 32 KB of int8.
 // TILES_X: of 8 rows of x, for each of which a unit's unpacked words are used again.
-// HELD: units of x that a warp reads itself and keeps in registers for all tiles, where that is all of its columns; no
-//     thread then waits for another before its first product. 0: x is in shared memory.
 // BUFFERS: of the warps' sums; one takes another barrier and less shared memory.
-template <class T_, int BITS_, bool GROUPED_, int WARPS_, int STAGES_, int TILES_X_, int HELD_, int BUFFERS_>
+template <class T_, int BITS_, bool GROUPED_, int WARPS_, int STAGES_, int TILES_X_, int BUFFERS_>
 struct Config {
     using T = T_;
     static constexpr bool GROUPED = GROUPED_;
-    static constexpr int BITS = BITS_, WARPS = WARPS_, STAGES = STAGES_, TILES_X = TILES_X_, HELD = HELD_;
+    static constexpr int BITS = BITS_, WARPS = WARPS_, STAGES = STAGES_, TILES_X = TILES_X_;
     static constexpr int BUFFERS = BUFFERS_;
     static constexpr int THREADS = WARPS * 32;
     static constexpr int XS = 8 * TILES_X;
@@ -132,12 +126,11 @@ struct Config {
     static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
     // Threads a multiprocessor has registers for. 1024 have 64 each, which lets the next kernel begin beside this one; what
     // does not fit into those on every GPU has 128.
-    static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && HELD == 0 && BUFFERS == 2;
-    static constexpr int RESIDENT = ARCHITECTURE != 900 ? 512 : SMALL ? 1024 : HELD == 1 ? 768 : 512;
+    static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && BUFFERS == 2;
+    static constexpr int RESIDENT = ARCHITECTURE == 900 && SMALL ? 1024 : 512;
 
     static_assert(BITS == 8 || (BITS == 4 && GROUPED));
     static_assert(STAGES >= 1 && TILES_X >= 1);
-    static_assert(HELD == 0 || TILES_X == 1);
     static_assert(XS * ROWS <= THREADS, "a thread writes one result of a tile");
     static_assert(THREADS <= 1024);
 };
@@ -155,10 +148,10 @@ struct Layout {
             end += (bytes + 15) / 16 * 16;
             return begin;
         };
-        x = take(C::HELD ? 0 : p.chunk * p.k * 2);                        // [blocks, i, chunk, t, v] pairs
+        x = take(p.chunk * p.k * 2);                                      // [blocks, i, chunk, t, v] pairs
         sums = take(C::BUFFERS * C::WARPS * C::XS * (ROWS + 1) * 4);   // [buffer, warp, row of x, row of W]
         squares = take(p.norm ? blocks * C::XS * 4 : 0);                  // [blocks, row of x]
-        sums_x = take(C::SUM_X && !C::HELD ? blocks * C::XS * 4 : 0);     // [blocks, row of x]
+        sums_x = take(C::SUM_X ? blocks * C::XS * 4 : 0);                 // [blocks, row of x]
         scales = take(C::GROUPED ? 2 * ROWS * blocks * 4 : 0);          // [tile % 2, block, row of W]: scale, zero
         total = end;
     }
@@ -404,48 +397,6 @@ __device__ void stage_x(const Product& p, const Layout<C>& layout, unsigned char
     }
 }
 
-// A warp's own columns of up to 8 rows of x, as `stage_x` leaves them in shared memory.
-template <class C>
-struct Held {
-    static constexpr int UNITS = C::HELD ? C::HELD : 1;
-    Quarter<C> norm[UNITS];
-    uint4 pairs[UNITS][4];  // of row g
-    float sums[UNITS][2];   // of rows 2 t and 2 t + 1
-
-    // Before x is there.
-    __device__ void load_norm(const Product& p) {
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u)
-            norm[u] = Quarter<C>::load(p.norm + block(u) * COLUMNS, block(u) < p.k / COLUMNS);
-    }
-
-    __device__ void load(const Product& p, float* squares, int first, int rows) {
-        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        Quarter<C> x[UNITS];
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u)
-            x[u] = Quarter<C>::load(p.x + (first + g) * p.stride + block(u) * COLUMNS,
-                                    g < rows && block(u) < p.k / COLUMNS);
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-            if (p.norm) {
-                const float square = x[u].sum(squared);
-                if (t == 0 && g < rows && block(u) < p.k / COLUMNS) squares[block(u) * C::XS + g] = square;
-                x[u].multiply(norm[u]);
-            }
-            if (C::SUM_X) {
-                const float sum = x[u].sum(itself);
-#pragma unroll
-                for (int j = 0; j < 2; ++j) sums[u][j] = shfl(sum, (2 * t + j) * 4);
-            }
-            x[u].sort(pairs[u]);
-        }
-    }
-
-private:
-    __device__ static int block(int u) { return threadIdx.x / 32 + u * C::WARPS; }
-};
-
 // The norm's scale of a row: 1 / sqrt(mean of squares + eps).
 template <class C>
 __device__ float norm_scale(const Product& p, const float* squares, int row) {
@@ -579,7 +530,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
     Units<C> ahead(p, warp, lane);
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES; ++stage) ahead.request(p, warp, lane, queue + stage * STAGE);
-    if (p.begin == 0) pdl_launch_dependents();
+    pdl_launch_dependents();
     if (p.norm && thread < p.k / 64) prefetch_l2(p.norm + thread * 64);
     Result<C> result;
     result.load_weight(p, blockIdx.y, rows);
@@ -589,25 +540,19 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
         scales.store(p, all_scales, thread);
     }
     float* const squares = reinterpret_cast<float*>(shared + layout.squares);
-    Held<C> held;
-    if (C::HELD && p.norm) held.load_norm(p);
-    if (C::HELD && C::GROUPED) __syncthreads();  // the first tile's scales are for all warps
     pdl_wait();
-    if (p.begin == 1) pdl_launch_dependents();
 
-    if (C::HELD) {
-        held.load(p, squares, first, rows);
-    } else {
-        stage_x<C>(p, layout, shared, first, rows);
-        __syncthreads();
-    }
+    stage_x<C>(p, layout, shared, first, rows);
+    __syncthreads();
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.y; tile < p.tiles; tile += gridDim.y, turn ^= 1) {
         result.load_residual(p, tile, first, rows);
         if (C::GROUPED) scales.load(p, tile + gridDim.y, thread);
         Sums<C> mine;
-        const auto next = [&](int block, auto x, auto sum_x) {
+        for (int block = warp; block < blocks; block += C::WARPS) {
+            const uint4* const x = reinterpret_cast<const uint4*>(shared + layout.x) + block * 16 * rows;
+            const float* const sums_x = reinterpret_cast<const float*>(shared + layout.sums_x) + block * C::XS;
             cp_async_wait_group<C::STAGES - 1>();
             uint4* const here = queue + stage * STAGE;
             uint4 words[2][C::PARTS];
@@ -617,25 +562,12 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
                 for (int part = 0; part < C::PARTS; ++part) words[half][part] = here[(half * C::PARTS + part) * 32 + lane];
             ahead.request(p, warp, lane, here);
             stage = stage + 1 == C::STAGES ? 0 : stage + 1;
-            mine.add(words, x, sum_x, C::GROUPED ? all_scales + turn * scales_size + block * ROWS : nullptr);
-        };
-        if (C::HELD) {
-#pragma unroll
-            for (int u = 0; u < Held<C>::UNITS; ++u) {
-                const int block = warp + u * C::WARPS;
-                if (block >= blocks) break;
-                next(block, [&](int, int i) { return held.pairs[u][i]; }, [&](int, int j) { return held.sums[u][j]; });
-            }
-        } else {
-            for (int block = warp; block < blocks; block += C::WARPS) {
-                const uint4* const x = reinterpret_cast<const uint4*>(shared + layout.x) + block * 16 * rows;
-                const float* const sums_x = reinterpret_cast<const float*>(shared + layout.sums_x) + block * C::XS;
-                const auto pairs = [&](int x_tile, int i) {
-                    const int row = 8 * x_tile + lane / 4;
-                    return row < rows ? x[(i * rows + row) * 4 + lane % 4] : uint4{0, 0, 0, 0};
-                };
-                next(block, pairs, [&](int x_tile, int j) { return sums_x[8 * x_tile + 2 * (lane % 4) + j]; });
-            }
+            const auto pairs = [&](int x_tile, int i) {
+                const int row = 8 * x_tile + lane / 4;
+                return row < rows ? x[(i * rows + row) * 4 + lane % 4] : uint4{0, 0, 0, 0};
+            };
+            mine.add(words, pairs, [&](int x_tile, int j) { return sums_x[8 * x_tile + 2 * (lane % 4) + j]; },
+                     C::GROUPED ? all_scales + turn * scales_size + block * ROWS : nullptr);
         }
         if (C::GROUPED && tile + int(gridDim.y) < p.tiles)
             scales.store(p, all_scales + (turn ^ 1) * scales_size, thread);
@@ -650,7 +582,6 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
                 sums[(warp * C::XS + 8 * x + 2 * (lane % 4) + i % 2) * (ROWS + 1) + i / 2 * 8 + lane / 4] =
                     mine.total[x][i];
         __syncthreads();
-        if (p.begin == 2 && tile + int(gridDim.y) >= p.tiles) pdl_launch_dependents();
         result.write(p, tile, first, rows, sums, squares);
         result.load_weight(p, tile + gridDim.y, rows);
     }
@@ -663,7 +594,6 @@ constexpr int INVALID = 1;  // cudaErrorInvalidValue
 // Chunks of rows of x that a configuration needs, each as large as there is shared memory for; 0 if there is for none.
 template <class C>
 int chunks(Product p) {
-    if (C::HELD && p.k > C::HELD * C::WARPS * COLUMNS) return 0;
     p.chunk = p.m < C::XS ? p.m : C::XS;
     while (p.chunk > 0 && Layout<C>(p).total > current_device().shared) --p.chunk;
     return p.chunk ? (p.m + p.chunk - 1) / p.chunk : 0;
@@ -688,23 +618,21 @@ constexpr int LONG = 2048, LONG_WARPS = 16, SHORT_WARPS = 8;
 // The configurations of a weight, by number, for measurements; `Config` says what they mean. BUSY: `busy` of `launch`.
 template <class T, int BITS, bool GROUPED, int WARPS>
 struct Table {
-    static constexpr int DEEP = BITS == 4 ? 4 : 3, HELD = WARPS == SHORT_WARPS ? 1 : 2;
-    template <int STAGES, int TILES_X, int HELD_, int BUFFERS, int BUSY_>
-    struct Row : Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, HELD_, BUFFERS> {
-        using Base = Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, HELD_, BUFFERS>;
+    static constexpr int DEEP = BITS == 4 ? 4 : 3;
+    template <int STAGES, int TILES_X, int BUFFERS, int BUSY_>
+    struct Row : Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS> {
+        using Base = Config<T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS>;
         static constexpr int BUSY = BUSY_;
     };
-    //             STAGES TILES_X HELD BUFFERS BUSY
-    using V1 = Row<2,     1,      0,    2,      1>;  // what mostly is best at up to 8 rows
-    using V2 = Row<DEEP,  1,      0,    2,      2>;  // many tiles, or few columns
-    using V3 = Row<2,     2,      0,    1,      1>;  // more than 8 rows of x
-    using V4 = Row<2,     1,      0,    1,      1>;  // much of x
-    using V5 = Row<1,     1,      0,    1,      1>;  // little shared memory, or very much of x
-    using V6 = Row<DEEP,  1,      HELD, 2,      2>;  // only measured, in bfloat16
-    using V7 = Row<DEEP,  1,      HELD, 2,      1>;  // likewise
-    using V8 = Row<2,     1,      0,    1,      2>;  // likewise
+    //             STAGES TILES_X BUFFERS BUSY
+    using V1 = Row<2,     1,      2,      1>;  // what mostly is best at up to 8 rows
+    using V2 = Row<DEEP,  1,      2,      2>;  // many tiles, or few columns
+    using V3 = Row<2,     2,      1,      1>;  // more than 8 rows of x
+    using V4 = Row<2,     1,      1,      1>;  // much of x
+    using V5 = Row<1,     1,      1,      1>;  // little shared memory, or very much of x
+    using V6 = Row<2,     1,      1,      2>;  // only measured
 };
-constexpr int VARIANTS = 9;
+constexpr int VARIANTS = 7;
 
 // Measured on an H100 (docs/LOG.md).
 template <class T, int BITS, bool GROUPED, int WARPS>
@@ -732,11 +660,7 @@ int launch(const Product& p, int variant, cudaStream_t stream) {
         case 3: return as(typename Own::V3());
         case 4: return as(typename Own::V4());
         case 5: return as(typename Own::V5());
-    }
-    if constexpr (std::is_same_v<T, Bfloat16>) {
-        if (variant == 6) return as(typename Own::V6());
-        if (variant == 7) return as(typename Own::V7());
-        if (variant == 8) return as(typename Own::V8());
+        case 6: return as(typename Own::V6());
     }
     return INVALID;
 }
@@ -767,10 +691,8 @@ extern "C" int mimo_fast_quantized_mma(
     const void* residual, void* y, int64_t stride, int m, int n, int k, int bits, int grouped, int swiglu, int half,
     int variant, float eps, cudaStream_t stream) {
     const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
-    const char* const begin = std::getenv("MIMO_FAST_PRODUCT_BEGIN");  // benchmarks/studies/chains.py
     const Product product{as16(x), as16(norm), static_cast<const uint4*>(words), as16(scales), as16(zeros), as16(bias),
-                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0,
-                          begin ? std::atoi(begin) : 0};
+                          as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0};
     const auto aligned = [](const void* pointer, int to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
     if (!aligned(x, 8) || !aligned(norm, 8) || !aligned(words, 16) || !aligned(scales, 2) || stride % 4) return INVALID;
     if (m < 1 || k < COLUMNS || k % COLUMNS || (bits == 4 && !grouped) || (half && norm)) return INVALID;

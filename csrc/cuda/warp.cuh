@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -153,7 +152,16 @@ __device__ inline uint64_t policy_evict_normal() {
 }
 
 // 16 bytes from global to shared memory past L1, while the thread goes on. With 256B, a miss in L2 brings the whole 256
-// bytes around them from memory into L2: neighbours ask for the rest.
+// bytes around them from memory into L2: neighbours ask for the rest. No policy is evict_normal.
+// ptxas 13.0 may drop that policy, and has written instructions for such copies whose descriptor no GPU accepts; what is
+// compiled is searched for them (tests/test_compile_matrix.py).
+__device__ inline void cp_async(uint4* to, const uint4* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;"
+                 :
+                 : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+                 : "memory");
+}
+
 __device__ inline void cp_async(uint4* to, const uint4* from, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
                  :
@@ -250,8 +258,7 @@ int start(dim3 grid, int threads, int shared, cudaStream_t stream, const Argumen
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &early;
-    // The variable is for benchmarks/studies/chains.py.
-    config.numAttrs = device.early && !std::getenv("MIMO_FAST_PRODUCT_LATE");
+    config.numAttrs = device.early;
     const cudaError_t error = cudaLaunchKernelEx(&config, KERNEL, argument);
     return error == cudaSuccess ? error : (cudaGetLastError(), error);
 }

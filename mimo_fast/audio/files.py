@@ -34,9 +34,9 @@ SCALES = {
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """The most that one call accepts, counted while decoding and whatever a header claims.
+    """Limits of one call, counted while decoding whatever the header claims.
 
-    `seconds` of audio; `bytes` of the encoded input, and of the float32 waveform returned.
+    seconds: of audio. bytes: of the encoded input, and of the returned float32 waveform.
     """
 
     seconds: float = 1800.0
@@ -146,7 +146,7 @@ def _as_float(block: Tensor | np.ndarray) -> Tensor:
 
 
 def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.BytesIO:
-    """What soundfile is to open, its size checked."""
+    """The object that soundfile opens, its size checked."""
     encoded: str | bytes | io.BytesIO
     if isinstance(source, str | os.PathLike):
         encoded = os.fspath(source)
@@ -206,7 +206,7 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
 
 
 def _soundfile() -> Any:
-    """soundfile, imported when it is needed: what works on arrays alone runs without it."""
+    """The soundfile module, imported when needed: functions on arrays run without it."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
@@ -259,7 +259,7 @@ def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
 
 
 def _name(source: Any) -> str:
-    """What an error calls the source or target, always on one line."""
+    """Name of the source or target in an error, always one line."""
     if isinstance(source, bytes | bytearray | memoryview):
         return "the audio data"
     path = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
@@ -316,7 +316,7 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
 
 
 def _pcm16(samples: Tensor) -> bytes:
-    """libsndfile's conversion: the upper half of the nearest 32-bit integer, saturated."""
+    """float -> int16 as libsndfile: the upper half of the nearest 32-bit integer, saturated."""
     scaled = samples.to("cpu", torch.float64).mul(2**31).round().div(2**16).floor()
     return scaled.clamp(-(2**15), 2**15 - 1).numpy().astype("<i2").tobytes()
 

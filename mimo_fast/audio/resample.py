@@ -69,8 +69,10 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
 def resample_blocks(
     blocks: Iterable[Tensor], source_rate: int, target_rate: int
 ) -> Iterator[Tensor]:
-    """`resample` of float32 audio [n] that arrives in blocks of any size: what it yields
-    concatenates to the result."""
+    """`resample` of float32 audio [n] that arrives in blocks of any size.
+
+    The yielded blocks concatenate to the result.
+    """
     if source_rate == target_rate:
         yield from blocks
         return

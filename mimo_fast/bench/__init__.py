@@ -1,2 +1,1 @@
-"""Measuring: how long calls take, what the machine could do at best, what it is, and when a result
-may be believed."""
+"""Measuring: times of calls, limits of the machine, what it is, when a result counts."""

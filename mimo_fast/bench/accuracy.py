@@ -1,11 +1,11 @@
 """When a fast implementation of an op is accepted: one rule for tests and for measurements.
 
-    float32                at most 1e-5 of the largest exact value off
-    float16, bfloat16      at most twice as far off as the same op in eager torch of that dtype
-    int8                   at most one level off, in at most 1% of the values: ties of a rounding
+    float32                error at most 1e-5 of the largest exact value
+    float16, bfloat16      error at most twice that of the same op in eager torch of that dtype
+    int8                   at most one level off, in at most 1% of the values: rounding ties
     other integers, bool   equal
     codes of an RVQ search equal up to a frame's first near-tie: two distances that differ by less
-    than 1e-5 of them
+                           than 1e-5 relative
 
 "Exact" is the op in float32 on the same inputs. NaN and infinity are never accepted.
 """
@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 FLOAT32_BOUND = 1e-5
-"""Of the largest exact value."""
+"""Tolerance in float32, relative to the largest exact value."""
 
 EAGER_FACTOR = 2
 NEAR_TIE = 1e-5
 LEVELS_OFF = 0.01
-"""Share of int8 values that may be a level off."""
+"""Share of int8 values that may be one level off."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The largest error of an output, and the bound that it had to keep. relative: of the largest
-    exact value."""
+    """The largest error of an output, and its bound.
+
+    relative: the error over the largest exact value.
+    """
 
     error: float
     bound: float
@@ -38,7 +40,7 @@ class Accuracy:
 
     @property
     def accepted(self) -> bool:
-        # Written so that NaN is refused.
+        # Written so that NaN fails.
         return self.error <= self.bound
 
     def __str__(self) -> str:
@@ -49,7 +51,7 @@ REFUSED = float("inf")
 
 
 def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
-    """Of one output.
+    """Accuracy of one output.
 
     Args:
         eager: of plain torch on the same inputs, in got's dtype.
@@ -77,7 +79,7 @@ def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
 
 
 def worst(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> Accuracy:
-    """Of all outputs of an op: the one that is furthest beyond its bound, or nearest to it.
+    """The output of an op that is furthest beyond its bound, or nearest to it.
 
     Raises:
         ValueError: there are not as many outputs of each.
@@ -89,8 +91,10 @@ def worst(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor
 def compare_codes(
     x: Tensor, codebooks: Sequence[Tensor], got: Tensor, want: Tensor
 ) -> tuple[int, int]:
-    """Of frames x [T, D] and two searches' codes [Q, T]: how many frames differ wrongly, how many
-    by a near-tie."""
+    """Number of frames that differ wrongly, and number that differ by a near-tie.
+
+    Compares two searches' codes [Q, T] of frames x [T, D].
+    """
     residual = x.double()
     same = torch.ones(len(x), dtype=torch.bool, device=x.device)
     wrong = torch.zeros_like(same)

@@ -1,11 +1,10 @@
-"""What a device can do at best, measured on it: the bandwidth and the arithmetic that results are
-held against.
+"""The measured ceiling of a device: the bandwidth and arithmetic that results are compared with.
 
     floor of an op = max(bytes / read bandwidth, FLOP / matmul rate)
 
-read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, of
-16-bit types where the device has instructions for them. All are the best of several runs. A
-machine with other work to do has a lower ceiling.
+read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, in
+16-bit types where the device has instructions for them. Each is the best of several runs. Other
+work on the machine lowers its ceiling.
 """
 
 from __future__ import annotations
@@ -26,27 +25,31 @@ RUNS = 5
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Bytes a second of reading and of copying (read + written), and FLOP a second of a matmul by
-    dtype name."""
+    """Bytes a second of reading and of copying (read + written), FLOP a second of a matmul.
+
+    FLOP a second are given by dtype name.
+    """
 
     read_Bps: float
     copy_Bps: float
     flops: dict[str, float]
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP a second for activations of a dtype: that of float32, if it is more, for nothing
-        forbids to widen."""
+        """FLOP a second for activations of a dtype.
+
+        It is the rate of float32 where that is higher, since values may be widened.
+        """
         single = self.flops[name_of(torch.float32)]
         return max(self.flops.get(name_of(dtype), single), single)
 
     def floor_seconds(
         self, nbytes: float, flop: float = 0, dtype: torch.dtype = torch.float32
     ) -> float:
-        """The least time for reading so many bytes and doing so much arithmetic on them at once."""
+        """The least time to read so many bytes and do so much arithmetic concurrently."""
         return max(nbytes / self.read_Bps, flop / self.rate(dtype))
 
     def bound(self, nbytes: float, flop: float, dtype: torch.dtype) -> str:
-        """Which of the two that is: "memory" or "arithmetic"."""
+        """Which of the two limits it: "memory" or "arithmetic"."""
         return "memory" if nbytes / self.read_Bps >= flop / self.rate(dtype) else "arithmetic"
 
     def __str__(self) -> str:
@@ -55,13 +58,15 @@ class Ceiling:
         return f"ceiling: reads {read}, copies {copied}; GFLOP/s: {rates}"
 
     def as_dict(self) -> dict[str, object]:
-        """For a record."""
+        """The fields of a record."""
         return {"read_Bps": self.read_Bps, "copy_Bps": self.copy_Bps, "flops": dict(self.flops)}
 
 
 def ceiling(device: torch.device | str) -> Ceiling:
-    """Of this device and torch's present number of threads; measured once a process (some seconds
-    on a CPU)."""
+    """The ceiling of this device at torch's present number of threads.
+
+    Measured once a process, which takes some seconds on a CPU.
+    """
     return _measured(torch.device(device), torch.get_num_threads())
 
 
@@ -76,16 +81,18 @@ def _measured(device: torch.device, _threads: int) -> Ceiling:
 
 
 def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Those that the device multiplies at a rate of their own; others it widens, or takes one by
-    one."""
+    """The dtypes that the device multiplies at their own rate.
+
+    Others are widened, or multiplied element by element.
+    """
     if device.type == "cuda":
         return torch.float32, torch.float16, torch.bfloat16
     return (torch.float32, torch.bfloat16) if multiplies(torch.bfloat16) else (torch.float32,)
 
 
 def read_bandwidth(device: torch.device, nbytes: int = READ_BYTES) -> float:
-    """Bytes a second of a sum."""
-    # Written, so that every page is memory of its own.
+    """Bytes a second of a sum over them."""
+    # Written once, so that every page is allocated.
     data = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
     return nbytes / _best(data.sum, device)
 

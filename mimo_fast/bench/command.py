@@ -1,4 +1,4 @@
-"""`mimo-fast bench`: what a user will get on this machine, in at most two minutes and one table."""
+"""`mimo-fast bench`: what to expect on this machine, in two minutes and one table."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ from mimo_fast.runtime.loading import LoadOptions, default_device, parse_dtype
 from mimo_fast.runtime.memory import GB
 
 BUDGET = 120.0
-"""Seconds for everything."""
+"""Seconds for the whole command."""
 
 OF_FLOOR, PROMPT_OF_FLOOR = 1 / 8, 1 / 2
-"""What part of its floor decoding, and a prompt, are expected to reach at least: for judging what
-ends in time."""
+"""Least expected share of their floor that decoding and a prompt reach.
+
+Used to judge what ends in time.
+"""
 
 STREAMS = (1, 2, 4, 8, 16, 32, 64)
 
 WORDS, PATCHES = 4, 16
-"""Of a reply on a slow device: the first audio comes with the eleventh patch."""
+"""Groups of text and patches of a reply on a slow device; audio starts with patch eleven."""
 
 LONG_WORDS, LONG_PATCHES = 12, 50
-"""Of a reply where that takes less than FAST seconds."""
+"""Groups of text and patches of a reply where that takes less than FAST seconds."""
 
 FAST = 2.0
 TEXT_GROUPS = 60
-"""About what the shortest request to speak takes as a prompt."""
+"""Groups of the prompt: about as many as the shortest request to speak has."""
 
 
 def bench(
@@ -90,7 +92,7 @@ def bench(
 
 @dataclass(frozen=True)
 class Row:
-    """So many streams of speech at once; floor: seconds that they take at least."""
+    """A number of simultaneous speech streams, and what they took; floor in seconds."""
 
     streams: int
     metrics: Metrics
@@ -98,12 +100,12 @@ class Row:
 
     @property
     def carried(self) -> bool:
-        """Whether each came faster than it plays."""
+        """Whether each stream was faster than real time."""
         return self.metrics.audio_rtf is not None and self.metrics.audio_rtf < 1
 
 
 class StreamTable:
-    """Rows as they come."""
+    """The table; rows are printed as they come."""
 
     def __init__(self, target: Target, machine: Ceiling) -> None:
         work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
@@ -133,7 +135,7 @@ class StreamTable:
 def _rows(
     args: argparse.Namespace, target: Target, machine: Ceiling, began: float
 ) -> Iterator[Row]:
-    """More and more streams, until they come slower than they play, or time or memory ends."""
+    """More and more streams, until they are slower than real time, or time or memory ends."""
     request = _request(target, machine, args.max_seq_len or 0)
     prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
     last = 0.0
@@ -170,8 +172,10 @@ def _rows(
 
 
 def _request(target: Target, machine: Ceiling, context: int) -> TimedRequest:
-    """A sentence to be said, at the end of a context where one is given; a longer one on a fast
-    device."""
+    """A sentence to be said, at the end of a context where one is given.
+
+    It is longer on a fast device.
+    """
     floor = target.request_floor(machine, 1, TEXT_GROUPS, LONG_WORDS, LONG_PATCHES) / OF_FLOOR
     words, patches = (LONG_WORDS, LONG_PATCHES) if floor <= FAST else (WORDS, PATCHES)
     return TimedRequest("tts", user_speech(1.0), words, patches, context - words - patches - 2)
@@ -184,8 +188,10 @@ def _target(
     device: torch.device,
     machine: Ceiling,
 ) -> tuple[Target, dict[str, str | None]]:
-    """What is measured, and what a record says of it, in plain words too, which are printed before
-    it is made."""
+    """The target, and what a record says of it.
+
+    It is also described in words, which are printed before it is made.
+    """
 
     def announced(preset: str | None, quantization: str | None, what: str) -> dict[str, str | None]:
         print(f"model: {what}", flush=True)
@@ -226,7 +232,7 @@ def _unfit(
     lm = weightless_lm(config, quantization, dtype)
     prompt, word, patch = GroupWork.of(lm, 1, TEXT_GROUPS).floors(machine)
     expected = prompt / PROMPT_OF_FLOOR + (WORDS * word + PATCHES * patch) / OF_FLOOR
-    # As long again to make the weights.
+    # Making the weights takes as long again.
     return f"would take about {expected:,.0f} s for one sentence" if expected > BUDGET / 2 else None
 
 

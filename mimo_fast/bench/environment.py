@@ -1,4 +1,4 @@
-"""On what a measurement was made: for every record, so that two can be told apart."""
+"""The environment of a measurement, part of every record."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ CARD = (
     "clocks.max.mem",
     "power.limit",
 )
-"""What nvidia-smi is asked for; clocks in MHz, the limit in watts."""
+"""Fields that nvidia-smi is asked for; clocks in MHz, power limit in watts."""
 
 
 def environment(device: torch.device | str, *, root: Path = ROOT) -> dict[str, Any]:
-    """Date, device, driver, clocks, versions, commit and load, as JSON takes them.
+    """Date, device, driver, clocks, versions, commit and load, as JSON values.
 
-    Clocks and load are those of now: ask again for each record.
+    Clocks and load are the present ones: ask again for each record.
 
     Args:
-        device: on which is measured.
+        device: the measured device.
         root: where to look for a git checkout of this project.
     """
     device = torch.device(device)
@@ -54,9 +54,8 @@ def environment(device: torch.device | str, *, root: Path = ROOT) -> dict[str, A
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
-    """{"commit": hash or None where there is no checkout, "dirty": whether the code there differs
-    from it}."""
-    # An installed copy may lie in the checkout of something else.
+    """{"commit": hash, or None without a checkout; "dirty": whether the code differs from it}."""
+    # An installed copy may lie in another project's checkout.
     if _git(root, "ls-files", "--error-unmatch", "mimo_fast/__init__.py") is None:
         return {"commit": None, "dirty": None}
     code = ("mimo_fast", "csrc", "training", "benchmarks", ":(exclude)benchmarks/results")
@@ -68,7 +67,7 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
 
 @cache
 def _commit_at_start(root: Path) -> dict[str, Any]:
-    """What runs is the code that was there when it was loaded."""
+    """The commit at import, since the code that runs is the one that was loaded."""
     return commit(root)
 
 
@@ -131,5 +130,5 @@ def _card(device: torch.device) -> dict[str, Any]:
 
 
 def _id(card: Any, device: torch.device) -> str:
-    """As nvidia-smi counts cards, which CUDA_VISIBLE_DEVICES does not change."""
+    """The card's index in nvidia-smi, which CUDA_VISIBLE_DEVICES does not change."""
     return f"GPU-{card.uuid}" if hasattr(card, "uuid") else str(device.index or 0)

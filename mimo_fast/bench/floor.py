@@ -1,12 +1,11 @@
-"""The least that a piece of a reply costs, from shapes: bytes of weights and cache to read, and
-arithmetic.
+"""The floor of each piece of a reply, from shapes: bytes of weights and cache, and arithmetic.
 
-Every weight counts once for all rows of a batch, but for the patch decoder's, which are needed at
-each of its steps. What a last cache can keep of them from one step to the next needs to be read
-once: nearly nothing of 269 MB (int8) or 143 MB (int4) where it holds 50 MB, a fourth to two thirds
-where it holds 72 or 96 MB. `Work.cached` are those bytes: they count in `Work.bytes`, which tell
-what kernels without a plan for the cache read, and not in a floor. Norms, biases of the heads,
-single rows of tables and activations are left out.
+Every weight counts once for all rows of a batch, except the patch decoder's, which every one of its
+steps needs. The part of them that a last-level cache can keep between steps has to be read only
+once: nearly nothing of 269 MB (int8) or 143 MB (int4) with a cache of 50 MB, a fourth to two thirds
+with 72 or 96 MB. `Work.cached` are those bytes. They count in `Work.bytes`, which is what kernels
+read that do not plan for the cache, and not in a floor. Norms, biases of the heads, single rows of
+tables and activations are left out.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from mimo_fast.runtime.lm.transformer import AnyWeight, TransformerWeights
 
 @dataclass(frozen=True)
 class Work:
-    """What is read, in bytes by what it is, and FLOP to be done.
+    """Bytes read, by what they are, and FLOP.
 
-    cached: how many of the bytes a cache can have kept since they were read before.
+    cached: bytes of them that a cache can have kept since they were last read.
     """
 
     bytes: dict[str, int]
@@ -39,11 +38,11 @@ class Work:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """All bytes."""
         return sum(self.bytes.values())
 
     def floor(self, ceiling: Ceiling, dtype: torch.dtype) -> float:
-        """Seconds that it takes at least, with activations of a dtype."""
+        """The least seconds, with activations of a dtype."""
         return ceiling.floor_seconds(self.total - self.cached, self.flop, dtype)
 
     def __add__(self, other: Work) -> Work:
@@ -51,8 +50,10 @@ class Work:
 
 
 def word_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False) -> Work:
-    """A group that is a word, for `rows` rows with so many cached positions each: the backbone and
-    the text head."""
+    """A text group for `rows` rows, each with so many cached positions.
+
+    It takes the backbone and the text head.
+    """
     config = lm.config.backbone
     matrices = [*_matrices(lm.backbone), lm.text_head]
     cache = kv_bytes(config, rows, positions, lm.dtype, quantized_cache)
@@ -64,13 +65,15 @@ def word_work(lm: LM, positions: int, rows: int = 1, quantized_cache: bool = Fal
 def patch_work(
     lm: LM, positions: int, rows: int = 1, quantized_cache: bool = False, cache: int = 0
 ) -> Work:
-    """A group that is speech: the same, the patch decoder at each of its steps, and the patch
-    encoder. cache: bytes of the device's last one."""
+    """A speech group: a text group, the patch decoder at each of its steps, and the patch encoder.
+
+    cache: bytes of the device's last-level cache.
+    """
     config, steps = lm.config, lm.config.patch_steps
     decoder, encoder = list(_matrices(lm.patch_decoder)), list(_matrices(lm.patch_encoder))
     joints = [lm.patch_to_backbone, lm.backbone_to_patch]
     layers, heads = stack_bytes(lm.patch_decoder), lm.code_heads.nbytes
-    # A step needs every layer, and of the heads those whose codebooks are in their turn.
+    # A step needs every layer, and the heads of the codebooks that are active at it.
     kept = min(cache, layers)
     cached = kept * (steps - 1) + min(cache - kept, heads) * (config.group_size - 1)
     read = {
@@ -86,14 +89,14 @@ def patch_work(
 
 
 def prompt_work(lm: LM, positions: int) -> Work:
-    """A prompt of so many words: the backbone once for all, its arithmetic for each."""
+    """A prompt of so many groups: the backbone's bytes once, its arithmetic for each group."""
     matrices = list(_matrices(lm.backbone))
     return Work({"backbone": stack_bytes(lm.backbone)}, 2 * positions * _values(matrices))
 
 
 @dataclass(frozen=True)
 class GroupWork:
-    """A prompt, and a group of all rows of a batch, of words and of speech."""
+    """Work of a prompt, and of a group of text and of speech for all rows of a batch."""
 
     prefill: Work
     text: Work
@@ -104,7 +107,7 @@ class GroupWork:
     def of(
         cls, lm: LM, batch: int, prompt: int, groups: int = 0, quantized_cache: bool = False
     ) -> GroupWork:
-        """After prompts of `prompt` words, in the middle of `groups` groups."""
+        """The work in the middle of `groups` groups, after prompts of `prompt` groups."""
         middle = prompt + groups // 2
         cache = 0 if lm.device.type == "meta" else cache_bytes(lm.device)
         text = word_work(lm, middle, batch, quantized_cache)
@@ -112,7 +115,7 @@ class GroupWork:
         return cls(prompt_work(lm, prompt), text, audio, lm.dtype)
 
     def floors(self, ceiling: Ceiling) -> tuple[float, float, float]:
-        """Seconds of each."""
+        """The floor of each, in seconds."""
         prefill, text, audio = (
             work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio)
         )
@@ -139,8 +142,10 @@ def request_floor(
     patches: float,
     quantized_cache: bool = False,
 ) -> float:
-    """Seconds that so many equal requests at once take at least: prompts one by one, groups and
-    audio together."""
+    """The least seconds of so many equal requests at once.
+
+    Prompts run one by one, groups and audio together.
+    """
     prefill, text, audio = GroupWork.of(
         lm, batch, prompt, round(words + patches), quantized_cache
     ).floors(ceiling)
@@ -170,7 +175,7 @@ def _matrices(stack: TransformerWeights) -> Iterable[AnyWeight]:
 
 
 def _values(matrices: Iterable[AnyWeight]) -> int:
-    """Weights in a product."""
+    """Number of weights in a product."""
     return sum(
         sum(block.numel() for block in matrix.blocks)
         if isinstance(matrix, Weight)

@@ -1,5 +1,7 @@
-"""The steady state of decoding: seconds of a group of B rows that all say words, or all speak,
-without the codec."""
+"""Steady-state decoding: seconds of a group of B rows, without the codec.
+
+All rows of a group are text, or all are speech.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ from mimo_fast.sampling import TASK_SAMPLERS
 SAMPLERS = Samplers(TASK_SAMPLERS["tts"]["global"], TASK_SAMPLERS["tts"]["local"])
 
 SETTLING = 2
-"""Groups that are not counted: the rows fall into step, and what is first used is set up."""
+"""Groups that are not counted, in which rows synchronize and lazy set-up happens."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Ids [C + 1, T G] of a prompt, and its keys and values."""
+    """Ids [C + 1, T G] of a prompt, with its keys and values."""
 
     ids: Tensor
     computed: Snapshot
@@ -33,7 +35,7 @@ class Context:
 
 @dataclass(frozen=True)
 class GroupTimes:
-    """Seconds of the first row's prompt, and of a group of all rows, of words and of speech."""
+    """Seconds of the first row's prompt, and of a text and a speech group of all rows."""
 
     prefill: float
     text: CallTime
@@ -43,13 +45,13 @@ class GroupTimes:
 def time_groups(
     target: Target, batch: int, prompt: int, groups: int, samplers: Samplers = SAMPLERS
 ) -> GroupTimes:
-    """Times `groups` groups of each kind after a prompt of `prompt` words, computed once and copied
-    to every row.
+    """Times `groups` groups of each kind after a prompt of `prompt` groups of text.
 
-    The target must have room for SETTLING groups more than both.
+    The prompt is computed once and copied to every row. The target must have room for both kinds
+    and SETTLING groups more.
     """
     if target.lm.device.type == "cuda":
-        # The first of a length sets up what it is multiplied with.
+        # The first prompt of a length sets up its kernels.
         prompted(target, prompt, samplers)
     context, prefill = prompted(target, prompt, samplers)
     times = []
@@ -60,7 +62,7 @@ def time_groups(
 
 
 def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
-    """A prompt of `prompt` words, computed, and the seconds that it took."""
+    """A computed prompt of `prompt` groups of text, and the seconds that it took."""
     first = target.engine.sequence(seed=0)
     first.add(target.filler(prompt))
     reply = target.engine.start(first, Limits(1), samplers)
@@ -82,8 +84,10 @@ def start_rows(
     groups: int,
     samplers: Samplers = SAMPLERS,
 ) -> list[Reply]:
-    """Replies of `groups` groups of one token each, their prompt copied to every row; to be taken
-    from in step."""
+    """Starts replies of `groups` groups of one token each, their prompt copied to every row.
+
+    Their groups are to be taken in step.
+    """
     target.lm.follow([token] * groups)
     replies = []
     for row in range(batch):
@@ -96,11 +100,11 @@ def start_rows(
 
 
 def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> CallTime:
-    """Takes all groups of the replies, in step, and closes them."""
+    """Takes all groups of the replies in step, and closes them."""
     times = []
     for _ in range(groups + SETTLING):
         began = perf_counter()
-        # The first to be asked computes the group of all.
+        # The first reply that is asked computes the group of all rows.
         for reply in replies:
             next(reply)
         synchronize(device)

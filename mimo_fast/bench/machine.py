@@ -1,5 +1,4 @@
-"""What `mimo-fast info` tells: the machine, the versions, the kernels, a checkpoint's parts and
-bytes."""
+"""What `mimo-fast info` prints: machine, versions, kernels, a checkpoint's parts and bytes."""
 
 import importlib.metadata
 import math
@@ -19,7 +18,7 @@ from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
 
 SHARED_PRODUCT = 2**20
-"""Weights of a matrix from which on a product with one row is worth sharing between cores."""
+"""Least number of weights for which a product with one row is shared between cores."""
 
 PARTS = {
     "lm": {
@@ -69,8 +68,10 @@ def describe_machine() -> Iterator[str]:
 
 
 def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:
-    """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes. Reads headers
-    only."""
+    """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes.
+
+    Only headers are read.
+    """
     directory = find(source, hub)
     if kind == "lm":
         config, weights, _ = open_lm(directory)
@@ -93,11 +94,11 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
 
 
 def useful_threads(config: LMConfig) -> int:
-    """Threads that torch should use for a language model on the CPU: the cores this process may
-    use, or one.
+    """Number of threads that torch should use for a language model on the CPU.
 
-    A product smaller than SHARED_PRODUCT is done before the other threads have been woken, and
-    waiting for them costs many times the work where other programs use the cores.
+    It is the number of cores that this process may use, or one: a product smaller than
+    SHARED_PRODUCT is done before other threads have been woken, and waiting for them costs many
+    times the work where other programs use the cores.
     """
     backbone = config.backbone
     return (
@@ -113,7 +114,7 @@ def usable_cores() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's name as it tells it."""
+    """The processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(

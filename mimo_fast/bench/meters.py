@@ -1,5 +1,4 @@
-"""What a piece of work took besides time: the peak of its memory, and energy where the driver
-tells."""
+"""Peak memory and energy of a piece of work."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ RESET_PEAK = "5"
 
 
 class PeakMemory:
-    """The most memory in use since this object was made: of the device on a GPU, of the process on
-    a CPU."""
+    """Peak memory since this object was made: the device's on a GPU, the process's on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,8 +36,10 @@ class PeakMemory:
 
 
 def reset_resident_peak() -> bool:
-    """Lets `resident_peak` count from now; False where the system does not allow it, and it counts
-    from the start."""
+    """Restarts the count of `resident_peak`.
+
+    False where the system does not allow it; then it counts from the start of the process.
+    """
     try:
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
     except OSError:
@@ -77,7 +77,7 @@ class EnergyMeter:
             self.source, self.unmeasured = "power by nvidia-smi", None
 
     def _count(self, uuid: str) -> str | None:
-        """Why NVML's counter does not serve, or None."""
+        """Why NVML's counter cannot be used, or None."""
         try:
             import pynvml
         except ImportError:
@@ -86,7 +86,7 @@ class EnergyMeter:
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             began = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        # Old cards, parts of a card and some virtual machines have no counter.
+        # Old cards, MIG instances and some virtual machines have no counter.
         except pynvml.NVMLError as error:
             return f"NVML: {error}"
         count = pynvml.nvmlDeviceGetTotalEnergyConsumption
@@ -99,7 +99,7 @@ class EnergyMeter:
 
 
 class PowerLog:
-    """nvidia-smi in a process of its own, which writes a card's power some times a second."""
+    """nvidia-smi in a process, which writes the card's power several times a second."""
 
     EVERY_MS = 50
 
@@ -108,12 +108,14 @@ class PowerLog:
         command = [tool, f"--id={uuid}", *query, f"--loop-ms={self.EVERY_MS}"]
         self._began = perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        # Whatever becomes of the measurement, it ends with this object.
+        # The process ends with this object, even if the measurement fails.
         weakref.finalize(self, self._process.kill)
 
     def joules(self) -> float | None:
-        """The mean of all that was written, times the seconds since the beginning; None where
-        nothing was. Ends the process."""
+        """Mean power times the seconds since the beginning; None where none was written.
+
+        Ends the process.
+        """
         seconds = perf_counter() - self._began
         self._process.terminate()
         written, _ = self._process.communicate()

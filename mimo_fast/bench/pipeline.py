@@ -51,7 +51,7 @@ PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
     "asr": lambda speech: tasks.asr(ENCODED, speech(), template=0),
     "audio_understanding": lambda speech: tasks.audio_understanding(ENCODED, speech(), QUESTION),
 }
-"""Task -> what is asked, given what encodes the user's speech."""
+"""Task -> its segments, given a function that encodes the user's speech."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ class TimedRequest:
 
 @dataclass
 class Trace:
-    """One request as it went; times from its beginning. chunks: (time, samples). spoken: whether
-    each group was."""
+    """The course of one request; times are since its beginning.
+
+    chunks: (time, samples). spoken: whether each group was speech.
+    """
 
     encoded: float = 0.0
     prefilled: float = 0.0
@@ -93,7 +95,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles over n values."""
+    """Percentiles of n values."""
 
     p50: float
     p95: float
@@ -110,11 +112,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a number of equal requests took; see the module for names. None: `unmeasured` says why.
+    """Results of equal requests, named as in the module's docstring.
 
-    wall: from the first request to the end of the last. text_groups, audio_groups: of all of their
-    replies.
-    audio_seconds: likewise, and of all of their inputs where the replies are text.
+    What is None has its reason in `unmeasured`. wall: from the first request to the end of the
+    last. text_groups, audio_groups: of all of their replies. audio_seconds: of all replies, or of
+    all inputs where the replies are text.
     """
 
     task: str
@@ -141,7 +143,7 @@ class Metrics:
     unmeasured: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """The fields of a record."""
         return asdict(self)
 
 
@@ -238,8 +240,10 @@ def summarize(
 
 
 def warm_up(target: Target, request: TimedRequest) -> None:
-    """A request that ends with its first group and, for a spoken reply, enough of the codec to
-    bring audio."""
+    """Sends a request that ends after its first group.
+
+    For a spoken reply the codec also decodes up to the first audio.
+    """
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
     if target.codec is not None and find_task(request.task).speaks:
         target.codec.warmup(target.setup.max_batch, progress=False)
@@ -275,8 +279,10 @@ def plan_of(target: Target, request: TimedRequest) -> list[int]:
 def _together(
     target: Target, request: TimedRequest, batch: int, stopped: threading.Event
 ) -> list[Trace]:
-    """One request in this thread, or several in one each; all begin at once and end early once
-    `stopped`."""
+    """One request in this thread, or several with a thread each.
+
+    All start at once, and end early once `stopped`.
+    """
     limit = request.words + request.patches + 1
     if batch == 1:
         return [_answer(target, request, 0, limit, stopped)]
@@ -340,7 +346,7 @@ def _chunks(
     speaks: bool,
     on_group: Callable[[Group], None],
 ) -> Iterator[int]:
-    """Samples of each chunk; without a codec, none a group."""
+    """Samples of each chunk; without a codec, none for a group."""
     if target.codec is None:
         for group in reply:
             on_group(group)

@@ -1,8 +1,8 @@
-"""A real-time player that is fed by a stream: when it begins to play, and when it runs dry.
+"""A real-time player that is fed by a stream: when it starts to play, and when it runs dry.
 
-It plays from the first sample on (or once `buffer` seconds have come), without a break as long as
-there is something to play; where the next chunk comes late it is silent until then, and goes on
-with what came. A last chunk that is late counts like any other.
+It plays from the first sample on (or once `buffer` seconds have come) while it has audio. Where the
+next chunk is late it is silent until that comes, and continues with it. A late last chunk counts
+like any other.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 CONTINUOUS = 0.1
-"""Seconds of silence up to which a reply passes for continuous (the threshold of vLLM-Omni's
-`audio_continuity_ok`)."""
+"""Seconds of silence in a reply that still counts as continuous.
+
+The threshold of vLLM-Omni's `audio_continuity_ok`.
+"""
 
 
 @dataclass(frozen=True)
 class Playback:
-    """What a listener heard of one reply; all in seconds.
+    """What a listener heard of one reply, in seconds.
 
     first_audio: from the request to the arrival of the first samples, None if none came. duration:
-    of the audio.
-    gaps: between the arrivals of chunks that held audio. underruns: each silence in the middle.
+    of the audio. gaps: between the arrivals of chunks that held audio. underruns: each silence
+    within the reply.
     """
 
     first_audio: float | None
@@ -36,22 +38,23 @@ class Playback:
 
     @property
     def stalled(self) -> float:
-        """All silence in the middle."""
+        """Total silence within the reply."""
         return sum(self.underruns)
 
     @property
     def continuous(self) -> bool:
-        """Whether silences of no more than CONTINUOUS in all were heard."""
+        """Whether the total silence is at most CONTINUOUS."""
         return self.stalled <= CONTINUOUS
 
 
 def play(arrivals: Sequence[tuple[float, int]], sample_rate: int, buffer: float = 0.0) -> Playback:
-    """Plays a reply whose chunks arrived as (seconds since the request, samples), in order; samples
-    may be 0.
+    """Plays a reply whose chunks arrived, in order, as (seconds since the request, samples).
+
+    samples may be 0.
 
     Args:
-        buffer: seconds of audio to wait for before playing; a reply that ends before is played at
-            its end.
+        buffer: seconds of audio to wait for before playing; a reply that ends before is played
+            at its end.
     """
     heard = [(time, samples / sample_rate) for time, samples in arrivals if samples]
     times = [time for time, _ in heard]
@@ -64,7 +67,7 @@ def play(arrivals: Sequence[tuple[float, int]], sample_rate: int, buffer: float 
             if came >= buffer or i == len(heard) - 1:
                 dry_at = time + came
             continue
-        # Less than a sample is rounding.
+        # A gap below one sample is rounding.
         if time - dry_at > 1 / sample_rate:
             underruns.append(time - dry_at)
         dry_at = max(time, dry_at) + seconds

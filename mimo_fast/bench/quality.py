@@ -1,15 +1,15 @@
-"""What quantized weights cost, against the checkpoint's own on the same ids, teacher-forced.
+"""The loss of quality by quantized weights, teacher-forced on the same ids as the original's.
 
-Sequences are the given recordings carried on (their own codes are what is predicted), and the
-checkpoint's own replies to them and to the given texts. At each predicted position:
+Sequences are the given recordings (their own codes are predicted), and the checkpoint's own replies
+to them and to the given texts. At each predicted position:
 
-    KL         of the quantized distribution from the checkpoint's, in nats, at temperature 1 and
-               before top-k and top-p
+    KL         from the checkpoint's distribution to the quantized one, in nats, at temperature 1
+               and before top-k and top-p
     agreement  how often both prefer the same token
 
-for the text head and each of the codebooks, whose patch decoder is fed the true codes. The codec in
-int8 is held against itself in full: SNR and mel distance (mean absolute difference of the log-mel)
-of what it decodes from the recordings' codes, and how many of its own codes are the same.
+for the text head and each codebook, whose patch decoder is fed the true codes. The int8 codec is
+compared with the full one: SNR and mel distance (mean absolute difference of the log-mel) of the
+audio decoded from the recordings' codes, and the share of its own codes that are the same.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from mimo_fast.runtime.lm.teacher_forcing import code_logits
 
 FORMATS = ("int8", "int4", "nf4")
 REPLY_GROUPS = 48
-"""Of the checkpoint's replies."""
+"""Groups of each of the checkpoint's replies."""
 
 LOGITS_AT_ONCE = 64
-"""Positions: bounds the memory of a vocabulary's scores."""
+"""Positions scored at once; it bounds the memory of the vocabulary's scores."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Ids [C + 1, T G] of which groups from `first` on are predicted."""
+    """Ids [C + 1, T G], of which groups from `first` on are predicted."""
 
     ids: Tensor
     first: int
@@ -51,8 +51,10 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the text head [P, V] and of each codebook [Q frames, size], on the host,
-    float32."""
+    """Log-probabilities of the text head [P, V] and of each codebook [Q frames, size].
+
+    float32, on the host.
+    """
 
     text: Tensor
     codes: tuple[Tensor, ...]
@@ -60,7 +62,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Head:
-    """How one head of a format differs from the checkpoint's, over so many predictions."""
+    """Difference of one head from the checkpoint's, over so many predictions."""
 
     kl: float
     agreement: float
@@ -69,7 +71,7 @@ class Head:
 
 @dataclass(frozen=True)
 class CodecQuality:
-    """The codec in a format against itself in full."""
+    """Quality of a quantized codec against the full one."""
 
     snr_db: float
     mel_distance: float
@@ -120,8 +122,7 @@ def quality(args: argparse.Namespace, load: Callable[[Any], MimoAudio]) -> int:
 def own_sequences(
     model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]
 ) -> Iterator[Lesson]:
-    """What is predicted: recordings as they are, and replies that the model gives with its task's
-    samplers."""
+    """Sequences to predict: the recordings, and the model's replies with its task's samplers."""
     with tqdm(
         total=2 * len(wavs) + len(texts), desc="replies", delay=1, leave=False, disable=None
     ) as bar:
@@ -145,7 +146,7 @@ def _reply(model: MimoAudio, task: str, ids: Tensor) -> Lesson:
 
 @torch.no_grad()
 def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
-    """What a model predicts for the groups of a sequence, given all that is before each."""
+    """Predictions of a model for the groups of a sequence, each given all before it."""
     groups = sequence.ids.unflatten(1, (-1, lm.config.group_size))
     text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
     state = lm.new_state([0], len(text))
@@ -175,7 +176,7 @@ def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def compare(reference: Sequence[Scores], quantized: Sequence[Scores]) -> list[Head]:
-    """The text head, then each codebook."""
+    """Compares the text head, then each codebook."""
     pairs = [(torch.cat([s.text for s in reference]), torch.cat([s.text for s in quantized]))]
     for channel in range(len(reference[0].codes)):
         both = (
@@ -186,11 +187,11 @@ def compare(reference: Sequence[Scores], quantized: Sequence[Scores]) -> list[He
 
 
 def head_quality(reference: Tensor, quantized: Tensor) -> Head:
-    """Log-probabilities [P, V] of both -> how they differ; P may be 0."""
+    """Log-probabilities [P, V] of both -> their difference; P may be 0."""
     if not len(reference):
         return Head(float("nan"), float("nan"), 0)
     weights = reference.double().exp()
-    # What both forbid has no weight: -inf - -inf must not become NaN.
+    # Ids that both forbid have no weight; avoids NaN from -inf - -inf.
     differences = torch.where(weights > 0, reference.double() - quantized.double(), 0.0)
     agreement = (reference.argmax(-1) == quantized.argmax(-1)).double().mean()
     return Head(float((weights * differences).sum(-1).mean()), float(agreement), len(reference))
@@ -199,7 +200,7 @@ def head_quality(reference: Tensor, quantized: Tensor) -> Head:
 def compare_codec(
     full: Codec, quantized: Codec, wavs: Sequence[Tensor], channels: int
 ) -> CodecQuality:
-    """Over all recordings together."""
+    """Compares the codecs over all recordings together."""
     signal = noise = distance = frames = same = codes_ = 0.0
     for wav in wavs:
         codes = full.encode(wav, channels)

@@ -1,9 +1,7 @@
-"""A model told what to say when: words and speech in a known order, so that runs with random
-weights can be compared.
+"""A model that follows a schedule of text and speech, so runs with random weights can be compared.
 
 The text token of each group is computed and drawn as always and then replaced by the schedule's, on
-the device, also
-inside a captured graph: three small kernels a group more than without one.
+the device, also inside a captured graph. That takes three small kernels more for each group.
 """
 
 from __future__ import annotations
@@ -19,21 +17,23 @@ from mimo_fast.runtime.lm.state import DecodeState
 from mimo_fast.text.prompt import REPLY_PATCHES, REPLY_TEXT_TOKENS
 
 FREE = -1
-"""In a schedule: whatever the model draws."""
+"""In a schedule: the token that the model draws."""
 
 
 class ScheduledLM(LM):
-    """A model whose i-th group since its seed has the i-th token of a schedule; after its end, and
-    before one is set, the token that the model draws."""
+    """A model whose i-th group since its seed has the i-th token of a schedule.
+
+    After the schedule's end, and before one is set, it is the token that the model draws.
+    """
 
     schedule: Tensor
 
     @classmethod
     def of(cls, lm: LM, longest: int) -> ScheduledLM:
-        """The same weights, for schedules of up to so many groups."""
+        """The same weights, for schedules of at most so many groups."""
         scheduled = cls.__new__(cls)
         scheduled.__dict__.update(lm.__dict__)
-        # One group more, which is what all later ones look up.
+        # One entry more, for all later groups.
         scheduled.schedule = torch.full((longest + 1,), FREE, device=lm.device)
         return scheduled
 
@@ -41,13 +41,13 @@ class ScheduledLM(LM):
         """Sets the schedule.
 
         Raises:
-            ValueError: it is longer than was said.
+            ValueError: it is longer than `of` allowed for.
         """
         if len(tokens) >= len(self.schedule):
             raise ValueError(
                 f"a schedule of {len(tokens)} groups exceeds the longest, {len(self.schedule) - 1}"
             )
-        # In place: graphs have captured where it lies.
+        # In place, since graphs have captured its address.
         self.schedule.fill_(FREE)
         self.schedule[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
@@ -67,8 +67,7 @@ class ScheduledLM(LM):
 
 
 def spoken_reply(patches: int, words: int, word_id: int, empty_id: int, end_id: int) -> list[int]:
-    """A spoken reply as the model was trained to give it: 5 words, 5 patches, and so on; then its
-    end."""
+    """The schedule of a spoken reply as trained: 5 words, 5 patches, and so on; then its end."""
     plan: list[int] = []
     while words or patches:
         plan += [word_id] * min(words, REPLY_TEXT_TOKENS) + [empty_id] * min(patches, REPLY_PATCHES)
@@ -77,5 +76,5 @@ def spoken_reply(patches: int, words: int, word_id: int, empty_id: int, end_id: 
 
 
 def written_reply(words: int, word_id: int, end_id: int) -> list[int]:
-    """A reply in text; then its end."""
+    """The schedule of a reply in text, then its end."""
     return [word_id] * words + [end_id]

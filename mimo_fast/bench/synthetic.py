@@ -1,5 +1,4 @@
-"""Models of any dimensions with random weights made in place, dense or quantized: nothing is read
-from a disk."""
+"""Models of any dimensions with random weights made on the device, dense or quantized."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def preset_configs(preset: str) -> tuple[LMConfig, CodecConfig]:
 
 
 def preset_setup(preset: str, quantization: str | None, dtype: torch.dtype) -> Setup:
-    """The memory that a preset takes, for one row of two groups."""
+    """Memory set-up of a preset for one row of two groups."""
     lm, codec = preset_configs(preset)
     chosen = QuantizationConfig.parse(quantization)
     formats = chosen.formats(lm_shapes(lm)) if chosen else {}
@@ -55,8 +54,10 @@ def random_lm(
     empty_id: int = 1,
     seed: int = 0,
 ) -> LM:
-    """A language model whose activations stay of order 1; quantized matrices are made in their
-    packed form."""
+    """A language model whose activations stay of order 1.
+
+    Quantized matrices are made in their packed form.
+    """
     chosen = QuantizationConfig.parse(quantization)
     formats = chosen.formats(lm_shapes(config)) if chosen else {}
     tensors = stored_tensors(lm_shapes(config), formats, dtype)
@@ -66,7 +67,7 @@ def random_lm(
 
 
 def weightless_lm(config: LMConfig, quantization: str | None, dtype: torch.dtype) -> LM:
-    """The same on torch's meta device, for what its shapes tell."""
+    """The same on torch's meta device, which has shapes and no data."""
     chosen = QuantizationConfig.parse(quantization)
     formats = chosen.formats(lm_shapes(config)) if chosen else {}
     tensors = stored_tensors(lm_shapes(config), formats, dtype)
@@ -85,7 +86,7 @@ def random_codec(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Codec:
-    """A codec likewise; quantization is that of its transformer layers, such as "int8"."""
+    """A random codec; quantization, such as "int8", is that of its transformer layers."""
     chosen = QuantizationConfig.parse({"codec": quantization})
     formats = chosen.formats(codec_shapes(config)) if chosen else {}
     tensors = stored_tensors(codec_shapes(config), formats, dtype)
@@ -104,7 +105,7 @@ def random_reader(
     seed: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Read:
-    """name -> tensor, the same whenever it is asked for; `advance` is told of each."""
+    """name -> tensor, the same at every call; `advance` is told of each."""
 
     def read(name: str) -> Tensor:
         advance(1)
@@ -144,5 +145,5 @@ def _scale(words: tuple[int, ...], tensors: Stored, name: str) -> float:
 
 
 def hash_of(name: str) -> int:
-    """The same number for a name in every process."""
+    """A hash of a name that is the same in every process."""
     return int.from_bytes(name.encode(), "little") % (2**31 - 1)

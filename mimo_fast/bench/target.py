@@ -1,5 +1,4 @@
-"""What is measured: a language model, a codec or none, a tokenizer, and an engine of so many
-slots."""
+"""The measured target: a language model, codec or none, tokenizer, and an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from mimo_fast.text.tokenizer import Tokenizer
 SAMPLE_RATE = 24000
 FRAME_SAMPLES = 960
 PATCH_SAMPLES = FRAME_SAMPLES * PATCH_FRAMES
-"""Of 160 ms, in the published codec and all that are built like it."""
+"""Samples of a patch of 160 ms, in the published codec and all of its form."""
 
 LONGEST_REPLY = 8192
 
@@ -40,10 +39,9 @@ class Target:
 
     Args:
         codec: None leaves audio out: prompts hold random codes in place of encoded speech.
-        steered: whether replies follow a schedule; random weights know no end and mix words and
+        steered: whether replies follow a schedule; random weights have no end and mix words and
             speech by chance.
-        setup: what it takes of the device's memory; the engine holds `max_batch` requests of
-            `max_seq_len` groups.
+        setup: memory of the device; the engine holds `max_batch` requests of `max_seq_len` groups.
     """
 
     lm: ScheduledLM
@@ -84,7 +82,7 @@ class Target:
         steered: bool = False,
         **options: Unpack[LoadOptions],
     ) -> Target:
-        """A checkpoint pair, from directories or hub ids; options and errors as `MimoAudio`'s."""
+        """A checkpoint pair from directories or hub ids; options and errors are `MimoAudio`'s."""
         options["max_batch"], options["max_seq_len"] = 1, 2
         model, audio, tokenizer, setup = load_parts(lm, codec, device, dtype, quantization, options)
         return cls(ScheduledLM.of(model, LONGEST_REPLY), audio, tokenizer, setup, steered)
@@ -107,14 +105,14 @@ class Target:
     def request_floor(
         self, ceiling: Ceiling, batch: int, prompt: int, words: float, patches: float
     ) -> float:
-        """Seconds that so many equal requests at once take at least."""
+        """Least seconds of so many equal requests at once."""
         return request_floor(
             ceiling, self.lm, self.codec, batch, prompt, words, patches, self.quantized_cache
         )
 
     @cached_property
     def engine(self) -> Engine:
-        """Made, and on a GPU captured, when it is first needed."""
+        """The engine, made and (on a GPU) captured at first use."""
         setup = self.setup
         engine = Engine(
             self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=self.quantized_cache
@@ -124,26 +122,26 @@ class Target:
 
     @property
     def patch_seconds(self) -> float:
-        """Of audio a patch."""
+        """Seconds of audio of a patch."""
         return PATCH_SAMPLES / SAMPLE_RATE
 
     @cached_property
     def word_id(self) -> int:
-        """An ordinary token."""
+        """The id of an ordinary token."""
         return self.tokenizer.encode("a")[0]
 
     def plan(self, tokens: Sequence[int]) -> None:
-        """Sets what replies consist of, where they are steered."""
+        """Sets the replies' schedule, where they are steered."""
         self.lm.follow(tokens if self.steered else [])
 
     def speech(self, audio: Tensor) -> Speech:
-        """Codes of speech [n], cut to whole patches; random ones without a codec."""
+        """Codes of speech [n], cut to whole patches; random codes without a codec."""
         config = self.lm.config
         frames = len(audio) // PATCH_SAMPLES * PATCH_FRAMES
         if self.codec is not None:
             return Speech(self.codec.encode(audio, config.channels)[:, :frames].cpu())
         generator = torch.Generator().manual_seed(0)
-        # The empty code is the last.
+        # The last code is the empty one.
         return Speech(
             torch.stack(
                 [
@@ -154,7 +152,7 @@ class Target:
         )
 
     def filler(self, groups: int) -> Tensor:
-        """Words [C + 1, groups * G] that came before."""
+        """Preceding context: words [C + 1, groups * G]."""
         config = self.lm.config
         ids = torch.full((config.channels + 1, groups * config.group_size), self.word_id)
         ids[1:] = torch.tensor(config.empty_codes)[:, None]
@@ -164,8 +162,10 @@ class Target:
 def shortfall(
     setup: Setup, device: torch.device, with_codec: bool = True, loaded: bool = False
 ) -> str | None:
-    """Why a setup does not fit into what is free of the device, or None; once loaded, its weights
-    are there already."""
+    """Why a setup does not fit into the device's free memory, or None.
+
+    Once loaded, the weights are already there.
+    """
     free, parts = free_bytes(device), setup.bytes()
     absent = {"weights", "codec"} if loaded else set() if with_codec else {"codec"}
     need = sum(size for name, size in parts.items() if name not in absent)
@@ -175,7 +175,7 @@ def shortfall(
 
 
 def user_speech(seconds: float, audio: AudioSource | None = None) -> Tensor:
-    """Speech [n] of whole patches: a recording's beginning, or noise where there is none."""
+    """Speech [n] of whole patches: the beginning of a recording, or noise without one."""
     samples = max(1, round(seconds * SAMPLE_RATE / PATCH_SAMPLES)) * PATCH_SAMPLES
     if audio is None:
         return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""How long a call takes, on a CPU or a CUDA device.
+"""Duration of a call, on a CPU or a CUDA device.
 
 CPU: a monotonic clock around each call, after a warm-up. CUDA: the calls are captured into a graph
-and the replays are timed with events, so that what launching costs the host does not count, as it
-does not in the runtime; calls that cannot be captured are timed one by one. Several calls on copies
-of the same inputs, taken in turn, keep a cache from
-serving what a model would read from memory: `copies_for` tells how many that takes.
+and its replays are timed with events, so the host's launch cost does not count, as in the runtime;
+calls that cannot be captured are timed one by one. Several calls alternate over copies of the same
+inputs, so that a cache does not serve what a model would read from memory; `copies_for` tells how
+many copies that takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 Call = Callable[[], object]
 
 GRAPH_SECONDS = 2e-3
-"""Least duration of one replay: events resolve about half a microsecond."""
+"""Least seconds of one replay; events resolve about half a microsecond."""
 
 MAX_COPIES = 64
 
@@ -37,7 +37,7 @@ class CallTime:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> CallTime:
-        """Of measured durations, at least one; percentiles are interpolated linearly."""
+        """From measured durations, at least one; percentiles are interpolated linearly."""
         p10, p50, p90 = (percentile(seconds, share) for share in (0.1, 0.5, 0.9))
         return cls(p10, p50, p90, len(seconds))
 
@@ -65,13 +65,13 @@ def time_calls(
     min_runs: int = 5,
     max_runs: int = 1000,
 ) -> CallTime:
-    """Times one call, or several that do the same on copies of their inputs, in turn.
+    """Times one call, or several that do the same on copies of their inputs, alternately.
 
     Args:
-        calls: without arguments; what they return is dropped.
-        device: where they work; a call on a CPU must not return before its work is done.
-        seconds: bound on the measuring, warm-up apart, unless `min_runs` calls take longer.
-        min_runs, max_runs: measurements to make at least and at most.
+        calls: without arguments; their results are dropped.
+        device: where they run; a call on a CPU must return after its work.
+        seconds: bound on the measuring without warm-up, unless `min_runs` calls take longer.
+        min_runs, max_runs: least and largest number of measurements.
     """
     return CallTime.of(
         durations(calls, device, seconds=seconds, min_runs=min_runs, max_runs=max_runs)
@@ -86,7 +86,7 @@ def durations(
     min_runs: int,
     max_runs: int,
 ) -> list[float]:
-    """What `time_calls` sums up: seconds of each measurement."""
+    """The measurements that `time_calls` summarizes, in seconds."""
     turns = [calls] if callable(calls) else list(calls)
     if torch.device(device).type == "cuda":
         return _time_cuda(turns, seconds, min_runs, max_runs)
@@ -96,14 +96,14 @@ def durations(
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has finished all work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @cache
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the device's last cache; 32 MB for a CPU that does not tell."""
+    """Bytes of the device's last-level cache; 32 MB for a CPU that does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     found = [
@@ -117,11 +117,9 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:
-    """How many copies of inputs of so many bytes a call must take in turn to find none of them in
-    the cache.
+    """How many copies of inputs of so many bytes exceed the cache.
 
-    At most 64: inputs that are smaller than that are as warm here as they are in a model, where the
-    op before wrote them.
+    At most 64: smaller inputs are in the cache in a model as well, where the op before wrote them.
     """
     return max(1, min(MAX_COPIES, -(-2 * cache_bytes(device) // max(1, nbytes))))
 
@@ -164,8 +162,10 @@ def _time_cuda(turns: list[Call], seconds: float, min_runs: int, max_runs: int) 
 
 
 def _captured(calls: list[Call]) -> Call | None:
-    """A replay of all calls, or None where one of them does what a capture forbids, such as reading
-    from the device."""
+    """A replay of all calls, or None where one does what a capture forbids.
+
+    Reading from the device is an example.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

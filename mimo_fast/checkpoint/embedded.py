@@ -1,4 +1,4 @@
-"""The small pair inside the package, and which pair is meant where one or both have no name."""
+"""The small pair in the package, and which pair is used where names are missing."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ NANO = ASSETS / NAME
 """Folder of `lm` and `codec`."""
 
 CARD = NANO / "README.md"
-"""What the embedded model knows."""
+"""What the embedded model was trained for."""
 
 QUESTION = ASSETS / "question.wav"
 """A question that the embedded model can answer, in a voice that it was not trained on."""
 
 SENTENCE = "tomorrow is tuesday december twenty five"
-"""What it can say: it was not trained on the sentence, but on its words."""
+"""A sentence that it can say: trained on its words, not on the sentence."""
 
 PUBLISHED_MODEL = "XiaomiMiMo/MiMo-Audio-7B-Instruct"
 PUBLISHED_BASE = "XiaomiMiMo/MiMo-Audio-7B-Base"
@@ -27,11 +27,11 @@ PUBLISHED_CODEC = "XiaomiMiMo/MiMo-Audio-Tokenizer"
 def resolve_pair(
     lm: PathLike | None, codec: PathLike | None, published: str = PUBLISHED_MODEL
 ) -> tuple[PathLike, PathLike]:
-    """The language model and the codec that are meant, either of which may be None.
+    """The language model and codec to use, either of which may be None.
 
-    Neither given, it is the embedded pair; one alone goes with the published other, for a codec
-    `published`. "nano" is the embedded one, and alone means both, unless there is a folder of that
-    name here.
+    With neither given it is the embedded pair. One alone is combined with the published other,
+    which is `published` for a codec. "nano" names the embedded one, and given alone means both,
+    unless a folder of that name exists here.
 
     Raises:
         CheckpointError: the embedded pair is meant and this installation lacks it.

@@ -1,9 +1,8 @@
-"""Find, validate, open and write checkpoints: a directory of config.json and safetensors, in one
-file or in shards.
+"""Finds, validates, opens and writes checkpoints: a directory of config.json and safetensors.
 
 Reading is lazy. Files are memory-mapped and only their headers are parsed, so a checkpoint is
-validated before anything is allocated and no tensor is ever twice in memory. The format is that of
-https://github.com/huggingface/safetensors.
+validated before anything is allocated, and no tensor is in memory twice. Weights are one file or
+shards. The format is that of https://github.com/huggingface/safetensors.
 """
 
 import json
@@ -53,8 +52,9 @@ def find_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of a checkpoint: `source` itself where it is one, else a hub id "owner/name",
-    downloaded or cached.
+    """The directory of a checkpoint: `source` itself, or a hub id "owner/name".
+
+    A hub checkpoint is downloaded, or found in the cache.
 
     Raises:
         CheckpointError: nothing is there, the hub refuses or is out of reach, or config.json or
@@ -144,8 +144,7 @@ def _require_files(directory: Path) -> None:
 
 
 class Weights:
-    """Read-only view of a checkpoint's tensors: only headers are in memory, files stay mapped while
-    this object lives.
+    """Read-only view of a checkpoint's tensors: headers in memory, files mapped while it lives.
 
     `files` gives for each tensor name the open safetensors file that holds it; `open_weights` makes
     it.
@@ -176,11 +175,11 @@ class Weights:
     def get(
         self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """One tensor. On the CPU in its stored dtype it is a view of the mapped file: no copy,
-        pages read on first use.
+        """One tensor; on the CPU in its stored dtype a view of the mapped file.
 
-        Writing to such a view changes this process's copy of the page, never the file. On another
-        device the dtype is converted after the transfer.
+        Such a view is not copied, and its pages are read on first use. Writing to it changes this
+        process's copy of the page, never the file. On another device the dtype is converted after
+        the transfer.
         """
         self.dtype(name)
         return self._files[name].get_tensor(name).to(device).to(dtype=dtype)
@@ -246,8 +245,7 @@ class Weights:
 
 
 def open_weights(directory: str | os.PathLike[str]) -> Weights:
-    """Opens model.safetensors, the shards of model.safetensors.index.json, or the only other
-    safetensors file.
+    """Opens model.safetensors, the shards of its index, or the only other safetensors file.
 
     Raises:
         CheckpointError: there are no weights or it is unclear which, or a file is absent, damaged
@@ -312,14 +310,13 @@ def write_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int], object] = lambda written: None,
 ) -> None:
-    """Writes the tensors of `shapes`, in shards of at most `shard_bytes` (one tensor at the least),
-    then config.json.
+    """Writes the tensors of `shapes` in shards, then config.json.
 
-    `read(name)` is asked for one tensor at a time, so peak memory is one tensor; it may also return
-    consecutive pieces of the flattened tensor, and then peak memory is one piece. Everything is
-    converted to `dtype`, one for all or one for each name. `advance` hears how many bytes were
-    written, for a progress bar. An interrupted write leaves no config.json and no half file under a
-    final name.
+    A shard has at most `shard_bytes`, or one tensor. `read(name)` returns one tensor at a time, so
+    peak memory is one tensor; it may also return consecutive pieces of the flattened tensor, and
+    then peak memory is one piece. Everything is converted to `dtype`, one for all or one for each
+    name. `advance` is called with the number of bytes written, for a progress bar. An interrupted
+    write leaves no config.json and no incomplete file under a final name.
 
     Raises:
         CheckpointError: weights are already there, a tensor has another size, or the disk is full.

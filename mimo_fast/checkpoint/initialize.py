@@ -1,8 +1,7 @@
-"""Writes a pair of checkpoints with random weights: to try everything out, to test and to measure
-without a download.
+"""Writes checkpoint pairs with random weights, to test and measure without a download.
 
 Names, dimensions and files are those of the published checkpoints, or tiny ones ("presets"). Every
-tensor has a random generator of its own, seeded from the seed and the tensor's name, so its values
+tensor has its own random generator, seeded from the seed and the tensor's name, so its values
 depend on nothing else.
 """
 
@@ -33,7 +32,7 @@ from mimo_fast.text.tokenizer import MODEL_TOKENS
 Draw = Callable[[str], Iterator[Tensor]]
 
 PIECE = 2**24
-"""Values drawn at once: bounds the memory."""
+"""Number of values drawn at once; it bounds the memory."""
 
 TOKEN_IDS = {
     "tiny": dict(
@@ -69,15 +68,15 @@ arranged so that `<|empty|>`, the token of an audio position, is usually the lik
 """
 
 CODEBOOK_STD, CODEBOOK_DECAY = 0.5, 0.8
-"""Of the first codebook, and from each to the next: residuals of a unit variance shrink."""
+"""Scales of the first codebook and from each to the next, as residuals of unit variance shrink."""
 
 BIAS_STD = 0.02
 
 HEAD_GAIN = 2.0
-"""Of the output heads over unit variance: logits should differ enough to sample from."""
+"""Scale of the output heads over unit variance: logits must differ enough to sample from."""
 
 PUSH, EMPTY_LEAN, END_LEAN = 8.0, 2.0, 0.9
-"""See `_lean_to_speech`."""
+"""Size of the bias that `_lean_to_speech` makes."""
 
 
 def init_checkpoint(

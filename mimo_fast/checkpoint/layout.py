@@ -1,7 +1,7 @@
-"""Names and shapes of every tensor in a checkpoint: the one table behind loading, validation,
-writing and counting.
+"""Names and shapes of every tensor in a checkpoint.
 
-Names are upstream's state-dict names, so that published checkpoints load as they are.
+Loading, validation, writing and counting all use this table. Names are upstream's state-dict names,
+so published checkpoints load unchanged.
 """
 
 from mimo_fast.config import CodecConfig, LMConfig, TransformerConfig

@@ -1,4 +1,4 @@
-"""What commands share: the model that their options mean, and how replies are given out."""
+"""Shared by the commands: finding and loading a model, and writing replies."""
 
 import argparse
 import math
@@ -22,11 +22,11 @@ from mimo_fast.runtime.loading import LoadOptions
 from mimo_fast.text.spelling import spell
 
 WORDS_NAMED = 8
-"""Of those that a warning is about."""
+"""Number of words that a warning names."""
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """Where a model is looked up and how much memory it may take."""
+    """Options on where a model is found and how much memory it may take."""
     return {
         "revision": args.revision,
         "codec_revision": args.codec_revision,
@@ -40,7 +40,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
-    """Language model and codec that the options mean; says which where they name neither."""
+    """Language model and codec of the options; prints which where they name neither."""
     lm, codec = resolve_pair(args.model, args.codec, args.published)
     if args.model is None and args.codec is None:
         say(
@@ -52,7 +52,7 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
 
 
 def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
-    """The model that the command's options mean; quantization in place of theirs."""
+    """The model of the options; `quantization` replaces theirs."""
     lm, codec = find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
@@ -75,7 +75,7 @@ def say(text: str) -> None:
 
 
 def warn_of_words(model: MimoAudio, text: str) -> None:
-    """Names the words of a text that the model was not trained to say, where that is known."""
+    """Warns of words that the model was not trained to say, where they are known."""
     known = model.tokenizer.trained_words
     unknown = [word for word in dict.fromkeys(spell(text)) if known and word not in known]
     if unknown:
@@ -88,7 +88,7 @@ def print_text(chunks: Iterator[Chunk]) -> str:
     """Prints text as it comes; returns all of it."""
     text = ""
     for chunk in chunks:
-        # Leading blanks are not part of the answer.
+        # Leading whitespace is not part of the answer.
         new = chunk.text if text else chunk.text.lstrip()
         text += new
         print(new, end="", flush=True)
@@ -97,7 +97,7 @@ def print_text(chunks: Iterator[Chunk]) -> str:
 
 
 def write_speech(chunks: Iterator[Chunk], output: Path, before: torch.Tensor | None = None) -> None:
-    """Writes a reply, whole, and says how fast it came; a progress bar shows seconds spoken."""
+    """Writes a whole reply and prints its speed; a progress bar shows seconds spoken."""
     audio, text, last = [] if before is None else [before], [], None
     with tqdm(desc="speaking", unit="s", unit_scale=True, disable=None, leave=False) as bar:
         for chunk in chunks:

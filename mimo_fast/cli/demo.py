@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     for what, text in texts.items():
         print(f"{what + ':':<10}{text!r}")
     for name, samples in sounds.items():
-        # Nothing is what an untrained model may say.
+        # An untrained model may say nothing.
         if len(samples):
             save_wav(args.output / name, samples, model.codec.sample_rate)
             print(f"wrote {args.output / name}")
@@ -69,10 +69,9 @@ def _talk(
 def _follow(
     name: str, stream: ChunkStream, table: "StageTable", heard: float = 0.0, speaks: bool = True
 ) -> tuple[str, Tensor]:
-    """A reply as it comes, with the rows that only a stream has: its text and waveform [n].
+    """Collects a stream: its text, its waveform [n], and the table rows that only a stream has.
 
-    heard: seconds of recording in its prompt; they are what a reply that does not speak is timed
-    against.
+    heard: seconds of recording in its prompt; a reply in text is timed against them.
     """
     chunks = []
     with tqdm(desc=name, unit="group", disable=None, leave=False) as bar:
@@ -91,14 +90,14 @@ def _follow(
 
 
 class StageTable:
-    """Stages as they end: printed, and kept for --json."""
+    """Table of the stages: printed as they end, and kept for --json."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         print(f"{'stage':<34}{'audio':>9}{'time':>11}{'real-time factor':>18}", flush=True)
 
     def row(self, stage: str, time: float, audio: float = 0.0) -> None:
-        """time and audio in seconds; audio 0 where there is none to compare with."""
+        """time and audio in seconds; audio is 0 where there is none to compare with."""
         self.rows.append({"stage": stage, "seconds": time, "audio_seconds": audio or None})
         length = f"{audio:.2f} s" if audio else ""
         factor = f"{time / audio:.3f}" if audio else ""

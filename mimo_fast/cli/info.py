@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> int:
     lm, codec = find_pair(args)
     alone = (args.model is None) != (args.codec is None)
     for source, kind, named in ((lm, "lm", args.model), (codec, "codec", args.codec)):
-        # Of what the published other of one alone is, nobody asked.
+        # Only one was named: its published counterpart is not described.
         if named or not alone:
             hub: HubOptions = {"cache_dir": args.cache_dir, "local_files_only": args.offline}
             hub["revision"] = args.revision if kind == "lm" else args.codec_revision

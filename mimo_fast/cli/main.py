@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mimo-fast: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of stdout went away, as `| head` does.
+        # The reader of stdout has closed it, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -276,7 +276,7 @@ def _positive(text: str) -> int:
 
 
 def _writable(text: str) -> Path:
-    """Refused before a model is loaded rather than after it has spoken."""
+    """Checks that a target can be written, before a model is loaded."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")

@@ -1,6 +1,4 @@
-"""Ops of the model, one file each: the formula, its shapes, and an implementation in plain torch
-computed in float32.
+"""Ops of the model, one file each: formula, shapes, plain torch, Triton kernel, launcher.
 
-The plain-torch implementations run on every device and are the oracle that faster ones are compared
-with.
+The plain torch implementations run on every device; the faster ones are compared with them.
 """

@@ -33,11 +33,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.rope import load_angles, load_rotated, rope
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 SMALL = 16
-"""Keys and values of so many positions are held in registers."""
+"""Largest number of positions whose keys and values are held in registers."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -107,7 +107,7 @@ def rotary_attention_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -117,7 +117,7 @@ def rotary_attention_kernel(
     m_s = (o_s < T)[:, None] & m_d
     m_kv = m_h[:, None, :] & m_s[None, :, :]
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_s[:, None], o_d[None, :], m_s, DH // 2)
-    wait_for_the_last(PDL)
+    pdl_wait(PDL)
     qkv_ptr += i_n * stride_xn
     o_k = H * DH + o_kv + o_s[None, :, None] * stride_xt
     b_k = load_rotated(
@@ -140,10 +140,10 @@ def rotary_attention_kernel(
 
 
 def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
-    """Self-attention of N sequences from position 0 on: qkv [N, T, (heads + 2 kv_heads) Dh] -> [N,
-    T, heads Dh].
+    """Self-attention of N sequences from position 0 on.
 
-    table [2, P, Dh / 2]: the rows of `rope_table` for at least T positions.
+    qkv [N, T, (heads + 2 kv_heads) Dh] -> [N, T, heads Dh]. table [2, P, Dh / 2]: the rows of
+    `rope_table` for at least T positions.
     """
     n, t, width = qkv.shape
     dh = 2 * table.shape[2]
@@ -185,8 +185,7 @@ def rotary_attention_bytes(
 
 
 def small_block(heads: int, s: int, dh: int) -> dict[str, int]:
-    """Heads a program so that it holds 512 key elements, 16 a thread; one head where that alone is
-    more."""
+    """Heads a program: 512 key elements, 16 a thread; one head where it alone has more."""
     block_s, block_d = next_power_of_2(s), next_power_of_2(dh)
     block_h = max(1, min(next_power_of_2(heads), 512 // (block_s * block_d)))
     return {"BLOCK_H": block_h, "BLOCK_S": block_s, "BLOCK_D": block_d}
@@ -197,8 +196,7 @@ def small_warps(block: dict[str, int]) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The patch encoder (64 heads x 16, 4 positions), a causal one, and the largest that the kernel
-    takes."""
+    """The patch encoder (64 heads x 16, 4 positions), also causal, and the largest size."""
     integers = dict.fromkeys(("stride_xn", "stride_xt", "T", "H", "HKV"), "i32")
     for dtype, t, causal in (
         ("bf16", 4, False),

@@ -43,12 +43,12 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
-    let_the_next_begin_last,
     next_power_of_2,
+    pdl_trigger,
+    pdl_trigger_last,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.kv_cache import (
     APPEND_UNALIGNED,
@@ -83,7 +83,7 @@ def decode_attention_ref(
 
 @jit
 def row_length(starts_ptr, i_row, LIMIT):
-    """Positions that a row attends to, its new one included; 0 where there is no room for that."""
+    """Positions that a row attends to, including its new one; 0 where it has no position."""
     i_start = tl.load(starts_ptr + i_row)
     return tl.where((i_start >= 0) & (i_start < LIMIT), i_start + 1, 0).to(tl.int32)
 
@@ -119,9 +119,9 @@ def small_decode_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     if not FIXED:
-        wait_for_the_last(PDL)
+        pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     position = length - 1
@@ -131,8 +131,8 @@ def small_decode_kernel(
     m_d = o_d < tl.where(length > 0, DH, 0)
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, position, o_d, m_d, DH // 2)
     if FIXED:
-        wait_for_the_last(PDL)
-    # Whatever the length, so that these reads do not wait for it.
+        pdl_wait(PDL)
+    # Not masked by the length, so these reads do not wait for it.
     m_x = m_h & (o_d < DH)
     qkv_ptr += i_row * stride_xr
     b_q = load_rotated(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
@@ -181,7 +181,7 @@ def small_decode_kernel(
         b_v_scales = tl.load(v_scales_ptr + o_scales, mask=m_scales, other=0.0)
         b_p *= tl.where((o_s == position)[None, :], b_v_scale[:, None], b_v_scales)
     b_y = tl.sum(b_p[:, :, None] * b_v, axis=1) / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-    let_the_next_begin_last(PDL)
+    pdl_trigger_last(PDL)
     o_y = (i_row * H + o_h)[:, None] * DH + o_d
     tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h & (o_d < DH))
 
@@ -219,8 +219,8 @@ def split_attention_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_split, i_kv, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_slot, length = tl.load(slots_ptr + i_row).to(tl.int64), row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -240,7 +240,7 @@ def split_attention_kernel(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
     )
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
-    # By every program, so that these reads do not wait for the length.
+    # In every program, so these reads do not wait for the length.
     b_k_new = load_rotated(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
     b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_v_new = tl.where(owner, b_v_new, 0.0)
@@ -285,7 +285,7 @@ def split_attention_kernel(
             b_p *= tl.load(v_scales_ptr + head_scale + o_s, mask=m_s, other=0.0)[None, :]
         b_y = b_y * b_decay[:, None] + tl.dot(b_p.to(b_q.dtype), b_v, input_precision="ieee")
         b_max = b_new
-    let_the_next_begin_last(PDL)
+    pdl_trigger_last(PDL)
     o_row = i_row * H + o_h
     if SPLITS == 1:
         b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
@@ -313,8 +313,8 @@ def merge_splits_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_head, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = row_length(starts_ptr, i_row, LIMIT)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
@@ -333,7 +333,7 @@ def merge_splits_kernel(
     b_weight = tl.exp2(b_max - tl.where(b_top == -float("inf"), 0.0, b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
     b_y = tl.sum(b_weight[:, None] * b_y, axis=0) / tl.where(b_total > 0, b_total, 1.0)
-    let_the_next_begin_last(PDL)
+    pdl_trigger_last(PDL)
     tl.store(y_ptr + (i_row * H + i_head) * DH + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -363,8 +363,8 @@ def decode_attention(
     cache.check_append(qkv, table, slots, starts, heads)
     if qkv.shape[1] != 1 or heads % cache.k.shape[1]:
         raise ValueError(
-            f"qkv {list(qkv.shape)} must have one position a row, and {heads} query heads must be "
-            f"a multiple of the key/value heads"
+            f"qkv {list(qkv.shape)} must be of one position a row, its {heads} heads "
+            "in equal shares for the key/value heads"
         )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)
@@ -466,8 +466,7 @@ def decode_attention_bytes(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Patch decoder (64 heads x 16), backbone (32/8 heads x 128) in every split; float32 and int8
-    caches."""
+    """Patch decoder (64 heads x 16), backbone (32/8 x 128) in every split; float32, int8 caches."""
     floats = {"scale": "fp32", "part_ptr": "*fp32", "stats_ptr": "*fp32"}
     for dtype, quantized in (("bf16", False), ("fp32", False), ("bf16", True)):
         name, block = dtype + " int8" * quantized, small_block(64, 11, 16)

@@ -1,8 +1,7 @@
-"""Which new GPU paths run by default: those that a committed result shows right and faster on the
-same family of GPUs.
+"""Which new GPU paths run by default: those with a committed result on the same family of GPUs.
 
-MIMO_FAST_EXPERIMENTAL=1 turns all of them on wherever they can run, =0 turns all of them off.
-`mimo-fast info` lists them.
+The result shows them right and faster. MIMO_FAST_EXPERIMENTAL=1 turns all of them on wherever they
+can run, =0 turns all of them off. `mimo-fast info` lists them.
 """
 
 import os
@@ -15,7 +14,7 @@ ENVIRONMENT = "MIMO_FAST_EXPERIMENTAL"
 
 
 class NewPath(Enum):
-    """A path that takes another's place; its value is its name in `mimo-fast info`."""
+    """A path that replaces an established one; its value is its name in `mimo-fast info`."""
 
     PROMPT_GRAPHS = "prompts as CUDA graphs"
     CONDITIONAL_GRAPHS = "a group as one conditional graph"

@@ -1,35 +1,36 @@
 """Which implementation of an op runs: Triton on CUDA tensors, plain torch on all others.
 
 MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as
-the tests use it.
+the tests set it.
 
-Programmatic dependent launch, on Hopper and newer: the blocks of a kernel that is launched with
-`early_launch` start as soon as every block of the kernel before it has called `let_the_next_begin`
-or ended, so that its launch and what it may read at once are over when that one ends. The rule:
+Programmatic dependent launch (PDL), on Hopper and newer: a kernel that is launched with
+`early_launch` starts as soon as every block of the kernel before it has called `pdl_trigger` or
+ended. Its launch and its first reads then overlap with the end of that kernel. The rule:
 
-    A kernel that is launched early calls `wait_for_the_last` on every path of every program, before
-    it writes anything, and before it reads anything that a kernel or a copy of the same run wrote.
+    A kernel that is launched early calls `pdl_wait` on every path of every program, before it
+    writes anything, and before it reads anything that a kernel or a copy of the same run wrote.
 
-Before it, only weights and tables may be read that were complete before the first kernel of the run
-was launched. Writes come after it even where nothing in flight writes the same memory, since a
-kernel before may still read it, or be yet to read what lay there before the allocator gave it away.
+Before the wait it may only read weights and tables that were complete before the first kernel of
+the run was launched. Writes come after the wait even where no kernel in flight writes the same
+memory: an earlier kernel may still read it, or may still have to read what was there before the
+allocator gave it away.
 
-The wait is for the end of the one kernel before, and its memory. That covers all before it because
-that one, too, ends only after its own wait: if one kernel of a chain did not wait, the next would
-pass its wait while kernels further back still run. So there are no exceptions for
-kernels that need nothing of their predecessor. Kernels that are not launched early, torch's for
-instance, begin after the end of all before them, and keep the chain.
-`tests/kernels/test_early_launch.py` holds every kernel to the rule.
+`pdl_wait` waits until the one kernel before has ended and its writes are visible. That covers all
+earlier kernels because that kernel, too, ends only after its own wait: if one kernel of a chain did
+not wait, the next would pass its wait while kernels further back still run. So a kernel that needs
+nothing of its predecessor waits as well. Kernels that are not launched early, such as torch's,
+start after all earlier ones have ended, which keeps the chain intact.
+`tests/kernels/test_early_launch.py` checks every kernel against the rule.
 
-Where the next kernel is let begin is free, for any place is right, but it decides what is resident
-together: a successor whose blocks start while a small grid still has some multiprocessors may put
-two of its blocks where there is room and none where there is not. So each kernel has a `Begin` in
-`BEGINS`: the one line a kernel that is to be changed after a measurement by
-`benchmarks/studies/chains.py`. csrc/cuda/warp.cuh has the two calls under the same names.
+The trigger is correct at any place, but its place decides which kernels are resident together: if
+the next kernel starts while a small grid still occupies some multiprocessors, two of its blocks may
+share one multiprocessor while another gets none. So each kernel has a `PdlTrigger` in
+`PDL_TRIGGERS`, to be changed after a measurement by `benchmarks/studies/chains.py`.
+csrc/cuda/warp.cuh has the same two calls as `pdl_launch_dependents` and `pdl_wait`.
 
-MIMO_FAST_PDL overrides the table, and is asked at every launch: 0 turns early launches of Triton's
-kernels off, 1 is "first" for all, any name of `Begin` is that for all, and "rms_norm=last,..." for
-some.
+MIMO_FAST_PDL overrides the table and is read at every launch: 0 turns PDL of the Triton kernels
+off, 1 means "first" for all, the name of any `PdlTrigger` applies to all, and "rms_norm=last,..."
+to single kernels.
 """
 
 from __future__ import annotations
@@ -53,55 +54,60 @@ try:
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    KNOWS_EARLY_LAUNCH = "launch_pdl" in CUDAOptions.__dataclass_fields__
-    """Whether this Triton has programmatic dependent launch."""
+    HAS_PDL = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    """Whether this version of Triton supports programmatic dependent launch."""
 except ImportError:
     gdc_launch_dependents = gdc_wait = None
-    KNOWS_EARLY_LAUNCH = False
+    HAS_PDL = False
 
 ENVIRONMENT = "MIMO_FAST_KERNELS"
-EARLY_ENVIRONMENT = "MIMO_FAST_PDL"
-EARLY_CAPABILITY = 9
-"""Major compute capability from which a kernel can be launched early."""
+PDL_ENVIRONMENT = "MIMO_FAST_PDL"
+PDL_CAPABILITY = 9
+"""Lowest major compute capability with programmatic dependent launch."""
 
 
-class Begin(IntEnum):
-    """How a kernel takes part in early launches; the values are what its PDL is. WAITS: launched
-    early, and waits. The others: where it lets the next kernel begin."""
+class PdlTrigger(IntEnum):
+    """How a kernel takes part in PDL; the value is passed as its constexpr PDL."""
 
     OFF = 0
+    """Takes no part."""
     NONE = 1
-    """Launched early; the next begins as its blocks end."""
+    """Launched early, without a trigger: the next kernel starts as its blocks end."""
     LETS = 2
-    """Launched as any other; lets the next begin first of all."""
+    """Launched like any other kernel; triggers as its first statement."""
     FIRST = 1 | 2
+    """Launched early; triggers as its first statement."""
     WAITED = 1 | 4
-    """Lets the next begin once it has waited itself: no more than two kernels are resident."""
+    """Launched early; triggers after its own wait, so no more than two kernels are resident."""
     LAST = 1 | 8
-    """Lets the next begin ahead of its last stores, where it calls `let_the_next_begin_last`."""
+    """Launched early; triggers before its last stores, where it calls `pdl_trigger_last`."""
 
 
-BEGINS = {
-    "code_step": Begin.FIRST,
-    "dense_embed": Begin.FIRST,
-    "dense_gemv": Begin.WAITED,
-    "head_logits": Begin.FIRST,
-    "merge_splits": Begin.FIRST,
-    "patch_embed": Begin.FIRST,
-    "patch_noise": Begin.FIRST,
-    "quantized_embed": Begin.FIRST,
-    "rms_norm": Begin.FIRST,
-    "rotary_attention": Begin.FIRST,
-    "small_decode": Begin.FIRST,
-    "split_attention": Begin.FIRST,
-    "take_settings": Begin.FIRST,
-    "text_check": Begin.FIRST,
-    "text_digit": Begin.FIRST,
-    "text_draw": Begin.FIRST,
-    "text_settle": Begin.FIRST,
+PDL_TRIGGERS = {
+    "code_step": PdlTrigger.FIRST,
+    "dense_embed": PdlTrigger.FIRST,
+    "dense_gemv": PdlTrigger.OFF,
+    "head_logits": PdlTrigger.FIRST,
+    "merge_splits": PdlTrigger.FIRST,
+    "patch_embed": PdlTrigger.FIRST,
+    "patch_noise": PdlTrigger.FIRST,
+    "quantized_embed": PdlTrigger.FIRST,
+    "rms_norm": PdlTrigger.FIRST,
+    "rotary_attention": PdlTrigger.FIRST,
+    "small_decode": PdlTrigger.FIRST,
+    "split_attention": PdlTrigger.FIRST,
+    "take_settings": PdlTrigger.FIRST,
+    "text_check": PdlTrigger.FIRST,
+    "text_digit": PdlTrigger.FIRST,
+    "text_draw": PdlTrigger.FIRST,
+    "text_settle": PdlTrigger.FIRST,
 }
-"""Of each kernel, named without "_kernel": the fastest in the chains that it is part of
-(benchmarks/results/2026-11-28-h100-chains.json)."""
+"""Kernel, without "_kernel" -> its fastest trigger in the chains that it is part of.
+
+Measured in benchmarks/results/2026-11-28-h100-chains.json. Dense products are off: with them on, a
+group of words in bfloat16 took 6.45 ms where 5.71 had been measured without
+(2026-11-28-nvidia-h100-80gb-hbm3.jsonl, 2026-11-27-nvidia-h100-80gb-hbm3-baselines.jsonl).
+"""
 
 
 def forced() -> str:
@@ -121,30 +127,30 @@ def use_triton(x: Tensor) -> bool:
 
 
 def jit(kernel):
-    """`triton.jit`, or the function untouched where Triton is missing: then it is never
-    launched."""
+    """`triton.jit`; without Triton the function itself, which is then never launched."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 @jit
-def let_the_next_begin(PDL: tl.constexpr):
-    """Lets the next kernel's blocks start once all of this kernel's have come here: first of all
-    where PDL is `Begin.FIRST` or LETS."""
+def pdl_trigger(PDL: tl.constexpr):
+    """Lets the next kernel start once all blocks of this one are here; for FIRST and LETS."""
     if PDL & 2:
         gdc_launch_dependents()
 
 
 @jit
-def let_the_next_begin_last(PDL: tl.constexpr):
-    """The same behind all else that a kernel reads, where PDL is `Begin.LAST`."""
+def pdl_trigger_last(PDL: tl.constexpr):
+    """The trigger after a kernel's last read; for LAST."""
     if PDL & 8:
         gdc_launch_dependents()
 
 
 @jit
-def wait_for_the_last(PDL: tl.constexpr):
-    """Waits until the kernel before has ended and its memory can be seen. See the rule above. Lets
-    the next begin then, where PDL is `Begin.WAITED`."""
+def pdl_wait(PDL: tl.constexpr):
+    """Waits until the kernel before has ended and its writes are visible; then triggers for WAITED.
+
+    The module's docstring has the rule.
+    """
     if PDL & 1:
         gdc_wait()
     if PDL & 4:
@@ -153,7 +159,7 @@ def wait_for_the_last(PDL: tl.constexpr):
 
 @jit
 def prefetch(x_ptr, PDL: tl.constexpr):
-    """Fetches the lines of L2 at these addresses, of weights, ahead of the wait."""
+    """Prefetches weights into L2, before the wait."""
     if PDL & 1:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
@@ -166,32 +172,36 @@ def prefetch(x_ptr, PDL: tl.constexpr):
 
 
 def early_launch(x: Tensor, kernel: str) -> dict[str, int | bool]:
-    """Launch arguments of a kernel that takes PDL, on x's device; `kernel` is a key of `BEGINS`."""
-    if not x.is_cuda or not _begins_early(x.device):
+    """Launch arguments of a kernel that takes PDL, on x's device.
+
+    kernel: a key of `PDL_TRIGGERS`.
+    """
+    if not x.is_cuda or not _supports_pdl(x.device):
         return {"PDL": 0}
-    begin = _begin(kernel, os.environ.get(EARLY_ENVIRONMENT, ""))
-    return {"PDL": int(begin), "launch_pdl": True} if begin & Begin.NONE else {"PDL": int(begin)}
+    trigger = _trigger_of(kernel, os.environ.get(PDL_ENVIRONMENT, ""))
+    early = {"launch_pdl": True} if trigger & PdlTrigger.NONE else {}
+    return {"PDL": int(trigger)} | early
 
 
 @cache
-def _begin(kernel: str, override: str) -> Begin:
-    known = BEGINS[kernel]
+def _trigger_of(kernel: str, override: str) -> PdlTrigger:
+    known = PDL_TRIGGERS[kernel]
     for part in override.split(",") if override else ():
         name, _, value = part.rpartition("=")
         value = {"0": "off", "1": "first"}.get(value, value).upper()
-        if value not in Begin.__members__ or name not in BEGINS.keys() | {""}:
-            raise ValueError(f"{EARLY_ENVIRONMENT} has {part!r}: it takes 0, 1 or KERNEL=WHERE")
+        if value not in PdlTrigger.__members__ or name not in PDL_TRIGGERS.keys() | {""}:
+            raise ValueError(f"{PDL_ENVIRONMENT} has {part!r}: it takes 0, 1 or KERNEL=WHERE")
         if name in ("", kernel):
-            known = Begin[value]
+            known = PdlTrigger[value]
     return known
 
 
 @cache
-def _begins_early(device: torch.device) -> bool:
-    # A GPU of another maker has capabilities of its own.
+def _supports_pdl(device: torch.device) -> bool:
+    # AMD GPUs number their capabilities differently.
     nvidia = torch.version.hip is None
     capability = torch.cuda.get_device_capability(device)[0]
-    return KNOWS_EARLY_LAUNCH and nvidia and capability >= EARLY_CAPABILITY
+    return HAS_PDL and nvidia and capability >= PDL_CAPABILITY
 
 
 @dataclass(frozen=True)
@@ -200,9 +210,10 @@ class Case:
 
     Args:
         signature: type of every argument that is not a constexpr, such as "*bf16", "i32", "fp32".
-        constexprs: value of every constexpr but PDL, which follows from what it is compiled for.
-        ieee: no TF32 may appear. wide_loads: global loads of 16 bytes must appear.
-        unaligned: integer or pointer arguments that may not be assumed to be multiples of 16.
+        constexprs: value of every constexpr but PDL, which follows from the architecture.
+        ieee: the compiled code must not contain TF32.
+        wide_loads: it must contain global loads of 16 bytes.
+        unaligned: integer or pointer arguments that must not be assumed to be multiples of 16.
     """
 
     name: str

@@ -82,8 +82,10 @@ class LayerKV:
                 stored[slot, :, place], scales[slot, :, place] = quantize_heads(x)
 
     def read(self, slot: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each; int8 ones dequantized
-        to a dtype."""
+        """The first `end` keys and values of a slot, [1, Hkv, end, Dh] each.
+
+        int8 ones are dequantized to dtype.
+        """
         k, v = self.k[slot : slot + 1, :, :end], self.v[slot : slot + 1, :, :end]
         if self.k_scales is None or self.v_scales is None:
             return k, v
@@ -95,8 +97,11 @@ class LayerKV:
     def check_append(
         self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor, heads: int
     ) -> None:
-        """Raises ValueError unless rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and
-        appended."""
+        """Checks that rows qkv [R, T, (heads + 2 Hkv) Dh] can be rotated and appended.
+
+        Raises:
+            ValueError: they cannot.
+        """
         rows, _, width = qkv.shape
         kv_heads, head_dim = self.k.shape[1], self.k.shape[3]
         if width != (heads + 2 * kv_heads) * head_dim:
@@ -105,7 +110,7 @@ class LayerKV:
             )
         if table.shape[-1] * 2 != head_dim or len(slots) != rows or len(starts) != rows:
             raise ValueError(
-                f"appending {rows} rows needs {rows} slots and starts, and {head_dim // 2} angles"
+                f"appending {rows} rows needs as many slots and starts, and {head_dim // 2} angles"
             )
         if any(x.stride(-1) != 1 for x in (qkv, slots, starts)) or not table.is_contiguous():
             raise ValueError(
@@ -119,7 +124,7 @@ class LayerKV:
     def append_arguments(
         self, qkv: Tensor, table: Tensor, slots: Tensor, starts: Tensor
     ) -> dict[str, Any]:
-        """What every kernel that appends is launched with."""
+        """Launch arguments common to all kernels that append."""
         k_scales, v_scales = (self.k if x is None else x for x in (self.k_scales, self.v_scales))
         return {
             "qkv_ptr": qkv,
@@ -156,14 +161,16 @@ def scale_of(b_largest):
 
 @jit
 def to_levels(b_x, b_scale):
-    """b_x / b_scale rounded half to even, in float32: adding 1.5 x 2^23 leaves no bits for a
-    fraction."""
+    """b_x / b_scale rounded half to even, as float32.
+
+    Adding 1.5 x 2^23 leaves no bits for a fraction.
+    """
     b_levels = tl.div_rn(b_x, tl.where(b_scale > 0, b_scale, 1.0) + tl.zeros_like(b_x))
     return (b_levels + 12582912.0) - 12582912.0
 
 
 APPEND_UNALIGNED = ("LIMIT", "H", "HKV", "stride_sb", "stride_sh")
-"""Of `append_signature`, what a capacity or a number of heads may leave unaligned."""
+"""Arguments of `append_signature` that need not be multiples of 16."""
 
 
 def append_signature(dtype: str, quantized: bool) -> dict[str, str]:

@@ -7,11 +7,10 @@ Shapes: x, y [N, D]; weight, bias [D]. Statistics and scaling are float32; y is 
 plain torch RMSNorm rounds before the weight as well, as Qwen2 does).
 
 One program a row, the whole row in registers: D is at most 4096 here, 16 values a thread at 8
-warps, so a row is read once and written once and needs one reduction. Bytes: N D (1 read + 1
-write).
+warps, so a row is read once, written once and reduced once. Bytes: N D (1 read + 1 write).
 
-At decode a layer's RMSNorms are no launches of their own: `matmul` takes an `RMSNorm` and norms
-what it reads.
+At decode a layer's RMSNorms are not launched: `matmul` takes an `RMSNorm` and normalizes x as it
+reads it.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
-    let_the_next_begin_last,
     next_power_of_2,
+    pdl_trigger,
+    pdl_trigger_last,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """An RMSNorm to apply: weight [D], and the eps that joins the mean square."""
+    """An RMSNorm to apply: weight [D], and eps, which is added to the mean square."""
 
     weight: Tensor
     eps: float
@@ -62,15 +61,15 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
 def rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, stride_x, D, eps, BLOCK_D: tl.constexpr, PDL: tl.constexpr
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    wait_for_the_last(PDL)
+    pdl_wait(PDL)
     b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
-    let_the_next_begin_last(PDL)
+    pdl_trigger_last(PDL)
     tl.store(
         y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d
     )
@@ -150,7 +149,7 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _warps(dim: int) -> int:
-    """16 values a thread at 4096, and no fewer than one warp."""
+    """Warps a program: 16 values a thread at D = 4096, at least one warp."""
     return min(8, max(1, next_power_of_2(dim) // 512))
 
 

@@ -1,19 +1,17 @@
-"""Embedding of speech patches: per frame, the sum over channels of one table row a code, the empty
-code adding nothing.
+"""Embedding of speech patches: for each frame, the sum of one table row for each channel's code.
 
     y[n, g] = sum_c table[offset_c + codes[n, c, g]]  where codes[n, c, g] != empty_c
 
-Shapes: codes [N, C, G] int64 (any strides: the sampler's output as it lies), table [sum V_c, D],
-offsets and empty [C] int64, y [N, G, D] in the table's dtype. All channels share one table, channel
-c owning rows offset_c ... offset_c + V_c - 1. Summed in float32 in the order of the channels,
+Shapes: codes [N, C, G] int64 (any strides, as the sampler's output has), table [sum V_c, D],
+offsets and empty [C] int64, y [N, G, D] in the table's dtype. All channels share one table; channel
+c owns rows offset_c ... offset_c + V_c - 1. The sum is float32 in the order of the channels and
 rounded once. The row of an empty code is never read.
 
-A gather has no reuse, so only bytes in flight count: the channels are unrolled, so that the code
-loads of all of them overlap, and then their row loads, 16 bytes a thread in 16-bit types. A prefill
-has thousands of frames: a program takes 1024 columns of one, so that the codes are read once where
-D = 1024. A decode step has G = 4 frames and would leave a
-card idle: its programs take 256 columns, a warp each. Bytes: N G (C D reads + D writes + 8 C of
-codes).
+A gather has no reuse, so bytes in flight decide. The channels are unrolled: the loads of all codes
+overlap, then the loads of all rows, 16 bytes a thread in 16-bit types. A prefill has thousands of
+frames: a program takes 1024 columns of one, so the codes are read once where D = 1024. A decode
+step has G = 4 frames and would leave a card idle: its programs take 256 columns, a warp each.
+Bytes: N G (C D reads + D writes + 8 C of codes).
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 
 FEW_FRAMES = 128
-"""Frames below which a frame is split over programs."""
+"""Number of frames below which a frame is split over several programs."""
 
 
 def patch_embed_ref(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:
@@ -60,8 +58,8 @@ def patch_embed_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_frame = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

@@ -1,26 +1,25 @@
-"""Attention of a prompt's new positions over one slot of the cache, every position read on the
-device.
+"""Attention of a prompt's new positions over one slot of the cache.
 
     y[t, h] = sum_j softmax_j(q[t, h] . k[j] / sqrt(Dh)) v[j],   j = 0 ... positions[t] of that slot
 
 with key/value head h // (H / Hkv). The keys and values of the new positions are in the cache
-already (`rope_append`).
+already (`rope_append`). Positions are read on the device, so a captured graph serves all of them.
 
 Shapes: q [T, H, Dh], rotated; a `LayerKV` of S positions; slots, positions int64 [T]; y [T, H Dh].
-All rows are of the slot slots[0] and ascend by one; rows that only pad a captured graph come last
-and have a position that the cache does not have, such as -1. Of those nothing is read, and y is 0.
-Scores, softmax and sums are float32; with 16-bit inputs the weights of the values are rounded to
-their type; int8 keys enter the scores, and int8 values their weights, with their scales. y is
-rounded once.
+All rows belong to slot slots[0] and their positions ascend by one. Rows that only pad a captured
+graph come last and have a position outside the cache, such as -1: nothing is read for them, and y
+is 0. Scores, softmax and sums are float32; with 16-bit inputs the softmax weights are rounded to
+that type. The scales of int8 keys are applied to the scores, those of int8 values to the softmax
+weights. y is rounded once.
 
 Flash attention, one pass. A program holds BLOCK_T positions with all H / Hkv query heads of one
-key/value head, so that a key is read once for all of them, and walks the keys from 0 on in blocks
-of BLOCK_S. The order of a row's sums follows from its position and BLOCK_S alone: a block that a
-row does not see multiplies its sums by 1 and adds 0. Tiles shrink with T (`tile`): 32 positions of
-the published backbone (32/8 heads) are 64 programs, 64 to 256 are 128, of 132 SMs on an H100; 512
-are 256. The tiles that attend to most begin first. What a tile reads again of the keys comes from
-L2: 1 MB at 254 positions. Bytes: 2 (start + T) Hkv Dh of cache (int8: 2 (start + T) Hkv (Dh + 4)),
-q in and y out.
+key/value head, so a key is read once for all of them, and loops over the keys from 0 on in blocks
+of BLOCK_S. The order of a row's sums depends only on its position and BLOCK_S: a block that a row
+does not see multiplies its sums by 1 and adds 0. Tiles shrink with T (`tile`): for the published
+backbone (32/8 heads) 32 positions are 64 programs, 64 to 256 are 128, for 132 SMs of an H100; 512
+are 256. Tiles that attend to the most keys start first. Keys that several tiles read come from L2:
+1 MB at 254 positions. Bytes: 2 (start + T) Hkv Dh of cache (int8: 2 (start + T) Hkv (Dh + 4)), q in
+and y out.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_trito
 from mimo_fast.kernels.kv_cache import LayerKV
 
 TILES = ((64, 16), (128, 32))
-"""(largest T, query rows of a program, a row being one head of one position); 64 rows beyond."""
+"""(largest T, query rows a program); 64 rows beyond. A row is one head of one position."""
 
 BLOCK_S = 32
-"""Keys of a block; 64 spill beside a tile of 64 rows."""
+"""Keys a block; 64 of them spill registers in a tile of 64 rows."""
 
 
 def prefill_attention_ref(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def prefill_attention_kernel(
     head_scale = i_slot * stride_sb + i_kv.to(tl.int64) * stride_sh
     o_y = (o_t * H + i_kv * SHARE + o_g)[:, None] * DH + o_d[None, :]
     b_q = tl.load(q_ptr + o_y, mask=m_y & m_real[:, None], other=0.0)
-    # A row that pads sees no key: its maximum must be a number all the same.
+    # A padding row sees no key, but its maximum must be finite.
     b_max = tl.where(m_real, -float("inf"), 0.0)
     b_sum = tl.zeros([BLOCK_T * BLOCK_G], tl.float32)
     b_y = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D], tl.float32)
@@ -179,7 +178,7 @@ def prefill_attention_bytes(
 
 
 def tile(new: int, share: int, dh: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Blocks and launch options. float32 multiplies without tensor cores: its tiles are small."""
+    """Block sizes and launch options; float32 tiles are small, as they use no tensor cores."""
     wanted = next((rows for limit, rows in TILES if new <= limit), 64) if itemsize == 2 else 16
     block_g = next_power_of_2(share)
     rows = max(wanted, block_g)

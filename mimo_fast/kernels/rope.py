@@ -63,7 +63,7 @@ def rope_append_ref(
     q, k, v = qkv.unflatten(-1, (-1, cache.k.shape[-1])).split((heads, kv_heads, kv_heads), dim=2)
     rotated = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
-        if start + new <= 0:  # None of its positions exists.
+        if start + new <= 0:  # The row has no position inside the cache.
             rotated[row] = 0
             continue
         angles = table[:, start : start + new]
@@ -90,8 +90,10 @@ def load_angles(cos_ptr, sin_ptr, o_position, o_d, m_angle, HALF: tl.constexpr):
 
 @jit
 def load_rotated(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
-    """Whole heads at o_x, rotated, in float32: the other half is read again, from L1. All broadcast
-    to o_x + o_d."""
+    """Whole rotated heads at o_x, float32; every argument broadcasts to o_x + o_d.
+
+    The other half of a head is read again, from L1.
+    """
     b_x = tl.load(x_ptr + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
     o_other = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
     b_other = tl.load(x_ptr + o_x + o_other, mask=m_x, other=0.0).to(tl.float32)
@@ -202,8 +204,10 @@ def rope_append_kernel(
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates x [..., T, H, Dh] by table [2, ..., T, Dh / 2], the rows of `rope_table` for its T
-    positions."""
+    """Rotates x [..., T, H, Dh] by table [2, ..., T, Dh / 2].
+
+    table: the rows of `rope_table` for the T positions.
+    """
     if not use_triton(x):
         return rope_ref(x, table)
     *lead, new, heads, head_dim = x.shape
@@ -241,12 +245,14 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
 def rope_append(
     qkv: Tensor, table: Tensor, cache: LayerKV, slots: Tensor, starts: Tensor, heads: int
 ) -> Tensor:
-    """Rotates q and k of qkv [R, T, (heads + 2 Hkv) Dh], appends k and v to the cache, returns q
-    [R, heads, T, Dh].
+    """Rotates q and k of qkv [R, T, (heads + 2 Hkv) Dh] and appends k and v to the cache.
 
-    table [2, P, Dh / 2]: all rows of `rope_table`. slots, starts int64 [R], the slots different;
-    every starts[r] + T must be within P and the cache's S (the kernel leaves out positions that are
-    not).
+    Returns q [R, heads, T, Dh].
+
+    Args:
+        table: [2, P, Dh / 2], all rows of `rope_table`.
+        slots, starts: int64 [R]; no slot occurs twice, and every starts[r] + T must be within P and
+            the cache's S (the kernel skips positions that are not).
     """
     cache.check_append(qkv, table, slots, starts, heads)
     if not use_triton(qkv):
@@ -271,8 +277,10 @@ def rope_append(
 
 
 def rope_bytes(positions: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes that must move, of rope or (heads = H + 2 Hkv) rope_append: activations in and out,
-    angles in."""
+    """Bytes that must move: activations in and out, angles in.
+
+    For rope_append, heads = H + 2 Hkv.
+    """
     return positions * head_dim * (2 * heads * itemsize + 4)
 
 
@@ -283,8 +291,7 @@ def _tile(head_dim: int) -> tuple[int, int]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Head widths 16 (small transformers, vocoder), 64 (codec) and 128 (backbone); any number of
-    heads."""
+    """Head widths 16 (small transformers, vocoder), 64 (codec), 128 (backbone)."""
     signature = {f"{name}_ptr": "*bf16" for name in "xy"} | {
         f"{name}_ptr": "*fp32" for name in ("cos", "sin")
     }

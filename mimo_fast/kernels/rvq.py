@@ -41,16 +41,18 @@ from torch import Tensor
 from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 FEW_FRAMES = 512
-"""Frames below which programs take 4 of them, not 16."""
+"""Number of frames below which programs take 4 frames instead of 16."""
 
 
 @dataclass(frozen=True)
 class Codebooks:
     """Codebooks packed once for all calls.
 
-    table [sum V_q, D] float32, codebook q being rows offsets[q] ... offsets[q + 1] - 1. norms [sum
-    V_q]: |e|^2. offsets int32 [Q + 1], on the table's device. books: each codebook as a view of the
-    table.
+    Args:
+        table: [sum V_q, D] float32; codebook q is rows offsets[q] ... offsets[q + 1] - 1.
+        norms: [sum V_q], |e|^2.
+        offsets: int32 [Q + 1], on the table's device.
+        books: each codebook as a view of the table.
     """
 
     table: Tensor
@@ -131,7 +133,7 @@ def rvq_encode_kernel(
         b_norm_r = tl.sum(b_square, axis=1)
         b_least = tl.full([BLOCK_T], float("inf"), tl.float32)
         b_row = tl.zeros([BLOCK_T], tl.int32) + i_first
-        # What other threads of this program stored is read from here on.
+        # From here on, threads read what other threads of this program stored.
         tl.debug_barrier()
         for i_v in range(i_first, i_last, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
@@ -150,7 +152,7 @@ def rvq_encode_kernel(
             # argmin does.
             b_distance = tl.where(b_distance < float("inf"), b_distance, float("inf"))
             b_tile_least, b_tile_row = tl.min(b_distance, axis=1, return_indices=True)
-            # Strictly: an earlier tile wins a tie, as the earlier row does inside one.
+            # Strict comparison: an earlier tile wins a tie, as an earlier row does inside a tile.
             b_row = tl.where(b_tile_least < b_least, i_v + b_tile_row, b_row)
             b_least = tl.minimum(b_tile_least, b_least)
         tl.store(codes_ptr + i_q * T + o_t, (b_row - i_first).to(tl.int64), mask=m_t)
@@ -186,8 +188,7 @@ def rvq_decode_kernel(
 def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
     """x [T, D] float32, codebooks [V_q, D] float32 -> codes [Q, T] int64.
 
-    A plain sequence of codebooks is packed at every call; `Codebooks.first` gives fewer without
-    that.
+    A plain sequence of codebooks is packed at every call; a `Codebooks` is not, nor its `first`.
     """
     if not use_triton(x) or not len(codebooks):
         return rvq_encode_ref(x, _books(codebooks))
@@ -220,7 +221,10 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
 
 
 def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
-    """codes [Q, T], at most as many rows as codebooks and each inside its own -> [T, D] float32."""
+    """codes [Q, T] -> [T, D] float32.
+
+    There may be fewer rows than codebooks; each code must be inside its codebook.
+    """
     if not 1 <= len(codes) <= len(codebooks):
         raise ValueError(
             f"codes must have 1 to {len(codebooks)} rows, one a codebook, not {len(codes)}"

@@ -3,8 +3,7 @@
     scores = logits / temperature
     top-k:  keep scores >= the k-th largest (ties at the threshold all kept)
     top-p:  over what is left, sorted ascending, drop while the cumulative probability <= 1 - p
-    banned ids are removed last; where nothing would be left, the best id that is not banned is
-    taken
+    banned: removed last; where nothing is left, the best id that is not banned is taken
     token = argmax(scores + gumbel)          greedy: argmax(scores)
 
 The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed,
@@ -14,17 +13,16 @@ and can be replayed.
 This file is the reference, in plain torch: `filter_scores` and `sample` for a given noise, `gumbel`
 for the noise. The kernels, `sample_text` and `sample_codes`, are in files of those names and never
 sort. They rest on two facts:
-  - What top-k and top-p keep is an upper set: of the order by (score, id), everything from some id
-    on. So draw first, from all ids that top-k keeps, and ask of the winner alone whether top-p
-    keeps it: its cumulative probability is one masked sum. If it does, no kept id can beat it. If
-    it does not, nothing below it in the order is kept: draw again among the ids above it, with the
-    same noise. Each winner is kept with probability top_p or more (a winner falls into the mass
-    that top-p drops with probability 1 - top_p at most), so one sum is nearly always enough.
-  - The k-th largest score is found bit by bit from counts of its ordered bits, which are exact.
+  - Top-k and top-p keep an upper set: in the order by (score, id), everything from some id on. So
+    draw first, from all ids that top-k keeps, and test only the winner against top-p: its
+    cumulative probability is one masked sum. If top-p keeps it, no other kept id can beat it. If
+    not, nothing below it in the order is kept either: draw again among the ids above it, with the
+    same noise. A winner is kept with probability top_p or more (the mass that top-p drops is at
+    most 1 - top_p), so one sum is nearly always enough.
+  - The k-th largest score is found bit by bit from counts of ordered bits, which are exact.
 So the token is the reference's, ties included: the order by (score, id) is that of a stable sort.
 It may differ where a cumulative probability is within float32 rounding (about 1e-6) of 1 - p, as
-between any two orders of summation, and where logits computed in another order of summation round
-to other values.
+between any two orders of summation, and where logits are summed in another order.
 """
 
 from __future__ import annotations
@@ -39,29 +37,31 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 
 NEAR = 1e-3
-"""Bound on the error of `near_gumbel`: 50 times what its formula and a GPU's fast logarithm add up
-to."""
+"""Error bound of `near_gumbel`: 50 times that of its formula and a GPU's fast logarithm."""
 
 TAIL_OFF = -1.0
-"""A tail that no cumulative probability can fall under: top-p off."""
+"""Tail below every cumulative probability: top-p is off."""
 
 
 @dataclass(frozen=True)
 class SamplerTensors:
-    """Settings of N rows: temperature and tail float32 [N], top_k int64 [N] (0: off), greedy bool
-    [N].
+    """Settings of N rows.
 
-    tail is 1 - top_p, subtracted in double before rounding, as upstream's comparison does.
-    all_greedy is known on the host, so that greedy decoding skips the sort; so may be any_top_k, to
-    save launches.
+    Args:
+        temperature: float32 [N].
+        top_k: int64 [N], 0 for off.
+        tail: float32 [N], 1 - top_p, subtracted in double before rounding, as upstream compares.
+        greedy: bool [N].
+        all_greedy: known on the host, so that greedy decoding skips the sort.
+        any_top_k: known on the host, so that launches are skipped where no row uses top-k.
     """
 
     temperature: Tensor
@@ -72,8 +72,10 @@ class SamplerTensors:
     any_top_k: bool = True
 
     def select(self, rows: Sequence[int] | Tensor, repeat: int = 1) -> SamplerTensors:
-        """Settings of the given rows, each repeated; an index tensor on the device costs no
-        copy."""
+        """Settings of the given rows, each repeated.
+
+        An index tensor on the device needs no copy.
+        """
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
         index = index.repeat_interleave(repeat) if repeat > 1 else index
         if use_triton(self.greedy):
@@ -87,7 +89,7 @@ class SamplerTensors:
         )
 
     def _selected(self, index: Tensor) -> SamplerTensors:
-        """`select` in one launch: four of torch's take as long as a small kernel each."""
+        """`select` in one launch; each of torch's four would take as long as a small kernel."""
         count = len(index)
         taken = replace(
             self,
@@ -110,15 +112,19 @@ class SamplerTensors:
         return taken
 
     def write(self, row: int, settings: SamplerTensors) -> None:
-        """Overwrites one row with settings of one row, in place; all_greedy and any_top_k are left
-        as they are."""
+        """Overwrites one row with settings of one row, in place.
+
+        all_greedy and any_top_k do not change.
+        """
         for name in ("temperature", "top_k", "tail", "greedy"):
             getattr(self, name)[row] = getattr(settings, name)[0]
 
 
 def filter_scores(logits: Tensor, settings: SamplerTensors) -> Tensor:
-    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id; of ties,
-    lower ids first."""
+    """logits [N, V] -> scores [N, V] float32, -inf where top-k or top-p removes the id.
+
+    Ties are ordered by id, the lower first.
+    """
     scores = logits.float() / settings.temperature[:, None]
     ascending, order = scores.sort(dim=-1, stable=True)
     size = scores.shape[-1]
@@ -137,10 +143,13 @@ def sample(
     noise: Tensor | Callable[[Tensor], Tensor] | None,
     banned: Tensor | None,
 ) -> Tensor:
-    """One id a row.
+    """One id a row, int64 [N].
 
-    logits [N, V]; noise [N, V] from `gumbel`, or what gives it for ascending ids [K] as [N, K]
-    (None when every row is greedy); banned bool [N, V] or [V], or None. Returns int64 [N].
+    Args:
+        logits: [N, V].
+        noise: [N, V] from `gumbel`, or a function from ascending ids [K] to [N, K]; None when every
+            row is greedy.
+        banned: bool [N, V] or [V], or None.
     """
     allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     best = allowed.argmax(-1)
@@ -154,7 +163,7 @@ def sample(
         drawn = (scores + noise).argmax(-1)
     else:
         kept = (scores > -torch.inf).any(0).nonzero()[:, 0]
-        # Where nothing is kept, any id will do: it is not taken.
+        # Where nothing is kept, any id will do: the result is not used.
         kept = kept if len(kept) else kept.new_zeros(1)
         drawn = kept[(scores[:, kept] + noise(kept)).argmax(-1)]
     nothing_left = ~(scores > -torch.inf).any(-1)
@@ -162,10 +171,10 @@ def sample(
 
 
 def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Tensor:
-    """Standard Gumbel noise: seeds, draws, slots int64 [N]; ids int64 [K], or their number ->
-    float32 [N, K].
+    """Standard Gumbel noise, float32 [N, K].
 
-    The noise of id v in row n depends on (seeds[n], draws[n], slots[n], v) alone.
+    seeds, draws, slots: int64 [N]. ids: int64 [K], or their number. The noise of id v in row n
+    depends only on (seeds[n], draws[n], slots[n], v).
     """
     ids = torch.arange(ids, device=seeds.device) if isinstance(ids, int) else ids
     word = philox(seeds[:, None], ids, draws[:, None], slots[:, None])
@@ -175,13 +184,15 @@ def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Te
 
 
 def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First output word of Philox 4x32-10 for a 64-bit key and the counter (c0, c1, c2, 0); uint32
-    values in int64."""
+    """First output word of Philox 4x32-10 for a 64-bit key and the counter (c0, c1, c2, 0).
+
+    uint32 values are held in int64.
+    """
     low = 0xFFFFFFFF
     k0, k1 = key & low, (key >> 32) & low
     x0, x1, x2, x3 = torch.broadcast_tensors(c0 & low, c1 & low, c2 & low, torch.zeros_like(key))
     for _ in range(10):
-        # Products wrap in int64; the masks take the right bits out of them all the same.
+        # Products wrap in int64, but the masked bits are right.
         p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
         x0, x1, x2, x3 = (
             ((p1 >> 32) & low) ^ x1 ^ k0,
@@ -208,8 +219,8 @@ def take_settings_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     o_n = tl.arange(0, BLOCK)
     m_n = o_n < N
     o_row = tl.load(index_ptr + o_n, mask=m_n, other=0)
@@ -225,7 +236,7 @@ def take_settings_kernel(
 
 @jit
 def gumbel_word(seed, ids, draw, slot):
-    """The 32 random bits, uint32, that the noise of these ids is made of."""
+    """The 32 random bits, uint32, from which the noise of these ids is computed."""
     o_id = ids.to(tl.uint32)
     o_zero = o_id * 0
     word, _, _, _ = tl.philox(seed, o_id, o_zero + draw.to(tl.uint32), o_zero + slot, o_zero)
@@ -234,8 +245,10 @@ def gumbel_word(seed, ids, draw, slot):
 
 @jit
 def near_gumbel(word):
-    """The noise of these bits in float32, within NEAR of `gumbel_noise`: consumer cards do one
-    float64 for 64 float32."""
+    """Gumbel noise of these bits in float32, within NEAR of `gumbel_noise`.
+
+    Consumer cards compute one float64 operation for every 64 in float32.
+    """
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     # -log(1 - u), by its series where the logarithm would cancel.
@@ -245,8 +258,10 @@ def near_gumbel(word):
 
 @jit
 def gumbel_noise(seed, ids, draw, slot):
-    """`gumbel` for a block of ids of one row; seed and draw int64 scalars, slot a uint32 scalar or
-    constexpr."""
+    """`gumbel` for a block of ids of one row.
+
+    seed and draw: int64 scalars. slot: uint32 scalar or constexpr.
+    """
     word = gumbel_word(seed, ids, draw, slot)
     # 1 - w is exact in float64, so that its logarithm is as good as log1p(-w).
     rest = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10

@@ -43,12 +43,12 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     prefetch,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
 
@@ -60,8 +60,10 @@ FRAME_SLOT = 1
 class CodeStep:
     """The heads that are active at one step.
 
-    heads int64 [5, A]: channel, frame, first row in the table, size and empty id of each. first ...
-    last: the table rows that hold them. widest: the largest size.
+    Args:
+        heads: int64 [5, A], for each its channel, frame, first row in the table, size and empty id.
+        first, last: the range of table rows that holds them.
+        widest: the largest size.
     """
 
     heads: Tensor
@@ -139,8 +141,8 @@ def patch_noise_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_frame, i_row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     slot = (i_frame + FIRST).to(tl.uint32)
@@ -164,15 +166,15 @@ def head_logits_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n, m_r = o_n < N, o_r < R
-    # A line of 128 bytes each; rows beyond the last fetch its own once more.
+    # One line of 128 bytes each; rows beyond the last fetch the last again.
     LINE: tl.constexpr = 128 // (heads_ptr.dtype.element_ty.primitive_bitwidth // 8)
     o_line = tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, D - 1)
     prefetch(heads_ptr + tl.minimum(o_n, N - 1)[:, None] * stride_heads + o_line[None, :], PDL)
-    wait_for_the_last(PDL)
+    pdl_wait(PDL)
     b_logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
@@ -224,7 +226,7 @@ def code_step_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_a = tl.arange(0, BLOCK_A)
     o_v = tl.arange(0, BLOCK_V)[None, :]
@@ -236,8 +238,8 @@ def code_step_kernel(
     empty = tl.load(heads_ptr + 4 * A + o_a, mask=m_a, other=0)
     m_v = o_v < size[:, None]
     m_allowed = m_v & (o_v != empty[:, None])
-    wait_for_the_last(PDL)
-    # All that the draw needs is asked for at once: each of these reads takes as long as the rest.
+    pdl_wait(PDL)
+    # Issue all reads of the draw together: one takes as long as all.
     o_logits = i_row * N + (base - first)[:, None] + o_v
     b_logits = tl.load(logits_ptr + o_logits, mask=m_v, other=-float("inf")).to(tl.float32)
     if not ALL_GREEDY:
@@ -272,7 +274,7 @@ def code_step_kernel(
                 m_upto = (b_scores < score) | ((b_scores == score) & (o_v <= drawn[:, None]))
                 m_above = m_kept & (m_upto == 0)
                 share = tl.sum(tl.where(m_upto, b_mass, 0.0), axis=1) / total
-                # The last of the order is kept whatever its cumulative probability.
+                # The last id of the order is always kept.
                 rejected = rejected & (share <= tail) & (tl.max(m_above.to(tl.int32), axis=1) > 0)
                 above, next_drawn = tl.max(
                     tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
@@ -300,8 +302,10 @@ def code_step_kernel(
 
 
 def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
-    """Gumbel noise of a whole patch: seeds, draws int64 [R] -> float32 [R, G, size]; size: rows of
-    the table."""
+    """Gumbel noise of a whole patch: seeds, draws int64 [R] -> float32 [R, G, size].
+
+    size: rows of the table.
+    """
     if not use_triton(seeds):
         return patch_noise_ref(seeds, draws, group_size, size)
     noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
@@ -319,8 +323,10 @@ def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Ten
 
 
 def head_logits(hidden: Tensor, heads: Tensor) -> Tensor:
-    """hidden [R, D], heads [N, D] -> [R, N] in hidden's dtype. A row's result depends on nothing
-    around it."""
+    """hidden [R, D], heads [N, D] -> [R, N] in hidden's dtype.
+
+    A row's result does not depend on the other rows.
+    """
     rows, size = len(hidden), len(heads)
     logits = torch.empty(rows, size, dtype=hidden.dtype, device=hidden.device)
     head_logits_kernel[(-(-size // 16), -(-rows // 16))](
@@ -351,9 +357,13 @@ def sample_codes(
 ) -> Tensor:
     """Draws the codes of one step into codes [R, C, G] and returns their summed embeddings [R, D'].
 
-    hidden [R, D]; heads [sum V_c, D], embeddings [sum V_c, D']; settings of R rows; noise [R, G,
-    sum V_c] from `patch_noise` (None when every row is greedy). hidden, heads, noise and embeddings
-    contiguous over their last dimension.
+    Args:
+        hidden: [R, D].
+        heads, embeddings: [sum V_c, D] and [sum V_c, D'].
+        settings: of R rows.
+        noise: [R, G, sum V_c] from `patch_noise`; None when every row is greedy.
+
+    All but codes are contiguous over their last dimension.
     """
     if not step.heads.shape[1] or not use_triton(hidden):
         return sample_codes_ref(hidden, step, heads, settings, noise, codes, embeddings)
@@ -400,7 +410,7 @@ def sample_codes(
 
 
 def _tile(dim: int) -> dict[str, int]:
-    """128 columns of 16 table rows at a time, three such tiles in flight; columns to prefetch."""
+    """Blocks of 16 table rows x 128 columns, three in flight; columns to prefetch."""
     columns = next_power_of_2(dim)
     return {
         "BLOCK_R": 16,
@@ -429,16 +439,14 @@ def patch_noise_bytes(rows: int, group_size: int, size: int) -> int:
 
 
 def sample_codes_bytes(rows: int, step: CodeStep, dim: int, next_dim: int, itemsize: int) -> int:
-    """Bytes that must move in one step: the active heads, their noise, hidden states, embeddings
-    and the sum."""
+    """Bytes of one step: the active heads, their noise, hidden states, embeddings and the sum."""
     table = step.last - step.first
     embeddings = rows * (step.heads.shape[1] + 1) * next_dim
     return itemsize * (dim * (table + rows) + embeddings) + rows * table * (4 + 2 * itemsize)
 
 
 def compile_cases() -> Iterator[Case]:
-    """Steps with a codebook of 1025 and without, sampled and greedy; the logits in bf16 and
-    float32."""
+    """Steps with and without a codebook of 1025, sampled and greedy; logits in bf16 and float32."""
     yield Case(
         "patch_noise",
         patch_noise_kernel,
@@ -450,7 +458,7 @@ def compile_cases() -> Iterator[Case]:
     integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
     for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
-        # A step's heads begin at any row, and rows of D = 1024 are aligned all the same.
+        # A step's heads start at any row; rows of D = 1024 are always aligned.
         yield Case(
             f"head_logits {dtype}",
             head_logits_kernel,

@@ -38,11 +38,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.sample import (
     NEAR,
@@ -56,7 +56,7 @@ from mimo_fast.kernels.sample import (
 )
 
 CHUNK = 1024
-"""Ids a program: 149 programs a row at 151,680."""
+"""Ids a program, which makes 149 programs a row at 151,680."""
 
 SETTLE_BLOCK = 4096
 
@@ -86,8 +86,10 @@ def unsigned_bits(x):
 
 @jit
 def kth_bits(counts_ptr, k, PASSES: tl.constexpr):
-    """The first 8 PASSES ordered bits of the k-th largest score, from the counts of as many passes
-    [PASSES, 256]."""
+    """The first 8 PASSES ordered bits of the k-th largest score.
+
+    Read from the counts of as many passes, [PASSES, 256].
+    """
     o_digit = tl.arange(0, 256)
     found = k * 0
     for i_pass in tl.static_range(PASSES):
@@ -112,8 +114,8 @@ def text_digit_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_row = tl.program_id(1).to(tl.int64)
     k = tl.load(top_k_ptr + i_row)
     if (k > 0) & (k < V) & (tl.load(greedy_ptr + i_row) == 0):
@@ -156,8 +158,8 @@ def text_draw_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
@@ -232,8 +234,8 @@ def text_check_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_chunk, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (tl.load(greedy_ptr + i_row) == 0) & (tl.load(tail_ptr + i_row) > 0):
         logits = logits_ptr + i_row * stride_logits
@@ -263,8 +265,10 @@ def text_check_kernel(
 
 @jit
 def least_near(winner, NEAR: tl.constexpr):
-    """The least perturbed score that may be the winner's, from the largest: both are off by NEAR at
-    most, and by their rounding."""
+    """The lowest perturbed score that may be the winner's, given the largest.
+
+    Both are off by at most NEAR and their rounding.
+    """
     return winner - (2 * NEAR + tl.abs(winner) * 1e-6)
 
 
@@ -282,8 +286,11 @@ def exact_winner(
     SLOT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Of the ids above (score, last) in the order whose perturbed score is near the largest: the
-    winner by exact noise, and its id."""
+    """The winner by exact noise, and its id.
+
+    Candidates are the ids above (score, last) in the order whose perturbed score is near the
+    largest.
+    """
     winner = tl.full([], -float("inf"), tl.float32)
     drawn = tl.full([], 0, tl.int32)
     for start in range(0, V, BLOCK_V):
@@ -293,7 +300,7 @@ def exact_winner(
         b_logits = tl.load(logits_ptr + o_v, mask=m_v, other=-float("inf"))
         b_scores = tl.div_rn(b_logits.to(tl.float32), temperature)
         m_near = (b_scores > score) | ((b_scores == score) & (o_v > last))
-        # An infinite winner leaves no bound, and then all are near.
+        # An infinite winner gives no bound, so all ids are near.
         m_near = m_near & (b_near > -float("inf")) & ((b_near < least) == 0)
         if tl.max(m_near.to(tl.int32), axis=0) > 0:
             b_exact = b_scores + gumbel_noise(seed, o_v, draw, SLOT)
@@ -330,8 +337,8 @@ def text_settle_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_chunk = tl.arange(0, BLOCK_C)
     m_chunk = o_chunk < chunks
@@ -405,7 +412,7 @@ def text_settle_kernel(
                     b_after = tl.maximum(b_after, tl.minimum(b_next, b_perturbed))
                     b_id = tl.where(b_perturbed > b_next, o_v, b_id)
                     b_next = tl.maximum(b_next, b_perturbed)
-                # The last of the order is kept whatever its cumulative probability.
+                # The last id of the order is always kept.
                 rejected = (tl.sum(b_mass, axis=0) / total <= tail) & (tl.max(b_above, axis=0) > 0)
                 if rejected:
                     last = drawn

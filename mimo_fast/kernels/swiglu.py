@@ -70,7 +70,6 @@ def swiglu_bytes(rows: int, width: int, itemsize: int) -> int:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The one configuration, at the widths of the backbone (11008) and the small transformers
-    (4096)."""
+    """One configuration, for the widths of the backbone (11008) and small transformers (4096)."""
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride_x": "i32", "F": "i32"}
     yield Case("swiglu", swiglu_kernel, signature, {"BLOCK_F": BLOCK_F}, WARPS, wide_loads=True)

@@ -1,19 +1,18 @@
-"""Input of the backbone: at a text position the row of the table, at an audio position the encoded
-patch.
+"""Input of the backbone: a table row at a text position, an encoded patch at an audio position.
 
     x[r] = patches[r]        where text[r] == empty_id
     x[r] = table[text[r]]    elsewhere
 
-Shapes: text [R] int64 (any stride: as it lies in the ids), patches [R, D] (any stride over R; rows
-of text positions are never read), x [R, D] in their dtype. The table is dense [V, D] or a
-`QuantizedWeight`, of which one row is
-unpacked: scale (q - zero), each step rounded to float32, then once to x's dtype.
+Shapes: text [R] int64 (any stride, as the ids have), patches [R, D] (any stride over R; rows of
+text positions are never read), x [R, D] in their dtype. The table is dense [V, D] or a
+`QuantizedWeight`, of which one row is unpacked: scale (q - zero), each step rounded to float32,
+then once to x's dtype.
 
-A copy of a row, so only the launch and the latency of two dependent reads count; text is read on
-the device, so that a captured graph serves any token. Programs take 1024 columns of a row in
-16-byte accesses. A packed word is read once and its planes spread over a third axis of the block,
-in whose order the columns lie (quantized_weight.py has the layout). The table may lie in pinned
-host memory, of which a step then fetches a row. Bytes: R D in and out, stored rows in.
+A copy of a row, so only the launch and the latency of two dependent reads count. text is read on
+the device, so a captured graph serves any token. Programs take 1024 columns of a row in 16-byte
+accesses. A packed word is read once and its planes spread over a third axis of the block, which
+follows the order of the columns (quantized_weight.py has the layout). The table may lie in pinned
+host memory, from which a step then reads one row. Bytes: R D in and out, stored rows in.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
-    let_the_next_begin,
     next_power_of_2,
+    pdl_trigger,
+    pdl_wait,
     tl,
     use_triton,
-    wait_for_the_last,
 )
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
 
@@ -68,8 +67,8 @@ def dense_embed_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -104,8 +103,8 @@ def quantized_embed_kernel(
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
-    wait_for_the_last(PDL)
+    pdl_trigger(PDL)
+    pdl_wait(PDL)
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
@@ -136,8 +135,10 @@ def input_embed(
     empty_id: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """text int64 [R], patches [R, D], table [V, D] -> [R, D] in the patches' dtype, into `out`
-    where it is given."""
+    """text int64 [R], patches [R, D], table [V, D] -> [R, D] in the patches' dtype.
+
+    out: written and returned where given.
+    """
     rows, dim = patches.shape
     columns = table.shape[1]
     if tuple(text.shape) != (rows,) or columns != dim:
@@ -212,8 +213,10 @@ def _quantized(
 
 
 def input_embed_bytes(audio: int, texts: int, dim: int, itemsize: int, row_bytes: int) -> int:
-    """Bytes that must move: patches in, table rows of `row_bytes` as stored in, x out, and the
-    ids."""
+    """Bytes that must move: patches, table rows and ids in, x out.
+
+    row_bytes: a table row as stored.
+    """
     return audio * (2 * dim * itemsize + 8) + texts * (row_bytes + dim * itemsize + 8)
 
 

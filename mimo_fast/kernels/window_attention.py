@@ -1,15 +1,13 @@
-"""Softmax attention in a window: query i sees keys i - left ... i + right that exist (vocoder: 40
-and 10).
+"""Softmax attention in a window: query i sees the existing keys among i - left ... i + right.
 
     y[i] = sum_j softmax_j(q[i] . k[j] / sqrt(Dh)) v[j],   j in [i - left, i + right] and in [0, T)
 
 Shapes: q, k, v, y [H, T, Dh], any strides over H and T. Scores, softmax and sums are float32; with
-16-bit inputs the unnormalised probabilities are rounded to that dtype to weight the values, and y
-is rounded once.
+16-bit inputs the unnormalised softmax weights are rounded to that dtype. y is rounded once.
 
 One program a head and 32 queries: an online softmax over the blocks of keys that any of them sees,
-from the first such key on (3 blocks at 40 and 10), so work and memory are linear in T. Bytes: q, k,
-v and y once; the overlap of neighbouring windows comes from the cache.
+from the first such key on (3 blocks for the vocoder's window of 40 and 10), so work and memory are
+linear in T. Bytes: q, k, v and y once; the overlap of neighbouring windows comes from the cache.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ from torch import Tensor
 from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
 
 WINDOW_BLOCK = 256
-"""Queries the reference treats at once."""
+"""Queries that the reference processes at once."""
 
 BLOCK = 32
-"""Queries a program, and keys at a time."""
+"""Queries a program, and keys a block."""
 
 
 def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
@@ -46,7 +44,7 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
     in_window = (key >= query) & (key <= query + left + right)
     position = torch.arange(blocks, device=q.device)[:, None, None] * WINDOW_BLOCK + key - left
     visible = in_window & (position >= 0) & (position < t)
-    # Rows past the end see nothing; let them see everything rather than produce NaN.
+    # Rows past the end see no key; they attend to everything, which avoids NaN.
     visible |= ~visible.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
     return out.reshape(heads, blocks * WINDOW_BLOCK, dh)[:, :t]
@@ -104,8 +102,7 @@ def window_attention_kernel(
         )
         b_scores = tl.where(m_seen, b_scores, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
-        # A query that has seen no key yet keeps a maximum of -inf, from which nothing can be
-        # subtracted.
+        # A query that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_p = tl.exp2(b_scores - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
@@ -118,8 +115,10 @@ def window_attention_kernel(
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
-    """q, k, v [H, T, Dh] -> [H, T, Dh]; query i sees keys i - left ... i + right that exist. left,
-    right >= 0."""
+    """q, k, v [H, T, Dh] -> [H, T, Dh]; query i sees the existing keys i - left ... i + right.
+
+    left, right >= 0.
+    """
     if not use_triton(q):
         return window_attention_ref(q, k, v, left, right)
     if q.shape != k.shape or q.shape != v.shape:

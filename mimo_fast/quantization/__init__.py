@@ -1,5 +1,4 @@
-"""Weight-only quantization: formats, the search for scales, checkpoints on disk, import from other
-tools."""
+"""Weight-only quantization: formats, search for scales, checkpoints, imports."""
 
 from mimo_fast.quantization.bitsandbytes import from_bitsandbytes
 from mimo_fast.quantization.convert import WeightSource, quantize_checkpoint

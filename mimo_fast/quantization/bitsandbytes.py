@@ -1,10 +1,10 @@
 """Import of matrices that bitsandbytes stored as NF4, as transformers saves them.
 
 A matrix X [N, K] is stored as X uint8 [N K / 2, 1], two values a byte, the first in the high bits,
-and its state: X.absmax, a scale for each block of consecutive values, X.quant_map [16], the levels,
-and JSON with the shape and the size of a block as bytes in X.quant_state.bitsandbytes__nf4. Where
-scales are quantized in their turn, X.absmax is uint8 and X.nested_absmax and X.nested_quant_map
-expand it. bitsandbytes itself reads all of that here.
+and its state: X.absmax, a scale for each block of consecutive values; X.quant_map [16], the levels;
+and X.quant_state.bitsandbytes__nf4, JSON as bytes with the shape and the block size. Where scales
+are quantized as well, X.absmax is uint8, and X.nested_absmax and X.nested_quant_map expand it.
+bitsandbytes itself reads all of that here.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,10 @@ FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 
 def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedWeight | Tensor:
-    """One matrix in our nf4 form, with the very same values; `state` has its tensors by the names
-    of FIELDS.
+    """One matrix in our nf4 form with the same values, or as a dense float32 matrix [N, K].
 
-    Where our form cannot hold it (blocks that do not end with a row, other levels), its values as a
-    dense float32 matrix [N, K] instead.
+    It is dense where our form cannot hold it: blocks that do not end with a row, or other levels.
+    `state` has its tensors by the names of FIELDS.
 
     Raises:
         CheckpointError: bitsandbytes is not installed, or the tensors do not belong together.
@@ -47,7 +46,7 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
         raise CheckpointError(
             "packed values, absmax and shape are not of one matrix: download the checkpoint again"
         )
-    # What is stored, not rounded to the type of the model that was saved.
+    # The stored values, not rounded to the dtype of the saved model.
     read.dtype = torch.float32
     group, levels = (
         importable_group(read.blocksize, columns),
@@ -70,7 +69,7 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
 
 
 def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) -> PackedMatrices:
-    """What a checkpoint holds packed, from headers and the JSON of each matrix alone.
+    """The matrices that a checkpoint holds packed, from headers and each matrix's JSON alone.
 
     Raises:
         CheckpointError: it holds another form than NF4, or bitsandbytes is not installed.

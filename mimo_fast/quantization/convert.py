@@ -1,5 +1,4 @@
-"""Quantized checkpoints: written tensor by tensor, and read, as dense ones are, through
-`WeightSource`."""
+"""Writes quantized checkpoints tensor by tensor; `WeightSource` reads dense and quantized ones."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +30,14 @@ from mimo_fast.quantization.search import NF4_LEVELS, quantize, relative_error
 
 Read = Callable[[str], Tensor]
 Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
-"""Matrix by upstream's name -> its quantized form and relative error, None where the original is
-unknown."""
+"""Upstream's name of a matrix -> its quantized form and relative error.
+
+The error is None where the original is unknown.
+"""
 
 
 class WeightSource:
-    """What a model is built from: tensors and matrices by upstream's names, however they are
-    stored.
+    """Tensors and matrices by upstream's names, however they are stored; a model is built from it.
 
     Args:
         read: tensor by its name in the file, on the target device, in its stored dtype.
@@ -45,7 +45,7 @@ class WeightSource:
         stored: format of each matrix that the file holds quantized.
         requested: quantization to do now, of matrices that the file holds dense.
         join: on a GPU, copy the row blocks of a dense matrix into one, for one launch; False shares
-            them as they are.
+            them uncopied.
     """
 
     def __init__(
@@ -69,21 +69,24 @@ class WeightSource:
             )
 
     def __call__(self, name: str) -> Tensor:
-        """One tensor, dense: a matrix that is or should be quantized is unpacked (to bfloat16 if
-        none is wanted)."""
+        """One tensor, dense.
+
+        A matrix that is or should be quantized is unpacked, to bfloat16 if no dtype is wanted.
+        """
         if name in self._stored:
             return dequantize_to(self._quantized(name, None), self._dtype or torch.bfloat16)
         tensor = self._read(name)
         if self._requested and (chosen := self._requested.format_of(name, tuple(tensor.shape))):
-            # So that quantizing at load gives what a quantized checkpoint gives.
+            # Quantize and unpack: quantizing at load equals loading a quantized checkpoint.
             return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
     def weight(
         self, *modules: str, bias: bool | Sequence[bool] = False
     ) -> Weight | QuantizedWeight:
-        """The matrix whose row blocks are M.weight, with M.bias if `bias` (for all or each), for
-        the given modules M.
+        """The matrix whose row blocks are M.weight for the given modules M.
+
+        bias: whether there is M.bias, one for all or one for each.
 
         Raises:
             CheckpointError: the blocks are not all dense or all of one format.
@@ -117,8 +120,7 @@ class WeightSource:
         return Weight.stack(blocks, biases)
 
     def table(self, module: str) -> Tensor | QuantizedWeight:
-        """The embedding table M.weight as it is stored or wanted, its rows to be taken one by
-        one."""
+        """The embedding table M.weight as it is stored or wanted, to be read row by row."""
         name = f"{module}.weight"
         if name in self._stored:
             return self._quantized(name, None)
@@ -159,8 +161,9 @@ def quantize_checkpoint(
     progress: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
-    """Quantizes a language model's checkpoint into another directory, with its tokenizer; one
-    tensor in memory.
+    """Quantizes a language model's checkpoint into another directory, with its tokenizer.
+
+    One tensor is in memory at a time.
 
     Returns:
         Relative error of each quantized matrix by upstream's name; config.json keeps them too.
@@ -228,10 +231,10 @@ def write_quantized(
     copy_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
-    """Writes matrices of `formats` as `convert` gives them and all else as `read` does; returns
-    relative errors.
+    """Writes matrices of `formats` as `convert` gives them, all else as `read` does.
 
     `dtypes` has every dense tensor, and may have packed ones whose dtype is not the usual one.
+    Returns relative errors.
     """
     stored = stored_tensors(shapes, formats, dtypes)
     errors: dict[str, float] = {}
@@ -256,7 +259,7 @@ def write_quantized(
             return quantized.words
         return waiting.pop(name)
 
-    # `entry` is complete when it is written: config.json comes after the last tensor.
+    # config.json is written after the last tensor, when `entry` is complete.
     write_checkpoint(
         target,
         {name: shape for name, (shape, _) in stored.items()},

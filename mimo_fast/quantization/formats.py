@@ -1,9 +1,8 @@
-"""Which tensor is stored how: formats, the choice of a format for each part of the model, names,
-shapes and bytes.
+"""Storage formats: which part of the model has which, with names, shapes and bytes.
 
 A quantized matrix X.weight [N, K] is stored as X.weight.words, X.weight.scales and, where zeros are
-free, X.weight.zeros; `kernels/quantized_weight.py` has the layout. config.json lists these matrices
-under `mimo_fast_quantization`.
+free, X.weight.zeros; `kernels/matmul/quantized_weight.py` has the layout. config.json lists these
+matrices under `mimo_fast_quantization`.
 """
 
 import math
@@ -31,14 +30,14 @@ PARTS: dict[str, str | tuple[str, ...]] = {
     "patch_encoder": "input_local_transformer.layers.",
     "codec": ("encoder.layers.", "decoder.layers.", "decoder.vocoder.layers."),
 }
-"""Prefixes of the names of each part that may be quantized; all other tensors stay dense."""
+"""Name prefixes of each part that may be quantized; all other tensors stay dense."""
 
 NAMED = ("int4", "int4-sym", "int8", "nf4", "dense")
 MIN_GROUP = 32
-"""16 bytes of 4-bit weights. A matrix whose K is no multiple of it stays dense."""
+"""Values in 16 bytes of 4-bit weights; a matrix whose K is no multiple of it stays dense."""
 
 FOREIGN_KEY = "quantization_config"
-"""Where other tools say in config.json how they quantized a checkpoint."""
+"""Key of config.json where other tools describe their quantization."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """ "int4", "int4-sym", "int8" or "nf4", each with "-g32", "-g64" or "-g128" to choose the
-        group.
+        """Parses "int4", "int4-sym", "int8" or "nf4", with an optional group.
 
-        Without one the group is 128 for int4, 64 for nf4, the row for int8.
+        The suffix "-g32", "-g64" or "-g128" is the group: by default 128 for int4, 64 for nf4, the
+        row for int8.
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
@@ -81,8 +80,10 @@ class Format:
         return 8 if self.kind == "int8" else 4
 
     def fit(self, columns: int) -> "Format | None":
-        """This format with the largest group, halved from the wanted one, that divides K; None if
-        none does."""
+        """This format with the largest group that divides K, halved from the wanted one.
+
+        None if none does.
+        """
         if columns % MIN_GROUP:
             return None
         return self if self.group is None else replace(self, group=math.gcd(self.group, columns))
@@ -90,14 +91,15 @@ class Format:
     def tensors(
         self, name: str, shape: tuple[int, ...]
     ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of what is stored for a matrix; the first is asked for first by the
-        writer."""
+        """Shape and dtype of the tensors that store a matrix.
+
+        The writer requests the first one first.
+        """
         rows, columns = shape
         groups = columns // (self.group or columns)
         stored = {
             f"{name}.words": ((rows, columns * self.bits // 32), torch.int32),
-            # nf4 keeps the float32 scales of its published form, so that its values are exactly
-            # those.
+            # nf4 keeps the float32 scales of its published form, and so its exact values.
             f"{name}.scales": (
                 (rows, groups),
                 torch.float32 if self.kind == "nf4" else torch.bfloat16,
@@ -112,8 +114,10 @@ class Format:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Format of each part; None is dense. The codec is quantized at load alone, and its codebooks
-    never are."""
+    """Format of each part; None is dense.
+
+    The codec is quantized only at load, and its codebooks never are.
+    """
 
     backbone: Format | None = None
     lm_head: Format | None = None
@@ -126,10 +130,9 @@ class QuantizationConfig:
     def parse(
         cls, value: "str | Mapping[str, str | None] | QuantizationConfig | None"
     ) -> "QuantizationConfig | None":
-        """A named choice ("int8", "int4", "nf4"), or a format for each part: {"backbone":
-        "int4-g64", ...}.
+        """Parses a named choice ("int8", "int4", "nf4"), or a format for each part.
 
-        Parts left out of a mapping stay dense, as do those given as None or "dense".
+        A mapping is {"backbone": "int4-g64", ...}; parts left out, None or "dense" stay dense.
 
         Raises:
             ValueError: no such name, part or format.
@@ -150,7 +153,7 @@ class QuantizationConfig:
         return cls(**{part: Format.parse(str(text)) for part, text in chosen.items()})
 
     def parts(self) -> dict[str, str | None]:
-        """What `parse` reads back."""
+        """The parts in the form that `parse` reads."""
         formats = {field.name: getattr(self, field.name) for field in fields(self)}
         return {part: None if chosen is None else str(chosen) for part, chosen in formats.items()}
 
@@ -175,8 +178,10 @@ CHOICES: dict[str, dict[str, str]] = {
     "int4": _INT4,
     "nf4": _INT4 | {"backbone": "nf4"},
 }
-"""What a bare name means. int4 stores the text embeddings as int8 too: in bfloat16 they would be a
-fifth of it all."""
+"""The formats that a name stands for.
+
+int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of the checkpoint.
+"""
 
 
 @dataclass(frozen=True)
@@ -197,14 +202,15 @@ class PackedMatrices:
 
 
 def importable_group(size: int, columns: int) -> int | None:
-    """Our group for one of `size` values along K, a longer group being several of the same scale;
-    None if none is."""
+    """Our group for another tool's groups of `size` values along K; None if none is.
+
+    A longer group becomes several with the same scale.
+    """
     return min(size, 128) if columns % size == 0 and (size in (32, 64) or size % 128 == 0) else None
 
 
 def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
-    """Format of every matrix that a config.json says is stored quantized; empty for a dense
-    checkpoint.
+    """Format of every matrix that a config.json lists as quantized; empty for a dense checkpoint.
 
     Raises:
         CheckpointError: the entry is malformed or of a later version.
@@ -226,7 +232,7 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
 
 
 def stored_shapes(shapes: Shapes, formats: Mapping[str, Format]) -> Shapes:
-    """Names and shapes in the file: each matrix of `formats` gives way to its packed tensors."""
+    """Names and shapes in the file: packed tensors replace each matrix of `formats`."""
     return {
         name: shape for name, (shape, _) in stored_tensors(shapes, formats, torch.bfloat16).items()
     }
@@ -235,8 +241,10 @@ def stored_shapes(shapes: Shapes, formats: Mapping[str, Format]) -> Shapes:
 def stored_tensors(
     shapes: Shapes, formats: Mapping[str, Format], dense: torch.dtype | Mapping[str, torch.dtype]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in the file; `dense` is the dtype of what is not quantized,
-    one or by name."""
+    """Shape and dtype of every tensor in the file.
+
+    dense: the dtype of what is not quantized, one or by name.
+    """
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in shapes.items():
         if name in formats:
@@ -249,8 +257,10 @@ def stored_tensors(
 def checkpoint_bytes(
     config: LMConfig, quantization: QuantizationConfig | None, dense: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of all tensors of a language model on disk, from shapes alone; file headers add some
-    tens of kilobytes."""
+    """Bytes of all tensors of a language model on disk, from shapes alone.
+
+    File headers add some tens of kilobytes.
+    """
     shapes = lm_shapes(config)
     formats = quantization.formats(shapes) if quantization else {}
     stored = stored_tensors(shapes, formats, dense)

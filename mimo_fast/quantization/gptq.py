@@ -24,10 +24,10 @@ from mimo_fast.quantization.formats import Format, PackedMatrices, importable_gr
 def from_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, v1: bool = True
 ) -> QuantizedWeight | Tensor:
-    """One layer in our int4 form, with the very same values; bias is the caller's.
+    """One layer in our int4 form with the same values, or as a dense float32 matrix [N, K].
 
-    Where our form cannot hold the layer (groups in activation order, or of a size that is neither
-    32, 64 nor a multiple of 128), its values as a dense float32 matrix [N, K] instead.
+    It is dense where our form cannot hold it: groups in activation order, or of a size that is
+    neither 32, 64 nor a multiple of 128. The caller handles the bias.
 
     Raises:
         CheckpointError: the tensors do not belong together.
@@ -65,10 +65,10 @@ def from_gptq(
 
 
 def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) -> PackedMatrices:
-    """What a checkpoint holds packed; `about` is its quantization_config.
+    """The matrices that a checkpoint holds packed; `about` is its quantization_config.
 
     Raises:
-        CheckpointError: its layout is another than GPTQ's, or not of 4 bits.
+        CheckpointError: its layout is not GPTQ's, or not of 4 bits.
     """
     v1 = _is_v1(about, weights.directory)
     found: dict[str, tuple[int, ...]] = {}
@@ -104,7 +104,7 @@ def _in_order(weights: Weights, layer: str, size: int) -> bool:
 
 
 def _is_v1(about: Mapping[str, Any], source: Path) -> bool:
-    """Whether zeros are stored less one."""
+    """Whether the stored zeros are one too low (layout v1)."""
     bits, packing = about.get("bits"), str(about.get("packing_format", ""))
     if "awq" in packing:
         raise CheckpointError(

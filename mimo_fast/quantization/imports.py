@@ -1,5 +1,4 @@
-"""Checkpoints that other tools quantized -> our form: GPTQ (AutoRound writes it too) and
-bitsandbytes NF4."""
+"""Converts checkpoints that other tools quantized: GPTQ (also by AutoRound), bitsandbytes NF4."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ METHODS: dict[str, Callable[[Weights, Shapes, Mapping[str, Any]], PackedMatrices
     "autoround": gptq.packed_matrices,
     "bitsandbytes": bitsandbytes.packed_matrices,
 }
-"""By the quant_method of config.json."""
+"""Importers by the quant_method of config.json."""
 
 
 def import_checkpoint(
@@ -34,19 +33,18 @@ def import_checkpoint(
     *,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Converts a language model's checkpoint that another tool quantized into our form, values
-    unchanged.
+    """Converts a language model's checkpoint that another tool quantized; values do not change.
 
     Args:
         quantization: for matrices that the source holds dense, such as lm_head, and for those that
             our forms cannot hold, which are unpacked; by default both are stored dense.
 
     Returns:
-        Relative error of what was quantized here; of what was imported, the original is not known.
+        Relative error of what was quantized here; the original of imported matrices is not known.
 
     Raises:
-        CheckpointError: the source is of no form that is imported, a package is missing, or the
-            target holds weights.
+        CheckpointError: the source's form is not supported, a package is missing, or the target
+            holds weights.
     """
     source = Path(source)
     raw = dict(read_json(source / "config.json"))

@@ -1,12 +1,12 @@
-"""Values -> quantized values: scales (and zeros) that minimise the squared error, group by group.
+"""Quantizes values: scales (and zeros) that minimise the squared error, group by group.
 
 4 bits: for fixed integers q the best scale and zero are a least-squares line through (q, w); for
-fixed scale and zero the best q is rounding. The two alternate from several starts, each the range
-of the group shrunk a little (which trades clipping for resolution), and the best is kept: plain
-absmax is one of the states compared, so never better.
+fixed scale and zero the best q is rounding. The two alternate from several starts, each the group's
+range shrunk a little (which trades clipping for resolution), and the best is kept. Plain absmax is
+one of the states compared, so it is never better.
 
-8 bits: the line gains nothing, what counts is how far to shrink. Scales are compared as they are
-stored, in bfloat16, whose steps are as wide as the differences between them.
+8 bits: the line gains nothing; what matters is how far to shrink. Scales are compared as stored, in
+bfloat16, whose steps are as wide as the differences between them.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,30 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantiz
 from mimo_fast.quantization.formats import Format
 
 CHUNK, CUDA_CHUNK = 2**15, 2**24
-"""Values searched at once. On the CPU their few float32 copies stay in a core's cache, and torch
-does not split work this small, so that cores take chunks each and never wait for one another."""
+"""Number of values searched at once.
+
+On the CPU their few float32 copies stay in a core's cache, and torch does not split work this
+small, so each core takes its own chunks and never waits for another.
+"""
 
 INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
-"""Fractions of the range to start from; least-squares corrections after each. More gain less than
-1% of the error."""
+"""Fractions of the range to start from, and least-squares corrections after each.
+
+More gain less than 1% of the error.
+"""
 
 INT8_FRACTIONS = (1.0, 0.985, 0.97, 0.955, 0.94)
-"""Fractions of the range to try. The best of 129 has an error at most 0.4% smaller by rows, 4% by
-groups of 128."""
+"""Fractions of the range to try.
+
+The best of 129 has an error at most 0.4% smaller by rows, 4% by groups of 128.
+"""
 
 ZERO_LIMIT = 24.0
-"""Zeros lie in the range of q but for fits that overshoot; float16 resolves 1/64 of a step up to
-here."""
+"""Largest magnitude of a zero.
+
+Zeros lie in the range of q except for fits that overshoot; float16 resolves 1/64 of a step up to
+here.
+"""
 
 NF4_LEVELS = (
     -1.0,
@@ -53,8 +63,10 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-"""Quantiles of a normal distribution, as published with QLoRA (https://arxiv.org/abs/2305.14314,
-appendix E)."""
+"""Levels of nf4: quantiles of a normal distribution, as published with QLoRA.
+
+https://arxiv.org/abs/2305.14314, appendix E.
+"""
 
 Searched = tuple[Tensor, Tensor, Tensor | None]
 """q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
@@ -63,8 +75,7 @@ Search = Callable[[Tensor], Searched]
 
 
 def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
-    """weight [N, K] of any floating dtype -> its quantized form, on the same device, row chunk by
-    row chunk.
+    """weight [N, K] of any floating dtype -> its quantized form, on the same device, in row chunks.
 
     Raises:
         ValueError: K is not a multiple of the group, or values are not finite.
@@ -118,8 +129,10 @@ Result = TypeVar("Result")
 
 
 def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Result]:
-    """function(start, end) of each chunk of rows, in order; on the CPU as many at a time as torch
-    uses threads."""
+    """function(start, end) of each chunk of rows, in order.
+
+    On the CPU as many run at a time as torch uses threads.
+    """
     step = max(1, (CUDA_CHUNK if weight.is_cuda else CHUNK) // weight.shape[1])
     starts = range(0, len(weight), step)
     ends = [min(start + step, len(weight)) for start in starts]
@@ -131,8 +144,10 @@ def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Re
 
 
 def _asymmetric(values: Tensor) -> Searched:
-    """w = scale (q - zero), q in -8 ... 7. The range always includes 0, so that zero stays small
-    and 0 near exact."""
+    """w = scale (q - zero), q in -8 ... 7.
+
+    The range always includes 0, so that zero stays small and 0 nearly exact.
+    """
     low, high = (
         values.amin(1, keepdim=True).clamp_(max=0),
         values.amax(1, keepdim=True).clamp_(min=0),
@@ -209,15 +224,19 @@ def _int8(values: Tensor) -> Searched:
 
 
 def _widest(values: Tensor) -> Tensor:
-    """Largest magnitude of each group, negated where it is a positive value's: the longer side of q
-    is the lower."""
+    """Largest magnitude of each group, negated where the value is positive.
+
+    The negative side of q is the longer one.
+    """
     low, high = values.aminmax(dim=1, keepdim=True)
     return torch.where(high >= -low, -high, -low)
 
 
 def _nf4(values: Tensor) -> Searched:
-    """The nearest of 16 levels times the group's largest magnitude: the published format, which has
-    no search."""
+    """The nearest of 16 levels times the group's largest magnitude.
+
+    This is the published format, which has no search.
+    """
     levels = torch.tensor(NF4_LEVELS, device=values.device)
     scale = values.abs().amax(1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2

@@ -1,1 +1,1 @@
-"""The models written in terms of ops, their state, and the loop that drives them."""
+"""The models, written in terms of ops, their state, and the decoding loop."""

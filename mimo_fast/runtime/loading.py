@@ -37,7 +37,7 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 
 class HubOptions(TypedDict, total=False):
-    """Where and how hub ids are looked up; as in huggingface_hub."""
+    """How hub ids are resolved; the arguments are huggingface_hub's."""
 
     revision: str | None
     codec_revision: str | None
@@ -47,12 +47,13 @@ class HubOptions(TypedDict, total=False):
 
 
 class LoadOptions(HubOptions, total=False):
-    """How much memory a model may take, besides where it is found.
+    """Options of memory use, besides those of the hub.
 
-    max_batch: replies decoded at once; None: as many as fit, at most 4. max_seq_len: groups that a
-    conversation may have; None: the model's context. kv_cache: "int8" for keys and values in half
-    the memory, None for the dtype's own. offload: "text_embeddings" and "codec_encoder" may stay in
-    host memory.
+    Attributes:
+        max_batch: Number of requests decoded at once; None for as many as fit, at most 4.
+        max_seq_len: Number of groups that a sequence may have; None for the model's context.
+        kv_cache: "int8" for a KV cache of half the size; None for the model's dtype.
+        offload: Parts that stay in host memory, of "text_embeddings" and "codec_encoder".
     """
 
     max_batch: int | None
@@ -69,7 +70,7 @@ def load_parts(
     quantization: Any,
     options: LoadOptions,
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
-    """Loads a pair: both are found, checked and fitted into memory before either is read."""
+    """Loads a pair; both are found, checked and planned before any weight is read."""
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
     for_codec = LoadOptions(**options)
@@ -88,7 +89,7 @@ def load_parts(
         and target.type == "cpu"
         and lm_weights.dtype("model.norm.weight") == torch.float16
     ):
-        # Few CPUs compute in it.
+        # Few CPUs compute in float16.
         chosen = torch.float32
     # Norms are never quantized: their type is the checkpoint's.
     lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
@@ -108,7 +109,7 @@ def load_parts(
     )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
-    # On a terminal only.
+    # tqdm shows the bar only on a terminal.
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
         offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
         read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
@@ -128,8 +129,8 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     """The setup that the options ask for.
 
     Raises:
-        ValueError: an option is out of range. DeviceMemoryError: the device has not so much memory
-            free.
+        ValueError: an option is out of range.
+        DeviceMemoryError: the device has too little memory free.
     """
     longest, wanted, batch = (
         setup.lm.max_positions,
@@ -159,7 +160,7 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
 def _split_parts(
     requested: QuantizationConfig | None,
 ) -> tuple[QuantizationConfig | None, QuantizationConfig | None]:
-    """What is asked for the language model, and for the codec; None for nothing."""
+    """The parts for the language model and for the codec; None where nothing is quantized."""
     if requested is None:
         return None, None
     parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
@@ -169,7 +170,7 @@ def _split_parts(
 
 
 def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
-    """Every code but the empty one, which comes last, must be a row of the codec's codebook."""
+    """Checks that every code but the last, the empty one, is a row of the codec's codebook."""
     sizes = codec.codebook_sizes
     if lm.channels > len(sizes):
         problem = (
@@ -195,7 +196,7 @@ def find(source: PathLike, hub: HubOptions) -> Path:
 
 
 def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
-    """Config, weights and stored formats of a language model, its names and shapes checked."""
+    """Config, weights and stored formats of a language model; names and shapes are checked."""
     path = directory / "config.json"
     raw = read_json(path)
     if raw.get(FOREIGN_KEY):
@@ -210,7 +211,7 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
 
 
 def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
-    """Config and weights of a codec, every tensor's name and shape checked."""
+    """Config and weights of a codec; names and shapes are checked."""
     config = CodecConfig.from_dict(
         read_json(directory / "config.json"), str(directory / "config.json")
     )
@@ -241,7 +242,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _reader(
     weights: Weights, device: torch.device, bar: Any, on_host: str | None = None
 ) -> Callable[[str], Tensor]:
-    """Reads to the device; names that begin with `on_host` stay in pinned memory for a GPU."""
+    """A reader to the device; for a GPU, names that start with `on_host` stay in pinned memory."""
 
     def read(name: str) -> Tensor:
         bar.update(1)

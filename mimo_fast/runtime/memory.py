@@ -1,11 +1,10 @@
-"""What a model needs of a device's memory, from shapes alone, and what would make it fit.
+"""The memory plan: device memory that a model needs, from shapes alone, and settings that fit.
 
-weights  the language model in its formats; text embeddings unless they stay in host memory
-codec    encoder (unless in host memory), decoder and float32 codebooks; with graphs, the states
-         of `max_batch` streams
-cache    keys and values of `max_batch` slots of `max_seq_len` positions, and the state beside
-         them
-work     activations of the largest piece of work, graphs' own memory, and what libraries take
+weights  the language model in its formats, without text embeddings that stay in host memory
+codec    encoder (unless in host memory), decoder, float32 codebooks; with graphs, the states of
+         `max_batch` streams
+cache    KV cache of `max_batch` slots of `max_seq_len` positions, and the rest of the decode state
+work     the largest activations, the memory of graphs, and an allowance for libraries
 """
 
 import math
@@ -29,22 +28,27 @@ from mimo_fast.runtime.lm.state import kv_bytes
 GB = 10**9
 
 LIBRARIES = 400 * 10**6
-"""What cuBLAS, cuDNN and the allocator's rounding take on a GPU: an allowance."""
+"""Allowance on a GPU for cuBLAS, cuDNN and the allocator's rounding, in bytes."""
 
 CODEC_SECONDS = 60
-"""Longest segment that the codec treats at once."""
+"""Longest segment that the codec processes at once, in seconds."""
 
 DEFAULT_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides how much memory a loaded model takes.
+    """All that determines how much memory a loaded model takes.
 
-    kv_cache: None for the activations' type, or "int8". offload: of OFFLOADABLE. mapped: whether
-    dense weights stay in their memory-mapped file, which a CPU reads in place and the system can
-    drop. graphs: whether it decodes with CUDA graphs, for which the states of codec streams stay
-    allocated.
+    Attributes:
+        formats, codec_formats: Format of each quantized tensor by name.
+        kv_cache: None for the activations' type, or "int8".
+        offload: Parts in host memory, of OFFLOADABLE.
+        mapped: Whether dense weights stay in their memory-mapped file, which a CPU reads in place
+            and the system can evict.
+        graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
+            allocated.
+        prompt_graphs: Whether prompts are captured as graphs too.
     """
 
     lm: LMConfig
@@ -62,7 +66,7 @@ class Setup:
     prompt_graphs: bool = False
 
     def bytes(self) -> dict[str, int]:
-        """Bytes on the device by what they are for."""
+        """Bytes on the device by purpose."""
         return {
             "weights": self._weights(),
             "codec": self._codec(),
@@ -130,7 +134,7 @@ class Setup:
                 min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
             )
         if self.prompt_graphs:
-            # Graphs of prompts keep what one takes; as they are captured, one runs beside them.
+            # Graphs of prompts keep the memory of one prompt; while capturing, another prompt runs.
             prefill *= 2
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
         draw = self.max_batch * (
@@ -142,7 +146,7 @@ class Setup:
 
 
 def check_memory(setup: Setup, free: int, device: str) -> None:
-    """Raises DeviceMemoryError, which names arguments that fit, unless this setup fits."""
+    """Raises DeviceMemoryError, which names arguments that would fit, unless the setup fits."""
     if setup.total <= free:
         return
     parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in setup.bytes().items())
@@ -155,7 +159,7 @@ def check_memory(setup: Setup, free: int, device: str) -> None:
 
 
 def fitting(setup: Setup, free: int) -> list[str]:
-    """The fewest arguments of `load` that make it fit, least loss first; none if none do."""
+    """The fewest arguments of `load` that make it fit, the least costly first; [] if none do."""
     choices = dict(_savings(setup))
 
     def total(names: list[str]) -> int:
@@ -181,7 +185,7 @@ def fitting(setup: Setup, free: int) -> list[str]:
 
 
 def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arguments that save memory and what they change; a later value replaces an earlier one."""
+    """Arguments that save memory and the fields they change; later values replace earlier ones."""
     if setup.max_batch > 1:
         yield "max_batch=1", {"max_batch": 1}
     if setup.kv_cache is None:
@@ -198,14 +202,14 @@ def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def largest_batch(setup: Setup, free: int) -> int:
-    """The most slots, up to DEFAULT_BATCH, that fit; 1 where none do."""
+    """The largest number of slots, up to DEFAULT_BATCH, that fits; 1 if none does."""
     return next(
         (n for n in range(DEFAULT_BATCH, 1, -1) if replace(setup, max_batch=n).total <= free), 1
     )
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    """Bytes that can still be allocated on a device; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -2,7 +2,7 @@
 
     task (text/tasks.py) -> segments -> ids -> sequence -> reply -> text and audio
 
-The facade (`MimoAudio`), dialogues (`Session`) and servers are written in terms of it.
+`MimoAudio`, `Session` and servers are built on it.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,17 +33,18 @@ from mimo_fast.text.tasks import Audio, PromptContext, Task, encoded_speech
 from mimo_fast.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 8192
-"""Groups of a reply whose length nobody limits."""
+"""Default limit of a reply's length, in groups."""
 
 
 @dataclass(eq=False)
 class Pipeline:
-    """What a loaded pair can do. One engine decodes all that is asked of it.
+    """A loaded language model and codec. One engine decodes all of its requests.
 
     Args:
-        setup: the memory that it was planned to take.
+        setup: the memory plan it was loaded with.
 
-    presets: upstream's samplers of each task, greedy where the checkpoint says so.
+    Attributes:
+        presets: Upstream's samplers of each task, greedy where the checkpoint says so.
     """
 
     lm: LM
@@ -55,13 +56,13 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         self.presets = task_samplers(self.lm.config.greedy_tasks)
-        # `dataclasses.replace` passes it on; another language model needs another.
+        # `dataclasses.replace` passes the engine on, but it serves one language model only.
         if self._engine is not None and self._engine.lm is not self.lm:
             self._engine = None
 
     @property
     def engine(self) -> Engine:
-        """What decodes every sequence; its cache is allocated when it is first needed."""
+        """The engine of every sequence; its KV cache is allocated on first use."""
         if self._engine is None:
             setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
             self._engine = Engine(
@@ -70,12 +71,12 @@ class Pipeline:
         return self._engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
-        """Captures the graphs of every batch size and of as many codec streams, so that the first
-        reply is as fast as the tenth.
+        """Captures all graphs: of every batch size, and of `max_batch` codec streams.
+
+        After it the first reply is as fast as the tenth.
 
         Returns:
-            Bytes of the device's memory by what they are for and, on a GPU, all that has been
-            reserved of it.
+            Bytes of device memory by purpose; on a GPU "reserved" is what the allocator holds.
         """
         self.engine.warmup(progress)
         self.codec.warmup(self.setup.max_batch, progress)
@@ -85,14 +86,16 @@ class Pipeline:
         return report
 
     def speech(self, audio: Audio, closed: bool = True) -> Speech:
-        """Audio -> codes [C, n G] for a prompt; the last patch is filled with its last frame.
+        """Audio -> codes [C, n G] for a prompt; the last patch is padded with its last frame.
 
         Args:
-            audio: anything that `load_audio` reads, or speech that is encoded already.
-            closed: False leaves it open, to be continued; an unfinished last patch is cut off.
+            audio: anything that `load_audio` reads, or speech that is already encoded.
+            closed: False leaves the speech open for a continuation; an incomplete last patch is
+                cut off.
 
         Raises:
-            AudioError: the audio cannot be read. PromptError: it is shorter than a patch.
+            AudioError: the audio cannot be read.
+            PromptError: it is shorter than a patch.
         """
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
@@ -104,7 +107,7 @@ class Pipeline:
         return Speech(codes, closed)
 
     def context(self, seed: int | None = None, continued: bool = False) -> PromptContext:
-        """What the functions of `text/tasks.py` need of a model."""
+        """The part of a model that the functions of `text/tasks.py` use."""
         return PromptContext(self.speech, self.tokenizer.trained_words, seed, continued)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
@@ -123,11 +126,11 @@ class Pipeline:
         return self.ids(task.prompt(self.context(seed, continued), *arguments, **named))
 
     def sequence(self, seed: int | None = None) -> TokenSequence:
-        """An empty sequence; without a seed its draws are fresh."""
+        """An empty sequence; without a seed its draws come from a random one."""
         return self.engine.sequence(row_seeds(seed, 1)[0])
 
     def samplers(self, preset: str) -> Samplers:
-        """Those of `Task.sampler`; upstream's defaults where there is no such preset."""
+        """The samplers of a preset (`Task.sampler`); upstream's defaults if it does not exist."""
         default = {"global": DEFAULT_GLOBAL_SAMPLER, "local": DEFAULT_LOCAL_SAMPLER}
         chosen = self.presets.get(preset, default)
         return Samplers(chosen["global"], chosen["local"])
@@ -143,14 +146,15 @@ class Pipeline:
         """Prefills what is new in a sequence and returns its reply, decoded as it is read.
 
         Raises:
-            PromptError: the sequence leaves no room. BusyError: too many replies wait.
+            PromptError: the sequence leaves no room for a reply.
+            BusyError: the engine's queue is full.
         """
         longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         limits = Limits(longest, min_new_tokens, stop_ids)
         return self.engine.decode(sequence, limits, samplers)
 
     def read(self, reply: Reply, ids: Tensor) -> tuple[str, Tensor | None]:
-        """All of the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
+        """Reads the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
         return read_reply(reply, self._reader(ids))
 
     def stream(
@@ -165,6 +169,6 @@ class Pipeline:
         return stream_reply(reply, self._reader(ids), self.codec, began, speaks, on_group)
 
     def _reader(self, ids: Tensor) -> ReplyReader:
-        """A reply speaks from its start where the prompt ends in `<|sostm|>`, or mid-recording."""
+        """A reader; the reply starts as speech after `<|sostm|>` or inside a recording."""
         special, last = self.tokenizer.special, int(ids[0, -self.lm.config.group_size])
         return ReplyReader(self.tokenizer, speaking=last in (special.sostm, special.empty))

@@ -1,4 +1,4 @@
-"""Dialogues that keep their key/value cache, so that each turn prefills its own ids alone."""
+"""Dialogues that keep their KV cache, so that each turn prefills only its own ids."""
 
 import math
 from collections.abc import AsyncIterator, Sequence
@@ -20,15 +20,15 @@ from mimo_fast.text.tasks import TASKS, spoken_dialogue, voice_system
 TASK = TASKS["spoken_dialogue_sft"]
 
 REPLY = 1 / 8
-"""Part of the context that is kept free for a reply."""
+"""Fraction of the context that is kept free for a reply."""
 
 FULL = 0.5
-"""Part of the context left to a dialogue when turns are dropped; small, so that drops are rare."""
+"""Fraction of the context that remains filled when turns are dropped; low, so drops are rare."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: the groups at which it and its reply begin, and codes of the user's speech."""
+    """One exchange: the first group of the turn and of its reply, and the user's codes [C, n G]."""
 
     begin: int
     reply: int
@@ -36,17 +36,17 @@ class Turn:
 
 
 class Session:
-    """A spoken dialogue, turn by turn, in the format of upstream's multi-turn prompt.
+    """A spoken dialogue in the format of upstream's multi-turn prompt.
 
     When a turn leaves less than an eighth of the context for its reply, the oldest turns are
-    dropped, whole, until the dialogue with the new one fills at most half of it; voice and system
-    prompt stay. What is kept is computed anew.
+    dropped whole until the dialogue, the new turn included, fills at most half of the context.
+    Voice and system prompt stay. The turns that remain are prefilled again.
 
     Args:
-        pipeline: what encodes, decodes and speaks.
+        pipeline: language model, codec and engine.
         system_prompt: an instruction in front of the first turn.
         voice: a recording whose voice the replies should have.
-        seed: of all draws; None draws a fresh one.
+        seed: of all draws; None draws a random one.
         samplers: of text and codes; None for the preset of spoken dialogues.
     """
 
@@ -70,30 +70,33 @@ class Session:
 
     @property
     def ids(self) -> Tensor:
-        """What the model sees of all that was said: [C + 1, T G]."""
+        """Ids of the dialogue that the model sees: [C + 1, T G]."""
         return self._sequence.ids
 
     @property
     def turns(self) -> int:
-        """Exchanges that the model still sees."""
+        """Number of exchanges that the model still sees."""
         return len(self._turns)
 
     @property
     def prefilled(self) -> int:
-        """Groups that the last turn had to prefill."""
+        """Number of groups that were prefilled for the last turn."""
         return self._sequence.prefilled
 
     def stream(
         self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
     ) -> ChunkStream:
-        """Says `audio`, anything `load_audio` reads, and yields the reply as it is decoded.
+        """Adds the user's turn and yields the reply as it is decoded.
 
-        Closing the iterator stops at once and keeps what was decoded; `interrupt` keeps only what
-        was heard.
+        Closing the iterator stops after the group in progress and keeps the groups decoded;
+        `interrupt` keeps only those that were heard.
+
+        Args:
+            audio: anything that `load_audio` reads.
 
         Raises:
-            PromptError: the turn alone does not fit into the context. The dialogue stays as it was,
-                as with any error.
+            PromptError: the turn alone does not fit into the context. The dialogue is unchanged, as
+                after any error.
         """
         self._stop()
         began = perf_counter()
@@ -131,7 +134,7 @@ class Session:
         return spoken_dialogue(self._pipeline.context(), speech, system)
 
     def _fitting(self, new: int) -> int:
-        """How many of the last turns may stay before a turn of so many groups."""
+        """Number of the latest turns that fit beside a new turn of `new` groups."""
         sequence, capacity = self._sequence, self._sequence.capacity
         if sequence.groups + new <= (1 - REPLY) * capacity:
             return len(self._turns)
@@ -139,7 +142,7 @@ class Session:
         return sum(sequence.groups - turn.begin <= room for turn in self._turns)
 
     def _drop(self, count: int) -> None:
-        """Forgets the oldest turns; the system prompt moves to the first that stays."""
+        """Drops the oldest turns; the system prompt moves to the first turn that stays."""
         sequence, kept = self._sequence, self._turns[count:]
         ids = [self.ids[:, : self._prefix_groups * sequence.group_size]]
         if kept:
@@ -159,13 +162,12 @@ class Session:
         return iterate_async(lambda: self.stream(audio, **options))
 
     def interrupt(self, played_ms: float) -> None:
-        """Stops the running reply and forgets what was not heard.
+        """Stops the running reply and drops what was not heard.
 
         Args:
             played_ms: how much of this reply's audio has been played. The patch being played counts
-                as heard; text, codes and cache after it are dropped. Text in front of it stays,
-                which may run up to five tokens ahead of the voice. The next turn closes the reply
-                there.
+                as heard; text, codes and cache after it are dropped. Text before it stays; it may
+                be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
         self._stop()
         codec = self._pipeline.codec.config
@@ -176,14 +178,13 @@ class Session:
             del self._spoken[heard:]
 
     def reset(self) -> None:
-        """Starts over; the voice stays, and stays cached."""
+        """Drops all turns; the voice stays, and stays cached."""
         self._stop()
         self._sequence.truncate(self._prefix_groups)
         self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
-        """Writes the dialogue with its cache to a safetensors file, which
-        `MimoAudio.restore_session` reads.
+        """Writes the dialogue with its cache to a safetensors file for `restore_session`.
 
         A running reply ends as if its stream were closed.
         """
@@ -200,10 +201,10 @@ class Session:
     def restore(
         cls, pipeline: Pipeline, path: str | Path, samplers: Samplers | None = None
     ) -> "Session":
-        """The dialogue that `save` wrote, with its voice, its draws and its cache.
+        """Reads a dialogue that `save` wrote, with its voice, draws and cache.
 
         Raises:
-            CheckpointError: the file is no session, is damaged, or belongs to another model.
+            CheckpointError: the file is not a session, is damaged, or belongs to another model.
         """
         session = cls(pipeline, samplers=samplers)
         about, turns = read_session(path, pipeline.engine, session._sequence)
@@ -213,13 +214,12 @@ class Session:
         return session
 
     def _record_patch(self, group: Group) -> None:
-        """Remembers at which group of the sequence each patch of the reply lies."""
+        """Records the group of the sequence that holds each patch of the reply."""
         if group.text == self._pipeline.tokenizer.special.empty:
             self._spoken.append(self._sequence.groups - 1)
 
     def _closing(self) -> Sequence[Segment]:
-        """What makes a finished turn of the last reply, which a stop token, a limit or an
-        interruption ended."""
+        """Segments that close the last reply, however it ended: stop token, limit, `interrupt`."""
         if not self._turns:
             return []
         special = self._pipeline.tokenizer.special

@@ -1,6 +1,6 @@
-"""A dialogue on disk: a safetensors file with its ids and its cache; the header has the rest.
+"""Dialogues on disk: a safetensors file of ids and KV cache, with the rest in its header.
 
-Where the model that reads the file keeps its cache in another form, the cache is computed anew.
+If the model that reads the file has a cache of another type or shape, the ids are prefilled again.
 """
 
 import json
@@ -23,7 +23,7 @@ from mimo_fast.runtime.lm.snapshot import Snapshot
 FORMAT = "mimo-fast session 1"
 
 Turns = Sequence[tuple[int, int, Tensor]]
-"""(first group, first group of the reply, codes of what the user said) of each turn."""
+"""Each turn is (its first group, first group of its reply, codes of the user's speech)."""
 
 
 def write_session(
@@ -33,7 +33,7 @@ def write_session(
     about: dict[str, Any],
     turns: Turns,
 ) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file atomically: whole or not at all."""
     path = Path(path)
     kept = engine.export(sequence)
     header = about | {
@@ -60,10 +60,10 @@ def write_session(
 def read_session(
     path: str | Path, engine: Engine, sequence: TokenSequence
 ) -> tuple[dict[str, Any], Turns]:
-    """Fills an empty sequence from the file and returns what `write_session` was told besides.
+    """Fills an empty sequence from the file and returns (header, turns).
 
     Raises:
-        CheckpointError: the file is no session, is damaged, or belongs to another model.
+        CheckpointError: the file is not a session, is damaged, or belongs to another model.
     """
     try:
         with safe_open(path, framework="pt") as file:

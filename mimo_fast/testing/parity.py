@@ -1,9 +1,8 @@
-"""Every stage of the pipeline against ground truth of the parity kit's form
-(tests/golden/README.md), on this machine.
+"""Compares every stage of the pipeline with ground truth, on this machine.
 
-Bounds are the numeric contract: codes, prompts and greedy tokens exactly; log-mel 1e-4; embeddings,
-logits and hidden states 1e-3 of their largest value; waveforms 80 dB; streams at least as close to
-one-shot decoding as upstream's.
+Ground truth has the parity kit's form (tests/golden/README.md). Bounds are the numeric contract:
+codes, prompts and greedy tokens exactly; log-mel 1e-4; embeddings, logits and hidden states 1e-3 of
+their largest value; waveforms 80 dB; streams at least as close to one-shot decoding as upstream's.
 """
 
 import json
@@ -27,7 +26,7 @@ from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 LOG_MEL_BOUND = 1e-4
 FFT_ROUNDING = 1e-6
-"""Of a frame's largest magnitude: 8 units in the last place of float32."""
+"""Relative to a frame's largest magnitude: 8 units in the last place of float32."""
 
 Errors = Iterator[tuple[str, float]]
 """(golden tensor, error) pairs."""
@@ -148,7 +147,7 @@ def _log_error(got: Tensor, want: Tensor) -> float:
     """Largest difference of log-mels [T, n_mels] that the FFT's rounding does not explain.
 
     Float32 FFTs of different libraries and instruction sets disagree by a few units in the last
-    place of a frame's largest magnitude, which the logarithm blows up in bands far below it. A
+    place of a frame's largest magnitude; the logarithm amplifies that in bands far below it. A
     difference of FFT_ROUNDING of that magnitude counts as LOG_MEL_BOUND, a smaller one as less.
     """
     if got.shape != want.shape:
@@ -203,7 +202,7 @@ def _decoder(model: MimoAudio, golden: Golden) -> Errors:
 def _stream(model: MimoAudio, golden: Golden) -> Errors:
     """How much farther a stream is from one-shot decoding than upstream's own, in dB.
 
-    The norms over time make neither equal.
+    Neither equals it, because of the norms over time.
     """
     oneshot = golden.get("codec:stream_oneshot")
     for size in golden.named("codec:stream_wav"):
@@ -313,7 +312,7 @@ def _sampler(model: MimoAudio, golden: Golden) -> Errors:
             settings = sampler_tensors([MiMoSampler(True, **setting)] * len(logits), model.device)
             kept = filter_scores(logits.to(model.device), settings).cpu() > -torch.inf
             want = golden.get(f"model:sampler_kept.{size}.{j}").bool()
-            # Of equal logits at the threshold upstream's sort keeps arbitrary ones: compare values,
+            # Upstream's sort keeps arbitrary ones of equal logits at the threshold: compare values,
             # not places.
             values = (
                 logits.masked_fill(~mask, -torch.inf).sort(dim=-1).values for mask in (kept, want)

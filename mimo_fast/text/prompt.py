@@ -1,4 +1,4 @@
-"""What a prompt is made of, and segments -> ids [C + 1, T G].
+"""Segments of a prompt, and their packing into ids [C + 1, T G].
 
 Each segment is tokenized on its own, as upstream's are (`InputSegment`, `StreamingInputSegment`).
 """
@@ -14,12 +14,11 @@ from mimo_fast.errors import PromptError
 from mimo_fast.text.tokenizer import Tokenizer
 
 TEXT_FILLER = -100
-"""Channel 0 of the frames of a group after its first."""
+"""Channel 0 of all frames of a group but its first."""
 
 REPLY_TEXT_TOKENS = 5
 REPLY_PATCHES = 5
-"""A spoken reply alternates so many text tokens with so many patches (upstream
-`StreamingInputSegment`)."""
+"""Text tokens and patches that alternate in a reply (upstream `StreamingInputSegment`)."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Speech:
 class SpokenReply:
     """A spoken reply, its text and codes [C, n G] interleaved between `<|sostm|>` and `<|eostm|>`.
 
-    places: of each text token, ascending: the patch that it stands before. None: they alternate as
-    upstream's do.
+    places: for each text token, ascending, the patch that it stands before. None: text and patches
+    alternate as upstream's do.
     """
 
     text: str

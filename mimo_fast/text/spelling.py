@@ -1,4 +1,4 @@
-"""Text -> spoken words in lower case, for a checkpoint that was trained on a few of them alone."""
+"""Text -> spoken words in lower case, for a checkpoint with a small vocabulary."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""Upstream's tasks, a function each: what is asked -> the segments of its prompt.
+"""Upstream's tasks, one function each: arguments -> the segments of the prompt.
 
 Wording, segment boundaries (each is tokenized on its own) and templates are upstream's
-(`MimoAudio.get_*_prompt`), because they are what the model was tuned with; so are the names of the
+(`MimoAudio.get_*_prompt`), because the model was tuned with them; so are the names of the
 arguments. `TASKS` adds how a task's reply is decoded.
 """
 
@@ -19,7 +19,7 @@ from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import SpecialIds
 
 MAX_EXAMPLES = 16
-"""In-context examples that the report evaluates with (section 3.3)."""
+"""Number of in-context examples that the report evaluates with (section 3.3)."""
 
 Audio = AudioSource | Speech
 Message = Mapping[str, Any]
@@ -28,7 +28,7 @@ Template = int | str | None
 
 
 class Encode(Protocol):
-    """Audio -> its codes; an open segment ends where the recording does, to be continued."""
+    """Audio -> its codes; an open segment ends where the recording does, and is to be continued."""
 
     def __call__(self, audio: Audio, closed: bool = True) -> Speech: ...
 
@@ -81,7 +81,7 @@ def tts(
     prompt_speech: Audio | None = None,
     template: Template = None,
 ) -> Segments:
-    """Say a text: plain; with a style instruction; or one natural sentence that holds both.
+    """Say a text: plain, with a style instruction, or as one sentence that holds both.
 
     As upstream, a voice is used only together with an instruction or with read_text_only=False.
     """
@@ -122,7 +122,7 @@ def spoken_dialogue(
     system_prompt: str | None = None,
     prompt_speech: Audio | None = None,
 ) -> Segments:
-    """Answer speech with speech: a dialogue's first turn or, with neither option, a later one."""
+    """Answer speech with speech: a first turn or, with neither option, a later one."""
     if context.continued:
         system_prompt, prompt_speech = None, None
     speech, voice = context.encode(input_speech), context.voice(prompt_speech)
@@ -266,7 +266,7 @@ TASKS: dict[str, Task] = {
         speech_continuation, "speech_continuation", ("eos", "eosp"), speaks=True
     ),
 }
-"""By the name of upstream's method."""
+"""Task by the name of upstream's method."""
 
 
 def find_task(name: str) -> Task:

@@ -1,5 +1,7 @@
-"""Request wordings that MiMo-Audio-Instruct was tuned with: data from upstream,
-src/mimo_audio/templates.py."""
+"""Request wordings that MiMo-Audio-Instruct was tuned with.
+
+Data from upstream, src/mimo_audio/templates.py.
+"""
 
 ASR_TEMPLATES = (
     "请将这段语音转换为文字",

@@ -1,8 +1,8 @@
 """Text <-> ids, with the special tokens of MiMo-Audio.
 
-tokenizer.json is taken as it is, as upstream's pinned transformers (4.49) takes it; transformers 5
-replaces its pre-tokenizer by that of the class named in tokenizer_config.json, which for the
-published files is the same.
+tokenizer.json is used unchanged, as upstream's pinned transformers (4.49) does. transformers 5
+replaces its pre-tokenizer by that of the class named in tokenizer_config.json, which is the same
+for the published files.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,10 @@ MODEL_TOKENS = {
     "eostm": "<|eostm|>",
     "eot": "<|eot|>",
 }
-"""Upstream adds those that are absent, in this order, and so decides their ids
-(`MimoAudio.__init__`)."""
+"""Special tokens; upstream appends the absent ones in this order, which decides their ids.
+
+See `MimoAudio.__init__`.
+"""
 
 CHAT_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
@@ -95,8 +97,9 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | PathLike[str]) -> "Tokenizer":
-        """The tokenizer of a checkpoint: tokenizer.json, else vocab.json and merges.txt (which
-        needs transformers).
+        """The tokenizer of a checkpoint: tokenizer.json, else vocab.json and merges.txt.
+
+        The latter need transformers.
 
         Raises:
             CheckpointError: neither is there, one cannot be read, or transformers is needed and
@@ -115,7 +118,7 @@ class Tokenizer:
         if (path := directory / "tokenizer.json").is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(path))
-            # The only class of error that tokenizers raises.
+            # tokenizers raises no more specific class.
             except Exception as error:
                 raise CheckpointError(f"{path} is damaged ({error}): download it again") from error
         else:

@@ -16,9 +16,10 @@ from benchmarks.compile_matrix import (
     cases,
     compile_case,
     compile_cuda,
-    cuda_instructions,
+    cuda_assembly,
+    wrong_descriptors,
 )
-from mimo_fast.kernels.dispatch import Begin, Case
+from mimo_fast.kernels.dispatch import Case, PdlTrigger
 
 CASES = list(cases())
 STATIC_SHARED = 48 * 1024
@@ -37,30 +38,30 @@ def test_compiles_without_spills(case: Case, architecture: int) -> None:
     if case.wide_loads:
         assert compiled.load_bits == 128
     early = "PDL" in case.kernel.arg_names and architecture >= 90
-    assert (compiled.begins, compiled.waits) == ((1, 1) if early else (0, 0))
+    assert (compiled.triggers, compiled.waits) == ((1, 1) if early else (0, 0))
     if early:
         before, _, _ = compiled.ptx.partition("griddepcontrol.wait")
         assert not re.search(r"\b(st\.global|atom\.|red\.)", before), "writes before it waits"
 
 
-@pytest.mark.parametrize("begin", Begin)
+@pytest.mark.parametrize("trigger", PdlTrigger)
 @pytest.mark.parametrize(
     "name", ["small_decode bf16", "split_attention bf16 splits=16", "merge_splits splits=16"]
 )
-def test_the_next_begins_where_it_is_said(name: str, begin: Begin) -> None:
+def test_the_next_starts_where_it_is_triggered(name: str, trigger: PdlTrigger) -> None:
     case = next(case for case in CASES if case.name == name)
-    ptx = compile_case(case, 90, begin).ptx
+    ptx = compile_case(case, 90, trigger).ptx
     calls = re.findall(r"griddepcontrol\.\w+|\b(?:ld|st)\.global|cp\.async\.cg", ptx)
-    begins = [i for i, call in enumerate(calls) if call.endswith("launch_dependents")]
+    triggers = [i for i, call in enumerate(calls) if call.endswith("launch_dependents")]
     waits = [i for i, call in enumerate(calls) if call.endswith("wait")]
-    assert len(waits) == (begin not in (Begin.OFF, Begin.LETS))
-    assert len(begins) == (begin not in (Begin.OFF, Begin.NONE))
-    if begin in (Begin.FIRST, Begin.LETS):
-        assert begins == [0]
-    if begin == Begin.WAITED:
-        assert begins[0] == waits[0] + 1
-    if begin == Begin.LAST:
-        after = calls[begins[0] + 1 :]
+    assert len(waits) == (trigger not in (PdlTrigger.OFF, PdlTrigger.LETS))
+    assert len(triggers) == (trigger not in (PdlTrigger.OFF, PdlTrigger.NONE))
+    if trigger in (PdlTrigger.FIRST, PdlTrigger.LETS):
+        assert triggers == [0]
+    if trigger == PdlTrigger.WAITED:
+        assert triggers[0] == waits[0] + 1
+    if trigger == PdlTrigger.LAST:
+        after = calls[triggers[0] + 1 :]
         assert after
         assert not any(call.startswith(("ld", "cp")) for call in after)
 
@@ -76,20 +77,22 @@ def test_cuda_compiles_without_spills(source: Path, architecture: int) -> None:
     for name, (_, local, shared) in kernels.items():
         assert local == 0, name
         assert shared <= STATIC_SHARED, name
+    assert not wrong_descriptors(source, architecture)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_pair_of_int4_is_one_logical_instruction() -> None:
-    """A thread unpacks 32 pairs of 16 rows a unit: two instructions each would be 64, and were."""
-    kernels = cuda_instructions(
-        next(source for source in CUDA if source.stem == "quantized_mma"), 90
-    )
-    found = {name.removeprefix("quantized_mma Bfloat16 "): code for name, code in kernels.items()}
-    # T, BITS, GROUPED, ROWS, WARPS, STAGES, TILES_X: tiles of 16 rows against those of 8, which
-    # unpack 16 pairs.
-    counts = {rows: found[f"4 1 {rows} 16 4 1"].count("LOP3") for rows in (8, 16)}
-    assert counts[16] - counts[8] <= 16 + 8
-    assert all(code.count("HMMA") == 8 for name, code in found.items() if name.endswith(" 1"))
+    """A thread unpacks 32 pairs of a unit: two instructions each would be 64, and were."""
+    source = next(source for source in CUDA if source.stem == "quantized_mma")
+    # T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS
+    found = {tuple(name.split()[1:]): code for name, code in cuda_assembly(source, 90)}
+    of_int4 = {name: code for name, code in found.items() if name[1] == "4"}
+    assert of_int4
+    for name, code in of_int4.items():
+        masks = re.findall(r"LOP3\.LUT [^;]*\b0xf000f\b[^;]*;", code)
+        assert len(masks) == 32, name
+        assert all(" 0xea," in mask for mask in masks), name
+        assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(name[5]), name
 
 
 def test_names_are_unique() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from benchmarks.compile_matrix import cases
 from mimo_fast.kernels import dispatch
-from mimo_fast.kernels.dispatch import BEGINS, Begin
+from mimo_fast.kernels.dispatch import PDL_TRIGGERS, PdlTrigger
 
 KERNELS = {case.kernel.__name__: case.kernel for case in cases() if "PDL" in case.kernel.arg_names}
 
@@ -95,10 +95,10 @@ def called(statement: ast.stmt) -> str:
 def follows_the_rule(name: str, body: list[ast.stmt]) -> None:
     for flags, statements in paths(body):
         calls = [called(statement) for statement in statements]
-        assert calls[0] == "let_the_next_begin", f"{name} lets the next begin late"
-        assert calls.count("wait_for_the_last") == 1, f"{name} does not wait where {flags}"
-        waits = calls.index("wait_for_the_last")
-        assert "let_the_next_begin_last" not in calls[:waits], f"{name} has its last call too early"
+        assert calls[0] == "pdl_trigger", f"{name} triggers late"
+        assert calls.count("pdl_wait") == 1, f"{name} does not wait where {flags}"
+        waits = calls.index("pdl_wait")
+        assert "pdl_trigger_last" not in calls[:waits], f"{name} triggers before it waits"
         before = statements[:waits]
         for node in (node for statement in before for node in ast.walk(statement)):
             assert not isinstance(node, ast.Return | ast.While | ast.For), f"{name} {node.lineno}"
@@ -115,18 +115,18 @@ def test_every_path_waits_before_it_reads_or_writes(name: str) -> None:
 
 def test_all_kernels_of_a_group_take_part() -> None:
     assert KERNELS.keys() == DECODED
-    assert {f"{name}_kernel" for name in BEGINS} == DECODED
+    assert {f"{name}_kernel" for name in PDL_TRIGGERS} == DECODED
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        "let_the_next_begin(PDL)\nx = tl.load(x_ptr)\nwait_for_the_last(PDL)",
-        "let_the_next_begin(PDL)\nif FLAG:\n    wait_for_the_last(PDL)\nx = tl.load(x_ptr)",
-        "let_the_next_begin(PDL)\nif i_row > 0:\n    wait_for_the_last(PDL)",
-        "let_the_next_begin(PDL)\nif i_row > 0:\n    return\nwait_for_the_last(PDL)",
-        "wait_for_the_last(PDL)\nlet_the_next_begin(PDL)",
-        "let_the_next_begin(PDL)\nlet_the_next_begin_last(PDL)\nwait_for_the_last(PDL)",
+        "pdl_trigger(PDL)\nx = tl.load(x_ptr)\npdl_wait(PDL)",
+        "pdl_trigger(PDL)\nif FLAG:\n    pdl_wait(PDL)\nx = tl.load(x_ptr)",
+        "pdl_trigger(PDL)\nif i_row > 0:\n    pdl_wait(PDL)",
+        "pdl_trigger(PDL)\nif i_row > 0:\n    return\npdl_wait(PDL)",
+        "pdl_wait(PDL)\npdl_trigger(PDL)",
+        "pdl_trigger(PDL)\npdl_trigger_last(PDL)\npdl_wait(PDL)",
     ],
 )
 def test_what_breaks_the_rule_is_found(body: str) -> None:
@@ -135,34 +135,34 @@ def test_what_breaks_the_rule_is_found(body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("major", "hip", "known", "switch", "begin"),
+    ("major", "hip", "known", "switch", "trigger"),
     [
-        (9, None, True, None, BEGINS["rms_norm"]),
-        (12, None, True, "1", Begin.FIRST),
-        (9, None, True, "waited", Begin.WAITED),
-        (9, None, True, "first,rms_norm=none", Begin.NONE),
-        (9, None, True, "merge_splits=last,rms_norm=last", Begin.LAST),
-        (9, None, True, "1,rms_norm=lets", Begin.LETS),
-        (9, None, True, "none,merge_splits=0", Begin.NONE),
-        (9, None, True, "0", Begin.OFF),
-        (8, None, True, "1", Begin.OFF),
-        (9, "7.0", True, "1", Begin.OFF),
-        (9, None, False, "1", Begin.OFF),
+        (9, None, True, None, PDL_TRIGGERS["rms_norm"]),
+        (12, None, True, "1", PdlTrigger.FIRST),
+        (9, None, True, "waited", PdlTrigger.WAITED),
+        (9, None, True, "first,rms_norm=none", PdlTrigger.NONE),
+        (9, None, True, "merge_splits=last,rms_norm=last", PdlTrigger.LAST),
+        (9, None, True, "1,rms_norm=lets", PdlTrigger.LETS),
+        (9, None, True, "none,merge_splits=0", PdlTrigger.NONE),
+        (9, None, True, "0", PdlTrigger.OFF),
+        (8, None, True, "1", PdlTrigger.OFF),
+        (9, "7.0", True, "1", PdlTrigger.OFF),
+        (9, None, False, "1", PdlTrigger.OFF),
     ],
 )
-def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, begin) -> None:
+def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, trigger) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(dispatch, "KNOWS_EARLY_LAUNCH", known)
-    monkeypatch.delenv(dispatch.EARLY_ENVIRONMENT, raising=False)
+    monkeypatch.setattr(dispatch, "HAS_PDL", known)
+    monkeypatch.delenv(dispatch.PDL_ENVIRONMENT, raising=False)
     if switch is not None:
-        monkeypatch.setenv(dispatch.EARLY_ENVIRONMENT, switch)
-    dispatch._begins_early.cache_clear()
+        monkeypatch.setenv(dispatch.PDL_ENVIRONMENT, switch)
+    dispatch._supports_pdl.cache_clear()
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    waits = begin not in (Begin.OFF, Begin.LETS)
-    expected = {"PDL": int(begin)} | ({"launch_pdl": True} if waits else {})
+    waits = trigger not in (PdlTrigger.OFF, PdlTrigger.LETS)
+    expected = {"PDL": int(trigger)} | ({"launch_pdl": True} if waits else {})
     assert dispatch.early_launch(x, "rms_norm") == expected
-    dispatch._begins_early.cache_clear()
+    dispatch._supports_pdl.cache_clear()
 
 
 def test_never_on_a_cpu() -> None:
@@ -171,5 +171,5 @@ def test_never_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("switch", ["2", "rms_norm", "rms=first", "first,", "rms_norm=begin"])
 def test_a_switch_that_says_nothing_is_refused(switch: str) -> None:
-    with pytest.raises(ValueError, match=dispatch.EARLY_ENVIRONMENT):
-        dispatch._begin("rms_norm", switch)
+    with pytest.raises(ValueError, match=dispatch.PDL_ENVIRONMENT):
+        dispatch._trigger_of("rms_norm", switch)

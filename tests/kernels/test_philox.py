@@ -1,5 +1,4 @@
-"""Philox against published vectors; Gumbel noise: its law, and that no two draws share any of
-it."""
+"""Philox against published vectors; Gumbel noise: its distribution, and no draw used twice."""
 
 import math
 from collections.abc import Sequence

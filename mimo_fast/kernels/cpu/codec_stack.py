@@ -1,10 +1,10 @@
-"""A stack of a small codec's layers in one native call, for decoding codes as they come.
+"""All layers of a small codec stack in one native call, for incremental decoding.
 
     y = x + out(attend(qkv(norm(x)))),  x = y + down(gelu(up(norm(y))))       layer after layer
 
-The key, rotated, and the value of row t go to place slots[t] of a layer's buffer; row t then
-attends to the places of that buffer that visible[t] marks. A ring and a window are both that. On
-the caller's thread, for the sizes and types that `small_model.py` takes.
+The rotated key and the value of row t are written to place slots[t] of a layer's buffer; row t then
+attends to the places of that buffer that visible[t] marks. Ring buffers and windows are both of
+that form. It runs on the caller's thread, for the sizes and types that `small_model.py` takes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layer = tuple[Norm, AnyWeight, AnyWeight, Norm, AnyWeight, AnyWeight]
 
 
 class CodecStack:
-    """Layers of one width, D. eps: of their norms.
+    """Layers of one width D; eps is that of their norms.
 
     Raises:
         ValueError: weights do not fit each other.
@@ -102,10 +102,10 @@ class CodecStack:
 
 
 def takes_stack(layers: Sequence[Layer], heads: int) -> bool:
-    """Whether `CodecStack` computes it, and no slower than products that wake more threads.
+    """Whether `CodecStack` computes it, and not slower than products on several threads.
 
-    Not quantized weights: x is in fixed point there, which makes much of what attention rounds
-    otherwise, and a stream is to be what one-shot decoding is.
+    Quantized weights are excluded: their products read x in fixed point, which changes how
+    attention's results are rounded, and a stream must match one-shot decoding.
     """
     parts = [
         each

@@ -1,11 +1,10 @@
-"""The kernels of csrc/cpu, present where this package was built with a C++ compiler on x86-64 or
-aarch64 Linux. They are compiled once per instruction set; the fastest that the CPU has is chosen
-when they are loaded.
+"""The kernels of csrc/cpu: built with a C++ compiler on x86-64 or aarch64 Linux.
 
-MIMO_FAST_CPU=portable, avx2, avx512 or neon takes another set. MIMO_FAST_KERNELS=torch or =triton
+They are compiled once for each instruction set; the fastest that the CPU has is chosen at load.
+MIMO_FAST_CPU=portable, avx2, avx512 or neon chooses another. MIMO_FAST_KERNELS=torch or =triton
 turns all of them off.
 
-Functions raise ValueError where tensors do not fit each other: native code reads addresses.
+Functions raise ValueError where tensors do not fit each other, since native code reads addresses.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ try:
     from mimo_fast import _native
 except ImportError:  # Built without a compiler, or for a torch that brings no OpenMP.
     if os.environ.get(INSTRUCTION_SET):
-        # Which is an error where a set is asked for, as is one that this CPU does not have.
+        # An error only where a set is asked for, as is a set that this CPU lacks.
         raise
     _native = None  # type: ignore[assignment]
 
@@ -40,7 +39,7 @@ BLOCKS = {4: (64, 128), 8: (32, 64, 128)}
 """Columns packed together that the kernels know, by bits."""
 
 VIEW = "_native_view"
-"""Where a quantized weight keeps its native view: as a cached property does, and not in copies."""
+"""Attribute of a quantized weight that holds its native view; copies of the weight lack it."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -57,13 +56,13 @@ def compiled() -> ModuleType:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch's operations stay on this thread, as those of a small model should: waking another
-    takes longer than they do, and many times longer where other programs use the cores.
+    """Keeps torch's operations on this thread, as is best for a small model.
 
-    Other threads are left as they are. Where the program has called `torch.set_num_threads` itself,
-    MKL's products keep to that.
+    Waking other threads takes longer than its operations do, and much longer where other programs
+    use the cores. Other threads' settings are not changed. Where the program has called
+    `torch.set_num_threads` itself, MKL's products keep to that.
     """
-    # Torch chooses a thread's number when it is first asked.
+    # Torch sets a thread's number of threads at its first use; ask before changing it.
     torch.get_num_threads()
     before = compiled().set_threads(1)
     try:
@@ -85,7 +84,8 @@ def state() -> str:
 
 
 def expect(holds: bool, message: str) -> None:
-    """
+    """Checks a condition on the arguments.
+
     Raises:
         ValueError: it does not hold.
     """
@@ -119,9 +119,10 @@ def quantized_matmul(
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
-    """`matmul` of qmatmul.py: nothing is rounded between the norm and the result.
+    """`matmul` of kernels/matmul; nothing is rounded between the norm and the result.
 
-    x is read with 16 bits for each block's largest value; rows of x do not depend on one another.
+    x is quantized to 16 bits, scaled by the largest value of each block; rows of x do not depend on
+    one another.
     """
     assert _native is not None
     if x.dtype not in DTYPES:
@@ -243,9 +244,10 @@ def decode_attention(
 
 
 def check_layout(k: Tensor, v: Tensor) -> None:
-    """
+    """Checks that keys and values [..., Dh] can be read in place.
+
     Raises:
-        ValueError: keys and values [..., Dh] have not one layout, or heads are not contiguous.
+        ValueError: their layouts differ, or heads are not contiguous.
     """
     if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("keys and values are not of one layout, heads contiguous")
@@ -314,8 +316,10 @@ def sample_text(
 
 
 def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
-    """The noise that the native samplers add: float32 [count] of ids from `first` on, as `gumbel`
-    of sample.py."""
+    """The noise that the native samplers add, as `gumbel` of sample.py.
+
+    Returns float32 [count], for ids from `first` on.
+    """
     assert _native is not None
     noise = torch.empty(count)
     _native.gumbel(

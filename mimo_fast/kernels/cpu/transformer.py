@@ -1,17 +1,18 @@
-"""A whole small transformer, or a whole patch, in one native call: in small models it is calls that
-take the time.
+"""A whole small transformer, or a whole patch, in one native call.
+
+Small models spend most of their time in calls.
 
     Transformer.step     backbone at decode: every layer, with the append to the cache and attention
     Transformer.encode   patch encoder: every layer of N short sequences
     PatchDecoder         G + max delay steps, each a `Transformer.step`, the active heads, draws and
                          embeddings
 
-Weights are read where they lie, float32 or quantized, so nothing is copied and a memory-mapped file
-stays one. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
-draw is `sample.py`'s. All runs on the caller's thread: below SMALL bytes of weights another would
-come too late.
+Weights are read in place, float32 or quantized, so nothing is copied and a memory-mapped file stays
+mapped. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
+draw is `sample.py`'s. Everything runs on the caller's thread: below SMALL bytes of weights, waking
+another takes longer than it saves.
 
-CPU, float32, heads of 8 n values, widths of 8 n. Everything else goes one product after the other.
+CPU, float32, heads of 8 n values, widths of 8 n. Everything else runs one product at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.sample import SamplerTensors
 
 SMALL = 2**24
-"""Bytes of a transformer's weights up to which it is computed like this."""
+"""Bytes of weights up to which a transformer is computed in one call."""
 
 AnyWeight = Weight | QuantizedWeight
 
@@ -37,11 +38,11 @@ Layer = tuple[Tensor, AnyWeight, AnyWeight, Tensor, AnyWeight, AnyWeight]
 
 
 class Transformer:
-    """A small transformer in float32 that is computed whole in one call; weights are read where
-    they lie.
+    """A small float32 transformer that is computed in one call; weights are read in place.
 
     Args:
-        norm: weight of the RMSNorm after the layers. table: of `rope_table`, for all positions.
+        norm: weight of the RMSNorm after the layers.
+        table: of `rope_table`, for all positions.
 
     Raises:
         ValueError: `takes_transformer` does not hold, or weights do not fit each other.
@@ -126,11 +127,12 @@ class Transformer:
         return y
 
     def encode(self, x: Tensor, causal: bool) -> Tensor:
-        """Sequences that attend to themselves from position 0 on: x [N, T, D] -> normed hidden
-        states [N, T, D].
+        """Sequences that attend to themselves from position 0 on.
+
+        x [N, T, D] -> normed hidden states [N, T, D].
 
         Raises:
-            ValueError: x is another shape or type, or T more than the positions of the table.
+            ValueError: x has another shape or type, or T exceeds the positions of the table.
         """
         if x.ndim != 3 or not _is_rows(x, self.dim):
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [N, T, {self.dim}]")
@@ -142,14 +144,16 @@ class Transformer:
 
 
 class PatchDecoder:
-    """All steps of a patch in one call: a transformer, `sample_codes` after each, its sum the next
-    input.
+    """All steps of a patch in one call.
+
+    Each step runs the transformer and `sample_codes`, whose embedding sum is the next input.
 
     Args:
-        heads, embeddings: float32 [table rows, D]. steps: `CodeStep.heads` of each step.
+        heads, embeddings: float32 [table rows, D].
+        steps: `CodeStep.heads` of each step.
 
     Raises:
-        ValueError: they are others, or a step's heads are not in the tables.
+        ValueError: shapes or types are others, or a step's heads are not in the tables.
     """
 
     def __init__(
@@ -208,14 +212,14 @@ class PatchDecoder:
 
 
 def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> bool:
-    """Whether `Transformer` computes it, and no slower than products that wake more threads."""
+    """Whether `Transformer` computes it, and not slower than products on several threads."""
     return table.shape[2] % 4 == 0 and takes_parts(
         [norm, table, *(part for layer in layers for part in layer)]
     )
 
 
 def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
-    """Whether a native call may read all of these for as long as they live, and they are small."""
+    """Whether a native call may read these tensors in place, and they are small."""
     size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
     return native.available() and size <= SMALL and all(map(is_plain, parts))
 
@@ -226,7 +230,7 @@ def takes_table(rows: Tensor) -> bool:
 
 
 def is_plain(part: Tensor | AnyWeight | None) -> bool:
-    """Whether native code reads it as it is; what is being trained may move."""
+    """Whether native code can read it in place; a tensor that is being trained may move."""
     if part is None:
         return True
     if isinstance(part, QuantizedWeight):

@@ -1,5 +1,7 @@
-"""A CUDA graph whose second part runs only where the first has drawn a given token
-(csrc/cuda/graph_conditional.cu)."""
+"""A CUDA graph whose second part runs only where the first has drawn a given token.
+
+The node is made by csrc/cuda/graph_conditional.cu.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ _PREFIX = "mimo_fast_conditional_"
 
 @cache
 def _functions() -> ctypes.CDLL | None:
-    """The library with the types of these functions' arguments; None where it lacks them."""
+    """The library with its argument types declared; None where it lacks the functions."""
     loaded = library()
     return None if loaded is None or not hasattr(loaded, f"{_PREFIX}create") else declared(loaded)
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """A library with the types of these functions' arguments."""
+    """Declares the argument types of these functions in a library, and returns it."""
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     for name, arguments in (
         ("supported", []),
@@ -39,20 +41,20 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 @cache
 def available() -> bool:
-    """Whether the library, the driver (CUDA 12.4) and torch (2.8, which shows its graphs) can."""
+    """Whether the library, the driver (CUDA 12.4) and torch (2.8, which exposes graphs) can."""
     loaded = _functions()
     shown = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
     return shown and loaded is not None and getattr(loaded, f"{_PREFIX}supported")() == 0
 
 
 class ConditionalGraph:
-    """A graph that draws tokens and, if one of them is `empty`, goes on with another graph.
+    """A graph that draws tokens and, if one of them is `empty`, runs a second graph.
 
     Args:
-        first, then: `cudaGraph_t` of the two as integers, which are cloned; what they work on, the
-            caller keeps.
-        tokens: int64 [N], which `first` writes. slots: int64 [N], of which those that are `scratch`
-            do not count.
+        first, then: `cudaGraph_t` of the two as integers. They are cloned; the caller keeps the
+            tensors that they use.
+        tokens: int64 [N], written by `first`.
+        slots: int64 [N]; tokens of rows in slot `scratch` are ignored.
         loaded: another build of the library than the package's.
 
     Raises:
@@ -93,7 +95,7 @@ class ConditionalGraph:
         self._destroy.atexit = False
 
     def launch(self) -> None:
-        """Runs it once, on the current stream.
+        """Launches it on the current stream.
 
         Raises:
             RuntimeError: the device refused the launch.
@@ -106,7 +108,7 @@ class ConditionalGraph:
         self._launches += 1
 
     def wait(self) -> list[int]:
-        """The tokens [N] of the last launch, once they are drawn; what follows may still run.
+        """The tokens [N] of the last launch, once they are drawn; the second graph may still run.
 
         Raises:
             RuntimeError: the device failed.

@@ -1,8 +1,7 @@
-"""The CUDA kernels of csrc/cuda, where they were built: a shared object without torch, called with
-raw pointers.
+"""The CUDA kernels of csrc/cuda: a shared object without torch, called with raw pointers.
 
-`setup.py` builds it where it finds nvcc. Without it, and for what it does not take, Triton's
-kernels run.
+`setup.py` builds it where it finds nvcc. Without it, and for shapes and types that it does not
+take, Triton kernels run.
 """
 
 from __future__ import annotations
@@ -27,19 +26,24 @@ COMPUTE_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 
 COLUMNS = 128
-"""Columns of a weight that share a scale, unless its whole row does."""
+"""Columns of a weight that share a scale, unless a scale is for the whole row."""
 
 MAX_COLUMNS = 16384
-"""Beyond, a tile has more scales than a block of threads loads at once."""
+"""Largest K; beyond it a tile has more scales than a block of threads loads at once."""
+
+FUSED_ROWS = 192
+"""Rows of x up to which `quantized_gemm` is worth taking. On an H100 a layer's four products
+take less time than by `unpack` and torch's product at 64, 96 and 128 rows (int4), and more from 256
+on (benchmarks/results/2026-11-28-h100-gemm.json)."""
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None where it was not built, or does not load."""
+    """The loaded library; None where it was not built or does not load."""
     try:
         return declared(ctypes.CDLL(str(LIBRARY)))
     except (OSError, AttributeError):
-        # One of an older version lacks a function.
+        # A library of an older version lacks a function.
         return None
 
 
@@ -60,7 +64,7 @@ def state() -> str:
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types of its functions' arguments.
+    """Declares the argument types of its functions, and returns it.
 
     Raises:
         AttributeError: it lacks one of them.
@@ -82,8 +86,10 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 @cache
 def _probe(device: torch.device) -> int:
-    """The CUDA error of a first product on a device: it has no image for it, or its driver is too
-    old; 0 for none."""
+    """The CUDA error of a first product on a device; 0 for none.
+
+    It fails where the library has no code for the device or the driver is too old.
+    """
     x = torch.ones(1, COLUMNS, dtype=torch.bfloat16, device=device)
     words = torch.zeros(8, COLUMNS // 4, dtype=torch.int32, device=device)
     scales, y = (torch.ones(8, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -102,8 +108,10 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def takes(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether there are kernels for it: bfloat16 or float16; int4 in groups of 128, int8 by row or
-    in such groups."""
+    """Whether there are kernels for it.
+
+    bfloat16 or float16 activations; int4 in groups of 128, int8 by row or in such groups.
+    """
     return x.is_cuda and not forced() and takes_form(x, weight) and _runs_on(x.device)
 
 
@@ -126,13 +134,15 @@ def quantized_matmul(
     loaded: ctypes.CDLL | None = None,
     variant: int = 0,
 ) -> Tensor:
-    """x [M, K], M small, with contiguous rows that begin at multiples of 8 bytes -> y, which is
-    written; y and residual are contiguous. What it computes: qmatmul.py.
+    """Product of a few rows: x [M, K] -> y, which is written; kernels/matmul has the formula.
 
-    norm: None where x is of float16, which has no range for x times the norm's weight before the
-    row's scale.
-    loaded: another build of the library than the package's. variant: one of its configurations, 0
-    for its own choice.
+    x has contiguous rows that start at multiples of 8 bytes; y and residual are contiguous.
+
+    Args:
+        norm: must be None for float16 x, whose range does not hold x times the norm's weight before
+            the row's scale is applied.
+        loaded: another build of the library than the package's.
+        variant: one of its configurations, 0 for its own choice.
 
     Raises:
         RuntimeError: the device refused the launch.
@@ -160,8 +170,10 @@ def quantized_matmul(
 
 
 def gemm_takes(x: Tensor) -> bool:
-    """Whether x [M, K], with contiguous rows, lies as `quantized_gemm` reads it; `takes` says what
-    weights it has kernels for."""
+    """Whether `quantized_gemm` can read x [M, K] with contiguous rows.
+
+    `takes` tells which weights it has kernels for.
+    """
     return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
 
 
@@ -174,8 +186,10 @@ def quantized_gemm(
     loaded: ctypes.CDLL | None = None,
     variant: int = 0,
 ) -> Tensor:
-    """As `quantized_matmul`, for many rows and without a norm; x, and each row of it, begins at a
-    multiple of 16 bytes. Values of the weight are rounded to x.dtype, as `unpack` does.
+    """`quantized_matmul` for many rows, without a norm.
+
+    x and each of its rows start at a multiple of 16 bytes. Values of the weight are rounded to
+    x.dtype, as `unpack` does.
 
     Raises:
         RuntimeError: the device refused the launch.
@@ -203,8 +217,9 @@ def quantized_gemm(
 def unpack(
     weight: QuantizedWeight, start: int, out: Tensor, loaded: ctypes.CDLL | None = None
 ) -> None:
-    """Rows start ... start + R - 1 of a weight, rounded to the dtype of out [R, K], contiguous;
-    scales are of it too.
+    """Unpacks rows start ... start + R - 1 of a weight into out [R, K], contiguous.
+
+    Values, and the scales before them, are rounded to out's dtype.
 
     Raises:
         RuntimeError: the device refused the launch.
@@ -231,15 +246,14 @@ def _library(loaded: ctypes.CDLL | None) -> ctypes.CDLL:
 
 
 def _current(tensor: Tensor) -> AbstractContextManager[object]:
-    """A launch goes to the current device, whatever its stream belongs to."""
+    """Makes the tensor's device current: a launch goes there, whatever its stream belongs to."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The kernel reads 8 bytes of a norm's weight at once; one that is a slice may begin
-    elsewhere."""
+    """The tensor, copied unless contiguous at a multiple of 8 bytes, as the kernel reads it."""
     return (
         tensor
         if tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()

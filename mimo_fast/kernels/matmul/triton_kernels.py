@@ -29,10 +29,10 @@ from __future__ import annotations
 
 from mimo_fast.kernels.dispatch import (
     jit,
-    let_the_next_begin,
+    pdl_trigger,
+    pdl_wait,
     prefetch,
     tl,
-    wait_for_the_last,
 )
 
 
@@ -211,7 +211,7 @@ def dense_gemv_kernel(
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_the_next_begin(PDL)
+    pdl_trigger(PDL)
     VECTOR: tl.constexpr = 8
     PARTS: tl.constexpr = BLOCK_K // VECTOR
     o_row = weight_rows(tl.program_id(0), N, BLOCK_N, SWIGLU)
@@ -221,7 +221,7 @@ def dense_gemv_kernel(
     o_line = tl.minimum(o_row, N - 1)[:, None].to(tl.int64) * stride_wn
     o_line += tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :]
     prefetch(w_ptr + o_line, PDL)
-    wait_for_the_last(PDL)
+    pdl_wait(PDL)
     b_accs = (tl.zeros((BLOCK_N, PARTS), tl.float32),) * M
     b_squares = (tl.zeros((PARTS,), tl.float32),) * M
     for start in range(0, K, BLOCK_K):

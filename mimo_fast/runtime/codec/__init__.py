@@ -1,1 +1,1 @@
-"""The codec."""
+"""The audio codec: encoder, decoder, streaming decoder, CUDA graphs."""

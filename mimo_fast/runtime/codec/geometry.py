@@ -1,4 +1,4 @@
-"""What the codec's configuration alone tells of a stream: frames, overlaps and look-ahead."""
+"""Stream geometry from the codec's configuration alone: frames, overlaps and look-ahead."""
 
 from mimo_fast.config import CodecConfig
 
@@ -6,8 +6,7 @@ PATCH_FRAMES = 4
 """Code frames of a patch, 160 ms."""
 
 LOOKAHEAD = 10
-"""Patches after a sample that can change it in the published codec, whose 16 vocoder layers look 10
-frames of 10 ms ahead each."""
+"""Look-ahead of the published codec in patches: 16 vocoder layers of 10 frames of 10 ms."""
 
 
 def patch_rows(config: CodecConfig) -> int:
@@ -16,12 +15,15 @@ def patch_rows(config: CodecConfig) -> int:
 
 
 def receptive_patches(config: CodecConfig) -> int:
-    """Patches after a sample that can change it."""
+    """Patches after a sample that can still change it."""
     return -(-config.vocoder_layers * config.vocoder_window[1] // patch_rows(config))
 
 
 def default_lookahead(config: CodecConfig, given: bool = False) -> int:
-    """Patches that a stream waits for: LOOKAHEAD or, with known statistics, what its vocoder sees."""
+    """Patches that a stream waits for before it returns a sample.
+
+    LOOKAHEAD or, if the norm statistics are known (`given` or in the config), the vocoder's reach.
+    """
     known = given or config.moments is not None
     return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
 

@@ -1,15 +1,16 @@
-"""CUDA graphs of a codec stream that is fed patch by patch. Of three kinds of chunks every shape
-follows from the kind:
+"""CUDA graphs of a codec stream that is fed patch by patch.
 
-    opening  the first decode: the codes that waited for it and a patch more
-    next     a patch, once the waveform's start is past and each patch decides as much as it brings
-    last     no codes, what is still pending: nothing follows
+Three kinds of chunks have fixed shapes:
 
-Each is captured once per `CodecState` and replayed with nothing but that state and its input
-changing, both in device memory. Any other chunk (pushes of another size, a young stream that begins
-anew) is decoded one kernel at a time in the same buffers, before, between or after these.
+    first  the first decode: the codes held back for the look-ahead, and one patch more
+    next   one patch in steady state: each patch makes as many frames final as it adds
+    last   no codes; makes all pending frames final
 
-States stay with the codec, which lends them to its streams: capturing takes as long as a few
+Each is captured once per `CodecState` and replayed; only that state and the chunk's input change,
+both in device memory. Any other chunk (pushes of another size, a short stream that is decoded again
+from its start) runs kernel by kernel in the same buffers, before, between or after the graphs.
+
+The codec keeps the states and lends them to its streams, because a capture takes as long as a few
 patches.
 """
 
@@ -40,7 +41,8 @@ from mimo_fast.runtime.lm.graphs import Capture, CudaCapture
 class CapturedChunk:
     """One graph: its input, dequantized codes [T, D] float32, and its result, samples [m].
 
-    ended: whether its codes are the last of a stream.
+    Attributes:
+        ended: Whether the chunk ends the stream.
     """
 
     codes: Tensor
@@ -50,10 +52,10 @@ class CapturedChunk:
 
 
 class ChunkGraphs:
-    """The state of one stream and its captured chunks, with the codec's own look-ahead and statistics.
+    """The state of one stream and its graphs, for the codec's own look-ahead and norm statistics.
 
     Args:
-        lock: of the codec. Graphs share a pool of memory, so a result lies there only until another
+        lock: the codec's lock. Graphs share a memory pool, so a result is valid only until another
             graph runs; all run on one CUDA stream.
     """
 
@@ -65,7 +67,7 @@ class ChunkGraphs:
             config.pool * config.decoder_stride,
             patches * patch_rows(config),
         )
-        # From so many committed frames on, nothing of the waveform's start is trimmed.
+        # After `_begun` committed frames, no chunk trims samples at the start of the waveform.
         self._begun = -(-self.state.trim // config.hop)
         steady = self._begun + self._lookahead
         self._first = self._captured(codec, (patches + 1) * PATCH_FRAMES, frames=0, committed=0)
@@ -74,7 +76,7 @@ class ChunkGraphs:
         self.state.reset()
 
     def advance(self, hidden: Tensor, ended: bool) -> Tensor | None:
-        """`decode_chunk` of this state, samples copied; None for a kind that is not captured."""
+        """`decode_chunk` by graph, its samples copied; None if no graph fits the chunk."""
         chunk, state = self._usual(len(hidden), ended), self.state
         if chunk is None:
             return None
@@ -87,7 +89,7 @@ class ChunkGraphs:
         return wav
 
     def _usual(self, new: int, ended: bool) -> CapturedChunk | None:
-        """The graph for so many code frames now."""
+        """The graph for a chunk of `new` code frames in the present state, if any."""
         state = self.state
         if state.frames == state.committed == 0:
             chunk = self._first
@@ -95,14 +97,14 @@ class ChunkGraphs:
             chunk = self._last if ended else self._next
         else:
             return None
-        # After a push that held most of an utterance the norms over time make no forecast.
+        # After a push that held most of an utterance, the norm statistics are not extrapolated.
         forecast = ended or state.largest < WHOLE_UTTERANCE
         return chunk if forecast and ended == chunk.ended and new == len(chunk.codes) else None
 
     def _captured(
         self, codec: CodecNetwork, new: int, frames: int, committed: int, ended: bool = False
     ) -> CapturedChunk:
-        """The chunk of `new` code frames after so many vocoder frames, whatever the state holds."""
+        """Captures a chunk of `new` code frames after `frames` vocoder frames."""
         codes, state, lookahead = (
             torch.zeros(new, codec.config.dim, device=codec.device),
             self.state,
@@ -117,26 +119,29 @@ class ChunkGraphs:
 
 
 class StreamGraphs:
-    """States with their graphs, lent to the streams of one codec and kept for the next ones.
+    """A pool of states with their graphs, lent to the streams of one codec.
 
     Args:
-        capture: how work becomes a graph; CUDA's by default.
+        capture: makes a graph of a function; CUDA graphs by default.
     """
 
     def __init__(self, codec: CodecNetwork, capture: Capture | None = None) -> None:
         self._codec = weakref.ref(codec)
         self._capture = capture or CudaCapture()
         self._lock = threading.Lock()
-        # Only appended to and popped from, which needs no lock: a garbage collection may give back
-        # at any point.
+        # Only append and pop, which are atomic: `give_back` may run in a garbage collection at any
+        # point, where taking a lock could deadlock.
         self._idle: list[ChunkGraphs] = []
         self._kept = 1
 
     def serves(
         self, codec: CodecNetwork, lookahead: int, statistics: NormStatistics | None
     ) -> bool:
-        """Whether a stream is as the graphs were captured: look-ahead and statistics are the codec's,
-        and so are its layers, which a copy may have changed, on the device."""
+        """Whether the graphs fit a stream.
+
+        Its look-ahead and statistics must be the codec's own, and its layers the codec's (a copy
+        may have others) and on the device.
+        """
         own = codec is self._codec() and lookahead == default_lookahead(codec.config)
         resident = isinstance(codec.decoder.layers, tuple) and isinstance(
             codec.vocoder.layers, tuple
@@ -146,19 +151,19 @@ class StreamGraphs:
         )
 
     def warmup(self, streams: int, progress: bool = True) -> None:
-        """Captures until so many states wait for a stream, and keeps as many from then on."""
+        """Captures until `streams` states are idle, and keeps that many from then on."""
         codec = self._owner()
         if not self.serves(codec, default_lookahead(codec.config), codec.stated_statistics):
             return
         self._kept = max(self._kept, streams)
-        # On a terminal only.
+        # tqdm shows the bar only on a terminal.
         show = None if progress else True
         missing = range(len(self._idle), streams)
         for _ in tqdm(missing, desc="capturing", unit="stream", leave=False, disable=show):
             self._idle.append(self._captured())
 
     def take(self) -> ChunkGraphs:
-        """A state at its beginning; captured now if none waits."""
+        """A reset state from the pool, or a new one, captured now."""
         try:
             graphs = self._idle.pop()
         except IndexError:
@@ -170,7 +175,7 @@ class StreamGraphs:
         if len(self._idle) < self._kept:
             self._idle.append(graphs)
 
-    # A state outlives the stream it was made for, and so the mode that this was made in.
+    # A state outlives the stream it is captured for, and so that caller's inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _captured(self) -> ChunkGraphs:

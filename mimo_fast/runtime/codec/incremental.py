@@ -1,23 +1,22 @@
-"""The codec's decoder, a few code frames at a time: a chunk costs the same whatever came before.
+"""The codec's decoder, a few code frames at a time, at a cost that does not grow with the stream.
 
     codes -> rows -> transposed conv, norm -> 32 causal layers -> norm -> transposed conv -> mel
-    mel of the newest P + n frames -> norm -> 16 layers with a window -> head -> overlap-add ->
-    samples
+    mel of the newest P + n frames -> norm -> 16 windowed layers -> head -> overlap-add -> samples
 
-A position goes once through each of the decoder's layers; its keys and values stay in a ring. The
-vocoder sees frames that are still to come, 10 a layer, so its newest P frames are computed again
-with each chunk, from the decoder's end on. That reads 2% of the decoder's weights, and weights are
-what a chunk's 8 rows cost. Keys and values of the frames before those are final and kept.
+A position passes once through each of the decoder's layers; its keys and values stay in a ring
+buffer. The vocoder looks ahead, 10 frames a layer, so its newest P frames are pending: each chunk
+computes them again from the end of the decoder on. That reads 2% of the decoder's weights, and a
+chunk of 8 rows is bound by reading weights. Keys and values of earlier frames are final and kept.
 
-The norms over time learn with each chunk. The pending frames follow: what entered the decoder's
-layers is normed anew and what the layers added to it is kept, for a new scale passes the residual
-stream unchanged and the layers, which norm their inputs, hardly see it.
+The statistics of the norms over time are updated with each chunk, and the pending frames are
+recomputed with them: the input of the decoder's layers is normed again, and what the layers added
+to it is kept. This is a good approximation, because a new scale passes the residual stream
+unchanged and the layers norm their own inputs.
 
-Large pushes do better: a young stream of no more than three of them is decoded again as a whole
-with each, with the statistics that are then known.
+Large pushes allow better: while a stream is short and has had no more than three of them, each push
+decodes all codes from the start with the latest statistics.
 
-Nothing here waits for the device, and once P frames have come every shape follows from the chunk's
-size alone.
+Nothing here waits for the device, and after P frames every shape follows from the chunk's size.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from mimo_fast.runtime.codec.state import (
 )
 
 VOCODER_BLOCK = 256
-"""New vocoder frames computed at once at most."""
+"""Largest number of new vocoder frames computed at once."""
 
 
 def decode_chunk(
@@ -54,13 +53,13 @@ def decode_chunk(
 ) -> Tensor:
     """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
 
-    A graph may replay it: `frames`, `committed` and `largest` are all that it knows of the state on
-    the host, and it changes the first two alone.
+    It can be captured in a graph: of the state on the host it reads only `frames`, `committed` and
+    `largest`, and writes only the first two.
 
     Args:
-        lookahead: vocoder frames that must have come after one before it is decided.
-        statistics: of the norms over time, in place of those of what has come.
-        ended: nothing follows, so everything is decided.
+        lookahead: vocoder frames that must follow a frame before it is final.
+        statistics: norm statistics to use; None estimates them from the codes so far.
+        ended: no codes follow, so all frames become final.
     """
     mel, norm = _decode(codec, state, hidden, statistics, ended or state.largest >= WHOLE_UTTERANCE)
     pending = len(state.entered) * codec.config.decoder_stride
@@ -79,7 +78,7 @@ def decode_chunk(
 
 
 def codes_to_decode(state: CodecState, hidden: Tensor) -> Tensor:
-    """Codes to decode now: the next ones, or all from the first on where that is worth it."""
+    """Codes to decode now: the new ones or, for a short stream of large pushes, all so far."""
     new, past = len(hidden), sum(map(len, state.past))
     if state.frames and not past:
         return hidden
@@ -100,11 +99,11 @@ def _decode(
     statistics: NormStatistics | None,
     ended: bool,
 ) -> tuple[Tensor, MeanVariance]:
-    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its statistics."""
+    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its norm statistics."""
     first = state.position - len(state.entered)
     entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, ended)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
-    # What precedes position 0 must not reach it through the convolution.
+    # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
     x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
     inputs, new, stride = (
         torch.cat((state.history, x)),
@@ -129,7 +128,7 @@ def _run_decoder(
     statistics: NormStatistics | None,
     ended: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Pending and new decoder inputs [P / stride + T pool, D], and what the layers add to them."""
+    """Inputs of the layers, pending and new [P / stride + T pool, D], and what the layers add."""
     if codec.unpool is not None and len(x):
         x = codec.unpool.convolve(x)
         state.unpool.add(x, state.position)
@@ -151,12 +150,12 @@ def _run_decoder(
 
 
 def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
-    """Decoder inputs [n, D] that come next, n <= BLOCK -> the last layer's outputs [n, D]."""
+    """The next decoder inputs [n, D], n <= BLOCK -> outputs of the last layer [n, D]."""
     stack, ring = codec.decoder, state.decoder
     size = ring.k.shape[2]
     positions = state.position + torch.arange(len(x), device=x.device)
     table, slots = _rope_rows(codec, x.shape[1] // stack.heads, positions), positions % size
-    # The newest position that each slot holds once the block is written.
+    # The position that each slot of the ring holds once the block is written.
     held = positions[-1] - (positions[-1] - torch.arange(size, device=x.device)) % size
     past = positions[:, None] - held
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
@@ -174,7 +173,7 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     queries = positions[kept:]
     table = _rope_rows(codec, codec.config.vocoder_dim // stack.heads, queries)
     ahead = positions - queries[:, None]
-    # Before the first frame there are rows too: they see one another, and no frame sees them.
+    # Rows before the first frame attend to one another only, and no frame attends to them.
     visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
 
     room = before.k.new_empty(*before.k.shape[:2], len(mel), before.k.shape[3])
@@ -193,7 +192,7 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
 def _run(
     stack: CodecStack, x: Tensor, table: Tensor, buffer: StackState, slots: Tensor, visible: Tensor
 ) -> Tensor:
-    """x [T, D] through a stack; keys and values go to `slots` [T] of S; visible is bool [T, S]."""
+    """Runs a stack on x [T, D]; keys and values go to `slots` [T] of S; visible: bool [T, S]."""
     if stack.small and x.dtype == torch.float32:
         return stack.small.run(x, table, buffer.k, buffer.v, slots, visible)
 
@@ -209,7 +208,7 @@ def _run(
 
 
 def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: bool) -> Tensor:
-    """Head outputs [n, n_fft + 2] of frames just committed -> samples that are final now."""
+    """Head outputs [n, n_fft + 2] of the frames just committed -> samples that are final now."""
     hop, overlap = codec.config.hop, state.tail.shape[1]
     done = len(head) * hop
     sums = synthesize(head, codec.window, hop) if len(head) else state.tail.new_zeros(2, overlap)
@@ -221,7 +220,7 @@ def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: boo
 
 
 def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
-    """Rows of `rope_table` for positions [T] on the device; in float64, exact however far."""
+    """Rows of `rope_table` for positions [T] on the device; float64 keeps large angles exact."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())
     return torch.stack((angles.cos(), angles.sin())).float()

@@ -1,9 +1,7 @@
-"""Building blocks of the codec: pre-norm transformer layers with biased projections and GELU,
-convolutions, ISTFT.
+"""Building blocks of the codec: pre-norm transformer layers with GELU, convolutions, ISTFT.
 
-Decoding a whole sequence and decoding it as it comes (`incremental.py`) share them: they
-differ in the attention that a stack is run with, and in where the norms over time take their
-statistics from.
+One-shot and incremental decoding (`incremental.py`) share them; the two differ in the attention
+that a stack runs with and in the source of the statistics of the norms over time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -77,7 +75,7 @@ class CodecLayer:
 
     @property
     def parts(self) -> small_codec.Layer:
-        """Itself as `kernels/cpu/codec_stack.py` takes it."""
+        """The layer's tensors in the order of `kernels/cpu/codec_stack.py`."""
         norms = [(norm.weight, norm.bias) for norm in (self.attention_norm, self.ffn_norm)]
         return norms[0], self.qkv, self.out, norms[1], self.up, self.down
 
@@ -91,8 +89,8 @@ class CodecLayer:
 class CodecStack:
     """Transformer layers with one attention pattern: full, causal or windowed.
 
-    `layers` is iterated once a run, so that it may bring each layer to the device only then
-    (`offload.py`).
+    `layers` is iterated once a run, so that an offloaded layer reaches the device only when it is
+    used (`offload.py`).
     """
 
     layers: Iterable[CodecLayer]
@@ -113,16 +111,16 @@ class CodecStack:
 
     @property
     def small(self) -> small_codec.CodecStack | None:
-        """All of it as one native call, where it is small enough for that and on a CPU."""
+        """The stack as one native call; None unless it is small and on a CPU."""
         return self._native if isinstance(self.layers, tuple) and native.available() else None
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
-        """One whole sequence x [T, D] -> [T, D]; `run` tells of skip_layer."""
+        """One whole sequence x [T, D] -> [T, D]; skip_layer as in `run`."""
         table = rope_table(x.shape[-1] // self.heads, self.rope_theta, len(x), x.device)
         return self.run(x, lambda _layer, qkv: self._attend(qkv, table), skip_layer)
 
     def run(self, x: Tensor, attend: Attend, skip_layer: int | None = None) -> Tensor:
-        """x [T, D] -> [T, D], attend: (layer, qkv [T, 3 D]) -> [T, D].
+        """x [T, D] -> [T, D]; attend: (layer, qkv [T, 3 D]) -> [T, D].
 
         The output of layer `skip_layer` (counted from 1) is added to the last one's.
         """
@@ -134,7 +132,7 @@ class CodecStack:
         return x if skipped is None else x + skipped
 
     def split_heads(self, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [T, 3 D], rows of `rope_table` -> rotated q and k, and v, [H, T, Dh] each."""
+        """qkv [T, 3 D] and rows of `rope_table` -> rotated q, rotated k, v: [H, T, Dh] each."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         return rope(q, table).transpose(0, 1), rope(k, table).transpose(0, 1), v.transpose(0, 1)
 
@@ -145,7 +143,7 @@ class CodecStack:
             out = attention(q[None], k[None], v[None], self.causal)[0]
         else:
             right = 0 if self.causal else right
-            # A negative reach is unlimited.
+            # A negative reach means no limit.
             out = window_attention(
                 q, k, v, *(len(qkv) if reach < 0 else reach for reach in (left, right))
             )
@@ -172,17 +170,16 @@ def load_stack(
 
 
 def ieee_convolutions() -> AbstractContextManager[None]:
-    """Convolutions without TF32, cuDNN's default: codes hang on small differences."""
+    """Turns TF32, cuDNN's default, off: it would change codes."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
 class TransposedConv:
-    """Causal transposed convolution, then GroupNorm over all of time and channels (upstream
-    `CausalConvTranspose1d`).
+    """Causal transposed convolution, then GroupNorm (upstream `CausalConvTranspose1d`).
 
-    The norm sees the samples that are trimmed afterwards; its statistics run over the whole input,
-    which is why decoding in chunks can only approach decoding at once.
+    The norm's statistics are over all channels and the whole utterance, the rows trimmed afterwards
+    included. A stream does not know them in advance, so it can only approximate one-shot decoding.
     """
 
     weight: Tensor
@@ -200,7 +197,7 @@ class TransposedConv:
 
     @property
     def overlap(self) -> int:
-        """Output rows of an input that the next input adds to."""
+        """Output rows that consecutive inputs share."""
         return conv_overlap(self.weight.shape[-1], self.stride)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -219,7 +216,7 @@ class TransposedConv:
         return mean, variance
 
     def normalise(self, out: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """The convolution's output [T, D_out], normed by these statistics and rounded once."""
+        """Norms the convolution's output [T, D_out] with these statistics, rounding once."""
         scale = torch.rsqrt(variance + GROUP_NORM_EPS) * self.norm_weight.float()
         return ((out.float() - mean) * scale + self.norm_bias.float()).to(out.dtype)
 
@@ -227,8 +224,8 @@ class TransposedConv:
 def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
     """Vocoder head output [T, n_fft + 2] (log-magnitudes, then phases) -> waveform [T hop] float32.
 
-    "Same" padding: (n_fft - hop) / 2 samples are trimmed at either end (upstream `ISTFTHead`,
-    `ISTFT`).
+    Upstream `ISTFTHead` and `ISTFT` with "same" padding: (n_fft - hop) / 2 samples are trimmed at
+    either end.
     """
     trim = (len(window) - hop) // 2
     wave, weight = synthesize(head, window, hop)[:, trim : trim + len(head) * hop]

@@ -1,4 +1,4 @@
-"""`Codec`: the audio tokenizer with its streams, and the graphs that they run on."""
+"""`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
 from mimo_fast.config import CodecConfig
 from mimo_fast.quantization import WeightSource
@@ -12,7 +12,7 @@ from mimo_fast.runtime.lm.transformer import GetTensor
 
 
 class Codec(CodecNetwork):
-    """Encodes, decodes at once, and decodes as codes come; arguments as `CodecNetwork`'s."""
+    """Encodes, decodes in one shot, and decodes incrementally; arguments as `CodecNetwork`'s."""
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         super().__init__(config, source, codebook)
@@ -21,11 +21,15 @@ class Codec(CodecNetwork):
     def stream(
         self, lookahead: int | None = None, moments: NormStatistics | None = None
     ) -> CodecStream:
-        """A decoder to be fed codes as they come; `CodecStream` tells of the arguments.
+        """An incremental decoder.
 
-        A checkpoint that states the statistics of its speech (`CodecConfig.moments`) is streamed with
-        those, and then need not wait for more than its vocoder sees; any other waits for
-        `LOOKAHEAD` patches, to begin with better statistics.
+        Args:
+            lookahead: patches that must follow a sample before it is returned, see `CodecStream`.
+            moments: norm statistics, as `moments` returns them; by default the checkpoint's own
+                (`CodecConfig.moments`) or, if it has none, estimates from the codes so far.
+
+        With known statistics a stream waits for no more than its vocoder's reach. Otherwise it
+        waits for `LOOKAHEAD` patches, so that its first estimates are better.
         """
         if lookahead is None:
             lookahead = default_lookahead(self.config, given=moments is not None)
@@ -33,6 +37,6 @@ class Codec(CodecNetwork):
         return CodecStream(self, lookahead, statistics, self.stream_graphs)
 
     def warmup(self, streams: int, progress: bool = True) -> None:
-        """Captures the graphs of so many streams ahead of time, where there are graphs."""
+        """Captures the graphs of `streams` streams ahead of time, where graphs are used."""
         if self.stream_graphs is not None:
             self.stream_graphs.warmup(streams, progress)

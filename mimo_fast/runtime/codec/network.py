@@ -42,8 +42,8 @@ class CodecNetwork:
     Args:
         config: dimensions.
         source: its weights, on the device and in the dtype to compute in.
-        codebook: tensor by upstream's name in float32: codes hang on small differences between
-            codebook rows.
+        codebook: reads a float32 tensor by upstream's name. Codebooks stay in float32 because codes
+            depend on small differences between rows.
     """
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
@@ -112,9 +112,9 @@ class CodecNetwork:
 
     @torch.no_grad()
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
-        """Waveform [n] at 24 kHz -> codes [n_q, T] int64, one a 960 samples.
+        """Waveform [n] at 24 kHz -> codes [n_q, T] int64, a frame for every 960 samples.
 
-        n_q: codebooks; all by default.
+        n_q: number of codebooks; all by default.
         """
         if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
@@ -132,8 +132,8 @@ class CodecNetwork:
     def encode_mel(self, mel: Tensor) -> Tensor:
         """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
         lengths = split_lengths(len(mel), ENCODE_SEGMENT)
-        # Upstream pads a short last segment to the full one's length, and what it pads with leaks
-        # across the end.
+        # Upstream pads a short last segment to the full length, and the padding leaks into its
+        # last frames.
         short = len(lengths) > 1 and lengths[-1] < ENCODE_SEGMENT
         parts = mel.split(lengths)
         return torch.cat(
@@ -160,7 +160,7 @@ class CodecNetwork:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, 60 s at once."""
+        """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, in 60 s segments."""
         self.check_codes(codes)
         return torch.cat(
             [
@@ -185,7 +185,7 @@ class CodecNetwork:
 
     @torch.no_grad()
     def moments(self, codes: Tensor) -> NormStatistics:
-        """What the norms over time see when codes [n, T] are decoded at once, for `stream`."""
+        """Norm statistics of decoding codes [n, T] in one shot, as `stream` takes them."""
         self.check_codes(codes)
         hidden = self.dequantize(codes)
         conv = self.unpool
@@ -196,15 +196,13 @@ class CodecNetwork:
 
     @property
     def receptive_patches(self) -> int:
-        """Patches after a sample that can change it."""
+        """Patches after a sample that can still change it."""
         return receptive_patches(self.config)
 
     def offload_encoder(self) -> None:
-        """Keeps the encoder's layers in host memory (pinned for CUDA) and brings them one by one
-        for each encode.
+        """Keeps the encoder's layers in host memory (pinned for CUDA); each encode copies them.
 
-        It frees half of the codec's weights on the device; an encode then waits for as many bytes
-        from the host.
+        It frees half of the codec's bytes on the device; each encode then waits for the copies.
         """
         self.encoder = offload(self.encoder, self.device)
 

@@ -1,4 +1,4 @@
-"""Transformer layers kept in host memory, for a stack that runs seldom: the codec's encoder."""
+"""Transformer layers kept in host memory, for a stack that rarely runs: the codec's encoder."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -11,10 +11,10 @@ from mimo_fast.runtime.codec.layers import CodecLayer, CodecStack
 
 
 class HostLayers:
-    """Layers in host memory, each brought to the device when its turn comes and dropped after it.
+    """Layers in host memory; each is copied to the device when it is used, and dropped after it.
 
-    On CUDA they are pinned and copied in the current stream's order: the host does not wait, and
-    the copies do not overlap with the computation. Two layers at most are on the device at once.
+    On CUDA they are pinned and copied on the current stream: the host does not wait, and the copies
+    do not overlap with the computation. At most two layers are on the device at once.
     """
 
     def __init__(self, layers: tuple[CodecLayer, ...], device: torch.device) -> None:
@@ -34,7 +34,7 @@ class HostLayers:
 
 
 def offload(stack: CodecStack, device: torch.device) -> CodecStack:
-    """The stack with its layers in host memory; the same stack if they are there already."""
+    """The stack with its layers in host memory, unless they are there already."""
     layers = (
         stack.layers
         if isinstance(stack.layers, HostLayers)

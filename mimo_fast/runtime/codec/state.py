@@ -1,8 +1,7 @@
-"""All that changes while one waveform is decoded as its codes come: buffers of fixed size,
-allocated up front.
+"""The state of one incremental decode: buffers of fixed size, allocated up front.
 
 Positions and sums are tensors on the device and every buffer is updated in place, so that a
-captured graph may replay a chunk of fixed size. What the host counts only picks views of results.
+captured graph can replay a chunk of fixed size. Counters on the host only select views of results.
 """
 
 from __future__ import annotations
@@ -17,23 +16,22 @@ from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.geometry import conv_overlap, patch_rows
 
 CONTEXT = 512
-"""Decoder positions before its own that a position sees at least: 256 code frames, 10.24 s
-(upstream: 250 frames)."""
+"""Context of a decoder position: 512 positions, 256 code frames, 10.24 s (upstream: 250 frames)."""
 
 BLOCK = 64
-"""Decoder positions computed at once at most; longer pushes go block by block."""
+"""Largest number of decoder positions computed at once; longer pushes go block by block."""
 
 FORECAST = 200
-"""Code frames that an utterance is expected to last at least: 8 s."""
+"""Expected minimum length of an utterance in code frames: 8 s."""
 
 WHOLE_UTTERANCE = 150
-"""Code frames of a push that is taken to hold most of an utterance: no forecast after it."""
+"""Code frames of a push that is taken for most of an utterance: no extrapolation after it."""
 
 RESTART_LIMIT = CONTEXT // 2
-"""Code frames up to which a stream may begin anew: a decoder position still sees all of them."""
+"""Code frames up to which a stream may be decoded again: a position still sees all of them."""
 
 MeanVariance = tuple[Tensor, Tensor]
-"""Mean and variance, scalars."""
+"""Mean and variance, float32 scalars."""
 
 
 class NormStatistics(NamedTuple):
@@ -45,18 +43,19 @@ class NormStatistics(NamedTuple):
 
 @dataclass
 class RunningStatistics:
-    """Estimates mean and variance that a norm over time will have seen by the end.
+    """Estimates the mean and variance of a norm over time at the end of the utterance.
 
-    One-shot decoding norms by the statistics of a whole utterance, which a stream must guess while
-    it lasts. Until `expected` rows have come, those that are missing are taken to have the
-    statistics of those that came, later ones counting more, in proportion to their position: the
-    causal decoder's first outputs, which attend to few others, differ from the rest. After that,
-    and at the end, it is the plain statistics of all that came, so that what is pushed at once is
-    decoded as in one shot. docs/LOG.md has the figures.
+    One-shot decoding norms by the statistics of the whole utterance, which a stream must estimate.
+    Until `expected` rows have been added, the missing rows are extrapolated: they get the mean of
+    the rows so far, weighted by position, because the first outputs of the causal decoder attend to
+    few positions and differ from the rest. After that, and at the end, the estimate is the plain
+    statistics of all rows, so that codes pushed at once are decoded as in one shot. docs/LOG.md has
+    the figures.
 
     Args:
-        sums: float64 [2, 3]: sums over rows of weight, weighted mean and weighted mean square over
-            channels, with weight 1 and with the row's position as weight.
+        sums: float64 [2, 3], sums over rows of (weight, weighted mean over channels, weighted mean
+            square over channels); the weight is 1 in row 0 and the row's position in row 1.
+        expected: rows up to which missing rows are extrapolated.
     """
 
     sums: Tensor
@@ -68,11 +67,11 @@ class RunningStatistics:
         return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
 
     def add(self, rows: Tensor, first: Tensor) -> None:
-        """Adds final rows [R, D], the first at position `first`; those before 0 are left out."""
+        """Adds final rows [R, D] from position `first` on; rows before position 0 are left out."""
         self.sums += _sums(rows, first)
 
     def estimate(self, rows: Tensor, first: Tensor, ended: bool) -> MeanVariance:
-        """Mean and variance over what was added and these rows, from position `first` on."""
+        """Mean and variance over the rows added and these rows [R, D] from position `first` on."""
         plain, later = self.sums + _sums(rows, first)
         missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
         mean, square = (plain[1:] + missing * later[1:] / later[0]) / (plain[0] + missing)
@@ -89,7 +88,7 @@ def _sums(rows: Tensor, first: Tensor) -> Tensor:
 
 @dataclass
 class StackState:
-    """Rotated keys, and values, that later positions of a stack see: [layers, H, S, Dh] each."""
+    """Rotated keys and values that later positions of a stack see: [layers, H, S, Dh] each."""
 
     k: Tensor
     v: Tensor
@@ -113,22 +112,25 @@ class CodecState:
     """One waveform in progress; its newest P vocoder frames are pending and may still change.
 
     Args:
-        position: decoder positions done, int64 scalar; slot p % S of `decoder` holds position p.
-        entered: what the decoder's layers were given [P / stride, D] for the pending frames, before
-            the norm over time.
-        added: what the layers added to it, float32 [P / stride, D].
-        history: normed outputs of the decoder before those, which the next convolution still
-            reaches.
-        unpool, to_mel: statistics of the norms over time; those of `to_mel` leave the pending
-            frames out.
-        frame: vocoder frames that have come, int64 scalar. vocoder: keys and values of those before
-            the pending ones.
-        tail: [2, n_fft - hop], sums of windowed frames and of squared windows that later frames add
-            to.
-        committed: vocoder frames that are in the waveform. frames: those that have come, as the
-            host counts them.
-        held: dequantized codes that wait until a sample can come out of them.
-        past: dequantized codes of a young stream. largest: code frames of its largest push.
+        position: number of decoder positions done, int64 scalar; slot p % S of `decoder` holds
+            position p.
+        entered: inputs of the decoder's layers for the pending frames, before the norm over time
+            [P / stride, D].
+        added: what the layers added to them, float32 [P / stride, D].
+        history: normed outputs of the decoder before the pending ones, which the next convolution
+            still reads.
+        unpool, to_mel: statistics of the norms over time; those of `to_mel` are without the pending
+            frames.
+        decoder: keys and values of the decoder's layers, a ring buffer.
+        frame: number of vocoder frames so far, int64 scalar.
+        vocoder: keys and values of the vocoder frames before the pending ones.
+        tail: sums of windowed frames and of squared windows that later frames add to
+            [2, n_fft - hop].
+        committed: number of vocoder frames that are in the waveform, on the host.
+        frames: number of vocoder frames so far, on the host.
+        held: dequantized codes held back until the first samples can be final.
+        past: all dequantized codes of a short stream, to decode it again from the start.
+        largest: code frames of the largest push.
     """
 
     position: Tensor
@@ -200,7 +202,7 @@ class CodecState:
         return self.tail.shape[1] // 2
 
     def reset(self) -> None:
-        """Back to the beginning, in the same memory."""
+        """Resets the state to the start of a waveform, in the same memory."""
         self.rewind()
         self.tail.zero_()
         self.committed = self.largest = 0
@@ -208,7 +210,7 @@ class CodecState:
         self.past.clear()
 
     def rewind(self) -> None:
-        """Forgets all but the waveform so far: codes may be decoded again from the first."""
+        """Resets all but the waveform so far, to decode the codes again from the first."""
         for tensor in _tensors(self):
             if tensor is not self.tail:
                 tensor.zero_()
@@ -218,14 +220,14 @@ class CodecState:
 def new_state(
     config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
 ) -> CodecState:
-    """What a stream with a lookahead of so many patches needs on the device."""
+    """The state of a stream with `lookahead` patches of look-ahead."""
     stride = config.decoder_stride
     reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
     return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
 
 
 def decoder_context(window: tuple[int, int]) -> int:
-    """Positions before its own that a position sees: the window's left side, CONTEXT at most."""
+    """Positions before its own that a position sees: the window's left side, at most CONTEXT."""
     return min(window[0], CONTEXT) if window[0] >= 0 else CONTEXT
 
 

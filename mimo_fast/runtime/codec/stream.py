@@ -1,4 +1,4 @@
-"""Decoding codes as they come: a push costs what its own frames cost, whatever came before."""
+"""`CodecStream`: incremental decoding; the cost of a push depends on its own frames alone."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -17,20 +17,20 @@ from mimo_fast.runtime.codec.state import CodecState, NormStatistics, new_state
 class CodecStream:
     """One waveform in progress: feed codes with `push`, end with `finish`; parts join seamlessly.
 
-    Streams of one codec share nothing but its weights. Memory does not grow; `nbytes` tells it.
-    Where there are graphs, a stream borrows its memory from them until it is closed or gone.
+    Streams of one codec share only its weights. Memory (`nbytes`) does not grow. With CUDA graphs a
+    stream borrows a state from their pool until it is closed or garbage-collected.
 
     Args:
         codec: weights.
-        lookahead: patches that must follow a sample before it is returned, 0 to 10. Fewer bring the
-            first audio earlier and less close to one-shot decoding: the vocoder then does without
-            what has not come yet.
-        statistics: of the norms over time, as `Codec.moments` measured them on other codes of the same
-            speaker; by default those of what has been pushed.
-        graphs: states with captured graphs to borrow from.
+        lookahead: patches that must follow a sample before it is returned, 0 to 10. With fewer the
+            first audio comes earlier, but differs more from one-shot decoding, because the vocoder
+            then works without the frames that are missing.
+        statistics: norm statistics, as `Codec.moments` measures them on other codes of the same
+            speaker; by default they are estimated from the codes pushed.
+        graphs: the pool of captured states.
 
     Raises:
-        ValueError: the lookahead is out of range, or the codec looks ahead without a limit.
+        ValueError: the lookahead is out of range, or the codec's look-ahead is unlimited.
     """
 
     def __init__(
@@ -69,25 +69,25 @@ class CodecStream:
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
         """The next codes [n, t] -> samples that are final now, float32 [m]; m may be 0.
 
-        trusted: they were drawn by the model; looking at them would make the host wait for the
-            device.
+        trusted: skips the range check, for codes drawn by the model: it would make the host wait
+            for the device.
         """
         return self._advance(codes, False, trusted)
 
     @torch.no_grad()
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
-        """The last codes, if any -> all samples still held back. The stream then starts anew."""
+        """The last codes, if any -> all samples still held back. The stream is then reset."""
         wav = self._advance(codes, True, trusted)
         self.reset()
         return wav
 
     def reset(self) -> None:
-        """Forgets what was pushed and starts anew in the same memory."""
+        """Drops what was pushed; the same memory serves the next waveform."""
         with self._threads():
             self._open().reset()
 
     def close(self) -> None:
-        """Gives the memory back; the stream cannot be used any more."""
+        """Gives the memory back; the stream cannot be used after it."""
         if self._graphs is not None:
             self._give_back()
         self._state = self._graphs = None
@@ -112,8 +112,8 @@ class CodecStream:
             state.held.append(codec.dequantize(codes))
             state.largest = max(state.largest, codes.shape[1])
         waiting = sum(map(len, state.held))
-        # Before the first sample nothing is lost by waiting, and the norms over time begin with
-        # more to go by.
+        # Codes are held back until the first sample can be final: decoding them earlier would not
+        # return audio sooner, and waiting gives the norm statistics more rows.
         if waiting + state.frames == 0 or (
             state.frames == 0 and waiting <= self._hold and not ended
         ):

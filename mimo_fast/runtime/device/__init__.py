@@ -1,1 +1,1 @@
-"""What the language model and the codec ask of a device: copies to the host, captured graphs."""
+"""Asynchronous copies from the device to the host."""

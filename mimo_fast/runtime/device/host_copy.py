@@ -1,26 +1,26 @@
-"""Results of the device on their way to the host."""
+"""Asynchronous copies of results from the device to the host."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """A tensor that is copied to the host while the device, and the host, go on.
+    """A device-to-host copy that blocks neither side until `wait`.
 
-    On a CPU it is the tensor itself.
+    For a CPU tensor nothing is copied.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._there, self._event = tensor, None
         if tensor.is_cuda:
-            # The caching allocator does not lend pinned memory again before a copy into it is done.
+            # The caching allocator does not reuse pinned memory while a copy into it is running.
             self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._there.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def wait(self) -> Tensor:
-        """The tensor on the host, once the work before the copy is done."""
+        """Blocks until the copy has finished and returns the tensor on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._there

@@ -1,1 +1,1 @@
-"""Requests that share the slots of one state."""
+"""Continuous batching: requests that share the slots of one decode state."""

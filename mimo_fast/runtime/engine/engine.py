@@ -1,19 +1,18 @@
-"""Many replies at once over the slots of one state: they join, leave, wait and fail each on its
-own.
+"""Continuous batching: requests join, leave, wait and fail independently in one state's slots.
 
-There is no thread here. Whoever waits for a group does the work: one waiting thread at a time runs
-a tick, which is a chunk of one prompt and a group of every row that wants one, and leaves the
-others' groups where they will find them. So a single stream is computed as lazily as a generator,
-Ctrl-C arrives where the work is, and threads or tasks that stream at the same time share their
-steps.
+There is no engine thread. The thread that waits for a group computes it: one waiting thread at a
+time runs a step, which prefills a chunk of one prompt, decodes a group of every runnable row, and
+queues the groups of the other requests. A single stream is therefore computed as lazily as a
+generator, Ctrl-C arrives in the thread that computes, and threads or tasks that stream at the same
+time share their steps.
 
-Where the device works on its own it gets the next group of every row before the last one's audio is
-waited for (`launch_next`): so the codec's chunk and the next group follow each other without a gap,
-and one group at most is computed that nobody takes.
+On a GPU, `launch_next` launches the next group of every row before the host waits for the audio of
+the last one. The codec's chunk and the next group then run back to back, and at most one group is
+computed that is never read.
 
-A row runs at most `ahead` groups in front of its consumer, then pauses. A sequence without a
-running reply keeps its slot until another needs it; then its keys and values move to host memory,
-as do those of a paused row.
+A row runs at most `ahead` groups ahead of its consumer, then pauses. A sequence without a running
+request keeps its slot until another needs it; then it is evicted: its keys and values move to host
+memory. A paused row may be evicted too.
 """
 
 import threading
@@ -36,28 +35,29 @@ AHEAD = 4
 QUEUE = 64
 PREFIX_BYTES = 2**28
 WARMUP_GROUPS = (3, 40, 100)
-"""Groups of a prompt: each takes other kernels of the products (kernels/qmatmul_launch.py)."""
+"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul`)."""
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A group of these replies' rows that the device has been given and nobody has waited for."""
+    """A group of these requests' rows that has been launched and not yet collected."""
 
     requests: Sequence[Request]
     groups: Launched
 
 
 class Engine:
-    """Decodes sequences of one language model.
+    """Schedules and decodes the sequences of one language model.
 
     Args:
         lm: the model.
         slots: rows that can be decoded at once.
         capacity: groups that a row can hold.
-        queue: replies that may wait for a slot.
-        quantized_cache: whether keys and values are kept as int8.
+        queue: requests that may wait for a slot.
+        quantized_cache: whether the KV cache is int8.
 
-    overlaps: whether `launch_next` launches; on by default where a device replays graphs.
+    Attributes:
+        overlaps: Whether `launch_next` launches anything; by default only with CUDA graphs.
     """
 
     def __init__(
@@ -75,17 +75,18 @@ class Engine:
         self._requests: list[Request] = []
         self._changed = threading.Condition()
         self._leader: int | None = None
-        # Kernel by kernel, launching a group would take the host longer than samples take to come.
+        # Without graphs decoding is launch-bound: launching a group would delay the samples.
         self.overlaps = self.decoder.graphs is not None
         self._in_flight: InFlight | None = None
 
     def warmup(self, progress: bool = True) -> None:
-        """Captures the graphs of every batch size and runs some prompts, so that the first reply is
-        as fast as the
-        tenth: their kernels are compiled now."""
+        """Captures the graphs of every batch size and compiles the kernels of prompts.
+
+        After it the first reply is as fast as the tenth.
+        """
         if self.decoder.graphs:
             self.decoder.graphs.warmup(progress)
-            # Prompts that are graphs have run by now.
+            # Capturing the graphs of prompts has compiled their kernels.
             if self.decoder.graphs.takes_prompts:
                 return
             if not self._requests and not any(self._owners):
@@ -93,8 +94,7 @@ class Engine:
 
     @torch.no_grad()
     def _warm_up_prompts(self) -> None:
-        """Prompts of words and speech of each length that has kernels of its own; nothing of them
-        stays."""
+        """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
         config = self.lm.config
         for groups in (length for length in WARMUP_GROUPS if length <= self.capacity):
             ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
@@ -103,16 +103,18 @@ class Engine:
         self.state.lengths[0] = 0
 
     def check_room(self, groups: int) -> None:
-        """Raises PromptError unless a sequence of so many groups leaves room for a reply."""
+        """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
         check_room(groups, self.capacity)
 
     def sequence(self, seed: int) -> TokenSequence:
-        """An empty sequence, its draws from this seed."""
+        """An empty sequence whose draws come from `seed`."""
         return TokenSequence(self.lm.config, self.capacity, seed)
 
     def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> "Reply":
-        """Prefills what is not cached and returns the reply, each group part of the sequence
-        once it is taken."""
+        """Prefills what is not cached and returns the reply.
+
+        A group becomes part of the sequence when it is taken from the reply.
+        """
         reply = self.start(sequence, limits, samplers)
         reply.prefill()
         return reply
@@ -126,14 +128,16 @@ class Engine:
         ahead: int | None = AHEAD,
         bounded: bool = True,
     ) -> "Reply":
-        """A reply to all that the sequence holds; nothing is computed before it is asked for.
+        """Queues a request to continue the sequence; nothing is computed before it is needed.
 
         Args:
-            ahead: groups it may be in front of its consumer; None for any number.
-            bounded: whether a full queue refuses it.
+            stop_hook: asked about each new group whether the reply ends with it.
+            ahead: groups decoded ahead of the consumer at most; None for no limit.
+            bounded: whether a full queue refuses the request.
 
         Raises:
-            PromptError: the sequence leaves no room. BusyError: the queue is full.
+            PromptError: the sequence leaves no room for a reply.
+            BusyError: the queue is full.
         """
         self.check_room(sequence.groups)
         limits = Limits(
@@ -149,15 +153,15 @@ class Engine:
                     f"{len(self._requests) - waiting} replies are running and {waiting} wait: try "
                     "again later, or load the model with a larger max_batch"
                 )
-            # The last position is fed again where nothing new was said: what follows is drawn from
-            # its hidden state.
+            # At least the last position is prefilled, even if it is cached: the first group is
+            # drawn from its hidden state.
             sequence.cached = min(sequence.cached, sequence.groups - 1)
             sequence.prefilled = sequence.groups - sequence.cached
             self._requests.append(request)
         return Reply(self, request)
 
     def drive(self, until: Callable[[], bool]) -> None:
-        """Works, or waits while another thread does, until the condition holds."""
+        """Runs steps, or waits while another thread does, until the condition holds."""
         while True:
             with self._changed:
                 while self._leader is not None and not until():
@@ -167,20 +171,23 @@ class Engine:
                 self._leader = threading.get_ident()
             try:
                 if not self._step() and not until():
-                    raise RuntimeError("a reply waits for nothing: a bug in the engine")
+                    raise RuntimeError(
+                        "a request waits although nothing is runnable: a bug in the engine"
+                    )
             finally:
                 with self._changed:
                     self._leader = None
                     self._changed.notify_all()
 
     def launch_next(self, request: Request) -> None:
-        """Gives the device the next group of every row that wants one, without waiting for it.
+        """Launches the next group of every runnable row, without waiting for it.
 
-        To be called once the request's own work on its last group has been launched, for whoever waits
-        for that work must not wait for a group more.
+        Call it once the codec's work on the request's last group has been launched: the audio of
+        that group must not queue behind the next one.
 
-        Nothing is launched while that of others is still to come, while a prompt could be computed
-        instead, or while another thread works: then the next tick does it.
+        Nothing is launched while another request has yet to launch its codec work, while a prompt
+        could be prefilled instead, or while another thread runs a step. The next step then decodes
+        the group.
         """
         with self._changed:
             request.launching = False
@@ -201,8 +208,8 @@ class Engine:
             with self.lm.threads():
                 self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
         except Exception:
-            # No row has moved. The next tick meets what failed here again, where each reply gets
-            # its own error, and the chunk that the caller holds is not lost to it.
+            # No row has advanced, so the next step repeats the work and reports the error to the
+            # requests concerned. Raising here would lose the chunk that the caller holds.
             self._in_flight = None
         finally:
             with self._changed:
@@ -210,8 +217,7 @@ class Engine:
                 self._changed.notify_all()
 
     def remove(self, request: Request) -> None:
-        """Takes a request off its slot, after the group in progress; its sequence keeps what has
-        been delivered."""
+        """Ends a request after the group in progress; its sequence keeps the groups taken."""
         with self._changed:
             request.done, request.launching = True, False
             while self._leader not in (None, threading.get_ident()) and request in self._requests:
@@ -226,7 +232,7 @@ class Engine:
             self._changed.notify_all()
 
     def export(self, sequence: TokenSequence) -> Snapshot | None:
-        """A copy of what is cached of a sequence that has no running reply."""
+        """A snapshot of the cache of a sequence without a running request; None if empty."""
         with self._changed:
             while self._leader is not None:
                 self._changed.wait()
@@ -237,9 +243,11 @@ class Engine:
             return Snapshot.take(self.state, sequence.slot, sequence.cached)
 
     def _step(self) -> bool:
-        """A chunk of one prompt, and a group of every row that wants one, or the group that has
-        been launched; False if there was nothing to do."""
-        # Before anything moves a row to another slot.
+        """Admits requests, prefills a chunk of one prompt and decodes a group of the other rows.
+
+        If a group is in flight, it is collected instead. Returns False if there was nothing to do.
+        """
+        # This comes first, since admitting may move a row to another slot.
         if self._in_flight is not None:
             self._collect()
             return True
@@ -265,7 +273,7 @@ class Engine:
         return bool(prompts or rows)
 
     def _collect(self) -> None:
-        """Hands over the group that has been launched. Where that fails it is begun again."""
+        """Delivers the group in flight; if collecting it fails, the group is decoded again."""
         flight, self._in_flight = self._in_flight, None
         assert flight is not None
         left = [request for request in flight.requests if not request.done]
@@ -281,8 +289,10 @@ class Engine:
     def _attempt(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
     ) -> None:
-        """Does the work for these requests together or, where that fails, for each alone: who fails
-        alone has failed."""
+        """Does the work for all requests at once or, if that fails, for each alone.
+
+        A request that fails alone gets the error.
+        """
         try:
             work(requests)
         except Exception as error:
@@ -301,8 +311,8 @@ class Engine:
         assert slot is not None
         end = min(start + self.lm.prefill_chunk, sequence.groups)
         if start < sequence.prefix_groups < end:
-            # The prefix ends a chunk, so that what follows is the same whether or not it was
-            # computed before.
+            # The prefix ends a chunk, so that later chunks are the same, bit for bit, whether or
+            # not the prefix came from the cache.
             end = sequence.prefix_groups
         size = sequence.group_size
         with torch.no_grad():
@@ -314,7 +324,7 @@ class Engine:
             request.begin()
 
     def _compute(self, ids: Tensor, slot: int, start: int) -> None:
-        """A part of a prompt."""
+        """Prefills ids [C + 1, n G] into a slot from group `start` on."""
         if self.decoder.graphs:
             self.decoder.graphs.prefill(ids, slot, start)
         else:
@@ -324,15 +334,14 @@ class Engine:
         self._deliver(requests, self.decoder.next_groups(_rows(requests)))
 
     def _deliver(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
-        """One group to each request; who has left since it was launched gets none."""
+        """Gives each request its group; requests that ended since the launch get none."""
         for request, row, group in zip(requests, _rows(requests), groups, strict=True):
             if not request.settled:
                 request.sequence.cached = row.cached
                 request.receive(group)
 
     def _admit(self, request: Request) -> None:
-        """Gives a request a slot and puts back what its sequence had cached; without a slot to
-        give, it waits."""
+        """Gives a request a slot and restores its cache; if there is no slot, the request waits."""
         slot, sequence = self._choose_slot(), request.sequence
         if slot is None:
             return
@@ -353,8 +362,7 @@ class Engine:
             request.row.slot, request.row.stale = slot, True
 
     def _choose_slot(self) -> int | None:
-        """A slot that nobody owns, else the longest unused of those whose owner can wait in host
-        memory."""
+        """A free slot, else the least recently used one whose owner can be evicted, else None."""
         owners = [self._owner(slot) for slot in range(len(self._owners))]
         if None in owners:
             return owners.index(None)
@@ -382,18 +390,20 @@ class Engine:
 
 
 def _rows(requests: Sequence[Request]) -> list[Row]:
-    """Of requests whose prompts are computed."""
+    """The rows of requests whose prompts have been prefilled."""
     rows = [request.row for request in requests if request.row is not None]
     assert len(rows) == len(requests)
     return rows
 
 
 class Reply(Iterator[Group]):
-    """The groups of a reply, each part of the sequence once it is taken. Any thread may take or
-    close.
+    """The groups of a reply; each becomes part of the sequence when it is taken.
 
-    launches: the consumer has work of its own for the device in each group, and calls `launch_next`
-    when it has launched that.
+    Any thread may take a group or close the reply.
+
+    Attributes:
+        launches: Whether the consumer launches device work of its own for each group and then
+            calls `launch_next`.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -401,10 +411,10 @@ class Reply(Iterator[Group]):
         self.launches = False
 
     def prefill(self) -> None:
-        """Returns when the prompt has been computed.
+        """Returns when the prompt has been prefilled.
 
         Raises:
-            Exception: what went wrong with it.
+            Exception: the error that ended the request.
         """
         request = self._request
         self._engine.drive(lambda: request.row is not None or request.done)
@@ -429,15 +439,17 @@ class Reply(Iterator[Group]):
         raise StopIteration
 
     def launch_next(self) -> None:
-        """Lets the device begin the next group, where it works on its own and nothing else comes
-        first; an error of that group is raised where the group is taken."""
+        """Launches the next group where the engine overlaps groups with the codec.
+
+        An error of that group is raised when the group is taken.
+        """
         self._engine.launch_next(self._request)
 
     def close(self) -> None:
-        """Ends it after the group in progress; groups that nobody took are forgotten."""
+        """Ends the reply after the group in progress; groups not yet taken are dropped."""
         self._engine.remove(self._request)
 
     def __del__(self) -> None:
-        # What nobody holds any more must not be decoded on; the engine drops it at its next tick.
+        # A reply without a reader is not decoded further; the engine drops it at its next step.
         self._request.done = True
         self._request.settle()

@@ -1,4 +1,4 @@
-"""A reply in progress, as the engine sees it."""
+"""`Request`: one reply in progress, as the engine schedules it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,16 +11,25 @@ from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
 
 StopHook = Callable[[int, Tensor], bool]
-"""(text token, codes [C, G]) of a new group -> whether the reply ends with it."""
+"""A callable (text token, codes [C, G]) of a new group -> whether the reply ends with it."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A reply as the engine sees it.
+    """One reply in progress.
 
-    row: once the prompt is prefilled. ready: groups decoded and not yet taken. done: nothing more
-    will be decoded. error: why it ended early. launching: its consumer waits for a group or holds
-    one whose work, a chunk of the codec, it has yet to launch.
+    Args:
+        ahead: groups decoded ahead of the consumer at most; None for no limit.
+
+    Attributes:
+        row: Its row, from the end of the prefill on.
+        ready: Groups decoded and not yet taken.
+        taken: Number of groups taken by the consumer.
+        done: Nothing more will be decoded.
+        settled: The sequence has been brought up to the groups taken.
+        error: The reason why it ended early.
+        launching: Its consumer waits for a group, or holds one whose codec work it has yet to
+            launch.
     """
 
     sequence: TokenSequence
@@ -38,11 +47,11 @@ class Request:
 
     @property
     def runnable(self) -> bool:
-        """Whether there is something to compute for it now."""
+        """Whether the engine may compute something for it now."""
         return not self.done and (self.ahead is None or len(self.ready) < self.ahead)
 
     def begin(self) -> None:
-        """Its prompt lies in its slot."""
+        """Makes the row, once the prompt has been prefilled."""
         sequence = self.sequence
         assert sequence.slot is not None
         self.row = Row(
@@ -55,7 +64,7 @@ class Request:
         )
 
     def receive(self, group: Group) -> None:
-        """Takes a new group from the decoder."""
+        """Queues a decoded group for the consumer."""
         try:
             if (
                 self.stop_hook is not None
@@ -70,7 +79,7 @@ class Request:
         self.done = group.finished
 
     def fail(self, error: Exception) -> None:
-        """Ends it with an error, which the consumer gets after the groups that came before."""
+        """Ends it with an error, which the consumer gets after the groups decoded before it."""
         if isinstance(error, OutOfMemoryError):
             cause = str(error).partition("\n")[0]
             wrapped = DeviceMemoryError(
@@ -81,7 +90,7 @@ class Request:
         self.error, self.done = error, True
 
     def settle(self) -> None:
-        """Leaves the sequence with what its consumer has taken."""
+        """Brings the sequence's cache and draws to the groups that the consumer has taken."""
         if not self.settled:
             self.sequence.cached = min(self.sequence.cached, self.sequence.groups)
             self.sequence.draws += self.taken

@@ -1,4 +1,4 @@
-"""One row's ids, and where the keys and values of those lie that are computed already."""
+"""`TokenSequence`: the ids of one sequence, and where their keys and values are cached."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,20 @@ from mimo_fast.runtime.lm.snapshot import Snapshot
 class TokenSequence:
     """Ids [C + 1, T G] that grow by prompts and replies.
 
+    The name keeps it apart from `collections.abc.Sequence`, which the same modules use.
+
     Args:
         config: dimensions of the language model.
         capacity: groups that it may have, the last one of a reply included.
         seed: of its draws.
 
-    slot: where its cache is, None outside the engine. cached: groups whose keys and values are
-    kept, in the slot or the snapshot. shared: groups at its beginning that other sequences may
-    begin with too. draws: groups drawn. prefilled: groups that the last reply had to compute before
-    it could begin.
+    Attributes:
+        slot: Its slot in the engine's KV cache, None while it has none.
+        snapshot: Its keys and values in host memory, while it has no slot.
+        cached: Number of groups whose keys and values are in the slot or the snapshot.
+        prefix_groups: Number of groups at its start that form a prefix shared with other sequences.
+        draws: Number of groups drawn.
+        prefilled: Number of groups that were prefilled for the last reply.
     """
 
     def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
@@ -33,7 +38,7 @@ class TokenSequence:
 
     @property
     def ids(self) -> Tensor:
-        """All ids [C + 1, T G] on the host. Decoded groups are copied when they are asked for."""
+        """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device."""
         if self._decoded:
             codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
             text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
@@ -54,7 +59,7 @@ class TokenSequence:
 
     @property
     def prefix(self) -> Tensor:
-        """Ids of the shared beginning."""
+        """Ids [C + 1, n G] of the shared prefix."""
         return self.ids[:, : self.prefix_groups * self.group_size]
 
     def reseed(self, seed: int) -> None:
@@ -62,10 +67,10 @@ class TokenSequence:
         self.seed, self.draws = seed, 0
 
     def add(self, ids: Tensor) -> None:
-        """Appends a prompt [C + 1, n G], to be fed when decoding begins.
+        """Appends a prompt [C + 1, n G], which is prefilled when decoding begins.
 
         Raises:
-            PromptError: it leaves no room for a reply; the sequence stays as it was.
+            PromptError: it leaves no room for a reply; the sequence is unchanged.
         """
         check_room(self.groups + ids.shape[1] // self.group_size, self.capacity)
         self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
@@ -75,12 +80,12 @@ class TokenSequence:
         self._decoded.append((text, codes))
 
     def truncate(self, groups: int) -> None:
-        """Forgets all but the first `groups` groups."""
+        """Keeps the first `groups` groups."""
         self.ids = self.ids[:, : groups * self.group_size]
         self.cached = min(self.cached, groups)
 
     def go_back(self, ids: Tensor, cached: int) -> None:
-        """Returns to earlier ids; of what was cached then, what was overwritten since is not."""
+        """Restores earlier ids; groups overwritten since then no longer count as cached."""
         shorter = min(ids.shape[1], self.ids.shape[1])
         same = (
             int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
@@ -90,7 +95,7 @@ class TokenSequence:
 
 
 def check_room(groups: int, capacity: int) -> None:
-    """Raises PromptError unless a sequence of so many groups leaves room for a reply."""
+    """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
     if groups >= capacity:
         raise PromptError(
             f"the conversation has {groups} groups and the model's context is {capacity}: "

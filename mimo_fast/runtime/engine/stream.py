@@ -1,5 +1,4 @@
-"""Decoded groups -> what a listener gets: text, spoken patches, and chunks of audio as they become
-final."""
+"""Decoded groups -> text, spoken patches, and chunks of audio as they become final."""
 
 import asyncio
 import threading
@@ -22,8 +21,15 @@ UNFINISHED_CHARACTER = "\ufffd"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds since the request. first_audio is None until audio has come; audio_seconds is what
-    has been returned."""
+    """Times of a reply, in seconds since the request.
+
+    Attributes:
+        elapsed: Time at which the chunk was ready.
+        prefill: Time at which the prompt had been prefilled.
+        first_audio: Time at which the first samples were ready, None before them.
+        groups: Number of groups decoded.
+        audio_seconds: Duration of all audio returned.
+    """
 
     elapsed: float
     prefill: float
@@ -34,7 +40,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one group added: audio float32 [n] on the CPU and text, either may be empty."""
+    """The text and audio of one decoded group: audio float32 [n] on the CPU; each may be empty."""
 
     audio: Tensor
     sample_rate: int
@@ -44,12 +50,12 @@ class Chunk:
 
 @dataclass
 class ReplyReader:
-    """Reads one row's groups: its text, and the patches between `<|sostm|>` and `<|eostm|>`
-    (upstream `forward`).
+    """Separates the text of a reply from its speech (upstream `forward`).
 
-    Without `<|sostm|>` every patch is spoken, without `<|eostm|>` to the end. `<|empty|>`,
-    `<|eot|>` and `<|eostm|>` are not text; dropping them before decoding, and not after as upstream
-    does, keeps characters whole whose bytes lie on either side of a patch.
+    Spoken patches are those between `<|sostm|>` and `<|eostm|>`. Without `<|sostm|>` every patch is
+    spoken, without `<|eostm|>` all to the end. `<|empty|>`, `<|eot|>` and `<|eostm|>` are not text.
+    They are dropped before detokenizing (upstream: after it), so that a character whose bytes are
+    split by a patch stays whole.
 
     Args:
         speaking: whether the prompt itself ended in `<|sostm|>`.
@@ -62,7 +68,7 @@ class ReplyReader:
     _tokens: list[int] = field(default_factory=list)
 
     def read(self, token: int, codes: Tensor) -> tuple[str, list[Tensor]]:
-        """A group -> the text and the patches [C, G] that it makes final."""
+        """A group -> the text and the patches [C, G] that become final with it."""
         special = self.tokenizer.special
         if token == special.empty:
             if self.speaking:
@@ -83,8 +89,7 @@ class ReplyReader:
         return self._flush(final=False), []
 
     def finish(self) -> tuple[str, list[Tensor]]:
-        """What was held back: half a character, and patches of a reply that never had a
-        `<|sostm|>`."""
+        """The text and patches held back: half a character, and patches without a `<|sostm|>`."""
         return self._flush(final=True), self._waiting
 
     def _flush(self, final: bool) -> str:
@@ -96,8 +101,10 @@ class ReplyReader:
 
 
 class ChunkStream(Iterator[Chunk]):
-    """Chunks of one reply. Any thread may take the next one, and any may close it: closing waits
-    for the group in progress, and after it there are no more."""
+    """Chunks of one reply. Any thread may take the next one or close the stream.
+
+    Closing waits for the group in progress; no chunk follows.
+    """
 
     def __init__(self, chunks: Generator[Chunk, None, None], reply: Reply) -> None:
         self._chunks, self._reply = chunks, reply
@@ -114,8 +121,10 @@ class ChunkStream(Iterator[Chunk]):
 
 
 def read_reply(groups: Iterator[Group], reader: ReplyReader) -> tuple[str, Tensor | None]:
-    """All of a one-row reply: stripped text, and codes [C, T] or None. Its last group ends it and
-    is not part of it."""
+    """Reads a whole reply: stripped text, and codes [C, T] or None.
+
+    The last group, which ends the reply, is not part of it.
+    """
     text, patches = [], []
     for group in groups:
         if not group.finished:
@@ -138,10 +147,10 @@ def stream_reply(
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
     Args:
-        reply: its prompt prefilled.
+        reply: a reply whose prompt has been prefilled.
         began: `time.perf_counter()` at the request, before the prefill.
-        speaks: False leaves all audio out.
-        on_group: told of each group before its chunk comes.
+        speaks: False returns text only.
+        on_group: called with each group before its chunk is made.
     """
     prefill = time.perf_counter() - began
     reply.launches = True
@@ -163,10 +172,10 @@ def _generate_chunks(
 ) -> Generator[Chunk, None, None]:
     """The chunks of a reply's groups.
 
-    A device is given, in this order: a group's codec chunk, the copy of its samples to the host,
-    the next group. Then the samples are waited for, and the device is busy while the host hands
-    them over. The codec comes first: behind the next group its samples would come that group later
-    (7.0 ms of int4 on an H100), and the device would be as busy.
+    The device gets, in this order: a group's codec chunk, the copy of its samples to the host, the
+    next group. Then the host waits for the samples, and the device stays busy while the consumer
+    handles them. The codec's chunk comes first, because behind the next group its samples would
+    come one group later (7.0 ms with int4 on an H100) and the device would be no busier.
     """
     stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
@@ -175,8 +184,8 @@ def _generate_chunks(
         nonlocal samples, first_audio
         copy = HostCopy(audio.float())
         launch_next()
-        # Audio has come when it is on the host, and not when its work has been queued. It leaves
-        # the pinned memory, of which there is little.
+        # The time is taken when the samples are on the host, not when the work is queued. The
+        # clone frees the pinned memory, which is scarce.
         audio = copy.wait().clone()
         samples += len(audio)
         elapsed = time.perf_counter() - began
@@ -188,7 +197,7 @@ def _generate_chunks(
     nothing = torch.zeros(0)
     try:
         for group in groups:
-            # Not before the reply has a slot: as many streams as slots have graphs from the start.
+            # Opened once the reply has a slot: graphs are captured for as many streams as slots.
             stream = stream or (codec.stream() if speaks else None)
             decoded += 1
             if on_group is not None:
@@ -210,8 +219,7 @@ def _generate_chunks(
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
-    """The chunks of `start()`, all of it computed in worker threads, so that the event loop stays
-    free.
+    """The chunks of `start()`, computed in worker threads, so that the event loop stays free.
 
     Leaving the loop or cancelling the task stops after the group in progress.
     """
@@ -221,8 +229,8 @@ async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
     finally:
-        # Waits for the thread in a group or a prefill, however often the task is cancelled
-        # meanwhile.
+        # Waits for the worker thread to finish its group or prefill, however often the task is
+        # cancelled meanwhile.
         await asyncio.shield(_close(started))
 
 

@@ -1,1 +1,1 @@
-"""The language model."""
+"""The language model: weights, state, decoding loop, CUDA graphs."""

@@ -1,10 +1,8 @@
-"""The one decoding loop: a group at a time, for rows that come and go between groups.
+"""The decoding loop: one group at a time, for rows that may change between groups.
 
-    hidden -> text token -> (if `<|empty|>`) patch decoder -> group -> embed the group -> backbone
-    step -> hidden
+    hidden -> text token -> (if `<|empty|>`) patch decoder -> group -> embed -> backbone -> hidden
 
-A row's tokens depend on its own prompt, seed and settings alone, whatever rows are decoded beside
-it.
+A row's tokens depend only on its own prompt, seed and settings, never on the rows beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +21,13 @@ from mimo_fast.sampling import MiMoSampler
 
 @dataclass(frozen=True)
 class Limits:
-    """When a row ends: groups it may generate, and text ids that end it, banned until it has
-    min_new groups."""
+    """When a row ends.
+
+    Attributes:
+        max_new: The row ends after this number of groups.
+        min_new: Stop ids are banned until the row has this number of groups.
+        stop_ids: Text ids that end the row.
+    """
 
     max_new: int
     min_new: int = 0
@@ -41,8 +44,11 @@ class Samplers:
 
 @dataclass(frozen=True)
 class Group:
-    """One group of one row: its text token, its codes int64 [C, G] (empty under a word), whether it
-    is the last."""
+    """One group of one row: a text token and codes int64 [C, G], empty codes beside a word.
+
+    Attributes:
+        finished: Whether it is the row's last group.
+    """
 
     text: int
     codes: Tensor
@@ -51,11 +57,14 @@ class Group:
 
 @dataclass
 class Row:
-    """What the host knows of a slot that is being decoded; enough to repeat a group that failed
-    half way.
+    """The host's record of a slot that is being decoded; it suffices to repeat a failed group.
 
-    cached: positions its slot holds. draws: groups drawn with its seed. last: the group drawn last,
-    while it has not been fed. stale: the device may be ahead of this and is to be set back first.
+    Attributes:
+        cached: Number of positions that the slot holds.
+        draws: Number of groups drawn with its seed.
+        produced: Number of groups decoded in this reply.
+        last: The group drawn last, until it has been fed to the backbone.
+        stale: The device may be ahead of this record; the slot is restored before the next group.
     """
 
     slot: int
@@ -75,11 +84,10 @@ class Row:
 
 
 class HostRead:
-    """Tokens on their way to the host, while the device goes on.
+    """Tokens that are being copied to the host while the device goes on.
 
     Args:
-        parts: rows, and what waits for the token of each. Several are of one device, so that
-            waiting for the last is waiting for all.
+        parts: pairs of row indices and a function that waits for their tokens.
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], Callable[[], list[int]]]]) -> None:
@@ -87,7 +95,7 @@ class HostRead:
 
     @classmethod
     def of(cls, tokens: Tensor, order: Sequence[int]) -> "HostRead":
-        """Tokens [R] and the row of each."""
+        """Starts the copy of tokens [R]; order: the row of each."""
         copy = HostCopy(tokens)
         return cls([(order, lambda: copy.wait().tolist())])
 
@@ -95,7 +103,7 @@ class HostRead:
         return HostRead([*self._parts, *other._parts])
 
     def wait(self) -> list[int]:
-        """The tokens by row."""
+        """Waits for all tokens and returns them in the order of the rows."""
         by_row = dict[int, int]()
         for rows, wait in self._parts:
             by_row |= zip(rows, wait(), strict=True)
@@ -104,8 +112,7 @@ class HostRead:
 
 @dataclass(frozen=True)
 class Launched:
-    """A group of some rows that the device is at: their tokens, and the patches that have been
-    launched so far by their slot."""
+    """A group of some rows that has been launched: their tokens, and patches by slot so far."""
 
     rows: Sequence[Row]
     tokens: HostRead
@@ -116,14 +123,15 @@ class Launched:
 class Decoder:
     """Decodes rows of one state.
 
-    A prompt is prefilled into a slot before its row comes here: `state.hidden` of the slot is what
-    the first group is drawn from. A row's last group is not fed to the backbone, so a later turn
-    begins by feeding it.
+    A prompt is prefilled into a slot first; the row's first group is drawn from `state.hidden` of
+    that slot. The last group of a reply is not fed to the backbone, so a later reply begins by
+    prefilling it.
 
-    predict: start the patch decoder of rows that spoke in their last group before the host has read
-    whether they speak in this one, so that a device never waits for the host; where that was wrong
-    the patch is dropped. On by default on devices that work on their own; of no account where the
-    device itself tests whether a row speaks (`Graphs.conditional`).
+    Attributes:
+        predict: Whether to launch the patch decoder of rows that spoke in their last group before
+            the host has read whether they speak in this one. The device then never waits for the
+            host; a wrong prediction drops the patch. The default is True on CUDA. It has no effect
+            where the device itself tests whether a row speaks (`Graphs.conditional`).
     """
 
     lm: LM
@@ -133,14 +141,16 @@ class Decoder:
     _slot_indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
-        """The next group of each row. On any error no row has moved: each may be tried again or
-        given up."""
+        """The next group of each row. After an error no row has advanced; each can be retried."""
         return self.collect(self.launch(rows))
 
     @torch.no_grad()
     def launch(self, rows: Sequence[Row]) -> Launched:
-        """Gives the device the next group of each row and waits for nothing. It is either collected
-        or, with all that it has changed, forgotten: until then no row has moved."""
+        """Launches the next group of each row without waiting for it.
+
+        No row advances until `collect`. A launched group may also be dropped: the rows are then
+        stale and the next launch restores them.
+        """
         for row in rows:
             if row.stale:
                 self._restore(row)
@@ -152,7 +162,7 @@ class Decoder:
         return Launched(rows, drawn, self._patches(likely) if likely else {})
 
     def _launch_whole(self, rows: Sequence[Row], graphs: Graphs) -> Launched:
-        """One launch for all rows that have a group to feed, patches included."""
+        """`launch` with conditional graphs: one launch for all rows that have a group to feed."""
         fed, fresh = _fed_and_fresh(rows)
         drawn, patches = HostRead([]), dict[int, Tensor]()
         if fed:
@@ -165,9 +175,9 @@ class Decoder:
 
     @torch.no_grad()
     def collect(self, launched: Launched) -> list[Group]:
-        """The groups of the last `launch`, one a row."""
+        """Waits for the groups of the last `launch` and returns one a row."""
         rows, patches = launched.rows, launched.patches
-        # The one host read of a group.
+        # The only host synchronization of a group.
         tokens = launched.tokens.wait()
         speaking = [row for row, text in zip(rows, tokens, strict=True) if text == self.lm.empty_id]
         if missing := [row for row in speaking if row.slot not in patches]:
@@ -219,7 +229,7 @@ class Decoder:
         return self.lm.sample_text(self.state, slots, settings, banned)
 
     def _patches(self, rows: Sequence[Row]) -> dict[int, Tensor]:
-        """Codes of these rows by their slot."""
+        """Codes [C, G] of these rows by slot."""
         slots = [row.slot for row in rows]
         if self.graphs:
             return dict(zip(slots, self.graphs.patch(slots), strict=True))
@@ -234,7 +244,7 @@ class Decoder:
         return Group(text, codes, done)
 
     def _restore(self, row: Row) -> None:
-        """Brings the device to what the host knows of a row."""
+        """Restores a slot of the device from the host's record of its row."""
         state, slot = self.state, row.slot
         state.lengths[slot], state.seeds[slot], state.draws[slot] = row.cached, row.seed, row.draws
         state.set_samplers(slot, row.samplers.text, row.samplers.codes)
@@ -255,12 +265,12 @@ class Decoder:
 
 
 def _fed_and_fresh(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
-    """Which rows have a group to feed, and which are drawn from their prompts."""
+    """Indices of the rows that have a group to feed, and of those at the end of their prompt."""
     fed = [i for i, row in enumerate(rows) if row.last is not None]
     return fed, [i for i, row in enumerate(rows) if row.last is None]
 
 
 def _known(settings: SamplerTensors, samplers: Sequence[MiMoSampler]) -> SamplerTensors:
-    """Adds what the host knows of the rows, which saves launches and sorts."""
+    """Adds what the host knows of the settings, which saves launches and sorts."""
     greedy = all(not s.do_sample or s.temperature == 0 for s in samplers)
     return replace(settings, all_greedy=greedy, any_top_k=any(s.top_k for s in samplers))

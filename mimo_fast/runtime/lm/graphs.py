@@ -1,27 +1,25 @@
-"""CUDA graphs of the two pieces of a group: the backbone step with its text draw, the patch decoder
-with its encoder; and of prompts.
+"""CUDA graphs of prompts and of the two parts of a group, the backbone step and the patch.
 
-    step   text and patches of R slots -> embed, backbone, hidden -> text head and draw -> text
-    patch  hidden of R slots -> 11 patch-decoder steps with their draws -> codes -> patch encoder
-           -> patches
-    prompt ids of up to T groups, their slot and start -> embed, backbone -> keys and values, hidden
+    step    text and patches of R slots -> embed, backbone -> hidden -> text head, draw -> text
+    patch   hidden of R slots -> 11 patch-decoder steps with draws -> codes -> encoder -> patches
+    prompt  ids of up to T groups, slot and start -> embed, backbone -> keys and values, hidden
 
-Steps and patches are captured once per batch size 1, 2, 4, ... B and replayed with nothing but
-`DecodeState` and the slot numbers changing, both in device memory: positions, seeds, counters,
+Steps and patches are captured once per batch size 1, 2, 4, ... B. Between replays only
+`DecodeState` and the slot numbers change, both in device memory; positions, seeds, counters,
 settings and banned ids are read there. A batch between two sizes is padded with the state's scratch
-row, for which nothing is appended and whose results go nowhere.
+row, which appends nothing and whose results are ignored.
 
-Prompts are captured once per length of `PROMPTS` and padded to the next, so that a result follows
-from length and start alone. The ids and numbers of a prompt are one copy to the device, the graph
-is the second launch. Prompts are captured first; all graphs share the memory that one of the
-greatest length takes. A capture takes as long as three prompts.
+Prompts are captured once per length in `PROMPTS` and padded to the next length, so that a result
+depends on length and start alone. Prefill is then two launches: the copy of ids and numbers to the
+device, and the graph. Prompts are captured first; all graphs share the memory that the longest one
+takes. A capture takes as long as three prompts.
 
-Where conditional graphs are to be had, a third is made of the two: the step, and behind it the
-patch, which runs only if one of the rows has drawn `<|empty|>`. Then a group is one launch, no
-patch is computed in vain, and none waits for the host.
+With conditional graphs a third graph joins the two: the step, then the patch, which runs only if
+one of the rows has drawn `<|empty|>`. A group is then one launch, no unused patch is computed, and
+no patch waits for the host.
 
-MIMO_FAST_NO_GRAPH=1 runs the same pieces one kernel at a time. Prompts and joined graphs are new
-paths (kernels/defaults.py).
+MIMO_FAST_NO_GRAPH=1 runs the same parts kernel by kernel. Graphs of prompts and joined graphs are
+new paths (kernels/defaults.py).
 """
 
 import math
@@ -44,28 +42,30 @@ from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 ENVIRONMENT = "MIMO_FAST_NO_GRAPH"
 
 PROMPTS = (32, 64, 128, 256, 512)
-"""Groups of a prompt that is captured. Longer ones are computed in parts of the greatest."""
+"""Lengths of captured prompts, in groups; longer prompts run in parts of the largest length."""
 
 Run = Callable[[], Tensor]
 Replay = Callable[[], None]
 Capture = Callable[[Run], tuple[Replay, Tensor]]
-"""Work on fixed tensors -> what repeats it, and the tensor where its result then lies."""
+"""A function of fixed tensors -> a callable that replays it, and the tensor of its result."""
 
 
 class Joined(Protocol):
-    """A step and the patch that follows it where a row speaks, as one launch."""
+    """A step and the patch that follows it if a row speaks, as one launch."""
 
     def launch(self) -> None: ...
 
     def wait(self) -> list[int]:
-        """The tokens of the last launch, the batch's padding included, as soon as they are
-        drawn."""
+        """Waits for the tokens of the last launch only; they include the batch's padding."""
         ...
 
 
 Join = Callable[[Replay, Replay, Tensor, Tensor, int, int], Joined]
-"""(step, patch, the step's tokens [bucket], slots [bucket], the token of those that speak, the slot
-that pads a batch) -> both as one. Raises RuntimeError where it cannot be made."""
+"""Joins a step and a patch into one graph, or raises RuntimeError.
+
+The arguments are (step, patch, the step's tokens [bucket], slots [bucket], the id of `<|empty|>`,
+the scratch slot).
+"""
 
 
 def wanted(device: torch.device) -> bool:
@@ -74,7 +74,7 @@ def wanted(device: torch.device) -> bool:
 
 
 class SlotIndices:
-    """Slot numbers [bucket] on the device that graphs read, and what they are."""
+    """Slot numbers [bucket] in device memory, read by graphs; the host keeps a copy."""
 
     def __init__(self, slots: list[int], device: torch.device) -> None:
         self.numbers, self._current = torch.tensor(slots, device=device), slots
@@ -90,7 +90,7 @@ class SlotIndices:
 
 @dataclass(frozen=True)
 class Captured:
-    """One graph: the slots that it reads, and where its result lies [bucket, ...]."""
+    """One graph: its slot numbers, and the tensor of its result [bucket, ...]."""
 
     indices: SlotIndices
     replay: Replay
@@ -106,16 +106,17 @@ class Captured:
 class CapturedPrompt:
     """One graph of a prompt of up to T groups.
 
-    inputs int64 [(C + 1) T G + 3] on the device: ids, then slot, start and the number of groups.
+    Attributes:
+        inputs: Its input int64 [(C + 1) T G + 3] on the device: ids, slot, start, number of groups.
     """
 
     inputs: Tensor
     replay: Callable[[], None]
 
     def run(self, ids: Tensor, slot: int, start: int) -> None:
-        """ids [C + 1, n, G] in host memory, n at most T."""
+        """Prefills ids [C + 1, n, G] from host memory, n at most T."""
         channels, groups, frames = ids.shape
-        # A buffer of its own for each run: the copy of the one before may be under way.
+        # Each run has its own buffer: the copy of the previous one may still be running.
         host = torch.zeros(len(self.inputs), dtype=torch.int64, pin_memory=self.inputs.is_cuda)
         host[:-3].view(channels, -1, frames)[:, :groups] = ids
         host[-3], host[-2], host[-1] = slot, start, groups
@@ -124,12 +125,12 @@ class CapturedPrompt:
 
 
 class Graphs:
-    """The captured pieces of one state.
+    """The captured graphs of one state.
 
     Args:
-        capture: how work becomes a graph; CUDA's by default.
-        join: how a step and a patch become one; with CUDA's graphs by default what is there.
-        prompts: whether prompts are captured; what the environment says by default.
+        capture: makes a graph of a function; CUDA graphs by default.
+        join: joins a step and a patch; by default conditional graphs, where they are available.
+        prompts: whether prompts are captured; by default as `NewPath.PROMPT_GRAPHS` is enabled.
     """
 
     def __init__(
@@ -155,14 +156,13 @@ class Graphs:
 
     @property
     def buckets(self) -> list[int]:
-        """Batch sizes that get a graph: the powers of two below the number of slots, and that
-        number."""
+        """Batch sizes that have a graph: the number of slots and the powers of two below it."""
         slots = self._state.slots
         return [*(1 << i for i in range((slots - 1).bit_length())), slots]
 
     @property
     def prompt_buckets(self) -> list[int]:
-        """Lengths of prompts that get a graph: those up to the first that holds a whole slot."""
+        """Prompt lengths that have a graph: those up to the first that holds a whole slot."""
         if not self.takes_prompts:
             return []
         enough = next((size for size in PROMPTS if size >= self._state.capacity), PROMPTS[-1])
@@ -170,8 +170,8 @@ class Graphs:
 
     @torch.no_grad()
     def warmup(self, progress: bool = True) -> None:
-        """Captures everything, the largest first, so that smaller ones fit into its memory."""
-        # On a terminal only.
+        """Captures all graphs, the largest first, so that smaller ones reuse its memory."""
+        # tqdm shows the bar only on a terminal.
         show = None if progress else True
         total = 2 * len(self.buckets) + len(self.prompt_buckets)
         with tqdm(total=total, desc="capturing", unit="graph", leave=False, disable=show) as bar:
@@ -190,7 +190,7 @@ class Graphs:
 
     @property
     def conditional(self) -> bool:
-        """Whether there is `group`."""
+        """Whether `group` can be used."""
         if self._join is not None and not self._joined:
             self.warmup(progress=False)
         return self._join is not None
@@ -199,8 +199,8 @@ class Graphs:
         """`step` and, if any of the slots draws `<|empty|>`, `patch`, in one launch.
 
         Returns:
-            What waits for the tokens of the slots, to be called before the next call of this, if at
-            all; and codes int64 [R, C, G], the caller's own, to be used of slots that speak.
+            A function that waits for the slots' tokens, to be called before the next `group`, if at
+            all; and a copy of the codes int64 [R, C, G], valid for slots that speak.
         """
         bucket, padded = self._padded(slots)
         both = self._joined[bucket]
@@ -210,17 +210,16 @@ class Graphs:
         return lambda: both.wait()[: len(slots)], codes
 
     def step(self, slots: Sequence[int]) -> Tensor:
-        """`LM.step` and `LM.sample_text` of these slots: text int64 [R], valid until the next
-        call."""
+        """`LM.step` and `LM.sample_text` of these slots: int64 [R], valid until the next call."""
         return self._replay(self._steps, slots)
 
     def patch(self, slots: Sequence[int]) -> Tensor:
-        """`LM.sample_patch` of these slots: codes int64 [R, C, G], the caller's own."""
+        """`LM.sample_patch` of these slots: a copy of the codes, int64 [R, C, G]."""
         return self._replay(self._patches, slots).clone()
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, slot: int, start: int = 0) -> None:
-        """`LM.prefill` of ids [C + 1, T G], as graphs where prompts have some."""
+        """`LM.prefill` of ids [C + 1, T G], by graphs if prompts are captured."""
         if not self.takes_prompts:
             self._lm.prefill(ids, self._state, slot, start)
             return
@@ -239,7 +238,7 @@ class Graphs:
         return graphs[bucket].run(padded)[: len(slots)]
 
     def _padded(self, slots: Sequence[int]) -> tuple[int, list[int]]:
-        """The size of the graphs for so many slots, and the slots of its batch."""
+        """The batch size of the graph for these slots, and the slots padded to it."""
         bucket = next(size for size in self.buckets if size >= len(slots))
         if bucket not in self._patches:
             self.warmup(progress=False)
@@ -270,7 +269,7 @@ class Graphs:
         config = self._lm.config
         shape = (config.channels + 1, bucket, config.group_size)
         inputs = torch.zeros(math.prod(shape) + 3, dtype=torch.int64, device=self._lm.device)
-        # Nothing, for the scratch row.
+        # The capture runs on the scratch row with no groups.
         inputs[-3], inputs[-2] = self._state.slots, NO_POSITION
         ids, place = inputs[:-3].view(shape), inputs[-3:]
         self._lm.backbone_rope  # noqa: B018
@@ -299,16 +298,15 @@ class CudaReplay:
 
 
 class CudaCapture:
-    """Records work into a CUDA graph; all graphs share one pool of memory, since no two run at
-    once.
+    """Captures CUDA graphs that share one memory pool, since no two of them run at once.
 
     Args:
-        keep: whether the graph can be made a part of another; it is then made ready to run alone
-            when it first does so.
+        keep: whether a graph can become part of another; it is then instantiated at its first
+            replay.
     """
 
     _underway = threading.Lock()
-    """A process may capture one graph at a time."""
+    """Lock of the process: one capture at a time."""
 
     def __init__(self, keep: bool = False) -> None:
         self._pool: Any = None
@@ -319,7 +317,7 @@ class CudaCapture:
             return self._captured(run)
 
     def _captured(self, run: Run) -> tuple[Replay, Tensor]:
-        # Kernels are compiled and libraries set up outside the capture, which forbids both.
+        # Compiling kernels and setting up libraries are forbidden in a capture, so they come first.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -329,15 +327,14 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph(keep_graph=True) if self._keep else torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Other threads may use the device meanwhile, and what they allocate does not belong to the
-        # graph.
+        # Other threads may use the device meanwhile; their allocations are not part of the graph.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return CudaReplay(graph), result
 
 
 class CudaJoined:
-    """Two captured graphs as one, which keeps their memory."""
+    """Two captured graphs joined into one; it keeps both alive for their memory."""
 
     def __init__(
         self,
@@ -357,7 +354,7 @@ class CudaJoined:
 def joined(
     step: Replay, patch: Replay, tokens: Tensor, slots: Tensor, empty: int, scratch: int
 ) -> Joined:
-    """The step and the patch that `CudaCapture(keep=True)` has captured."""
+    """Joins a step and a patch that `CudaCapture(keep=True)` has captured."""
     assert isinstance(step, CudaReplay)
     assert isinstance(patch, CudaReplay)
     return CudaJoined(step, patch, tokens, slots, empty, scratch)

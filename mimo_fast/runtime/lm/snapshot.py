@@ -1,5 +1,4 @@
-"""Keys and values of one conversation outside the cache: parked, shared as a prefix, or on their
-way to a file."""
+"""Keys and values of a sequence outside the KV cache: evicted, shared as a prefix, or saved."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from mimo_fast.runtime.lm.state import DecodeState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The first `length` positions of a slot: parts [L, ..., length, ...] as the cache stores them,
-    and hidden [D].
+    """A copy of a slot's first `length` positions in host memory (pinned where there is a GPU).
 
-    It lies in host memory (pinned beside a GPU), in the cache's own types: putting it back changes
-    no bit.
+    parts [L, Hkv, length, ...] and hidden [D] have the cache's own types, so restoring them is
+    exact.
     """
 
     length: int
@@ -30,7 +28,7 @@ class Snapshot:
         return cls(length, parts, _to_host(state.hidden[slot]))
 
     def put(self, state: DecodeState, slot: int, length: int | None = None) -> None:
-        """Writes the positions, or the first of them, back into a slot, whichever it is."""
+        """Restores the positions, or the first `length` of them, into any slot."""
         length = self.length if length is None else min(length, self.length)
         for part, saved in zip(state.cache.parts, self.parts, strict=True):
             part[:, slot, :, :length].copy_(saved[:, :, :length], non_blocking=True)
@@ -38,7 +36,7 @@ class Snapshot:
         state.lengths[slot] = length
 
     def fits(self, state: DecodeState) -> bool:
-        """Whether it holds anything, and that in the form of this state's cache."""
+        """Whether it is not empty and has the types and shapes of this state's cache."""
         own = state.cache.parts
         return (
             0 < self.length <= state.capacity
@@ -63,8 +61,7 @@ def _to_host(part: Tensor) -> Tensor:
 
 
 class PrefixCache:
-    """Snapshots of openings that many conversations share, such as a voice: the least recently used
-    goes first.
+    """An LRU cache of snapshots of prefixes that many sequences share, such as a voice.
 
     Args:
         budget: bytes to hold at most.

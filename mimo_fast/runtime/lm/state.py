@@ -1,5 +1,4 @@
-"""Everything that changes while decoding: caches, positions, the last group, counters. Passed in,
-never global."""
+"""Everything that changes while decoding: KV caches, positions, the last group, counters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 NO_POSITION = -1
-"""Length of the scratch row: a step appends nothing for it and leaves it where it is."""
+"""Length of the scratch row: a step appends nothing to it and does not advance it."""
 
 
 @dataclass
@@ -52,12 +51,12 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions a slot can hold."""
+        """Positions that a slot can hold."""
         return self.k.shape[3]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All that a slot holds, each [L, B, Hkv, S, ...]."""
+        """All tensors of the cache, each [L, B, Hkv, S, ...]."""
         return tuple(x for x in (self.k, self.v, self.k_scales, self.v_scales) if x is not None)
 
     @property
@@ -88,18 +87,24 @@ def kv_bytes(
 class DecodeState:
     """B slots, and after them one scratch row that pads a batch to the size of a captured graph.
 
-    Tensors stay where they are for the life of the state, and a group changes nothing else, so a
-    graph may be replayed.
+    The tensors keep their addresses for the life of the state, and decoding a group changes nothing
+    else, so that graphs can be replayed.
 
-    cache: the backbone's. patch_cache: the patch decoder's, its rows in the order of the call, used
-    within one patch; rows int64 [B + 1] numbers them and patch_starts int64 [steps, B + 1] holds
-    their position at each step. lengths int64 [B + 1]: positions that a slot holds. hidden [B + 1,
-    D]: the backbone's last hidden state. text int64 [B + 1], codes int64 [B + 1, C, G], patches [B
-    + 1, D]: the group sampled last and the patch encoder's output for it, which the next step
-    feeds; codes and patches count where the text is `<|empty|>`. seeds, draws int64 [B + 1]: random
-    key, and how many groups have been drawn; together they name every draw.
-    text_sampler, code_sampler: settings of each slot. banned bool [B + 1, V]: text ids that may not
-    be drawn.
+    Attributes:
+        cache: The backbone's KV cache.
+        patch_cache: The patch decoder's KV cache; its rows are in the order of the call and used
+            within one patch.
+        rows: Row numbers of `patch_cache`, int64 [B + 1].
+        patch_starts: Position of each row at each patch-decoder step, int64 [steps, B + 1].
+        lengths: Number of positions that each slot holds, int64 [B + 1].
+        hidden: The backbone's last hidden states [B + 1, D].
+        text: Text of the group sampled last, int64 [B + 1].
+        codes: Codes of that group, int64 [B + 1, C, G]; valid where the text is `<|empty|>`.
+        patches: The patch encoder's output for these codes [B + 1, D]; the next step feeds it.
+        seeds: Random keys, int64 [B + 1].
+        draws: Number of groups drawn, int64 [B + 1]; seed and draws identify every draw.
+        text_sampler, code_sampler: Sampler settings of each slot.
+        banned: Text ids that must not be drawn, bool [B + 1, V].
     """
 
     cache: KVCache
@@ -163,16 +168,16 @@ class DecodeState:
 
     @property
     def capacity(self) -> int:
-        """Positions a slot can hold."""
+        """Positions that a slot can hold."""
         return self.cache.capacity
 
     def set_samplers(self, slot: int, text: MiMoSampler, codes: MiMoSampler) -> None:
-        """Settings of a slot's draws."""
+        """Sets the samplers of a slot."""
         device = self.lengths.device
         self.text_sampler.write(slot, sampler_tensors([text], device))
         self.code_sampler.write(slot, sampler_tensors([codes], device))
 
 
 def _any_settings(rows: int, device: torch.device) -> SamplerTensors:
-    """Settings to be overwritten row by row, of which the host claims to know nothing."""
+    """Placeholder settings of all rows; the flags assume nothing of what rows will be set to."""
     return replace(sampler_tensors([GREEDY] * rows, device), all_greedy=False, any_top_k=True)

@@ -1,8 +1,7 @@
-"""Whole sequences whose groups are all known: what decoding would have thought of each, computed at
-once.
+"""Teacher forcing: hidden states and logits of whole sequences whose groups are known.
 
-Training and the comparison of models need it. The layers are those of decoding, over all positions
-instead of a cache, and on the plain torch path gradients pass through them.
+Training and the comparison of models use it. The layers are those of decoding, over all positions
+instead of a KV cache, and on the plain torch path they are differentiable.
 """
 
 import torch
@@ -17,13 +16,14 @@ from mimo_fast.runtime.lm.transformer import Attend, self_attend, transformer
 def hidden_states(
     lm: LM, text: Tensor, codes: Tensor, projections: list[Tensor] | None = None
 ) -> Tensor:
-    """Backbone over B sequences from position 0 on: text [B, T] (one id a group), codes [B, T, C,
-    G] -> [B, T, D].
+    """Backbone over B sequences: text [B, T] (one id a group), codes [B, T, C, G] -> [B, T, D].
 
-    Row t is what group t + 1 is drawn from. Shorter sequences are filled up at their end, where
-    nothing sees it.
-    projections: collects each layer's queries, keys and values, [B, T, (H + 2 Hkv) Dh], without
-    positions.
+    Group t + 1 is drawn from row t. Shorter sequences are padded at their end, where causal
+    attention does not see the padding.
+
+    Args:
+        projections: collects each layer's queries, keys and values [B, T, (H + 2 Hkv) Dh], before
+            RoPE.
     """
     config = lm.config.backbone
     x = lm.embed(text.flatten(), codes.flatten(0, 1)).unflatten(0, text.shape)
@@ -43,14 +43,13 @@ def _collecting(attend: Attend, projections: list[Tensor] | None) -> Attend:
 
 
 def code_logits(lm: LM, hidden: Tensor, codes: Tensor) -> list[Tensor]:
-    """Patch decoder over N known patches: hidden [N, D] and the codes [N, C, G] drawn from it ->
-    [N, G, V_c] a channel.
+    """Patch decoder over N patches: hidden [N, D], codes [N, C, G] -> logits [N, G, V_c] a channel.
 
-    They include the logit of the empty code, which is never drawn.
+    The logits include the empty code, which is never drawn.
     """
     config = lm.config
     decoder, patches = config.patch_decoder, len(codes)
-    # What each step drew: channel c's frames from step delays[c] on, and nothing (the empty code)
+    # The codes drawn at each step: frames of channel c from step delays[c] on, the empty code
     # elsewhere.
     drawn = lm.empty_codes.repeat(patches, config.patch_steps, 1).transpose(1, 2)
     for channel, delay in enumerate(config.delays):

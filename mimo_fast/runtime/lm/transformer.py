@@ -1,5 +1,7 @@
-"""The one Qwen2-style transformer: backbone, patch encoder and patch decoder differ only in weights
-and attention."""
+"""The Qwen2-style transformer of backbone, patch encoder and patch decoder.
+
+The three differ only in weights and attention.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +22,10 @@ from mimo_fast.runtime.lm.state import KVCache
 AnyWeight = Weight | QuantizedWeight
 
 Attend = Callable[[int, Tensor], Tensor]
-"""(layer, qkv [N, T, (H + 2 Hkv) Dh]) -> [N, T, H Dh]."""
+"""Attention of one layer: (layer, qkv [N, T, (H + 2 Hkv) Dh]) -> [N, T, H Dh]."""
 
 GetTensor = Callable[[str], Tensor]
-"""Tensor by upstream's name, already on its device and in its dtype."""
+"""Reads a tensor by upstream's name, on its device and in its dtype."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Atte
 
 
 def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Attend:
-    """Each of N sequences attends to itself, positions 0 ... T - 1."""
+    """Attention of N sequences, each to itself, at positions 0 ... T - 1."""
 
     def attend(_layer: int, qkv: Tensor) -> Tensor:
         return rotary_attention(qkv, table, config.heads, config.kv_heads, causal)
@@ -87,11 +89,13 @@ def cached_attend(
     max_length: int,
     fixed: bool = False,
 ) -> Attend:
-    """One new position of R rows: row r appends to position starts[r] of slot slots[r] and attends
-    up to there.
+    """Attention of one new position in each of R rows.
 
-    slots, starts: int64 [R] on the cache's device, read there alone. max_length, fixed: see
-    `decode_attention`.
+    Row r appends to position starts[r] of slot slots[r] and attends to positions up to it.
+
+    Args:
+        slots, starts: int64 [R] on the cache's device, never read by the host.
+        max_length, fixed: as in `decode_attention`.
     """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -105,8 +109,7 @@ def cached_attend(
 def prefill_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int
 ) -> Attend:
-    """T new positions of one slot: qkv [1, T, ...] is appended from `start` on and attends causally
-    to the slot."""
+    """Causal attention of T new positions of one slot: qkv [1, T, ...] appended from `start` on."""
     slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -121,15 +124,17 @@ def prefill_attend(
 def padded_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
 ) -> Attend:
-    """T new positions of one slot, as `prefill_attend`'s, but read on the device alone: row t of
-    qkv [1, T, ...] is appended to positions[t] of slot slots[t] and attends up to there.
+    """`prefill_attend` for graphs: slot and positions are read only on the device.
 
-    slots, positions: int64 [T], as `prefill_attention` takes them.
+    Row t of qkv [1, T, ...] is appended to positions[t] of slot slots[t] and attends up to it.
+
+    Args:
+        slots, positions: int64 [T], as in `prefill_attention`.
     """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         layer_cache = cache.layer(layer)
-        # A position is a row of its own, so that each may be left out.
+        # Each position is a row of its own, so that padding can be left out.
         q = rope_append(qkv.transpose(0, 1), table, layer_cache, slots, positions, config.heads)
         return prefill_attention(q[:, :, 0], layer_cache, slots, positions)[None]
 

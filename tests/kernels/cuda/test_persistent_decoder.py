@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,20 @@ from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.quantization import Format, quantize
 
 SOURCE = SOURCES / "engine" / "decoder.cu"
+PARTS = [path for path in SOURCE.parent.glob("*.cuh") if path.name != "grid.cuh"]
 STUCK = 719
 DIM, FFN, LAYERS, STEPS = 256, 512, 2, 3
 
 
 def built(source: Path, target: Path) -> ctypes.CDLL:
     return declared(ctypes.CDLL(str(compile_for_cpu([source], target, [HEADERS / "engine"]))))
+
+
+def built_with(change: Callable[[str], str], folder: Path) -> ctypes.CDLL:
+    """Of changed source text."""
+    for path in (SOURCE, *PARTS):
+        (folder / path.name).write_text(change(path.read_text()))
+    return built(folder / SOURCE.name, folder / "emulated.so")
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +99,18 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.slow
 def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_path, bits):
-    source, usual = SOURCE.read_text(), re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
-    assert dict(usual.findall(source)) == {
+    usual = re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
+    assert dict(usual.findall((SOURCE.parent / "engine.cuh").read_text())) == {
         "DIM": "1024",
         "FFN": "4096",
         "BLOCKS": "128",
         "THREADS": "512",
     }
     values = {"DIM": DIM, "FFN": 1024, "BLOCKS": 32, "THREADS": 128}
-    (tmp_path / "decoder.cu").write_text(
-        usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", source)
+    library = built_with(
+        lambda text: usual.sub(lambda found: f"USUAL_{found[1]} = {values[found[1]]}", text),
+        tmp_path,
     )
-    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
     model, x = random_model(DIM, 1024, LAYERS, bits, bits == 4, bits == 4), given(2)
     assert torch.equal(decoded(library, model, x, 32, 128), decoded(emulated, model, x))
 
@@ -173,10 +182,9 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", slow_after(1, BUGS))
 def test_that_these_bugs_are_found(emulated, tmp_path, bug):
-    source, (right, wrong) = SOURCE.read_text(), BUGS[bug]
-    assert source.count(right) == 1
-    (tmp_path / "decoder.cu").write_text(source.replace(right, wrong))
-    library = built(tmp_path / "decoder.cu", tmp_path / "emulated.so")
+    right, wrong = BUGS[bug]
+    assert sum(path.read_text().count(right) for path in (SOURCE, *PARTS)) == 1
+    library = built_with(lambda text: text.replace(right, wrong), tmp_path)
     model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
     want = decoded(emulated, model, x)
     decoder = Decoder(library, model, 2)

@@ -17,7 +17,7 @@ from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, default_lo
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.engine.stream import ReplyReader, _chunks
+from mimo_fast.runtime.engine.stream import ReplyReader, _generate_chunks
 from mimo_fast.runtime.lm.decode import Group
 
 STATED = {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 3}
@@ -189,7 +189,7 @@ def test_a_reply_gives_its_state_back_at_once(model) -> None:
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
     reader = ReplyReader(model.tokenizer, True)
-    chunks = _chunks([spoken] * 20, lambda: None, reader, codec, 0.0, 0.0, True, None)
+    chunks = _generate_chunks([spoken] * 20, lambda: None, reader, codec, 0.0, 0.0, True, None)
     for _ in range(LOOKAHEAD + 3):
         next(chunks)
     assert not codec.stream_graphs._idle

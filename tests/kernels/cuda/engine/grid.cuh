@@ -150,7 +150,7 @@ inline void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
     std::memcpy(warp.words[own_lane()], mine, sizeof mine);
     std::memcpy(warp.sums[own_lane()], d, sizeof d);
     meet(warp.all, [&] {
-        for (int i = 0; i < 32; ++i) multiply_lane(warp.sums[i], warp.words, i);
+        for (int i = 0; i < 32; ++i) multiply_lane<Bfloat16>(warp.sums[i], warp.words, i);
     });
     std::memcpy(d, warp.sums[own_lane()], sizeof d);
 }
@@ -192,14 +192,11 @@ void wait_for_copies() {
     }
 }
 
-inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
-inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) { return (~a & b) | c; }
-inline uint32_t add_two(uint32_t a, uint32_t b) {
-    const auto sum = [&](int shift) {
-        return uint32_t(to_bfloat16(from_bfloat16(uint16_t(a >> shift)) + from_bfloat16(uint16_t(b >> shift)))) << shift;
-    };
-    return sum(0) | sum(16);
-}
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return lop3<0xea>(a, b, c); }
+inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) { return lop3<0xae>(a, b, c); }
+inline float from_bfloat16(uint16_t bits) { return widen<Bfloat16>(bits); }
+inline uint16_t to_bfloat16(float value) { return narrow<Bfloat16>(value); }
+inline uint32_t add_two(uint32_t a, uint32_t b) { return add_pairs<Bfloat16>(a, b); }
 inline float fast_exp(float value) { return std::exp(value); }
 inline float fast_divide(float value, float by) { return value / by; }
 
