@@ -194,7 +194,9 @@ def _run(
 ) -> Tensor:
     """Runs a stack on x [T, D]; keys and values go to `slots` [T] of S; visible: bool [T, S]."""
     if stack.small and x.dtype == torch.float32:
-        return stack.small.run(x, table, buffer.k, buffer.v, slots, visible)
+        # A copy may have fewer layers than its configuration, by which the buffers are allocated.
+        k, v = buffer.k[: stack.small.layers], buffer.v[: stack.small.layers]
+        return stack.small.run(x, table, k, v, slots, visible)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = stack.split_heads(qkv, table)
