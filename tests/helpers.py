@@ -3,7 +3,7 @@ weight formats."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,15 @@ def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -
     assert message
     assert "\n" not in message
     return message
+
+
+def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
+    """Values of a parameter, of which the first `count` are for `make test` and all for `make
+    check`."""
+    return [
+        value if i < count else pytest.param(value, marks=pytest.mark.slow)
+        for i, value in enumerate(values)
+    ]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -310,6 +310,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     assert found[3][:1] == found[1]
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_hundred_requests(
     loaded_model: mimo_fast.MimoAudio, golden: Golden
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import slow_after
 from torch import Tensor
 
 import mimo_fast
@@ -30,7 +31,9 @@ FORMATS = [None, "int8", "int4"]
 WRONG = 0.05
 """Share of words that may be wrong in what it says, and in what it hears."""
 
-formats = pytest.mark.parametrize("quantization", FORMATS, ids=["float32", "int8", "int4"])
+formats = pytest.mark.parametrize(
+    "quantization", slow_after(1, FORMATS), ids=["float32", "int8", "int4"]
+)
 
 
 @cache

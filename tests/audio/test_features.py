@@ -303,6 +303,7 @@ config, wav = CodecConfig.from_dict(kit_config("codec")), torch.randn(24000 * 24
 """
 
 
+@pytest.mark.slow
 def test_log_mel_of_long_audio_stays_in_little_memory(config: CodecConfig) -> None:
     samples = 24000 * 240
     own = 4 * samples + 4 * config.n_mels * samples // config.hop

@@ -135,6 +135,7 @@ def slow_down(root: Path, extra: str) -> None:
     path.write_text(text.replace(head, f"{head}    {extra}\n"))
 
 
+@pytest.mark.slow
 def test_a_slowed_op_is_slower_than_the_commit_before(checkout, tmp_path, capsys):
     slow_down(checkout, "_ = [gate_up.clone().exp() for _ in range(40)]")
     output = tmp_path / "compare.jsonl"
@@ -162,6 +163,7 @@ def test_a_wrong_op_ends_the_comparison(checkout):
     assert git(checkout, "worktree", "list").count("\n") == 0
 
 
+@pytest.mark.slow
 def test_a_version_that_does_not_fit_is_one_line(checkout):
     path = checkout / "mimo_fast" / "kernels" / "matmul" / "product.py"
     path.write_text("raise ImportError('no products yet')\n")

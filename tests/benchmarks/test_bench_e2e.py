@@ -73,6 +73,7 @@ def test_what_takes_too_long_is_skipped_by_name(tmp_path, capsys):
     assert all("--limit" in row["reason"] for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     def broken(*arguments: object) -> None:
         raise RuntimeError("a fuse has blown")
@@ -87,6 +88,7 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_answers_as_it_will(tmp_path, kit):
     pair = f"--model {kit}/checkpoint/lm --codec {kit}/checkpoint/codec --quantization stored"
     heard = f"--task spoken_dialogue --audio {kit}/audio/en_m_24k.wav"

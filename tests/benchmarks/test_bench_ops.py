@@ -195,6 +195,7 @@ def test_every_provider_of_a_product_computes_it(product, form, m):
     assert ("torch-int4-cuda: needs a CUDA device" in skipped) == (form == "int4")
 
 
+@pytest.mark.slow
 def test_torch_compile_computes_it():
     if (reason := harness.needs_compiler(CPU)) is not None:
         pytest.skip(reason)

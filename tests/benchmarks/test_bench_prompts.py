@@ -47,6 +47,7 @@ def test_every_part_is_measured(run) -> None:
     assert len(found["times"]) == 5
 
 
+@pytest.mark.slow
 def test_a_wrong_prompt_is_seen(run, monkeypatch: pytest.MonkeyPatch) -> None:
     padded = LM.prefill_padded
 

@@ -86,6 +86,7 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
     assert marked | {"test_gpu.py"} <= kernels | model
 
 
+@pytest.mark.slow
 def test_two_calls_on_this_cpu(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     here = {"PYTHON": sys.executable, "DEVICE": "cpu", "PRESET": "tiny", "OMP_NUM_THREADS": "1"}

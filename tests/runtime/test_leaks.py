@@ -49,6 +49,7 @@ def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
     return request
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> None:
     after = list[int]()
     for i in range(REQUESTS + 1):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -117,6 +118,7 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
     assert [*model.stream("tts", "seven", seed=0, max_new_tokens=3)][-1].timing.groups == 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_exported_pair(
     lm_training, codec_training, parts, tokenizer, tmp_path
 ):
@@ -193,6 +195,7 @@ def test_teacher_forcing_is_step_by_step_decoding(loaded, monkeypatch):
         assert (got.log_softmax(-1) - want).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
     steps = 4
 
@@ -208,6 +211,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(parts, tmp_path):
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     """Everything, end to end, as on a machine without flite."""
     command = [sys.executable, "-m", "training", "--smoke", "--workers", "2"]

@@ -36,7 +36,7 @@ class CodecStack:
     def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
         self._arguments = (tuple(layers), heads, eps)
         compiled = native.compiled()
-        self._dim, self._heads, self._layers = len(layers[0][0][0]), heads, len(layers)
+        self._dim, self._heads, self.layers = len(layers[0][0][0]), heads, len(layers)
         self._native = compiled.CodecStack(dim=self._dim, heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
             self._native.add_layer(
@@ -77,7 +77,7 @@ class CodecStack:
         rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
         if x.shape != (rows, self._dim) or x.dtype != torch.float32:
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
-        shape = (self._layers, self._heads, places, head_dim)
+        shape = (self.layers, self._heads, places, head_dim)
         for buffer in (k, v):
             if buffer.shape != shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
                 raise ValueError(f"a buffer is {list(buffer.shape)}, not float32 {list(shape)}")

@@ -110,7 +110,7 @@ def _runs_on(device: torch.device) -> bool:
 def refuses(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> str:
     """Why there are no kernels for products with a weight, or "" where there are.
 
-    They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in such groups.
+    They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in those.
     """
     if device.type != "cuda":
         return "x is not on a GPU"

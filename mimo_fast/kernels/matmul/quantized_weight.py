@@ -75,7 +75,8 @@ class QuantizedWeight:
             return first
         if any(block._form != first._form for block in blocks):
             raise ValueError(
-                "matrices of different widths or formats cannot be joined: give their part one format"
+                "matrices of different widths or formats cannot be joined: "
+                "give their part one format"
             )
         biased = any(block.bias is not None for block in blocks)
         return replace(

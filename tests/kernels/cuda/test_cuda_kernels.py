@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import slow_after
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
@@ -78,15 +79,15 @@ def check(
     assert bool((excess <= 0).all()), f"exceeds its bound by {excess.max():.3g}"
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+@pytest.mark.parametrize("dtype", slow_after(1, cuda.DTYPES), ids=str)
+@pytest.mark.parametrize("name", slow_after(2, ["int4", "int8", "int4-sym", "int8-g128"]))
 @pytest.mark.parametrize("m", [1, 11])
 def test_formats(emulated, name, m, dtype):
     x, weight = random(m, 384, dtype=dtype), weight_of(name, 37, 384, dtype=dtype)
     check(x, weight, product(emulated, x, weight))
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", slow_after(1, ["int4", "int8"]))
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_norm_and_epilogues(emulated, name, swiglu):
     x, weight = random(3, 256), weight_of(name, 44, 256, bias=True)
@@ -96,6 +97,7 @@ def test_norm_and_epilogues(emulated, name, swiglu):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int8-g128"])
+@pytest.mark.slow
 def test_every_configuration_gives_the_same_bits(emulated, name):
     """Tiles, queues and the grid differ; the order of a row's sums does not."""
     x, weight, norm = (
@@ -109,6 +111,7 @@ def test_every_configuration_gives_the_same_bits(emulated, name):
         assert torch.equal(product(emulated, x, weight, norm, None, True, variant), want), variant
 
 
+@pytest.mark.slow
 def test_every_configuration_of_a_wide_weight(emulated):
     """16 warps; columns that no number of warps divides, so that some warps have one unit more."""
     x, weight = random(2, 21 * 128), weight_of("int4", 20, 21 * 128)
@@ -125,7 +128,7 @@ def test_a_row_stride_and_a_norm_that_begins_anywhere(emulated):
     check(wide[:, :128], weight, product(emulated, wide[:, :128], weight, norm), norm)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", slow_after(1, ["int4", "int8"]))
 def test_a_row_does_not_depend_on_its_neighbours(emulated, name):
     x, weight, norm = random(17, 256), weight_of(name, 32, 256), RMSNorm(random(256, seed=3), 1e-6)
     together = product(emulated, x, weight, norm)
@@ -135,6 +138,7 @@ def test_a_row_does_not_depend_on_its_neighbours(emulated, name):
     assert torch.equal(product(emulated, x[5:6], weight, norm), together[5:6])
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_card(emulated):
     """Little shared memory takes rows of x in several chunks, many multiprocessors one tile
     each."""
@@ -159,8 +163,8 @@ def test_what_it_refuses(emulated):
         product(emulated, random(1, 256), weight, variant=emulated.mimo_fast_variants())
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+@pytest.mark.parametrize("dtype", slow_after(1, cuda.DTYPES), ids=str)
+@pytest.mark.parametrize("name", slow_after(2, ["int4", "int8", "int4-sym", "int8-g128"]))
 def test_unpacked_rows_are_the_weight_rounded_once(emulated, name, dtype):
     weight, room = weight_of(name, 21, 384, dtype=dtype), torch.full((10, 384), torch.nan).to(dtype)
     cuda.unpack(weight, 5, room[:9], emulated)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import HEADERS, SOURCES, compile_for_cpu, compiled_once
+from helpers import slow_after
 from torch import Tensor
 
 from benchmarks.studies.engine_model import (
@@ -75,10 +76,11 @@ def check(model: Model, x: Tensor, got: Tensor) -> None:
     ("bits", "grouped", "zeros", "depth"),
     [
         (8, False, False, 4),
-        (8, True, False, 5),
         (4, True, True, 4),
-        (4, True, False, 8),
-        (4, True, True, 10),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((8, True, False, 5), (4, True, False, 8), (4, True, True, 10))
+        ),
     ],
 )
 def test_formats(emulated, bits, grouped, zeros, depth):
@@ -86,6 +88,7 @@ def test_formats(emulated, bits, grouped, zeros, depth):
     check(model, x, decoded(emulated, model, x, depth=depth))
 
 
+@pytest.mark.slow
 def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
     model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
     want = decoded(emulated, model, x)
@@ -94,6 +97,7 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(emulated):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.slow
 def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_path, bits):
     usual = re.compile("USUAL_(DIM|FFN|BLOCKS|THREADS) = ([0-9]+)")
     assert dict(usual.findall((SOURCE.parent / "engine.cuh").read_text())) == {
@@ -111,6 +115,7 @@ def test_the_usual_launch_has_a_kernel_that_gives_the_same_bits(emulated, tmp_pa
     assert torch.equal(decoded(library, model, x, 32, 128), decoded(emulated, model, x))
 
 
+@pytest.mark.slow
 def test_the_published_width(emulated):
     model, x = random_model(1024, 4096, 1, 4, True, True), given(1, 1024)
     check(model, x, decoded(emulated, model, x, blocks=2, threads=256))
@@ -132,7 +137,7 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("noisy", slow_after(1, [False, True]))
 def test_codes_drawn_within(emulated, noisy):
     """Codes are the best up to rounding; later steps are right for the codes that were drawn."""
     sizes = (37, 37, 9, 9, 10)
@@ -175,7 +180,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", slow_after(1, BUGS))
 def test_that_these_bugs_are_found(emulated, tmp_path, bug):
     right, wrong = BUGS[bug]
     assert sum(path.read_text().count(right) for path in (SOURCE, *PARTS)) == 1

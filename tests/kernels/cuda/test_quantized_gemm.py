@@ -3,6 +3,7 @@ CPU as in test_cuda_kernels.py."""
 
 import pytest
 import torch
+from helpers import slow_after
 from test_cuda_kernels import ROUNDING, emulated, random, usual_device, weight_of
 from torch import Tensor
 
@@ -59,14 +60,14 @@ def check(x: Tensor, weight: QuantizedWeight, got: Tensor, residual=None, swiglu
     assert bool((excess <= 0).all()), f"exceeds its bound by {excess.max():.3g}"
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4-sym", "int8", "int8-g128"])
+@pytest.mark.parametrize("dtype", slow_after(1, cuda.DTYPES), ids=str)
+@pytest.mark.parametrize("name", slow_after(2, ["int4", "int8", "int4-sym", "int8-g128"]))
 def test_formats(emulated, name, dtype):
     x, weight = random(5, 384, dtype=dtype), weight_of(name, 70, 384, dtype=dtype)
     check(x, weight, product(emulated, x, weight))
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_after(1, cuda.DTYPES), ids=str)
 def test_values_of_the_weight_are_near_the_exact_ones(dtype):
     """What `check` compares with, against the formula."""
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
@@ -78,7 +79,7 @@ def test_values_of_the_weight_are_near_the_exact_ones(dtype):
         assert bool((off <= bound).all()), name
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", slow_after(1, ["int4", "int8"]))
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_bias_residual_and_swiglu(emulated, name, swiglu):
     x, weight = random(19, 256), weight_of(name, 150, 256, bias=True)
@@ -88,6 +89,7 @@ def test_bias_residual_and_swiglu(emulated, name, swiglu):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int8-g128"])
+@pytest.mark.slow
 def test_every_configuration_gives_the_same_bits(emulated, name):
     """Five blocks of columns, so that the queues of both groups go round and are unequal."""
     emulated.mimo_fast_set_device(2, 227 * 1024)
@@ -104,7 +106,7 @@ def test_one_block_of_columns(emulated):
     check(x, weight, product(emulated, x, weight))
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", slow_after(1, ["int4", "int8"]))
 def test_a_row_does_not_depend_on_its_neighbours(emulated, name):
     x, weight = random(33, 256), weight_of(name, 16, 256)
     together = product(emulated, x, weight)

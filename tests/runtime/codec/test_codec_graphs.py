@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import write_pair
+from helpers import slow_after, write_pair
 from replays import Counted
 from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
@@ -56,7 +56,10 @@ def test_the_waits_differ(plain: Codec) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [-5, 0, 1, PATCH_FRAMES, 3 * PATCH_FRAMES, 40 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
+    "more",
+    slow_after(
+        4, [-5, 0, 1, 40 * PATCH_FRAMES, PATCH_FRAMES, 3 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
+    ),
 )
 def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None:
     """From the first decode on, but for a rest of less than a patch; the last chunk after it is one
@@ -70,7 +73,10 @@ def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None
 
 
 @pytest.mark.parametrize(
-    "sizes", [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
+    "sizes",
+    slow_after(
+        1, [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
+    ),
 )
 def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> None:
     codec, counted = graphed(plain)

@@ -181,6 +181,7 @@ class Work(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_the_1000th_chunk_costs_what_the_first_ones_cost(model):
     """Products, calls of every op and bytes produced, from the first chunk after audio began."""
     codec = model.codec
