@@ -15,8 +15,8 @@ from mimo_fast.kernels.rope import rope_append, rope_table
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def turned(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """x [T, H, Dh] -> float64, its halves the parts of complex numbers turned by each position's
+def rotated(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """x [T, H, Dh] -> float64, its halves the parts of complex numbers rotated by each position's
     angles."""
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = table.double()[:, positions, None]
@@ -31,8 +31,8 @@ def oracle(fed: Tensor, table: Tensor, heads: int, kv_heads: int, dtype: torch.d
         (heads, kv_heads, kv_heads), dim=1
     )
     positions = torch.arange(len(fed))
-    query = turned(q[-1:], table, positions[-1:])[0].to(dtype).double()
-    keys = turned(k, table, positions).to(dtype).double()
+    query = rotated(q[-1:], table, positions[-1:])[0].to(dtype).double()
+    keys = rotated(k, table, positions).to(dtype).double()
     rows = []
     for head in range(heads):
         own = head // (heads // kv_heads)
@@ -138,7 +138,7 @@ def test_int8_keys_and_values_cost_about_a_percent():
     # Exactly what attention to the dequantized cache gives.
     k, v = cache.read(0, length, torch.float32)
     last = fed[-1:, : heads * dh].unflatten(-1, (heads, dh))
-    q = turned(last, rope_table(dh, 640000.0, length), torch.tensor([length - 1]))
+    q = rotated(last, rope_table(dh, 640000.0, length), torch.tensor([length - 1]))
     keys, values = (x[0].double().repeat_interleave(heads // kv_heads, 0) for x in (k, v))
     scores = (keys @ q[0, :, :, None])[..., 0] / math.sqrt(dh)
     want = (scores.softmax(-1)[:, None] @ values).flatten()

@@ -1,4 +1,4 @@
-"""Philox against published vectors; Gumbel noise: its law, and that no two draws share any of
+"""Philox against published vectors; Gumbel noise: its distribution, and that no two draws share any of
 it."""
 
 import math

@@ -176,7 +176,7 @@ def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def test_chi_square_tail_is_right():
-    # 95% quantiles of the chi-square law.
+    # 95% quantiles of the chi-square distribution.
     for freedom, quantile in ((1, 3.841459), (10, 18.307038)):
         tail = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(quantile / 2))
         assert float(tail) == pytest.approx(0.05, abs=1e-5)

@@ -81,7 +81,10 @@ class Codes:
         return piece(_open(self._path(shard)), "phones", place).tolist()
 
     def frame_phones(self, index: int) -> Tensor:
-        """The phone at each frame, int64 [n G], of a part that is said; `len(PHONES)` for silence."""
+        """The phone at each frame of a part that is said, int64 [n G].
+
+        `len(PHONES)` stands for silence.
+        """
         shard, place = divmod(index, SHARD)
         return piece(_open(self._path(shard)), "frame_phones", place).long()
 
