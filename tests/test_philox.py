@@ -1,5 +1,4 @@
-"""Philox against published vectors; Gumbel noise: its distribution, and that no two draws share any of
-it."""
+"""Philox against published vectors; Gumbel noise: its distribution, and no two draws share any."""
 
 import math
 from collections.abc import Sequence
