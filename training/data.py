@@ -108,7 +108,7 @@ In these lists only its sound tells which word it is.
 """
 
 SPELT = 6
-"""Letters in a row at most, of letters and spellings."""
+"""Most letters in a row, of letters and spellings."""
 
 ANNOTATIONS = ("phones", "words", "starts", "ends")
 """Fields of an utterance, see `Utterance`."""

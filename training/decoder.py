@@ -26,7 +26,7 @@ NAME = "decoder"
 SCHEDULE = Schedule(steps=10800, rate=1.5e-3)
 BATCH = 3
 NOISE_SHARE = 0.1
-"""Share of clean utterances: the language model draws codes of clean speech."""
+"""Share of noisy utterances: few, as the language model draws codes of clean speech."""
 
 PERCEIVED = 1.0
 HISS = 3e-3

@@ -60,7 +60,7 @@ SPLICED = 5
 
 STRANGE = {"speech": "strangers", "words": "strange_words", "questions": "strange_questions"}
 STRANGE_SHARE = 0.4
-"""Of recordings that are by the speakers of the other synthesizer, where there are any."""
+"""Share of recordings by the speakers of the other synthesizer, where there are any."""
 
 READ = {"replies": 3, "readings": 5, "spellings": 2}
 """Weights of the parts from which plain replies are drawn."""
@@ -69,8 +69,10 @@ ASKED = {"speech": 7, "letters": 1, "questions": 2, "echoes": 2}
 """Weights of the parts that are transcribed."""
 
 COARSE_SHARE, COARSEST = 0.5, 2
-"""Of recordings that are heard by their first codebooks alone, at least so many: the others tell
-more of the voice."""
+"""Share of recordings given by their first codebooks only, and the least number of these.
+
+The other codebooks tell more of the voice.
+"""
 
 
 @dataclass(frozen=True)

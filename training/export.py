@@ -1,4 +1,4 @@
-"""What was trained -> a pair of checkpoints in the published form, ready for `mimo_fast.load`."""
+"""Exports a run as a pair of checkpoints in the published form, for `mimo_fast.load`."""
 
 from pathlib import Path
 
@@ -16,16 +16,20 @@ from .tokenizer import build_tokenizer
 
 WINDOW = "decoder.vocoder.head.istft.window"
 LEVEL = 0.33
-"""Of the codec's output, as it is exported. Trained on spectra, it puts the harmonics of a voice in
-phase: pulses whose peaks are up to three times those of the recording, which files and sound cards
-would cut off."""
+"""Gain of the exported codec's output.
+
+Trained on spectra, it puts the harmonics of a voice in phase: pulses whose peaks are up to three
+times those of the recording, which files and sound cards would clip.
+"""
 
 GREEDY_TASKS = ("tts",)
-"""Whose replies are greedy by default: so small a model draws a wrong code as soon as it is asked
-to choose."""
+"""Tasks whose replies are greedy by default.
+
+So small a model often draws a wrong code when it samples.
+"""
 
 MEASURED = 64
-"""Utterances that the typical moments of the codec's norms are averaged over."""
+"""Utterances over which the norm statistics of the codec are averaged."""
 
 
 def export(
@@ -33,7 +37,7 @@ def export(
 ) -> tuple[Path, Path]:
     """Writes TARGET/lm and TARGET/codec from a run's directory and returns their paths.
 
-    replies: what the codec's norms over time are measured on, for streaming.
+    replies: speech on which the codec's norm statistics are measured, for streaming.
 
     Raises:
         CheckpointError: one of the two was not trained, or the target holds weights already.
@@ -43,16 +47,18 @@ def export(
 
 
 def scaled(codec_tensors: Tensors, factor: float) -> Tensors:
-    """The codec whose output is `factor` times as large: overlapping frames are divided by their
-    squared window, so it is by the window that they grow, and the bound on magnitudes before it
-    stays where it was in training."""
+    """The codec with its output scaled by `factor`.
+
+    Overlapping frames are divided by their squared window, so the window is scaled; the bound on
+    magnitudes before it stays as it was in training.
+    """
     return codec_tensors | {WINDOW: codec_tensors[WINDOW] / factor}
 
 
 def write_pair(
     target: Path, lm_tensors: Tensors, codec_tensors: Tensors, replies: Part, dtype: torch.dtype
 ) -> tuple[Path, Path]:
-    """Both checkpoints from their tensors; what only training needs is left out."""
+    """Writes both checkpoints from their tensors, without what only training needs."""
     tokenizer = build_tokenizer(target / "lm")
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
     added = {

@@ -1,5 +1,4 @@
-"""An independent recogniser, to hear whether what was said are words: pocketsphinx with the
-domain's grammar."""
+"""An independent recogniser for generated speech: pocketsphinx with the domain's grammar."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -15,14 +14,16 @@ from .domain import GRAMMAR
 
 LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-3
-"""Level that everything is brought to, and of the noise under it: digital silence upsets the
-recogniser."""
+"""Level to which everything is scaled, and of the noise added to it.
+
+Digital silence upsets the recogniser.
+"""
 
 HUSH = 0.2
-"""Seconds of silence before and after, which the recogniser measures the noise in."""
+"""Seconds of silence before and after, in which the recogniser measures the noise."""
 
 SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
-"""Of the search. By default it likes to add short words in the silence at the end."""
+"""Search settings; by default it inserts short words in the silence at the end."""
 
 
 def recognise(wav: Tensor, sample_rate: int) -> str:
@@ -52,7 +53,7 @@ def word_errors(got: str, want: str) -> int:
 
 
 def word_error_rate(got: Sequence[str], want: Sequence[str]) -> float:
-    """Errors over all sentences per word that should have been there."""
+    """Errors of all sentences over the number of words in the references."""
     errors = sum(word_errors(a, b) for a, b in zip(got, want, strict=True))
     return errors / sum(len(text.split()) for text in want)
 

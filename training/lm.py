@@ -46,28 +46,27 @@ from .synthesis import PHONES
 NAME = "lm"
 SCHEDULE = Schedule(steps=10300, rate=3e-3)
 UNDERSTANDING_SHARE = 0.08
-"""Of the steps, in the first stage."""
+"""Share of the steps in the first stage."""
 
 BATCH = 16
 POOL = 8
-"""Batches drawn at once and sorted by length, so that little of a batch is filling."""
+"""Batches drawn at once and sorted by length, so that little of a batch is padding."""
 
 MAX_PATCHES = 128
 
 TEXT, CODES = 2.0, 2.0
 CODE_WEIGHTS = (12, 8, 6, 4, 2, 2, 1, 1)
-"""Of the codebooks' losses: the first ones carry the words."""
+"""Weights of the codebooks' losses: the first ones carry the words."""
 
 WRONG_SHARE, LOST_SHARE = 0.1, 0.06
-"""Of the codes that the model is fed in training, and of the frames of recordings that it does not
-hear."""
+"""Share of the codes that are replaced in the input, and of frames of recordings masked."""
 
 CTC = 0.5
 CTC_LAYERS = (2, 3)
-"""Of the backbone: layers below find out what is said, these are left to use it."""
+"""Backbone layers whose keys and values tell the words; layers below recognise them."""
 
 HEARING_LAYER = 1
-"""That shows the phones, four slots a patch."""
+"""Layer whose keys and values tell the phones, four slots a patch."""
 
 VALIDATION = 32
 
@@ -79,7 +78,7 @@ def lm_config() -> LMConfig:
 class LMTraining:
     """The language model, its examples and its losses.
 
-    codec: the trained codec's tensors, whose codebooks the code embeddings begin at.
+    codec: the trained codec's tensors, whose codebooks initialize the code embeddings.
     """
 
     def __init__(
@@ -134,8 +133,10 @@ class LMTraining:
         return {"loss": loss, **shown}
 
     def heard(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
-        """Cross entropy of heard words per word, over the layers that are asked for them, and of
-        phones per phone."""
+        """Cross entropies of heard speech, over the layers that are asked.
+
+        Of words per word, and of phones per phone.
+        """
         flat = [(row, span) for row, each in enumerate(spans) for span in each if span.words]
         if not flat:
             return torch.zeros((), device=self.device)
@@ -150,8 +151,10 @@ class LMTraining:
     def _read(
         self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int
     ) -> list[Tensor]:
-        """What a head reads from the keys and values of its layer, log-probabilities [T k, classes]
-        of each span."""
+        """Log-probabilities of each span, [T k, classes].
+
+        A head reads them from the keys and values of its layer.
+        """
         layer, weight = int(head.rsplit(".", 1)[1]), self.tensors[f"{head}.weight"]
         seen = projections[layer][..., -weight.shape[1] :]
         return [
@@ -162,8 +165,10 @@ class LMTraining:
         ]
 
     def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
-        """Cross entropy of the phones of the patches to be said, hidden [B, T, D], phones [B, T,
-        G]."""
+        """Cross entropy of the phones of the patches of replies.
+
+        hidden [B, T, D], phones [B, T, G].
+        """
         wanted = phones[:, 1:].to(self.device)
         known = wanted[..., 0] >= 0
         scores = F.linear(
@@ -173,8 +178,7 @@ class LMTraining:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses on held-out sentences: transcribing a voice that training never hears, and reading
-        text out."""
+        """Losses on held-out sentences: transcribing an unheard voice, and reading text aloud."""
         model, count = (
             self.model(),
             min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"])),
@@ -207,8 +211,10 @@ class LMTraining:
 
 
 def initial_tensors(config: LMConfig, seed: int) -> Tensors:
-    """The model's, and those of the heads that only training needs: of the words that layers' keys
-    and values tell, and of a patch's phones."""
+    """Tensors of the model and of the heads that only training needs.
+
+    The heads read words from layers' keys and values, and a patch's phones.
+    """
     seen = 2 * config.backbone.kv_heads * config.backbone.head_dim
     sizes = {f"ctc.{layer}": (config.vocab_size, seen) for layer in CTC_LAYERS}
     phones = (len(PHONES) + 1) * config.group_size
@@ -225,12 +231,12 @@ def initial_tensors(config: LMConfig, seed: int) -> Tensors:
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
-    """The batch's codes [B, T, C, G] with errors, in its replies as sampling makes them.
+    """The batch's codes [B, T, C, G] with errors, as sampling makes them in replies.
 
-    A synthesizer says the same words in the same codes: unblurred, they tell which recording it is
-    and what comes next, and the text is not asked; and of the voices that speak to it the model
-    would know everything by heart. In half of the replies the finer codebooks are missing as well,
-    of recordings some frames.
+    A synthesizer says the same words in the same codes. Without errors, they identify the recording
+    and what comes next, so the text would be ignored, and the model would learn the input voices by
+    heart. In half of the replies the finer codebooks are missing as well, and in recordings some
+    frames.
     """
     count, _, channels, _ = batch.codes.shape
     wrong = torch.rand(batch.codes.shape, generator=generator) < WRONG_SHARE
@@ -252,13 +258,17 @@ def batch_losses(
     states: list[Tensor] | None = None,
     fed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes, None where
-    nothing is spoken.
+    """Mean cross entropies of a batch's replies: of the text ids, and [C] of the codes.
 
-    The mean over text ids is one of means over examples: a spoken reply has many groups whose id is
-    plain, a transcript few, and each tells something. generator: chooses the patches where there
-    are more than `MAX_PATCHES`; None keeps all. projections: see `hidden_states`. states: collects
-    what that returns. fed: the backbone's codes [B, T, C, G] in place of the batch's.
+    The latter is None where nothing is spoken. The mean over text ids is one of means over
+    examples: a spoken reply has many groups with an obvious id, a transcript few, and each tells
+    something.
+
+    Args:
+        generator: chooses the patches where there are more than `MAX_PATCHES`; None keeps all.
+        projections: see `hidden_states`.
+        states: collects what that returns.
+        fed: the backbone's codes [B, T, C, G] in place of the batch's.
     """
     hidden = hidden_states(model, batch.text, batch.codes if fed is None else fed, projections)
     if states is not None:
@@ -291,8 +301,7 @@ def batch_losses(
 
 
 def _mean_of_means(losses: Tensor, learned: Tensor) -> Tensor:
-    """losses [n] of the places that are set in learned [B, T] -> the mean over rows of their
-    means."""
+    """Mean over rows of the mean losses [n] at the places that are set in learned [B, T]."""
     rows = learned.nonzero()[:, 0]
     counts = learned.sum(1)
     return (losses / counts[rows]).sum() / (counts > 0).sum()

@@ -1,9 +1,8 @@
-"""One training run: steps, learning rate, progress, and a state on disk from which it goes on as if
-never stopped.
+"""One training run: steps, learning rate, progress, and a state on disk to resume from.
 
-What a step sees is a function of the seed, the step's number and the process alone. The state is
-written whole every `SAVE_EVERY` steps, at the end, and on Ctrl-C; `<name>.jsonl` beside it holds
-the losses.
+A resumed run is the same as one that never stopped: the input of a step is a function of the seed,
+the step's number and the process alone. The state is written atomically every `SAVE_EVERY` steps,
+at the end, and on Ctrl-C; `<name>.jsonl` beside it has the losses.
 """
 
 import json
@@ -32,28 +31,30 @@ from .parameters import Tensors
 SAVE_EVERY = 200
 WARMUP = 100
 FINAL_SHARE = 0.02
-"""Of the learning rate, at the last step."""
+"""Factor of the learning rate at the last step."""
 
 MAX_GRADIENT = 1.0
 SMOOTHING = 0.95
-"""Of the losses that are shown."""
+"""Decay of the moving average of the displayed losses."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-"""Of the optimizers, in a saved state."""
+"""State entries of the optimizers in a saved state."""
 
 ORTHOGONAL = re.compile(r"layers\..*weight$")
-"""The leaves that Muon moves where they are matrices; AdamW moves embeddings, heads, convolutions
-and vectors."""
+"""Leaves that Muon updates where they are matrices.
+
+AdamW updates embeddings, heads, convolutions and vectors.
+"""
 
 NEWTON_SCHULZ_STEPS = 3
-"""Of Muon: two fewer than usual, at these sizes a tenth of a step's time."""
+"""Iterations of Muon: two fewer than usual, which saves a tenth of a step at these sizes."""
 
 Losses = dict[str, Tensor | float]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast."""
+    """Number of steps and learning rate."""
 
     steps: int
     rate: float
@@ -66,7 +67,8 @@ class Run:
     """A run in a directory.
 
     Args:
-        trained: leaves for the optimizer. fixed: all else that the state must hold.
+        trained: leaves for the optimizer.
+        fixed: everything else that the state must hold.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Run:
     def train(
         self, losses_of: Callable[[int], Losses], validate: Callable[[], dict[str, float]]
     ) -> None:
-        """Runs what is left: losses_of(step) gives "loss", to be minimized, and others to be shown.
+        """Runs the remaining steps.
+
+        losses_of(step) gives "loss", which is minimized, and others to be displayed.
 
         Raises:
             KeyboardInterrupt: after the state was saved.
@@ -168,7 +172,7 @@ class Run:
         return schedule.rate * cosine * min(1.0, (self.step + 1) / WARMUP)
 
     def save(self) -> None:
-        """Writes weights, everything fixed, and the optimizer's moments, whole or not at all."""
+        """Writes weights, everything fixed, and the optimizer's moments, atomically."""
         moments = Tensors()
         for name, leaf in self.trained.items():
             state = self._states[leaf].get(leaf, {})
@@ -204,8 +208,10 @@ class Run:
 
 
 def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon (kellerjordan.github.io/posts/muon), its steps as large as AdamW's, for the layers'
-    matrices, and AdamW."""
+    """Muon for the layers' matrices, with steps as large as AdamW's, and AdamW for the rest.
+
+    kellerjordan.github.io/posts/muon.
+    """
     layers, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, leaf in trained.items():
         orthogonal = leaf.ndim == 2 and ORTHOGONAL.search(name)
@@ -227,7 +233,7 @@ def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Opti
 
 
 def save_state(path: Path, tensors: Tensors, step: int, moments: Tensors | None = None) -> None:
-    """Writes what a `Run` goes on from, whole or not at all."""
+    """Writes the state from which a `Run` resumes, atomically."""
     state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()} | (
         moments or {}
     )
@@ -254,8 +260,10 @@ def trained_tensors(directory: Path, name: str) -> Tensors:
 
 @contextmanager
 def _interruptible() -> Any:
-    """A list that is no longer empty once Ctrl-C or a termination was asked for; a second Ctrl-C
-    stops at once."""
+    """A list that becomes non-empty after Ctrl-C or a termination request.
+
+    A second Ctrl-C stops at once.
+    """
     stopped: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:

@@ -1,5 +1,4 @@
-"""What is trained for: spectra of a codec's output at several resolutions, and labels read in their
-order (CTC)."""
+"""Training losses: spectra of audio at several resolutions, and ordered labels (CTC)."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +10,27 @@ from torch import Tensor
 from mimo_fast.audio.mel import mel_filters
 
 SCALES = ((256, 20), (512, 40), (1024, 80), (2048, 120))
-"""Window and mel bands of each resolution; hops are a quarter of a window. A shorter one would see
-single pulses of the
-voice, whose places codes do not tell: what can be learned from it is to smear them."""
+"""Window and mel bands of each resolution; hops are a quarter of a window.
+
+A shorter window would see single pulses of the voice, whose positions codes do not tell; training
+on it only teaches to smear them.
+"""
 
 ENVELOPE_WINDOW, ENVELOPE_BANDS, CEPSTRA = 640, 40, 13
-"""Of the envelope: what recognisers hear, frames of 27 ms without the voice's harmonics."""
+"""Window of the envelope: frames of 27 ms without the harmonics, as recognisers use."""
 
 F_MAX = 8000.0
-"""Hz: the synthesizer's speech has nothing above."""
+"""Hz, above which the synthesizer's speech has nothing."""
 
 FLOOR = 1e-3
-"""Of a magnitude, under which differences do not count: about 60 dB below the loudest."""
+"""Magnitude below which differences do not count: about 60 dB below the loudest."""
 
 
 def mel_distance(got: Tensor, want: Tensor, sample_rate: int) -> Tensor:
-    """Waveforms [n] -> mean absolute difference of natural logarithms of mel magnitudes, averaged
-    over `SCALES`."""
+    """Mean absolute difference of natural log-mel magnitudes of waveforms [n].
+
+    It is averaged over `SCALES`.
+    """
     total = got.new_zeros(())
     for window, bands in SCALES:
         a, b = (_log_mel(wav, window, bands, sample_rate) for wav in (got, want))
@@ -50,8 +53,7 @@ def _cosines(bands: int, count: int) -> Tensor:
 
 
 def ctc(scores: Sequence[Tensor], labels: Sequence[Sequence[int]], blank: int) -> Tensor:
-    """Log-probabilities [T_i, V] and labels of each sequence -> cross entropy of the labels per
-    label."""
+    """Cross entropy of the labels per label, from log-probabilities [T_i, V] of each sequence."""
     lengths = [torch.tensor([*map(len, each)]) for each in (scores, labels)]
     targets = torch.tensor([label for each in labels for label in each], device=scores[0].device)
     return F.ctc_loss(

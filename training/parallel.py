@@ -1,9 +1,8 @@
-"""Several processes that train one model: each takes its share of every batch, and their gradients
-are averaged.
+"""Several processes that train one model: each takes its share of every batch.
 
-Steps this small gain nothing from a second thread, but from a second process with half of the
-batch. The first process starts the others with its own command line; it alone writes files and
-shows progress.
+Their gradients are averaged. Steps this small gain nothing from a second thread, but do from a
+second process with half of the batch. The first process starts the others with its own command
+line; it alone writes files and shows progress.
 """
 
 import os
@@ -21,7 +20,7 @@ from torch import Tensor
 
 RANK, STORE = "MIMO_FAST_TRAINING_RANK", "MIMO_FAST_TRAINING_STORE"
 PATIENCE = timedelta(days=1)
-"""Others wait so long while the first makes the data."""
+"""Seconds that the others wait while the first makes the data."""
 
 
 def rank() -> int:
@@ -34,19 +33,21 @@ def is_worker() -> bool:
 
 
 def share(count: int) -> int:
-    """Of a batch, for each process."""
+    """Share of a batch for each process."""
     return -(-count // dist.get_world_size()) if dist.is_initialized() else count
 
 
 def seed_of(seed: int) -> int:
-    """For what each process draws for itself."""
+    """Seed of a process's own draws."""
     return seed + 1_000_000_007 * rank()
 
 
 @contextmanager
 def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
-    """Inside, `count` processes run `python -m training` with these arguments. They end
-    together."""
+    """A context in which `count` processes run `python -m training` with these arguments.
+
+    They end together.
+    """
     if count == 1:
         yield
         return
@@ -86,14 +87,14 @@ def _group(store: Path, place: int, count: int) -> Iterator[None]:
 
 
 def together() -> None:
-    """Returns when every process has come here: what the first wrote before is there."""
+    """Waits for every process, so what the first wrote before exists."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def first() -> Iterator[None]:
-    """The first process goes through this before the others, which then find what it made."""
+    """The first process runs this block before the others, which then find its results."""
     if rank():
         together()
     yield
@@ -119,8 +120,10 @@ def any_of(flag: bool) -> bool:
 
 @torch.no_grad()
 def average_gradients(leaves: Sequence[Tensor]) -> None:
-    """Each leaf's gradient becomes its mean over the processes; a leaf that has one nowhere stays
-    without."""
+    """Replaces each leaf's gradient by its mean over the processes.
+
+    A leaf without a gradient in any process stays without.
+    """
     if not dist.is_initialized():
         return
     present = torch.tensor([float(leaf.grad is not None) for leaf in leaves])
@@ -134,7 +137,7 @@ def average_gradients(leaves: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def follow(tensors: Sequence[Tensor]) -> None:
-    """Each becomes the first process's."""
+    """Replaces each tensor by the first process's."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten().cpu() for tensor in tensors])

@@ -1,9 +1,8 @@
 """The package's own models over tensors that are trained.
 
-A model joins some of its tensors when it is built (the code tables of all channels, the codebooks),
-so it is built anew
-from the trained leaves at every step: about a millisecond, and gradients reach every leaf by its
-upstream name.
+A model joins some of its tensors when it is built (the code tables of all channels, the codebooks).
+So it is built anew from the trained leaves at every step, which takes about a millisecond;
+gradients reach every leaf by its upstream name.
 """
 
 import math
@@ -27,7 +26,7 @@ CODEBOOK = re.compile(r"\._codebook\.")
 
 EMBEDDING_STD = 0.05
 FRAME_STD = 0.5
-"""Of a frame's embedding, the sum over its codes, where it begins at the codec's."""
+"""Initial deviation of a frame's embedding, the sum over its codes."""
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +37,7 @@ def config_json(part: str, directory: Path = CONFIGS) -> dict[str, Any]:
 
 
 def codebook_names(count: int) -> list[str]:
-    """The first codebooks, by upstream's names."""
+    """Names of the first codebooks, as upstream's."""
     return [f"encoder.quantizer.vq.layers.{i}._codebook" for i in range(count)]
 
 
@@ -51,7 +50,7 @@ def build_lm(config: LMConfig, empty_id: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def initial_codec(config: CodecConfig, seed: int) -> Tensors:
-    """Leaves to train and, not to be trained by gradients, codebooks and the window."""
+    """Leaves to train and, without gradients, codebooks and the window."""
     return _initial(codec_shapes(config), config.decoder_layers, seed)
 
 
@@ -61,12 +60,11 @@ def initial_lm(config: LMConfig, seed: int) -> Tensors:
 
 @torch.no_grad()
 def embed_codebooks(tensors: Tensors, codebooks: Sequence[Tensor], usage: Sequence[Tensor]) -> None:
-    """Begins the language model's code embeddings at the codec's own rows, in their principal
-    directions.
+    """Initializes the language model's code embeddings with the codec's rows.
 
-    A frame's input, the sum over its codes, then begins as a rotation of what the codec's decoder
-    gets, which is near for sounds that are near. codebooks [V_q, D], usage [V_q]: how often each
-    row is chosen.
+    They are in their principal directions: a frame's input, the sum over its codes, is then a
+    rotation of the codec decoder's input, in which similar sounds are near. codebooks [V_q, D],
+    usage [V_q]: how often each row is chosen.
     """
     width = tensors["speech_embeddings.0.weight"].shape[1]
     weighted = torch.cat(
@@ -87,12 +85,12 @@ def mean(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def trainable(tensors: Tensors) -> Tensors:
-    """Those that gradients train, marked as such."""
+    """The leaves that gradients train, marked as such."""
     return {name: tensor.requires_grad_() for name, tensor in tensors.items() if not is_fixed(name)}
 
 
 def is_fixed(name: str) -> bool:
-    """Codebooks follow moving averages, and the window is given."""
+    """Whether it is not trained by gradients: codebooks (moving averages) and the window."""
     return bool(CODEBOOK.search(name)) or name.endswith("istft.window")
 
 
@@ -101,8 +99,10 @@ def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _initial(shapes: Shapes, layers: int, seed: int) -> Tensors:
-    """Each matrix keeps the variance of what passes through; what is added to the residual stream
-    starts small."""
+    """Initial values: each matrix keeps the variance of its input.
+
+    Additions to the residual stream start small.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():

@@ -1,10 +1,9 @@
-"""Training of residual codebooks: straight-through gradients, moving averages, and new rows for
-those nobody uses.
+"""Training of residual codebooks: straight-through gradients and moving averages.
 
     r_0 = x,  i_q = nearest row of codebook q to r_q,  r_{q+1} = r_q - e_q[i_q]
 
-A codebook's rows are the averages of the residuals that chose them (upstream trains them so too,
-and its files carry `cluster_size` and `embed_avg`). A row that fewer than `DEAD_SHARE` of its fair
+A codebook's rows are the averages of the residuals that chose them (as in upstream's training,
+whose files carry `cluster_size` and `embed_avg`). A row that fewer than `DEAD_SHARE` of its fair
 share choose is replaced by a residual of the current batch.
 """
 
@@ -21,11 +20,13 @@ from .parameters import Tensors, codebook_names
 DECAY = 0.99
 DEAD_SHARE = 0.1
 NEW_SHARE = 0.3
-"""Of its fair share that a new row begins with: low, so that it is soon its own average, or soon
-dead again."""
+"""Share of its fair usage with which a new row starts.
+
+It is low, so that the row is soon its own average, or replaced again.
+"""
 
 USUAL_SIZE = 4.0
-"""Of a row's moving average where it is not known: positions of a batch that choose it."""
+"""Initial moving average of a row where it is unknown: positions of a batch that choose it."""
 
 EPSILON = 1e-5
 PARTS = ("embed", "cluster_size", "embed_avg", "inited")
@@ -33,8 +34,11 @@ PARTS = ("embed", "cluster_size", "embed_avg", "inited")
 
 @dataclass(frozen=True)
 class Quantized:
-    """rows [T, D] with the gradient of what was quantized, codes [n, T], commitment: a scalar to
-    minimize."""
+    """The result of quantization.
+
+    rows [T, D] with the gradient of what was quantized, codes [n, T], commitment: a scalar to
+    minimize.
+    """
 
     rows: Tensor
     codes: Tensor
@@ -42,8 +46,10 @@ class Quantized:
 
 
 def known_usage(config: CodecConfig, tensors: Tensors) -> Tensors:
-    """Averages of codebooks [size, D] in `tensors` that were trained already, as if every row were
-    used alike."""
+    """Averages of codebooks [size, D] in `tensors` that were trained already.
+
+    All rows are taken as equally used.
+    """
     found = {}
     for name, size in zip(
         codebook_names(len(config.codebook_sizes)), config.codebook_sizes, strict=True
@@ -63,7 +69,7 @@ def unquantized(x: Tensor) -> Quantized:
 
 
 class Quantizer:
-    """Codebooks in training; they live in the tensors given, under upstream's names."""
+    """Codebooks in training; they are the given tensors, under upstream's names."""
 
     def __init__(self, config: CodecConfig, tensors: Tensors) -> None:
         self._tensors, self._config = tensors, config
@@ -80,12 +86,14 @@ class Quantizer:
 
     @property
     def state(self) -> list[Tensor]:
-        """All that `update` moves."""
+        """All tensors that `update` changes."""
         return [self._tensors[f"{name}.{part}"] for name in self._names for part in PARTS]
 
     def __call__(self, x: Tensor, n_q: Tensor | None = None) -> Quantized:
-        """x [T, D] -> its nearest sums of rows. n_q int64 [T]: codebooks that each position uses;
-        None: all."""
+        """x [T, D] -> its nearest sums of rows.
+
+        n_q int64 [T]: codebooks that each position uses; None: all.
+        """
         books = self.books
         codes = rvq_encode(x.detach(), books)
         levels = torch.stack([book[indices] for book, indices in zip(books, codes, strict=True)])
@@ -102,8 +110,10 @@ class Quantizer:
 
     @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> int:
-        """Moves the codebooks to what chose them, x [T, D] by codes [Q, T]; returns how many rows
-        were replaced."""
+        """Updates the codebooks with x [T, D] by codes [Q, T].
+
+        Returns how many rows were replaced.
+        """
         residual, replaced = x.detach(), 0
         for name, indices in zip(self._names, codes, strict=True):
             embed, size, average, inited = (self._tensors[f"{name}.{part}"] for part in PARTS)
@@ -128,7 +138,7 @@ class Quantizer:
     def _restart(
         self, rows: Tensor, residual: Tensor, name: str, generator: torch.Generator
     ) -> None:
-        """Rows become residuals drawn from the batch."""
+        """Replaces rows by residuals drawn from the batch."""
         chosen = residual[
             torch.randint(len(residual), (len(rows),), generator=generator).to(residual.device)
         ]

@@ -1,5 +1,4 @@
-"""A run that goes on from an exported pair: its weights, and everything else as at the first
-step."""
+"""Starts a run from an exported pair: its weights, everything else as at the first step."""
 
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from .rvq import known_usage
 
 
 def start_from(pair: Path, run: Path) -> None:
-    """Writes states of the codec and the language model at step 0 into a run's directory, where it
-    has none.
+    """Writes states of the codec and the language model at step 0 into a run's directory.
 
-    The heads that only training has begin at zero; codebooks as if all their rows were used alike.
+    Existing ones are kept. The heads that only training has start at zero; codebooks as if all
+    their rows were used alike.
 
     Raises:
         CheckpointError: PAIR/lm or PAIR/codec is no checkpoint, or one of other dimensions.

@@ -1,7 +1,6 @@
-"""Sentences -> speech, by flite, festival, espeak-ng and Pico: what is trained on is made on the
-spot.
+"""Sentences -> speech, by flite, festival, espeak-ng and Pico: the source of the training data.
 
-Rate and pitch are their own settings. `warp` plays the result faster or slower through the
+Rate and pitch are settings of their own. `warp` plays the result faster or slower through the
 package's resampler, which moves the formants as another speaker's vocal tract does.
 """
 
@@ -79,31 +78,30 @@ INSTALL = {
     "espeak-ng": "apt-get install espeak-ng",
     "pico": "pip install ttspico",
 }
-"""How to get each synthesizer."""
+"""How to install each synthesizer."""
 
 ESPEAK = "espeak "
-"""Begins the voices of espeak-ng: "espeak en-us+m3"."""
+"""Prefix of the voices of espeak-ng: "espeak en-us+m3"."""
 
 ESPEAK_WORDS, ESPEAK_PITCH = 165, 50
-"""Its words a minute and its pitch, from 0 to 99, where they are not varied."""
+"""Words a minute and pitch (0 to 99) of espeak-ng, where they are not varied."""
 
 FESTIVAL = {"ked": "voice_ked_diphone"}
-"""Its own names of the voices that festival speaks."""
+"""Festival's own names of its voices."""
 
 PICO = {"pico us": "en-US", "pico gb": "en-GB"}
-"""Its own names of the voices that Pico speaks."""
+"""Pico's own names of its voices."""
 
 SCALE = 0.5
-"""Of festival and Pico, so loud that they would be cut off at other rates of sampling."""
+"""Gain of festival and Pico, which would clip at other sampling rates."""
 
 PITCH = {"slt": 178, "awb": 130, "kal16": 105, "rms": 95, "ked": 105}
-"""Mean pitch of each voice in Hz, as flite and festival speak without being told otherwise."""
+"""Mean pitch of each voice in Hz, as flite and festival speak by default."""
 
 _PICO_IN_USE = Lock()
 
 HURRY = 0.3
-"""Of a step of the grid: what a word that is longer by less leaves out, and does not fill another
-step for."""
+"""Fraction of a grid step: a word longer by less is sped up instead of taking another step."""
 
 
 class SynthesisError(MimoFastError):
@@ -117,10 +115,11 @@ class Manner:
     Args:
         voice: of flite or festival, a key of `PITCH`, of Pico, a key of `PICO`, or of espeak-ng,
             see `ESPEAK`.
-        stretch: of durations, over the voice's own. pitch: mean over the voice's own.
+        stretch: of durations, relative to the voice's own.
+        pitch: mean, relative to the voice's own.
         warp: playback speed of the result.
-        grid: seconds, of flite: each word begins a multiple of them after the first one, which its
-            rate is adapted to.
+        grid: seconds, for flite: each word starts a multiple of them after the first one, and its
+            rate is adapted to that.
     """
 
     voice: str
@@ -132,11 +131,11 @@ class Manner:
 
 @dataclass(frozen=True)
 class Utterance:
-    """float32 samples [n] at 24 kHz, the phones spoken as indices into `PHONES`, and where they
-    are, if that is known.
+    """float32 samples [n] at 24 kHz, and the spoken phones as indices into `PHONES`.
 
-    words: which of the phones each word begins with. starts: the sample at which each phone begins.
-    ends: and ends.
+    Args:
+        words: which of the phones each word starts with.
+        starts, ends: the samples at which each phone starts and ends, where they are known.
     """
 
     wav: Tensor
@@ -163,8 +162,10 @@ def has_pico() -> bool:
 
 
 def synthesize(text: str, manner: Manner) -> Utterance:
-    """Speech; without its synthesizer, tones (`tones`), which serve to try the training out and for
-    nothing else."""
+    """Speech; without its synthesizer, tones.
+
+    `tones` serve only to try the training out.
+    """
     if manner.voice.startswith(ESPEAK):
         return _espeak(text, manner) if has_espeak() else tones(text, manner)
     if manner.voice in FESTIVAL:
@@ -227,8 +228,7 @@ def _warped(wav: Tensor, manner: Manner) -> Tensor:
 
 
 def _usual_phones(text: str) -> list[int]:
-    """Of the words alone: near enough to what any synthesizer says, and one set of phones for
-    all."""
+    """Phones of the words alone: near enough to any synthesizer's, and one set for all."""
     return (
         _indices([phone for word in text.split() for phone in pronunciation(word)])
         if has_flite()
@@ -269,7 +269,7 @@ def _flite(text: str, manner: Manner) -> Utterance:
 
 @dataclass(frozen=True)
 class _Segments:
-    """Phones, which of them each word begins with, and where each begins and ends in seconds."""
+    """Phones, which of them each word starts with, and the start and end of each in seconds."""
 
     phones: list[str]
     words: list[int]
@@ -278,7 +278,7 @@ class _Segments:
 
 
 def _segments(options: Sequence[str], text: str) -> _Segments:
-    """What flite reports of its own speech, with `-psdur`."""
+    """Segments that flite reports of its own speech, with `-psdur`."""
     names, seconds = zip(*(part.rsplit(":", 1) for part in _run_flite(options)), strict=True)
     ends, spoken = [*map(float, seconds)], [i for i, name in enumerate(names) if name in PHONES]
     phones = [names[i] for i in spoken]
@@ -289,8 +289,10 @@ def _segments(options: Sequence[str], text: str) -> _Segments:
 
 
 def _paces(found: _Segments, grid: float) -> list[float]:
-    """Rates of the words with which the next one begins on the grid; pauses between words stay as
-    they are."""
+    """Rates of the words that make the next one start on the grid.
+
+    Pauses between words do not change.
+    """
     paces = []
     for i, first in enumerate(found.words):
         following = found.words[i + 1] if i + 1 < len(found.words) else len(found.phones)
@@ -306,7 +308,7 @@ def _paces(found: _Segments, grid: float) -> list[float]:
 
 
 def _run_flite(options: Sequence[str]) -> list[str]:
-    """What it prints, by its spaces."""
+    """flite's output, split at whitespace."""
     done = subprocess.run(["flite", *options], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.strip():
         problem = f"flite failed at {options} ({done.stderr.strip()[:80]})"
@@ -316,7 +318,7 @@ def _run_flite(options: Sequence[str]) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def pronunciation(word: str) -> tuple[str, ...]:
-    """The phones of a word that is said alone."""
+    """The phones of a word said alone."""
     return tuple(
         phone
         for phone in _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"])
@@ -325,7 +327,7 @@ def pronunciation(word: str) -> tuple[str, ...]:
 
 
 def word_places(phones: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
-    """Where in the phones each word begins, though some of its phones are others in a sentence."""
+    """Positions in the phones where words start, though in a sentence some phones differ."""
     starts = [0, *accumulate(map(len, words))][:-1]
     matcher = SequenceMatcher(
         None, [phone for word in words for phone in word], phones, autojunk=False
@@ -344,8 +346,10 @@ def _indices(phones: Sequence[str]) -> list[int]:
 
 
 def tones(text: str, manner: Manner) -> Utterance:
-    """A chord of 60 ms a letter, the letter deciding its upper note: deterministic, and no speech
-    at all."""
+    """A chord of 60 ms for each letter, which decides its upper note.
+
+    Deterministic, and not speech at all.
+    """
     letters = [ord(letter) - ord("a") for letter in text if letter.isalpha()]
     samples = round(0.06 * RATE * manner.stretch)
     time = torch.arange(samples) / RATE

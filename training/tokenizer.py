@@ -1,9 +1,8 @@
-"""The small model's tokenizer: byte-level BPE like the published one, in which every word of the
-domain is one token.
+"""The small model's tokenizer: byte-level BPE in which every word of the domain is one token.
 
-The wordings of requests are constants of the package, so each is a token of its own: what a prompt
-costs is its speech. Text is lowered and every piece of it begins with a space, so that a word has
-one token wherever it stands.
+The wordings of requests are constants of the package, so each is one token as well: almost the
+whole cost of a prompt is its speech. Text is lowered and every piece of it starts with a space, so
+a word has the same token wherever it stands.
 """
 
 from pathlib import Path
@@ -37,10 +36,10 @@ INSTRUCTIONS = {
     "high": "in a high voice",
     "low": "in a low voice",
 }
-"""How the styles are asked for."""
+"""How the styles are requested."""
 
 S2S_INSTRUCTIONS = {"questions": "Answer the question", "echoes": "Say it again in your own voice"}
-"""What is asked for by example, by the part of the data that is spoken to."""
+"""What is requested by example, by the part of the data that is the input."""
 
 FRAMES = (
     "user\n",
@@ -57,7 +56,7 @@ FRAMES = (
 
 
 def build_tokenizer(directory: Path) -> Tokenizer:
-    """Trains the tokenizer, the same every time, and writes it where a checkpoint's files are."""
+    """Trains the tokenizer, deterministically, and writes it among a checkpoint's files."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)

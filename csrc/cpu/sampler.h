@@ -1,4 +1,4 @@
-// The law of mimo_fast/kernels/sample.py on a CPU: one id a row, without a sort.
+// Sampling as in mimo_fast/kernels/sample.py, on a CPU: one id a row, without a sort.
 #pragma once
 
 #include "buffer.h"

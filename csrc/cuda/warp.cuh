@@ -154,7 +154,7 @@ __device__ inline uint64_t policy_evict_normal() {
 // 16 bytes from global to shared memory past L1, while the thread goes on. With 256B, a miss in L2 brings the whole 256
 // bytes around them from memory into L2: neighbours ask for the rest. No policy is evict_normal.
 // ptxas 13.0 may drop that policy, and has written instructions for such copies whose descriptor no GPU accepts; what is
-// compiled is searched for them (tests/test_compile_matrix.py).
+// compiled is searched for them (tests/kernels/test_compile_matrix.py).
 __device__ inline void cp_async(uint4* to, const uint4* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;"
                  :

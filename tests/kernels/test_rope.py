@@ -11,15 +11,15 @@ from mimo_fast.kernels.rope import rope, rope_table
 
 
 def oracle(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Half i of a head is the real part, half i + Dh / 2 the imaginary part, of a number turned by
+    """Half i of a head is the real part, half i + Dh / 2 the imaginary part, of a number rotated by
     its angle."""
     half = x.shape[-1] // 2
     rates = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(x[..., :half].double(), x[..., half:].double())
-    turned = turned * torch.polar(
+    rotated = torch.complex(x[..., :half].double(), x[..., half:].double())
+    rotated = rotated * torch.polar(
         torch.ones(1, dtype=torch.float64), positions.double()[..., None, None] * rates
     )
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ struct Model {
     }
 };
 
-// The law of sampling, by a sort; noise [size].
+// Reference of sampling, by a sort; noise [size].
 inline int64_t draw(
     const float* logits, int64_t size, const std::function<bool(int64_t)>& allowed, float temperature, int64_t top_k,
     float tail, bool greedy, const Floats& noise
