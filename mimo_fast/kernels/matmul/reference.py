@@ -24,8 +24,8 @@ def matmul_ref(
 ) -> Tensor:
     """x [..., K] -> [..., N], or [..., N / 2] with swiglu; arguments are those of `matmul`."""
     x = x if norm is None else norm(x)
-    product = dense_product if isinstance(weight, Weight) else unpacked_product
-    return epilogues(product(x, weight), residual, swiglu)
+    y = dense_product(x, weight) if isinstance(weight, Weight) else unpacked_product(x, weight)
+    return epilogues(y, residual, swiglu)
 
 
 def dense_product(x: Tensor, weight: Weight) -> Tensor:
