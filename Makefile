@@ -9,6 +9,9 @@ WORKERS := -n 2 --dist worksteal
 # Triton's interpreter is chosen when Triton is imported, so those tests run by themselves.
 APART := tests/interpreted tests/kernels/test_compile_matrix.py
 
+# Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
+export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
+
 .PHONY: demo test check kernels aarch64 bench nano lint types unit slow golden interpreted compiled clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.

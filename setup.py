@@ -46,13 +46,13 @@ class BuildAll(build_ext):
         """`libmimo_fast_cuda.so`, if there is an nvcc."""
         nvcc = cuda_build.find_nvcc()
         if nvcc is None:
-            print("nvcc is not installed: Triton's kernels take the place of csrc/cuda")
+            print("no nvcc, or none wanted: Triton's kernels take the place of csrc/cuda")
             return
         package = Path() if self.inplace else Path(self.build_lib)
         output = package / "mimo_fast" / "libmimo_fast_cuda.so"
         architectures = cuda_build.known_architectures(nvcc)
         if not architectures:
-            _warn(f"{nvcc} knows none of sm_{', sm_'.join(cuda_build.ARCHITECTURES)}")
+            _warn(f"{nvcc} compiles for none of the architectures that are wanted")
             return
         ninja = NinjaFile(cuda_build.BUILD)
         cuda_build.add_library(ninja, nvcc, architectures, output.name)

@@ -18,22 +18,28 @@ ARCHITECTURES = ("80", "90", "100", "103", "120")
 """Ampere and Ada, Hopper, Blackwell's data-centre chips and its cards. Machine code also runs on
 later minor versions (80 on 86 and 89); GPUs after the last compile its PTX."""
 
+CHOICE = "MIMO_FAST_CUDA_ARCHITECTURES"
+"""Environment variable that names some of ARCHITECTURES ("80 90"), or "none"; all by default."""
+
 FLAGS = f"-O3 -std=c++17 -Xcompiler=-fPIC -I{SOURCES}"
 
 
 def find_nvcc() -> str | None:
-    """The one of $CUDA_HOME, else the one on the path; None for none."""
+    """The one of $CUDA_HOME, else the one on the path; None for none, or where none is wanted."""
+    if os.environ.get(CHOICE) == "none":
+        return None
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 def known_architectures(nvcc: str) -> list[str]:
-    """Those of ARCHITECTURES that this nvcc compiles for: older ones lack the newest, and newer
-    ones drop the oldest."""
+    """Those of ARCHITECTURES that are asked for and that this nvcc compiles for: older ones lack
+    the newest, and newer ones drop the oldest."""
     listed = subprocess.run(
         [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
     ).stdout.split()
-    return [each for each in ARCHITECTURES if f"sm_{each}" in listed]
+    wanted = os.environ.get(CHOICE, "").replace(",", " ").split() or ARCHITECTURES
+    return [each for each in ARCHITECTURES if each in wanted and f"sm_{each}" in listed]
 
 
 def add_library(ninja: NinjaFile, nvcc: str, architectures: list[str], output: str) -> None:
