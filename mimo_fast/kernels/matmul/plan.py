@@ -209,10 +209,6 @@ def torch_widened(x: Tensor, weight: Weight, *_: object) -> Tensor:
     return weight.product(lambda block, bias: cpu.widened_product(x, block, bias))
 
 
-def torch_dense(x: Tensor, weight: Weight, *_: object) -> Tensor:
-    return dense_product(x, weight)
-
-
 QUANTIZED_ON_GPU = (quantized, gpu_kernels, grouped_by_blocks)
 
 TABLE = (
@@ -306,7 +302,7 @@ TABLE = (
         (dense, widening_pays),
         first=cpu.WIDENED_ROWS,
     ),
-    Implementation("torch dense", torch_dense, (dense,)),
+    Implementation("torch dense", dense_product, (dense,)),
 )
 """The fastest first. Of either kind of weight the last takes everything."""
 
@@ -351,13 +347,14 @@ class Plan:
     ) -> Tensor:
         """`matmul` with the weight that it was made for."""
         rows = x.numel() // (x.shape[-1] or 1)
-        return self.at(rows).run(x, weight, norm, residual, swiglu)
-
-    def at(self, rows: int) -> Step:
         for step in self.steps:
             if rows <= step.most_rows:
-                return step
+                return step.run(x, weight, norm, residual, swiglu)
         raise AssertionError("the last step of a plan has no bound")
+
+    def at(self, rows: int) -> Step:
+        """The step that computes so many rows."""
+        return next(step for step in self.steps if rows <= step.most_rows)
 
 
 def plan(
