@@ -74,6 +74,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     return built
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_ninja
 def test_every_set_against_double_precision(program):
@@ -86,6 +87,7 @@ def test_every_set_against_double_precision(program):
         assert tested == native.compiled().instruction_sets()
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_ninja
 def test_sets_share_no_function(program):
