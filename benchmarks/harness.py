@@ -262,7 +262,7 @@ def widen(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(widen(value) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, QuantizedWeight):
-        return type(tree)(**{name: widen(value) for name, value in vars(tree).items()})
+        return type(tree)(**{name: widen(value) for name, value in _fields(tree).items()})
     return tree
 
 
@@ -271,7 +271,7 @@ def held_bytes(tree: Any) -> int:
     if isinstance(tree, Tensor):
         return tree.nbytes
     if dataclasses.is_dataclass(tree):
-        tree = vars(tree)
+        tree = _fields(tree)
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, (list, tuple)):
@@ -404,3 +404,8 @@ def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> N
         write(f"skipped {len(titles)} of {reason}")
     for line in outcome.refused:
         write(f"REFUSED {line}")
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass, without what it caches."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}

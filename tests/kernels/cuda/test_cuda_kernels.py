@@ -3,11 +3,13 @@ meet at barriers."""
 
 import ctypes
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from emulated import ROOT
 from helpers import slow_after
 from torch import Tensor
 
@@ -182,6 +184,37 @@ def test_what_it_does_not_take():
     assert cuda.refuses(weight_of("int4", 8, 256), x.device, x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_where_nvcc_is_installed_the_kernels_are_built():
-    assert cuda.library() is not None
+def test_nvcc_builds_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As set-up does, for one architecture; it loads, and has the functions that are called."""
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    monkeypatch.setenv("MIMO_FAST_CUDA_ARCHITECTURES", "90")
+    import cuda_build
+    from ninja_file import NinjaFile
+
+    nvcc = cuda_build.find_nvcc()
+    assert cuda_build.known_architectures(nvcc) == ["90"]
+    ninja = NinjaFile(tmp_path)
+    cuda_build.add_library(ninja, nvcc, ["90"], "cuda.so")
+    assert ninja.run()
+    cuda.declared(ctypes.CDLL(str(tmp_path / "cuda.so")))
+
+
+def test_set_up_leaves_the_library_out_where_none_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import cuda_build
+
+    monkeypatch.setenv("MIMO_FAST_CUDA_ARCHITECTURES", "none")
+    assert cuda_build.find_nvcc() is None
+    monkeypatch.setattr(
+        cuda_build.subprocess,
+        "run",
+        lambda *_, **__: subprocess.CompletedProcess([], 0, "sm_75\nsm_80\nsm_90\nsm_120\n"),
+    )
+    monkeypatch.setenv("MIMO_FAST_CUDA_ARCHITECTURES", "90, 103 120")
+    assert cuda_build.known_architectures("nvcc") == ["90", "120"]
+    monkeypatch.delenv("MIMO_FAST_CUDA_ARCHITECTURES")
+    assert cuda_build.known_architectures("nvcc") == ["80", "90", "120"]
