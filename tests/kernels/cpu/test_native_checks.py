@@ -172,7 +172,7 @@ def test_a_product_must_fit():
         {"zeros": other.zeros[:, :1]},
         {"bias": torch.zeros(9)},
     ):
-        with pytest.raises(ValueError, match=r"format|rows|shaped|scales"):
+        with pytest.raises(ValueError, match=r"does not read the weight|rows|shaped"):
             native.quantized_matmul(x, replace(other, **changed))
     with pytest.raises(ValueError, match="even number"):
         native.quantized_matmul(
