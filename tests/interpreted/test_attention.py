@@ -109,7 +109,7 @@ def test_large_scores_do_not_overflow():
 
 def test_arguments_that_do_not_match_are_refused():
     q, k, v = (normal(2, x, 16) for x in (5, 5, 6))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="must all be"):
         window_attention(q, k, v, 1, 1)
     with pytest.raises(ValueError, match="do not go together"):
         rotary_attention(projected(1, 4, 3, 2, 16), rope_table(16, 640000.0, 4), 3, 2, causal=True)

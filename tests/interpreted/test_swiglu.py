@@ -48,5 +48,5 @@ def test_far_ends():
 
 
 def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="must be even"):
         swiglu(torch.zeros(2, 7))
