@@ -1,4 +1,4 @@
-"""The Triton kernels of `qmatmul`, whose formulas and packed layout are in qmatmul.py.
+"""The Triton kernels of `matmul`; product.py has the formulas, quantized_weight.py the layout.
 
 gemv: M = 1 ... 4 rows of x. It is bound by the bytes of the weight, so a program owns BLOCK_N rows
 of it and walks along K; each thread loads 16 bytes of every row at once and keeps its x in
