@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from mimo_fast.config import CodecConfig, LMConfig
     from mimo_fast.errors import (
         AudioError,
+        BusyError,
         CheckpointError,
         ConfigError,
+        DeviceMemoryError,
         MimoFastError,
         PromptError,
     )
     from mimo_fast.generation import generate
     from mimo_fast.mimo_audio import MimoAudio, load
     from mimo_fast.runtime.codec.model import Codec
-    from mimo_fast.runtime.engine.stream import Chunk, Timing
+    from mimo_fast.runtime.engine.stream import Chunk, ReplyText, Timing
     from mimo_fast.runtime.lm.model import LM
     from mimo_fast.runtime.session import Session
     from mimo_fast.sampling import MiMoSampler, MiMoStopper
@@ -53,17 +55,20 @@ else:
 __all__ = [
     "LM",
     "AudioError",
+    "BusyError",
     "CheckpointError",
     "Chunk",
     "Codec",
     "CodecConfig",
     "ConfigError",
+    "DeviceMemoryError",
     "LMConfig",
     "MiMoSampler",
     "MiMoStopper",
     "MimoAudio",
     "MimoFastError",
     "PromptError",
+    "ReplyText",
     "Session",
     "Timing",
     "accelerate",
@@ -79,11 +84,19 @@ _HOMES = {
     "acceleration": ("accelerate",),
     "audio.files": ("load_audio", "save_wav"),
     "config": ("CodecConfig", "LMConfig"),
-    "errors": ("AudioError", "CheckpointError", "ConfigError", "MimoFastError", "PromptError"),
+    "errors": (
+        "AudioError",
+        "BusyError",
+        "CheckpointError",
+        "ConfigError",
+        "DeviceMemoryError",
+        "MimoFastError",
+        "PromptError",
+    ),
     "generation": ("generate",),
     "mimo_audio": ("MimoAudio", "load"),
     "runtime.codec.model": ("Codec",),
-    "runtime.engine.stream": ("Chunk", "Timing"),
+    "runtime.engine.stream": ("Chunk", "ReplyText", "Timing"),
     "runtime.lm.model": ("LM",),
     "runtime.session": ("Session",),
     "sampling": ("MiMoSampler", "MiMoStopper"),

@@ -1,52 +1,91 @@
 """The model's last exchange, kept with its KV cache for `add_history`."""
 
-from dataclasses import dataclass
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from mimo_fast.errors import PromptError
+from mimo_fast.errors import BusyError, PromptError
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import ChunkStream
+from mimo_fast.runtime.engine.stream import caller, is_active
 from mimo_fast.runtime.pipeline import Pipeline
 
 
-@dataclass
 class History:
     """One sequence; a task starts a new one or, with add_history, continues it.
 
     Attributes:
         sequence: The sequence of the last exchange, None before the first.
-        stream: The stream of its last reply, which may still be running.
     """
 
-    sequence: TokenSequence | None = None
-    stream: ChunkStream | None = None
+    def __init__(self) -> None:
+        self.sequence: TokenSequence | None = None
+        self._reply: weakref.ref[Reply] | None = None
+        self._owner: asyncio.Task[Any] | threading.Thread | None = None
+        self._lock = threading.RLock()
+
+    def __copy__(self) -> "History":
+        twin = History()
+        with self._lock:
+            twin.sequence = None if self.sequence is None else self.sequence.fork()
+        return twin
 
     def clear(self) -> None:
-        self.sequence = self.stream = None
+        with self._lock:
+            self.sequence = self._reply = None
 
-    def begin(
-        self, pipeline: Pipeline, ids: Tensor, add_history: bool, seed: int | None
-    ) -> TokenSequence:
+    def start(
+        self,
+        pipeline: Pipeline,
+        ids: Tensor,
+        add_history: bool,
+        seed: int | None,
+        start: Callable[[TokenSequence], Reply],
+    ) -> Reply:
         """Adds a prompt [C + 1, T G] to the last sequence or, without add_history, to a new one.
+
+        Returns:
+            What `start` returns for that sequence.
 
         Raises:
             PromptError: the prompt is empty or does not fit; the history is unchanged.
+            BusyError: add_history, and the reply to be continued is still running for another
+                thread or task.
         """
         if not ids.shape[1]:
             raise PromptError("the prompt is empty")
-        kept = self.sequence
-        if kept is None or not add_history:
-            pipeline.engine.check_room(ids.shape[1] // pipeline.lm.config.group_size)
-            # The old cache is freed before a new one is allocated. `kept` is a local variable,
-            # since another thread may call `begin` meanwhile.
-            kept = None
-            self.clear()
-            kept = self.sequence = pipeline.sequence(seed)
-        elif (running := self.stream) is not None:
-            # A running reply would append to the same sequence.
-            running.close()
-        kept.add(ids)
-        if seed is not None:
-            kept.reseed(seed)
-        return kept
+        with self._lock:
+            if self.sequence is not None and add_history:
+                self._check_owner()
+                # A running reply would append to the same sequence.
+                pipeline.engine.release(self.sequence)
+            else:
+                pipeline.engine.check_room(ids.shape[1] // pipeline.lm.config.group_size)
+                # The old cache is freed before a new one is allocated.
+                self.clear()
+                self.sequence = pipeline.sequence(seed)
+            sequence = self.sequence
+            before = sequence.ids, sequence.cached
+            try:
+                sequence.add(ids)
+                if seed is not None:
+                    sequence.reseed(seed)
+                reply = start(sequence)
+            except BaseException:
+                sequence.go_back(*before)
+                raise
+            self._reply, self._owner = weakref.ref(reply), caller()
+        return reply
+
+    def _check_owner(self) -> None:
+        reply, owner = None if self._reply is None else self._reply(), self._owner
+        if reply is None or reply.ended or owner is caller() or not is_active(owner):
+            return
+        raise BusyError(
+            "another thread or task is still reading the reply that add_history would continue: "
+            "wait for its end, or give each caller a model of its own with copy.copy(model)"
+        )

@@ -249,10 +249,8 @@ class MimoAudio:
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
-        sequence = self._history.begin(self.pipeline, input_ids, add_history, seed)
-        with closing(
-            self.decode(sequence, task_name or "", stop_ids, max_new_tokens, min_new_tokens)
-        ) as reply:
+        limits = stop_ids, max_new_tokens, min_new_tokens
+        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
             text, codes = self.pipeline.read(reply, input_ids)
         # Upstream treats an empty path as none.
         silent = output_audio_path is None or output_audio_path == ""
@@ -287,11 +285,31 @@ class MimoAudio:
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         continued = add_history and self.has_history
         ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
-        sequence = self._history.begin(pipeline, ids, add_history, seed)
-        stop_ids = spec.stop_ids(self.tokenizer.special)
-        reply = self.decode(sequence, spec.sampler, stop_ids, max_new_tokens, min_new_tokens)
-        chunks = self._history.stream = pipeline.stream(reply, ids, began, spec.speaks)
-        return chunks
+        limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
+        reply = self._start(ids, spec.sampler, *limits, add_history, seed)
+        return pipeline.stream(reply, ids, began, spec.speaks)
+
+    def _start(
+        self,
+        ids: Tensor,
+        task_name: str,
+        stop_ids: frozenset[int],
+        max_new_tokens: int | None,
+        min_new_tokens: int,
+        add_history: bool,
+        seed: int | None,
+    ) -> Reply:
+        """Adds a prompt [C + 1, T G] to the history and prefills it."""
+        samplers, limits = self._samplers(task_name), (max_new_tokens, min_new_tokens)
+        reply = self._history.start(
+            self.pipeline,
+            ids,
+            add_history,
+            seed,
+            lambda sequence: self.pipeline.start(sequence, samplers, stop_ids, *limits),
+        )
+        reply.prefill()
+        return reply
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""

@@ -17,7 +17,13 @@ from mimo_fast.errors import PromptError
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader, read_reply, stream_reply
+from mimo_fast.runtime.engine.stream import (
+    ChunkStream,
+    ReplyReader,
+    ReplyText,
+    read_reply,
+    stream_reply,
+)
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import Setup
@@ -149,11 +155,23 @@ class Pipeline:
             PromptError: the sequence leaves no room for a reply.
             BusyError: the engine's queue is full.
         """
-        longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        limits = Limits(longest, min_new_tokens, stop_ids)
-        return self.engine.decode(sequence, limits, samplers)
+        reply = self.start(sequence, samplers, stop_ids, max_new_tokens, min_new_tokens)
+        reply.prefill()
+        return reply
 
-    def read(self, reply: Reply, ids: Tensor) -> tuple[str, Tensor | None]:
+    def start(
+        self,
+        sequence: TokenSequence,
+        samplers: Samplers,
+        stop_ids: frozenset[int],
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> Reply:
+        """`decode` that computes nothing before the reply is read or `Reply.prefill` is called."""
+        longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        return self.engine.start(sequence, Limits(longest, min_new_tokens, stop_ids), samplers)
+
+    def read(self, reply: Reply, ids: Tensor) -> tuple[ReplyText, Tensor | None]:
         """Reads the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
         return read_reply(reply, self._reader(ids))
 

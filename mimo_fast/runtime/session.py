@@ -1,6 +1,9 @@
 """Dialogues that keep their KV cache, so that each turn prefills only its own ids."""
 
+import asyncio
 import math
+import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
+from mimo_fast.errors import BusyError
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, caller, is_active, iterate_async
 from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.runtime.session_file import read_session, write_session
@@ -42,6 +46,10 @@ class Session:
     dropped whole until the dialogue, the new turn included, fills at most half of the context.
     Voice and system prompt stay. The turns that remain are prefilled again.
 
+    Any thread or task may call any method. Calls wait for each other, but never for a reply: a
+    second caller of `stream` is refused while the reply of the first runs, and `interrupt`, `reset`
+    and `save` end a running reply after the group in progress.
+
     Args:
         pipeline: language model, codec and engine.
         system_prompt: an instruction in front of the first turn.
@@ -66,7 +74,9 @@ class Session:
         self._prefix_groups = self._sequence.prefix_groups = self._sequence.groups
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
-        self._running: ChunkStream | None = None
+        self._running: weakref.ref[ChunkStream] | None = None
+        self._owner: asyncio.Task[Any] | threading.Thread | None = None
+        self._lock = threading.RLock()
 
     @property
     def ids(self) -> Tensor:
@@ -88,8 +98,9 @@ class Session:
     ) -> ChunkStream:
         """Adds the user's turn and yields the reply as it is decoded.
 
-        Closing the iterator stops after the group in progress and keeps the groups decoded;
-        `interrupt` keeps only those that were heard.
+        A reply that still runs ends as if its stream were closed, if it is this caller's. Closing
+        the iterator stops after the group in progress and keeps the groups decoded; `interrupt`
+        keeps only those that were heard.
 
         Args:
             audio: anything that `load_audio` reads.
@@ -97,23 +108,49 @@ class Session:
         Raises:
             PromptError: the turn alone does not fit into the context. The dialogue is unchanged, as
                 after any error.
+            BusyError: another thread or task has not finished its turn, or the engine is full.
         """
-        self._stop()
-        began = perf_counter()
-        pipeline, sequence = self._pipeline, self._sequence
-        before = sequence.ids, sequence.cached, self._turns, self._spoken
+        began, pipeline, sequence = perf_counter(), self._pipeline, self._sequence
+        self._check_owner()
+        speech = pipeline.speech(audio)
+        with self._lock:
+            self._check_owner()
+            self._stop()
+            before = sequence.ids, sequence.cached, self._turns, self._spoken
+            try:
+                self._say(speech)
+                stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
+                reply = pipeline.start(
+                    sequence, self._samplers, stop_ids, max_new_tokens, min_new_tokens
+                )
+            except BaseException:
+                self._go_back(*before)
+                raise
+            chunks = pipeline.stream(reply, sequence.ids, began, on_group=self._record_patch)
+            self._running, self._owner = weakref.ref(chunks), caller()
         try:
-            self._say(pipeline.speech(audio))
-            stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
-            reply = pipeline.decode(
-                sequence, self._samplers, stop_ids, max_new_tokens, min_new_tokens
-            )
+            chunks.prefill()
         except BaseException:
-            ids, cached, self._turns, self._spoken = before
-            sequence.go_back(ids, cached)
+            chunks.close()
+            with self._lock:
+                if self._running_stream() is chunks:
+                    self._go_back(*before)
             raise
-        self._running = pipeline.stream(reply, sequence.ids, began, on_group=self._record_patch)
-        return self._running
+        return chunks
+
+    def _check_owner(self) -> None:
+        """Raises BusyError while a reply runs that another thread or task has asked for."""
+        running, owner = self._running_stream(), self._owner
+        if running is None or running.ended or owner is caller() or not is_active(owner):
+            return
+        raise BusyError(
+            "this dialogue is answering another thread or task: wait for the end of its reply, "
+            "close that stream, or call interrupt first"
+        )
+
+    def _go_back(self, ids: Tensor, cached: int, turns: list[Turn], spoken: list[int]) -> None:
+        self._turns, self._spoken, self._running = turns, spoken, None
+        self._sequence.go_back(ids, cached)
 
     def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
@@ -169,7 +206,11 @@ class Session:
                 as heard; text, codes and cache after it are dropped. Text before it stays; it may
                 be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
-        self._stop()
+        with self._lock:
+            self._stop()
+            self._keep_heard(played_ms)
+
+    def _keep_heard(self, played_ms: float) -> None:
         codec = self._pipeline.codec.config
         patch_ms = 1000 * self._sequence.group_size * codec.samples_per_frame / codec.sample_rate
         heard = math.ceil(min(max(played_ms / patch_ms, 0), len(self._spoken)))
@@ -179,23 +220,25 @@ class Session:
 
     def reset(self) -> None:
         """Drops all turns; the voice stays, and stays cached."""
-        self._stop()
-        self._sequence.truncate(self._prefix_groups)
-        self._turns, self._spoken = [], []
+        with self._lock:
+            self._stop()
+            self._sequence.truncate(self._prefix_groups)
+            self._turns, self._spoken = [], []
 
     def save(self, path: str | Path) -> None:
         """Writes the dialogue with its cache to a safetensors file for `restore_session`.
 
         A running reply ends as if its stream were closed.
         """
-        self._stop()
-        about = {
-            "system_prompt": self._system_prompt,
-            "opening": self._prefix_groups,
-            "spoken": self._spoken,
-        }
-        turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
-        write_session(path, self._pipeline.engine, self._sequence, about, turns)
+        with self._lock:
+            self._stop()
+            about = {
+                "system_prompt": self._system_prompt,
+                "opening": self._prefix_groups,
+                "spoken": self._spoken,
+            }
+            turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
+            write_session(path, self._pipeline.engine, self._sequence, about, turns)
 
     @classmethod
     def restore(
@@ -228,7 +271,14 @@ class Session:
             return ["\n"]
         return ["<|im_end|>\n"] if last == special.eostm else ["<|eostm|>", "<|im_end|>\n"]
 
+    def _running_stream(self) -> ChunkStream | None:
+        """The stream of the last turn, while somebody holds it."""
+        return None if self._running is None else self._running()
+
     def _stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
+        """Ends the running reply, also one whose stream was dropped without being closed."""
+        running = self._running_stream()
+        if running is not None:
+            running.close()
+        self._pipeline.engine.release(self._sequence)
         self._running = None

@@ -12,19 +12,26 @@ computed that is never read.
 
 A row runs at most `ahead` groups ahead of its consumer, then pauses. A sequence without a running
 request keeps its slot until another needs it; then it is evicted: its keys and values move to host
-memory. A paused row may be evicted too.
+memory. A paused row may be evicted too. If requests wait and every row is running, the row that has
+had its slot for longest gives it up: after `SLICE` groups, or after two for a request that has
+not begun.
+
+Nothing waits for more than the step in progress: whoever ends a request waits until no step works
+on it, and whoever copies a cache keeps the next step from beginning.
 """
 
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from mimo_fast.errors import BusyError
-from mimo_fast.runtime.engine.request import Request, StopHook
+from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
 from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
@@ -33,6 +40,13 @@ from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
 
 AHEAD = 4
 QUEUE = 64
+
+FIRST_SLICE = 2
+"""Groups that a running row keeps its slot for if a request that has not begun waits for one."""
+
+SLICE = 25
+"""Groups that a running row keeps its slot for if others wait that have begun (4 s of speech)."""
+
 PREFIX_BYTES = 2**28
 WARMUP_GROUPS = (3, 40, 100)
 """Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
@@ -75,6 +89,8 @@ class Engine:
         self._requests: list[Request] = []
         self._changed = threading.Condition()
         self._leader: int | None = None
+        self._step_of: Sequence[Request] = ()
+        self._exclusive = 0
         # Without graphs decoding is launch-bound: launching a group would delay the samples.
         self.overlaps = self.decoder.graphs is not None
         self._in_flight: InFlight | None = None
@@ -140,19 +156,20 @@ class Engine:
             BusyError: the queue is full.
         """
         self.check_room(sequence.groups)
-        limits = Limits(
-            min(limits.max_new, self.capacity - sequence.groups),
-            limits.min_new,
-            limits.stop_ids,
-        )
-        request = Request(sequence, limits, samplers, stop_hook, ahead)
+        room = self.capacity - sequence.groups
+        fits = limits.max_new <= room
+        limits = replace(limits, max_new=min(limits.max_new, room))
+        request = Request(sequence, limits, samplers, stop_hook, ahead, fits)
         with self._changed:
-            waiting = sum(other.sequence.slot is None for other in self._requests)
+            self._sweep()
+            waiting = sum(other.needs_slot for other in self._requests)
             if bounded and waiting >= self.queue:
+                running = sum(other.sequence.slot is not None for other in self._requests)
                 raise BusyError(
-                    f"{len(self._requests) - waiting} replies are running and {waiting} wait: try "
-                    "again later, or load the model with a larger max_batch"
+                    f"{running} replies are running and {waiting} wait: try again later, or load "
+                    "the model with a larger max_batch"
                 )
+            self.release(sequence)
             # At least the last position is prefilled, even if it is cached: the first group is
             # drawn from its hidden state.
             sequence.cached = min(sequence.cached, sequence.groups - 1)
@@ -164,20 +181,24 @@ class Engine:
         """Runs steps, or waits while another thread does, until the condition holds."""
         while True:
             with self._changed:
-                while self._leader is not None and not until():
+                while (self._leader is not None or self._exclusive) and not until():
                     self._changed.wait()
                 if until():
                     return
                 self._leader = threading.get_ident()
+                self._step_of = () if self._in_flight is None else self._in_flight.requests
             try:
                 if not self._step() and not until():
                     raise RuntimeError(
                         "a request waits although nothing is runnable: a bug in the engine"
                     )
             finally:
-                with self._changed:
-                    self._leader = None
-                    self._changed.notify_all()
+                self._end_step()
+
+    def _end_step(self) -> None:
+        with self._changed:
+            self._leader, self._step_of = None, ()
+            self._changed.notify_all()
 
     def launch_next(self, request: Request) -> None:
         """Launches the next group of every runnable row, without waiting for it.
@@ -192,18 +213,18 @@ class Engine:
         with self._changed:
             request.launching = False
             requests = [other for other in self._requests if other.runnable]
-            busy = self._leader is not None or self._in_flight is not None
+            busy = self._leader is not None or self._exclusive or self._in_flight is not None
             if not self.overlaps or busy or any(other.launching for other in self._requests):
                 return
-            unadmitted = [other for other in requests if other.sequence.slot is None]
+            unadmitted = [other for other in requests if other.needs_slot]
             requests = [other for other in requests if other.sequence.slot is not None]
             if not requests or any(other.row is None for other in requests):
                 return
-            if unadmitted and self._choose_slot() is not None:
+            if any(self._choose_slot(other) is not None for other in unadmitted):
                 return
             for other in requests:
                 self._touch(other.sequence)
-            self._leader = threading.get_ident()
+            self._leader, self._step_of = threading.get_ident(), requests
         try:
             with self.lm.threads():
                 self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
@@ -212,30 +233,58 @@ class Engine:
             # requests concerned. Raising here would lose the chunk that the caller holds.
             self._in_flight = None
         finally:
-            with self._changed:
-                self._leader = None
-                self._changed.notify_all()
+            self._end_step()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request without waiting for the step in progress; its consumer stops waiting."""
+        with self._changed:
+            request.cancelled, request.launching = True, False
+            self._changed.notify_all()
 
     def remove(self, request: Request) -> None:
         """Ends a request after the group in progress; its sequence keeps the groups taken."""
         with self._changed:
-            request.done, request.launching = True, False
-            while self._leader not in (None, threading.get_ident()) and request in self._requests:
+            self.cancel(request)
+            # An interrupt may have left the step of this thread itself.
+            while request in self._step_of and self._leader != threading.get_ident():
                 self._changed.wait()
-            if request in self._requests:
+            self._sweep()
+
+    def release(self, sequence: TokenSequence) -> None:
+        """Ends the sequence's request if there is one; it has at most one at a time.
+
+        Call it before the ids are changed: a reply that was dropped may still own the sequence.
+        """
+        with self._changed:
+            for request in [other for other in self._requests if other.sequence is sequence]:
+                self.remove(request)
+
+    def _sweep(self) -> None:
+        """Drops cancelled requests that no step works on, and a group in flight for them alone."""
+        cancelled = [request for request in self._requests if request.cancelled]
+        for request in cancelled:
+            if request not in self._step_of:
                 self._requests.remove(request)
-            if self._in_flight is not None and all(
-                other.done for other in self._in_flight.requests
-            ):
-                self._in_flight = None
-            request.settle()
-            self._changed.notify_all()
+                request.settle()
+        if self._in_flight is not None and all(other.done for other in self._in_flight.requests):
+            self._in_flight = None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Waits for the step in progress; no other begins in the block."""
+        with self._changed:
+            self._exclusive += 1
+            try:
+                while self._leader is not None:
+                    self._changed.wait()
+                yield
+            finally:
+                self._exclusive -= 1
+                self._changed.notify_all()
 
     def export(self, sequence: TokenSequence) -> Snapshot | None:
         """A snapshot of the cache of a sequence without a running request; None if empty."""
-        with self._changed:
-            while self._leader is not None:
-                self._changed.wait()
+        with self.exclusive():
             if not sequence.cached:
                 return None
             if sequence.slot is None:
@@ -252,10 +301,11 @@ class Engine:
             self._collect()
             return True
         with self._changed:
-            self._requests = [request for request in self._requests if not request.done]
-            for request in self._requests:
-                if request.runnable and request.sequence.slot is None:
-                    self._admit(request)
+            self._sweep()
+            waiting = [request for request in self._requests if request.needs_slot]
+            # Those that have not begun come first: they have waited for nothing so far.
+            for request in sorted(waiting, key=lambda request: request.row is not None):
+                self._attempt([request], self._admit)
             admitted = [
                 request
                 for request in self._requests
@@ -263,11 +313,12 @@ class Engine:
             ]
             for request in admitted:
                 self._touch(request.sequence)
-            prompts = [request for request in admitted if request.row is None]
+            prompts = [request for request in admitted if request.row is None][:1]
             rows = [request for request in admitted if request.row is not None]
+            self._step_of = [*prompts, *rows]
         with self.lm.threads():
             if prompts:
-                self._attempt(prompts[:1], self._prefill)
+                self._attempt(prompts, self._prefill)
             if rows:
                 self._attempt(rows, self._decode)
         return bool(prompts or rows)
@@ -340,35 +391,46 @@ class Engine:
                 request.sequence.cached = row.cached
                 request.receive(group)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, requests: Sequence[Request]) -> None:
         """Gives a request a slot and restores its cache; if there is no slot, the request waits."""
-        slot, sequence = self._choose_slot(), request.sequence
+        (request,) = requests
+        slot, sequence = self._choose_slot(request), request.sequence
         if slot is None:
             return
         owner = self._owner(slot)
         if owner is not None:
             self._evict(owner)
-        kept = sequence.snapshot
-        if kept is None and sequence.prefix_groups and not sequence.cached:
+        kept, cached = sequence.snapshot, sequence.cached
+        if kept is None and sequence.prefix_groups and not cached:
             kept = self.prefixes.get(sequence.prefix)
             if kept is not None:
-                sequence.cached = min(kept.length, sequence.groups - 1)
-                sequence.prefilled = sequence.groups - sequence.cached
+                cached = min(kept.length, sequence.groups - 1)
         if kept is not None:
             kept.put(self.state, slot)
         self._owners[slot] = weakref.ref(sequence)
         sequence.slot, sequence.snapshot = slot, None
+        request.slice = 0
+        if cached != sequence.cached:
+            sequence.cached, sequence.prefilled = cached, sequence.groups - cached
         if request.row is not None:
             request.row.slot, request.row.stale = slot, True
 
-    def _choose_slot(self) -> int | None:
-        """A free slot, else the least recently used one whose owner can be evicted, else None."""
+    def _choose_slot(self, request: Request) -> int | None:
+        """A slot for a request: free, else with an owner that can be evicted; None if it waits."""
         owners = [self._owner(slot) for slot in range(len(self._owners))]
         if None in owners:
             return owners.index(None)
-        busy = {id(request.sequence) for request in self._requests if request.runnable}
-        movable = [slot for slot, owner in enumerate(owners) if id(owner) not in busy]
-        return min(movable, key=self._used.__getitem__, default=None)
+        running = {id(other.sequence): other for other in self._requests if other.runnable}
+        movable = [slot for slot, owner in enumerate(owners) if id(owner) not in running]
+        if movable:
+            return min(movable, key=self._used.__getitem__)
+        if request.ahead is None:
+            # Nobody listens to a row without a limit: it waits until others end or pause.
+            return None
+        longest = FIRST_SLICE if request.row is None else SLICE
+        rows = {slot: running[id(owner)] for slot, owner in enumerate(owners)}
+        rows = {slot: other for slot, other in rows.items() if other.slice >= longest}
+        return max(rows, key=lambda slot: rows[slot].slice, default=None)
 
     def _owner(self, slot: int) -> TokenSequence | None:
         owner = self._owners[slot]
@@ -382,6 +444,8 @@ class Engine:
         sequence.snapshot = kept
         self._owners[sequence.slot] = None
         sequence.slot = None
+        # A running row goes to the end of those that wait.
+        self._requests.sort(key=lambda request: request.sequence is sequence)
 
     def _touch(self, sequence: TokenSequence) -> None:
         assert sequence.slot is not None
@@ -399,44 +463,71 @@ def _rows(requests: Sequence[Request]) -> list[Row]:
 class Reply(Iterator[Group]):
     """The groups of a reply; each becomes part of the sequence when it is taken.
 
-    Any thread may take a group or close the reply.
+    Any thread may take a group, cancel or close the reply.
 
     Attributes:
         launches: Whether the consumer launches device work of its own for each group and then
             calls `launch_next`.
+        prefilled: `time.perf_counter()` when the prompt had been prefilled; None before.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self._request = engine, request
         self.launches = False
+        self.prefilled: float | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its consumer has ended it."""
+        return self._request.cancelled
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended and all of its groups have been taken or dropped."""
+        return self._request.settled
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the reply ended; None while it has not."""
+        return self._request.finish_reason
 
     def prefill(self) -> None:
-        """Returns when the prompt has been prefilled.
+        """Returns when the prompt has been prefilled, or the reply cancelled.
 
         Raises:
             Exception: the error that ended the request.
         """
         request = self._request
-        self._engine.drive(lambda: request.row is not None or request.done)
+        self._wait(lambda: request.row is not None or request.done)
         if request.error is not None:
             self.close()
             raise request.error
+        if self.prefilled is None:
+            self.prefilled = perf_counter()
 
     def __next__(self) -> Group:
         request = self._request
         if request.settled:
             raise StopIteration
         request.launching = self.launches
-        self._engine.drive(lambda: bool(request.ready) or request.done)
-        if request.ready:
+        self._wait(lambda: bool(request.ready) or request.done)
+        if request.ready and not request.cancelled:
             group = request.ready.popleft()
             request.sequence.append(group.text, group.codes)
             request.taken += 1
             return group
+        error = None if request.cancelled else request.error
         self.close()
-        if request.error is not None:
-            raise request.error
+        if error is not None:
+            raise error
         raise StopIteration
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        self._request.awaited = True
+        try:
+            self._engine.drive(until)
+        finally:
+            self._request.awaited = False
 
     def launch_next(self) -> None:
         """Launches the next group where the engine overlaps groups with the codec.
@@ -445,11 +536,15 @@ class Reply(Iterator[Group]):
         """
         self._engine.launch_next(self._request)
 
+    def cancel(self) -> None:
+        """Ends the reply without waiting; a thread that waits for a group gets none."""
+        self._engine.cancel(self._request)
+
     def close(self) -> None:
         """Ends the reply after the group in progress; groups not yet taken are dropped."""
         self._engine.remove(self._request)
 
     def __del__(self) -> None:
-        # A reply without a reader is not decoded further; the engine drops it at its next step.
-        self._request.done = True
-        self._request.settle()
+        # Nothing but a flag: the interpreter may call this at any point of any thread. The engine
+        # drops the request before its next step.
+        self._request.cancelled = True

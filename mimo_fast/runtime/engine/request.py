@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import OutOfMemoryError, Tensor
 
@@ -13,21 +14,32 @@ from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
 StopHook = Callable[[int, Tensor], bool]
 """A callable (text token, codes [C, G]) of a new group -> whether the reply ends with it."""
 
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""Why a reply ended: by a stop token or criterion, at `max_new_tokens`, at the end of the context,
+or by its consumer."""
+
 
 @dataclass(eq=False)
 class Request:
     """One reply in progress.
 
+    Each flag has one writer and is never unset: the engine finishes a request, its consumer cancels
+    it.
+
     Args:
         ahead: groups decoded ahead of the consumer at most; None for no limit.
+        fits: whether the context has room for `limits.max_new` groups as they were asked for.
 
     Attributes:
         row: Its row, from the end of the prefill on.
         ready: Groups decoded and not yet taken.
         taken: Number of groups taken by the consumer.
-        done: Nothing more will be decoded.
+        slice: Number of groups decoded since it got its slot.
+        finished: Its last group has been decoded, or it has failed.
+        cancelled: Its consumer wants nothing more.
         settled: The sequence has been brought up to the groups taken.
         error: The reason why it ended early.
+        awaited: Its consumer waits for the prefill or for a group.
         launching: Its consumer waits for a group, or holds one whose codec work it has yet to
             launch.
     """
@@ -37,18 +49,43 @@ class Request:
     samplers: Samplers
     stop_hook: StopHook | None
     ahead: int | None
+    fits: bool = True
     row: Row | None = None
     ready: deque[Group] = field(default_factory=deque)
     taken: int = 0
-    done: bool = False
+    slice: int = 0
+    finished: bool = False
+    cancelled: bool = False
     settled: bool = False
     error: BaseException | None = None
+    awaited: bool = False
     launching: bool = False
+    _stopped: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will be decoded."""
+        return self.finished or self.cancelled
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it has not, and after an error."""
+        if self.finished and not self.ready and self.error is None:
+            if self._stopped:
+                return "stop"
+            return "length" if self.fits else "context"
+        return "cancelled" if self.cancelled else None
 
     @property
     def runnable(self) -> bool:
         """Whether the engine may compute something for it now."""
         return not self.done and (self.ahead is None or len(self.ready) < self.ahead)
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether it waits for a slot: a reply that nobody reads gives up its place."""
+        read = self.row is None or self.awaited or self.ahead is None
+        return self.runnable and self.sequence.slot is None and read
 
     def begin(self) -> None:
         """Makes the row, once the prompt has been prefilled."""
@@ -65,6 +102,8 @@ class Request:
 
     def receive(self, group: Group) -> None:
         """Queues a decoded group for the consumer."""
+        self.slice += 1
+        self._stopped = group.text in self.limits.stop_ids
         try:
             if (
                 self.stop_hook is not None
@@ -72,11 +111,13 @@ class Request:
                 and not group.finished
             ):
                 group = replace(group, finished=True)
+                self._stopped = True
         except Exception as error:
             self.fail(error)
             return
         self.ready.append(group)
-        self.done = group.finished
+        if group.finished:
+            self.finished = True
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which the consumer gets after the groups decoded before it."""
@@ -87,7 +128,7 @@ class Request:
             )
             wrapped.__cause__ = error
             error = wrapped
-        self.error, self.done = error, True
+        self.error, self.finished = error, True
 
     def settle(self) -> None:
         """Brings the sequence's cache and draws to the groups that the consumer has taken."""

@@ -1,5 +1,7 @@
 """`TokenSequence`: the ids of one sequence, and where their keys and values are cached."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,11 @@ class TokenSequence:
     """
 
     def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
-        self.capacity, self.seed, self.draws = capacity, seed, 0
+        self._config, self.capacity, self.seed, self.draws = config, capacity, seed, 0
         self.group_size = config.group_size
         self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
         self._decoded: list[tuple[int, Tensor]] = []
+        self._lock = threading.Lock()
         self.slot: int | None = None
         self.snapshot: Snapshot | None = None
         self.cached = self.prefix_groups = self.prefilled = 0
@@ -39,28 +42,36 @@ class TokenSequence:
     @property
     def ids(self) -> Tensor:
         """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device."""
-        if self._decoded:
-            codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
-            text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
-                self.group_size
-            )
-            self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
-            self._decoded.clear()
-        return self._ids
+        with self._lock:
+            if self._decoded:
+                codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
+                text = torch.tensor([text for text, _ in self._decoded])
+                text = text.repeat_interleave(self.group_size)
+                self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
+                self._decoded.clear()
+            return self._ids
 
     @ids.setter
     def ids(self, ids: Tensor) -> None:
-        self._ids = ids.cpu()
-        self._decoded.clear()
+        with self._lock:
+            self._ids = ids.cpu()
+            self._decoded.clear()
 
     @property
     def groups(self) -> int:
-        return self._ids.shape[1] // self.group_size + len(self._decoded)
+        with self._lock:
+            return self._ids.shape[1] // self.group_size + len(self._decoded)
 
     @property
     def prefix(self) -> Tensor:
         """Ids [C + 1, n G] of the shared prefix."""
         return self.ids[:, : self.prefix_groups * self.group_size]
+
+    def fork(self) -> "TokenSequence":
+        """A sequence with the same ids and draws, and nothing cached."""
+        twin = TokenSequence(self._config, self.capacity, self.seed)
+        twin.ids, twin.draws, twin.prefix_groups = self.ids, self.draws, self.prefix_groups
+        return twin
 
     def reseed(self, seed: int) -> None:
         """Restarts the draws from a seed."""
@@ -77,7 +88,8 @@ class TokenSequence:
 
     def append(self, text: int, codes: Tensor) -> None:
         """Appends a decoded group, its codes [C, G] on any device."""
-        self._decoded.append((text, codes))
+        with self._lock:
+            self._decoded.append((text, codes))
 
     def truncate(self, groups: int) -> None:
         """Keeps the first `groups` groups."""

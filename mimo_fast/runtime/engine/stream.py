@@ -2,9 +2,12 @@
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +16,29 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.text.tokenizer import Tokenizer
 
 UNFINISHED_CHARACTER = "\ufffd"
+
+_workers = ThreadPoolExecutor(256, thread_name_prefix="mimo-fast")
+"""Threads of asynchronous streams. asyncio's own are few: streams that wait would fill them, and
+then none could be closed."""
+
+_task: ContextVar[asyncio.Task[Any] | None] = ContextVar("task", default=None)
+
+
+def caller() -> asyncio.Task[Any] | threading.Thread:
+    """Who asks: the asyncio task whose work a worker thread does, else the thread itself."""
+    return _task.get() or threading.current_thread()
+
+
+def is_active(caller: asyncio.Task[Any] | threading.Thread | None) -> bool:
+    """Whether what `caller` returned may still ask for something."""
+    if isinstance(caller, threading.Thread):
+        return caller.is_alive()
+    return caller is not None and not caller.done()
 
 
 @dataclass(frozen=True)
@@ -40,12 +62,28 @@ class Timing:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The text and audio of one decoded group: audio float32 [n] on the CPU; each may be empty."""
+    """The text and audio of one decoded group: audio float32 [n] on the CPU; each may be empty.
+
+    Attributes:
+        finish_reason: On the last chunk why the reply ended, else None.
+    """
 
     audio: Tensor
     sample_rate: int
     text: str
     timing: Timing
+    finish_reason: FinishReason | None = None
+
+
+class ReplyText(str):
+    """The text of a reply, and why it ended.
+
+    Attributes:
+        finish_reason: "stop" if the model ended the reply, "length" at max_new_tokens, "context" at
+            the end of the context, "cancelled" if the caller ended it.
+    """
+
+    finish_reason: FinishReason | None = None
 
 
 @dataclass
@@ -110,30 +148,52 @@ class ChunkStream(Iterator[Chunk]):
         self._chunks, self._reply = chunks, reply
         self._lock = threading.RLock()
 
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the reply ended; None while it has not, and after an error."""
+        return self._reply.finish_reason
+
+    @property
+    def ended(self) -> bool:
+        """Whether the reply has ended and all of it been taken."""
+        return self._reply.ended
+
+    def prefill(self) -> None:
+        """Returns when the prompt has been prefilled, or the stream closed.
+
+        Raises:
+            Exception: the error that ended the reply.
+        """
+        self._reply.prefill()
+
     def __next__(self) -> Chunk:
         with self._lock:
             return next(self._chunks)
 
     def close(self) -> None:
+        # First: a thread that waits for the next chunk holds the lock.
+        self._reply.cancel()
         with self._lock:
             self._chunks.close()
             self._reply.close()
 
 
-def read_reply(groups: Iterator[Group], reader: ReplyReader) -> tuple[str, Tensor | None]:
+def read_reply(reply: Reply, reader: ReplyReader) -> tuple[ReplyText, Tensor | None]:
     """Reads a whole reply: stripped text, and codes [C, T] or None.
 
     The last group, which ends the reply, is not part of it.
     """
-    text, patches = [], []
-    for group in groups:
+    words, patches = list[str](), list[Tensor]()
+    for group in reply:
         if not group.finished:
-            words, spoken = reader.read(group.text, group.codes)
-            text.append(words)
+            new, spoken = reader.read(group.text, group.codes)
+            words.append(new)
             patches += spoken
-    words, spoken = reader.finish()
+    new, spoken = reader.finish()
     patches += spoken
-    return "".join([*text, words]).strip(), torch.cat(patches, dim=1) if patches else None
+    text = ReplyText("".join([*words, new]).strip())
+    text.finish_reason = reply.finish_reason
+    return text, torch.cat(patches, dim=1) if patches else None
 
 
 def stream_reply(
@@ -147,26 +207,21 @@ def stream_reply(
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
     Args:
-        reply: a reply whose prompt has been prefilled.
-        began: `time.perf_counter()` at the request, before the prefill.
+        reply: a reply of which nothing has been taken.
+        began: `time.perf_counter()` at the request.
         speaks: False returns text only.
         on_group: called with each group before its chunk is made.
     """
-    prefill = time.perf_counter() - began
     reply.launches = True
-    chunks = _generate_chunks(
-        reply, reply.launch_next, reader, codec, began, prefill, speaks, on_group
-    )
+    chunks = _generate_chunks(reply, reader, codec, began, speaks, on_group)
     return ChunkStream(chunks, reply)
 
 
 def _generate_chunks(
-    groups: Iterable[Group],
-    launch_next: Callable[[], None],
+    reply: Reply,
     reader: ReplyReader,
     codec: Codec,
     began: float,
-    prefill: float,
     speaks: bool,
     on_group: Callable[[Group], None] | None,
 ) -> Generator[Chunk, None, None]:
@@ -177,26 +232,28 @@ def _generate_chunks(
     handles them. The codec's chunk comes first, because behind the next group its samples would
     come one group later (7.0 ms with int4 on an H100) and the device would be no busier.
     """
+    reply.prefill()
+    prefill = (reply.prefilled or began) - began
     stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
 
-    def chunk(text: str, audio: Tensor) -> Chunk:
+    def chunk(text: str, audio: Tensor, reason: FinishReason | None = None) -> Chunk:
         nonlocal samples, first_audio
         copy = HostCopy(audio.float())
-        launch_next()
+        reply.launch_next()
         # The time is taken when the samples are on the host, not when the work is queued. The
         # clone frees the pinned memory, which is scarce.
         audio = copy.wait().clone()
         samples += len(audio)
-        elapsed = time.perf_counter() - began
+        elapsed = perf_counter() - began
         if first_audio is None and len(audio):
             first_audio = elapsed
         timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
-        return Chunk(audio, codec.sample_rate, text, timing)
+        return Chunk(audio, codec.sample_rate, text, timing, reason)
 
     nothing = torch.zeros(0)
     try:
-        for group in groups:
+        for group in reply:
             # Opened once the reply has a slot: graphs are captured for as many streams as slots.
             stream = stream or (codec.stream() if speaks else None)
             decoded += 1
@@ -210,9 +267,12 @@ def _generate_chunks(
                     else nothing
                 )
                 yield chunk(text, heard)
+        if reply.cancelled and reply.finish_reason == "cancelled":
+            return
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None
-        yield chunk(text, stream.finish(held, trusted=True) if stream else nothing)
+        rest = stream.finish(held, trusted=True) if stream else nothing
+        yield chunk(text, rest, reply.finish_reason)
     finally:
         if stream is not None:
             stream.close()
@@ -223,10 +283,12 @@ async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk
 
     Leaving the loop or cancelling the task stops after the group in progress.
     """
-    started = asyncio.ensure_future(asyncio.to_thread(start))
+    loop, context = asyncio.get_running_loop(), copy_context()
+    context.run(_task.set, asyncio.current_task())
+    started = loop.run_in_executor(_workers, context.run, start)
     try:
         chunks = await asyncio.shield(started)
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        while (chunk := await loop.run_in_executor(_workers, next, chunks, None)) is not None:
             yield chunk
     finally:
         # Waits for the worker thread to finish its group or prefill, however often the task is
@@ -237,4 +299,4 @@ async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk
 async def _close(started: asyncio.Future[ChunkStream]) -> None:
     await asyncio.wait([started])
     if not started.cancelled() and started.exception() is None:
-        await asyncio.to_thread(started.result().close)
+        await asyncio.get_running_loop().run_in_executor(_workers, started.result().close)
