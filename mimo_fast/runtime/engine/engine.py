@@ -477,11 +477,6 @@ class Reply(Iterator[Group]):
         self.prefilled: float | None = None
 
     @property
-    def cancelled(self) -> bool:
-        """Whether its consumer has ended it."""
-        return self._request.cancelled
-
-    @property
     def ended(self) -> bool:
         """Whether it has ended and all of its groups have been taken or dropped."""
         return self._request.settled

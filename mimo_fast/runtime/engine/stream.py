@@ -144,8 +144,10 @@ class ChunkStream(Iterator[Chunk]):
     Closing waits for the group in progress; no chunk follows.
     """
 
-    def __init__(self, chunks: Generator[Chunk, None, None], reply: Reply) -> None:
-        self._chunks, self._reply = chunks, reply
+    def __init__(
+        self, chunks: Generator[Chunk, None, None], reply: Reply, closing: threading.Event
+    ) -> None:
+        self._chunks, self._reply, self._closing = chunks, reply, closing
         self._lock = threading.RLock()
 
     @property
@@ -172,6 +174,7 @@ class ChunkStream(Iterator[Chunk]):
 
     def close(self) -> None:
         # First: a thread that waits for the next chunk holds the lock.
+        self._closing.set()
         self._reply.cancel()
         with self._lock:
             self._chunks.close()
@@ -213,8 +216,9 @@ def stream_reply(
         on_group: called with each group before its chunk is made.
     """
     reply.launches = True
-    chunks = _generate_chunks(reply, reader, codec, began, speaks, on_group)
-    return ChunkStream(chunks, reply)
+    closing = threading.Event()
+    chunks = _generate_chunks(reply, reader, codec, began, speaks, on_group, closing)
+    return ChunkStream(chunks, reply, closing)
 
 
 def _generate_chunks(
@@ -224,6 +228,7 @@ def _generate_chunks(
     began: float,
     speaks: bool,
     on_group: Callable[[Group], None] | None,
+    closing: threading.Event,
 ) -> Generator[Chunk, None, None]:
     """The chunks of a reply's groups.
 
@@ -267,7 +272,7 @@ def _generate_chunks(
                     else nothing
                 )
                 yield chunk(text, heard)
-        if reply.cancelled and reply.finish_reason == "cancelled":
+        if closing.is_set():
             return
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +191,18 @@ def test_a_reply_gives_its_state_back_at_once(model) -> None:
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
     reader = ReplyReader(model.tokenizer, True)
-    chunks = _generate_chunks([spoken] * 20, lambda: None, reader, codec, 0.0, 0.0, True, None)
+
+    class Spoken(list[Group]):
+        """A reply of groups that are there."""
+
+        prefilled, finish_reason = 0.0, None
+
+        def prefill(self) -> None: ...
+
+        def launch_next(self) -> None: ...
+
+    reply: Any = Spoken([spoken] * 20)
+    chunks = _generate_chunks(reply, reader, codec, 0.0, True, None, threading.Event())
     for _ in range(LOOKAHEAD + 3):
         next(chunks)
     assert not codec.stream_graphs._idle
