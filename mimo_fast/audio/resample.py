@@ -45,10 +45,8 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
     Raises:
         AudioError: a rate outside 1 kHz..768 kHz, or samples that are not floating point.
     """
-    source_rate, target_rate = (
-        check_rate(source_rate, "the source rate"),
-        check_rate(target_rate, "the target rate"),
-    )
+    source_rate = check_rate(source_rate, "the source rate")
+    target_rate = check_rate(target_rate, "the target rate")
     if not wav.is_floating_point():
         raise AudioError(
             f"cannot resample {wav.dtype} samples; convert them to float32 in [-1, 1) first"
@@ -132,11 +130,9 @@ def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
     if new * (2 * width + orig) <= DENSE_TABLE:
         phases, reach, dtype = new, 2 * width + orig, torch.float32
     else:
-        phases, reach, dtype = (
-            BAND_PHASES,
-            2 * width + 1 - (-BAND_PHASES * orig // new),
-            torch.float64,
-        )
+        phases = BAND_PHASES
+        reach = 2 * width + 1 - (-BAND_PHASES * orig // new)
+        dtype = torch.float64
     starts, taps = [], []
     for first in range(0, new, phases):
         start = min(first * orig // new, 2 * width + orig - reach)

@@ -56,12 +56,10 @@ class WeightSource:
         requested: QuantizationConfig | None = None,
         join: bool = True,
     ) -> None:
-        self._read, self._dtype, self._stored, self._requested = (
-            read,
-            dtype,
-            dict(stored or {}),
-            requested,
-        )
+        self._read = read
+        self._dtype = dtype
+        self._stored = dict(stored or {})
+        self._requested = requested
         self._join = join
         if self._stored and requested:
             raise CheckpointError(

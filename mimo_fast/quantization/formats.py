@@ -105,11 +105,9 @@ class Format:
                 torch.float32 if self.kind == "nf4" else torch.bfloat16,
             ),
         }
-        return (
-            stored
-            if self.symmetric
-            else stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
-        )
+        if self.symmetric:
+            return stored
+        return stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
 
 
 @dataclass(frozen=True)

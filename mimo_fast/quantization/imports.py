@@ -54,10 +54,8 @@ def import_checkpoint(
         raise CheckpointError(
             f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported"
         )
-    shapes, weights = (
-        lm_shapes(LMConfig.from_dict(raw, str(source / "config.json"))),
-        open_weights(source),
-    )
+    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
+    weights = open_weights(source)
     packed = METHODS[method](weights, shapes, about)
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()

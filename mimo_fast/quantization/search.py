@@ -148,15 +148,11 @@ def _asymmetric(values: Tensor) -> Searched:
 
     The range always includes 0, so that zero stays small and 0 nearly exact.
     """
-    low, high = (
-        values.amin(1, keepdim=True).clamp_(max=0),
-        values.amax(1, keepdim=True).clamp_(min=0),
-    )
-    size, total, energy = (
-        values.shape[1],
-        values.sum(1, keepdim=True),
-        values.square().sum(1, keepdim=True),
-    )
+    low = values.amin(1, keepdim=True).clamp_(max=0)
+    high = values.amax(1, keepdim=True).clamp_(min=0)
+    size = values.shape[1]
+    total = values.sum(1, keepdim=True)
+    energy = values.square().sum(1, keepdim=True)
     best_scale = (high - low) / 15
     best_zero = torch.zeros_like(best_scale)
     best_error = torch.full_like(best_scale, torch.inf)

@@ -132,11 +132,9 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         ValueError: an option is out of range.
         DeviceMemoryError: the device has too little memory free.
     """
-    longest, wanted, batch = (
-        setup.lm.max_positions,
-        options.get("max_seq_len"),
-        options.get("max_batch"),
-    )
+    longest = setup.lm.max_positions
+    wanted = options.get("max_seq_len")
+    batch = options.get("max_batch")
     cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
     if wanted is not None and not 2 <= wanted <= longest:
         raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")

@@ -121,11 +121,9 @@ def _noise_db(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return torch.inf
     noise = (got.cpu().double() - want.double()).square().sum()
-    return (
-        (10 * torch.log10(noise / want.double().square().sum())).item()
-        if noise != 0
-        else -torch.inf
-    )
+    if noise != 0:
+        return (10 * torch.log10(noise / want.double().square().sum())).item()
+    return -torch.inf
 
 
 def _resample(model: MimoAudio, golden: Golden) -> Errors:

@@ -63,10 +63,8 @@ class ChunkGraphs:
         config, patches = codec.config, default_lookahead(codec.config)
         self.state = new_state(config, patches, codec.dtype, codec.device)
         self._capture, self._lock = capture, lock
-        self._rate, self._lookahead = (
-            config.pool * config.decoder_stride,
-            patches * patch_rows(config),
-        )
+        self._rate = config.pool * config.decoder_stride
+        self._lookahead = patches * patch_rows(config)
         # After `_begun` committed frames, no chunk trims samples at the start of the waveform.
         self._begun = -(-self.state.trim // config.hop)
         steady = self._begun + self._lookahead
@@ -105,11 +103,9 @@ class ChunkGraphs:
         self, codec: CodecNetwork, new: int, frames: int, committed: int, ended: bool = False
     ) -> CapturedChunk:
         """Captures a chunk of `new` code frames after `frames` vocoder frames."""
-        codes, state, lookahead = (
-            torch.zeros(new, codec.config.dim, device=codec.device),
-            self.state,
-            self._lookahead,
-        )
+        codes = torch.zeros(new, codec.config.dim, device=codec.device)
+        state = self.state
+        lookahead = self._lookahead
 
         def run() -> Tensor:
             state.frames, state.committed = frames, committed

@@ -104,11 +104,9 @@ def _decode(
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
     # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
     x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
-    inputs, new, stride = (
-        torch.cat((state.history, x)),
-        len(x) - len(state.entered),
-        codec.to_mel.stride,
-    )
+    inputs = torch.cat((state.history, x))
+    new = len(x) - len(state.entered)
+    stride = codec.to_mel.stride
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
     norm = (

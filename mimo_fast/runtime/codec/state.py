@@ -154,10 +154,8 @@ class CodecState:
         cls, config: CodecConfig, pending: int, dtype: torch.dtype, device: torch.device
     ) -> CodecState:
         """pending: P, a multiple of the decoder's stride."""
-        positions, context = (
-            pending // config.decoder_stride,
-            decoder_context(config.decoder_window),
-        )
+        positions = pending // config.decoder_stride
+        context = decoder_context(config.decoder_window)
         history = -(
             -conv_overlap(config.decoder_kernel, config.decoder_stride) // config.decoder_stride
         )

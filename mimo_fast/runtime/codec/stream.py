@@ -123,8 +123,6 @@ class CodecStream:
         if self._statistics is None:
             hidden = codes_to_decode(state, hidden)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
-        return (
-            decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
-            if wav is None
-            else wav
-        )
+        if wav is None:
+            return decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
+        return wav
