@@ -70,9 +70,8 @@ def decode_chunk(
         state.frames += end - start
         decided = state.frames if last else max(state.committed, state.frames - lookahead)
         rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
-        parts.append(
-            _overlap_add(codec, state, _vocode(codec, state, rows, end - start, decided), last)
-        )
+        head = _vocode(codec, state, rows, end - start, decided)
+        parts.append(_overlap_add(codec, state, head, last))
     return torch.cat(parts)
 
 
@@ -109,11 +108,8 @@ def _decode(
     stride = codec.to_mel.stride
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
-    norm = (
-        state.to_mel.estimate(out, first * stride, ended)
-        if statistics is None
-        else statistics.to_mel
-    )
+    known = statistics and statistics.to_mel
+    norm = known or state.to_mel.estimate(out, first * stride, ended)
     state.to_mel.add(out[: new * stride], first * stride)
     return out[: len(x) * stride], norm
 
@@ -134,9 +130,8 @@ def _run_decoder(
     entered = raw
     if codec.unpool is not None:
         known = statistics and statistics.unpool
-        entered = codec.unpool.normalise(
-            raw, *(known or state.unpool.estimate(raw[:0], state.position, ended))
-        )
+        norm = known or state.unpool.estimate(raw[:0], state.position, ended)
+        entered = codec.unpool.normalise(raw, *norm)
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):
         if len(block):

@@ -114,9 +114,8 @@ class CodecStream:
         waiting = sum(map(len, state.held))
         # Codes are held back until the first sample can be final: decoding them earlier would not
         # return audio sooner, and waiting gives the norm statistics more rows.
-        if waiting + state.frames == 0 or (
-            state.frames == 0 and waiting <= self._hold and not ended
-        ):
+        too_few = waiting == 0 or (waiting <= self._hold and not ended)
+        if state.frames == 0 and too_few:
             return torch.zeros(0, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
