@@ -27,9 +27,8 @@ RESAMPLE_SPAN = 2**21  # samples in or out at a time
 def check_rate(rate: int, name: str = "the sample rate") -> int:
     """`rate` as an int. Raises AudioError unless it is whole hertz from 1 kHz to 768 kHz."""
     if not isinstance(rate, numbers.Integral) or not MIN_RATE <= int(rate) <= MAX_RATE:
-        raise AudioError(
-            f"{name} is {rate!r} Hz; it must be a whole number from {MIN_RATE} to {MAX_RATE}"
-        )
+        wanted = f"a whole number from {MIN_RATE} to {MAX_RATE}"
+        raise AudioError(f"{name} is {rate!r} Hz; it must be {wanted}")
     return int(rate)
 
 
@@ -48,9 +47,8 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
     source_rate = check_rate(source_rate, "the source rate")
     target_rate = check_rate(target_rate, "the target rate")
     if not wav.is_floating_point():
-        raise AudioError(
-            f"cannot resample {wav.dtype} samples; convert them to float32 in [-1, 1) first"
-        )
+        fix = "convert them to float32 in [-1, 1) first"
+        raise AudioError(f"cannot resample {wav.dtype} samples; {fix}")
     if source_rate == target_rate:
         return wav.to(torch.float32)
     n = wav.shape[-1]
@@ -67,10 +65,7 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
 def resample_blocks(
     blocks: Iterable[Tensor], source_rate: int, target_rate: int
 ) -> Iterator[Tensor]:
-    """`resample` of float32 audio [n] that arrives in blocks of any size.
-
-    The yielded blocks concatenate to the result.
-    """
+    """`resample` of float32 audio [n] in blocks of any size; those yielded join to the result."""
     if source_rate == target_rate:
         yield from blocks
         return
@@ -114,9 +109,8 @@ def _convolve(samples: Tensor, table: _PolyphaseTable) -> Tensor:
     """Every whole period in `samples` [width + periods * orig + width] -> [periods * new]."""
     bands, _, reach = table.taps.shape
     if bands == 1:  # torchaudio's own convolution, for the same rounding
-        return F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)[
-            0
-        ].T.reshape(-1)
+        out = F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)
+        return out[0].T.reshape(-1)
     periods = (len(samples) - 2 * table.width) // table.orig
     offsets = table.starts[:, None] + torch.arange(periods) * table.orig
     out = samples.unfold(0, reach, 1)[offsets] @ table.taps.transpose(1, 2)

@@ -154,8 +154,8 @@ def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
     """Checks that every code but the last, the empty one, is a row of the codec's codebook."""
     sizes = codec.codebook_sizes
     if lm.channels > len(sizes):
-        problem = f"the language model speaks {lm.channels} codebooks, the codec has {len(sizes)}"
-        raise CheckpointError(f"{problem}: they do not belong together")
+        problem = f"the language model speaks {lm.channels} codebooks and the codec has"
+        raise CheckpointError(f"{problem} {len(sizes)}: they do not belong together")
     for channel, (size, empty) in enumerate(zip(lm.code_sizes, lm.empty_codes, strict=True)):
         if not size - 1 == empty == sizes[channel]:
             raise CheckpointError(

@@ -198,8 +198,9 @@ class TransposedConv:
 
     @classmethod
     def load(cls, name: str, stride: int, get: GetTensor) -> "TransposedConv":
-        parts = [f"{part}.{kind}" for part in ("conv", "norm") for kind in ("weight", "bias")]
-        return cls(*(get(f"{name}.{part}") for part in parts), stride=stride)
+        parts = (f"{name}.conv", f"{name}.norm")
+        conv, norm = ((get(f"{part}.weight"), get(f"{part}.bias")) for part in parts)
+        return cls(*conv, *norm, stride=stride)
 
     @property
     def overlap(self) -> int:
