@@ -67,13 +67,10 @@ class LMConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "LM config") -> "LMConfig":
         read = _Reader(raw, source)
-        read.refuse("hidden_act", lambda act: act != "silu", "only 'silu' is supported")
+        read.only("hidden_act", "silu")
         read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
-        read.refuse(
-            "rope_scaling",
-            lambda scaling: _rope_kind(scaling) != "default",
-            "only plain RoPE is supported",
-        )
+        plain = "only plain RoPE is supported"
+        read.refuse("rope_scaling", lambda scaling: _rope_kind(scaling) != "default", plain)
         channels, group_size = read.integer("audio_channels"), read.integer("group_size")
         theta, eps = read.rope_theta(), read.number("rms_norm_eps")
         heads, dim = read.integer("num_attention_heads"), read.integer("hidden_size")
@@ -89,7 +86,7 @@ class LMConfig:
                 width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps
             )
 
-        local_dim = read.integer("local_dim")
+        local_dim, local_ffn = read.integer("local_dim"), read.integer("local_ffn_dim")
         input_dim = read.integer("input_local_dim", default=local_dim)
         config = cls(
             vocab_size=read.integer("vocab_size"),
@@ -104,9 +101,7 @@ class LMConfig:
                 eps,
             ),
             patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
-            patch_decoder=local(
-                local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")
-            ),
+            patch_decoder=local(local_dim, read.integer("local_layers"), local_ffn),
             patch_encoder_causal=not raw.get("input_full_attention"),
             group_size=group_size,
             channels=channels,
@@ -129,9 +124,8 @@ class LMConfig:
             raise ConfigError(
                 f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
             )
-        for channel, (size, empty) in enumerate(
-            zip(self.code_sizes, self.empty_codes, strict=True)
-        ):
+        codes = zip(self.code_sizes, self.empty_codes, strict=True)
+        for channel, (size, empty) in enumerate(codes):
             if not 0 <= empty < size:
                 raise ConfigError(
                     f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside "
@@ -189,17 +183,12 @@ class CodecConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "codec config") -> "CodecConfig":
         read = _Reader(raw, source)
-        read.refuse("activation_function", lambda name: name != "gelu", "only 'gelu' is supported")
-        read.refuse(
-            "position_embedding_type", lambda name: name != "rope", "only 'rope' is supported"
-        )
-        read.refuse("rope_type", lambda name: name != "default", "only 'default' is supported")
-        read.refuse("vocoder_padding", lambda name: name != "same", "only 'same' is supported")
-        read.refuse(
-            "ln_type",
-            lambda name: name not in ("LayerNorm", "RMSNorm"),
-            "use 'LayerNorm' or 'RMSNorm'",
-        )
+        read.only("activation_function", "gelu")
+        read.only("position_embedding_type", "rope")
+        read.only("rope_type", "default")
+        read.only("vocoder_padding", "same")
+        norms = ("LayerNorm", "RMSNorm")
+        read.refuse("ln_type", lambda name: name not in norms, "use 'LayerNorm' or 'RMSNorm'")
         rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
         sizes = read.integers("codebook_size")
         skip = read.required("encoder_skip_layer_id")
@@ -241,11 +230,8 @@ class CodecConfig:
         )
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
-        for width, heads in (
-            (config.dim, config.encoder_heads),
-            (config.dim, config.decoder_heads),
-            (config.vocoder_dim, config.vocoder_heads),
-        ):
+        in_dim = [(config.dim, heads) for heads in (config.encoder_heads, config.decoder_heads)]
+        for width, heads in (*in_dim, (config.vocoder_dim, config.vocoder_heads)):
             if width % heads or (width // heads) % 2:
                 raise ConfigError(
                     f"{source}: width {width} does not split into {heads} heads of an even size"
@@ -272,7 +258,7 @@ class _Reader:
         if value is None and default is not None:
             return default
         if not _is_integer(value) or value < 1:
-            raise ConfigError(f"{self.source}: '{key}' must be a positive integer, not {value!r}")
+            raise self._wrong(key, "a positive integer")
         return int(value)
 
     def integers(self, key: str) -> list[int]:
@@ -280,10 +266,7 @@ class _Reader:
         value = self.required(key)
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
-            raise ConfigError(
-                f"{self.source}: '{key}' must be a positive integer or a list of them, not "
-                f"{value!r}"
-            )
+            raise self._wrong(key, "a positive integer or a list of them")
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -292,19 +275,14 @@ class _Reader:
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.source}: '{key}' must be a number, not {value!r}")
+            raise self._wrong(key, "a number")
         return float(value)
 
     def window(self, key: str) -> tuple[int, int]:
         value = self.required(key)
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != 2
-            or not all(_is_integer(each) for each in value)
-        ):
-            raise ConfigError(
-                f"{self.source}: '{key}' must be two integers, left and right, not {value!r}"
-            )
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if not pair or not all(map(_is_integer, value)):
+            raise self._wrong(key, "two integers, left and right")
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
@@ -315,15 +293,13 @@ class _Reader:
             first, second = ((float(mean), float(variance)) for mean, variance in value)
             if min(first[1], second[1]) > 0:
                 return first, second
-        raise ConfigError(
-            f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}"
-        )
+        raise self._wrong(key, "two pairs of mean and positive variance")
 
     def names(self, key: str) -> tuple[str, ...]:
         """A list of names; the key is this project's, empty if it is missing."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")
+            raise self._wrong(key, "a list of names")
         return tuple(value)
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
@@ -332,14 +308,9 @@ class _Reader:
         try:
             if not _is_integer(value) and not isinstance(value, str):
                 raise ValueError
-            values = (
-                tuple(int(part) for part in value.split("-"))
-                if isinstance(value, str)
-                else (value,)
-            )
+            values = tuple(map(int, value.split("-") if isinstance(value, str) else [value]))
         except ValueError:
-            problem = f"'{key}' must be integers joined by '-', one a channel, not {value!r}"
-            raise ConfigError(f"{self.source}: {problem}") from None
+            raise self._wrong(key, "integers joined by '-', one a channel") from None
         values = values * channels if len(values) == 1 else values
         if len(values) != channels:
             raise ConfigError(
@@ -351,8 +322,15 @@ class _Reader:
         """rope_theta, which transformers 5 moves into rope_parameters."""
         nested = self.raw.get("rope_parameters") or {}
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"{self.source}: 'rope_parameters' must be an object, not {nested!r}")
+            raise self._wrong("rope_parameters", "an object")
         return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
+
+    def _wrong(self, key: str, expected: str) -> ConfigError:
+        found = self.raw[key]
+        return ConfigError(f"{self.source}: '{key}' must be {expected}, not {found!r}")
+
+    def only(self, key: str, name: str) -> None:
+        self.refuse(key, lambda value: value != name, f"only {name!r} is supported")
 
     def refuse(self, key: str, unsupported: Any, reason: str) -> None:
         value = self.raw.get(key)
@@ -361,11 +339,9 @@ class _Reader:
 
 
 def _rope_kind(scaling: Any) -> str:
-    return str(
-        scaling.get("rope_type", scaling.get("type", "default"))
-        if isinstance(scaling, Mapping)
-        else scaling
-    )
+    if isinstance(scaling, Mapping):
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+    return str(scaling)
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -76,13 +76,11 @@ class Recipe:
     def __init__(
         self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]
     ) -> None:
-        self.directory, self.seed, self.device, self.sizes, self.steps = (
-            directory,
-            seed,
-            device,
-            sizes,
-            steps,
-        )
+        self.directory = directory
+        self.seed = seed
+        self.device = device
+        self.sizes = sizes
+        self.steps = steps
 
     def data(self) -> dict[str, Part]:
         found = {

@@ -109,10 +109,8 @@ class Codes:
 
     def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flat codes and, where needed, the places of words and the phones of frames."""
-        spoken, rng = (
-            self.part[index],
-            random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}"),
-        )
+        spoken = self.part[index]
+        rng = random.Random(f"{self.part.seed}/{self.part.name}/{index}/{variant}")
         heard, said = self.part.name in HEARD, self.part.name in SAID
         wav, start, frame = spoken.wav, 0, codec.config.samples_per_frame
         if heard:

@@ -68,10 +68,8 @@ def _head(index: int) -> str:
 @torch.no_grad()
 def streaming(load: Load, parts: Parts, count: int) -> Results:
     model, texts = load(None), unsaid(parts, count)
-    streamed, whole = (
-        speech_of(model, texts),
-        [_at_once(model, text, i) for i, text in enumerate(texts)],
-    )
+    streamed = speech_of(model, texts)
+    whole = [_at_once(model, text, i) for i, text in enumerate(texts)]
     signal = sum(float(wav.double().square().sum()) for wav in whole)
     difference = sum(
         float((a.double() - b.double()).square().sum())
@@ -134,8 +132,6 @@ def pace(load: Load, parts: Parts, count: int) -> Results:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return (
-        {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)}
-        if values
-        else {}
-    )
+    if values:
+        return {"median": round(statistics.median(values), 3), "largest": round(max(values), 3)}
+    return {}

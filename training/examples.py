@@ -199,10 +199,8 @@ class Examples:
                 for each in pairs[-1].spans
             ]
             start += len(pairs[-1])
-        ids, learned = (
-            torch.cat([each.ids for each in pairs], dim=1),
-            torch.cat([each.learned for each in pairs]),
-        )
+        ids = torch.cat([each.ids for each in pairs], dim=1)
+        learned = torch.cat([each.learned for each in pairs])
         return Example(ids, learned, spans, torch.cat([each.phones for each in pairs]))
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
@@ -234,10 +232,8 @@ class Examples:
 
     def _spliced(self, rng: random.Random) -> tuple[Segments, Segments]:
         drawn = [self._recording("words", rng) for _ in range(rng.randint(1, SPLICED))]
-        text, phones = (
-            " ".join(each.text for each in drawn),
-            [phone for each in drawn for phone in each.phones],
-        )
+        text = " ".join(each.text for each in drawn)
+        phones = [phone for each in drawn for phone in each.phones]
         speech = Heard(torch.cat([each.codes for each in drawn], dim=1), text=text, phones=phones)
         return tasks.asr(_drawn(rng), speech), [text, "<|im_end|>"]
 

@@ -179,28 +179,22 @@ class LMTraining:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses on held-out sentences: transcribing an unheard voice, and reading text aloud."""
-        model, count = (
-            self.model(),
-            min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"])),
-        )
+        model = self.model()
+        count = min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"]))
         heard = [self.examples.transcription("unheard", i) for i in range(count)]
         said = [self.examples.reading("unsaid", i) for i in range(count)]
         asr, _ = batch_losses(model, collate(heard, self.config, self.special.pad), None)
         text, codes = batch_losses(model, collate(said, self.config, self.special.pad), None)
         found = {"asr": float(asr), "text": float(text)}
-        return (
-            found
-            if codes is None
-            else found | {"codes": float(codes.mean()), "code_0": float(codes[0])}
-        )
+        if codes is None:
+            return found
+        return found | {"codes": float(codes.mean()), "code_0": float(codes[0])}
 
     def _examples_of(self, step: int) -> list[Example]:
         number = step // POOL
         if self._pool[0] != number:
-            rng, count = (
-                random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}"),
-                parallel.share(BATCH),
-            )
+            rng = random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}")
+            count = parallel.share(BATCH)
             tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
             drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * count)
             examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)

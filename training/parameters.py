@@ -120,8 +120,6 @@ def _std(name: str, shape: tuple[int, ...], layers: int) -> float:
     if re.search(r"embed_tokens|speech_embeddings\.", name):
         return EMBEDDING_STD
     std = 1 / math.sqrt(math.prod(shape[1:]))
-    return (
-        std / math.sqrt(2 * layers)
-        if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name)
-        else std
-    )
+    if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):
+        return std / math.sqrt(2 * layers)
+    return std

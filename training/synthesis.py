@@ -229,11 +229,9 @@ def _warped(wav: Tensor, manner: Manner) -> Tensor:
 
 def _usual_phones(text: str) -> list[int]:
     """Phones of the words alone: near enough to any synthesizer's, and one set for all."""
-    return (
-        _indices([phone for word in text.split() for phone in pronunciation(word)])
-        if has_flite()
-        else []
-    )
+    if has_flite():
+        return _indices([phone for word in text.split() for phone in pronunciation(word)])
+    return []
 
 
 def _flite(text: str, manner: Manner) -> Utterance:

@@ -69,9 +69,8 @@ def codec_shapes(config: CodecConfig) -> Shapes:
     shapes |= _transposed_conv("decoder.dconv2", dim, config.n_mels, config.decoder_kernel)
     width = config.vocoder_dim
     shapes["decoder.vocoder.embeddings.weight"] = (width, config.n_mels)
-    shapes |= _codec_layers(
-        "decoder.vocoder.layers", config.vocoder_layers, width, config.vocoder_ffn, norm
-    )
+    layers, ffn = config.vocoder_layers, config.vocoder_ffn
+    shapes |= _codec_layers("decoder.vocoder.layers", layers, width, ffn, norm)
     shapes |= _norm("decoder.vocoder.layer_norm", width, norm)
     shapes["decoder.vocoder.head.out.weight"] = (config.n_fft + 2, width)
     shapes["decoder.vocoder.head.out.bias"] = (config.n_fft + 2,)

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
@@ -79,9 +78,8 @@ class Engine:
     ) -> None:
         self.lm, self.capacity, self.queue = lm, capacity, queue
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
-        self.decoder = Decoder(
-            lm, self.state, Graphs(lm, self.state) if wanted(lm.device) else None
-        )
+        graphs = Graphs(lm, self.state) if wanted(lm.device) else None
+        self.decoder = Decoder(lm, self.state, graphs)
         self.prefixes = PrefixCache(PREFIX_BYTES)
         self._owners: list[weakref.ref[TokenSequence] | None] = [None] * slots
         self._used = [0] * slots
@@ -96,16 +94,11 @@ class Engine:
         self._in_flight: InFlight | None = None
 
     def warmup(self, progress: bool = True) -> None:
-        """Captures the graphs of every batch size and compiles the kernels of prompts.
-
-        After it the first reply is as fast as the tenth.
-        """
-        if self.decoder.graphs:
-            self.decoder.graphs.warmup(progress)
+        """Captures the graphs of every batch size and compiles the kernels of prompts."""
+        if graphs := self.decoder.graphs:
+            graphs.warmup(progress)
             # Capturing the graphs of prompts has compiled their kernels.
-            if self.decoder.graphs.takes_prompts:
-                return
-            if not self._requests and not any(self._owners):
+            if not graphs.takes_prompts and not self._requests and not any(self._owners):
                 self._warm_up_prompts()
 
     @torch.no_grad()
@@ -127,10 +120,7 @@ class Engine:
         return TokenSequence(self.lm.config, self.capacity, seed)
 
     def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> "Reply":
-        """Prefills what is not cached and returns the reply.
-
-        A group becomes part of the sequence when it is taken from the reply.
-        """
+        """Prefills what is not cached and returns the reply."""
         reply = self.start(sequence, limits, samplers)
         reply.prefill()
         return reply
@@ -340,10 +330,7 @@ class Engine:
     def _attempt(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
     ) -> None:
-        """Does the work for all requests at once or, if that fails, for each alone.
-
-        A request that fails alone gets the error.
-        """
+        """Does the work for all at once or, if that fails, for each, which then gets its error."""
         try:
             work(requests)
         except Exception as error:
@@ -367,19 +354,16 @@ class Engine:
             end = sequence.prefix_groups
         size = sequence.group_size
         with torch.no_grad():
-            self._compute(sequence.ids[:, start * size : end * size], slot, start)
+            ids = sequence.ids[:, start * size : end * size]
+            if self.decoder.graphs:
+                self.decoder.graphs.prefill(ids, slot, start)
+            else:
+                self.lm.prefill(ids, self.state, slot, start)
             if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
                 self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
         sequence.cached = end
         if end == sequence.groups:
             request.begin()
-
-    def _compute(self, ids: Tensor, slot: int, start: int) -> None:
-        """Prefills ids [C + 1, n G] into a slot from group `start` on."""
-        if self.decoder.graphs:
-            self.decoder.graphs.prefill(ids, slot, start)
-        else:
-            self.lm.prefill(ids, self.state, slot, start)
 
     def _decode(self, requests: Sequence[Request]) -> None:
         self._deliver(requests, self.decoder.next_groups(_rows(requests)))
@@ -397,8 +381,7 @@ class Engine:
         slot, sequence = self._choose_slot(request), request.sequence
         if slot is None:
             return
-        owner = self._owner(slot)
-        if owner is not None:
+        if (owner := self._owner(slot)) is not None:
             self._evict(owner)
         kept, cached = sequence.snapshot, sequence.cached
         if kept is None and sequence.prefix_groups and not cached:
@@ -438,10 +421,8 @@ class Engine:
 
     def _evict(self, sequence: TokenSequence) -> None:
         assert sequence.slot is not None
-        kept = (
-            Snapshot.take(self.state, sequence.slot, sequence.cached) if sequence.cached else None
-        )
-        sequence.snapshot = kept
+        if sequence.cached:
+            sequence.snapshot = Snapshot.take(self.state, sequence.slot, sequence.cached)
         self._owners[sequence.slot] = None
         sequence.slot = None
         # A running row goes to the end of those that wait.
@@ -525,10 +506,7 @@ class Reply(Iterator[Group]):
             self._request.awaited = False
 
     def launch_next(self) -> None:
-        """Launches the next group where the engine overlaps groups with the codec.
-
-        An error of that group is raised when the group is taken.
-        """
+        """See `Engine.launch_next`; an error of that group is raised when the group is taken."""
         self._engine.launch_next(self._request)
 
     def cancel(self) -> None:

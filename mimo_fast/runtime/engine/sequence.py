@@ -99,11 +99,8 @@ class TokenSequence:
     def go_back(self, ids: Tensor, cached: int) -> None:
         """Restores earlier ids; groups overwritten since then no longer count as cached."""
         shorter = min(ids.shape[1], self.ids.shape[1])
-        same = (
-            int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
-            // self.group_size
-        )
-        self.ids, self.cached = ids, min(cached, self.cached, same)
+        same = (ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum()
+        self.ids, self.cached = ids, min(cached, self.cached, int(same) // self.group_size)
 
 
 def check_room(groups: int, capacity: int) -> None:

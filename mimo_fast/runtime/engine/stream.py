@@ -266,11 +266,9 @@ def _generate_chunks(
                 on_group(group)
             if not group.finished:
                 text, patches = reader.read(group.text, group.codes)
-                heard = (
-                    stream.push(torch.cat(patches, dim=1), trusted=True)
-                    if stream and patches
-                    else nothing
-                )
+                heard = nothing
+                if stream and patches:
+                    heard = stream.push(torch.cat(patches, dim=1), trusted=True)
                 yield chunk(text, heard)
         if closing.is_set():
             return

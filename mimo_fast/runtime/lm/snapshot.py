@@ -44,7 +44,7 @@ class Snapshot:
             and all(
                 part.dtype == cache.dtype
                 and part.shape == (cache.shape[0], cache.shape[2], self.length, *cache.shape[4:])
-                for part, cache in zip((*self.parts,), own, strict=True)
+                for part, cache in zip(self.parts, own, strict=True)
             )
             and (self.hidden.dtype, self.hidden.shape)
             == (state.hidden.dtype, state.hidden.shape[1:])
