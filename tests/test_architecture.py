@@ -124,22 +124,22 @@ def graph() -> Graph:
     return graph_of(sources)
 
 
-def test_no_module_imports_itself_by_way_of_others(graph: Graph) -> None:
+def test_no_module_imports_itself_by_way_of_others(graph):
     ways = [" -> ".join(way) for way in circles(graph).values()]
     assert not ways, "circles of imports:\n" + "\n".join(ways)
 
 
-def test_packages_import_one_way(graph: Graph) -> None:
+def test_packages_import_one_way(graph):
     found = list(uphill(graph))
     assert not found, "imports of a later room:\n" + "\n".join(found)
 
 
-def test_every_module_has_a_room(graph: Graph) -> None:
+def test_every_module_has_a_room(graph):
     homeless = [name for name in graph if name != "mimo_fast" and not room_of(name)]
     assert not homeless, f"in no room of ROOMS: {', '.join(homeless)}"
 
 
-def test_public_names_are_where_the_package_says() -> None:
+def test_public_names_are_where_the_package_says():
     named = {name for names in mimo_fast._HOMES.values() for name in names}
     assert named == set(mimo_fast.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def test_public_names_are_where_the_package_says() -> None:
         assert name in dir(mimo_fast)
 
 
-def test_a_circle_is_found_and_shown() -> None:
+def test_a_circle_is_found_and_shown():
     sources = {
         "p.a": "from p.b import x",
         "p.b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import c",

@@ -91,21 +91,19 @@ def before_merges() -> list[Run]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_is_run_whole(
-    file: Path, before_commits: list[Run], before_merges: list[Run]
-) -> None:
+def test_every_file_is_run_whole(file, before_commits, before_merges):
     before = [run.marks for run in before_commits if run.takes(file)]
     after = [run.marks for run in before_merges if run.takes(file)]
     assert (before, after) in ((["not slow"], ["slow"]), ([], [""]))
 
 
-def test_the_interpreter_runs_its_own_files(before_merges: list[Run]) -> None:
+def test_the_interpreter_runs_its_own_files(before_merges):
     for run in before_merges:
         interpreted = all(path.is_relative_to("tests/interpreted") for path in run.paths)
         assert (run.environment.get("TRITON_INTERPRET") == "1") == interpreted
 
 
-def test_no_test_lies_where_none_is_looked_for() -> None:
+def test_no_test_lies_where_none_is_looked_for():
     for path in (ROOT / "tests").rglob("*.py"):
         if path.relative_to(ROOT) not in FILES:
             text = path.read_text(encoding="utf-8")
@@ -113,6 +111,6 @@ def test_no_test_lies_where_none_is_looked_for() -> None:
 
 
 @pytest.mark.slow
-def test_every_test_is_collected_once(before_commits: list[Run], before_merges: list[Run]) -> None:
+def test_every_test_is_collected_once(before_commits, before_merges):
     found = Counter(name for run in (*before_commits, *before_merges) for name in run.collected())
     assert found == Counter(EVERYTHING.collected())

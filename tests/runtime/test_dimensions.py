@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,7 +110,7 @@ def test_generate_in_both_layouts(loaded):
     assert torch.equal(flat.view(-1, config.channels + 1).T, new)
 
 
-def test_language_model_and_codec_that_do_not_belong_together(tmp_path: Path, kit: Path):
+def test_language_model_and_codec_that_do_not_belong_together(tmp_path, kit):
     lm, codec = write_pair(tmp_path, WIDE.lm, WIDE.codec | {"num_quantizers": 11})
     with pytest.raises(mimo_fast.CheckpointError, match="12 codebooks") as caught:
         mimo_fast.load(lm, codec, device="cpu")
@@ -119,7 +118,7 @@ def test_language_model_and_codec_that_do_not_belong_together(tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("sizes", [[64, 64, 15], [64, 64, 17]])
-def test_codebooks_of_other_sizes_do_not_belong_together(tmp_path: Path, sizes: list[int]):
+def test_codebooks_of_other_sizes_do_not_belong_together(tmp_path, sizes):
     """A code that the codec lacks, or that the language model reads as the empty code, ends in an
     error or in noise."""
     lm, codec = write_pair(tmp_path, {}, {"codebook_size": sizes})

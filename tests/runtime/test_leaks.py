@@ -50,7 +50,7 @@ def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> None:
+def test_memory_is_flat_over_a_thousand_requests(model, served):
     after = list[int]()
     for i in range(REQUESTS + 1):
         served(i)
@@ -62,7 +62,7 @@ def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> No
     assert not served.engine._requests
 
 
-def test_requests_leave_no_objects_behind(model: MimoAudio, served) -> None:
+def test_requests_leave_no_objects_behind(model, served):
     def objects() -> int:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

@@ -26,14 +26,14 @@ def preset(quantization: str | None = None, **options: object) -> Setup:
     return Setup(lm, codec, torch.bfloat16, torch.bfloat16, formats, **options)
 
 
-def test_the_published_model_fits_small_cards() -> None:
+def test_the_published_model_fits_small_cards():
     assert preset("int4", graphs=True).total <= 10 * GB
     assert (
         preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
     )
 
 
-def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
+def test_the_cache_is_counted_to_the_byte(model):
     config = model.lm.config
     for slots, quantized in ((1, False), (3, True)):
         state = model.lm.new_state([0] * slots, 40, quantized)
@@ -49,9 +49,7 @@ def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
         assert counted - held == 40 * config.backbone.head_dim * 4
 
 
-def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(
-    model: mimo_fast.MimoAudio,
-) -> None:
+def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model):
     setup, held = replace(model.setup, max_batch=3), 3 * model.codec.stream().nbytes
     assert replace(setup, graphs=True).total - setup.total == held
     assert not setup.graphs
@@ -61,7 +59,7 @@ def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(
 
 
 @pytest.mark.parametrize("free", [22, 16, 12, 9, 7.2])
-def test_the_settings_named_do_fit_and_none_is_idle(free: float) -> None:
+def test_the_settings_named_do_fit_and_none_is_idle(free):
     setup = preset(max_batch=4)
     with pytest.raises(DeviceMemoryError) as caught:
         check_memory(setup, int(free * GB), "the GPU")
@@ -86,18 +84,18 @@ def test_the_settings_named_do_fit_and_none_is_idle(free: float) -> None:
         assert total([other for other in named if other != name]) > free * GB
 
 
-def test_a_device_far_too_small() -> None:
+def test_a_device_far_too_small():
     with pytest.raises(DeviceMemoryError, match="no setting would fit"):
         check_memory(preset(), 2 * GB, "the GPU")
 
 
-def test_as_many_slots_as_fit() -> None:
+def test_as_many_slots_as_fit():
     setup = preset("int4")
     batches = [largest_batch(setup, int(free * GB)) for free in (5, 9.5, 11, 12.2, 40)]
     assert batches == [1, 1, 2, 3, 4]
 
 
-def test_options_reach_the_engine(kit: Path) -> None:
+def test_options_reach_the_engine(kit):
     parts = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
     model = mimo_fast.load(
         *parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE
@@ -118,23 +116,21 @@ def test_options_reach_the_engine(kit: Path) -> None:
         ({"offload": ["everything"]}, "nothing called everything to offload"),
     ],
 )
-def test_options_out_of_range(kit: Path, options: dict, message: str) -> None:
+def test_options_out_of_range(kit, options, message):
     with pytest.raises(ValueError, match=message):
         mimo_fast.load(
             kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options
         )
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
-    kit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(kit, monkeypatch):
     monkeypatch.setattr("mimo_fast.runtime.loading.free_bytes", lambda _: 10**6)
     monkeypatch.setattr("mimo_fast.runtime.loading.LM", None)
     with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
         mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
 
 
-def test_an_int8_cache_changes_little(model: mimo_fast.MimoAudio) -> None:
+def test_an_int8_cache_changes_little(model):
     """Greedy replies of a trained model would be the tokens of most groups; random weights only
     show that it runs."""
     prompt = model.pack(["The quick brown fox."])

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,9 +65,7 @@ def patch_positions(reply: Tensor, empty: int) -> list[int]:
 class TestTurns:
     @pytest.mark.parametrize("system", [None, "", "Be brief."])
     @pytest.mark.parametrize("voice", [None, 0])
-    def test_the_first_is_upstreams_prompt(
-        self, greedy: MimoAudio, audio: list[Path], system: str | None, voice: int | None
-    ) -> None:
+    def test_the_first_is_upstreams_prompt(self, greedy, audio, system, voice):
         speech = None if voice is None else audio[voice]
         session = greedy.session(system, speech)
         chunks = say(session, audio[1])
@@ -77,7 +74,7 @@ class TestTurns:
         assert session.prefilled == groups(prompt)
         assert len(chunks) == REPLY
 
-    def test_later_ones_equal_a_whole_prefill(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_later_ones_equal_a_whole_prefill(self, greedy, audio):
         session = greedy.session("Be brief.", audio[0])
         say(session, audio[1])
         for turn in (2, 0, 1):
@@ -92,9 +89,7 @@ class TestTurns:
         ("name", "new", "closing"),
         [("im_end", 4, "\n"), ("eostm", 4, "<|im_end|>\n"), ("sosp", 6, "<|eostm|><|im_end|>\n")],
     )
-    def test_a_reply_is_closed_once(
-        self, greedy: MimoAudio, audio: list[Path], name: str, new: int, closing: str
-    ) -> None:
+    def test_a_reply_is_closed_once(self, greedy, audio, name, new, closing):
         token = getattr(greedy.tokenizer.special, name)
         session = insistent(greedy, token).session()
         turn, between = (
@@ -108,7 +103,7 @@ class TestTurns:
         list(session.stream(audio[1], max_new_tokens=6, min_new_tokens=3))
         assert tokens(session.ids)[:-new] == [*said, *between, *turn]
 
-    def test_a_new_turn_stops_the_running_one(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_a_new_turn_stops_the_running_one(self, greedy, audio):
         session = greedy.session()
         running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
         for _ in range(5):
@@ -118,7 +113,7 @@ class TestTurns:
         assert list(running) == []
         assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
 
-    def test_closing_keeps_what_was_decoded(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_closing_keeps_what_was_decoded(self, greedy, audio):
         session, whole = greedy.session(), greedy.session()
         say(whole, audio[1])
         running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
@@ -127,7 +122,7 @@ class TestTurns:
         running.close()
         assert torch.equal(session.ids, whole.ids[:, : -(REPLY - 5) * GROUP])
 
-    def test_a_context_that_is_full(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_a_context_that_is_full(self, greedy, audio):
         greedy.lm = copy.copy(greedy.lm)
         greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=90)
         session = greedy.session()
@@ -141,9 +136,7 @@ class TestTurns:
         say(session, torch.zeros(24000), 8)
         assert torch.equal(session.ids[:, : said.shape[1]], said)
 
-    def test_the_context_may_be_filled_to_the_last_group(
-        self, greedy: MimoAudio, audio: list[Path]
-    ) -> None:
+    def test_the_context_may_be_filled_to_the_last_group(self, greedy, audio):
         greedy.lm = copy.copy(greedy.lm)
         prompt = greedy.get_spoken_dialogue_sft_prompt(audio[1])
         greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=groups(prompt) + 3)
@@ -167,9 +160,7 @@ class TestInterrupt:
             (999.5, 7),
         ],
     )
-    def test_keeps_what_was_heard(
-        self, greedy: MimoAudio, audio: list[Path], played_ms: float, heard: int
-    ) -> None:
+    def test_keeps_what_was_heard(self, greedy, audio, played_ms, heard):
         session = greedy.session("Be brief.", audio[0])
         say(session, audio[1])
         before = session.ids
@@ -185,9 +176,7 @@ class TestInterrupt:
         assert session.prefilled == groups(prompt) - kept
 
     @pytest.mark.parametrize("played_ms", [1e6, math.inf])
-    def test_beyond_the_end_keeps_all(
-        self, greedy: MimoAudio, audio: list[Path], played_ms: float
-    ) -> None:
+    def test_beyond_the_end_keeps_all(self, greedy, audio, played_ms):
         session = greedy.session()
         say(session, audio[1])
         said = session.ids
@@ -196,7 +185,7 @@ class TestInterrupt:
         say(session, audio[2], NEXT)
         assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
 
-    def test_twice_keeps_the_shorter(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_twice_keeps_the_shorter(self, greedy, audio):
         session = greedy.session()
         say(session, audio[1])
         start, before = groups(session.ids) - REPLY, session.ids
@@ -208,7 +197,7 @@ class TestInterrupt:
         prompt = closed(greedy, before[:, : (start + spoken[2]) * GROUP], audio[2])
         assert torch.equal(session.ids, from_scratch(greedy, prompt))
 
-    def test_before_any_turn_changes_nothing(self, greedy: MimoAudio, audio: list[Path]) -> None:
+    def test_before_any_turn_changes_nothing(self, greedy, audio):
         session = greedy.session("Be brief.", audio[0])
         session.interrupt(0)
         say(session, audio[1], NEXT)
@@ -216,9 +205,7 @@ class TestInterrupt:
         assert torch.equal(session.ids, from_scratch(greedy, prompt))
 
     @pytest.mark.parametrize(("taken", "heard"), [(0, 0), (1, 0), (14, 2), (14, 100)])
-    def test_in_the_middle_of_a_stream(
-        self, greedy: MimoAudio, audio: list[Path], taken: int, heard: int
-    ) -> None:
+    def test_in_the_middle_of_a_stream(self, greedy, audio, taken, heard):
         session = greedy.session()
         running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
         for _ in range(taken):
@@ -233,9 +220,7 @@ class TestInterrupt:
         prompt = closed(greedy, before[:, : kept * GROUP], audio[2])
         assert torch.equal(session.ids, from_scratch(greedy, prompt))
 
-    def test_while_another_thread_decodes(
-        self, greedy: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_while_another_thread_decodes(self, greedy, audio, monkeypatch):
         """A listener breaks in: the event loop interrupts while a worker is in the middle of a
         group."""
         inside, step = threading.Event(), LM.step
@@ -267,7 +252,7 @@ class TestInterrupt:
         assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
 
 
-def test_reset_keeps_the_voice_and_its_cache(greedy: MimoAudio, audio: list[Path]) -> None:
+def test_reset_keeps_the_voice_and_its_cache(greedy, audio):
     session, fresh = greedy.session("Be brief.", audio[0]), greedy.session("Be brief.", audio[0])
     opening = groups(session.ids)
     assert opening > 0
@@ -282,7 +267,7 @@ def test_reset_keeps_the_voice_and_its_cache(greedy: MimoAudio, audio: list[Path
 
 
 class TestDraws:
-    def test_a_seed_fixes_the_audio(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_a_seed_fixes_the_audio(self, model, audio):
         def heard(seed: int | None) -> tuple[str, Tensor]:
             session = model.session(seed=seed)
             chunks = [*say(session, audio[1], 20), *say(session, audio[2], 20)]
@@ -294,9 +279,7 @@ class TestDraws:
         assert (text, wav.tolist()) == (again, same_wav.tolist())
         assert len({tuple(audio.tolist()) for audio in (wav, other, fresh)}) == 3
 
-    def test_none_repeats_after_an_interruption(
-        self, model: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_none_repeats_after_an_interruption(self, model, audio, monkeypatch):
         draws, sample_text = list[tuple[int, int]](), LM.sample_text
 
         def recording(lm: LM, state: Any, slots: Tensor, *arguments: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ class TestAFullContext:
         greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=220)
         return greedy
 
-    def test_drops_the_oldest_turns(self, short: MimoAudio, audio: list[Path]) -> None:
+    def test_drops_the_oldest_turns(self, short, audio):
         session = short.session("Be brief.", audio[0])
         opening, seen = groups(session.ids), list[int]()
         for _ in range(9):
@@ -42,9 +41,7 @@ class TestAFullContext:
         assert max(seen) > 2
         assert 1 <= min(seen[3:]) < max(seen), "nothing was dropped"
 
-    def test_goes_on_as_a_dialogue_of_what_is_left(
-        self, short: MimoAudio, audio: list[Path]
-    ) -> None:
+    def test_goes_on_as_a_dialogue_of_what_is_left(self, short, audio):
         session = short.session("Be brief.", audio[0])
         replies = list[Tensor]()
         while session.turns == len(replies):
@@ -55,9 +52,7 @@ class TestAFullContext:
             prompt = closed(short, torch.cat((prompt, reply), dim=1), audio[1])
         assert torch.equal(session.ids, from_scratch(short, prompt))
 
-    def test_a_turn_that_fails_leaves_everything_as_it_was(
-        self, short: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_turn_that_fails_leaves_everything_as_it_was(self, short, audio, monkeypatch):
         session, other = (short.session("Be brief.", audio[0], seed=1) for _ in range(2))
         while session.turns < 2 or groups(session.ids) + 50 < 220:
             say(session, audio[1], NEXT)
@@ -79,9 +74,7 @@ class TestAFullContext:
 
 
 class TestFiles:
-    def test_a_restored_dialogue_goes_on_as_if_it_had_never_stopped(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path
-    ) -> None:
+    def test_a_restored_dialogue_goes_on_as_if_it_had_never_stopped(self, model, audio, tmp_path):
         session = model.session("Be brief.", audio[0], seed=3)
         say(session, audio[1], NEXT)
         session.save(tmp_path / "talk")
@@ -96,9 +89,7 @@ class TestFiles:
         assert torch.equal(restored.ids, session.ids)
         assert [path.name for path in tmp_path.iterdir()] == ["talk"]
 
-    def test_another_kind_of_cache_is_computed_anew(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path
-    ) -> None:
+    def test_another_kind_of_cache_is_computed_anew(self, model, audio, tmp_path):
         session = model.session(seed=3)
         say(session, audio[1], NEXT)
         session.save(tmp_path / "talk")
@@ -117,9 +108,7 @@ class TestFiles:
         assert restored.prefilled == groups(restored.ids) - NEXT
 
     @pytest.mark.parametrize("damage", ["missing", "text", "cut", "foreign", "weights"])
-    def test_a_file_that_is_no_session(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path, damage: str
-    ) -> None:
+    def test_a_file_that_is_no_session(self, model, audio, tmp_path, damage):
         path = tmp_path / "talk"
         if damage == "text":
             path.write_text("no session")
@@ -143,7 +132,7 @@ class TestFiles:
         assert wanted in message
 
 
-def test_the_twentieth_turn_computes_its_own_tokens(greedy: MimoAudio, audio: list[Path]) -> None:
+def test_the_twentieth_turn_computes_its_own_tokens(greedy, audio):
     """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as
     its pending group."""
     session = greedy.session("Be brief.", audio[0])

@@ -2,7 +2,6 @@
 requests."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,9 +45,7 @@ class TestPack:
             st.one_of(texts, patch_counts, st.tuples(texts, patch_counts)), min_size=1, max_size=6
         )
     )
-    def test_each_group_is_one_token_and_its_codes(
-        self, model: MimoAudio, drawn: list[Any]
-    ) -> None:
+    def test_each_group_is_one_token_and_its_codes(self, model, drawn):
         segments: list[prompt.Segment] = []
         for item in drawn:
             if isinstance(item, str):
@@ -87,9 +84,7 @@ class TestPack:
     @example(text="", patches=0)
     @example(text="", patches=12)
     @example(text="abababababababab", patches=0)
-    def test_a_reply_alternates_five_tokens_and_five_patches(
-        self, model: MimoAudio, text: str, patches: int
-    ) -> None:
+    def test_a_reply_alternates_five_tokens_and_five_patches(self, model, text, patches):
         sequence = model.pack([SpokenReply(text, codes_of(model, patches))])[0, ::GROUP].tolist()
         assert (sequence[0], sequence[-1]) == (model.sostm_idx, model.eostm_idx)
         words = model.tokenizer.encode(text)
@@ -108,7 +103,7 @@ class TestPack:
         assert not words or inner[end - 1] == words[-1]
         assert words or end == 0
 
-    def test_a_reply_whose_words_have_places(self, model: MimoAudio) -> None:
+    def test_a_reply_whose_words_have_places(self, model):
         words = model.tokenizer.encode("abab ab")
         places = [0, *[2] * (len(words) - 1)]
         sequence = model.pack([SpokenReply("abab ab", codes_of(model, 3), places)])[
@@ -127,28 +122,26 @@ class TestPack:
         ]
         assert sequence == expected
 
-    def test_a_reply_without_words_is_its_patches(self, model: MimoAudio) -> None:
+    def test_a_reply_without_words_is_its_patches(self, model):
         sequence = model.pack([SpokenReply("", codes_of(model, 2), [])])[0, ::GROUP].tolist()
         empty = model.empty_token
         assert sequence == [model.sostm_idx, model.eot_idx, empty, empty, model.eostm_idx]
 
-    def test_nothing_packs_to_nothing(self, model: MimoAudio) -> None:
+    def test_nothing_packs_to_nothing(self, model):
         assert model.pack([]).shape == (9, 0)
 
     @pytest.mark.parametrize("shape", [(7, 8), (8, 6), (9, 8), (64,), (1, 8, 4)])
     @pytest.mark.parametrize(
         "segment", [Speech, lambda codes: SpokenReply("x", codes)], ids=["speech", "reply"]
     )
-    def test_codes_of_a_wrong_shape(
-        self, model: MimoAudio, shape: tuple[int, ...], segment: Any
-    ) -> None:
+    def test_codes_of_a_wrong_shape(self, model, shape, segment):
         message = f"codes must be [8, a multiple of 4], not {list(shape)}"
         with pytest.raises(PromptError, match=re.escape(message)):
             model.pack([segment(torch.zeros(shape, dtype=torch.int64))])
 
 
 class TestTemplates:
-    def test_by_text_by_index_by_seed(self) -> None:
+    def test_by_text_by_index_by_seed(self):
         assert tasks.choose_template(ASR_TEMPLATES, "My own", None) == "My own"
         assert tasks.choose_template(ASR_TEMPLATES, 3, 1) == ASR_TEMPLATES[3]
         drawn = [tasks.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
@@ -156,7 +149,7 @@ class TestTemplates:
         assert set(drawn) == set(ASR_TEMPLATES)
         assert {tasks.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
 
-    def test_transcription_asks_with_each_of_them(self, model: MimoAudio) -> None:
+    def test_transcription_asks_with_each_of_them(self, model):
         asked = {
             text_of(model, model.get_asr_sft_prompt(torch.zeros(FRAME), seed=seed))
             for seed in range(200)
@@ -169,9 +162,7 @@ class TestTemplates:
     @pytest.mark.parametrize(
         ("text", "language"), [("Hello.", "en"), ("说 hello", "zh"), ("¿Qué?", "en"), ("", "en")]
     )
-    def test_speech_is_asked_for_in_the_language_of_the_text(
-        self, model: MimoAudio, text: str, language: str
-    ) -> None:
+    def test_speech_is_asked_for_in_the_language_of_the_text(self, model, text, language):
         asked = {text_of(model, model.get_tts_sft_prompt(text, seed=seed)) for seed in range(100)}
         want = {
             f"<|im_start|>user\n{words}: {text}<|im_end|>\n<|im_start|>assistant\n<|sostm|>"
@@ -179,7 +170,7 @@ class TestTemplates:
         }
         assert asked == want
 
-    def test_one_sentence_of_style_and_text_needs_no_template(self, model: MimoAudio) -> None:
+    def test_one_sentence_of_style_and_text_needs_no_template(self, model):
         first, second = (
             model.get_tts_sft_prompt("Whisper: hi", read_text_only=False, seed=seed)
             for seed in (0, 1)
@@ -202,26 +193,26 @@ class TestTemplates:
         ("ÉTÉ", "Été"),
     ],
 )
-def test_text_in_one_case_is_capitalized(model: MimoAudio, text: str, want: str) -> None:
+def test_text_in_one_case_is_capitalized(model, text, want):
     assert tasks.capitalize(text) == model.preprocess_input(text) == want
     assert f": {want}<|im_end|>" in text_of(model, model.get_tts_sft_prompt(text))
 
 
 class TestAudioInput:
-    def test_every_form_gives_the_same_codes(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_every_form_gives_the_same_codes(self, model, audio):
         wav = load_audio(audio[1], 24000)
         forms: list[Any] = [audio[1], str(audio[1]), audio[1].read_bytes(), wav, wav.numpy()]
         flat = [model.preprocess_input(form) for form in forms]
         assert all(torch.equal(codes, flat[0]) for codes in flat)
         assert torch.equal(flat[0].view(-1, 8).T, model.speech(audio[1]).codes)
 
-    def test_a_name_without_a_file_is_text(self, model: MimoAudio, tmp_path: Path) -> None:
+    def test_a_name_without_a_file_is_text(self, model, tmp_path):
         assert model.preprocess_input("missing.wav") == "Missing.wav"
         with pytest.raises(AudioError, match=r"missing\.wav"):
             model.preprocess_input(tmp_path / "missing.wav")
 
     @pytest.mark.parametrize("frames", range(1, 10))
-    def test_leftover_frames_are_padded_with_the_last(self, model: MimoAudio, frames: int) -> None:
+    def test_leftover_frames_are_padded_with_the_last(self, model, frames):
         wav = torch.sin(torch.arange(frames * FRAME) * 0.05 * torch.linspace(1, 3, frames * FRAME))
         codes = model.codec.encode(wav, 8)
         left, padded = codes.shape[1] % GROUP, model.speech(wav).codes
@@ -235,14 +226,14 @@ class TestAudioInput:
             with pytest.raises(PromptError, match="shorter than one patch"):
                 model.speech(wav, closed=False)
 
-    def test_speech_to_be_continued_stays_open(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_speech_to_be_continued_stays_open(self, model, audio):
         text = model.get_speech_continuation_prompt(audio[1])[0, ::GROUP].tolist()
         patches = model.codec.encode(load_audio(audio[1], 24000)).shape[1] // GROUP
         assert text == [model.sosp_idx] + [model.empty_token] * patches
 
 
 class TestDialogues:
-    def test_an_empty_system_prompt_is_none(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_an_empty_system_prompt_is_none(self, model, audio):
         plain = model.get_spoken_dialogue_sft_prompt(audio[1])
         assert torch.equal(model.get_spoken_dialogue_sft_prompt(audio[1], system_prompt=""), plain)
         message = [{"role": "user", "content": audio[1]}]
@@ -251,7 +242,7 @@ class TestDialogues:
         )
         assert "user\n<|sosp|>" in text_of(model, plain)
 
-    def test_one_message_is_the_single_turn(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_one_message_is_the_single_turn(self, model, audio):
         spoken, written = (
             [{"role": "user", "content": audio[1]}],
             [{"role": "user", "content": "Hi"}],
@@ -273,7 +264,7 @@ class TestDialogues:
         ]
         assert all(torch.equal(many, one) for many, one in pairs)
 
-    def test_thinking_is_opened_or_skipped(self, model: MimoAudio) -> None:
+    def test_thinking_is_opened_or_skipped(self, model):
         thinking, not_thinking = (
             text_of(model, model.get_text_dialogue_sft_prompt("Hi", t)) for t in (True, False)
         )
@@ -293,9 +284,7 @@ class TestDialogues:
         ],
     )
     @pytest.mark.parametrize("task", ["spoken_dialogue", "s2t_dialogue", "text_dialogue"])
-    def test_a_message_needs_role_and_content(
-        self, model: MimoAudio, task: str, message: Any
-    ) -> None:
+    def test_a_message_needs_role_and_content(self, model, task, message):
         with pytest.raises(
             PromptError,
             match=r"^a message needs a role \('user' or 'assistant'\) and content, not ",
@@ -303,7 +292,7 @@ class TestDialogues:
             getattr(model, f"get_{task}_sft_multiturn_prompt")([message])
 
     @pytest.mark.parametrize("content", ["Sure.", {"text": "Sure."}, None])
-    def test_a_spoken_reply_needs_text_and_audio(self, model: MimoAudio, content: Any) -> None:
+    def test_a_spoken_reply_needs_text_and_audio(self, model, content):
         with pytest.raises(
             PromptError, match=r"assistant's message needs content \{'text': ..., 'audio': ...\}"
         ):
@@ -313,7 +302,7 @@ class TestDialogues:
 
     @pytest.mark.parametrize("content", [{"text": "Sure."}, None, 3])
     @pytest.mark.parametrize("task", ["s2t_dialogue", "text_dialogue"])
-    def test_a_written_reply_needs_text(self, model: MimoAudio, task: str, content: Any) -> None:
+    def test_a_written_reply_needs_text(self, model, task, content):
         with pytest.raises(PromptError, match="content"):
             getattr(model, f"get_{task}_sft_multiturn_prompt")(
                 [{"role": "assistant", "content": content}]
@@ -321,7 +310,7 @@ class TestDialogues:
 
 
 class TestExamples:
-    def test_as_many_as_the_report_uses(self, model: MimoAudio) -> None:
+    def test_as_many_as_the_report_uses(self, model):
         speech = Speech(codes_of(model, 1))
         example = {"input_audio": speech, "output_audio": speech, "output_transcription": "x"}
 
@@ -335,7 +324,7 @@ class TestExamples:
         with pytest.raises(PromptError, match="at most 16 examples are supported, not 17"):
             prompt_of(17)
 
-    def test_an_incomplete_one_is_named(self, model: MimoAudio, audio: list[Path]) -> None:
+    def test_an_incomplete_one_is_named(self, model, audio):
         for missing in ("input_audio", "output_audio", "output_transcription"):
             example = {
                 "input_audio": audio[1],

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,9 +44,7 @@ def call(model: MimoAudio, task: str, audio: list[Path], output: Any = None, **o
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_reply_is_what_was_generated(
-    model: MimoAudio, audio: list[Path], tmp_path: Path, task: str
-) -> None:
+def test_a_reply_is_what_was_generated(model, audio, tmp_path, task):
     own, path = copy.copy(model), tmp_path / "reply.wav"
     text = call(own, task, audio, path, seed=3, max_new_tokens=24, min_new_tokens=24)
     ids, codes = last_reply(own, 24)
@@ -66,7 +63,7 @@ def test_a_reply_is_what_was_generated(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_seed_fixes_the_reply(model: MimoAudio, audio: list[Path], task: str) -> None:
+def test_a_seed_fixes_the_reply(model, audio, task):
     own, histories = copy.copy(model), list[Tensor]()
     for seed in (1, 1, 2):
         call(own, task, audio, seed=seed, max_new_tokens=6, min_new_tokens=6)
@@ -76,9 +73,7 @@ def test_a_seed_fixes_the_reply(model: MimoAudio, audio: list[Path], task: str) 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_upstreams_stop_tokens_and_samplers(
-    model: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, task: str
-) -> None:
+def test_upstreams_stop_tokens_and_samplers(model, audio, monkeypatch, task):
     used: dict[str, Any] = {}
     monkeypatch.setattr(
         MimoAudio, "forward", lambda self, ids, **options: used.update(options) or ""
@@ -108,29 +103,25 @@ def test_upstreams_stop_tokens_and_samplers(
     assert used["task_name"] == samplers.get(task, family)
 
 
-def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(
-    own: MimoAudio, tmp_path: Path
-) -> None:
+def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own, tmp_path):
     assert own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=1) == ""
     samples, _ = soundfile.read(tmp_path / "a.wav")
     assert (len(samples), abs(samples).max()) == (24000, 0)
 
 
-def test_without_an_output_only_text_is_returned(own: MimoAudio, tmp_path: Path) -> None:
+def test_without_an_output_only_text_is_returned(own, tmp_path):
     text = own.tts_sft("Hi.", None, max_new_tokens=12, seed=0)
     assert text == own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0) != ""
 
 
 class TestFailures:
-    def test_a_missing_directory(self, own: MimoAudio, tmp_path: Path) -> None:
+    def test_a_missing_directory(self, own, tmp_path):
         path = tmp_path / "missing" / "a.wav"
         with pytest.raises(AudioError, match=re.escape(f"cannot write {path}: ")):
             own.tts_sft("Hi.", path, max_new_tokens=6)
         assert not list(tmp_path.iterdir())
 
-    def test_an_unwritable_waveform_leaves_the_old_file(
-        self, own: MimoAudio, tmp_path: Path
-    ) -> None:
+    def test_an_unwritable_waveform_leaves_the_old_file(self, own, tmp_path):
         (tmp_path / "a.wav").write_bytes(b"old")
         own.codec = copy.copy(own.codec)
         own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
@@ -140,9 +131,7 @@ class TestFailures:
             ("a.wav", b"old")
         ]
 
-    def test_an_error_while_decoding(
-        self, own: MimoAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_error_while_decoding(self, own, tmp_path, monkeypatch):
         want = own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0)
         with monkeypatch.context() as patch:
             patch.setattr(mimo_fast.LM, "step", _raise)
@@ -157,17 +146,17 @@ def _raise(*_arguments: Any) -> None:
 
 
 class TestForward:
-    def test_audio_has_upstreams_shape(self, own: MimoAudio) -> None:
+    def test_audio_has_upstreams_shape(self, own):
         wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
         _, codes = last_reply(own, 16)
         assert wav.shape == (1, 1, codes.shape[1] * FRAME)
         assert torch.equal(wav[0, 0], own.codec.decode(codes))
 
-    def test_audio_may_be_changed_in_place(self, own: MimoAudio) -> None:
+    def test_audio_may_be_changed_in_place(self, own):
         wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
         assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
 
-    def test_unknown_tasks_use_the_default_samplers(self, own: MimoAudio) -> None:
+    def test_unknown_tasks_use_the_default_samplers(self, own):
         own.default_global_sampler, own.default_local_sampler = (
             MiMoSampler(True, 0.8),
             MiMoSampler(True, 0.7),
@@ -175,10 +164,7 @@ class TestForward:
         assert (
             own.get_task_sampler(None)
             == own.get_task_sampler("?")
-            == {
-                "global": MiMoSampler(True, 0.8),
-                "local": MiMoSampler(True, 0.7),
-            }
+            == {"global": MiMoSampler(True, 0.8), "local": MiMoSampler(True, 0.7)}
         )
         ids = own.get_tts_sft_prompt("Hi.", seed=0)
         own.forward(ids, max_new_tokens=10, seed=5)
@@ -192,7 +178,7 @@ class TestForward:
         )
         assert torch.equal(history(own), want)
 
-    def test_samplers_belong_to_the_model(self, kit: Path, model: MimoAudio) -> None:
+    def test_samplers_belong_to_the_model(self, kit, model):
         other = mimo_fast.load(
             kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu"
         )
@@ -230,13 +216,7 @@ class TestHistory:
         ],
         ids=["spoken", "speech to text", "text"],
     )
-    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(
-        self,
-        own: MimoAudio,
-        audio: list[Path],
-        monkeypatch: pytest.MonkeyPatch,
-        turn: Callable[..., str],
-    ) -> None:
+    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(self, own, audio, monkeypatch, turn):
         turn(own, audio, **self.OPTIONS)
         first, counts = history(own), self.prefills(monkeypatch)
         turn(own, audio, add_history=True, **self.OPTIONS)
@@ -247,9 +227,7 @@ class TestHistory:
         assert counts == [new + 1]
         assert torch.equal(generate(own, both[:, : -8 * GROUP], max_new_tokens=8), both)
 
-    def test_later_turns_do_not_repeat_instruction_and_voice(
-        self, own: MimoAudio, audio: list[Path]
-    ) -> None:
+    def test_later_turns_do_not_repeat_instruction_and_voice(self, own, audio):
         options: dict[str, Any] = {
             "system_prompt": "Be brief.",
             "prompt_speech": audio[0],
@@ -261,7 +239,7 @@ class TestHistory:
         assert torch.equal(later, own.get_spoken_dialogue_sft_prompt(audio[1]))
         assert later.shape[1] < first.shape[1]
 
-    def test_starts_over_without_add_history_or_after_clear_history(self, own: MimoAudio) -> None:
+    def test_starts_over_without_add_history_or_after_clear_history(self, own):
         assert (own.history, own.has_history) == (None, False)
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
         first, prompt = history(own), own.get_text_dialogue_sft_prompt("Hi.")
@@ -273,7 +251,7 @@ class TestHistory:
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), first)
 
-    def test_a_turn_that_does_not_fit_leaves_it_alone(self, own: MimoAudio) -> None:
+    def test_a_turn_that_does_not_fit_leaves_it_alone(self, own):
         own.lm = copy.copy(own.lm)
         own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
@@ -287,7 +265,7 @@ class TestHistory:
         assert torch.equal(history(own)[:, : before.shape[1]], before)
 
 
-def test_a_task_may_be_called_without_its_suffix() -> None:
+def test_a_task_may_be_called_without_its_suffix():
     for alias, name in [
         ("asr", "asr_sft"),
         ("tts_sft", "tts_sft"),
@@ -301,7 +279,7 @@ def test_a_task_may_be_called_without_its_suffix() -> None:
         find_task("sing")
 
 
-def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
+def test_every_task_has_a_method_and_a_prompt(model):
     for name, task in TASKS.items():
         assert callable(getattr(model, name))
         assert callable(task.prompt)
@@ -309,7 +287,7 @@ def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
         assert callable(getattr(model, method))
 
 
-def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> None:
+def test_a_turn_that_follows_closes_the_stream_still_read(own):
     first = own.stream("text_dialogue", "Hi.", max_new_tokens=9, seed=1)
     next(first)
     own.text_dialogue_sft("And now?", max_new_tokens=3, add_history=True, seed=1)
@@ -317,7 +295,7 @@ def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> Non
 
 
 @pytest.mark.parametrize("text", [None, {"a": 1}, 3])
-def test_what_is_not_text_is_refused(own: MimoAudio, audio: list[Path], text: Any) -> None:
+def test_what_is_not_text_is_refused(own, audio, text):
     for call in (
         lambda: own.text_dialogue_sft(text),
         lambda: own.audio_understanding_sft(audio[1], text),

@@ -51,7 +51,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_the_waits_differ(plain: Codec) -> None:
+def test_the_waits_differ(plain):
     assert (default_lookahead(plain.config) == LOOKAHEAD) == (plain.config.moments is None)
 
 
@@ -61,7 +61,7 @@ def test_the_waits_differ(plain: Codec) -> None:
         4, [-5, 0, 1, 40 * PATCH_FRAMES, PATCH_FRAMES, 3 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
     ),
 )
-def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None:
+def test_patch_by_patch_every_chunk_is_a_replay(plain, more):
     """From the first decode on, but for a rest of less than a patch; the last chunk after it is one
     again."""
     codec, counted = graphed(plain)
@@ -78,7 +78,7 @@ def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None
         1, [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
     ),
 )
-def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> None:
+def test_pushes_of_any_size_mix_with_replays(plain, sizes):
     codec, counted = graphed(plain)
     lengths = cut(400, sizes)
     codes = random_codes(codec.config, 400)
@@ -91,7 +91,7 @@ def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> 
         assert (not last_by_finish) <= counted.replays <= most + 1
 
 
-def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None:
+def test_streams_take_turns_over_states_that_keep_no_trace(plain):
     codec, counted = graphed(plain)
     codec.warmup(2, progress=False)
     assert counted.captures == 6
@@ -120,7 +120,7 @@ def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None
     assert counted.replays == 2 * 3 * 10 + 4
 
 
-def test_a_stream_too_many_captures_its_own(plain: Codec) -> None:
+def test_a_stream_too_many_captures_its_own(plain):
     codec, counted = graphed(plain)
     codec.warmup(1, progress=False)
     streams = [codec.stream() for _ in range(3)]
@@ -135,7 +135,7 @@ def test_a_stream_too_many_captures_its_own(plain: Codec) -> None:
     assert counted.captures == 9
 
 
-def test_threads_push_at_the_same_time(plain: Codec) -> None:
+def test_threads_push_at_the_same_time(plain):
     codec, counted = graphed(plain)
     total = wait(codec) + 60
     sizes, found = cut(total, [PATCH_FRAMES]), {}
@@ -154,7 +154,7 @@ def test_threads_push_at_the_same_time(plain: Codec) -> None:
     assert counted.replays == 4 * 16
 
 
-def test_what_was_not_captured_goes_without(plain: Codec) -> None:
+def test_what_was_not_captured_goes_without(plain):
     """The caller's norm statistics, another look-ahead, layers in host memory, a copy with other
     layers."""
     codec, counted = graphed(plain)
@@ -177,7 +177,7 @@ def test_what_was_not_captured_goes_without(plain: Codec) -> None:
     assert counted.captures == counted.replays == 0
 
 
-def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
+def test_a_user_in_inference_mode_spoils_no_state(plain):
     codec, _ = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
     with torch.inference_mode():
@@ -186,7 +186,7 @@ def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
     same(stream_in(codec, codes, lengths), first)
 
 
-def test_a_reply_gives_its_state_back_at_once(model) -> None:
+def test_a_reply_gives_its_state_back_at_once(model):
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
     reader = ReplyReader(model.tokenizer, True)

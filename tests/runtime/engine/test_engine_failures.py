@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, RequestSpec, drawn
+from replies import CAPACITY, drawn
 from torch import Tensor
 
-from mimo_fast import LM, MimoAudio
+from mimo_fast import LM
 from mimo_fast.errors import BusyError, DeviceMemoryError
 from mimo_fast.runtime.engine.engine import Engine
 
@@ -31,9 +31,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
     return arm
 
 
-def test_a_row_that_fails_leaves_the_others_alone(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], broken: Any
-) -> None:
+def test_a_row_that_fails_leaves_the_others_alone(engine, requests, alone, broken):
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     firsts = [next(reply) for reply in replies]
     broken(ValueError("no such thing"), replies[1]._request.row.slot)
@@ -44,9 +42,7 @@ def test_a_row_that_fails_leaves_the_others_alone(
     assert not engine._requests
 
 
-def test_memory_running_out_says_what_to_do(
-    engine: Engine, requests: list[RequestSpec], broken: Any
-) -> None:
+def test_memory_running_out_says_what_to_do(engine, requests, broken):
     reply = requests[5].start(engine)
     next(reply)
     broken(
@@ -59,9 +55,7 @@ def test_memory_running_out_says_what_to_do(
         list(reply)
 
 
-def test_an_error_in_a_prompt_is_that_reply_s_own(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_a_prompt_is_that_reply_s_own(engine, requests, alone, monkeypatch):
     other = requests[5].start(engine, ahead=None)
     first, prefill = next(other), LM.prefill
     monkeypatch.setattr(
@@ -75,9 +69,7 @@ def test_an_error_in_a_prompt_is_that_reply_s_own(
     assert drawn([first, *other]) == alone[5]
 
 
-def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(engine, requests, alone, monkeypatch):
     """Ctrl-C comes to whoever does the work; the others go on where they were."""
     interrupted, other = (
         requests[3].start(engine, ahead=None),
@@ -98,9 +90,7 @@ def test_an_interrupt_in_the_middle_of_a_group_loses_nothing(
     assert drawn([*before, *interrupted]) == alone[3]
 
 
-def test_a_hook_that_fails_ends_its_own_reply(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any]
-) -> None:
+def test_a_hook_that_fails_ends_its_own_reply(engine, requests, alone):
     def hook(text: int, codes: Tensor) -> bool:
         raise ConnectionError("the client went away")
 
@@ -113,7 +103,7 @@ def test_a_hook_that_fails_ends_its_own_reply(
     assert drawn(list(other)) == alone[5]
 
 
-def test_a_full_queue_says_so(model: MimoAudio, requests: list[RequestSpec]) -> None:
+def test_a_full_queue_says_so(model, requests):
     engine = Engine(model.lm, 1, CAPACITY, queue=2)
     running = requests[5].start(engine, ahead=None)
     next(running)

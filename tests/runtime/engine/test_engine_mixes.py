@@ -46,13 +46,8 @@ def by_itself(
 
 @pytest.mark.parametrize("seed", range(50))
 def test_any_mix_gives_the_tokens_of_lone_runs(
-    model: MimoAudio,
-    engine: Engine,
-    requests: list[RequestSpec],
-    interruptions: list[Interruption | None],
-    by_itself,
-    seed: int,
-) -> None:
+    model, engine, requests, interruptions, by_itself, seed
+):
     """More rows than slots, started, left and interrupted at random moments, taken from in random
     order; of every five engines two are given the next group ahead at random moments."""
     rng, ahead = random.Random(seed), random.Random(-seed)
@@ -83,13 +78,12 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
         assert drawn(consumer.got) == groups[: consumer.patience]
         # What it never took is forgotten.
         assert torch.equal(
-            consumer.sequence.ids,
-            ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))],
+            consumer.sequence.ids, ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))]
         )
     assert not engine._requests
 
 
-def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> None:
+def test_interruptions_change_what_follows(by_itself, alone):
     """The mixes would not notice an interruption that does nothing."""
     assert by_itself(5, 0)[0] == alone[5]
     for interruption, taken in ((1, 5), (2, 3)):
@@ -99,9 +93,7 @@ def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> Non
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_graphs_pad_their_batches_without_a_trace(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
-) -> None:
+def test_graphs_pad_their_batches_without_a_trace(model, requests, alone, slots):
     engine = Engine(model.lm, slots, CAPACITY)
     engine.state.cache.k.fill_(torch.nan)
     engine.state.cache.v.fill_(torch.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, RequestSpec, drawn
+from replies import CAPACITY, drawn
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
@@ -105,9 +105,7 @@ def device(monkeypatch: pytest.MonkeyPatch, whole: list[Chunk]) -> Device:
     return Device(monkeypatch)
 
 
-def test_the_next_group_is_launched_before_the_samples_are_waited_for(
-    own: MimoAudio, whole: list[Chunk], device: Device
-) -> None:
+def test_the_next_group_is_launched_before_the_samples_are_waited_for(own, whole, device):
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
     groups = " ".join(device.log).split("wait samples")
     # The last group ends the reply, and its chunk is what the codec still holds: nothing follows.
@@ -128,9 +126,7 @@ def test_the_next_group_is_launched_before_the_samples_are_waited_for(
     assert any("codec copy samples step copy tokens patch" in group for group in groups)
 
 
-def test_without_overlap_it_is_as_lazy_as_a_generator(
-    own: MimoAudio, whole: list[Chunk], device: Device
-) -> None:
+def test_without_overlap_it_is_as_lazy_as_a_generator(own, whole, device):
     own.engine.overlaps = False
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = []
@@ -142,9 +138,7 @@ def test_without_overlap_it_is_as_lazy_as_a_generator(
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 20])
-def test_who_stops_has_cost_the_group_in_progress(
-    own: MimoAudio, whole: list[Chunk], device: Device, taken: int
-) -> None:
+def test_who_stops_has_cost_the_group_in_progress(own, whole, device, taken):
     stream = own.stream("tts", TEXT, **OPTIONS)
     assert same([next(stream) for _ in range(taken)], whole[:taken])
     assert device.log.count("step") == taken
@@ -156,9 +150,7 @@ def test_who_stops_has_cost_the_group_in_progress(
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
 
 
-def test_a_conversation_goes_on_where_its_reply_was_left(
-    model: MimoAudio, requests: list[RequestSpec]
-) -> None:
+def test_a_conversation_goes_on_where_its_reply_was_left(model, requests):
     """The group that was in the air leaves no trace in the slot."""
     replies = []
     for overlaps in (False, True):
@@ -178,9 +170,7 @@ def test_a_conversation_goes_on_where_its_reply_was_left(
 
 
 @pytest.mark.parametrize("event", ["step", "copy tokens", "patch"])
-def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(
-    own: MimoAudio, whole: list[Chunk], device: Device, event: str
-) -> None:
+def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(own, whole, device, event):
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = [next(stream) for _ in range(20)]
     device.fail[event] = RuntimeError("out of luck")
@@ -189,9 +179,7 @@ def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(
     assert same(chunks, whole)
 
 
-def test_an_error_that_stays_comes_after_the_chunks_before_it(
-    own: MimoAudio, whole: list[Chunk], device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_stays_comes_after_the_chunks_before_it(own, whole, device, monkeypatch):
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = [next(stream) for _ in range(19)]
 
@@ -207,9 +195,7 @@ def test_an_error_that_stays_comes_after_the_chunks_before_it(
     assert list(stream) == []
 
 
-def test_an_error_that_a_wait_brings_is_that_reply_s_own(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_a_wait_brings_is_that_reply_s_own(engine, requests, alone, monkeypatch):
     """Work that was launched fails when it is waited for: it is done again, each row alone."""
     engine.overlaps = True
     device = Device(monkeypatch)
@@ -235,8 +221,8 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(
 
 
 def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    engine, requests, alone, monkeypatch
+):
     engine.overlaps = True
     device, reply = Device(monkeypatch), requests[5].start(engine)
     got = [next(reply)]
@@ -248,9 +234,7 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 
 
 class TestManyStreams:
-    def test_the_last_to_launch_its_chunk_launches_the_next_group(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
+    def test_the_last_to_launch_its_chunk_launches_the_next_group(self, engine, requests):
         """Or a chunk would wait behind a group."""
         engine.overlaps = True
         first, second = requests[4].start(engine), requests[5].start(engine)
@@ -275,9 +259,7 @@ class TestManyStreams:
         first.launch_next()
         assert len(engine._in_flight.requests) == 1
 
-    def test_a_prompt_that_waits_goes_before_the_next_group(
-        self, engine: Engine, requests: list[RequestSpec], alone: list[Any]
-    ) -> None:
+    def test_a_prompt_that_waits_goes_before_the_next_group(self, engine, requests, alone):
         engine.overlaps = True
         running = requests[5].start(engine)
         got = [next(running)]
@@ -291,9 +273,7 @@ class TestManyStreams:
         assert drawn([*got, *running]) == alone[5]
         assert drawn(list(joining)) == alone[3]
 
-    def test_a_full_engine_overlaps_while_others_queue(
-        self, model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
-    ) -> None:
+    def test_a_full_engine_overlaps_while_others_queue(self, model, requests, alone):
         engine = Engine(model.lm, 1, CAPACITY)
         engine.overlaps = True
         running, queued = requests[5].start(engine), requests[3].start(engine)
@@ -306,9 +286,7 @@ class TestManyStreams:
         assert drawn(got) == alone[5]
         assert drawn(list(queued)) == alone[3]
 
-    def test_a_row_that_is_ahead_by_its_bound_is_not_launched(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
+    def test_a_row_that_is_ahead_by_its_bound_is_not_launched(self, engine, requests):
         engine.overlaps = True
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
@@ -317,9 +295,7 @@ class TestManyStreams:
         assert idle._request.row.produced == 2
 
     @pytest.mark.parametrize("count", [2, 4])
-    def test_threads_that_stream_get_what_each_gets_alone(
-        self, model: MimoAudio, count: int
-    ) -> None:
+    def test_threads_that_stream_get_what_each_gets_alone(self, model, count):
         """More streams than slots, too: rows are moved out and back between launches."""
         texts = ["The quick brown fox.", "今天天气真好", "Hi.", "naïve café"][:count]
         alone, shared = (speaking(model, 3, overlaps) for overlaps in (False, True))
@@ -342,6 +318,6 @@ class TestManyStreams:
         assert not shared.engine._requests
 
 
-def test_a_chunk_leaves_the_memory_it_was_copied_to(own: MimoAudio, device: Device) -> None:
+def test_a_chunk_leaves_the_memory_it_was_copied_to(own, device):
     for chunk in own.stream("tts", TEXT, **OPTIONS):
         assert torch.equal(chunk.audio.clone().mul_(0.5), chunk.audio.mul_(0.5))

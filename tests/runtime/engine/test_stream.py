@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
 from mimo_fast.runtime.engine.stream import ReplyReader
-from mimo_fast.testing.parity import Golden
 from mimo_fast.text.tasks import TASKS
 
 GROUP, FRAME = 4, 960
@@ -90,9 +88,7 @@ def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_stream_equals_the_whole_reply(
-    own: MimoAudio, audio: list[Path], golden: Golden, task: str
-) -> None:
+def test_a_stream_equals_the_whole_reply(own, audio, golden, task):
     new = 48 if TASKS[task].speaks else 16
     options: dict[str, Any] = {"seed": 2, "max_new_tokens": new, "min_new_tokens": new}
     chunks = list(own.stream(task, *arguments(task, audio), **options))
@@ -115,7 +111,7 @@ def test_a_stream_equals_the_whole_reply(
     assert {(chunk.sample_rate, chunk.audio.dtype) for chunk in chunks} == {(24000, torch.float32)}
 
 
-def test_a_style_instruction_streams_as_well(own: MimoAudio, audio: list[Path]) -> None:
+def test_a_style_instruction_streams_as_well(own, audio):
     """The only spoken prompt that does not open the speech itself."""
     style: dict[str, Any] = {"instruct": "happy", "prompt_speech": audio[1], "template": 0}
     chunks = list(own.stream("tts", "Hi.", **style, seed=2, max_new_tokens=30, min_new_tokens=30))
@@ -125,7 +121,7 @@ def test_a_style_instruction_streams_as_well(own: MimoAudio, audio: list[Path]) 
     assert len(sound(chunks)) == codes.shape[1] * FRAME > 0
 
 
-def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
+def test_timing_only_grows(own, audio):
     chunks = list(
         own.stream("spoken_dialogue", audio[1], seed=1, max_new_tokens=48, min_new_tokens=48)
     )
@@ -144,7 +140,7 @@ def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
 
 class TestStopping:
     @pytest.mark.parametrize("taken", [0, 1, 7])
-    def test_closing_stops_decoding(self, own: MimoAudio, steps: list[int], taken: int) -> None:
+    def test_closing_stops_decoding(self, own, steps, taken):
         whole = list(own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12))
         assert len(steps) == 11
         steps.clear()
@@ -154,9 +150,7 @@ class TestStopping:
         assert list(stream) == []
         assert len(steps) == max(taken - 1, 0)
 
-    def test_an_error_of_the_consumer_leaves_the_model_usable(
-        self, own: MimoAudio, steps: list[int]
-    ) -> None:
+    def test_an_error_of_the_consumer_leaves_the_model_usable(self, own, steps):
         def consume(limit: int) -> list[Chunk]:
             chunks = list[Chunk]()
             for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12):
@@ -173,7 +167,7 @@ class TestStopping:
         assert same(consume(100), whole)
 
     @pytest.mark.parametrize("models", [1, 2])
-    def test_streams_side_by_side_do_not_meet(self, model: MimoAudio, models: int) -> None:
+    def test_streams_side_by_side_do_not_meet(self, model, models):
         owners = [copy.copy(model) for _ in range(models)] * (2 // models)
 
         def start(row: int) -> Iterator[Chunk]:
@@ -184,7 +178,7 @@ class TestStopping:
         for row, chunks in enumerate(together):
             assert same(list(chunks), list(start(row)))
 
-    def test_chunks_are_ordinary_tensors(self, own: MimoAudio) -> None:
+    def test_chunks_are_ordinary_tensors(self, own):
         for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=30, min_new_tokens=30):
             assert not torch.is_inference_mode_enabled()
             assert torch.equal(chunk.audio.clone().mul_(0.5), chunk.audio.mul_(0.5))
@@ -206,7 +200,7 @@ def patch(number: int) -> Tensor:
 
 class TestReading:
     @pytest.mark.parametrize("text", ["今天天气真好", "🙂👩‍👩‍👧", "naïve café", "a🙂b"])
-    def test_characters_come_whole(self, model: MimoAudio, text: str) -> None:
+    def test_characters_come_whole(self, model, text):
         tokens: list[Any] = model.tokenizer.encode(text)
         assert any("\ufffd" in model.tokenizer.decode([token]) for token in tokens)
         spread = [piece for token in tokens for piece in (token, patch(0), model.eot_idx)]
@@ -222,9 +216,7 @@ class TestReading:
             st.one_of(st.integers(0, 399), st.sampled_from([*"今🙂é"]), st.none()), max_size=12
         )
     )
-    def test_pieces_join_to_the_text_of_all_tokens(
-        self, model: MimoAudio, drawn: list[int | str | None]
-    ) -> None:
+    def test_pieces_join_to_the_text_of_all_tokens(self, model, drawn):
         tokens: list[int | Tensor] = []
         for item in drawn:
             tokens += (
@@ -237,7 +229,7 @@ class TestReading:
             [token for token in tokens if isinstance(token, int)]
         )
 
-    def test_half_a_character_comes_at_the_end(self, model: MimoAudio) -> None:
+    def test_half_a_character_comes_at_the_end(self, model):
         first, *_ = model.tokenizer.encode("🙂")
         pieces, _ = read(
             ReplyReader(model.tokenizer, speaking=True), [*model.tokenizer.encode("Hi"), first]
@@ -258,9 +250,7 @@ class TestReading:
             (False, ["eostm", "p0", "sostm", "p1"], [[], [], [], [], []]),
         ],
     )
-    def test_speech_is_between_its_marks(
-        self, model: MimoAudio, speaking: bool, sequence: list[str], spoken: list[list[int]]
-    ) -> None:
+    def test_speech_is_between_its_marks(self, model, speaking, sequence, spoken):
         special = model.tokenizer.special
         tokens = [
             patch(int(name[1])) if name[0] == "p" else getattr(special, name) for name in sequence
@@ -272,13 +262,13 @@ class TestReading:
 class TestAsync:
     OPTIONS: ClassVar[dict[str, Any]] = {"seed": 1, "max_new_tokens": 12, "min_new_tokens": 12}
 
-    def test_gives_the_same_chunks(self, own: MimoAudio) -> None:
+    def test_gives_the_same_chunks(self, own):
         async def consume() -> list[Chunk]:
             return [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
 
         assert same(asyncio.run(consume()), list(own.stream("tts", "Hi.", **self.OPTIONS)))
 
-    def test_the_event_loop_runs_while_a_group_is_decoded(self, own: MimoAudio, gate: Gate) -> None:
+    def test_the_event_loop_runs_while_a_group_is_decoded(self, own, gate):
         async def open_for_all() -> None:
             while True:
                 await gate.until_held()
@@ -294,9 +284,7 @@ class TestAsync:
         assert gate.passed == 11
 
     @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
-    def test_cancelling_stops_after_the_group_in_progress(
-        self, own: MimoAudio, gate: Gate, times: int
-    ) -> None:
+    def test_cancelling_stops_after_the_group_in_progress(self, own, gate, times):
         async def consume(chunks: list[Chunk]) -> None:
             async for chunk in own.astream("tts", "Hi.", **self.OPTIONS):
                 chunks.append(chunk)
@@ -320,7 +308,7 @@ class TestAsync:
         gate.open(11)
         assert len(list(own.stream("tts", "Hi.", **self.OPTIONS))) == 12
 
-    def test_leaving_the_loop_stops_decoding(self, own: MimoAudio, steps: list[int]) -> None:
+    def test_leaving_the_loop_stops_decoding(self, own, steps):
         async def consume(task: str) -> None:
             async for _ in own.astream(task, "Hi.", **self.OPTIONS):
                 break

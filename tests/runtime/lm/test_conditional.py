@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from replays import Counted, repeated
-from replies import CAPACITY, Drawn, RequestSpec, drawn
+from replies import CAPACITY, RequestSpec, drawn
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast import MimoAudio
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.cuda.graph_conditional import ConditionalGraph
@@ -59,9 +58,7 @@ def joined_engine(lm: Any, slots: int, pieces: Pieces, counted: Counted | None =
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_the_tokens_are_those_without_it(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
-) -> None:
+def test_the_tokens_are_those_without_it(model, requests, alone, slots):
     pieces = Pieces()
     engine = joined_engine(model.lm, slots, pieces)
     engine.state.cache.k.fill_(torch.nan)
@@ -72,9 +69,7 @@ def test_the_tokens_are_those_without_it(
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_change_between_words_and_speech_wastes_nothing(
-    model: MimoAudio, requests: list[RequestSpec], overlaps: bool
-) -> None:
+def test_a_change_between_words_and_speech_wastes_nothing(model, requests, overlaps):
     """One launch a group and one host read, a patch for each group that speaks and no other; the
     tokens drawn from a prompt come without a step."""
     word, empty = 65, model.lm.empty_id
@@ -103,9 +98,7 @@ def test_a_change_between_words_and_speech_wastes_nothing(
     assert counted.replays == pieces.launches + pieces.patches
 
 
-def test_a_batch_computes_patches_where_any_row_speaks(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
-) -> None:
+def test_a_batch_computes_patches_where_any_row_speaks(model, requests, alone):
     """What the padding draws is no reason to."""
     pieces = Pieces()
     engine = joined_engine(model.lm, 5, pieces)
@@ -131,9 +124,7 @@ def test_a_batch_computes_patches_where_any_row_speaks(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_join_leave_and_move(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], seed: int
-) -> None:
+def test_rows_join_leave_and_move(model, requests, alone, seed):
     rng, pieces = random.Random(seed), Pieces()
     engine = joined_engine(model.lm, 2, pieces)
     engine.overlaps = bool(seed % 2)
@@ -159,9 +150,7 @@ def test_rows_join_leave_and_move(
                 assert drawn(got[number]) == alone[number][: len(got[number])]
 
 
-def test_where_it_is_refused_decoding_goes_on_as_before(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
-) -> None:
+def test_where_it_is_refused_decoding_goes_on_as_before(model, requests, alone):
     def refusing(*_arguments: Any) -> Joined:
         raise RuntimeError("CUDA error 801")
 
@@ -175,9 +164,7 @@ def test_where_it_is_refused_decoding_goes_on_as_before(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_on_a_gpu_the_tokens_are_those_without_it(
-    kit: Path, requests: list[RequestSpec], monkeypatch: pytest.MonkeyPatch, overlaps: bool
-) -> None:
+def test_on_a_gpu_the_tokens_are_those_without_it(kit, requests, monkeypatch, overlaps):
     if not graph_conditional.available():
         pytest.skip("needs CUDA 12.4, torch 2.8 and the built library")
     # In 16 bits a dense product of another number of rows rounds otherwise, and draws with it.
@@ -247,17 +234,13 @@ class TestSource:
             ([3] * 32 + [EMPTY] + [3] * 7, list(range(40)), True),
         ],
     )
-    def test_the_patch_runs_where_a_row_speaks(
-        self, library: ctypes.CDLL, drawn: list[int], slots: list[int], speaks: bool
-    ) -> None:
+    def test_the_patch_runs_where_a_row_speaks(self, library, drawn, slots, speaks):
         graph = Emulated(library, slots)
         for _ in range(3):
             assert graph.run(drawn) == (["step", "patch"] if speaks else ["step"])
             assert graph.graph.wait() == drawn
 
-    def test_a_launch_that_nobody_read_is_not_taken_for_the_next(
-        self, library: ctypes.CDLL
-    ) -> None:
+    def test_a_launch_that_nobody_read_is_not_taken_for_the_next(self, library):
         graph = Emulated(library, [0, 1])
         assert graph.run([EMPTY, 2]) == ["step", "patch"]
         assert graph.run([3, 4]) == ["step"]
@@ -267,13 +250,13 @@ class TestSource:
         with pytest.raises(RuntimeError, match="has run 2 of 3 launches"):
             graph.graph.wait()
 
-    def test_slots_are_read_at_each_launch(self, library: ctypes.CDLL) -> None:
+    def test_slots_are_read_at_each_launch(self, library):
         graph = Emulated(library, [0, 1])
         assert graph.run([3, EMPTY]) == ["step", "patch"]
         graph.slots[1] = SCRATCH
         assert graph.run([3, EMPTY]) == ["step"]
 
-    def test_what_fails_half_way_leaves_nothing(self, library: ctypes.CDLL) -> None:
+    def test_what_fails_half_way_leaves_nothing(self, library):
         """Nor does a graph that is no longer held."""
         gc.collect()
         assert library.fake_live() == 0
@@ -292,11 +275,11 @@ class TestSource:
         gc.collect()
         assert library.fake_live() == 0
 
-    def test_an_older_driver_cannot(self, library: ctypes.CDLL) -> None:
+    def test_an_older_driver_cannot(self, library):
         for version, error in ((12030, 801), (12040, 0), (13000, 0)):
             library.fake_driver(version)
             assert library.mimo_fast_conditional_supported() == error
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-    def test_without_a_gpu_there_is_none(self) -> None:
+    def test_without_a_gpu_there_is_none(self):
         assert not graph_conditional.available()

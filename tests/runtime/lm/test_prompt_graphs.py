@@ -3,10 +3,10 @@
 import pytest
 import torch
 from replays import Counted, repeated
-from replies import CAPACITY, Drawn, RequestSpec, drawn
-from variants import Loaded, random_prompt
+from replies import CAPACITY, drawn
+from variants import random_prompt
 
-from mimo_fast import LM, MimoAudio
+from mimo_fast import LM
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.graphs import PROMPTS, Graphs
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
@@ -38,7 +38,7 @@ def assert_equal_states(got: DecodeState, want: DecodeState) -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("first", [1, 31, 32, 33, 100])
-def test_as_a_prefill_at_any_length_and_start(loaded: Loaded, first: int, quantized: bool) -> None:
+def test_as_a_prefill_at_any_length_and_start(loaded, first, quantized):
     """Three turns of one slot, and another's in between."""
     lm = loaded.model.lm
     size, capacity = lm.config.group_size, first + 60
@@ -60,7 +60,7 @@ def test_as_a_prefill_at_any_length_and_start(loaded: Loaded, first: int, quanti
         assert torch.equal(*texts)
 
 
-def test_padding_leaves_no_trace(model: MimoAudio) -> None:
+def test_padding_leaves_no_trace(model):
     """Not by a bit, whatever ids it holds."""
     lm, length, start = model.lm, 20, 9
     size = lm.config.group_size
@@ -82,7 +82,7 @@ def test_padding_leaves_no_trace(model: MimoAudio) -> None:
         assert not x[:, 1, :, : start + length].isnan().any()
 
 
-def test_a_warm_up_touches_the_scratch_row_alone(model: MimoAudio) -> None:
+def test_a_warm_up_touches_the_scratch_row_alone(model):
     lm, capture = model.lm, Counted()
     state = poisoned_state(lm, 200)
     state.hidden.fill_(7)
@@ -97,7 +97,7 @@ def test_a_warm_up_touches_the_scratch_row_alone(model: MimoAudio) -> None:
 
 
 @pytest.mark.parametrize(("groups", "replays"), [(1, 1), (PROMPTS[-1], 1), (PROMPTS[-1] + 1, 2)])
-def test_a_prompt_is_a_graph_for_each_part(model: MimoAudio, groups: int, replays: int) -> None:
+def test_a_prompt_is_a_graph_for_each_part(model, groups, replays):
     capture = Counted()
     want, got = (poisoned_state(model.lm, PROMPTS[-1] + 8) for _ in range(2))
     graphs = Graphs(model.lm, got, capture, prompts=True)
@@ -109,9 +109,7 @@ def test_a_prompt_is_a_graph_for_each_part(model: MimoAudio, groups: int, replay
 
 
 @pytest.mark.parametrize("chosen", ["", "0", "1"])
-def test_they_are_experimental(
-    model: MimoAudio, monkeypatch: pytest.MonkeyPatch, chosen: str
-) -> None:
+def test_they_are_experimental(model, monkeypatch, chosen):
     """Without the switch no prompt is captured, and each is computed as it was."""
     monkeypatch.setenv("MIMO_FAST_EXPERIMENTAL", chosen)
     capture, state = Counted(), model.lm.new_state([0], 40)
@@ -123,9 +121,7 @@ def test_they_are_experimental(
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_replies_to_them_are_the_same(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
-) -> None:
+def test_replies_to_them_are_the_same(model, requests, alone, slots):
     """Tokens of whole replies, sampled and greedy, over more rows than slots."""
     engine, capture = Engine(model.lm, slots, CAPACITY), Counted()
     for part in engine.state.cache.parts:
