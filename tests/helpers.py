@@ -27,6 +27,7 @@ from mimo_fast.quantization import (
 )
 
 KIT = Path(__file__).parent / "golden"
+KIT_PAIR = (KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec")
 
 BAD_CODES = [
     (torch.zeros(8, 5), "codes must be integers"),
@@ -144,6 +145,15 @@ def altered_checkpoint(
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     return directory / "lm", directory / "codec"
+
+
+def limited_tokenizer(directory: Path, words: list[str]) -> Path:
+    """A copy of the kit's language model that states these words as all it was trained on."""
+    shutil.copytree(KIT_PAIR[0], directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    path = directory / "tokenizer_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(raw | {"trained_words": words}), encoding="utf-8")
+    return directory
 
 
 def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
