@@ -1,8 +1,8 @@
-"""What several test files share: error bounds, checkpoint pairs of any dimensions, matrices and
-weight formats."""
+"""What several test files share: error bounds, checkpoint pairs, hooks, weight formats."""
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -42,26 +42,14 @@ BAD_CODES = [
 ]
 """Codes that the kit's codec cannot decode, and the error for each."""
 
-
-FORMATS = [
-    "int4",
-    "int4-g64",
-    "int4-g32",
-    "int4-sym",
-    "int4-sym-g64",
-    "int8",
-    "int8-g128",
-    "int8-g32",
-    "nf4",
-    "nf4-g32",
-]
+INT4 = ["int4", "int4-g64", "int4-g32", "int4-sym", "int4-sym-g64"]
+FORMATS = [*INT4, "int8", "int8-g128", "int8-g32", "nf4", "nf4-g32"]
 
 
 def assert_rounded(
     got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0
 ) -> None:
-    """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of
-    float32 inside."""
+    """got is the float64 `want` up to `roundings` to its dtype and an absolute `noise`."""
     assert got.shape == want.shape
     assert want.dtype == torch.float64
     half_ulp = torch.finfo(got.dtype).eps / 2
@@ -93,8 +81,7 @@ def kit_config(part: str) -> dict[str, Any]:
 def write_pair(
     directory: Path, lm: dict[str, Any], codec: dict[str, Any], seed: int = 0
 ) -> tuple[Path, Path]:
-    """A random checkpoint pair: the kit's configs with the given keys changed, and the kit's text
-    tokenizer."""
+    """A random checkpoint pair of the kit's configs with these changes, and the kit's tokenizer."""
     raw_lm, raw_codec = kit_config("lm") | lm, kit_config("codec") | codec
     generator = torch.Generator().manual_seed(seed)
     for part, raw, shapes in (
@@ -166,9 +153,52 @@ def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -
     return message
 
 
+def raising(kind: type[BaseException], *details: object) -> Callable[..., Any]:
+    """A function that raises a new error of this kind, whatever it is given."""
+
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise kind(*details)
+
+    return fail
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+) -> None:
+    """Has a function or method of `owner` call these, with its arguments, at each of its calls."""
+    inner = getattr(owner, name)
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if before:
+            before(*arguments, **options)
+        result = inner(*arguments, **options)
+        if after:
+            after(*arguments, **options)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def in_threads(call: Callable[[int], Any], count: int) -> list[Any]:
+    """What `call` returns for 0 to count - 1, each in a thread of its own at the same time."""
+    got: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: got.update({i: call(i)}), daemon=True)
+        for i in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [got[i] for i in range(count)]
+
+
 def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, of which the first `count` are for `make test` and all for `make
-    check`."""
+    """Values of a parameter, of which all but the first `count` are left to `make check`."""
     return [
         value if i < count else pytest.param(value, marks=pytest.mark.slow)
         for i, value in enumerate(values)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import KIT_PAIR, fault
 
 import mimo_fast
 from mimo_fast.checkpoint.layout import lm_shapes
@@ -27,10 +28,9 @@ def preset(quantization: str | None = None, **options: object) -> Setup:
 
 
 def test_the_published_model_fits_small_cards():
+    smallest = {"kv_cache": "int8", "offload": frozenset(OFFLOADABLE)}
     assert preset("int4", graphs=True).total <= 10 * GB
-    assert (
-        preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
-    )
+    assert preset("int4", graphs=True, **smallest).total <= 8 * GB
 
 
 def test_the_cache_is_counted_to_the_byte(model):
@@ -40,12 +40,8 @@ def test_the_cache_is_counted_to_the_byte(model):
         counted = replace(
             model.setup, max_batch=slots, max_seq_len=40, kv_cache="int8" if quantized else None
         ).bytes()["cache"]
-        held = (
-            state.cache.nbytes
-            + state.patch_cache.nbytes
-            + state.banned.nbytes
-            + 2 * state.hidden.nbytes
-        )
+        held = state.cache.nbytes + state.patch_cache.nbytes
+        held += state.banned.nbytes + 2 * state.hidden.nbytes
         assert counted - held == 40 * config.backbone.head_dim * 4
 
 
@@ -61,12 +57,10 @@ def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model
 @pytest.mark.parametrize("free", [22, 16, 12, 9, 7.2])
 def test_the_settings_named_do_fit_and_none_is_idle(free):
     setup = preset(max_batch=4)
-    with pytest.raises(DeviceMemoryError) as caught:
-        check_memory(setup, int(free * GB), "the GPU")
-    assert "\n" not in str(caught.value)
-    assert f"the GPU has {free:.1f} GB free" in str(caught.value)
+    message = fault(lambda: check_memory(setup, int(free * GB), "the GPU"), DeviceMemoryError)
+    assert f"the GPU has {free:.1f} GB free" in message
     named = fitting(setup, int(free * GB))
-    assert f"{', '.join(named)} would fit" in str(caught.value)
+    assert f"{', '.join(named)} would fit" in message
 
     def total(names: list[str]) -> int:
         changed = setup
@@ -95,11 +89,9 @@ def test_as_many_slots_as_fit():
     assert batches == [1, 1, 2, 3, 4]
 
 
-def test_options_reach_the_engine(kit):
-    parts = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
-    model = mimo_fast.load(
-        *parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE
-    )
+def test_options_reach_the_engine():
+    options = {"max_batch": 2, "max_seq_len": 50, "kv_cache": "int8", "offload": OFFLOADABLE}
+    model = mimo_fast.load(*KIT_PAIR, device="cpu", **options)
     state = model.engine.state
     assert (state.slots, state.capacity, state.cache.k.dtype) == (2, 50, torch.int8)
     with pytest.raises(mimo_fast.PromptError, match="the model's context is 50"):
@@ -116,23 +108,19 @@ def test_options_reach_the_engine(kit):
         ({"offload": ["everything"]}, "nothing called everything to offload"),
     ],
 )
-def test_options_out_of_range(kit, options, message):
+def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        mimo_fast.load(
-            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options
-        )
+        mimo_fast.load(*KIT_PAIR, device="cpu", **options)
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(kit, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr("mimo_fast.runtime.loading.free_bytes", lambda _: 10**6)
     monkeypatch.setattr("mimo_fast.runtime.loading.LM", None)
     with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
-        mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+        mimo_fast.load(*KIT_PAIR, device="cpu")
 
 
 def test_an_int8_cache_changes_little(model):
-    """Greedy replies of a trained model would be the tokens of most groups; random weights only
-    show that it runs."""
     prompt = model.pack(["The quick brown fox."])
     engines = [Engine(model.lm, 1, 64, quantized_cache=quantized) for quantized in (False, True)]
     hidden = []

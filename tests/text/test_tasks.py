@@ -4,17 +4,19 @@ import copy
 import dataclasses
 import io
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import soundfile
 import torch
-from dialogues import GROUP, arguments, history, last_reply
+from dialogues import GROUP, arguments, history, last_reply, own_dialogue
+from helpers import KIT_PAIR, raising, watch
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast import AudioError, MimoAudio, MiMoSampler, PromptError, generate, save_wav
+from mimo_fast import LM, AudioError, MimoAudio, MiMoSampler, PromptError, generate, save_wav
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
 from mimo_fast.text.tasks import TASKS, find_task
 
@@ -31,8 +33,7 @@ SPOKEN = (
 @pytest.fixture
 def own(model: MimoAudio) -> MimoAudio:
     """A model with a history and samplers of its own: greedy for every task."""
-    own = copy.copy(model)
-    own.clear_history()
+    own = own_dialogue(model)
     own.task_sampler_configs = {name: {"global": GREEDY, "local": GREEDY} for name in TASK_SAMPLERS}
     return own
 
@@ -50,9 +51,8 @@ def test_a_reply_is_what_was_generated(model, audio, tmp_path, task):
     ids, codes = last_reply(own, 24)
     assert codes.shape[1]
     silent = (own.empty_token, own.eot_idx, own.eostm_idx)
-    assert (
-        text == own.tokenizer.decode([token for token in ids if token not in silent]).strip() != ""
-    )
+    spoken = own.tokenizer.decode([token for token in ids if token not in silent])
+    assert text == spoken.strip() != ""
     assert path.exists() == (task in SPOKEN) == TASKS[task].speaks
     if task in SPOKEN:
         save_wav(expected := io.BytesIO(), own.codec.decode(codes), 24000)
@@ -75,32 +75,15 @@ def test_a_seed_fixes_the_reply(model, audio, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_upstreams_stop_tokens_and_samplers(model, audio, monkeypatch, task):
     used: dict[str, Any] = {}
-    monkeypatch.setattr(
-        MimoAudio, "forward", lambda self, ids, **options: used.update(options) or ""
-    )
+    monkeypatch.setattr(MimoAudio, "forward", lambda *_ids, **options: used.update(options) or "")
     call(model, task, audio)
-    stops = {"asr": ("eos", "im_end"), "tts": ("eos", "eostm", "im_end")}[
-        "tts" if task in SPOKEN else "asr"
-    ]
-    stops = {
-        "in_context_learning_s2s": ("eos", "eostm"),
-        "speech_continuation": ("eos", "eosp"),
-    }.get(task, stops)
+    special = {"in_context_learning_s2s": ("eos", "eostm"), "speech_continuation": ("eos", "eosp")}
+    usual = ("eos", "eostm", "im_end") if task in SPOKEN else ("eos", "im_end")
+    stops = special.get(task, usual)
     (stopper,) = used["stopping_criteria"]
     assert stopper.stop_token_ids == {getattr(model.tokenizer.special, name) for name in stops}
-    samplers = {
-        "asr_sft": "asr",
-        "tts_sft": "tts",
-        "audio_understanding_sft": "audio_understanding",
-    }
-    family = (
-        "text_chat"
-        if task.startswith("text_")
-        else "spoken_dialogue"
-        if "dialogue" in task
-        else task
-    )
-    assert used["task_name"] == samplers.get(task, family)
+    family = "spoken_dialogue" if "dialogue" in task else task.removesuffix("_sft")
+    assert used["task_name"] == ("text_chat" if task.startswith("text_") else family)
 
 
 def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own, tmp_path):
@@ -127,22 +110,17 @@ class TestFailures:
         own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
         with pytest.raises(AudioError, match="NaN"):
             own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12)
-        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
-            ("a.wav", b"old")
-        ]
+        left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert left == {"a.wav": b"old"}
 
     def test_an_error_while_decoding(self, own, tmp_path, monkeypatch):
         want = own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0)
         with monkeypatch.context() as patch:
-            patch.setattr(mimo_fast.LM, "step", _raise)
+            patch.setattr(LM, "step", raising(RuntimeError, "out of memory"))
             with pytest.raises(RuntimeError, match="out of memory"):
                 own.tts_sft("Hi.", tmp_path / "b.wav", max_new_tokens=12, seed=0)
         assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
         assert own.tts_sft("Hi.", None, max_new_tokens=12, seed=0) == want
-
-
-def _raise(*_arguments: Any) -> None:
-    raise RuntimeError("out of memory")
 
 
 class TestForward:
@@ -157,69 +135,34 @@ class TestForward:
         assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
 
     def test_unknown_tasks_use_the_default_samplers(self, own):
-        own.default_global_sampler, own.default_local_sampler = (
-            MiMoSampler(True, 0.8),
-            MiMoSampler(True, 0.7),
-        )
-        assert (
-            own.get_task_sampler(None)
-            == own.get_task_sampler("?")
-            == {"global": MiMoSampler(True, 0.8), "local": MiMoSampler(True, 0.7)}
-        )
+        text, codes = MiMoSampler(True, 0.8), MiMoSampler(True, 0.7)
+        own.default_global_sampler, own.default_local_sampler = text, codes
+        for task in (None, "?"):
+            assert own.get_task_sampler(task) == {"global": text, "local": codes}
         ids = own.get_tts_sft_prompt("Hi.", seed=0)
         own.forward(ids, max_new_tokens=10, seed=5)
-        want = generate(
-            own,
-            ids,
-            max_new_tokens=10,
-            seed=5,
-            global_sampler=MiMoSampler(True, 0.8),
-            local_sampler=MiMoSampler(True, 0.7),
-        )
-        assert torch.equal(history(own), want)
+        samplers = {"global_sampler": text, "local_sampler": codes}
+        assert torch.equal(history(own), generate(own, ids, max_new_tokens=10, seed=5, **samplers))
 
-    def test_samplers_belong_to_the_model(self, kit, model):
-        other = mimo_fast.load(
-            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu"
-        )
+    def test_samplers_belong_to_the_model(self, model):
+        other = mimo_fast.load(*KIT_PAIR, device="cpu")
         other.task_sampler_configs["tts"]["global"].temperature = 2.0
         for untouched in (model.task_sampler_configs, TASK_SAMPLERS):
             assert untouched["tts"]["global"].temperature == 0.6
 
 
 class TestHistory:
-    OPTIONS: ClassVar[dict[str, Any]] = {"system_prompt": "Be brief.", "max_new_tokens": 8}
-
-    def prefills(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Groups of every later prefill."""
-        counts, prefill = list[int](), mimo_fast.LM.prefill
-
-        def counting(lm: mimo_fast.LM, ids: Tensor, *arguments: Any) -> None:
-            counts.append(ids.shape[1] // GROUP)
-            prefill(lm, ids, *arguments)
-
-        monkeypatch.setattr(mimo_fast.LM, "prefill", counting)
-        return counts
-
-    @pytest.mark.parametrize(
-        "turn",
-        [
-            lambda own, audio, **options: own.spoken_dialogue_sft(
-                audio[1], prompt_speech=audio[0], **options
-            ),
-            lambda own, audio, system_prompt, **options: own.speech2text_dialogue_sft(
-                audio[1], **options
-            ),
-            lambda own, audio, system_prompt, **options: own.text_dialogue_sft(
-                "And then?", **options
-            ),
-        ],
-        ids=["spoken", "speech to text", "text"],
-    )
-    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(self, own, audio, monkeypatch, turn):
-        turn(own, audio, **self.OPTIONS)
-        first, counts = history(own), self.prefills(monkeypatch)
-        turn(own, audio, add_history=True, **self.OPTIONS)
+    @pytest.mark.parametrize("task", ["spoken", "speech2text", "text"])
+    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(self, own, audio, monkeypatch, task):
+        options: dict[str, Any] = {"max_new_tokens": 8}
+        if task == "spoken":
+            options |= {"system_prompt": "Be brief.", "prompt_speech": audio[0]}
+        turn = partial(getattr(own, f"{task}_dialogue_sft"), **options)
+        said = "And then?" if task == "text" else audio[1]
+        turn(said)
+        first, counts = history(own), list[int]()
+        watch(monkeypatch, LM, "prefill", lambda _, ids, *__: counts.append(ids.shape[1] // GROUP))
+        turn(said, add_history=True)
         both = history(own)
         assert torch.equal(both[:, : first.shape[1]], first)
         # Of the first turn, its last group alone has not been fed yet.
@@ -228,11 +171,8 @@ class TestHistory:
         assert torch.equal(generate(own, both[:, : -8 * GROUP], max_new_tokens=8), both)
 
     def test_later_turns_do_not_repeat_instruction_and_voice(self, own, audio):
-        options: dict[str, Any] = {
-            "system_prompt": "Be brief.",
-            "prompt_speech": audio[0],
-            "add_history": True,
-        }
+        voice: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_speech": audio[0]}
+        options = voice | {"add_history": True}
         first = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
         own.spoken_dialogue_sft(audio[1], max_new_tokens=2, **options)
         later = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
@@ -256,9 +196,8 @@ class TestHistory:
         own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
-        with pytest.raises(
-            PromptError, match="the model's context is 80: start a new one or shorten the input"
-        ):
+        problem = "the model's context is 80: start a new one or shorten the input"
+        with pytest.raises(PromptError, match=problem):
             own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), before)
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
@@ -266,16 +205,12 @@ class TestHistory:
 
 
 def test_a_task_may_be_called_without_its_suffix():
-    for alias, name in [
-        ("asr", "asr_sft"),
-        ("tts_sft", "tts_sft"),
-        ("speech_continuation", "speech_continuation"),
-        ("text_dialogue_multiturn", "text_dialogue_sft_multiturn"),
-    ]:
-        assert find_task(alias) is TASKS[name]
-    with pytest.raises(
-        ValueError, match=r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"
-    ):
+    for name in ("tts_sft", "speech_continuation"):
+        assert find_task(name) is TASKS[name]
+    assert find_task("asr") is TASKS["asr_sft"]
+    assert find_task("text_dialogue_multiturn") is TASKS["text_dialogue_sft_multiturn"]
+    problem = r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"
+    with pytest.raises(ValueError, match=problem):
         find_task("sing")
 
 
@@ -283,8 +218,7 @@ def test_every_task_has_a_method_and_a_prompt(model):
     for name, task in TASKS.items():
         assert callable(getattr(model, name))
         assert callable(task.prompt)
-        method = f"get_{name.replace('speech2text', 's2t')}_prompt"
-        assert callable(getattr(model, method))
+        assert callable(getattr(model, f"get_{name.replace('speech2text', 's2t')}_prompt"))
 
 
 def test_a_turn_that_follows_closes_the_stream_still_read(own):

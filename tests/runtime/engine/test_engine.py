@@ -1,11 +1,8 @@
 """The engine: threads share steps, streams pause, slots change hands."""
 
-import threading
-from typing import Any
-
 import torch
+from helpers import in_threads, watch
 from replies import CAPACITY, drawn
-from torch import Tensor
 
 from mimo_fast import LM
 from mimo_fast.generation import group_ids
@@ -14,24 +11,10 @@ from mimo_fast.runtime.lm.decode import Group
 
 
 def test_threads_share_their_steps(model, engine, requests, alone, monkeypatch):
-    rows, step = list[int](), LM.step
-
-    def counting(lm: LM, state: Any, slots: Tensor) -> None:
-        rows.append(len(slots))
-        step(lm, state, slots)
-
-    monkeypatch.setattr(LM, "step", counting)
+    rows = list[int]()
+    watch(monkeypatch, LM, "step", lambda _lm, _state, slots: rows.append(len(slots)))
     replies = [request.start(engine) for request in requests[:3]]
-    got: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, reply=reply: got.update({i: drawn(list(reply))}))
-        for i, reply in enumerate(replies)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [got[i] for i in range(3)] == alone[:3]
+    assert in_threads(lambda i: drawn(list(replies[i])), 3) == alone[:3]
     assert max(rows) == 3
     assert len(rows) < sum(rows)
 
@@ -87,7 +70,5 @@ def test_a_parked_conversation_goes_on_as_if_it_had_stayed(model, requests, alon
         got[row] += list(reply)
     assert [drawn(groups) for groups in got] == [alone[i] for i in (3, 4, 5)]
     sequence = replies[0]._request.sequence
-    ids = torch.cat(
-        [requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1
-    )
-    assert torch.equal(sequence.ids, ids)
+    said = [group_ids(group.text, group.codes) for group in got[0]]
+    assert torch.equal(sequence.ids, torch.cat([requests[3].ids, *said], dim=1))

@@ -1,13 +1,14 @@
-"""The next group is launched before the audio of the last is waited for: in what order, how far
-ahead, and what an error or a consumer that leaves does to it."""
+"""Launching the next group before waiting for the last one's audio: order, limits, failures."""
 
 import copy
-import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, drawn
+from dialogues import own_dialogue, same
+from helpers import in_threads, raising, watch
+from replies import CAPACITY, break_steps, drawn
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
@@ -22,8 +23,10 @@ TEXT = "The quick brown fox."
 
 
 class Device:
-    """Stands in for a device that works on its own: it notes what it is given and when the host
-    waits, and shows a copy's content to none but who has waited for it."""
+    """A stand-in for an asynchronous device that logs launches and waits of the host.
+
+    A copy shows its content only to a caller that has waited for it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -36,21 +39,12 @@ class Device:
             (CodecStream, "push", "codec"),
             (CodecStream, "finish", "codec"),
         ):
-            self._noted(monkeypatch, owner, method, name)
+            watch(monkeypatch, owner, method, before=partial(self.note, name))
 
-    def note(self, event: str) -> None:
+    def note(self, event: str, *_arguments: Any, **_options: Any) -> None:
         self.log.append(event)
         if error := self.fail.pop(event, None):
             raise error
-
-    def _noted(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def noting(*arguments: Any, **options: Any) -> Any:
-            self.note(name)
-            return inner(*arguments, **options)
-
-        monkeypatch.setattr(owner, method, noting)
 
     def _copies(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         device = self
@@ -68,10 +62,8 @@ class Device:
 
 
 def speaking(model: MimoAudio, slots: int = 2, overlaps: bool = True) -> MimoAudio:
-    """A model that alternates between 3 words and 5 patches, whose engine overlaps as on a GPU or
-    not at all."""
-    own = copy.copy(model)
-    own.clear_history()
+    """A model that alternates between 3 words and 5 patches; its engine overlaps as on a GPU."""
+    own = own_dialogue(model)
     lm = ScheduledLM.of(model.lm, OPTIONS["max_new_tokens"])
     word, empty = model.tokenizer.encode("a")[0], model.lm.empty_id
     lm.follow(6 * [*3 * [word], *5 * [empty]])
@@ -91,12 +83,6 @@ def own(model: MimoAudio) -> MimoAudio:
 def whole(model: MimoAudio) -> list[Chunk]:
     """What is streamed without overlapping."""
     return list(speaking(model, overlaps=False).stream("tts", TEXT, **OPTIONS))
-
-
-def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
-    return [(c.text, c.audio.tolist()) for c in chunks] == [
-        (c.text, c.audio.tolist()) for c in others
-    ]
 
 
 @pytest.fixture
@@ -151,7 +137,7 @@ def test_who_stops_has_cost_the_group_in_progress(own, whole, device, taken):
 
 
 def test_a_conversation_goes_on_where_its_reply_was_left(model, requests):
-    """The group that was in the air leaves no trace in the slot."""
+    """The group in flight leaves no trace in the slot."""
     replies = []
     for overlaps in (False, True):
         engine = Engine(model.lm, 1, CAPACITY)
@@ -182,12 +168,8 @@ def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(own, whole, 
 def test_an_error_that_stays_comes_after_the_chunks_before_it(own, whole, device, monkeypatch):
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = [next(stream) for _ in range(19)]
-
-    def failing(*_arguments: Any) -> None:
-        raise RuntimeError("device lost")
-
-    monkeypatch.setattr(LM, "step", failing)
-    # It was in the air, and comes although the one after it cannot be launched.
+    monkeypatch.setattr(LM, "step", raising(RuntimeError, "device lost"))
+    # It was in flight, and comes although the one after it cannot be launched.
     chunks.append(next(stream))
     with pytest.raises(RuntimeError, match="device lost"):
         next(stream)
@@ -196,21 +178,14 @@ def test_an_error_that_stays_comes_after_the_chunks_before_it(own, whole, device
 
 
 def test_an_error_that_a_wait_brings_is_that_reply_s_own(engine, requests, alone, monkeypatch):
-    """Work that was launched fails when it is waited for: it is done again, each row alone."""
+    """A group that fails when it is waited for is computed again, each row alone."""
     engine.overlaps = True
     device = Device(monkeypatch)
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     got = [[next(reply)] for reply in replies]
     replies[0].launch_next()
     assert engine._in_flight is not None
-    step = LM.step
-
-    def failing(lm: LM, state: Any, slots: Tensor) -> None:
-        step(lm, state, slots)
-        if replies[1]._request.row.slot in slots.tolist():
-            raise ValueError("no such thing")
-
-    monkeypatch.setattr(LM, "step", failing)
+    break_steps(monkeypatch, ValueError("no such thing"), replies[1]._request.row.slot)
     device.fail["wait tokens"] = RuntimeError("an earlier kernel failed")
     got[0] += replies[0]
     got[2] += replies[2]
@@ -235,12 +210,12 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 
 class TestManyStreams:
     def test_the_last_to_launch_its_chunk_launches_the_next_group(self, engine, requests):
-        """Or a chunk would wait behind a group."""
+        """Otherwise a chunk would wait behind a group."""
         engine.overlaps = True
         first, second = requests[4].start(engine), requests[5].start(engine)
         first.launches = second.launches = True
-        for reply in (first, second):
-            reply.prefill()
+        first.prefill()
+        second.prefill()
         # As if another thread waited for the second's.
         second._request.launching = True
         next(first)
@@ -296,22 +271,14 @@ class TestManyStreams:
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_threads_that_stream_get_what_each_gets_alone(self, model, count):
-        """More streams than slots, too: rows are moved out and back between launches."""
+        """With more streams than slots too, where rows move out and back between launches."""
         texts = ["The quick brown fox.", "今天天气真好", "Hi.", "naïve café"][:count]
         alone, shared = (speaking(model, 3, overlaps) for overlaps in (False, True))
 
         def run(owner: MimoAudio, row: int) -> list[Chunk]:
-            return list(copy.copy(owner).stream("tts", texts[row], **{**OPTIONS, "seed": row}))
+            return list(copy.copy(owner).stream("tts", texts[row], **(OPTIONS | {"seed": row})))
 
-        got: dict[int, list[Chunk]] = {}
-        threads = [
-            threading.Thread(target=lambda row=row: got.update({row: run(shared, row)}))
-            for row in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        got = in_threads(partial(run, shared), count)
         for row in range(count):
             assert same(got[row], run(alone, row))
         assert shared.engine._in_flight is None
