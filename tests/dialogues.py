@@ -1,6 +1,7 @@
 """Calls of upstream's methods, and what they leave in the history."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def own_dialogue(model: MimoAudio) -> MimoAudio:
     own = copy.copy(model)
     own.clear_history()
     return own
+
+
+def limit_context(model: MimoAudio, groups: int) -> None:
+    """Gives a copy of a model a language model with a context of so many groups."""
+    model.lm = copy.copy(model.lm)
+    model.lm.config = dataclasses.replace(model.lm.config, max_positions=groups)
 
 
 def same(chunks: list[Chunk], others: list[Chunk]) -> bool:

@@ -1,16 +1,17 @@
-"""Sessions: turns that prefill themselves alone, and interruptions that forget what was not
-heard."""
+"""Sessions: a turn prefills itself alone; an interruption drops what was not heard."""
 
 import asyncio
 import copy
-import dataclasses
 import math
 import threading
-from collections.abc import Callable
+import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from dialogues import limit_context
+from helpers import watch
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio, MiMoStopper, PromptError, Session, generate
@@ -46,9 +47,8 @@ def from_scratch(model: MimoAudio, prompt: Tensor, new: int = NEXT) -> Tensor:
     """The prompt and its greedy reply, everything prefilled anew."""
     special = model.tokenizer.special
     stopper = MiMoStopper(GROUP, 8, [special.eos, special.eostm, special.im_end])
-    return generate(
-        model, prompt, stopping_criteria=[stopper], max_new_tokens=new, min_new_tokens=new
-    )
+    limits = {"max_new_tokens": new, "min_new_tokens": new}
+    return generate(model, prompt, stopping_criteria=[stopper], **limits)
 
 
 def closed(model: MimoAudio, said: Tensor, audio: Any) -> Tensor:
@@ -92,15 +92,14 @@ class TestTurns:
     def test_a_reply_is_closed_once(self, greedy, audio, name, new, closing):
         token = getattr(greedy.tokenizer.special, name)
         session = insistent(greedy, token).session()
-        turn, between = (
-            tokens(greedy.get_spoken_dialogue_sft_prompt(audio[1])),
-            greedy.tokenizer.encode(closing),
-        )
-        assert len(list(session.stream(audio[1], max_new_tokens=6, min_new_tokens=3))) == new
+        turn = tokens(greedy.get_spoken_dialogue_sft_prompt(audio[1]))
+        between = greedy.tokenizer.encode(closing)
+        limits = {"max_new_tokens": 6, "min_new_tokens": 3}
+        assert len(list(session.stream(audio[1], **limits))) == new
         said = tokens(session.ids)
         assert said[: len(turn)] == turn
         assert said[-1] == token
-        list(session.stream(audio[1], max_new_tokens=6, min_new_tokens=3))
+        list(session.stream(audio[1], **limits))
         assert tokens(session.ids)[:-new] == [*said, *between, *turn]
 
     def test_a_new_turn_stops_the_running_one(self, greedy, audio):
@@ -123,23 +122,19 @@ class TestTurns:
         assert torch.equal(session.ids, whole.ids[:, : -(REPLY - 5) * GROUP])
 
     def test_a_context_that_is_full(self, greedy, audio):
-        greedy.lm = copy.copy(greedy.lm)
-        greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=90)
+        limit_context(greedy, 90)
         session = greedy.session()
         say(session, audio[1], 8)
         said = session.ids
-        with pytest.raises(
-            PromptError, match=r"the conversation has \d+ groups and the model's context is 90"
-        ):
+        problem = r"the conversation has \d+ groups and the model's context is 90"
+        with pytest.raises(PromptError, match=problem):
             session.stream(torch.zeros(24000 * 20))
         assert torch.equal(session.ids, said)
         say(session, torch.zeros(24000), 8)
         assert torch.equal(session.ids[:, : said.shape[1]], said)
 
     def test_the_context_may_be_filled_to_the_last_group(self, greedy, audio):
-        greedy.lm = copy.copy(greedy.lm)
-        prompt = greedy.get_spoken_dialogue_sft_prompt(audio[1])
-        greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=groups(prompt) + 3)
+        limit_context(greedy, groups(greedy.get_spoken_dialogue_sft_prompt(audio[1])) + 3)
         session = greedy.session()
         assert len(list(session.stream(audio[1]))) == 3
         with pytest.raises(PromptError, match="start a new one"):
@@ -149,16 +144,7 @@ class TestTurns:
 class TestInterrupt:
     @pytest.mark.parametrize(
         ("played_ms", "heard"),
-        [
-            (0, 0),
-            (-5, 0),
-            (1, 1),
-            (80, 1),
-            (PATCH_MS, 1),
-            (PATCH_MS + 1, 2),
-            (3 * PATCH_MS, 3),
-            (999.5, 7),
-        ],
+        [(0, 0), (-5, 0), (1, 1), (80, 1), (160, 1), (161, 2), (480, 3), (999.5, 7)],
     )
     def test_keeps_what_was_heard(self, greedy, audio, played_ms, heard):
         session = greedy.session("Be brief.", audio[0])
@@ -221,24 +207,15 @@ class TestInterrupt:
         assert torch.equal(session.ids, from_scratch(greedy, prompt))
 
     def test_while_another_thread_decodes(self, greedy, audio, monkeypatch):
-        """A listener breaks in: the event loop interrupts while a worker is in the middle of a
-        group."""
-        inside, step = threading.Event(), LM.step
+        """The event loop interrupts while a worker is in the middle of a group."""
+        inside, session = threading.Event(), greedy.session()
+        watch(monkeypatch, LM, "step", lambda *_: inside.set(), lambda *_: time.sleep(0.05))
 
-        def slow(lm: LM, *arguments: Any) -> None:
-            inside.set()
-            step(lm, *arguments)
-            threading.Event().wait(0.05)
-
-        monkeypatch.setattr(LM, "step", slow)
-        session = greedy.session()
+        async def consume() -> int:
+            stream = session.astream(audio[1], max_new_tokens=REPLY)
+            return len([chunk async for chunk in stream])
 
         async def break_in() -> int:
-            async def consume() -> int:
-                return len(
-                    [chunk async for chunk in session.astream(audio[1], max_new_tokens=REPLY)]
-                )
-
             consumer = asyncio.create_task(consume())
             while not inside.is_set():
                 await asyncio.sleep(0)
@@ -271,29 +248,21 @@ class TestDraws:
         def heard(seed: int | None) -> tuple[str, Tensor]:
             session = model.session(seed=seed)
             chunks = [*say(session, audio[1], 20), *say(session, audio[2], 20)]
-            return "".join(chunk.text for chunk in chunks), torch.cat(
-                [chunk.audio for chunk in chunks]
-            )
+            wav = torch.cat([chunk.audio for chunk in chunks])
+            return "".join(chunk.text for chunk in chunks), wav
 
         (text, wav), (again, same_wav), (_, other), (_, fresh) = map(heard, (4, 4, 5, None))
         assert (text, wav.tolist()) == (again, same_wav.tolist())
         assert len({tuple(audio.tolist()) for audio in (wav, other, fresh)}) == 3
 
     def test_none_repeats_after_an_interruption(self, model, audio, monkeypatch):
-        draws, sample_text = list[tuple[int, int]](), LM.sample_text
+        draws, session = list[tuple[int, int]](), model.session(seed=4)
 
-        def recording(lm: LM, state: Any, slots: Tensor, *arguments: Any) -> Tensor:
+        def record(_lm: LM, state: Any, slots: Tensor, *_: Any) -> None:
             draws.append((int(state.seeds[slots]), int(state.draws[slots])))
-            return sample_text(lm, state, slots, *arguments)
 
-        monkeypatch.setattr(LM, "sample_text", recording)
-        session = model.session(seed=4)
-        forget: list[Callable[[], None]] = [
-            lambda: session.interrupt(0),
-            lambda: session.interrupt(200),
-            session.reset,
-        ]
-        for undo in forget:
+        watch(monkeypatch, LM, "sample_text", record)
+        for undo in (partial(session.interrupt, 0), partial(session.interrupt, 200), session.reset):
             say(session, audio[1], 8)
             undo()
         say(session, audio[1], 8)

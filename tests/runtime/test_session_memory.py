@@ -1,12 +1,11 @@
 """What sessions keep: the newest turns of a full context, and all of a dialogue in a file."""
 
 import copy
-import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from helpers import fault
+from dialogues import limit_context
+from helpers import fault, raising, watch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_session import GROUP, NEXT, PATCH_MS, closed, from_scratch, groups, say
@@ -17,20 +16,18 @@ from mimo_fast import LM, MimoAudio
 
 
 class TestAFullContext:
-    """Old turns go, whole; voice and system prompt stay."""
+    """Whole old turns go; voice and system prompt stay."""
 
     @pytest.fixture
     def short(self, greedy: MimoAudio) -> MimoAudio:
-        greedy.lm = copy.copy(greedy.lm)
-        greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=220)
+        limit_context(greedy, 220)
         return greedy
 
     def test_drops_the_oldest_turns(self, short, audio):
         session = short.session("Be brief.", audio[0])
         opening, seen = groups(session.ids), list[int]()
         for _ in range(9):
-            before = session.turns
-            said = session.ids
+            before, said = session.turns, session.ids
             say(session, audio[1], NEXT)
             assert groups(session.ids) <= 220
             seen.append(session.turns)
@@ -57,14 +54,9 @@ class TestAFullContext:
         while session.turns < 2 or groups(session.ids) + 50 < 220:
             say(session, audio[1], NEXT)
             say(other, audio[1], NEXT)
-        said, prefill = session.ids, LM.prefill
-
-        def failing(*arguments: Any) -> None:
-            prefill(*arguments)
-            raise RuntimeError("device lost")
-
+        said = session.ids
         with monkeypatch.context() as patch:
-            patch.setattr(LM, "prefill", failing)
+            watch(patch, LM, "prefill", after=raising(RuntimeError, "device lost"))
             with pytest.raises(RuntimeError, match="device lost"):
                 session.stream(audio[2])
         assert torch.equal(session.ids, said)
@@ -96,19 +88,25 @@ class TestFiles:
         tensors = load_file(tmp_path / "talk")
         with safe_open(tmp_path / "talk", "pt") as file:
             metadata = file.metadata()
-        halved = {
-            name: part.half() if name.startswith("cache") else part
-            for name, part in tensors.items()
-        }
-        save_file(halved, tmp_path / "other", metadata=metadata)
+        halved = {name: tensors[name].half() for name in tensors if name.startswith("cache")}
+        save_file(tensors | halved, tmp_path / "other", metadata=metadata)
         restored = model.restore_session(tmp_path / "other")
         say(restored, audio[2], NEXT)
         say(session, audio[2], NEXT)
         assert torch.equal(restored.ids, session.ids)
         assert restored.prefilled == groups(restored.ids) - NEXT
 
-    @pytest.mark.parametrize("damage", ["missing", "text", "cut", "foreign", "weights"])
-    def test_a_file_that_is_no_session(self, model, audio, tmp_path, damage):
+    @pytest.mark.parametrize(
+        ("damage", "problem"),
+        [
+            ("missing", "cannot be read"),
+            ("text", "cannot be read"),
+            ("cut", "cannot be read"),
+            ("foreign", "belongs to another model"),
+            ("weights", "not a session"),
+        ],
+    )
+    def test_a_file_that_is_no_session(self, model, audio, tmp_path, damage, problem):
         path = tmp_path / "talk"
         if damage == "text":
             path.write_text("no session")
@@ -126,15 +124,11 @@ class TestFiles:
             model.lm.__dict__["fingerprint"] = "another"
         message = fault(lambda: model.restore_session(path))
         assert str(path) in message
-        wanted = {"foreign": "belongs to another model", "weights": "not a session"}.get(
-            damage, "cannot be read"
-        )
-        assert wanted in message
+        assert problem in message
 
 
 def test_the_twentieth_turn_computes_its_own_tokens(greedy, audio):
-    """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as
-    its pending group."""
+    """All products but attention's, up to those of the pending group, a patch or a word."""
     session = greedy.session("Be brief.", audio[0])
     say(session, audio[1], NEXT)
     turn = groups(closed(greedy, session.ids, audio[1])) - groups(session.ids) + 1

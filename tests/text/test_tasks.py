@@ -1,7 +1,6 @@
 """Task methods: their replies, files, history, and what they share with upstream's."""
 
 import copy
-import dataclasses
 import io
 import re
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from dialogues import GROUP, arguments, history, last_reply, own_dialogue
+from dialogues import GROUP, arguments, history, last_reply, limit_context, own_dialogue
 from helpers import KIT_PAIR, raising, watch
 from torch import Tensor
 
@@ -192,8 +191,7 @@ class TestHistory:
         assert torch.equal(history(own), first)
 
     def test_a_turn_that_does_not_fit_leaves_it_alone(self, own):
-        own.lm = copy.copy(own.lm)
-        own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
+        limit_context(own, 80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
         problem = "the model's context is 80: start a new one or shorten the input"
