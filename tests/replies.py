@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from helpers import watch
 from torch import Tensor
 
@@ -94,6 +95,18 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, error: BaseException, slot: int
             raise error
 
     watch(monkeypatch, LM, "step", after=fail)
+
+
+def replies_of(engine: Engine, requests: list[RequestSpec]) -> list[Drawn]:
+    """What the requests draw when all are started before the first is read."""
+    replies = [request.start(engine, ahead=None) for request in requests]
+    return [drawn(list(reply)) for reply in replies]
+
+
+def poison(engine: Engine) -> None:
+    """Fills the KV cache with NaN, so that reading a position not yet written shows."""
+    for part in engine.state.cache.parts:
+        part.fill_(torch.nan)
 
 
 def drawn(groups: list[Group]) -> Drawn:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @dataclass
 class Run:
-    """One call of pytest: what it is given, and the words that say which tests it runs."""
+    """One call of pytest."""
 
     environment: dict[str, str]
     paths: list[Path]

@@ -128,9 +128,7 @@ class TestForward:
         _, codes = last_reply(own, 16)
         assert wav.shape == (1, 1, codes.shape[1] * FRAME)
         assert torch.equal(wav[0, 0], own.codec.decode(codes))
-
-    def test_audio_may_be_changed_in_place(self, own):
-        wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
+        # The caller may change it in place.
         assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
 
     def test_unknown_tasks_use_the_default_samplers(self, own):

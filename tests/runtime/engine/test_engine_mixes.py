@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from replays import repeated
-from replies import CAPACITY, Consumer, Drawn, Interruption, RequestSpec, drawn
+from replies import CAPACITY, Consumer, Drawn, Interruption, RequestSpec, drawn, poison, replies_of
 from torch import Tensor
 
 from mimo_fast import MimoAudio
@@ -89,10 +89,8 @@ def test_interruptions_change_what_follows(by_itself, alone):
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_graphs_pad_their_batches_without_a_trace(model, requests, alone, slots):
     engine = Engine(model.lm, slots, CAPACITY)
-    engine.state.cache.k.fill_(torch.nan)
-    engine.state.cache.v.fill_(torch.nan)
+    poison(engine)
     engine.decoder.graphs = graphs = Graphs(model.lm, engine.state, repeated)
     assert graphs.buckets == {1: [1], 3: [1, 2, 3], 5: [1, 2, 4, 5]}[slots]
     graphs.warmup(progress=False)
-    replies = [request.start(engine, ahead=None) for request in requests]
-    assert [drawn(list(reply)) for reply in replies] == alone
+    assert replies_of(engine, requests) == alone
