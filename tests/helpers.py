@@ -15,7 +15,7 @@ from torch import Tensor
 from mimo_fast.bench.accuracy import accuracy
 from mimo_fast.checkpoint.files import open_weights, write_checkpoint
 from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.quantization import (
     Format,
@@ -75,7 +75,7 @@ def snr_db(got: Tensor, want: Tensor) -> float:
 
 def kit_config(part: str) -> dict[str, Any]:
     """A config.json of the kit's checkpoint, "lm" or "codec"."""
-    return json.loads((KIT / "checkpoint" / part / "config.json").read_text(encoding="utf-8"))
+    return read_json(KIT / "checkpoint" / part / "config.json")
 
 
 def write_pair(
@@ -98,8 +98,8 @@ def write_pair(
             return values * (1.0 if "embed" in name else 1.5 / shapes[name][1] ** 0.5)
 
         write_checkpoint(directory / part, shapes, draw, dtype=torch.float32, config=raw)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(KIT / "checkpoint" / "lm" / name, directory / "lm" / name)
+    for path in KIT_PAIR[0].glob("*token*"):
+        shutil.copy(path, directory / "lm" / path.name)
     return directory / "lm", directory / "codec"
 
 
@@ -107,24 +107,21 @@ def write(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 2**31)
     """A checkpoint of these tensors, with a configuration that means nothing."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_checkpoint(
-        directory,
-        shapes,
-        tensors.__getitem__,
-        dtype=dtypes,
-        config={"a": 1},
-        shard_bytes=shard_bytes,
-    )
+    options = {"dtype": dtypes, "config": {"a": 1}, "shard_bytes": shard_bytes}
+    write_checkpoint(directory, shapes, tensors.__getitem__, **options)
     return directory
+
+
+def copy_tree(source: Path, directory: Path) -> None:
+    """A copy whose files may be written, whatever the source's permissions."""
+    shutil.copytree(source, directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def altered_checkpoint(
     directory: Path, part: str, tensor: str, index: tuple[int, ...], add: float
 ) -> tuple[Path, Path]:
     """A copy of the kit's checkpoint pair in which one element of one tensor differs."""
-    shutil.copytree(
-        KIT / "checkpoint", directory, dirs_exist_ok=True, copy_function=shutil.copyfile
-    )
+    copy_tree(KIT / "checkpoint", directory)
     path = directory / part / "model.safetensors"
     tensors = load_file(path)
     tensors[tensor] = tensors[tensor].clone()
@@ -136,7 +133,7 @@ def altered_checkpoint(
 
 def limited_tokenizer(directory: Path, words: list[str]) -> Path:
     """A copy of the kit's language model that states these words as all it was trained on."""
-    shutil.copytree(KIT_PAIR[0], directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    copy_tree(KIT_PAIR[0], directory)
     path = directory / "tokenizer_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(raw | {"trained_words": words}), encoding="utf-8")
@@ -186,10 +183,11 @@ def watch(
 def in_threads(call: Callable[[int], Any], count: int) -> list[Any]:
     """What `call` returns for 0 to count - 1, each in a thread of its own at the same time."""
     got: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: got.update({i: call(i)}), daemon=True)
-        for i in range(count)
-    ]
+
+    def run(i: int) -> None:
+        got[i] = call(i)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -223,5 +221,5 @@ def error(weight: Tensor, name: str) -> float:
 def source_of(
     directory: Path, dtype: torch.dtype = torch.float32, requested: QuantizationConfig | None = None
 ) -> WeightSource:
-    weights, raw = open_weights(directory), json.loads((directory / "config.json").read_text())
+    weights, raw = open_weights(directory), read_json(directory / "config.json")
     return WeightSource(weights.get, dtype, stored_formats(raw, str(directory)), requested)

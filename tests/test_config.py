@@ -2,13 +2,12 @@
 
 import json
 import math
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import KIT_PAIR, fault, kit_config
+from helpers import KIT_PAIR, copy_tree, fault, kit_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -258,7 +257,7 @@ def test_missing_file_and_directory(tmp_path):
 def test_the_error_reaches_load(tmp_path):
     raw = kit_config("lm")
     del raw["group_size"]
-    shutil.copytree(KIT_PAIR[0], tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    copy_tree(KIT_PAIR[0], tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match="has no 'group_size'"):
         mimo_fast.load(tmp_path, KIT_PAIR[1], device="cpu")
