@@ -1,7 +1,4 @@
-"""No circle of imports and packages that import one way, counting every import statement.
-
-Those of types alone (`TYPE_CHECKING`) and those inside functions count too.
-"""
+"""No circles; packages import one way. Imports of types alone and in functions count too."""
 
 import ast
 import graphlib

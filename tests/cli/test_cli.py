@@ -219,6 +219,8 @@ OFFLINE = ["--cache-dir", "none", "--offline"]
         (["tts", "", "-o", "a.wav", *PAIR], "no text"),
         (["chat", AUDIO, *PAIR], "-o FILE.wav"),
         (["chat", "--text", "Hi.", "-o", "a.wav", *PAIR], "--text"),
+        (["demo", "no.wav", "-o", "out"], "no.wav"),
+        (["demo", "--text", " ", "-o", "out"], "no text to say"),
         (["demo", "-o", ".", *PAIR[:2], *OFFLINE], "Tokenizer is not in the cache"),
         (["verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "audio"], "golden.json"),
         (["asr", AUDIO, "--device", "nonsense", *PAIR], "nonsense"),

@@ -88,11 +88,3 @@ def test_it_names_words_that_the_model_was_not_trained_on(capsys, tmp_path):
 def test_its_sentence_is_of_the_domain_and_new_to_the_model():
     assert set(SENTENCE.split()) <= set(domain.vocabulary())
     assert domain.is_held_out(SENTENCE)
-
-
-def test_wrong_input_is_one_line(capsys, tmp_path):
-    problems = {"no.wav": [tmp_path / "no.wav"], "no text to say": ["--text", " "]}
-    for problem, arguments in problems.items():
-        assert demo("-o", tmp_path / "out", *arguments) == 1
-        assert problem in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import copy
 import math
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,9 @@ from mimo_fast.kernels.matmul.product import Weight
 GROUP = 4
 PATCH_MS = 160
 REPLY, NEXT = 24, 8
+PATCHES_HEARD = {0: 0, -5: 0, 1: 1, 80: 1, 160: 1, 161: 2, 480: 3, 999.5: 7}
+PATCHES_HEARD |= {1e6: None, math.inf: None}
+"""By milliseconds played; None is all."""
 
 
 def insistent(model: MimoAudio, token: int) -> MimoAudio:
@@ -57,9 +61,26 @@ def closed(model: MimoAudio, said: Tensor, audio: Any) -> Tensor:
     return torch.cat((said, closing, model.get_spoken_dialogue_sft_prompt(audio)), dim=1)
 
 
-def patch_positions(reply: Tensor, empty: int) -> list[int]:
-    """Groups of a reply that are patches."""
-    return [i for i, token in enumerate(tokens(reply)) if token == empty]
+def patch_positions(model: MimoAudio, session: Session, reply: int = REPLY) -> list[int]:
+    """Groups of a dialogue that are patches of its last reply, of so many groups."""
+    said = tokens(session.ids)
+    return [i for i in range(len(said) - reply, len(said)) if said[i] == model.empty_token]
+
+
+def assert_goes_on(model: MimoAudio, session: Session, said: Tensor, audio: Any) -> Tensor:
+    """A new turn after `said` equals one computed from scratch; returns its prompt."""
+    say(session, audio, NEXT)
+    prompt = closed(model, said, audio)
+    assert torch.equal(session.ids, from_scratch(model, prompt))
+    return prompt
+
+
+def started(session: Session, audio: Any, taken: int) -> Iterator[Chunk]:
+    """A stream of which so many groups have been taken."""
+    running = session.stream(audio, max_new_tokens=REPLY, min_new_tokens=REPLY)
+    for _ in range(taken):
+        next(running)
+    return running
 
 
 class TestTurns:
@@ -79,9 +100,7 @@ class TestTurns:
         say(session, audio[1])
         for turn in (2, 0, 1):
             said = session.ids
-            say(session, audio[turn], NEXT)
-            prompt = closed(greedy, said, audio[turn])
-            assert torch.equal(session.ids, from_scratch(greedy, prompt))
+            prompt = assert_goes_on(greedy, session, said, audio[turn])
             # The last group said has not been fed yet.
             assert session.prefilled == groups(prompt) - groups(said) + 1
 
@@ -104,21 +123,14 @@ class TestTurns:
 
     def test_a_new_turn_stops_the_running_one(self, greedy, audio):
         session = greedy.session()
-        running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
-        for _ in range(5):
-            next(running)
-        said = session.ids
-        say(session, audio[2], NEXT)
+        running = started(session, audio[1], 5)
+        assert_goes_on(greedy, session, session.ids, audio[2])
         assert list(running) == []
-        assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
 
     def test_closing_keeps_what_was_decoded(self, greedy, audio):
         session, whole = greedy.session(), greedy.session()
         say(whole, audio[1])
-        running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
-        for _ in range(5):
-            next(running)
-        running.close()
+        started(session, audio[1], 5).close()
         assert torch.equal(session.ids, whole.ids[:, : -(REPLY - 5) * GROUP])
 
     def test_a_context_that_is_full(self, greedy, audio):
@@ -142,46 +154,26 @@ class TestTurns:
 
 
 class TestInterrupt:
-    @pytest.mark.parametrize(
-        ("played_ms", "heard"),
-        [(0, 0), (-5, 0), (1, 1), (80, 1), (160, 1), (161, 2), (480, 3), (999.5, 7)],
-    )
+    @pytest.mark.parametrize(("played_ms", "heard"), PATCHES_HEARD.items())
     def test_keeps_what_was_heard(self, greedy, audio, played_ms, heard):
         session = greedy.session("Be brief.", audio[0])
         say(session, audio[1])
-        before = session.ids
-        start = groups(before) - REPLY
-        spoken = patch_positions(before[:, start * GROUP :], greedy.empty_token)
-        assert len(spoken) > heard
+        before, spoken = session.ids, patch_positions(greedy, session)
         session.interrupt(played_ms)
-        kept = start + spoken[heard]
+        kept = groups(before) if heard is None else spoken[heard]
         assert torch.equal(session.ids, before[:, : kept * GROUP])
-        say(session, audio[2], NEXT)
-        prompt = closed(greedy, before[:, : kept * GROUP], audio[2])
-        assert torch.equal(session.ids, from_scratch(greedy, prompt))
-        assert session.prefilled == groups(prompt) - kept
-
-    @pytest.mark.parametrize("played_ms", [1e6, math.inf])
-    def test_beyond_the_end_keeps_all(self, greedy, audio, played_ms):
-        session = greedy.session()
-        say(session, audio[1])
-        said = session.ids
-        session.interrupt(played_ms)
-        assert torch.equal(session.ids, said)
-        say(session, audio[2], NEXT)
-        assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
+        prompt = assert_goes_on(greedy, session, before[:, : kept * GROUP], audio[2])
+        # The last group of a whole reply has not been fed yet.
+        assert session.prefilled == groups(prompt) - min(kept, groups(before) - 1)
 
     def test_twice_keeps_the_shorter(self, greedy, audio):
         session = greedy.session()
         say(session, audio[1])
-        start, before = groups(session.ids) - REPLY, session.ids
-        spoken = patch_positions(before[:, start * GROUP :], greedy.empty_token)
+        before, spoken = session.ids, patch_positions(greedy, session)
         for played, heard in ((5, 5), (2, 2), (9, 2)):
             session.interrupt(played * PATCH_MS)
-            assert groups(session.ids) == start + spoken[heard]
-        say(session, audio[2], NEXT)
-        prompt = closed(greedy, before[:, : (start + spoken[2]) * GROUP], audio[2])
-        assert torch.equal(session.ids, from_scratch(greedy, prompt))
+            assert groups(session.ids) == spoken[heard]
+        assert_goes_on(greedy, session, before[:, : spoken[2] * GROUP], audio[2])
 
     def test_before_any_turn_changes_nothing(self, greedy, audio):
         session = greedy.session("Be brief.", audio[0])
@@ -193,18 +185,13 @@ class TestInterrupt:
     @pytest.mark.parametrize(("taken", "heard"), [(0, 0), (1, 0), (14, 2), (14, 100)])
     def test_in_the_middle_of_a_stream(self, greedy, audio, taken, heard):
         session = greedy.session()
-        running = session.stream(audio[1], max_new_tokens=REPLY, min_new_tokens=REPLY)
-        for _ in range(taken):
-            next(running)
-        before, start = session.ids, groups(session.ids) - taken
-        spoken = patch_positions(before[:, start * GROUP :], greedy.empty_token)
-        kept = start + (spoken[heard] if heard < len(spoken) else taken)
+        running = started(session, audio[1], taken)
+        before, spoken = session.ids, patch_positions(greedy, session, reply=taken)
+        kept = spoken[heard] if heard < len(spoken) else groups(before)
         session.interrupt(heard * PATCH_MS)
         assert list(running) == []
         assert torch.equal(session.ids, before[:, : kept * GROUP])
-        say(session, audio[2], NEXT)
-        prompt = closed(greedy, before[:, : kept * GROUP], audio[2])
-        assert torch.equal(session.ids, from_scratch(greedy, prompt))
+        assert_goes_on(greedy, session, before[:, : kept * GROUP], audio[2])
 
     def test_while_another_thread_decodes(self, greedy, audio, monkeypatch):
         """The event loop interrupts while a worker is in the middle of a group."""
@@ -225,8 +212,7 @@ class TestInterrupt:
         assert asyncio.run(break_in()) <= 2
         said = session.ids
         assert groups(said) < groups(greedy.get_spoken_dialogue_sft_prompt(audio[1])) + 3
-        say(session, audio[2], NEXT)
-        assert torch.equal(session.ids, from_scratch(greedy, closed(greedy, said, audio[2])))
+        assert_goes_on(greedy, session, said, audio[2])
 
 
 def test_reset_keeps_the_voice_and_its_cache(greedy, audio):

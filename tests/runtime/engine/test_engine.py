@@ -20,12 +20,6 @@ def test_threads_share_their_steps(model, engine, requests, alone, monkeypatch):
 
 
 class TestPausing:
-    def test_a_stream_alone_is_as_lazy_as_a_generator(self, engine, requests):
-        reply = requests[5].start(engine)
-        for taken in range(1, 5):
-            next(reply)
-            assert reply._request.row.produced == taken
-
     def test_a_row_runs_ahead_of_its_consumer_by_so_much(self, engine, requests):
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()

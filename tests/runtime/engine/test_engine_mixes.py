@@ -42,10 +42,7 @@ def by_itself(
 def test_any_mix_gives_the_tokens_of_lone_runs(
     model, engine, requests, interruptions, by_itself, seed
 ):
-    """More rows than slots, started, read, left and interrupted at random.
-
-    Two of every five engines launch the next group ahead, at random too.
-    """
+    """More rows than slots; two of five engines launch the next group ahead at random."""
     rng, ahead = random.Random(seed), random.Random(-seed)
     engine.overlaps = seed % 5 < 2
     engine.decoder.predict = bool(seed % 2)

@@ -23,10 +23,7 @@ TEXT = "The quick brown fox."
 
 
 class Device:
-    """A stand-in for an asynchronous device that logs launches and waits of the host.
-
-    A copy shows its content only to a caller that has waited for it.
-    """
+    """Logs launches and waits of the host; a copy shows its content to who has waited for it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
