@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def limit_context(model: MimoAudio, groups: int) -> None:
     """Gives a copy of a model a language model with a context of so many groups."""
     model.lm = copy.copy(model.lm)
     model.lm.config = dataclasses.replace(model.lm.config, max_positions=groups)
+
+
+async def collected(stream: AsyncIterator[Chunk]) -> list[Chunk]:
+    return [chunk async for chunk in stream]
 
 
 def same(chunks: list[Chunk], others: list[Chunk]) -> bool:

@@ -62,14 +62,10 @@ def flat_rows(last_tokens: Sequence[int], groups: int) -> Tensor:
     return ids
 
 
-def test_stopper_looks_at_each_row():
+def test_stopper_reads_each_row_s_text_token_of_the_last_group():
     stopper = MiMoStopper(GROUP, CHANNELS, [7, 9])
     assert stopper(flat_rows([7, 8, 9, 50], 3)).tolist() == [True, False, True, False]
     assert stopper(flat_rows([8, 8], 3), None).dtype == torch.bool
-
-
-def test_stopper_reads_the_text_token_of_the_last_group_only():
-    stopper = MiMoStopper(GROUP, CHANNELS, [7])
     ids = flat_rows([8], 2)
     ids[0, 0] = 7
     ids[0, -STEP + 1 :] = 7

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dialogues import limit_context
+from dialogues import collected, limit_context
 from helpers import watch
 from torch import Tensor
 
@@ -198,16 +198,13 @@ class TestInterrupt:
         inside, session = threading.Event(), greedy.session()
         watch(monkeypatch, LM, "step", lambda *_: inside.set(), lambda *_: time.sleep(0.05))
 
-        async def consume() -> int:
-            stream = session.astream(audio[1], max_new_tokens=REPLY)
-            return len([chunk async for chunk in stream])
-
         async def break_in() -> int:
-            consumer = asyncio.create_task(consume())
+            stream = session.astream(audio[1], max_new_tokens=REPLY)
+            consumer = asyncio.create_task(collected(stream))
             while not inside.is_set():
                 await asyncio.sleep(0)
             session.interrupt(0)
-            return await consumer
+            return len(await consumer)
 
         assert asyncio.run(break_in()) <= 2
         said = session.ids

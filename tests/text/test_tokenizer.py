@@ -182,11 +182,8 @@ def test_a_text_with_half_a_surrogate_pair(ours):
     assert "position 2" in fault(lambda: ours.encode("ab\ud83dc"), PromptError)
 
 
-def test_an_absent_token_is_named(ours):
+def test_ids_that_are_wrong_are_named(ours):
     assert "<|nothing|>" in fault(lambda: ours.id("<|nothing|>"))
-
-
-def test_ids_must_fit_the_language_model(ours):
     ours.check_vocab(413)
     message = fault(lambda: ours.check_vocab(412))
     assert "'<|eot|>' has id 412" in message

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dialogues import arguments, history, last_reply, own_dialogue, same
+from dialogues import arguments, collected, history, last_reply, own_dialogue, same
 from helpers import snr_db, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,10 +233,8 @@ class TestAsync:
     OPTIONS: ClassVar = fixed(12)
 
     def test_gives_the_same_chunks(self, own):
-        async def consume() -> list[Chunk]:
-            return [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
-
-        assert same(asyncio.run(consume()), list(own.stream("tts", "Hi.", **self.OPTIONS)))
+        chunks = asyncio.run(collected(own.astream("tts", "Hi.", **self.OPTIONS)))
+        assert same(chunks, list(own.stream("tts", "Hi.", **self.OPTIONS)))
 
     def test_the_event_loop_runs_while_a_group_is_decoded(self, own, gate):
         async def open_for_all() -> None:
@@ -246,7 +244,7 @@ class TestAsync:
 
         async def consume() -> int:
             opener = asyncio.create_task(open_for_all())
-            chunks = [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
+            chunks = await collected(own.astream("tts", "Hi.", **self.OPTIONS))
             opener.cancel()
             return len(chunks)
 
