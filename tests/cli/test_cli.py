@@ -31,6 +31,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, out, err
 
 
+def runs(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Output and error output of a command that succeeds."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    return out, err
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The command's one error line."""
     code, out, err = run(capsys, *arguments)
@@ -42,8 +49,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_tts_writes_audio_and_says_how_fast(capsys, tmp_path):
     output = tmp_path / "said.wav"
-    code, _, err = run(capsys, "tts", "Hello there.", "-o", output, *PAIR, *SHORT)
-    assert code == 0
+    _, err = runs(capsys, "tts", "Hello there.", "-o", output, *PAIR, *SHORT)
     samples, rate = soundfile.read(output)
     assert rate == 24000
     assert len(samples) > 0
@@ -55,7 +61,7 @@ def test_tts_writes_audio_and_says_how_fast(capsys, tmp_path):
 
 def test_tts_is_repeatable_and_styles_change_it(capsys, tmp_path):
     def say(*style: object) -> bytes:
-        assert run(capsys, "tts", "Hello.", "-o", tmp_path / "a.wav", *style, *PAIR, *SHORT)[0] == 0
+        runs(capsys, "tts", "Hello.", "-o", tmp_path / "a.wav", *style, *PAIR, *SHORT)
         return (tmp_path / "a.wav").read_bytes()
 
     styles = [("--instruct", "slowly"), ("--natural",), ("--natural", "--voice", AUDIO)]
@@ -68,8 +74,7 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
     limited = ["--model", lm, *PAIR[2:]]
 
     def warnings(text: str, *options: object) -> list[str]:
-        code, _, err = run(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
-        assert code == 0, err
+        _, err = runs(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
         return [line for line in err.splitlines() if line.startswith("warning")]
 
     text = "Seven 42, hello world of worlds: hello world!"
@@ -84,42 +89,39 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
 
 
 def test_asr_prints_a_line_a_recording(capsys):
-    code, out, _ = run(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
-    assert code == 0
+    out, _ = runs(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
     assert out.count(".wav: ") == 2
 
 
 def test_understand_prints_what_the_model_returns(capsys, model):
-    code, out, _ = run(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
+    out, _ = runs(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
     options = {"seed": 1, "max_new_tokens": 30}
     want = model.audio_understanding_sft(AUDIO, "What is said?", True, **options)
-    assert (code, out.strip()) == (0, want)
+    assert out.strip() == want
 
 
 def test_chat_writes_a_reply_a_turn(capsys, tmp_path):
     arguments = ["chat", AUDIO, KIT / "audio" / "en_f_16k.wav", "-o", tmp_path / "reply.wav"]
     prompt = ["--system", "Be brief.", "--voice", AUDIO]
-    assert run(capsys, *arguments, *prompt, *PAIR, *SHORT)[0] == 0
+    runs(capsys, *arguments, *prompt, *PAIR, *SHORT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reply-1.wav", "reply-2.wav"]
 
 
 def test_chat_in_text(capsys):
-    code, out, _ = run(capsys, "chat", "--text", "Hi.", "And now?", *PAIR, *SHORT)
-    assert code == 0
+    out, _ = runs(capsys, "chat", "--text", "Hi.", "And now?", *PAIR, *SHORT)
     assert out
 
 
 def test_continue_can_join(capsys, tmp_path):
     more, everything = tmp_path / "more.wav", tmp_path / "all.wav"
     for arguments in ([more], [everything, "--join"]):
-        assert run(capsys, "continue", AUDIO, "-o", *arguments, *PAIR, *SHORT)[0] == 0
+        runs(capsys, "continue", AUDIO, "-o", *arguments, *PAIR, *SHORT)
     frames = [soundfile.info(path).frames for path in (AUDIO, more, everything)]
     assert frames[2] == frames[0] + frames[1]
 
 
 def test_verify_passes_on_the_kit(capsys):
-    code, out, err = run(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
-    assert code == 0
+    out, err = runs(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
     assert "FAILED" not in out
     assert "all" in err
     assert len(out.splitlines()) == 16
@@ -146,13 +148,12 @@ def test_verify_names_the_stages_a_weight_breaks(capsys, tmp_path):
 
 
 def test_init_checkpoint_and_info(capsys, tmp_path):
-    assert run(capsys, "init-checkpoint", tmp_path / "pair", "--seed", 3)[0] == 0
+    runs(capsys, "init-checkpoint", tmp_path / "pair", "--seed", 3)
     pair = ["--model", tmp_path / "pair" / "lm", "--codec", tmp_path / "pair" / "codec"]
-    code, out, _ = run(capsys, "info", *pair)
-    assert code == 0
+    out, _ = runs(capsys, "info", *pair)
     for word in ("torch", "cpu:", "kernels:", "backbone", "patch decoder", "vocoder", "total"):
         assert word in out
-    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)[0] == 0
+    runs(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)
 
 
 def tensors(part: object) -> Iterator[torch.Tensor]:
@@ -169,16 +170,15 @@ def tensors(part: object) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
 def test_quantize_and_speak(capsys, tmp_path, form):
-    code, out, err = run(capsys, "quantize", PAIR[1], tmp_path / "small", "--format", form)
-    assert code == 0
+    out, err = runs(capsys, "quantize", PAIR[1], tmp_path / "small", "--format", form)
     assert "model.layers.0.self_attn.q_proj.weight" in out
     assert "GB" in err
     small = ["--model", tmp_path / "small", *PAIR[2:]]
-    code, out, _ = run(capsys, "info", *small)
+    out, _ = runs(capsys, "info", *small)
     assert "248,880 parameters" in out
     for name, options in (("stored", small), ("now", ["--quantization", form, *PAIR])):
         output = tmp_path / f"{name}.wav"
-        assert run(capsys, "tts", "Hi.", "-o", output, *options, *SHORT)[0] == 0
+        runs(capsys, "tts", "Hi.", "-o", output, *options, *SHORT)
         assert output.exists()
     # The weights are equal, which speech need not be to the bit: a dense product of torch's adds in
     # another order where a mapped file puts its weight at an odd address.

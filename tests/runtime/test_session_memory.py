@@ -65,6 +65,10 @@ class TestAFullContext:
         assert torch.equal(session.ids, other.ids)
 
 
+DAMAGES = dict.fromkeys(("missing", "text", "cut"), "cannot be read")
+DAMAGES |= {"foreign": "belongs to another model", "weights": "not a session"}
+
+
 class TestFiles:
     def test_a_restored_dialogue_goes_on_as_if_it_had_never_stopped(self, model, audio, tmp_path):
         session = model.session("Be brief.", audio[0], seed=3)
@@ -96,16 +100,7 @@ class TestFiles:
         assert torch.equal(restored.ids, session.ids)
         assert restored.prefilled == groups(restored.ids) - NEXT
 
-    @pytest.mark.parametrize(
-        ("damage", "problem"),
-        [
-            ("missing", "cannot be read"),
-            ("text", "cannot be read"),
-            ("cut", "cannot be read"),
-            ("foreign", "belongs to another model"),
-            ("weights", "not a session"),
-        ],
-    )
+    @pytest.mark.parametrize(("damage", "problem"), DAMAGES.items())
     def test_a_file_that_is_no_session(self, model, audio, tmp_path, damage, problem):
         path = tmp_path / "talk"
         if damage == "text":
