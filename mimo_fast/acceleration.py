@@ -43,9 +43,8 @@ def accelerate(model: Any) -> Any:
         raise CheckpointError(
             f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}"
         )
-    causal._mimo_fast_lm = LM(
-        config, int(causal.args.empty_idx), WeightSource(tensors.__getitem__, join=False)
-    )
+    source = WeightSource(tensors.__getitem__, join=False)
+    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), source)
 
     def upstream_generate(
         inputs: Any = None,
@@ -64,20 +63,11 @@ def accelerate(model: Any) -> Any:
         if options:
             # Options of generation_config may come as keywords too; keywords take precedence.
             named = {name: getattr(generation_config, name, None) for name in CONFIG_NAMES}
-            generation_config = {
-                **(generation_config if isinstance(generation_config, dict) else named),
-                **options,
-            }
-        return generate(
-            causal,
-            input_ids if inputs is None else inputs,
-            generation_config,
-            stopping_criteria,
-            streamer,
-            global_sampler,
-            local_sampler,
-            seed=seed,
-        )
+            given = generation_config if isinstance(generation_config, dict) else named
+            generation_config = given | options
+        ids, samplers = input_ids if inputs is None else inputs, (global_sampler, local_sampler)
+        stops = stopping_criteria, streamer
+        return generate(causal, ids, generation_config, *stops, *samplers, seed=seed)
 
     causal.generate = upstream_generate
     return model

@@ -7,9 +7,9 @@ determines a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`,
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -67,13 +67,10 @@ class LMConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "LM config") -> "LMConfig":
         read = _Reader(raw, source)
-        read.refuse("hidden_act", lambda act: act != "silu", "only 'silu' is supported")
+        read.only("hidden_act", "silu")
         read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
-        read.refuse(
-            "rope_scaling",
-            lambda scaling: _rope_kind(scaling) != "default",
-            "only plain RoPE is supported",
-        )
+        plain = "only plain RoPE is supported"
+        read.refuse("rope_scaling", lambda scaling: _rope_kind(scaling) != "default", plain)
         channels, group_size = read.integer("audio_channels"), read.integer("group_size")
         theta, eps = read.rope_theta(), read.number("rms_norm_eps")
         heads, dim = read.integer("num_attention_heads"), read.integer("hidden_size")
@@ -89,7 +86,7 @@ class LMConfig:
                 width, layers, local_heads, local_heads, width // local_heads, ffn, theta, eps
             )
 
-        local_dim = read.integer("local_dim")
+        local_dim, local_ffn = read.integer("local_dim"), read.integer("local_ffn_dim")
         input_dim = read.integer("input_local_dim", default=local_dim)
         config = cls(
             vocab_size=read.integer("vocab_size"),
@@ -104,9 +101,7 @@ class LMConfig:
                 eps,
             ),
             patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
-            patch_decoder=local(
-                local_dim, read.integer("local_layers"), read.integer("local_ffn_dim")
-            ),
+            patch_decoder=local(local_dim, read.integer("local_layers"), local_ffn),
             patch_encoder_causal=not raw.get("input_full_attention"),
             group_size=group_size,
             channels=channels,
@@ -122,62 +117,62 @@ class LMConfig:
 
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:
-            raise ConfigError(
-                f"{source}: num_attention_heads is not a multiple of num_key_value_heads"
-            )
+            problem = "num_attention_heads is not a multiple of num_key_value_heads"
+            raise ConfigError(f"{source}: {problem}")
         if self.backbone.head_dim % 2:
-            raise ConfigError(
-                f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
-            )
-        for channel, (size, empty) in enumerate(
-            zip(self.code_sizes, self.empty_codes, strict=True)
-        ):
+            problem = f"head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
+            raise ConfigError(f"{source}: {problem}")
+        codes = zip(self.code_sizes, self.empty_codes, strict=True)
+        for channel, (size, empty) in enumerate(codes):
             if not 0 <= empty < size:
-                raise ConfigError(
-                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside "
-                    f"0..{size - 1}"
-                )
+                problem = f"speech_zeroemb_idx {empty} of channel {channel} is outside"
+                raise ConfigError(f"{source}: {problem} 0..{size - 1}")
         if min(self.delays) < 0:
             raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
+
+
+def _key(name: str) -> Any:
+    """A field that is read from this key of the file, by its type; it has no default."""
+    return field(metadata={"key": name})
 
 
 @dataclass(frozen=True)
 class CodecConfig:
     """The audio tokenizer: log-mel -> encoder -> RVQ -> decoder -> vocoder -> waveform."""
 
-    sample_rate: int
-    n_mels: int
-    n_fft: int
-    hop: int
-    window: int
     f_min: float
     f_max: float
-    max_seconds: int
-    dim: int
-    kernel: int
-    stride: int
-    pool: int
-    encoder_layers: int
-    encoder_heads: int
-    encoder_ffn: int
-    encoder_causal: bool
-    encoder_window: tuple[int, int]
     skip_layer: int | None
-    decoder_layers: int
-    decoder_heads: int
-    decoder_ffn: int
-    decoder_causal: bool
-    decoder_window: tuple[int, int]
-    decoder_kernel: int
-    decoder_stride: int
-    vocoder_dim: int
-    vocoder_layers: int
-    vocoder_heads: int
-    vocoder_ffn: int
-    vocoder_window: tuple[int, int]
     codebook_sizes: tuple[int, ...]
     norm: str
-    rope_theta: float
+    sample_rate: int = _key("sampling_rate")
+    n_mels: int = _key("n_mels")
+    n_fft: int = _key("nfft")
+    hop: int = _key("hop_length")
+    window: int = _key("window_size")
+    max_seconds: int = _key("max_audio_seconds")
+    dim: int = _key("d_model")
+    kernel: int = _key("kernel_size")
+    stride: int = _key("stride_size")
+    pool: int = _key("avg_pooler")
+    encoder_layers: int = _key("encoder_layers")
+    encoder_heads: int = _key("encoder_attention_heads")
+    encoder_ffn: int = _key("encoder_ffn_dim")
+    encoder_causal: bool = _key("encoder_causal")
+    encoder_window: tuple[int, int] = _key("encoder_attn_window_size")
+    decoder_layers: int = _key("decoder_layers")
+    decoder_heads: int = _key("decoder_attention_heads")
+    decoder_ffn: int = _key("decoder_ffn_dim")
+    decoder_causal: bool = _key("decoder_causal")
+    decoder_window: tuple[int, int] = _key("decoder_attn_window_size")
+    decoder_kernel: int = _key("decoder_kernel_size")
+    decoder_stride: int = _key("decoder_stride_size")
+    vocoder_dim: int = _key("vocoder_dim")
+    vocoder_layers: int = _key("vocoder_num_layers")
+    vocoder_heads: int = _key("vocoder_attention_heads")
+    vocoder_ffn: int = _key("vocoder_intermediate_dim")
+    vocoder_window: tuple[int, int] = _key("vocoder_attn_window_size")
+    rope_theta: float = _key("rope_theta")
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
     """Norm statistics for streaming: (mean, variance) of the unpooling and the to-mel norm."""
 
@@ -189,63 +184,35 @@ class CodecConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "codec config") -> "CodecConfig":
         read = _Reader(raw, source)
-        read.refuse("activation_function", lambda name: name != "gelu", "only 'gelu' is supported")
-        read.refuse(
-            "position_embedding_type", lambda name: name != "rope", "only 'rope' is supported"
-        )
-        read.refuse("rope_type", lambda name: name != "default", "only 'default' is supported")
-        read.refuse("vocoder_padding", lambda name: name != "same", "only 'same' is supported")
-        read.refuse(
-            "ln_type",
-            lambda name: name not in ("LayerNorm", "RMSNorm"),
-            "use 'LayerNorm' or 'RMSNorm'",
-        )
-        rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
-        sizes = read.integers("codebook_size")
+        read.only("activation_function", "gelu")
+        read.only("position_embedding_type", "rope")
+        read.only("rope_type", "default")
+        read.only("vocoder_padding", "same")
+        norms = ("LayerNorm", "RMSNorm")
+        read.refuse("ln_type", lambda name: name not in norms, "use 'LayerNorm' or 'RMSNorm'")
+        readers: dict[Any, Callable[[str], Any]] = {
+            int: read.integer,
+            float: read.number,
+            bool: lambda key: bool(read.required(key)),
+            tuple[int, int]: read.window,
+        }
+        keyed = {each.name: each.metadata["key"] for each in fields(cls) if each.metadata}
+        quantizers, sizes = read.integer("num_quantizers"), read.integers("codebook_size")
         skip = read.required("encoder_skip_layer_id")
         config = cls(
-            sample_rate=rate,
-            n_mels=read.integer("n_mels"),
-            n_fft=read.integer("nfft"),
-            hop=read.integer("hop_length"),
-            window=read.integer("window_size"),
+            **{name: readers[cls.__annotations__[name]](key) for name, key in keyed.items()},
             f_min=read.number("fmin", default=0),
-            f_max=read.number("fmax", default=rate / 2),
-            max_seconds=read.integer("max_audio_seconds"),
-            dim=read.integer("d_model"),
-            kernel=read.integer("kernel_size"),
-            stride=read.integer("stride_size"),
-            pool=read.integer("avg_pooler"),
-            encoder_layers=read.integer("encoder_layers"),
-            encoder_heads=read.integer("encoder_attention_heads"),
-            encoder_ffn=read.integer("encoder_ffn_dim"),
-            encoder_causal=bool(read.required("encoder_causal")),
+            f_max=read.number("fmax", default=read.integer("sampling_rate") / 2),
             skip_layer=None if skip is None else read.integer("encoder_skip_layer_id"),
-            encoder_window=read.window("encoder_attn_window_size"),
-            decoder_layers=read.integer("decoder_layers"),
-            decoder_heads=read.integer("decoder_attention_heads"),
-            decoder_ffn=read.integer("decoder_ffn_dim"),
-            decoder_causal=bool(read.required("decoder_causal")),
-            decoder_window=read.window("decoder_attn_window_size"),
-            decoder_kernel=read.integer("decoder_kernel_size"),
-            decoder_stride=read.integer("decoder_stride_size"),
-            vocoder_dim=read.integer("vocoder_dim"),
-            vocoder_layers=read.integer("vocoder_num_layers"),
-            vocoder_heads=read.integer("vocoder_attention_heads"),
-            vocoder_ffn=read.integer("vocoder_intermediate_dim"),
-            vocoder_window=read.window("vocoder_attn_window_size"),
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
             norm=str(raw.get("ln_type", "LayerNorm")),
-            rope_theta=read.number("rope_theta"),
             moments=read.moments("streaming_moments"),
         )
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
-        for width, heads in (
-            (config.dim, config.encoder_heads),
-            (config.dim, config.decoder_heads),
-            (config.vocoder_dim, config.vocoder_heads),
-        ):
+        widths = config.dim, config.dim, config.vocoder_dim
+        counts = config.encoder_heads, config.decoder_heads, config.vocoder_heads
+        for width, heads in zip(widths, counts, strict=True):
             if width % heads or (width // heads) % 2:
                 raise ConfigError(
                     f"{source}: width {width} does not split into {heads} heads of an even size"
@@ -272,7 +239,7 @@ class _Reader:
         if value is None and default is not None:
             return default
         if not _is_integer(value) or value < 1:
-            raise ConfigError(f"{self.source}: '{key}' must be a positive integer, not {value!r}")
+            raise self._wrong(key, "a positive integer")
         return int(value)
 
     def integers(self, key: str) -> list[int]:
@@ -280,10 +247,7 @@ class _Reader:
         value = self.required(key)
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
-            raise ConfigError(
-                f"{self.source}: '{key}' must be a positive integer or a list of them, not "
-                f"{value!r}"
-            )
+            raise self._wrong(key, "a positive integer or a list of them")
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -292,19 +256,14 @@ class _Reader:
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.source}: '{key}' must be a number, not {value!r}")
+            raise self._wrong(key, "a number")
         return float(value)
 
     def window(self, key: str) -> tuple[int, int]:
         value = self.required(key)
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != 2
-            or not all(_is_integer(each) for each in value)
-        ):
-            raise ConfigError(
-                f"{self.source}: '{key}' must be two integers, left and right, not {value!r}"
-            )
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if not pair or not all(map(_is_integer, value)):
+            raise self._wrong(key, "two integers, left and right")
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
@@ -315,15 +274,13 @@ class _Reader:
             first, second = ((float(mean), float(variance)) for mean, variance in value)
             if min(first[1], second[1]) > 0:
                 return first, second
-        raise ConfigError(
-            f"{self.source}: '{key}' must be two pairs of mean and positive variance, not {value!r}"
-        )
+        raise self._wrong(key, "two pairs of mean and positive variance")
 
     def names(self, key: str) -> tuple[str, ...]:
         """A list of names; the key is this project's, empty if it is missing."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{self.source}: '{key}' must be a list of names, not {value!r}")
+            raise self._wrong(key, "a list of names")
         return tuple(value)
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
@@ -332,14 +289,9 @@ class _Reader:
         try:
             if not _is_integer(value) and not isinstance(value, str):
                 raise ValueError
-            values = (
-                tuple(int(part) for part in value.split("-"))
-                if isinstance(value, str)
-                else (value,)
-            )
+            values = tuple(map(int, value.split("-") if isinstance(value, str) else [value]))
         except ValueError:
-            problem = f"'{key}' must be integers joined by '-', one a channel, not {value!r}"
-            raise ConfigError(f"{self.source}: {problem}") from None
+            raise self._wrong(key, "integers joined by '-', one a channel") from None
         values = values * channels if len(values) == 1 else values
         if len(values) != channels:
             raise ConfigError(
@@ -351,8 +303,15 @@ class _Reader:
         """rope_theta, which transformers 5 moves into rope_parameters."""
         nested = self.raw.get("rope_parameters") or {}
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"{self.source}: 'rope_parameters' must be an object, not {nested!r}")
+            raise self._wrong("rope_parameters", "an object")
         return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
+
+    def _wrong(self, key: str, expected: str) -> ConfigError:
+        found = self.raw[key]
+        return ConfigError(f"{self.source}: '{key}' must be {expected}, not {found!r}")
+
+    def only(self, key: str, name: str) -> None:
+        self.refuse(key, lambda value: value != name, f"only {name!r} is supported")
 
     def refuse(self, key: str, unsupported: Any, reason: str) -> None:
         value = self.raw.get(key)
@@ -361,11 +320,9 @@ class _Reader:
 
 
 def _rope_kind(scaling: Any) -> str:
-    return str(
-        scaling.get("rope_type", scaling.get("type", "default"))
-        if isinstance(scaling, Mapping)
-        else scaling
-    )
+    if isinstance(scaling, Mapping):
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+    return str(scaling)
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -63,43 +63,33 @@ def generate(
     options = _Options.read(generation_config, stopping_criteria, max_new_tokens, min_new_tokens)
     engine = getattr(model, "engine", None)
     context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
-    limits = [
-        options.limits(prompt.shape[1] // lm.config.group_size, context) for prompt in batch.prompts
-    ]
-    rows = len(batch.prompts)
+    sizes = [prompt.shape[1] // lm.config.group_size for prompt in batch.prompts]
+    limits, rows = [options.limits(size, context) for size in sizes], len(sizes)
     if streamer is not None and rows != 1:
-        raise ValueError(
-            f"a streamer takes a batch of one, not {rows}; call generate once a prompt"
-        )
+        problem = f"a streamer takes a batch of one, not {rows}"
+        raise ValueError(f"{problem}; call generate once a prompt")
     if engine is None:
-        sizes = (prompt.shape[1] // lm.config.group_size for prompt in batch.prompts)
-        engine = Engine(
-            lm, rows, max(size + limit.max_new for size, limit in zip(sizes, limits, strict=True))
-        )
+        pairs = zip(sizes, limits, strict=True)
+        engine = Engine(lm, rows, max(size + limit.max_new for size, limit in pairs))
     samplers = Samplers(global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
     grown = [[prompt] for prompt in batch.prompts]
-    replies = []
-    for prompt, limit, seed_of_row, parts in zip(
-        batch.prompts, limits, row_seeds(seed, rows), grown, strict=True
-    ):
-        sequence = engine.sequence(seed_of_row)
-        sequence.ids = prompt
+    # Rows of a batch are read one after the other, so none may pause until it is read.
+    ahead, replies = None if rows > 1 else 1, []
+    for parts, limit, row_seed in zip(grown, limits, row_seeds(seed, rows), strict=True):
+        sequence = engine.sequence(row_seed)
+        sequence.ids = parts[0]
         hook = _stop_hook(options.callables, parts)
-        # Rows of a batch are read one after the other, so none may pause until it is read.
-        replies.append(
-            engine.start(
-                sequence, limit, samplers, hook, ahead=None if rows > 1 else 1, bounded=False
-            )
-        )
+        replies.append(engine.start(sequence, limit, samplers, hook, ahead, bounded=False))
     try:
         for reply, parts in zip(replies, grown, strict=True):
             for group in reply:
+                ids = group_ids(group.text, group.codes)
                 if not options.callables:
-                    parts.append(group_ids(group.text, group.codes))
+                    parts.append(ids)
                 if streamer is not None:
-                    streamer.put(flatten_ids(group_ids(group.text, group.codes))[None].cpu())
+                    streamer.put(flatten_ids(ids)[None])
     finally:
         for reply in replies:
             reply.close()
@@ -147,12 +137,11 @@ class _Batch:
 
     @classmethod
     def read(cls, input_ids: Ids, config: LMConfig) -> "_Batch":
+        problem = "a batch must be a non-empty list of [C + 1, T * group_size] tensors"
         if not isinstance(input_ids, Tensor):
             rows, layout = list(input_ids), "list"
             if any(not isinstance(row, Tensor) or row.ndim != 2 for row in rows):
-                raise PromptError(
-                    "a batch must be a non-empty list of [C + 1, T * group_size] tensors"
-                )
+                raise PromptError(problem)
         elif input_ids.ndim == 3:
             rows, layout = list(input_ids), "channels"
         elif input_ids.ndim == 2 and _is_single(input_ids, config):
@@ -165,7 +154,7 @@ class _Batch:
                 f"T * {config.group_size}] nor flattened [batch, T * {config.row_width}]"
             )
         if not rows:
-            raise PromptError("a batch must be a non-empty list of [C + 1, T * group_size] tensors")
+            raise PromptError(problem)
         like = input_ids if isinstance(input_ids, Tensor) else rows[0]
         return cls([_checked(row, config) for row in rows], layout, like)
 
@@ -175,9 +164,8 @@ class _Batch:
             return [row.to(self.like.device) for row in rows]
         longest = max(row.shape[1] for row in rows)
         pad = torch.tensor((pad_id, *config.empty_codes), dtype=self.like.dtype)[:, None]
-        full = torch.stack(
-            [torch.cat((row, pad.expand(-1, longest - row.shape[1])), dim=1) for row in rows]
-        )
+        padding = (pad.expand(-1, longest - row.shape[1]) for row in rows)
+        full = torch.stack([torch.cat(pair, dim=1) for pair in zip(rows, padding, strict=True)])
         if self.layout == "single":
             full = full[0]
         elif self.layout == "flat":
@@ -200,9 +188,8 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
         )
     ids = ids.to("cpu", torch.int64)
     sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
-    used = torch.cat(
-        (ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1), ids[1:])
-    )
+    text = ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1)
+    used = torch.cat((text, ids[1:]))
     wrong = (used < 0) | (used >= sizes)
     if wrong.any():
         channel, position = (int(i) for i in wrong.nonzero()[0])
@@ -266,19 +253,14 @@ class _Options:
                 f"the prompt has {prompt} groups and the limit is {longest}, prompt included: "
                 "shorten the prompt or raise max_length"
             )
-        return Limits(
-            min(room, self.max_new or room),
-            max(self.min_new, self.min_length - prompt),
-            self.stop_ids,
-        )
+        shortest = max(self.min_new, self.min_length - prompt)
+        return Limits(min(room, self.max_new or room), shortest, self.stop_ids)
 
 
 def _is_stopper(criterion: Any) -> bool:
     """Whether it is a `MiMoStopper`, ours or upstream's."""
-    return all(
-        hasattr(criterion, name)
-        for name in ("stop_token_ids", "min_length", "max_length", "group_size")
-    )
+    names = ("stop_token_ids", "min_length", "max_length", "group_size")
+    return all(hasattr(criterion, name) for name in names)
 
 
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:

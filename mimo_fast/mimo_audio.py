@@ -4,15 +4,17 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
+from functools import wraps
 from os.path import isfile
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypedDict, Unpack
+from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.files import AudioSource, save_wav
+from mimo_fast import sampling
+from mimo_fast.audio.files import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.generation import flatten_ids
@@ -26,16 +28,13 @@ from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline
 from mimo_fast.runtime.session import Session
-from mimo_fast.sampling import (
-    DEFAULT_GLOBAL_SAMPLER,
-    DEFAULT_LOCAL_SAMPLER,
-    MiMoSampler,
-    MiMoStopper,
-)
+from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
-from mimo_fast.text.tasks import TASKS, Message, Template, find_task
+from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
 from mimo_fast.text.tokenizer import Tokenizer
+
+Arguments = ParamSpec("Arguments")
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +43,18 @@ class Options(TypedDict, total=False):
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int
+
+
+def _prompt_of(
+    task: Callable[Concatenate[PromptContext, Arguments], Segments],
+) -> "Callable[Concatenate[MimoAudio, Arguments], Tensor]":
+    """The method `get_*_prompt` of a task: its arguments -> ids [C + 1, T G]."""
+
+    @wraps(task)
+    def prompt(model: "MimoAudio", *arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
+        return model._prompt(task(model.pipeline.context(), *arguments, **named))
+
+    return prompt
 
 
 class MimoAudio:
@@ -63,8 +74,8 @@ class MimoAudio:
     `output_path` or `output_audio_path` write a WAV there and return the text, as upstream's
     `tts_sft` and dialogue tasks do. A seed of None draws a random one.
 
-    A task method (`asr_sft`, ...) runs a task of `text/tasks.py` on the model's `pipeline`; its
-    `get_*_prompt` returns the ids [C + 1, T G] of its prompt.
+    A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
+    `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their
@@ -84,10 +95,8 @@ class MimoAudio:
         **options: Unpack[LoadOptions],
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        parts = load_parts(
-            model_path, mimo_audio_tokenizer_path, device, dtype, quantization, options
-        )
-        self.pipeline = Pipeline(*parts)
+        directories = model_path, mimo_audio_tokenizer_path
+        self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
         self.setup, self._history = self.pipeline.setup, History()
         self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
         config, special = self.lm.config, self.tokenizer.special
@@ -97,8 +106,8 @@ class MimoAudio:
         self.sosp_idx, self.eosp_idx, self.empty_token = special.sosp, special.eosp, special.empty
         self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
-        self.default_global_sampler = DEFAULT_GLOBAL_SAMPLER
-        self.default_local_sampler = DEFAULT_LOCAL_SAMPLER
+        self.default_global_sampler = sampling.DEFAULT_GLOBAL_SAMPLER
+        self.default_local_sampler = sampling.DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = self.pipeline.presets
         if self.device.type == "cuda":
             self.warmup()
@@ -178,7 +187,7 @@ class MimoAudio:
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
 
-    def speech(self, audio: AudioSource, closed: bool = True) -> Speech:
+    def speech(self, audio: Audio, closed: bool = True) -> Speech:
         """Audio -> codes [C, n G] for a prompt, see `Pipeline.speech`."""
         return self.pipeline.speech(audio, closed)
 
@@ -187,21 +196,14 @@ class MimoAudio:
         return self.pipeline.ids(segments)
 
     def session(
-        self,
-        system_prompt: str | None = None,
-        voice: AudioSource | None = None,
-        seed: int | None = None,
+        self, system_prompt: str | None = None, voice: Audio | None = None, seed: int | None = None
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         samplers = self._samplers("spoken_dialogue")
         return Session(self.pipeline, system_prompt, voice, seed, samplers)
 
     def restore_session(self, path: PathLike) -> Session:
-        """Reads a dialogue that `Session.save` wrote, with its cache.
-
-        Raises:
-            CheckpointError: the file is not a session, is damaged, or belongs to another model.
-        """
+        """Reads a dialogue that `Session.save` wrote, with its cache; see `Session.restore`."""
         return Session.restore(self.pipeline, Path(path), self._samplers("spoken_dialogue"))
 
     def conversation(self, seed: int | None = None) -> TokenSequence:
@@ -217,10 +219,8 @@ class MimoAudio:
         min_new_tokens: int = 0,
     ) -> Reply:
         """Prefills what is new in a sequence and returns a reply with the task's samplers."""
-        samplers = self._samplers(task_name)
-        return self.pipeline.decode(
-            conversation, samplers, stop_ids, max_new_tokens, min_new_tokens
-        )
+        limits = (stop_ids, max_new_tokens, min_new_tokens)
+        return self.pipeline.decode(conversation, self._samplers(task_name), *limits)
 
     def _samplers(self, task_name: str) -> Samplers:
         chosen = self.get_task_sampler(task_name)
@@ -277,12 +277,8 @@ class MimoAudio:
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
 
-        Args:
-            task: upstream's method name, with or without `_sft` ("tts", "asr", "spoken_dialogue",
-                ...).
-            arguments, task_arguments: the arguments of the task's `get_*_prompt`.
-
-        Closing the iterator stops decoding after the group in progress.
+        task is upstream's method name, with or without `_sft` ("tts", "asr", ...); its arguments
+        are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         continued = add_history and self.has_history
@@ -299,29 +295,29 @@ class MimoAudio:
 
     def _run(
         self,
-        task: tasks.Task,
-        *arguments: Any,
+        name: str,
+        arguments: Sequence[Any],
+        options: Options,
         output: Any = None,
         add_history: bool = False,
-        **options: Unpack[Options],
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
+        task, seed = TASKS[name], options.get("seed")
         continued = add_history and self.has_history
-        seed = options.get("seed")
         ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
-        stop_ids = task.stop_ids(self.tokenizer.special)
+        stops = task.stop_ids(self.tokenizer.special)
         return self.forward(
             ids,
             output_audio_path=output,
-            stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stop_ids)],
+            stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stops)],
             add_history=add_history,
             task_name=task.sampler,
             **options,
         )
 
-    def asr_sft(self, audio: AudioSource, **options: Unpack[Options]) -> str:
+    def asr_sft(self, audio: Audio, **options: Unpack[Options]) -> str:
         """Transcribes a recording."""
-        return self._run(TASKS["asr_sft"], audio, **options)
+        return self._run("asr_sft", [audio], options)
 
     def tts_sft(
         self,
@@ -329,86 +325,65 @@ class MimoAudio:
         output_path: Any,
         instruct: str | None = None,
         read_text_only: bool = True,
-        prompt_speech: AudioSource | None = None,
+        prompt_speech: Audio | None = None,
         **options: Unpack[Options],
     ) -> str:
         """Writes speech for a text to output_path; returns the text channel."""
-        arguments = (text, instruct, read_text_only, prompt_speech)
-        return self._run(TASKS["tts_sft"], *arguments, output=output_path, **options)
+        arguments = [text, instruct, read_text_only, prompt_speech]
+        return self._run("tts_sft", arguments, options, output_path)
 
     def audio_understanding_sft(
         self,
-        input_speech: AudioSource,
+        input_speech: Audio,
         input_text: str,
         thinking: bool = False,
         **options: Unpack[Options],
     ) -> str:
         """Answers a question about a recording."""
-        return self._run(
-            TASKS["audio_understanding_sft"], input_speech, input_text, thinking, **options
-        )
+        return self._run("audio_understanding_sft", [input_speech, input_text, thinking], options)
 
     def spoken_dialogue_sft(
         self,
-        input_speech: AudioSource,
+        input_speech: Audio,
         output_audio_path: Any = None,
         system_prompt: str | None = None,
-        prompt_speech: AudioSource | None = None,
+        prompt_speech: Audio | None = None,
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> str:
         """Answers speech with speech, written to output_audio_path; returns the text."""
-        return self._run(
-            TASKS["spoken_dialogue_sft"],
-            input_speech,
-            system_prompt,
-            prompt_speech,
-            output=output_audio_path,
-            add_history=add_history,
-            **options,
-        )
+        turn = [input_speech, system_prompt, prompt_speech]
+        return self._run("spoken_dialogue_sft", turn, options, output_audio_path, add_history)
 
     def spoken_dialogue_sft_multiturn(
         self,
         message_list: Sequence[Message],
         output_audio_path: Any = None,
         system_prompt: str | None = None,
-        prompt_speech: AudioSource | None = None,
+        prompt_speech: Audio | None = None,
         **options: Unpack[Options],
     ) -> str:
         """Answers with speech; contents are audio, an assistant's {"text": ..., "audio": ...}."""
-        return self._run(
-            TASKS["spoken_dialogue_sft_multiturn"],
-            message_list,
-            system_prompt,
-            prompt_speech,
-            output=output_audio_path,
-            **options,
-        )
+        turns = [message_list, system_prompt, prompt_speech]
+        return self._run("spoken_dialogue_sft_multiturn", turns, options, output_audio_path)
 
     def speech2text_dialogue_sft(
         self,
-        input_speech: AudioSource,
+        input_speech: Audio,
         thinking: bool = False,
         add_history: bool = False,
         **options: Unpack[Options],
     ) -> str:
         """Answers speech with text."""
-        return self._run(
-            TASKS["speech2text_dialogue_sft"],
-            input_speech,
-            thinking,
-            add_history=add_history,
-            **options,
-        )
+        turn = [input_speech, thinking]
+        return self._run("speech2text_dialogue_sft", turn, options, add_history=add_history)
 
     def speech2text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
         """Answers with text; users' contents are audio, assistants' are text."""
-        return self._run(
-            TASKS["speech2text_dialogue_sft_multiturn"], message_list, thinking, **options
-        )
+        turns = [message_list, thinking]
+        return self._run("speech2text_dialogue_sft_multiturn", turns, options)
 
     def text_dialogue_sft(
         self,
@@ -418,125 +393,76 @@ class MimoAudio:
         **options: Unpack[Options],
     ) -> str:
         """Answers text with text."""
-        return self._run(
-            TASKS["text_dialogue_sft"], input_text, thinking, add_history=add_history, **options
-        )
+        turn = [input_text, thinking]
+        return self._run("text_dialogue_sft", turn, options, add_history=add_history)
 
     def text_dialogue_sft_multiturn(
         self, message_list: Sequence[Message], thinking: bool = False, **options: Unpack[Options]
     ) -> str:
         """Answers with text; all contents are text."""
-        return self._run(TASKS["text_dialogue_sft_multiturn"], message_list, thinking, **options)
+        return self._run("text_dialogue_sft_multiturn", [message_list, thinking], options)
 
     def in_context_learning_s2s(
         self,
         instruction: str,
         prompt_examples: Sequence[Mapping[str, Any]],
-        audio: AudioSource,
+        audio: Audio,
         max_new_tokens: int | None = None,
         output_audio_path: Any = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
     ) -> str:
-        """Speech to speech by example (base model).
-
-        Examples have input_audio, output_audio and output_transcription.
-        """
-        return self._run(
-            TASKS["in_context_learning_s2s"],
-            instruction,
-            prompt_examples,
-            audio,
-            output=output_audio_path,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            seed=seed,
-        )
+        """Speech to speech by example; see `text.tasks.in_context_learning_s2s`."""
+        arguments = [instruction, prompt_examples, audio]
+        options = Options(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
+        return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(
-        self, audio: AudioSource, output_audio_path: Any = None, **options: Unpack[Options]
+        self, audio: Audio, output_audio_path: Any = None, **options: Unpack[Options]
     ) -> str:
         """Continues a recording (base model); output_audio_path gets only the continuation."""
-        return self._run(TASKS["speech_continuation"], audio, output=output_audio_path, **options)
+        return self._run("speech_continuation", [audio], options, output_audio_path)
 
     def get_asr_sft_prompt(
-        self, input: AudioSource, template: Template = None, seed: int | None = None
+        self, input: Audio, template: Template = None, seed: int | None = None
     ) -> Tensor:
-        return self._prompt(tasks.asr, input, template, seed=seed)
+        return self._prompt(tasks.asr(self.pipeline.context(seed), input, template))
 
     def get_tts_sft_prompt(
         self,
         input: str,
         instruct: str | None = None,
         read_text_only: bool = True,
-        prompt_speech: AudioSource | None = None,
+        prompt_speech: Audio | None = None,
         template: Template = None,
         seed: int | None = None,
     ) -> Tensor:
         arguments = (input, instruct, read_text_only, prompt_speech, template)
-        return self._prompt(tasks.tts, *arguments, seed=seed)
-
-    def get_audio_understanding_sft_prompt(
-        self, input_speech: AudioSource, input_text: str, thinking: bool = False
-    ) -> Tensor:
-        return self._prompt(tasks.audio_understanding, input_speech, input_text, thinking)
+        return self._prompt(tasks.tts(self.pipeline.context(seed), *arguments))
 
     def get_spoken_dialogue_sft_prompt(
         self,
-        input_speech: AudioSource,
+        input_speech: Audio,
         system_prompt: str | None = None,
-        prompt_speech: AudioSource | None = None,
+        prompt_speech: Audio | None = None,
         add_history: bool = False,
     ) -> Tensor:
-        continued = add_history and self.has_history
-        arguments = (input_speech, system_prompt, prompt_speech)
-        return self._prompt(tasks.spoken_dialogue, *arguments, continued=continued)
-
-    def get_spoken_dialogue_sft_multiturn_prompt(
-        self,
-        message_list: Sequence[Message],
-        system_prompt: str | None = None,
-        prompt_speech: AudioSource | None = None,
-    ) -> Tensor:
+        context = self.pipeline.context(continued=add_history and self.has_history)
         return self._prompt(
-            tasks.spoken_dialogue_multiturn, message_list, system_prompt, prompt_speech
+            tasks.spoken_dialogue(context, input_speech, system_prompt, prompt_speech)
         )
 
-    def get_s2t_dialogue_sft_prompt(
-        self, input_speech: AudioSource, thinking: bool = False
-    ) -> Tensor:
-        return self._prompt(tasks.speech2text_dialogue, input_speech, thinking)
+    get_audio_understanding_sft_prompt = _prompt_of(tasks.audio_understanding)
+    get_spoken_dialogue_sft_multiturn_prompt = _prompt_of(tasks.spoken_dialogue_multiturn)
+    get_s2t_dialogue_sft_prompt = _prompt_of(tasks.speech2text_dialogue)
+    get_s2t_dialogue_sft_multiturn_prompt = _prompt_of(tasks.speech2text_dialogue_multiturn)
+    get_text_dialogue_sft_prompt = _prompt_of(tasks.text_dialogue)
+    get_text_dialogue_sft_multiturn_prompt = _prompt_of(tasks.text_dialogue_multiturn)
+    get_in_context_learning_s2s_prompt = _prompt_of(tasks.in_context_learning_s2s)
+    get_speech_continuation_prompt = _prompt_of(tasks.speech_continuation)
 
-    def get_s2t_dialogue_sft_multiturn_prompt(
-        self, message_list: Sequence[Message], thinking: bool = False
-    ) -> Tensor:
-        return self._prompt(tasks.speech2text_dialogue_multiturn, message_list, thinking)
-
-    def get_text_dialogue_sft_prompt(self, input_text: str, thinking: bool = False) -> Tensor:
-        return self._prompt(tasks.text_dialogue, input_text, thinking)
-
-    def get_text_dialogue_sft_multiturn_prompt(
-        self, message_list: Sequence[Message], thinking: bool = False
-    ) -> Tensor:
-        return self._prompt(tasks.text_dialogue_multiturn, message_list, thinking)
-
-    def get_in_context_learning_s2s_prompt(
-        self, instruction: str, prompt_examples: Sequence[Mapping[str, Any]], audio: AudioSource
-    ) -> Tensor:
-        return self._prompt(tasks.in_context_learning_s2s, instruction, prompt_examples, audio)
-
-    def get_speech_continuation_prompt(self, audio: AudioSource) -> Tensor:
-        return self._prompt(tasks.speech_continuation, audio)
-
-    def _prompt(
-        self,
-        task: Callable[..., Segments],
-        *arguments: Any,
-        seed: int | None = None,
-        continued: bool = False,
-    ) -> Tensor:
+    def _prompt(self, segments: Segments) -> Tensor:
         """A prompt [C + 1, T G], on the device as upstream's are."""
-        segments = task(self.pipeline.context(seed, continued), *arguments)
         return self.pipeline.ids(segments).to(self.lm.device)
 
 
@@ -553,6 +479,5 @@ def load(
     Without arguments, or with the name "nano", it loads the small pair in the package. If only one
     is given, the other is the published one.
     """
-    return MimoAudio(
-        *resolve_pair(lm, codec), device, dtype=dtype, quantization=quantization, **options
-    )
+    pair = resolve_pair(lm, codec)
+    return MimoAudio(*pair, device, dtype=dtype, quantization=quantization, **options)

@@ -19,8 +19,7 @@ Seed = int | Sequence[int] | None
 class MiMoSampler:
     """Settings of one sampler (upstream `MiMoSampler`); None leaves a step out.
 
-    It is greedy without do_sample. It is also greedy at temperature 0, as is usual; upstream
-    divides by it.
+    It is greedy without do_sample, and at temperature 0, by which upstream divides.
     """
 
     do_sample: bool | None = None
@@ -42,35 +41,24 @@ DEFAULT_GLOBAL_SAMPLER = MiMoSampler(do_sample=True, temperature=0.6, top_k=50, 
 DEFAULT_LOCAL_SAMPLER = MiMoSampler(do_sample=True, temperature=0.9, top_k=50, top_p=0.95)
 
 _SPEECH = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
+_TEXT = {
+    "asr": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
+    "tts": MiMoSampler(do_sample=True, temperature=0.6, top_p=1.0),
+    "spoken_dialogue": MiMoSampler(do_sample=True, temperature=0.6, top_p=0.95),
+    "audio_understanding": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95),
+    "text_chat": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95),
+    "in_context_learning_s2s": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
+}
 TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
-    "asr": {"global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0), "local": _SPEECH},
-    "tts": {"global": MiMoSampler(do_sample=True, temperature=0.6, top_p=1.0), "local": _SPEECH},
-    "spoken_dialogue": {
-        "global": MiMoSampler(do_sample=True, temperature=0.6, top_p=0.95),
-        "local": _SPEECH,
-    },
-    "audio_understanding": {
-        "global": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95),
-        "local": _SPEECH,
-    },
-    "text_chat": {
-        "global": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95),
-        "local": _SPEECH,
-    },
-    "in_context_learning_s2s": {
-        "global": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
-        "local": _SPEECH,
-    },
+    task: {"global": sampler, "local": _SPEECH} for task, sampler in _TEXT.items()
 }
 """Samplers by task (`MimoAudio.task_sampler_configs`): "global" for text, "local" for codes."""
 
 
 def task_samplers(greedy: Iterable[str] = ()) -> dict[str, dict[str, MiMoSampler]]:
     """A copy of upstream's samplers by task; the tasks in `greedy` get greedy ones."""
-    samplers = copy.deepcopy(TASK_SAMPLERS)
-    return samplers | {
-        name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy
-    }
+    chosen = {name: {"global": replace(GREEDY), "local": replace(GREEDY)} for name in greedy}
+    return copy.deepcopy(TASK_SAMPLERS) | chosen
 
 
 def sampler_tensors(
@@ -78,17 +66,11 @@ def sampler_tensors(
 ) -> SamplerTensors:
     """Settings of one sampler a row, on the device; upstream's `MiMoSampler`s work too."""
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
-    top_p_off = [s.top_p is None or not 0 < s.top_p <= 1 for s in samplers]
+    tails = [1 - float(s.top_p) if s.top_p and 0 < s.top_p <= 1 else TAIL_OFF for s in samplers]
     return SamplerTensors(
         temperature=torch.tensor([s.temperature or 1.0 for s in samplers], device=device),
         top_k=torch.tensor([max(s.top_k or 0, 0) for s in samplers], device=device),
-        tail=torch.tensor(
-            [
-                TAIL_OFF if off else 1 - float(s.top_p or 0)
-                for s, off in zip(samplers, top_p_off, strict=True)
-            ],
-            device=device,
-        ),
+        tail=torch.tensor(tails, device=device),
         greedy=torch.tensor(greedy, device=device),
         all_greedy=all(greedy),
         any_top_k=any(s.top_k for s in samplers),
@@ -125,12 +107,10 @@ class MiMoStopper:
         max_length: int | None = None,
         min_length: int | None = None,
     ) -> None:
-        self.group_size = group_size
-        self.audio_channels = audio_channels
+        self.group_size, self.audio_channels = group_size, audio_channels
         self.step = (audio_channels + 1) * group_size
         self.stop_token_ids = set(stop_tokens or ())
-        self.max_length = max_length
-        self.min_length = min_length or 0
+        self.max_length, self.min_length = max_length, min_length or 0
 
     def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:
         groups = input_ids.shape[-1] // self.step

@@ -69,10 +69,8 @@ def load_audio(
         return _collect(_array_blocks(source), rate, sample_rate, limits, "the audio array")
     name = _name(source)
     if source_rate is not None:
-        raise AudioError(
-            f"source_rate is for tensors and arrays; {name} states its own rate: leave "
-            "source_rate out"
-        )
+        problem = f"source_rate is for tensors and arrays; {name} states its own rate"
+        raise AudioError(f"{problem}: leave source_rate out")
     encoded = _encoded(source, name, limits)
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
     # threads get no signals.
@@ -95,15 +93,11 @@ def _collect(
         for block in blocks:
             frames += len(block)
             if frames > limits.seconds * rate:
-                raise AudioError(
-                    f"{name} is longer than {limits.seconds:g} s; cut it or raise "
-                    "DecodeLimits.seconds"
-                )
+                problem = f"{name} is longer than {limits.seconds:g} s"
+                raise AudioError(f"{problem}; cut it or raise DecodeLimits.seconds")
             if 4 * frames * sample_rate > limits.bytes * rate:
-                raise AudioError(
-                    f"{name} decodes to over {limits.bytes} bytes; cut it or raise "
-                    "DecodeLimits.bytes"
-                )
+                problem = f"{name} decodes to over {limits.bytes} bytes"
+                raise AudioError(f"{problem}; cut it or raise DecodeLimits.bytes")
             yield block
 
     pieces = []
@@ -119,10 +113,8 @@ def _collect(
 def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
-        raise AudioError(
-            f"the audio array is {list(shape)}; it must be [n] or [at most {MAX_CHANNELS} "
-            "channels, n]"
-        )
+        wanted = f"[n] or [at most {MAX_CHANNELS} channels, n]"
+        raise AudioError(f"the audio array is {list(shape)}; it must be {wanted}")
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
         yield block if block.ndim == 1 else block.mean(dim=0)
@@ -152,11 +144,8 @@ def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.B
         encoded = os.fspath(source)
         size = _regular_size(encoded, name)
     else:
-        data = (
-            bytes(source)
-            if isinstance(source, bytes | bytearray | memoryview)
-            else _read(source, name, limits)
-        )
+        held = isinstance(source, bytes | bytearray | memoryview)
+        data = bytes(source) if held else _read(source, name, limits)
         encoded, size = io.BytesIO(data), len(data)
     if size > limits.bytes:
         raise AudioError(
@@ -172,10 +161,8 @@ def _regular_size(path: str | bytes, name: str) -> int:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise AudioError(
-                f"{name} is not a regular file; open a pipe or device yourself and pass the file "
-                "object"
-            )
+            fix = "open a pipe or device yourself and pass the file object"
+            raise AudioError(f"{name} is not a regular file; {fix}")
         with open(path, "rb"):  # soundfile would not say why it cannot
             return status.st_size
     except (OSError, ValueError) as error:
@@ -185,9 +172,8 @@ def _regular_size(path: str | bytes, name: str) -> int:
 def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
     """The rest of a binary file object, cut one byte after the limit."""
     if not hasattr(source, "read"):
-        raise AudioError(
-            f"cannot read audio from {name}; pass a path, bytes, a binary file object or an array"
-        )
+        fix = "pass a path, bytes, a binary file object or an array"
+        raise AudioError(f"cannot read audio from {name}; {fix}")
     chunks, room = [], limits.bytes + 1
     while room > 0:
         try:
@@ -195,9 +181,8 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
         except (OSError, ValueError) as error:
             raise AudioError(f"cannot read {name}: {_reason(error)}") from error
         if not isinstance(chunk, bytes | bytearray | memoryview):
-            raise AudioError(
-                f"reading {name} gave {type(chunk).__name__}, not bytes; open it in binary mode"
-            )
+            problem = f"reading {name} gave {type(chunk).__name__}, not bytes"
+            raise AudioError(f"{problem}; open it in binary mode")
         if not chunk:
             break
         chunks.append(chunk)
@@ -219,15 +204,11 @@ def _open(encoded: str | bytes | io.BytesIO, name: str) -> Any:
     library = _soundfile()
     try:
         file = library.SoundFile(encoded)
-    except (
-        library.LibsndfileError,
-        TypeError,
-    ) as error:  # TypeError: a suffix that promises headerless audio
-        raise AudioError(
-            f"cannot decode {name}: {_reason(error)}; convert it to WAV, FLAC, OGG or MP3"
-        ) from error
-    # soundfile otherwise seeks after each read, which fails at the end of a stream of unknown
-    # length.
+    # TypeError: a suffix that promises headerless audio.
+    except (library.LibsndfileError, TypeError) as error:
+        problem = f"cannot decode {name}: {_reason(error)}"
+        raise AudioError(f"{problem}; convert it to WAV, FLAC, OGG or MP3") from error
+    # soundfile otherwise seeks after each read, which fails where the length is unknown.
     file.seekable = lambda: False
     return file
 
@@ -236,9 +217,8 @@ def _check_header(file: Any, name: str) -> int:
     if file.format not in FORMATS:
         raise AudioError(f"{name} is {file.format} audio; convert it to WAV, FLAC, OGG or MP3")
     if not 1 <= file.channels <= MAX_CHANNELS:
-        raise AudioError(
-            f"{name} has {file.channels} channels; mix it down to at most {MAX_CHANNELS}"
-        )
+        problem = f"{name} has {file.channels} channels"
+        raise AudioError(f"{problem}; mix it down to at most {MAX_CHANNELS}")
     return check_rate(file.samplerate, f"the sample rate of {name}")
 
 
@@ -248,10 +228,8 @@ def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
         try:
             block = decoder.submit(file.read, BLOCK, dtype="float32", always_2d=True).result()
         except _soundfile().LibsndfileError as error:
-            where = f"somewhere after {frames / file.samplerate:.2f} s"
-            raise AudioError(
-                f"{name} is damaged {where}: {_reason(error)}; export it again"
-            ) from error
+            problem = f"{name} is damaged somewhere after {frames / file.samplerate:.2f} s"
+            raise AudioError(f"{problem}: {_reason(error)}; export it again") from error
         if not len(block):
             return
         frames += len(block)
@@ -291,16 +269,14 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
     if not wav.isfinite().all():
-        raise AudioError(
-            "the waveform holds NaN or infinite samples, which an audio file cannot hold"
-        )
+        problem = "the waveform holds NaN or infinite samples"
+        raise AudioError(f"{problem}, which an audio file cannot hold")
     encoded = io.BytesIO()
     name = _name(target)
     suffix = Path(name).suffix.lower() if isinstance(target, str | os.PathLike) else ""
     if suffix in (".flac", ".ogg", ".mp3"):
-        _soundfile().write(
-            encoded, wav.clamp(-1, 1).float().cpu().numpy(), sample_rate, format=suffix[1:].upper()
-        )
+        samples = wav.clamp(-1, 1).float().cpu().numpy()
+        _soundfile().write(encoded, samples, sample_rate, format=suffix[1:].upper())
     else:
         with wave.open(encoded, "wb") as file:
             file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))
@@ -323,10 +299,8 @@ def _pcm16(samples: Tensor) -> bytes:
 
 def _replace(path: Path, data: bytes, name: str) -> None:
     if path.exists() and not path.is_file():
-        raise AudioError(
-            f"cannot write {name}: it is not a regular file; open it yourself and pass the file "
-            "object"
-        )
+        problem = f"cannot write {name}: it is not a regular file"
+        raise AudioError(f"{problem}; open it yourself and pass the file object")
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(partial, "xb") as file:

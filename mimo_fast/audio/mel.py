@@ -31,33 +31,23 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
         AudioError: `wav` is not [n] floating-point samples, or is empty.
     """
     if wav.ndim != 1 or not wav.is_floating_point():
-        raise AudioError(
-            f"log_mel takes float samples [n], not {wav.dtype} {list(wav.shape)}; use load_audio "
-            "first"
-        )
+        problem = f"log_mel takes float samples [n], not {wav.dtype} {list(wav.shape)}"
+        raise AudioError(f"{problem}; use load_audio first")
     if not len(wav):
         raise AudioError("the audio holds no samples")
     half = config.n_fft // 2
     wav = F.pad(wav.to(torch.float32), (0, max(0, half + 1 - len(wav))))
     wav = F.pad(wav[None], (half, half), mode="reflect")[0]
     window = torch.hann_window(config.window, device=wav.device)
-    bank = mel_filters(
-        config.sample_rate, config.n_fft, config.n_mels, config.f_min, config.f_max
-    ).to(wav.device)
+    bands = config.f_min, config.f_max
+    bank = mel_filters(config.sample_rate, config.n_fft, config.n_mels, *bands).to(wav.device)
     frames = 1 + (len(wav) - config.n_fft) // config.hop
     out = wav.new_empty(frames, config.n_mels)
     for first in range(0, frames, MEL_BLOCK):
         last = min(frames, first + MEL_BLOCK)
         block = wav[first * config.hop : (last - 1) * config.hop + config.n_fft]
-        spectrum = torch.stft(
-            block,
-            config.n_fft,
-            config.hop,
-            config.window,
-            window,
-            center=False,
-            return_complex=True,
-        )
+        sizes = config.n_fft, config.hop, config.window
+        spectrum = torch.stft(block, *sizes, window, center=False, return_complex=True)
         out[first:last] = (spectrum.abs().T @ bank).clip(min=LOG_FLOOR).log()
     return out
 

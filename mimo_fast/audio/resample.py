@@ -27,9 +27,8 @@ RESAMPLE_SPAN = 2**21  # samples in or out at a time
 def check_rate(rate: int, name: str = "the sample rate") -> int:
     """`rate` as an int. Raises AudioError unless it is whole hertz from 1 kHz to 768 kHz."""
     if not isinstance(rate, numbers.Integral) or not MIN_RATE <= int(rate) <= MAX_RATE:
-        raise AudioError(
-            f"{name} is {rate!r} Hz; it must be a whole number from {MIN_RATE} to {MAX_RATE}"
-        )
+        wanted = f"a whole number from {MIN_RATE} to {MAX_RATE}"
+        raise AudioError(f"{name} is {rate!r} Hz; it must be {wanted}")
     return int(rate)
 
 
@@ -45,14 +44,11 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
     Raises:
         AudioError: a rate outside 1 kHz..768 kHz, or samples that are not floating point.
     """
-    source_rate, target_rate = (
-        check_rate(source_rate, "the source rate"),
-        check_rate(target_rate, "the target rate"),
-    )
+    source_rate = check_rate(source_rate, "the source rate")
+    target_rate = check_rate(target_rate, "the target rate")
     if not wav.is_floating_point():
-        raise AudioError(
-            f"cannot resample {wav.dtype} samples; convert them to float32 in [-1, 1) first"
-        )
+        fix = "convert them to float32 in [-1, 1) first"
+        raise AudioError(f"cannot resample {wav.dtype} samples; {fix}")
     if source_rate == target_rate:
         return wav.to(torch.float32)
     n = wav.shape[-1]
@@ -69,10 +65,7 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
 def resample_blocks(
     blocks: Iterable[Tensor], source_rate: int, target_rate: int
 ) -> Iterator[Tensor]:
-    """`resample` of float32 audio [n] that arrives in blocks of any size.
-
-    The yielded blocks concatenate to the result.
-    """
+    """`resample` of float32 audio [n] in blocks of any size; those yielded join to the result."""
     if source_rate == target_rate:
         yield from blocks
         return
@@ -116,9 +109,8 @@ def _convolve(samples: Tensor, table: _PolyphaseTable) -> Tensor:
     """Every whole period in `samples` [width + periods * orig + width] -> [periods * new]."""
     bands, _, reach = table.taps.shape
     if bands == 1:  # torchaudio's own convolution, for the same rounding
-        return F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)[
-            0
-        ].T.reshape(-1)
+        out = F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)
+        return out[0].T.reshape(-1)
     periods = (len(samples) - 2 * table.width) // table.orig
     offsets = table.starts[:, None] + torch.arange(periods) * table.orig
     out = samples.unfold(0, reach, 1)[offsets] @ table.taps.transpose(1, 2)
@@ -132,11 +124,9 @@ def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
     if new * (2 * width + orig) <= DENSE_TABLE:
         phases, reach, dtype = new, 2 * width + orig, torch.float32
     else:
-        phases, reach, dtype = (
-            BAND_PHASES,
-            2 * width + 1 - (-BAND_PHASES * orig // new),
-            torch.float64,
-        )
+        phases = BAND_PHASES
+        reach = 2 * width + 1 - (-BAND_PHASES * orig // new)
+        dtype = torch.float64
     starts, taps = [], []
     for first in range(0, new, phases):
         start = min(first * orig // new, 2 * width + orig - reach)

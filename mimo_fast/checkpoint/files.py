@@ -66,62 +66,46 @@ def find_checkpoint(
             f"{directory} is a file: give the directory that holds it and config.json"
         )
     if not directory.is_dir():
-        if (
-            not isinstance(source, str)
-            or text.startswith((".", "/", "~"))
-            or "\\" in text
-            or text.count("/") != 1
-        ):
+        path_like = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1
+        if not isinstance(source, str) or path_like:
             raise CheckpointError(
                 f"no directory {directory}: give a checkpoint directory or a hub id OWNER/NAME"
             )
-        options = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-        }
-        directory = _download(text, options)
+        directory = _download(
+            text,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
     _require_files(directory)
     return directory
 
 
-def _download(hub_id: str, options: dict[str, Any]) -> Path:
+def _download(hub_id: str, **options: Any) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     by_hand = f"where there is a network run `hf download {hub_id} --local-dir DIR` and give DIR"
-    problems = (
-        (
-            errors.GatedRepoError,
-            f"{hub_id} is gated: accept its terms on its hub page and log in with `hf auth login`",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            f"there is no directory {hub_id}, and the hub has no such repository or hides "
-            "it as private: check the name, or log in with `hf auth login`",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            f"{hub_id} has no revision {options['revision']!r}: check its hub page",
-        ),
-        (
-            errors.HFValidationError,
-            f"{hub_id!r} is neither a directory nor a hub id OWNER/NAME: check its spelling",
-        ),
-        (
-            errors.LocalEntryNotFoundError,
-            f"{hub_id} is not in the cache and the hub is out of reach: {by_hand}",
-        ),
-    )
+    problems = {
+        errors.GatedRepoError: f"{hub_id} is gated: accept its terms on its hub page and log in "
+        "with `hf auth login`",
+        errors.RepositoryNotFoundError: f"there is no directory {hub_id}, and the hub has no such "
+        "repository or hides it as private: check the name, or log in with `hf auth login`",
+        errors.RevisionNotFoundError: f"{hub_id} has no revision {options['revision']!r}: check "
+        "its hub page",
+        errors.HFValidationError: f"{hub_id!r} is neither a directory nor a hub id OWNER/NAME: "
+        "check its spelling",
+        errors.LocalEntryNotFoundError: f"{hub_id} is not in the cache and the hub is out of "
+        f"reach: {by_hand}",
+    }
     try:
-        return Path(
-            huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES), **options)
-        )
+        patterns = list(HUB_FILES)
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options))
     # The HTTP library behind huggingface_hub, and with it the exception of a broken connection,
     # changes by version.
     except Exception as error:
-        known = (problem for kind, problem in problems if isinstance(error, kind))
+        known = (problem for kind, problem in problems.items() if isinstance(error, kind))
         problem = f"cannot download {hub_id} ({_first_line(error)}): {by_hand}"
         raise CheckpointError(next(known, problem)) from error
 
@@ -132,15 +116,11 @@ def _require_files(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} has no config.json: give a directory that holds a whole checkpoint"
         )
-    if ".safetensors" not in suffixes and suffixes & {".bin", ".pt", ".pth"}:
-        raise CheckpointError(
-            f"{directory} has only PyTorch .bin/.pt weights: only safetensors are read, convert "
-            "them"
-        )
     if ".safetensors" not in suffixes:
-        raise CheckpointError(
-            f"{directory} has no *.safetensors: copy the weights there or download them again"
-        )
+        problem = "no *.safetensors: copy the weights there or download them again"
+        if suffixes & {".bin", ".pt", ".pth"}:
+            problem = "only PyTorch .bin/.pt weights: only safetensors are read, convert them"
+        raise CheckpointError(f"{directory} has {problem}")
 
 
 class Weights:
@@ -192,33 +172,21 @@ class Weights:
                 floating point.
         """
         allowed = expected | (optional or {})
-        present = [name for name in self._headers if name in allowed]
-        faults = (
-            ("missing", [name for name in expected if name not in self._headers]),
-            ("unexpected", [name for name in self._headers if name not in allowed]),
-            (
-                "wrongly shaped",
-                [
-                    f"{name} is {list(self.shape(name))}, not {list(allowed[name])}"
-                    for name in present
-                    if self.shape(name) != tuple(allowed[name])
-                ],
-            ),
-            (
-                "not floating point",
-                [
-                    f"{name} is {self._headers[name][1]}"
-                    for name in present
-                    if name in expected
-                    and not name.endswith(".words")
-                    and not self._headers[name][1].startswith(("F", "BF"))
-                ],
-            ),
-        )
-        found = "; ".join(
-            f"{len(items)} {fault} ({_abridge(items)})" for fault, items in faults if items
-        )
-        if found:
+        faults: dict[str, list[str]] = {
+            "missing": [name for name in expected if name not in self._headers],
+            "unexpected": [name for name in self._headers if name not in allowed],
+            "wrongly shaped": [],
+            "not floating point": [],
+        }
+        for name, (shape, dtype) in self._headers.items():
+            if name in allowed and shape != tuple(allowed[name]):
+                problem = f"{name} is {list(shape)}, not {list(allowed[name])}"
+                faults["wrongly shaped"].append(problem)
+            packed = name not in expected or name.endswith(".words")
+            if not packed and not dtype.startswith(("F", "BF")):
+                faults["not floating point"].append(f"{name} is {dtype}")
+        named = ((kind, items) for kind, items in faults.items() if items)
+        if found := "; ".join(f"{len(items)} {kind} ({_abridge(items)})" for kind, items in named):
             raise CheckpointError(
                 f"{self.directory}: the tensors are not those of config.json: {found}: "
                 "use the config.json that belongs to these weights, or download both again"
@@ -232,9 +200,8 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
-        return sum(
-            math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._headers
-        )
+        names = self._headers
+        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in names)
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._headers:
@@ -275,17 +242,14 @@ def _open_shards(index: Path) -> dict[str, Any]:
     tensors: dict[str, set[str]] = {}
     for shard in sorted(set(table.values())):
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-            raise CheckpointError(
-                f"{index} names {shard!r}, which is not a file beside it: download it again"
-            )
+            problem = f"{index} names {shard!r}, which is not a file beside it"
+            raise CheckpointError(f"{problem}: download it again")
         shards[shard] = _open(index.parent / shard)
         tensors[shard] = set(shards[shard].keys())
     absent = [f"{name} from {shard}" for name, shard in table.items() if name not in tensors[shard]]
     if absent:
-        raise CheckpointError(
-            f"{index} lists tensors absent from their shards ({_abridge(absent)}): download it "
-            "again"
-        )
+        problem = f"{index} lists tensors absent from their shards ({_abridge(absent)})"
+        raise CheckpointError(f"{problem}: download it again")
     return {name: shards[shard] for name, shard in table.items()}
 
 
@@ -312,11 +276,11 @@ def write_checkpoint(
 ) -> None:
     """Writes the tensors of `shapes` in shards, then config.json.
 
-    A shard has at most `shard_bytes`, or one tensor. `read(name)` returns one tensor at a time, so
-    peak memory is one tensor; it may also return consecutive pieces of the flattened tensor, and
-    then peak memory is one piece. Everything is converted to `dtype`, one for all or one for each
-    name. `advance` is called with the number of bytes written, for a progress bar. An interrupted
-    write leaves no config.json and no incomplete file under a final name.
+    A shard has at most `shard_bytes`, or one tensor. `read(name)` returns one tensor, or
+    consecutive pieces of the flattened tensor; peak memory is what it returns at a time. Everything
+    is converted to `dtype`, one for all or one for each name. `advance` is called with the number
+    of bytes written. An interrupted write leaves no config.json and no incomplete file under a
+    final name.
 
     Raises:
         CheckpointError: weights are already there, a tensor has another size, or the disk is full.
@@ -330,11 +294,9 @@ def write_checkpoint(
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards, weight_map = _plan(sizes, shard_bytes), dict[str, str]()
     for i, names in enumerate(shards, 1):
-        shard = (
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        )
-        # Wide types first keeps every tensor aligned to its item size, as the format's own writer
-        # does.
+        numbered = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        shard = numbered if len(shards) > 1 else SINGLE_FILE
+        # Wide types first: every tensor is then aligned to its item size, as safetensors aligns it.
         names.sort(key=lambda name: -dtypes[name].itemsize)
         weight_map |= dict.fromkeys(names, shard)
         with _new_file(directory / shard) as file:
@@ -343,23 +305,15 @@ def write_checkpoint(
                 start = file.tell()
                 data = read(name)
                 for piece in [data] if isinstance(data, Tensor) else data:
-                    raw = (
-                        piece.detach()
-                        .to("cpu", dtypes[name])
-                        .contiguous()
-                        .view(-1)
-                        .view(torch.uint8)
-                    )
-                    advance(file.write(raw.numpy().data))
+                    stored = piece.detach().to("cpu", dtypes[name]).contiguous()
+                    advance(file.write(stored.view(-1).view(torch.uint8).numpy().data))
                 if file.tell() - start != sizes[name]:
                     raise CheckpointError(
                         f"the data of tensor {name} does not fill its shape {list(shapes[name])}"
                     )
     if len(shards) > 1:
-        write_json(
-            directory / INDEX_FILE,
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
-        )
+        about = {"total_size": sum(sizes.values())}
+        write_json(directory / INDEX_FILE, {"metadata": about, "weight_map": weight_map})
     write_json(directory / "config.json", config)
 
 
@@ -382,11 +336,8 @@ def _file_header(
     end = 0
     for name, size in sizes.items():
         start, end = end, end + size
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtypes[name]],
-            "shape": shapes[name],
-            "data_offsets": [start, end],
-        }
+        dtype, place = DTYPE_NAMES[dtypes[name]], [start, end]
+        header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": place}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

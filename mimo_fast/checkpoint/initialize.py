@@ -34,21 +34,9 @@ Draw = Callable[[str], Iterator[Tensor]]
 PIECE = 2**24
 """Number of values drawn at once; it bounds the memory."""
 
+CHAT_AND_TEXT = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<think>", "</think>")
 TOKEN_IDS = {
-    "tiny": dict(
-        zip(
-            (
-                "<|im_end|>",
-                "<|endoftext|>",
-                "<|im_start|>",
-                "<think>",
-                "</think>",
-                *MODEL_TOKENS.values(),
-            ),
-            range(400, 413),
-            strict=True,
-        )
-    ),
+    "tiny": dict(zip((*CHAT_AND_TEXT, *MODEL_TOKENS.values()), range(400, 413), strict=True)),
     "7b": {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
     | dict(zip(MODEL_TOKENS.values(), range(151665, 151673), strict=True)),
 }
@@ -105,11 +93,8 @@ def init_checkpoint(
     raw = {part: preset_config(preset, part, dtype) for part in ("lm", "codec")}
     config = LMConfig.from_dict(raw["lm"])
     shapes = {"lm": lm_shapes(config), "codec": codec_shapes(CodecConfig.from_dict(raw["codec"]))}
-    total = sum(
-        math.prod(shape) * _dtype(raw[part]).itemsize
-        for part in shapes
-        for shape in shapes[part].values()
-    )
+    parameters = {part: sum(map(math.prod, shapes[part].values())) for part in shapes}
+    total = sum(count * _dtype(raw[part]).itemsize for part, count in parameters.items())
     _require_space(directory, total)
     draws: dict[str, Draw] = {part: partial(_draw, shapes[part], seed) for part in shapes}
     if preset == "tiny":
@@ -120,14 +105,8 @@ def init_checkpoint(
     hide = None if progress else True
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
         for part in shapes:
-            write_checkpoint(
-                directory / part,
-                shapes[part],
-                draws[part],
-                dtype=_dtype(raw[part]),
-                config=raw[part],
-                advance=bar.update,
-            )
+            write = partial(write_checkpoint, dtype=_dtype(raw[part]), config=raw[part])
+            write(directory / part, shapes[part], draws[part], advance=bar.update)
     return directory / "lm", directory / "codec"
 
 
@@ -202,35 +181,23 @@ def write_tokenizer(directory: Path, raw: dict[str, Any], ids: dict[str, int]) -
     tokenizer.add_special_tokens(list(ids))
     write_json(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
     names = {i: token for token, i in ids.items()}
-    flags = {
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    flags["special"] = True
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": names[raw["eos_token_id"]],
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {str(i): {"content": token} | flags for token, i in ids.items()},
     }
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": names[raw["eos_token_id"]],
-            "pad_token": "<|endoftext|>",
-            "added_tokens_decoder": {
-                str(i): {"content": token} | flags for token, i in ids.items()
-            },
-        },
-    )
+    write_json(directory / "tokenizer_config.json", config)
 
 
 def _require_space(directory: Path, nbytes: int) -> None:
-    existing = next(
-        path for path in (directory.absolute(), *directory.absolute().parents) if path.exists()
-    )
+    target = directory.absolute()
+    existing = next(path for path in (target, *target.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         need, have = (f"{size / 2**30:.2f} GiB" for size in (nbytes, free))
-        raise CheckpointError(
-            f"{directory} needs {need}, but its disk has {have} free: free space or use another "
-            "disk"
-        )
+        problem = f"{directory} needs {need}, but its disk has {have} free"
+        raise CheckpointError(f"{problem}: free space or use another disk")

@@ -18,9 +18,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     session = model.session(args.system, args.voice, args.seed)
     for i, turn in enumerate(turns, start=1):
-        output = (
-            args.output if len(turns) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
-        )
+        numbered = args.output.with_stem(f"{args.output.stem}-{i}")
+        output = args.output if len(turns) == 1 else numbered
         write_speech(session.stream(turn, max_new_tokens=args.max_tokens), output)
     return 0
 
@@ -32,12 +31,7 @@ def _chat_in_text(args: argparse.Namespace) -> int:
     messages = []
     for turn in args.turns:
         messages.append({"role": "user", "content": turn})
-        chunks = model.stream(
-            "text_dialogue_multiturn",
-            messages,
-            args.thinking,
-            seed=args.seed,
-            max_new_tokens=args.max_tokens,
-        )
+        limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+        chunks = model.stream("text_dialogue_multiturn", messages, args.thinking, **limits)
         messages.append({"role": "assistant", "content": print_text(chunks)})
     return 0

@@ -56,14 +56,8 @@ def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
     lm, codec = find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
-    model = MimoAudio(
-        lm,
-        codec,
-        args.device,
-        dtype=args.dtype,
-        quantization=quantization or args.quantization,
-        **load_options(args),
-    )
+    options, chosen = load_options(args), quantization or args.quantization
+    model = MimoAudio(lm, codec, args.device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
     return model
@@ -111,9 +105,8 @@ def write_speech(chunks: Iterator[Chunk], output: Path, before: torch.Tensor | N
         print(words, flush=True)
     wav = torch.cat(audio)
     if not len(wav):
-        raise MimoFastError(
-            f"the model said nothing in {timing.groups} groups; nothing was written"
-        )
+        problem = f"the model said nothing in {timing.groups} groups"
+        raise MimoFastError(f"{problem}; nothing was written")
     save_wav(output, wav, last.sample_rate)
     factor = timing.elapsed / timing.audio_seconds if timing.audio_seconds else math.inf
     first = "" if timing.first_audio is None else f", first audio after {timing.first_audio:.2f} s"

@@ -84,9 +84,8 @@ def _follow(
     table.row(f"{name}: {timing.groups} groups, streaming", timing.elapsed - timing.prefill, audio)
     if timing.first_audio is not None:
         table.row(f"{name}: time to first audio", timing.first_audio)
-    return "".join(chunk.text for chunk in chunks).strip(), torch.cat(
-        [chunk.audio for chunk in chunks]
-    )
+    text = "".join(chunk.text for chunk in chunks).strip()
+    return text, torch.cat([chunk.audio for chunk in chunks])
 
 
 class StageTable:

@@ -14,12 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mimo_fast import __version__
-from mimo_fast.checkpoint.embedded import (
-    PUBLISHED_BASE,
-    PUBLISHED_CODEC,
-    PUBLISHED_MODEL,
-    SENTENCE,
-)
+from mimo_fast.checkpoint.embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL, SENTENCE
 from mimo_fast.config import OFFLOADABLE
 from mimo_fast.errors import MimoFastError
 
@@ -76,20 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     tts = command("tts", "Say a text.")
     tts.add_argument("text", help="what to say; '-' reads it from standard input")
     _add_output(tts)
-    tts.add_argument(
-        "--instruct", metavar="STYLE", help="how to say it, such as 'in a happy voice'"
-    )
-    tts.add_argument(
-        "--natural",
-        action="store_true",
-        help='TEXT holds style and words: "say softly: good night"',
-    )
-    tts.add_argument(
-        "--voice",
-        type=Path,
-        metavar="WAV",
-        help="whose voice to use; needs --instruct or --natural",
-    )
+    style = "how to say it, such as 'in a happy voice'"
+    tts.add_argument("--instruct", metavar="STYLE", help=style)
+    natural = 'TEXT holds style and words: "say softly: good night"'
+    tts.add_argument("--natural", action="store_true", help=natural)
+    _add_voice(tts, "whose voice to use; needs --instruct or --natural")
     _add_generation_options(tts)
 
     asr = command("asr", "Transcribe recordings.")
@@ -99,55 +85,34 @@ def build_parser() -> argparse.ArgumentParser:
     understand = command("understand", "Answer a question about a recording.")
     understand.add_argument("audio", type=Path)
     understand.add_argument("question")
-    understand.add_argument(
-        "--thinking", action="store_true", help="let the model think before it answers"
-    )
+    _add_thinking(understand, "let the model think before it answers")
     _add_generation_options(understand)
 
     chat = command("chat", "Answer speech with speech, turn by turn.")
-    chat.add_argument(
-        "turns", nargs="+", metavar="AUDIO", help="one recording a turn (or texts, with --text)"
-    )
-    _add_output(
-        chat,
-        required=False,
-        note="; with several turns reply.wav becomes reply-1.wav, reply-2.wav, ...",
-    )
+    turns = "one recording a turn (or texts, with --text)"
+    chat.add_argument("turns", nargs="+", metavar="AUDIO", help=turns)
+    note = "; with several turns reply.wav becomes reply-1.wav, reply-2.wav, ..."
+    _add_output(chat, required=False, note=note)
     chat.add_argument("--system", metavar="TEXT", help="an instruction in front of the first turn")
-    chat.add_argument(
-        "--voice", type=Path, metavar="WAV", help="whose voice the replies should have"
-    )
+    _add_voice(chat, "whose voice the replies should have")
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
-    chat.add_argument(
-        "--thinking", action="store_true", help="with --text: let the model think before it answers"
-    )
+    _add_thinking(chat, "with --text: let the model think before it answers")
     _add_generation_options(chat)
 
-    more = command(
-        "continue",
-        "Carry a recording on (a base model does this).",
-        PUBLISHED_BASE,
-        module="carry_on",
-    )
+    carry = "Carry a recording on (a base model does this)."
+    more = command("continue", carry, PUBLISHED_BASE, module="carry_on")
     more.add_argument("audio", type=Path)
     _add_output(more)
-    more.add_argument(
-        "--join", action="store_true", help="write the recording and its continuation as one file"
-    )
+    join = "write the recording and its continuation as one file"
+    more.add_argument("--join", action="store_true", help=join)
     _add_generation_options(more)
 
     show = command("demo", "Say a text, transcribe a recording and answer it; time every stage.")
-    show.add_argument(
-        "audio",
-        type=Path,
-        nargs="?",
-        help="what to transcribe and to answer [a question in English]",
-    )
+    heard = "what to transcribe and to answer [a question in English]"
+    show.add_argument("audio", type=Path, nargs="?", help=heard)
     show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
     show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
-    show.add_argument(
-        "--json", type=_writable, metavar="FILE", help="write the table there as well"
-    )
+    _add_json(show)
     _add_generation_options(show)
 
     speed = command(
@@ -155,9 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure this machine: speed, first audio, streams it can carry, memory.",
         default="random weights; nano with --quality",
     )
-    speed.add_argument(
-        "--json", type=_writable, metavar="FILE", help="write the table there as well"
-    )
+    _add_json(speed)
     judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
     judge.add_argument(
         "--quality", action="store_true", help="compare formats with a model's own weights"
@@ -165,16 +128,10 @@ def build_parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]"
     )
-    judge.add_argument(
-        "--audio",
-        type=Path,
-        action="append",
-        metavar="WAV",
-        help="speech to compare on; repeatable",
-    )
-    judge.add_argument(
-        "--text", action="append", metavar="TEXT", help="a text to be said; repeatable"
-    )
+    speech = "speech to compare on; repeatable"
+    judge.add_argument("--audio", type=Path, action="append", metavar="WAV", help=speech)
+    said = "a text to be said; repeatable"
+    judge.add_argument("--text", action="append", metavar="TEXT", help=said)
 
     check = command("verify", "Check every stage against ground truth on this machine.", None)
     check.add_argument(
@@ -183,24 +140,16 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--golden", type=Path, required=True, metavar="DIR", help="the parity kit")
     _add_device_options(check)
 
-    init = command(
-        "init-checkpoint",
-        "Write a checkpoint pair of random weights.",
-        None,
-        module="init_checkpoint",
-    )
+    write = "Write a checkpoint pair of random weights."
+    init = command("init-checkpoint", write, None, module="init_checkpoint")
     init.add_argument("directory", type=Path, metavar="DIR")
     init.add_argument(
         "--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB"
     )
     init.add_argument("--seed", type=int, default=0)
 
-    pack = command(
-        "quantize",
-        "Write a language model's checkpoint in a smaller format; GPTQ and bitsandbytes NF4 are "
-        "imported.",
-        None,
-    )
+    smaller = "Write a language model's checkpoint in a smaller format"
+    pack = command("quantize", f"{smaller}; GPTQ and bitsandbytes NF4 are imported.", None)
     pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
     pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
@@ -218,9 +167,8 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
         ("--codec", "MIMO_FAST_CODEC", "audio tokenizer"),
     ):
         chosen = os.environ.get(variable) or None
-        group.add_argument(
-            option, default=chosen, metavar="DIR|ID", help=f"{what} [{chosen or default}]"
-        )
+        named = f"{what} [{chosen or default}]"
+        group.add_argument(option, default=chosen, metavar="DIR|ID", help=named)
     group.add_argument("--revision", help="of the language model, on the hub")
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
@@ -229,15 +177,11 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
     memory.add_argument(
         "--max-seq-len", type=_positive, metavar="N", help="groups of context [the model's]"
     )
+    cache = "keys and values in half the memory [the dtype's own]"
+    memory.add_argument("--kv-cache", choices=("int8",), help=cache)
+    kept = f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice"
     memory.add_argument(
-        "--kv-cache", choices=("int8",), help="keys and values in half the memory [the dtype's own]"
-    )
-    memory.add_argument(
-        "--offload",
-        action="append",
-        choices=OFFLOADABLE,
-        metavar="PART",
-        help=f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice",
+        "--offload", action="append", choices=OFFLOADABLE, metavar="PART", help=kept
     )
     group.add_argument(
         "--quantization", choices=("int8", "int4", "nf4"), help="quantize while loading [none]"
@@ -247,11 +191,8 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="to compute in [the checkpoint's]",
-    )
+    dtypes, what = ("float32", "bfloat16", "float16"), "to compute in [the checkpoint's]"
+    parser.add_argument("--dtype", choices=dtypes, help=what)
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +201,19 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-tokens", type=_positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
     )
+
+
+def _add_voice(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--voice", type=Path, metavar="WAV", help=help)
+
+
+def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--thinking", action="store_true", help=help)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    table = "write the table there as well"
+    parser.add_argument("--json", type=_writable, metavar="FILE", help=table)
 
 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True, note: str = "") -> None:

@@ -18,14 +18,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     if not args.natural:
         warn_of_words(model, text)
-    chunks = model.stream(
-        "tts",
-        text,
-        args.instruct,
-        not args.natural,
-        args.voice,
-        seed=args.seed,
-        max_new_tokens=args.max_tokens,
-    )
+    request = text, args.instruct, not args.natural, args.voice
+    chunks = model.stream("tts", *request, seed=args.seed, max_new_tokens=args.max_tokens)
     write_speech(chunks, args.output)
     return 0

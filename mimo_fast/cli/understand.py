@@ -7,14 +7,7 @@ from mimo_fast.cli.common import load_model, print_text
 
 def run(args: argparse.Namespace) -> int:
     model = load_model(args)
-    print_text(
-        model.stream(
-            "audio_understanding",
-            args.audio,
-            args.question,
-            args.thinking,
-            seed=args.seed,
-            max_new_tokens=args.max_tokens,
-        )
-    )
+    asked = args.audio, args.question, args.thinking
+    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+    print_text(model.stream("audio_understanding", *asked, **limits))
     return 0

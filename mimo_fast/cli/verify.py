@@ -9,12 +9,8 @@ from mimo_fast.testing.parity import Golden, verify
 
 def run(args: argparse.Namespace) -> int:
     golden = Golden(args.golden)
-    model = MimoAudio(
-        args.checkpoint / "lm",
-        args.checkpoint / "codec",
-        args.device,
-        dtype=args.dtype or "float32",
-    )
+    pair, dtype = (args.checkpoint / "lm", args.checkpoint / "codec"), args.dtype or "float32"
+    model = MimoAudio(*pair, args.device, dtype=dtype)
     print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")
     failed = []
     for result in verify(model, golden):
@@ -29,8 +25,6 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         say(f"mimo-fast: verify failed at: {', '.join(failed)}")
         return 1
-    say(
-        f"all {len(golden.compared)} golden tensors within bounds, on {model.device}, "
-        f"{args.dtype or 'float32'}"
-    )
+    count = len(golden.compared)
+    say(f"all {count} golden tensors within bounds, on {model.device}, {dtype}")
     return 0

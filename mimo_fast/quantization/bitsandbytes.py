@@ -48,10 +48,8 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
         )
     # The stored values, not rounded to the dtype of the saved model.
     read.dtype = torch.float32
-    group, levels = (
-        importable_group(read.blocksize, columns),
-        torch.tensor(NF4_LEVELS, device=flat.device),
-    )
+    group = importable_group(read.blocksize, columns)
+    levels = torch.tensor(NF4_LEVELS, device=flat.device)
     if group is None or not torch.equal(read.code, levels):
         return functional.dequantize_4bit(flat[:, None], read)
     scales = read.absmax
@@ -74,30 +72,22 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
     Raises:
         CheckpointError: it holds another form than NF4, or bitsandbytes is not installed.
     """
-    if not about.get("load_in_4bit") or about.get("bnb_4bit_quant_type") != "nf4":
-        kind = about.get("bnb_4bit_quant_type") if about.get("load_in_4bit") else "8-bit"
-        raise CheckpointError(
-            f"{weights.directory} holds {kind} weights of bitsandbytes: only NF4 is imported"
-        )
+    kind = about.get("bnb_4bit_quant_type") if about.get("load_in_4bit") else "8-bit"
+    if kind != "nf4":
+        problem = f"{weights.directory} holds {kind} weights of bitsandbytes"
+        raise CheckpointError(f"{problem}: only NF4 is imported")
     _functional()
     from bitsandbytes.utils import unpack_tensor_to_dict
 
-    states = {
-        name: unpack_tensor_to_dict(weights.get(f"{name}.{STATE}"))
-        for name in shapes
-        if f"{name}.{STATE}" in weights.names()
-    }
-    groups = {
-        name: importable_group(state["blocksize"], state["shape"][1])
-        for name, state in states.items()
-    }
+    stored = [name for name in shapes if f"{name}.{STATE}" in weights.names()]
+    states = {name: unpack_tensor_to_dict(weights.get(f"{name}.{STATE}")) for name in stored}
+    sizes = {name: (state["blocksize"], state["shape"][1]) for name, state in states.items()}
+    groups = {name: importable_group(*size) for name, size in sizes.items()}
 
     def get(name: str) -> QuantizedWeight | Tensor:
-        fields = {field: f"{name}.{field}" for field in FIELDS}
-        return from_bitsandbytes(
-            weights.get(name),
-            {field: weights.get(at) for field, at in fields.items() if at in weights.names()},
-        )
+        present = [field for field in FIELDS if f"{name}.{field}" in weights.names()]
+        state = {field: weights.get(f"{name}.{field}") for field in present}
+        return from_bitsandbytes(weights.get(name), state)
 
     return PackedMatrices(
         shapes={name: tuple(state["shape"]) for name, state in states.items()},

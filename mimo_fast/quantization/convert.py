@@ -30,10 +30,7 @@ from mimo_fast.quantization.search import NF4_LEVELS, quantize, relative_error
 
 Read = Callable[[str], Tensor]
 Convert = Callable[[str], tuple[QuantizedWeight, float | None]]
-"""Upstream's name of a matrix -> its quantized form and relative error.
-
-The error is None where the original is unknown.
-"""
+"""Upstream's name of a matrix -> its quantized form and relative error, None if unknown."""
 
 
 class WeightSource:
@@ -56,23 +53,15 @@ class WeightSource:
         requested: QuantizationConfig | None = None,
         join: bool = True,
     ) -> None:
-        self._read, self._dtype, self._stored, self._requested = (
-            read,
-            dtype,
-            dict(stored or {}),
-            requested,
-        )
-        self._join = join
+        self._read, self._dtype, self._join = read, dtype, join
+        self._stored, self._requested = dict(stored or {}), requested
         if self._stored and requested:
             raise CheckpointError(
                 "the checkpoint is quantized already: load it without quantization="
             )
 
     def __call__(self, name: str) -> Tensor:
-        """One tensor, dense.
-
-        A matrix that is or should be quantized is unpacked, to bfloat16 if no dtype is wanted.
-        """
+        """One tensor, dense; a quantized matrix is unpacked, to bfloat16 if no dtype is wanted."""
         if name in self._stored:
             return dequantize_to(self._quantized(name, None), self._dtype or torch.bfloat16)
         tensor = self._read(name)
@@ -93,29 +82,23 @@ class WeightSource:
         """
         names = [f"{module}.weight" for module in modules]
         biased = [bias] * len(modules) if isinstance(bias, bool) else bias
-        biases = [
-            self(f"{module}.bias") if has else None
-            for module, has in zip(modules, biased, strict=True)
-        ]
+        pairs = zip(modules, biased, strict=True)
+        biases = [self(f"{module}.bias") if has else None for module, has in pairs]
         if any(name in self._stored for name in names):
             if not all(name in self._stored for name in names):
-                raise CheckpointError(
-                    f"only some of {', '.join(names)} are quantized: quantize the checkpoint again"
-                )
-            return self._joined(
-                [self._quantized(name, b) for name, b in zip(names, biases, strict=True)]
-            )
+                problem = f"only some of {', '.join(names)} are quantized"
+                raise CheckpointError(f"{problem}: quantize the checkpoint again")
+            return self._joined([*map(self._quantized, names, biases)])
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            return self._joined(
-                [quantize(block, chosen, b) for block, b in zip(blocks, biases, strict=True)]
-            )
+            each = zip(blocks, biases, strict=True)
+            return self._joined([quantize(block, chosen, own) for block, own in each])
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
-            pairs = zip(blocks, biases, strict=True)
-            filled = [block.new_zeros(len(block)) if own is None else own for block, own in pairs]
+            each = zip(blocks, biases, strict=True)
+            filled = [block.new_zeros(len(block)) if own is None else own for block, own in each]
             return Weight.stack([torch.cat(blocks)], [torch.cat(filled)] if any(biased) else [])
         return Weight.stack(blocks, biases)
 
@@ -145,12 +128,9 @@ class WeightSource:
             joined = QuantizedWeight.stack(blocks)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        packs = (
-            self._dtype == torch.bfloat16
-            and not use_triton(joined.words)
-            and not native.takes_weight(joined)
-        )
-        return pack_for_torch(joined) if packs else joined
+        if self._dtype != torch.bfloat16 or use_triton(joined.words):
+            return joined
+        return joined if native.takes_weight(joined) else pack_for_torch(joined)
 
 
 def quantize_checkpoint(
@@ -190,13 +170,8 @@ def quantize_checkpoint(
     weights = open_weights(source)
     weights.validate(shapes)
     formats = chosen.formats(shapes)
-    with tqdm(
-        total=len(formats),
-        desc="quantizing",
-        unit="matrix",
-        delay=1,
-        disable=None if progress else True,
-    ) as bar:
+    hide = None if progress else True
+    with tqdm(total=len(formats), desc="quantizing", unit="matrix", delay=1, disable=hide) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float]:
             matrix = weights.get(name)
@@ -204,17 +179,10 @@ def quantize_checkpoint(
             bar.update(1)
             return quantized, relative_error(matrix, quantized)
 
+        dtypes = {name: weights.dtype(name) for name in shapes}
+        plan, about = (raw, shapes, formats, dtypes), {"parts": chosen.parts()}
         return write_quantized(
-            target,
-            raw,
-            shapes,
-            formats,
-            {name: weights.dtype(name) for name in shapes},
-            weights.get,
-            convert,
-            about={"parts": chosen.parts()},
-            copy_from=source,
-            shard_bytes=shard_bytes,
+            target, *plan, weights.get, convert, about, copy_from=source, shard_bytes=shard_bytes
         )
 
 
@@ -226,8 +194,8 @@ def write_quantized(
     dtypes: Mapping[str, torch.dtype],
     read: Read,
     convert: Convert,
-    *,
     about: Mapping[str, Any],
+    *,
     copy_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
@@ -247,10 +215,8 @@ def write_quantized(
         matrix, _, field = name.rpartition(".")
         if field == "words":
             quantized, error = convert(matrix)
-            entry["tensors"][matrix] = {
-                "format": str(formats[matrix]),
-                "error": error and round(error, 6),
-            }
+            rounded = error and round(error, 6)
+            entry["tensors"][matrix] = {"format": str(formats[matrix]), "error": rounded}
             if error is not None:
                 errors[matrix] = error
             waiting[f"{matrix}.scales"] = quantized.scales
@@ -260,14 +226,10 @@ def write_quantized(
         return waiting.pop(name)
 
     # config.json is written after the last tensor, when `entry` is complete.
-    write_checkpoint(
-        target,
-        {name: shape for name, (shape, _) in stored.items()},
-        pieces,
-        dtype={name: dtypes.get(name, dtype) for name, (_, dtype) in stored.items()},
-        config={**raw, CONFIG_KEY: entry},
-        shard_bytes=shard_bytes,
-    )
+    wanted = {name: shape for name, (shape, _) in stored.items()}
+    dtype = {name: dtypes.get(name, usual) for name, (_, usual) in stored.items()}
+    config = {**raw, CONFIG_KEY: entry}
+    write_checkpoint(target, wanted, pieces, dtype=dtype, config=config, shard_bytes=shard_bytes)
     _copy_tokenizer(copy_from, target)
     return errors
 

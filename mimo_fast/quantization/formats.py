@@ -57,10 +57,9 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """Parses "int4", "int4-sym", "int8" or "nf4", with an optional group.
+        """Parses "int4", "int4-sym", "int8" or "nf4", with its group as "-g32", "-g64", "-g128".
 
-        The suffix "-g32", "-g64" or "-g128" is the group: by default 128 for int4, 64 for nf4, the
-        row for int8.
+        The default is 128 for int4, 64 for nf4, the row for int8.
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
@@ -80,10 +79,7 @@ class Format:
         return 8 if self.kind == "int8" else 4
 
     def fit(self, columns: int) -> "Format | None":
-        """This format with the largest group that divides K, halved from the wanted one.
-
-        None if none does.
-        """
+        """This format with its group halved until it divides K; None if no group does."""
         if columns % MIN_GROUP:
             return None
         return self if self.group is None else replace(self, group=math.gcd(self.group, columns))
@@ -91,33 +87,23 @@ class Format:
     def tensors(
         self, name: str, shape: tuple[int, ...]
     ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of the tensors that store a matrix.
-
-        The writer requests the first one first.
-        """
+        """Shape and dtype of the tensors that store a matrix; the writer requests them in order."""
         rows, columns = shape
         groups = columns // (self.group or columns)
+        # nf4 keeps the float32 scales of its published form, and so its exact values.
+        scales = torch.float32 if self.kind == "nf4" else torch.bfloat16
         stored = {
             f"{name}.words": ((rows, columns * self.bits // 32), torch.int32),
-            # nf4 keeps the float32 scales of its published form, and so its exact values.
-            f"{name}.scales": (
-                (rows, groups),
-                torch.float32 if self.kind == "nf4" else torch.bfloat16,
-            ),
+            f"{name}.scales": ((rows, groups), scales),
         }
-        return (
-            stored
-            if self.symmetric
-            else stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
-        )
+        if self.symmetric:
+            return stored
+        return stored | {f"{name}.zeros": ((rows, groups), torch.float16)}
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Format of each part; None is dense.
-
-    The codec is quantized only at load, and its codebooks never are.
-    """
+    """Format of each part; None is dense. The codec is quantized at load, its codebooks never."""
 
     backbone: Format | None = None
     lm_head: Format | None = None
@@ -141,14 +127,11 @@ class QuantizationConfig:
             return value
         if isinstance(value, str):
             if value not in CHOICES:
-                raise ValueError(
-                    f"no quantization {value!r}: use {', '.join(CHOICES)} or a format for each part"
-                )
+                known = f"{', '.join(CHOICES)} or a format for each part"
+                raise ValueError(f"no quantization {value!r}: use {known}")
             value = CHOICES[value]
-        if unknown := sorted(set(value) - set(PARTS)):
-            raise ValueError(
-                f"no part {', '.join(unknown)} to quantize: the parts are {', '.join(PARTS)}"
-            )
+        if unknown := ", ".join(sorted(set(value) - set(PARTS))):
+            raise ValueError(f"no part {unknown} to quantize: the parts are {', '.join(PARTS)}")
         chosen = {part: text for part, text in value.items() if text not in (None, "dense")}
         return cls(**{part: Format.parse(str(text)) for part, text in chosen.items()})
 
@@ -178,10 +161,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "int4": _INT4,
     "nf4": _INT4 | {"backbone": "nf4"},
 }
-"""The formats that a name stands for.
-
-int4 stores the text embeddings as int8 too: in bfloat16 they would be a fifth of the checkpoint.
-"""
+"""The formats of a name; int4's text embeddings would be a fifth of the checkpoint in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +182,7 @@ class PackedMatrices:
 
 
 def importable_group(size: int, columns: int) -> int | None:
-    """Our group for another tool's groups of `size` values along K; None if none is.
-
-    A longer group becomes several with the same scale.
-    """
+    """Our group for another tool's of `size` along K, a longer one split; None if none fits."""
     return min(size, 128) if columns % size == 0 and (size in (32, 64) or size % 128 == 0) else None
 
 
@@ -233,18 +210,14 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
 
 def stored_shapes(shapes: Shapes, formats: Mapping[str, Format]) -> Shapes:
     """Names and shapes in the file: packed tensors replace each matrix of `formats`."""
-    return {
-        name: shape for name, (shape, _) in stored_tensors(shapes, formats, torch.bfloat16).items()
-    }
+    stored = stored_tensors(shapes, formats, torch.bfloat16)
+    return {name: shape for name, (shape, _) in stored.items()}
 
 
 def stored_tensors(
     shapes: Shapes, formats: Mapping[str, Format], dense: torch.dtype | Mapping[str, torch.dtype]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in the file.
-
-    dense: the dtype of what is not quantized, one or by name.
-    """
+    """Shape and dtype of every tensor in the file; dense: the dtype of the rest, one or by name."""
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in shapes.items():
         if name in formats:
@@ -257,10 +230,7 @@ def stored_tensors(
 def checkpoint_bytes(
     config: LMConfig, quantization: QuantizationConfig | None, dense: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of all tensors of a language model on disk, from shapes alone.
-
-    File headers add some tens of kilobytes.
-    """
+    """Bytes of a language model's tensors on disk, from shapes alone, without file headers."""
     shapes = lm_shapes(config)
     formats = quantization.formats(shapes) if quantization else {}
     stored = stored_tensors(shapes, formats, dense)

@@ -34,12 +34,8 @@ def from_gptq(
     """
     q = _unpack(qweight.T)
     (rows, columns), groups = q.shape, len(scales)
-    if (
-        scales.shape != (groups, rows)
-        or qzeros.shape != (groups, rows // 8)
-        or columns % groups
-        or rows % 8
-    ):
+    belong = scales.shape == (groups, rows) and qzeros.shape == (groups, rows // 8)
+    if not belong or columns % groups or rows % 8:
         raise CheckpointError(
             "qweight, qzeros and scales are not of one 4-bit GPTQ layer: only 4-bit is imported"
         )
@@ -90,9 +86,8 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
 def _layer(weights: Weights, name: str, v1: bool) -> QuantizedWeight | Tensor:
     layer = name.removesuffix("weight")
     g_idx = weights.get(f"{layer}g_idx") if f"{layer}g_idx" in weights.names() else None
-    qweight, qzeros, scales = (
-        weights.get(f"{layer}{part}") for part in ("qweight", "qzeros", "scales")
-    )
+    parts = ("qweight", "qzeros", "scales")
+    qweight, qzeros, scales = (weights.get(f"{layer}{part}") for part in parts)
     return from_gptq(qweight, qzeros, scales, g_idx, v1=v1)
 
 

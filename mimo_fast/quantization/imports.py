@@ -54,17 +54,14 @@ def import_checkpoint(
         raise CheckpointError(
             f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported"
         )
-    shapes, weights = (
-        lm_shapes(LMConfig.from_dict(raw, str(source / "config.json"))),
-        open_weights(source),
-    )
+    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
+    weights = open_weights(source)
     packed = METHODS[method](weights, shapes, about)
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()
     formats = chosen.formats(shapes) | packed.formats
-    dtypes = packed.dtypes | {
-        name: weights.dtype(name) for name in shapes if name not in packed.shapes
-    }
+    unpacked = [name for name in shapes if name not in packed.shapes]
+    dtypes = packed.dtypes | {name: weights.dtype(name) for name in unpacked}
 
     def matrix(name: str) -> QuantizedWeight | Tensor:
         return packed.get(name) if name in packed.shapes else weights.get(name)
@@ -74,13 +71,8 @@ def import_checkpoint(
         assert isinstance(found, Tensor)
         return found
 
-    with tqdm(
-        total=len(formats),
-        desc="importing",
-        unit="matrix",
-        delay=1,
-        disable=None if progress else True,
-    ) as bar:
+    hide = None if progress else True
+    with tqdm(total=len(formats), desc="importing", unit="matrix", delay=1, disable=hide) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float | None]:
             bar.update(1)
@@ -90,17 +82,9 @@ def import_checkpoint(
             quantized = quantize(found, formats[name])
             return quantized, relative_error(found, quantized)
 
-        return write_quantized(
-            Path(target),
-            raw,
-            shapes,
-            formats,
-            dtypes,
-            dense,
-            convert,
-            about={"parts": chosen.parts(), "imported": method},
-            copy_from=source,
-        )
+        plan = raw, shapes, formats, dtypes
+        about = {"parts": chosen.parts(), "imported": method}
+        return write_quantized(Path(target), *plan, dense, convert, about, copy_from=source)
 
 
 def _check_shapes(weights: Weights, shapes: Shapes, packed: PackedMatrices) -> None:

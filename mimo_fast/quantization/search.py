@@ -20,30 +20,18 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantiz
 from mimo_fast.quantization.formats import Format
 
 CHUNK, CUDA_CHUNK = 2**15, 2**24
-"""Number of values searched at once.
-
-On the CPU their few float32 copies stay in a core's cache, and torch does not split work this
-small, so each core takes its own chunks and never waits for another.
+"""Values searched at once. On a CPU their copies stay in a core's cache, and each core takes its
+own chunks: torch does not split work this small.
 """
 
 INT4_STARTS, INT4_ROUNDS = (1.0, 0.88), 3
-"""Fractions of the range to start from, and least-squares corrections after each.
-
-More gain less than 1% of the error.
-"""
+"""Fractions of the range to start from, corrections after each; more gain less than 1%."""
 
 INT8_FRACTIONS = (1.0, 0.985, 0.97, 0.955, 0.94)
-"""Fractions of the range to try.
-
-The best of 129 has an error at most 0.4% smaller by rows, 4% by groups of 128.
-"""
+"""Fractions of the range; the best of 129 errs at most 0.4% less by rows, 4% by groups of 128."""
 
 ZERO_LIMIT = 24.0
-"""Largest magnitude of a zero.
-
-Zeros lie in the range of q except for fits that overshoot; float16 resolves 1/64 of a step up to
-here.
-"""
+"""Largest zero, for fits that overshoot the range of q: float16 resolves 1/64 of a step here."""
 
 NF4_LEVELS = (
     -1.0,
@@ -63,10 +51,7 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-"""Levels of nf4: quantiles of a normal distribution, as published with QLoRA.
-
-https://arxiv.org/abs/2305.14314, appendix E.
-"""
+"""Levels of nf4, quantiles of a normal distribution (https://arxiv.org/abs/2305.14314, app. E)."""
 
 Searched = tuple[Tensor, Tensor, Tensor | None]
 """q as non-negative offsets [R, group], scale [R, 1], zero [R, 1] or none."""
@@ -83,25 +68,22 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     columns = weight.shape[1]
     group = chosen.group or columns
     if columns % group or columns % 32:
-        raise ValueError(
-            f"a matrix of {columns} columns does not split into groups of {group}: leave it dense"
-        )
+        problem = f"a matrix of {columns} columns does not split into groups of {group}"
+        raise ValueError(f"{problem}: leave it dense")
     int4 = _symmetric if chosen.symmetric else _asymmetric
     search: dict[str, Search] = {"int4": int4, "int8": _int8, "nf4": _nf4}
 
     def convert(start: int, end: int) -> tuple[Tensor, ...]:
         values = weight[start:end].float().reshape(-1, group)
         if not values.isfinite().all():
-            raise ValueError(
-                "a matrix to quantize holds values that are not finite: repair the checkpoint"
-            )
+            problem = "a matrix to quantize holds values that are not finite"
+            raise ValueError(f"{problem}: repair the checkpoint")
         q, *grid = search[chosen.kind](values)
         words = pack_words(q.view(-1, columns), chosen.bits, group)
         return words, *(part.view(len(words), -1) for part in grid if part is not None)
 
-    words, scales, *zeros = (
-        torch.cat(parts) for parts in zip(*_map_rows(convert, weight), strict=True)
-    )
+    chunks = zip(*_map_rows(convert, weight), strict=True)
+    words, scales, *zeros = map(torch.cat, chunks)
     return QuantizedWeight(
         words=words,
         scales=scales,
@@ -119,9 +101,8 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
         values = weight[start:end].float()
         return (dequantize(quantized, start, end) - values).square().sum(), values.square().sum()
 
-    error, norm = (
-        sum(map(float, parts)) for parts in zip(*_map_rows(squares, weight), strict=True)
-    )
+    chunks = zip(*_map_rows(squares, weight), strict=True)
+    error, norm = (sum(map(float, parts)) for parts in chunks)
     return (error / norm) ** 0.5 if norm else 0.0
 
 
@@ -129,10 +110,7 @@ Result = TypeVar("Result")
 
 
 def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Result]:
-    """function(start, end) of each chunk of rows, in order.
-
-    On the CPU as many run at a time as torch uses threads.
-    """
+    """function(start, end) of each chunk of rows, in order; on a CPU on torch's threads."""
     step = max(1, (CUDA_CHUNK if weight.is_cuda else CHUNK) // weight.shape[1])
     starts = range(0, len(weight), step)
     ends = [min(start + step, len(weight)) for start in starts]
@@ -144,19 +122,11 @@ def _map_rows(function: Callable[[int, int], Result], weight: Tensor) -> list[Re
 
 
 def _asymmetric(values: Tensor) -> Searched:
-    """w = scale (q - zero), q in -8 ... 7.
-
-    The range always includes 0, so that zero stays small and 0 nearly exact.
-    """
-    low, high = (
-        values.amin(1, keepdim=True).clamp_(max=0),
-        values.amax(1, keepdim=True).clamp_(min=0),
-    )
-    size, total, energy = (
-        values.shape[1],
-        values.sum(1, keepdim=True),
-        values.square().sum(1, keepdim=True),
-    )
+    """w = scale (q - zero), q in -8 ... 7; the range includes 0, which stays nearly exact."""
+    low = values.amin(1, keepdim=True).clamp_(max=0)
+    high = values.amax(1, keepdim=True).clamp_(min=0)
+    size, total = values.shape[1], values.sum(1, keepdim=True)
+    energy = values.square().sum(1, keepdim=True)
     best_scale = (high - low) / 15
     best_zero = torch.zeros_like(best_scale)
     best_error = torch.full_like(best_scale, torch.inf)
@@ -175,9 +145,8 @@ def _asymmetric(values: Tensor) -> Searched:
             for kept, new in ((best_error, error), (best_scale, scale), (best_zero, zero)):
                 torch.where(better, new, kept, out=kept)
             spread = square - q_sum.square() / size
-            scale = torch.where(
-                spread > 0, (cross - q_sum * total / size) / spread.clamp(min=0.5), scale
-            ).clamp_(min=0)
+            slope = (cross - q_sum * total / size) / spread.clamp(min=0.5)
+            scale = torch.where(spread > 0, slope, scale).clamp_(min=0)
             zero = (q_sum - total * _inverse(scale)).div_(size).clamp_(-ZERO_LIMIT, ZERO_LIMIT)
     scale, zero = best_scale.bfloat16(), best_zero.half()
     torch.addcmul(zero.float(), values, _inverse(scale.float()), out=q).round_().clamp_(-8, 7)
@@ -224,19 +193,13 @@ def _int8(values: Tensor) -> Searched:
 
 
 def _widest(values: Tensor) -> Tensor:
-    """Largest magnitude of each group, negated where the value is positive.
-
-    The negative side of q is the longer one.
-    """
+    """Largest magnitude of each group, signed to lie on the negative, longer side of q."""
     low, high = values.aminmax(dim=1, keepdim=True)
     return torch.where(high >= -low, -high, -low)
 
 
 def _nf4(values: Tensor) -> Searched:
-    """The nearest of 16 levels times the group's largest magnitude.
-
-    This is the published format, which has no search.
-    """
+    """The nearest of 16 levels times the group's largest magnitude: as published, no search."""
     levels = torch.tensor(NF4_LEVELS, device=values.device)
     scale = values.abs().amax(1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2

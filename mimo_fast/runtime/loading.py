@@ -81,34 +81,23 @@ def load_parts(
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
     tokenizer.check_vocab(lm_config.vocab_size)
-    chosen = parse_dtype(dtype)
+    # Norms are never quantized: their type is the checkpoint's.
+    chosen, own_dtype = parse_dtype(dtype), lm_weights.dtype("model.norm.weight")
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
-    elif (
-        chosen is None
-        and target.type == "cpu"
-        and lm_weights.dtype("model.norm.weight") == torch.float16
-    ):
+    elif chosen is None and target.type == "cpu" and own_dtype == torch.float16:
         # Few CPUs compute in float16.
         chosen = torch.float32
-    # Norms are never quantized: their type is the checkpoint's.
-    lm_dtype = chosen or lm_weights.dtype("model.norm.weight")
+    lm_dtype = chosen or own_dtype
     codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
     formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
     codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
-    setup = Setup(
-        lm_config,
-        codec_config,
-        lm_dtype,
-        codec_dtype,
-        formats,
-        codec_formats,
-        mapped=target.type == "cpu",
-        graphs=wanted(target),
-        prompt_graphs=wanted(target) and enabled(NewPath.PROMPT_GRAPHS, target),
-    )
+    setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats)
+    graphs = wanted(target)
+    captured = graphs and enabled(NewPath.PROMPT_GRAPHS, target)
+    setup = replace(setup, mapped=target.type == "cpu", graphs=graphs, prompt_graphs=captured)
     setup = planned(setup, target, options)
-    tensors = len([*lm_weights.names()]) + len([*codec_weights.names()])
+    tensors = len([*lm_weights.names(), *codec_weights.names()])
     # tqdm shows the bar only on a terminal.
     with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
         offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
@@ -116,10 +105,8 @@ def load_parts(
         source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         read = _reader(codec_weights, target, bar)
-        codebooks = WeightSource(read, torch.float32)
-        audio_codec = Codec(
-            codec_config, WeightSource(read, chosen, requested=codec_requested), codebooks
-        )
+        source = WeightSource(read, chosen, requested=codec_requested)
+        audio_codec = Codec(codec_config, source, codebook=WeightSource(read, torch.float32))
     if "codec_encoder" in setup.offload:
         audio_codec.offload_encoder()
     return language_model, audio_codec, tokenizer, setup
@@ -132,11 +119,8 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         ValueError: an option is out of range.
         DeviceMemoryError: the device has too little memory free.
     """
-    longest, wanted, batch = (
-        setup.lm.max_positions,
-        options.get("max_seq_len"),
-        options.get("max_batch"),
-    )
+    longest, wanted = setup.lm.max_positions, options.get("max_seq_len")
+    batch = options.get("max_batch")
     cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
     if wanted is not None and not 2 <= wanted <= longest:
         raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
@@ -144,16 +128,14 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
         raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
-    if unknown := offload - set(OFFLOADABLE):
-        raise ValueError(
-            f"nothing called {', '.join(sorted(unknown))} to offload: use {', '.join(OFFLOADABLE)}"
-        )
+    if unknown := ", ".join(sorted(offload - set(OFFLOADABLE))):
+        raise ValueError(f"nothing called {unknown} to offload: use {', '.join(OFFLOADABLE)}")
     setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
     free = free_bytes(device)
     if free is None:
         return replace(setup, max_batch=batch or DEFAULT_BATCH)
     setup = replace(setup, max_batch=batch or largest_batch(setup, free))
-    check_memory(setup, free, f"the {'GPU' if device.type == 'cuda' else 'machine'}")
+    check_memory(setup, free, "the GPU" if device.type == "cuda" else "the machine")
     return setup
 
 
@@ -164,19 +146,16 @@ def _split_parts(
     if requested is None:
         return None, None
     parts = replace(requested, codec=None), QuantizationConfig(codec=requested.codec)
-    dense = QuantizationConfig()
-    language_model, codec = (None if part == dense else part for part in parts)
-    return language_model, codec
+    lm, codec = (None if part == QuantizationConfig() else part for part in parts)
+    return lm, codec
 
 
 def _check_pair(lm: LMConfig, codec: CodecConfig) -> None:
     """Checks that every code but the last, the empty one, is a row of the codec's codebook."""
     sizes = codec.codebook_sizes
     if lm.channels > len(sizes):
-        problem = (
-            f"the language model speaks {lm.channels} codebooks and the codec has {len(sizes)}"
-        )
-        raise CheckpointError(f"{problem}: they do not belong together")
+        problem = f"the language model speaks {lm.channels} codebooks and the codec has"
+        raise CheckpointError(f"{problem} {len(sizes)}: they do not belong together")
     for channel, (size, empty) in enumerate(zip(lm.code_sizes, lm.empty_codes, strict=True)):
         if not size - 1 == empty == sizes[channel]:
             raise CheckpointError(
@@ -212,9 +191,8 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
 
 def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     """Config and weights of a codec; names and shapes are checked."""
-    config = CodecConfig.from_dict(
-        read_json(directory / "config.json"), str(directory / "config.json")
-    )
+    path = directory / "config.json"
+    config = CodecConfig.from_dict(read_json(path), str(path))
     weights = open_weights(directory)
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
@@ -226,13 +204,8 @@ def default_device() -> torch.device:
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating-point dtype from itself or its name ("bfloat16", "bf16", ...)."""
-    short = {
-        "bf16": "bfloat16",
-        "fp16": "float16",
-        "half": "float16",
-        "fp32": "float32",
-        "float": "float32",
-    }
+    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+    short |= {"fp32": "float32", "float": "float32"}
     chosen = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if dtype is not None and chosen not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")

@@ -86,38 +86,27 @@ class Setup:
 
     def _codec(self) -> int:
         shapes = codec_shapes(self.codec)
-        books = {name: shape for name, shape in shapes.items() if "_codebook." in name}
-        rest = {name: shape for name, shape in shapes.items() if name not in books}
+        books = {name: shapes.pop(name) for name in list(shapes) if "_codebook." in name}
         if "codec_encoder" in self.offload:
-            rest = {name: shape for name, shape in rest.items() if not name.startswith("encoder.")}
-        weights = self._stored(books, {}, torch.float32) + self._stored(
-            rest, self.codec_formats, self.codec_dtype
-        )
-        return weights + self._streams()
+            shapes = {name: at for name, at in shapes.items() if not name.startswith("encoder.")}
+        weights = self._stored(shapes, self.codec_formats, self.codec_dtype)
+        return self._stored(books, {}, torch.float32) + weights + self._streams()
 
     def _streams(self) -> int:
         if not self.graphs or not streamable(self.codec):
             return 0
-        lookahead = default_lookahead(self.codec)
-        return (
-            self.max_batch
-            * new_state(self.codec, lookahead, self.codec_dtype, torch.device("meta")).nbytes
-        )
+        lookahead, device = default_lookahead(self.codec), torch.device("meta")
+        return self.max_batch * new_state(self.codec, lookahead, self.codec_dtype, device).nbytes
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
-        shapes = (
-            {name: shapes[name] for name in formats if name in shapes} if self.mapped else shapes
-        )
-        return sum(
-            math.prod(shape) * kind.itemsize
-            for shape, kind in stored_tensors(shapes, formats, dtype).values()
-        )
+        if self.mapped:
+            shapes = {name: shapes[name] for name in formats if name in shapes}
+        stored = stored_tensors(shapes, formats, dtype).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in stored)
 
     def _cache(self) -> int:
-        config = self.lm
-        backbone = kv_bytes(
-            config.backbone, self.max_batch, self.max_seq_len, self.dtype, self.kv_cache == "int8"
-        )
+        config, slots = self.lm, (self.max_batch, self.max_seq_len)
+        backbone = kv_bytes(config.backbone, *slots, self.dtype, self.kv_cache == "int8")
         patches = kv_bytes(config.patch_decoder, self.max_batch + 1, config.patch_steps, self.dtype)
         angles = self.max_seq_len * config.backbone.head_dim * 4
         row = config.vocab_size + 2 * config.backbone.dim * self.dtype.itemsize
@@ -125,21 +114,18 @@ class Setup:
 
     def _work(self) -> int:
         backbone, codec = self.lm.backbone, self.codec
-        width = (
-            3 * backbone.ffn_dim + 2 * (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
-        )
+        qkv = (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
+        width = 3 * backbone.ffn_dim + 2 * qkv
         prefill = PREFILL_CHUNK * (width + 4 * backbone.dim) * self.dtype.itemsize
         if self.formats and not self.mapped:
-            prefill += (
-                min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) * self.dtype.itemsize
-            )
+            unpacked = min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim)
+            prefill += unpacked * self.dtype.itemsize
         if self.prompt_graphs:
             # Graphs of prompts keep the memory of one prompt; while capturing, another prompt runs.
             prefill *= 2
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
-        draw = self.max_batch * (
-            12 * self.lm.vocab_size + 64 * backbone.heads * (backbone.head_dim + 2) * 4
-        )
+        partial = 64 * backbone.heads * (backbone.head_dim + 2) * 4
+        draw = self.max_batch * (12 * self.lm.vocab_size + partial)
         frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)
         encode = frames * (codec.encoder_ffn + 8 * codec.dim) * self.codec_dtype.itemsize
         return 2 * draw + max(prefill, encode) + LIBRARIES
@@ -170,10 +156,8 @@ def fitting(setup: Setup, free: int) -> list[str]:
 
     chosen = list[str]()
     for name in choices:
-        chosen = [
-            *(other for other in chosen if other.partition("=")[0] != name.partition("=")[0]),
-            name,
-        ]
+        argument = name.partition("=")[0]
+        chosen = [*(other for other in chosen if other.partition("=")[0] != argument), name]
         if total(chosen) <= free:
             break
     else:
@@ -203,9 +187,8 @@ def _savings(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def largest_batch(setup: Setup, free: int) -> int:
     """The largest number of slots, up to DEFAULT_BATCH, that fits; 1 if none does."""
-    return next(
-        (n for n in range(DEFAULT_BATCH, 1, -1) if replace(setup, max_batch=n).total <= free), 1
-    )
+    sizes = range(DEFAULT_BATCH, 1, -1)
+    return next((n for n in sizes if replace(setup, max_batch=n).total <= free), 1)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -214,8 +197,7 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-        )
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
     except (OSError, StopIteration):
         return None

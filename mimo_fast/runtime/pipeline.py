@@ -64,10 +64,9 @@ class Pipeline:
     def engine(self) -> Engine:
         """The engine of every sequence; its KV cache is allocated on first use."""
         if self._engine is None:
-            setup, capacity = self.setup, min(self.setup.max_seq_len, self.lm.config.max_positions)
-            self._engine = Engine(
-                self.lm, setup.max_batch, capacity, quantized_cache=setup.kv_cache is not None
-            )
+            slots, quantized = self.setup.max_batch, self.setup.kv_cache is not None
+            capacity = min(self.setup.max_seq_len, self.lm.config.max_positions)
+            self._engine = Engine(self.lm, slots, capacity, quantized_cache=quantized)
         return self._engine
 
     def warmup(self, progress: bool = True) -> dict[str, int]:

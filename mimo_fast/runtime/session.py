@@ -105,9 +105,8 @@ class Session:
         try:
             self._say(pipeline.speech(audio))
             stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
-            reply = pipeline.decode(
-                sequence, self._samplers, stop_ids, max_new_tokens, min_new_tokens
-            )
+            limits = stop_ids, max_new_tokens, min_new_tokens
+            reply = pipeline.decode(sequence, self._samplers, *limits)
         except BaseException:
             ids, cached, self._turns, self._spoken = before
             sequence.go_back(ids, cached)
@@ -149,9 +148,7 @@ class Session:
             first = self._pipeline.ids(self._turn(Speech(kept[0].speech), first=True))
             moved = self._prefix_groups + first.shape[1] // sequence.group_size - kept[0].reply
             ids += [first, self.ids[:, kept[0].reply * sequence.group_size :]]
-            kept = [
-                replace(turn, begin=turn.begin + moved, reply=turn.reply + moved) for turn in kept
-            ]
+            kept = [Turn(turn.begin + moved, turn.reply + moved, turn.speech) for turn in kept]
             kept[0] = replace(kept[0], begin=self._prefix_groups)
         sequence.truncate(self._prefix_groups)
         sequence.ids = torch.cat(ids, dim=1)

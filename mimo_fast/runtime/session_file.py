@@ -27,11 +27,7 @@ Turns = Sequence[tuple[int, int, Tensor]]
 
 
 def write_session(
-    path: str | Path,
-    engine: Engine,
-    sequence: TokenSequence,
-    about: dict[str, Any],
-    turns: Turns,
+    path: str | Path, engine: Engine, sequence: TokenSequence, about: dict[str, Any], turns: Turns
 ) -> None:
     """Writes the file atomically: whole or not at all."""
     path = Path(path)
@@ -46,9 +42,8 @@ def write_session(
     tensors = {"ids": sequence.ids.contiguous()}
     tensors |= {f"speech.{i}": codes.contiguous() for i, (_, _, codes) in enumerate(turns)}
     if kept:
-        tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)} | {
-            "hidden": kept.hidden
-        }
+        tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)}
+        tensors["hidden"] = kept.hidden
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "session": json.dumps(header)})
@@ -80,10 +75,8 @@ def read_session(
             )
         ids = tensors["ids"]
         engine.check_room(ids.shape[1] // sequence.group_size)
-        turns = [
-            (begin, reply, tensors[f"speech.{i}"])
-            for i, (begin, reply) in enumerate(header["turns"])
-        ]
+        places = enumerate(header["turns"])
+        turns = [(begin, reply, tensors[f"speech.{i}"]) for i, (begin, reply) in places]
         sequence.seed, sequence.draws = header["seed"], header["draws"]
         sequence.ids = ids
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -31,6 +31,8 @@ FFT_ROUNDING = 1e-6
 Errors = Iterator[tuple[str, float]]
 """(golden tensor, error) pairs."""
 
+Compare = Callable[[MimoAudio, "Golden"], Errors]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -52,12 +54,11 @@ class Golden:
     """Ground truth of one checkpoint, and which of its tensors have been compared."""
 
     def __init__(self, directory: Path) -> None:
-        folder = next(
-            (d for d in (directory, directory / "golden") if (d / "golden.json").is_file()), None
-        )
+        folders = (directory, directory / "golden")
+        folder = next((d for d in folders if (d / "golden.json").is_file()), None)
         if folder is None:
             raise CheckpointError(
-                f"no golden.json in {directory} or {directory / 'golden'}: not a parity kit"
+                f"no golden.json in {' or '.join(map(str, folders))}: not a parity kit"
             )
         audio = next((d for d in (folder / "audio", folder.parent / "audio") if d.is_dir()), None)
         if audio is None:
@@ -78,11 +79,8 @@ class Golden:
 
     def named(self, prefix: str) -> list[str]:
         """Suffixes of the tensors called prefix.suffix, "codec:mel" -> ["0", "1", "2"]."""
-        return sorted(
-            name.removeprefix(f"{prefix}.")
-            for name in self.tensors
-            if name.startswith(f"{prefix}.")
-        )
+        names = (name for name in self.tensors if name.startswith(f"{prefix}."))
+        return sorted(name.removeprefix(f"{prefix}.") for name in names)
 
     def get(self, name: str) -> Tensor:
         self.compared.add(name)
@@ -94,11 +92,8 @@ def verify(model: MimoAudio, golden: Golden) -> Iterator[Result]:
     for stage, (compare, bound, unit) in STAGES.items():
         errors = list(compare(model, golden))
         # NaN must win the maximum.
-        worst, error = max(
-            errors,
-            key=lambda pair: (pair[1] != pair[1], pair[1]),
-            default=("nothing to compare", 0.0),
-        )
+        nothing = ("nothing to compare", 0.0)
+        worst, error = max(errors, key=lambda pair: (pair[1] != pair[1], pair[1]), default=nothing)
         yield Result(stage, error, bound, unit, worst.partition(":")[2] or worst, len(errors))
 
 
@@ -121,26 +116,32 @@ def _noise_db(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return torch.inf
     noise = (got.cpu().double() - want.double()).square().sum()
-    return (
-        (10 * torch.log10(noise / want.double().square().sum())).item()
-        if noise != 0
-        else -torch.inf
-    )
+    if noise != 0:
+        return (10 * torch.log10(noise / want.double().square().sum())).item()
+    return -torch.inf
 
 
-def _resample(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:wav24k"):
-        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate)
-        yield f"codec:wav24k.{i}", _max_abs(wav, golden.get(f"codec:wav24k.{i}"))
+def _each(
+    prefix: str,
+    error: Callable[[Tensor, Tensor], float],
+    compute: Callable[[MimoAudio, Golden, str], Tensor],
+) -> Compare:
+    """Compares `compute(model, golden, suffix)` with every golden tensor prefix.suffix."""
+
+    def compare(model: MimoAudio, golden: Golden) -> Errors:
+        for suffix in golden.named(prefix):
+            name = f"{prefix}.{suffix}"
+            yield name, error(compute(model, golden, suffix), golden.get(name))
+
+    return compare
 
 
-def _mel(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:mel"):
-        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate).to(model.device)
-        yield (
-            f"codec:mel.{i}",
-            _log_error(log_mel(wav, model.codec.config), golden.get(f"codec:mel.{i}")),
-        )
+def _wav(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return load_audio(golden.audio[int(i)], model.codec.sample_rate)
+
+
+def _mel(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return log_mel(_wav(model, golden, i).to(model.device), model.codec.config)
 
 
 def _log_error(got: Tensor, want: Tensor) -> float:
@@ -158,33 +159,29 @@ def _log_error(got: Tensor, want: Tensor) -> float:
     return torch.minimum((got - want).abs(), of_peak / FFT_ROUNDING * LOG_MEL_BOUND).max().item()
 
 
-def _encoder(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:enc_hidden"):
-        hidden = model.codec.encode_mel(golden.get(f"codec:mel.{i}").to(model.device))
-        yield f"codec:enc_hidden.{i}", _relative(hidden, golden.get(f"codec:enc_hidden.{i}"))
+def _encoder(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return model.codec.encode_mel(golden.get(f"codec:mel.{i}").to(model.device))
+
+
+def _encoded(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return model.codec.encode(_wav(model, golden, i))
+
+
+def _quantized(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return model.codec.quantize(golden.get(f"codec:enc_hidden.{i}").to(model.device))
 
 
 def _codes(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:codes"):
-        wav = load_audio(golden.audio[int(i)], model.codec.sample_rate)
-        yield (
-            f"codec:codes.{i}",
-            _differing(model.codec.encode(wav), golden.get(f"codec:codes.{i}")),
-        )
-        quantized = model.codec.quantize(golden.get(f"codec:enc_hidden.{i}").to(model.device))
-        yield f"codec:codes.{i}", _differing(quantized, golden.get(f"codec:codes.{i}"))
+    for compute in (_encoded, _quantized):
+        yield from _each("codec:codes", _differing, compute)(model, golden)
 
 
-def _packed(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:packed"):
-        packed = model.preprocess_input(str(golden.audio[int(i)]))
-        yield f"codec:packed.{i}", _differing(packed, golden.get(f"codec:packed.{i}"))
+def _packed(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return model.preprocess_input(str(golden.audio[int(i)]))
 
 
-def _dequantize(model: MimoAudio, golden: Golden) -> Errors:
-    for i in golden.named("codec:rvq_sum8"):
-        total = model.codec.dequantize(golden.get(f"codec:codes.{i}")[: model.audio_channels])
-        yield f"codec:rvq_sum8.{i}", _relative(total, golden.get(f"codec:rvq_sum8.{i}"))
+def _dequantize(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    return model.codec.dequantize(golden.get(f"codec:codes.{i}")[: model.audio_channels])
 
 
 def _decoder(model: MimoAudio, golden: Golden) -> Errors:
@@ -192,18 +189,13 @@ def _decoder(model: MimoAudio, golden: Golden) -> Errors:
         for i in golden.named(f"codec:{name}"):
             wav = model.codec.decode(golden.get(f"codec:codes.{i}")[:count])
             yield f"codec:{name}.{i}", _noise_db(wav, golden.get(f"codec:{name}.{i}"))
-    codes = golden.get("codec:stream_codes")
-    yield (
-        "codec:stream_oneshot",
-        _noise_db(model.codec.decode(codes), golden.get("codec:stream_oneshot")),
-    )
+    oneshot = model.codec.decode(golden.get("codec:stream_codes"))
+    yield "codec:stream_oneshot", _noise_db(oneshot, golden.get("codec:stream_oneshot"))
 
 
 def _stream(model: MimoAudio, golden: Golden) -> Errors:
-    """How much farther a stream is from one-shot decoding than upstream's own, in dB.
-
-    Neither equals it, because of the norms over time.
-    """
+    """Decibels that a stream is farther from one-shot decoding than upstream's own stream is."""
+    # Neither equals it, because of the norms over time.
     oneshot = golden.get("codec:stream_oneshot")
     for size in golden.named("codec:stream_wav"):
         *chunks, last = golden.get("codec:stream_codes").split(int(size), dim=1)
@@ -235,15 +227,11 @@ def golden_prompt(model: MimoAudio, call: dict[str, Any], audio: list[Path]) -> 
         return model.get_audio_understanding_sft_prompt(path("audio"), given.pop("text"), **given)
     if method == "in_context_learning_s2s":
         examples = [
-            {
-                **example,
-                **{key: str(audio[example[key]]) for key in ("input_audio", "output_audio")},
-            }
+            example | {key: str(audio[example[key]]) for key in ("input_audio", "output_audio")}
             for example in given["examples"]
         ]
-        return model.get_in_context_learning_s2s_prompt(
-            given["instruction"], examples, path("audio")
-        )
+        request = (given["instruction"], examples, path("audio"))
+        return model.get_in_context_learning_s2s_prompt(*request)
     build = getattr(model, f"get_{method.replace('speech2text', 's2t')}_prompt")
     if "messages" in given:
         return build([_message(message, audio) for message in given.pop("messages")], **given)
@@ -267,34 +255,18 @@ def _prefilled(model: MimoAudio, golden: Golden, name: str) -> Tensor:
     return state.hidden[:1]
 
 
-def _embeddings(model: MimoAudio, golden: Golden) -> Errors:
-    for name in golden.named("model:embeds"):
-        groups = (
-            golden.get(f"prompts:{name}")
-            .long()
-            .to(model.device)
-            .unflatten(1, (-1, model.group_size))
-        )
-        embeds = model.lm.embed(groups[0, :, 0], groups[1:].transpose(0, 1))
-        yield f"model:embeds.{name}", _relative(embeds, golden.get(f"model:embeds.{name}"))
+def _embeddings(model: MimoAudio, golden: Golden, name: str) -> Tensor:
+    ids = golden.get(f"prompts:{name}").long().to(model.device)
+    groups = ids.unflatten(1, (-1, model.group_size))
+    return model.lm.embed(groups[0, :, 0], groups[1:].transpose(0, 1))
 
 
-def _logits(model: MimoAudio, golden: Golden) -> Errors:
-    for name in golden.named("model:text_logits"):
-        logits = model.lm.text_logits(_prefilled(model, golden, name))[0]
-        yield (
-            f"model:text_logits.{name}",
-            _relative(logits, golden.get(f"model:text_logits.{name}")),
-        )
+def _logits(model: MimoAudio, golden: Golden, name: str) -> Tensor:
+    return model.lm.text_logits(_prefilled(model, golden, name))[0]
 
 
-def _local_hidden(model: MimoAudio, golden: Golden) -> Errors:
-    for name in golden.named("model:local_hidden"):
-        local = model.lm.local_hidden(_prefilled(model, golden, name))[0]
-        yield (
-            f"model:local_hidden.{name}",
-            _relative(local, golden.get(f"model:local_hidden.{name}")),
-        )
+def _local_hidden(model: MimoAudio, golden: Golden, name: str) -> Tensor:
+    return model.lm.local_hidden(_prefilled(model, golden, name))[0]
 
 
 def _patch_decoder(model: MimoAudio, golden: Golden) -> Errors:
@@ -328,19 +300,19 @@ def _generate(model: MimoAudio, golden: Golden) -> Errors:
         yield f"model:generate.{name}", _differing(ids[:, -want.shape[1] :], want)
 
 
-STAGES: dict[str, tuple[Callable[[MimoAudio, Golden], Errors], float, str]] = {
-    "resample": (_resample, 1e-5, "max abs"),
-    "log-mel": (_mel, LOG_MEL_BOUND, "max abs"),
-    "codec encoder": (_encoder, 1e-3, "of max"),
+STAGES: dict[str, tuple[Compare, float, str]] = {
+    "resample": (_each("codec:wav24k", _max_abs, _wav), 1e-5, "max abs"),
+    "log-mel": (_each("codec:mel", _log_error, _mel), LOG_MEL_BOUND, "max abs"),
+    "codec encoder": (_each("codec:enc_hidden", _relative, _encoder), 1e-3, "of max"),
     "codes": (_codes, 0, "differ"),
-    "packed codes": (_packed, 0, "differ"),
-    "dequantize": (_dequantize, 1e-3, "of max"),
+    "packed codes": (_each("codec:packed", _differing, _packed), 0, "differ"),
+    "dequantize": (_each("codec:rvq_sum8", _relative, _dequantize), 1e-3, "of max"),
     "codec decoder": (_decoder, -80, "dB noise"),
     "codec stream": (_stream, 0, "dB lost"),
     "prompts": (_prompts, 0, "differ"),
-    "embeddings": (_embeddings, 1e-3, "of max"),
-    "text logits": (_logits, 1e-3, "of max"),
-    "local hidden": (_local_hidden, 1e-3, "of max"),
+    "embeddings": (_each("model:embeds", _relative, _embeddings), 1e-3, "of max"),
+    "text logits": (_each("model:text_logits", _relative, _logits), 1e-3, "of max"),
+    "local hidden": (_each("model:local_hidden", _relative, _local_hidden), 1e-3, "of max"),
     "patch decoder": (_patch_decoder, 0, "differ"),
     "sampler": (_sampler, 0, "differ"),
     "generate": (_generate, 0, "differ"),

@@ -66,9 +66,8 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
     for segment in segments:
         spoken = segment.text if isinstance(segment, SpokenReply) else segment
         if not isinstance(spoken, str | Speech):
-            raise PromptError(
-                f"a prompt is made of text and speech, not of a {type(spoken).__name__}"
-            )
+            kind = type(spoken).__name__
+            raise PromptError(f"a prompt is made of text and speech, not of a {kind}")
         if isinstance(segment, str):
             text(tokenizer.encode(segment))
         elif isinstance(segment, Speech):
@@ -80,9 +79,8 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         else:
             _check_codes(segment.codes, config)
             text([special.sostm])
-            for ids, codes in _interleaved(
-                segment, tokenizer.encode(segment.text), special.eot, config.group_size
-            ):
+            words = tokenizer.encode(segment.text)
+            for ids, codes in _interleaved(segment, words, special.eot, config.group_size):
                 text(ids)
                 speech(codes)
             text([special.eostm])
@@ -94,9 +92,8 @@ def _interleaved(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The reply's text tokens and patches in turn; the end of the text follows its last token."""
     if reply.places is None:
-        texts = [
-            ids[i : i + REPLY_TEXT_TOKENS] for i in range(0, max(len(ids), 1), REPLY_TEXT_TOKENS)
-        ]
+        starts = range(0, max(len(ids), 1), REPLY_TEXT_TOKENS)
+        texts = [ids[i : i + REPLY_TEXT_TOKENS] for i in starts]
         texts[-1] = [*texts[-1], end]
         size = REPLY_PATCHES * group_size
     else:

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from mimo_fast.audio.files import AudioSource
@@ -62,14 +63,11 @@ class PromptContext:
             return None
         return self.encode(audio)
 
-    def choose(self, templates: Sequence[str], template: Template) -> str:
-        return choose_template(templates, template, self.seed)
-
 
 def asr(context: PromptContext, input: Audio, template: Template = None) -> Segments:
     """Transcribe a recording."""
     speech = context.encode(input)
-    words = context.choose(ASR_TEMPLATES, template)
+    words = choose_template(ASR_TEMPLATES, template, context.seed)
     return [*_user(speech, words), "<|im_start|>assistant\n", _think(False)]
 
 
@@ -93,17 +91,15 @@ def tts(
     language = "zh" if re.search("[\u4e00-\u9fff]", input) else "en"
     request = capitalize(input)
     if read_text_only:
-        request = f"{context.choose(TTS_TEMPLATES[language], template)}: {request}"
+        wording = choose_template(TTS_TEMPLATES[language], template, context.seed)
+        request = f"{wording}: {request}"
         if instruct is None:
             return [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<|sostm|>"]
         request += f"({instruct})"
-    if voice is None:
-        system: Segments = ["你需要根据指定的风格指令和文本内容来生成语音。"]
-    else:
-        system = [
-            "你需要根据指定的风格指令和文本内容来生成和语音prompt具有相同音色的语音。你的音色应该是：",
-            voice,
-        ]
+    system: Segments = ["你需要根据指定的风格指令和文本内容来生成语音。"]
+    if voice is not None:
+        style = "你需要根据指定的风格指令和文本内容来生成和语音prompt具有相同音色的语音。"
+        system = [f"{style}你的音色应该是：", voice]
     turn = [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<think>\n"]
     return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
 
@@ -239,13 +235,8 @@ class Task:
         return frozenset(getattr(special, name) for name in self.stops)
 
 
-def _in_text(prompt: Callable[..., Segments], sampler: str) -> Task:
-    return Task(prompt, sampler, ("eos", "im_end"), speaks=False)
-
-
-def _in_speech(prompt: Callable[..., Segments], sampler: str) -> Task:
-    return Task(prompt, sampler, ("eos", "eostm", "im_end"), speaks=True)
-
+_in_text = partial(Task, stops=("eos", "im_end"), speaks=False)
+_in_speech = partial(Task, stops=("eos", "eostm", "im_end"), speaks=True)
 
 TASKS: dict[str, Task] = {
     "asr_sft": _in_text(asr, "asr"),
@@ -275,14 +266,10 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: no such task; the message lists them.
     """
-    task = (
-        TASKS.get(name)
-        or TASKS.get(f"{name}_sft")
-        or TASKS.get(name.replace("_multiturn", "_sft_multiturn"))
-    )
-    if task is None:
-        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
-    return task
+    for known in (name, f"{name}_sft", name.replace("_multiturn", "_sft_multiturn")):
+        if known in TASKS:
+            return TASKS[known]
+    raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
 
 
 def voice_system(voice: Speech | None) -> Segments:
@@ -303,42 +290,32 @@ def choose_template(templates: Sequence[str], template: Template, seed: int | No
     Raises:
         PromptError: there is no template of that index.
     """
+    if template is None:
+        return random.Random(seed).choice(templates)
     if isinstance(template, str):
         return template
-    if template is not None:
-        if not -len(templates) <= template < len(templates):
-            raise PromptError(
-                f"there are {len(templates)} templates, 0 to {len(templates) - 1}; not {template}"
-            )
-        return templates[template]
-    return random.Random(seed).choice(templates)
+    last = len(templates) - 1
+    if not -len(templates) <= template <= last:
+        raise PromptError(f"there are {len(templates)} templates, 0 to {last}; not {template}")
+    return templates[template]
 
 
 def role_of(message: Any) -> str:
-    """The role of a message, "user" or "assistant".
-
-    Raises:
-        PromptError: the message lacks a role or content, or has another role.
-    """
+    """The role of a message, "user" or "assistant"; PromptError where it lacks role or content."""
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ("user", "assistant") or "content" not in message:
-        shown = repr(message)
-        raise PromptError(
-            f"a message needs a role ('user' or 'assistant') and content, not {shown:.120}"
-        )
+        expected = "a role ('user' or 'assistant') and content"
+        raise PromptError(f"a message needs {expected}, not {message!r:.120}")
     return str(role)
 
 
 def text_of(message: Message) -> str:
-    """The content of a message that must be text.
-
-    Raises:
-        PromptError: it is something else.
-    """
-    role, content = message["role"], message["content"]
+    """The content of a message that must be text; PromptError where it is something else."""
+    content, kind = message["content"], type(message["content"]).__name__
     if not isinstance(content, str):
-        kind = type(content).__name__
-        raise PromptError(f"the content of this {role} message must be text, not a {kind}")
+        raise PromptError(
+            f"the content of this {message['role']} message must be text, not a {kind}"
+        )
     return content
 
 
@@ -361,7 +338,6 @@ def _think(thinking: bool) -> str:
 def _spelled(text: str) -> str:
     words = spell(text)
     if not words:
-        raise PromptError(
-            f"there is no word to say in {text!r:.80}: this model knows words and numbers alone"
-        )
+        problem = f"there is no word to say in {text!r:.80}"
+        raise PromptError(f"{problem}: this model knows words and numbers alone")
     return " ".join(words)

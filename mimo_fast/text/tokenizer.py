@@ -5,7 +5,7 @@ replaces its pre-tokenizer by that of the class named in tokenizer_config.json, 
 for the published files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -28,22 +28,11 @@ MODEL_TOKENS = {
     "eostm": "<|eostm|>",
     "eot": "<|eot|>",
 }
-"""Special tokens; upstream appends the absent ones in this order, which decides their ids.
-
-See `MimoAudio.__init__`.
-"""
+"""Special tokens; upstream appends the absent ones in this order, which decides their ids."""
 
 CHAT_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
-NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 TRAINED_WORDS = "trained_words"
 """Our key of tokenizer_config.json: a list of lower-case words."""
@@ -87,13 +76,9 @@ class Tokenizer:
         try:
             _add_configured_tokens(backend, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = (
-                f"the special tokens in {source}/tokenizer_config.json are malformed ({error!r})"
-            )
-            raise CheckpointError(f"{problem}: download the file again") from error
-        backend.add_special_tokens(
-            [token for token in MODEL_TOKENS.values() if backend.token_to_id(token) is None]
-        )
+            problem = f"the special tokens in {source}/tokenizer_config.json are malformed"
+            raise CheckpointError(f"{problem} ({error!r}): download the file again") from error
+        _add_special(backend, MODEL_TOKENS.values())
 
     @classmethod
     def from_directory(cls, directory: str | PathLike[str]) -> "Tokenizer":
@@ -110,11 +95,8 @@ class Tokenizer:
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (directory / name).is_file():
-                config |= {
-                    key: value
-                    for key, value in read_json(directory / name).items()
-                    if value is not None
-                }
+                given = read_json(directory / name).items()
+                config |= {key: value for key, value in given if value is not None}
         if (path := directory / "tokenizer.json").is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(path))
@@ -134,9 +116,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(
-                f"the text holds a broken character at position {error.start}: remove it"
-            ) from error
+            problem = f"the text holds a broken character at position {error.start}"
+            raise PromptError(f"{problem}: remove it") from error
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -188,9 +169,8 @@ class Tokenizer:
     def _named_id(self, name: str) -> int:
         token = _content(self._config.get(name))
         if not token:
-            raise CheckpointError(
-                f"{self._source} names no {name}: set it in its tokenizer_config.json"
-            )
+            file = "tokenizer_config.json"
+            raise CheckpointError(f"{self._source} names no {name}: set it in its {file}")
         return self.id(token)
 
 
@@ -202,43 +182,39 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        problem = (
-            f"{directory} has no tokenizer.json, and vocab.json with merges.txt needs transformers"
-        )
-        raise CheckpointError(f"{problem}: pip install mimo-fast[transformers]") from error
+        problem = f"{directory} has no tokenizer.json, and vocab.json with merges.txt needs"
+        fix = "transformers: pip install mimo-fast[transformers]"
+        raise CheckpointError(f"{problem} {fix}") from error
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
     # transformers raises whatever the parser it picked happens to raise.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"cannot read vocab.json of {directory} ({reason}): add a tokenizer.json"
-        ) from error
+        problem = f"cannot read vocab.json of {directory} ({reason})"
+        raise CheckpointError(f"{problem}: add a tokenizer.json") from error
 
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Adds what transformers adds: `added_tokens_decoder` in order, then other special tokens."""
     listed = config.get("added_tokens_decoder") or {}
-    for entry in (entry for _, entry in sorted(listed.items(), key=lambda item: int(item[0]))):
-        flags = {
-            name: bool(entry[name])
-            for name in ("single_word", "lstrip", "rstrip", "normalized")
-            if name in entry
-        }
+    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+        names = ("single_word", "lstrip", "rstrip", "normalized")
+        flags = {name: bool(entry[name]) for name in names if name in entry}
         token = AddedToken(_content(entry), special=bool(entry.get("special")), **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     named = [config.get(name) for name in NAMED_TOKENS]
     # transformers 5 writes the additional ones as a list under extra_special_tokens; 4 has a
     # mapping of names there.
     extra = config.get("extra_special_tokens") or ()
-    more = [
-        *(config.get("additional_special_tokens") or ()),
-        *(extra.values() if isinstance(extra, dict) else extra),
-    ]
-    tokens = [_content(token) for token in (*named, *more)]
-    backend.add_special_tokens(
-        [token for token in tokens if token and backend.token_to_id(token) is None]
-    )
+    named += config.get("additional_special_tokens") or ()
+    named += extra.values() if isinstance(extra, dict) else extra
+    _add_special(backend, map(_content, named))
+
+
+def _add_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Adds the tokens that are absent, in their order."""
+    absent = [token for token in tokens if token and backend.token_to_id(token) is None]
+    backend.add_special_tokens(absent)
 
 
 def _content(token: Any) -> str:

@@ -25,12 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.runtime.codec.geometry import (
-    PATCH_FRAMES,
-    default_lookahead,
-    patch_rows,
-    streamable,
-)
+from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, default_lookahead, patch_rows, streamable
 from mimo_fast.runtime.codec.incremental import decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, NormStatistics, new_state
@@ -63,10 +58,8 @@ class ChunkGraphs:
         config, patches = codec.config, default_lookahead(codec.config)
         self.state = new_state(config, patches, codec.dtype, codec.device)
         self._capture, self._lock = capture, lock
-        self._rate, self._lookahead = (
-            config.pool * config.decoder_stride,
-            patches * patch_rows(config),
-        )
+        self._rate = config.pool * config.decoder_stride
+        self._lookahead = patches * patch_rows(config)
         # After `_begun` committed frames, no chunk trims samples at the start of the waveform.
         self._begun = -(-self.state.trim // config.hop)
         steady = self._begun + self._lookahead
@@ -105,11 +98,8 @@ class ChunkGraphs:
         self, codec: CodecNetwork, new: int, frames: int, committed: int, ended: bool = False
     ) -> CapturedChunk:
         """Captures a chunk of `new` code frames after `frames` vocoder frames."""
-        codes, state, lookahead = (
-            torch.zeros(new, codec.config.dim, device=codec.device),
-            self.state,
-            self._lookahead,
-        )
+        codes = torch.zeros(new, codec.config.dim, device=codec.device)
+        state, lookahead = self.state, self._lookahead
 
         def run() -> Tensor:
             state.frames, state.committed = frames, committed
@@ -137,18 +127,15 @@ class StreamGraphs:
     def serves(
         self, codec: CodecNetwork, lookahead: int, statistics: NormStatistics | None
     ) -> bool:
-        """Whether the graphs fit a stream.
+        """Whether a stream has the codec's own look-ahead, statistics and layers (on the device).
 
-        Its look-ahead and statistics must be the codec's own, and its layers the codec's (a copy
-        may have others) and on the device.
+        A copy of the codec may have other layers.
         """
         own = codec is self._codec() and lookahead == default_lookahead(codec.config)
-        resident = isinstance(codec.decoder.layers, tuple) and isinstance(
-            codec.vocoder.layers, tuple
-        )
-        return (
-            own and resident and statistics is codec.stated_statistics and streamable(codec.config)
-        )
+        stacks = codec.decoder, codec.vocoder
+        resident = all(isinstance(stack.layers, tuple) for stack in stacks)
+        stated = statistics is codec.stated_statistics
+        return own and resident and stated and streamable(codec.config)
 
     def warmup(self, streams: int, progress: bool = True) -> None:
         """Captures until `streams` states are idle, and keeps that many from then on."""

@@ -70,9 +70,8 @@ def decode_chunk(
         state.frames += end - start
         decided = state.frames if last else max(state.committed, state.frames - lookahead)
         rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
-        parts.append(
-            _overlap_add(codec, state, _vocode(codec, state, rows, end - start, decided), last)
-        )
+        head = _vocode(codec, state, rows, end - start, decided)
+        parts.append(_overlap_add(codec, state, head, last))
     return torch.cat(parts)
 
 
@@ -104,18 +103,13 @@ def _decode(
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
     # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
     x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
-    inputs, new, stride = (
-        torch.cat((state.history, x)),
-        len(x) - len(state.entered),
-        codec.to_mel.stride,
-    )
+    inputs = torch.cat((state.history, x))
+    new = len(x) - len(state.entered)
+    stride = codec.to_mel.stride
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
-    norm = (
-        state.to_mel.estimate(out, first * stride, ended)
-        if statistics is None
-        else statistics.to_mel
-    )
+    known = statistics and statistics.to_mel
+    norm = known or state.to_mel.estimate(out, first * stride, ended)
     state.to_mel.add(out[: new * stride], first * stride)
     return out[: len(x) * stride], norm
 
@@ -136,9 +130,8 @@ def _run_decoder(
     entered = raw
     if codec.unpool is not None:
         known = statistics and statistics.unpool
-        entered = codec.unpool.normalise(
-            raw, *(known or state.unpool.estimate(raw[:0], state.position, ended))
-        )
+        norm = known or state.unpool.estimate(raw[:0], state.position, ended)
+        entered = codec.unpool.normalise(raw, *norm)
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):
         if len(block):

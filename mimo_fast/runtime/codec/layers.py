@@ -61,12 +61,10 @@ class CodecLayer:
             return source.weight(f"{name}.{part}", bias=True)
 
         # k has no bias upstream.
-        qkv = source.weight(
-            *(f"{name}.self_attn.{part}_proj" for part in "qkv"), bias=(True, False, True)
-        )
+        parts = (f"{name}.self_attn.{part}_proj" for part in "qkv")
         return cls(
             attention_norm=Norm.load(f"{name}.self_attn_layer_norm", norm, source),
-            qkv=qkv,
+            qkv=source.weight(*parts, bias=(True, False, True)),
             out=linear("self_attn.out_proj"),
             ffn_norm=Norm.load(f"{name}.final_layer_norm", norm, source),
             up=linear("fc1"),
@@ -101,18 +99,17 @@ class CodecStack:
 
     @cached_property
     def executor(self) -> "LayerByLayer | small_codec.CodecStack":
-        """What computes rows that attend to a buffer: one native call for all layers where they
-        are small, float32 and on a CPU, else layer by layer. Chosen once; a copy, or a stack whose
-        layers are replaced, chooses anew."""
+        """What computes rows that attend to a buffer: one native call, or layer by layer.
+
+        Chosen once, by size, dtype and device; a copy with other layers chooses anew.
+        """
         if not isinstance(self.layers, tuple) or not native.available():
             return LayerByLayer(self)
         layers = [layer.parts for layer in self.layers]
         if not small_codec.takes_stack(layers, self.heads):
             return LayerByLayer(self)
-        layer_norm = layers[0][0][1] is not None
-        return small_codec.CodecStack(
-            layers, self.heads, LAYER_NORM_EPS if layer_norm else RMS_NORM_EPS
-        )
+        eps = RMS_NORM_EPS if layers[0][0][1] is None else LAYER_NORM_EPS
+        return small_codec.CodecStack(layers, self.heads, eps)
 
     @property
     def fused(self) -> bool:
@@ -147,11 +144,10 @@ class CodecStack:
         if left < 0 and right < 0:
             out = attention(q[None], k[None], v[None], self.causal)[0]
         else:
-            right = 0 if self.causal else right
+            reaches = left, 0 if self.causal else right
             # A negative reach means no limit.
-            out = window_attention(
-                q, k, v, *(len(qkv) if reach < 0 else reach for reach in (left, right))
-            )
+            limits = (len(qkv) if reach < 0 else reach for reach in reaches)
+            out = window_attention(q, k, v, *limits)
         return out.transpose(0, 1).flatten(1)
 
 
@@ -164,41 +160,21 @@ class LayerByLayer:
     def run(
         self, x: Tensor, table: Tensor, k: Tensor, v: Tensor, slots: Tensor, visible: Tensor
     ) -> Tensor:
-        """x [T, D] -> [T, D]; keys and values go to `slots` [T] of k and v [L, H, S, Dh]; row t
-        attends to the places that visible[t] marks, bool [T, S]."""
+        """x [T, D] -> [T, D]; keys and values go to `slots` [T] of k and v [L, H, S, Dh].
+
+        Row t attends to the places that visible[t] marks, bool [T, S].
+        """
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             q, new_k, new_v = self._stack.split_heads(qkv, table)
             keys = k[layer].index_copy_(1, slots, new_k)
             values = v[layer].index_copy_(1, slots, new_v)
-            return _masked_attention(q, keys, values, visible)
+            out = F.scaled_dot_product_attention(
+                q[None], keys[None], values[None], attn_mask=visible
+            )
+            return out[0].transpose(0, 1).flatten(1)
 
         return self._stack.run(x, attend)
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q [H, T, Dh], k and v [H, S, Dh], visible bool [T, S] -> [T, H Dh]."""
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible)[0]
-    return out.transpose(0, 1).flatten(1)
-
-
-def load_stack(
-    name: str,
-    layers: int,
-    heads: int,
-    causal: bool,
-    window: tuple[int, int],
-    norm: str,
-    theta: float,
-    source: WeightSource,
-) -> CodecStack:
-    return CodecStack(
-        tuple(CodecLayer.load(f"{name}.{i}", norm, source) for i in range(layers)),
-        heads,
-        theta,
-        causal,
-        window,
-    )
 
 
 def ieee_convolutions() -> AbstractContextManager[None]:
@@ -222,9 +198,8 @@ class TransposedConv:
 
     @classmethod
     def load(cls, name: str, stride: int, get: GetTensor) -> "TransposedConv":
-        conv, norm = (
-            (get(f"{name}.{part}.weight"), get(f"{name}.{part}.bias")) for part in ("conv", "norm")
-        )
+        parts = (f"{name}.conv", f"{name}.norm")
+        conv, norm = ((get(f"{part}.weight"), get(f"{part}.bias")) for part in parts)
         return cls(*conv, *norm, stride=stride)
 
     @property

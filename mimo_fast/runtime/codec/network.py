@@ -18,11 +18,12 @@ from mimo_fast.kernels.rvq import Codebooks, rvq_decode, rvq_encode
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import receptive_patches
 from mimo_fast.runtime.codec.layers import (
+    CodecLayer,
+    CodecStack,
     Norm,
     TransposedConv,
     ieee_convolutions,
     inverse_stft,
-    load_stack,
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
@@ -48,55 +49,46 @@ class CodecNetwork:
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         self.config = config
+
+        def stack(
+            name: str, layers: int, heads: int, causal: bool, window: tuple[int, int]
+        ) -> CodecStack:
+            loaded = (CodecLayer.load(f"{name}.{i}", config.norm, source) for i in range(layers))
+            return CodecStack(tuple(loaded), heads, config.rope_theta, causal, window)
+
         self.conv1, self.conv2 = (
             (source(f"encoder.{conv}.weight"), source(f"encoder.{conv}.bias"))
             for conv in ("conv1", "conv2")
         )
-        self.encoder = load_stack(
+        self.encoder = stack(
             "encoder.layers",
             config.encoder_layers,
             config.encoder_heads,
             config.encoder_causal,
             config.encoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
         )
         self.encoder_norm = Norm.load("encoder.layer_norm", config.norm, source)
+        self.unpool: TransposedConv | None = None
         if config.pool != 1:
+            self.unpool = TransposedConv.load("decoder.dconv1", config.pool, source)
             self.pool_conv = source("encoder.down_sample_layer.0.weight")
             self.pool_norm = Norm.load("encoder.down_sample_norm", config.norm, source)
-        self.unpool = (
-            TransposedConv.load("decoder.dconv1", config.pool, source) if config.pool != 1 else None
+        books = range(len(config.codebook_sizes))
+        self.codebooks = Codebooks.pack(
+            [codebook(f"encoder.quantizer.vq.layers.{i}._codebook.embed") for i in books]
         )
-        names = [
-            f"encoder.quantizer.vq.layers.{i}._codebook.embed"
-            for i in range(len(config.codebook_sizes))
-        ]
-        self.codebooks = Codebooks.pack([codebook(name) for name in names])
-        self.decoder = load_stack(
+        self.decoder = stack(
             "decoder.layers",
             config.decoder_layers,
             config.decoder_heads,
             config.decoder_causal,
             config.decoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
         )
         self.decoder_norm = Norm.load("decoder.layer_norm", config.norm, source)
         self.to_mel = TransposedConv.load("decoder.dconv2", config.decoder_stride, source)
         self.vocoder_in = source.weight("decoder.vocoder.embeddings")
-        self.vocoder = load_stack(
-            "decoder.vocoder.layers",
-            config.vocoder_layers,
-            config.vocoder_heads,
-            False,
-            config.vocoder_window,
-            config.norm,
-            config.rope_theta,
-            source,
-        )
+        heads, window = config.vocoder_heads, config.vocoder_window
+        self.vocoder = stack("decoder.vocoder.layers", config.vocoder_layers, heads, False, window)
         self.vocoder_norm = Norm.load("decoder.vocoder.layer_norm", config.norm, source)
         self.vocoder_out = source.weight("decoder.vocoder.head.out", bias=True)
         self.window = source("decoder.vocoder.head.istft.window").float()
@@ -119,10 +111,8 @@ class CodecNetwork:
         if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
         if wav.ndim != 1:
-            raise AudioError(
-                f"encode takes a mono waveform [n], not {list(wav.shape)}; average its channels "
-                "first"
-            )
+            problem = f"encode takes a mono waveform [n], not {list(wav.shape)}"
+            raise AudioError(f"{problem}; average its channels first")
         return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
 
     def quantize(self, hidden: Tensor, n_q: int | None = None) -> Tensor:
@@ -135,10 +125,9 @@ class CodecNetwork:
         # Upstream pads a short last segment to the full length, and the padding leaks into its
         # last frames.
         short = len(lengths) > 1 and lengths[-1] < ENCODE_SEGMENT
-        parts = mel.split(lengths)
-        return torch.cat(
-            [self._encode_segment(part, short and part is parts[-1]) for part in parts]
-        )
+        *full, last = mel.split(lengths)
+        encoded = [self._encode_segment(part, padded=False) for part in full]
+        return torch.cat([*encoded, self._encode_segment(last, padded=short)])
 
     def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
         config = self.config
@@ -151,9 +140,8 @@ class CodecNetwork:
         if config.pool == 1:
             return x
         if short := -len(x) % config.pool:
-            x = torch.cat(
-                (x, x[-1:].expand(short, -1) if padded else x.new_zeros(short, x.shape[1]))
-            )
+            filler = x[-1:] if padded else x.new_zeros(1, x.shape[1])
+            x = torch.cat((x, filler.expand(short, -1)))
         with ieee_convolutions():
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
         return self.pool_norm(F.gelu(x))
@@ -162,12 +150,8 @@ class CodecNetwork:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, in 60 s segments."""
         self.check_codes(codes)
-        return torch.cat(
-            [
-                self.decode_hidden(self.dequantize(part))
-                for part in codes.split(DECODE_SEGMENT, dim=1)
-            ]
-        )
+        parts = codes.split(DECODE_SEGMENT, dim=1)
+        return torch.cat([self.decode_hidden(self.dequantize(part)) for part in parts])
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [n, T] -> sum of codebook rows [T, D] float32."""
@@ -190,9 +174,8 @@ class CodecNetwork:
         hidden = self.dequantize(codes)
         conv = self.unpool
         unpool = None if conv is None else conv.statistics(conv.convolve(hidden.to(self.dtype)))
-        return NormStatistics(
-            unpool, self.to_mel.statistics(self.to_mel.convolve(self._decoder_hidden(hidden)))
-        )
+        mel = self.to_mel.convolve(self._decoder_hidden(hidden))
+        return NormStatistics(unpool, self.to_mel.statistics(mel))
 
     @property
     def receptive_patches(self) -> int:
@@ -216,7 +199,5 @@ class CodecNetwork:
             )
         sizes = torch.tensor(self.config.codebook_sizes[: len(codes)])[:, None]
         if ((codes.cpu() < 0) | (codes.cpu() >= sizes)).any():
-            raise ValueError(
-                "codes hold an index outside its codebook; drop the empty codes of text "
-                "positions first"
-            )
+            problem = "codes hold an index outside its codebook"
+            raise ValueError(f"{problem}; drop the empty codes of text positions first")

@@ -35,12 +35,9 @@ class HostLayers:
 
 def offload(stack: CodecStack, device: torch.device) -> CodecStack:
     """The stack with its layers in host memory, unless they are there already."""
-    layers = (
-        stack.layers
-        if isinstance(stack.layers, HostLayers)
-        else HostLayers((*stack.layers,), device)
-    )
-    return replace(stack, layers=layers)
+    if isinstance(stack.layers, HostLayers):
+        return stack
+    return replace(stack, layers=HostLayers((*stack.layers,), device))
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -50,8 +47,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple):
         return tuple(_map_tensors(part, change) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {
-            field.name: _map_tensors(getattr(value, field.name), change) for field in fields(value)
-        }
+        names = [field.name for field in fields(value)]
+        parts = {name: _map_tensors(getattr(value, name), change) for name in names}
         return replace(value, **parts)
     return value

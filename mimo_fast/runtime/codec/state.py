@@ -95,14 +95,10 @@ class StackState:
 
     @classmethod
     def allocate(
-        cls,
-        layers: int,
-        heads: int,
-        width: int,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        cls, stack: tuple[int, int, int], size: int, dtype: torch.dtype, device: torch.device
     ) -> StackState:
+        """stack: layers, heads, D; size: S."""
+        layers, heads, width = stack
         shape = (layers, heads, size, width // heads)
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
@@ -154,47 +150,29 @@ class CodecState:
         cls, config: CodecConfig, pending: int, dtype: torch.dtype, device: torch.device
     ) -> CodecState:
         """pending: P, a multiple of the decoder's stride."""
-        positions, context = (
-            pending // config.decoder_stride,
-            decoder_context(config.decoder_window),
-        )
-        history = -(
-            -conv_overlap(config.decoder_kernel, config.decoder_stride) // config.decoder_stride
-        )
+        context = decoder_context(config.decoder_window)
+        stride = config.decoder_stride
+        positions = pending // stride
+        decoder = config.decoder_layers, config.decoder_heads, config.dim
+        vocoder = config.vocoder_layers, config.vocoder_heads, config.vocoder_dim
+        history = -(-conv_overlap(config.decoder_kernel, stride) // stride)
         return cls(
             position=torch.zeros((), dtype=torch.int64, device=device),
             entered=torch.zeros(positions, config.dim, dtype=dtype, device=device),
             added=torch.zeros(positions, config.dim, device=device),
             history=torch.zeros(history, config.dim, dtype=dtype, device=device),
             unpool=RunningStatistics.allocate(config.pool, device),
-            decoder=StackState.allocate(
-                config.decoder_layers,
-                config.decoder_heads,
-                config.dim,
-                context + BLOCK,
-                dtype,
-                device,
-            ),
+            decoder=StackState.allocate(decoder, context + BLOCK, dtype, device),
             to_mel=RunningStatistics.allocate(config.pool * config.decoder_stride, device),
             frame=torch.zeros((), dtype=torch.int64, device=device),
-            vocoder=StackState.allocate(
-                config.vocoder_layers,
-                config.vocoder_heads,
-                config.vocoder_dim,
-                config.vocoder_window[0],
-                dtype,
-                device,
-            ),
+            vocoder=StackState.allocate(vocoder, config.vocoder_window[0], dtype, device),
             tail=torch.zeros(2, config.n_fft - config.hop, device=device),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in [*_tensors(self), *self.held, *self.past]
-        )
+        return sum(tensor.nbytes for tensor in [*_tensors(self), *self.held, *self.past])
 
     @property
     def trim(self) -> int:

@@ -114,17 +114,14 @@ class CodecStream:
         waiting = sum(map(len, state.held))
         # Codes are held back until the first sample can be final: decoding them earlier would not
         # return audio sooner, and waiting gives the norm statistics more rows.
-        if waiting + state.frames == 0 or (
-            state.frames == 0 and waiting <= self._hold and not ended
-        ):
+        too_few = waiting == 0 or (waiting <= self._hold and not ended)
+        if state.frames == 0 and too_few:
             return torch.zeros(0, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
         if self._statistics is None:
             hidden = codes_to_decode(state, hidden)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
-        return (
-            decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
-            if wav is None
-            else wav
-        )
+        if wav is None:
+            return decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
+        return wav

@@ -18,10 +18,9 @@ memory. A paused row may be evicted too.
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.request import Request, StopHook
@@ -65,9 +64,8 @@ class Engine:
     ) -> None:
         self.lm, self.capacity, self.queue = lm, capacity, queue
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
-        self.decoder = Decoder(
-            lm, self.state, Graphs(lm, self.state) if wanted(lm.device) else None
-        )
+        graphs = Graphs(lm, self.state) if wanted(lm.device) else None
+        self.decoder = Decoder(lm, self.state, graphs)
         self.prefixes = PrefixCache(PREFIX_BYTES)
         self._owners: list[weakref.ref[TokenSequence] | None] = [None] * slots
         self._used = [0] * slots
@@ -80,16 +78,11 @@ class Engine:
         self._in_flight: InFlight | None = None
 
     def warmup(self, progress: bool = True) -> None:
-        """Captures the graphs of every batch size and compiles the kernels of prompts.
-
-        After it the first reply is as fast as the tenth.
-        """
-        if self.decoder.graphs:
-            self.decoder.graphs.warmup(progress)
+        """Captures the graphs of every batch size and compiles the kernels of prompts."""
+        if graphs := self.decoder.graphs:
+            graphs.warmup(progress)
             # Capturing the graphs of prompts has compiled their kernels.
-            if self.decoder.graphs.takes_prompts:
-                return
-            if not self._requests and not any(self._owners):
+            if not graphs.takes_prompts and not self._requests and not any(self._owners):
                 self._warm_up_prompts()
 
     @torch.no_grad()
@@ -111,10 +104,7 @@ class Engine:
         return TokenSequence(self.lm.config, self.capacity, seed)
 
     def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> "Reply":
-        """Prefills what is not cached and returns the reply.
-
-        A group becomes part of the sequence when it is taken from the reply.
-        """
+        """Prefills what is not cached and returns the reply."""
         reply = self.start(sequence, limits, samplers)
         reply.prefill()
         return reply
@@ -140,11 +130,7 @@ class Engine:
             BusyError: the queue is full.
         """
         self.check_room(sequence.groups)
-        limits = Limits(
-            min(limits.max_new, self.capacity - sequence.groups),
-            limits.min_new,
-            limits.stop_ids,
-        )
+        limits = replace(limits, max_new=min(limits.max_new, self.capacity - sequence.groups))
         request = Request(sequence, limits, samplers, stop_hook, ahead)
         with self._changed:
             waiting = sum(other.sequence.slot is None for other in self._requests)
@@ -224,9 +210,8 @@ class Engine:
                 self._changed.wait()
             if request in self._requests:
                 self._requests.remove(request)
-            if self._in_flight is not None and all(
-                other.done for other in self._in_flight.requests
-            ):
+            flight = self._in_flight
+            if flight is not None and all(other.done for other in flight.requests):
                 self._in_flight = None
             request.settle()
             self._changed.notify_all()
@@ -253,14 +238,11 @@ class Engine:
             return True
         with self._changed:
             self._requests = [request for request in self._requests if not request.done]
-            for request in self._requests:
-                if request.runnable and request.sequence.slot is None:
+            runnable = [request for request in self._requests if request.runnable]
+            for request in runnable:
+                if request.sequence.slot is None:
                     self._admit(request)
-            admitted = [
-                request
-                for request in self._requests
-                if request.runnable and request.sequence.slot is not None
-            ]
+            admitted = [request for request in runnable if request.sequence.slot is not None]
             for request in admitted:
                 self._touch(request.sequence)
             prompts = [request for request in admitted if request.row is None]
@@ -289,10 +271,7 @@ class Engine:
     def _attempt(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
     ) -> None:
-        """Does the work for all requests at once or, if that fails, for each alone.
-
-        A request that fails alone gets the error.
-        """
+        """Does the work for all at once or, if that fails, for each, which then gets its error."""
         try:
             work(requests)
         except Exception as error:
@@ -316,19 +295,16 @@ class Engine:
             end = sequence.prefix_groups
         size = sequence.group_size
         with torch.no_grad():
-            self._compute(sequence.ids[:, start * size : end * size], slot, start)
+            ids = sequence.ids[:, start * size : end * size]
+            if self.decoder.graphs:
+                self.decoder.graphs.prefill(ids, slot, start)
+            else:
+                self.lm.prefill(ids, self.state, slot, start)
             if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
                 self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
         sequence.cached = end
         if end == sequence.groups:
             request.begin()
-
-    def _compute(self, ids: Tensor, slot: int, start: int) -> None:
-        """Prefills ids [C + 1, n G] into a slot from group `start` on."""
-        if self.decoder.graphs:
-            self.decoder.graphs.prefill(ids, slot, start)
-        else:
-            self.lm.prefill(ids, self.state, slot, start)
 
     def _decode(self, requests: Sequence[Request]) -> None:
         self._deliver(requests, self.decoder.next_groups(_rows(requests)))
@@ -345,8 +321,7 @@ class Engine:
         slot, sequence = self._choose_slot(), request.sequence
         if slot is None:
             return
-        owner = self._owner(slot)
-        if owner is not None:
+        if (owner := self._owner(slot)) is not None:
             self._evict(owner)
         kept = sequence.snapshot
         if kept is None and sequence.prefix_groups and not sequence.cached:
@@ -376,10 +351,8 @@ class Engine:
 
     def _evict(self, sequence: TokenSequence) -> None:
         assert sequence.slot is not None
-        kept = (
-            Snapshot.take(self.state, sequence.slot, sequence.cached) if sequence.cached else None
-        )
-        sequence.snapshot = kept
+        if sequence.cached:
+            sequence.snapshot = Snapshot.take(self.state, sequence.slot, sequence.cached)
         self._owners[sequence.slot] = None
         sequence.slot = None
 
@@ -402,20 +375,14 @@ class Reply(Iterator[Group]):
     Any thread may take a group or close the reply.
 
     Attributes:
-        launches: Whether the consumer launches device work of its own for each group and then
-            calls `launch_next`.
+        launches: Whether the consumer launches work for each group and then calls `launch_next`.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self.launches = False
+        self._engine, self._request, self.launches = engine, request, False
 
     def prefill(self) -> None:
-        """Returns when the prompt has been prefilled.
-
-        Raises:
-            Exception: the error that ended the request.
-        """
+        """Returns when the prompt has been prefilled; raises the error that ended the request."""
         request = self._request
         self._engine.drive(lambda: request.row is not None or request.done)
         if request.error is not None:
@@ -439,10 +406,7 @@ class Reply(Iterator[Group]):
         raise StopIteration
 
     def launch_next(self) -> None:
-        """Launches the next group where the engine overlaps groups with the codec.
-
-        An error of that group is raised when the group is taken.
-        """
+        """See `Engine.launch_next`; an error of that group is raised when the group is taken."""
         self._engine.launch_next(self._request)
 
     def close(self) -> None:

@@ -54,23 +54,13 @@ class Request:
         """Makes the row, once the prompt has been prefilled."""
         sequence = self.sequence
         assert sequence.slot is not None
-        self.row = Row(
-            sequence.slot,
-            self.limits,
-            self.samplers,
-            sequence.seed,
-            sequence.groups,
-            sequence.draws,
-        )
+        how = self.limits, self.samplers
+        self.row = Row(sequence.slot, *how, sequence.seed, sequence.groups, sequence.draws)
 
     def receive(self, group: Group) -> None:
         """Queues a decoded group for the consumer."""
         try:
-            if (
-                self.stop_hook is not None
-                and self.stop_hook(group.text, group.codes)
-                and not group.finished
-            ):
+            if self.stop_hook is not None and self.stop_hook(group.text, group.codes):
                 group = replace(group, finished=True)
         except Exception as error:
             self.fail(error)

@@ -41,10 +41,9 @@ class TokenSequence:
         """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device."""
         if self._decoded:
             codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
-            text = torch.tensor([text for text, _ in self._decoded]).repeat_interleave(
-                self.group_size
-            )
-            self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
+            text = torch.tensor([text for text, _ in self._decoded])
+            decoded = torch.cat((text.repeat_interleave(self.group_size)[None], codes))
+            self._ids = torch.cat((self._ids, decoded), dim=1)
             self._decoded.clear()
         return self._ids
 
@@ -87,11 +86,8 @@ class TokenSequence:
     def go_back(self, ids: Tensor, cached: int) -> None:
         """Restores earlier ids; groups overwritten since then no longer count as cached."""
         shorter = min(ids.shape[1], self.ids.shape[1])
-        same = (
-            int((ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum())
-            // self.group_size
-        )
-        self.ids, self.cached = ids, min(cached, self.cached, same)
+        same = (ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum()
+        self.ids, self.cached = ids, min(cached, self.cached, int(same) // self.group_size)
 
 
 def check_room(groups: int, capacity: int) -> None:

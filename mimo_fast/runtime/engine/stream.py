@@ -121,10 +121,7 @@ class ChunkStream(Iterator[Chunk]):
 
 
 def read_reply(groups: Iterator[Group], reader: ReplyReader) -> tuple[str, Tensor | None]:
-    """Reads a whole reply: stripped text, and codes [C, T] or None.
-
-    The last group, which ends the reply, is not part of it.
-    """
+    """Reads a whole reply, without the group that ends it: stripped text, codes [C, T] or None."""
     text, patches = [], []
     for group in groups:
         if not group.finished:
@@ -152,11 +149,9 @@ def stream_reply(
         speaks: False returns text only.
         on_group: called with each group before its chunk is made.
     """
-    prefill = time.perf_counter() - began
+    times = began, time.perf_counter() - began
     reply.launches = True
-    chunks = _generate_chunks(
-        reply, reply.launch_next, reader, codec, began, prefill, speaks, on_group
-    )
+    chunks = _generate_chunks(reply, reply.launch_next, reader, codec, *times, speaks, on_group)
     return ChunkStream(chunks, reply)
 
 
@@ -204,11 +199,9 @@ def _generate_chunks(
                 on_group(group)
             if not group.finished:
                 text, patches = reader.read(group.text, group.codes)
-                heard = (
-                    stream.push(torch.cat(patches, dim=1), trusted=True)
-                    if stream and patches
-                    else nothing
-                )
+                heard = nothing
+                if stream and patches:
+                    heard = stream.push(torch.cat(patches, dim=1), trusted=True)
                 yield chunk(text, heard)
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None

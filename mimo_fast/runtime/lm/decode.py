@@ -183,15 +183,15 @@ class Decoder:
         if missing := [row for row in speaking if row.slot not in patches]:
             patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
-        groups = [
-            self._group(row, text, patches[row.slot] if text == self.lm.empty_id else silence)
-            for row, text in zip(rows, tokens, strict=True)
-        ]
-        for row, group in zip(rows, groups, strict=True):
+        groups = []
+        for row, text in zip(rows, tokens, strict=True):
             row.cached += row.last is not None
-            row.last, row.stale = group, False
             row.draws += 1
             row.produced += 1
+            codes = patches[row.slot] if text == self.lm.empty_id else silence
+            done = text in row.limits.stop_ids or row.produced >= row.limits.max_new
+            row.last, row.stale = Group(text, codes, done), False
+            groups.append(row.last)
             if row.limits.min_new == row.produced:
                 self.state.banned[row.slot] = False
         return groups
@@ -208,11 +208,8 @@ class Decoder:
 
     def _likely_to_speak(self, rows: Sequence[Row]) -> list[Row]:
         predict = self.lm.device.type == "cuda" if self.predict is None else self.predict
-        return (
-            [row for row in rows if row.last is not None and row.last.text == self.lm.empty_id]
-            if predict
-            else []
-        )
+        spoke = (row for row in rows if row.last and row.last.text == self.lm.empty_id)
+        return list(spoke) if predict else []
 
     def _feed(self, rows: Sequence[Row]) -> Tensor:
         if self.graphs:
@@ -222,9 +219,8 @@ class Decoder:
 
     def _sample_text(self, rows: Sequence[Row]) -> Tensor:
         slots = self._slots(rows)
-        settings = _known(
-            self.state.text_sampler.select(slots), [row.samplers.text for row in rows]
-        )
+        samplers = [row.samplers.text for row in rows]
+        settings = _known(self.state.text_sampler.select(slots), samplers)
         banned = self.state.banned[slots] if any(row.banned for row in rows) else None
         return self.lm.sample_text(self.state, slots, settings, banned)
 
@@ -234,14 +230,9 @@ class Decoder:
         if self.graphs:
             return dict(zip(slots, self.graphs.patch(slots), strict=True))
         indices = self._slots(rows)
-        settings = _known(
-            self.state.code_sampler.select(indices), [row.samplers.codes for row in rows]
-        )
+        samplers = [row.samplers.codes for row in rows]
+        settings = _known(self.state.code_sampler.select(indices), samplers)
         return dict(zip(slots, self.lm.sample_patch(self.state, indices, settings), strict=True))
-
-    def _group(self, row: Row, text: int, codes: Tensor) -> Group:
-        done = text in row.limits.stop_ids or row.produced + 1 >= row.limits.max_new
-        return Group(text, codes, done)
 
     def _restore(self, row: Row) -> None:
         """Restores a slot of the device from the host's record of its row."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ from mimo_fast.runtime.lm.transformer import (
 )
 
 FEW_PATCHES = 16
-"""Patches up to which a small encoder is faster in one native call, on one thread, than product by
-product."""
+"""Patches up to which a small encoder is fastest in one native call, on one thread."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +61,6 @@ class Network:
     code_steps: Sequence[CodeStep]
 
 
-class Steps(Protocol):
-    def step(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
-        """One new position of R rows: x [R, D] -> normed hidden states [R, D]; row r appends to
-        position starts[r] of slot slots[r]."""
-
-
-class Encodes(Protocol):
-    def encode(self, frames: Tensor) -> Tensor:
-        """Patch encoder: frames [N, G, D] -> normed hidden states [N, G, D]."""
-
-
-class Decodes(Protocol):
-    def decode(
-        self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
-    ) -> Tensor:
-        """Patch decoder: local [R, D of the patch decoder] -> codes int64 [R, C, G], drawn."""
-
-
 class LayerByLayer:
     """Every product, attention and draw as an op of its own, on any device."""
 
@@ -88,13 +68,17 @@ class LayerByLayer:
         self._network = network
 
     def step(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
+        """One new position of R rows: x [R, D] -> normed hidden states [R, D].
+
+        Row r appends to position starts[r] of slot slots[r].
+        """
         own, config = self._network, self._network.config.backbone
-        attend = cached_attend(
-            config, own.backbone_rope, state.cache, slots, starts, state.capacity
-        )
+        place = state.cache, slots, starts, state.capacity
+        attend = cached_attend(config, own.backbone_rope, *place)
         return transformer(x[:, None], own.backbone, config.norm_eps, attend)[:, 0]
 
     def encode(self, frames: Tensor) -> Tensor:
+        """Patch encoder: frames [N, G, D] -> normed hidden states [N, G, D]."""
         own, config = self._network, self._network.config
         encoder = config.patch_encoder
         attend = self_attend(encoder, own.encoder_rope, config.patch_encoder_causal)
@@ -103,33 +87,21 @@ class LayerByLayer:
     def decode(
         self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
     ) -> Tensor:
+        """Patch decoder: local [R, D of the patch decoder] -> codes int64 [R, C, G], drawn."""
         own, config, rows = self._network, self._network.config, len(slots)
         noise = None
         if not settings.all_greedy:
-            noise = patch_noise(
-                state.seeds[slots],
-                state.draws[slots] - 1,
-                config.group_size,
-                sum(config.code_sizes),
-            )
-        codes = torch.empty(
-            rows, config.channels, config.group_size, dtype=torch.int64, device=local.device
-        )
+            draws = state.seeds[slots], state.draws[slots] - 1
+            noise = patch_noise(*draws, config.group_size, sum(config.code_sizes))
+        shape = (rows, config.channels, config.group_size)
+        codes = torch.empty(shape, dtype=torch.int64, device=local.device)
         x, decoder = local, config.patch_decoder
         for step, starts in zip(own.code_steps, state.patch_starts[:, :rows], strict=True):
-            attend = cached_attend(
-                decoder,
-                own.decoder_rope,
-                state.patch_cache,
-                state.rows[:rows],
-                starts,
-                config.patch_steps,
-                fixed=True,
-            )
+            place = state.patch_cache, state.rows[:rows], starts, config.patch_steps
+            attend = cached_attend(decoder, own.decoder_rope, *place, fixed=True)
             hidden = transformer(x[:, None], own.patch_decoder, decoder.norm_eps, attend)[:, 0]
-            x = sample_codes(
-                hidden, step, own.code_heads, settings, noise, codes, own.decoder_embeddings
-            )
+            drawn = settings, noise, codes
+            x = sample_codes(hidden, step, own.code_heads, *drawn, own.decoder_embeddings)
         return codes
 
 
@@ -174,13 +146,12 @@ class FusedDecoder:
 class Executor:
     """The three transformers as `LM` runs them."""
 
-    backbone: Steps
-    patch_encoder: Encodes
-    patch_decoder: Decodes
+    backbone: LayerByLayer | FusedBackbone
+    patch_encoder: LayerByLayer | FusedEncoder
+    patch_decoder: LayerByLayer | FusedDecoder
 
     def threads(self) -> AbstractContextManager[None]:
-        """The threads that its operations are worth: one for a small model on a CPU, else as many
-        as torch has."""
+        """The threads that its operations use: one for a small model on a CPU, else torch's."""
         return native.one_thread() if isinstance(self.backbone, FusedBackbone) else nullcontext()
 
 
@@ -196,12 +167,17 @@ def choose(network: Network) -> Executor:
     backbone = _native(network.backbone, config.backbone, network.backbone_rope)
     encoder = _native(network.patch_encoder, config.patch_encoder, network.encoder_rope)
     decoder = _native(network.patch_decoder, config.patch_decoder, network.decoder_rope)
+    fused: FusedDecoder | None = None
     tables = network.code_heads, network.decoder_embeddings
-    fits = decoder is not None and all(map(takes_table, tables))
+    if decoder and all(map(takes_table, tables)):
+        active = [step.heads for step in network.code_steps]
+        fused = FusedDecoder(
+            PatchDecoder(decoder, *tables, active, config.channels, config.group_size)
+        )
     return Executor(
         FusedBackbone(backbone, plain) if backbone else plain,
         FusedEncoder(encoder, config.patch_encoder_causal, plain) if encoder else plain,
-        _fused_decoder(decoder, network) if decoder and fits else plain,
+        fused or plain,
     )
 
 
@@ -216,11 +192,3 @@ def _native(
     if not takes_transformer(layers, weights.norm, rope):
         return None
     return Transformer(layers, weights.norm, config.norm_eps, rope, config.heads, config.kv_heads)
-
-
-def _fused_decoder(decoder: Transformer, network: Network) -> FusedDecoder:
-    config, active = network.config, [step.heads for step in network.code_steps]
-    heads, embeddings = network.code_heads, network.decoder_embeddings
-    return FusedDecoder(
-        PatchDecoder(decoder, heads, embeddings, active, config.channels, config.group_size)
-    )

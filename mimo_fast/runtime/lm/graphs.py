@@ -81,10 +81,8 @@ class SlotIndices:
 
     def set(self, slots: list[int]) -> None:
         if slots != self._current:
-            numbers = torch.tensor(slots)
-            self.numbers.copy_(
-                numbers.pin_memory() if self.numbers.is_cuda else numbers, non_blocking=True
-            )
+            numbers = torch.tensor(slots, pin_memory=self.numbers.is_cuda)
+            self.numbers.copy_(numbers, non_blocking=True)
             self._current = slots
 
 
@@ -111,7 +109,7 @@ class CapturedPrompt:
     """
 
     inputs: Tensor
-    replay: Callable[[], None]
+    replay: Replay
 
     def run(self, ids: Tensor, slot: int, start: int) -> None:
         """Prefills ids [C + 1, n, G] from host memory, n at most T."""
@@ -144,14 +142,13 @@ class Graphs:
         self._lm, self._state = lm, state
         if capture is None:
             joins = enabled(NewPath.CONDITIONAL_GRAPHS, lm.device) and graph_conditional.available()
-            capture, join = CudaCapture(keep=joins), joined if joins else None
+            capture, join = CudaCapture(keep=joins), CudaJoined if joins else None
         self._capture, self._join = capture, join
         self._steps: dict[int, Captured] = {}
         self._patches: dict[int, Captured] = {}
         self._prompts: dict[int, CapturedPrompt] = {}
-        self.takes_prompts = (
-            enabled(NewPath.PROMPT_GRAPHS, lm.device) if prompts is None else prompts
-        )
+        default = enabled(NewPath.PROMPT_GRAPHS, lm.device)
+        self.takes_prompts = default if prompts is None else prompts
         self._joined: dict[int, Joined] = {}
 
     @property
@@ -181,9 +178,8 @@ class Graphs:
                 bar.update(1)
             for bucket in reversed(self.buckets):
                 if bucket not in self._patches:
-                    step = self._captured(bucket, self._step)
+                    step = self._steps[bucket] = self._captured(bucket, self._step)
                     indices = step.indices if self._join else None
-                    self._steps[bucket] = step
                     self._patches[bucket] = self._captured(bucket, self._patch, indices)
                     self._join_both(bucket)
                 bar.update(2)
@@ -255,11 +251,9 @@ class Graphs:
         if self._join is None:
             return
         step, patch = self._steps[bucket], self._patches[bucket]
-        numbers, empty, scratch = step.indices.numbers, self._lm.empty_id, self._state.slots
+        rows = step.result, step.indices.numbers, self._lm.empty_id, self._state.slots
         try:
-            self._joined[bucket] = self._join(
-                step.replay, patch.replay, step.result, numbers, empty, scratch
-            )
+            self._joined[bucket] = self._join(step.replay, patch.replay, *rows)
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without conditional graphs: {error}", stacklevel=2)
             self._join = None
@@ -279,9 +273,8 @@ class Graphs:
     def _step(self, slots: Tensor) -> Tensor:
         state = self._state
         self._lm.step(state, slots)
-        return self._lm.sample_text(
-            state, slots, state.text_sampler.select(slots), state.banned[slots]
-        )
+        settings = state.text_sampler.select(slots)
+        return self._lm.sample_text(state, slots, settings, state.banned[slots])
 
     def _patch(self, slots: Tensor) -> Tensor:
         return self._lm.sample_patch(self._state, slots, self._state.code_sampler.select(slots))
@@ -334,27 +327,17 @@ class CudaCapture:
 
 
 class CudaJoined:
-    """Two captured graphs joined into one; it keeps both alive for their memory."""
+    """A step and a patch that `CudaCapture(keep=True)` has captured, joined into one graph.
+
+    It keeps both alive for their memory.
+    """
 
     def __init__(
-        self,
-        step: CudaReplay,
-        patch: CudaReplay,
-        tokens: Tensor,
-        slots: Tensor,
-        empty: int,
-        scratch: int,
+        self, step: Replay, patch: Replay, tokens: Tensor, slots: Tensor, empty: int, scratch: int
     ) -> None:
+        assert isinstance(step, CudaReplay)
+        assert isinstance(patch, CudaReplay)
         self._parts = step, patch
         first, then = step.graph.raw_cuda_graph(), patch.graph.raw_cuda_graph()
         graph = graph_conditional.ConditionalGraph(first, then, tokens, slots, empty, scratch)
         self.launch, self.wait = graph.launch, graph.wait
-
-
-def joined(
-    step: Replay, patch: Replay, tokens: Tensor, slots: Tensor, empty: int, scratch: int
-) -> Joined:
-    """Joins a step and a patch that `CudaCapture(keep=True)` has captured."""
-    assert isinstance(step, CudaReplay)
-    assert isinstance(patch, CudaReplay)
-    return CudaJoined(step, patch, tokens, slots, empty, scratch)

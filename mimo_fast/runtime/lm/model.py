@@ -1,5 +1,4 @@
-"""The language model: patch encoder -> backbone -> text head and patch decoder (upstream
-`MiMoAudioForCausalLM`).
+"""The language model (upstream `MiMoAudioForCausalLM`).
 
 ids [C + 1, T G] -> embed [T, D] -> backbone -> hidden [D] -> text token
                                                            -> patch decoder, G + max delay steps ->
@@ -15,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig
+from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_table
@@ -34,8 +33,7 @@ from mimo_fast.runtime.lm.transformer import (
 )
 
 PREFILL_CHUNK = 512
-"""Positions prefilled at once: bounds the activations of a long prompt, and how long other streams
-wait for it."""
+"""Positions prefilled at once: bounds a prompt's activations, and how long other streams wait."""
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
@@ -53,22 +51,18 @@ class LM:
     def __init__(self, config: LMConfig, empty_id: int, source: WeightSource) -> None:
         self.config, self.empty_id = config, empty_id
         self.backbone = transformer_weights("model", config.backbone, source)
-        self.patch_encoder = transformer_weights(
-            "input_local_transformer", config.patch_encoder, source
-        )
-        self.patch_decoder = transformer_weights("local_transformer", config.patch_decoder, source)
+        encoder, decoder = config.patch_encoder, config.patch_decoder
+        self.patch_encoder = transformer_weights("input_local_transformer", encoder, source)
+        self.patch_decoder = transformer_weights("local_transformer", decoder, source)
         self.text_embeddings = source.table("model.embed_tokens")
         self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
-        channels = range(config.channels)
-        self.code_embeddings = torch.cat(
-            [source(f"speech_embeddings.{c}.weight") for c in channels]
-        )
-        self.code_heads = torch.cat(
-            [source(f"local_transformer_lm_heads.{c}.weight") for c in channels]
+        self.code_embeddings, self.code_heads = (
+            torch.cat([source(f"{table}.{c}.weight") for c in range(config.channels)])
+            for table in ("speech_embeddings", "local_transformer_lm_heads")
         )
         # Projecting the table once makes each decoder step a plain gather.
         self.decoder_embeddings = self.code_embeddings
-        if config.patch_encoder.dim != config.patch_decoder.dim:
+        if encoder.dim != decoder.dim:
             projection = source.weight("speech_embeddings_to_local")
             self.decoder_embeddings = matmul(self.code_embeddings, projection)
         self.patch_to_backbone = source.weight("speech_group_downcast")
@@ -81,20 +75,15 @@ class LM:
         config, device = self.config, self.device
         self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], device=device)
         self.empty_codes = torch.tensor(config.empty_codes, device=device)
-        self.code_steps = code_steps(
-            config.code_sizes, config.empty_codes, config.delays, config.group_size, device
-        )
-        encoder, decoder = config.patch_encoder, config.patch_decoder
-        self.encoder_rope = rope_table(
-            encoder.head_dim, encoder.rope_theta, config.group_size, device
-        )
-        self.decoder_rope = rope_table(
-            decoder.head_dim, decoder.rope_theta, config.patch_steps, device
-        )
-        backbone = config.backbone
-        self.backbone_rope = rope_table(
-            backbone.head_dim, backbone.rope_theta, config.max_positions, device
-        )
+        delays = config.delays, config.group_size
+        self.code_steps = code_steps(config.code_sizes, config.empty_codes, *delays, device)
+
+        def rope(stack: TransformerConfig, positions: int) -> Tensor:
+            return rope_table(stack.head_dim, stack.rope_theta, positions, device)
+
+        self.backbone_rope = rope(config.backbone, config.max_positions)
+        self.encoder_rope = rope(config.patch_encoder, config.group_size)
+        self.decoder_rope = rope(config.patch_decoder, config.patch_steps)
 
     @property
     def network(self) -> Network:
@@ -113,8 +102,7 @@ class LM:
         )
 
     def threads(self) -> AbstractContextManager[None]:
-        """The threads that its operations are worth: one for a small model on a CPU, else as many
-        as torch has."""
+        """See `Executor.threads`."""
         return self._executor.threads()
 
     @cached_property
@@ -133,25 +121,18 @@ class LM:
     def new_state(
         self, seeds: Sequence[int], capacity: int, quantized_cache: bool = False
     ) -> DecodeState:
-        """A state of len(seeds) slots that hold up to `capacity` groups each, its cache as int8 if
-        quantized."""
-        return DecodeState.allocate(
-            self.config, seeds, capacity, self.dtype, self.device, quantized_cache
-        )
+        """A state of len(seeds) slots of up to `capacity` groups; a quantized cache is int8."""
+        place = self.dtype, self.device
+        return DecodeState.allocate(self.config, seeds, capacity, *place, quantized_cache)
 
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
-        """A prompt's backbone inputs: text [N] (one id a group), codes [N, C, G] -> [N, D].
-
-        A text position adds no speech and an audio position (`<|empty|>`) no text, so each goes its
-        own way.
-        """
-        # Where the ids come from the host, which positions are speech is known without asking the
-        # device.
+        """A prompt's backbone inputs: text [N] (one id a group), codes [N, C, G] -> [N, D]."""
+        # A text position adds no speech, and an audio position (`<|empty|>`) no text. Ids on the
+        # host tell which it is without asking the device.
         is_audio = (text == self.empty_id).nonzero()[:, 0]
         text, codes, is_audio = (x.to(self.device) for x in (text, codes[is_audio], is_audio))
-        patches = torch.empty(
-            len(text), self.config.backbone.dim, dtype=self.dtype, device=self.device
-        )
+        shape = (len(text), self.config.backbone.dim)
+        patches = torch.empty(shape, dtype=self.dtype, device=self.device)
         if len(codes):
             patches[is_audio] = self.encode_patches(codes)
         return input_embed(text, patches, self.text_embeddings, self.empty_id)
@@ -159,13 +140,11 @@ class LM:
     def encode_patches(self, codes: Tensor) -> Tensor:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
         frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
-        return matmul(
-            self._executor.patch_encoder.encode(frames).flatten(1), self.patch_to_backbone
-        )
+        encoded = self._executor.patch_encoder.encode(frames).flatten(1)
+        return matmul(encoded, self.patch_to_backbone)
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
-        """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot,
-        PREFILL_CHUNK at a time.
+        """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot.
 
         Leaves the last one's hidden state in `state.hidden[slot]`.
         """
@@ -177,26 +156,23 @@ class LM:
     def hidden_chunks(
         self, ids: Tensor, state: DecodeState, slot: int, start: int = 0
     ) -> Iterator[Tensor]:
-        """What `prefill` computes, chunk by chunk: the backbone's hidden states [n, D], n <=
-        PREFILL_CHUNK."""
+        """What `prefill` computes: hidden states [n, D] by chunks, n <= PREFILL_CHUNK."""
         groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
         config = self.config.backbone
-        for text_part, code_part in zip(
-            text.split(PREFILL_CHUNK), codes.split(PREFILL_CHUNK), strict=True
-        ):
+        chunks = (x.split(PREFILL_CHUNK) for x in (text, codes))
+        for text_part, code_part in zip(*chunks, strict=True):
             attend = prefill_attend(config, self.backbone_rope, state.cache, slot, start)
-            yield transformer(
-                self.embed(text_part, code_part)[None], self.backbone, config.norm_eps, attend
-            )[0]
+            x = self.embed(text_part, code_part)[None]
+            yield transformer(x, self.backbone, config.norm_eps, attend)[0]
             start += len(text_part)
 
     def prefill_padded(self, ids: Tensor, place: Tensor, state: DecodeState) -> Tensor:
-        """`prefill` of at most T groups, with all that differs between prompts on the device: ids
-        int64 [C + 1, T, G], place int64 [3]: slot, start, and how many groups there are.
+        """`prefill` of at most T groups that reads slot, start and length on the device alone.
 
-        The other groups pad: whatever ids they hold, they leave no trace. With no group at all and
-        start -1 it only writes the scratch row. Returns the last group's hidden state [1, D].
+        ids int64 [C + 1, T, G], place int64 [3]: slot, start, number of groups. The other groups
+        are padding and leave no trace. With no group and start -1 it only writes the scratch row.
+        Returns the last group's hidden state [1, D].
         """
         config, rows = self.config.backbone, torch.arange(ids.shape[1], device=self.device)
         slot, start, length = place.split(1)
@@ -214,20 +190,16 @@ class LM:
         return last
 
     def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
-        """Makes a group, its token and its codes [C, G], the one that the slot's next step
-        feeds."""
+        """Makes a group, its token and its codes [C, G], the one that the next step feeds."""
         state.text[slot] = text
         state.codes[slot] = codes
         if text == self.empty_id:
             state.patches[slot] = self.encode_patches(codes.to(self.device)[None])[0]
 
     def step(self, state: DecodeState, slots: Tensor) -> None:
-        """Feeds the last group of each of R different slots, int64 [R], and updates
-        `state.hidden[slots]`."""
-        starts = state.lengths[slots]
-        x = input_embed(
-            state.text[slots], state.patches[slots], self.text_embeddings, self.empty_id
-        )
+        """Feeds the last groups of R different slots, int64 [R]; updates `state.hidden[slots]`."""
+        starts, last = state.lengths[slots], (state.text[slots], state.patches[slots])
+        x = input_embed(*last, self.text_embeddings, self.empty_id)
         state.hidden[slots] = self._executor.backbone.step(x, state, slots, starts)
         state.lengths[slots] = starts + (starts != NO_POSITION)
 
@@ -246,8 +218,7 @@ class LM:
         settings: SamplerTensors,
         banned: Tensor | None = None,
     ) -> Tensor:
-        """Draws the text token of each slot's next group, int64 [R], into `state.text`; banned bool
-        [R, vocabulary]."""
+        """Draws the next groups' text, int64 [R], into `state.text`; banned bool [R, V]."""
         draws = state.draws[slots]
         logits = self.text_logits(state.hidden[slots])
         text = sample_text(logits, settings, state.seeds[slots], draws, banned, TEXT_SLOT)
@@ -256,8 +227,7 @@ class LM:
         return text
 
     def sample_patch(self, state: DecodeState, slots: Tensor, settings: SamplerTensors) -> Tensor:
-        """Draws the codes [R, C, G] of the group whose token was drawn last, into `state.codes`,
-        and encodes them."""
+        """Draws the codes [R, C, G] of the groups drawn last into `state.codes`; encodes them."""
         codes = self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
         state.codes[slots] = codes
         state.patches[slots] = self.encode_patches(codes)
@@ -266,10 +236,8 @@ class LM:
     def decode_patch(
         self, local: Tensor, state: DecodeState, slots: Tensor, settings: SamplerTensors
     ) -> Tensor:
-        """Patch decoder (upstream `local_forward`): local [R, D of the patch decoder] -> codes [R,
-        C, G].
+        """Patch decoder (upstream `local_forward`): local [R, D of it] -> codes [R, C, G].
 
-        Channel c produces frame t - delay[c] at step t; the next input is the sum of the codes just
-        drawn.
+        Channel c produces frame t - delay[c] at step t; the next input sums the codes just drawn.
         """
         return self._executor.patch_decoder.decode(local, state, slots, settings)

@@ -38,16 +38,11 @@ class KVCache:
         quantized: bool = False,
     ) -> "KVCache":
         shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
-        k, v = (
-            torch.empty(shape, dtype=torch.int8 if quantized else dtype, device=device)
-            for _ in range(2)
-        )
-        if not quantized:
-            return cls(k, v)
-        k_scales, v_scales = (
-            torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)
-        )
-        return cls(k, v, k_scales, v_scales)
+        stored = torch.int8 if quantized else dtype
+        parts = [torch.empty(shape, dtype=stored, device=device) for _ in range(2)]
+        if quantized:
+            parts += [torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
+        return cls(*parts)
 
     @property
     def capacity(self) -> int:
@@ -77,9 +72,8 @@ def kv_bytes(
     quantized: bool = False,
 ) -> int:
     """`nbytes` of a cache of these dimensions, from shapes alone."""
-    head = (
-        config.head_dim + torch.float32.itemsize if quantized else config.head_dim * dtype.itemsize
-    )
+    scale = torch.float32.itemsize
+    head = config.head_dim + scale if quantized else config.head_dim * dtype.itemsize
     return 2 * config.layers * slots * config.kv_heads * capacity * head
 
 
@@ -141,13 +135,10 @@ class DecodeState:
         steps = torch.arange(config.patch_steps, device=device)
         lengths = zeros()
         lengths[slots] = NO_POSITION
+        decoder, place = config.patch_decoder, (dtype, device)
         return cls(
-            cache=KVCache.allocate(
-                config.backbone, slots, capacity, dtype, device, quantized_cache
-            ),
-            patch_cache=KVCache.allocate(
-                config.patch_decoder, rows, config.patch_steps, dtype, device
-            ),
+            cache=KVCache.allocate(config.backbone, slots, capacity, *place, quantized_cache),
+            patch_cache=KVCache.allocate(decoder, rows, config.patch_steps, *place),
             rows=torch.arange(rows, device=device),
             patch_starts=steps[:, None].expand(-1, rows).contiguous(),
             lengths=lengths,
