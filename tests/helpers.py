@@ -17,6 +17,7 @@ from mimo_fast.checkpoint.files import open_weights, write_checkpoint
 from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization import (
     Format,
     QuantizationConfig,
@@ -195,12 +196,41 @@ def in_threads(call: Callable[[int], Any], count: int) -> list[Any]:
     return [got[i] for i in range(count)]
 
 
+def refuses(
+    match: str,
+    call: Callable[..., object],
+    *given: object,
+    kind: type[Exception] = ValueError,
+    **named: object,
+) -> None:
+    """The call with these arguments raises an error of this kind whose message matches."""
+    with pytest.raises(kind, match=match):
+        call(*given, **named)
+
+
 def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
     """Values of a parameter, of which all but the first `count` are left to `make check`."""
     return [
         value if i < count else pytest.param(value, marks=pytest.mark.slow)
         for i, value in enumerate(values)
     ]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Tensor:
+    """Gaussian values; shapes of other sums have other values."""
+    return (torch.randn(shape, generator=seeded(seed + sum(shape))) * scale).to(dtype)
+
+
+def random_books(sizes: list[int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Codebooks of a residual quantizer, each of smaller rows than the one before."""
+    rng = seeded(seed)
+    return [torch.randn(size, dim, generator=rng) * 0.8**i for i, size in enumerate(sizes)]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -213,9 +243,14 @@ def outliers(rows: int, columns: int) -> torch.Tensor:
     return torch.where(chosen, values * 10, values)
 
 
+def quantized(weight: Tensor, name: str, bias: Tensor | None = None) -> QuantizedWeight:
+    """A weight in the format of this name."""
+    return quantize(weight, Format.parse(name), bias)
+
+
 def error(weight: Tensor, name: str) -> float:
     """Relative error of a weight in the format of this name."""
-    return relative_error(weight, quantize(weight, Format.parse(name)))
+    return relative_error(weight, quantized(weight, name))
 
 
 def source_of(
