@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Inputs, Outputs, integers, normal, op_case
+from benchmarks.harness import Benchmark, Inputs, Outputs, integers, normal, op_benchmark
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.accuracy import Accuracy, compare_codes
 from mimo_fast.bench.synthetic import preset_configs
@@ -115,7 +115,7 @@ def _cached_bytes(config: TransformerConfig, lengths: Sequence[int], form: str) 
 
 def decode_attention(
     part: str, config: TransformerConfig, form: str, context: int, rows: int
-) -> Case | None:
+) -> Benchmark | None:
     if rows * _cached_bytes(config, [context], form) > CACHE_LIMIT:
         return None
     module, attended = kernels("decode_attention"), config.heads * config.head_dim
@@ -129,7 +129,7 @@ def decode_attention(
         "max_length": context,
     }
     activations = rows * (_width(config) + attended) * SIZE + 4 * config.head_dim
-    return op_case(
+    return op_benchmark(
         f"{part}.decode_attention",
         module.decode_attention,
         rows,
@@ -144,26 +144,30 @@ def decode_attention(
     )
 
 
-def rotary_attention(m: int) -> Case:
+def rotary_attention(m: int) -> Benchmark:
     module, t = kernels("attention"), LM.group_size
     heads, kv_heads, dh = ENCODER.heads, ENCODER.kv_heads, ENCODER.head_dim
     inputs = {"qkv": (m, t, _width(ENCODER)), "table": _rotations(dh, ENCODER.rope_theta, t)}
     inputs |= {"heads": heads, "kv_heads": kv_heads, "causal": LM.patch_encoder_causal}
     nbytes = module.rotary_attention_bytes(m, t, heads, kv_heads, dh, SIZE)
     run, flop = module.rotary_attention, 4 * m * t * t * heads * dh
-    return op_case("patch_encoder.rotary_attention", run, m, f"M={m} T={t}", inputs, nbytes, flop)
+    return op_benchmark(
+        "patch_encoder.rotary_attention", run, m, f"M={m} T={t}", inputs, nbytes, flop
+    )
 
 
-def attention(op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int, s: int) -> Case:
+def attention(
+    op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int, s: int
+) -> Benchmark:
     """The newest t of s positions; on average a query sees half of the new ones."""
     module, kv = kernels("attention"), (1, kv_heads, s, dh)
     inputs = {"q": (1, heads, t, dh), "k": kv, "v": kv, "causal": causal}
     nbytes = module.attention_bytes(1, t, s, heads, kv_heads, dh, SIZE)
     flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
-    return op_case(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
+    return op_benchmark(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
 
 
-def cached_prefill_attention(form: str, t: int, s: int) -> Case:
+def cached_prefill_attention(form: str, t: int, s: int) -> Benchmark:
     """The same from the cache; its positions are read on the device."""
     module, heads = kernels("prefill_attention"), BACKBONE.heads
     kv_heads, dh = BACKBONE.kv_heads, BACKBONE.head_dim
@@ -176,10 +180,10 @@ def cached_prefill_attention(form: str, t: int, s: int) -> Case:
     nbytes = module.prefill_attention_bytes(t, s - t, heads, kv_heads, dh, SIZE, CACHES[form])
     flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
     op, run, shape = "backbone.cached_prefill_attention", module.prefill_attention, f"T={t} S={s}"
-    return op_case(op, run, t, shape, inputs, nbytes, flop, form=form)
+    return op_benchmark(op, run, t, shape, inputs, nbytes, flop, form=form)
 
 
-def kv_append(form: str, t: int) -> Case:
+def kv_append(form: str, t: int) -> Benchmark:
     module, dh = kernels("rope"), BACKBONE.head_dim
     heads = BACKBONE.heads + 2 * BACKBONE.kv_heads
     inputs = {
@@ -190,7 +194,7 @@ def kv_append(form: str, t: int) -> Case:
         "starts": lambda device: torch.full((1,), t, device=device),
         "heads": BACKBONE.heads,
     }
-    return op_case(
+    return op_benchmark(
         "backbone.kv_append",
         module.rope_append,
         t,
@@ -203,45 +207,47 @@ def kv_append(form: str, t: int) -> Case:
     )
 
 
-def rope(t: int) -> Case:
+def rope(t: int) -> Benchmark:
     module, heads, dh = kernels("rope"), CODEC.decoder_heads, CODEC.dim // CODEC.decoder_heads
     inputs = {"x": (t, heads, dh), "table": _rotations(dh, CODEC.rope_theta, t)}
     nbytes, shape = module.rope_bytes(t, heads, dh, SIZE), f"T={t} H={heads} Dh={dh}"
-    return op_case("codec.rope", module.rope, t, shape, inputs, nbytes, 3 * t * heads * dh)
+    return op_benchmark("codec.rope", module.rope, t, shape, inputs, nbytes, 3 * t * heads * dh)
 
 
-def window_attention(t: int) -> Case:
+def window_attention(t: int) -> Benchmark:
     module, (left, right) = kernels("window_attention"), CODEC.vocoder_window
     heads, dh = CODEC.vocoder_heads, CODEC.vocoder_dim // CODEC.vocoder_heads
     qkv = dict.fromkeys("qkv", (heads, t, dh))
     nbytes = module.window_attention_bytes(heads, t, dh, SIZE)
     flop, inputs = 4 * t * (left + right + 1) * heads * dh, {**qkv, "left": left, "right": right}
     op, run = "vocoder.window_attention", module.window_attention
-    return op_case(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
+    return op_benchmark(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
 
 
 # Norms, SwiGLU, embeddings, codebooks: bound by memory, except the search.
 
 
-def rms_norm(part: str, dim: int, m: int) -> Case:
+def rms_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "eps": EPS}
     nbytes, shape = module.norm_bytes(m, dim, SIZE), f"M={m} D={dim}"
-    return op_case(f"{part}.rms_norm", module.rms_norm, m, shape, inputs, nbytes, 4 * m * dim)
+    return op_benchmark(f"{part}.rms_norm", module.rms_norm, m, shape, inputs, nbytes, 4 * m * dim)
 
 
-def layer_norm(part: str, dim: int, m: int) -> Case:
+def layer_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "bias": (dim,), "eps": 1e-5}
     nbytes, shape = module.norm_bytes(m, dim, SIZE) + dim * SIZE, f"M={m} D={dim}"
-    return op_case(f"{part}.layer_norm", module.layer_norm, m, shape, inputs, nbytes, 7 * m * dim)
+    return op_benchmark(
+        f"{part}.layer_norm", module.layer_norm, m, shape, inputs, nbytes, 7 * m * dim
+    )
 
 
-def swiglu(part: str, width: int, m: int) -> Case:
+def swiglu(part: str, width: int, m: int) -> Benchmark:
     module, inputs = kernels("swiglu"), {"gate_up": (m, 2 * width)}
     nbytes, shape = module.swiglu_bytes(m, width, SIZE), f"M={m} F={width}"
-    return op_case(f"{part}.swiglu", module.swiglu, m, shape, inputs, nbytes, 5 * m * width)
+    return op_benchmark(f"{part}.swiglu", module.swiglu, m, shape, inputs, nbytes, 5 * m * width)
 
 
-def patch_embed(m: int) -> Case:
+def patch_embed(m: int) -> Benchmark:
     module, sizes = kernels("patch_embed"), LM.code_sizes
     channels, group, dim = LM.channels, LM.group_size, ENCODER.dim
 
@@ -258,10 +264,10 @@ def patch_embed(m: int) -> Case:
     nbytes = module.patch_embed_bytes(m, channels, group, dim, SIZE)
     flop, shape = m * channels * group * dim, f"M={m} C={channels} G={group}"
     run = module.patch_embed
-    return op_case("patch_encoder.patch_embed", run, m, shape, inputs, nbytes, flop)
+    return op_benchmark("patch_encoder.patch_embed", run, m, shape, inputs, nbytes, flop)
 
 
-def input_embed(form: str, rows: int) -> Case:
+def input_embed(form: str, rows: int) -> Benchmark:
     """Text rows, the more expensive kind where one is packed; every fourth of many is audio."""
     module, dim, audio = kernels("text_embed"), BACKBONE.dim, rows // 4
     row_bytes = dim * SIZE if form == "dense" else dim + 2
@@ -280,7 +286,7 @@ def input_embed(form: str, rows: int) -> Case:
     inputs = {"text": text, "patches": (rows, dim), "table": table, "empty_id": EMPTY_ID}
     nbytes = module.input_embed_bytes(audio, rows - audio, dim, SIZE, row_bytes)
     op, run, shape = "backbone.input_embed", module.input_embed, f"M={rows} D={dim}"
-    return op_case(op, run, rows, shape, inputs, nbytes, rows * dim, form=form)
+    return op_benchmark(op, run, rows, shape, inputs, nbytes, rows * dim, form=form)
 
 
 def _codebooks(device: torch.device) -> Any:
@@ -291,7 +297,7 @@ def _codebooks(device: torch.device) -> Any:
     return kernels("rvq").Codebooks.pack([*books])
 
 
-def rvq_encode(t: int) -> Case:
+def rvq_encode(t: int) -> Benchmark:
     module = kernels("rvq")
 
     def frames(device: torch.device) -> Tensor:
@@ -311,10 +317,12 @@ def rvq_encode(t: int) -> Case:
     nbytes = module.rvq_encode_bytes(t, CODEC.dim, BOOKS)
     flop, shape = 2 * t * CODEC.dim * sum(BOOKS), f"T={t} Q={len(BOOKS)}"
     more = {"dtype": torch.float32, "reference": reference, "check": check}
-    return op_case("codec.rvq_encode", module.rvq_encode, t, shape, inputs, nbytes, flop, **more)
+    return op_benchmark(
+        "codec.rvq_encode", module.rvq_encode, t, shape, inputs, nbytes, flop, **more
+    )
 
 
-def rvq_decode(t: int) -> Case:
+def rvq_decode(t: int) -> Benchmark:
     module = kernels("rvq")
 
     def codes(device: torch.device) -> Tensor:
@@ -327,7 +335,9 @@ def rvq_decode(t: int) -> Case:
     nbytes = module.rvq_decode_bytes(t, CODEC.dim, len(BOOKS))
     flop, shape = t * CODEC.dim * len(BOOKS), f"T={t} Q={len(BOOKS)}"
     more = {"dtype": torch.float32, "reference": reference}
-    return op_case("codec.rvq_decode", module.rvq_decode, t, shape, inputs, nbytes, flop, **more)
+    return op_benchmark(
+        "codec.rvq_decode", module.rvq_decode, t, shape, inputs, nbytes, flop, **more
+    )
 
 
 # Samplers, with the settings of upstream's tasks.
@@ -341,7 +351,7 @@ def _seeds(rows: int) -> dict[str, Callable[[torch.device], Tensor]]:
     }
 
 
-def sample_text(name: str, rows: int) -> Case:
+def sample_text(name: str, rows: int) -> Benchmark:
     module, size, sampler = kernels("sample_text"), LM.vocab_size, TEXT_SAMPLERS[name]
     inputs = {
         "logits": lambda device: normal(device, rows, size, scale=3.0),
@@ -354,19 +364,19 @@ def sample_text(name: str, rows: int) -> Case:
         nbytes = module.sample_text_bytes(rows, size, SIZE, *cuts)
         flop += DRAW_FLOP * rows * size
     op, run, shape = "backbone.sample_text", module.sample_text, f"M={rows} V={size}"
-    return op_case(op, run, rows, shape, inputs, nbytes, flop, form=name)
+    return op_benchmark(op, run, rows, shape, inputs, nbytes, flop, form=name)
 
 
-def patch_noise(rows: int) -> Case:
+def patch_noise(rows: int) -> Benchmark:
     module, size, group = kernels("sample_codes"), sum(LM.code_sizes), LM.group_size
     inputs = {**_seeds(rows), "group_size": group, "size": size}
     nbytes, flop = module.patch_noise_bytes(rows, group, size), DRAW_FLOP * rows * group * size
     run, shape = module.patch_noise, f"M={rows} G={group} V={size}"
     about = (rows, shape, inputs, nbytes, flop)
-    return op_case("patch_decoder.patch_noise", run, *about, dtype=torch.float32)
+    return op_benchmark("patch_decoder.patch_noise", run, *about, dtype=torch.float32)
 
 
-def sample_codes(rows: int) -> Case:
+def sample_codes(rows: int) -> Benchmark:
     module, dim, size, group = kernels("sample_codes"), DECODER.dim, sum(LM.code_sizes), STEP + 1
     layout = (LM.code_sizes, LM.empty_codes, LM.delays, group)
 
@@ -393,7 +403,7 @@ def sample_codes(rows: int) -> Case:
     }
     step = module.code_steps(*layout)[STEP]
     active = step.last - step.first
-    return op_case(
+    return op_benchmark(
         "patch_decoder.sample_codes",
         module.sample_codes,
         rows,
@@ -405,7 +415,7 @@ def sample_codes(rows: int) -> Case:
     )
 
 
-def table() -> list[tuple[Callable[..., Case | None], Iterable[tuple[Any, ...]]]]:
+def table() -> list[tuple[Callable[..., Benchmark | None], Iterable[tuple[Any, ...]]]]:
     """The function that makes an op's cases, and its arguments."""
     backbone = ("backbone.prefill_attention", BACKBONE.heads, BACKBONE.kv_heads, BACKBONE.head_dim)
     heads, frames = CODEC.decoder_heads, (8, 64, 512)

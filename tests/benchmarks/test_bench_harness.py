@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.columns import Table, duration, factor
-from benchmarks.harness import Case, Provider, held_bytes, print_outcome, run_cases, widen
+from benchmarks.harness import Benchmark, Provider, held_bytes, run_benchmarks, widen
 from benchmarks.records import JsonLines, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
@@ -32,12 +32,12 @@ def in_place(inputs):
     return (inputs["y"],)
 
 
-def doubling(*providers: Provider, check=None) -> Case:
+def doubling(*providers: Provider, check=None) -> Benchmark:
     def make(device):
         x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
         return {"x": x, "y": torch.full_like(x, torch.nan)}
 
-    return Case(
+    return Benchmark(
         "double",
         "double",
         "bfloat16",
@@ -53,12 +53,11 @@ def doubling(*providers: Provider, check=None) -> Case:
     )
 
 
-def run(case: Case, path=None, **options):
+def run(case: Benchmark, path=None, **options):
     lines: list[str] = []
-    outcome = run_cases(
+    outcome = run_benchmarks(
         [case], CPU, MACHINE, JsonLines(path), seconds=0, write=lines.append, **options
     )
-    print_outcome(outcome, lines.append)
     return outcome, "\n".join(lines)
 
 
