@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Benchmark, Inputs, Outputs, integers, normal, op_benchmark
+from benchmarks.harness import Benchmark, Inputs, Outputs, integers, normal, of_op
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.accuracy import Accuracy, compare_codes
 from mimo_fast.bench.synthetic import preset_configs
@@ -129,7 +129,7 @@ def decode_attention(
         "max_length": context,
     }
     activations = rows * (_width(config) + attended) * SIZE + 4 * config.head_dim
-    return op_benchmark(
+    return of_op(
         f"{part}.decode_attention",
         module.decode_attention,
         rows,
@@ -151,9 +151,7 @@ def rotary_attention(m: int) -> Benchmark:
     inputs |= {"heads": heads, "kv_heads": kv_heads, "causal": LM.patch_encoder_causal}
     nbytes = module.rotary_attention_bytes(m, t, heads, kv_heads, dh, SIZE)
     run, flop = module.rotary_attention, 4 * m * t * t * heads * dh
-    return op_benchmark(
-        "patch_encoder.rotary_attention", run, m, f"M={m} T={t}", inputs, nbytes, flop
-    )
+    return of_op("patch_encoder.rotary_attention", run, m, f"M={m} T={t}", inputs, nbytes, flop)
 
 
 def attention(
@@ -164,7 +162,7 @@ def attention(
     inputs = {"q": (1, heads, t, dh), "k": kv, "v": kv, "causal": causal}
     nbytes = module.attention_bytes(1, t, s, heads, kv_heads, dh, SIZE)
     flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
-    return op_benchmark(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
+    return of_op(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
 
 
 def cached_prefill_attention(form: str, t: int, s: int) -> Benchmark:
@@ -180,7 +178,7 @@ def cached_prefill_attention(form: str, t: int, s: int) -> Benchmark:
     nbytes = module.prefill_attention_bytes(t, s - t, heads, kv_heads, dh, SIZE, CACHES[form])
     flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
     op, run, shape = "backbone.cached_prefill_attention", module.prefill_attention, f"T={t} S={s}"
-    return op_benchmark(op, run, t, shape, inputs, nbytes, flop, form=form)
+    return of_op(op, run, t, shape, inputs, nbytes, flop, form=form)
 
 
 def kv_append(form: str, t: int) -> Benchmark:
@@ -194,7 +192,7 @@ def kv_append(form: str, t: int) -> Benchmark:
         "starts": lambda device: torch.full((1,), t, device=device),
         "heads": BACKBONE.heads,
     }
-    return op_benchmark(
+    return of_op(
         "backbone.kv_append",
         module.rope_append,
         t,
@@ -211,7 +209,7 @@ def rope(t: int) -> Benchmark:
     module, heads, dh = kernels("rope"), CODEC.decoder_heads, CODEC.dim // CODEC.decoder_heads
     inputs = {"x": (t, heads, dh), "table": _rotations(dh, CODEC.rope_theta, t)}
     nbytes, shape = module.rope_bytes(t, heads, dh, SIZE), f"T={t} H={heads} Dh={dh}"
-    return op_benchmark("codec.rope", module.rope, t, shape, inputs, nbytes, 3 * t * heads * dh)
+    return of_op("codec.rope", module.rope, t, shape, inputs, nbytes, 3 * t * heads * dh)
 
 
 def window_attention(t: int) -> Benchmark:
@@ -221,7 +219,7 @@ def window_attention(t: int) -> Benchmark:
     nbytes = module.window_attention_bytes(heads, t, dh, SIZE)
     flop, inputs = 4 * t * (left + right + 1) * heads * dh, {**qkv, "left": left, "right": right}
     op, run = "vocoder.window_attention", module.window_attention
-    return op_benchmark(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
+    return of_op(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
 
 
 # Norms, SwiGLU, embeddings, codebooks: bound by memory, except the search.
@@ -230,21 +228,19 @@ def window_attention(t: int) -> Benchmark:
 def rms_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "eps": EPS}
     nbytes, shape = module.norm_bytes(m, dim, SIZE), f"M={m} D={dim}"
-    return op_benchmark(f"{part}.rms_norm", module.rms_norm, m, shape, inputs, nbytes, 4 * m * dim)
+    return of_op(f"{part}.rms_norm", module.rms_norm, m, shape, inputs, nbytes, 4 * m * dim)
 
 
 def layer_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "bias": (dim,), "eps": 1e-5}
     nbytes, shape = module.norm_bytes(m, dim, SIZE) + dim * SIZE, f"M={m} D={dim}"
-    return op_benchmark(
-        f"{part}.layer_norm", module.layer_norm, m, shape, inputs, nbytes, 7 * m * dim
-    )
+    return of_op(f"{part}.layer_norm", module.layer_norm, m, shape, inputs, nbytes, 7 * m * dim)
 
 
 def swiglu(part: str, width: int, m: int) -> Benchmark:
     module, inputs = kernels("swiglu"), {"gate_up": (m, 2 * width)}
     nbytes, shape = module.swiglu_bytes(m, width, SIZE), f"M={m} F={width}"
-    return op_benchmark(f"{part}.swiglu", module.swiglu, m, shape, inputs, nbytes, 5 * m * width)
+    return of_op(f"{part}.swiglu", module.swiglu, m, shape, inputs, nbytes, 5 * m * width)
 
 
 def patch_embed(m: int) -> Benchmark:
@@ -264,7 +260,7 @@ def patch_embed(m: int) -> Benchmark:
     nbytes = module.patch_embed_bytes(m, channels, group, dim, SIZE)
     flop, shape = m * channels * group * dim, f"M={m} C={channels} G={group}"
     run = module.patch_embed
-    return op_benchmark("patch_encoder.patch_embed", run, m, shape, inputs, nbytes, flop)
+    return of_op("patch_encoder.patch_embed", run, m, shape, inputs, nbytes, flop)
 
 
 def input_embed(form: str, rows: int) -> Benchmark:
@@ -286,7 +282,7 @@ def input_embed(form: str, rows: int) -> Benchmark:
     inputs = {"text": text, "patches": (rows, dim), "table": table, "empty_id": EMPTY_ID}
     nbytes = module.input_embed_bytes(audio, rows - audio, dim, SIZE, row_bytes)
     op, run, shape = "backbone.input_embed", module.input_embed, f"M={rows} D={dim}"
-    return op_benchmark(op, run, rows, shape, inputs, nbytes, rows * dim, form=form)
+    return of_op(op, run, rows, shape, inputs, nbytes, rows * dim, form=form)
 
 
 def _codebooks(device: torch.device) -> Any:
@@ -317,9 +313,7 @@ def rvq_encode(t: int) -> Benchmark:
     nbytes = module.rvq_encode_bytes(t, CODEC.dim, BOOKS)
     flop, shape = 2 * t * CODEC.dim * sum(BOOKS), f"T={t} Q={len(BOOKS)}"
     more = {"dtype": torch.float32, "reference": reference, "check": check}
-    return op_benchmark(
-        "codec.rvq_encode", module.rvq_encode, t, shape, inputs, nbytes, flop, **more
-    )
+    return of_op("codec.rvq_encode", module.rvq_encode, t, shape, inputs, nbytes, flop, **more)
 
 
 def rvq_decode(t: int) -> Benchmark:
@@ -335,9 +329,7 @@ def rvq_decode(t: int) -> Benchmark:
     nbytes = module.rvq_decode_bytes(t, CODEC.dim, len(BOOKS))
     flop, shape = t * CODEC.dim * len(BOOKS), f"T={t} Q={len(BOOKS)}"
     more = {"dtype": torch.float32, "reference": reference}
-    return op_benchmark(
-        "codec.rvq_decode", module.rvq_decode, t, shape, inputs, nbytes, flop, **more
-    )
+    return of_op("codec.rvq_decode", module.rvq_decode, t, shape, inputs, nbytes, flop, **more)
 
 
 # Samplers, with the settings of upstream's tasks.
@@ -364,7 +356,7 @@ def sample_text(name: str, rows: int) -> Benchmark:
         nbytes = module.sample_text_bytes(rows, size, SIZE, *cuts)
         flop += DRAW_FLOP * rows * size
     op, run, shape = "backbone.sample_text", module.sample_text, f"M={rows} V={size}"
-    return op_benchmark(op, run, rows, shape, inputs, nbytes, flop, form=name)
+    return of_op(op, run, rows, shape, inputs, nbytes, flop, form=name)
 
 
 def patch_noise(rows: int) -> Benchmark:
@@ -373,7 +365,7 @@ def patch_noise(rows: int) -> Benchmark:
     nbytes, flop = module.patch_noise_bytes(rows, group, size), DRAW_FLOP * rows * group * size
     run, shape = module.patch_noise, f"M={rows} G={group} V={size}"
     about = (rows, shape, inputs, nbytes, flop)
-    return op_benchmark("patch_decoder.patch_noise", run, *about, dtype=torch.float32)
+    return of_op("patch_decoder.patch_noise", run, *about, dtype=torch.float32)
 
 
 def sample_codes(rows: int) -> Benchmark:
@@ -403,7 +395,7 @@ def sample_codes(rows: int) -> Benchmark:
     }
     step = module.code_steps(*layout)[STEP]
     active = step.last - step.first
-    return op_benchmark(
+    return of_op(
         "patch_decoder.sample_codes",
         module.sample_codes,
         rows,

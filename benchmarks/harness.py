@@ -199,7 +199,7 @@ def integers(device: torch.device, high: int, *shape: int, seed: int = 0) -> Ten
     return torch.randint(high, shape, device=device, generator=generator)
 
 
-def op_benchmark(
+def of_op(
     op: str,
     run: Callable[..., Any],
     m: int,
