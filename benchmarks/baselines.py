@@ -17,7 +17,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
             "random_weights": not args.model,
             "dtype": name_of(target.lm.dtype),
             **more,
-            **metrics.as_dict(),
+            **asdict(metrics),
             **group_fields(times, floors),
             "of_floor": floors[2] / times.audio.p50,
             **machine_fields(machine, device),

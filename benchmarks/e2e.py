@@ -17,6 +17,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -217,7 +218,7 @@ class Sweep:
                 floor = target.request_floor(self.machine, batch, prompt, *said)
             share = floor / metrics.e2el.p50 if metrics.e2el else None
             fields = {"input_seconds": args.seconds, "floor": floor, "of_floor": share}
-            table = self.record("request", table, about | metrics.as_dict() | fields)
+            table = self.record("request", table, about | asdict(metrics) | fields)
 
 
 def group_fields(times: GroupTimes, floors: tuple[float, float, float]) -> dict[str, Any]:

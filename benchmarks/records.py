@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class JsonLines:
 
 def machine_fields(machine: Ceiling, device: torch.device) -> dict[str, Any]:
     """The fields of a record about its machine, as it is now."""
-    return {"ceiling": machine.as_dict(), "environment": environment(device)}
+    return {"ceiling": asdict(machine), "environment": environment(device)}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def test_every_task_has_the_groups_it_was_told_and_audio_for_each_patch(target, 
 
 
 def test_names_are_the_fields(target):
-    names = measure(target.sized(1, 160), spoken()).as_dict()
+    names = asdict(measure(target.sized(1, 160), spoken()))
     wanted = {
         "ttft",
         "audio_ttfp",
