@@ -202,8 +202,7 @@ def integers(device: torch.device, high: int, *shape: int, seed: int = 0) -> Ten
 def of_op(
     op: str,
     run: Callable[..., Any],
-    m: int,
-    shape: str,
+    dims: dict[str, int],
     inputs: dict[str, Any],
     nbytes: int,
     flop: int,
@@ -218,6 +217,7 @@ def of_op(
     """A benchmark of a launcher, and of its neighbour NAME_ref unless another reference is given.
 
     Args:
+        dims: of its shape; the first is the number of rows.
         inputs: the arguments of both, by name: a shape of Gaussian values, a function of the
             device, or a value as it is.
         collect: (inputs, what the op returned) -> all that it gave, with what it wrote in place.
@@ -238,6 +238,7 @@ def of_op(
         return lambda inputs: collect(inputs, function(**inputs))
 
     own = plain(called(plainly), ours_on_cpu=not (has_native and native.available()))
+    m, shape = next(iter(dims.values())), " ".join(f"{name}={n}" for name, n in dims.items())
     about = (dtype, nbytes, flop, make, called(plainly), (*ours(called(run)), *own))
     return Benchmark(op, run.__name__, form or name_of(dtype), m, shape, *about, check)
 
