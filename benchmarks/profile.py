@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -34,26 +35,10 @@ from mimo_fast.bench.timing import CallTime, synchronize
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.loading import default_device, parse_dtype
 
-SYNCHRONIZING = (
-    "cudaStreamSynchronize",
-    "cudaEventSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaMemcpy",
-    "cuStreamSynchronize",
-    "cuEventSynchronize",
-    "cuCtxSynchronize",
-)
+SYNCHRONIZING = re.compile(r"cu(da)?(Stream|Event|Device|Ctx)Synchronize|cudaMemcpy")
 """CUDA calls in which the host waits for the device."""
 
-LAUNCHING = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-    "cudaGraphLaunch",
-    "cudaMemcpyAsync",
-    "cudaMemsetAsync",
-)
+LAUNCHING = re.compile(r"cu(da)?LaunchKernel(Ex|ExC)?|cudaGraphLaunch|cudaMem(cpy|set)Async")
 """CUDA calls that launch work."""
 
 GROUPS = "audio groups"
@@ -144,8 +129,8 @@ def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: st
     ]
     calls = Counter(e.name for e in host)
     launches, waits = (
-        {name: calls[name] / groups for name in names if calls[name]}
-        for names in (LAUNCHING, SYNCHRONIZING)
+        {name: count / groups for name, count in calls.items() if pattern.fullmatch(name)}
+        for pattern in (LAUNCHING, SYNCHRONIZING)
     )
     pairs = [(e.name, e.self_cpu_time_total) for e in host]
     if device.type == "cuda":
