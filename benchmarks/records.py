@@ -100,31 +100,15 @@ class Entry(dict[str, Any]):
             return about["name"]
         return f"{about['name']}, {about['cores']} cores, {about['instructions']}"
 
-    @property
-    def on_gpu(self) -> bool:
-        return self["environment"]["device"]["type"] != "cpu"
-
-    @property
-    def date(self) -> str:
-        """ISO 8601, UTC."""
-        return self["environment"]["date"]
-
-    @property
-    def context(self) -> int:
-        """Groups of context at the end of the measurement."""
-        return self["prompt_groups"] + self["groups"]
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self["bytes"] / self["seconds"]["p50"]
-
-    @property
-    def flop_per_s(self) -> float:
-        return self["flop"] / self["seconds"]["p50"]
-
-    @property
-    def interval(self) -> str:
-        return f"{self['low']:.3f} to {self['high']:.3f}"
+    on_gpu = property(lambda self: self["environment"]["device"]["type"] != "cpu")
+    # ISO 8601, UTC.
+    date = property(lambda self: self["environment"]["date"])
+    # Groups at the end of the measurement.
+    context = property(lambda self: self["prompt_groups"] + self["groups"])
+    bytes_per_s = property(lambda self: self["bytes"] / self["seconds"]["p50"])
+    flop_per_s = property(lambda self: self["flop"] / self["seconds"]["p50"])
+    interval = property(lambda self: f"{self['low']:.3f} to {self['high']:.3f}")
+    link = property(lambda self: f"[{self['file']}](../benchmarks/results/{self['file']})")
 
     @property
     def title(self) -> str:
@@ -141,10 +125,6 @@ class Entry(dict[str, Any]):
         # A quick table's description of a preset's model varies with the machine's load.
         named = [field for field in fields if field != "model" or not self.get("preset")]
         return (self.device, self["kind"], *(str(self.get(field)) for field in named))
-
-    @property
-    def link(self) -> str:
-        return f"[{self['file']}](../benchmarks/results/{self['file']})"
 
 
 @dataclass(frozen=True)
