@@ -307,45 +307,6 @@ def prepare(
     return [partial(provider.run, turn) for turn in turns], found
 
 
-def measure(
-    benchmark: Benchmark,
-    provider: Provider,
-    inputs: Inputs,
-    device: torch.device,
-    machine: Ceiling,
-    seconds: float,
-) -> dict[str, Any]:
-    """Checks and times one provider: a record.
-
-    `floor_s` is the least time on this machine; `of_ceiling` is achieved over ceiling, 1 being as
-    fast as the machine allows.
-
-    Raises:
-        Refused: its result is wrong.
-    """
-    calls, found = prepare(benchmark, provider, inputs, device)
-    time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
-    work = (benchmark.nbytes, benchmark.flop, benchmark.dtype)
-    return {
-        "kind": "op",
-        "op": benchmark.op,
-        "provider": provider.name,
-        "format": benchmark.format,
-        "m": benchmark.m,
-        "shape": benchmark.shape,
-        "dtype": name_of(benchmark.dtype),
-        "bytes": benchmark.nbytes,
-        "flop": benchmark.flop,
-        "copies": len(calls),
-        "seconds": vars(time),
-        "floor_s": machine.floor_seconds(*work),
-        "bound": machine.bound(*work),
-        "of_ceiling": machine.floor_seconds(*work) / time.p50,
-        "accuracy": vars(found),
-        **machine_fields(machine, device),
-    }
-
-
 @torch.no_grad()
 def run_benchmarks(
     benchmarks: Sequence[Benchmark],
@@ -357,9 +318,10 @@ def run_benchmarks(
     providers: Callable[[str], bool] = lambda name: True,
     write: Callable[[str], object] | None = None,
 ) -> Outcome:
-    """Measures every wanted provider of every benchmark; rows and records come as they are made.
+    """Checks and times every wanted provider; rows and records come as they are made.
 
-    At the end it tells what has no row, and why.
+    `floor_s` of a record is the least time on this machine; `of_ceiling` is achieved over ceiling,
+    1 being as fast as the machine allows. At the end it tells what has no row, and why.
 
     Args:
         seconds: of measuring, for each row.
@@ -377,12 +339,32 @@ def run_benchmarks(
                 continue
             inputs = benchmark.make(device) if inputs is None else inputs
             try:
-                record = measure(benchmark, provider, inputs, device, machine, seconds)
+                calls, found = prepare(benchmark, provider, inputs, device)
+                time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
             except Exception as error:
                 # A failing provider is reported, and the others run.
                 kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
                 outcome.refused.append(f"{title}: {kind}{str(error).partition(chr(10))[0]}")
                 continue
+            floor = machine.floor_seconds(benchmark.nbytes, benchmark.flop, benchmark.dtype)
+            record = {
+                "kind": "op",
+                "op": benchmark.op,
+                "provider": provider.name,
+                "format": benchmark.format,
+                "m": benchmark.m,
+                "shape": benchmark.shape,
+                "dtype": name_of(benchmark.dtype),
+                "bytes": benchmark.nbytes,
+                "flop": benchmark.flop,
+                "copies": len(calls),
+                "seconds": vars(time),
+                "floor_s": floor,
+                "bound": machine.bound(benchmark.nbytes, benchmark.flop, benchmark.dtype),
+                "of_ceiling": floor / time.p50,
+                "accuracy": vars(found),
+                **machine_fields(machine, device),
+            }
             outcome.records.append(record)
             output.append(record)
             table.row(record)
