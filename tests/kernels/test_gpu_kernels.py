@@ -13,7 +13,7 @@ from replays import repeated
 from replies import GREEDILY, SAMPLED, Drawn, drawn
 from torch import Tensor
 
-from benchmarks.harness import Case, normal, prepare
+from benchmarks.harness import Benchmark, normal, prepare
 from benchmarks.ops import select
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.schedule import ScheduledLM
@@ -29,7 +29,7 @@ from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import ENVIRONMENT, Graphs
 
 
-def row_counts(case: Case) -> bool:
+def row_counts(case: Benchmark) -> bool:
     """Few rows, one tile of rows, and several: the kernels' three ways."""
     return case.m in (1, 4, 16, 64)
 
@@ -41,11 +41,11 @@ OPS = list(DISTINCT.values())
 CHEAP = 2**20
 
 
-def name_of(case: Case) -> str:
+def name_of(case: Benchmark) -> str:
     return f"{case.op}-{case.format}-{case.shape}".replace(" ", ",")
 
 
-def check_op(case: Case, provider: str, device: torch.device) -> None:
+def check_op(case: Benchmark, provider: str, device: torch.device) -> None:
     """Raises `Refused` for a result that is wrong, by the harness's own check."""
     (ours,) = (p for p in case.providers if p.name == provider)
     with torch.no_grad():
