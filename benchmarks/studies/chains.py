@@ -187,9 +187,7 @@ def set_carveout(driver: Any, percent: int) -> None:
         for compiled in kernel.device_caches[torch.cuda.current_device()][0].values():
             if compiled.function is not None:
                 code = driver.cuFuncSetAttribute(
-                    ctypes.c_void_p(compiled.function),
-                    preferred_shared_memory_carveout,
-                    percent,
+                    ctypes.c_void_p(compiled.function), preferred_shared_memory_carveout, percent
                 )
                 if code:
                     raise RuntimeError(f"cuFuncSetAttribute returns {code}")

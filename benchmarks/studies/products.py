@@ -135,7 +135,7 @@ class Library:
 
     def launch(self, weight: Weight, inputs: Inputs, variant: int = 0) -> None:
         """Raises RuntimeError where the device refuses."""
-        cuda.quantized_matmul(
+        cuda.quantized_mma(
             inputs.x,
             weight.matrix,
             weight.norm,

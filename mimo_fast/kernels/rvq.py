@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
 
 FEW_FRAMES = 512
 """Number of frames below which programs take 4 frames instead of 16."""
@@ -276,28 +276,23 @@ def _tile(frames: int) -> tuple[dict[str, int], int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both search configurations and the gather; D = 1280 is a multiple of 16."""
-    pointers = {f"{name}_ptr": "*fp32" for name in ("x", "residual", "table", "norms")}
-    pointers |= {"offsets_ptr": "*i32", "codes_ptr": "*i64"}
-    signature = pointers | dict.fromkeys(("stride_x", "T", "D", "Q"), "i32")
     for frames in (FEW_FRAMES - 1, FEW_FRAMES):
         tile, warps, stages = _tile(frames)
         yield Case(
             f"rvq_encode BLOCK_T={tile['BLOCK_T']}",
             rvq_encode_kernel,
-            signature,
-            dict(tile),
+            pointers(fp32="x residual table norms", i32="offsets", i64="codes"),
+            tile,
             warps,
             stages,
             ieee=True,
             wide_loads=True,
             unaligned=("T", "Q"),
         )
-    signature = {"codes_ptr": "*i64", "table_ptr": "*fp32", "offsets_ptr": "*i32", "y_ptr": "*fp32"}
-    signature |= dict.fromkeys(("stride_cq", "stride_ct", "D", "Q"), "i32")
     yield Case(
         "rvq_decode",
         rvq_decode_kernel,
-        signature,
+        pointers(fp32="table y", i32="offsets", i64="codes"),
         {"BLOCK_D": 256},
         2,
         wide_loads=True,

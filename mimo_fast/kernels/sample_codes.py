@@ -43,9 +43,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     prefetch,
     tl,
     use_triton,
@@ -191,11 +193,7 @@ def head_logits_kernel(
         )
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
-    tl.store(
-        logits_ptr + o_logits,
-        b_logits.to(logits_ptr.dtype.element_ty),
-        mask=m_r[:, None] & m_n[None, :],
-    )
+    tl.store(logits_ptr + o_logits, b_logits, mask=m_r[:, None] & m_n[None, :])
 
 
 @jit
@@ -279,10 +277,8 @@ def code_step_kernel(
                 above, next_drawn = tl.max(
                     tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
                 )
-                winner, drawn = (
-                    tl.where(rejected, above, winner),
-                    tl.where(rejected, next_drawn, drawn),
-                )
+                winner = tl.where(rejected, above, winner)
+                drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
@@ -291,14 +287,8 @@ def code_step_kernel(
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]
-        b_rows = tl.load(
-            embeddings_ptr + o_row, mask=m_a[:, None] & (o_d < DIM)[None, :], other=0.0
-        ).to(tl.float32)
-        tl.store(
-            x_ptr + i_row * DIM + o_d,
-            tl.sum(b_rows, axis=0).to(x_ptr.dtype.element_ty),
-            mask=o_d < DIM,
-        )
+        b_rows = load_float(embeddings_ptr + o_row, m_a[:, None] & (o_d < DIM)[None, :])
+        tl.store(x_ptr + i_row * DIM + o_d, tl.sum(b_rows, axis=0), mask=o_d < DIM)
 
 
 def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
@@ -388,17 +378,12 @@ def sample_codes(
         codes_ptr=codes,
         embeddings_ptr=embeddings,
         x_ptr=x,
-        temperature_ptr=settings.temperature,
-        top_k_ptr=settings.top_k,
-        tail_ptr=settings.tail,
-        greedy_ptr=settings.greedy,
+        **settings.pointers(),
         A=step.heads.shape[1],
         first=step.first,
         N=logits.shape[1],
         V=len(heads),
-        stride_codes_r=codes.stride(0),
-        stride_codes_c=codes.stride(1),
-        stride_codes_g=codes.stride(2),
+        **{f"stride_codes_{axis}": codes.stride(i) for i, axis in enumerate("rcg")},
         stride_noise_r=0 if noise is None else noise.stride(0),
         stride_embeddings=embeddings.stride(0),
         DIM=x.shape[1],
@@ -450,19 +435,17 @@ def compile_cases() -> Iterator[Case]:
     yield Case(
         "patch_noise",
         patch_noise_kernel,
-        {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64", "V": "i32"},
+        pointers(fp32="noise", i64="seeds draws"),
         {"FIRST": FRAME_SLOT, "BLOCK_V": 128},
         1,
         unaligned=("V",),
     )
-    integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
     for dtype in ("bf16", "fp32"):
-        signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
         # A step's heads start at any row; rows of D = 1024 are always aligned.
         yield Case(
             f"head_logits {dtype}",
             head_logits_kernel,
-            signature,
+            pointers(**{dtype: "hidden heads logits"}),
             _tile(1024),
             4,
             4,
@@ -470,23 +453,13 @@ def compile_cases() -> Iterator[Case]:
             wide_loads=True,
             unaligned=("R", "N"),
         )
-    signature = dict.fromkeys(("logits_ptr", "embeddings_ptr", "x_ptr"), "*bf16") | dict.fromkeys(
-        ("noise_ptr", "temperature_ptr", "tail_ptr"), "*fp32"
+    signature = pointers(
+        bf16="logits embeddings x",
+        fp32="noise temperature tail",
+        i64="heads codes top_k",
+        i1="greedy",
     )
-    signature |= dict.fromkeys(("heads_ptr", "codes_ptr", "top_k_ptr"), "*i64") | {
-        "greedy_ptr": "*i1"
-    }
-    odd = (
-        "A",
-        "first",
-        "N",
-        "V",
-        "stride_codes_r",
-        "stride_codes_c",
-        "stride_codes_g",
-        "stride_noise_r",
-    )
-    signature |= dict.fromkeys((*odd, "stride_embeddings", "DIM"), "i32")
+    strides = tuple(f"stride_{name}" for name in ("codes_r", "codes_c", "codes_g", "noise_r"))
     for widest, greedy in ((1025, False), (129, False), (1025, True), (129, True)):
         block = _blocks(4, widest, 1024)
         yield Case(
@@ -495,5 +468,5 @@ def compile_cases() -> Iterator[Case]:
             signature,
             {"ALL_GREEDY": greedy} | block,
             _warps(block),
-            unaligned=odd,
+            unaligned=("A", "first", "N", "V", *strides),
         )
