@@ -76,11 +76,8 @@ def decode_attention_ref(
         if 0 <= start < min(table.shape[1], cache.capacity):
             row = slice(r, r + 1)
             q = rope_append_ref(qkv[row], table, cache, slots[row], starts[row], heads)
-            y[r] = (
-                attention(q, *cache.read(slot, start + 1, qkv.dtype), causal=False)
-                .transpose(1, 2)
-                .flatten(2)
-            )
+            seen = cache.read(slot, start + 1, qkv.dtype)
+            y[r] = attention(q, *seen, causal=False).transpose(1, 2).flatten(2)
     return y
 
 
@@ -229,9 +226,8 @@ def split_attention_kernel(
     m_d = o_d < DH
     m_q = (o_g < SHARE)[:, None] & m_d[None, :]
     m_new = o_d < tl.where(owner, DH, 0)
-    b_cos, b_sin = load_angles(
-        cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2
-    )
+    m_angle = o_d < tl.where(length > 0, DH, 0)
+    b_cos, b_sin = load_angles(cos_ptr, sin_ptr, position, o_d, m_angle, DH // 2)
     qkv_ptr += i_row * stride_xr
     b_q = load_rotated(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
@@ -317,11 +313,8 @@ def merge_splits_kernel(
     o_part = (i_row * H + i_head) * SPLITS + o_split
     b_max = tl.load(stats_ptr + o_part * 2, mask=m_split, other=-float("inf"))
     b_sum = tl.load(stats_ptr + o_part * 2 + 1, mask=m_split, other=0.0)
-    b_y = tl.load(
-        part_ptr + o_part[:, None] * DH + o_d[None, :],
-        mask=m_split[:, None] & m_d[None, :],
-        other=0.0,
-    )
+    o_y = o_part[:, None] * DH + o_d[None, :]
+    b_y = tl.load(part_ptr + o_y, mask=m_split[:, None] & m_d[None, :], other=0.0)
     b_top = tl.max(b_max, axis=0)
     b_weight = tl.exp2(b_max - tl.where(b_top == -float("inf"), 0.0, b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
@@ -361,9 +354,8 @@ def decode_attention(
         )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)
-        return (native.decode_attention if takes else decode_attention_ref)(
-            qkv, table, cache, slots, starts, heads
-        )
+        plain = native.decode_attention if takes else decode_attention_ref
+        return plain(qkv, table, cache, slots, starts, heads)
     rows, kv_heads, dh = len(qkv), cache.k.shape[1], cache.k.shape[3]
     share = heads // kv_heads
     y = torch.empty(rows, 1, heads * dh, dtype=qkv.dtype, device=qkv.device)

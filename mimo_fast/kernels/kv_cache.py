@@ -43,12 +43,8 @@ class LayerKV:
 
     def __post_init__(self) -> None:
         k, v, scales, v_scales = self.k, self.v, self.k_scales, self.v_scales
-        if (
-            k.shape != v.shape
-            or k.stride() != v.stride()
-            or k.dtype != v.dtype
-            or k.stride(-1) != 1
-        ):
+        alike = k.shape == v.shape and k.stride() == v.stride() and k.dtype == v.dtype
+        if not alike or k.stride(-1) != 1:
             raise ValueError(
                 f"k {list(k.shape)} and v {list(v.shape)} must have one layout, heads contiguous"
             )

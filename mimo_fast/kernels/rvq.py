@@ -121,9 +121,8 @@ def rvq_encode_kernel(
     b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for i_d in range(0, D, BLOCK_R):
         m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
-        b_r = tl.load(
-            x_ptr + o_t[:, None] * stride_x + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-        )
+        o_x = o_t[:, None] * stride_x + (i_d + o_wide)[None, :]
+        b_r = tl.load(x_ptr + o_x, mask=m_r, other=0.0)
         tl.store(residual_ptr + o_t[:, None] * D + (i_d + o_wide)[None, :], b_r, mask=m_r)
         b_square += b_r * b_r
 
@@ -163,9 +162,8 @@ def rvq_encode_kernel(
             m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
             o_r = o_t[:, None] * D + (i_d + o_wide)[None, :]
             b_r = tl.load(residual_ptr + o_r, mask=m_r, other=0.0)
-            b_r -= tl.load(
-                table_ptr + b_row[:, None] * D + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-            )
+            o_e = b_row[:, None] * D + (i_d + o_wide)[None, :]
+            b_r -= tl.load(table_ptr + o_e, mask=m_r, other=0.0)
             tl.store(residual_ptr + o_r, b_r, mask=m_r)
             b_square += b_r * b_r
 

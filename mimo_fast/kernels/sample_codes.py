@@ -88,10 +88,9 @@ def code_steps(
         active = [c for c, delay in enumerate(delays) if delay <= t < delay + group_size]
         columns = [(c, t - delays[c], rows[c], sizes[c], empty[c]) for c in active]
         first, last = (rows[active[0]], rows[active[-1] + 1]) if active else (0, 0)
-        heads = (
-            torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5).T.contiguous()
-        )
-        steps.append(CodeStep(heads, first, last, max((sizes[c] for c in active), default=0)))
+        heads = torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5)
+        widest = max((sizes[c] for c in active), default=0)
+        steps.append(CodeStep(heads.T.contiguous(), first, last, widest))
     return steps
 
 
@@ -125,10 +124,8 @@ def sample_codes_ref(
     ids = torch.arange(step.widest, device=hidden.device)
     banned = ((ids == empty[:, None]) | (ids >= sizes[:, None])).repeat(rows, 1)
     repeated = settings.select(range(rows), repeat=active)
-    drawn = sample(
-        logits.flatten(0, 1), repeated, None if noise is None else local.flatten(0, 1), banned
-    )
-    drawn = drawn.unflatten(0, (rows, active))
+    added = None if noise is None else local.flatten(0, 1)
+    drawn = sample(logits.flatten(0, 1), repeated, added, banned).unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
     return embeddings[drawn + firsts].sum(1)
 
@@ -181,16 +178,10 @@ def head_logits_kernel(
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = (o_d < D)[None, :]
-        b_x = tl.load(
-            hidden_ptr + o_r[:, None] * stride_hidden + o_d[None, :],
-            mask=m_r[:, None] & m_d,
-            other=0.0,
-        )
-        b_w = tl.load(
-            heads_ptr + o_n[:, None] * stride_heads + o_d[None, :],
-            mask=m_n[:, None] & m_d,
-            other=0.0,
-        )
+        o_x = o_r[:, None] * stride_hidden + o_d[None, :]
+        b_x = tl.load(hidden_ptr + o_x, mask=m_r[:, None] & m_d, other=0.0)
+        o_w = o_n[:, None] * stride_heads + o_d[None, :]
+        b_w = tl.load(heads_ptr + o_w, mask=m_n[:, None] & m_d, other=0.0)
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
     tl.store(logits_ptr + o_logits, b_logits, mask=m_r[:, None] & m_n[None, :])
@@ -274,9 +265,8 @@ def code_step_kernel(
                 share = tl.sum(tl.where(m_upto, b_mass, 0.0), axis=1) / total
                 # The last id of the order is always kept.
                 rejected = rejected & (share <= tail) & (tl.max(m_above.to(tl.int32), axis=1) > 0)
-                above, next_drawn = tl.max(
-                    tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
-                )
+                b_above = tl.where(m_above, b_perturbed, -float("inf"))
+                above, next_drawn = tl.max(b_above, axis=1, return_indices=True)
                 winner = tl.where(rejected, above, winner)
                 drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
@@ -357,11 +347,8 @@ def sample_codes(
     """
     if not step.heads.shape[1] or not use_triton(hidden):
         return sample_codes_ref(hidden, step, heads, settings, noise, codes, embeddings)
-    if (
-        hidden.shape[1] != heads.shape[1]
-        or len(heads) != len(embeddings)
-        or len(hidden) != len(codes)
-    ):
+    wide = hidden.shape[1] == heads.shape[1]
+    if not wide or len(heads) != len(embeddings) or len(hidden) != len(codes):
         raise ValueError(
             f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings "
             f"{list(embeddings.shape)} and codes {list(codes.shape)} do not go together"
@@ -406,9 +393,8 @@ def _tile(dim: int) -> dict[str, int]:
 
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:
-    block_a = max(4, next_power_of_2(active))
     return {
-        "BLOCK_A": block_a,
+        "BLOCK_A": max(4, next_power_of_2(active)),
         "BLOCK_V": next_power_of_2(widest),
         "BLOCK_D": min(1024, next_power_of_2(dim)),
     }

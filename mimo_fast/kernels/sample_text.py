@@ -132,12 +132,10 @@ def text_draw_kernel(
     m_v = o_v < V
     m_allowed = m_v
     if BANNED:
-        m_allowed = m_v & (
-            tl.load(banned_ptr + i_row * stride_banned + o_v, mask=m_v, other=1) == 0
-        )
-    b_logits = tl.load(logits_ptr + i_row * stride_logits + o_v, mask=m_v, other=-float("inf")).to(
-        tl.float32
-    )
+        b_banned = tl.load(banned_ptr + i_row * stride_banned + o_v, mask=m_v, other=1)
+        m_allowed = m_v & (b_banned == 0)
+    logits = logits_ptr + i_row * stride_logits
+    b_logits = tl.load(logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
     values = values_ptr + (i_row * chunks + i_chunk) * 5
     ids = ids_ptr + (i_row * chunks + i_chunk) * 2
     best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
@@ -154,9 +152,8 @@ def text_draw_kernel(
             m_other = tl.arange(0, BLOCK_V) != i_winner
             tl.store(values + 4, tl.max(tl.where(m_other, b_perturbed, -float("inf")), axis=0))
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=0)
-            b_mass = tl.where(
-                m_kept, tl.exp(b_scores - tl.where(top == -float("inf"), 0.0, top)), 0.0
-            )
+            some = tl.where(top == -float("inf"), 0.0, top)
+            b_mass = tl.where(m_kept, tl.exp(b_scores - some), 0.0)
             tl.store(values + 1, winner)
             tl.store(values + 2, top)
             tl.store(values + 3, tl.sum(b_mass, axis=0))

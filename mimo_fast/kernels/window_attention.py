@@ -88,12 +88,10 @@ def window_attention_kernel(
         o_k = start + tl.arange(0, BLOCK_T)
         m_k = (o_k[:, None] < T) & m_d
         o_kt = o_k.to(tl.int64)[:, None]
-        b_k = tl.load(
-            k_ptr + i_head * stride_kh + o_kt * stride_kt + o_d[None, :], mask=m_k, other=0.0
-        )
-        b_v = tl.load(
-            v_ptr + i_head * stride_vh + o_kt * stride_vt + o_d[None, :], mask=m_k, other=0.0
-        )
+        o_key = i_head * stride_kh + o_kt * stride_kt + o_d[None, :]
+        o_value = i_head * stride_vh + o_kt * stride_vt + o_d[None, :]
+        b_k = tl.load(k_ptr + o_key, mask=m_k, other=0.0)
+        b_v = tl.load(v_ptr + o_value, mask=m_k, other=0.0)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         m_seen = (
             (o_k[None, :] >= o_q[:, None] - LEFT)
