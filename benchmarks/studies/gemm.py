@@ -69,7 +69,8 @@ class Gemm(Library):
 
     def unpacked(self, weight: Weight, x: Tensor) -> Tensor:
         """As the package does for many rows."""
-        return unpacked_matmul(x, weight.matrix, None, partial(cuda.unpack, loaded=self.loaded))
+        unpacks = partial(cuda.unpack, loaded=self.loaded)
+        return unpacked_matmul(x, weight.matrix, None, None, False, unpacks=unpacks)
 
 
 def plain(weight: Weight) -> Weight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,24 +166,13 @@ def _packed(weight: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-def cuda_unpack_mm(
-    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
-) -> Tensor:
-    """`unpacked_matmul`, unpacked by csrc/cuda."""
-    return unpacked_matmul(x, weight, residual, cuda.unpack)
-
-
-def triton_unpack_mm(
-    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
-) -> Tensor:
-    """`unpacked_matmul`, unpacked by Triton's kernel."""
-    return unpacked_matmul(x, weight, residual, unpack)
-
-
 def unpacked_matmul(
     x: Tensor,
     weight: QuantizedWeight,
+    _norm: None,
     residual: Tensor | None,
+    _swiglu: bool,
+    *,
     unpacks: Callable[[QuantizedWeight, int, Tensor], None],
 ) -> Tensor:
     """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some
@@ -224,6 +214,10 @@ def unpack(weight: QuantizedWeight, start: int, out: Tensor) -> None:
         BLOCK_W=block_w,
         num_warps=warps,
     )
+
+
+cuda_unpack_mm = partial(unpacked_matmul, unpacks=cuda.unpack)
+triton_unpack_mm = partial(unpacked_matmul, unpacks=unpack)
 
 
 def dense_gemv(
