@@ -119,10 +119,10 @@ def rvq_encode_kernel(
     o_wide = tl.arange(0, BLOCK_R)
     m_t = o_t < T
     b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    x = x_ptr + o_t[:, None] * stride_x
     for i_d in range(0, D, BLOCK_R):
         m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
-        o_x = o_t[:, None] * stride_x + (i_d + o_wide)[None, :]
-        b_r = tl.load(x_ptr + o_x, mask=m_r, other=0.0)
+        b_r = tl.load(x + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
         tl.store(residual_ptr + o_t[:, None] * D + (i_d + o_wide)[None, :], b_r, mask=m_r)
         b_square += b_r * b_r
 
@@ -158,12 +158,12 @@ def rvq_encode_kernel(
 
         tl.debug_barrier()
         b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        chosen = table_ptr + b_row[:, None] * D
         for i_d in range(0, D, BLOCK_R):
             m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
             o_r = o_t[:, None] * D + (i_d + o_wide)[None, :]
             b_r = tl.load(residual_ptr + o_r, mask=m_r, other=0.0)
-            o_e = b_row[:, None] * D + (i_d + o_wide)[None, :]
-            b_r -= tl.load(table_ptr + o_e, mask=m_r, other=0.0)
+            b_r -= tl.load(chosen + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
             tl.store(residual_ptr + o_r, b_r, mask=m_r)
             b_square += b_r * b_r
 

@@ -174,14 +174,14 @@ def head_logits_kernel(
     o_line = tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, D - 1)
     prefetch(heads_ptr + tl.minimum(o_n, N - 1)[:, None] * stride_heads + o_line[None, :], PDL)
     pdl_wait(PDL)
+    hidden = hidden_ptr + o_r[:, None] * stride_hidden
+    heads = heads_ptr + o_n[:, None] * stride_heads
     b_logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = (o_d < D)[None, :]
-        o_x = o_r[:, None] * stride_hidden + o_d[None, :]
-        b_x = tl.load(hidden_ptr + o_x, mask=m_r[:, None] & m_d, other=0.0)
-        o_w = o_n[:, None] * stride_heads + o_d[None, :]
-        b_w = tl.load(heads_ptr + o_w, mask=m_n[:, None] & m_d, other=0.0)
+        b_x = tl.load(hidden + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
+        b_w = tl.load(heads + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
     tl.store(logits_ptr + o_logits, b_logits, mask=m_r[:, None] & m_n[None, :])
