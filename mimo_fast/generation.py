@@ -156,14 +156,14 @@ class _Batch:
         if not rows:
             raise PromptError(problem)
         like = input_ids if isinstance(input_ids, Tensor) else rows[0]
-        return cls([_checked(row, config) for row in rows], layout, like)
+        return cls([check_ids(row, config) for row in rows], layout, like)
 
     def write(self, rows: list[Tensor], pad_id: int, config: LMConfig) -> Any:
         rows = [row.to(self.like.dtype) for row in rows]
         if self.layout == "list":
             return [row.to(self.like.device) for row in rows]
         longest = max(row.shape[1] for row in rows)
-        pad = torch.tensor((pad_id, *config.empty_codes), dtype=self.like.dtype)[:, None]
+        pad = rows[0].new_tensor((pad_id, *config.empty_codes))[:, None]
         padding = (pad.expand(-1, longest - row.shape[1]) for row in rows)
         full = torch.stack([torch.cat(pair, dim=1) for pair in zip(rows, padding, strict=True)])
         if self.layout == "single":
@@ -180,14 +180,27 @@ def _is_single(ids: Tensor, config: LMConfig) -> bool:
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
 
 
-def _checked(ids: Tensor, config: LMConfig) -> Tensor:
-    if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size or not ids.shape[1]:
+def check_ids(ids: Tensor, config: LMConfig) -> Tensor:
+    """A prompt's ids [C + 1, T G] as int64 on the CPU.
+
+    Raises:
+        PromptError: they are no integers, not of that shape, or an id that is read is out of range.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype == torch.bool or not _is_integral(ids.dtype):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise PromptError(f"ids must be a tensor of integers, not {kind}")
+    if (
+        ids.ndim != 2
+        or ids.shape[0] != config.channels + 1
+        or ids.shape[1] % config.group_size
+        or not ids.shape[1]
+    ):
         raise PromptError(
             f"a prompt must be [{config.channels + 1}, a positive multiple of "
             f"{config.group_size}], not {list(ids.shape)}"
         )
     ids = ids.to("cpu", torch.int64)
-    sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
+    sizes = ids.new_tensor((config.vocab_size, *config.code_sizes))[:, None]
     text = ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1)
     used = torch.cat((text, ids[1:]))
     wrong = (used < 0) | (used >= sizes)
@@ -198,6 +211,10 @@ def _checked(ids: Tensor, config: LMConfig) -> Tensor:
             f"outside 0..{int(sizes[channel]) - 1}"
         )
     return ids
+
+
+def _is_integral(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 @dataclass(frozen=True)

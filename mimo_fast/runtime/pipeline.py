@@ -31,7 +31,8 @@ from mimo_fast.sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
     MiMoSampler,
-    row_seeds,
+    check_seed,
+    one_seed,
     task_samplers,
 )
 from mimo_fast.text.prompt import Segment, Speech, pack, whole_patches
@@ -113,6 +114,7 @@ class Pipeline:
 
     def context(self, seed: int | None = None, continued: bool = False) -> PromptContext:
         """The part of a model that the functions of `text/tasks.py` use."""
+        seed = None if seed is None else check_seed(seed)
         return PromptContext(self.speech, self.tokenizer.trained_words, seed, continued)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
@@ -132,7 +134,7 @@ class Pipeline:
 
     def sequence(self, seed: int | None = None) -> TokenSequence:
         """An empty sequence; without a seed its draws come from a random one."""
-        return self.engine.sequence(row_seeds(seed, 1)[0])
+        return self.engine.sequence(one_seed(seed))
 
     def samplers(self, preset: str) -> Samplers:
         """The samplers of a preset (`Task.sampler`); upstream's defaults if it does not exist."""
