@@ -27,10 +27,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise TypeError(f"{where} has no argument {name!r}: {suggestion(name, names)}")
 
 
-def names_of(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Names that a function takes as keywords, `Unpack`ed ones too; None if it takes any."""
+def names_of(function: Callable[..., Any], bound: bool = False) -> frozenset[str] | None:
+    """Names that a function takes as keywords, `Unpack`ed ones too; None if it takes any.
+
+    bound: leaves out its first parameter, which whoever calls it does not give.
+    """
     names = set[str]()
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in list(inspect.signature(function).parameters.values())[bound:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             options = next(iter(get_args(parameter.annotation)), None)
             if not hasattr(options, "__annotations__"):
@@ -38,7 +41,7 @@ def names_of(function: Callable[..., Any]) -> frozenset[str] | None:
             names |= options.__annotations__.keys()
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             names.add(parameter.name)
-    return frozenset(names - {"self", "cls"})
+    return frozenset(names)
 
 
 def checked(target: Target) -> Target:
@@ -47,19 +50,19 @@ def checked(target: Target) -> Target:
     A function that takes any name (`**options: Any`) is left alone and checks them itself.
     """
     if not inspect.isclass(target):
-        return _checked(target, target.__qualname__)
+        return _checked(target, target.__qualname__, bound=False)
     for name, member in list(vars(target).items()):
         public = not name.startswith("_") or name == "__init__"
         where = target.__name__ if name == "__init__" else f"{target.__name__}.{name}"
         if public and inspect.isfunction(member):
-            setattr(target, name, _checked(member, where))
+            setattr(target, name, _checked(member, where, bound=True))
         elif public and isinstance(member, classmethod):
-            setattr(target, name, classmethod(_checked(member.__func__, where)))
+            setattr(target, name, classmethod(_checked(member.__func__, where, bound=True)))
     return target
 
 
-def _checked(function: Any, where: str) -> Any:
-    names = names_of(function)
+def _checked(function: Any, where: str, bound: bool) -> Any:
+    names = names_of(function, bound)
     if names is None:
         return function
 

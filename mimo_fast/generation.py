@@ -1,5 +1,6 @@
 """`generate`: upstream's low-level entry point, ids to ids, with its layouts and stop rules."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked, suggestion
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.engine.engine import Engine
@@ -19,6 +21,7 @@ from mimo_fast.text.prompt import TEXT_FILLER
 Ids = Tensor | Sequence[Tensor]
 
 
+@checked
 def generate(
     model: Any,
     input_ids: Ids,
@@ -96,6 +99,43 @@ def generate(
     if streamer is not None:
         streamer.end()
     return batch.write([torch.cat(parts, dim=1) for parts in grown], options.pad_id, lm.config)
+
+
+CONFIG_OPTIONS = (
+    *("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p"),
+)
+"""What is read of a generation_config."""
+
+WITHOUT_EFFECT = frozenset(
+    {"eos_token_id", "bos_token_id", "use_cache", "attention_mask", "synced_gpus", "warmup_run"}
+    | {"transformers_version", "return_dict_in_generate"}
+)
+"""Options that upstream's scripts give and upstream's own loop does not read either."""
+
+_warned = set[str]()
+
+
+def config_options(config: Any) -> dict[str, Any]:
+    """The options of a generation_config, a dict or any object; unknown ones warn once each.
+
+    Of transformers' own class those that differ from its defaults are looked at.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        given = dict(config)
+    else:
+        stated = config.to_diff_dict() if hasattr(config, "to_diff_dict") else None
+        given = stated or dict(getattr(config, "__dict__", {}))
+        given |= {name: getattr(config, name, None) for name in CONFIG_OPTIONS}
+    public = (name for name in map(str, given) if not name.startswith("_"))
+    for name in sorted(set(public) - {*CONFIG_OPTIONS, *WITHOUT_EFFECT, *_warned}):
+        if given.get(name) not in (None, False):
+            _warned.add(name)
+            near = suggestion(name, CONFIG_OPTIONS)
+            warnings.warn(f"generate ignores the option {name!r}: {near}", stacklevel=4)
+    return given
 
 
 def language_model(model: Any) -> LM:
@@ -186,9 +226,8 @@ def check_ids(ids: Tensor, config: LMConfig) -> Tensor:
     Raises:
         PromptError: they are no integers, not of that shape, or an id that is read is out of range.
     """
-    if not isinstance(ids, Tensor) or ids.dtype == torch.bool or not _is_integral(ids.dtype):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise PromptError(f"ids must be a tensor of integers, not {kind}")
+    if not isinstance(ids, Tensor):
+        raise PromptError(f"ids must be a tensor of integers, not a {type(ids).__name__}")
     if (
         ids.ndim != 2
         or ids.shape[0] != config.channels + 1
@@ -199,6 +238,8 @@ def check_ids(ids: Tensor, config: LMConfig) -> Tensor:
             f"a prompt must be [{config.channels + 1}, a positive multiple of "
             f"{config.group_size}], not {list(ids.shape)}"
         )
+    if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
+        raise PromptError(f"ids must be a tensor of integers, not {ids.dtype}")
     ids = ids.to("cpu", torch.int64)
     sizes = ids.new_tensor((config.vocab_size, *config.code_sizes))[:, None]
     text = ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1)
@@ -211,10 +252,6 @@ def check_ids(ids: Tensor, config: LMConfig) -> Tensor:
             f"outside 0..{int(sizes[channel]) - 1}"
         )
     return ids
-
-
-def _is_integral(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point and not dtype.is_complex
 
 
 @dataclass(frozen=True)
@@ -234,9 +271,7 @@ class _Options:
     def read(
         cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int
     ) -> "_Options":
-        def option(name: str) -> Any:
-            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
+        option = config_options(config).get
         everything = list(criteria or ())
         stoppers = [criterion for criterion in everything if _is_stopper(criterion)]
         callables = [criterion for criterion in everything if not _is_stopper(criterion)]

@@ -42,8 +42,13 @@ class Owner:
 
     def __init__(self) -> None:
         global _loaded
+        check_may_load()
         _loaded = True
         self._generation, self.closed = _generation, False
+
+    def __reduce__(self) -> tuple[type["Owner"], tuple[()]]:
+        # A copy, maybe sent to another process, belongs to whoever unpickles it.
+        return type(self), ()
 
     @property
     def forked(self) -> bool:

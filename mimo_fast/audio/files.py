@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.audio.resample import check_rate, resample_blocks
 from mimo_fast.errors import AudioError
+from mimo_fast.modes import in_own_modes
 
 AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
 
@@ -35,6 +37,7 @@ SCALES = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class DecodeLimits:
     """Limits of one call, counted while decoding whatever the header claims.
@@ -46,7 +49,8 @@ class DecodeLimits:
     bytes: int = 256 * 2**20
 
 
-@torch.no_grad()
+@checked
+@in_own_modes
 def load_audio(
     source: AudioSource,
     sample_rate: int,
@@ -337,7 +341,8 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
 
 
-@torch.no_grad()
+@checked
+@in_own_modes
 def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
     """Writes float `wav` [n], clipped to [-1, 1), as a 16-bit PCM WAV like soundfile.write's.
 

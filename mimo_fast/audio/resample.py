@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.errors import AudioError
+from mimo_fast.modes import in_own_modes
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
 
@@ -32,7 +33,7 @@ def check_rate(rate: int, name: str = "the sample rate") -> int:
     return int(rate)
 
 
-@torch.no_grad()
+@in_own_modes
 def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """Resample `wav` [..., n] to float32 [..., ceil(n * target_rate / source_rate)].
 
