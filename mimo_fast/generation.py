@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -315,6 +316,11 @@ def _is_stopper(criterion: Any) -> bool:
     return all(hasattr(criterion, name) for name in names)
 
 
+def _any(answer: Any) -> bool:
+    """Whether a criterion says yes, by a bool, or an array or tensor of them."""
+    return bool(answer.any() if hasattr(answer, "any") else np.any(answer))
+
+
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:
     """A hook that appends each new group to its row and calls every criterion with the row."""
     if not callables:
@@ -323,6 +329,6 @@ def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> Stop
     def hook(text: int, codes: Tensor) -> bool:
         grown.append(group_ids(text, codes))
         so_far = flatten_ids(torch.cat(grown, dim=1))[None]
-        return any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in callables)
+        return any(_any(criterion(so_far, None)) for criterion in callables)
 
     return hook

@@ -5,7 +5,6 @@ import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,14 +71,17 @@ def sampler_tensors(
     samplers: Sequence[MiMoSampler], device: torch.device | str = "cpu"
 ) -> SamplerTensors:
     """Settings of one sampler a row, on the device; upstream's `MiMoSampler`s work too."""
-    tensor = partial(torch.tensor, device=device)
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     tails = [1 - float(s.top_p) if s.top_p and 0 < s.top_p <= 1 else TAIL_OFF for s in samplers]
     return SamplerTensors(
-        temperature=tensor([s.temperature or 1.0 for s in samplers], dtype=torch.float32),
-        top_k=tensor([max(s.top_k or 0, 0) for s in samplers], dtype=torch.int64),
-        tail=tensor(tails, dtype=torch.float32),
-        greedy=tensor(greedy, dtype=torch.bool),
+        temperature=torch.tensor(
+            [s.temperature or 1.0 for s in samplers], dtype=torch.float32, device=device
+        ),
+        top_k=torch.tensor(
+            [max(s.top_k or 0, 0) for s in samplers], dtype=torch.int64, device=device
+        ),
+        tail=torch.tensor(tails, dtype=torch.float32, device=device),
+        greedy=torch.tensor(greedy, dtype=torch.bool, device=device),
         all_greedy=all(greedy),
         any_top_k=any(s.top_k for s in samplers),
     )

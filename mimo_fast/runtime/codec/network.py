@@ -99,8 +99,7 @@ class CodecNetwork:
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
         if config.moments is not None:
-            place = {"dtype": torch.float32, "device": self.device}
-            unpool, to_mel = torch.tensor(config.moments, **place)
+            unpool, to_mel = torch.tensor(config.moments, dtype=torch.float32, device=self.device)
             self.stated_statistics = NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
     @property

@@ -112,7 +112,9 @@ class Engine:
         """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
         config = self.lm.config
         for groups in (length for length in WARMUP_GROUPS if length <= self.capacity):
-            ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
+            ids = torch.zeros(
+                config.channels + 1, groups * config.group_size, dtype=torch.int64, device="cpu"
+            )
             ids[0, config.group_size :] = self.lm.empty_id
             self.lm.prefill(ids, self.state, slot=0)
         self.state.lengths[0] = 0

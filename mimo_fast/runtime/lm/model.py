@@ -76,9 +76,9 @@ class LM:
 
     def _make_tables(self) -> None:
         config, device = self.config, self.device
-        place = {"dtype": torch.int64, "device": device}
-        self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], **place)
-        self.empty_codes = torch.tensor(config.empty_codes, **place)
+        offsets = [0, *accumulate(config.code_sizes[:-1])]
+        self.code_offsets = torch.tensor(offsets, dtype=torch.int64, device=device)
+        self.empty_codes = torch.tensor(config.empty_codes, dtype=torch.int64, device=device)
         delays = config.delays, config.group_size
         self.code_steps = code_steps(config.code_sizes, config.empty_codes, *delays, device)
 
