@@ -150,16 +150,6 @@ class MimoAudio:
         self.pipeline.owner.check()
         return self.pipeline.lm
 
-    @property
-    def model(self) -> LM:
-        """The language model, by upstream's name."""
-        return self.lm
-
-    @property
-    def mimo_audio_tokenizer(self) -> Codec:
-        """The codec, by upstream's name."""
-        return self.codec
-
     @lm.setter
     def lm(self, lm: LM) -> None:
         self.pipeline = replace(self.pipeline, lm=lm)
@@ -173,6 +163,16 @@ class MimoAudio:
     @codec.setter
     def codec(self, codec: Codec) -> None:
         self.pipeline = replace(self.pipeline, codec=codec)
+
+    @property
+    def model(self) -> LM:
+        """The language model, by upstream's name."""
+        return self.lm
+
+    @property
+    def mimo_audio_tokenizer(self) -> Codec:
+        """The codec, by upstream's name."""
+        return self.codec
 
     @property
     def tokenizer(self) -> Tokenizer:
