@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mimo_fast.arguments import checked
 from mimo_fast.errors import ConfigError
 
 PathLike = str | os.PathLike[str]
@@ -35,6 +36,7 @@ class TransformerConfig:
     norm_eps: float
 
 
+@checked
 @dataclass(frozen=True)
 class LMConfig:
     """The language model: patch encoder -> backbone -> text head and patch decoder."""
@@ -136,6 +138,7 @@ def _key(name: str) -> Any:
     return field(metadata={"key": name})
 
 
+@checked
 @dataclass(frozen=True)
 class CodecConfig:
     """The audio tokenizer: log-mel -> encoder -> RVQ -> decoder -> vocoder -> waveform."""

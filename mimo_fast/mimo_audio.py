@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mimo_fast import sampling
+from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.audio.files import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
-from mimo_fast.generation import flatten_ids
+from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
@@ -36,6 +37,9 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 Arguments = ParamSpec("Arguments")
 
+STREAM_OPTIONS = frozenset({"add_history", "max_new_tokens", "min_new_tokens", "seed"})
+"""Arguments of `MimoAudio.stream` besides those of the task."""
+
 
 class Options(TypedDict, total=False):
     """Arguments of every task method besides upstream's."""
@@ -43,6 +47,12 @@ class Options(TypedDict, total=False):
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int
+
+
+def _refuse_unknown(task: str, given: Iterable[str]) -> None:
+    """Raises TypeError if `stream` of a task does not take one of these arguments."""
+    known = (names_of(find_task(task).prompt, bound=True) or frozenset()) | STREAM_OPTIONS
+    refuse_unknown(given, known, f"stream({task!r})")
 
 
 def _prompt_of(
@@ -57,6 +67,7 @@ def _prompt_of(
     return prompt
 
 
+@checked
 class MimoAudio:
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
 
@@ -98,7 +109,7 @@ class MimoAudio:
         directories = model_path, mimo_audio_tokenizer_path
         self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
         self.setup, self._history = self.pipeline.setup, History()
-        self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
+        self.device = self.lm.device
         config, special = self.lm.config, self.tokenizer.special
         self.group_size, self.audio_channels = config.group_size, config.channels
         self.delay_pattern, self.vocab_size = config.delays, config.vocab_size
@@ -118,8 +129,25 @@ class MimoAudio:
         twin.__dict__.update(self.__dict__, _history=copy(self._history))
         return twin
 
+    def close(self) -> None:
+        """Frees caches, graphs and weights; running streams end with a ClosedError.
+
+        So does every later call, of copies and sessions of this model too; closing again does
+        nothing. A `with` block closes the model that it begins with.
+        """
+        self.pipeline.close()
+        if not self.pipeline.owner.forked:
+            self._history.clear()
+
+    def __enter__(self) -> "MimoAudio":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     @property
     def lm(self) -> LM:
+        self.pipeline.owner.check()
         return self.pipeline.lm
 
     @lm.setter
@@ -129,11 +157,22 @@ class MimoAudio:
 
     @property
     def codec(self) -> Codec:
+        self.pipeline.owner.check()
         return self.pipeline.codec
 
     @codec.setter
     def codec(self, codec: Codec) -> None:
         self.pipeline = replace(self.pipeline, codec=codec)
+
+    @property
+    def model(self) -> LM:
+        """The language model, by upstream's name."""
+        return self.lm
+
+    @property
+    def mimo_audio_tokenizer(self) -> Codec:
+        """The codec, by upstream's name."""
+        return self.codec
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -155,6 +194,7 @@ class MimoAudio:
     @property
     def history(self) -> Tensor | None:
         """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
+        self.pipeline.owner.check()
         kept = self._history.sequence
         return None if kept is None else flatten_ids(kept.ids)[None]
 
@@ -243,6 +283,7 @@ class MimoAudio:
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
         `MiMoStopper`s.
         """
+        input_ids = check_ids(input_ids, self.lm.config)
         criteria = list(stopping_criteria or ())
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
             raise ValueError(
@@ -257,7 +298,8 @@ class MimoAudio:
         if silent and not return_audio:
             return text
         rate = self.codec.sample_rate
-        wav = torch.zeros(rate) if codes is None else self.codec.decode(codes).cpu()
+        nothing = torch.zeros(rate, dtype=torch.float32, device="cpu")
+        wav = nothing if codes is None else self.codec.decode(codes).cpu()
         if silent:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
@@ -279,6 +321,7 @@ class MimoAudio:
         are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
+        _refuse_unknown(task, task_arguments)
         continued = add_history and self.has_history
         ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
@@ -309,6 +352,8 @@ class MimoAudio:
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""
+        self.pipeline.owner.check()
+        _refuse_unknown(task, options.keys() - STREAM_OPTIONS)
         return iterate_async(lambda: self.stream(task, *arguments, **options))
 
     def _run(
@@ -484,6 +529,7 @@ class MimoAudio:
         return self.pipeline.ids(segments).to(self.lm.device)
 
 
+@checked
 def load(
     lm: PathLike | None = None,
     codec: PathLike | None = None,

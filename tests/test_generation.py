@@ -301,8 +301,27 @@ def test_refuses_an_id_out_of_range(model, prompts, case):
     (channel, frame, value, last), ids = case, prompts[0].clone()
     ids[channel, frame] = value
     problem = f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"
-    with pytest.raises(PromptError, match=problem):
-        generate(model, ids, max_new_tokens=1)
+    for run in (partial(generate, model), model.forward):
+        with pytest.raises(PromptError, match=problem):
+            run(ids, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *(torch.zeros(9, 8, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.complex64)),
+        *(torch.zeros(shape, dtype=torch.int64) for shape in ((9, 6), (8, 8), (9, 0), (9,), ())),
+        torch.zeros(1, 9, 8, dtype=torch.int64),
+        [[0] * 8] * 9,
+        None,
+    ],
+    ids=lambda ids: str(getattr(ids, "shape", type(ids).__name__)),
+)
+def test_forward_refuses_what_is_no_prompt(model, ids):
+    before = model.history
+    with pytest.raises(PromptError, match=r"ids must be|a prompt must be"):
+        model.forward(ids, max_new_tokens=1)
+    assert before is None or torch.equal(model.history, before)
 
 
 def test_refuses_wrong_arguments(model, prompts):

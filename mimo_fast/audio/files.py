@@ -1,11 +1,13 @@
 """Audio of any source -> float32 mono waveform, within limits; waveform -> file, all or nothing."""
 
 import io
+import math
 import os
 import secrets
 import stat
+import warnings
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.audio.resample import check_rate, resample_blocks
 from mimo_fast.errors import AudioError
+from mimo_fast.modes import in_own_modes
 
 AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
 
 FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}
 MAX_CHANNELS = 8
+MIXING_LOSS = 6.0  # dB that a mixture may lose before one channel is taken instead
 BLOCK = 2**16  # frames decoded or encoded at a time
 READ_BLOCK = 2**20  # bytes read from a file object at a time
 SCALES = {
@@ -32,6 +37,7 @@ SCALES = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class DecodeLimits:
     """Limits of one call, counted while decoding whatever the header claims.
@@ -43,7 +49,8 @@ class DecodeLimits:
     bytes: int = 256 * 2**20
 
 
-@torch.no_grad()
+@checked
+@in_own_modes
 def load_audio(
     source: AudioSource,
     sample_rate: int,
@@ -56,7 +63,9 @@ def load_audio(
     A path (of a regular file), encoded bytes or a binary file object holds WAV, FLAC, OGG or MP3; a
     file object is read from its position on, at most `limits.bytes`. A tensor or array is decoded
     audio at `source_rate` (default: `sample_rate`), [n] or [channels, n]; integers are scaled to
-    [-1, 1). At most 8 channels, 1 kHz..768 kHz. Silence is valid. A file cut short gives what is
+    [-1, 1). At most 8 channels, 1 kHz..768 kHz. The mean of the channels is taken; where they
+    cancel out or most are silent, so that it loses over 6 dB of their power, the strongest channel
+    alone, with a warning. Silence is valid. A file cut short gives what is
     there, unless its format shows the damage (FLAC).
 
     Raises:
@@ -66,7 +75,8 @@ def load_audio(
     sample_rate = check_rate(sample_rate)
     if isinstance(source, Tensor | np.ndarray):
         rate = check_rate(sample_rate if source_rate is None else source_rate, "source_rate")
-        return _collect(_array_blocks(source), rate, sample_rate, limits, "the audio array")
+        place = rate, sample_rate, limits, "the audio array"
+        return _collect(lambda again: _array_blocks(source), *place)
     name = _name(source)
     if source_rate is not None:
         problem = f"source_rate is for tensors and arrays; {name} states its own rate"
@@ -75,15 +85,92 @@ def load_audio(
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
     # threads get no signals.
     with ThreadPoolExecutor(1) as decoder:
-        file = decoder.submit(_open, encoded, name).result()
+        opened = [decoder.submit(_open, encoded, name).result()]
+
+        def read(again: bool) -> Iterator[Tensor]:
+            if again:
+                if isinstance(encoded, io.BytesIO):
+                    encoded.seek(0)
+                opened.append(decoder.submit(_open, encoded, name).result())
+            return _file_blocks(opened[-1], name, decoder)
+
         try:
-            rate = _check_header(file, name)
-            return _collect(_file_blocks(file, name, decoder), rate, sample_rate, limits, name)
+            rate = _check_header(opened[0], name)
+            return _collect(read, rate, sample_rate, limits, name)
         finally:
-            decoder.submit(file.close)  # after a read that an interrupt left running
+            for file in opened:
+                decoder.submit(file.close)  # after a read that an interrupt left running
+
+
+@dataclass
+class _Mixer:
+    """Blocks [channels, n] -> mono [n]: their mean, or one channel; it measures what is lost.
+
+    Args:
+        chosen: the channel to take; None for the mean.
+    """
+
+    chosen: int | None = None
+    _frames: int = 0
+    _sums: Tensor | None = None
+
+    def mono(self, block: Tensor) -> Tensor:
+        if len(block) == 1 or self.chosen is not None:
+            return block[self.chosen or 0]
+        mean = block.mean(dim=0)
+        samples = torch.cat((block, mean[None])).double()
+        sums = torch.stack((samples.sum(dim=1), samples.square().sum(dim=1)))
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._frames += block.shape[1]
+        return mean
+
+    def loss(self) -> tuple[float, int]:
+        """Decibels that the mean lacks to the channels, and the strongest of these.
+
+        Two channels that have nothing in common lose 3 dB against the power of both, as ordinary
+        stereo does, and one beside silence no more. Of more channels one may hold all that
+        matters, so that the strongest counts. A constant offset is no sound.
+        """
+        if self._sums is None or not self._frames:
+            return 0.0, 0
+        sums, squares = self._sums / self._frames
+        *channels, mixed = (squares - sums.square()).clamp(min=0).tolist()
+        strongest = max(channels)
+        wanted = sum(channels) / 2 if len(channels) == 2 else strongest
+        if not 0 < wanted < math.inf:
+            return 0.0, 0
+        lost = -10 * math.log10(mixed / wanted) if mixed > 0 else math.inf
+        # Of channels that differ by rounding the first.
+        return lost, next(i for i, power in enumerate(channels) if power > 0.999 * strongest)
 
 
 def _collect(
+    read: Callable[[bool], Iterator[Tensor]],
+    rate: int,
+    sample_rate: int,
+    limits: DecodeLimits,
+    name: str,
+) -> Tensor:
+    """Mixes, resamples and joins blocks [channels, n] -> [n].
+
+    read: opens the source, the first time or again: where its channels cancel out it is read twice,
+    so that no more than a block of each channel is held.
+    """
+    mixer = _Mixer()
+    wav = _joined(map(mixer.mono, read(False)), rate, sample_rate, limits, name)
+    lost, strongest = mixer.loss()
+    if lost <= MIXING_LOSS:
+        return wav
+    warnings.warn(
+        f"mixing the channels of {name} would lose {min(lost, 99):.0f} dB, as they cancel out or "
+        f"most are silent: channel {strongest + 1} is used alone",
+        stacklevel=3,
+    )
+    alone = _Mixer(strongest)
+    return _joined(map(alone.mono, read(True)), rate, sample_rate, limits, name)
+
+
+def _joined(
     blocks: Iterator[Tensor], rate: int, sample_rate: int, limits: DecodeLimits, name: str
 ) -> Tensor:
     """Resample and join mono blocks [n]: the one place where length and samples are checked."""
@@ -117,7 +204,7 @@ def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
         raise AudioError(f"the audio array is {list(shape)}; it must be {wanted}")
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
-        yield block if block.ndim == 1 else block.mean(dim=0)
+        yield block if block.ndim == 2 else block[None]
 
 
 def _as_float(block: Tensor | np.ndarray) -> Tensor:
@@ -233,7 +320,7 @@ def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
         if not len(block):
             return
         frames += len(block)
-        yield torch.from_numpy(block).T.mean(dim=0)
+        yield torch.from_numpy(block).T
 
 
 def _name(source: Any) -> str:
@@ -254,7 +341,8 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
 
 
-@torch.no_grad()
+@checked
+@in_own_modes
 def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
     """Writes float `wav` [n], clipped to [-1, 1), as a 16-bit PCM WAV like soundfile.write's.
 
@@ -265,7 +353,7 @@ def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int
     Raises:
         AudioError: `wav` is not [n] finite floats, or `target` cannot be written.
     """
-    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav)
+    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav, device="cpu")
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
     if not wav.isfinite().all():

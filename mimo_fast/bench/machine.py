@@ -131,7 +131,13 @@ Product = tuple[str, Weight | QuantizedWeight, torch.dtype]
 
 
 def _of_formats(device: torch.device) -> Iterator[Product]:
-    values = torch.randn(SOME_ROWS, 256, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(
+        SOME_ROWS,
+        256,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    )
     for dtype in (torch.bfloat16, torch.float32):
         yield "dense", Weight.stack([values.to(device, dtype)]), dtype
     for name in ("int8", "int4", "nf4"):

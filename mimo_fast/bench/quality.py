@@ -206,7 +206,11 @@ def compare_codec(
         distance, frames = distance + float(difference.sum()), frames + difference.numel()
         own = quantized.encode(wav, channels)
         same, codes_ = same + float((own == codes).sum()), codes_ + codes.numel()
-    snr = 10 * torch.log10(torch.tensor(signal / noise)).item() if noise else float("inf")
+    snr = (
+        10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float32, device="cpu")).item()
+        if noise
+        else float("inf")
+    )
     return CodecQuality(snr, distance / frames, same / codes_)
 
 

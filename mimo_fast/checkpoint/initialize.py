@@ -127,13 +127,19 @@ def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
     shape = shapes[name]
     size = math.prod(shape)
     if name.endswith("istft.window"):
-        yield torch.hann_window(size)
+        yield torch.hann_window(size, dtype=torch.float32, device="cpu")
         return
     mean, std = _spread(name, shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     for start in range(0, size, PIECE):
-        yield torch.randn(min(PIECE, size - start), generator=generator).mul_(std).add_(mean)
+        yield (
+            torch.randn(
+                min(PIECE, size - start), generator=generator, dtype=torch.float32, device="cpu"
+            )
+            .mul_(std)
+            .add_(mean)
+        )
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -374,7 +374,9 @@ def decode_attention(
         return y
     splits = next((count for limit, count in SPLITS if max_length <= limit), 64)
     part, stats = (
-        y if splits == 1 else torch.empty(rows, heads, splits, width, device=qkv.device)
+        y
+        if splits == 1
+        else torch.empty(rows, heads, splits, width, device=qkv.device, dtype=torch.float32)
         for width in (dh, 2)
     )
     parts = {"part_ptr": part, "stats_ptr": stats, "SPLITS": splits, "BLOCK_S": BLOCK_S}

@@ -54,7 +54,9 @@ def rope_table(
 ) -> Tensor:
     """cos and sin of every position: [2, positions, head_dim / 2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    angles = torch.outer(torch.arange(positions, device=device).float(), 1.0 / theta**exponents)
+    angles = torch.outer(
+        torch.arange(positions, device=device, dtype=torch.int64).float(), 1.0 / theta**exponents
+    )
     return torch.stack((angles.cos(), angles.sin()))
 
 

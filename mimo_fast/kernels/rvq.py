@@ -65,7 +65,7 @@ class Codebooks:
         """Copies codebooks [V_q, D] of any float dtype into one float32 table."""
         table = torch.cat([book.float() for book in codebooks])
         sizes = [len(book) for book in codebooks]
-        offsets = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+        offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
         return cls(
             table, table.square().sum(-1), offsets.int().to(table.device), table.split(sizes)
         )
@@ -202,7 +202,7 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
         tile, warps, stages = _tile(frames)
         rvq_encode_kernel[(-(-frames // tile["BLOCK_T"]),)](
             x_ptr=x,
-            residual_ptr=torch.empty(frames, dim, device=x.device),
+            residual_ptr=torch.empty(frames, dim, device=x.device, dtype=torch.float32),
             table_ptr=packed.table,
             norms_ptr=packed.norms,
             offsets_ptr=packed.offsets,
@@ -233,7 +233,7 @@ def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor
     packed = codebooks if isinstance(codebooks, Codebooks) else Codebooks.pack(codebooks)
     codes = codes.long()
     (channels, frames), dim = codes.shape, packed.table.shape[1]
-    y = torch.empty(frames, dim, device=packed.table.device)
+    y = torch.empty(frames, dim, device=packed.table.device, dtype=torch.float32)
     if frames:
         block = min(256, next_power_of_2(dim))
         rvq_decode_kernel[(frames, -(-dim // block))](

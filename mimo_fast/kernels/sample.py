@@ -85,7 +85,11 @@ class SamplerTensors:
 
         An index tensor on the device needs no copy.
         """
-        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
+        index = (
+            rows
+            if isinstance(rows, Tensor)
+            else torch.tensor(rows, device=self.greedy.device, dtype=torch.int64)
+        )
         index = index.repeat_interleave(repeat) if repeat > 1 else index
         if use_triton(self.greedy):
             return self._selected(index)
@@ -176,7 +180,7 @@ def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Te
     seeds, draws, slots: int64 [N]. ids: int64 [K], or their number. The noise of id v in row n
     depends only on (seeds[n], draws[n], slots[n], v).
     """
-    ids = torch.arange(ids, device=seeds.device) if isinstance(ids, int) else ids
+    ids = torch.arange(ids, device=seeds.device, dtype=torch.int64) if isinstance(ids, int) else ids
     word = philox(seeds[:, None], ids, draws[:, None], slots[:, None])
     # w in (0, 1); log1p keeps all 32 bits where w is small, which is where the winners are.
     uniform = (word.double() + 0.5) * 2.0**-32

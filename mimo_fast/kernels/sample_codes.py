@@ -96,7 +96,7 @@ def code_steps(
 
 def patch_noise_ref(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
     rows = len(seeds)
-    slots = torch.arange(group_size, device=seeds.device) + FRAME_SLOT
+    slots = torch.arange(group_size, device=seeds.device, dtype=torch.int64) + FRAME_SLOT
     seeds, draws = (x.repeat_interleave(group_size) for x in (seeds, draws))
     return gumbel(seeds, draws, slots.repeat(rows), size).unflatten(0, (rows, group_size))
 
@@ -116,12 +116,12 @@ def sample_codes_ref(
     channels, frames, firsts, sizes, empty = step.heads
     shape = (rows, active, step.widest)
     logits = hidden.new_full(shape, -torch.inf, dtype=torch.float32)
-    local = torch.zeros(shape, device=hidden.device)
+    local = torch.zeros(shape, device=hidden.device, dtype=torch.float32)
     for a, (_, frame, first, size, _) in enumerate(step.heads.T.tolist()):
         logits[:, a, :size] = F.linear(hidden, heads[first : first + size])
         if noise is not None:
             local[:, a, :size] = noise[:, frame, first : first + size]
-    ids = torch.arange(step.widest, device=hidden.device)
+    ids = torch.arange(step.widest, device=hidden.device, dtype=torch.int64)
     banned = ((ids == empty[:, None]) | (ids >= sizes[:, None])).repeat(rows, 1)
     repeated = settings.select(range(rows), repeat=active)
     added = None if noise is None else local.flatten(0, 1)
@@ -288,7 +288,7 @@ def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Ten
     """
     if not use_triton(seeds):
         return patch_noise_ref(seeds, draws, group_size, size)
-    noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
+    noise = torch.empty(len(seeds), group_size, size, device=seeds.device, dtype=torch.float32)
     patch_noise_kernel[(-(-size // 128), group_size, len(seeds))](
         **early_launch(seeds, "patch_noise"),
         noise_ptr=noise,

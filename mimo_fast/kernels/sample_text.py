@@ -205,11 +205,13 @@ def sample_text(
                 BLOCK_V=CHUNK,
                 num_warps=4,
             )
-    values = torch.empty(rows, chunks, 5, device=device)
+    values = torch.empty(rows, chunks, 5, device=device, dtype=torch.float32)
     work = {
         "values_ptr": values,
         "ids_ptr": torch.empty(rows, chunks, 2, dtype=torch.int32, device=device),
-        "perturbed_ptr": values if settings.all_greedy else torch.empty(rows, size, device=device),
+        "perturbed_ptr": values
+        if settings.all_greedy
+        else torch.empty(rows, size, device=device, dtype=torch.float32),
         "chunks": chunks,
         "seeds_ptr": seeds,
         "draws_ptr": draws,
@@ -228,7 +230,11 @@ def sample_text(
         num_warps=4,
     )
     block_c = next_power_of_2(chunks)
-    checks = values if settings.all_greedy else torch.empty(rows, chunks, 2, device=device)
+    checks = (
+        values
+        if settings.all_greedy
+        else torch.empty(rows, chunks, 2, device=device, dtype=torch.float32)
+    )
     if not settings.all_greedy:
         text_check_kernel[(chunks, rows)](
             **early_launch(logits, "text_check"),

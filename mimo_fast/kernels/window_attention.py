@@ -39,10 +39,14 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
     keys, values = (
         F.pad(x, padding).unfold(1, span, WINDOW_BLOCK).transpose(-1, -2) for x in (k, v)
     )
-    query = torch.arange(WINDOW_BLOCK, device=q.device)[:, None]
-    key = torch.arange(span, device=q.device)
+    query = torch.arange(WINDOW_BLOCK, device=q.device, dtype=torch.int64)[:, None]
+    key = torch.arange(span, device=q.device, dtype=torch.int64)
     in_window = (key >= query) & (key <= query + left + right)
-    position = torch.arange(blocks, device=q.device)[:, None, None] * WINDOW_BLOCK + key - left
+    position = (
+        torch.arange(blocks, device=q.device, dtype=torch.int64)[:, None, None] * WINDOW_BLOCK
+        + key
+        - left
+    )
     visible = in_window & (position >= 0) & (position < t)
     # Rows past the end see no key; they attend to everything, which avoids NaN.
     visible |= ~visible.any(-1, keepdim=True)

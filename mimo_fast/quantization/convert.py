@@ -120,7 +120,9 @@ class WeightSource:
             bias=bias,
             bits=chosen.bits,
             zeros=None if chosen.symmetric else self._read(f"{name}.zeros"),
-            levels=torch.tensor(NF4_LEVELS, device=words.device) if chosen.kind == "nf4" else None,
+            levels=torch.tensor(NF4_LEVELS, device=words.device, dtype=torch.float32)
+            if chosen.kind == "nf4"
+            else None,
         )
 
     def _joined(self, blocks: list[QuantizedWeight]) -> QuantizedWeight:

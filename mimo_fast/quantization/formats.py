@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.layout import Shapes, lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
@@ -63,9 +64,10 @@ class Format:
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
-            raise ValueError(
-                f"no weight format {text!r}: use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
-            )
+            known = f"use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
+            groups = [f"{name}-g{size}" for name in NAMED[:-1] for size in (32, 64, 128)]
+            near = suggestion(text, [*NAMED, *groups])
+            raise ValueError(f"no weight format {text!r}, {near}: {known}")
         name, group = match[1], match[2]
         default = {"int8": None, "nf4": 64}.get(name, 128)
         return cls(name.removesuffix("-sym"), int(group) if group else default, name != "int4")
@@ -128,10 +130,16 @@ class QuantizationConfig:
         if isinstance(value, str):
             if value not in CHOICES:
                 known = f"{', '.join(CHOICES)} or a format for each part"
-                raise ValueError(f"no quantization {value!r}: use {known}")
+                raise ValueError(
+                    f"no quantization {value!r}, {suggestion(value, CHOICES)}: use {known}"
+                )
             value = CHOICES[value]
-        if unknown := ", ".join(sorted(set(value) - set(PARTS))):
-            raise ValueError(f"no part {unknown} to quantize: the parts are {', '.join(PARTS)}")
+        if not isinstance(value, Mapping):
+            problem = "is a name or a mapping of parts to formats"
+            raise TypeError(f"quantization {problem}, not {value!r:.80}")
+        for part in sorted(map(str, set(value) - set(PARTS))):
+            parts = f"the parts are {', '.join(PARTS)}"
+            raise ValueError(f"no part {part} to quantize, {suggestion(part, PARTS)}: {parts}")
         chosen = {part: text for part, text in value.items() if text not in (None, "dense")}
         return cls(**{part: Format.parse(str(text)) for part, text in chosen.items()})
 

@@ -90,7 +90,9 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
         zeros=zeros[0] if zeros else None,
         bias=bias,
         bits=chosen.bits,
-        levels=torch.tensor(NF4_LEVELS, device=weight.device) if chosen.kind == "nf4" else None,
+        levels=torch.tensor(NF4_LEVELS, device=weight.device, dtype=torch.float32)
+        if chosen.kind == "nf4"
+        else None,
     )
 
 
@@ -200,7 +202,7 @@ def _widest(values: Tensor) -> Tensor:
 
 def _nf4(values: Tensor) -> Searched:
     """The nearest of 16 levels times the group's largest magnitude: as published, no search."""
-    levels = torch.tensor(NF4_LEVELS, device=values.device)
+    levels = torch.tensor(NF4_LEVELS, device=values.device, dtype=torch.float32)
     scale = values.abs().amax(1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(values * _inverse(scale), between).to(torch.uint8), scale, None

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.defaults import NewPath, enabled
+from mimo_fast.modes import in_own_modes
+from mimo_fast.process import check_may_load
 from mimo_fast.quantization import (
     FOREIGN_KEY,
     Format,
@@ -62,6 +65,7 @@ class LoadOptions(HubOptions, total=False):
     offload: Iterable[str]
 
 
+@in_own_modes
 def load_parts(
     lm: PathLike,
     codec: PathLike,
@@ -71,6 +75,7 @@ def load_parts(
     options: LoadOptions,
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
     """Loads a pair; both are found, checked and planned before any weight is read."""
+    check_may_load()
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
     target = default_device() if device is None else torch.device(device)
     for_codec = LoadOptions(**options)
@@ -128,8 +133,10 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
         raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
-    if unknown := ", ".join(sorted(offload - set(OFFLOADABLE))):
-        raise ValueError(f"nothing called {unknown} to offload: use {', '.join(OFFLOADABLE)}")
+    for unknown in sorted(map(str, offload - set(OFFLOADABLE))):
+        near = suggestion(unknown, OFFLOADABLE)
+        known = ", ".join(OFFLOADABLE)
+        raise ValueError(f"nothing called {unknown} to offload, {near}: use {known}")
     setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
     free = free_bytes(device)
     if free is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, caller, is_active, iterate_async
 from mimo_fast.runtime.lm.decode import Group, Samplers
@@ -39,6 +40,7 @@ class Turn:
     speech: Tensor
 
 
+@checked
 class Session:
     """A spoken dialogue in the format of upstream's multi-turn prompt.
 
@@ -81,6 +83,7 @@ class Session:
     @property
     def ids(self) -> Tensor:
         """Ids of the dialogue that the model sees: [C + 1, T G]."""
+        self._pipeline.owner.check()
         return self._sequence.ids
 
     @property
@@ -111,6 +114,7 @@ class Session:
             BusyError: another thread or task has not finished its turn, or the engine is full.
         """
         began, pipeline, sequence = perf_counter(), self._pipeline, self._sequence
+        pipeline.owner.check()
         self._check_owner()
         speech = pipeline.speech(audio)
         with self._lock:
@@ -194,6 +198,8 @@ class Session:
 
     def astream(self, audio: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
+        self._pipeline.owner.check()
+        refuse_unknown(options, names_of(Session.stream, bound=True) or (), "Session.astream")
         return iterate_async(lambda: self.stream(audio, **options))
 
     def interrupt(self, played_ms: float) -> None:
@@ -204,6 +210,7 @@ class Session:
                 as heard; text, codes and cache after it are dropped. Text before it stays; it may
                 be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             self._keep_heard(played_ms)
@@ -218,6 +225,7 @@ class Session:
 
     def reset(self) -> None:
         """Drops all turns; the voice stays, and stays cached."""
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             self._sequence.truncate(self._prefix_groups)
@@ -228,6 +236,7 @@ class Session:
 
         A running reply ends as if its stream were closed.
         """
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             about = {

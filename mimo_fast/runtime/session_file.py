@@ -82,7 +82,11 @@ def read_session(
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the session in {path} cannot be read: {error}") from error
     parts = tuple(tensors[f"cache.{i}"] for i in range(len(tensors)) if f"cache.{i}" in tensors)
-    kept = Snapshot(header["cached"], parts, tensors.get("hidden", torch.empty(0)))
+    kept = Snapshot(
+        header["cached"],
+        parts,
+        tensors.get("hidden", torch.empty(0, dtype=torch.float32, device="cpu")),
+    )
     if kept.fits(engine.state):
         sequence.snapshot, sequence.cached = kept, kept.length
     return header, turns

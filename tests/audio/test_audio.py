@@ -44,7 +44,8 @@ def test_lossy_files(kind, subtype):
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
 @pytest.mark.parametrize("rate", [8000, 24000, 44100, 192000])
 def test_channels_are_averaged_before_resampling(channels, rate):
-    samples = noise(5000, channels)
+    # A mean of many channels that have nothing in common would lose too much to be taken.
+    samples = (noise(5000, channels) + noise(5000, 1)) / 2
     wav = load_audio(encode(samples, rate, "WAV", "FLOAT"), 24000)
     expected = resample(torch.from_numpy(samples).mean(dim=1), rate, 24000)
     assert_close(wav, expected, rtol=0, atol=1e-6)

@@ -306,7 +306,7 @@ def sample_text(
         raise ValueError(f"settings, seeds and draws are not of {rows} rows")
     if banned is not None and not _bans(banned, logits):
         raise ValueError("banned is not bool, of the ids or of rows of them")
-    flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
+    flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64, device="cpu")
     banned = None if banned is None else banned.contiguous()
     _native.sample(
         logits=_native.Logits(
@@ -327,7 +327,7 @@ def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
     Returns float32 [count], for ids from `first` on.
     """
     assert _native is not None
-    noise = torch.empty(count)
+    noise = torch.empty(count, dtype=torch.float32, device="cpu")
     _native.gumbel(
         seed=seed, draw=draw, slot=slot, first=first, count=count, noise=noise.data_ptr()
     )

@@ -187,7 +187,10 @@ class PatchDecoder:
             raise ValueError(f"local is {local.dtype} {list(local.shape)}, not [R, {self._dim}]")
         if not native.fit_rows(rows, settings, seeds, draws):
             raise ValueError(f"settings, seeds and draws are not of {rows} rows")
-        local, codes = local.contiguous(), torch.empty(rows, *self._shape, dtype=torch.int64)
+        local, codes = (
+            local.contiguous(),
+            torch.empty(rows, *self._shape, dtype=torch.int64, device="cpu"),
+        )
         self._native.decode(
             **native.addresses(local=local, codes=codes),
             settings=native.sampler_rows(settings, seeds, draws),

@@ -111,7 +111,7 @@ def pack_for_torch(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _pack_int8(weight: QuantizedWeight) -> QuantizedWeight:
-    words = torch.empty(weight.shape, dtype=torch.int8)
+    words = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     for some in _chunks(weight, 1):
         words[some] = unpack_words(weight.words[some], 8, weight.group) - 128
     return replace(weight, words=words, torch_scales=weight.scales.flatten())
@@ -119,7 +119,7 @@ def _pack_int8(weight: QuantizedWeight) -> QuantizedWeight:
 
 def _pack_int4(weight: QuantizedWeight, block: int) -> QuantizedWeight:
     rows, columns = weight.shape
-    words = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    words = torch.empty(rows, columns // 2, dtype=torch.uint8, device="cpu")
     for some in _chunks(weight, block):
         words[some] = pack_torch_int4(unpack_words(weight.words[some], 4, weight.group))
     zeros = torch.zeros_like(weight.scales) if weight.zeros is None else weight.zeros

@@ -1,6 +1,8 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
+from mimo_fast.arguments import checked
 from mimo_fast.config import CodecConfig
+from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
@@ -11,6 +13,7 @@ from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 
+@checked
 class Codec(CodecNetwork):
     """Encodes, decodes in one shot, and decodes incrementally; arguments as `CodecNetwork`'s."""
 
@@ -36,6 +39,7 @@ class Codec(CodecNetwork):
         statistics = self.stated_statistics if moments is None else moments
         return CodecStream(self, lookahead, statistics, self.stream_graphs)
 
+    @in_own_modes
     def warmup(self, streams: int, progress: bool = True) -> None:
         """Captures the graphs of `streams` streams ahead of time, where graphs are used."""
         if self.stream_graphs is not None:

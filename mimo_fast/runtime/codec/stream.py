@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu.library import one_thread
+from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
@@ -33,6 +34,7 @@ class CodecStream:
         ValueError: the lookahead is out of range, or the codec's look-ahead is unlimited.
     """
 
+    @in_own_modes
     def __init__(
         self,
         codec: CodecNetwork,
@@ -40,6 +42,7 @@ class CodecStream:
         statistics: NormStatistics | None = None,
         graphs: StreamGraphs | None = None,
     ) -> None:
+        codec.owner.check()
         config = codec.config
         if not 0 <= lookahead <= LOOKAHEAD:
             raise ValueError(
@@ -65,7 +68,7 @@ class CodecStream:
         """Bytes that the stream holds on the device."""
         return 0 if self._state is None else self._state.nbytes
 
-    @torch.no_grad()
+    @in_own_modes
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
         """The next codes [n, t] -> samples that are final now, float32 [m]; m may be 0.
 
@@ -74,7 +77,7 @@ class CodecStream:
         """
         return self._advance(codes, False, trusted)
 
-    @torch.no_grad()
+    @in_own_modes
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
         """The last codes, if any -> all samples still held back. The stream is then reset."""
         wav = self._advance(codes, True, trusted)
@@ -96,6 +99,7 @@ class CodecStream:
         return one_thread() if self._codec.decoder.fused else nullcontext()
 
     def _open(self) -> CodecState:
+        self._codec.owner.check()
         if self._state is None:
             raise ValueError("the stream is closed: make another with codec.stream()")
         return self._state
@@ -116,7 +120,7 @@ class CodecStream:
         # return audio sooner, and waiting gives the norm statistics more rows.
         too_few = waiting == 0 or (waiting <= self._hold and not ended)
         if state.frames == 0 and too_few:
-            return torch.zeros(0, device=codec.device)
+            return torch.zeros(0, dtype=torch.float32, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
         if self._statistics is None:

@@ -32,7 +32,7 @@ class TokenSequence:
     def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
         self._config, self.capacity, self.seed, self.draws = config, capacity, seed, 0
         self.group_size = config.group_size
-        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")
         self._decoded: list[tuple[int, Tensor]] = []
         self._lock = threading.Lock()
         self.slot: int | None = None
@@ -45,7 +45,9 @@ class TokenSequence:
         with self._lock:
             if self._decoded:
                 codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
-                text = torch.tensor([text for text, _ in self._decoded])
+                text = torch.tensor(
+                    [text for text, _ in self._decoded], dtype=torch.int64, device="cpu"
+                )
                 text = text.repeat_interleave(self.group_size)
                 self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
                 self._decoded.clear()

@@ -1,6 +1,7 @@
 """Decoded groups -> text, spoken patches, and chunks of audio as they become final."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,19 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 UNFINISHED_CHARACTER = "\ufffd"
 
-_workers = ThreadPoolExecutor(256, thread_name_prefix="mimo-fast")
+
+def _new_workers() -> None:
+    global _workers
+    _workers = ThreadPoolExecutor(256, thread_name_prefix="mimo-fast")
+
+
+_workers: ThreadPoolExecutor
 """Threads of asynchronous streams. asyncio's own are few: streams that wait would fill them, and
 then none could be closed."""
+
+_new_workers()
+# A child has none of its parent's threads, and would wait for them.
+os.register_at_fork(after_in_child=_new_workers)
 
 _task: ContextVar[asyncio.Task[Any] | None] = ContextVar("task", default=None)
 
@@ -169,6 +180,7 @@ class ChunkStream(Iterator[Chunk]):
         self._reply.prefill()
 
     def __next__(self) -> Chunk:
+        self._reply.check()
         with self._lock:
             return next(self._chunks)
 
@@ -176,6 +188,8 @@ class ChunkStream(Iterator[Chunk]):
         # First: a thread that waits for the next chunk holds the lock.
         self._closing.set()
         self._reply.cancel()
+        if self._reply.orphaned:
+            return
         with self._lock:
             self._chunks.close()
             self._reply.close()
@@ -256,7 +270,7 @@ def _generate_chunks(
         timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
         return Chunk(audio, codec.sample_rate, text, timing, reason)
 
-    nothing = torch.zeros(0)
+    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     try:
         for group in reply:
             # Opened once the reply has a slot: graphs are captured for as many streams as slots.

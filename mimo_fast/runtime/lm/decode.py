@@ -251,7 +251,7 @@ class Decoder:
         if key not in self._slot_indices:
             if len(self._slot_indices) >= 64:
                 self._slot_indices.clear()
-            self._slot_indices[key] = torch.tensor(key, device=self.lm.device)
+            self._slot_indices[key] = torch.tensor(key, device=self.lm.device, dtype=torch.int64)
         return self._slot_indices[key]
 
 

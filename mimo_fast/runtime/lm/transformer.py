@@ -110,7 +110,9 @@ def prefill_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int
 ) -> Attend:
     """Causal attention of T new positions of one slot: qkv [1, T, ...] appended from `start` on."""
-    slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
+    slots, starts = (
+        torch.tensor([index], device=table.device, dtype=torch.int64) for index in (slot, start)
+    )
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         layer_cache = cache.layer(layer)
