@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ConfigError,
         DeviceMemoryError,
         MimoFastError,
+        NumericError,
         PromptError,
     )
     from mimo_fast.generation import generate
@@ -67,6 +68,7 @@ __all__ = [
     "MiMoStopper",
     "MimoAudio",
     "MimoFastError",
+    "NumericError",
     "PromptError",
     "ReplyText",
     "Session",
@@ -91,6 +93,7 @@ _HOMES = {
         "ConfigError",
         "DeviceMemoryError",
         "MimoFastError",
+        "NumericError",
         "PromptError",
     ),
     "generation": ("generate",),

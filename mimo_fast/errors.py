@@ -30,3 +30,7 @@ class BusyError(MimoFastError):
 
 class DeviceMemoryError(MimoFastError):
     """The device has too little memory for the model or the request."""
+
+
+class NumericError(MimoFastError):
+    """Logits, codes or samples are not finite: a weight is not, or a value overflows its dtype."""
