@@ -1,14 +1,13 @@
-"""Measures on a GPU what a persistent engine (csrc/cuda/engine) depends on.
+"""Measures the persistent patch decoder (csrc/cuda/engine) at the published dimensions on a GPU.
 
     python -m benchmarks.studies.engine
 
-    exchange    microseconds for all blocks to exchange a vector: tagged data, a counter, grid.sync
-    stream      GB/s of weights through a FIFO in shared memory, by how much is read repeatedly
-    int8, int4  the persistent patch decoder at the published dimensions: error against a reference,
-                time by settings, clocks by phase
+Its parts are int8 and int4: error against a reference, time by settings, clocks by phase. (What an
+exchange among blocks and a stream of weights take was measured once and for all:
+benchmarks/results/2026-11-28-h100-engine.json.)
 
 Needs torch and, unless a library is given, nvcc. Each part is a process with a time limit, so a
-part that fails does not stop the others; all start at once and measure one after the other. Prints
+part that fails does not stop the other; both start at once and measure one after the other. Prints
 while it measures and writes one JSON file, also when parts have failed.
 """
 
@@ -26,19 +25,22 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.studies.common import parser_of, write
+
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 LIBRARY = Path(__file__).with_name("libengine.so")
 ARCHITECTURES = ("80", "90", "120")
-LIMITS = {"exchange": 25, "stream": 25, "int8": 40, "int4": 40}
+LIMITS = {"int8": 40, "int4": 40}
 """Seconds."""
 
 DIM, FFN, LAYERS, STEPS = 1024, 4096, 16, 11
+DEPTH = 4
+"""Units of weights that a thread asks for ahead."""
+
 PATCHES = 2000
 SIZES = (1025, 1025, *[129] * 6)
 """Of the channels' codes."""
-MB = 1_000_000
-KINDS = ("tagged", "grid.sync + read", "counter + read", "grid.sync alone", "counter alone")
 
 Record = Callable[..., None]
 
@@ -92,118 +94,6 @@ def attempt(record: Record, what: str, part: Callable[[], None]) -> None:
         record(what=what, failed=repr(error))
 
 
-def exchange(library: ctypes.CDLL, record: Record) -> None:
-    import torch
-
-    iterations = 4000
-    buffers = torch.zeros(8 * 1024, 4, dtype=torch.int32, device="cuda")
-    words = torch.zeros(64, dtype=torch.int32, device="cuda")
-    result = torch.zeros(256, dtype=torch.int32, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    whole = [(0, chunks, chunks) for chunks in (147, 512, 586, 1024)]
-    parts = [(0, 512, 256), (0, 586, 293), (0, 1024, 512), (0, 1024, 256)]
-    barriers = [(1, 147, 147), (1, 586, 586), (2, 147, 147), (2, 586, 586), (3, 1, 1), (4, 1, 1)]
-    print("us an exchange; pieces of 16 bytes (7 bfloat16): 147 hold a vector of 1024, 586 of 4096")
-    for blocks, threads in (
-        (2, 512),
-        (64, 256),
-        (64, 512),
-        (128, 256),
-        (128, 512),
-        (132, 256),
-        (132, 512),
-    ):
-        for kind, chunks, reads in [*whole, *(parts if blocks > 2 else []), *barriers]:
-
-            def run(kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads) -> int:
-                words.zero_()
-                buffers.zero_()
-                return library.mimo_fast_engine_exchange(
-                    kind,
-                    blocks,
-                    threads,
-                    chunks,
-                    reads,
-                    iterations,
-                    buffers.data_ptr(),
-                    words.data_ptr(),
-                    result.data_ptr(),
-                    stream,
-                )
-
-            def part(
-                run=run, kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads
-            ) -> None:
-                each = microseconds(run, 1) / iterations
-                stuck = int(words[0].item())
-                record(
-                    kind=KINDS[kind],
-                    blocks=blocks,
-                    threads=threads,
-                    pieces=chunks,
-                    read=reads,
-                    us=each,
-                    stuck=stuck,
-                )
-
-            attempt(record, f"{KINDS[kind]} {blocks} x {threads}", part)
-
-
-def stream(library: ctypes.CDLL, record: Record) -> None:
-    import torch
-
-    weights = torch.randint(-(2**31), 2**31 - 1, (300 * MB // 4,), dtype=torch.int32, device="cuda")
-    result = torch.zeros(264 * 512, dtype=torch.int32, device="cuda")
-    at = torch.cuda.current_stream().cuda_stream
-
-    def measure(megabytes: int, keep: int, depth: int, blocks: int, threads: int) -> None:
-        passes = max(2, 3000 // megabytes)
-        # As many pieces of 2048 bytes for every warp.
-        turn = blocks * threads // 32 * 2048
-        size = round(megabytes * MB / turn) * turn
-
-        def run() -> int:
-            return library.mimo_fast_engine_stream(
-                weights.data_ptr(),
-                size,
-                keep * MB if keep >= 0 else -1,
-                passes,
-                depth,
-                blocks,
-                threads,
-                result.data_ptr(),
-                at,
-            )
-
-        def part() -> None:
-            each = microseconds(run, 1) / passes
-            record(
-                megabytes=size / MB,
-                keep=keep,
-                depth=depth,
-                blocks=blocks,
-                threads=threads,
-                us_a_pass=each,
-                GB_s=size / each / 1000,
-            )
-
-        attempt(record, f"stream of {megabytes} MB", part)
-
-    print(
-        "GB/s of weights read repeatedly; keep: MB that L2 is told to keep, -1 for no hint; "
-        "depth 0: through registers"
-    )
-    for depth, threads in ((0, 512), (1, 512), (2, 512), (4, 256), (4, 512), (6, 512)):
-        for blocks in (128, 132):
-            measure(269, -1, depth, blocks, threads)
-    for megabytes in (10, 20, 30, 40, 50, 60, 80, 100, 140):
-        measure(megabytes, -1, 4, 128, 512)
-        measure(megabytes, 0, 4, 128, 512)
-    for megabytes in (143, 269):
-        for keep in (0, 8, 16, 24, 32, 40):
-            measure(megabytes, keep, 4, 128, 512)
-
-
 def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     import torch
 
@@ -215,7 +105,6 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     ).bfloat16()
     patch = Decoder(library, model, STEPS)
     at = torch.cuda.current_stream().cuda_stream
-    depths = (4,)
 
     def run(**settings: object) -> int:
         return patch.run(inputs, **({"blocks": 128, "stream": at} | settings))
@@ -276,33 +165,23 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             regret_share=(regret > 0).float().mean().item(),
             codes=whole.codes.tolist(),
         )
-        for depth in depths:
-            each = microseconds(
-                lambda depth=depth: whole.run(inputs, 128, depth=depth, stream=at), 10
-            )
-            record(
-                bits=bits,
-                with_heads=True,
-                depth=depth,
-                us_a_patch=each,
-                us_a_layer=each / STEPS / LAYERS,
-            )
+        each = microseconds(lambda: whole.run(inputs, 128, depth=DEPTH, stream=at), 10)
+        record(
+            bits=bits,
+            with_heads=True,
+            depth=DEPTH,
+            us_a_patch=each,
+            us_a_layer=each / STEPS / LAYERS,
+        )
 
     attempt(record, "draws", draws)
 
     def measure(settings: dict[str, int]) -> None:
         each = microseconds(lambda: run(**settings), 10)
+        usual = {"blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0}
         record(
-            **{
-                "bits": bits,
-                "blocks": 128,
-                "threads": 512,
-                "depth": 4,
-                "keep": -1,
-                "pause": 0,
-                "without": 0,
-            }
-            | settings,
+            bits=bits,
+            **usual | settings,
             us_a_patch=each,
             us_a_layer=each / STEPS / LAYERS,
             GB_s=patch.nbytes * STEPS / each / 1000,
@@ -311,11 +190,11 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     def timed() -> None:
         for settings in (
-            *({"depth": depth} for depth in depths),
-            *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
-            *({"depth": depth, "threads": 256} for depth in depths),
+            {"depth": DEPTH},
+            *({"depth": DEPTH, "pause": pause} for pause in (20, 100, 300)),
+            {"depth": DEPTH, "threads": 256},
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
-            *({"depth": depths[-1], "without": without} for without in (1, 2, 3, 4, 6, 7)),
+            *({"depth": DEPTH, "without": without} for without in (1, 2, 3, 4, 6, 7)),
         ):
             attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
         record(bytes_a_step=patch.nbytes, floor_us_at_3120_GB_s=patch.nbytes * STEPS / 3.12e6)
@@ -329,7 +208,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     def clocks() -> None:
         counted = torch.zeros(128, len(PHASES), len(TIMES), dtype=torch.int64, device="cuda")
         for _ in range(2):
-            whole.run(inputs, 128, depth=depths[-1], clocks=counted, stream=at)
+            whole.run(inputs, 128, depth=DEPTH, clocks=counted, stream=at)
         torch.cuda.synchronize()
         each = counted.double() / STEPS
         each[:, :4] /= LAYERS
@@ -351,7 +230,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         start = time.perf_counter()
         for _ in range(PATCHES):
-            run(depth=depths[-1])
+            run(depth=DEPTH)
             wrong += (patch.hidden[:STEPS] != first).any()
         torch.cuda.synchronize()
         record(
@@ -365,7 +244,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     # Last, since L2 goes on to keep what it was told to.
     for keep in (0, 1, 2, 3, 4, 6):
-        settings = {"depth": depths[-1], "keep": keep}
+        settings = {"depth": DEPTH, "keep": keep}
         attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
 
 
@@ -390,15 +269,7 @@ def child(part: str, target: Path) -> None:
         l2_bytes=getattr(device, "L2_cache_size", None),
     )
 
-    parts = {"exchange": exchange, "stream": stream}
-    bits = {"int8": 8, "int4": 4}
-    attempt(
-        record,
-        part,
-        lambda: (
-            parts[part](library, record) if part in parts else decoder(library, record, bits[part])
-        ),
-    )
+    attempt(record, part, lambda: decoder(library, record, bits=int(part.removeprefix("int"))))
 
 
 def shown(values: dict[str, object]) -> str:
@@ -409,9 +280,7 @@ def shown(values: dict[str, object]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--library", type=Path, default=LIBRARY, help="built if it is not there")
     parser.add_argument("--build", action="store_true", help="builds the library and ends")
     parser.add_argument("--parts", nargs="+", default=list(LIMITS), choices=list(LIMITS))
@@ -481,8 +350,7 @@ def main() -> int:
             flush=True,
         )
         results[part + " exit"] = code
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1))
+        write(arguments.out, results)
     print(f"written: {arguments.out}")
     return int(failed)
 
