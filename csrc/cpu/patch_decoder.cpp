@@ -47,7 +47,7 @@ void draw_codes(
                                           FRAME_SLOT + uint32_t(frame), uint32_t(first));
         codes[(r * p.channels + channel) * p.group_size + frame] = code;
         // Without a code any row will do: the patch is not used.
-        const float* row = p.embeddings + (first + most(code, 0)) * dim;
+        const float* row = p.embeddings + (first + (code == NOT_FINITE ? 0 : code)) * dim;
         for (int64_t i = 0; i < dim; ++i) next[r * dim + i] += row[i];
     }
 }

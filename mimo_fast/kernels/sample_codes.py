@@ -6,6 +6,8 @@
     codes[channel a, frame a] = code[a]
     x         = sum_a embeddings[code[a]]
 
+A code is NOT_FINITE (-1) where its logits are; x then has row 0 in its place, and is of no use.
+
 a runs over the channels that produce a code at this step: at most 4 in the published model.
 
 Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], the channels stacked; codes
@@ -127,7 +129,7 @@ def sample_codes_ref(
     added = None if noise is None else local.flatten(0, 1)
     drawn = sample(logits.flatten(0, 1), repeated, added, banned).unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
-    return embeddings[drawn + firsts].sum(1)
+    return embeddings[drawn.clamp(min=0) + firsts].sum(1)
 
 
 @jit
@@ -238,7 +240,11 @@ def code_step_kernel(
         temperature = tl.load(temperature_ptr + i_row)
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
-    _, code = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=1, return_indices=True)
+    b_allowed = tl.where(m_allowed, b_logits, -float("inf"))
+    best, code = tl.max(b_allowed, axis=1, return_indices=True)
+    # NaN compares with nothing, and whether a maximum sees it depends on the platform.
+    lost = tl.max((m_v & ((b_logits < float("inf")) == 0)).to(tl.int32), axis=1) > 0
+    lost = lost | (best == -float("inf"))
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:
             b_scores = tl.div_rn(b_logits, temperature)
@@ -273,7 +279,8 @@ def code_step_kernel(
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
-    tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
+    tl.store(codes_ptr + o_codes, tl.where(lost, -1, code).to(tl.int64), mask=m_a)
+    code = tl.where(lost, 0, code)
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]

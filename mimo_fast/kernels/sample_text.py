@@ -11,7 +11,9 @@ seeds and draws are read on the device, so each replay of a captured graph draws
                         once.
     text_draw_kernel    A chunk of a row a program: perturbs the scores that top-k keeps, with noise
                         that is accurate to NEAR, and stores the chunk's best id, its perturbed
-                        score, the second, the largest score and the sum of exponentials.
+                        score, the second, the largest score and the sum of exponentials. Where a
+                        logit is NaN or +inf, the chunk's best logit becomes NaN: a row with such a
+                        chunk draws NOT_FINITE.
     text_check_kernel, text_settle_kernel    Top-p: sample_text_check.py.
 
 Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
@@ -139,7 +141,9 @@ def text_draw_kernel(
     values = values_ptr + (i_row * chunks + i_chunk) * 5
     ids = ids_ptr + (i_row * chunks + i_chunk) * 2
     best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
-    tl.store(values, best)
+    # NaN compares with nothing, and whether a maximum sees it depends on the platform.
+    lost = tl.max((m_v & ((b_logits < float("inf")) == 0)).to(tl.int32), axis=0) > 0
+    tl.store(values, tl.where(lost, float("nan"), best))
     tl.store(ids, i_chunk * BLOCK_V + i_best)
     if not ALL_GREEDY:  # noqa: SIM102
         if tl.load(greedy_ptr + i_row) == 0:
