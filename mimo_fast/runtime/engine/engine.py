@@ -510,9 +510,7 @@ class Reply(Iterator[Group]):
         spoke = lost.text == self._engine.lm.empty_id
         return self.not_finite([*self._request.ready], lost.codes if spoke else None)
 
-    def not_finite(
-        self, rest: Sequence[Group] = (), codes: Tensor | None = None
-    ) -> NumericError:
+    def not_finite(self, rest: Sequence[Group] = (), codes: Tensor | None = None) -> NumericError:
         """Why the group that follows what has been taken is not finite; computes for a while.
 
         Args:
@@ -520,7 +518,9 @@ class Reply(Iterator[Group]):
             codes: its codes [C, G] where they could not be drawn, None where its text could not.
         """
         request, lm = self._request, self._engine.lm
-        ids = torch.cat([request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1)
+        ids = torch.cat(
+            [request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1
+        )
         spoken = ids[1:].unflatten(1, (-1, lm.config.group_size)).amin((0, 2)) == NOT_FINITE
         groups, taken = len(spoken), request.taken + len(rest)
         failed = int(spoken.nonzero()[0, 0]) if spoken.any() else groups

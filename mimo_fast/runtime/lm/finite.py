@@ -33,17 +33,23 @@ def explain(lm: LM, ids: Tensor, lost: Tensor | None, quantized_cache: bool = Fa
         lost: its codes [C, G] where it is a patch, None where its text could not be drawn.
         quantized_cache: whether the KV cache was int8.
     """
-    if weight := not_finite(tensors(lm)):
-        return f"{weight}; {_advice(lm.dtype, weight)}"
+    with lm.threads():
+        return cause(tensors(lm), _steps(lm, ids, lost, quantized_cache), lm.dtype)
+
+
+@torch.no_grad()
+def cause(weights: Named, steps: Named, dtype: torch.dtype) -> str:
+    """The first weight that is not finite or, if all are, the first of the named results, in the
+    order of their computation; and what to do."""
+    if weight := not_finite(weights):
+        return f"{weight}; {_advice(dtype, weight)}"
     try:
-        with torch.no_grad(), lm.threads():
-            return explain_overflow(_steps(lm, ids, lost, quantized_cache), lm.dtype)
+        return _overflow(steps, dtype)
     except torch.OutOfMemoryError:
         return f"every weight is finite; {WIDER}"
 
 
-def explain_overflow(steps: Named, dtype: torch.dtype) -> str:
-    """Which of some named results, in the order of their computation, is the first not finite."""
+def _overflow(steps: Named, dtype: torch.dtype) -> str:
     largest = 0.0
     for name, x in steps:
         if not bool(x.isfinite().all()):
@@ -60,7 +66,7 @@ WIDER = "load it with dtype='bfloat16' or 'float32', or compare the checkpoint w
 
 def _advice(dtype: torch.dtype, weight: str) -> str:
     advice = "load an intact copy of the checkpoint"
-    if dtype == torch.float16 and "infinite" in weight:
+    if dtype == torch.float16 and weight.endswith(" inf"):
         return f"{advice}, or with dtype='bfloat16' if the file holds what exceeds float16"
     return advice
 
@@ -72,7 +78,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
         if not bool(finite.all()):
             nan = int(tensor.isnan().sum())
             infinite = finite.numel() - int(finite.sum()) - nan
-            held = [f"{nan} NaN"] * bool(nan) + [f"{infinite} infinite values"] * bool(infinite)
+            held = [f"{nan} NaN"] * bool(nan) + [f"{infinite} inf"] * bool(infinite)
             return f"{name} holds {' and '.join(held)}"
     return None
 
@@ -151,9 +157,11 @@ def _steps(lm: LM, ids: Tensor, lost: Tensor | None, quantized_cache: bool) -> N
         x = lm.embed(text[part], codes[part])[None]
         yield "model.embed_tokens", x
         attend = prefill_attend(config.backbone, lm.backbone_rope, state.cache, 0, start)
-        for i, x in enumerate(layer_outputs(x, lm.backbone, config.backbone.norm_eps, attend)):
-            yield f"model.layers.{i}", x
-        hidden = rms_norm(x[0, -1:], lm.backbone.norm, config.backbone.norm_eps)
+        eps = config.backbone.norm_eps
+        for i, out in enumerate(layer_outputs(x, lm.backbone, eps, attend)):
+            yield f"model.layers.{i}", out
+            x = out
+        hidden = rms_norm(x[0, -1:], lm.backbone.norm, eps)
         yield "model.norm", hidden
     if lost is None:
         yield "model.embed_tokens" if config.tie_embeddings else "lm_head", lm.text_logits(hidden)
@@ -168,8 +176,8 @@ def _patch_steps(lm: LM, codes: Tensor) -> Named:
     x = patch_embed(codes.to(lm.device), *tables)
     yield "speech_embeddings", x
     attend = self_attend(config, lm.encoder_rope, lm.config.patch_encoder_causal)
-    for i, x in enumerate(layer_outputs(x, lm.patch_encoder, config.norm_eps, attend)):
-        yield f"input_local_transformer.layers.{i}", x
+    for i, out in enumerate(layer_outputs(x, lm.patch_encoder, config.norm_eps, attend)):
+        yield f"input_local_transformer.layers.{i}", out
     yield "speech_group_downcast", lm.encode_patches(codes.to(lm.device))
 
 
@@ -182,10 +190,11 @@ def _code_steps(lm: LM, hidden: Tensor, codes: Tensor) -> Named:
     x = patch_inputs(lm, hidden, codes)[:, :steps]
     yield "speech_embeddings", x
     attend = self_attend(config.patch_decoder, lm.decoder_rope, causal=True)
-    decoder = lm.patch_decoder, config.patch_decoder.norm_eps
-    for i, x in enumerate(layer_outputs(x, *decoder, attend)):
-        yield f"local_transformer.layers.{i}", x
-    out = rms_norm(x[0], lm.patch_decoder.norm, decoder[1])
-    yield "local_transformer.norm", out
+    eps = config.patch_decoder.norm_eps
+    for i, out in enumerate(layer_outputs(x, lm.patch_decoder, eps, attend)):
+        yield f"local_transformer.layers.{i}", out
+        x = out
+    x = rms_norm(x[0, -1:], lm.patch_decoder.norm, eps)
+    yield "local_transformer.norm", x
     for channel, head in enumerate(lm.code_heads.split(config.code_sizes)):
-        yield f"local_transformer_lm_heads.{channel}", out[-1:] @ head.T
+        yield f"local_transformer_lm_heads.{channel}", x @ head.T

@@ -63,10 +63,9 @@ def transformer_weights(
 
 def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
     """x [N, T, D] -> final-normed hidden states [N, T, D]."""
-    out = x
-    for out in layer_outputs(x, weights, eps, attend):
-        pass
-    return rms_norm(out, weights.norm, eps)
+    for output in layer_outputs(x, weights, eps, attend):
+        x = output
+    return rms_norm(x, weights.norm, eps)
 
 
 def layer_outputs(
