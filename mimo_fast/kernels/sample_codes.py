@@ -240,10 +240,11 @@ def code_step_kernel(
         temperature = tl.load(temperature_ptr + i_row)
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
-    b_allowed = tl.where(m_allowed, b_logits, -float("inf"))
-    best, code = tl.max(b_allowed, axis=1, return_indices=True)
     # NaN compares with nothing, and whether a maximum sees it depends on the platform.
-    lost = tl.max((m_v & ((b_logits < float("inf")) == 0)).to(tl.int32), axis=1) > 0
+    m_number = b_logits < float("inf")
+    b_allowed = tl.where(m_allowed & m_number, b_logits, -float("inf"))
+    best, code = tl.max(b_allowed, axis=1, return_indices=True)
+    lost = tl.max((m_v & (m_number == 0)).to(tl.int32), axis=1) > 0
     lost = lost | (best == -float("inf"))
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:

@@ -140,9 +140,11 @@ def text_draw_kernel(
     b_logits = tl.load(logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
     values = values_ptr + (i_row * chunks + i_chunk) * 5
     ids = ids_ptr + (i_row * chunks + i_chunk) * 2
-    best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
     # NaN compares with nothing, and whether a maximum sees it depends on the platform.
-    lost = tl.max((m_v & ((b_logits < float("inf")) == 0)).to(tl.int32), axis=0) > 0
+    m_number = b_logits < float("inf")
+    lost = tl.max((m_v & (m_number == 0)).to(tl.int32), axis=0) > 0
+    b_allowed = tl.where(m_allowed & m_number, b_logits, -float("inf"))
+    best, i_best = tl.max(b_allowed, axis=0, return_indices=True)
     tl.store(values, tl.where(lost, float("nan"), best))
     tl.store(ids, i_chunk * BLOCK_V + i_best)
     if not ALL_GREEDY:  # noqa: SIM102

@@ -139,12 +139,15 @@ class Decoder:
             the host has read whether they speak in this one. The device then never waits for the
             host; a wrong prediction drops the patch. The default is True on CUDA. It has no effect
             where the device itself tests whether a row speaks (`Graphs.conditional`).
+        check_codes: Whether to look for NOT_FINITE among the codes of a group, which waits for the
+            patch. The default is True on a CPU.
     """
 
     lm: LM
     state: DecodeState
     graphs: Graphs | None = None
     predict: bool | None = None
+    check_codes: bool | None = None
     _slot_indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
@@ -190,10 +193,11 @@ class Decoder:
         if missing := [row for row in speaking if row.slot not in patches]:
             patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
-        groups, on_host = [], self.lm.device.type == "cpu"
+        groups, checks = [], self.lm.device.type == "cpu"
+        checks = checks if self.check_codes is None else self.check_codes
         for row, text in zip(rows, tokens, strict=True):
             codes = patches[row.slot] if text == self.lm.empty_id else silence
-            if text == NOT_FINITE or (on_host and bool((codes == NOT_FINITE).any())):
+            if text == NOT_FINITE or (checks and bool((codes == NOT_FINITE).any())):
                 groups.append(Group(text, codes, finished=True, finite=False))
                 continue
             row.cached += row.last is not None

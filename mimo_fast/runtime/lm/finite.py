@@ -153,7 +153,8 @@ def _steps(lm: LM, ids: Tensor, lost: Tensor | None, quantized_cache: bool) -> N
     hidden = torch.empty(0)
     for start in range(0, len(text), PREFILL_CHUNK):
         part = slice(start, start + PREFILL_CHUNK)
-        yield from _patch_steps(lm, codes[part][text[part] == lm.empty_id])
+        if bool((spoken := text[part] == lm.empty_id).any()):
+            yield from _patch_steps(lm, codes[part][spoken].to(lm.device))
         x = lm.embed(text[part], codes[part])[None]
         yield "model.embed_tokens", x
         attend = prefill_attend(config.backbone, lm.backbone_rope, state.cache, 0, start)
@@ -173,12 +174,12 @@ def _patch_steps(lm: LM, codes: Tensor) -> Named:
     """The patch encoder over codes [N, C, G]."""
     config = lm.config.patch_encoder
     tables = lm.code_embeddings, lm.code_offsets, lm.empty_codes
-    x = patch_embed(codes.to(lm.device), *tables)
+    x = patch_embed(codes, *tables)
     yield "speech_embeddings", x
     attend = self_attend(config, lm.encoder_rope, lm.config.patch_encoder_causal)
     for i, out in enumerate(layer_outputs(x, lm.patch_encoder, config.norm_eps, attend)):
         yield f"input_local_transformer.layers.{i}", out
-    yield "speech_group_downcast", lm.encode_patches(codes.to(lm.device))
+    yield "speech_group_downcast", lm.encode_patches(codes)
 
 
 def _code_steps(lm: LM, hidden: Tensor, codes: Tensor) -> Named:
