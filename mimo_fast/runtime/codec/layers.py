@@ -19,6 +19,7 @@ from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import layer_norm, rms_norm
 from mimo_fast.kernels.rope import rope, rope_table
+from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import conv_overlap
 from mimo_fast.runtime.lm.transformer import AnyWeight, Attend, GetTensor
@@ -179,9 +180,7 @@ class LayerByLayer:
             q, new_k, new_v = self._stack.split_heads(qkv, table)
             keys = k[layer].index_copy_(1, slots, new_k)
             values = v[layer].index_copy_(1, slots, new_v)
-            out = F.scaled_dot_product_attention(
-                q[None], keys[None], values[None], attn_mask=visible
-            )
+            out = sdpa(q[None], keys[None], values[None], attn_mask=visible)
             return out[0].transpose(0, 1).flatten(1)
 
         return self._stack.run(x, attend)
