@@ -3,8 +3,8 @@
     encode: r_0 = x;  i_q = argmin_j |r_q - e_qj|^2 (first index on ties);  r_{q+1} = r_q - e_q[i_q]
     decode: sum_q e_q[i_q]
 
-Encode gives NOT_FINITE (-1) where x or a codebook holds NaN or infinity, or distances overflow;
-decode gives NaN for it.
+Encode gives NOT_FINITE (-1) where a distance is NaN or all are infinite, so where x or a codebook
+is not finite; decode gives NaN for it.
 
 Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as
 |r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that
@@ -88,9 +88,8 @@ def rvq_encode_ref(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
         norms = codebook.square().sum(-1)
         distance = residual.square().sum(-1, keepdim=True) - 2 * residual @ codebook.T + norms
         rows = distance.argmin(-1)
-        # Written so that NaN fails.
-        finite = distance.gather(-1, rows[:, None])[:, 0] < torch.inf
-        finite &= (norms < torch.inf).all()
+        # Of a row of distances, argmin takes NaN.
+        finite = distance.gather(-1, rows[:, None])[:, 0].isfinite()
         codes.append(rows.where(finite, NOT_FINITE))
         residual = residual - codebook[rows]
     return (
@@ -141,7 +140,6 @@ def rvq_encode_kernel(
         b_norm_r = tl.sum(b_square, axis=1)
         b_least = tl.full([BLOCK_T], float("inf"), tl.float32)
         b_row = tl.zeros([BLOCK_T], tl.int32) + i_first
-        lost = 0
         # From here on, threads read what other threads of this program stored.
         tl.debug_barrier()
         for i_v in range(i_first, i_last, BLOCK_V):
@@ -156,15 +154,14 @@ def rvq_encode_kernel(
                 b_e = tl.load(table_ptr + o_e, mask=m_v[:, None] & m_d, other=0.0)
                 b_dot = tl.dot(b_r, tl.trans(b_e), b_dot, input_precision="ieee")
             b_norm_e = tl.load(norms_ptr + o_v, mask=m_v, other=float("inf"))
-            lost = lost | tl.max((m_v & ((b_norm_e < float("inf")) == 0)).to(tl.int32), axis=0)
             b_distance = b_norm_r[:, None] - 2 * b_dot + b_norm_e[None, :]
-            # NaN compares with nothing; as infinity it is no frame's least distance.
-            b_distance = tl.where(b_distance < float("inf"), b_distance, float("inf"))
+            # NaN compares with nothing; this way it is the least distance, as for argmin.
+            b_distance = tl.where(b_distance == b_distance, b_distance, -float("inf"))
             b_tile_least, b_tile_row = tl.min(b_distance, axis=1, return_indices=True)
             # Strict comparison: an earlier tile wins a tie, as an earlier row does inside a tile.
             b_row = tl.where(b_tile_least < b_least, i_v + b_tile_row, b_row)
             b_least = tl.minimum(b_tile_least, b_least)
-        b_code = tl.where((b_least < float("inf")) & (lost == 0), b_row - i_first, -1)
+        b_code = tl.where(tl.abs(b_least) < float("inf"), b_row - i_first, -1)
         tl.store(codes_ptr + i_q * T + o_t, b_code.to(tl.int64), mask=m_t)
 
         tl.debug_barrier()

@@ -246,6 +246,14 @@ def take_settings_kernel(
 
 
 @jit
+def best_shown(b_logits, m_allowed):
+    """Logits whose maximum is finite unless no id can be drawn: +inf for NaN and +inf, of banned
+    ids too, and -inf for other banned ids. Whether a maximum sees NaN depends on the platform."""
+    b_allowed = tl.where(m_allowed, b_logits, -float("inf"))
+    return tl.where(b_logits < float("inf"), b_allowed, float("inf"))
+
+
+@jit
 def gumbel_word(seed, ids, draw, slot):
     """The 32 random bits, uint32, from which the noise of these ids is computed."""
     o_id = ids.to(tl.uint32)

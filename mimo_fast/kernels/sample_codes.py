@@ -54,7 +54,14 @@ from mimo_fast.kernels.dispatch import (
     tl,
     use_triton,
 )
-from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.sample import (
+    SamplerTensors,
+    best_shown,
+    gumbel,
+    gumbel_noise,
+    ordered_bits,
+    sample,
+)
 
 FRAME_SLOT = 1
 """Random slot of a patch's first frame; slot 0 is the text's."""
@@ -240,12 +247,8 @@ def code_step_kernel(
         temperature = tl.load(temperature_ptr + i_row)
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
-    # NaN compares with nothing, and whether a maximum sees it depends on the platform.
-    m_number = b_logits < float("inf")
-    b_allowed = tl.where(m_allowed & m_number, b_logits, -float("inf"))
-    best, code = tl.max(b_allowed, axis=1, return_indices=True)
-    lost = tl.max((m_v & (m_number == 0)).to(tl.int32), axis=1) > 0
-    lost = lost | (best == -float("inf"))
+    best, code = tl.max(best_shown(b_logits, m_allowed), axis=1, return_indices=True)
+    code = tl.where(tl.abs(best) < float("inf"), code, -1)
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:
             b_scores = tl.div_rn(b_logits, temperature)
@@ -260,6 +263,7 @@ def code_step_kernel(
                 m_kept = m_kept & (b_bits >= kth[:, None])
             b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
             winner, drawn = tl.max(b_perturbed, axis=1, return_indices=True)
+            winner = tl.where(code < 0, -float("inf"), winner)
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=1)
             top = tl.where(top == -float("inf"), 0.0, top)
             b_mass = tl.where(m_kept, tl.exp(b_scores - top[:, None]), 0.0)
@@ -280,8 +284,8 @@ def code_step_kernel(
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
-    tl.store(codes_ptr + o_codes, tl.where(lost, -1, code).to(tl.int64), mask=m_a)
-    code = tl.where(lost, 0, code)
+    tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
+    code = tl.maximum(code, 0)
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]
