@@ -1,13 +1,14 @@
-"""Measures the persistent patch decoder (csrc/cuda/engine) at the published dimensions on a GPU.
+"""Measures on a GPU what a persistent engine (csrc/cuda/engine) depends on.
 
     python -m benchmarks.studies.engine
 
-Its parts are int8 and int4: error against a reference, time by settings, clocks by phase. (What an
-exchange among blocks and a stream of weights take was measured once and for all:
-benchmarks/results/2026-11-28-h100-engine.json.)
+    exchange    microseconds for all blocks to exchange a vector: tagged data, a counter, grid.sync
+    stream      GB/s of weights through a FIFO in shared memory, by how much is read repeatedly
+    int8, int4  the persistent patch decoder at the published dimensions: error against a reference,
+                time by settings, clocks by phase
 
 Needs torch and, unless a library is given, nvcc. Each part is a process with a time limit, so a
-part that fails does not stop the other; both start at once and measure one after the other. Prints
+part that fails does not stop the others; all start at once and measure one after the other. Prints
 while it measures and writes one JSON file, also when parts have failed.
 """
 
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.studies.common import parser_of, write
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 LIBRARY = Path(__file__).with_name("libengine.so")
 ARCHITECTURES = ("80", "90", "120")
-LIMITS = {"int8": 40, "int4": 40}
+LIMITS = {"exchange": 25, "stream": 25, "int8": 40, "int4": 40}
 """Seconds."""
 
 DIM, FFN, LAYERS, STEPS = 1024, 4096, 16, 11
@@ -41,6 +43,8 @@ DEPTH = 4
 PATCHES = 2000
 SIZES = (1025, 1025, *[129] * 6)
 """Of the channels' codes."""
+MB = 1_000_000
+KINDS = ("tagged", "grid.sync + read", "counter + read", "grid.sync alone", "counter alone")
 
 Record = Callable[..., None]
 
@@ -92,6 +96,105 @@ def attempt(record: Record, what: str, part: Callable[[], None]) -> None:
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         record(what=what, failed=repr(error))
+
+
+def exchange(library: ctypes.CDLL, record: Record) -> None:
+    import torch
+
+    iterations = 4000
+    buffers = torch.zeros(8 * 1024, 4, dtype=torch.int32, device="cuda")
+    words = torch.zeros(64, dtype=torch.int32, device="cuda")
+    result = torch.zeros(256, dtype=torch.int32, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    whole = [(0, chunks, chunks) for chunks in (147, 512, 586, 1024)]
+    parts = [(0, 512, 256), (0, 586, 293), (0, 1024, 512), (0, 1024, 256)]
+    barriers = [(1, 147, 147), (1, 586, 586), (2, 147, 147), (2, 586, 586), (3, 1, 1), (4, 1, 1)]
+    print("us an exchange; pieces of 16 bytes (7 bfloat16): 147 hold a vector of 1024, 586 of 4096")
+
+    def measure(kind: int, chunks: int, reads: int, blocks: int, threads: int) -> None:
+        def run() -> int:
+            words.zero_()
+            buffers.zero_()
+            return library.mimo_fast_engine_exchange(
+                kind,
+                blocks,
+                threads,
+                chunks,
+                reads,
+                iterations,
+                buffers.data_ptr(),
+                words.data_ptr(),
+                result.data_ptr(),
+                stream,
+            )
+
+        each = microseconds(run, 1) / iterations
+        record(
+            kind=KINDS[kind],
+            blocks=blocks,
+            threads=threads,
+            pieces=chunks,
+            read=reads,
+            us=each,
+            stuck=int(words[0].item()),
+        )
+
+    sizes = [(2, 512), *((blocks, threads) for blocks in (64, 128, 132) for threads in (256, 512))]
+    for blocks, threads in sizes:
+        for kind, chunks, reads in [*whole, *(parts if blocks > 2 else []), *barriers]:
+            attempt(
+                record,
+                f"{KINDS[kind]} {blocks} x {threads}",
+                partial(measure, kind, chunks, reads, blocks, threads),
+            )
+
+
+def stream(library: ctypes.CDLL, record: Record) -> None:
+    import torch
+
+    weights = torch.randint(-(2**31), 2**31 - 1, (300 * MB // 4,), dtype=torch.int32, device="cuda")
+    result = torch.zeros(264 * 512, dtype=torch.int32, device="cuda")
+    at = torch.cuda.current_stream().cuda_stream
+
+    def measure(megabytes: int, keep: int, depth: int, blocks: int, threads: int) -> None:
+        passes = max(2, 3000 // megabytes)
+        # As many pieces of 2048 bytes for every warp.
+        turn = blocks * threads // 32 * 2048
+        size = round(megabytes * MB / turn) * turn
+        arguments = (size, keep * MB if keep >= 0 else -1, passes, depth, blocks, threads)
+
+        def run() -> int:
+            return library.mimo_fast_engine_stream(
+                weights.data_ptr(), *arguments, result.data_ptr(), at
+            )
+
+        def part() -> None:
+            each = microseconds(run, 1) / passes
+            record(
+                megabytes=size / MB,
+                keep=keep,
+                depth=depth,
+                blocks=blocks,
+                threads=threads,
+                us_a_pass=each,
+                GB_s=size / each / 1000,
+            )
+
+        attempt(record, f"stream of {megabytes} MB", part)
+
+    print(
+        "GB/s of weights read repeatedly; keep: MB that L2 is told to keep, -1 for no hint; "
+        "depth 0: through registers"
+    )
+    for depth, threads in ((0, 512), (1, 512), (2, 512), (4, 256), (4, 512), (6, 512)):
+        for blocks in (128, 132):
+            measure(269, -1, depth, blocks, threads)
+    for megabytes in (10, 20, 30, 40, 50, 60, 80, 100, 140):
+        measure(megabytes, -1, 4, 128, 512)
+        measure(megabytes, 0, 4, 128, 512)
+    for megabytes in (143, 269):
+        for keep in (0, 8, 16, 24, 32, 40):
+            measure(megabytes, keep, 4, 128, 512)
 
 
 def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
@@ -269,7 +372,15 @@ def child(part: str, target: Path) -> None:
         l2_bytes=getattr(device, "L2_cache_size", None),
     )
 
-    attempt(record, part, lambda: decoder(library, record, bits=int(part.removeprefix("int"))))
+    parts = {"exchange": exchange, "stream": stream}
+    bits = {"int8": 8, "int4": 4}
+    attempt(
+        record,
+        part,
+        lambda: (
+            parts[part](library, record) if part in parts else decoder(library, record, bits[part])
+        ),
+    )
 
 
 def shown(values: dict[str, object]) -> str:

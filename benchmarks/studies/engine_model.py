@@ -286,7 +286,7 @@ def reference(model: Model, inputs: Tensor, rounded: bool) -> Tensor:
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions' arguments."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     decode = library.mimo_fast_engine_decode
     decode.argtypes = [
         *[pointer] * 12,
@@ -298,6 +298,15 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *[integer] * 4,
         pointer,
     ]
+    if hasattr(library, "mimo_fast_engine_exchange"):
+        library.mimo_fast_engine_exchange.argtypes = [*[integer] * 6, *[pointer] * 4]
+        library.mimo_fast_engine_stream.argtypes = [
+            pointer,
+            wide,
+            wide,
+            *[integer] * 4,
+            *[pointer] * 2,
+        ]
     return library
 
 

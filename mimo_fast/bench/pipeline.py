@@ -18,10 +18,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,10 +141,6 @@ class Metrics:
     joules_source: str | None
     unmeasured: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields of a record."""
-        return asdict(self)
-
 
 def measure(
     target: Target,
@@ -200,13 +195,10 @@ def summarize(
         seconds, why = sum(playback.duration for playback in heard), "no audio came"
     speaking = [playback for playback in heard if playback.first_audio is not None]
     factors = [trace.ended * len(traces) / seconds for trace in traces] if seconds else []
-    for name, known in (
-        ("audio_rtf", factors),
-        ("audio_ttfp", speaking),
-        ("audio_underrun", speaking),
-    ):
-        if not known:
-            unmeasured[name] = why
+    if not factors:
+        unmeasured["audio_rtf"] = why
+    if not speaking:
+        unmeasured |= {"audio_ttfp": why, "audio_underrun": why}
     # A request's first chunk waits for its prompt, which is counted as ttft.
     gaps = [
         after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)
@@ -247,10 +239,8 @@ def warm_up(target: Target, request: TimedRequest) -> None:
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
     if target.codec is not None and find_task(request.task).speaks:
         target.codec.warmup(target.setup.max_batch, progress=False)
-        stream = target.codec.stream()
-        codes = torch.zeros(
-            target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device
-        )
+        stream, shape = target.codec.stream(), (target.lm.config.channels, PATCH_FRAMES)
+        codes = torch.zeros(shape, dtype=torch.int64, device=target.lm.device)
         for _ in range(LOOKAHEAD + 2):
             stream.push(codes, trusted=True)
         stream.finish()
@@ -268,12 +258,10 @@ def prompt_ids(target: Target, request: TimedRequest) -> Tensor:
 
 
 def plan_of(target: Target, request: TimedRequest) -> list[int]:
-    special = target.tokenizer.special
+    special, words = target.tokenizer.special, (request.words, target.word_id)
     if find_task(request.task).speaks:
-        return spoken_reply(
-            request.patches, request.words, target.word_id, special.empty, special.im_end
-        )
-    return written_reply(request.words, target.word_id, special.im_end)
+        return spoken_reply(request.patches, *words, special.empty, special.im_end)
+    return written_reply(*words, special.im_end)
 
 
 def _together(
@@ -315,9 +303,9 @@ def _answer(
     sequence.add(ids)
     trace.prompt_groups = sequence.groups
     preset = TASK_SAMPLERS[task.sampler]
-    samplers = (
-        Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
-    )
+    samplers = Samplers(preset["global"], preset["local"])
+    if request.greedy:
+        samplers = Samplers(GREEDY, GREEDY)
     limits = Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special))
     reply = target.engine.decode(sequence, limits, samplers)
     trace.prefilled = perf_counter() - began
@@ -328,9 +316,8 @@ def _answer(
         if not group.finished:
             trace.spoken.append(group.text == target.lm.empty_id)
 
-    for samples in _chunks(
-        target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, on_group
-    ):
+    last_id = int(ids[0, -target.lm.config.group_size])
+    for samples in _chunks(target, reply, last_id, began, task.speaks, on_group):
         trace.chunks.append((perf_counter() - began, samples))
         if stopped.is_set():
             reply.close()

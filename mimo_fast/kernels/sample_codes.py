@@ -263,7 +263,6 @@ def code_step_kernel(
                 m_kept = m_kept & (b_bits >= kth[:, None])
             b_perturbed = tl.where(m_kept & m_allowed, b_scores + b_noise, -float("inf"))
             winner, drawn = tl.max(b_perturbed, axis=1, return_indices=True)
-            winner = tl.where(code < 0, -float("inf"), winner)
             top = tl.max(tl.where(m_kept, b_scores, -float("inf")), axis=1)
             top = tl.where(top == -float("inf"), 0.0, top)
             b_mass = tl.where(m_kept, tl.exp(b_scores - top[:, None]), 0.0)
@@ -282,7 +281,7 @@ def code_step_kernel(
                 drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
-            code = tl.where(winner > -float("inf"), drawn, code)
+            code = tl.where((winner > -float("inf")) & (code >= 0), drawn, code)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
     tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
     code = tl.maximum(code, 0)

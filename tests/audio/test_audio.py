@@ -4,47 +4,36 @@ import io
 import os
 import re
 import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sounds import encode, error_of, noise
-from torch import Tensor
+from torch.testing import assert_close
 
 from mimo_fast.audio.files import load_audio, save_wav
 from mimo_fast.audio.resample import resample
 from mimo_fast.errors import AudioError
 
-# Decoding
-
 BITS = {"PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 24, "FLOAT": 24, "DOUBLE": 24}
-FILES = [
-    *(("WAV", subtype) for subtype in BITS),
-    ("WAVEX", "PCM_16"),
-    ("RF64", "PCM_16"),
-    ("FLAC", "PCM_16"),
-    ("FLAC", "PCM_24"),
-]
+FILES = [("WAV", subtype) for subtype in BITS] + [("WAVEX", "PCM_16"), ("RF64", "PCM_16")]
+FILES += [("FLAC", "PCM_16"), ("FLAC", "PCM_24")]
 
 
 @pytest.mark.parametrize(("kind", "subtype"), FILES)
-def test_lossless_files(kind: str, subtype: str) -> None:
+def test_lossless_files(kind, subtype):
     samples = noise(70_000)
     wav = load_audio(encode(samples, 24000, kind, subtype), 24000)
     assert wav.dtype == torch.float32
-    torch.testing.assert_close(
-        wav, torch.from_numpy(samples), rtol=0, atol=2.0 ** (1 - BITS[subtype])
-    )
+    assert_close(wav, torch.from_numpy(samples), rtol=0, atol=2.0 ** (1 - BITS[subtype]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
-)
-def test_lossy_files(kind: str, subtype: str) -> None:
+@pytest.mark.parametrize(("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)])
+def test_lossy_files(kind, subtype):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(100_000) / 24000).astype(np.float32)
     wav = load_audio(encode(tone, 24000, kind, subtype), 24000)
     assert len(wav) == len(tone)
@@ -54,22 +43,22 @@ def test_lossy_files(kind: str, subtype: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
 @pytest.mark.parametrize("rate", [8000, 24000, 44100, 192000])
-def test_channels_are_averaged_before_resampling(channels: int, rate: int) -> None:
+def test_channels_are_averaged_before_resampling(channels, rate):
     samples = noise(5000, channels)
     wav = load_audio(encode(samples, rate, "WAV", "FLOAT"), 24000)
     expected = resample(torch.from_numpy(samples).mean(dim=1), rate, 24000)
-    torch.testing.assert_close(wav, expected, rtol=0, atol=1e-6)
+    assert_close(wav, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [8000, 24000, 192000])
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "FLOAT"])
-def test_one_sample(rate: int, subtype: str) -> None:
+def test_one_sample(rate, subtype):
     wav = load_audio(encode(np.array([0.5], np.float32), rate, "WAV", subtype), 24000)
     assert len(wav) == -(-24000 // rate)
     assert wav.abs().max() > 0.01
 
 
-def test_every_source_gives_the_same_samples(tmp_path: Path) -> None:
+def test_every_source_gives_the_same_samples(tmp_path):
     class Pipe(io.RawIOBase):
         """Binary, not seekable, and short of bytes at each read."""
 
@@ -86,27 +75,16 @@ def test_every_source_gives_the_same_samples(tmp_path: Path) -> None:
     behind = io.BytesIO(b"header" + data)
     behind.seek(6)
     with path.open("rb") as file:
-        for source in (
-            path,
-            str(path),
-            bytearray(data),
-            memoryview(data),
-            io.BytesIO(data),
-            file,
-            behind,
-            Pipe(data),
-        ):
+        sources = (path, str(path), bytearray(data), memoryview(data), io.BytesIO(data))
+        for source in (*sources, file, behind, Pipe(data)):
             assert torch.equal(load_audio(source, 24000), expected)  # type: ignore[arg-type]
 
 
-def test_kit_audio_equals_its_pcm(audio: list[Path]) -> None:
+def test_kit_audio_equals_its_pcm(audio):
     stereo, rate = soundfile.read(audio[2], dtype="int16")
-    assert torch.equal(
-        load_audio(audio[2], rate), torch.from_numpy(stereo.astype(np.float32) / 2**15).mean(dim=1)
-    )
+    expected = torch.from_numpy(stereo.astype(np.float32) / 2**15).mean(dim=1)
+    assert torch.equal(load_audio(audio[2], rate), expected)
 
-
-# Arrays
 
 INTEGERS = [
     (np.uint8, [0, 128, 255], [-1, 0, 127 / 128]),
@@ -121,7 +99,7 @@ INTEGERS = [
 
 
 @pytest.mark.parametrize(("dtype", "values", "expected"), INTEGERS)
-def test_array_types(dtype: object, values: list[float], expected: list[float]) -> None:
+def test_array_types(dtype, values, expected):
     array = np.array(values, dtype)  # type: ignore[call-overload]
     array.flags.writeable = False
     assert load_audio(array, 24000).tolist() == expected
@@ -130,14 +108,14 @@ def test_array_types(dtype: object, values: list[float], expected: list[float]) 
 
 
 @pytest.mark.parametrize("make", [torch.from_numpy, np.asarray])
-def test_arrays_are_mixed_and_resampled(make: object) -> None:
+def test_arrays_are_mixed_and_resampled(make):
     samples = noise(2, 100_000)
     wav = load_audio(make(samples), 24000, source_rate=44100)  # type: ignore[operator]
     expected = resample(torch.from_numpy(samples).mean(dim=0), 44100, 24000)
-    torch.testing.assert_close(wav, expected, rtol=0, atol=1e-6)
+    assert_close(wav, expected, rtol=0, atol=1e-6)
 
 
-def test_the_result_is_a_copy_without_gradient() -> None:
+def test_the_result_is_a_copy_without_gradient():
     source = torch.zeros(100, requires_grad=True)
     wav = load_audio(source, 24000)
     wav += 1
@@ -147,64 +125,49 @@ def test_the_result_is_a_copy_without_gradient() -> None:
 
 @pytest.mark.parametrize("shape", [(), (9, 100), (0, 100), (100, 2), (1, 2, 100)])
 @pytest.mark.parametrize("make", [torch.zeros, np.zeros])
-def test_array_shapes_that_are_refused(make: object, shape: tuple[int, ...]) -> None:
+def test_array_shapes_that_are_refused(make, shape):
     assert re.search(r"the audio array is \[.*must be \[n\]", error_of(make(shape)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int64, np.uint16, np.complex64, object, "U1"])
-def test_array_types_that_are_refused(dtype: object) -> None:
+def test_array_types_that_are_refused(dtype):
     assert "convert it to float32" in error_of(np.zeros(10, dtype))  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("rate", [0, 999, 768_001, 24000.0, "24000"])
-def test_rates_outside_the_range(rate: object) -> None:
+def test_rates_outside_the_range(rate):
     assert "source_rate" in error_of(torch.zeros(10), source_rate=rate)
-    with pytest.raises(AudioError, match="the sample rate is"):
-        load_audio(torch.zeros(10), rate)  # type: ignore[arg-type]
+    refuses("the sample rate is", load_audio, torch.zeros(10), rate, kind=AudioError)
 
 
-def test_source_rate_is_for_arrays_only() -> None:
+def test_source_rate_is_for_arrays_only():
     assert "leave source_rate out" in error_of(encode(noise(10)), source_rate=16000)
 
 
-# Silence, emptiness, NaN
-
-
-def test_silence_is_valid() -> None:
+def test_silence_is_valid():
     assert torch.equal(load_audio(encode(np.zeros(1000), 48000), 24000), torch.zeros(500))
 
 
-def test_empty_audio() -> None:
+def test_empty_audio():
     assert error_of(b"") == "the audio data is empty"
-    for source in (
-        encode(np.zeros(0)),
-        encode(np.zeros(0), 44100, "RF64"),
-        torch.zeros(0),
-        np.zeros((2, 0)),
-    ):
+    encoded = encode(np.zeros(0)), encode(np.zeros(0), 44100, "RF64")
+    for source in (*encoded, torch.zeros(0), np.zeros((2, 0))):
         assert "no samples" in error_of(source)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 40_000, 99_999])
 @pytest.mark.parametrize("rate", [24000, 44100, 8000])
-def test_not_a_number(bad: float, place: int, rate: int) -> None:
+def test_not_a_number(bad, place, rate):
     samples = noise(100_000)
     samples[place] = bad
     assert "NaN or infinite" in error_of(encode(samples, rate, "WAV", "FLOAT"))
     assert "NaN or infinite" in error_of(samples, source_rate=rate)
 
 
-# Writing
-
-
-def test_written_bytes_equal_soundfile(tmp_path: Path) -> None:
-    wav = torch.cat(
-        [
-            torch.from_numpy(noise(70_000)),
-            torch.tensor([1.0, -1.0, 1.5, -7.0, 1e30, -1e-12, 2.0**-17]),
-        ]
-    )
+def test_written_bytes_equal_soundfile(tmp_path):
+    edges = torch.tensor([1.0, -1.0, 1.5, -7.0, 1e30, -1e-12, 2.0**-17])
+    wav = torch.cat([torch.from_numpy(noise(70_000)), edges])
     save_wav(tmp_path / "ours.wav", wav, 24000)
     soundfile.write(tmp_path / "theirs.wav", wav.numpy(), 24000)
     assert (tmp_path / "ours.wav").read_bytes() == (tmp_path / "theirs.wav").read_bytes()
@@ -212,7 +175,7 @@ def test_written_bytes_equal_soundfile(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=50))
-def test_written_samples_are_clipped_and_nearest(values: list[float]) -> None:
+def test_written_samples_are_clipped_and_nearest(values):
     file = io.BytesIO()
     save_wav(file, torch.tensor(values, dtype=torch.float32), 24000)
     samples, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float64")
@@ -221,18 +184,15 @@ def test_written_samples_are_clipped_and_nearest(values: list[float]) -> None:
     assert np.all(np.abs(samples - expected) <= 1 / 32768)
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    save_wav(
-        str(tmp_path / "a.wav"),
-        torch.from_numpy(noise(5000)).to(torch.bfloat16).requires_grad_(),
-        16000,
-    )
+def test_round_trip(tmp_path):
+    half = torch.from_numpy(noise(5000)).to(torch.bfloat16).requires_grad_()
+    save_wav(str(tmp_path / "a.wav"), half, 16000)
     wav = load_audio(tmp_path / "a.wav", 16000)
     save_wav(tmp_path / "b.wav", wav, 16000)
     assert torch.equal(load_audio(tmp_path / "b.wav", 16000), wav)
 
 
-def test_writing_to_an_object_that_cannot_seek() -> None:
+def test_writing_to_an_object_that_cannot_seek():
     class Pipe(io.RawIOBase):
         data = b""
 
@@ -249,9 +209,7 @@ def test_writing_to_an_object_that_cannot_seek() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_what_was_there(error, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise error
 
@@ -260,30 +218,24 @@ def test_a_failed_write_leaves_what_was_there(
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises((AudioError, KeyboardInterrupt)) as caught:
         save_wav(path, torch.zeros(10), 24000)
-    assert (
-        isinstance(error, KeyboardInterrupt)
-        or str(caught.value) == f"cannot write {path}: No space left on device"
-    )
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"cannot write {path}: No space left on device"
     assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
     assert path.read_text() == "old"
 
 
-def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
+def test_targets_that_cannot_be_written(tmp_path):
     missing = tmp_path / "no" / "a.wav"
-    with pytest.raises(
-        AudioError, match=re.escape(f"cannot write {missing}: No such file or directory")
-    ):
-        save_wav(missing, torch.zeros(10), 24000)
-    with pytest.raises(AudioError, match="not a regular file"):
-        save_wav(tmp_path, torch.zeros(10), 24000)
-    with pytest.raises(AudioError, match="not a regular file"):
-        save_wav("/dev/null", torch.zeros(10), 24000)
+    message = re.escape(f"cannot write {missing}: No such file or directory")
+    refuses(message, save_wav, missing, torch.zeros(10), 24000, kind=AudioError)
+    refuses("not a regular file", save_wav, tmp_path, torch.zeros(10), 24000, kind=AudioError)
+    refuses("not a regular file", save_wav, "/dev/null", torch.zeros(10), 24000, kind=AudioError)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(AudioError, match="cannot write"):
         save_wav(io.BufferedReader(io.BytesIO()), torch.zeros(10), 24000)  # type: ignore[arg-type]
 
 
-def test_a_link_is_written_through_and_permissions_are_the_usual(tmp_path: Path) -> None:
+def test_a_link_is_written_through_and_permissions_are_the_usual(tmp_path):
     target, link, plain = tmp_path / "real" / "a.wav", tmp_path / "link.wav", tmp_path / "plain"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -294,29 +246,24 @@ def test_a_link_is_written_through_and_permissions_are_the_usual(tmp_path: Path)
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-@pytest.mark.parametrize(
-    "wav", [torch.zeros(1, 10), torch.zeros(10, dtype=torch.int16), torch.tensor(0.0)]
-)
-def test_waveforms_of_another_layout_are_refused(wav: Tensor) -> None:
-    with pytest.raises(AudioError, match=r"float samples \[n\]"):
-        save_wav(io.BytesIO(), wav, 24000)
+@pytest.mark.parametrize("wav", [torch.zeros(1, 10), torch.zeros(10).short(), torch.tensor(0.0)])
+def test_waveforms_of_another_layout_are_refused(wav):
+    refuses(r"float samples \[n\]", save_wav, io.BytesIO(), wav, 24000, kind=AudioError)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_waveforms_with_nan_are_refused(bad: float, tmp_path: Path) -> None:
+def test_waveforms_with_nan_are_refused(bad, tmp_path):
     with pytest.raises(AudioError, match="NaN or infinite"):
         save_wav(tmp_path / "a.wav", torch.tensor([0.0, bad]), 24000)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_at_an_impossible_rate_is_refused() -> None:
-    with pytest.raises(AudioError, match="sample rate"):
-        save_wav(io.BytesIO(), torch.zeros(10), 0)
+def test_writing_at_an_impossible_rate_is_refused():
+    refuses("sample rate", save_wav, io.BytesIO(), torch.zeros(10), 0, kind=AudioError)
 
 
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "FLAC"])
 def test_the_suffix_chooses_the_format(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     save_wav(path, torch.zeros(4800), 24000)
-    assert soundfile.info(path).format == suffix.upper()
-    assert soundfile.info(path).samplerate == 24000
+    assert (soundfile.info(path).format, soundfile.info(path).samplerate) == (suffix.upper(), 24000)

@@ -31,6 +31,16 @@ __device__ inline void store_relaxed(uint32_t* to, uint32_t value) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
+__device__ inline uint32_t load_acquire(const uint32_t* from) {
+    uint32_t got;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(got) : "l"(from) : "memory");
+    return got;
+}
+
+__device__ inline void add_release(uint32_t* to, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
 // What other blocks wrote before a fence of theirs: from L2, since L1 may hold what was there before.
 template <class Value>
 __device__ inline Value load_shared_data(const Value* from) { return __ldcg(from); }
