@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ConfigError,
         DeviceMemoryError,
         MimoFastError,
+        NumericError,
         PromptError,
     )
     from mimo_fast.generation import generate
@@ -69,6 +70,7 @@ __all__ = [
     "MiMoStopper",
     "MimoAudio",
     "MimoFastError",
+    "NumericError",
     "PromptError",
     "ReplyText",
     "Session",
@@ -94,6 +96,7 @@ _HOMES = {
         "ConfigError",
         "DeviceMemoryError",
         "MimoFastError",
+        "NumericError",
         "PromptError",
     ),
     "generation": ("generate",),

@@ -34,3 +34,7 @@ class DeviceMemoryError(MimoFastError):
 
 class ClosedError(MimoFastError):
     """The model has been closed, or was loaded by the process that this one was forked from."""
+
+
+class NumericError(MimoFastError):
+    """Logits, codes or samples are not finite: a weight is not, or a value overflows its dtype."""

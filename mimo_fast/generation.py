@@ -12,8 +12,10 @@ from torch import Tensor
 from mimo_fast.arguments import checked, suggestion
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
+from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.request import StopHook
+from mimo_fast.runtime.engine.sequence import group_ids
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
@@ -61,6 +63,7 @@ def generate(
 
     Raises:
         PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
+        NumericError: the model's values are not finite.
     """
     lm = language_model(model)
     batch = _Batch.read(input_ids, lm.config)
@@ -90,6 +93,8 @@ def generate(
         for reply, parts in zip(replies, grown, strict=True):
             for group in reply:
                 ids = group_ids(group.text, group.codes)
+                if bool((ids[1:] == NOT_FINITE).any()):
+                    raise reply.not_finite()
                 if not options.callables:
                     parts.append(ids)
                 if streamer is not None:
@@ -151,11 +156,6 @@ def language_model(model: Any) -> LM:
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
     )
-
-
-def group_ids(text: int, codes: Tensor) -> Tensor:
-    """A generated group as ids [C + 1, G]: its text token, repeated, above its codes [C, G]."""
-    return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
 
 
 def flatten_ids(ids: Tensor) -> Tensor:

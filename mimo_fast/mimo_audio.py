@@ -20,6 +20,7 @@ from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
+from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
@@ -298,8 +299,9 @@ class MimoAudio:
         if silent and not return_audio:
             return text
         rate = self.codec.sample_rate
-        nothing = torch.zeros(rate, dtype=torch.float32, device="cpu")
-        wav = nothing if codes is None else self.codec.decode(codes).cpu()
+        wav = torch.zeros(rate, dtype=torch.float32, device="cpu")
+        if codes is not None:
+            wav = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
         if silent:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)

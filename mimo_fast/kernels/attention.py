@@ -26,7 +26,6 @@ from math import e as EULER
 from math import log2, sqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.kernels.dispatch import (
@@ -42,6 +41,7 @@ from mimo_fast.kernels.dispatch import (
     use_triton,
 )
 from mimo_fast.kernels.rope import load_angles, load_rotated, rope
+from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
 __all__ = [
@@ -64,11 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """
     t, s, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
     if not causal or t == 1:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        return sdpa(q, k, v, enable_gqa=gqa)
     if t == s:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
     visible = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
+    return sdpa(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
 def attention_bytes(

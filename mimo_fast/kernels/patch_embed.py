@@ -1,6 +1,9 @@
 """Embedding of speech patches: for each frame, the sum of one table row for each channel's code.
 
     y[n, g] = sum_c table[offset_c + codes[n, c, g]]  where codes[n, c, g] != empty_c
+    y[n, g] = NaN                                     where any codes[n, c, g] is NOT_FINITE (< 0)
+
+So a patch that could not be drawn shows itself in what is computed from it.
 
 Shapes: codes [N, C, G] int64 (any strides, as the sampler's output has), table [sum V_c, D],
 offsets and empty [C] int64, y [N, G, D] in the table's dtype. All channels share one table; channel
@@ -39,8 +42,9 @@ FEW_FRAMES = 128
 
 
 def patch_embed_ref(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:
-    rows = table[codes + offsets[:, None]]
-    return rows.masked_fill((codes == empty[:, None])[..., None], 0).sum(1)
+    rows = table[codes.clamp(min=0) + offsets[:, None]]
+    sums = rows.masked_fill((codes == empty[:, None])[..., None], 0).sum(1)
+    return sums.masked_fill((codes < 0).any(1)[..., None], torch.nan)
 
 
 @jit
@@ -67,12 +71,14 @@ def patch_embed_kernel(
     m_d = o_d < D
     codes_ptr += i_frame // G * stride_cn + i_frame % G * stride_cg
     b_y = tl.zeros([BLOCK_D], tl.float32)
+    lost = 0
     for i_c in tl.static_range(C):
         b_code = tl.load(codes_ptr + i_c * stride_cc)
         b_row = (b_code + tl.load(offsets_ptr + i_c)).to(tl.int64)
-        b_width = tl.where(b_code == tl.load(empty_ptr + i_c), 0, D)
+        b_width = tl.where((b_code == tl.load(empty_ptr + i_c)) | (b_code < 0), 0, D)
+        lost = lost | (b_code < 0).to(tl.int32)
         b_y += load_float(table_ptr + b_row * stride_table + o_d, o_d < b_width)
-    tl.store(y_ptr + i_frame * D + o_d, b_y, mask=m_d)
+    tl.store(y_ptr + i_frame * D + o_d, tl.where(lost > 0, float("nan"), b_y), mask=m_d)
 
 
 def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:

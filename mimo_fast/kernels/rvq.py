@@ -3,6 +3,9 @@
     encode: r_0 = x;  i_q = argmin_j |r_q - e_qj|^2 (first index on ties);  r_{q+1} = r_q - e_q[i_q]
     decode: sum_q e_q[i_q]
 
+Encode gives NOT_FINITE (-1) where a distance is NaN or all are infinite, so where x or a codebook
+is not finite; decode gives NaN for it.
+
 Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as
 |r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that
 near-ties fall on the same side: |e|^2 is computed once by the same expression, 2 r.e is exact, and
@@ -39,6 +42,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.sample import NOT_FINITE
 
 FEW_FRAMES = 512
 """Number of frames below which programs take 4 frames instead of 16."""
@@ -83,18 +87,22 @@ def rvq_encode_ref(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     for codebook in codebooks:
         norms = codebook.square().sum(-1)
         distance = residual.square().sum(-1, keepdim=True) - 2 * residual @ codebook.T + norms
-        codes.append(distance.argmin(-1))
-        residual = residual - codebook[codes[-1]]
+        rows = distance.argmin(-1)
+        # Of a row of distances, argmin takes NaN.
+        finite = distance.gather(-1, rows[:, None])[:, 0].isfinite()
+        codes.append(rows.where(finite, NOT_FINITE))
+        residual = residual - codebook[rows]
     return (
         torch.stack(codes) if codes else torch.empty(0, len(x), dtype=torch.int64, device=x.device)
     )
 
 
 def rvq_decode_ref(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
-    total = codebooks[0][codes[0]]
-    for indices, codebook in zip(codes[1:], codebooks[1:], strict=False):
+    first, *others = codes.clamp(min=0)
+    total = codebooks[0][first]
+    for indices, codebook in zip(others, codebooks[1:], strict=False):
         total = total + codebook[indices]
-    return total
+    return total.masked_fill((codes < 0).any(0)[:, None], torch.nan)
 
 
 @jit
@@ -147,14 +155,14 @@ def rvq_encode_kernel(
                 b_dot = tl.dot(b_r, tl.trans(b_e), b_dot, input_precision="ieee")
             b_norm_e = tl.load(norms_ptr + o_v, mask=m_v, other=float("inf"))
             b_distance = b_norm_r[:, None] - 2 * b_dot + b_norm_e[None, :]
-            # NaN compares with nothing; as infinity it leaves a frame of NaN its first row, as
-            # argmin does.
-            b_distance = tl.where(b_distance < float("inf"), b_distance, float("inf"))
+            # NaN compares with nothing; this way it is the least distance, as for argmin.
+            b_distance = tl.where(b_distance == b_distance, b_distance, -float("inf"))
             b_tile_least, b_tile_row = tl.min(b_distance, axis=1, return_indices=True)
             # Strict comparison: an earlier tile wins a tie, as an earlier row does inside a tile.
             b_row = tl.where(b_tile_least < b_least, i_v + b_tile_row, b_row)
             b_least = tl.minimum(b_tile_least, b_least)
-        tl.store(codes_ptr + i_q * T + o_t, (b_row - i_first).to(tl.int64), mask=m_t)
+        b_code = tl.where(tl.abs(b_least) < float("inf"), b_row - i_first, -1)
+        tl.store(codes_ptr + i_q * T + o_t, b_code.to(tl.int64), mask=m_t)
 
         tl.debug_barrier()
         b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
@@ -176,11 +184,14 @@ def rvq_decode_kernel(
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     codes_ptr += i_t * stride_ct
-    b_y = tl.load(table_ptr + tl.load(codes_ptr) * D + o_d, mask=m_d, other=0.0)
+    least = tl.load(codes_ptr)
+    b_y = tl.load(table_ptr + tl.maximum(least, 0) * D + o_d, mask=m_d, other=0.0)
     for i_q in tl.range(1, Q, loop_unroll_factor=4):
-        b_row = tl.load(codes_ptr + i_q * stride_cq) + tl.load(offsets_ptr + i_q)
+        b_code = tl.load(codes_ptr + i_q * stride_cq)
+        least = tl.minimum(least, b_code)
+        b_row = tl.maximum(b_code, 0) + tl.load(offsets_ptr + i_q)
         b_y += tl.load(table_ptr + b_row * D + o_d, mask=m_d, other=0.0)
-    tl.store(y_ptr + i_t * D + o_d, b_y, mask=m_d)
+    tl.store(y_ptr + i_t * D + o_d, tl.where(least < 0, float("nan"), b_y), mask=m_d)
 
 
 def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
@@ -221,7 +232,7 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
 def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
     """codes [Q, T] -> [T, D] float32.
 
-    There may be fewer rows than codebooks; each code must be inside its codebook.
+    There may be fewer rows than codebooks; each code must be inside its codebook, or NOT_FINITE.
     """
     if not 1 <= len(codes) <= len(codebooks):
         raise ValueError(

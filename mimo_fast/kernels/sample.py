@@ -5,6 +5,7 @@
     top-p:  over what is left, sorted ascending, drop while the cumulative probability <= 1 - p
     banned: removed last; where nothing is left, the best id that is not banned is taken
     token = argmax(scores + gumbel)          greedy: argmax(scores)
+    NOT_FINITE where a logit is NaN or +inf, or where all ids that are not banned have -inf
 
 The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed,
 draw, slot, id) through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it
@@ -44,6 +45,12 @@ from mimo_fast.kernels.dispatch import (
     tl,
     use_triton,
 )
+
+NOT_FINITE = -1
+"""The token of a row that no token can be drawn from: the model's values are not finite.
+
+A banned id counts too, since its +inf or NaN leaves top-p no probabilities. It is a flag that costs
+no launch and no read; the host finds it where it reads the tokens."""
 
 NEAR = 1e-3
 """Error bound of `near_gumbel`: 50 times that of its formula and a GPU's fast logarithm."""
@@ -147,7 +154,7 @@ def sample(
     noise: Tensor | Callable[[Tensor], Tensor] | None,
     banned: Tensor | None,
 ) -> Tensor:
-    """One id a row, int64 [N].
+    """One id a row, int64 [N], or NOT_FINITE.
 
     Args:
         logits: [N, V].
@@ -157,6 +164,10 @@ def sample(
     """
     allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     best = allowed.argmax(-1)
+    # Written so that NaN fails.
+    finite = (logits < torch.inf).all(-1)
+    finite &= allowed.gather(-1, best[:, None])[:, 0] > -torch.inf
+    best = best.where(finite, NOT_FINITE)
     if settings.all_greedy:
         return best
     scores = filter_scores(logits, settings)
@@ -171,7 +182,7 @@ def sample(
         kept = kept if len(kept) else kept.new_zeros(1)
         drawn = kept[(scores[:, kept] + noise(kept)).argmax(-1)]
     nothing_left = ~(scores > -torch.inf).any(-1)
-    return torch.where(settings.greedy | nothing_left, best, drawn)
+    return torch.where(settings.greedy | nothing_left | ~finite, best, drawn)
 
 
 def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Tensor:
@@ -236,6 +247,14 @@ def take_settings_kernel(
     tl.store(to_top_k_ptr + o_n, b_top_k, mask=m_n)
     tl.store(to_tail_ptr + o_n, b_tail, mask=m_n)
     tl.store(to_greedy_ptr + o_n, b_greedy, mask=m_n)
+
+
+@jit
+def best_shown(b_logits, m_allowed):
+    """Logits whose maximum is finite unless no id can be drawn: +inf for NaN and +inf, of banned
+    ids too, and -inf for other banned ids. Whether a maximum sees NaN depends on the platform."""
+    b_allowed = tl.where(m_allowed, b_logits, -float("inf"))
+    return tl.where(b_logits < float("inf"), b_allowed, float("inf"))
 
 
 @jit

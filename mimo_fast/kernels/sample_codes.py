@@ -6,6 +6,8 @@
     codes[channel a, frame a] = code[a]
     x         = sum_a embeddings[code[a]]
 
+A code is NOT_FINITE (-1) where its logits are; x then has row 0 in its place, and is of no use.
+
 a runs over the channels that produce a code at this step: at most 4 in the published model.
 
 Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], the channels stacked; codes
@@ -52,7 +54,14 @@ from mimo_fast.kernels.dispatch import (
     tl,
     use_triton,
 )
-from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.sample import (
+    SamplerTensors,
+    best_shown,
+    gumbel,
+    gumbel_noise,
+    ordered_bits,
+    sample,
+)
 
 FRAME_SLOT = 1
 """Random slot of a patch's first frame; slot 0 is the text's."""
@@ -127,7 +136,7 @@ def sample_codes_ref(
     added = None if noise is None else local.flatten(0, 1)
     drawn = sample(logits.flatten(0, 1), repeated, added, banned).unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
-    return embeddings[drawn + firsts].sum(1)
+    return embeddings[drawn.clamp(min=0) + firsts].sum(1)
 
 
 @jit
@@ -238,7 +247,8 @@ def code_step_kernel(
         temperature = tl.load(temperature_ptr + i_row)
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
-    _, code = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=1, return_indices=True)
+    best, code = tl.max(best_shown(b_logits, m_allowed), axis=1, return_indices=True)
+    code = tl.where(tl.abs(best) < float("inf"), code, -1)
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:
             b_scores = tl.div_rn(b_logits, temperature)
@@ -271,9 +281,10 @@ def code_step_kernel(
                 drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
-            code = tl.where(winner > -float("inf"), drawn, code)
+            code = tl.where((winner > -float("inf")) & (code >= 0), drawn, code)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
     tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
+    code = tl.maximum(code, 0)
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]

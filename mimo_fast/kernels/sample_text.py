@@ -11,7 +11,9 @@ seeds and draws are read on the device, so each replay of a captured graph draws
                         once.
     text_draw_kernel    A chunk of a row a program: perturbs the scores that top-k keeps, with noise
                         that is accurate to NEAR, and stores the chunk's best id, its perturbed
-                        score, the second, the largest score and the sum of exponentials.
+                        score, the second, the largest score and the sum of exponentials. Where a
+                        logit is NaN or +inf, the chunk's best logit is +inf, and the row draws
+                        NOT_FINITE.
     text_check_kernel, text_settle_kernel    Top-p: sample_text_check.py.
 
 Bytes: the logits once, twice with top-p, four times more with top-k; 4 V written and read for the
@@ -38,7 +40,15 @@ from mimo_fast.kernels.dispatch import (
     tl,
     use_triton,
 )
-from mimo_fast.kernels.sample import NEAR, SamplerTensors, gumbel, gumbel_word, near_gumbel, sample
+from mimo_fast.kernels.sample import (
+    NEAR,
+    SamplerTensors,
+    best_shown,
+    gumbel,
+    gumbel_word,
+    near_gumbel,
+    sample,
+)
 from mimo_fast.kernels.sample_text_check import (
     kept_by_top_k,
     kth_bits,
@@ -138,7 +148,7 @@ def text_draw_kernel(
     b_logits = tl.load(logits + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
     values = values_ptr + (i_row * chunks + i_chunk) * 5
     ids = ids_ptr + (i_row * chunks + i_chunk) * 2
-    best, i_best = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=0, return_indices=True)
+    best, i_best = tl.max(best_shown(b_logits, m_allowed), axis=0, return_indices=True)
     tl.store(values, best)
     tl.store(ids, i_chunk * BLOCK_V + i_best)
     if not ALL_GREEDY:  # noqa: SIM102

@@ -186,10 +186,11 @@ def text_settle_kernel(
     m_chunk = o_chunk < chunks
     values = values_ptr + (i_row * chunks + o_chunk) * 5
     b_best = tl.load(values, mask=m_chunk, other=-float("inf"))
-    _, i_best = tl.max(b_best, axis=0, return_indices=True)
+    best, i_best = tl.max(b_best, axis=0, return_indices=True)
+    finite = tl.abs(best) < float("inf")
     token = tl.load(ids_ptr + (i_row * chunks + i_best) * 2)
     if not ALL_GREEDY:  # noqa: SIM102
-        if tl.load(greedy_ptr + i_row) == 0:
+        if (tl.load(greedy_ptr + i_row) == 0) & finite:
             b_winner = tl.load(values + 1, mask=m_chunk, other=-float("inf"))
             b_second = tl.load(values + 4, mask=m_chunk, other=-float("inf"))
             winner, i_winner = tl.max(b_winner, axis=0, return_indices=True)
@@ -280,4 +281,4 @@ def text_settle_kernel(
                     # Where all above are banned, nothing is left.
                     rejected = winner > -float("inf")
             token = tl.where(winner > -float("inf"), drawn, token)
-    tl.store(out_ptr + i_row, token.to(tl.int64))
+    tl.store(out_ptr + i_row, tl.where(finite, token, -1).to(tl.int64))

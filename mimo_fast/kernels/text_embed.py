@@ -1,7 +1,7 @@
 """Input of the backbone: a table row at a text position, an encoded patch at an audio position.
 
     x[r] = patches[r]        where text[r] == empty_id
-    x[r] = table[text[r]]    elsewhere
+    x[r] = table[text[r]]    elsewhere; some row of it for NOT_FINITE (< 0), whose x nobody uses
 
 Shapes: text [R] int64 (any stride, as the ids have), patches [R, D] (any stride over R; rows of
 text positions are never read), x [R, D] in their dtype. The table is dense [V, D] or a
@@ -73,7 +73,7 @@ def dense_embed_kernel(
     pdl_trigger(PDL)
     pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
+    i_text = tl.maximum(tl.load(text_ptr + i_row * stride_t), 0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_patch = o_d < tl.where(i_text == EMPTY, D, 0)
     m_table = o_d < tl.where(i_text == EMPTY, 0, D)
@@ -110,7 +110,7 @@ def quantized_embed_kernel(
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
+    i_text = tl.maximum(tl.load(text_ptr + i_row * stride_t), 0).to(tl.int64)
     o_block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     o_plane, o_word = tl.arange(0, PLANES), tl.arange(0, WIDTH)
     d_table = tl.where(i_text == EMPTY, 0, D)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.sdpa import sdpa
 
 WINDOW_BLOCK = 256
 """Queries that the reference processes at once."""
@@ -50,7 +51,7 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
     visible = in_window & (position >= 0) & (position < t)
     # Rows past the end see no key; they attend to everything, which avoids NaN.
     visible |= ~visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+    out = sdpa(queries, keys, values, attn_mask=visible)
     return out.reshape(heads, blocks * WINDOW_BLOCK, dh)[:, :t]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import PromptError
 from mimo_fast.process import Owner
+from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
@@ -124,6 +125,7 @@ class Pipeline:
 
         Raises:
             AudioError: the audio cannot be read.
+            NumericError: the codec's values are not finite.
             PromptError: it is shorter than a patch.
         """
         self.owner.check()
@@ -131,6 +133,7 @@ class Pipeline:
             return encoded_speech(audio, closed)
         wav = load_audio(audio, self.codec.sample_rate)
         codes = self.codec.encode(wav, self.lm.config.channels).cpu()
+        codes = checked_codes(self.codec, codes, wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
         if not codes.shape[1]:
             raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")

@@ -1,9 +1,12 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
+from torch import Tensor
+
 from mimo_fast.arguments import checked
 from mimo_fast.config import CodecConfig
 from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec.finite import checked_codes, checked_samples
 from mimo_fast.runtime.codec.geometry import default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
@@ -20,6 +23,22 @@ class Codec(CodecNetwork):
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         super().__init__(config, source, codebook)
         self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
+
+    def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
+        """As `CodecNetwork.encode`. On a GPU codes are -1 where they come of no finite values.
+
+        Raises:
+            NumericError: on a CPU, values are not finite.
+        """
+        return checked_codes(self, super().encode(wav, n_q), wav)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As `CodecNetwork.decode`. On a GPU samples are NaN where values are not finite.
+
+        Raises:
+            NumericError: on a CPU, samples are not finite.
+        """
+        return checked_samples(self, super().decode(codes), codes)
 
     def stream(
         self, lookahead: int | None = None, moments: NormStatistics | None = None

@@ -136,12 +136,8 @@ class CodecNetwork:
 
     def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
         config = self.config
-        with ieee_convolutions():
-            x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
-            x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
-            x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
-        length = (len(mel) + 2 - config.kernel) // config.stride + 1
-        x = self.encoder_norm(self.encoder(x[:length], config.skip_layer))
+        x = self.encoder(self.convolved(mel, padded), config.skip_layer)
+        x = self.encoder_norm(x)
         if config.pool == 1:
             return x
         if short := -len(x) % config.pool:
@@ -150,6 +146,15 @@ class CodecNetwork:
         with ieee_convolutions():
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
         return self.pool_norm(F.gelu(x))
+
+    def convolved(self, mel: Tensor, padded: bool) -> Tensor:
+        """Log-mel [T_mel, n_mels] -> the encoder layers' input [T_mel / stride, D]."""
+        config = self.config
+        with ieee_convolutions():
+            x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
+            x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
+            x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
+        return x[: (len(mel) + 2 - config.kernel) // config.stride + 1]
 
     @in_own_modes
     def decode(self, codes: Tensor) -> Tensor:

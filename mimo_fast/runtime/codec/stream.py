@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mimo_fast.kernels.cpu.library import one_thread
 from mimo_fast.modes import in_own_modes
+from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
@@ -74,6 +75,9 @@ class CodecStream:
 
         trusted: skips the range check, for codes drawn by the model: it would make the host wait
             for the device.
+
+        Raises:
+            NumericError: on a CPU, samples are not finite; on a GPU they are NaN then.
         """
         return self._advance(codes, False, trusted)
 
@@ -106,7 +110,8 @@ class CodecStream:
 
     def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         with self._threads():
-            return self._decoded(codes, ended, trusted)
+            wav = self._decoded(codes, ended, trusted)
+        return checked_samples(self._codec, wav, codes)
 
     def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         state, codec = self._open(), self._codec

@@ -28,13 +28,16 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from mimo_fast.errors import BusyError, ClosedError
+from mimo_fast.errors import BusyError, ClosedError, NumericError
+from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.modes import in_own_modes, own_modes
 from mimo_fast.process import Owner
 from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
-from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
+from mimo_fast.runtime.engine.sequence import TokenSequence, check_room, group_ids
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
+from mimo_fast.runtime.lm.finite import explain
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
@@ -82,6 +85,7 @@ class Engine:
         lm.owner.check()
         self.owner = Owner()
         self.lm, self.capacity, self.queue = lm, capacity, queue
+        self.quantized_cache = quantized_cache
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
         graphs = Graphs(lm, self.state) if wanted(lm.device) else None
         self.decoder = Decoder(lm, self.state, graphs)
@@ -525,7 +529,7 @@ class Reply(Iterator[Group]):
         self._wait(lambda: request.row is not None or request.done)
         if request.error is not None:
             self.close()
-            raise request.error
+            raise self._explained(request.error)
         if self.prefilled is None:
             self.prefilled = perf_counter()
 
@@ -543,8 +547,37 @@ class Reply(Iterator[Group]):
         error = None if request.cancelled else request.error
         self.close()
         if error is not None:
-            raise error
+            raise self._explained(error)
         raise StopIteration
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The error of the request; where its values were not finite, with their cause."""
+        lost = self._request.lost
+        if lost is None:
+            return error
+        spoke = lost.text == self._engine.lm.empty_id
+        return self.not_finite([*self._request.ready], lost.codes if spoke else None)
+
+    def not_finite(self, rest: Sequence[Group] = (), codes: Tensor | None = None) -> NumericError:
+        """Why the group that follows what has been taken is not finite; computes for a while.
+
+        Args:
+            rest: groups decoded before it and not taken.
+            codes: its codes [C, G] where they could not be drawn, None where its text could not.
+        """
+        request, lm = self._request, self._engine.lm
+        ids = torch.cat(
+            [request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1
+        )
+        spoken = ids[1:].unflatten(1, (-1, lm.config.group_size)).amin((0, 2)) == NOT_FINITE
+        groups, taken = len(spoken), request.taken + len(rest)
+        failed = int(spoken.nonzero()[0, 0]) if spoken.any() else groups
+        number, part = failed - (groups - taken) + 1, "logits"
+        if codes is not None or failed < groups:
+            part = "codes"
+        where = f"of group {number} of the reply" if number > 0 else "of an earlier reply"
+        why = explain(lm, ids, codes, self._engine.quantized_cache)
+        return NumericError(f"the {part} {where} are not finite: {why}")
 
     def _wait(self, until: Callable[[], bool]) -> None:
         self._request.awaited = True

@@ -105,6 +105,11 @@ class TokenSequence:
         self.ids, self.cached = ids, min(cached, self.cached, int(same) // self.group_size)
 
 
+def group_ids(text: int, codes: Tensor) -> Tensor:
+    """A group as ids [C + 1, G] on the CPU: its text token, repeated, above its codes [C, G]."""
+    return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
+
+
 def check_room(groups: int, capacity: int) -> None:
     """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
     if groups >= capacity:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.kernels.sample import NOT_FINITE
+from mimo_fast.runtime.codec.finite import samples_error
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.device.host_copy import HostCopy
@@ -256,13 +258,18 @@ def _generate_chunks(
     stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
 
-    def chunk(text: str, audio: Tensor, reason: FinishReason | None = None) -> Chunk:
+    def chunk(
+        text: str, audio: Tensor, codes: Tensor | None, reason: FinishReason | None = None
+    ) -> Chunk:
         nonlocal samples, first_audio
         copy = HostCopy(audio.float())
         reply.launch_next()
         # The time is taken when the samples are on the host, not when the work is queued. The
         # clone frees the pinned memory, which is scarce.
         audio = copy.wait().clone()
+        if not bool(audio.isfinite().all()):
+            unknown = codes is not None and bool((codes == NOT_FINITE).any())
+            raise reply.not_finite() if unknown else samples_error(codec, codes)
         samples += len(audio)
         elapsed = perf_counter() - began
         if first_audio is None and len(audio):
@@ -280,16 +287,16 @@ def _generate_chunks(
                 on_group(group)
             if not group.finished:
                 text, patches = reader.read(group.text, group.codes)
-                heard = nothing
-                if stream and patches:
-                    heard = stream.push(torch.cat(patches, dim=1), trusted=True)
-                yield chunk(text, heard)
+                heard, codes = nothing, torch.cat(patches, dim=1) if patches else None
+                if stream and codes is not None:
+                    heard = stream.push(codes, trusted=True)
+                yield chunk(text, heard, codes)
         if closing.is_set():
             return
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None
         rest = stream.finish(held, trusted=True) if stream else nothing
-        yield chunk(text, rest, reply.finish_reason)
+        yield chunk(text, rest, held, reply.finish_reason)
     finally:
         if stream is not None:
             stream.close()

@@ -28,6 +28,7 @@ from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.executor import Executor, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
+    AnyWeight,
     padded_attend,
     prefill_attend,
     transformer,
@@ -65,9 +66,10 @@ class LM:
         )
         # Projecting the table once makes each decoder step a plain gather.
         self.decoder_embeddings = self.code_embeddings
+        self.embeddings_to_local: AnyWeight | None = None
         if encoder.dim != decoder.dim:
-            projection = source.weight("speech_embeddings_to_local")
-            self.decoder_embeddings = matmul(self.code_embeddings, projection)
+            self.embeddings_to_local = source.weight("speech_embeddings_to_local")
+            self.decoder_embeddings = matmul(self.code_embeddings, self.embeddings_to_local)
         self.patch_to_backbone = source.weight("speech_group_downcast")
         self.backbone_to_patch = source.weight("hidden_states_downcast")
         self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
