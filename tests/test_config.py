@@ -126,7 +126,7 @@ def test_empty_code_outside_its_channel(empty):
 
 
 def test_negative_delay():
-    assert "negative delay" in complaint("lm", {"delay_pattern": -1})
+    assert "'delay_pattern' must be between 0 and" in complaint("lm", {"delay_pattern": -1})
 
 
 def test_heads_that_do_not_divide():
