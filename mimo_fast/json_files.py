@@ -7,6 +7,7 @@ never opened, and neither size, nesting nor repeated keys can reach the code tha
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; readers disagree on which of two equal keys counts, so neither does."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {shown(repeated)} is given twice")
     return found

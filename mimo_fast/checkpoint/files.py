@@ -150,13 +150,11 @@ class Weights:
             CheckpointError: it has some.
         """
         tensor = self.get(name, device=device)
-        if tensor.is_floating_point() and tensor.numel():
-            # One pass and no temporary tensor; NaN is both the least and the greatest.
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise CheckpointError(
-                    f"{self.directory}: {name} holds NaN or infinite values: the weights are "
-                    "damaged, download or convert them again"
-                )
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{self.directory}: {name} holds NaN or infinite values: the weights are damaged, "
+                "download or convert them again"
+            )
         return tensor
 
     def check_counts(self, counts: Counts) -> None:
@@ -236,6 +234,14 @@ class Weights:
                 f"{self.directory} has no tensor {name}: use the config.json of these weights"
             )
         return self._headers[name]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without a temporary tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN is both the least and the greatest.
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def open_weights(directory: str | os.PathLike[str]) -> Weights:

@@ -75,7 +75,7 @@ def check_new_folder(target: Path) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise CheckpointError(f"{target} exists and is no folder: choose another name")
+        raise CheckpointError(f"{target} exists and is not an empty directory: choose another")
     # A killed run of an earlier version has left such files inside.
     held = [path for path in target.iterdir() if not _is_left_over(path)]
     if any(".safetensors" in path.name for path in held):
