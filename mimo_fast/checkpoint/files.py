@@ -64,12 +64,16 @@ def find_checkpoint(
         CheckpointError: nothing is there, the hub refuses or is out of reach, or config.json or
             safetensors are absent.
     """
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(f"a checkpoint is a directory or a hub id OWNER/NAME, not a {kind}")
     directory = Path(text := os.fspath(source)).expanduser()
-    if directory.is_file():
+    # These are False for whatever the system does not take as a path.
+    if os.path.isfile(directory):
         raise CheckpointError(
             f"{directory} is a file: give the directory that holds it and config.json"
         )
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         path_like = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1
         if not isinstance(source, str) or path_like:
             raise CheckpointError(
