@@ -293,7 +293,7 @@ class CodecConfig:
             ("fmax", config.f_max, "half of sampling_rate", config.sample_rate / 2),
         ):
             if value > bound or (name == "fmin" and value == bound):
-                raise ConfigError(f"{source}: '{name}' {value} is beyond {of} {bound}")
+                raise ConfigError(f"{source}: '{name}' {value} is beyond '{of}' {bound}")
         widths = config.dim, config.dim, config.vocoder_dim
         counts = config.encoder_heads, config.decoder_heads, config.vocoder_heads
         for width, heads in zip(widths, counts, strict=True):

@@ -27,6 +27,11 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
 NAMES_SHOWN = 8
+LONGEST_NAME = 255
+"""Bytes of a file's name at most."""
+
+LARGEST = 1e18
+"""Magnitude of a value at most: the product of two is finite in float32."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -148,16 +153,16 @@ class Weights:
         return self._files[name].get_tensor(name).to(device).to(dtype=dtype)
 
     def finite(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """`get` of a tensor that is read whole anyway, without NaN and infinities.
+        """`get` of a tensor that is read whole anyway, and is checked by `is_finite`.
 
         Raises:
-            CheckpointError: it has some.
+            CheckpointError: it holds NaN, infinite or absurd values.
         """
         tensor = self.get(name, device=device)
         if not is_finite(tensor):
             raise CheckpointError(
-                f"{self.directory}: {name} holds NaN or infinite values: the weights are damaged, "
-                "download or convert them again"
+                f"{self.directory}: {name} holds NaN or infinite values, or some beyond {LARGEST:g}: "
+                "the weights are damaged, download or convert them again"
             )
         return tensor
 
@@ -241,11 +246,11 @@ class Weights:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass and without a temporary tensor."""
+    """Whether no value is NaN or beyond `LARGEST`, in one pass and without a temporary tensor."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # NaN is both the least and the greatest.
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    # NaN is both the least and the greatest, and is not below anything.
+    return bool((torch.stack(torch.aminmax(tensor)).double().abs() <= LARGEST).all())
 
 
 def open_weights(directory: str | os.PathLike[str]) -> Weights:
@@ -278,7 +283,8 @@ def _open_shards(index: Path) -> dict[str, Any]:
     shards: dict[str, Any] = {}
     tensors: dict[str, set[str]] = {}
     for shard in sorted(set(table.values())):
-        if shard in ("", ".", "..") or not shard.isprintable() or "/" in shard or "\\" in shard:
+        odd = not shard.isprintable() or len(shard.encode()) > LONGEST_NAME
+        if odd or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             problem = f"{index} names {shown(shard)}, which is not a file beside it"
             raise CheckpointError(f"{problem}: download it again")
         shards[shard] = _open(index.parent / shard)

@@ -209,7 +209,8 @@ class _Reader:
         return given
 
     def check_ids(self, ids: Tensor) -> None:
-        size, sizes = self.config.group_size, torch.tensor(self.config.code_sizes)[:, None]
+        size = self.config.group_size
+        sizes = torch.tensor(self.config.code_sizes, dtype=torch.int64, device="cpu")[:, None]
         text = ids[0].view(-1, size)
         outside = (text < 0) | (text >= self.config.vocab_size)
         outside[:, 1:] &= text[:, 1:] != TEXT_FILLER

@@ -103,7 +103,7 @@ def is_usual(tree: Mapping[str, Any]) -> bool:
             all(map(_is_added_token, tree.get("added_tokens") or []))
             and _is_one_of(tree.get("normalizer"), "normalizers", _is_normalizer)
             and _is_one_of(tree.get("pre_tokenizer"), "pretokenizers", _is_pre_tokenizer)
-            and _is_one_of(tree.get("post_processor"), "", _is_byte_level)
+            and _is_one_of(tree.get("post_processor"), "", _is_post_processor)
             and _is_one_of(tree.get("decoder"), "", _is_byte_level)
             and _is_model(tree["model"])
         )
@@ -124,6 +124,11 @@ def _is_normalizer(piece: Any) -> bool:
 
 def _is_byte_level(piece: Any) -> bool:
     return piece["type"] == "ByteLevel"
+
+
+def _is_post_processor(piece: Any) -> bool:
+    plain = piece["type"] == "TemplateProcessing" and not piece["special_tokens"]
+    return plain or _is_byte_level(piece)
 
 
 def _is_pre_tokenizer(piece: Any) -> bool:
