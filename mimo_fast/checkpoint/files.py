@@ -161,8 +161,8 @@ class Weights:
         tensor = self.get(name, device=device)
         if not is_finite(tensor):
             raise CheckpointError(
-                f"{self.directory}: {name} holds NaN or infinite values, or some beyond {LARGEST:g}: "
-                "the weights are damaged, download or convert them again"
+                f"{self.directory}: {name} holds NaN or infinite values, or some beyond "
+                f"{LARGEST:g}: the weights are damaged, download or convert them again"
             )
         return tensor
 
@@ -332,13 +332,14 @@ def write_checkpoint(
     consecutive pieces of the flattened tensor; peak memory is what it returns at a time. Everything
     is converted to `dtype`, one for all or one for each name. `advance` is called with the number
     of bytes written. An interrupted write leaves no config.json and no incomplete file under a
-    final name.
+    final name; in a `new_folder` it leaves nothing.
 
     Raises:
         CheckpointError: weights are already there, a tensor has another size, or the disk is full.
     """
     directory = Path(directory)
-    if any(directory.glob("*.safetensors*")):
+    # Hidden ones are what a killed run has left.
+    if any(not path.name.startswith(".") for path in directory.glob("*.safetensors*")):
         raise CheckpointError(
             f"{directory} already holds weights: choose another directory or delete them"
         )
