@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
-from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.files import SHARD_BYTES, open_weights, write_checkpoint
+from mimo_fast.checkpoint.folder import check_new_folder, new_folder
+from mimo_fast.checkpoint.hub import HUB_FILES
+from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.cpu import library as native
@@ -145,13 +147,13 @@ def quantize_checkpoint(
 ) -> dict[str, float]:
     """Quantizes a language model's checkpoint into another directory, with its tokenizer.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time. The directory appears at the end, whole.
 
     Returns:
         Relative error of each quantized matrix by upstream's name; config.json keeps them too.
 
     Raises:
-        CheckpointError: the source is no dense checkpoint, the target holds weights, or the disk is
+        CheckpointError: the source is no dense checkpoint, the target is not empty, or the disk is
             full.
         ValueError: the quantization is none.
     """
@@ -159,6 +161,7 @@ def quantize_checkpoint(
     chosen = QuantizationConfig.parse(quantization)
     if chosen is None:
         raise ValueError("no quantization was given: use int8, int4, nf4 or a format for each part")
+    check_new_folder(target)
     raw = read_json(source / "config.json")
     if CONFIG_KEY in raw:
         raise CheckpointError(
@@ -168,15 +171,15 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} was quantized by another tool: import_checkpoint converts it"
         )
-    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
-    weights = open_weights(source)
-    weights.validate(shapes)
+    config, weights = LMConfig.from_dict(raw, str(source / "config.json")), open_weights(source)
+    weights.check_counts(lm_counts(config))
+    weights.validate(shapes := lm_shapes(config))
     formats = chosen.formats(shapes)
     hide = None if progress else True
     with tqdm(total=len(formats), desc="quantizing", unit="matrix", delay=1, disable=hide) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float]:
-            matrix = weights.get(name)
+            matrix = weights.finite(name)
             quantized = quantize(matrix, formats[name])
             bar.update(1)
             return quantized, relative_error(matrix, quantized)
@@ -184,7 +187,7 @@ def quantize_checkpoint(
         dtypes = {name: weights.dtype(name) for name in shapes}
         plan, about = (raw, shapes, formats, dtypes), {"parts": chosen.parts()}
         return write_quantized(
-            target, *plan, weights.get, convert, about, copy_from=source, shard_bytes=shard_bytes
+            target, *plan, weights.finite, convert, about, copy_from=source, shard_bytes=shard_bytes
         )
 
 
@@ -231,8 +234,10 @@ def write_quantized(
     wanted = {name: shape for name, (shape, _) in stored.items()}
     dtype = {name: dtypes.get(name, usual) for name, (_, usual) in stored.items()}
     config = {**raw, CONFIG_KEY: entry}
-    write_checkpoint(target, wanted, pieces, dtype=dtype, config=config, shard_bytes=shard_bytes)
-    _copy_tokenizer(copy_from, target)
+    with new_folder(target) as folder:
+        _copy_tokenizer(copy_from, folder)
+        options: dict[str, Any] = {"config": config, "shard_bytes": shard_bytes}
+        write_checkpoint(folder, wanted, pieces, dtype=dtype, **options)
     return errors
 
 
@@ -240,5 +245,10 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     skipped = {"config.json", "model.safetensors.index.json"}
     for pattern in HUB_FILES:
         for path in source.glob(pattern):
-            if path.suffix != ".safetensors" and path.name not in skipped:
+            if path.suffix == ".safetensors" or path.name in skipped or not path.is_file():
+                continue
+            try:
                 shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                problem = f"cannot copy {path} ({error.strerror or error})"
+                raise CheckpointError(f"{problem}: free space or write elsewhere") from error

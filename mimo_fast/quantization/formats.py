@@ -37,6 +37,8 @@ NAMED = ("int4", "int4-sym", "int8", "nf4", "dense")
 MIN_GROUP = 32
 """Values in 16 bytes of 4-bit weights; a matrix whose K is no multiple of it stays dense."""
 
+SCALES = (torch.bfloat16, torch.float16, torch.float32)
+
 FOREIGN_KEY = "quantization_config"
 """Key of config.json where other tools describe their quantization."""
 
@@ -210,6 +212,7 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
         )
     try:
         return {name: Format.parse(about["format"]) for name, about in entry["tensors"].items()}
+    # A list has no items, a number no key.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{source}: its '{CONFIG_KEY}' is damaged ({error}): quantize again"
@@ -233,6 +236,19 @@ def stored_tensors(
         else:
             stored[name] = shape, dense if isinstance(dense, torch.dtype) else dense[name]
     return stored
+
+
+def stored_types(shapes: Shapes, formats: Mapping[str, Format]) -> dict[str, list[torch.dtype]]:
+    """Types that each packed tensor in the file may have, by name.
+
+    Imported scales keep the type that the other tool gave them.
+    """
+    packed = {name: shapes[name] for name in formats if name in shapes}
+    usual = stored_tensors(packed, formats, torch.bfloat16)
+    return {
+        name: [*SCALES] if name.endswith(".scales") else [dtype]
+        for name, (_, dtype) in usual.items()
+    }
 
 
 def checkpoint_bytes(

@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import Weights, open_weights
-from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.folder import check_new_folder
+from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
@@ -44,9 +45,10 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: the source's form is not supported, a package is missing, or the target
-            holds weights.
+            is not empty.
     """
     source = Path(source)
+    check_new_folder(Path(target))
     raw = dict(read_json(source / "config.json"))
     about = raw.pop(FOREIGN_KEY, None)
     method = about.get("quant_method") if isinstance(about, Mapping) else None
@@ -54,8 +56,9 @@ def import_checkpoint(
         raise CheckpointError(
             f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported"
         )
-    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
-    weights = open_weights(source)
+    config, weights = LMConfig.from_dict(raw, str(source / "config.json")), open_weights(source)
+    weights.check_counts(lm_counts(config))
+    shapes = lm_shapes(config)
     packed = METHODS[method](weights, shapes, about)
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()
@@ -64,7 +67,7 @@ def import_checkpoint(
     dtypes = packed.dtypes | {name: weights.dtype(name) for name in unpacked}
 
     def matrix(name: str) -> QuantizedWeight | Tensor:
-        return packed.get(name) if name in packed.shapes else weights.get(name)
+        return packed.get(name) if name in packed.shapes else weights.finite(name)
 
     def dense(name: str) -> Tensor:
         found = matrix(name)

@@ -11,9 +11,16 @@ from tqdm import tqdm
 
 from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
-from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
+from mimo_fast.checkpoint.layout import (
+    codec_counts,
+    codec_shapes,
+    codec_training_state,
+    lm_counts,
+    lm_shapes,
+)
 from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import cut
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.modes import in_own_modes
 from mimo_fast.process import check_may_load
@@ -24,6 +31,7 @@ from mimo_fast.quantization import (
     WeightSource,
     stored_formats,
     stored_shapes,
+    stored_types,
 )
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.graphs import wanted
@@ -90,11 +98,13 @@ def load_parts(
     chosen, own_dtype = parse_dtype(dtype), lm_weights.dtype("model.norm.weight")
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
-    elif chosen is None and target.type == "cpu" and own_dtype == torch.float16:
-        # Few CPUs compute in float16.
+    elif chosen is None and target.type == "cpu" and own_dtype in (torch.float16, torch.float64):
+        # Few CPUs compute in float16, and no kernel does in float64.
         chosen = torch.float32
     lm_dtype = chosen or own_dtype
     codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
+    if codec_dtype == torch.float64:
+        codec_dtype = torch.float32
     formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
     codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
     setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats)
@@ -110,7 +120,7 @@ def load_parts(
         source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         read = _reader(codec_weights, target, bar)
-        source = WeightSource(read, chosen, requested=codec_requested)
+        source = WeightSource(read, codec_dtype, requested=codec_requested)
         audio_codec = Codec(codec_config, source, codebook=WeightSource(read, torch.float32))
     if "codec_encoder" in setup.offload:
         audio_codec.offload_encoder()
@@ -192,7 +202,14 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
         )
     config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
     weights = open_weights(directory)
-    weights.validate(stored_shapes(lm_shapes(config), stored))
+    weights.check_counts(lm_counts(config))
+    shapes = lm_shapes(config)
+    if unknown := [name for name in stored if name not in shapes or len(shapes[name]) != 2]:
+        raise CheckpointError(
+            f"{path} says that {cut(unknown[0])} is quantized, which is no matrix of this model: "
+            "quantize again"
+        )
+    weights.validate(stored_shapes(shapes, stored), packed=stored_types(shapes, stored))
     return config, weights, stored
 
 
@@ -201,6 +218,7 @@ def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     path = directory / "config.json"
     config = CodecConfig.from_dict(read_json(path), str(path))
     weights = open_weights(directory)
+    weights.check_counts(codec_counts(config))
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
 
@@ -227,7 +245,7 @@ def _reader(
     def read(name: str) -> Tensor:
         bar.update(1)
         if on_host and name.startswith(on_host) and device.type == "cuda":
-            return weights.get(name, device="cpu").pin_memory()
-        return weights.get(name, device=device)
+            return weights.finite(name).pin_memory()
+        return weights.finite(name, device)
 
     return read

@@ -254,13 +254,15 @@ class Session:
         """Reads a dialogue that `save` wrote, with its voice, draws and cache.
 
         Raises:
-            CheckpointError: the file is not a session, is damaged, or belongs to another model.
+            CheckpointError: the file is not a session, is damaged, contradicts itself, belongs to
+                another model, or is longer than this model's context.
         """
+        saved = read_session(path, pipeline.engine)
         session = cls(pipeline, samplers=samplers)
-        about, turns = read_session(path, pipeline.engine, session._sequence)
-        session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
-        session._prefix_groups = session._sequence.prefix_groups = about["opening"]
-        session._turns = [Turn(*turn) for turn in turns]
+        saved.fill(session._sequence)
+        session._system_prompt, session._spoken = saved.system_prompt, saved.spoken
+        session._prefix_groups = saved.opening
+        session._turns = [Turn(*turn) for turn in saved.turns]
         return session
 
     def _record_patch(self, group: Group) -> None:
