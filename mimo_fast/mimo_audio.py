@@ -17,6 +17,7 @@ from mimo_fast import sampling
 from mimo_fast.audio.files import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
+from mimo_fast.errors import AudioError
 from mimo_fast.generation import flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.model import Codec
@@ -26,7 +27,7 @@ from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
-from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline
+from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
@@ -38,21 +39,30 @@ Arguments = ParamSpec("Arguments")
 
 
 class Options(TypedDict, total=False):
-    """Arguments of every task method besides upstream's."""
+    """Arguments of every task method besides upstream's.
+
+    special_tokens: special tokens in the texts of a prompt are tokens, and those in the text of the
+    reply are shown, as upstream does. By default a text is text.
+    """
 
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int
+    special_tokens: bool
 
 
 def _prompt_of(
     task: Callable[Concatenate[PromptContext, Arguments], Segments],
 ) -> "Callable[Concatenate[MimoAudio, Arguments], Tensor]":
-    """The method `get_*_prompt` of a task: its arguments -> ids [C + 1, T G]."""
+    """The method `get_*_prompt` of a task: its arguments -> ids [C + 1, T G].
+
+    It takes `special_tokens` as well, see `Options`.
+    """
 
     @wraps(task)
     def prompt(model: "MimoAudio", *arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
-        return model._prompt(task(model.pipeline.context(), *arguments, **named))
+        context = model.pipeline.context(special_tokens=bool(named.pop("special_tokens", False)))
+        return model._prompt(task(context, *arguments, **named))
 
     return prompt
 
@@ -196,11 +206,15 @@ class MimoAudio:
         return self.pipeline.ids(segments)
 
     def session(
-        self, system_prompt: str | None = None, voice: Audio | None = None, seed: int | None = None
+        self,
+        system_prompt: str | None = None,
+        voice: Audio | None = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         samplers = self._samplers("spoken_dialogue")
-        return Session(self.pipeline, system_prompt, voice, seed, samplers)
+        return Session(self.pipeline, system_prompt, voice, seed, samplers, special_tokens)
 
     def restore_session(self, path: PathLike) -> Session:
         """Reads a dialogue that `Session.save` wrote, with its cache; see `Session.restore`."""
@@ -237,11 +251,17 @@ class MimoAudio:
         add_history: bool = False,
         task_name: str | None = None,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
-        `MiMoStopper`s.
+        `MiMoStopper`s. The text has the control tokens that upstream leaves in it only with
+        special_tokens; `</think>` also ends the thoughts of a written reply. Without a word spoken
+        audio is a second of silence, as upstream's.
+
+        Raises:
+            AudioError: output_audio_path is given, and nothing was said. Nothing is written.
         """
         criteria = list(stopping_criteria or ())
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
@@ -250,12 +270,18 @@ class MimoAudio:
             )
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
-        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
-            text, codes = self.pipeline.read(reply, input_ids)
         # Upstream treats an empty path as none.
         silent = output_audio_path is None or output_audio_path == ""
+        # Of the tasks that think before they answer, one speaks.
+        speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
+        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
+            text, codes = self.pipeline.read(reply, input_ids, speaks, special_tokens)
         if silent and not return_audio:
             return text
+        if codes is None and not silent:
+            fix = "raise max_new_tokens" if text.finish_reason == "length" else "try another seed"
+            problem = f"nothing was said, so {output_audio_path} was not written: {fix}"
+            raise AudioError(f"{problem} (the reply's text: {str(text)!r:.120})")
         rate = self.codec.sample_rate
         wav = torch.zeros(rate) if codes is None else self.codec.decode(codes).cpu()
         if silent:
@@ -271,19 +297,23 @@ class MimoAudio:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
+        special_tokens: bool = False,
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
 
         task is upstream's method name, with or without `_sft` ("tts", "asr", ...); its arguments
         are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
+
+        special_tokens: see `Options`.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
-        continued = add_history and self.has_history
-        ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
+        check_limits(max_new_tokens, min_new_tokens)
+        context = pipeline.context(seed, add_history and self.has_history, special_tokens)
+        ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
-        return pipeline.stream(reply, ids, began, spec.speaks)
+        return pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
 
     def _start(
         self,
@@ -296,6 +326,8 @@ class MimoAudio:
         seed: int | None,
     ) -> Reply:
         """Adds a prompt [C + 1, T G] to the history and prefills it."""
+        # Before the history is touched.
+        check_limits(max_new_tokens, min_new_tokens)
         samplers, limits = self._samplers(task_name), (max_new_tokens, min_new_tokens)
         reply = self._history.start(
             self.pipeline,
@@ -320,9 +352,12 @@ class MimoAudio:
         add_history: bool = False,
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
-        task, seed = TASKS[name], options.get("seed")
-        continued = add_history and self.has_history
-        ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
+        task, continued = TASKS[name], add_history and self.has_history
+        # Before the recordings of the prompt are encoded.
+        check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
+        written = options.get("special_tokens", False)
+        context = self.pipeline.context(options.get("seed"), continued, written)
+        ids = self.pipeline.ids(task.prompt(context, *arguments))
         stops = task.stop_ids(self.tokenizer.special)
         return self.forward(
             ids,
@@ -429,10 +464,12 @@ class MimoAudio:
         output_audio_path: Any = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> str:
         """Speech to speech by example; see `text.tasks.in_context_learning_s2s`."""
         arguments = [instruction, prompt_examples, audio]
         options = Options(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
+        options["special_tokens"] = special_tokens
         return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(
@@ -442,9 +479,14 @@ class MimoAudio:
         return self._run("speech_continuation", [audio], options, output_audio_path)
 
     def get_asr_sft_prompt(
-        self, input: Audio, template: Template = None, seed: int | None = None
+        self,
+        input: Audio,
+        template: Template = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Tensor:
-        return self._prompt(tasks.asr(self.pipeline.context(seed), input, template))
+        context = self.pipeline.context(seed, special_tokens=special_tokens)
+        return self._prompt(tasks.asr(context, input, template))
 
     def get_tts_sft_prompt(
         self,
@@ -454,9 +496,11 @@ class MimoAudio:
         prompt_speech: Audio | None = None,
         template: Template = None,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Tensor:
         arguments = (input, instruct, read_text_only, prompt_speech, template)
-        return self._prompt(tasks.tts(self.pipeline.context(seed), *arguments))
+        context = self.pipeline.context(seed, special_tokens=special_tokens)
+        return self._prompt(tasks.tts(context, *arguments))
 
     def get_spoken_dialogue_sft_prompt(
         self,
@@ -464,8 +508,10 @@ class MimoAudio:
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         add_history: bool = False,
+        special_tokens: bool = False,
     ) -> Tensor:
-        context = self.pipeline.context(continued=add_history and self.has_history)
+        continued = add_history and self.has_history
+        context = self.pipeline.context(continued=continued, special_tokens=special_tokens)
         return self._prompt(
             tasks.spoken_dialogue(context, input_speech, system_prompt, prompt_speech)
         )
