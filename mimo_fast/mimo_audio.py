@@ -5,6 +5,7 @@ from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
+from inspect import signature
 from os.path import isfile
 from pathlib import Path
 from time import perf_counter
@@ -24,14 +25,17 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
-from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
+from mimo_fast.runtime.speech import SplitStream
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.sentences import split_to_say
+from mimo_fast.text.spelling import spell
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -298,6 +302,7 @@ class MimoAudio:
         min_new_tokens: int = 0,
         seed: int | None = None,
         special_tokens: bool = False,
+        split: bool = False,
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
@@ -306,14 +311,75 @@ class MimoAudio:
         are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
 
         special_tokens: see `Options`.
+
+        split: with the task "tts", a text that is longer than the checkpoint says at once is said
+        in pieces, in one voice where the checkpoint takes one, and comes as one stream. Limits hold
+        for all pieces together; the history is that of the last one. Most checkpoints, the
+        published ones too, do not state how long a text may be: theirs is one piece.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         check_limits(max_new_tokens, min_new_tokens)
+        if split:
+            if spec is not TASKS["tts_sft"] or add_history:
+                raise ValueError("split=True goes with the task 'tts', without add_history")
+            request = signature(tasks.tts).bind(None, *arguments, **task_arguments).arguments
+            pieces = self._pieces(request)
+            if len(pieces) > 1:
+                most = max_new_tokens, min_new_tokens
+                return self._say_pieces(pieces, request, began, most, seed, special_tokens)
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
         ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
         return pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
+
+    def _pieces(self, request: Mapping[str, Any]) -> list[str]:
+        """The texts that a request to say something is split into."""
+        text, config = request["input"], self.lm.config
+        if not request.get("read_text_only", True):
+            raise ValueError("split=True needs read_text_only=True: a style holds for a whole text")
+        if not isinstance(text, str):
+            return []
+        pieces = split_to_say(text, config.sentences_at_once, config.words_at_once)
+        # A model of few words can say nothing else.
+        return [piece for piece in pieces if not self.tokenizer.trained_words or spell(piece)]
+
+    def _say_pieces(
+        self,
+        pieces: Sequence[str],
+        request: Mapping[str, Any],
+        began: float,
+        limits: tuple[int | None, int],
+        seed: int | None,
+        special_tokens: bool,
+    ) -> ChunkStream:
+        """Says texts one after the other; the speech of the first is the voice of the others."""
+        task, pipeline, voice = TASKS["tts_sft"], self.pipeline, list[Tensor]()
+        longest, shortest = limits
+        clones = self.lm.config.is_trained("tts_sft", "prompt_speech")
+        clones = clones and request.get("prompt_speech") is None
+
+        def remember(group: Group) -> None:
+            if group.text == self.empty_token and not group.finished:
+                voice.append(group.codes)
+
+        def start(i: int, groups: int) -> ChunkStream:
+            given = {**request, "context": pipeline.context(seed, special_tokens=special_tokens)}
+            given["input"] = pieces[i].strip()
+            if i and clones and voice:
+                given["prompt_speech"] = Speech(torch.cat(voice, dim=1))
+                # Upstream clones a voice with an instruction, or in this form.
+                given["read_text_only"] = given.get("instruct") is not None
+            ids = pipeline.ids(task.prompt(**given))
+            room = None if longest is None else longest - groups
+            least = max(shortest - groups, 0) if i == len(pieces) - 1 else 0
+            stops = task.stop_ids(self.tokenizer.special)
+            # The first piece is asked for as any reply is; the others do not wait to be admitted.
+            reply = self._start(ids, task.sampler, stops, room, least, False, seed, follows=i > 0)
+            heard = remember if i == 0 and clones else None
+            return pipeline.stream(reply, ids, began, True, heard, special_tokens)
+
+        return SplitStream(pieces, start, longest)
 
     def _start(
         self,
@@ -324,8 +390,12 @@ class MimoAudio:
         min_new_tokens: int,
         add_history: bool,
         seed: int | None,
+        follows: bool = False,
     ) -> Reply:
-        """Adds a prompt [C + 1, T G] to the history and prefills it."""
+        """Adds a prompt [C + 1, T G] to the history and prefills it.
+
+        One that follows in a stream is not prefilled yet, and not refused by a full queue.
+        """
         # Before the history is touched.
         check_limits(max_new_tokens, min_new_tokens)
         samplers, limits = self._samplers(task_name), (max_new_tokens, min_new_tokens)
@@ -334,9 +404,12 @@ class MimoAudio:
             ids,
             add_history,
             seed,
-            lambda sequence: self.pipeline.start(sequence, samplers, stop_ids, *limits),
+            lambda sequence: self.pipeline.start(
+                sequence, samplers, stop_ids, *limits, bounded=not follows
+            ),
         )
-        reply.prefill()
+        if not follows:
+            reply.prefill()
         return reply
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:

@@ -185,11 +185,16 @@ class Pipeline:
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
+        bounded: bool = True,
     ) -> Reply:
-        """`decode` that computes nothing before the reply is read or `Reply.prefill` is called."""
+        """`decode` that computes nothing before the reply is read or `Reply.prefill` is called.
+
+        bounded: whether a full queue refuses it.
+        """
         check_limits(max_new_tokens, min_new_tokens)
         longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        return self.engine.start(sequence, Limits(longest, min_new_tokens, stop_ids), samplers)
+        limits = Limits(longest, min_new_tokens, stop_ids)
+        return self.engine.start(sequence, limits, samplers, bounded=bounded)
 
     def read(
         self, reply: Reply, ids: Tensor, speaks: bool = True, special_tokens: bool = False
