@@ -120,6 +120,14 @@ class LMConfig:
     tie_embeddings: bool
     greedy_tasks: tuple[str, ...] = ()
     """Keys of `sampling.TASK_SAMPLERS` that are greedy by default for this checkpoint."""
+    # What follows is no part of `repr`, which identifies the model of a saved session.
+    sentences_at_once: int = field(default=0, repr=False)
+    """Sentences that it says well in one reply; 0 where the checkpoint states nothing."""
+    words_at_once: int = field(default=0, repr=False)
+    """Words that it says well in one reply; 0 where the checkpoint states nothing."""
+    trained_tasks: tuple[str, ...] = field(default=(), repr=False)
+    """Tasks that it was trained for, "tts_sft", and their options, "tts_sft.instruct"; empty where
+    the checkpoint states nothing, which means all of them."""
 
     @property
     def patch_steps(self) -> int:
@@ -178,9 +186,17 @@ class LMConfig:
             max_positions=read.integer("max_position_embeddings"),
             tie_embeddings=read.flag("tie_word_embeddings", default=False),
             greedy_tasks=read.names("greedy_tasks"),
+            sentences_at_once=read.integer("sentences_at_once", default=0),
+            words_at_once=read.integer("words_at_once", default=0),
+            trained_tasks=read.names("trained_tasks"),
         )
         config._check(source)
         return config
+
+    def is_trained(self, task: str, option: str | None = None) -> bool:
+        """Whether it was trained for a task, or for an option of it, as far as it states."""
+        name = task if option is None else f"{task}.{option}"
+        return not self.trained_tasks or name in self.trained_tasks
 
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:

@@ -5,6 +5,7 @@ from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
+from inspect import signature
 from os.path import isfile
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +19,7 @@ from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.audio.files import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
+from mimo_fast.errors import AudioError
 from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.finite import checked_samples
@@ -25,29 +27,39 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
-from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
-from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline
+from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
+from mimo_fast.runtime.speech import SplitStream
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.sentences import split_to_say
+from mimo_fast.text.spelling import spell
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
 from mimo_fast.text.tokenizer import Tokenizer
 
 Arguments = ParamSpec("Arguments")
 
-STREAM_OPTIONS = frozenset({"add_history", "max_new_tokens", "min_new_tokens", "seed"})
+STREAM_OPTIONS = frozenset(
+    {"add_history", "max_new_tokens", "min_new_tokens", "seed", "special_tokens", "split"}
+)
 """Arguments of `MimoAudio.stream` besides those of the task."""
 
 
 class Options(TypedDict, total=False):
-    """Arguments of every task method besides upstream's."""
+    """Arguments of every task method besides upstream's.
+
+    special_tokens: special tokens in the texts of a prompt are tokens, and those in the text of the
+    reply are shown, as upstream does. By default a text is text.
+    """
 
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int
+    special_tokens: bool
 
 
 def _refuse_unknown(task: str, given: Iterable[str]) -> None:
@@ -59,11 +71,15 @@ def _refuse_unknown(task: str, given: Iterable[str]) -> None:
 def _prompt_of(
     task: Callable[Concatenate[PromptContext, Arguments], Segments],
 ) -> "Callable[Concatenate[MimoAudio, Arguments], Tensor]":
-    """The method `get_*_prompt` of a task: its arguments -> ids [C + 1, T G]."""
+    """The method `get_*_prompt` of a task: its arguments -> ids [C + 1, T G].
+
+    It takes `special_tokens` as well, see `Options`.
+    """
 
     @wraps(task)
     def prompt(model: "MimoAudio", *arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
-        return model._prompt(task(model.pipeline.context(), *arguments, **named))
+        context = model.pipeline.context(special_tokens=bool(named.pop("special_tokens", False)))
+        return model._prompt(task(context, *arguments, **named))
 
     return prompt
 
@@ -237,11 +253,15 @@ class MimoAudio:
         return self.pipeline.ids(segments)
 
     def session(
-        self, system_prompt: str | None = None, voice: Audio | None = None, seed: int | None = None
+        self,
+        system_prompt: str | None = None,
+        voice: Audio | None = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         samplers = self._samplers("spoken_dialogue")
-        return Session(self.pipeline, system_prompt, voice, seed, samplers)
+        return Session(self.pipeline, system_prompt, voice, seed, samplers, special_tokens)
 
     def restore_session(self, path: PathLike) -> Session:
         """Reads a dialogue that `Session.save` wrote, with its cache; see `Session.restore`."""
@@ -278,11 +298,17 @@ class MimoAudio:
         add_history: bool = False,
         task_name: str | None = None,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
         With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
-        `MiMoStopper`s.
+        `MiMoStopper`s. The text has the control tokens that upstream leaves in it only with
+        special_tokens; `</think>` also ends the thoughts of a written reply. Without a word spoken
+        audio is a second of silence, as upstream's.
+
+        Raises:
+            AudioError: output_audio_path is given, and nothing was said. Nothing is written.
         """
         input_ids = check_ids(input_ids, self.lm.config)
         criteria = list(stopping_criteria or ())
@@ -292,12 +318,18 @@ class MimoAudio:
             )
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
-        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
-            text, codes = self.pipeline.read(reply, input_ids)
         # Upstream treats an empty path as none.
         silent = output_audio_path is None or output_audio_path == ""
+        # Of the tasks that think before they answer, one speaks.
+        speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
+        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
+            text, codes = self.pipeline.read(reply, input_ids, speaks, special_tokens)
         if silent and not return_audio:
             return text
+        if codes is None and not silent:
+            fix = "raise max_new_tokens" if text.finish_reason == "length" else "try another seed"
+            problem = f"nothing was said, so {output_audio_path} was not written: {fix}"
+            raise AudioError(f"{problem} (the reply's text: {str(text)!r:.120})")
         rate = self.codec.sample_rate
         wav = torch.zeros(rate, dtype=torch.float32, device="cpu")
         if codes is not None:
@@ -315,20 +347,86 @@ class MimoAudio:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
+        special_tokens: bool = False,
+        split: bool = False,
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
 
         task is upstream's method name, with or without `_sft` ("tts", "asr", ...); its arguments
         are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
+
+        special_tokens: see `Options`.
+
+        split: with the task "tts", a text that is longer than the checkpoint says at once is said
+        in pieces, in one voice where the checkpoint takes one, and comes as one stream. Limits hold
+        for all pieces together; the history is that of the last one. Most checkpoints, the
+        published ones too, do not state how long a text may be: theirs is one piece.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
-        continued = add_history and self.has_history
-        ids = pipeline.prompt(spec, *arguments, seed=seed, continued=continued, **task_arguments)
+        check_limits(max_new_tokens, min_new_tokens)
+        if split:
+            if spec is not TASKS["tts_sft"] or add_history:
+                raise ValueError("split=True goes with the task 'tts', without add_history")
+            request = signature(tasks.tts).bind(None, *arguments, **task_arguments).arguments
+            pieces = self._pieces(request)
+            if len(pieces) > 1:
+                most = max_new_tokens, min_new_tokens
+                return self._say_pieces(pieces, request, began, most, seed, special_tokens)
+        context = pipeline.context(seed, add_history and self.has_history, special_tokens)
+        ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
-        return pipeline.stream(reply, ids, began, spec.speaks)
+        return pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
+
+    def _pieces(self, request: Mapping[str, Any]) -> list[str]:
+        """The texts that a request to say something is split into."""
+        text, config = request["input"], self.lm.config
+        if not request.get("read_text_only", True):
+            raise ValueError("split=True needs read_text_only=True: a style holds for a whole text")
+        if not isinstance(text, str):
+            return []
+        pieces = split_to_say(text, config.sentences_at_once, config.words_at_once)
+        # A model of few words can say nothing else.
+        return [piece for piece in pieces if not self.tokenizer.trained_words or spell(piece)]
+
+    def _say_pieces(
+        self,
+        pieces: Sequence[str],
+        request: Mapping[str, Any],
+        began: float,
+        limits: tuple[int | None, int],
+        seed: int | None,
+        special_tokens: bool,
+    ) -> ChunkStream:
+        """Says texts one after the other; the speech of the first is the voice of the others."""
+        task, pipeline, voice = TASKS["tts_sft"], self.pipeline, list[Tensor]()
+        longest, shortest = limits
+        clones = self.lm.config.is_trained("tts_sft", "prompt_speech")
+        clones = clones and request.get("prompt_speech") is None
+
+        def remember(group: Group) -> None:
+            if group.text == self.empty_token and not group.finished:
+                voice.append(group.codes)
+
+        def start(i: int, groups: int) -> ChunkStream:
+            given = {**request, "context": pipeline.context(seed, special_tokens=special_tokens)}
+            given["input"] = pieces[i].strip()
+            if i and clones and voice:
+                given["prompt_speech"] = Speech(torch.cat(voice, dim=1))
+                # Upstream clones a voice with an instruction, or in this form.
+                given["read_text_only"] = given.get("instruct") is not None
+            ids = pipeline.ids(task.prompt(**given))
+            room = None if longest is None else longest - groups
+            least = max(shortest - groups, 0) if i == len(pieces) - 1 else 0
+            stops = task.stop_ids(self.tokenizer.special)
+            # The first piece is asked for as any reply is; the others do not wait to be admitted.
+            reply = self._start(ids, task.sampler, stops, room, least, False, seed, follows=i > 0)
+            heard = remember if i == 0 and clones else None
+            return pipeline.stream(reply, ids, began, True, heard, special_tokens)
+
+        return SplitStream(pieces, start, longest)
 
     def _start(
         self,
@@ -339,17 +437,26 @@ class MimoAudio:
         min_new_tokens: int,
         add_history: bool,
         seed: int | None,
+        follows: bool = False,
     ) -> Reply:
-        """Adds a prompt [C + 1, T G] to the history and prefills it."""
+        """Adds a prompt [C + 1, T G] to the history and prefills it.
+
+        One that follows in a stream is not prefilled yet, and not refused by a full queue.
+        """
+        # Before the history is touched.
+        check_limits(max_new_tokens, min_new_tokens)
         samplers, limits = self._samplers(task_name), (max_new_tokens, min_new_tokens)
         reply = self._history.start(
             self.pipeline,
             ids,
             add_history,
             seed,
-            lambda sequence: self.pipeline.start(sequence, samplers, stop_ids, *limits),
+            lambda sequence: self.pipeline.start(
+                sequence, samplers, stop_ids, *limits, bounded=not follows
+            ),
         )
-        reply.prefill()
+        if not follows:
+            reply.prefill()
         return reply
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
@@ -367,9 +474,12 @@ class MimoAudio:
         add_history: bool = False,
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
-        task, seed = TASKS[name], options.get("seed")
-        continued = add_history and self.has_history
-        ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)
+        task, continued = TASKS[name], add_history and self.has_history
+        # Before the recordings of the prompt are encoded.
+        check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
+        written = options.get("special_tokens", False)
+        context = self.pipeline.context(options.get("seed"), continued, written)
+        ids = self.pipeline.ids(task.prompt(context, *arguments))
         stops = task.stop_ids(self.tokenizer.special)
         return self.forward(
             ids,
@@ -476,10 +586,12 @@ class MimoAudio:
         output_audio_path: Any = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> str:
         """Speech to speech by example; see `text.tasks.in_context_learning_s2s`."""
         arguments = [instruction, prompt_examples, audio]
         options = Options(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
+        options["special_tokens"] = special_tokens
         return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(
@@ -489,9 +601,14 @@ class MimoAudio:
         return self._run("speech_continuation", [audio], options, output_audio_path)
 
     def get_asr_sft_prompt(
-        self, input: Audio, template: Template = None, seed: int | None = None
+        self,
+        input: Audio,
+        template: Template = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Tensor:
-        return self._prompt(tasks.asr(self.pipeline.context(seed), input, template))
+        context = self.pipeline.context(seed, special_tokens=special_tokens)
+        return self._prompt(tasks.asr(context, input, template))
 
     def get_tts_sft_prompt(
         self,
@@ -501,9 +618,11 @@ class MimoAudio:
         prompt_speech: Audio | None = None,
         template: Template = None,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Tensor:
         arguments = (input, instruct, read_text_only, prompt_speech, template)
-        return self._prompt(tasks.tts(self.pipeline.context(seed), *arguments))
+        context = self.pipeline.context(seed, special_tokens=special_tokens)
+        return self._prompt(tasks.tts(context, *arguments))
 
     def get_spoken_dialogue_sft_prompt(
         self,
@@ -511,8 +630,10 @@ class MimoAudio:
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         add_history: bool = False,
+        special_tokens: bool = False,
     ) -> Tensor:
-        context = self.pipeline.context(continued=add_history and self.has_history)
+        continued = add_history and self.has_history
+        context = self.pipeline.context(continued=continued, special_tokens=special_tokens)
         return self._prompt(
             tasks.spoken_dialogue(context, input_speech, system_prompt, prompt_speech)
         )

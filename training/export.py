@@ -23,6 +23,21 @@ phase: pulses of up to three times the recording's peaks, which files and sound 
 GREEDY_TASKS = ("tts",)
 """Tasks that are greedy by default: so small a model often draws a wrong code."""
 
+STATED = {
+    "greedy_tasks": list(GREEDY_TASKS),
+    "sentences_at_once": 1,
+    "words_at_once": 12,
+    "trained_tasks": [
+        "asr_sft",
+        "tts_sft",
+        "tts_sft.instruct",
+        "spoken_dialogue_sft",
+        "speech2text_dialogue_sft",
+        "in_context_learning_s2s",
+    ],
+}
+"""What the language model's config states besides its dimensions, see `LMConfig`."""
+
 MEASURED = 64
 """Utterances over which the norm statistics of the codec are averaged."""
 
@@ -57,7 +72,7 @@ def write_pair(
     tokenizer = build_tokenizer(target / "lm")
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.special.eos)
-    lm_raw = config_json("lm") | stored | ends | {"greedy_tasks": list(GREEDY_TASKS)}
+    lm_raw = config_json("lm") | stored | ends | STATED
     moments = {"streaming_moments": typical_moments(codec_tensors, replies)}
     codec_raw = config_json("codec") | stored | moments
     for part, raw, shapes, tensors in (

@@ -75,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     tts.add_argument("--instruct", metavar="STYLE", help=style)
     natural = 'TEXT holds style and words: "say softly: good night"'
     tts.add_argument("--natural", action="store_true", help=natural)
+    whole = "say a long text in one go [in pieces, where the model states how much it says at once]"
+    tts.add_argument("--whole", action="store_true", help=whole)
     _add_voice(tts, "whose voice to use; needs --instruct or --natural")
     _add_generation_options(tts)
 

@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.natural:
         warn_of_words(model, text)
     request = text, args.instruct, not args.natural, args.voice
-    chunks = model.stream("tts", *request, seed=args.seed, max_new_tokens=args.max_tokens)
+    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+    # A style holds for a whole text.
+    chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **limits)
     write_speech(chunks, args.output)
     return 0

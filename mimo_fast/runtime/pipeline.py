@@ -45,6 +45,20 @@ MAX_NEW_TOKENS = 8192
 """Default limit of a reply's length, in groups."""
 
 
+def check_limits(max_new_tokens: int | None, min_new_tokens: int = 0) -> None:
+    """Raises ValueError for limits that no reply can have: it has one group at least.
+
+    Raises TypeError for what is no integer.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("min_new_tokens", min_new_tokens)):
+        if value is not None and not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, not {value!r:.40}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if min_new_tokens < 0:
+        raise ValueError(f"min_new_tokens must be 0 or more, not {min_new_tokens}")
+
+
 @dataclass(eq=False)
 class Pipeline:
     """A loaded language model and codec. One engine decodes all of its requests.
@@ -139,11 +153,13 @@ class Pipeline:
             raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
         return Speech(codes, closed)
 
-    def context(self, seed: int | None = None, continued: bool = False) -> PromptContext:
+    def context(
+        self, seed: int | None = None, continued: bool = False, special_tokens: bool = False
+    ) -> PromptContext:
         """The part of a model that the functions of `text/tasks.py` use."""
         self.owner.check()
-        seed = None if seed is None else check_seed(seed)
-        return PromptContext(self.speech, self.tokenizer.trained_words, seed, continued)
+        seed, words = None if seed is None else check_seed(seed), self.tokenizer.trained_words
+        return PromptContext(self.speech, words, seed, continued, special_tokens)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
         """Segments -> ids [C + 1, T G] on the CPU."""
@@ -156,10 +172,12 @@ class Pipeline:
         *arguments: Any,
         seed: int | None = None,
         continued: bool = False,
+        special_tokens: bool = False,
         **named: Any,
     ) -> Tensor:
         """A task's prompt [C + 1, T G] on the CPU; arguments are those of `task.prompt`."""
-        return self.ids(task.prompt(self.context(seed, continued), *arguments, **named))
+        context = self.context(seed, continued, special_tokens)
+        return self.ids(task.prompt(context, *arguments, **named))
 
     def sequence(self, seed: int | None = None) -> TokenSequence:
         """An empty sequence; without a seed its draws come from a random one."""
@@ -182,6 +200,7 @@ class Pipeline:
         """Prefills what is new in a sequence and returns its reply, decoded as it is read.
 
         Raises:
+            ValueError: max_new_tokens is less than 1, or min_new_tokens less than 0.
             PromptError: the sequence leaves no room for a reply.
             BusyError: the engine's queue is full.
         """
@@ -196,14 +215,22 @@ class Pipeline:
         stop_ids: frozenset[int],
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
+        bounded: bool = True,
     ) -> Reply:
-        """`decode` that computes nothing before the reply is read or `Reply.prefill` is called."""
-        longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        return self.engine.start(sequence, Limits(longest, min_new_tokens, stop_ids), samplers)
+        """`decode` that computes nothing before the reply is read or `Reply.prefill` is called.
 
-    def read(self, reply: Reply, ids: Tensor) -> tuple[ReplyText, Tensor | None]:
+        bounded: whether a full queue refuses it.
+        """
+        check_limits(max_new_tokens, min_new_tokens)
+        longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        limits = Limits(longest, min_new_tokens, stop_ids)
+        return self.engine.start(sequence, limits, samplers, bounded=bounded)
+
+    def read(
+        self, reply: Reply, ids: Tensor, speaks: bool = True, special_tokens: bool = False
+    ) -> tuple[ReplyText, Tensor | None]:
         """Reads the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
-        return read_reply(reply, self._reader(ids))
+        return read_reply(reply, self._reader(ids, speaks, special_tokens))
 
     def stream(
         self,
@@ -212,11 +239,24 @@ class Pipeline:
         began: float,
         speaks: bool = True,
         on_group: Callable[[Group], None] | None = None,
+        special_tokens: bool = False,
     ) -> ChunkStream:
         """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
-        return stream_reply(reply, self._reader(ids), self.codec, began, speaks, on_group)
+        reader = self._reader(ids, speaks, special_tokens)
+        return stream_reply(reply, reader, self.codec, began, speaks, on_group)
 
-    def _reader(self, ids: Tensor) -> ReplyReader:
-        """A reader; the reply starts as speech after `<|sostm|>` or inside a recording."""
-        special, last = self.tokenizer.special, int(ids[0, -self.lm.config.group_size])
-        return ReplyReader(self.tokenizer, speaking=last in (special.sostm, special.empty))
+    def _reader(self, ids: Tensor, speaks: bool, special_tokens: bool) -> ReplyReader:
+        """A reader; the reply starts as speech after `<|sostm|>` or inside a recording.
+
+        Its text has no control tokens, with two exceptions: all that upstream shows with
+        `special_tokens`, and `</think>` between thoughts and answer, if the prompt of a written
+        reply leaves `<think>` open.
+        """
+        text, special = ids[0, :: self.lm.config.group_size].tolist(), self.tokenizer.special
+        shown = frozenset[int]()
+        if special_tokens:
+            shown = self.tokenizer.control_ids - {special.empty, special.eot, special.eostm}
+        elif (bounds := self.tokenizer.think_ids) and not speaks:
+            thinks = [token for token in text if token in bounds]
+            shown = frozenset(bounds[1:] if thinks[-1:] == [bounds[0]] else ())
+        return ReplyReader(self.tokenizer, text[-1] in (special.sostm, special.empty), shown)

@@ -17,7 +17,7 @@ from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, caller, is_active, iterate_async
 from mimo_fast.runtime.lm.decode import Group, Samplers
-from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.runtime.session_file import read_session, write_session
 from mimo_fast.text.prompt import Segment, Segments, Speech
 from mimo_fast.text.tasks import TASKS, spoken_dialogue, voice_system
@@ -58,6 +58,8 @@ class Session:
         voice: a recording whose voice the replies should have.
         seed: of all draws; None draws a random one.
         samplers: of text and codes; None for the preset of spoken dialogues.
+        special_tokens: special tokens in the system prompt are tokens, and those of the reply are
+            shown in its text, as upstream does.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Session:
         voice: Any = None,
         seed: int | None = None,
         samplers: Samplers | None = None,
+        special_tokens: bool = False,
     ) -> None:
         self._pipeline, self._system_prompt = pipeline, system_prompt
+        self._special_tokens = special_tokens
         self._samplers = samplers or pipeline.samplers(TASK.sampler)
         self._sequence = pipeline.sequence(seed)
         speech = None if voice is None else pipeline.speech(voice)
@@ -109,12 +113,14 @@ class Session:
             audio: anything that `load_audio` reads.
 
         Raises:
+            ValueError: max_new_tokens is less than 1, or min_new_tokens less than 0.
             PromptError: the turn alone does not fit into the context. The dialogue is unchanged, as
                 after any error.
             BusyError: another thread or task has not finished its turn, or the engine is full.
         """
         began, pipeline, sequence = perf_counter(), self._pipeline, self._sequence
         pipeline.owner.check()
+        check_limits(max_new_tokens, min_new_tokens)
         self._check_owner()
         speech = pipeline.speech(audio)
         with self._lock:
@@ -130,7 +136,10 @@ class Session:
             except BaseException:
                 self._go_back(*before)
                 raise
-            chunks = pipeline.stream(reply, sequence.ids, began, on_group=self._record_patch)
+            shown = self._special_tokens
+            chunks = pipeline.stream(
+                reply, sequence.ids, began, True, self._record_patch, special_tokens=shown
+            )
             self._running, self._owner = weakref.ref(chunks), caller()
         try:
             chunks.prefill()
@@ -172,7 +181,8 @@ class Session:
 
     def _turn(self, speech: Speech, first: bool) -> Segments:
         system = self._system_prompt if first else None
-        return spoken_dialogue(self._pipeline.context(), speech, system)
+        context = self._pipeline.context(special_tokens=self._special_tokens)
+        return spoken_dialogue(context, speech, system)
 
     def _fitting(self, new: int) -> int:
         """Number of the latest turns that fit beside a new turn of `new` groups."""
@@ -241,6 +251,7 @@ class Session:
             self._stop()
             about = {
                 "system_prompt": self._system_prompt,
+                "special_tokens": self._special_tokens,
                 "opening": self._prefix_groups,
                 "spoken": self._spoken,
             }
@@ -261,6 +272,7 @@ class Session:
         session = cls(pipeline, samplers=samplers)
         saved.fill(session._sequence)
         session._system_prompt, session._spoken = saved.system_prompt, saved.spoken
+        session._special_tokens = saved.special_tokens
         session._prefix_groups = saved.opening
         session._turns = [Turn(*turn) for turn in saved.turns]
         return session

@@ -34,7 +34,10 @@ INTEGERS = {"seed": (-(2**63), 2**63 - 1), "draws": (0, 2**62), "cached": (0, 2*
 INTEGERS |= {"opening": (0, 2**31)}
 """Smallest and largest value of the header's numbers."""
 
-FIELDS = {*INTEGERS, "model", "system_prompt", "turns", "spoken"}
+FIELDS = {*INTEGERS, "model", "special_tokens", "system_prompt", "turns", "spoken"}
+
+LATER = {"special_tokens": False}
+"""Fields that files of earlier versions lack, and what they mean there."""
 
 FIX = "save the dialogue again"
 
@@ -52,6 +55,7 @@ class SavedSession:
     """
 
     system_prompt: str | None
+    special_tokens: bool
     seed: int
     draws: int
     opening: int
@@ -127,7 +131,7 @@ class _Reader:
         }
 
     def read(self) -> SavedSession:
-        header = self.header
+        header = {**LATER, **self.header}
         if odd := FIELDS ^ header.keys():
             raise CheckpointError(f"its header lacks or adds {shown(min(odd))}: {FIX}")
         if header["model"] != self.engine.lm.fingerprint:
@@ -136,6 +140,9 @@ class _Reader:
         system = header["system_prompt"]
         if system is not None and not (isinstance(system, str) and _is_text(system)):
             raise self.wrong("system_prompt", system, "a text or null")
+        special_tokens = header["special_tokens"]
+        if not isinstance(special_tokens, bool):
+            raise self.wrong("special_tokens", special_tokens, "true or false")
         rows, groups = self.config.channels + 1, self.groups("ids", self.config.channels + 1)
         self.engine.check_room(groups)
         opening = self.integer("opening", numbers["opening"], 0, groups)
@@ -166,7 +173,7 @@ class _Reader:
         # sequences once it has been prefilled, and so is computed here.
         kept = self.cache(cached, parts) if cached >= opening else None
         seed, draws = numbers["seed"], numbers["draws"]
-        return SavedSession(system, seed, draws, opening, ids, turns, spoken, kept)
+        return SavedSession(system, special_tokens, seed, draws, opening, ids, turns, spoken, kept)
 
     def wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"'{name}' is {shown(value)}, not {expected}: {FIX}")

@@ -1,6 +1,10 @@
 """Segments of a prompt, and their packing into ids [C + 1, T G].
 
 Each segment is tokenized on its own, as upstream's are (`InputSegment`, `StreamingInputSegment`).
+
+Control tokens come from templates alone. A segment's type says who wrote it: `str` is a template,
+in which special tokens are recognised, and `UserText` is what somebody typed, in which they are
+text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +26,28 @@ REPLY_PATCHES = 5
 
 
 @dataclass(frozen=True)
+class UserText:
+    """Text from outside: special tokens written in it are text."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            kind = type(self.text).__name__
+            raise PromptError(f"a prompt is made of text and speech, not of a {kind}")
+
+
+Written = str | UserText
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Templates and users' texts that are tokenized as one text."""
+
+    parts: Sequence[Written]
+
+
+@dataclass(frozen=True)
 class Speech:
     """Codes [C, n G] between `<|sosp|>` and `<|eosp|>`; the latter is missing in open speech."""
 
@@ -37,12 +63,12 @@ class SpokenReply:
     alternate as upstream's do.
     """
 
-    text: str
+    text: Written
     codes: Tensor
     places: Sequence[int] | None = None
 
 
-Segment = str | Speech | SpokenReply
+Segment = Written | Joined | Speech | SpokenReply
 Segments = list[Segment]
 
 
@@ -74,12 +100,12 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         )
 
     for segment in segments:
-        spoken = segment.text if isinstance(segment, SpokenReply) else segment
-        if not isinstance(spoken, str | Speech):
-            kind = type(spoken).__name__
+        written = segment.text if isinstance(segment, SpokenReply) else segment
+        if not isinstance(written, str | UserText | Joined | Speech):
+            kind = type(written).__name__
             raise PromptError(f"a prompt is made of text and speech, not of a {kind}")
-        if isinstance(segment, str):
-            text(tokenizer.encode(segment))
+        if isinstance(segment, str | UserText | Joined):
+            text(text_ids(segment, tokenizer))
         elif isinstance(segment, Speech):
             _check_codes(segment.codes, config)
             text([special.sosp])
@@ -89,12 +115,33 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         else:
             _check_codes(segment.codes, config)
             text([special.sostm])
-            words = tokenizer.encode(segment.text)
+            words = text_ids(segment.text, tokenizer)
             for ids, codes in _interleaved(segment, words, special.eot, config.group_size):
                 text(ids)
                 speech(codes)
             text([special.eostm])
     return torch.cat(parts, dim=1)
+
+
+def text_ids(written: Written | Joined, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text: added tokens are recognised where they lie in one template alone.
+
+    What is between two of them is tokenized as text, so that a user's text makes no token, neither
+    by itself nor with the template around it. Ids are those of the whole text in `encode` unless a
+    user's text holds, or completes, an added token.
+    """
+    parts = written.parts if isinstance(written, Joined) else [written]
+    if all(isinstance(part, str) for part in parts):
+        return tokenizer.encode("".join(map(str, parts)))
+    ids, stretch = list[int](), ""
+    for part in parts:
+        for piece in [part.text] if isinstance(part, UserText) else tokenizer.split(part):
+            if isinstance(piece, str):
+                stretch += piece
+            else:
+                ids += [*tokenizer.encode_as_text(stretch), piece]
+                stretch = ""
+    return ids + tokenizer.encode_as_text(stretch)
 
 
 def _interleaved(

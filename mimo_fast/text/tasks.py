@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from mimo_fast.audio.files import AudioSource
 from mimo_fast.errors import PromptError
-from mimo_fast.text.prompt import Segments, Speech, SpokenReply
+from mimo_fast.text.prompt import Joined, Segment, Segments, Speech, SpokenReply, UserText, Written
 from mimo_fast.text.spelling import spell
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import SpecialIds
@@ -50,12 +50,25 @@ class PromptContext:
         trained_words: the only words that the model can say, if it was trained on so few.
         seed: of the draw of a template.
         continued: earlier turns precede, so instruction and voice are not repeated.
+        special_tokens: special tokens that a caller writes in a text are tokens, as upstream's are,
+            and not text.
     """
 
     encode: Encode = encoded_speech
     trained_words: frozenset[str] = frozenset()
     seed: int | None = None
     continued: bool = False
+    special_tokens: bool = False
+
+    def text(self, typed: str) -> Written:
+        """A caller's text. Raises PromptError where it is something else."""
+        written = UserText(typed)
+        return written.text if self.special_tokens else written
+
+    def wording(self, templates: Sequence[str], template: Template) -> Written:
+        """A template, see `choose_template`; a wording of the caller's own is a caller's text."""
+        chosen = choose_template(templates, template, self.seed)
+        return chosen if chosen in templates else self.text(chosen)
 
     def voice(self, audio: Audio | None) -> Speech | None:
         """Speech in the voice to use. Upstream takes an empty path for none."""
@@ -67,7 +80,7 @@ class PromptContext:
 def asr(context: PromptContext, input: Audio, template: Template = None) -> Segments:
     """Transcribe a recording."""
     speech = context.encode(input)
-    words = choose_template(ASR_TEMPLATES, template, context.seed)
+    words = context.wording(ASR_TEMPLATES, template)
     return [*_user(speech, words), "<|im_start|>assistant\n", _think(False)]
 
 
@@ -89,18 +102,17 @@ def tts(
     if read_text_only and context.trained_words:
         input = _spelled(input)
     language = "zh" if re.search("[\u4e00-\u9fff]", input) else "en"
-    request = capitalize(input)
+    request = [context.text(capitalize(input))]
     if read_text_only:
-        wording = choose_template(TTS_TEMPLATES[language], template, context.seed)
-        request = f"{wording}: {request}"
+        request = [context.wording(TTS_TEMPLATES[language], template), ": ", *request]
         if instruct is None:
-            return [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<|sostm|>"]
-        request += f"({instruct})"
+            return [_asked(*request), "<|im_start|>assistant\n<|sostm|>"]
+        request += ["(", context.text(instruct), ")"]
     system: Segments = ["你需要根据指定的风格指令和文本内容来生成语音。"]
     if voice is not None:
         style = "你需要根据指定的风格指令和文本内容来生成和语音prompt具有相同音色的语音。"
         system = [f"{style}你的音色应该是：", voice]
-    turn = [f"<|im_start|>user\n{request}<|im_end|>\n", "<|im_start|>assistant\n<think>\n"]
+    turn = _asked(*request), "<|im_start|>assistant\n<think>\n"
     return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
 
 
@@ -109,7 +121,8 @@ def audio_understanding(
 ) -> Segments:
     """Answer a question about a recording, in text."""
     speech = context.encode(input_speech)
-    return [*_user(speech, input_text), "<|im_start|>assistant\n", _think(thinking)]
+    question = context.text(input_text)
+    return [*_user(speech, question), "<|im_start|>assistant\n", _think(thinking)]
 
 
 def spoken_dialogue(
@@ -122,12 +135,8 @@ def spoken_dialogue(
     if context.continued:
         system_prompt, prompt_speech = None, None
     speech, voice = context.encode(input_speech), context.voice(prompt_speech)
-    instruction = [system_prompt, "\n\n"] if system_prompt else []
-    return [
-        *voice_system(voice),
-        *_user(*instruction, speech),
-        "<|im_start|>assistant\n<|sostm|>",
-    ]
+    user = _user(*_instruction(context, system_prompt), speech)
+    return [*voice_system(voice), *user, "<|im_start|>assistant\n<|sostm|>"]
 
 
 def spoken_dialogue_multiturn(
@@ -144,10 +153,11 @@ def spoken_dialogue_multiturn(
     for i, message in enumerate(message_list):
         role, content = role_of(message), message["content"]
         if role == "user":
-            instruction = [system_prompt, "\n\n"] if system_prompt and i == 0 else []
+            instruction = _instruction(context, None if i else system_prompt)
             turns += _user(*instruction, context.encode(content))
         elif isinstance(content, Mapping) and {"text", "audio"} <= content.keys():
-            reply = SpokenReply(content["text"], context.encode(content["audio"]).codes)
+            codes = context.encode(content["audio"]).codes
+            reply = SpokenReply(context.text(content["text"]), codes)
             turns += ["<|im_start|>assistant\n", reply, "<|im_end|>\n"]
         else:
             raise PromptError("an assistant's message needs content {'text': ..., 'audio': ...}")
@@ -166,23 +176,26 @@ def speech2text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
     """Answer the last turn in text; users' contents are audio, assistants' text."""
-    turns = [
-        (role, context.encode(message["content"]) if role == "user" else text_of(message))
-        for role, message in ((role_of(message), message) for message in message_list)
-    ]
+    turns = list[tuple[str, Written | Speech]]()
+    for role, message in ((role_of(message), message) for message in message_list):
+        if role == "user":
+            turns.append((role, context.encode(message["content"])))
+        else:
+            turns.append((role, context.text(text_of(message))))
     return _text_reply(turns, thinking)
 
 
 def text_dialogue(context: PromptContext, input_text: str, thinking: bool = False) -> Segments:
     """Answer text in text."""
-    return _text_reply([("user", input_text)], thinking)
+    return _text_reply([("user", context.text(input_text))], thinking)
 
 
 def text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
     """Answer the last turn in text; all contents are text."""
-    return _text_reply([(role_of(message), text_of(message)) for message in message_list], thinking)
+    turns = [(role_of(message), context.text(text_of(message))) for message in message_list]
+    return _text_reply(turns, thinking)
 
 
 def in_context_learning_s2s(
@@ -202,10 +215,10 @@ def in_context_learning_s2s(
     if len(prompt_examples) > MAX_EXAMPLES:
         found = len(prompt_examples)
         raise PromptError(f"at most {MAX_EXAMPLES} examples are supported, not {found}")
-    segments: Segments = [f"[Int]:{instruction}\n"]
+    segments: Segments = [Joined(["[Int]:", context.text(instruction), "\n"])]
     for example in prompt_examples:
         source, target = (context.encode(example[key]) for key in ("input_audio", "output_audio"))
-        reply = SpokenReply(example["output_transcription"], target.codes)
+        reply = SpokenReply(context.text(example["output_transcription"]), target.codes)
         segments += [source, "\n", reply, " \n\n"]
     return [*segments, context.encode(audio), "\n", "<|sostm|>"]
 
@@ -319,11 +332,20 @@ def text_of(message: Message) -> str:
     return content
 
 
-def _user(*content: str | Speech) -> Segments:
+def _user(*content: Written | Speech) -> Segments:
     return ["<|im_start|>user\n", *content, "<|im_end|>\n"]
 
 
-def _text_reply(turns: Sequence[tuple[str, str | Speech]], thinking: bool) -> Segments:
+def _asked(*request: Written) -> Segment:
+    """A user's turn that is tokenized as one text."""
+    return Joined(["<|im_start|>user\n", *request, "<|im_end|>\n"])
+
+
+def _instruction(context: PromptContext, system_prompt: str | None) -> list[Written]:
+    return [context.text(system_prompt), "\n\n"] if system_prompt else []
+
+
+def _text_reply(turns: Sequence[tuple[str, Written | Speech]], thinking: bool) -> Segments:
     """Turns (role, text or speech) answered in text."""
     segments: Segments = []
     for role, content in turns:

@@ -5,9 +5,10 @@ replaces its pre-tokenizer by that of the class named in tokenizer_config.json, 
 for the published files.
 """
 
+import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
 from os import PathLike
@@ -34,6 +35,9 @@ MODEL_TOKENS = {
 """Special tokens; upstream appends the absent ones in this order, which decides their ids."""
 
 CHAT_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
+
+THINK_TOKENS = ("<think>", "</think>")
+"""The bounds of what a model thinks before it answers."""
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -126,6 +130,30 @@ class Tokenizer:
             raise PromptError(f"{problem}: remove it") from error
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_as_text(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is an added token, whatever is written in it.
+
+        Ids equal those of `encode` where the text holds no added token. Whether it does is decided
+        on the ids, after the normalization of the tokenizer.
+
+        Raises:
+            PromptError: as `encode`.
+        """
+        ids = self.encode(text)
+        if self._added.keys().isdisjoint(ids):
+            return ids
+        return list(self._without_added.encode(text, add_special_tokens=False).ids)
+
+    def split(self, text: str) -> list[int | str]:
+        """A text, cut at its added tokens: their ids, and the texts between them."""
+        parts, place = list[int | str](), 0
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        for token, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
+            if token in self._added:
+                parts += [text[place:start], token]
+                place = stop
+        return [part for part in (*parts, text[place:]) if part != ""]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids; those outside the vocabulary give nothing, broken characters U+FFFD."""
         known = [i for i in ids if 0 <= i < 2**32]
@@ -157,6 +185,43 @@ class Tokenizer:
     def special(self) -> SpecialIds:
         ids = {name: self.id(token) for name, token in (MODEL_TOKENS | CHAT_TOKENS).items()}
         return SpecialIds(**ids, eos=self.eos_id, pad=self.pad_id)
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that are no text: those of `special`, special added tokens, bounds of thinking."""
+        special = self.special
+        named = frozenset[int](getattr(special, each.name) for each in fields(special))
+        return named.union(i for i, token in self._added.items() if _is_control(token))
+
+    @cached_property
+    def think_ids(self) -> tuple[int, int] | None:
+        """Ids of `<think>` and `</think>`; None where the vocabulary lacks them."""
+        begin, end = map(self._backend.token_to_id, THINK_TOKENS)
+        return None if begin is None or end is None else (begin, end)
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return dict(self._backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _without_added(self) -> tokenizers.Tokenizer:
+        """The same tokenizer without added tokens, which is built when a text needs it first."""
+        content = json.loads(self._backend.to_str())
+        content |= {"added_tokens": [], "post_processor": None}
+        model = content["model"]
+        if isinstance(model.get("vocab"), dict):
+            # A vocabulary that lists a control token would give it back as a whole word.
+            control = {token.content for token in self._added.values() if _is_control(token)}
+            control.discard(model.get("unk_token"))
+            model["vocab"] = {name: i for name, i in model["vocab"].items() if name not in control}
+            pairs = (
+                (merge, merge.split(" ") if isinstance(merge, str) else merge)
+                for merge in model.get("merges") or ()
+            )
+            model["merges"] = [
+                merge for merge, parts in pairs if control.isdisjoint([*parts, "".join(parts)])
+            ]
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises CheckpointError where a token's id is not below the LM's vocab_size."""
@@ -232,6 +297,10 @@ def _add_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
     """Adds the tokens that are absent, in their order."""
     absent = [token for token in tokens if token and backend.token_to_id(token) is None]
     backend.add_special_tokens(absent)
+
+
+def _is_control(token: AddedToken) -> bool:
+    return token.special or token.content in THINK_TOKENS or token.content.startswith("<|")
 
 
 def _content(token: Any) -> str:

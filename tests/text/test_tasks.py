@@ -49,8 +49,8 @@ def test_a_reply_is_what_was_generated(model, audio, tmp_path, task):
     text = call(own, task, audio, path, seed=3, max_new_tokens=24, min_new_tokens=24)
     ids, codes = last_reply(own, 24)
     assert codes.shape[1]
-    silent = (own.empty_token, own.eot_idx, own.eostm_idx)
-    spoken = own.tokenizer.decode([token for token in ids if token not in silent])
+    hidden = own.tokenizer.control_ids
+    spoken = own.tokenizer.decode([token for token in ids if token not in hidden])
     assert text == spoken.strip() != ""
     assert path.exists() == (task in SPOKEN) == TASKS[task].speaks
     if task in SPOKEN:
@@ -85,10 +85,45 @@ def test_upstreams_stop_tokens_and_samplers(model, audio, monkeypatch, task):
     assert used["task_name"] == ("text_chat" if task.startswith("text_") else family)
 
 
-def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own, tmp_path):
-    assert own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=1) == ""
-    samples, _ = soundfile.read(tmp_path / "a.wav")
-    assert (len(samples), abs(samples).max()) == (24000, 0)
+@pytest.mark.parametrize("task", SPOKEN)
+def test_a_reply_without_a_word_spoken_writes_no_file(own, audio, tmp_path, task):
+    (tmp_path / "a.wav").write_bytes(b"old")
+    for path in (tmp_path / "a.wav", tmp_path / "b.wav"):
+        message = re.escape(f"nothing was said, so {path} was not written: raise max_new_tokens")
+        with pytest.raises(AudioError, match=message):
+            call(own, task, audio, path, max_new_tokens=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.wav": b"old"}
+
+
+def test_of_such_a_reply_audio_is_upstreams_second_of_silence(own):
+    ids, limit = own.get_tts_sft_prompt("Hi."), {"max_new_tokens": 1}
+    assert torch.equal(own.forward(ids, return_audio=True, **limit), torch.zeros(1, 1, 24000))
+    chunks = [*own.stream("tts", "Hi.", **limit)]
+    assert [len(chunk.audio) for chunk in chunks] == [0]
+    assert chunks[0].timing.groups == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("limit", [0, -1, -(2**70)])
+def test_a_reply_has_a_group_at_least(own, audio, tmp_path, task, limit):
+    own.text_dialogue_sft("Hi.", max_new_tokens=2)
+    before = history(own)
+    for start in (
+        partial(call, own, task, audio, tmp_path / "a.wav"),
+        partial(own.stream, task, *arguments(task, audio)),
+        partial(own.forward, own.get_tts_sft_prompt("Hi.")),
+        partial(own.decode, own.conversation(), "tts", frozenset()),
+        partial(own.session().stream, audio[1]),
+        partial(generate, own, own.get_tts_sft_prompt("Hi.")),
+    ):
+        with pytest.raises(ValueError, match=rf"^max_new_tokens must be at least 1, not {limit}$"):
+            start(max_new_tokens=limit)
+    with pytest.raises(ValueError, match=r"^min_new_tokens must be 0 or more, not -1$"):
+        call(own, task, audio, min_new_tokens=-1)
+    with pytest.raises(TypeError, match=r"^max_new_tokens must be an integer, not 2\.5$"):
+        call(own, task, audio, max_new_tokens=2.5)
+    assert torch.equal(history(own), before)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_an_output_only_text_is_returned(own, tmp_path):
@@ -100,7 +135,7 @@ class TestFailures:
     def test_a_missing_directory(self, own, tmp_path):
         path = tmp_path / "missing" / "a.wav"
         with pytest.raises(AudioError, match=re.escape(f"cannot write {path}: ")):
-            own.tts_sft("Hi.", path, max_new_tokens=6)
+            own.tts_sft("Hi.", path, max_new_tokens=12, seed=0)
         assert not list(tmp_path.iterdir())
 
     def test_an_unwritable_waveform_leaves_the_old_file(self, own, tmp_path):
@@ -108,7 +143,7 @@ class TestFailures:
         own.codec = copy.copy(own.codec)
         own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
         with pytest.raises(AudioError, match="NaN"):
-            own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12)
+            own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0)
         left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert left == {"a.wav": b"old"}
 
@@ -124,7 +159,8 @@ class TestFailures:
 
 class TestForward:
     def test_audio_has_upstreams_shape(self, own):
-        wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
+        ids = own.get_tts_sft_prompt("Hi.", template=0)
+        wav = own.forward(ids, return_audio=True, max_new_tokens=16)
         _, codes = last_reply(own, 16)
         assert wav.shape == (1, 1, codes.shape[1] * FRAME)
         assert torch.equal(wav[0, 0], own.codec.decode(codes))

@@ -104,16 +104,18 @@ class ReplyReader:
     """Separates the text of a reply from its speech (upstream `forward`).
 
     Spoken patches are those between `<|sostm|>` and `<|eostm|>`. Without `<|sostm|>` every patch is
-    spoken, without `<|eostm|>` all to the end. `<|empty|>`, `<|eot|>` and `<|eostm|>` are not text.
-    They are dropped before detokenizing (upstream: after it), so that a character whose bytes are
-    split by a patch stays whole.
+    spoken, without `<|eostm|>` all to the end. Control tokens are not text. They are dropped by
+    their ids before detokenizing (upstream: three of them, after it), so that a character whose
+    bytes are split by a patch stays whole.
 
     Args:
         speaking: whether the prompt itself ended in `<|sostm|>`.
+        shown: control tokens that are text all the same; never `<|empty|>`, `<|eot|>`, `<|eostm|>`.
     """
 
     tokenizer: Tokenizer
     speaking: bool
+    shown: frozenset[int] = frozenset()
     _ended: bool = False
     _waiting: list[Tensor] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
@@ -134,7 +136,7 @@ class ReplyReader:
             self._ended = True
             spoken, self.speaking, self._waiting = self._waiting, False, []
             return "", spoken
-        if token == special.eot:
+        if token == special.eot or token in self.tokenizer.control_ids - self.shown:
             return "", []
         self._tokens.append(token)
         return self._flush(final=False), []

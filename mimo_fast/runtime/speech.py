@@ -1,0 +1,165 @@
+"""Several replies, one after the other, as one stream of speech."""
+
+import math
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mimo_fast.runtime.engine.request import FinishReason
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream
+
+FADE = 0.01
+"""Seconds that a piece fades in and out for, where another one precedes or follows."""
+
+PAUSE = 0.12
+"""Seconds of silence between the pieces, besides what they have at their ends."""
+
+WORST: tuple[FinishReason, ...] = ("stop", "length", "context", "cancelled")
+"""Reasons for the end of a reply, the worst last."""
+
+Start = Callable[[int, int], ChunkStream]
+"""Starts piece i, after so many groups of the pieces before it; computes nothing."""
+
+
+class Joiner:
+    """Joins pieces of audio: each fades out, a pause, the next fades in, at equal power.
+
+    A piece may come in any parts. The last samples of what has come are kept back, as they fade if
+    the piece ends with them.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        size = round(FADE * sample_rate)
+        rising = torch.sin((torch.arange(size) + 0.5) * (math.pi / 2 / max(size, 1)))
+        self._rising, self._size = rising, size
+        self._gap = torch.zeros(round(PAUSE * sample_rate))
+        self._kept, self._heard, self._joins = torch.zeros(0), 0, False
+
+    def push(self, audio: Tensor) -> Tensor:
+        """More of a piece [n] -> what is final."""
+        audio = torch.cat((self._kept, self._faded_in(audio)))
+        final, self._kept = audio[: -self._size or None], audio[-self._size :]
+        return final if len(audio) > self._size else audio[:0]
+
+    def end(self, last: bool) -> Tensor:
+        """The rest of the piece, which fades out unless it is the last one."""
+        rest, self._kept = self._kept, torch.zeros(0)
+        if last or not self._heard:
+            return rest
+        self._heard, self._joins = 0, True
+        # A short piece fades out over as much of the ramp as it has.
+        return rest * self._rising.flip(0)[self._size - len(rest) :]
+
+    def _faded_in(self, audio: Tensor) -> Tensor:
+        start, self._heard = self._heard, self._heard + len(audio)
+        if not self._joins or not len(audio):
+            return audio
+        ramp = self._rising[start : start + len(audio)]
+        audio = torch.cat((audio[: len(ramp)] * ramp, audio[len(ramp) :]))
+        return audio if start else torch.cat((self._gap, audio))
+
+
+@dataclass
+class _Progress:
+    """What the generator of a `SplitStream` shares with it, so that neither holds the other."""
+
+    closing: threading.Event = field(default_factory=threading.Event)
+    current: ChunkStream | None = None
+    reason: FinishReason | None = None
+    ended: bool = False
+
+
+class SplitStream(ChunkStream):
+    """Chunks of the replies to the pieces of a text, as of one reply; one piece runs at a time.
+
+    Times count from the request, groups and seconds over all pieces. The finish reason is the worst
+    of the pieces'. An error of one piece ends the stream.
+
+    Args:
+        texts: the pieces.
+        start: starts one of them.
+        max_groups: groups of all pieces together; None for no limit.
+    """
+
+    def __init__(self, texts: Sequence[str], start: Start, max_groups: int | None = None) -> None:
+        self._progress = progress = _Progress()
+        progress.current = start(0, 0)
+        self._chunks = _generate(progress, texts, start, max_groups)
+        self._lock = threading.RLock()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        progress = self._progress
+        cancelled = progress.closing.is_set() and not progress.ended
+        return "cancelled" if cancelled else progress.reason
+
+    @property
+    def ended(self) -> bool:
+        return self._progress.ended or self._progress.closing.is_set()
+
+    def prefill(self) -> None:
+        """Returns when the first piece's prompt has been prefilled, or the stream closed."""
+        if (current := self._progress.current) is not None:
+            current.prefill()
+
+    def close(self) -> None:
+        # First: a thread that waits for the next chunk holds the lock.
+        self._progress.closing.set()
+        if (current := self._progress.current) is not None:
+            current.close()
+        with self._lock:
+            self._chunks.close()
+
+
+def _generate(
+    progress: _Progress, texts: Sequence[str], start: Start, max_groups: int | None
+) -> Generator[Chunk, None, None]:
+    joiner: Joiner | None = None
+    groups, samples, first_audio, prefill = 0, 0, None, None
+    reasons = list[FinishReason]()
+    for i in range(len(texts)):
+        if i:
+            progress.current = start(i, groups)
+        stream = progress.current
+        assert stream is not None
+        if progress.closing.is_set():
+            # Whoever closes may have seen the piece before this one.
+            stream.close()
+            return
+        before, space = groups, " " if i and texts[i - 1][-1:].isspace() else ""
+        for chunk in stream:
+            groups = before + chunk.timing.groups
+            joiner = joiner or Joiner(chunk.sample_rate)
+            audio = joiner.push(chunk.audio)
+            reason = None
+            if chunk.finish_reason is not None:
+                reasons.append(chunk.finish_reason)
+                cut = reasons[-1] == "cancelled" or groups >= (max_groups or math.inf)
+                last = cut or i == len(texts) - 1
+                audio = torch.cat((audio, joiner.end(last)))
+                reason = max(reasons, key=WORST.index) if last else None
+                if cut and i < len(texts) - 1:
+                    reason = max(reason or "length", "length", key=WORST.index)
+            samples += len(audio)
+            if first_audio is None and len(audio):
+                first_audio = chunk.timing.elapsed
+            prefill = chunk.timing.prefill if prefill is None else prefill
+            timing = replace(
+                chunk.timing,
+                prefill=prefill,
+                first_audio=first_audio,
+                groups=groups,
+                audio_seconds=samples / chunk.sample_rate,
+            )
+            words = chunk.text if chunk.text[:1].isspace() or not chunk.text else space + chunk.text
+            space = space if not words else ""
+            progress.reason = reason
+            yield Chunk(audio, chunk.sample_rate, words, timing, reason)
+            if reason is not None:
+                progress.ended = True
+                return
+        if progress.closing.is_set():
+            return
