@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mimo_fast.acceleration import accelerate
-    from mimo_fast.audio.files import load_audio, save_wav
+    from mimo_fast.audio.files import DecodeLimits, load_audio
+    from mimo_fast.audio.writing import save_wav
     from mimo_fast.config import CodecConfig, LMConfig
     from mimo_fast.errors import (
         AudioError,
@@ -61,6 +62,7 @@ __all__ = [
     "Codec",
     "CodecConfig",
     "ConfigError",
+    "DecodeLimits",
     "DeviceMemoryError",
     "LMConfig",
     "MiMoSampler",
@@ -82,7 +84,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "acceleration": ("accelerate",),
-    "audio.files": ("load_audio", "save_wav"),
+    "audio.files": ("DecodeLimits", "load_audio"),
+    "audio.writing": ("save_wav",),
     "config": ("CodecConfig", "LMConfig"),
     "errors": (
         "AudioError",

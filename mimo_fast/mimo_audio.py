@@ -1,11 +1,11 @@
 """`MimoAudio`: upstream's class and methods; plus streams, sessions and speech continuation."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
-from os.path import isfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
@@ -13,7 +13,8 @@ from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.files import save_wav
+from mimo_fast.audio.paths import check_target
+from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.generation import flatten_ids
@@ -61,6 +62,12 @@ def _prompt_of(
     return prompt
 
 
+def _check_output(path: Any) -> None:
+    """Raises AudioError, before the model speaks, if its audio cannot be written there."""
+    if path and isinstance(path, str | os.PathLike):
+        check_target(path)
+
+
 class MimoAudio:
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
 
@@ -75,8 +82,9 @@ class MimoAudio:
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
-    `output_path` or `output_audio_path` write a WAV there and return the text, as upstream's
-    `tts_sft` and dialogue tasks do. A seed of None draws a random one.
+    `output_path` or `output_audio_path` write audio there and return the text, as upstream's
+    `tts_sft` and dialogue tasks do; the suffix chooses the format, see `save_wav`. A seed of None
+    draws a random one.
 
     A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
     `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
@@ -182,12 +190,12 @@ class MimoAudio:
         return self.task_sampler_configs.get(task_name or "", default)
 
     def save_wav(self, path: Any, wav: Tensor) -> None:
-        """Writes a waveform of any shape as a mono WAV."""
+        """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
-        if isinstance(input, str) and not isfile(input):
+        if isinstance(input, str) and not os.path.isfile(input):
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
 
@@ -244,7 +252,7 @@ class MimoAudio:
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
-        With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
+        With output_audio_path it writes audio there and returns the text. stopping_criteria are
         `MiMoStopper`s.
         """
         criteria = list(stopping_criteria or ())
@@ -252,6 +260,7 @@ class MimoAudio:
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
+        _check_output(output_audio_path)
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
         with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
@@ -324,6 +333,7 @@ class MimoAudio:
         add_history: bool = False,
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
+        _check_output(output)
         task, seed = TASKS[name], options.get("seed")
         continued = add_history and self.has_history
         ids = self.pipeline.prompt(task, *arguments, seed=seed, continued=continued)

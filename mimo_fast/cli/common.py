@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mimo_fast.audio.files import save_wav
+from mimo_fast.audio.writing import save_wav
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
 from mimo_fast.config import PathLike

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.files import load_audio, save_wav
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.writing import save_wav
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
 from mimo_fast.cli.common import load_model, say, warn_of_words
