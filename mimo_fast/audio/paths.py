@@ -108,7 +108,8 @@ def check_writable(path: str | os.PathLike[str], fix: str = OPEN_IT) -> None:
                 return
         _try_folder(real.parent)
     except FileNotFoundError as error:
-        raise AudioError(f"cannot write {name}: there is no folder {real.parent}") from error
+        folder = real.parent if os.path.islink(path) else Path(os.fsdecode(path)).parent
+        raise AudioError(f"cannot write {name}: there is no folder {name_of(folder)}") from error
     except (OSError, ValueError) as error:
         raise AudioError(f"cannot write {name}: {reason_of(error)}") from error
 

@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
+from mimo_fast.audio.paths import write_whole
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
@@ -86,7 +87,7 @@ def bench(
             "streams": streams,
             "rows": [asdict(row) for row in rows],
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
 
@@ -130,6 +131,9 @@ class StreamTable:
             f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB",
             file=sys.stdout,
         )
+        if found.audio_underrun is None:
+            reason = found.unmeasured["audio_underrun"]
+            print(f"not measured: the worst silence of {row.streams}: {reason}", file=sys.stderr)
 
 
 def _rows(

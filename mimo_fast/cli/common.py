@@ -22,14 +22,13 @@ from mimo_fast.cli.reports import say
 from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.engine.stream import Chunk
 from mimo_fast.runtime.loading import LoadOptions, default_device
 from mimo_fast.text.spelling import spell
 
 SAMPLE_RATE = 24000
 """Of the waveforms that tasks take."""
-
-GROUP_SECONDS = 0.16
 
 WORDS_NAMED = 8
 """Number of words that a warning names."""
@@ -87,14 +86,12 @@ def warn_if_cut(model: MimoAudio, args: argparse.Namespace, last: Chunk) -> None
     """Warns of a reply that did not come to its end, and names the option that lengthens it."""
     groups = last.timing.groups
     if last.finish_reason == "length":
-        say(
-            f"warning: the reply was cut after {groups} groups; raise --max-tokens for a longer one"
-        )
+        say(f"warning: the reply was cut after {groups} groups: raise --max-tokens")
     if last.finish_reason == "context":
         room, most = model.engine.capacity, model.lm.config.max_positions
         advice = f"raise --max-seq-len (up to {most})" if room < most else "give less at once"
-        context = f"the context of {room} groups ({room * GROUP_SECONDS:.1f} s) is full"
-        say(f"warning: the reply was cut after {groups} groups, since {context}; {advice}")
+        context = f"the context of {in_seconds(room)} is full"
+        say(f"warning: the reply was cut after {groups} groups, {context}: {advice}")
 
 
 def load_recording(path: Path) -> Tensor:

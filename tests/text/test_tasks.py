@@ -279,7 +279,8 @@ class TestHistory:
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
         with pytest.raises(
-            PromptError, match="the model's context is 80: start a new one or shorten the input"
+            PromptError,
+            match=r"context is 80 groups \(12\.8 s\): start a new one or shorten",
         ):
             own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), before)
