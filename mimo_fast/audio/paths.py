@@ -33,6 +33,8 @@ def name_of(source: Any) -> str:
     if not isinstance(path, str | os.PathLike):
         return f"the {type(source).__name__} object"
     text = os.fsdecode(path)
+    if text == "<stdin>":
+        return "standard input"
     return text if text and text.isprintable() else ascii(text)
 
 

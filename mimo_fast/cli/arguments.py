@@ -5,7 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from mimo_fast.audio.paths import check_folder, check_readable, check_target, check_writable
+from mimo_fast.audio.paths import (
+    check_folder,
+    check_readable,
+    check_target,
+    check_writable,
+    name_of,
+)
 from mimo_fast.errors import AudioError
 
 STANDARD = Path("-")
@@ -109,7 +115,7 @@ def _unreadable(inputs: list[Path]) -> dict[Path, AudioError]:
                 if sys.stdin.isatty():
                     raise AudioError("standard input is a terminal: redirect a recording to it")
             elif not check_readable(file, PIPE_IN):
-                raise AudioError(f"{file} is empty")
+                raise AudioError(f"{name_of(file)} is empty")
         except AudioError as error:
             found[file] = error
     return found
@@ -158,11 +164,11 @@ def _check_overlap(args: argparse.Namespace, inputs: list[Path], outputs: list[P
         if getattr(args, option, None) and folder.is_dir():
             read += folder.iterdir()
     for i, output in enumerate(outputs):
-        for other in read:
-            if _is_same(output, other):
-                args.parser.error(f"{output} is an input and would be overwritten: name another")
+        name = name_of(output)
+        if any(_is_same(output, other) for other in read):
+            args.parser.error(f"{name} is an input and would be overwritten: name another file")
         if any(_is_same(output, other) for other in outputs[:i]):
-            args.parser.error(f"{output} would be written twice: name another file")
+            args.parser.error(f"{name} would be written twice: name another file")
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.paths import name_of
 from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
@@ -178,8 +179,9 @@ def write_speech(
             last = chunk
     assert last is not None
     words, timing, wav = "".join(text).strip(), last.timing, torch.cat(audio)
-    where = "standard output" if live else output
+    where = "standard output" if live else name_of(output)
     if not len(wav):
+        warn_if_cut(model, args, last)
         problem = f"the model said nothing in {timing.groups} groups"
         raise MimoFastError(f"{problem}; {where} was not written")
     if isinstance(output, Path):
@@ -200,7 +202,7 @@ def write_speech(
 def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
     """Writes a file and remembers that it was written."""
     save_wav(path, wav, sample_rate)
-    written.append(str(path))
+    written.append(name_of(path))
 
 
 def speech_output(path: Path) -> Path | LiveAudio:

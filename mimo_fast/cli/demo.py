@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.paths import write_whole
+from mimo_fast.audio.paths import name_of, write_whole
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
 from mimo_fast.cli.arguments import DEMO_FILES
@@ -124,7 +124,7 @@ class StageTable:
         content = {"machine": machine, "stages": self.rows, "texts": texts}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_whole(path, text.encode())
-        written.append(str(path))
+        written.append(name_of(path))
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
