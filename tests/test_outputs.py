@@ -1,4 +1,4 @@
-"""Task methods and the files they write: what cannot be written is known before the model speaks."""
+"""Task methods and the files they write: a target is checked before the model speaks."""
 
 import pytest
 import soundfile

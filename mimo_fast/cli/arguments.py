@@ -73,6 +73,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         for text in _several(getattr(args, name, None)):
             if isinstance(text, str) and not _is_text(text):
                 args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
+    for name in ("model", "codec", "checkpoint", "source", "target", "directory"):
+        # The libraries that read and write weights take no other names.
+        if not _is_text(folder := str(getattr(args, name, None))):
+            args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")
     inputs = _inputs(args)
     _check_overlap(args, inputs, _check_outputs(args))
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
@@ -130,6 +134,8 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
     try:
         option = "-o/--output"
         if output is not None and args.module == "demo":
+            if output == STANDARD:
+                parser.error("argument -o/--output: a demo writes several files, name a folder")
             check_folder(output)
             files = [output / name for name in DEMO_FILES]
             for file in files:

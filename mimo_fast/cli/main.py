@@ -230,9 +230,8 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
     _add_hub_options(group)
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--max-seq-len", type=positive, metavar="N", help="groups of context [the model's]"
-    )
+    context = "groups of context, 160 ms each [the model's]"
+    memory.add_argument("--max-seq-len", type=positive, metavar="N", help=context)
     cache = "keys and values in half the memory [the dtype's own]"
     memory.add_argument("--kv-cache", choices=("int8",), help=cache)
     kept = f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice"

@@ -76,6 +76,7 @@ def test_outputs_that_cannot_be_written(capsys, tmp_path, unloaded, command, nam
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["demo", "-o", "-"],
         ["demo", "-o", "/proc/demo"],
         ["demo", "-o", "old.wav"],
         ["demo", "-o", "x" * 260],
@@ -200,6 +201,7 @@ def test_a_recording_that_cannot_be_decoded(capsys, tmp_path, monkeypatch, unloa
         (["--seed", str(2**63)], "argument --seed: must be a whole number from 0 to"),
         (["--seed", "9" * 5000], "argument --seed: must be a whole number from 0 to"),
         (["--instruct", "caf\udce9"], "the instruct is not valid UTF-8"),
+        (["--model", "caf\udce9"], "is not valid UTF-8: rename the folder"),
     ],
 )
 def test_options_are_refused_in_words(capsys, tmp_path, unloaded, option, problem):
