@@ -2,12 +2,11 @@
 
 import signal
 
-from mimo_fast.cli.process import end_at_once, fill_standard_streams
+from mimo_fast.cli.process import end_at_once
 
 
 def main() -> int:
     """`mimo_fast.cli.main.main` in a process of its own."""
-    fill_standard_streams()
     listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if listens:
         signal.signal(signal.SIGINT, end_at_once)

@@ -81,6 +81,7 @@ class StandardStream:
 @contextmanager
 def standard_streams() -> Iterator[StandardStream]:
     """Standard output, while both streams are replaced by ones that do not fail in the middle."""
+    fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal or file of another encoding takes what it can.
         sys.stdout.reconfigure(errors="replace")

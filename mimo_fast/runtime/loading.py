@@ -23,6 +23,7 @@ from mimo_fast.quantization import (
     stored_shapes,
 )
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import (
@@ -123,7 +124,8 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     batch = options.get("max_batch")
     cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
     if wanted is not None and not 2 <= wanted <= longest:
-        raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
+        most = in_seconds(longest)
+        raise ValueError(f"max_seq_len must be between 2 and the model's {most}, not {wanted}")
     if batch is not None and batch < 1:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
