@@ -12,6 +12,7 @@ from mimo_fast.audio.paths import (
     check_writable,
     name_of,
 )
+from mimo_fast.checkpoint.embedded import NANO, QUESTION
 from mimo_fast.errors import AudioError
 
 STANDARD = Path("-")
@@ -64,7 +65,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         SystemExit: an output cannot be written or is an input, or a text is not text.
     """
     args.folders = [getattr(args, args.folder)] if args.folder else []
-    args.before = [each for folder in args.folders for each in whole_checkpoints(folder)]
+    args.before = [each for folder in args.folders for each in _contents(folder)]
     outputs = [getattr(args, name, None) for name in ("output", "json")]
     args.writes = any(file is not None for file in (*outputs, *args.folders))
     if args.module == "chat" and not args.text:
@@ -84,6 +85,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.problems = _unreadable(inputs)
     if args.problems and (args.module != "asr" or len(inputs) == 1):
         raise next(iter(args.problems.values()))
+
+
+def _contents(folder: Path) -> list[Path]:
+    return [*whole_checkpoints(folder), *(folder.iterdir() if folder.is_dir() else ())]
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -164,11 +169,12 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
 
 def _check_overlap(args: argparse.Namespace, inputs: list[Path], outputs: list[Path]) -> None:
     """Nothing that is read may be written, under whatever name, nor one file twice."""
-    read = list(inputs)
-    for option in ("model", "codec"):
+    read = [*inputs, QUESTION]
+    for option, part in (("model", "lm"), ("codec", "codec")):
         folder = path(getattr(args, option, None) or "")
-        if getattr(args, option, None) and folder.is_dir():
-            read += folder.iterdir()
+        for each in (folder, NANO / part):
+            if each != Path() and each.is_dir():
+                read += each.iterdir()
     for i, output in enumerate(outputs):
         name = name_of(output)
         if any(_is_same(output, other) for other in read):

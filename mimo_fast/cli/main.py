@@ -90,7 +90,8 @@ def _end_interrupted(args: argparse.Namespace) -> int:
     done = [f"wrote {', '.join(written)}"] if written else []
     for folder in args.folders:
         done += [f"wrote {each}" for each in whole_checkpoints(folder) if each not in args.before]
-        if not done and folder.is_dir() and any(folder.iterdir()):
+        files = folder.iterdir() if folder.is_dir() else ()
+        if not done and any(file not in args.before for file in files):
             done.append(f"{folder} is incomplete")
     if not done and args.writes:
         done.append("nothing was written")

@@ -341,22 +341,6 @@ def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_and_version_do_without_torch():
-    code = """if True:
-        import sys
-        from mimo_fast.cli.main import main
-        for arguments in (["--version"], ["--help"], ["tts", "--help"]):
-            try:
-                main(arguments)
-            except SystemExit as end:
-                assert end.code == 0
-        assert "torch" not in sys.modules
-    """
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
 def test_output_into_a_closed_pipe_is_quiet():
     command = f"{sys.executable} -m mimo_fast --help | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -118,3 +118,21 @@ def test_interrupted_checkpoints_are_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(initialize, "write_checkpoint", stop)
     assert main(["init-checkpoint", str(tmp_path / "pair")]) == 130
     assert capsys.readouterr().err.endswith(f"interrupted; wrote {tmp_path / 'pair' / 'lm'}\n")
+
+
+def test_interrupted_folders_are_called_incomplete_if_something_was_written(
+    capsys, monkeypatch, tmp_path
+):
+    def stop(source, target, form):
+        for name in names:
+            (target / name).touch()
+        raise KeyboardInterrupt
+
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr("mimo_fast.cli.quantize.quantize_checkpoint", stop)
+    names = ["model.safetensors"]
+    assert main(["quantize", "nano", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; {tmp_path} is incomplete\n")
+    names = []
+    assert main(["quantize", "nano", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; nothing was written\n")

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from mimo_fast.audio.writing import save_wav
-from mimo_fast.checkpoint.embedded import QUESTION
+from mimo_fast.checkpoint.embedded import NANO, QUESTION
 from mimo_fast.cli.main import main
 
 KIT = Path(__file__).parents[1] / "golden"
@@ -112,6 +112,8 @@ def test_folders_and_tables_that_cannot_be_written(
         ["demo", "a.wav", "-o", ".", "--json", "said.wav"],
         ["demo", *PAIR, "--json", KIT / "checkpoint" / "lm" / "config.json"],
         ["bench", "--quality", "--audio", "a.wav", "--json", "link.wav"],
+        ["demo", "--json", QUESTION],
+        ["demo", "--json", NANO / "lm" / "config.json"],
     ],
 )
 def test_an_output_that_is_an_input(capsys, tmp_path, monkeypatch, unloaded, arguments):
