@@ -30,11 +30,11 @@ def name_of(source: Any) -> str:
     if isinstance(source, bytes | bytearray | memoryview):
         return "the audio data"
     path = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
+    if path in (0, "<stdin>"):
+        return "standard input"
     if not isinstance(path, str | os.PathLike):
         return f"the {type(source).__name__} object"
     text = os.fsdecode(path)
-    if text == "<stdin>":
-        return "standard input"
     return text if text and text.isprintable() else ascii(text)
 
 

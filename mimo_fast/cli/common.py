@@ -178,14 +178,14 @@ def write_speech(
             bar.update(len(chunk.audio) / rate)
             last = chunk
     assert last is not None
-    words, timing, wav = "".join(text).strip(), last.timing, torch.cat(audio)
+    words, timing = "".join(text).strip(), last.timing
     where = "standard output" if live else name_of(output)
-    if not len(wav):
+    if not timing.audio_seconds:
         warn_if_cut(model, args, last)
-        problem = f"the model said nothing in {timing.groups} groups"
-        raise MimoFastError(f"{problem}; {where} was not written")
+        lost = "" if live else f"; {where} was not written"
+        raise MimoFastError(f"the model said nothing in {timing.groups} groups{lost}")
     if isinstance(output, Path):
-        save_speech(output, wav, rate)
+        save_speech(output, torch.cat(audio), rate)
     if words and live:
         say(words)
     elif words:
