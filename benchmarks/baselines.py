@@ -17,7 +17,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.columns import BASELINES, Table
+from benchmarks.columns import COLUMNS, Table
+from benchmarks.e2e import group_fields
 from benchmarks.harness import Refused
 from benchmarks.records import JsonLines, add_run_options, machine_fields
-from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
+from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.groups import GroupTimes, time_groups
 from mimo_fast.bench.machine import useful_threads
@@ -57,6 +58,7 @@ TRANSFORMERS = 5
 """Major version of transformers, whose modules the baselines are made of."""
 
 CHECKED_GROUPS = 6
+GREEDILY = Samplers(GREEDY, GREEDY)
 
 TIES = {torch.float32: 0.0, torch.bfloat16: 0.03, torch.float16: 0.005}
 """Largest gap of a tie, relative to the largest score.
@@ -66,17 +68,17 @@ The best and the second best of 1,000 random scores are 7% apart in the median; 
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class Agreement:
     """Number of choices compared, how many were ours, and the largest gap of the others.
 
     The gap is relative to the largest score.
     """
 
-    choices: int
-    equal: int
-    worst_gap: float
     bound: float
+    choices: int = 0
+    equal: int = 0
+    worst_gap: float = 0.0
 
     def __str__(self) -> str:
         if self.equal == self.choices:
@@ -86,27 +88,23 @@ class Agreement:
             f"within {100 * self.worst_gap:.2f}% of the largest score (bound {100 * self.bound:g}%)"
         )
 
+    def judge(self, tokens: Iterator[int | None]) -> Callable[[Tensor], int]:
+        """Takes our tokens one after the other and compares them with the best by the scores."""
 
-class Judge:
-    """Takes our tokens one after the other and compares them with the best by the scores."""
+        def choose(scores: Tensor) -> int:
+            best, ours = int(scores.argmax()), next(tokens)
+            if ours is None:
+                return best
+            self.choices += 1
+            self.equal += best == ours
+            allowed = scores[scores != -torch.inf].float()
+            gap = float((scores[best].float() - scores[ours].float()) / allowed.abs().max())
+            # NaN is kept.
+            if gap > self.worst_gap or gap != gap:
+                self.worst_gap = gap
+            return ours
 
-    def __init__(self, tokens: Iterator[int | None]) -> None:
-        self._tokens = tokens
-        self.choices = self.equal = 0
-        self.worst_gap = 0.0
-
-    def __call__(self, scores: Tensor) -> int:
-        best, ours = int(scores.argmax()), next(self._tokens)
-        if ours is None:
-            return best
-        self.choices += 1
-        self.equal += best == ours
-        allowed = scores[scores != -torch.inf].float()
-        gap = float((scores[best].float() - scores[ours].float()) / allowed.abs().max())
-        # NaN is kept.
-        if gap > self.worst_gap or gap != gap:
-            self.worst_gap = gap
-        return ours
+        return choose
 
 
 def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> Agreement:
@@ -118,34 +116,22 @@ def agreement(target: Target, baseline: Upstream, ids: Tensor, groups: int) -> A
     Raises:
         Refused: a token is neither equal nor a tie.
     """
-    judged = []
+    found = Agreement(TIES[target.lm.dtype])
     for plan in ([], [target.lm.empty_id] * groups):
-        ours = our_groups(target, ids, groups, plan)
-        judge = Judge(_choices(ours, bool(plan), baseline))
+        target.lm.follow(plan)
+        sequence = target.engine.sequence(seed=0)
+        sequence.add(ids)
+        ours = list(target.engine.start(sequence, Limits(groups), GREEDILY))
+        judge = found.judge(_choices(ours, bool(plan), baseline))
         for _ in baseline.generate(ids, groups, judge, plan):
             pass
-        judged.append(judge)
-    bound = TIES[target.lm.dtype]
-    found = Agreement(
-        sum(judge.choices for judge in judged),
-        sum(judge.equal for judge in judged),
-        max((judge.worst_gap for judge in judged), key=lambda gap: (gap != gap, gap)),
-        bound,
-    )
-    if not found.worst_gap <= bound:
+    # NaN is no agreement.
+    if not found.worst_gap <= found.bound:
         raise Refused(
             f"{found.choices - found.equal} of {found.choices} greedy choices differ from ours, "
             f"by up to {100 * found.worst_gap:.1f}% of the largest score"
         )
     return found
-
-
-def our_groups(target: Target, ids: Tensor, groups: int, plan: Sequence[int] = ()) -> list[Group]:
-    """Our greedy groups after a prompt."""
-    target.lm.follow(plan)
-    sequence = target.engine.sequence(seed=0)
-    sequence.add(ids)
-    return list(target.engine.start(sequence, Limits(groups), Samplers(GREEDY, GREEDY)))
 
 
 def _choices(groups: Sequence[Group], planned: bool, baseline: Upstream) -> Iterator[int | None]:
@@ -181,15 +167,21 @@ def baseline(name: str, target: Target, longest: int) -> Upstream:
     return {"eager": Upstream, "compiled": Compiled}[name](target.lm, longest)
 
 
-def check_in_float32(name: str) -> str:
-    """The comparison on a tiny model on the CPU.
+def accepted(name: str, target: Target) -> tuple[Upstream, Agreement]:
+    """A baseline, and its agreement with us on the target; on a tiny model in float32 it is checked
+    before.
 
     Raises:
         Refused: a token differs.
     """
-    device = torch.device("cpu")
-    target = Target.random("tiny", None, torch.float32, device, with_codec=False).sized(1, 64)
-    return str(agreement(target, baseline(name, target, 64), target.filler(32), CHECKED_GROUPS))
+    cpu = torch.device("cpu")
+    tiny = Target.random("tiny", None, torch.float32, cpu, with_codec=False).sized(1, 64)
+    found = agreement(tiny, baseline(name, tiny, 64), tiny.filler(32), CHECKED_GROUPS)
+    print(f"{name}, tiny, float32: {found}", flush=True)
+    runner = baseline(name, target, target.setup.max_seq_len)
+    found = agreement(target, runner, target.filler(16), CHECKED_GROUPS)
+    print(f"{name}, {name_of(target.lm.dtype)}: {found}", flush=True)
+    return runner, found
 
 
 def measure_baseline(
@@ -224,102 +216,60 @@ def measure_baseline(
     return metrics, GroupTimes(trace.prefilled, CallTime.of(said), CallTime.of(spoke))
 
 
-@dataclass
-class Comparison:
-    """One target and one request, and the table that collects their rows."""
-
-    args: argparse.Namespace
-    target: Target
-    request: TimedRequest
-    machine: Ceiling
-    output: JsonLines
-
-    @property
-    def prompt(self) -> int:
-        """Groups of the prompt."""
-        return prompt_ids(self.target, self.request).shape[1] // self.target.lm.config.group_size
-
-    @property
-    def work(self) -> GroupWork:
-        groups = self.request.words + self.request.patches
-        return GroupWork.of(self.target.lm, 1, self.prompt, groups)
-
-    def baseline(self, name: str) -> tuple[Upstream, dict[str, Any]]:
-        """A baseline, and its agreement with us in float32 and on the target.
-
-        Raises:
-            Refused: a token differs.
-        """
-        print(f"{name}, tiny, float32: {check_in_float32(name)}", flush=True)
-        runner = baseline(name, self.target, self.target.setup.max_seq_len)
-        found = agreement(self.target, runner, self.target.filler(16), CHECKED_GROUPS)
-        print(f"{name}, {name_of(self.target.lm.dtype)}: {found}", flush=True)
-        return runner, vars(found)
-
-    def row(
-        self, table: Table, provider: str, metrics: Metrics, groups: GroupTimes, **more: Any
-    ) -> None:
-        floors, parts = self.work.floors(self.machine), ("prefill", "text_group", "audio_group")
-        record = {
-            "kind": "baseline",
-            "provider": provider,
-            "model": self.args.model or self.args.preset,
-            "random_weights": not self.args.model,
-            "dtype": name_of(self.target.lm.dtype),
-            **more,
-            **metrics.as_dict(),
-            "prefill": groups.prefill,
-            "text_group": vars(groups.text),
-            "audio_group": vars(groups.audio),
-            "floor": dict(zip(parts, floors, strict=True)),
-            "of_floor": floors[2] / groups.audio.p50,
-            **machine_fields(self.machine, self.target.lm.device),
-        }
-        self.output.append(record)
-        table.row(record)
-
-
 def run(args: argparse.Namespace) -> int:
     if bool(args.model) != bool(args.codec):
         raise ValueError("--model and --codec go together")
-    machine = ceiling(args.device or default_device())
-    print(machine, flush=True)
-    found = _comparison(args, machine)
-    print(found.work.describe(machine), flush=True)
-    accepted, refused = [], []
-    for name in args.baseline:
-        if (reason := missing(name)) is not None:
-            print(f"skipped {name}: {reason}")
-            found.output.append({"kind": "skipped", "name": name, "reason": reason})
-            continue
-        try:
-            accepted.append(found.baseline(name))
-        except Exception as error:
-            # A failing baseline is reported, and the next one runs.
-            refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    table, target, samplers = Table(BASELINES), found.target, Samplers(GREEDY, GREEDY)
-    ours = time_groups(target, 1, found.prompt, args.patches, samplers)
-    found.row(table, "ours", measure(target, found.request), ours)
-    for runner, agreed in accepted:
-        measured = measure_baseline(target, runner, found.request)
-        found.row(table, runner.name, *measured, agreement=agreed)
-    for line in refused:
-        print(f"REFUSED {line}")
-    return 1 if refused else 0
-
-
-def _comparison(args: argparse.Namespace, machine: Ceiling) -> Comparison:
     device, dtype = torch.device(args.device or default_device()), parse_dtype(args.dtype)
+    machine, output = ceiling(device), JsonLines(args.output)
+    print(machine, flush=True)
     if args.model:
         target = Target.load(args.model, args.codec, None, dtype, device, steered=True)
         target = replace(target, codec=None) if args.no_codec else target
     else:
-        assert dtype is not None
         target = Target.random(args.preset, None, dtype, device, not args.no_codec)
     torch.set_num_threads(args.threads or useful_threads(target.lm.config))
     request = TimedRequest("tts", user_speech(1.0), args.words, args.patches, greedy=True)
-    unsized = Comparison(args, target, request, machine, JsonLines(args.output))
-    return replace(unsized, target=target.sized(1, unsized.prompt + args.words + args.patches + 8))
+    prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
+    groups = args.words + args.patches
+    target = target.sized(1, prompt + groups + 8)
+    work = GroupWork.of(target.lm, 1, prompt, groups)
+    print(work.describe(machine), flush=True)
+    chosen, refused = [], []
+    for name in args.baseline:
+        if (reason := missing(name)) is not None:
+            print(f"skipped {name}: {reason}")
+            output.append({"kind": "skipped", "name": name, "reason": reason})
+            continue
+        try:
+            chosen.append(accepted(name, target))
+        except Exception as error:
+            # A failing baseline is reported, and the next one runs.
+            refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    table, floors = Table(COLUMNS["baseline"]), work.floors(machine)
+
+    def row(provider: str, metrics: Metrics, times: GroupTimes, **more: Any) -> None:
+        record = {
+            "kind": "baseline",
+            "provider": provider,
+            "model": args.model or args.preset,
+            "random_weights": not args.model,
+            "dtype": name_of(target.lm.dtype),
+            **more,
+            **asdict(metrics),
+            **group_fields(times, floors),
+            "of_floor": floors[2] / times.audio.p50,
+            **machine_fields(machine, device),
+        }
+        output.append(record)
+        table.row(record)
+
+    ours = time_groups(target, 1, prompt, args.patches, GREEDILY)
+    row("ours", measure(target, request), ours)
+    for runner, agreed in chosen:
+        row(runner.name, *measure_baseline(target, runner, request), agreement=vars(agreed))
+    for line in refused:
+        print(f"REFUSED {line}")
+    return 1 if refused else 0
 
 
 def add_options(add: Callable[..., object]) -> None:

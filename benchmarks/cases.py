@@ -10,7 +10,7 @@ arguments of all cases.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Inputs, Outputs, integers, normal, op_case
+from benchmarks.harness import Benchmark, Inputs, Outputs, integers, normal, of_op
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.accuracy import Accuracy, compare_codes
 from mimo_fast.bench.synthetic import preset_configs
@@ -69,6 +69,9 @@ DRAW_FLOP = 200
 """FLOP of one Gumbel number: 10 rounds of Philox and two logarithms."""
 
 
+Make = Callable[[torch.device], Any]
+
+
 def kernels(name: str) -> ModuleType:
     """A module of mimo_fast.kernels, imported when a case needs it.
 
@@ -84,11 +87,11 @@ def _width(config: TransformerConfig) -> int:
     return (config.heads + 2 * config.kv_heads) * config.head_dim
 
 
-def _rotations(dim: int, theta: float, positions: int) -> Callable[[torch.device], Tensor]:
+def _rotations(dim: int, theta: float, positions: int = POSITIONS) -> Make:
     return lambda device: kernels("rope").rope_table(dim, theta, positions, device)
 
 
-def _cache(config: TransformerConfig, slots: int, positions: int, form: str) -> Any:
+def _cache(config: TransformerConfig, slots: int, positions: int, form: str) -> Make:
     kv = kernels("kv_cache")
     shape = (slots, config.kv_heads, positions, config.head_dim)
 
@@ -102,146 +105,141 @@ def _cache(config: TransformerConfig, slots: int, positions: int, form: str) -> 
     return make
 
 
+def _all(count: int, value: int) -> Make:
+    return lambda device: torch.full((count,), value, device=device)
+
+
 def _appended(cache: Any, first: int, count: int) -> Outputs:
     """The part of the cache that an append wrote; scales are float32."""
     tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
     return tuple(x[:, :, first : first + count] for x in tensors if x is not None)
 
 
-def _cached_bytes(config: TransformerConfig, lengths: Sequence[int], form: str) -> int:
-    count = kernels("decode_attention").decode_attention_bytes
-    return count(lengths, config.kv_heads, config.head_dim, SIZE, CACHES[form])
-
-
 def decode_attention(
-    part: str, config: TransformerConfig, form: str, context: int, rows: int
-) -> Case | None:
-    if rows * _cached_bytes(config, [context], form) > CACHE_LIMIT:
-        return None
+    part: str, config: TransformerConfig, form: str, context: int, m: int
+) -> Benchmark | None:
     module, attended = kernels("decode_attention"), config.heads * config.head_dim
+    stored = (config.kv_heads, config.head_dim, SIZE, CACHES[form])
+    read = module.decode_attention_bytes([context] * m, *stored)
+    if m * module.decode_attention_bytes([context], *stored) > CACHE_LIMIT:
+        return None
     inputs = {
-        "qkv": (rows, 1, _width(config)),
-        "slots": lambda device: torch.arange(rows, device=device),
-        "table": _rotations(config.head_dim, config.rope_theta, POSITIONS),
-        "cache": _cache(config, rows, context, form),
-        "starts": lambda device: torch.full((rows,), context - 1, device=device),
+        "qkv": (m, 1, _width(config)),
+        "slots": lambda device: torch.arange(m, device=device),
+        "table": _rotations(config.head_dim, config.rope_theta),
+        "cache": _cache(config, m, context, form),
+        "starts": _all(m, context - 1),
         "heads": config.heads,
         "max_length": context,
     }
-    activations = rows * (_width(config) + attended) * SIZE + 4 * config.head_dim
-    return op_case(
-        f"{part}.decode_attention",
-        module.decode_attention,
-        rows,
-        f"M={rows} S={context}",
-        inputs,
-        activations + _cached_bytes(config, [context] * rows, form),
-        4 * rows * context * attended,
-        form=form,
-        reference=lambda max_length, **inputs: module.decode_attention_ref(**inputs),
-        collect=lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)),
-        has_native=not CACHES[form],
-    )
+    nbytes = m * (_width(config) + attended) * SIZE + 4 * config.head_dim + read
+    special = {
+        "form": form,
+        "reference": lambda max_length, **inputs: module.decode_attention_ref(**inputs),
+        "collect": lambda inputs, y: (y, *_appended(inputs["cache"], context - 1, 1)),
+        "has_native": not CACHES[form],
+    }
+    op, run, flop = f"{part}.decode_attention", module.decode_attention, 4 * m * context * attended
+    return of_op(op, run, {"M": m, "S": context}, inputs, nbytes, flop, **special)
 
 
-def rotary_attention(m: int) -> Case:
+def rotary_attention(m: int) -> Benchmark:
     module, t = kernels("attention"), LM.group_size
     heads, kv_heads, dh = ENCODER.heads, ENCODER.kv_heads, ENCODER.head_dim
     inputs = {"qkv": (m, t, _width(ENCODER)), "table": _rotations(dh, ENCODER.rope_theta, t)}
     inputs |= {"heads": heads, "kv_heads": kv_heads, "causal": LM.patch_encoder_causal}
     nbytes = module.rotary_attention_bytes(m, t, heads, kv_heads, dh, SIZE)
-    run, flop = module.rotary_attention, 4 * m * t * t * heads * dh
-    return op_case("patch_encoder.rotary_attention", run, m, f"M={m} T={t}", inputs, nbytes, flop)
+    op, flop = "patch_encoder.rotary_attention", 4 * m * t * t * heads * dh
+    return of_op(op, module.rotary_attention, {"M": m, "T": t}, inputs, nbytes, flop)
 
 
-def attention(op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int, s: int) -> Case:
-    """The newest t of s positions; on average a query sees half of the new ones."""
+def _attended(t: int, s: int) -> int:
+    """Keys of the newest t of s positions; on average one sees half of the new ones."""
+    return t * (s - t) + t * (t + 1) // 2
+
+
+def attention(
+    op: str, heads: int, kv_heads: int, dh: int, causal: bool, t: int, s: int
+) -> Benchmark:
     module, kv = kernels("attention"), (1, kv_heads, s, dh)
     inputs = {"q": (1, heads, t, dh), "k": kv, "v": kv, "causal": causal}
     nbytes = module.attention_bytes(1, t, s, heads, kv_heads, dh, SIZE)
-    flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
-    return op_case(op, module.attention, t, f"T={t} S={s}", inputs, nbytes, flop)
+    flop = 4 * _attended(t, s) * heads * dh
+    return of_op(op, module.attention, {"T": t, "S": s}, inputs, nbytes, flop)
 
 
-def cached_prefill_attention(form: str, t: int, s: int) -> Case:
+def cached_prefill_attention(form: str, t: int, s: int) -> Benchmark:
     """The same from the cache; its positions are read on the device."""
-    module, heads = kernels("prefill_attention"), BACKBONE.heads
-    kv_heads, dh = BACKBONE.kv_heads, BACKBONE.head_dim
+    module, heads, dh = kernels("prefill_attention"), BACKBONE.heads, BACKBONE.head_dim
     inputs = {
         "q": (t, heads, dh),
         "cache": _cache(BACKBONE, 1, s, form),
-        "slots": lambda device: torch.zeros(t, dtype=torch.int64, device=device),
+        "slots": _all(t, 0),
         "positions": lambda device: torch.arange(s - t, s, device=device),
     }
-    nbytes = module.prefill_attention_bytes(t, s - t, heads, kv_heads, dh, SIZE, CACHES[form])
-    flop = 4 * (t * (s - t) + t * (t + 1) // 2) * heads * dh
-    op, run, shape = "backbone.cached_prefill_attention", module.prefill_attention, f"T={t} S={s}"
-    return op_case(op, run, t, shape, inputs, nbytes, flop, form=form)
+    stored = (heads, BACKBONE.kv_heads, dh, SIZE, CACHES[form])
+    nbytes, flop = module.prefill_attention_bytes(t, s - t, *stored), 4 * _attended(t, s)
+    op, run = "backbone.cached_prefill_attention", module.prefill_attention
+    return of_op(op, run, {"T": t, "S": s}, inputs, nbytes, flop * heads * dh, form=form)
 
 
-def kv_append(form: str, t: int) -> Case:
+def kv_append(form: str, t: int) -> Benchmark:
     module, dh = kernels("rope"), BACKBONE.head_dim
     heads = BACKBONE.heads + 2 * BACKBONE.kv_heads
     inputs = {
         "qkv": (1, t, _width(BACKBONE)),
         "cache": _cache(BACKBONE, 1, 2 * t, form),
-        "table": _rotations(dh, BACKBONE.rope_theta, POSITIONS),
-        "slots": lambda device: torch.zeros(1, dtype=torch.int64, device=device),
-        "starts": lambda device: torch.full((1,), t, device=device),
+        "table": _rotations(dh, BACKBONE.rope_theta),
+        "slots": _all(1, 0),
+        "starts": _all(1, t),
         "heads": BACKBONE.heads,
     }
-    return op_case(
-        "backbone.kv_append",
-        module.rope_append,
-        t,
-        f"T={t}",
-        inputs,
-        module.rope_bytes(t, heads, dh, SIZE),
-        3 * t * heads * dh,
-        form=form,
-        collect=lambda inputs, q: (q, *_appended(inputs["cache"], t, t)),
-    )
+    work = module.rope_bytes(t, heads, dh, SIZE), 3 * t * heads * dh
+    special = {"collect": lambda inputs, q: (q, *_appended(inputs["cache"], t, t)), "form": form}
+    return of_op("backbone.kv_append", module.rope_append, {"T": t}, inputs, *work, **special)
 
 
-def rope(t: int) -> Case:
+def rope(t: int) -> Benchmark:
     module, heads, dh = kernels("rope"), CODEC.decoder_heads, CODEC.dim // CODEC.decoder_heads
     inputs = {"x": (t, heads, dh), "table": _rotations(dh, CODEC.rope_theta, t)}
-    nbytes, shape = module.rope_bytes(t, heads, dh, SIZE), f"T={t} H={heads} Dh={dh}"
-    return op_case("codec.rope", module.rope, t, shape, inputs, nbytes, 3 * t * heads * dh)
+    work = module.rope_bytes(t, heads, dh, SIZE), 3 * t * heads * dh
+    return of_op("codec.rope", module.rope, {"T": t, "H": heads, "Dh": dh}, inputs, *work)
 
 
-def window_attention(t: int) -> Case:
+def window_attention(t: int) -> Benchmark:
     module, (left, right) = kernels("window_attention"), CODEC.vocoder_window
     heads, dh = CODEC.vocoder_heads, CODEC.vocoder_dim // CODEC.vocoder_heads
-    qkv = dict.fromkeys("qkv", (heads, t, dh))
-    nbytes = module.window_attention_bytes(heads, t, dh, SIZE)
-    flop, inputs = 4 * t * (left + right + 1) * heads * dh, {**qkv, "left": left, "right": right}
+    inputs = dict.fromkeys("qkv", (heads, t, dh)) | {"left": left, "right": right}
+    work = (
+        module.window_attention_bytes(heads, t, dh, SIZE),
+        4 * t * (left + right + 1) * heads * dh,
+    )
     op, run = "vocoder.window_attention", module.window_attention
-    return op_case(op, run, t, f"T={t} H={heads}", inputs, nbytes, flop)
+    return of_op(op, run, {"T": t, "H": heads}, inputs, *work)
 
 
 # Norms, SwiGLU, embeddings, codebooks: bound by memory, except the search.
 
 
-def rms_norm(part: str, dim: int, m: int) -> Case:
+def rms_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "eps": EPS}
-    nbytes, shape = module.norm_bytes(m, dim, SIZE), f"M={m} D={dim}"
-    return op_case(f"{part}.rms_norm", module.rms_norm, m, shape, inputs, nbytes, 4 * m * dim)
+    work = module.norm_bytes(m, dim, SIZE), 4 * m * dim
+    return of_op(f"{part}.rms_norm", module.rms_norm, {"M": m, "D": dim}, inputs, *work)
 
 
-def layer_norm(part: str, dim: int, m: int) -> Case:
+def layer_norm(part: str, dim: int, m: int) -> Benchmark:
     module, inputs = kernels("norm"), {"x": (m, dim), "weight": (dim,), "bias": (dim,), "eps": 1e-5}
-    nbytes, shape = module.norm_bytes(m, dim, SIZE) + dim * SIZE, f"M={m} D={dim}"
-    return op_case(f"{part}.layer_norm", module.layer_norm, m, shape, inputs, nbytes, 7 * m * dim)
+    work = module.norm_bytes(m, dim, SIZE) + dim * SIZE, 7 * m * dim
+    return of_op(f"{part}.layer_norm", module.layer_norm, {"M": m, "D": dim}, inputs, *work)
 
 
-def swiglu(part: str, width: int, m: int) -> Case:
+def swiglu(part: str, width: int, m: int) -> Benchmark:
     module, inputs = kernels("swiglu"), {"gate_up": (m, 2 * width)}
-    nbytes, shape = module.swiglu_bytes(m, width, SIZE), f"M={m} F={width}"
-    return op_case(f"{part}.swiglu", module.swiglu, m, shape, inputs, nbytes, 5 * m * width)
+    work = module.swiglu_bytes(m, width, SIZE), 5 * m * width
+    return of_op(f"{part}.swiglu", module.swiglu, {"M": m, "F": width}, inputs, *work)
 
 
-def patch_embed(m: int) -> Case:
+def patch_embed(m: int) -> Benchmark:
     module, sizes = kernels("patch_embed"), LM.code_sizes
     channels, group, dim = LM.channels, LM.group_size, ENCODER.dim
 
@@ -255,19 +253,18 @@ def patch_embed(m: int) -> Case:
         "offsets": lambda device: torch.tensor([0, *sizes[:-1]], device=device).cumsum(0),
         "empty": lambda device: torch.tensor(LM.empty_codes, device=device),
     }
-    nbytes = module.patch_embed_bytes(m, channels, group, dim, SIZE)
-    flop, shape = m * channels * group * dim, f"M={m} C={channels} G={group}"
-    run = module.patch_embed
-    return op_case("patch_encoder.patch_embed", run, m, shape, inputs, nbytes, flop)
+    dims = {"M": m, "C": channels, "G": group}
+    work = module.patch_embed_bytes(*dims.values(), dim, SIZE), m * channels * group * dim
+    return of_op("patch_encoder.patch_embed", module.patch_embed, dims, inputs, *work)
 
 
-def input_embed(form: str, rows: int) -> Case:
+def input_embed(form: str, m: int) -> Benchmark:
     """Text rows, the more expensive kind where one is packed; every fourth of many is audio."""
-    module, dim, audio = kernels("text_embed"), BACKBONE.dim, rows // 4
+    module, dim, audio = kernels("text_embed"), BACKBONE.dim, m // 4
     row_bytes = dim * SIZE if form == "dense" else dim + 2
 
     def text(device: torch.device) -> Tensor:
-        ids = integers(device, TABLE_ROWS - 1, rows) + 1
+        ids = integers(device, TABLE_ROWS - 1, m) + 1
         ids[:audio] = EMPTY_ID
         return ids
 
@@ -277,10 +274,10 @@ def input_embed(form: str, rows: int) -> Case:
         return random_weight(form, (TABLE_ROWS,), dim, torch.float32, device)
 
     table = (TABLE_ROWS, dim) if form == "dense" else packed
-    inputs = {"text": text, "patches": (rows, dim), "table": table, "empty_id": EMPTY_ID}
-    nbytes = module.input_embed_bytes(audio, rows - audio, dim, SIZE, row_bytes)
-    op, run, shape = "backbone.input_embed", module.input_embed, f"M={rows} D={dim}"
-    return op_case(op, run, rows, shape, inputs, nbytes, rows * dim, form=form)
+    inputs = {"text": text, "patches": (m, dim), "table": table, "empty_id": EMPTY_ID}
+    work = module.input_embed_bytes(audio, m - audio, dim, SIZE, row_bytes), m * dim
+    op, run = "backbone.input_embed", module.input_embed
+    return of_op(op, run, {"M": m, "D": dim}, inputs, *work, form=form)
 
 
 def _codebooks(device: torch.device) -> Any:
@@ -291,7 +288,7 @@ def _codebooks(device: torch.device) -> Any:
     return kernels("rvq").Codebooks.pack([*books])
 
 
-def rvq_encode(t: int) -> Case:
+def rvq_encode(t: int) -> Benchmark:
     module = kernels("rvq")
 
     def frames(device: torch.device) -> Tensor:
@@ -307,14 +304,13 @@ def rvq_encode(t: int) -> Case:
         wrong, _ = compare_codes(inputs["x"], inputs["codebooks"].books, got[0], want)
         return Accuracy(wrong, 0, wrong / t)
 
-    inputs = {"x": frames, "codebooks": _codebooks}
-    nbytes = module.rvq_encode_bytes(t, CODEC.dim, BOOKS)
-    flop, shape = 2 * t * CODEC.dim * sum(BOOKS), f"T={t} Q={len(BOOKS)}"
+    inputs, dims = {"x": frames, "codebooks": _codebooks}, {"T": t, "Q": len(BOOKS)}
+    work = module.rvq_encode_bytes(t, CODEC.dim, BOOKS), 2 * t * CODEC.dim * sum(BOOKS)
     more = {"dtype": torch.float32, "reference": reference, "check": check}
-    return op_case("codec.rvq_encode", module.rvq_encode, t, shape, inputs, nbytes, flop, **more)
+    return of_op("codec.rvq_encode", module.rvq_encode, dims, inputs, *work, **more)
 
 
-def rvq_decode(t: int) -> Case:
+def rvq_decode(t: int) -> Benchmark:
     module = kernels("rvq")
 
     def codes(device: torch.device) -> Tensor:
@@ -323,89 +319,84 @@ def rvq_decode(t: int) -> Case:
     def reference(codes: Tensor, codebooks: Any) -> Tensor:
         return module.rvq_decode_ref(codes, codebooks.books)
 
-    inputs = {"codes": codes, "codebooks": _codebooks}
-    nbytes = module.rvq_decode_bytes(t, CODEC.dim, len(BOOKS))
-    flop, shape = t * CODEC.dim * len(BOOKS), f"T={t} Q={len(BOOKS)}"
+    inputs, dims = {"codes": codes, "codebooks": _codebooks}, {"T": t, "Q": len(BOOKS)}
+    work = module.rvq_decode_bytes(t, CODEC.dim, len(BOOKS)), t * CODEC.dim * len(BOOKS)
     more = {"dtype": torch.float32, "reference": reference}
-    return op_case("codec.rvq_decode", module.rvq_decode, t, shape, inputs, nbytes, flop, **more)
+    return of_op("codec.rvq_decode", module.rvq_decode, dims, inputs, *work, **more)
 
 
 # Samplers, with the settings of upstream's tasks.
 
 
-def _seeds(rows: int) -> dict[str, Callable[[torch.device], Tensor]]:
+def _seeds(m: int) -> dict[str, Make]:
     """Seeds and draws of rows."""
     return {
-        "seeds": lambda device: integers(device, 2**62, rows, seed=1),
-        "draws": lambda device: integers(device, 10**6, rows, seed=2),
+        "seeds": lambda device: integers(device, 2**62, m, seed=1),
+        "draws": lambda device: integers(device, 10**6, m, seed=2),
     }
 
 
-def sample_text(name: str, rows: int) -> Case:
+def sample_text(name: str, m: int) -> Benchmark:
     module, size, sampler = kernels("sample_text"), LM.vocab_size, TEXT_SAMPLERS[name]
     inputs = {
-        "logits": lambda device: normal(device, rows, size, scale=3.0),
-        **_seeds(rows),
-        "settings": lambda device: sampler_tensors([sampler] * rows, device),
+        "logits": lambda device: normal(device, m, size, scale=3.0),
+        **_seeds(m),
+        "settings": lambda device: sampler_tensors([sampler] * m, device),
     }
-    nbytes, flop = rows * size * SIZE, 2 * rows * size
+    nbytes, flop = m * size * SIZE, 2 * m * size
     if name != "greedy":
         cuts = bool(sampler.top_k), sampler.top_p is not None
-        nbytes = module.sample_text_bytes(rows, size, SIZE, *cuts)
-        flop += DRAW_FLOP * rows * size
-    op, run, shape = "backbone.sample_text", module.sample_text, f"M={rows} V={size}"
-    return op_case(op, run, rows, shape, inputs, nbytes, flop, form=name)
+        nbytes = module.sample_text_bytes(m, size, SIZE, *cuts)
+        flop += DRAW_FLOP * m * size
+    op, run, dims = "backbone.sample_text", module.sample_text, {"M": m, "V": size}
+    return of_op(op, run, dims, inputs, nbytes, flop, form=name)
 
 
-def patch_noise(rows: int) -> Case:
+def patch_noise(m: int) -> Benchmark:
     module, size, group = kernels("sample_codes"), sum(LM.code_sizes), LM.group_size
-    inputs = {**_seeds(rows), "group_size": group, "size": size}
-    nbytes, flop = module.patch_noise_bytes(rows, group, size), DRAW_FLOP * rows * group * size
-    run, shape = module.patch_noise, f"M={rows} G={group} V={size}"
-    about = (rows, shape, inputs, nbytes, flop)
-    return op_case("patch_decoder.patch_noise", run, *about, dtype=torch.float32)
+    inputs = {**_seeds(m), "group_size": group, "size": size}
+    work = module.patch_noise_bytes(m, group, size), DRAW_FLOP * m * group * size
+    op, dims = "patch_decoder.patch_noise", {"M": m, "G": group, "V": size}
+    return of_op(op, module.patch_noise, dims, inputs, *work, dtype=torch.float32)
 
 
-def sample_codes(rows: int) -> Case:
+def sample_codes(m: int) -> Benchmark:
     module, dim, size, group = kernels("sample_codes"), DECODER.dim, sum(LM.code_sizes), STEP + 1
     layout = (LM.code_sizes, LM.empty_codes, LM.delays, group)
 
-    def small(count: int) -> Callable[[torch.device], Tensor]:
+    def small(count: int) -> Make:
         # Small integers times a power of two: logits are exact in any order of summation, and so is
         # the draw.
         return lambda device: ((integers(device, 5, count, dim, seed=count) - 2) / 4).to(DTYPE)
 
     def noise(device: torch.device) -> Tensor:
-        seeds, draws = (make(device) for make in _seeds(rows).values())
+        seeds, draws = (make(device) for make in _seeds(m).values())
         return module.patch_noise(seeds, draws, group, size)
 
     def codes(device: torch.device) -> Tensor:
-        return torch.zeros(rows, LM.channels, group, dtype=torch.int64, device=device)
+        return torch.zeros(m, LM.channels, group, dtype=torch.int64, device=device)
 
     inputs = {
-        "hidden": small(rows),
+        "hidden": small(m),
         "heads": small(size),
         "embeddings": (size, dim),
         "step": lambda device: module.code_steps(*layout, device)[STEP],
-        "settings": lambda device: sampler_tensors([SPEECH] * rows, device),
+        "settings": lambda device: sampler_tensors([SPEECH] * m, device),
         "noise": noise,
         "codes": codes,
     }
     step = module.code_steps(*layout)[STEP]
     active = step.last - step.first
-    return op_case(
+    work = module.sample_codes_bytes(m, step, dim, dim, SIZE), 2 * m * active * dim
+    op, run, dims = (
         "patch_decoder.sample_codes",
         module.sample_codes,
-        rows,
-        f"M={rows} V={active} D={dim}",
-        inputs,
-        module.sample_codes_bytes(rows, step, dim, dim, SIZE),
-        2 * rows * active * dim,
-        collect=lambda inputs, x: (x, inputs["codes"]),
+        {"M": m, "V": active, "D": dim},
     )
+    return of_op(op, run, dims, inputs, *work, collect=lambda inputs, x: (x, inputs["codes"]))
 
 
-def table() -> list[tuple[Callable[..., Case | None], Iterable[tuple[Any, ...]]]]:
+def table() -> list[tuple[Callable[..., Benchmark | None], Iterable[tuple[Any, ...]]]]:
     """The function that makes an op's cases, and its arguments."""
     backbone = ("backbone.prefill_attention", BACKBONE.heads, BACKBONE.kv_heads, BACKBONE.head_dim)
     heads, frames = CODEC.decoder_heads, (8, 64, 512)

@@ -26,16 +26,12 @@ def shown(value: float | None, scale: float = 1.0, digits: int = 1, unit: str = 
     return "-" if value is None else f"{scale * value:,.{digits}f}{unit}"
 
 
-def share(value: float | None) -> str:
-    return shown(value, 100, 1, "%")
-
-
-ms = partial(shown, scale=1e3, digits=1, unit=" ms")
+share = partial(shown, scale=100, unit="%")
+ms = partial(shown, scale=1e3, unit=" ms")
 whole_ms = partial(shown, scale=1e3, digits=0, unit=" ms")
 gigabytes = partial(shown, scale=1 / GB, digits=2, unit=" GB")
 factor = partial(shown, digits=3)
 per_nano = partial(shown, scale=1e-9)
-
 
 Column = tuple[str, str, Callable[[Any], str]]
 """A column: its head, its field of a record (`Entry.at`), and its format."""
@@ -61,111 +57,112 @@ Others are as wide as their heads, and at least NUMBER.
 
 NUMBER = 9
 
-GROUPS: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("batch", "batch", str),
-    ("context", "context", str),
-    ("prompt", "prefill", duration),
-    ("of floor", "of_floor.prefill", share),
-    ("group of words", "text_group.p50", duration),
-    ("of floor", "of_floor.text_group", share),
-    ("group of speech", "audio_group.p50", duration),
-    ("of floor", "of_floor.audio_group", share),
-    ("p90", "audio_group.p90", duration),
-    ("real-time factor", "audio_rtf", factor),
-)
-REQUESTS: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("task", "task", str),
-    ("batch", "batch", str),
-    ("prompt", "prompt_groups", str),
-    ("ttft", "ttft.p50", ms),
-    ("audio_ttfp", "audio_ttfp.p50", ms),
-    ("itl p50", "itl.p50", ms),
-    ("p95", "itl.p95", ms),
-    ("p99", "itl.p99", ms),
-    ("underrun", "audio_underrun", whole_ms),
-    ("continuity", "audio_continuity", share),
-    ("e2el", "e2el.p50", partial(shown, digits=2, unit=" s")),
-    ("audio_rtf", "audio_rtf", factor),
-    ("audio_rtfx", "audio_rtfx", partial(shown, digits=2)),
-    ("of floor", "of_floor", share),
-    ("peak memory", "peak_bytes", gigabytes),
-    ("energy", "joules", partial(shown, unit=" J")),
-)
-QUICK: tuple[Column, ...] = (
-    ("model", "named", str),
-    ("streams", "streams", str),
-    ("real-time factor", "metrics.audio_rtf", factor),
-    ("first audio", "metrics.audio_ttfp.p50", whole_ms),
-    ("next chunk, p95", "metrics.itl.p95", whole_ms),
-    ("worst silence", "metrics.audio_underrun", whole_ms),
-    ("memory", "metrics.peak_bytes", gigabytes),
-)
-BASELINES: tuple[Column, ...] = (
-    ("provider", "provider", str),
-    ("model", "title", str),
-    ("prompt", "prefill", duration),
-    ("group of words", "text_group.p50", duration),
-    ("group of speech", "audio_group.p50", duration),
-    ("of floor", "of_floor", share),
-    ("ttft", "ttft.p50", ms),
-    ("audio_ttfp", "audio_ttfp.p50", partial(factor, unit=" s")),
-    ("e2el", "e2el.p50", partial(factor, unit=" s")),
-    ("audio_rtf", "audio_rtf", factor),
-)
-OPS: tuple[Column, ...] = (
-    ("op", "op", str),
-    ("provider", "provider", str),
-    ("format", "format", str),
-    ("shape", "shape", str),
-    ("p50", "seconds.p50", duration),
-    ("p10", "seconds.p10", duration),
-    ("p90", "seconds.p90", duration),
-    ("GB/s", "bytes_per_s", per_nano),
-    ("GFLOP/s", "flop_per_s", per_nano),
-    ("bound by", "bound", str),
-    ("achieved / ceiling", "of_ceiling", share),
-)
-PROFILE: tuple[Column, ...] = (
-    ("model", "title", str),
-    ("mode", "mode", str),
-    ("kernel", "kernel", str),
-    ("an audio group", "count", lambda count: f"{count:g}"),
-    ("busy", "seconds", duration),
-    ("share", "share", share),
-)
-QUALITY: tuple[Column, ...] = (
-    ("model", "model", str),
-    ("format", "format", str),
-    ("head", "head", str),
-    ("KL (nats)", "kl", lambda value: f"{value:.5f}"),
-    ("top-1 agreement", "agreement", share),
-    ("predictions", "predictions", str),
-)
-COMPARE: tuple[Column, ...] = (
-    ("op", "case", str),
-    ("old", "old", str),
-    ("new", "new", str),
-    ("new / old", "ratio", lambda value: f"{value:.3f}"),
-    ("99% interval", "interval", str),
-    ("verdict", "verdict", str),
-)
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "groups": (
+        ("model", "title", str),
+        ("batch", "batch", str),
+        ("context", "context", str),
+        ("prompt", "prefill", duration),
+        ("of floor", "of_floor.prefill", share),
+        ("group of words", "text_group.p50", duration),
+        ("of floor", "of_floor.text_group", share),
+        ("group of speech", "audio_group.p50", duration),
+        ("of floor", "of_floor.audio_group", share),
+        ("p90", "audio_group.p90", duration),
+        ("real-time factor", "audio_rtf", factor),
+    ),
+    "request": (
+        ("model", "title", str),
+        ("task", "task", str),
+        ("batch", "batch", str),
+        ("prompt", "prompt_groups", str),
+        ("ttft", "ttft.p50", ms),
+        ("audio_ttfp", "audio_ttfp.p50", ms),
+        ("itl p50", "itl.p50", ms),
+        ("p95", "itl.p95", ms),
+        ("p99", "itl.p99", ms),
+        ("underrun", "audio_underrun", whole_ms),
+        ("continuity", "audio_continuity", share),
+        ("e2el", "e2el.p50", partial(shown, digits=2, unit=" s")),
+        ("audio_rtf", "audio_rtf", factor),
+        ("audio_rtfx", "audio_rtfx", partial(shown, digits=2)),
+        ("of floor", "of_floor", share),
+        ("peak memory", "peak_bytes", gigabytes),
+        ("energy", "joules", partial(shown, unit=" J")),
+    ),
+    "quick": (
+        ("model", "named", str),
+        ("streams", "streams", str),
+        ("real-time factor", "metrics.audio_rtf", factor),
+        ("first audio", "metrics.audio_ttfp.p50", whole_ms),
+        ("next chunk, p95", "metrics.itl.p95", whole_ms),
+        ("worst silence", "metrics.audio_underrun", whole_ms),
+        ("memory", "metrics.peak_bytes", gigabytes),
+    ),
+    "baseline": (
+        ("provider", "provider", str),
+        ("model", "title", str),
+        ("prompt", "prefill", duration),
+        ("group of words", "text_group.p50", duration),
+        ("group of speech", "audio_group.p50", duration),
+        ("of floor", "of_floor", share),
+        ("ttft", "ttft.p50", ms),
+        ("audio_ttfp", "audio_ttfp.p50", partial(factor, unit=" s")),
+        ("e2el", "e2el.p50", partial(factor, unit=" s")),
+        ("audio_rtf", "audio_rtf", factor),
+    ),
+    "op": (
+        ("op", "op", str),
+        ("provider", "provider", str),
+        ("format", "format", str),
+        ("shape", "shape", str),
+        ("p50", "seconds.p50", duration),
+        ("p10", "seconds.p10", duration),
+        ("p90", "seconds.p90", duration),
+        ("GB/s", "bytes_per_s", per_nano),
+        ("GFLOP/s", "flop_per_s", per_nano),
+        ("bound by", "bound", str),
+        ("achieved / ceiling", "of_ceiling", share),
+    ),
+    "profile": (
+        ("model", "title", str),
+        ("mode", "mode", str),
+        ("kernel", "kernel", str),
+        ("an audio group", "count", "{:g}".format),
+        ("busy", "seconds", duration),
+        ("share", "share", share),
+    ),
+    "quality": (
+        ("model", "model", str),
+        ("format", "format", str),
+        ("head", "head", str),
+        ("KL (nats)", "kl", "{:.5f}".format),
+        ("top-1 agreement", "agreement", share),
+        ("predictions", "predictions", str),
+    ),
+    "compare": (
+        ("op", "case", str),
+        ("old", "old", str),
+        ("new", "new", str),
+        ("new / old", "ratio", "{:.3f}".format),
+        ("99% interval", "interval", str),
+        ("verdict", "verdict", str),
+    ),
+}
+"""Kind of record -> its columns."""
 
 
 class Table:
-    """Records printed as they come, one row each."""
+    """Records printed as they come, one row each, above a progress bar if there is one."""
 
     def __init__(
         self, columns: Sequence[Column], write: Callable[[str], object] | None = None
     ) -> None:
-        self._columns = columns
-        # Printed above a progress bar, if there is one.
-        self._write = write or partial(tqdm.write, file=sys.stdout)
+        self._columns, self._write = columns, write or partial(tqdm.write, file=sys.stdout)
         self._row([head for head, _, _ in columns])
 
     def row(self, record: dict[str, Any]) -> None:
-        self._row(cells(self._columns, Entry("", record)))
+        self._row(cells(self._columns, Entry(record)))
 
     def _row(self, texts: Iterable[str]) -> None:
         padded = []
@@ -183,8 +180,3 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -
     """A Markdown table; its first `texts` columns are aligned to the left."""
     marks = [":--" if i < texts else "--:" for i in range(len(heads))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
-
-
-def columns_table(columns: Sequence[Column], entries: Iterable[Entry], texts: int = 1) -> str:
-    heads = [head for head, _, _ in columns]
-    return table(heads, (cells(columns, entry) for entry in entries), texts)

@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.columns import COMPARE, Table
-from benchmarks.harness import MIN_RUNS, Case, Provider, Refused, prepare
+from benchmarks.columns import COLUMNS, Table
+from benchmarks.harness import MIN_RUNS, Benchmark, Provider, Refused, prepare
 from benchmarks.ops import add_case_options, select
 from benchmarks.records import JsonLines
 from mimo_fast.bench.environment import ROOT, environment
@@ -104,36 +104,26 @@ class Side:
 
 
 class Worker:
-    """A process that times cases of one side."""
+    """A process that times benchmarks of one side."""
 
     def __init__(self, side: Side, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self._side, self._process, self._errors = side, process, errors
-        self.cases: list[str] = []
-        self.missing: dict[str, str] = {}
 
-    def ready(self) -> None:
-        """Waits until it knows its cases, and what its version lacks."""
-        answer = self._answer()
-        self.cases, self.missing = answer["cases"], answer["missing"]
-
-    def time(self, case: str, seconds: float) -> float:
-        """Seconds of one call, the median of several.
+    def answer(self, request: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to a request; the first is not asked for.
 
         Raises:
-            CompareError: the result of the case is wrong, or the process has died.
+            CompareError: the result of the op is wrong, or the process has died.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"case": case, "seconds": seconds}) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        if "refused" in answer:
-            raise CompareError(f"{case} is wrong in {self._side.name}: {answer['refused']}")
-        return answer["seconds"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
+        if request is not None:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         if line := self._process.stdout.readline():
-            return json.loads(line)
+            answer = json.loads(line)
+            if "refused" in answer:
+                wrong = f"{request['case']} is wrong in {self._side.name}"
+                raise CompareError(f"{wrong}: {answer['refused']}")
+            return answer
         self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
@@ -162,14 +152,18 @@ def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
     Raises:
         CompareError: there is no such commit here, or no git checkout.
     """
-    found = _git(root, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+
+    found = git("rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
     if found.returncode:
         advice = "try HEAD~1, a branch, a tag or a hash"
         raise CompareError(f"{reference} names no commit of {root}; {advice}")
     commit = found.stdout.strip()
     with tempfile.TemporaryDirectory(prefix="mimo-fast-compare-") as temporary:
         tree = Path(temporary) / "tree"
-        added = _git(root, "worktree", "add", "--detach", str(tree), commit)
+        added = git("worktree", "add", "--detach", str(tree), commit)
         try:
             if added.returncode:
                 why = added.stderr.strip().splitlines()[-1]
@@ -180,49 +174,38 @@ def checked_out(reference: str, root: Path = ROOT) -> Iterator[Side]:
                 shutil.copytree(root / part, tree / part, ignore=ignored)
             yield Side(f"{reference} ({commit[:10]})", tree)
         finally:
-            _git(root, "worktree", "remove", "--force", str(tree))
-            _git(root, "worktree", "prune")
-
-
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+            git("worktree", "remove", "--force", str(tree))
+            git("worktree", "prune")
 
 
 def paired_times(
     old: Side, new: Side, arguments: dict[str, Any], rounds: int = ROUNDS, seconds: float = SECONDS
 ) -> dict[str, list[tuple[float, float]]]:
-    """(old, new) seconds of every case that both sides have, two pairs a round.
+    """(old, new) seconds of every benchmark that both sides have, two pairs a round.
 
     Raises:
         CompareError: one side cannot be measured, or a result is wrong.
     """
     pairs: dict[str, list[tuple[float, float]]] = {}
-    with tqdm(total=rounds, unit="round", disable=None, leave=False) as bar:
-        for turn in range(rounds):
-            with ExitStack() as stack:
-                sides = (("A", old), ("B", new))
-                workers = {x: stack.enter_context(started(side, arguments)) for x, side in sides}
-                for worker in workers.values():
-                    worker.ready()
-                both = [case for case in workers["B"].cases if case in set(workers["A"].cases)]
-                if not turn:
-                    for x, side in sides:
-                        for family, why in workers[x].missing.items():
-                            tqdm.write(f"not compared: {family}: {side.name} is too old: {why}")
-                if not both:
-                    both_names = f"{old.name} and {new.name}"
-                    raise CompareError(f"{both_names} have none of the chosen ops in common")
-                for case in both:
-                    order = ORDERS[turn % 2]
-                    times = [(x, workers[x].time(case, seconds)) for x in order]
-                    pairs.setdefault(case, []).extend(_pair(times[i : i + 2]) for i in (0, 2))
-            bar.update()
+    for turn in tqdm(range(rounds), unit="round", disable=None, leave=False):
+        with ExitStack() as stack:
+            sides = {"A": old, "B": new}
+            workers = {x: stack.enter_context(started(sides[x], arguments)) for x in "AB"}
+            ready = {x: workers[x].answer() for x in "AB"}
+            for x, side in sides.items() if not turn else ():
+                for family, why in ready[x]["missing"].items():
+                    tqdm.write(f"not compared: {family}: {side.name} is too old: {why}")
+            both = [case for case in ready["B"]["cases"] if case in ready["A"]["cases"]]
+            if not both:
+                names = f"{old.name} and {new.name}"
+                raise CompareError(f"{names} have none of the chosen ops in common")
+            for case in both:
+                request = {"case": case, "seconds": seconds}
+                order = ORDERS[turn % 2]
+                times = [(x, workers[x].answer(request)["seconds"]) for x in order]
+                each = (dict(times[:2]), dict(times[2:]))
+                pairs.setdefault(case, []).extend((pair["A"], pair["B"]) for pair in each)
     return pairs
-
-
-def _pair(times: Sequence[tuple[str, float]]) -> tuple[float, float]:
-    found = dict(times)
-    return found["A"], found["B"]
 
 
 def run_compare(
@@ -236,16 +219,13 @@ def run_compare(
 ) -> dict[str, Comparison]:
     """Compares the working tree with a commit: a line and a record for each op.
 
-    arguments: of the cases, as `named_cases` takes them, with device and threads.
+    arguments: of the benchmarks, as `answer` takes them.
     """
-    new = Side("the working tree", root)
+    new, orders = Side("the working tree", root), " or ".join(ORDERS)
     with checked_out(reference, root) as old:
-        print(
-            f"old: {old.name}; new: {new.name}; {rounds} rounds of {' or '.join(ORDERS)}",
-            flush=True,
-        )
+        print(f"old: {old.name}; new: {new.name}; {rounds} rounds of {orders}", flush=True)
         pairs = paired_times(old, new, arguments, rounds, seconds)
-    table, found = Table(COMPARE), {}
+    table, found = Table(COLUMNS["compare"]), {}
     about = environment(arguments["device"], root=root)
     for case, times in pairs.items():
         found[case] = compared(times)
@@ -272,14 +252,8 @@ def add_options(add: Callable[..., object]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = {
-        "op": args.op,
-        "format": args.format,
-        "m": args.m,
-        "quick": args.m is None,
-        "device": args.device,
-        "threads": args.threads or torch.get_num_threads(),
-    }
+    wanted = {name: getattr(args, name) for name in ("op", "format", "m", "device")}
+    wanted |= {"quick": args.m is None, "threads": args.threads or torch.get_num_threads()}
     # Unknown ops are bad usage, and known before anything is checked out.
     select(args.op, args.m, args.format)
     if args.rounds < 1:
@@ -291,47 +265,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def named_cases(
+def own_benchmarks(
     arguments: dict[str, Any], device: torch.device, missing: dict[str, str]
-) -> dict[str, tuple[Case, Provider]]:
+) -> dict[str, tuple[Benchmark, Provider]]:
     """Our own providers that run on the device, by "op format shape".
 
-    missing: see `ops.all_cases`.
+    missing: see `ops.all_benchmarks`.
     """
-    found = {}
     wanted = (arguments[name] for name in ("op", "m", "format"))
     try:
-        cases = select(*wanted, quick=arguments["quick"], missing=missing)
+        found = select(*wanted, quick=arguments["quick"], missing=missing)
     except ValueError:
         # The other side has some; otherwise there was an error before.
         return {}
-    for case in cases:
-        for provider in case.providers:
-            if provider.name.startswith("ours-") and provider.missing(device) is None:
-                found[case.title] = case, provider
-    return found
-
-
-class Timer:
-    """Times one case at a time, and keeps its inputs until another is asked for."""
-
-    def __init__(self, cases: dict[str, tuple[Case, Provider]], device: torch.device) -> None:
-        self._cases, self._device = cases, device
-        self._name, self._calls = "", list[Callable[[], object]]()
-
-    def __call__(self, name: str, seconds: float) -> dict[str, Any]:
-        if name != self._name:
-            # Two large cases might not fit into memory.
-            self._name, self._calls = "", []
-            case, provider = self._cases[name]
-            try:
-                calls, _ = prepare(case, provider, case.make(self._device), self._device)
-            except Refused as refused:
-                return {"refused": str(refused)}
-            self._name, self._calls = name, list(calls)
-        return {
-            "seconds": time_calls(self._calls, self._device, seconds=seconds, min_runs=MIN_RUNS).p50
-        }
+    return {
+        benchmark.title: (benchmark, provider)
+        for benchmark in found
+        for provider in benchmark.providers
+        if provider.name.startswith("ours-") and provider.missing(device) is None
+    }
 
 
 @torch.no_grad()
@@ -344,12 +296,23 @@ def answer() -> None:
     torch.set_num_threads(arguments["threads"])
     device = torch.device(arguments["device"])
     missing: dict[str, str] = {}
-    cases = named_cases(arguments, device, missing)
-    timer = Timer(cases, device)
+    cases = own_benchmarks(arguments, device, missing)
     answers.write(json.dumps({"cases": list(cases), "missing": missing}) + "\n")
+    name, calls = "", list[Callable[[], object]]()
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(json.dumps(timer(request["case"], request["seconds"])) + "\n")
+        if request["case"] != name:
+            # Two large ones might not fit into memory.
+            name, calls = "", []
+            benchmark, provider = cases[request["case"]]
+            try:
+                calls, _ = prepare(benchmark, provider, benchmark.make(device), device)
+            except Refused as refused:
+                answers.write(json.dumps({"refused": str(refused)}) + "\n")
+                continue
+            name = request["case"]
+        time = time_calls(calls, device, seconds=request["seconds"], min_runs=MIN_RUNS)
+        answers.write(json.dumps({"seconds": time.p50}) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,18 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import mimo_fast.kernels
-from benchmarks.launches import section
+from benchmarks.launches import plain_table, section
 from mimo_fast.kernels.dispatch import HAS_PDL, PDL_CAPABILITY, Case, PdlTrigger
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -43,11 +44,15 @@ class Compiled:
     ptx: str
 
 
+def kernel_modules() -> Iterator[ModuleType]:
+    for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
+        yield importlib.import_module(module.name)
+
+
 def cases() -> Iterator[Case]:
     """The cases of every kernel file."""
-    for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
-        found = importlib.import_module(module.name)
-        yield from getattr(found, "compile_cases", tuple)()
+    for module in kernel_modules():
+        yield from getattr(module, "compile_cases", tuple)()
 
 
 def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger.FIRST) -> Compiled:
@@ -67,10 +72,7 @@ def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger
         options |= {"launch_pdl": True} if early and trigger & PdlTrigger.NONE else {}
     source = ASTSource(case.kernel, signature, constexprs, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass, usage = (_cuobjdump(file.name, option) for option in ("-sass", "-res-usage"))
+    sass, usage = (_cuobjdump(kernel.asm["cubin"], option) for option in ("-sass", "-res-usage"))
     ptx = kernel.asm["ptx"]
     loads = re.findall(r"LDG\.E(?:\.\w+)*", sass) + re.findall(r"LDGSTS\.E(?:\.\w+)*", sass)
     return Compiled(
@@ -93,12 +95,9 @@ def _width(load: str) -> int:
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
     """Registers a thread, bytes of local and of shared memory of every kernel of a CUDA file."""
-    usage = _of_cuda(source, architecture, "-res-usage")
+    usage = _cuobjdump(_nvcc(source, architecture), "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    return {
-        _kernel_name(name): (int(registers), int(local), int(shared))
-        for name, registers, local, shared in found
-    }
+    return {_kernel_name(name): tuple(map(int, numbers)) for name, *numbers in found}
 
 
 def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
@@ -114,15 +113,9 @@ def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
 
 def cuda_assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
     """The machine instructions of every kernel of a CUDA file, by nvcc."""
-    for text in _of_cuda(source, architecture, "-sass").split("Function : ")[1:]:
+    code = _cuobjdump(_nvcc(source, architecture), "-sass")
+    for text in code.split("Function : ")[1:]:
         yield _kernel_name(text.split(None, 1)[0]), text
-
-
-def _of_cuda(source: Path, architecture: int, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(_nvcc(source, architecture))
-        file.flush()
-        return _cuobjdump(file.name, option)
 
 
 @cache
@@ -141,9 +134,13 @@ def _kernel_name(mangled: str) -> str:
     return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])
 
 
-def _cuobjdump(cubin: str, option: str) -> str:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 INTRODUCTION = f"""# Kernels
@@ -158,46 +155,39 @@ that spills says so. The kernels of csrc/cuda come last.
 CUDA = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 
 
+def section_of(name: str, essay: str, kind: str, rows: Iterable[list[str]]) -> str:
+    """A file's docstring and the table of its configurations or templates; Markdown."""
+    heads = [kind, *(f"sm_{architecture}" for architecture in ARCHITECTURES)]
+    return f"## {name}\n\n```\n{essay.strip()}\n```\n\n{plain_table(heads, [*rows])}\n"
+
+
+def cell(*numbers: int, spills: bool) -> str:
+    return ", ".join(map(str, numbers)) + ", SPILLS" * spills
+
+
 def main() -> None:
     print(INTRODUCTION)
     print(section())
-    for module in pkgutil.walk_packages(mimo_fast.kernels.__path__, "mimo_fast.kernels."):
-        kernels = importlib.import_module(module.name)
-        own = list(getattr(kernels, "compile_cases", tuple)())
-        if not own:
-            continue
-        print(f"## {module.name}\n\n```\n{(kernels.__doc__ or '').strip()}\n```\n")
-        print("| configuration | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |")
-        print("|---" * (len(ARCHITECTURES) + 1) + "|")
-        for case in own:
-            row = [compile_case(case, architecture) for architecture in ARCHITECTURES]
-            cells = (
-                f"{c.registers}, {c.shared}, {c.load_bits}" + ", SPILLS" * (c.spilled > 0)
-                for c in row
+    for module in kernel_modules():
+        own = getattr(module, "compile_cases", tuple)()
+        compiled = ((c.name, [compile_case(c, sm) for sm in ARCHITECTURES]) for c in own)
+        rows = [
+            [name, *(cell(c.registers, c.shared, c.load_bits, spills=c.spilled > 0) for c in row)]
+            for name, row in compiled
+        ]
+        if rows:
+            print(
+                section_of(module.__name__, module.__doc__ or "", "configuration", rows), flush=True
             )
-            print(f"| {case.name} | " + " | ".join(cells) + " |", flush=True)
-        print()
     for source in CUDA:
-        _print_cuda(source)
-
-
-def _print_cuda(source: Path) -> None:
-    essay = re.match(r"(?://.*\n)+", source.read_text(encoding="utf-8"))[0]
-    print(
-        f"## csrc/cuda/{source.name}\n\n```\n" + re.sub(r"(?m)^// ?", "", essay).strip() + "\n```\n"
-    )
-    columns = [compile_cuda(source, architecture) for architecture in ARCHITECTURES]
-    print(
-        "| template | "
-        + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
-        + " |\n"
-        + "|---" * (len(columns) + 1)
-        + "|"
-    )
-    for name in sorted(columns[0]):
-        cells = (f"{c[name][0]}, {c[name][2]}" + ", SPILLS" * (c[name][1] > 0) for c in columns)
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print()
+        essay = re.match(r"(?://.*\n)+", source.read_text(encoding="utf-8"))[0]
+        columns = [compile_cuda(source, architecture) for architecture in ARCHITECTURES]
+        rows = [
+            [name, *(cell(*c[name][::2], spills=c[name][1] > 0) for c in columns)]
+            for name in sorted(columns[0])
+        ]
+        essay = re.sub(r"(?m)^// ?", "", essay)
+        print(section_of(f"csrc/cuda/{source.name}", essay, "template", rows))
 
 
 if __name__ == "__main__":

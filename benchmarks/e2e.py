@@ -17,7 +17,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.columns import GROUPS, REQUESTS, Table
+from benchmarks.columns import COLUMNS, Table
 from benchmarks.records import JsonLines, add_run_options, machine_fields
-from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
+from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
-from mimo_fast.bench.groups import SETTLING, time_groups
+from mimo_fast.bench.groups import SETTLING, GroupTimes, time_groups
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.pipeline import PROMPTS, TimedRequest, measure, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
@@ -41,23 +41,62 @@ from mimo_fast.text.tasks import find_task
 Result = TypeVar("Result")
 
 QUANTIZATIONS = ("bf16", "int8", "int4", "nf4", "stored")
+PARTS = ("prefill", "text_group", "audio_group")
 
 
-@dataclass
-class Run:
-    """Settings of one invocation, and what it has found.
+class Sweep:
+    """One invocation, and what it has found.
 
     excess: seconds by which a group of the present model last exceeded its floor; used to estimate
     the next row.
     """
 
-    args: argparse.Namespace
-    device: torch.device
-    machine: Ceiling
-    output: JsonLines
-    excess: float = 0.0
-    skipped: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device or default_device())
+        self.machine, self.output = ceiling(self.device), JsonLines(args.output)
+        self.excess = 0.0
+        self.skipped: list[str] = []
+        self.failed: list[str] = []
+
+    def run(self) -> None:
+        """All models, one after the other."""
+        threads = torch.get_num_threads()
+        for about, make in self.models():
+            title = f"{Path(about['model']).name} {about['quantization']}"
+            doing = "making it" if about["random_weights"] else "loading it"
+            target = self.attempt(title, 0, 0, doing, make)
+            if target is None:
+                continue
+            self.excess = 0.0
+            if self.device.type == "cpu" and not self.args.threads:
+                torch.set_num_threads(threads)
+                torch.set_num_threads(useful_threads(target.lm.config))
+            about["dtype"] = name_of(target.lm.dtype)
+            self.steady_state(title, about, target)
+            self.requests(title, about, target)
+            del target
+            release(self.device)
+
+    def models(self) -> Iterator[tuple[dict[str, Any], Callable[[], Target]]]:
+        """Each model of the sweep: its description, and what makes it."""
+        args, dtype = self.args, parse_dtype(self.args.dtype)
+        names = [str(args.model)] if args.model else args.preset
+        for name, form in product(names, args.quantization):
+            about = {
+                "model": name,
+                "quantization": form,
+                "random_weights": args.model is None,
+                "steered": args.model is None or args.steer,
+                "with_codec": not args.no_codec,
+            }
+            chosen = None if form in ("bf16", "stored") else form
+            if args.model:
+                wanted = None if form == "stored" else dtype
+                pair = (args.model, args.codec, chosen, wanted, self.device, args.steer)
+                yield about, partial(Target.load, *pair)
+            elif form != "stored":
+                made = (name, chosen, dtype, self.device, not args.no_codec)
+                yield about, partial(Target.random, *made)
 
     def attempt(
         self, name: str, floor: float, groups: float, about: str, work: Callable[[], Result]
@@ -90,147 +129,108 @@ class Run:
         self.skipped.append(f"{name}: {reason}")
         self.output.append({"kind": "skipped", "name": name, "reason": reason})
 
-    def record(self, kind: str, about: dict[str, Any], **results: Any) -> dict[str, Any]:
-        record = {"kind": kind, **about, **results, **machine_fields(self.machine, self.device)}
+    def record(self, kind: str, table: Table | None, fields: dict[str, Any]) -> Table:
+        """Writes a record and its row, the first of a table with the table's head."""
+        record = {"kind": kind, **fields, **machine_fields(self.machine, self.device)}
         self.output.append(record)
-        return record
+        table = table or Table(COLUMNS[kind])
+        table.row(record)
+        return table
+
+    def steady_state(self, title: str, about: dict[str, Any], target: Target) -> None:
+        """Groups of words and of speech, by context and batch."""
+        args, table = self.args, None
+        for context, batch in product(args.context, args.batch):
+            name = f"{title}, groups at batch {batch}, context {context}"
+            context = min(context, target.lm.config.max_positions)
+            prompt = context - args.groups - SETTLING
+            if prompt < 1:
+                self.skip(name, f"{args.groups} groups do not fit into it")
+                continue
+            work = GroupWork.of(target.lm, batch, prompt, args.groups, target.quantized_cache)
+            floors = work.floors(self.machine)
+            count = args.groups + SETTLING
+            times = self.attempt(
+                name,
+                floors[0] + count * (floors[1] + floors[2]),
+                2 * count,
+                work.describe(self.machine),
+                lambda batch=batch, context=context, prompt=prompt: time_groups(
+                    target.sized(batch, context), batch, prompt, args.groups
+                ),
+            )
+            if times is None:
+                continue
+            self.excess = times.audio.p50 - floors[2]
+            seconds = times.prefill, times.text.p50, times.audio.p50
+            shares = (floor / spent for floor, spent in zip(floors, seconds, strict=True))
+            counts = {"batch": batch, "prompt_groups": prompt, "groups": args.groups}
+            results = {
+                "audio_rtf": times.audio.p50 / target.patch_seconds,
+                "bytes": work.audio.bytes,
+                "cached_bytes": work.audio.cached,
+                "of_floor": dict(zip(PARTS, shares, strict=True)),
+            }
+            fields = about | {"steered": True} | counts | group_fields(times, floors) | results
+            table = self.record("groups", table, fields)
+
+    def requests(self, title: str, about: dict[str, Any], target: Target) -> None:
+        """Whole requests, by batch and task."""
+        args, table, audio = self.args, None, user_speech(self.args.seconds, self.args.audio)
+        asked = []
+        for task, context in product(args.task, args.prompt or [None]):
+            patches, cut = args.patches if find_task(task).speaks else 0, context is not None
+            asked.append(TimedRequest(task, audio, args.words, patches, context or 0, cut=cut))
+        size = target.lm.config.group_size
+        prompts = [prompt_ids(target, request).shape[1] // size for request in asked]
+        capacity = max(prompts, default=0) + args.words + args.patches + 2
+        rooms: dict[int, Target] = {}
+
+        def room(batch: int) -> Target:
+            """Makes the engine that serves all tasks of a batch size.
+
+            That of the last batch is freed before memory is checked for the next.
+            """
+            if batch not in rooms:
+                rooms.clear()
+                release(self.device)
+                rooms[batch] = target.sized(batch, capacity)
+            return rooms[batch]
+
+        for batch, (request, prompt) in product(args.batch, zip(asked, prompts, strict=True)):
+            words, patches = request.words, request.patches
+            floor = target.request_floor(self.machine, batch, prompt, words, patches)
+            what = f"{prompt} groups of prompt, {words} words, {patches} patches"
+            metrics = self.attempt(
+                f"{title}, {batch} x {request.task} after {prompt} groups",
+                floor * args.rounds,
+                args.rounds * (words + patches),
+                f"floor of {what}: {floor:.3f} s",
+                lambda batch=batch, request=request: measure(
+                    room(batch), request, batch, args.rounds
+                ),
+            )
+            if metrics is None:
+                continue
+            if not target.steered:
+                counts = (metrics.text_groups, metrics.audio_groups)
+                said = (count / metrics.requests for count in counts)
+                floor = target.request_floor(self.machine, batch, prompt, *said)
+            share = floor / metrics.e2el.p50 if metrics.e2el else None
+            fields = {"input_seconds": args.seconds, "floor": floor, "of_floor": share}
+            table = self.record("request", table, about | asdict(metrics) | fields)
+
+
+def group_fields(times: GroupTimes, floors: tuple[float, float, float]) -> dict[str, Any]:
+    """The fields of a record about groups: their times and floors."""
+    measured = (times.prefill, vars(times.text), vars(times.audio))
+    return dict(zip(PARTS, measured, strict=True)) | {
+        "floor": dict(zip(PARTS, floors, strict=True))
+    }
 
 
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
-
-
-def models(run: Run) -> Iterator[tuple[dict[str, Any], Callable[[], Target]]]:
-    """Each model of the sweep: its description, and what makes it."""
-    args, device, dtype = run.args, run.device, parse_dtype(run.args.dtype)
-    for name, form in product([str(args.model)] if args.model else args.preset, args.quantization):
-        about = {
-            "model": name,
-            "quantization": form,
-            "random_weights": args.model is None,
-            "steered": args.model is None or args.steer,
-            "with_codec": not args.no_codec,
-        }
-        chosen = None if form in ("bf16", "stored") else form
-        if args.model:
-            wanted = None if form == "stored" else dtype
-            pair = (args.model, args.codec, chosen, wanted, device, args.steer)
-            yield about, partial(Target.load, *pair)
-        elif form != "stored":
-            yield about, partial(Target.random, name, chosen, dtype, device, not args.no_codec)
-
-
-def sweep(run: Run) -> None:
-    """All models, one after the other."""
-    threads = torch.get_num_threads()
-    for about, make in models(run):
-        title = f"{Path(about['model']).name} {about['quantization']}"
-        doing = "making it" if about["random_weights"] else "loading it"
-        target = run.attempt(title, 0, 0, doing, make)
-        if target is None:
-            continue
-        run.excess = 0.0
-        if run.device.type == "cpu" and not run.args.threads:
-            torch.set_num_threads(threads)
-            torch.set_num_threads(useful_threads(target.lm.config))
-        about["dtype"] = name_of(target.lm.dtype)
-        steady_state(run, title, about, target)
-        requests(run, title, about, target)
-        del target
-        release(run.device)
-
-
-def steady_state(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
-    """Groups of words and of speech, by context and batch."""
-    args, table = run.args, None
-    for context, batch in product(args.context, args.batch):
-        name = f"{title}, groups at batch {batch}, context {context}"
-        context = min(context, target.lm.config.max_positions)
-        prompt = context - args.groups - SETTLING
-        if prompt < 1:
-            run.skip(name, f"{args.groups} groups do not fit into it")
-            continue
-        work = GroupWork.of(target.lm, batch, prompt, args.groups, target.quantized_cache)
-        floors = work.floors(run.machine)
-        count = args.groups + SETTLING
-        times = run.attempt(
-            name,
-            floors[0] + count * (floors[1] + floors[2]),
-            2 * count,
-            work.describe(run.machine),
-            lambda batch=batch, context=context, prompt=prompt: time_groups(
-                target.sized(batch, context), batch, prompt, args.groups
-            ),
-        )
-        if times is None:
-            continue
-        run.excess = times.audio.p50 - floors[2]
-        parts = ("prefill", "text_group", "audio_group")
-        measured = times.prefill, times.text.p50, times.audio.p50
-        shares = [floor / seconds for floor, seconds in zip(floors, measured, strict=True)]
-        record = run.record(
-            "groups",
-            about | {"steered": True},
-            batch=batch,
-            prompt_groups=prompt,
-            groups=args.groups,
-            prefill=times.prefill,
-            text_group=vars(times.text),
-            audio_group=vars(times.audio),
-            audio_rtf=times.audio.p50 / target.patch_seconds,
-            bytes=work.audio.bytes,
-            cached_bytes=work.audio.cached,
-            floor=dict(zip(parts, floors, strict=True)),
-            of_floor=dict(zip(parts, shares, strict=True)),
-        )
-        table = table or Table(GROUPS)
-        table.row(record)
-
-
-def requests(run: Run, title: str, about: dict[str, Any], target: Target) -> None:
-    """Whole requests, by batch and task."""
-    args, table, audio = run.args, None, user_speech(run.args.seconds, run.args.audio)
-    asked = []
-    for task, context in product(args.task, args.prompt or [None]):
-        patches, cut = args.patches if find_task(task).speaks else 0, context is not None
-        asked.append(TimedRequest(task, audio, args.words, patches, context or 0, cut=cut))
-    size = target.lm.config.group_size
-    prompts = [prompt_ids(target, request).shape[1] // size for request in asked]
-    capacity = max(prompts, default=0) + args.words + args.patches + 2
-    rooms: dict[int, Target] = {}
-
-    def room(batch: int) -> Target:
-        """Makes the engine that serves all tasks of a batch size.
-
-        That of the last batch is freed before memory is checked for the next.
-        """
-        if batch not in rooms:
-            rooms.clear()
-            release(run.device)
-            rooms[batch] = target.sized(batch, capacity)
-        return rooms[batch]
-
-    for batch, (request, prompt) in product(args.batch, zip(asked, prompts, strict=True)):
-        words, patches = request.words, request.patches
-        floor = target.request_floor(run.machine, batch, prompt, words, patches)
-        metrics = run.attempt(
-            f"{title}, {batch} x {request.task} after {prompt} groups",
-            floor * args.rounds,
-            args.rounds * (words + patches),
-            f"floor of {prompt} groups of prompt, {words} words, {patches} patches: {floor:.3f} s",
-            lambda batch=batch, request=request: measure(room(batch), request, batch, args.rounds),
-        )
-        if metrics is None:
-            continue
-        if not target.steered:
-            counts = (metrics.audio_groups, metrics.text_groups)
-            spoken, written = (count / metrics.requests for count in counts)
-            floor = target.request_floor(run.machine, batch, prompt, written, spoken)
-        of_floor = floor / metrics.e2el.p50 if metrics.e2el else None
-        about_request = {"input_seconds": args.seconds, "floor": floor, "of_floor": of_floor}
-        record = run.record("request", about, **metrics.as_dict(), **about_request)
-        table = table or Table(REQUESTS)
-        table.row(record)
 
 
 def release(device: torch.device) -> None:
@@ -279,12 +279,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{what} must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or default_device())
-    run = Run(args, device, ceiling(device), JsonLines(args.output))
-    print(run.machine, flush=True)
-    sweep(run)
-    for line in run.skipped:
+    sweep = Sweep(args)
+    print(sweep.machine, flush=True)
+    sweep.run()
+    for line in sweep.skipped:
         say(f"skipped {line}")
-    for line in run.failed:
+    for line in sweep.failed:
         say(f"FAILED {line}")
-    return 1 if run.failed else 0
+    return 1 if sweep.failed else 0

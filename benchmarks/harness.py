@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.columns import OPS, Table
+from benchmarks.columns import COLUMNS, Table
 from benchmarks.records import JsonLines, machine_fields
 from mimo_fast.bench.accuracy import Accuracy, worst
 from mimo_fast.bench.ceiling import Ceiling, name_of
@@ -47,7 +47,7 @@ Run = Callable[[Inputs], Outputs]
 
 MIN_RUNS = 5
 COPIED_BYTES = 2**30
-"""Most bytes of the copies of a case's inputs, of whose tables a call may read a few rows."""
+"""Most bytes of the copies of a benchmark's inputs, of whose tables a call may read a few rows."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Provider:
 
     Args:
         run: prepared inputs -> outputs; the same inputs must give the same outputs again.
-        prepare: the case's inputs -> what `run` takes, such as weights in another form; not
+        prepare: the benchmark's inputs -> what `run` takes, such as weights in another form; not
             timed.
         missing: device -> why it cannot run there, or None.
-        stands_for: (case's inputs, prepared) -> the inputs whose exact result `run` is compared
-            with, where its own rounding of weights or activations is not an error of its
-            arithmetic; None: the case's own.
+        stands_for: (benchmark's inputs, prepared) -> the inputs whose exact result `run` is
+            compared with, where its own rounding of weights or activations is not an error of its
+            arithmetic; None: the benchmark's own.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Case:
+class Benchmark:
     """One op at one shape.
 
     Args:
@@ -107,11 +107,8 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Result of a run.
-
-    Records; "op format shape provider: why" of refused providers; reason -> what was skipped for
-    it.
-    """
+    """Records; "op format shape provider: why" of refused providers; reason -> what was skipped for
+    it."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -139,17 +136,14 @@ def plain(reference: Run, *, ours_on_cpu: bool = True) -> tuple[Provider, ...]:
     def missing(device: torch.device) -> str | None:
         return "is what ours-cpu runs" if device.type == "cpu" and ours_on_cpu else None
 
-    def compiled(inputs: Inputs) -> dict[str, Any]:
+    def compiled(inputs: Inputs) -> tuple[Run, Inputs]:
         # After eight shapes of one function dynamo would silently run it uncompiled.
         torch._dynamo.reset()
-        return {"run": torch.compile(reference, dynamic=False), "inputs": inputs}
-
-    def run(prepared: dict[str, Any]) -> Outputs:
-        return prepared["run"](prepared["inputs"])
+        return torch.compile(reference, dynamic=False), inputs
 
     return (
         Provider("eager", reference, missing=missing),
-        Provider("compile", run, compiled, needs_compiler),
+        Provider("compile", lambda prepared: prepared[0](prepared[1]), compiled, needs_compiler),
     )
 
 
@@ -162,17 +156,16 @@ def needs_cuda(device: torch.device) -> str | None:
 
 
 def needs_triton(device: torch.device) -> str | None:
-    if triton is None:
-        return "triton is not installed"
-    if os.environ.get(ENVIRONMENT) == "torch":
-        return f"{ENVIRONMENT}=torch turns it off"
-    return needs_cuda(device)
+    return "triton is not installed" if triton is None else _off("torch") or needs_cuda(device)
 
 
 def needs_plain_path(device: torch.device) -> str | None:
-    if os.environ.get(ENVIRONMENT) == "triton":
-        return f"{ENVIRONMENT}=triton turns it off"
-    return needs_cpu(device)
+    return _off("triton") or needs_cpu(device)
+
+
+def _off(path: str) -> str | None:
+    chosen = os.environ.get(ENVIRONMENT) == path
+    return f"{ENVIRONMENT}={path} turns it off" if chosen else None
 
 
 def needs_compiler(device: torch.device) -> str | None:
@@ -206,11 +199,10 @@ def integers(device: torch.device, high: int, *shape: int, seed: int = 0) -> Ten
     return torch.randint(high, shape, device=device, generator=generator)
 
 
-def op_case(
+def of_op(
     op: str,
     run: Callable[..., Any],
-    m: int,
-    shape: str,
+    dims: dict[str, int],
     inputs: dict[str, Any],
     nbytes: int,
     flop: int,
@@ -221,10 +213,11 @@ def op_case(
     collect: Callable[[Inputs, Any], Outputs] = lambda inputs, result: (result,),
     check: Callable[[Inputs, Outputs], Accuracy] | None = None,
     has_native: bool = False,
-) -> Case:
-    """A case of a launcher, and of its neighbour NAME_ref unless another reference is given.
+) -> Benchmark:
+    """A benchmark of a launcher, and of its neighbour NAME_ref unless another reference is given.
 
     Args:
+        dims: of its shape; the first is the number of rows.
         inputs: the arguments of both, by name: a shape of Gaussian values, a function of the
             device, or a value as it is.
         collect: (inputs, what the op returned) -> all that it gave, with what it wrote in place.
@@ -241,13 +234,28 @@ def op_case(
 
         return {name: value(i, told) for i, (name, told) in enumerate(inputs.items())}
 
-    def called(function: Callable[..., Any]) -> Callable[[Inputs], Outputs]:
+    def called(function: Callable[..., Any]) -> Run:
         return lambda inputs: collect(inputs, function(**inputs))
 
     own = plain(called(plainly), ours_on_cpu=not (has_native and native.available()))
-    providers = (*ours(called(run)), *own)
-    about = (dtype, nbytes, flop, make, called(plainly), providers)
-    return Case(op, run.__name__, form or name_of(dtype), m, shape, *about, check)
+    m, shape = next(iter(dims.values())), " ".join(f"{name}={n}" for name, n in dims.items())
+    about = (dtype, nbytes, flop, make, called(plainly), (*ours(called(run)), *own))
+    return Benchmark(op, run.__name__, form or name_of(dtype), m, shape, *about, check)
+
+
+def mapped(tree: Any, leaf: Callable[[Tensor], Tensor], kept: tuple[type, ...] = ()) -> Any:
+    """The same inputs with `leaf` of each tensor, except those of `kept` types."""
+    if isinstance(tree, Tensor):
+        return leaf(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(value, leaf, kept) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(mapped(value, leaf, kept) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, kept):
+        # Without what it caches.
+        own = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        return type(tree)(**mapped(own, leaf, kept))
+    return tree
 
 
 def widen(tree: Any) -> Any:
@@ -255,28 +263,14 @@ def widen(tree: Any) -> Any:
 
     Packed weights stay, since they are unpacked to the dtype of x.
     """
-    if isinstance(tree, Tensor):
-        return tree.float() if tree.is_floating_point() else tree
-    if isinstance(tree, dict):
-        return {key: widen(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(widen(value) for value in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, QuantizedWeight):
-        return type(tree)(**{name: widen(value) for name, value in _fields(tree).items()})
-    return tree
+    return mapped(tree, lambda x: x.float() if x.is_floating_point() else x, (QuantizedWeight,))
 
 
 def held_bytes(tree: Any) -> int:
     """Bytes of all tensors in it."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    if dataclasses.is_dataclass(tree):
-        tree = _fields(tree)
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return 0
-    return sum(map(held_bytes, tree))
+    sizes: list[int] = []
+    mapped(tree, lambda x: sizes.append(x.nbytes) or x)
+    return sum(sizes)
 
 
 def fresh(inputs: Inputs) -> Inputs:
@@ -289,75 +283,33 @@ def fresh(inputs: Inputs) -> Inputs:
 
 
 def prepare(
-    case: Case, provider: Provider, inputs: Inputs, device: torch.device
+    benchmark: Benchmark, provider: Provider, inputs: Inputs, device: torch.device
 ) -> tuple[list[Callable[[], Outputs]], Accuracy]:
     """Calls to be timed alternately, each on its own inputs; the first has been checked.
 
     Raises:
         Refused: its result is wrong.
     """
-    # Ops that write into a cache or into codes find them as the case made them.
+    # Ops that write into a cache or into codes find them as the benchmark made them.
     prepared = provider.prepare(fresh(inputs))
     got = tuple(x.clone() for x in provider.run(prepared))
-    stands_for = inputs if provider.stands_for is None else provider.stands_for(inputs, prepared)
-    found = _accuracy(case, stands_for, got)
+    exact = inputs if provider.stands_for is None else provider.stands_for(inputs, prepared)
+    if benchmark.check is not None:
+        found = benchmark.check(fresh(exact), got)
+    else:
+        eager = benchmark.reference(fresh(exact))
+        found = worst(got, eager, benchmark.reference(widen(fresh(exact))))
     if not found.accepted:
         raise Refused(str(found))
     room = max(1, COPIED_BYTES // max(1, held_bytes(prepared)))
-    copies = min(copies_for(case.nbytes, device), room)
+    copies = min(copies_for(benchmark.nbytes, device), room)
     turns = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
     return [partial(provider.run, turn) for turn in turns], found
 
 
-def _accuracy(case: Case, inputs: Inputs, got: Outputs) -> Accuracy:
-    if case.check is not None:
-        return case.check(fresh(inputs), got)
-    eager = case.reference(fresh(inputs))
-    return worst(got, eager, case.reference(widen(fresh(inputs))))
-
-
-def measure(
-    case: Case,
-    provider: Provider,
-    inputs: Inputs,
-    device: torch.device,
-    machine: Ceiling,
-    seconds: float,
-) -> dict[str, Any]:
-    """Checks and times one provider on one case: a record.
-
-    `floor_s` is the least time on this machine; `of_ceiling` is achieved over ceiling, 1 being as
-    fast as the machine allows.
-
-    Raises:
-        Refused: its result is wrong.
-    """
-    calls, found = prepare(case, provider, inputs, device)
-    time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
-    floor = machine.floor_seconds(case.nbytes, case.flop, case.dtype)
-    return {
-        "kind": "op",
-        "op": case.op,
-        "provider": provider.name,
-        "format": case.format,
-        "m": case.m,
-        "shape": case.shape,
-        "dtype": name_of(case.dtype),
-        "bytes": case.nbytes,
-        "flop": case.flop,
-        "copies": len(calls),
-        "seconds": vars(time),
-        "floor_s": floor,
-        "bound": machine.bound(case.nbytes, case.flop, case.dtype),
-        "of_ceiling": floor / time.p50,
-        "accuracy": vars(found),
-        **machine_fields(machine, device),
-    }
-
-
 @torch.no_grad()
-def run_cases(
-    cases: Sequence[Case],
+def run_benchmarks(
+    benchmarks: Sequence[Benchmark],
     device: torch.device,
     machine: Ceiling,
     output: JsonLines,
@@ -366,46 +318,58 @@ def run_cases(
     providers: Callable[[str], bool] = lambda name: True,
     write: Callable[[str], object] | None = None,
 ) -> Outcome:
-    """Measures every wanted provider of every case; rows and records come as they are made.
+    """Checks and times every wanted provider; rows and records come as they are made.
+
+    `floor_s` of a record is the least time on this machine; `of_ceiling` is achieved over ceiling,
+    1 being as fast as the machine allows. At the end it tells what has no row, and why.
 
     Args:
         seconds: of measuring, for each row.
         providers: which names are wanted.
-        write: takes the table's lines; standard output by default.
+        write: takes lines; standard output by default.
     """
-    outcome, table = Outcome(), Table(OPS, write)
-    for case in tqdm(cases, unit="case", disable=None, leave=False):
+    outcome, write = Outcome(), write or partial(tqdm.write, file=sys.stdout)
+    table = Table(COLUMNS["op"], write)
+    for benchmark in tqdm(benchmarks, unit="case", disable=None, leave=False):
         inputs = None
-        for provider in (p for p in case.providers if providers(p.name)):
-            title = f"{case.title} {provider.name}"
+        for provider in (p for p in benchmark.providers if providers(p.name)):
+            title = f"{benchmark.title} {provider.name}"
             if (reason := provider.missing(device)) is not None:
                 outcome.skipped.setdefault(f"{provider.name}: {reason}", []).append(title)
                 continue
-            inputs = case.make(device) if inputs is None else inputs
+            inputs = benchmark.make(device) if inputs is None else inputs
             try:
-                record = measure(case, provider, inputs, device, machine, seconds)
-            except Refused as refused:
-                outcome.refused.append(f"{title}: {refused}")
-                continue
+                calls, found = prepare(benchmark, provider, inputs, device)
+                time = time_calls(calls, device, seconds=seconds, min_runs=MIN_RUNS)
             except Exception as error:
                 # A failing provider is reported, and the others run.
-                first = str(error).partition("\n")[0]
-                outcome.refused.append(f"{title}: {type(error).__name__}: {first}")
+                kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+                outcome.refused.append(f"{title}: {kind}{str(error).partition(chr(10))[0]}")
                 continue
+            floor = machine.floor_seconds(benchmark.nbytes, benchmark.flop, benchmark.dtype)
+            record = {
+                "kind": "op",
+                "op": benchmark.op,
+                "provider": provider.name,
+                "format": benchmark.format,
+                "m": benchmark.m,
+                "shape": benchmark.shape,
+                "dtype": name_of(benchmark.dtype),
+                "bytes": benchmark.nbytes,
+                "flop": benchmark.flop,
+                "copies": len(calls),
+                "seconds": vars(time),
+                "floor_s": floor,
+                "bound": machine.bound(benchmark.nbytes, benchmark.flop, benchmark.dtype),
+                "of_ceiling": floor / time.p50,
+                "accuracy": vars(found),
+                **machine_fields(machine, device),
+            }
             outcome.records.append(record)
             output.append(record)
             table.row(record)
-    return outcome
-
-
-def print_outcome(outcome: Outcome, write: Callable[[str], object] = print) -> None:
-    """Prints what has no row, and why."""
     for reason, titles in outcome.skipped.items():
         write(f"skipped {len(titles)} of {reason}")
     for line in outcome.refused:
         write(f"REFUSED {line}")
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass, without what it caches."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return outcome

@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 BY_WAY = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
@@ -25,24 +26,22 @@ def pack(cache: Path, folder: Path, limit: int = PART_BYTES) -> list[Path]:
     """Writes the archives, each of `limit` bytes at most where no file exceeds it; returns them."""
     for old in folder.glob("kernels-*.tar.gz"):
         old.unlink()
-    buffers: list[io.BytesIO] = []
-    archive: tarfile.TarFile | None = None
-    for path in sorted(path for path in cache.rglob("*") if path.is_file()):
-        content = b"" if path.suffix in BY_WAY else path.read_bytes()
-        # An incompressible entry, its header and the archive's end must still fit.
-        if archive is None or buffers[-1].tell() + len(content) + 2**16 > limit:
-            if archive is not None:
-                archive.close()
-            buffers.append(io.BytesIO())
-            archive = tarfile.open(fileobj=buffers[-1], mode="w:gz", compresslevel=6)  # noqa: SIM115
-        entry = tarfile.TarInfo(str(path.relative_to(cache)))
-        entry.size, entry.mode = len(content), path.stat().st_mode
-        archive.addfile(entry, io.BytesIO(content))
-    if archive is not None:
-        archive.close()
-    written = [folder / f"kernels-{i}.tar.gz" for i in range(len(buffers))]
-    for path, buffer in zip(written, buffers, strict=True):
-        path.write_bytes(buffer.getvalue())
+    written, used = list[Path](), limit
+    with ExitStack() as stack:
+        for path in sorted(path for path in cache.rglob("*") if path.is_file()):
+            content = b"" if path.suffix in BY_WAY else path.read_bytes()
+            # An incompressible entry, its header and the archive's end must still fit.
+            if used + len(content) + 2**16 > limit:
+                stack.close()
+                written.append(folder / f"kernels-{len(written)}.tar.gz")
+                file = stack.enter_context(written[-1].open("wb"))
+                archive = stack.enter_context(
+                    tarfile.open(fileobj=file, mode="w:gz", compresslevel=6)
+                )
+            entry = tarfile.TarInfo(str(path.relative_to(cache)))
+            entry.size, entry.mode = len(content), path.stat().st_mode
+            archive.addfile(entry, io.BytesIO(content))
+            used = file.tell()
     return written
 
 
@@ -58,15 +57,10 @@ def unpack(folder: Path, cache: Path) -> int:
     return added
 
 
-def main() -> None:
-    command, folder = sys.argv[1], Path(sys.argv[2])
-    cache = Path(os.environ["TRITON_CACHE_DIR"])
-    if command == "unpack":
-        print(f"{unpack(folder, cache)} files of compiled kernels from {folder}")
-        return
-    for path in pack(cache, folder):
-        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
-
-
 if __name__ == "__main__":
-    main()
+    triton, there = Path(os.environ["TRITON_CACHE_DIR"]), Path(sys.argv[2])
+    if sys.argv[1] == "unpack":
+        print(f"{unpack(there, triton)} files of compiled kernels from {there}")
+    else:
+        for part in pack(triton, there):
+            print(f"{part.name}: {part.stat().st_size / 1e6:.1f} MB")

@@ -3,45 +3,37 @@
 `tests/interpreted/test_launches.py` runs the layers and compares them with `kernels`.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
-from benchmarks.synthetic import shape_weight
-from mimo_fast.config import LMConfig, TransformerConfig
+from benchmarks import products
+from benchmarks.cases import BACKBONE, DECODER, ENCODER, LM, SIZE
+from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.attention import rotary_attention_bytes
 from mimo_fast.kernels.decode_attention import decode_attention_bytes
-from mimo_fast.kernels.matmul.product import qmatmul_bytes
 
 FORMATS = ("dense", "int8", "int4")
-ITEMSIZE = 2
 CACHED = 1024
 """Positions of the backbone's cache for which the bytes of attention are given."""
 
-
-@dataclass(frozen=True)
-class Launch:
-    """One step of a layer.
-
-    Args:
-        formula: what it computes; n1 and n2 are the weights of the two norms.
-        shapes: of its inputs and outputs.
-        nbytes: bytes to move, for each of FORMATS.
-        before: launches when norms, rotations and appends had their own.
-        kernels: what is launched now.
-    """
-
-    formula: str
-    shapes: str
-    nbytes: tuple[int, ...]
-    before: int
-    kernels: tuple[str, ...]
+PRODUCTS = {
+    "qkv": ("rms_norm(x, n1) W_qkv^T + b", 2),
+    "out": ("x + a W_o^T", 1),
+    "gate_up": ("swiglu(rms_norm(x, n2) W_gate_up^T)", 2),
+    "down": ("x + h W_down^T", 1),
+}
+"""Product of a layer -> what it computes, and its launches when norms had their own; n1 and n2 are
+the weights of the two norms."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of one of the transformers: M rows at once, each attending to `length` positions."""
+    """A layer of one of the transformers: M rows at once, each attending to `length` positions.
+
+    Args:
+        attention: the kernels that compute it.
+        attention_before: launches when rotations and appends had their own.
+    """
 
     name: str
     config: TransformerConfig
@@ -52,106 +44,69 @@ class Layer:
 
     @property
     def kernels(self) -> list[str]:
-        return [kernel for launch in self.launches() for kernel in launch.kernels]
+        return ["gemv_kernel", *self.attention, *["gemv_kernel"] * 3]
 
-    def launches(self) -> Iterator[Launch]:
+    def launches(self) -> Iterator[tuple[str, str, list[int], int, int]]:
+        """What each step computes, its shapes, bytes for each of FORMATS, launches before and
+        now."""
         config, m = self.config, self.rows
-        d, f, heads = config.dim, config.ffn_dim, config.heads + 2 * config.kv_heads
-        qkv, attended = heads * config.head_dim, config.heads * config.head_dim
-        yield _product("rms_norm(x, n1) W_qkv^T + b", m, qkv, d, qkv, 2, bias=True, norm=True)
+        for product in products.layer(self.name, config, (m,)):
+            formula, before = PRODUCTS[product.name.rpartition(".")[2]]
+            n, k = sum(product.blocks), product.columns
+            shapes = f"[{m}, {k}] x [{n}, {k}] -> [{m}, {product.outputs}]"
+            yield formula, shapes, [product.nbytes(form, m) for form in FORMATS], before, 1
+            if product.name.endswith("qkv"):
+                shapes = (
+                    f"[{m}, {n}] -> [{m}, {config.heads * config.head_dim}], {self.length} keys"
+                )
+                formula, nbytes = "attention(rope(q), rope(k), v)", [self.attention_bytes()] * 3
+                yield formula, shapes, nbytes, self.attention_before, len(self.attention)
+
+    def attention_bytes(self) -> int:
+        config, m = self.config, self.rows
+        heads = (config.heads, config.kv_heads, config.head_dim)
         if m == self.length:
-            nbytes = rotary_attention_bytes(
-                1, m, config.heads, config.kv_heads, config.head_dim, ITEMSIZE
-            )
-        else:
-            activations = m * (qkv + attended) * ITEMSIZE + 4 * config.head_dim
-            nbytes = activations + decode_attention_bytes(
-                [self.length], config.kv_heads, config.head_dim, ITEMSIZE, quantized=False
-            )
-        yield Launch(
-            "attention(rope(q), rope(k), v)",
-            f"[{m}, {qkv}] -> [{m}, {attended}], {self.length} keys",
-            (nbytes,) * len(FORMATS),
-            self.attention_before,
-            self.attention,
-        )
-        yield _product("x + a W_o^T", m, d, attended, d, 1, residual=True)
-        yield _product("swiglu(rms_norm(x, n2) W_gate_up^T)", m, 2 * f, d, f, 2, norm=True)
-        yield _product("x + h W_down^T", m, d, f, d, 1, residual=True)
+            return rotary_attention_bytes(1, m, *heads, SIZE)
+        activations = m * (2 * config.heads + 2 * config.kv_heads) * config.head_dim * SIZE
+        cache = decode_attention_bytes([self.length], *heads[1:], SIZE, quantized=False)
+        return activations + 4 * config.head_dim + cache
 
 
 def layers() -> tuple[Layer, ...]:
     """One layer of each transformer, at the published dimensions and batch 1."""
-    lm = LMConfig.from_dict(
-        json.loads(files("mimo_fast").joinpath("presets/7b-lm.json").read_text(encoding="utf-8"))
-    )
+    decode, rotary = ("split_attention_kernel", "merge_splits_kernel"), ("rotary_attention_kernel",)
     return (
-        Layer(
-            "backbone", lm.backbone, 1, CACHED, ("split_attention_kernel", "merge_splits_kernel"), 3
-        ),
-        Layer("patch decoder", lm.patch_decoder, 1, lm.patch_steps, ("small_decode_kernel",), 2),
-        Layer(
-            "patch encoder",
-            lm.patch_encoder,
-            lm.group_size,
-            lm.group_size,
-            ("rotary_attention_kernel",),
-            3,
-        ),
+        Layer("backbone", BACKBONE, 1, CACHED, decode, 3),
+        Layer("patch decoder", DECODER, 1, LM.patch_steps, ("small_decode_kernel",), 2),
+        Layer("patch encoder", ENCODER, LM.group_size, LM.group_size, rotary, 3),
     )
 
 
 def section() -> str:
     """The tables as Markdown."""
-    lines = [
-        "## Launches a layer",
-        "",
-        f"At decode, batch 1, {ITEMSIZE}-byte activations, {CACHED} positions in the backbone's "
-        "cache. MB: what must",
-        f"be read and written, with weights that are {', '.join(FORMATS)}. Before:",
-        "norms, rotations and appends as launches.",
-    ]
-    heads = " | ".join(f"MB {name}" for name in FORMATS)
+    text = f"""## Launches a layer
+
+At decode, batch 1, {SIZE}-byte activations, {CACHED} positions in the \
+backbone's cache. MB: what must
+be read and written, with weights that are {", ".join(FORMATS)}. Before:
+norms, rotations and appends as launches.
+"""
+    heads = ("computes", "shapes", *(f"MB {name}" for name in FORMATS), "before", "now")
     for layer in layers():
-        launches = list(layer.launches())
-        lines += [
-            "",
-            f"{layer.name.capitalize()}, {layer.config.layers} layers:",
-            "",
-            f"| computes | shapes | {heads} | before | now |",
-            "|---" * (len(FORMATS) + 4) + "|",
+        steps = list(layer.launches())
+        sums = [
+            sum(column) for column in zip(*(nbytes for _, _, nbytes, _, _ in steps), strict=True)
         ]
-        lines += [_row(x.formula, x.shapes, x.nbytes, x.before, len(x.kernels)) for x in launches]
-        sums = [sum(column) for column in zip(*(x.nbytes for x in launches), strict=True)]
-        lines.append(_row("all", "", sums, sum(x.before for x in launches), len(layer.kernels)))
-    return "\n".join(lines) + "\n"
+        totals = (sum(step[i] for step in steps) for i in (3, 4))
+        rows = [
+            [formula, shapes, *(f"{n / 1e6:.3f}" for n in nbytes), str(before), str(now)]
+            for formula, shapes, nbytes, before, now in [*steps, ("all", "", sums, *totals)]
+        ]
+        text += f"\n{layer.name.capitalize()}, {layer.config.layers} layers:\n\n"
+        text += plain_table(heads, rows) + "\n"
+    return text
 
 
-def _row(
-    formula: str, shapes: str, nbytes: tuple[int, ...] | list[int], before: int, now: int
-) -> str:
-    megabytes = " | ".join(f"{n / 1e6:.3f}" for n in nbytes)
-    return f"| {formula} | {shapes} | {megabytes} | {before} | {now} |"
-
-
-def _product(
-    formula: str,
-    m: int,
-    n: int,
-    k: int,
-    outputs: int,
-    before: int,
-    *,
-    bias: bool = False,
-    norm: bool = False,
-    residual: bool = False,
-) -> Launch:
-    nbytes = tuple(
-        qmatmul_bytes(
-            m, shape_weight(name, n, k, bias), outputs, ITEMSIZE, norm=norm, residual=residual
-        )
-        for name in FORMATS
-    )
-    return Launch(
-        formula, f"[{m}, {k}] x [{n}, {k}] -> [{m}, {outputs}]", nbytes, before, ("gemv_kernel",)
-    )
+def plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, *others = ("| " + " | ".join(row) + " |" for row in (heads, *rows))
+    return "\n".join([head, "|---" * len(heads) + "|", *others])

@@ -1,4 +1,4 @@
-"""The registry: which cases there are, and the command that measures them.
+"""The registry: which benchmarks there are, and the command that measures them.
 
 python -m benchmarks ops --op 'backbone.*' --m 1 4 -o FILE.jsonl
 """
@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import starmap
 from pathlib import Path
 from types import FunctionType
 
 import torch
 
 import mimo_fast.kernels
-from benchmarks.harness import Case, print_outcome, run_cases
+from benchmarks.harness import Benchmark, run_benchmarks
 from benchmarks.records import JsonLines
 from mimo_fast.bench.ceiling import ceiling
 
@@ -39,16 +40,18 @@ WITHOUT_REFERENCE = ("attention",)
 """Ops that are torch's own on every device, and so have no separate reference."""
 
 
-def all_cases(missing: dict[str, str] | None = None) -> list[Case]:
-    """Every case, those of one op and format together.
+def all_benchmarks(missing: dict[str, str] | None = None) -> list[Benchmark]:
+    """Every benchmark, those of one op and format together.
 
-    missing: takes the reason why an op has no cases, as where the package is older; None makes that
-    an error.
+    missing: takes the reason why an op has none, as where the package is older; None makes that an
+    error.
     """
-    found: list[Case] = []
-    for name, make in families():
+    found: list[Benchmark] = []
+    table = importlib.import_module("benchmarks.cases").table()
+    families = [(make.__name__, starmap(make, arguments)) for make, arguments in table]
+    for name, made in [("matmul", _products()), *families]:
         try:
-            found += make()
+            found += [benchmark for benchmark in made if benchmark is not None]
         except (ImportError, AttributeError) as error:
             if missing is None:
                 raise
@@ -56,26 +59,8 @@ def all_cases(missing: dict[str, str] | None = None) -> list[Case]:
     return found
 
 
-def families() -> Iterator[tuple[str, Callable[[], list[Case]]]]:
-    """Name and maker of the cases of each op."""
-
-    def products() -> list[Case]:
-        module = importlib.import_module("benchmarks.products")
-        return [
-            module.product_case(product, form, m)
-            for product in module.products()
-            for form in product.formats
-            for m in product.rows
-        ]
-
-    yield "matmul", products
-    for make, arguments in importlib.import_module("benchmarks.cases").table():
-        yield (
-            make.__name__,
-            lambda make=make, arguments=arguments: [
-                case for each in arguments if (case := make(*each)) is not None
-            ],
-        )
+def _products() -> Iterator[Benchmark]:
+    yield from importlib.import_module("benchmarks.products").benchmarks()
 
 
 def select(
@@ -85,26 +70,42 @@ def select(
     *,
     quick: bool = False,
     missing: dict[str, str] | None = None,
-) -> list[Case]:
-    """Cases whose op and format match the globs, at the given M (all by default).
+) -> list[Benchmark]:
+    """Benchmarks whose op and format match the globs, at the given M (all by default).
 
-    quick: one M, and few providers. missing: as for `all_cases`.
+    quick: the fewest rows, few providers and, of the products that are slow on a CPU, one. missing:
+    as for `all_benchmarks`.
 
     Raises:
-        ValueError: there is no such case; the message lists what there is.
+        ValueError: there is none; the message lists what there is.
     """
-    cases = all_cases(missing)
-    found = [case for case in cases if fnmatch(case.op, op) and fnmatch(case.format, formats)]
+    every = all_benchmarks(missing)
+    found = [one for one in every if fnmatch(one.op, op) and fnmatch(one.format, formats)]
     if not found:
-        names = ", ".join(dict.fromkeys(case.op for case in cases))
+        names = ", ".join(dict.fromkeys(one.op for one in every))
         raise ValueError(f"no op matches {op!r} in format {formats!r}; there are {names}")
     if rows is not None:
-        chosen = [case for case in found if case.m in rows]
+        chosen = [one for one in found if one.m in rows]
         if not chosen:
-            there = sorted({case.m for case in found})
+            there = sorted({one.m for one in found})
             raise ValueError(f"{op!r} is not measured at M = {list(rows)}; choose from {there}")
         return chosen
-    return [_quick(case) for case in found if _is_quick(case, found)] if quick else found
+    if not quick:
+        return found
+    fewest: dict[tuple[str, str], int] = {}
+    for one in found:
+        key = one.op, one.format
+        fewest[key] = min(one.m, fewest.get(key, one.m))
+    return [
+        replace(one, providers=tuple(p for p in one.providers if _is_quick(p.name, one.op)))
+        for one in found
+        if one.m == fewest[one.op, one.format] and (one.format != "nf4" or one.op == COMPARED)
+    ]
+
+
+def _is_quick(provider: str, op: str) -> bool:
+    globs = COMPARED_PROVIDERS if op == COMPARED else QUICK_PROVIDERS
+    return any(fnmatch(provider, glob) for glob in globs)
 
 
 def launchers() -> set[str]:
@@ -120,22 +121,8 @@ def launchers() -> set[str]:
     return found
 
 
-def _is_quick(case: Case, among: Sequence[Case]) -> bool:
-    """Whether a case is quick: the fewest rows; of the products that are slow on a CPU, one."""
-    if case.format == "nf4" and case.op != COMPARED:
-        return False
-    same = (other.m for other in among if (other.op, other.format) == (case.op, case.format))
-    return case.m == min(same)
-
-
-def _quick(case: Case) -> Case:
-    globs = COMPARED_PROVIDERS if case.op == COMPARED else QUICK_PROVIDERS
-    chosen = (p for p in case.providers if any(fnmatch(p.name, glob) for glob in globs))
-    return replace(case, providers=tuple(chosen))
-
-
 def add_case_options(add: Callable[..., object]) -> None:
-    """Adds the options that select cases and device."""
+    """Adds the options that select benchmarks and device."""
     add("--op", default="*", metavar="GLOB", help="such as 'backbone.*' or '*.qkv'")
     add("--format", default="*", metavar="GLOB", help="dense, int8, int4, nf4, bfloat16, ...")
     add("--m", type=int, nargs="+", metavar="M", help="rows [all that the op is measured at]")
@@ -156,19 +143,18 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device, wanted = torch.device(args.device), args.provider or ["*"]
-    cases = select(args.op, args.m, args.format, quick=args.quick)
+    chosen = select(args.op, args.m, args.format, quick=args.quick)
     seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
     machine = ceiling(device)
     print(machine, flush=True)
-    outcome = run_cases(
-        cases,
+    outcome = run_benchmarks(
+        chosen,
         device,
         machine,
         JsonLines(args.output),
         seconds=seconds,
         providers=lambda name: any(fnmatch(name, glob) for glob in wanted),
     )
-    print_outcome(outcome)
     if not outcome.records and not outcome.refused:
         print("nothing was measured: no wanted provider runs here", file=sys.stderr)
         return 1

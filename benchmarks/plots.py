@@ -6,7 +6,7 @@ They are drawn on white, for light and dark pages. A floor is dashed in the colo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -56,6 +56,7 @@ OUTLIERS = 7
 SHORT, LONG = 256, 2048
 """Groups of context; the nearest measured one is taken, for the second from it on."""
 
+Style = dict[str, str]
 Box = tuple[float, float, float, float]
 """Margins: left, bottom, right, top, in points."""
 
@@ -65,23 +66,16 @@ def draw(measured: Measured, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     with matplotlib.rc_context(STYLE):
-        for kind, records, figure in (
-            ("roofline", "op", roofline),
-            ("latency", "groups", latency),
-            ("memory", "request", memory),
-        ):
-            for device in measured.devices(records):
-                name = picture_name(kind, device)
-                made = figure(measured.find(records, device), device, _titles(measured, device))
+        for figure, kind in ((roofline, "op"), (latency, "groups"), (memory, "request")):
+            for device in measured.devices(kind):
+                models = [*measured.find("groups", device), *measured.find("request", device)]
+                # A model has one colour in every picture.
+                titles = sorted({e.title for e in models})
+                name = picture_name(figure.__name__, device)
+                made = figure(measured.find(kind, device), device, titles)
                 made.savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
                 drawn.append(name)
     return drawn
-
-
-def _titles(measured: Measured, device: str) -> list[str]:
-    """Titles of all measured models; each has one colour in every picture."""
-    kinds = ("groups", "request")
-    return sorted({e.title for kind in kinds for e in measured.find(kind, device)})
 
 
 def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ()) -> Figure:
@@ -96,18 +90,11 @@ def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ())
         {e["provider"] for e in entries}, key=lambda name: (not name.startswith("ours"), name)
     )
     for i, provider in enumerate(providers):
-        ours = provider.startswith("ours")
         x, y = zip(*(_point(e) for e in entries if e["provider"] == provider), strict=True)
-        axes.scatter(
-            x,
-            y,
-            s=30 if ours else 20,
-            **_style(i),
-            alpha=0.8 if ours else 0.55,
-            linewidths=0,
-            label=provider,
-            zorder=3 if ours else 2,
-        )
+        shape = {"s": 20, "alpha": 0.55, "zorder": 2}
+        if provider.startswith("ours"):
+            shape = {"s": 30, "alpha": 0.8, "zorder": 3}
+        axes.scatter(x, y, **shape, **_style(i), linewidths=0, label=provider)
     points = [_point(e) for e in entries]
     newest = max(entries, key=lambda e: e.date)["ceiling"]
     knee = max(newest["flops"].values()) / newest["read_Bps"]
@@ -127,7 +114,7 @@ def roofline(entries: Sequence[Entry], device: str, _titles: Sequence[str] = ())
     return figure
 
 
-def _style(i: int) -> dict[str, str]:
+def _style(i: int) -> Style:
     """Style of the i-th of several series."""
     return {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
 
@@ -195,30 +182,13 @@ def _outliers(axes: Axes, entries: Sequence[Entry], taken: Sequence[Box]) -> Non
         at = _in_points(axes, *_point(entry))
         dx, dy = _free_place(at, placed)
         placed.append((at[0] + dx - 5, at[1] + dy - 5, at[0] + dx + 5, at[1] + dy + 5))
-        _note(
-            axes,
-            str(number),
-            _point(entry),
-            (dx, dy),
-            ha="center",
-            va="center",
-            fontweight="bold",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 2},
-        )
-        lines.append(
-            f"{number}  {entry['op']}\n     {entry['format']}, {entry['shape']}: "
-            f"{100 * entry['of_ceiling']:.1f}%"
-        )
-    axes.text(
-        1.045,
-        0.0,
-        "\n".join(lines),
-        transform=axes.transAxes,
-        va="bottom",
-        fontsize=8,
-        linespacing=1.35,
-        color=INK,
-    )
+        arrow = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 2}
+        how = {"ha": "center", "va": "center", "fontweight": "bold", "arrowprops": arrow}
+        _note(axes, str(number), _point(entry), (dx, dy), **how)
+        about = f"{entry['format']}, {entry['shape']}: {100 * entry['of_ceiling']:.1f}%"
+        lines.append(f"{number}  {entry['op']}\n     {about}")
+    style = {"va": "bottom", "fontsize": 8, "linespacing": 1.35, "color": INK}
+    axes.text(1.045, 0.0, "\n".join(lines), transform=axes.transAxes, **style)
 
 
 def _free_place(at: tuple[float, float], taken: Sequence[Box]) -> tuple[float, float]:
@@ -248,122 +218,76 @@ def latency(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Fig
     """
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    known = [title for title in titles if any(e.title == title for e in entries)]
-    short = _contexts(entries, known, lambda own: min(own, key=lambda c: (abs(c - SHORT), c)))
-    longest = _contexts(entries, known, lambda own: max(c for c in own if c >= LONG - 8))
-    for panel, chosen, what in (
-        (panels[0], short, "short context"),
-        (panels[1], longest, "long context"),
+    styles = {title: _style(i) for i, title in enumerate(titles)}
+    every = {title: [e for e in entries if e.title == title] for title in titles}
+    known = {title: own for title, own in every.items() if own}
+    for panel, what, choose in (
+        (panels[0], "short context", lambda own: min(own, key=lambda c: (abs(c - SHORT), c))),
+        (panels[1], "long context", lambda own: max((c for c in own if c >= LONG - 8), default=0)),
     ):
+        chosen = {title: choose({e.context for e in own}) for title, own in known.items()}
         for title, context in chosen.items():
-            own = [e for e in entries if e.title == title and e.context == context]
-            _line(panel, titles.index(title), own, "batch")
-        contexts = sorted(set(chosen.values()))
+            if context:
+                _line(panel, styles[title], [e for e in known[title] if e.context == context])
+        contexts = sorted({*chosen.values()} - {0})
         span = " to ".join(f"{context:,}" for context in contexts[:1] + contexts[1:][-1:])
         panel.set(xlabel="batch (streams)", title=f"{what}: {span or 'no'} groups")
-        if missing := [title for title in known if title not in chosen]:
+        if missing := [title for title, context in chosen.items() if not context]:
+            about = f"not measured: {', '.join(missing)}"
             panel.text(
-                0.02,
-                0.97,
-                f"not measured: {', '.join(missing)}",
-                transform=panel.transAxes,
-                va="top",
-                fontsize=8,
-                color=INK,
+                0.02, 0.97, about, transform=panel.transAxes, va="top", fontsize=8, color=INK
             )
-    for title in known:
-        own = [e for e in entries if e.title == title]
+    for title, own in known.items():
         smallest = min(e["batch"] for e in own)
-        one = [e for e in own if e["batch"] == smallest]
-        _line(panels[2], titles.index(title), one, "context")
+        _line(panels[2], styles[title], [e for e in own if e["batch"] == smallest], "context")
     panels[2].set(xlabel="context (groups)", title="smallest batch")
-    _legend(figure, {title: _style(titles.index(title)) for title in known})
-    panels[0].set_ylabel("a group of speech (ms), p10 to p90")
-    times = [1e3 * seconds for e in entries for seconds in _span(e)]
-    for panel in panels:
-        panel.set(xscale="log", yscale="log")
-        panel.set_ylim(min(times) / 1.3, max([*times, PATCH_MS]) * 2)
-        _mark_measured(panel)
-        panel.axhline(PATCH_MS, color=INK, linewidth=1, linestyle=":")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:,g}")
-    figure.suptitle(
-        f"Latency of a group of speech: {device}",
-        x=0.01,
-        ha="left",
-        fontsize=10.5,
-        fontweight="bold",
-    )
-    return figure
-
-
-def _legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
-    """One legend for all panels, below them."""
-    lines = [Line2D([], [], **style, label=name) for name, style in styles.items()]
+    # One legend for all panels, below them.
+    lines = [Line2D([], [], **styles[title], label=title) for title in known]
     lines += [
         Line2D([], [], color="#666666", linewidth=1.2, linestyle="--", label="its floor"),
         Line2D([], [], color=INK, linewidth=1, linestyle=":", label="real time: 160 ms"),
     ]
     figure.legend(handles=lines, loc="outside lower left", ncols=len(lines))
+    panels[0].set_ylabel("a group of speech (ms), p10 to p90")
+    lowest = min(1e3 * e["floor"]["audio_group"] for e in entries)
+    highest = max(1e3 * e["audio_group"]["p90"] for e in entries)
+    for panel in panels:
+        panel.set(xscale="log", yscale="log")
+        panel.set_ylim(lowest / 1.3, max(highest, PATCH_MS) * 2)
+        _mark_measured(panel)
+        panel.axhline(PATCH_MS, color=INK, linewidth=1, linestyle=":")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:,g}")
+    title = f"Latency of a group of speech: {device}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+    return figure
 
 
-def _contexts(
-    entries: Sequence[Entry], titles: Sequence[str], choose: Callable[[set[int]], int]
-) -> dict[str, int]:
-    """Title -> the chosen context; models without one are left out."""
-    found = {}
-    for title in titles:
-        try:
-            found[title] = choose({e.context for e in entries if e.title == title})
-        except ValueError:
-            continue
-    return found
-
-
-def _span(entry: Entry) -> tuple[float, float]:
-    return entry["floor"]["audio_group"], entry["audio_group"]["p90"]
-
-
-def _line(axes: Axes, i: int, entries: Iterable[Entry], field: str) -> None:
+def _line(axes: Axes, style: Style, entries: Iterable[Entry], field: str = "batch") -> None:
     """Times with their spread, and their floor."""
     ordered = sorted(entries, key=lambda e: e.at(field))
     places = [e.at(field) for e in ordered]
-    low, mid, high = ([1e3 * e["audio_group"][q] for e in ordered] for q in ("p10", "p50", "p90"))
-    axes.errorbar(
-        places,
-        mid,
-        yerr=[
-            [m - l for l, m in zip(low, mid, strict=True)],  # noqa: E741
-            [h - m for m, h in zip(mid, high, strict=True)],
-        ],
-        markersize=5,
-        capsize=2.5,
-        elinewidth=1,
-        **_style(i),
-    )
+    times = [[1e3 * e["audio_group"][q] for q in ("p10", "p50", "p90")] for e in ordered]
+    spread = [[mid - low for low, mid, _ in times], [high - mid for _, mid, high in times]]
+    shape = {"markersize": 5, "capsize": 2.5, "elinewidth": 1}
+    axes.errorbar(places, [mid for _, mid, _ in times], yerr=spread, **shape, **style)
     floors = [1e3 * e["floor"]["audio_group"] for e in ordered]
-    axes.plot(places, floors, "--", **_style(i) | {"marker": "_"}, markersize=9, linewidth=1.2)
+    axes.plot(places, floors, "--", **style | {"marker": "_"}, markersize=9, linewidth=1.2)
 
 
 def memory(entries: Sequence[Entry], device: str, titles: Sequence[str]) -> Figure:
     """Peak memory of requests by batch, the most of all tasks."""
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     axes, highest = figure.subplots(), 0.0
-    for title in sorted({e.title for e in entries}):
+    for i, title in enumerate(titles):
         peaks: dict[int, float] = {}
-        for e in entries:
-            if e.title == title:
-                peaks[e["batch"]] = max(peaks.get(e["batch"], 0), e["peak_bytes"] / GB)
-        batches, highest = sorted(peaks), max(highest, *peaks.values())
-        axes.plot(
-            batches,
-            [peaks[b] for b in batches],
-            markersize=5,
-            label=title,
-            **_style(titles.index(title)),
-        )
-        last = (batches[-1], peaks[batches[-1]])
-        _note(axes, f"{last[1]:.2f} GB", last, (6, 5))
+        for e in (e for e in entries if e.title == title):
+            peaks[e["batch"]] = max(peaks.get(e["batch"], 0), e["peak_bytes"] / GB)
+        if peaks:
+            batches, held = zip(*sorted(peaks.items()), strict=True)
+            highest = max(highest, *held)
+            axes.plot(batches, held, markersize=5, label=title, **_style(i))
+            _note(axes, f"{held[-1]:.2f} GB", (batches[-1], held[-1]), (6, 5))
     axes.set(
         xscale="log",
         xlabel="batch (streams)",

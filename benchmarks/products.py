@@ -17,9 +17,10 @@ a provider is compared with the exact result of the rounded values, as the op's 
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -28,24 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import (
-    BACKBONE,
-    CODEC,
-    DECODER,
-    DTYPE,
-    ENCODER,
-    EPS,
-    LM,
-    ROWS,
-    SIZE,
-    STREAMS,
-)
+from benchmarks.cases import BACKBONE, CODEC, DECODER, DTYPE, ENCODER, EPS, LM, ROWS, SIZE, STREAMS
 from benchmarks.harness import (
-    Case,
+    Benchmark,
     Inputs,
     Outputs,
     Provider,
-    Run,
     needs_cpu,
     needs_cuda,
     normal,
@@ -88,6 +77,12 @@ class Product:
     def outputs(self) -> int:
         return sum(self.blocks) // (2 if self.swiglu else 1)
 
+    def nbytes(self, form: str, m: int) -> int:
+        """Bytes that a product of M rows must move."""
+        weight = shape_weight(form, sum(self.blocks), self.columns, self.bias)
+        besides = {"norm": self.norm, "residual": self.residual}
+        return qmatmul_bytes(m, weight, self.outputs, SIZE, **besides)
+
 
 def layer(part: str, config: TransformerConfig, rows: tuple[int, ...]) -> Iterator[Product]:
     """The four products of a layer."""
@@ -119,25 +114,30 @@ def products() -> Iterator[Product]:
         yield Product(f"codec.{name}", blocks, columns, positions, **about)
 
 
-def product_case(product: Product, form: str, m: int) -> Case:
-    n, k, outputs = sum(product.blocks), product.columns, product.outputs
-    stored, besides = shape_weight(form, n, k, product.bias), (product.norm, product.residual)
-    nbytes = qmatmul_bytes(m, stored, outputs, SIZE, norm=besides[0], residual=besides[1])
+def benchmarks() -> Iterator[Benchmark]:
+    for each in products():
+        yield from (product_benchmark(each, form, m) for form in each.formats for m in each.rows)
+
+
+def product_benchmark(product: Product, form: str, m: int) -> Benchmark:
+    n, k = sum(product.blocks), product.columns
 
     def make(device: torch.device) -> Inputs:
+        residual = normal(device, m, product.outputs, seed=2) if product.residual else None
         return {
             "x": normal(device, m, k),
             "weight": weight_of(form, product.blocks, k, product.bias, device),
             "norm": RMSNorm(normal(device, k, seed=1), EPS) if product.norm else None,
-            "residual": normal(device, m, outputs, seed=2) if product.residual else None,
+            "residual": residual,
             "swiglu": product.swiglu,
         }
 
     def run(inputs: Inputs) -> Outputs:
         return (matmul(**inputs),)
 
-    about = (DTYPE, nbytes, 2 * m * n * k, make, unpacked, product_providers(run, form))
-    return Case(product.name, "matmul", form, m, f"M={m} N={n} K={k}", *about)
+    providers = (*ours(run), *plain(unpacked, ours_on_cpu=form == "dense"), *others(form))
+    about = (DTYPE, product.nbytes(form, m), 2 * m * n * k, make, unpacked, providers)
+    return Benchmark(product.name, "matmul", form, m, f"M={m} N={n} K={k}", *about)
 
 
 @lru_cache(maxsize=1)
@@ -148,43 +148,14 @@ def weight_of(
     return random_weight(form, blocks, columns, DTYPE, device, bias)
 
 
-def needs_package(name: str) -> Callable[[torch.device], str | None]:
-    return lambda device: None if find_spec(name) is not None else f"{name} is not installed"
-
-
-def product_providers(run: Run, form: str) -> tuple[Provider, ...]:
-    """Providers of a product with a weight of this format; for the rest see `around`."""
-    packed, spread = _torch_packed, Provider("unpacked", _unpacked, missing=needs_cpu)
-    bits = needs_package("bitsandbytes")
-    others = {
-        "dense": [Provider("linear", lambda i: around(i, F.linear), join)],
-        "int8": [
-            spread,
-            Provider("torch-int8", packed, _pack_torch, needs_cpu),
-            Provider("bitsandbytes-int8", _bnb_int8, _pack_bnb_int8, bits, _exact_bnb_int8),
-        ],
-        "int4": [
-            spread,
-            Provider("torch-int4", packed, _pack_torch, _lacks_int4),
-            Provider("torch-int4-cuda", _int4_cuda, _pack_int4_cuda, needs_cuda, _exact_int4_cuda),
-        ],
-        "nf4": [Provider("bitsandbytes-nf4", _bnb_nf4, _pack_bnb_nf4, bits, _exact_bnb_nf4)],
-    }
-    return (*ours(run), *plain(unpacked, ours_on_cpu=form == "dense"), *others[form])
-
-
 def around(inputs: Inputs, product: Callable[[Tensor, Any], Tensor]) -> Outputs:
     """The op in plain torch except its product x W^T: norm, bias, SwiGLU and residual."""
-    x, norm, residual = inputs["x"], inputs.get("norm"), inputs.get("residual")
-    y = product(x if norm is None else rms_norm_ref(x, norm.weight, norm.eps), inputs["weight"])
-    bias = inputs.get("bias")
+    norm, bias, residual = (inputs.get(name) for name in ("norm", "bias", "residual"))
+    x = inputs["x"] if norm is None else rms_norm_ref(inputs["x"], norm.weight, norm.eps)
+    y = product(x, inputs["weight"])
     y = y if bias is None else y + bias
     y = swiglu_ref(y) if inputs.get("swiglu") else y
     return (y if residual is None else residual + y,)
-
-
-def _unpacked(inputs: Inputs) -> Outputs:
-    return around(inputs, unpacked_product)
 
 
 def unpacked(inputs: Inputs) -> Outputs:
@@ -203,17 +174,74 @@ def unpacked(inputs: Inputs) -> Outputs:
     return around({**inputs, "weight": weight}, product)
 
 
-def join(inputs: Inputs) -> Inputs:
+def others(form: str) -> list[Provider]:
+    """Who else computes a product with a weight of this format; for the rest see `around`."""
+    if form == "dense":
+        return [Provider("linear", lambda i: around(i, F.linear), _join)]
+    if form == "nf4":
+        nf4 = {"blocksize": 64, "quant_type": "nf4"}
+        bits = _packed(
+            "bitsandbytes-nf4",
+            lambda w: _bits().functional.quantize_4bit(dequantize_to(w, DTYPE), **nf4),
+            lambda x, packed: _bits().matmul_4bit(x, packed[0].t(), quant_state=packed[1]),
+            _needs_bitsandbytes,
+            lambda _, packed: _bits().functional.dequantize_4bit(*packed),
+        )
+        return [bits]
+    spread = Provider("unpacked", lambda i: around(i, unpacked_product), missing=needs_cpu)
+    if form == "int4":
+        product, needs = torch.ops.aten._weight_int4pack_mm, needs_cuda
+        on_cuda = (_pack_int4, lambda x, packed: product(x, *packed), needs, _exact_int4)
+        return [spread, _torch_packed(form, _lacks_int4), _packed("torch-int4-cuda", *on_cuda)]
+    bits = _packed(
+        "bitsandbytes-int8",
+        _pack_bnb_int8,
+        lambda x, state: _bits().matmul(x, state.CB, state=state),
+        _needs_bitsandbytes,
+    )
+    return [spread, _torch_packed(form, needs_cpu), replace(bits, stands_for=_exact_bnb_int8)]
+
+
+def _join(inputs: Inputs) -> Inputs:
     """The weight as one dense matrix, without its biases."""
-    weight, dtype = inputs["weight"], inputs["x"].dtype
-    if isinstance(weight, QuantizedWeight):
-        return {**inputs, "weight": dequantize_to(weight, dtype), "bias": weight.bias}
+    weight = inputs["weight"]
     bias = None if weight.biases[0] is None else torch.cat(weight.biases)
     return {**inputs, "weight": torch.cat(weight.blocks), "bias": bias}
 
 
+def _torch_packed(form: str, missing: Callable[[torch.device], str | None]) -> Provider:
+    return Provider(
+        f"torch-{form}",
+        lambda i: around(i, lambda x, w: packed_product(x, w, w.torch_scales)),
+        lambda i: {**i, "weight": pack_for_torch(i["weight"])},
+        missing,
+    )
+
+
+def _packed(
+    name: str,
+    pack: Callable[[QuantizedWeight], Any],
+    product: Callable[[Tensor, Any], Tensor],
+    missing: Callable[[torch.device], str | None],
+    exact: Callable[[QuantizedWeight, Any], Tensor] | None = None,
+) -> Provider:
+    """A provider whose product takes the weight in another form.
+
+    exact: (our weight, its form) -> the values [N, K] that this form has.
+    """
+
+    def prepare(inputs: Inputs) -> Inputs:
+        weight = inputs["weight"]
+        return {**inputs, "weight": pack(weight), "bias": weight.bias}
+
+    def stands_for(inputs: Inputs, prepared: Inputs) -> Inputs:
+        return _holding(inputs, exact(inputs["weight"], prepared["weight"]))
+
+    return Provider(name, lambda i: around(i, product), prepare, missing, exact and stands_for)
+
+
 def _holding(inputs: Inputs, dense: Tensor) -> Inputs:
-    """The case with a dense float32 weight of these values."""
+    """The inputs with a dense float32 weight of these values."""
     bias = inputs["weight"].bias
     weight = Weight.stack([dense.float()], [None if bias is None else bias.float()])
     return {**inputs, "weight": weight}
@@ -225,16 +253,11 @@ def _lacks_int4(device: torch.device) -> str | None:
     return needs_cpu(device)
 
 
-def _pack_torch(inputs: Inputs) -> dict[str, Any]:
-    return {**inputs, "weight": pack_for_torch(inputs["weight"])}
+def _needs_bitsandbytes(_device: torch.device) -> str | None:
+    return None if find_spec("bitsandbytes") is not None else "bitsandbytes is not installed"
 
 
-def _torch_packed(inputs: Inputs) -> Outputs:
-    return around(inputs, lambda x, w: packed_product(x, w, w.torch_scales))
-
-
-def _pack_int4_cuda(inputs: Inputs) -> dict[str, Any]:
-    weight = inputs["weight"]
+def _pack_int4(weight: QuantizedWeight) -> tuple[Tensor, int, Tensor]:
     q = unpack_words(weight.words, 4, weight.group)
     pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
@@ -242,67 +265,33 @@ def _pack_int4_cuda(inputs: Inputs) -> dict[str, Any]:
     # It computes scale (q - 8) + offset.
     offsets = -(weight.scales.float() * zeros.float())
     both = torch.stack([weight.scales.bfloat16(), offsets.bfloat16()], dim=-1)
-    scales = both.transpose(0, 1).contiguous()
-    return {**inputs, "weight": (packed, weight.group, scales), "bias": weight.bias}
+    return packed, weight.group, both.transpose(0, 1).contiguous()
 
 
-def _int4_cuda(inputs: Inputs) -> Outputs:
-    return around(inputs, lambda x, w: torch.ops.aten._weight_int4pack_mm(x, *w))
-
-
-def _exact_int4_cuda(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
-    weight = inputs["weight"]
+def _exact_int4(weight: QuantizedWeight, packed: tuple[Tensor, int, Tensor]) -> Tensor:
     q = unpack_words(weight.words, 4, weight.group).float().unflatten(1, (-1, weight.group)) - 8
-    scales, offsets = prepared["weight"][2].float().transpose(0, 1)[..., None].unbind(2)
-    return _holding(inputs, (q * scales + offsets).flatten(1))
+    scales, offsets = packed[2].float().transpose(0, 1)[..., None].unbind(2)
+    return (q * scales + offsets).flatten(1)
 
 
-def _pack_bnb_nf4(inputs: Inputs) -> dict[str, Any]:
-    from bitsandbytes import functional
-
-    weight = inputs["weight"]
-    dense = dequantize_to(weight, inputs["x"].dtype)
-    quantized = functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
-    return {**inputs, "weight": quantized, "bias": weight.bias}
+def _bits() -> Any:
+    return importlib.import_module("bitsandbytes")
 
 
-def _bnb_nf4(inputs: Inputs) -> Outputs:
-    import bitsandbytes
-
-    return around(inputs, lambda x, w: bitsandbytes.matmul_4bit(x, w[0].t(), quant_state=w[1]))
-
-
-def _exact_bnb_nf4(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
-    from bitsandbytes import functional
-
-    packed, state = prepared["weight"]
-    return _holding(inputs, functional.dequantize_4bit(packed, state))
-
-
-def _pack_bnb_int8(inputs: Inputs) -> dict[str, Any]:
-    import bitsandbytes
-
+def _pack_bnb_int8(weight: QuantizedWeight) -> Any:
     # It warns at every call that it converts to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    weight, state = inputs["weight"], bitsandbytes.MatmulLtState()
-    dense = dequantize_to(weight, torch.float16)
-    state.CB, state.SCB, _ = bitsandbytes.functional.int8_vectorwise_quant(dense)
+    state, dense = _bits().MatmulLtState(), dequantize_to(weight, torch.float16)
+    state.CB, state.SCB, _ = _bits().functional.int8_vectorwise_quant(dense)
     # The setting of its Linear8bitLt for inference.
     state.has_fp16_weights, state.is_training, state.threshold = False, False, 0.0
-    return {**inputs, "weight": state, "bias": weight.bias}
+    return state
 
 
-def _bnb_int8(inputs: Inputs) -> Outputs:
-    import bitsandbytes
-
-    return around(inputs, lambda x, state: bitsandbytes.matmul(x, state.CB, state=state))
-
-
-def _exact_bnb_int8(inputs: Inputs, prepared: dict[str, Any]) -> Inputs:
-    from bitsandbytes import functional
-
+def _exact_bnb_int8(inputs: Inputs, prepared: Inputs) -> Inputs:
+    """Both of its operands are rounded."""
     x, norm, state = inputs["x"], inputs.get("norm"), prepared["weight"]
     x = x if norm is None else rms_norm_ref(x, norm.weight, norm.eps)
-    q, scales, _ = functional.int8_vectorwise_quant(x.half())
+    q, scales, _ = _bits().functional.int8_vectorwise_quant(x.half())
     held = _holding(inputs, state.CB.float() * (state.SCB[:, None] / 127))
     return {**held, "x": (q.float() * (scales[:, None] / 127)).to(x.dtype), "norm": None}

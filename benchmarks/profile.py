@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,33 +28,17 @@ from benchmarks.columns import Column, Table, duration, share, shown
 from benchmarks.records import JsonLines, add_run_options, machine_fields
 from mimo_fast.bench.ceiling import ceiling, name_of
 from mimo_fast.bench.floor import GroupWork
-from mimo_fast.bench.groups import SETTLING, prompted, start_rows, time_groups
+from mimo_fast.bench.groups import SETTLING, prompted, start_rows, take_group, time_groups
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.target import Target
 from mimo_fast.bench.timing import CallTime, synchronize
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.loading import default_device, parse_dtype
 
-SYNCHRONIZING = (
-    "cudaStreamSynchronize",
-    "cudaEventSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaMemcpy",
-    "cuStreamSynchronize",
-    "cuEventSynchronize",
-    "cuCtxSynchronize",
-)
+SYNCHRONIZING = re.compile(r"cu(da)?(Stream|Event|Device|Ctx)Synchronize|cudaMemcpy")
 """CUDA calls in which the host waits for the device."""
 
-LAUNCHING = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-    "cudaGraphLaunch",
-    "cudaMemcpyAsync",
-    "cudaMemsetAsync",
-)
+LAUNCHING = re.compile(r"cu(da)?LaunchKernel(Ex|ExC)?|cudaGraphLaunch|cudaMem(cpy|set)Async")
 """CUDA calls that launch work."""
 
 GROUPS = "audio groups"
@@ -110,51 +94,50 @@ class Trace:
         return sum(kernel.seconds for kernel in self.kernels)
 
 
-def trace_groups(replies: Sequence[Reply], groups: int, device: torch.device, mode: str) -> Trace:
+def trace_groups(replies: list[Reply], groups: int, device: torch.device, mode: str) -> Trace:
     """Takes groups of replies in step; the first SETTLING are not counted."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    take(replies, SETTLING)
-    # Work that is still running belongs to an earlier group.
+    for _ in range(SETTLING):
+        take_group(replies)
+    # Work that is still running belongs to an earlier group, and a garbage collection to none.
     synchronize(device)
-    with profile(activities=activities) as profiler, record_function(GROUPS):
-        take(replies, groups)
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=activities) as profiler, record_function(GROUPS):
+            for _ in range(groups):
+                take_group(replies)
+    finally:
+        gc.enable()
     for reply in replies:
         reply.close()
     return summarize(profiler.events(), groups, device, mode)
 
 
-def take(replies: Sequence[Reply], groups: int) -> None:
-    for _ in range(groups):
-        # The first reply that is asked computes the group of all rows.
-        for reply in replies:
-            next(reply)
-
-
 def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: str) -> Trace:
     """Makes a trace from the profiler's events, which are in microseconds."""
     events = list(events)
-    sides = {
-        kind: [e for e in events if e.device_type == kind and e.name != GROUPS]
-        for kind in (DeviceType.CPU, DeviceType.CUDA)
-    }
     marks = (e for e in events if e.name == GROUPS and e.device_type == DeviceType.CPU)
     (window,) = (mark.time_range for mark in marks)
-
-    def inside(span: Any) -> bool:
-        return window.start <= span.start and span.end <= window.end
-
-    host = [e for e in sides[DeviceType.CPU] if inside(e.time_range)]
+    own = [e for e in events if e.name != GROUPS]
+    host = [
+        e
+        for e in own
+        if e.device_type == DeviceType.CPU
+        and window.start <= e.time_range.start
+        and e.time_range.end <= window.end
+    ]
     calls = Counter(e.name for e in host)
-    counted = {
-        names: {name: calls[name] / groups for name in names if calls[name]}
-        for names in (LAUNCHING, SYNCHRONIZING)
-    }
+    launches, waits = (
+        {name: count / groups for name, count in calls.items() if pattern.fullmatch(name)}
+        for pattern in (LAUNCHING, SYNCHRONIZING)
+    )
+    pairs = [(e.name, e.self_cpu_time_total) for e in host]
     if device.type == "cuda":
         # Kernels end after the host has left the window, which the device's side of the trace has
         # by its name too.
-        pairs = [(e.name, e.time_range.elapsed_us()) for e in sides[DeviceType.CUDA]]
-    else:
-        pairs = [(e.name, e.self_cpu_time_total) for e in host]
+        on_device = (e for e in own if e.device_type == DeviceType.CUDA)
+        pairs = [(e.name, e.time_range.elapsed_us()) for e in on_device]
     count, microseconds = Counter[str](), Counter[str]()
     for name, time in pairs:
         count[name] += 1
@@ -165,7 +148,7 @@ def summarize(events: Iterable[Any], groups: int, device: torch.device, mode: st
         Kernel(name, count[name] / groups, spent / groups / 1e6)
         for name, spent in microseconds.most_common()
     )
-    return Trace(mode, tuple(kernels), counted[LAUNCHING], counted[SYNCHRONIZING])
+    return Trace(mode, tuple(kernels), launches, waits)
 
 
 def with_bytes(trace: Trace, target: Target, work: GroupWork) -> Trace:
@@ -181,8 +164,8 @@ def with_bytes(trace: Trace, target: Target, work: GroupWork) -> Trace:
     products = [name for name in names if "gemv" in name or "dot_kernel" in name]
     if len(products) == 1:
         known[products[0]] = sum(read.values()) - read["cache"] - heads
-    kernels = (Kernel(k.name, k.count, k.seconds, known.get(k.name)) for k in trace.kernels)
-    return Trace(trace.mode, tuple(kernels), trace.launches, trace.host_syncs)
+    told = tuple(replace(kernel, bytes=known.get(kernel.name)) for kernel in trace.kernels)
+    return replace(trace, kernels=told)
 
 
 def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) -> None:
@@ -198,9 +181,7 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
         measured = time_groups(target, args.batch, prompt, args.groups).audio
         taken = args.groups + SETTLING
         replies = start_rows(target, context, args.batch, target.lm.empty_id, taken)
-        with without_collection():
-            trace = trace_groups(replies, args.groups, device, mode)
-        trace = with_bytes(trace, target, work)
+        trace = with_bytes(trace_groups(replies, args.groups, device, mode), target, work)
         show(trace, measured, args.top)
         record = {
             "kind": "profile",
@@ -224,17 +205,6 @@ def profile_target(args: argparse.Namespace, target: Target, output: JsonLines) 
             "kernels": [asdict(kernel) for kernel in trace.kernels],
         }
         output.append(record | machine_fields(machine, device))
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Turns garbage collection off during a trace, so that it is not counted as the group's."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def show(trace: Trace, measured: CallTime, top: int) -> None:

@@ -33,12 +33,11 @@ SEQUENCE = 8192
 
 @dataclass(frozen=True)
 class Card:
-    """A card's published figures.
+    """A card's published figures, from the document `source`.
 
     Args:
         cache_mb: of its L2, in units of 2^20 bytes, as vendors give it.
         pattern: of its name in the driver.
-        source: the document of these figures.
     """
 
     name: str
@@ -91,38 +90,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Basis:
-    """Figures of a measured card in a format: those of the formula, and the number of kernels.
-
-    latency: seconds of each kernel.
-    """
+    """A measured group of a known card: its profile and its card, share of the published bandwidth
+    that reads reach, and the number of kernels and seconds of each beyond their bytes."""
 
     profile: Entry
+    card: Card
     share: float
     latency: float
     kernels: float
-
-    @property
-    def seconds(self) -> float:
-        """Measured seconds of an audio group."""
-        return self.profile["audio_group"]["p50"]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """An audio group at batch 1 on a card.
-
-    seconds: None where nothing comparable has been measured.
-    """
-
-    card: Card
-    quantization: str
-    floor: float
-    seconds: float | None
-    needed: int
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.card.gb * GB
 
 
 def card_of(device: str) -> Card | None:
@@ -132,16 +107,13 @@ def card_of(device: str) -> Card | None:
 
 def basis(measured: Measured, quantization: str) -> Basis | None:
     """The newest group at batch 1 of a known card, from captured graphs."""
-    found = measured.find(
-        "profile",
-        where=lambda e: (
-            e.on_gpu
-            and e.title == f"7b {quantization}"
-            and e["batch"] == 1
-            and e["mode"] == "graph"
-            and card_of(e.device) is not None
-        ),
-    )
+    found = [
+        e
+        for e in measured.find("profile")
+        if e.on_gpu
+        and (e.title, e["batch"], e["mode"]) == (f"7b {quantization}", 1, "graph")
+        and card_of(e.device) is not None
+    ]
     if not found:
         return None
     profile = max(found, key=lambda e: e.date)
@@ -149,7 +121,7 @@ def basis(measured: Measured, quantization: str) -> Basis | None:
     assert card is not None
     besides = profile["audio_group"]["p50"] - sum(profile["bytes"].values()) / read
     kernels = profile["kernels_a_group"]
-    return Basis(profile, read / (card.gb_per_s * GB), max(besides, 0.0) / kernels, kernels)
+    return Basis(profile, card, read / (card.gb_per_s * GB), max(besides, 0.0) / kernels, kernels)
 
 
 @cache
@@ -167,43 +139,42 @@ def needed_bytes(quantization: str) -> int:
     return replace(setup, max_seq_len=SEQUENCE).total
 
 
-def project(card: Card, quantization: str, known: Basis | None) -> Projection:
+def project(card: Card, quantization: str, known: Basis | None) -> tuple[float, float | None]:
+    """Floor and projected seconds of a group, None where nothing comparable has been measured."""
     work, bandwidth = group_work(quantization, card.cache_mb * 2**20), card.gb_per_s * GB
     floor = (work.total - work.cached) / bandwidth
-    seconds = None
-    if known is not None:
-        seconds = work.total / (bandwidth * known.share) + known.kernels * known.latency
-    return Projection(card, quantization, floor, seconds, needed_bytes(quantization))
+    if known is None:
+        return floor, None
+    return floor, work.total / (bandwidth * known.share) + known.kernels * known.latency
 
 
 def section(measured: Measured) -> str:
     """A table of all cards and formats, with measurements beside their projection."""
     rows, notes = [], []
     for form in FORMATS:
-        found = basis(measured, form)
-        for card in CARDS:
-            if found is not None and card_of(found.profile.device) == card:
-                continue
-            got = project(card, form, found)
-            projected = NOT_MEASURED if got.seconds is None else duration(got.seconds)
-            beside = "-" if found is None else f"{found.profile.device}: {duration(found.seconds)}"
+        found, beside, needed = basis(measured, form), "-", needed_bytes(form) / GB
+        if found is not None:
+            beside = f"{found.profile.device}: {duration(found.profile['audio_group']['p50'])}"
+            notes.append(
+                f"{form}: reads reach {share(found.share)} of the published bandwidth; "
+                f"{found.kernels:,.0f} kernels a group take {duration(found.latency)} each beyond "
+                f"their bytes. {sources([found.profile])}"
+            )
+        # The measured card has a measurement.
+        for card in (c for c in CARDS if found is None or c != found.card):
+            floor, seconds = project(card, form, found)
+            projected = NOT_MEASURED if seconds is None else duration(seconds)
             rows.append(
                 (
                     card.name,
                     form,
                     f"{card.gb_per_s:,} GB/s",
                     f"{card.cache_mb} MB",
-                    f"{'yes' if got.fits else 'no'}: {got.needed / GB:.1f} of {card.gb} GB",
-                    f"floor: {duration(got.floor)}",
+                    f"{'yes' if needed <= card.gb else 'no'}: {needed:.1f} of {card.gb} GB",
+                    f"floor: {duration(floor)}",
                     f"projection: {projected}",
                     beside,
                 )
-            )
-        if found is not None:
-            notes.append(
-                f"{form}: reads reach {share(found.share)} of the published bandwidth; "
-                f"{found.kernels:,.0f} kernels a group take {duration(found.latency)} each beyond "
-                f"their bytes. {sources([found.profile])}"
             )
     cited = "; ".join(dict.fromkeys(card.source for card in CARDS))
     notes.append(

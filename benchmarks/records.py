@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,7 @@ THING = {
     "compare": ("case",),
     "profile": ("model", "quantization", "batch", "mode"),
 }
-"""Kind of record -> the fields that identify what was measured.
-
-A newer record with the same fields replaces the older one.
-"""
+"""Kind of record -> the fields that identify what was measured."""
 
 
 class JsonLines:
@@ -56,7 +53,7 @@ class JsonLines:
 
 def machine_fields(machine: Ceiling, device: torch.device) -> dict[str, Any]:
     """The fields of a record about its machine, as it is now."""
-    return {"ceiling": machine.as_dict(), "environment": environment(device)}
+    return {"ceiling": asdict(machine), "environment": environment(device)}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -83,24 +80,14 @@ def study_records(name: str, path: Path) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A record, and the name of its file."""
-
-    file: str
-    data: dict[str, Any]
-
-    def __getitem__(self, field: str) -> Any:
-        return self.data[field]
-
-    def get(self, field: str) -> Any:
-        return self.data.get(field)
+class Entry(dict[str, Any]):
+    """A record; `file` is the name of its file."""
 
     def at(self, path: str) -> Any:
         """A property, or a nested field such as "audio_group.p50"; None if one is absent."""
-        if hasattr(type(self), path):
+        if hasattr(Entry, path) and not hasattr(dict, path):
             return getattr(self, path)
-        value = self.data
+        value = self
         for field in path.split("."):
             value = None if value is None else value[field]
         return value
@@ -108,63 +95,36 @@ class Entry:
     @property
     def device(self) -> str:
         """Name of the device for people."""
-        about = self.data["environment"]["device"]
+        about = self["environment"]["device"]
         if about["type"] != "cpu":
             return about["name"]
         return f"{about['name']}, {about['cores']} cores, {about['instructions']}"
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.data["environment"]["device"]["type"] != "cpu"
-
-    @property
-    def date(self) -> str:
-        """ISO 8601, UTC."""
-        return self.data["environment"]["date"]
-
-    @property
-    def commit(self) -> str:
-        about = self.data["environment"]
-        if about.get("commit") is None:
-            return "no commit"
-        return f"commit {about['commit'][:10]}{' with changes' if about.get('dirty') else ''}"
-
-    @property
-    def context(self) -> int:
-        """Groups of context at the end of the measurement."""
-        return self["prompt_groups"] + self["groups"]
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self["bytes"] / self["seconds"]["p50"]
-
-    @property
-    def flop_per_s(self) -> float:
-        return self["flop"] / self["seconds"]["p50"]
-
-    @property
-    def interval(self) -> str:
-        return f"{self['low']:.3f} to {self['high']:.3f}"
-
-    @property
-    def thing(self) -> tuple[str, ...]:
-        fields = THING[self["kind"]]
-        # A quick table's description of a preset's model varies with the machine's load.
-        named = [field for field in fields if field != "model" or not self.get("preset")]
-        return (self.device, self["kind"], *(str(self.get(field)) for field in named))
+    on_gpu = property(lambda self: self["environment"]["device"]["type"] != "cpu")
+    # ISO 8601, UTC.
+    date = property(lambda self: self["environment"]["date"])
+    # Groups at the end of the measurement.
+    context = property(lambda self: self["prompt_groups"] + self["groups"])
+    bytes_per_s = property(lambda self: self["bytes"] / self["seconds"]["p50"])
+    flop_per_s = property(lambda self: self["flop"] / self["seconds"]["p50"])
+    interval = property(lambda self: f"{self['low']:.3f} to {self['high']:.3f}")
+    link = property(lambda self: f"[{self['file']}](../benchmarks/results/{self['file']})")
 
     @property
     def title(self) -> str:
         """The model and its format; dense weights are named by their dtype."""
-        dense = self.get("quantization") in (None, "bf16", "stored")
-        kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(
-            self.get("dtype"), self.get("dtype")
-        )
-        return f"{Path(str(self['model'])).name} {kind if dense else self['quantization']}"
+        form, dtype = self.get("quantization"), self.get("dtype")
+        if form in (None, "bf16", "stored"):
+            form = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
+        return f"{Path(str(self['model'])).name} {form}"
 
     @property
-    def link(self) -> str:
-        return f"[{self.file}](../benchmarks/results/{self.file})"
+    def thing(self) -> tuple[str, ...]:
+        """What was measured; a newer record of the same thing replaces an older one."""
+        fields = THING[self["kind"]]
+        # A quick table's description of a preset's model varies with the machine's load.
+        named = [field for field in fields if field != "model" or not self.get("preset")]
+        return (self.device, self["kind"], *(str(self.get(field)) for field in named))
 
 
 @dataclass(frozen=True)
@@ -177,37 +137,33 @@ class Measured:
     @classmethod
     def read(cls, folder: Path) -> Measured:
         files = sorted(folder.glob("*.jsonl"))
-        return cls.of(Entry(path.name, record) for path in files for record in read_records(path))
+        return cls.of(Entry(x, file=path.name) for path in files for x in read_records(path))
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Measured:
         newest: dict[tuple[str, ...], Entry] = {}
-        skipped: dict[str, dict[str, Entry]] = {}
+        skipped: dict[str, list[Entry]] = {}
         for entry in entries:
             if entry["kind"] == "skipped":
                 # Of files like DATE-cpu.jsonl the newest counts.
-                others = skipped.get(entry.file[10:], {})
-                same = others if all(other.file == entry.file for other in others.values()) else {}
-                skipped[entry.file[10:]] = same | {entry["name"]: entry}
+                others = skipped.get(entry["file"][10:], [])
+                same = [e for e in others if e["file"] == entry["file"]]
+                skipped[entry["file"][10:]] = [*same, entry]
             elif entry["kind"] in THING:
                 held = newest.get(entry.thing)
                 if held is None or held.date <= entry.date:
                     newest[entry.thing] = entry
-        names = tuple(entry for series in skipped.values() for entry in series.values())
-        return cls(tuple(newest.values()), names)
+        # A name once, with its last reason.
+        names = [e for series in skipped.values() for e in {e["name"]: e for e in series}.values()]
+        return cls(tuple(newest.values()), tuple(names))
 
-    def find(
-        self,
-        kind: str,
-        device: str | None = None,
-        where: Callable[[Entry], bool] = lambda entry: True,
-    ) -> list[Entry]:
+    def find(self, kind: str, device: str | None = None) -> list[Entry]:
         of_kind = (e for e in self.entries if e["kind"] == kind)
-        return [e for e in of_kind if (device is None or e.device == device) and where(e)]
+        return [e for e in of_kind if device in (None, e.device)]
 
     def devices(self, *kinds: str) -> list[str]:
         """Devices with such records, GPUs first."""
-        found = {e.device: e.on_gpu for e in self.entries if not kinds or e["kind"] in kinds}
+        found = {e.device: e.on_gpu for e in self.entries if e["kind"] in kinds}
         return sorted(found, key=lambda device: (not found[device], device))
 
 
@@ -215,10 +171,14 @@ def sources(entries: Iterable[Entry]) -> str:
     """The device, and for each file and commit the days and the measured ceiling; Markdown."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.device, entry.file, entry.commit), []).append(entry)
+        about, commit = entry["environment"], "no commit"
+        if about.get("commit") is not None:
+            changes = " with changes" if about.get("dirty") else ""
+            commit = f"commit {about['commit'][:10]}{changes}"
+        groups.setdefault((entry.device, entry["file"], commit), []).append(entry)
     lines = []
     for (device, _, commit), members in sorted(groups.items()):
-        when = _span(sorted({entry.date[:10] for entry in members}))
+        when = _span(sorted(entry.date[:10] for entry in members))
         reads = sorted(e["ceiling"]["read_Bps"] for e in members if e.get("ceiling"))
         read = _span([f"{rate / 1e9:,.1f}" for rate in reads])
         span = f"; the device then read {read} GB/s" if reads else ""
@@ -239,11 +199,7 @@ def add_run_options(add: Callable[..., object], each: str) -> None:
     add("-o", "--output", type=Path, metavar="FILE.jsonl", help=about)
 
 
-def main() -> None:
-    name, path, output = sys.argv[1], Path(sys.argv[2]), JsonLines(Path(sys.argv[3]))
-    for record in study_records(name, path):
-        output.append(record)
-
-
 if __name__ == "__main__":
-    main()
+    lines = JsonLines(Path(sys.argv[3]))
+    for study in study_records(sys.argv[1], Path(sys.argv[2])):
+        lines.append(study)

@@ -9,35 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks import projection
-from benchmarks.columns import (
-    BASELINES,
-    COMPARE,
-    GROUPS,
-    OPS,
-    PROFILE,
-    QUALITY,
-    QUICK,
-    REQUESTS,
-    columns_table,
-    factor,
-    gigabytes,
-    share,
-    shown,
-    table,
-    whole_ms,
-)
+from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
 from benchmarks.projection import FORMATS
 from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, sources
 from mimo_fast.bench.environment import ROOT
 
 DOCUMENT = ROOT / "docs" / "performance.md"
-PLACES = (" on a GPU", True), (" on a CPU", False)
+PLACES = ("a GPU", True), ("a CPU", False)
 SENTENCE = 107
 """Groups of the prompt of a text to be said, as `mimo-fast bench` has it."""
 
@@ -74,66 +58,52 @@ EXPECTED = (
     "peak memory",
 )
 
+ORDERS: dict[str, Callable[[Entry], Any]] = {
+    "groups": lambda e: (e.title, e["batch"], e["prompt_groups"]),
+    "request": lambda e: (e.title, e["task"], e["batch"], e["prompt_groups"]),
+    "baseline": lambda e: (e.title, e["provider"] != "ours", e["provider"]),
+}
+"""Kind -> the order of its rows; those of others are in the records' order."""
 
-def groups_table(entries: Sequence[Entry]) -> str:
-    return columns_table(
-        GROUPS, sorted(entries, key=lambda e: (e.title, e["batch"], e["prompt_groups"]))
-    )
-
-
-def requests_table(entries: Sequence[Entry]) -> str:
-    ordered = sorted(entries, key=lambda e: (e.title, e["task"], e["batch"], e["prompt_groups"]))
-    return columns_table(REQUESTS, ordered, texts=2)
-
-
-def quick_table(entries: Sequence[Entry]) -> str:
-    rows = [_with(e, named=_quick_name(e), **row) for e in entries for row in e["rows"]]
-    return columns_table(QUICK, rows)
+TEXTS = {"request": 2, "baseline": 2, "op": 4, "profile": 3, "quality": 3, "compare": 3}
+"""Kind -> columns of text, if there is more than one."""
 
 
-def _quick_name(entry: Entry) -> str:
-    if not entry.get("preset"):
-        return entry.title
-    return f"{entry.get('preset')} {entry.get('quantization') or entry['dtype']}"
+def kind_table(kind: str, entries: Iterable[Entry]) -> str:
+    """The records of one kind as a Markdown table."""
+    ordered = sorted(entries, key=ORDERS.get(kind, lambda e: 0))
+    rows = (row for entry in ordered for row in ROWS.get(kind, lambda e: [e])(entry))
+    heads = [head for head, _, _ in COLUMNS[kind]]
+    return table(heads, (cells(COLUMNS[kind], row) for row in rows), TEXTS.get(kind, 1))
 
 
-def baselines_table(entries: Sequence[Entry]) -> str:
-    ordered = sorted(entries, key=lambda e: (e.title, e["provider"] != "ours", e["provider"]))
-    return columns_table(BASELINES, ordered, texts=2)
+def _quick_rows(e: Entry) -> Iterator[Entry]:
+    name = f"{e.get('preset')} {e.get('quantization') or e['dtype']}"
+    for row in e["rows"]:
+        yield Entry(e, named=name if e.get("preset") else e.title, **row)
 
 
-def ops_table(entries: Sequence[Entry]) -> str:
-    return columns_table(OPS, entries, texts=4)
+def _profile_rows(e: Entry) -> Iterator[Entry]:
+    """The sum of all kernels, and the most expensive ones."""
+    total = e["kernel_seconds"]
+    yield Entry(e, kernel="**all**", count=e["kernels_a_group"], seconds=total, share=1.0)
+    for kernel in sorted(e["kernels"], key=lambda kernel: -kernel["seconds"])[:TOP]:
+        name = f"`{kernel['name'].replace('|', ' ')[:NAME_WIDTH]}`"
+        yield Entry(e, **kernel, kernel=name, share=kernel["seconds"] / total)
 
 
-def profile_table(entries: Sequence[Entry]) -> str:
-    """The most expensive kernels of each mode, and the sum of all."""
-    rows = []
-    for e in entries:
-        total, every = e["kernel_seconds"], e["kernels_a_group"]
-        rows.append(_with(e, kernel="**all**", count=every, seconds=total, share=1.0))
-        for kernel in sorted(e["kernels"], key=lambda kernel: -kernel["seconds"])[:TOP]:
-            name = f"`{kernel['name'].replace('|', ' ')[:NAME_WIDTH]}`"
-            rows.append(_with(e, **kernel, kernel=name, share=kernel["seconds"] / total))
-    return columns_table(PROFILE, rows, texts=3)
+def _quality_rows(e: Entry) -> Iterator[Entry]:
+    for name, heads in e["formats"].items():
+        for i, head in enumerate(heads):
+            yield Entry(e, format=name, head=f"codebook {i - 1}" if i else "text", **head)
 
 
-def quality_table(entries: Sequence[Entry]) -> str:
-    rows = [
-        _with(e, format=name, head="text" if i == 0 else f"codebook {i - 1}", **head)
-        for e in entries
-        for name, heads in e["formats"].items()
-        for i, head in enumerate(heads)
-    ]
-    return columns_table(QUALITY, rows, texts=3)
-
-
-def compare_table(entries: Sequence[Entry]) -> str:
-    return columns_table(COMPARE, entries, texts=3)
-
-
-def _with(entry: Entry, **fields: Any) -> Entry:
-    return Entry(entry.file, entry.data | fields)
+ROWS: dict[str, Callable[[Entry], Iterable[Entry]]] = {
+    "quick": _quick_rows,
+    "profile": _profile_rows,
+    "quality": _quality_rows,
+}
+"""Kind -> the rows of a record; a record of another is one row."""
 
 
 def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], list[Entry]]:
@@ -143,24 +113,24 @@ def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], l
     """
     rows: list[list[str]] = []
     used: list[Entry] = []
-    for form in FORMATS:
-        name = f"7b {form}"
-        found = [e for e in measured.entries if e.device == device and e["kind"] != "op"]
-        groups = [e for e in found if e["kind"] == "groups" and e.title == name and e["batch"] == 1]
-        requests = [e for e in found if e["kind"] == "request" and e.title == name]
-        spoken = [e for e in requests if e["batch"] == 1 and e["audio_ttfp"] is not None]
-        many = [e for e in requests if e["task"] == "tts"]
+    for name in (f"7b {form}" for form in FORMATS):
+        groups, requests = (
+            [e for e in measured.find(kind) if e.device == device and e.title == name]
+            for kind in ("groups", "request")
+        )
         quick = [
             e
-            for e in found
-            if e["kind"] == "quick" and f"{e.get('preset')} {e['quantization']}" == name
+            for e in measured.find("quick")
+            if e.device == device and f"{e.get('preset')} {e['quantization']}" == name
         ]
-        nearest = sorted(groups, key=lambda e: abs(e.context - CONTEXT))[:1]
+        single = [e for e in groups if e["batch"] == 1]
+        nearest = sorted(single, key=lambda e: abs(e.context - CONTEXT))[:1]
         # Of the newest requests the one with the prompt of a short sentence.
         newest = sorted(
-            spoken,
+            (e for e in requests if e["batch"] == 1 and e["audio_ttfp"] is not None),
             key=lambda e: (e["task"] == "tts", e.date[:10], -abs(e["prompt_groups"] - SENTENCE)),
         )[-1:]
+        many = [e for e in requests if e["task"] == "tts"]
         rows.append([name, *_group_cells(nearest), *_request_cells(newest, many, quick)])
         used += nearest + newest + quick + many
     return rows, used
@@ -194,86 +164,70 @@ def _request_cells(
 
 def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     """The whole report; pictures: names of the existing ones."""
+    parts = [INTRODUCTION, "## What to expect of the published dimensions\n"]
+    whole = "groups", "request", "quick"
+    devices = measured.devices(*whole)
+    on_gpu = {e.device: e.on_gpu for e in measured.entries}
+    for place, wanted in PLACES:
+        for device in [name for name in devices if on_gpu[name] is wanted] or [None]:
+            rows, used = expected(measured, device)
+            parts += [f"**{device or place}**\n", table(EXPECTED, rows) + "\n"]
+            parts += [sources(used) + "\n" if used else ""]
+    heads = "Steady state", "Whole requests", "`mimo-fast bench`"
+    for device in devices:
+        parts += [f"## {device}\n"]
+        for kind, head, picture in zip(whole, heads, ("latency", "memory", None), strict=True):
+            if measured.find(kind, device):
+                parts += [*_section(measured, kind, device, f"### {head}")]
+                parts += _picture(pictures, device, picture)
     spoken = "A spoken reply by transformers' modules as upstream runs them"
-    parts = [INTRODUCTION, "## What to expect of the published dimensions\n", *_expected(measured)]
-    for device in measured.devices("groups", "request", "quick"):
-        parts += _end_to_end(measured, device, pictures)
     parts += ["## Beside upstream's way of running it\n"]
-    parts += _per_device(measured, "baseline", baselines_table, spoken, PLACES)
-    parts += ["## Ops\n", *_ops(measured, pictures), "## Where the time of a patch goes\n"]
-    what = "An audio group, kernel by kernel"
-    parts += _per_device(measured, "profile", profile_table, what, PLACES[:1])
-    parts += ["## Quality of quantized weights\n"]
+    parts += [*_missing(measured, "baseline", spoken), *_per_device(measured, "baseline")]
+    others = "beside bitsandbytes, torch's packed formats and dense products"
+    parts += ["## Ops\n", *_missing(measured, "op", "Every op", f", {others}")]
+    for device in measured.devices("op"):
+        title, *tables = _section(measured, "op", device, f"### Ops on {device}")
+        count = len(measured.find("op", device))
+        what = f"{count} rows: every op beside what the machine could do at best"
+        parts += [title, *_picture(pictures, device, "roofline")]
+        parts += [f"<details><summary>{what}</summary>\n", tables[0], "</details>\n", tables[1]]
+    parts += ["## Where the time of a patch goes\n"]
+    parts += _missing(measured, "profile", "An audio group, kernel by kernel", places=PLACES[:1])
+    parts += [*_per_device(measured, "profile"), "## Quality of quantized weights\n"]
     if not measured.find("quality"):
         parts += [f"KL and agreement of each head on trained weights: {NOT_MEASURED}.\n"]
-    parts += _per_device(measured, "quality", quality_table)
-    parts += _weight_errors(results)
+    parts += [*_per_device(measured, "quality"), *_weight_errors(results)]
     parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
     if measured.find("compare"):
-        parts += ["## Comparisons of commits\n"]
-        parts += _per_device(measured, "compare", compare_table)
+        parts += ["## Comparisons of commits\n", *_per_device(measured, "compare")]
     if measured.skipped:
-        rows = ((e["name"], e["reason"], e.link) for e in measured.skipped)
+        rows = ([e["name"], e["reason"], e.link] for e in measured.skipped)
         parts += ["## Not measured, and why\n", table(("what", "why", "file"), rows, 3) + "\n"]
     return "\n".join(parts)
 
 
-def _expected(measured: Measured) -> Iterator[str]:
-    kinds = "groups", "request", "quick"
-    on_gpu = {e.device: e.on_gpu for kind in kinds for e in measured.find(kind)}
-    for kind, wanted in (("a GPU", True), ("a CPU", False)):
-        for device in sorted(name for name, gpu in on_gpu.items() if gpu is wanted) or [None]:
-            rows, used = expected(measured, device)
-            yield f"**{device or kind}**\n"
-            yield table(EXPECTED, rows) + "\n"
-            yield sources(used) + "\n" if used else ""
+def _section(measured: Measured, kind: str, device: str, title: str) -> Iterator[str]:
+    """A device's records of one kind under a title, and where they are from."""
+    found = measured.find(kind, device)
+    yield from (f"{title}\n", kind_table(kind, found) + "\n", sources(found) + "\n")
 
 
-def _end_to_end(measured: Measured, device: str, pictures: Sequence[str]) -> Iterator[str]:
-    """Every group and request of a device."""
-    yield f"## {device}\n"
-    for kind, title, write, picture in (
-        ("groups", "Steady state", groups_table, "latency"),
-        ("request", "Whole requests", requests_table, "memory"),
-        ("quick", "`mimo-fast bench`", quick_table, None),
-    ):
-        if found := measured.find(kind, device):
-            yield from (f"### {title}\n", write(found) + "\n", sources(found) + "\n")
-            yield from _picture(pictures, device, picture)
+def _per_device(measured: Measured, kind: str) -> Iterator[str]:
+    for device in measured.devices(kind):
+        yield from _section(measured, kind, device, f"**{device}**")
 
 
-def _per_device(
+def _missing(
     measured: Measured,
     kind: str,
-    write: Callable[[Sequence[Entry]], str],
-    what: str = "",
-    places: Sequence[tuple[str, bool]] = (),
+    what: str,
+    more: str = "",
+    places: Sequence[tuple[str, bool]] = PLACES,
 ) -> Iterator[str]:
-    """A table for each device.
-
-    places: (in words, whether it is a GPU) of the devices that are expected; missing ones are
-    named.
-    """
+    """Names the places (in words, whether it is a GPU) of which there are no records."""
     for place, on_gpu in places:
         if not any(e.on_gpu is on_gpu for e in measured.find(kind)):
-            yield f"{what}{place}: {NOT_MEASURED}.\n"
-    for device in measured.devices(kind):
-        found = measured.find(kind, device)
-        yield from (f"**{device}**\n", write(found) + "\n", sources(found) + "\n")
-
-
-def _ops(measured: Measured, pictures: Sequence[str]) -> Iterator[str]:
-    for place, on_gpu in PLACES:
-        if not any(e.on_gpu is on_gpu for e in measured.find("op")):
-            others = "beside bitsandbytes, torch's packed formats and dense products"
-            yield f"Every op{place}, {others}: {NOT_MEASURED}.\n"
-    for device in measured.devices("op"):
-        found = measured.find("op", device)
-        yield f"### Ops on {device}\n"
-        yield from _picture(pictures, device, "roofline")
-        what = "every op beside what the machine could do at best"
-        yield f"<details><summary>{len(found)} rows: {what}</summary>\n"
-        yield from (ops_table(found) + "\n", "</details>\n", sources(found) + "\n")
+            yield f"{what} on {place}{more}: {NOT_MEASURED}.\n"
 
 
 def _picture(pictures: Sequence[str], device: str, kind: str | None) -> Iterator[str]:
@@ -295,7 +249,7 @@ def _weight_errors(results: Path) -> Iterator[str]:
         yield "Error of quantized random weights, relative to their root mean square:\n"
         rows = ((name, f"{100 * value:.2f}%") for name, value in found.items())
         yield table(("format and width", "error"), rows) + "\n"
-        yield f"*{Entry(files[-1].name, {}).link}*\n"
+        yield f"*{Entry(file=files[-1].name).link}*\n"
 
 
 def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:

@@ -64,13 +64,10 @@ PARTS = (
 """All parts, the most informative first."""
 
 Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
+"""Starts a part's process, which appends to a file or, for the quick table, writes it."""
 
 
 def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
-    """Starts a part's process.
-
-    output: the file that it appends to or, for the quick table, writes.
-    """
     program, result = ("mimo_fast", "--json") if part.name == QUICK else ("benchmarks", "-o")
     command = [program, *part.command.split(), "--device", "cpu", result, str(output)]
     return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT)
@@ -78,6 +75,8 @@ def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
 
 def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> str | None:
     """Runs a part for at most so long; returns what was wrong, or None.
+
+    A part is interrupted as Ctrl-C does, then killed if it does not end.
 
     Raises:
         KeyboardInterrupt: once the part has ended as well.
@@ -87,25 +86,19 @@ def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> 
         process = start(part, single if part.name == QUICK else output)
         try:
             code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            end(process)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as ended:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if isinstance(ended, KeyboardInterrupt):
+                raise
             return f"ended after {seconds:.0f} s, with the time for all; its records are kept"
-        except KeyboardInterrupt:
-            end(process)
-            raise
         if single.exists():
             JsonLines(output).append(json.loads(single.read_text(encoding="utf-8")))
     return f"exit code {code}" if code else None
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts a part as Ctrl-C does, then kills it if it does not end."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def run_parts(

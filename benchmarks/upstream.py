@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.transformer import LayerWeights, TransformerWeights
+from mimo_fast.runtime.lm.transformer import TransformerWeights
 
 Choose = Callable[[Tensor], int]
 """Scores [V] -> the token taken."""
@@ -71,7 +71,7 @@ class Upstream:
             choose: takes every token; the empty code's score is -inf.
             plan: text tokens to continue with instead, as in `ScheduledLM`.
         """
-        size, cache = self.config.group_size, self.backbone_cache()
+        size, cache = self.config.group_size, self.cache(self.backbone)
         ids = ids.to(self.text_head.device)[None]
         fed = ids
         for i in range(groups):
@@ -91,7 +91,7 @@ class Upstream:
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """New ids [1, C + 1, T G] -> the last position's hidden state [1, D]."""
-        return self.run_backbone(self.embed(ids), cache)[:, -1]
+        return self.run(self.backbone, self.embed(ids), cache)[:, -1]
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [1, C + 1, T G] -> [1, T, D]."""
@@ -117,11 +117,11 @@ class Upstream:
 
     def patch(self, local: Tensor, choose: Choose) -> Tensor:
         """The patch decoder's first input [1, 1, D] -> codes [C, G]."""
-        config, cache = self.config, self.patch_cache()
+        config, cache = self.config, self.cache(self.patch_decoder)
         shape = (config.channels, config.group_size)
         codes = torch.zeros(shape, dtype=torch.int64, device=local.device)
         for step in range(config.patch_steps):
-            hidden = self.run_patch_decoder(local, cache)[0, -1]
+            hidden = self.run(self.patch_decoder, local, cache)[0, -1]
             local = torch.zeros_like(local)
             for channel, delay in enumerate(config.delays):
                 if delay <= step < delay + config.group_size:
@@ -132,21 +132,12 @@ class Upstream:
                     local = local + self.decoder_embeddings[channel][code]
         return codes
 
-    def backbone_cache(self) -> Cache:
-        return DynamicCache(config=self.backbone.config)
+    def cache(self, model: Qwen2Model) -> Cache:
+        return DynamicCache(config=model.config)
 
-    def patch_cache(self) -> Cache:
-        return DynamicCache(config=self.patch_decoder.config)
-
-    def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
-        return hidden_states(self.backbone, x, cache)
-
-    def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
-        return hidden_states(self.patch_decoder, x, cache)
-
-
-def hidden_states(model: Callable[..., Any], x: Tensor, cache: Cache) -> Tensor:
-    return model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+    def run(self, model: Callable[..., Any], x: Tensor, cache: Cache) -> Tensor:
+        """A decoder's hidden states of new vectors."""
+        return model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 class Compiled(Upstream):
@@ -160,34 +151,23 @@ class Compiled(Upstream):
     def __init__(self, lm: LM, longest: int) -> None:
         super().__init__(lm, longest)
         mode = "reduce-overhead" if lm.device.type == "cuda" else None
-        models = (self.backbone, self.patch_decoder)
-        compiled = (torch.compile(model, mode=mode, dynamic=False) for model in models)
-        self._step, self._patch_step = compiled
+        lengths = {self.backbone: longest, self.patch_decoder: lm.config.patch_steps}
+        self._steps = {m: torch.compile(m, mode=mode, dynamic=False) for m in lengths}
         # Kept, since a captured graph uses their addresses.
-        lengths = zip(models, (longest, lm.config.patch_steps), strict=True)
-        caches = (StaticCache(config=m.config, max_cache_len=length) for m, length in lengths)
-        self._cache, self._patch_cache = caches
+        self._caches = {
+            m: StaticCache(config=m.config, max_cache_len=length) for m, length in lengths.items()
+        }
 
-    def backbone_cache(self) -> Cache:
-        self._cache.reset()
-        return self._cache
+    def cache(self, model: Qwen2Model) -> Cache:
+        self._caches[model].reset()
+        return self._caches[model]
 
-    def patch_cache(self) -> Cache:
-        self._patch_cache.reset()
-        return self._patch_cache
-
-    def run_backbone(self, x: Tensor, cache: Cache) -> Tensor:
+    def run(self, model: Callable[..., Any], x: Tensor, cache: Cache) -> Tensor:
         if x.shape[1] > 1:
-            return super().run_backbone(x, cache)
-        return self._compiled(self._step, x, cache)
-
-    def run_patch_decoder(self, x: Tensor, cache: Cache) -> Tensor:
-        return self._compiled(self._patch_step, x, cache)
-
-    def _compiled(self, model: Callable[..., object], x: Tensor, cache: Cache) -> Tensor:
+            return super().run(model, x, cache)
         torch.compiler.cudagraph_mark_step_begin()
         # The next replay overwrites it.
-        return hidden_states(model, x, cache).clone()
+        return super().run(self._steps[model], x, cache).clone()
 
 
 def qwen2_model(
@@ -205,10 +185,9 @@ def qwen2_model(
     Raises:
         TypeError: the weights are quantized.
     """
-    device = weights.norm.device
-    rows = 1 if embeddings is None else len(embeddings)
+    table = weights.norm.new_zeros(1, config.dim) if embeddings is None else embeddings
     wanted = Qwen2Config(
-        vocab_size=rows,
+        vocab_size=len(table),
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,
         num_hidden_layers=config.layers,
@@ -224,38 +203,34 @@ def qwen2_model(
     )
     with torch.device("meta"):
         model = Qwen2Model(wanted)
-    state = {"norm.weight": weights.norm}
-    table = weights.norm.new_zeros(1, config.dim) if embeddings is None else embeddings
-    state["embed_tokens.weight"] = table
+    state = {"norm.weight": weights.norm, "embed_tokens.weight": table}
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for i, layer in enumerate(weights.layers):
-        state |= {f"layers.{i}.{name}": tensor for name, tensor in _layer(config, layer).items()}
+        state |= {
+            f"layers.{i}.input_layernorm.weight": layer.attention_norm,
+            f"layers.{i}.post_attention_layernorm.weight": layer.ffn_norm,
+        }
+        for weight, names, rows in (
+            (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), (q, kv, kv)),
+            (layer.out, ("self_attn.o",), (config.dim,)),
+            (layer.gate_up, ("mlp.gate", "mlp.up"), (config.ffn_dim, config.ffn_dim)),
+            (layer.down, ("mlp.down",), (config.dim,)),
+        ):
+            for name, matrix, bias in zip(names, *_blocks(weight, rows), strict=True):
+                state[f"layers.{i}.{name}_proj.weight"] = matrix
+                if bias is not None:
+                    state[f"layers.{i}.{name}_proj.bias"] = bias
     model.load_state_dict(state, strict=True, assign=True)
     # Computed from the config, in no state dict, and so still on the meta device.
-    model.rotary_emb = Qwen2RotaryEmbedding(wanted).to(device)
+    model.rotary_emb = Qwen2RotaryEmbedding(wanted).to(weights.norm.device)
     return model.eval().requires_grad_(False)
 
 
-def _layer(config: TransformerConfig, layer: LayerWeights) -> dict[str, Tensor]:
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention, mlp = "self_attn.{}_proj".format, "mlp.{}_proj".format
-    parts: list[tuple[Any, tuple[str, ...], tuple[int, ...]]] = [
-        (layer.qkv, tuple(map(attention, "qkv")), (q, kv, kv)),
-        (layer.out, (attention("o"),), (config.dim,)),
-        (layer.gate_up, (mlp("gate"), mlp("up")), (config.ffn_dim, config.ffn_dim)),
-        (layer.down, (mlp("down"),), (config.dim,)),
-    ]
-    named = {
-        "input_layernorm.weight": layer.attention_norm,
-        "post_attention_layernorm.weight": layer.ffn_norm,
-    }
-    for weight, names, rows in parts:
-        if not isinstance(weight, Weight):
-            raise TypeError("the baselines run dense weights: use bf16 or float32")
-        # On a GPU the row blocks are joined.
-        matrices = weight.blocks if len(weight.blocks) > 1 else weight.blocks[0].split(rows)
-        named |= {f"{name}.weight": matrix for name, matrix in zip(names, matrices, strict=True)}
-        if weight.biases[0] is not None:
-            joined = len(weight.biases) == 1
-            biases = weight.biases[0].split(rows) if joined else weight.biases
-            named |= {f"{name}.bias": bias for name, bias in zip(names, biases, strict=True)}
-    return named
+def _blocks(weight: Any, rows: tuple[int, ...]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+    """A weight's row blocks and their biases, or None; on a GPU they are joined."""
+    if not isinstance(weight, Weight):
+        raise TypeError("the baselines run dense weights: use bf16 or float32")
+    if len(weight.blocks) == len(rows):
+        return weight.blocks, weight.biases
+    (matrix,), (bias,) = weight.blocks, weight.biases
+    return matrix.split(rows), [None] * len(rows) if bias is None else bias.split(rows)

@@ -7,9 +7,9 @@ determines a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`,
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -117,61 +117,62 @@ class LMConfig:
 
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:
-            raise ConfigError(
-                f"{source}: num_attention_heads is not a multiple of num_key_value_heads"
-            )
+            problem = "num_attention_heads is not a multiple of num_key_value_heads"
+            raise ConfigError(f"{source}: {problem}")
         if self.backbone.head_dim % 2:
-            raise ConfigError(
-                f"{source}: head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
-            )
+            problem = f"head_dim {self.backbone.head_dim} is not even, as RoPE needs it to be"
+            raise ConfigError(f"{source}: {problem}")
         codes = zip(self.code_sizes, self.empty_codes, strict=True)
         for channel, (size, empty) in enumerate(codes):
             if not 0 <= empty < size:
-                raise ConfigError(
-                    f"{source}: speech_zeroemb_idx {empty} of channel {channel} is outside "
-                    f"0..{size - 1}"
-                )
+                problem = f"speech_zeroemb_idx {empty} of channel {channel} is outside"
+                raise ConfigError(f"{source}: {problem} 0..{size - 1}")
         if min(self.delays) < 0:
             raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
+
+
+def _key(name: str) -> Any:
+    """A field that is read from this key of the file, by its type; it has no default."""
+    return field(metadata={"key": name})
 
 
 @dataclass(frozen=True)
 class CodecConfig:
     """The audio tokenizer: log-mel -> encoder -> RVQ -> decoder -> vocoder -> waveform."""
 
-    sample_rate: int
-    n_mels: int
-    n_fft: int
-    hop: int
-    window: int
     f_min: float
     f_max: float
-    max_seconds: int
-    dim: int
-    kernel: int
-    stride: int
-    pool: int
-    encoder_layers: int
-    encoder_heads: int
-    encoder_ffn: int
-    encoder_causal: bool
-    encoder_window: tuple[int, int]
     skip_layer: int | None
-    decoder_layers: int
-    decoder_heads: int
-    decoder_ffn: int
-    decoder_causal: bool
-    decoder_window: tuple[int, int]
-    decoder_kernel: int
-    decoder_stride: int
-    vocoder_dim: int
-    vocoder_layers: int
-    vocoder_heads: int
-    vocoder_ffn: int
-    vocoder_window: tuple[int, int]
     codebook_sizes: tuple[int, ...]
     norm: str
-    rope_theta: float
+    sample_rate: int = _key("sampling_rate")
+    n_mels: int = _key("n_mels")
+    n_fft: int = _key("nfft")
+    hop: int = _key("hop_length")
+    window: int = _key("window_size")
+    max_seconds: int = _key("max_audio_seconds")
+    dim: int = _key("d_model")
+    kernel: int = _key("kernel_size")
+    stride: int = _key("stride_size")
+    pool: int = _key("avg_pooler")
+    encoder_layers: int = _key("encoder_layers")
+    encoder_heads: int = _key("encoder_attention_heads")
+    encoder_ffn: int = _key("encoder_ffn_dim")
+    encoder_causal: bool = _key("encoder_causal")
+    encoder_window: tuple[int, int] = _key("encoder_attn_window_size")
+    decoder_layers: int = _key("decoder_layers")
+    decoder_heads: int = _key("decoder_attention_heads")
+    decoder_ffn: int = _key("decoder_ffn_dim")
+    decoder_causal: bool = _key("decoder_causal")
+    decoder_window: tuple[int, int] = _key("decoder_attn_window_size")
+    decoder_kernel: int = _key("decoder_kernel_size")
+    decoder_stride: int = _key("decoder_stride_size")
+    vocoder_dim: int = _key("vocoder_dim")
+    vocoder_layers: int = _key("vocoder_num_layers")
+    vocoder_heads: int = _key("vocoder_attention_heads")
+    vocoder_ffn: int = _key("vocoder_intermediate_dim")
+    vocoder_window: tuple[int, int] = _key("vocoder_attn_window_size")
+    rope_theta: float = _key("rope_theta")
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
     """Norm statistics for streaming: (mean, variance) of the unpooling and the to-mel norm."""
 
@@ -189,49 +190,29 @@ class CodecConfig:
         read.only("vocoder_padding", "same")
         norms = ("LayerNorm", "RMSNorm")
         read.refuse("ln_type", lambda name: name not in norms, "use 'LayerNorm' or 'RMSNorm'")
-        rate, quantizers = read.integer("sampling_rate"), read.integer("num_quantizers")
-        sizes = read.integers("codebook_size")
+        readers: dict[Any, Callable[[str], Any]] = {
+            int: read.integer,
+            float: read.number,
+            bool: lambda key: bool(read.required(key)),
+            tuple[int, int]: read.window,
+        }
+        keyed = {each.name: each.metadata["key"] for each in fields(cls) if each.metadata}
+        quantizers, sizes = read.integer("num_quantizers"), read.integers("codebook_size")
         skip = read.required("encoder_skip_layer_id")
         config = cls(
-            sample_rate=rate,
-            n_mels=read.integer("n_mels"),
-            n_fft=read.integer("nfft"),
-            hop=read.integer("hop_length"),
-            window=read.integer("window_size"),
+            **{name: readers[cls.__annotations__[name]](key) for name, key in keyed.items()},
             f_min=read.number("fmin", default=0),
-            f_max=read.number("fmax", default=rate / 2),
-            max_seconds=read.integer("max_audio_seconds"),
-            dim=read.integer("d_model"),
-            kernel=read.integer("kernel_size"),
-            stride=read.integer("stride_size"),
-            pool=read.integer("avg_pooler"),
-            encoder_layers=read.integer("encoder_layers"),
-            encoder_heads=read.integer("encoder_attention_heads"),
-            encoder_ffn=read.integer("encoder_ffn_dim"),
-            encoder_causal=bool(read.required("encoder_causal")),
+            f_max=read.number("fmax", default=read.integer("sampling_rate") / 2),
             skip_layer=None if skip is None else read.integer("encoder_skip_layer_id"),
-            encoder_window=read.window("encoder_attn_window_size"),
-            decoder_layers=read.integer("decoder_layers"),
-            decoder_heads=read.integer("decoder_attention_heads"),
-            decoder_ffn=read.integer("decoder_ffn_dim"),
-            decoder_causal=bool(read.required("decoder_causal")),
-            decoder_window=read.window("decoder_attn_window_size"),
-            decoder_kernel=read.integer("decoder_kernel_size"),
-            decoder_stride=read.integer("decoder_stride_size"),
-            vocoder_dim=read.integer("vocoder_dim"),
-            vocoder_layers=read.integer("vocoder_num_layers"),
-            vocoder_heads=read.integer("vocoder_attention_heads"),
-            vocoder_ffn=read.integer("vocoder_intermediate_dim"),
-            vocoder_window=read.window("vocoder_attn_window_size"),
             codebook_sizes=tuple((sizes + sizes[-1:] * quantizers)[:quantizers]),
             norm=str(raw.get("ln_type", "LayerNorm")),
-            rope_theta=read.number("rope_theta"),
             moments=read.moments("streaming_moments"),
         )
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
-        in_dim = [(config.dim, heads) for heads in (config.encoder_heads, config.decoder_heads)]
-        for width, heads in (*in_dim, (config.vocoder_dim, config.vocoder_heads)):
+        widths = config.dim, config.dim, config.vocoder_dim
+        counts = config.encoder_heads, config.decoder_heads, config.vocoder_heads
+        for width, heads in zip(widths, counts, strict=True):
             if width % heads or (width // heads) % 2:
                 raise ConfigError(
                     f"{source}: width {width} does not split into {heads} heads of an even size"

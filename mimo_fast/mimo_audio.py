@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from mimo_fast import sampling
 from mimo_fast.audio.paths import check_target
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
@@ -28,12 +29,7 @@ from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline
 from mimo_fast.runtime.session import Session
-from mimo_fast.sampling import (
-    DEFAULT_GLOBAL_SAMPLER,
-    DEFAULT_LOCAL_SAMPLER,
-    MiMoSampler,
-    MiMoStopper,
-)
+from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
@@ -118,8 +114,8 @@ class MimoAudio:
         self.sosp_idx, self.eosp_idx, self.empty_token = special.sosp, special.eosp, special.empty
         self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
         self.im_start_idx, self.im_end_idx = special.im_start, special.im_end
-        self.default_global_sampler = DEFAULT_GLOBAL_SAMPLER
-        self.default_local_sampler = DEFAULT_LOCAL_SAMPLER
+        self.default_global_sampler = sampling.DEFAULT_GLOBAL_SAMPLER
+        self.default_local_sampler = sampling.DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = self.pipeline.presets
         if self.device.type == "cuda":
             self.warmup()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import SOURCES, compiled_once
-from helpers import write_pair
+from helpers import KIT, KIT_PAIR, write_pair
 from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, RequestSpec, drawn
 from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
@@ -16,8 +16,6 @@ from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import Limits
 from mimo_fast.sampling import GREEDY
 from mimo_fast.testing.parity import Golden
-
-KIT = Path(__file__).parent / "golden"
 
 try:
     from hypothesis import settings
@@ -39,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Both; the second marks a test as one for a GPU."""
+    """The CPU and, in tests marked `gpu`, the GPU."""
     return torch.device(request.param)
 
 
@@ -61,9 +59,9 @@ def golden(kit: Path) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def model(kit: Path) -> mimo_fast.MimoAudio:
+def model() -> mimo_fast.MimoAudio:
     """The kit's tiny checkpoint pair on the CPU, float32."""
-    return mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+    return mimo_fast.load(*KIT_PAIR, device="cpu")
 
 
 @pytest.fixture
@@ -96,18 +94,10 @@ def requests(model: mimo_fast.MimoAudio, golden: Golden) -> list[RequestSpec]:
     stops = frozenset({special.eos, special.eostm, special.im_end})
     made = []
     for i, name in enumerate(sorted(golden.meta["prompts"])[:6]):
-        limits = Limits(
-            max_new=9 + 3 * i, min_new=4 * (i % 3), stop_ids=stops if i % 2 else frozenset()
-        )
+        limits = Limits(9 + 3 * i, min_new=4 * (i % 3), stop_ids=stops if i % 2 else frozenset())
         ids = golden.get(f"prompts:{name}").long()
-        made.append(
-            RequestSpec(
-                ids[:, : 4 * min(ids.shape[1] // 4, 36)],
-                100 + i,
-                (GREEDILY, SAMPLED)[i % 2],
-                limits,
-            )
-        )
+        ids = ids[:, : 4 * min(ids.shape[1] // 4, 36)]
+        made.append(RequestSpec(ids, 100 + i, (GREEDILY, SAMPLED)[i % 2], limits))
     return made
 
 

@@ -1,11 +1,14 @@
 """Calls of upstream's methods, and what they leave in the history."""
 
+import copy
+import dataclasses
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mimo_fast import MimoAudio
+from mimo_fast import Chunk, MimoAudio
 from mimo_fast.generation import unflatten_ids
 
 GROUP = 4
@@ -14,25 +17,42 @@ GROUP = 4
 def arguments(task: str, audio: list[Path]) -> list[Any]:
     """What upstream's method of that name needs, without an output."""
     user: dict[str, Any] = {"role": "user", "content": audio[1]}
-    example = {
-        "input_audio": audio[1],
-        "output_audio": audio[0],
-        "output_transcription": "The fox.",
-    }
+    written = {"role": "assistant", "content": "Hi."}
+    spoken = {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}
+    example = {"input_audio": audio[1], "output_audio": audio[0], "output_transcription": "A fox."}
     given: dict[str, list[Any]] = {
         "tts_sft": ["The quick brown fox."],
         "audio_understanding_sft": [audio[1], "What is said?"],
-        "spoken_dialogue_sft_multiturn": [
-            [user, {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}, user]
-        ],
-        "speech2text_dialogue_sft_multiturn": [
-            [user, {"role": "assistant", "content": "Hi."}, user]
-        ],
+        "spoken_dialogue_sft_multiturn": [[user, spoken, user]],
+        "speech2text_dialogue_sft_multiturn": [[user, written, user]],
         "text_dialogue_sft": ["Hi."],
         "text_dialogue_sft_multiturn": [[{"role": "user", "content": "Hi."}]],
         "in_context_learning_s2s": ["Convert the voice.", [example], audio[1]],
     }
     return given.get(task, [audio[1]])
+
+
+def own_dialogue(model: MimoAudio) -> MimoAudio:
+    """A copy of a model that keeps a history of its own."""
+    own = copy.copy(model)
+    own.clear_history()
+    return own
+
+
+def limit_context(model: MimoAudio, groups: int) -> None:
+    """Gives a copy of a model a language model with a context of so many groups."""
+    model.lm = copy.copy(model.lm)
+    model.lm.config = dataclasses.replace(model.lm.config, max_positions=groups)
+
+
+async def collected(stream: AsyncIterator[Chunk]) -> list[Chunk]:
+    return [chunk async for chunk in stream]
+
+
+def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
+    """Equal but for the time they took."""
+    pairs = [[(chunk.text, chunk.audio.tolist()) for chunk in each] for each in (chunks, others)]
+    return pairs[0] == pairs[1]
 
 
 def history(model: MimoAudio) -> Tensor:

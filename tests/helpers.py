@@ -1,8 +1,8 @@
-"""What several test files share: error bounds, checkpoint pairs of any dimensions, matrices and
-weight formats."""
+"""What several test files share: error bounds, checkpoint pairs, hooks, weight formats."""
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from mimo_fast.bench.accuracy import accuracy
 from mimo_fast.checkpoint.files import open_weights, write_checkpoint
 from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import CheckpointError
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization import (
     Format,
     QuantizationConfig,
@@ -27,6 +28,7 @@ from mimo_fast.quantization import (
 )
 
 KIT = Path(__file__).parent / "golden"
+KIT_PAIR = (KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec")
 
 BAD_CODES = [
     (torch.zeros(8, 5), "codes must be integers"),
@@ -41,26 +43,14 @@ BAD_CODES = [
 ]
 """Codes that the kit's codec cannot decode, and the error for each."""
 
-
-FORMATS = [
-    "int4",
-    "int4-g64",
-    "int4-g32",
-    "int4-sym",
-    "int4-sym-g64",
-    "int8",
-    "int8-g128",
-    "int8-g32",
-    "nf4",
-    "nf4-g32",
-]
+INT4 = ["int4", "int4-g64", "int4-g32", "int4-sym", "int4-sym-g64"]
+FORMATS = [*INT4, "int8", "int8-g128", "int8-g32", "nf4", "nf4-g32"]
 
 
 def assert_rounded(
     got: Tensor, want: Tensor, roundings: float = 1, noise: float | Tensor = 0.0
 ) -> None:
-    """got equals the float64 `want` up to so many roundings to its dtype, plus absolute `noise` of
-    float32 inside."""
+    """got is the float64 `want` up to `roundings` to its dtype and an absolute `noise`."""
     assert got.shape == want.shape
     assert want.dtype == torch.float64
     half_ulp = torch.finfo(got.dtype).eps / 2
@@ -86,14 +76,13 @@ def snr_db(got: Tensor, want: Tensor) -> float:
 
 def kit_config(part: str) -> dict[str, Any]:
     """A config.json of the kit's checkpoint, "lm" or "codec"."""
-    return json.loads((KIT / "checkpoint" / part / "config.json").read_text(encoding="utf-8"))
+    return read_json(KIT / "checkpoint" / part / "config.json")
 
 
 def write_pair(
     directory: Path, lm: dict[str, Any], codec: dict[str, Any], seed: int = 0
 ) -> tuple[Path, Path]:
-    """A random checkpoint pair: the kit's configs with the given keys changed, and the kit's text
-    tokenizer."""
+    """A random checkpoint pair of the kit's configs with these changes, and the kit's tokenizer."""
     raw_lm, raw_codec = kit_config("lm") | lm, kit_config("codec") | codec
     generator = torch.Generator().manual_seed(seed)
     for part, raw, shapes in (
@@ -110,8 +99,8 @@ def write_pair(
             return values * (1.0 if "embed" in name else 1.5 / shapes[name][1] ** 0.5)
 
         write_checkpoint(directory / part, shapes, draw, dtype=torch.float32, config=raw)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(KIT / "checkpoint" / "lm" / name, directory / "lm" / name)
+    for path in KIT_PAIR[0].glob("*token*"):
+        shutil.copy(path, directory / "lm" / path.name)
     return directory / "lm", directory / "codec"
 
 
@@ -119,24 +108,21 @@ def write(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 2**31)
     """A checkpoint of these tensors, with a configuration that means nothing."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_checkpoint(
-        directory,
-        shapes,
-        tensors.__getitem__,
-        dtype=dtypes,
-        config={"a": 1},
-        shard_bytes=shard_bytes,
-    )
+    options = {"dtype": dtypes, "config": {"a": 1}, "shard_bytes": shard_bytes}
+    write_checkpoint(directory, shapes, tensors.__getitem__, **options)
     return directory
+
+
+def copy_tree(source: Path, directory: Path) -> None:
+    """A copy whose files may be written, whatever the source's permissions."""
+    shutil.copytree(source, directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def altered_checkpoint(
     directory: Path, part: str, tensor: str, index: tuple[int, ...], add: float
 ) -> tuple[Path, Path]:
     """A copy of the kit's checkpoint pair in which one element of one tensor differs."""
-    shutil.copytree(
-        KIT / "checkpoint", directory, dirs_exist_ok=True, copy_function=shutil.copyfile
-    )
+    copy_tree(KIT / "checkpoint", directory)
     path = directory / part / "model.safetensors"
     tensors = load_file(path)
     tensors[tensor] = tensors[tensor].clone()
@@ -144,6 +130,15 @@ def altered_checkpoint(
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     return directory / "lm", directory / "codec"
+
+
+def limited_tokenizer(directory: Path, words: list[str]) -> Path:
+    """A copy of the kit's language model that states these words as all it was trained on."""
+    copy_tree(KIT_PAIR[0], directory)
+    path = directory / "tokenizer_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(raw | {"trained_words": words}), encoding="utf-8")
+    return directory
 
 
 def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
@@ -156,13 +151,86 @@ def fault(call: Callable[[], object], kind: type[Exception] = CheckpointError) -
     return message
 
 
+def raising(kind: type[BaseException], *details: object) -> Callable[..., Any]:
+    """A function that raises a new error of this kind, whatever it is given."""
+
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise kind(*details)
+
+    return fail
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+) -> None:
+    """Has a function or method of `owner` call these, with its arguments, at each of its calls."""
+    inner = getattr(owner, name)
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if before:
+            before(*arguments, **options)
+        result = inner(*arguments, **options)
+        if after:
+            after(*arguments, **options)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def in_threads(call: Callable[[int], Any], count: int) -> list[Any]:
+    """What `call` returns for 0 to count - 1, each in a thread of its own at the same time."""
+    got: dict[int, Any] = {}
+
+    def run(i: int) -> None:
+        got[i] = call(i)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [got[i] for i in range(count)]
+
+
+def refuses(
+    match: str,
+    call: Callable[..., object],
+    *given: object,
+    kind: type[Exception] = ValueError,
+    **named: object,
+) -> None:
+    """The call with these arguments raises an error of this kind whose message matches."""
+    with pytest.raises(kind, match=match):
+        call(*given, **named)
+
+
 def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, of which the first `count` are for `make test` and all for `make
-    check`."""
+    """Values of a parameter, of which all but the first `count` are left to `make check`."""
     return [
         value if i < count else pytest.param(value, marks=pytest.mark.slow)
         for i, value in enumerate(values)
     ]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Tensor:
+    """Gaussian values; shapes of other sums have other values."""
+    return (torch.randn(shape, generator=seeded(seed + sum(shape))) * scale).to(dtype)
+
+
+def random_books(sizes: list[int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Codebooks of a residual quantizer, each of smaller rows than the one before."""
+    rng = seeded(seed)
+    return [torch.randn(size, dim, generator=rng) * 0.8**i for i, size in enumerate(sizes)]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -175,13 +243,18 @@ def outliers(rows: int, columns: int) -> torch.Tensor:
     return torch.where(chosen, values * 10, values)
 
 
+def quantized(weight: Tensor, name: str, bias: Tensor | None = None) -> QuantizedWeight:
+    """A weight in the format of this name."""
+    return quantize(weight, Format.parse(name), bias)
+
+
 def error(weight: Tensor, name: str) -> float:
     """Relative error of a weight in the format of this name."""
-    return relative_error(weight, quantize(weight, Format.parse(name)))
+    return relative_error(weight, quantized(weight, name))
 
 
 def source_of(
     directory: Path, dtype: torch.dtype = torch.float32, requested: QuantizationConfig | None = None
 ) -> WeightSource:
-    weights, raw = open_weights(directory), json.loads((directory / "config.json").read_text())
+    weights, raw = open_weights(directory), read_json(directory / "config.json")
     return WeightSource(weights.get, dtype, stored_formats(raw, str(directory)), requested)

@@ -6,8 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Launches(TorchDispatchMode):
-    """Names of the Triton kernels that are launched, and "torch.<op>" for each torch op that
-    computes or copies."""
+    """Names of Triton kernels launched, and "torch.<op>" of torch ops that compute or copy."""
 
     def __init__(self) -> None:
         super().__init__()

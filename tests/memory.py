@@ -1,5 +1,4 @@
-"""Peak memory of a call, as the operating system sees it: torch and libsndfile allocate outside
-Python's accounts."""
+"""Peak memory of a call by the operating system, which sees torch's and libsndfile's as well."""
 
 import ctypes
 import gc
@@ -16,22 +15,19 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes by which resident memory grows at most during `call`; skips the test where this cannot
-    be measured."""
+    """Bytes by which resident memory grows at most during `call`; skips where Linux lacks it."""
     gc.collect()
+    before = resident_memory()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")
-    except (OSError, AttributeError, TypeError):
+    except OSError:
         pytest.skip("needs Linux's resettable peak of resident memory")
-    before = _kilobytes("VmRSS")
     call()
-    return (_kilobytes("VmHWM") - before) * 1024
+    return _bytes("VmHWM") - before
 
 
 def peak_memory_alone(setup: str, expression: str) -> int:
-    """`peak_memory` of an expression in a process of its own: a long-lived one's heap is
-    fragmented. Skips as above."""
+    """`peak_memory` in a process of its own, as a long-lived one's heap is fragmented."""
     peak_memory(lambda: None)
     script = f"from memory import peak_memory\n{setup}\nprint(peak_memory(lambda: {expression}))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -41,18 +37,14 @@ def peak_memory_alone(setup: str, expression: str) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of the process that are in memory now, without what the allocator merely keeps; skips
-    as above."""
+    """Bytes in memory now, without what the allocator merely keeps; skips where Linux lacks it."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        return _kilobytes("VmRSS") * 1024
-    except (OSError, AttributeError):
+        return _bytes("VmRSS")
+    except (OSError, AttributeError, TypeError):
         pytest.skip("needs Linux's account of resident memory")
 
 
-def _kilobytes(key: str) -> int:
-    return next(
-        int(line.split()[1])
-        for line in STATUS.read_text().splitlines()
-        if line.startswith(f"{key}:")
-    )
+def _bytes(key: str) -> int:
+    _, _, after = STATUS.read_text().partition(f"\n{key}:")
+    return int(after.split()[0]) * 1024

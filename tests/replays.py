@@ -8,8 +8,7 @@ from mimo_fast.runtime.lm.graphs import Capture, Run
 
 
 def repeated(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Stands in for a CUDA graph: the work runs anew at each replay, its result at a fixed
-    place."""
+    """A stand-in for a CUDA graph: each replay runs the work, with its result at a fixed place."""
     result = run().clone()
 
     def replay() -> None:

@@ -3,8 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+import torch
+from helpers import watch
 from torch import Tensor
 
+from mimo_fast import LM
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
@@ -43,8 +47,7 @@ class Interruption:
 
 @dataclass(eq=False)
 class Consumer:
-    """Takes groups of a reply, one at a time, until it has had enough; then it interrupts, or
-    leaves."""
+    """Takes `patience` groups of a reply, one at a time, then leaves; it may interrupt it once."""
 
     request: RequestSpec
     patience: int
@@ -82,6 +85,28 @@ class Consumer:
         self.reply = self.engine.start(
             sequence, self.request.limits, self.request.samplers, **self.options
         )
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, error: BaseException, slot: int) -> None:
+    """Makes every later step that a slot takes part in fail once it is computed."""
+
+    def fail(_lm: LM, _state: Any, slots: Tensor) -> None:
+        if slot in slots.tolist():
+            raise error
+
+    watch(monkeypatch, LM, "step", after=fail)
+
+
+def replies_of(engine: Engine, requests: list[RequestSpec]) -> list[Drawn]:
+    """What the requests draw when all are started before the first is read."""
+    replies = [request.start(engine, ahead=None) for request in requests]
+    return [drawn(list(reply)) for reply in replies]
+
+
+def poison(engine: Engine) -> None:
+    """Fills the KV cache with NaN, so that reading a position not yet written shows."""
+    for part in engine.state.cache.parts:
+        part.fill_(torch.nan)
 
 
 def drawn(groups: list[Group]) -> Drawn:

@@ -21,20 +21,22 @@ SAMPLERS = [
 ]
 
 
-def rows_of(kind: str) -> Tensor:
-    """Logits [ROWS, SIZE]; their maximum is finite in every row."""
-    generator = torch.Generator().manual_seed(sum(map(ord, kind)))
-    normal = torch.randn(ROWS, SIZE, generator=generator) * 3
-    chance, place = (torch.rand(ROWS, n, generator=generator) for n in (SIZE, 1))
-    some = (place * SIZE).long()
+def rows_of(kind: str, count: int = ROWS, size: int = SIZE, seed: int = 0) -> Tensor:
+    """Logits [count, size]; their maximum is finite in every row."""
+    generator = torch.Generator().manual_seed(seed + sum(map(ord, kind)))
+    normal = torch.randn(count, size, generator=generator) * 3
+    chance, place = (torch.rand(count, n, generator=generator) for n in (size, 1))
+    some = (place * size).long()
     rows = {
         "normal": normal,
         "steep": normal * 20,
         "narrow": normal * 1e-3,
         "ties": normal.round(),
-        "pairs": normal.sort(dim=1).values.view(ROWS, -1, 3)[:, :, :1].expand(-1, -1, 3).flatten(1),
+        "zeros": torch.where(normal > 0, 0.0, -0.0),
         "-inf": normal.masked_fill(chance > 0.1, -math.inf).scatter(1, some, -1.0),
-        "one-hot": torch.full((ROWS, SIZE), -math.inf).scatter(1, some, 2.0),
-        "flat": place.expand(-1, SIZE) * 9,
+        "one-hot": torch.full((count, size), -math.inf).scatter(1, some, 2.0),
+        "flat": place.expand(-1, size) * 9,
     }
+    if kind == "pairs":
+        return normal.sort(dim=1).values.view(count, -1, 3)[:, :, :1].expand(-1, -1, 3).flatten(1)
     return rows[kind]

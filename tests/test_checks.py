@@ -19,9 +19,16 @@ FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
+def output_of(command: list[str], without: str, **added: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the repository, without the environment's variables of this name."""
+    environment = {name: value for name, value in os.environ.items() if without not in name}
+    options = {"cwd": ROOT, "env": environment | added}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 @dataclass
 class Run:
-    """One call of pytest: what it is given, and the words that say which tests it runs."""
+    """One call of pytest."""
 
     environment: dict[str, str]
     paths: list[Path]
@@ -29,22 +36,14 @@ class Run:
     marks: str
 
     def takes(self, file: Path) -> bool:
-        def under(paths: list[Path]) -> bool:
-            return any(file.is_relative_to(path) for path in paths)
-
-        return under(self.paths) and not under(self.ignore)
+        taken, ignored = (map(file.is_relative_to, each) for each in (self.paths, self.ignore))
+        return any(taken) and not any(ignored)
 
     def collected(self) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only"]
         command += [*map(str, self.paths), *(f"--ignore={path}" for path in self.ignore)]
-        environment = {name: os.environ[name] for name in os.environ if "PYTEST" not in name}
-        result = subprocess.run(
-            [*command, "-p", "no:cacheprovider", "-m", self.marks],
-            cwd=ROOT,
-            env=environment | self.environment,
-            capture_output=True,
-            text=True,
-        )
+        command += ["-p", "no:cacheprovider", "-m", self.marks]
+        result = output_of(command, without="PYTEST", **self.environment)
         assert result.returncode == 0, result.stdout + result.stderr
         return [line for line in result.stdout.splitlines() if line.startswith("tests/")]
 
@@ -60,14 +59,9 @@ def runs(target: str) -> list[Run]:
     parser.add_argument("--dist")
     parser.add_argument("--ignore", type=Path, action="append", default=[])
     parser.add_argument("paths", type=Path, nargs="*")
-    listed = subprocess.run(
-        ["make", "--dry-run", "--always-make", "--no-print-directory", target],
-        cwd=ROOT,
-        env={name: os.environ[name] for name in os.environ if not name.startswith("MAKE")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+    listed = output_of(command, without="MAKE")
+    listed.check_returncode()
     found = []
     for line in listed.stdout.splitlines():
         before, is_pytest, after = line.partition(" -m pytest")
@@ -91,21 +85,19 @@ def before_merges() -> list[Run]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_is_run_whole(
-    file: Path, before_commits: list[Run], before_merges: list[Run]
-) -> None:
+def test_every_file_is_run_whole(file, before_commits, before_merges):
     before = [run.marks for run in before_commits if run.takes(file)]
     after = [run.marks for run in before_merges if run.takes(file)]
     assert (before, after) in ((["not slow"], ["slow"]), ([], [""]))
 
 
-def test_the_interpreter_runs_its_own_files(before_merges: list[Run]) -> None:
+def test_the_interpreter_runs_its_own_files(before_merges):
     for run in before_merges:
         interpreted = all(path.is_relative_to("tests/interpreted") for path in run.paths)
         assert (run.environment.get("TRITON_INTERPRET") == "1") == interpreted
 
 
-def test_no_test_lies_where_none_is_looked_for() -> None:
+def test_no_test_lies_where_none_is_looked_for():
     for path in (ROOT / "tests").rglob("*.py"):
         if path.relative_to(ROOT) not in FILES:
             text = path.read_text(encoding="utf-8")
@@ -113,6 +105,6 @@ def test_no_test_lies_where_none_is_looked_for() -> None:
 
 
 @pytest.mark.slow
-def test_every_test_is_collected_once(before_commits: list[Run], before_merges: list[Run]) -> None:
+def test_every_test_is_collected_once(before_commits, before_merges):
     found = Counter(name for run in (*before_commits, *before_merges) for name in run.collected())
     assert found == Counter(EVERYTHING.collected())

@@ -22,6 +22,7 @@ Prompts = list[Tensor]
 SAMPLED = MiMoSampler(do_sample=True, temperature=0.9, top_p=0.95)
 GROUP, CHANNELS = 4, 8
 WIDTH = (CHANNELS + 1) * GROUP
+INTEGERS = [torch.int64, torch.int32]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def equal_rows(got: Any, want: Any) -> bool:
 stopper = partial(MiMoStopper, GROUP, CHANNELS)
 
 
-def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
+def test_generated_groups_are_well_formed(model, sampled, prompts):
     ids = sampled(prompts[0], max_new_tokens=40, seed=0)
     assert torch.equal(ids[:, : prompts[0].shape[1]], prompts[0])
     groups = ids[:, prompts[0].shape[1] :].unflatten(1, (-1, GROUP))
@@ -67,26 +68,15 @@ def test_generated_groups_are_well_formed(model: MimoAudio, sampled: Any, prompt
 
 
 @settings(max_examples=10)
-@given(
-    st.integers(1, 12),
-    st.integers(1, 3),
-    st.integers(0, 2**31),
-    st.sampled_from([torch.int64, torch.int32]),
-)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from(INTEGERS))
 @example(groups=9, rows=1, seed=0, dtype=torch.int64).via("[9, 36], as long as one flattened group")
 @example(groups=2, rows=9, seed=0, dtype=torch.int64).via(
-    "flattened to nine rows, as many as channels"
+    "nine flattened rows, as many as channels"
 )
-def test_the_result_has_the_layout_of_the_input(
-    model: MimoAudio, sampled: Any, groups: int, rows: int, seed: int, dtype: torch.dtype
-) -> None:
-    random, sizes = (
-        torch.Generator().manual_seed(seed),
-        (model.vocab_size, *model.lm.config.code_sizes),
-    )
-    channels = [
-        torch.randint(size, (rows, groups * GROUP), generator=random, dtype=dtype) for size in sizes
-    ]
+def test_the_result_has_the_layout_of_the_input(model, sampled, groups, rows, seed, dtype):
+    shape, sizes = (rows, groups * GROUP), (model.vocab_size, *model.lm.config.code_sizes)
+    random = torch.Generator().manual_seed(seed)
+    channels = [torch.randint(size, shape, generator=random, dtype=dtype) for size in sizes]
     batch = torch.stack(channels, dim=1)
     batch[:, 0].view(rows, -1, GROUP)[..., 1:] = -100
     run = partial(sampled, max_new_tokens=2)
@@ -94,17 +84,14 @@ def test_the_result_has_the_layout_of_the_input(
     assert all(ids.shape == (CHANNELS + 1, (groups + 2) * GROUP) for ids in want)
     flat = run(torch.stack([flatten_ids(ids) for ids in batch]), seed=range(rows))
     listed, stacked = (run(form, seed=range(rows)) for form in (list(batch), batch))
-    assert all(
-        equal_rows(got, want)
-        for got in (listed, stacked, [unflatten_ids(row, CHANNELS) for row in flat])
-    )
-    assert {(ids.dtype, ids.device) for ids in (*want, *listed, stacked, flat)} == {
-        (dtype, batch.device)
-    }
+    unflattened = [unflatten_ids(row, CHANNELS) for row in flat]
+    assert all(equal_rows(got, want) for got in (listed, stacked, unflattened))
+    every = (*want, *listed, stacked, flat)
+    assert {(ids.dtype, ids.device) for ids in every} == {(dtype, batch.device)}
 
 
 @given(channels=st.integers(0, 9), frames=st.integers(1, 20))
-def test_flattening_goes_frame_by_frame_and_back(channels: int, frames: int) -> None:
+def test_flattening_goes_frame_by_frame_and_back(channels, frames):
     ids = torch.arange((channels + 1) * frames).view(channels + 1, frames)
     flat = flatten_ids(ids)
     assert flat.tolist() == [int(ids[c, t]) for t in range(frames) for c in range(channels + 1)]
@@ -114,45 +101,36 @@ def test_flattening_goes_frame_by_frame_and_back(channels: int, frames: int) -> 
 @pytest.mark.parametrize(
     "seed", [None, 11, [3, 1, 4, 1]], ids=["greedy", "one seed", "a seed each"]
 )
-def test_rows_of_a_batch_equal_single_runs(
-    model: MimoAudio, sampled: Any, prompts: Prompts, seed: Any
-) -> None:
+def test_rows_of_a_batch_equal_single_runs(model, sampled, prompts, seed):
     run = partial(generate, model) if seed is None else sampled
     seeds = seed if isinstance(seed, list) else [seed] * 4
-    alone = [
-        run(prompt, max_new_tokens=24, seed=s) for prompt, s in zip(prompts, seeds, strict=True)
-    ]
+    each = zip(prompts, seeds, strict=True)
+    alone = [run(prompt, max_new_tokens=24, seed=seed) for prompt, seed in each]
     assert equal_rows(run(prompts, max_new_tokens=24, seed=seed), alone)
 
 
-def test_rows_end_each_in_its_own_time(model: MimoAudio, sampled: Any, prompts: Prompts) -> None:
+def test_rows_end_each_in_its_own_time(model, sampled, prompts):
     run = partial(sampled, max_new_tokens=24, seed=7)
     free = list(map(new_text, run(prompts), prompts))
-    stops = {
-        next(t for t in free[row][after:] if t != model.empty_token)
-        for row, after in ((0, 4), (1, 9))
-    }
+    texts = (free[0][4:], free[1][9:])
+    stops = {next(token for token in text if token != model.empty_token) for text in texts}
     ends = [next((i + 1 for i, t in enumerate(text) if t in stops), 24) for text in free]
     assert len(set(ends)) > 2
     rows = run(prompts, stopping_criteria=[stopper(stops)])
-    assert list(map(new_text, rows, prompts)) == [
-        text[:end] for text, end in zip(free, ends, strict=True)
-    ]
-    # A minimum that the first row has just reached where it ends, and shorter prompts have not.
+    want = [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert list(map(new_text, rows, prompts)) == want
+    # The first row has just reached this minimum where it ends, and shorter prompts have not.
     for criterion in (stopper(stops), stopper(stops, min_length=42 + ends[0] - 1)):
         alone = [run(prompt, stopping_criteria=[criterion]) for prompt in prompts]
         assert equal_rows(run(prompts, stopping_criteria=[criterion]), alone)
 
 
 @pytest.mark.parametrize(("config", "pad"), [(None, -100), ({"pad_token_id": 401}, 401)])
-def test_short_rows_of_a_tensor_are_padded(
-    model: MimoAudio, sampled: Any, prompts: Prompts, config: dict[str, int] | None, pad: int
-) -> None:
+def test_short_rows_of_a_tensor_are_padded(model, sampled, prompts, config, pad):
     text = new_text(sampled(prompts[2], max_new_tokens=10, seed=0), prompts[2])
     stop = next(t for t in text[3:] if t != model.empty_token)
-    run = partial(
-        sampled, generation_config=config, max_new_tokens=24, stopping_criteria=[stopper([stop])]
-    )
+    options = {"generation_config": config, "stopping_criteria": [stopper([stop])]}
+    run = partial(sampled, max_new_tokens=24, **options)
     alone = [run(prompts[2], seed=seed) for seed in range(4)]
     assert len({row.shape for row in alone}) > 1
     filler = torch.tensor((pad, *model.lm.config.empty_codes))[:, None]
@@ -162,14 +140,12 @@ def test_short_rows_of_a_tensor_are_padded(
         assert (ids[:, want.shape[1] :] == filler).all()
 
 
-def test_a_prompt_may_be_prefilled_in_parts(
-    sampled: Any, prompts: Prompts, free: list[int], monkeypatch: Any
-) -> None:
+def test_a_prompt_may_be_prefilled_in_parts(sampled, prompts, free, monkeypatch):
     monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 7)
     assert new_text(sampled(prompts[0], max_new_tokens=30, seed=7), prompts[0]) == free
 
 
-def test_a_seed_fixes_the_tokens_of_its_row(sampled: Any, prompts: Prompts) -> None:
+def test_a_seed_fixes_the_tokens_of_its_row(sampled, prompts):
     run = partial(sampled, [prompts[0]] * 3, max_new_tokens=8)
     one, again, other = run(seed=[5, 6, 7]), run(seed=[5, 6, 7]), run(seed=[7, 9, 5])
     assert equal_rows(one, again)
@@ -191,21 +167,12 @@ def test_a_seed_fixes_the_tokens_of_its_row(sampled: Any, prompts: Prompts) -> N
     ],
 )
 @pytest.mark.parametrize("form", [dict, SimpleNamespace, GenerationConfig])
-def test_the_limit_decides_the_length(
-    model: MimoAudio,
-    prompts: Prompts,
-    form: Any,
-    config: dict[str, Any],
-    arguments: dict[str, Any],
-    groups: int,
-) -> None:
-    assert (
-        len(new_text(generate(model, prompts[0], form(**config), **arguments), prompts[0]))
-        == groups
-    )
+def test_the_limit_decides_the_length(model, prompts, form, config, arguments, groups):
+    ids = generate(model, prompts[0], form(**config), **arguments)
+    assert len(new_text(ids, prompts[0])) == groups
 
 
-def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompts) -> None:
+def test_without_a_limit_the_context_is_filled(model, prompts):
     lm = copy.copy(model.lm)
     lm.config = dataclasses.replace(lm.config, max_positions=47)
     assert len(new_text(generate(lm, prompts[0]), prompts[0])) == 5
@@ -216,9 +183,7 @@ def test_without_a_limit_the_context_is_filled(model: MimoAudio, prompts: Prompt
         generate(lm, torch.cat([prompts[0]] * 2, dim=1))
 
 
-def test_stop_tokens_wait_for_the_minimum(
-    model: MimoAudio, sampled: Any, prompts: Prompts, free: list[int]
-) -> None:
+def test_stop_tokens_wait_for_the_minimum(model, sampled, prompts, free):
     stops = set(range(model.vocab_size)) - {model.empty_token, *free[8:]}
     assert stops.intersection(free[:8])
     run = partial(sampled, prompts[0], max_new_tokens=40, seed=7)
@@ -248,52 +213,37 @@ class Recorder(StoppingCriteria):
 @pytest.mark.parametrize(
     "limit", [5, 20], ids=["ended by max_new_tokens", "ended by the criterion"]
 )
-def test_criteria_are_shown_every_group(
-    sampled: Any, prompts: Prompts, form: Any, limit: int
-) -> None:
+def test_criteria_are_shown_every_group(sampled, prompts, form, limit):
     criterion, groups = Recorder(42 + 7, form), min(limit, 7)
-    ids = sampled(
-        prompts[0],
-        max_new_tokens=limit,
-        seed=7,
-        stopping_criteria=StoppingCriteriaList([criterion]),
-    )
-    assert torch.equal(ids, sampled(prompts[0], max_new_tokens=groups, seed=7))
-    assert all(
-        torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]]) for seen in criterion.seen
-    )
+    run = partial(sampled, prompts[0], seed=7)
+    ids = run(max_new_tokens=limit, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert torch.equal(ids, run(max_new_tokens=groups))
+    for seen in criterion.seen:
+        assert torch.equal(seen, flatten_ids(ids)[None, : seen.shape[1]])
     assert [seen.shape[1] // WIDTH for seen in criterion.seen] == list(range(43, 43 + groups))
 
 
-def test_criteria_are_asked_row_by_row(sampled: Any, prompts: Prompts) -> None:
-    rows = sampled(
-        prompts, max_new_tokens=50, seed=7, stopping_criteria=[MaxLengthCriteria(48 * WIDTH)]
-    )
-    alone = [
-        sampled(prompt, max_new_tokens=48 - prompt.shape[1] // GROUP, seed=7) for prompt in prompts
-    ]
-    assert equal_rows(rows, alone)
+def test_criteria_are_asked_row_by_row(sampled, prompts):
+    run = partial(sampled, seed=7)
+    alone = [run(prompt, max_new_tokens=48 - prompt.shape[1] // GROUP) for prompt in prompts]
+    criteria = [MaxLengthCriteria(48 * WIDTH)]
+    assert equal_rows(run(prompts, max_new_tokens=50, stopping_criteria=criteria), alone)
 
 
-def test_a_criterion_or_a_stop_token_ends_the_row(
-    sampled: Any, prompts: Prompts, free: list[int]
-) -> None:
+def test_a_criterion_or_a_stop_token_ends_the_row(sampled, prompts, free):
     stop = next(token for token in free[4:] if free.index(token) >= 4)
     end = free.index(stop) + 1
     for length, groups in ((end - 2, end - 2), (end + 3, end)):
         criteria = [Recorder(42 + length), stopper([stop])]
-        assert (
-            new_text(sampled(prompts[0], seed=7, stopping_criteria=criteria), prompts[0])
-            == free[:groups]
-        )
+        ids = sampled(prompts[0], seed=7, stopping_criteria=criteria)
+        assert new_text(ids, prompts[0]) == free[:groups]
 
 
-def test_having_stop_token_ids_makes_no_stopper(model: MimoAudio, prompts: Prompts) -> None:
+def test_having_stop_token_ids_makes_no_stopper(model, prompts):
     criterion = Recorder(42 + 3)
     criterion.stop_token_ids = [401]  # type: ignore[attr-defined]
-    assert (
-        len(new_text(generate(model, prompts[0], stopping_criteria=[criterion]), prompts[0])) == 3
-    )
+    ids = generate(model, prompts[0], stopping_criteria=[criterion])
+    assert len(new_text(ids, prompts[0])) == 3
 
 
 class RecordingStreamer(BaseStreamer):
@@ -308,13 +258,10 @@ class RecordingStreamer(BaseStreamer):
 
 
 @pytest.mark.parametrize("criteria", [[], [Recorder(10**6)]], ids=["alone", "beside a criterion"])
-def test_a_streamer_gets_the_prompt_and_every_group(
-    sampled: Any, prompts: Prompts, criteria: list[Recorder]
-) -> None:
+def test_a_streamer_gets_the_prompt_and_every_group(sampled, prompts, criteria):
     streamer = RecordingStreamer()
-    ids = sampled(
-        prompts[0], max_new_tokens=6, seed=7, streamer=streamer, stopping_criteria=criteria
-    )
+    options = {"streamer": streamer, "stopping_criteria": criteria}
+    ids = sampled(prompts[0], max_new_tokens=6, seed=7, **options)
     *parts, end = streamer.got
     assert [part.shape for part in parts] == [(1, 42 * WIDTH), *[(1, WIDTH)] * 6]
     assert torch.equal(torch.cat(parts, dim=1)[0], flatten_ids(ids))
@@ -324,7 +271,7 @@ def test_a_streamer_gets_the_prompt_and_every_group(
 @pytest.mark.parametrize(
     "form", [MiMoSampler, SimpleNamespace, dict], ids=["sampler", "quack", "config"]
 )
-def test_what_may_be_a_sampler(model: MimoAudio, sampled: Any, prompts: Prompts, form: Any) -> None:
+def test_what_may_be_a_sampler(model, sampled, prompts, form):
     like = form(do_sample=True, temperature=0.9, top_k=None, top_p=0.95)
     role = {"generation_config": like} if form is dict else {"global_sampler": like}
     ids = generate(model, prompts[0], max_new_tokens=16, seed=4, local_sampler=SAMPLED, **role)
@@ -345,7 +292,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("ids", "message"), SHAPES)
-def test_refuses_a_wrong_shape(model: MimoAudio, ids: Any, message: str) -> None:
+def test_refuses_a_wrong_shape(model, ids, message):
     with pytest.raises(PromptError, match=message):
         generate(model, ids, max_new_tokens=1)
 
@@ -353,19 +300,15 @@ def test_refuses_a_wrong_shape(model: MimoAudio, ids: Any, message: str) -> None
 @pytest.mark.parametrize(
     "case", [(0, 8, 448, 447), (0, 0, -100, 447), (1, 5, 65, 64), (8, 3, -1, 16)]
 )
-def test_refuses_an_id_out_of_range(
-    model: MimoAudio, prompts: Prompts, case: tuple[int, ...]
-) -> None:
+def test_refuses_an_id_out_of_range(model, prompts, case):
     (channel, frame, value, last), ids = case, prompts[0].clone()
     ids[channel, frame] = value
-    with pytest.raises(
-        PromptError,
-        match=f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$",
-    ):
+    problem = f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"
+    with pytest.raises(PromptError, match=problem):
         generate(model, ids, max_new_tokens=1)
 
 
-def test_refuses_wrong_arguments(model: MimoAudio, prompts: Prompts) -> None:
+def test_refuses_wrong_arguments(model, prompts):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
         generate(model, prompts[0], max_new_tokens=0)
     with pytest.raises(PromptError, match=r"42 groups \(6\.7 s\) and the limit is 42"):

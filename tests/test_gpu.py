@@ -1,7 +1,6 @@
 """What only a GPU can show: python -m pytest -m gpu tests/test_gpu.py
 
-Each test also runs on a CPU, with graphs that repeat their work in place of captured ones, so that
-the tests themselves are known to be right. Neither hypothesis nor soundfile is needed.
+On a CPU, graphs that repeat their work test the tests. Needs neither hypothesis nor soundfile.
 """
 
 import copy
@@ -47,7 +46,7 @@ Watched = tuple[Callable[[Callable[[], Any]], Any], list[int]]
 
 @pytest.fixture(scope="module")
 def loaded_model(device: torch.device, kit: Path) -> mimo_fast.MimoAudio:
-    lm, codec = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
+    lm, codec = kit / "checkpoint/lm", kit / "checkpoint/codec"
     return mimo_fast.load(lm, codec, device=device, dtype="float32", max_batch=4, max_seq_len=320)
 
 
@@ -78,10 +77,8 @@ def asked(golden: Golden, groups: int, samplers: Samplers = SAMPLED) -> list[Req
     names = sorted(golden.meta["prompts"])[:4]
     prompts = [golden.get(f"prompts:{name}").long() for name in names]
     limits = Limits(groups)
-    return [
-        RequestSpec(ids[:, : 4 * min(ids.shape[1] // 4, 36)], 7 + i, samplers, limits)
-        for i, ids in enumerate(prompts)
-    ]
+    prompts = [ids[:, : 4 * min(ids.shape[1] // 4, 36)] for ids in prompts]
+    return [RequestSpec(ids, 7 + i, samplers, limits) for i, ids in enumerate(prompts)]
 
 
 def together(engine: Engine, requests: list[RequestSpec]) -> list[Drawn]:
@@ -95,48 +92,33 @@ def together(engine: Engine, requests: list[RequestSpec]) -> list[Drawn]:
 
 @pytest.fixture
 def recordings(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no soundfile: what the kit has resampled, and 16-bit recordings at 24 kHz as
-    they are."""
+    """Without soundfile: the kit's resampled audio, and 16-bit 24 kHz recordings as they are."""
     if find_spec("soundfile") is not None:
         return
-    decoded = {
-        str(golden.audio[int(i)]): golden.tensors[f"codec:wav24k.{i}"]
-        for i in golden.named("codec:wav24k")
-    }
+    tensors = {int(i): golden.tensors[f"codec:wav24k.{i}"] for i in golden.named("codec:wav24k")}
+    decoded = {str(golden.audio[i]): tensor for i, tensor in tensors.items()}
     for path in (path for path in golden.audio if str(path) not in decoded):
         with wave.open(str(path)) as file:
             assert (file.getframerate(), file.getsampwidth()) == (24000, 2)
-            samples = (
-                torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16)
-                / 2**15
-            )
+            data = bytearray(file.readframes(file.getnframes()))
+            samples = torch.frombuffer(data, dtype=torch.int16) / 2**15
             decoded[str(path)] = samples.view(-1, file.getnchannels()).mean(dim=1)
     for module in (verification, pipeline):
         monkeypatch.setattr(module, "load_audio", lambda path, rate: decoded[str(path)])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_equals_upstream(
-    loaded_model: mimo_fast.MimoAudio,
-    golden: Golden,
-    recordings: None,
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-) -> None:
+def test_stage_equals_upstream(loaded_model, golden, recordings, monkeypatch, stage):
     if stage == "resample":
         pytest.importorskip("soundfile")
     if loaded_model.device.type == "cuda":
         monkeypatch.setenv(KERNELS, "triton")
     monkeypatch.setattr(verification, "STAGES", {stage: STAGES[stage]})
     (result,) = verify(loaded_model, golden)
-    assert result.ok, (
-        f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
-    )
+    assert result.ok, f"{result.error} > {result.bound} in {result.worst} of {result.compared}"
 
 
-def test_graph_and_eager_give_the_same_tokens(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_and_eager_give_the_same_tokens(loaded_model, golden, monkeypatch):
     groups = GROUPS[loaded_model.device.type]
     requests = asked(golden, groups)[:3]
     graphs = together(make_engine(loaded_model.lm, 3, 240), requests)
@@ -151,9 +133,7 @@ def test_graph_and_eager_give_the_same_tokens(
     assert graphs[0] != graphs[1] != graphs[2]
 
 
-def test_prompts_as_graphs_give_the_same_tokens(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_as_graphs_give_the_same_tokens(loaded_model, golden, monkeypatch):
     requests = asked(golden, 12)[:3]
     plain = together(make_engine(loaded_model.lm, 3, 240), requests)
     monkeypatch.setenv(EXPERIMENTAL, "1")
@@ -162,11 +142,8 @@ def test_prompts_as_graphs_give_the_same_tokens(
     assert together(engine, requests) == plain
 
 
-def test_no_two_replays_draw_the_same_numbers(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden
-) -> None:
-    """The same state but for the count of draws, over and over: only that may change what is drawn,
-    and it must."""
+def test_no_two_replays_draw_the_same_numbers(loaded_model, golden):
+    """From one state, only the count of draws may change what is drawn, and it must."""
     engine = make_engine(loaded_model.lm, 1, 64)
     reply = asked(golden, 8, FLAT)[0].start(engine)
     next(reply), next(reply)
@@ -202,8 +179,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def one_wait(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    """(call -> its result, with an error for any wait but a host read's; counts of host reads, one
-    for each call)."""
+    """(call -> result, failing at any wait but a host read's; host reads of each call)."""
     reads, wait, watching = list[int](), HostRead.wait, False
 
     def counted(read: HostRead) -> list[int]:
@@ -238,9 +214,7 @@ def one_wait(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_group_waits_for_the_device_once(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden, one_wait: Watched, rows: int
-) -> None:
+def test_a_group_waits_for_the_device_once(loaded_model, golden, one_wait, rows):
     watched, reads = one_wait
     engine = make_engine(loaded_model.lm, rows, 120)
     replies = [request.start(engine, ahead=1) for request in asked(golden, 60)[:rows]]
@@ -252,29 +226,22 @@ def test_a_group_waits_for_the_device_once(
     # All that a consumer does who takes a group of each row.
     got = [watched(lambda: [next(reply) for reply in replies]) for _ in range(40)]
     assert reads == [1] * 40
-    assert {group.text == loaded_model.lm.empty_id for groups in got for group in groups} == {
-        True,
-        False,
-    }
+    silent = {group.text == loaded_model.lm.empty_id for groups in got for group in groups}
+    assert silent == {True, False}
 
 
-def test_the_check_for_waits_sees_one(loaded_model: mimo_fast.MimoAudio, one_wait: Watched) -> None:
+def test_the_check_for_waits_sees_one(loaded_model, one_wait):
     watched, _ = one_wait
     value = torch.ones(3, device=loaded_model.device)
     with pytest.raises((RuntimeError, AssertionError), match=r"synchroniz|waits for the device"):
         watched(lambda: value.sum().item())
 
 
-def test_a_stream_with_graphs_sounds_as_without(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden
-) -> None:
-    """Patch by patch, then other pushes in between; states are used again. A copy of a codec has no
-    graphs."""
+def test_a_stream_with_graphs_sounds_as_without(loaded_model, golden):
+    """Patch by patch, then with other push sizes; streams are used again."""
     plain, codec = copy.copy(loaded_model.codec), copy.copy(loaded_model.codec)
-    plain.stream_graphs, counted = (
-        None,
-        Counted(CudaCapture() if codec.device.type == "cuda" else repeated),
-    )
+    plain.stream_graphs = None
+    counted = Counted(CudaCapture() if codec.device.type == "cuda" else repeated)
     codec.stream_graphs = StreamGraphs(codec, counted)
     codec.warmup(2, progress=False)
     codes = golden.get("codec:stream_codes").to(codec.device)
@@ -294,26 +261,20 @@ def test_a_stream_with_graphs_sounds_as_without(
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_row_does_not_depend_on_its_neighbours(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch, graphs: bool
-) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(loaded_model, golden, monkeypatch, graphs):
     requests = asked(golden, 24)
     if not graphs:
         monkeypatch.setenv(ENVIRONMENT, "1")
     found = {}
     for rows in (1, 3, 4):
-        engine = (
-            make_engine(loaded_model.lm, rows, 96) if graphs else Engine(loaded_model.lm, rows, 96)
-        )
+        engine = (make_engine if graphs else Engine)(loaded_model.lm, rows, 96)
         found[rows] = together(engine, requests[:rows])
     assert found[4][:3] == found[3]
     assert found[3][:1] == found[1]
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_hundred_requests(
-    loaded_model: mimo_fast.MimoAudio, golden: Golden
-) -> None:
+def test_memory_is_flat_over_a_hundred_requests(loaded_model, golden):
     engine, requests = make_engine(loaded_model.lm, 2, 64), asked(golden, 2)
 
     def held() -> int:

@@ -20,20 +20,15 @@ from training import domain
 from training.listen import recognise, word_error_rate
 
 WORDS = Path(__file__).parent / "words"
-SENTENCES = [
-    line for line in (WORDS / "sentences.txt").read_text(encoding="utf-8").splitlines() if line
-]
-QUESTIONS = [
-    line for line in (WORDS / "questions.txt").read_text(encoding="utf-8").splitlines() if line
-]
+SENTENCES, QUESTIONS = (
+    [line for line in (WORDS / f"{name}.txt").read_text(encoding="utf-8").splitlines() if line]
+    for name in ("sentences", "questions")
+)
 
-FORMATS = [None, "int8", "int4"]
 WRONG = 0.05
 """Share of words that may be wrong in what it says, and in what it hears."""
 
-formats = pytest.mark.parametrize(
-    "quantization", slow_after(1, FORMATS), ids=["float32", "int8", "int4"]
-)
+formats = pytest.mark.parametrize("quantization", slow_after(1, [None, "int8", "int4"]), ids=str)
 
 
 @cache
@@ -47,9 +42,12 @@ def recording(text: str) -> Path:
 
 def streamed(model: MimoAudio, task: str, request: object, seed: int) -> tuple[Tensor, str]:
     chunks = [*model.stream(task, request, seed=seed, max_new_tokens=120)]
-    return torch.cat([chunk.audio for chunk in chunks]), "".join(
-        chunk.text for chunk in chunks
-    ).strip()
+    wav = torch.cat([chunk.audio for chunk in chunks])
+    return wav, "".join(chunk.text for chunk in chunks).strip()
+
+
+def understood(quantization: str | None, sound: Tensor | Path) -> str:
+    return nano(quantization).asr_sft(sound, seed=0, max_new_tokens=60)
 
 
 @cache
@@ -76,26 +74,21 @@ def test_what_it_says_fits_into_a_file(quantization):
 
 @formats
 def test_what_it_says_is_understood_by_itself(quantization):
-    heard = [
-        nano(quantization).asr_sft(wav, seed=0, max_new_tokens=60) for wav in said(quantization)
-    ]
+    heard = [understood(quantization, wav) for wav in said(quantization)]
     assert word_error_rate(heard, SENTENCES) <= WRONG, heard
 
 
 @formats
 def test_it_understands_a_voice_it_has_never_heard(quantization):
-    heard = [
-        nano(quantization).asr_sft(recording(text), seed=0, max_new_tokens=60) for text in SENTENCES
-    ]
+    heard = [understood(quantization, recording(text)) for text in SENTENCES]
     assert word_error_rate(heard, SENTENCES) <= WRONG, heard
 
 
 @formats
 def test_it_answers_a_spoken_question_by_voice(quantization):
     model, answers = nano(quantization), [domain.dialogue()[text] for text in QUESTIONS]
-    replies = [
-        streamed(model, "spoken_dialogue", recording(text), i) for i, text in enumerate(QUESTIONS)
-    ]
+    recordings = [recording(text) for text in QUESTIONS]
+    replies = [streamed(model, "spoken_dialogue", wav, i) for i, wav in enumerate(recordings)]
     heard = [recognise(wav, model.codec.sample_rate) for wav, _ in replies]
     assert word_error_rate([text for _, text in replies], answers) <= WRONG, replies
     assert word_error_rate(heard, answers) <= WRONG, heard
@@ -122,12 +115,8 @@ def test_speech_decoded_at_once_has_the_words_of_streamed_speech(tmp_path):
     model, heard = nano(None), list[str]()
     for i, text in enumerate(SENTENCES):
         model.tts_sft(text, tmp_path / "said.wav", seed=i, max_new_tokens=120)
-        heard.append(
-            recognise(
-                mimo_fast.load_audio(tmp_path / "said.wav", model.codec.sample_rate),
-                model.codec.sample_rate,
-            )
-        )
+        wav = mimo_fast.load_audio(tmp_path / "said.wav", model.codec.sample_rate)
+        heard.append(recognise(wav, model.codec.sample_rate))
     streamed_words = [recognise(wav, model.codec.sample_rate) for wav in said(None)]
     assert word_error_rate(heard, streamed_words) <= WRONG, heard
 

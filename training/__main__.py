@@ -28,7 +28,7 @@ from .codes import Codes
 from .data import Part, Sizes
 from .decoder import DecoderTraining
 from .lm import LMTraining
-from .loop import trained_tensors
+from .loop import Schedule, trained_tensors
 from .parameters import build_codec
 from .start import start_from
 from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
@@ -36,21 +36,7 @@ from .tokenizer import build_tokenizer
 
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
 
-SMOKE_SIZES = Sizes(
-    12,
-    12,
-    8,
-    8,
-    6,
-    readings=6,
-    spellings=4,
-    letters=4,
-    strangers=6,
-    strange_words=4,
-    strange_questions=4,
-    unheard=3,
-    unsaid=3,
-)
+SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, 6, 6, 4, 4, 4, 4, 3, 3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
 """Steps of `lm`, both stages."""
 
@@ -76,19 +62,17 @@ class Recipe:
     def __init__(
         self, directory: Path, seed: int, device: str, sizes: Sizes, steps: dict[str, int]
     ) -> None:
-        self.directory = directory
-        self.seed = seed
-        self.device = device
-        self.sizes = sizes
-        self.steps = steps
+        self.directory, self.seed, self.device = directory, seed, device
+        self.sizes, self.steps = sizes, steps
+
+    def _how(self, name: str, schedule: Schedule) -> tuple[Schedule, int, str]:
+        """Schedule, seed and device of one of the trainings."""
+        schedule = replace(schedule, steps=self.steps.get(name, schedule.steps))
+        return schedule, self.seed, self.device
 
     def data(self) -> dict[str, Part]:
-        found = {
-            "flite": has_flite(),
-            "festival": has_festival(),
-            "espeak-ng": has_espeak(),
-            "pico": has_pico(),
-        }
+        found = {"flite": has_flite(), "festival": has_festival()}
+        found |= {"espeak-ng": has_espeak(), "pico": has_pico()}
         for name, here in found.items():
             if not here and not parallel.is_worker():
                 problem = f"{name} is not installed ({INSTALL[name]})"
@@ -97,41 +81,29 @@ class Recipe:
             return data.make(self.directory / "data", self.sizes, self.seed)
 
     def codec(self) -> None:
-        schedule = replace(codec.SCHEDULE, steps=self.steps.get("codec", codec.SCHEDULE.steps))
-        CodecTraining(self.directory, self.data(), schedule, self.seed, self.device).train()
+        how = self._how("codec", codec.SCHEDULE)
+        CodecTraining(self.directory, self.data(), *how).train()
 
     def decoder(self) -> None:
-        """Trains the decoder.
-
-        It needs the codec's codes and nothing of the language model, so both can be trained side by
-        side.
-        """
-        schedule = replace(
-            decoder.SCHEDULE, steps=self.steps.get("decoder", decoder.SCHEDULE.steps)
-        )
+        """Trains the decoder, which needs the codec's codes and nothing of the language model."""
         trained = trained_tensors(self.directory, codec.NAME)
-        DecoderTraining(
-            self.directory, self.data(), trained, schedule, self.seed, self.device
-        ).train()
+        how = self._how("decoder", decoder.SCHEDULE)
+        DecoderTraining(self.directory, self.data(), trained, *how).train()
 
     def lm(self) -> None:
-        schedule = replace(lm.SCHEDULE, steps=self.steps.get("lm", lm.SCHEDULE.steps))
         with parallel.first():
             tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
-        LMTraining(
-            self.directory, known, tokenizer, schedule, self.seed, self.device, trained
-        ).train()
+        how = self._how("lm", lm.SCHEDULE)
+        LMTraining(self.directory, known, tokenizer, *how, trained).train()
 
     def codes(self) -> dict[str, Codes]:
         """Codes of all speech by the trained codec."""
         config = lm.lm_config()
         trained = build_codec(codec.codec_config(), trained_tensors(self.directory, codec.NAME))
-        parts = self.data()
+        parts, shape = self.data(), (config.channels, config.group_size)
         with parallel.first():
-            return codes.make(
-                self.directory / "codes", parts, trained, config.channels, config.group_size
-            )
+            return codes.make(self.directory / "codes", parts, trained, *shape)
 
     def export(self) -> tuple[Path, Path]:
         pair = export.export(self.directory, self.directory / "nano", self.data()["replies"])
@@ -144,9 +116,8 @@ class Recipe:
         pair, target = self.directory / "nano", self.directory / "evaluation.json"
         # Measure what users run.
         os.environ.pop("MIMO_FAST_KERNELS", None)
-        results = evaluate.evaluate(
-            _loader(pair / "lm", pair / "codec"), self.data(), count, MEASURES, target
-        )
+        load = _loader(pair / "lm", pair / "codec")
+        results = evaluate.evaluate(load, self.data(), count, MEASURES, target)
         (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
@@ -157,10 +128,7 @@ class Recipe:
 
 
 def _loader(lm_directory: Path, codec_directory: Path) -> evaluate.Load:
-    """Loads the pair in a format, once, with upstream's samplers for every task.
-
-    Greedy decoding is measured beside them.
-    """
+    """Loads the pair in a format, once, with upstream's samplers for every task."""
 
     @cache
     def load(quantization: str | None) -> mimo_fast.MimoAudio:
@@ -215,34 +183,23 @@ def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("command", nargs="?", choices=COMMANDS)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("training_output"),
-        help="directory of data, states, results",
-    )
-    parser.add_argument(
-        "--start",
-        type=Path,
-        help="exported pair (lm/ and codec/) to go on from, in a new directory",
-    )
+    run_help = "directory of data, states, results"
+    parser.add_argument("--run", type=Path, default=Path("training_output"), help=run_help)
+    start = "exported pair (lm/ and codec/) to go on from, in a new directory"
+    parser.add_argument("--start", type=Path, help=start)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
-    parser.add_argument(
-        "--threads", type=int, help="of torch, over all processes; by default all cores"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="processes that train one model together; on a CPU one a core"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="of the command's training, in place of the recipe's"
-    )
-    parser.add_argument(
-        "--count", type=int, default=200, help="utterances a measurement of evaluate"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few steps of everything, to see that it works"
-    )
+    numbers = {
+        "--threads": "of torch, over all processes; by default all cores",
+        "--workers": "processes that train one model together; on a CPU one a core",
+        "--steps": "of the command's training, in place of the recipe's",
+    }
+    for option, meaning in numbers.items():
+        parser.add_argument(option, type=int, help=meaning)
+    count = "utterances a measurement of evaluate"
+    parser.add_argument("--count", type=int, default=200, help=count)
+    works = "a few steps of everything, to see that it works"
+    parser.add_argument("--smoke", action="store_true", help=works)
     args = parser.parse_args()
     if bool(args.command) == args.smoke:
         parser.error(f"give a command ({', '.join(COMMANDS)}) or --smoke")

@@ -23,10 +23,7 @@ BENDS, BEND = 3, 0.03
 """Sines that bend the mel axis, and how much of its width the first one moves a band."""
 
 MASKS, MASKED_BANDS, MASKED_FRAMES = 2, 0.15, 8
-"""Masks of what is heard: number of ranges of mel bands and of frames, and their largest length.
-
-The length is a share of the bands, and frames of 10 ms.
-"""
+"""Masks of what is heard: how many of each, the most bands (a share), and frames (of 10 ms)."""
 
 
 def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -38,19 +35,15 @@ def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[
     peak = float(wav.abs().max()) or 1.0
     clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
     level = rng.uniform(-35, -8) if rng.random() < noise_share else rng.uniform(-65, -45)
-    return clean + noise(len(wav), rng) * float(clean.square().mean().sqrt()) * 10 ** (
-        level / 20
-    ), clean
+    power = float(clean.square().mean().sqrt())
+    return clean + noise(len(wav), rng) * power * 10 ** (level / 20), clean
 
 
 def vary(wav: Tensor, rng: random.Random) -> Tensor:
-    """Waveform [n] as of another speaker and another microphone.
-
-    It is slower or faster, so that pitch and formants move together, and coloured.
-    """
-    played = F.interpolate(wav[None, None], round(len(wav) / rng.uniform(*SPEEDS)), mode="linear")[
-        0, 0
-    ]
+    """Waveform [n] as of another speaker and microphone: slower or faster, and coloured."""
+    length = round(len(wav) / rng.uniform(*SPEEDS))
+    # Pitch and formants move together.
+    played = F.interpolate(wav[None, None], length, mode="linear")[0, 0]
     size = _fft_size(len(played))
     spectrum = torch.fft.rfft(played, size)
     place = torch.linspace(0, math.pi, len(spectrum))
@@ -62,18 +55,12 @@ def vary(wav: Tensor, rng: random.Random) -> Tensor:
 
 
 def other_speaker(mel: Tensor, rng: random.Random) -> Tensor:
-    """Log-mel frames [T, M] of another speaker.
-
-    Formants move, each a little differently, and the range between loud and soft changes.
-    """
-    place = torch.linspace(0, 1, mel.shape[1])
-    shifts = sum(
-        rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in range(1, BENDS + 1)
-    )
-    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * (mel.shape[1] - 1)).clamp(
-        0, mel.shape[1] - 1
-    )
-    below = source.floor().long().clamp(max=mel.shape[1] - 2)
+    """Log-mel frames [T, M] of another speaker: formants move, the range of loudness changes."""
+    place, last = torch.linspace(0, 1, mel.shape[1]), mel.shape[1] - 1
+    sines = range(1, BENDS + 1)
+    shifts = sum(rng.gauss(0, BEND / i) * torch.sin(i * math.pi * place) for i in sines)
+    source = ((place * rng.uniform(*SIZES_OF_SPEAKERS) + shifts) * last).clamp(0, last)
+    below = source.floor().long().clamp(max=last - 1)
     moved = torch.lerp(mel[:, below], mel[:, below + 1], (source - below).to(mel))
     mean = moved.mean(0)
     return mean + rng.uniform(*CONTRASTS) * (moved - mean)
@@ -86,13 +73,10 @@ def masked(mel: Tensor, rng: random.Random) -> Tensor:
     """
     mel, means = mel.clone(), mel.mean(0)
     for _ in range(MASKS):
-        bands, frames = (
-            rng.randint(0, most) for most in (round(MASKED_BANDS * mel.shape[1]), MASKED_FRAMES)
-        )
-        band, frame = (
-            rng.randrange(max(1, size - n))
-            for size, n in ((mel.shape[1], bands), (len(mel), frames))
-        )
+        bands = rng.randint(0, round(MASKED_BANDS * mel.shape[1]))
+        frames = rng.randint(0, MASKED_FRAMES)
+        band = rng.randrange(max(1, mel.shape[1] - bands))
+        frame = rng.randrange(max(1, len(mel) - frames))
         mel[:, band : band + bands] = means[band : band + bands]
         mel[frame : frame + frames] = means
     return mel

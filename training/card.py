@@ -28,9 +28,10 @@ def card(pair: Path, results: Results, sizes: Sizes) -> str:
 
 
 def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
+    files = [file for part in PARTS for file in (pair / part).iterdir()]
+    strange = [count for name, count in sizes.parts.items() if name.startswith("strange")]
     return {
-        "size": sum(file.stat().st_size for part in PARTS for file in (pair / part).iterdir())
-        / 1e6,
+        "size": sum(file.stat().st_size for file in files) / 1e6,
         "parameters": sum(open_weights(pair / part).nbytes for part in PARTS) / 2 / 1e6,
         "words": len(domain.vocabulary()),
         "questions": len(domain.dialogue()),
@@ -38,7 +39,7 @@ def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
         "speech": sum(sizes.parts.values()),
         "voices": _listed(VOICES),
         "reply": REPLY_VOICE,
-        "strange": sum(count for name, count in sizes.parts.items() if name.startswith("strange")),
+        "strange": sum(strange),
         "speakers": len({*STRANGERS}),
         "unheard": UNHEARD_VOICE,
         "held_out": domain.HELD_OUT,
@@ -83,34 +84,21 @@ def _word_errors(results: Results) -> str:
         "the text of these answers": dialogue["text"],
         "said again by example, heard by the recogniser": results["examples"]["heard"],
     }
-    return _table(
-        ["", "words that are wrong"], [(name, _percent(rate)) for name, rate in rows.items()]
-    )
+    shares = [(name, _percent(rate)) for name, rate in rows.items()]
+    return _table(["", "words that are wrong"], shares)
 
 
 def _formats(results: Results) -> str:
-    tts = results["text_to_speech"]
-    rates = (
-        tts["word_error_rate"]["model"],
-        tts["word_error_rate_own_asr"],
-        results["transcription"]["clean"],
-    )
+    tts, heard = results["text_to_speech"], results["transcription"]["clean"]
+    rates = tts["word_error_rate"]["model"], tts["word_error_rate_own_asr"], heard
     rows = [("float32", *map(_percent, rates), "", "")]
     for name, found in results["formats"].items():
         text, *books = found["kl"].values()
         rates = found["word_error_rate"], found["word_error_rate_own_asr"], found["transcription"]
-        rows.append(
-            (name, *map(_percent, rates), f"{text:.4f}", f"{min(books):.4f} to {max(books):.4f}")
-        )
-    head = [
-        "",
-        "tts, recogniser",
-        "tts, by itself",
-        "transcription",
-        "KL of the text head",
-        "KL of the codebooks",
-    ]
-    return _table(head, rows)
+        kl = f"{text:.4f}", f"{min(books):.4f} to {max(books):.4f}"
+        rows.append((name, *map(_percent, rates), *kl))
+    words = ["tts, recogniser", "tts, by itself", "transcription"]
+    return _table(["", *words, "KL of the text head", "KL of the codebooks"], rows)
 
 
 def _pace(pace: Results) -> str:
@@ -118,24 +106,15 @@ def _pace(pace: Results) -> str:
     for name, found in pace.items():
         if isinstance(found, Mapping):
             factor, first = found["real_time_factor"], found["first_audio_ms"]
-            rows.append(
-                (
-                    name,
-                    str(found["threads"]),
-                    f"{factor['median']:.3f} and {factor['largest']:.3f}",
-                    f"{first['median']:.0f} and {first['largest']:.0f} ms",
-                )
-            )
+            factors = f"{factor['median']:.3f} and {factor['largest']:.3f}"
+            firsts = f"{first['median']:.0f} and {first['largest']:.0f} ms"
+            rows.append((name, str(found["threads"]), factors, firsts))
     return _table(["", "threads", "real-time factor", "first audio"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["| :-- |" + " --: |" * (len(head) - 1)]
-    return "\n".join([_row(head), *rule, *map(_row, rows)])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "| :-- |" + " --: |" * (len(head) - 1), *lines[1:]])
 
 
 def _percent(share: float) -> str:

@@ -48,10 +48,7 @@ LONGEST = 4.0
 COMMITMENT, CTC, ENVELOPE = 0.25, 0.3, 0.5
 CTC_CODEBOOKS = 2
 ALL_CODEBOOKS_SHARE = 0.6
-"""Share of utterances that use every codebook.
-
-The others use fewer, so that a prefix of the codes is speech as well.
-"""
+"""Share of utterances that use every codebook; with fewer, a prefix of codes is speech too."""
 
 VALIDATION = 24
 
@@ -62,10 +59,8 @@ def codec_config() -> CodecConfig:
 
 def initial_tensors(config: CodecConfig, seed: int) -> Tensors:
     """Tensors of the codec and of the linear layer that reads phones."""
-    head = {
-        "ctc.weight": torch.zeros(len(PHONES) + 1, config.dim),
-        "ctc.bias": torch.zeros(len(PHONES) + 1),
-    }
+    classes = len(PHONES) + 1
+    head = {"ctc.weight": torch.zeros(classes, config.dim), "ctc.bias": torch.zeros(classes)}
     return initial_codec(config, seed) | head
 
 
@@ -90,16 +85,14 @@ class CodecTraining:
         device: str = "cpu",
     ) -> None:
         self.config = codec_config()
-        tensors = {
-            name: tensor.to(device) for name, tensor in initial_tensors(self.config, seed).items()
-        }
+        initial = initial_tensors(self.config, seed)
+        tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.quantizer = Quantizer(self.config, tensors)
         self.tensors, self.seed, self.device = tensors, seed, device
         # Replies are what the language model will say: a third of the utterances.
         self.parts = [parts[name] for name in ("speech", "speech", "replies")]
-        self.listened = [
-            parts[name] for name in ("speech", "speech", "strangers", "strangers", "replies")
-        ]
+        listened = ("speech", "speech", "strangers", "strangers", "replies")
+        self.listened = [parts[name] for name in listened]
         self.unheard = parts["unheard"]
         fixed = {name: tensor for name, tensor in tensors.items() if is_fixed(name)}
         self.run = Run(directory, NAME, trainable(tensors), fixed, schedule)
@@ -122,10 +115,8 @@ class CodecTraining:
         n_q = torch.repeat_interleave(used, torch.tensor(lengths)).to(self.device)
         starting = step < UNQUANTIZED_SHARE * self.run.schedule.steps
         quantized = unquantized(joined) if starting else self.quantizer(joined, n_q)
-        got = [
-            codec.decode_hidden(rows)[: len(each.wanted)]
-            for rows, each in zip(quantized.rows.split(lengths), batch, strict=False)
-        ]
+        pairs = zip(quantized.rows.split(lengths), batch, strict=False)
+        got = [codec.decode_hidden(rows)[: len(each.wanted)] for rows, each in pairs]
         wanted = torch.cat([each.wanted for each in batch]).to(self.device)
         spectral, mel = spectral_distance(torch.cat(got), wanted, self.config.sample_rate)
         read = joined if starting else self.quantizer.prefix(joined, quantized.codes, CTC_CODEBOOKS)
@@ -134,13 +125,9 @@ class CodecTraining:
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         dead = 0 if starting else self.quantizer.update(joined, quantized.codes, generator)
         parallel.follow(self.quantizer.state)
-        return {
-            "loss": loss,
-            "mel": mel.detach(),
-            "commitment": quantized.commitment.detach(),
-            "ctc": told.detach(),
-            "dead": float(dead),
-        }
+        shown = {"mel": mel, "commitment": quantized.commitment, "ctc": told}
+        shown = {name: value.detach() for name, value in shown.items()}
+        return {"loss": loss, **shown, "dead": float(dead)}
 
     def validate(self) -> dict[str, float]:
         """Metrics of a voice that training never hears: sound and phones."""
@@ -161,11 +148,7 @@ class CodecTraining:
 
 
 def spectral_distance(got: Tensor, wanted: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-    """Distance of waveforms [n].
-
-    Returns what is minimized (the sum of the distances of spectra and envelopes), and that of
-    spectra alone.
-    """
+    """Distance of waveforms [n]: of spectra and envelopes, to be minimized; of spectra alone."""
     mel = mel_distance(got, wanted, sample_rate)
     return mel + ENVELOPE * envelope_distance(got, wanted, sample_rate), mel
 
@@ -184,10 +167,7 @@ def reconstruction(codec: Codec, part: Part) -> dict[str, float]:
 
 
 def draw(parts: Sequence[Part], rng: random.Random, noise_share: float = 0.5) -> Spoken:
-    """An utterance of one of the parts, at some level and maybe in noise.
-
-    Varied, unless it is what the model says.
-    """
+    """An utterance at some level, maybe in noise; varied, unless it is what the model says."""
     part = rng.choice(parts)
     drawn = part[rng.randrange(len(part))]
     wav, longest = drawn.wav if part.name in SAID else vary(drawn.wav, rng), int(LONGEST * RATE)

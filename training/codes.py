@@ -3,6 +3,7 @@
 import random
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,28 +19,14 @@ from .augmentation import augment, other_speaker, vary
 from .data import FRAME, SHARD, Part, joined, piece, save_whole
 from .synthesis import PHONES, RATE, Utterance
 
-HEARD = (
-    "speech",
-    "letters",
-    "words",
-    "questions",
-    "echoes",
-    "strangers",
-    "strange_words",
-    "strange_questions",
-)
-"""Parts that the model listens to.
-
-Each is encoded in `VARIANTS` recordings, varied, at different levels, in noise.
-"""
+PLAIN = ("speech", "letters", "words", "questions", "echoes")
+HEARD = (*PLAIN, "strangers", "strange_words", "strange_questions")
+"""Parts that the model listens to, each in `VARIANTS` recordings, varied, in noise."""
 
 VARIANTS, NOISE_SHARE = 2, 0.4
 
 SAID = ("replies", "readings", "spellings", "answers", "unsaid")
-"""Parts that the model says.
-
-Encoded without the silence around, with the places of words and phones.
-"""
+"""Parts that the model says, without the silence around, with places of words and phones."""
 
 LEAD, TAIL = FRAME, 3 * FRAME
 """Seconds kept before the first word and after the last."""
@@ -66,24 +53,24 @@ class Codes:
         return self.part.item(index).style
 
     def get(self, index: int, variant: int = 0) -> Tensor:
-        shard, place = divmod(index, SHARD)
-        flat = piece(_open(self._path(shard)), "codes", place * self.variants + variant)
+        flat = self._piece("codes", index, self.variants, variant)
         return flat.long().view(-1, self._channels).T
 
     def places(self, index: int) -> list[int]:
         """The patch before which each word's text stands, in a part that is said."""
-        shard, place = divmod(index, SHARD)
-        return piece(_open(self._path(shard)), "places", place).tolist()
+        return self._piece("places", index).tolist()
 
     def phones(self, index: int) -> list[int]:
         """The phones that are spoken."""
-        shard, place = divmod(index, SHARD)
-        return piece(_open(self._path(shard)), "phones", place).tolist()
+        return self._piece("phones", index).tolist()
 
     def frame_phones(self, index: int) -> Tensor:
         """The phone at each frame of a spoken part, int64 [n G]; `len(PHONES)` for silence."""
+        return self._piece("frame_phones", index).long()
+
+    def _piece(self, name: str, index: int, variants: int = 1, variant: int = 0) -> Tensor:
         shard, place = divmod(index, SHARD)
-        return piece(_open(self._path(shard)), "frame_phones", place).long()
+        return piece(_open(self._path(shard)), name, place * variants + variant)
 
     @property
     def shards(self) -> int:
@@ -93,18 +80,13 @@ class Codes:
         """Encodes a shard that is not there yet; returns how many utterances it has."""
         indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self)))
         if not self._path(shard).exists():
-            made = [
-                self._encode(codec, index, variant)
-                for index in indices
-                for variant in range(self.variants)
-            ]
+            recordings = product(indices, range(self.variants))
+            made = [self._encode(codec, *recording) for recording in recordings]
             codes, places, frame_phones = zip(*made, strict=True)
             phones = [torch.tensor(self.part[index].phones, dtype=torch.int16) for index in indices]
             tensors = joined("codes", codes) | joined("phones", phones)
-            save_whole(
-                self._path(shard),
-                tensors | joined("places", places) | joined("frame_phones", frame_phones),
-            )
+            tensors |= joined("places", places) | joined("frame_phones", frame_phones)
+            save_whole(self._path(shard), tensors)
         return len(indices)
 
     def _encode(self, codec: Codec, index: int, variant: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,11 +106,8 @@ class Codes:
         places = phones = torch.empty(0, dtype=torch.int16)
         if said:
             words = torch.tensor(spoken.starts)[spoken.words] - start - round(AHEAD * RATE)
-            places = (
-                words.div(frame * self._group_size, rounding_mode="floor")
-                .clamp(min=0)
-                .to(torch.int16)
-            )
+            patches = words.div(frame * self._group_size, rounding_mode="floor")
+            places = patches.clamp(min=0).to(torch.int16)
             phones = phones_at(start + frame * torch.arange(codes.shape[1]) + frame // 2, spoken)
         return codes.T.reshape(-1).to(torch.int16), places, phones
 
@@ -141,9 +120,8 @@ def phones_at(times: Tensor, spoken: Utterance) -> Tensor:
     starts, ends = torch.tensor(spoken.starts), torch.tensor(spoken.ends)
     place = (starts[None] <= times[:, None]).sum(1) - 1
     phones = torch.tensor(spoken.phones)[place]
-    return phones.where((place >= 0) & (times < ends[place]), torch.tensor(len(PHONES))).to(
-        torch.int16
-    )
+    said = (place >= 0) & (times < ends[place])
+    return phones.where(said, torch.tensor(len(PHONES))).to(torch.int16)
 
 
 def make(
@@ -160,11 +138,8 @@ def make(
             tqdm(total=total, desc="codes", unit="utterance", miniters=1) as bar,
             ThreadPoolExecutor(threads) as pool,
         ):
-            work = [
-                pool.submit(codes.make_shard, codec, i)
-                for codes in found.values()
-                for i in range(codes.shards)
-            ]
+            shards = ((codes, i) for codes in found.values() for i in range(codes.shards))
+            work = [pool.submit(codes.make_shard, codec, i) for codes, i in shards]
             try:
                 for shard in as_completed(work):
                     bar.update(shard.result())

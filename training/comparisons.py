@@ -6,6 +6,7 @@ sampling   upstream's settings against greedy: words
 pace       real-time factor and first audio of text to speech, on this machine at present
 """
 
+import math
 import os
 import statistics
 
@@ -49,11 +50,10 @@ def formats(load: Load, parts: Parts, count: int) -> Results:
     for name in FORMATS:
         model = load(name)
         heads = compare(reference, [teacher_forced(model.lm, lesson) for lesson in lessons])
+        own = transcripts_of(model, speech_of(model, texts))
         results[name] = {
             "word_error_rate": rate_of(heard_in(model, texts), texts),
-            "word_error_rate_own_asr": rate_of(
-                transcripts_of(model, speech_of(model, texts)), texts
-            ),
+            "word_error_rate_own_asr": rate_of(own, texts),
             "transcription": rate_of(transcripts_of(model, waves), wanted),
             "kl": {_head(i): round(head.kl, 5) for i, head in enumerate(heads)},
             "agreement": {_head(i): round(head.agreement, 4) for i, head in enumerate(heads)},
@@ -71,19 +71,16 @@ def streaming(load: Load, parts: Parts, count: int) -> Results:
     streamed = speech_of(model, texts)
     whole = [_at_once(model, text, i) for i, text in enumerate(texts)]
     signal = sum(float(wav.double().square().sum()) for wav in whole)
-    difference = sum(
-        float((a.double() - b.double()).square().sum())
-        for a, b in zip(streamed, whole, strict=True)
-    )
-    heard = [recognise(wav, model.codec.sample_rate) for wav in whole]
+    pairs = zip(streamed, whole, strict=True)
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    heard = {
+        "streamed": heard_in(model, texts),
+        "at_once": [recognise(wav, model.codec.sample_rate) for wav in whole],
+    }
+    snr = 10 * math.log10(signal / difference) if difference else None
     return {
-        "word_error_rate": {
-            "streamed": rate_of(heard_in(model, texts), texts),
-            "at_once": rate_of(heard, texts),
-        },
-        "snr_db": round(10 * torch.log10(torch.tensor(signal / difference)).item(), 2)
-        if difference
-        else None,
+        "word_error_rate": {name: rate_of(each, texts) for name, each in heard.items()},
+        "snr_db": snr and round(snr, 2),
     }
 
 
@@ -92,14 +89,8 @@ def _at_once(model: MimoAudio, text: str, seed: int) -> Tensor:
     stops = TASKS["tts_sft"].stop_ids(model.tokenizer.special)
     stopper = MiMoStopper(model.group_size, model.audio_channels, stops)
     ids = model.get_tts_sft_prompt(text, seed=seed)
-    return model.forward(
-        ids,
-        return_audio=True,
-        stopping_criteria=[stopper],
-        max_new_tokens=LONGEST_REPLY,
-        task_name="tts",
-        seed=seed,
-    ).flatten()
+    limits = {"stopping_criteria": [stopper], "max_new_tokens": LONGEST_REPLY}
+    return model.forward(ids, return_audio=True, task_name="tts", seed=seed, **limits).flatten()
 
 
 @torch.no_grad()
@@ -116,9 +107,8 @@ def pace(load: Load, parts: Parts, count: int) -> Results:
         model = load(name)
         torch.set_num_threads(useful_threads(model.lm.config))
         timings = []
-        for i, text in enumerate(
-            tqdm([texts[0], *texts], desc=f"pace {name or 'float32'}", unit="sentence")
-        ):
+        bar = tqdm([texts[0], *texts], desc=f"pace {name or 'float32'}", unit="sentence")
+        for i, text in enumerate(bar):
             *_, last = model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY)
             timings.append(last.timing)
         said = [timing for timing in timings[1:] if timing.first_audio is not None]

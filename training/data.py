@@ -36,52 +36,16 @@ from . import domain
 from .synthesis import ESPEAK, Manner, Utterance, synthesize
 
 VOICES = ("slt", "awb", "kal16", "ked", "pico us", "pico gb")
+SPEAKERS = """
+    m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5
+    Alex Andy Annie Denis Diogo Gene Hugo Jacky Lee Marco Michael adam antonio belinda benjamin
+    boris david ed edward iven john klatt klatt2 klatt3 linda max miguel pablo paul pedro quincy
+    rob robert sandro shelby steph travis victor zac
+""".split()  # noqa: SIM905
 STRANGERS = tuple(
     f"{ESPEAK}{accent}+{speaker}"
     for accent in ("en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland")
-    for speaker in (
-        *(f"m{i}" for i in range(1, 9)),
-        *(f"f{i}" for i in range(1, 6)),
-        "Alex",
-        "Andy",
-        "Annie",
-        "Denis",
-        "Diogo",
-        "Gene",
-        "Hugo",
-        "Jacky",
-        "Lee",
-        "Marco",
-        "Michael",
-        "adam",
-        "antonio",
-        "belinda",
-        "benjamin",
-        "boris",
-        "david",
-        "ed",
-        "edward",
-        "iven",
-        "john",
-        "klatt",
-        "klatt2",
-        "klatt3",
-        "linda",
-        "max",
-        "miguel",
-        "pablo",
-        "paul",
-        "pedro",
-        "quincy",
-        "rob",
-        "robert",
-        "sandro",
-        "shelby",
-        "steph",
-        "travis",
-        "victor",
-        "zac",
-    )
+    for speaker in SPEAKERS
 )
 UNHEARD_VOICE = "rms"
 REPLY_VOICE = "slt"
@@ -96,16 +60,10 @@ STYLES = {
     "high": Manner(REPLY_VOICE, pitch=1.35, grid=PATCH),
     "low": Manner(REPLY_VOICE, pitch=0.72, grid=PATCH),
 }
-"""Words of replies begin where patches do.
-
-So the same word has nearly the same patches wherever it is said.
-"""
+"""Words of replies begin where patches do: a word has nearly the same patches everywhere."""
 
 LISTED_SHARE, LISTED = 0.3, 6
-"""Share of word lists in random order among readings and heard speech, and their largest length.
-
-In these lists only its sound tells which word it is.
-"""
+"""Share and largest length of word lists in random order, where only its sound tells a word."""
 
 SPELT = 6
 """Most letters in a row, of letters and spellings."""
@@ -156,14 +114,13 @@ def item(part: str, index: int, seed: int = 0) -> Item:
     """Utterance `index` of a part."""
     rng = random.Random(f"{seed}/{part}/{index}")
     if part.startswith("strange"):
-        text = item(
-            {"strangers": "speech", "strange_words": "words"}.get(part, "questions"),
-            index,
-            seed + 1,
-        ).text
-        return Item(
-            text, Manner(rng.choice(STRANGERS), rng.uniform(0.75, 1.25), rng.uniform(0.3, 1.7))
+        like = {"strangers": "speech", "strange_words": "words"}.get(part, "questions")
+        voice, stretch, pitch = (
+            rng.choice(STRANGERS),
+            rng.uniform(0.75, 1.25),
+            rng.uniform(0.3, 1.7),
         )
+        return Item(item(like, index, seed + 1).text, Manner(voice, stretch, pitch))
     if part == "answers":
         return Item(answers()[index], STYLES["normal"])
     if part == "questions":
@@ -189,18 +146,16 @@ def item(part: str, index: int, seed: int = 0) -> Item:
 
 def _listed(rng: random.Random) -> str:
     """Words in random order."""
-    while domain.is_held_out(
-        text := " ".join(rng.choices(domain.vocabulary(), k=rng.randint(1, LISTED)))
-    ):
-        continue
-    return text
+    return _jumbled(domain.vocabulary(), 1, LISTED, rng)
 
 
 def _spelt(rng: random.Random) -> str:
     """Letters in random order."""
-    while domain.is_held_out(
-        text := " ".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, SPELT)))
-    ):
+    return _jumbled(string.ascii_lowercase, 2, SPELT, rng)
+
+
+def _jumbled(words: Sequence[str], fewest: int, most: int, rng: random.Random) -> str:
+    while domain.is_held_out(text := " ".join(rng.choices(words, k=rng.randint(fewest, most)))):
         continue
     return text
 
@@ -261,28 +216,20 @@ class Part:
 
         with ThreadPoolExecutor(SYNTHESIZERS) as pool:
             made = list(pool.map(speak, indices))
-        samples = [
-            (each.wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16) for each in made
-        ]
-        tensors = joined("samples", samples)
+        scaled = (each.wav.clamp(-1, 1 - 2**-15) * 2**15 for each in made)
+        tensors = joined("samples", [wav.round().to(torch.int16) for wav in scaled])
         for name in ANNOTATIONS:
-            tensors |= joined(
-                name, [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made]
-            )
+            marks = [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made]
+            tensors |= joined(name, marks)
         save_whole(self.path(shard), tensors)
-
-
-def parts(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
-    return {name: Part(directory, name, count, seed) for name, count in sizes.parts.items()}
 
 
 def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:
     """All speech; only missing shards are synthesized."""
     directory.mkdir(parents=True, exist_ok=True)
-    found = parts(directory, sizes, seed)
-    with tqdm(
-        total=sum(map(len, found.values())), desc="speech", unit="utterance", miniters=1
-    ) as bar:
+    found = {name: Part(directory, name, count, seed) for name, count in sizes.parts.items()}
+    total = sum(map(len, found.values()))
+    with tqdm(total=total, desc="speech", unit="utterance", miniters=1) as bar:
         for part in found.values():
             part.make(bar)
     return found

@@ -34,10 +34,7 @@ HISS = 3e-3
 
 
 class DecoderTraining:
-    """The decoder, its data and its loss.
-
-    trained: the tensors of the first stage.
-    """
+    """The decoder, its data and its loss. trained: the tensors of the first stage."""
 
     def __init__(
         self,
@@ -49,14 +46,10 @@ class DecoderTraining:
         device: str = "cpu",
     ) -> None:
         self.config, self.seed, self.device = codec_config(), seed, device
-        self.tensors = {
-            name: tensor.to(device, copy=True)
-            for name, tensor in trained.items()
-            if not name.startswith("ctc.")
-        }
-        leaves = trainable(
-            {name: tensor for name, tensor in self.tensors.items() if name.startswith("decoder.")}
-        )
+        codec = [name for name in trained if not name.startswith("ctc.")]
+        self.tensors = {name: trained[name].to(device, copy=True) for name in codec}
+        decoder = [name for name in codec if name.startswith("decoder.")]
+        leaves = trainable({name: self.tensors[name] for name in decoder})
         fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
         # Most utterances are of the kind that the language model will say.
         self.parts = [parts[name] for name in ("speech", "replies", "readings", "replies")]
@@ -76,26 +69,19 @@ class DecoderTraining:
         spectral, mel, perceived = (torch.zeros((), device=self.device) for _ in range(3))
         for spoken in (draw(self.parts, rng, NOISE_SHARE) for _ in range(count)):
             wanted = spoken.wanted.to(self.device)
-            hiss = (
-                HISS
-                * float(wanted.square().mean().sqrt())
-                * noise(len(wanted), rng).to(self.device)
-            )
+            level = HISS * float(wanted.square().mean().sqrt())
+            hiss = level * noise(len(wanted), rng).to(self.device)
             with torch.no_grad():
-                codes = codec.encode(
-                    spoken.heard.to(self.device), codebooks_used(rng, len(codec.codebooks))
-                )
+                used = codebooks_used(rng, len(codec.codebooks))
+                codes = codec.encode(spoken.heard.to(self.device), used)
                 right = codec.encode_mel(log_mel(wanted + hiss, self.config))
             got = codec.decode_hidden(codec.dequantize(codes))[: len(wanted)]
             whole, spectra = spectral_distance(got, wanted, self.config.sample_rate)
             spectral, mel = spectral + whole / count, mel + spectra.detach() / count
             heard = codec.encode_mel(log_mel(got + hiss, self.config))
             perceived = perceived + (heard - right).abs().mean() / right.abs().mean() / count
-        return {
-            "loss": spectral + PERCEIVED * perceived,
-            "mel": mel,
-            "perceived": perceived.detach(),
-        }
+        loss = spectral + PERCEIVED * perceived
+        return {"loss": loss, "mel": mel, "perceived": perceived.detach()}
 
     def validate(self) -> dict[str, float]:
         return reconstruction(self.model(), self.unheard)

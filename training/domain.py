@@ -8,7 +8,10 @@ import random
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
+
+from mimo_fast.text.spelling import UNITS
 
 GRAMMAR = Path(__file__).with_name("domain.jsgf")
 
@@ -22,41 +25,9 @@ SPOKEN_LETTERS = {"a": "ay"}
 """Spelling of a letter that makes a synthesizer name it instead of reading a word."""
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-MONTHS = (
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-)
-NUMBERS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-)
+MONTHS = """
+    january february march april may june july august september october november december
+""".split()  # noqa: SIM905
 TALK = {
     "hello": "hello how are you",
     "good morning": "good morning to you",
@@ -77,15 +48,11 @@ def dialogue() -> dict[str, str]:
     """Questions and the one answer to each."""
     pairs = dict(TALK)
     for kind, names in (("day", DAYS), ("month", MONTHS)):
-        following = (*names[1:], names[0])
-        pairs |= {
-            f"what {kind} comes after {name}": after
-            for name, after in zip(names, following, strict=True)
-        }
-    digits = range(1, 10)
-    return pairs | {
-        f"what is {NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in digits for b in digits
-    }
+        following = zip(names, (*names[1:], names[0]), strict=True)
+        pairs |= {f"what {kind} comes after {name}": after for name, after in following}
+    for a, b in product(range(1, 10), repeat=2):
+        pairs[f"what is {UNITS[a]} plus {UNITS[b]}"] = UNITS[a + b]
+    return pairs
 
 
 def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
@@ -97,10 +64,7 @@ def draw_sentence(rng: random.Random, held_out: bool = False) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether training never sees this sentence.
-
-    Questions of the dialogue are always trained on.
-    """
+    """Whether training never sees this sentence; it always sees the dialogue's questions."""
     if text.count(" ") + 1 < SHORTEST_HELD_OUT or text in dialogue():
         return False
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
@@ -109,10 +73,9 @@ def is_held_out(text: str) -> bool:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """Every word of the domain."""
-    words = {
-        word for rule in _rules().values() for word in _leaves(rule) if not word.startswith("<")
-    }
-    return tuple(sorted(words | set(" ".join((*dialogue(), *dialogue().values())).split())))
+    leaves = (word for rule in _rules().values() for word in _leaves(rule))
+    talk = " ".join((*dialogue(), *dialogue().values())).split()
+    return tuple(sorted({word for word in leaves if not word.startswith("<")} | {*talk}))
 
 
 def spoken(text: str) -> str:
@@ -122,10 +85,8 @@ def spoken(text: str) -> str:
         return SPOKEN_LETTERS.get(text, text)
     letters = [len(word) == 1 for word in words]
     beside = [any(letters[max(0, i - 1) : i] + letters[i + 1 : i + 2]) for i in range(len(words))]
-    named = [letter and near for letter, near in zip(letters, beside, strict=True)]
-    return " ".join(
-        SPOKEN_LETTERS.get(w, w) if name else w for w, name in zip(words, named, strict=True)
-    )
+    known = zip(words, letters, beside, strict=True)
+    return " ".join(SPOKEN_LETTERS.get(w, w) if letter and near else w for w, letter, near in known)
 
 
 def _words(node: Node, rng: random.Random) -> Iterator[str]:

@@ -126,18 +126,13 @@ def transcription(load: Load, parts: Parts, count: int) -> Results:
     """Word error rates of the model's own transcription."""
     model, results = load(None), Results()
     noisy = f"noise_{NOISE_DB}_db"
-    for name, part, level in (
-        ("clean", "unheard", None),
-        (noisy, "unheard", NOISE_DB),
-        ("own_voice", "unsaid", None),
-    ):
+    own = ("own_voice", "unsaid", None)
+    for name, part, level in (("clean", "unheard", None), (noisy, "unheard", NOISE_DB), own):
         texts = [parts[part].item(i).text for i in range(min(count, len(parts[part])))]
         waves = _waves(parts[part], count, f"asr {name}")
-        heard = [
-            wav if level is None else _noisy(wav, level, random.Random(i))
-            for i, wav in enumerate(waves)
-        ]
-        got = transcripts_of(model, heard)
+        if level is not None:
+            waves = (_noisy(wav, level, random.Random(i)) for i, wav in enumerate(waves))
+        got = transcripts_of(model, list(waves))
         results[name] = rate_of(got, texts)
         results[f"wrong_{name}"] = _wrong(texts, got)
     return results
@@ -145,25 +140,18 @@ def transcription(load: Load, parts: Parts, count: int) -> Results:
 
 @torch.no_grad()
 def dialogue(load: Load, _parts: Parts, count: int) -> Results:
-    """Word error rates of spoken answers to questions.
-
-    Of the sound, as the recogniser hears it, and of the text beside it.
-    """
+    """Word error rates of spoken answers: of the sound, by the recogniser, and of the text."""
     model, heard, written = load(None), list[str](), list[str]()
     pairs = dict([*domain.dialogue().items()][:count])
     for i, question in enumerate(tqdm(pairs, desc="dialogue", unit="question")):
         asked = synthesize(domain.spoken(question), UNHEARD).wav
-        wav, text = spoken(
-            model.stream("spoken_dialogue", asked, seed=i, max_new_tokens=LONGEST_REPLY)
-        )
+        answer = model.stream("spoken_dialogue", asked, seed=i, max_new_tokens=LONGEST_REPLY)
+        wav, text = spoken(answer)
         heard.append(recognise(wav, model.codec.sample_rate))
         written.append(text)
     texts = [*pairs.values()]
-    return {
-        "heard": rate_of(heard, texts),
-        "text": rate_of(written, texts),
-        "misheard": _wrong(texts, heard),
-    }
+    rates = {"heard": rate_of(heard, texts), "text": rate_of(written, texts)}
+    return rates | {"misheard": _wrong(texts, heard)}
 
 
 @torch.no_grad()
@@ -178,10 +166,8 @@ def examples(load: Load, parts: Parts, count: int) -> Results:
     ]
     for i in tqdm(range(min(count, len(texts))), desc="examples", unit="sentence"):
         others = [shown[(i + step) % len(texts)] for step in (1, 2)]
-        request = (S2S_INSTRUCTIONS["echoes"], others, asked[i])
-        wav, _ = spoken(
-            model.stream("in_context_learning_s2s", *request, seed=i, max_new_tokens=LONGEST_REPLY)
-        )
+        request = ("in_context_learning_s2s", S2S_INSTRUCTIONS["echoes"], others, asked[i])
+        wav, _ = spoken(model.stream(*request, seed=i, max_new_tokens=LONGEST_REPLY))
         heard.append(recognise(wav, model.codec.sample_rate))
     texts = texts[: len(heard)]
     return {"heard": rate_of(heard, texts), "misheard": _wrong(texts, heard)}
@@ -194,17 +180,12 @@ def unsaid(parts: Parts, count: int) -> tuple[str, ...]:
 
 @cache
 def speech_of(model: MimoAudio, texts: tuple[str, ...], greedy: bool = False) -> tuple[Tensor, ...]:
-    """Speech of the model for each text, streamed, with upstream's sampling or greedy.
-
-    The seed is the text's place.
-    """
+    """Speech of the model for each text, streamed, with upstream's sampling or greedy."""
     bar, samplers = tqdm(texts, desc="tts", unit="sentence"), model.task_sampler_configs["tts"]
     if greedy:
         model.task_sampler_configs["tts"] = {"global": GREEDY, "local": GREEDY}
-    chunks = (
-        model.stream("tts", text, seed=i, max_new_tokens=LONGEST_REPLY)
-        for i, text in enumerate(bar)
-    )
+    limit = LONGEST_REPLY
+    chunks = (model.stream("tts", text, seed=i, max_new_tokens=limit) for i, text in enumerate(bar))
     said = tuple(spoken(each)[0] for each in chunks)
     model.task_sampler_configs["tts"] = samplers
     return said

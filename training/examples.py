@@ -37,16 +37,8 @@ from .tokenizer import INSTRUCTIONS, S2S_INSTRUCTIONS
 UNDERSTANDING = {"words": 2, "spliced": 3, "asr": 8, "written": 2}
 """Weights of the tasks in the first stage, whose replies are text."""
 
-JOINT = {
-    "words": 1,
-    "spliced": 3,
-    "asr": 9,
-    "written": 1,
-    "tts": 8,
-    "styled": 4,
-    "dialogue": 2,
-    "few_shot": 1,
-}
+JOINT = {"words": 1, "spliced": 3, "asr": 9, "written": 1}
+JOINT |= {"tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
 """Weights in the second stage."""
 
 FEW = (1, 2)
@@ -69,10 +61,7 @@ ASKED = {"speech": 7, "letters": 1, "questions": 2, "echoes": 2}
 """Weights of the parts that are transcribed."""
 
 COARSE_SHARE, COARSEST = 0.5, 2
-"""Share of recordings given by their first codebooks only, and the least number of these.
-
-The other codebooks tell more of the voice.
-"""
+"""Share of recordings given by their first codebooks only, which tell less of the voice."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +74,7 @@ class Heard(Speech):
 
 @dataclass(frozen=True)
 class Span:
-    """Groups start ... stop - 1 of an example, in which these text ids are heard.
-
-    The last group is the end of speech.
-    """
+    """Groups start ... stop - 1 of an example, up to the end of speech: these ids are heard."""
 
     start: int
     stop: int
@@ -150,9 +136,8 @@ class Examples:
         """The transcription of one utterance."""
         codes = self._codes[part]
         speech = Heard(codes.get(index), text=codes.text(index), phones=codes.phones(index))
-        return self._example(
-            tasks.asr(PromptContext(), speech, template), [speech.text, "<|im_end|>"]
-        )
+        request = tasks.asr(PromptContext(), speech, template)
+        return self._example(request, [speech.text, "<|im_end|>"])
 
     def reading(
         self, part: str, index: int, template: int | None = 0, seed: int | None = None
@@ -172,10 +157,9 @@ class Examples:
         learned = torch.arange((asked.shape[1] + said.shape[1]) // size) >= asked.shape[1] // size
         ids = torch.cat((asked, said), dim=1)
         phones = torch.full((len(learned), size), -1)
-        if isinstance(reply[-1], Said):
-            phones[learned & (ids[0, ::size] == self._tokenizer.special.empty)] = reply[
-                -1
-            ].phones.view(-1, size)
+        if isinstance(said_last := reply[-1], Said):
+            spoken = learned & (ids[0, ::size] == self._tokenizer.special.empty)
+            phones[spoken] = said_last.phones.view(-1, size)
         return Example(ids, learned, self._spans(request, asked[0, ::size]), phones)
 
     def _spans(self, request: Segments, text: Tensor) -> list[Span]:
@@ -194,10 +178,8 @@ class Examples:
         for _ in range(WORDS):
             speech = self._recording("words", rng)
             pairs.append(self._example([speech], [speech.text, "\n"]))
-            spans += [
-                replace(each, start=each.start + start, stop=each.stop + start)
-                for each in pairs[-1].spans
-            ]
+            for each in pairs[-1].spans:
+                spans.append(replace(each, start=each.start + start, stop=each.stop + start))
             start += len(pairs[-1])
         ids = torch.cat([each.ids for each in pairs], dim=1)
         learned = torch.cat([each.learned for each in pairs])
@@ -205,9 +187,8 @@ class Examples:
 
     def _recording(self, part: str, rng: random.Random) -> Heard:
         """A recording of a part, sometimes without its finer codebooks."""
-        codes = self._codes[
-            STRANGE[part] if part in STRANGE and rng.random() < STRANGE_SHARE else part
-        ]
+        strange = part in STRANGE and rng.random() < STRANGE_SHARE
+        codes = self._codes[STRANGE[part] if strange else part]
         index = rng.randrange(len(codes))
         speech = codes.get(index, rng.randrange(codes.variants))
         if rng.random() < COARSE_SHARE:
@@ -274,11 +255,8 @@ class Examples:
 
         examples, (speech, reply) = [pair() for _ in range(rng.choice(FEW))], pair()
         given = [
-            {
-                "input_audio": heard,
-                "output_audio": Speech(said.codes),
-                "output_transcription": said.text,
-            }
+            {"input_audio": heard, "output_audio": Speech(said.codes)}
+            | {"output_transcription": said.text}
             for heard, said in examples
         ]
         instruction = S2S_INSTRUCTIONS[part]

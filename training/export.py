@@ -16,17 +16,12 @@ from .tokenizer import build_tokenizer
 
 WINDOW = "decoder.vocoder.head.istft.window"
 LEVEL = 0.33
-"""Gain of the exported codec's output.
-
-Trained on spectra, it puts the harmonics of a voice in phase: pulses whose peaks are up to three
-times those of the recording, which files and sound cards would clip.
+"""Gain of the exported codec's output. Trained on spectra, it puts the harmonics of a voice in
+phase: pulses of up to three times the recording's peaks, which files and sound cards would clip.
 """
 
 GREEDY_TASKS = ("tts",)
-"""Tasks whose replies are greedy by default.
-
-So small a model often draws a wrong code when it samples.
-"""
+"""Tasks that are greedy by default: so small a model often draws a wrong code."""
 
 MEASURED = 64
 """Utterances over which the norm statistics of the codec are averaged."""
@@ -61,31 +56,22 @@ def write_pair(
     """Writes both checkpoints from their tensors, without what only training needs."""
     tokenizer = build_tokenizer(target / "lm")
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    added = {
-        "lm": stored
-        | {
-            "bos_token_id": tokenizer.special.eos,
-            "eos_token_id": tokenizer.special.eos,
-            "greedy_tasks": list(GREEDY_TASKS),
-        },
-        "codec": stored | {"streaming_moments": typical_moments(codec_tensors, replies)},
-    }
-    for part, tensors in (("lm", lm_tensors), ("codec", codec_tensors)):
-        raw = config_json(part) | added[part]
-        shapes = (
-            lm_shapes(LMConfig.from_dict(raw))
-            if part == "lm"
-            else codec_shapes(CodecConfig.from_dict(raw))
-        )
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.special.eos)
+    lm_raw = config_json("lm") | stored | ends | {"greedy_tasks": list(GREEDY_TASKS)}
+    moments = {"streaming_moments": typical_moments(codec_tensors, replies)}
+    codec_raw = config_json("codec") | stored | moments
+    for part, raw, shapes, tensors in (
+        ("lm", lm_raw, lm_shapes(LMConfig.from_dict(lm_raw)), lm_tensors),
+        ("codec", codec_raw, codec_shapes(CodecConfig.from_dict(codec_raw)), codec_tensors),
+    ):
         write_checkpoint(target / part, shapes, tensors.__getitem__, dtype=dtype, config=raw)
     return target / "lm", target / "codec"
 
 
 def typical_moments(tensors: Tensors, replies: Part) -> list[list[float]]:
     """Mean and variance of each of the codec's two norms over time, averaged over utterances."""
-    trained = build_codec(
-        codec.codec_config(), {name: tensor.detach() for name, tensor in tensors.items()}
-    )
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    trained = build_codec(codec.codec_config(), detached)
     found = []
     for i in range(min(MEASURED, len(replies))):
         unpool, to_mel = trained.moments(trained.encode(replies[i].wav))

@@ -14,10 +14,7 @@ from .domain import GRAMMAR
 
 LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-3
-"""Level to which everything is scaled, and of the noise added to it.
-
-Digital silence upsets the recogniser.
-"""
+"""Level to which speech is scaled, and of added noise: digital silence upsets the recogniser."""
 
 HUSH = 0.2
 """Seconds of silence before and after, in which the recogniser measures the noise."""
@@ -29,9 +26,8 @@ SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 def recognise(wav: Tensor, sample_rate: int) -> str:
     """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
     decoder = _decoder()
-    heard = F.pad(
-        resample(wav.float(), sample_rate, LISTENING_RATE), [round(HUSH * LISTENING_RATE)] * 2
-    )
+    hush = round(HUSH * LISTENING_RATE)
+    heard = F.pad(resample(wav.float(), sample_rate, LISTENING_RATE), [hush, hush])
     hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
     heard = heard * (PEAK / max(HISS, float(heard.abs().max()))) + hiss
     decoder.start_utt()

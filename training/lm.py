@@ -95,10 +95,8 @@ class LMTraining:
         initial = initial_tensors(self.config, seed)
         if codec is not None:
             names = codebook_names(self.config.channels)
-            books, usage = (
-                [codec[f"{name}.{part}"] for name in names] for part in ("embed", "cluster_size")
-            )
-            embed_codebooks(initial, books, usage)
+            usage = [codec[f"{name}.cluster_size"] for name in names]
+            embed_codebooks(initial, [codec[f"{name}.embed"] for name in names], usage)
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
@@ -125,18 +123,11 @@ class LMTraining:
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
         phones = self.phones(states[0], batch.phones)
         loss = loss + phones + CODES * (codes * weights).sum()
-        shown |= {
-            "phones": phones.detach(),
-            "codes": codes.detach().mean(),
-            "code_0": codes[0].detach(),
-        }
-        return {"loss": loss, **shown}
+        shown |= {"phones": phones.detach(), "codes": codes.detach().mean()}
+        return {"loss": loss, **shown, "code_0": codes[0].detach()}
 
     def heard(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:
-        """Cross entropies of heard speech, over the layers that are asked.
-
-        Of words per word, and of phones per phone.
-        """
+        """Cross entropies of heard speech: of words per word, and of phones per phone."""
         flat = [(row, span) for row, each in enumerate(spans) for span in each if span.words]
         if not flat:
             return torch.zeros((), device=self.device)
@@ -151,40 +142,30 @@ class LMTraining:
     def _read(
         self, head: str, projections: list[Tensor], flat: list[tuple[int, Span]], classes: int
     ) -> list[Tensor]:
-        """Log-probabilities of each span, [T k, classes].
-
-        A head reads them from the keys and values of its layer.
-        """
+        """Log-probabilities of each span, [T k, classes], from a layer's keys and values."""
         layer, weight = int(head.rsplit(".", 1)[1]), self.tensors[f"{head}.weight"]
-        seen = projections[layer][..., -weight.shape[1] :]
-        return [
-            F.linear(seen[row, span.start : span.stop], weight, self.tensors[f"{head}.bias"])
-            .view(-1, classes)
-            .log_softmax(-1)
-            for row, span in flat
-        ]
+        seen, bias = projections[layer][..., -weight.shape[1] :], self.tensors[f"{head}.bias"]
+        parts = (seen[row, span.start : span.stop] for row, span in flat)
+        scores = (F.linear(part, weight, bias).view(-1, classes) for part in parts)
+        return [each.log_softmax(-1) for each in scores]
 
     def phones(self, hidden: Tensor, phones: Tensor) -> Tensor:
-        """Cross entropy of the phones of the patches of replies.
-
-        hidden [B, T, D], phones [B, T, G].
-        """
+        """Cross entropy of the phones [B, T, G] of replies' patches, from hidden [B, T, D]."""
         wanted = phones[:, 1:].to(self.device)
         known = wanted[..., 0] >= 0
-        scores = F.linear(
-            hidden[:, :-1][known], self.tensors["phones.weight"], self.tensors["phones.bias"]
-        )
+        weight, bias = self.tensors["phones.weight"], self.tensors["phones.bias"]
+        scores = F.linear(hidden[:, :-1][known], weight, bias)
         return F.cross_entropy(scores.view(-1, len(PHONES) + 1), wanted[known].flatten())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses on held-out sentences: transcribing an unheard voice, and reading text aloud."""
-        model = self.model()
         count = min(VALIDATION, len(self.codes["unheard"]), len(self.codes["unsaid"]))
         heard = [self.examples.transcription("unheard", i) for i in range(count)]
         said = [self.examples.reading("unsaid", i) for i in range(count)]
-        asr, _ = batch_losses(model, collate(heard, self.config, self.special.pad), None)
-        text, codes = batch_losses(model, collate(said, self.config, self.special.pad), None)
+        batches = (collate(each, self.config, self.special.pad) for each in (heard, said))
+        model = self.model()
+        (asr, _), (text, codes) = (batch_losses(model, each, None) for each in batches)
         found = {"asr": float(asr), "text": float(text)}
         if codes is None:
             return found
@@ -205,23 +186,15 @@ class LMTraining:
 
 
 def initial_tensors(config: LMConfig, seed: int) -> Tensors:
-    """Tensors of the model and of the heads that only training needs.
-
-    The heads read words from layers' keys and values, and a patch's phones.
-    """
+    """Tensors of the model, and of the heads that only training needs, for words and phones."""
     seen = 2 * config.backbone.kv_heads * config.backbone.head_dim
     sizes = {f"ctc.{layer}": (config.vocab_size, seen) for layer in CTC_LAYERS}
     phones = (len(PHONES) + 1) * config.group_size
-    sizes |= {
-        "phones": (phones, config.backbone.dim),
-        f"phones_heard.{HEARING_LAYER}": (phones, seen),
-    }
+    sizes["phones"] = phones, config.backbone.dim
+    sizes[f"phones_heard.{HEARING_LAYER}"] = phones, seen
     weights = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
-    return (
-        initial_lm(config, seed)
-        | weights
-        | {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
-    )
+    biases = {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
+    return initial_lm(config, seed) | weights | biases
 
 
 def blurred(batch: Batch, config: LMConfig, generator: torch.Generator) -> Tensor:
@@ -271,26 +244,19 @@ def batch_losses(
     text, codes, learned = (
         x[:, 1:].to(model.device) for x in (batch.text, batch.codes, batch.learned)
     )
-    text_loss = _mean_of_means(
-        F.cross_entropy(
-            model.text_logits(hidden[learned]).float(), text[learned], reduction="none"
-        ),
-        learned,
-    )
+    logits = model.text_logits(hidden[learned]).float()
+    each_text = F.cross_entropy(logits, text[learned], reduction="none")
+    text_loss = _mean_of_means(each_text, learned)
     patches = (learned & (text == model.empty_id)).nonzero()
     if not len(patches):
         return text_loss, None
     if generator is not None and len(patches) > (most := parallel.share(MAX_PATCHES)):
-        patches = patches[
-            torch.randperm(len(patches), generator=generator)[:most].to(patches.device)
-        ]
+        chosen = torch.randperm(len(patches), generator=generator)[:most]
+        patches = patches[chosen.to(patches.device)]
     rows, columns = patches.T
     wanted = codes[rows, columns]
-    logits = code_logits(model, hidden[rows, columns], wanted)
-    losses = [
-        F.cross_entropy(x.flatten(0, 1).float(), wanted[:, c].flatten())
-        for c, x in enumerate(logits)
-    ]
+    scores = (x.flatten(0, 1).float() for x in code_logits(model, hidden[rows, columns], wanted))
+    losses = [F.cross_entropy(x, wanted[:, c].flatten()) for c, x in enumerate(scores)]
     return text_loss, torch.stack(losses)
 
 

@@ -41,10 +41,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """State entries of the optimizers in a saved state."""
 
 ORTHOGONAL = re.compile(r"layers\..*weight$")
-"""Leaves that Muon updates where they are matrices.
-
-AdamW updates embeddings, heads, convolutions and vectors.
-"""
+"""Leaves that Muon updates where they are matrices; AdamW updates all others."""
 
 NEWTON_SCHULZ_STEPS = 3
 """Iterations of Muon: two fewer than usual, which saves a tenth of a step at these sizes."""
@@ -107,13 +104,8 @@ class Run:
         """
         shown: dict[str, float] = {}
         checked: dict[str, float] = {}
-        bar = tqdm(
-            total=self.schedule.steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            smoothing=0.05,
-        )
+        steps = {"total": self.schedule.steps, "initial": self.step, "unit": "step"}
+        bar = tqdm(desc=self.name, smoothing=0.05, **steps)
         with bar, _interruptible() as stopped:
             while not self.finished:
                 began = time.perf_counter()
@@ -126,23 +118,13 @@ class Run:
                 for name, value in losses.items():
                     shown[name] = SMOOTHING * shown.get(name, value) + (1 - SMOOTHING) * value
                 if self.step % self.schedule.validate_every == 0 or self.finished:
-                    checked = validate()
-                    self._log(
-                        {
-                            "step": self.step,
-                            **{f"valid_{name}": value for name, value in checked.items()},
-                        }
-                    )
-                self._log(
-                    {"step": self.step, "seconds": round(time.perf_counter() - began, 3), **losses}
-                )
+                    checked = {f"valid_{name}": value for name, value in validate().items()}
+                    self._log({"step": self.step, **checked})
+                seconds = round(time.perf_counter() - began, 3)
+                self._log({"step": self.step, "seconds": seconds, **losses})
                 bar.update(1)
-                texts = [f"{name} {value:.3f}" for name, value in shown.items()]
-                bar.set_postfix_str(
-                    " ".join(
-                        texts + [f"valid_{name} {value:.3f}" for name, value in checked.items()]
-                    )
-                )
+                texts = [f"{name} {value:.3f}" for name, value in (shown | checked).items()]
+                bar.set_postfix_str(" ".join(texts))
                 if stop or self.finished or self.step % SAVE_EVERY == 0:
                     self.save()
                 if stop:
@@ -184,23 +166,20 @@ class Run:
             names = set(file.keys())
             expected = {f"tensor.{name}" for name in (*self.trained, *self.fixed)}
             if missing := expected - names:
-                problem = (
-                    f"{self.state_path} lacks {len(missing)} tensors of this model ({min(missing)})"
-                )
-                raise CheckpointError(f"{problem}: delete it to start anew")
+                lacking = f"{len(missing)} tensors of this model ({min(missing)})"
+                raise CheckpointError(f"{self.state_path} lacks {lacking}: delete it to start anew")
             self.step = int(file.metadata()["step"])
             with torch.no_grad():
                 for name, tensor in (self.trained | self.fixed).items():
                     tensor.copy_(file.get_tensor(f"tensor.{name}"))
             for name, leaf in self.trained.items():
-                saved = {
-                    moment: f"{moment}.{name}" for moment in MOMENTS if f"{moment}.{name}" in names
-                }
+                saved = {}
+                for moment in MOMENTS:
+                    if (key := f"{moment}.{name}") in names:
+                        device = "cpu" if moment == "step" else leaf.device
+                        saved[moment] = file.get_tensor(key).to(device)
                 if saved:
-                    self._states[leaf][leaf] = {
-                        moment: file.get_tensor(key).to("cpu" if moment == "step" else leaf.device)
-                        for moment, key in saved.items()
-                    }
+                    self._states[leaf][leaf] = saved
 
     def _log(self, record: dict[str, Any]) -> None:
         with open(self.directory / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
@@ -208,38 +187,27 @@ class Run:
 
 
 def optimizers_of(trained: Tensors, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, with steps as large as AdamW's, and AdamW for the rest.
-
-    kellerjordan.github.io/posts/muon.
-    """
+    """Muon (kellerjordan.github.io/posts/muon) for the layers' matrices, AdamW for the rest."""
     layers, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, leaf in trained.items():
         orthogonal = leaf.ndim == 2 and ORTHOGONAL.search(name)
         (layers if orthogonal else matrices if leaf.ndim > 1 else vectors).append(leaf)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    decay = schedule.weight_decay
+    usual = {"lr": schedule.rate, "weight_decay": schedule.weight_decay}
+    # Its steps are as large as AdamW's.
+    muon = {"ns_steps": NEWTON_SCHULZ_STEPS, "adjust_lr_fn": "match_rms_adamw"}
     return [
-        torch.optim.Muon(
-            layers,
-            lr=schedule.rate,
-            weight_decay=decay,
-            ns_steps=NEWTON_SCHULZ_STEPS,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            groups, lr=schedule.rate, betas=schedule.betas, weight_decay=decay, foreach=True
-        ),
+        torch.optim.Muon(layers, **usual, **muon),
+        torch.optim.AdamW(groups, betas=schedule.betas, foreach=True, **usual),
     ]
 
 
 def save_state(path: Path, tensors: Tensors, step: int, moments: Tensors | None = None) -> None:
     """Writes the state from which a `Run` resumes, atomically."""
-    state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()} | (
-        moments or {}
-    )
-    save_whole(
-        path, {name: tensor.contiguous() for name, tensor in state.items()}, {"step": str(step)}
-    )
+    state = {f"tensor.{name}": tensor.detach() for name, tensor in tensors.items()}
+    state |= moments or {}
+    stored = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_whole(path, stored, {"step": str(step)})
 
 
 def trained_tensors(directory: Path, name: str) -> Tensors:
@@ -250,9 +218,8 @@ def trained_tensors(directory: Path, name: str) -> Tensors:
     """
     path = directory / f"{name}.safetensors"
     if not path.exists():
-        raise CheckpointError(
-            f"{path} is missing: run `python -m training {name.split('-')[0]}` first"
-        )
+        command = f"python -m training {name.split('-')[0]}"
+        raise CheckpointError(f"{path} is missing: run `{command}` first")
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith("tensor.")]  # noqa: SIM118
         return {name.removeprefix("tensor."): file.get_tensor(name) for name in names}
@@ -260,10 +227,7 @@ def trained_tensors(directory: Path, name: str) -> Tensors:
 
 @contextmanager
 def _interruptible() -> Any:
-    """A list that becomes non-empty after Ctrl-C or a termination request.
-
-    A second Ctrl-C stops at once.
-    """
+    """A list that Ctrl-C or a termination request fills; a second Ctrl-C stops at once."""
     stopped: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:

@@ -10,10 +10,8 @@ from torch import Tensor
 from mimo_fast.audio.mel import mel_filters
 
 SCALES = ((256, 20), (512, 40), (1024, 80), (2048, 120))
-"""Window and mel bands of each resolution; hops are a quarter of a window.
-
-A shorter window would see single pulses of the voice, whose positions codes do not tell; training
-on it only teaches to smear them.
+"""Window and mel bands of each resolution; hops are a quarter of a window. A shorter one would see
+single pulses of the voice, whose positions codes do not tell, and only teach to smear them.
 """
 
 ENVELOPE_WINDOW, ENVELOPE_BANDS, CEPSTRA = 640, 40, 13
@@ -27,10 +25,7 @@ FLOOR = 1e-3
 
 
 def mel_distance(got: Tensor, want: Tensor, sample_rate: int) -> Tensor:
-    """Mean absolute difference of natural log-mel magnitudes of waveforms [n].
-
-    It is averaged over `SCALES`.
-    """
+    """Mean absolute difference of the natural log-mels of waveforms [n], over all `SCALES`."""
     total = got.new_zeros(())
     for window, bands in SCALES:
         a, b = (_log_mel(wav, window, bands, sample_rate) for wav in (got, want))

@@ -44,10 +44,7 @@ def seed_of(seed: int) -> int:
 
 @contextmanager
 def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
-    """A context in which `count` processes run `python -m training` with these arguments.
-
-    They end together.
-    """
+    """A context in which `count` processes run `python -m training` with these arguments."""
     if count == 1:
         yield
         return
@@ -120,10 +117,7 @@ def any_of(flag: bool) -> bool:
 
 @torch.no_grad()
 def average_gradients(leaves: Sequence[Tensor]) -> None:
-    """Replaces each leaf's gradient by its mean over the processes.
-
-    A leaf without a gradient in any process stays without.
-    """
+    """Replaces each leaf's gradient, if any process has one, by its mean over the processes."""
     if not dist.is_initialized():
         return
     present = torch.tensor([float(leaf.grad is not None) for leaf in leaves])
@@ -146,7 +140,6 @@ def follow(tensors: Sequence[Tensor]) -> None:
 
 
 def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, values in zip(
-        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-    ):
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, values in zip(tensors, parts, strict=True):
         tensor.copy_(values.view_as(tensor))

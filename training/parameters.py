@@ -7,7 +7,7 @@ gradients reach every leaf by its upstream name.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,13 @@ def embed_codebooks(tensors: Tensors, codebooks: Sequence[Tensor], usage: Sequen
     usage [V_q]: how often each row is chosen.
     """
     width = tensors["speech_embeddings.0.weight"].shape[1]
-    weighted = torch.cat(
-        [
-            (book - mean(book, used)) * (used / used.sum()).sqrt()[:, None]
-            for book, used in zip(codebooks, usage, strict=True)
-        ]
-    )
+    centred = [book - mean(book, used) for book, used in zip(codebooks, usage, strict=True)]
+    shares = [(used / used.sum()).sqrt()[:, None] for used in usage]
+    weighted = torch.cat([book * share for book, share in zip(centred, shares, strict=True)])
     _, spread, directions = torch.linalg.svd(weighted, full_matrices=False)
     turn = directions[:width].T / spread.square().sum().sqrt() * math.sqrt(width) * FRAME_STD
-    for channel, (book, used) in enumerate(zip(codebooks, usage, strict=True)):
-        rows = (book - mean(book, used)) @ turn
+    for channel, book in enumerate(centred):
+        rows = book @ turn
         tensors[f"speech_embeddings.{channel}.weight"][: len(rows), : rows.shape[1]] = rows
 
 
@@ -94,15 +91,8 @@ def is_fixed(name: str) -> bool:
     return bool(CODEBOOK.search(name)) or name.endswith("istft.window")
 
 
-def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes))
-
-
 def _initial(shapes: Shapes, layers: int, seed: int) -> Tensors:
-    """Initial values: each matrix keeps the variance of its input.
-
-    Additions to the residual stream start small.
-    """
+    """Initial values: matrices keep their input's variance; additions to the residual are small."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():

@@ -20,10 +20,7 @@ from .parameters import Tensors, codebook_names
 DECAY = 0.99
 DEAD_SHARE = 0.1
 NEW_SHARE = 0.3
-"""Share of its fair usage with which a new row starts.
-
-It is low, so that the row is soon its own average, or replaced again.
-"""
+"""Share of its fair usage with which a new row starts: soon its own average, or replaced."""
 
 USUAL_SIZE = 4.0
 """Initial moving average of a row where it is unknown: positions of a batch that choose it."""
@@ -34,11 +31,7 @@ PARTS = ("embed", "cluster_size", "embed_avg", "inited")
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of quantization.
-
-    rows [T, D] with the gradient of what was quantized, codes [n, T], commitment: a scalar to
-    minimize.
-    """
+    """rows [T, D] with the gradient of what was quantized, codes [n, T], a loss to minimize."""
 
     rows: Tensor
     codes: Tensor
@@ -46,14 +39,9 @@ class Quantized:
 
 
 def known_usage(config: CodecConfig, tensors: Tensors) -> Tensors:
-    """Averages of codebooks [size, D] in `tensors` that were trained already.
-
-    All rows are taken as equally used.
-    """
-    found = {}
-    for name, size in zip(
-        codebook_names(len(config.codebook_sizes)), config.codebook_sizes, strict=True
-    ):
+    """Averages of trained codebooks [size, D] in `tensors`, with all rows as equally used."""
+    found, sizes = {}, config.codebook_sizes
+    for name, size in zip(codebook_names(len(sizes)), sizes, strict=True):
         used = torch.full((size,), USUAL_SIZE)
         found |= {
             f"{name}.cluster_size": used,
@@ -90,10 +78,7 @@ class Quantizer:
         return [self._tensors[f"{name}.{part}"] for name in self._names for part in PARTS]
 
     def __call__(self, x: Tensor, n_q: Tensor | None = None) -> Quantized:
-        """x [T, D] -> its nearest sums of rows.
-
-        n_q int64 [T]: codebooks that each position uses; None: all.
-        """
+        """x [T, D] -> its nearest sums of rows; n_q int64 [T]: codebooks used, None for all."""
         books = self.books
         codes = rvq_encode(x.detach(), books)
         levels = torch.stack([book[indices] for book, indices in zip(books, codes, strict=True)])
@@ -110,10 +95,7 @@ class Quantizer:
 
     @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> int:
-        """Updates the codebooks with x [T, D] by codes [Q, T].
-
-        Returns how many rows were replaced.
-        """
+        """Updates the codebooks with x [T, D] by codes [Q, T]; returns how many rows are new."""
         residual, replaced = x.detach(), 0
         for name, indices in zip(self._names, codes, strict=True):
             embed, size, average, inited = (self._tensors[f"{name}.{part}"] for part in PARTS)
@@ -123,9 +105,8 @@ class Quantizer:
                 inited.fill_(1)
                 before = embed[rvq_encode(residual, [embed])[0]]
             else:
-                counts = torch.zeros_like(size).index_add_(
-                    0, indices, torch.ones_like(indices, dtype=size.dtype)
-                )
+                ones = torch.ones_like(indices, dtype=size.dtype)
+                counts = torch.zeros_like(size).index_add_(0, indices, ones)
                 size.lerp_(counts, 1 - DECAY)
                 average.lerp_(torch.zeros_like(average).index_add_(0, indices, residual), 1 - DECAY)
                 embed.copy_(average / (size[:, None] + EPSILON))
@@ -139,9 +120,8 @@ class Quantizer:
         self, rows: Tensor, residual: Tensor, name: str, generator: torch.Generator
     ) -> None:
         """Replaces rows by residuals drawn from the batch."""
-        chosen = residual[
-            torch.randint(len(residual), (len(rows),), generator=generator).to(residual.device)
-        ]
+        drawn = torch.randint(len(residual), (len(rows),), generator=generator)
+        chosen = residual[drawn.to(residual.device)]
         size = self._tensors[f"{name}.cluster_size"]
         share = NEW_SHARE * max(float(size.mean()), 1e-2)
         size[rows] = share

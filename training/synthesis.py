@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,49 +28,10 @@ from mimo_fast.errors import MimoFastError
 RATE = 24_000
 SYNTHESIZED_RATE = 16_000
 
-PHONES = (
-    "aa",
-    "ae",
-    "ah",
-    "ao",
-    "aw",
-    "ax",
-    "axr",
-    "ay",
-    "b",
-    "ch",
-    "d",
-    "dh",
-    "eh",
-    "er",
-    "ey",
-    "f",
-    "g",
-    "hh",
-    "ih",
-    "iy",
-    "jh",
-    "k",
-    "l",
-    "m",
-    "n",
-    "ng",
-    "ow",
-    "oy",
-    "p",
-    "r",
-    "s",
-    "sh",
-    "t",
-    "th",
-    "uh",
-    "uw",
-    "v",
-    "w",
-    "y",
-    "z",
-    "zh",
-)
+PHONES = """
+    aa ae ah ao aw ax axr ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th
+    uh uw v w y z zh
+""".split()  # noqa: SIM905
 
 INSTALL = {
     "flite": "apt-get install flite",
@@ -162,17 +123,15 @@ def has_pico() -> bool:
 
 
 def synthesize(text: str, manner: Manner) -> Utterance:
-    """Speech; without its synthesizer, tones.
-
-    `tones` serve only to try the training out.
-    """
+    """Speech; without its synthesizer, tones, which serve only to try the training out."""
+    speak, here = _flite, has_flite
     if manner.voice.startswith(ESPEAK):
-        return _espeak(text, manner) if has_espeak() else tones(text, manner)
-    if manner.voice in FESTIVAL:
-        return _festival(text, manner) if has_festival() else tones(text, manner)
-    if manner.voice in PICO:
-        return _pico(text, manner) if has_pico() else tones(text, manner)
-    return _flite(text, manner) if has_flite() else tones(text, manner)
+        speak, here = _espeak, has_espeak
+    elif manner.voice in FESTIVAL:
+        speak, here = _festival, has_festival
+    elif manner.voice in PICO:
+        speak, here = _pico, has_pico
+    return (speak if here() else tones)(text, manner)
 
 
 def _espeak(text: str, manner: Manner) -> Utterance:
@@ -239,29 +198,21 @@ def _flite(text: str, manner: Manner) -> Utterance:
         "duration_stretch": manner.stretch * manner.warp,
         "int_f0_target_mean": PITCH[manner.voice] * manner.pitch / manner.warp,
     }
-    options = [
-        part for name, value in settings.items() for part in ("--setf", f"{name}={value:.4f}")
-    ]
-    options = ["-voice", manner.voice, *options, "-psdur"]
+    options, spoken = ["-voice", manner.voice], text
+    for name, value in settings.items():
+        options += ["--setf", f"{name}={value:.4f}"]
+    options.append("-psdur")
     if manner.grid:
-        paces = _paces(
-            _segments([*options, "-t", text, "-o", "none"], text), manner.grid * manner.warp
-        )
-        paced = (
-            f'<prosody rate="{pace:.4f}">{word}</prosody>'
-            for word, pace in zip(text.split(), paces, strict=True)
-        )
+        usual = _segments([*options, "-t", text, "-o", "none"], text)
+        paces = zip(text.split(), _paces(usual, manner.grid * manner.warp), strict=True)
+        paced = (f'<prosody rate="{pace:.4f}">{word}</prosody>' for word, pace in paces)
         options, spoken = [*options, "-ssml"], f"<speak>{' '.join(paced)}</speak>"
-    else:
-        spoken = text
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "speech.wav")
         found = _segments([*options, "-t", spoken, "-o", str(path)], text)
         wav = _warped(load_audio(path, SYNTHESIZED_RATE), manner)
-    starts, ends = (
-        [round(second * RATE / manner.warp) for second in each]
-        for each in (found.starts, found.ends)
-    )
+    times = found.starts, found.ends
+    starts, ends = ([round(second * RATE / manner.warp) for second in each] for each in times)
     return Utterance(wav, _indices(found.phones), found.words, starts, ends)
 
 
@@ -281,25 +232,17 @@ def _segments(options: Sequence[str], text: str) -> _Segments:
     ends, spoken = [*map(float, seconds)], [i for i, name in enumerate(names) if name in PHONES]
     phones = [names[i] for i in spoken]
     words = word_places(phones, [pronunciation(word) for word in text.split()])
-    return _Segments(
-        phones, words, [ends[i - 1] if i else 0.0 for i in spoken], [ends[i] for i in spoken]
-    )
+    starts = [ends[i - 1] if i else 0.0 for i in spoken]
+    return _Segments(phones, words, starts, [ends[i] for i in spoken])
 
 
 def _paces(found: _Segments, grid: float) -> list[float]:
-    """Rates of the words that make the next one start on the grid.
-
-    Pauses between words do not change.
-    """
+    """Rates of the words that make the next one start on the grid; pauses do not change."""
     paces = []
-    for i, first in enumerate(found.words):
-        following = found.words[i + 1] if i + 1 < len(found.words) else len(found.phones)
-        length = found.ends[following - 1] - found.starts[first]
-        pause = (
-            found.starts[following] - found.ends[following - 1]
-            if following < len(found.phones)
-            else 0.0
-        )
+    for first, following in pairwise((*found.words, len(found.phones))):
+        end = found.ends[following - 1]
+        length = end - found.starts[first]
+        pause = found.starts[following] - end if following < len(found.phones) else 0.0
         steps = max(1, math.ceil((length + pause) / grid - HURRY))
         paces.append(length / max(steps * grid - pause, length / 2))
     return paces
@@ -317,19 +260,14 @@ def _run_flite(options: Sequence[str]) -> list[str]:
 @lru_cache(maxsize=4096)
 def pronunciation(word: str) -> tuple[str, ...]:
     """The phones of a word said alone."""
-    return tuple(
-        phone
-        for phone in _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"])
-        if phone in PHONES
-    )
+    said = _run_flite(["-voice", "kal16", "-ps", "-t", word, "-o", "none"])
+    return tuple(phone for phone in said if phone in PHONES)
 
 
 def word_places(phones: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
     """Positions in the phones where words start, though in a sentence some phones differ."""
-    starts = [0, *accumulate(map(len, words))][:-1]
-    matcher = SequenceMatcher(
-        None, [phone for word in words for phone in word], phones, autojunk=False
-    )
+    starts, alone = [0, *accumulate(map(len, words))][:-1], [*chain.from_iterable(words)]
+    matcher = SequenceMatcher(None, alone, phones, autojunk=False)
     changes = [(i, last, j, end) for _, i, last, j, end in matcher.get_opcodes() if last > i]
     spans = [next(each for each in changes if each[0] <= start < each[1]) for start in starts]
     return [
@@ -344,22 +282,16 @@ def _indices(phones: Sequence[str]) -> list[int]:
 
 
 def tones(text: str, manner: Manner) -> Utterance:
-    """A chord of 60 ms for each letter, which decides its upper note.
-
-    Deterministic, and not speech at all.
-    """
+    """A chord of 60 ms for each letter, which decides its upper note: no speech at all."""
     letters = [ord(letter) - ord("a") for letter in text if letter.isalpha()]
     samples = round(0.06 * RATE * manner.stretch)
     time = torch.arange(samples) / RATE
     base = 2 * math.pi * PITCH.get(manner.voice, 140) * manner.pitch
     fade = torch.sin(math.pi * torch.arange(samples) / samples)
-    parts = [
-        fade * (torch.sin(base * time) + torch.sin(base * (3 + letter) * time)) / 4
-        for letter in letters
-    ]
+    low = torch.sin(base * time)
+    parts = [fade * (low + torch.sin(base * (3 + letter) * time)) / 4 for letter in letters]
     words = [*accumulate((sum(map(str.isalpha, word)) for word in text.split()), initial=0)][:-1]
     starts = [i * samples for i in range(len(letters))]
     ends = [start + samples for start in starts]
-    return Utterance(
-        torch.cat(parts), [letter % len(PHONES) for letter in letters], words, starts, ends
-    )
+    phones = [letter % len(PHONES) for letter in letters]
+    return Utterance(torch.cat(parts), phones, words, starts, ends)

@@ -5,6 +5,7 @@ whole cost of a prompt is its speech. Text is lowered and every piece of it star
 a word has the same token wherever it stands.
 """
 
+from itertools import chain
 from pathlib import Path
 
 import tokenizers
@@ -18,14 +19,8 @@ from . import domain
 
 VOCABULARY = 1024
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    *MODEL_TOKENS.values(),
-)
+CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIAL = (*CHAT, *MODEL_TOKENS.values())
 
 STYLE_SYSTEM = "你需要根据指定的风格指令和文本内容来生成语音。"
 """The system turn of a styled request (`prompt.tts`)."""
@@ -41,17 +36,8 @@ INSTRUCTIONS = {
 S2S_INSTRUCTIONS = {"questions": "Answer the question", "echoes": "Say it again in your own voice"}
 """What is requested by example, by the part of the data that is the input."""
 
-FRAMES = (
-    "user\n",
-    "system\n",
-    "assistant\n",
-    "\n",
-    "\n\n",
-    " \n\n",
-    ": ",
-    "[int]:",
-    "your voice should be:",
-)
+ROLES = ("user\n", "system\n", "assistant\n")
+FRAMES = (*ROLES, "\n", "\n\n", " \n\n", ": ", "[int]:", "your voice should be:")
 """Text between a prompt's parts."""
 
 
@@ -61,35 +47,26 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    constants = [
-        *ASR_TEMPLATES,
-        *(text for texts in TTS_TEMPLATES.values() for text in texts),
-        STYLE_SYSTEM,
-    ]
+    constants = [*ASR_TEMPLATES, *chain(*TTS_TEMPLATES.values()), STYLE_SYSTEM]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL) - len(constants),
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    texts = [
-        *domain.vocabulary(),
-        *FRAMES,
-        *(f"[int]:{text.lower()}\n" for text in S2S_INSTRUCTIONS.values()),
-    ]
+    texts = [*domain.vocabulary(), *FRAMES]
+    texts += [f"[int]:{text.lower()}\n" for text in S2S_INSTRUCTIONS.values()]
     texts += [f"{domain.vocabulary()[0]}({text})" for text in INSTRUCTIONS.values()]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in constants])
     tokenizer.add_special_tokens(list(SPECIAL))
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-            TRAINED_WORDS: list(domain.vocabulary()),
-        },
-    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        TRAINED_WORDS: list(domain.vocabulary()),
+    }
+    write_json(directory / "tokenizer_config.json", config)
     return Tokenizer.from_directory(directory)

@@ -24,6 +24,24 @@ T* address(uintptr_t value) {
     return reinterpret_cast<T*>(value);
 }
 
+// What Python passes for a field of a struct: a pointer's address, else its value.
+template <class Field>
+using Passed = std::conditional_t<std::is_pointer_v<Field>, uintptr_t, Field>;
+
+template <class Field>
+Field field(Passed<Field> value) {
+    if constexpr (std::is_pointer_v<Field>) return reinterpret_cast<Field>(value);
+    else return value;
+}
+
+// A constructor from the fields in their order, which Python gives by name.
+template <class Struct, class... Fields, class... Names>
+void bind_struct(py::module_& module, const char* name, Names... names) {
+    py::class_<Struct>(module, name)
+        .def(py::init([](Passed<Fields>... values) { return Struct{field<Fields>(values)...}; }), py::kw_only(),
+             py::arg(names)...);
+}
+
 void check(bool right, const std::string& what) {
     if (!right) throw std::invalid_argument(what);
 }
@@ -76,8 +94,7 @@ void bind_weights(py::module_& module) {
         .def(py::init([](const QuantizedWeight& weight, Type type, uintptr_t bias, uintptr_t norm, float eps,
                          bool swiglu) {
                  check(!swiglu || weight.rows % 2 == 0, "SwiGLU needs an even number of rows");
-                 return QuantizedMatmul{weight, type, address<const void>(bias), address<const void>(norm), eps,
-                                        swiglu, nullptr, nullptr, nullptr, 0};
+                 return QuantizedMatmul{weight, type, address<const void>(bias), address<const void>(norm), eps, swiglu};
              }),
              py::kw_only(), py::arg("weight"), py::arg("type"), py::arg("bias"), py::arg("norm"), py::arg("eps"),
              py::arg("swiglu"))
@@ -93,9 +110,7 @@ void bind_weights(py::module_& module) {
     py::class_<Linear>(module, "Linear")
         .def(py::init([](int64_t columns) {
                  check(columns > 0 && columns % 8 == 0, "columns are no multiple of 8");
-                 Linear linear;
-                 linear.columns = columns;
-                 return linear;
+                 return Linear{{}, {}, nullptr, 0, columns};
              }),
              py::kw_only(), py::arg("columns"))
         .def("add_block",
@@ -115,31 +130,16 @@ void bind_weights(py::module_& module) {
 }
 
 void bind_attention(py::module_& module) {
-    py::class_<Cache>(module, "Cache")
-        .def(py::init([](uintptr_t k, uintptr_t v, int64_t layers, int64_t slots, int64_t capacity,
-                         int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t position_stride) {
-                 return Cache{address<void>(k), address<void>(v), layers, slots, capacity, layer_stride, slot_stride,
-                              head_stride, position_stride};
-             }),
-             py::kw_only(), py::arg("k"), py::arg("v"), py::arg("layers"), py::arg("slots"), py::arg("capacity"),
-             py::arg("layer_stride"), py::arg("slot_stride"), py::arg("head_stride"), py::arg("position_stride"));
-    py::class_<Positions>(module, "Positions")
-        .def(py::init([](uintptr_t slots, uintptr_t starts, int64_t rows) {
-                 return Positions{address<const int64_t>(slots), address<const int64_t>(starts), rows};
-             }),
-             py::kw_only(), py::arg("slots"), py::arg("starts"), py::arg("rows"));
+    bind_struct<Cache, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(
+        module, "Cache", "k", "v", "layers", "slots", "capacity", "layer_stride", "slot_stride", "head_stride",
+        "position_stride");
+    bind_struct<Positions, const int64_t*, const int64_t*, int64_t>(module, "Positions", "slots", "starts", "rows");
     py::class_<DecodeAttention>(module, "DecodeAttention")
         .def(py::init([](Type type, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t table,
                          int64_t positions) {
                  check_heads(heads, kv_heads, head_dim);
-                 DecodeAttention p;
-                 p.type = type;
-                 p.heads = heads;
-                 p.kv_heads = kv_heads;
-                 p.head_dim = head_dim;
-                 p.table = address<const float>(table);
-                 p.positions = positions;
-                 return p;
+                 return DecodeAttention{type, heads, kv_heads, head_dim, address<const float>(table), positions,
+                                        nullptr, 0, nullptr, {}, {}};
              }),
              py::kw_only(), py::arg("type"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
              py::arg("table"), py::arg("positions"))
@@ -220,15 +220,8 @@ struct BoundPatchDecoder {
 };
 
 void bind_sampling(py::module_& module) {
-    py::class_<SamplerRows>(module, "SamplerRows")
-        .def(py::init([](uintptr_t temperature, uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds,
-                         uintptr_t draws, int64_t rows) {
-                 return SamplerRows{address<const float>(temperature), address<const int64_t>(top_k),
-                                    address<const float>(tail), address<const bool>(greedy),
-                                    address<const int64_t>(seeds), address<const int64_t>(draws), rows};
-             }),
-             py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("tail"), py::arg("greedy"),
-             py::arg("seeds"), py::arg("draws"), py::arg("rows"));
+    bind_struct<SamplerRows, const float*, const int64_t*, const float*, const bool*, const int64_t*, const int64_t*,
+                int64_t>(module, "SamplerRows", "temperature", "top_k", "tail", "greedy", "seeds", "draws", "rows");
     py::class_<Logits>(module, "Logits")
         .def(py::init([](uintptr_t values, uintptr_t banned, int64_t banned_stride, int64_t size, uint32_t slot) {
                  check(size > 0, "there are no ids");
@@ -275,14 +268,8 @@ void bind_codec(py::module_& module) {
                  return Norm{address<const float>(weight), address<const float>(bias)};
              }),
              py::kw_only(), py::arg("weight"), py::arg("bias"));
-    py::class_<CodecAttention>(module, "CodecAttention")
-        .def(py::init([](uintptr_t table, uintptr_t k, uintptr_t v, uintptr_t slots, uintptr_t visible,
-                         int64_t places) {
-                 return CodecAttention{address<const float>(table), address<float>(k), address<float>(v),
-                                       address<const int64_t>(slots), address<const bool>(visible), places};
-             }),
-             py::kw_only(), py::arg("table"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("visible"),
-             py::arg("places"));
+    bind_struct<CodecAttention, const float*, float*, float*, const int64_t*, const bool*, int64_t>(
+        module, "CodecAttention", "table", "k", "v", "slots", "visible", "places");
     py::class_<CodecStack>(module, "CodecStack")
         .def(py::init([](int64_t dim, int64_t heads, float eps) {
                  check(heads > 0 && dim > 0 && dim % (8 * heads) == 0, "heads are no multiple of 8 wide");

@@ -38,10 +38,8 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     half = config.n_fft // 2
     wav = F.pad(wav.to(torch.float32), (0, max(0, half + 1 - len(wav))))
     wav = F.pad(wav[None], (half, half), mode="reflect")[0]
-    window, bands = (
-        torch.hann_window(config.window, device=wav.device),
-        (config.f_min, config.f_max),
-    )
+    window = torch.hann_window(config.window, device=wav.device)
+    bands = config.f_min, config.f_max
     bank = mel_filters(config.sample_rate, config.n_fft, config.n_mels, *bands).to(wav.device)
     frames = 1 + (len(wav) - config.n_fft) // config.hop
     out = wav.new_empty(frames, config.n_mels)

@@ -68,10 +68,9 @@ def accuracy(got: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
     if not got.is_floating_point():
         wrong = float((got != eager).float().mean())
         return Accuracy(wrong, 0.0, wrong)
-    size = float(exact.abs().max())
-    error = (
-        float((got.to(exact.dtype) - exact).abs().max()) if bool(got.isfinite().all()) else REFUSED
-    )
+    size, error = float(exact.abs().max()), REFUSED
+    if bool(got.isfinite().all()):
+        error = float((got.to(exact.dtype) - exact).abs().max())
     bound = FLOAT32_BOUND * size
     if got.dtype != torch.float32:
         bound = EAGER_FACTOR * float((eager.to(exact.dtype) - exact).abs().max())

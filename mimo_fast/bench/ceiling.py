@@ -57,10 +57,6 @@ class Ceiling:
         read, copied = (f"{rate / 1e9:.1f} GB/s" for rate in (self.read_Bps, self.copy_Bps))
         return f"ceiling: reads {read}, copies {copied}; GFLOP/s: {rates}"
 
-    def as_dict(self) -> dict[str, object]:
-        """The fields of a record."""
-        return {"read_Bps": self.read_Bps, "copy_Bps": self.copy_Bps, "flops": dict(self.flops)}
-
 
 def ceiling(device: torch.device | str) -> Ceiling:
     """The ceiling of this device at torch's present number of threads.

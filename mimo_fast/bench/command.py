@@ -59,29 +59,29 @@ def bench(
     """
     began = perf_counter()
     device = torch.device(args.device or default_device())
-    lines = [
-        line
-        for line in describe_machine()
-        if line.startswith(("cpu", "gpu") if device.type == "cuda" else "cpu")
-    ]
-    print("\n".join(lines), flush=True)
+    wanted = ("cpu", "gpu") if device.type == "cuda" else ("cpu",)
+    print("\n".join(line for line in describe_machine() if line.startswith(wanted)), flush=True)
     machine = ceiling(device)
     print(machine, flush=True)
     target, about = _target(args, pair, options, device, machine)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
-    rows = []
-    table = StreamTable(target, machine)
-    for row in _rows(args, target, machine, began):
-        table.row(row)
-        rows.append(row)
+    work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
+    print(
+        f"{work.describe(machine)}\n\n"
+        f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
+        f"{'next chunk (p95)':>18}{'worst silence':>15}{'memory':>10}",
+        flush=True,
+    )
+    rows = list(_rows(args, target, machine, began))
     streams = max((row.streams for row in rows if row.carried), default=0)
-    print(_verdict(streams, rows), flush=True)
+    more = " or more" if rows[-1].carried else ""
+    print(f"\nstreams it can carry in real time: {streams or 'none'}{more}", flush=True)
     if args.json:
         record = {
             "kind": "quick",
             "environment": environment(device),
-            "ceiling": machine.as_dict(),
+            "ceiling": asdict(machine),
             **about,
             "dtype": name_of(target.lm.dtype),
             "streams": streams,
@@ -104,72 +104,54 @@ class Row:
         """Whether each stream was faster than real time."""
         return self.metrics.audio_rtf is not None and self.metrics.audio_rtf < 1
 
-
-class StreamTable:
-    """The table; rows are printed as they come."""
-
-    def __init__(self, target: Target, machine: Ceiling) -> None:
-        work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
-        print(f"{work.describe(machine)}\n", flush=True)
-        print(
-            ""
-            f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
-            f"{'next chunk (p95)':>18}{'worst silence':>15}{'memory':>10}",
-            flush=True,
-        )
-
-    def row(self, row: Row) -> None:
-        found = row.metrics
+    def __str__(self) -> str:
+        found = self.metrics
         assert found.itl is not None
         assert found.e2el is not None
         first = "-" if found.audio_ttfp is None else f"{1e3 * found.audio_ttfp.p50:,.0f} ms"
         factor = "-" if found.audio_rtf is None else f"{found.audio_rtf:.3f}"
         silence = "-" if found.audio_underrun is None else f"{1e3 * found.audio_underrun:,.0f} ms"
-        share = f"{100 * row.floor / found.e2el.p50:.1f}%"
-        tqdm.write(
-            f"{row.streams:>7}{factor:>18}{share:>10}{first:>13}{1e3 * found.itl.p95:>15,.0f} ms"
-            f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB",
-            file=sys.stdout,
+        share = f"{100 * self.floor / found.e2el.p50:.1f}%"
+        return (
+            f"{self.streams:>7}{factor:>18}{share:>10}{first:>13}{1e3 * found.itl.p95:>15,.0f} ms"
+            f"{silence:>15}{found.peak_bytes / GB:>7.1f} GB"
         )
-        if found.audio_underrun is None:
-            reason = found.unmeasured["audio_underrun"]
-            print(f"not measured: the worst silence of {row.streams}: {reason}", file=sys.stderr)
 
 
 def _rows(
     args: argparse.Namespace, target: Target, machine: Ceiling, began: float
 ) -> Iterator[Row]:
-    """More and more streams, until they are slower than real time, or time or memory ends."""
+    """More and more streams, until they are slower than real time, or time or memory ends; each is
+    printed as it comes."""
     request = _request(target, machine, args.max_seq_len or 0)
     prompt = prompt_ids(target, request).shape[1] // target.lm.config.group_size
-    last = 0.0
+    last, warm = 0.0, target.lm.device.type == "cuda"
     with tqdm(STREAMS, desc="streams", leave=False, disable=None) as bar:
         for streams in bar:
+            unmeasured = f"not measured: {streams} streams and more"
             left = BUDGET - (perf_counter() - began)
             # Twice as many take at most twice as long.
             if streams > 1 and 2 * last > left:
-                print(
-                    f"not measured: {streams} streams and more, for want of time", file=sys.stderr
-                )
+                print(f"{unmeasured}, for want of time", file=sys.stderr)
                 return
             gc.collect()
             try:
                 sized = target.sized(streams, prompt + request.words + request.patches + 2)
-                metrics = measure(
-                    sized, request, streams, warm=target.lm.device.type == "cuda", seconds=left
-                )
+                metrics = measure(sized, request, streams, warm=warm, seconds=left)
             except DeviceMemoryError as error:
                 if streams == 1:
                     raise
-                print(f"not measured: {streams} streams and more: {error}", file=sys.stderr)
+                print(f"{unmeasured}: {error}", file=sys.stderr)
                 return
             last = metrics.wall
-            words, patches = (
-                count / streams for count in (metrics.text_groups, metrics.audio_groups)
-            )
-            row = Row(
-                streams, metrics, target.request_floor(machine, streams, prompt, words, patches)
-            )
+            words, patches = metrics.text_groups / streams, metrics.audio_groups / streams
+            floor = target.request_floor(machine, streams, prompt, words, patches)
+            row = Row(streams, metrics, floor)
+            tqdm.write(str(row), file=sys.stdout)
+            if metrics.audio_underrun is None:
+                silence = f"the worst silence of {streams}"
+                reason = metrics.unmeasured["audio_underrun"]
+                print(f"not measured: {silence}: {reason}", file=sys.stderr)
             yield row
             if not row.carried:
                 return
@@ -207,21 +189,14 @@ def _target(
         about = announced(None, args.quantization, f"{lm}{quantized}, replies of a set length")
         return Target.load(lm, codec, args.quantization, args.dtype, device, True, **options), about
     quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
+    published = f"the published dimensions in {quantization}"
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
-        about = announced(
-            "7b",
-            quantization,
-            f"the published dimensions in {quantization}, random weights: real speed, no real "
-            "speech",
-        )
+        what = f"{published}, random weights: real speed, no real speech"
+        about = announced("7b", quantization, what)
         return Target.random("7b", quantization, dtype, device), about
-    about = announced(
-        "tiny",
-        None,
-        f"a tiny one with random weights, since the published dimensions in {quantization} "
-        f"{reason}; its figures say nothing about theirs",
-    )
+    what = f"a tiny one with random weights, since {published} {reason}"
+    about = announced("tiny", None, f"{what}; its figures say nothing about theirs")
     return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
 
 
@@ -238,10 +213,3 @@ def _unfit(
     expected = prompt / PROMPT_OF_FLOOR + (WORDS * word + PATCHES * patch) / OF_FLOOR
     # Making the weights takes as long again.
     return f"would take about {expected:,.0f} s for one sentence" if expected > BUDGET / 2 else None
-
-
-def _verdict(streams: int, rows: list[Row]) -> str:
-    if not streams:
-        return "\nstreams it can carry in real time: none"
-    more = " or more" if rows[-1].carried else ""
-    return f"\nstreams it can carry in real time: {streams}{more}"

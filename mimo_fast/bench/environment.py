@@ -72,13 +72,16 @@ def _commit_at_start(root: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    return _output(["git", "-C", str(root), *arguments])
+
+
+def _output(command: list[str], timeout: float | None = None) -> str | None:
+    """What a program writes; None where it fails."""
+    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
     try:
-        done = subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, timeout=timeout, **how).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _packages() -> dict[str, str]:
@@ -110,25 +113,10 @@ def _card(device: torch.device) -> dict[str, Any]:
         "multiprocessors": card.multi_processor_count,
         "cuda": torch.version.cuda,
     }
-    if (tool := shutil.which("nvidia-smi")) is not None:
-        query = [
-            tool,
-            f"--query-gpu={','.join(CARD)}",
-            "--format=csv,noheader,nounits",
-            f"--id={_id(card, device)}",
-        ]
-        try:
-            found = subprocess.run(
-                query, capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            return about
-        about |= {
-            key: value.strip() for key, value in zip(CARD[1:], found.split(",")[1:], strict=False)
-        }
-    return about
-
-
-def _id(card: Any, device: torch.device) -> str:
-    """The card's index in nvidia-smi, which CUDA_VISIBLE_DEVICES does not change."""
-    return f"GPU-{card.uuid}" if hasattr(card, "uuid") else str(device.index or 0)
+    # CUDA_VISIBLE_DEVICES changes the index of a card, but not here.
+    index = f"GPU-{card.uuid}" if hasattr(card, "uuid") else str(device.index or 0)
+    what = [f"--query-gpu={','.join(CARD)}", "--format=csv,noheader,nounits", f"--id={index}"]
+    tool = shutil.which("nvidia-smi")
+    told = (tool and _output([tool, *what], timeout=10)) or ""
+    values = [value.strip() for value in told.split(",")]
+    return about | dict(zip(CARD[1:], values[1:], strict=False))

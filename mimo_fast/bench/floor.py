@@ -10,6 +10,7 @@ tables and activations are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -116,9 +117,8 @@ class GroupWork:
 
     def floors(self, ceiling: Ceiling) -> tuple[float, float, float]:
         """The floor of each, in seconds."""
-        prefill, text, audio = (
-            work.floor(ceiling, self.dtype) for work in (self.prefill, self.text, self.audio)
-        )
+        works = self.prefill, self.text, self.audio
+        prefill, text, audio = (work.floor(ceiling, self.dtype) for work in works)
         return prefill, text, audio
 
     def describe(self, ceiling: Ceiling) -> str:
@@ -146,9 +146,8 @@ def request_floor(
 
     Prompts run one by one, groups and audio together.
     """
-    prefill, text, audio = GroupWork.of(
-        lm, batch, prompt, round(words + patches), quantized_cache
-    ).floors(ceiling)
+    work = GroupWork.of(lm, batch, prompt, round(words + patches), quantized_cache)
+    prefill, text, audio = work.floors(ceiling)
     vocoded = 0.0 if codec is None else ceiling.floor_seconds(codec_bytes(codec))
     return batch * prefill + words * text + patches * (audio + vocoded)
 
@@ -156,13 +155,8 @@ def request_floor(
 def codec_bytes(codec: Codec) -> int:
     """Bytes of the decoder and vocoder layers, which each chunk of a stream reads."""
     stacks: tuple[CodecStack, ...] = (codec.decoder, codec.vocoder)
-    matrices = [
-        w
-        for stack in stacks
-        for layer in stack.layers
-        for w in (layer.qkv, layer.out, layer.up, layer.down)
-    ]
-    return sum(matrix.nbytes for matrix in matrices)
+    layers = [layer for stack in stacks for layer in stack.layers]
+    return sum(w.nbytes for x in layers for w in (x.qkv, x.out, x.up, x.down))
 
 
 def stack_bytes(stack: TransformerWeights) -> int:
@@ -176,9 +170,5 @@ def _matrices(stack: TransformerWeights) -> Iterable[AnyWeight]:
 
 def _values(matrices: Iterable[AnyWeight]) -> int:
     """Number of weights in a product."""
-    return sum(
-        sum(block.numel() for block in matrix.blocks)
-        if isinstance(matrix, Weight)
-        else matrix.shape[0] * matrix.shape[1]
-        for matrix in matrices
-    )
+    blocks = (x.blocks if isinstance(x, Weight) else (x,) for x in matrices)
+    return sum(math.prod(block.shape) for of_matrix in blocks for block in of_matrix)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from mimo_fast.bench.target import Target
@@ -54,11 +53,25 @@ def time_groups(
         # The first prompt of a length sets up its kernels.
         prompted(target, prompt, samplers)
     context, prefill = prompted(target, prompt, samplers)
-    times = []
+    kinds = []
     for token in (target.word_id, target.lm.empty_id):
         replies = start_rows(target, context, batch, token, groups + SETTLING, samplers)
-        times.append(_step_all(replies, groups, target.lm.device))
-    return GroupTimes(prefill, *times)
+        times = []
+        for _ in range(groups + SETTLING):
+            began = perf_counter()
+            take_group(replies)
+            synchronize(target.lm.device)
+            times.append(perf_counter() - began)
+        for reply in replies:
+            reply.close()
+        kinds.append(CallTime.of(times[SETTLING:]))
+    return GroupTimes(prefill, *kinds)
+
+
+def take_group(replies: Sequence[Reply]) -> None:
+    """Takes a group of replies in step; the first reply that is asked computes that of all rows."""
+    for reply in replies:
+        next(reply)
 
 
 def prompted(target: Target, prompt: int, samplers: Samplers = SAMPLERS) -> tuple[Context, float]:
@@ -97,18 +110,3 @@ def start_rows(
         replies.append(target.engine.start(sequence, Limits(groups), samplers, ahead=1))
         replies[-1].prefill()
     return replies
-
-
-def _step_all(replies: Sequence[Reply], groups: int, device: torch.device) -> CallTime:
-    """Takes all groups of the replies in step, and closes them."""
-    times = []
-    for _ in range(groups + SETTLING):
-        began = perf_counter()
-        # The first reply that is asked computes the group of all rows.
-        for reply in replies:
-            next(reply)
-        synchronize(device)
-        times.append(perf_counter() - began)
-    for reply in replies:
-        reply.close()
-    return CallTime.of(times[SETTLING:])

@@ -45,15 +45,12 @@ PARTS = {
 """Tensor name prefix -> part of the model, the first match counts."""
 
 
-PRODUCTS = {
-    "backbone": tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"),
-    "patch encoder": tuple(
-        f"input_local_transformer.layers.0.self_attn.{part}_proj" for part in "qkv"
-    ),
-    "patch decoder": tuple(f"local_transformer.layers.0.self_attn.{part}_proj" for part in "qkv"),
-    "text head": ("lm_head",),
+STACKS = {
+    "backbone": "model",
+    "patch encoder": "input_local_transformer",
+    "patch decoder": "local_transformer",
 }
-"""Part of a language model -> row blocks of one of its matrices."""
+"""Transformer of a language model -> prefix of its tensors."""
 
 SHOWN_ROWS = (1, 8, 64, 512)
 
@@ -67,9 +64,8 @@ def describe_machine() -> Iterator[str]:
     yield f"mimo-fast {__version__}, Python {platform.python_version()}, {system}"
     packages = ("torch", "triton", "safetensors", "tokenizers", "soundfile", "transformers")
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in packages)
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = pages and pages * os.sysconf("SC_PAGE_SIZE")
     threads = torch.get_num_threads()
     yield f"cpu: {cpu_name()}, {usable_cores()} cores, {threads} threads, {memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
@@ -154,9 +150,12 @@ def _of_model(directory: Path, device: torch.device) -> Iterator[Product]:
     def read(name: str) -> torch.Tensor:
         return weights.get(name, device="cpu")[:SOME_ROWS].to(device)
 
-    for label, modules in PRODUCTS.items():
-        head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-        names = [head if module == "lm_head" else module for module in modules]
+    products = {
+        label: [f"{stack}.layers.0.self_attn.{part}_proj" for part in "qkv"]
+        for label, stack in STACKS.items()
+    }
+    products["text head"] = ["model.embed_tokens" if config.tie_embeddings else "lm_head"]
+    for label, names in products.items():
         form = stored.get(f"{names[0]}.weight")
         weight = WeightSource(read, dtype, stored).weight(*names)
         yield f"{label} ({form or 'dense'})", weight, dtype
@@ -169,12 +168,8 @@ def useful_threads(config: LMConfig) -> int:
     SHARED_PRODUCT is done before other threads have been woken, and waiting for them costs many
     times the work where other programs use the cores.
     """
-    backbone = config.backbone
-    return (
-        min(usable_cores(), torch.get_num_threads())
-        if backbone.dim * backbone.ffn_dim >= SHARED_PRODUCT
-        else 1
-    )
+    shared = config.backbone.dim * config.backbone.ffn_dim >= SHARED_PRODUCT
+    return min(usable_cores(), torch.get_num_threads()) if shared else 1
 
 
 def usable_cores() -> int:
@@ -186,9 +181,8 @@ def cpu_name() -> str:
     """The processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
+        names = (line for line in lines if line.startswith("model name"))
+        return next(names).partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

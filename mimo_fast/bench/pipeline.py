@@ -18,10 +18,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,10 +143,6 @@ class Metrics:
     joules_source: str | None
     unmeasured: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields of a record."""
-        return asdict(self)
-
 
 def measure(
     target: Target,
@@ -203,15 +198,18 @@ def summarize(
     speaking = [playback for playback in heard if playback.first_audio is not None]
     # Audio that came in one piece, as that of a reply shorter than the look-ahead does, could not
     # fall silent.
-    followed = [playback for playback in speaking if playback.gaps]
+    followed = [
+        playback
+        for trace, playback in zip(traces, heard, strict=bool(heard))
+        if sum(samples > 0 for _, samples in trace.chunks) > 1
+    ]
     factors = [trace.ended * len(traces) / seconds for trace in traces] if seconds else []
-    for name, known in (
-        ("audio_rtf", factors),
-        ("audio_ttfp", speaking),
-        ("audio_underrun", followed),
-    ):
-        if not known:
-            unmeasured[name] = IN_ONE_PIECE if name == "audio_underrun" and speaking else why
+    if not factors:
+        unmeasured["audio_rtf"] = why
+    if not speaking:
+        unmeasured["audio_ttfp"] = why
+    if not followed:
+        unmeasured["audio_underrun"] = IN_ONE_PIECE if speaking else why
     # A request's first chunk waits for its prompt, which is counted as ttft.
     gaps = [
         after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)
@@ -252,10 +250,8 @@ def warm_up(target: Target, request: TimedRequest) -> None:
     _answer(target, request, seed=0, limit=1, stopped=threading.Event())
     if target.codec is not None and find_task(request.task).speaks:
         target.codec.warmup(target.setup.max_batch, progress=False)
-        stream = target.codec.stream()
-        codes = torch.zeros(
-            target.lm.config.channels, PATCH_FRAMES, dtype=torch.int64, device=target.lm.device
-        )
+        stream, shape = target.codec.stream(), (target.lm.config.channels, PATCH_FRAMES)
+        codes = torch.zeros(shape, dtype=torch.int64, device=target.lm.device)
         for _ in range(LOOKAHEAD + 2):
             stream.push(codes, trusted=True)
         stream.finish()
@@ -273,12 +269,10 @@ def prompt_ids(target: Target, request: TimedRequest) -> Tensor:
 
 
 def plan_of(target: Target, request: TimedRequest) -> list[int]:
-    special = target.tokenizer.special
+    special, words = target.tokenizer.special, (request.words, target.word_id)
     if find_task(request.task).speaks:
-        return spoken_reply(
-            request.patches, request.words, target.word_id, special.empty, special.im_end
-        )
-    return written_reply(request.words, target.word_id, special.im_end)
+        return spoken_reply(request.patches, *words, special.empty, special.im_end)
+    return written_reply(*words, special.im_end)
 
 
 def _together(
@@ -320,9 +314,9 @@ def _answer(
     sequence.add(ids)
     trace.prompt_groups = sequence.groups
     preset = TASK_SAMPLERS[task.sampler]
-    samplers = (
-        Samplers(GREEDY, GREEDY) if request.greedy else Samplers(preset["global"], preset["local"])
-    )
+    samplers = Samplers(preset["global"], preset["local"])
+    if request.greedy:
+        samplers = Samplers(GREEDY, GREEDY)
     limits = Limits(limit, stop_ids=task.stop_ids(target.tokenizer.special))
     reply = target.engine.decode(sequence, limits, samplers)
     trace.prefilled = perf_counter() - began
@@ -333,9 +327,8 @@ def _answer(
         if not group.finished:
             trace.spoken.append(group.text == target.lm.empty_id)
 
-    for samples in _chunks(
-        target, reply, int(ids[0, -target.lm.config.group_size]), began, task.speaks, on_group
-    ):
+    last_id = int(ids[0, -target.lm.config.group_size])
+    for samples in _chunks(target, reply, last_id, began, task.speaks, on_group):
         trace.chunks.append((perf_counter() - began, samples))
         if stopped.is_set():
             reply.close()

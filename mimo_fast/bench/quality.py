@@ -124,9 +124,8 @@ def own_sequences(
     model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]
 ) -> Iterator[Lesson]:
     """Sequences to predict: the recordings, and the model's replies with its task's samplers."""
-    with tqdm(
-        total=2 * len(wavs) + len(texts), desc="replies", delay=1, leave=False, disable=None
-    ) as bar:
+    count = 2 * len(wavs) + len(texts)
+    with tqdm(total=count, desc="replies", delay=1, leave=False, disable=None) as bar:
         for wav in wavs:
             yield Lesson(model.get_speech_continuation_prompt(wav).cpu(), 2)
             bar.update(1)
@@ -152,9 +151,8 @@ def teacher_forced(lm: LM, sequence: Lesson) -> Scores:
     text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
     state = lm.new_state([0], len(text))
     hidden = torch.cat(list(lm.hidden_chunks(sequence.ids, state, 0)))[sequence.first - 1 : -1]
-    chunks = [
-        lm.text_logits(part).float().log_softmax(-1).cpu() for part in hidden.split(LOGITS_AT_ONCE)
-    ]
+    parts = hidden.split(LOGITS_AT_ONCE)
+    chunks = [lm.text_logits(part).float().log_softmax(-1).cpu() for part in parts]
     speech = text[sequence.first :] == lm.empty_id
     heard = hidden[speech.to(hidden.device)]
     return Scores(torch.cat(chunks), code_scores(lm, heard, codes[sequence.first :][speech]))
@@ -167,9 +165,8 @@ def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
     code's being -inf.
     """
     scores = []
-    for logits, empty in zip(
-        code_logits(lm, hidden, codes.to(lm.device)), lm.config.empty_codes, strict=True
-    ):
+    heads = code_logits(lm, hidden, codes.to(lm.device))
+    for logits, empty in zip(heads, lm.config.empty_codes, strict=True):
         wide = logits.float()
         wide[..., empty] = -torch.inf
         scores.append(wide.log_softmax(-1).flatten(0, 1).cpu())
@@ -178,13 +175,11 @@ def code_scores(lm: LM, hidden: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
 
 def compare(reference: Sequence[Scores], quantized: Sequence[Scores]) -> list[Head]:
     """Compares the text head, then each codebook."""
-    pairs = [(torch.cat([s.text for s in reference]), torch.cat([s.text for s in quantized]))]
-    for channel in range(len(reference[0].codes)):
-        both = (
-            torch.cat([scores.codes[channel] for scores in side]) for side in (reference, quantized)
-        )
-        pairs.append(tuple(both))  # type: ignore[arg-type]
-    return [head_quality(ours, theirs) for ours, theirs in pairs]
+    ours, theirs = (
+        [torch.cat(head) for head in zip(*((s.text, *s.codes) for s in side), strict=True)]
+        for side in (reference, quantized)
+    )
+    return [head_quality(*pair) for pair in zip(ours, theirs, strict=True)]
 
 
 def head_quality(reference: Tensor, quantized: Tensor) -> Head:

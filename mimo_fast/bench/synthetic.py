@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.checkpoint.initialize import TOKEN_IDS, preset_config, write_tokenizer
-from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
+from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
-from mimo_fast.quantization import QuantizationConfig, WeightSource
+from mimo_fast.quantization import Format, QuantizationConfig, WeightSource
 from mimo_fast.quantization.formats import stored_tensors
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.model import LM
@@ -34,9 +34,17 @@ def preset_configs(preset: str) -> tuple[LMConfig, CodecConfig]:
 def preset_setup(preset: str, quantization: str | None, dtype: torch.dtype) -> Setup:
     """Memory set-up of a preset for one row of two groups."""
     lm, codec = preset_configs(preset)
-    chosen = QuantizationConfig.parse(quantization)
-    formats = chosen.formats(lm_shapes(lm)) if chosen else {}
+    formats, _ = _stored(lm_shapes(lm), quantization, dtype)
     return Setup(lm, codec, dtype, dtype, formats, max_batch=1, max_seq_len=2)
+
+
+def _stored(
+    shapes: Shapes, quantization: str | dict[str, str | None] | None, dtype: torch.dtype
+) -> tuple[dict[str, Format], Stored]:
+    """The formats of quantized tensors, and all tensors as they are stored."""
+    chosen = QuantizationConfig.parse(quantization)
+    formats = chosen.formats(shapes) if chosen else {}
+    return formats, stored_tensors(shapes, formats, dtype)
 
 
 def preset_tokenizer(preset: str) -> Tokenizer:
@@ -58,9 +66,7 @@ def random_lm(
 
     Quantized matrices are made in their packed form.
     """
-    chosen = QuantizationConfig.parse(quantization)
-    formats = chosen.formats(lm_shapes(config)) if chosen else {}
-    tensors = stored_tensors(lm_shapes(config), formats, dtype)
+    formats, tensors = _stored(lm_shapes(config), quantization, dtype)
     with _progress("making the language model", tensors) as bar:
         read = random_reader(tensors, device, seed, bar.update)
         return LM(config, empty_id, WeightSource(read, dtype, formats))
@@ -68,9 +74,7 @@ def random_lm(
 
 def weightless_lm(config: LMConfig, quantization: str | None, dtype: torch.dtype) -> LM:
     """The same on torch's meta device, which has shapes and no data."""
-    chosen = QuantizationConfig.parse(quantization)
-    formats = chosen.formats(lm_shapes(config)) if chosen else {}
-    tensors = stored_tensors(lm_shapes(config), formats, dtype)
+    formats, tensors = _stored(lm_shapes(config), quantization, dtype)
 
     def read(name: str) -> Tensor:
         shape, kind = tensors[name]
@@ -87,9 +91,7 @@ def random_codec(
     seed: int = 0,
 ) -> Codec:
     """A random codec; quantization, such as "int8", is that of its transformer layers."""
-    chosen = QuantizationConfig.parse({"codec": quantization})
-    formats = chosen.formats(codec_shapes(config)) if chosen else {}
-    tensors = stored_tensors(codec_shapes(config), formats, dtype)
+    formats, tensors = _stored(codec_shapes(config), {"codec": quantization}, dtype)
     with _progress("making the codec", tensors) as bar:
         read = random_reader(tensors, device, seed, bar.update)
         return Codec(config, WeightSource(read, dtype, formats), WeightSource(read, torch.float32))
@@ -111,35 +113,30 @@ def random_reader(
         advance(1)
         shape, dtype = tensors[name]
         generator = torch.Generator(device).manual_seed(seed + hash_of(name))
+        values = torch.empty(shape, dtype=dtype, device=device)
         if dtype == torch.int32:
-            return torch.randint(
-                -(2**31), 2**31 - 1, shape, dtype=dtype, device=device, generator=generator
-            )
+            return values.random_(-(2**31), 2**31 - 1, generator=generator)
         if name.endswith(".zeros"):
-            return torch.full(shape, -0.5, dtype=dtype, device=device)
+            return values.fill_(-0.5)
         if name.endswith(".scales"):
-            words, _ = tensors[name.removesuffix("scales") + "words"]
-            return torch.full(shape, _scale(words, tensors, name), dtype=dtype, device=device)
+            return values.fill_(_scale(tensors, name))
         if name.endswith("istft.window"):
             return torch.hann_window(*shape, dtype=dtype, device=device)
         if len(shape) == 1:
-            return torch.full(
-                shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=device
-            )
-        values = torch.empty(shape, dtype=dtype, device=device)
-        return values.normal_(
-            0, 1.0 if "embed" in name else math.prod(shape[1:]) ** -0.5, generator=generator
-        )
+            return values.fill_(0.0 if name.endswith("bias") else 1.0)
+        spread = 1.0 if "embed" in name else math.prod(shape[1:]) ** -0.5
+        return values.normal_(0, spread, generator=generator)
 
     return read
 
 
-def _scale(words: tuple[int, ...], tensors: Stored, name: str) -> float:
+def _scale(tensors: Stored, name: str) -> float:
     """Makes uniform random q of this matrix's bits give values of variance 1 / K."""
+    (_, packed), _ = tensors[name.removesuffix("scales") + "words"]
     # int4 has zeros or nf4's float32 scales; whatever else is packed is int8.
     four = name.removesuffix("scales") + "zeros" in tensors or tensors[name][1] == torch.float32
     bits = 4 if four else 8
-    columns = words[1] * 32 // bits
+    columns = packed * 32 // bits
     spread = math.sqrt((2 ** (2 * bits) - 1) / 12) if tensors[name][1] != torch.float32 else 0.5
     return columns**-0.5 / spread
 

@@ -113,10 +113,8 @@ class Target:
     @cached_property
     def engine(self) -> Engine:
         """The engine, made and (on a GPU) captured at first use."""
-        setup = self.setup
-        engine = Engine(
-            self.lm, setup.max_batch, setup.max_seq_len, quantized_cache=self.quantized_cache
-        )
+        room = (self.setup.max_batch, self.setup.max_seq_len)
+        engine = Engine(self.lm, *room, quantized_cache=self.quantized_cache)
         engine.warmup(progress=False)
         return engine
 
@@ -140,16 +138,10 @@ class Target:
         frames = len(audio) // PATCH_SAMPLES * PATCH_FRAMES
         if self.codec is not None:
             return Speech(self.codec.encode(audio, config.channels)[:, :frames].cpu())
-        generator = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(0)
         # The last code is the empty one.
-        return Speech(
-            torch.stack(
-                [
-                    torch.randint(size - 1, (frames,), generator=generator)
-                    for size in config.code_sizes
-                ]
-            )
-        )
+        codes = [torch.randint(size - 1, (frames,), generator=draw) for size in config.code_sizes]
+        return Speech(torch.stack(codes))
 
     def filler(self, groups: int) -> Tensor:
         """Preceding context: words [C + 1, groups * G]."""

@@ -106,14 +106,11 @@ def cache_bytes(device: torch.device) -> int:
     """Bytes of the device's last-level cache; 32 MB for a CPU that does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    found = [
-        path.read_text(encoding="utf-8").strip()
-        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [path.read_text(encoding="utf-8").strip() for path in files]
     units = {"K": 2**10, "M": 2**20}
-    return max(
-        (int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units), default=2**25
-    )
+    sizes = [int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units]
+    return max(sizes, default=2**25)
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:

@@ -36,8 +36,7 @@ def _transformer(prefix: str, config: TransformerConfig) -> Shapes:
         layer = f"{prefix}.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (dim,)
         for name, width in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, dim)
-            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
+            shapes |= _biased(f"{layer}.self_attn.{name}_proj", width, dim)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (dim, q_dim)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (dim,)
         shapes[f"{layer}.mlp.gate_proj.weight"] = (ffn, dim)
@@ -50,12 +49,8 @@ def _transformer(prefix: str, config: TransformerConfig) -> Shapes:
 def codec_shapes(config: CodecConfig) -> Shapes:
     """Every tensor of the audio tokenizer that inference reads (`MiMoAudioTokenizer`)."""
     dim, norm = config.dim, config.norm
-    shapes: Shapes = {
-        "encoder.conv1.weight": (dim, config.n_mels, config.kernel),
-        "encoder.conv1.bias": (dim,),
-        "encoder.conv2.weight": (dim, dim, config.kernel),
-        "encoder.conv2.bias": (dim,),
-    }
+    shapes = _biased("encoder.conv1", dim, config.n_mels, config.kernel)
+    shapes |= _biased("encoder.conv2", dim, dim, config.kernel)
     shapes |= _codec_layers("encoder.layers", config.encoder_layers, dim, config.encoder_ffn, norm)
     shapes |= _norm("encoder.layer_norm", dim, norm)
     if config.pool != 1:
@@ -72,8 +67,7 @@ def codec_shapes(config: CodecConfig) -> Shapes:
     layers, ffn = config.vocoder_layers, config.vocoder_ffn
     shapes |= _codec_layers("decoder.vocoder.layers", layers, width, ffn, norm)
     shapes |= _norm("decoder.vocoder.layer_norm", width, norm)
-    shapes["decoder.vocoder.head.out.weight"] = (config.n_fft + 2, width)
-    shapes["decoder.vocoder.head.out.bias"] = (config.n_fft + 2,)
+    shapes |= _biased("decoder.vocoder.head.out", config.n_fft + 2, width)
     shapes["decoder.vocoder.head.istft.window"] = (config.n_fft,)
     return shapes
 
@@ -96,31 +90,26 @@ def _codec_layers(prefix: str, layers: int, dim: int, ffn: int, norm: str) -> Sh
     for i in range(layers):
         layer = f"{prefix}.{i}"
         shapes |= _norm(f"{layer}.self_attn_layer_norm", dim, norm)
-        for name in ("q", "k", "v", "out"):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (dim, dim)
-            if name != "k":
-                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (dim,)
+        shapes |= _biased(f"{layer}.self_attn.q_proj", dim, dim)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = (dim, dim)
+        shapes |= _biased(f"{layer}.self_attn.v_proj", dim, dim)
+        shapes |= _biased(f"{layer}.self_attn.out_proj", dim, dim)
         shapes |= _norm(f"{layer}.final_layer_norm", dim, norm)
-        shapes |= {
-            f"{layer}.fc1.weight": (ffn, dim),
-            f"{layer}.fc1.bias": (ffn,),
-            f"{layer}.fc2.weight": (dim, ffn),
-            f"{layer}.fc2.bias": (dim,),
-        }
+        shapes |= _biased(f"{layer}.fc1", ffn, dim) | _biased(f"{layer}.fc2", dim, ffn)
     return shapes
+
+
+def _biased(name: str, rows: int, *columns: int) -> Shapes:
+    return {f"{name}.weight": (rows, *columns), f"{name}.bias": (rows,)}
 
 
 def _norm(name: str, dim: int, kind: str) -> Shapes:
-    shapes: Shapes = {f"{name}.weight": (dim,)}
-    if kind == "LayerNorm":
-        shapes[f"{name}.bias"] = (dim,)
-    return shapes
+    return _biased(name, dim) if kind == "LayerNorm" else {f"{name}.weight": (dim,)}
 
 
 def _transposed_conv(name: str, dim_in: int, dim_out: int, kernel: int) -> Shapes:
-    return {
+    conv: Shapes = {
         f"{name}.conv.weight": (dim_in, dim_out, kernel),
         f"{name}.conv.bias": (dim_out,),
-        f"{name}.norm.weight": (dim_out,),
-        f"{name}.norm.bias": (dim_out,),
     }
+    return conv | _biased(f"{name}.norm", dim_out)

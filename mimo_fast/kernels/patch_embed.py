@@ -25,9 +25,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
@@ -69,10 +71,8 @@ def patch_embed_kernel(
         b_code = tl.load(codes_ptr + i_c * stride_cc)
         b_row = (b_code + tl.load(offsets_ptr + i_c)).to(tl.int64)
         b_width = tl.where(b_code == tl.load(empty_ptr + i_c), 0, D)
-        b_y += tl.load(table_ptr + b_row * stride_table + o_d, mask=o_d < b_width, other=0.0).to(
-            tl.float32
-        )
-    tl.store(y_ptr + i_frame * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+        b_y += load_float(table_ptr + b_row * stride_table + o_d, o_d < b_width)
+    tl.store(y_ptr + i_frame * D + o_d, b_y, mask=m_d)
 
 
 def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:
@@ -123,25 +123,12 @@ def _tile(frames: int, dim: int) -> tuple[int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both configurations at 8 channels of width 1024."""
-    signature = {
-        "codes_ptr": "*i64",
-        "table_ptr": "*bf16",
-        "offsets_ptr": "*i64",
-        "empty_ptr": "*i64",
-        "y_ptr": "*bf16",
-        "stride_cn": "i32",
-        "stride_cc": "i32",
-        "stride_cg": "i32",
-        "stride_table": "i32",
-        "G": "i32",
-        "D": "i32",
-    }
     for name, frames in (("decode", 4), ("prefill", FEW_FRAMES)):
         block, warps = _tile(frames, 1024)
         yield Case(
             f"patch_embed {name}",
             patch_embed_kernel,
-            signature,
+            pointers(i64="codes offsets empty", bf16="table y"),
             {"C": 8, "BLOCK_D": block},
             warps,
             wide_loads=True,

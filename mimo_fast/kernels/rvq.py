@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
 
 FEW_FRAMES = 512
 """Number of frames below which programs take 4 frames instead of 16."""
@@ -119,11 +119,10 @@ def rvq_encode_kernel(
     o_wide = tl.arange(0, BLOCK_R)
     m_t = o_t < T
     b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    x = x_ptr + o_t[:, None] * stride_x
     for i_d in range(0, D, BLOCK_R):
         m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
-        b_r = tl.load(
-            x_ptr + o_t[:, None] * stride_x + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-        )
+        b_r = tl.load(x + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
         tl.store(residual_ptr + o_t[:, None] * D + (i_d + o_wide)[None, :], b_r, mask=m_r)
         b_square += b_r * b_r
 
@@ -159,13 +158,12 @@ def rvq_encode_kernel(
 
         tl.debug_barrier()
         b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        chosen = table_ptr + b_row[:, None] * D
         for i_d in range(0, D, BLOCK_R):
             m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
             o_r = o_t[:, None] * D + (i_d + o_wide)[None, :]
             b_r = tl.load(residual_ptr + o_r, mask=m_r, other=0.0)
-            b_r -= tl.load(
-                table_ptr + b_row[:, None] * D + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-            )
+            b_r -= tl.load(chosen + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
             tl.store(residual_ptr + o_r, b_r, mask=m_r)
             b_square += b_r * b_r
 
@@ -276,28 +274,23 @@ def _tile(frames: int) -> tuple[dict[str, int], int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both search configurations and the gather; D = 1280 is a multiple of 16."""
-    pointers = {f"{name}_ptr": "*fp32" for name in ("x", "residual", "table", "norms")}
-    pointers |= {"offsets_ptr": "*i32", "codes_ptr": "*i64"}
-    signature = pointers | dict.fromkeys(("stride_x", "T", "D", "Q"), "i32")
     for frames in (FEW_FRAMES - 1, FEW_FRAMES):
         tile, warps, stages = _tile(frames)
         yield Case(
             f"rvq_encode BLOCK_T={tile['BLOCK_T']}",
             rvq_encode_kernel,
-            signature,
-            dict(tile),
+            pointers(fp32="x residual table norms", i32="offsets", i64="codes"),
+            tile,
             warps,
             stages,
             ieee=True,
             wide_loads=True,
             unaligned=("T", "Q"),
         )
-    signature = {"codes_ptr": "*i64", "table_ptr": "*fp32", "offsets_ptr": "*i32", "y_ptr": "*fp32"}
-    signature |= dict.fromkeys(("stride_cq", "stride_ct", "D", "Q"), "i32")
     yield Case(
         "rvq_decode",
         rvq_decode_kernel,
-        signature,
+        pointers(fp32="table y", i32="offsets", i64="codes"),
         {"BLOCK_D": 256},
         2,
         wide_loads=True,

@@ -40,12 +40,21 @@ from mimo_fast.kernels.dispatch import (
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
 
 NEAR = 1e-3
 """Error bound of `near_gumbel`: 50 times that of its formula and a GPU's fast logarithm."""
+
+ROWS_OF = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "tail": torch.float32,
+    "greedy": torch.bool,
+}
+"""Fields of `SamplerTensors` with a value a row, and their types."""
 
 TAIL_OFF = -1.0
 """Tail below every cumulative probability: top-p is off."""
@@ -80,30 +89,17 @@ class SamplerTensors:
         index = index.repeat_interleave(repeat) if repeat > 1 else index
         if use_triton(self.greedy):
             return self._selected(index)
-        return replace(
-            self,
-            temperature=self.temperature[index],
-            top_k=self.top_k[index],
-            tail=self.tail[index],
-            greedy=self.greedy[index],
-        )
+        return replace(self, **{name: getattr(self, name)[index] for name in ROWS_OF})
 
     def _selected(self, index: Tensor) -> SamplerTensors:
         """`select` in one launch; each of torch's four would take as long as a small kernel."""
         count = len(index)
-        taken = replace(
-            self,
-            temperature=self.temperature.new_empty(count),
-            top_k=self.top_k.new_empty(count),
-            tail=self.tail.new_empty(count),
-            greedy=self.greedy.new_empty(count),
-        )
+        taken = replace(self, **{name: getattr(self, name).new_empty(count) for name in ROWS_OF})
         if count:
-            fields = ("temperature", "top_k", "tail", "greedy")
             take_settings_kernel[(1,)](
                 **early_launch(index, "take_settings"),
-                **{f"{name}_ptr": getattr(self, name) for name in fields},
-                **{f"to_{name}_ptr": getattr(taken, name) for name in fields},
+                **self.pointers(),
+                **{f"to_{name}": tensor for name, tensor in taken.pointers().items()},
                 index_ptr=index,
                 N=count,
                 BLOCK=next_power_of_2(count),
@@ -111,12 +107,16 @@ class SamplerTensors:
             )
         return taken
 
+    def pointers(self) -> dict[str, Tensor]:
+        """Launch arguments of the kernels that read them."""
+        return {f"{name}_ptr": getattr(self, name) for name in ROWS_OF}
+
     def write(self, row: int, settings: SamplerTensors) -> None:
         """Overwrites one row with settings of one row, in place.
 
         all_greedy and any_top_k do not change.
         """
-        for name in ("temperature", "top_k", "tail", "greedy"):
+        for name in ROWS_OF:
             getattr(self, name)[row] = getattr(settings, name)[0]
 
 
@@ -277,14 +277,13 @@ def ordered_bits(x):
 
 def compile_cases() -> Iterator[Case]:
     """Settings of 1 row and of 64."""
-    tensors = {"temperature": "*fp32", "top_k": "*i64", "tail": "*fp32", "greedy": "*i1"}
-    signature = {f"{name}_ptr": kind for name, kind in tensors.items()}
-    signature |= {f"to_{name}_ptr": kind for name, kind in tensors.items()}
+    settings = pointers(fp32="temperature tail", i64="top_k index", i1="greedy")
+    taken = pointers(fp32="to_temperature to_tail", i64="to_top_k", i1="to_greedy")
     for rows in (1, 64):
         yield Case(
             f"take_settings rows={rows}",
             take_settings_kernel,
-            signature | {"index_ptr": "*i64", "N": "i32"},
+            settings | taken,
             {"BLOCK": rows},
             1,
             unaligned=("N",),

@@ -43,9 +43,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     prefetch,
     tl,
     use_triton,
@@ -86,10 +88,9 @@ def code_steps(
         active = [c for c, delay in enumerate(delays) if delay <= t < delay + group_size]
         columns = [(c, t - delays[c], rows[c], sizes[c], empty[c]) for c in active]
         first, last = (rows[active[0]], rows[active[-1] + 1]) if active else (0, 0)
-        heads = (
-            torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5).T.contiguous()
-        )
-        steps.append(CodeStep(heads, first, last, max((sizes[c] for c in active), default=0)))
+        heads = torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5)
+        widest = max((sizes[c] for c in active), default=0)
+        steps.append(CodeStep(heads.T.contiguous(), first, last, widest))
     return steps
 
 
@@ -123,10 +124,8 @@ def sample_codes_ref(
     ids = torch.arange(step.widest, device=hidden.device)
     banned = ((ids == empty[:, None]) | (ids >= sizes[:, None])).repeat(rows, 1)
     repeated = settings.select(range(rows), repeat=active)
-    drawn = sample(
-        logits.flatten(0, 1), repeated, None if noise is None else local.flatten(0, 1), banned
-    )
-    drawn = drawn.unflatten(0, (rows, active))
+    added = None if noise is None else local.flatten(0, 1)
+    drawn = sample(logits.flatten(0, 1), repeated, added, banned).unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
     return embeddings[drawn + firsts].sum(1)
 
@@ -175,27 +174,17 @@ def head_logits_kernel(
     o_line = tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, D - 1)
     prefetch(heads_ptr + tl.minimum(o_n, N - 1)[:, None] * stride_heads + o_line[None, :], PDL)
     pdl_wait(PDL)
+    hidden = hidden_ptr + o_r[:, None] * stride_hidden
+    heads = heads_ptr + o_n[:, None] * stride_heads
     b_logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = (o_d < D)[None, :]
-        b_x = tl.load(
-            hidden_ptr + o_r[:, None] * stride_hidden + o_d[None, :],
-            mask=m_r[:, None] & m_d,
-            other=0.0,
-        )
-        b_w = tl.load(
-            heads_ptr + o_n[:, None] * stride_heads + o_d[None, :],
-            mask=m_n[:, None] & m_d,
-            other=0.0,
-        )
+        b_x = tl.load(hidden + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
+        b_w = tl.load(heads + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
-    tl.store(
-        logits_ptr + o_logits,
-        b_logits.to(logits_ptr.dtype.element_ty),
-        mask=m_r[:, None] & m_n[None, :],
-    )
+    tl.store(logits_ptr + o_logits, b_logits, mask=m_r[:, None] & m_n[None, :])
 
 
 @jit
@@ -276,13 +265,10 @@ def code_step_kernel(
                 share = tl.sum(tl.where(m_upto, b_mass, 0.0), axis=1) / total
                 # The last id of the order is always kept.
                 rejected = rejected & (share <= tail) & (tl.max(m_above.to(tl.int32), axis=1) > 0)
-                above, next_drawn = tl.max(
-                    tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
-                )
-                winner, drawn = (
-                    tl.where(rejected, above, winner),
-                    tl.where(rejected, next_drawn, drawn),
-                )
+                b_above = tl.where(m_above, b_perturbed, -float("inf"))
+                above, next_drawn = tl.max(b_above, axis=1, return_indices=True)
+                winner = tl.where(rejected, above, winner)
+                drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
@@ -291,14 +277,8 @@ def code_step_kernel(
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]
-        b_rows = tl.load(
-            embeddings_ptr + o_row, mask=m_a[:, None] & (o_d < DIM)[None, :], other=0.0
-        ).to(tl.float32)
-        tl.store(
-            x_ptr + i_row * DIM + o_d,
-            tl.sum(b_rows, axis=0).to(x_ptr.dtype.element_ty),
-            mask=o_d < DIM,
-        )
+        b_rows = load_float(embeddings_ptr + o_row, m_a[:, None] & (o_d < DIM)[None, :])
+        tl.store(x_ptr + i_row * DIM + o_d, tl.sum(b_rows, axis=0), mask=o_d < DIM)
 
 
 def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
@@ -367,11 +347,8 @@ def sample_codes(
     """
     if not step.heads.shape[1] or not use_triton(hidden):
         return sample_codes_ref(hidden, step, heads, settings, noise, codes, embeddings)
-    if (
-        hidden.shape[1] != heads.shape[1]
-        or len(heads) != len(embeddings)
-        or len(hidden) != len(codes)
-    ):
+    wide = hidden.shape[1] == heads.shape[1]
+    if not wide or len(heads) != len(embeddings) or len(hidden) != len(codes):
         raise ValueError(
             f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings "
             f"{list(embeddings.shape)} and codes {list(codes.shape)} do not go together"
@@ -388,17 +365,12 @@ def sample_codes(
         codes_ptr=codes,
         embeddings_ptr=embeddings,
         x_ptr=x,
-        temperature_ptr=settings.temperature,
-        top_k_ptr=settings.top_k,
-        tail_ptr=settings.tail,
-        greedy_ptr=settings.greedy,
+        **settings.pointers(),
         A=step.heads.shape[1],
         first=step.first,
         N=logits.shape[1],
         V=len(heads),
-        stride_codes_r=codes.stride(0),
-        stride_codes_c=codes.stride(1),
-        stride_codes_g=codes.stride(2),
+        **{f"stride_codes_{axis}": codes.stride(i) for i, axis in enumerate("rcg")},
         stride_noise_r=0 if noise is None else noise.stride(0),
         stride_embeddings=embeddings.stride(0),
         DIM=x.shape[1],
@@ -421,9 +393,8 @@ def _tile(dim: int) -> dict[str, int]:
 
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:
-    block_a = max(4, next_power_of_2(active))
     return {
-        "BLOCK_A": block_a,
+        "BLOCK_A": max(4, next_power_of_2(active)),
         "BLOCK_V": next_power_of_2(widest),
         "BLOCK_D": min(1024, next_power_of_2(dim)),
     }
@@ -450,19 +421,17 @@ def compile_cases() -> Iterator[Case]:
     yield Case(
         "patch_noise",
         patch_noise_kernel,
-        {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64", "V": "i32"},
+        pointers(fp32="noise", i64="seeds draws"),
         {"FIRST": FRAME_SLOT, "BLOCK_V": 128},
         1,
         unaligned=("V",),
     )
-    integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
     for dtype in ("bf16", "fp32"):
-        signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
         # A step's heads start at any row; rows of D = 1024 are always aligned.
         yield Case(
             f"head_logits {dtype}",
             head_logits_kernel,
-            signature,
+            pointers(**{dtype: "hidden heads logits"}),
             _tile(1024),
             4,
             4,
@@ -470,23 +439,13 @@ def compile_cases() -> Iterator[Case]:
             wide_loads=True,
             unaligned=("R", "N"),
         )
-    signature = dict.fromkeys(("logits_ptr", "embeddings_ptr", "x_ptr"), "*bf16") | dict.fromkeys(
-        ("noise_ptr", "temperature_ptr", "tail_ptr"), "*fp32"
+    signature = pointers(
+        bf16="logits embeddings x",
+        fp32="noise temperature tail",
+        i64="heads codes top_k",
+        i1="greedy",
     )
-    signature |= dict.fromkeys(("heads_ptr", "codes_ptr", "top_k_ptr"), "*i64") | {
-        "greedy_ptr": "*i1"
-    }
-    odd = (
-        "A",
-        "first",
-        "N",
-        "V",
-        "stride_codes_r",
-        "stride_codes_c",
-        "stride_codes_g",
-        "stride_noise_r",
-    )
-    signature |= dict.fromkeys((*odd, "stride_embeddings", "DIM"), "i32")
+    strides = tuple(f"stride_{name}" for name in ("codes_r", "codes_c", "codes_g", "noise_r"))
     for widest, greedy in ((1025, False), (129, False), (1025, True), (129, True)):
         block = _blocks(4, widest, 1024)
         yield Case(
@@ -495,5 +454,5 @@ def compile_cases() -> Iterator[Case]:
             signature,
             {"ALL_GREEDY": greedy} | block,
             _warps(block),
-            unaligned=odd,
+            unaligned=("A", "first", "N", "V", *strides),
         )

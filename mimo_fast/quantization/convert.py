@@ -82,10 +82,8 @@ class WeightSource:
         """
         names = [f"{module}.weight" for module in modules]
         biased = [bias] * len(modules) if isinstance(bias, bool) else bias
-        biases = [
-            self(f"{module}.bias") if has else None
-            for module, has in zip(modules, biased, strict=True)
-        ]
+        pairs = zip(modules, biased, strict=True)
+        biases = [self(f"{module}.bias") if has else None for module, has in pairs]
         if any(name in self._stored for name in names):
             if not all(name in self._stored for name in names):
                 problem = f"only some of {', '.join(names)} are quantized"
@@ -94,13 +92,13 @@ class WeightSource:
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            pairs = zip(blocks, biases, strict=True)
-            return self._joined([quantize(block, chosen, own) for block, own in pairs])
+            each = zip(blocks, biases, strict=True)
+            return self._joined([quantize(block, chosen, own) for block, own in each])
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
-            pairs = zip(blocks, biases, strict=True)
-            filled = [block.new_zeros(len(block)) if own is None else own for block, own in pairs]
+            each = zip(blocks, biases, strict=True)
+            filled = [block.new_zeros(len(block)) if own is None else own for block, own in each]
             return Weight.stack([torch.cat(blocks)], [torch.cat(filled)] if any(biased) else [])
         return Weight.stack(blocks, biases)
 
@@ -181,17 +179,10 @@ def quantize_checkpoint(
             bar.update(1)
             return quantized, relative_error(matrix, quantized)
 
+        dtypes = {name: weights.dtype(name) for name in shapes}
+        plan, about = (raw, shapes, formats, dtypes), {"parts": chosen.parts()}
         return write_quantized(
-            target,
-            raw,
-            shapes,
-            formats,
-            {name: weights.dtype(name) for name in shapes},
-            weights.get,
-            convert,
-            about={"parts": chosen.parts()},
-            copy_from=source,
-            shard_bytes=shard_bytes,
+            target, *plan, weights.get, convert, about, copy_from=source, shard_bytes=shard_bytes
         )
 
 
@@ -203,8 +194,8 @@ def write_quantized(
     dtypes: Mapping[str, torch.dtype],
     read: Read,
     convert: Convert,
-    *,
     about: Mapping[str, Any],
+    *,
     copy_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, float]:
@@ -235,14 +226,10 @@ def write_quantized(
         return waiting.pop(name)
 
     # config.json is written after the last tensor, when `entry` is complete.
-    write_checkpoint(
-        target,
-        {name: shape for name, (shape, _) in stored.items()},
-        pieces,
-        dtype={name: dtypes.get(name, dtype) for name, (_, dtype) in stored.items()},
-        config={**raw, CONFIG_KEY: entry},
-        shard_bytes=shard_bytes,
-    )
+    wanted = {name: shape for name, (shape, _) in stored.items()}
+    dtype = {name: dtypes.get(name, usual) for name, (_, usual) in stored.items()}
+    config = {**raw, CONFIG_KEY: entry}
+    write_checkpoint(target, wanted, pieces, dtype=dtype, config=config, shard_bytes=shard_bytes)
     _copy_tokenizer(copy_from, target)
     return errors
 

@@ -82,17 +82,9 @@ def import_checkpoint(
             quantized = quantize(found, formats[name])
             return quantized, relative_error(found, quantized)
 
-        return write_quantized(
-            Path(target),
-            raw,
-            shapes,
-            formats,
-            dtypes,
-            dense,
-            convert,
-            about={"parts": chosen.parts(), "imported": method},
-            copy_from=source,
-        )
+        plan = raw, shapes, formats, dtypes
+        about = {"parts": chosen.parts(), "imported": method}
+        return write_quantized(Path(target), *plan, dense, convert, about, copy_from=source)
 
 
 def _check_shapes(weights: Weights, shapes: Shapes, packed: PackedMatrices) -> None:

@@ -5,10 +5,10 @@ import math
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import sleep
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,18 +87,9 @@ def test_a_reply_shorter_than_the_look_ahead_measures_no_silence(target):
 
 
 def test_names_are_the_fields(target):
-    names = measure(target.sized(1, 160), spoken()).as_dict()
-    wanted = {
-        "ttft",
-        "audio_ttfp",
-        "itl",
-        "e2el",
-        "audio_rtf",
-        "audio_rtfx",
-        "audio_underrun",
-        "audio_continuity",
-    }
-    assert wanted <= set(names)
+    names = asdict(measure(target.sized(1, 160), spoken()))
+    wanted = "ttft audio_ttfp itl e2el audio_rtf audio_rtfx audio_underrun audio_continuity"
+    assert {*wanted.split()} <= set(names)
     assert set(names["itl"]) == {"p50", "p95", "p99", "n"}
 
 
@@ -162,11 +153,8 @@ def test_the_reply_follows_the_schedule_and_then_the_model(target):
     for draw in range(4):
         state.draws[0], state.draws[1] = draw, 3 - draw
         settings = state.text_sampler.select(slots)
-        free.append(
-            lm.sample_text(
-                state, slots, replace(settings, all_greedy=True, any_top_k=False)
-            ).tolist()
-        )
+        settings = replace(settings, all_greedy=True, any_top_k=False)
+        free.append(lm.sample_text(state, slots, settings).tolist())
     assert [text for text, _ in free[:3]] == [5, lm.empty_id, 7]
     assert [text for _, text in free[1:]] == [7, lm.empty_id, 5]
     assert free[3][0] == free[0][1] == int(lm.text_logits(state.hidden[:1]).argmax())
@@ -196,36 +184,28 @@ def test_floors_are_the_bytes_of_the_stored_tensors(quantization):
         assert named
         return sum(named.values())
 
-    cache = sum(
-        part.nbytes for part in KVCache.allocate(config.backbone, 3, 50, torch.float32, CPU).parts
-    )
+    parts = KVCache.allocate(config.backbone, 3, 50, torch.float32, CPU).parts
+    cache = sum(part.nbytes for part in parts)
     word = {"backbone": count("model.layers."), "text head": count("lm_head."), "cache": cache}
     # Every codebook's head is read for each frame of a patch.
     decoder = count("local_transformer.layers.") * config.patch_steps
+    encoder = "input_local_transformer.layers.", "speech_group_downcast.", "hidden_states_downcast."
     patch = {
         "patch decoder": decoder + count("local_transformer_lm_heads.") * config.group_size,
-        "patch encoder": count(
-            "input_local_transformer.layers.", "speech_group_downcast.", "hidden_states_downcast."
-        ),
+        "patch encoder": count(*encoder),
     }
-    for lm in (
-        random_lm(config, quantization, torch.float32),
-        weightless_lm(config, quantization, torch.float32),
-    ):
+    for make in (random_lm, weightless_lm):
+        lm = make(config, quantization, torch.float32)
         assert word_work(lm, 50, 3).bytes == word
-        assert (
-            patch_work(lm, 50, 3).bytes == patch_work(lm, 50, 3, cache=10**9).bytes == word | patch
-        )
-        assert patch_work(lm, 50, 3).cached == 0
+        small, large = patch_work(lm, 50, 3), patch_work(lm, 50, 3, cache=10**9)
+        assert small.bytes == large.bytes == word | patch
+        assert small.cached == 0
         # A cache that holds half of the layers spares it in all steps but the first; a large one
         # spares the heads too.
-        layers = count("local_transformer.layers.")
-        again = layers * (config.patch_steps - 1)
-        assert patch_work(lm, 50, cache=layers // 2).cached == layers // 2 * (
-            config.patch_steps - 1
-        )
+        layers, again = count("local_transformer.layers."), config.patch_steps - 1
+        assert patch_work(lm, 50, cache=layers // 2).cached == layers // 2 * again
         heads = count("local_transformer_lm_heads.") * (config.group_size - 1)
-        assert patch_work(lm, 50, cache=10**9).cached == again + heads
+        assert large.cached == layers * again + heads
 
 
 def test_floors_of_the_published_dimensions():
@@ -240,19 +220,15 @@ def test_floors_of_the_published_dimensions():
 
 
 def test_arithmetic_bounds_what_bytes_do_not(target):
-    slow = replace(MACHINE, flops={"float32": 1.0})
-    assert word_work(target.lm, 10).floor(slow, torch.float32) == word_work(target.lm, 10).flop
-    assert (
-        word_work(target.lm, 10).floor(MACHINE, torch.float32)
-        == word_work(target.lm, 10).total / 1e9
-    )
+    slow, work = replace(MACHINE, flops={"float32": 1.0}), word_work(target.lm, 10)
+    assert work.floor(slow, torch.float32) == work.flop
+    assert work.floor(MACHINE, torch.float32) == work.total / 1e9
     kept = patch_work(target.lm, 10, cache=10**6)
     reads = replace(MACHINE, flops={"float32": 1e15})
     assert kept.floor(reads, torch.float32) == (kept.total - kept.cached) / 1e9
     prefill, word, patch = GroupWork.of(target.lm, 2, 30, 10).floors(MACHINE)
-    assert request_floor(MACHINE, target.lm, None, 2, 30, 6, 4) == pytest.approx(
-        2 * prefill + 6 * word + 4 * patch
-    )
+    floor = request_floor(MACHINE, target.lm, None, 2, 30, 6, 4)
+    assert floor == pytest.approx(2 * prefill + 6 * word + 4 * patch)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch, target):
@@ -298,31 +274,19 @@ def test_energy_is_the_drivers_count(monkeypatch):
     class Error(Exception):
         pass
 
-    counts = iter([5000, 7500, Error("Not Supported")])
-
-    def consumption(handle: str) -> int:
-        assert handle == "handle of b'GPU-1234'"
-        count = next(counts)
-        if isinstance(count, Error):
-            raise count
-        return count
-
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
-        NVMLError=Error,
-        nvmlDeviceGetTotalEnergyConsumption=consumption,
-    )
+    nvml = Mock(NVMLError=Error)
+    nvml.nvmlDeviceGetHandleByUUID = "handle of {}".format
+    counter = nvml.nvmlDeviceGetTotalEnergyConsumption
+    counter.side_effect = [5000, 7500, Error("Not Supported")]
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Mock(uuid="1234"))
     monkeypatch.setattr(meters.shutil, "which", lambda name: None)
     meter = EnergyMeter(torch.device("cuda"))
     assert meter.unmeasured is None
     assert (meter.joules, meter.source) == (2.5, "NVML's counter")
     meter = EnergyMeter(torch.device("cuda"))
     assert (meter.joules, meter.unmeasured) == (None, "NVML: Not Supported")
+    assert {call.args for call in counter.call_args_list} == {("handle of b'GPU-1234'",)}
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyMeter(torch.device("cuda")).unmeasured == "nvidia-ml-py is not installed"
 

@@ -12,7 +12,6 @@ def test_a_reply_that_keeps_ahead_is_never_silent():
     heard = play([(0.5, 200), (0.6, 200), (0.9, 100)], RATE)
     assert heard.first_audio == 0.5
     assert heard.duration == pytest.approx(0.5)
-    assert heard.gaps == pytest.approx((0.1, 0.3))
     assert heard.underruns == ()
     assert heard.worst_underrun == heard.stalled == 0
     assert heard.continuous
@@ -33,15 +32,6 @@ def test_what_came_early_covers_a_late_chunk():
     assert play([(0.0, 1000), (0.9, 100), (1.2, 100)], RATE).underruns == pytest.approx((0.1,))
 
 
-def test_a_buffer_is_filled_before_playing():
-    arrivals = [(0.1, 100), (0.5, 100), (0.65, 400)]
-    # Plays from 0.5 on, 0.2 s of it.
-    assert play(arrivals, RATE, buffer=0.2).underruns == ()
-    # Never filled: played at the end.
-    assert play(arrivals, RATE, buffer=9.0).underruns == ()
-    assert play(arrivals, RATE, buffer=9.0).first_audio == 0.1
-
-
 def test_chunks_without_audio_change_nothing():
     words = [(0.05, 0), (0.1, 100), (0.15, 0), (0.4, 100), (0.45, 0)]
     assert play(words, RATE) == play([(0.1, 100), (0.4, 100)], RATE)
@@ -49,4 +39,4 @@ def test_chunks_without_audio_change_nothing():
 
 def test_no_audio_at_all():
     heard = play([(0.1, 0)], RATE)
-    assert (heard.first_audio, heard.duration, heard.gaps, heard.underruns) == (None, 0, (), ())
+    assert (heard.first_audio, heard.duration, heard.underruns) == (None, 0, ())

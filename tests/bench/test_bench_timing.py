@@ -3,6 +3,7 @@ machine."""
 
 import json
 import subprocess
+from dataclasses import asdict
 from time import sleep
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_ceiling_is_measured_once(monkeypatch):
     found = ceiling("cpu")
     assert ceiling(CPU) is found
     assert calls == [CPU]
-    assert json.loads(json.dumps(found.as_dict()))["flops"]["float32"] == 3e9
+    assert json.loads(json.dumps(asdict(found)))["flops"]["float32"] == 3e9
     ceiling_module._measured.cache_clear()
 
 

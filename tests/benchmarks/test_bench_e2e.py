@@ -41,12 +41,8 @@ def test_a_row_for_each_batch_context_and_task(tmp_path, capsys):
     read = sum(steady["bytes"].values()) - steady["cached_bytes"]
     assert steady["floor"]["audio_group"] * 1e9 >= read > 0
     request = rows[2]
-    assert (request["task"], request["batch"], request["text_groups"], request["audio_groups"]) == (
-        "tts",
-        1,
-        2,
-        3,
-    )
+    asked = [request[name] for name in ("task", "batch", "text_groups", "audio_groups")]
+    assert asked == ["tts", 1, 2, 3]
     assert request["of_floor"] == pytest.approx(request["floor"] / request["e2el"]["p50"])
     out, err = capsys.readouterr()
     assert out.startswith("ceiling: reads 1.0 GB/s")
@@ -82,10 +78,8 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     code, rows = sweep(tmp_path, "--quantization bf16 --context 32 --task asr")
     assert code == 1
     assert [row["kind"] for row in rows] == ["request"] * 2
-    assert (
-        "FAILED tiny bf16, groups at batch 1, context 32: RuntimeError: a fuse has blown"
-        in capsys.readouterr().err
-    )
+    failed = "FAILED tiny bf16, groups at batch 1, context 32: RuntimeError: a fuse has blown"
+    assert failed in capsys.readouterr().err
 
 
 @pytest.mark.slow

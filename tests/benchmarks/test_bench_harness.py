@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.columns import Table, duration, factor
-from benchmarks.harness import Case, Provider, held_bytes, print_outcome, run_cases, widen
+from benchmarks.harness import Benchmark, Provider, held_bytes, run_benchmarks, widen
 from benchmarks.records import JsonLines, read_records
 from mimo_fast.bench.accuracy import Accuracy
 from mimo_fast.bench.ceiling import Ceiling
@@ -32,34 +32,19 @@ def in_place(inputs):
     return (inputs["y"],)
 
 
-def doubling(*providers: Provider, check=None) -> Case:
+def doubling(*providers: Provider, check=None) -> Benchmark:
     def make(device):
         x = torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
         return {"x": x, "y": torch.full_like(x, torch.nan)}
 
-    return Case(
-        "double",
-        "double",
-        "bfloat16",
-        1,
-        "N=64",
-        torch.bfloat16,
-        256,
-        64,
-        make,
-        double,
-        providers,
-        check,
-    )
+    name, work = ("double", "double", "bfloat16", 1, "N=64"), (torch.bfloat16, 256, 64)
+    return Benchmark(*name, *work, make, double, providers, check)
 
 
-def run(case: Case, path=None, **options):
+def run(case: Benchmark, path=None, **options):
     lines: list[str] = []
-    outcome = run_cases(
-        [case], CPU, MACHINE, JsonLines(path), seconds=0, write=lines.append, **options
-    )
-    print_outcome(outcome, lines.append)
-    return outcome, "\n".join(lines)
+    options |= {"seconds": 0, "write": lines.append}
+    return run_benchmarks([case], CPU, MACHINE, JsonLines(path), **options), "\n".join(lines)
 
 
 def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
@@ -67,10 +52,10 @@ def test_a_right_op_has_a_row_with_its_share_of_the_ceiling(tmp_path):
         doubling(Provider("ours", double), Provider("written", in_place)), tmp_path / "a.jsonl"
     )
     assert not outcome.refused
-    assert [record["provider"] for record in outcome.records] == ["ours", "written"]
     first, second = read_records(tmp_path / "a.jsonl")
+    assert [first, second] == outcome.records
+    assert (first["provider"], second["provider"]) == ("ours", "written")
     assert (first["op"], first["bound"]) == ("double", "memory")
-    assert second["provider"] == "written"
     assert first["floor_s"] == pytest.approx(256e-9)
     assert first["of_ceiling"] == pytest.approx(first["floor_s"] / first["seconds"]["p50"])
     assert first["seconds"]["n"] >= 5
@@ -102,11 +87,8 @@ def test_the_check_is_made_on_the_inputs_that_are_timed():
     outcome, _ = run(doubling(Provider("sometimes", sometimes)))
     assert outcome.refused
     assert len(seen) == 1
-    outcome, _ = run(
-        doubling(
-            Provider("never", lambda inputs: (seen.append(inputs["x"]), double(inputs)[0])[1:])
-        )
-    )
+    never = Provider("never", lambda inputs: (seen.append(inputs["x"]), double(inputs)[0])[1:])
+    outcome, _ = run(doubling(never))
     assert not outcome.refused
     assert all(torch.equal(x, seen[0]) for x in seen)
     assert len({x.data_ptr() for x in seen[1:]}) > 1, "copies, so that no cache serves them"
@@ -115,15 +97,13 @@ def test_the_check_is_made_on_the_inputs_that_are_timed():
 def test_copies_are_bounded_by_what_the_inputs_hold(monkeypatch):
     weight = Weight.stack([torch.ones(8, 8)], [torch.ones(8)])
     table = torch.ones(1000)
-    assert held_bytes({"w": weight, "t": (table, 1), "norm": RMSNorm(torch.ones(4), 1e-6)}) == 4 * (
-        64 + 8 + 1000 + 4
-    )
-    monkeypatch.setattr(harness, "COPIED_BYTES", 1000)
-    (record,) = run(doubling(Provider("ours", double)))[0].records
-    assert record["copies"] == 3, "256 bytes of x and y"
-    monkeypatch.setattr(harness, "COPIED_BYTES", 100)
-    (record,) = run(doubling(Provider("ours", double)))[0].records
-    assert record["copies"] == 1
+    held = {"w": weight, "t": (table, 1), "norm": RMSNorm(torch.ones(4), 1e-6)}
+    assert held_bytes(held) == 4 * (64 + 8 + 1000 + 4)
+    # 256 bytes of x and y.
+    for limit, copies in ((1000, 3), (100, 1)):
+        monkeypatch.setattr(harness, "COPIED_BYTES", limit)
+        (record,) = run(doubling(Provider("ours", double)))[0].records
+        assert record["copies"] == copies
 
 
 def test_an_own_check_decides():
@@ -168,9 +148,8 @@ def test_a_provider_stands_for_the_values_that_it_holds():
 
 
 def test_only_what_is_wanted_runs():
-    outcome, _ = run(
-        doubling(Provider("a", double), Provider("b", double)), providers=lambda name: name == "b"
-    )
+    both = doubling(Provider("a", double), Provider("b", double))
+    outcome, _ = run(both, providers=lambda name: name == "b")
     assert [record["provider"] for record in outcome.records] == ["b"]
 
 
@@ -193,18 +172,9 @@ def test_records_are_appended_and_a_line_that_was_cut_off_is_passed_over(tmp_pat
     JsonLines(None).append({"n": 5})
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (2.5, "2.50 s"),
-        (0.0123, "12.3 ms"),
-        (0.9994, "999 ms"),
-        (4.56e-4, "456 us"),
-        (3e-8, "0.03 us"),
-    ],
-)
-def test_durations_have_three_digits(seconds, text):
-    assert duration(seconds) == text
+def test_durations_have_three_digits():
+    seconds = (2.5, 0.0123, 0.9994, 4.56e-4, 3e-8)
+    assert [*map(duration, seconds)] == ["2.50 s", "12.3 ms", "999 ms", "456 us", "0.03 us"]
 
 
 def test_a_table_keeps_its_columns():
@@ -223,19 +193,11 @@ def test_a_table_keeps_its_columns():
 
 
 def test_widening_leaves_packed_weights_and_integers():
-    weight, packed = (
-        Weight.stack([torch.ones(2, 2).bfloat16()]),
-        quantize(torch.randn(4, 64), Format.parse("int8")),
-    )
+    weight = Weight.stack([torch.ones(2, 2).bfloat16()])
+    packed = quantize(torch.randn(4, 64), Format.parse("int8"))
     cache = LayerKV(*(torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16) for _ in range(2)))
-    before = {
-        "w": weight,
-        "q": packed,
-        "kv": cache,
-        "n": torch.arange(3),
-        "s": 1e-6,
-        "t": (torch.ones(1).half(),),
-    }
+    before = {"w": weight, "q": packed, "kv": cache, "n": torch.arange(3), "s": 1e-6}
+    before["t"] = (torch.ones(1).half(),)
     wide = widen(copy.deepcopy(before))
     assert wide["w"].blocks[0].dtype == wide["kv"].k.dtype == wide["t"][0].dtype == torch.float32
     assert wide["q"].scales.dtype == packed.scales.dtype

@@ -12,8 +12,8 @@ import torch
 import benchmarks.__main__ as command
 from benchmarks import cases as dimensions
 from benchmarks import harness, ops, products
-from benchmarks.harness import Case, run_cases
-from benchmarks.ops import all_cases, launchers, select
+from benchmarks.harness import Benchmark, run_benchmarks
+from benchmarks.ops import all_benchmarks, launchers, select
 from benchmarks.records import JsonLines, read_records
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.kernels.swiglu import swiglu
@@ -23,14 +23,14 @@ MACHINE = Ceiling(1e10, 1e10, {"float32": 1e11})
 CHEAP = 8 * 2**20
 """Bytes of a case that a test may run."""
 
-CASES = all_cases()
+CASES = all_benchmarks()
 LEAST = {case.op: case for case in sorted(CASES, key=lambda case: -case.nbytes)}
 CHEAP_OPS = sorted(op for op, case in LEAST.items() if case.nbytes <= CHEAP)
 
 
-def run(case: Case, wanted=lambda name: True, path=None):
+def run(case: Benchmark, wanted=lambda name: True, path=None):
     lines: list[str] = []
-    return run_cases(
+    return run_benchmarks(
         [case], CPU, MACHINE, JsonLines(path), seconds=0, providers=wanted, write=lines.append
     ), lines
 
@@ -40,14 +40,8 @@ def native(name: str) -> bool:
 
 
 def test_every_op_of_the_package_is_in_the_registry():
-    assert {
-        "matmul",
-        "rms_norm",
-        "decode_attention",
-        "rvq_encode",
-        "sample_text",
-        "attention",
-    } <= launchers()
+    known = "matmul rms_norm decode_attention rvq_encode sample_text attention"
+    assert {*known.split()} <= launchers()
     assert {case.launcher for case in CASES} == launchers()
 
 
@@ -78,12 +72,8 @@ def test_dimensions_are_the_published_ones():
     assert shapes["backbone.text_head", "int8", 64].shape == "M=64 N=151680 K=4096"
     assert shapes["patch_decoder.down", "nf4", 1].shape == "M=1 N=1024 K=4096"
     assert shapes["patch_decoder.sample_codes", "bfloat16", 1].shape == "M=1 V=2308 D=1024"
-    assert [case.m for case in CASES if case.op == "backbone.down" and case.format == "int4"] == [
-        *dimensions.ROWS
-    ]
-    contexts = {
-        case.shape for case in CASES if case.op == "backbone.decode_attention" and case.m == 1
-    }
+    assert [case.m for case in select("backbone.down", formats="int4")] == [*dimensions.ROWS]
+    contexts = {case.shape for case in select("backbone.decode_attention", [1])}
     assert contexts == {"M=1 S=256", "M=1 S=1024", "M=1 S=4096", "M=1 S=8192"}
     # int4 at group 128: half a byte a weight, 4 for each group; then x, the norm's weight, the bias
     # and y.
@@ -111,9 +101,9 @@ def test_a_family_that_the_package_is_too_old_for_is_named(monkeypatch):
     monkeypatch.delattr(norm, "layer_norm")
     monkeypatch.setitem(sys.modules, "mimo_fast.kernels.rvq", None)
     with pytest.raises((ImportError, AttributeError)):
-        all_cases()
+        all_benchmarks()
     missing: dict[str, str] = {}
-    found = {case.op for case in all_cases(missing)}
+    found = {case.op for case in all_benchmarks(missing)}
     assert found >= {"backbone.swiglu", "backbone.rms_norm"}
     assert not {op for op in found if "rvq" in op or "layer_norm" in op}
     assert missing.keys() == {"layer_norm", "rvq_encode", "rvq_decode"}
@@ -140,16 +130,9 @@ def test_one_wrong_value_is_refused(op, output):
     def wrong(function):
         def run(inputs):
             outputs = [x.clone() for x in function(inputs)]
-            values = (
-                outputs[output].view(-1)
-                if outputs[output].is_contiguous()
-                else outputs[output][0, 0, 0]
-            )
-            at = len(values) // 2
-            if outputs[output].is_floating_point():
-                values[at] += 0.5 * outputs[output].abs().max()
-            else:
-                values[at] += 3
+            x = outputs[output]
+            values = x.view(-1) if x.is_contiguous() else x[0, 0, 0]
+            values[len(values) // 2] += 0.5 * x.abs().max() if x.is_floating_point() else 3
             return tuple(outputs)
 
         return run
@@ -159,7 +142,7 @@ def test_one_wrong_value_is_refused(op, output):
     assert outcome.refused
     assert not outcome.records
     assert outcome.refused[0].startswith(op)
-    assert len(lines) == 1, "the table's head alone"
+    assert lines[1:] == [f"REFUSED {outcome.refused[0]}"], "no row"
 
 
 TINY = (
@@ -174,7 +157,7 @@ TINY = (
 @pytest.mark.parametrize("product", TINY, ids=[product.name for product in TINY])
 def test_every_provider_of_a_product_computes_it(product, form, m):
     products.weight_of.cache_clear()
-    case = products.product_case(product, form, m)
+    case = products.product_benchmark(product, form, m)
     outcome, _ = run(case, lambda name: name != "compile")
     products.weight_of.cache_clear()
     assert not outcome.refused
@@ -184,9 +167,7 @@ def test_every_provider_of_a_product_computes_it(product, form, m):
         "int4": {"eager", "unpacked", "torch-int4"},
         "nf4": {"eager", "bitsandbytes-nf4"},
     }[form]
-    here = {provider.name for provider in case.providers if provider.missing(CPU) is None} - {
-        "compile"
-    }
+    here = {p.name for p in case.providers if p.missing(CPU) is None} - {"compile"}
     assert here <= {"ours-cpu", *others}
     assert {record["provider"] for record in outcome.records} == here
     assert "ours-cpu" in here
@@ -214,14 +195,15 @@ def test_without_a_compiler_or_a_package_the_provider_is_skipped_by_name(monkeyp
     monkeypatch.setattr(products, "find_spec", lambda name: None)
     products.weight_of.cache_clear()
     outcome, _ = run(
-        products.product_case(TINY[0], "nf4", 1), lambda name: not native(name) and name != "eager"
+        products.product_benchmark(TINY[0], "nf4", 1),
+        lambda name: not native(name) and name != "eager",
     )
-    assert not outcome.records
-    assert not outcome.refused
-    assert {
+    assert outcome.records == outcome.refused == []
+    named = (
         "compile: no C++ compiler is installed",
         "bitsandbytes-nf4: bitsandbytes is not installed",
-    } < set(outcome.skipped)
+    )
+    assert {*named} < set(outcome.skipped)
 
 
 def test_a_path_that_is_turned_off_is_not_timed_under_its_name(monkeypatch):

@@ -1,8 +1,8 @@
-"""The pair inside the package: when it is meant, that it is found without a network, that it is
-installed."""
+"""The pair inside the package: when it is chosen, found without a network, and installed."""
 
 import socket
 import tomllib
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -12,15 +12,6 @@ from helpers import KIT, fault
 
 import mimo_fast
 from mimo_fast.checkpoint import embedded
-from mimo_fast.checkpoint.embedded import (
-    CARD,
-    NANO,
-    PUBLISHED_BASE,
-    PUBLISHED_CODEC,
-    PUBLISHED_MODEL,
-    QUESTION,
-    resolve_pair,
-)
 from mimo_fast.checkpoint.files import find_checkpoint
 from mimo_fast.cli import common
 from mimo_fast.cli.main import main
@@ -31,7 +22,7 @@ from training import domain
 
 ROOT = Path(__file__).parents[2]
 AUDIO = KIT / "audio" / "en_m_24k.wav"
-BOTH = (NANO / "lm", NANO / "codec")
+BOTH = (embedded.NANO / "lm", embedded.NANO / "codec")
 
 
 @pytest.fixture(autouse=True)
@@ -66,24 +57,21 @@ def asked(monkeypatch) -> list[tuple[object, object]]:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ((None, None), BOTH),
-        (("nano", None), BOTH),
-        ((None, "nano"), BOTH),
-        (("nano", "nano"), BOTH),
-        (("a", None), ("a", PUBLISHED_CODEC)),
+        *((given, BOTH) for given in product((None, "nano"), repeat=2)),
+        (("a", None), ("a", embedded.PUBLISHED_CODEC)),
         ((Path("a"), "b"), (Path("a"), "b")),
-        ((None, "b"), (PUBLISHED_MODEL, "b")),
-        (("nano", "b"), (NANO / "lm", "b")),
+        ((None, "b"), (embedded.PUBLISHED_MODEL, "b")),
+        (("nano", "b"), (embedded.NANO / "lm", "b")),
     ],
 )
 def test_which_pair_is_meant(given, meant):
-    assert resolve_pair(*given) == meant
+    assert embedded.resolve_pair(*given) == meant
 
 
 def test_a_folder_called_nano_is_meant_by_its_name_and_by_nothing_else():
     Path("nano").mkdir()
-    assert resolve_pair(None, None) == BOTH
-    assert resolve_pair("nano", "b") == ("nano", "b")
+    assert embedded.resolve_pair(None, None) == BOTH
+    assert embedded.resolve_pair("nano", "b") == ("nano", "b")
     assert "nano has no config.json" in fault(lambda: mimo_fast.load("nano", "b"))
 
 
@@ -97,7 +85,7 @@ def test_load_without_arguments_is_the_embedded_pair():
     model = mimo_fast.load(device="cpu")
     assert (model.path, model.mimo_audio_tokenizer_path) == tuple(map(str, BOTH))
     assert model.tokenizer.trained_words == set(domain.vocabulary())
-    assert isinstance(model.asr_sft(QUESTION, max_new_tokens=5), str)
+    assert isinstance(model.asr_sft(embedded.QUESTION, max_new_tokens=5), str)
 
 
 def test_its_speech_is_greedy_and_its_answers_are_drawn_as_upstream_draws_them():
@@ -125,27 +113,25 @@ def test_commands_without_a_model_use_the_embedded_one_and_say_so(capsys, asked,
     note, problem = err.splitlines()
     assert asked == [BOTH]
     assert (out, problem) == ("", "mimo-fast: error: enough")
-    published = PUBLISHED_BASE if command == "continue" else PUBLISHED_MODEL
+    published = embedded.PUBLISHED_BASE if command == "continue" else embedded.PUBLISHED_MODEL
     assert note.startswith("using nano, ")
-    assert str(CARD) in note
-    assert note.endswith(f"--model {published} --codec {PUBLISHED_CODEC}")
+    assert str(embedded.CARD) in note
+    assert note.endswith(f"--model {published} --codec {embedded.PUBLISHED_CODEC}")
 
 
 @pytest.mark.parametrize(
     ("options", "environment", "pair"),
     [
-        (["--model", "a"], {}, ("a", PUBLISHED_CODEC)),
-        (["--codec", "b"], {}, (PUBLISHED_MODEL, "b")),
-        ([], {"MODEL": "a"}, ("a", PUBLISHED_CODEC)),
+        (["--model", "a"], {}, ("a", embedded.PUBLISHED_CODEC)),
+        (["--codec", "b"], {}, (embedded.PUBLISHED_MODEL, "b")),
+        ([], {"MODEL": "a"}, ("a", embedded.PUBLISHED_CODEC)),
         ([], {"MODEL": "a", "CODEC": "b"}, ("a", "b")),
         (["--model", "c"], {"MODEL": "a", "CODEC": "b"}, ("c", "b")),
         (["--model", "nano"], {}, BOTH),
         ([], {"MODEL": "", "CODEC": ""}, BOTH),
     ],
 )
-def test_options_and_the_environment_name_others(
-    capsys, asked, monkeypatch, options, environment, pair
-):
+def test_options_and_environment_win(capsys, asked, monkeypatch, options, environment, pair):
     for name, value in environment.items():
         monkeypatch.setenv(f"MIMO_FAST_{name}", value)
     assert main(["asr", str(AUDIO), *options]) == 1
@@ -156,17 +142,17 @@ def test_options_and_the_environment_name_others(
 
 def test_continue_pairs_a_codec_with_the_base_model(asked):
     assert main(["continue", str(AUDIO), "-o", "a.wav", "--codec", "b"]) == 1
-    assert asked == [(PUBLISHED_BASE, "b")]
+    assert asked == [(embedded.PUBLISHED_BASE, "b")]
 
 
 @pytest.mark.usefixtures("no_network")
 def test_info_describes_the_embedded_pair_or_what_is_named(capsys):
     assert main(["info"]) == 0
     out, err = capsys.readouterr()
-    assert f"lm: {NANO / 'lm'}" in out
-    assert f"codec: {NANO / 'codec'}" in out
+    assert f"lm: {embedded.NANO / 'lm'}" in out
+    assert f"codec: {embedded.NANO / 'codec'}" in out
     assert err.startswith("using nano, ")
-    assert main(["info", "--model", str(KIT / "checkpoint" / "lm")]) == 0
+    assert main(["info", "--model", str(KIT / "checkpoint/lm")]) == 0
     out, err = capsys.readouterr()
     assert "lm: " in out
     assert "codec: " not in out
@@ -175,16 +161,16 @@ def test_info_describes_the_embedded_pair_or_what_is_named(capsys):
 
 @pytest.mark.usefixtures("no_network")
 def test_a_command_runs_right_after_installation(capsys):
-    assert main(["asr", str(QUESTION), "--max-tokens", "5"]) == 0
+    assert main(["asr", str(embedded.QUESTION), "--max-tokens", "5"]) == 0
     assert capsys.readouterr().err.startswith("using nano, ")
 
 
 def test_the_package_holds_whole_checkpoints_their_card_and_a_question():
     for part in BOTH:
         assert find_checkpoint(part) == part
-    assert Tokenizer.from_directory(NANO / "lm").trained_words
-    assert CARD.is_file()
-    about = soundfile.info(QUESTION)
+    assert Tokenizer.from_directory(embedded.NANO / "lm").trained_words
+    assert embedded.CARD.is_file()
+    about = soundfile.info(embedded.QUESTION)
     assert (about.samplerate, about.channels, about.subtype) == (24000, 1, "PCM_16")
     assert about.duration < 3
 
@@ -195,6 +181,5 @@ def test_every_file_of_the_package_is_installed():
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["mimo_fast"]
     installed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
     built = {".py", ".pyc", ".so"}
-    assert {
-        path for path in package.rglob("*") if path.is_file() and path.suffix not in built
-    } == installed
+    found = {path for path in package.rglob("*") if path.is_file()}
+    assert {path for path in found if path.suffix not in built} == installed

@@ -21,8 +21,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch) -> SimpleNamespace:
-    """A hub that records what it is asked for, and answers with `answer`: a directory or an
-    exception."""
+    """A hub that records its arguments and returns, or raises, `answer`."""
     asked = SimpleNamespace(answer=None, arguments=None)
 
     def snapshot_download(*args: object, **kwargs: object) -> str:
@@ -43,9 +42,10 @@ def test_a_local_directory_is_used_as_it_is(source, hub):
     assert hub.arguments is None
 
 
-@pytest.mark.parametrize(
-    "source", ["./a", "../a", "/nowhere/a", "~/a", "a", "a/b/c", r"a\b", "", Path("a/b")]
-)
+LOCAL = ["./a", "../a", "/nowhere/a", "~/a", "a", "a/b/c", r"a\b", "", Path("a/b")]
+
+
+@pytest.mark.parametrize("source", LOCAL)
 def test_what_looks_local_is_not_asked_of_the_hub(source, hub):
     message = fault(lambda: find_checkpoint(source))
     assert "config.json" in message or "no directory" in message
@@ -59,9 +59,8 @@ def test_a_file_is_not_a_directory():
 
 def test_a_hub_id_is_downloaded(tmp_path, hub):
     hub.answer = write(tmp_path / "cached", {"x": torch.ones(1)})
-    found = find_checkpoint(
-        "OWNER/NAME", revision="v1", cache_dir="cache", token="t", local_files_only=True
-    )
+    options = {"revision": "v1", "cache_dir": "cache", "token": "t", "local_files_only": True}
+    found = find_checkpoint("OWNER/NAME", **options)
     assert found == hub.answer
     patterns = ["*.json", "*.safetensors", "merges.txt", "vocab.json"]
     options = {"revision": "v1", "cache_dir": "cache", "token": "t", "local_files_only": True}
@@ -88,17 +87,11 @@ def test_what_the_hub_refuses_is_explained(hub, kind, says):
     assert "OWNER/NAME" in message
 
 
-def test_an_empty_cache_offline(tmp_path):
-    message = fault(
-        lambda: find_checkpoint("OWNER/NAME", cache_dir=tmp_path / "cache", local_files_only=True)
-    )
+def test_an_empty_cache_offline_and_an_impossible_hub_id(tmp_path):
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    message = fault(lambda: find_checkpoint("OWNER/NAME", **options))
     assert "OWNER/NAME is not in the cache" in message
-
-
-def test_an_impossible_hub_id(tmp_path):
-    assert "'bad..name/x'" in fault(
-        lambda: find_checkpoint("bad..name/x", cache_dir=tmp_path / "cache")
-    )
+    assert "'bad..name/x'" in fault(lambda: find_checkpoint("bad..name/x", **options))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Random checkpoints: complete, repeatable, alive enough for a demonstration, and careful with the
-disk."""
+"""Random checkpoints: complete, repeatable, able to speak, and careful with the disk."""
 
 import errno
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -40,9 +40,8 @@ def talker(tiny) -> mimo_fast.MimoAudio:
 def test_tensors_and_configs_match(tiny, kit):
     for part, config, shapes in (("lm", LMConfig, lm_shapes), ("codec", CodecConfig, codec_shapes)):
         raw = read_json(tiny / part / "config.json")
-        assert raw == read_json(kit / "checkpoint" / part / "config.json") | {
-            "torch_dtype": "float32"
-        }
+        of_kit = read_json(kit / "checkpoint" / part / "config.json")
+        assert raw == of_kit | {"torch_dtype": "float32"}
         weights = open_weights(tiny / part)
         weights.validate(shapes(config.from_dict(raw)))
         assert all(weights.dtype(name) == torch.float32 for name in weights.names())
@@ -51,17 +50,11 @@ def test_tensors_and_configs_match(tiny, kit):
 def test_the_published_dimensions():
     lm = LMConfig.from_dict(read_json(PRESETS / "7b-lm.json"))
     codec = CodecConfig.from_dict(read_json(PRESETS / "7b-codec.json"))
-    assert (lm.vocab_size, lm.backbone.layers, lm.backbone.dim, lm.backbone.kv_heads) == (
-        151680,
-        36,
-        4096,
-        8,
-    )
-    assert (lm.patch_decoder.layers, lm.patch_decoder.head_dim, lm.patch_encoder.layers) == (
-        16,
-        16,
-        6,
-    )
+    backbone = lm.backbone
+    assert (backbone.layers, backbone.dim, backbone.kv_heads) == (36, 4096, 8)
+    assert lm.vocab_size == 151680
+    assert (lm.patch_decoder.layers, lm.patch_decoder.head_dim) == (16, 16)
+    assert lm.patch_encoder.layers == 6
     assert (codec.dim, codec.encoder_layers, codec.vocoder_layers) == (1280, 32, 16)
     assert codec.codebook_sizes == (1024, 1024, *[128] * 18)
     assert lm.code_sizes == (1025, 1025, *[129] * 6)
@@ -77,33 +70,24 @@ def test_values_depend_on_the_seed_alone(tiny, tmp_path):
         init_checkpoint(tmp_path / name, seed=seed)
     for part in ("lm", "codec"):
         directories = (tiny / part, tmp_path / "same" / part, tmp_path / "other" / part)
-        here, same, other = (
-            load_file(directory / "model.safetensors") for directory in directories
-        )
+        here, same, other = (load_file(path / "model.safetensors") for path in directories)
         assert all(torch.equal(here[name], same[name]) for name in here)
-        random = [
-            name
-            for name, tensor in here.items()
-            if tensor.unique().numel() > 1 and "window" not in name
-        ]
+        random = [name for name in here if here[name].unique().numel() > 1 and "window" not in name]
         assert len(random) > len(here) // 2
         assert not any(torch.equal(here[name], other[name]) for name in random)
 
 
 def test_tensors_differ_from_each_other(tiny):
     weights = load_file(tiny / "lm" / "model.safetensors")
-    names = [
-        f"model.layers.{i}.mlp.{which}_proj.weight" for i in (0, 1) for which in ("gate", "up")
-    ]
+    names = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 1) for part in ("gate", "up")]
     values = torch.stack([weights[name].flatten() for name in names])
     assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.1
 
 
 def test_values_are_the_same_in_shards_and_pieces(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(initialize, "PIECE", 1024)
-    monkeypatch.setattr(
-        initialize, "write_checkpoint", lambda *a, **k: write_checkpoint(*a, **k, shard_bytes=10**5)
-    )
+    in_shards = functools.partial(write_checkpoint, shard_bytes=10**5)
+    monkeypatch.setattr(initialize, "write_checkpoint", in_shards)
     _, codec = init_checkpoint(tmp_path / "sharded")
     assert len(list(codec.glob("*.safetensors"))) > 5
     sharded, whole = open_weights(codec), open_weights(tiny / "codec")
@@ -112,24 +96,17 @@ def test_values_are_the_same_in_shards_and_pieces(tiny, tmp_path, monkeypatch):
 
 def test_scales(tiny):
     lm, codec = (load_file(tiny / part / "model.safetensors") for part in ("lm", "codec"))
-    assert torch.equal(
-        codec["decoder.vocoder.head.istft.window"], torch.hann_window(960, periodic=True)
-    )
+    window = codec["decoder.vocoder.head.istft.window"]
+    assert torch.equal(window, torch.hann_window(960, periodic=True))
     for weights in (lm, codec):
-        assert all(
-            (w == 1).all()
-            for name, w in weights.items()
-            if w.ndim == 1 and "norm" in name and "weight" in name
-        )
+        vectors = {name: values for name, values in weights.items() if values.ndim == 1}
+        gains = [x for name, x in vectors.items() if "norm" in name and "weight" in name]
+        assert all((gain == 1).all() for gain in gains)
     assert codec["encoder.conv1.bias"].abs().max() < 0.1
-    for name, size in (
-        ("model.layers.0.mlp.down_proj.weight", 96),
-        ("speech_group_downcast.weight", 192),
-    ):
+    widths = {"model.layers.0.mlp.down_proj.weight": 96, "speech_group_downcast.weight": 192}
+    for name, size in widths.items():
         assert lm[name].std() == pytest.approx(size**-0.5, rel=0.05)
-    assert lm["speech_embeddings.0.weight"][64].std() > 0.5, (
-        "rows of the empty code are random, too"
-    )
+    assert lm["speech_embeddings.0.weight"][64].std() > 0.5, "empty rows are random, too"
 
 
 def test_dtype_may_be_chosen(tiny, tmp_path):
@@ -146,10 +123,8 @@ def test_tokenizer_of_the_tiny_preset(tiny):
     for token, i in TOKEN_IDS["tiny"].items():
         assert tokenizer.id(token) == i
         assert tokenizer.encode(f"a{token}")[1:] == [i]
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (
-        tokenizer.id("<|im_end|>"),
-        tokenizer.id("<|endoftext|>"),
-    )
+    ends = [tokenizer.id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert [tokenizer.eos_id, tokenizer.pad_id] == ends
     for text in ("It's 12:30.\n", "今天天气真好", "😀\x00\t"):
         ids = tokenizer.encode(text)
         assert len(ids) == len(text.encode())
@@ -163,24 +138,10 @@ def test_tokenizer_of_the_7b_preset(tmp_path):
     tokenizer = Tokenizer.from_directory(tmp_path)
     tokenizer.check_vocab(raw["vocab_size"])
     special = tokenizer.special
-    assert (special.pad, special.im_start, special.im_end, special.eos) == (
-        151643,
-        151644,
-        151645,
-        raw["eos_token_id"],
-    )
-    assert (special.sosp, special.eosp, special.empty, special.human) == (
-        151665,
-        151666,
-        151667,
-        151668,
-    )
-    assert (special.speech_lm, special.sostm, special.eostm, special.eot) == (
-        151669,
-        151670,
-        151671,
-        151672,
-    )
+    assert (special.pad, special.im_start, special.im_end) == (151643, 151644, 151645)
+    assert special.eos == raw["eos_token_id"]
+    names = ["sosp", "eosp", "empty", "human", "speech_lm", "sostm", "eostm", "eot"]
+    assert [getattr(special, name) for name in names] == list(range(151665, 151673))
     assert tokenizer.decode(tokenizer.encode("北京<|empty|>")) == "北京<|empty|>"
     assert tokenizer.decode([5000, 151646]) == ""
 
@@ -191,10 +152,8 @@ def test_transformers_reads_the_tokenizer_alike(preset, tmp_path):
     raw = read_json(PRESETS / f"{preset}-lm.json")
     initialize.write_tokenizer(tmp_path, raw, TOKEN_IDS[preset])
     shutil.copyfile(PRESETS / f"{preset}-lm.json", tmp_path / "config.json")
-    ours, theirs = (
-        Tokenizer.from_directory(tmp_path),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
+    ours = Tokenizer.from_directory(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>user\nIt's 12 e\u0301 北京<|empty|> <|eot|>"
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
@@ -211,15 +170,9 @@ def test_the_tiny_preset_speaks_and_ends(talker):
     special, limit = talker.tokenizer.special, 300
     prompt = talker.get_tts_sft_prompt("It works.", template=0)
     stop = mimo_fast.MiMoStopper(talker.group_size, talker.audio_channels, [special.im_end])
-    replies = mimo_fast.generate(
-        talker,
-        [prompt] * 8,
-        stopping_criteria=[stop],
-        max_new_tokens=limit,
-        seed=list(range(8)),
-        global_sampler=talker.get_task_sampler("tts")["global"],
-        local_sampler=talker.get_task_sampler("tts")["local"],
-    )
+    samplers = {f"{which}_sampler": x for which, x in talker.get_task_sampler("tts").items()}
+    given = {"stopping_criteria": [stop], "max_new_tokens": limit, "seed": list(range(8))}
+    replies = mimo_fast.generate(talker, [prompt] * 8, **given, **samplers)
     texts = [reply[0, prompt.shape[1] :: talker.group_size].tolist() for reply in replies]
     tokens = [token for text in texts for token in text if token != special.im_end]
     assert 0.7 < tokens.count(special.empty) / len(tokens) < 1, "usually audio, not always"
@@ -227,9 +180,8 @@ def test_the_tiny_preset_speaks_and_ends(talker):
 
 
 def test_audio_of_the_tiny_preset_is_audible_and_bounded(talker):
-    codes = torch.stack(
-        [torch.randint(0, size, (50,)) for size in talker.codec.config.codebook_sizes[:8]]
-    )
+    sizes = talker.codec.config.codebook_sizes[:8]
+    codes = torch.stack([torch.randint(0, size, (50,)) for size in sizes])
     wav = talker.codec.decode(codes)
     assert torch.isfinite(wav).all()
     assert 0.01 < wav.square().mean().sqrt() < 0.5
@@ -257,18 +209,14 @@ def test_an_unknown_preset(tmp_path):
 
 
 def test_the_disk_is_checked_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        initialize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB)
-    )
+    monkeypatch.setattr(initialize.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * GIB))
     message = fault(lambda: init_checkpoint(tmp_path / "a" / "b", "7b"))
     assert "needs 17.34 GiB" in message
     assert "10.00 GiB free" in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
     draw, asked = initialize._draw, []
 
@@ -282,12 +230,7 @@ def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         init_checkpoint(tmp_path / "new")
     left = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
-    assert left == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert left == {"README.md", "config.json", "model.safetensors"} | tokenizer
     assert not list((tmp_path / "new" / "codec").glob("*"))
     assert json.loads((tmp_path / "new" / "lm" / "config.json").read_text())

@@ -1,6 +1,5 @@
 """The command line as a user meets it: results, exit codes, one-line errors, no stray files."""
 
-import json
 import os
 import resource
 import shutil
@@ -10,20 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from helpers import KIT, KIT_PAIR, altered_checkpoint, limited_tokenizer
 from safetensors.torch import load_file, save_file
 
 import mimo_fast
 from mimo_fast.cli import main as cli
 from mimo_fast.cli.main import main
 
-KIT = Path(__file__).parents[1] / "golden"
 AUDIO = KIT / "audio" / "en_m_24k.wav"
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
+PAIR = ["--model", str(KIT_PAIR[0]), "--codec", str(KIT_PAIR[1])]
 SHORT = ["--seed", "1", "--max-tokens", "30"]
 
 
@@ -31,6 +29,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def runs(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Output and error output of a command that succeeds."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    return out, err
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -44,8 +49,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_tts_writes_audio_and_says_how_fast(capsys, tmp_path):
     output = tmp_path / "said.wav"
-    code, _, err = run(capsys, "tts", "Hello there.", "-o", output, *PAIR, *SHORT)
-    assert code == 0
+    _, err = runs(capsys, "tts", "Hello there.", "-o", output, *PAIR, *SHORT)
     samples, rate = soundfile.read(output)
     assert rate == 24000
     assert len(samples) > 0
@@ -57,35 +61,20 @@ def test_tts_writes_audio_and_says_how_fast(capsys, tmp_path):
 
 def test_tts_is_repeatable_and_styles_change_it(capsys, tmp_path):
     def say(*style: object) -> bytes:
-        assert run(capsys, "tts", "Hello.", "-o", tmp_path / "a.wav", *style, *PAIR, *SHORT)[0] == 0
+        runs(capsys, "tts", "Hello.", "-o", tmp_path / "a.wav", *style, *PAIR, *SHORT)
         return (tmp_path / "a.wav").read_bytes()
 
+    styles = [("--instruct", "slowly"), ("--natural",), ("--natural", "--voice", AUDIO)]
     assert say() == say()
-    assert (
-        len(
-            {
-                say(),
-                say("--instruct", "slowly"),
-                say("--natural"),
-                say("--natural", "--voice", AUDIO),
-            }
-        )
-        == 4
-    )
+    assert len({say(), *(say(*style) for style in styles)}) == 4
 
 
 def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_path):
-    shutil.copytree(KIT / "checkpoint" / "lm", tmp_path / "lm")
-    path = tmp_path / "lm" / "tokenizer_config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps(raw | {"trained_words": ["seven", "forty", "two", "hello"]}), encoding="utf-8"
-    )
-    limited = ["--model", tmp_path / "lm", *PAIR[2:]]
+    lm = limited_tokenizer(tmp_path / "lm", ["seven", "forty", "two", "hello"])
+    limited = ["--model", lm, *PAIR[2:]]
 
     def warnings(text: str, *options: object) -> list[str]:
-        code, _, err = run(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
-        assert code == 0, err
+        _, err = runs(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
         return [line for line in err.splitlines() if "may garble" in line]
 
     text = "Seven 42, hello world of worlds: hello world!"
@@ -100,53 +89,39 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
 
 
 def test_asr_prints_a_line_a_recording(capsys):
-    code, out, _ = run(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
-    assert code == 0
+    out, _ = runs(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
     assert out.count(".wav: ") == 2
 
 
 def test_understand_prints_what_the_model_returns(capsys, model):
-    code, out, _ = run(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
-    expected = model.audio_understanding_sft(
-        AUDIO, "What is said?", True, seed=1, max_new_tokens=30
-    )
-    assert (code, out.strip()) == (0, expected)
+    out, _ = runs(capsys, "understand", AUDIO, "What is said?", "--thinking", *PAIR, *SHORT)
+    options = {"seed": 1, "max_new_tokens": 30}
+    want = model.audio_understanding_sft(AUDIO, "What is said?", True, **options)
+    assert out.strip() == want
 
 
 def test_chat_writes_a_reply_a_turn(capsys, tmp_path):
-    arguments = [
-        "chat",
-        AUDIO,
-        KIT / "audio" / "en_f_16k.wav",
-        "-o",
-        tmp_path / "reply.wav",
-        "--system",
-        "Be brief.",
-    ]
-    assert run(capsys, *arguments, "--voice", AUDIO, *PAIR, *SHORT)[0] == 0
+    arguments = ["chat", AUDIO, KIT / "audio" / "en_f_16k.wav", "-o", tmp_path / "reply.wav"]
+    prompt = ["--system", "Be brief.", "--voice", AUDIO]
+    runs(capsys, *arguments, *prompt, *PAIR, *SHORT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reply-1.wav", "reply-2.wav"]
 
 
 def test_chat_in_text(capsys):
-    code, out, _ = run(capsys, "chat", "--text", "Hi.", "And now?", *PAIR, *SHORT)
-    assert code == 0
+    out, _ = runs(capsys, "chat", "--text", "Hi.", "And now?", *PAIR, *SHORT)
     assert out
 
 
 def test_continue_can_join(capsys, tmp_path):
-    assert run(capsys, "continue", AUDIO, "-o", tmp_path / "more.wav", *PAIR, *SHORT)[0] == 0
-    assert (
-        run(capsys, "continue", AUDIO, "-o", tmp_path / "all.wav", "--join", *PAIR, *SHORT)[0] == 0
-    )
-    before, more, everything = (
-        soundfile.info(path).frames for path in (AUDIO, tmp_path / "more.wav", tmp_path / "all.wav")
-    )
-    assert everything == before + more
+    more, everything = tmp_path / "more.wav", tmp_path / "all.wav"
+    for arguments in ([more], [everything, "--join"]):
+        runs(capsys, "continue", AUDIO, "-o", *arguments, *PAIR, *SHORT)
+    frames = [soundfile.info(path).frames for path in (AUDIO, more, everything)]
+    assert frames[2] == frames[0] + frames[1]
 
 
 def test_verify_passes_on_the_kit(capsys):
-    code, out, err = run(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
-    assert code == 0
+    out, err = runs(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
     assert "FAILED" not in out
     assert "all" in err
     assert len(out.splitlines()) == 16
@@ -158,33 +133,27 @@ def test_verify_names_the_stage_whose_golden_tensor_is_altered(capsys, tmp_path)
     tensors = load_file(file)
     tensors["generate.text"][3, 5] += 1
     save_file(tensors, file)
-    code, out, err = run(
-        capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", tmp_path / "kit"
-    )
+    pair = ["--checkpoint", KIT / "checkpoint"]
+    code, out, err = run(capsys, "verify", *pair, "--golden", tmp_path / "kit")
     assert code == 1
     assert [line.split()[0] for line in out.splitlines() if "FAILED" in line] == ["generate"]
     assert "verify failed at: generate" in err
 
 
 def test_verify_names_the_stages_a_weight_breaks(capsys, tmp_path):
-    shutil.copytree(KIT / "checkpoint", tmp_path / "pair")
-    file = tmp_path / "pair" / "lm" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["lm_head.weight"][7] += 1
-    save_file(tensors, file)
-    code, _, err = run(capsys, "verify", "--checkpoint", tmp_path / "pair", "--golden", KIT)
+    altered_checkpoint(tmp_path, "lm", "lm_head.weight", (7,), add=1)
+    code, _, err = run(capsys, "verify", "--checkpoint", tmp_path, "--golden", KIT)
     assert code == 1
     assert "text logits" in err
 
 
 def test_init_checkpoint_and_info(capsys, tmp_path):
-    assert run(capsys, "init-checkpoint", tmp_path / "pair", "--seed", 3)[0] == 0
+    runs(capsys, "init-checkpoint", tmp_path / "pair", "--seed", 3)
     pair = ["--model", tmp_path / "pair" / "lm", "--codec", tmp_path / "pair" / "codec"]
-    code, out, _ = run(capsys, "info", *pair)
-    assert code == 0
+    out, _ = runs(capsys, "info", *pair)
     for word in ("torch", "cpu:", "kernels:", "backbone", "patch decoder", "vocoder", "total"):
         assert word in out
-    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)[0] == 0
+    runs(capsys, "tts", "Hi.", "-o", tmp_path / "a.wav", *pair, *SHORT)
 
 
 def tensors(part: object) -> Iterator[torch.Tensor]:
@@ -201,20 +170,16 @@ def tensors(part: object) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
 def test_quantize_and_speak(capsys, tmp_path, form):
-    code, out, err = run(capsys, "quantize", PAIR[1], tmp_path / "small", "--format", form)
-    assert code == 0
+    out, err = runs(capsys, "quantize", PAIR[1], tmp_path / "small", "--format", form)
     assert "model.layers.0.self_attn.q_proj.weight" in out
     assert "GB" in err
     small = ["--model", tmp_path / "small", *PAIR[2:]]
-    code, out, _ = run(capsys, "info", *small)
+    out, _ = runs(capsys, "info", *small)
     assert "248,880 parameters" in out
-    assert run(capsys, "tts", "Hi.", "-o", tmp_path / "stored.wav", *small, *SHORT)[0] == 0
-    assert (
-        run(
-            capsys, "tts", "Hi.", "-o", tmp_path / "now.wav", "--quantization", form, *PAIR, *SHORT
-        )[0]
-        == 0
-    )
+    for name, options in (("stored", small), ("now", ["--quantization", form, *PAIR])):
+        output = tmp_path / f"{name}.wav"
+        runs(capsys, "tts", "Hi.", "-o", output, *options, *SHORT)
+        assert output.exists()
     # The weights are equal, which speech need not be to the bit: a dense product of torch's adds in
     # another order where a mapped file puts its weight at an odd address.
     stored = mimo_fast.load(tmp_path / "small", PAIR[3], device="cpu").lm
@@ -226,13 +191,12 @@ def test_quantize_and_speak(capsys, tmp_path, form):
     assert "quantized already" in fails(capsys, "asr", AUDIO, "--quantization", form, *small)
 
 
+UNDECODABLE = "cannot decode"
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [
-        (b"", "empty|no samples|cannot"),
-        (b"just text\n" * 99, "cannot decode"),
-        (b"RIFF", "cannot decode"),
-    ],
+    [(b"", "empty|no samples|cannot"), (b"just text\n" * 99, UNDECODABLE), (b"RIFF", UNDECODABLE)],
 )
 def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, complaint):
     recording = tmp_path / "bad.wav"
@@ -240,6 +204,9 @@ def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, com
     message = fails(capsys, "chat", recording, "-o", tmp_path / "reply.wav", *PAIR)
     assert any(part in message for part in complaint.split("|")), message
     assert list(tmp_path.iterdir()) == [recording]
+
+
+OFFLINE = ["--cache-dir", "none", "--offline"]
 
 
 @pytest.mark.parametrize(
@@ -252,10 +219,9 @@ def test_bad_audio_is_one_line_and_leaves_no_file(capsys, tmp_path, content, com
         (["tts", "", "-o", "a.wav", *PAIR], "no text"),
         (["chat", AUDIO, *PAIR], "-o FILE.wav"),
         (["chat", "--text", "Hi.", "-o", "a.wav", *PAIR], "--text"),
-        (
-            ["demo", "-o", ".", *PAIR[:2], "--cache-dir", "none", "--offline"],
-            "Tokenizer is not in the cache",
-        ),
+        (["demo", "no.wav", "-o", "out"], "no.wav"),
+        (["demo", "--text", " ", "-o", "out"], "no text to say"),
+        (["demo", "-o", ".", *PAIR[:2], *OFFLINE], "Tokenizer is not in the cache"),
         (["verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "audio"], "golden.json"),
         (["asr", AUDIO, "--device", "nonsense", *PAIR], "nonsense"),
     ],
@@ -267,22 +233,22 @@ def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, compl
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "command",
     [
-        [],
-        ["sing"],
-        ["tts"],
-        ["tts", "Hi."],
-        ["tts", "Hi.", "-o", "/nowhere/a.wav"],
-        ["tts", "Hi.", "-o", "/"],
-        ["tts", "Hi.", "-o", "a.wav", "--max-tokens", "0"],
-        ["tts", "Hi.", "-o", "a.wav", "--dtype", "int3"],
-        ["init-checkpoint", "x", "--preset", "70b"],
+        "",
+        "sing",
+        "tts",
+        "tts Hi.",
+        "tts Hi. -o /nowhere/a.wav",
+        "tts Hi. -o /",
+        "tts Hi. -o a.wav --max-tokens 0",
+        "tts Hi. -o a.wav --dtype int3",
+        "init-checkpoint x --preset 70b",
     ],
 )
-def test_bad_usage_exits_with_2(capsys, arguments):
+def test_bad_usage_exits_with_2(capsys, command):
     with pytest.raises(SystemExit) as exit_:
-        main(arguments)
+        main(command.split())
     assert exit_.value.code == 2
     assert "usage:" in capsys.readouterr().err
 
@@ -312,24 +278,10 @@ def test_unexpected_errors_are_one_line_too(capsys, monkeypatch):
 
 def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
     # Native calls would be done with the reply too soon, and so would some seeds.
-    command = [
-        sys.executable,
-        "-m",
-        "mimo_fast",
-        "continue",
-        str(AUDIO),
-        "-o",
-        str(tmp_path / "a.wav"),
-        "--seed",
-        "0",
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "MIMO_FAST_KERNELS": "torch",
-    }
-    command += PAIR
+    arguments = ["continue", str(AUDIO), "-o", str(tmp_path / "a.wav"), "--seed", "0", *PAIR]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"MIMO_FAST_KERNELS": "torch"}
+    command = [sys.executable, "-m", "mimo_fast", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         assert "loading" in process.stderr.readline()
@@ -343,5 +295,5 @@ def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
 
 def test_output_into_a_closed_pipe_is_quiet():
     command = f"{sys.executable} -m mimo_fast --help | head -n 1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "Traceback" not in result.stderr

@@ -5,7 +5,7 @@ passes them by.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,10 +27,21 @@ def triton_kernels() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=[torch.float32, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The interpreter has no bfloat16."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["float", "int8"])
+def quantized(request: pytest.FixtureRequest) -> bool:
+    """Whether a cache holds int8."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def poisoned() -> Iterator[None]:
-    """Memory that a launcher allocates holds NaN, or a large negative integer, until a kernel
-    writes it."""
+    """Memory that a launcher allocates holds NaN or a large negative integer until written."""
 
     def poison(allocate):
         def allocated(*args, **kwargs):
@@ -43,6 +54,27 @@ def poisoned() -> Iterator[None]:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poison(getattr(torch, name)))
         yield
+
+
+@pytest.fixture
+def grids_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """(module, names of kernels) -> the grids of their launches from here on."""
+    launched: list[Any] = []
+
+    class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(grid)
+            return self.kernel[grid]
+
+    def count(module: Any, *names: str) -> list[Any]:
+        for name in names:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+        return launched
+
+    return count
 
 
 @pytest.fixture

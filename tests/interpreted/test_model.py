@@ -1,9 +1,7 @@
-"""The kernels fit together: every stage of the kit with every op on its Triton path.
+"""Every stage of the kit with every op on its Triton path.
 
-The interpreter takes milliseconds a program. So a decoding step is given a sixth of its programs by
-taller tiles, and
-what several stages compute alike is computed once: the codes of a recording, which most prompts are
-built of, its encoder output, and the hidden states after a prompt.
+The interpreter takes milliseconds a program: tiles are taller, and what several stages compute
+alike (codes and encoder output of a recording, hidden states after a prompt) is computed once.
 """
 
 from collections.abc import Callable, Hashable
@@ -35,30 +33,21 @@ def remembered(function: Callable[..., Any], key: Callable[..., Hashable]) -> Ca
 @pytest.fixture(scope="module")
 def results(kit, triton_kernels):
     assert use_triton(torch.zeros(1))
-    model = mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+    model = mimo_fast.load(kit / "checkpoint/lm", kit / "checkpoint/codec", device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         # Taller tiles and fewer splits than a launch takes; each kernel's own tests take its own.
         patch.setattr(qmatmul_launch, "gemv_block_n", lambda *args: 64)
         patch.setattr(decode_attention, "SPLITS", ((10**9, 4),))
-        patch.setattr(
-            model.codec,
-            "encode_mel",
-            remembered(model.codec.encode_mel, lambda mel: mel.numpy().tobytes()),
-        )
-        patch.setattr(
-            model.codec,
-            "encode",
-            remembered(model.codec.encode, lambda wav, n_q=None: (wav.numpy().tobytes(), n_q)),
-        )
-        patch.setattr(
-            stages, "_prefilled", remembered(stages._prefilled, lambda model, golden, name: name)
-        )
+        encode_mel = remembered(model.codec.encode_mel, lambda mel: mel.numpy().tobytes())
+        patch.setattr(model.codec, "encode_mel", encode_mel)
+        encode = remembered(model.codec.encode, lambda wav, n=None: (wav.numpy().tobytes(), n))
+        patch.setattr(model.codec, "encode", encode)
+        prefilled = remembered(stages._prefilled, lambda model, golden, name: name)
+        patch.setattr(stages, "_prefilled", prefilled)
         return {result.stage: result for result in verify(model, Golden(kit))}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_golden_stage(results, stage):
     result = results[stage]
-    assert result.ok, (
-        f"{stage}: {result.error} > {result.bound} in {result.worst}, {result.compared} compared"
-    )
+    assert result.ok, f"{result.error} > {result.bound} in {result.worst} of {result.compared}"

@@ -1,30 +1,28 @@
-"""The rotary kernels: alone and with the append to the cache, which must change nothing else in
-it."""
+"""The rotary kernels, alone and with the append to the cache."""
 
 import pytest
 import torch
-from helpers import assert_rounded
+from helpers import assert_rounded, normal, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.rope import rope, rope_append, rope_append_ref, rope_ref, rope_table
 
 LARGE = 1e4
+# rows, new, heads, kv_heads, head_dim
+APPENDED = [(1, 1, 32, 8, 128), (2, 1, 64, 64, 16), (2, 3, 4, 2, 16)]
+APPENDED += [(1, 5, 3, 1, 12), (3, 1, 5, 5, 8), (1, 2, 1, 1, 2)]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "shape", [(3, 4, 64, 16), (7, 5, 64), (1, 32, 128), (2, 3, 2, 1, 12), (2, 70, 2), (0, 3, 8)]
 )
 def test_rope(dtype, shape):
-    x = randn(*shape, dtype=dtype)
+    x = normal(*shape, dtype=dtype)
     table = rope_table(shape[-1], 10000.0, shape[-3])
     got = rope(x, table)
     assert got.dtype == dtype
@@ -32,48 +30,32 @@ def test_rope(dtype, shape):
 
 
 def test_rope_with_a_table_for_each_row_and_strided_heads():
-    """As q is cut out of qkv, and codec layers unbind theirs."""
     table = rope_table(16, 640000.0, 40)
     rows = torch.stack([table[:, start : start + 4] for start in (0, 7, 33)], dim=1)
-    q = randn(3, 4, 12, 16)[:, :, 3:8]
-    torch.testing.assert_close(rope(q, rows), rope_ref(q, rows), rtol=1e-6, atol=1e-6)
-    unbound = randn(5, 3, 4, 16).unbind(1)[1]
-    torch.testing.assert_close(
-        rope(unbound, table[:, 2:7]), rope_ref(unbound, table[:, 2:7]), rtol=1e-6, atol=1e-6
-    )
-    flipped = randn(4, 16, 3).transpose(1, 2)
-    torch.testing.assert_close(
-        rope(flipped, table[:, :4]), rope_ref(flipped, table[:, :4]), rtol=1e-6, atol=1e-6
-    )
+    q = normal(3, 4, 12, 16)[:, :, 3:8]
+    unbound = normal(5, 3, 4, 16).unbind(1)[1]
+    flipped = normal(4, 16, 3).transpose(1, 2)
+    for x, part in ((q, rows), (unbound, table[:, 2:7]), (flipped, table[:, :4])):
+        assert_close(rope(x, part), rope_ref(x, part), rtol=1e-6, atol=1e-6)
 
 
 def test_rope_refuses_a_table_of_other_positions():
-    with pytest.raises(ValueError, match="does not rotate"):
-        rope(randn(3, 2, 8), rope_table(8, 10000.0, 4))
+    refuses("does not rotate", rope, normal(3, 2, 8), rope_table(8, 10000.0, 4))
 
 
 def cache_of(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A cache full of large values whose slots, heads and positions lie in memory in `order`."""
     back = [order.index(axis) for axis in range(3)]
-    return torch.full([*(shape[axis] for axis in order), shape[3]], LARGE, dtype=dtype).permute(
-        *back, 3
-    )
+    blank = torch.full([*(shape[axis] for axis in order), shape[3]], LARGE, dtype=dtype)
+    return blank.permute(*back, 3)
 
 
 def check_append(
-    rows: int,
-    new: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    starts: list[int],
-    slots: list[int],
-    order: tuple[int, ...] = (0, 1, 2),
-    dtype: torch.dtype = torch.float32,
+    rows, new, heads, kv_heads, head_dim, starts, slots, order=(0, 1, 2), dtype=torch.float32
 ) -> None:
     shape = (max(slots) + 2, kv_heads, max(starts) + new + 3, head_dim)
     table = rope_table(head_dim, 640000.0, shape[2])
-    qkv = randn(rows, new, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype)[..., :-8]
+    qkv = normal(rows, new, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype)[..., :-8]
     k, v = (cache_of(shape, order, dtype) for _ in range(2))
     want_k, want_v = k.float(), v.float()
     cache, want = LayerKV(k, v), LayerKV(want_k, want_v)
@@ -89,50 +71,31 @@ def check_append(
     assert int((v != LARGE).sum()) == rows * new * kv_heads * head_dim
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    ("rows", "new", "heads", "kv_heads", "head_dim"),
-    [
-        (1, 1, 32, 8, 128),
-        (2, 1, 64, 64, 16),
-        (2, 3, 4, 2, 16),
-        (1, 5, 3, 1, 12),
-        (3, 1, 5, 5, 8),
-        (1, 2, 1, 1, 2),
-    ],
-)
-def test_append(dtype, rows, new, heads, kv_heads, head_dim):
-    check_append(
-        rows, new, heads, kv_heads, head_dim, [0, 17, 5][:rows], [2, 0, 1][:rows], dtype=dtype
-    )
+@pytest.mark.parametrize("shape", APPENDED)
+def test_append(dtype, shape):
+    starts, slots = [0, 17, 5][: shape[0]], [2, 0, 1][: shape[0]]
+    check_append(*shape, starts, slots, dtype=dtype)
+
+
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+STARTS = st.lists(st.integers(0, 40), min_size=3, max_size=3)
+ORDERS = st.permutations(range(3))
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(1, 3),
-    st.sampled_from((2, 8, 12, 16)),
-    st.permutations((0, 1, 2, 3)),
-    st.lists(st.integers(0, 40), min_size=3, max_size=3),
-    st.permutations((0, 1, 2)),
-)
-def test_append_to_any_slots_at_any_positions(
-    rows, new, heads, kv_heads, head_dim, slots, starts, order
-):
-    check_append(rows, new, heads, kv_heads, head_dim, starts[:rows], slots[:rows], tuple(order))
+@given(SIZES, st.sampled_from((2, 8, 12, 16)), st.permutations(range(4)), STARTS, ORDERS)
+def test_append_to_any_slots_at_any_positions(sizes, head_dim, slots, starts, order):
+    check_append(*sizes, head_dim, starts[: sizes[0]], slots[: sizes[0]], tuple(order))
 
 
 def test_appending_one_by_one_is_appending_at_once():
-    table, qkv = rope_table(16, 640000.0, 20), randn(1, 6, 4 * 16)
+    table, qkv = rope_table(16, 640000.0, 20), normal(1, 6, 4 * 16)
     caches = [LayerKV(*(torch.full((1, 1, 20, 16), LARGE) for _ in range(2))) for _ in range(2)]
     slot = torch.tensor([0])
     at_once = rope_append(qkv, table, caches[0], slot, torch.tensor([3]), heads=2)
-    one_by_one = [
-        rope_append(qkv[:, t : t + 1], table, caches[1], slot, torch.tensor([3 + t]), heads=2)
-        for t in range(6)
-    ]
+    one_by_one = []
+    for t, row in enumerate(qkv.split(1, dim=1), start=3):
+        one_by_one.append(rope_append(row, table, caches[1], slot, torch.tensor([t]), heads=2))
     assert torch.equal(at_once, torch.cat(one_by_one, dim=2))
     assert torch.equal(caches[0].k, caches[1].k)
     assert torch.equal(caches[0].v, caches[1].v)
@@ -141,7 +104,7 @@ def test_appending_one_by_one_is_appending_at_once():
 def test_append_quantizes():
     """Strided rows into a cache with room, of which nothing else may change."""
     shape, slot, start = (3, 2, 9, 12), torch.tensor([2, 0]), torch.tensor([1, 4])
-    qkv, table = randn(2, 3, 7 * 12 + 8)[..., :-8], rope_table(12, 640000.0, 9)
+    qkv, table = normal(2, 3, 7 * 12 + 8)[..., :-8], rope_table(12, 640000.0, 9)
     qkv[0, 1] = 0
     caches = []
     for append in (rope_append, rope_append_ref):
@@ -150,7 +113,7 @@ def test_append_quantizes():
         append(qkv, table, caches[-1], slot, start, 3)
     got, want = caches
     for scales, wanted in ((got.k_scales, want.k_scales), (got.v_scales, want.v_scales)):
-        torch.testing.assert_close(scales, wanted, rtol=1e-6, atol=0)
+        assert_close(scales, wanted, rtol=1e-6, atol=0)
         assert int((scales != LARGE).sum()) == 2 * 3 * 2
     assert torch.equal(got.v, want.v)
     assert (got.k.int() - want.k.int()).abs().max() <= 1
@@ -163,7 +126,7 @@ def test_positions_past_the_cache_or_the_table_are_not_written(start, positions)
     k, v = (torch.full((2, 2, 8, 8), LARGE) for _ in range(2))
     packed = [torch.full((2, 2, 8, 8), 99, dtype=torch.int8) for _ in range(2)]
     quantized = LayerKV(*packed, *(torch.full((2, 2, 8), LARGE) for _ in range(2)))
-    qkv, table = randn(1, 2, 48), rope_table(8, 640000.0, positions)
+    qkv, table = normal(1, 2, 48), rope_table(8, 640000.0, positions)
     for cache in (LayerKV(k, v), quantized):
         rope_append(qkv, table, cache, torch.tensor([0]), torch.tensor([start]), 2)
     held = [p for p in (start, start + 1) if 0 <= p < 8]
@@ -179,13 +142,7 @@ def test_positions_past_the_cache_or_the_table_are_not_written(start, positions)
 
 
 def test_append_refuses_what_does_not_fit():
+    """One of the checks that tests/kernels/test_decode_attention.py goes through."""
     table, k = rope_table(8, 640000.0, 8), torch.zeros(1, 1, 8, 8)
-    one, cache = torch.tensor([0]), LayerKV(k, k)
-    with pytest.raises(ValueError, match="width 32"):
-        rope_append(randn(1, 1, 32), table, cache, one, one, heads=1)
-    with pytest.raises(ValueError, match="as many slots"):
-        rope_append(randn(2, 1, 24), table, cache, one, one, heads=1)
-    with pytest.raises(ValueError, match="contiguous"):
-        rope_append(randn(1, 1, 48)[..., ::2], table, cache, one, one, heads=1)
-    with pytest.raises(ValueError, match="does not take"):
-        rope_append(randn(1, 1, 24).half(), table, cache, one, one, heads=1)
+    one = torch.tensor([0])
+    refuses("width 32", rope_append, normal(1, 1, 32), table, LayerKV(k, k), one, one, heads=1)

@@ -25,7 +25,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("path", NewPath)
-def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, path: NewPath) -> None:
+def test_the_environment_decides(monkeypatch, path):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert not enabled(path, CPU)
     monkeypatch.setenv(ENVIRONMENT, "1")
@@ -35,19 +35,19 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, path: NewPath)
 
 
 @pytest.mark.parametrize("path", NewPath)
-def test_a_path_is_on_where_it_was_measured(on_gpu, path: NewPath) -> None:
+def test_a_path_is_on_where_it_was_measured(on_gpu, path):
     for major in (8, 9, 10, 12):
         on_gpu(major)
         assert enabled(path, CUDA) == (major in MEASURED[path])
 
 
-def test_every_measurement_is_committed() -> None:
+def test_every_measurement_is_committed():
     for files in MEASURED.values():
         for file in files.values():
             assert (RESULTS / file).is_file()
 
 
-def test_a_line_a_path_says_why(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_a_path_says_why(on_gpu, monkeypatch):
     on_gpu(9)
     lines = list(describe(CUDA))
     assert len(lines) == len(NewPath)

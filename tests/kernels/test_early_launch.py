@@ -1,5 +1,4 @@
-"""The rule of programmatic dependent launch, which dispatch.py states, in every kernel that takes
-part in it."""
+"""The rule of programmatic dependent launch (dispatch.py) in every kernel that takes part."""
 
 import ast
 import inspect
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import refuses
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -31,23 +31,13 @@ AHEAD = {
 """What a kernel may name before it waits: weights and tables, and what its caller says is fixed."""
 
 DECODED = {
-    "code_step_kernel",
-    "dense_embed_kernel",
-    "dense_gemv_kernel",
-    "head_logits_kernel",
-    "merge_splits_kernel",
-    "patch_embed_kernel",
-    "patch_noise_kernel",
-    "quantized_embed_kernel",
-    "rms_norm_kernel",
-    "rotary_attention_kernel",
-    "small_decode_kernel",
-    "split_attention_kernel",
-    "take_settings_kernel",
-    "text_check_kernel",
-    "text_digit_kernel",
-    "text_draw_kernel",
-    "text_settle_kernel",
+    f"{name}_kernel"
+    for name in (
+        *("code_step", "dense_embed", "dense_gemv", "head_logits", "merge_splits", "patch_embed"),
+        *("patch_noise", "quantized_embed", "rms_norm", "rotary_attention", "small_decode"),
+        *("split_attention", "take_settings", "text_check", "text_digit", "text_draw"),
+        "text_settle",
+    )
 }
 """Kernels of a group that are launched early."""
 
@@ -59,14 +49,14 @@ def body_of(kernel: Any) -> list[ast.stmt]:
     return function.body
 
 
+def names_in(tree: ast.AST) -> set[str]:
+    return {name.id for name in ast.walk(tree) if isinstance(name, ast.Name)}
+
+
 def paths(body: list[ast.stmt]) -> Iterator[tuple[dict[str, bool], list[ast.stmt]]]:
-    """The statements of a program in order, for each choice of the flags that decide at the top
-    level."""
+    """The statements of a program in order, for each choice of its top-level flags."""
     tests = [x.test for x in body if isinstance(x, ast.If)]
-    flags = sorted(
-        {name.id for test in tests for name in ast.walk(test) if isinstance(name, ast.Name)}
-    )
-    flags = [flag for flag in flags if flag.isupper()]
+    flags = sorted({flag for test in tests for flag in names_in(test) if flag.isupper()})
     for values in product((False, True), repeat=len(flags)):
         chosen = dict(zip(flags, values, strict=True))
         yield chosen, list(flattened(body, chosen))
@@ -74,11 +64,7 @@ def paths(body: list[ast.stmt]) -> Iterator[tuple[dict[str, bool], list[ast.stmt
 
 def flattened(body: list[ast.stmt], flags: dict[str, bool]) -> Iterator[ast.stmt]:
     for statement in body:
-        names = {
-            name.id
-            for name in ast.walk(getattr(statement, "test", statement))
-            if isinstance(name, ast.Name)
-        }
+        names = names_in(getattr(statement, "test", statement))
         if isinstance(statement, ast.If) and names <= flags.keys():
             expression = compile(ast.Expression(statement.test), "<flags>", "eval")
             yield from statement.body if eval(expression, dict(flags)) else statement.orelse
@@ -109,11 +95,11 @@ def follows_the_rule(name: str, body: list[ast.stmt]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
-def test_every_path_waits_before_it_reads_or_writes(name: str) -> None:
+def test_every_path_waits_before_it_reads_or_writes(name):
     follows_the_rule(name, body_of(KERNELS[name]))
 
 
-def test_all_kernels_of_a_group_take_part() -> None:
+def test_all_kernels_of_a_group_take_part():
     assert KERNELS.keys() == DECODED
     assert {f"{name}_kernel" for name in PDL_TRIGGERS} == DECODED
 
@@ -129,7 +115,7 @@ def test_all_kernels_of_a_group_take_part() -> None:
         "pdl_trigger(PDL)\npdl_trigger_last(PDL)\npdl_wait(PDL)",
     ],
 )
-def test_what_breaks_the_rule_is_found(body: str) -> None:
+def test_what_breaks_the_rule_is_found(body):
     with pytest.raises(AssertionError):
         follows_the_rule("broken_kernel", ast.parse(body).body)
 
@@ -150,7 +136,7 @@ def test_what_breaks_the_rule_is_found(body: str) -> None:
         (9, None, False, "1", PdlTrigger.OFF),
     ],
 )
-def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, trigger) -> None:
+def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch, trigger):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(dispatch, "HAS_PDL", known)
@@ -165,11 +151,10 @@ def test_where_kernels_are_launched_early(monkeypatch, major, hip, known, switch
     dispatch._supports_pdl.cache_clear()
 
 
-def test_never_on_a_cpu() -> None:
+def test_never_on_a_cpu():
     assert dispatch.early_launch(torch.zeros(1), "rms_norm") == {"PDL": 0}
 
 
 @pytest.mark.parametrize("switch", ["2", "rms_norm", "rms=first", "first,", "rms_norm=begin"])
-def test_a_switch_that_says_nothing_is_refused(switch: str) -> None:
-    with pytest.raises(ValueError, match=dispatch.PDL_ENVIRONMENT):
-        dispatch._trigger_of("rms_norm", switch)
+def test_a_switch_that_says_nothing_is_refused(switch):
+    refuses(dispatch.PDL_ENVIRONMENT, dispatch._trigger_of, "rms_norm", switch)

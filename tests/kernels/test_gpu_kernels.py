@@ -1,19 +1,19 @@
 """Kernels on a GPU: python -m pytest -m gpu tests/kernels/test_gpu_kernels.py
 
-Every op of a quick selection of the benchmarks' registry, and every configuration that the
-published model uses. What can be is run on a CPU too, so that the tests themselves are known to be
-right.
+Every op of the benchmarks' quick selection and every configuration of the published model; what
+can be is run on a CPU too, to test the tests.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import seeded
 from replays import repeated
 from replies import GREEDILY, SAMPLED, Drawn, drawn
 from torch import Tensor
 
-from benchmarks.harness import Case, normal, prepare
+from benchmarks.harness import Benchmark, normal, prepare
 from benchmarks.ops import select
 from benchmarks.synthetic import random_weight
 from mimo_fast.bench.schedule import ScheduledLM
@@ -29,21 +29,23 @@ from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import ENVIRONMENT, Graphs
 
 
-def row_counts(case: Case) -> bool:
+def row_counts(case: Benchmark) -> bool:
     """Few rows, one tile of rows, and several: the kernels' three ways."""
     return case.m in (1, 4, 16, 64)
 
 
-PRODUCTS = [
-    case for op in ("backbone.qkv", "patch_decoder.down") for case in select(op) if row_counts(case)
-]
-OPS = list(
-    {(case.op, case.format, case.shape): case for case in [*select(quick=True), *PRODUCTS]}.values()
-)
+PRODUCTS = [*select("backbone.qkv"), *select("patch_decoder.down")]
+PRODUCTS = [case for case in PRODUCTS if row_counts(case)]
+DISTINCT = {(case.op, case.format, case.shape): case for case in [*select(quick=True), *PRODUCTS]}
+OPS = list(DISTINCT.values())
 CHEAP = 2**20
 
 
-def check_op(case: Case, provider: str, device: torch.device) -> None:
+def name_of(case: Benchmark) -> str:
+    return f"{case.op}-{case.format}-{case.shape}".replace(" ", ",")
+
+
+def check_op(case: Benchmark, provider: str, device: torch.device) -> None:
     """Raises `Refused` for a result that is wrong, by the harness's own check."""
     (ours,) = (p for p in case.providers if p.name == provider)
     with torch.no_grad():
@@ -51,24 +53,20 @@ def check_op(case: Case, provider: str, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "case", OPS, ids=lambda case: f"{case.op}-{case.format}-{case.shape}".replace(" ", ",")
-)
-def test_op_equals_its_reference(case: Case) -> None:
+@pytest.mark.parametrize("case", OPS, ids=name_of)
+def test_op_equals_its_reference(case):
     check_op(case, "ours-gpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in OPS if c.nbytes < CHEAP], ids=lambda case: f"{case.op}-{case.format}"
-)
-def test_cheap_op_equals_its_reference_on_a_cpu(case: Case) -> None:
+@pytest.mark.parametrize("case", [c for c in OPS if c.nbytes < CHEAP], ids=name_of)
+def test_cheap_op_equals_its_reference_on_a_cpu(case):
     check_op(case, "ours-cpu", torch.device("cpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["int4", "int8"])
 @pytest.mark.parametrize("rows", [1024, 3072, 22016])
-def test_a_row_of_a_product_is_the_same_whatever_rows_come_with_it(form: str, rows: int) -> None:
+def test_a_row_of_a_product_is_the_same_whatever_rows_come_with_it(form, rows):
     device, columns = torch.device("cuda"), 4096
     if cuda.library() is None:
         pytest.skip("the CUDA kernels were not built")
@@ -83,31 +81,19 @@ def shortened(preset: str, layers: int) -> LMConfig:
     """A preset with so many layers in each transformer."""
     config, _ = preset_configs(preset)
     parts = ("backbone", "patch_encoder", "patch_decoder")
-    return replace(
-        config, **{name: replace(getattr(config, name), layers=layers) for name in parts}
-    )
+    return replace(config, **{x: replace(getattr(config, x), layers=layers) for x in parts})
 
 
 @pytest.mark.parametrize("int8_cache", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4", "nf4"])
-def test_published_dimensions_in_bfloat16(
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    quantization: str | None,
-    int8_cache: bool,
-) -> None:
-    """Every kernel configuration of the 7B runs: prompts of words and speech, 1 to 8 rows, graphs
-    as kernel by kernel.
-
-    On a CPU the preset is the small one.
-    """
+def test_published_dimensions_in_bfloat16(device, monkeypatch, quantization, int8_cache):
+    """Every kernel configuration of the 7B runs; on a CPU the preset is the tiny one."""
     config = shortened("7b" if device.type == "cuda" else "tiny", 2)
     lm = ScheduledLM.of(random_lm(config, quantization, torch.bfloat16, device), 8)
     # Two words and three patches of every row, whatever the model would rather say.
     lm.follow([5, 6, lm.empty_id, lm.empty_id, lm.empty_id])
-    seeded = torch.Generator().manual_seed(0)
     shape = (config.channels + 1, 40 * config.group_size)
-    ids = torch.randint(min(config.code_sizes) - 1, shape, generator=seeded)
+    ids = torch.randint(min(config.code_sizes) - 1, shape, generator=seeded(0))
     ids[0] = torch.tensor([5, lm.empty_id]).repeat_interleave(config.group_size).repeat(20)
     prefilled = []
     for kernels in ("torch", ""):
@@ -134,9 +120,7 @@ def test_published_dimensions_in_bfloat16(
             if device.type == "cpu" and not without:
                 engine.decoder.graphs = Graphs(lm, engine.state, repeated)
             drawn_with.append(_replies(engine, ids, rows, samplers))
-        assert drawn_with[0] == drawn_with[1], (
-            f"{rows} rows: graphs differ from kernels launched one by one"
-        )
+        assert drawn_with[0] == drawn_with[1], f"{rows} rows: graphs draw otherwise"
         codes = torch.tensor([row[-1][1] for row in drawn_with[0]]).view(rows, config.channels, -1)
         assert bool((codes >= 0).all())
         assert bool((codes.amax((0, 2)) < torch.tensor(config.code_sizes)).all())
@@ -151,11 +135,10 @@ def _replies(engine: Engine, ids: Tensor, rows: int, samplers: Samplers) -> list
     return [drawn(list(reply)) for reply in replies]
 
 
-def test_the_whole_codec_in_bfloat16(device: torch.device) -> None:
-    """Published dimensions: speech in, codes in range, speech out; in one go and as a stream."""
+def test_the_whole_codec_in_bfloat16(device):
     _, config = preset_configs("7b" if device.type == "cuda" else "tiny")
     codec = random_codec(config, None, torch.bfloat16, device)
-    wav = 0.1 * torch.randn(2 * config.sample_rate, generator=torch.Generator().manual_seed(0))
+    wav = 0.1 * torch.randn(2 * config.sample_rate, generator=seeded(0))
     codes = codec.encode(wav, 8)
     assert codes.shape[0] == 8
     for row, size in zip(codes, config.codebook_sizes, strict=False):

@@ -1,10 +1,11 @@
-"""The cache: what a head becomes as int8, what the runtime allocates, and steps over it beside a
-prefill."""
+"""The cache: int8 heads, allocation, and steps beside a prefill."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import refuses, seeded
+from torch.testing import assert_close
 
 from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.kv_cache import LayerKV, quantize_heads
@@ -17,36 +18,25 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dh", [2, 16, 128])
 def test_quantized_heads(dh):
-    x = (
-        torch.randn(7, 5, dh, generator=torch.Generator().manual_seed(dh))
-        * torch.logspace(-6, 6, 7)[:, None, None]
-    )
+    x = torch.randn(7, 5, dh, generator=seeded(dh)) * torch.logspace(-6, 6, 7)[:, None, None]
     x[0, 0] = 0
     levels, scales = quantize_heads(x)
-    assert levels.dtype == torch.int8
-    assert scales.dtype == torch.float32
+    assert (levels.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert scales[0, 0] == 0
-    assert levels.abs().amax(-1).flatten()[1:].eq(127).all(), (
-        "the largest value takes the last level"
-    )
+    largest = levels.abs().amax(-1).flatten()[1:]
+    assert largest.eq(127).all(), "the largest value takes the last level"
     assert ((levels * scales[..., None] - x).abs() <= scales[..., None] * 0.5001).all()
-    torch.testing.assert_close(quantize_heads(-x)[0], -levels, rtol=0, atol=0)
+    assert_close(quantize_heads(-x)[0], -levels, rtol=0, atol=0)
 
 
 def test_caches_that_do_not_go_together_are_refused():
     k, scales = torch.zeros(2, 3, 8, 16), torch.zeros(2, 3, 8)
-    with pytest.raises(ValueError, match="one layout"):
-        LayerKV(k, k[..., :8])
-    with pytest.raises(ValueError, match="one layout"):
-        LayerKV(k, k.transpose(0, 1).contiguous().transpose(0, 1))
-    with pytest.raises(ValueError, match="int8"):
-        LayerKV(k, k, scales, scales)
-    with pytest.raises(ValueError, match="int8"):
-        LayerKV(k.char(), k.char())
-    with pytest.raises(ValueError, match="int8"):
-        LayerKV(k.char(), k.char(), scales)
-    with pytest.raises(ValueError, match=r"scales \[2, 3, 8\] must be"):
-        LayerKV(k.char(), k.char(), scales, scales[:, :, :4])
+    refuses("one layout", LayerKV, k, k[..., :8])
+    refuses("one layout", LayerKV, k, k.transpose(0, 1).contiguous().transpose(0, 1))
+    refuses("int8", LayerKV, k, k, scales, scales)
+    refuses("int8", LayerKV, k.char(), k.char())
+    refuses("int8", LayerKV, k.char(), k.char(), scales)
+    refuses(r"scales \[2, 3, 8\] must be", LayerKV, k.char(), k.char(), scales, scales[:, :, :4])
 
 
 @pytest.fixture
@@ -66,9 +56,7 @@ def test_bytes_are_known_before_anything_is_allocated(backbone, dtype, quantized
 
 def test_int8_takes_about_half_of_bfloat16_at_the_published_dimensions(model):
     published = replace(model.lm.config.backbone, layers=36, heads=32, kv_heads=8, head_dim=128)
-    whole, half = (
-        kv_bytes(published, 1, 8192, torch.bfloat16, quantized) for quantized in (False, True)
-    )
+    whole, half = (kv_bytes(published, 1, 8192, torch.bfloat16, q) for q in (False, True))
     assert whole == 36 * 8192 * 8 * 128 * 2 * 2
     assert half / whole == 132 / 256
 
@@ -85,8 +73,7 @@ def test_a_layer_is_a_view(backbone, quantized):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_prefills_and_steps_are_attention_to_the_whole(backbone, quantized):
-    """9 positions of slot 1, as prefills of 4 and 2 and three steps, beside slot 0; int8 to its own
-    error."""
+    """Slot 1 takes prefills of 4 and 2 positions and three steps, beside slot 0."""
     table = rope_table(16, 640000.0, 12)
     cache = KVCache.allocate(backbone, 2, 12, torch.float32, CPU, quantized)
     for x in (cache.k, cache.v):
@@ -94,17 +81,14 @@ def test_prefills_and_steps_are_attention_to_the_whole(backbone, quantized):
     for x in (cache.k_scales, cache.v_scales):
         if x is not None:
             x.fill_(torch.nan)
-    qkv = torch.randn(2, 9, 10 * 16, generator=torch.Generator().manual_seed(0))
+    qkv = torch.randn(2, 9, 10 * 16, generator=seeded(0))
     prefill_attend(backbone, table, cache, 0, 0)(1, qkv[1:, :6])
-    got = [
-        prefill_attend(backbone, table, cache, 1, start)(1, qkv[:1, start:end])
-        for start, end in ((0, 4), (4, 6))
-    ]
+    got = [prefill_attend(backbone, table, cache, 1, 0)(1, qkv[:1, :4])]
+    got.append(prefill_attend(backbone, table, cache, 1, 4)(1, qkv[:1, 4:6]))
     for t in range(6, 9):
         rows = torch.stack([qkv[0, t : t + 1], qkv[1, t : t + 1]])
-        attend = cached_attend(
-            backbone, table, cache, torch.tensor([1, 0]), torch.tensor([t, t]), 12
-        )
+        places = torch.tensor([1, 0]), torch.tensor([t, t])
+        attend = cached_attend(backbone, table, cache, *places, 12)
         got.append(attend(1, rows)[:1])
     want = self_attend(backbone, table, causal=True)(1, qkv)
     error = float((torch.cat(got, dim=1) - want[:1]).norm() / want[:1].norm())

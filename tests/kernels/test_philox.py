@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,26 +41,18 @@ def test_oracle_gives_random123_known_answers(counter, key, words):
     assert tuple(philox_words(counter, key)) == words
 
 
-@given(
-    st.integers(0, 2**63 - 1), *[st.one_of(st.integers(0, WORD), st.sampled_from((0, 1, WORD)))] * 3
-)
+@example(0, 0, 0, 0)
+@given(st.integers(0, 2**63 - 1), *[st.integers(0, WORD) | st.sampled_from((0, 1, WORD))] * 3)
 def test_philox_is_the_oracles_first_word(key, c0, c1, c2):
     word = philox(*(torch.tensor([value]) for value in (key, c0, c1, c2)))
     assert word.tolist() == philox_words((c0, c1, c2, 0), (key & WORD, key >> 32))[:1]
 
 
-def test_philox_known_answer():
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert philox(zero, zero, zero, zero).tolist() == [0x6627E8D5]
-
-
 def test_philox_broadcasts():
     key, ids = torch.tensor([[3], [5]]), torch.arange(4)
     words = philox(key, ids, torch.tensor([[7], [8]]), torch.tensor([[0], [1]]))
-    want = [
-        [philox_words((i, 7 + row, row, 0), (k, 0))[0] for i in range(4)]
-        for row, k in enumerate((3, 5))
-    ]
+    counters = [[(i, 7 + row, row, 0) for i in range(4)] for row in range(2)]
+    want = [[philox_words(each, (3 + 2 * each[2], 0))[0] for each in row] for row in counters]
     assert words.tolist() == want
 
 
@@ -82,9 +74,8 @@ def test_gumbel_has_the_moments_and_tail_of_its_distribution():
 
 def test_gumbel_ends_are_finite(monkeypatch):
     for word in (0, WORD):
-        monkeypatch.setattr(
-            "mimo_fast.kernels.sample.philox", lambda *_, word=word: torch.tensor([[word]])
-        )
+        drawn = torch.tensor([[word]])
+        monkeypatch.setattr("mimo_fast.kernels.sample.philox", lambda *_, drawn=drawn: drawn)
         (value,) = gumbel(*torch.zeros(3, 1, dtype=torch.int64), 1).flatten().tolist()
         uniform = (word + 0.5) / 2**32
         assert value == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-6)
@@ -108,7 +99,6 @@ def test_draws_are_independent_across_seed_draw_slot_and_id():
         table = torch.stack((noise[:-1, 0], noise[1:, 0], noise[:-1, 1], noise[1:, 4]))
         correlation = torch.corrcoef(table.double()) - torch.eye(4)
         assert correlation.abs().max() < bound, name
-    across = torch.corrcoef(
-        torch.stack([noise[:, 2] for noise in streams.values()]).double()
-    ) - torch.eye(5)
+    third = torch.stack([noise[:, 2] for noise in streams.values()])
+    across = torch.corrcoef(third.double()) - torch.eye(5)
     assert across.abs().max() < bound

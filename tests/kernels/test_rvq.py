@@ -1,11 +1,10 @@
-"""Residual vector quantization: nearest rows in float64, ties, subsets, and decoding what was
-encoded."""
+"""Residual vector quantization: nearest rows in float64, ties, subsets, decoding."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_rounded
+from helpers import assert_rounded, random_books, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,22 +12,14 @@ from torch import Tensor
 from mimo_fast.kernels.rvq import rvq_decode, rvq_encode
 
 
-def random_books(sizes: list[int], dim: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, dim, generator=generator) * 0.8**i for i, size in enumerate(sizes)]
-
-
 def assert_nearest(x: Tensor, books: list[Tensor], codes: Tensor) -> int:
-    """Codes are those of float64, or of a row whose distance is larger by less than 1e-5; returns
-    how many are such."""
-    assert codes.shape == (len(books), len(x))
-    assert codes.dtype == torch.int64
+    """Every chosen distance is within 1e-5 of the least; returns how many codes differ."""
+    assert (codes.shape, codes.dtype) == ((len(books), len(x)), torch.int64)
     residual, near = x.double(), 0
     for index, book in zip(codes, books, strict=True):
         wide = book.double()
-        distances = torch.cdist(
-            residual, wide, compute_mode="donot_use_mm_for_euclid_dist"
-        ).square()
+        exactly = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(residual, wide, compute_mode=exactly).square()
         least, nearest = distances.min(-1)
         chosen = distances.gather(1, index[:, None])[:, 0]
         assert (chosen <= least * (1 + 1e-5)).all()
@@ -37,28 +28,26 @@ def assert_nearest(x: Tensor, books: list[Tensor], codes: Tensor) -> int:
     return near
 
 
-@pytest.mark.parametrize(
-    ("sizes", "dim", "t"),
-    [([64, 64, 16], 24, 200), ([1024], 7, 50), ([1], 3, 2), ([5, 1, 9], 129, 33)],
-)
+@pytest.mark.parametrize("sizes", [[64, 64, 16], [1024], [1], [5, 1, 9]])
+@pytest.mark.parametrize(("dim", "t"), [(24, 200), (3, 2), (129, 33)])
 def test_codes_are_nearest_rows(sizes, dim, t):
     books = random_books(sizes, dim)
-    x = torch.randn(t, dim, generator=torch.Generator().manual_seed(1)) * 2
+    x = torch.randn(t, dim, generator=seeded(1)) * 2
     assert assert_nearest(x, books, rvq_encode(x, books)) == 0
 
 
 def test_codes_of_many_frames_are_nearest_rows():
     books = random_books([64, 64, 16], 16)
-    x = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(1)) * 2
+    x = torch.randn(100_000, 16, generator=seeded(1)) * 2
     near = sum(assert_nearest(part, books, rvq_encode(part, books)) for part in x.split(20_000))
     assert near <= 10
 
 
 def test_frames_near_codebook_boundaries():
-    """Half-way between two rows but for a nudge, down to one that float32 distances cannot tell."""
+    """Half-way between two rows plus nudges, the least below float32 resolution."""
     books = random_books([64, 32], 48)
-    generator = torch.Generator().manual_seed(5)
-    a, b = (books[0][torch.randint(64, (5000,), generator=generator)] for _ in range(2))
+    rng = seeded(5)
+    a, b = (books[0][torch.randint(64, (5000,), generator=rng)] for _ in range(2))
     nudge = torch.tensor([1e-3, -1e-3, 1e-4, -1e-4, 1e-7]).repeat(1000)[:, None]
     x = (a + b) / 2 + nudge * (a - b)
     codes = rvq_encode(x, books)
@@ -78,7 +67,7 @@ def test_ties_take_the_first_row():
 
 def test_fewer_codebooks_give_the_first_rows():
     books = random_books([64, 64, 16, 16], 12)
-    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(40, 12, generator=seeded(2))
     full = rvq_encode(x, books)
     for n in range(5):
         assert torch.equal(rvq_encode(x, books[:n]), full[:n])
@@ -88,18 +77,13 @@ def test_fewer_codebooks_give_the_first_rows():
 
 def test_decode_sums_rows():
     books = random_books([9, 5, 7], 11)
-    codes = torch.stack(
-        [
-            torch.randint(len(book), (20,), generator=torch.Generator().manual_seed(3))
-            for book in books
-        ]
-    )
+    codes = torch.stack([torch.randint(len(book), (20,), generator=seeded(3)) for book in books])
     want = sum(book.double()[index] for index, book in zip(codes, books, strict=True))
     assert_rounded(rvq_decode(codes, books), want, noise=1e-6)
 
 
 def test_decode_of_encode_is_what_encode_subtracted():
-    """Rows on axes of their own and far apart: the sum of one of each is recovered exactly."""
+    """Orthogonal rows far apart: the sum of one of each is recovered exactly."""
     books = [torch.eye(6)[i : i + 2] * 2.0 ** (5 - i) for i in (0, 2, 4)]
     codes = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 1]])
     x = rvq_decode(codes, books)
@@ -113,18 +97,16 @@ def test_codebooks_with_a_zero_row_never_make_it_worse(seed, count, dim):
     books = random_books([8] * count, dim, seed)
     for book in books:
         book[3] = 0
-    x = torch.randn(10, dim, generator=torch.Generator().manual_seed(seed + 1))
+    x = torch.randn(10, dim, generator=seeded(seed + 1))
     codes = rvq_encode(x, books)
-    errors = [
-        x.square().sum(-1),
-        *((x - rvq_decode(codes[:n], books)).square().sum(-1) for n in range(1, count + 1)),
-    ]
+    decoded = [rvq_decode(codes[:n], books) for n in range(1, count + 1)]
+    errors = [(x - part).square().sum(-1) for part in (0, *decoded)]
     for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-5) + 1e-5).all()
 
 
 def test_frames_are_independent():
     books = random_books([64, 16], 10)
-    x = torch.randn(30, 10, generator=torch.Generator().manual_seed(4))
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(30, 10, generator=seeded(4))
+    order = torch.randperm(30, generator=seeded(5))
     assert torch.equal(rvq_encode(x[order], books), rvq_encode(x, books)[:, order])

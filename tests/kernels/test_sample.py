@@ -1,11 +1,11 @@
-"""Filtering against a slow independent oracle, draws against exact probabilities, greedy and banned
-ids."""
+"""Filtering against an independent oracle, draws against exact probabilities, banned ids."""
 
 import math
 from collections.abc import Sequence
 
 import pytest
 import torch
+from helpers import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,18 +14,14 @@ from mimo_fast.kernels.sample import filter_scores, gumbel, sample
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 
-def kept_values(
-    logits: Sequence[float], sampler: MiMoSampler, slack: float = 1e-5
-) -> list[list[float]]:
-    """Upstream's rule, a row at a time: every list of scaled logits, ascending, that may be kept.
+def kept_values(logits: Sequence[float], sampler: MiMoSampler, slack=1e-5) -> list[list[float]]:
+    """Every list of scaled logits, ascending, that upstream's rule may keep of a row.
 
-    More than one only where a cumulative probability is within `slack` of 1 - top_p: float32 may
-    fall either way.
+    Several where a cumulative probability is within `slack` of 1 - top_p, as float32 may round.
     """
     # Divided in float32, because that may tie what was not.
-    scores = sorted(
-        float(torch.tensor(value) / torch.tensor(sampler.temperature or 1.0)) for value in logits
-    )
+    temperature = torch.tensor(sampler.temperature or 1.0)
+    scores = sorted(float(torch.tensor(value) / temperature) for value in logits)
     if sampler.top_k:
         kth = scores[-min(sampler.top_k, len(scores))]
         scores = [score for score in scores if score >= kth]
@@ -50,19 +46,14 @@ def assert_kept(logits: Tensor, samplers: Sequence[MiMoSampler]) -> None:
         kept = sorted(value for value in got if value > -math.inf)
         assert kept in kept_values(row, sampler), (row, sampler)
         for value, logit in zip(got, row, strict=True):
-            assert value in (
-                -math.inf,
-                pytest.approx(logit / (sampler.temperature or 1.0), rel=1e-6),
-            )
+            scaled = logit / (sampler.temperature or 1.0)
+            assert value in (-math.inf, pytest.approx(scaled, rel=1e-6))
 
 
-samplers = st.builds(
-    MiMoSampler,
-    do_sample=st.just(True),
-    temperature=st.sampled_from((None, 0.3, 0.9, 1.0, 2.5)),
-    top_k=st.one_of(st.none(), st.integers(0, 14)),
-    top_p=st.one_of(st.none(), st.sampled_from((0.0, 0.01, 0.5, 0.95, 1.0)), st.floats(0, 1)),
-)
+temperatures = st.sampled_from((None, 0.3, 0.9, 1.0, 2.5))
+shares = st.none() | st.sampled_from((0.0, 0.01, 0.5, 0.95, 1.0)) | st.floats(0, 1)
+places = st.none() | st.integers(0, 14)
+samplers = st.builds(MiMoSampler, st.just(True), temperatures, places, shares)
 # Small integers make ties, at the thresholds too.
 logit = st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), st.just(-math.inf))
 
@@ -70,9 +61,7 @@ logit = st.one_of(st.integers(-3, 3).map(float), st.floats(-30, 30, width=32), s
 @st.composite
 def logit_rows(draw: st.DrawFn) -> Tensor:
     size = draw(st.integers(1, 12))
-    row = st.lists(logit, min_size=size, max_size=size).filter(
-        lambda values: max(values) > -math.inf
-    )
+    row = st.lists(logit, min_size=size, max_size=size).filter(lambda x: max(x) > -math.inf)
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
@@ -96,42 +85,32 @@ CORNERS = [
 @pytest.mark.parametrize("top_p", [None, 0.0, 1e-6, 0.3, 0.85, 1.0])
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_filter_on_flat_one_hot_tied_and_steep_rows(top_k, top_p, temperature):
-    assert_kept(
-        torch.tensor(CORNERS), [MiMoSampler(True, temperature, top_k, top_p)] * len(CORNERS)
-    )
+    sampler = MiMoSampler(True, temperature, top_k, top_p)
+    assert_kept(torch.tensor(CORNERS), [sampler] * len(CORNERS))
 
 
-def test_top_k_keeps_all_ties_at_its_threshold():
-    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
-    kept = filter_scores(logits, sampler_tensors([MiMoSampler(True, None, 2)])) > -torch.inf
-    assert kept.tolist() == [[False, True, True, True, True, False]]
-
-
-def test_top_p_drops_what_sums_to_exactly_its_tail():
-    """Sums of powers of two are exact: 1/8 + 1/8 + 1/4 is 1 - 0.5."""
-    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log()
-    kept = filter_scores(logits, sampler_tensors([MiMoSampler(True, top_p=0.5)])) > -torch.inf
-    assert kept.tolist() == [[False, True, False, False]]
-
-
-def test_top_p_always_keeps_the_best():
-    logits = torch.tensor([[0.0, 9.0, 0.0]])
-    kept = filter_scores(logits, sampler_tensors([MiMoSampler(True, top_p=1e-9)])) > -torch.inf
-    assert kept.tolist() == [[False, True, False]]
+@pytest.mark.parametrize(
+    ("logits", "sampler", "kept"),
+    [
+        # All ties at the threshold of top-k.
+        ([1.0, 3.0, 2.0, 2.0, 2.0, 0.0], MiMoSampler(True, None, 2), [1, 2, 3, 4]),
+        # Sums of powers of two are exact: 1/8 + 1/8 + 1/4 is 1 - 0.5.
+        ([math.log(x) for x in (0.125, 0.5, 0.125, 0.25)], MiMoSampler(True, top_p=0.5), [1]),
+        ([0.0, 9.0, 0.0], MiMoSampler(True, top_p=1e-9), [1]),
+    ],
+)
+def test_kept_ids(logits, sampler, kept):
+    scores = filter_scores(torch.tensor([logits]), sampler_tensors([sampler]))
+    assert (scores[0] > -torch.inf).nonzero().flatten().tolist() == kept
 
 
 def test_mixed_settings_in_a_batch_equal_each_alone():
-    generator = torch.Generator().manual_seed(0)
-    mixed = [
-        MiMoSampler(True, 0.7, 5, 0.9),
-        GREEDY,
-        MiMoSampler(True, 1.5),
-        MiMoSampler(True, None, None, 0.3),
-        MiMoSampler(True, 0.2, 1, 1.0),
-        MiMoSampler(True, 0.0, 3, 0.5),
-    ]
-    logits = torch.randn(6, 33, generator=generator) * 3
-    banned = torch.rand(6, 33, generator=generator) < 0.2
+    rng = seeded(0)
+    mixed = [MiMoSampler(True, 0.7, 5, 0.9), GREEDY, MiMoSampler(True, 1.5)]
+    mixed += [MiMoSampler(True, None, None, 0.3), MiMoSampler(True, 0.2, 1, 1.0)]
+    mixed += [MiMoSampler(True, 0.0, 3, 0.5)]
+    logits = torch.randn(6, 33, generator=rng) * 3
+    banned = torch.rand(6, 33, generator=rng) < 0.2
     rows = torch.arange(6)
     noise = gumbel(rows + 100, rows, rows * 0, 33)
     together = sample(logits, sampler_tensors(mixed), noise, banned)
@@ -139,10 +118,8 @@ def test_mixed_settings_in_a_batch_equal_each_alone():
         one = slice(row, row + 1)
         alone = sample(logits[one], sampler_tensors([sampler]), noise[one], banned[one])
         assert alone.item() == together[row].item()
-        assert torch.equal(
-            filter_scores(logits[one], sampler_tensors([sampler])),
-            filter_scores(logits, sampler_tensors(mixed))[one],
-        )
+        kept = filter_scores(logits[one], sampler_tensors([sampler]))
+        assert torch.equal(kept, filter_scores(logits, sampler_tensors(mixed))[one])
 
 
 def noise_of(seed: int, draws: int, size: int) -> Tensor:
@@ -151,19 +128,15 @@ def noise_of(seed: int, draws: int, size: int) -> Tensor:
     return gumbel(torch.full_like(index, seed), index, torch.zeros_like(index), size)
 
 
-def draw(
-    logits: Tensor, sampler: MiMoSampler, noise: Tensor, banned: Tensor | None = None
-) -> Tensor:
+def draw(logits: Tensor, sampler: MiMoSampler, noise: Tensor, banned=None) -> Tensor:
     """One id from the same logits [V] for each row of noise [N, V]."""
     n = len(noise)
-    return sample(
-        logits.expand(n, -1), sampler_tensors([sampler]).select([0], repeat=n), noise, banned
-    )
+    settings = sampler_tensors([sampler]).select([0], repeat=n)
+    return sample(logits.expand(n, -1), settings, noise, banned)
 
 
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """Chance of so uneven a result, or a more uneven one; ids expected less than 8 times are
-    pooled."""
+    """Probability of a result at least as uneven; ids expected less than 8 times are pooled."""
     expected = probabilities * counts.sum()
     rare = expected < 8
     pooled = [(counts[~rare].double(), expected[~rare])]
@@ -180,12 +153,12 @@ def test_chi_square_tail_is_right():
     for freedom, quantile in ((1, 3.841459), (10, 18.307038)):
         tail = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(quantile / 2))
         assert float(tail) == pytest.approx(0.05, abs=1e-5)
-    assert (
-        chi_square_p(torch.tensor([600, 400]), torch.tensor([0.5, 0.5], dtype=torch.float64)) < 1e-3
-    )
+    even = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    assert chi_square_p(torch.tensor([600, 400]), even) < 1e-3
 
 
 DRAWS = 200_000
+SETTINGS = [(), (0.6, 50, 0.95), (0.9, None, 0.95), (1.3, 4), (0.5, 8, 0.97), (2.0, None, 0.85)]
 
 
 @pytest.fixture(scope="module")
@@ -201,19 +174,9 @@ def noises() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("axis", ["draws", "seeds", "slots"])
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        MiMoSampler(True),
-        MiMoSampler(True, 0.6, 50, 0.95),
-        MiMoSampler(True, 0.9, top_p=0.95),
-        MiMoSampler(True, 1.3, 4),
-        MiMoSampler(True, 0.5, 8, 0.97),
-        MiMoSampler(True, 2.0, top_p=0.85),
-    ],
-    ids=str,
-)
-def test_draws_follow_the_exact_probabilities(noises, axis, sampler):
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_draws_follow_the_exact_probabilities(noises, axis, setting):
+    sampler = MiMoSampler(True, *setting)
     logits = torch.tensor([1.0, 0.5, 0.5, -0.2, 2.0, -1.0, 0.0, 1.4, -2.5, 0.5, -5.0])
     banned = torch.zeros(11, dtype=torch.bool)
     banned[7] = True
@@ -230,15 +193,15 @@ def test_draws_follow_the_exact_probabilities(noises, axis, sampler):
 
 
 def test_draws_from_a_wide_vocabulary():
-    logits = torch.randn(1025, generator=torch.Generator().manual_seed(5)) * 2
+    logits = torch.randn(1025, generator=seeded(5)) * 2
     noise = noise_of(3, 4000, 1025)
     counts = draw(logits, MiMoSampler(True), noise).bincount(minlength=len(logits))
     assert chi_square_p(counts, logits.double().softmax(-1)) > 1e-3
 
 
 def test_draws_do_not_depend_on_the_batch():
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(7, 300, generator=generator)
+    rng = seeded(1)
+    logits = torch.randn(7, 300, generator=rng)
     seeds = torch.tensor([9, 2**62 + 1, 9, 0, 4, 2**32, 5])
     draws, slots = torch.tensor([0, 3, 1, 0, 2**31, 7, 7]), torch.tensor([0, 1, 0, 0, 4, 2, 2])
     batch = sampler_tensors([MiMoSampler(True, 0.9, top_p=0.95)] * 7)
@@ -268,18 +231,15 @@ def test_greedy_row_ignores_noise():
 def test_where_nothing_is_left_the_best_id_not_banned_is_taken():
     logits = torch.tensor([[0.0, 5.0, 2.0, 3.0], [4.0, 0.0, 1.0, -9.0]])
     banned = torch.tensor([[False, True, False, False], [True, False, True, False]])
-    for sampler in (
-        MiMoSampler(True, 1.0, 1),
-        MiMoSampler(True, 1.0, None, 1e-6),
-        MiMoSampler(False, 1.0, 1),
-    ):
+    for chosen in ((True, 1.0, 1), (True, 1.0, None, 1e-6), (False, 1.0, 1)):
+        sampler = MiMoSampler(*chosen)
         noise = torch.zeros(2, 4)
         noise[:, 0] = 50.0
         assert sample(logits, sampler_tensors([sampler] * 2), noise, banned).tolist() == [3, 1]
 
 
 def test_banned_ids_are_removed_after_top_k_and_top_p():
-    """Upstream's order: the banned id takes one of the k places, and its mass counts for top-p."""
+    """Upstream's order: a banned id takes one of the k places and its mass counts."""
     logits = torch.tensor([5.0, 4.0, 3.0, 2.0])
     banned = torch.tensor([True, False, False, False])
     noise = noise_of(4, 2000, 4)
@@ -292,9 +252,8 @@ def test_banned_ids_are_removed_after_top_k_and_top_p():
 @given(logit_rows(), st.data())
 def test_banned_ids_are_never_drawn(logits, data):
     n, size = logits.shape
-    banned = torch.tensor(
-        [data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) for _ in range(n)]
-    )
+    masks = st.lists(st.booleans(), min_size=size, max_size=size)
+    banned = torch.tensor([data.draw(masks) for _ in range(n)])
     banned[banned.all(-1), 0] = False
     picked = [data.draw(samplers) for _ in range(n)]
     noise = gumbel(torch.arange(n), torch.arange(n), torch.arange(n), size)
@@ -307,7 +266,7 @@ def test_banned_ids_are_never_drawn(logits, data):
 
 
 def test_half_precision_logits_are_filtered_in_float32():
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2)) * 4
+    logits = torch.randn(4, 50, generator=seeded(2)) * 4
     for dtype in (torch.bfloat16, torch.float16):
         low = logits.to(dtype)
         batch = sampler_tensors([MiMoSampler(True, 0.7, 20, 0.9)] * 4)

@@ -13,13 +13,13 @@ from mimo_fast.kernels.sample_text import sample_text_ref
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 SLACK = 1e-5
+KINDS = ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"]
 
 
 def kept_by_upstreams_rule(logits: Tensor, sampler: MiMoSampler) -> tuple[np.ndarray, np.ndarray]:
-    """What must be kept and what may be kept, bool [R, V].
+    """What must and what may be kept, bool [R, V]; they differ within SLACK of 1 - top_p.
 
-    They differ where a cumulative probability is within SLACK of 1 - top_p. Of equal logits at the
-    threshold, those of lower ids are dropped first.
+    Of equal logits at the threshold, those of lower ids are dropped first.
     """
     # Divided in float32, because that may tie what was not.
     scores = (logits / torch.tensor(sampler.temperature)).double().numpy()
@@ -42,15 +42,12 @@ def kept_by_upstreams_rule(logits: Tensor, sampler: MiMoSampler) -> tuple[np.nda
     return bounds[0], bounds[1]
 
 
-@pytest.mark.parametrize(
-    "kind", ["normal", "steep", "narrow", "ties", "pairs", "-inf", "one-hot", "flat"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_kept_ids_are_those_of_upstreams_rule(kind, sampler):
     logits = rows_of(kind)
-    got = (
-        filter_scores(logits, sampler_tensors([sampler]).select([0], repeat=ROWS)) > -math.inf
-    ).numpy()
+    scores = filter_scores(logits, sampler_tensors([sampler]).select([0], repeat=ROWS))
+    got = (scores > -math.inf).numpy()
     must, may = kept_by_upstreams_rule(logits, sampler)
     assert got.any(1).all()
     assert not (must & ~got).any()
@@ -61,7 +58,6 @@ def test_kept_ids_are_those_of_upstreams_rule(kind, sampler):
 
 @pytest.mark.parametrize("banned", [None, "some", "all"])
 def test_noise_for_kept_ids_alone_draws_the_same(banned):
-    """Rows of all samplers at once, greedy ones among them."""
     logits = rows_of("normal")
     settings = sampler_tensors([*SAMPLERS, GREEDY]).select(torch.arange(ROWS) % (len(SAMPLERS) + 1))
     index = torch.arange(ROWS)

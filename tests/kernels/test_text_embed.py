@@ -1,35 +1,26 @@
-"""The backbone's input: text rows from any kind of table, patches elsewhere, and nothing of what
-lies unused."""
+"""The backbone's input: text rows from any table, patches elsewhere, nothing unused read."""
 
 import pytest
 import torch
-from helpers import assert_rounded
-from torch import Tensor
+from helpers import assert_rounded, normal, quantized, refuses
 
 from mimo_fast.kernels.matmul.quantized_weight import dequantize
 from mimo_fast.kernels.text_embed import input_embed
-from mimo_fast.quantization import Format, quantize
 
 EMPTY = 7
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+TEXTS = [[], [EMPTY], [0], [EMPTY, EMPTY], [3, 0, 9], [3, EMPTY, 9, EMPTY, 3]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "text", [[], [EMPTY], [0], [EMPTY, EMPTY], [3, 0, 9], [3, EMPTY, 9, EMPTY, 3]]
-)
+@pytest.mark.parametrize("text", TEXTS)
 def test_each_row_comes_from_where_it_should(text, dtype):
-    table, patches = drawn(10, 33, dtype=dtype), drawn(len(text), 33, dtype=dtype)
+    table, patches = normal(10, 33, dtype=dtype), normal(len(text), 33, dtype=dtype)
     for row, token in enumerate(text):
         if token != EMPTY:
             patches[row] = torch.nan
     table[EMPTY] = torch.nan
     got = input_embed(torch.tensor(text, dtype=torch.int64), patches, table, EMPTY)
-    assert got.shape == patches.shape
-    assert got.dtype == dtype
+    assert (got.shape, got.dtype) == (patches.shape, dtype)
     for row, token in enumerate(text):
         assert torch.equal(got[row], patches[row] if token == EMPTY else table[token])
 
@@ -37,7 +28,7 @@ def test_each_row_comes_from_where_it_should(text, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "int8-g32", "int4", "int4-sym-g64", "nf4"])
 def test_rows_of_a_quantized_table(kind, dtype):
-    table = quantize(drawn(10, 256), Format.parse(kind))
+    table = quantized(normal(10, 256), kind)
     patches = torch.full((4, 256), torch.nan, dtype=dtype)
     patches[2] = 1.5
     got = input_embed(torch.tensor([9, 0, EMPTY, 9]), patches, table, EMPTY)
@@ -47,7 +38,7 @@ def test_rows_of_a_quantized_table(kind, dtype):
 
 
 def test_into_out():
-    table, patches = drawn(10, 8), drawn(2, 8)
+    table, patches = normal(10, 8), normal(2, 8)
     out = torch.full((3, 8), torch.nan)
     got = input_embed(torch.tensor([EMPTY, 2]), patches, table, EMPTY, out=out[:2])
     assert got.data_ptr() == out.data_ptr()
@@ -56,10 +47,7 @@ def test_into_out():
 
 
 def test_arguments_that_do_not_match_are_refused():
-    table, patches, text = drawn(10, 8), drawn(2, 8), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="width 8"):
-        input_embed(text[:1], patches, table, EMPTY)
-    with pytest.raises(ValueError, match="width 9"):
-        input_embed(text, patches, drawn(10, 9), EMPTY)
-    with pytest.raises(ValueError, match="must be as patches"):
-        input_embed(text, patches, table, EMPTY, out=drawn(2, 8).half())
+    table, patches, text = normal(10, 8), normal(2, 8), torch.tensor([1, 2])
+    refuses("width 8", input_embed, text[:1], patches, table, EMPTY)
+    refuses("width 9", input_embed, text, patches, normal(10, 9), EMPTY)
+    refuses("must be as patches", input_embed, text, patches, table, EMPTY, out=normal(2, 8).half())

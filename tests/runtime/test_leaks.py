@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from helpers import raising
 from memory import resident_memory
 
 from mimo_fast import LM, MimoAudio, generate
@@ -15,18 +16,11 @@ REQUESTS, WARM = 1000, 250
 @pytest.fixture
 def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
     """request(i): the i-th of an endless mix of whole, abandoned, failing and batched requests."""
-    prompts = [
-        model.pack([text]).to(model.device)
-        for text in ("Hi.", "今天天气真好", "The quick brown fox.")
-    ]
-    engine, step = Engine(model.lm, 2, 64), LM.step
+    texts = ("Hi.", "今天天气真好", "The quick brown fox.")
+    prompts = [model.pack([text]).to(model.device) for text in texts]
+    engine = Engine(model.lm, 2, 64)
     monkeypatch.setattr(model.pipeline, "_engine", engine)
-
-    def failing(lm: LM, *arguments: object) -> None:
-        raise RuntimeError("device lost")
-
-    def refuse(_ids: torch.Tensor, _scores: None) -> bool:
-        raise ConnectionError
+    refuse, failing = raising(ConnectionError), raising(RuntimeError, "device lost")
 
     def request(i: int) -> None:
         prompt, kind = prompts[i % 3], i % 5
@@ -40,17 +34,17 @@ def served(model: MimoAudio, monkeypatch: pytest.MonkeyPatch):
             with pytest.raises(ConnectionError):
                 generate(model, prompt, stopping_criteria=[refuse], max_new_tokens=3)
         else:
-            monkeypatch.setattr(LM, "step", failing)
-            with pytest.raises(RuntimeError, match="device lost"):
-                generate(model, prompt, max_new_tokens=3)
-            monkeypatch.setattr(LM, "step", step)
+            with monkeypatch.context() as patch:
+                patch.setattr(LM, "step", failing)
+                with pytest.raises(RuntimeError, match="device lost"):
+                    generate(model, prompt, max_new_tokens=3)
 
     request.engine = engine
     return request
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> None:
+def test_memory_is_flat_over_a_thousand_requests(model, served):
     after = list[int]()
     for i in range(REQUESTS + 1):
         served(i)
@@ -62,7 +56,7 @@ def test_memory_is_flat_over_a_thousand_requests(model: MimoAudio, served) -> No
     assert not served.engine._requests
 
 
-def test_requests_leave_no_objects_behind(model: MimoAudio, served) -> None:
+def test_requests_leave_no_objects_behind(model, served):
     def objects() -> int:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

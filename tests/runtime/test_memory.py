@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import KIT_PAIR, fault
 
 import mimo_fast
 from mimo_fast.checkpoint.layout import lm_shapes
@@ -26,32 +27,25 @@ def preset(quantization: str | None = None, **options: object) -> Setup:
     return Setup(lm, codec, torch.bfloat16, torch.bfloat16, formats, **options)
 
 
-def test_the_published_model_fits_small_cards() -> None:
+def test_the_published_model_fits_small_cards():
+    smallest = {"kv_cache": "int8", "offload": frozenset(OFFLOADABLE)}
     assert preset("int4", graphs=True).total <= 10 * GB
-    assert (
-        preset("int4", kv_cache="int8", offload=frozenset(OFFLOADABLE), graphs=True).total <= 8 * GB
-    )
+    assert preset("int4", graphs=True, **smallest).total <= 8 * GB
 
 
-def test_the_cache_is_counted_to_the_byte(model: mimo_fast.MimoAudio) -> None:
+def test_the_cache_is_counted_to_the_byte(model):
     config = model.lm.config
     for slots, quantized in ((1, False), (3, True)):
         state = model.lm.new_state([0] * slots, 40, quantized)
         counted = replace(
             model.setup, max_batch=slots, max_seq_len=40, kv_cache="int8" if quantized else None
         ).bytes()["cache"]
-        held = (
-            state.cache.nbytes
-            + state.patch_cache.nbytes
-            + state.banned.nbytes
-            + 2 * state.hidden.nbytes
-        )
+        held = state.cache.nbytes + state.patch_cache.nbytes
+        held += state.banned.nbytes + 2 * state.hidden.nbytes
         assert counted - held == 40 * config.backbone.head_dim * 4
 
 
-def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(
-    model: mimo_fast.MimoAudio,
-) -> None:
+def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model):
     setup, held = replace(model.setup, max_batch=3), 3 * model.codec.stream().nbytes
     assert replace(setup, graphs=True).total - setup.total == held
     assert not setup.graphs
@@ -61,14 +55,12 @@ def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(
 
 
 @pytest.mark.parametrize("free", [22, 16, 12, 9, 7.2])
-def test_the_settings_named_do_fit_and_none_is_idle(free: float) -> None:
+def test_the_settings_named_do_fit_and_none_is_idle(free):
     setup = preset(max_batch=4)
-    with pytest.raises(DeviceMemoryError) as caught:
-        check_memory(setup, int(free * GB), "the GPU")
-    assert "\n" not in str(caught.value)
-    assert f"the GPU has {free:.1f} GB free" in str(caught.value)
+    message = fault(lambda: check_memory(setup, int(free * GB), "the GPU"), DeviceMemoryError)
+    assert f"the GPU has {free:.1f} GB free" in message
     named = fitting(setup, int(free * GB))
-    assert f"{', '.join(named)} would fit" in str(caught.value)
+    assert f"{', '.join(named)} would fit" in message
 
     def total(names: list[str]) -> int:
         changed = setup
@@ -86,22 +78,20 @@ def test_the_settings_named_do_fit_and_none_is_idle(free: float) -> None:
         assert total([other for other in named if other != name]) > free * GB
 
 
-def test_a_device_far_too_small() -> None:
+def test_a_device_far_too_small():
     with pytest.raises(DeviceMemoryError, match="no setting would fit"):
         check_memory(preset(), 2 * GB, "the GPU")
 
 
-def test_as_many_slots_as_fit() -> None:
+def test_as_many_slots_as_fit():
     setup = preset("int4")
     batches = [largest_batch(setup, int(free * GB)) for free in (5, 9.5, 11, 12.2, 40)]
     assert batches == [1, 1, 2, 3, 4]
 
 
-def test_options_reach_the_engine(kit: Path) -> None:
-    parts = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
-    model = mimo_fast.load(
-        *parts, device="cpu", max_batch=2, max_seq_len=50, kv_cache="int8", offload=OFFLOADABLE
-    )
+def test_options_reach_the_engine():
+    options = {"max_batch": 2, "max_seq_len": 50, "kv_cache": "int8", "offload": OFFLOADABLE}
+    model = mimo_fast.load(*KIT_PAIR, device="cpu", **options)
     state = model.engine.state
     assert (state.slots, state.capacity, state.cache.k.dtype) == (2, 50, torch.int8)
     with pytest.raises(mimo_fast.PromptError, match="the model's context is 50"):
@@ -118,25 +108,19 @@ def test_options_reach_the_engine(kit: Path) -> None:
         ({"offload": ["everything"]}, "nothing called everything to offload"),
     ],
 )
-def test_options_out_of_range(kit: Path, options: dict, message: str) -> None:
+def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        mimo_fast.load(
-            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu", **options
-        )
+        mimo_fast.load(*KIT_PAIR, device="cpu", **options)
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
-    kit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr("mimo_fast.runtime.loading.free_bytes", lambda _: 10**6)
     monkeypatch.setattr("mimo_fast.runtime.loading.LM", None)
     with pytest.raises(DeviceMemoryError, match=r"the machine has 0\.0 GB free"):
-        mimo_fast.load(kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu")
+        mimo_fast.load(*KIT_PAIR, device="cpu")
 
 
-def test_an_int8_cache_changes_little(model: mimo_fast.MimoAudio) -> None:
-    """Greedy replies of a trained model would be the tokens of most groups; random weights only
-    show that it runs."""
+def test_an_int8_cache_changes_little(model):
     prompt = model.pack(["The quick brown fox."])
     engines = [Engine(model.lm, 1, 64, quantized_cache=quantized) for quantized in (False, True)]
     hidden = []

@@ -2,7 +2,6 @@
 
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 
 import pytest
@@ -19,9 +18,7 @@ def pipeline(model: MimoAudio) -> Pipeline:
     return model.pipeline
 
 
-def test_a_request_is_what_the_facade_makes_of_it(
-    model: MimoAudio, pipeline: Pipeline, audio: list[Path]
-) -> None:
+def test_a_request_is_what_the_facade_makes_of_it(model, pipeline, audio):
     task, began = TASKS["spoken_dialogue_sft"], perf_counter()
     ids = pipeline.prompt(task, audio[1], system_prompt="Be brief.")
     assert torch.equal(ids, model.get_spoken_dialogue_sft_prompt(audio[1], "Be brief.").cpu())
@@ -36,29 +33,27 @@ def test_a_request_is_what_the_facade_makes_of_it(
     assert all(torch.equal(got.audio, each.audio) for got, each in zip(chunks, want, strict=True))
 
 
-def test_a_session_needs_no_facade(model: MimoAudio, pipeline: Pipeline, audio: list[Path]) -> None:
+def test_a_session_needs_no_facade(model, pipeline, audio):
     alone, own = Session(pipeline, seed=1), model.session(seed=1)
     for session in (alone, own):
         list(session.stream(audio[1], max_new_tokens=6))
     assert torch.equal(alone.ids, own.ids)
 
 
-def test_another_codec_keeps_the_engine_and_another_language_model_does_not(
-    pipeline: Pipeline,
-) -> None:
+def test_another_codec_keeps_the_engine_and_another_language_model_does_not(pipeline):
     engine = pipeline.engine
     assert replace(pipeline, codec=copy(pipeline.codec)).engine is engine
     assert replace(pipeline, lm=copy(pipeline.lm)).engine is not engine
 
 
-def test_a_model_with_another_part_leaves_its_copies_alone(model: MimoAudio) -> None:
+def test_a_model_with_another_part_leaves_its_copies_alone(model):
     own = copy(model)
     own.lm = copy(model.lm)
     assert own.engine.lm is own.lm
     assert model.engine.lm is model.lm is not own.lm
 
 
-def test_encoded_speech_needs_no_codec(pipeline: Pipeline, audio: list[Path]) -> None:
+def test_encoded_speech_needs_no_codec(pipeline, audio):
     speech = pipeline.speech(audio[1])
     assert pipeline.speech(speech) is speech
     assert pipeline.speech(speech, closed=False) == Speech(speech.codes, closed=False)

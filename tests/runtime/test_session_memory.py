@@ -1,13 +1,11 @@
 """What sessions keep: the newest turns of a full context, and all of a dialogue in a file."""
 
 import copy
-import dataclasses
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import fault
+from dialogues import limit_context
+from helpers import fault, raising, watch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_session import GROUP, NEXT, PATCH_MS, closed, from_scratch, groups, say
@@ -18,20 +16,18 @@ from mimo_fast import LM, MimoAudio
 
 
 class TestAFullContext:
-    """Old turns go, whole; voice and system prompt stay."""
+    """Whole old turns go; voice and system prompt stay."""
 
     @pytest.fixture
     def short(self, greedy: MimoAudio) -> MimoAudio:
-        greedy.lm = copy.copy(greedy.lm)
-        greedy.lm.config = dataclasses.replace(greedy.lm.config, max_positions=220)
+        limit_context(greedy, 220)
         return greedy
 
-    def test_drops_the_oldest_turns(self, short: MimoAudio, audio: list[Path]) -> None:
+    def test_drops_the_oldest_turns(self, short, audio):
         session = short.session("Be brief.", audio[0])
         opening, seen = groups(session.ids), list[int]()
         for _ in range(9):
-            before = session.turns
-            said = session.ids
+            before, said = session.turns, session.ids
             say(session, audio[1], NEXT)
             assert groups(session.ids) <= 220
             seen.append(session.turns)
@@ -42,9 +38,7 @@ class TestAFullContext:
         assert max(seen) > 2
         assert 1 <= min(seen[3:]) < max(seen), "nothing was dropped"
 
-    def test_goes_on_as_a_dialogue_of_what_is_left(
-        self, short: MimoAudio, audio: list[Path]
-    ) -> None:
+    def test_goes_on_as_a_dialogue_of_what_is_left(self, short, audio):
         session = short.session("Be brief.", audio[0])
         replies = list[Tensor]()
         while session.turns == len(replies):
@@ -55,21 +49,14 @@ class TestAFullContext:
             prompt = closed(short, torch.cat((prompt, reply), dim=1), audio[1])
         assert torch.equal(session.ids, from_scratch(short, prompt))
 
-    def test_a_turn_that_fails_leaves_everything_as_it_was(
-        self, short: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_turn_that_fails_leaves_everything_as_it_was(self, short, audio, monkeypatch):
         session, other = (short.session("Be brief.", audio[0], seed=1) for _ in range(2))
         while session.turns < 2 or groups(session.ids) + 50 < 220:
             say(session, audio[1], NEXT)
             say(other, audio[1], NEXT)
-        said, prefill = session.ids, LM.prefill
-
-        def failing(*arguments: Any) -> None:
-            prefill(*arguments)
-            raise RuntimeError("device lost")
-
+        said = session.ids
         with monkeypatch.context() as patch:
-            patch.setattr(LM, "prefill", failing)
+            watch(patch, LM, "prefill", after=raising(RuntimeError, "device lost"))
             with pytest.raises(RuntimeError, match="device lost"):
                 session.stream(audio[2])
         assert torch.equal(session.ids, said)
@@ -78,10 +65,12 @@ class TestAFullContext:
         assert torch.equal(session.ids, other.ids)
 
 
+DAMAGES = dict.fromkeys(("missing", "text", "cut"), "cannot be read")
+DAMAGES |= {"foreign": "belongs to another model", "weights": "not a session"}
+
+
 class TestFiles:
-    def test_a_restored_dialogue_goes_on_as_if_it_had_never_stopped(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path
-    ) -> None:
+    def test_a_restored_dialogue_goes_on_as_if_it_had_never_stopped(self, model, audio, tmp_path):
         session = model.session("Be brief.", audio[0], seed=3)
         say(session, audio[1], NEXT)
         session.save(tmp_path / "talk")
@@ -96,30 +85,23 @@ class TestFiles:
         assert torch.equal(restored.ids, session.ids)
         assert [path.name for path in tmp_path.iterdir()] == ["talk"]
 
-    def test_another_kind_of_cache_is_computed_anew(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path
-    ) -> None:
+    def test_another_kind_of_cache_is_computed_anew(self, model, audio, tmp_path):
         session = model.session(seed=3)
         say(session, audio[1], NEXT)
         session.save(tmp_path / "talk")
         tensors = load_file(tmp_path / "talk")
         with safe_open(tmp_path / "talk", "pt") as file:
             metadata = file.metadata()
-        halved = {
-            name: part.half() if name.startswith("cache") else part
-            for name, part in tensors.items()
-        }
-        save_file(halved, tmp_path / "other", metadata=metadata)
+        halved = {name: tensors[name].half() for name in tensors if name.startswith("cache")}
+        save_file(tensors | halved, tmp_path / "other", metadata=metadata)
         restored = model.restore_session(tmp_path / "other")
         say(restored, audio[2], NEXT)
         say(session, audio[2], NEXT)
         assert torch.equal(restored.ids, session.ids)
         assert restored.prefilled == groups(restored.ids) - NEXT
 
-    @pytest.mark.parametrize("damage", ["missing", "text", "cut", "foreign", "weights"])
-    def test_a_file_that_is_no_session(
-        self, model: MimoAudio, audio: list[Path], tmp_path: Path, damage: str
-    ) -> None:
+    @pytest.mark.parametrize(("damage", "problem"), DAMAGES.items())
+    def test_a_file_that_is_no_session(self, model, audio, tmp_path, damage, problem):
         path = tmp_path / "talk"
         if damage == "text":
             path.write_text("no session")
@@ -137,15 +119,11 @@ class TestFiles:
             model.lm.__dict__["fingerprint"] = "another"
         message = fault(lambda: model.restore_session(path))
         assert str(path) in message
-        wanted = {"foreign": "belongs to another model", "weights": "not a session"}.get(
-            damage, "cannot be read"
-        )
-        assert wanted in message
+        assert problem in message
 
 
-def test_the_twentieth_turn_computes_its_own_tokens(greedy: MimoAudio, audio: list[Path]) -> None:
-    """Beyond attention, which looks back, each turn costs the same, but for a patch or a word as
-    its pending group."""
+def test_the_twentieth_turn_computes_its_own_tokens(greedy, audio):
+    """All products but attention's, up to those of the pending group, a patch or a word."""
     session = greedy.session("Be brief.", audio[0])
     say(session, audio[1], NEXT)
     turn = groups(closed(greedy, session.ids, audio[1])) - groups(session.ids) + 1

@@ -1,50 +1,24 @@
-"""Numbers and punctuation for models that know spoken words alone, and the words such a model was
-trained on."""
+"""Spelling of numbers and punctuation for models of spoken words, and the words they know."""
 
 import copy
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import KIT, fault
+from helpers import fault, limited_tokenizer
 
 from mimo_fast.errors import PromptError
 from mimo_fast.text.spelling import spell
 from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
-VALUES = {
-    "zero": 0,
-    "one": 1,
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "eleven": 11,
-    "twelve": 12,
-    "thirteen": 13,
-    "fourteen": 14,
-    "fifteen": 15,
-    "sixteen": 16,
-    "seventeen": 17,
-    "eighteen": 18,
-    "nineteen": 19,
-    "twenty": 20,
-    "thirty": 30,
-    "forty": 40,
-    "fifty": 50,
-    "sixty": 60,
-    "seventy": 70,
-    "eighty": 80,
-    "ninety": 90,
-}
+SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    " fifteen sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+VALUES = {word: n for n, word in enumerate(SMALL.split())}
+VALUES |= {word: 10 * n for n, word in enumerate(TENS.split(), 2)}
 
 
 def value(words: list[str]) -> int:
@@ -90,14 +64,7 @@ def test_every_number_reads_as_itself_in_words_of_the_domain():
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """The kit's tokenizer, with words that its model is said to have been trained on."""
-    for path in (KIT / "checkpoint" / "lm").glob("*token*"):
-        shutil.copyfile(path, tmp_path / path.name)
-    path = tmp_path / "tokenizer_config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps(raw | {"trained_words": ["seven", "forty", "two"]}), encoding="utf-8"
-    )
-    return tmp_path
+    return limited_tokenizer(tmp_path, ["seven", "forty", "two"])
 
 
 def test_a_tokenizer_states_the_words_or_none(directory, model):

@@ -1,21 +1,21 @@
 """Task methods: their replies, files, history, and what they share with upstream's."""
 
 import copy
-import dataclasses
 import io
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import soundfile
 import torch
-from dialogues import GROUP, arguments, history, last_reply
+from dialogues import GROUP, arguments, history, last_reply, limit_context, own_dialogue
+from helpers import KIT_PAIR, raising, watch
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast import AudioError, MimoAudio, MiMoSampler, PromptError, generate, save_wav
+from mimo_fast import LM, AudioError, MimoAudio, MiMoSampler, PromptError, generate, save_wav
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS
 from mimo_fast.text.tasks import TASKS, find_task
 
@@ -32,8 +32,7 @@ SPOKEN = (
 @pytest.fixture
 def own(model: MimoAudio) -> MimoAudio:
     """A model with a history and samplers of its own: greedy for every task."""
-    own = copy.copy(model)
-    own.clear_history()
+    own = own_dialogue(model)
     own.task_sampler_configs = {name: {"global": GREEDY, "local": GREEDY} for name in TASK_SAMPLERS}
     return own
 
@@ -45,17 +44,14 @@ def call(model: MimoAudio, task: str, audio: list[Path], output: Any = None, **o
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_reply_is_what_was_generated(
-    model: MimoAudio, audio: list[Path], tmp_path: Path, task: str
-) -> None:
+def test_a_reply_is_what_was_generated(model, audio, tmp_path, task):
     own, path = copy.copy(model), tmp_path / "reply.wav"
     text = call(own, task, audio, path, seed=3, max_new_tokens=24, min_new_tokens=24)
     ids, codes = last_reply(own, 24)
     assert codes.shape[1]
     silent = (own.empty_token, own.eot_idx, own.eostm_idx)
-    assert (
-        text == own.tokenizer.decode([token for token in ids if token not in silent]).strip() != ""
-    )
+    spoken = own.tokenizer.decode([token for token in ids if token not in silent])
+    assert text == spoken.strip() != ""
     assert path.exists() == (task in SPOKEN) == TASKS[task].speaks
     if task in SPOKEN:
         save_wav(expected := io.BytesIO(), own.codec.decode(codes), 24000)
@@ -66,7 +62,7 @@ def test_a_reply_is_what_was_generated(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_seed_fixes_the_reply(model: MimoAudio, audio: list[Path], task: str) -> None:
+def test_a_seed_fixes_the_reply(model, audio, task):
     own, histories = copy.copy(model), list[Tensor]()
     for seed in (1, 1, 2):
         call(own, task, audio, seed=seed, max_new_tokens=6, min_new_tokens=6)
@@ -76,170 +72,94 @@ def test_a_seed_fixes_the_reply(model: MimoAudio, audio: list[Path], task: str) 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_upstreams_stop_tokens_and_samplers(
-    model: MimoAudio, audio: list[Path], monkeypatch: pytest.MonkeyPatch, task: str
-) -> None:
+def test_upstreams_stop_tokens_and_samplers(model, audio, monkeypatch, task):
     used: dict[str, Any] = {}
-    monkeypatch.setattr(
-        MimoAudio, "forward", lambda self, ids, **options: used.update(options) or ""
-    )
+    monkeypatch.setattr(MimoAudio, "forward", lambda *_ids, **options: used.update(options) or "")
     call(model, task, audio)
-    stops = {"asr": ("eos", "im_end"), "tts": ("eos", "eostm", "im_end")}[
-        "tts" if task in SPOKEN else "asr"
-    ]
-    stops = {
-        "in_context_learning_s2s": ("eos", "eostm"),
-        "speech_continuation": ("eos", "eosp"),
-    }.get(task, stops)
+    special = {"in_context_learning_s2s": ("eos", "eostm"), "speech_continuation": ("eos", "eosp")}
+    usual = ("eos", "eostm", "im_end") if task in SPOKEN else ("eos", "im_end")
+    stops = special.get(task, usual)
     (stopper,) = used["stopping_criteria"]
     assert stopper.stop_token_ids == {getattr(model.tokenizer.special, name) for name in stops}
-    samplers = {
-        "asr_sft": "asr",
-        "tts_sft": "tts",
-        "audio_understanding_sft": "audio_understanding",
-    }
-    family = (
-        "text_chat"
-        if task.startswith("text_")
-        else "spoken_dialogue"
-        if "dialogue" in task
-        else task
-    )
-    assert used["task_name"] == samplers.get(task, family)
+    family = "spoken_dialogue" if "dialogue" in task else task.removesuffix("_sft")
+    assert used["task_name"] == ("text_chat" if task.startswith("text_") else family)
 
 
-def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(
-    own: MimoAudio, tmp_path: Path
-) -> None:
+def test_a_spoken_reply_without_a_patch_is_a_second_of_silence(own, tmp_path):
     assert own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=1) == ""
     samples, _ = soundfile.read(tmp_path / "a.wav")
     assert (len(samples), abs(samples).max()) == (24000, 0)
 
 
-def test_without_an_output_only_text_is_returned(own: MimoAudio, tmp_path: Path) -> None:
+def test_without_an_output_only_text_is_returned(own, tmp_path):
     text = own.tts_sft("Hi.", None, max_new_tokens=12, seed=0)
     assert text == own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0) != ""
 
 
 class TestFailures:
-    def test_a_missing_directory(self, own: MimoAudio, tmp_path: Path) -> None:
+    def test_a_missing_directory(self, own, tmp_path):
         path = tmp_path / "missing" / "a.wav"
         with pytest.raises(AudioError, match=re.escape(f"cannot write {path}: ")):
             own.tts_sft("Hi.", path, max_new_tokens=6)
         assert not list(tmp_path.iterdir())
 
-    def test_an_unwritable_waveform_leaves_the_old_file(
-        self, own: MimoAudio, tmp_path: Path
-    ) -> None:
+    def test_an_unwritable_waveform_leaves_the_old_file(self, own, tmp_path):
         (tmp_path / "a.wav").write_bytes(b"old")
         own.codec = copy.copy(own.codec)
         own.codec.decode = lambda codes: torch.full((10,), torch.nan)  # type: ignore[method-assign]
         with pytest.raises(AudioError, match="NaN"):
             own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12)
-        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
-            ("a.wav", b"old")
-        ]
+        left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert left == {"a.wav": b"old"}
 
-    def test_an_error_while_decoding(
-        self, own: MimoAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_error_while_decoding(self, own, tmp_path, monkeypatch):
         want = own.tts_sft("Hi.", tmp_path / "a.wav", max_new_tokens=12, seed=0)
         with monkeypatch.context() as patch:
-            patch.setattr(mimo_fast.LM, "step", _raise)
+            patch.setattr(LM, "step", raising(RuntimeError, "out of memory"))
             with pytest.raises(RuntimeError, match="out of memory"):
                 own.tts_sft("Hi.", tmp_path / "b.wav", max_new_tokens=12, seed=0)
         assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
         assert own.tts_sft("Hi.", None, max_new_tokens=12, seed=0) == want
 
 
-def _raise(*_arguments: Any) -> None:
-    raise RuntimeError("out of memory")
-
-
 class TestForward:
-    def test_audio_has_upstreams_shape(self, own: MimoAudio) -> None:
+    def test_audio_has_upstreams_shape(self, own):
         wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
         _, codes = last_reply(own, 16)
         assert wav.shape == (1, 1, codes.shape[1] * FRAME)
         assert torch.equal(wav[0, 0], own.codec.decode(codes))
-
-    def test_audio_may_be_changed_in_place(self, own: MimoAudio) -> None:
-        wav = own.forward(own.get_tts_sft_prompt("Hi."), return_audio=True, max_new_tokens=16)
+        # The caller may change it in place.
         assert torch.equal(wav.clone().mul_(0.5), wav.mul_(0.5))
 
-    def test_unknown_tasks_use_the_default_samplers(self, own: MimoAudio) -> None:
-        own.default_global_sampler, own.default_local_sampler = (
-            MiMoSampler(True, 0.8),
-            MiMoSampler(True, 0.7),
-        )
-        assert (
-            own.get_task_sampler(None)
-            == own.get_task_sampler("?")
-            == {
-                "global": MiMoSampler(True, 0.8),
-                "local": MiMoSampler(True, 0.7),
-            }
-        )
+    def test_unknown_tasks_use_the_default_samplers(self, own):
+        text, codes = MiMoSampler(True, 0.8), MiMoSampler(True, 0.7)
+        own.default_global_sampler, own.default_local_sampler = text, codes
+        for task in (None, "?"):
+            assert own.get_task_sampler(task) == {"global": text, "local": codes}
         ids = own.get_tts_sft_prompt("Hi.", seed=0)
         own.forward(ids, max_new_tokens=10, seed=5)
-        want = generate(
-            own,
-            ids,
-            max_new_tokens=10,
-            seed=5,
-            global_sampler=MiMoSampler(True, 0.8),
-            local_sampler=MiMoSampler(True, 0.7),
-        )
-        assert torch.equal(history(own), want)
+        samplers = {"global_sampler": text, "local_sampler": codes}
+        assert torch.equal(history(own), generate(own, ids, max_new_tokens=10, seed=5, **samplers))
 
-    def test_samplers_belong_to_the_model(self, kit: Path, model: MimoAudio) -> None:
-        other = mimo_fast.load(
-            kit / "checkpoint" / "lm", kit / "checkpoint" / "codec", device="cpu"
-        )
+    def test_samplers_belong_to_the_model(self, model):
+        other = mimo_fast.load(*KIT_PAIR, device="cpu")
         other.task_sampler_configs["tts"]["global"].temperature = 2.0
         for untouched in (model.task_sampler_configs, TASK_SAMPLERS):
             assert untouched["tts"]["global"].temperature == 0.6
 
 
 class TestHistory:
-    OPTIONS: ClassVar[dict[str, Any]] = {"system_prompt": "Be brief.", "max_new_tokens": 8}
-
-    def prefills(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Groups of every later prefill."""
-        counts, prefill = list[int](), mimo_fast.LM.prefill
-
-        def counting(lm: mimo_fast.LM, ids: Tensor, *arguments: Any) -> None:
-            counts.append(ids.shape[1] // GROUP)
-            prefill(lm, ids, *arguments)
-
-        monkeypatch.setattr(mimo_fast.LM, "prefill", counting)
-        return counts
-
-    @pytest.mark.parametrize(
-        "turn",
-        [
-            lambda own, audio, **options: own.spoken_dialogue_sft(
-                audio[1], prompt_speech=audio[0], **options
-            ),
-            lambda own, audio, system_prompt, **options: own.speech2text_dialogue_sft(
-                audio[1], **options
-            ),
-            lambda own, audio, system_prompt, **options: own.text_dialogue_sft(
-                "And then?", **options
-            ),
-        ],
-        ids=["spoken", "speech to text", "text"],
-    )
-    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(
-        self,
-        own: MimoAudio,
-        audio: list[Path],
-        monkeypatch: pytest.MonkeyPatch,
-        turn: Callable[..., str],
-    ) -> None:
-        turn(own, audio, **self.OPTIONS)
-        first, counts = history(own), self.prefills(monkeypatch)
-        turn(own, audio, add_history=True, **self.OPTIONS)
+    @pytest.mark.parametrize("task", ["spoken", "speech2text", "text"])
+    def test_a_turn_prefills_itself_and_equals_a_whole_prefill(self, own, audio, monkeypatch, task):
+        options: dict[str, Any] = {"max_new_tokens": 8}
+        if task == "spoken":
+            options |= {"system_prompt": "Be brief.", "prompt_speech": audio[0]}
+        turn = partial(getattr(own, f"{task}_dialogue_sft"), **options)
+        said = "And then?" if task == "text" else audio[1]
+        turn(said)
+        first, counts = history(own), list[int]()
+        watch(monkeypatch, LM, "prefill", lambda _, ids, *__: counts.append(ids.shape[1] // GROUP))
+        turn(said, add_history=True)
         both = history(own)
         assert torch.equal(both[:, : first.shape[1]], first)
         # Of the first turn, its last group alone has not been fed yet.
@@ -247,21 +167,16 @@ class TestHistory:
         assert counts == [new + 1]
         assert torch.equal(generate(own, both[:, : -8 * GROUP], max_new_tokens=8), both)
 
-    def test_later_turns_do_not_repeat_instruction_and_voice(
-        self, own: MimoAudio, audio: list[Path]
-    ) -> None:
-        options: dict[str, Any] = {
-            "system_prompt": "Be brief.",
-            "prompt_speech": audio[0],
-            "add_history": True,
-        }
+    def test_later_turns_do_not_repeat_instruction_and_voice(self, own, audio):
+        voice: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_speech": audio[0]}
+        options = voice | {"add_history": True}
         first = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
         own.spoken_dialogue_sft(audio[1], max_new_tokens=2, **options)
         later = own.get_spoken_dialogue_sft_prompt(audio[1], **options)
         assert torch.equal(later, own.get_spoken_dialogue_sft_prompt(audio[1]))
         assert later.shape[1] < first.shape[1]
 
-    def test_starts_over_without_add_history_or_after_clear_history(self, own: MimoAudio) -> None:
+    def test_starts_over_without_add_history_or_after_clear_history(self, own):
         assert (own.history, own.has_history) == (None, False)
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
         first, prompt = history(own), own.get_text_dialogue_sft_prompt("Hi.")
@@ -273,44 +188,36 @@ class TestHistory:
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), first)
 
-    def test_a_turn_that_does_not_fit_leaves_it_alone(self, own: MimoAudio) -> None:
-        own.lm = copy.copy(own.lm)
-        own.lm.config = dataclasses.replace(own.lm.config, max_positions=80)
+    def test_a_turn_that_does_not_fit_leaves_it_alone(self, own):
+        limit_context(own, 80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
-        with pytest.raises(
-            PromptError,
-            match=r"context is 80 groups \(12\.8 s\): start a new one or shorten",
-        ):
+        problem = r"context is 80 groups \(12\.8 s\): start a new one or shorten"
+        with pytest.raises(PromptError, match=problem):
             own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), before)
         own.text_dialogue_sft("Hi.", max_new_tokens=4, add_history=True)
         assert torch.equal(history(own)[:, : before.shape[1]], before)
 
 
-def test_a_task_may_be_called_without_its_suffix() -> None:
-    for alias, name in [
-        ("asr", "asr_sft"),
-        ("tts_sft", "tts_sft"),
-        ("speech_continuation", "speech_continuation"),
-        ("text_dialogue_multiturn", "text_dialogue_sft_multiturn"),
-    ]:
-        assert find_task(alias) is TASKS[name]
-    with pytest.raises(
-        ValueError, match=r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"
-    ):
+def test_a_task_may_be_called_without_its_suffix():
+    for name in ("tts_sft", "speech_continuation"):
+        assert find_task(name) is TASKS[name]
+    assert find_task("asr") is TASKS["asr_sft"]
+    assert find_task("text_dialogue_multiturn") is TASKS["text_dialogue_sft_multiturn"]
+    problem = r"^no task 'sing'; there are asr_sft, tts_sft, .*speech_continuation"
+    with pytest.raises(ValueError, match=problem):
         find_task("sing")
 
 
-def test_every_task_has_a_method_and_a_prompt(model: MimoAudio) -> None:
+def test_every_task_has_a_method_and_a_prompt(model):
     for name, task in TASKS.items():
         assert callable(getattr(model, name))
         assert callable(task.prompt)
-        method = f"get_{name.replace('speech2text', 's2t')}_prompt"
-        assert callable(getattr(model, method))
+        assert callable(getattr(model, f"get_{name.replace('speech2text', 's2t')}_prompt"))
 
 
-def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> None:
+def test_a_turn_that_follows_closes_the_stream_still_read(own):
     first = own.stream("text_dialogue", "Hi.", max_new_tokens=9, seed=1)
     next(first)
     own.text_dialogue_sft("And now?", max_new_tokens=3, add_history=True, seed=1)
@@ -318,7 +225,7 @@ def test_a_turn_that_follows_closes_the_stream_still_read(own: MimoAudio) -> Non
 
 
 @pytest.mark.parametrize("text", [None, {"a": 1}, 3])
-def test_what_is_not_text_is_refused(own: MimoAudio, audio: list[Path], text: Any) -> None:
+def test_what_is_not_text_is_refused(own, audio, text):
     for call in (
         lambda: own.text_dialogue_sft(text),
         lambda: own.audio_understanding_sft(audio[1], text),

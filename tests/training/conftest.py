@@ -15,9 +15,8 @@ STEPS = 4
 @pytest.fixture(scope="session")
 def sizes() -> data.Sizes:
     heard = {"strangers": 4, "strange_words": 4, "strange_questions": 4}
-    return data.Sizes(
-        6, 12, 5, 6, 4, readings=4, spellings=3, letters=4, **heard, unheard=2, unsaid=2
-    )
+    small = {"readings": 4, "spellings": 3, "letters": 4, "unheard": 2, "unsaid": 2}
+    return data.Sizes(6, 12, 5, 6, 4, **small, **heard)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,8 @@ def parts(sizes: data.Sizes, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="module")
 def codec_training(parts, tmp_path_factory) -> CodecTraining:
-    return CodecTraining(
-        tmp_path_factory.mktemp("codec"), parts, replace(codec.SCHEDULE, steps=STEPS)
-    )
+    schedule = replace(codec.SCHEDULE, steps=STEPS)
+    return CodecTraining(tmp_path_factory.mktemp("codec"), parts, schedule)
 
 
 @pytest.fixture(scope="module")

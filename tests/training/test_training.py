@@ -1,5 +1,4 @@
-"""The training package: gradients, codebooks, data and resuming; and that what is trained is what
-the package runs."""
+"""Training: gradients, resuming, and an export that runs as it was trained."""
 
 import os
 import random
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor
 
 import mimo_fast
@@ -42,16 +42,12 @@ def test_gradients_reach_every_leaf_of_the_codec(codec_training):
 def test_gradients_reach_every_leaf_of_the_language_model(lm_training):
     rng = random.Random(0)
     examples = [lm_training.examples.draw(task, rng) for task in lm.JOINT for _ in range(2)]
-    batch, projections, states = (
-        lm.collate(examples, lm_training.config, 0),
-        list[Tensor](),
-        list[Tensor](),
-    )
+    batch = lm.collate(examples, lm_training.config, 0)
+    projections = list[Tensor]()
+    states = list[Tensor]()
     text, codes_loss = batch_losses(lm_training.model(), batch, None, projections, states)
-    heard, phones = (
-        lm_training.heard(projections, batch.spans),
-        lm_training.phones(states[0], batch.phones),
-    )
+    heard = lm_training.heard(projections, batch.spans)
+    phones = lm_training.phones(states[0], batch.phones)
     assert not dead_leaves(lm_training.run.trained, text + heard + phones + codes_loss.sum())
 
 
@@ -61,26 +57,19 @@ def test_the_decoder_is_trained_for_the_codes_there_are(parts, codec_training, t
     assert not dead_leaves(training.run.trained, training.losses(0)["loss"])
     training.train()
     wav = parts["unheard"][0].wav
-    was, now = (
-        codec.build_codec(training.config, tensors) for tensors in (before, training.tensors)
-    )
+    was, now = (codec.build_codec(training.config, x) for x in (before, training.tensors))
     assert torch.equal(was.encode(wav), now.encode(wav))
-    changed = {
-        name for name in training.tensors if not torch.equal(before[name], training.tensors[name])
-    }
+    changed = {name for name, x in training.tensors.items() if not torch.equal(before[name], x)}
     assert changed
     assert all(name.startswith("decoder.") for name in changed)
 
 
 def test_code_embeddings_begin_as_the_codec_hears():
-    generator = torch.Generator().manual_seed(0)
-    books = [
-        torch.randn(size, 12, generator=generator) * 2.0**-i for i, size in enumerate((20, 10, 10))
-    ]
-    tensors = {
-        f"speech_embeddings.{i}.weight": torch.randn(len(book) + 1, 16)
-        for i, book in enumerate(books)
-    }
+    generator = seeded(0)
+    sizes = {20: 1.0, 10: 0.5, 11: 0.25}
+    books = [torch.randn(n, 12, generator=generator) * scale for n, scale in sizes.items()]
+    tables = [torch.randn(len(book) + 1, 16) for book in books]
+    tensors = {f"speech_embeddings.{i}.weight": table for i, table in enumerate(tables)}
     embed_codebooks(tensors, books, [torch.rand(len(book), generator=generator) for book in books])
     codes = torch.stack([torch.randint(len(book), (30,), generator=generator) for book in books])
     heard = sum(book[indices] for book, indices in zip(books, codes, strict=True))
@@ -92,9 +81,8 @@ def test_code_embeddings_begin_as_the_codec_hears():
 
 
 def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts, tmp_path):
-    pair = write_pair(
-        tmp_path, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float32
-    )
+    trained = lm_training.tensors, codec_training.tensors
+    pair = write_pair(tmp_path, *trained, parts["replies"], torch.float32)
     model = mimo_fast.load(*pair, device="cpu")
     wav = parts["unheard"][0].wav
     trained = codec.build_codec(codec_training.config, codec_training.tensors)
@@ -103,13 +91,11 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
     assert torch.equal(got, trained.decode(trained.encode(wav)))
     batch = lm.collate([lm_training.examples.transcription("unheard", 0)], lm_training.config, 0)
     with torch.no_grad():
-        hidden, own = (
-            hidden_states(each, batch.text, batch.codes) for each in (model.lm, lm_training.model())
-        )
+        lms = model.lm, lm_training.model()
+        hidden, own = (hidden_states(each, batch.text, batch.codes) for each in lms)
         # Native calls, which weights in training do not take, add in another order.
-        assert torch.allclose(
-            model.lm.text_logits(hidden), lm_training.model().text_logits(own), atol=1e-4
-        )
+        got, want = (each.text_logits(x) for each, x in zip(lms, (hidden, own), strict=True))
+        assert torch.allclose(got, want, atol=1e-4)
     # Its own moments are stated, so a stream waits for what the vocoder sees and no longer.
     stream, sounds = model.codec.stream(), model.codec.encode(parts["replies"][0].wav)
     lengths = [len(stream.push(patch)) for patch in sounds.split(4, dim=1)]
@@ -119,9 +105,7 @@ def test_what_is_exported_is_what_was_trained(lm_training, codec_training, parts
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_an_exported_pair(
-    lm_training, codec_training, parts, tokenizer, tmp_path
-):
+def test_a_run_goes_on_from_a_pair(lm_training, codec_training, parts, tokenizer, tmp_path):
     pair = tmp_path / "pair"
     write_pair(pair, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float16)
     start_from(pair, tmp_path / "run")
@@ -129,32 +113,23 @@ def test_a_run_goes_on_from_an_exported_pair(
     said = LMTraining(tmp_path / "run", lm_training.codes, tokenizer, seed=5)
     for again, before in ((heard, codec_training), (said, lm_training)):
         assert again.run.step == 0
-        kept = {
-            name
-            for name in again.tensors
-            if torch.equal(again.tensors[name], before.tensors[name].half().float())
-        }
+        rounded = {name: before.tensors[name].half().float() for name in again.tensors}
+        kept = {name for name in rounded if torch.equal(again.tensors[name], rounded[name])}
         assert len(kept) > 0.8 * len(again.tensors), "all but what only training has"
     books = [book.clone() for book in heard.quantizer.books]
     heard.train()
-    assert all(
-        (new - old).norm() < 0.5 * old.norm()
-        for new, old in zip(heard.quantizer.books, books, strict=True)
-    )
+    pairs = zip(heard.quantizer.books, books, strict=True)
+    assert all((new - old).norm() < 0.5 * old.norm() for new, old in pairs)
 
 
-def test_what_is_stored_in_float16_is_computed_in_float32(
-    lm_training, codec_training, parts, tmp_path
-):
-    pair = write_pair(
-        tmp_path, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float16
-    )
+def test_float16_on_disk_is_float32_in_memory(lm_training, codec_training, parts, tmp_path):
+    trained = lm_training.tensors, codec_training.tensors
+    pair = write_pair(tmp_path, *trained, parts["replies"], torch.float16)
     model = mimo_fast.load(*pair, device="cpu")
     assert model.lm.dtype == model.codec.dtype == torch.float32
     name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(
-        model.lm.backbone.layers[0].down.blocks[0], lm_training.tensors[name].half().float()
-    )
+    (block,) = model.lm.backbone.layers[0].down.blocks
+    assert torch.equal(block, lm_training.tensors[name].half().float())
     assert sum(file.stat().st_size for part in pair for file in part.iterdir()) < 16e6
 
 
@@ -216,9 +191,8 @@ def test_smoke(tmp_path):
     """Everything, end to end, as on a machine without flite."""
     command = [sys.executable, "-m", "training", "--smoke", "--workers", "2"]
     environment = os.environ | {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    options = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command, cwd=ROOT, env=environment, **options)
     assert done.returncode == 0, done.stderr
     assert "tones stand in for its speech" in done.stderr
     assert "skipped: evaluation, which needs flite" in done.stderr

@@ -1,6 +1,7 @@
 """Codebooks in training: moving averages, dead rows and straight-through gradients."""
 
 import torch
+from helpers import seeded
 from torch import Tensor
 
 from mimo_fast.kernels.rvq import rvq_encode
@@ -8,33 +9,29 @@ from training.rvq import Quantizer
 
 
 def test_codebooks_follow_what_chose_them(codec_training):
-    config, generator = codec_training.config, torch.Generator().manual_seed(0)
+    config, rng = codec_training.config, seeded(0)
     trained = codec_training.tensors.items()
     books = {name: tensor.clone() for name, tensor in trained if name.endswith("_codebook.embed")}
     quantizer = Quantizer(config, books)
-    centres = torch.randn(40, config.dim, generator=generator) * 3
+    centres = torch.randn(40, config.dim, generator=rng) * 3
 
     def batch() -> Tensor:
-        chosen = torch.randint(len(centres), (600,), generator=generator)
-        return centres[chosen] + torch.randn(600, config.dim, generator=generator) * 0.01
+        chosen = torch.randint(len(centres), (600,), generator=rng)
+        return centres[chosen] + torch.randn(600, config.dim, generator=rng) * 0.01
 
     for _ in range(300):
         x = batch()
-        quantizer.update(x, rvq_encode(x, quantizer.books), generator)
+        quantizer.update(x, rvq_encode(x, quantizer.books), rng)
     quantized = quantizer(x := batch())
     nearest = torch.cdist(x, quantizer.books[0]).amin(1)
-    assert nearest.max() < 0.05 * x.norm(dim=1).mean(), (
-        "every centre has a row of the first codebook"
-    )
+    assert nearest.max() < 0.05 * x.norm(dim=1).mean(), "a centre has no row of the first codebook"
     assert (quantized.rows - x).norm() < 0.01 * x.norm()
 
 
 def test_an_unused_row_is_replaced_and_a_used_one_moves(codec_training):
     config = codec_training.config
-    names = [
-        f"encoder.quantizer.vq.layers.{i}._codebook.embed"
-        for i in range(len(config.codebook_sizes))
-    ]
+    count = len(config.codebook_sizes)
+    names = [f"encoder.quantizer.vq.layers.{i}._codebook.embed" for i in range(count)]
     shapes = zip(names, config.codebook_sizes, strict=True)
     tensors = {name: torch.zeros(size, config.dim) for name, size in shapes}
     quantizer = Quantizer(config, tensors)
@@ -44,9 +41,7 @@ def test_an_unused_row_is_replaced_and_a_used_one_moves(codec_training):
         tensors[name.replace(".embed", ".cluster_size")].fill_(1)
     tensors[f"{first}.cluster_size"][7] = 0
     x = torch.ones(50, config.dim)
-    replaced = quantizer.update(
-        x, torch.zeros(len(names), 50, dtype=torch.int64), torch.Generator().manual_seed(0)
-    )
+    replaced = quantizer.update(x, torch.zeros(len(names), 50, dtype=torch.int64), seeded(0))
     assert replaced == 1
     assert torch.equal(tensors[names[0]][7], x[0])
     # 1% of the way from one position at zero to fifty at one.

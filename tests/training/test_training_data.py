@@ -2,9 +2,11 @@
 
 import random
 import subprocess
+from itertools import groupby
 
 import pytest
 import torch
+from helpers import seeded
 
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from training import augmentation, data, domain, lm, synthesis
@@ -25,18 +27,17 @@ def test_data_is_the_same_every_time(parts, sizes, tmp_path, monkeypatch):
     assert not torch.equal(noisy, augmentation.augment(wav, random.Random(4))[0])
 
 
-@pytest.mark.parametrize(
-    ("voice", "package"),
-    [("slt", "flite"), ("ked", "festvox-kdlpc16k"), ("espeak en-us+m3", "espeak-ng")],
-)
+PACKAGES = {"slt": "flite", "ked": "festvox-kdlpc16k", "espeak en-us+m3": "espeak-ng"}
+
+
+@pytest.mark.parametrize(("voice", "package"), PACKAGES.items())
 def test_a_synthesizer_that_fails_names_its_package(voice, package, monkeypatch):
     for name in ("has_flite", "has_festival", "has_espeak", "has_pico"):
         monkeypatch.setattr(synthesis, name, lambda: True)
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such voice")
     monkeypatch.setattr(subprocess, "run", lambda *_, **given: in_kind(given, failed))
-    with pytest.raises(
-        synthesis.SynthesisError, match=f"no such voice.*apt-get install .*{package}"
-    ):
+    message = f"no such voice.*apt-get install .*{package}"
+    with pytest.raises(synthesis.SynthesisError, match=message):
         synthesis.synthesize("seven", synthesis.Manner(voice))
 
 
@@ -53,25 +54,21 @@ def test_the_grid_of_words_is_that_of_patches(codec_training):
 
 
 def test_masks_hide_some_bands_and_frames_and_leave_the_rest():
-    mel = torch.randn(200, 80, generator=torch.Generator().manual_seed(0))
+    mel = torch.randn(200, 80, generator=seeded(0))
     for seed in range(20):
         same = augmentation.masked(mel, random.Random(seed)) == mel
         bands, frames = ~same.any(0), ~same.any(1)
         assert bands.sum() <= augmentation.MASKS * augmentation.MASKED_BANDS * 80
         assert frames.sum() <= augmentation.MASKS * augmentation.MASKED_FRAMES
         assert same[~frames][:, ~bands].all()
-    assert not all(
-        torch.equal(augmentation.masked(mel, random.Random(seed)), mel) for seed in range(3)
-    )
+    masks = [augmentation.masked(mel, random.Random(seed)) for seed in range(3)]
+    assert not all(torch.equal(masked, mel) for masked in masks)
 
 
 def test_parts_keep_apart_what_is_held_out():
     assert all(domain.is_held_out(data.item("unsaid", i).text) for i in range(50))
-    assert not any(
-        domain.is_held_out(data.item(part, i).text)
-        for part in ("speech", "replies")
-        for i in range(200)
-    )
+    trained = [data.item(part, i) for part in ("speech", "replies") for i in range(200)]
+    assert not any(domain.is_held_out(each.text) for each in trained)
     assert {data.item("unheard", i).manner.voice for i in range(5)} == {data.UNHEARD_VOICE}
     assert data.UNHEARD_VOICE not in {data.item("speech", i).manner.voice for i in range(100)}
     strangers = [data.item("strangers", i) for i in range(100)]
@@ -89,15 +86,8 @@ def test_parts_keep_apart_what_is_held_out():
 def test_words_are_looked_for_where_they_are_heard(lm_training):
     rng, examples = random.Random(1), lm_training.examples
     special, size = examples._tokenizer.special, lm_training.config.group_size
-    expected = {
-        "words": 6,
-        "spliced": 1,
-        "asr": 1,
-        "written": 1,
-        "dialogue": 1,
-        "tts": 0,
-        "styled": 0,
-    }
+    expected = {"words": 6, "tts": 0, "styled": 0}
+    expected |= dict.fromkeys(("spliced", "asr", "written", "dialogue"), 1)
     for task in lm.JOINT:
         drawn = examples.draw(task, rng)
         text = drawn.ids[0, ::size]
@@ -131,35 +121,28 @@ def test_a_word_is_written_where_it_is_said(lm_training, parts, tokenizer):
         assert len(starts) == len(words)
         # The patch that holds the instant 20 ms before the word; the first word begins at most 40
         # ms into the reply.
-        assert all(
-            -0.181 < at / 24_000 - want < 0.021 for at, want in zip(starts, words, strict=True)
-        )
+        late = [at / 24_000 - want for at, want in zip(starts, words, strict=True)]
+        assert all(-0.181 < each < 0.021 for each in late)
         assert patches * patch < spoken.ends[-1] - spoken.starts[0] + 0.4 * 24_000
         phones = drawn.phones[drawn.learned]
         assert torch.equal(phones[:, 0] >= 0, torch.tensor(said) == special.empty)
         said_phones = phones[phones >= 0].tolist()
         assert said_phones[-1] == len(synthesis.PHONES), "it ends in silence"
-        runs = [
-            phone for i, phone in enumerate(said_phones) if not i or phone != said_phones[i - 1]
-        ]
-        assert runs[:-1] == [
-            phone for i, phone in enumerate(spoken.phones) if not i or phone != spoken.phones[i - 1]
-        ]
+        runs = [phone for phone, _ in groupby(said_phones)]
+        assert runs[:-1] == [phone for phone, _ in groupby(spoken.phones)]
 
 
 def test_what_is_fed_has_errors_where_something_is_spoken(lm_training, monkeypatch):
     config, rng = lm_training.config, random.Random(2)
     batch = lm.collate([lm_training.examples.draw("dialogue", rng) for _ in range(8)], config, 0)
     monkeypatch.setattr(lm, "LOST_SHARE", 0.25)
-    fed = lm.blurred(batch, config, torch.Generator().manual_seed(0))
+    fed = lm.blurred(batch, config, seeded(0))
     sizes = torch.tensor(config.empty_codes)[:, None]
     spoken, replies = batch.codes != sizes, batch.learned[:, :, None, None].expand_as(batch.codes)
     assert torch.equal(fed[~spoken], batch.codes[~spoken])
     missing = (fed == sizes) & spoken
     lost = missing[:, :, :1] & ~replies[:, :, :1]
-    assert torch.equal(missing & ~replies, lost & spoken), (
-        "what is lost of a recording is whole frames"
-    )
+    assert torch.equal(missing & ~replies, lost & spoken), "a part of a frame is lost"
     assert 0.15 < lost.sum() / (spoken & ~replies)[:, :, :1].sum() < 0.35
     assert not (missing & replies)[:, :, 0].any(), "a reply keeps its first codebook"
     for where in (replies, ~replies):

@@ -33,12 +33,8 @@ with parallel._group(store, place, 2):
 
 
 def test_gradients_are_averaged_and_the_first_leads(tmp_path):
-    commands = [
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), str(place)] for place in (0, 1)
-    ]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "store")]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, place], **options) for place in "01"]
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors

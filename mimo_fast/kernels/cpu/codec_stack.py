@@ -57,7 +57,7 @@ class CodecStack:
             and (bias is None or bias.shape == weight.shape),
             f"a norm is not float32 [{self._dim}] on a CPU, contiguous and frozen",
         )
-        return native.compiled().Norm(weight=weight.data_ptr(), bias=native.address(bias))
+        return native.compiled().Norm(**native.addresses(weight=weight, bias=bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy reads the copied weights.
@@ -89,14 +89,8 @@ class CodecStack:
             raise ValueError(f"visible is not bool [{rows}, {places}]")
         y = x.clone(memory_format=torch.contiguous_format)
         table, visible = table.contiguous(), visible.contiguous()
-        attention = native.compiled().CodecAttention(
-            table=table.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            slots=slots.data_ptr(),
-            visible=visible.data_ptr(),
-            places=places,
-        )
+        tensors = native.addresses(table=table, k=k, v=v, slots=slots, visible=visible)
+        attention = native.compiled().CodecAttention(**tensors, places=places)
         self._native.run(x=y.data_ptr(), rows=rows, attention=attention)
         return y
 

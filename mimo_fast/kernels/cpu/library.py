@@ -22,7 +22,7 @@ from mimo_fast.kernels.dispatch import ENVIRONMENT
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.kernels.sample import ROWS_OF, SamplerTensors
 
 INSTRUCTION_SET = "MIMO_FAST_CPU"
 """Environment variable that names a set of kernels."""
@@ -158,12 +158,11 @@ def quantized_matmul(
     product = _native.QuantizedMatmul(
         weight=view(weight),
         type=_type(x),
-        bias=address(bias),
-        norm=address(gain),
+        **addresses(bias=bias, norm=gain),
         eps=norm.eps if norm else 0.0,
         swiglu=swiglu,
     )
-    product.run(x=flat.data_ptr(), y=y.data_ptr(), residual=address(added), rows=len(flat))
+    product.run(**addresses(x=flat, y=y, residual=added), rows=len(flat))
     return y
 
 
@@ -182,9 +181,7 @@ def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
     expect(len(scales) == rows, f"the scales are not those of {rows} rows")
     expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
     made = compiled().QuantizedWeight(
-        words=weight.words.data_ptr(),
-        scales=scales.data_ptr(),
-        zeros=address(zeros),
+        **addresses(words=weight.words, scales=scales, zeros=zeros),
         bits=weight.bits,
         block=math.gcd(128, weight.group),
         group=weight.group,
@@ -223,7 +220,7 @@ def decode_attention(
         raise ValueError(f"qkv is {list(qkv.shape)}, not [R, 1, {width}]")
     if k.dtype != qkv.dtype or v.dtype != qkv.dtype:
         raise ValueError(f"qkv is {qkv.dtype} and the cache {k.dtype}, {v.dtype}")
-    check_layout(k, v)
+    cache_view = view_cache(k[None], v[None])
     if table.shape[2] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
     y = qkv.new_empty(len(qkv), 1, heads * head_dim)
@@ -235,35 +232,32 @@ def decode_attention(
         table=table.data_ptr(),
         positions=table.shape[1],
     )
-    one_layer = _native.Cache(
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        layers=1,
-        slots=k.shape[0],
-        capacity=k.shape[2],
-        layer_stride=0,
-        slot_stride=k.stride(0),
-        head_stride=k.stride(1),
-        position_stride=k.stride(2),
-    )
     attention.run(
-        qkv=qkv.data_ptr(),
+        **addresses(qkv=qkv, y=y),
         row_stride=qkv.stride(0),
-        y=y.data_ptr(),
-        cache=one_layer,
+        cache=cache_view,
         at=positions(len(qkv), slots, starts),
     )
     return y
 
 
-def check_layout(k: Tensor, v: Tensor) -> None:
-    """Checks that keys and values [..., Dh] can be read in place.
+def view_cache(k: Tensor, v: Tensor) -> _native.Cache:
+    """The native view of keys and values [L, B, Hkv, S, Dh], which are read in place.
 
     Raises:
         ValueError: their layouts differ, or heads are not contiguous.
     """
     if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("keys and values are not of one layout, heads contiguous")
+    layers, slots, _, capacity, _ = k.shape
+    strides = zip(("layer", "slot", "head", "position"), k.stride(), strict=False)
+    return compiled().Cache(
+        **addresses(k=k, v=v),
+        layers=layers,
+        slots=slots,
+        capacity=capacity,
+        **{f"{name}_stride": stride for name, stride in strides},
+    )
 
 
 def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
@@ -275,7 +269,7 @@ def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
     for values in (slots, starts):
         if values.dtype != torch.int64 or values.shape != (rows,) or not values.is_contiguous():
             raise ValueError(f"slots or starts are not int64 [{rows}], but {list(values.shape)}")
-    return compiled().Positions(slots=slots.data_ptr(), starts=starts.data_ptr(), rows=rows)
+    return compiled().Positions(**addresses(slots=slots, starts=starts), rows=rows)
 
 
 def takes_logits(
@@ -316,8 +310,7 @@ def sample_text(
     banned = None if banned is None else banned.contiguous()
     _native.sample(
         logits=_native.Logits(
-            values=flat.data_ptr(),
-            banned=address(banned),
+            **addresses(values=flat, banned=banned),
             banned_stride=size if banned is not None and banned.ndim == 2 else 0,
             size=size,
             slot=slot,
@@ -343,34 +336,27 @@ def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
 
 def fit_rows(rows: int, settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> bool:
     """Whether the settings are of so many rows, each as the samplers read it."""
-    return all(
-        x.shape == (rows,) and x.dtype == dtype and x.is_contiguous()
-        for x, dtype in (
-            (settings.temperature, torch.float32),
-            (settings.top_k, torch.int64),
-            (settings.tail, torch.float32),
-            (settings.greedy, torch.bool),
-            (seeds, torch.int64),
-            (draws, torch.int64),
-        )
-    )
+    values = [(getattr(settings, name), kind) for name, kind in ROWS_OF.items()]
+    values += [(seeds, torch.int64), (draws, torch.int64)]
+    return all(x.shape == (rows,) and x.dtype == kind and x.is_contiguous() for x, kind in values)
 
 
 def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> _native.SamplerRows:
     """The native view of settings that `fit_rows`."""
     return compiled().SamplerRows(
-        temperature=settings.temperature.data_ptr(),
-        top_k=settings.top_k.data_ptr(),
-        tail=settings.tail.data_ptr(),
-        greedy=settings.greedy.data_ptr(),
-        seeds=seeds.data_ptr(),
-        draws=draws.data_ptr(),
+        **addresses(**{name: getattr(settings, name) for name in ROWS_OF}),
+        **addresses(seeds=seeds, draws=draws),
         rows=len(seeds),
     )
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    """Arguments that native code reads, or writes, by address; 0 for none."""
+    return {name: address(tensor) for name, tensor in tensors.items()}
 
 
 def _type(tensor: Tensor) -> _native.Type:

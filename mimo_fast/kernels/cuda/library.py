@@ -138,7 +138,7 @@ def refuses_form(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     return "" if weight.words.data_ptr() % 16 == 0 else "the weight is not aligned to 16 bytes"
 
 
-def quantized_matmul(
+def quantized_mma(
     x: Tensor,
     weight: QuantizedWeight,
     norm: RMSNorm | None,
@@ -161,23 +161,12 @@ def quantized_matmul(
     Raises:
         RuntimeError: the device refused the launch.
     """
-    rows, columns = weight.shape
     scale = None if norm is None else _aligned(norm.weight)
     pointers = (x, scale, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
     with _current(x):
         error = _library(loaded).mimo_fast_quantized_mma(
-            *map(_at, pointers),
-            x.stride(0),
-            len(x),
-            rows,
-            columns,
-            weight.bits,
-            _grouped(weight),
-            swiglu,
-            x.dtype == torch.float16,
-            variant,
-            0.0 if norm is None else norm.eps,
-            _stream(x),
+            *map(_at, pointers), *shape, 0.0 if norm is None else norm.eps, _stream(x)
         )
     _check(error, f"a product of {len(x)} rows")
     return y
@@ -200,7 +189,7 @@ def quantized_gemm(
     loaded: ctypes.CDLL | None = None,
     variant: int = 0,
 ) -> Tensor:
-    """`quantized_matmul` for many rows, without a norm.
+    """`quantized_mma` for many rows, without a norm.
 
     x and each of its rows start at a multiple of 16 bytes. Values of the weight are rounded to
     x.dtype, as `unpack` does.
@@ -208,22 +197,10 @@ def quantized_gemm(
     Raises:
         RuntimeError: the device refused the launch.
     """
-    rows, columns = weight.shape
     pointers = (x, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
     with _current(x):
-        error = _library(loaded).mimo_fast_quantized_gemm(
-            *map(_at, pointers),
-            x.stride(0),
-            len(x),
-            rows,
-            columns,
-            weight.bits,
-            _grouped(weight),
-            swiglu,
-            x.dtype == torch.float16,
-            variant,
-            _stream(x),
-        )
+        error = _library(loaded).mimo_fast_quantized_gemm(*map(_at, pointers), *shape, _stream(x))
     _check(error, f"a product of {len(x)} rows")
     return y
 
@@ -253,6 +230,11 @@ def unpack(
     _check(error, f"to unpack {len(out)} rows")
 
 
+def _shape(x: Tensor, weight: QuantizedWeight) -> tuple[int, ...]:
+    """What both products are told of x and the weight: stride, M, N, K, bits, groups."""
+    return (x.stride(0), len(x), *weight.shape, weight.bits, _grouped(weight))
+
+
 def _library(loaded: ctypes.CDLL | None) -> ctypes.CDLL:
     found = library() if loaded is None else loaded
     assert found is not None
@@ -268,11 +250,8 @@ def _current(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied unless contiguous at a multiple of 8 bytes, as the kernel reads it."""
-    return (
-        tensor
-        if tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()
-        else tensor.clone().contiguous()
-    )
+    aligned = tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()
+    return tensor if aligned else tensor.clone().contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -45,15 +45,6 @@ UNPACKED_AT_ONCE = 2**18
 malloc reuses."""
 
 
-def check_width(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x, whose last dimension must be the weight's."""
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"the last dimension of {list(x.shape)} is not the weight's {weight.shape[1]}"
-        )
-    return x
-
-
 def unpacked_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     wide, y = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
     for some in _chunks(weight, 64):

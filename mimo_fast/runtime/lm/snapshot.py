@@ -37,22 +37,15 @@ class Snapshot:
 
     def fits(self, state: DecodeState) -> bool:
         """Whether it is not empty and has the types and shapes of this state's cache."""
-        own = state.cache.parts
-        return (
-            0 < self.length <= state.capacity
-            and len(self.parts) == len(own)
-            and all(
-                part.dtype == cache.dtype
-                and part.shape == (cache.shape[0], cache.shape[2], self.length, *cache.shape[4:])
-                for part, cache in zip(self.parts, own, strict=True)
-            )
-            and (self.hidden.dtype, self.hidden.shape)
-            == (state.hidden.dtype, state.hidden.shape[1:])
-        )
+        if not 0 < self.length <= state.capacity:
+            return False
+        own = [part[:, 0, :, : self.length] for part in state.cache.parts]
+        expected = [(part.dtype, part.shape) for part in (*own, state.hidden[0])]
+        return expected == [(part.dtype, part.shape) for part in (*self.parts, self.hidden)]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (*self.parts, self.hidden))
+        return sum(part.nbytes for part in (*self.parts, self.hidden))
 
 
 def _to_host(part: Tensor) -> Tensor:

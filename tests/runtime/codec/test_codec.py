@@ -1,11 +1,12 @@
 """The codec's building blocks against independent formulas, its segmentation, its errors."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BAD_CODES, snr_db
+from helpers import BAD_CODES, fault, gaussian, snr_db
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,7 +47,7 @@ def test_overlap_add_places_frame_t_at_t_hops(count, size, hop):
 @pytest.mark.parametrize("frames", [1, 2, 3, 50])
 @pytest.mark.parametrize(("n_fft", "hop"), [(960, 240), (64, 16), (48, 24)])
 def test_inverse_stft(frames, n_fft, hop):
-    """Against a loop over frames and, where there is an interior, against torch.istft."""
+    """Against a loop over frames and, inside 50 frames, against torch.istft."""
     generator = torch.Generator().manual_seed(frames)
     log_magnitude = torch.randn(frames, n_fft // 2 + 1, generator=generator)
     phase = torch.randn(frames, n_fft // 2 + 1, generator=generator) * 2
@@ -81,19 +82,16 @@ def test_inverse_stft_clips_magnitudes_at_100():
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (4, 2), (5, 3), (1, 1)])
 def test_transposed_conv_normalises_before_it_trims(kernel, stride):
     generator = torch.Generator().manual_seed(kernel)
-    weight, x = (
-        torch.randn(6, 4, kernel, generator=generator),
-        torch.randn(9, 6, generator=generator),
-    )
+    weight = torch.randn(6, 4, kernel, generator=generator)
+    x = torch.randn(9, 6, generator=generator)
     bias, norm_weight, norm_bias = (torch.randn(4, generator=generator) for _ in range(3))
     full = torch.zeros((9 - 1) * stride + kernel, 4, dtype=torch.float64)
     for t in range(9):
         for k in range(kernel):
             full[t * stride + k] += x[t].double() @ weight[:, :, k].double()
     full += bias.double()
-    full = (full - full.mean()) / (
-        full.var(correction=0) + 1e-5
-    ).sqrt() * norm_weight.double() + norm_bias.double()
+    full = (full - full.mean()) / (full.var(correction=0) + 1e-5).sqrt()
+    full = full * norm_weight.double() + norm_bias.double()
     got = TransposedConv(weight, bias, norm_weight, norm_bias, stride)(x)
     assert got.shape == (9 * stride, 4)
     assert snr_db(got, full[: 9 * stride]) > 100
@@ -104,13 +102,10 @@ def test_transposed_conv_normalises_before_it_trims(kernel, stride):
     "window", [(-1, -1), (5, 3), (0, 0), (-1, 4), (4, -1), (-1, 0), (500, 500)]
 )
 def test_stack_sees_its_window(model, causal, window):
-    """Inputs that reach output 20 through one layer: a negative side is unlimited, and causal sees
-    nothing later."""
+    """A negative side of the window is unlimited, and a causal stack sees nothing later."""
     layers = model.codec.vocoder.layers[:1]
     stack = CodecStack(layers, model.codec.config.vocoder_heads, 10000.0, causal, window)
-    x = torch.randn(
-        40, model.codec.config.vocoder_dim, generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
+    x = gaussian(40, model.codec.config.vocoder_dim).requires_grad_()
     stack(x)[20].sum().backward()
     reached = set(x.grad.abs().sum(-1).nonzero().flatten().tolist())
     left, right = window
@@ -121,10 +116,8 @@ def test_stack_sees_its_window(model, causal, window):
 
 def test_skip_layer_adds_its_output_to_the_last(model):
     stack = model.codec.encoder
-    x = torch.randn(12, model.codec.config.dim, generator=torch.Generator().manual_seed(0))
-    first_two = CodecStack(
-        stack.layers[:2], stack.heads, stack.rope_theta, stack.causal, stack.window
-    )
+    x, options = gaussian(12, model.codec.config.dim), (stack.heads, stack.rope_theta)
+    first_two = CodecStack(stack.layers[:2], *options, stack.causal, stack.window)
     torch.testing.assert_close(stack(x, 2), stack(x) + first_two(x))
     assert torch.equal(stack(x, None), stack(x))
 
@@ -136,8 +129,7 @@ def speech(audio) -> Tensor:
 
 @pytest.mark.parametrize("n", [1, 100, 479, 480, 481, 959, 960, 961, 1920, 24000, 24001])
 def test_a_code_frame_for_every_960_samples_begun(model, speech, n):
-    """1 + n // 240 mel frames (at least 3, for shorter audio is padded), a code for every 4
-    begun."""
+    """Shorter audio is padded to 3 mel frames."""
     codes = model.codec.encode(speech[:n])
     mel_frames = 1 + max(n, 481) // 240
     assert codes.shape == (12, -(-mel_frames // 4))
@@ -156,16 +148,10 @@ def test_a_number_of_codebooks_that_there_is_not(model, speech, n_q):
         model.codec.encode(speech, n_q)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 4800), (1, 1, 4800)])
+@pytest.mark.parametrize("shape", [(), (2, 4800), (1, 1, 4800), (0,)])
 def test_a_waveform_of_another_shape(model, shape):
-    with pytest.raises(AudioError) as caught:
-        model.codec.encode(torch.zeros(shape))
-    assert "\n" not in str(caught.value)
-
-
-def test_no_samples(model):
-    with pytest.raises(AudioError, match="no samples"):
-        model.codec.encode(torch.zeros(0))
+    message = fault(lambda: model.codec.encode(torch.zeros(shape)), AudioError)
+    assert ("no samples" in message) == (shape == (0,))
 
 
 def test_encode_leaves_no_gradient_graph(model, speech):
@@ -178,8 +164,7 @@ def long_speech(speech: Tensor, seconds: float) -> Tensor:
 
 
 def padded_segment(codec, mel: Tensor) -> Tensor:
-    """A last segment as upstream encodes it: convolved as part of a full one of zeros, then cut to
-    its own length."""
+    """A last segment as upstream encodes it: padded to a full one with zeros, then cut."""
     frames = -(-len(mel) // 2)
     x = F.pad(mel.T, (0, ENCODE_SEGMENT - len(mel)))[None]
     x = F.gelu(F.conv1d(x, *codec.conv1, padding=1))
@@ -195,24 +180,20 @@ def test_more_than_60_seconds_are_encoded_in_segments(model, speech, last_frames
     codec = model.codec
     mel = log_mel(long_speech(speech, 63), codec.config)[: ENCODE_SEGMENT + last_frames]
     hidden = codec.encode_mel(mel)
-    assert len(hidden) == 1500 + -(-last_frames // 4)
-    torch.testing.assert_close(
-        hidden[:1500], codec.encode_mel(mel[:ENCODE_SEGMENT]), rtol=0, atol=1e-5
+    first, last = (
+        codec.encode_mel(mel[:ENCODE_SEGMENT]),
+        padded_segment(codec, mel[ENCODE_SEGMENT:]),
     )
-    torch.testing.assert_close(
-        hidden[1500:], padded_segment(codec, mel[ENCODE_SEGMENT:]), rtol=0, atol=1e-5
-    )
+    assert (len(first), len(last)) == (1500, -(-last_frames // 4))
+    torch.testing.assert_close(hidden, torch.cat((first, last)), rtol=0, atol=1e-5)
 
 
 def test_encode_of_more_than_60_seconds(model, speech):
-    wav = long_speech(speech, 61)
-    codes = model.codec.encode(wav, 3)
-    mel = log_mel(wav, model.codec.config)
+    codec, wav = model.codec, long_speech(speech, 61)
+    codes, mel = codec.encode(wav, 3), log_mel(wav, codec.config)
     assert codes.shape == (3, 1500 + -(-(len(mel) - ENCODE_SEGMENT) // 4))
-    assert torch.equal(codes, model.codec.quantize(model.codec.encode_mel(mel), 3))
-    assert torch.equal(
-        codes[:, :1500], model.codec.quantize(model.codec.encode_mel(mel[:ENCODE_SEGMENT]), 3)
-    )
+    for part, frames in ((codes, mel), (codes[:, :1500], mel[:ENCODE_SEGMENT])):
+        assert torch.equal(part, codec.quantize(codec.encode_mel(frames), 3))
 
 
 def test_decode_of_more_than_60_seconds(model, golden):
@@ -241,6 +222,4 @@ def test_codes_of_any_integer_type(model, golden, dtype):
 
 @pytest.mark.parametrize(("codes", "message"), BAD_CODES)
 def test_codes_that_cannot_be_decoded(model, codes, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        model.codec.decode(codes)
-    assert "\n" not in str(caught.value)
+    assert re.search(message, fault(lambda: model.codec.decode(codes), ValueError))

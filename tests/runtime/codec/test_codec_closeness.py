@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import slow_after, snr_db
+from helpers import slow_after, snr_db, watch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_codec_stream import cut
+from test_codec_stream import stream_in as stream_parts
 from torch import Tensor
 
 from benchmarks.studies.codec_stream import upstream_stream
@@ -25,16 +27,8 @@ def oneshot(golden) -> Tensor:
 
 def stream_in(codec, codes: Tensor, sizes: list[int], *, last_by_finish: bool = False) -> Tensor:
     """The whole waveform from pushes of so many frames, cycled until the codes are spent."""
-    stream, parts, start = codec.stream(), [], 0
-    while start < codes.shape[1]:
-        size = sizes[len(parts) % len(sizes)]
-        chunk, start = codes[:, start : start + size], start + size
-        parts.append(
-            stream.finish(chunk)
-            if last_by_finish and start >= codes.shape[1]
-            else stream.push(chunk)
-        )
-    return torch.cat([*parts, stream.finish()])
+    options = {"last_by_finish": last_by_finish}
+    return torch.cat(stream_parts(codec, codes, cut(codes.shape[1], sizes), **options))
 
 
 @pytest.mark.parametrize("size", [4, 25])
@@ -70,12 +64,9 @@ def test_codes_pushed_at_once_are_decoded_as_in_one_shot(model, codes):
 
 
 def test_a_push_decodes_at_most_two_others_again(model, codes, monkeypatch):
-    """Rows of the decoder's layers: none again for patches, three pushes in all for the third of
-    equal pushes."""
-    block, rows = incremental._decoder_block, list[int]()
-    monkeypatch.setattr(
-        incremental, "_decoder_block", lambda *args: rows.append(len(args[2])) or block(*args)
-    )
+    """Of equal pushes the third decodes all three, and no later one decodes any again."""
+    rows = list[int]()
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
     stream, done = model.codec.stream(), list[int]()
     for chunk in codes.repeat(1, 3).split(60, dim=1):
         rows.clear()

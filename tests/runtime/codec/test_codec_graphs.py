@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import slow_after, write_pair
+from helpers import in_threads, slow_after, write_pair
 from replays import Counted
 from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
@@ -32,14 +32,12 @@ def graphed(codec: Codec) -> tuple[Codec, Counted]:
 
 @pytest.fixture(scope="module", params=["kit", "stated", "late"])
 def plain(request, tmp_path_factory) -> Codec:
-    """The kit's codec, one with stated moments, one whose first decode goes in two blocks of
-    vocoder frames."""
+    """The kit's codec, one with stated moments, one that first decodes two vocoder blocks."""
     if request.param == "kit":
         return request.getfixturevalue("model").codec
     changed = STATED if request.param == "stated" else {"avg_pooler": 4}
-    return mimo_fast.load(
-        *write_pair(tmp_path_factory.mktemp(request.param), {}, changed), device="cpu"
-    ).codec
+    pair = write_pair(tmp_path_factory.mktemp(request.param), {}, changed)
+    return mimo_fast.load(*pair, device="cpu").codec
 
 
 def wait(codec: Codec) -> int:
@@ -52,19 +50,13 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_the_waits_differ(plain: Codec) -> None:
+def test_the_waits_differ(plain):
     assert (default_lookahead(plain.config) == LOOKAHEAD) == (plain.config.moments is None)
 
 
-@pytest.mark.parametrize(
-    "more",
-    slow_after(
-        4, [-5, 0, 1, 40 * PATCH_FRAMES, PATCH_FRAMES, 3 * PATCH_FRAMES, 70 * PATCH_FRAMES + 1]
-    ),
-)
-def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None:
-    """From the first decode on, but for a rest of less than a patch; the last chunk after it is one
-    again."""
+@pytest.mark.parametrize("more", slow_after(4, [-5, 0, 1, 160, 4, 12, 281]))
+def test_patch_by_patch_every_chunk_is_a_replay(plain, more):
+    """From the first decode on, and at the end, but not for a rest of less than a patch."""
     codec, counted = graphed(plain)
     total = wait(codec) + more
     codes, sizes = random_codes(codec.config, total), cut(total, [PATCH_FRAMES])
@@ -73,13 +65,11 @@ def test_patch_by_patch_every_chunk_is_a_replay(plain: Codec, more: int) -> None
     assert counted.captures == 3
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    slow_after(
-        1, [[4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6, [30, 4], [60, 4, 4], [160, 4, 4]]
-    ),
-)
-def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> None:
+MIXED = [4] * 14 + [7] + [4] * 9 + [1, 3, 50] + [4] * 6
+
+
+@pytest.mark.parametrize("sizes", slow_after(1, [MIXED, [30, 4], [60, 4, 4], [160, 4, 4]]))
+def test_pushes_of_any_size_mix_with_replays(plain, sizes):
     codec, counted = graphed(plain)
     lengths = cut(400, sizes)
     codes = random_codes(codec.config, 400)
@@ -92,7 +82,7 @@ def test_pushes_of_any_size_mix_with_replays(plain: Codec, sizes: list[int]) -> 
         assert (not last_by_finish) <= counted.replays <= most + 1
 
 
-def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None:
+def test_streams_take_turns_over_states_that_keep_no_trace(plain):
     codec, counted = graphed(plain)
     codec.warmup(2, progress=False)
     assert counted.captures == 6
@@ -107,8 +97,7 @@ def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None
             for stream, got, push in zip(streams, parts, pushes, strict=True):
                 got.append(stream.push(push))
         for i in range(2):
-            # The first is dropped in the middle in every other round, which must not matter to the
-            # next.
+            # In every other round the first is dropped before its end.
             if i or seed % 2:
                 parts[i].append(streams[i].finish())
                 same(parts[i], want[i])
@@ -121,7 +110,7 @@ def test_streams_take_turns_over_states_that_keep_no_trace(plain: Codec) -> None
     assert counted.replays == 2 * 3 * 10 + 4
 
 
-def test_a_stream_too_many_captures_its_own(plain: Codec) -> None:
+def test_a_stream_too_many_captures_its_own(plain):
     codec, counted = graphed(plain)
     codec.warmup(1, progress=False)
     streams = [codec.stream() for _ in range(3)]
@@ -136,38 +125,24 @@ def test_a_stream_too_many_captures_its_own(plain: Codec) -> None:
     assert counted.captures == 9
 
 
-def test_threads_push_at_the_same_time(plain: Codec) -> None:
+def test_threads_push_at_the_same_time(plain):
     codec, counted = graphed(plain)
     total = wait(codec) + 60
-    sizes, found = cut(total, [PATCH_FRAMES]), {}
+    sizes = cut(total, [PATCH_FRAMES])
     codes = [random_codes(codec.config, total, seed) for seed in range(4)]
-
-    def run(i: int) -> None:
-        found[i] = stream_in(codec, codes[i], sizes)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_threads(lambda i: stream_in(codec, codes[i], sizes), 4)
     for i in range(4):
         same(found[i], stream_in(plain, codes[i], sizes))
     assert counted.replays == 4 * 16
 
 
-def test_what_was_not_captured_goes_without(plain: Codec) -> None:
-    """The caller's norm statistics, another look-ahead, layers in host memory, a copy with other
-    layers."""
+def test_what_was_not_captured_goes_without(plain):
+    """Given norm statistics, another look-ahead, layers in host memory or other layers."""
     codec, counted = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
-    moments = codec.moments(codes)
-    same(
-        stream_in(codec, codes, lengths, moments=moments),
-        stream_in(plain, codes, lengths, moments=moments),
-    )
-    same(
-        stream_in(codec, codes, lengths, lookahead=4), stream_in(plain, codes, lengths, lookahead=4)
-    )
+    for options in ({"moments": codec.moments(codes)}, {"lookahead": 4}):
+        ours, theirs = (stream_in(each, codes, lengths, **options) for each in (codec, plain))
+        same(ours, theirs)
     other = copy.copy(codec)
     other.config = replace(codec.config, decoder_layers=1)
     other.decoder = replace(codec.decoder, layers=codec.decoder.layers[:1])
@@ -178,7 +153,7 @@ def test_what_was_not_captured_goes_without(plain: Codec) -> None:
     assert counted.captures == counted.replays == 0
 
 
-def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
+def test_a_user_in_inference_mode_spoils_no_state(plain):
     codec, _ = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
     with torch.inference_mode():
@@ -187,7 +162,7 @@ def test_a_user_in_inference_mode_spoils_no_state(plain: Codec) -> None:
     same(stream_in(codec, codes, lengths), first)
 
 
-def test_a_reply_gives_its_state_back_at_once(model) -> None:
+def test_a_reply_gives_its_state_back_at_once(model):
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
     reader = ReplyReader(model.tokenizer, True)

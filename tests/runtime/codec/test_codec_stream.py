@@ -1,5 +1,4 @@
-"""Decoding codes as they come: exact but for the norms over time, work and memory that do not grow,
-no seams."""
+"""Decoding of streams: exact but for the norms over time, at a constant cost, without seams."""
 
 import copy
 from collections import Counter
@@ -7,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BAD_CODES, snr_db, write_pair
+from helpers import BAD_CODES, snr_db, watch, write_pair
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ from mimo_fast.runtime.codec.state import BLOCK, CONTEXT, RESTART_LIMIT
 
 SAMPLES = 960
 WAIT = LOOKAHEAD * PATCH_FRAMES
+SIZES = st.lists(st.integers(1, 90), min_size=1, max_size=8)
 EDGE = 360
 """Samples of the newest frames that the next two still add to: (n_fft - hop) / 2."""
 
@@ -65,19 +65,15 @@ def deep(tmp_path_factory):
 @settings(max_examples=12)
 @example([1], 10, False)
 @example([182], 10, True)
-@given(
-    st.lists(st.integers(1, 90), min_size=1, max_size=8), st.integers(2, LOOKAHEAD), st.booleans()
-)
+@given(SIZES, st.integers(2, LOOKAHEAD), st.booleans())
 def test_all_but_the_norms_over_time_is_exact(
     model, stream_codes, sizes, lookahead, last_by_finish
 ):
-    """With one-shot decoding's statistics, any chunks give its samples; the kit's vocoder looks 2
-    patches ahead."""
+    """Given the statistics of one-shot decoding; the kit's vocoder looks 2 patches ahead."""
     codec, lengths = model.codec, cut(stream_codes.shape[1], sizes)
-    options = {"lookahead": lookahead, "moments": codec.moments(stream_codes)}
-    wav = torch.cat(
-        stream_in(codec, stream_codes, lengths, last_by_finish=last_by_finish, **options)
-    )
+    options = {"lookahead": lookahead, "last_by_finish": last_by_finish}
+    moments = codec.moments(stream_codes)
+    wav = torch.cat(stream_in(codec, stream_codes, lengths, moments=moments, **options))
     assert snr_db(wav, codec.decode(stream_codes)) >= 110
 
 
@@ -91,26 +87,19 @@ def test_every_dimension_is_exact(loaded):
 
 def test_the_published_depth_is_exact_at_ten_patches(deep):
     codes = random_codes(deep.config, 120, codebooks=8)
-    want, moments = deep.decode(codes), deep.moments(codes)
-    snr = [
-        snr_db(
-            torch.cat(stream_in(deep, codes, cut(120, [4]), moments=moments, lookahead=patches)),
-            want,
-        )
-        for patches in (0, 1, LOOKAHEAD)
-    ]
+    want, options = deep.decode(codes), {"moments": deep.moments(codes)}
+    snr = []
+    for patches in (0, 1, LOOKAHEAD):
+        parts = stream_in(deep, codes, cut(120, [4]), lookahead=patches, **options)
+        snr.append(snr_db(torch.cat(parts), want))
     assert snr[0] < 40 < snr[1] < 90
     assert snr[2] >= 100
-
-
-def test_ten_patches_are_the_published_vocoders_reach(deep):
     reach = deep.config.vocoder_layers * deep.config.vocoder_window[1] * deep.config.hop
     assert reach == LOOKAHEAD * PATCH_FRAMES * SAMPLES
 
 
 def test_context_is_bounded_and_stated(model):
-    """Past the ring a position sees CONTEXT others: exactly what a decoder with that window would
-    compute."""
+    """Past the ring a stream equals a decoder with a window of CONTEXT positions."""
     codec = copy.copy(model.codec)
     codes = random_codes(codec.config, 900, codebooks=8)
     hidden = codec.dequantize(codes)
@@ -118,8 +107,7 @@ def test_context_is_bounded_and_stated(model):
     wav = torch.cat(stream_in(codec, codes, cut(900, [4, 200, 31]), moments=moments))
     codec.decoder = replace(codec.decoder, window=(CONTEXT, 0))
     windowed = codec.decode_hidden(hidden)
-    # The statistics of the windowed decoder's own output differ a little: compare where both were
-    # given the same.
+    # The windowed decoder's own statistics differ a little: compare where both have the same.
     given = torch.cat(stream_in(codec, codes, [900], moments=codec.moments(codes)))
     assert snr_db(given, windowed) >= 100
     first = CONTEXT // 2 * SAMPLES - WAIT * SAMPLES
@@ -150,14 +138,10 @@ def test_first_audio_comes_a_patch_after_the_lookahead(model, stream_codes, look
 
 
 def test_no_click_at_a_seam(model, stream_codes):
-    """Sample-to-sample jumps where two pushes meet are like the jumps elsewhere, whatever the
-    lookahead."""
+    """Samples where two pushes meet differ no more than neighbours elsewhere."""
     for lookahead in (0, 1, 4, LOOKAHEAD):
-        parts = [
-            part
-            for part in stream_in(model.codec, stream_codes, cut(182, [4]), lookahead=lookahead)
-            if len(part)
-        ]
+        parts = stream_in(model.codec, stream_codes, cut(182, [4]), lookahead=lookahead)
+        parts = [part for part in parts if len(part)]
         jumps = torch.cat(parts).diff().abs()
         ends = torch.tensor([len(part) for part in parts]).cumsum(0)[:-1] - 1
         inside = jumps[torch.ones(len(jumps), dtype=torch.bool).index_fill(0, ends, False)]
@@ -199,11 +183,8 @@ def test_the_1000th_chunk_costs_what_the_first_ones_cost(model):
 
 
 def test_a_decoder_position_goes_once_through_each_layer(model, stream_codes, monkeypatch):
-    rows = []
-    block = incremental._decoder_block
-    monkeypatch.setattr(
-        incremental, "_decoder_block", lambda *args: rows.append(len(args[2])) or block(*args)
-    )
+    rows = list[int]()
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
     stream_in(model.codec, stream_codes, cut(182, [4, 20]))
     assert sum(rows) == 2 * 182
     assert max(rows) <= BLOCK
@@ -214,17 +195,18 @@ def test_memory_is_allocated_once(model, stream_codes):
     before, config = stream.nbytes, model.codec.config
     assert before >= 2 * 4 * config.decoder_layers * config.dim * (CONTEXT + BLOCK)
     state = stream._state
-    places = [
-        tensor.data_ptr() for tensor in (state.decoder.k, state.vocoder.v, state.added, state.tail)
-    ]
+
+    def places() -> list[int]:
+        kept = (state.decoder.k, state.vocoder.v, state.added, state.tail)
+        return [tensor.data_ptr() for tensor in kept]
+
+    first = places()
     for chunk in stream_codes.repeat(1, 4).split(30, dim=1):
         stream.push(chunk)
         # Codes may wait before the first sample, and those of a young stream are kept.
         assert stream.nbytes <= before + (WAIT + RESTART_LIMIT) * config.dim * 4
     assert stream.nbytes == before
-    assert places == [
-        tensor.data_ptr() for tensor in (state.decoder.k, state.vocoder.v, state.added, state.tail)
-    ]
+    assert places() == first
     stream.close()
     assert stream.nbytes == 0
     with pytest.raises(ValueError, match="closed"):
@@ -249,13 +231,8 @@ def test_finish_and_reset_start_anew(model, stream_codes):
     second = torch.cat((stream.push(stream_codes[:, :60]), stream.finish()))
     assert torch.equal(first, second)
     assert len(first) == 60 * SAMPLES
-    assert len(stream.finish()) == 0
-
-
-def test_finish_without_codes_is_empty(model):
-    wav = model.codec.stream().finish()
-    assert wav.shape == (0,)
-    assert wav.dtype == torch.float32
+    for empty in (stream.finish(), model.codec.stream().finish()):
+        assert (empty.shape, empty.dtype) == ((0,), torch.float32)
 
 
 def test_finish_with_the_last_codes_equals_one_shot_when_they_are_all(model, stream_codes):
@@ -268,10 +245,9 @@ def test_finish_with_the_last_codes_equals_one_shot_when_they_are_all(model, str
 def test_bad_codes_do_not_harm_a_stream(model, stream_codes, codes, message):
     stream = model.codec.stream()
     parts = [stream.push(stream_codes[:, :45])]
-    with pytest.raises(ValueError, match=message):
-        stream.push(codes)
-    with pytest.raises(ValueError, match=message):
-        stream.finish(codes)
+    for call in (stream.push, stream.finish):
+        with pytest.raises(ValueError, match=message):
+            call(codes)
     parts += [stream.push(stream_codes[:, 45:50]), stream.finish()]
     want = stream_in(model.codec, stream_codes[:, :50], [45, 5])
     assert torch.equal(torch.cat(parts), torch.cat(want))
@@ -280,13 +256,11 @@ def test_bad_codes_do_not_harm_a_stream(model, stream_codes, codes, message):
 def test_streams_do_not_share_state(model, stream_codes):
     ours, theirs = stream_codes[:, :90], stream_codes[:, 90:180].roll(7, 1)
     alone = [torch.cat(stream_in(model.codec, codes, [30, 30, 30])) for codes in (ours, theirs)]
-    streams = [model.codec.stream() for _ in range(2)]
-    together: list[list[Tensor]] = [[], []]
-    for start in range(0, 90, 30):
-        for stream, codes, parts in zip(streams, (ours, theirs), together, strict=True):
-            parts.append(stream.push(codes[:, start : start + 30]))
-    for stream, parts, want in zip(streams, together, alone, strict=True):
-        parts.append(stream.finish())
+    first, second = model.codec.stream(), model.codec.stream()
+    chunks = zip(ours.split(30, dim=1), theirs.split(30, dim=1), strict=True)
+    pairs = [(first.push(chunk), second.push(other)) for chunk, other in chunks]
+    pairs.append((first.finish(), second.finish()))
+    for parts, want in zip(zip(*pairs, strict=True), alone, strict=True):
         assert torch.equal(torch.cat(parts), want)
 
 
@@ -299,6 +273,5 @@ def test_a_chunk_is_not_kept_by_reference(model, stream_codes):
         parts.append(stream.push(buffer))
         buffer.zero_()
     parts.append(stream.finish())
-    assert torch.equal(
-        torch.cat(parts), torch.cat(stream_in(model.codec, stream_codes[:, :90], [30, 30, 30]))
-    )
+    want = stream_in(model.codec, stream_codes[:, :90], [30, 30, 30])
+    assert torch.equal(torch.cat(parts), torch.cat(want))

@@ -1,5 +1,7 @@
 """The codec's weights: quantized at load, and the encoder's kept in host memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import snr_db, write_pair
@@ -9,7 +11,13 @@ from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.mel import log_mel
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
-from mimo_fast.quantization import Format, QuantizationConfig, WeightSource, quantize
+from mimo_fast.quantization import (
+    Format,
+    QuantizationConfig,
+    WeightSource,
+    quantize,
+    quantize_checkpoint,
+)
 from mimo_fast.runtime.codec.offload import HostLayers
 
 WIDE_ENOUGH = {"decoder_ffn_dim": 256, "encoder_ffn_dim": 256, "d_model": 128}
@@ -21,24 +29,17 @@ def pair(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("pair"), {}, WIDE_ENOUGH)
 
 
-def layers_of(codec):
-    return [*codec.encoder.layers, *codec.decoder.layers, *codec.vocoder.layers]
-
-
 def matrices_of(codec):
-    return [
-        matrix
-        for layer in layers_of(codec)
-        for matrix in (layer.qkv, layer.out, layer.up, layer.down)
-    ]
+    layers = [*codec.encoder.layers, *codec.decoder.layers, *codec.vocoder.layers]
+    return [matrix for each in layers for matrix in (each.qkv, each.out, each.up, each.down)]
 
 
 def test_an_int8_codec_is_the_dense_one_up_to_rounding(pair):
     dense = mimo_fast.load(*pair, device="cpu").codec
     codec = mimo_fast.load(*pair, device="cpu", quantization={"codec": "int8"}).codec
-    assert all(
-        isinstance(matrix, QuantizedWeight) and matrix.bits == 8 for matrix in matrices_of(codec)
-    )
+    for matrix in matrices_of(codec):
+        assert isinstance(matrix, QuantizedWeight)
+        assert matrix.bits == 8
     assert torch.equal(codec.codebooks.table, dense.codebooks.table)
     assert codec.codebooks.table.dtype == torch.float32
     want = dense.decoder.layers[0].qkv
@@ -50,7 +51,7 @@ def test_an_int8_codec_is_the_dense_one_up_to_rounding(pair):
     assert not k_bias.any()
     codes = torch.stack([torch.arange(60) % size for size in codec.config.codebook_sizes[:8]])
     assert 15 < snr_db(codec.decode(codes), dense.decode(codes)) < 60
-    stream = torch.cat((codec.stream(moments=codec.moments(codes)).finish(codes),))
+    stream = codec.stream(moments=codec.moments(codes)).finish(codes)
     assert snr_db(stream, codec.decode(codes)) > 80
 
 
@@ -61,15 +62,12 @@ def test_named_choices_leave_the_codec_dense(pair, name):
 
 
 def test_a_quantized_language_model_takes_a_quantized_codec(pair, tmp_path):
-    from mimo_fast.quantization import quantize_checkpoint
-
-    quantize_checkpoint(pair[0], tmp_path / "small", "int8", progress=False)
-    model = mimo_fast.load(
-        tmp_path / "small", pair[1], device="cpu", quantization={"codec": "int8"}
-    )
-    assert isinstance(model.codec.decoder.layers[0].up, QuantizedWeight)
+    quantize_checkpoint(pair[0], tmp_path, "int8", progress=False)
+    load = partial(mimo_fast.load, tmp_path, pair[1], device="cpu")
+    codec = load(quantization={"codec": "int8"}).codec
+    assert isinstance(codec.decoder.layers[0].up, QuantizedWeight)
     with pytest.raises(mimo_fast.MimoFastError, match="quantized already"):
-        mimo_fast.load(tmp_path / "small", pair[1], device="cpu", quantization="int8")
+        load(quantization="int8")
 
 
 def test_the_codec_is_a_part():
@@ -83,17 +81,14 @@ def test_the_codec_is_a_part():
 def test_a_key_without_a_bias_joins_the_others():
     tensors = {f"{part}.weight": torch.randn(4, 32) for part in "qkv"}
     tensors |= {f"{part}.bias": torch.randn(4) for part in "qv"}
-    dense = WeightSource(tensors.__getitem__, torch.float32).weight(
-        *"qkv", bias=(True, False, True)
-    )
+    bias = (True, False, True)
+    dense = WeightSource(tensors.__getitem__, torch.float32).weight(*"qkv", bias=bias)
     assert isinstance(dense, Weight)
     assert dense.biases[1] is None
     requested = QuantizationConfig(codec=Format.parse("int8"))
     named = {f"encoder.layers.0.{name}": tensor for name, tensor in tensors.items()}
     source = WeightSource(named.__getitem__, torch.float32, requested=requested)
-    packed = source.weight(
-        *(f"encoder.layers.0.{part}" for part in "qkv"), bias=(True, False, True)
-    )
+    packed = source.weight(*(f"encoder.layers.0.{part}" for part in "qkv"), bias=bias)
     assert isinstance(packed, QuantizedWeight)
     assert packed.shape == (12, 32)
     torch.testing.assert_close(packed.bias[:4].float(), tensors["q.bias"])
@@ -116,8 +111,7 @@ def test_an_encoder_in_host_memory_encodes_the_same(pair, audio, quantization):
 
 
 def test_a_layer_is_on_the_device_only_while_it_runs(model):
-    """The meta device stands for one: layers come to it when asked for and stay in host memory
-    otherwise."""
+    """The meta device stands for a GPU."""
     host = HostLayers((*model.codec.encoder.layers,), torch.device("cpu"))
     away = HostLayers((*model.codec.encoder.layers,), torch.device("meta"))
     assert len(host) == len(away) == len(model.codec.encoder.layers)

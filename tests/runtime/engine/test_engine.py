@@ -1,73 +1,34 @@
 """The engine: threads share steps, streams pause, slots change hands."""
 
-import threading
-from typing import Any
-
-import pytest
 import torch
-from replies import CAPACITY, RequestSpec, drawn
-from torch import Tensor
+from helpers import in_threads, watch
+from replies import CAPACITY, drawn
 
-from mimo_fast import LM, MimoAudio
+from mimo_fast import LM
 from mimo_fast.generation import group_ids
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import Group
 
 
-def test_threads_share_their_steps(
-    model: MimoAudio,
-    engine: Engine,
-    requests: list[RequestSpec],
-    alone: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows, step = list[int](), LM.step
-
-    def counting(lm: LM, state: Any, slots: Tensor) -> None:
-        rows.append(len(slots))
-        step(lm, state, slots)
-
-    monkeypatch.setattr(LM, "step", counting)
+def test_threads_share_their_steps(model, engine, requests, alone, monkeypatch):
+    rows = list[int]()
+    watch(monkeypatch, LM, "step", lambda _lm, _state, slots: rows.append(len(slots)))
     replies = [request.start(engine) for request in requests[:3]]
-    got: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, reply=reply: got.update({i: drawn(list(reply))}))
-        for i, reply in enumerate(replies)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [got[i] for i in range(3)] == alone[:3]
+    assert in_threads(lambda i: drawn(list(replies[i])), 3) == alone[:3]
     assert max(rows) == 3
     assert len(rows) < sum(rows)
 
 
 class TestPausing:
-    def test_a_stream_alone_is_as_lazy_as_a_generator(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
-        reply = requests[5].start(engine)
-        for taken in range(1, 5):
-            next(reply)
-            assert reply._request.row.produced == taken
-
-    def test_a_row_runs_ahead_of_its_consumer_by_so_much(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
+    def test_a_row_runs_ahead_of_its_consumer_by_so_much(self, engine, requests):
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
         list(busy)
         assert idle._request.row.produced == 2
 
     def test_a_long_prompt_comes_in_chunks_between_the_groups_of_others(
-        self,
-        model: MimoAudio,
-        engine: Engine,
-        requests: list[RequestSpec],
-        alone: list[Any],
-        monkeypatch: Any,
-    ) -> None:
+        self, model, engine, requests, alone, monkeypatch
+    ):
         monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 8)
         running = requests[5].start(engine)
         got = [next(running)]
@@ -83,9 +44,7 @@ class TestPausing:
         assert drawn(list(long)) == alone[4]
 
 
-def test_conversations_that_nobody_holds_leave_their_slots(
-    engine: Engine, requests: list[RequestSpec]
-) -> None:
+def test_conversations_that_nobody_holds_leave_their_slots(engine, requests):
     for _ in range(8):
         next(requests[5].start(engine))
     assert len([owner for owner in engine._owners if owner and owner()]) <= 1
@@ -93,9 +52,7 @@ def test_conversations_that_nobody_holds_leave_their_slots(
     assert not engine._requests
 
 
-def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
-) -> None:
+def test_a_parked_conversation_goes_on_as_if_it_had_stayed(model, requests, alone):
     """One slot for three streams: each step moves two of them out and one back in."""
     engine = Engine(model.lm, 1, CAPACITY)
     replies = [requests[i].start(engine, ahead=1) for i in (3, 4, 5)]
@@ -107,7 +64,5 @@ def test_a_parked_conversation_goes_on_as_if_it_had_stayed(
         got[row] += list(reply)
     assert [drawn(groups) for groups in got] == [alone[i] for i in (3, 4, 5)]
     sequence = replies[0]._request.sequence
-    ids = torch.cat(
-        [requests[3].ids, *(group_ids(group.text, group.codes) for group in got[0])], dim=1
-    )
-    assert torch.equal(sequence.ids, ids)
+    said = [group_ids(group.text, group.codes) for group in got[0]]
+    assert torch.equal(sequence.ids, torch.cat([requests[3].ids, *said], dim=1))

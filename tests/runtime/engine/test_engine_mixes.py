@@ -1,12 +1,11 @@
-"""Rows that join, leave, are cancelled and are interrupted between groups: each draws what it would
-draw alone."""
+"""Rows that join, leave and are interrupted between groups draw what they draw alone."""
 
 import random
 
 import pytest
 import torch
 from replays import repeated
-from replies import CAPACITY, Consumer, Drawn, Interruption, RequestSpec, drawn
+from replies import CAPACITY, Consumer, Drawn, Interruption, RequestSpec, drawn, poison, replies_of
 from torch import Tensor
 
 from mimo_fast import MimoAudio
@@ -16,13 +15,8 @@ from mimo_fast.runtime.lm.graphs import Graphs
 
 @pytest.fixture(scope="module")
 def interruptions(requests: list[RequestSpec]) -> list[Interruption | None]:
-    """For each request two that end at different places, and none at all."""
     then = requests[0].ids[:, :24]
-    return [
-        None,
-        Interruption(taken=5, heard=2, then=then),
-        Interruption(taken=3, heard=3, then=then),
-    ]
+    return [None, Interruption(5, heard=2, then=then), Interruption(3, heard=3, then=then)]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +40,9 @@ def by_itself(
 
 @pytest.mark.parametrize("seed", range(50))
 def test_any_mix_gives_the_tokens_of_lone_runs(
-    model: MimoAudio,
-    engine: Engine,
-    requests: list[RequestSpec],
-    interruptions: list[Interruption | None],
-    by_itself,
-    seed: int,
-) -> None:
-    """More rows than slots, started, left and interrupted at random moments, taken from in random
-    order; of every five engines two are given the next group ahead at random moments."""
+    model, engine, requests, interruptions, by_itself, seed
+):
+    """More rows than slots; two of five engines launch the next group ahead at random."""
     rng, ahead = random.Random(seed), random.Random(-seed)
     engine.overlaps = seed % 5 < 2
     engine.decoder.predict = bool(seed % 2)
@@ -67,9 +55,8 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
             request, interruption = to_start.pop()
             patience = 1000 if interruption else rng.choice([3, 1000, 1000])
             consumer = Consumer(requests[request], patience, interruptions[interruption])
-            running.append(
-                (consumer.start(engine, ahead=rng.choice([1, 2, None])), request, interruption)
-            )
+            consumer.start(engine, ahead=rng.choice([1, 2, None]))
+            running.append((consumer, request, interruption))
             continue
         each = rng.choice(running)
         if ahead.random() < 0.7:
@@ -82,14 +69,12 @@ def test_any_mix_gives_the_tokens_of_lone_runs(
         groups, ids = by_itself(request, interruption)
         assert drawn(consumer.got) == groups[: consumer.patience]
         # What it never took is forgotten.
-        assert torch.equal(
-            consumer.sequence.ids,
-            ids[:, : ids.shape[1] - 4 * (len(groups) - len(consumer.got))],
-        )
+        kept = ids.shape[1] - 4 * (len(groups) - len(consumer.got))
+        assert torch.equal(consumer.sequence.ids, ids[:, :kept])
     assert not engine._requests
 
 
-def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> None:
+def test_interruptions_change_what_follows(by_itself, alone):
     """The mixes would not notice an interruption that does nothing."""
     assert by_itself(5, 0)[0] == alone[5]
     for interruption, taken in ((1, 5), (2, 3)):
@@ -99,14 +84,10 @@ def test_interruptions_change_what_follows(by_itself, alone: list[Drawn]) -> Non
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_graphs_pad_their_batches_without_a_trace(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
-) -> None:
+def test_graphs_pad_their_batches_without_a_trace(model, requests, alone, slots):
     engine = Engine(model.lm, slots, CAPACITY)
-    engine.state.cache.k.fill_(torch.nan)
-    engine.state.cache.v.fill_(torch.nan)
+    poison(engine)
     engine.decoder.graphs = graphs = Graphs(model.lm, engine.state, repeated)
     assert graphs.buckets == {1: [1], 3: [1, 2, 3], 5: [1, 2, 4, 5]}[slots]
     graphs.warmup(progress=False)
-    replies = [request.start(engine, ahead=None) for request in requests]
-    assert [drawn(list(reply)) for reply in replies] == alone
+    assert replies_of(engine, requests) == alone

@@ -1,13 +1,14 @@
-"""The next group is launched before the audio of the last is waited for: in what order, how far
-ahead, and what an error or a consumer that leaves does to it."""
+"""Launching the next group before waiting for the last one's audio: order, limits, failures."""
 
 import copy
-import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from replies import CAPACITY, RequestSpec, drawn
+from dialogues import own_dialogue, same
+from helpers import in_threads, raising, watch
+from replies import CAPACITY, break_steps, drawn
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
@@ -22,8 +23,7 @@ TEXT = "The quick brown fox."
 
 
 class Device:
-    """Stands in for a device that works on its own: it notes what it is given and when the host
-    waits, and shows a copy's content to none but who has waited for it."""
+    """Logs launches and waits of the host; a copy shows its content to who has waited for it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -36,21 +36,12 @@ class Device:
             (CodecStream, "push", "codec"),
             (CodecStream, "finish", "codec"),
         ):
-            self._noted(monkeypatch, owner, method, name)
+            watch(monkeypatch, owner, method, before=partial(self.note, name))
 
-    def note(self, event: str) -> None:
+    def note(self, event: str, *_arguments: Any, **_options: Any) -> None:
         self.log.append(event)
         if error := self.fail.pop(event, None):
             raise error
-
-    def _noted(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def noting(*arguments: Any, **options: Any) -> Any:
-            self.note(name)
-            return inner(*arguments, **options)
-
-        monkeypatch.setattr(owner, method, noting)
 
     def _copies(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         device = self
@@ -68,10 +59,8 @@ class Device:
 
 
 def speaking(model: MimoAudio, slots: int = 2, overlaps: bool = True) -> MimoAudio:
-    """A model that alternates between 3 words and 5 patches, whose engine overlaps as on a GPU or
-    not at all."""
-    own = copy.copy(model)
-    own.clear_history()
+    """A model that alternates between 3 words and 5 patches; its engine overlaps as on a GPU."""
+    own = own_dialogue(model)
     lm = ScheduledLM.of(model.lm, OPTIONS["max_new_tokens"])
     word, empty = model.tokenizer.encode("a")[0], model.lm.empty_id
     lm.follow(6 * [*3 * [word], *5 * [empty]])
@@ -88,15 +77,15 @@ def own(model: MimoAudio) -> MimoAudio:
 
 
 @pytest.fixture
+def engine(engine: Engine) -> Engine:
+    engine.overlaps = True
+    return engine
+
+
+@pytest.fixture
 def whole(model: MimoAudio) -> list[Chunk]:
     """What is streamed without overlapping."""
     return list(speaking(model, overlaps=False).stream("tts", TEXT, **OPTIONS))
-
-
-def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
-    return [(c.text, c.audio.tolist()) for c in chunks] == [
-        (c.text, c.audio.tolist()) for c in others
-    ]
 
 
 @pytest.fixture
@@ -105,9 +94,7 @@ def device(monkeypatch: pytest.MonkeyPatch, whole: list[Chunk]) -> Device:
     return Device(monkeypatch)
 
 
-def test_the_next_group_is_launched_before_the_samples_are_waited_for(
-    own: MimoAudio, whole: list[Chunk], device: Device
-) -> None:
+def test_the_next_group_is_launched_before_the_samples_are_waited_for(own, whole, device):
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
     groups = " ".join(device.log).split("wait samples")
     # The last group ends the reply, and its chunk is what the codec still holds: nothing follows.
@@ -128,23 +115,19 @@ def test_the_next_group_is_launched_before_the_samples_are_waited_for(
     assert any("codec copy samples step copy tokens patch" in group for group in groups)
 
 
-def test_without_overlap_it_is_as_lazy_as_a_generator(
-    own: MimoAudio, whole: list[Chunk], device: Device
-) -> None:
+def test_without_overlap_it_is_as_lazy_as_a_generator(own, whole, device):
     own.engine.overlaps = False
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = []
     for taken in range(48):
         chunks.append(next(stream))
-        assert device.log.count("step") == max(taken, 0)
+        assert device.log.count("step") == taken
         assert device.log[-1] == "wait samples"
     assert same(chunks, whole)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 20])
-def test_who_stops_has_cost_the_group_in_progress(
-    own: MimoAudio, whole: list[Chunk], device: Device, taken: int
-) -> None:
+def test_who_stops_has_cost_the_group_in_progress(own, whole, device, taken):
     stream = own.stream("tts", TEXT, **OPTIONS)
     assert same([next(stream) for _ in range(taken)], whole[:taken])
     assert device.log.count("step") == taken
@@ -156,10 +139,8 @@ def test_who_stops_has_cost_the_group_in_progress(
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
 
 
-def test_a_conversation_goes_on_where_its_reply_was_left(
-    model: MimoAudio, requests: list[RequestSpec]
-) -> None:
-    """The group that was in the air leaves no trace in the slot."""
+def test_a_conversation_goes_on_where_its_reply_was_left(model, requests):
+    """The group in flight leaves no trace in the slot."""
     replies = []
     for overlaps in (False, True):
         engine = Engine(model.lm, 1, CAPACITY)
@@ -178,9 +159,7 @@ def test_a_conversation_goes_on_where_its_reply_was_left(
 
 
 @pytest.mark.parametrize("event", ["step", "copy tokens", "patch"])
-def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(
-    own: MimoAudio, whole: list[Chunk], device: Device, event: str
-) -> None:
+def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(own, whole, device, event):
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = [next(stream) for _ in range(20)]
     device.fail[event] = RuntimeError("out of luck")
@@ -189,17 +168,11 @@ def test_an_error_while_launching_loses_no_chunk_and_is_tried_again(
     assert same(chunks, whole)
 
 
-def test_an_error_that_stays_comes_after_the_chunks_before_it(
-    own: MimoAudio, whole: list[Chunk], device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_stays_comes_after_the_chunks_before_it(own, whole, device, monkeypatch):
     stream = own.stream("tts", TEXT, **OPTIONS)
     chunks = [next(stream) for _ in range(19)]
-
-    def failing(*_arguments: Any) -> None:
-        raise RuntimeError("device lost")
-
-    monkeypatch.setattr(LM, "step", failing)
-    # It was in the air, and comes although the one after it cannot be launched.
+    monkeypatch.setattr(LM, "step", raising(RuntimeError, "device lost"))
+    # It was in flight, and comes although the one after it cannot be launched.
     chunks.append(next(stream))
     with pytest.raises(RuntimeError, match="device lost"):
         next(stream)
@@ -207,24 +180,14 @@ def test_an_error_that_stays_comes_after_the_chunks_before_it(
     assert list(stream) == []
 
 
-def test_an_error_that_a_wait_brings_is_that_reply_s_own(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Work that was launched fails when it is waited for: it is done again, each row alone."""
-    engine.overlaps = True
+def test_an_error_that_a_wait_brings_is_that_reply_s_own(engine, requests, alone, monkeypatch):
+    """A group that fails when it is waited for is computed again, each row alone."""
     device = Device(monkeypatch)
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     got = [[next(reply)] for reply in replies]
     replies[0].launch_next()
     assert engine._in_flight is not None
-    step = LM.step
-
-    def failing(lm: LM, state: Any, slots: Tensor) -> None:
-        step(lm, state, slots)
-        if replies[1]._request.row.slot in slots.tolist():
-            raise ValueError("no such thing")
-
-    monkeypatch.setattr(LM, "step", failing)
+    break_steps(monkeypatch, ValueError("no such thing"), replies[1]._request.row.slot)
     device.fail["wait tokens"] = RuntimeError("an earlier kernel failed")
     got[0] += replies[0]
     got[2] += replies[2]
@@ -235,9 +198,8 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(
 
 
 def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
-    engine: Engine, requests: list[RequestSpec], alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine.overlaps = True
+    engine, requests, alone, monkeypatch
+):
     device, reply = Device(monkeypatch), requests[5].start(engine)
     got = [next(reply)]
     reply.launch_next()
@@ -248,15 +210,12 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 
 
 class TestManyStreams:
-    def test_the_last_to_launch_its_chunk_launches_the_next_group(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
-        """Or a chunk would wait behind a group."""
-        engine.overlaps = True
+    def test_the_last_to_launch_its_chunk_launches_the_next_group(self, engine, requests):
+        """Otherwise a chunk would wait behind a group."""
         first, second = requests[4].start(engine), requests[5].start(engine)
         first.launches = second.launches = True
-        for reply in (first, second):
-            reply.prefill()
+        first.prefill()
+        second.prefill()
         # As if another thread waited for the second's.
         second._request.launching = True
         next(first)
@@ -275,10 +234,7 @@ class TestManyStreams:
         first.launch_next()
         assert len(engine._in_flight.requests) == 1
 
-    def test_a_prompt_that_waits_goes_before_the_next_group(
-        self, engine: Engine, requests: list[RequestSpec], alone: list[Any]
-    ) -> None:
-        engine.overlaps = True
+    def test_a_prompt_that_waits_goes_before_the_next_group(self, engine, requests, alone):
         running = requests[5].start(engine)
         got = [next(running)]
         joining = requests[3].start(engine)
@@ -291,9 +247,7 @@ class TestManyStreams:
         assert drawn([*got, *running]) == alone[5]
         assert drawn(list(joining)) == alone[3]
 
-    def test_a_full_engine_overlaps_while_others_queue(
-        self, model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
-    ) -> None:
+    def test_a_full_engine_overlaps_while_others_queue(self, model, requests, alone):
         engine = Engine(model.lm, 1, CAPACITY)
         engine.overlaps = True
         running, queued = requests[5].start(engine), requests[3].start(engine)
@@ -306,10 +260,7 @@ class TestManyStreams:
         assert drawn(got) == alone[5]
         assert drawn(list(queued)) == alone[3]
 
-    def test_a_row_that_is_ahead_by_its_bound_is_not_launched(
-        self, engine: Engine, requests: list[RequestSpec]
-    ) -> None:
-        engine.overlaps = True
+    def test_a_row_that_is_ahead_by_its_bound_is_not_launched(self, engine, requests):
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
         for _ in busy:
@@ -317,31 +268,21 @@ class TestManyStreams:
         assert idle._request.row.produced == 2
 
     @pytest.mark.parametrize("count", [2, 4])
-    def test_threads_that_stream_get_what_each_gets_alone(
-        self, model: MimoAudio, count: int
-    ) -> None:
-        """More streams than slots, too: rows are moved out and back between launches."""
+    def test_threads_that_stream_get_what_each_gets_alone(self, model, count):
+        """With more streams than slots too, where rows move out and back between launches."""
         texts = ["The quick brown fox.", "今天天气真好", "Hi.", "naïve café"][:count]
         alone, shared = (speaking(model, 3, overlaps) for overlaps in (False, True))
 
         def run(owner: MimoAudio, row: int) -> list[Chunk]:
-            return list(copy.copy(owner).stream("tts", texts[row], **{**OPTIONS, "seed": row}))
+            return list(copy.copy(owner).stream("tts", texts[row], **(OPTIONS | {"seed": row})))
 
-        got: dict[int, list[Chunk]] = {}
-        threads = [
-            threading.Thread(target=lambda row=row: got.update({row: run(shared, row)}))
-            for row in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        got = in_threads(partial(run, shared), count)
         for row in range(count):
             assert same(got[row], run(alone, row))
         assert shared.engine._in_flight is None
         assert not shared.engine._requests
 
 
-def test_a_chunk_leaves_the_memory_it_was_copied_to(own: MimoAudio, device: Device) -> None:
+def test_a_chunk_leaves_the_memory_it_was_copied_to(own, device):
     for chunk in own.stream("tts", TEXT, **OPTIONS):
         assert torch.equal(chunk.audio.clone().mul_(0.5), chunk.audio.mul_(0.5))

@@ -1,25 +1,22 @@
-"""Streaming: equal to the whole reply, timed, stopped by closing, asynchronous; and how groups are
-read."""
+"""Streaming: equal to the whole reply, timed, stopped by closing, asynchronous."""
 
 import asyncio
 import copy
 import threading
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from dialogues import arguments, history, last_reply
-from helpers import snr_db
+from dialogues import arguments, collected, history, last_reply, own_dialogue, same
+from helpers import snr_db, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
 from mimo_fast.runtime.engine.stream import ReplyReader
-from mimo_fast.testing.parity import Golden
 from mimo_fast.text.tasks import TASKS
 
 GROUP, FRAME = 4, 960
@@ -27,22 +24,14 @@ GROUP, FRAME = 4, 960
 
 @pytest.fixture
 def own(model: MimoAudio) -> MimoAudio:
-    """A model with a history of its own."""
-    own = copy.copy(model)
-    own.clear_history()
-    return own
+    return own_dialogue(model)
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every backbone step."""
-    counted, step = list[int](), LM.step
-
-    def counting(*arguments: Any) -> None:
-        counted.append(1)
-        step(*arguments)
-
-    monkeypatch.setattr(LM, "step", counting)
+    counted = list[int]()
+    watch(monkeypatch, LM, "step", lambda *_: counted.append(1))
     return counted
 
 
@@ -52,7 +41,7 @@ class Gate:
     def __init__(self) -> None:
         self.passed, self._held, self._opened = 0, threading.Event(), threading.Semaphore(0)
 
-    def hold(self) -> None:
+    def hold(self, *_arguments: Any) -> None:
         self._held.set()
         assert self._opened.acquire(timeout=10)
         self.passed += 1
@@ -68,41 +57,29 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    gate, step = Gate(), LM.step
-
-    def held(*arguments: Any) -> None:
-        gate.hold()
-        step(*arguments)
-
-    monkeypatch.setattr(LM, "step", held)
+    gate = Gate()
+    watch(monkeypatch, LM, "step", gate.hold)
     return gate
+
+
+def fixed(groups: int, seed: int = 1) -> dict[str, Any]:
+    """Options of a reply of so many groups."""
+    return {"seed": seed, "max_new_tokens": groups, "min_new_tokens": groups}
 
 
 def sound(chunks: list[Chunk]) -> Tensor:
     return torch.cat([chunk.audio for chunk in chunks])
 
 
-def same(chunks: list[Chunk], others: list[Chunk]) -> bool:
-    """Equal but for the time they took."""
-    return [(c.text, c.audio.tolist()) for c in chunks] == [
-        (c.text, c.audio.tolist()) for c in others
-    ]
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_a_stream_equals_the_whole_reply(
-    own: MimoAudio, audio: list[Path], golden: Golden, task: str
-) -> None:
+def test_a_stream_equals_the_whole_reply(own, audio, golden, task):
     new = 48 if TASKS[task].speaks else 16
-    options: dict[str, Any] = {"seed": 2, "max_new_tokens": new, "min_new_tokens": new}
+    options = fixed(new, seed=2)
     chunks = list(own.stream(task, *arguments(task, audio), **options))
     streamed = history(own)
     given = arguments(task, audio) + ([None] if task == "tts_sft" else [])
-    assert (
-        "".join(chunk.text for chunk in chunks).strip()
-        == getattr(own, task)(*given, **options)
-        != ""
-    )
+    text = "".join(chunk.text for chunk in chunks).strip()
+    assert text == getattr(own, task)(*given, **options) != ""
     assert torch.equal(streamed, history(own))
     _, codes = last_reply(own, new)
     assert codes.shape[1]
@@ -115,20 +92,18 @@ def test_a_stream_equals_the_whole_reply(
     assert {(chunk.sample_rate, chunk.audio.dtype) for chunk in chunks} == {(24000, torch.float32)}
 
 
-def test_a_style_instruction_streams_as_well(own: MimoAudio, audio: list[Path]) -> None:
-    """The only spoken prompt that does not open the speech itself."""
+def test_a_style_instruction_streams_as_well(own, audio):
+    """It is the one spoken prompt that ends before the start of speech."""
     style: dict[str, Any] = {"instruct": "happy", "prompt_speech": audio[1], "template": 0}
-    chunks = list(own.stream("tts", "Hi.", **style, seed=2, max_new_tokens=30, min_new_tokens=30))
+    chunks = list(own.stream("tts", "Hi.", **style, **fixed(30, seed=2)))
     prompt = own.get_tts_sft_prompt("Hi.", **style)
     assert torch.equal(history(own)[:, : prompt.shape[1]], prompt)
     _, codes = last_reply(own, 30)
     assert len(sound(chunks)) == codes.shape[1] * FRAME > 0
 
 
-def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
-    chunks = list(
-        own.stream("spoken_dialogue", audio[1], seed=1, max_new_tokens=48, min_new_tokens=48)
-    )
+def test_timing_only_grows(own, audio):
+    chunks = list(own.stream("spoken_dialogue", audio[1], **fixed(48)))
     times = [chunk.timing for chunk in chunks]
     assert [t.groups for t in times] == list(range(1, 49))
     elapsed = [t.elapsed for t in times]
@@ -144,22 +119,20 @@ def test_timing_only_grows(own: MimoAudio, audio: list[Path]) -> None:
 
 class TestStopping:
     @pytest.mark.parametrize("taken", [0, 1, 7])
-    def test_closing_stops_decoding(self, own: MimoAudio, steps: list[int], taken: int) -> None:
-        whole = list(own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12))
+    def test_closing_stops_decoding(self, own, steps, taken):
+        whole = list(own.stream("tts", "Hi.", **fixed(12)))
         assert len(steps) == 11
         steps.clear()
-        stream = own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12)
+        stream = own.stream("tts", "Hi.", **fixed(12))
         assert same([next(stream) for _ in range(taken)], whole[:taken])
         stream.close()
         assert list(stream) == []
         assert len(steps) == max(taken - 1, 0)
 
-    def test_an_error_of_the_consumer_leaves_the_model_usable(
-        self, own: MimoAudio, steps: list[int]
-    ) -> None:
+    def test_an_error_of_the_consumer_leaves_the_model_usable(self, own, steps):
         def consume(limit: int) -> list[Chunk]:
             chunks = list[Chunk]()
-            for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=12, min_new_tokens=12):
+            for chunk in own.stream("tts", "Hi.", **fixed(12)):
                 if len(chunks) == limit:
                     raise ConnectionError
                 chunks.append(chunk)
@@ -173,25 +146,25 @@ class TestStopping:
         assert same(consume(100), whole)
 
     @pytest.mark.parametrize("models", [1, 2])
-    def test_streams_side_by_side_do_not_meet(self, model: MimoAudio, models: int) -> None:
+    def test_streams_side_by_side_do_not_meet(self, model, models):
         owners = [copy.copy(model) for _ in range(models)] * (2 // models)
 
         def start(row: int) -> Iterator[Chunk]:
             text = ["The quick brown fox.", "今天天气真好"][row]
-            return owners[row].stream("tts", text, seed=row, max_new_tokens=40, min_new_tokens=40)
+            return owners[row].stream("tts", text, **fixed(40, seed=row))
 
         together = zip(*zip(start(0), start(1), strict=True), strict=True)
         for row, chunks in enumerate(together):
             assert same(list(chunks), list(start(row)))
 
-    def test_chunks_are_ordinary_tensors(self, own: MimoAudio) -> None:
-        for chunk in own.stream("tts", "Hi.", seed=1, max_new_tokens=30, min_new_tokens=30):
+    def test_chunks_are_ordinary_tensors(self, own):
+        for chunk in own.stream("tts", "Hi.", **fixed(30)):
             assert not torch.is_inference_mode_enabled()
             assert torch.equal(chunk.audio.clone().mul_(0.5), chunk.audio.mul_(0.5))
 
 
 def read(reader: ReplyReader, tokens: list[int | Tensor]) -> tuple[list[str], list[list[Tensor]]]:
-    """What each group makes final, and then the end: texts and patches. A tensor is a patch."""
+    """Texts and patches that each group, and then the end, makes final. A tensor is a patch."""
     empty, nothing = reader.tokenizer.special.empty, torch.zeros(8, GROUP)
     got = [
         reader.read(empty, t) if isinstance(t, Tensor) else reader.read(t, nothing) for t in tokens
@@ -206,7 +179,7 @@ def patch(number: int) -> Tensor:
 
 class TestReading:
     @pytest.mark.parametrize("text", ["今天天气真好", "🙂👩‍👩‍👧", "naïve café", "a🙂b"])
-    def test_characters_come_whole(self, model: MimoAudio, text: str) -> None:
+    def test_characters_come_whole(self, model, text):
         tokens: list[Any] = model.tokenizer.encode(text)
         assert any("\ufffd" in model.tokenizer.decode([token]) for token in tokens)
         spread = [piece for token in tokens for piece in (token, patch(0), model.eot_idx)]
@@ -217,31 +190,20 @@ class TestReading:
             assert pieces[-1] == ""
 
     @settings(max_examples=200)
-    @given(
-        st.lists(
-            st.one_of(st.integers(0, 399), st.sampled_from([*"今🙂é"]), st.none()), max_size=12
-        )
-    )
-    def test_pieces_join_to_the_text_of_all_tokens(
-        self, model: MimoAudio, drawn: list[int | str | None]
-    ) -> None:
+    @given(st.lists(st.integers(0, 399) | st.sampled_from([*"今🙂é"]) | st.none(), max_size=12))
+    def test_pieces_join_to_the_text_of_all_tokens(self, model, drawn):
         tokens: list[int | Tensor] = []
         for item in drawn:
-            tokens += (
-                model.tokenizer.encode(item)
-                if isinstance(item, str)
-                else [patch(0) if item is None else item]
-            )
+            one = [patch(0) if item is None else item]
+            tokens += model.tokenizer.encode(item) if isinstance(item, str) else one
         pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), tokens)
-        assert "".join(pieces) == model.tokenizer.decode(
-            [token for token in tokens if isinstance(token, int)]
-        )
+        words = [token for token in tokens if isinstance(token, int)]
+        assert "".join(pieces) == model.tokenizer.decode(words)
 
-    def test_half_a_character_comes_at_the_end(self, model: MimoAudio) -> None:
+    def test_half_a_character_comes_at_the_end(self, model):
         first, *_ = model.tokenizer.encode("🙂")
-        pieces, _ = read(
-            ReplyReader(model.tokenizer, speaking=True), [*model.tokenizer.encode("Hi"), first]
-        )
+        sequence = [*model.tokenizer.encode("Hi"), first]
+        pieces, _ = read(ReplyReader(model.tokenizer, speaking=True), sequence)
         assert (pieces[-2], pieces[-1]) == ("", "\ufffd")
 
     @pytest.mark.parametrize(
@@ -258,9 +220,7 @@ class TestReading:
             (False, ["eostm", "p0", "sostm", "p1"], [[], [], [], [], []]),
         ],
     )
-    def test_speech_is_between_its_marks(
-        self, model: MimoAudio, speaking: bool, sequence: list[str], spoken: list[list[int]]
-    ) -> None:
+    def test_speech_is_between_its_marks(self, model, speaking, sequence, spoken):
         special = model.tokenizer.special
         tokens = [
             patch(int(name[1])) if name[0] == "p" else getattr(special, name) for name in sequence
@@ -270,15 +230,13 @@ class TestReading:
 
 
 class TestAsync:
-    OPTIONS: ClassVar[dict[str, Any]] = {"seed": 1, "max_new_tokens": 12, "min_new_tokens": 12}
+    OPTIONS: ClassVar = fixed(12)
 
-    def test_gives_the_same_chunks(self, own: MimoAudio) -> None:
-        async def consume() -> list[Chunk]:
-            return [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
+    def test_gives_the_same_chunks(self, own):
+        chunks = asyncio.run(collected(own.astream("tts", "Hi.", **self.OPTIONS)))
+        assert same(chunks, list(own.stream("tts", "Hi.", **self.OPTIONS)))
 
-        assert same(asyncio.run(consume()), list(own.stream("tts", "Hi.", **self.OPTIONS)))
-
-    def test_the_event_loop_runs_while_a_group_is_decoded(self, own: MimoAudio, gate: Gate) -> None:
+    def test_the_event_loop_runs_while_a_group_is_decoded(self, own, gate):
         async def open_for_all() -> None:
             while True:
                 await gate.until_held()
@@ -286,7 +244,7 @@ class TestAsync:
 
         async def consume() -> int:
             opener = asyncio.create_task(open_for_all())
-            chunks = [chunk async for chunk in own.astream("tts", "Hi.", **self.OPTIONS)]
+            chunks = await collected(own.astream("tts", "Hi.", **self.OPTIONS))
             opener.cancel()
             return len(chunks)
 
@@ -294,9 +252,7 @@ class TestAsync:
         assert gate.passed == 11
 
     @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
-    def test_cancelling_stops_after_the_group_in_progress(
-        self, own: MimoAudio, gate: Gate, times: int
-    ) -> None:
+    def test_cancelling_stops_after_the_group_in_progress(self, own, gate, times):
         async def consume(chunks: list[Chunk]) -> None:
             async for chunk in own.astream("tts", "Hi.", **self.OPTIONS):
                 chunks.append(chunk)
@@ -320,7 +276,7 @@ class TestAsync:
         gate.open(11)
         assert len(list(own.stream("tts", "Hi.", **self.OPTIONS))) == 12
 
-    def test_leaving_the_loop_stops_decoding(self, own: MimoAudio, steps: list[int]) -> None:
+    def test_leaving_the_loop_stops_decoding(self, own, steps):
         async def consume(task: str) -> None:
             async for _ in own.astream(task, "Hi.", **self.OPTIONS):
                 break

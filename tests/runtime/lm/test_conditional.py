@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import KIT_PAIR, raising
 from replays import Counted, repeated
-from replies import CAPACITY, Drawn, RequestSpec, drawn
+from replies import CAPACITY, RequestSpec, drawn, poison, replies_of
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast import MimoAudio
 from mimo_fast.bench.schedule import ScheduledLM
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.cuda.graph_conditional import ConditionalGraph
@@ -24,8 +24,7 @@ from mimo_fast.runtime.lm.graphs import Graphs, Joined, Replay
 
 
 class Pieces:
-    """Makes of replays what stands in for a conditional graph, and counts what is launched,
-    waited for and computed."""
+    """A stand-in for conditional graphs that counts launches, waits and computed patches."""
 
     def __init__(self) -> None:
         self.launches = self.waits = self.patches = 0
@@ -59,24 +58,17 @@ def joined_engine(lm: Any, slots: int, pieces: Pieces, counted: Counted | None =
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
-def test_the_tokens_are_those_without_it(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], slots: int
-) -> None:
+def test_the_tokens_are_those_without_it(model, requests, alone, slots):
     pieces = Pieces()
     engine = joined_engine(model.lm, slots, pieces)
-    engine.state.cache.k.fill_(torch.nan)
-    engine.state.cache.v.fill_(torch.nan)
-    replies = [request.start(engine, ahead=None) for request in requests]
-    assert [drawn(list(reply)) for reply in replies] == alone
+    poison(engine)
+    assert replies_of(engine, requests) == alone
     assert pieces.launches == pieces.waits > 0
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_change_between_words_and_speech_wastes_nothing(
-    model: MimoAudio, requests: list[RequestSpec], overlaps: bool
-) -> None:
-    """One launch a group and one host read, a patch for each group that speaks and no other; the
-    tokens drawn from a prompt come without a step."""
+def test_a_change_between_words_and_speech_wastes_nothing(model, requests, overlaps):
+    """A group is one launch and one host read, with a patch exactly where it speaks."""
     word, empty = 65, model.lm.empty_id
     plan = [*3 * [word], *4 * [empty], word, empty, *2 * [word], empty, *5 * [word]]
     lm = ScheduledLM.of(model.lm, 40)
@@ -103,10 +95,8 @@ def test_a_change_between_words_and_speech_wastes_nothing(
     assert counted.replays == pieces.launches + pieces.patches
 
 
-def test_a_batch_computes_patches_where_any_row_speaks(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
-) -> None:
-    """What the padding draws is no reason to."""
+def test_a_batch_computes_patches_where_any_row_speaks(model, requests, alone):
+    """What the padding draws computes no patch."""
     pieces = Pieces()
     engine = joined_engine(model.lm, 5, pieces)
     engine.decoder.graphs.warmup(progress=False)
@@ -123,17 +113,14 @@ def test_a_batch_computes_patches_where_any_row_speaks(
     # The scratch row always draws the token of speech.
     engine.state.banned[5] = True
     engine.state.banned[5, model.lm.empty_id] = False
-    replies = [request.start(engine, ahead=None) for request in requests]
-    assert [drawn(list(reply)) for reply in replies] == alone
+    assert replies_of(engine, requests) == alone
     assert all(ran == speaks for _, speaks, ran in rows)
     assert {False, True} == {speaks for _, speaks, _ in rows}
     assert any(count not in (1, 2, 4, 5) for count, _, _ in rows)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_join_leave_and_move(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn], seed: int
-) -> None:
+def test_rows_join_leave_and_move(model, requests, alone, seed):
     rng, pieces = random.Random(seed), Pieces()
     engine = joined_engine(model.lm, 2, pieces)
     engine.overlaps = bool(seed % 2)
@@ -159,30 +146,21 @@ def test_rows_join_leave_and_move(
                 assert drawn(got[number]) == alone[number][: len(got[number])]
 
 
-def test_where_it_is_refused_decoding_goes_on_as_before(
-    model: MimoAudio, requests: list[RequestSpec], alone: list[Drawn]
-) -> None:
-    def refusing(*_arguments: Any) -> Joined:
-        raise RuntimeError("CUDA error 801")
-
-    engine = Engine(model.lm, 3, CAPACITY)
+def test_where_it_is_refused_decoding_goes_on_as_before(model, requests, alone):
+    engine, refusing = Engine(model.lm, 3, CAPACITY), raising(RuntimeError, "CUDA error 801")
     engine.decoder.graphs = Graphs(model.lm, engine.state, repeated, refusing)
     with pytest.warns(UserWarning, match="without conditional graphs: CUDA error 801"):
         assert not engine.decoder.graphs.conditional
-    replies = [request.start(engine, ahead=None) for request in requests]
-    assert [drawn(list(reply)) for reply in replies] == alone
+    assert replies_of(engine, requests) == alone
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_on_a_gpu_the_tokens_are_those_without_it(
-    kit: Path, requests: list[RequestSpec], monkeypatch: pytest.MonkeyPatch, overlaps: bool
-) -> None:
+def test_on_a_gpu_the_tokens_are_those_without_it(requests, monkeypatch, overlaps):
     if not graph_conditional.available():
         pytest.skip("needs CUDA 12.4, torch 2.8 and the built library")
     # In 16 bits a dense product of another number of rows rounds otherwise, and draws with it.
-    lm, codec = kit / "checkpoint" / "lm", kit / "checkpoint" / "codec"
-    lm = mimo_fast.load(lm, codec, device="cuda", dtype="float32").lm
+    lm = mimo_fast.load(*KIT_PAIR, device="cuda", dtype="float32").lm
     found = []
     for value in ("0", "1"):
         monkeypatch.setenv(EXPERIMENTAL, value)
@@ -211,7 +189,7 @@ def library(emulated_cuda: Path) -> ctypes.CDLL:
 
 
 class Emulated:
-    """A conditional graph over Python's work: what it draws is set, what it does is noted."""
+    """A conditional graph over Python calls: its tokens are set, its work is recorded."""
 
     def __init__(self, library: ctypes.CDLL, slots: list[int]) -> None:
         self.drawn, self.done = [0] * len(slots), list[str]()
@@ -247,17 +225,13 @@ class TestSource:
             ([3] * 32 + [EMPTY] + [3] * 7, list(range(40)), True),
         ],
     )
-    def test_the_patch_runs_where_a_row_speaks(
-        self, library: ctypes.CDLL, drawn: list[int], slots: list[int], speaks: bool
-    ) -> None:
+    def test_the_patch_runs_where_a_row_speaks(self, library, drawn, slots, speaks):
         graph = Emulated(library, slots)
         for _ in range(3):
             assert graph.run(drawn) == (["step", "patch"] if speaks else ["step"])
             assert graph.graph.wait() == drawn
 
-    def test_a_launch_that_nobody_read_is_not_taken_for_the_next(
-        self, library: ctypes.CDLL
-    ) -> None:
+    def test_a_launch_that_nobody_read_is_not_taken_for_the_next(self, library):
         graph = Emulated(library, [0, 1])
         assert graph.run([EMPTY, 2]) == ["step", "patch"]
         assert graph.run([3, 4]) == ["step"]
@@ -267,18 +241,16 @@ class TestSource:
         with pytest.raises(RuntimeError, match="has run 2 of 3 launches"):
             graph.graph.wait()
 
-    def test_slots_are_read_at_each_launch(self, library: ctypes.CDLL) -> None:
+    def test_slots_are_read_at_each_launch(self, library):
         graph = Emulated(library, [0, 1])
         assert graph.run([3, EMPTY]) == ["step", "patch"]
         graph.slots[1] = SCRATCH
         assert graph.run([3, EMPTY]) == ["step"]
 
-    def test_what_fails_half_way_leaves_nothing(self, library: ctypes.CDLL) -> None:
-        """Nor does a graph that is no longer held."""
+    def test_a_failed_or_deleted_graph_leaves_nothing(self, library):
         gc.collect()
         assert library.fake_live() == 0
-        # A graph, its event, three nodes before the condition, its handle, it, its body, the
-        # instance.
+        # A graph, its event, three nodes, the condition's handle, node and body, the instance.
         for call in range(1, 10):
             library.fake_failure(call)
             with pytest.raises(RuntimeError, match="to make a conditional graph: CUDA error 999"):
@@ -292,11 +264,11 @@ class TestSource:
         gc.collect()
         assert library.fake_live() == 0
 
-    def test_an_older_driver_cannot(self, library: ctypes.CDLL) -> None:
+    def test_an_older_driver_cannot(self, library):
         for version, error in ((12030, 801), (12040, 0), (13000, 0)):
             library.fake_driver(version)
             assert library.mimo_fast_conditional_supported() == error
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-    def test_without_a_gpu_there_is_none(self) -> None:
+    def test_without_a_gpu_there_is_none(self):
         assert not graph_conditional.available()

@@ -1,9 +1,9 @@
-"""Patches, embeddings and cached steps equal straightforward recomputation, at several
-dimensions."""
+"""Patches, embeddings and cached steps equal plain recomputation, at several dimensions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gaussian
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,8 +49,7 @@ def recompute_hidden(loaded: Loaded, ids: Tensor) -> Tensor:
 
 
 def recompute_patch(loaded: Loaded, local: Tensor) -> Tensor:
-    """Greedy codes [C, G] after a patch decoder input [D]: a loop a channel, the whole sequence
-    anew at each step."""
+    """Greedy codes [C, G] after a patch decoder input [D], each step over the whole sequence."""
     config, tensors = loaded.model.lm.config, loaded.tensors
     decoder = config.patch_decoder
     table = rope_table(decoder.head_dim, decoder.rope_theta, 100)
@@ -81,9 +80,7 @@ def recompute_patch(loaded: Loaded, local: Tensor) -> Tensor:
 
 def test_greedy_patches_equal_recomputation(loaded):
     lm = loaded.model.lm
-    local = (
-        torch.randn(4, lm.config.patch_decoder.dim, generator=torch.Generator().manual_seed(0)) * 3
-    )
+    local = gaussian(4, lm.config.patch_decoder.dim) * 3
     state = lm.new_state([0] * 5, 1)
     codes = lm.decode_patch(local, state, torch.tensor([4, 0, 2, 1]), sampler_tensors([GREEDY] * 4))
     assert codes.shape == (4, lm.config.channels, lm.config.group_size)
@@ -93,34 +90,28 @@ def test_greedy_patches_equal_recomputation(loaded):
 
 def test_sampled_patches_hold_no_empty_code(loaded):
     lm, config = loaded.model.lm, loaded.model.lm.config
-    local = torch.randn(
-        1, config.patch_decoder.dim, generator=torch.Generator().manual_seed(1)
-    ).expand(40, -1)
+    local = gaussian(1, config.patch_decoder.dim, seed=1).expand(40, -1)
     state = lm.new_state(list(range(40)), 1)
     settings = sampler_tensors([MiMoSampler(True, 2.0)] * 40)
     codes = lm.decode_patch(local, state, torch.arange(40), settings)
-    sizes, empty = (
-        torch.tensor(values)[:, None] for values in (config.code_sizes, config.empty_codes)
-    )
+    sizes, empty = torch.tensor([config.code_sizes, config.empty_codes])[:, :, None]
     assert ((codes >= 0) & (codes < sizes) & (codes != empty)).all()
     for channel, size in enumerate(config.code_sizes):
-        assert len(codes[:, channel].unique()) > min(size, 20) // 2, (
-            "hot sampling should reach most codes"
-        )
+        reached = len(codes[:, channel].unique())
+        assert reached > min(size, 20) // 2, "hot sampling should reach most codes"
     # A patch is the same alone, and greedy sampling is sampling at temperature 0.
     alone = lm.decode_patch(local[:1], state, torch.tensor([7]), settings.select([7]))
     assert torch.equal(alone[0], codes[7])
-    cold = lm.decode_patch(
-        local[:1], state, torch.tensor([0]), sampler_tensors([MiMoSampler(True, 1e-4)])
+    cold, greedy = (
+        lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([sampler]))
+        for sampler in (MiMoSampler(True, 1e-4), GREEDY)
     )
-    assert torch.equal(
-        cold, lm.decode_patch(local[:1], state, torch.tensor([0]), sampler_tensors([GREEDY]))
-    )
+    assert torch.equal(cold, greedy)
 
 
 def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model):
     sampler, lm = MiMoSampler(True, 1.0, top_p=0.95), model.lm
-    hidden = torch.randn(3, lm.config.backbone.dim, generator=torch.Generator().manual_seed(3))
+    hidden = gaussian(3, lm.config.backbone.dim, seed=3)
 
     def both(seeds: list[int], rows: list[int], drawn: list[int]) -> tuple[list[int], Tensor]:
         state = lm.new_state(seeds, 1)
@@ -136,9 +127,8 @@ def test_a_row_of_the_language_model_draws_alone_what_it_draws_in_a_batch(model)
         assert alone_text == text[row : row + 1]
         assert torch.equal(alone_codes[0], codes[row])
     again_text, again_codes = both([11, 12, 13], [0, 1, 2], [1, 6, 10])
-    assert (again_text, again_codes.tolist()) != (text, codes.tolist()), (
-        "the next group replays the draws"
-    )
+    # The next group does not repeat the draws.
+    assert (again_text, again_codes.tolist()) != (text, codes.tolist())
 
 
 def test_no_two_draws_of_a_group_or_of_the_next_share_noise(loaded, monkeypatch):
@@ -171,8 +161,7 @@ def test_embeddings_equal_recomputation(loaded):
 
 @pytest.mark.parametrize("prefilled", [1, 4, 8, 9])
 def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
-    """However a sequence is cut into prefills and single steps, and beside another row of another
-    length."""
+    """For any cut into prefills and single steps, beside a row of another length."""
     lm, size = loaded.model.lm, loaded.model.lm.config.group_size
     monkeypatch.setattr("mimo_fast.runtime.lm.model.PREFILL_CHUNK", 3)
     ids, other = random_prompt(lm.config, lm.empty_id, 9), random_prompt(lm.config, lm.empty_id, 14)
@@ -184,11 +173,8 @@ def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
     lm.prefill(other[:, : 5 * size], state, 0)
     torch.testing.assert_close(state.hidden[1], want[prefilled - 1], rtol=1e-3, atol=1e-4)
     for t in range(prefilled, 9):
-        rows = [
-            part[:, at * size : (at + 1) * size]
-            for part, at in ((ids, t), (other, t - prefilled + 5))
-        ]
-        for slot, row in zip((1, 0), rows, strict=True):
+        for slot, part, at in ((1, ids, t), (0, other, t - prefilled + 5)):
+            row = part[:, at * size : (at + 1) * size]
             lm.stage(state, slot, int(row[0, 0]), row[1:])
         lm.step(state, torch.tensor([1, 0]))
         torch.testing.assert_close(state.hidden[1], want[t], rtol=1e-3, atol=1e-4)
@@ -198,7 +184,7 @@ def test_prefill_and_steps_equal_recomputation(loaded, prefilled, monkeypatch):
 
 def test_text_logits_are_tied_or_not(loaded):
     lm, tensors = loaded.model.lm, loaded.tensors
-    hidden = torch.randn(3, lm.config.backbone.dim, generator=torch.Generator().manual_seed(0))
+    hidden = gaussian(3, lm.config.backbone.dim)
     head = tensors["model.embed_tokens.weight" if lm.config.tie_embeddings else "lm_head.weight"]
     torch.testing.assert_close(lm.text_logits(hidden), F.linear(hidden, head))
 
