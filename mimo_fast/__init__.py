@@ -17,10 +17,16 @@ A position of the language model is a group: one text token and a patch of C x G
 audio).
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+# As `typing` has it, without its import: the command hears Ctrl-C that much earlier.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from mimo_fast.acceleration import accelerate
     from mimo_fast.audio.files import DecodeLimits, load_audio
     from mimo_fast.audio.writing import save_wav

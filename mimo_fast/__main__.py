@@ -2,7 +2,7 @@
 
 import signal
 
-from mimo_fast.cli.process import end_at_once
+from mimo_fast.cli.early import end_at_once
 
 
 def main() -> int:

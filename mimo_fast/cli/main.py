@@ -24,8 +24,8 @@ from mimo_fast.cli.arguments import (
     seed,
     whole_checkpoints,
 )
+from mimo_fast.cli.early import INTERRUPTED
 from mimo_fast.cli.process import (
-    INTERRUPTED,
     Interrupts,
     OutputError,
     StandardStream,

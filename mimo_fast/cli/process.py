@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from types import FrameType
 from typing import Any, TextIO
 
-INTERRUPTED = 130
+from mimo_fast.cli.early import end_at_once
 
 written: list[str] = []
 """What the command in progress has written, for the message of an interrupt."""
@@ -107,16 +107,6 @@ def fill_standard_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
-
-
-def end_at_once(number: int = 0, frame: FrameType | None = None) -> None:
-    """The answer to Ctrl-C while modules are imported, before any work.
-
-    A KeyboardInterrupt would not do: initialisers of native modules make other errors of it.
-    """
-    with suppress(OSError):
-        os.write(2, b"mimo-fast: interrupted; nothing was written\n")
-    os._exit(INTERRUPTED)
 
 
 class Interrupts:
