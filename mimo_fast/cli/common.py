@@ -25,7 +25,7 @@ from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.engine.stream import Chunk
-from mimo_fast.runtime.loading import LoadOptions, default_device
+from mimo_fast.runtime.loading import LoadOptions, find_device
 from mimo_fast.text.spelling import spell
 
 SAMPLE_RATE = 24000
@@ -63,7 +63,7 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
 
 def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
     """The model of the options; `quantization` replaces theirs."""
-    device, (lm, codec) = chosen_device(args.device), find_pair(args)
+    device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
     options, chosen = load_options(args), quantization or args.quantization
@@ -207,17 +207,3 @@ def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
 
 def speech_output(path: Path) -> Path | LiveAudio:
     return LiveAudio() if path == STANDARD else path
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """The device of --device, tried out before anything is loaded."""
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except Exception as error:  # which one depends on the device and on PyTorch's build
-        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        problem = f"there is no device {name} here, or PyTorch was built without it"
-        raise MimoFastError(f"{problem}: use {' or '.join([*cards, 'cpu'])}") from error
-    return device

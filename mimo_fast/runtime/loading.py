@@ -73,7 +73,7 @@ def load_parts(
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
     """Loads a pair; both are found, checked and planned before any weight is read."""
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
-    target = default_device() if device is None else torch.device(device)
+    target = find_device(device)
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
@@ -198,6 +198,24 @@ def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     weights = open_weights(directory)
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device, tried out; the default one for None.
+
+    Raises:
+        ValueError: this machine, or this PyTorch, has no such device.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # which one depends on the device and on PyTorch's build
+        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        problem = f"there is no device {device} here, or PyTorch was built without it"
+        raise ValueError(f"{problem}: use {' or '.join([*cards, 'cpu'])}") from error
+    return found
 
 
 def default_device() -> torch.device:

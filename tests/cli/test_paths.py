@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+import mimo_fast
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import NANO, QUESTION
 from mimo_fast.cli.main import main
@@ -226,6 +227,11 @@ def test_devices_that_are_not_there(capsys, unloaded, command, device):
     assert code == FAILED
     assert line.startswith(f"mimo-fast: error: there is no device {device}")
     assert line.endswith("cpu")
+
+
+def test_devices_are_tried_by_load_as_well():
+    with pytest.raises(ValueError, match="there is no device cuda:99 here"):
+        mimo_fast.load(device="cuda:99")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
