@@ -15,7 +15,7 @@ from mimo_fast.errors import PromptError
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.request import StopHook
-from mimo_fast.runtime.engine.sequence import group_ids
+from mimo_fast.runtime.engine.sequence import group_ids, in_seconds
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
@@ -303,7 +303,8 @@ class _Options:
         room = longest - prompt
         if room < 1:
             raise PromptError(
-                f"the prompt has {prompt} groups and the limit is {longest}, prompt included: "
+                f"the prompt has {in_seconds(prompt)} and the limit is {in_seconds(longest)}, "
+                "prompt included: "
                 "shorten the prompt or raise max_length"
             )
         shortest = max(self.min_new, self.min_length - prompt)

@@ -1,12 +1,12 @@
 """`MimoAudio`: upstream's class and methods; plus streams, sessions and speech continuation."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
-from os.path import isfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mimo_fast import sampling
 from mimo_fast.arguments import checked, names_of, refuse_unknown
-from mimo_fast.audio.files import save_wav
+from mimo_fast.audio.paths import check_target
+from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.errors import AudioError
@@ -84,6 +85,12 @@ def _prompt_of(
     return prompt
 
 
+def _check_output(path: Any) -> None:
+    """Raises AudioError, before the model speaks, if its audio cannot be written there."""
+    if path and isinstance(path, str | os.PathLike):
+        check_target(path)
+
+
 @checked
 class MimoAudio:
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
@@ -99,8 +106,9 @@ class MimoAudio:
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
-    `output_path` or `output_audio_path` write a WAV there and return the text, as upstream's
-    `tts_sft` and dialogue tasks do. A seed of None draws a random one.
+    `output_path` or `output_audio_path` write audio there and return the text, as upstream's
+    `tts_sft` and dialogue tasks do; the suffix chooses the format, see `save_wav`. A seed of None
+    draws a random one.
 
     A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
     `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
@@ -235,12 +243,12 @@ class MimoAudio:
         return self.task_sampler_configs.get(task_name or "", default)
 
     def save_wav(self, path: Any, wav: Tensor) -> None:
-        """Writes a waveform of any shape as a mono WAV."""
+        """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
-        if isinstance(input, str) and not isfile(input):
+        if isinstance(input, str) and not os.path.isfile(input):
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
 
@@ -302,13 +310,14 @@ class MimoAudio:
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
-        With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
+        With output_audio_path it writes audio there and returns the text. stopping_criteria are
         `MiMoStopper`s. The text has the control tokens that upstream leaves in it only with
         special_tokens; `</think>` also ends the thoughts of a written reply. Without a word spoken
         audio is a second of silence, as upstream's.
 
         Raises:
-            AudioError: output_audio_path is given, and nothing was said. Nothing is written.
+            AudioError: output_audio_path cannot be written, or nothing was said. Nothing is
+                written.
         """
         input_ids = check_ids(input_ids, self.lm.config)
         criteria = list(stopping_criteria or ())
@@ -316,6 +325,7 @@ class MimoAudio:
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
+        _check_output(output_audio_path)
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
         # Upstream treats an empty path as none.
@@ -476,6 +486,7 @@ class MimoAudio:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
         task, continued = TASKS[name], add_history and self.has_history
         # Before the recordings of the prompt are encoded.
+        _check_output(output)
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)

@@ -34,6 +34,7 @@ from mimo_fast.quantization import (
     stored_types,
 )
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import (
@@ -85,7 +86,7 @@ def load_parts(
     """Loads a pair; both are found, checked and planned before any weight is read."""
     check_may_load()
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
-    target = default_device() if device is None else torch.device(device)
+    target = find_device(device)
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
@@ -138,7 +139,8 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     batch = options.get("max_batch")
     cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
     if wanted is not None and not 2 <= wanted <= longest:
-        raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
+        most = in_seconds(longest)
+        raise ValueError(f"max_seq_len must be between 2 and the model's {most}, not {wanted}")
     if batch is not None and batch < 1:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
@@ -221,6 +223,24 @@ def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     weights.check_counts(codec_counts(config))
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device, tried out; the default one for None.
+
+    Raises:
+        ValueError: this machine, or this PyTorch, has no such device.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # which one depends on the device and on PyTorch's build
+        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        problem = f"there is no device {device} here, or PyTorch was built without it"
+        raise ValueError(f"{problem}: use {' or '.join([*cards, 'cpu'])}") from error
+    return found
 
 
 def default_device() -> torch.device:

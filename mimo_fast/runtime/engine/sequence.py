@@ -9,6 +9,9 @@ from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
+GROUP_SECONDS = 0.16
+"""Duration of a group of speech."""
+
 
 class TokenSequence:
     """Ids [C + 1, T G] that grow by prompts and replies.
@@ -114,6 +117,11 @@ def check_room(groups: int, capacity: int) -> None:
     """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
     if groups >= capacity:
         raise PromptError(
-            f"the conversation has {groups} groups and the model's context is {capacity}: "
-            "start a new one or shorten the input"
+            f"the conversation has {in_seconds(groups)} and the model's context is "
+            f"{in_seconds(capacity)}: start a new one or shorten the input"
         )
+
+
+def in_seconds(groups: int) -> str:
+    """A number of groups, and the duration of as many groups of speech."""
+    return f"{groups} groups ({groups * GROUP_SECONDS:.1f} s)"
