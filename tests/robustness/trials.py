@@ -29,6 +29,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -194,7 +195,8 @@ def run_cases(kind: str, first: int, last: int, folder: Path) -> None:
     builtins.input = ask
     faulthandler.dump_traceback_later(PREPARE_SECONDS, exit=True)
     work = folder / "work"
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # of a child before this one
+    work.mkdir()
     os.chdir(work)
     module = importlib.import_module(f"test_{kind}")
     case = module.prepare(work)
@@ -295,7 +297,9 @@ def _last_begin(lines: list[dict[str, Any]]) -> int:
 
 def _death(code: int, stderr: str) -> str:
     """How a child ended, and where it was."""
-    frames = [line for line in stderr.splitlines() if line.startswith('  File "')]
+    threads = stderr.split("hread 0x")
+    main = next((text for text in threads if " in run_cases" in text), stderr)
+    frames = [line for line in main.splitlines() if line.startswith('  File "')]
     shown = [frame.replace(str(ROOT) + os.sep, "").strip() for frame in frames]
     ours = [frame for frame in shown if '"mimo_fast/' in frame][:1]
     how = "hangs" if "Timeout (" in stderr else f"ends the process ({code})"
