@@ -103,8 +103,8 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     def constructed(lm: Any = None, codec: Any = None, **arguments: Any) -> None:
         answer(mimo_fast.MimoAudio(lm, codec, **arguments))
 
-    def cleared(**arguments: Any) -> None:
-        model.history = arguments["history"]
+    def cleared(history: Any) -> None:
+        model.history = history
 
     def accelerated(tensors: Any, config: Any, empty_idx: Any, inputs: Any, **rest: Any) -> Any:
         upstream = SimpleNamespace(config=config, args=SimpleNamespace(empty_idx=empty_idx))
@@ -137,7 +137,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             accelerated,
             {
                 "tensors": _tensors(),
-                "config": raw["lm"],
+                "config": {**raw["lm"], "max_position_embeddings": GROUPS},
                 "empty_idx": model.empty_token,
                 "inputs": ids,
                 "generation_config": config,

@@ -16,7 +16,7 @@ from odd_values import changed
 from pairs import Bystander, answer, check_speech, load_kit, same
 from trials import Case, Note, Wrong, check
 
-COUNT, CHUNKS, SECONDS = 2000, 2, 30
+COUNT, CHUNKS, SECONDS = 1000, 2, 30
 
 pytestmark = pytest.mark.slow
 

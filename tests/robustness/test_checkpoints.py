@@ -82,7 +82,7 @@ def _json_changed(files: Files, name: str, rng: random.Random, outer: float = 0.
         said.append(what)
         if not isinstance(tree, dict):
             break
-    files[name] = m.dumped(tree).encode()
+    files[name] = json.dumps(tree).encode()
     return f"{name}: {'; '.join(said)}"
 
 

@@ -40,7 +40,7 @@ def header_changed(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         said.append(what)
         if not isinstance(tree, dict):
             break
-    metadata = {**metadata, "session": m.dumped(tree)}
+    metadata = {**metadata, "session": json.dumps(tree)}
     return m.repacked({**outer, "__metadata__": metadata}, body), f"header {', '.join(said)}"
 
 

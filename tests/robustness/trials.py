@@ -307,7 +307,7 @@ def _death(code: int, stderr: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    paths = [str(ROOT), str(HERE), str(TESTS)]
+    paths = [str(ROOT), str(HERE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
