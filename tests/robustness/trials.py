@@ -222,7 +222,7 @@ def run_cases(kind: str, first: int, last: int, folder: Path) -> None:
             opened = _descriptors()
     gc.collect()
     note = f"cases {first} to {last - 1}"
-    if opened is not None and len(left := _descriptors() - opened) > 1:
+    if opened is not None and (left := _descriptors() - opened):
         add("file descriptors stay open", ", ".join(sorted(left)))
 
 
@@ -303,7 +303,7 @@ def _death(code: int, stderr: str) -> str:
     shown = [frame.replace(str(ROOT) + os.sep, "").strip() for frame in frames]
     ours = [frame for frame in shown if '"mimo_fast/' in frame][:1]
     how = "hangs" if "Timeout (" in stderr else f"ends the process ({code})"
-    return f"{how} at {' in '.join([*shown[:1], *ours])}"
+    return f"{how} at {' in '.join(dict.fromkeys([*shown[:1], *ours]))}"
 
 
 def _environment() -> dict[str, str]:
@@ -336,6 +336,8 @@ def summary(found: list[Failure]) -> str:
 
 def check(kind: str, count: int, chunks: int, chunk: int, folder: Path) -> None:
     """Fails with a summary if a case of the chunk does."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux's account of memory and descriptors")
     found = failures(kind, *chunk_bounds(count, chunks, chunk), folder)
     if record := os.environ.get("MIMO_FAST_FUZZ_RECORD"):
         with open(record, "a", encoding="utf-8") as file:
