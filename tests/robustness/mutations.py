@@ -7,7 +7,7 @@ safetensors rebuild the header, so that a change gets past the parser's first ch
 import json
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -66,22 +66,15 @@ def near(value: Any, rng: random.Random) -> Any:
     return odd_json(rng)
 
 
-def places(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of all nodes of a JSON tree."""
-    found, waiting = [], [tree]
-    while waiting:
-        node = waiting.pop()
-        keys: Sequence[Any] = (
-            [*node]
-            if isinstance(node, dict)
-            else range(len(node))
-            if isinstance(node, list)
-            else ()
-        )
-        for key in keys:
-            found.append((node, key))
-            waiting.append(node[key])
-    return found
+def place(tree: Any, rng: random.Random) -> tuple[Any, Any]:
+    """(container, key) of a node, found by walking down: a long list is no likelier than a short
+    one."""
+    while True:
+        key = rng.choice([*tree] if isinstance(tree, dict) else [*range(len(tree))])
+        inner = tree[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.3:
+            return tree, key
+        tree = inner
 
 
 def json_tree(tree: Any, rng: random.Random, depth: int | None = None) -> tuple[Any, str]:
@@ -93,7 +86,7 @@ def json_tree(tree: Any, rng: random.Random, depth: int | None = None) -> tuple[
         keys = [*tree] if isinstance(tree, dict) else [*range(len(tree))]
         node, key = tree, rng.choice(keys)
     else:
-        node, key = rng.choice(places(tree))
+        node, key = place(tree, rng)
     before = node[key]
     how = rng.randrange(10)
     if how < 5:
@@ -107,7 +100,7 @@ def json_tree(tree: Any, rng: random.Random, depth: int | None = None) -> tuple[
         node[str(odd_json(rng))[:50]] = node.pop(key)
         return tree, f"{key!r} renamed"
     else:
-        other, name = rng.choice(places(tree))
+        other, name = place(tree, rng)
         node[key] = json.loads(json.dumps(other[name]))
     return tree, f"{key!r}: {shown(before)} -> {shown(node[key])}"
 

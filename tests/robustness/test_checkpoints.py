@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mutations as m
+import odd_tokenizers
 import pytest
 from pairs import (
     GROUPS,
@@ -45,27 +46,33 @@ def config_changed(files: Files, rng: random.Random) -> str:
 
 
 def tokenizer_changed(files: Files, rng: random.Random) -> str:
+    how = rng.randrange(10)
+    if how == 0:
+        return "vocab.json and merges.txt, " + _vocabulary_changed(files, rng)
+    if how < 5:
+        tree, what = odd_tokenizers.replaced(json.loads(_bytes(files, TOKENIZER[0])), rng)
+        files[TOKENIZER[0]] = json.dumps(tree).encode()
+        return what
     name = rng.choice([name for name in TOKENIZER if name in files])
-    if rng.random() < 0.1:
-        # Without it, the vocabulary is read from other files.
-        tokenizer = json.loads(_bytes(files, TOKENIZER[0]))
-        del files[TOKENIZER[0]]
-        model = tokenizer["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        files["lm/vocab.json"] = json.dumps(model["vocab"]).encode()
-        files["lm/merges.txt"] = "\n".join(["#version: 0.2", *merges]).encode()
-        return "vocab.json and merges.txt, " + rng.choice(
-            [_json_changed(files, "lm/vocab.json", rng), _mapped_code(files, rng)]
-        )
     return _json_changed(files, name, rng)
 
 
-def _mapped_code(files: Files, rng: random.Random) -> str:
-    """Asks for code of the checkpoint itself, as `trust_remote_code` would run it."""
-    for name in (*CONFIGS[:1], *TOKENIZER[1:2]):
+def _vocabulary_changed(files: Files, rng: random.Random) -> str:
+    """Without tokenizer.json, the vocabulary is read from other files."""
+    tokenizer = json.loads(_bytes(files, TOKENIZER[0]))
+    del files[TOKENIZER[0]]
+    model = tokenizer["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    files["lm/vocab.json"] = json.dumps(model["vocab"]).encode()
+    files["lm/merges.txt"] = "\n".join(["#version: 0.2", *merges]).encode()
+    if rng.random() < 0.5:
+        return _json_changed(files, "lm/vocab.json", rng)
+    # It asks for code of its own, as `trust_remote_code` would run it.
+    for name in (CONFIGS[0], TOKENIZER[1]):
         tree = json.loads(_bytes(files, name))
         tree["auto_map"] = {"AutoTokenizer": ["code.Tokenizer", None], "AutoConfig": "code.Config"}
-        tree["tokenizer_class"] = rng.choice(["CodeTokenizer", "Qwen2Tokenizer"])
+        tree["tokenizer_class"] = rng.choice(["CodeTokenizer", "Qwen2Tokenizer", None])
+        tree["model_type"] = rng.choice(["qwen2", "mimo_audio", None])
         files[name] = json.dumps(tree).encode()
     files["lm/code.py"] = b"raise SystemExit('the code of the checkpoint was run')"
     return "code of its own"
