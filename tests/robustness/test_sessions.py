@@ -10,7 +10,7 @@ from pathlib import Path
 import mutations as m
 import pytest
 from pairs import SECOND, Bystander, check_speech, write_special
-from trials import Case, Note, check
+from trials import Case, Note, Wrong, check
 
 COUNT, CHUNKS, SECONDS = 700, 1, 30
 
@@ -56,8 +56,15 @@ def ids_changed(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     changed = bytearray(body)
     for i in chosen:
         changed[begin + 8 * i : begin + 8 * i + 8] = value.to_bytes(8, "little", signed=True)
-    return m.repacked(header, bytes(changed)), f"{name}[{chosen}] = {value}"
+    # The text of a group is in its first frame alone; what the others hold is not read.
+    codes = count - header["ids"]["shape"][1] if name == "ids" else count
+    read = [i for i in chosen if i >= count - codes]
+    what = f"{name}[{chosen}] = {value}"
+    return m.repacked(header, bytes(changed)), what + (REFUSE if read and abs(value) > 9999 else "")
 
+
+REFUSE = ", out of range"
+"""Ends the description of a change that no restored session may have."""
 
 CHANGES: tuple[Callable[[bytes, random.Random], tuple[bytes, str]], ...] = (
     *(header_changed, header_changed, header_changed, m.safetensors_file, m.safetensors_file),
@@ -81,7 +88,7 @@ def prepare(folder: Path) -> Case:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        data = rng.choice(originals[1:] * 4 + originals[:1])
+        data, what = rng.choice(originals[1:] * 4 + originals[:1]), ""
         if rng.random() < 0.02:
             write_special(path, rng, note)
         else:
@@ -90,6 +97,8 @@ def prepare(folder: Path) -> Case:
             path.write_bytes(data)
         with bystander.watched(rng):
             session = model.restore_session(path)
+            if what.endswith(REFUSE):
+                raise Wrong("codes out of range are restored")
             if rng.random() < 0.2:
                 session.interrupt(rng.choice([0.0, 100.0, 1e9]))
             for _ in range(rng.choice([1, 1, 2, 6])):
