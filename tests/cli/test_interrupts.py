@@ -28,7 +28,26 @@ def _as_many_threads(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_an_interrupt_names_what_was_written(tmp_path):
+def test_an_interrupt_names_what_was_written(capsys, tmp_path, monkeypatch):
+    from mimo_fast.cli import common
+
+    def save(path, *arguments):
+        if path.name == "a-3.wav":
+            signal.raise_signal(signal.SIGINT)
+        write(path, *arguments)
+
+    write = common.save_wav
+    monkeypatch.setattr(common, "save_wav", save)
+    turns = [str(AUDIO)] * 4
+    assert main(["chat", *turns, "-o", str(tmp_path / "a.wav"), "--max-tokens", "20", *PAIR]) == 130
+    written = [str(tmp_path / name) for name in ("a-1.wav", "a-2.wav")]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"mimo-fast: interrupted; wrote {', '.join(written)}"
+    assert sorted(map(str, tmp_path.iterdir())) == written
+
+
+@pytest.mark.slow
+def test_an_interrupt_from_outside_names_what_was_written(tmp_path):
     turns = " ".join([str(AUDIO)] * 9)
     line = f"exec {COMMAND} chat {turns} -o {tmp_path}/a.wav --seed 1 --max-tokens 20"
     environment = {**ENVIRONMENT, "MIMO_FAST_KERNELS": "torch"}
@@ -65,6 +84,7 @@ def test_an_interrupt_while_modules_are_imported(tmp_path):
     assert said.stderr == "mimo-fast: interrupted; nothing was written\n"
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_time_is_one_line():
     for wait in (0.0, 0.1, 0.4):
         command = [*COMMAND.split(), "asr", *[str(QUESTION)] * 9]
