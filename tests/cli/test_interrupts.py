@@ -22,10 +22,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KIT.paren
 
 
 @pytest.fixture(autouse=True)
-def _as_many_threads(monkeypatch):
+def _surroundings(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
         monkeypatch.delenv(name, raising=False)
+    # Tests that run in the background may ignore Ctrl-C, which processes inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_names_what_was_written(capsys, tmp_path, monkeypatch):
