@@ -42,7 +42,7 @@ def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate
         AudioError: `wav` is not [n] finite floats, `target` cannot be written, or its suffix is
             unknown.
     """
-    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav)
+    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav, device="cpu")
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
     if not wav.isfinite().all():
