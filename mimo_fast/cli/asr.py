@@ -2,6 +2,7 @@
 
 import argparse
 
+from mimo_fast.audio.paths import name_of
 from mimo_fast.cli.common import load_model, load_recording, print_text
 from mimo_fast.cli.reports import report
 from mimo_fast.errors import MimoFastError
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             wav = load_recording(path) if first is None else first
             chunks = model.stream("asr", wav, seed=args.seed, max_new_tokens=args.max_tokens)
-            print_text(model, args, chunks, f"{path}: " if several else "")
+            print_text(model, args, chunks, f"{name_of(path)}: " if several else "")
         except MimoFastError as error:
             report(error)
             failed = True

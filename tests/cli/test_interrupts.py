@@ -22,13 +22,36 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KIT.paren
 
 
 @pytest.fixture(autouse=True)
-def _as_many_threads(monkeypatch):
+def _surroundings(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
         monkeypatch.delenv(name, raising=False)
+    # Tests that run in the background may ignore Ctrl-C, which processes inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_names_what_was_written(tmp_path):
+def test_an_interrupt_names_what_was_written(capsys, tmp_path, monkeypatch):
+    from mimo_fast.cli import common
+
+    def save(path, *arguments):
+        if path.name == "a-3.wav":
+            signal.raise_signal(signal.SIGINT)
+        write(path, *arguments)
+
+    write = common.save_wav
+    monkeypatch.setattr(common, "save_wav", save)
+    turns = [str(AUDIO)] * 4
+    assert main(["chat", *turns, "-o", str(tmp_path / "a.wav"), "--max-tokens", "20", *PAIR]) == 130
+    written = [str(tmp_path / name) for name in ("a-1.wav", "a-2.wav")]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"mimo-fast: interrupted; wrote {', '.join(written)}"
+    assert sorted(map(str, tmp_path.iterdir())) == written
+
+
+@pytest.mark.slow
+def test_an_interrupt_from_outside_names_what_was_written(tmp_path):
     turns = " ".join([str(AUDIO)] * 9)
     line = f"exec {COMMAND} chat {turns} -o {tmp_path}/a.wav --seed 1 --max-tokens 20"
     environment = {**ENVIRONMENT, "MIMO_FAST_KERNELS": "torch"}
@@ -65,6 +88,7 @@ def test_an_interrupt_while_modules_are_imported(tmp_path):
     assert said.stderr == "mimo-fast: interrupted; nothing was written\n"
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_time_is_one_line():
     for wait in (0.0, 0.1, 0.4):
         command = [*COMMAND.split(), "asr", *[str(QUESTION)] * 9]

@@ -306,6 +306,7 @@ def test_a_recording_beyond_the_context_says_so_in_seconds(capsys, tmp_path):
     assert "context is 100 groups (16.0 s)" in err
 
 
+@pytest.mark.slow
 def test_too_long_audio_names_no_argument_that_the_command_lacks(capsys, tmp_path, monkeypatch):
     save_wav(tmp_path / "long.flac", torch.zeros(24000 * 1801), 24000)
     assert main(["asr", str(tmp_path / "long.flac")]) == 1
