@@ -45,6 +45,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "speech_zeroemb_idx": (0, 2**24),
     "delay_pattern": (0, 1024),
     "rms_norm_eps": (1e-30, 1),
+    "sentences_at_once": (0, 2**24),
+    "words_at_once": (0, 2**24),
     # Of both.
     "rope_theta": (1, 1e12),
     # Of the codec.
