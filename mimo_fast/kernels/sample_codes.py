@@ -248,7 +248,6 @@ def code_step_kernel(
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
     best, code = tl.max(best_shown(b_logits, m_allowed), axis=1, return_indices=True)
-    code = tl.where(tl.abs(best) < float("inf"), code, -1)
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:
             b_scores = tl.div_rn(b_logits, temperature)
@@ -281,7 +280,9 @@ def code_step_kernel(
                 drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
-            code = tl.where((winner > -float("inf")) & (code >= 0), drawn, code)
+            code = tl.where(winner > -float("inf"), drawn, code)
+    # Tested here, and not above, which would take more registers than there are.
+    code = tl.where(tl.abs(best) < float("inf"), code, -1)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
     tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
     code = tl.maximum(code, 0)

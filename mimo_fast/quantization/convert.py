@@ -69,7 +69,7 @@ class WeightSource:
         tensor = self._read(name)
         if self._requested and (chosen := self._requested.format_of(name, tuple(tensor.shape))):
             # Quantize and unpack: quantizing at load equals loading a quantized checkpoint.
-            return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
+            return dequantize_to(quantize(tensor, chosen, name=name), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
     def weight(
@@ -94,8 +94,8 @@ class WeightSource:
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            each = zip(blocks, biases, strict=True)
-            return self._joined([quantize(block, chosen, own) for block, own in each])
+            dense = zip(blocks, biases, names, strict=True)
+            return self._joined([quantize(block, chosen, own, name) for block, own, name in dense])
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
@@ -111,7 +111,7 @@ class WeightSource:
             return self._quantized(name, None)
         tensor = self._read(name)
         chosen = self._requested and self._requested.format_of(name, tuple(tensor.shape))
-        return quantize(tensor, chosen) if chosen else tensor.to(self._dtype)
+        return quantize(tensor, chosen, name=name) if chosen else tensor.to(self._dtype)
 
     def _quantized(self, name: str, bias: Tensor | None) -> QuantizedWeight:
         chosen = self._stored[name]
@@ -180,7 +180,7 @@ def quantize_checkpoint(
 
         def convert(name: str) -> tuple[QuantizedWeight, float]:
             matrix = weights.finite(name)
-            quantized = quantize(matrix, formats[name])
+            quantized = quantize(matrix, formats[name], name=name)
             bar.update(1)
             return quantized, relative_error(matrix, quantized)
 

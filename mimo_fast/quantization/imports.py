@@ -82,7 +82,7 @@ def import_checkpoint(
             found = matrix(name)
             if isinstance(found, QuantizedWeight):
                 return found, None
-            quantized = quantize(found, formats[name])
+            quantized = quantize(found, formats[name], name=name)
             return quantized, relative_error(found, quantized)
 
         plan = raw, shapes, formats, dtypes

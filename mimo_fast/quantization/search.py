@@ -59,8 +59,15 @@ Searched = tuple[Tensor, Tensor, Tensor | None]
 Search = Callable[[Tensor], Searched]
 
 
-def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor,
+    chosen: Format,
+    bias: Tensor | None = None,
+    name: str = "a matrix to quantize",
+) -> QuantizedWeight:
     """weight [N, K] of any floating dtype -> its quantized form, on the same device, in row chunks.
+
+    name: what errors call it.
 
     Raises:
         ValueError: K is not a multiple of the group, or values are not finite.
@@ -76,8 +83,8 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     def convert(start: int, end: int) -> tuple[Tensor, ...]:
         values = weight[start:end].float().reshape(-1, group)
         if not values.isfinite().all():
-            problem = "a matrix to quantize holds values that are not finite"
-            raise ValueError(f"{problem}: repair the checkpoint")
+            problem = f"{name} holds values that are not finite"
+            raise ValueError(f"{problem}: load an intact copy of the checkpoint")
         q, *grid = search[chosen.kind](values)
         words = pack_words(q.view(-1, columns), chosen.bits, group)
         return words, *(part.view(len(words), -1) for part in grid if part is not None)

@@ -340,6 +340,19 @@ def test_scales_of_a_quantized_matrix_are_named(
     assert f"model.layers.1.self_attn.k_proj.weight.{field} holds 1 NaN" in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_matrix_that_cannot_be_quantized_is_named(
+    model: MimoAudio, kind: str, value: float
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    source = replaced("lm", name, (3, 5), value)
+    requested = QuantizationConfig.parse(kind)
+    source = WeightSource(source._read, torch.float32, requested=requested)
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        LM(model.lm.config, model.lm.empty_id, source)
+
+
 def test_what_does_not_recur_is_said(model: MimoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that errs once: all weights are finite, and so are the results when repeated."""
     step, steps = LM.step, [0]
