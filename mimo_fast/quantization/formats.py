@@ -18,6 +18,7 @@ from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.layout import Shapes, lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import cut, shown
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 CONFIG_KEY = "mimo_fast_quantization"
@@ -208,14 +209,15 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
     if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
         version = entry.get("version") if isinstance(entry, Mapping) else None
         raise CheckpointError(
-            f"{source}: quantized form {version!r} is unknown: update mimo-fast or quantize again"
+            f"{source}: quantized form {shown(version)} is unknown: update mimo-fast or quantize "
+            "again"
         )
     try:
         return {name: Format.parse(about["format"]) for name, about in entry["tensors"].items()}
     # A list has no items, a number no key.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{source}: its '{CONFIG_KEY}' is damaged ({error}): quantize again"
+            f"{source}: its '{CONFIG_KEY}' is damaged ({cut(error)}): quantize again"
         ) from error
 
 

@@ -206,11 +206,13 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
     weights = open_weights(directory)
     weights.check_counts(lm_counts(config))
     shapes = lm_shapes(config)
-    if unknown := [name for name in stored if name not in shapes or len(shapes[name]) != 2]:
-        raise CheckpointError(
-            f"{path} says that {cut(unknown[0])} is quantized, which is no matrix of this model: "
-            "quantize again"
-        )
+    for name, chosen in stored.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 2 or chosen.fit(shape[1]) != chosen:
+            raise CheckpointError(
+                f"{path} says that {cut(name)} is stored as {chosen}, which no matrix of that name "
+                "in this model can be: quantize again"
+            )
     weights.validate(stored_shapes(shapes, stored), packed=stored_types(shapes, stored))
     return config, weights, stored
 

@@ -228,13 +228,78 @@ class TestQuantized:
         change(tmp_path, **{name: lambda x: x.fill_(torch.inf)})
         assert f"{name} holds NaN or infinite" in fault(lambda: load((tmp_path, KIT_PAIR[1])))
 
-    @pytest.mark.parametrize("name", ["model.norm.weight", "nothing.weight"])
-    def test_a_format_for_what_is_no_matrix(self, small, tmp_path, name):
+    @pytest.mark.parametrize(
+        ("name", "form"),
+        [
+            ("model.norm.weight", "int8"),
+            ("nothing.weight", "int8"),
+            ("speech_group_downcast.bias", "int4"),
+            ("hidden_states_downcast.weight", "int8-g128"),
+        ],
+    )
+    def test_a_format_that_no_matrix_can_have(self, small, tmp_path, name, form):
         copy_tree(small, tmp_path)
         raw = json.loads((tmp_path / "config.json").read_text())
-        raw["mimo_fast_quantization"]["tensors"][name] = {"format": "int8"}
+        raw["mimo_fast_quantization"]["tensors"][name] = {"format": form}
         (tmp_path / "config.json").write_text(json.dumps(raw))
-        assert f"{name} is quantized, which is no matrix" in fault(lambda: open_lm(tmp_path))
+        assert f"{name} is stored as {form}" in fault(lambda: open_lm(tmp_path))
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            *(1, [], {"version": 1}, {"version": [1]}, {"version": 1, "tensors": []}),
+            {"version": 1, "tensors": {"lm_head.weight": {"format": ["int8"]}}},
+            {"version": 1, "tensors": {"lm_head.weight": {"format": "x" * 10_000}}},
+        ],
+    )
+    def test_a_damaged_description(self, small, tmp_path, entry):
+        copy_tree(small, tmp_path)
+        configure(tmp_path, mimo_fast_quantization=entry)
+        assert len(fault(lambda: open_lm(tmp_path))) < 700
+
+
+def spoiled(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a GPTQ layer [96, 64] in groups of 32, one of them changed."""
+    layer = {
+        "qweight": torch.zeros(8, 96, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 12, dtype=torch.int32),
+        "scales": torch.ones(2, 96, dtype=torch.float16),
+        "g_idx": torch.arange(64, dtype=torch.int32) // 32,
+    }
+    layer[name] = make(layer[name]).contiguous()
+    return {f"model.layers.0.mlp.up_proj.{field}": tensor for field, tensor in layer.items()}
+
+
+GPTQ: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = [
+    *((name, lambda x: x[0]) for name in ("qweight", "qzeros", "scales", "g_idx")),
+    *((name, lambda x: x[:0]) for name in ("qweight", "qzeros", "scales", "g_idx")),
+    *((name, lambda x: x.double()) for name in ("qweight", "qzeros")),
+    ("qweight", lambda x: x[:, :-1]),
+    ("scales", lambda x: x.fill_(torch.inf)),
+    ("scales", lambda x: x.int()),
+    ("g_idx", lambda x: x + 9),
+]
+
+
+class TestImports:
+    @pytest.mark.parametrize(("name", "make"), GPTQ)
+    def test_a_damaged_gptq_layer(self, pair, tmp_path, name, make):
+        path = pair[0] / "model.safetensors"
+        held = load_file(path)
+        del held["model.layers.0.mlp.up_proj.weight"]
+        path.unlink()
+        save_file(held | spoiled(name, make), path)
+        configure(pair[0], quantization_config={"quant_method": "gptq", "bits": 4})
+        message = fault(lambda: import_checkpoint(pair[0], tmp_path / "out", progress=False))
+        assert len(message) < 700
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("method", [None, 1, [], ["gptq"], {"a": 1}, "awq", "x" * 9000])
+    def test_an_unknown_method(self, pair, tmp_path, method):
+        configure(pair[0], quantization_config={"quant_method": method})
+        message = fault(lambda: import_checkpoint(pair[0], tmp_path / "out", progress=False))
+        assert "only GPTQ and bitsandbytes NF4 are imported" in message
+        assert len(message) < 700
 
 
 def test_the_whole_of_the_kit_still_opens(pair):
