@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mimo_fast.audio.files import save_wav
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
+from mimo_fast.cli.trained import untrained
 from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
@@ -60,6 +61,8 @@ def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
     model = MimoAudio(lm, codec, args.device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
+    if beyond := untrained(model.lm.config, args):
+        say(f"warning: this model was not trained for {beyond}: do not rely on its reply")
     return model
 
 
