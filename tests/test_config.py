@@ -323,6 +323,28 @@ def test_published_numbers_of_parameters():
     assert parameters(backbone) / 1e9 == pytest.approx(7.0, abs=0.05)
 
 
+def test_what_a_checkpoint_states_of_its_training():
+    config = parsed("lm")
+    assert (config.sentences_at_once, config.words_at_once, config.trained_tasks) == (0, 0, ())
+    assert config.is_trained("asr_sft")
+    assert config.is_trained("tts_sft", "prompt_speech")
+    stated = {
+        "sentences_at_once": 1,
+        "words_at_once": 12,
+        "trained_tasks": ["tts_sft", "tts_sft.x"],
+    }
+    config = parsed("lm", **stated)
+    assert (config.sentences_at_once, config.words_at_once) == (1, 12)
+    assert config.is_trained("tts_sft", "x")
+    assert not config.is_trained("tts_sft", "y")
+    assert not config.is_trained("asr_sft")
+    # A session belongs to the weights, whatever is stated of them.
+    assert repr(config) == repr(parsed("lm"))
+    for key, wrong in (("sentences_at_once", -1), ("words_at_once", 1.5), ("trained_tasks", [1])):
+        with pytest.raises(ConfigError, match=f"'{key}' must be"):
+            parsed("lm", **{key: wrong})
+
+
 def test_greedy_tasks_are_names():
     assert parsed("lm").greedy_tasks == ()
     assert parsed("lm", greedy_tasks=["tts"]).greedy_tasks == ("tts",)

@@ -121,6 +121,53 @@ def test_speech_decoded_at_once_has_the_words_of_streamed_speech(tmp_path):
     assert word_error_rate(heard, streamed_words) <= WRONG, heard
 
 
+def pieces_of(wav: Tensor) -> list[Tensor]:
+    """Speech between pauses of digital silence, which are put between sentences alone."""
+    silent = torch.cat((torch.zeros(1), (wav == 0).float(), torch.zeros(1)))
+    runs = silent.diff().nonzero()[:, 0].view(-1, 2).tolist()
+    cuts = [edge for start, stop in runs if stop - start >= 2000 for edge in (start, stop)]
+    bounds = zip([0, *cuts[1::2]], [*cuts[::2], len(wav)], strict=True)
+    return [wav[start:stop] for start, stop in bounds]
+
+
+def test_several_sentences_are_said_whole_where_one_pass_loses_them():
+    model, texts = nano(None), SENTENCES[:4]
+    text = ". ".join(texts) + "."
+    chunks = [*model.stream("tts", text, seed=0, split=True)]
+    wav, rate = torch.cat([chunk.audio for chunk in chunks]), model.codec.sample_rate
+    heard = [recognise(piece, rate) for piece in pieces_of(wav)]
+    assert word_error_rate(heard, texts) <= WRONG, heard
+    assert "".join(chunk.text for chunk in chunks).split() == " ".join(texts).split()
+    whole, _ = streamed(model, "tts", text, 0)
+    assert len(whole) < len(wav) / 2
+
+
+def test_where_sentences_meet_nothing_clicks():
+    model, texts = nano(None), SENTENCES[:4]
+    chunks = model.stream("tts", ". ".join(texts), seed=0, split=True)
+    wav = torch.cat([chunk.audio for chunk in chunks])
+    alone = [torch.cat([c.audio for c in model.stream("tts", text, seed=0)]) for text in texts]
+    assert len(pieces_of(wav)) == len(texts)
+    # Twice as long as a piece fades for.
+    edges = [edge for piece in pieces_of(wav) for edge in (piece[:480], piece[-480:])]
+    inside = min(float(piece.diff().abs().max()) for piece in alone)
+    assert max(float(edge.diff().abs().max()) for edge in edges) < inside / 10
+    assert max(float(edge[0].abs()) for edge in edges[2::2]) < inside / 100
+    assert float(wav.diff().abs().max()) <= max(float(piece.diff().abs().max()) for piece in alone)
+
+
+@pytest.mark.slow
+def test_forty_sentences_are_said_whole():
+    model = nano(None)
+    texts = [SENTENCES[i % len(SENTENCES)] for i in range(40)]
+    chunks = [*model.stream("tts", ". ".join(texts) + ".", seed=0, split=True)]
+    wav, rate = torch.cat([chunk.audio for chunk in chunks]), model.codec.sample_rate
+    heard = [recognise(piece, rate) for piece in pieces_of(wav)]
+    assert len(heard) == 40
+    assert word_error_rate(heard, texts) <= WRONG, heard
+    assert chunks[-1].finish_reason == "stop"
+
+
 def test_styles_are_heard():
     model = nano(None)
 

@@ -20,6 +20,7 @@ from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_p
 from mimo_fast.cli.arguments import STANDARD
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
+from mimo_fast.cli.trained import untrained
 from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
@@ -70,6 +71,8 @@ def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
+    if beyond := untrained(model.lm.config, args):
+        say(f"warning: this model was not trained for {beyond}: do not rely on its reply")
     return model
 
 

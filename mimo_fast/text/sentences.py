@@ -83,13 +83,14 @@ def split_sentences(text: str) -> list[str]:
             sentences.append(text[start : match.end()])
             start = match.end()
     sentences.append(text[start:])
-    whole = [""]
+    whole, spoken = list[list[str]]([[]]), False
     for sentence in sentences:
-        if _has_word(whole[-1]) and _has_word(sentence):
-            whole.append(sentence)
-        else:
-            whole[-1] += sentence
-    return whole
+        has_word = _has_word(sentence)
+        if spoken and has_word:
+            whole.append([])
+        whole[-1].append(sentence)
+        spoken = spoken or has_word
+    return ["".join(parts) for parts in whole]
 
 
 def split_to_say(text: str, sentences: int = 0, words: int = 0) -> list[str]:
@@ -167,9 +168,13 @@ def _cut(text: str, words: int) -> list[str]:
 
 
 def _split_after(text: str, pattern: re.Pattern[str]) -> Iterator[str]:
-    start = 0
+    start = seen = 0
+    spoken, last = False, max((i for i, each in enumerate(text) if each.isalnum()), default=0)
     for match in pattern.finditer(text):
-        if _has_word(text[start : match.end()]) and _has_word(text[match.end() :]):
+        spoken = spoken or _has_word(text[seen : match.end()])
+        seen = match.end()
+        if spoken and seen <= last:
+            spoken = False
             yield text[start : match.end()]
             start = match.end()
     yield text[start:]
@@ -177,15 +182,15 @@ def _split_after(text: str, pattern: re.Pattern[str]) -> Iterator[str]:
 
 def _packed(parts: Sequence[str], words: int) -> list[str]:
     """Neighbours joined while they have at most so many words."""
-    groups, room = [""], words
+    groups, room = list[list[str]]([[]]), words
     for part in parts:
         count = _count(part)
-        if count > room and _has_word(groups[-1]):
-            groups.append("")
+        if count > room and room < words:
+            groups.append([])
             room = words
-        groups[-1] += part
+        groups[-1].append(part)
         room -= count
-    return groups
+    return ["".join(group) for group in groups]
 
 
 def _count(text: str) -> int:

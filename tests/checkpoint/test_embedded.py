@@ -2,6 +2,7 @@
 
 import socket
 import tomllib
+from inspect import signature
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mimo_fast.cli import common
 from mimo_fast.cli.main import main
 from mimo_fast.errors import MimoFastError
 from mimo_fast.sampling import TASK_SAMPLERS
+from mimo_fast.text.tasks import TASKS
 from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
@@ -92,6 +94,53 @@ def test_its_speech_is_greedy_and_its_answers_are_drawn_as_upstream_draws_them()
     model = mimo_fast.load(device="cpu")
     assert not any(sampler.do_sample for sampler in model.get_task_sampler("tts").values())
     assert model.get_task_sampler("spoken_dialogue") == TASK_SAMPLERS["spoken_dialogue"]
+
+
+def test_it_states_how_much_it_says_at_once_and_what_it_was_trained_for():
+    config = mimo_fast.load(device="cpu").lm.config
+    assert (config.sentences_at_once, config.words_at_once) == (1, 12)
+    longest = max(domain.dialogue().values(), key=lambda text: len(text.split()))
+    assert len(longest.split()) <= config.words_at_once
+    for name in config.trained_tasks:
+        task, _, option = name.partition(".")
+        assert not option or option in signature(TASKS[task].prompt).parameters
+    assert config.is_trained("tts_sft", "instruct")
+    assert not config.is_trained("tts_sft", "prompt_speech")
+    assert not config.is_trained("audio_understanding_sft")
+
+
+@pytest.mark.parametrize(
+    ("command", "beyond"),
+    [
+        (["tts", "seven", "-o", "a.wav"], None),
+        (["tts", "seven", "-o", "a.wav", "--instruct", "speak slowly"], None),
+        (
+            ["tts", "seven", "-o", "a.wav", "--natural", "--voice", AUDIO],
+            "tts with --natural and --voice",
+        ),
+        (["asr", AUDIO], None),
+        (["understand", AUDIO, "what is it", "--thinking"], "understand"),
+        (["chat", AUDIO, "-o", "a.wav"], None),
+        (["chat", AUDIO, "-o", "a.wav", "--voice", AUDIO], "chat with --voice"),
+        (["chat", "--text", "hello"], "chat --text"),
+        (["continue", AUDIO, "-o", "a.wav"], "continue"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_commands_say_what_it_was_not_trained_for(capsys, command, beyond):
+    warnings = {}
+    for model in ("nano", str(KIT / "checkpoint/lm")):
+        codec = "nano" if model == "nano" else str(KIT / "checkpoint/codec")
+        chosen = ["--model", model, "--codec", codec, "--max-tokens", "12", "--seed", "1"]
+        main([*map(str, command), *chosen])
+        err = capsys.readouterr().err
+        warnings[model] = [line for line in err.splitlines() if "was not trained for" in line]
+    said = (
+        []
+        if beyond is None
+        else [f"warning: this model was not trained for {beyond}: do not rely on its reply"]
+    )
+    assert [*warnings.values()] == [said, []]
 
 
 COMMANDS = {

@@ -88,6 +88,23 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
     assert "no word to say" in fails(capsys, "tts", "!?", "-o", tmp_path / "a.wav", *limited)
 
 
+def test_tts_says_a_long_text_in_pieces_or_whole(capsys, tmp_path):
+    text, sound = "Come to the mountain on Friday. The dog is big! Six 50", {}
+    nano = ["--model", "nano", "--codec", "nano", "--seed", 1]
+    for options in ((), ("--whole",)):
+        output = tmp_path / "a.wav"
+        out, err = runs(capsys, "tts", text, "-o", output, *options, *nano)
+        sound[options] = soundfile.info(output).frames
+        if not options:
+            assert out.strip() == "come to the mountain on friday the dog is big six fifty"
+            assert "wrote" in err
+            long = out
+    assert sound[()] > 1.2 * sound[("--whole",)]
+    out, _ = runs(capsys, "tts", text, "-o", tmp_path / "b.wav", "--max-tokens", 12, *nano)
+    assert long.startswith(out.strip())
+    assert soundfile.info(tmp_path / "b.wav").frames < sound[()] / 2
+
+
 def test_asr_prints_a_line_a_recording(capsys):
     out, _ = runs(capsys, "asr", AUDIO, KIT / "audio" / "zh_24k_stereo.wav", *PAIR, *SHORT)
     assert out.count(".wav: ") == 2
