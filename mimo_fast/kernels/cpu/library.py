@@ -106,8 +106,10 @@ def _refuses_form(weight: QuantizedWeight) -> str:
     words, scales, zeros = weight.words, weight.scales, weight.zeros
     if not all(part is None or part.is_cpu for part in (words, scales, zeros)):
         return "the weight is not on a CPU"
-    if weight.bits not in BLOCKS or words.ndim != 2 or scales.ndim != 2 or not scales.shape[1]:
+    if weight.bits not in BLOCKS or words.ndim != 2 or scales.ndim != 2:
         return "words and scales are not two matrices of 4 or 8 bits"
+    if not words.shape[1] or not scales.shape[1]:
+        return "it has no columns"
     if weight.levels is not None:
         return "the format has a table of levels"
     if weight.torch_scales is not None:
