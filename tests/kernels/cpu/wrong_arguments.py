@@ -52,7 +52,7 @@ RIGHT = (
     *("product *, x, dim ? twice", "product *, residual, dim 0 *"),
     # A scale for twice as many columns.
     "product *, scales, dim 1 shorter",
-    # The empty id of each head, where no id need be that one; rows and sizes that are in the tables.
+    # The empty id of a head, which none of its ids need be; rows and sizes that are in the tables.
     *("patch, step, place * at [89]", "patch, step, place 3 at [4567]"),
     # Converted first.
     *("text, logits, torch.float*", "text, logits, another float"),
