@@ -46,6 +46,13 @@ void check(bool right, const std::string& what) {
     if (!right) throw std::invalid_argument(what);
 }
 
+// Of a call that computes nothing, addresses may be missing.
+template <class... Address>
+void check_present(int64_t rows, Address... addresses) {
+    check(rows >= 0, "there are fewer than no rows");
+    check(!rows || (... && (addresses != 0)), "a tensor is missing");
+}
+
 void check_slot(int64_t slot, int64_t row, int64_t count) {
     check(slot >= 0 && slot < count, "slot " + std::to_string(slot) + " of row " + std::to_string(row) +
                                          " is not below " + std::to_string(count));
@@ -59,6 +66,12 @@ void check_slots(const int64_t* slots, int64_t rows, int64_t count) {
 void check_rows(const Positions& at, const Cache& cache) {
     for (int64_t r = 0; r < at.rows; ++r)
         if (at.starts[r] >= 0) check_slot(at.slots[r], r, cache.slots);
+}
+
+void check_cache(const Cache& cache, const Positions& at) {
+    check_present(at.rows, uintptr_t(at.slots), uintptr_t(at.starts));
+    check_present(cache.layers * cache.slots * cache.capacity, uintptr_t(cache.k), uintptr_t(cache.v));
+    check_rows(at, cache);
 }
 
 void check_shape(const Linear& w, int64_t rows, int64_t columns, const char* name) {
@@ -100,6 +113,7 @@ void bind_weights(py::module_& module) {
              py::arg("swiglu"))
         .def("run",
              [](QuantizedMatmul self, uintptr_t x, uintptr_t y, uintptr_t residual, int64_t rows) {
+                 check_present(rows, x, y);
                  self.x = address<const void>(x);
                  self.y = address<void>(y);
                  self.residual = address<const void>(residual);
@@ -146,7 +160,9 @@ void bind_attention(py::module_& module) {
         .def("run",
              [](DecodeAttention self, uintptr_t qkv, int64_t row_stride, uintptr_t y, const Cache& cache,
                 const Positions& at) {
-                 check_rows(at, cache);
+                 check_cache(cache, at);
+                 check_present(at.rows, qkv, y);
+                 check(self.table || !self.positions, "the table is missing");
                  self.qkv = address<const void>(qkv);
                  self.row_stride = row_stride;
                  self.y = address<void>(y);
@@ -188,13 +204,15 @@ void bind_transformer(py::module_& module) {
         .def("step",
              [](const Transformer& self, uintptr_t x, uintptr_t y, const Cache& cache, const Positions& at) {
                  check(cache.layers == int64_t(self.layers.size()), "the cache has other layers");
-                 check_rows(at, cache);
+                 check_cache(cache, at);
+                 check_present(at.rows, x, y);
                  kernels->step(self, address<const float>(x), address<float>(y), cache, at);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cache"), py::arg("at"), Unlocked())
         .def("encode",
              [](const Transformer& self, uintptr_t x, uintptr_t y, int64_t sequences, int64_t length, bool causal) {
-                 check(length <= self.positions, "a sequence is longer than the table of rotations");
+                 check(length >= 0 && length <= self.positions, "a sequence is longer than the table of rotations");
+                 check_present(sequences * length, x, y);
                  kernels->encode(self, address<const float>(x), address<float>(y), sequences, length, causal);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("sequences"), py::arg("length"), py::arg("causal"),
@@ -207,6 +225,7 @@ struct BoundPatchDecoder {
     int64_t table_rows;
 
     void add_step(uintptr_t heads, int64_t active) {
+        check_present(active, heads);
         const int64_t* values = address<const int64_t>(heads);
         for (int64_t a = 0; a < active; ++a) {
             const int64_t channel = values[a], frame = values[active + a], first = values[2 * active + a];
@@ -215,9 +234,16 @@ struct BoundPatchDecoder {
                   "a head is of no channel and frame of the patch");
             check(first >= 0 && size > 0 && first + size <= table_rows, "a head is beyond the tables");
         }
+        check(int64_t(decoder.steps.size()) < decoder.transformer.positions,
+              "there are more steps than the transformer's table has positions");
         decoder.steps.push_back({values, active});
     }
 };
+
+void check_settings(const SamplerRows& s) {
+    check_present(s.rows, uintptr_t(s.temperature), uintptr_t(s.top_k), uintptr_t(s.tail), uintptr_t(s.greedy),
+                  uintptr_t(s.seeds), uintptr_t(s.draws));
+}
 
 void bind_sampling(py::module_& module) {
     bind_struct<SamplerRows, const float*, const int64_t*, const float*, const bool*, const int64_t*, const int64_t*,
@@ -233,12 +259,15 @@ void bind_sampling(py::module_& module) {
     module.def(
         "sample",
         [](const Logits& logits, const SamplerRows& settings, uintptr_t ids) {
+            check_present(settings.rows, ids, uintptr_t(logits.values));
+            check_settings(settings);
             kernels->sample(logits, settings, address<int64_t>(ids));
         },
         py::kw_only(), py::arg("logits"), py::arg("settings"), py::arg("ids"), Unlocked());
     module.def(
         "gumbel",
         [](int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t count, uintptr_t noise) {
+            check_present(count, noise);
             kernels->gumbel(seed, draw, slot, first, count, address<float>(noise));
         },
         py::kw_only(), py::arg("seed"), py::arg("draw"), py::arg("slot"), py::arg("first"), py::arg("count"),
@@ -247,6 +276,7 @@ void bind_sampling(py::module_& module) {
         .def(py::init([](const Transformer& transformer, uintptr_t heads, uintptr_t embeddings, int64_t table_rows,
                          int64_t channels, int64_t group_size) {
                  check(heads && embeddings, "heads and embeddings are missing");
+                 check(channels > 0 && group_size > 0, "a patch has no codes");
                  return BoundPatchDecoder{{transformer, address<const float>(heads),
                                            address<const float>(embeddings), channels, group_size, {}},
                                           table_rows};
@@ -256,6 +286,8 @@ void bind_sampling(py::module_& module) {
         .def("add_step", &BoundPatchDecoder::add_step, py::kw_only(), py::arg("heads"), py::arg("active"))
         .def("decode",
              [](const BoundPatchDecoder& self, uintptr_t local, uintptr_t codes, const SamplerRows& settings) {
+                 check_present(settings.rows, local, codes);
+                 check_settings(settings);
                  kernels->decode_patch(self.decoder, address<const float>(local), address<int64_t>(codes), settings);
              },
              py::kw_only(), py::arg("local"), py::arg("codes"), py::arg("settings"), Unlocked());
@@ -289,6 +321,8 @@ void bind_codec(py::module_& module) {
              py::arg("up"), py::arg("down"))
         .def("run",
              [](const CodecStack& self, uintptr_t x, int64_t rows, const CodecAttention& attention) {
+                 check_present(rows, x, uintptr_t(attention.table), uintptr_t(attention.k), uintptr_t(attention.v),
+                               uintptr_t(attention.slots), uintptr_t(attention.visible));
                  check_slots(attention.slots, rows, attention.places);
                  kernels->run_codec_stack(self, address<float>(x), rows, attention);
              },

@@ -36,6 +36,7 @@ class CodecStack:
     def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
         self._arguments = (tuple(layers), heads, eps)
         compiled = native.compiled()
+        native.expect(bool(layers), "there are no layers")
         self._dim, self._heads, self.layers = len(layers[0][0][0]), heads, len(layers)
         self._native = compiled.CodecStack(dim=self._dim, heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
@@ -74,6 +75,8 @@ class CodecStack:
         Raises:
             ValueError: shapes or types are others, or a slot is no place.
         """
+        if x.ndim != 2 or k.ndim != 4:
+            raise ValueError(f"x is {list(x.shape)}, not [T, {self._dim}], or k not [L, H, S, Dh]")
         rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
         if x.shape != (rows, self._dim) or x.dtype != torch.float32:
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
@@ -91,7 +94,7 @@ class CodecStack:
         table, visible = table.contiguous(), visible.contiguous()
         tensors = native.addresses(table=table, k=k, v=v, slots=slots, visible=visible)
         attention = native.compiled().CodecAttention(**tensors, places=places)
-        self._native.run(x=y.data_ptr(), rows=rows, attention=attention)
+        self._native.run(**native.addresses(x=y), rows=rows, attention=attention)
         return y
 
 

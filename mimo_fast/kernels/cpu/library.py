@@ -103,9 +103,13 @@ def refuses(weight: QuantizedWeight) -> str:
 
 
 def _refuses_form(weight: QuantizedWeight) -> str:
-    scales, zeros = weight.scales, weight.zeros
-    if weight.words.device.type != "cpu":
+    words, scales, zeros = weight.words, weight.scales, weight.zeros
+    if not all(part is None or part.is_cpu for part in (words, scales, zeros)):
         return "the weight is not on a CPU"
+    if weight.bits not in BLOCKS or words.ndim != 2 or scales.ndim != 2:
+        return "words and scales are not two matrices of 4 or 8 bits"
+    if not words.shape[1] or not scales.shape[1]:
+        return "it has no columns"
     if weight.levels is not None:
         return "the format has a table of levels"
     if weight.torch_scales is not None:
@@ -137,6 +141,9 @@ def quantized_matmul(
     one another.
     """
     assert _native is not None
+    vectors = (x, residual, weight.bias, norm and norm.weight)
+    if not all(part is None or part.is_floating_point() for part in vectors):
+        raise ValueError("x, the residual, the bias and the norm are not floating-point")
     if x.dtype not in DTYPES:
         norm = norm and RMSNorm(norm.weight.float(), norm.eps)
         wide = quantized_matmul(
@@ -144,7 +151,7 @@ def quantized_matmul(
         )
         return wide.to(x.dtype)
     rows, columns = weight.shape
-    if x.shape[-1] != columns or x.device.type != "cpu":
+    if x.ndim == 0 or x.shape[-1] != columns or x.device.type != "cpu":
         raise ValueError(f"x is {list(x.shape)} on {x.device}, the weight {columns} wide on a CPU")
     if weight.bias is not None and weight.bias.shape != (rows,):
         raise ValueError(f"the bias is not one of {rows} rows")
@@ -178,7 +185,8 @@ def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
     reason = _refuses_form(weight)
     expect(not reason, f"native code does not read the weight: {reason}")
     (rows, columns), scales, zeros = weight.shape, weight.scales, weight.zeros
-    expect(len(scales) == rows, f"the scales are not those of {rows} rows")
+    groups = columns // weight.group
+    expect(scales.shape == (rows, groups), f"the scales are not those of {rows} rows")
     expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
     made = compiled().QuantizedWeight(
         **addresses(words=weight.words, scales=scales, zeros=zeros),
@@ -214,15 +222,16 @@ def decode_attention(
     """
     assert _native is not None
     k, v = cache.k, cache.v
+    if k.ndim != 4 or cache.k_scales is not None:
+        raise ValueError(f"the cache is {list(k.shape)}, not [B, Hkv, S, Dh] without scales")
     kv_heads, head_dim = k.shape[1], k.shape[3]
     width = (heads + 2 * kv_heads) * head_dim
     if qkv.shape[1:] != (1, width) or qkv.stride(2) != 1:
         raise ValueError(f"qkv is {list(qkv.shape)}, not [R, 1, {width}]")
-    if k.dtype != qkv.dtype or v.dtype != qkv.dtype:
+    if qkv.dtype not in DTYPES or k.dtype != qkv.dtype or v.dtype != qkv.dtype:
         raise ValueError(f"qkv is {qkv.dtype} and the cache {k.dtype}, {v.dtype}")
     cache_view = view_cache(k[None], v[None])
-    if table.shape[2] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
-        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
+    check_table(table, head_dim)
     y = qkv.new_empty(len(qkv), 1, heads * head_dim)
     attention = _native.DecodeAttention(
         type=_type(qkv),
@@ -241,13 +250,21 @@ def decode_attention(
     return y
 
 
+def check_table(table: Tensor, head_dim: int) -> None:
+    """Raises ValueError unless a table is of `rope_table` for heads of so many values."""
+    shape = table.shape
+    fits = len(shape) == 3 and shape[0] == 2 and shape[2] == head_dim // 2
+    if not fits or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
+
+
 def view_cache(k: Tensor, v: Tensor) -> _native.Cache:
     """The native view of keys and values [L, B, Hkv, S, Dh], which are read in place.
 
     Raises:
         ValueError: their layouts differ, or heads are not contiguous.
     """
-    if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
+    if k.ndim != 5 or k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("keys and values are not of one layout, heads contiguous")
     layers, slots, _, capacity, _ = k.shape
     strides = zip(("layer", "slot", "head", "position"), k.stride(), strict=False)
@@ -301,6 +318,8 @@ def sample_text(
 ) -> Tensor:
     """`sample_text` of sample_text.py."""
     assert _native is not None
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not floating [R, V]")
     rows, size = logits.shape
     if not fit_rows(rows, settings, seeds, draws):
         raise ValueError(f"settings, seeds and draws are not of {rows} rows")
@@ -351,7 +370,16 @@ def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> _nat
 
 
 def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where a tensor's values lie; 0 for none.
+
+    Raises:
+        ValueError: they are not in the memory of this CPU.
+    """
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        raise ValueError(f"a tensor of {list(tensor.shape)} is on {tensor.device}, not on a CPU")
+    return tensor.data_ptr()
 
 
 def addresses(**tensors: Tensor | None) -> dict[str, int]:

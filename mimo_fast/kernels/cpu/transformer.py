@@ -57,6 +57,8 @@ class Transformer:
         heads: int,
         kv_heads: int,
     ) -> None:
+        native.expect(norm.ndim == 1, f"the norm is {list(norm.shape)}, not [D]")
+        native.check_table(table, 2 * table.shape[-1])
         if not takes_transformer(layers, norm, table):
             raise ValueError("the native transformer takes small float32 models on a CPU alone")
         self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
@@ -153,6 +155,7 @@ class PatchDecoder:
     ) -> None:
         self._arguments = (transformer, heads, embeddings, tuple(steps), channels, group_size)
         self._shape = (channels, group_size)
+        native.expect(heads.ndim == 2, f"heads are {list(heads.shape)}, not [rows, D]")
         self._dim = heads.shape[1]
         native.expect(
             takes_table(heads)
@@ -170,10 +173,13 @@ class PatchDecoder:
         )
         for step in steps:
             native.expect(
-                step.dtype == torch.int64 and step.shape[0] == 5 and step.is_contiguous(),
+                step.dtype == torch.int64
+                and step.ndim == 2
+                and len(step) == 5
+                and step.is_contiguous(),
                 "a step's heads are not int64 [5, active]",
             )
-            self._native.add_step(heads=step.data_ptr(), active=step.shape[1])
+            self._native.add_step(heads=native.address(step), active=step.shape[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -189,7 +195,8 @@ class PatchDecoder:
             raise ValueError(f"settings, seeds and draws are not of {rows} rows")
         local, codes = (
             local.contiguous(),
-            torch.empty(rows, *self._shape, dtype=torch.int64, device="cpu"),
+            # Zeros, for a patch of which no step draws a part.
+            torch.zeros(rows, *self._shape, dtype=torch.int64, device="cpu"),
         )
         self._native.decode(
             **native.addresses(local=local, codes=codes),
