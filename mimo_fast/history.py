@@ -11,7 +11,7 @@ from torch import Tensor
 from mimo_fast.errors import BusyError, PromptError
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import caller, is_active
+from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_active
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.sampling import check_seed
 
@@ -25,7 +25,7 @@ class History:
 
     def __init__(self) -> None:
         self.sequence: TokenSequence | None = None
-        self._reply: weakref.ref[Reply] | None = None
+        self._reader: weakref.ref[Reply | ChunkStream] | None = None
         self._owner: asyncio.Task[Any] | threading.Thread | None = None
         self._lock = threading.RLock()
 
@@ -37,7 +37,7 @@ class History:
 
     def clear(self) -> None:
         with self._lock:
-            self.sequence = self._reply = None
+            self.sequence = self._reader = None
 
     def start(
         self,
@@ -64,6 +64,8 @@ class History:
             if self.sequence is not None and add_history:
                 self._check_owner()
                 # A running reply would append to the same sequence.
+                if (running := self._running()) is not None:
+                    running.close()
                 pipeline.engine.release(self.sequence)
             else:
                 pipeline.engine.check_room(ids.shape[1] // pipeline.lm.config.group_size)
@@ -80,12 +82,23 @@ class History:
             except BaseException:
                 sequence.go_back(*before)
                 raise
-            self._reply, self._owner = weakref.ref(reply), caller()
+            self._reader, self._owner = weakref.ref(reply), caller()
         return reply
 
+    def read_by(self, reply: Reply, stream: ChunkStream) -> ChunkStream:
+        """Notes the stream of the last reply, which a continuation closes."""
+        with self._lock:
+            if self._running() is reply:
+                self._reader = weakref.ref(stream)
+        return stream
+
+    def _running(self) -> Reply | ChunkStream | None:
+        """The last reply or its stream, while somebody holds it."""
+        return None if self._reader is None else self._reader()
+
     def _check_owner(self) -> None:
-        reply, owner = None if self._reply is None else self._reply(), self._owner
-        if reply is None or reply.ended or owner is caller() or not is_active(owner):
+        running, owner = self._running(), self._owner
+        if running is None or running.ended or owner is caller() or not is_active(owner):
             return
         raise BusyError(
             "another thread or task is still reading the reply that add_history would continue: "

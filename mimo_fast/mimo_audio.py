@@ -6,7 +6,7 @@ from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
@@ -82,6 +82,10 @@ def _prompt_of(
         context = model.pipeline.context(special_tokens=bool(named.pop("special_tokens", False)))
         return model._prompt(task(context, *arguments, **named))
 
+    option = Parameter("special_tokens", Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    plain = signature(task)
+    parameters = [*plain.parameters.values(), option]
+    prompt.__signature__ = plain.replace(parameters=parameters)  # type: ignore[attr-defined]
     return prompt
 
 
@@ -388,7 +392,8 @@ class MimoAudio:
         ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
-        return pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
+        chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
+        return self._history.read_by(reply, chunks)
 
     def _pieces(self, request: Mapping[str, Any]) -> list[str]:
         """The texts that a request to say something is split into."""

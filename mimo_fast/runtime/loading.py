@@ -237,7 +237,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
         return default_device()
     try:
         found = torch.device(device)
-        torch.zeros(1, device=found).cpu()
+        torch.zeros(1, dtype=torch.float32, device=found).cpu()
     except Exception as error:  # which one depends on the device and on PyTorch's build
         cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         problem = f"there is no device {device} here, or PyTorch was built without it"

@@ -24,6 +24,10 @@ Start = Callable[[int, int], ChunkStream]
 """Starts piece i, after so many groups of the pieces before it; computes nothing."""
 
 
+def _silence(samples: int) -> Tensor:
+    return torch.zeros(samples, dtype=torch.float32, device="cpu")
+
+
 class Joiner:
     """Joins pieces of audio: each fades out, a pause, the next fades in, at equal power.
 
@@ -33,10 +37,13 @@ class Joiner:
 
     def __init__(self, sample_rate: int) -> None:
         size = round(FADE * sample_rate)
-        rising = torch.sin((torch.arange(size) + 0.5) * (math.pi / 2 / max(size, 1)))
+        rising = torch.sin(
+            (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5)
+            * (math.pi / 2 / max(size, 1))
+        )
         self._rising, self._size = rising, size
-        self._gap = torch.zeros(round(PAUSE * sample_rate))
-        self._kept, self._heard, self._joins = torch.zeros(0), 0, False
+        self._gap = _silence(round(PAUSE * sample_rate))
+        self._kept, self._heard, self._joins = _silence(0), 0, False
 
     def push(self, audio: Tensor) -> Tensor:
         """More of a piece [n] -> what is final."""
@@ -46,7 +53,7 @@ class Joiner:
 
     def end(self, last: bool) -> Tensor:
         """The rest of the piece, which fades out unless it is the last one."""
-        rest, self._kept = self._kept, torch.zeros(0)
+        rest, self._kept = self._kept, _silence(0)
         if last or not self._heard:
             return rest
         self._heard, self._joins = 0, True

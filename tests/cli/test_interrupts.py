@@ -141,7 +141,8 @@ def test_interrupted_checkpoints_are_named(capsys, monkeypatch, tmp_path):
     write = initialize.write_checkpoint
     monkeypatch.setattr(initialize, "write_checkpoint", stop)
     assert main(["init-checkpoint", str(tmp_path / "pair")]) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted; wrote {tmp_path / 'pair' / 'lm'}\n")
+    assert capsys.readouterr().err.endswith("interrupted; nothing was written\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_folders_are_called_incomplete_if_something_was_written(

@@ -141,7 +141,7 @@ def quantized_matmul(
     one another.
     """
     assert _native is not None
-    vectors = (x, residual, weight.bias, norm and norm.weight)
+    vectors = (x, residual, weight.bias, None if norm is None else norm.weight)
     if not all(part is None or part.is_floating_point() for part in vectors):
         raise ValueError("x, the residual, the bias and the norm are not floating-point")
     if x.dtype not in DTYPES:

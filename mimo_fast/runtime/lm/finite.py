@@ -150,7 +150,7 @@ def _steps(lm: LM, ids: Tensor, lost: Tensor | None, quantized_cache: bool) -> N
         first = int(unknown.nonzero()[0, 0])
         text, codes, lost = text[:first], codes[:first], codes[first]
     state = lm.new_state([0], len(text), quantized_cache)
-    hidden = torch.empty(0)
+    hidden = torch.empty(0, dtype=lm.dtype, device=lm.device)
     for start in range(0, len(text), PREFILL_CHUNK):
         part = slice(start, start + PREFILL_CHUNK)
         if bool((spoken := text[part] == lm.empty_id).any()):
