@@ -54,7 +54,7 @@ class Codebooks:
 
     Args:
         table: [sum V_q, D] float32; codebook q is rows offsets[q] ... offsets[q + 1] - 1.
-        norms: [sum V_q], |e|^2.
+        norms: [sum V_q], of `squares`.
         offsets: int32 [Q + 1], on the table's device.
         books: each codebook as a view of the table.
     """
@@ -70,9 +70,7 @@ class Codebooks:
         table = torch.cat([book.float() for book in codebooks])
         sizes = [len(book) for book in codebooks]
         offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
-        return cls(
-            table, table.square().sum(-1), offsets.int().to(table.device), table.split(sizes)
-        )
+        return cls(table, squares(table), offsets.int().to(table.device), table.split(sizes))
 
     def __len__(self) -> int:
         return len(self.books)
@@ -82,10 +80,16 @@ class Codebooks:
         return Codebooks(self.table, self.norms, self.offsets, self.books[:n])
 
 
+def squares(table: Tensor) -> Tensor:
+    """|e|^2 of rows [V, D]; NaN for rows that are not finite, which else would only be far away."""
+    norms = table.square().sum(-1)
+    return norms.where(norms < torch.inf, torch.nan)
+
+
 def rvq_encode_ref(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     residual, codes = x, []
     for codebook in codebooks:
-        norms = codebook.square().sum(-1)
+        norms = squares(codebook)
         distance = residual.square().sum(-1, keepdim=True) - 2 * residual @ codebook.T + norms
         rows = distance.argmin(-1)
         # Of a row of distances, argmin takes NaN.

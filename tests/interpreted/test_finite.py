@@ -19,7 +19,7 @@ from mimo_fast.runtime.lm.decode import Limits
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.state import DecodeState
 
-GROUPS = 4
+GROUPS = 2
 
 
 @pytest.fixture(autouse=True)

@@ -177,9 +177,7 @@ def test_a_codebook_that_is_not_finite_gives_no_codes(few_frames, value):
     x, books = random_frames(7, 40), random_books([70, 130, 16], 40)
     books[1][129, 3] = value
     for got in (encode(x, books, few_frames), rvq_encode_ref(x, books)):
-        # An infinite row is an infinite distance from one half of space, and NaN from the other.
-        near = x[:, 3] - books[0][got[0], 3] > 0
-        assert torch.equal(got[1] == NOT_FINITE, near | torch.tensor(value).isnan())
+        assert (got[1] == NOT_FINITE).all()
         assert (got[0] >= 0).all()
 
 
