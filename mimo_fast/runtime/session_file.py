@@ -9,17 +9,19 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mimo_fast.checkpoint.files import DTYPES, is_finite, open_safetensors
 from mimo_fast.errors import CheckpointError, ConfigError, PromptError
-from mimo_fast.json_files import JSON_BYTES, parse_json, shown
+from mimo_fast.json_files import JSON_BYTES, cut, parse_json, shown
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.snapshot import Snapshot
@@ -75,7 +77,11 @@ class SavedSession:
 def write_session(
     path: str | Path, engine: Engine, sequence: TokenSequence, about: dict[str, Any], turns: Turns
 ) -> None:
-    """Writes the file atomically: whole or not at all."""
+    """Writes the file atomically: whole or not at all.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
     path = Path(path)
     kept = engine.export(sequence)
     header = about | {
@@ -94,8 +100,13 @@ def write_session(
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "session": json.dumps(header)})
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or cut(error)
+        problem = f"cannot write {path} ({reason})"
+        raise CheckpointError(f"{problem}: free space or write elsewhere") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def read_session(path: str | Path, engine: Engine) -> SavedSession:

@@ -216,6 +216,18 @@ def test_what_is_no_file(model, tmp_path, kind):
     fault(lambda: model.restore_session(path))
 
 
+@pytest.mark.parametrize("place", ["no/folder", "file/talk", "", "x" * 300])
+def test_a_place_that_cannot_be_written(model, audio, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    session = model.session(seed=3)
+    say(session, audio[1], 2)
+    said = session.ids
+    assert "cannot write" in fault(lambda: session.save(tmp_path / place))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not [*tmp_path.parent.glob(".*.tmp")]
+    assert torch.equal(session.ids, said)
+
+
 def test_a_restored_dialogue_does_not_depend_on_its_file(model, talk, audio, tmp_path):
     path = tmp_path / "talk"
     path.write_bytes(talk.read_bytes())
