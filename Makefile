@@ -63,10 +63,10 @@ golden: $(READY)
 compiled: $(READY)
 	$(PYTEST) $(WORKERS) tests/kernels/test_compile_matrix.py
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
+$(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.ci/install $(BIN)/python
 	touch $(READY)
 
 clean:

@@ -38,7 +38,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} preset=${PRESET:-7b} limit=${LIMIT:-540} skip=" ${SKIP:-} "
 out=${OUT:-benchmarks/results} force=${FORCE:-0}
 earlier=${EARLIER:-$out}
-studies=(engine:130 products:80 prompts:80 glue:60 overlap:90)
+studies=(engine:130 products:80 overlap:90)
 export PYTHONPATH=. PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/mimo-fast-triton}
 unset MIMO_FAST_KERNELS MIMO_FAST_NO_GRAPH
 

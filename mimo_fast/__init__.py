@@ -17,20 +17,29 @@ A position of the language model is a group: one text token and a patch of C x G
 audio).
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+# As `typing` has it, without its import: the command hears Ctrl-C that much earlier.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from mimo_fast.acceleration import accelerate
-    from mimo_fast.audio.files import load_audio, save_wav
+    from mimo_fast.audio.files import DecodeLimits, load_audio
+    from mimo_fast.audio.writing import save_wav
     from mimo_fast.config import CodecConfig, LMConfig
     from mimo_fast.errors import (
         AudioError,
         BusyError,
         CheckpointError,
+        ClosedError,
         ConfigError,
         DeviceMemoryError,
         MimoFastError,
+        NumericError,
         PromptError,
     )
     from mimo_fast.generation import generate
@@ -58,15 +67,18 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "Chunk",
+    "ClosedError",
     "Codec",
     "CodecConfig",
     "ConfigError",
+    "DecodeLimits",
     "DeviceMemoryError",
     "LMConfig",
     "MiMoSampler",
     "MiMoStopper",
     "MimoAudio",
     "MimoFastError",
+    "NumericError",
     "PromptError",
     "ReplyText",
     "Session",
@@ -82,15 +94,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "acceleration": ("accelerate",),
-    "audio.files": ("load_audio", "save_wav"),
+    "audio.files": ("DecodeLimits", "load_audio"),
+    "audio.writing": ("save_wav",),
     "config": ("CodecConfig", "LMConfig"),
     "errors": (
         "AudioError",
         "BusyError",
         "CheckpointError",
+        "ClosedError",
         "ConfigError",
         "DeviceMemoryError",
         "MimoFastError",
+        "NumericError",
         "PromptError",
     ),
     "generation": ("generate",),

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mimo_fast.arguments import checked
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
-from mimo_fast.generation import generate
+from mimo_fast.generation import config_options, generate
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.model import LM
 
-CONFIG_NAMES = ("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id")
 
-
+@checked
 def accelerate(model: Any) -> Any:
     """Replaces `generate` of an upstream model by `mimo_fast.generate`.
 
@@ -62,9 +62,7 @@ def accelerate(model: Any) -> Any:
         seed = options.pop("seed", None)
         if options:
             # Options of generation_config may come as keywords too; keywords take precedence.
-            named = {name: getattr(generation_config, name, None) for name in CONFIG_NAMES}
-            given = generation_config if isinstance(generation_config, dict) else named
-            generation_config = given | options
+            generation_config = config_options(generation_config) | options
         ids, samplers = input_ids if inputs is None else inputs, (global_sampler, local_sampler)
         stops = stopping_criteria, streamer
         return generate(causal, ids, generation_config, *stops, *samplers, seed=seed)

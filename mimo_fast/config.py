@@ -5,20 +5,88 @@ determines a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`,
 `MiMoAudioTokenizerConfig`); field names are this project's.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeGuard
 
+from mimo_fast.arguments import checked
 from mimo_fast.errors import ConfigError
+from mimo_fast.json_files import read_json as read_json
+from mimo_fast.json_files import shown
 
 PathLike = str | os.PathLike[str]
 
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
+
+LAYERS, WIDTH, ROWS = (1, 4096), (1, 2**20), (1, 2**24)
+
+RANGES: dict[str, tuple[float, float]] = {
+    # Of the language model.
+    "vocab_size": ROWS,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "num_key_value_heads": WIDTH,
+    "head_dim": WIDTH,
+    "max_position_embeddings": ROWS,
+    "local_dim": WIDTH,
+    "local_ffn_dim": WIDTH,
+    "local_layers": LAYERS,
+    "local_attn_heads": WIDTH,
+    "input_local_dim": WIDTH,
+    "input_local_layers": LAYERS,
+    "group_size": (1, 1024),
+    "audio_channels": (1, 1024),
+    "speech_vocab_size": ROWS,
+    "speech_zeroemb_idx": (0, 2**24),
+    "delay_pattern": (0, 1024),
+    "rms_norm_eps": (1e-30, 1),
+    "sentences_at_once": (0, 2**24),
+    "words_at_once": (0, 2**24),
+    # Of both.
+    "rope_theta": (1, 1e12),
+    # Of the codec.
+    "sampling_rate": (1, 10**6),
+    "n_mels": (1, 2**16),
+    "nfft": ROWS,
+    "hop_length": ROWS,
+    "window_size": ROWS,
+    "max_audio_seconds": ROWS,
+    "d_model": WIDTH,
+    "kernel_size": (1, 1024),
+    "stride_size": (1, 1024),
+    "avg_pooler": (1, 1024),
+    "num_quantizers": (1, 1024),
+    "codebook_size": ROWS,
+    "encoder_layers": LAYERS,
+    "encoder_attention_heads": WIDTH,
+    "encoder_ffn_dim": WIDTH,
+    "encoder_skip_layer_id": LAYERS,
+    "encoder_attn_window_size": (-1, 2**16),
+    "decoder_layers": LAYERS,
+    "decoder_attention_heads": WIDTH,
+    "decoder_ffn_dim": WIDTH,
+    "decoder_kernel_size": (1, 1024),
+    "decoder_stride_size": (1, 1024),
+    "decoder_attn_window_size": (-1, 2**16),
+    "vocoder_dim": WIDTH,
+    "vocoder_num_layers": LAYERS,
+    "vocoder_attention_heads": WIDTH,
+    "vocoder_intermediate_dim": WIDTH,
+    "vocoder_attn_window_size": (-1, 2**16),
+    "fmin": (0, 10**6),
+    "fmax": (0, 10**6),
+    "streaming_moments": (-1e30, 1e30),
+}
+"""Smallest and largest value of every numeric key, of each item where it is a list.
+
+They are far beyond what anybody trains; what a table of tensors, a cache or a stream would allocate
+stays small. Within them, `checkpoint/layout.py` and the files' headers decide.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +103,7 @@ class TransformerConfig:
     norm_eps: float
 
 
+@checked
 @dataclass(frozen=True)
 class LMConfig:
     """The language model: patch encoder -> backbone -> text head and patch decoder."""
@@ -110,14 +179,14 @@ class LMConfig:
             ),
             patch_encoder=local(input_dim, read.integer("input_local_layers"), 4 * input_dim),
             patch_decoder=local(local_dim, read.integer("local_layers"), local_ffn),
-            patch_encoder_causal=not raw.get("input_full_attention"),
+            patch_encoder_causal=not read.flag("input_full_attention", default=False),
             group_size=group_size,
             channels=channels,
             code_sizes=read.per_channel("speech_vocab_size", channels),
             empty_codes=read.per_channel("speech_zeroemb_idx", channels),
             delays=read.per_channel("delay_pattern", channels),
             max_positions=read.integer("max_position_embeddings"),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=read.flag("tie_word_embeddings", default=False),
             greedy_tasks=read.names("greedy_tasks"),
             sentences_at_once=read.integer("sentences_at_once", default=0),
             words_at_once=read.integer("words_at_once", default=0),
@@ -143,8 +212,6 @@ class LMConfig:
             if not 0 <= empty < size:
                 problem = f"speech_zeroemb_idx {empty} of channel {channel} is outside"
                 raise ConfigError(f"{source}: {problem} 0..{size - 1}")
-        if min(self.delays) < 0:
-            raise ConfigError(f"{source}: delay_pattern {self.delays} has a negative delay")
 
 
 def _key(name: str) -> Any:
@@ -152,6 +219,7 @@ def _key(name: str) -> Any:
     return field(metadata={"key": name})
 
 
+@checked
 @dataclass(frozen=True)
 class CodecConfig:
     """The audio tokenizer: log-mel -> encoder -> RVQ -> decoder -> vocoder -> waveform."""
@@ -209,7 +277,7 @@ class CodecConfig:
         readers: dict[Any, Callable[[str], Any]] = {
             int: read.integer,
             float: read.number,
-            bool: lambda key: bool(read.required(key)),
+            bool: read.flag,
             tuple[int, int]: read.window,
         }
         keyed = {each.name: each.metadata["key"] for each in fields(cls) if each.metadata}
@@ -224,8 +292,29 @@ class CodecConfig:
             norm=str(raw.get("ln_type", "LayerNorm")),
             moments=read.moments("streaming_moments"),
         )
+        config._check(source)
+        return config
+
+    def _check(self, source: str) -> None:
+        config = self
         if config.kernel != 3:
             raise ConfigError(f"{source}: 'kernel_size' is {config.kernel}: only 3 is supported")
+        # Each pair is (name, value, name of its bound, bound).
+        for name, value, of, bound in (
+            ("hop_length", config.hop, "window_size", config.window),
+            ("window_size", config.window, "nfft", config.n_fft),
+            ("stride_size", config.stride, "kernel_size", config.kernel),
+            (
+                "decoder_stride_size",
+                config.decoder_stride,
+                "decoder_kernel_size",
+                config.decoder_kernel,
+            ),
+            ("fmin", config.f_min, "fmax", config.f_max),
+            ("fmax", config.f_max, "half of sampling_rate", config.sample_rate / 2),
+        ):
+            if value > bound or (name == "fmin" and value == bound):
+                raise ConfigError(f"{source}: '{name}' {value} is beyond '{of}' {bound}")
         widths = config.dim, config.dim, config.vocoder_dim
         counts = config.encoder_heads, config.decoder_heads, config.vocoder_heads
         for width, heads in zip(widths, counts, strict=True):
@@ -233,13 +322,14 @@ class CodecConfig:
                 raise ConfigError(
                     f"{source}: width {width} does not split into {heads} heads of an even size"
                 )
-        return config
 
 
 class _Reader:
     """Reads keys of one config file; every error names the file and the key."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{source} holds a {type(raw).__name__}, not a JSON object")
         self.raw, self.source = raw, source
 
     def required(self, key: str) -> Any:
@@ -256,6 +346,7 @@ class _Reader:
             return default
         if not _is_integer(value) or value < 1:
             raise self._wrong(key, "a positive integer")
+        self._check_range(key, value)
         return int(value)
 
     def integers(self, key: str) -> list[int]:
@@ -264,6 +355,7 @@ class _Reader:
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values or not all(_is_integer(each) and each > 0 for each in values):
             raise self._wrong(key, "a positive integer or a list of them")
+        self._check_range(key, *values)
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -273,21 +365,33 @@ class _Reader:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number")
+        self._check_range(key, value)
         return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false; with a default the key may be missing or null."""
+        value = self.required(key) if default is None else self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
 
     def window(self, key: str) -> tuple[int, int]:
         value = self.required(key)
         pair = isinstance(value, list | tuple) and len(value) == 2
         if not pair or not all(map(_is_integer, value)):
             raise self._wrong(key, "two integers, left and right")
+        self._check_range(key, *value)
         return value[0], value[1]
 
     def moments(self, key: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Two pairs of mean and variance; the key is this project's, None if it is missing."""
         if (value := self.raw.get(key)) is None:
             return None
-        with suppress(TypeError, ValueError):
-            first, second = ((float(mean), float(variance)) for mean, variance in value)
+        with suppress(TypeError, ValueError, OverflowError):
+            first, second = ((mean + 0.0, variance + 0.0) for mean, variance in value)
+            self._check_range(key, *first, *second)
             if min(first[1], second[1]) > 0:
                 return first, second
         raise self._wrong(key, "two pairs of mean and positive variance")
@@ -313,6 +417,7 @@ class _Reader:
             raise ConfigError(
                 f"{self.source}: '{key}' has {len(values)} values for {channels} audio_channels"
             )
+        self._check_range(key, *values)
         return values
 
     def rope_theta(self) -> float:
@@ -323,8 +428,18 @@ class _Reader:
         return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
 
     def _wrong(self, key: str, expected: str) -> ConfigError:
-        found = self.raw[key]
-        return ConfigError(f"{self.source}: '{key}' must be {expected}, not {found!r}")
+        found = shown(self.raw[key])
+        return ConfigError(f"{self.source}: '{key}' must be {expected}, not {found}")
+
+    def _check_range(self, key: str, *values: float) -> None:
+        """Refuses what is outside of `RANGES`, NaN too."""
+        low, high = RANGES[key]
+        for value in values:
+            # Written so that NaN is refused.
+            if not low <= value <= high:
+                raise ConfigError(
+                    f"{self.source}: '{key}' must be between {low} and {high}, not {shown(value)}"
+                )
 
     def only(self, key: str, name: str) -> None:
         self.refuse(key, lambda value: value != name, f"only {name!r} is supported")
@@ -332,7 +447,7 @@ class _Reader:
     def refuse(self, key: str, unsupported: Any, reason: str) -> None:
         value = self.raw.get(key)
         if value is not None and unsupported(value):
-            raise ConfigError(f"{self.source}: '{key}' is {value!r}: {reason}")
+            raise ConfigError(f"{self.source}: '{key}' is {shown(value)}: {reason}")
 
 
 def _rope_kind(scaling: Any) -> str:
@@ -343,20 +458,3 @@ def _rope_kind(scaling: Any) -> str:
 
 def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, or not a JSON object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object")
-    return raw

@@ -30,3 +30,11 @@ class BusyError(MimoFastError):
 
 class DeviceMemoryError(MimoFastError):
     """The device has too little memory for the model or the request."""
+
+
+class ClosedError(MimoFastError):
+    """The model has been closed, or was loaded by the process that this one was forked from."""
+
+
+class NumericError(MimoFastError):
+    """Logits, codes or samples are not finite: a weight is not, or a value overflows its dtype."""

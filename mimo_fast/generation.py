@@ -1,16 +1,21 @@
 """`generate`: upstream's low-level entry point, ids to ids, with its layouts and stop rules."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked, suggestion
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
+from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.request import StopHook
+from mimo_fast.runtime.engine.sequence import group_ids, in_seconds
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
@@ -19,6 +24,7 @@ from mimo_fast.text.prompt import TEXT_FILLER
 Ids = Tensor | Sequence[Tensor]
 
 
+@checked
 def generate(
     model: Any,
     input_ids: Ids,
@@ -57,6 +63,7 @@ def generate(
 
     Raises:
         PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
+        NumericError: the model's values are not finite.
     """
     lm = language_model(model)
     batch = _Batch.read(input_ids, lm.config)
@@ -86,6 +93,8 @@ def generate(
         for reply, parts in zip(replies, grown, strict=True):
             for group in reply:
                 ids = group_ids(group.text, group.codes)
+                if bool((ids[1:] == NOT_FINITE).any()):
+                    raise reply.not_finite()
                 if not options.callables:
                     parts.append(ids)
                 if streamer is not None:
@@ -96,6 +105,43 @@ def generate(
     if streamer is not None:
         streamer.end()
     return batch.write([torch.cat(parts, dim=1) for parts in grown], options.pad_id, lm.config)
+
+
+CONFIG_OPTIONS = (
+    *("max_length", "max_new_tokens", "min_new_tokens", "pad_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p"),
+)
+"""What is read of a generation_config."""
+
+WITHOUT_EFFECT = frozenset(
+    {"eos_token_id", "bos_token_id", "use_cache", "attention_mask", "synced_gpus", "warmup_run"}
+    | {"transformers_version", "return_dict_in_generate"}
+)
+"""Options that upstream's scripts give and upstream's own loop does not read either."""
+
+_warned = set[str]()
+
+
+def config_options(config: Any) -> dict[str, Any]:
+    """The options of a generation_config, a dict or any object; unknown ones warn once each.
+
+    Of transformers' own class those that differ from its defaults are looked at.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        given = dict(config)
+    else:
+        stated = config.to_diff_dict() if hasattr(config, "to_diff_dict") else None
+        given = stated or dict(getattr(config, "__dict__", {}))
+        given |= {name: getattr(config, name, None) for name in CONFIG_OPTIONS}
+    public = (name for name in map(str, given) if not name.startswith("_"))
+    for name in sorted(set(public) - {*CONFIG_OPTIONS, *WITHOUT_EFFECT, *_warned}):
+        if given.get(name) not in (None, False):
+            _warned.add(name)
+            near = suggestion(name, CONFIG_OPTIONS)
+            warnings.warn(f"generate ignores the option {name!r}: {near}", stacklevel=4)
+    return given
 
 
 def language_model(model: Any) -> LM:
@@ -110,11 +156,6 @@ def language_model(model: Any) -> LM:
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
     )
-
-
-def group_ids(text: int, codes: Tensor) -> Tensor:
-    """A generated group as ids [C + 1, G]: its text token, repeated, above its codes [C, G]."""
-    return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
 
 
 def flatten_ids(ids: Tensor) -> Tensor:
@@ -156,14 +197,14 @@ class _Batch:
         if not rows:
             raise PromptError(problem)
         like = input_ids if isinstance(input_ids, Tensor) else rows[0]
-        return cls([_checked(row, config) for row in rows], layout, like)
+        return cls([check_ids(row, config) for row in rows], layout, like)
 
     def write(self, rows: list[Tensor], pad_id: int, config: LMConfig) -> Any:
         rows = [row.to(self.like.dtype) for row in rows]
         if self.layout == "list":
             return [row.to(self.like.device) for row in rows]
         longest = max(row.shape[1] for row in rows)
-        pad = torch.tensor((pad_id, *config.empty_codes), dtype=self.like.dtype)[:, None]
+        pad = rows[0].new_tensor((pad_id, *config.empty_codes))[:, None]
         padding = (pad.expand(-1, longest - row.shape[1]) for row in rows)
         full = torch.stack([torch.cat(pair, dim=1) for pair in zip(rows, padding, strict=True)])
         if self.layout == "single":
@@ -180,14 +221,28 @@ def _is_single(ids: Tensor, config: LMConfig) -> bool:
     return ids.shape[1] % config.row_width != 0 or not bool((ids[1:] == TEXT_FILLER).any())
 
 
-def _checked(ids: Tensor, config: LMConfig) -> Tensor:
-    if ids.shape[0] != config.channels + 1 or ids.shape[1] % config.group_size or not ids.shape[1]:
+def check_ids(ids: Tensor, config: LMConfig) -> Tensor:
+    """A prompt's ids [C + 1, T G] as int64 on the CPU.
+
+    Raises:
+        PromptError: they are no integers, not of that shape, or an id that is read is out of range.
+    """
+    if not isinstance(ids, Tensor):
+        raise PromptError(f"ids must be a tensor of integers, not a {type(ids).__name__}")
+    if (
+        ids.ndim != 2
+        or ids.shape[0] != config.channels + 1
+        or ids.shape[1] % config.group_size
+        or not ids.shape[1]
+    ):
         raise PromptError(
             f"a prompt must be [{config.channels + 1}, a positive multiple of "
             f"{config.group_size}], not {list(ids.shape)}"
         )
+    if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
+        raise PromptError(f"ids must be a tensor of integers, not {ids.dtype}")
     ids = ids.to("cpu", torch.int64)
-    sizes = torch.tensor((config.vocab_size, *config.code_sizes))[:, None]
+    sizes = ids.new_tensor((config.vocab_size, *config.code_sizes))[:, None]
     text = ids[:1, :: config.group_size].repeat_interleave(config.group_size, dim=1)
     used = torch.cat((text, ids[1:]))
     wrong = (used < 0) | (used >= sizes)
@@ -217,9 +272,7 @@ class _Options:
     def read(
         cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int
     ) -> "_Options":
-        def option(name: str) -> Any:
-            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
+        option = config_options(config).get
         everything = list(criteria or ())
         stoppers = [criterion for criterion in everything if _is_stopper(criterion)]
         callables = [criterion for criterion in everything if not _is_stopper(criterion)]
@@ -250,7 +303,8 @@ class _Options:
         room = longest - prompt
         if room < 1:
             raise PromptError(
-                f"the prompt has {prompt} groups and the limit is {longest}, prompt included: "
+                f"the prompt has {in_seconds(prompt)} and the limit is {in_seconds(longest)}, "
+                "prompt included: "
                 "shorten the prompt or raise max_length"
             )
         shortest = max(self.min_new, self.min_length - prompt)
@@ -263,6 +317,11 @@ def _is_stopper(criterion: Any) -> bool:
     return all(hasattr(criterion, name) for name in names)
 
 
+def _any(answer: Any) -> bool:
+    """Whether a criterion says yes, by a bool, or an array or tensor of them."""
+    return bool(answer.any() if hasattr(answer, "any") else np.any(answer))
+
+
 def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> StopHook | None:
     """A hook that appends each new group to its row and calls every criterion with the row."""
     if not callables:
@@ -271,6 +330,6 @@ def _stop_hook(callables: list[Callable[..., Any]], grown: list[Tensor]) -> Stop
     def hook(text: int, codes: Tensor) -> bool:
         grown.append(group_ids(text, codes))
         so_far = flatten_ids(torch.cat(grown, dim=1))[None]
-        return any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in callables)
+        return any(_any(criterion(so_far, None)) for criterion in callables)
 
     return hook

@@ -13,6 +13,7 @@ from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import caller, is_active
 from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.sampling import check_seed
 
 
 class History:
@@ -58,6 +59,7 @@ class History:
         """
         if not ids.shape[1]:
             raise PromptError("the prompt is empty")
+        seed = None if seed is None else check_seed(seed)
         with self._lock:
             if self.sequence is not None and add_history:
                 self._check_owner()

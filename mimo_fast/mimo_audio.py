@@ -1,11 +1,11 @@
 """`MimoAudio`: upstream's class and methods; plus streams, sessions and speech continuation."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
 from functools import wraps
-from os.path import isfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from mimo_fast import sampling
-from mimo_fast.audio.files import save_wav
+from mimo_fast.arguments import checked, names_of, refuse_unknown
+from mimo_fast.audio.paths import check_target
+from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.errors import AudioError
-from mimo_fast.generation import flatten_ids
+from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
+from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
@@ -38,6 +41,11 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 Arguments = ParamSpec("Arguments")
 
+STREAM_OPTIONS = frozenset(
+    {"add_history", "max_new_tokens", "min_new_tokens", "seed", "special_tokens", "split"}
+)
+"""Arguments of `MimoAudio.stream` besides those of the task."""
+
 
 class Options(TypedDict, total=False):
     """Arguments of every task method besides upstream's.
@@ -50,6 +58,12 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     min_new_tokens: int
     special_tokens: bool
+
+
+def _refuse_unknown(task: str, given: Iterable[str]) -> None:
+    """Raises TypeError if `stream` of a task does not take one of these arguments."""
+    known = (names_of(find_task(task).prompt, bound=True) or frozenset()) | STREAM_OPTIONS
+    refuse_unknown(given, known, f"stream({task!r})")
 
 
 def _prompt_of(
@@ -68,6 +82,13 @@ def _prompt_of(
     return prompt
 
 
+def _check_output(path: Any) -> None:
+    """Raises AudioError, before the model speaks, if its audio cannot be written there."""
+    if path and isinstance(path, str | os.PathLike):
+        check_target(path)
+
+
+@checked
 class MimoAudio:
     """A language model, its codec and its tokenizer, ready for upstream's tasks.
 
@@ -82,8 +103,9 @@ class MimoAudio:
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
-    `output_path` or `output_audio_path` write a WAV there and return the text, as upstream's
-    `tts_sft` and dialogue tasks do. A seed of None draws a random one.
+    `output_path` or `output_audio_path` write audio there and return the text, as upstream's
+    `tts_sft` and dialogue tasks do; the suffix chooses the format, see `save_wav`. A seed of None
+    draws a random one.
 
     A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
     `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
@@ -109,7 +131,7 @@ class MimoAudio:
         directories = model_path, mimo_audio_tokenizer_path
         self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
         self.setup, self._history = self.pipeline.setup, History()
-        self.model, self.mimo_audio_tokenizer, self.device = self.lm, self.codec, self.lm.device
+        self.device = self.lm.device
         config, special = self.lm.config, self.tokenizer.special
         self.group_size, self.audio_channels = config.group_size, config.channels
         self.delay_pattern, self.vocab_size = config.delays, config.vocab_size
@@ -129,8 +151,25 @@ class MimoAudio:
         twin.__dict__.update(self.__dict__, _history=copy(self._history))
         return twin
 
+    def close(self) -> None:
+        """Frees caches, graphs and weights; running streams end with a ClosedError.
+
+        So does every later call, of copies and sessions of this model too; closing again does
+        nothing. A `with` block closes the model that it begins with.
+        """
+        self.pipeline.close()
+        if not self.pipeline.owner.forked:
+            self._history.clear()
+
+    def __enter__(self) -> "MimoAudio":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     @property
     def lm(self) -> LM:
+        self.pipeline.owner.check()
         return self.pipeline.lm
 
     @lm.setter
@@ -140,11 +179,22 @@ class MimoAudio:
 
     @property
     def codec(self) -> Codec:
+        self.pipeline.owner.check()
         return self.pipeline.codec
 
     @codec.setter
     def codec(self, codec: Codec) -> None:
         self.pipeline = replace(self.pipeline, codec=codec)
+
+    @property
+    def model(self) -> LM:
+        """The language model, by upstream's name."""
+        return self.lm
+
+    @property
+    def mimo_audio_tokenizer(self) -> Codec:
+        """The codec, by upstream's name."""
+        return self.codec
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -166,6 +216,7 @@ class MimoAudio:
     @property
     def history(self) -> Tensor | None:
         """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
+        self.pipeline.owner.check()
         kept = self._history.sequence
         return None if kept is None else flatten_ids(kept.ids)[None]
 
@@ -189,12 +240,12 @@ class MimoAudio:
         return self.task_sampler_configs.get(task_name or "", default)
 
     def save_wav(self, path: Any, wav: Tensor) -> None:
-        """Writes a waveform of any shape as a mono WAV."""
+        """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
-        if isinstance(input, str) and not isfile(input):
+        if isinstance(input, str) and not os.path.isfile(input):
             return tasks.capitalize(input)
         return self.speech(input).codes.T.reshape(-1)
 
@@ -259,19 +310,22 @@ class MimoAudio:
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
-        With output_audio_path it writes a WAV there and returns the text. stopping_criteria are
+        With output_audio_path it writes audio there and returns the text. stopping_criteria are
         `MiMoStopper`s. The text has the control tokens that upstream leaves in it only with
         special_tokens; `</think>` also ends the thoughts of a written reply. Without a word spoken
         audio is a second of silence, as upstream's.
 
         Raises:
-            AudioError: output_audio_path is given, and nothing was said. Nothing is written.
+            AudioError: output_audio_path cannot be written, or nothing was said. Nothing is
+                written.
         """
+        input_ids = check_ids(input_ids, self.lm.config)
         criteria = list(stopping_criteria or ())
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
+        _check_output(output_audio_path)
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
         # Upstream treats an empty path as none.
@@ -287,7 +341,9 @@ class MimoAudio:
             problem = f"nothing was said, so {output_audio_path} was not written: {fix}"
             raise AudioError(f"{problem} (the reply's text: {str(text)!r:.120})")
         rate = self.codec.sample_rate
-        wav = torch.zeros(rate) if codes is None else self.codec.decode(codes).cpu()
+        wav = torch.zeros(rate, dtype=torch.float32, device="cpu")
+        if codes is not None:
+            wav = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
         if silent:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
@@ -318,6 +374,7 @@ class MimoAudio:
         published ones too, do not state how long a text may be: theirs is one piece.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
+        _refuse_unknown(task, task_arguments)
         check_limits(max_new_tokens, min_new_tokens)
         if split:
             if spec is not TASKS["tts_sft"] or add_history:
@@ -371,6 +428,8 @@ class MimoAudio:
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""
+        self.pipeline.owner.check()
+        _refuse_unknown(task, options.keys() - STREAM_OPTIONS)
         return iterate_async(lambda: self.stream(task, *arguments, **options))
 
     def _run(
@@ -384,6 +443,7 @@ class MimoAudio:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
         task, continued = TASKS[name], add_history and self.has_history
         # Before the recordings of the prompt are encoded.
+        _check_output(output)
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)
@@ -560,6 +620,7 @@ class MimoAudio:
         return self.pipeline.ids(segments).to(self.lm.device)
 
 
+@checked
 def load(
     lm: PathLike | None = None,
     codec: PathLike | None = None,

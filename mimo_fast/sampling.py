@@ -5,16 +5,22 @@ import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
 Seed = int | Sequence[int] | None
 """One seed for all rows, one for each row, or None for random ones."""
 
+SEEDS = 2**63
+"""Number of seeds: the samplers read an int64 that is not negative."""
 
+
+@checked
 @dataclass
 class MiMoSampler:
     """Settings of one sampler (upstream `MiMoSampler`); None leaves a step out.
@@ -68,30 +74,60 @@ def sampler_tensors(
     greedy = [not s.do_sample or s.temperature == 0 for s in samplers]
     tails = [1 - float(s.top_p) if s.top_p and 0 < s.top_p <= 1 else TAIL_OFF for s in samplers]
     return SamplerTensors(
-        temperature=torch.tensor([s.temperature or 1.0 for s in samplers], device=device),
-        top_k=torch.tensor([max(s.top_k or 0, 0) for s in samplers], device=device),
-        tail=torch.tensor(tails, device=device),
-        greedy=torch.tensor(greedy, device=device),
+        temperature=torch.tensor(
+            [s.temperature or 1.0 for s in samplers], dtype=torch.float32, device=device
+        ),
+        top_k=torch.tensor(
+            [max(s.top_k or 0, 0) for s in samplers], dtype=torch.int64, device=device
+        ),
+        tail=torch.tensor(tails, dtype=torch.float32, device=device),
+        greedy=torch.tensor(greedy, dtype=torch.bool, device=device),
         all_greedy=all(greedy),
         any_top_k=any(s.top_k for s in samplers),
     )
 
 
-def row_seeds(seed: Seed, rows: int) -> list[int]:
-    """One 63-bit seed a row.
+def check_seed(seed: Any) -> int:
+    """A seed as an int, from one of any integer type (numpy's, or a tensor of one value).
 
     Raises:
-        ValueError: the number of seeds is not the number of rows.
+        TypeError: it is no integer; True and False are none.
+        ValueError: it is not between 0 and 2**63 - 1.
+    """
+    try:
+        value = seed.item() if hasattr(seed, "item") else seed
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"a seed is an integer, not {seed!r:.80}") from None
+    if not 0 <= value < SEEDS:
+        raise ValueError(f"a seed is between 0 and 2**63 - 1, not {value}")
+    return value
+
+
+def one_seed(seed: Any) -> int:
+    """`check_seed`; a random one for None."""
+    return secrets.randbits(63) if seed is None else check_seed(seed)
+
+
+def row_seeds(seed: Seed, rows: int) -> list[int]:
+    """One seed a row.
+
+    Raises:
+        TypeError, ValueError: see `check_seed`, or the number of seeds is not the number of rows.
     """
     if seed is None:
-        return [secrets.randbits(63) for _ in range(rows)]
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    seeds = [operator.index(s) for s in ([given] * rows if isinstance(given, int) else given)]
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} prompts; give one, or one a prompt")
-    return [s % 2**63 for s in seeds]
+        return [one_seed(None) for _ in range(rows)]
+    given: Any = seed.tolist() if hasattr(seed, "tolist") else seed
+    if not isinstance(given, list | tuple | range):
+        return [check_seed(given)] * rows
+    if len(given) != rows:
+        raise ValueError(f"{len(given)} seeds for {rows} prompts; give one, or one a prompt")
+    return [check_seed(each) for each in given]
 
 
+@checked
 class MiMoStopper:
     """Stops a row at a stop token or at a length in groups, prompt included.
 
@@ -114,8 +150,9 @@ class MiMoStopper:
 
     def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:
         groups = input_ids.shape[-1] // self.step
-        done = torch.full((len(input_ids),), bool(self.max_length and groups >= self.max_length))
+        too_long = bool(self.max_length and groups >= self.max_length)
+        done = input_ids.new_full((len(input_ids),), too_long, dtype=torch.bool)
         if self.stop_token_ids and groups > 0 and groups >= self.min_length:
-            stops = torch.tensor(sorted(self.stop_token_ids))
-            done |= torch.isin(input_ids[:, -self.step].cpu(), stops)
-        return done.to(input_ids.device)
+            last = input_ids[:, -self.step]
+            done |= torch.isin(last, last.new_tensor(sorted(self.stop_token_ids)))
+        return done

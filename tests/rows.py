@@ -40,3 +40,32 @@ def rows_of(kind: str, count: int = ROWS, size: int = SIZE, seed: int = 0) -> Te
     if kind == "pairs":
         return normal.sort(dim=1).values.view(count, -1, 3)[:, :, :1].expand(-1, -1, 3).flatten(1)
     return rows[kind]
+
+
+def rows_not_finite(size: int = SIZE) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, size], banned bool [n, size], and whether a row has no token, bool [n].
+
+    The rows that have one are the same in front of, between and behind those that have none.
+    """
+    generator = torch.Generator().manual_seed(size)
+    usual = torch.randn(size, generator=generator) * 3
+    places = sorted({0, 1, size // 2, size - 1})
+    rows, bans, lost = [usual], [()], [False]
+    for value in (math.nan, math.inf):
+        for place in places:
+            for ban in ((), (place,)):
+                broken = usual.clone()
+                broken[place] = value
+                rows += [broken, usual]
+                bans += [ban, ()]
+                lost += [True, False]
+    nothing = torch.full((size,), -math.inf)
+    only = nothing.clone()
+    only[places[-1]] = 1.0
+    rows += [nothing, torch.full((size,), math.nan), only, only, usual]
+    bans += [(), (), (), (places[-1],), ()]
+    lost += [True, True, False, True, False]
+    banned = torch.zeros(len(rows), size, dtype=torch.bool)
+    for row, ids in enumerate(bans):
+        banned[row, list(ids)] = True
+    return torch.stack(rows), banned, torch.tensor(lost)

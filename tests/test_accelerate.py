@@ -19,6 +19,7 @@ from mimo_fast import (
     MiMoStopper,
     accelerate,
     generate,
+    generation,
 )
 from mimo_fast.generation import flatten_ids, unflatten_ids
 from mimo_fast.runtime.lm.transformer import TransformerWeights
@@ -202,3 +203,12 @@ def test_lengths_may_come_as_keywords(causal, model):
     config = {"max_length": 8192, "pad_token_id": 401}
     ids = causal.generate(flat, config, max_new_tokens=2, seed=1)
     assert ids.shape[1] == flat.shape[1] + 2 * 36
+
+
+def test_keywords_that_upstream_would_take_and_nothing_reads_warn(causal, golden, monkeypatch):
+    monkeypatch.setattr(generation, "_warned", set())
+    accelerate(causal)
+    prompt = golden.get("prompts:text").long()
+    named = {"max_length": prompt.shape[1] // GROUP + 2, "use_cache": True}
+    with pytest.warns(UserWarning, match="'max_new_token': did you mean 'max_new_tokens'"):
+        causal.generate(prompt, max_new_token=3, **named)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_empty_code_outside_its_channel(empty):
 
 
 def test_negative_delay():
-    assert "negative delay" in complaint("lm", {"delay_pattern": -1})
+    assert "'delay_pattern' must be between 0 and" in complaint("lm", {"delay_pattern": -1})
 
 
 def test_heads_that_do_not_divide():
@@ -349,3 +350,88 @@ def test_greedy_tasks_are_names():
     assert parsed("lm", greedy_tasks=["tts"]).greedy_tasks == ("tts",)
     with pytest.raises(ConfigError, match="'greedy_tasks' must be a list of names, not 'tts'"):
         parsed("lm", greedy_tasks="tts")
+
+
+BEYOND: list[tuple[str, str, Any]] = [
+    *((part, key, value) for part, key in SIZES for value in (10**9, 2**63, 10**30)),
+    *(("lm", "rope_theta", value) for value in (-1, 0, 1e-45, math.nan, math.inf, 10**400)),
+    *(("codec", "rope_theta", value) for value in (-1, math.nan)),
+    *(("lm", "rms_norm_eps", value) for value in (0, -1e-6, math.nan, math.inf, 2)),
+    *(("codec", "fmin", value) for value in (-1, math.nan, math.inf, 20000)),
+    *(("codec", "fmax", value) for value in (0, -1, math.nan, math.inf, 12001)),
+    ("lm", "speech_vocab_size", "65-65-17-17-17-17-17-1000000000"),
+    ("lm", "speech_zeroemb_idx", -1),
+    ("lm", "delay_pattern", 10**6),
+    ("codec", "codebook_size", [64, 10**12]),
+    *(("codec", f"{part}_attn_window_size", [40, 10**9]) for part in ("encoder", "vocoder")),
+    ("codec", "decoder_attn_window_size", [-2, 0]),
+    ("codec", "encoder_skip_layer_id", 10**9),
+    ("codec", "hop_length", 961),
+    ("codec", "window_size", 961),
+    ("codec", "stride_size", 4),
+    ("codec", "decoder_stride_size", 4),
+    *(("codec", "streaming_moments", [[0, 1], [x, 1]]) for x in (math.nan, math.inf, 10**400)),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), BEYOND)
+def test_a_value_beyond_its_range_is_refused(part, key, value):
+    message = complaint(part, {key: value})
+    assert f"'{key}'" in message
+    assert len(message) < 400
+
+
+FLAGS = [("lm", "tie_word_embeddings"), ("lm", "input_full_attention")]
+FLAGS += [("codec", "encoder_causal"), ("codec", "decoder_causal")]
+
+
+@pytest.mark.parametrize(("part", "key"), FLAGS)
+@pytest.mark.parametrize("value", ["false", 1, {"id": 0}, [True]])
+def test_flags_are_true_or_false(part, key, value):
+    assert f"'{key}' must be true or false" in complaint(part, {key: value})
+
+
+@pytest.mark.parametrize("raw", [0.5, None, "x", [1], 3])
+@pytest.mark.parametrize("part", CONFIGS)
+def test_a_config_is_a_mapping(part, raw):
+    message = fault(lambda: CONFIGS[part].from_dict(raw, "here"), ConfigError)
+    assert message == f"here holds a {type(raw).__name__}, not a JSON object"
+
+
+def test_an_error_shows_a_huge_value_in_one_short_line():
+    for value in ("x\n" * 100_000, [["y" * 1000] * 1000], {"a": {str(i): i for i in range(9999)}}):
+        assert len(complaint("lm", {"vocab_size": value})) < 400
+
+
+BOMBS = {
+    b"[" * 100_000: "nested too deeply",
+    b'{"a":' * 100_000: "nested too deeply",
+    b'{"a":' * 60 + b"1" + b"}" * 60: "nested deeper than",
+    b'{"a": ' + b"[" * 400 + b"]" * 400 + b"}": "nested deeper than",
+    b'{"a": 1, "b": {"vocab_size": 1, "vocab_size": 2}}': "'vocab_size' is given twice",
+    b'{"a": 1' + b"0" * 5000 + b"}": "is not valid JSON",
+    b"\xef\xbb\xbf{}": "is not valid JSON",
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), BOMBS.items())
+def test_json_that_would_hurt_its_reader(tmp_path, content, problem):
+    (tmp_path / "config.json").write_bytes(content)
+    assert problem in fault(lambda: read_json(tmp_path / "config.json"), ConfigError)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    made = {"FIFO": os.mkfifo, "folder": Path.mkdir}
+    for name, make in made.items():
+        make(tmp_path / name)
+        assert f"it is a {name}" in fault(lambda name=name: read_json(tmp_path / name), ConfigError)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert "it is a device" in fault(lambda: read_json(tmp_path / "zero"), ConfigError)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot read" in fault(lambda: read_json(tmp_path / "loop"), ConfigError)
+
+
+def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
+    (tmp_path / "hole").touch()
+    os.truncate(tmp_path / "hole", 2**30)
+    assert "1073741824 bytes" in fault(lambda: read_json(tmp_path / "hole"), ConfigError)

@@ -176,7 +176,10 @@ def test_without_a_limit_the_context_is_filled(model, prompts):
     lm = copy.copy(model.lm)
     lm.config = dataclasses.replace(lm.config, max_positions=47)
     assert len(new_text(generate(lm, prompts[0]), prompts[0])) == 5
-    with pytest.raises(PromptError, match="the prompt has 84 groups and the limit is 47"):
+    with pytest.raises(
+        PromptError,
+        match=r"has 84 groups \(13\.4 s\) and the limit is 47 groups",
+    ):
         generate(lm, torch.cat([prompts[0]] * 2, dim=1))
 
 
@@ -301,14 +304,33 @@ def test_refuses_an_id_out_of_range(model, prompts, case):
     (channel, frame, value, last), ids = case, prompts[0].clone()
     ids[channel, frame] = value
     problem = f"^id {value} of channel {channel} at frame {frame} is outside 0..{last}$"
-    with pytest.raises(PromptError, match=problem):
-        generate(model, ids, max_new_tokens=1)
+    for run in (partial(generate, model), model.forward):
+        with pytest.raises(PromptError, match=problem):
+            run(ids, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *(torch.zeros(9, 8, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.complex64)),
+        *(torch.zeros(shape, dtype=torch.int64) for shape in ((9, 6), (8, 8), (9, 0), (9,), ())),
+        torch.zeros(1, 9, 8, dtype=torch.int64),
+        [[0] * 8] * 9,
+        None,
+    ],
+    ids=lambda ids: str(getattr(ids, "shape", type(ids).__name__)),
+)
+def test_forward_refuses_what_is_no_prompt(model, ids):
+    before = model.history
+    with pytest.raises(PromptError, match=r"ids must be|a prompt must be"):
+        model.forward(ids, max_new_tokens=1)
+    assert before is None or torch.equal(model.history, before)
 
 
 def test_refuses_wrong_arguments(model, prompts):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
         generate(model, prompts[0], max_new_tokens=0)
-    with pytest.raises(PromptError, match="the prompt has 42 groups and the limit is 42"):
+    with pytest.raises(PromptError, match=r"42 groups \(6\.7 s\) and the limit is 42"):
         generate(model, prompts[0], stopping_criteria=[stopper(max_length=42)])
     with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
         generate(model, prompts[:2], max_new_tokens=1, seed=[1, 2, 3])

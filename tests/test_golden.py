@@ -135,7 +135,9 @@ TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("tensor", "index", "add", "expected"), TAMPERED, ids=str)
+@pytest.mark.parametrize(
+    ("tensor", "index", "add", "expected"), TAMPERED, ids=[row[0] for row in TAMPERED]
+)
 def test_altered_truth_fails(model, kit, readers, monkeypatch, tensor, index, add, expected):
     golden = PerturbedGolden(kit, tensor, index, add)
     affected = [stage for stage, reads in readers.items() if tensor in reads]

@@ -4,13 +4,23 @@ import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import fault
 from torch import Tensor
 
+import mimo_fast
 from mimo_fast.kernels.sample import SamplerTensors
-from mimo_fast.sampling import GREEDY, MiMoSampler, MiMoStopper, sampler_tensors
+from mimo_fast.sampling import (
+    GREEDY,
+    MiMoSampler,
+    MiMoStopper,
+    check_seed,
+    one_seed,
+    row_seeds,
+    sampler_tensors,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +101,69 @@ def test_stopper_without_rules_never_stops():
     assert MiMoStopper(GROUP, CHANNELS)(flat_rows([0], 500)).tolist() == [False]
     nothing = torch.empty(2, 0, dtype=torch.int64)
     assert MiMoStopper(GROUP, CHANNELS, [7])(nothing).tolist() == [False] * 2
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 5, 2**63 - 1, np.int64(5), np.uint8(5), np.uint64(2**63 - 1), torch.tensor(5)]
+)
+def test_integers_of_every_type_are_seeds(seed):
+    assert check_seed(seed) == int(seed)
+    assert type(check_seed(seed)) is int
+    assert row_seeds(seed, 2) == [int(seed)] * 2
+    assert one_seed(seed) == int(seed)
+
+
+NO_SEEDS = [
+    *((seed, ValueError) for seed in (-1, 2**63, 2**64, np.int64(-1), np.uint64(2**63))),
+    *((seed, TypeError) for seed in (True, np.bool_(True), 1.0, np.float32(1), "1", b"1")),
+    *((seed, TypeError) for seed in (torch.tensor(True), torch.tensor(1.5), {}, object())),
+]
+
+
+@pytest.mark.parametrize(("seed", "kind"), NO_SEEDS)
+def test_everything_else_is_refused(seed, kind):
+    for take in (check_seed, one_seed, lambda seed: row_seeds(seed, 2)):
+        assert "seed" in fault(lambda take=take: take(seed), kind)
+
+
+def test_seeds_of_rows():
+    assert row_seeds([1, np.int64(2)], 2) == [1, 2]
+    assert row_seeds(np.array([1, 2]), 2) == row_seeds(torch.tensor([1, 2]), 2) == [1, 2]
+    assert "2 seeds for 3 prompts" in fault(lambda: row_seeds([1, 2], 3), ValueError)
+    assert len(set(row_seeds(None, 9))) == 9
+    assert all(0 <= seed < 2**63 for seed in row_seeds(None, 9))
+
+
+ENTRIES = {
+    "generate": lambda model, seed: mimo_fast.generate(model, IDS, max_new_tokens=1, seed=seed),
+    "forward": lambda model, seed: model.forward(IDS, max_new_tokens=1, seed=seed),
+    "task": lambda model, seed: model.text_dialogue_sft("a", max_new_tokens=1, seed=seed),
+    "by example": lambda model, seed: model.in_context_learning_s2s(
+        "a", [], torch.zeros(9600), max_new_tokens=1, seed=seed
+    ),
+    "stream": lambda model, seed: list(
+        model.stream("text_dialogue", "a", max_new_tokens=1, seed=seed)
+    ),
+    "prompt": lambda model, seed: model.get_tts_sft_prompt("a", seed=seed),
+    "session": lambda model, seed: model.session(seed=seed),
+    "conversation": lambda model, seed: model.conversation(seed),
+}
+IDS = torch.zeros(9, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_one_rule_holds_wherever_a_seed_is_given(model, entry):
+    for seed in (2**63 - 1, np.int64(3), np.uint64(3), torch.tensor(3), None):
+        ENTRIES[entry](model, seed)
+    history = model.history
+    for seed, kind in NO_SEEDS:
+        assert "seed" in fault(lambda seed=seed: ENTRIES[entry](model, seed), kind)
+    assert history is None or torch.equal(model.history, history)
+
+
+def test_a_seed_of_numpy_draws_as_its_value(model):
+    drawn = [
+        [chunk.text for chunk in model.stream("text_dialogue", "a", max_new_tokens=4, seed=seed)]
+        for seed in (3, np.int64(3), torch.tensor(3))
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.bench.environment import environment
-from mimo_fast.checkpoint.files import write_json
+from mimo_fast.checkpoint.folder import write_json
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.sampling import GREEDY
 

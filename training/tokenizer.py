@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mimo_fast.checkpoint.files import write_json
+from mimo_fast.checkpoint.folder import write_json
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import MODEL_TOKENS, TRAINED_WORDS, Tokenizer
 

@@ -2,7 +2,8 @@
 
 python -m benchmarks.studies.chains [-o FILE.json] [--seconds 50]
 
-A chain is four layers at one position, as `glue` has them, in a CUDA graph. A way chooses
+A chain is four layers at one position, products and attention alternating, in a CUDA graph. A way
+chooses
 
     Triton's kernels   a `PdlTrigger` each (dispatch.py): off, none, lets, first, waited, last
     carveout           whether Triton's kernels ask for the same division of a multiprocessor's
@@ -28,16 +29,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks.studies.glue import DEVICE, filled_cache, published, random, weights
+from benchmarks.studies.common import Record, median_replay, write
+from benchmarks.synthetic import random_weight
+from mimo_fast.bench.synthetic import preset_configs
 from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.decode_attention import (
@@ -49,8 +52,15 @@ from mimo_fast.kernels.dispatch import PDL_ENVIRONMENT, triton
 from mimo_fast.kernels.matmul.triton_kernels import dense_gemv_kernel
 from mimo_fast.kernels.norm import rms_norm_kernel
 from mimo_fast.kernels.rope import rope_table
-from mimo_fast.runtime.lm.transformer import cached_attend, transformer
+from mimo_fast.runtime.lm.state import KVCache
+from mimo_fast.runtime.lm.transformer import (
+    LayerWeights,
+    TransformerWeights,
+    cached_attend,
+    transformer,
+)
 
+DEVICE, DTYPE = "cuda", torch.bfloat16
 CALLS = 10
 LAYERS = 4
 REPLAYS = 7
@@ -101,8 +111,42 @@ class Chain:
     capacity: int
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), device=DEVICE).to(DTYPE)
+
+
+def filled_cache(config: TransformerConfig, rows: int, capacity: int) -> KVCache:
+    cache = KVCache.allocate(config, rows, capacity, DTYPE, torch.device(DEVICE))
+    for part, seed in zip(cache.parts, (1, 2), strict=True):
+        part.normal_(generator=generator(seed))
+    return cache
+
+
+def weights(config: TransformerConfig, form: str, layers: int) -> TransformerWeights:
+    def product(*blocks: int, columns: int, bias: bool = False, seed: int) -> Any:
+        return random_weight(form, blocks, columns, DTYPE, DEVICE, bias, seed)
+
+    def layer(i: int) -> LayerWeights:
+        attended = config.heads * config.head_dim
+        kv = config.kv_heads * config.head_dim
+        return LayerWeights(
+            attention_norm=random(config.dim, seed=i),
+            qkv=product(attended, kv, kv, columns=config.dim, bias=True, seed=4 * i),
+            out=product(config.dim, columns=attended, seed=4 * i + 1),
+            ffn_norm=random(config.dim, seed=i + 1),
+            gate_up=product(config.ffn_dim, config.ffn_dim, columns=config.dim, seed=4 * i + 2),
+            down=product(config.dim, columns=config.ffn_dim, seed=4 * i + 3),
+        )
+
+    return TransformerWeights(tuple(map(layer, range(layers))), random(config.dim, seed=99))
+
+
 def chains() -> list[Chain]:
-    config = published()
+    config, _ = preset_configs("7b")
     own, steps = config.patch_decoder, config.patch_steps
     found = [
         Chain("patch decoder int8", f"rows={rows}", own, "int8", rows, 6, steps) for rows in (1, 8)
@@ -136,18 +180,6 @@ def ways(family: str) -> list[Way]:
     return [Way(kernels, carveout) for carveout in ("driver", "max") for kernels in early]
 
 
-@contextmanager
-def environment(way: Way) -> Iterator[None]:
-    before = os.environ.get(PDL_ENVIRONMENT)
-    os.environ[PDL_ENVIRONMENT] = way.kernels
-    try:
-        yield
-    finally:
-        os.environ.pop(PDL_ENVIRONMENT)
-        if before is not None:
-            os.environ[PDL_ENVIRONMENT] = before
-
-
 def set_carveout(driver: Any, percent: int) -> None:
     """Sets the carveout of all Triton kernels that have been launched; -1: the driver's choice."""
     preferred_shared_memory_carveout = 9
@@ -155,9 +187,7 @@ def set_carveout(driver: Any, percent: int) -> None:
         for compiled in kernel.device_caches[torch.cuda.current_device()][0].values():
             if compiled.function is not None:
                 code = driver.cuFuncSetAttribute(
-                    ctypes.c_void_p(compiled.function),
-                    preferred_shared_memory_carveout,
-                    percent,
+                    ctypes.c_void_p(compiled.function), preferred_shared_memory_carveout, percent
                 )
                 if code:
                     raise RuntimeError(f"cuFuncSetAttribute returns {code}")
@@ -166,10 +196,8 @@ def set_carveout(driver: Any, percent: int) -> None:
 def runner(chain: Chain, layers: int) -> Callable[[], Tensor]:
     config = replace(chain.config, layers=layers)
     rows = chain.rows
-    loaded, cache = (
-        weights(config, chain.form, layers),
-        filled_cache(config, rows, chain.capacity),
-    )
+    loaded = weights(config, chain.form, layers)
+    cache = filled_cache(config, rows, chain.capacity)
     table = rope_table(config.head_dim, config.rope_theta, chain.capacity, DEVICE)
     slots = torch.arange(rows, device=DEVICE)
     starts = torch.full((rows,), chain.length - 1, device=DEVICE)
@@ -181,7 +209,7 @@ def runner(chain: Chain, layers: int) -> Callable[[], Tensor]:
 def captured(
     run: Callable[[], Tensor], way: Way, driver: Any
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    with environment(way):
+    with patch.dict(os.environ, {PDL_ENVIRONMENT: way.kernels}):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -200,19 +228,10 @@ def captured(
 
 def timed(graph: torch.cuda.CUDAGraph) -> float:
     """Median us a layer."""
-    taken = []
-    graph.replay()
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) * 1e3 / CALLS / LAYERS)
-    return sorted(taken)[REPLAYS // 2]
+    return median_replay(graph, REPLAYS) / CALLS / LAYERS
 
 
-def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
+def study(chain: Chain, until: float, driver: Any) -> Record:
     run, rows = runner(chain, LAYERS), []
     first: Tensor | None = None
     found = ways(chain.family)
@@ -221,7 +240,7 @@ def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
         if time.monotonic() > until:
             skipped += 1
             continue
-        row: dict[str, Any] = asdict(way) | {"way": way.name}
+        row: Record = asdict(way) | {"way": way.name}
         try:
             graph, result = captured(run, way, driver)
             row["us"] = timed(graph)
@@ -248,7 +267,7 @@ def study(chain: Chain, until: float, driver: Any) -> dict[str, Any]:
     return {"family": chain.family, "chain": chain.name, "skipped": skipped, "rows": rows}
 
 
-def show(record: dict[str, Any]) -> None:
+def show(record: Record) -> None:
     rows = record["rows"]
     title = f"{record['family']}, {record['chain']}"
     print(f"== {title}: us a layer; {record['skipped']} ways skipped", flush=True)
@@ -262,7 +281,7 @@ def show(record: dict[str, Any]) -> None:
         print(f"{row['us']:8.3f} {row['us'] / off - 1:+7.1%}  {row['way']}{again}{bits}")
 
 
-def summarize(records: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
+def summarize(records: list[Record]) -> dict[str, list[tuple[str, float]]]:
     """For each family: (way, mean of its time over that of the first way), best first."""
     means: dict[str, list[tuple[str, float]]] = {}
     for family in dict.fromkeys(record["family"] for record in records):
@@ -336,9 +355,7 @@ def main() -> int:
     ]
     end = {"seconds": time.monotonic() - start, "wrong": bad}
     print(json.dumps(end), flush=True)
-    if arguments.output:
-        result = {"kind": "chains", **about, **end, "chains": records, "means": means}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(arguments.output, {"kind": "chains", **about, **end, "chains": records, "means": means})
     return int(bool(bad))
 
 

@@ -10,7 +10,6 @@ is the median of the pairs'. SNR against one-shot decoding on the kit, by chunk 
 look-ahead, beside upstream's stream.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mimo_fast
+from benchmarks.studies.common import parser_of, write
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.bench.synthetic import preset_configs, random_codec
 from mimo_fast.config import CodecConfig, read_json
@@ -163,9 +163,7 @@ def depth(dtype: torch.dtype) -> dict[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", default="bfloat16", help="of the published dimensions")
     parser.add_argument(
         "--quantization", help="of the published dimensions' matrices, such as int8"
@@ -191,10 +189,8 @@ def main() -> None:
         codec = random_codec(config, args.quantization, getattr(torch, args.dtype))
         name = f"published_{args.dtype}{'_' + args.quantization if args.quantization else ''}"
         record[name] = time_chunks(codec, args.chunks)
-    text = json.dumps(record, indent=1) + "\n"
-    print(text, end="")
-    if args.file:
-        args.file.write_text(text, encoding="utf-8")
+    print(json.dumps(record, indent=1))
+    write(args.file, record)
 
 
 if __name__ == "__main__":

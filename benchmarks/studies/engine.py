@@ -24,7 +24,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from benchmarks.studies.common import parser_of, write
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -34,6 +37,9 @@ LIMITS = {"exchange": 25, "stream": 25, "int8": 40, "int4": 40}
 """Seconds."""
 
 DIM, FFN, LAYERS, STEPS = 1024, 4096, 16, 11
+DEPTH = 4
+"""Units of weights that a thread asks for ahead."""
+
 PATCHES = 2000
 SIZES = (1025, 1025, *[129] * 6)
 """Of the channels' codes."""
@@ -104,49 +110,43 @@ def exchange(library: ctypes.CDLL, record: Record) -> None:
     parts = [(0, 512, 256), (0, 586, 293), (0, 1024, 512), (0, 1024, 256)]
     barriers = [(1, 147, 147), (1, 586, 586), (2, 147, 147), (2, 586, 586), (3, 1, 1), (4, 1, 1)]
     print("us an exchange; pieces of 16 bytes (7 bfloat16): 147 hold a vector of 1024, 586 of 4096")
-    for blocks, threads in (
-        (2, 512),
-        (64, 256),
-        (64, 512),
-        (128, 256),
-        (128, 512),
-        (132, 256),
-        (132, 512),
-    ):
+
+    def measure(kind: int, chunks: int, reads: int, blocks: int, threads: int) -> None:
+        def run() -> int:
+            words.zero_()
+            buffers.zero_()
+            return library.mimo_fast_engine_exchange(
+                kind,
+                blocks,
+                threads,
+                chunks,
+                reads,
+                iterations,
+                buffers.data_ptr(),
+                words.data_ptr(),
+                result.data_ptr(),
+                stream,
+            )
+
+        each = microseconds(run, 1) / iterations
+        record(
+            kind=KINDS[kind],
+            blocks=blocks,
+            threads=threads,
+            pieces=chunks,
+            read=reads,
+            us=each,
+            stuck=int(words[0].item()),
+        )
+
+    sizes = [(2, 512), *((blocks, threads) for blocks in (64, 128, 132) for threads in (256, 512))]
+    for blocks, threads in sizes:
         for kind, chunks, reads in [*whole, *(parts if blocks > 2 else []), *barriers]:
-
-            def run(kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads) -> int:
-                words.zero_()
-                buffers.zero_()
-                return library.mimo_fast_engine_exchange(
-                    kind,
-                    blocks,
-                    threads,
-                    chunks,
-                    reads,
-                    iterations,
-                    buffers.data_ptr(),
-                    words.data_ptr(),
-                    result.data_ptr(),
-                    stream,
-                )
-
-            def part(
-                run=run, kind=kind, chunks=chunks, reads=reads, blocks=blocks, threads=threads
-            ) -> None:
-                each = microseconds(run, 1) / iterations
-                stuck = int(words[0].item())
-                record(
-                    kind=KINDS[kind],
-                    blocks=blocks,
-                    threads=threads,
-                    pieces=chunks,
-                    read=reads,
-                    us=each,
-                    stuck=stuck,
-                )
-
-            attempt(record, f"{KINDS[kind]} {blocks} x {threads}", part)
+            attempt(
+                record,
+                f"{KINDS[kind]} {blocks} x {threads}",
+                partial(measure, kind, chunks, reads, blocks, threads),
+            )
 
 
 def stream(library: ctypes.CDLL, record: Record) -> None:
@@ -161,18 +161,11 @@ def stream(library: ctypes.CDLL, record: Record) -> None:
         # As many pieces of 2048 bytes for every warp.
         turn = blocks * threads // 32 * 2048
         size = round(megabytes * MB / turn) * turn
+        arguments = (size, keep * MB if keep >= 0 else -1, passes, depth, blocks, threads)
 
         def run() -> int:
             return library.mimo_fast_engine_stream(
-                weights.data_ptr(),
-                size,
-                keep * MB if keep >= 0 else -1,
-                passes,
-                depth,
-                blocks,
-                threads,
-                result.data_ptr(),
-                at,
+                weights.data_ptr(), *arguments, result.data_ptr(), at
             )
 
         def part() -> None:
@@ -215,7 +208,6 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     ).bfloat16()
     patch = Decoder(library, model, STEPS)
     at = torch.cuda.current_stream().cuda_stream
-    depths = (4,)
 
     def run(**settings: object) -> int:
         return patch.run(inputs, **({"blocks": 128, "stream": at} | settings))
@@ -276,33 +268,23 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
             regret_share=(regret > 0).float().mean().item(),
             codes=whole.codes.tolist(),
         )
-        for depth in depths:
-            each = microseconds(
-                lambda depth=depth: whole.run(inputs, 128, depth=depth, stream=at), 10
-            )
-            record(
-                bits=bits,
-                with_heads=True,
-                depth=depth,
-                us_a_patch=each,
-                us_a_layer=each / STEPS / LAYERS,
-            )
+        each = microseconds(lambda: whole.run(inputs, 128, depth=DEPTH, stream=at), 10)
+        record(
+            bits=bits,
+            with_heads=True,
+            depth=DEPTH,
+            us_a_patch=each,
+            us_a_layer=each / STEPS / LAYERS,
+        )
 
     attempt(record, "draws", draws)
 
     def measure(settings: dict[str, int]) -> None:
         each = microseconds(lambda: run(**settings), 10)
+        usual = {"blocks": 128, "threads": 512, "depth": 4, "keep": -1, "pause": 0, "without": 0}
         record(
-            **{
-                "bits": bits,
-                "blocks": 128,
-                "threads": 512,
-                "depth": 4,
-                "keep": -1,
-                "pause": 0,
-                "without": 0,
-            }
-            | settings,
+            bits=bits,
+            **usual | settings,
             us_a_patch=each,
             us_a_layer=each / STEPS / LAYERS,
             GB_s=patch.nbytes * STEPS / each / 1000,
@@ -311,11 +293,11 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     def timed() -> None:
         for settings in (
-            *({"depth": depth} for depth in depths),
-            *({"depth": depths[-1], "pause": pause} for pause in (20, 100, 300)),
-            *({"depth": depth, "threads": 256} for depth in depths),
+            {"depth": DEPTH},
+            *({"depth": DEPTH, "pause": pause} for pause in (20, 100, 300)),
+            {"depth": DEPTH, "threads": 256},
             *({"depth": 4, "blocks": blocks} for blocks in (64, 96)),
-            *({"depth": depths[-1], "without": without} for without in (1, 2, 3, 4, 6, 7)),
+            *({"depth": DEPTH, "without": without} for without in (1, 2, 3, 4, 6, 7)),
         ):
             attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
         record(bytes_a_step=patch.nbytes, floor_us_at_3120_GB_s=patch.nbytes * STEPS / 3.12e6)
@@ -329,7 +311,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
     def clocks() -> None:
         counted = torch.zeros(128, len(PHASES), len(TIMES), dtype=torch.int64, device="cuda")
         for _ in range(2):
-            whole.run(inputs, 128, depth=depths[-1], clocks=counted, stream=at)
+            whole.run(inputs, 128, depth=DEPTH, clocks=counted, stream=at)
         torch.cuda.synchronize()
         each = counted.double() / STEPS
         each[:, :4] /= LAYERS
@@ -351,7 +333,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         start = time.perf_counter()
         for _ in range(PATCHES):
-            run(depth=depths[-1])
+            run(depth=DEPTH)
             wrong += (patch.hidden[:STEPS] != first).any()
         torch.cuda.synchronize()
         record(
@@ -365,7 +347,7 @@ def decoder(library: ctypes.CDLL, record: Record, bits: int) -> None:
 
     # Last, since L2 goes on to keep what it was told to.
     for keep in (0, 1, 2, 3, 4, 6):
-        settings = {"depth": depths[-1], "keep": keep}
+        settings = {"depth": DEPTH, "keep": keep}
         attempt(record, f"time with {settings}", lambda settings=settings: measure(settings))
 
 
@@ -409,9 +391,7 @@ def shown(values: dict[str, object]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--library", type=Path, default=LIBRARY, help="built if it is not there")
     parser.add_argument("--build", action="store_true", help="builds the library and ends")
     parser.add_argument("--parts", nargs="+", default=list(LIMITS), choices=list(LIMITS))
@@ -481,8 +461,7 @@ def main() -> int:
             flush=True,
         )
         results[part + " exit"] = code
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1))
+        write(arguments.out, results)
     print(f"written: {arguments.out}")
     return int(failed)
 

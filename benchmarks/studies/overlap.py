@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import threading
 from collections import defaultdict
@@ -39,6 +38,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.studies.common import write
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.pipeline import TimedRequest, plan_of, prompt_ids
 from mimo_fast.bench.target import Target, user_speech
@@ -324,10 +324,10 @@ def study(options: argparse.Namespace, began: float) -> dict[str, Any]:
             record["at"] = perf_counter() - began
             result["records"].append(record)
             print(line(record), flush=True)
-            save(options.output, result)
+            write(options.output, result)
     result["equal"] = equality(result["records"])
     print(f"equal to the first way: {result['equal']}", flush=True)
-    save(options.output, result)
+    write(options.output, result)
     return result
 
 
@@ -367,12 +367,6 @@ def equality(records: list[dict[str, Any]]) -> dict[str, dict[str, bool]]:
         label = f"{record['reply']} {record['streams']} x {record['way']}"
         equal[label] = {key: record[key] == reference[key] for key in ("tokens", "samples")}
     return equal
-
-
-def save(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-COLUMNS = 128
+from benchmarks.studies.common import Record, card, collect, microseconds, parser_of
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
+from mimo_fast.kernels.norm import RMSNorm
+
 ROWS = (1, 4, 8, 16, 64)
 ERROR = 6e-3
 """Relative norm of the error that bfloat16 rounding leaves.
@@ -72,23 +75,20 @@ SHAPES = (
 )
 
 
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
 @dataclass(frozen=True)
 class Weight:
-    """A random weight in the package's layout, without the package.
+    """A matrix with the norm before it."""
 
-    See mimo_fast/kernels/matmul/quantized_weight.py.
-    """
-
-    bits: int
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    norm: Tensor | None
-    bias: Tensor | None
+    matrix: QuantizedWeight
+    norm: RMSNorm | None
 
     @classmethod
     def random(cls, shape: Shape, bits: int) -> Weight:
-        groups = shape.k // COLUMNS if bits == 4 else 1
+        groups = shape.k // cuda.COLUMNS if bits == 4 else 1
         words = torch.randint(
             -(2**31), 2**31, (shape.n, shape.k * bits // 32), dtype=torch.int64, device="cuda"
         )
@@ -96,28 +96,13 @@ class Weight:
             2 ** (bits - 2) * shape.k**0.5
         )
         zeros = torch.rand(shape.n, groups, device="cuda").half() if bits == 4 else None
-        norm = (1 + 0.2 * torch.randn(shape.k, device="cuda")).bfloat16() if shape.norm else None
-        bias = torch.randn(shape.n, device="cuda").bfloat16() if shape.bias else None
-        return cls(bits, words.int(), scales.bfloat16(), zeros, norm, bias)
+        norm = RMSNorm(1 + 0.2 * random(shape.k), EPS) if shape.norm else None
+        bias = random(shape.n) if shape.bias else None
+        return cls(QuantizedWeight(words.int(), scales.bfloat16(), zeros, bias, bits), norm)
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.words, self.scales, self.zeros, self.norm, self.bias)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    def product(self, x: Tensor, k: int, start: int, end: int) -> Tensor:
-        """x W^T of some rows of W in float32."""
-        planes = 32 // self.bits
-        words = self.words[start:end].unflatten(1, (-1, 1, COLUMNS // planes))
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device="cuda")[:, None]
-        q = (words >> shifts).bitwise_and(2**self.bits - 1).flatten(2).float() - 2 ** (
-            self.bits - 1
-        )
-        scales = self.scales[start:end].float()
-        if self.zeros is not None:
-            q = q - self.zeros[start:end].float()[..., None]
-        dense = (q * scales[..., None]).flatten(1)
-        return x @ dense.view(-1, k).T
+        return self.matrix.nbytes + (self.norm.weight.nbytes if self.norm else 0)
 
 
 @dataclass
@@ -131,95 +116,67 @@ class Inputs:
 
     @classmethod
     def random(cls, shape: Shape, rows: int) -> Inputs:
-        x = torch.randn(rows, shape.k, device="cuda").bfloat16()
-        residual = (
-            torch.randn(rows, shape.width, device="cuda").bfloat16() if shape.residual else None
-        )
-        return cls(
-            shape, x, residual, torch.full((rows, shape.width), torch.nan, device="cuda").bfloat16()
-        )
+        residual = random(rows, shape.width) if shape.residual else None
+        y = torch.full((rows, shape.width), torch.nan, device="cuda").bfloat16()
+        return cls(shape, random(rows, shape.k), residual, y)
 
     def first(self, rows: int) -> Inputs:
         residual = None if self.residual is None else self.residual[:rows]
-        return Inputs(
-            self.shape, self.x[:rows], residual, torch.full_like(self.y[:rows], torch.nan)
-        )
+        y = torch.full_like(self.y[:rows], torch.nan)
+        return Inputs(self.shape, self.x[:rows], residual, y)
 
 
-@dataclass
 class Library:
-    """A build.
+    """A build of csrc/cuda; the package's where no path is given."""
 
-    One without `mimo_fast_variants` has the interface that products had until 2026-11-27.
-    """
+    def __init__(self, name: str, path: str | Path = cuda.LIBRARY) -> None:
+        self.name, self.loaded = name, cuda.declared(ctypes.CDLL(str(Path(path).resolve())))
+        self.variants = range(1, self.loaded.mimo_fast_variants())
 
-    name: str
-    path: str
-    loaded: ctypes.CDLL = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.loaded = ctypes.CDLL(str(Path(self.path).resolve()))
-        self.chooses = hasattr(self.loaded, "mimo_fast_variants")
-        integers = 8 if self.chooses else 6
-        product = self.loaded.mimo_fast_quantized_mma
-        product.argtypes = [
-            *[ctypes.c_void_p] * 8,
-            ctypes.c_int64,
-            *[ctypes.c_int] * integers,
-            ctypes.c_float,
-            ctypes.c_void_p,
-        ]
-        product.restype = ctypes.c_int
-
-    @property
-    def variants(self) -> range:
-        return range(1, self.loaded.mimo_fast_variants()) if self.chooses else range(0)
-
-    def launch(self, weight: Weight, inputs: Inputs, variant: int = 0) -> int:
-        """A cudaError_t, 0 for success."""
-        shape, tensors = (
-            inputs.shape,
-            (
-                inputs.x,
-                weight.norm,
-                weight.words,
-                weight.scales,
-                weight.zeros,
-                weight.bias,
-                inputs.residual,
-                inputs.y,
-            ),
-        )
-        more = (0, variant) if self.chooses else ()
-        return self.loaded.mimo_fast_quantized_mma(
-            *(None if t is None else t.data_ptr() for t in tensors),
-            inputs.x.stride(0),
-            len(inputs.x),
-            shape.n,
-            shape.k,
-            weight.bits,
-            weight.scales.shape[1] > 1,
-            shape.swiglu,
-            *more,
-            EPS if shape.norm else 0.0,
-            torch.cuda.current_stream().cuda_stream,
+    def launch(self, weight: Weight, inputs: Inputs, variant: int = 0) -> None:
+        """Raises RuntimeError where the device refuses."""
+        cuda.quantized_mma(
+            inputs.x,
+            weight.matrix,
+            weight.norm,
+            inputs.residual,
+            inputs.shape.swiglu,
+            inputs.y,
+            self.loaded,
+            variant,
         )
 
 
 def reference(weight: Weight, inputs: Inputs) -> Tensor:
     """The product and what is around it in float32, without a rounding in between."""
-    shape, x = inputs.shape, inputs.x.float()
+    shape, matrix, x = inputs.shape, weight.matrix, inputs.x.float()
     if weight.norm is not None:
-        x = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.norm.float()
+        x = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.norm.weight.float()
     step = 2**26 // shape.k
-    parts = [weight.product(x, shape.k, i, min(i + step, shape.n)) for i in range(0, shape.n, step)]
-    y = torch.cat(parts, dim=1)
-    if weight.bias is not None:
-        y = y + weight.bias.float()
+    y = torch.cat([x @ dequantize(matrix, i, i + step).T for i in range(0, shape.n, step)], dim=1)
+    if matrix.bias is not None:
+        y = y + matrix.bias.float()
     if shape.swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = torch.nn.functional.silu(gate) * up
     return y if inputs.residual is None else y + inputs.residual.float()
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    return torch.equal(got.view(torch.int16), want.view(torch.int16))
+
+
+def off(got: Tensor, want: Tensor) -> float:
+    """Norm of the error, relative to the result's."""
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+def copies(shape: Shape, bits: int) -> list[Weight]:
+    """Weights that together are three times as large as L2, of no more than 2 GB; at least two."""
+    first = Weight.random(shape, bits)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = max(2, min(-(-3 * cache // first.nbytes), 2**31 // first.nbytes, 256))
+    return [first, *(Weight.random(shape, bits) for _ in range(count - 1))]
 
 
 def fault(
@@ -227,64 +184,36 @@ def fault(
 ) -> str | None:
     """What is wrong with a build's result: None for nothing. It is left in `inputs.y`."""
     inputs.y.fill_(torch.nan)
-    error = library.launch(weight, inputs, variant)
-    if error:
-        return f"CUDA error {error}"
+    try:
+        library.launch(weight, inputs, variant)
+    except RuntimeError as error:
+        return str(error)
     torch.cuda.synchronize()
-    off = ((inputs.y.float() - want).norm() / want.norm()).item()
-    return None if off < ERROR else f"off by {off:.3g}"
+    error_size = off(inputs.y, want)
+    return None if error_size < ERROR else f"off by {error_size:.3g}"
 
 
-def dependent(
-    library: Library, weight: Weight, inputs: Inputs, rows: tuple[int, ...], variant: int = 0
-) -> list[int]:
+def dependent(library: Library, weight: Weight, inputs: Inputs, rows: tuple[int, ...]) -> list[int]:
     """Numbers of rows whose results differ in any bit from those among all rows of `inputs`."""
     differ = []
     for m in rows:
         some = inputs.first(m)
-        if library.launch(weight, some, variant):
-            differ.append(m)
+        library.launch(weight, some)
         torch.cuda.synchronize()
-        if not torch.equal(some.y.view(torch.int16), inputs.y[:m].view(torch.int16)):
+        if not same_bits(some.y, inputs.y[:m]):
             differ.append(m)
     return differ
 
 
-def microseconds(
-    library: Library,
-    weights: list[Weight],
-    inputs: Inputs,
-    variant: int = 0,
-    replays: int = 5,
-    launches: int = 0,
+def time_of(
+    library: Library, weights: list[Weight], inputs: Inputs, variant: int = 0, replays: int = 5
 ) -> float:
-    """Microseconds of a launch, the median of several replays of a graph over all weights.
-
-    Chained as in a model.
-    """
-    launches = launches or max(16, -(-32 // len(weights)) * len(weights))
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        library.launch(weights[0], inputs, variant)
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(launches):
-                library.launch(weights[i % len(weights)], inputs, variant)
-        return replayed(graph, stream, replays) / launches
-
-
-def replayed(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, replays: int) -> float:
-    """Microseconds, the median; after one replay that is not timed."""
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(stream)
-        graph.replay()
-        end.record(stream)
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times)[len(times) // 2]
+    """Microseconds of a launch among many over all weights, as in a model."""
+    count = max(16, -(-32 // len(weights)) * len(weights))
+    launches = [
+        partial(library.launch, weights[i % len(weights)], inputs, variant) for i in range(count)
+    ]
+    return round(microseconds(launches, replays), 3)
 
 
 def cases(only: list[str]) -> Iterator[tuple[Shape, int]]:
@@ -295,9 +224,7 @@ def cases(only: list[str]) -> Iterator[tuple[Shape, int]]:
                 yield shape, bits
 
 
-def chain(
-    libraries: list[Library], records: list[dict[str, Any]], bits: int, replays: int
-) -> dict[str, Any]:
+def chain(libraries: list[Library], records: list[Record], bits: int, replays: int) -> Record:
     """Microseconds of a layer's products by build and configuration.
 
     "best" takes those that `records` found best for one row.
@@ -310,14 +237,13 @@ def chain(
     inputs[0].x = inputs[3].y
     for each in inputs:
         each.y.normal_()
-    found: dict[str, Any] = {}
+    found: Record = {}
     for library in libraries:
         choices = {library.name: [0] * len(shapes)}
         for variant in library.variants:
             choices[f"{library.name}.{variant}"] = [variant] * len(shapes)
         best = [fastest(library, records, shape, bits) for shape in shapes]
-        if library.variants:
-            choices[f"{library.name}.best {best}"] = best
+        choices[f"{library.name}.best {best}"] = best
         for name, choice in choices.items():
             try:
                 found[name] = round(layer(library, layers, inputs, choice, replays), 3)
@@ -326,7 +252,7 @@ def chain(
     return {"shape": "patch_decoder, layer", "bits": bits, "rows": 1, "layer": found}
 
 
-def fastest(library: Library, records: list[dict[str, Any]], shape: Shape, bits: int) -> int:
+def fastest(library: Library, records: list[Record], shape: Shape, bits: int) -> int:
     """The configuration that was fastest with one row of x; 0 where none was measured."""
     times = {
         variant: us
@@ -354,65 +280,53 @@ def layer(
     def launch() -> None:
         for weights in layers:
             for weight, given, variant in zip(weights, inputs, choice, strict=True):
-                if error := library.launch(weight, given, variant):
-                    raise RuntimeError(f"CUDA error {error}")
+                library.launch(weight, given, variant)
 
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            launch()
-        return replayed(graph, stream, replays) / len(layers)
+    return microseconds([launch], replays) / len(layers)
 
 
-def study(libraries: list[Library], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def study(libraries: list[Library], arguments: argparse.Namespace) -> Iterator[Record]:
     """A record for each shape, format and number of rows, or "left out" when the time is over.
 
     The chain follows as soon as its products are there.
     """
-    begun, done = time.monotonic(), []
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    end, done = time.monotonic() + arguments.seconds, []
     for shape, bits in cases(arguments.only):
-        if time.monotonic() - begun > arguments.seconds:
-            yield {"shape": shape.name, "bits": bits, "left out": "time"}
+        head: Record = {"shape": shape.name, "bits": bits}
+        if time.monotonic() > end:
+            yield {**head, "left out": "time"}
             continue
-        first = Weight.random(shape, bits)
-        # Three times L2; no more than fits into 2 GB.
-        copies = max(2, min(-(-3 * cache // first.nbytes), 2**31 // first.nbytes, 256))
-        weights = [first, *(Weight.random(shape, bits) for _ in range(copies - 1))]
-        most = Inputs.random(shape, max(ROWS))
-        want = reference(first, most)
-        faults = {}
-        for library in libraries:
-            wrong = fault(library, first, most, want)
-            differ = [] if wrong else dependent(library, first, most, (1, 8, 16, 33))
-            faults[library.name] = wrong or (
-                f"rows depend on others with {differ} rows" if differ else None
-            )
+        weights, most = copies(shape, bits), Inputs.random(shape, max(ROWS))
+        first, want = weights[0], reference(weights[0], most)
+        faults = {library.name: faults_of(library, first, most, want) for library in libraries}
+        sound = [library for library in libraries if not faults[library.name]]
         for rows in ROWS:
-            if time.monotonic() - begun > arguments.seconds:
-                yield {"shape": shape.name, "bits": bits, "rows": rows, "left out": "time"}
+            if time.monotonic() > end:
+                yield {**head, "rows": rows, "left out": "time"}
                 continue
             inputs = most.first(rows)
-            record: dict[str, Any] = {
-                "shape": shape.name,
-                "bits": bits,
+            record: Record = {
+                **head,
                 "rows": rows,
                 "bytes": first.nbytes,
+                "faults": {name: wrong for name, wrong in faults.items() if wrong},
+                "us": {library.name: time_of(library, weights, inputs) for library in sound},
             }
-            record["faults"] = {name: wrong for name, wrong in faults.items() if wrong}
-            sound = [library for library in libraries if not faults[library.name]]
-            record["us"] = {
-                library.name: round(microseconds(library, weights, inputs), 3) for library in sound
-            }
-            if arguments.variants and rows in arguments.variants:
+            if rows in arguments.variants:
                 record["variants"] = variants(sound, weights, most, want, rows, arguments.replays)
             done.append(record)
             yield record
         del weights, first, most, want
-        if shape.name == CHAIN[-1] and time.monotonic() - begun < arguments.seconds:
+        if shape.name == CHAIN[-1] and time.monotonic() < end:
             yield chain(libraries, done, bits, arguments.replays)
+
+
+def faults_of(library: Library, weight: Weight, inputs: Inputs, want: Tensor) -> str | None:
+    """`fault`, or the numbers of rows whose results depend on the other rows."""
+    if wrong := fault(library, weight, inputs, want):
+        return wrong
+    differ = dependent(library, weight, inputs, (1, 8, 16, 33))
+    return f"rows depend on others with {differ} rows" if differ else None
 
 
 def variants(
@@ -430,21 +344,19 @@ def variants(
     found: dict[str, float | str] = {}
     inputs = most.first(rows)
     for library in libraries:
-        if library.variants:
-            fault(library, weights[0], inputs, want[:rows])
+        fault(library, weights[0], inputs, want[:rows])
         usual = inputs.y.clone()
         for variant in library.variants:
-            name = f"{library.name}.{variant}"
             wrong = fault(library, weights[0], inputs, want[:rows], variant)
             if not wrong and not torch.equal(usual, inputs.y):
                 wrong = "another order of sums"
-            found[name] = wrong or round(
-                microseconds(library, weights, inputs, variant, replays), 3
+            found[f"{library.name}.{variant}"] = wrong or time_of(
+                library, weights, inputs, variant, replays
             )
     return found
 
 
-def line(record: dict[str, Any], names: list[str]) -> str:
+def line(record: Record, names: list[str]) -> str:
     head = f"{record['shape']:<22} int{record['bits']} {record.get('rows', ''):>3}"
     if "left out" in record:
         return f"{head}  left out: {record['left out']}"
@@ -465,16 +377,13 @@ def line(record: dict[str, Any], names: list[str]) -> str:
     return f"{head}  " + "  ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--library",
         action="append",
-        required=True,
         metavar="NAME=PATH",
-        help="a build; the first is compared with",
+        help="a build; the first is compared with [the package's]",
     )
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument(
@@ -493,24 +402,14 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=3, help="of a configuration's graph")
     arguments = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**31)
-    libraries = [Library(*value.split("=", 1)) for value in arguments.library]
-    names, records = [library.name for library in libraries], []
-    card = torch.cuda.get_device_name(0)
-    print(f"{card}, torch {torch.__version__}; ratios are to {names[0]}", flush=True)
-    for record in study(libraries, arguments):
-        records.append(record)
-        print(line(record, names), flush=True)
-        if arguments.out:
-            found = {
-                "device": card,
-                "torch": torch.__version__,
-                "libraries": names,
-                "records": records,
-            }
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if any(record.get("faults") for record in records):
-        raise SystemExit(1)
+    named = arguments.library or [f"package={cuda.LIBRARY}"]
+    libraries = [Library(*value.split("=", 1)) for value in named]
+    names = [library.name for library in libraries]
+    about = {**card(), "libraries": names}
+    print(f"{about}; ratios are to {names[0]}", flush=True)
+    records = study(libraries, arguments)
+    return collect(records, lambda record: line(record, names), about, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

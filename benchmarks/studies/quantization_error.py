@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import mimo_fast
+from benchmarks.studies.common import write
 from mimo_fast.bench.machine import describe_machine
-from mimo_fast.config import LMConfig, read_json
+from mimo_fast.bench.synthetic import preset_configs
 from mimo_fast.quantization import (
     Format,
     QuantizationConfig,
@@ -33,15 +33,12 @@ def main() -> None:
             errors[f"{name} K={width}"] = round(
                 float(relative_error(weight, quantize(weight, Format.parse(name)))), 5
             )
-    preset = Path(mimo_fast.__file__).parent / "presets" / "7b-lm.json"
-    config = LMConfig.from_dict(read_json(preset))
+    config, _ = preset_configs("7b")
     choices = {name: QuantizationConfig.parse(name) for name in (None, "int8", "int4", "nf4")}
     sizes = {str(name): checkpoint_bytes(config, choice) for name, choice in choices.items()}
     record = {"machine": [*describe_machine()], "relative_error": errors, "bytes_7b_lm": sizes}
-    text = json.dumps(record, indent=1) + "\n"
-    print(text, end="")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    print(json.dumps(record, indent=1))
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else None, record)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import mimo_fast
+from benchmarks.studies.common import parser_of, write
 from mimo_fast import MimoAudio
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.bench.schedule import ScheduledLM, spoken_reply
@@ -83,9 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("lm")
     parser.add_argument("codec")
     parser.add_argument("output", nargs="?", type=Path)
@@ -97,7 +96,7 @@ def main() -> None:
     print(mimo_fast.__version__, record["quantization"], record["threads"], record["cpu"])
     if args.output:
         records = json.loads(args.output.read_text()) if args.output.exists() else []
-        args.output.write_text(json.dumps([*records, record], indent=1) + "\n")
+        write(args.output, [*records, record])
 
 
 if __name__ == "__main__":

@@ -24,8 +24,33 @@ T* address(uintptr_t value) {
     return reinterpret_cast<T*>(value);
 }
 
+// What Python passes for a field of a struct: a pointer's address, else its value.
+template <class Field>
+using Passed = std::conditional_t<std::is_pointer_v<Field>, uintptr_t, Field>;
+
+template <class Field>
+Field field(Passed<Field> value) {
+    if constexpr (std::is_pointer_v<Field>) return reinterpret_cast<Field>(value);
+    else return value;
+}
+
+// A constructor from the fields in their order, which Python gives by name.
+template <class Struct, class... Fields, class... Names>
+void bind_struct(py::module_& module, const char* name, Names... names) {
+    py::class_<Struct>(module, name)
+        .def(py::init([](Passed<Fields>... values) { return Struct{field<Fields>(values)...}; }), py::kw_only(),
+             py::arg(names)...);
+}
+
 void check(bool right, const std::string& what) {
     if (!right) throw std::invalid_argument(what);
+}
+
+// Of a call that computes nothing, addresses may be missing.
+template <class... Address>
+void check_present(int64_t rows, Address... addresses) {
+    check(rows >= 0, "there are fewer than no rows");
+    check(!rows || (... && (addresses != 0)), "a tensor is missing");
 }
 
 void check_slot(int64_t slot, int64_t row, int64_t count) {
@@ -41,6 +66,12 @@ void check_slots(const int64_t* slots, int64_t rows, int64_t count) {
 void check_rows(const Positions& at, const Cache& cache) {
     for (int64_t r = 0; r < at.rows; ++r)
         if (at.starts[r] >= 0) check_slot(at.slots[r], r, cache.slots);
+}
+
+void check_cache(const Cache& cache, const Positions& at) {
+    check_present(at.rows, uintptr_t(at.slots), uintptr_t(at.starts));
+    check_present(cache.layers * cache.slots * cache.capacity, uintptr_t(cache.k), uintptr_t(cache.v));
+    check_rows(at, cache);
 }
 
 void check_shape(const Linear& w, int64_t rows, int64_t columns, const char* name) {
@@ -76,13 +107,13 @@ void bind_weights(py::module_& module) {
         .def(py::init([](const QuantizedWeight& weight, Type type, uintptr_t bias, uintptr_t norm, float eps,
                          bool swiglu) {
                  check(!swiglu || weight.rows % 2 == 0, "SwiGLU needs an even number of rows");
-                 return QuantizedMatmul{weight, type, address<const void>(bias), address<const void>(norm), eps,
-                                        swiglu, nullptr, nullptr, nullptr, 0};
+                 return QuantizedMatmul{weight, type, address<const void>(bias), address<const void>(norm), eps, swiglu};
              }),
              py::kw_only(), py::arg("weight"), py::arg("type"), py::arg("bias"), py::arg("norm"), py::arg("eps"),
              py::arg("swiglu"))
         .def("run",
              [](QuantizedMatmul self, uintptr_t x, uintptr_t y, uintptr_t residual, int64_t rows) {
+                 check_present(rows, x, y);
                  self.x = address<const void>(x);
                  self.y = address<void>(y);
                  self.residual = address<const void>(residual);
@@ -93,9 +124,7 @@ void bind_weights(py::module_& module) {
     py::class_<Linear>(module, "Linear")
         .def(py::init([](int64_t columns) {
                  check(columns > 0 && columns % 8 == 0, "columns are no multiple of 8");
-                 Linear linear;
-                 linear.columns = columns;
-                 return linear;
+                 return Linear{{}, {}, nullptr, 0, columns};
              }),
              py::kw_only(), py::arg("columns"))
         .def("add_block",
@@ -115,38 +144,25 @@ void bind_weights(py::module_& module) {
 }
 
 void bind_attention(py::module_& module) {
-    py::class_<Cache>(module, "Cache")
-        .def(py::init([](uintptr_t k, uintptr_t v, int64_t layers, int64_t slots, int64_t capacity,
-                         int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t position_stride) {
-                 return Cache{address<void>(k), address<void>(v), layers, slots, capacity, layer_stride, slot_stride,
-                              head_stride, position_stride};
-             }),
-             py::kw_only(), py::arg("k"), py::arg("v"), py::arg("layers"), py::arg("slots"), py::arg("capacity"),
-             py::arg("layer_stride"), py::arg("slot_stride"), py::arg("head_stride"), py::arg("position_stride"));
-    py::class_<Positions>(module, "Positions")
-        .def(py::init([](uintptr_t slots, uintptr_t starts, int64_t rows) {
-                 return Positions{address<const int64_t>(slots), address<const int64_t>(starts), rows};
-             }),
-             py::kw_only(), py::arg("slots"), py::arg("starts"), py::arg("rows"));
+    bind_struct<Cache, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(
+        module, "Cache", "k", "v", "layers", "slots", "capacity", "layer_stride", "slot_stride", "head_stride",
+        "position_stride");
+    bind_struct<Positions, const int64_t*, const int64_t*, int64_t>(module, "Positions", "slots", "starts", "rows");
     py::class_<DecodeAttention>(module, "DecodeAttention")
         .def(py::init([](Type type, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t table,
                          int64_t positions) {
                  check_heads(heads, kv_heads, head_dim);
-                 DecodeAttention p;
-                 p.type = type;
-                 p.heads = heads;
-                 p.kv_heads = kv_heads;
-                 p.head_dim = head_dim;
-                 p.table = address<const float>(table);
-                 p.positions = positions;
-                 return p;
+                 return DecodeAttention{type, heads, kv_heads, head_dim, address<const float>(table), positions,
+                                        nullptr, 0, nullptr, {}, {}};
              }),
              py::kw_only(), py::arg("type"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
              py::arg("table"), py::arg("positions"))
         .def("run",
              [](DecodeAttention self, uintptr_t qkv, int64_t row_stride, uintptr_t y, const Cache& cache,
                 const Positions& at) {
-                 check_rows(at, cache);
+                 check_cache(cache, at);
+                 check_present(at.rows, qkv, y);
+                 check(self.table || !self.positions, "the table is missing");
                  self.qkv = address<const void>(qkv);
                  self.row_stride = row_stride;
                  self.y = address<void>(y);
@@ -188,13 +204,15 @@ void bind_transformer(py::module_& module) {
         .def("step",
              [](const Transformer& self, uintptr_t x, uintptr_t y, const Cache& cache, const Positions& at) {
                  check(cache.layers == int64_t(self.layers.size()), "the cache has other layers");
-                 check_rows(at, cache);
+                 check_cache(cache, at);
+                 check_present(at.rows, x, y);
                  kernels->step(self, address<const float>(x), address<float>(y), cache, at);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cache"), py::arg("at"), Unlocked())
         .def("encode",
              [](const Transformer& self, uintptr_t x, uintptr_t y, int64_t sequences, int64_t length, bool causal) {
-                 check(length <= self.positions, "a sequence is longer than the table of rotations");
+                 check(length >= 0 && length <= self.positions, "a sequence is longer than the table of rotations");
+                 check_present(sequences * length, x, y);
                  kernels->encode(self, address<const float>(x), address<float>(y), sequences, length, causal);
              },
              py::kw_only(), py::arg("x"), py::arg("y"), py::arg("sequences"), py::arg("length"), py::arg("causal"),
@@ -207,6 +225,7 @@ struct BoundPatchDecoder {
     int64_t table_rows;
 
     void add_step(uintptr_t heads, int64_t active) {
+        check_present(active, heads);
         const int64_t* values = address<const int64_t>(heads);
         for (int64_t a = 0; a < active; ++a) {
             const int64_t channel = values[a], frame = values[active + a], first = values[2 * active + a];
@@ -215,20 +234,20 @@ struct BoundPatchDecoder {
                   "a head is of no channel and frame of the patch");
             check(first >= 0 && size > 0 && first + size <= table_rows, "a head is beyond the tables");
         }
+        check(int64_t(decoder.steps.size()) < decoder.transformer.positions,
+              "there are more steps than the transformer's table has positions");
         decoder.steps.push_back({values, active});
     }
 };
 
+void check_settings(const SamplerRows& s) {
+    check_present(s.rows, uintptr_t(s.temperature), uintptr_t(s.top_k), uintptr_t(s.tail), uintptr_t(s.greedy),
+                  uintptr_t(s.seeds), uintptr_t(s.draws));
+}
+
 void bind_sampling(py::module_& module) {
-    py::class_<SamplerRows>(module, "SamplerRows")
-        .def(py::init([](uintptr_t temperature, uintptr_t top_k, uintptr_t tail, uintptr_t greedy, uintptr_t seeds,
-                         uintptr_t draws, int64_t rows) {
-                 return SamplerRows{address<const float>(temperature), address<const int64_t>(top_k),
-                                    address<const float>(tail), address<const bool>(greedy),
-                                    address<const int64_t>(seeds), address<const int64_t>(draws), rows};
-             }),
-             py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("tail"), py::arg("greedy"),
-             py::arg("seeds"), py::arg("draws"), py::arg("rows"));
+    bind_struct<SamplerRows, const float*, const int64_t*, const float*, const bool*, const int64_t*, const int64_t*,
+                int64_t>(module, "SamplerRows", "temperature", "top_k", "tail", "greedy", "seeds", "draws", "rows");
     py::class_<Logits>(module, "Logits")
         .def(py::init([](uintptr_t values, uintptr_t banned, int64_t banned_stride, int64_t size, uint32_t slot) {
                  check(size > 0, "there are no ids");
@@ -240,12 +259,15 @@ void bind_sampling(py::module_& module) {
     module.def(
         "sample",
         [](const Logits& logits, const SamplerRows& settings, uintptr_t ids) {
+            check_present(settings.rows, ids, uintptr_t(logits.values));
+            check_settings(settings);
             kernels->sample(logits, settings, address<int64_t>(ids));
         },
         py::kw_only(), py::arg("logits"), py::arg("settings"), py::arg("ids"), Unlocked());
     module.def(
         "gumbel",
         [](int64_t seed, int64_t draw, uint32_t slot, uint32_t first, int64_t count, uintptr_t noise) {
+            check_present(count, noise);
             kernels->gumbel(seed, draw, slot, first, count, address<float>(noise));
         },
         py::kw_only(), py::arg("seed"), py::arg("draw"), py::arg("slot"), py::arg("first"), py::arg("count"),
@@ -254,6 +276,7 @@ void bind_sampling(py::module_& module) {
         .def(py::init([](const Transformer& transformer, uintptr_t heads, uintptr_t embeddings, int64_t table_rows,
                          int64_t channels, int64_t group_size) {
                  check(heads && embeddings, "heads and embeddings are missing");
+                 check(channels > 0 && group_size > 0, "a patch has no codes");
                  return BoundPatchDecoder{{transformer, address<const float>(heads),
                                            address<const float>(embeddings), channels, group_size, {}},
                                           table_rows};
@@ -263,6 +286,8 @@ void bind_sampling(py::module_& module) {
         .def("add_step", &BoundPatchDecoder::add_step, py::kw_only(), py::arg("heads"), py::arg("active"))
         .def("decode",
              [](const BoundPatchDecoder& self, uintptr_t local, uintptr_t codes, const SamplerRows& settings) {
+                 check_present(settings.rows, local, codes);
+                 check_settings(settings);
                  kernels->decode_patch(self.decoder, address<const float>(local), address<int64_t>(codes), settings);
              },
              py::kw_only(), py::arg("local"), py::arg("codes"), py::arg("settings"), Unlocked());
@@ -275,14 +300,8 @@ void bind_codec(py::module_& module) {
                  return Norm{address<const float>(weight), address<const float>(bias)};
              }),
              py::kw_only(), py::arg("weight"), py::arg("bias"));
-    py::class_<CodecAttention>(module, "CodecAttention")
-        .def(py::init([](uintptr_t table, uintptr_t k, uintptr_t v, uintptr_t slots, uintptr_t visible,
-                         int64_t places) {
-                 return CodecAttention{address<const float>(table), address<float>(k), address<float>(v),
-                                       address<const int64_t>(slots), address<const bool>(visible), places};
-             }),
-             py::kw_only(), py::arg("table"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("visible"),
-             py::arg("places"));
+    bind_struct<CodecAttention, const float*, float*, float*, const int64_t*, const bool*, int64_t>(
+        module, "CodecAttention", "table", "k", "v", "slots", "visible", "places");
     py::class_<CodecStack>(module, "CodecStack")
         .def(py::init([](int64_t dim, int64_t heads, float eps) {
                  check(heads > 0 && dim > 0 && dim % (8 * heads) == 0, "heads are no multiple of 8 wide");
@@ -302,6 +321,8 @@ void bind_codec(py::module_& module) {
              py::arg("up"), py::arg("down"))
         .def("run",
              [](const CodecStack& self, uintptr_t x, int64_t rows, const CodecAttention& attention) {
+                 check_present(rows, x, uintptr_t(attention.table), uintptr_t(attention.k), uintptr_t(attention.v),
+                               uintptr_t(attention.slots), uintptr_t(attention.visible));
                  check_slots(attention.slots, rows, attention.places);
                  kernels->run_codec_stack(self, address<float>(x), rows, attention);
              },

@@ -46,7 +46,8 @@ void draw_codes(
         const int64_t code = sampler.draw(logits.data() + r * size, size, nullptr, empty, settings, r,
                                           FRAME_SLOT + uint32_t(frame), uint32_t(first));
         codes[(r * p.channels + channel) * p.group_size + frame] = code;
-        const float* row = p.embeddings + (first + code) * dim;
+        // Without a code any row will do: the patch is not used.
+        const float* row = p.embeddings + (first + (code == NOT_FINITE ? 0 : code)) * dim;
         for (int64_t i = 0; i < dim; ++i) next[r * dim + i] += row[i];
     }
 }

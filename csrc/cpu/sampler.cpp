@@ -70,10 +70,14 @@ int64_t Sampler::draw(
     uint32_t slot, uint32_t first
 ) {
     const auto allowed = [&](int64_t i) { return i != never && !(banned && banned[i]); };
-    int64_t best = 0;
+    // A comparison with NaN is false.
+    bool numbers = true;
+    for (int64_t i = 0; i < size; ++i) numbers &= logits[i] < INFINITY;
+    int64_t best = NOT_FINITE;
     float largest = -INFINITY;
     for (int64_t i = 0; i < size; ++i)
         if (logits[i] > largest && allowed(i)) best = i, largest = logits[i];
+    if (!numbers || best == NOT_FINITE) return NOT_FINITE;
     if (rows.greedy[row]) return best;
 
     scores.reserve(size);

@@ -6,9 +6,12 @@
 
 namespace mimo_fast::MIMO_FAST_SET {
 
+// The id of a row whose logits hold NaN or +inf, or where every id that may be drawn has -inf.
+constexpr int64_t NOT_FINITE = -1;
+
 class Sampler {
   public:
-    // One id of logits [size]. banned: [size] or null for none; never: one more id that may not be drawn, or -1.
+    // One id of logits [size], or NOT_FINITE. banned: [size] or null for none; never: one more id that may not be drawn, or -1.
     // Noise is that of slot `slot` and of ids `first` ... first + size - 1.
     int64_t draw(
         const float* logits, int64_t size, const bool* banned, int64_t never, const SamplerRows& rows, int64_t row,

@@ -30,11 +30,10 @@
 
 #include <type_traits>
 
-#include <warp.cuh>
+#include "quantized.cuh"
 
 namespace {
 
-constexpr int COLUMNS = 128;
 constexpr int GROUPS = 2, GROUP_WARPS = 4, GROUP_THREADS = 32 * GROUP_WARPS, THREADS = GROUPS * GROUP_THREADS;
 constexpr int X_PIECES = COLUMNS * 2 / 16;
 
@@ -74,49 +73,10 @@ struct Config {
 
 // ---- Unpacking
 
-constexpr int AND_OR = 0xea;      // (a & b) | c
-constexpr int NOT_AND_OR = 0xae;  // (~a & b) | c
-
 // What two values of W take, of one row and block: both halves of a word alike. `from` of int4: minus what is to be taken
 // from the unpacked value.
 struct Affine {
     uint32_t scale, from, term;
-};
-
-template <class T, int BITS>
-struct Unpack;
-
-template <>
-struct Unpack<Bfloat16, 4> {
-    static constexpr float OFFSET = 128 + 8;
-    __device__ static uint32_t pair(uint32_t word, int shift) {
-        return lop3<AND_OR>(word >> shift, 0x000f000f, 0x43004300);
-    }
-};
-
-template <>
-struct Unpack<Float16, 4> {
-    static constexpr float OFFSET = 1024 + 8;
-    __device__ static uint32_t pair(uint32_t word, int shift) {
-        return lop3<AND_OR>(word >> shift, 0x000f000f, 0x64006400);
-    }
-};
-
-template <>
-struct Unpack<Bfloat16, 8> {
-    static constexpr float OFFSET = 0;
-    __device__ static uint32_t pair(uint32_t word, int shift) {
-        const uint32_t low = lop3<AND_OR>(word >> shift, 0x007f007f, 0x43004300);
-        return add_pairs<Bfloat16>(low, lop3<NOT_AND_OR>(word >> shift, 0x00800080, 0xc300c300));
-    }
-};
-
-template <>
-struct Unpack<Float16, 8> {
-    static constexpr float OFFSET = 0;
-    __device__ static uint32_t pair(uint32_t word, int shift) {  // 1024 + q, minus 1152
-        return add_pairs<Float16>(lop3<AND_OR>(word >> shift, 0x00ff00ff, 0x64006400), 0xe480e480);
-    }
 };
 
 template <class C>
@@ -288,8 +248,6 @@ struct Sums {
     }
 };
 
-__device__ inline float silu(float value) { return value / (1 + expf(-value)); }
-
 // What follows the sums. A thread has four neighbouring columns of y, of every so many-th row.
 template <class C, bool SWIGLU>
 __device__ void write(const Product& p, const float* sums, int tile, int first_x) {
@@ -298,8 +256,7 @@ __device__ void write(const Product& p, const float* sums, int tile, int first_x
     constexpr int HALVES = SWIGLU ? 2 : 1;  // gate and up
     const int width = SWIGLU ? p.n / 2 : p.n, r = threadIdx.x % QUADS * 4, column = tile * OUTPUTS + r;
     if (threadIdx.x / QUADS >= ROWS_AT_ONCE || column >= width) return;
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 8 == 0; };
-    const bool whole = width % 4 == 0 && aligned(p.y) && aligned(p.residual);
+    const bool whole = width % 4 == 0 && aligned(p.y, 8) && aligned(p.residual, 8);
     const float* const from = sums + (SWIGLU ? r / 8 * 16 + r % 8 : r);
     float scale[HALVES][4], bias[HALVES][4];
 #pragma unroll
@@ -411,8 +368,6 @@ __global__ void __launch_bounds__(THREADS, 1) quantized_gemm(const Product p) {
 
 // ---- Which configuration
 
-constexpr int INVALID = 1;  // cudaErrorInvalidValue
-
 template <class C>
 bool fits() { return C::SHARED <= current_device().shared; }
 
@@ -448,17 +403,18 @@ int choose(const Product& p) {
     if (p.m <= 16) return 1;
     int best = 0;
     float least = 0;
-    const auto consider = [&](int variant, bool possible, int rows, int xs, float each) {
-        if (!possible) return;
-        const int tiles = ((p.n + rows - 1) / rows) * ((p.m + xs - 1) / xs);
-        const float time = float((tiles + device.multiprocessors - 1) / device.multiprocessors) * rows * each;
+    const auto consider = [&](auto config, int variant, float each) {
+        using C = decltype(config);
+        if (!fits<C>()) return;
+        const int tiles = ((p.n + C::ROWS - 1) / C::ROWS) * ((p.m + C::XS - 1) / C::XS);
+        const float time = float((tiles + device.multiprocessors - 1) / device.multiprocessors) * C::ROWS * each;
         if (!best || time < least) best = variant, least = time;
     };
-    consider(6, fits<typename Own::V6>(), Own::V6::ROWS, Own::V6::XS, 1);
-    consider(5, fits<typename Own::V5>(), Own::V5::ROWS, Own::V5::XS, 1.05f);
-    consider(4, fits<typename Own::V4>(), Own::V4::ROWS, Own::V4::XS, 1.15f);
-    consider(3, fits<typename Own::V3>(), Own::V3::ROWS, Own::V3::XS, 1.2f);
-    consider(2, fits<typename Own::V2>(), Own::V2::ROWS, Own::V2::XS, 1.6f);
+    consider(typename Own::V6(), 6, 1);
+    consider(typename Own::V5(), 5, 1.05f);
+    consider(typename Own::V4(), 4, 1.15f);
+    consider(typename Own::V3(), 3, 1.2f);
+    consider(typename Own::V2(), 2, 1.6f);
     return best;
 }
 
@@ -494,10 +450,8 @@ extern "C" int mimo_fast_quantized_gemm(const void* x, const void* words, const 
                                         const void* bias, const void* residual, void* y, int64_t stride, int m, int n,
                                         int k, int bits, int grouped, int swiglu, int half, int variant,
                                         cudaStream_t stream) {
-    const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
     const Product product{as16(x), static_cast<const uint4*>(words), as16(scales), as16(zeros), as16(bias),
                           as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu};
-    const auto aligned = [](const void* pointer, int to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
     if (!aligned(x, 16) || !aligned(words, 16) || !aligned(scales, 2) || stride % 8) return INVALID;
     if (m < 1 || n < 1 || k < COLUMNS || k % COLUMNS || (bits == 4 && !grouped) || (swiglu && n % 2)) return INVALID;
     return half ? launch<Float16>(product, bits, grouped, variant, stream)

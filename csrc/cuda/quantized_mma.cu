@@ -1,7 +1,7 @@
 // Products of few rows with int4 or int8 weights on tensor cores; bfloat16 or float16 in and out, sums in float32.
 //
-//   y [M, N] = epilogues(norm(x) W^T + b)          formulas: mimo_fast/kernels/qmatmul.py
-//                                                  layout of W: mimo_fast/kernels/quantized_weight.py
+//   y [M, N] = epilogues(norm(x) W^T + b)          formulas: mimo_fast/kernels/matmul/product.py
+//                                                  layout of W: mimo_fast/kernels/matmul/quantized_weight.py
 //
 // Such a product is bound by the bytes of W as long as they are asked for early enough and little is done for each. W is
 // the operand with 16 rows (A), x the one with 8 columns (B): up to 8 rows of x cost what one does. What a product sums
@@ -13,12 +13,6 @@
 //     int8, 32 words a row                    words 4 t ... and 16 + 4 t ..., 16 bytes each
 //       word i of part v / 2, bits 8 (v % 2)  columns 32 (v % 2) + 16 (v / 2) + 4 t + i and 64 more
 //   pair (i, v): these two columns as the halves of a register; four registers are A, two are B of one instruction
-//
-// Unpacking a pair (q is stored with an offset, o = 8 or 128):
-//   bfloat16, int4   (w & 000f000f) | 43004300         128 + q; 128 + 8 leaves again with the sum of x, see below
-//   bfloat16, int8   (w & 007f007f) | 43004300         128 + the low 7 bits, plus
-//                    (~w & 00800080) | c300c300        -128 or -256: exactly q - 128
-//   float16          (w & mask) | 64006400, plus a constant: exactly q - o
 //
 // A block of threads keeps its rows of x in shared memory, times the norm's weight and in the order of pairs, and goes
 // through every gridDim.y-th tile of ROWS rows of W. Warp w has the units of columns w, w + WARPS, ... of each tile. Each
@@ -34,11 +28,10 @@
 // Weights (words, scales, zeros, norm, bias) are read before `pdl_wait`, that is while the kernel before this one may
 // still run: none of them may be written by it (quantized_weight.py says what whoever makes a weight has to do).
 
-#include <warp.cuh>
+#include "quantized.cuh"
 
 namespace {
 
-constexpr int COLUMNS = 128;
 constexpr int ROWS = 16;  // of W a tile
 constexpr int PAIRS = 4;  // v
 
@@ -61,44 +54,15 @@ struct Product {
 
 // ---- Unpacking
 
-constexpr int AND_OR = 0xea;      // (a & b) | c
-constexpr int NOT_AND_OR = 0xae;  // (~a & b) | c
-
-// Two q of a word, at bits `shift` and 16 more, as two T; what is to be taken from each of them by way of the sum of x is
-// OFFSET.
+// Pairs as they are multiplied: OFFSET leaves again with the sum of x, or in float16 at once.
 template <class T, int BITS>
-struct Unpack;
+struct Multiplied : Unpack<T, BITS> {};
 
 template <>
-struct Unpack<Bfloat16, 4> {
-    static constexpr float OFFSET = 128 + 8;
-    __device__ static uint32_t pair(uint32_t word, int shift) {
-        return lop3<AND_OR>(word >> shift, 0x000f000f, 0x43004300);
-    }
-};
-
-template <>
-struct Unpack<Bfloat16, 8> {
+struct Multiplied<Float16, 4> {
     static constexpr float OFFSET = 0;
     __device__ static uint32_t pair(uint32_t word, int shift) {
-        const uint32_t low = lop3<AND_OR>(word >> shift, 0x007f007f, 0x43004300);
-        return add_pairs<Bfloat16>(low, lop3<NOT_AND_OR>(word >> shift, 0x00800080, 0xc300c300));
-    }
-};
-
-template <>
-struct Unpack<Float16, 4> {
-    static constexpr float OFFSET = 0;
-    __device__ static uint32_t pair(uint32_t word, int shift) {  // 1024 + q, minus 1032
-        return add_pairs<Float16>(lop3<AND_OR>(word >> shift, 0x000f000f, 0x64006400), 0xe408e408);
-    }
-};
-
-template <>
-struct Unpack<Float16, 8> {
-    static constexpr float OFFSET = 0;
-    __device__ static uint32_t pair(uint32_t word, int shift) {  // 1024 + q, minus 1152
-        return add_pairs<Float16>(lop3<AND_OR>(word >> shift, 0x00ff00ff, 0x64006400), 0xe480e480);
+        return add_pairs<Float16>(Unpack<Float16, 4>::pair(word, shift), 0xe408e408);  // minus 1032
     }
 };
 
@@ -412,6 +376,7 @@ __device__ float norm_scale(const Product& p, const float* squares, int row) {
 template <class C>
 struct Sums {
     using T = typename C::T;
+    using Pair = Multiplied<T, C::BITS>;
     float total[C::TILES_X][4] = {};
 
     // x(tile, i): the pairs (i, v) of row g of a tile of x. sum_x(tile, j): the sum over row 2 t + j of it.
@@ -426,8 +391,8 @@ struct Sums {
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int v = 0; v < PAIRS; ++v)
-                    a[half][v] = C::BITS == 4 ? Unpack<T, C::BITS>::pair(word(words[half][0], i), 4 * v)
-                                              : Unpack<T, C::BITS>::pair(word(words[half][v / 2 % C::PARTS], i), v % 2 * 8);
+                    a[half][v] = C::BITS == 4 ? Pair::pair(word(words[half][0], i), 4 * v)
+                                              : Pair::pair(word(words[half][v / 2 % C::PARTS], i), v % 2 * 8);
 #pragma unroll
             for (int tile = 0; tile < C::TILES_X; ++tile) {
                 const uint4 b = x(tile, i);
@@ -439,7 +404,7 @@ struct Sums {
         for (int half = 0; half < 2; ++half) {
             const uint32_t both = scales ? scales[half * 8 + g] : 0;
             const float scale = scales ? widen<T>(uint16_t(both)) : 1;
-            const float offset = Unpack<T, C::BITS>::OFFSET + from_half(uint16_t(both >> 16));
+            const float offset = Pair::OFFSET + from_half(uint16_t(both >> 16));
 #pragma unroll
             for (int tile = 0; tile < C::TILES_X; ++tile)
 #pragma unroll
@@ -454,8 +419,6 @@ struct Sums {
 };
 
 // ---- What follows the sums
-
-__device__ inline float silu(float value) { return value / (1 + expf(-value)); }
 
 // One result of a tile, of one thread: what is read for it while the sums are not there yet. With SwiGLU it takes two rows
 // of W, whose values are the halves of a word.
@@ -589,8 +552,6 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT / C::THREADS) quantize
 
 // ---- Which configuration
 
-constexpr int INVALID = 1;  // cudaErrorInvalidValue
-
 // Chunks of rows of x that a configuration needs, each as large as there is shared memory for; 0 if there is for none.
 template <class C>
 int chunks(Product p) {
@@ -690,10 +651,8 @@ extern "C" int mimo_fast_quantized_mma(
     const void* x, const void* norm, const void* words, const void* scales, const void* zeros, const void* bias,
     const void* residual, void* y, int64_t stride, int m, int n, int k, int bits, int grouped, int swiglu, int half,
     int variant, float eps, cudaStream_t stream) {
-    const auto as16 = [](const void* pointer) { return static_cast<const uint16_t*>(pointer); };
     const Product product{as16(x), as16(norm), static_cast<const uint4*>(words), as16(scales), as16(zeros), as16(bias),
                           as16(residual), static_cast<uint16_t*>(y), stride, m, n, k, swiglu, eps, 0, 0};
-    const auto aligned = [](const void* pointer, int to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
     if (!aligned(x, 8) || !aligned(norm, 8) || !aligned(words, 16) || !aligned(scales, 2) || stride % 4) return INVALID;
     if (m < 1 || k < COLUMNS || k % COLUMNS || (bits == 4 && !grouped) || (half && norm)) return INVALID;
     return half ? launch<Float16>(product, bits, grouped, variant, stream)

@@ -1,13 +1,12 @@
 // Rows of an int4 or int8 weight as bfloat16 or float16, for a library's product: that of a prompt, which arithmetic bounds.
 //
 // A thread makes 8 neighbouring values, 16 bytes, from one plane of 8 neighbouring words; 16 threads make a block of 128
-// columns (mimo_fast/kernels/quantized_weight.py) and find its words in the L1 cache after the first has read them.
+// columns (mimo_fast/kernels/matmul/quantized_weight.py) and find its words in the L1 cache after the first has read them.
 
-#include <warp.cuh>
+#include "quantized.cuh"
 
 namespace {
 
-constexpr int COLUMNS = 128;
 constexpr int VALUES = 8;
 constexpr int THREADS = 256;
 
@@ -56,8 +55,8 @@ __global__ void __launch_bounds__(THREADS) unpack(const Rows r) {
 // cudaError_t.
 extern "C" int mimo_fast_unpack(const void* words, const void* scales, const void* zeros, void* out, int64_t first,
                                 int64_t count, int k, int bits, int grouped, int half, cudaStream_t stream) {
-    const Rows rows{static_cast<const uint4*>(words), static_cast<const uint16_t*>(scales),
-                    static_cast<const uint16_t*>(zeros), static_cast<uint4*>(out), first, count, k, bits, grouped};
+    const Rows rows{static_cast<const uint4*>(words), as16(scales), as16(zeros), static_cast<uint4*>(out), first, count, k,
+                    bits, grouped};
     const dim3 grid((count * (k / VALUES) + THREADS - 1) / THREADS);
     return half ? start<unpack<Float16>>(grid, THREADS, 0, stream, rows)
                 : start<unpack<Bfloat16>>(grid, THREADS, 0, stream, rows);

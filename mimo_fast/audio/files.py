@@ -1,28 +1,30 @@
-"""Audio of any source -> float32 mono waveform, within limits; waveform -> file, all or nothing."""
+"""Audio of any source -> float32 mono waveform, within limits."""
 
 import io
+import math
 import os
-import secrets
-import stat
-import wave
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
+from mimo_fast.audio.paths import check_readable, name_of, reason_of, soundfile_library
 from mimo_fast.audio.resample import check_rate, resample_blocks
 from mimo_fast.errors import AudioError
+from mimo_fast.modes import in_own_modes
 
 AudioSource = str | os.PathLike | bytes | BinaryIO | Tensor | np.ndarray
 
 FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}
 MAX_CHANNELS = 8
-BLOCK = 2**16  # frames decoded or encoded at a time
+MIXING_LOSS = 6.0  # dB that a mixture may lose before one channel is taken instead
+BLOCK = 2**16  # frames decoded at a time
 READ_BLOCK = 2**20  # bytes read from a file object at a time
 SCALES = {
     torch.uint8: (128, 2**7),
@@ -32,6 +34,7 @@ SCALES = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class DecodeLimits:
     """Limits of one call, counted while decoding whatever the header claims.
@@ -43,7 +46,8 @@ class DecodeLimits:
     bytes: int = 256 * 2**20
 
 
-@torch.no_grad()
+@checked
+@in_own_modes
 def load_audio(
     source: AudioSource,
     sample_rate: int,
@@ -56,7 +60,9 @@ def load_audio(
     A path (of a regular file), encoded bytes or a binary file object holds WAV, FLAC, OGG or MP3; a
     file object is read from its position on, at most `limits.bytes`. A tensor or array is decoded
     audio at `source_rate` (default: `sample_rate`), [n] or [channels, n]; integers are scaled to
-    [-1, 1). At most 8 channels, 1 kHz..768 kHz. Silence is valid. A file cut short gives what is
+    [-1, 1). At most 8 channels, 1 kHz..768 kHz. The mean of the channels is taken; where they
+    cancel out or most are silent, so that it loses over 6 dB of their power, the strongest channel
+    alone, with a warning. Silence is valid. A file cut short gives what is
     there, unless its format shows the damage (FLAC).
 
     Raises:
@@ -66,8 +72,9 @@ def load_audio(
     sample_rate = check_rate(sample_rate)
     if isinstance(source, Tensor | np.ndarray):
         rate = check_rate(sample_rate if source_rate is None else source_rate, "source_rate")
-        return _collect(_array_blocks(source), rate, sample_rate, limits, "the audio array")
-    name = _name(source)
+        place = rate, sample_rate, limits, "the audio array"
+        return _collect(lambda again: _array_blocks(source), *place)
+    name = name_of(source)
     if source_rate is not None:
         problem = f"source_rate is for tensors and arrays; {name} states its own rate"
         raise AudioError(f"{problem}: leave source_rate out")
@@ -75,15 +82,92 @@ def load_audio(
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
     # threads get no signals.
     with ThreadPoolExecutor(1) as decoder:
-        file = decoder.submit(_open, encoded, name).result()
+        opened = [decoder.submit(_open, encoded, name).result()]
+
+        def read(again: bool) -> Iterator[Tensor]:
+            if again:
+                if isinstance(encoded, io.BytesIO):
+                    encoded.seek(0)
+                opened.append(decoder.submit(_open, encoded, name).result())
+            return _file_blocks(opened[-1], name, decoder)
+
         try:
-            rate = _check_header(file, name)
-            return _collect(_file_blocks(file, name, decoder), rate, sample_rate, limits, name)
+            rate = _check_header(opened[0], name)
+            return _collect(read, rate, sample_rate, limits, name)
         finally:
-            decoder.submit(file.close)  # after a read that an interrupt left running
+            for file in opened:
+                decoder.submit(file.close)  # after a read that an interrupt left running
+
+
+@dataclass
+class _Mixer:
+    """Blocks [channels, n] -> mono [n]: their mean, or one channel; it measures what is lost.
+
+    Args:
+        chosen: the channel to take; None for the mean.
+    """
+
+    chosen: int | None = None
+    _frames: int = 0
+    _sums: Tensor | None = None
+
+    def mono(self, block: Tensor) -> Tensor:
+        if len(block) == 1 or self.chosen is not None:
+            return block[self.chosen or 0]
+        mean = block.mean(dim=0)
+        samples = torch.cat((block, mean[None])).double()
+        sums = torch.stack((samples.sum(dim=1), samples.square().sum(dim=1)))
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._frames += block.shape[1]
+        return mean
+
+    def loss(self) -> tuple[float, int]:
+        """Decibels that the mean lacks to the channels, and the strongest of these.
+
+        Two channels that have nothing in common lose 3 dB against the power of both, as ordinary
+        stereo does, and one beside silence no more. Of more channels one may hold all that
+        matters, so that the strongest counts. A constant offset is no sound.
+        """
+        if self._sums is None or not self._frames:
+            return 0.0, 0
+        sums, squares = self._sums / self._frames
+        *channels, mixed = (squares - sums.square()).clamp(min=0).tolist()
+        strongest = max(channels)
+        wanted = sum(channels) / 2 if len(channels) == 2 else strongest
+        if not 0 < wanted < math.inf:
+            return 0.0, 0
+        lost = -10 * math.log10(mixed / wanted) if mixed > 0 else math.inf
+        # Of channels that differ by rounding the first.
+        return lost, next(i for i, power in enumerate(channels) if power > 0.999 * strongest)
 
 
 def _collect(
+    read: Callable[[bool], Iterator[Tensor]],
+    rate: int,
+    sample_rate: int,
+    limits: DecodeLimits,
+    name: str,
+) -> Tensor:
+    """Mixes, resamples and joins blocks [channels, n] -> [n].
+
+    read: opens the source, the first time or again: where its channels cancel out it is read twice,
+    so that no more than a block of each channel is held.
+    """
+    mixer = _Mixer()
+    wav = _joined(map(mixer.mono, read(False)), rate, sample_rate, limits, name)
+    lost, strongest = mixer.loss()
+    if lost <= MIXING_LOSS:
+        return wav
+    warnings.warn(
+        f"mixing the channels of {name} would lose {min(lost, 99):.0f} dB, as they cancel out or "
+        f"most are silent: channel {strongest + 1} is used alone",
+        stacklevel=3,
+    )
+    alone = _Mixer(strongest)
+    return _joined(map(alone.mono, read(True)), rate, sample_rate, limits, name)
+
+
+def _joined(
     blocks: Iterator[Tensor], rate: int, sample_rate: int, limits: DecodeLimits, name: str
 ) -> Tensor:
     """Resample and join mono blocks [n]: the one place where length and samples are checked."""
@@ -94,10 +178,10 @@ def _collect(
             frames += len(block)
             if frames > limits.seconds * rate:
                 problem = f"{name} is longer than {limits.seconds:g} s"
-                raise AudioError(f"{problem}; cut it or raise DecodeLimits.seconds")
+                raise AudioError(f"{problem}; {_remedy(limits, 'seconds')}")
             if 4 * frames * sample_rate > limits.bytes * rate:
                 problem = f"{name} decodes to over {limits.bytes} bytes"
-                raise AudioError(f"{problem}; cut it or raise DecodeLimits.bytes")
+                raise AudioError(f"{problem}; {_remedy(limits, 'bytes')}")
             yield block
 
     pieces = []
@@ -110,6 +194,11 @@ def _collect(
     return torch.cat(pieces)
 
 
+def _remedy(limits: DecodeLimits, field: str) -> str:
+    """What to do about audio beyond its limits: only who has set some can raise them."""
+    return "cut it" if limits == DecodeLimits() else f"cut it or raise DecodeLimits.{field}"
+
+
 def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
@@ -117,7 +206,7 @@ def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
         raise AudioError(f"the audio array is {list(shape)}; it must be {wanted}")
     for start in range(0, shape[-1], BLOCK):
         block = _as_float(source[..., start : start + BLOCK])
-        yield block if block.ndim == 1 else block.mean(dim=0)
+        yield block if block.ndim == 2 else block[None]
 
 
 def _as_float(block: Tensor | np.ndarray) -> Tensor:
@@ -137,36 +226,22 @@ def _as_float(block: Tensor | np.ndarray) -> Tensor:
     )
 
 
-def _encoded(source: Any, name: str, limits: DecodeLimits) -> str | bytes | io.BytesIO:
+def _encoded(source: Any, name: str, limits: DecodeLimits) -> bytes | io.BytesIO:
     """The object that soundfile opens, its size checked."""
-    encoded: str | bytes | io.BytesIO
+    encoded: bytes | io.BytesIO
     if isinstance(source, str | os.PathLike):
-        encoded = os.fspath(source)
-        size = _regular_size(encoded, name)
+        size = check_readable(source)
+        # soundfile would encode a string strictly, but a name may be of any bytes.
+        encoded = os.fsencode(source)
     else:
         held = isinstance(source, bytes | bytearray | memoryview)
         data = bytes(source) if held else _read(source, name, limits)
         encoded, size = io.BytesIO(data), len(data)
     if size > limits.bytes:
-        raise AudioError(
-            f"{name} is larger than {limits.bytes} bytes; cut it or raise DecodeLimits.bytes"
-        )
+        raise AudioError(f"{name} is larger than {limits.bytes} bytes; {_remedy(limits, 'bytes')}")
     if not size:
         raise AudioError(f"{name} is empty")
     return encoded
-
-
-def _regular_size(path: str | bytes, name: str) -> int:
-    """Bytes in a readable regular file. Pipes and devices are refused: they may never end."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            fix = "open a pipe or device yourself and pass the file object"
-            raise AudioError(f"{name} is not a regular file; {fix}")
-        with open(path, "rb"):  # soundfile would not say why it cannot
-            return status.st_size
-    except (OSError, ValueError) as error:
-        raise AudioError(f"cannot read {name}: {_reason(error)}") from error
 
 
 def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
@@ -179,7 +254,7 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
         try:
             chunk = source.read(min(room, READ_BLOCK))
         except (OSError, ValueError) as error:
-            raise AudioError(f"cannot read {name}: {_reason(error)}") from error
+            raise AudioError(f"cannot read {name}: {reason_of(error)}") from error
         if not isinstance(chunk, bytes | bytearray | memoryview):
             problem = f"reading {name} gave {type(chunk).__name__}, not bytes"
             raise AudioError(f"{problem}; open it in binary mode")
@@ -190,23 +265,14 @@ def _read(source: Any, name: str, limits: DecodeLimits) -> bytes:
     return b"".join(chunks)
 
 
-def _soundfile() -> Any:
-    """The soundfile module, imported when needed: functions on arrays run without it."""
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: it finds no libsndfile
-        raise AudioError("audio files need the package soundfile: pip install soundfile") from error
-    return soundfile
-
-
-def _open(encoded: str | bytes | io.BytesIO, name: str) -> Any:
+def _open(encoded: bytes | io.BytesIO, name: str) -> Any:
     """A soundfile.SoundFile."""
-    library = _soundfile()
+    library = soundfile_library()
     try:
         file = library.SoundFile(encoded)
     # TypeError: a suffix that promises headerless audio.
     except (library.LibsndfileError, TypeError) as error:
-        problem = f"cannot decode {name}: {_reason(error)}"
+        problem = f"cannot decode {name}: {reason_of(error)}"
         raise AudioError(f"{problem}; convert it to WAV, FLAC, OGG or MP3") from error
     # soundfile otherwise seeks after each read, which fails where the length is unknown.
     file.seekable = lambda: False
@@ -227,85 +293,10 @@ def _file_blocks(file: Any, name: str, decoder: Executor) -> Iterator[Tensor]:
     while True:
         try:
             block = decoder.submit(file.read, BLOCK, dtype="float32", always_2d=True).result()
-        except _soundfile().LibsndfileError as error:
+        except soundfile_library().LibsndfileError as error:
             problem = f"{name} is damaged somewhere after {frames / file.samplerate:.2f} s"
-            raise AudioError(f"{problem}: {_reason(error)}; export it again") from error
+            raise AudioError(f"{problem}: {reason_of(error)}; export it again") from error
         if not len(block):
             return
         frames += len(block)
-        yield torch.from_numpy(block).T.mean(dim=0)
-
-
-def _name(source: Any) -> str:
-    """Name of the source or target in an error, always one line."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return "the audio data"
-    path = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
-    if not isinstance(path, str | os.PathLike):
-        return f"the {type(source).__name__} object"
-    text = os.fsdecode(path)
-    return text if text and text.isprintable() else ascii(text)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TypeError):
-        return "it has no header"
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
-
-
-@torch.no_grad()
-def save_wav(target: str | os.PathLike | BinaryIO, wav: Tensor, sample_rate: int) -> None:
-    """Writes float `wav` [n], clipped to [-1, 1), as a 16-bit PCM WAV like soundfile.write's.
-
-    A path that ends in .flac, .ogg or .mp3 is written in that format. A path appears complete or
-    not at all: an error or an interrupt leaves what was there. A buffered binary file object gets
-    the whole file at its position and need not be seekable.
-
-    Raises:
-        AudioError: `wav` is not [n] finite floats, or `target` cannot be written.
-    """
-    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav)
-    if wav.ndim != 1 or not wav.is_floating_point():
-        raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
-    if not wav.isfinite().all():
-        problem = "the waveform holds NaN or infinite samples"
-        raise AudioError(f"{problem}, which an audio file cannot hold")
-    encoded = io.BytesIO()
-    name = _name(target)
-    suffix = Path(name).suffix.lower() if isinstance(target, str | os.PathLike) else ""
-    if suffix in (".flac", ".ogg", ".mp3"):
-        samples = wav.clamp(-1, 1).float().cpu().numpy()
-        _soundfile().write(encoded, samples, sample_rate, format=suffix[1:].upper())
-    else:
-        with wave.open(encoded, "wb") as file:
-            file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))
-            for block in wav.split(BLOCK):
-                file.writeframes(_pcm16(block))
-    try:
-        if isinstance(target, str | os.PathLike):
-            _replace(Path(os.path.realpath(os.fsdecode(target))), encoded.getvalue(), name)
-        else:
-            target.write(encoded.getvalue())
-    except (OSError, ValueError) as error:
-        raise AudioError(f"cannot write {name}: {_reason(error)}") from error
-
-
-def _pcm16(samples: Tensor) -> bytes:
-    """float -> int16 as libsndfile: the upper half of the nearest 32-bit integer, saturated."""
-    scaled = samples.to("cpu", torch.float64).mul(2**31).round().div(2**16).floor()
-    return scaled.clamp(-(2**15), 2**15 - 1).numpy().astype("<i2").tobytes()
-
-
-def _replace(path: Path, data: bytes, name: str) -> None:
-    if path.exists() and not path.is_file():
-        problem = f"cannot write {name}: it is not a regular file"
-        raise AudioError(f"{problem}; open it yourself and pass the file object")
-    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        yield torch.from_numpy(block).T

@@ -38,7 +38,7 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     half = config.n_fft // 2
     wav = F.pad(wav.to(torch.float32), (0, max(0, half + 1 - len(wav))))
     wav = F.pad(wav[None], (half, half), mode="reflect")[0]
-    window = torch.hann_window(config.window, device=wav.device)
+    window = torch.hann_window(config.window, device=wav.device, dtype=torch.float32)
     bands = config.f_min, config.f_max
     bank = mel_filters(config.sample_rate, config.n_fft, config.n_mels, *bands).to(wav.device)
     frames = 1 + (len(wav) - config.n_fft) // config.hop
@@ -56,8 +56,11 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> Tensor:
     """Triangular filters [n_fft // 2 + 1, n_mels] of peak 1, equally spaced in HTK mel."""
     low, high = (2595.0 * math.log10(1.0 + hertz / 700.0) for hertz in (f_min, f_max))
-    corners = 700.0 * (10.0 ** (torch.linspace(low, high, n_mels + 2) / 2595.0) - 1.0)
-    bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1)
+    corners = 700.0 * (
+        10.0 ** (torch.linspace(low, high, n_mels + 2, dtype=torch.float32, device="cpu") / 2595.0)
+        - 1.0
+    )
+    bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, dtype=torch.float32, device="cpu")
     steps = corners[1:] - corners[:-1]
     distance = corners[None] - bins[:, None]
     rising, falling = -distance[:, :-2] / steps[:-1], distance[:, 2:] / steps[1:]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.errors import AudioError
+from mimo_fast.modes import in_own_modes
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
 
@@ -32,7 +33,7 @@ def check_rate(rate: int, name: str = "the sample rate") -> int:
     return int(rate)
 
 
-@torch.no_grad()
+@in_own_modes
 def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """Resample `wav` [..., n] to float32 [..., ceil(n * target_rate / source_rate)].
 
@@ -53,7 +54,9 @@ def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
         return wav.to(torch.float32)
     n = wav.shape[-1]
     rows = wav.to("cpu", torch.float32).reshape(math.prod(wav.shape[:-1]), n)
-    out = torch.empty(len(rows), _output_length(n, source_rate, target_rate))
+    out = torch.empty(
+        len(rows), _output_length(n, source_rate, target_rate), dtype=torch.float32, device="cpu"
+    )
     for row, out_row in zip(rows, out, strict=True):
         done = 0
         for piece in resample_blocks(row.split(RESAMPLE_SPAN), source_rate, target_rate):
@@ -73,7 +76,7 @@ def resample_blocks(
     orig, new = source_rate // divisor, target_rate // divisor
     table = _polyphase_table(orig, new)
     span, margin = max(1, RESAMPLE_SPAN // max(orig, new)) * orig, table.width
-    pending, held = [torch.zeros(margin)], margin
+    pending, held = [torch.zeros(margin, dtype=torch.float32, device="cpu")], margin
     received = emitted = 0
     for block in blocks:
         pending.append(block)
@@ -84,7 +87,10 @@ def resample_blocks(
             pending, held, emitted = [samples[span:]], held - span, emitted + len(piece)
     remaining = _output_length(received, orig, new) - emitted
     if remaining:
-        yield _convolve(torch.cat([*pending, torch.zeros(margin + orig)]), table)[:remaining]
+        yield _convolve(
+            torch.cat([*pending, torch.zeros(margin + orig, dtype=torch.float32, device="cpu")]),
+            table,
+        )[:remaining]
 
 
 def _output_length(n: int, source_rate: int, target_rate: int) -> int:
@@ -112,7 +118,9 @@ def _convolve(samples: Tensor, table: _PolyphaseTable) -> Tensor:
         out = F.conv1d(samples[None, None], table.taps[0][:, None], stride=table.orig)
         return out[0].T.reshape(-1)
     periods = (len(samples) - 2 * table.width) // table.orig
-    offsets = table.starts[:, None] + torch.arange(periods) * table.orig
+    offsets = (
+        table.starts[:, None] + torch.arange(periods, dtype=torch.int64, device="cpu") * table.orig
+    )
     out = samples.unfold(0, reach, 1)[offsets] @ table.taps.transpose(1, 2)
     return out.transpose(0, 1).reshape(periods, -1)[:, : table.new].reshape(-1)
 
@@ -130,11 +138,15 @@ def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
     starts, taps = [], []
     for first in range(0, new, phases):
         start = min(first * orig // new, 2 * width + orig - reach)
-        outputs = torch.arange(first, first + phases, dtype=dtype) / new
-        inputs = torch.arange(start - width, start - width + reach, dtype=dtype) / orig
+        outputs = torch.arange(first, first + phases, dtype=dtype, device="cpu") / new
+        inputs = (
+            torch.arange(start - width, start - width + reach, dtype=dtype, device="cpu") / orig
+        )
         starts.append(start)
         taps.append(_windowed_sinc(outputs, inputs, base, base / orig))
-    return _PolyphaseTable(orig, new, width, torch.tensor(starts), torch.stack(taps))
+    return _PolyphaseTable(
+        orig, new, width, torch.tensor(starts, dtype=torch.int64, device="cpu"), torch.stack(taps)
+    )
 
 
 def _windowed_sinc(outputs: Tensor, inputs: Tensor, base: float, gain: float) -> Tensor:

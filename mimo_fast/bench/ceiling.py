@@ -95,7 +95,7 @@ def read_bandwidth(device: torch.device, nbytes: int = READ_BYTES) -> float:
 
 def copy_bandwidth(device: torch.device, nbytes: int = COPY_BYTES) -> float:
     """Bytes a second, read and written."""
-    source = torch.ones(nbytes // 4, device=device)
+    source = torch.ones(nbytes // 4, device=device, dtype=torch.float32)
     target = torch.ones_like(source)
     return 2 * nbytes / _best(lambda: target.copy_(source), device)
 
@@ -105,7 +105,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     size = size or (1024 if device.type == "cpu" else 8192)
     generator = torch.Generator(device).manual_seed(0)
     # Random: zeros draw less power, and clocks follow it.
-    x, y = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    x, y = (
+        torch.randn(size, size, device=device, generator=generator, dtype=torch.float32).to(dtype)
+        for _ in range(2)
+    )
     return 2 * size**3 / _best(lambda: x @ y.T, device)
 
 

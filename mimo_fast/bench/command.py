@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
+from mimo_fast.audio.paths import write_whole
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
@@ -86,7 +87,7 @@ def bench(
             "streams": streams,
             "rows": [asdict(row) for row in rows],
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
 
@@ -147,6 +148,10 @@ def _rows(
             floor = target.request_floor(machine, streams, prompt, words, patches)
             row = Row(streams, metrics, floor)
             tqdm.write(str(row), file=sys.stdout)
+            if metrics.audio_underrun is None:
+                silence = f"the worst silence of {streams}"
+                reason = metrics.unmeasured["audio_underrun"]
+                print(f"not measured: {silence}: {reason}", file=sys.stderr)
             yield row
             if not row.carried:
                 return

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mimo_fast import __version__
+from mimo_fast.checkpoint.hub import resolved_commit
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels import defaults
@@ -104,6 +105,8 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
     parameters, size = (sum(totals[i] for totals in parts.values()) for i in (0, 1))
     dtypes = sorted({str(weights.dtype(name)).removeprefix("torch.") for name in weights.names()})
     yield f"{kind}: {directory}, {', '.join(dtypes)}"
+    if commit := resolved_commit(directory):
+        yield f"  revision        {commit}"
     for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
         yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
 
@@ -131,7 +134,13 @@ Product = tuple[str, Weight | QuantizedWeight, torch.dtype]
 
 
 def _of_formats(device: torch.device) -> Iterator[Product]:
-    values = torch.randn(SOME_ROWS, 256, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(
+        SOME_ROWS,
+        256,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    )
     for dtype in (torch.bfloat16, torch.float32):
         yield "dense", Weight.stack([values.to(device, dtype)]), dtype
     for name in ("int8", "int4", "nf4"):

@@ -42,6 +42,8 @@ from mimo_fast.text.tasks import find_task
 SENTENCE = "It begins to speak before it has finished thinking."
 QUESTION = "What is being said?"
 
+IN_ONE_PIECE = "the replies were shorter than the look-ahead, so their audio came in one piece"
+
 ENCODED = tasks.PromptContext()
 
 PROMPTS: dict[str, Callable[[Callable[[], Speech]], Segments]] = {
@@ -194,11 +196,20 @@ def summarize(
         heard = [play(trace.chunks, target.codec.sample_rate) for trace in traces]
         seconds, why = sum(playback.duration for playback in heard), "no audio came"
     speaking = [playback for playback in heard if playback.first_audio is not None]
+    # Audio that came in one piece, as that of a reply shorter than the look-ahead does, could not
+    # fall silent.
+    followed = [
+        playback
+        for trace, playback in zip(traces, heard, strict=bool(heard))
+        if sum(samples > 0 for _, samples in trace.chunks) > 1
+    ]
     factors = [trace.ended * len(traces) / seconds for trace in traces] if seconds else []
     if not factors:
         unmeasured["audio_rtf"] = why
     if not speaking:
-        unmeasured |= {"audio_ttfp": why, "audio_underrun": why}
+        unmeasured["audio_ttfp"] = why
+    if not followed:
+        unmeasured["audio_underrun"] = IN_ONE_PIECE if speaking else why
     # A request's first chunk waits for its prompt, which is counted as ttft.
     gaps = [
         after - before for trace in traces for (before, _), (after, _) in pairwise(trace.chunks)
@@ -222,8 +233,8 @@ def summarize(
         e2el=Spread.of([trace.ended for trace in traces]),
         audio_rtf=percentile(factors, 0.5) if factors else None,
         audio_rtfx=seconds / wall if seconds else None,
-        audio_underrun=max((playback.worst_underrun for playback in speaking), default=None),
-        audio_continuity=sum(p.continuous for p in speaking) / len(speaking) if speaking else None,
+        audio_underrun=max((playback.worst_underrun for playback in followed), default=None),
+        audio_continuity=sum(p.continuous for p in followed) / len(followed) if followed else None,
         peak_bytes=peak,
         joules=energy.joules,
         joules_source=energy.source,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.mel import log_mel
+from mimo_fast.audio.paths import write_whole
 from mimo_fast.bench.environment import environment
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.codec.model import Codec
@@ -115,7 +116,7 @@ def quality(args: argparse.Namespace, load: Callable[[Any], MimoAudio]) -> int:
             "formats": {name: [asdict(head) for head in heads] for name, heads in results.items()},
             "codec_int8": None if codec is None else asdict(codec),
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
 
@@ -206,7 +207,11 @@ def compare_codec(
         distance, frames = distance + float(difference.sum()), frames + difference.numel()
         own = quantized.encode(wav, channels)
         same, codes_ = same + float((own == codes).sum()), codes_ + codes.numel()
-    snr = 10 * torch.log10(torch.tensor(signal / noise)).item() if noise else float("inf")
+    snr = (
+        10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float32, device="cpu")).item()
+        if noise
+        else float("inf")
+    )
     return CodecQuality(snr, distance / frames, same / codes_)
 
 

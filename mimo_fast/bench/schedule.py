@@ -34,7 +34,7 @@ class ScheduledLM(LM):
         scheduled = cls.__new__(cls)
         scheduled.__dict__.update(lm.__dict__)
         # One entry more, for all later groups.
-        scheduled.schedule = torch.full((longest + 1,), FREE, device=lm.device)
+        scheduled.schedule = torch.full((longest + 1,), FREE, device=lm.device, dtype=torch.int64)
         return scheduled
 
     def follow(self, tokens: Sequence[int]) -> None:

@@ -140,14 +140,22 @@ class Target:
             return Speech(self.codec.encode(audio, config.channels)[:, :frames].cpu())
         draw = torch.Generator().manual_seed(0)
         # The last code is the empty one.
-        codes = [torch.randint(size - 1, (frames,), generator=draw) for size in config.code_sizes]
+        codes = [
+            torch.randint(size - 1, (frames,), generator=draw, dtype=torch.int64, device="cpu")
+            for size in config.code_sizes
+        ]
         return Speech(torch.stack(codes))
 
     def filler(self, groups: int) -> Tensor:
         """Preceding context: words [C + 1, groups * G]."""
         config = self.lm.config
-        ids = torch.full((config.channels + 1, groups * config.group_size), self.word_id)
-        ids[1:] = torch.tensor(config.empty_codes)[:, None]
+        ids = torch.full(
+            (config.channels + 1, groups * config.group_size),
+            self.word_id,
+            dtype=torch.int64,
+            device="cpu",
+        )
+        ids[1:] = torch.tensor(config.empty_codes, dtype=torch.int64, device="cpu")[:, None]
         return ids
 
 
@@ -170,6 +178,8 @@ def user_speech(seconds: float, audio: AudioSource | None = None) -> Tensor:
     """Speech [n] of whole patches: the beginning of a recording, or noise without one."""
     samples = max(1, round(seconds * SAMPLE_RATE / PATCH_SAMPLES)) * PATCH_SAMPLES
     if audio is None:
-        return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
+        return 0.1 * torch.randn(
+            samples, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        )
     wav = load_audio(audio, SAMPLE_RATE)[:samples]
     return torch.nn.functional.pad(wav, (0, -len(wav) % PATCH_SAMPLES))

@@ -8,24 +8,30 @@ shards. The format is that of https://github.com/huggingface/safetensors.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimo_fast.checkpoint.layout import Shapes
-from mimo_fast.config import read_json
+from mimo_fast.checkpoint.folder import new_file, write_json
+from mimo_fast.checkpoint.hub import download
+from mimo_fast.checkpoint.layout import Counts, Shapes
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import cut, read_json, regular_size, shown
 
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.json")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
 NAMES_SHOWN = 8
+LONGEST_NAME = 255
+"""Bytes of a file's name at most."""
+
+LARGEST = 1e18
+"""Magnitude of a value at most: the product of two is finite in float32."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +47,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DENSE = ("F32", "F16", "BF16", "F64")
+"""Types of tensors that are computed with, in the order in which errors name them."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -60,18 +69,22 @@ def find_checkpoint(
         CheckpointError: nothing is there, the hub refuses or is out of reach, or config.json or
             safetensors are absent.
     """
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(f"a checkpoint is a directory or a hub id OWNER/NAME, not a {kind}")
     directory = Path(text := os.fspath(source)).expanduser()
-    if directory.is_file():
+    # These are False for whatever the system does not take as a path.
+    if os.path.isfile(directory):
         raise CheckpointError(
             f"{directory} is a file: give the directory that holds it and config.json"
         )
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         path_like = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1
         if not isinstance(source, str) or path_like:
             raise CheckpointError(
                 f"no directory {directory}: give a checkpoint directory or a hub id OWNER/NAME"
             )
-        directory = _download(
+        directory = download(
             text,
             revision=revision,
             cache_dir=cache_dir,
@@ -82,36 +95,11 @@ def find_checkpoint(
     return directory
 
 
-def _download(hub_id: str, **options: Any) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    by_hand = f"where there is a network run `hf download {hub_id} --local-dir DIR` and give DIR"
-    problems = {
-        errors.GatedRepoError: f"{hub_id} is gated: accept its terms on its hub page and log in "
-        "with `hf auth login`",
-        errors.RepositoryNotFoundError: f"there is no directory {hub_id}, and the hub has no such "
-        "repository or hides it as private: check the name, or log in with `hf auth login`",
-        errors.RevisionNotFoundError: f"{hub_id} has no revision {options['revision']!r}: check "
-        "its hub page",
-        errors.HFValidationError: f"{hub_id!r} is neither a directory nor a hub id OWNER/NAME: "
-        "check its spelling",
-        errors.LocalEntryNotFoundError: f"{hub_id} is not in the cache and the hub is out of "
-        f"reach: {by_hand}",
-    }
-    try:
-        patterns = list(HUB_FILES)
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options))
-    # The HTTP library behind huggingface_hub, and with it the exception of a broken connection,
-    # changes by version.
-    except Exception as error:
-        known = (problem for kind, problem in problems.items() if isinstance(error, kind))
-        problem = f"cannot download {hub_id} ({_first_line(error)}): {by_hand}"
-        raise CheckpointError(next(known, problem)) from error
-
-
 def _require_files(directory: Path) -> None:
-    suffixes = {path.suffix for path in directory.iterdir()}
+    try:
+        suffixes = {path.suffix for path in directory.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {directory}: {error.strerror or error}") from error
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{directory} has no config.json: give a directory that holds a whole checkpoint"
@@ -164,26 +152,72 @@ class Weights:
         self.dtype(name)
         return self._files[name].get_tensor(name).to(device).to(dtype=dtype)
 
-    def validate(self, expected: Shapes, optional: Shapes | None = None) -> None:
-        """Compares the headers with the tensors a config calls for, before anything is allocated.
+    def finite(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """`get` of a tensor that is read whole anyway, and is checked by `is_finite`.
 
         Raises:
-            CheckpointError: names all that is missing, unexpected, of a wrong shape, or not
-                floating point.
+            CheckpointError: it holds NaN, infinite or absurd values.
         """
-        allowed = expected | (optional or {})
+        tensor = self.get(name, device=device)
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{self.directory}: {name} holds NaN or infinite values, or some beyond "
+                f"{LARGEST:g}: the weights are damaged, download or convert them again"
+            )
+        return tensor
+
+    def check_counts(self, counts: Counts) -> None:
+        """Compares what a config counts with what the files hold, before `validate` lists it.
+
+        Args:
+            counts: pattern of tensor names with a number in its group -> (key, value of config).
+
+        Raises:
+            CheckpointError: there are fewer, or more.
+        """
+        for pattern, (key, value) in counts.items():
+            matches = (re.match(pattern, name) for name in self._headers)
+            held = len({match[1] for match in matches if match})
+            if value > held:
+                name = pattern.replace(r"(\d+)", "N").replace("\\", "")
+                raise CheckpointError(
+                    f"{self.directory}: config.json says '{key}' is {value}, but the files hold "
+                    f"{held} {name}*: use the config.json that belongs to these weights"
+                )
+
+    def validate(
+        self,
+        expected: Shapes,
+        optional: Shapes | None = None,
+        packed: Mapping[str, Iterable[torch.dtype]] | None = None,
+    ) -> None:
+        """Compares the headers with the tensors a config calls for, before anything is allocated.
+
+        Args:
+            expected: must be there, in a type of `DENSE` unless `packed` names them.
+            optional: may be there.
+            packed: types of tensors of `expected` that are no dense matrix.
+
+        Raises:
+            CheckpointError: names all that is missing, unexpected, of a wrong shape or type.
+        """
+        allowed, packed = expected | (optional or {}), packed or {}
         faults: dict[str, list[str]] = {
             "missing": [name for name in expected if name not in self._headers],
             "unexpected": [name for name in self._headers if name not in allowed],
             "wrongly shaped": [],
             "not floating point": [],
+            "of a wrong type": [],
         }
         for name, (shape, dtype) in self._headers.items():
             if name in allowed and shape != tuple(allowed[name]):
                 problem = f"{name} is {list(shape)}, not {list(allowed[name])}"
                 faults["wrongly shaped"].append(problem)
-            packed = name not in expected or name.endswith(".words")
-            if not packed and not dtype.startswith(("F", "BF")):
+            if name in packed:
+                types = [DTYPE_NAMES[each] for each in packed[name]]
+                if dtype not in types:
+                    faults["of a wrong type"].append(f"{name} is {dtype}, not {' or '.join(types)}")
+            elif name in expected and dtype not in DENSE:
                 faults["not floating point"].append(f"{name} is {dtype}")
         named = ((kind, items) for kind, items in faults.items() if items)
         if found := "; ".join(f"{len(items)} {kind} ({_abridge(items)})" for kind, items in named):
@@ -209,6 +243,14 @@ class Weights:
                 f"{self.directory} has no tensor {name}: use the config.json of these weights"
             )
         return self._headers[name]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or beyond `LARGEST`, in one pass and without a temporary tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN is both the least and the greatest, and is not below anything.
+    return bool((torch.stack(torch.aminmax(tensor)).double().abs() <= LARGEST).all())
 
 
 def open_weights(directory: str | os.PathLike[str]) -> Weights:
@@ -241,8 +283,9 @@ def _open_shards(index: Path) -> dict[str, Any]:
     shards: dict[str, Any] = {}
     tensors: dict[str, set[str]] = {}
     for shard in sorted(set(table.values())):
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-            problem = f"{index} names {shard!r}, which is not a file beside it"
+        odd = not shard.isprintable() or len(shard.encode()) > LONGEST_NAME
+        if odd or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            problem = f"{index} names {shown(shard)}, which is not a file beside it"
             raise CheckpointError(f"{problem}: download it again")
         shards[shard] = _open(index.parent / shard)
         tensors[shard] = set(shards[shard].keys())
@@ -254,14 +297,23 @@ def _open_shards(index: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> Any:
+    return open_safetensors(path, "download it again")
+
+
+def open_safetensors(path: Path, fix: str) -> Any:
+    """A safetensors file, mapped; `fix` is the advice of its errors.
+
+    Raises:
+        CheckpointError: it is absent, no regular file, damaged, or cut short.
+    """
     try:
+        regular_size(path)
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download the checkpoint again") from error
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({_first_line(error)}): download it again"
-        ) from error
+        raise CheckpointError(f"{path} is missing: {fix}") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or cut(error)
+        raise CheckpointError(f"{path} is damaged or cut short ({reason}): {fix}") from error
 
 
 def write_checkpoint(
@@ -280,13 +332,14 @@ def write_checkpoint(
     consecutive pieces of the flattened tensor; peak memory is what it returns at a time. Everything
     is converted to `dtype`, one for all or one for each name. `advance` is called with the number
     of bytes written. An interrupted write leaves no config.json and no incomplete file under a
-    final name.
+    final name; in a `new_folder` it leaves nothing.
 
     Raises:
         CheckpointError: weights are already there, a tensor has another size, or the disk is full.
     """
     directory = Path(directory)
-    if any(directory.glob("*.safetensors*")):
+    # Hidden ones are what a killed run has left.
+    if any(not path.name.startswith(".") for path in directory.glob("*.safetensors*")):
         raise CheckpointError(
             f"{directory} already holds weights: choose another directory or delete them"
         )
@@ -299,7 +352,7 @@ def write_checkpoint(
         # Wide types first: every tensor is then aligned to its item size, as safetensors aligns it.
         names.sort(key=lambda name: -dtypes[name].itemsize)
         weight_map |= dict.fromkeys(names, shard)
-        with _new_file(directory / shard) as file:
+        with new_file(directory / shard) as file:
             file.write(_file_header({name: sizes[name] for name in names}, shapes, dtypes))
             for name in names:
                 start = file.tell()
@@ -343,33 +396,8 @@ def _file_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes one JSON object, whole or not at all."""
-    with _new_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path} ({error.strerror}): free space or write elsewhere"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
 def _abridge(items: list[str]) -> str:
     more = len(items) - NAMES_SHOWN
-    return ", ".join(items[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ", ".join(cut(item) for item in items[:NAMES_SHOWN]) + (
+        f" and {more} more" if more > 0 else ""
+    )

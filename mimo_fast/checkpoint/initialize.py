@@ -23,7 +23,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import write_checkpoint, write_json
+from mimo_fast.checkpoint.files import write_checkpoint
+from mimo_fast.checkpoint.folder import check_new_folder, new_folder, write_json
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.errors import CheckpointError
@@ -77,6 +78,8 @@ def init_checkpoint(
 ) -> tuple[Path, Path]:
     """Writes DIR/lm and DIR/codec with random weights and returns their paths.
 
+    DIR appears at the end, whole.
+
     Args:
         preset: "tiny" (2.3 MB, float32) or "7b" (the published dimensions, 18.6 GB in bfloat16).
         dtype: of all tensors; by default the preset's.
@@ -85,11 +88,10 @@ def init_checkpoint(
     Raises:
         CheckpointError: the preset is unknown, the directory is not empty, or the disk lacks space.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if preset not in TOKEN_IDS:
         raise CheckpointError(f"no preset {preset!r}: use one of {', '.join(TOKEN_IDS)}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists and is not an empty directory: choose another")
+    check_new_folder(directory)
     raw = {part: preset_config(preset, part, dtype) for part in ("lm", "codec")}
     config = LMConfig.from_dict(raw["lm"])
     shapes = {"lm": lm_shapes(config), "codec": codec_shapes(CodecConfig.from_dict(raw["codec"]))}
@@ -99,14 +101,17 @@ def init_checkpoint(
     draws: dict[str, Draw] = {part: partial(_draw, shapes[part], seed) for part in shapes}
     if preset == "tiny":
         draws["lm"] = partial(_lean_to_speech, draws["lm"], config, TOKEN_IDS[preset])
-    write_tokenizer(directory / "lm", raw["lm"], TOKEN_IDS[preset])
     readme = README.format(preset=preset, seed=seed) + (SPEAKING if preset == "tiny" else "")
-    (directory / "README.md").write_text(readme, encoding="utf-8")
     hide = None if progress else True
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar:
+    with (
+        new_folder(directory) as folder,
+        tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=hide) as bar,
+    ):
+        write_tokenizer(folder / "lm", raw["lm"], TOKEN_IDS[preset])
+        (folder / "README.md").write_text(readme, encoding="utf-8")
         for part in shapes:
             write = partial(write_checkpoint, dtype=_dtype(raw[part]), config=raw[part])
-            write(directory / part, shapes[part], draws[part], advance=bar.update)
+            write(folder / part, shapes[part], draws[part], advance=bar.update)
     return directory / "lm", directory / "codec"
 
 
@@ -127,13 +132,19 @@ def _draw(shapes: Shapes, seed: int, name: str) -> Iterator[Tensor]:
     shape = shapes[name]
     size = math.prod(shape)
     if name.endswith("istft.window"):
-        yield torch.hann_window(size)
+        yield torch.hann_window(size, dtype=torch.float32, device="cpu")
         return
     mean, std = _spread(name, shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     for start in range(0, size, PIECE):
-        yield torch.randn(min(PIECE, size - start), generator=generator).mul_(std).add_(mean)
+        yield (
+            torch.randn(
+                min(PIECE, size - start), generator=generator, dtype=torch.float32, device="cpu"
+            )
+            .mul_(std)
+            .add_(mean)
+        )
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

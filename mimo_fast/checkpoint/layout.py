@@ -8,6 +8,33 @@ from mimo_fast.config import CodecConfig, LMConfig, TransformerConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+Counts = dict[str, tuple[str, int]]
+"""Pattern of tensor names with a number in its group -> (key of config.json, how many it says)."""
+
+
+def lm_counts(config: LMConfig) -> Counts:
+    """What config.json counts: `lm_shapes` has entries for each, so they are compared first."""
+    return {
+        r"model\.layers\.(\d+)\.": ("num_hidden_layers", config.backbone.layers),
+        r"local_transformer\.layers\.(\d+)\.": ("local_layers", config.patch_decoder.layers),
+        r"input_local_transformer\.layers\.(\d+)\.": (
+            "input_local_layers",
+            config.patch_encoder.layers,
+        ),
+        r"speech_embeddings\.(\d+)\.": ("audio_channels", config.channels),
+    }
+
+
+def codec_counts(config: CodecConfig) -> Counts:
+    """`lm_counts` of the audio tokenizer."""
+    quantizers = "num_quantizers", len(config.codebook_sizes)
+    return {
+        r"encoder\.layers\.(\d+)\.": ("encoder_layers", config.encoder_layers),
+        r"encoder\.quantizer\.vq\.layers\.(\d+)\.": quantizers,
+        r"decoder\.layers\.(\d+)\.": ("decoder_layers", config.decoder_layers),
+        r"decoder\.vocoder\.layers\.(\d+)\.": ("vocoder_num_layers", config.vocoder_layers),
+    }
+
 
 def lm_shapes(config: LMConfig) -> Shapes:
     """Every tensor of the language model, in upstream's naming (`MiMoAudioForCausalLM`)."""

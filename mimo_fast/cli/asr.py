@@ -2,13 +2,29 @@
 
 import argparse
 
-from mimo_fast.cli.common import load_model, print_text
+from mimo_fast.audio.paths import name_of
+from mimo_fast.cli.common import load_model, load_recording, print_text
+from mimo_fast.cli.reports import report
+from mimo_fast.errors import MimoFastError
 
 
 def run(args: argparse.Namespace) -> int:
-    model = load_model(args)
-    for path in args.audio:
-        if len(args.audio) > 1:
-            print(f"{path}: ", end="", flush=True)
-        print_text(model.stream("asr", path, seed=args.seed, max_new_tokens=args.max_tokens))
-    return 0
+    several = len(args.audio) > 1
+    for error in args.problems.values():
+        report(error)
+    readable = [path for path in args.audio if path not in args.problems]
+    if not readable:
+        return 1
+    # Of several, each is decoded in its turn: together they may not fit into memory.
+    first = None if several else load_recording(readable[0])
+    model, failed = load_model(args), bool(args.problems)
+    for path in readable:
+        # One that cannot be transcribed ends only itself.
+        try:
+            wav = load_recording(path) if first is None else first
+            chunks = model.stream("asr", wav, seed=args.seed, max_new_tokens=args.max_tokens)
+            print_text(model, args, chunks, f"{name_of(path)}: " if several else "")
+        except MimoFastError as error:
+            report(error)
+            failed = True
+    return int(failed)

@@ -7,12 +7,14 @@ from mimo_fast.bench.command import bench
 from mimo_fast.bench.quality import quality
 from mimo_fast.cli.common import find_pair, load_model, load_options
 from mimo_fast.errors import MimoFastError
+from mimo_fast.runtime.loading import find_device
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.quality:
         if args.format or args.audio or args.text:
             raise MimoFastError("--format, --audio and --text go with --quality")
+        args.device = str(find_device(args.device))
         named = args.model is not None or args.codec is not None
         return bench(args, find_pair(args) if named else None, load_options(args))
     if not args.audio and not args.text:

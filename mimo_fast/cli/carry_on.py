@@ -2,15 +2,15 @@
 
 import argparse
 
-from mimo_fast.audio.files import load_audio
-from mimo_fast.cli.common import load_model, write_speech
+from mimo_fast.cli.common import load_model, load_recording, speech_output, write_speech
 
 
 def run(args: argparse.Namespace) -> int:
+    wav = load_recording(args.audio)
     model = load_model(args)
-    wav = load_audio(args.audio, model.codec.sample_rate)
     chunks = model.stream(
         "speech_continuation", wav, seed=args.seed, max_new_tokens=args.max_tokens
     )
-    write_speech(chunks, args.output, before=wav if args.join else None)
+    before = wav if args.join else None
+    write_speech(model, args, chunks, speech_output(args.output), before)
     return 0

@@ -1,9 +1,17 @@
 """`mimo-fast chat WAV ... -o WAV`: answers speech with speech, or texts with texts."""
 
 import argparse
+from pathlib import Path
 
-from mimo_fast.audio.files import load_audio
-from mimo_fast.cli.common import load_model, print_text, write_speech
+from mimo_fast.cli.arguments import numbered
+from mimo_fast.cli.common import (
+    LiveAudio,
+    load_model,
+    load_recording,
+    print_text,
+    speech_output,
+    write_speech,
+)
 from mimo_fast.errors import MimoFastError
 
 
@@ -14,13 +22,18 @@ def run(args: argparse.Namespace) -> int:
         raise MimoFastError("--thinking goes with --text: spoken replies do not think")
     if args.output is None:
         raise MimoFastError("spoken replies need -o FILE.wav (or --text for a dialogue in text)")
-    turns = [load_audio(turn, 24000) for turn in args.turns]
+    turns = [load_recording(turn) for turn in args.turns]
+    voice = load_recording(args.voice) if args.voice else None
     model = load_model(args)
-    session = model.session(args.system, args.voice, args.seed)
-    for i, turn in enumerate(turns, start=1):
-        numbered = args.output.with_stem(f"{args.output.stem}-{i}")
-        output = args.output if len(turns) == 1 else numbered
-        write_speech(session.stream(turn, max_new_tokens=args.max_tokens), output)
+    session = model.session(args.system, voice, args.seed)
+    # On standard output the replies follow one another in one WAV.
+    whole = speech_output(args.output)
+    outputs: list[Path | LiveAudio] = [whole] * len(turns)
+    if isinstance(whole, Path):
+        outputs = [*numbered(whole, len(turns))]
+    for turn, output in zip(turns, outputs, strict=True):
+        chunks = session.stream(turn, max_new_tokens=args.max_tokens)
+        write_speech(model, args, chunks, output)
     return 0
 
 
@@ -33,5 +46,5 @@ def _chat_in_text(args: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": turn})
         limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
         chunks = model.stream("text_dialogue_multiturn", messages, args.thinking, **limits)
-        messages.append({"role": "assistant", "content": print_text(chunks)})
+        messages.append({"role": "assistant", "content": print_text(model, args, chunks)})
     return 0

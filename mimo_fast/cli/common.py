@@ -6,21 +6,31 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.files import save_wav
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.paths import name_of
+from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
+from mimo_fast.cli.arguments import STANDARD
+from mimo_fast.cli.process import StandardStream, written
+from mimo_fast.cli.reports import say
 from mimo_fast.cli.trained import untrained
 from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.engine.stream import Chunk
-from mimo_fast.runtime.loading import LoadOptions
+from mimo_fast.runtime.loading import LoadOptions, find_device
 from mimo_fast.text.spelling import spell
+
+SAMPLE_RATE = 24000
+"""Of the waveforms that tasks take."""
 
 WORDS_NAMED = 8
 """Number of words that a warning names."""
@@ -54,21 +64,16 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
 
 def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
     """The model of the options; `quantization` replaces theirs."""
-    lm, codec = find_pair(args)
+    device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
     options, chosen = load_options(args), quantization or args.quantization
-    model = MimoAudio(lm, codec, args.device, dtype=args.dtype, quantization=chosen, **options)
+    model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
     if beyond := untrained(model.lm.config, args):
         say(f"warning: this model was not trained for {beyond}: do not rely on its reply")
     return model
-
-
-def say(text: str) -> None:
-    """Progress and remarks go to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def warn_of_words(model: MimoAudio, text: str) -> None:
@@ -81,39 +86,127 @@ def warn_of_words(model: MimoAudio, text: str) -> None:
         say(f"warning: this model was not trained on, and may garble: {named}{more}")
 
 
-def print_text(chunks: Iterator[Chunk]) -> str:
-    """Prints text as it comes; returns all of it."""
-    text = ""
-    for chunk in chunks:
-        # Leading whitespace is not part of the answer.
-        new = chunk.text if text else chunk.text.lstrip()
-        text += new
-        print(new, end="", flush=True)
-    print(flush=True)
+def warn_if_cut(model: MimoAudio, args: argparse.Namespace, last: Chunk) -> None:
+    """Warns of a reply that did not come to its end, and names the option that lengthens it."""
+    groups = last.timing.groups
+    if last.finish_reason == "length":
+        say(f"warning: the reply was cut after {groups} groups: raise --max-tokens")
+    if last.finish_reason == "context":
+        room, most = model.engine.capacity, model.lm.config.max_positions
+        advice = f"raise --max-seq-len (up to {most})" if room < most else "give less at once"
+        context = f"the context of {in_seconds(room)} is full"
+        say(f"warning: the reply was cut after {groups} groups, {context}: {advice}")
+
+
+def load_recording(path: Path) -> Tensor:
+    """A recording [n] at 24 kHz; "-" is standard input.
+
+    It is decoded before a model is loaded, so that a bad one does not cost that time.
+    """
+    return load_audio(sys.stdin.buffer if path == STANDARD else path, SAMPLE_RATE)
+
+
+def read_text(text: str) -> str:
+    """The text of an argument; "-" reads standard input."""
+    try:
+        return sys.stdin.read().strip() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise MimoFastError(f"standard input is not text in {sys.stdin.encoding}") from error
+
+
+def print_text(
+    model: MimoAudio, args: argparse.Namespace, chunks: Iterator[Chunk], prefix: str = ""
+) -> str:
+    """Prints text as it comes, after a prefix; returns all of it."""
+    text, last = "", None
+    try:
+        for chunk in chunks:
+            # Leading whitespace is not part of the answer.
+            new = chunk.text if text else chunk.text.lstrip()
+            text += new
+            print(new if last else prefix + new, end="", flush=True)
+            last = chunk
+    finally:
+        # An error, too, begins a line of its own.
+        if last is not None:
+            print(flush=True)
+    if last is not None:
+        warn_if_cut(model, args, last)
     return text.strip()
 
 
-def write_speech(chunks: Iterator[Chunk], output: Path, before: torch.Tensor | None = None) -> None:
-    """Writes a whole reply and prints its speed; a progress bar shows seconds spoken."""
+class LiveAudio:
+    """Standard output as a WAV of unknown length, which a player hears while it is spoken."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+
+    def write(self, wav: Tensor, sample_rate: int) -> None:
+        """Appends samples [n].
+
+        Raises:
+            OutputError: nobody reads them.
+        """
+        if len(wav):
+            begun = b"" if self._samples else wav_header(sample_rate)
+            # `main` has put it there.
+            cast(StandardStream, sys.stdout).write_bytes(begun + pcm16(wav))
+            self._samples += len(wav)
+            written[:] = [f"{self._samples / sample_rate:.2f} s of audio to standard output"]
+
+
+def write_speech(
+    model: MimoAudio,
+    args: argparse.Namespace,
+    chunks: Iterator[Chunk],
+    output: Path | LiveAudio,
+    before: Tensor | None = None,
+) -> None:
+    """Writes a reply after `before` [n], then prints its words, and its speed on stderr.
+
+    A file is written whole, first of all, so that no failure of standard output costs it. A
+    progress bar shows seconds spoken.
+    """
+    rate = model.codec.sample_rate
+    live = output if isinstance(output, LiveAudio) else None
     audio, text, last = [] if before is None else [before], [], None
+    if live and before is not None:
+        live.write(before, rate)
     with tqdm(desc="speaking", unit="s", unit_scale=True, disable=None, leave=False) as bar:
         for chunk in chunks:
+            if live:
+                live.write(chunk.audio, rate)
             audio.append(chunk.audio)
             text.append(chunk.text)
-            bar.update(len(chunk.audio) / chunk.sample_rate)
+            bar.update(len(chunk.audio) / rate)
             last = chunk
     assert last is not None
     words, timing = "".join(text).strip(), last.timing
-    if words:
+    where = "standard output" if live else name_of(output)
+    if not timing.audio_seconds:
+        warn_if_cut(model, args, last)
+        lost = "" if live else f"; {where} was not written"
+        raise MimoFastError(f"the model said nothing in {timing.groups} groups{lost}")
+    if isinstance(output, Path):
+        save_speech(output, torch.cat(audio), rate)
+    if words and live:
+        say(words)
+    elif words:
         print(words, flush=True)
-    wav = torch.cat(audio)
-    if not len(wav):
-        problem = f"the model said nothing in {timing.groups} groups"
-        raise MimoFastError(f"{problem}; nothing was written")
-    save_wav(output, wav, last.sample_rate)
     factor = timing.elapsed / timing.audio_seconds if timing.audio_seconds else math.inf
     first = "" if timing.first_audio is None else f", first audio after {timing.first_audio:.2f} s"
     say(
-        f"wrote {output}: {timing.audio_seconds:.2f} s of audio in {timing.elapsed:.2f} s "
+        f"wrote {where}: {timing.audio_seconds:.2f} s of audio in {timing.elapsed:.2f} s "
         f"(real-time factor {factor:.2f}{first})"
     )
+    warn_if_cut(model, args, last)
+
+
+def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
+    """Writes a file and remembers that it was written."""
+    save_wav(path, wav, sample_rate)
+    written.append(name_of(path))
+
+
+def speech_output(path: Path) -> Path | LiveAudio:
+    return LiveAudio() if path == STANDARD else path

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.files import load_audio, save_wav
+from mimo_fast.audio.paths import name_of, write_whole
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
-from mimo_fast.cli.common import load_model, say, warn_of_words
+from mimo_fast.cli.arguments import DEMO_FILES
+from mimo_fast.cli.common import (
+    load_model,
+    load_recording,
+    save_speech,
+    warn_if_cut,
+    warn_of_words,
+)
+from mimo_fast.cli.process import written
+from mimo_fast.cli.reports import say
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.runtime.engine.stream import ChunkStream
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream
 
 Result = TypeVar("Result")
 
@@ -26,24 +36,25 @@ def run(args: argparse.Namespace) -> int:
     if not args.text.strip():
         raise MimoFastError("there is no text to say")
     recording = args.audio or QUESTION
-    wav = load_audio(recording, 24000)
-    args.output.mkdir(parents=True, exist_ok=True)
+    wav = load_recording(recording)
     model, loading = _timed(lambda: load_model(args))
     warn_of_words(model, args.text)
     say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")
     table = StageTable()
     table.row("load", loading)
     texts, sounds = _talk(model, args, wav, table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    # An untrained model may say nothing.
+    saved = [args.output / name for name, samples in sounds.items() if len(samples)]
+    for path in saved:
+        save_speech(path, sounds[path.name], model.codec.sample_rate)
+    if args.json:
+        table.write(args.json, [*describe_machine()], texts)
     print(f"\nthe recording: {recording}")
     for what, text in texts.items():
         print(f"{what + ':':<10}{text!r}")
-    for name, samples in sounds.items():
-        # An untrained model may say nothing.
-        if len(samples):
-            save_wav(args.output / name, samples, model.codec.sample_rate)
-            print(f"wrote {args.output / name}")
-    if args.json:
-        table.write(args.json, [*describe_machine()], texts)
+    for path in saved:
+        print(f"wrote {path}")
     return 0
 
 
@@ -54,20 +65,26 @@ def _talk(
     seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
     seconds = len(wav) / rate
     saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)
-    said, spoken = _follow("say", saying, table)
+    follow = partial(_follow, table, partial(warn_if_cut, model, args))
+    said, spoken = follow("say", saying)
     codes, encoding = _timed(lambda: model.codec.encode(wav, model.audio_channels))
     table.row(f"encode to {len(codes)} x {codes.shape[1]} codes", encoding, seconds)
     decoded, decoding = _timed(lambda: model.codec.decode(codes).cpu())
     table.row("decode them again", decoding, len(decoded) / rate)
     hearing = model.stream("asr", wav, seed=seed, max_new_tokens=limit)
-    heard, _ = _follow("transcribe", hearing, table, seconds, speaks=False)
-    answered, reply = _follow("answer", model.session(seed=seed).stream(wav, limit), table, seconds)
+    heard, _ = follow("transcribe", hearing, seconds, speaks=False)
+    answered, reply = follow("answer", model.session(seed=seed).stream(wav, limit), seconds)
     texts = {"said": said, "heard": heard, "answered": answered}
-    return texts, {"said.wav": spoken, "recording_decoded.wav": decoded, "reply.wav": reply}
+    return texts, dict(zip(DEMO_FILES, (spoken, decoded, reply), strict=True))
 
 
 def _follow(
-    name: str, stream: ChunkStream, table: "StageTable", heard: float = 0.0, speaks: bool = True
+    table: "StageTable",
+    warn: Callable[[Chunk], None],
+    name: str,
+    stream: ChunkStream,
+    heard: float = 0.0,
+    speaks: bool = True,
 ) -> tuple[str, Tensor]:
     """Collects a stream: its text, its waveform [n], and the table rows that only a stream has.
 
@@ -84,6 +101,7 @@ def _follow(
     table.row(f"{name}: {timing.groups} groups, streaming", timing.elapsed - timing.prefill, audio)
     if timing.first_audio is not None:
         table.row(f"{name}: time to first audio", timing.first_audio)
+    warn(chunks[-1])
     text = "".join(chunk.text for chunk in chunks).strip()
     return text, torch.cat([chunk.audio for chunk in chunks])
 
@@ -104,7 +122,9 @@ class StageTable:
 
     def write(self, path: Path, machine: list[str], texts: dict[str, str]) -> None:
         content = {"machine": machine, "stages": self.rows, "texts": texts}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(path, text.encode())
+        written.append(name_of(path))
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:

@@ -3,7 +3,7 @@
 import argparse
 
 from mimo_fast.checkpoint.initialize import init_checkpoint
-from mimo_fast.cli.common import say
+from mimo_fast.cli.reports import say
 
 
 def run(args: argparse.Namespace) -> int:

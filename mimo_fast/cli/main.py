@@ -7,51 +7,107 @@ does not wait for torch.
 
 import argparse
 import os
-import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from mimo_fast import __version__
+from mimo_fast.audio.paths import FORMATS
 from mimo_fast.checkpoint.embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLISHED_MODEL, SENTENCE
+from mimo_fast.cli.arguments import (
+    check_arguments,
+    path,
+    positive,
+    seed,
+    whole_checkpoints,
+)
+from mimo_fast.cli.early import INTERRUPTED
+from mimo_fast.cli.process import (
+    Interrupts,
+    OutputError,
+    StandardStream,
+    is_closed_pipe,
+    standard_streams,
+    written,
+)
+from mimo_fast.cli.reports import TRACEBACK, report, say
 from mimo_fast.config import OFFLOADABLE
-from mimo_fast.errors import MimoFastError
 
-TRACEBACK = "MIMO_FAST_TRACEBACK"
 EMBEDDED = "nano, inside the package"
+AUDIO_FILE = f"file ({', '.join(FORMATS)}), or - for standard output, a WAV as it is spoken"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = build_parser().parse_args(arguments)
+    written.clear()
+    args = argparse.Namespace(writes=False, folders=())
+    with standard_streams() as output, Interrupts() as interrupts:
+        try:
+            code = _run(arguments, args, output, interrupts)
+            output.finish()
+            return code
+        except OutputError as error:
+            if not is_closed_pipe(error):
+                report(error)
+            return 1
+        except KeyboardInterrupt:
+            return _end_interrupted(args)
+        except Exception as error:
+            if interrupts.seen:
+                return _end_interrupted(args)
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            report(error)
+            return 1
+        finally:
+            with suppress(OutputError):
+                output.finish()
+
+
+def _run(
+    arguments: Sequence[str] | None,
+    args: argparse.Namespace,
+    output: StandardStream,
+    interrupts: Interrupts,
+) -> int:
     try:
-        return int(import_module(f"mimo_fast.cli.{args.module}").run(args))
-    except KeyboardInterrupt:
-        print("mimo-fast: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout has closed it, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        print(f"mimo-fast: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        build_parser().parse_args(arguments, args)
+        check_arguments(args)
+    except SystemExit:
+        # --help and --version have printed.
+        output.finish()
+        raise
+    output.patient = args.writes
+    command = import_module(f"mimo_fast.cli.{args.module}")
+    interrupts.working = True
+    return int(command.run(args))
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MimoFastError | ValueError | OSError):
-        return text
-    return f"{type(error).__name__}: {text:.300} (set {TRACEBACK}=1 to see where)"
+def _end_interrupted(args: argparse.Namespace) -> int:
+    done = [f"wrote {', '.join(written)}"] if written else []
+    for folder in args.folders:
+        done += [f"wrote {each}" for each in whole_checkpoints(folder) if each not in args.before]
+        files = folder.iterdir() if folder.is_dir() else ()
+        if not done and any(file not in args.before for file in files):
+            done.append(f"{folder} is incomplete")
+    if not done and args.writes:
+        done.append("nothing was written")
+    say("; ".join(["mimo-fast: interrupted", *done]))
+    return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (usage: {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mimo-fast", description="MiMo-Audio: speech in, speech and text out."
-    )
+    parser = Parser(prog="mimo-fast", description="MiMo-Audio: speech in, speech and text out.")
     parser.add_argument("--version", action="version", version=f"mimo-fast {__version__}")
     commands_ = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -63,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         module: str | None = None,
     ) -> argparse.ArgumentParser:
         sub = commands_.add_parser(name, help=help, description=help)
-        sub.set_defaults(module=module or name, published=published)
+        sub.set_defaults(module=module or name, published=published, parser=sub, folder=None)
         if published is not None:
             _add_model_options(sub, published, default)
         return sub
@@ -81,11 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generation_options(tts)
 
     asr = command("asr", "Transcribe recordings.")
-    asr.add_argument("audio", type=Path, nargs="+")
+    asr.add_argument("audio", type=path, nargs="+", help="recordings; - for standard input")
     _add_generation_options(asr)
 
     understand = command("understand", "Answer a question about a recording.")
-    understand.add_argument("audio", type=Path)
+    understand.add_argument("audio", type=path)
     understand.add_argument("question")
     _add_thinking(understand, "let the model think before it answers")
     _add_generation_options(understand)
@@ -103,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     carry = "Carry a recording on (a base model does this)."
     more = command("continue", carry, PUBLISHED_BASE, module="carry_on")
-    more.add_argument("audio", type=Path)
+    more.add_argument("audio", type=path)
     _add_output(more)
     join = "write the recording and its continuation as one file"
     more.add_argument("--join", action="store_true", help=join)
@@ -111,9 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = command("demo", "Say a text, transcribe a recording and answer it; time every stage.")
     heard = "what to transcribe and to answer [a question in English]"
-    show.add_argument("audio", type=Path, nargs="?", help=heard)
+    show.add_argument("audio", type=path, nargs="?", help=heard)
     show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
-    show.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    show.add_argument("-o", "--output", type=path, default=Path("demo_output"), metavar="DIR")
     _add_json(show)
     _add_generation_options(show)
 
@@ -131,30 +187,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]"
     )
     speech = "speech to compare on; repeatable"
-    judge.add_argument("--audio", type=Path, action="append", metavar="WAV", help=speech)
+    judge.add_argument("--audio", type=path, action="append", metavar="WAV", help=speech)
     said = "a text to be said; repeatable"
     judge.add_argument("--text", action="append", metavar="TEXT", help=said)
 
     check = command("verify", "Check every stage against ground truth on this machine.", None)
     check.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="folder with lm/ and codec/"
+        "--checkpoint", type=path, required=True, metavar="DIR", help="folder with lm/ and codec/"
     )
-    check.add_argument("--golden", type=Path, required=True, metavar="DIR", help="the parity kit")
+    check.add_argument("--golden", type=path, required=True, metavar="DIR", help="the parity kit")
     _add_device_options(check)
 
     write = "Write a checkpoint pair of random weights."
     init = command("init-checkpoint", write, None, module="init_checkpoint")
-    init.add_argument("directory", type=Path, metavar="DIR")
+    init.set_defaults(folder="directory")
+    init.add_argument("directory", type=path, metavar="DIR")
     init.add_argument(
         "--preset", choices=("tiny", "7b"), default="tiny", help="7b: published dimensions, 19 GB"
     )
-    init.add_argument("--seed", type=int, default=0)
+    init.add_argument("--seed", type=seed, default=0)
 
     smaller = "Write a language model's checkpoint in a smaller format"
     pack = command("quantize", f"{smaller}; GPTQ and bitsandbytes NF4 are imported.", None)
-    pack.add_argument("source", type=Path, metavar="IN", help="directory of the language model")
-    pack.add_argument("target", type=Path, metavar="OUT", help="directory to write into")
+    pack.set_defaults(folder="target")
+    pack.add_argument("source", metavar="IN", help="directory or hub id of the language model")
+    pack.add_argument("target", type=path, metavar="OUT", help="directory to write into")
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
+    _add_hub_options(pack)
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
@@ -171,14 +230,11 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
         chosen = os.environ.get(variable) or None
         named = f"{what} [{chosen or default}]"
         group.add_argument(option, default=chosen, metavar="DIR|ID", help=named)
-    group.add_argument("--revision", help="of the language model, on the hub")
+    _add_hub_options(group)
     group.add_argument("--codec-revision", help="of the codec, on the hub")
-    group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
-    group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
     memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--max-seq-len", type=_positive, metavar="N", help="groups of context [the model's]"
-    )
+    context = "groups of context, 160 ms each [the model's]"
+    memory.add_argument("--max-seq-len", type=positive, metavar="N", help=context)
     cache = "keys and values in half the memory [the dtype's own]"
     memory.add_argument("--kv-cache", choices=("int8",), help=cache)
     kept = f"keep in host memory: {' or '.join(OFFLOADABLE)}; may be given twice"
@@ -191,6 +247,12 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
     _add_device_options(parser)
 
 
+def _add_hub_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--revision", help="of the language model, on the hub")
+    group.add_argument("--cache-dir", type=path, help="where downloads are kept")
+    group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+
+
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
     dtypes, what = ("float32", "bfloat16", "float16"), "to compute in [the checkpoint's]"
@@ -199,14 +261,14 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
-    group.add_argument("--seed", type=int, help="makes the draws repeatable")
+    group.add_argument("--seed", type=seed, help="makes the draws repeatable")
     group.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
+        "--max-tokens", type=positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
     )
 
 
 def _add_voice(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--voice", type=Path, metavar="WAV", help=help)
+    parser.add_argument("--voice", type=path, metavar="WAV", help=help)
 
 
 def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
@@ -215,29 +277,10 @@ def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     table = "write the table there as well"
-    parser.add_argument("--json", type=_writable, metavar="FILE", help=table)
+    parser.add_argument("--json", type=path, metavar="FILE", help=table)
 
 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True, note: str = "") -> None:
     parser.add_argument(
-        "-o", "--output", type=_writable, required=required, metavar="WAV", help=f"audio file{note}"
+        "-o", "--output", type=path, required=required, metavar="AUDIO", help=f"{AUDIO_FILE}{note}"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _writable(text: str) -> Path:
-    """Checks that a target can be written, before a model is loaded."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"no permission to write into {path.parent}")
-    return path

@@ -2,12 +2,13 @@
 
 import argparse
 
-from mimo_fast.cli.common import load_model, print_text
+from mimo_fast.cli.common import load_model, load_recording, print_text
 
 
 def run(args: argparse.Namespace) -> int:
+    wav = load_recording(args.audio)
     model = load_model(args)
-    asked = args.audio, args.question, args.thinking
+    asked = wav, args.question, args.thinking
     limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
-    print_text(model.stream("audio_understanding", *asked, **limits))
+    print_text(model, args, model.stream("audio_understanding", *asked, **limits))
     return 0

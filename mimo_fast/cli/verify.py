@@ -2,15 +2,16 @@
 
 import argparse
 
-from mimo_fast.cli.common import say
+from mimo_fast.cli.reports import say
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.runtime.loading import find_device
 from mimo_fast.testing.parity import Golden, verify
 
 
 def run(args: argparse.Namespace) -> int:
     golden = Golden(args.golden)
     pair, dtype = (args.checkpoint / "lm", args.checkpoint / "codec"), args.dtype or "float32"
-    model = MimoAudio(*pair, args.device, dtype=dtype)
+    model = MimoAudio(*pair, find_device(args.device), dtype=dtype)
     print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")
     failed = []
     for result in verify(model, golden):

@@ -26,20 +26,22 @@ from math import e as EULER
 from math import log2, sqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
 from mimo_fast.kernels.rope import load_angles, load_rotated, rope
+from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.kernels.window_attention import WINDOW_BLOCK, window_attention
 
 __all__ = [
@@ -62,11 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """
     t, s, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
     if not causal or t == 1:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        return sdpa(q, k, v, enable_gqa=gqa)
     if t == s:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
     visible = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
+    return sdpa(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
 def attention_bytes(
@@ -123,9 +125,7 @@ def rotary_attention_kernel(
     b_k = load_rotated(
         qkv_ptr, o_k, o_d[None, None, :], m_kv, b_cos[None, :, :], b_sin[None, :, :], DH // 2
     )
-    b_v = tl.load(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], mask=m_kv, other=0.0).to(
-        tl.float32
-    )
+    b_v = load_float(qkv_ptr + HKV * DH + o_k + o_d[None, None, :], m_kv)
     for i_t in range(T):
         b_q_cos, b_q_sin = load_angles(cos_ptr, sin_ptr, i_t, o_d[None, :], m_d, DH // 2)
         o_q = o_h[:, None] * DH + i_t * stride_xt
@@ -136,7 +136,7 @@ def rotary_attention_kernel(
         b_p = tl.exp2(b_scores - tl.max(b_scores, axis=1)[:, None])
         b_y = tl.sum(b_p[:, :, None] * b_v, axis=1) / tl.sum(b_p, axis=1)[:, None]
         o_y = ((i_n * T + i_t) * H + o_h)[:, None] * DH + o_d[None, :]
-        tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h)
+        tl.store(y_ptr + o_y, b_y, mask=m_h)
 
 
 def rotary_attention(qkv: Tensor, table: Tensor, heads: int, kv_heads: int, causal: bool) -> Tensor:
@@ -197,24 +197,18 @@ def small_warps(block: dict[str, int]) -> int:
 
 def compile_cases() -> Iterator[Case]:
     """The patch encoder (64 heads x 16, 4 positions), also causal, and the largest size."""
-    integers = dict.fromkeys(("stride_xn", "stride_xt", "T", "H", "HKV"), "i32")
     for dtype, t, causal in (
         ("bf16", 4, False),
         ("bf16", 4, True),
         ("fp32", 4, False),
         ("bf16", SMALL, True),
     ):
-        pointers = {
-            "qkv_ptr": f"*{dtype}",
-            "y_ptr": f"*{dtype}",
-            "cos_ptr": "*fp32",
-            "sin_ptr": "*fp32",
-        }
+        signature = pointers(fp32="cos sin") | pointers(**{dtype: "qkv y"})
         block = small_block(64, t, 16)
         yield Case(
             f"rotary_attention {dtype} T={t}" + " causal" * causal,
             rotary_attention_kernel,
-            pointers | integers | {"scale": "fp32"},
+            signature | {"scale": "fp32"},
             {"DH": 16, "SHARE": 1, "CAUSAL": causal} | block,
             small_warps(block),
             ieee=dtype == "fp32",

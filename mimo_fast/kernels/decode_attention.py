@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import e as EULER
 from math import log2, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,12 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_trigger_last,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
@@ -73,11 +76,8 @@ def decode_attention_ref(
         if 0 <= start < min(table.shape[1], cache.capacity):
             row = slice(r, r + 1)
             q = rope_append_ref(qkv[row], table, cache, slots[row], starts[row], heads)
-            y[r] = (
-                attention(q, *cache.read(slot, start + 1, qkv.dtype), causal=False)
-                .transpose(1, 2)
-                .flatten(2)
-            )
+            seen = cache.read(slot, start + 1, qkv.dtype)
+            y[r] = attention(q, *seen, causal=False).transpose(1, 2).flatten(2)
     return y
 
 
@@ -137,22 +137,16 @@ def small_decode_kernel(
     qkv_ptr += i_row * stride_xr
     b_q = load_rotated(qkv_ptr, o_h[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2) * scale
     b_k_new = load_rotated(qkv_ptr, (H + o_kv)[:, None] * DH, o_d, m_x, b_cos, b_sin, DH // 2)
-    b_v_new = tl.load(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, mask=m_x, other=0.0).to(
-        tl.float32
-    )
+    b_v_new = load_float(qkv_ptr + (H + HKV + o_kv)[:, None] * DH + o_d, m_x)
 
     o_cache = i_slot * stride_cb + o_kv[:, None] * stride_ch
     # Of the heads that share a key/value head, the first stores it.
     m_new = m_h & (o_h % SHARE == 0)[:, None] & m_d
     if QUANTIZED:
-        b_k_scale, b_v_scale = (
-            scale_of(tl.max(tl.abs(b_k_new), axis=1)),
-            scale_of(tl.max(tl.abs(b_v_new), axis=1)),
-        )
-        b_k_new, b_v_new = (
-            to_levels(b_k_new, b_k_scale[:, None]),
-            to_levels(b_v_new, b_v_scale[:, None]),
-        )
+        b_k_scale = scale_of(tl.max(tl.abs(b_k_new), axis=1))
+        b_v_scale = scale_of(tl.max(tl.abs(b_v_new), axis=1))
+        b_k_new = to_levels(b_k_new, b_k_scale[:, None])
+        b_v_new = to_levels(b_v_new, b_v_scale[:, None])
         o_scale = i_slot * stride_sb + o_kv * stride_sh
         m_scale = (o_h < tl.where(length > 0, H, 0)) & (o_h % SHARE == 0)
         tl.store(k_scales_ptr + o_scale + position, b_k_scale, mask=m_scale)
@@ -183,7 +177,7 @@ def small_decode_kernel(
     b_y = tl.sum(b_p[:, :, None] * b_v, axis=1) / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     pdl_trigger_last(PDL)
     o_y = (i_row * H + o_h)[:, None] * DH + o_d
-    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h & (o_d < DH))
+    tl.store(y_ptr + o_y, b_y, mask=m_h & (o_d < DH))
 
 
 @jit
@@ -232,9 +226,8 @@ def split_attention_kernel(
     m_d = o_d < DH
     m_q = (o_g < SHARE)[:, None] & m_d[None, :]
     m_new = o_d < tl.where(owner, DH, 0)
-    b_cos, b_sin = load_angles(
-        cos_ptr, sin_ptr, position, o_d, o_d < tl.where(length > 0, DH, 0), DH // 2
-    )
+    m_angle = o_d < tl.where(length > 0, DH, 0)
+    b_cos, b_sin = load_angles(cos_ptr, sin_ptr, position, o_d, m_angle, DH // 2)
     qkv_ptr += i_row * stride_xr
     b_q = load_rotated(
         qkv_ptr, o_h[:, None] * DH, o_d[None, :], m_q, b_cos[None, :], b_sin[None, :], DH // 2
@@ -242,17 +235,15 @@ def split_attention_kernel(
     b_q = b_q.to(qkv_ptr.dtype.element_ty)
     # In every program, so these reads do not wait for the length.
     b_k_new = load_rotated(qkv_ptr, (H + i_kv) * DH, o_d, m_d, b_cos, b_sin, DH // 2)
-    b_v_new = tl.load(qkv_ptr + (H + HKV + i_kv) * DH + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_v_new = load_float(qkv_ptr + (H + HKV + i_kv) * DH + o_d, m_d)
     b_v_new = tl.where(owner, b_v_new, 0.0)
 
     head = i_slot * stride_cb + i_kv.to(tl.int64) * stride_ch
     head_scale = i_slot * stride_sb + i_kv.to(tl.int64) * stride_sh
     b_k_scale, b_v_scale = 1.0, 1.0
     if QUANTIZED:
-        b_k_scale, b_v_scale = (
-            scale_of(tl.max(tl.abs(b_k_new), axis=0)),
-            scale_of(tl.max(tl.abs(b_v_new), axis=0)),
-        )
+        b_k_scale = scale_of(tl.max(tl.abs(b_k_new), axis=0))
+        b_v_scale = scale_of(tl.max(tl.abs(b_v_new), axis=0))
         b_k_new, b_v_new = to_levels(b_k_new, b_k_scale), to_levels(b_v_new, b_v_scale)
         tl.store(k_scales_ptr + head_scale + position, b_k_scale, mask=owner)
         tl.store(v_scales_ptr + head_scale + position, b_v_scale, mask=owner)
@@ -289,9 +280,7 @@ def split_attention_kernel(
     o_row = i_row * H + o_h
     if SPLITS == 1:
         b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-        tl.store(
-            y_ptr + o_row[:, None] * DH + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_q
-        )
+        tl.store(y_ptr + o_row[:, None] * DH + o_d[None, :], b_y, mask=m_q)
     elif first < length:
         o_part = o_row * SPLITS + i_split
         tl.store(part_ptr + o_part[:, None] * DH + o_d[None, :], b_y, mask=m_q)
@@ -324,17 +313,14 @@ def merge_splits_kernel(
     o_part = (i_row * H + i_head) * SPLITS + o_split
     b_max = tl.load(stats_ptr + o_part * 2, mask=m_split, other=-float("inf"))
     b_sum = tl.load(stats_ptr + o_part * 2 + 1, mask=m_split, other=0.0)
-    b_y = tl.load(
-        part_ptr + o_part[:, None] * DH + o_d[None, :],
-        mask=m_split[:, None] & m_d[None, :],
-        other=0.0,
-    )
+    o_y = o_part[:, None] * DH + o_d[None, :]
+    b_y = tl.load(part_ptr + o_y, mask=m_split[:, None] & m_d[None, :], other=0.0)
     b_top = tl.max(b_max, axis=0)
     b_weight = tl.exp2(b_max - tl.where(b_top == -float("inf"), 0.0, b_top))
     b_total = tl.sum(b_weight * b_sum, axis=0)
     b_y = tl.sum(b_weight[:, None] * b_y, axis=0) / tl.where(b_total > 0, b_total, 1.0)
     pdl_trigger_last(PDL)
-    tl.store(y_ptr + (i_row * H + i_head) * DH + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+    tl.store(y_ptr + (i_row * H + i_head) * DH + o_d, b_y, mask=m_d)
 
 
 def decode_attention(
@@ -368,91 +354,46 @@ def decode_attention(
         )
     if not use_triton(qkv):
         takes = native.takes_attention(qkv, cache)
-        return (native.decode_attention if takes else decode_attention_ref)(
-            qkv, table, cache, slots, starts, heads
-        )
-    if cache.capacity <= SMALL:
-        return _small_attention(qkv, table, cache, slots, starts, heads, fixed)
-    return _split_attention(qkv, table, cache, slots, starts, heads, max_length)
-
-
-def _small_attention(
-    qkv: Tensor,
-    table: Tensor,
-    cache: LayerKV,
-    slots: Tensor,
-    starts: Tensor,
-    heads: int,
-    fixed: bool,
-) -> Tensor:
-    kv_heads, dh = cache.k.shape[1], cache.k.shape[3]
-    block = small_block(heads, cache.capacity, dh)
-    y = torch.empty(len(qkv), 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
-    small_decode_kernel[(len(qkv), -(-heads // block["BLOCK_H"]))](
-        **early_launch(qkv, "small_decode"),
-        **cache.append_arguments(qkv, table, slots, starts),
-        y_ptr=y,
-        H=heads,
-        HKV=kv_heads,
-        scale=log2(EULER) / sqrt(dh),
-        DH=dh,
-        SHARE=heads // kv_heads,
-        FIXED=fixed,
-        num_warps=small_warps(block),
-        **block,
-    )
-    return y
-
-
-def _split_attention(
-    qkv: Tensor,
-    table: Tensor,
-    cache: LayerKV,
-    slots: Tensor,
-    starts: Tensor,
-    heads: int,
-    max_length: int,
-) -> Tensor:
+        plain = native.decode_attention if takes else decode_attention_ref
+        return plain(qkv, table, cache, slots, starts, heads)
     rows, kv_heads, dh = len(qkv), cache.k.shape[1], cache.k.shape[3]
-    splits = next((count for limit, count in SPLITS if max_length <= limit), 64)
-    share, block_d = heads // kv_heads, max(16, next_power_of_2(dh))
+    share = heads // kv_heads
     y = torch.empty(rows, 1, heads * dh, dtype=qkv.dtype, device=qkv.device)
+    arguments = cache.append_arguments(qkv, table, slots, starts)
+    arguments |= {"y_ptr": y, "H": heads, "HKV": kv_heads, "scale": log2(EULER) / sqrt(dh)}
+    arguments |= {"DH": dh, "SHARE": share}
+    if cache.capacity <= SMALL:
+        block = small_block(heads, cache.capacity, dh)
+        small_decode_kernel[(rows, -(-heads // block["BLOCK_H"]))](
+            **early_launch(qkv, "small_decode"),
+            **arguments,
+            **block,
+            FIXED=fixed,
+            num_warps=small_warps(block),
+        )
+        return y
+    splits = next((count for limit, count in SPLITS if max_length <= limit), 64)
     part, stats = (
-        y if splits == 1 else torch.empty(rows, heads, splits, width, device=qkv.device)
+        y
+        if splits == 1
+        else torch.empty(rows, heads, splits, width, device=qkv.device, dtype=torch.float32)
         for width in (dh, 2)
     )
-    arguments = cache.append_arguments(qkv, table, slots, starts)
+    parts = {"part_ptr": part, "stats_ptr": stats, "SPLITS": splits, "BLOCK_S": BLOCK_S}
+    parts["BLOCK_D"] = max(16, next_power_of_2(dh))
     split_attention_kernel[(splits, kv_heads, rows)](
         **early_launch(qkv, "split_attention"),
         **arguments,
-        y_ptr=y,
-        part_ptr=part,
-        stats_ptr=stats,
-        H=heads,
-        HKV=kv_heads,
-        scale=log2(EULER) / sqrt(dh),
-        DH=dh,
-        SHARE=share,
-        SPLITS=splits,
+        **parts,
         BLOCK_G=max(16, next_power_of_2(share)),
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=block_d,
         num_warps=2 * qkv.element_size(),
         num_stages=3,
     )
     if splits > 1:
         merge_splits_kernel[(heads, rows)](
             **early_launch(qkv, "merge_splits"),
-            part_ptr=part,
-            stats_ptr=stats,
-            y_ptr=y,
-            starts_ptr=starts,
-            LIMIT=arguments["LIMIT"],
-            H=heads,
-            DH=dh,
-            SPLITS=splits,
-            BLOCK_S=BLOCK_S,
-            BLOCK_D=block_d,
+            **{name: arguments[name] for name in ("y_ptr", "starts_ptr", "LIMIT", "H", "DH")},
+            **parts,
             num_warps=4,
         )
     return y
@@ -467,47 +408,38 @@ def decode_attention_bytes(
 
 def compile_cases() -> Iterator[Case]:
     """Patch decoder (64 heads x 16), backbone (32/8 x 128) in every split; float32, int8 caches."""
-    floats = {"scale": "fp32", "part_ptr": "*fp32", "stats_ptr": "*fp32"}
+    parts = pointers(fp32="part stats")
+    split = {"DH": 128, "BLOCK_S": BLOCK_S, "BLOCK_D": 128}
     for dtype, quantized in (("bf16", False), ("fp32", False), ("bf16", True)):
         name, block = dtype + " int8" * quantized, small_block(64, 11, 16)
-        signature = append_signature(dtype, quantized) | {"y_ptr": f"*{dtype}"}
-        flags = {"DH": 16, "SHARE": 1, "QUANTIZED": quantized, "FIXED": True}
+        signature = append_signature(dtype, quantized) | pointers(**{dtype: "y"})
+        signature["scale"] = "fp32"
+        common: dict[str, Any] = {"wide_loads": True, "unaligned": APPEND_UNALIGNED}
+        common["ieee"] = dtype == "fp32"
         yield Case(
             f"small_decode {name}",
             small_decode_kernel,
-            signature | {"scale": "fp32"},
-            flags | block,
+            signature,
+            {"DH": 16, "SHARE": 1, "QUANTIZED": quantized, "FIXED": True} | block,
             small_warps(block),
-            ieee=dtype == "fp32",
-            wide_loads=True,
-            unaligned=APPEND_UNALIGNED,
+            **common,
         )
-        block = {"DH": 128, "BLOCK_S": BLOCK_S, "BLOCK_D": 128}
-        flags = block | {"SHARE": 4, "QUANTIZED": quantized, "BLOCK_G": 16}
         for splits in (1, 4, 16, 64) if dtype == "bf16" else (64,):
             yield Case(
                 f"split_attention {name} splits={splits}",
                 split_attention_kernel,
-                signature | floats,
-                flags | {"SPLITS": splits},
+                signature | parts,
+                split | {"SHARE": 4, "QUANTIZED": quantized, "BLOCK_G": 16, "SPLITS": splits},
                 8 if dtype == "fp32" else 4,
                 3,
-                ieee=dtype == "fp32",
-                wide_loads=True,
-                unaligned=APPEND_UNALIGNED,
+                **common,
             )
     for splits in (4, 16, 64):
-        signature = {
-            "part_ptr": "*fp32",
-            "stats_ptr": "*fp32",
-            "y_ptr": "*bf16",
-            "starts_ptr": "*i64",
-        }
         yield Case(
             f"merge_splits splits={splits}",
             merge_splits_kernel,
-            signature | {"LIMIT": "i32", "H": "i32"},
-            block | {"SPLITS": splits},
+            parts | pointers(bf16="y", i64="starts"),
+            split | {"SPLITS": splits},
             4,
             wide_loads=True,
             unaligned=("LIMIT", "H"),

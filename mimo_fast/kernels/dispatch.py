@@ -158,6 +158,12 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @jit
+def load_float(x_ptr, mask):
+    """As float32, zeros where the mask is off."""
+    return tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
 def prefetch(x_ptr, PDL: tl.constexpr):
     """Prefetches weights into L2, before the wait."""
     if PDL & 1:
@@ -209,7 +215,8 @@ class Case:
     """One configuration of a kernel to be compiled without a GPU.
 
     Args:
-        signature: type of every argument that is not a constexpr, such as "*bf16", "i32", "fp32".
+        signature: type of the arguments that are neither constexprs nor "i32", such as "*bf16",
+            "fp32"; complete when it is made, without those of other kernels.
         constexprs: value of every constexpr but PDL, which follows from the architecture.
         ieee: the compiled code must not contain TF32.
         wide_loads: it must contain global loads of 16 bytes.
@@ -225,6 +232,16 @@ class Case:
     ieee: bool = False
     wide_loads: bool = False
     unaligned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        taken = [x for x in self.kernel.arg_names if x not in self.constexprs and x != "PDL"]
+        signature = {name: self.signature.get(name, "i32") for name in taken}
+        object.__setattr__(self, "signature", signature)
+
+
+def pointers(**names: str) -> dict[str, str]:
+    """Part of a signature: pointers(bf16="x y") is {"x_ptr": "*bf16", "y_ptr": "*bf16"}."""
+    return {f"{name}_ptr": f"*{kind}" for kind, some in names.items() for name in some.split()}
 
 
 def next_power_of_2(n: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import jit, tl
+from mimo_fast.kernels.dispatch import jit, pointers, tl
 
 LEVELS = 127
 
@@ -43,12 +43,8 @@ class LayerKV:
 
     def __post_init__(self) -> None:
         k, v, scales, v_scales = self.k, self.v, self.k_scales, self.v_scales
-        if (
-            k.shape != v.shape
-            or k.stride() != v.stride()
-            or k.dtype != v.dtype
-            or k.stride(-1) != 1
-        ):
+        alike = k.shape == v.shape and k.stride() == v.stride() and k.dtype == v.dtype
+        if not alike or k.stride(-1) != 1:
             raise ValueError(
                 f"k {list(k.shape)} and v {list(v.shape)} must have one layout, heads contiguous"
             )
@@ -173,16 +169,14 @@ APPEND_UNALIGNED = ("LIMIT", "H", "HKV", "stride_sb", "stride_sh")
 """Arguments of `append_signature` that need not be multiples of 16."""
 
 
+def cache_signature(dtype: str, quantized: bool) -> dict[str, str]:
+    """Types of keys, values and their scales."""
+    if quantized:
+        return pointers(i8="k v", fp32="k_scales v_scales")
+    return pointers(**{dtype: "k v k_scales v_scales"})
+
+
 def append_signature(dtype: str, quantized: bool) -> dict[str, str]:
-    """Types of `LayerKV.append_arguments` and of the numbers of heads."""
-    stored, scales = ("*i8", "*fp32") if quantized else (f"*{dtype}", f"*{dtype}")
-    types = {
-        "qkv_ptr": f"*{dtype}",
-        "k_ptr": stored,
-        "v_ptr": stored,
-        "k_scales_ptr": scales,
-        "v_scales_ptr": scales,
-    }
-    types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "starts_ptr": "*i64"}
-    strides = (f"stride_{name}" for name in ("xr", "cb", "ch", "cs", "sb", "sh"))
-    return types | dict.fromkeys((*strides, "LIMIT", "H", "HKV"), "i32")
+    """Types of `LayerKV.append_arguments`."""
+    others = pointers(fp32="cos sin", i64="slots starts") | pointers(**{dtype: "qkv"})
+    return cache_signature(dtype, quantized) | others

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,12 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_trigger_last,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
@@ -65,14 +68,12 @@ def rms_norm_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_weight = load_float(weight_ptr + o_d, m_d)
     pdl_wait(PDL)
-    b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x = load_float(x_ptr + i_row * stride_x + o_d, m_d)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
     pdl_trigger_last(PDL)
-    tl.store(
-        y_ptr + i_row * D + o_d, (b_x * b_scale * b_weight).to(y_ptr.dtype.element_ty), mask=m_d
-    )
+    tl.store(y_ptr + i_row * D + o_d, b_x * b_scale * b_weight, mask=m_d)
 
 
 @jit
@@ -80,38 +81,21 @@ def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, stride_x, D, eps, BLOC
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_x = tl.load(x_ptr + i_row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x = load_float(x_ptr + i_row * stride_x + o_d, m_d)
     b_centred = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / D, 0.0)
     b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
-    b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_bias = tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(
-        y_ptr + i_row * D + o_d,
-        (b_centred * b_scale * b_weight + b_bias).to(y_ptr.dtype.element_ty),
-        mask=m_d,
-    )
+    b_weight = load_float(weight_ptr + o_d, m_d)
+    b_bias = load_float(bias_ptr + o_d, m_d)
+    tl.store(y_ptr + i_row * D + o_d, b_centred * b_scale * b_weight + b_bias, mask=m_d)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x.dtype."""
     if not use_triton(x):
         return rms_norm_ref(x, weight, eps)
-    rows, y = (
-        _rows(x, weight),
-        torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out,
-    )
-    dim = x.shape[-1]
-    rms_norm_kernel[(len(rows),)](
-        **early_launch(x, "rms_norm"),
-        x_ptr=rows,
-        weight_ptr=weight,
-        y_ptr=y,
-        stride_x=rows.stride(0),
-        D=dim,
-        eps=eps,
-        BLOCK_D=next_power_of_2(dim),
-        num_warps=_warps(dim),
-    )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, arguments = _launch(x, weight, y, eps)
+    rms_norm_kernel[(rows,)](**early_launch(x, "rms_norm"), **arguments)
     return y
 
 
@@ -119,19 +103,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., D], weight and bias [D] -> [..., D] in x.dtype."""
     if not use_triton(x):
         return layer_norm_ref(x, weight, bias, eps)
-    rows, y = _rows(x, weight), torch.empty_like(x, memory_format=torch.contiguous_format)
-    dim = x.shape[-1]
-    layer_norm_kernel[(len(rows),)](
-        x_ptr=rows,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        stride_x=rows.stride(0),
-        D=dim,
-        eps=eps,
-        BLOCK_D=next_power_of_2(dim),
-        num_warps=_warps(dim),
-    )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, arguments = _launch(x, weight, y, eps)
+    layer_norm_kernel[(rows,)](**arguments, bias_ptr=bias)
     return y
 
 
@@ -140,12 +114,23 @@ def norm_bytes(rows: int, dim: int, itemsize: int) -> int:
     return itemsize * (rows * dim * 2 + dim)
 
 
-def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x as [N, D] with contiguous rows, any stride between them."""
-    if x.shape[-1] != len(weight):
+def _launch(x: Tensor, weight: Tensor, y: Tensor, eps: float) -> tuple[int, dict[str, Any]]:
+    """Programs and arguments of either kernel: x as [N, D] with contiguous rows."""
+    dim = x.shape[-1]
+    if dim != len(weight):
         raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {len(weight)}")
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return len(rows), {
+        "x_ptr": rows,
+        "weight_ptr": weight,
+        "y_ptr": y,
+        "stride_x": rows.stride(0),
+        "D": dim,
+        "eps": eps,
+        "BLOCK_D": next_power_of_2(dim),
+        "num_warps": _warps(dim),
+    }
 
 
 def _warps(dim: int) -> int:
@@ -155,28 +140,8 @@ def _warps(dim: int) -> int:
 
 def compile_cases() -> Iterator[Case]:
     """Every configuration the launchers choose at the published widths."""
-    rms = {
-        "x_ptr": "*bf16",
-        "weight_ptr": "*bf16",
-        "y_ptr": "*bf16",
-        "stride_x": "i32",
-        "D": "i32",
-        "eps": "fp32",
-    }
-    for dim in (4096, 1024):
-        yield Case(
-            f"rms_norm D={dim}",
-            rms_norm_kernel,
-            rms,
-            {"BLOCK_D": next_power_of_2(dim)},
-            _warps(dim),
-        )
-    layer = rms | {"bias_ptr": "*bf16"}
-    for dim in (1280, 256):
-        yield Case(
-            f"layer_norm D={dim}",
-            layer_norm_kernel,
-            layer,
-            {"BLOCK_D": next_power_of_2(dim)},
-            _warps(dim),
-        )
+    signature = pointers(bf16="x weight bias y") | {"eps": "fp32"}
+    for kernel, dims in ((rms_norm_kernel, (4096, 1024)), (layer_norm_kernel, (1280, 256))):
+        for dim in dims:
+            name = f"{kernel.__name__.removesuffix('_kernel')} D={dim}"
+            yield Case(name, kernel, signature, {"BLOCK_D": next_power_of_2(dim)}, _warps(dim))

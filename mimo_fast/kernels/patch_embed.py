@@ -1,6 +1,9 @@
 """Embedding of speech patches: for each frame, the sum of one table row for each channel's code.
 
     y[n, g] = sum_c table[offset_c + codes[n, c, g]]  where codes[n, c, g] != empty_c
+    y[n, g] = NaN                                     where any codes[n, c, g] is NOT_FINITE (< 0)
+
+So a patch that could not be drawn shows itself in what is computed from it.
 
 Shapes: codes [N, C, G] int64 (any strides, as the sampler's output has), table [sum V_c, D],
 offsets and empty [C] int64, y [N, G, D] in the table's dtype. All channels share one table; channel
@@ -25,9 +28,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
@@ -37,8 +42,9 @@ FEW_FRAMES = 128
 
 
 def patch_embed_ref(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:
-    rows = table[codes + offsets[:, None]]
-    return rows.masked_fill((codes == empty[:, None])[..., None], 0).sum(1)
+    rows = table[codes.clamp(min=0) + offsets[:, None]]
+    sums = rows.masked_fill((codes == empty[:, None])[..., None], 0).sum(1)
+    return sums.masked_fill((codes < 0).any(1)[..., None], torch.nan)
 
 
 @jit
@@ -65,14 +71,14 @@ def patch_embed_kernel(
     m_d = o_d < D
     codes_ptr += i_frame // G * stride_cn + i_frame % G * stride_cg
     b_y = tl.zeros([BLOCK_D], tl.float32)
+    lost = 0
     for i_c in tl.static_range(C):
         b_code = tl.load(codes_ptr + i_c * stride_cc)
         b_row = (b_code + tl.load(offsets_ptr + i_c)).to(tl.int64)
-        b_width = tl.where(b_code == tl.load(empty_ptr + i_c), 0, D)
-        b_y += tl.load(table_ptr + b_row * stride_table + o_d, mask=o_d < b_width, other=0.0).to(
-            tl.float32
-        )
-    tl.store(y_ptr + i_frame * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+        b_width = tl.where((b_code == tl.load(empty_ptr + i_c)) | (b_code < 0), 0, D)
+        lost = lost | (b_code < 0).to(tl.int32)
+        b_y += load_float(table_ptr + b_row * stride_table + o_d, o_d < b_width)
+    tl.store(y_ptr + i_frame * D + o_d, tl.where(lost > 0, float("nan"), b_y), mask=m_d)
 
 
 def patch_embed(codes: Tensor, table: Tensor, offsets: Tensor, empty: Tensor) -> Tensor:
@@ -123,25 +129,12 @@ def _tile(frames: int, dim: int) -> tuple[int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both configurations at 8 channels of width 1024."""
-    signature = {
-        "codes_ptr": "*i64",
-        "table_ptr": "*bf16",
-        "offsets_ptr": "*i64",
-        "empty_ptr": "*i64",
-        "y_ptr": "*bf16",
-        "stride_cn": "i32",
-        "stride_cc": "i32",
-        "stride_cg": "i32",
-        "stride_table": "i32",
-        "G": "i32",
-        "D": "i32",
-    }
     for name, frames in (("decode", 4), ("prefill", FEW_FRAMES)):
         block, warps = _tile(frames, 1024)
         yield Case(
             f"patch_embed {name}",
             patch_embed_kernel,
-            signature,
+            pointers(i64="codes offsets empty", bf16="table y"),
             {"C": 8, "BLOCK_D": block},
             warps,
             wide_loads=True,

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.attention import attention
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
-from mimo_fast.kernels.kv_cache import LayerKV
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.kv_cache import LayerKV, cache_signature
 
 TILES = ((64, 16), (128, 32))
 """(largest T, query rows a program); 64 rows beyond. A row is one head of one position."""
@@ -117,7 +117,7 @@ def prefill_attention_kernel(
         b_y = b_y * b_decay[:, None] + tl.dot(b_p.to(b_q.dtype), b_v, input_precision="ieee")
         b_max = b_new
     b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_y)
+    tl.store(y_ptr + o_y, b_y, mask=m_y)
 
 
 def prefill_attention(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tensor) -> Tensor:
@@ -193,30 +193,24 @@ def tile(new: int, share: int, dh: int, itemsize: int) -> tuple[dict[str, int], 
 
 def compile_cases() -> Iterator[Case]:
     """The published backbone (32/8 heads x 128) at every size of tile; float32 and int8 caches."""
-    integers = ("stride_cb", "stride_ch", "stride_cs", "stride_sb", "stride_sh", "LIMIT", "T", "H")
-    for dtype, quantized, new in (
-        ("bf16", False, 32),
-        ("bf16", False, 128),
-        ("bf16", False, 512),
-        ("fp16", False, 512),
-        ("fp32", False, 512),
-        ("bf16", True, 32),
-        ("bf16", True, 128),
-        ("bf16", True, 512),
+    for dtype, quantized, sizes in (
+        ("bf16", False, (32, 128, 512)),
+        ("fp16", False, (512,)),
+        ("fp32", False, (512,)),
+        ("bf16", True, (32, 128, 512)),
     ):
-        stored, scales = ("*i8", "*fp32") if quantized else (f"*{dtype}", f"*{dtype}")
-        signature = {"q_ptr": f"*{dtype}", "k_ptr": stored, "v_ptr": stored}
-        signature |= {"k_scales_ptr": scales, "v_scales_ptr": scales, "y_ptr": f"*{dtype}"}
-        signature |= {"slots_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32"}
-        block, options = tile(new, 4, 128, 4 if dtype == "fp32" else 2)
-        yield Case(
-            f"prefill_attention {dtype}{' int8' * quantized} T={new}",
-            prefill_attention_kernel,
-            signature | dict.fromkeys(integers, "i32"),
-            {"DH": 128, "SHARE": 4, "QUANTIZED": quantized} | block,
-            options["num_warps"],
-            options["num_stages"],
-            ieee=dtype == "fp32",
-            wide_loads=True,
-            unaligned=("LIMIT", "T", "H", "stride_sb", "stride_sh"),
-        )
+        signature = cache_signature(dtype, quantized) | pointers(i64="slots positions")
+        signature |= pointers(**{dtype: "q y"}) | {"scale": "fp32"}
+        for new in sizes:
+            block, options = tile(new, 4, 128, 4 if dtype == "fp32" else 2)
+            yield Case(
+                f"prefill_attention {dtype}{' int8' * quantized} T={new}",
+                prefill_attention_kernel,
+                signature,
+                {"DH": 128, "SHARE": 4, "QUANTIZED": quantized} | block,
+                options["num_warps"],
+                options["num_stages"],
+                ieee=dtype == "fp32",
+                wide_loads=True,
+                unaligned=("LIMIT", "T", "H", "stride_sb", "stride_sh"),
+            )

@@ -29,7 +29,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    jit,
+    load_float,
+    next_power_of_2,
+    pointers,
+    tl,
+    use_triton,
+)
 from mimo_fast.kernels.kv_cache import (
     APPEND_UNALIGNED,
     LayerKV,
@@ -46,7 +54,9 @@ def rope_table(
 ) -> Tensor:
     """cos and sin of every position: [2, positions, head_dim / 2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    angles = torch.outer(torch.arange(positions, device=device).float(), 1.0 / theta**exponents)
+    angles = torch.outer(
+        torch.arange(positions, device=device, dtype=torch.int64).float(), 1.0 / theta**exponents
+    )
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -94,9 +104,9 @@ def load_rotated(x_ptr, o_x, o_d, m_x, b_cos, b_sin, HALF: tl.constexpr):
 
     The other half of a head is read again, from L1.
     """
-    b_x = tl.load(x_ptr + o_x + o_d, mask=m_x, other=0.0).to(tl.float32)
+    b_x = load_float(x_ptr + o_x + o_d, m_x)
     o_other = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
-    b_other = tl.load(x_ptr + o_x + o_other, mask=m_x, other=0.0).to(tl.float32)
+    b_other = load_float(x_ptr + o_x + o_other, m_x)
     return b_x * b_cos + tl.where(o_d < HALF, -b_other, b_other) * b_sin
 
 
@@ -127,13 +137,13 @@ def rope_kernel(
     b_sin = tl.load(sin_ptr + o_angle, mask=m_half, other=0.0)[None, :]
     x_ptr += i_n * stride_xn + i_t * stride_xt
     o_x = o_h[:, None] * stride_xh + o_half[None, :]
-    b_first = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_second = tl.load(x_ptr + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_first = load_float(x_ptr + o_x, m_x)
+    b_second = load_float(x_ptr + HALF + o_x, m_x)
     b_first, b_second = rotate(b_first, b_second, b_cos, b_sin)
     y_ptr += i_row * H * 2 * HALF
     o_y = o_h[:, None] * 2 * HALF + o_half[None, :]
-    tl.store(y_ptr + o_y, b_first.to(y_ptr.dtype.element_ty), mask=m_x)
-    tl.store(y_ptr + HALF + o_y, b_second.to(y_ptr.dtype.element_ty), mask=m_x)
+    tl.store(y_ptr + o_y, b_first, mask=m_x)
+    tl.store(y_ptr + HALF + o_y, b_second, mask=m_x)
 
 
 @jit
@@ -177,16 +187,16 @@ def rope_append_kernel(
     b_sin = tl.load(sin_ptr + i_position * HALF + o_half, mask=m_half, other=0.0)
     qkv_ptr += i_r * stride_xr + i_t * stride_xt
     o_x = o_h * 2 * HALF + o_half
-    b_first = tl.load(qkv_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_second = tl.load(qkv_ptr + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_first = load_float(qkv_ptr + o_x, m_x)
+    b_second = load_float(qkv_ptr + HALF + o_x, m_x)
     b_rotated_first, b_rotated_second = rotate(b_first, b_second, b_cos, b_sin)
     b_first = tl.where(o_h < H + HKV, b_rotated_first, b_first)
     b_second = tl.where(o_h < H + HKV, b_rotated_second, b_second)
 
     m_q = m_x & (o_h < H)
     o_q = (i_r * H + o_h) * T * 2 * HALF + i_t * 2 * HALF + o_half
-    tl.store(q_ptr + o_q, b_first.to(q_ptr.dtype.element_ty), mask=m_q)
-    tl.store(q_ptr + HALF + o_q, b_second.to(q_ptr.dtype.element_ty), mask=m_q)
+    tl.store(q_ptr + o_q, b_first, mask=m_q)
+    tl.store(q_ptr + HALF + o_q, b_second, mask=m_q)
     m_k, m_v = (o_h >= H) & (o_h < H + HKV), (o_h >= H + HKV) & (o_h < H + 2 * HKV)
     o_kv = tl.where(m_k, o_h - H, o_h - H - HKV)
     if QUANTIZED:
@@ -197,10 +207,10 @@ def rope_append_kernel(
         tl.store(k_scales_ptr + o_scale, b_scale, mask=m_k & m_scale)
         tl.store(v_scales_ptr + o_scale, b_scale, mask=m_v & m_scale)
     o_cache = i_slot * stride_cb + o_kv * stride_ch + i_position * stride_cs + o_half
-    tl.store(k_ptr + o_cache, b_first.to(k_ptr.dtype.element_ty), mask=m_half & m_k)
-    tl.store(k_ptr + HALF + o_cache, b_second.to(k_ptr.dtype.element_ty), mask=m_half & m_k)
-    tl.store(v_ptr + o_cache, b_first.to(v_ptr.dtype.element_ty), mask=m_half & m_v)
-    tl.store(v_ptr + HALF + o_cache, b_second.to(v_ptr.dtype.element_ty), mask=m_half & m_v)
+    tl.store(k_ptr + o_cache, b_first, mask=m_half & m_k)
+    tl.store(k_ptr + HALF + o_cache, b_second, mask=m_half & m_k)
+    tl.store(v_ptr + o_cache, b_first, mask=m_half & m_v)
+    tl.store(v_ptr + HALF + o_cache, b_second, mask=m_half & m_v)
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
@@ -222,8 +232,8 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = (part.contiguous() for part in angles)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        half_block, head_block = _tile(head_dim)
-        rope_kernel[(len(rows) * new, -(-heads // head_block))](
+        blocks = _blocks(head_dim)
+        rope_kernel[(len(rows) * new, -(-heads // blocks["BLOCK_H"]))](
             x_ptr=rows,
             cos_ptr=cos,
             sin_ptr=sin,
@@ -234,9 +244,7 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
             T_TABLE=0 if table.ndim == 3 else new,
             T=new,
             H=heads,
-            HALF=head_dim // 2,
-            BLOCK_HALF=half_block,
-            BLOCK_H=head_block,
+            **blocks,
             num_warps=WARPS,
         )
     return y
@@ -260,17 +268,15 @@ def rope_append(
     rows, new, _ = qkv.shape
     kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     q = torch.empty(rows, heads, new, head_dim, dtype=qkv.dtype, device=qkv.device)
-    half_block, head_block = _tile(head_dim)
-    rope_append_kernel[(rows * new, -(-(heads + 2 * kv_heads) // head_block))](
+    blocks = _blocks(head_dim)
+    rope_append_kernel[(rows * new, -(-(heads + 2 * kv_heads) // blocks["BLOCK_H"]))](
         **cache.append_arguments(qkv, table, slots, starts),
         q_ptr=q,
         stride_xt=qkv.stride(1),
         T=new,
         H=heads,
         HKV=kv_heads,
-        HALF=head_dim // 2,
-        BLOCK_HALF=half_block,
-        BLOCK_H=head_block,
+        **blocks,
         num_warps=WARPS,
     )
     return q
@@ -284,48 +290,31 @@ def rope_bytes(positions: int, heads: int, head_dim: int, itemsize: int) -> int:
     return positions * head_dim * (2 * heads * itemsize + 4)
 
 
-def _tile(head_dim: int) -> tuple[int, int]:
-    """(BLOCK_HALF, BLOCK_H): 512 values of either half."""
+def _blocks(head_dim: int) -> dict[str, int]:
+    """512 values of either half of some heads."""
     half_block = next_power_of_2(head_dim // 2)
-    return half_block, max(1, 512 // half_block)
+    head_block = max(1, 512 // half_block)
+    return {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
 
 
 def compile_cases() -> Iterator[Case]:
     """Head widths 16 (small transformers, vocoder), 64 (codec), 128 (backbone)."""
-    signature = {f"{name}_ptr": "*bf16" for name in "xy"} | {
-        f"{name}_ptr": "*fp32" for name in ("cos", "sin")
-    }
-    signature |= dict.fromkeys(("stride_xn", "stride_xt", "stride_xh", "T_TABLE", "T", "H"), "i32")
     for head_dim in (16, 64):
-        half_block, head_block = _tile(head_dim)
-        constexprs = {"HALF": head_dim // 2, "BLOCK_HALF": half_block, "BLOCK_H": head_block}
         yield Case(
             f"rope Dh={head_dim}",
             rope_kernel,
-            signature,
-            constexprs,
+            pointers(bf16="x y", fp32="cos sin"),
+            _blocks(head_dim),
             WARPS,
             wide_loads=True,
             unaligned=("T", "H", "T_TABLE"),
         )
     for head_dim, quantized in ((16, False), (128, False), (128, True)):
-        half_block, head_block = _tile(head_dim)
-        constexprs = {
-            "HALF": head_dim // 2,
-            "BLOCK_HALF": half_block,
-            "BLOCK_H": head_block,
-            "QUANTIZED": quantized,
-        }
-        signature = append_signature("bf16", quantized) | {
-            "q_ptr": "*bf16",
-            "stride_xt": "i32",
-            "T": "i32",
-        }
         yield Case(
             f"rope_append Dh={head_dim}" + " int8" * quantized,
             rope_append_kernel,
-            signature,
-            constexprs,
+            append_signature("bf16", quantized) | pointers(bf16="q"),
+            _blocks(head_dim) | {"QUANTIZED": quantized},
             WARPS,
             wide_loads=True,
             unaligned=("T", *APPEND_UNALIGNED),

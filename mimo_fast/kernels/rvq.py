@@ -3,6 +3,9 @@
     encode: r_0 = x;  i_q = argmin_j |r_q - e_qj|^2 (first index on ties);  r_{q+1} = r_q - e_q[i_q]
     decode: sum_q e_q[i_q]
 
+Encode gives NOT_FINITE (-1) where a distance is NaN or all are infinite, so where x or a codebook
+is not finite; decode gives NaN for it.
+
 Shapes: x [T, D], codebooks [V_q, D] of any sizes, codes [Q, T] int64. The distance is expanded as
 |r|^2 - 2 r.e + |e|^2 in upstream's order of operations (`EuclideanCodebook.quantize`), so that
 near-ties fall on the same side: |e|^2 is computed once by the same expression, 2 r.e is exact, and
@@ -38,7 +41,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.sample import NOT_FINITE
 
 FEW_FRAMES = 512
 """Number of frames below which programs take 4 frames instead of 16."""
@@ -65,7 +69,7 @@ class Codebooks:
         """Copies codebooks [V_q, D] of any float dtype into one float32 table."""
         table = torch.cat([book.float() for book in codebooks])
         sizes = [len(book) for book in codebooks]
-        offsets = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+        offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
         return cls(
             table, table.square().sum(-1), offsets.int().to(table.device), table.split(sizes)
         )
@@ -83,18 +87,22 @@ def rvq_encode_ref(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     for codebook in codebooks:
         norms = codebook.square().sum(-1)
         distance = residual.square().sum(-1, keepdim=True) - 2 * residual @ codebook.T + norms
-        codes.append(distance.argmin(-1))
-        residual = residual - codebook[codes[-1]]
+        rows = distance.argmin(-1)
+        # Of a row of distances, argmin takes NaN.
+        finite = distance.gather(-1, rows[:, None])[:, 0].isfinite()
+        codes.append(rows.where(finite, NOT_FINITE))
+        residual = residual - codebook[rows]
     return (
         torch.stack(codes) if codes else torch.empty(0, len(x), dtype=torch.int64, device=x.device)
     )
 
 
 def rvq_decode_ref(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
-    total = codebooks[0][codes[0]]
-    for indices, codebook in zip(codes[1:], codebooks[1:], strict=False):
+    first, *others = codes.clamp(min=0)
+    total = codebooks[0][first]
+    for indices, codebook in zip(others, codebooks[1:], strict=False):
         total = total + codebook[indices]
-    return total
+    return total.masked_fill((codes < 0).any(0)[:, None], torch.nan)
 
 
 @jit
@@ -119,11 +127,10 @@ def rvq_encode_kernel(
     o_wide = tl.arange(0, BLOCK_R)
     m_t = o_t < T
     b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    x = x_ptr + o_t[:, None] * stride_x
     for i_d in range(0, D, BLOCK_R):
         m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
-        b_r = tl.load(
-            x_ptr + o_t[:, None] * stride_x + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-        )
+        b_r = tl.load(x + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
         tl.store(residual_ptr + o_t[:, None] * D + (i_d + o_wide)[None, :], b_r, mask=m_r)
         b_square += b_r * b_r
 
@@ -148,24 +155,23 @@ def rvq_encode_kernel(
                 b_dot = tl.dot(b_r, tl.trans(b_e), b_dot, input_precision="ieee")
             b_norm_e = tl.load(norms_ptr + o_v, mask=m_v, other=float("inf"))
             b_distance = b_norm_r[:, None] - 2 * b_dot + b_norm_e[None, :]
-            # NaN compares with nothing; as infinity it leaves a frame of NaN its first row, as
-            # argmin does.
-            b_distance = tl.where(b_distance < float("inf"), b_distance, float("inf"))
+            # NaN compares with nothing; this way it is the least distance, as for argmin.
+            b_distance = tl.where(b_distance == b_distance, b_distance, -float("inf"))
             b_tile_least, b_tile_row = tl.min(b_distance, axis=1, return_indices=True)
             # Strict comparison: an earlier tile wins a tie, as an earlier row does inside a tile.
             b_row = tl.where(b_tile_least < b_least, i_v + b_tile_row, b_row)
             b_least = tl.minimum(b_tile_least, b_least)
-        tl.store(codes_ptr + i_q * T + o_t, (b_row - i_first).to(tl.int64), mask=m_t)
+        b_code = tl.where(tl.abs(b_least) < float("inf"), b_row - i_first, -1)
+        tl.store(codes_ptr + i_q * T + o_t, b_code.to(tl.int64), mask=m_t)
 
         tl.debug_barrier()
         b_square = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        chosen = table_ptr + b_row[:, None] * D
         for i_d in range(0, D, BLOCK_R):
             m_r = m_t[:, None] & (i_d + o_wide < D)[None, :]
             o_r = o_t[:, None] * D + (i_d + o_wide)[None, :]
             b_r = tl.load(residual_ptr + o_r, mask=m_r, other=0.0)
-            b_r -= tl.load(
-                table_ptr + b_row[:, None] * D + (i_d + o_wide)[None, :], mask=m_r, other=0.0
-            )
+            b_r -= tl.load(chosen + (i_d + o_wide)[None, :], mask=m_r, other=0.0)
             tl.store(residual_ptr + o_r, b_r, mask=m_r)
             b_square += b_r * b_r
 
@@ -178,11 +184,14 @@ def rvq_decode_kernel(
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     codes_ptr += i_t * stride_ct
-    b_y = tl.load(table_ptr + tl.load(codes_ptr) * D + o_d, mask=m_d, other=0.0)
+    least = tl.load(codes_ptr)
+    b_y = tl.load(table_ptr + tl.maximum(least, 0) * D + o_d, mask=m_d, other=0.0)
     for i_q in tl.range(1, Q, loop_unroll_factor=4):
-        b_row = tl.load(codes_ptr + i_q * stride_cq) + tl.load(offsets_ptr + i_q)
+        b_code = tl.load(codes_ptr + i_q * stride_cq)
+        least = tl.minimum(least, b_code)
+        b_row = tl.maximum(b_code, 0) + tl.load(offsets_ptr + i_q)
         b_y += tl.load(table_ptr + b_row * D + o_d, mask=m_d, other=0.0)
-    tl.store(y_ptr + i_t * D + o_d, b_y, mask=m_d)
+    tl.store(y_ptr + i_t * D + o_d, tl.where(least < 0, float("nan"), b_y), mask=m_d)
 
 
 def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
@@ -204,7 +213,7 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
         tile, warps, stages = _tile(frames)
         rvq_encode_kernel[(-(-frames // tile["BLOCK_T"]),)](
             x_ptr=x,
-            residual_ptr=torch.empty(frames, dim, device=x.device),
+            residual_ptr=torch.empty(frames, dim, device=x.device, dtype=torch.float32),
             table_ptr=packed.table,
             norms_ptr=packed.norms,
             offsets_ptr=packed.offsets,
@@ -223,7 +232,7 @@ def rvq_encode(x: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
 def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor:
     """codes [Q, T] -> [T, D] float32.
 
-    There may be fewer rows than codebooks; each code must be inside its codebook.
+    There may be fewer rows than codebooks; each code must be inside its codebook, or NOT_FINITE.
     """
     if not 1 <= len(codes) <= len(codebooks):
         raise ValueError(
@@ -235,7 +244,7 @@ def rvq_decode(codes: Tensor, codebooks: Codebooks | Sequence[Tensor]) -> Tensor
     packed = codebooks if isinstance(codebooks, Codebooks) else Codebooks.pack(codebooks)
     codes = codes.long()
     (channels, frames), dim = codes.shape, packed.table.shape[1]
-    y = torch.empty(frames, dim, device=packed.table.device)
+    y = torch.empty(frames, dim, device=packed.table.device, dtype=torch.float32)
     if frames:
         block = min(256, next_power_of_2(dim))
         rvq_decode_kernel[(frames, -(-dim // block))](
@@ -276,28 +285,23 @@ def _tile(frames: int) -> tuple[dict[str, int], int, int]:
 
 def compile_cases() -> Iterator[Case]:
     """Both search configurations and the gather; D = 1280 is a multiple of 16."""
-    pointers = {f"{name}_ptr": "*fp32" for name in ("x", "residual", "table", "norms")}
-    pointers |= {"offsets_ptr": "*i32", "codes_ptr": "*i64"}
-    signature = pointers | dict.fromkeys(("stride_x", "T", "D", "Q"), "i32")
     for frames in (FEW_FRAMES - 1, FEW_FRAMES):
         tile, warps, stages = _tile(frames)
         yield Case(
             f"rvq_encode BLOCK_T={tile['BLOCK_T']}",
             rvq_encode_kernel,
-            signature,
-            dict(tile),
+            pointers(fp32="x residual table norms", i32="offsets", i64="codes"),
+            tile,
             warps,
             stages,
             ieee=True,
             wide_loads=True,
             unaligned=("T", "Q"),
         )
-    signature = {"codes_ptr": "*i64", "table_ptr": "*fp32", "offsets_ptr": "*i32", "y_ptr": "*fp32"}
-    signature |= dict.fromkeys(("stride_cq", "stride_ct", "D", "Q"), "i32")
     yield Case(
         "rvq_decode",
         rvq_decode_kernel,
-        signature,
+        pointers(fp32="table y", i32="offsets", i64="codes"),
         {"BLOCK_D": 256},
         2,
         wide_loads=True,

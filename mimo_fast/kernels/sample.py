@@ -5,6 +5,7 @@
     top-p:  over what is left, sorted ascending, drop while the cumulative probability <= 1 - p
     banned: removed last; where nothing is left, the best id that is not banned is taken
     token = argmax(scores + gumbel)          greedy: argmax(scores)
+    NOT_FINITE where a logit is NaN or +inf, or where all ids that are not banned have -inf
 
 The order is upstream's (`MiMoSampler.process` and `.sample`). Noise is a pure function of (seed,
 draw, slot, id) through Philox 4x32-10 (Salmon et al. 2011), so a draw depends on nothing around it
@@ -40,12 +41,27 @@ from mimo_fast.kernels.dispatch import (
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
 
+NOT_FINITE = -1
+"""The token of a row that no token can be drawn from: the model's values are not finite.
+
+A banned id counts too, since its +inf or NaN leaves top-p no probabilities. It is a flag that costs
+no launch and no read; the host finds it where it reads the tokens."""
+
 NEAR = 1e-3
 """Error bound of `near_gumbel`: 50 times that of its formula and a GPU's fast logarithm."""
+
+ROWS_OF = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "tail": torch.float32,
+    "greedy": torch.bool,
+}
+"""Fields of `SamplerTensors` with a value a row, and their types."""
 
 TAIL_OFF = -1.0
 """Tail below every cumulative probability: top-p is off."""
@@ -76,34 +92,25 @@ class SamplerTensors:
 
         An index tensor on the device needs no copy.
         """
-        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.greedy.device)
+        index = (
+            rows
+            if isinstance(rows, Tensor)
+            else torch.tensor(rows, device=self.greedy.device, dtype=torch.int64)
+        )
         index = index.repeat_interleave(repeat) if repeat > 1 else index
         if use_triton(self.greedy):
             return self._selected(index)
-        return replace(
-            self,
-            temperature=self.temperature[index],
-            top_k=self.top_k[index],
-            tail=self.tail[index],
-            greedy=self.greedy[index],
-        )
+        return replace(self, **{name: getattr(self, name)[index] for name in ROWS_OF})
 
     def _selected(self, index: Tensor) -> SamplerTensors:
         """`select` in one launch; each of torch's four would take as long as a small kernel."""
         count = len(index)
-        taken = replace(
-            self,
-            temperature=self.temperature.new_empty(count),
-            top_k=self.top_k.new_empty(count),
-            tail=self.tail.new_empty(count),
-            greedy=self.greedy.new_empty(count),
-        )
+        taken = replace(self, **{name: getattr(self, name).new_empty(count) for name in ROWS_OF})
         if count:
-            fields = ("temperature", "top_k", "tail", "greedy")
             take_settings_kernel[(1,)](
                 **early_launch(index, "take_settings"),
-                **{f"{name}_ptr": getattr(self, name) for name in fields},
-                **{f"to_{name}_ptr": getattr(taken, name) for name in fields},
+                **self.pointers(),
+                **{f"to_{name}": tensor for name, tensor in taken.pointers().items()},
                 index_ptr=index,
                 N=count,
                 BLOCK=next_power_of_2(count),
@@ -111,12 +118,16 @@ class SamplerTensors:
             )
         return taken
 
+    def pointers(self) -> dict[str, Tensor]:
+        """Launch arguments of the kernels that read them."""
+        return {f"{name}_ptr": getattr(self, name) for name in ROWS_OF}
+
     def write(self, row: int, settings: SamplerTensors) -> None:
         """Overwrites one row with settings of one row, in place.
 
         all_greedy and any_top_k do not change.
         """
-        for name in ("temperature", "top_k", "tail", "greedy"):
+        for name in ROWS_OF:
             getattr(self, name)[row] = getattr(settings, name)[0]
 
 
@@ -143,7 +154,7 @@ def sample(
     noise: Tensor | Callable[[Tensor], Tensor] | None,
     banned: Tensor | None,
 ) -> Tensor:
-    """One id a row, int64 [N].
+    """One id a row, int64 [N], or NOT_FINITE.
 
     Args:
         logits: [N, V].
@@ -153,6 +164,10 @@ def sample(
     """
     allowed = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     best = allowed.argmax(-1)
+    # Written so that NaN fails.
+    finite = (logits < torch.inf).all(-1)
+    finite &= allowed.gather(-1, best[:, None])[:, 0] > -torch.inf
+    best = best.where(finite, NOT_FINITE)
     if settings.all_greedy:
         return best
     scores = filter_scores(logits, settings)
@@ -167,7 +182,7 @@ def sample(
         kept = kept if len(kept) else kept.new_zeros(1)
         drawn = kept[(scores[:, kept] + noise(kept)).argmax(-1)]
     nothing_left = ~(scores > -torch.inf).any(-1)
-    return torch.where(settings.greedy | nothing_left, best, drawn)
+    return torch.where(settings.greedy | nothing_left | ~finite, best, drawn)
 
 
 def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Tensor:
@@ -176,7 +191,7 @@ def gumbel(seeds: Tensor, draws: Tensor, slots: Tensor, ids: int | Tensor) -> Te
     seeds, draws, slots: int64 [N]. ids: int64 [K], or their number. The noise of id v in row n
     depends only on (seeds[n], draws[n], slots[n], v).
     """
-    ids = torch.arange(ids, device=seeds.device) if isinstance(ids, int) else ids
+    ids = torch.arange(ids, device=seeds.device, dtype=torch.int64) if isinstance(ids, int) else ids
     word = philox(seeds[:, None], ids, draws[:, None], slots[:, None])
     # w in (0, 1); log1p keeps all 32 bits where w is small, which is where the winners are.
     uniform = (word.double() + 0.5) * 2.0**-32
@@ -235,6 +250,14 @@ def take_settings_kernel(
 
 
 @jit
+def best_shown(b_logits, m_allowed):
+    """Logits whose maximum is finite unless no id can be drawn: +inf for NaN and +inf, of banned
+    ids too, and -inf for other banned ids. Whether a maximum sees NaN depends on the platform."""
+    b_allowed = tl.where(m_allowed, b_logits, -float("inf"))
+    return tl.where(b_logits < float("inf"), b_allowed, float("inf"))
+
+
+@jit
 def gumbel_word(seed, ids, draw, slot):
     """The 32 random bits, uint32, from which the noise of these ids is computed."""
     o_id = ids.to(tl.uint32)
@@ -277,14 +300,13 @@ def ordered_bits(x):
 
 def compile_cases() -> Iterator[Case]:
     """Settings of 1 row and of 64."""
-    tensors = {"temperature": "*fp32", "top_k": "*i64", "tail": "*fp32", "greedy": "*i1"}
-    signature = {f"{name}_ptr": kind for name, kind in tensors.items()}
-    signature |= {f"to_{name}_ptr": kind for name, kind in tensors.items()}
+    settings = pointers(fp32="temperature tail", i64="top_k index", i1="greedy")
+    taken = pointers(fp32="to_temperature to_tail", i64="to_top_k", i1="to_greedy")
     for rows in (1, 64):
         yield Case(
             f"take_settings rows={rows}",
             take_settings_kernel,
-            signature | {"index_ptr": "*i64", "N": "i32"},
+            settings | taken,
             {"BLOCK": rows},
             1,
             unaligned=("N",),

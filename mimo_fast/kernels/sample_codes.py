@@ -6,6 +6,8 @@
     codes[channel a, frame a] = code[a]
     x         = sum_a embeddings[code[a]]
 
+A code is NOT_FINITE (-1) where its logits are; x then has row 0 in its place, and is of no use.
+
 a runs over the channels that produce a code at this step: at most 4 in the published model.
 
 Shapes: hidden [R, D]; heads [sum V_c, D] and embeddings [sum V_c, D'], the channels stacked; codes
@@ -43,14 +45,23 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     prefetch,
     tl,
     use_triton,
 )
-from mimo_fast.kernels.sample import SamplerTensors, gumbel, gumbel_noise, ordered_bits, sample
+from mimo_fast.kernels.sample import (
+    SamplerTensors,
+    best_shown,
+    gumbel,
+    gumbel_noise,
+    ordered_bits,
+    sample,
+)
 
 FRAME_SLOT = 1
 """Random slot of a patch's first frame; slot 0 is the text's."""
@@ -86,16 +97,15 @@ def code_steps(
         active = [c for c, delay in enumerate(delays) if delay <= t < delay + group_size]
         columns = [(c, t - delays[c], rows[c], sizes[c], empty[c]) for c in active]
         first, last = (rows[active[0]], rows[active[-1] + 1]) if active else (0, 0)
-        heads = (
-            torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5).T.contiguous()
-        )
-        steps.append(CodeStep(heads, first, last, max((sizes[c] for c in active), default=0)))
+        heads = torch.tensor(columns, dtype=torch.int64, device=device).reshape(-1, 5)
+        widest = max((sizes[c] for c in active), default=0)
+        steps.append(CodeStep(heads.T.contiguous(), first, last, widest))
     return steps
 
 
 def patch_noise_ref(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
     rows = len(seeds)
-    slots = torch.arange(group_size, device=seeds.device) + FRAME_SLOT
+    slots = torch.arange(group_size, device=seeds.device, dtype=torch.int64) + FRAME_SLOT
     seeds, draws = (x.repeat_interleave(group_size) for x in (seeds, draws))
     return gumbel(seeds, draws, slots.repeat(rows), size).unflatten(0, (rows, group_size))
 
@@ -115,20 +125,18 @@ def sample_codes_ref(
     channels, frames, firsts, sizes, empty = step.heads
     shape = (rows, active, step.widest)
     logits = hidden.new_full(shape, -torch.inf, dtype=torch.float32)
-    local = torch.zeros(shape, device=hidden.device)
+    local = torch.zeros(shape, device=hidden.device, dtype=torch.float32)
     for a, (_, frame, first, size, _) in enumerate(step.heads.T.tolist()):
         logits[:, a, :size] = F.linear(hidden, heads[first : first + size])
         if noise is not None:
             local[:, a, :size] = noise[:, frame, first : first + size]
-    ids = torch.arange(step.widest, device=hidden.device)
+    ids = torch.arange(step.widest, device=hidden.device, dtype=torch.int64)
     banned = ((ids == empty[:, None]) | (ids >= sizes[:, None])).repeat(rows, 1)
     repeated = settings.select(range(rows), repeat=active)
-    drawn = sample(
-        logits.flatten(0, 1), repeated, None if noise is None else local.flatten(0, 1), banned
-    )
-    drawn = drawn.unflatten(0, (rows, active))
+    added = None if noise is None else local.flatten(0, 1)
+    drawn = sample(logits.flatten(0, 1), repeated, added, banned).unflatten(0, (rows, active))
     codes[:, channels, frames] = drawn
-    return embeddings[drawn + firsts].sum(1)
+    return embeddings[drawn.clamp(min=0) + firsts].sum(1)
 
 
 @jit
@@ -175,27 +183,17 @@ def head_logits_kernel(
     o_line = tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, D - 1)
     prefetch(heads_ptr + tl.minimum(o_n, N - 1)[:, None] * stride_heads + o_line[None, :], PDL)
     pdl_wait(PDL)
+    hidden = hidden_ptr + o_r[:, None] * stride_hidden
+    heads = heads_ptr + o_n[:, None] * stride_heads
     b_logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = (o_d < D)[None, :]
-        b_x = tl.load(
-            hidden_ptr + o_r[:, None] * stride_hidden + o_d[None, :],
-            mask=m_r[:, None] & m_d,
-            other=0.0,
-        )
-        b_w = tl.load(
-            heads_ptr + o_n[:, None] * stride_heads + o_d[None, :],
-            mask=m_n[:, None] & m_d,
-            other=0.0,
-        )
+        b_x = tl.load(hidden + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
+        b_w = tl.load(heads + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         b_logits = tl.dot(b_x, tl.trans(b_w), b_logits, input_precision="ieee")
     o_logits = o_r[:, None] * N + o_n[None, :]
-    tl.store(
-        logits_ptr + o_logits,
-        b_logits.to(logits_ptr.dtype.element_ty),
-        mask=m_r[:, None] & m_n[None, :],
-    )
+    tl.store(logits_ptr + o_logits, b_logits, mask=m_r[:, None] & m_n[None, :])
 
 
 @jit
@@ -249,7 +247,7 @@ def code_step_kernel(
         temperature = tl.load(temperature_ptr + i_row)
         k = tl.load(top_k_ptr + i_row)
         tail = tl.load(tail_ptr + i_row) + tl.zeros([BLOCK_A], tl.float32)
-    _, code = tl.max(tl.where(m_allowed, b_logits, -float("inf")), axis=1, return_indices=True)
+    best, code = tl.max(best_shown(b_logits, m_allowed), axis=1, return_indices=True)
     if not ALL_GREEDY:  # noqa: SIM102
         if greedy == 0:
             b_scores = tl.div_rn(b_logits, temperature)
@@ -276,29 +274,23 @@ def code_step_kernel(
                 share = tl.sum(tl.where(m_upto, b_mass, 0.0), axis=1) / total
                 # The last id of the order is always kept.
                 rejected = rejected & (share <= tail) & (tl.max(m_above.to(tl.int32), axis=1) > 0)
-                above, next_drawn = tl.max(
-                    tl.where(m_above, b_perturbed, -float("inf")), axis=1, return_indices=True
-                )
-                winner, drawn = (
-                    tl.where(rejected, above, winner),
-                    tl.where(rejected, next_drawn, drawn),
-                )
+                b_above = tl.where(m_above, b_perturbed, -float("inf"))
+                above, next_drawn = tl.max(b_above, axis=1, return_indices=True)
+                winner = tl.where(rejected, above, winner)
+                drawn = tl.where(rejected, next_drawn, drawn)
                 # Where all above are banned, nothing is left.
                 rejected = rejected & (winner > -float("inf"))
             code = tl.where(winner > -float("inf"), drawn, code)
+    # Tested here, and not above, which would take more registers than there are.
+    code = tl.where(tl.abs(best) < float("inf"), code, -1)
     o_codes = i_row * stride_codes_r + channel * stride_codes_c + frame * stride_codes_g
     tl.store(codes_ptr + o_codes, code.to(tl.int64), mask=m_a)
+    code = tl.maximum(code, 0)
     for start in range(0, DIM, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         o_row = (base + code)[:, None] * stride_embeddings + o_d[None, :]
-        b_rows = tl.load(
-            embeddings_ptr + o_row, mask=m_a[:, None] & (o_d < DIM)[None, :], other=0.0
-        ).to(tl.float32)
-        tl.store(
-            x_ptr + i_row * DIM + o_d,
-            tl.sum(b_rows, axis=0).to(x_ptr.dtype.element_ty),
-            mask=o_d < DIM,
-        )
+        b_rows = load_float(embeddings_ptr + o_row, m_a[:, None] & (o_d < DIM)[None, :])
+        tl.store(x_ptr + i_row * DIM + o_d, tl.sum(b_rows, axis=0), mask=o_d < DIM)
 
 
 def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Tensor:
@@ -308,7 +300,7 @@ def patch_noise(seeds: Tensor, draws: Tensor, group_size: int, size: int) -> Ten
     """
     if not use_triton(seeds):
         return patch_noise_ref(seeds, draws, group_size, size)
-    noise = torch.empty(len(seeds), group_size, size, device=seeds.device)
+    noise = torch.empty(len(seeds), group_size, size, device=seeds.device, dtype=torch.float32)
     patch_noise_kernel[(-(-size // 128), group_size, len(seeds))](
         **early_launch(seeds, "patch_noise"),
         noise_ptr=noise,
@@ -367,11 +359,8 @@ def sample_codes(
     """
     if not step.heads.shape[1] or not use_triton(hidden):
         return sample_codes_ref(hidden, step, heads, settings, noise, codes, embeddings)
-    if (
-        hidden.shape[1] != heads.shape[1]
-        or len(heads) != len(embeddings)
-        or len(hidden) != len(codes)
-    ):
+    wide = hidden.shape[1] == heads.shape[1]
+    if not wide or len(heads) != len(embeddings) or len(hidden) != len(codes):
         raise ValueError(
             f"hidden {list(hidden.shape)}, heads {list(heads.shape)}, embeddings "
             f"{list(embeddings.shape)} and codes {list(codes.shape)} do not go together"
@@ -388,17 +377,12 @@ def sample_codes(
         codes_ptr=codes,
         embeddings_ptr=embeddings,
         x_ptr=x,
-        temperature_ptr=settings.temperature,
-        top_k_ptr=settings.top_k,
-        tail_ptr=settings.tail,
-        greedy_ptr=settings.greedy,
+        **settings.pointers(),
         A=step.heads.shape[1],
         first=step.first,
         N=logits.shape[1],
         V=len(heads),
-        stride_codes_r=codes.stride(0),
-        stride_codes_c=codes.stride(1),
-        stride_codes_g=codes.stride(2),
+        **{f"stride_codes_{axis}": codes.stride(i) for i, axis in enumerate("rcg")},
         stride_noise_r=0 if noise is None else noise.stride(0),
         stride_embeddings=embeddings.stride(0),
         DIM=x.shape[1],
@@ -421,9 +405,8 @@ def _tile(dim: int) -> dict[str, int]:
 
 
 def _blocks(active: int, widest: int, dim: int) -> dict[str, int]:
-    block_a = max(4, next_power_of_2(active))
     return {
-        "BLOCK_A": block_a,
+        "BLOCK_A": max(4, next_power_of_2(active)),
         "BLOCK_V": next_power_of_2(widest),
         "BLOCK_D": min(1024, next_power_of_2(dim)),
     }
@@ -450,19 +433,17 @@ def compile_cases() -> Iterator[Case]:
     yield Case(
         "patch_noise",
         patch_noise_kernel,
-        {"noise_ptr": "*fp32", "seeds_ptr": "*i64", "draws_ptr": "*i64", "V": "i32"},
+        pointers(fp32="noise", i64="seeds draws"),
         {"FIRST": FRAME_SLOT, "BLOCK_V": 128},
         1,
         unaligned=("V",),
     )
-    integers = dict.fromkeys(("stride_hidden", "stride_heads", "R", "N", "D"), "i32")
     for dtype in ("bf16", "fp32"):
-        signature = dict.fromkeys(("hidden_ptr", "heads_ptr", "logits_ptr"), f"*{dtype}") | integers
         # A step's heads start at any row; rows of D = 1024 are always aligned.
         yield Case(
             f"head_logits {dtype}",
             head_logits_kernel,
-            signature,
+            pointers(**{dtype: "hidden heads logits"}),
             _tile(1024),
             4,
             4,
@@ -470,23 +451,13 @@ def compile_cases() -> Iterator[Case]:
             wide_loads=True,
             unaligned=("R", "N"),
         )
-    signature = dict.fromkeys(("logits_ptr", "embeddings_ptr", "x_ptr"), "*bf16") | dict.fromkeys(
-        ("noise_ptr", "temperature_ptr", "tail_ptr"), "*fp32"
+    signature = pointers(
+        bf16="logits embeddings x",
+        fp32="noise temperature tail",
+        i64="heads codes top_k",
+        i1="greedy",
     )
-    signature |= dict.fromkeys(("heads_ptr", "codes_ptr", "top_k_ptr"), "*i64") | {
-        "greedy_ptr": "*i1"
-    }
-    odd = (
-        "A",
-        "first",
-        "N",
-        "V",
-        "stride_codes_r",
-        "stride_codes_c",
-        "stride_codes_g",
-        "stride_noise_r",
-    )
-    signature |= dict.fromkeys((*odd, "stride_embeddings", "DIM"), "i32")
+    strides = tuple(f"stride_{name}" for name in ("codes_r", "codes_c", "codes_g", "noise_r"))
     for widest, greedy in ((1025, False), (129, False), (1025, True), (129, True)):
         block = _blocks(4, widest, 1024)
         yield Case(
@@ -495,5 +466,5 @@ def compile_cases() -> Iterator[Case]:
             signature,
             {"ALL_GREEDY": greedy} | block,
             _warps(block),
-            unaligned=odd,
+            unaligned=("A", "first", "N", "V", *strides),
         )

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    Case,
+    jit,
+    load_float,
+    next_power_of_2,
+    pointers,
+    tl,
+    use_triton,
+)
 
 BLOCK_F = 1024
 WARPS = 4
@@ -34,10 +42,10 @@ def swiglu_kernel(x_ptr, y_ptr, stride_x, F, BLOCK_F: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     m_f = o_f < F
-    b_gate = tl.load(x_ptr + i_row * stride_x + o_f, mask=m_f, other=0.0).to(tl.float32)
-    b_up = tl.load(x_ptr + i_row * stride_x + F + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_gate = load_float(x_ptr + i_row * stride_x + o_f, m_f)
+    b_up = load_float(x_ptr + i_row * stride_x + F + o_f, m_f)
     b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
-    tl.store(y_ptr + i_row * F + o_f, b_y.to(y_ptr.dtype.element_ty), mask=m_f)
+    tl.store(y_ptr + i_row * F + o_f, b_y, mask=m_f)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -71,5 +79,6 @@ def swiglu_bytes(rows: int, width: int, itemsize: int) -> int:
 
 def compile_cases() -> Iterator[Case]:
     """One configuration, for the widths of the backbone (11008) and small transformers (4096)."""
-    signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride_x": "i32", "F": "i32"}
-    yield Case("swiglu", swiglu_kernel, signature, {"BLOCK_F": BLOCK_F}, WARPS, wide_loads=True)
+    yield Case(
+        "swiglu", swiglu_kernel, pointers(bf16="x y"), {"BLOCK_F": BLOCK_F}, WARPS, wide_loads=True
+    )

@@ -1,7 +1,7 @@
 """Input of the backbone: a table row at a text position, an encoded patch at an audio position.
 
     x[r] = patches[r]        where text[r] == empty_id
-    x[r] = table[text[r]]    elsewhere
+    x[r] = table[text[r]]    elsewhere; some row of it for NOT_FINITE (< 0), whose x nobody uses
 
 Shapes: text [R] int64 (any stride, as the ids have), patches [R, D] (any stride over R; rows of
 text positions are never read), x [R, D] in their dtype. The table is dense [V, D] or a
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,11 @@ from mimo_fast.kernels.dispatch import (
     Case,
     early_launch,
     jit,
+    load_float,
     next_power_of_2,
     pdl_trigger,
     pdl_wait,
+    pointers,
     tl,
     use_triton,
 )
@@ -70,14 +73,13 @@ def dense_embed_kernel(
     pdl_trigger(PDL)
     pdl_wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
+    i_text = tl.maximum(tl.load(text_ptr + i_row * stride_t), 0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_patch = o_d < tl.where(i_text == EMPTY, D, 0)
     m_table = o_d < tl.where(i_text == EMPTY, 0, D)
     b_patch = tl.load(patches_ptr + i_row * stride_pr + o_d, mask=m_patch, other=0.0)
-    b_table = tl.load(table_ptr + i_text * stride_tv + o_d, mask=m_table, other=0.0).to(
-        x_ptr.dtype.element_ty
-    )
+    b_table = tl.load(table_ptr + i_text * stride_tv + o_d, mask=m_table, other=0.0)
+    b_table = b_table.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + i_row * stride_xr + o_d, tl.where(m_patch, b_patch, b_table), mask=o_d < D)
 
 
@@ -108,7 +110,7 @@ def quantized_embed_kernel(
     PLANES: tl.constexpr = 32 // BITS
     WIDTH: tl.constexpr = BLOCK // PLANES
     i_row = tl.program_id(0).to(tl.int64)
-    i_text = tl.load(text_ptr + i_row * stride_t).to(tl.int64)
+    i_text = tl.maximum(tl.load(text_ptr + i_row * stride_t), 0).to(tl.int64)
     o_block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     o_plane, o_word = tl.arange(0, PLANES), tl.arange(0, WIDTH)
     d_table = tl.where(i_text == EMPTY, 0, D)
@@ -119,8 +121,8 @@ def quantized_embed_kernel(
     b_x = tl.load(levels_ptr + b_q) if LEVELS else (b_q - (1 << (BITS - 1))).to(tl.float32)
     o_group = i_text * (D // GROUP) + o_block * BLOCK // GROUP
     if ZEROS:
-        b_x -= tl.load(zeros_ptr + o_group, mask=m_block, other=0.0).to(tl.float32)[:, None, None]
-    b_x *= tl.load(scales_ptr + o_group, mask=m_block, other=0.0).to(tl.float32)[:, None, None]
+        b_x -= load_float(zeros_ptr + o_group, m_block)[:, None, None]
+    b_x *= load_float(scales_ptr + o_group, m_block)[:, None, None]
     o_d = o_block[:, None, None] * BLOCK + o_plane[None, :, None] * WIDTH + o_word[None, None, :]
     m_patch = o_d < D - d_table
     b_patch = tl.load(patches_ptr + i_row * stride_pr + o_d, mask=m_patch, other=0.0)
@@ -157,58 +159,50 @@ def input_embed(
     stored = table.words if isinstance(table, QuantizedWeight) else table
     if any(row.stride(-1) != 1 for row in (patches, stored, x)):
         raise ValueError("the rows of patches, table and out must be contiguous")
+    arguments: dict[str, Any] = {
+        "text_ptr": text,
+        "patches_ptr": patches,
+        "x_ptr": x,
+        "stride_t": text.stride(0),
+        "stride_pr": patches.stride(0),
+        "stride_xr": x.stride(0),
+        "EMPTY": empty_id,
+        "D": dim,
+        "num_warps": WARPS,
+    }
     if isinstance(table, QuantizedWeight):
-        _quantized(text, patches, table, empty_id, x)
+        _quantized(table, arguments, rows, dim)
     elif rows:
         block = min(BLOCK_D, next_power_of_2(dim))
         dense_embed_kernel[(rows, -(-dim // block))](
             **early_launch(patches, "dense_embed"),
-            text_ptr=text,
-            patches_ptr=patches,
+            **arguments,
             table_ptr=table,
-            x_ptr=x,
-            stride_t=text.stride(0),
-            stride_pr=patches.stride(0),
             stride_tv=table.stride(0),
-            stride_xr=x.stride(0),
-            EMPTY=empty_id,
-            D=dim,
             BLOCK_D=block,
-            num_warps=WARPS,
         )
     return x
 
 
-def _quantized(
-    text: Tensor, patches: Tensor, table: QuantizedWeight, empty_id: int, x: Tensor
-) -> None:
-    rows, dim = x.shape
+def _quantized(table: QuantizedWeight, arguments: dict[str, Any], rows: int, dim: int) -> None:
     block = math.gcd(128, table.group)
     if not table.words.is_contiguous() or not table.scales.is_contiguous():
         raise ValueError("a packed table must be contiguous")
     blocks = min(BLOCK_D // block, next_power_of_2(dim // block))
     if rows:
         quantized_embed_kernel[(rows, -(-dim // (blocks * block)))](
-            **early_launch(patches, "quantized_embed"),
-            text_ptr=text,
-            patches_ptr=patches,
+            **early_launch(arguments["patches_ptr"], "quantized_embed"),
+            **arguments,
             words_ptr=table.words,
             scales_ptr=table.scales,
             zeros_ptr=table.scales if table.zeros is None else table.zeros,
             levels_ptr=table.scales if table.levels is None else table.levels,
-            x_ptr=x,
-            stride_t=text.stride(0),
-            stride_pr=patches.stride(0),
-            stride_xr=x.stride(0),
-            EMPTY=empty_id,
-            D=dim,
             GROUP=table.group,
             BITS=table.bits,
             BLOCK=block,
             ZEROS=table.zeros is not None,
             LEVELS=table.levels is not None,
             BLOCKS=blocks,
-            num_warps=WARPS,
         )
 
 
@@ -222,12 +216,11 @@ def input_embed_bytes(audio: int, texts: int, dim: int, itemsize: int, row_bytes
 
 def compile_cases() -> Iterator[Case]:
     """Width 4096: a dense table, int8 by rows, int4 with zeros, nf4."""
-    shared = {"text_ptr": "*i64", "patches_ptr": "*bf16", "x_ptr": "*bf16"}
-    shared |= dict.fromkeys(("stride_t", "stride_pr", "stride_xr", "EMPTY", "D"), "i32")
+    shared = pointers(i64="text", bf16="patches x table", i32="words")
     yield Case(
         "input_embed dense",
         dense_embed_kernel,
-        shared | {"table_ptr": "*bf16", "stride_tv": "i32"},
+        shared,
         {"BLOCK_D": BLOCK_D},
         WARPS,
         wide_loads=True,
@@ -238,24 +231,13 @@ def compile_cases() -> Iterator[Case]:
         ("int4", 4, True, False),
         ("nf4", 4, False, True),
     ):
-        scales = "*fp32" if levels else "*bf16"
-        signature = shared | {
-            "words_ptr": "*i32",
-            "scales_ptr": scales,
-            "zeros_ptr": "*fp16" if zeros else scales,
-        }
-        constexprs = {
-            "BITS": bits,
-            "BLOCK": 128,
-            "ZEROS": zeros,
-            "LEVELS": levels,
-            "BLOCKS": BLOCK_D // 128,
-        }
+        scales = pointers(**{"fp32" if levels else "bf16": "scales zeros levels"})
+        form = {"BITS": bits, "BLOCK": 128, "ZEROS": zeros, "LEVELS": levels}
         yield Case(
             f"input_embed {name}",
             quantized_embed_kernel,
-            signature | {"levels_ptr": scales, "GROUP": "i32"},
-            constexprs,
+            shared | scales | (pointers(fp16="zeros") if zeros else {}),
+            form | {"BLOCKS": BLOCK_D // 128},
             WARPS,
             wide_loads=True,
             unaligned=("stride_t", "EMPTY"),

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, tl, use_triton
+from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.sdpa import sdpa
 
 WINDOW_BLOCK = 256
 """Queries that the reference processes at once."""
@@ -39,14 +40,18 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, left: int, right: int)
     keys, values = (
         F.pad(x, padding).unfold(1, span, WINDOW_BLOCK).transpose(-1, -2) for x in (k, v)
     )
-    query = torch.arange(WINDOW_BLOCK, device=q.device)[:, None]
-    key = torch.arange(span, device=q.device)
+    query = torch.arange(WINDOW_BLOCK, device=q.device, dtype=torch.int64)[:, None]
+    key = torch.arange(span, device=q.device, dtype=torch.int64)
     in_window = (key >= query) & (key <= query + left + right)
-    position = torch.arange(blocks, device=q.device)[:, None, None] * WINDOW_BLOCK + key - left
+    position = (
+        torch.arange(blocks, device=q.device, dtype=torch.int64)[:, None, None] * WINDOW_BLOCK
+        + key
+        - left
+    )
     visible = in_window & (position >= 0) & (position < t)
     # Rows past the end see no key; they attend to everything, which avoids NaN.
     visible |= ~visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+    out = sdpa(queries, keys, values, attn_mask=visible)
     return out.reshape(heads, blocks * WINDOW_BLOCK, dh)[:, :t]
 
 
@@ -88,12 +93,10 @@ def window_attention_kernel(
         o_k = start + tl.arange(0, BLOCK_T)
         m_k = (o_k[:, None] < T) & m_d
         o_kt = o_k.to(tl.int64)[:, None]
-        b_k = tl.load(
-            k_ptr + i_head * stride_kh + o_kt * stride_kt + o_d[None, :], mask=m_k, other=0.0
-        )
-        b_v = tl.load(
-            v_ptr + i_head * stride_vh + o_kt * stride_vt + o_d[None, :], mask=m_k, other=0.0
-        )
+        o_key = i_head * stride_kh + o_kt * stride_kt + o_d[None, :]
+        o_value = i_head * stride_vh + o_kt * stride_vt + o_d[None, :]
+        b_k = tl.load(k_ptr + o_key, mask=m_k, other=0.0)
+        b_v = tl.load(v_ptr + o_value, mask=m_k, other=0.0)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         m_seen = (
             (o_k[None, :] >= o_q[:, None] - LEFT)
@@ -111,7 +114,7 @@ def window_attention_kernel(
         b_max = b_new
     b_y = b_y / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     y_row = y_ptr + i_head * stride_yh + o_q.to(tl.int64)[:, None] * stride_yt
-    tl.store(y_row + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_q)
+    tl.store(y_row + o_d[None, :], b_y, mask=m_q)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
@@ -133,14 +136,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> 
         k_ptr=k,
         v_ptr=v,
         y_ptr=y,
-        stride_qh=q.stride(0),
-        stride_qt=q.stride(1),
-        stride_kh=k.stride(0),
-        stride_kt=k.stride(1),
-        stride_vh=v.stride(0),
-        stride_vt=v.stride(1),
-        stride_yh=y.stride(0),
-        stride_yt=y.stride(1),
+        **{
+            f"stride_{name}{axis}": tensor.stride(i)
+            for name, tensor in (("q", q), ("k", k), ("v", v), ("y", y))
+            for i, axis in enumerate("ht")
+        },
         T=t,
         LEFT=min(left, t),
         RIGHT=min(right, t),
@@ -161,16 +161,11 @@ def window_attention_bytes(heads: int, t: int, dh: int, itemsize: int) -> int:
 
 def compile_cases() -> Iterator[Case]:
     """The vocoder's 16 heads x 16."""
-    strides = {f"stride_{x}{axis}": "i32" for x in "qkvy" for axis in "ht"}
     for dtype in ("bf16", "fp32"):
-        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), f"*{dtype}")
-        signature = (
-            pointers | strides | {"T": "i32", "LEFT": "i32", "RIGHT": "i32", "scale": "fp32"}
-        )
         yield Case(
             f"window_attention {dtype}",
             window_attention_kernel,
-            signature,
+            pointers(**{dtype: "q k v y"}) | {"scale": "fp32"},
             {"DH": 16, "BLOCK_T": BLOCK, "BLOCK_D": 16},
             2,
             2,

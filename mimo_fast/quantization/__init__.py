@@ -9,6 +9,7 @@ from mimo_fast.quantization.formats import (
     checkpoint_bytes,
     stored_formats,
     stored_shapes,
+    stored_types,
 )
 from mimo_fast.quantization.gptq import from_gptq
 from mimo_fast.quantization.imports import import_checkpoint
@@ -28,4 +29,5 @@ __all__ = [
     "relative_error",
     "stored_formats",
     "stored_shapes",
+    "stored_types",
 ]

@@ -49,7 +49,7 @@ def from_bitsandbytes(packed: Tensor, state: Mapping[str, Tensor]) -> QuantizedW
     # The stored values, not rounded to the dtype of the saved model.
     read.dtype = torch.float32
     group = importable_group(read.blocksize, columns)
-    levels = torch.tensor(NF4_LEVELS, device=flat.device)
+    levels = torch.tensor(NF4_LEVELS, device=flat.device, dtype=torch.float32)
     if group is None or not torch.equal(read.code, levels):
         return functional.dequantize_4bit(flat[:, None], read)
     scales = read.absmax

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import HUB_FILES, SHARD_BYTES, open_weights, write_checkpoint
-from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.files import SHARD_BYTES, open_weights, write_checkpoint
+from mimo_fast.checkpoint.folder import check_new_folder, new_folder
+from mimo_fast.checkpoint.hub import HUB_FILES
+from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.cpu import library as native
@@ -67,7 +69,7 @@ class WeightSource:
         tensor = self._read(name)
         if self._requested and (chosen := self._requested.format_of(name, tuple(tensor.shape))):
             # Quantize and unpack: quantizing at load equals loading a quantized checkpoint.
-            return dequantize_to(quantize(tensor, chosen), self._dtype or tensor.dtype)
+            return dequantize_to(quantize(tensor, chosen, name=name), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
     def weight(
@@ -92,8 +94,8 @@ class WeightSource:
         blocks = [self._read(name) for name in names]
         chosen = self._requested and self._requested.format_of(names[0], tuple(blocks[0].shape))
         if chosen:
-            each = zip(blocks, biases, strict=True)
-            return self._joined([quantize(block, chosen, own) for block, own in each])
+            dense = zip(blocks, biases, names, strict=True)
+            return self._joined([quantize(block, chosen, own, name) for block, own, name in dense])
         blocks = [block.to(self._dtype) for block in blocks]
         if self._join and len(blocks) > 1 and blocks[0].is_cuda:
             # One launch for all; on the CPU they stay views of the file.
@@ -109,7 +111,7 @@ class WeightSource:
             return self._quantized(name, None)
         tensor = self._read(name)
         chosen = self._requested and self._requested.format_of(name, tuple(tensor.shape))
-        return quantize(tensor, chosen) if chosen else tensor.to(self._dtype)
+        return quantize(tensor, chosen, name=name) if chosen else tensor.to(self._dtype)
 
     def _quantized(self, name: str, bias: Tensor | None) -> QuantizedWeight:
         chosen = self._stored[name]
@@ -120,7 +122,9 @@ class WeightSource:
             bias=bias,
             bits=chosen.bits,
             zeros=None if chosen.symmetric else self._read(f"{name}.zeros"),
-            levels=torch.tensor(NF4_LEVELS, device=words.device) if chosen.kind == "nf4" else None,
+            levels=torch.tensor(NF4_LEVELS, device=words.device, dtype=torch.float32)
+            if chosen.kind == "nf4"
+            else None,
         )
 
     def _joined(self, blocks: list[QuantizedWeight]) -> QuantizedWeight:
@@ -143,13 +147,13 @@ def quantize_checkpoint(
 ) -> dict[str, float]:
     """Quantizes a language model's checkpoint into another directory, with its tokenizer.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time. The directory appears at the end, whole.
 
     Returns:
         Relative error of each quantized matrix by upstream's name; config.json keeps them too.
 
     Raises:
-        CheckpointError: the source is no dense checkpoint, the target holds weights, or the disk is
+        CheckpointError: the source is no dense checkpoint, the target is not empty, or the disk is
             full.
         ValueError: the quantization is none.
     """
@@ -157,6 +161,7 @@ def quantize_checkpoint(
     chosen = QuantizationConfig.parse(quantization)
     if chosen is None:
         raise ValueError("no quantization was given: use int8, int4, nf4 or a format for each part")
+    check_new_folder(target)
     raw = read_json(source / "config.json")
     if CONFIG_KEY in raw:
         raise CheckpointError(
@@ -166,23 +171,23 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} was quantized by another tool: import_checkpoint converts it"
         )
-    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
-    weights = open_weights(source)
-    weights.validate(shapes)
+    config, weights = LMConfig.from_dict(raw, str(source / "config.json")), open_weights(source)
+    weights.check_counts(lm_counts(config))
+    weights.validate(shapes := lm_shapes(config))
     formats = chosen.formats(shapes)
     hide = None if progress else True
     with tqdm(total=len(formats), desc="quantizing", unit="matrix", delay=1, disable=hide) as bar:
 
         def convert(name: str) -> tuple[QuantizedWeight, float]:
-            matrix = weights.get(name)
-            quantized = quantize(matrix, formats[name])
+            matrix = weights.finite(name)
+            quantized = quantize(matrix, formats[name], name=name)
             bar.update(1)
             return quantized, relative_error(matrix, quantized)
 
         dtypes = {name: weights.dtype(name) for name in shapes}
         plan, about = (raw, shapes, formats, dtypes), {"parts": chosen.parts()}
         return write_quantized(
-            target, *plan, weights.get, convert, about, copy_from=source, shard_bytes=shard_bytes
+            target, *plan, weights.finite, convert, about, copy_from=source, shard_bytes=shard_bytes
         )
 
 
@@ -229,8 +234,10 @@ def write_quantized(
     wanted = {name: shape for name, (shape, _) in stored.items()}
     dtype = {name: dtypes.get(name, usual) for name, (_, usual) in stored.items()}
     config = {**raw, CONFIG_KEY: entry}
-    write_checkpoint(target, wanted, pieces, dtype=dtype, config=config, shard_bytes=shard_bytes)
-    _copy_tokenizer(copy_from, target)
+    with new_folder(target) as folder:
+        _copy_tokenizer(copy_from, folder)
+        options: dict[str, Any] = {"config": config, "shard_bytes": shard_bytes}
+        write_checkpoint(folder, wanted, pieces, dtype=dtype, **options)
     return errors
 
 
@@ -238,5 +245,10 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     skipped = {"config.json", "model.safetensors.index.json"}
     for pattern in HUB_FILES:
         for path in source.glob(pattern):
-            if path.suffix != ".safetensors" and path.name not in skipped:
+            if path.suffix == ".safetensors" or path.name in skipped or not path.is_file():
+                continue
+            try:
                 shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                problem = f"cannot copy {path} ({error.strerror or error})"
+                raise CheckpointError(f"{problem}: free space or write elsewhere") from error

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.layout import Shapes, lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import cut, shown
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 
 CONFIG_KEY = "mimo_fast_quantization"
@@ -35,6 +37,8 @@ PARTS: dict[str, str | tuple[str, ...]] = {
 NAMED = ("int4", "int4-sym", "int8", "nf4", "dense")
 MIN_GROUP = 32
 """Values in 16 bytes of 4-bit weights; a matrix whose K is no multiple of it stays dense."""
+
+SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 FOREIGN_KEY = "quantization_config"
 """Key of config.json where other tools describe their quantization."""
@@ -63,9 +67,10 @@ class Format:
         """
         match = re.fullmatch(r"(int4-sym|int4|int8|nf4)(?:-g(32|64|128))?", text)
         if not match:
-            raise ValueError(
-                f"no weight format {text!r}: use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
-            )
+            known = f"use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
+            groups = [f"{name}-g{size}" for name in NAMED[:-1] for size in (32, 64, 128)]
+            near = suggestion(text, [*NAMED, *groups])
+            raise ValueError(f"no weight format {text!r}, {near}: {known}")
         name, group = match[1], match[2]
         default = {"int8": None, "nf4": 64}.get(name, 128)
         return cls(name.removesuffix("-sym"), int(group) if group else default, name != "int4")
@@ -128,10 +133,16 @@ class QuantizationConfig:
         if isinstance(value, str):
             if value not in CHOICES:
                 known = f"{', '.join(CHOICES)} or a format for each part"
-                raise ValueError(f"no quantization {value!r}: use {known}")
+                raise ValueError(
+                    f"no quantization {value!r}, {suggestion(value, CHOICES)}: use {known}"
+                )
             value = CHOICES[value]
-        if unknown := ", ".join(sorted(set(value) - set(PARTS))):
-            raise ValueError(f"no part {unknown} to quantize: the parts are {', '.join(PARTS)}")
+        if not isinstance(value, Mapping):
+            problem = "is a name or a mapping of parts to formats"
+            raise TypeError(f"quantization {problem}, not {value!r:.80}")
+        for part in sorted(map(str, set(value) - set(PARTS))):
+            parts = f"the parts are {', '.join(PARTS)}"
+            raise ValueError(f"no part {part} to quantize, {suggestion(part, PARTS)}: {parts}")
         chosen = {part: text for part, text in value.items() if text not in (None, "dense")}
         return cls(**{part: Format.parse(str(text)) for part, text in chosen.items()})
 
@@ -198,13 +209,15 @@ def stored_formats(raw: Mapping[str, Any], source: str) -> dict[str, Format]:
     if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
         version = entry.get("version") if isinstance(entry, Mapping) else None
         raise CheckpointError(
-            f"{source}: quantized form {version!r} is unknown: update mimo-fast or quantize again"
+            f"{source}: quantized form {shown(version)} is unknown: update mimo-fast or quantize "
+            "again"
         )
     try:
         return {name: Format.parse(about["format"]) for name, about in entry["tensors"].items()}
+    # A list has no items, a number no key.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{source}: its '{CONFIG_KEY}' is damaged ({error}): quantize again"
+            f"{source}: its '{CONFIG_KEY}' is damaged ({cut(error)}): quantize again"
         ) from error
 
 
@@ -225,6 +238,19 @@ def stored_tensors(
         else:
             stored[name] = shape, dense if isinstance(dense, torch.dtype) else dense[name]
     return stored
+
+
+def stored_types(shapes: Shapes, formats: Mapping[str, Format]) -> dict[str, list[torch.dtype]]:
+    """Types that each packed tensor in the file may have, by name.
+
+    Imported scales keep the type that the other tool gave them.
+    """
+    packed = {name: shapes[name] for name in formats if name in shapes}
+    usual = stored_tensors(packed, formats, torch.bfloat16)
+    return {
+        name: [*SCALES] if name.endswith(".scales") else [dtype]
+        for name, (_, dtype) in usual.items()
+    }
 
 
 def checkpoint_bytes(

@@ -41,7 +41,7 @@ def from_gptq(
         )
     zeros = _unpack(qzeros).T + (1 if v1 else 0)
     size = columns // groups
-    in_order = torch.arange(columns, device=q.device) // size
+    in_order = torch.arange(columns, device=q.device, dtype=torch.int64) // size
     order = in_order if g_idx is None else g_idx.long()
     if order.shape != (columns,) or order.min() < 0 or order.max() >= groups:
         raise CheckpointError(
@@ -95,7 +95,9 @@ def _in_order(weights: Weights, layer: str, size: int) -> bool:
     if f"{layer}g_idx" not in weights.names():
         return True
     order = weights.get(f"{layer}g_idx")
-    return torch.equal(order.long(), torch.arange(len(order)) // size)
+    return torch.equal(
+        order.long(), torch.arange(len(order), dtype=torch.int64, device="cpu") // size
+    )
 
 
 def _is_v1(about: Mapping[str, Any], source: Path) -> bool:

@@ -1,20 +1,28 @@
 """Converts checkpoints that other tools quantized: GPTQ (also by AutoRound), bitsandbytes NF4."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import Weights, open_weights
-from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.files import Weights, is_finite, open_weights
+from mimo_fast.checkpoint.folder import check_new_folder
+from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
-from mimo_fast.errors import CheckpointError
+from mimo_fast.errors import CheckpointError, MimoFastError
+from mimo_fast.json_files import cut, shown
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization import bitsandbytes, gptq
 from mimo_fast.quantization.convert import write_quantized
-from mimo_fast.quantization.formats import FOREIGN_KEY, PackedMatrices, QuantizationConfig
+from mimo_fast.quantization.formats import (
+    FOREIGN_KEY,
+    SCALES,
+    PackedMatrices,
+    QuantizationConfig,
+)
 from mimo_fast.quantization.search import quantize, relative_error
 
 METHODS: dict[str, Callable[[Weights, Shapes, Mapping[str, Any]], PackedMatrices]] = {
@@ -24,6 +32,8 @@ METHODS: dict[str, Callable[[Weights, Shapes, Mapping[str, Any]], PackedMatrices
     "bitsandbytes": bitsandbytes.packed_matrices,
 }
 """Importers by the quant_method of config.json."""
+
+DAMAGED = "download the checkpoint again"
 
 
 def import_checkpoint(
@@ -44,19 +54,22 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: the source's form is not supported, a package is missing, or the target
-            holds weights.
+            is not empty.
     """
     source = Path(source)
+    check_new_folder(Path(target))
     raw = dict(read_json(source / "config.json"))
     about = raw.pop(FOREIGN_KEY, None)
     method = about.get("quant_method") if isinstance(about, Mapping) else None
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise CheckpointError(
-            f"{source} is quantized by {method!r}: only GPTQ and bitsandbytes NF4 are imported"
+            f"{source} is quantized by {shown(method)}: only GPTQ and bitsandbytes NF4 are imported"
         )
-    shapes = lm_shapes(LMConfig.from_dict(raw, str(source / "config.json")))
-    weights = open_weights(source)
-    packed = METHODS[method](weights, shapes, about)
+    config, weights = LMConfig.from_dict(raw, str(source / "config.json")), open_weights(source)
+    weights.check_counts(lm_counts(config))
+    shapes = lm_shapes(config)
+    with _their_form(source):
+        packed = METHODS[method](weights, shapes, about)
     _check_shapes(weights, shapes, packed)
     chosen = QuantizationConfig.parse(quantization) or QuantizationConfig()
     formats = chosen.formats(shapes) | packed.formats
@@ -64,7 +77,16 @@ def import_checkpoint(
     dtypes = packed.dtypes | {name: weights.dtype(name) for name in unpacked}
 
     def matrix(name: str) -> QuantizedWeight | Tensor:
-        return packed.get(name) if name in packed.shapes else weights.get(name)
+        if name not in packed.shapes:
+            return weights.finite(name)
+        with _their_form(source):
+            found = packed.get(name)
+        numbers = found.scales if isinstance(found, QuantizedWeight) else found
+        if numbers.dtype not in SCALES or not is_finite(numbers):
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinite values, or is of a wrong type: {DAMAGED}"
+            )
+        return found
 
     def dense(name: str) -> Tensor:
         found = matrix(name)
@@ -79,12 +101,24 @@ def import_checkpoint(
             found = matrix(name)
             if isinstance(found, QuantizedWeight):
                 return found, None
-            quantized = quantize(found, formats[name])
+            quantized = quantize(found, formats[name], name=name)
             return quantized, relative_error(found, quantized)
 
         plan = raw, shapes, formats, dtypes
         about = {"parts": chosen.parts(), "imported": method}
         return write_quantized(Path(target), *plan, dense, convert, about, copy_from=source)
+
+
+@contextmanager
+def _their_form(source: Path) -> Iterator[None]:
+    """Explains tensors and JSON that are not of the form that their tool writes."""
+    try:
+        yield
+    except MimoFastError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        problem = f"{source} is not in the form that it claims ({type(e).__name__}: {cut(e)})"
+        raise CheckpointError(f"{problem}: {DAMAGED}") from e
 
 
 def _check_shapes(weights: Weights, shapes: Shapes, packed: PackedMatrices) -> None:

@@ -59,8 +59,15 @@ Searched = tuple[Tensor, Tensor, Tensor | None]
 Search = Callable[[Tensor], Searched]
 
 
-def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor,
+    chosen: Format,
+    bias: Tensor | None = None,
+    name: str = "a matrix to quantize",
+) -> QuantizedWeight:
     """weight [N, K] of any floating dtype -> its quantized form, on the same device, in row chunks.
+
+    name: what errors call it.
 
     Raises:
         ValueError: K is not a multiple of the group, or values are not finite.
@@ -76,8 +83,8 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
     def convert(start: int, end: int) -> tuple[Tensor, ...]:
         values = weight[start:end].float().reshape(-1, group)
         if not values.isfinite().all():
-            problem = "a matrix to quantize holds values that are not finite"
-            raise ValueError(f"{problem}: repair the checkpoint")
+            problem = f"{name} holds values that are not finite"
+            raise ValueError(f"{problem}: load an intact copy of the checkpoint")
         q, *grid = search[chosen.kind](values)
         words = pack_words(q.view(-1, columns), chosen.bits, group)
         return words, *(part.view(len(words), -1) for part in grid if part is not None)
@@ -90,7 +97,9 @@ def quantize(weight: Tensor, chosen: Format, bias: Tensor | None = None) -> Quan
         zeros=zeros[0] if zeros else None,
         bias=bias,
         bits=chosen.bits,
-        levels=torch.tensor(NF4_LEVELS, device=weight.device) if chosen.kind == "nf4" else None,
+        levels=torch.tensor(NF4_LEVELS, device=weight.device, dtype=torch.float32)
+        if chosen.kind == "nf4"
+        else None,
     )
 
 
@@ -200,7 +209,7 @@ def _widest(values: Tensor) -> Tensor:
 
 def _nf4(values: Tensor) -> Searched:
     """The nearest of 16 levels times the group's largest magnitude: as published, no search."""
-    levels = torch.tensor(NF4_LEVELS, device=values.device)
+    levels = torch.tensor(NF4_LEVELS, device=values.device, dtype=torch.float32)
     scale = values.abs().amax(1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(values * _inverse(scale), between).to(torch.uint8), scale, None

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimo_fast.arguments import suggestion
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
-from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
+from mimo_fast.checkpoint.layout import (
+    codec_counts,
+    codec_shapes,
+    codec_training_state,
+    lm_counts,
+    lm_shapes,
+)
 from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import cut
 from mimo_fast.kernels.defaults import NewPath, enabled
+from mimo_fast.modes import in_own_modes
+from mimo_fast.process import check_may_load
 from mimo_fast.quantization import (
     FOREIGN_KEY,
     Format,
@@ -21,8 +31,10 @@ from mimo_fast.quantization import (
     WeightSource,
     stored_formats,
     stored_shapes,
+    stored_types,
 )
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import (
@@ -62,6 +74,7 @@ class LoadOptions(HubOptions, total=False):
     offload: Iterable[str]
 
 
+@in_own_modes
 def load_parts(
     lm: PathLike,
     codec: PathLike,
@@ -71,8 +84,9 @@ def load_parts(
     options: LoadOptions,
 ) -> tuple[LM, Codec, Tokenizer, Setup]:
     """Loads a pair; both are found, checked and planned before any weight is read."""
+    check_may_load()
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
-    target = default_device() if device is None else torch.device(device)
+    target = find_device(device)
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
@@ -85,11 +99,13 @@ def load_parts(
     chosen, own_dtype = parse_dtype(dtype), lm_weights.dtype("model.norm.weight")
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
-    elif chosen is None and target.type == "cpu" and own_dtype == torch.float16:
-        # Few CPUs compute in float16.
+    elif chosen is None and target.type == "cpu" and own_dtype in (torch.float16, torch.float64):
+        # Few CPUs compute in float16, and no kernel does in float64.
         chosen = torch.float32
     lm_dtype = chosen or own_dtype
     codec_dtype = chosen or codec_weights.dtype("encoder.conv1.weight")
+    if codec_dtype == torch.float64:
+        codec_dtype = torch.float32
     formats = stored or (requested.formats(lm_shapes(lm_config)) if requested else {})
     codec_formats = codec_requested.formats(codec_shapes(codec_config)) if codec_requested else {}
     setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats)
@@ -105,7 +121,7 @@ def load_parts(
         source = WeightSource(read, lm_dtype, stored, requested)
         language_model = LM(lm_config, tokenizer.special.empty, source)
         read = _reader(codec_weights, target, bar)
-        source = WeightSource(read, chosen, requested=codec_requested)
+        source = WeightSource(read, codec_dtype, requested=codec_requested)
         audio_codec = Codec(codec_config, source, codebook=WeightSource(read, torch.float32))
     if "codec_encoder" in setup.offload:
         audio_codec.offload_encoder()
@@ -123,13 +139,16 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     batch = options.get("max_batch")
     cache, offload = options.get("kv_cache"), frozenset(options.get("offload") or ())
     if wanted is not None and not 2 <= wanted <= longest:
-        raise ValueError(f"max_seq_len must be between 2 and the model's {longest}, not {wanted}")
+        most = in_seconds(longest)
+        raise ValueError(f"max_seq_len must be between 2 and the model's {most}, not {wanted}")
     if batch is not None and batch < 1:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
         raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
-    if unknown := ", ".join(sorted(offload - set(OFFLOADABLE))):
-        raise ValueError(f"nothing called {unknown} to offload: use {', '.join(OFFLOADABLE)}")
+    for unknown in sorted(map(str, offload - set(OFFLOADABLE))):
+        near = suggestion(unknown, OFFLOADABLE)
+        known = ", ".join(OFFLOADABLE)
+        raise ValueError(f"nothing called {unknown} to offload, {near}: use {known}")
     setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
     free = free_bytes(device)
     if free is None:
@@ -185,7 +204,16 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
         )
     config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
     weights = open_weights(directory)
-    weights.validate(stored_shapes(lm_shapes(config), stored))
+    weights.check_counts(lm_counts(config))
+    shapes = lm_shapes(config)
+    for name, chosen in stored.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 2 or chosen.fit(shape[1]) != chosen:
+            raise CheckpointError(
+                f"{path} says that {cut(name)} is stored as {chosen}, which no matrix of that name "
+                "in this model can be: quantize again"
+            )
+    weights.validate(stored_shapes(shapes, stored), packed=stored_types(shapes, stored))
     return config, weights, stored
 
 
@@ -194,8 +222,27 @@ def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     path = directory / "config.json"
     config = CodecConfig.from_dict(read_json(path), str(path))
     weights = open_weights(directory)
+    weights.check_counts(codec_counts(config))
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device, tried out; the default one for None.
+
+    Raises:
+        ValueError: this machine, or this PyTorch, has no such device.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # which one depends on the device and on PyTorch's build
+        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        problem = f"there is no device {device} here, or PyTorch was built without it"
+        raise ValueError(f"{problem}: use {' or '.join([*cards, 'cpu'])}") from error
+    return found
 
 
 def default_device() -> torch.device:
@@ -220,7 +267,7 @@ def _reader(
     def read(name: str) -> Tensor:
         bar.update(1)
         if on_host and name.startswith(on_host) and device.type == "cuda":
-            return weights.get(name, device="cpu").pin_memory()
-        return weights.get(name, device=device)
+            return weights.finite(name).pin_memory()
+        return weights.finite(name, device)
 
     return read

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import PromptError
+from mimo_fast.process import Owner
+from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
@@ -31,7 +33,8 @@ from mimo_fast.sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
     MiMoSampler,
-    row_seeds,
+    check_seed,
+    one_seed,
     task_samplers,
 )
 from mimo_fast.text.prompt import Segment, Speech, pack, whole_patches
@@ -73,6 +76,7 @@ class Pipeline:
     setup: Setup
     _engine: Engine | None = field(default=None, repr=False)
     presets: dict[str, dict[str, MiMoSampler]] = field(init=False, repr=False)
+    owner: Owner = field(init=False, repr=False, default_factory=Owner)
 
     def __post_init__(self) -> None:
         self.presets = task_samplers(self.lm.config.greedy_tasks)
@@ -82,12 +86,33 @@ class Pipeline:
 
     @property
     def engine(self) -> Engine:
-        """The engine of every sequence; its KV cache is allocated on first use."""
+        """The engine of every sequence; its KV cache is allocated on first use.
+
+        Raises:
+            ClosedError: the pipeline has been closed, or this is a forked process.
+        """
+        self.owner.check()
         if self._engine is None:
             slots, quantized = self.setup.max_batch, self.setup.kv_cache is not None
             capacity = min(self.setup.max_seq_len, self.lm.config.max_positions)
             self._engine = Engine(self.lm, slots, capacity, quantized_cache=quantized)
         return self._engine
+
+    def close(self) -> None:
+        """Ends running replies with a ClosedError and lets go of engine and weights.
+
+        It may be called again. In a forked process it only marks the pipeline.
+        """
+        if self.owner.closed or self.owner.forked:
+            self.owner.closed = True
+            return
+        self.owner.closed = True
+        if self._engine is not None:
+            self._engine.close()
+        device = self.lm.device
+        del self.lm, self.codec
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def warmup(self, progress: bool = True) -> dict[str, int]:
         """Captures all graphs: of every batch size, and of `max_batch` codec streams.
@@ -114,12 +139,15 @@ class Pipeline:
 
         Raises:
             AudioError: the audio cannot be read.
+            NumericError: the codec's values are not finite.
             PromptError: it is shorter than a patch.
         """
+        self.owner.check()
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
         wav = load_audio(audio, self.codec.sample_rate)
         codes = self.codec.encode(wav, self.lm.config.channels).cpu()
+        codes = checked_codes(self.codec, codes, wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
         if not codes.shape[1]:
             raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
@@ -129,11 +157,13 @@ class Pipeline:
         self, seed: int | None = None, continued: bool = False, special_tokens: bool = False
     ) -> PromptContext:
         """The part of a model that the functions of `text/tasks.py` use."""
-        words = self.tokenizer.trained_words
+        self.owner.check()
+        seed, words = None if seed is None else check_seed(seed), self.tokenizer.trained_words
         return PromptContext(self.speech, words, seed, continued, special_tokens)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
         """Segments -> ids [C + 1, T G] on the CPU."""
+        self.owner.check()
         return pack(segments, self.tokenizer, self.lm.config)
 
     def prompt(
@@ -151,7 +181,7 @@ class Pipeline:
 
     def sequence(self, seed: int | None = None) -> TokenSequence:
         """An empty sequence; without a seed its draws come from a random one."""
-        return self.engine.sequence(row_seeds(seed, 1)[0])
+        return self.engine.sequence(one_seed(seed))
 
     def samplers(self, preset: str) -> Samplers:
         """The samplers of a preset (`Task.sampler`); upstream's defaults if it does not exist."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.errors import BusyError
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, caller, is_active, iterate_async
 from mimo_fast.runtime.lm.decode import Group, Samplers
@@ -39,6 +40,7 @@ class Turn:
     speech: Tensor
 
 
+@checked
 class Session:
     """A spoken dialogue in the format of upstream's multi-turn prompt.
 
@@ -85,6 +87,7 @@ class Session:
     @property
     def ids(self) -> Tensor:
         """Ids of the dialogue that the model sees: [C + 1, T G]."""
+        self._pipeline.owner.check()
         return self._sequence.ids
 
     @property
@@ -116,6 +119,7 @@ class Session:
             BusyError: another thread or task has not finished its turn, or the engine is full.
         """
         began, pipeline, sequence = perf_counter(), self._pipeline, self._sequence
+        pipeline.owner.check()
         check_limits(max_new_tokens, min_new_tokens)
         self._check_owner()
         speech = pipeline.speech(audio)
@@ -204,6 +208,8 @@ class Session:
 
     def astream(self, audio: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
+        self._pipeline.owner.check()
+        refuse_unknown(options, names_of(Session.stream, bound=True) or (), "Session.astream")
         return iterate_async(lambda: self.stream(audio, **options))
 
     def interrupt(self, played_ms: float) -> None:
@@ -214,6 +220,7 @@ class Session:
                 as heard; text, codes and cache after it are dropped. Text before it stays; it may
                 be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             self._keep_heard(played_ms)
@@ -228,6 +235,7 @@ class Session:
 
     def reset(self) -> None:
         """Drops all turns; the voice stays, and stays cached."""
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             self._sequence.truncate(self._prefix_groups)
@@ -238,6 +246,7 @@ class Session:
 
         A running reply ends as if its stream were closed.
         """
+        self._pipeline.owner.check()
         with self._lock:
             self._stop()
             about = {
@@ -256,15 +265,16 @@ class Session:
         """Reads a dialogue that `save` wrote, with its voice, draws and cache.
 
         Raises:
-            CheckpointError: the file is not a session, is damaged, or belongs to another model.
+            CheckpointError: the file is not a session, is damaged, contradicts itself, belongs to
+                another model, or is longer than this model's context.
         """
+        saved = read_session(path, pipeline.engine)
         session = cls(pipeline, samplers=samplers)
-        about, turns = read_session(path, pipeline.engine, session._sequence)
-        session._system_prompt, session._spoken = about["system_prompt"], list(about["spoken"])
-        # Files of earlier versions lack the key.
-        session._special_tokens = about.get("special_tokens", False) is True
-        session._prefix_groups = session._sequence.prefix_groups = about["opening"]
-        session._turns = [Turn(*turn) for turn in turns]
+        saved.fill(session._sequence)
+        session._system_prompt, session._spoken = saved.system_prompt, saved.spoken
+        session._special_tokens = saved.special_tokens
+        session._prefix_groups = saved.opening
+        session._turns = [Turn(*turn) for turn in saved.turns]
         return session
 
     def _record_patch(self, group: Group) -> None:

@@ -117,11 +117,22 @@ class SplitStream(ChunkStream):
         if (current := self._progress.current) is not None:
             current.prefill()
 
+    @property
+    def orphaned(self) -> bool:
+        current = self._progress.current
+        return current is not None and current.orphaned
+
+    def check(self) -> None:
+        if (current := self._progress.current) is not None:
+            current.check()
+
     def close(self) -> None:
         # First: a thread that waits for the next chunk holds the lock.
         self._progress.closing.set()
         if (current := self._progress.current) is not None:
             current.close()
+        if self.orphaned:
+            return
         with self._lock:
             self._chunks.close()
 

@@ -79,15 +79,25 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         PromptError: a segment is neither text nor speech, or has codes of another shape.
     """
     special = tokenizer.special
-    parts = [torch.empty(config.channels + 1, 0, dtype=torch.int64)]
+    parts = [torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")]
 
     def text(ids: Sequence[int]) -> None:
-        codes = torch.tensor(config.empty_codes)[:, None].expand(-1, len(ids) * config.group_size)
-        parts.append(_with_text(torch.tensor(ids, dtype=torch.int64), codes, config.group_size))
+        codes = torch.tensor(config.empty_codes, dtype=torch.int64, device="cpu")[:, None].expand(
+            -1, len(ids) * config.group_size
+        )
+        parts.append(
+            _with_text(torch.tensor(ids, dtype=torch.int64, device="cpu"), codes, config.group_size)
+        )
 
     def speech(codes: Tensor) -> None:
         patches = codes.shape[1] // config.group_size
-        parts.append(_with_text(torch.full((patches,), special.empty), codes, config.group_size))
+        parts.append(
+            _with_text(
+                torch.full((patches,), special.empty, dtype=torch.int64, device="cpu"),
+                codes,
+                config.group_size,
+            )
+        )
 
     for segment in segments:
         written = segment.text if isinstance(segment, SpokenReply) else segment
@@ -153,7 +163,7 @@ def _interleaved(
 
 
 def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    channel = torch.full((len(ids), group_size), TEXT_FILLER, dtype=torch.int64)
+    channel = torch.full((len(ids), group_size), TEXT_FILLER, dtype=torch.int64, device="cpu")
     channel[:, 0] = ids
     return torch.cat((channel.view(1, -1), codes.to("cpu", torch.int64)))
 

@@ -6,9 +6,11 @@ for the published files.
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from mimo_fast.config import read_json
 from mimo_fast.errors import CheckpointError, PromptError
+from mimo_fast.json_files import cut, read_json, regular_size, shown
+from mimo_fast.text.tokenizer_file import load_tokenizer_file
 
 MODEL_TOKENS = {
     "sosp": "<|sosp|>",
@@ -37,6 +40,9 @@ THINK_TOKENS = ("<think>", "</think>")
 """The bounds of what a model thinks before it answers."""
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+MAX_ADDED = 10_000
+"""Entries of `added_tokens_decoder` at most; the tables are built from all of them."""
 
 TRAINED_WORDS = "trained_words"
 """Our key of tokenizer_config.json: a list of lower-case words."""
@@ -69,6 +75,9 @@ class Tokenizer:
         config: content of tokenizer_config.json, and of special_tokens_map.json where that lacks a
             key.
         source: what to call it in errors.
+
+    Attributes:
+        trained_words: The only words that the model was trained on; empty where config has none.
     """
 
     def __init__(
@@ -79,9 +88,10 @@ class Tokenizer:
         backend.no_padding()
         try:
             _add_configured_tokens(backend, config)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.trained_words = frozenset(_texts(config.get(TRAINED_WORDS)))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             problem = f"the special tokens in {source}/tokenizer_config.json are malformed"
-            raise CheckpointError(f"{problem} ({error!r}): download the file again") from error
+            raise CheckpointError(f"{problem} ({cut(error)}): download the file again") from error
         _add_special(backend, MODEL_TOKENS.values())
 
     @classmethod
@@ -98,15 +108,11 @@ class Tokenizer:
         directory = Path(directory)
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (directory / name).is_file():
+            if os.path.lexists(directory / name):
                 given = read_json(directory / name).items()
                 config |= {key: value for key, value in given if value is not None}
-        if (path := directory / "tokenizer.json").is_file():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(path))
-            # tokenizers raises no more specific class.
-            except Exception as error:
-                raise CheckpointError(f"{path} is damaged ({error}): download it again") from error
+        if os.path.lexists(path := directory / "tokenizer.json"):
+            backend = load_tokenizer_file(path)
         else:
             backend = _from_vocabulary(directory)
         return cls(backend, config, str(directory))
@@ -166,11 +172,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; the largest id is larger where there are gaps."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
-
-    @cached_property
-    def trained_words(self) -> frozenset[str]:
-        """The only words that the model was trained on; empty if tokenizer_config.json has none."""
-        return frozenset(self._config.get(TRAINED_WORDS) or ())
 
     @cached_property
     def eos_id(self) -> int:
@@ -251,28 +252,44 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
         fix = "transformers: pip install mimo-fast[transformers]"
         raise CheckpointError(f"{problem} {fix}") from error
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
-    # transformers raises whatever the parser it picked happens to raise.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        problem = f"cannot read vocab.json of {directory} ({reason})"
+        for path in directory.iterdir():
+            if path.suffix in (".json", ".txt", ".jinja", ".model"):
+                regular_size(path)
+        # Never the checkpoint's own code, and never a question on stdin whether to run it.
+        loaded = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        return loaded.backend_tokenizer
+    # transformers raises whatever the parser it picked happens to raise, panics too.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        problem = f"cannot read vocab.json of {directory} ({cut(error)})"
         raise CheckpointError(f"{problem}: add a tokenizer.json") from error
 
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Adds what transformers adds: `added_tokens_decoder` in order, then other special tokens."""
     listed = config.get("added_tokens_decoder") or {}
+    if len(listed) > MAX_ADDED:
+        raise ValueError(f"{len(listed)} added tokens, where at most {MAX_ADDED} are read")
+    tokens = []
     for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         names = ("single_word", "lstrip", "rstrip", "normalized")
         flags = {name: bool(entry[name]) for name in names if name in entry}
-        token = AddedToken(_content(entry), special=bool(entry.get("special")), **flags)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        tokens.append(AddedToken(_content(entry), special=bool(entry.get("special")), **flags))
+    # In as few calls as the order allows: each call rebuilds the library's tables.
+    for special, together in groupby(tokens, key=lambda token: bool(token.special)):
+        (backend.add_special_tokens if special else backend.add_tokens)([*together])
     named = [config.get(name) for name in NAMED_TOKENS]
     # transformers 5 writes the additional ones as a list under extra_special_tokens; 4 has a
     # mapping of names there.
-    extra = config.get("extra_special_tokens") or ()
-    named += config.get("additional_special_tokens") or ()
-    named += extra.values() if isinstance(extra, dict) else extra
+    extra = config.get("extra_special_tokens") or []
+    extra = [*extra.values()] if isinstance(extra, dict) else extra
+    for tokens in (config.get("additional_special_tokens") or [], extra):
+        if not isinstance(tokens, list):
+            raise TypeError(f"{shown(tokens)} is no list of tokens")
+        named += tokens
     _add_special(backend, map(_content, named))
 
 
@@ -288,4 +305,16 @@ def _is_control(token: AddedToken) -> bool:
 
 def _content(token: Any) -> str:
     """A special token's text: config files give it as a string or as an object."""
-    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+    text = token["content"] if isinstance(token, dict) else token or ""
+    if not isinstance(text, str):
+        raise TypeError(f"{shown(text)} is no token")
+    return text
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of texts, or none."""
+    if value is not None and not (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    ):
+        raise TypeError(f"{shown(value)} is no list of words")
+    return value or []

@@ -1,21 +1,17 @@
-"""Decoding from every kind of source, and writing without leaving anything half done."""
+"""Decoding from every kind of source."""
 
 import io
-import os
 import re
-import stat
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from helpers import refuses
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sounds import encode, error_of, noise
 from torch.testing import assert_close
 
-from mimo_fast.audio.files import load_audio, save_wav
+from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.resample import resample
 from mimo_fast.errors import AudioError
 
@@ -44,7 +40,8 @@ def test_lossy_files(kind, subtype):
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
 @pytest.mark.parametrize("rate", [8000, 24000, 44100, 192000])
 def test_channels_are_averaged_before_resampling(channels, rate):
-    samples = noise(5000, channels)
+    # A mean of many channels that have nothing in common would lose too much to be taken.
+    samples = (noise(5000, channels) + noise(5000, 1)) / 2
     wav = load_audio(encode(samples, rate, "WAV", "FLOAT"), 24000)
     expected = resample(torch.from_numpy(samples).mean(dim=1), rate, 24000)
     assert_close(wav, expected, rtol=0, atol=1e-6)
@@ -163,107 +160,3 @@ def test_not_a_number(bad, place, rate):
     samples[place] = bad
     assert "NaN or infinite" in error_of(encode(samples, rate, "WAV", "FLOAT"))
     assert "NaN or infinite" in error_of(samples, source_rate=rate)
-
-
-def test_written_bytes_equal_soundfile(tmp_path):
-    edges = torch.tensor([1.0, -1.0, 1.5, -7.0, 1e30, -1e-12, 2.0**-17])
-    wav = torch.cat([torch.from_numpy(noise(70_000)), edges])
-    save_wav(tmp_path / "ours.wav", wav, 24000)
-    soundfile.write(tmp_path / "theirs.wav", wav.numpy(), 24000)
-    assert (tmp_path / "ours.wav").read_bytes() == (tmp_path / "theirs.wav").read_bytes()
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=50))
-def test_written_samples_are_clipped_and_nearest(values):
-    file = io.BytesIO()
-    save_wav(file, torch.tensor(values, dtype=torch.float32), 24000)
-    samples, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float64")
-    assert rate == 24000
-    expected = np.clip(np.array(values), -1, 32767 / 32768)
-    assert np.all(np.abs(samples - expected) <= 1 / 32768)
-
-
-def test_round_trip(tmp_path):
-    half = torch.from_numpy(noise(5000)).to(torch.bfloat16).requires_grad_()
-    save_wav(str(tmp_path / "a.wav"), half, 16000)
-    wav = load_audio(tmp_path / "a.wav", 16000)
-    save_wav(tmp_path / "b.wav", wav, 16000)
-    assert torch.equal(load_audio(tmp_path / "b.wav", 16000), wav)
-
-
-def test_writing_to_an_object_that_cannot_seek():
-    class Pipe(io.RawIOBase):
-        data = b""
-
-        def writable(self) -> bool:
-            return True
-
-        def write(self, data: bytes) -> int:  # type: ignore[override]
-            self.data += data
-            return len(data)
-
-    pipe = Pipe()
-    save_wav(pipe, torch.zeros(100), 24000)  # type: ignore[arg-type]
-    assert len(load_audio(pipe.data, 24000)) == 100
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(error, tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise error
-
-    path = tmp_path / "out.wav"
-    path.write_text("old")
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises((AudioError, KeyboardInterrupt)) as caught:
-        save_wav(path, torch.zeros(10), 24000)
-    if isinstance(error, OSError):
-        assert str(caught.value) == f"cannot write {path}: No space left on device"
-    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
-    assert path.read_text() == "old"
-
-
-def test_targets_that_cannot_be_written(tmp_path):
-    missing = tmp_path / "no" / "a.wav"
-    message = re.escape(f"cannot write {missing}: No such file or directory")
-    refuses(message, save_wav, missing, torch.zeros(10), 24000, kind=AudioError)
-    refuses("not a regular file", save_wav, tmp_path, torch.zeros(10), 24000, kind=AudioError)
-    refuses("not a regular file", save_wav, "/dev/null", torch.zeros(10), 24000, kind=AudioError)
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    with pytest.raises(AudioError, match="cannot write"):
-        save_wav(io.BufferedReader(io.BytesIO()), torch.zeros(10), 24000)  # type: ignore[arg-type]
-
-
-def test_a_link_is_written_through_and_permissions_are_the_usual(tmp_path):
-    target, link, plain = tmp_path / "real" / "a.wav", tmp_path / "link.wav", tmp_path / "plain"
-    target.parent.mkdir()
-    link.symlink_to(target)
-    save_wav(link, torch.zeros(10), 24000)
-    assert link.is_symlink()
-    assert len(load_audio(target, 24000)) == 10
-    plain.touch()
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-@pytest.mark.parametrize("wav", [torch.zeros(1, 10), torch.zeros(10).short(), torch.tensor(0.0)])
-def test_waveforms_of_another_layout_are_refused(wav):
-    refuses(r"float samples \[n\]", save_wav, io.BytesIO(), wav, 24000, kind=AudioError)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_waveforms_with_nan_are_refused(bad, tmp_path):
-    with pytest.raises(AudioError, match="NaN or infinite"):
-        save_wav(tmp_path / "a.wav", torch.tensor([0.0, bad]), 24000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_writing_at_an_impossible_rate_is_refused():
-    refuses("sample rate", save_wav, io.BytesIO(), torch.zeros(10), 0, kind=AudioError)
-
-
-@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "FLAC"])
-def test_the_suffix_chooses_the_format(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    save_wav(path, torch.zeros(4800), 24000)
-    assert (soundfile.info(path).format, soundfile.info(path).samplerate) == (suffix.upper(), 24000)

@@ -25,7 +25,7 @@ from mimo_fast.errors import AudioError
 def test_paths_that_cannot_be_read(tmp_path, monkeypatch):
     missing = tmp_path / "missing.wav"
     assert error_of(missing) == f"cannot read {missing}: No such file or directory"
-    assert f"{tmp_path} is not a regular file" in error_of(tmp_path)
+    assert f"{tmp_path} is a folder" in error_of(tmp_path)
     assert "cannot read ''" in error_of("")
     assert "cannot read 'a\\x00b'" in error_of("a\0b")
     assert r"two\nlines.wav" in error_of(tmp_path / "two\nlines.wav")

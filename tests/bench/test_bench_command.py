@@ -129,6 +129,17 @@ def test_time_is_kept(monkeypatch, capsys):
     assert len(given) == 1
     assert given[0] < 0
     assert "not measured: 2 streams and more, for want of time" in err
+    assert out.splitlines()[6].split()[-3] == "-"
+    assert "not measured: the worst silence of 1: no audio came" in err
+
+
+def test_a_reply_shorter_than_the_look_ahead_says_nothing_of_silence(monkeypatch, capsys):
+    monkeypatch.setattr(command, "STREAMS", (1,))
+    monkeypatch.setattr(command, "PATCHES", 10)
+    assert main(["bench"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[6].split()[-3] == "-"
+    assert "not measured: the worst silence of 1: the replies were shorter than the" in err
 
 
 @pytest.mark.parametrize(

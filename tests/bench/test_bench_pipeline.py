@@ -75,6 +75,17 @@ def test_every_task_has_the_groups_it_was_told_and_audio_for_each_patch(target, 
         assert metrics.unmeasured["audio_ttfp"] == "the reply is text"
 
 
+def test_a_reply_shorter_than_the_look_ahead_measures_no_silence(target):
+    short = measure(target.sized(1, 160), spoken(patches=pipeline.LOOKAHEAD))
+    assert short.audio_seconds == pytest.approx(pipeline.LOOKAHEAD * 0.16)
+    assert short.audio_ttfp is not None
+    assert short.audio_underrun is short.audio_continuity is None
+    assert "shorter than the look-ahead" in short.unmeasured["audio_underrun"]
+    longer = measure(target.sized(1, 160), spoken(patches=pipeline.LOOKAHEAD + 2))
+    assert longer.audio_underrun is not None
+    assert "audio_underrun" not in longer.unmeasured
+
+
 def test_names_are_the_fields(target):
     names = asdict(measure(target.sized(1, 160), spoken()))
     wanted = "ttft audio_ttfp itl e2el audio_rtf audio_rtfx audio_underrun audio_continuity"

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,7 +216,7 @@ def test_the_disk_is_checked_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     draw, asked = initialize._draw, []
 
     def failing(shapes, seed, name):
@@ -229,8 +228,4 @@ def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch, error):
     monkeypatch.setattr(initialize, "_draw", failing)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         init_checkpoint(tmp_path / "new")
-    left = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
-    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    assert left == {"README.md", "config.json", "model.safetensors"} | tokenizer
-    assert not list((tmp_path / "new" / "codec").glob("*"))
-    assert json.loads((tmp_path / "new" / "lm" / "config.json").read_text())
+    assert not list(tmp_path.iterdir()), "the folder is whole or is not there"

@@ -75,7 +75,7 @@ def test_tts_names_words_that_a_model_of_stated_words_does_not_know(capsys, tmp_
 
     def warnings(text: str, *options: object) -> list[str]:
         _, err = runs(capsys, "tts", text, "-o", tmp_path / "a.wav", *options, *SHORT)
-        return [line for line in err.splitlines() if line.startswith("warning")]
+        return [line for line in err.splitlines() if "may garble" in line]
 
     text = "Seven 42, hello world of worlds: hello world!"
     assert warnings(text, *limited) == [
@@ -308,21 +308,6 @@ def test_interrupt_stops_at_once_and_writes_nothing(tmp_path):
         assert process.wait(timeout=60) == 130, rest
     assert rest.strip() == "mimo-fast: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_and_version_do_without_torch():
-    code = """if True:
-        import sys
-        from mimo_fast.cli.main import main
-        for arguments in (["--version"], ["--help"], ["tts", "--help"]):
-            try:
-                main(arguments)
-            except SystemExit as end:
-                assert end.code == 0
-        assert "torch" not in sys.modules
-    """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_output_into_a_closed_pipe_is_quiet():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mimo_fast.kernels.patch_embed import FEW_FRAMES, patch_embed, patch_embed_ref
+from mimo_fast.kernels.sample import NOT_FINITE
 
 SIZES = (65, 17, 9)
 FEW = st.integers(1, 5)
@@ -60,6 +61,23 @@ def test_a_patch_of_empty_codes_is_zero():
     _, table, offsets, empty = inputs(1, 4, 24, 3)
     nothing = empty[None, :, None].expand(2, -1, 4)
     assert torch.equal(patch_embed(nothing, table, offsets, empty), torch.zeros(2, 4, 24))
+
+
+def test_a_code_that_could_not_be_drawn_makes_its_frame_nan():
+    """And no other frame; no row before the table is read."""
+    codes, table, offsets, empty = inputs(3, 4, 40, 3)
+    want = patch_embed(codes, table, offsets, empty)
+    for channel in range(3):
+        broken = codes.clone()
+        broken[1, channel, 2] = NOT_FINITE
+        for got in (
+            patch_embed(broken, table, offsets, empty),
+            patch_embed_ref(broken, table, offsets, empty),
+        ):
+            assert got[1, 2].isnan().all()
+            whole = torch.ones(3, 4, dtype=torch.bool)
+            whole[1, 2] = False
+            torch.testing.assert_close(got[whole], want[whole], rtol=1e-6, atol=1e-6)
 
 
 def test_channels_must_agree():

@@ -7,13 +7,20 @@ import torch
 from helpers import assert_as_exact_as_eager, refuses, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import rows_of
+from rows import rows_not_finite, rows_of
 from torch import Tensor
 from torch.testing import assert_close
 
 from mimo_fast.kernels import sample_text as text_module
 from mimo_fast.kernels.dispatch import jit, tl
-from mimo_fast.kernels.sample import NEAR, SamplerTensors, filter_scores, gumbel, near_gumbel
+from mimo_fast.kernels.sample import (
+    NEAR,
+    NOT_FINITE,
+    SamplerTensors,
+    filter_scores,
+    gumbel,
+    near_gumbel,
+)
 from mimo_fast.kernels.sample_codes import (
     code_steps,
     head_logits,
@@ -46,7 +53,7 @@ def undecided(logits, batch: SamplerTensors, got: Tensor, want: Tensor, slack=1e
         moved = SamplerTensors(*settings, tail, batch.greedy, False)
         kept.append(filter_scores(logits, moved) > -math.inf)
     moved = kept[0] != kept[1]
-    at = torch.stack((got, want), dim=1)
+    at = torch.stack((got, want), dim=1).clamp(min=0)
     return (batch.tail > 0) & moved.gather(1, at).any(1)
 
 
@@ -77,6 +84,23 @@ def test_text_tokens_with_banned_ids(kind):
     # A row whose best ids are all banned, so that often nothing is left.
     best = logits >= logits.quantile(0.99, dim=1, keepdim=True)
     assert assert_same_tokens(logits, SAMPLERS, 7, best) == 0
+
+
+@pytest.mark.parametrize("size", [2, 1100, 5000])
+def test_logits_that_are_no_numbers_draw_nothing(size):
+    """In every chunk, with rows beside them that are not touched, and no loop without an end."""
+    logits, banned, lost = rows_not_finite(size)
+    picked = [SAMPLERS[row % len(SAMPLERS)] for row in range(len(logits))]
+    for ban in (banned, None):
+        where = (
+            lost if ban is not None else ~(logits < math.inf).all(1) | (logits == -math.inf).all(1)
+        )
+        for chosen in (picked, [GREEDY] * len(logits)):
+            ids = sample_text(
+                logits, sampler_tensors(chosen), *random_seeds(len(logits), size), ban
+            )
+            assert torch.equal(ids == NOT_FINITE, where)
+            assert assert_same_tokens(logits, chosen, size, ban) == 0
 
 
 def test_text_tokens_at_the_published_vocabulary():
@@ -282,6 +306,42 @@ def test_a_step_without_active_heads_gives_zeros():
     x = sample_codes(torch.ones(1, 8), steps[5], table, greedy, None, codes, table)
     assert torch.equal(x, torch.zeros(1, 8))
     assert bool((codes == -1).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["one head", "one row", "the empty code"])
+def test_codes_of_logits_that_are_no_numbers_are_none(value, place):
+    """Only those, in rows and channels; and no address is out of the table."""
+    sizes, rows = SIZES["tiny"], len(SAMPLERS)
+    empty = [size - 1 for size in sizes]
+    step = code_steps(sizes, empty, DELAYS["tiny"], 4)[3]
+    generator = torch.Generator().manual_seed(0)
+    hidden, heads, embeddings = (
+        torch.randn(n, 32, generator=generator) for n in (rows, sum(sizes), sum(sizes))
+    )
+    lost = torch.zeros(rows, 8, dtype=torch.bool)
+    first = sizes[0]
+    if place == "one row":
+        hidden[2], lost[2, :4] = math.nan, True
+    else:
+        heads[first + (empty[1] if place == "the empty code" else 7)] = math.nan
+        lost[:, 1] = True
+    if value == math.inf:
+        heads, hidden = heads.nan_to_num(math.inf), hidden.nan_to_num(math.inf)
+        hidden = hidden.abs() if place != "one row" else hidden
+        heads = heads.abs() if place == "one row" else heads
+    got, want = (torch.full((rows, 8, 4), -7) for _ in range(2))
+    for picked in (SAMPLERS, [GREEDY] * rows):
+        batch = sampler_tensors(picked)
+        seeds, draws = random_seeds(rows, 1)
+        noise = None if batch.all_greedy else patch_noise(seeds, draws, 4, sum(sizes))
+        x = sample_codes(hidden, step, heads, batch, noise, got, embeddings)
+        y = sample_codes_ref(hidden, step, heads, batch, noise, want, embeddings)
+        assert torch.equal(got, want)
+        frames = 3 - torch.arange(4)
+        assert torch.equal(got[:, torch.arange(4), frames] == NOT_FINITE, lost[:, :4])
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+        assert x.isfinite().all()
 
 
 def test_code_arguments_that_do_not_match_are_refused():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimo_fast.kernels import text_embed as module
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.kernels.text_embed import input_embed, input_embed_ref
 
 EMPTY = 5
@@ -79,3 +80,17 @@ def test_strides_are_checked():
     text, patches = torch.tensor([1, 2]), normal(2, 32)
     refuses("must be contiguous", input_embed, text, patches, normal(32, 12).T, EMPTY)
     refuses("must be contiguous", input_embed, text, normal(2, 64)[:, ::2], normal(12, 32), EMPTY)
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_a_token_that_could_not_be_drawn_reads_inside_the_table(kind):
+    """Memory before the table is NaN; rows beside it are what they were."""
+    memory = torch.full((24, 128), torch.nan)
+    memory[12:] = normal(12, 128)
+    table = memory[12:] if kind is None else quantized(memory[12:], kind)
+    patches = torch.zeros(3, 128)
+    text = torch.tensor([3, NOT_FINITE, 11])
+    x = input_embed(text, patches, table, EMPTY)
+    assert x.isfinite().all()
+    want = input_embed(text.clamp(min=0), patches, table, EMPTY)
+    assert torch.equal(x, want)

@@ -8,9 +8,10 @@ import torch
 from helpers import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import rows_not_finite
 from torch import Tensor
 
-from mimo_fast.kernels.sample import filter_scores, gumbel, sample
+from mimo_fast.kernels.sample import NOT_FINITE, filter_scores, gumbel, sample
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
 
 
@@ -263,6 +264,19 @@ def test_banned_ids_are_never_drawn(logits, data):
         if allowed[row].max() > -torch.inf:
             assert not banned[row, ids[row]]
             assert logits[row, ids[row]] > -torch.inf
+
+
+@pytest.mark.parametrize("size", [2, 129])
+def test_logits_that_are_no_numbers_draw_nothing(size):
+    logits, banned, lost = rows_not_finite(size)
+    index = torch.arange(len(logits))
+    noise = gumbel(index, index, index * 0, size)
+    for sampler in (GREEDY, MiMoSampler(True, 0.8, 20, 0.9), MiMoSampler(True, 1.0, None, 0.5)):
+        ids = sample(logits, sampler_tensors([sampler] * len(logits)), noise, banned)
+        assert torch.equal(ids == NOT_FINITE, lost)
+        kept = ~lost
+        some = sampler_tensors([sampler] * int(kept.sum()))
+        assert torch.equal(ids[kept], sample(logits[kept], some, noise[kept], banned[kept]))
 
 
 def test_half_precision_logits_are_filtered_in_float32():

@@ -228,7 +228,7 @@ class TestHistory:
         limit_context(own, 80)
         own.text_dialogue_sft("Hi.", max_new_tokens=4)
         before = history(own)
-        problem = "the model's context is 80: start a new one or shorten the input"
+        problem = r"context is 80 groups \(12\.8 s\): start a new one or shorten"
         with pytest.raises(PromptError, match=problem):
             own.text_dialogue_sft("too long " * 20, max_new_tokens=4, add_history=True)
         assert torch.equal(history(own), before)

@@ -33,25 +33,25 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_attention(int layer, in
         uint4 piece, second;
         get(from, lane < 16 ? from + 32 : from, tag, piece, second);
         note(OUT, 0);
-        warp_barrier();
+        sync_warp();
         untag(piece, *reinterpret_cast<float(*)[4]>(own + 4 * lane));
         if (lane < 16) untag(second, *reinterpret_cast<float(*)[4]>(own + 4 * (lane + 32)));
-        warp_barrier();
+        sync_warp();
         const auto joined = [&](int part) {
             const float* at = own + sub * 6 * HEAD + part * HEAD + d;
-            return from_bfloat16(to_bfloat16(at[0] + at[3 * HEAD]));
+            return widen<Bfloat16>(narrow<Bfloat16>(at[0] + at[3 * HEAD]));
         };
         float q = joined(0), k = joined(1);
-        const uint16_t v = to_bfloat16(joined(2));
+        const uint16_t v = narrow<Bfloat16>(joined(2));
         const float cosine = angles[position * HEAD + d % 8], sine = angles[position * HEAD + 8 + d % 8];
-        const float other_q = from_lane_xor(q, 8), other_k = from_lane_xor(k, 8);
+        const float other_q = shfl_xor(q, 8), other_k = shfl_xor(k, 8);
         q = q * cosine + (d < 8 ? -other_q : other_q) * sine;
-        const uint16_t key = to_bfloat16(k * cosine + (d < 8 ? -other_k : other_k) * sine);
-        warp_barrier();
+        const uint16_t key = narrow<Bfloat16>(k * cosine + (d < 8 ? -other_k : other_k) * sine);
+        sync_warp();
         own[sub * 6 * HEAD + d] = q;
         const uint4* new_key = reinterpret_cast<const uint4*>(own + sub * 6 * HEAD + HEAD);
         const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(new_key))[d] = key;
-        warp_barrier();
+        sync_warp();
         if (d == position) keys[0] = new_key[0], keys[1] = new_key[1];
         float score = 0;
 #pragma unroll
@@ -61,22 +61,22 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_attention(int layer, in
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
                 const uint32_t two = part_of(keys[e / 8], e % 8 / 2 + f / 2);
-                score += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
+                score += some[f] * widen<Bfloat16>(uint16_t(two >> f % 2 * 16));
             }
         }
         score = d <= position ? score * 0.25f : -INFINITY;
         float most = score;
 #pragma unroll
-        for (int mask = 1; mask < 16; mask *= 2) most = fmaxf(most, from_lane_xor(most, mask));
+        for (int mask = 1; mask < 16; mask *= 2) most = fmaxf(most, shfl_xor(most, mask));
         float weight = d <= position ? fast_exp(score - most) : 0, all = weight;
 #pragma unroll
-        for (int mask = 1; mask < 16; mask *= 2) all += from_lane_xor(all, mask);
+        for (int mask = 1; mask < 16; mask *= 2) all += shfl_xor(all, mask);
         weight = fast_divide(weight, all);
         float* shares = own + sub * 6 * HEAD + 2 * HEAD;
         // The block that keeps this position's value may have written it already: it counts once.
         shares[d] = d == position ? 0 : weight;
         if (d == position) shares[HEAD] = weight;
-        warp_barrier();
+        sync_warp();
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < POSITIONS; j += 4) {
@@ -85,16 +85,16 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_attention(int layer, in
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
                 const uint32_t two = part_of(past.values[j / 8], j % 8 / 2 + f / 2);
-                sum += some[f] * from_bfloat16(uint16_t(two >> f % 2 * 16));
+                sum += some[f] * widen<Bfloat16>(uint16_t(two >> f % 2 * 16));
             }
         }
-        sum += shares[HEAD] * from_bfloat16(v);
-        const uint16_t result = to_bfloat16(sum);
+        sum += shares[HEAD] * widen<Bfloat16>(v);
+        const uint16_t result = narrow<Bfloat16>(sum);
         x[place_of<BITS>(head * HEAD + d)] = result;
         if (SUM_X) {
-            float plain = from_bfloat16(result);
+            float plain = widen<Bfloat16>(result);
 #pragma unroll
-            for (int mask = 1; mask < 16; mask *= 2) plain += from_lane_xor(plain, mask);
+            for (int mask = 1; mask < 16; mask *= 2) plain += shfl_xor(plain, mask);
             if (d == 0) x_sums[head] = plain;
         }
         // A head's keys and values are written by the block that has, of the jobs of its half, the one of its number.

@@ -39,7 +39,7 @@ namespace {
 
 template <int BITS, int DEPTH, bool USUAL>
 __global__ void __launch_bounds__(512) decode(const Decoder p) {
-    DYNAMIC_SHARED(shared);
+    unsigned char* const shared = dynamic_shared();
     Engine<BITS, DEPTH, USUAL> engine(p, shared);
     engine.run();
 }

@@ -17,6 +17,8 @@ constexpr int CHANNELS = 8;
 constexpr int FRAMES = 4;
 constexpr uint32_t PATIENCE = 1 << 20;
 
+constexpr int AND_OR = 0xea;      // (a & b) | c
+constexpr int NOT_AND_OR = 0xae;  // (~a & b) | c
 constexpr uint32_t HALVES = 0x000f000f;
 constexpr uint32_t MAGIC = 0x43004300;
 constexpr float OFFSET_INT4 = 128 + 8;
@@ -78,11 +80,11 @@ __device__ inline uint32_t part_of(const uint4& words, int i) {
     return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-__device__ inline uint32_t pair(uint32_t word, int shift) { return and_or(word >> shift, HALVES, MAGIC); }
+__device__ inline uint32_t pair(uint32_t word, int shift) { return lop3<AND_OR>(word >> shift, HALVES, MAGIC); }
 
 // Two q + 128 of a word, at bits 0 and 16, as two q: 128 and the low seven bits, less 128 or 256.
 __device__ inline uint32_t byte_pair(uint32_t word) {
-    return add_two(and_or(word, 0x007f007f, MAGIC), not_and_or(word, 0x00800080, 0xc300c300));
+    return add_pairs<Bfloat16>(lop3<AND_OR>(word, 0x007f007f, MAGIC), lop3<NOT_AND_OR>(word, 0x00800080, 0xc300c300));
 }
 
 // 16 bytes of shared memory at once.
@@ -209,8 +211,8 @@ struct Engine {
         gated = out + 2 * quads;
         down = gated + ffn() / 4;
         logits = down + 2 * quads;
-        kept = p.keep < 0 ? policy_of_others() : policy_to_keep();
-        others = p.keep < 0 ? policy_of_others() : policy_to_drop();
+        kept = p.keep < 0 ? policy_evict_normal() : policy_evict_last();
+        others = p.keep < 0 ? policy_evict_normal() : policy_evict_first();
         for (int job = blockIdx.x; job < dim() / TILE * 2; job += blocks()) needs |= 1 << job % 2;
         layer_units = (4 * dim() + 3 * ffn()) / TILE * (dim() / COLUMNS);
         layers_to_ask = p.layers * p.steps;
@@ -369,7 +371,7 @@ struct Engine {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int column = 4 * threadIdx.x + e;
-                p.hidden[int64_t(step) * dim() + column] = to_bfloat16(residual[e] * scale * from_bfloat16(weights[e]));
+                p.hidden[int64_t(step) * dim() + column] = narrow<Bfloat16>(residual[e] * scale * widen<Bfloat16>(weights[e]));
             }
         }
         if (p.heads) {
@@ -392,7 +394,7 @@ struct Engine {
         note(-1, 0);
         bool going = true;
         for (int i = 0; going && i < p.steps; ++i) going = step(i);
-        wait_for_copies<0>();
+        cp_async_wait_group<0>();
         if (!going) return;
         // Every block has read the first tag before it published anything.
         if (blockIdx.x == 0 && threadIdx.x == 0) store_relaxed(p.state, tag);

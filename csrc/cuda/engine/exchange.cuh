@@ -54,8 +54,8 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_residual(int which, con
     if (i >= quads) return;
     if (input) {
         const uint2 given = load_shared_data(reinterpret_cast<const uint2*>(input) + i);
-        residual[0] = from_bfloat16(uint16_t(given.x)), residual[1] = from_bfloat16(uint16_t(given.x >> 16));
-        residual[2] = from_bfloat16(uint16_t(given.y)), residual[3] = from_bfloat16(uint16_t(given.y >> 16));
+        residual[0] = widen<Bfloat16>(uint16_t(given.x)), residual[1] = widen<Bfloat16>(uint16_t(given.x >> 16));
+        residual[2] = widen<Bfloat16>(uint16_t(given.y)), residual[3] = widen<Bfloat16>(uint16_t(given.y >> 16));
     } else if (partial) {
         uint4 first, second;
         get(partial + i, partial + quads + i, tag, first, second);
@@ -72,16 +72,16 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_residual(int which, con
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         square += residual[e] * residual[e];
-        const uint16_t value = to_bfloat16(residual[e] * from_bfloat16(weights[e]));
-        sum += from_bfloat16(value);
+        const uint16_t value = narrow<Bfloat16>(residual[e] * widen<Bfloat16>(weights[e]));
+        sum += widen<Bfloat16>(value);
         place[which == END ? e : place_after<BITS>(e)] = value;
     }
     if (SUM_X && which != END) {
-        sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+        sum += shfl_xor(sum, 1), sum += shfl_xor(sum, 2);
         if (i % 4 == 0) x_sums[i / 4] = sum;
     }
 #pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) square += from_lane_xor(square, mask);
+    for (int mask = 1; mask < 32; mask *= 2) square += shfl_xor(square, mask);
     if (i % 32 == 0) squares[i / 32] = square;
 }
 
@@ -99,12 +99,12 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::stage_gated() {
             untag(piece, values);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const uint16_t value = to_bfloat16(values[e]);
-                sum += from_bfloat16(value);
+                const uint16_t value = narrow<Bfloat16>(values[e]);
+                sum += widen<Bfloat16>(value);
                 place[place_after<BITS>(e)] = value;
             }
             if (SUM_X) {
-                sum += from_lane_xor(sum, 1), sum += from_lane_xor(sum, 2);
+                sum += shfl_xor(sum, 1), sum += shfl_xor(sum, 2);
                 if (i % 4 == 0) x_sums[i / 4] = sum;
             }
         }
@@ -139,7 +139,7 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::publish_gated(float scale) {
         const float value = silu(gate * scale) * (up * scale);
         float four[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) four[e] = from_lane(value, lane / 4 * 4 + e);
+        for (int e = 0; e < 4; ++e) four[e] = shfl(value, lane / 4 * 4 + e);
         const uint32_t job = blockIdx.x + own * blocks();
         if (start + lane < all && lane % 4 == 0) put(gated + job * 4 + row / 4, four);
     }
@@ -162,7 +162,7 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::publish(int layer, const uint
             const uint16_t bias[4] = {uint16_t(both.x), uint16_t(both.x >> 16), uint16_t(both.y),
                                       uint16_t(both.y >> 16)};
 #pragma unroll
-            for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : from_bfloat16(bias[e]));
+            for (int e = 0; e < 4; ++e) total[e] = total[e] * scale + (half ? 0 : widen<Bfloat16>(bias[e]));
             put(qkv + job * 12 + place, total);
         } else {
             put((WHICH == OUT ? out : down) + half * quads + job / 2 * 4 + quad, total);

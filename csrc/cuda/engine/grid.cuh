@@ -55,26 +55,15 @@ __device__ inline void look_again(int nanoseconds) {
 
 __device__ inline int64_t clocks_now() { return clock64(); }
 
-// How L2 treats a line: among the last to leave it, or among the first.
-__device__ inline uint64_t policy_to_keep() {
+// Lines that leave L2 last.
+__device__ inline uint64_t policy_evict_last() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-__device__ inline uint64_t policy_of_others() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ inline uint64_t policy_to_drop() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// Copies to shared memory that a thread waits for with `wait_for_copies`, which makes its own copies visible to it alone.
+// Copies to shared memory, of a group as those of `cp_async`, that are visible to their own thread alone once it has
+// waited for them.
 __device__ inline void copy_16(void* shared, const void* global, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
                      uint32_t(__cvta_generic_to_shared(shared))),
@@ -89,37 +78,7 @@ __device__ inline void copy_8(void* shared, const void* global, uint64_t policy)
                  : "memory");
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but the last LEFT commits have come.
-template <int LEFT>
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-
-__device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-__device__ inline float from_lane_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 __device__ inline uint32_t greatest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
-__device__ inline void warp_barrier() { __syncwarp(); }
-
-// (a & b) | c. Of two constants the compiler makes two instructions.
-__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t got;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
-    return got;
-}
-
-__device__ inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t got;
-    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(got) : "r"(a), "r"(b), "r"(c));
-    return got;
-}
-
-__device__ inline float from_bfloat16(uint16_t bits) { return widen<Bfloat16>(bits); }
-__device__ inline uint16_t to_bfloat16(float value) { return narrow<Bfloat16>(value); }
-__device__ inline uint32_t add_two(uint32_t a, uint32_t b) { return add_pairs<Bfloat16>(a, b); }
-__device__ inline void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-    mma_m16n8k16<Bfloat16>(d, a0, a1, a2, a3, b0, b1);
-}
 
 // Within some units in the last place, without the cases of a division that IEEE 754 asks for.
 __device__ inline float fast_exp(float value) { return __expf(value); }
@@ -127,8 +86,6 @@ __device__ inline float fast_divide(float value, float by) { return __fdividef(v
 
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
-
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 // Launches a kernel of one argument whose blocks may wait for each other: refused if they do not all fit at once.
 template <class Argument>

@@ -12,8 +12,8 @@ __device__ inline float Engine<BITS, DEPTH, USUAL>::dot(const uint4& a, const ui
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t v = part_of(a, i), w = part_of(b, i);
-        sum += from_bfloat16(uint16_t(v)) * from_bfloat16(uint16_t(w));
-        sum += from_bfloat16(uint16_t(v >> 16)) * from_bfloat16(uint16_t(w >> 16));
+        sum += widen<Bfloat16>(uint16_t(v)) * widen<Bfloat16>(uint16_t(w));
+        sum += widen<Bfloat16>(uint16_t(v >> 16)) * widen<Bfloat16>(uint16_t(w >> 16));
     }
     return sum;
 }
@@ -45,8 +45,8 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::make_logits(const Active& act
 #pragma unroll
         for (int j = 0; j < 4; ++j)
             if (j * 256 < dim()) sum += dot(values[j], reinterpret_cast<const uint4*>(x)[j * 32 + lane]);
-        for (int mask = 1; mask < 32; mask *= 2) sum += from_lane_xor(sum, mask);
-        if (lane == 0) sums[i] = head_row(i) < active.rows ? from_bfloat16(to_bfloat16(sum * scale)) : -INFINITY;
+        for (int mask = 1; mask < 32; mask *= 2) sum += shfl_xor(sum, mask);
+        if (lane == 0) sums[i] = head_row(i) < active.rows ? widen<Bfloat16>(narrow<Bfloat16>(sum * scale)) : -INFINITY;
     }
     __syncthreads();
     note(END, 2);
@@ -142,11 +142,11 @@ __device__ inline bool Engine<BITS, DEPTH, USUAL>::draw(int step, const Active& 
 #pragma unroll
     for (int a = 0; a < FRAMES; ++a) {
         const uint2 four = fours_of[a];
-        total[0] += from_bfloat16(uint16_t(four.x)), total[1] += from_bfloat16(uint16_t(four.x >> 16));
-        total[2] += from_bfloat16(uint16_t(four.y)), total[3] += from_bfloat16(uint16_t(four.y >> 16));
+        total[0] += widen<Bfloat16>(uint16_t(four.x)), total[1] += widen<Bfloat16>(uint16_t(four.x >> 16));
+        total[2] += widen<Bfloat16>(uint16_t(four.y)), total[3] += widen<Bfloat16>(uint16_t(four.y >> 16));
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) residual[e] = from_bfloat16(to_bfloat16(total[e]));
+    for (int e = 0; e < 4; ++e) residual[e] = widen<Bfloat16>(narrow<Bfloat16>(total[e]));
     note(DRAW, 1);
     return true;
 }

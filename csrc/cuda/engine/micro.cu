@@ -90,11 +90,11 @@ struct Stream {
 
 template <int DEPTH, bool HINTED>
 __global__ void __launch_bounds__(512) stream(const Stream s) {
-    DYNAMIC_SHARED(shared);
+    unsigned char* const shared = dynamic_shared();
     uint4* fifo = reinterpret_cast<uint4*>(shared) + threadIdx.x;
     const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
-    const uint64_t kept = policy_to_keep(), dropped = policy_to_drop();
+    const uint64_t kept = policy_evict_last(), dropped = policy_evict_first();
     int64_t next = warp;
     int pass = 0;
     uint32_t sum = 0;
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(512) stream(const Stream s) {
             next += warps;
             if (next >= s.pieces) next = warp, ++pass;
         }
-        commit_copies();
+        cp_async_commit_group();
     };
     for (int i = 0; i < DEPTH; ++i) ask(i);
     const int64_t each = (s.pieces - warp + warps - 1) / warps;
     int slot = 0;
     for (int64_t n = 0; n < each * s.passes; ++n) {
-        wait_for_copies<DEPTH - 1>();
+        cp_async_wait_group<DEPTH - 1>();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint4 got = fifo[(slot * 4 + i) * blockDim.x];
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(512) stream(const Stream s) {
         ask(slot);
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
-    wait_for_copies<0>();
+    cp_async_wait_group<0>();
     s.result[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 

@@ -38,7 +38,7 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::list() {
         if (lane == 0) counts[which] = count;
         all_units += count;
     }
-    warp_barrier();
+    sync_warp();
 }
 
 template <int BITS, int DEPTH, bool USUAL>
@@ -57,7 +57,7 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::ask() {
             if (++ask_layer == p.layers) ask_layer = 0;
         }
     }
-    commit_copies();
+    cp_async_commit_group();
     ask_slot = ask_slot + 1 == DEPTH ? 0 : ask_slot + 1;
 }
 
@@ -66,7 +66,7 @@ template <int BITS, int DEPTH, bool USUAL>
 template <int LEFT>
 __device__ inline void Engine<BITS, DEPTH, USUAL>::multiply_next() {
     const Unit now = units[unit];
-    wait_for_copies<LEFT>();
+    cp_async_wait_group<LEFT>();
     const int place = warp * DEPTH + slot;
     multiply_unit(fifo + place * PARTS * 32 + lane, fifo_scales[place * 32 + lane], now.block, sums + now.sums * TILE);
     unit = unit + 1 == all_units ? 0 : unit + 1;
@@ -114,8 +114,8 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::multiply_unit(const uint4* fr
             for (int i = 0; i < 4; ++i) {
                 const uint32_t up = part_of(upper[part], i), low = part_of(lower[part], i);
                 const uint4& both = values[part * 2 + i / 2];
-                multiply_add(some[i], byte_pair(up), byte_pair(low), byte_pair(up >> 8), byte_pair(low >> 8),
-                             part_of(both, i % 2 * 2), part_of(both, i % 2 * 2 + 1));
+                mma_m16n8k16<Bfloat16>(some[i], byte_pair(up), byte_pair(low), byte_pair(up >> 8),
+                                       byte_pair(low >> 8), part_of(both, i % 2 * 2), part_of(both, i % 2 * 2 + 1));
             }
     } else {
 #pragma unroll
@@ -123,8 +123,8 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::multiply_unit(const uint4* fr
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t up = part_of(upper[0], i), low = part_of(lower[0], i);
-                multiply_add(some[i], pair(up, 4 * s), pair(low, 4 * s), pair(up, 4 * s + 4), pair(low, 4 * s + 4),
-                             part_of(values[i], s), part_of(values[i], s + 1));
+                mma_m16n8k16<Bfloat16>(some[i], pair(up, 4 * s), pair(low, 4 * s), pair(up, 4 * s + 4),
+                                       pair(low, 4 * s + 4), part_of(values[i], s), part_of(values[i], s + 1));
             }
     }
     // All columns of the products are the one row of x: a thread in four stores.
@@ -141,7 +141,7 @@ __device__ inline void Engine<BITS, DEPTH, USUAL>::multiply_unit(const uint4* fr
             const uint32_t both = half ? scale.y : scale.x;
             float sum = some[0][2 * half] + some[1][2 * half] + (some[2][2 * half] + some[3][2 * half]);
             if (SUM_X) sum -= (OFFSET_INT4 + from_half(uint16_t(both >> 16))) * plain;
-            to[half * 8 + g] = from_bfloat16(uint16_t(both)) * sum;
+            to[half * 8 + g] = widen<Bfloat16>(uint16_t(both)) * sum;
         }
     }
 }

@@ -36,6 +36,7 @@ class CodecStack:
     def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
         self._arguments = (tuple(layers), heads, eps)
         compiled = native.compiled()
+        native.expect(bool(layers), "there are no layers")
         self._dim, self._heads, self.layers = len(layers[0][0][0]), heads, len(layers)
         self._native = compiled.CodecStack(dim=self._dim, heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
@@ -57,7 +58,7 @@ class CodecStack:
             and (bias is None or bias.shape == weight.shape),
             f"a norm is not float32 [{self._dim}] on a CPU, contiguous and frozen",
         )
-        return native.compiled().Norm(weight=weight.data_ptr(), bias=native.address(bias))
+        return native.compiled().Norm(**native.addresses(weight=weight, bias=bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy reads the copied weights.
@@ -74,6 +75,8 @@ class CodecStack:
         Raises:
             ValueError: shapes or types are others, or a slot is no place.
         """
+        if x.ndim != 2 or k.ndim != 4:
+            raise ValueError(f"x is {list(x.shape)}, not [T, {self._dim}], or k not [L, H, S, Dh]")
         rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
         if x.shape != (rows, self._dim) or x.dtype != torch.float32:
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
@@ -89,15 +92,9 @@ class CodecStack:
             raise ValueError(f"visible is not bool [{rows}, {places}]")
         y = x.clone(memory_format=torch.contiguous_format)
         table, visible = table.contiguous(), visible.contiguous()
-        attention = native.compiled().CodecAttention(
-            table=table.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            slots=slots.data_ptr(),
-            visible=visible.data_ptr(),
-            places=places,
-        )
-        self._native.run(x=y.data_ptr(), rows=rows, attention=attention)
+        tensors = native.addresses(table=table, k=k, v=v, slots=slots, visible=visible)
+        attention = native.compiled().CodecAttention(**tensors, places=places)
+        self._native.run(**native.addresses(x=y), rows=rows, attention=attention)
         return y
 
 

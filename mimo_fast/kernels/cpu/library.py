@@ -22,7 +22,7 @@ from mimo_fast.kernels.dispatch import ENVIRONMENT
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
-from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.kernels.sample import ROWS_OF, SamplerTensors
 
 INSTRUCTION_SET = "MIMO_FAST_CPU"
 """Environment variable that names a set of kernels."""
@@ -103,9 +103,13 @@ def refuses(weight: QuantizedWeight) -> str:
 
 
 def _refuses_form(weight: QuantizedWeight) -> str:
-    scales, zeros = weight.scales, weight.zeros
-    if weight.words.device.type != "cpu":
+    words, scales, zeros = weight.words, weight.scales, weight.zeros
+    if not all(part is None or part.is_cpu for part in (words, scales, zeros)):
         return "the weight is not on a CPU"
+    if weight.bits not in BLOCKS or words.ndim != 2 or scales.ndim != 2:
+        return "words and scales are not two matrices of 4 or 8 bits"
+    if not words.shape[1] or not scales.shape[1]:
+        return "it has no columns"
     if weight.levels is not None:
         return "the format has a table of levels"
     if weight.torch_scales is not None:
@@ -137,6 +141,9 @@ def quantized_matmul(
     one another.
     """
     assert _native is not None
+    vectors = (x, residual, weight.bias, norm and norm.weight)
+    if not all(part is None or part.is_floating_point() for part in vectors):
+        raise ValueError("x, the residual, the bias and the norm are not floating-point")
     if x.dtype not in DTYPES:
         norm = norm and RMSNorm(norm.weight.float(), norm.eps)
         wide = quantized_matmul(
@@ -144,7 +151,7 @@ def quantized_matmul(
         )
         return wide.to(x.dtype)
     rows, columns = weight.shape
-    if x.shape[-1] != columns or x.device.type != "cpu":
+    if x.ndim == 0 or x.shape[-1] != columns or x.device.type != "cpu":
         raise ValueError(f"x is {list(x.shape)} on {x.device}, the weight {columns} wide on a CPU")
     if weight.bias is not None and weight.bias.shape != (rows,):
         raise ValueError(f"the bias is not one of {rows} rows")
@@ -158,12 +165,11 @@ def quantized_matmul(
     product = _native.QuantizedMatmul(
         weight=view(weight),
         type=_type(x),
-        bias=address(bias),
-        norm=address(gain),
+        **addresses(bias=bias, norm=gain),
         eps=norm.eps if norm else 0.0,
         swiglu=swiglu,
     )
-    product.run(x=flat.data_ptr(), y=y.data_ptr(), residual=address(added), rows=len(flat))
+    product.run(**addresses(x=flat, y=y, residual=added), rows=len(flat))
     return y
 
 
@@ -179,12 +185,11 @@ def view(weight: QuantizedWeight) -> _native.QuantizedWeight:
     reason = _refuses_form(weight)
     expect(not reason, f"native code does not read the weight: {reason}")
     (rows, columns), scales, zeros = weight.shape, weight.scales, weight.zeros
-    expect(len(scales) == rows, f"the scales are not those of {rows} rows")
+    groups = columns // weight.group
+    expect(scales.shape == (rows, groups), f"the scales are not those of {rows} rows")
     expect(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
     made = compiled().QuantizedWeight(
-        words=weight.words.data_ptr(),
-        scales=scales.data_ptr(),
-        zeros=address(zeros),
+        **addresses(words=weight.words, scales=scales, zeros=zeros),
         bits=weight.bits,
         block=math.gcd(128, weight.group),
         group=weight.group,
@@ -217,15 +222,16 @@ def decode_attention(
     """
     assert _native is not None
     k, v = cache.k, cache.v
+    if k.ndim != 4 or cache.k_scales is not None:
+        raise ValueError(f"the cache is {list(k.shape)}, not [B, Hkv, S, Dh] without scales")
     kv_heads, head_dim = k.shape[1], k.shape[3]
     width = (heads + 2 * kv_heads) * head_dim
     if qkv.shape[1:] != (1, width) or qkv.stride(2) != 1:
         raise ValueError(f"qkv is {list(qkv.shape)}, not [R, 1, {width}]")
-    if k.dtype != qkv.dtype or v.dtype != qkv.dtype:
+    if qkv.dtype not in DTYPES or k.dtype != qkv.dtype or v.dtype != qkv.dtype:
         raise ValueError(f"qkv is {qkv.dtype} and the cache {k.dtype}, {v.dtype}")
-    check_layout(k, v)
-    if table.shape[2] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
-        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
+    cache_view = view_cache(k[None], v[None])
+    check_table(table, head_dim)
     y = qkv.new_empty(len(qkv), 1, heads * head_dim)
     attention = _native.DecodeAttention(
         type=_type(qkv),
@@ -235,35 +241,40 @@ def decode_attention(
         table=table.data_ptr(),
         positions=table.shape[1],
     )
-    one_layer = _native.Cache(
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        layers=1,
-        slots=k.shape[0],
-        capacity=k.shape[2],
-        layer_stride=0,
-        slot_stride=k.stride(0),
-        head_stride=k.stride(1),
-        position_stride=k.stride(2),
-    )
     attention.run(
-        qkv=qkv.data_ptr(),
+        **addresses(qkv=qkv, y=y),
         row_stride=qkv.stride(0),
-        y=y.data_ptr(),
-        cache=one_layer,
+        cache=cache_view,
         at=positions(len(qkv), slots, starts),
     )
     return y
 
 
-def check_layout(k: Tensor, v: Tensor) -> None:
-    """Checks that keys and values [..., Dh] can be read in place.
+def check_table(table: Tensor, head_dim: int) -> None:
+    """Raises ValueError unless a table is of `rope_table` for heads of so many values."""
+    shape = table.shape
+    fits = len(shape) == 3 and shape[0] == 2 and shape[2] == head_dim // 2
+    if not fits or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"the table is not float32 [2, positions, {head_dim // 2}]")
+
+
+def view_cache(k: Tensor, v: Tensor) -> _native.Cache:
+    """The native view of keys and values [L, B, Hkv, S, Dh], which are read in place.
 
     Raises:
         ValueError: their layouts differ, or heads are not contiguous.
     """
-    if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
+    if k.ndim != 5 or k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("keys and values are not of one layout, heads contiguous")
+    layers, slots, _, capacity, _ = k.shape
+    strides = zip(("layer", "slot", "head", "position"), k.stride(), strict=False)
+    return compiled().Cache(
+        **addresses(k=k, v=v),
+        layers=layers,
+        slots=slots,
+        capacity=capacity,
+        **{f"{name}_stride": stride for name, stride in strides},
+    )
 
 
 def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
@@ -275,7 +286,7 @@ def positions(rows: int, slots: Tensor, starts: Tensor) -> _native.Positions:
     for values in (slots, starts):
         if values.dtype != torch.int64 or values.shape != (rows,) or not values.is_contiguous():
             raise ValueError(f"slots or starts are not int64 [{rows}], but {list(values.shape)}")
-    return compiled().Positions(slots=slots.data_ptr(), starts=starts.data_ptr(), rows=rows)
+    return compiled().Positions(**addresses(slots=slots, starts=starts), rows=rows)
 
 
 def takes_logits(
@@ -307,17 +318,18 @@ def sample_text(
 ) -> Tensor:
     """`sample_text` of sample_text.py."""
     assert _native is not None
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not floating [R, V]")
     rows, size = logits.shape
     if not fit_rows(rows, settings, seeds, draws):
         raise ValueError(f"settings, seeds and draws are not of {rows} rows")
     if banned is not None and not _bans(banned, logits):
         raise ValueError("banned is not bool, of the ids or of rows of them")
-    flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64)
+    flat, ids = logits.float().contiguous(), torch.empty(rows, dtype=torch.int64, device="cpu")
     banned = None if banned is None else banned.contiguous()
     _native.sample(
         logits=_native.Logits(
-            values=flat.data_ptr(),
-            banned=address(banned),
+            **addresses(values=flat, banned=banned),
             banned_stride=size if banned is not None and banned.ndim == 2 else 0,
             size=size,
             slot=slot,
@@ -334,7 +346,7 @@ def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
     Returns float32 [count], for ids from `first` on.
     """
     assert _native is not None
-    noise = torch.empty(count)
+    noise = torch.empty(count, dtype=torch.float32, device="cpu")
     _native.gumbel(
         seed=seed, draw=draw, slot=slot, first=first, count=count, noise=noise.data_ptr()
     )
@@ -343,34 +355,36 @@ def gumbel(seed: int, draw: int, slot: int, first: int, count: int) -> Tensor:
 
 def fit_rows(rows: int, settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> bool:
     """Whether the settings are of so many rows, each as the samplers read it."""
-    return all(
-        x.shape == (rows,) and x.dtype == dtype and x.is_contiguous()
-        for x, dtype in (
-            (settings.temperature, torch.float32),
-            (settings.top_k, torch.int64),
-            (settings.tail, torch.float32),
-            (settings.greedy, torch.bool),
-            (seeds, torch.int64),
-            (draws, torch.int64),
-        )
-    )
+    values = [(getattr(settings, name), kind) for name, kind in ROWS_OF.items()]
+    values += [(seeds, torch.int64), (draws, torch.int64)]
+    return all(x.shape == (rows,) and x.dtype == kind and x.is_contiguous() for x, kind in values)
 
 
 def sampler_rows(settings: SamplerTensors, seeds: Tensor, draws: Tensor) -> _native.SamplerRows:
     """The native view of settings that `fit_rows`."""
     return compiled().SamplerRows(
-        temperature=settings.temperature.data_ptr(),
-        top_k=settings.top_k.data_ptr(),
-        tail=settings.tail.data_ptr(),
-        greedy=settings.greedy.data_ptr(),
-        seeds=seeds.data_ptr(),
-        draws=draws.data_ptr(),
+        **addresses(**{name: getattr(settings, name) for name in ROWS_OF}),
+        **addresses(seeds=seeds, draws=draws),
         rows=len(seeds),
     )
 
 
 def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where a tensor's values lie; 0 for none.
+
+    Raises:
+        ValueError: they are not in the memory of this CPU.
+    """
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        raise ValueError(f"a tensor of {list(tensor.shape)} is on {tensor.device}, not on a CPU")
+    return tensor.data_ptr()
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    """Arguments that native code reads, or writes, by address; 0 for none."""
+    return {name: address(tensor) for name, tensor in tensors.items()}
 
 
 def _type(tensor: Tensor) -> _native.Type:

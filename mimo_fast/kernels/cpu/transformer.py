@@ -57,15 +57,16 @@ class Transformer:
         heads: int,
         kv_heads: int,
     ) -> None:
+        native.expect(norm.ndim == 1, f"the norm is {list(norm.shape)}, not [D]")
+        native.check_table(table, 2 * table.shape[-1])
         if not takes_transformer(layers, norm, table):
             raise ValueError("the native transformer takes small float32 models on a CPU alone")
         self._arguments = (tuple(layers), norm, eps, table, heads, kv_heads)
         head_dim = 2 * table.shape[2]
         self.dim, self._head_shape = len(norm), (kv_heads, head_dim)
         self.native = native.compiled().Transformer(
-            norm=norm.data_ptr(),
+            **native.addresses(norm=norm, table=table),
             eps=eps,
-            table=table.data_ptr(),
             positions=table.shape[1],
             dim=len(norm),
             heads=heads,
@@ -77,10 +78,9 @@ class Transformer:
                 attention_norm.shape == ffn_norm.shape == norm.shape, "norms are of other widths"
             )
             self.native.add_layer(
-                attention_norm=attention_norm.data_ptr(),
+                **native.addresses(attention_norm=attention_norm, ffn_norm=ffn_norm),
                 qkv=linear(qkv),
                 out=linear(out),
-                ffn_norm=ffn_norm.data_ptr(),
                 gate_up=linear(gate_up),
                 down=linear(down),
             )
@@ -100,7 +100,7 @@ class Transformer:
         """
         if x.ndim != 2 or not _is_rows(x, self.dim):
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [R, {self.dim}]")
-        native.check_layout(k, v)
+        cache = native.view_cache(k, v)
         if (
             k.dtype != torch.float32
             or v.dtype != torch.float32
@@ -110,20 +110,9 @@ class Transformer:
                 f"the cache is {k.dtype} {list(k.shape)}, not float32 [layers, slots, kv_heads, "
                 f"capacity, head_dim] with kv_heads and head_dim {list(self._head_shape)}"
             )
-        cache = native.compiled().Cache(
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            layers=k.shape[0],
-            slots=k.shape[1],
-            capacity=k.shape[3],
-            layer_stride=k.stride(0),
-            slot_stride=k.stride(1),
-            head_stride=k.stride(2),
-            position_stride=k.stride(3),
-        )
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         at = native.positions(len(x), slots, starts)
-        self.native.step(x=x.data_ptr(), y=y.data_ptr(), cache=cache, at=at)
+        self.native.step(**native.addresses(x=x, y=y), cache=cache, at=at)
         return y
 
     def encode(self, x: Tensor, causal: bool) -> Tensor:
@@ -137,9 +126,8 @@ class Transformer:
         if x.ndim != 3 or not _is_rows(x, self.dim):
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [N, T, {self.dim}]")
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        self.native.encode(
-            x=x.data_ptr(), y=y.data_ptr(), sequences=len(x), length=x.shape[1], causal=causal
-        )
+        given = native.addresses(x=x, y=y)
+        self.native.encode(**given, sequences=len(x), length=x.shape[1], causal=causal)
         return y
 
 
@@ -167,6 +155,7 @@ class PatchDecoder:
     ) -> None:
         self._arguments = (transformer, heads, embeddings, tuple(steps), channels, group_size)
         self._shape = (channels, group_size)
+        native.expect(heads.ndim == 2, f"heads are {list(heads.shape)}, not [rows, D]")
         self._dim = heads.shape[1]
         native.expect(
             takes_table(heads)
@@ -177,18 +166,20 @@ class PatchDecoder:
         )
         self._native = native.compiled().PatchDecoder(
             transformer=transformer.native,
-            heads=heads.data_ptr(),
-            embeddings=embeddings.data_ptr(),
+            **native.addresses(heads=heads, embeddings=embeddings),
             table_rows=len(heads),
             channels=channels,
             group_size=group_size,
         )
         for step in steps:
             native.expect(
-                step.dtype == torch.int64 and step.shape[0] == 5 and step.is_contiguous(),
+                step.dtype == torch.int64
+                and step.ndim == 2
+                and len(step) == 5
+                and step.is_contiguous(),
                 "a step's heads are not int64 [5, active]",
             )
-            self._native.add_step(heads=step.data_ptr(), active=step.shape[1])
+            self._native.add_step(heads=native.address(step), active=step.shape[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -202,10 +193,13 @@ class PatchDecoder:
             raise ValueError(f"local is {local.dtype} {list(local.shape)}, not [R, {self._dim}]")
         if not native.fit_rows(rows, settings, seeds, draws):
             raise ValueError(f"settings, seeds and draws are not of {rows} rows")
-        local, codes = local.contiguous(), torch.empty(rows, *self._shape, dtype=torch.int64)
+        local, codes = (
+            local.contiguous(),
+            # Zeros, for a patch of which no step draws a part.
+            torch.zeros(rows, *self._shape, dtype=torch.int64, device="cpu"),
+        )
         self._native.decode(
-            local=local.data_ptr(),
-            codes=codes.data_ptr(),
+            **native.addresses(local=local, codes=codes),
             settings=native.sampler_rows(settings, seeds, draws),
         )
         return codes

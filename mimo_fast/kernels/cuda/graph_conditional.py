@@ -76,7 +76,9 @@ class ConditionalGraph:
         self._library, self._device, self._launches = found, tokens.device, 0
         self._tokens, self._slots = tokens, slots
         self._count = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        self._host = torch.zeros(len(tokens) + 1, dtype=torch.int64, pin_memory=tokens.is_cuda)
+        self._host = torch.zeros(
+            len(tokens) + 1, dtype=torch.int64, pin_memory=tokens.is_cuda, device="cpu"
+        )
         if tokens.is_cuda:
             # Whatever stream it is launched on finds the count at zero.
             torch.cuda.current_stream(tokens.device).synchronize()

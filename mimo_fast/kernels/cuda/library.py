@@ -138,7 +138,7 @@ def refuses_form(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     return "" if weight.words.data_ptr() % 16 == 0 else "the weight is not aligned to 16 bytes"
 
 
-def quantized_matmul(
+def quantized_mma(
     x: Tensor,
     weight: QuantizedWeight,
     norm: RMSNorm | None,
@@ -159,25 +159,18 @@ def quantized_matmul(
         variant: one of its configurations, 0 for its own choice.
 
     Raises:
+        ValueError: shapes, types, layouts or devices do not fit.
         RuntimeError: the device refused the launch.
     """
-    rows, columns = weight.shape
+    _check_product(x, weight, residual, swiglu, y)
+    if norm is not None:
+        _expect(norm.weight, (weight.shape[1],), x, "the norm's weight")
     scale = None if norm is None else _aligned(norm.weight)
     pointers = (x, scale, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
     with _current(x):
         error = _library(loaded).mimo_fast_quantized_mma(
-            *map(_at, pointers),
-            x.stride(0),
-            len(x),
-            rows,
-            columns,
-            weight.bits,
-            _grouped(weight),
-            swiglu,
-            x.dtype == torch.float16,
-            variant,
-            0.0 if norm is None else norm.eps,
-            _stream(x),
+            *map(_at, pointers), *shape, 0.0 if norm is None else norm.eps, _stream(x)
         )
     _check(error, f"a product of {len(x)} rows")
     return y
@@ -200,30 +193,20 @@ def quantized_gemm(
     loaded: ctypes.CDLL | None = None,
     variant: int = 0,
 ) -> Tensor:
-    """`quantized_matmul` for many rows, without a norm.
+    """`quantized_mma` for many rows, without a norm.
 
     x and each of its rows start at a multiple of 16 bytes. Values of the weight are rounded to
     x.dtype, as `unpack` does.
 
     Raises:
+        ValueError: shapes, types, layouts or devices do not fit.
         RuntimeError: the device refused the launch.
     """
-    rows, columns = weight.shape
+    _check_product(x, weight, residual, swiglu, y)
     pointers = (x, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
+    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
     with _current(x):
-        error = _library(loaded).mimo_fast_quantized_gemm(
-            *map(_at, pointers),
-            x.stride(0),
-            len(x),
-            rows,
-            columns,
-            weight.bits,
-            _grouped(weight),
-            swiglu,
-            x.dtype == torch.float16,
-            variant,
-            _stream(x),
-        )
+        error = _library(loaded).mimo_fast_quantized_gemm(*map(_at, pointers), *shape, _stream(x))
     _check(error, f"a product of {len(x)} rows")
     return y
 
@@ -236,8 +219,15 @@ def unpack(
     Values, and the scales before them, are rounded to out's dtype.
 
     Raises:
+        ValueError: shapes, types, layouts or devices do not fit, or rows are none of the weight's.
         RuntimeError: the device refused the launch.
     """
+    _check_weight(weight, out)
+    rows, columns = weight.shape
+    fits = out.ndim == 2 and out.shape[1] == columns and out.is_contiguous()
+    if not fits or not 0 <= start <= start + len(out) <= rows:
+        where = f"rows {start} to {start + len(out)} of {rows} into {list(out.shape)}"
+        raise ValueError(f"cannot unpack {where}, which must be contiguous [R, {columns}]")
     pointers = map(_at, (weight.words, weight.scales, weight.zeros, out))
     with _current(out):
         error = _library(loaded).mimo_fast_unpack(
@@ -251,6 +241,64 @@ def unpack(
             _stream(out),
         )
     _check(error, f"to unpack {len(out)} rows")
+
+
+def _expect(
+    tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str, packed: bool = True
+) -> None:
+    """Raises ValueError unless a tensor has this shape, and the dtype and device of another.
+
+    packed: it must be contiguous, too; else its last dimension alone.
+    """
+    fits = tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device
+    if not fits or not (tensor.is_contiguous() if packed else tensor.stride(-1) == 1):
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        wanted = f"{like.dtype} {list(shape)} on {like.device}"
+        raise ValueError(f"{name} is {found}, with strides {tensor.stride()}, not {wanted}")
+
+
+def _check_weight(weight: QuantizedWeight, x: Tensor) -> None:
+    """Raises ValueError unless a weight's parts fit each other and x; once a weight and dtype."""
+    known = ("checked", x.dtype, x.device)
+    if known in weight.plans:
+        return
+    words, scales, zeros, bias = weight.words, weight.scales, weight.zeros, weight.bias
+    whole = words.ndim == 2 and words.dtype == torch.int32 and words.is_contiguous()
+    whole = whole and words.numel() > 0
+    if not whole or scales.ndim != 2 or not scales.shape[1] or weight.torch_scales is not None:
+        raise ValueError("words are not contiguous int32 [N, K bits / 32], or scales no matrix")
+    if words.device != x.device:
+        raise ValueError(f"the weight is on {words.device}, not on {x.device}")
+    if reason := refuses_form(weight, x.dtype):
+        raise ValueError(f"no kernel reads the weight: {reason}")
+    rows, columns = weight.shape
+    _expect(scales, (rows, columns // weight.group), x, "the scales")
+    if zeros is not None:
+        _expect(zeros, tuple(scales.shape), x.new_empty(0, dtype=torch.float16), "zeros")
+    if bias is not None:
+        _expect(bias, (rows,), x, "the bias")
+    weight.plans[known] = None
+
+
+def _check_product(
+    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool, y: Tensor
+) -> None:
+    """Raises ValueError unless a product's arguments fit each other."""
+    _check_weight(weight, x)
+    rows, columns = weight.shape
+    if x.ndim != 2 or (swiglu and rows % 2):
+        problem = f"x is {list(x.shape)}, not [M, {columns}], or SwiGLU of {rows} rows"
+        raise ValueError(problem)
+    _expect(x, (len(x), columns), x, "x", packed=False)
+    shape = len(x), rows // 2 if swiglu else rows
+    _expect(y, shape, x, "y")
+    if residual is not None:
+        _expect(residual, shape, x, "the residual")
+
+
+def _shape(x: Tensor, weight: QuantizedWeight) -> tuple[int, ...]:
+    """What both products are told of x and the weight: stride, M, N, K, bits, groups."""
+    return (x.stride(0), len(x), *weight.shape, weight.bits, _grouped(weight))
 
 
 def _library(loaded: ctypes.CDLL | None) -> ctypes.CDLL:
@@ -268,11 +316,8 @@ def _current(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied unless contiguous at a multiple of 8 bytes, as the kernel reads it."""
-    return (
-        tensor
-        if tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()
-        else tensor.clone().contiguous()
-    )
+    aligned = tensor.data_ptr() % 8 == 0 and tensor.is_contiguous()
+    return tensor if aligned else tensor.clone().contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:

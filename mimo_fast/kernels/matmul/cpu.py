@@ -45,15 +45,6 @@ UNPACKED_AT_ONCE = 2**18
 malloc reuses."""
 
 
-def check_width(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x, whose last dimension must be the weight's."""
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"the last dimension of {list(x.shape)} is not the weight's {weight.shape[1]}"
-        )
-    return x
-
-
 def unpacked_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     wide, y = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
     for some in _chunks(weight, 64):
@@ -120,7 +111,7 @@ def pack_for_torch(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _pack_int8(weight: QuantizedWeight) -> QuantizedWeight:
-    words = torch.empty(weight.shape, dtype=torch.int8)
+    words = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     for some in _chunks(weight, 1):
         words[some] = unpack_words(weight.words[some], 8, weight.group) - 128
     return replace(weight, words=words, torch_scales=weight.scales.flatten())
@@ -128,7 +119,7 @@ def _pack_int8(weight: QuantizedWeight) -> QuantizedWeight:
 
 def _pack_int4(weight: QuantizedWeight, block: int) -> QuantizedWeight:
     rows, columns = weight.shape
-    words = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    words = torch.empty(rows, columns // 2, dtype=torch.uint8, device="cpu")
     for some in _chunks(weight, block):
         words[some] = pack_torch_int4(unpack_words(weight.words[some], 4, weight.group))
     zeros = torch.zeros_like(weight.scales) if weight.zeros is None else weight.zeros

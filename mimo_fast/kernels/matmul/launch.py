@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2
+from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2, pointers
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
@@ -22,7 +23,7 @@ from mimo_fast.kernels.matmul.triton_kernels import (
     quantized_gemv_kernel,
     unpack_kernel,
 )
-from mimo_fast.kernels.matmul.weight import Weight
+from mimo_fast.kernels.matmul.weight import Weight, check_width
 from mimo_fast.kernels.norm import RMSNorm
 
 GROUPS = (32, 64, 128)
@@ -49,15 +50,11 @@ UNPACK_TILE = (8, 128, 4)
 
 
 def cuda_mma(
-    x: Tensor,
-    weight: QuantizedWeight,
-    norm: RMSNorm | None,
-    residual: Tensor | None,
-    swiglu: bool,
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
     """x [..., K], of few rows, by csrc/cuda/quantized_mma.cu; no norm in float16."""
     flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
-    return cuda.quantized_matmul(flat, weight, norm, residual, swiglu, y) if y.numel() else y
+    return cuda.quantized_mma(flat, weight, norm, residual, swiglu, y) if y.numel() else y
 
 
 def cuda_fused(
@@ -87,7 +84,10 @@ def quantized_gemv(
     (rows, _), words = weight.shape, weight.words.shape[1]
     block_n = gemv_block_n(len(flat), rows, weight.levels is not None)
     quantized_gemv_kernel[(-(-rows // block_n),)](
-        **_arguments(flat, weight, norm, residual, swiglu, y),
+        **_around(flat, norm, weight.bias, residual, swiglu, y),
+        **_packed(weight),
+        N=rows,
+        GROUPED=weight.group in GROUPS,
         BLOCK_N=block_n,
         BLOCK_W=gemv_block_w(words, weight.bits, math.gcd(128, weight.group)),
         num_warps=GEMV_WARPS,
@@ -113,7 +113,10 @@ def quantized_dot(
         return y
     block_m, block_n, block_w, warps = dot_tiles(len(flat))
     quantized_dot_kernel[(-(-weight.shape[0] // block_n), -(-len(flat) // block_m))](
-        **_arguments(flat, weight, norm, residual, swiglu, y),
+        **_around(flat, norm, weight.bias, residual, swiglu, y),
+        **_packed(weight),
+        N=weight.shape[0],
+        GROUPED=weight.group in GROUPS,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_W=block_w,
@@ -123,60 +126,53 @@ def quantized_dot(
     return y
 
 
-def _arguments(
+def _around(
     flat: Tensor,
-    weight: QuantizedWeight,
     norm: RMSNorm | None,
+    bias: Tensor | None,
     residual: Tensor | None,
     swiglu: bool,
     y: Tensor,
 ) -> dict[str, Any]:
-    """Arguments that gemv and dot share."""
+    """Arguments of every product; x stands in for tensors that there are not."""
     return {
         "x_ptr": flat,
         "norm_ptr": flat if norm is None else norm.weight,
-        "words_ptr": weight.words,
-        "scales_ptr": weight.scales,
-        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
-        "levels_ptr": weight.scales if weight.levels is None else weight.levels,
-        "bias_ptr": weight.scales if weight.bias is None else weight.bias,
-        "residual_ptr": y if residual is None else residual,
+        "bias_ptr": flat if bias is None else bias,
+        "residual_ptr": flat if residual is None else residual,
         "y_ptr": y,
         "stride_xm": flat.stride(0),
         "M": len(flat),
-        "N": weight.shape[0],
-        "K_WORDS": weight.words.shape[1],
         "eps": 0.0 if norm is None else norm.eps,
-        "BITS": weight.bits,
-        "BLOCK": math.gcd(128, weight.group),
-        "GROUPED": weight.group in GROUPS,
-        "ZEROS": weight.zeros is not None,
-        "LEVELS": weight.levels is not None,
         "NORM": norm is not None,
-        "BIAS": weight.bias is not None,
+        "BIAS": bias is not None,
         "RESIDUAL": residual is not None,
         "SWIGLU": swiglu,
     }
 
 
-def cuda_unpack_mm(
-    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
-) -> Tensor:
-    """`unpacked_matmul`, unpacked by csrc/cuda."""
-    return unpacked_matmul(x, weight, residual, cuda.unpack)
-
-
-def triton_unpack_mm(
-    x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, _swiglu: bool
-) -> Tensor:
-    """`unpacked_matmul`, unpacked by Triton's kernel."""
-    return unpacked_matmul(x, weight, residual, unpack)
+def _packed(weight: QuantizedWeight) -> dict[str, Any]:
+    """Arguments of every kernel that unpacks; scales stand in for tensors that there are not."""
+    return {
+        "words_ptr": weight.words,
+        "scales_ptr": weight.scales,
+        "zeros_ptr": weight.scales if weight.zeros is None else weight.zeros,
+        "levels_ptr": weight.scales if weight.levels is None else weight.levels,
+        "K_WORDS": weight.words.shape[1],
+        "BITS": weight.bits,
+        "BLOCK": math.gcd(128, weight.group),
+        "ZEROS": weight.zeros is not None,
+        "LEVELS": weight.levels is not None,
+    }
 
 
 def unpacked_matmul(
     x: Tensor,
     weight: QuantizedWeight,
+    _norm: None,
     residual: Tensor | None,
+    _swiglu: bool,
+    *,
     unpacks: Callable[[QuantizedWeight, int, Tensor], None],
 ) -> Tensor:
     """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some
@@ -186,8 +182,7 @@ def unpacked_matmul(
     fast.
     """
     rows, columns = weight.shape
-    if x.shape[-1] != columns:
-        raise ValueError(_misfit(x, columns))
+    check_width(x, columns)
     step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
     flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
     unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
@@ -208,34 +203,25 @@ def unpacked_matmul(
 
 def unpack(weight: QuantizedWeight, start: int, out: Tensor) -> None:
     """Rows start ... start + R - 1 of a weight, rounded to the dtype of out [R, K]."""
-    block, words = math.gcd(128, weight.group), weight.words.shape[1]
     block_r, block_w, warps = UNPACK_TILE
-    unpack_kernel[(-(-len(out) // block_r), -(-words // block_w))](
-        words_ptr=weight.words,
-        scales_ptr=weight.scales,
-        zeros_ptr=weight.scales if weight.zeros is None else weight.zeros,
-        levels_ptr=weight.scales if weight.levels is None else weight.levels,
+    unpack_kernel[(-(-len(out) // block_r), -(-weight.words.shape[1] // block_w))](
+        **_packed(weight),
         out_ptr=out,
         START=start,
         R=len(out),
-        K_WORDS=words,
         GROUPS=weight.scales.shape[1],
-        BITS=weight.bits,
-        BLOCK=block,
-        ZEROS=weight.zeros is not None,
-        LEVELS=weight.levels is not None,
         BLOCK_R=block_r,
         BLOCK_W=block_w,
         num_warps=warps,
     )
 
 
+cuda_unpack_mm = partial(unpacked_matmul, unpacks=cuda.unpack)
+triton_unpack_mm = partial(unpacked_matmul, unpacks=unpack)
+
+
 def dense_gemv(
-    x: Tensor,
-    weight: Weight,
-    norm: RMSNorm | None,
-    residual: Tensor | None,
-    swiglu: bool,
+    x: Tensor, weight: Weight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
     """x [..., K] of at most GEMV_ROWS rows, a weight of one block [N, K] with contiguous rows."""
     return _block_gemv(x, weight.blocks[0], weight.biases[0], norm, residual, swiglu)
@@ -261,22 +247,11 @@ def _block_gemv(
     block_n = gemv_block_n(len(flat), rows)
     dense_gemv_kernel[(-(-rows // block_n),)](
         **early_launch(x, "dense_gemv"),
-        x_ptr=flat,
-        norm_ptr=flat if norm is None else norm.weight,
+        **_around(flat, norm, bias, residual, swiglu, y),
         w_ptr=weight,
-        bias_ptr=weight if bias is None else bias,
-        residual_ptr=y if residual is None else residual,
-        y_ptr=y,
-        stride_xm=flat.stride(0),
         stride_wn=weight.stride(0),
         N=rows,
         K=columns,
-        eps=0.0 if norm is None else norm.eps,
-        M=len(flat),
-        NORM=norm is not None,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        SWIGLU=swiglu,
         BLOCK_N=block_n,
         BLOCK_K=min(1024, max(8, next_power_of_2(columns))),
         LINES=gemv_lines(columns, weight.element_size()),
@@ -300,8 +275,7 @@ def _prepare(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
-    if x.shape[-1] != columns:
-        raise ValueError(_misfit(x, columns))
+    check_width(x, columns)
     if norm is not None and norm.weight.shape != (columns,):
         raise ValueError(f"the norm's weight is {list(norm.weight.shape)}, not {[columns]}")
     if swiglu and rows % 2:
@@ -315,10 +289,6 @@ def _prepare(
     flat = flat if plain else flat.contiguous()
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     return flat, y, None if residual is None else residual.contiguous()
-
-
-def _misfit(x: Tensor, columns: int) -> str:
-    return f"the last dimension of {list(x.shape)} is not the weight's {columns}"
 
 
 def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:
@@ -346,15 +316,9 @@ def dot_stages(levels: bool) -> int:
 def compile_cases() -> Iterator[Case]:
     """Every tile configuration at the published dimensions, in each format, as the layers call
     it."""
-    signature = {f"{name}_ptr": "*bf16" for name in ("x", "norm", "bias", "residual", "y")}
-    signature |= {"stride_xm": "i32", "N": "i32", "eps": "fp32"}
-    packed = {
-        "words_ptr": "*i32",
-        "scales_ptr": "*bf16",
-        "zeros_ptr": "*fp16",
-        "levels_ptr": "*fp32",
-        "K_WORDS": "i32",
-    }
+    signature = pointers(bf16="x norm bias residual y w out", i32="words")
+    signature["eps"] = "fp32"
+    packed = pointers(bf16="scales", fp16="zeros", fp32="levels")
     formats: dict[str, dict[str, Any]] = {
         "int4": {"BITS": 4, "BLOCK": 128, "GROUPED": True, "ZEROS": True, "LEVELS": False},
         "int8": {"BITS": 8, "BLOCK": 128, "GROUPED": False, "ZEROS": False, "LEVELS": False},
@@ -362,7 +326,7 @@ def compile_cases() -> Iterator[Case]:
         "nf4": {"BITS": 4, "BLOCK": 64, "GROUPED": True, "ZEROS": False, "LEVELS": True},
     }
     for name, form in formats.items():
-        own = signature | packed | ({"scales_ptr": "*fp32"} if name == "nf4" else {})
+        own = signature | packed | (pointers(fp32="scales") if name == "nf4" else {})
         for m, rows, k, *around in (
             (1, 6144, 4096, "NORM", "BIAS"),
             (1, 22016, 4096, "NORM", "SWIGLU"),
@@ -387,40 +351,34 @@ def compile_cases() -> Iterator[Case]:
             yield Case(
                 f"{name} dot M={m}{_named(around)}",
                 quantized_dot_kernel,
-                own | {"M": "i32"},
+                own,
                 {**form, **_flags(around), **tiles},
                 warps,
                 dot_stages(form["LEVELS"]),
                 unaligned=("M",),
             )
         block_r, block_w, warps = UNPACK_TILE
-        unpacked = {**own, "out_ptr": "*bf16", "START": "i32", "R": "i32", "GROUPS": "i32"}
         yield Case(
             f"{name} unpack",
             unpack_kernel,
-            {key: unpacked[key] for key in unpack_kernel.arg_names if key in unpacked},
+            own,
             {key: form[key] for key in ("BITS", "BLOCK", "ZEROS", "LEVELS")}
             | {"BLOCK_R": block_r, "BLOCK_W": block_w},
             warps,
             unaligned=("START", "R", "GROUPS"),
         )
-    dense = signature | {"w_ptr": "*bf16", "stride_wn": "i32", "K": "i32"}
     for m, rows, *around in (
         (1, 3072, "NORM", "BIAS"),
         (1, 6144, "NORM", "BIAS"),
         (4, 6144, "NORM", "BIAS"),
         (4, 4096, "RESIDUAL"),
     ):
-        tiles = {
-            "M": m,
-            "BLOCK_N": gemv_block_n(m, rows),
-            "BLOCK_K": 1024,
-            "LINES": gemv_lines(4096, 2),
-        }
+        tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows), "BLOCK_K": 1024}
+        tiles["LINES"] = gemv_lines(4096, 2)
         yield Case(
             f"bf16 gemv M={m} N={rows}{_named(around)}",
             dense_gemv_kernel,
-            dense,
+            signature,
             {**_flags(around), **tiles},
             GEMV_WARPS,
             wide_loads=True,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ from mimo_fast.kernels.matmul.launch import (
 )
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.reference import dense_product, epilogues
-from mimo_fast.kernels.matmul.weight import Weight
+from mimo_fast.kernels.matmul.weight import Weight, check_width
 from mimo_fast.kernels.norm import RMSNorm
 
 AnyWeight = Weight | QuantizedWeight
@@ -63,6 +64,10 @@ WIDE_RANGE = (torch.float32, torch.bfloat16)
 float16 has no range for that."""
 
 
+BOTH: dict[str, Any] = {"residual": True, "swiglu": True}
+"""What follows a product, inside."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a plan depends on.
@@ -76,6 +81,12 @@ class Setting:
     dtype: torch.dtype
     forced: str
     gradient: bool
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The weight, where it is `quantized`."""
+        assert isinstance(self.weight, QuantizedWeight)
+        return self.weight
 
 
 Requirement = Callable[[Setting], str]
@@ -143,8 +154,7 @@ def gpu_kernels(setting: Setting) -> str:
 
 def grouped_by_blocks(setting: Setting) -> str:
     """A scale for each of the kernels' blocks, or for the whole row."""
-    weight = setting.weight
-    assert isinstance(weight, QuantizedWeight)
+    weight = setting.packed
     if weight.torch_scales is not None:
         return "the weight is packed for torch's CPU products"
     by_row = weight.group == weight.shape[1] and weight.zeros is None
@@ -152,26 +162,22 @@ def grouped_by_blocks(setting: Setting) -> str:
 
 
 def cuda_takes(setting: Setting) -> str:
-    assert isinstance(setting.weight, QuantizedWeight)
-    return cuda.refuses(setting.weight, setting.device, setting.dtype)
+    return cuda.refuses(setting.packed, setting.device, setting.dtype)
 
 
 def fused_by_default(setting: Setting) -> str:
-    assert isinstance(setting.weight, QuantizedWeight)
-    if setting.weight.bits != 4:
+    if setting.packed.bits != 4:
         return "it is for 4 bits"
     on = enabled(NewPath.FUSED_PROMPT_PRODUCTS, setting.device)
     return "" if on else "not shown to be faster on this GPU (kernels/defaults.py)"
 
 
 def native_takes(setting: Setting) -> str:
-    assert isinstance(setting.weight, QuantizedWeight)
-    return native.refuses(setting.weight) or no_gradient(setting)
+    return native.refuses(setting.packed) or no_gradient(setting)
 
 
 def packed_for_torch(setting: Setting) -> str:
-    assert isinstance(setting.weight, QuantizedWeight)
-    if setting.weight.torch_scales is None:
+    if setting.packed.torch_scales is None:
         return "the weight is not packed for torch's CPU products"
     return "" if setting.dtype == torch.bfloat16 else "x is not bfloat16"
 
@@ -187,80 +193,45 @@ def widening_pays(setting: Setting) -> str:
 
 
 def native_matmul(
-    x: Tensor,
-    weight: QuantizedWeight,
-    norm: RMSNorm | None,
-    residual: Tensor | None,
-    swiglu: bool,
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
-    return native.quantized_matmul(cpu.check_width(x, weight), weight, norm, residual, swiglu)
+    return native.quantized_matmul(check_width(x, weight.shape[1]), weight, norm, residual, swiglu)
 
 
 def torch_packed(x: Tensor, weight: QuantizedWeight, *_: object) -> Tensor:
     assert weight.torch_scales is not None
-    return cpu.packed_product(cpu.check_width(x, weight), weight, weight.torch_scales)
+    return cpu.packed_product(check_width(x, weight.shape[1]), weight, weight.torch_scales)
 
 
 def torch_unpacked(x: Tensor, weight: QuantizedWeight, *_: object) -> Tensor:
-    return cpu.unpacked_product(cpu.check_width(x, weight), weight)
+    return cpu.unpacked_product(check_width(x, weight.shape[1]), weight)
 
 
 def torch_widened(x: Tensor, weight: Weight, *_: object) -> Tensor:
     return weight.product(lambda block, bias: cpu.widened_product(x, block, bias))
 
 
-QUANTIZED_ON_GPU = (quantized, gpu_kernels, grouped_by_blocks)
+ON_GPU = (quantized, gpu_kernels, grouped_by_blocks)
+BY_CUDA = (*ON_GPU, cuda_takes)
 
 TABLE = (
+    Implementation("CUDA mma", cuda_mma, BY_CUDA, last=MMA_ROWS, norm=WIDE_RANGE, **BOTH),
     Implementation(
-        "CUDA mma",
-        cuda_mma,
-        (*QUANTIZED_ON_GPU, cuda_takes),
-        last=MMA_ROWS,
-        norm=WIDE_RANGE,
-        residual=True,
-        swiglu=True,
+        "CUDA fused gemm", cuda_fused, (*BY_CUDA, fused_by_default), first=MMA_ROWS + 1, **BOTH
     ),
-    Implementation(
-        "CUDA fused gemm",
-        cuda_fused,
-        (*QUANTIZED_ON_GPU, cuda_takes, fused_by_default),
-        first=MMA_ROWS + 1,
-        residual=True,
-        swiglu=True,
-    ),
-    Implementation(
-        "CUDA unpack + mm",
-        cuda_unpack_mm,
-        (*QUANTIZED_ON_GPU, cuda_takes),
-        first=MMA_ROWS + 1,
-        residual=True,
-    ),
-    Implementation(
-        "Triton gemv",
-        quantized_gemv,
-        QUANTIZED_ON_GPU,
-        last=GEMV_ROWS,
-        norm=ANY_DTYPE,
-        residual=True,
-        swiglu=True,
-    ),
+    Implementation("CUDA unpack + mm", cuda_unpack_mm, BY_CUDA, first=MMA_ROWS + 1, residual=True),
+    Implementation("Triton gemv", quantized_gemv, ON_GPU, last=GEMV_ROWS, norm=ANY_DTYPE, **BOTH),
     Implementation(
         "Triton dot",
         quantized_dot,
-        QUANTIZED_ON_GPU,
+        ON_GPU,
         first=GEMV_ROWS + 1,
         last=NORMED_ROWS,
         norm=WIDE_RANGE,
-        residual=True,
-        swiglu=True,
+        **BOTH,
     ),
     Implementation(
-        "Triton unpack + mm",
-        triton_unpack_mm,
-        QUANTIZED_ON_GPU,
-        first=NORMED_ROWS + 1,
-        residual=True,
+        "Triton unpack + mm", triton_unpack_mm, ON_GPU, first=NORMED_ROWS + 1, residual=True
     ),
     Implementation(
         "Triton dense gemv",
@@ -269,8 +240,7 @@ TABLE = (
         first=1,
         last=GEMV_ROWS,
         norm=ANY_DTYPE,
-        residual=True,
-        swiglu=True,
+        **BOTH,
     ),
     Implementation(
         "Triton dense gemv by block",
@@ -280,28 +250,12 @@ TABLE = (
         last=GEMV_ROWS,
         norm=ANY_DTYPE,
     ),
+    Implementation("CPU native", native_matmul, (quantized, native_takes), norm=ANY_DTYPE, **BOTH),
     Implementation(
-        "CPU native",
-        native_matmul,
-        (quantized, native_takes),
-        norm=ANY_DTYPE,
-        residual=True,
-        swiglu=True,
-    ),
-    Implementation(
-        "torch packed",
-        torch_packed,
-        (quantized, packed_for_torch),
-        first=1,
-        last=cpu.PACKED_ROWS,
+        "torch packed", torch_packed, (quantized, packed_for_torch), first=1, last=cpu.PACKED_ROWS
     ),
     Implementation("torch unpacked", torch_unpacked, (quantized,)),
-    Implementation(
-        "torch widened",
-        torch_widened,
-        (dense, widening_pays),
-        first=cpu.WIDENED_ROWS,
-    ),
+    Implementation("torch widened", torch_widened, (dense, widening_pays), first=cpu.WIDENED_ROWS),
     Implementation("torch dense", dense_product, (dense,)),
 )
 """The fastest first. Of either kind of weight the last takes everything."""

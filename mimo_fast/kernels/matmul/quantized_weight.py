@@ -189,7 +189,7 @@ def torch_int4_order() -> Tensor | None:
         return None
     columns = 64
     for block in (64, 32, 16):
-        row = torch.arange(block)[:, None].expand(block, columns)
+        row = torch.arange(block, dtype=torch.int64, device="cpu")[:, None].expand(block, columns)
         # Rows are numbered by two digits of 16, which takes two packings.
         low, high = (pack_torch_int4(digit).view(columns, -1) for digit in (row % 16, row // 16))
         numbers = torch.cat(
@@ -200,7 +200,11 @@ def torch_int4_order() -> Tensor | None:
             order.sort().values, row[:, 0]
         ):
             q = torch.randint(
-                16, (4 * block, 2 * columns), generator=torch.Generator().manual_seed(0)
+                16,
+                (4 * block, 2 * columns),
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.int64,
+                device="cpu",
             )
             return (
                 order

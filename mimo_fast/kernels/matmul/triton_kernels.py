@@ -27,13 +27,7 @@ it.
 
 from __future__ import annotations
 
-from mimo_fast.kernels.dispatch import (
-    jit,
-    pdl_trigger,
-    pdl_wait,
-    prefetch,
-    tl,
-)
+from mimo_fast.kernels.dispatch import jit, load_float, pdl_trigger, pdl_wait, prefetch, tl
 
 
 @jit
@@ -64,13 +58,13 @@ def finish(
     m_out = o_out < N // HALVED
     o_y = m * (N // HALVED) + o_out
     if BIAS:
-        b_y += tl.load(bias_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_y += load_float(bias_ptr + o_row, m_row)
     if SWIGLU:
         b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_OUT, 2)))
         b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
     if RESIDUAL:
-        b_y += tl.load(residual_ptr + o_y, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_out)
+        b_y += load_float(residual_ptr + o_y, m_out)
+    tl.store(y_ptr + o_y, b_y, mask=m_out)
 
 
 @jit
@@ -151,18 +145,18 @@ def quantized_gemv_kernel(
         o_group = o_row[:, None].to(tl.int64) * (K_WORDS // WIDTH) + o_block[None, :]
         b_scale, b_zero = 1.0, 0.0
         if GROUPED:
-            b_scale = tl.load(scales_ptr + o_group, mask=m_group, other=0.0).to(tl.float32)
+            b_scale = load_float(scales_ptr + o_group, m_group)
         if ZEROS:
-            b_zero = tl.load(zeros_ptr + o_group, mask=m_group, other=0.0).to(tl.float32)
+            b_zero = load_float(zeros_ptr + o_group, m_group)
         b_dots = (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),) * M
         b_sums = (tl.zeros((BLOCK_W,), tl.float32),) * M
         for p in tl.static_range(PLANES):
             o_k = o_w // WIDTH * BLOCK + o_w % WIDTH + p * WIDTH
             b_q = plane_values(b_words, levels_ptr, p, BITS, LEVELS)
             if NORM:
-                b_norm = tl.load(norm_ptr + o_k, mask=m_w, other=0.0).to(tl.float32)
+                b_norm = load_float(norm_ptr + o_k, m_w)
             for m in tl.static_range(M):
-                b_x = tl.load(x_ptr + m * stride_xm + o_k, mask=m_w, other=0.0).to(tl.float32)
+                b_x = load_float(x_ptr + m * stride_xm + o_k, m_w)
                 if NORM:
                     b_squares = put(b_squares, m, b_squares[m] + b_x * b_x)
                     b_x *= b_norm
@@ -178,7 +172,7 @@ def quantized_gemv_kernel(
             b_accs = put(b_accs, m, b_accs[m] + b_part * b_scale)
     b_scale = 1.0
     if not GROUPED:
-        b_scale = tl.load(scales_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_scale = load_float(scales_ptr + o_row, m_row)
     for m in tl.static_range(M):
         b_y = tl.sum(b_accs[m], axis=1) * b_scale
         if NORM:
@@ -235,9 +229,9 @@ def dense_gemv_kernel(
             eviction_policy="evict_first",
         )
         if NORM:
-            b_norm = tl.load(norm_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_norm = load_float(norm_ptr + o_k, m_k)
         for m in tl.static_range(M):
-            b_x = tl.load(x_ptr + m * stride_xm + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_x = load_float(x_ptr + m * stride_xm + o_k, m_k)
             if NORM:
                 b_squares = put(
                     b_squares,
@@ -306,9 +300,9 @@ def quantized_dot_kernel(
         o_group = o_row[None, :].to(tl.int64) * (K_WORDS // WIDTH) + (o_w // WIDTH)[:, None]
         b_scale, b_zero = 1.0, 0.0
         if GROUPED:
-            b_scale = tl.load(scales_ptr + o_group, mask=m_words, other=0.0).to(tl.float32)
+            b_scale = load_float(scales_ptr + o_group, m_words)
         if ZEROS:
-            b_zero = tl.load(zeros_ptr + o_group, mask=m_words, other=0.0).to(tl.float32)
+            b_zero = load_float(zeros_ptr + o_group, m_words)
         for p in tl.static_range(PLANES):
             o_k = o_w // WIDTH * BLOCK + o_w % WIDTH + p * WIDTH
             o_x = o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :]
@@ -316,7 +310,7 @@ def quantized_dot_kernel(
             if NORM:
                 b_wide = b_x.to(tl.float32)
                 b_squares += b_wide * b_wide
-                b_norm = tl.load(norm_ptr + o_k, mask=m_w, other=0.0).to(tl.float32)
+                b_norm = load_float(norm_ptr + o_k, m_w)
                 b_x = (b_wide * b_norm[None, :]).to(b_x.dtype)
             b_q = plane_values(b_words, levels_ptr, p, BITS, LEVELS)
             if not LEVELS:
@@ -324,11 +318,11 @@ def quantized_dot_kernel(
             b_w = ((b_q - b_zero) * b_scale).to(b_x.dtype)
             b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
     if not GROUPED:
-        b_acc *= tl.load(scales_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)[None, :]
+        b_acc *= load_float(scales_ptr + o_row, m_row)[None, :]
     if NORM:
         b_acc *= row_scale(b_squares, K_WORDS * PLANES, eps)[:, None]
     if BIAS:
-        b_acc += tl.load(bias_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)[None, :]
+        b_acc += load_float(bias_ptr + o_row, m_row)[None, :]
     HALVED: tl.constexpr = 2 if SWIGLU else 1
     BLOCK_OUT: tl.constexpr = BLOCK_N // HALVED
     if SWIGLU:
@@ -338,8 +332,8 @@ def quantized_dot_kernel(
     m_y = m_m[:, None] & (o_out < N // HALVED)[None, :]
     o_y = o_m[:, None].to(tl.int64) * (N // HALVED) + o_out[None, :]
     if RESIDUAL:
-        b_acc += tl.load(residual_ptr + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(y_ptr + o_y, b_acc.to(y_ptr.dtype.element_ty), mask=m_y)
+        b_acc += load_float(residual_ptr + o_y, m_y)
+    tl.store(y_ptr + o_y, b_acc, mask=m_y)
 
 
 @jit
@@ -368,10 +362,10 @@ def unpack_kernel(
     o_row = (START + o_r).to(tl.int64)[:, None]
     b_words = tl.load(words_ptr + o_row * K_WORDS + o_w[None, :], mask=mask, other=0)
     o_group = o_row * GROUPS + (o_w * GROUPS // K_WORDS)[None, :]
-    b_scale = tl.load(scales_ptr + o_group, mask=mask, other=0.0).to(tl.float32)
+    b_scale = load_float(scales_ptr + o_group, mask)
     b_zero = 0.0
     if ZEROS:
-        b_zero = tl.load(zeros_ptr + o_group, mask=mask, other=0.0).to(tl.float32)
+        b_zero = load_float(zeros_ptr + o_group, mask)
     o_out = (
         o_r.to(tl.int64)[:, None] * (K_WORDS * PLANES)
         + (o_w // WIDTH * BLOCK + o_w % WIDTH)[None, :]
@@ -381,4 +375,4 @@ def unpack_kernel(
         if not LEVELS:
             b_q *= 1.0 / (1 << (BITS * (p % (16 // BITS))))
         b_w = (b_q - b_zero) * b_scale
-        tl.store(out_ptr + o_out + p * WIDTH, b_w.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + o_out + p * WIDTH, b_w, mask=mask)

@@ -46,3 +46,10 @@ class Weight:
         """A product with the whole matrix from those with each block and its bias."""
         parts = [of_block(*pair) for pair in zip(self.blocks, self.biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def check_width(x: Tensor, columns: int) -> Tensor:
+    """x, whose last dimension must be the weight's."""
+    if x.shape[-1] != columns:
+        raise ValueError(f"the last dimension of {list(x.shape)} is not the weight's {columns}")
+    return x

@@ -98,7 +98,7 @@ class ChunkGraphs:
         self, codec: CodecNetwork, new: int, frames: int, committed: int, ended: bool = False
     ) -> CapturedChunk:
         """Captures a chunk of `new` code frames after `frames` vocoder frames."""
-        codes = torch.zeros(new, codec.config.dim, device=codec.device)
+        codes = torch.zeros(new, codec.config.dim, device=codec.device, dtype=torch.float32)
         state, lookahead = self.state, self._lookahead
 
         def run() -> Tensor:

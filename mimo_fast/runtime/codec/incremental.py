@@ -102,7 +102,7 @@ def _decode(
     entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, ended)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
     # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
-    x = x * (first + torch.arange(len(x), device=x.device) >= 0)[:, None]
+    x = x * (first + torch.arange(len(x), device=x.device, dtype=torch.int64) >= 0)[:, None]
     inputs = torch.cat((state.history, x))
     new = len(x) - len(state.entered)
     stride = codec.to_mel.stride
@@ -145,10 +145,13 @@ def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     """The next decoder inputs [n, D], n <= BLOCK -> outputs of the last layer [n, D]."""
     stack, ring = codec.decoder, state.decoder
     size = ring.k.shape[2]
-    positions = state.position + torch.arange(len(x), device=x.device)
+    positions = state.position + torch.arange(len(x), device=x.device, dtype=torch.int64)
     table, slots = _rope_rows(codec, x.shape[1] // stack.heads, positions), positions % size
     # The position that each slot of the ring holds once the block is written.
-    held = positions[-1] - (positions[-1] - torch.arange(size, device=x.device)) % size
+    held = (
+        positions[-1]
+        - (positions[-1] - torch.arange(size, device=x.device, dtype=torch.int64)) % size
+    )
     past = positions[:, None] - held
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
 
@@ -161,7 +164,12 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     """Normed mel [P + new, n_mels] -> head outputs of the frames from `committed` to end - 1."""
     stack, before = codec.vocoder, state.vocoder
     (left, right), kept = stack.window, before.k.shape[2]
-    positions = state.frame + new - len(mel) + torch.arange(-kept, len(mel), device=mel.device)
+    positions = (
+        state.frame
+        + new
+        - len(mel)
+        + torch.arange(-kept, len(mel), device=mel.device, dtype=torch.int64)
+    )
     queries = positions[kept:]
     table = _rope_rows(codec, codec.config.vocoder_dim // stack.heads, queries)
     ahead = positions - queries[:, None]
@@ -170,7 +178,7 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
 
     room = before.k.new_empty(*before.k.shape[:2], len(mel), before.k.shape[3])
     buffer = StackState(torch.cat((before.k, room), dim=2), torch.cat((before.v, room), dim=2))
-    slots = torch.arange(kept, kept + len(mel), device=mel.device)
+    slots = torch.arange(kept, kept + len(mel), device=mel.device, dtype=torch.int64)
     x = matmul(mel, codec.vocoder_in)
     x = stack.executor.run(x, table, buffer.k, buffer.v, slots, visible)
     before.k.copy_(buffer.k[:, :, new : new + kept])
@@ -196,6 +204,8 @@ def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: boo
 
 def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
     """Rows of `rope_table` for positions [T] on the device; float64 keeps large angles exact."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.int64).float() / head_dim
+    )
     angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())
     return torch.stack((angles.cos(), angles.sin())).float()

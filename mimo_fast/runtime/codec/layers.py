@@ -4,7 +4,7 @@ One-shot and incremental decoding (`incremental.py`) share them; the two differ 
 that a stack runs with and in the source of the statistics of the norms over time.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import layer_norm, rms_norm
 from mimo_fast.kernels.rope import rope, rope_table
+from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import conv_overlap
 from mimo_fast.runtime.lm.transformer import AnyWeight, Attend, GetTensor
@@ -118,8 +119,12 @@ class CodecStack:
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
         """One whole sequence x [T, D] -> [T, D]; skip_layer as in `run`."""
+        return self.run(x, self.attend_to_all(x), skip_layer)
+
+    def attend_to_all(self, x: Tensor) -> Attend:
+        """The attention of one whole sequence x [T, D]."""
         table = rope_table(x.shape[-1] // self.heads, self.rope_theta, len(x), x.device)
-        return self.run(x, lambda _layer, qkv: self._attend(qkv, table), skip_layer)
+        return lambda _layer, qkv: self._attend(qkv, table)
 
     def run(self, x: Tensor, attend: Attend, skip_layer: int | None = None) -> Tensor:
         """x [T, D] -> [T, D]; attend: (layer, qkv [T, 3 D]) -> [T, D].
@@ -127,11 +132,17 @@ class CodecStack:
         The output of layer `skip_layer` (counted from 1) is added to the last one's.
         """
         skipped: Tensor | None = None
+        out = x
+        for i, out in enumerate(self.outputs(x, attend)):
+            if i + 1 == skip_layer:
+                skipped = out
+        return out if skipped is None else out + skipped
+
+    def outputs(self, x: Tensor, attend: Attend) -> Iterator[Tensor]:
+        """The output of each layer [T, D], one after the other."""
         for i, layer in enumerate(self.layers):
             x = layer(x, lambda qkv, i=i: attend(i, qkv))  # type: ignore[misc]
-            if i + 1 == skip_layer:
-                skipped = x
-        return x if skipped is None else x + skipped
+            yield x
 
     def split_heads(self, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, 3 D] and rows of `rope_table` -> rotated q, rotated k, v: [H, T, Dh] each."""
@@ -169,9 +180,7 @@ class LayerByLayer:
             q, new_k, new_v = self._stack.split_heads(qkv, table)
             keys = k[layer].index_copy_(1, slots, new_k)
             values = v[layer].index_copy_(1, slots, new_v)
-            out = F.scaled_dot_product_attention(
-                q[None], keys[None], values[None], attn_mask=visible
-            )
+            out = sdpa(q[None], keys[None], values[None], attn_mask=visible)
             return out[0].transpose(0, 1).flatten(1)
 
         return self._stack.run(x, attend)
@@ -242,16 +251,19 @@ def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
 def synthesize(head: Tensor, window: Tensor, hop: int) -> Tensor:
     """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of frames and squared windows."""
     log_magnitude, phase = head.float().chunk(2, dim=-1)
+    # The clip would make a number of what is infinite.
+    log_magnitude = log_magnitude.nan_to_num(torch.nan, torch.nan, torch.nan)
     spectrum = torch.polar(log_magnitude.exp().clip(max=MAX_MAGNITUDE), phase)
     frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window
     weights = window.square().expand(len(frames), -1)
-    return torch.stack([overlap_add(x, hop) for x in (frames, weights)])
+    return overlap_add(torch.stack((frames, weights)), hop)
 
 
 def overlap_add(frames: Tensor, hop: int) -> Tensor:
-    """Frames [T, N] every `hop` samples -> their sum [(T - 1) hop + N]."""
-    total = (len(frames) - 1) * hop + frames.shape[1]
-    return F.fold(frames.T[None], (1, total), (1, frames.shape[1]), stride=(1, hop)).flatten()
+    """Frames [..., T, N] every `hop` samples -> their sums [..., (T - 1) hop + N]."""
+    *batch, count, width = frames.shape
+    total = (count - 1) * hop + width
+    return F.fold(frames.mT, (1, total), (1, width), stride=(1, hop)).view(*batch, total)
 
 
 def split_lengths(total: int, segment: int) -> Sequence[int]:

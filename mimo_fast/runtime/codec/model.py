@@ -1,7 +1,12 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
+from torch import Tensor
+
+from mimo_fast.arguments import checked
 from mimo_fast.config import CodecConfig
+from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
+from mimo_fast.runtime.codec.finite import checked_codes, checked_samples
 from mimo_fast.runtime.codec.geometry import default_lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
@@ -11,12 +16,29 @@ from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 
+@checked
 class Codec(CodecNetwork):
     """Encodes, decodes in one shot, and decodes incrementally; arguments as `CodecNetwork`'s."""
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         super().__init__(config, source, codebook)
         self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
+
+    def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
+        """As `CodecNetwork.encode`. On a GPU codes are -1 where they come of no finite values.
+
+        Raises:
+            NumericError: on a CPU, values are not finite.
+        """
+        return checked_codes(self, super().encode(wav, n_q), wav)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As `CodecNetwork.decode`. On a GPU samples are NaN where values are not finite.
+
+        Raises:
+            NumericError: on a CPU, samples are not finite.
+        """
+        return checked_samples(self, super().decode(codes), codes)
 
     def stream(
         self, lookahead: int | None = None, moments: NormStatistics | None = None
@@ -36,6 +58,7 @@ class Codec(CodecNetwork):
         statistics = self.stated_statistics if moments is None else moments
         return CodecStream(self, lookahead, statistics, self.stream_graphs)
 
+    @in_own_modes
     def warmup(self, streams: int, progress: bool = True) -> None:
         """Captures the graphs of `streams` streams ahead of time, where graphs are used."""
         if self.stream_graphs is not None:

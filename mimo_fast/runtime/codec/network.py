@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.audio.mel import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.errors import AudioError
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.rvq import Codebooks, rvq_decode, rvq_encode
+from mimo_fast.modes import in_own_modes
+from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import receptive_patches
 from mimo_fast.runtime.codec.layers import (
@@ -37,6 +40,7 @@ DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
 
 
+@checked
 class CodecNetwork:
     """Weights and functions over them; `Codec` adds streams.
 
@@ -48,7 +52,7 @@ class CodecNetwork:
     """
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
-        self.config = config
+        self.config, self.owner = config, Owner()
 
         def stack(
             name: str, layers: int, heads: int, causal: bool, window: tuple[int, int]
@@ -95,19 +99,20 @@ class CodecNetwork:
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
         if config.moments is not None:
-            unpool, to_mel = torch.tensor(config.moments, device=self.device)
+            unpool, to_mel = torch.tensor(config.moments, dtype=torch.float32, device=self.device)
             self.stated_statistics = NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
     @property
     def sample_rate(self) -> int:
         return self.config.sample_rate
 
-    @torch.no_grad()
+    @in_own_modes
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
         """Waveform [n] at 24 kHz -> codes [n_q, T] int64, a frame for every 960 samples.
 
         n_q: number of codebooks; all by default.
         """
+        self.owner.check()
         if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
         if wav.ndim != 1:
@@ -131,12 +136,8 @@ class CodecNetwork:
 
     def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
         config = self.config
-        with ieee_convolutions():
-            x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
-            x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
-            x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
-        length = (len(mel) + 2 - config.kernel) // config.stride + 1
-        x = self.encoder_norm(self.encoder(x[:length], config.skip_layer))
+        x = self.encoder(self.convolved(mel, padded), config.skip_layer)
+        x = self.encoder_norm(x)
         if config.pool == 1:
             return x
         if short := -len(x) % config.pool:
@@ -146,9 +147,19 @@ class CodecNetwork:
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
         return self.pool_norm(F.gelu(x))
 
-    @torch.no_grad()
+    def convolved(self, mel: Tensor, padded: bool) -> Tensor:
+        """Log-mel [T_mel, n_mels] -> the encoder layers' input [T_mel / stride, D]."""
+        config = self.config
+        with ieee_convolutions():
+            x = F.pad(mel.to(self.dtype).T, (0, int(padded)))
+            x = F.gelu(F.conv1d(x[None], *self.conv1, padding=1))
+            x = F.gelu(F.conv1d(x, *self.conv2, stride=config.stride, padding=1))[0].T
+        return x[: (len(mel) + 2 - config.kernel) // config.stride + 1]
+
+    @in_own_modes
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, in 60 s segments."""
+        self.owner.check()
         self.check_codes(codes)
         parts = codes.split(DECODE_SEGMENT, dim=1)
         return torch.cat([self.decode_hidden(self.dequantize(part)) for part in parts])
@@ -167,9 +178,10 @@ class CodecNetwork:
         x = hidden.to(self.dtype)
         return self.decoder_norm(self.decoder(x if self.unpool is None else self.unpool(x)))
 
-    @torch.no_grad()
+    @in_own_modes
     def moments(self, codes: Tensor) -> NormStatistics:
         """Norm statistics of decoding codes [n, T] in one shot, as `stream` takes them."""
+        self.owner.check()
         self.check_codes(codes)
         hidden = self.dequantize(codes)
         conv = self.unpool
@@ -197,7 +209,8 @@ class CodecNetwork:
             raise ValueError(
                 f"codes must be [1 to {len(self.codebooks)}, T >= 1], not {list(codes.shape)}"
             )
-        sizes = torch.tensor(self.config.codebook_sizes[: len(codes)])[:, None]
-        if ((codes.cpu() < 0) | (codes.cpu() >= sizes)).any():
+        codes = codes.cpu()
+        sizes = codes.new_tensor(self.config.codebook_sizes[: len(codes)], dtype=torch.int64)
+        if ((codes < 0) | (codes >= sizes[:, None])).any():
             problem = "codes hold an index outside its codebook"
             raise ValueError(f"{problem}; drop the empty codes of text positions first")

@@ -79,7 +79,7 @@ class RunningStatistics:
 
 
 def _sums(rows: Tensor, first: Tensor) -> Tensor:
-    places = first + torch.arange(len(rows), device=rows.device)
+    places = first + torch.arange(len(rows), device=rows.device, dtype=torch.int64)
     plain = (places >= 0).double()
     wide = rows.double()
     values = torch.stack((torch.ones_like(plain), wide.mean(1), wide.square().mean(1)), dim=1)
@@ -159,14 +159,14 @@ class CodecState:
         return cls(
             position=torch.zeros((), dtype=torch.int64, device=device),
             entered=torch.zeros(positions, config.dim, dtype=dtype, device=device),
-            added=torch.zeros(positions, config.dim, device=device),
+            added=torch.zeros(positions, config.dim, device=device, dtype=torch.float32),
             history=torch.zeros(history, config.dim, dtype=dtype, device=device),
             unpool=RunningStatistics.allocate(config.pool, device),
             decoder=StackState.allocate(decoder, context + BLOCK, dtype, device),
             to_mel=RunningStatistics.allocate(config.pool * config.decoder_stride, device),
             frame=torch.zeros((), dtype=torch.int64, device=device),
             vocoder=StackState.allocate(vocoder, config.vocoder_window[0], dtype, device),
-            tail=torch.zeros(2, config.n_fft - config.hop, device=device),
+            tail=torch.zeros(2, config.n_fft - config.hop, device=device, dtype=torch.float32),
         )
 
     @property

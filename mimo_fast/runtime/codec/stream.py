@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu.library import one_thread
+from mimo_fast.modes import in_own_modes
+from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
@@ -33,6 +35,7 @@ class CodecStream:
         ValueError: the lookahead is out of range, or the codec's look-ahead is unlimited.
     """
 
+    @in_own_modes
     def __init__(
         self,
         codec: CodecNetwork,
@@ -40,6 +43,7 @@ class CodecStream:
         statistics: NormStatistics | None = None,
         graphs: StreamGraphs | None = None,
     ) -> None:
+        codec.owner.check()
         config = codec.config
         if not 0 <= lookahead <= LOOKAHEAD:
             raise ValueError(
@@ -65,16 +69,19 @@ class CodecStream:
         """Bytes that the stream holds on the device."""
         return 0 if self._state is None else self._state.nbytes
 
-    @torch.no_grad()
+    @in_own_modes
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
         """The next codes [n, t] -> samples that are final now, float32 [m]; m may be 0.
 
         trusted: skips the range check, for codes drawn by the model: it would make the host wait
             for the device.
+
+        Raises:
+            NumericError: on a CPU, samples are not finite; on a GPU they are NaN then.
         """
         return self._advance(codes, False, trusted)
 
-    @torch.no_grad()
+    @in_own_modes
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
         """The last codes, if any -> all samples still held back. The stream is then reset."""
         wav = self._advance(codes, True, trusted)
@@ -96,13 +103,15 @@ class CodecStream:
         return one_thread() if self._codec.decoder.fused else nullcontext()
 
     def _open(self) -> CodecState:
+        self._codec.owner.check()
         if self._state is None:
             raise ValueError("the stream is closed: make another with codec.stream()")
         return self._state
 
     def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         with self._threads():
-            return self._decoded(codes, ended, trusted)
+            wav = self._decoded(codes, ended, trusted)
+        return checked_samples(self._codec, wav, codes)
 
     def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
         state, codec = self._open(), self._codec
@@ -116,7 +125,7 @@ class CodecStream:
         # return audio sooner, and waiting gives the norm statistics more rows.
         too_few = waiting == 0 or (waiting <= self._hold and not ended)
         if state.frames == 0 and too_few:
-            return torch.zeros(0, device=codec.device)
+            return torch.zeros(0, dtype=torch.float32, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
         if self._statistics is None:

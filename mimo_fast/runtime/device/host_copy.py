@@ -14,7 +14,9 @@ class HostCopy:
         self._there, self._event = tensor, None
         if tensor.is_cuda:
             # The caching allocator does not reuse pinned memory while a copy into it is running.
-            self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._there = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu"
+            )
             self._there.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

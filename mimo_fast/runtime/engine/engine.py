@@ -28,11 +28,16 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from mimo_fast.errors import BusyError
+from mimo_fast.errors import BusyError, ClosedError, NumericError
+from mimo_fast.kernels.sample import NOT_FINITE
+from mimo_fast.modes import in_own_modes, own_modes
+from mimo_fast.process import Owner
 from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
-from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
+from mimo_fast.runtime.engine.sequence import TokenSequence, check_room, group_ids
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
+from mimo_fast.runtime.lm.finite import explain
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
@@ -73,10 +78,14 @@ class Engine:
         overlaps: Whether `launch_next` launches anything; by default only with CUDA graphs.
     """
 
+    @in_own_modes
     def __init__(
         self, lm: LM, slots: int, capacity: int, queue: int = QUEUE, quantized_cache: bool = False
     ) -> None:
+        lm.owner.check()
+        self.owner = Owner()
         self.lm, self.capacity, self.queue = lm, capacity, queue
+        self.quantized_cache = quantized_cache
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
         graphs = Graphs(lm, self.state) if wanted(lm.device) else None
         self.decoder = Decoder(lm, self.state, graphs)
@@ -93,20 +102,23 @@ class Engine:
         self.overlaps = self.decoder.graphs is not None
         self._in_flight: InFlight | None = None
 
+    @in_own_modes
     def warmup(self, progress: bool = True) -> None:
         """Captures the graphs of every batch size and compiles the kernels of prompts."""
+        self.owner.check()
         if graphs := self.decoder.graphs:
             graphs.warmup(progress)
             # Capturing the graphs of prompts has compiled their kernels.
             if not graphs.takes_prompts and not self._requests and not any(self._owners):
                 self._warm_up_prompts()
 
-    @torch.no_grad()
     def _warm_up_prompts(self) -> None:
         """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
         config = self.lm.config
         for groups in (length for length in WARMUP_GROUPS if length <= self.capacity):
-            ids = torch.zeros(config.channels + 1, groups * config.group_size, dtype=torch.int64)
+            ids = torch.zeros(
+                config.channels + 1, groups * config.group_size, dtype=torch.int64, device="cpu"
+            )
             ids[0, config.group_size :] = self.lm.empty_id
             self.lm.prefill(ids, self.state, slot=0)
         self.state.lengths[0] = 0
@@ -145,6 +157,7 @@ class Engine:
             PromptError: the sequence leaves no room for a reply.
             BusyError: the queue is full.
         """
+        self.owner.check()
         self.check_room(sequence.groups)
         room = self.capacity - sequence.groups
         fits = limits.max_new <= room
@@ -169,12 +182,15 @@ class Engine:
 
     def drive(self, until: Callable[[], bool]) -> None:
         """Runs steps, or waits while another thread does, until the condition holds."""
+        if self.owner.forked:
+            self.owner.check()
         while True:
             with self._changed:
                 while (self._leader is not None or self._exclusive) and not until():
                     self._changed.wait()
                 if until():
                     return
+                self.owner.check()
                 self._leader = threading.get_ident()
                 self._step_of = () if self._in_flight is None else self._in_flight.requests
             try:
@@ -200,8 +216,12 @@ class Engine:
         could be prefilled instead, or while another thread runs a step. The next step then decodes
         the group.
         """
+        if self.owner.forked:
+            self.owner.check()
         with self._changed:
             request.launching = False
+            if self.owner.closed:
+                return
             requests = [other for other in self._requests if other.runnable]
             busy = self._leader is not None or self._exclusive or self._in_flight is not None
             if not self.overlaps or busy or any(other.launching for other in self._requests):
@@ -216,7 +236,7 @@ class Engine:
                 self._touch(other.sequence)
             self._leader, self._step_of = threading.get_ident(), requests
         try:
-            with self.lm.threads():
+            with self.lm.threads(), own_modes():
                 self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
         except Exception:
             # No row has advanced, so the next step repeats the work and reports the error to the
@@ -227,12 +247,19 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request without waiting for the step in progress; its consumer stops waiting."""
+        if self.owner.forked:
+            # Another thread may have held the lock when the process was forked.
+            request.cancelled = True
+            return
         with self._changed:
             request.cancelled, request.launching = True, False
             self._changed.notify_all()
 
     def remove(self, request: Request) -> None:
         """Ends a request after the group in progress; its sequence keeps the groups taken."""
+        if self.owner.forked:
+            request.cancelled = True
+            return
         with self._changed:
             self.cancel(request)
             # An interrupt may have left the step of this thread itself.
@@ -245,6 +272,8 @@ class Engine:
 
         Call it before the ids are changed: a reply that was dropped may still own the sequence.
         """
+        if self.owner.forked:
+            self.owner.check()
         with self._changed:
             for request in [other for other in self._requests if other.sequence is sequence]:
                 self.remove(request)
@@ -272,8 +301,31 @@ class Engine:
                 self._exclusive -= 1
                 self._changed.notify_all()
 
+    def close(self) -> None:
+        """Ends all requests after the group in progress, and frees the cache and all graphs.
+
+        Their consumers get a ClosedError; so does every later request.
+        """
+        if self.owner.closed or self.owner.forked:
+            self.owner.closed = True
+            return
+        with self.exclusive():
+            self.owner.closed = True
+            for request in self._requests:
+                if not request.done:
+                    request.ready.clear()
+                    request.fail(ClosedError("the model was closed while this reply was running"))
+            self._requests.clear()
+            self._in_flight = None
+            self.prefixes.clear()
+            for owner in filter(None, (self._owner(slot) for slot in range(len(self._owners)))):
+                owner.slot, owner.cached = None, 0
+            del self.decoder, self.state
+
+    @in_own_modes
     def export(self, sequence: TokenSequence) -> Snapshot | None:
         """A snapshot of the cache of a sequence without a running request; None if empty."""
+        self.owner.check()
         with self.exclusive():
             if not sequence.cached:
                 return None
@@ -281,6 +333,7 @@ class Engine:
                 return sequence.snapshot
             return Snapshot.take(self.state, sequence.slot, sequence.cached)
 
+    @in_own_modes
     def _step(self) -> bool:
         """Admits requests, prefills a chunk of one prompt and decodes a group of the other rows.
 
@@ -353,14 +406,13 @@ class Engine:
             # not the prefix came from the cache.
             end = sequence.prefix_groups
         size = sequence.group_size
-        with torch.no_grad():
-            ids = sequence.ids[:, start * size : end * size]
-            if self.decoder.graphs:
-                self.decoder.graphs.prefill(ids, slot, start)
-            else:
-                self.lm.prefill(ids, self.state, slot, start)
-            if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
-                self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
+        ids = sequence.ids[:, start * size : end * size]
+        if self.decoder.graphs:
+            self.decoder.graphs.prefill(ids, slot, start)
+        else:
+            self.lm.prefill(ids, self.state, slot, start)
+        if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
+            self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
         sequence.cached = end
         if end == sequence.groups:
             request.begin()
@@ -477,7 +529,7 @@ class Reply(Iterator[Group]):
         self._wait(lambda: request.row is not None or request.done)
         if request.error is not None:
             self.close()
-            raise request.error
+            raise self._explained(request.error)
         if self.prefilled is None:
             self.prefilled = perf_counter()
 
@@ -495,8 +547,37 @@ class Reply(Iterator[Group]):
         error = None if request.cancelled else request.error
         self.close()
         if error is not None:
-            raise error
+            raise self._explained(error)
         raise StopIteration
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The error of the request; where its values were not finite, with their cause."""
+        lost = self._request.lost
+        if lost is None:
+            return error
+        spoke = lost.text == self._engine.lm.empty_id
+        return self.not_finite([*self._request.ready], lost.codes if spoke else None)
+
+    def not_finite(self, rest: Sequence[Group] = (), codes: Tensor | None = None) -> NumericError:
+        """Why the group that follows what has been taken is not finite; computes for a while.
+
+        Args:
+            rest: groups decoded before it and not taken.
+            codes: its codes [C, G] where they could not be drawn, None where its text could not.
+        """
+        request, lm = self._request, self._engine.lm
+        ids = torch.cat(
+            [request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1
+        )
+        spoken = ids[1:].unflatten(1, (-1, lm.config.group_size)).amin((0, 2)) == NOT_FINITE
+        groups, taken = len(spoken), request.taken + len(rest)
+        failed = int(spoken.nonzero()[0, 0]) if spoken.any() else groups
+        number, part = failed - (groups - taken) + 1, "logits"
+        if codes is not None or failed < groups:
+            part = "codes"
+        where = f"of group {number} of the reply" if number > 0 else "of an earlier reply"
+        why = explain(lm, ids, codes, self._engine.quantized_cache)
+        return NumericError(f"the {part} {where} are not finite: {why}")
 
     def _wait(self, until: Callable[[], bool]) -> None:
         self._request.awaited = True
@@ -508,6 +589,16 @@ class Reply(Iterator[Group]):
     def launch_next(self) -> None:
         """See `Engine.launch_next`; an error of that group is raised when the group is taken."""
         self._engine.launch_next(self._request)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether this process was forked from the one that decodes it."""
+        return self._engine.owner.forked
+
+    def check(self) -> None:
+        """Raises ClosedError in a process that was forked from the one that decodes it."""
+        if self.orphaned:
+            self._engine.owner.check()
 
     def cancel(self) -> None:
         """Ends the reply without waiting; a thread that waits for a group gets none."""

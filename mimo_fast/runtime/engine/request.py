@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import OutOfMemoryError, Tensor
 
-from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.errors import DeviceMemoryError, NumericError
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
 
@@ -39,6 +39,7 @@ class Request:
         cancelled: Its consumer wants nothing more.
         settled: The sequence has been brought up to the groups taken.
         error: The reason why it ended early.
+        lost: The group that was not finite, which ended it early.
         awaited: Its consumer waits for the prefill or for a group.
         launching: Its consumer waits for a group, or holds one whose codec work it has yet to
             launch.
@@ -58,6 +59,7 @@ class Request:
     cancelled: bool = False
     settled: bool = False
     error: BaseException | None = None
+    lost: Group | None = None
     awaited: bool = False
     launching: bool = False
     _stopped: bool = False
@@ -95,7 +97,12 @@ class Request:
         self.row = Row(sequence.slot, *how, sequence.seed, sequence.groups, sequence.draws)
 
     def receive(self, group: Group) -> None:
-        """Queues a decoded group for the consumer."""
+        """Queues a decoded group for the consumer; one that is not finite ends the reply."""
+        if not group.finite:
+            self.lost = group
+            # What caused it is found out in the thread of the consumer.
+            self.fail(NumericError("the model's values are not finite"))
+            return
         self.slice += 1
         self._stopped = group.text in self.limits.stop_ids
         try:

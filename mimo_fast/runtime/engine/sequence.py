@@ -9,6 +9,9 @@ from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
+GROUP_SECONDS = 0.16
+"""Duration of a group of speech."""
+
 
 class TokenSequence:
     """Ids [C + 1, T G] that grow by prompts and replies.
@@ -32,7 +35,7 @@ class TokenSequence:
     def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
         self._config, self.capacity, self.seed, self.draws = config, capacity, seed, 0
         self.group_size = config.group_size
-        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64)
+        self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")
         self._decoded: list[tuple[int, Tensor]] = []
         self._lock = threading.Lock()
         self.slot: int | None = None
@@ -45,7 +48,9 @@ class TokenSequence:
         with self._lock:
             if self._decoded:
                 codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
-                text = torch.tensor([text for text, _ in self._decoded])
+                text = torch.tensor(
+                    [text for text, _ in self._decoded], dtype=torch.int64, device="cpu"
+                )
                 text = text.repeat_interleave(self.group_size)
                 self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
                 self._decoded.clear()
@@ -103,10 +108,20 @@ class TokenSequence:
         self.ids, self.cached = ids, min(cached, self.cached, int(same) // self.group_size)
 
 
+def group_ids(text: int, codes: Tensor) -> Tensor:
+    """A group as ids [C + 1, G] on the CPU: its text token, repeated, above its codes [C, G]."""
+    return torch.cat((codes.new_full((1, codes.shape[1]), text), codes)).cpu()
+
+
 def check_room(groups: int, capacity: int) -> None:
     """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
     if groups >= capacity:
         raise PromptError(
-            f"the conversation has {groups} groups and the model's context is {capacity}: "
-            "start a new one or shorten the input"
+            f"the conversation has {in_seconds(groups)} and the model's context is "
+            f"{in_seconds(capacity)}: start a new one or shorten the input"
         )
+
+
+def in_seconds(groups: int) -> str:
+    """A number of groups, and the duration of as many groups of speech."""
+    return f"{groups} groups ({groups * GROUP_SECONDS:.1f} s)"

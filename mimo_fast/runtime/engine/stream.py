@@ -1,6 +1,7 @@
 """Decoded groups -> text, spoken patches, and chunks of audio as they become final."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.kernels.sample import NOT_FINITE
+from mimo_fast.runtime.codec.finite import samples_error
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.device.host_copy import HostCopy
@@ -22,9 +25,19 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 UNFINISHED_CHARACTER = "\ufffd"
 
-_workers = ThreadPoolExecutor(256, thread_name_prefix="mimo-fast")
+
+def _new_workers() -> None:
+    global _workers
+    _workers = ThreadPoolExecutor(256, thread_name_prefix="mimo-fast")
+
+
+_workers: ThreadPoolExecutor
 """Threads of asynchronous streams. asyncio's own are few: streams that wait would fill them, and
 then none could be closed."""
+
+_new_workers()
+# A child has none of its parent's threads, and would wait for them.
+os.register_at_fork(after_in_child=_new_workers)
 
 _task: ContextVar[asyncio.Task[Any] | None] = ContextVar("task", default=None)
 
@@ -170,7 +183,17 @@ class ChunkStream(Iterator[Chunk]):
         """
         self._reply.prefill()
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether this is a process that was forked from the one that decodes the reply."""
+        return self._reply.orphaned
+
+    def check(self) -> None:
+        """Raises ClosedError in such a process."""
+        self._reply.check()
+
     def __next__(self) -> Chunk:
+        self.check()
         with self._lock:
             return next(self._chunks)
 
@@ -178,6 +201,8 @@ class ChunkStream(Iterator[Chunk]):
         # First: a thread that waits for the next chunk holds the lock.
         self._closing.set()
         self._reply.cancel()
+        if self._reply.orphaned:
+            return
         with self._lock:
             self._chunks.close()
             self._reply.close()
@@ -244,13 +269,18 @@ def _generate_chunks(
     stream: CodecStream | None = None
     decoded, samples, first_audio = 0, 0, None
 
-    def chunk(text: str, audio: Tensor, reason: FinishReason | None = None) -> Chunk:
+    def chunk(
+        text: str, audio: Tensor, codes: Tensor | None, reason: FinishReason | None = None
+    ) -> Chunk:
         nonlocal samples, first_audio
         copy = HostCopy(audio.float())
         reply.launch_next()
         # The time is taken when the samples are on the host, not when the work is queued. The
         # clone frees the pinned memory, which is scarce.
         audio = copy.wait().clone()
+        if not bool(audio.isfinite().all()):
+            unknown = codes is not None and bool((codes == NOT_FINITE).any())
+            raise reply.not_finite() if unknown else samples_error(codec, codes)
         samples += len(audio)
         elapsed = perf_counter() - began
         if first_audio is None and len(audio):
@@ -258,7 +288,7 @@ def _generate_chunks(
         timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
         return Chunk(audio, codec.sample_rate, text, timing, reason)
 
-    nothing = torch.zeros(0)
+    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     try:
         for group in reply:
             # Opened once the reply has a slot: graphs are captured for as many streams as slots.
@@ -268,16 +298,16 @@ def _generate_chunks(
                 on_group(group)
             if not group.finished:
                 text, patches = reader.read(group.text, group.codes)
-                heard = nothing
-                if stream and patches:
-                    heard = stream.push(torch.cat(patches, dim=1), trusted=True)
-                yield chunk(text, heard)
+                heard, codes = nothing, torch.cat(patches, dim=1) if patches else None
+                if stream and codes is not None:
+                    heard = stream.push(codes, trusted=True)
+                yield chunk(text, heard, codes)
         if closing.is_set():
             return
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None
         rest = stream.finish(held, trusted=True) if stream else nothing
-        yield chunk(text, rest, reply.finish_reason)
+        yield chunk(text, rest, held, reply.finish_reason)
     finally:
         if stream is not None:
             stream.close()

@@ -3,6 +3,10 @@
     hidden -> text token -> (if `<|empty|>`) patch decoder -> group -> embed -> backbone -> hidden
 
 A row's tokens depend only on its own prompt, seed and settings, never on the rows beside it.
+
+A row whose values are not finite draws NOT_FINITE for its text, which comes with the one host read.
+Codes that could not be drawn make the next hidden state NaN, and so the next text NOT_FINITE; on a
+CPU they are looked at at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.sample import SamplerTensors
+from mimo_fast.kernels.sample import NOT_FINITE, SamplerTensors
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
@@ -48,11 +52,14 @@ class Group:
 
     Attributes:
         finished: Whether it is the row's last group.
+        finite: False where the text, or a code of a patch, is NOT_FINITE; the row has not advanced
+            then.
     """
 
     text: int
     codes: Tensor
     finished: bool
+    finite: bool = True
 
 
 @dataclass
@@ -132,12 +139,15 @@ class Decoder:
             the host has read whether they speak in this one. The device then never waits for the
             host; a wrong prediction drops the patch. The default is True on CUDA. It has no effect
             where the device itself tests whether a row speaks (`Graphs.conditional`).
+        check_codes: Whether to look for NOT_FINITE among the codes of a group, which waits for the
+            patch. The default is True on a CPU.
     """
 
     lm: LM
     state: DecodeState
     graphs: Graphs | None = None
     predict: bool | None = None
+    check_codes: bool | None = None
     _slot_indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
@@ -183,12 +193,16 @@ class Decoder:
         if missing := [row for row in speaking if row.slot not in patches]:
             patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
-        groups = []
+        groups, checks = [], self.lm.device.type == "cpu"
+        checks = checks if self.check_codes is None else self.check_codes
         for row, text in zip(rows, tokens, strict=True):
+            codes = patches[row.slot] if text == self.lm.empty_id else silence
+            if text == NOT_FINITE or (checks and bool((codes == NOT_FINITE).any())):
+                groups.append(Group(text, codes, finished=True, finite=False))
+                continue
             row.cached += row.last is not None
             row.draws += 1
             row.produced += 1
-            codes = patches[row.slot] if text == self.lm.empty_id else silence
             done = text in row.limits.stop_ids or row.produced >= row.limits.max_new
             row.last, row.stale = Group(text, codes, done), False
             groups.append(row.last)
@@ -251,7 +265,7 @@ class Decoder:
         if key not in self._slot_indices:
             if len(self._slot_indices) >= 64:
                 self._slot_indices.clear()
-            self._slot_indices[key] = torch.tensor(key, device=self.lm.device)
+            self._slot_indices[key] = torch.tensor(key, device=self.lm.device, dtype=torch.int64)
         return self._slot_indices[key]
 
 

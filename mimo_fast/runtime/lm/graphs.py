@@ -77,11 +77,13 @@ class SlotIndices:
     """Slot numbers [bucket] in device memory, read by graphs; the host keeps a copy."""
 
     def __init__(self, slots: list[int], device: torch.device) -> None:
-        self.numbers, self._current = torch.tensor(slots, device=device), slots
+        self.numbers, self._current = torch.tensor(slots, device=device, dtype=torch.int64), slots
 
     def set(self, slots: list[int]) -> None:
         if slots != self._current:
-            numbers = torch.tensor(slots, pin_memory=self.numbers.is_cuda)
+            numbers = torch.tensor(
+                slots, pin_memory=self.numbers.is_cuda, dtype=torch.int64, device="cpu"
+            )
             self.numbers.copy_(numbers, non_blocking=True)
             self._current = slots
 
@@ -115,7 +117,9 @@ class CapturedPrompt:
         """Prefills ids [C + 1, n, G] from host memory, n at most T."""
         channels, groups, frames = ids.shape
         # Each run has its own buffer: the copy of the previous one may still be running.
-        host = torch.zeros(len(self.inputs), dtype=torch.int64, pin_memory=self.inputs.is_cuda)
+        host = torch.zeros(
+            len(self.inputs), dtype=torch.int64, pin_memory=self.inputs.is_cuda, device="cpu"
+        )
         host[:-3].view(channels, -1, frames)[:, :groups] = ids
         host[-3], host[-2], host[-1] = slot, start, groups
         self.inputs.copy_(host, non_blocking=True)

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.patch_embed import patch_embed
@@ -22,10 +23,12 @@ from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.kernels.sample_codes import code_steps
 from mimo_fast.kernels.sample_text import sample_text
 from mimo_fast.kernels.text_embed import input_embed
+from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.executor import Executor, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
+    AnyWeight,
     padded_attend,
     prefill_attend,
     transformer,
@@ -39,6 +42,7 @@ TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
 
 
+@checked
 class LM:
     """Weights and pure functions over them; all that changes is in the `DecodeState` passed in.
 
@@ -49,7 +53,7 @@ class LM:
     """
 
     def __init__(self, config: LMConfig, empty_id: int, source: WeightSource) -> None:
-        self.config, self.empty_id = config, empty_id
+        self.config, self.empty_id, self.owner = config, empty_id, Owner()
         self.backbone = transformer_weights("model", config.backbone, source)
         encoder, decoder = config.patch_encoder, config.patch_decoder
         self.patch_encoder = transformer_weights("input_local_transformer", encoder, source)
@@ -62,9 +66,10 @@ class LM:
         )
         # Projecting the table once makes each decoder step a plain gather.
         self.decoder_embeddings = self.code_embeddings
+        self.embeddings_to_local: AnyWeight | None = None
         if encoder.dim != decoder.dim:
-            projection = source.weight("speech_embeddings_to_local")
-            self.decoder_embeddings = matmul(self.code_embeddings, projection)
+            self.embeddings_to_local = source.weight("speech_embeddings_to_local")
+            self.decoder_embeddings = matmul(self.code_embeddings, self.embeddings_to_local)
         self.patch_to_backbone = source.weight("speech_group_downcast")
         self.backbone_to_patch = source.weight("hidden_states_downcast")
         self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
@@ -73,8 +78,9 @@ class LM:
 
     def _make_tables(self) -> None:
         config, device = self.config, self.device
-        self.code_offsets = torch.tensor([0, *accumulate(config.code_sizes[:-1])], device=device)
-        self.empty_codes = torch.tensor(config.empty_codes, device=device)
+        offsets = [0, *accumulate(config.code_sizes[:-1])]
+        self.code_offsets = torch.tensor(offsets, dtype=torch.int64, device=device)
+        self.empty_codes = torch.tensor(config.empty_codes, dtype=torch.int64, device=device)
         delays = config.delays, config.group_size
         self.code_steps = code_steps(config.code_sizes, config.empty_codes, *delays, device)
 
@@ -174,7 +180,8 @@ class LM:
         are padding and leave no trace. With no group and start -1 it only writes the scratch row.
         Returns the last group's hidden state [1, D].
         """
-        config, rows = self.config.backbone, torch.arange(ids.shape[1], device=self.device)
+        config = self.config.backbone
+        rows = torch.arange(ids.shape[1], dtype=torch.int64, device=self.device)
         slot, start, length = place.split(1)
         text, codes = ids[0, :, 0], ids[1:].transpose(0, 1)
         # Shapes are fixed, so every group passes the patch encoder: 1/16 of the backbone's work,

@@ -49,7 +49,7 @@ class Snapshot:
 
 
 def _to_host(part: Tensor) -> Tensor:
-    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda, device="cpu")
     return copy.copy_(part)
 
 

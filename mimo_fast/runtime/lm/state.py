@@ -132,14 +132,14 @@ class DecodeState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
-        steps = torch.arange(config.patch_steps, device=device)
+        steps = torch.arange(config.patch_steps, device=device, dtype=torch.int64)
         lengths = zeros()
         lengths[slots] = NO_POSITION
         decoder, place = config.patch_decoder, (dtype, device)
         return cls(
             cache=KVCache.allocate(config.backbone, slots, capacity, *place, quantized_cache),
             patch_cache=KVCache.allocate(decoder, rows, config.patch_steps, *place),
-            rows=torch.arange(rows, device=device),
+            rows=torch.arange(rows, device=device, dtype=torch.int64),
             patch_starts=steps[:, None].expand(-1, rows).contiguous(),
             lengths=lengths,
             hidden=zeros(dim, dtype=dtype),

@@ -42,20 +42,25 @@ def _collecting(attend: Attend, projections: list[Tensor] | None) -> Attend:
     return collect
 
 
+def patch_inputs(lm: LM, hidden: Tensor, codes: Tensor) -> Tensor:
+    """Inputs of the patch decoder: hidden [N, D], codes [N, C, G] -> [N, steps, D of it]."""
+    config = lm.config
+    # The codes drawn at each step: frames of channel c from step delays[c] on, the empty code
+    # elsewhere.
+    drawn = lm.empty_codes.repeat(len(codes), config.patch_steps, 1).transpose(1, 2)
+    for channel, delay in enumerate(config.delays):
+        drawn[:, channel, delay : delay + config.group_size] = codes[:, channel]
+    fed = patch_embed(drawn, lm.decoder_embeddings, lm.code_offsets, lm.empty_codes)
+    return torch.cat((lm.local_hidden(hidden)[:, None], fed[:, :-1]), dim=1)
+
+
 def code_logits(lm: LM, hidden: Tensor, codes: Tensor) -> list[Tensor]:
     """Patch decoder over N patches: hidden [N, D], codes [N, C, G] -> logits [N, G, V_c] a channel.
 
     The logits include the empty code, which is never drawn.
     """
     config = lm.config
-    decoder, patches = config.patch_decoder, len(codes)
-    # The codes drawn at each step: frames of channel c from step delays[c] on, the empty code
-    # elsewhere.
-    drawn = lm.empty_codes.repeat(patches, config.patch_steps, 1).transpose(1, 2)
-    for channel, delay in enumerate(config.delays):
-        drawn[:, channel, delay : delay + config.group_size] = codes[:, channel]
-    fed = patch_embed(drawn, lm.decoder_embeddings, lm.code_offsets, lm.empty_codes)
-    x = torch.cat((lm.local_hidden(hidden)[:, None], fed[:, :-1]), dim=1)
+    decoder, x = config.patch_decoder, patch_inputs(lm, hidden, codes)
     attend = self_attend(decoder, lm.decoder_rope, causal=True)
     out = transformer(x, lm.patch_decoder, decoder.norm_eps, attend)
     heads = lm.code_heads.split(config.code_sizes)

@@ -3,7 +3,7 @@
 The three differ only in weights and attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,21 @@ def transformer_weights(
 
 def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
     """x [N, T, D] -> final-normed hidden states [N, T, D]."""
+    for output in layer_outputs(x, weights, eps, attend):
+        x = output
+    return rms_norm(x, weights.norm, eps)
+
+
+def layer_outputs(
+    x: Tensor, weights: TransformerWeights, eps: float, attend: Attend
+) -> Iterator[Tensor]:
+    """The output of each layer [N, T, D], one after the other."""
     for i, layer in enumerate(weights.layers):
         qkv = matmul(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
         x = matmul(attend(i, qkv), layer.out, residual=x)
         gated = matmul(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
         x = matmul(gated, layer.down, residual=x)
-    return rms_norm(x, weights.norm, eps)
+        yield x
 
 
 def self_attend(config: TransformerConfig, table: Tensor, causal: bool) -> Attend:
@@ -110,7 +119,9 @@ def prefill_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slot: int, start: int
 ) -> Attend:
     """Causal attention of T new positions of one slot: qkv [1, T, ...] appended from `start` on."""
-    slots, starts = (torch.tensor([index], device=table.device) for index in (slot, start))
+    slots, starts = (
+        torch.tensor([index], device=table.device, dtype=torch.int64) for index in (slot, start)
+    )
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         layer_cache = cache.layer(layer)

@@ -57,6 +57,16 @@ struct Output {
     }
 };
 
+// x W^T of M rows to y.
+QuantizedMatmul product(const Matrix& w, const float* x, int64_t M, float* y) {
+    QuantizedMatmul p;
+    p.weight = w.linear.quantized;
+    p.x = x;
+    p.y = y;
+    p.M = M;
+    return p;
+}
+
 constexpr double FLOAT_ERROR = 1e-5;  // of sums in float32, beside the largest value
 constexpr double FIXED_ERROR = 2e-4;  // of x in fixed point of 16 bits
 constexpr double BFLOAT16_ERROR = 4e-3;
@@ -89,8 +99,8 @@ void test_quantized_matmul(int bits, int64_t group, int64_t groups, int64_t rows
     kernels->quantized_matmul(p);
     const double error = y.error(want, type);
     report(error <= (type == Type::float32 ? FIXED_ERROR : BFLOAT16_ERROR),
-           "quantized_matmul: error %g; %d bits, group %ld, N %ld, K %ld, M %ld, options %d", error, bits, long(group),
-           long(rows), long(K), long(M), options);
+           "quantized_matmul: error %g; %d bits, group %ld, N %ld, K %ld, M %ld, options %d", error, bits, group, rows,
+           K, M, options);
     // A row does not depend on the others.
     if (type == Type::float32 && M > 1) {
         Output alone(outputs);
@@ -101,7 +111,7 @@ void test_quantized_matmul(int bits, int64_t group, int64_t groups, int64_t rows
         p.M = 1;
         kernels->quantized_matmul(p);
         report(!std::memcmp(alone.values.data(), &y.values[m * outputs], outputs * sizeof(float)),
-               "quantized_matmul: row %ld of %ld depends on its neighbours", long(m), long(M));
+               "quantized_matmul: row %ld of %ld depends on its neighbours", m, M);
     }
 }
 
@@ -116,12 +126,7 @@ void test_extremes() {
                 std::fill(w.scales.begin(), w.scales.end(), uint16_t(0x3F80));
                 const Floats x(3 * K, sign);
                 Output y(9);
-                QuantizedMatmul p;
-                p.weight = w.linear.quantized;
-                p.x = x.data();
-                p.y = y.values.data();
-                p.M = 3;
-                kernels->quantized_matmul(p);
+                kernels->quantized_matmul(product(w, x.data(), 3, y.values.data()));
                 const double error = y.error(Doubles(9, sign * double(K * (offset - 1))));
                 report(error <= 1e-5, "quantized_matmul: extremes of %d bits are off by %g", bits, error);
             }
@@ -134,12 +139,7 @@ void test_values_that_are_no_numbers() {
             Floats x = gaussian(2 * 256);
             x[17] = bad;
             Output y(10);
-            QuantizedMatmul p;
-            p.weight = w.linear.quantized;
-            p.x = x.data();
-            p.y = y.values.data();
-            p.M = 2;
-            kernels->quantized_matmul(p);
+            kernels->quantized_matmul(product(w, x.data(), 2, y.values.data()));
             bool right = true;
             for (int i = 0; i < 10; ++i) right &= std::isfinite(y.values[i]) == (i >= 5);
             report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
@@ -158,19 +158,9 @@ void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_
     }
     const Stored k_before = k, v_before = v;
     Output y(rows * heads * dh);
-    DecodeAttention p;
-    p.type = type;
-    p.heads = heads;
-    p.kv_heads = kv_heads;
-    p.head_dim = dh;
-    p.table = table.data();
-    p.positions = capacity;
-    p.qkv = qkv.data();
-    p.row_stride = stride;
-    p.y = y.data(type);
-    p.cache = {k.data(), v.data(), 1, slots, capacity, 0, kv_heads * capacity * dh, capacity * dh, dh};
-    p.at = {slot.data(), start.data(), rows};
-    kernels->decode_attention(p);
+    const Cache cache = {k.data(), v.data(), 1, slots, capacity, 0, kv_heads * capacity * dh, capacity * dh, dh};
+    kernels->decode_attention({type, heads, kv_heads, dh, table.data(), capacity, qkv.data(), stride, y.data(type),
+                               cache, {slot.data(), start.data(), rows}});
     Doubles want(rows * heads * dh);
     int64_t changed = 0, written = 0;
     for (int64_t i = 0; i < slots * kv_heads * capacity * dh; ++i)
@@ -192,12 +182,8 @@ void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_
             }
             written += dh;
             for (int64_t at = first; at <= last; at += dh) {
-                keys.emplace_back();
-                values.emplace_back();
-                for (int64_t i = 0; i < dh; ++i) {
-                    keys.back().push_back(k.at(at + i));
-                    values.back().push_back(v.at(at + i));
-                }
+                keys.push_back(k.part(at, dh));
+                values.push_back(v.part(at, dh));
             }
             for (int64_t h = g * share; h < (g + 1) * share; ++h) {
                 const Doubles one = attend(rotated(&row[h * dh], dh, cosines, sines), keys, values);
@@ -206,11 +192,11 @@ void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_
         }
     }
     report(append_error <= rounding && changed <= written, "decode_attention: appends with error %g, %ld values of %ld",
-           append_error, long(changed), long(written));
+           append_error, changed, written);
     const double error = y.error(want, type);
     report(error <= (type == Type::float32 ? FLOAT_ERROR : BFLOAT16_ERROR),
-           "decode_attention: error %g; %ld rows, %ld x %ld heads of %ld, capacity %ld", error, long(rows),
-           long(kv_heads), long(share), long(dh), long(capacity));
+           "decode_attention: error %g; %ld rows, %ld x %ld heads of %ld, capacity %ld", error, rows, kv_heads, share,
+           dh, capacity);
 }
 
 void test_transformer(const Model& model, double tolerance) {
@@ -226,7 +212,7 @@ void test_transformer(const Model& model, double tolerance) {
             want.insert(want.end(), one.begin(), one.end());
         }
         const double error = y.error(want);
-        report(error <= tolerance, "encode: error %g, causal %d, dim %ld", error, causal, long(dim));
+        report(error <= tolerance, "encode: error %g, causal %d, dim %ld", error, causal, dim);
         if (!causal) continue;
         // Position by position through a cache it is the same.
         const int64_t slots = N + 1, head = t.positions * t.head_dim, slot = t.kv_heads * head;
@@ -244,7 +230,7 @@ void test_transformer(const Model& model, double tolerance) {
             Output stepped(N * dim);
             kernels->step(t, rows.data(), stepped.values.data(), cache, {at.data(), starts.data(), N});
             const double off = stepped.error(expected);
-            report(off <= tolerance, "step: error %g at position %ld, dim %ld", off, long(i), long(dim));
+            report(off <= tolerance, "step: error %g at position %ld, dim %ld", off, i, dim);
         }
         const bool kept = std::all_of(&k[slot], &k[2 * slot], [](float value) { return value == 1e4f; });
         report(kept, "step: a slot of no row was written to");
@@ -260,13 +246,10 @@ void test_decode_patch(const Model& model) {
         std::vector<int64_t> active;
         for (int64_t c = 0; c < channels; ++c)
             if (s - c >= 0 && s - c < group) active.push_back(c);
-        std::vector<int64_t> values;
-        for (const int64_t c : active) values.push_back(c);
-        for (const int64_t c : active) values.push_back(s - c);
-        for (const int64_t c : active) values.push_back(firsts[c]);
-        for (const int64_t c : active) values.push_back(sizes[c]);
-        for (const int64_t c : active) values.push_back(empty[c]);
-        steps.push_back(values);
+        steps.emplace_back(active);
+        for (const int64_t c : active) steps.back().push_back(s - c);
+        for (const int64_t* of : {firsts, sizes, empty})
+            for (const int64_t c : active) steps.back().push_back(of[c]);
     }
     PatchDecoder p = {t, heads.data(), embeddings.data(), channels, group, {}};
     for (const auto& values : steps) p.steps.push_back({values.data(), int64_t(values.size()) / 5});
@@ -292,7 +275,7 @@ void test_decode_patch(const Model& model) {
                 const int64_t want = draw(logits.data(), size, [&](int64_t i) { return i != empty[c]; },
                                           temperature[r], 0, 0, greedy[r], noise);
                 const int64_t got = codes[(r * channels + c) * group + frame];
-                report(got == want, "decode_patch: code %ld, not %ld, of row %ld", long(got), long(want), long(r));
+                report(got == want, "decode_patch: code %ld, not %ld, of row %ld", got, want, r);
                 for (int64_t i = 0; i < dim; ++i) next[i] += embeddings[(first + want) * dim + i];
             }
             sequence.insert(sequence.end(), next.begin(), next.end());
@@ -369,8 +352,8 @@ void test_codec_stack(int64_t T, int64_t heads, int64_t dh, int64_t ffn, bool la
                              {table.data(), got_k.values.data(), got_v.values.data(), slots.data(),
                               reinterpret_cast<const bool*>(visible.data()), places});
     const double error = std::max({y.error(x), got_k.error(keys), got_v.error(values)});
-    report(error <= FLOAT_ERROR, "run_codec_stack: error %g; %ld rows, %ld heads of %ld, layer norms %d", error, long(T),
-           long(heads), long(dh), layer_norms);
+    report(error <= FLOAT_ERROR, "run_codec_stack: error %g; %ld rows, %ld heads of %ld, layer norms %d", error, T,
+           heads, dh, layer_norms);
 }
 
 void test_sample(int64_t size, double scale) {
@@ -402,8 +385,7 @@ void test_sample(int64_t size, double scale) {
             const auto allowed = [&](int64_t i) { return !bans || !banned[r * size + i]; };
             const int64_t want = draw(&values[r * size], size, allowed, temperature[r], top_k[r], tail[r], greedy[r],
                                       noise);
-            report(ids[r] == want, "sample: %ld, not %ld, of %ld ids in row %ld", long(ids[r]), long(want), long(size),
-                   long(r));
+            report(ids[r] == want, "sample: %ld, not %ld, of %ld ids in row %ld", ids[r], want, size, r);
         }
     }
 }
@@ -436,7 +418,7 @@ uint64_t test_gumbel() {
                 std::memcpy(&bits, &noise.values[i], 4);
                 checksum = (checksum ^ bits) * 0x100000001B3u;
             }
-            report(right, "gumbel: noise is not that of its definition, seed %ld", long(seed));
+            report(right, "gumbel: noise is not that of its definition, seed %ld", seed);
         }
     return checksum;
 }
@@ -451,12 +433,8 @@ Floats results(const Kernels& set) {
             const Matrix w(37, 1280, true, bits, group, true);
             const Floats x = gaussian(5 * 1280);
             Floats y(5 * 37);
-            QuantizedMatmul p;
-            p.weight = w.linear.quantized;
+            QuantizedMatmul p = product(w, x.data(), 5, y.data());
             p.bias = w.biases.data();
-            p.x = x.data();
-            p.y = y.data();
-            p.M = 5;
             set.quantized_matmul(p);
             all.insert(all.end(), y.begin(), y.end());
         }
@@ -514,7 +492,7 @@ int main(int count, char** arguments) {
         double worst = 0;
         for (size_t i = 0; i < mine.size(); ++i) worst = std::max<double>(worst, std::fabs(mine[i] - plain[i]));
         report(worst <= 1e-5, "quantized_matmul: %g from the portable set", worst);
-        std::printf("%s: %ld checks, %ld failed\n", set->name, long(checked), long(failed));
+        std::printf("%s: %ld checks, %ld failed\n", set->name, checked, failed);
         if (failed) return 1;
         ++tested;
     }

@@ -67,6 +67,11 @@ struct Stored {
     void* data() { return type == Type::float32 ? static_cast<void*>(wide.data()) : narrow.data(); }
     // What a kernel left at `data()`.
     float at(int64_t i) const { return type == Type::float32 ? wide[i] : from_bfloat16(narrow[i]); }
+    Doubles part(int64_t first, int64_t count) const {
+        Doubles values;
+        for (int64_t i = 0; i < count; ++i) values.push_back(at(first + i));
+        return values;
+    }
 };
 
 // A random matrix with its bias, dense in two blocks of rows or quantized, and what it stands for.

@@ -2,18 +2,17 @@
 states to 1e-5."""
 
 import copy
-import math
 
 import pytest
 import torch
 from helpers import gaussian, source_of, write_pair
-from rows import SAMPLERS, SIZE, rows_of
+from rows import SAMPLERS, SIZE, rows_not_finite, rows_of
 
 from mimo_fast.config import LMConfig, read_json
 from mimo_fast.kernels import sample_text
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu import transformer as small
-from mimo_fast.kernels.sample import gumbel
+from mimo_fast.kernels.sample import NOT_FINITE, gumbel
 from mimo_fast.kernels.sample_text import sample_text_ref
 from mimo_fast.quantization import QuantizationConfig
 from mimo_fast.runtime.lm.executor import (
@@ -130,13 +129,15 @@ def test_any_vocabulary(size):
         assert torch.equal(native.sample_text(logits, settings, index, index + 3, None, 0), want)
 
 
-def test_logits_that_are_no_numbers_draw_an_id():
-    logits, index = torch.full((3, 40), math.nan), torch.arange(3)
-    logits[1], logits[2, 5] = -math.inf, math.inf
+@pytest.mark.parametrize("size", [2, 129, 3000])
+def test_logits_that_are_no_numbers_draw_nothing(size):
+    logits, banned, lost = rows_not_finite(size)
+    index = torch.arange(len(logits))
     for sampler in MIXED:
-        ids = native.sample_text(logits, sampler_tensors([sampler] * 3), index, index, None, 0)
-        assert ((ids >= 0) & (ids < 40)).all()
-        assert ids[2] == 5
+        settings = sampler_tensors([sampler] * len(logits))
+        ids = native.sample_text(logits, settings, index, index, banned, 0)
+        assert torch.equal(ids == NOT_FINITE, lost)
+        assert torch.equal(ids, sample_text_ref(logits, settings, index, index, banned))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])

@@ -55,7 +55,7 @@ def product(
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     room = torch.full((len(x) + 1, width), torch.nan, dtype=x.dtype)
     assert not cuda.refuses_form(weight, x.dtype)
-    cuda.quantized_matmul(x, weight, norm, residual, swiglu, room[:-1], library, variant)
+    cuda.quantized_mma(x, weight, norm, residual, swiglu, room[:-1], library, variant)
     assert bool(room[-1].isnan().all())
     return room[:-1]
 

@@ -170,7 +170,10 @@ BUGS = {
     ),
     "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
     "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
-    "a copy is read too early": ("wait_for_copies<LEFT>();", "wait_for_copies<LEFT + 1>();"),
+    "a copy is read too early": (
+        "cp_async_wait_group<LEFT>();",
+        "cp_async_wait_group<LEFT + 1>();",
+    ),
     "sums are read before they are there": (
         "multiply<WHICH>();\n        __syncthreads();",
         "multiply<WHICH>();",

@@ -55,16 +55,6 @@ void barrier(int id) {
 }
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block_of_threads->shared.data()); }
 
-inline float shfl_xor(float value, int lanes) {
-    Warp& warp = own_warp();
-    const int lane = threadIdx.x % 32;
-    std::memcpy(&warp.words[lane][0], &value, 4);
-    warp.all.arrive_and_wait();
-    std::memcpy(&value, &warp.words[lane ^ lanes][0], 4);
-    warp.all.arrive_and_wait();
-    return value;
-}
-
 inline float shfl(float value, int from) {
     Warp& warp = own_warp();
     std::memcpy(&warp.words[threadIdx.x % 32][0], &value, 4);
@@ -73,6 +63,8 @@ inline float shfl(float value, int from) {
     warp.all.arrive_and_wait();
     return value;
 }
+
+inline float shfl_xor(float value, int lanes) { return shfl(value, threadIdx.x % 32 ^ lanes); }
 
 inline void ldmatrix_x4(uint32_t (&d)[4], const uint4* row) {
     Warp& warp = own_warp();

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 from dataclasses import replace
 from typing import Any
 

@@ -99,7 +99,6 @@ struct Index { int x; };
 #define blockIdx (Index{grid->running->block->index})
 #define blockDim (Index{grid->threads})
 #define gridDim (Index{grid->blocks})
-#define DYNAMIC_SHARED(name) unsigned char* name = reinterpret_cast<unsigned char*>(grid->running->block->shared.data())
 
 inline void to_scheduler() { swapcontext(&grid->running->context, &grid->scheduler); }
 
@@ -120,9 +119,12 @@ void meet(Meeting& meeting, Then then) {
 inline Warp& own_warp() { return *grid->running->warp; }
 inline int own_lane() { return grid->running->thread % 32; }
 inline void __syncthreads() { meet(grid->running->block->all, [] {}); }
-inline void warp_barrier() { meet(own_warp().all, [] {}); }
+inline unsigned char* dynamic_shared() {
+    return reinterpret_cast<unsigned char*>(grid->running->block->shared.data());
+}
+inline void sync_warp() { meet(own_warp().all, [] {}); }
 
-inline float from_lane(float value, int lane) {
+inline float shfl(float value, int lane) {
     Warp& warp = own_warp();
     std::memcpy(&warp.words[own_lane()][0], &value, 4);
     // All have read `lanes` when all have come to the next meeting.
@@ -132,7 +134,7 @@ inline float from_lane(float value, int lane) {
     return warp.lanes[lane];
 }
 
-inline float from_lane_xor(float value, int mask) { return from_lane(value, own_lane() ^ mask); }
+inline float shfl_xor(float value, int mask) { return shfl(value, own_lane() ^ mask); }
 
 inline uint32_t greatest_of_warp(uint32_t value) {
     Warp& warp = own_warp();
@@ -144,13 +146,14 @@ inline uint32_t greatest_of_warp(uint32_t value) {
     return warp.greatest;
 }
 
-inline void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+template <class T>
+void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     Warp& warp = own_warp();
     const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
     std::memcpy(warp.words[own_lane()], mine, sizeof mine);
     std::memcpy(warp.sums[own_lane()], d, sizeof d);
     meet(warp.all, [&] {
-        for (int i = 0; i < 32; ++i) multiply_lane<Bfloat16>(warp.sums[i], warp.words, i);
+        for (int i = 0; i < 32; ++i) multiply_lane<T>(warp.sums[i], warp.words, i);
     });
     std::memcpy(d, warp.sums[own_lane()], sizeof d);
 }
@@ -171,9 +174,9 @@ inline void look_again(int) {
     to_scheduler();
 }
 
-inline uint64_t policy_to_keep() { return 0; }
-inline uint64_t policy_to_drop() { return 0; }
-inline uint64_t policy_of_others() { return 0; }
+inline uint64_t policy_evict_last() { return 0; }
+inline uint64_t policy_evict_first() { return 0; }
+inline uint64_t policy_evict_normal() { return 0; }
 
 inline void copy(void* to, const void* from, int bytes) {
     std::memset(to, 0xff, bytes);
@@ -181,10 +184,10 @@ inline void copy(void* to, const void* from, int bytes) {
 }
 inline void copy_16(void* to, const void* from, uint64_t) { copy(to, from, 16); }
 inline void copy_8(void* to, const void* from, uint64_t) { copy(to, from, 8); }
-inline void commit_copies() { grid->running->copies.emplace_back(); }
+inline void cp_async_commit_group() { grid->running->copies.emplace_back(); }
 
 template <int LEFT>
-void wait_for_copies() {
+void cp_async_wait_group() {
     auto& copies = grid->running->copies;
     while (int(copies.size()) - 1 > LEFT) {
         for (const Copy& each : copies.front()) std::memcpy(each.to, each.from, each.bytes);
@@ -192,11 +195,6 @@ void wait_for_copies() {
     }
 }
 
-inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return lop3<0xea>(a, b, c); }
-inline uint32_t not_and_or(uint32_t a, uint32_t b, uint32_t c) { return lop3<0xae>(a, b, c); }
-inline float from_bfloat16(uint16_t bits) { return widen<Bfloat16>(bits); }
-inline uint16_t to_bfloat16(float value) { return narrow<Bfloat16>(value); }
-inline uint32_t add_two(uint32_t a, uint32_t b) { return add_pairs<Bfloat16>(a, b); }
 inline float fast_exp(float value) { return std::exp(value); }
 inline float fast_divide(float value, float by) { return value / by; }
 

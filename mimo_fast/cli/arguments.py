@@ -1,0 +1,192 @@
+"""Types of arguments, and what is known of them before anything else is imported or loaded."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from mimo_fast.audio.paths import (
+    check_folder,
+    check_readable,
+    check_target,
+    check_writable,
+    name_of,
+)
+from mimo_fast.checkpoint.embedded import NANO, QUESTION
+from mimo_fast.errors import AudioError
+
+STANDARD = Path("-")
+"""Stands for standard input or output."""
+
+DEMO_FILES = ("said.wav", "recording_decoded.wav", "reply.wav")
+
+PIPE_IN = "give - in its place and pipe it in"
+PIPE_OUT = "give -o - and redirect standard output"
+
+
+def path(text: str) -> Path:
+    """A path; `~` is expanded, also where a shell has not: in --voice=~/me.wav."""
+    return Path(os.path.expanduser(text))
+
+
+def positive(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def seed(text: str) -> int:
+    return _whole_number(text, 0, 2**63 - 1)
+
+
+def _whole_number(text: str, least: int, most: int | None = None) -> int:
+    wanted = f"a whole number from {least} {'up' if most is None else f'to {most}'}"
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text:.40}")
+    return value
+
+
+def numbered(output: Path, turns: int) -> list[Path]:
+    """The files of a dialogue's replies."""
+    if turns == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{turn}") for turn in range(1, turns + 1)]
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks texts and files, and completes what depends on several arguments.
+
+    `asr` goes on without the recordings that cannot be read: they become `args.problems`.
+
+    Raises:
+        AudioError: an input cannot be read.
+        SystemExit: an output cannot be written or is an input, or a text is not text.
+    """
+    args.folders = [getattr(args, args.folder)] if args.folder else []
+    args.before = [each for folder in args.folders for each in _contents(folder)]
+    outputs = [getattr(args, name, None) for name in ("output", "json")]
+    args.writes = any(file is not None for file in (*outputs, *args.folders))
+    if args.module == "chat" and not args.text:
+        args.turns = [path(turn) for turn in args.turns]
+    for name in ("text", "question", "system", "instruct", "turns"):
+        for text in _several(getattr(args, name, None)):
+            if isinstance(text, str) and not _is_text(text):
+                args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
+    for name in ("model", "codec", "checkpoint", "source", "target", "directory"):
+        # The libraries that read and write weights take no other names.
+        if not _is_text(folder := str(getattr(args, name, None))):
+            args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")
+    inputs = _inputs(args)
+    _check_overlap(args, inputs, _check_outputs(args))
+    if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
+        args.parser.error("standard input can be given once")
+    args.problems = _unreadable(inputs)
+    if args.problems and (args.module != "asr" or len(inputs) == 1):
+        raise next(iter(args.problems.values()))
+
+
+def _contents(folder: Path) -> list[Path]:
+    return [*whole_checkpoints(folder), *(folder.iterdir() if folder.is_dir() else ())]
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, whose config.json is written last."""
+    places = (folder, folder / "lm", folder / "codec")
+    return [place for place in places if (place / "config.json").is_file()]
+
+
+def _several(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_text(text: str) -> bool:
+    """False for bytes that Python could not decode, which it keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """Recordings that the command reads."""
+    given = [getattr(args, name, None) for name in ("audio", "voice", "turns")]
+    return [each for value in given for each in _several(value) if isinstance(each, Path)]
+
+
+def _unreadable(inputs: list[Path]) -> dict[Path, AudioError]:
+    found = dict[Path, AudioError]()
+    for file in inputs:
+        try:
+            if file == STANDARD:
+                if sys.stdin.isatty():
+                    raise AudioError("standard input is a terminal: redirect a recording to it")
+            elif not check_readable(file, PIPE_IN):
+                raise AudioError(f"{name_of(file)} is empty")
+        except AudioError as error:
+            found[file] = error
+    return found
+
+
+def _check_outputs(args: argparse.Namespace) -> list[Path]:
+    """Files that the command will write."""
+    parser: argparse.ArgumentParser = args.parser
+    output: Path | None = getattr(args, "output", None)
+    json: Path | None = getattr(args, "json", None)
+    files = list[Path]()
+    try:
+        option = "-o/--output"
+        if output is not None and args.module == "demo":
+            if output == STANDARD:
+                parser.error("argument -o/--output: a demo writes several files, name a folder")
+            check_folder(output)
+            files = [output / name for name in DEMO_FILES]
+            for file in files:
+                if os.path.lexists(file):
+                    check_writable(file)
+        elif output == STANDARD:
+            if sys.stdout.isatty():
+                parser.error("standard output is a terminal: redirect it, as in -o - > reply.wav")
+        elif output is not None:
+            files = numbered(output, len(args.turns) if args.module == "chat" else 1)
+            for file in files:
+                check_target(file, PIPE_OUT)
+        option = "--json"
+        if json == STANDARD:
+            parser.error("argument --json: standard output has the table, name a file")
+        if json is not None:
+            check_writable(json, "name a file")
+            files.append(json)
+        option = "DIR"
+        for folder in args.folders:
+            check_folder(folder)
+    except AudioError as error:
+        parser.error(f"argument {option}: {error}")
+    return files
+
+
+def _check_overlap(args: argparse.Namespace, inputs: list[Path], outputs: list[Path]) -> None:
+    """Nothing that is read may be written, under whatever name, nor one file twice."""
+    read = [*inputs, QUESTION]
+    for option, part in (("model", "lm"), ("codec", "codec")):
+        folder = path(getattr(args, option, None) or "")
+        for each in (folder, NANO / part):
+            if each != Path() and each.is_dir():
+                read += each.iterdir()
+    for i, output in enumerate(outputs):
+        name = name_of(output)
+        if any(_is_same(output, other) for other in read):
+            args.parser.error(f"{name} is an input and would be overwritten: name another file")
+        if any(_is_same(output, other) for other in outputs[:i]):
+            args.parser.error(f"{name} would be written twice: name another file")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
