@@ -28,17 +28,15 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
-from mimo_fast.runtime.lm.decode import Group, Samplers
+from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
-from mimo_fast.runtime.speech import SplitStream
+from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
-from mimo_fast.text.sentences import split_to_say
-from mimo_fast.text.spelling import spell
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -261,7 +259,10 @@ class MimoAudio:
         return self.pipeline.speech(audio, closed)
 
     def pack(self, segments: Iterable[Segment]) -> Tensor:
-        """Segments -> ids [C + 1, T G] on the CPU."""
+        """Segments -> ids [C + 1, T G] on the CPU.
+
+        A `str` is a template, in which special tokens are tokens; `text.prompt.UserText` is text.
+        """
         return self.pipeline.ids(segments)
 
     def session(
@@ -383,65 +384,22 @@ class MimoAudio:
         if split:
             if spec is not TASKS["tts_sft"] or add_history:
                 raise ValueError("split=True goes with the task 'tts', without add_history")
-            request = signature(tasks.tts).bind(None, *arguments, **task_arguments).arguments
-            pieces = self._pieces(request)
-            if len(pieces) > 1:
-                most = max_new_tokens, min_new_tokens
-                return self._say_pieces(pieces, request, began, most, seed, special_tokens)
+            request = read_request(arguments, task_arguments)
+            if len(texts := pieces_to_say(pipeline, request)) > 1:
+
+                def begin(ids: Tensor, most: int | None, least: int, follows: bool) -> Reply:
+                    stops = spec.stop_ids(self.tokenizer.special)
+                    return self._start(ids, spec.sampler, stops, most, least, False, seed, follows)
+
+                context = pipeline.context(seed, special_tokens=special_tokens)
+                limits_of_all = max_new_tokens, min_new_tokens
+                return say_pieces(pipeline, context, request, texts, begin, began, limits_of_all)
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
         ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
         chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
         return self._history.read_by(reply, chunks)
-
-    def _pieces(self, request: Mapping[str, Any]) -> list[str]:
-        """The texts that a request to say something is split into."""
-        text, config = request["input"], self.lm.config
-        if not request.get("read_text_only", True):
-            raise ValueError("split=True needs read_text_only=True: a style holds for a whole text")
-        if not isinstance(text, str):
-            return []
-        pieces = split_to_say(text, config.sentences_at_once, config.words_at_once)
-        # A model of few words can say nothing else.
-        return [piece for piece in pieces if not self.tokenizer.trained_words or spell(piece)]
-
-    def _say_pieces(
-        self,
-        pieces: Sequence[str],
-        request: Mapping[str, Any],
-        began: float,
-        limits: tuple[int | None, int],
-        seed: int | None,
-        special_tokens: bool,
-    ) -> ChunkStream:
-        """Says texts one after the other; the speech of the first is the voice of the others."""
-        task, pipeline, voice = TASKS["tts_sft"], self.pipeline, list[Tensor]()
-        longest, shortest = limits
-        clones = self.lm.config.is_trained("tts_sft", "prompt_speech")
-        clones = clones and request.get("prompt_speech") is None
-
-        def remember(group: Group) -> None:
-            if group.text == self.empty_token and not group.finished:
-                voice.append(group.codes)
-
-        def start(i: int, groups: int) -> ChunkStream:
-            given = {**request, "context": pipeline.context(seed, special_tokens=special_tokens)}
-            given["input"] = pieces[i].strip()
-            if i and clones and voice:
-                given["prompt_speech"] = Speech(torch.cat(voice, dim=1))
-                # Upstream clones a voice with an instruction, or in this form.
-                given["read_text_only"] = given.get("instruct") is not None
-            ids = pipeline.ids(task.prompt(**given))
-            room = None if longest is None else longest - groups
-            least = max(shortest - groups, 0) if i == len(pieces) - 1 else 0
-            stops = task.stop_ids(self.tokenizer.special)
-            # The first piece is asked for as any reply is; the others do not wait to be admitted.
-            reply = self._start(ids, task.sampler, stops, room, least, False, seed, follows=i > 0)
-            heard = remember if i == 0 and clones else None
-            return pipeline.stream(reply, ids, began, True, heard, special_tokens)
-
-        return SplitStream(pieces, start, longest)
 
     def _start(
         self,

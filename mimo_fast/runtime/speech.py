@@ -1,15 +1,24 @@
-"""Several replies, one after the other, as one stream of speech."""
+"""Several replies, one after the other, as one stream of speech; a long text, said so."""
 
 import math
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream
+from mimo_fast.runtime.lm.decode import Group
+from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.text.prompt import Speech
+from mimo_fast.text.sentences import split_to_say
+from mimo_fast.text.spelling import spell
+from mimo_fast.text.tasks import TASKS, PromptContext, tts
 
 FADE = 0.01
 """Seconds that a piece fades in and out for, where another one precedes or follows."""
@@ -21,7 +30,10 @@ WORST: tuple[FinishReason, ...] = ("stop", "length", "context", "cancelled")
 """Reasons for the end of a reply, the worst last."""
 
 Start = Callable[[int, int], ChunkStream]
-"""Starts piece i, after so many groups of the pieces before it; computes nothing."""
+"""Starts piece i, after so many groups of the pieces before it."""
+
+Begin = Callable[[Tensor, int | None, int, bool], Reply]
+"""Begins the reply to a prompt [C + 1, T G]: most groups, least groups, whether others precede."""
 
 
 def _silence(samples: int) -> Tensor:
@@ -112,11 +124,22 @@ class SplitStream(ChunkStream):
         if (current := self._progress.current) is not None:
             current.prefill()
 
+    @property
+    def orphaned(self) -> bool:
+        current = self._progress.current
+        return current is not None and current.orphaned
+
+    def check(self) -> None:
+        if (current := self._progress.current) is not None:
+            current.check()
+
     def close(self) -> None:
         # First: a thread that waits for the next chunk holds the lock.
         self._progress.closing.set()
         if (current := self._progress.current) is not None:
             current.close()
+        if self.orphaned:
+            return
         with self._lock:
             self._chunks.close()
 
@@ -170,3 +193,72 @@ def _generate(
                 return
         if progress.closing.is_set():
             return
+
+
+def read_request(arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `tts` by their names.
+
+    Raises:
+        TypeError: one is missing or unknown.
+        ValueError: the text holds its style, so that it cannot be split.
+    """
+    request = dict(signature(tts).bind(None, *arguments, **named).arguments)
+    if not request.get("read_text_only", True):
+        raise ValueError("split=True needs read_text_only=True: a style holds for a whole text")
+    return request
+
+
+def pieces_to_say(pipeline: Pipeline, request: Mapping[str, Any]) -> list[str]:
+    """The texts that the model says for a request, one after the other; none for what is no text.
+
+    Raises:
+        PromptError: the text holds half of a surrogate pair.
+    """
+    text, config, tokenizer = request["input"], pipeline.lm.config, pipeline.tokenizer
+    if not isinstance(text, str):
+        return []
+    # Before anything is said of it.
+    tokenizer.encode_as_text(text)
+    pieces = split_to_say(text, config.sentences_at_once, config.words_at_once)
+    # A model of few words can say nothing else.
+    return [piece for piece in pieces if not tokenizer.trained_words or spell(piece)]
+
+
+def say_pieces(
+    pipeline: Pipeline,
+    context: PromptContext,
+    request: Mapping[str, Any],
+    pieces: Sequence[str],
+    begin: Begin,
+    began: float,
+    limits: tuple[int | None, int],
+) -> SplitStream:
+    """Says texts one after the other; the speech of the first is the voice of the others.
+
+    Args:
+        request: arguments of `tts`, with any text.
+        began: `time.perf_counter()` at the request.
+        limits: most and least groups of all pieces together.
+    """
+    voice, (longest, shortest) = list[Tensor](), limits
+    clones = pipeline.lm.config.is_trained("tts_sft", "prompt_speech")
+    clones = clones and request.get("prompt_speech") is None
+
+    def remember(group: Group) -> None:
+        if group.text == pipeline.tokenizer.special.empty and not group.finished:
+            voice.append(group.codes)
+
+    def start(i: int, groups: int) -> ChunkStream:
+        given = {**request, "context": context, "input": pieces[i].strip()}
+        if i and voice:
+            given["prompt_speech"] = Speech(torch.cat(voice, dim=1))
+            # Upstream clones a voice with an instruction, or in the form of one sentence.
+            given["read_text_only"] = given.get("instruct") is not None
+        ids = pipeline.ids(TASKS["tts_sft"].prompt(**given))
+        most = None if longest is None else longest - groups
+        least = max(shortest - groups, 0) if i == len(pieces) - 1 else 0
+        heard = remember if i == 0 and clones else None
+        reply = begin(ids, most, least, i > 0)
+        return pipeline.stream(reply, ids, began, True, heard, context.special_tokens)
+
+    return SplitStream(pieces, start, longest)

@@ -2,11 +2,11 @@
 
 import asyncio
 import copy
-import dataclasses
 import gc
 import itertools
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimo_fast import Chunk, MimoAudio
+from mimo_fast import Chunk, MimoAudio, PromptError
 from mimo_fast.runtime.engine.sequence import TokenSequence
+from mimo_fast.runtime.engine.stream import ChunkStream
+from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.runtime.speech import FADE, PAUSE, Joiner
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Speech
@@ -33,7 +35,7 @@ def stating(model: MimoAudio, **stated: Any) -> MimoAudio:
     stated = {"max_positions": CONTEXT} | stated
     own = copy.copy(model)
     own.lm = copy.copy(own.lm)
-    own.lm.config = dataclasses.replace(own.lm.config, **stated)
+    own.lm.config = replace(own.lm.config, **stated)
     own.task_sampler_configs = own.pipeline.presets
     return own
 
@@ -56,7 +58,7 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
         )
         return build(*arguments, **named)
 
-    task = dataclasses.replace(tasks.TASKS["tts_sft"], prompt=prompt)
+    task = replace(tasks.TASKS["tts_sft"], prompt=prompt)
     monkeypatch.setitem(tasks.TASKS, "tts_sft", task)
     return requests
 
@@ -145,28 +147,17 @@ class TestSplit:
         assert stream.ended
 
     def test_a_reason_of_any_piece_is_told_at_the_end(self, sentences, monkeypatch):
-        worst = iter(["stop", "context", "length", "stop"])
-        generate = MimoAudio._say_pieces
+        worst, inner_stream = iter(["stop", "context", "length", "stop"]), Pipeline.stream
 
-        def named(self: MimoAudio, *arguments: Any) -> Any:
-            stream = self.pipeline.stream
+        def renamed(*given: Any, **options: Any) -> ChunkStream:
+            reason, chunks = next(worst), inner_stream(*given, **options)
+            inner = chunks._chunks
+            chunks._chunks = (  # type: ignore[assignment]
+                replace(chunk, finish_reason=chunk.finish_reason and reason) for chunk in inner
+            )
+            return chunks
 
-            def renamed(*given: Any, **options: Any) -> Any:
-                reason = next(worst)
-                chunks = stream(*given, **options)
-                inner = chunks._chunks
-                chunks._chunks = (
-                    dataclasses.replace(
-                        chunk, finish_reason=reason if chunk.finish_reason else None
-                    )
-                    for chunk in inner
-                )
-                return chunks
-
-            monkeypatch.setattr(self.pipeline, "stream", renamed)
-            return generate(self, *arguments)
-
-        monkeypatch.setattr(MimoAudio, "_say_pieces", named)
+        monkeypatch.setattr(Pipeline, "stream", renamed)
         stream = sentences.stream("tts", TEXT, split=True, **FIXED)
         assert [chunk.finish_reason for chunk in stream if chunk.finish_reason] == ["context"]
         assert stream.finish_reason == "context"
@@ -226,6 +217,8 @@ class TestSplit:
         ):
             with pytest.raises(ValueError, match=r"^split=True "):
                 sentences.stream(task, *request, split=True, **options)
+        with pytest.raises(PromptError, match="broken character at position 9"):
+            sentences.stream("tts", "Hi. You. \ud800", split=True)
         with pytest.raises(TypeError, match="voice"):
             sentences.stream("tts", "Hi. You.", split=True, voice=1)
 

@@ -183,8 +183,17 @@ class ChunkStream(Iterator[Chunk]):
         """
         self._reply.prefill()
 
-    def __next__(self) -> Chunk:
+    @property
+    def orphaned(self) -> bool:
+        """Whether this is a process that was forked from the one that decodes the reply."""
+        return self._reply.orphaned
+
+    def check(self) -> None:
+        """Raises ClosedError in such a process."""
         self._reply.check()
+
+    def __next__(self) -> Chunk:
+        self.check()
         with self._lock:
             return next(self._chunks)
 
