@@ -46,5 +46,9 @@ def _chat_in_text(args: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": turn})
         limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
         chunks = model.stream("text_dialogue_multiturn", messages, args.thinking, **limits)
-        messages.append({"role": "assistant", "content": print_text(model, args, chunks)})
+        said = print_text(model, args, chunks)
+        if args.thinking:
+            # As text of a later turn, what it thought would not end.
+            said = said.rpartition("</think>")[2].strip()
+        messages.append({"role": "assistant", "content": said})
     return 0
