@@ -9,13 +9,13 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from mimo_fast import sampling
-from mimo_fast.arguments import checked, names_of, refuse_unknown
+from mimo_fast.arguments import check_call, checked, names_of, refuse_unknown
 from mimo_fast.audio.paths import check_target
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
@@ -48,6 +48,10 @@ STREAM_OPTIONS = frozenset(
     {"add_history", "max_new_tokens", "min_new_tokens", "seed", "special_tokens", "split"}
 )
 """Arguments of `MimoAudio.stream` besides those of the task."""
+
+
+Output = str | os.PathLike[str] | BinaryIO | None
+"""Where a task writes its audio; None or "" is nowhere."""
 
 
 class Options(TypedDict, total=False):
@@ -246,7 +250,7 @@ class MimoAudio:
         default = {"global": self.default_global_sampler, "local": self.default_local_sampler}
         return self.task_sampler_configs.get(task_name or "", default)
 
-    def save_wav(self, path: Any, wav: Tensor) -> None:
+    def save_wav(self, path: str | os.PathLike[str] | BinaryIO, wav: Tensor) -> None:
         """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
         save_wav(path, wav.reshape(-1), self.codec.sample_rate)
 
@@ -303,7 +307,7 @@ class MimoAudio:
         self,
         input_ids: Tensor,
         return_audio: bool = False,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         stopping_criteria: Iterable[Any] | None = None,
         min_new_tokens: int = 0,
         max_new_tokens: int | None = MAX_NEW_TOKENS,
@@ -379,17 +383,18 @@ class MimoAudio:
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
+        given, named = check_call(spec.prompt, arguments, task_arguments, f"stream({task!r})")
         check_limits(max_new_tokens, min_new_tokens)
         if split:
             if spec is not TASKS["tts_sft"] or add_history:
                 raise ValueError("split=True goes with the task 'tts', without add_history")
-            request = signature(tasks.tts).bind(None, *arguments, **task_arguments).arguments
+            request = signature(tasks.tts).bind(None, *given, **named).arguments
             pieces = self._pieces(request)
             if len(pieces) > 1:
                 most = max_new_tokens, min_new_tokens
                 return self._say_pieces(pieces, request, began, most, seed, special_tokens)
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
-        ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
+        ids = pipeline.ids(spec.prompt(context, *given, **named))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
         chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
@@ -485,7 +490,7 @@ class MimoAudio:
         name: str,
         arguments: Sequence[Any],
         options: Options,
-        output: Any = None,
+        output: Output = None,
         add_history: bool = False,
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
@@ -513,7 +518,7 @@ class MimoAudio:
     def tts_sft(
         self,
         text: str,
-        output_path: Any,
+        output_path: Output,
         instruct: str | None = None,
         read_text_only: bool = True,
         prompt_speech: Audio | None = None,
@@ -536,7 +541,7 @@ class MimoAudio:
     def spoken_dialogue_sft(
         self,
         input_speech: Audio,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         add_history: bool = False,
@@ -549,7 +554,7 @@ class MimoAudio:
     def spoken_dialogue_sft_multiturn(
         self,
         message_list: Sequence[Message],
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         **options: Unpack[Options],
@@ -599,7 +604,7 @@ class MimoAudio:
         prompt_examples: Sequence[Mapping[str, Any]],
         audio: Audio,
         max_new_tokens: int | None = None,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
         special_tokens: bool = False,
@@ -611,7 +616,7 @@ class MimoAudio:
         return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(
-        self, audio: Audio, output_audio_path: Any = None, **options: Unpack[Options]
+        self, audio: Audio, output_audio_path: Output = None, **options: Unpack[Options]
     ) -> str:
         """Continues a recording (base model); output_audio_path gets only the continuation."""
         return self._run("speech_continuation", [audio], options, output_audio_path)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
-Seed = int | Sequence[int] | None
+Seed = int | Sequence[int] | Tensor | np.ndarray | None
 """One seed for all rows, one for each row, or None for random ones."""
 
 SEEDS = 2**63
@@ -145,7 +146,7 @@ class MiMoStopper:
     ) -> None:
         self.group_size, self.audio_channels = group_size, audio_channels
         self.step = (audio_channels + 1) * group_size
-        self.stop_token_ids = set(stop_tokens or ())
+        self.stop_token_ids = set() if stop_tokens is None else set(map(int, stop_tokens))
         self.max_length, self.min_length = max_length, min_length or 0
 
     def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:
