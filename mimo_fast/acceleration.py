@@ -1,5 +1,6 @@
 """`accelerate`: our `generate` for an upstream model that is already in memory."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def accelerate(model: Any) -> Any:
             f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}"
         )
     source = WeightSource(tensors.__getitem__, join=False)
-    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), source)
+    causal._mimo_fast_lm = LM(config, _empty_id(causal.args, config), source)
 
     def upstream_generate(
         inputs: Any = None,
@@ -71,8 +72,22 @@ def accelerate(model: Any) -> Any:
     return model
 
 
+def _empty_id(args: Any, config: LMConfig) -> int:
+    """The id of `<|empty|>` in the arguments of an upstream model."""
+    found = getattr(args, "empty_idx", None)
+    if not hasattr(found, "__index__"):
+        raise TypeError(f"args.empty_idx of the model must be an int, not a {type(found).__name__}")
+    if not 0 <= (empty := operator.index(found)) < config.vocab_size:
+        raise ValueError(f"args.empty_idx must be 0 to {config.vocab_size - 1}, not {empty}")
+    return empty
+
+
 def _as_mapping(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not hasattr(config, "__dict__"):
+        raise TypeError(
+            f"a model's config is an object or a mapping, not a {type(config).__name__}"
+        )
     # Attributes first: to_dict() of a transformers config may omit defaults of the class.
     return {**vars(config), **(config.to_dict() if hasattr(config, "to_dict") else {})}

@@ -208,17 +208,16 @@ def _converter(hint: Any) -> Convert | None:
         return None
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
         return None
-    if is_typeddict(kind) or issubclass(kind, Mapping):
+    if is_typeddict(kind) or kind is dict:
         return _collection(Mapping, parts)
-    if issubclass(kind, Set):
+    if kind in (set, frozenset):
         return _collection(Set, parts)
     if kind is tuple:
-        items = parts[:1] if parts[1:] == (...,) else ()
-        return _collection(tuple, items)
-    if issubclass(kind, Sequence):
+        return _collection(tuple, parts[:1] if parts[1:] == (...,) else ())
+    if kind is list:
         return _collection(Sequence, parts)
-    if kind is Iterable:
-        return _collection(Iterable, parts)
+    if kind in (Mapping, Set, Sequence, Iterable):
+        return _collection(kind, parts)
     return lambda value: value if isinstance(value, kind) else UNFIT
 
 
@@ -321,7 +320,7 @@ def _shown(value: Any) -> str:
         return f"{value!r:.60}"
     name = type(value).__name__
     word = f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-    if value and isinstance(value, list | tuple | Set | Mapping):
+    if isinstance(value, list | tuple | Set | Mapping) and value:
         kinds = dict.fromkeys(type(each).__name__ for each in value)
         return f"{word} of {', '.join([*kinds][:4])}"
     return word

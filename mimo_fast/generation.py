@@ -72,6 +72,9 @@ def generate(
     context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
     sizes = [prompt.shape[1] // lm.config.group_size for prompt in batch.prompts]
     limits, rows = [options.limits(size, context) for size in sizes], len(sizes)
+    methods = (getattr(streamer, name, None) for name in ("put", "end"))
+    if streamer is not None and not all(map(callable, methods)):
+        raise TypeError(f"a streamer has put() and end(), as a {type(streamer).__name__} has not")
     if streamer is not None and rows != 1:
         problem = f"a streamer takes a batch of one, not {rows}"
         raise ValueError(f"{problem}; call generate once a prompt")

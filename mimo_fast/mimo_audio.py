@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mimo_fast import sampling
 from mimo_fast.arguments import check_call, checked, names_of, refuse_unknown
-from mimo_fast.audio.paths import check_target
-from mimo_fast.audio.writing import save_wav
+from mimo_fast.audio.files import as_samples
+from mimo_fast.audio.writing import check_output, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.errors import AudioError
@@ -93,10 +93,9 @@ def _prompt_of(
     return prompt
 
 
-def _check_output(path: Any) -> None:
-    """Raises AudioError, before the model speaks, if its audio cannot be written there."""
-    if path and isinstance(path, str | os.PathLike):
-        check_target(path)
+def _is_nowhere(output: Output) -> bool:
+    """Whether audio is not to be written; upstream treats an empty path as none."""
+    return output is None or (isinstance(output, str) and not output)
 
 
 @checked
@@ -252,7 +251,7 @@ class MimoAudio:
 
     def save_wav(self, path: str | os.PathLike[str] | BinaryIO, wav: Tensor) -> None:
         """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
-        save_wav(path, wav.reshape(-1), self.codec.sample_rate)
+        save_wav(path, as_samples(wav).reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
@@ -333,11 +332,11 @@ class MimoAudio:
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
-        _check_output(output_audio_path)
+        silent = _is_nowhere(output_audio_path)
+        if not silent:
+            check_output(output_audio_path)
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
-        # Upstream treats an empty path as none.
-        silent = output_audio_path is None or output_audio_path == ""
         # Of the tasks that think before they answer, one speaks.
         speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
         with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
@@ -496,7 +495,8 @@ class MimoAudio:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
         task, continued = TASKS[name], add_history and self.has_history
         # Before the recordings of the prompt are encoded.
-        _check_output(output)
+        if not _is_nowhere(output):
+            check_output(output)
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)

@@ -120,6 +120,8 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
     """
     if seed is None:
         return [one_seed(None) for _ in range(rows)]
+    if isinstance(seed, Tensor) and seed.is_meta:
+        raise TypeError("seeds are integers, not a tensor without values")
     given: Any = seed.tolist() if hasattr(seed, "tolist") else seed
     if not isinstance(given, list | tuple | range):
         return [check_seed(given)] * rows

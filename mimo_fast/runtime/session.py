@@ -221,6 +221,8 @@ class Session:
                 be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
         self._pipeline.owner.check()
+        if math.isnan(played_ms):
+            raise ValueError("played_ms must be a number of milliseconds, not NaN")
         with self._lock:
             self._stop()
             self._keep_heard(played_ms)

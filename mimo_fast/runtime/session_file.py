@@ -9,17 +9,19 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mimo_fast.checkpoint.files import DTYPES, is_finite, open_safetensors
 from mimo_fast.errors import CheckpointError, ConfigError, PromptError
-from mimo_fast.json_files import JSON_BYTES, parse_json, shown
+from mimo_fast.json_files import JSON_BYTES, cut, parse_json, shown
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.snapshot import Snapshot
@@ -75,7 +77,11 @@ class SavedSession:
 def write_session(
     path: str | Path, engine: Engine, sequence: TokenSequence, about: dict[str, Any], turns: Turns
 ) -> None:
-    """Writes the file atomically: whole or not at all."""
+    """Writes the file atomically: whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     path = Path(path)
     kept = engine.export(sequence)
     header = about | {
@@ -90,12 +96,15 @@ def write_session(
     if kept:
         tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)}
         tensors["hidden"] = kept.hidden
-    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    partial = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "session": json.dumps(header)})
         os.replace(partial, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the session {cut(path)!r}: {cut(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
 
 
 def read_session(path: str | Path, engine: Engine) -> SavedSession:
