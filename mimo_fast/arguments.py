@@ -260,7 +260,8 @@ def _to_int(value: Any) -> Any:
     if isinstance(value, int):
         return value
     try:
-        return operator.index(value)
+        # A tensor of one truth value has an index too, and is no integer.
+        return UNFIT if "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
     except Exception:  # Any library's, of its own kinds.
         return UNFIT
 

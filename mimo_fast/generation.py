@@ -18,7 +18,7 @@ from mimo_fast.runtime.engine.request import StopHook
 from mimo_fast.runtime.engine.sequence import group_ids, in_seconds
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
+from mimo_fast.sampling import GREEDY, MiMoSampler, Sampler, Seed, as_sampler, row_seeds
 from mimo_fast.text.prompt import TEXT_FILLER
 
 Ids = Tensor | Sequence[Tensor]
@@ -31,8 +31,8 @@ def generate(
     generation_config: Any = None,
     stopping_criteria: Iterable[Callable[..., Any]] | None = None,
     streamer: Any = None,
-    global_sampler: MiMoSampler | None = None,
-    local_sampler: MiMoSampler | None = None,
+    global_sampler: Sampler | None = None,
+    local_sampler: Sampler | None = None,
     max_new_tokens: int | None = None,
     min_new_tokens: int = 0,
     seed: Seed = None,
@@ -81,7 +81,8 @@ def generate(
     if engine is None:
         pairs = zip(sizes, limits, strict=True)
         engine = Engine(lm, rows, max(size + limit.max_new for size, limit in pairs))
-    samplers = Samplers(global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
+    chosen = (global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
+    samplers = Samplers(*map(as_sampler, chosen))
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
     grown = [[prompt] for prompt in batch.prompts]

@@ -5,7 +5,7 @@ import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,24 @@ class MiMoSampler:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, not {self.top_p}")
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What has the settings of a `MiMoSampler`, as upstream's class of that name does."""
+
+    do_sample: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+
+
+def as_sampler(settings: Sampler) -> MiMoSampler:
+    """Anybody's settings, checked as our own are."""
+    if isinstance(settings, MiMoSampler):
+        return settings
+    named = ("do_sample", "temperature", "top_k", "top_p")
+    return MiMoSampler(**{name: getattr(settings, name) for name in named})
 
 
 GREEDY = MiMoSampler(do_sample=False)

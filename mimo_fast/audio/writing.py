@@ -42,7 +42,7 @@ def check_output(target: Any) -> None:
     if isinstance(target, str | os.PathLike):
         check_target(target)
     elif not callable(getattr(target, "write", None)):
-        problem = f"cannot write audio to a {type(target).__name__}"
+        problem = f"cannot write audio to an object of type {type(target).__name__}"
         raise TypeError(f"{problem}; pass a path or a binary file object")
 
 
