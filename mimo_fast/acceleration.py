@@ -4,6 +4,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mimo_fast.arguments import checked
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
@@ -38,6 +40,8 @@ def accelerate(model: Any) -> Any:
         )
     config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
     tensors = causal.state_dict()
+    if not isinstance(tensors, Mapping) or any(not isinstance(t, Tensor) for t in tensors.values()):
+        raise TypeError("state_dict() of the model must return tensors by name")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name, shape in lm_shapes(config).items() if shapes.get(name) != shape]
     if wrong:
@@ -74,7 +78,7 @@ def accelerate(model: Any) -> Any:
 
 def _empty_id(args: Any, config: LMConfig) -> int:
     """The id of `<|empty|>` in the arguments of an upstream model."""
-    found = getattr(args, "empty_idx", None)
+    found: Any = getattr(args, "empty_idx", None)
     if not hasattr(found, "__index__"):
         raise TypeError(f"args.empty_idx of the model must be an int, not a {type(found).__name__}")
     if not 0 <= (empty := operator.index(found)) < config.vocab_size:

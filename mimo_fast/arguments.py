@@ -245,7 +245,7 @@ def _collection(kind: Any, parts: Sequence[Any]) -> Convert:
         if not any(items) or not isinstance(value, Collection):
             return value
         try:
-            columns = (value, value.values()) if kind is Mapping else (value,)
+            columns = (value, value.values()) if isinstance(value, Mapping) else (value,)
             for item, column in zip(items, columns, strict=False):
                 if item is not None and any(item(each) is UNFIT for each in column):
                     return UNFIT

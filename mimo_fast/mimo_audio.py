@@ -351,7 +351,7 @@ class MimoAudio:
         wav = torch.zeros(rate, dtype=torch.float32, device="cpu")
         if codes is not None:
             wav = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
-        if silent:
+        if silent or output_audio_path is None:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
         return text
