@@ -1,7 +1,10 @@
 """`accelerate`: our `generate` for an upstream model that is already in memory."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.checkpoint.layout import lm_shapes
@@ -37,6 +40,8 @@ def accelerate(model: Any) -> Any:
         )
     config = LMConfig.from_dict(_as_mapping(causal.config), f"config of {type(causal).__name__}")
     tensors = causal.state_dict()
+    if not isinstance(tensors, Mapping) or any(not isinstance(t, Tensor) for t in tensors.values()):
+        raise TypeError("state_dict() of the model must return tensors by name")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name, shape in lm_shapes(config).items() if shapes.get(name) != shape]
     if wrong:
@@ -44,7 +49,7 @@ def accelerate(model: Any) -> Any:
             f"{len(wrong)} tensors are missing or misshapen, such as {', '.join(wrong[:4])}"
         )
     source = WeightSource(tensors.__getitem__, join=False)
-    causal._mimo_fast_lm = LM(config, int(causal.args.empty_idx), source)
+    causal._mimo_fast_lm = LM(config, _empty_id(causal.args, config), source)
 
     def upstream_generate(
         inputs: Any = None,
@@ -71,8 +76,22 @@ def accelerate(model: Any) -> Any:
     return model
 
 
+def _empty_id(args: Any, config: LMConfig) -> int:
+    """The id of `<|empty|>` in the arguments of an upstream model."""
+    found: Any = getattr(args, "empty_idx", None)
+    if not hasattr(found, "__index__"):
+        raise TypeError(f"args.empty_idx of the model must be an int, not a {type(found).__name__}")
+    if not 0 <= (empty := operator.index(found)) < config.vocab_size:
+        raise ValueError(f"args.empty_idx must be 0 to {config.vocab_size - 1}, not {empty}")
+    return empty
+
+
 def _as_mapping(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not hasattr(config, "__dict__"):
+        raise TypeError(
+            f"a model's config is an object or a mapping, not a {type(config).__name__}"
+        )
     # Attributes first: to_dict() of a transformers config may omit defaults of the class.
     return {**vars(config), **(config.to_dict() if hasattr(config, "to_dict") else {})}

@@ -18,7 +18,7 @@ from mimo_fast.runtime.engine.request import StopHook
 from mimo_fast.runtime.engine.sequence import group_ids, in_seconds
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.sampling import GREEDY, MiMoSampler, Seed, row_seeds
+from mimo_fast.sampling import GREEDY, MiMoSampler, Sampler, Seed, as_sampler, row_seeds
 from mimo_fast.text.prompt import TEXT_FILLER
 
 Ids = Tensor | Sequence[Tensor]
@@ -31,8 +31,8 @@ def generate(
     generation_config: Any = None,
     stopping_criteria: Iterable[Callable[..., Any]] | None = None,
     streamer: Any = None,
-    global_sampler: MiMoSampler | None = None,
-    local_sampler: MiMoSampler | None = None,
+    global_sampler: Sampler | None = None,
+    local_sampler: Sampler | None = None,
     max_new_tokens: int | None = None,
     min_new_tokens: int = 0,
     seed: Seed = None,
@@ -72,13 +72,17 @@ def generate(
     context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
     sizes = [prompt.shape[1] // lm.config.group_size for prompt in batch.prompts]
     limits, rows = [options.limits(size, context) for size in sizes], len(sizes)
+    methods = (getattr(streamer, name, None) for name in ("put", "end"))
+    if streamer is not None and not all(map(callable, methods)):
+        raise TypeError(f"a streamer has put() and end(), as a {type(streamer).__name__} has not")
     if streamer is not None and rows != 1:
         problem = f"a streamer takes a batch of one, not {rows}"
         raise ValueError(f"{problem}; call generate once a prompt")
     if engine is None:
         pairs = zip(sizes, limits, strict=True)
         engine = Engine(lm, rows, max(size + limit.max_new for size, limit in pairs))
-    samplers = Samplers(global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
+    chosen = (global_sampler or options.sampler or GREEDY, local_sampler or GREEDY)
+    samplers = Samplers(*map(as_sampler, chosen))
     if streamer is not None:
         streamer.put(flatten_ids(batch.prompts[0])[None].cpu())
     grown = [[prompt] for prompt in batch.prompts]

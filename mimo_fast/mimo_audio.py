@@ -9,15 +9,15 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypedDict, Unpack
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from mimo_fast import sampling
-from mimo_fast.arguments import checked, names_of, refuse_unknown
-from mimo_fast.audio.paths import check_target
-from mimo_fast.audio.writing import save_wav
+from mimo_fast.arguments import check_call, checked, names_of, refuse_unknown
+from mimo_fast.audio.files import as_samples
+from mimo_fast.audio.writing import check_output, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
 from mimo_fast.errors import AudioError
@@ -46,6 +46,10 @@ STREAM_OPTIONS = frozenset(
     {"add_history", "max_new_tokens", "min_new_tokens", "seed", "special_tokens", "split"}
 )
 """Arguments of `MimoAudio.stream` besides those of the task."""
+
+
+Output = str | os.PathLike[str] | BinaryIO | None
+"""Where a task writes its audio; None or "" is nowhere."""
 
 
 class Options(TypedDict, total=False):
@@ -87,10 +91,9 @@ def _prompt_of(
     return prompt
 
 
-def _check_output(path: Any) -> None:
-    """Raises AudioError, before the model speaks, if its audio cannot be written there."""
-    if path and isinstance(path, str | os.PathLike):
-        check_target(path)
+def _is_nowhere(output: Output) -> bool:
+    """Whether audio is not to be written; upstream treats an empty path as none."""
+    return output is None or (isinstance(output, str) and not output)
 
 
 @checked
@@ -244,9 +247,9 @@ class MimoAudio:
         default = {"global": self.default_global_sampler, "local": self.default_local_sampler}
         return self.task_sampler_configs.get(task_name or "", default)
 
-    def save_wav(self, path: Any, wav: Tensor) -> None:
+    def save_wav(self, path: str | os.PathLike[str] | BinaryIO, wav: Tensor) -> None:
         """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
-        save_wav(path, wav.reshape(-1), self.codec.sample_rate)
+        save_wav(path, as_samples(wav).reshape(-1), self.codec.sample_rate)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
@@ -304,7 +307,7 @@ class MimoAudio:
         self,
         input_ids: Tensor,
         return_audio: bool = False,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         stopping_criteria: Iterable[Any] | None = None,
         min_new_tokens: int = 0,
         max_new_tokens: int | None = MAX_NEW_TOKENS,
@@ -330,11 +333,11 @@ class MimoAudio:
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
             )
-        _check_output(output_audio_path)
+        silent = _is_nowhere(output_audio_path)
+        if not silent:
+            check_output(output_audio_path)
         stop_ids = frozenset(token for criterion in criteria for token in criterion.stop_token_ids)
         limits = stop_ids, max_new_tokens, min_new_tokens
-        # Upstream treats an empty path as none.
-        silent = output_audio_path is None or output_audio_path == ""
         # Of the tasks that think before they answer, one speaks.
         speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
         with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
@@ -349,7 +352,7 @@ class MimoAudio:
         wav = torch.zeros(rate, dtype=torch.float32, device="cpu")
         if codes is not None:
             wav = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
-        if silent:
+        if silent or output_audio_path is None:
             return wav[None, None]
         self.save_wav(output_audio_path, wav)
         return text
@@ -380,11 +383,12 @@ class MimoAudio:
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
+        given, named = check_call(spec.prompt, arguments, task_arguments, f"stream({task!r})")
         check_limits(max_new_tokens, min_new_tokens)
         if split:
             if spec is not TASKS["tts_sft"] or add_history:
                 raise ValueError("split=True goes with the task 'tts', without add_history")
-            request = read_request(arguments, task_arguments)
+            request = read_request(given, named)
             if len(texts := pieces_to_say(pipeline, request)) > 1:
 
                 def begin(ids: Tensor, most: int | None, least: int, follows: bool) -> Reply:
@@ -395,7 +399,7 @@ class MimoAudio:
                 limits_of_all = max_new_tokens, min_new_tokens
                 return say_pieces(pipeline, context, request, texts, begin, began, limits_of_all)
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
-        ids = pipeline.ids(spec.prompt(context, *arguments, **task_arguments))
+        ids = pipeline.ids(spec.prompt(context, *given, **named))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
         chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
@@ -443,13 +447,14 @@ class MimoAudio:
         name: str,
         arguments: Sequence[Any],
         options: Options,
-        output: Any = None,
+        output: Output = None,
         add_history: bool = False,
     ) -> Any:
         """Runs a task to its end: returns the text and writes the audio to `output`."""
         task, continued = TASKS[name], add_history and self.has_history
         # Before the recordings of the prompt are encoded.
-        _check_output(output)
+        if not _is_nowhere(output):
+            check_output(output)
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)
@@ -471,7 +476,7 @@ class MimoAudio:
     def tts_sft(
         self,
         text: str,
-        output_path: Any,
+        output_path: Output,
         instruct: str | None = None,
         read_text_only: bool = True,
         prompt_speech: Audio | None = None,
@@ -494,7 +499,7 @@ class MimoAudio:
     def spoken_dialogue_sft(
         self,
         input_speech: Audio,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         add_history: bool = False,
@@ -507,7 +512,7 @@ class MimoAudio:
     def spoken_dialogue_sft_multiturn(
         self,
         message_list: Sequence[Message],
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         system_prompt: str | None = None,
         prompt_speech: Audio | None = None,
         **options: Unpack[Options],
@@ -557,7 +562,7 @@ class MimoAudio:
         prompt_examples: Sequence[Mapping[str, Any]],
         audio: Audio,
         max_new_tokens: int | None = None,
-        output_audio_path: Any = None,
+        output_audio_path: Output = None,
         min_new_tokens: int = 0,
         seed: int | None = None,
         special_tokens: bool = False,
@@ -569,7 +574,7 @@ class MimoAudio:
         return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(
-        self, audio: Audio, output_audio_path: Any = None, **options: Unpack[Options]
+        self, audio: Audio, output_audio_path: Output = None, **options: Unpack[Options]
     ) -> str:
         """Continues a recording (base model); output_audio_path gets only the continuation."""
         return self._run("speech_continuation", [audio], options, output_audio_path)

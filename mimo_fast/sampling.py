@@ -5,15 +5,16 @@ import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
-Seed = int | Sequence[int] | None
+Seed = int | Sequence[int] | Tensor | np.ndarray | None
 """One seed for all rows, one for each row, or None for random ones."""
 
 SEEDS = 2**63
@@ -40,6 +41,24 @@ class MiMoSampler:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, not {self.top_p}")
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What has the settings of a `MiMoSampler`, as upstream's class of that name does."""
+
+    do_sample: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+
+
+def as_sampler(settings: Sampler) -> MiMoSampler:
+    """Anybody's settings, checked as our own are."""
+    if isinstance(settings, MiMoSampler):
+        return settings
+    named = ("do_sample", "temperature", "top_k", "top_p")
+    return MiMoSampler(**{name: getattr(settings, name) for name in named})
 
 
 GREEDY = MiMoSampler(do_sample=False)
@@ -119,6 +138,8 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
     """
     if seed is None:
         return [one_seed(None) for _ in range(rows)]
+    if isinstance(seed, Tensor) and seed.is_meta:
+        raise TypeError("seeds are integers, not a tensor without values")
     given: Any = seed.tolist() if hasattr(seed, "tolist") else seed
     if not isinstance(given, list | tuple | range):
         return [check_seed(given)] * rows
@@ -145,7 +166,7 @@ class MiMoStopper:
     ) -> None:
         self.group_size, self.audio_channels = group_size, audio_channels
         self.step = (audio_channels + 1) * group_size
-        self.stop_token_ids = set(stop_tokens or ())
+        self.stop_token_ids = set() if stop_tokens is None else set(map(int, stop_tokens))
         self.max_length, self.min_length = max_length, min_length or 0
 
     def __call__(self, input_ids: Tensor, _scores: Tensor | None = None) -> Tensor:

@@ -1,16 +1,18 @@
-"""Unknown names are refused, with the near one; those of foreign objects warn once."""
+"""Unknown names and values of other types are refused; names of foreign objects warn once."""
 
 import inspect
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import KIT_PAIR, fault
 
 import mimo_fast
 from mimo_fast import generation
-from mimo_fast.arguments import names_of, suggestion
+from mimo_fast.arguments import UNFIT, _described, _Rules, names_of, suggestion
 from mimo_fast.audio.files import DecodeLimits
 from mimo_fast.generation import config_options
 from mimo_fast.quantization import QuantizationConfig
@@ -100,6 +102,125 @@ def test_arguments_of_a_dialogue(model):
         message = fault(lambda stream=stream: stream(torch.zeros(9600), max_tokens=3), TypeError)
         assert message.endswith("did you mean 'max_new_tokens'?")
     assert session.turns == 0
+
+
+IDS = torch.zeros(9, 8, dtype=torch.int64)
+NOISE = torch.zeros(9600)
+WRONG = {
+    "text": (lambda m: m.tts_sft(5, None), "MimoAudio.tts_sft: text must be a str, not 5"),
+    "option": (
+        lambda m: m.tts_sft("a", None, max_new_tokens="many"),
+        "MimoAudio.tts_sft: max_new_tokens must be an int or None, not 'many'",
+    ),
+    "flag": (
+        lambda m: m.text_dialogue_sft("a", "yes"),
+        "MimoAudio.text_dialogue_sft: thinking must be True or False, not 'yes'",
+    ),
+    "two": (
+        lambda m: m.text_dialogue_sft("a", 2),
+        "MimoAudio.text_dialogue_sft: thinking must be True or False, not 2",
+    ),
+    "streamed": (lambda m: m.stream("tts", 3), "stream('tts'): input must be a str, not 3"),
+    "streamed name": (lambda m: m.stream(3, "a"), "MimoAudio.stream: task must be a str, not 3"),
+    "messages": (
+        lambda m: m.text_dialogue_sft_multiturn(["a"]),
+        "message_list must be a Sequence of Mapping, not a list of str",
+    ),
+    "segments": (
+        lambda m: m.pack(["a", None]),
+        "segments must be an Iterable of str or UserText or Joined or Speech or SpokenReply, "
+        "not a list of str, NoneType",
+    ),
+    "ids": (lambda m: m.forward(None), "MimoAudio.forward: input_ids must be a Tensor, not None"),
+    "lists": (
+        lambda m: mimo_fast.generate(m, [[1, 2], [3, 4]]),
+        "input_ids must be a Tensor or a Sequence of Tensor, not a list of list",
+    ),
+    "sampler": (
+        lambda m: mimo_fast.generate(m, IDS, global_sampler={"top_k": 3}),
+        "generate: global_sampler must be a Sampler or None, not a dict of str",
+    ),
+    "stop ids": (
+        lambda m: m.decode(m.conversation(), "tts", frozenset(["a"])),
+        "stop_ids must be a frozenset of int, not a frozenset of str",
+    ),
+    "voice": (
+        lambda m: m.session(system_prompt=["a"]),
+        "MimoAudio.session: system_prompt must be a str or None, not a list of str",
+    ),
+    "played": (
+        lambda m: m.session().interrupt("all"),
+        "Session.interrupt: played_ms must be a number, not 'all'",
+    ),
+    "path": (
+        lambda m: m.restore_session(3),
+        "MimoAudio.restore_session: path must be a str or a path, not 3",
+    ),
+    "rate": (
+        lambda m: mimo_fast.load_audio(NOISE, 24000.0),
+        "load_audio: sample_rate must be an int, not 24000.0",
+    ),
+    "source rate": (
+        lambda m: mimo_fast.load_audio(NOISE, 24000, source_rate="1"),
+        "load_audio: source_rate must be an int or None, not '1'",
+    ),
+    "limits": (
+        lambda m: mimo_fast.load_audio(NOISE, 24000, limits=3),
+        "load_audio: limits must be a DecodeLimits, not 3",
+    ),
+    "output": (lambda m: m.tts_sft("a", 3), "cannot write audio to an object of type int; pass a path"),
+    "loaded": (
+        lambda m: mimo_fast.load(*KIT_PAIR, max_batch=1.5),
+        "load: max_batch must be an int or None, not 1.5",
+    ),
+    "moments": (
+        lambda m: m.codec.stream(2, (1, 2)),
+        "Codec.stream: moments must be a NormStatistics or None, not a tuple of int",
+    ),
+    "a tensor": (
+        lambda m: m.tts_sft(NOISE, None),
+        "MimoAudio.tts_sft: text must be a str, not a Tensor",
+    ),
+    "missing": (lambda m: m.asr_sft(), "MimoAudio.asr_sft: missing a required argument: 'audio'"),
+    "many": (lambda m: m.conversation(1, 2), "MimoAudio.conversation: too many positional"),
+    "twice": (
+        lambda m: m.conversation(1, seed=2),
+        "MimoAudio.conversation: multiple values for argument 'seed'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_value_of_another_type_is_refused(model, case):
+    call, message = WRONG[case]
+    assert message in fault(lambda: call(model), TypeError)
+
+
+def test_a_broken_reply_is_not_stopped_at_no_number(model):
+    with pytest.raises(ValueError, match="not NaN"):
+        model.session().interrupt(float("nan"))
+
+
+def test_values_of_numpy_and_of_tensors_are_pythons(model):
+    take = partial(model.stream, "text_dialogue", "a")
+    said = [chunk.text for chunk in take(max_new_tokens=3, seed=1)]
+    for three in (np.int32(3), np.uint8(3), torch.tensor(3)):
+        for add_history in (np.bool_(False), 0, np.int64(0)):
+            given = take(max_new_tokens=three, seed=1, add_history=add_history)
+            assert [chunk.text for chunk in given] == said
+    assert mimo_fast.MiMoSampler(np.bool_(True), np.float32(0.5), np.int8(3), 1).temperature == 0.5
+    assert type(mimo_fast.MiMoSampler(temperature=np.float32(0.5)).temperature) is float
+    assert mimo_fast.MiMoStopper(4, 8, torch.tensor([1, 2])).stop_token_ids == {1, 2}
+    assert mimo_fast.MiMoStopper(4, 8, iter([1, 2])).stop_token_ids == {1, 2}
+
+
+def test_every_public_annotation_can_be_read():
+    """One that cannot would be found by the first caller only."""
+    for where, (call, bound) in CALLS.items():
+        rules = _Rules(call, where, bool(bound))  # type: ignore[arg-type]
+        for name, (convert, hint) in rules.converters.items():
+            assert convert(odd := object()) is UNFIT, f"{where} takes any {name}"
+            assert _described(hint), odd
 
 
 def test_right_names_still_work(model, tmp_path):

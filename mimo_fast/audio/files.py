@@ -200,6 +200,7 @@ def _remedy(limits: DecodeLimits, field: str) -> str:
 
 
 def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
+    source = as_samples(source) if isinstance(source, Tensor) else source
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and not 1 <= shape[0] <= MAX_CHANNELS):
         wanted = f"[n] or [at most {MAX_CHANNELS} channels, n]"
@@ -209,13 +210,26 @@ def _array_blocks(source: Tensor | np.ndarray) -> Iterator[Tensor]:
         yield block if block.ndim == 2 else block[None]
 
 
+def check_dense(tensor: Tensor) -> None:
+    """Raises AudioError for a tensor of audio that holds no samples, one by one."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else "sparse"
+        raise AudioError(f"the audio array is a {kind} tensor; convert it to a dense one of floats")
+
+
+def as_samples(tensor: Tensor) -> Tensor:
+    """A tensor of audio on the CPU, checked by `check_dense`."""
+    check_dense(tensor)
+    return tensor.detach().cpu()
+
+
 def _as_float(block: Tensor | np.ndarray) -> Tensor:
     dtype = block.dtype
     if isinstance(block, np.ndarray) and block.dtype.kind in "fiu":
         native = np.float32 if block.dtype.kind == "f" else block.dtype.newbyteorder("=")
         block = torch.from_numpy(np.array(block, native))
     if isinstance(block, Tensor):
-        samples = block.detach().to("cpu", torch.float32)
+        samples = block.to(torch.float32)
         if block.is_floating_point():
             return samples
         if block.dtype in SCALES:

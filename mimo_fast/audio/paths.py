@@ -25,6 +25,10 @@ FORMATS = {
 OPEN_IT = "open it yourself and pass the file object"
 
 
+LONGEST_NAME = 300
+"""Characters of a name in an error."""
+
+
 def name_of(source: Any) -> str:
     """Name of a source or target in an error, always one line."""
     if isinstance(source, bytes | bytearray | memoryview):
@@ -35,7 +39,8 @@ def name_of(source: Any) -> str:
     if not isinstance(path, str | os.PathLike):
         return f"the {type(source).__name__} object"
     text = os.fsdecode(path)
-    return text if text and text.isprintable() else ascii(text)
+    text = text if text and text.isprintable() else ascii(text)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
 
 def reason_of(error: Exception) -> str:

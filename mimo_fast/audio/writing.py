@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked
+from mimo_fast.audio.files import as_samples
 from mimo_fast.audio.paths import (
     audio_format,
     check_target,
@@ -31,6 +32,20 @@ UNKNOWN_LENGTH = 2**32 - 1
 """Size in the header of a WAV that is still being written, as sox and ffmpeg understand it."""
 
 
+def check_output(target: Any) -> None:
+    """Finds out, before there is audio, whether it can be written to a path or a file object.
+
+    Raises:
+        AudioError: it cannot.
+        TypeError: it is neither.
+    """
+    if isinstance(target, str | os.PathLike):
+        check_target(target)
+    elif not callable(getattr(target, "write", None)):
+        problem = f"cannot write audio to an object of type {type(target).__name__}"
+        raise TypeError(f"{problem}; pass a path or a binary file object")
+
+
 @checked
 @in_own_modes
 def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate: int) -> None:
@@ -45,19 +60,20 @@ def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate
         AudioError: `wav` is not [n] finite floats, `target` cannot be written, or its suffix is
             unknown.
     """
-    sample_rate, wav = check_rate(sample_rate), torch.as_tensor(wav, device="cpu")
+    sample_rate = check_rate(sample_rate)
+    check_output(target)
+    wav = as_samples(wav)
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
     if not wav.isfinite().all():
         problem = "the waveform holds NaN or infinite samples"
         raise AudioError(f"{problem}, which an audio file cannot hold")
     if isinstance(target, str | os.PathLike):
-        check_target(target)
         write_whole(target, _encoded(wav, sample_rate, audio_format(target), name_of(target)))
         return
     try:
         target.write(_wav_file(wav, sample_rate))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: it takes text
         raise AudioError(f"cannot write {name_of(target)}: {reason_of(error)}") from error
 
 

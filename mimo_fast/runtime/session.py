@@ -20,7 +20,7 @@ from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.runtime.session_file import read_session, write_session
 from mimo_fast.text.prompt import Segment, Segments, Speech
-from mimo_fast.text.tasks import TASKS, spoken_dialogue, voice_system
+from mimo_fast.text.tasks import TASKS, Audio, spoken_dialogue, voice_system
 
 TASK = TASKS["spoken_dialogue_sft"]
 
@@ -66,7 +66,7 @@ class Session:
         self,
         pipeline: Pipeline,
         system_prompt: str | None = None,
-        voice: Any = None,
+        voice: Audio | None = None,
         seed: int | None = None,
         samplers: Samplers | None = None,
         special_tokens: bool = False,
@@ -101,7 +101,7 @@ class Session:
         return self._sequence.prefilled
 
     def stream(
-        self, audio: Any, max_new_tokens: int | None = None, min_new_tokens: int = 0
+        self, audio: Audio, max_new_tokens: int | None = None, min_new_tokens: int = 0
     ) -> ChunkStream:
         """Adds the user's turn and yields the reply as it is decoded.
 
@@ -206,7 +206,7 @@ class Session:
         sequence.ids = torch.cat(ids, dim=1)
         self._turns = kept
 
-    def astream(self, audio: Any, **options: Any) -> AsyncIterator[Chunk]:
+    def astream(self, audio: Audio, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio."""
         self._pipeline.owner.check()
         refuse_unknown(options, names_of(Session.stream, bound=True) or (), "Session.astream")
@@ -221,6 +221,8 @@ class Session:
                 be up to five tokens ahead of the voice. The next turn closes the reply there.
         """
         self._pipeline.owner.check()
+        if math.isnan(played_ms):
+            raise ValueError("played_ms must be a number of milliseconds, not NaN")
         with self._lock:
             self._stop()
             self._keep_heard(played_ms)

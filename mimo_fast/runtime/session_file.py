@@ -80,7 +80,7 @@ def write_session(
     """Writes the file atomically: whole or not at all.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: it cannot be written.
     """
     path = Path(path)
     kept = engine.export(sequence)
@@ -96,16 +96,16 @@ def write_session(
     if kept:
         tensors |= {f"cache.{i}": part.contiguous() for i, part in enumerate(kept.parts)}
         tensors["hidden"] = kept.hidden
-    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    partial = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "session": json.dumps(header)})
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or cut(error)
         problem = f"cannot write {path} ({reason})"
         raise CheckpointError(f"{problem}: free space or write elsewhere") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             partial.unlink()
 
 

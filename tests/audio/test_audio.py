@@ -131,7 +131,7 @@ def test_array_types_that_are_refused(dtype):
     assert "convert it to float32" in error_of(np.zeros(10, dtype))  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("rate", [0, 999, 768_001, 24000.0, "24000"])
+@pytest.mark.parametrize("rate", [0, 999, 768_001])
 def test_rates_outside_the_range(rate):
     assert "source_rate" in error_of(torch.zeros(10), source_rate=rate)
     refuses("the sample rate is", load_audio, torch.zeros(10), rate, kind=AudioError)

@@ -129,7 +129,7 @@ def test_a_reply_has_a_group_at_least(own, audio, tmp_path, task, limit):
             start(max_new_tokens=limit)
     with pytest.raises(ValueError, match=r"^min_new_tokens must be 0 or more, not -1$"):
         call(own, task, audio, min_new_tokens=-1)
-    with pytest.raises(TypeError, match=r"^max_new_tokens must be an integer, not 2\.5$"):
+    with pytest.raises(TypeError, match=r"max_new_tokens must be an int or None, not 2\.5$"):
         call(own, task, audio, max_new_tokens=2.5)
     assert torch.equal(history(own), before)
     assert not [*tmp_path.iterdir()]
@@ -275,6 +275,10 @@ def test_what_is_not_text_is_refused(own, audio, text):
         lambda: own.text_dialogue_sft(text),
         lambda: own.audio_understanding_sft(audio[1], text),
         lambda: own.tts_sft(text, "never.wav"),
+    ):
+        with pytest.raises(TypeError, match=r"^MimoAudio\.\w+: (input_)?text must be a str, not "):
+            call()
+    for call in (
         lambda: own.get_asr_sft_prompt(audio[1], template=99),
         lambda: own.forward(torch.empty(9, 0, dtype=torch.int64)),
     ):

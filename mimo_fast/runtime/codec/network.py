@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.arguments import checked
+from mimo_fast.audio.files import check_dense
 from mimo_fast.audio.mel import log_mel
 from mimo_fast.config import CodecConfig
 from mimo_fast.errors import AudioError
@@ -38,6 +39,9 @@ ENCODE_SEGMENT = 6000
 
 DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
+
+
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 @checked
@@ -115,6 +119,9 @@ class CodecNetwork:
         self.owner.check()
         if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
+        check_dense(wav)
+        if not wav.is_floating_point():
+            raise AudioError(f"encode takes float samples, not {wav.dtype}; see load_audio")
         if wav.ndim != 1:
             problem = f"encode takes a mono waveform [n], not {list(wav.shape)}"
             raise AudioError(f"{problem}; average its channels first")
@@ -203,7 +210,9 @@ class CodecNetwork:
 
     def check_codes(self, codes: Tensor) -> None:
         """Raises ValueError unless codes are [n, T] with every index inside its codebook."""
-        if codes.is_floating_point() or codes.dtype == torch.bool:
+        if not isinstance(codes, Tensor) or codes.is_meta or codes.layout != torch.strided:
+            raise ValueError("codes must be a dense tensor of integers, with values")
+        if codes.dtype not in INTEGERS:
             raise ValueError(f"codes must be integers, not {codes.dtype}")
         if codes.ndim != 2 or not 1 <= codes.shape[0] <= len(self.codebooks) or codes.shape[1] == 0:
             raise ValueError(
