@@ -18,11 +18,16 @@ import tokenizers
 from mimo_fast.errors import CheckpointError, ConfigError
 from mimo_fast.json_files import cut, read_json
 
-TRIAL_SECONDS = 20
+TRIAL_SECONDS = 10
 TRIAL_BYTES = 4 * 2**30
 
 MAX_ID = 2**24
 MAX_CONTENT = 1000
+MAX_ADDED = 10_000
+"""Added tokens at most; the library's tables are built from all of them."""
+
+MAX_PIECES = 8
+"""Normalizers, or pre-tokenizers, in a sequence at most; the published files have two."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,7 +84,8 @@ def try_in_child(text: str, path: Path) -> None:
     code = TRIAL.format(bytes=TRIAL_BYTES, seconds=TRIAL_SECONDS)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            # -P: no module comes from the working directory, which may be the checkpoint's.
+            [sys.executable, "-P", "-c", code],
             input=text.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -100,7 +106,8 @@ def is_usual(tree: Mapping[str, Any]) -> bool:
     """Whether it is a byte-level BPE of known pieces, whose tables fit together."""
     try:
         return (
-            all(map(_is_added_token, tree.get("added_tokens") or []))
+            len(tree.get("added_tokens") or []) <= MAX_ADDED
+            and all(map(_is_added_token, tree.get("added_tokens") or []))
             and _is_one_of(tree.get("normalizer"), "normalizers", _is_normalizer)
             and _is_one_of(tree.get("pre_tokenizer"), "pretokenizers", _is_pre_tokenizer)
             and _is_one_of(tree.get("post_processor"), "", _is_post_processor)
@@ -112,9 +119,17 @@ def is_usual(tree: Mapping[str, Any]) -> bool:
 
 
 def _is_one_of(piece: Any, members: str, known: Callable[[Any], bool]) -> bool:
-    """Whether a piece is absent, known, or a sequence of known ones, which is not nested."""
+    """Whether a piece is absent, known, or a short sequence of known ones, which is not nested.
+
+    A byte-level piece doubles what is not ASCII, and so stands in a sequence once.
+    """
     if isinstance(piece, dict) and members and piece.get("type") == "Sequence":
-        return bool(piece[members]) and all(map(known, piece[members]))
+        pieces = piece[members]
+        return (
+            0 < len(pieces) <= MAX_PIECES
+            and all(map(known, pieces))
+            and sum(map(_is_byte_level, pieces)) <= 1
+        )
     return piece is None or known(piece)
 
 
