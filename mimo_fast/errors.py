@@ -3,7 +3,6 @@
 Each message is one line and names the fix; the CLI prints it without a traceback.
 """
 
-
 LONGEST = 4000
 """Characters of a message at most; of a longer one the middle is left out."""
 

@@ -23,6 +23,9 @@ TRIAL_BYTES = 4 * 2**30
 
 MAX_ID = 2**24
 MAX_CONTENT = 1000
+INSERTS = ("content", "prepend", "replacement")
+"""Keys of what a piece puts into a text."""
+
 MAX_ADDED = 10_000
 """Added tokens at most; the library's tables are built from all of them."""
 
@@ -48,8 +51,12 @@ try:
     loaded.no_truncation()
     loaded.no_padding()
     texts = ["a1 \\u00e9\\u4f60\\U0001f600'!?,", "", "<|im_start|>user\\nhello 123<|im_end|>"]
+    texts.append("".join(map(chr, range(32, 127))))
     for text in [*texts, *(each * 5000 for each in ("a", " ", "1", "\\n", "a1 !"))]:
-        loaded.decode(loaded.encode(text, add_special_tokens=False).ids)
+        ids = loaded.encode(text, add_special_tokens=False).ids
+        if len(ids) > 8 * len(text.encode()) + 256:
+            raise ValueError(f"a text of {{len(text)}} characters has {{len(ids)}} tokens")
+        loaded.decode(ids)
 except BaseException as error:
     sys.stdout.buffer.write(("!" + str(error)).encode("utf-8", "replace"))
 else:
@@ -69,6 +76,10 @@ def load_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path} is damaged ({error}): download it again") from error
     text = json.dumps({**tree, "truncation": None, "padding": None})
     if not is_usual(tree):
+        for name in ("normalizer", "pre_tokenizer", "decoder"):
+            if (longest := _longest_insert(tree.get(name))) > MAX_CONTENT:
+                problem = f"its {name} inserts {longest} characters"
+                raise CheckpointError(f"{path} is damaged ({problem}): download it again")
         try_in_child(text, path)
     try:
         return tokenizers.Tokenizer.from_str(text)
@@ -100,6 +111,16 @@ def try_in_child(text: str, path: Path) -> None:
     if said != "loads":
         reason = cut(said[1:]) if said.startswith("!") else ended
         raise CheckpointError(f"{path} is damaged ({reason}): download it again")
+
+
+def _longest_insert(piece: Any) -> int:
+    """Characters that a piece, or one inside it, puts into a text at once; no trial may meet it."""
+    if isinstance(piece, list):
+        return max(map(_longest_insert, piece), default=0)
+    if not isinstance(piece, dict):
+        return 0
+    own = (len(text) for key in INSERTS if isinstance(text := piece.get(key), str))
+    return max([*own, *map(_longest_insert, piece.values())], default=0)
 
 
 def is_usual(tree: Mapping[str, Any]) -> bool:
