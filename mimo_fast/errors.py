@@ -3,9 +3,27 @@
 Each message is one line and names the fix; the CLI prints it without a traceback.
 """
 
+LONGEST = 4000
+"""Characters of a message at most; of a longer one the middle is left out."""
+
+END = 1000
+"""Characters of its end that are kept: there is the fix."""
+
 
 class MimoFastError(Exception):
-    """Base class of every error that mimo_fast raises on purpose."""
+    """Base class of every error that mimo_fast raises on purpose.
+
+    Paths, keys and values of foreign files may hold anything: what cannot be printed, line ends
+    included, is shown as an escape.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not text.isprintable():
+            text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST - END - 5]} ... {text[-END:]}"
+        return text
 
 
 class ConfigError(MimoFastError):

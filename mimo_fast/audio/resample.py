@@ -21,6 +21,7 @@ MIN_RATE, MAX_RATE = 1_000, 768_000
 
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
 DENSE_TABLE = 2**20  # entries of a filter table that is still applied as one convolution
+TABLE_BLOCK = 2**20  # entries of a larger table that are computed at a time
 BAND_PHASES = 16  # output phases that share their input samples in a larger table
 RESAMPLE_SPAN = 2**21  # samples in or out at a time
 
@@ -135,23 +136,28 @@ def _polyphase_table(orig: int, new: int) -> _PolyphaseTable:
         phases = BAND_PHASES
         reach = 2 * width + 1 - (-BAND_PHASES * orig // new)
         dtype = torch.float64
-    starts, taps = [], []
-    for first in range(0, new, phases):
-        start = min(first * orig // new, 2 * width + orig - reach)
-        outputs = torch.arange(first, first + phases, dtype=dtype, device="cpu") / new
-        inputs = (
-            torch.arange(start - width, start - width + reach, dtype=dtype, device="cpu") / orig
-        )
-        starts.append(start)
-        taps.append(_windowed_sinc(outputs, inputs, base, base / orig))
-    return _PolyphaseTable(
-        orig, new, width, torch.tensor(starts, dtype=torch.int64, device="cpu"), torch.stack(taps)
-    )
+    firsts = torch.arange(0, new, phases, dtype=torch.int64, device="cpu")
+    starts = (firsts * orig // new).clamp(max=2 * width + orig - reach)
+    taps = torch.empty(len(firsts), phases, reach, dtype=torch.float32, device="cpu")
+    # Many bands at a time: coprime rates have up to 48,000.
+    together = max(1, TABLE_BLOCK // (phases * reach))
+    for first, start, part in zip(
+        firsts.split(together), starts.split(together), taps.split(together), strict=True
+    ):
+        outputs = _run(first, phases).to(dtype) / new
+        inputs = _run(start - width, reach).to(dtype) / orig
+        part.copy_(_windowed_sinc(outputs, inputs, base, base / orig))
+    return _PolyphaseTable(orig, new, width, starts, taps)
+
+
+def _run(firsts: Tensor, count: int) -> Tensor:
+    """`count` whole numbers from each first one on: [b] -> [b, count]."""
+    return firsts[:, None] + torch.arange(count, dtype=torch.int64, device="cpu")
 
 
 def _windowed_sinc(outputs: Tensor, inputs: Tensor, base: float, gain: float) -> Tensor:
-    """Hann-windowed sinc [p, k] of cutoff `base` between output times [p] and input times [k]."""
-    t = ((inputs - outputs[:, None]) * base).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
+    """Hann-windowed sinc [b, p, k] of cutoff `base` between output times [b, p], inputs' [b, k]."""
+    t = ((inputs[:, None] - outputs[:, :, None]) * base).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
     window = torch.cos(t * math.pi / ZERO_CROSSINGS / 2) ** 2
     t = t * math.pi
     return (torch.where(t == 0, 1.0, t.sin() / t) * (window * gain)).to(torch.float32)

@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 
 from mimo_fast.errors import CheckpointError, PromptError
 from mimo_fast.json_files import cut, read_json, regular_size, shown
-from mimo_fast.text.tokenizer_file import load_tokenizer_file
+from mimo_fast.text.tokenizer_file import MAX_ADDED, load_tokenizer_file
 
 MODEL_TOKENS = {
     "sosp": "<|sosp|>",
@@ -40,9 +40,6 @@ THINK_TOKENS = ("<think>", "</think>")
 """The bounds of what a model thinks before it answers."""
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-
-MAX_ADDED = 10_000
-"""Entries of `added_tokens_decoder` at most; the tables are built from all of them."""
 
 TRAINED_WORDS = "trained_words"
 """Our key of tokenizer_config.json: a list of lower-case words."""

@@ -18,11 +18,19 @@ import tokenizers
 from mimo_fast.errors import CheckpointError, ConfigError
 from mimo_fast.json_files import cut, read_json
 
-TRIAL_SECONDS = 20
+TRIAL_SECONDS = 10
 TRIAL_BYTES = 4 * 2**30
 
 MAX_ID = 2**24
 MAX_CONTENT = 1000
+INSERTS = ("content", "prepend", "replacement")
+"""Keys of what a piece puts into a text."""
+
+MAX_ADDED = 10_000
+"""Added tokens at most; the library's tables are built from all of them."""
+
+MAX_PIECES = 8
+"""Normalizers, or pre-tokenizers, in a sequence at most; the published files have two."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,8 +51,12 @@ try:
     loaded.no_truncation()
     loaded.no_padding()
     texts = ["a1 \\u00e9\\u4f60\\U0001f600'!?,", "", "<|im_start|>user\\nhello 123<|im_end|>"]
+    texts.append("".join(map(chr, range(32, 127))))
     for text in [*texts, *(each * 5000 for each in ("a", " ", "1", "\\n", "a1 !"))]:
-        loaded.decode(loaded.encode(text, add_special_tokens=False).ids)
+        ids = loaded.encode(text, add_special_tokens=False).ids
+        if len(ids) > 8 * len(text.encode()) + 256:
+            raise ValueError(f"a text of {{len(text)}} characters has {{len(ids)}} tokens")
+        loaded.decode(ids)
 except BaseException as error:
     sys.stdout.buffer.write(("!" + str(error)).encode("utf-8", "replace"))
 else:
@@ -64,6 +76,10 @@ def load_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path} is damaged ({error}): download it again") from error
     text = json.dumps({**tree, "truncation": None, "padding": None})
     if not is_usual(tree):
+        for name in ("normalizer", "pre_tokenizer", "decoder"):
+            if (longest := _longest_insert(tree.get(name))) > MAX_CONTENT:
+                problem = f"its {name} inserts {longest} characters"
+                raise CheckpointError(f"{path} is damaged ({problem}): download it again")
         try_in_child(text, path)
     try:
         return tokenizers.Tokenizer.from_str(text)
@@ -79,7 +95,8 @@ def try_in_child(text: str, path: Path) -> None:
     code = TRIAL.format(bytes=TRIAL_BYTES, seconds=TRIAL_SECONDS)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            # -P: no module comes from the working directory, which may be the checkpoint's.
+            [sys.executable, "-P", "-c", code],
             input=text.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -96,11 +113,22 @@ def try_in_child(text: str, path: Path) -> None:
         raise CheckpointError(f"{path} is damaged ({reason}): download it again")
 
 
+def _longest_insert(piece: Any) -> int:
+    """Characters that a piece, or one inside it, puts into a text at once; no trial may meet it."""
+    if isinstance(piece, list):
+        return max(map(_longest_insert, piece), default=0)
+    if not isinstance(piece, dict):
+        return 0
+    own = (len(text) for key in INSERTS if isinstance(text := piece.get(key), str))
+    return max([*own, *map(_longest_insert, piece.values())], default=0)
+
+
 def is_usual(tree: Mapping[str, Any]) -> bool:
     """Whether it is a byte-level BPE of known pieces, whose tables fit together."""
     try:
         return (
-            all(map(_is_added_token, tree.get("added_tokens") or []))
+            len(tree.get("added_tokens") or []) <= MAX_ADDED
+            and all(map(_is_added_token, tree.get("added_tokens") or []))
             and _is_one_of(tree.get("normalizer"), "normalizers", _is_normalizer)
             and _is_one_of(tree.get("pre_tokenizer"), "pretokenizers", _is_pre_tokenizer)
             and _is_one_of(tree.get("post_processor"), "", _is_post_processor)
@@ -112,9 +140,17 @@ def is_usual(tree: Mapping[str, Any]) -> bool:
 
 
 def _is_one_of(piece: Any, members: str, known: Callable[[Any], bool]) -> bool:
-    """Whether a piece is absent, known, or a sequence of known ones, which is not nested."""
+    """Whether a piece is absent, known, or a short sequence of known ones, which is not nested.
+
+    A byte-level piece doubles what is not ASCII, and so stands in a sequence once.
+    """
     if isinstance(piece, dict) and members and piece.get("type") == "Sequence":
-        return bool(piece[members]) and all(map(known, piece[members]))
+        pieces = piece[members]
+        return (
+            0 < len(pieces) <= MAX_PIECES
+            and all(map(known, pieces))
+            and sum(map(_is_byte_level, pieces)) <= 1
+        )
     return piece is None or known(piece)
 
 

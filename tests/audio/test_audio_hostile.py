@@ -18,6 +18,7 @@ from memory import peak_memory
 from sounds import encode, error_of, noise
 from torch.testing import assert_close
 
+from mimo_fast.audio import resample as audio_resample
 from mimo_fast.audio.files import DecodeLimits, load_audio
 from mimo_fast.errors import AudioError
 
@@ -233,3 +234,15 @@ def test_no_thread_is_left_behind(tmp_path):
     load_audio(encode(noise(100)), 24000)
     error_of(b"nothing to hear")
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("rate", [1009, 24001, 767_999])
+def test_no_pair_of_rates_takes_long(rate, monkeypatch):
+    """The table of coprime rates has up to 48,000 bands, which are computed together."""
+    filters, calls = audio_resample._windowed_sinc, []
+    monkeypatch.setattr(
+        audio_resample, "_windowed_sinc", lambda *given: (calls.append(1), filters(*given))[1]
+    )
+    wav = load_audio(encode(noise(50), rate, "WAV", "PCM_16"), 768_000)
+    assert len(wav) == -(-50 * 768_000 // rate)
+    assert 0 < len(calls) < 100

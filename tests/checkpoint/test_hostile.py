@@ -14,7 +14,7 @@ from memory import peak_memory
 from safetensors.torch import load_file, save_file
 
 import mimo_fast
-from mimo_fast.checkpoint.files import open_weights
+from mimo_fast.checkpoint.files import find_checkpoint, open_weights
 from mimo_fast.errors import ConfigError, MimoFastError
 from mimo_fast.quantization import import_checkpoint, quantize_checkpoint
 from mimo_fast.runtime.loading import open_codec, open_lm
@@ -305,3 +305,17 @@ class TestImports:
 def test_the_whole_of_the_kit_still_opens(pair):
     open_lm(pair[0])
     open_codec(pair[1])
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\u2028b\x1b[31m", "x\udcff"])
+def test_a_name_cannot_break_a_message_into_lines(tmp_path, name):
+    message = fault(lambda: find_checkpoint(tmp_path / name))
+    assert message.isprintable()
+    assert ascii(name)[1:-1] in message
+
+
+def test_a_message_is_bounded_and_keeps_its_fix():
+    message = fault(lambda: find_checkpoint("./" + "y" * 9000))
+    assert len(message) <= 4000
+    assert message.startswith("no directory")
+    assert message.endswith("give a checkpoint directory or a hub id OWNER/NAME")

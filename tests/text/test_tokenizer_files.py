@@ -100,6 +100,11 @@ HURTS: dict[str, dict[str, Any]] = {
     "cuts into nothing": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "nests decoders": {"decoder": nested(20, "decoders")},
     "nests normalizers": {"normalizer": nested(20, "normalizers")},
+    "inserts a book": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "inserts a book for one letter": {
+        "normalizer": {"type": "Replace", "pattern": {"String": "é"}, "content": "x" * 10**5}
+    },
+    "multiplies": {"normalizer": {"type": "Sequence", "normalizers": DOUBLING[:9]}},
     "is of another kind": {"model": {"type": "Unigram", "unk_id": 5, "vocab": [["a", -1.0]]}},
 }
 
@@ -112,6 +117,31 @@ def test_a_file_that_hurts_the_library_is_refused(directory, monkeypatch, how):
     message = fault(lambda: Tokenizer.from_directory(directory))
     assert "tokenizer.json is damaged" in message
     assert len(message) < 600
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [LEVEL] * 3}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 30}},
+        {"added_tokens": [{"id": 0, "content": "x"}] * 10_001},
+    ],
+)
+def test_more_of_the_usual_than_anybody_needs_is_tried_first(pieces):
+    tree = read(LM / "tokenizer.json")
+    assert tokenizer_file.is_usual(tree)
+    assert not tokenizer_file.is_usual(tree | pieces)
+
+
+def test_the_trial_takes_no_module_from_the_working_directory(directory, monkeypatch):
+    (directory / "tokenizers.py").write_text("raise SystemExit('foreign code')")
+    monkeypatch.chdir(directory)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # where somebody may have put "."
+    replace(directory, normalizer={"type": "Prepend", "prepend": "x"})
+    assert Tokenizer.from_directory(directory).encode("hello")
 
 
 def test_a_file_that_takes_for_ever_is_refused(directory, monkeypatch):
