@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
     requests = list[dict[str, Any]]()
     build = tasks.TASKS["tts_sft"].prompt
 
+    @wraps(build)
     def prompt(*arguments: Any, **named: Any) -> Any:
         requests.append(
             dict(zip(("context", "input", "instruct"), arguments, strict=False)) | named
