@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import Weights, is_finite, open_weights
+from mimo_fast.checkpoint.files import DENSE, DTYPES, Weights, is_finite, open_weights
 from mimo_fast.checkpoint.folder import check_new_folder
 from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
@@ -128,4 +128,10 @@ def _check_shapes(weights: Weights, shapes: Shapes, packed: PackedMatrices) -> N
             raise CheckpointError(
                 f"{weights.directory}: {name} is {list(found)}, not {list(shape)}: "
                 "use the config.json that belongs to these weights"
+            )
+    for name, dtype in packed.dtypes.items():
+        if dtype not in (SCALES if name.endswith(".scales") else [DTYPES[each] for each in DENSE]):
+            raise CheckpointError(
+                f"{weights.directory}: {name} is of type {shown(dtype)}, which cannot be computed "
+                f"with: {DAMAGED}"
             )

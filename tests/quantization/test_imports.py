@@ -154,3 +154,18 @@ def test_a_checkpoint_to_import_is_neither_loaded_nor_quantized(tmp_path, write_
 def test_tensors_of_another_model_are_refused(tmp_path, write_config):
     source = write_config(GPTQ, intermediate_size=160)
     assert "gate_proj" in fault(lambda: import_checkpoint(source, tmp_path / "out", progress=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16])
+def test_scales_of_a_type_that_no_kernel_takes_are_refused(tmp_path, packed, dtype):
+    tensors = load_file(packed[0] / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.scales"
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = kit_config("lm") | {"quantization_config": GPTQ}
+    (source / "config.json").write_text(json.dumps(config))
+    message = fault(lambda: import_checkpoint(source, target, progress=False))
+    assert f"o_proj.weight.scales is of type {dtype}" in message
+    assert not target.exists()
