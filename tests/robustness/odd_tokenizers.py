@@ -1,6 +1,7 @@
 """Parts of a tokenizer.json that its library reads, and that nobody should meet."""
 
 import random
+import reprlib
 from typing import Any
 
 HUGE = (2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
@@ -30,7 +31,7 @@ def replaced(tokenizer: dict[str, Any], rng: random.Random) -> tuple[dict[str, A
     }
     name = rng.choice([*parts])
     part = parts[name](tokenizer.get(name), rng)
-    return {**tokenizer, name: part}, f"{name} {part!a:.150}"
+    return {**tokenizer, name: part}, f"{name} {reprlib.repr(part)}"
 
 
 def _normalizer(_: Any, rng: random.Random) -> Any:

@@ -19,7 +19,8 @@ def checked(): check_rate("x")
 def signature(): check_rate(1, 2, 3, 4)
 def leak(): exec(compile("None.field", PACKAGE + "config.py", "exec"))
 def foreign(): json.loads("{")
-def lines(): raise AudioError("one\\ntwo")
+class Lines(AudioError): __str__ = Exception.__str__
+def lines(): raise Lines("one\\ntwo")
 def silent(): raise AudioError("")
 def wrong(): raise Wrong("not so")
 def asks():
@@ -68,7 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Failure]:
     [
         ("leak", "AttributeError at mimo_fast/config.py"),
         ("foreign", "JSONDecodeError at "),
-        ("lines", "AudioError of several lines"),
+        ("lines", "Lines of several lines"),
         ("silent", "AudioError without a message"),
         ("wrong", "wrong result: not so"),
         ("asks", "asks on stdin"),
