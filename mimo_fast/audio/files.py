@@ -45,6 +45,11 @@ class DecodeLimits:
     seconds: float = 1800.0
     bytes: int = 256 * 2**20
 
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0 or self.bytes < 0:  # NaN would be no limit
+            problem = "limits must be numbers from 0 on"
+            raise ValueError(f"{problem}, not {self.seconds} seconds and {self.bytes} bytes")
+
 
 @checked
 @in_own_modes

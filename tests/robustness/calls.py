@@ -103,6 +103,9 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     def constructed(lm: Any = None, codec: Any = None, **arguments: Any) -> None:
         answer(mimo_fast.MimoAudio(lm, codec, **arguments))
 
+    def limited(**arguments: Any) -> Any:
+        return mimo_fast.load_audio(speech, 24000, limits=mimo_fast.DecodeLimits(**arguments))
+
     def cleared(history: Any) -> None:
         model.history = history
 
@@ -145,6 +148,8 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             },
         ),
         "LMConfig": (mimo_fast.LMConfig.from_dict, {"raw": raw["lm"], "source": "x"}),
+        "DecodeLimits": (limited, {"seconds": 60.0, "bytes": 10**6}),
+        "LMConfig.is_trained": (model.lm.config.is_trained, {"task": "tts_sft", "option": None}),
         "LMConfig.from_dict": (mimo_fast.LMConfig.from_dict, {"raw": raw["lm"]}),
         "CodecConfig": (mimo_fast.CodecConfig.from_dict, {"raw": raw["codec"], "source": "x"}),
         "CodecConfig.from_dict": (mimo_fast.CodecConfig.from_dict, {"raw": raw["codec"]}),
@@ -341,6 +346,10 @@ def inner_calls(bystander: Bystander) -> Calls:
     return {
         "Codec.quantize": (codec.quantize, {"hidden": torch.zeros(4, codec.config.dim), "n_q": 8}),
         "Codec.encode_mel": (codec.encode_mel, {"mel": torch.zeros(40, codec.config.n_mels)}),
+        "Codec.convolved": (
+            codec.convolved,
+            {"mel": torch.zeros(40, codec.config.n_mels), "padded": False},
+        ),
         "Codec.dequantize": (codec.dequantize, {"codes": codes}),
         "Codec.decode_hidden": (codec.decode_hidden, {"hidden": torch.zeros(4, codec.config.dim)}),
         "Codec.warmup": (codec.warmup, {"streams": 1, "progress": False}),

@@ -30,9 +30,11 @@ LEFT_OUT = {
     "AudioError",
     "BusyError",
     "CheckpointError",
+    "ClosedError",
     "ConfigError",
     "DeviceMemoryError",
     "MimoFastError",
+    "NumericError",
     "PromptError",
     # Results: nobody but the package makes them.
     "Chunk",
