@@ -142,7 +142,8 @@ class LMConfig:
         return (self.channels + 1) * self.group_size
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "LM config") -> "LMConfig":
+    def from_dict(cls, raw: Any, source: str = "LM config") -> "LMConfig":
+        """Reads a config.json's object; whatever else it holds is a ConfigError."""
         read = _Reader(raw, source)
         read.only("hidden_act", "silu")
         read.refuse("use_sliding_window", bool, "a sliding window in the backbone is not supported")
@@ -266,7 +267,8 @@ class CodecConfig:
         return self.pool * self.decoder_stride * self.hop
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "codec config") -> "CodecConfig":
+    def from_dict(cls, raw: Any, source: str = "codec config") -> "CodecConfig":
+        """Reads a config.json's object; whatever else it holds is a ConfigError."""
         read = _Reader(raw, source)
         read.only("activation_function", "gelu")
         read.only("position_embedding_type", "rope")

@@ -27,9 +27,9 @@ QUANTIZE = """
 import sys, time
 from mimo_fast.quantization import convert, quantize_checkpoint
 quantize, slow = convert.quantize, float(sys.argv[3])
-def slowly(*arguments):
+def slowly(*arguments, **named):
     time.sleep(slow)
-    return quantize(*arguments)
+    return quantize(*arguments, **named)
 convert.quantize = slowly
 quantize_checkpoint(sys.argv[1], sys.argv[2], "int8", progress=False)
 """

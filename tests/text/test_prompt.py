@@ -245,8 +245,6 @@ class TestDialogues:
             {"role": "user"},
             {"role": None, "content": "x"},
             {},
-            "hi",
-            None,
         ],
     )
     @pytest.mark.parametrize("task", ["spoken_dialogue", "s2t_dialogue", "text_dialogue"])
@@ -254,6 +252,9 @@ class TestDialogues:
         prompt_of = getattr(model, f"get_{task}_sft_multiturn_prompt")
         error = refused(lambda: prompt_of([message]))
         assert error.startswith("a message needs a role ('user' or 'assistant') and content, not ")
+        for other in ("hi", None):
+            with pytest.raises(TypeError, match="message_list must be a Sequence of Mapping"):
+                prompt_of([message, other])
 
     @pytest.mark.parametrize("content", ["Sure.", {"text": "Sure."}, None])
     def test_a_spoken_reply_needs_text_and_audio(self, model, content):

@@ -459,8 +459,9 @@ class Engine:
         movable = [slot for slot, owner in enumerate(owners) if id(owner) not in running]
         if movable:
             return min(movable, key=self._used.__getitem__)
-        if request.ahead is None:
-            # Nobody listens to a row without a limit: it waits until others end or pause.
+        if request.ahead is None or not request.awaited:
+            # Nobody listens to it yet, or to a row without a limit at all: it waits until others
+            # end or pause.
             return None
         longest = FIRST_SLICE if request.row is None else SLICE
         rows = {slot: running[id(owner)] for slot, owner in enumerate(owners)}
@@ -539,10 +540,8 @@ class Reply(Iterator[Group]):
             raise StopIteration
         request.launching = self.launches
         self._wait(lambda: bool(request.ready) or request.done)
-        if request.ready and not request.cancelled:
-            group = request.ready.popleft()
+        if not request.cancelled and (group := request.take()) is not None:
             request.sequence.append(group.text, group.codes)
-            request.taken += 1
             return group
         error = None if request.cancelled else request.error
         self.close()

@@ -116,6 +116,15 @@ class Request:
         if group.finished:
             self.finished = True
 
+    def take(self) -> Group | None:
+        """The next decoded group, for the consumer; None if there is none."""
+        try:
+            group = self.ready.popleft()
+        except IndexError:  # also where `Engine.close` has just dropped them
+            return None
+        self.taken += 1
+        return group
+
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which the consumer gets after the groups decoded before it."""
         if isinstance(error, OutOfMemoryError):
