@@ -111,6 +111,7 @@ def test_streams_of_one_batch_say_what_each_would_say_alone(quantization):
     assert word_error_rate(heard, alone) <= WRONG
 
 
+@pytest.mark.slow
 def test_speech_decoded_at_once_has_the_words_of_streamed_speech(tmp_path):
     model, heard = nano(None), list[str]()
     for i, text in enumerate(SENTENCES):

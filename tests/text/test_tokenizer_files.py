@@ -109,7 +109,13 @@ HURTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HURTS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=pytest.mark.slow if how == "fills the memory" else ())
+        for how in HURTS
+    ],
+)
 def test_a_file_that_hurts_the_library_is_refused(directory, monkeypatch, how):
     if how == "fills the memory":
         monkeypatch.setattr(tokenizer_file, "TRIAL_SECONDS", 5)

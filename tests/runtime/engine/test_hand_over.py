@@ -67,7 +67,7 @@ def readers(engine: Engine, requests: list[RequestSpec], count: int) -> Iterator
 class TestUnderLoad:
     """More streams than slots, each in a thread of its own."""
 
-    @pytest.mark.parametrize("others", [2, 8, 16])
+    @pytest.mark.parametrize("others", [3, 16])
     @pytest.mark.parametrize("action", ["close", "interrupt", "export"])
     def test_ending_a_reply_waits_for_two_steps_at_most(
         self,
@@ -79,7 +79,7 @@ class TestUnderLoad:
     ) -> None:
         engine = Engine(model.lm, 2, CAPACITY)
         with readers(engine, requests, others):
-            for _ in range(5):
+            for _ in range(3):
                 reply = requests[5].start(engine)
                 sequence = reply._request.sequence
                 next(reply)
@@ -108,13 +108,13 @@ class TestUnderLoad:
             assert len(steps) - before <= 4
         assert got == []
 
-    @pytest.mark.parametrize("others", [2, 8, 16])
+    @pytest.mark.parametrize("others", [3, 16])
     def test_a_new_request_is_admitted_after_two_groups(
         self, model: MimoAudio, requests: list[RequestSpec], steps: list[int], others: int
     ) -> None:
         engine = Engine(model.lm, 2, CAPACITY)
         with readers(engine, requests, others):
-            for _ in range(5):
+            for _ in range(3):
                 before = len(steps)
                 reply = requests[5].start(engine)
                 reply.prefill()
