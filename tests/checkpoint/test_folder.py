@@ -96,6 +96,7 @@ class TestKilled:
         target = tmp_path / "out"
         writer = start(code, target, slow=0.02)
         while not partial_folder(target).exists() and not target.exists():
+            assert writer.poll() in (None, 0), "it failed before it wrote"
             time.sleep(0.005)
         time.sleep(wait)
         writer.send_signal(signal.SIGKILL)
