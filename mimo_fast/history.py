@@ -11,7 +11,7 @@ from torch import Tensor
 from mimo_fast.errors import BusyError, PromptError
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_active
+from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_read_by_another
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.sampling import check_seed
 
@@ -97,10 +97,9 @@ class History:
         return None if self._reader is None else self._reader()
 
     def _check_owner(self) -> None:
-        running, owner = self._running(), self._owner
-        if running is None or running.ended or owner is caller() or not is_active(owner):
-            return
-        raise BusyError(
-            "another thread or task is still reading the reply that add_history would continue: "
-            "wait for its end, or give each caller a model of its own with copy.copy(model)"
-        )
+        if is_read_by_another(self._running(), self._owner):
+            raise BusyError(
+                "another thread or task is still reading the reply that add_history would "
+                "continue: wait for its end, or give each caller a model of its own with "
+                "copy.copy(model)"
+            )

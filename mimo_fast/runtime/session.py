@@ -15,7 +15,13 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.errors import BusyError
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, caller, is_active, iterate_async
+from mimo_fast.runtime.engine.stream import (
+    Chunk,
+    ChunkStream,
+    caller,
+    is_read_by_another,
+    iterate_async,
+)
 from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.runtime.session_file import read_session, write_session
@@ -153,13 +159,11 @@ class Session:
 
     def _check_owner(self) -> None:
         """Raises BusyError while a reply runs that another thread or task has asked for."""
-        running, owner = self._running_stream(), self._owner
-        if running is None or running.ended or owner is caller() or not is_active(owner):
-            return
-        raise BusyError(
-            "this dialogue is answering another thread or task: wait for the end of its reply, "
-            "close that stream, or call interrupt first"
-        )
+        if is_read_by_another(self._running_stream(), self._owner):
+            raise BusyError(
+                "this dialogue is answering another thread or task: wait for the end of its reply, "
+                "close that stream, or call interrupt first"
+            )
 
     def _go_back(self, ids: Tensor, cached: int, turns: list[Turn], spoken: list[int]) -> None:
         self._turns, self._spoken, self._running = turns, spoken, None

@@ -54,6 +54,14 @@ def is_active(caller: asyncio.Task[Any] | threading.Thread | None) -> bool:
     return caller is not None and not caller.done()
 
 
+def is_read_by_another(
+    running: "Reply | ChunkStream | None", owner: asyncio.Task[Any] | threading.Thread | None
+) -> bool:
+    """Whether a reply has not ended, and its owner is another one than who asks, and active."""
+    ended = running is None or running.ended
+    return not ended and owner is not caller() and is_active(owner)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Times of a reply, in seconds since the request.
