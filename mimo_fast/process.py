@@ -5,6 +5,7 @@ What a process has loaded is therefore refused in its children, before anything 
 """
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from mimo_fast.errors import ClosedError
 
@@ -61,3 +62,21 @@ class Owner:
             raise ClosedError(FORKED)
         if self.closed:
             raise ClosedError("the model has been closed: load it again")
+
+
+class FreedWhenClosed:
+    """Something with an `owner`, whose `close` deletes the attributes that hold memory.
+
+    Another thread can close it between any check and the use of such an attribute, which then
+    raises ClosedError.
+    """
+
+    owner: Owner
+
+    # Type checkers would take any name for an attribute.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "owner" and not name.startswith("__"):
+                self.owner.check()
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

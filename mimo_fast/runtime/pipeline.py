@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import PromptError
-from mimo_fast.process import Owner
+from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.engine.engine import Engine, Reply
@@ -54,7 +54,7 @@ def check_limits(max_new_tokens: int | None, min_new_tokens: int = 0) -> None:
 
 
 @dataclass(eq=False)
-class Pipeline:
+class Pipeline(FreedWhenClosed):
     """A loaded language model and codec. One engine decodes all of its requests.
 
     Args:

@@ -102,6 +102,24 @@ def test_a_thread_that_waits_gets_the_error(own):
     assert len(errors) == 6
 
 
+@pytest.mark.parametrize("step", ["context", "ids", "sequence", "start"])
+def test_close_between_two_steps_of_a_call(own, monkeypatch, step):
+    """As a close in another thread does, between a call's check and its use of the weights."""
+    compute, engine = getattr(own.pipeline, step), own.engine
+
+    def then_close(*args, **options):
+        result = compute(*args, **options)
+        own.close()
+        return result
+
+    monkeypatch.setattr(own.pipeline, step, then_close)
+    with pytest.raises(ClosedError):
+        next(own.stream("tts", "Hello there.", max_new_tokens=9))
+    for holder, name in ((own.pipeline, "lm"), (own.pipeline, "codec"), (engine, "state")):
+        with pytest.raises(ClosedError, match="closed: load it again"):
+            getattr(holder, name)
+
+
 def test_close_frees_weights_cache_and_engine(own):
     session = own.session()
     stream = session.stream(WAV, min_new_tokens=9)

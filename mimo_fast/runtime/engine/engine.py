@@ -33,7 +33,7 @@ from torch import Tensor
 from mimo_fast.errors import BusyError, ClosedError, NumericError
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.modes import in_own_modes, own_modes
-from mimo_fast.process import Owner
+from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
 from mimo_fast.runtime.engine.sequence import TokenSequence, check_room, group_ids
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
@@ -64,7 +64,7 @@ class InFlight:
     groups: Launched
 
 
-class Engine:
+class Engine(FreedWhenClosed):
     """Schedules and decodes the sequences of one language model.
 
     Args:
