@@ -29,6 +29,10 @@ from mimo_fast.quantization import (
 
 KIT = Path(__file__).parent / "golden"
 KIT_PAIR = (KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec")
+PAIR = ["--model", str(KIT_PAIR[0]), "--codec", str(KIT_PAIR[1])]
+"""The command line's options for the kit's checkpoints."""
+
+AUDIO = KIT / "audio" / "en_m_24k.wav"
 
 BAD_CODES = [
     (torch.zeros(8, 5), "codes must be integers"),

@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import KIT
+from helpers import PAIR
 
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.checkpoint.embedded import NANO
 from mimo_fast.cli.main import main
 from mimo_fast.errors import DeviceMemoryError
-
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 
 
 @pytest.fixture(autouse=True)

@@ -7,15 +7,12 @@ import shutil
 
 import pytest
 import torch
-from helpers import KIT
+from helpers import AUDIO, KIT, PAIR
 
 from mimo_fast.bench import quality
 from mimo_fast.bench.quality import Lesson, compare, compare_codec, head_quality, teacher_forced
 from mimo_fast.cli.main import main
 from mimo_fast.generation import generate
-
-AUDIO = str(KIT / "audio" / "en_m_24k.wav")
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_a_codec_equals_itself_and_not_another(model, audio):
 
 
 def test_the_command_compares_every_format(capsys, tmp_path):
-    asked = [*PAIR, "--audio", AUDIO, "--text", "Hello.", "--json", str(tmp_path / "q.json")]
+    asked = [*PAIR, "--audio", str(AUDIO), "--text", "Hello.", "--json", str(tmp_path / "q.json")]
     code = main(["bench", "--quality", *asked])
     out = capsys.readouterr().out
     assert code == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import soundfile
-from helpers import KIT, fault
+from helpers import AUDIO, KIT, fault
 
 import mimo_fast
 from mimo_fast.checkpoint import embedded
@@ -23,7 +23,6 @@ from mimo_fast.text.tokenizer import Tokenizer
 from training import domain
 
 ROOT = Path(__file__).parents[2]
-AUDIO = KIT / "audio" / "en_m_24k.wav"
 BOTH = (embedded.NANO / "lm", embedded.NANO / "codec")
 
 

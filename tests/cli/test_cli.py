@@ -13,15 +13,13 @@ from dataclasses import fields, is_dataclass
 import pytest
 import soundfile
 import torch
-from helpers import KIT, KIT_PAIR, altered_checkpoint, limited_tokenizer
+from helpers import AUDIO, KIT, PAIR, altered_checkpoint, limited_tokenizer
 from safetensors.torch import load_file, save_file
 
 import mimo_fast
 from mimo_fast.cli import main as cli
 from mimo_fast.cli.main import main
 
-AUDIO = KIT / "audio" / "en_m_24k.wav"
-PAIR = ["--model", str(KIT_PAIR[0]), "--codec", str(KIT_PAIR[1])]
 SHORT = ["--seed", "1", "--max-tokens", "30"]
 
 

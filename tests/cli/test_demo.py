@@ -5,14 +5,12 @@ import re
 
 import pytest
 import soundfile
-import torch
-from helpers import KIT, KIT_PAIR
+from helpers import AUDIO, KIT_PAIR
 
 from mimo_fast.checkpoint.embedded import QUESTION, SENTENCE
 from mimo_fast.cli.main import main
 from training import domain
 
-AUDIO = KIT / "audio" / "en_m_24k.wav"
 STAGES = [
     "load",
     "say: prefill",
@@ -24,13 +22,6 @@ STAGES = [
     "answer: encode and prefill",
     "answer: N groups, streaming",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _as_many_threads(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def demo(*arguments: object) -> int:

@@ -9,23 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import AUDIO, PAIR
 
 from mimo_fast.checkpoint.embedded import QUESTION
 from mimo_fast.cli.main import main
 
-KIT = Path(__file__).parents[1] / "golden"
-AUDIO = KIT / "audio" / "en_m_24k.wav"
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
+ROOT = Path(__file__).parents[2]
 COMMAND = f"{sys.executable} -m mimo_fast"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KIT.parents[1])}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
-        monkeypatch.delenv(name, raising=False)
+def _ctrl_c():
     # Tests that run in the background may ignore Ctrl-C, which processes inherit.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from helpers import KIT, PAIR
 
 import mimo_fast
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.checkpoint.embedded import NANO, QUESTION
 from mimo_fast.cli.main import main
 
-KIT = Path(__file__).parents[1] / "golden"
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 SHORT = ["--seed", "1", "--max-tokens", "30"]
 REFUSED, FAILED = 2, 1
 

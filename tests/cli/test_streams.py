@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import AUDIO, PAIR
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.writing import save_wav
@@ -16,19 +17,10 @@ from mimo_fast.checkpoint.embedded import QUESTION
 from mimo_fast.cli.main import main
 from mimo_fast.cli.process import OutputError, StandardStream
 
-KIT = Path(__file__).parents[1] / "golden"
-AUDIO = KIT / "audio" / "en_m_24k.wav"
-PAIR = ["--model", str(KIT / "checkpoint" / "lm"), "--codec", str(KIT / "checkpoint" / "codec")]
 SHORT = ["--seed", "1", "--max-tokens", "30"]
+ROOT = Path(__file__).parents[2]
 COMMAND = f"{sys.executable} -m mimo_fast"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KIT.parents[1])}
-
-
-@pytest.fixture(autouse=True)
-def _as_many_threads(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for name in ("MIMO_FAST_MODEL", "MIMO_FAST_CODEC"):
-        monkeypatch.delenv(name, raising=False)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Gone(io.BytesIO):

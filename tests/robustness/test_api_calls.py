@@ -27,15 +27,6 @@ def test_an_odd_call_has_a_result_or_an_error(chunk: int, tmp_path: Path) -> Non
 
 
 LEFT_OUT = {
-    "AudioError",
-    "BusyError",
-    "CheckpointError",
-    "ClosedError",
-    "ConfigError",
-    "DeviceMemoryError",
-    "MimoFastError",
-    "NumericError",
-    "PromptError",
     # Results: nobody but the package makes them.
     "Chunk",
     "ReplyText",
@@ -62,9 +53,11 @@ def test_every_public_function_is_called(tmp_path: Path) -> None:
     named = {name.partition(" ")[0] for name in tried} | LEFT_OUT
     public = set[str]()
     for name in mimo_fast.__all__:
-        public.add(name)
         thing = getattr(mimo_fast, name)
-        if inspect.isclass(thing) and not issubclass(thing, Exception | str):
+        if inspect.isclass(thing) and issubclass(thing, Exception):
+            continue
+        public.add(name)
+        if inspect.isclass(thing) and not issubclass(thing, str):
             members = inspect.getmembers_static(thing)
             public |= {
                 f"{name}.{each}"
