@@ -53,7 +53,7 @@ def check_limits(max_new_tokens: int | None, min_new_tokens: int = 0) -> None:
         raise ValueError(f"min_new_tokens must be 0 or more, not {min_new_tokens}")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Pipeline(FreedWhenClosed):
     """A loaded language model and codec. One engine decodes all of its requests.
 
@@ -68,9 +68,9 @@ class Pipeline(FreedWhenClosed):
     codec: Codec
     tokenizer: Tokenizer
     setup: Setup
-    _engine: Engine | None = field(default=None, repr=False)
-    presets: dict[str, dict[str, MiMoSampler]] = field(init=False, repr=False)
-    owner: Owner = field(init=False, repr=False, default_factory=Owner)
+    _engine: Engine | None = None
+    presets: dict[str, dict[str, MiMoSampler]] = field(init=False)
+    owner: Owner = field(init=False, default_factory=Owner)
 
     def __post_init__(self) -> None:
         self.presets = task_samplers(self.lm.config.greedy_tasks)
