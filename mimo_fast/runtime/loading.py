@@ -111,7 +111,14 @@ def load_parts(
     setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats)
     graphs = wanted(target)
     captured = graphs and enabled(NewPath.PROMPT_GRAPHS, target)
-    setup = replace(setup, mapped=target.type == "cpu", graphs=graphs, prompt_graphs=captured)
+    encodes = graphs and enabled(NewPath.ENCODER_GRAPHS, target)
+    setup = replace(
+        setup,
+        mapped=target.type == "cpu",
+        graphs=graphs,
+        prompt_graphs=captured,
+        encoder_graphs=encodes,
+    )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names(), *codec_weights.names()])
     # tqdm shows the bar only on a terminal.

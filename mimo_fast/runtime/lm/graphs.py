@@ -15,8 +15,8 @@ depends on length and start alone. Prefill is then two launches: the copy of ids
 device, and the graph; a copy more for each recording in it whose codes are on the device. Prompts
 of one bucket run together, up to `PACKED` in a graph, and each has the bits that it has alone.
 Prompts are captured first; all graphs share the memory that the longest one takes. A capture takes
-as long as three prompts. What is not captured within `CAPTURE_SECONDS` is captured when it is
-first used.
+as long as three prompts. What does not fit into `CAPTURE_SECONDS` and `CAPTURE_BYTES` is captured
+when it is first used.
 
 With conditional graphs a third graph joins the two: the step, then the patch, which runs only if
 one of the rows has drawn `<|empty|>`. A group is then one launch, no unused patch is computed, and
@@ -54,7 +54,9 @@ PACKED = (2, 4)
 """Numbers of prompts that a graph takes beside one; together they have at most PROMPTS[-1] rows."""
 
 CAPTURE_SECONDS = 10.0
-"""Time at load after which no further graph of prompts is captured."""
+CAPTURE_BYTES = 10**9
+"""Time and device memory at load beyond which no further graph of prompts is captured; on an H100
+five captures of the 7B model took 1.7 s and 0.66 GB (2026-11-28-h100-prompts.json)."""
 
 Run = Callable[[], Tensor]
 Replay = Callable[[], None]
@@ -235,11 +237,12 @@ class Graphs:
         """Captures all graphs, the largest first, so that smaller ones reuse its memory."""
         # tqdm shows the bar only on a terminal.
         show = None if progress else True
-        prompts, began = self._prompt_graphs(), perf_counter()
+        prompts, began, before = self._prompt_graphs(), perf_counter(), self._reserved()
         total = 2 * len(self.buckets) + len(prompts)
         with tqdm(total=total, desc="capturing", unit="graph", leave=False, disable=show) as bar:
             for graph in reversed(prompts):
-                if perf_counter() - began < CAPTURE_SECONDS:
+                taken = perf_counter() - began, self._reserved() - before
+                if taken[0] < CAPTURE_SECONDS and taken[1] < CAPTURE_BYTES:
                     self._prompt(*graph)
                 bar.update(1)
             for bucket in reversed(self.buckets):
@@ -249,6 +252,11 @@ class Graphs:
                     self._patches[bucket] = self._captured(bucket, self._patch, indices)
                     self._join_both(bucket)
                 bar.update(2)
+
+    def _reserved(self) -> int:
+        """Bytes that the allocator holds on a GPU."""
+        device = self._lm.device
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
     @property
     def conditional(self) -> bool:

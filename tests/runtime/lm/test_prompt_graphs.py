@@ -236,11 +236,15 @@ def test_a_prompt_is_two_launches(model, groups):
     assert len(counted.names) > 20
 
 
-def test_what_is_over_budget_is_captured_at_its_first_use(model, monkeypatch):
+@pytest.mark.parametrize(("name", "captured"), [("CAPTURE_SECONDS", 0), ("CAPTURE_BYTES", 2)])
+def test_what_is_over_budget_is_captured_at_its_first_use(model, monkeypatch, name, captured):
+    """Of time, and of memory: there each capture takes 300 MB, and 256 and 128 groups fit."""
     capture, state = Counted(), model.lm.new_state([0], 200)
-    monkeypatch.setattr(graphs_module, "CAPTURE_SECONDS", -1.0)
+    monkeypatch.setattr(graphs_module, name, 0.0 if name.endswith("SECONDS") else 5 * 10**8)
+    monkeypatch.setattr(Graphs, "_reserved", lambda graphs: 3 * 10**8 * capture.captures)
     graphs = Graphs(model.lm, state, capture, prompts=True)
     graphs.warmup(progress=False)
-    assert capture.captures == 2 * len(graphs.buckets)
+    assert sorted(graphs._prompts) == [(1, 128), (1, 256)][:captured]
+    assert capture.captures == 2 * len(graphs.buckets) + captured
     graphs.prefill(random_prompt(model.lm.config, model.lm.empty_id, 40), 0)
-    assert capture.captures == 2 * len(graphs.buckets) + 1
+    assert capture.captures == 2 * len(graphs.buckets) + captured + 1
