@@ -115,7 +115,8 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
     if kind == "lm":
         yield (
             f"  graphs          on a GPU of prompts of {PROMPTS[0]} to {PROMPTS[-1]} groups, as "
-            f"many as are captured at load in {CAPTURE_SECONDS:g} s and {CAPTURE_BYTES / 1e6:,.0f} MB"
+            f"many as are captured at load in {CAPTURE_SECONDS:g} s and "
+            f"{CAPTURE_BYTES / 1e6:,.0f} MB"
         )
     else:
         seconds = longest_encode(codec_config, BUCKETS[-1]) / codec_config.sample_rate
