@@ -6,6 +6,8 @@
 #   bash benchmarks/gpu.sh                            all parts that are not done yet
 #   bash benchmarks/gpu.sh e2e-int4 energy-int4       these alone, done or not
 #   bash benchmarks/gpu.sh --list                     the parts, and about how many seconds each takes
+#   bash benchmarks/gpu.sh --prepare 90               where nvcc is and no GPU need be: builds the library for all
+#                                                     architectures, compiles Triton's kernels for these (90), packs them
 #   DEVICE=cpu PRESET=tiny bash benchmarks/gpu.sh     a rehearsal without a GPU, in some minutes
 #
 # PYTHON   interpreter [python3]                    PRESET  dimensions, random weights [7b]
@@ -13,22 +15,26 @@
 # EARLIER  folder with the results of an earlier    SKIP    parts to leave out, such as "native tests-model"
 #          call, where that is another one [OUT]    FORCE   1: parts that are done run again
 #
-# A part begins where the seconds that it takes are still left, and is ended after three times as many. Its records are
-# written as they are made: what is cut off loses one part. In OUT are, for a call on a card NAME:
+# The order is: the library, tests of the kernels and of the model, what no GPU has run yet, measurements by what they
+# are worth. A part begins where the seconds that it takes are still left, and is ended after three times as many.
+# Its records are written as they are made: what is cut off loses one part. In OUT are, for a call on a card NAME:
 #
 #   DATE-NAME-N.jsonl    records of the N-th call          DATE-NAME-N.log    what everything printed
 #   gpu-done.txt         parts that are done               kernels-*.tar.gz   Triton's cache
+#   performance.md       the report of OUT, where matplotlib is installed
 #
-# The last two of an earlier call are taken from EARLIER: its parts are not done again, its kernels not compiled again.
+# It ends with the figures that README quotes. What an earlier call has done, and its cache or that of --prepare, are
+# taken from EARLIER: its parts are not done again, its kernels not compiled again.
 # Triton's cache is /tmp/mimo-fast-triton on every machine (TRITON_CACHE_DIR), since its entries hold absolute paths.
 # The exit code is 1 if a part failed, and the last line names it; 2 for bad usage.
 set -uo pipefail
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
-list_only=0 chosen=()
+list_only=0 prepare=0 chosen=()
 for argument; do
     case $argument in
     -h | --help) usage && exit 0 ;;
     --list) list_only=1 ;;
+    --prepare) prepare=1 ;;
     -*) echo "gpu.sh: no option $argument; see --help" >&2 && exit 2 ;;
     *) chosen+=("$argument") ;;
     esac
@@ -38,18 +44,19 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} preset=${PRESET:-7b} limit=${LIMIT:-540} skip=" ${SKIP:-} "
 out=${OUT:-benchmarks/results} force=${FORCE:-0}
 earlier=${EARLIER:-$out}
-studies=(engine:130 products:80 overlap:90)
+# NAME:SECONDS of benchmarks/studies: what no GPU has run, or not in its present form, and the others.
+new_studies=(turns:100 gemm:45) studies=(engine:130 overlap:90 products:80)
 export PYTHONPATH=. PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/mimo-fast-triton}
 unset MIMO_FAST_KERNELS MIMO_FAST_NO_GRAPH
 
-failed=() left=() known=()
+failed=() left=() known=() new=
 
 report() { printf '%-18s %s\n' "$1" "$2"; }
 
 # wanted NAME SECONDS: whether a part runs in this call; says why not.
 wanted() {
     known+=("$1")
-    if ((list_only)); then report "$1" "about $2 s"; return 1; fi
+    if ((list_only)); then report "$1" "about $2 s${new:+, no GPU has run it}"; return 1; fi
     if ((${#chosen[@]})); then [[ " ${chosen[*]} " == *" $1 "* ]]; return; fi
     if [[ $skip == *" $1 "* ]]; then report "$1" "skipped: SKIP names it"; return 1; fi
     if [[ $force != 1 ]] && done_before=$(grep "^$1 " "$done_list" 2>/dev/null | tail -n 1); then
@@ -73,7 +80,7 @@ part() {
     timeout --foreground -k 5 $((3 * about < room ? 3 * about : room)) "$@" >>"$log" 2>&1
     code=$? spent=$((SECONDS - began))
     if ((code == 0)); then
-        report "$title" "ok, $spent s"
+        report "$title" "ok, $spent s${new:+, the first time on a GPU}"
         echo "$title on $name in $spent s, $(date -u +%FT%TZ)" >>"$done_list"
         return 0
     fi
@@ -150,6 +157,16 @@ PY
     trap 'pack; echo "interrupted: what was measured is in $out"; exit 130' INT TERM
     "$python" -m benchmarks.kernel_cache unpack "$earlier" >>"$log" 2>&1
 }
+if ((prepare)); then
+    # The library holds code for all architectures; only the Triton kernels are compiled for those named.
+    mkdir -p "$out" "$TRITON_CACHE_DIR" || exit 2
+    stop() { echo "gpu.sh: $1" >&2 && exit 1; }
+    "$python" setup.py build_ext --inplace || stop "the library was not built"
+    "$python" -m benchmarks.kernel_cache compile "${chosen[@]:-90}" || stop "Triton's kernels were not compiled"
+    "$python" -m benchmarks.kernel_cache pack "$out" || stop "Triton's kernels were not packed"
+    echo "prepared: mimo_fast/libmimo_fast_cuda.so and $out/kernels-*.tar.gz; bring both, and give EARLIER=$out"
+    exit 0
+fi
 if ((!list_only)); then begin; else records= scratch= log=/dev/null; fi
 
 if [[ $device == cuda ]]; then
@@ -188,7 +205,9 @@ gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/kernels/test_gpu_kern
 gpu_part tests-model 90 "$python" -m pytest -m gpu "${model_tests[@]}" "${tests[@]}"
 # Most kernels are compiled by now; a call that is cut off keeps them.
 ((list_only)) || pack
-for study in "${studies[@]}"; do study "${study%:*}" "${study#*:}"; done
+new=1
+for study in "${new_studies[@]}"; do study "${study%:*}" "${study#*:}"; done
+new=
 bench profile-int4 25 profile "${model[@]}" --quantization int4 "${profiled[@]}"
 bench e2e-int4 55 e2e "${model[@]}" --quantization int4 "${sweep[@]}"
 bench requests-int4 75 e2e "${model[@]}" --quantization int4 "${asked[@]}"
@@ -201,6 +220,7 @@ bench e2e-wide 20 e2e "${model[@]}" --quantization int4 "${wide[@]}"
 gpu_bench e2e-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${sweep[@]}"
 gpu_bench tasks-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${tasks[@]}"
 gpu_bench profile-bf16 20 profile "${model[@]}" --quantization bf16 "${profiled[@]}"
+for study in "${studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 bench ops-others 30 ops "${others[@]}"
 
 for name in "${chosen[@]}"; do
@@ -208,6 +228,10 @@ for name in "${chosen[@]}"; do
 done
 ((list_only)) && exit 0
 pack
+if "$python" -c 'import matplotlib' 2>>"$log"; then
+    "$python" -m benchmarks report --results "$out" -o "$out/performance.md" >>"$log" 2>&1
+fi
+"$python" -m benchmarks report --figures --results "$out" 2>>"$log" | tee -a "$log" | sed 's/^/    /'
 echo "results and log: ${records%.jsonl}.*"
 if ((${#left[@]})); then echo "left for the next call: ${left[*]}"; fi
 if ((${#failed[@]})); then

@@ -2,10 +2,15 @@
 
     python -m benchmarks.kernel_cache pack FOLDER      writes FOLDER/kernels-0.tar.gz and so on
     python -m benchmarks.kernel_cache unpack FOLDER    keeps existing entries
+    python -m benchmarks.kernel_cache compile 90 120   fills the cache without a GPU, for sm_90 and
+                                                       sm_120
 
 The cache is that of TRITON_CACHE_DIR, which must be the same path on both machines: an entry names
 its files by absolute paths. Intermediate forms of a kernel (Triton's and LLVM's code, PTX) are not
 needed to run it; those files must exist, and are packed empty.
+
+Without a GPU the configurations of the kernels' `compile_cases` are compiled, those of the
+published dimensions; what a launch specializes otherwise is compiled on the other machine.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import io
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,7 +63,23 @@ def unpack(folder: Path, cache: Path) -> int:
     return added
 
 
+def compile_for(architectures: Sequence[int]) -> int:
+    """Compiles every case for GPUs of these architectures into the cache; returns how many."""
+    from benchmarks.compile_matrix import cases, compile_case
+
+    done = 0
+    for architecture in architectures:
+        for case in cases():
+            compile_case(case, architecture)
+            done += 1
+            print(f"sm_{architecture} {case.name}", flush=True)
+    return done
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        print(f"{compile_for([int(each) for each in sys.argv[2:]])} kernels")
+        sys.exit()
     triton, there = Path(os.environ["TRITON_CACHE_DIR"]), Path(sys.argv[2])
     if sys.argv[1] == "unpack":
         print(f"{unpack(there, triton)} files of compiled kernels from {there}")

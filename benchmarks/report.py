@@ -271,11 +271,28 @@ def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
     return 0
 
 
+def figures(measured: Measured) -> str:
+    """What README quotes: the published dimensions on each GPU, and upstream's way beside it."""
+    parts = list[str]()
+    for device in measured.devices("groups", "request", "quick", "baseline"):
+        rows, used = expected(measured, device)
+        if not any(entry.on_gpu for entry in [*used, *measured.find("baseline", device)]):
+            continue
+        parts += [f"**{device}**\n", table(EXPECTED, rows) + "\n"]
+        if beside := measured.find("baseline", device):
+            parts.append(kind_table("baseline", beside) + "\n")
+    return "\n".join(parts) or f"Figures of a GPU: {NOT_MEASURED}.\n"
+
+
 def add_options(add: Callable[..., object]) -> None:
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="[benchmarks/results]")
     about = "[docs/performance.md]"
     add("-o", "--output", type=Path, default=DOCUMENT, metavar="FILE.md", help=about)
+    add("--figures", action="store_true", help="print what README quotes, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.figures:
+        print(figures(Measured.read(args.results)))
+        return 0
     return write_report(args.results, args.output)

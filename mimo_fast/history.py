@@ -14,6 +14,7 @@ from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_read_by_another
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.sampling import check_seed
+from mimo_fast.text.prompt import PackedPrompt
 
 
 class History:
@@ -42,7 +43,7 @@ class History:
     def start(
         self,
         pipeline: Pipeline,
-        ids: Tensor,
+        prompt: Tensor | PackedPrompt,
         add_history: bool,
         seed: int | None,
         start: Callable[[TokenSequence], Reply],
@@ -57,7 +58,9 @@ class History:
             BusyError: add_history, and the reply to be continued is still running for another
                 thread or task.
         """
-        if not ids.shape[1]:
+        groups = (prompt.ids if isinstance(prompt, PackedPrompt) else prompt).shape[1]
+        groups //= pipeline.lm.config.group_size
+        if not groups:
             raise PromptError("the prompt is empty")
         seed = None if seed is None else check_seed(seed)
         with self._lock:
@@ -68,14 +71,14 @@ class History:
                     running.close()
                 pipeline.engine.release(self.sequence)
             else:
-                pipeline.engine.check_room(ids.shape[1] // pipeline.lm.config.group_size)
+                pipeline.engine.check_room(groups)
                 # The old cache is freed before a new one is allocated.
                 self.clear()
                 self.sequence = pipeline.sequence(seed)
             sequence = self.sequence
             before = sequence.ids, sequence.cached
             try:
-                sequence.add(ids)
+                sequence.add(prompt)
                 if seed is not None:
                     sequence.reseed(seed)
                 reply = start(sequence)

@@ -36,7 +36,7 @@ from mimo_fast.runtime.session import Session
 from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
-from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -399,15 +399,17 @@ class MimoAudio:
                 limits_of_all = max_new_tokens, min_new_tokens
                 return say_pieces(pipeline, context, request, texts, begin, began, limits_of_all)
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
-        ids = pipeline.ids(spec.prompt(context, *given, **named))
+        prompt = pipeline.packed(spec.prompt(context, *given, **named))
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
-        reply = self._start(ids, spec.sampler, *limits, add_history, seed)
-        chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
+        reply = self._start(prompt, spec.sampler, *limits, add_history, seed)
+        chunks = pipeline.stream(
+            reply, prompt.ids, began, spec.speaks, special_tokens=special_tokens
+        )
         return self._history.read_by(reply, chunks)
 
     def _start(
         self,
-        ids: Tensor,
+        prompt: Tensor | PackedPrompt,
         task_name: str,
         stop_ids: frozenset[int],
         max_new_tokens: int | None,
@@ -425,7 +427,7 @@ class MimoAudio:
         samplers, limits = self._samplers(task_name), (max_new_tokens, min_new_tokens)
         reply = self._history.start(
             self.pipeline,
-            ids,
+            prompt,
             add_history,
             seed,
             lambda sequence: self.pipeline.start(

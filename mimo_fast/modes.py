@@ -1,10 +1,10 @@
-"""Torch's modes as this package computes in, whatever its caller's are.
+"""Torch's modes as this package computes in, and its current device, whatever its caller's are.
 
 Default dtype and device need nothing: every tensor is made with both (`tests/test_modes.py`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -37,12 +37,25 @@ def own_modes() -> Iterator[None]:
             yield
 
 
+def on_device(device: torch.device | None) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: launches, streams and events belong to the current device,
+    whatever tensors they concern."""
+    if device is None or device.type != "cuda" or device.index is None:
+        return nullcontext()
+    return (
+        nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    )
+
+
 def in_own_modes(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that runs in `own_modes`."""
+    """A function that runs in `own_modes`, on the device of its first arguments that have one."""
 
     @wraps(function)
     def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        with own_modes():
+        # A method's object, or in a constructor what it is made for.
+        found = (getattr(each, "device", None) for each in arguments[:2])
+        device = next((each for each in found if isinstance(each, torch.device)), None)
+        with on_device(device), own_modes():
             return function(*arguments, **named)
 
     return call

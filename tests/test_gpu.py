@@ -23,14 +23,16 @@ import mimo_fast
 from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.kernels.dispatch import ENVIRONMENT as KERNELS
 from mimo_fast.runtime import pipeline
+from mimo_fast.runtime.codec.encoder_graphs import EncoderGraphs
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import HostRead, Limits, Samplers
-from mimo_fast.runtime.lm.graphs import ENVIRONMENT, CudaCapture, Graphs, Run
+from mimo_fast.runtime.lm.graphs import ENVIRONMENT, CudaCapture, Graphs, PromptPart, Run
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.sampling import MiMoSampler
 from mimo_fast.testing import parity as verification
 from mimo_fast.testing.parity import STAGES, Golden, verify
+from mimo_fast.text.prompt import PackedPrompt
 
 GROUPS = {"cuda": 200, "cpu": 60}
 """Decoded in both ways."""
@@ -140,6 +142,44 @@ def test_prompts_as_graphs_give_the_same_tokens(loaded_model, golden, monkeypatc
     engine = make_engine(loaded_model.lm, 3, 240)
     assert engine.decoder.graphs.takes_prompts
     assert together(engine, requests) == plain
+
+
+def test_packed_prompts_have_the_bits_of_lone_ones(loaded_model, golden):
+    lm, size = loaded_model.lm, loaded_model.lm.config.group_size
+    capture = None if lm.device.type == "cuda" else unwatched
+    ids = [request.ids for request in asked(golden, 1)]
+    states = [lm.new_state([0] * 4, 80) for _ in range(2)]
+    packed, lone = (
+        Graphs(lm, state, *([] if capture is None else [capture]), prompts=True, packed=True)
+        for state in states
+    )
+    for cut in (30, 5):
+        parts = [
+            PromptPart(PackedPrompt(each[:, : (cut - i) * size]), i, 0)
+            for i, each in enumerate(ids)
+        ]
+        packed.prefill_parts(parts)
+        for part in parts:
+            lone.prefill_parts([part])
+        for i, part in enumerate(parts):
+            length = part.prompt.ids.shape[1] // size
+            assert torch.equal(*(state.hidden[i] for state in states))
+            for got, want in zip(*(state.cache.parts for state in states), strict=True):
+                assert torch.equal(got[:, i, :, :length], want[:, i, :, :length])
+
+
+def test_a_recording_by_graph_has_the_codes_of_kernels(loaded_model, golden):
+    codec = copy.copy(loaded_model.codec)
+    capture = CudaCapture() if codec.device.type == "cuda" else unwatched
+    name = sorted(golden.named("codec:wav24k"))[0]
+    wav = golden.tensors[f"codec:wav24k.{name}"].float()
+    for samples in (1, 9_600, min(len(wav), 47_000)):
+        codec.encoder_graphs = None
+        want = codec.encode(wav[:samples])
+        codec.encoder_graphs = EncoderGraphs(codec, capture)
+        pending = codec.encode_later(wav[:samples])
+        assert torch.equal(pending.on_device(), want)
+        assert torch.equal(pending.wait(), want.cpu())
 
 
 def test_no_two_replays_draw_the_same_numbers(loaded_model, golden):

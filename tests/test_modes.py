@@ -15,6 +15,11 @@ from torch.utils._device import _device_constructors
 import mimo_fast
 from mimo_fast.audio.files import load_audio
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.modes import in_own_modes
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.engine.engine import Engine
 
 PACKAGE = Path(mimo_fast.__file__).parent
 
@@ -222,3 +227,61 @@ def test_a_mode_is_the_callers_own_again_after_an_error():
                 model.codec.decode(torch.zeros(1, dtype=torch.int64))
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
+
+
+class Guard:
+    """Stands in for torch.cuda.device."""
+
+    current = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.index, self.before = device.index, Guard.current
+
+    def __enter__(self) -> None:
+        Guard.current = self.index
+
+    def __exit__(self, *_: object) -> None:
+        Guard.current = self.before
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs of which the first is current."""
+    monkeypatch.setattr(Guard, "current", 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: Guard.current)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:0", "cuda", "cpu"])
+def test_the_device_of_a_model_is_current_while_it_computes(cards, device):
+    class Model:
+        def __init__(self) -> None:
+            self.device = torch.device(device)
+
+        @in_own_modes
+        def compute(self) -> int:
+            return torch.cuda.current_device()
+
+    class Stream:
+        @in_own_modes
+        def __init__(self, model: Model) -> None:
+            self.made = torch.cuda.current_device()
+
+    expected = int(device == "cuda:1")
+    assert Model().compute() == expected
+    assert Stream(Model()).made == expected
+    assert torch.cuda.current_device() == 0
+
+
+def test_what_launches_work_knows_its_device(model):
+    codec = model.codec
+    for each in (model.engine, codec, codec.stream(), model.lm):
+        assert each.device == torch.device("cpu")
+    for owner, names in (
+        (Engine, "__init__ warmup export _step"),
+        (Codec, "encode_later warmup warm_up_encoder"),
+        (CodecNetwork, "encode decode moments"),
+        (CodecStream, "__init__ push finish"),
+    ):
+        for name in names.split():
+            assert hasattr(vars(owner)[name], "__wrapped__"), f"{owner.__name__}.{name}"

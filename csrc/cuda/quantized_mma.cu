@@ -575,6 +575,7 @@ int launch(Product p, int busy, cudaStream_t stream) {
 
 // Values of K from which on a tile has so many warps, and warps below.
 constexpr int LONG = 2048, LONG_WARPS = 16, SHORT_WARPS = 8;
+static_assert(LONG / COLUMNS >= LONG_WARPS && 1024 / COLUMNS >= SHORT_WARPS, "no warp without columns, from K = 1024 on");
 
 // The configurations of a weight, by number, for measurements; `Config` says what they mean. BUSY: `busy` of `launch`.
 template <class T, int BITS, bool GROUPED, int WARPS>

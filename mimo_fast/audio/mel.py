@@ -38,9 +38,19 @@ def log_mel(wav: Tensor, config: CodecConfig) -> Tensor:
     half = config.n_fft // 2
     wav = F.pad(wav.to(torch.float32), (0, max(0, half + 1 - len(wav))))
     wav = F.pad(wav[None], (half, half), mode="reflect")[0]
-    window = torch.hann_window(config.window, device=wav.device, dtype=torch.float32)
+    return log_mel_of_frames(wav, config, mel_tables(config, wav.device))
+
+
+def mel_tables(config: CodecConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The window [n] and the filters [n_fft // 2 + 1, n_mels] of `log_mel_of_frames`."""
+    window = torch.hann_window(config.window, device=device, dtype=torch.float32)
     bands = config.f_min, config.f_max
-    bank = mel_filters(config.sample_rate, config.n_fft, config.n_mels, *bands).to(wav.device)
+    return window, mel_filters(config.sample_rate, config.n_fft, config.n_mels, *bands).to(device)
+
+
+def log_mel_of_frames(wav: Tensor, config: CodecConfig, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """`log_mel` of samples float32 [n] padded at both ends -> [1 + (n - n_fft) // hop, n_mels]."""
+    window, bank = tables
     frames = 1 + (len(wav) - config.n_fft) // config.hop
     out = wav.new_empty(frames, config.n_mels)
     for first in range(0, frames, MEL_BLOCK):

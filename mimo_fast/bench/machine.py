@@ -19,7 +19,10 @@ from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul.plan import explain
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 from mimo_fast.quantization import Format, WeightSource, quantize
+from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
+from mimo_fast.runtime.lm.graphs import CAPTURE_BYTES, CAPTURE_SECONDS, PROMPTS
 from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
+from mimo_fast.runtime.memory import encoder_graph_bytes
 
 SHARED_PRODUCT = 2**20
 """Least number of weights for which a product with one row is shared between cores."""
@@ -109,6 +112,19 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
         yield f"  revision        {commit}"
     for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
         yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
+    if kind == "lm":
+        yield (
+            f"  graphs          on a GPU of prompts of {PROMPTS[0]} to {PROMPTS[-1]} groups, as "
+            f"many as are captured at load in {CAPTURE_SECONDS:g} s and "
+            f"{CAPTURE_BYTES / 1e6:,.0f} MB"
+        )
+    else:
+        seconds = longest_encode(codec_config, BUCKETS[-1]) / codec_config.sample_rate
+        nbytes = encoder_graph_bytes(codec_config, torch.bfloat16)
+        yield (
+            f"  graphs          on a GPU of encodes of up to {seconds:.0f} s, captured at load in "
+            f"about {nbytes / 1e6:,.0f} MB, where that path is on"
+        )
 
 
 def describe_products(source: PathLike | None, hub: HubOptions) -> Iterator[str]:

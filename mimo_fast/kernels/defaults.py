@@ -17,12 +17,16 @@ class NewPath(Enum):
     """A path that replaces an established one; its value is its name in `mimo-fast info`."""
 
     PROMPT_GRAPHS = "prompts as CUDA graphs"
+    PACKED_PROMPTS = "several prompts in one graph"
+    ENCODER_GRAPHS = "encoding of a recording as a CUDA graph"
     CONDITIONAL_GRAPHS = "a group as one conditional graph"
     FUSED_PROMPT_PRODUCTS = "products of prompts that unpack in registers"
 
 
 MEASURED: dict[NewPath, dict[int, str]] = {
     NewPath.PROMPT_GRAPHS: {9: "2026-11-28-h100-prompts.json"},
+    NewPath.PACKED_PROMPTS: {},
+    NewPath.ENCODER_GRAPHS: {},
     NewPath.CONDITIONAL_GRAPHS: {9: "2026-11-28-h100-overlap.json"},
     NewPath.FUSED_PROMPT_PRODUCTS: {},
 }

@@ -1,16 +1,17 @@
-"""Attention of a prompt's new positions over one slot of the cache.
+"""Attention of the new positions of one or several prompts, each over its slot of the cache.
 
     y[t, h] = sum_j softmax_j(q[t, h] . k[j] / sqrt(Dh)) v[j],   j = 0 ... positions[t] of that slot
 
 with key/value head h // (H / Hkv). The keys and values of the new positions are in the cache
 already (`rope_append`). Positions are read on the device, so a captured graph serves all of them.
 
-Shapes: q [T, H, Dh], rotated; a `LayerKV` of S positions; slots, positions int64 [T]; y [T, H Dh].
-All rows belong to slot slots[0] and their positions ascend by one. Rows that only pad a captured
-graph come last and have a position outside the cache, such as -1: nothing is read for them, and y
-is 0. Scores, softmax and sums are float32; with 16-bit inputs the softmax weights are rounded to
-that type. The scales of int8 keys are applied to the scores, those of int8 values to the softmax
-weights. y is rounded once.
+Shapes: q [N, T, H, Dh], rotated; a `LayerKV` of S positions; slots, positions int64 [N, T];
+y [N, T, H Dh]. All rows of a prompt n belong to slot slots[n, 0] and their positions ascend by one.
+Rows that only pad a captured graph come last and have a position outside the cache, such as -1:
+nothing is read for them, and y is 0. A prompt has the same bits whatever comes with it. Scores,
+softmax and sums are float32; with 16-bit inputs the softmax weights are rounded to that type. The
+scales of int8 keys are applied to the scores, those of int8 values to the softmax weights. y is
+rounded once.
 
 Flash attention, one pass. A program holds BLOCK_T positions with all H / Hkv query heads of one
 key/value head, so a key is read once for all of them, and loops over the keys from 0 on in blocks
@@ -43,6 +44,11 @@ BLOCK_S = 32
 
 
 def prefill_attention_ref(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tensor) -> Tensor:
+    parts = zip(q, slots, positions, strict=True)
+    return torch.stack([_one_ref(part, cache, *places) for part, *places in parts])
+
+
+def _one_ref(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tensor) -> Tensor:
     y = q.new_zeros(len(q), q.shape[1] * q.shape[2])
     real = int(((positions >= 0) & (positions < cache.capacity)).sum())
     if real:
@@ -80,6 +86,11 @@ def prefill_attention_kernel(
     BLOCK_D: tl.constexpr,
 ):
     i_tile, i_kv = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    i_part = tl.program_id(2).to(tl.int64)
+    positions_ptr += i_part * T
+    slots_ptr += i_part * T
+    q_ptr += i_part * T * H * DH
+    y_ptr += i_part * T * H * DH
     o_row, o_d = tl.arange(0, BLOCK_T * BLOCK_G), tl.arange(0, BLOCK_D)
     o_t, o_g = i_tile * BLOCK_T + o_row // BLOCK_G, o_row % BLOCK_G
     m_d = (o_d < DH)[None, :]
@@ -121,16 +132,17 @@ def prefill_attention_kernel(
 
 
 def prefill_attention(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tensor) -> Tensor:
-    """q [T, H, Dh], slots and positions int64 [T] on the cache's device -> [T, H Dh].
+    """q [N, T, H, Dh], slots and positions int64 [N, T] on the cache's device -> [N, T, H Dh].
 
     Raises:
         ValueError: they do not go together.
     """
-    (new, heads, dh), kv_heads = q.shape, cache.k.shape[1]
-    if dh != cache.k.shape[3] or heads % kv_heads or len(slots) != new or len(positions) != new:
+    (parts, new, heads, dh), kv_heads = q.shape, cache.k.shape[1]
+    fits = slots.shape == positions.shape == (parts, new)
+    if dh != cache.k.shape[3] or heads % kv_heads or not fits:
         raise ValueError(
-            f"queries {list(q.shape)} with {len(slots)} slots and {len(positions)} positions "
-            f"do not go with a cache {list(cache.k.shape)}"
+            f"queries {list(q.shape)} with slots {list(slots.shape)} and positions "
+            f"{list(positions.shape)} do not go with a cache {list(cache.k.shape)}"
         )
     if cache.k_scales is None and cache.k.dtype != q.dtype:
         raise ValueError(f"queries are {q.dtype}, the keys {cache.k.dtype}")
@@ -141,8 +153,8 @@ def prefill_attention(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tenso
     k_scales, v_scales = (cache.k if x is None else x for x in (cache.k_scales, cache.v_scales))
     share = heads // kv_heads
     block, options = tile(new, share, dh, q.element_size())
-    y = torch.empty(new, heads * dh, dtype=q.dtype, device=q.device)
-    prefill_attention_kernel[(-(-new // block["BLOCK_T"]), kv_heads)](
+    y = torch.empty(parts, new, heads * dh, dtype=q.dtype, device=q.device)
+    prefill_attention_kernel[(-(-new // block["BLOCK_T"]), kv_heads, parts)](
         q_ptr=q,
         k_ptr=cache.k,
         v_ptr=cache.v,

@@ -22,7 +22,7 @@ from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.json_files import cut
 from mimo_fast.kernels.defaults import NewPath, enabled
-from mimo_fast.modes import in_own_modes
+from mimo_fast.modes import in_own_modes, on_device
 from mimo_fast.process import check_may_load
 from mimo_fast.quantization import (
     FOREIGN_KEY,
@@ -111,11 +111,19 @@ def load_parts(
     setup = Setup(lm_config, codec_config, lm_dtype, codec_dtype, formats, codec_formats)
     graphs = wanted(target)
     captured = graphs and enabled(NewPath.PROMPT_GRAPHS, target)
-    setup = replace(setup, mapped=target.type == "cpu", graphs=graphs, prompt_graphs=captured)
+    encodes = graphs and enabled(NewPath.ENCODER_GRAPHS, target)
+    setup = replace(
+        setup,
+        mapped=target.type == "cpu",
+        graphs=graphs,
+        prompt_graphs=captured,
+        encoder_graphs=encodes,
+    )
     setup = planned(setup, target, options)
     tensors = len([*lm_weights.names(), *codec_weights.names()])
     # tqdm shows the bar only on a terminal.
-    with tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None) as bar:
+    progress = tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None)
+    with on_device(target), progress as bar:
         offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
         read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
         source = WeightSource(read, lm_dtype, stored, requested)

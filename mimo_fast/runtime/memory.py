@@ -4,7 +4,8 @@ weights  the language model in its formats, without text embeddings that stay in
 codec    encoder (unless in host memory), decoder, float32 codebooks; with graphs, the states of
          `max_batch` streams
 cache    KV cache of `max_batch` slots of `max_seq_len` positions, and the rest of the decode state
-work     the largest activations, the memory of graphs, and an allowance for libraries
+work     the largest activations, and an allowance for libraries
+graphs   what captured prompts and encodes keep: the activations of the largest of each
 """
 
 import math
@@ -20,6 +21,7 @@ from mimo_fast.config import OFFLOADABLE, CodecConfig, LMConfig
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
+from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
 from mimo_fast.runtime.codec.geometry import default_lookahead, streamable
 from mimo_fast.runtime.codec.state import new_state
 from mimo_fast.runtime.lm.model import PREFILL_CHUNK
@@ -48,7 +50,8 @@ class Setup:
             and the system can evict.
         graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
             allocated.
-        prompt_graphs: Whether prompts are captured as graphs too.
+        prompt_graphs, encoder_graphs: Whether prompts, and encodes of recordings, are captured as
+            graphs too.
     """
 
     lm: LMConfig
@@ -64,15 +67,17 @@ class Setup:
     mapped: bool = False
     graphs: bool = False
     prompt_graphs: bool = False
+    encoder_graphs: bool = False
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by purpose."""
-        return {
+        parts = {
             "weights": self._weights(),
             "codec": self._codec(),
             "cache": self._cache(),
             "work": self._work(),
         }
+        return parts | ({"graphs": self._graphs()} if self.graphs else {})
 
     @property
     def total(self) -> int:
@@ -114,21 +119,46 @@ class Setup:
 
     def _work(self) -> int:
         backbone, codec = self.lm.backbone, self.codec
-        qkv = (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
-        width = 3 * backbone.ffn_dim + 2 * qkv
-        prefill = PREFILL_CHUNK * (width + 4 * backbone.dim) * self.dtype.itemsize
-        if self.formats and not self.mapped:
-            unpacked = min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim)
-            prefill += unpacked * self.dtype.itemsize
-        if self.prompt_graphs:
-            # Graphs of prompts keep the memory of one prompt; while capturing, another prompt runs.
-            prefill *= 2
+        prefill = prefill_bytes(self.lm, self.dtype, bool(self.formats) and not self.mapped)
         # Logits and perturbed scores of the text draw, and the partial results of split attention.
         partial = 64 * backbone.heads * (backbone.head_dim + 2) * 4
         draw = self.max_batch * (12 * self.lm.vocab_size + partial)
-        frames = CODEC_SECONDS * codec.sample_rate // (codec.hop * codec.stride)
-        encode = frames * (codec.encoder_ffn + 8 * codec.dim) * self.codec_dtype.itemsize
+        encode = encode_bytes(codec, self.codec_dtype, CODEC_SECONDS * codec.sample_rate)
         return 2 * draw + max(prefill, encode) + LIBRARIES
+
+    def _graphs(self) -> int:
+        total = 0
+        if self.prompt_graphs:
+            total += prefill_bytes(self.lm, self.dtype, bool(self.formats))
+        if self.encoder_graphs and "codec_encoder" not in self.offload:
+            total += encoder_graph_bytes(self.codec, self.codec_dtype)
+        return total
+
+
+def prefill_bytes(config: LMConfig, dtype: torch.dtype, quantized: bool) -> int:
+    """Activations of PREFILL_CHUNK positions of a prompt, which graphs of prompts keep too.
+
+    quantized: whether weights are unpacked for it.
+    """
+    backbone = config.backbone
+    qkv = (backbone.heads + 2 * backbone.kv_heads) * backbone.head_dim
+    width = 3 * backbone.ffn_dim + 2 * qkv
+    unpacked = min(UNPACKED_AT_ONCE, 2 * backbone.ffn_dim * backbone.dim) if quantized else 0
+    return (PREFILL_CHUNK * (width + 4 * backbone.dim) + unpacked) * dtype.itemsize
+
+
+def encode_bytes(config: CodecConfig, dtype: torch.dtype, samples: int) -> int:
+    """Activations of the encoder's layers for so many samples."""
+    frames = samples // (config.hop * config.stride)
+    return frames * (config.encoder_ffn + 8 * config.dim) * dtype.itemsize
+
+
+def encoder_graph_bytes(config: CodecConfig, dtype: torch.dtype) -> int:
+    """What graphs of the longest encode keep: activations, samples, spectra, attention's mask."""
+    samples = longest_encode(config, BUCKETS[-1])
+    rows = samples // (config.hop * config.stride) + 1
+    spectra = samples // config.hop * (config.n_fft // 2 + 1 + config.n_mels) * 3 * 4
+    return encode_bytes(config, dtype, samples) + 4 * samples * 3 + spectra + 5 * rows * rows
 
 
 def check_memory(setup: Setup, free: int, device: str) -> None:

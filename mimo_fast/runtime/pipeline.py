@@ -37,7 +37,16 @@ from mimo_fast.sampling import (
     one_seed,
     task_samplers,
 )
-from mimo_fast.text.prompt import Segment, Speech, pack, whole_patches
+from mimo_fast.text.prompt import (
+    PackedPrompt,
+    PendingSpeech,
+    Segment,
+    Speech,
+    pack,
+    pack_pending,
+    whole_frames,
+    whole_patches,
+)
 from mimo_fast.text.tasks import Audio, PromptContext, Task, encoded_speech
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -51,6 +60,11 @@ def check_limits(max_new_tokens: int | None, min_new_tokens: int = 0) -> None:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if min_new_tokens < 0:
         raise ValueError(f"min_new_tokens must be 0 or more, not {min_new_tokens}")
+
+
+def _check_patches(frames: int) -> None:
+    if not frames:
+        raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
 
 
 @dataclass(eq=False, repr=False)
@@ -118,6 +132,7 @@ class Pipeline(FreedWhenClosed):
         """
         self.engine.warmup(progress)
         self.codec.warmup(self.setup.max_batch, progress)
+        self.codec.warm_up_encoder(self.lm.config.channels, progress)
         report = self.setup.bytes()
         if self.lm.device.type == "cuda":
             report["reserved"] = torch.cuda.memory_reserved(self.lm.device)
@@ -143,9 +158,31 @@ class Pipeline(FreedWhenClosed):
         codes = self.codec.encode(wav, self.lm.config.channels).cpu()
         codes = checked_codes(self.codec, codes, wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
-        if not codes.shape[1]:
-            raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
+        _check_patches(codes.shape[1])
         return Speech(codes, closed)
+
+    def speech_later(self, audio: Audio, closed: bool = True) -> Speech:
+        """`speech` that does not wait for the codes, where they can be prefilled on the device.
+
+        That the codec's values are not finite is then found by whoever reads them.
+        """
+        self.owner.check()
+        if isinstance(audio, Speech) or self.codec.encoder_graphs is None or not self._prefills:
+            return self.speech(audio, closed)
+        wav = load_audio(audio, self.codec.sample_rate)
+        pending = self.codec.encode_later(wav, self.lm.config.channels)
+        if pending is None:
+            return self.speech(audio, closed)
+        pending.frames = whole_frames(pending.frames, self.lm.config.group_size, closed)
+        _check_patches(pending.frames)
+        pending.check = lambda codes: checked_codes(self.codec, codes, wav)
+        return PendingSpeech(pending, closed)
+
+    @property
+    def _prefills(self) -> bool:
+        """Whether prompts are prefilled by graphs, which take codes that are on the device."""
+        graphs = self.engine.decoder.graphs
+        return graphs is not None and graphs.takes_prompts
 
     def context(
         self, seed: int | None = None, continued: bool = False, special_tokens: bool = False
@@ -153,12 +190,17 @@ class Pipeline(FreedWhenClosed):
         """The part of a model that the functions of `text/tasks.py` use."""
         self.owner.check()
         seed, words = None if seed is None else check_seed(seed), self.tokenizer.trained_words
-        return PromptContext(self.speech, words, seed, continued, special_tokens)
+        return PromptContext(self.speech_later, words, seed, continued, special_tokens)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
         """Segments -> ids [C + 1, T G] on the CPU."""
         self.owner.check()
         return pack(segments, self.tokenizer, self.lm.config)
+
+    def packed(self, segments: Iterable[Segment]) -> PackedPrompt:
+        """`ids` that does not wait for speech that is still encoded."""
+        self.owner.check()
+        return pack_pending(segments, self.tokenizer, self.lm.config)
 
     def prompt(
         self,

@@ -39,11 +39,16 @@ FULL = 0.5
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: the first group of the turn and of its reply, and the user's codes [C, n G]."""
+    """One exchange: the first group of the turn and of its reply, and what the user said."""
 
     begin: int
     reply: int
-    speech: Tensor
+    said: Speech
+
+    @property
+    def speech(self) -> Tensor:
+        """The user's codes [C, n G]."""
+        return self.said.codes
 
 
 @checked
@@ -128,7 +133,9 @@ class Session:
         pipeline.owner.check()
         check_limits(max_new_tokens, min_new_tokens)
         self._check_owner()
-        speech = pipeline.speech(audio)
+        # Before the recording is encoded: groups of the last reply are copied to the host here.
+        sequence.ids  # noqa: B018
+        speech = pipeline.speech_later(audio)
         with self._lock:
             self._check_owner()
             self._stop()
@@ -144,7 +151,7 @@ class Session:
                 raise
             shown = self._special_tokens
             chunks = pipeline.stream(
-                reply, sequence.ids, began, True, self._record_patch, special_tokens=shown
+                reply, sequence.text, began, True, self._record_patch, special_tokens=shown
             )
             self._running, self._owner = weakref.ref(chunks), caller()
         try:
@@ -172,15 +179,15 @@ class Session:
     def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
         sequence = self._sequence
-        turn = self._pipeline.ids([*self._closing(), *self._turn(speech, first=not self._turns)])
-        kept = self._fitting(turn.shape[1] // sequence.group_size)
+        turn = self._pipeline.packed([*self._closing(), *self._turn(speech, first=not self._turns)])
+        kept = self._fitting(turn.ids.shape[1] // sequence.group_size)
         if kept < len(self._turns):
             self._drop(len(self._turns) - kept)
             if not kept:
-                turn = self._pipeline.ids(self._turn(speech, first=True))
+                turn = self._pipeline.packed(self._turn(speech, first=True))
         begin = sequence.groups
         sequence.add(turn)
-        self._turns = [*self._turns, Turn(begin, sequence.groups, speech.codes)]
+        self._turns = [*self._turns, Turn(begin, sequence.groups, speech)]
         self._spoken = []
 
     def _turn(self, speech: Speech, first: bool) -> Segments:
@@ -201,10 +208,10 @@ class Session:
         sequence, kept = self._sequence, self._turns[count:]
         ids = [self.ids[:, : self._prefix_groups * sequence.group_size]]
         if kept:
-            first = self._pipeline.ids(self._turn(Speech(kept[0].speech), first=True))
+            first = self._pipeline.ids(self._turn(kept[0].said, first=True))
             moved = self._prefix_groups + first.shape[1] // sequence.group_size - kept[0].reply
             ids += [first, self.ids[:, kept[0].reply * sequence.group_size :]]
-            kept = [Turn(turn.begin + moved, turn.reply + moved, turn.speech) for turn in kept]
+            kept = [Turn(turn.begin + moved, turn.reply + moved, turn.said) for turn in kept]
             kept[0] = replace(kept[0], begin=self._prefix_groups)
         sequence.truncate(self._prefix_groups)
         sequence.ids = torch.cat(ids, dim=1)
@@ -280,7 +287,7 @@ class Session:
         session._system_prompt, session._spoken = saved.system_prompt, saved.spoken
         session._special_tokens = saved.special_tokens
         session._prefix_groups = saved.opening
-        session._turns = [Turn(*turn) for turn in saved.turns]
+        session._turns = [Turn(begin, reply, Speech(codes)) for begin, reply, codes in saved.turns]
         return session
 
     def _record_patch(self, group: Group) -> None:

@@ -9,6 +9,7 @@ text.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,68 @@ class Speech:
     closed: bool = True
 
 
+class PendingCodes(Protocol):
+    """Codes that a device is still computing: `frames` of them, whose number is known."""
+
+    frames: int
+
+    def wait(self) -> Tensor:
+        """The codes [C, frames] on the host."""
+        ...
+
+    def copy_to(self, out: Tensor, first: int) -> None:
+        """Copies frames first ... to out [C, m] on the device; nobody waits."""
+        ...
+
+    def drop(self) -> None:
+        """Lets go of the device's memory, once nothing on the device needs them any more."""
+        ...
+
+
+class PendingSpeech(Speech):
+    """Speech whose codes are still being computed; whoever reads `codes` waits for them."""
+
+    def __init__(self, pending: PendingCodes, closed: bool) -> None:
+        object.__setattr__(self, "pending", pending)
+        object.__setattr__(self, "closed", closed)
+
+    pending: PendingCodes
+
+    @property
+    def codes(self) -> Tensor:
+        return self.pending.wait()
+
+
+@dataclass(frozen=True)
+class PackedPrompt:
+    """Ids [C + 1, T G] of a prompt, of which some may still be computed.
+
+    pending: (frame, codes) of what belongs at this frame; `ids` has zeros there.
+    """
+
+    ids: Tensor
+    pending: tuple[tuple[int, PendingCodes], ...] = ()
+
+    def part(self, first: int, end: int) -> "PackedPrompt":
+        """Frames first ... end - 1; codes that begin before them have a negative frame."""
+        found = ((place - first, codes) for place, codes in self.pending)
+        kept = (each for each in found if each[0] < end - first and each[0] + each[1].frames > 0)
+        return PackedPrompt(self.ids[:, first:end], tuple(kept))
+
+    def settled(self) -> Tensor:
+        """The ids, with codes that are waited for."""
+        return fill_in(self.ids, self.pending)
+
+
+def fill_in(ids: Tensor, pending: Iterable[tuple[int, PendingCodes]]) -> Tensor:
+    """Ids [C + 1, T G] with pending codes at their frames; a copy, if there are any."""
+    for i, (place, codes) in enumerate(pending):
+        ids = ids if i else ids.clone()
+        first, end = max(place, 0), min(place + codes.frames, ids.shape[1])
+        ids[1:, first:end] = codes.wait()[:, first - place : end - place]
+    return ids
+
+
 @dataclass(frozen=True)
 class SpokenReply:
     """A spoken reply, its text and codes [C, n G] interleaved between `<|sostm|>` and `<|eostm|>`.
@@ -78,7 +141,14 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
     Raises:
         PromptError: a segment is neither text nor speech, or has codes of another shape.
     """
-    special = tokenizer.special
+    return pack_pending(segments, tokenizer, config).settled()
+
+
+def pack_pending(
+    segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig
+) -> PackedPrompt:
+    """`pack` that does not wait for the codes of `PendingSpeech`."""
+    special, pending = tokenizer.special, list[tuple[int, PendingCodes]]()
     parts = [torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")]
 
     def text(ids: Sequence[int]) -> None:
@@ -107,9 +177,15 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
         if isinstance(segment, str | UserText | Joined):
             text(text_ids(segment, tokenizer))
         elif isinstance(segment, Speech):
-            _check_codes(segment.codes, config)
             text([special.sosp])
-            speech(segment.codes)
+            if isinstance(segment, PendingSpeech):
+                place, frames = sum(part.shape[1] for part in parts), segment.pending.frames
+                pending.append((place, segment.pending))
+                codes = torch.zeros(config.channels, frames, dtype=torch.int64, device="cpu")
+            else:
+                codes = segment.codes
+            _check_codes(codes, config)
+            speech(codes)
             if segment.closed:
                 text([special.eosp])
         else:
@@ -120,7 +196,7 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
                 text(ids)
                 speech(codes)
             text([special.eostm])
-    return torch.cat(parts, dim=1)
+    return PackedPrompt(torch.cat(parts, dim=1), tuple(pending))
 
 
 def text_ids(written: Written | Joined, tokenizer: Tokenizer) -> list[int]:
@@ -170,10 +246,15 @@ def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
 
 def whole_patches(codes: Tensor, group_size: int, closed: bool = True) -> Tensor:
     """Codes [C, T] -> [C, n G]: the last frame is repeated or, in open speech, the rest cut off."""
-    extra = codes.shape[1] % group_size
-    if extra and closed:
-        return torch.cat((codes, codes[:, -1:].expand(-1, group_size - extra)), dim=1)
-    return codes[:, :-extra] if extra else codes
+    extra = whole_frames(codes.shape[1], group_size, closed) - codes.shape[1]
+    if extra > 0:
+        return torch.cat((codes, codes[:, -1:].expand(-1, extra)), dim=1)
+    return codes[:, :extra] if extra else codes
+
+
+def whole_frames(frames: int, group_size: int, closed: bool = True) -> int:
+    """Frames of `whole_patches`."""
+    return -(-frames // group_size) * group_size if closed else frames - frames % group_size
 
 
 def _check_codes(codes: Tensor, config: LMConfig) -> None:

@@ -63,17 +63,28 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
         gpu_fates = fates if device == "cuda" else gpu_fates
     lines = (tmp_path / "noted").read_text().splitlines()
     commands = [line.split()[2:] for line in lines if line.startswith("-m benchmarks ")]
+    # Both calls end in what README quotes.
+    ends = [command for command in commands if command[0] == "report"]
+    assert [command[:2] for command in ends] == 2 * [["report", "--figures"]]
+    assert commands[-1] in ends
+    commands = [command for command in commands if command[0] != "report"]
     assert len(commands) == 2 * len(MEASURED | GPU_ONLY) - len(GPU_ONLY) - 2
     for command in commands:
         args = parser().parse_args(command)
         if command[0] == "ops":
             assert select(args.op, args.m, args.format, quick=args.quick)
-    # After the tests, what is known of no GPU yet; each writes where it is told.
+    # After the tests, what no GPU has run; each study writes where it is told.
     parts = [name for name, fate in gpu_fates.items() if fate.startswith("ok, ")]
+    first = [name for name in parts if gpu_fates[name].endswith(", the first time on a GPU")]
+    assert parts[2 : 2 + len(first)] == first == ["study-turns", "study-gemm"]
     studies = [name.removeprefix("study-") for name in parts if name.startswith("study-")]
-    assert parts[2 : 2 + len(studies)] == [f"study-{name}" for name in studies] != []
+    assert {"engine", "overlap", "products"} <= {*studies}
     for name in studies:
         assert '"--out' in (ROOT / "benchmarks" / "studies" / f"{name}.py").read_text()
+    code, listed, _ = script(tmp_path, "--list", PYTHON=noting)
+    assert code == 0
+    new = {name for name, about in listed.items() if about.endswith(", no GPU has run it")}
+    assert new == {*first}
     tests = [line for line in lines if line.startswith("-m pytest")]
     kernels, model = ({Path(word).name for word in line.split()} for line in tests)
     assert "test_gpu_kernels.py" in kernels
@@ -149,6 +160,30 @@ def test_usage(tmp_path: Path, noting: str, arguments: list[str], code: int, pri
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert printed in done.stdout + done.stderr
+
+
+def test_one_command_prepares_library_and_kernels(tmp_path: Path, noting: str) -> None:
+    code, _, last = script(tmp_path, "--prepare", "90", "120", PYTHON=noting)
+    assert code == 0
+    assert last.startswith("prepared: mimo_fast/libmimo_fast_cuda.so and ")
+    assert (tmp_path / "noted").read_text().splitlines() == [
+        "setup.py build_ext --inplace",
+        "-m benchmarks.kernel_cache compile 90 120",
+        f"-m benchmarks.kernel_cache pack {tmp_path}",
+    ]
+    code, _, last = script(tmp_path, "--prepare", PYTHON=noting, WRONG="build_ext")
+    assert (code, last) == (1, "gpu.sh: the library was not built")
+
+
+def test_kernels_are_compiled_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    from benchmarks import compile_matrix, kernel_cache
+
+    compiled = []
+    monkeypatch.setattr(compile_matrix, "compile_case", lambda *case: compiled.append(case))
+    count = len(list(compile_matrix.cases()))
+    assert kernel_cache.compile_for([90, 120]) == 2 * count == len(compiled)
+    assert {architecture for _, architecture in compiled} == {90, 120}
 
 
 def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launch_counter import Launches
 
 import mimo_fast
+from mimo_fast.runtime.codec import encoder_graphs
+from mimo_fast.runtime.codec.encoder_graphs import PaddedEncoder
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.state import NO_POSITION
@@ -77,3 +80,27 @@ def test_a_prompt_asks_nothing_of_the_device(strict, kit):
     for kernel in ("rope_append_kernel", "prefill_attention_kernel"):
         assert strict.names.count(kernel) == config.backbone.layers
     assert strict.names.count("rotary_attention_kernel") == config.patch_encoder.layers
+
+
+def test_packed_prompts_ask_nothing_of_the_device(strict, kit):
+    model = load(kit)
+    config, state = model.lm.config, model.lm.new_state([0, 0], 80)
+    ids = torch.zeros(2, config.channels + 1, 32, config.group_size, dtype=torch.int64)
+    places = torch.tensor([[2, NO_POSITION, 0]] * 2)
+    with strict:
+        model.lm.prefill_packed(ids, places, state)
+    # One launch for both prompts; a cat for each of their patch encoders' blocks and no more.
+    for kernel in ("rope_append_kernel", "prefill_attention_kernel"):
+        assert strict.names.count(kernel) == config.backbone.layers
+    assert strict.names.count("rotary_attention_kernel") == 2 * config.patch_encoder.layers
+
+
+def test_an_encode_asks_nothing_of_the_device(strict, kit, monkeypatch):
+    codec = load(kit).codec
+    encoder = PaddedEncoder(codec, 50, 8)
+    # A CPU's own check for values that are not finite, which a GPU does not make.
+    monkeypatch.setattr(encoder_graphs, "sdpa", F.scaled_dot_product_attention)
+    with strict, torch.no_grad():
+        encoder.run()
+    assert strict.names.count("rvq_encode_kernel") == 1
+    assert strict.names.count("layer_norm_kernel") == 2 * codec.config.encoder_layers + 2

@@ -7,10 +7,19 @@ import torch
 from caches import as_float32, filled_cache
 from helpers import assert_as_exact_as_eager, normal, refuses
 
+from mimo_fast.kernels import prefill_attention as op
 from mimo_fast.kernels.kv_cache import LayerKV
-from mimo_fast.kernels.prefill_attention import prefill_attention, prefill_attention_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def prefill_attention(q, cache, slots, positions):
+    """Of one prompt."""
+    return op.prefill_attention(q[None], cache, slots[None], positions[None])[0]
+
+
+def prefill_attention_ref(q, cache, slots, positions):
+    return op.prefill_attention_ref(q[None], cache, slots[None], positions[None])[0]
 
 
 def check(
@@ -62,6 +71,20 @@ def test_a_row_depends_on_its_position_alone(quantized):
     assert torch.equal(prefill_attention(q, cache, slots, padded)[:41], whole[:41])
     later = prefill_attention(q[13:45].contiguous(), cache, slots[:32], 33 + torch.arange(32))
     assert torch.equal(later, whole[13:45])
+
+
+def test_prompts_of_several_slots_are_each_what_it_is_alone(dtype, quantized):
+    """Lengths, starts and slots of their own; one is all padding."""
+    cache = filled_cache([0, 2, 1], [70, 90, 40], 3, 2, 95, 16, dtype, quantized)
+    q, rows = normal(4, 32, 4, 16).to(dtype), torch.arange(32)
+    places = [(0, 38, 32), (2, 70, 20), (1, 9, 1), (1, -1, 0)]
+    slots = torch.tensor([[slot] * 32 for slot, _, _ in places])
+    positions = torch.stack([(start + rows).where(rows < n, -1) for _, start, n in places])
+    together = op.prefill_attention(q, cache, slots, positions)
+    for part, got in enumerate(together):
+        assert torch.equal(got, prefill_attention(q[part], cache, slots[part], positions[part]))
+        assert (got[: places[part][2]] != 0).any(-1).all()
+        assert got[places[part][2] :].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("position", [-1, -(2**33), 40, 2**32])

@@ -81,6 +81,38 @@ def test_a_pair_of_int4_is_one_logical_instruction():
         assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(name[5]), name
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", ["quantized_mma", "quantized_gemm", "unpack"])
+def test_cuda_kernels_begin_early_and_write_late(name):
+    """A trigger and a wait each, nothing written before the wait, memory read 16 bytes at a time
+    and, where it is a weight, with the 256 bytes around it."""
+    source = next(source for source in matrix.CUDA if source.stem == name)
+    for kernel, code in matrix.cuda_assembly(source, 90):
+        # The machine's names of griddepcontrol.launch_dependents and griddepcontrol.wait.
+        assert (code.count("PREEXIT"), code.count("ACQBULK")) == (1, 1), kernel
+        before = code[: code.index("ACQBULK")]
+        assert not re.findall(r"\b(?:STG|RED|ATOM|ATOMG)\b", before), kernel
+        copies = re.findall(r"\bLDGSTS\.[.\w]+", code)
+        if name == "unpack":
+            assert re.findall(r"\b(?:LDG|STG)\.E\.128\b", code), kernel
+            continue
+        assert {*copies} == {"LDGSTS.E.BYPASS.LTC256B.128"}, kernel
+        if name == "quantized_mma":
+            # T, BITS, GROUPED, WARPS, STAGES, TILES_X, BUFFERS; two rows of W a thread and unit, at
+            # the queue's begin and in its loop.
+            _, bits, _, _, _, tiles_x, _ = kernel.split()[1:]
+            assert len(copies) == int(bits), kernel
+            assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(tiles_x), kernel
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("text_draw")], ids=lambda x: x.name
+)
+def test_noise_for_every_id_is_not_float64(case):
+    """Nor is anything else that the kernel computes for each of 151,680 ids."""
+    assert ".f64" not in matrix.compile_case(case, 90).ptx
+
+
 def test_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 

@@ -353,6 +353,9 @@ def inner_calls(bystander: Bystander) -> Calls:
         "Codec.dequantize": (codec.dequantize, {"codes": codes}),
         "Codec.decode_hidden": (codec.decode_hidden, {"hidden": torch.zeros(4, codec.config.dim)}),
         "Codec.warmup": (codec.warmup, {"streams": 1, "progress": False}),
+        "Codec.warm_up_encoder": (codec.warm_up_encoder, {"n_q": 8, "progress": False}),
+        "Codec.encode_later": (codec.encode_later, {"wav": torch.zeros(4000), "n_q": 8}),
+        "Codec.check_waveform": (codec.check_waveform, {"wav": torch.zeros(4000), "n_q": 8}),
         "LM.threads": (lm.threads, {}),
         "LM.new_state": (lm.new_state, {"seeds": [1], "capacity": 16, "quantized_cache": True}),
         "LM.embed": (
@@ -370,6 +373,14 @@ def inner_calls(bystander: Bystander) -> Calls:
             {
                 "ids": ids.unflatten(1, (-1, 4)).clamp(min=0),
                 "place": torch.tensor([0, 0, 2]),
+                "state": state(),
+            },
+        ),
+        "LM.prefill_packed": (
+            lm.prefill_packed,
+            {
+                "ids": ids.unflatten(1, (-1, 4)).clamp(min=0).expand(2, -1, -1, -1),
+                "places": torch.tensor([[0, 0, 2], [1, 0, 1]]),
                 "state": state(),
             },
         ),

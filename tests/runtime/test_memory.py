@@ -9,6 +9,7 @@ import torch
 from helpers import KIT_PAIR, fault
 
 import mimo_fast
+from mimo_fast.bench.machine import describe_checkpoint
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig, read_json
 from mimo_fast.errors import DeviceMemoryError
@@ -131,3 +132,25 @@ def test_an_int8_cache_changes_little(model):
         hidden.append(engine.state.hidden[0])
     error = (hidden[1] - hidden[0]).norm() / hidden[0].norm()
     assert 0 < error < 0.02
+
+
+def test_graphs_are_planned_where_they_are_captured():
+    plain = preset("int4")
+    assert "graphs" not in plain.bytes()
+    captured = [
+        replace(plain, graphs=True, prompt_graphs=prompts, encoder_graphs=encoder).bytes()["graphs"]
+        for prompts, encoder in ((False, False), (True, False), (False, True), (True, True))
+    ]
+    assert captured[0] == 0
+    assert captured[3] == captured[1] + captured[2]
+    assert GB / 10 < captured[1] < GB
+    # 16 s of speech: 800 rows of 15,360 values, of two bytes, and what precedes them.
+    assert 800 * 15360 * 2 < captured[2] < GB / 8
+    off = replace(plain, graphs=True, encoder_graphs=True, offload=frozenset({"codec_encoder"}))
+    assert off.bytes()["graphs"] == 0
+
+
+def test_info_says_what_graphs_may_take(kit):
+    for kind, text in (("lm", "in 10 s and 1,000 MB"), ("codec", "of up to 16 s")):
+        *_, line = describe_checkpoint(kit / "checkpoint" / kind, kind, {})
+        assert text in line

@@ -174,18 +174,24 @@ def unpacked_matmul(
     _swiglu: bool,
     *,
     unpacks: Callable[[QuantizedWeight, int, Tensor], None],
+    parts: bool = False,
 ) -> Tensor:
     """x [..., K] -> residual + x W^T + b [..., N] by torch's product, W unpacked into x.dtype some
     rows at a time.
 
     From some 64 rows on a product is bound by arithmetic, which no hand-written kernel does as
     fast.
+
+    parts: x [N, T, K] has a product of torch's for each part [T, K], for the library chooses the
+    order of sums by the number of rows.
     """
     rows, columns = weight.shape
     check_width(x, columns)
     step = min(rows, max(UNPACK_TILE[0], UNPACKED_AT_ONCE // columns))
     flat, added = x.reshape(-1, columns), None if residual is None else residual.reshape(-1, rows)
     unpacked, y = x.new_empty(step, columns), x.new_empty(len(flat), rows)
+    height = x.shape[1] if parts else max(len(flat), 1)
+    of_rows = [slice(first, first + height) for first in range(0, max(len(flat), 1), height)]
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         part = unpacked[: some.stop - start]
@@ -194,10 +200,12 @@ def unpacked_matmul(
         if weight.bias is not None:
             bias = weight.bias[some].to(x.dtype)
             term = bias if term is None else term + bias
-        if term is None:
-            torch.mm(flat, part.T, out=y[:, some])
-        else:
-            torch.addmm(term, flat, part.T, out=y[:, some])
+        for each in of_rows:
+            if term is None:
+                torch.mm(flat[each], part.T, out=y[each, some])
+            else:
+                bounded = term[each] if term.ndim == 2 else term
+                torch.addmm(bounded, flat[each], part.T, out=y[each, some])
     return y.view(*x.shape[:-1], rows)
 
 

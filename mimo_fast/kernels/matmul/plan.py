@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ class Implementation:
         first, last: rows of x for which it is used.
         norm: dtypes of x in which the norm is inside. residual, swiglu: whether they are; a
             residual alone comes after SwiGLU, so it is inside only where both are.
+        independent: whether a row's bits do not depend on the number of rows.
+        parted: whether `run` takes x [N, T, K] as N parts with `parts=True`.
     """
 
     name: str
@@ -112,6 +115,8 @@ class Implementation:
     norm: tuple[torch.dtype, ...] = ()
     residual: bool = False
     swiglu: bool = False
+    independent: bool = False
+    parted: bool = False
 
     def refuses(self, setting: Setting) -> str:
         """The first requirement that does not hold, or ""."""
@@ -215,11 +220,25 @@ ON_GPU = (quantized, gpu_kernels, grouped_by_blocks)
 BY_CUDA = (*ON_GPU, cuda_takes)
 
 TABLE = (
-    Implementation("CUDA mma", cuda_mma, BY_CUDA, last=MMA_ROWS, norm=WIDE_RANGE, **BOTH),
     Implementation(
-        "CUDA fused gemm", cuda_fused, (*BY_CUDA, fused_by_default), first=MMA_ROWS + 1, **BOTH
+        "CUDA mma", cuda_mma, BY_CUDA, last=MMA_ROWS, norm=WIDE_RANGE, independent=True, **BOTH
     ),
-    Implementation("CUDA unpack + mm", cuda_unpack_mm, BY_CUDA, first=MMA_ROWS + 1, residual=True),
+    Implementation(
+        "CUDA fused gemm",
+        cuda_fused,
+        (*BY_CUDA, fused_by_default),
+        first=MMA_ROWS + 1,
+        independent=True,
+        **BOTH,
+    ),
+    Implementation(
+        "CUDA unpack + mm",
+        cuda_unpack_mm,
+        BY_CUDA,
+        first=MMA_ROWS + 1,
+        residual=True,
+        parted=True,
+    ),
     Implementation("Triton gemv", quantized_gemv, ON_GPU, last=GEMV_ROWS, norm=ANY_DTYPE, **BOTH),
     Implementation(
         "Triton dot",
@@ -231,7 +250,12 @@ TABLE = (
         **BOTH,
     ),
     Implementation(
-        "Triton unpack + mm", triton_unpack_mm, ON_GPU, first=NORMED_ROWS + 1, residual=True
+        "Triton unpack + mm",
+        triton_unpack_mm,
+        ON_GPU,
+        first=NORMED_ROWS + 1,
+        residual=True,
+        parted=True,
     ),
     Implementation(
         "Triton dense gemv",
@@ -284,6 +308,17 @@ class Step:
             return chosen.run(x, weight, norm, residual, swiglu)
         return epilogues(chosen.run(x, weight, norm, None, False), residual, swiglu)
 
+    def parted(self, x: Tensor, weight: AnyWeight, around: Around) -> Tensor:
+        """`run` by an implementation that takes parts: what is around it is by row."""
+        run = partial(self.implementation.run, parts=True)
+        return replace(self, implementation=replace(self.implementation, run=run)).run(
+            x, weight, *around
+        )
+
+
+Around = tuple[RMSNorm | None, Tensor | None, bool]
+"""norm, residual, swiglu."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -305,6 +340,30 @@ class Plan:
             if rows <= step.most_rows:
                 return step.run(x, weight, norm, residual, swiglu)
         raise AssertionError("the last step of a plan has no bound")
+
+    def by_part(
+        self,
+        x: Tensor,
+        weight: AnyWeight,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Tensor:
+        """Products of x [N, T, K], each part with the bits that it has alone."""
+        parts, rows, _ = x.shape
+        step = self.at(rows)
+        if parts == 1 or (step.implementation.independent and self.at(parts * rows) is step):
+            return step.run(x, weight, norm, residual, swiglu)
+        # torch's operations by row on a CPU do not give a value the same bits at every place.
+        if step.implementation.parted and x.is_cuda:
+            return step.parted(x, weight, (norm, residual, swiglu))
+        added = [None] * parts if residual is None else residual
+        return torch.stack(
+            [
+                step.run(part[None], weight, norm, None if term is None else term[None], swiglu)[0]
+                for part, term in zip(x, added, strict=True)
+            ]
+        )
 
     def at(self, rows: int) -> Step:
         """The step that computes so many rows."""

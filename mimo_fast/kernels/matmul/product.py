@@ -24,7 +24,14 @@ from mimo_fast.kernels.matmul.reference import matmul_ref
 from mimo_fast.kernels.matmul.weight import Weight
 from mimo_fast.kernels.norm import RMSNorm
 
-__all__ = ["QuantizedWeight", "Weight", "matmul", "matmul_ref", "qmatmul_bytes"]
+__all__ = [
+    "QuantizedWeight",
+    "Weight",
+    "matmul",
+    "matmul_by_part",
+    "matmul_ref",
+    "qmatmul_bytes",
+]
 
 
 def matmul(
@@ -39,6 +46,23 @@ def matmul(
     shaped as the result."""
     made = plan(weight, x.device, x.dtype, x.requires_grad)
     return made(x, weight, norm, residual, swiglu)
+
+
+def matmul_by_part(
+    x: Tensor,
+    weight: Weight | QuantizedWeight,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """`matmul` of x [N, T, K], whose parts [T, K] have the bits that they have alone.
+
+    A library may choose the order of a row's sums by the number of rows. Where an implementation
+    does not, all rows are computed at once; a weight is unpacked once for all parts.
+    """
+    made = plan(weight, x.device, x.dtype, x.requires_grad)
+    return made.by_part(x, weight, norm, residual, swiglu)
 
 
 def qmatmul_bytes(

@@ -116,6 +116,11 @@ class CodecNetwork:
 
         n_q: number of codebooks; all by default.
         """
+        self.check_waveform(wav, n_q)
+        return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
+
+    def check_waveform(self, wav: Tensor, n_q: int | None) -> None:
+        """Raises what `encode` raises before it computes anything."""
         self.owner.check()
         if n_q is not None and not 1 <= n_q <= len(self.codebooks):
             raise ValueError(f"n_q must be between 1 and {len(self.codebooks)}, not {n_q}")
@@ -125,7 +130,6 @@ class CodecNetwork:
         if wav.ndim != 1:
             problem = f"encode takes a mono waveform [n], not {list(wav.shape)}"
             raise AudioError(f"{problem}; average its channels first")
-        return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
 
     def quantize(self, hidden: Tensor, n_q: int | None = None) -> Tensor:
         """Encoder output [T, D] -> codes [n_q, T]."""

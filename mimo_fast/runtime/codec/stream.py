@@ -65,6 +65,10 @@ class CodecStream:
                 self._state = new_state(config, lookahead, codec.dtype, codec.device)
 
     @property
+    def device(self) -> torch.device:
+        return self._codec.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the stream holds on the device."""
         return 0 if self._state is None else self._state.nbytes

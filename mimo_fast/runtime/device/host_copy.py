@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mimo_fast.modes import on_device
+
 
 class HostCopy:
     """A device-to-host copy that blocks neither side until `wait`.
@@ -17,9 +19,11 @@ class HostCopy:
             self._there = torch.empty(
                 tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu"
             )
-            self._there.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            # The event is one of the tensor's device, which need not be the current one.
+            with on_device(tensor.device):
+                self._there.copy_(tensor, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def wait(self) -> Tensor:
         """Blocks until the copy has finished and returns the tensor on the host."""

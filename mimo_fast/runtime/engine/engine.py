@@ -32,13 +32,13 @@ from torch import Tensor
 
 from mimo_fast.errors import BusyError, ClosedError, NumericError
 from mimo_fast.kernels.sample import NOT_FINITE
-from mimo_fast.modes import in_own_modes, own_modes
+from mimo_fast.modes import in_own_modes, on_device, own_modes
 from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
 from mimo_fast.runtime.engine.sequence import TokenSequence, check_room, group_ids
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
 from mimo_fast.runtime.lm.finite import explain
-from mimo_fast.runtime.lm.graphs import Graphs, wanted
+from mimo_fast.runtime.lm.graphs import Graphs, PromptPart, wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
 
@@ -101,6 +101,11 @@ class Engine(FreedWhenClosed):
         # Without graphs decoding is launch-bound: launching a group would delay the samples.
         self.overlaps = self.decoder.graphs is not None
         self._in_flight: InFlight | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """That of the language model, where all steps run."""
+        return self.lm.device
 
     @in_own_modes
     def warmup(self, progress: bool = True) -> None:
@@ -236,7 +241,7 @@ class Engine(FreedWhenClosed):
                 self._touch(other.sequence)
             self._leader, self._step_of = threading.get_ident(), requests
         try:
-            with self.lm.threads(), own_modes():
+            with self.lm.threads(), on_device(self.device), own_modes():
                 self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
         except Exception:
             # No row has advanced, so the next step repeats the work and reports the error to the
@@ -335,7 +340,7 @@ class Engine(FreedWhenClosed):
 
     @in_own_modes
     def _step(self) -> bool:
-        """Admits requests, prefills a chunk of one prompt and decodes a group of the other rows.
+        """Admits requests, prefills a chunk of some prompts and decodes a group of the other rows.
 
         If a group is in flight, it is collected instead. Returns False if there was nothing to do.
         """
@@ -356,7 +361,7 @@ class Engine(FreedWhenClosed):
             ]
             for request in admitted:
                 self._touch(request.sequence)
-            prompts = [request for request in admitted if request.row is None][:1]
+            prompts = self._together([request for request in admitted if request.row is None])
             rows = [request for request in admitted if request.row is not None]
             self._step_of = [*prompts, *rows]
         with self.lm.threads():
@@ -395,27 +400,53 @@ class Engine(FreedWhenClosed):
                 for request in requests:
                     self._attempt([request], work)
 
-    def _prefill(self, requests: Sequence[Request]) -> None:
-        (request,) = requests
+    def _together(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests whose prompts are prefilled in one step: the first and, if a graph takes
+        several prompts, others of its bucket."""
+        graphs = self.decoder.graphs
+        if graphs is None or not graphs.packs_prompts or not requests:
+            return [*requests[:1]]
+        buckets = [graphs.bucket_of(end - start) for start, end in map(self._chunk, requests)]
+        same = [
+            each for each, bucket in zip(requests, buckets, strict=True) if bucket == buckets[0]
+        ]
+        return same[: graphs.most_packed(buckets[0])]
+
+    def _chunk(self, request: Request) -> tuple[int, int]:
+        """The first group of a prompt to be prefilled next, and the end of what is."""
         sequence = request.sequence
-        slot, start = sequence.slot, sequence.cached
-        assert slot is not None
+        start = sequence.cached
         end = min(start + self.lm.prefill_chunk, sequence.groups)
         if start < sequence.prefix_groups < end:
             # The prefix ends a chunk, so that later chunks are the same, bit for bit, whether or
             # not the prefix came from the cache.
             end = sequence.prefix_groups
-        size = sequence.group_size
-        ids = sequence.ids[:, start * size : end * size]
-        if self.decoder.graphs:
-            self.decoder.graphs.prefill(ids, slot, start)
+        return start, end
+
+    def _prefill(self, requests: Sequence[Request]) -> None:
+        chunks, parts = [self._chunk(request) for request in requests], list[PromptPart]()
+        for request, (start, end) in zip(requests, chunks, strict=True):
+            slot = request.sequence.slot
+            assert slot is not None
+            parts.append(PromptPart(request.sequence.part(start, end), slot, start))
+        if len(parts) > 1:
+            assert self.decoder.graphs is not None
+            self.decoder.graphs.prefill_parts(parts)
         else:
-            self.lm.prefill(ids, self.state, slot, start)
-        if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
-            self.prefixes.put(sequence.prefix, Snapshot.take(self.state, slot, end))
-        sequence.cached = end
-        if end == sequence.groups:
-            request.begin()
+            self._prefill_one(parts[0])
+        for request, part, (_, end) in zip(requests, parts, chunks, strict=True):
+            sequence = request.sequence
+            if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
+                self.prefixes.put(sequence.prefix, Snapshot.take(self.state, part.slot, end))
+            sequence.cached = end
+            if end == sequence.groups:
+                request.begin()
+
+    def _prefill_one(self, part: PromptPart) -> None:
+        if self.decoder.graphs:
+            self.decoder.graphs.prefill(part.prompt, part.slot, part.start)
+        else:
+            self.lm.prefill(part.prompt.settled(), self.state, part.slot, part.start)
 
     def _decode(self, requests: Sequence[Request]) -> None:
         self._deliver(requests, self.decoder.next_groups(_rows(requests)))
@@ -533,6 +564,12 @@ class Reply(Iterator[Group]):
             raise self._explained(request.error)
         if self.prefilled is None:
             self.prefilled = perf_counter()
+        try:
+            # Codes of recordings are looked at here, while the device prefills them.
+            request.sequence.ids  # noqa: B018
+        except BaseException:
+            self.close()
+            raise
 
     def __next__(self) -> Group:
         request = self._request

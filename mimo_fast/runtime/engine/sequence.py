@@ -8,6 +8,7 @@ from torch import Tensor
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
+from mimo_fast.text.prompt import PackedPrompt, PendingCodes, fill_in
 
 GROUP_SECONDS = 0.16
 """Duration of a group of speech."""
@@ -37,6 +38,7 @@ class TokenSequence:
         self.group_size = config.group_size
         self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")
         self._decoded: list[tuple[int, Tensor]] = []
+        self._pending: tuple[tuple[int, PendingCodes], ...] = ()
         self._lock = threading.Lock()
         self.slot: int | None = None
         self.snapshot: Snapshot | None = None
@@ -44,16 +46,15 @@ class TokenSequence:
 
     @property
     def ids(self) -> Tensor:
-        """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device."""
+        """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device,
+        and waits for codes that are still computed."""
         with self._lock:
-            if self._decoded:
-                codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
-                text = torch.tensor(
-                    [text for text, _ in self._decoded], dtype=torch.int64, device="cpu"
-                )
-                text = text.repeat_interleave(self.group_size)
-                self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
-                self._decoded.clear()
+            self._add_decoded()
+            if self._pending:
+                self._ids = fill_in(self._ids, self._pending)
+                for _, codes in self._pending:
+                    codes.drop()
+                self._pending = ()
             return self._ids
 
     @ids.setter
@@ -61,6 +62,29 @@ class TokenSequence:
         with self._lock:
             self._ids = ids.cpu()
             self._decoded.clear()
+            self._pending = ()
+
+    def _add_decoded(self) -> None:
+        if self._decoded:
+            codes = torch.cat([codes for _, codes in self._decoded], dim=1).cpu()
+            text = torch.tensor(
+                [text for text, _ in self._decoded], dtype=torch.int64, device="cpu"
+            )
+            text = text.repeat_interleave(self.group_size)
+            self._ids = torch.cat((self._ids, torch.cat((text[None], codes))), dim=1)
+            self._decoded.clear()
+
+    def part(self, first: int, end: int) -> PackedPrompt:
+        """Groups first ... end - 1, without waiting for codes that are still computed."""
+        with self._lock:
+            self._add_decoded()
+            prompt = PackedPrompt(self._ids, self._pending)
+        return prompt.part(first * self.group_size, end * self.group_size)
+
+    @property
+    def text(self) -> Tensor:
+        """Channel 0 of `ids` [1, T G], which waits for no codes."""
+        return self.part(0, self.groups).ids[:1]
 
     @property
     def groups(self) -> int:
@@ -70,7 +94,7 @@ class TokenSequence:
     @property
     def prefix(self) -> Tensor:
         """Ids [C + 1, n G] of the shared prefix."""
-        return self.ids[:, : self.prefix_groups * self.group_size]
+        return self.part(0, self.prefix_groups).settled()
 
     def fork(self) -> "TokenSequence":
         """A sequence with the same ids and draws, and nothing cached."""
@@ -82,14 +106,18 @@ class TokenSequence:
         """Restarts the draws from a seed."""
         self.seed, self.draws = seed, 0
 
-    def add(self, ids: Tensor) -> None:
+    def add(self, prompt: Tensor | PackedPrompt) -> None:
         """Appends a prompt [C + 1, n G], which is prefilled when decoding begins.
 
         Raises:
             PromptError: it leaves no room for a reply; the sequence is unchanged.
         """
-        check_room(self.groups + ids.shape[1] // self.group_size, self.capacity)
-        self.ids = torch.cat((self.ids, ids.cpu()), dim=1)
+        added = prompt if isinstance(prompt, PackedPrompt) else PackedPrompt(prompt.cpu())
+        check_room(self.groups + added.ids.shape[1] // self.group_size, self.capacity)
+        before = self.ids
+        with self._lock:
+            self._ids = torch.cat((before, added.ids), dim=1)
+            self._pending = tuple((before.shape[1] + at, codes) for at, codes in added.pending)
 
     def append(self, text: int, codes: Tensor) -> None:
         """Appends a decoded group, its codes [C, G] on any device."""
@@ -103,8 +131,10 @@ class TokenSequence:
 
     def go_back(self, ids: Tensor, cached: int) -> None:
         """Restores earlier ids; groups overwritten since then no longer count as cached."""
-        shorter = min(ids.shape[1], self.ids.shape[1])
-        same = (ids[:, :shorter] == self.ids[:, :shorter]).all(0).cumprod(0).sum()
+        # Codes that are still computed are not waited for: they may be why it goes back.
+        now = self.part(0, self.groups).ids
+        shorter = min(ids.shape[1], now.shape[1])
+        same = (ids[:, :shorter] == now[:, :shorter]).all(0).cumprod(0).sum()
         self.ids, self.cached = ids, min(cached, self.cached, int(same) // self.group_size)
 
 

@@ -2,7 +2,8 @@
 
     step    text and patches of R slots -> embed, backbone -> hidden -> text head, draw -> text
     patch   hidden of R slots -> 11 patch-decoder steps with draws -> codes -> encoder -> patches
-    prompt  ids of up to T groups, slot and start -> embed, backbone -> keys and values, hidden
+    prompt  ids of N times up to T groups, slots, starts, lengths -> embed, backbone -> keys and
+            values, hidden
 
 Steps and patches are captured once per batch size 1, 2, 4, ... B. Between replays only
 `DecodeState` and the slot numbers change, both in device memory; positions, seeds, counters,
@@ -11,15 +12,18 @@ row, which appends nothing and whose results are ignored.
 
 Prompts are captured once per length in `PROMPTS` and padded to the next length, so that a result
 depends on length and start alone. Prefill is then two launches: the copy of ids and numbers to the
-device, and the graph. Prompts are captured first; all graphs share the memory that the longest one
-takes. A capture takes as long as three prompts.
+device, and the graph; a copy more for each recording in it whose codes are on the device. Prompts
+of one bucket run together, up to `PACKED` in a graph, and each has the bits that it has alone.
+Prompts are captured first; all graphs share the memory that the longest one takes. A capture takes
+as long as three prompts. What does not fit into `CAPTURE_SECONDS` and `CAPTURE_BYTES` is captured
+when it is first used.
 
 With conditional graphs a third graph joins the two: the step, then the patch, which runs only if
 one of the rows has drawn `<|empty|>`. A group is then one launch, no unused patch is computed, and
 no patch waits for the host.
 
-MIMO_FAST_NO_GRAPH=1 runs the same parts kernel by kernel. Graphs of prompts and joined graphs are
-new paths (kernels/defaults.py).
+MIMO_FAST_NO_GRAPH=1 runs the same parts kernel by kernel. Graphs of prompts, of several prompts and
+joined graphs are new paths (kernels/defaults.py).
 """
 
 import math
@@ -28,6 +32,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -38,11 +43,20 @@ from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
+from mimo_fast.text.prompt import PackedPrompt
 
 ENVIRONMENT = "MIMO_FAST_NO_GRAPH"
 
 PROMPTS = (32, 64, 128, 256, 512)
 """Lengths of captured prompts, in groups; longer prompts run in parts of the largest length."""
+
+PACKED = (2, 4)
+"""Numbers of prompts that a graph takes beside one; together they have at most PROMPTS[-1] rows."""
+
+CAPTURE_SECONDS = 10.0
+CAPTURE_BYTES = 10**9
+"""Time and device memory at load beyond which no further graph of prompts is captured; on an H100
+five captures of the 7B model took 1.7 s and 0.66 GB (2026-11-28-h100-prompts.json)."""
 
 Run = Callable[[], Tensor]
 Replay = Callable[[], None]
@@ -102,27 +116,53 @@ class Captured:
         return self.result
 
 
+@dataclass(frozen=True)
+class PromptPart:
+    """Groups of a prompt that are prefilled at once, at `start` of a slot.
+
+    Args:
+        prompt: their ids [C + 1, n G]; codes that are still computed stay on the device.
+    """
+
+    prompt: PackedPrompt
+    slot: int
+    start: int
+
+
 @dataclass
 class CapturedPrompt:
-    """One graph of a prompt of up to T groups.
+    """One graph of N prompts of up to T groups.
 
     Attributes:
-        inputs: Its input int64 [(C + 1) T G + 3] on the device: ids, slot, start, number of groups.
+        inputs: Its input int64 [N, (C + 1) T G + 3] on the device: ids, slot, start, number of
+            groups. A prompt without groups is not there.
+        scratch: The slot of such a prompt.
+        shape: (C + 1, T, G).
     """
 
     inputs: Tensor
     replay: Replay
+    scratch: int
+    shape: tuple[int, int, int]
 
-    def run(self, ids: Tensor, slot: int, start: int) -> None:
-        """Prefills ids [C + 1, n, G] from host memory, n at most T."""
-        channels, groups, frames = ids.shape
+    def run(self, parts: Sequence[PromptPart]) -> None:
+        """Prefills at most N parts of at most T groups from host memory."""
+        channels, _, frames = self.shape
         # Each run has its own buffer: the copy of the previous one may still be running.
         host = torch.zeros(
-            len(self.inputs), dtype=torch.int64, pin_memory=self.inputs.is_cuda, device="cpu"
+            self.inputs.shape, dtype=torch.int64, pin_memory=self.inputs.is_cuda, device="cpu"
         )
-        host[:-3].view(channels, -1, frames)[:, :groups] = ids
-        host[-3], host[-2], host[-1] = slot, start, groups
+        host[:, -3], host[:, -2] = self.scratch, NO_POSITION
+        for row, part in zip(host, parts, strict=False):
+            ids = part.prompt.ids
+            row[:-3].view(channels, -1)[:, : ids.shape[1]] = ids
+            row[-3], row[-2], row[-1] = part.slot, part.start, ids.shape[1] // frames
         self.inputs.copy_(host, non_blocking=True)
+        for row, part in zip(self.inputs, parts, strict=False):
+            on_device = row[:-3].view(channels, -1)
+            for place, codes in part.prompt.pending:
+                end = min(place + codes.frames, part.prompt.ids.shape[1])
+                codes.copy_to(on_device[1:, max(place, 0) : end], max(-place, 0))
         self.replay()
 
 
@@ -132,7 +172,8 @@ class Graphs:
     Args:
         capture: makes a graph of a function; CUDA graphs by default.
         join: joins a step and a patch; by default conditional graphs, where they are available.
-        prompts: whether prompts are captured; by default as `NewPath.PROMPT_GRAPHS` is enabled.
+        prompts, packed: whether prompts are captured, and graphs of several; by default as
+            `NewPath.PROMPT_GRAPHS` and `NewPath.PACKED_PROMPTS` are enabled.
     """
 
     def __init__(
@@ -142,6 +183,7 @@ class Graphs:
         capture: Capture | None = None,
         join: Join | None = None,
         prompts: bool | None = None,
+        packed: bool | None = None,
     ) -> None:
         self._lm, self._state = lm, state
         if capture is None:
@@ -150,9 +192,11 @@ class Graphs:
         self._capture, self._join = capture, join
         self._steps: dict[int, Captured] = {}
         self._patches: dict[int, Captured] = {}
-        self._prompts: dict[int, CapturedPrompt] = {}
+        self._prompts: dict[tuple[int, int], CapturedPrompt] = {}
         default = enabled(NewPath.PROMPT_GRAPHS, lm.device)
         self.takes_prompts = default if prompts is None else prompts
+        default = self.takes_prompts and enabled(NewPath.PACKED_PROMPTS, lm.device)
+        self.packs_prompts = default if packed is None else packed
         self._joined: dict[int, Joined] = {}
 
     @property
@@ -169,16 +213,37 @@ class Graphs:
         enough = next((size for size in PROMPTS if size >= self._state.capacity), PROMPTS[-1])
         return [size for size in PROMPTS if size <= enough]
 
+    def bucket_of(self, groups: int) -> int:
+        """The length of the graph that takes a prompt of so many groups; 0 if none does."""
+        return next((size for size in self.prompt_buckets if size >= groups), 0)
+
+    def most_packed(self, bucket: int) -> int:
+        """How many prompts of one bucket a graph takes."""
+        sizes = (count for count in PACKED if count * bucket <= PROMPTS[-1])
+        return max((n for n in sizes if self.packs_prompts and n <= self._state.slots), default=1)
+
+    def _prompt_graphs(self) -> list[tuple[int, int]]:
+        """(number of prompts, length) of every graph of prompts; the smallest first."""
+        found = [
+            (count, bucket)
+            for bucket in self.prompt_buckets
+            for count in (1, *PACKED)
+            if count <= self.most_packed(bucket)
+        ]
+        return sorted(found, key=lambda graph: (graph[0] * graph[1], graph))
+
     @torch.no_grad()
     def warmup(self, progress: bool = True) -> None:
         """Captures all graphs, the largest first, so that smaller ones reuse its memory."""
         # tqdm shows the bar only on a terminal.
         show = None if progress else True
-        total = 2 * len(self.buckets) + len(self.prompt_buckets)
+        prompts, began, before = self._prompt_graphs(), perf_counter(), self._reserved()
+        total = 2 * len(self.buckets) + len(prompts)
         with tqdm(total=total, desc="capturing", unit="graph", leave=False, disable=show) as bar:
-            for bucket in reversed(self.prompt_buckets):
-                if bucket not in self._prompts:
-                    self._prompts[bucket] = self._captured_prompt(bucket)
+            for graph in reversed(prompts):
+                taken = perf_counter() - began, self._reserved() - before
+                if taken[0] < CAPTURE_SECONDS and taken[1] < CAPTURE_BYTES:
+                    self._prompt(*graph)
                 bar.update(1)
             for bucket in reversed(self.buckets):
                 if bucket not in self._patches:
@@ -187,6 +252,11 @@ class Graphs:
                     self._patches[bucket] = self._captured(bucket, self._patch, indices)
                     self._join_both(bucket)
                 bar.update(2)
+
+    def _reserved(self) -> int:
+        """Bytes that the allocator holds on a GPU."""
+        device = self._lm.device
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
     @property
     def conditional(self) -> bool:
@@ -217,21 +287,26 @@ class Graphs:
         """`LM.sample_patch` of these slots: a copy of the codes, int64 [R, C, G]."""
         return self._replay(self._patches, slots).clone()
 
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, slot: int, start: int = 0) -> None:
+    def prefill(self, ids: Tensor | PackedPrompt, slot: int, start: int = 0) -> None:
         """`LM.prefill` of ids [C + 1, T G], by graphs if prompts are captured."""
+        prompt = ids if isinstance(ids, PackedPrompt) else PackedPrompt(ids.cpu())
+        size = self._lm.config.group_size
+        step = self.prompt_buckets[-1] if self.takes_prompts else prompt.ids.shape[1] // size
+        for first in range(0, prompt.ids.shape[1], max(step * size, 1)):
+            part = prompt.part(first, min(first + step * size, prompt.ids.shape[1]))
+            self.prefill_parts([PromptPart(part, slot, start + first // size)])
+
+    @torch.no_grad()
+    def prefill_parts(self, parts: Sequence[PromptPart]) -> None:
+        """Prefills parts of one bucket, at most `most_packed` of it, in one graph."""
         if not self.takes_prompts:
-            self._lm.prefill(ids, self._state, slot, start)
+            for part in parts:
+                self._lm.prefill(part.prompt.settled(), self._state, part.slot, part.start)
             return
-        buckets = self.prompt_buckets
-        groups = ids.cpu().unflatten(1, (-1, self._lm.config.group_size))
-        for part in groups.split(buckets[-1], dim=1):
-            length = part.shape[1]
-            bucket = next(size for size in buckets if size >= length)
-            if bucket not in self._prompts:
-                self._prompts[bucket] = self._captured_prompt(bucket)
-            self._prompts[bucket].run(part, slot, start)
-            start += length
+        size = self._lm.config.group_size
+        bucket = max(self.bucket_of(part.prompt.ids.shape[1] // size) for part in parts)
+        count = next(n for n in (1, *PACKED) if n >= len(parts))
+        self._prompt(count, bucket).run(parts)
 
     def _replay(self, graphs: dict[int, Captured], slots: Sequence[int]) -> Tensor:
         bucket, padded = self._padded(slots)
@@ -263,16 +338,22 @@ class Graphs:
             self._join = None
             self._joined.clear()
 
-    def _captured_prompt(self, bucket: int) -> CapturedPrompt:
-        config = self._lm.config
+    def _prompt(self, count: int, bucket: int) -> CapturedPrompt:
+        """The graph of `count` prompts of one length, captured now if it has not been."""
+        if (count, bucket) not in self._prompts:
+            self._prompts[count, bucket] = self._captured_prompt(count, bucket)
+        return self._prompts[count, bucket]
+
+    def _captured_prompt(self, count: int, bucket: int) -> CapturedPrompt:
+        config, device = self._lm.config, self._lm.device
         shape = (config.channels + 1, bucket, config.group_size)
-        inputs = torch.zeros(math.prod(shape) + 3, dtype=torch.int64, device=self._lm.device)
+        inputs = torch.zeros(count, math.prod(shape) + 3, dtype=torch.int64, device=device)
         # The capture runs on the scratch row with no groups.
-        inputs[-3], inputs[-2] = self._state.slots, NO_POSITION
-        ids, place = inputs[:-3].view(shape), inputs[-3:]
+        inputs[:, -3], inputs[:, -2] = self._state.slots, NO_POSITION
+        ids, places = inputs[:, :-3].unflatten(1, shape), inputs[:, -3:]
         self._lm.backbone_rope  # noqa: B018
-        replay, _ = self._capture(lambda: self._lm.prefill_padded(ids, place, self._state))
-        return CapturedPrompt(inputs, replay)
+        replay, _ = self._capture(lambda: self._lm.prefill_packed(ids, places, self._state))
+        return CapturedPrompt(inputs, replay, self._state.slots, shape)
 
     def _step(self, slots: Tensor) -> Tensor:
         state = self._state

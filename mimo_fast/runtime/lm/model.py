@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.config import LMConfig, TransformerConfig
-from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.matmul.product import matmul, matmul_by_part
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_table
 from mimo_fast.kernels.sample import SamplerTensors
@@ -174,27 +174,42 @@ class LM:
             start += len(text_part)
 
     def prefill_padded(self, ids: Tensor, place: Tensor, state: DecodeState) -> Tensor:
-        """`prefill` of at most T groups that reads slot, start and length on the device alone.
+        """`prefill_packed` of one prompt: ids int64 [C + 1, T, G], place int64 [3] -> [1, D]."""
+        return self.prefill_packed(ids[None], place[None], state)
 
-        ids int64 [C + 1, T, G], place int64 [3]: slot, start, number of groups. The other groups
-        are padding and leave no trace. With no group and start -1 it only writes the scratch row.
-        Returns the last group's hidden state [1, D].
+    def prefill_packed(self, ids: Tensor, places: Tensor, state: DecodeState) -> Tensor:
+        """`prefill` of N prompts of at most T groups that reads the device alone.
+
+        ids int64 [N, C + 1, T, G], places int64 [N, 3]: slot, start, number of groups. The other
+        groups are padding and leave no trace. With no group and start -1 a prompt only writes the
+        scratch row. Each prompt has the bits that it has alone. Returns the hidden state of each
+        one's last group [N, D].
         """
-        config = self.config.backbone
-        rows = torch.arange(ids.shape[1], dtype=torch.int64, device=self.device)
-        slot, start, length = place.split(1)
-        text, codes = ids[0, :, 0], ids[1:].transpose(0, 1)
+        config, count = self.config.backbone, ids.shape[2]
+        rows = torch.arange(count, dtype=torch.int64, device=self.device)
+        slots, starts, lengths = places.unbind(1)
         # Shapes are fixed, so every group passes the patch encoder: 1/16 of the backbone's work,
         # and as much as a compact list of the audio groups would cost, which has no shorter bound.
-        x = input_embed(text, self.encode_patches(codes), self.text_embeddings, self.empty_id)
-        positions = (start + rows).masked_fill(rows >= length, NO_POSITION)
-        slots = slot.expand(len(rows)).contiguous()
-        attend = padded_attend(config, self.backbone_rope, state.cache, slots, positions)
-        hidden = transformer(x[None], self.backbone, config.norm_eps, attend)[0]
-        last = hidden[(length - 1).clamp(min=0)]
-        state.hidden[slot] = last
-        state.lengths[slot] = start + length
+        x = torch.stack([self._embed_all(part) for part in ids])
+        positions = (starts[:, None] + rows).masked_fill(rows >= lengths[:, None], NO_POSITION)
+        attend = padded_attend(
+            config,
+            self.backbone_rope,
+            state.cache,
+            slots[:, None].expand(-1, count).contiguous(),
+            positions,
+        )
+        hidden = transformer(x, self.backbone, config.norm_eps, attend, matmul_by_part)
+        prompts = torch.arange(len(ids), dtype=torch.int64, device=self.device)
+        last = hidden[prompts, (lengths - 1).clamp(min=0)]
+        state.hidden[slots] = last
+        state.lengths[slots] = starts + lengths
         return last
+
+    def _embed_all(self, ids: Tensor) -> Tensor:
+        """`embed` of ids [C + 1, T, G] that asks nothing of the host -> [T, D]."""
+        text, codes = ids[0, :, 0], ids[1:].transpose(0, 1)
+        return input_embed(text, self.encode_patches(codes), self.text_embeddings, self.empty_id)
 
     def stage(self, state: DecodeState, slot: int, text: int, codes: Tensor) -> None:
         """Makes a group, its token and its codes [C, G], the one that the next step feeds."""

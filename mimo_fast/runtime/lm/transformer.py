@@ -61,22 +61,32 @@ def transformer_weights(
     return TransformerWeights(layers, source(f"{prefix}.norm.weight"))
 
 
-def transformer(x: Tensor, weights: TransformerWeights, eps: float, attend: Attend) -> Tensor:
-    """x [N, T, D] -> final-normed hidden states [N, T, D]."""
-    for output in layer_outputs(x, weights, eps, attend):
+def transformer(
+    x: Tensor,
+    weights: TransformerWeights,
+    eps: float,
+    attend: Attend,
+    product: Callable[..., Tensor] = matmul,
+) -> Tensor:
+    """x [N, T, D] -> final-normed hidden states [N, T, D]; product: `matmul` or one like it."""
+    for output in layer_outputs(x, weights, eps, attend, product):
         x = output
     return rms_norm(x, weights.norm, eps)
 
 
 def layer_outputs(
-    x: Tensor, weights: TransformerWeights, eps: float, attend: Attend
+    x: Tensor,
+    weights: TransformerWeights,
+    eps: float,
+    attend: Attend,
+    product: Callable[..., Tensor] = matmul,
 ) -> Iterator[Tensor]:
     """The output of each layer [N, T, D], one after the other."""
     for i, layer in enumerate(weights.layers):
-        qkv = matmul(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
-        x = matmul(attend(i, qkv), layer.out, residual=x)
-        gated = matmul(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
-        x = matmul(gated, layer.down, residual=x)
+        qkv = product(x, layer.qkv, norm=RMSNorm(layer.attention_norm, eps))
+        x = product(attend(i, qkv), layer.out, residual=x)
+        gated = product(x, layer.gate_up, norm=RMSNorm(layer.ffn_norm, eps), swiglu=True)
+        x = product(gated, layer.down, residual=x)
         yield x
 
 
@@ -135,18 +145,21 @@ def prefill_attend(
 def padded_attend(
     config: TransformerConfig, table: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
 ) -> Attend:
-    """`prefill_attend` for graphs: slot and positions are read only on the device.
+    """`prefill_attend` for graphs: slots and positions are read only on the device.
 
-    Row t of qkv [1, T, ...] is appended to positions[t] of slot slots[t] and attends up to it.
+    Row t of part n of qkv [N, T, ...] is appended to positions[n, t] of slot slots[n, t] and
+    attends up to it.
 
     Args:
-        slots, positions: int64 [T], as in `prefill_attention`.
+        slots, positions: int64 [N, T], as in `prefill_attention`.
     """
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        layer_cache = cache.layer(layer)
+        layer_cache, rows = cache.layer(layer), qkv.flatten(0, 1)[:, None]
         # Each position is a row of its own, so that padding can be left out.
-        q = rope_append(qkv.transpose(0, 1), table, layer_cache, slots, positions, config.heads)
-        return prefill_attention(q[:, :, 0], layer_cache, slots, positions)[None]
+        places = slots.flatten(), positions.flatten()
+        q = rope_append(rows, table, layer_cache, *places, config.heads)
+        q = q[:, :, 0].unflatten(0, tuple(slots.shape))
+        return prefill_attention(q, layer_cache, slots, positions)
 
     return attend

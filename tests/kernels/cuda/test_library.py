@@ -1,0 +1,135 @@
+"""The library of CUDA kernels where it cannot be used, and on devices other than the first."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.matmul import plan as plans
+from mimo_fast.quantization import Format, quantize
+
+TOO_OLD = 35
+"""cudaErrorInsufficientDriver."""
+
+NO_CODE = 209
+"""cudaErrorNoKernelImageForDevice."""
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hopper GPU, as far as the choice of kernels can see."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for cached in (cuda.library, cuda._probe, cuda._runs_on):
+        cached.cache_clear()
+    yield
+    for cached in (cuda.library, cuda._probe, cuda._runs_on):
+        getattr(cached, "cache_clear", lambda: None)()
+
+
+def weight():
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    return quantize(values, Format.parse("int4"))
+
+
+@pytest.mark.parametrize("error", [TOO_OLD, NO_CODE])
+def test_a_device_that_does_not_run_them_gets_triton_and_a_line(card, monkeypatch, error):
+    """The driver is older than the library, or the library has no code for the GPU."""
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace())
+    monkeypatch.setattr(cuda, "_probe", lambda device: error)
+    device = torch.device("cuda", 0)
+    assert cuda.refuses(weight(), device, torch.bfloat16) == "this GPU does not run them"
+    (line,) = cuda.state().splitlines()
+    assert line.endswith(f"; not on gpu 0 (CUDA error {error}), where Triton's take their place")
+
+
+def test_the_probe_reports_what_a_first_product_returns(card, monkeypatch):
+    asked = []
+
+    def product(*arguments):
+        asked.append(arguments)
+        return TOO_OLD
+
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(mimo_fast_quantized_mma=product))
+    assert cuda._probe(torch.device("cpu")) == TOO_OLD
+    assert len(asked) == 1
+    assert len(asked[0]) == 19
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_without_a_library_there_is_a_line(card, monkeypatch, tmp_path, exists):
+    """nvcc was missing or too old for every architecture; or the library does not load here."""
+    path = tmp_path / "library.so"
+    if exists:
+        path.write_bytes(b"no shared object")
+    monkeypatch.setattr(cuda, "LIBRARY", path)
+    cuda.library.cache_clear()
+    assert cuda.library() is None
+    (line,) = cuda.state().splitlines()
+    assert ("does not load" in line) == exists
+    assert line.endswith("Triton's take their place")
+    reason = cuda.refuses(weight(), torch.device("cuda", 0), torch.bfloat16)
+    assert reason == "the CUDA kernels were not built"
+
+
+@pytest.mark.skipif(plans.dispatch.triton is None, reason="needs Triton")
+def test_the_plan_goes_on_to_triton(card, monkeypatch):
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace())
+    monkeypatch.setattr(cuda, "_probe", lambda device: TOO_OLD)
+    monkeypatch.setenv("MIMO_FAST_EXPERIMENTAL", "1")
+    monkeypatch.delenv("MIMO_FAST_KERNELS", raising=False)
+    setting = plans.Setting(weight(), torch.device("cuda", 0), torch.bfloat16, "", False)
+    made = plans.make(setting)
+    names = [made.at(rows).implementation.name for rows in (1, 5, 64, 65, 300)]
+    dots = ["Triton dot"] * 2
+    assert names == ["Triton gemv", *dots, "Triton unpack + mm", "Triton unpack + mm"]
+
+
+def test_every_launch_is_on_the_device_of_its_tensors():
+    """A launch goes to the current device; each stands in a block that makes the tensor's so."""
+    tree = ast.parse(inspect.getsource(cuda))
+    launches, inside = set[int](), set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("mimo_fast_"):
+            launches.add(node.lineno)
+        if isinstance(node, ast.With) and "_current(" in ast.unparse(node.items[0]):
+            inside |= {
+                child.lineno
+                for statement in node.body
+                for child in ast.walk(statement)
+                if isinstance(child, ast.Attribute) and child.attr.startswith("mimo_fast_")
+            }
+    declared = {
+        node.lineno
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef) and function.name == "declared"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+    }
+    assert len(inside) == 4
+    assert launches - declared == inside
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_device_of_a_tensor_is_made_current(monkeypatch, index):
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    device = torch.device("cuda", index)
+    with cuda._current(SimpleNamespace(is_cuda=True, device=device)):
+        assert entered == [device] * index
