@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, default_lookahead, patch_rows, streamable
 from mimo_fast.runtime.codec.incremental import decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, NormStatistics, new_state
+from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, NormStatistics, Prior, new_state
 from mimo_fast.runtime.lm.graphs import Capture, CudaCapture
 
 
@@ -47,7 +47,7 @@ class CapturedChunk:
 
 
 class ChunkGraphs:
-    """The state of one stream and its graphs, for the codec's own look-ahead and norm statistics.
+    """The state of one stream and its graphs, for the codec's own look-ahead and prior.
 
     Args:
         lock: the codec's lock. Graphs share a memory pool, so a result is valid only until another
@@ -100,10 +100,11 @@ class ChunkGraphs:
         """Captures a chunk of `new` code frames after `frames` vocoder frames."""
         codes = torch.zeros(new, codec.config.dim, device=codec.device, dtype=torch.float32)
         state, lookahead = self.state, self._lookahead
+        prior = codec.prior(default_lookahead(codec.config))
 
         def run() -> Tensor:
             state.frames, state.committed = frames, committed
-            return decode_chunk(codec, state, codes, lookahead, codec.stated_statistics, ended)
+            return decode_chunk(codec, state, codes, lookahead, prior, ended)
 
         return CapturedChunk(codes, ended, *self._capture(run))
 
@@ -125,22 +126,23 @@ class StreamGraphs:
         self._kept = 1
 
     def serves(
-        self, codec: CodecNetwork, lookahead: int, statistics: NormStatistics | None
+        self, codec: CodecNetwork, lookahead: int, statistics: NormStatistics | Prior | None
     ) -> bool:
-        """Whether a stream has the codec's own look-ahead, statistics and layers (on the device).
+        """Whether a stream has the codec's own look-ahead, prior and layers (on the device).
 
         A copy of the codec may have other layers.
         """
         own = codec is self._codec() and lookahead == default_lookahead(codec.config)
         stacks = codec.decoder, codec.vocoder
         resident = all(isinstance(stack.layers, tuple) for stack in stacks)
-        stated = statistics is codec.stated_statistics
-        return own and resident and stated and streamable(codec.config)
+        estimates = statistics is codec.prior(lookahead)
+        return own and resident and estimates and streamable(codec.config)
 
     def warmup(self, streams: int, progress: bool = True) -> None:
         """Captures until `streams` states are idle, and keeps that many from then on."""
         codec = self._owner()
-        if not self.serves(codec, default_lookahead(codec.config), codec.stated_statistics):
+        lookahead = default_lookahead(codec.config)
+        if not self.serves(codec, lookahead, codec.prior(lookahead)):
             return
         self._kept = max(self._kept, streams)
         # tqdm shows the bar only on a terminal.

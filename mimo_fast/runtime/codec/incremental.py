@@ -13,8 +13,10 @@ recomputed with them: the input of the decoder's layers is normed again, and wha
 to it is kept. This is a good approximation, because a new scale passes the residual stream
 unchanged and the layers norm their own inputs.
 
-Large pushes allow better: while a stream is short and has had no more than three of them, each push
-decodes all codes from the start with the latest statistics.
+While a stream is young its statistics change most, and then it may be decoded again from the start
+with the latest ones, as upstream does at each call: `CodecState.again` says up to how many code
+frames, `SETTLING` how often. At 0, for machines without the time, that happens only for large
+pushes: while a stream is short and has had no more than three of them.
 
 Nothing here waits for the device, and after P frames every shape follows from the chunk's size.
 """
@@ -30,10 +32,13 @@ from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
+    SETTLING,
     WHOLE_UTTERANCE,
     CodecState,
     MeanVariance,
     NormStatistics,
+    Prior,
+    RunningStatistics,
     StackState,
     decoder_context,
 )
@@ -47,7 +52,7 @@ def decode_chunk(
     state: CodecState,
     hidden: Tensor,
     lookahead: int,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
 ) -> Tensor:
     """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
@@ -57,7 +62,8 @@ def decode_chunk(
 
     Args:
         lookahead: vocoder frames that must follow a frame before it is final.
-        statistics: norm statistics to use; None estimates them from the codes so far.
+        statistics: norm statistics to use, or sums of rows to reckon with; None estimates them
+            from the codes so far.
         ended: no codes follow, so all frames become final.
     """
     mel, norm = _decode(codec, state, hidden, statistics, ended or state.largest >= WHOLE_UTTERANCE)
@@ -75,26 +81,37 @@ def decode_chunk(
     return torch.cat(parts)
 
 
-def codes_to_decode(state: CodecState, hidden: Tensor) -> Tensor:
-    """Codes to decode now: the new ones or, for a short stream of large pushes, all so far."""
-    new, past = len(hidden), sum(map(len, state.past))
+def codes_to_decode(state: CodecState, hidden: Tensor, ended: bool) -> Tensor:
+    """Codes to decode now: the new ones or, for a stream that is decoded again, all so far."""
+    past = sum(map(len, state.past))
+    total = past + len(hidden)
     if state.frames and not past:
         return hidden
-    if past + new > RESTART_LIMIT:
+    if total > (state.again or RESTART_LIMIT):
         state.past.clear()
         return hidden
     state.past.append(hidden)
-    if not past or past > 2 * state.largest:
+    if past and not _decodes_again(state, past, total, ended):
+        return hidden
+    state.decoded = total
+    if not past:
         return hidden
     state.rewind()
     return torch.cat(state.past)
+
+
+def _decodes_again(state: CodecState, past: int, total: int, ended: bool) -> bool:
+    """Whether a stream of `past` code frames is decoded again now that it has `total`."""
+    if not state.again:
+        return past <= 2 * state.largest
+    return ended or (total - state.decoded) * SETTLING >= total**2
 
 
 def _decode(
     codec: CodecNetwork,
     state: CodecState,
     hidden: Tensor,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
 ) -> tuple[Tensor, MeanVariance]:
     """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its norm statistics."""
@@ -108,17 +125,32 @@ def _decode(
     stride = codec.to_mel.stride
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
-    known = statistics and statistics.to_mel
-    norm = known or state.to_mel.estimate(out, first * stride, ended)
+    norm = _norm(state.to_mel, statistics and statistics.to_mel, out, first * stride, ended)
     state.to_mel.add(out[: new * stride], first * stride)
     return out[: len(x) * stride], norm
+
+
+def _norm(
+    running: RunningStatistics,
+    known: MeanVariance | Tensor | None,
+    rows: Tensor,
+    first: Tensor,
+    ended: bool,
+) -> MeanVariance:
+    """Mean and variance to norm by: known ones as they are, or estimated, with or without a prior.
+
+    Arguments as `RunningStatistics.estimate`'s.
+    """
+    if isinstance(known, tuple):
+        return known
+    return running.estimate(rows, first, ended, known)
 
 
 def _run_decoder(
     codec: CodecNetwork,
     state: CodecState,
     x: Tensor,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
 ) -> tuple[Tensor, Tensor]:
     """Inputs of the layers, pending and new [P / stride + T pool, D], and what the layers add."""
@@ -130,7 +162,7 @@ def _run_decoder(
     entered = raw
     if codec.unpool is not None:
         known = statistics and statistics.unpool
-        norm = known or state.unpool.estimate(raw[:0], state.position, ended)
+        norm = _norm(state.unpool, known, raw[:0], state.position, ended)
         entered = codec.unpool.normalise(raw, *norm)
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):

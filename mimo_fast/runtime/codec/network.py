@@ -20,7 +20,7 @@ from mimo_fast.kernels.rvq import Codebooks, rvq_decode, rvq_encode
 from mimo_fast.modes import in_own_modes
 from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.codec.geometry import receptive_patches
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, receptive_patches
 from mimo_fast.runtime.codec.layers import (
     CodecLayer,
     CodecStack,
@@ -31,7 +31,7 @@ from mimo_fast.runtime.codec.layers import (
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.state import NormStatistics
+from mimo_fast.runtime.codec.state import NormStatistics, Prior
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -102,13 +102,23 @@ class CodecNetwork:
         self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
+        self._prior: Prior | None = None
         if config.moments is not None:
             unpool, to_mel = torch.tensor(config.moments, dtype=torch.float32, device=self.device)
             self.stated_statistics = NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+            self._prior = Prior.of(self.stated_statistics, config)
 
     @property
     def sample_rate(self) -> int:
         return self.config.sample_rate
+
+    def prior(self, lookahead: int) -> Prior | None:
+        """What a stream of this look-ahead in patches reckons with from its start.
+
+        That is what the checkpoint states. A stream that waits for LOOKAHEAD patches knows better
+        by then.
+        """
+        return self._prior if lookahead < LOOKAHEAD else None
 
     @in_own_modes
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:

@@ -30,6 +30,17 @@ WHOLE_UTTERANCE = 150
 RESTART_LIMIT = CONTEXT // 2
 """Code frames up to which a stream may be decoded again: a position still sees all of them."""
 
+SETTLING = 1000
+"""Frames^2 / frames: a stream of n code frames is decoded again once n^2 / SETTLING are new.
+
+Norm statistics change by new / n, and late changes matter less: those of a patch at 44 frames count
+for as much as those of 84 at 250. Decoding a stream again while it grows from 44 frames to 256 so
+costs SETTLING ln(256 / 44), about seven times its own frames. docs/LOG.md has the figures.
+"""
+
+PRIOR = 2
+"""Code frames that norm statistics stated by a checkpoint count for."""
+
 MeanVariance = tuple[Tensor, Tensor]
 """Mean and variance, float32 scalars."""
 
@@ -39,6 +50,30 @@ class NormStatistics(NamedTuple):
 
     unpool: MeanVariance | None
     to_mel: MeanVariance
+
+
+class Prior(NamedTuple):
+    """Sums of rows that count as if they preceded a norm's own, float64 [3] each; 0 for none.
+
+    (rows, mean times rows, mean square times rows), as in `RunningStatistics.sums`.
+    """
+
+    unpool: Tensor
+    to_mel: Tensor
+
+    @classmethod
+    def of(cls, statistics: NormStatistics, config: CodecConfig) -> Prior:
+        """What a checkpoint states, counted for `PRIOR` code frames."""
+        rows = PRIOR * config.pool
+        unpool = statistics.unpool or statistics.to_mel
+        return cls(
+            _sums_of(unpool, rows), _sums_of(statistics.to_mel, rows * config.decoder_stride)
+        )
+
+
+def _sums_of(known: MeanVariance, rows: int) -> Tensor:
+    mean, variance = (value.double() for value in known)
+    return torch.stack((torch.ones_like(mean), mean, variance + mean.square())) * rows
 
 
 @dataclass
@@ -52,27 +87,47 @@ class RunningStatistics:
     statistics of all rows, so that codes pushed at once are decoded as in one shot. docs/LOG.md has
     the figures.
 
+    A stream that is decoded again extrapolates nothing: the forecast gains up to 3 dB where an
+    utterance goes on for as long as it expects, and loses up to 11 dB where it soon ends.
+
     Args:
         sums: float64 [2, 3], sums over rows of (weight, weighted mean over channels, weighted mean
             square over channels); the weight is 1 in row 0 and the row's position in row 1.
-        expected: rows up to which missing rows are extrapolated.
+        expected: rows up to which missing rows are extrapolated, int64 scalar, 0 for none. On the
+            device, so that one graph serves streams with and without a forecast.
+        frame_rows: rows of a code frame.
     """
 
     sums: Tensor
-    expected: int
+    expected: Tensor
+    frame_rows: int
 
     @classmethod
     def allocate(cls, frame_rows: int, device: torch.device) -> RunningStatistics:
         """frame_rows: rows of a code frame."""
-        return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        expected = torch.full((), FORECAST * frame_rows, dtype=torch.int64, device=device)
+        return cls(sums, expected, frame_rows)
+
+    def forecast(self, frames: int) -> None:
+        """Extrapolates up to so many code frames from now on."""
+        self.expected.fill_(frames * self.frame_rows)
 
     def add(self, rows: Tensor, first: Tensor) -> None:
         """Adds final rows [R, D] from position `first` on; rows before position 0 are left out."""
         self.sums += _sums(rows, first)
 
-    def estimate(self, rows: Tensor, first: Tensor, ended: bool) -> MeanVariance:
-        """Mean and variance over the rows added and these rows [R, D] from position `first` on."""
+    def estimate(
+        self, rows: Tensor, first: Tensor, ended: bool, prior: Tensor | None = None
+    ) -> MeanVariance:
+        """Mean and variance over the rows added and these rows [R, D] from position `first` on.
+
+        prior: sums of rows that count as well until the stream ends, in place of a forecast.
+        """
         plain, later = self.sums + _sums(rows, first)
+        if prior is not None and not ended:
+            mean, square = (plain + prior)[1:] / (plain + prior)[0]
+            return mean.float(), (square - mean.square()).float()
         missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
         mean, square = (plain[1:] + missing * later[1:] / later[0]) / (plain[0] + missing)
         return mean.float(), (square - mean.square()).float()
@@ -127,6 +182,8 @@ class CodecState:
         held: dequantized codes held back until the first samples can be final.
         past: all dequantized codes of a short stream, to decode it again from the start.
         largest: code frames of the largest push.
+        again: code frames up to which the stream is decoded again as it grows; 0 for none.
+        decoded: code frames when it was last decoded from the start.
     """
 
     position: Tensor
@@ -144,6 +201,8 @@ class CodecState:
     held: list[Tensor] = field(default_factory=list)
     past: list[Tensor] = field(default_factory=list)
     largest: int = 0
+    again: int = 0
+    decoded: int = 0
 
     @classmethod
     def allocate(
@@ -183,16 +242,26 @@ class CodecState:
         """Resets the state to the start of a waveform, in the same memory."""
         self.rewind()
         self.tail.zero_()
-        self.committed = self.largest = 0
+        self.committed = self.largest = self.decoded = 0
         self.held.clear()
         self.past.clear()
 
     def rewind(self) -> None:
         """Resets all but the waveform so far, to decode the codes again from the first."""
+        kept = self.tail, self.unpool.expected, self.to_mel.expected
         for tensor in _tensors(self):
-            if tensor is not self.tail:
+            if all(tensor is not each for each in kept):
                 tensor.zero_()
         self.frames = 0
+
+    def decode_again(self, frames: int) -> None:
+        """Sets, before the first codes, up to how many code frames are decoded again; 0 for none.
+
+        It replaces the forecast.
+        """
+        self.again = frames
+        for norm in (self.unpool, self.to_mel):
+            norm.forecast(0 if frames else FORECAST)
 
 
 def new_state(

@@ -13,7 +13,13 @@ from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows
 from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.state import CodecState, NormStatistics, new_state
+from mimo_fast.runtime.codec.state import (
+    RESTART_LIMIT,
+    CodecState,
+    NormStatistics,
+    Prior,
+    new_state,
+)
 
 
 class CodecStream:
@@ -28,11 +34,15 @@ class CodecStream:
             first audio comes earlier, but differs more from one-shot decoding, because the vocoder
             then works without the frames that are missing.
         statistics: norm statistics, as `Codec.moments` measures them on other codes of the same
-            speaker; by default they are estimated from the codes pushed.
+            speaker; by default they are estimated from the codes pushed, with a prior or without.
         graphs: the pool of captured states.
+        again: code frames up to which the stream is decoded again as it grows, so that its norm
+            statistics are as good as upstream's; 0 for the least time a push, at most 256. Given
+            statistics need none of it.
 
     Raises:
-        ValueError: the lookahead is out of range, or the codec's look-ahead is unlimited.
+        ValueError: the lookahead or `again` is out of range, or the codec's look-ahead is
+            unlimited.
     """
 
     @in_own_modes
@@ -40,14 +50,19 @@ class CodecStream:
         self,
         codec: CodecNetwork,
         lookahead: int = LOOKAHEAD,
-        statistics: NormStatistics | None = None,
+        statistics: NormStatistics | Prior | None = None,
         graphs: StreamGraphs | None = None,
+        again: int = 0,
     ) -> None:
         codec.owner.check()
         config = codec.config
         if not 0 <= lookahead <= LOOKAHEAD:
             raise ValueError(
                 f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}"
+            )
+        if not 0 <= again <= RESTART_LIMIT:
+            raise ValueError(
+                f"again must be between 0 and {RESTART_LIMIT} code frames, not {again}"
             )
         if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
@@ -63,6 +78,7 @@ class CodecStream:
                 self._give_back.atexit = False
             else:
                 self._state = new_state(config, lookahead, codec.dtype, codec.device)
+            self._state.decode_again(again)
 
     @property
     def nbytes(self) -> int:
@@ -128,8 +144,8 @@ class CodecStream:
             return torch.zeros(0, dtype=torch.float32, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
-        if self._statistics is None:
-            hidden = codes_to_decode(state, hidden)
+        if not isinstance(self._statistics, NormStatistics):
+            hidden = codes_to_decode(state, hidden, ended)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
         if wav is None:
             return decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
