@@ -53,6 +53,12 @@ def elastic_rows(config: CodecConfig, rows: int) -> int:
     return min(elastic_reach(config) * patch, max(patch, rows // 2))
 
 
+def decoder_weights(config: CodecConfig) -> int:
+    """Weights of the decoder's matrices: the products of one position."""
+    width, ffn = config.dim, config.decoder_ffn
+    return config.decoder_layers * (4 * width * width + 2 * width * ffn)
+
+
 def streamable(config: CodecConfig) -> bool:
     """Whether the codec looks ahead no farther than its vocoder's window."""
     return config.decoder_causal and min(config.vocoder_window) >= 0

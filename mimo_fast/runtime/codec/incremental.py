@@ -13,8 +13,10 @@ recomputed with them: the input of the decoder's layers is normed again, and wha
 to it is kept. This is a good approximation, because a new scale passes the residual stream
 unchanged and the layers norm their own inputs.
 
-Large pushes allow better: while a stream is short and has had no more than three of them, each push
-decodes all codes from the start with the latest statistics.
+While a stream is young its statistics change most, and then it may be decoded again from the start
+with the latest ones, as upstream does at each call: `CodecState.again` says up to how many code
+frames, `SETTLING` how often. At 0, for machines without the time, that happens only for large
+pushes: while a stream is short and has had no more than three of them.
 
 Nothing here waits for the device, and after P frames every shape follows from the chunk's size.
 """
@@ -31,6 +33,7 @@ from mimo_fast.runtime.codec.prior import norm_statistics
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
+    SETTLING,
     WHOLE_UTTERANCE,
     CodecState,
     MeanVariance,
@@ -81,19 +84,30 @@ def decode_chunk(
     return torch.cat(parts)
 
 
-def codes_to_decode(state: CodecState, hidden: Tensor) -> Tensor:
-    """Codes to decode now: the new ones or, for a short stream of large pushes, all so far."""
-    new, past = len(hidden), sum(map(len, state.past))
+def codes_to_decode(state: CodecState, hidden: Tensor, ended: bool) -> Tensor:
+    """Codes to decode now: the new ones or, for a stream that is decoded again, all so far."""
+    past = sum(map(len, state.past))
+    total = past + len(hidden)
     if state.frames and not past:
         return hidden
-    if past + new > RESTART_LIMIT:
+    if total > (state.again or RESTART_LIMIT):
         state.past.clear()
         return hidden
     state.past.append(hidden)
-    if not past or past > 2 * state.largest:
+    if past and not _decodes_again(state, past, total, ended):
+        return hidden
+    state.decoded = total
+    if not past:
         return hidden
     state.rewind()
     return torch.cat(state.past)
+
+
+def _decodes_again(state: CodecState, past: int, total: int, ended: bool) -> bool:
+    """Whether a stream of `past` code frames is decoded again now that it has `total`."""
+    if not state.again:
+        return past <= 2 * state.largest
+    return ended or (total - state.decoded) * SETTLING >= total**2
 
 
 def _decode(

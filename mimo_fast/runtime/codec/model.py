@@ -1,5 +1,6 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,19 +13,38 @@ from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.encoder_graphs import EncoderGraphs, PendingCodes
 from mimo_fast.runtime.codec.finite import checked_codes, checked_samples
-from mimo_fast.runtime.codec.geometry import Lookahead
+from mimo_fast.runtime.codec.geometry import (
+    LOOKAHEAD,
+    Lookahead,
+    decoder_weights,
+    default_lookahead,
+)
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.prior import PRIOR_FRAMES, prior_sums, statistics_of
-from mimo_fast.runtime.codec.state import NormStatistics
+from mimo_fast.runtime.codec.prior import (
+    PRIOR_FRAMES,
+    STATED_FRAMES,
+    prior_sums,
+    statistics_of,
+)
+from mimo_fast.runtime.codec.state import RESTART_LIMIT, NormStatistics
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.transformer import GetTensor
 
+SMALL = 2**22
+"""Most weights of a decoder whose streams a CPU decodes again by default."""
+
 
 @checked
 class Codec(CodecNetwork):
-    """Encodes, decodes in one shot, and decodes incrementally; arguments as `CodecNetwork`'s."""
+    """Encodes, decodes in one shot, and decodes incrementally; arguments as `CodecNetwork`'s.
+
+    Attributes:
+        again: `CodecStream`'s argument for streams that are opened without one: 256 for a small
+            codec on a CPU, otherwise 0. Set it to 0 under load, or to 256 on a GPU with time to
+            spare.
+    """
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         super().__init__(config, source, codebook)
@@ -32,6 +52,8 @@ class Codec(CodecNetwork):
         self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
         graphs = wanted(self.device) and enabled(NewPath.ENCODER_GRAPHS, self.device)
         self.encoder_graphs = EncoderGraphs(self) if graphs else None
+        small = self.device.type == "cpu" and decoder_weights(config) <= SMALL
+        self.again = RESTART_LIMIT if small else 0
 
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
         """As `CodecNetwork.encode`. On a GPU codes are -1 where they come of no finite values.
@@ -63,27 +85,43 @@ class Codec(CodecNetwork):
         self,
         lookahead: Lookahead | None = None,
         moments: NormStatistics | None = None,
-        weight: float = PRIOR_FRAMES,
+        weight: float | None = None,
+        again: int | None = None,
     ) -> CodecStream:
         """An incremental decoder.
 
         Args:
             lookahead: patches that must follow a sample before it is returned, "elastic", or
                 "exact", which None means; see `CodecStream`.
-            moments: norm statistics, as `moments` returns them; by default the checkpoint's own
-                (`CodecConfig.moments`) or, if it has none, estimates from the codes so far. An
-                elastic stream prefers those of `calibration` to the checkpoint's.
-            weight: code frames that they count for in an elastic stream; others use them as they
-                are.
+            moments: norm statistics, as `moments` returns them. By default estimates from the codes
+                so far, which begin with the checkpoint's own (`CodecConfig.moments`) if it has any
+                or, in an elastic stream, with those of `calibration`.
+            weight: code frames that the statistics count for beside those of the stream; by default
+                `math.inf` for given ones, which are then used as they are, and 50 in an elastic
+                stream.
+            again: code frames up to which a young stream is decoded again, see `CodecStream`; by
+                default `Codec.again`.
 
         With known statistics an exact stream waits for no more than its vocoder's reach. Otherwise
         it waits for `LOOKAHEAD` patches, so that its first estimates are better.
         """
-        statistics = self.stated_statistics if moments is None else moments
-        if moments is None and lookahead == "elastic" and self.calibration is not None:
-            statistics = self.calibration
-        lookahead = "exact" if lookahead is None else lookahead
-        return CodecStream(self, lookahead, statistics, self.stream_graphs, weight)
+        known, elastic = moments, lookahead == "elastic"
+        if weight is None:
+            weight = PRIOR_FRAMES if elastic else math.inf if moments else STATED_FRAMES
+        if moments is None and elastic:
+            known = self.calibration or self.stated_statistics
+        elif moments is None:
+            # A stream that waits for LOOKAHEAD patches knows better by then.
+            waits = lookahead if isinstance(lookahead, int) else default_lookahead(self.config)
+            known = self.stated_statistics if waits < LOOKAHEAD else None
+        return CodecStream(
+            self,
+            "exact" if lookahead is None else lookahead,
+            known,
+            self.stream_graphs,
+            weight,
+            self.again if again is None else again,
+        )
 
     @in_own_modes
     def calibrate(self, recordings: Iterable[Tensor]) -> NormStatistics:

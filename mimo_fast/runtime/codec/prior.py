@@ -21,7 +21,13 @@ from mimo_fast.runtime.codec.state import (
 )
 
 PRIOR_FRAMES = 50
-"""Code frames that known statistics count for: 2 s. docs/LOG.md has the figures."""
+"""Code frames that statistics count for in an elastic stream: 2 s. docs/LOG.md has the figures."""
+
+STATED_FRAMES = 2
+"""Code frames that a checkpoint's own statistics count for in other streams.
+
+They are of the speech that it was trained on, and a recording can be far from it.
+"""
 
 MOST_FRAMES = 1e9
 """Code frames beside which a stream's own rows count for nothing: over a year."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import Enum
 
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.geometry import (
@@ -17,37 +19,52 @@ from mimo_fast.runtime.codec.geometry import (
 from mimo_fast.runtime.codec.state import CodecState, NormStatistics, Prior
 
 
+class Known(Enum):
+    """What a stream knows of its norm statistics before its codes."""
+
+    NOTHING = "they are estimated from its codes"
+    PRIOR = "known ones count as rows before the first"
+    GIVEN = "known ones are used as they are"
+
+    @classmethod
+    def of(cls, known: bool, weight: float) -> Known:
+        """weight: code frames that known statistics count for."""
+        if not known:
+            return cls.NOTHING
+        return cls.GIVEN if weight == math.inf else cls.PRIOR
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What decides the shape of a stream's chunks and what they read; one set of graphs serves it.
 
     Args:
         lookahead: patches that are held back; by an elastic stream in the end.
+        known: what its statistics begin with. Elastic streams have a prior, if only of no rows, so
+            that one set of graphs serves all of them.
         elastic: whether less is held back at first, see `elastic_rows`.
-        given: whether the stream norms by given statistics as they are. An elastic stream reckons
-            with what it is given and goes over to its own.
     """
 
     lookahead: int
+    known: Known
     elastic: bool = False
-    given: bool = False
 
     @classmethod
-    def of(cls, config: CodecConfig, lookahead: Lookahead | None, given: bool) -> Schedule:
+    def of(cls, config: CodecConfig, lookahead: Lookahead | None, known: Known) -> Schedule:
         """The schedule of a look-ahead, with or without known statistics.
 
         Raises:
             ValueError: it is out of range.
         """
         if lookahead == "elastic":
-            return cls(elastic_reach(config), elastic=True)
+            return cls(elastic_reach(config), Known.PRIOR, elastic=True)
         if lookahead is None or lookahead == "exact":
-            lookahead = default_lookahead(config, given)
+            lookahead = default_lookahead(config, known is not Known.NOTHING)
         if not 0 <= lookahead <= LOOKAHEAD:
             raise ValueError(
                 f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}"
             )
-        return cls(lookahead, given=given)
+        return cls(lookahead, known)
 
     @property
     def hold(self) -> int:
@@ -62,10 +79,10 @@ class Schedule:
 
     def statistics(self, config: CodecConfig, state: CodecState) -> NormStatistics | Prior | None:
         """What `decode_chunk` norms by: buffers of the state, or None for estimates."""
-        if self.elastic:
-            return Prior(state.prior[0], state.prior[1])
-        if not self.given:
+        if self.known is Known.NOTHING:
             return None
+        if self.known is Known.PRIOR:
+            return Prior(state.prior[0], state.prior[1])
         unpool, to_mel = state.given
         pooled = None if config.pool == 1 else (unpool[0], unpool[1])
         return NormStatistics(pooled, (to_mel[0], to_mel[1]))
@@ -73,5 +90,7 @@ class Schedule:
 
 def usual_schedules(config: CodecConfig) -> tuple[Schedule, Schedule, Schedule]:
     """Those that graphs are captured for: exact, exact with given statistics, and elastic."""
-    exact = Schedule.of(config, None, given=config.moments is not None)
-    return exact, Schedule.of(config, None, given=True), Schedule.of(config, "elastic", given=True)
+    stated = config.moments is not None and default_lookahead(config) < LOOKAHEAD
+    exact = Schedule.of(config, None, Known.PRIOR if stated else Known.NOTHING)
+    given = Schedule.of(config, None, Known.GIVEN)
+    return exact, given, Schedule.of(config, "elastic", Known.PRIOR)

@@ -30,6 +30,14 @@ WHOLE_UTTERANCE = 150
 RESTART_LIMIT = CONTEXT // 2
 """Code frames up to which a stream may be decoded again: a position still sees all of them."""
 
+SETTLING = 1000
+"""Frames^2 / frames: a stream of n code frames is decoded again once n^2 / SETTLING are new.
+
+Norm statistics change by new / n, and late changes matter less: those of a patch at 44 frames count
+for as much as those of 84 at 250. Decoding a stream again while it grows from 44 frames to 256 so
+costs SETTLING ln(256 / 44), about seven times its own frames. docs/LOG.md has the figures.
+"""
+
 MeanVariance = tuple[Tensor, Tensor]
 """Mean and variance, float32 scalars."""
 
@@ -62,19 +70,31 @@ class RunningStatistics:
     statistics of all rows, so that codes pushed at once are decoded as in one shot. docs/LOG.md has
     the figures.
 
+    A stream that is decoded again extrapolates nothing: the forecast gains up to 3 dB where an
+    utterance goes on for as long as it expects, and loses up to 11 dB where it soon ends.
+
     Args:
         sums: float64 [2, 3], sums over rows of (weight, weighted mean over channels, weighted mean
             square over channels); the weight is 1 in row 0 and the row's position in row 1.
-        expected: rows up to which missing rows are extrapolated.
+        expected: rows up to which missing rows are extrapolated, int64 scalar, 0 for none. On the
+            device, so that one graph serves streams with and without a forecast.
+        frame_rows: rows of a code frame.
     """
 
     sums: Tensor
-    expected: int
+    expected: Tensor
+    frame_rows: int
 
     @classmethod
     def allocate(cls, frame_rows: int, device: torch.device) -> RunningStatistics:
         """frame_rows: rows of a code frame."""
-        return cls(torch.zeros(2, 3, dtype=torch.float64, device=device), FORECAST * frame_rows)
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        expected = torch.full((), FORECAST * frame_rows, dtype=torch.int64, device=device)
+        return cls(sums, expected, frame_rows)
+
+    def forecast(self, frames: int) -> None:
+        """Extrapolates up to so many code frames from now on."""
+        self.expected.fill_(frames * self.frame_rows)
 
     def add(self, rows: Tensor, first: Tensor) -> None:
         """Adds final rows [R, D] from position `first` on; rows before position 0 are left out."""
@@ -140,6 +160,8 @@ class CodecState:
         held: dequantized codes held back until the first samples can be final.
         past: all dequantized codes of a short stream, to decode it again from the start.
         largest: code frames of the largest push.
+        again: code frames up to which the stream is decoded again as it grows; 0 for none.
+        decoded: code frames when it was last decoded from the start.
     """
 
     position: Tensor
@@ -159,6 +181,8 @@ class CodecState:
     held: list[Tensor] = field(default_factory=list)
     past: list[Tensor] = field(default_factory=list)
     largest: int = 0
+    again: int = 0
+    decoded: int = 0
 
     @classmethod
     def allocate(
@@ -200,16 +224,27 @@ class CodecState:
         """Resets the state to the start of a waveform, in the same memory."""
         self.rewind()
         self.tail.zero_()
-        self.committed = self.largest = 0
+        self.committed = self.largest = self.decoded = 0
         self.held.clear()
         self.past.clear()
 
     def rewind(self) -> None:
         """Resets all but the waveform so far, to decode the codes again from the first."""
+        forecasts = self.unpool.expected, self.to_mel.expected
+        kept = self.tail, self.given, self.prior, *forecasts
         for tensor in _tensors(self):
-            if all(tensor is not kept for kept in (self.tail, self.given, self.prior)):
+            if all(tensor is not each for each in kept):
                 tensor.zero_()
         self.frames = 0
+
+    def decode_again(self, frames: int) -> None:
+        """Sets, before the first codes, up to how many code frames are decoded again; 0 for none.
+
+        It replaces the forecast.
+        """
+        self.again = frames
+        for norm in (self.unpool, self.to_mel):
+            norm.forecast(0 if frames else FORECAST)
 
 
 def new_state(

@@ -1,5 +1,6 @@
 """`CodecStream`: incremental decoding; the cost of a push depends on its own frames alone."""
 
+import math
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,9 +14,14 @@ from mimo_fast.runtime.codec.geometry import LOOKAHEAD, Lookahead, streamable
 from mimo_fast.runtime.codec.graphs import LentState, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.prior import PRIOR_FRAMES, know, totals
-from mimo_fast.runtime.codec.schedule import Schedule
-from mimo_fast.runtime.codec.state import CodecState, NormStatistics, new_state
+from mimo_fast.runtime.codec.prior import know, totals
+from mimo_fast.runtime.codec.schedule import Known, Schedule
+from mimo_fast.runtime.codec.state import (
+    RESTART_LIMIT,
+    CodecState,
+    NormStatistics,
+    new_state,
+)
 
 
 class CodecStream:
@@ -31,10 +37,13 @@ class CodecStream:
             then works without the frames that are missing. "elastic" begins with one and goes on to
             the vocoder's reach, see `elastic_rows`: for listeners. "exact" is `default_lookahead`.
         statistics: norm statistics, as `Codec.moments` measures them on other codes of the same
-            speaker; by default they are estimated from the codes pushed. An elastic stream takes
-            them for those of `weight` code frames that precede its own.
+            speaker; by default they are estimated from the codes pushed.
         graphs: the pool of captured states.
-        weight: 0 or more; `math.inf` uses the statistics as they are, as other streams do.
+        weight: code frames that the statistics count for, as if they preceded the stream's own;
+            `math.inf` uses them as they are.
+        again: code frames up to which the stream is decoded again as it grows, so that its norm
+            statistics are as good as upstream's; 0 for the least time a push, at most 256.
+            Statistics that are used as they are need none of it.
 
     Raises:
         ValueError: an argument is out of range, or the codec's look-ahead is unlimited.
@@ -47,13 +56,19 @@ class CodecStream:
         lookahead: Lookahead = LOOKAHEAD,
         statistics: NormStatistics | None = None,
         graphs: StreamGraphs | None = None,
-        weight: float = PRIOR_FRAMES,
+        weight: float = math.inf,
+        again: int = 0,
     ) -> None:
         codec.owner.check()
         config = codec.config
-        self._schedule = schedule = Schedule.of(config, lookahead, statistics is not None)
         if not weight >= 0:
             raise ValueError(f"weight must be 0 code frames or more, not {weight}")
+        if not 0 <= again <= RESTART_LIMIT:
+            raise ValueError(
+                f"again must be between 0 and {RESTART_LIMIT} code frames, not {again}"
+            )
+        known = Known.of(statistics is not None, weight)
+        self._schedule = schedule = Schedule.of(config, lookahead, known)
         if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
         self._codec = codec
@@ -68,6 +83,7 @@ class CodecStream:
                 self._give_back.atexit = False
             else:
                 self._state = new_state(config, schedule.lookahead, codec.dtype, codec.device)
+            self._state.decode_again(again)
             know(codec.config, self._state, statistics, weight)
         self._statistics = schedule.statistics(config, self._state)
 
@@ -149,8 +165,10 @@ class CodecStream:
             return torch.zeros(0, dtype=torch.float32, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
         state.held.clear()
-        if self._statistics is None:
-            hidden = codes_to_decode(state, hidden)
+        # An elastic stream begins with so few codes that its first patches would seem large.
+        estimates = self._schedule.known is not Known.GIVEN
+        if estimates and (state.again or not self._schedule.elastic):
+            hidden = codes_to_decode(state, hidden, ended)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
         if wav is not None:
             return wav

@@ -1,4 +1,7 @@
-"""A stream is at least as close to one-shot decoding as upstream's, whatever the chunks."""
+"""How close a stream is to one-shot decoding, beside upstream's, whatever the chunks."""
+
+import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -9,10 +12,34 @@ from test_codec_stream import cut
 from test_codec_stream import stream_in as stream_parts
 from torch import Tensor
 
+from benchmarks.studies.codec_closeness import (
+    KEPT_BACK,
+    PAIRS,
+    Pair,
+    codec_of,
+    codes_of,
+    gains,
+    measure,
+)
 from benchmarks.studies.codec_stream import upstream_stream
 from mimo_fast.runtime.codec import incremental
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
+from mimo_fast.runtime.codec.state import RESTART_LIMIT, SETTLING
+from mimo_fast.testing.parity import STAGES
 
 FRAMES = 182
+
+QUICK = (
+    Pair("kit", "random 2", 120, (4, 25)),
+    Pair("kit", "recordings", 64, (4, 50)),
+    Pair("unit kit 1", "random 3", 100, (4,)),
+    Pair("loose kit 1", "random 6", 60, (4, 13)),
+    Pair("loose kit 5", "recordings", 47),
+    Pair("loose wide 8", "repeated 3", 70, (4, 25)),
+    Pair("loose no pooling 7", "random 9", 90, (4, 25)),
+    Pair("nano unstated", "recordings", 60, (4, 17)),
+    Pair("nano", "recordings", 48, (4,), LOOKAHEAD),
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +52,11 @@ def oneshot(golden) -> Tensor:
     return golden.get("codec:stream_oneshot")
 
 
-def stream_in(codec, codes: Tensor, sizes: list[int], *, last_by_finish: bool = False) -> Tensor:
+def stream_in(
+    codec, codes: Tensor, sizes: list[int], *, last_by_finish: bool = False, again: int = 0
+) -> Tensor:
     """The whole waveform from pushes of so many frames, cycled until the codes are spent."""
-    options = {"last_by_finish": last_by_finish}
+    options = {"last_by_finish": last_by_finish, "again": again}
     return torch.cat(stream_parts(codec, codes, cut(codes.shape[1], sizes), **options))
 
 
@@ -58,8 +87,9 @@ def test_mixed_chunks_are_as_close_as_upstreams_patches(
     assert snr_db(wav, oneshot) >= snr_db(golden.get("codec:stream_wav.4"), oneshot)
 
 
-def test_codes_pushed_at_once_are_decoded_as_in_one_shot(model, codes):
-    wav = stream_in(model.codec, codes, [FRAMES])
+@pytest.mark.parametrize("again", [0, RESTART_LIMIT])
+def test_codes_pushed_at_once_are_decoded_as_in_one_shot(model, codes, again):
+    wav = stream_in(model.codec, codes, [FRAMES], again=again)
     assert snr_db(wav, model.codec.decode(codes)) >= 110
 
 
@@ -67,9 +97,151 @@ def test_a_push_decodes_at_most_two_others_again(model, codes, monkeypatch):
     """Of equal pushes the third decodes all three, and no later one decodes any again."""
     rows = list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
-    stream, done = model.codec.stream(), list[int]()
+    stream, done = model.codec.stream(again=0), list[int]()
     for chunk in codes.repeat(1, 3).split(60, dim=1):
         rows.clear()
         stream.push(chunk)
         done.append(sum(rows) // 2)
     assert done == [60, 120, 180, 60, 60, 60, 60, 60, 60, 6]
+
+
+measured = cache(measure)
+
+
+def spoken(pair: Pair) -> Pair:
+    """The pair, if the program that speaks its sentences is there."""
+    program = pair.codes.partition(" ")[0]
+    if program in ("flite", "espeak-ng") and shutil.which(program) is None:
+        pytest.skip(f"needs {program}")
+    return pair
+
+
+@pytest.mark.parametrize(
+    "pair", slow_after(len(QUICK), [*QUICK, *PAIRS, *KEPT_BACK]), ids=lambda pair: pair.name
+)
+def test_a_young_stream_decoded_again_is_as_close_as_upstreams(pair):
+    """Over codecs and utterances of many kinds; what begins earlier is a test of its own."""
+    found = measured(spoken(pair), again=RESTART_LIMIT)
+    assert pair.early or min(gains([found])) >= -0.5
+
+
+@pytest.mark.slow
+def test_streams_are_closer_than_upstreams_on_average():
+    pairs = [pair for pair in (*PAIRS, *KEPT_BACK) if not pair.early]
+    spoken_pairs = [spoken(pair) for pair in pairs]
+    found = gains(measured(pair, again=RESTART_LIMIT) for pair in spoken_pairs)
+    assert sum(found) / len(found) >= 0
+
+
+@pytest.mark.parametrize("again", [0, RESTART_LIMIT])
+@pytest.mark.parametrize(("voice", "frames"), [("recordings", 60), ("recordings", 150)])
+def test_a_stream_outgrows_what_its_checkpoint_states(voice, frames, again):
+    """nano states the statistics of its own voice, and waits for one patch."""
+    codec = codec_of("nano")
+    codes = codes_of(codec, voice, frames)
+    oneshot, sizes = codec.decode(codes), cut(frames, [PATCH_FRAMES])
+    fixed = stream_parts(codec, codes, sizes, moments=codec.stated_statistics)
+    ours = stream_in(codec, codes, [PATCH_FRAMES], again=again)
+    assert len(fixed[1]) > 0
+    assert snr_db(ours, oneshot) >= snr_db(torch.cat(fixed), oneshot) + 6
+
+
+def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):
+    """No push decodes more than the limit, and all together a fixed multiple of it."""
+    rows = list[int]()
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    stream, done = model.codec.stream(again=RESTART_LIMIT), list[int]()
+    for chunk in codes.repeat(1, 3)[:, :500].split(PATCH_FRAMES, dim=1):
+        rows.clear()
+        stream.push(chunk)
+        done.append(sum(rows) // 2)
+    first, young = LOOKAHEAD + 1, RESTART_LIMIT // PATCH_FRAMES
+    assert done[: first - 1] == [0] * (first - 1)
+    for pushed, frames in enumerate(done[first - 1 : young], start=first):
+        assert frames in (PATCH_FRAMES, pushed * PATCH_FRAMES)
+    assert done[young:] == [PATCH_FRAMES] * (len(done) - young)
+    # The integral of n dn / (n^2 / SETTLING), rounded up to whole patches.
+    again = [frames for frames in done[first:] if frames > PATCH_FRAMES]
+    assert 0.5 < sum(again) / (SETTLING * torch.tensor(256 / 44).log()) <= 1
+    rows.clear()
+    stream.finish()
+    assert not rows
+
+
+@pytest.mark.parametrize("again", [64, 100])
+def test_a_lower_limit_decodes_no_more(model, codes, monkeypatch, again):
+    rows = list[int]()
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    stream = model.codec.stream(again=again)
+    for i, chunk in enumerate(codes.split(PATCH_FRAMES, dim=1)):
+        rows.clear()
+        stream.push(chunk)
+        assert sum(rows) // 2 <= (again if (i + 1) * PATCH_FRAMES <= again else PATCH_FRAMES)
+
+
+def test_what_is_given_is_never_decoded_again(model, codes, monkeypatch):
+    moments, rows = model.codec.moments(codes), list[int]()
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    parts = stream_parts(
+        model.codec, codes, cut(FRAMES, [PATCH_FRAMES]), moments=moments, again=RESTART_LIMIT
+    )
+    assert sum(rows) == 2 * FRAMES
+    assert sum(map(len, parts)) == FRAMES * 960
+
+
+@pytest.mark.parametrize("again", [-1, RESTART_LIMIT + 1])
+def test_a_limit_is_a_young_streams(model, again):
+    with pytest.raises(ValueError, match=f"between 0 and {RESTART_LIMIT} code frames, not {again}"):
+        model.codec.stream(again=again)
+
+
+def test_what_a_stream_does_by_default_is_the_codecs_choice(model, codes):
+    codec = model.codec
+    assert codec.again == RESTART_LIMIT
+    sizes = cut(FRAMES, [PATCH_FRAMES])
+    default = torch.cat(stream_parts(codec, codes, sizes))
+    assert torch.equal(default, stream_in(codec, codes, [PATCH_FRAMES], again=codec.again))
+    assert not torch.equal(default, stream_in(codec, codes, [PATCH_FRAMES], again=0))
+
+
+class Ground:
+    """Upstream's streams of a pair, as a parity kit holds them."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.codec = codec_of(pair.codec)
+        codes = codes_of(self.codec, pair.codes, pair.frames)
+        self.tensors = {"codec:stream_codes": codes}
+        self.tensors["codec:stream_oneshot"] = self.codec.decode(codes)
+        for size in pair.sizes:
+            wav = upstream_stream(self.codec, codes, size)
+            self.tensors[f"codec:stream_wav.{size}"] = wav
+            self.tensors[f"codec:stream_lens.{size}"] = torch.tensor([len(wav)])
+
+    def named(self, prefix: str) -> list[str]:
+        return [name.rpartition(".")[2] for name in self.tensors if name.startswith(prefix + ".")]
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    slow_after(
+        3,
+        [
+            *(Pair(f"loose kit {seed}", f"random {seed}", 120) for seed in (31, 32)),
+            Pair("nano", "recordings", 60),
+            *(Pair(f"loose kit {seed}", f"random {seed}", 228) for seed in (33, 34, 35, 36)),
+            *(Pair(f"unit deep {seed}", f"random {seed}", 182) for seed in (37, 38)),
+            *(Pair(f"unit kit {seed}", f"repeated {seed}", 320) for seed in (39, 40)),
+        ],
+    ),
+    ids=lambda pair: pair.name,
+)
+def test_verify_passes_kits_that_it_has_never_seen(pair):
+    ground = Ground(pair)
+    for stage in ("codec stream", "decoded once"):
+        compare, bound, _ = STAGES[stage]
+        errors = dict(compare(ground, ground))
+        assert len(errors) == len(pair.sizes)
+        assert max(errors.values()) <= bound

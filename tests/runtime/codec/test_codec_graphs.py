@@ -30,7 +30,9 @@ STATED = {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 
 
 
 def graphed(codec: Codec) -> tuple[Codec, Counted]:
+    """A copy with stand-ins for CUDA graphs, which decodes nothing again, as on a GPU."""
     codec, counted = copy.copy(codec), Counted()
+    codec.again = 0
     codec.stream_graphs = StreamGraphs(codec, counted)
     return codec, counted
 
@@ -39,10 +41,13 @@ def graphed(codec: Codec) -> tuple[Codec, Counted]:
 def plain(request, tmp_path_factory) -> Codec:
     """The kit's codec, one with stated moments, one that first decodes two vocoder blocks."""
     if request.param == "kit":
-        return request.getfixturevalue("model").codec
-    changed = STATED if request.param == "stated" else {"avg_pooler": 4}
-    pair = write_pair(tmp_path_factory.mktemp(request.param), {}, changed)
-    return mimo_fast.load(*pair, device="cpu").codec
+        codec = copy.copy(request.getfixturevalue("model").codec)
+    else:
+        changed = STATED if request.param == "stated" else {"avg_pooler": 4}
+        pair = write_pair(tmp_path_factory.mktemp(request.param), {}, changed)
+        codec = mimo_fast.load(*pair, device="cpu").codec
+    codec.again = 0
+    return codec
 
 
 def wait(codec: Codec) -> int:
@@ -93,6 +98,23 @@ def test_pushes_of_any_size_mix_with_replays(plain, sizes):
         # A push that holds most of an utterance changes the norms over time of all later ones.
         most = 0 if sizes[0] == 160 else lengths.count(PATCH_FRAMES)
         assert (not last_by_finish) <= counted.replays <= most + 1
+
+
+def test_graphs_serve_streams_that_are_decoded_again_and_that_are_not(plain):
+    """One state serves both in turn; a chunk is a replay where a stream is not decoded again."""
+    codec, counted = graphed(plain)
+    codes, sizes = random_codes(codec.config, 300), cut(300, [PATCH_FRAMES])
+    replays = []
+    for again in (256, 0, 256):
+        counted.replays = 0
+        got = stream_in(codec, codes, sizes, again=again)
+        same(got, stream_in(plain, codes, sizes, again=again))
+        replays.append(counted.replays)
+    assert counted.captures == 3
+    chunks = (300 - wait(codec)) // PATCH_FRAMES + 1
+    assert replays[0] == replays[2] < replays[1] == chunks
+    # The chunks after the 256th frame, and the end.
+    assert replays[0] >= 12
 
 
 def test_streams_take_turns_over_states_that_keep_no_trace(plain):
