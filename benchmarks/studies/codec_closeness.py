@@ -304,7 +304,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     pairs = [pair for pair in (KEPT_BACK if args.kept_back else PAIRS) if args.only in pair.name]
-    about: Record = {"machine": [*describe_machine()], "again": args.again}
+    head = ("git", "rev-parse", "--short", "HEAD")
+    commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    about: Record = {"machine": [*describe_machine()], "commit": commit, "again": args.again}
     records: list[Record] = []
     for pair in pairs:
         records.append(measure(pair, again=args.again))

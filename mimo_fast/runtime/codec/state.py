@@ -30,12 +30,11 @@ WHOLE_UTTERANCE = 150
 RESTART_LIMIT = CONTEXT // 2
 """Code frames up to which a stream may be decoded again: a position still sees all of them."""
 
-SETTLING = 1000
-"""Frames^2 / frames: a stream of n code frames is decoded again once n^2 / SETTLING are new.
+SETTLING = 2000
+"""A stream of n code frames is decoded again once n^2 / SETTLING of them are new.
 
-Norm statistics change by new / n, and late changes matter less: those of a patch at 44 frames count
-for as much as those of 84 at 250. Decoding a stream again while it grows from 44 frames to 256 so
-costs SETTLING ln(256 / 44), about seven times its own frames. docs/LOG.md has the figures.
+Statistics over n frames change ever less. While a stream grows from 44 frames to 256, at most
+SETTLING ln(256 / 44) = 3522 frames are decoded again; docs/LOG.md has times and figures.
 """
 
 MeanVariance = tuple[Tensor, Tensor]

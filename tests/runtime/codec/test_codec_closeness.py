@@ -128,22 +128,24 @@ def test_a_young_stream_decoded_again_is_as_close_as_upstreams(pair):
 @pytest.mark.slow
 def test_streams_are_closer_than_upstreams_on_average():
     pairs = [pair for pair in (*PAIRS, *KEPT_BACK) if not pair.early]
-    spoken_pairs = [spoken(pair) for pair in pairs]
-    found = gains(measured(pair, again=RESTART_LIMIT) for pair in spoken_pairs)
+    found = gains(measured(spoken(pair), again=RESTART_LIMIT) for pair in pairs)
     assert sum(found) / len(found) >= 0
 
 
 @pytest.mark.parametrize("again", [0, RESTART_LIMIT])
-@pytest.mark.parametrize(("voice", "frames"), [("recordings", 60), ("recordings", 150)])
-def test_a_stream_outgrows_what_its_checkpoint_states(voice, frames, again):
+@pytest.mark.parametrize("frames", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_stream_outgrows_what_its_checkpoint_states(frames, again):
     """nano states the statistics of its own voice, and waits for one patch."""
     codec = codec_of("nano")
-    codes = codes_of(codec, voice, frames)
+    codes = codes_of(codec, "recordings", frames)
     oneshot, sizes = codec.decode(codes), cut(frames, [PATCH_FRAMES])
     fixed = stream_parts(codec, codes, sizes, moments=codec.stated_statistics)
     ours = stream_in(codec, codes, [PATCH_FRAMES], again=again)
     assert len(fixed[1]) > 0
-    assert snr_db(ours, oneshot) >= snr_db(torch.cat(fixed), oneshot) + 6
+    begun = (LOOKAHEAD + 1) * PATCH_FRAMES * 960
+    for start, better in ((0, 4), (begun, 6)):
+        want = snr_db(torch.cat(fixed)[start:], oneshot[start:]) + better
+        assert snr_db(ours[start:], oneshot[start:]) >= want
 
 
 def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):

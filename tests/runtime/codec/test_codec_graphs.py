@@ -103,18 +103,16 @@ def test_pushes_of_any_size_mix_with_replays(plain, sizes):
 def test_graphs_serve_streams_that_are_decoded_again_and_that_are_not(plain):
     """One state serves both in turn; a chunk is a replay where a stream is not decoded again."""
     codec, counted = graphed(plain)
-    codes, sizes = random_codes(codec.config, 300), cut(300, [PATCH_FRAMES])
+    codes, sizes = random_codes(codec.config, 280), cut(280, [PATCH_FRAMES])
     replays = []
-    for again in (256, 0, 256):
+    for again in (256, 0):
         counted.replays = 0
         got = stream_in(codec, codes, sizes, again=again)
         same(got, stream_in(plain, codes, sizes, again=again))
         replays.append(counted.replays)
     assert counted.captures == 3
-    chunks = (300 - wait(codec)) // PATCH_FRAMES + 1
-    assert replays[0] == replays[2] < replays[1] == chunks
-    # The chunks after the 256th frame, and the end.
-    assert replays[0] >= 12
+    # At least the chunks after the 256th frame, and the end.
+    assert 7 <= replays[0] < replays[1] == (280 - wait(codec)) // PATCH_FRAMES + 1
 
 
 def test_streams_take_turns_over_states_that_keep_no_trace(plain):
