@@ -34,7 +34,7 @@ from mimo_fast.runtime.codec.layers import (
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.state import NormStatistics, Prior
+from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -105,7 +105,6 @@ class CodecNetwork:
         self.window = source("decoder.vocoder.head.istft.window").float()
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
-        self._prior: Prior | None = None
         if config.moments is not None:
             self.stated_statistics = self.statistics(config.moments)
 

@@ -37,6 +37,14 @@ def graphed(codec: Codec) -> tuple[Codec, Counted]:
     return codec, counted
 
 
+@pytest.fixture(scope="module")
+def deep(deep) -> Codec:
+    """The shared one, which decodes nothing again, as on a GPU."""
+    codec = copy.copy(deep)
+    codec.again = 0
+    return codec
+
+
 @pytest.fixture(scope="module", params=["kit", "stated", "late"])
 def plain(request, tmp_path_factory) -> Codec:
     """The kit's codec, one with stated moments, one that first decodes two vocoder blocks."""
