@@ -80,7 +80,7 @@ part() {
     timeout --foreground -k 5 $((3 * about < room ? 3 * about : room)) "$@" >>"$log" 2>&1
     code=$? spent=$((SECONDS - began))
     if ((code == 0)); then
-        report "$title" "ok, $spent s${new:+, the first time on a GPU}"
+        report "$title" "ok, $spent s$([[ -z $new || $device != cuda ]] || echo ", the first time on a GPU")"
         echo "$title on $name in $spent s, $(date -u +%FT%TZ)" >>"$done_list"
         return 0
     fi
