@@ -234,7 +234,7 @@ pack
 if "$python" -c 'import matplotlib' 2>>"$log"; then
     "$python" -m benchmarks report --results "$out" -o "$out/performance.md" >>"$log" 2>&1
 fi
-"$python" -m benchmarks report --figures --results "$out" 2>>"$log" | tee -a "$log" | sed 's/^/    /'
+"$python" -m benchmarks report --figures --results "$out" 2>>"$log" | tee -a "$log" | sed '/./s/^/    /'
 echo "results and log: ${records%.jsonl}.*"
 if ((${#left[@]})); then echo "left for the next call: ${left[*]}"; fi
 if ((${#failed[@]})); then
