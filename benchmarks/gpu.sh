@@ -80,7 +80,7 @@ part() {
     timeout --foreground -k 5 $((3 * about < room ? 3 * about : room)) "$@" >>"$log" 2>&1
     code=$? spent=$((SECONDS - began))
     if ((code == 0)); then
-        report "$title" "ok, $spent s${new:+, the first time on a GPU}"
+        report "$title" "ok, $spent s$([[ -z $new || $device != cuda ]] || echo ", the first time on a GPU")"
         echo "$title on $name in $spent s, $(date -u +%FT%TZ)" >>"$done_list"
         return 0
     fi
@@ -125,8 +125,10 @@ PY
 
 # study NAME SECONDS: benchmarks/studies/NAME.py, where there is one; its JSON becomes a record.
 study() {
+    local runs=gpu_part options=()
     [[ -e benchmarks/studies/$1.py ]] || return 0
-    gpu_part "study-$1" "$2" "$python" -m "benchmarks.studies.$1" --out "$scratch/$1.json"
+    [[ $1 != turns ]] || runs=part options=("${turned[@]}")
+    "$runs" "study-$1" "$2" "$python" -m "benchmarks.studies.$1" --out "$scratch/$1.json" "${options[@]}"
     # What it wrote before it was ended counts as well.
     [[ ! -e $scratch/$1.json ]] || "$python" -m benchmarks.records "$1" "$scratch/$1.json" "$records" >>"$log" 2>&1
 }
@@ -179,7 +181,7 @@ if [[ $device == cuda ]]; then
     asked=(--batch 1 4 16 64 --prompt 32 128 512 2048 --context --task tts "${reply[@]}")
     tasks=(--batch 1 4 16 --context "${reply[@]}")
     drawn=(--batch 1 16 64 --context --task tts --words 10 --patches 150 --limit 30)
-    said=(--words 6 --patches 12) profiled=(--context 1024)
+    said=(--words 6 --patches 12) profiled=(--context 1024) turned=(--preset "$preset")
 else
     products=(--format 'int8' --op patch_decoder.out --m 1 --seconds 0.05 --provider ours-cpu)
     others=(--quick --op 'patch_decoder.rms_norm' --provider ours-cpu --provider eager)
@@ -190,6 +192,7 @@ else
     tasks=(--batch 1 --context "${reply[@]}")
     drawn=(--batch 1 --context --task tts "${reply[@]}")
     said=(--words 2 --patches 3 --dtype float32) profiled=(--context 24 --groups 2 --dtype float32)
+    turned=(--preset "$preset" --device cpu --dtype float32 --quantization bf16 --capacity 64 --part encode turn)
 fi
 tests=(-p no:cacheprovider -v --durations 10)
 ((list_only)) || tests+=($("$python" -c 'import xdist' 2>>"$log" && echo "-n auto"))
@@ -231,7 +234,7 @@ pack
 if "$python" -c 'import matplotlib' 2>>"$log"; then
     "$python" -m benchmarks report --results "$out" -o "$out/performance.md" >>"$log" 2>&1
 fi
-"$python" -m benchmarks report --figures --results "$out" 2>>"$log" | tee -a "$log" | sed 's/^/    /'
+"$python" -m benchmarks report --figures --results "$out" 2>>"$log" | tee -a "$log" | sed '/./s/^/    /'
 echo "results and log: ${records%.jsonl}.*"
 if ((${#left[@]})); then echo "left for the next call: ${left[*]}"; fi
 if ((${#failed[@]})); then

@@ -30,6 +30,7 @@ class History:
     def __init__(self) -> None:
         self.sequence: TokenSequence | None = None
         self.voice: Voice | None = None
+        self._before: tuple[Tensor, int] | None = None
         self._reader: weakref.ref[Reply | ChunkStream] | None = None
         self._owner: asyncio.Task[Any] | threading.Thread | None = None
         self._lock = threading.RLock()
@@ -82,6 +83,7 @@ class History:
                 self.sequence = pipeline.sequence(seed)
             sequence = self.sequence
             before = sequence.ids, sequence.cached
+            self._before = before if add_history else None
             try:
                 sequence.add(prompt)
                 if seed is not None:
@@ -92,6 +94,14 @@ class History:
                 raise
             self._reader, self._owner = weakref.ref(reply), caller()
         return reply
+
+    def take_back(self) -> None:
+        """Forgets the prompt that was added last, of which a recording turned out to be none."""
+        with self._lock:
+            if self.sequence is not None and self._before is not None:
+                self.sequence.go_back(*self._before)
+            else:
+                self.clear()
 
     def read_by(self, reply: Reply, stream: ChunkStream, voice: Voice) -> ChunkStream:
         """Notes the stream of the last reply, which a continuation closes, and its voice."""

@@ -20,7 +20,7 @@ from mimo_fast.audio.files import as_samples
 from mimo_fast.audio.writing import check_output, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
-from mimo_fast.errors import AudioError
+from mimo_fast.errors import AudioError, NumericError
 from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.finite import checked_samples
@@ -447,7 +447,12 @@ class MimoAudio:
             ),
         )
         if not follows:
-            reply.prefill()
+            try:
+                reply.prefill()
+            except (AudioError, NumericError):
+                # A recording that was still encoded when it was added.
+                self._history.take_back()
+                raise
         return reply
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:

@@ -104,7 +104,7 @@ def test_two_calls_on_this_cpu(tmp_path: Path) -> None:
     others = " ".join(MEASURED - {"ops-others", "profile-int4"})
     code, fates, _ = script(first, "ops-others", **here)
     assert (code, [*fates][:1]) == (0, ["ops-others"])
-    code, fates, _ = script(second, EARLIER=str(first), SKIP=f"native {others}", **here)
+    code, fates, _ = script(second, EARLIER=str(first), SKIP=f"native study-turns {others}", **here)
     log = "".join(path.read_text() for path in second.glob("*.log"))
     assert code == 0, f"{fates}\n{log[-3000:]}"
     assert {fates[name] for name in GPU_ONLY} == {"skipped: needs a CUDA device"}

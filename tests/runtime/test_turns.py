@@ -129,13 +129,19 @@ def test_what_is_wrong_with_a_recording_is_told_and_leaves_no_trace(model, plain
     sessions = [each.session(seed=3) for each in (own, plain)]
     first = [[*each.stream(turns[1], **OPTIONS)] for each in sessions]
     assert same(*first)
+    list(own.stream("spoken_dialogue", turns[2], **OPTIONS))
     codec = own.pipeline.codec
     whole = codec.conv1
     codec.conv1 = whole[0] * torch.inf, whole[1]
     with pytest.raises(NumericError, match=r"encoder gives values that are not finite: .*conv1"):
         sessions[0].stream(turns[0], **OPTIONS)
-    with pytest.raises(NumericError, match="encoder"):
-        own.stream("asr", turns[0], **OPTIONS)
+    before = own.history
+    for more in (True, False):
+        with pytest.raises(NumericError, match="encoder"):
+            own.stream("spoken_dialogue", turns[0], add_history=more, **OPTIONS)
+        if more:
+            assert torch.equal(own.history, before)
+    assert own.history is None
     codec.conv1 = whole
     assert sessions[0].turns == 1
     assert same(*[[*each.stream(turns[2], **OPTIONS)] for each in sessions])

@@ -195,8 +195,8 @@ class Graphs:
         self._prompts: dict[tuple[int, int], CapturedPrompt] = {}
         default = enabled(NewPath.PROMPT_GRAPHS, lm.device)
         self.takes_prompts = default if prompts is None else prompts
-        default = self.takes_prompts and enabled(NewPath.PACKED_PROMPTS, lm.device)
-        self.packs_prompts = default if packed is None else packed
+        default = enabled(NewPath.PACKED_PROMPTS, lm.device)
+        self.packs_prompts = self.takes_prompts and (default if packed is None else packed)
         self._joined: dict[int, Joined] = {}
 
     @property

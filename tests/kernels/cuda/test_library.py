@@ -2,11 +2,14 @@
 
 import ast
 import inspect
+import runpy
+import subprocess
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from emulated import ROOT
 
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul import plan as plans
@@ -133,3 +136,47 @@ def test_the_device_of_a_tensor_is_made_current(monkeypatch, index):
     device = torch.device("cuda", index)
     with cuda._current(SimpleNamespace(is_cuda=True, device=device)):
         assert entered == [device] * index
+
+
+@pytest.fixture
+def set_up(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """setup.py's command, whose nvcc knows the given architectures; nothing is compiled."""
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import cuda_build
+    import ninja_file
+
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "BUILD", tmp_path)
+    monkeypatch.setattr(ninja_file.NinjaFile, "run", lambda _: False)
+    monkeypatch.delenv("MIMO_FAST_CUDA_ARCHITECTURES", raising=False)
+    command = object.__new__(runpy.run_path(str(ROOT / "setup.py"))["BuildAll"])
+
+    def run(*known: str) -> None:
+        listed = "".join(f"sm_{each}\n" for each in known)
+        monkeypatch.setattr(
+            cuda_build.subprocess,
+            "run",
+            lambda *_, **__: subprocess.CompletedProcess([], 0, listed),
+        )
+        command.inplace = True
+        command.build_cuda()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("known", "line"),
+    [
+        (
+            ["52", "70", "75"],
+            "warning: nvcc compiles for none of the architectures that are wanted",
+        ),
+        (["75", "80", "90"], "warning: CUDA kernels were not built: Triton's take their place"),
+    ],
+)
+def test_an_nvcc_that_is_too_old_or_fails_is_a_line(set_up, capsys, known, line):
+    set_up(*known)
+    assert capsys.readouterr().err.splitlines() == [line]

@@ -42,12 +42,14 @@ def by_itself(
 def test_any_mix_gives_the_tokens_of_lone_runs(
     model, engine, requests, interruptions, by_itself, seed
 ):
-    """More rows than slots; two of five engines launch the next group ahead at random."""
+    """More rows than slots; two of five engines launch the next group ahead at random, of every
+    third the groups are graphs, of most of those the prompts, alone or several at once."""
     rng, ahead = random.Random(seed), random.Random(-seed)
     engine.overlaps = seed % 5 < 2
     engine.decoder.predict = bool(seed % 2)
     if seed % 3 == 2:
-        engine.decoder.graphs = Graphs(model.lm, engine.state, repeated)
+        prompts, packed = seed % 5 > 0, bool(seed % 2)
+        engine.decoder.graphs = Graphs(model.lm, engine.state, repeated, None, prompts, packed)
     to_start = [(rng.randrange(len(requests)), rng.choice([0, 0, 1, 2])) for _ in range(7)]
     running, ended = list[tuple[Consumer, int, int]](), list[tuple[Consumer, int, int]]()
     while running or to_start:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import slow_after
 from launch_counter import HostLaunches
 from replays import Counted, repeated
 from replies import CAPACITY, drawn, poison
@@ -134,7 +135,7 @@ def tensors_of(state: DecodeState) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("lengths", [(20, 9), (32, 1, 5), (60, 40, 33, 64)])
+@pytest.mark.parametrize("lengths", slow_after(2, [(20, 9), (60, 40, 33, 64), (32, 1, 5)]))
 def test_packed_prompts_are_each_what_it_is_alone(loaded, lengths, quantized):
     """Bit for bit: keys, values and hidden states, at starts and in slots of their own."""
     lm, size = loaded.model.lm, loaded.model.lm.config.group_size
