@@ -34,6 +34,7 @@ from mimo_fast.quantization import (
     stored_types,
 )
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.network import statistics_on
 from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
@@ -252,7 +253,7 @@ def load_codec(source: PathLike, device: str | torch.device | None, hub: HubOpti
 
 def _calibration(codec: Codec, directory: Path) -> NormStatistics | None:
     moments = read_calibration(directory)
-    return None if moments is None else codec.statistics(moments)
+    return None if moments is None else statistics_on(codec.device, codec.config, moments)
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -47,6 +47,13 @@ DECODE_SEGMENT = 1500
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
+def statistics_on(device: torch.device, config: CodecConfig, moments: Moments) -> NormStatistics:
+    """Norm statistics from the mean and variance of `unpool` and of `to_mel`."""
+    unpool, to_mel = torch.tensor(moments, dtype=torch.float32, device=device)
+    pooled = None if config.pool == 1 else (unpool[0], unpool[1])
+    return NormStatistics(pooled, (to_mel[0], to_mel[1]))
+
+
 @checked
 class CodecNetwork:
     """Weights and functions over them; `Codec` adds streams.
@@ -106,7 +113,7 @@ class CodecNetwork:
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
         if config.moments is not None:
-            self.stated_statistics = self.statistics(config.moments)
+            self.stated_statistics = statistics_on(self.device, config, config.moments)
 
     @property
     def sample_rate(self) -> int:
@@ -209,12 +216,6 @@ class CodecNetwork:
         unpool = None if conv is None else conv.statistics(conv.convolve(hidden.to(self.dtype)))
         mel = self.to_mel.convolve(self._decoder_hidden(hidden))
         return NormStatistics(unpool, self.to_mel.statistics(mel))
-
-    def statistics(self, moments: Moments) -> NormStatistics:
-        """Norm statistics of mean and variance of `unpool` and of `to_mel`."""
-        unpool, to_mel = torch.tensor(moments, dtype=torch.float32, device=self.device)
-        pooled = None if self.unpool is None else (unpool[0], unpool[1])
-        return NormStatistics(pooled, (to_mel[0], to_mel[1]))
 
     @property
     def receptive_patches(self) -> int:
