@@ -103,6 +103,7 @@ def readers(model, kit) -> dict[str, set[str]]:
     return reads
 
 
+STREAMED = {"codec stream", "decoded once"}
 PROMPTED = {"prompts", "embeddings", "text logits", "local hidden", "generate"}
 TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
     ("codec:wav24k.1", (1000,), 1e-4, {"resample"}),
@@ -116,10 +117,10 @@ TAMPERED: list[tuple[str, tuple[int, ...], float, set[str]]] = [
     ("codec:wav_decall.2", (1,), 0.02, {"codec decoder"}),
     ("codec:stream_codes", (0, 100), 1, {"codec decoder", "codec stream"}),
     ("codec:stream_oneshot", (174719,), 0.02, {"codec decoder"}),
-    ("codec:stream_wav.4", (100000,), torch.nan, {"codec stream"}),
-    ("codec:stream_wav.25", (0,), torch.nan, {"codec stream"}),
-    ("codec:stream_lens.4", (45,), 1, {"codec stream"}),
-    ("codec:stream_lens.25", (0,), 960, {"codec stream"}),
+    ("codec:stream_wav.4", (100000,), torch.nan, STREAMED),
+    ("codec:stream_wav.25", (0,), torch.nan, STREAMED),
+    ("codec:stream_lens.4", (45,), 1, STREAMED),
+    ("codec:stream_lens.25", (0,), 960, STREAMED),
     ("prompts:understand", (0, 0), 1, {"prompts"}),
     ("prompts:icl_s2s", (8, 563), -1, {"prompts"}),
     ("prompts:text", (0, 112), 1, PROMPTED),
@@ -147,17 +148,17 @@ def test_altered_truth_fails(model, kit, readers, monkeypatch, tensor, index, ad
 
 
 def test_a_stream_must_be_as_close_to_one_shot_as_upstreams(model, kit, monkeypatch):
-    """Fails if upstream lost 1 dB less, or if our stream did not look ahead."""
+    """Fails if upstream lost 0.7 dB less, or if our stream did not look ahead."""
     golden = Golden(kit)
     oneshot = golden.tensors["codec:stream_oneshot"]
     noise = golden.tensors["codec:stream_wav.25"] - oneshot
-    golden.tensors["codec:stream_wav.25"] = oneshot + noise * 10 ** (-1 / 20)
+    golden.tensors["codec:stream_wav.25"] = oneshot + noise * 10 ** (-0.7 / 20)
     result = run_stage(model, golden, "codec stream", monkeypatch)
     assert not result.ok
     assert result.worst == "stream_wav.25"
-    assert 0 < result.error < 1
+    assert 0.5 < result.error < 1
     stream = model.codec.stream
-    monkeypatch.setattr(model.codec, "stream", lambda: stream(lookahead=0))
+    monkeypatch.setattr(model.codec, "stream", lambda _, again: stream(0, again=again))
     assert not run_stage(model, Golden(kit), "codec stream", monkeypatch).ok
 
 
