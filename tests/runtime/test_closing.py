@@ -102,7 +102,7 @@ def test_a_thread_that_waits_gets_the_error(own):
     assert len(errors) == 6
 
 
-@pytest.mark.parametrize("step", ["context", "ids", "sequence", "start"])
+@pytest.mark.parametrize("step", ["context", "packed", "sequence", "start"])
 def test_close_between_two_steps_of_a_call(own, monkeypatch, step):
     """As a close in another thread does, between a call's check and its use of the weights."""
     compute, engine = getattr(own.pipeline, step), own.engine
