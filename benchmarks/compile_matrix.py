@@ -63,7 +63,12 @@ def compile_case(case: Case, architecture: int, trigger: PdlTrigger = PdlTrigger
         for name, kind in case.signature.items()
         if kind[0] in "*i" and name not in case.unaligned
     ]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    # In the form of a launch, so that what is compiled here is found in Triton's cache there.
+    attributes = {
+        (i,): [["tt.divisibility", 16]] if name in divisible else []
+        for i, name in enumerate(names)
+        if case.signature.get(name) != "fp32"
+    }
     constexprs = dict(case.constexprs)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     if "PDL" in names:

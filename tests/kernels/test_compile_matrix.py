@@ -4,11 +4,12 @@ import re
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from benchmarks import compile_matrix as matrix
-from mimo_fast.kernels.dispatch import PdlTrigger
+from mimo_fast.kernels.dispatch import PDL_TRIGGERS, PdlTrigger
 
 CASES = list(matrix.cases())
 STATIC_SHARED = 48 * 1024
@@ -111,6 +112,37 @@ def test_cuda_kernels_begin_early_and_write_late(name):
 def test_noise_for_every_id_is_not_float64(case):
     """Nor is anything else that the kernel computes for each of 151,680 ids."""
     assert ".f64" not in matrix.compile_case(case, 90).ptx
+
+
+class Hopper:
+    """What Triton asks of its driver before it compiles a launch."""
+
+    def get_current_target(self):
+        return matrix.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+def test_a_launch_finds_what_was_compiled_before(tmp_path, monkeypatch):
+    """`benchmarks.kernel_cache compile` fills Triton's cache for a machine with a GPU."""
+    from triton.runtime.driver import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = next(case for case in CASES if case.name == "rms_norm D=1024")
+    matrix.compile_case(case, 90, PDL_TRIGGERS["rms_norm"])
+    assert len({*tmp_path.rglob("*.cubin")}) == 1
+    launched = {"BLOCK_D": 1024, "PDL": int(PDL_TRIGGERS["rms_norm"]), "launch_pdl": True}
+    tensors = [torch.bfloat16] * 3
+    monkeypatch.setattr(driver, "_active", Hopper())
+    for stride, files in ((1024, 1), (1027, 2)):
+        # A row that does not begin at a multiple of 16 is another kernel.
+        sizes = stride, 1024, 1e-6
+        case.kernel.warmup(*tensors, *sizes, **launched, num_warps=case.warps, grid=(1,))
+        assert len({*tmp_path.rglob("*.cubin")}) == files
 
 
 def test_names_are_unique():
