@@ -279,7 +279,10 @@ def test_the_check_for_waits_sees_one(loaded_model, one_wait):
         watched(lambda: value.sum().item())
 
 
-def test_a_stream_with_graphs_sounds_as_without(loaded_model, golden):
+@pytest.mark.parametrize(
+    ("lookahead", "replays"), [("exact", (36, 34, 36)), ("elastic", (45, 43, 45))]
+)
+def test_a_stream_with_graphs_sounds_as_without(loaded_model, golden, lookahead, replays):
     """Patch by patch, then with other push sizes; streams are used again."""
     plain, codec = copy.copy(loaded_model.codec), copy.copy(loaded_model.codec)
     plain.stream_graphs = None
@@ -289,19 +292,22 @@ def test_a_stream_with_graphs_sounds_as_without(loaded_model, golden):
     codec.stream_graphs = StreamGraphs(codec, counted)
     codec.warmup(2, progress=False)
     codes = golden.get("codec:stream_codes").to(codec.device)
-    for sizes, replays in (([4] * 45, 36), ([4] * 20 + [7, 1] + [4] * 23, 34), ([4] * 45, 36)):
+    some = [4] * 45, [4] * 20 + [7, 1] + [4] * 23, [4] * 45
+    known = codec.moments(codes[:, :60]) if lookahead == "elastic" else None
+    for sizes, count in zip(some, replays, strict=True):
         counted.replays, pushes = 0, codes[:, : sum(sizes)].split(sizes, dim=1)
         # Two at a time, which share memory for what their graphs return.
-        streams = [codec.stream(), codec.stream(), plain.stream()]
+        streams = [each.stream(lookahead, known) for each in (codec, codec, plain)]
         parts = [[stream.push(push, trusted=True) for stream in streams] for push in pushes]
         parts.append([stream.finish() for stream in streams])
         *found, want = (torch.cat(each) for each in zip(*parts, strict=True))
-        assert counted.replays == 2 * replays
+        assert counted.replays == 2 * count
         for wav in found:
             assert float((wav - want).abs().max()) <= 1e-4 * float(want.abs().max())
         for stream in streams:
             stream.close()
-    assert counted.captures == 6
+    # Three of an exact stream; of an elastic one a ramp as well.
+    assert counted.captures == 2 * (3 + 4)
 
 
 @pytest.mark.parametrize("graphs", [True, False])

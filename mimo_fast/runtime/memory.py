@@ -22,7 +22,8 @@ from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
 from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
-from mimo_fast.runtime.codec.geometry import default_lookahead, streamable
+from mimo_fast.runtime.codec.geometry import streamable
+from mimo_fast.runtime.codec.schedule import usual_schedules
 from mimo_fast.runtime.codec.state import new_state
 from mimo_fast.runtime.lm.model import PREFILL_CHUNK
 from mimo_fast.runtime.lm.state import kv_bytes
@@ -100,8 +101,13 @@ class Setup:
     def _streams(self) -> int:
         if not self.graphs or not streamable(self.codec):
             return 0
-        lookahead, device = default_lookahead(self.codec), torch.device("meta")
-        return self.max_batch * new_state(self.codec, lookahead, self.codec_dtype, device).nbytes
+        device, (exact, _, elastic) = torch.device("meta"), usual_schedules(self.codec)
+        # One state serves both where both hold back as much in the end.
+        states = (
+            new_state(self.codec, patches, self.codec_dtype, device)
+            for patches in {exact.lookahead, elastic.lookahead}
+        )
+        return self.max_batch * sum(state.nbytes for state in states)
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
         if self.mapped:
