@@ -47,7 +47,7 @@ def time_chunks(codec: Codec, chunks: int) -> dict[str, float]:
         [torch.randint(0, size, (chunks * PATCH_FRAMES,), generator=generator) for size in sizes]
     )
     pushes = list(codes.split(PATCH_FRAMES, dim=1))
-    young, old = codec.stream(), codec.stream()
+    young, old = codec.stream(again=0), codec.stream(again=0)
     # Larger pushes take a stream as far as so many chunks would.
     for part in torch.cat(pushes[: -2 * AROUND], dim=1).split(100, dim=1):
         old.push(part)
