@@ -19,13 +19,21 @@ PEAK, HISS = 0.5, 1e-3
 HUSH = 0.2
 """Seconds of silence before and after, in which the recogniser measures the noise."""
 
+CHANNEL = ",".join(map(str, (40, 3, -1, *[0] * 10)))
+"""Cepstral mean with which the recogniser begins."""
+
 SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 """Search settings; by default it inserts short words in the silence at the end."""
 
 
-def recognise(wav: Tensor, sample_rate: int) -> str:
-    """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
+def recognise(wav: Tensor, sample_rate: int, afresh: bool = False) -> str:
+    """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none.
+
+    afresh: forgets the channel of what was heard before, which changes what it hears now.
+    """
     decoder = _decoder()
+    if afresh:
+        decoder.set_cmn(CHANNEL)
     hush = round(HUSH * LISTENING_RATE)
     heard = F.pad(resample(wav.float(), sample_rate, LISTENING_RATE), [hush, hush])
     hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS

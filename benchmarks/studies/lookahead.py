@@ -1,6 +1,6 @@
 """What look-ahead and norm statistics are worth to the codec's stream, on a trained vocoder.
 
-    python -m benchmarks.studies.lookahead [--vocoder FILE] [--replies 12] [FILE.json]
+    python -m benchmarks.studies.lookahead [--vocoder FILE] [--replies 8] [FILE.json]
 
 Replies of three held-out sentences each, in the voice of nano's replies and in one that training
 never used, streamed by patches of 160 ms at each look-ahead and with the growing one, and compared
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +47,11 @@ from training.vocoder import VOCODER, deep_codec
 VOICES = {"replies": "unsaid", "unheard": "unheard"}
 """Name of a voice -> the part of the data that has held-out sentences in it."""
 
-STATISTICS = "own", "voice", "average", "estimated"
 ELASTIC = "elastic"
-LOOKS: tuple[int | str, ...] = (*range(LOOKAHEAD + 1), ELASTIC)
-HEARD: tuple[int | str, ...] = (0, 1, 2, 3, 5, LOOKAHEAD, ELASTIC)
+EVERY: tuple[int | str, ...] = (*range(LOOKAHEAD + 1), ELASTIC)
+SOME: tuple[int | str, ...] = (0, 1, 2, 3, 5, LOOKAHEAD, ELASTIC)
+LOOKS = {"own": EVERY, "voice": SOME, "average": SOME, "estimated": EVERY}
+HEARD: tuple[int | str, ...] = (0, 1, LOOKAHEAD, ELASTIC)
 """Look-aheads whose words are counted."""
 
 SENTENCES = 3
@@ -135,11 +136,12 @@ def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
         "average": [average_statistics()] * len(spoken),
         "estimated": [None] * len(spoken),
     }
-    yield {"statistics": "one-shot", "lookahead": None, **words(spoken, wanted)}
-    recordings = [each.wav for each in spoken]
-    yield {"statistics": "recording", "lookahead": None, **words(spoken, recordings)}
-    for name in STATISTICS:
-        for look in tqdm(LOOKS, desc=name):
+    usual = understood(spoken, wanted)
+    yield {"statistics": "one-shot", "lookahead": None, **words(spoken, usual, usual)}
+    recordings = understood(spoken, [each.wav for each in spoken])
+    yield {"statistics": "recording", "lookahead": None, **words(spoken, recordings, usual)}
+    for name, looks in LOOKS.items():
+        for look in tqdm(looks, desc=name):
             pairs = zip(spoken, known[name], strict=True)
             got = [streamed(codec, each.codes, look, given) for each, given in pairs]
             row: Record = {"statistics": name, "lookahead": look}
@@ -151,7 +153,7 @@ def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
                     "mel_db": _summary([mel_db(a, b) for a, b in cut], max),
                 }
             if look in HEARD:
-                row |= words(spoken, got)
+                row |= words(spoken, understood(spoken, got), usual)
             yield row
 
 
@@ -162,21 +164,32 @@ def average_statistics() -> NormStatistics:
     return NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
 
-def words(spoken: Sequence[Reply], got: Sequence[Tensor]) -> Record:
-    """Words that the recogniser hears wrong in the first sentences, and how many there are."""
-    heard = [recognise(wav[: each.first], RATE) for each, wav in zip(spoken, got, strict=True)]
-    wrong = sum(word_errors(text, each.text) for each, text in zip(spoken, heard, strict=True))
-    return {"words_wrong": wrong, "words": sum(len(each.text.split()) for each in spoken)}
+def understood(spoken: Sequence[Reply], got: Sequence[Tensor]) -> list[str]:
+    """What the recogniser hears in the first sentences."""
+    pairs = zip(spoken, got, strict=True)
+    return [recognise(wav[: each.first], RATE, afresh=True) for each, wav in pairs]
 
 
-def _summary(values: Sequence[float], worst: object) -> Record:
+def words(spoken: Sequence[Reply], heard: Sequence[str], usual: Sequence[str]) -> Record:
+    """Words heard wrong, and sentences heard unlike `usual`, what is heard of one-shot decoding."""
+    return {
+        "words_wrong": sum(
+            word_errors(text, each.text) for each, text in zip(spoken, heard, strict=True)
+        ),
+        "words": sum(len(each.text.split()) for each in spoken),
+        "unlike": sum(a != b for a, b in zip(heard, usual, strict=True)),
+        "sentences": len(heard),
+    }
+
+
+def _summary(values: Sequence[float], worst: Callable[[Sequence[float]], float]) -> Record:
     return {"mean": round(statistics.fmean(values), 2), "worst": round(worst(values), 2)}
 
 
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--vocoder", type=Path, default=VOCODER, help="of `training vocoder`")
-    parser.add_argument("--replies", type=int, default=12, help="in each voice")
+    parser.add_argument("--replies", type=int, default=8, help="in each voice")
     parser.add_argument("file", nargs="?", type=Path)
     args = parser.parse_args()
     if not has_flite():
