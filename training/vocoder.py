@@ -37,7 +37,7 @@ VOCODER = Path(__file__).parents[1] / "tests" / "deep_codec" / "vocoder.safetens
 """A vocoder that this trained, where there is a checkout."""
 
 PREFIX = "decoder.vocoder."
-SCHEDULE = Schedule(steps=3000, rate=2e-3)
+SCHEDULE = Schedule(steps=2200, rate=2e-3)
 SIZES = Sizes(1000, 1000, 0, 0, 0, 500, 0, 0, 0, 0, 0, 200, 200)
 
 

@@ -20,6 +20,7 @@ and pocketsphinx.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from mimo_fast.audio.mel import mel_filters
 from mimo_fast.bench.environment import environment
 from mimo_fast.checkpoint.embedded import NANO
 from mimo_fast.config import CodecConfig
-from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.state import NormStatistics
 from training import data, domain
@@ -89,21 +90,13 @@ def replies(codec: Codec, part: str, count: int) -> Iterator[Reply]:
 
 
 def streamed(
-    codec: Codec, codes: Tensor, look: int | str, statistics_: NormStatistics | None
+    codec: Codec, codes: Tensor, look: int | str, given: NormStatistics | None, weight: float | None
 ) -> Tensor:
-    """Samples of a stream of patches at a look-ahead."""
-    stream = codec.stream(1 if look == ELASTIC else int(look), statistics_)
-    parts = []
-    for pushed, patch in enumerate(codes.split(PATCH_FRAMES, dim=1), 1):
-        if look == ELASTIC:
-            stream._lookahead = held_back(pushed) * patch_rows(codec.config)
-        parts.append(stream.push(patch))
+    """Samples of a stream of patches at a look-ahead; weight: see `Codec.stream`, None its own."""
+    options = {} if weight is None else {"weight": weight}
+    stream = codec.stream(look, given, **options)
+    parts = [stream.push(patch) for patch in codes.split(PATCH_FRAMES, dim=1)]
     return torch.cat([*parts, stream.finish()])
-
-
-def held_back(pushed: int) -> int:
-    """Patches held back after so many: from the second on one more for each two."""
-    return min(LOOKAHEAD, 1 + max(0, pushed - 2) // 2)
 
 
 def snr_db(got: Tensor, want: Tensor) -> float:
@@ -143,7 +136,9 @@ def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
     for name, looks in LOOKS.items():
         for look in tqdm(looks, desc=name):
             pairs = zip(spoken, known[name], strict=True)
-            got = [streamed(codec, each.codes, look, given) for each, given in pairs]
+            # Else an elastic stream goes over to statistics of its own.
+            weight = math.inf if name == "own" else None
+            got = [streamed(codec, each.codes, look, given, weight) for each, given in pairs]
             row: Record = {"statistics": name, "lookahead": look}
             for patches in (*FIRST, None):
                 end = None if patches is None else patches * samples
