@@ -1,6 +1,11 @@
 """Stream geometry from the codec's configuration alone: frames, overlaps and look-ahead."""
 
+from typing import Literal
+
 from mimo_fast.config import CodecConfig
+
+Lookahead = int | Literal["exact", "elastic"]
+"""How far a stream looks ahead: patches, `default_lookahead`'s, or `elastic_rows`."""
 
 PATCH_FRAMES = 4
 """Code frames of a patch, 160 ms."""
@@ -26,6 +31,26 @@ def default_lookahead(config: CodecConfig, given: bool = False) -> int:
     """
     known = given or config.moments is not None
     return min(LOOKAHEAD, receptive_patches(config)) if known else LOOKAHEAD
+
+
+def elastic_reach(config: CodecConfig) -> int:
+    """Patches that an elastic stream holds back in the end."""
+    return min(LOOKAHEAD, receptive_patches(config))
+
+
+def elastic_rows(config: CodecConfig, rows: int) -> int:
+    """Vocoder frames that an elastic stream holds back once it has `rows` of them.
+
+    One patch at first, then half of what has come, up to the vocoder's reach: a patch more for
+    each two that come. What a listener has in hand never shrinks while a patch takes at most half
+    of the time that it plays:
+
+        patches pushed   2    3    4    5    6   ...  2 reach   2 reach + 1
+        held back        1   1.5   2   2.5   3         reach       reach
+        returned         1   1.5   2   2.5   3         reach     reach + 1
+    """
+    patch = patch_rows(config)
+    return min(elastic_reach(config) * patch, max(patch, rows // 2))
 
 
 def streamable(config: CodecConfig) -> bool:

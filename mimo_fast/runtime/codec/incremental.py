@@ -27,6 +27,7 @@ from torch import Tensor
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.runtime.codec.layers import synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.prior import norm_statistics
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
@@ -34,6 +35,7 @@ from mimo_fast.runtime.codec.state import (
     CodecState,
     MeanVariance,
     NormStatistics,
+    Prior,
     StackState,
     decoder_context,
 )
@@ -47,8 +49,9 @@ def decode_chunk(
     state: CodecState,
     hidden: Tensor,
     lookahead: int,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
+    held: Tensor | None = None,
 ) -> Tensor:
     """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
 
@@ -57,10 +60,13 @@ def decode_chunk(
 
     Args:
         lookahead: vocoder frames that must follow a frame before it is final.
-        statistics: norm statistics to use; None estimates them from the codes so far.
+        statistics: norm statistics to use, or sums of rows to reckon with; None estimates them
+            from the codes so far.
         ended: no codes follow, so all frames become final.
+        held: vocoder frames held back before this chunk, int64 scalar on the device, for a graph
+            that serves any number of them; the chunk has at most VOCODER_BLOCK frames then.
     """
-    mel, norm = _decode(codec, state, hidden, statistics, ended or state.largest >= WHOLE_UTTERANCE)
+    mel, norm = _decode(codec, state, hidden, statistics, ended)
     pending = len(state.entered) * codec.config.decoder_stride
     new = len(mel) - pending
     parts = []
@@ -70,7 +76,7 @@ def decode_chunk(
         state.frames += end - start
         decided = state.frames if last else max(state.committed, state.frames - lookahead)
         rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
-        head = _vocode(codec, state, rows, end - start, decided)
+        head = _vocode(codec, state, rows, end - start, decided, held)
         parts.append(_overlap_add(codec, state, head, last))
     return torch.cat(parts)
 
@@ -94,12 +100,12 @@ def _decode(
     codec: CodecNetwork,
     state: CodecState,
     hidden: Tensor,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
 ) -> tuple[Tensor, MeanVariance]:
     """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its norm statistics."""
-    first = state.position - len(state.entered)
-    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, ended)
+    first, settled = state.position - len(state.entered), ended or state.largest >= WHOLE_UTTERANCE
+    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, settled)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
     # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
     x = x * (first + torch.arange(len(x), device=x.device, dtype=torch.int64) >= 0)[:, None]
@@ -108,9 +114,10 @@ def _decode(
     stride = codec.to_mel.stride
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
-    known = statistics and statistics.to_mel
-    norm = known or state.to_mel.estimate(out, first * stride, ended)
-    state.to_mel.add(out[: new * stride], first * stride)
+    known = statistics.to_mel if statistics else None
+    norm = norm_statistics(state.to_mel, known, out, first * stride, settled)
+    # At the end the sums are those of the whole stream, which later ones may begin with.
+    state.to_mel.add(out if ended else out[: new * stride], first * stride)
     return out[: len(x) * stride], norm
 
 
@@ -118,7 +125,7 @@ def _run_decoder(
     codec: CodecNetwork,
     state: CodecState,
     x: Tensor,
-    statistics: NormStatistics | None,
+    statistics: NormStatistics | Prior | None,
     ended: bool,
 ) -> tuple[Tensor, Tensor]:
     """Inputs of the layers, pending and new [P / stride + T pool, D], and what the layers add."""
@@ -129,8 +136,8 @@ def _run_decoder(
     state.entered.copy_(raw[new:])
     entered = raw
     if codec.unpool is not None:
-        known = statistics and statistics.unpool
-        norm = known or state.unpool.estimate(raw[:0], state.position, ended)
+        known = statistics.unpool if statistics else None
+        norm = norm_statistics(state.unpool, known, raw[:0], state.position, ended)
         entered = codec.unpool.normalise(raw, *norm)
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):
@@ -160,7 +167,14 @@ def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     return out
 
 
-def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: int) -> Tensor:
+def _vocode(
+    codec: CodecNetwork,
+    state: CodecState,
+    mel: Tensor,
+    new: int,
+    end: int,
+    held: Tensor | None,
+) -> Tensor:
     """Normed mel [P + new, n_mels] -> head outputs of the frames from `committed` to end - 1."""
     stack, before = codec.vocoder, state.vocoder
     (left, right), kept = stack.window, before.k.shape[2]
@@ -186,6 +200,9 @@ def _vocode(codec: CodecNetwork, state: CodecState, mel: Tensor, new: int, end: 
     state.frame += new
     first = len(mel) - state.frames
     decided = x[first + state.committed : first + end]
+    if held is not None:
+        places = torch.arange(end - state.committed, device=mel.device, dtype=torch.int64)
+        decided = x[len(mel) - new - held + places]
     state.committed = end
     return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
 

@@ -7,9 +7,10 @@ from mimo_fast.config import CodecConfig
 from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.finite import checked_codes, checked_samples
-from mimo_fast.runtime.codec.geometry import default_lookahead
+from mimo_fast.runtime.codec.geometry import Lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.prior import PRIOR_FRAMES
 from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.lm.graphs import wanted
@@ -22,6 +23,7 @@ class Codec(CodecNetwork):
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         super().__init__(config, source, codebook)
+        self.calibration: NormStatistics | None = None
         self.stream_graphs = StreamGraphs(self) if wanted(self.device) else None
 
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
@@ -41,22 +43,30 @@ class Codec(CodecNetwork):
         return checked_samples(self, super().decode(codes), codes)
 
     def stream(
-        self, lookahead: int | None = None, moments: NormStatistics | None = None
+        self,
+        lookahead: Lookahead | None = None,
+        moments: NormStatistics | None = None,
+        weight: float = PRIOR_FRAMES,
     ) -> CodecStream:
         """An incremental decoder.
 
         Args:
-            lookahead: patches that must follow a sample before it is returned, see `CodecStream`.
+            lookahead: patches that must follow a sample before it is returned, "elastic", or
+                "exact", which None means; see `CodecStream`.
             moments: norm statistics, as `moments` returns them; by default the checkpoint's own
-                (`CodecConfig.moments`) or, if it has none, estimates from the codes so far.
+                (`CodecConfig.moments`) or, if it has none, estimates from the codes so far. An
+                elastic stream prefers those of `calibration` to the checkpoint's.
+            weight: code frames that they count for in an elastic stream; others use them as they
+                are.
 
-        With known statistics a stream waits for no more than its vocoder's reach. Otherwise it
-        waits for `LOOKAHEAD` patches, so that its first estimates are better.
+        With known statistics an exact stream waits for no more than its vocoder's reach. Otherwise
+        it waits for `LOOKAHEAD` patches, so that its first estimates are better.
         """
-        if lookahead is None:
-            lookahead = default_lookahead(self.config, given=moments is not None)
         statistics = self.stated_statistics if moments is None else moments
-        return CodecStream(self, lookahead, statistics, self.stream_graphs)
+        if moments is None and lookahead == "elastic" and self.calibration is not None:
+            statistics = self.calibration
+        lookahead = "exact" if lookahead is None else lookahead
+        return CodecStream(self, lookahead, statistics, self.stream_graphs, weight)
 
     @in_own_modes
     def warmup(self, streams: int, progress: bool = True) -> None:

@@ -41,6 +41,16 @@ class NormStatistics(NamedTuple):
     to_mel: MeanVariance
 
 
+class Prior(NamedTuple):
+    """Sums of rows that count as if they preceded a norm's own, float64 [3] each; 0 for none.
+
+    (rows, mean times rows, mean square times rows), as in `RunningStatistics.sums`.
+    """
+
+    unpool: Tensor
+    to_mel: Tensor
+
+
 @dataclass
 class RunningStatistics:
     """Estimates the mean and variance of a norm over time at the end of the utterance.
@@ -122,6 +132,9 @@ class CodecState:
         vocoder: keys and values of the vocoder frames before the pending ones.
         tail: sums of windowed frames and of squared windows that later frames add to
             [2, n_fft - hop].
+        given: norm statistics that the stream was given, float32 [2, 2]: of `unpool` and `to_mel`,
+            mean and variance of each.
+        prior: sums of earlier rows that count as this stream's, float64 [2, 3], see `Prior`.
         committed: number of vocoder frames that are in the waveform, on the host.
         frames: number of vocoder frames so far, on the host.
         held: dequantized codes held back until the first samples can be final.
@@ -139,6 +152,8 @@ class CodecState:
     frame: Tensor
     vocoder: StackState
     tail: Tensor
+    given: Tensor
+    prior: Tensor
     committed: int = 0
     frames: int = 0
     held: list[Tensor] = field(default_factory=list)
@@ -167,6 +182,8 @@ class CodecState:
             frame=torch.zeros((), dtype=torch.int64, device=device),
             vocoder=StackState.allocate(vocoder, config.vocoder_window[0], dtype, device),
             tail=torch.zeros(2, config.n_fft - config.hop, device=device, dtype=torch.float32),
+            given=torch.zeros(2, 2, device=device, dtype=torch.float32),
+            prior=torch.zeros(2, 3, device=device, dtype=torch.float64),
         )
 
     @property
@@ -190,7 +207,7 @@ class CodecState:
     def rewind(self) -> None:
         """Resets all but the waveform so far, to decode the codes again from the first."""
         for tensor in _tensors(self):
-            if tensor is not self.tail:
+            if all(tensor is not kept for kept in (self.tail, self.given, self.prior)):
                 tensor.zero_()
         self.frames = 0
 

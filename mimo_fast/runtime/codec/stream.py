@@ -9,10 +9,12 @@ from torch import Tensor
 from mimo_fast.kernels.cpu.library import one_thread
 from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.codec.finite import checked_samples
-from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, patch_rows, streamable
-from mimo_fast.runtime.codec.graphs import ChunkGraphs, StreamGraphs
+from mimo_fast.runtime.codec.geometry import LOOKAHEAD, Lookahead, streamable
+from mimo_fast.runtime.codec.graphs import LentState, StreamGraphs
 from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.prior import PRIOR_FRAMES, know, totals
+from mimo_fast.runtime.codec.schedule import Schedule
 from mimo_fast.runtime.codec.state import CodecState, NormStatistics, new_state
 
 
@@ -26,48 +28,61 @@ class CodecStream:
         codec: weights.
         lookahead: patches that must follow a sample before it is returned, 0 to 10. With fewer the
             first audio comes earlier, but differs more from one-shot decoding, because the vocoder
-            then works without the frames that are missing.
+            then works without the frames that are missing. "elastic" begins with one and goes on to
+            the vocoder's reach, see `elastic_rows`: for listeners. "exact" is `default_lookahead`.
         statistics: norm statistics, as `Codec.moments` measures them on other codes of the same
-            speaker; by default they are estimated from the codes pushed.
+            speaker; by default they are estimated from the codes pushed. An elastic stream takes
+            them for those of `weight` code frames that precede its own.
         graphs: the pool of captured states.
+        weight: 0 or more; `math.inf` uses the statistics as they are, as other streams do.
 
     Raises:
-        ValueError: the lookahead is out of range, or the codec's look-ahead is unlimited.
+        ValueError: an argument is out of range, or the codec's look-ahead is unlimited.
     """
 
     @in_own_modes
     def __init__(
         self,
         codec: CodecNetwork,
-        lookahead: int = LOOKAHEAD,
+        lookahead: Lookahead = LOOKAHEAD,
         statistics: NormStatistics | None = None,
         graphs: StreamGraphs | None = None,
+        weight: float = PRIOR_FRAMES,
     ) -> None:
         codec.owner.check()
         config = codec.config
-        if not 0 <= lookahead <= LOOKAHEAD:
-            raise ValueError(
-                f"lookahead must be between 0 and {LOOKAHEAD} patches, not {lookahead}"
-            )
+        self._schedule = schedule = Schedule.of(config, lookahead, statistics is not None)
+        if not weight >= 0:
+            raise ValueError(f"weight must be 0 code frames or more, not {weight}")
         if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
-        self._codec, self._statistics, self._hold = codec, statistics, lookahead * PATCH_FRAMES
-        self._lookahead = lookahead * patch_rows(config)
-        self._graphs: ChunkGraphs | None = None
+        self._codec = codec
+        self._totals: Tensor | None = None
+        self._graphs: LentState | None = None
         self._state: CodecState | None
         with self._threads():
-            if graphs is not None and graphs.serves(codec, lookahead, statistics):
-                self._graphs = graphs.take()
+            if graphs is not None and graphs.serves(codec, schedule):
+                self._graphs = graphs.take(schedule)
                 self._state = self._graphs.state
                 self._give_back = weakref.finalize(self, graphs.give_back, self._graphs)
                 self._give_back.atexit = False
             else:
-                self._state = new_state(config, lookahead, codec.dtype, codec.device)
+                self._state = new_state(config, schedule.lookahead, codec.dtype, codec.device)
+            know(codec.config, self._state, statistics, weight)
+        self._statistics = schedule.statistics(config, self._state)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the stream holds on the device."""
         return 0 if self._state is None else self._state.nbytes
+
+    @property
+    def totals(self) -> Tensor | None:
+        """Sums of the rows of the last stream that was finished, see `prior.totals`.
+
+        None if it had no codes, and before the first one.
+        """
+        return self._totals
 
     @in_own_modes
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
@@ -85,6 +100,8 @@ class CodecStream:
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
         """The last codes, if any -> all samples still held back. The stream is then reset."""
         wav = self._advance(codes, True, trusted)
+        state = self._open()
+        self._totals = totals(state) if state.frames else None
         self.reset()
         return wav
 
@@ -97,7 +114,7 @@ class CodecStream:
         """Gives the memory back; the stream cannot be used after it."""
         if self._graphs is not None:
             self._give_back()
-        self._state = self._graphs = None
+        self._state = self._graphs = self._statistics = None
 
     def _threads(self) -> AbstractContextManager[None]:
         return one_thread() if self._codec.decoder.fused else nullcontext()
@@ -123,7 +140,7 @@ class CodecStream:
         waiting = sum(map(len, state.held))
         # Codes are held back until the first sample can be final: decoding them earlier would not
         # return audio sooner, and waiting gives the norm statistics more rows.
-        too_few = waiting == 0 or (waiting <= self._hold and not ended)
+        too_few = waiting == 0 or (waiting <= self._schedule.hold and not ended)
         if state.frames == 0 and too_few:
             return torch.zeros(0, dtype=torch.float32, device=codec.device)
         hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
@@ -131,6 +148,9 @@ class CodecStream:
         if self._statistics is None:
             hidden = codes_to_decode(state, hidden)
         wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
-        if wav is None:
-            return decode_chunk(codec, state, hidden, self._lookahead, self._statistics, ended)
-        return wav
+        if wav is not None:
+            return wav
+        config = codec.config
+        frames = state.frames + len(hidden) * config.pool * config.decoder_stride
+        lookahead = self._schedule.rows(config, frames)
+        return decode_chunk(codec, state, hidden, lookahead, self._statistics, ended)

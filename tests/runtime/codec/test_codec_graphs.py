@@ -14,7 +14,12 @@ from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
 
 import mimo_fast
-from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES, default_lookahead
+from mimo_fast.runtime.codec.geometry import (
+    LOOKAHEAD,
+    PATCH_FRAMES,
+    default_lookahead,
+    elastic_reach,
+)
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.offload import offload
@@ -43,6 +48,14 @@ def plain(request, tmp_path_factory) -> Codec:
 def wait(codec: Codec) -> int:
     """Code frames that wait before the first decode."""
     return default_lookahead(codec.config) * PATCH_FRAMES
+
+
+def warmed(codec: Codec) -> int:
+    """Graphs captured ahead of time for one stream: exact and elastic, with a ramp if it has one.
+
+    A ramp of one patch is none.
+    """
+    return 6 + (elastic_reach(codec.config) > 1)
 
 
 def same(got: list[Tensor], want: list[Tensor]) -> None:
@@ -85,7 +98,7 @@ def test_pushes_of_any_size_mix_with_replays(plain, sizes):
 def test_streams_take_turns_over_states_that_keep_no_trace(plain):
     codec, counted = graphed(plain)
     codec.warmup(2, progress=False)
-    assert counted.captures == 6
+    assert counted.captures == 2 * warmed(codec)
     total = wait(codec) + 40
     sizes = cut(total, [PATCH_FRAMES])
     for seed in range(3):
@@ -105,8 +118,9 @@ def test_streams_take_turns_over_states_that_keep_no_trace(plain):
         streams[0].close()
         del stream, streams
         gc.collect()
-        assert {graphs.state.decoder.k.data_ptr() for graphs in codec.stream_graphs._idle} == places
-    assert counted.captures == 6
+        idle = codec.stream_graphs._idle[default_lookahead(codec.config)]
+        assert {lent.state.decoder.k.data_ptr() for lent in idle} == places
+    assert counted.captures == 2 * warmed(codec)
     assert counted.replays == 2 * 3 * 10 + 4
 
 
@@ -114,7 +128,7 @@ def test_a_stream_too_many_captures_its_own(plain):
     codec, counted = graphed(plain)
     codec.warmup(1, progress=False)
     streams = [codec.stream() for _ in range(3)]
-    assert counted.captures == 9
+    assert counted.captures == 6 + warmed(codec)
     for stream in streams:
         stream.close()
         assert stream.nbytes == 0
@@ -122,7 +136,7 @@ def test_a_stream_too_many_captures_its_own(plain):
         streams[0].push(random_codes(codec.config, 4))
     codec.stream().close()
     codec.warmup(1, progress=False)
-    assert counted.captures == 9
+    assert counted.captures == 6 + warmed(codec)
 
 
 def test_threads_push_at_the_same_time(plain):
@@ -137,12 +151,11 @@ def test_threads_push_at_the_same_time(plain):
 
 
 def test_what_was_not_captured_goes_without(plain):
-    """Given norm statistics, another look-ahead, layers in host memory or other layers."""
+    """Another look-ahead, layers in host memory or other layers."""
     codec, counted = graphed(plain)
     codes, lengths = random_codes(codec.config, 60), cut(60, [PATCH_FRAMES])
-    for options in ({"moments": codec.moments(codes)}, {"lookahead": 4}):
-        ours, theirs = (stream_in(each, codes, lengths, **options) for each in (codec, plain))
-        same(ours, theirs)
+    ours, theirs = (stream_in(each, codes, lengths, lookahead=4) for each in (codec, plain))
+    same(ours, theirs)
     other = copy.copy(codec)
     other.config = replace(codec.config, decoder_layers=1)
     other.decoder = replace(codec.decoder, layers=codec.decoder.layers[:1])
@@ -151,6 +164,74 @@ def test_what_was_not_captured_goes_without(plain):
     codec.warmup(2, progress=False)
     stream_in(codec, codes, lengths)
     assert counted.captures == counted.replays == 0
+
+
+@pytest.mark.parametrize("lookahead", ["exact", "elastic"])
+def test_graphs_serve_statistics_of_any_source(plain, lookahead):
+    """One set of graphs, statistics of one stream after those of another."""
+    codec, counted = graphed(plain)
+    codes = [random_codes(codec.config, 84, seed) for seed in range(3)]
+    sizes = cut(84, [PATCH_FRAMES])
+    captured = None
+    for i in (0, 1, 2):
+        options = {"lookahead": lookahead, "moments": codec.moments(codes[i - 1])}
+        before = counted.replays
+        same(
+            stream_in(codec, codes[i], sizes, **options),
+            stream_in(plain, codes[i], sizes, **options),
+        )
+        # Every patch from the first samples on, and the end.
+        held = elastic_reach(codec.config) if lookahead == "exact" else 1
+        assert counted.replays - before == len(sizes) - held + 1
+        captured = captured or counted.captures
+        assert counted.captures == captured
+    # With others, the samples are others.
+    here, there = (
+        torch.cat(
+            stream_in(codec, codes[0], sizes, lookahead=lookahead, moments=codec.moments(each))
+        )
+        for each in codes[1:]
+    )
+    assert not torch.equal(here, there)
+
+
+def assert_elastic_replays(source: Codec, sizes: list[int], known: bool) -> None:
+    """Streams of 26 patches and half of one give what they give without graphs."""
+    codec, counted = graphed(source)
+    codes, lengths = random_codes(codec.config, 106, 5, 8), cut(106, sizes)
+    moments = codec.moments(codes[:, :80]) if known else None
+    options = {"lookahead": "elastic", "moments": moments}
+    for last_by_finish in (False, True):
+        counted.replays = 0
+        options["last_by_finish"] = last_by_finish
+        got, want = (stream_in(each, codes, lengths, **options) for each in (codec, source))
+        same(got, want)
+        if sizes == [4]:
+            # All but the patch that waits and a rest of less than a patch.
+            assert counted.replays == 26 - last_by_finish
+    assert counted.captures == 3 + (elastic_reach(codec.config) > 1)
+
+
+@pytest.mark.parametrize("sizes", slow_after(1, [[4], [9, 4], [4, 8], [1], [160, 4], MIXED]))
+@pytest.mark.parametrize("known", [False, True])
+def test_elastic_streams_replay_what_they_give_without(plain, sizes, known):
+    assert_elastic_replays(plain, sizes, known)
+
+
+@pytest.mark.parametrize("sizes", slow_after(1, [[4], [9, 4], [4, 8, 4]]))
+def test_one_graph_serves_all_of_a_long_ramp(deep, sizes):
+    assert_elastic_replays(deep, sizes, known=True)
+
+
+def test_an_elastic_stream_that_ends_in_its_ramp(deep):
+    """Its last chunk has no graph; the state serves the next stream as if nothing had been."""
+    codec, counted = graphed(deep)
+    for frames in (4, 8, 12, 36, 84):
+        codes, sizes = random_codes(codec.config, frames, frames, 8), cut(frames, [PATCH_FRAMES])
+        counted.replays = 0
+        got = stream_in(codec, codes, sizes, lookahead="elastic")
+        same(got, stream_in(deep, codes, sizes, lookahead="elastic"))
+        assert counted.replays == frames // PATCH_FRAMES - 1 + (frames >= 80)
 
 
 def test_a_user_in_inference_mode_spoils_no_state(plain):
@@ -180,7 +261,8 @@ def test_a_reply_gives_its_state_back_at_once(model):
     chunks = _generate_chunks(reply, reader, codec, 0.0, True, None, threading.Event())
     for _ in range(LOOKAHEAD + 3):
         next(chunks)
-    assert not codec.stream_graphs._idle
+    idle = codec.stream_graphs._idle[LOOKAHEAD]
+    assert not idle
     chunks.close()
-    assert len(codec.stream_graphs._idle) == 1
+    assert len(idle) == 1
     assert counted.replays == 3

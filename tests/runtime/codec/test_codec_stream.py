@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BAD_CODES, snr_db, watch, write_pair
+from helpers import BAD_CODES, snr_db, watch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import mimo_fast
 from mimo_fast.runtime.codec import incremental
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
 from mimo_fast.runtime.codec.state import BLOCK, CONTEXT, RESTART_LIMIT
@@ -48,18 +47,6 @@ def random_codes(config, frames: int, seed: int = 0, codebooks: int | None = Non
     generator = torch.Generator().manual_seed(seed)
     sizes = config.codebook_sizes[:codebooks]
     return torch.stack([torch.randint(0, size, (frames,), generator=generator) for size in sizes])
-
-
-@pytest.fixture(scope="module")
-def stream_codes(golden) -> Tensor:
-    return golden.get("codec:stream_codes")
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    """A codec whose vocoder looks as far ahead as the published one: 16 layers of 10 frames."""
-    lm, codec = write_pair(tmp_path_factory.mktemp("deep"), {}, {"vocoder_num_layers": 16})
-    return mimo_fast.load(lm, codec, device="cpu").codec
 
 
 @settings(max_examples=12)
