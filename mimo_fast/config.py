@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from mimo_fast.arguments import checked
@@ -324,6 +325,28 @@ class CodecConfig:
                 raise ConfigError(
                     f"{source}: width {width} does not split into {heads} heads of an even size"
                 )
+
+
+Moments = tuple[tuple[float, float], tuple[float, float]]
+"""Mean and variance of each of a codec's two norms over time."""
+
+CALIBRATION = "streaming_moments.json"
+"""A file beside a codec's config.json: what its norms' statistics are like in speech, measured."""
+
+
+def read_calibration(directory: Path) -> Moments | None:
+    """The moments in CALIBRATION; None where there is no such file.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+    path = directory / CALIBRATION
+    if not path.exists():
+        return None
+    moments = _Reader(read_json(path), str(path)).moments("streaming_moments")
+    if moments is None:
+        raise ConfigError(f"{path}: 'streaming_moments' is missing: calibrate again")
+    return moments
 
 
 class _Reader:

@@ -4,11 +4,13 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from torch import Tensor
 
 from mimo_fast.errors import BusyError, PromptError
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_read_by_another
@@ -21,10 +23,12 @@ class History:
 
     Attributes:
         sequence: The sequence of the last exchange, None before the first.
+        voice: That of its streamed replies, None before the first.
     """
 
     def __init__(self) -> None:
         self.sequence: TokenSequence | None = None
+        self.voice: Voice | None = None
         self._reader: weakref.ref[Reply | ChunkStream] | None = None
         self._owner: asyncio.Task[Any] | threading.Thread | None = None
         self._lock = threading.RLock()
@@ -33,11 +37,12 @@ class History:
         twin = History()
         with self._lock:
             twin.sequence = None if self.sequence is None else self.sequence.fork()
+            twin.voice = copy(self.voice)
         return twin
 
     def clear(self) -> None:
         with self._lock:
-            self.sequence = self._reader = None
+            self.sequence = self._reader = self.voice = None
 
     def start(
         self,
@@ -85,11 +90,11 @@ class History:
             self._reader, self._owner = weakref.ref(reply), caller()
         return reply
 
-    def read_by(self, reply: Reply, stream: ChunkStream) -> ChunkStream:
-        """Notes the stream of the last reply, which a continuation closes."""
+    def read_by(self, reply: Reply, stream: ChunkStream, voice: Voice) -> ChunkStream:
+        """Notes the stream of the last reply, which a continuation closes, and its voice."""
         with self._lock:
             if self._running() is reply:
-                self._reader = weakref.ref(stream)
+                self._reader, self.voice = weakref.ref(stream), voice
         return stream
 
     def _running(self) -> Reply | ChunkStream | None:

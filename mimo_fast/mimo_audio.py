@@ -25,9 +25,10 @@ from mimo_fast.generation import check_ids, flatten_ids
 from mimo_fast.history import History
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening, iterate_async
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
@@ -37,13 +38,14 @@ from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
 from mimo_fast.sampling import MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import Segment, Segments, Speech
-from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task
+from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task, voice_of
 from mimo_fast.text.tokenizer import Tokenizer
 
 Arguments = ParamSpec("Arguments")
 
 STREAM_OPTIONS = frozenset(
-    {"add_history", "max_new_tokens", "min_new_tokens", "seed", "special_tokens", "split"}
+    {"add_history", "lookahead", "max_new_tokens", "min_new_tokens", "seed", "special_tokens"}
+    | {"split"}
 )
 """Arguments of `MimoAudio.stream` besides those of the task."""
 
@@ -367,6 +369,7 @@ class MimoAudio:
         seed: int | None = None,
         special_tokens: bool = False,
         split: bool = False,
+        lookahead: Listening = "exact",
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
@@ -380,6 +383,11 @@ class MimoAudio:
         in pieces, in one voice where the checkpoint takes one, and comes as one stream. Limits hold
         for all pieces together; the history is that of the last one. Most checkpoints, the
         published ones too, do not state how long a text may be: theirs is one piece.
+
+        lookahead: "elastic" is for somebody who listens: the first samples come with the second
+        patch, the first ones less exact, see `Codec.stream`. It begins with the norm statistics of
+        earlier replies that add_history continues, of the voice prompt, of the codec's calibration,
+        or with what it estimates.
         """
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
@@ -397,13 +405,19 @@ class MimoAudio:
 
                 context = pipeline.context(seed, special_tokens=special_tokens)
                 limits_of_all = max_new_tokens, min_new_tokens
-                return say_pieces(pipeline, context, request, texts, begin, began, limits_of_all)
+                return say_pieces(
+                    pipeline, context, request, texts, begin, began, limits_of_all, lookahead
+                )
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
-        ids = pipeline.ids(spec.prompt(context, *given, **named))
+        segments = spec.prompt(context, *given, **named)
+        ids, prompt = pipeline.ids(segments), voice_of(segments)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(ids, spec.sampler, *limits, add_history, seed)
-        chunks = pipeline.stream(reply, ids, began, spec.speaks, special_tokens=special_tokens)
-        return self._history.read_by(reply, chunks)
+        voice = self._history.voice or Voice(prompt.codes if prompt else None)
+        chunks = pipeline.stream(
+            reply, ids, began, spec.speaks, None, special_tokens, lookahead, voice
+        )
+        return self._history.read_by(reply, chunks, voice)
 
     def _start(
         self,

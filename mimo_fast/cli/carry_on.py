@@ -2,14 +2,25 @@
 
 import argparse
 
-from mimo_fast.cli.common import load_model, load_recording, speech_output, write_speech
+from mimo_fast.cli.common import (
+    load_model,
+    load_recording,
+    lookahead_of,
+    speech_output,
+    write_speech,
+)
 
 
 def run(args: argparse.Namespace) -> int:
+    lookahead = lookahead_of(args)
     wav = load_recording(args.audio)
     model = load_model(args)
     chunks = model.stream(
-        "speech_continuation", wav, seed=args.seed, max_new_tokens=args.max_tokens
+        "speech_continuation",
+        wav,
+        seed=args.seed,
+        max_new_tokens=args.max_tokens,
+        lookahead=lookahead,
     )
     before = wav if args.join else None
     write_speech(model, args, chunks, speech_output(args.output), before)

@@ -8,6 +8,7 @@ from mimo_fast.cli.common import (
     LiveAudio,
     load_model,
     load_recording,
+    lookahead_of,
     print_text,
     speech_output,
     write_speech,
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         raise MimoFastError("--thinking goes with --text: spoken replies do not think")
     if args.output is None:
         raise MimoFastError("spoken replies need -o FILE.wav (or --text for a dialogue in text)")
+    lookahead = lookahead_of(args)
     turns = [load_recording(turn) for turn in args.turns]
     voice = load_recording(args.voice) if args.voice else None
     model = load_model(args)
@@ -32,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(whole, Path):
         outputs = [*numbered(whole, len(turns))]
     for turn, output in zip(turns, outputs, strict=True):
-        chunks = session.stream(turn, max_new_tokens=args.max_tokens)
+        chunks = session.stream(turn, max_new_tokens=args.max_tokens, lookahead=lookahead)
         write_speech(model, args, chunks, output)
     return 0
 
 
 def _chat_in_text(args: argparse.Namespace) -> int:
+    lookahead_of(args)
     if args.output or args.voice or args.system:
         raise MimoFastError("--text gives text replies: leave out --output, --voice and --system")
     model = load_model(args)

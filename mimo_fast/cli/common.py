@@ -25,7 +25,7 @@ from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.sequence import in_seconds
-from mimo_fast.runtime.engine.stream import Chunk
+from mimo_fast.runtime.engine.stream import Chunk, Listening
 from mimo_fast.runtime.loading import LoadOptions, find_device
 from mimo_fast.text.spelling import spell
 
@@ -206,6 +206,20 @@ def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
     """Writes a file and remembers that it was written."""
     save_wav(path, wav, sample_rate)
     written.append(name_of(path))
+
+
+def lookahead_of(args: argparse.Namespace) -> Listening:
+    """The look-ahead of --lookahead, which files have no use for.
+
+    Raises:
+        MimoFastError: it is elastic, and the reply is not heard as it is spoken.
+    """
+    if args.lookahead == "elastic" and args.output != STANDARD:
+        raise MimoFastError(
+            "--lookahead elastic is for somebody who listens: it goes with -o -, a file gets the "
+            "exact samples"
+        )
+    return "elastic" if args.lookahead == "elastic" else "exact"
 
 
 def speech_output(path: Path) -> Path | LiveAudio:

@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     tts = command("tts", "Say a text.")
     tts.add_argument("text", help="what to say; '-' reads it from standard input")
     _add_output(tts)
+    _add_lookahead(tts)
     style = "how to say it, such as 'in a happy voice'"
     tts.add_argument("--instruct", metavar="STYLE", help=style)
     natural = 'TEXT holds style and words: "say softly: good night"'
@@ -151,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("turns", nargs="+", metavar="AUDIO", help=turns)
     note = "; with several turns reply.wav becomes reply-1.wav, reply-2.wav, ..."
     _add_output(chat, required=False, note=note)
+    _add_lookahead(chat)
     chat.add_argument("--system", metavar="TEXT", help="an instruction in front of the first turn")
     _add_voice(chat, "whose voice the replies should have")
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
@@ -161,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     more = command("continue", carry, PUBLISHED_BASE, module="carry_on")
     more.add_argument("audio", type=path)
     _add_output(more)
+    _add_lookahead(more)
     join = "write the recording and its continuation as one file"
     more.add_argument("--join", action="store_true", help=join)
     _add_generation_options(more)
@@ -215,6 +218,16 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
     _add_hub_options(pack)
 
+    measure = "Measure on speech what streams with an elastic look-ahead begin with."
+    known = command("calibrate", measure, None)
+    known.add_argument("codec", metavar="CODEC", help="directory or hub id of the audio tokenizer")
+    spoken = "speech like that of the replies; half a minute is plenty"
+    known.add_argument("audio", type=path, nargs="+", metavar="AUDIO", help=spoken)
+    books = "codebooks that the language model speaks [8]"
+    known.add_argument("--codebooks", type=positive, default=8, metavar="N", help=books)
+    known.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
+    _add_hub_options(known)
+
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
 
@@ -265,6 +278,11 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-tokens", type=positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
     )
+
+
+def _add_lookahead(parser: argparse.ArgumentParser) -> None:
+    heard = "elastic: heard after two patches instead of up to eleven, with -o - [exact]"
+    parser.add_argument("--lookahead", choices=("exact", "elastic"), default="exact", help=heard)
 
 
 def _add_voice(parser: argparse.ArgumentParser, help: str) -> None:

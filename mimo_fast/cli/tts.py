@@ -5,6 +5,7 @@ import argparse
 from mimo_fast.cli.common import (
     load_model,
     load_recording,
+    lookahead_of,
     read_text,
     speech_output,
     warn_of_words,
@@ -21,12 +22,14 @@ def run(args: argparse.Namespace) -> int:
         raise MimoFastError(
             "--voice needs --instruct or --natural: the model clones voices in those forms alone"
         )
+    lookahead = lookahead_of(args)
     voice = load_recording(args.voice) if args.voice else None
     model = load_model(args)
     if not args.natural:
         warn_of_words(model, text)
     request = text, args.instruct, not args.natural, voice
     limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+    limits["lookahead"] = lookahead
     # A style holds for a whole text.
     chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **limits)
     write_speech(model, args, chunks, speech_output(args.output))

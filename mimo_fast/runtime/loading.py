@@ -18,7 +18,7 @@ from mimo_fast.checkpoint.layout import (
     lm_counts,
     lm_shapes,
 )
-from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
+from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_calibration, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.json_files import cut
 from mimo_fast.kernels.defaults import NewPath, enabled
@@ -34,6 +34,8 @@ from mimo_fast.quantization import (
     stored_types,
 )
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.network import statistics_on
+from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.model import LM
@@ -123,6 +125,7 @@ def load_parts(
         read = _reader(codec_weights, target, bar)
         source = WeightSource(read, codec_dtype, requested=codec_requested)
         audio_codec = Codec(codec_config, source, codebook=WeightSource(read, torch.float32))
+    audio_codec.calibration = _calibration(audio_codec, codec_dir)
     if "codec_encoder" in setup.offload:
         audio_codec.offload_encoder()
     return language_model, audio_codec, tokenizer, setup
@@ -225,6 +228,24 @@ def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
     weights.check_counts(codec_counts(config))
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
+
+
+@in_own_modes
+def load_codec(source: PathLike, device: str | torch.device | None, hub: HubOptions) -> Codec:
+    """A codec alone, in float32, to measure with; its folder is `find`'s."""
+    check_may_load()
+    target, directory = find_device(device), find(source, hub)
+    config, weights = open_codec(directory)
+    with tqdm(total=len([*weights.names()]), desc="loading", leave=False, disable=None) as bar:
+        read = WeightSource(_reader(weights, target, bar), torch.float32)
+        codec = Codec(config, read, codebook=read)
+    codec.calibration = _calibration(codec, directory)
+    return codec
+
+
+def _calibration(codec: Codec, directory: Path) -> NormStatistics | None:
+    moments = read_calibration(directory)
+    return None if moments is None else statistics_on(codec.device, codec.config, moments)
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -17,10 +17,12 @@ from mimo_fast.errors import PromptError
 from mimo_fast.process import Owner
 from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import (
     ChunkStream,
+    Listening,
     ReplyReader,
     ReplyText,
     read_reply,
@@ -234,10 +236,12 @@ class Pipeline:
         speaks: bool = True,
         on_group: Callable[[Group], None] | None = None,
         special_tokens: bool = False,
+        lookahead: Listening = "exact",
+        voice: Voice | None = None,
     ) -> ChunkStream:
         """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
         reader = self._reader(ids, speaks, special_tokens)
-        return stream_reply(reply, reader, self.codec, began, speaks, on_group)
+        return stream_reply(reply, reader, self.codec, began, speaks, on_group, lookahead, voice)
 
     def _reader(self, ids: Tensor, speaks: bool, special_tokens: bool) -> ReplyReader:
         """A reader; the reply starts as speech after `<|sostm|>` or inside a recording.

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.errors import BusyError
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.stream import (
     Chunk,
     ChunkStream,
+    Listening,
     caller,
     is_read_by_another,
     iterate_async,
@@ -84,6 +86,7 @@ class Session:
         speech = None if voice is None else pipeline.speech(voice)
         self._sequence.add(pipeline.ids(voice_system(speech)))
         self._prefix_groups = self._sequence.prefix_groups = self._sequence.groups
+        self._voice = Voice(None if speech is None else speech.codes)
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
         self._running: weakref.ref[ChunkStream] | None = None
@@ -107,7 +110,11 @@ class Session:
         return self._sequence.prefilled
 
     def stream(
-        self, audio: Audio, max_new_tokens: int | None = None, min_new_tokens: int = 0
+        self,
+        audio: Audio,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        lookahead: Listening = "exact",
     ) -> ChunkStream:
         """Adds the user's turn and yields the reply as it is decoded.
 
@@ -117,6 +124,9 @@ class Session:
 
         Args:
             audio: anything that `load_audio` reads.
+            lookahead: "elastic" is for somebody who listens, see `MimoAudio.stream`. It begins with
+                the norm statistics of the replies of this dialogue that came to their end, exact
+                ones too.
 
         Raises:
             ValueError: max_new_tokens is less than 1, or min_new_tokens less than 0.
@@ -143,8 +153,9 @@ class Session:
                 self._go_back(*before)
                 raise
             shown = self._special_tokens
+            speaker = lookahead, self._voice
             chunks = pipeline.stream(
-                reply, sequence.ids, began, True, self._record_patch, special_tokens=shown
+                reply, sequence.ids, began, True, self._record_patch, shown, *speaker
             )
             self._running, self._owner = weakref.ref(chunks), caller()
         try:
@@ -240,7 +251,7 @@ class Session:
             del self._spoken[heard:]
 
     def reset(self) -> None:
-        """Drops all turns; the voice stays, and stays cached."""
+        """Drops all turns; the voice stays, and stays cached, and so do its norm statistics."""
         self._pipeline.owner.check()
         with self._lock:
             self._stop()
@@ -260,6 +271,7 @@ class Session:
                 "special_tokens": self._special_tokens,
                 "opening": self._prefix_groups,
                 "spoken": self._spoken,
+                "heard": self._heard(),
             }
             turns = [(turn.begin, turn.reply, turn.speech) for turn in self._turns]
             write_session(path, self._pipeline.engine, self._sequence, about, turns)
@@ -281,7 +293,23 @@ class Session:
         session._special_tokens = saved.special_tokens
         session._prefix_groups = saved.opening
         session._turns = [Turn(*turn) for turn in saved.turns]
+        session._voice = Voice(session._voice_prompt(), saved.heard_by(pipeline.codec))
         return session
+
+    def _heard(self) -> dict[str, Any] | None:
+        """What is known of the replies' voice, and by which codec, for a file."""
+        heard = self._voice.heard
+        if heard is None:
+            return None
+        return {"codec": self._pipeline.codec.fingerprint, "sums": heard.tolist()}
+
+    def _voice_prompt(self) -> Tensor | None:
+        """Codes [C, T] of the voice in the opening; None without one."""
+        size = self._sequence.group_size
+        opening = self._sequence.ids[:, : self._prefix_groups * size]
+        patches = opening[0, ::size] == self._pipeline.tokenizer.special.empty
+        codes = opening[1:, patches.repeat_interleave(size)]
+        return codes if codes.shape[1] else None
 
     def _record_patch(self, group: Group) -> None:
         """Records the group of the sequence that holds each patch of the reply."""

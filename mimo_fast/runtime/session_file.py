@@ -22,6 +22,7 @@ from torch import Tensor
 from mimo_fast.checkpoint.files import DTYPES, is_finite, open_safetensors
 from mimo_fast.errors import CheckpointError, ConfigError, PromptError
 from mimo_fast.json_files import JSON_BYTES, cut, parse_json, shown
+from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.snapshot import Snapshot
@@ -36,9 +37,9 @@ INTEGERS = {"seed": (-(2**63), 2**63 - 1), "draws": (0, 2**62), "cached": (0, 2*
 INTEGERS |= {"opening": (0, 2**31)}
 """Smallest and largest value of the header's numbers."""
 
-FIELDS = {*INTEGERS, "model", "special_tokens", "system_prompt", "turns", "spoken"}
+FIELDS = {*INTEGERS, "model", "special_tokens", "system_prompt", "turns", "spoken", "heard"}
 
-LATER = {"special_tokens": False}
+LATER = {"special_tokens": False, "heard": None}
 """Fields that files of earlier versions lack, and what they mean there."""
 
 FIX = "save the dialogue again"
@@ -54,6 +55,8 @@ class SavedSession:
         opening: Number of groups in front of the first turn.
         spoken: Groups of the last reply that are patches, ascending.
         kept: Its cache; None where it holds none that this model can use.
+        heard: Sums [2, 3] of its replies (`CodecStream.totals`) and the fingerprint of the codec
+            that spoke them; None where no reply came to its end.
     """
 
     system_prompt: str | None
@@ -65,6 +68,13 @@ class SavedSession:
     turns: Turns
     spoken: list[int]
     kept: Snapshot | None
+    heard: tuple[Tensor, str] | None
+
+    def heard_by(self, codec: CodecNetwork) -> Tensor | None:
+        """The sums of its replies, on the device of the codec that spoke them; None for another."""
+        if self.heard is None or self.heard[1] != codec.fingerprint:
+            return None
+        return self.heard[0].to(codec.device)
 
     def fill(self, sequence: TokenSequence) -> None:
         """Fills an empty sequence."""
@@ -184,7 +194,8 @@ class _Reader:
         # sequences once it has been prefilled, and so is computed here.
         kept = self.cache(cached, parts) if cached >= opening else None
         seed, draws = numbers["seed"], numbers["draws"]
-        return SavedSession(system, special_tokens, seed, draws, opening, ids, turns, spoken, kept)
+        given = system, special_tokens, seed, draws, opening, ids, turns, spoken, kept
+        return SavedSession(*given, self.heard())
 
     def wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"'{name}' is {shown(value)}, not {expected}: {FIX}")
@@ -225,6 +236,23 @@ class _Reader:
         for group in given:
             first = self.integer("spoken", group, first, groups - 1) + 1
         return given
+
+    def heard(self) -> tuple[Tensor, str] | None:
+        """Sums of rows, means and mean squares: of two norms, in a whole number of rows."""
+        given = self.header.get("heard")
+        if given is None:
+            return None
+        expected = "a codec and finite sums of rows, means and squares of two norms, or null"
+        with suppress(TypeError, ValueError, KeyError, OverflowError, RuntimeError):
+            rows = [[float(value) for value in row] for row in given["sums"]]
+            sums = torch.tensor(rows, dtype=torch.float64, device="cpu")
+            counts, means, squares = sums.T
+            fits = sums.shape == (2, 3) and len(given) == 2 and isinstance(given["codec"], str)
+            # A codec that does not pool has no rows of the first norm.
+            spread = squares * counts >= means.square() * (1 - 1e-9)
+            if fits and is_finite(sums) and counts[1] >= 1 and counts[0] >= 0 and spread.all():
+                return sums, given["codec"]
+        raise self.wrong("heard", given, expected)
 
     def check_ids(self, ids: Tensor) -> None:
         size = self.config.group_size

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.request import FinishReason
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.sentences import split_to_say
 from mimo_fast.text.spelling import spell
-from mimo_fast.text.tasks import TASKS, PromptContext, tts
+from mimo_fast.text.tasks import TASKS, PromptContext, tts, voice_of
 
 FADE = 0.01
 """Seconds that a piece fades in and out for, where another one precedes or follows."""
@@ -232,6 +233,7 @@ def say_pieces(
     begin: Begin,
     began: float,
     limits: tuple[int | None, int],
+    lookahead: Listening = "exact",
 ) -> SplitStream:
     """Says texts one after the other; the speech of the first is the voice of the others.
 
@@ -243,6 +245,8 @@ def say_pieces(
     voice, (longest, shortest) = list[Tensor](), limits
     clones = pipeline.lm.config.is_trained("tts_sft", "prompt_speech")
     clones = clones and request.get("prompt_speech") is None
+    # By the voices of the pieces: all have one, or each its own.
+    voices = dict[int, Voice]()
 
     def remember(group: Group) -> None:
         if group.text == pipeline.tokenizer.special.empty and not group.finished:
@@ -254,11 +258,15 @@ def say_pieces(
             given["prompt_speech"] = Speech(torch.cat(voice, dim=1))
             # Upstream clones a voice with an instruction, or in the form of one sentence.
             given["read_text_only"] = given.get("instruct") is not None
-        ids = pipeline.ids(TASKS["tts_sft"].prompt(**given))
+        segments = TASKS["tts_sft"].prompt(**given)
+        ids, prompt = pipeline.ids(segments), voice_of(segments)
+        one = clones or request.get("prompt_speech") is not None
+        speaker = voices.setdefault(0 if one else i, Voice(prompt.codes if prompt else None))
         most = None if longest is None else longest - groups
         least = max(shortest - groups, 0) if i == len(pieces) - 1 else 0
         heard = remember if i == 0 and clones else None
         reply = begin(ids, most, least, i > 0)
-        return pipeline.stream(reply, ids, began, True, heard, context.special_tokens)
+        shown = context.special_tokens
+        return pipeline.stream(reply, ids, began, True, heard, shown, lookahead, speaker)
 
     return SplitStream(pieces, start, longest)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 from mimo_fast.audio.files import AudioSource
@@ -21,6 +22,9 @@ from mimo_fast.text.tokenizer import SpecialIds
 
 MAX_EXAMPLES = 16
 """Number of in-context examples that the report evaluates with (section 3.3)."""
+
+VOICE_IS = "Your voice should be:", "你的音色应该是："
+"""What precedes a voice prompt, in dialogues and for texts."""
 
 Audio = AudioSource | Speech
 Message = Mapping[str, Any]
@@ -111,7 +115,7 @@ def tts(
     system: Segments = ["你需要根据指定的风格指令和文本内容来生成语音。"]
     if voice is not None:
         style = "你需要根据指定的风格指令和文本内容来生成和语音prompt具有相同音色的语音。"
-        system = [f"{style}你的音色应该是：", voice]
+        system = [f"{style}{VOICE_IS[1]}", voice]
     turn = _asked(*request), "<|im_start|>assistant\n<think>\n"
     return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
 
@@ -289,7 +293,18 @@ def voice_system(voice: Speech | None) -> Segments:
     """The system turn that sets the voice of a dialogue; nothing without one."""
     if voice is None:
         return []
-    return ["<|im_start|>system\n", "Your voice should be:", voice, "<|im_end|>\n"]
+    return ["<|im_start|>system\n", VOICE_IS[0], voice, "<|im_end|>\n"]
+
+
+def voice_of(segments: Segments) -> Speech | None:
+    """The speech of a prompt in whose voice the reply is to be: a voice prompt, or to carry on."""
+    last = segments[-1] if segments else None
+    if isinstance(last, Speech) and not last.closed:
+        return last
+    for text, speech in pairwise(segments):
+        if isinstance(text, str) and text.endswith(VOICE_IS) and isinstance(speech, Speech):
+            return speech
+    return None
 
 
 def capitalize(text: str) -> str:

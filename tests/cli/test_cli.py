@@ -208,6 +208,28 @@ def test_quantize_and_speak(capsys, tmp_path, form):
     assert "quantized already" in fails(capsys, "asr", AUDIO, "--quantization", form, *small)
 
 
+def test_calibrate_and_load(capsys, tmp_path):
+    """The codec's folder says what speech is like; another file there is refused by its name."""
+    shutil.copytree(PAIR[3], tmp_path / "codec", copy_function=shutil.copyfile)
+    codec, path = tmp_path / "codec", tmp_path / "codec" / "streaming_moments.json"
+    assert mimo_fast.load(PAIR[1], codec, device="cpu").codec.calibration is None
+    _, err = runs(capsys, "calibrate", codec, AUDIO, KIT / "audio" / "en_f_16k.wav")
+    assert f"wrote {path}" in err
+    loaded = mimo_fast.load(PAIR[1], codec, device="cpu").codec
+    recordings = [
+        loaded.encode(mimo_fast.load_audio(KIT / "audio" / name, 24000), 8)
+        for name in ("en_m_24k.wav", "en_f_16k.wav")
+    ]
+    found, want = loaded.calibration, loaded.calibrate(recordings)
+    for here, there in zip(found, want, strict=True):
+        assert torch.allclose(torch.stack(here), torch.stack(there))
+    with pytest.raises(ValueError, match="at least one recording"):
+        loaded.calibrate([])
+    for odd in ("{}", '{"streaming_moments": [[0, 1], [0, -1]]}', "[]", "{"):
+        path.write_text(odd)
+        assert str(path) in fails(capsys, "tts", "hi", "-o", tmp_path / "a.wav", *PAIR[:3], codec)
+
+
 UNDECODABLE = "cannot decode"
 
 

@@ -88,6 +88,37 @@ def test_files_are_written_though_their_words_cannot_be_printed(
     assert line is None or line in err
 
 
+class Listened(io.TextIOWrapper):
+    """A standard output that somebody listens to."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
+
+    def samples(self) -> torch.Tensor:
+        self.flush()
+        return load_audio(self.buffer.getvalue(), 24000)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["tts", "seven forty two"], ["chat", QUESTION, QUESTION], ["continue", QUESTION]],
+)
+def test_an_elastic_look_ahead_is_for_listeners(capsys, tmp_path, monkeypatch, command):
+    heard = []
+    for lookahead in ("exact", "elastic"):
+        monkeypatch.setattr(sys, "stdout", Listened())
+        given = [*map(str, command), "-o", "-", "--lookahead", lookahead, "--seed", "1"]
+        assert main([*given, "--max-tokens", "30"]) == 0
+        heard.append(sys.stdout.samples())
+    assert len(heard[0]) == len(heard[1]) > 0
+    assert not torch.equal(*heard)
+    capsys.readouterr()
+    file = tmp_path / "a.wav"
+    assert main([*map(str, command), "-o", str(file), "--lookahead", "elastic"]) == 1
+    assert "it goes with -o -" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_without_files_a_broken_output_ends_the_work(capsys, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "stdout", Full(BrokenPipeError(32, "Broken pipe")))

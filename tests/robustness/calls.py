@@ -1,6 +1,7 @@
 """Every public function and method, with arguments that are right."""
 
 import asyncio
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -84,8 +85,8 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         sequence.add(ids)
         [*model.decode(sequence, "tts", frozenset(), 3)]
 
-    def incremental(codes: Any, lookahead: Any, moments: Any, last: Any = None) -> Any:
-        stream = codec.stream(lookahead, moments)
+    def incremental(codes: Any, lookahead: Any, moments: Any, weight: Any, last: Any = None) -> Any:
+        stream = codec.stream(lookahead, moments, weight)
         return torch.cat([stream.push(codes), stream.finish(last)])
 
     def sampled(**arguments: Any) -> Any:
@@ -202,7 +203,10 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
                 **limits,
             },
         ),
-        "MimoAudio.stream": (streamed, {"task": "tts", "input": "hello", **limits}),
+        "MimoAudio.stream": (
+            streamed,
+            {"task": "tts", "input": "hello", "lookahead": "elastic", **limits},
+        ),
         "MimoAudio.stream asr": (streamed, {"task": "asr", "input": speech, **limits}),
         "MimoAudio.stream dialogue": (
             streamed,
@@ -310,7 +314,10 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             model.get_speech_continuation_prompt,
             {"audio": speech},
         ),
-        "Session.stream": (said, {"audio": speech, "max_new_tokens": 3, "min_new_tokens": 1}),
+        "Session.stream": (
+            said,
+            {"audio": speech, "max_new_tokens": 3, "min_new_tokens": 1, "lookahead": "exact"},
+        ),
         "Session.astream": (said_async, {"audio": speech, "max_new_tokens": 3}),
         "Session.interrupt": (interrupted, {"played_ms": 100.0}),
         "Session.save": (saved, {"path": output}),
@@ -324,8 +331,19 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "Codec.check_codes": (codec.check_codes, {"codes": codes}),
         "Codec.stream": (
             incremental,
-            {"codes": codes, "lookahead": 2, "moments": None, "last": codes},
+            {"codes": codes, "lookahead": 2, "moments": None, "weight": 50.0, "last": codes},
         ),
+        "Codec.stream elastic": (
+            incremental,
+            {
+                "codes": codes,
+                "lookahead": "elastic",
+                "moments": codec.moments(codes),
+                "weight": 50.0,
+                "last": codes,
+            },
+        ),
+        "Codec.calibrate": (copy.copy(codec).calibrate, {"recordings": [codes]}),
     }
 
 

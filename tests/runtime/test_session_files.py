@@ -62,7 +62,14 @@ ODD += [math.nan, math.inf, -math.inf, "\ud800", [[[[]]]]]
 def cases() -> list[tuple[str, Any]]:
     """Fields with each odd value that they may not have."""
     fields = ("seed", "draws", "cached", "opening", "turns", "spoken", "model", "system_prompt")
-    fine = {("seed", "-1"), ("spoken", "[]"), ("system_prompt", "None"), ("system_prompt", "'1'")}
+    fields += ("heard",)
+    fine = {
+        ("heard", "None"),
+        ("seed", "-1"),
+        ("spoken", "[]"),
+        ("system_prompt", "None"),
+        ("system_prompt", "'1'"),
+    }
     pairs = [(field, value) for field in fields for value in ODD]
     return [(field, value) for field, value in pairs if (field, repr(value)) not in fine]
 
@@ -81,6 +88,32 @@ class TestHeader:
         )
         del header[field]
         assert f"'{field}'" in refusal(model, write(tmp_path / "odd", header, tensors))
+
+    def test_what_a_voice_is_like_is_known_or_not(self, model, talk, tmp_path):
+        """A file of an earlier version says nothing of it; sums must be those of rows."""
+        header, tensors = contents(talk)
+        heard = {"codec": model.codec.fingerprint, "sums": [[48.0, 2.0, 50.0], [97.0, 1.0, 60.0]]}
+        kept = tmp_path / "kept"
+        model.restore_session(write(kept, header | {"heard": heard}, tensors)).save(kept)
+        assert contents(kept)[0]["heard"] == heard
+        del header["heard"]
+        model.restore_session(write(kept, header, tensors)).save(kept)
+        assert contents(kept)[0]["heard"] is None
+        sums = heard["sums"]
+        for wrong in (
+            [sums[0]],
+            [sums[0], [97.0, 1.0]],
+            [sums[0], [0.0, 0.0, 0.0]],
+            [sums[0], [97.0, 100.0, 60.0]],
+            [sums[0], [97.0, 1.0, math.nan]],
+            [sums[0], [math.inf, 1.0, 60.0]],
+            [[-1.0, 2.0, 50.0], sums[1]],
+            [sums[0], ["a", 1.0, 60.0]],
+        ):
+            changes = {"heard": heard | {"sums": wrong}}
+            assert "'heard'" in refusal(model, write(tmp_path / "odd", header | changes, tensors))
+        for odd in ({"sums": sums}, heard | {"codec": 3}, heard | {"more": 1}):
+            refusal(model, write(tmp_path / "odd", header | {"heard": odd}, tensors))
 
     def test_places_that_contradict_each_other(self, model, talk, tmp_path):
         header, tensors = contents(talk)

@@ -1,5 +1,8 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked
@@ -10,7 +13,7 @@ from mimo_fast.runtime.codec.finite import checked_codes, checked_samples
 from mimo_fast.runtime.codec.geometry import Lookahead
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.prior import PRIOR_FRAMES
+from mimo_fast.runtime.codec.prior import PRIOR_FRAMES, prior_sums, statistics_of
 from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.lm.graphs import wanted
@@ -67,6 +70,30 @@ class Codec(CodecNetwork):
             statistics = self.calibration
         lookahead = "exact" if lookahead is None else lookahead
         return CodecStream(self, lookahead, statistics, self.stream_graphs, weight)
+
+    @in_own_modes
+    def calibrate(self, recordings: Iterable[Tensor]) -> NormStatistics:
+        """Measures what elastic streams begin with where nothing is known of a voice.
+
+        Args:
+            recordings: codes [n, T] each, as many codebooks as streams will be fed, of speech like
+                that which they will decode.
+
+        Returns:
+            The statistics of all of them, which are `calibration` from then on.
+
+        Raises:
+            ValueError: there are none.
+        """
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
+        for codes in recordings:
+            moments = self.moments(codes)
+            given = torch.stack([torch.stack(pair or moments.to_mel) for pair in moments])
+            sums += prior_sums(self.config, given, codes.shape[1])
+        if not bool(sums[1, 0] > 0):
+            raise ValueError("calibrate needs at least one recording")
+        self.calibration = statistics_of(self.config, sums)
+        return self.calibration
 
     @in_own_modes
     def warmup(self, streams: int, progress: bool = True) -> None:

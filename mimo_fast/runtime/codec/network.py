@@ -6,6 +6,9 @@
 Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
 """
 
+import hashlib
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from mimo_fast.arguments import checked
 from mimo_fast.audio.files import check_dense
 from mimo_fast.audio.mel import log_mel
-from mimo_fast.config import CodecConfig
+from mimo_fast.config import CodecConfig, Moments
 from mimo_fast.errors import AudioError
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.rvq import Codebooks, rvq_decode, rvq_encode
@@ -42,6 +45,13 @@ DECODE_SEGMENT = 1500
 
 
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def statistics_on(device: torch.device, config: CodecConfig, moments: Moments) -> NormStatistics:
+    """Norm statistics from the mean and variance of `unpool` and of `to_mel`."""
+    unpool, to_mel = torch.tensor(moments, dtype=torch.float32, device=device)
+    pooled = None if config.pool == 1 else (unpool[0], unpool[1])
+    return NormStatistics(pooled, (to_mel[0], to_mel[1]))
 
 
 @checked
@@ -103,12 +113,19 @@ class CodecNetwork:
         self.device, self.dtype = self.conv1[0].device, self.conv1[0].dtype
         self.stated_statistics: NormStatistics | None = None
         if config.moments is not None:
-            unpool, to_mel = torch.tensor(config.moments, dtype=torch.float32, device=self.device)
-            self.stated_statistics = NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
+            self.stated_statistics = statistics_on(self.device, config, config.moments)
 
     @property
     def sample_rate(self) -> int:
         return self.config.sample_rate
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this codec from others: its dimensions and some of its weights."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for tensor in (self.to_mel.bias, self.decoder_norm.weight, self.codebooks.books[0][:4]):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @in_own_modes
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:

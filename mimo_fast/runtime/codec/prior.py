@@ -61,11 +61,23 @@ def know(
             "these statistics are of a codec that pools otherwise: measure them with this one's "
             "moments"
         )
-    if any(getattr(moment, "numel", lambda: 0)() != 1 for pair in pairs for moment in pair):
+    if not all(map(_is_mean_and_variance, pairs)):
         raise ValueError("statistics are a mean and a variance each: use Codec.moments")
     for place, pair in zip(state.given[-len(pairs) :], pairs, strict=True):
         place.copy_(torch.stack([moment.reshape(()) for moment in pair]))
     state.prior.copy_(prior_sums(config, state.given, frames))
+
+
+def _is_mean_and_variance(pair: object) -> bool:
+    values = pair if isinstance(pair, tuple) else ()
+    return len(values) == 2 and all(
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and not value.is_meta
+        for value in values
+    )
 
 
 def totals(state: CodecState) -> Tensor:

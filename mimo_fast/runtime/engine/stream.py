@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.codec.finite import samples_error
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.text.tokenizer import Tokenizer
+
+Listening = Literal["exact", "elastic"]
+"""How far a reply's audio looks ahead, see `Codec.stream`: "elastic" is heard earlier."""
 
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -241,6 +245,8 @@ def stream_reply(
     began: float,
     speaks: bool = True,
     on_group: Callable[[Group], None] | None = None,
+    lookahead: Listening = "exact",
+    voice: Voice | None = None,
 ) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
@@ -249,10 +255,14 @@ def stream_reply(
         began: `time.perf_counter()` at the request.
         speaks: False returns text only.
         on_group: called with each group before its chunk is made.
+        voice: that of the reply: what an elastic look-ahead begins with, and what a reply that
+            comes to its end adds to.
     """
     reply.launches = True
     closing = threading.Event()
-    chunks = _generate_chunks(reply, reader, codec, began, speaks, on_group, closing)
+    chunks = _generate_chunks(
+        reply, reader, codec, began, speaks, on_group, closing, lookahead, voice
+    )
     return ChunkStream(chunks, reply, closing)
 
 
@@ -264,6 +274,8 @@ def _generate_chunks(
     speaks: bool,
     on_group: Callable[[Group], None] | None,
     closing: threading.Event,
+    lookahead: Listening = "exact",
+    voice: Voice | None = None,
 ) -> Generator[Chunk, None, None]:
     """The chunks of a reply's groups.
 
@@ -300,7 +312,7 @@ def _generate_chunks(
     try:
         for group in reply:
             # Opened once the reply has a slot: graphs are captured for as many streams as slots.
-            stream = stream or (codec.stream() if speaks else None)
+            stream = stream or (_open_stream(codec, lookahead, voice) if speaks else None)
             decoded += 1
             if on_group is not None:
                 on_group(group)
@@ -315,10 +327,18 @@ def _generate_chunks(
         text, patches = reader.finish()
         held = torch.cat(patches, dim=1) if patches else None
         rest = stream.finish(held, trusted=True) if stream else nothing
+        if voice is not None and stream is not None and stream.totals is not None:
+            voice.add(codec, stream.totals)
         yield chunk(text, rest, held, reply.finish_reason)
     finally:
         if stream is not None:
             stream.close()
+
+
+def _open_stream(codec: Codec, lookahead: Listening, voice: Voice | None) -> CodecStream:
+    if lookahead == "exact":
+        return codec.stream()
+    return codec.stream("elastic", None if voice is None else voice.known(codec))
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:

@@ -244,5 +244,6 @@ def test_what_an_elastic_stream_does_not_take(model, stream_codes):
     with pytest.raises(ValueError, match="of a codec that pools otherwise"):
         codec.stream("elastic", NormStatistics(None, known.to_mel))
     wide = NormStatistics((torch.zeros(3), torch.ones(3)), known.to_mel)
-    with pytest.raises(ValueError, match="a mean and a variance each"):
-        codec.stream("elastic", wide)
+    for odd in (wide, NormStatistics(known.unpool, (known.to_mel[0],)), NormStatistics(3, 4)):
+        with pytest.raises(ValueError, match="a mean and a variance each"):
+            codec.stream("elastic", odd)
