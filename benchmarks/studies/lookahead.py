@@ -1,6 +1,7 @@
 """What look-ahead and norm statistics are worth to the codec's stream, on a trained vocoder.
 
-    python -m benchmarks.studies.lookahead [--vocoder FILE] [--replies 8] [FILE.json]
+    python -m benchmarks.studies.lookahead [FILE.json] [--replies 8] [--vocoder FILE]
+        [--statistics own voice average estimated]
 
 Replies of three held-out sentences each, in the voice of nano's replies and in one that training
 never used, streamed by patches of 160 ms at each look-ahead and with the growing one, and compared
@@ -41,7 +42,7 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.state import NormStatistics
 from training import data, domain
 from training.codes import LEAD, TAIL
-from training.listen import recognise, word_errors
+from training.listen import channel, recognise, word_errors
 from training.synthesis import RATE, has_flite, synthesize
 from training.vocoder import VOCODER, deep_codec
 
@@ -118,8 +119,8 @@ def _mel_power(wav: Tensor) -> Tensor:
     return spectrum.abs().square().T @ mel_filters(RATE, WINDOW, BANDS, 0.0, TOP)
 
 
-def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
-    """A row for each kind of statistics and look-ahead, over replies in one voice."""
+def compare(codec: Codec, spoken: Sequence[Reply], kinds: Sequence[str]) -> Iterator[Record]:
+    """A row for each of these kinds of statistics and look-ahead, over replies in one voice."""
     samples = PATCH_FRAMES * codec.config.samples_per_frame
     wanted = [codec.decode(each.codes) for each in spoken]
     own = [codec.moments(each.codes) for each in spoken]
@@ -129,12 +130,16 @@ def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
         "average": [average_statistics()] * len(spoken),
         "estimated": [None] * len(spoken),
     }
-    usual = understood(spoken, wanted)
+    understood(spoken, wanted, None)
+    known_channel = channel()
+    usual = understood(spoken, wanted, known_channel)
     yield {"statistics": "one-shot", "lookahead": None, **words(spoken, usual, usual)}
-    recordings = understood(spoken, [each.wav for each in spoken])
-    yield {"statistics": "recording", "lookahead": None, **words(spoken, recordings, usual)}
-    for name, looks in LOOKS.items():
-        for look in tqdm(looks, desc=name):
+    recordings = [each.wav for each in spoken]
+    understood(spoken, recordings, None)
+    said = understood(spoken, recordings, channel())
+    yield {"statistics": "recording", "lookahead": None, **words(spoken, said, usual)}
+    for name in kinds:
+        for look in tqdm(LOOKS[name], desc=name):
             pairs = zip(spoken, known[name], strict=True)
             # Else an elastic stream goes over to statistics of its own.
             weight = math.inf if name == "own" else None
@@ -148,7 +153,7 @@ def compare(codec: Codec, spoken: Sequence[Reply]) -> Iterator[Record]:
                     "mel_db": _summary([mel_db(a, b) for a, b in cut], max),
                 }
             if look in HEARD:
-                row |= words(spoken, understood(spoken, got), usual)
+                row |= words(spoken, understood(spoken, got, known_channel), usual)
             yield row
 
 
@@ -159,10 +164,12 @@ def average_statistics() -> NormStatistics:
     return NormStatistics((unpool[0], unpool[1]), (to_mel[0], to_mel[1]))
 
 
-def understood(spoken: Sequence[Reply], got: Sequence[Tensor]) -> list[str]:
+def understood(
+    spoken: Sequence[Reply], got: Sequence[Tensor], known_channel: str | None
+) -> list[str]:
     """What the recogniser hears in the first sentences."""
     pairs = zip(spoken, got, strict=True)
-    return [recognise(wav[: each.first], RATE, afresh=True) for each, wav in pairs]
+    return [recognise(wav[: each.first], RATE, known_channel) for each, wav in pairs]
 
 
 def words(spoken: Sequence[Reply], heard: Sequence[str], usual: Sequence[str]) -> Record:
@@ -185,6 +192,8 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--vocoder", type=Path, default=VOCODER, help="of `training vocoder`")
     parser.add_argument("--replies", type=int, default=8, help="in each voice")
+    kinds = [*LOOKS]
+    parser.add_argument("--statistics", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("file", nargs="?", type=Path)
     args = parser.parse_args()
     if not has_flite():
@@ -197,7 +206,7 @@ def main() -> int:
     for voice, part in VOICES.items():
         spoken = [*replies(codec, part, args.replies)]
         found[f"seconds_{voice}"] = round(sum(len(each.wav) for each in spoken) / RATE, 1)
-        for row in compare(codec, spoken):
+        for row in compare(codec, spoken, args.statistics):
             rows.append({"voice": voice, **row})
             write(args.file, found)
     print(json.dumps(found, indent=1))
