@@ -1,7 +1,7 @@
 """What look-ahead and norm statistics are worth to the codec's stream, on a trained vocoder.
 
     python -m benchmarks.studies.lookahead [FILE.json] [--replies 8] [--vocoder FILE]
-        [--statistics own voice average estimated]
+        [--voices replies unheard] [--statistics own voice average estimated] [--few]
 
 Replies of three held-out sentences each, in the voice of nano's replies and in one that training
 never used, streamed by patches of 160 ms at each look-ahead and with the growing one, and compared
@@ -55,6 +55,8 @@ SOME: tuple[int | str, ...] = (0, 1, 2, 3, 5, LOOKAHEAD, ELASTIC)
 LOOKS = {"own": EVERY, "voice": SOME, "average": SOME, "estimated": EVERY}
 HEARD: tuple[int | str, ...] = (0, 1, LOOKAHEAD, ELASTIC)
 """Look-aheads whose words are counted."""
+
+FEW: tuple[int | str, ...] = (0, 1, 2, LOOKAHEAD, ELASTIC)
 
 SENTENCES = 3
 FIRST = 1, 3, 10
@@ -119,8 +121,13 @@ def _mel_power(wav: Tensor) -> Tensor:
     return spectrum.abs().square().T @ mel_filters(RATE, WINDOW, BANDS, 0.0, TOP)
 
 
-def compare(codec: Codec, spoken: Sequence[Reply], kinds: Sequence[str]) -> Iterator[Record]:
-    """A row for each of these kinds of statistics and look-ahead, over replies in one voice."""
+def compare(
+    codec: Codec, spoken: Sequence[Reply], kinds: Sequence[str], few: bool
+) -> Iterator[Record]:
+    """A row for each of these kinds of statistics and look-ahead, over replies in one voice.
+
+    few: the look-aheads `FEW` alone.
+    """
     samples = PATCH_FRAMES * codec.config.samples_per_frame
     wanted = [codec.decode(each.codes) for each in spoken]
     own = [codec.moments(each.codes) for each in spoken]
@@ -139,7 +146,7 @@ def compare(codec: Codec, spoken: Sequence[Reply], kinds: Sequence[str]) -> Iter
     said = understood(spoken, recordings, channel())
     yield {"statistics": "recording", "lookahead": None, **words(spoken, said, usual)}
     for name in kinds:
-        for look in tqdm(LOOKS[name], desc=name):
+        for look in tqdm(FEW if few else LOOKS[name], desc=name):
             pairs = zip(spoken, known[name], strict=True)
             # Else an elastic stream goes over to statistics of its own.
             weight = math.inf if name == "own" else None
@@ -194,6 +201,8 @@ def main() -> int:
     parser.add_argument("--replies", type=int, default=8, help="in each voice")
     kinds = [*LOOKS]
     parser.add_argument("--statistics", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--voices", nargs="+", choices=[*VOICES], default=[*VOICES])
+    parser.add_argument("--few", action="store_true", help="look-aheads: 0, 1, 2, 10, elastic")
     parser.add_argument("file", nargs="?", type=Path)
     args = parser.parse_args()
     if not has_flite():
@@ -203,10 +212,10 @@ def main() -> int:
     codec = deep_codec(args.vocoder)
     rows: list[Record] = []
     found = {"environment": environment("cpu"), "replies": args.replies, "rows": rows}
-    for voice, part in VOICES.items():
-        spoken = [*replies(codec, part, args.replies)]
+    for voice in args.voices:
+        spoken = [*replies(codec, VOICES[voice], args.replies)]
         found[f"seconds_{voice}"] = round(sum(len(each.wav) for each in spoken) / RATE, 1)
-        for row in compare(codec, spoken, args.statistics):
+        for row in compare(codec, spoken, args.statistics, args.few):
             rows.append({"voice": voice, **row})
             write(args.file, found)
     print(json.dumps(found, indent=1))
