@@ -31,12 +31,14 @@ Rows = list[dict]
 
 def section(results: Path) -> Iterator[str]:
     yield TITLE
-    files = sorted(results.glob("*-lookahead.json"))
+    files = sorted(results.glob("*-lookahead*.json"))
     if not files:
         yield f"On a trained vocoder that looks ten patches ahead: {NOT_MEASURED}.\n"
         return
-    found = json.loads(files[-1].read_text(encoding="utf-8"))
-    rows: Rows = found["rows"]
+    # Several parts of one study have the same date.
+    newest = [path for path in files if path.name[:10] == files[-1].name[:10]]
+    parts = [Entry(json.loads(x.read_text(encoding="utf-8")), file=x.name) for x in newest]
+    rows: Rows = [row for part in parts for row in part["rows"]]
     yield ABOUT
     kinds = "SNR, dB", "mel, dB"
     heads = (f"{kind}: {place}" for kind in kinds for place in PLACES.values())
@@ -49,11 +51,11 @@ def section(results: Path) -> Iterator[str]:
     yield "Of the recordings {} words are wrong, of one-shot decoding {}.\n".format(
         *map(_words, whole)
     )
-    yield sources([Entry(found, file=files[-1].name)]) + "\n"
+    yield sources(parts) + "\n"
 
 
 def _settings(rows: Rows) -> Iterator[Rows]:
-    """The rows of both voices for each kind of statistics and look-ahead."""
+    """The rows of all voices for each kind of statistics and look-ahead."""
     keys = {(r["statistics"], r["lookahead"]): None for r in rows if r["lookahead"] is not None}
     for key in keys:
         yield [r for r in rows if (r["statistics"], r["lookahead"]) == key]
