@@ -5,6 +5,9 @@
                                 ships as mimo_fast/assets/nano
     python -m training all --start mimo_fast/assets/nano
                                 the same, starting from the weights in the package
+    python -m training vocoder --start mimo_fast/assets/nano
+                                a vocoder of the published depth over nano's codec, to measure
+                                streams with (`vocoder.py`); an hour on one core
     python -m training --smoke  a few steps of everything
 
 Each command resumes where it was stopped, and `decoder` and `lm` may run side by side, each on a

@@ -21,7 +21,7 @@ import mimo_fast
 from mimo_fast.errors import MimoFastError
 from mimo_fast.sampling import task_samplers
 
-from . import codec, codes, comparisons, data, decoder, evaluate, export, lm, parallel
+from . import codec, codes, comparisons, data, decoder, evaluate, export, lm, parallel, vocoder
 from .card import card
 from .codec import CodecTraining
 from .codes import Codes
@@ -33,8 +33,9 @@ from .parameters import build_codec
 from .start import start_from
 from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
+from .vocoder import VocoderTraining
 
-COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all")
+COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all", "vocoder")
 
 SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, 6, 6, 4, 4, 4, 4, 3, 3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
@@ -89,6 +90,17 @@ class Recipe:
         trained = trained_tensors(self.directory, codec.NAME)
         how = self._how("decoder", decoder.SCHEDULE)
         DecoderTraining(self.directory, self.data(), trained, *how).train()
+
+    def vocoder(self) -> None:
+        """Trains a vocoder of the published depth over the newest codec there is."""
+        decoded = (self.directory / f"{decoder.NAME}.safetensors").exists()
+        trained = trained_tensors(self.directory, decoder.NAME if decoded else codec.NAME)
+        how = self._how("vocoder", vocoder.SCHEDULE)
+        VocoderTraining(self.directory, self.data(), trained, *how).train()
+        if not parallel.is_worker():
+            target = self.directory / "vocoder-float16.safetensors"
+            vocoder.export_vocoder(self.directory, target)
+            print(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
     def lm(self) -> None:
         with parallel.first():
@@ -168,7 +180,7 @@ def smoke(seed: int, workers: int) -> None:
 
 def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
     """Runs one command."""
-    if command in ("codec", "decoder", "lm", "all"):
+    if command in ("codec", "decoder", "vocoder", "lm", "all"):
         with parallel.workers(workers, sys.argv[1:]):
             recipe.train() if command == "all" else getattr(recipe, command)()
     elif command == "data":
@@ -214,7 +226,8 @@ def main() -> int:
         steps = {args.command: args.steps} if args.steps else {}
         if args.start and not parallel.is_worker():
             start_from(args.start, args.run)
-        recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
+        sizes = vocoder.SIZES if args.command == "vocoder" else Sizes()
+        recipe = Recipe(args.run, args.seed, args.device, sizes, steps)
         run(recipe, args.command, args.count, args.workers)
     except KeyboardInterrupt:
         if not parallel.is_worker():

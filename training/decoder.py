@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mimo_fast.audio.mel import log_mel
+from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.model import Codec
 
 from . import parallel
@@ -34,7 +35,14 @@ HISS = 3e-3
 
 
 class DecoderTraining:
-    """The decoder, its data and its loss. trained: the tensors of the first stage."""
+    """The decoder, its data and its loss.
+
+    Args:
+        trained: the tensors of the first stage.
+        config: dimensions of the codec; by default the recipe's.
+        name: of the run.
+        prefix: of the tensors that are trained.
+    """
 
     def __init__(
         self,
@@ -44,17 +52,21 @@ class DecoderTraining:
         schedule: Schedule = SCHEDULE,
         seed: int = 0,
         device: str = "cpu",
+        config: CodecConfig | None = None,
+        name: str = NAME,
+        prefix: str = "decoder.",
     ) -> None:
-        self.config, self.seed, self.device = codec_config(), seed, device
-        codec = [name for name in trained if not name.startswith("ctc.")]
-        self.tensors = {name: trained[name].to(device, copy=True) for name in codec}
-        decoder = [name for name in codec if name.startswith("decoder.")]
-        leaves = trainable({name: self.tensors[name] for name in decoder})
-        fixed = {name: tensor for name, tensor in self.tensors.items() if name not in leaves}
+        self.config, self.name = config or codec_config(), name
+        self.seed, self.device = seed, device
+        codec = [each for each in trained if not each.startswith("ctc.")]
+        self.tensors = {each: trained[each].to(device, copy=True) for each in codec}
+        learning = [each for each in codec if each.startswith(prefix)]
+        leaves = trainable({each: self.tensors[each] for each in learning})
+        fixed = {each: tensor for each, tensor in self.tensors.items() if each not in leaves}
         # Most utterances are of the kind that the language model will say.
-        self.parts = [parts[name] for name in ("speech", "replies", "readings", "replies")]
+        self.parts = [parts[each] for each in ("speech", "replies", "readings", "replies")]
         self.unheard = parts["unheard"]
-        self.run = Run(directory, NAME, leaves, fixed, schedule)
+        self.run = Run(directory, name, leaves, fixed, schedule)
 
     def train(self) -> None:
         self.run.train(self.losses, self.validate)
@@ -64,7 +76,7 @@ class DecoderTraining:
 
     def losses(self, step: int) -> Losses:
         """One batch forward."""
-        rng = random.Random(f"{parallel.seed_of(self.seed)}/decoder/{step}")
+        rng = random.Random(f"{parallel.seed_of(self.seed)}/{self.name}/{step}")
         codec, count = self.model(), parallel.share(BATCH)
         spectral, mel, perceived = (torch.zeros((), device=self.device) for _ in range(3))
         for spoken in (draw(self.parts, rng, NOISE_SHARE) for _ in range(count)):

@@ -23,9 +23,15 @@ SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 """Search settings; by default it inserts short words in the silence at the end."""
 
 
-def recognise(wav: Tensor, sample_rate: int) -> str:
-    """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none."""
+def recognise(wav: Tensor, sample_rate: int, channel: str | None = None) -> str:
+    """Waveform [n] -> the sentence of the domain that the recogniser hears, "" for none.
+
+    channel: as `channel` gave it; without one that of what was heard before, which changes what is
+        heard now.
+    """
     decoder = _decoder()
+    if channel is not None:
+        decoder.set_cmn(channel)
     hush = round(HUSH * LISTENING_RATE)
     heard = F.pad(resample(wav.float(), sample_rate, LISTENING_RATE), [hush, hush])
     hiss = torch.randn(len(heard), generator=torch.Generator().manual_seed(0)) * HISS
@@ -35,6 +41,11 @@ def recognise(wav: Tensor, sample_rate: int) -> str:
     decoder.end_utt()
     found = decoder.hyp()
     return "" if found is None else str(found.hypstr)
+
+
+def channel() -> str:
+    """What the recogniser has learned of level and microphone from what it heard."""
+    return str(_decoder().get_cmn(True))
 
 
 def word_errors(got: str, want: str) -> int:

@@ -1,14 +1,15 @@
 """The report holds what the records hold and nothing else; the committed one is up to date."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import projection, report
+from benchmarks import lookahead, projection, report
 from benchmarks.__main__ import main
-from benchmarks.records import Entry, JsonLines, Measured
+from benchmarks.records import NOT_MEASURED, Entry, JsonLines, Measured
 from benchmarks.report import DOCUMENT, RESULTS, document, picture_name, write_report
 from mimo_fast.runtime.memory import GB
 
@@ -299,3 +300,35 @@ def test_what_fits_into_a_card(tmp_path):
 def test_a_card_is_known_by_its_drivers_name(driver, name):
     card = projection.card_of(driver)
     assert (card and card.name) == name
+
+
+def test_look_ahead_is_shown_over_both_voices(tmp_path):
+    places = {
+        place: {"snr_db": {"mean": 20.0, "worst": 9.5}, "mel_db": {"mean": 0.2, "worst": 0.5}}
+        for place in ("first_1", "first_3", "first_10", "whole")
+    }
+    counts = {"words_wrong": 1, "words": 25, "unlike": 2, "sentences": 8}
+    rows = [
+        {"voice": voice, "statistics": kind, "lookahead": look, **measured}
+        for voice in ("replies", "unheard")
+        for kind, look, measured in (
+            ("one-shot", None, counts),
+            ("recording", None, counts | {"words_wrong": 0}),
+            ("own", 2, places),
+            ("own", "elastic", places | counts),
+        )
+    ]
+    rows[2] = rows[2] | {
+        "first_3": {"snr_db": {"mean": 30.0, "worst": 8.5}, "mel_db": {"mean": 0.4, "worst": 0.45}}
+    }
+    name = "2027-01-02-lookahead.json"
+    about = environment()
+    assert NOT_MEASURED in "\n".join(lookahead.section(tmp_path))
+    (tmp_path / name).write_text(json.dumps({"environment": about, "rows": rows}))
+    text = "\n".join(lookahead.section(tmp_path))
+    wide = "20.0 (9.5) | 25.0 (8.5) | 20.0 (9.5) | 20.0 (9.5) | 0.20 (0.50) | 0.30 (0.50)"
+    assert f"| own | 2 | {wide}" in text
+    assert "| own | elastic | 2 of 50 | 4 of 16 |" in text
+    assert "| own | 2 | 2 of 50" not in text
+    assert "Of the recordings 0 of 50 words are wrong, of one-shot decoding 2 of 50." in text
+    assert name in text
