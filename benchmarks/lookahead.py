@@ -18,12 +18,13 @@ ABOUT = """\
 Replies of three held-out sentences, in nano's voice and in one that training never used, decoded \
 by nano's codec with a vocoder of the published depth and windows (16 layers, 40 frames back and \
 10 ahead each, width 80), which `python -m training vocoder` trains, and compared with one-shot \
-decoding of the same codes: SNR (mean, and the worst reply's) and mean absolute difference of mel \
-spectra, in dB, and the words that a recogniser hears wrong in the first sentence. *elastic*: \
-first samples after one patch, then one patch more is held back for each two that come, up to \
+decoding of the same codes: SNR (mean over the voices, and the worst reply's) and mean absolute \
+difference of mel spectra, in dB, and the words that a recogniser hears wrong in the first \
+sentence. *elastic*: one patch is held back at first, then one more for each two that come, up to \
 ten. Norm statistics: *own* are one-shot decoding's, so that only the look-ahead differs; *voice* \
 another reply's in the same voice; *average* those that nano's checkpoint states; *estimated*: \
-none are given ([study](../benchmarks/studies/lookahead.py)).
+none are given. Ten patches with estimates are an exact stream of a codec that states none, as the \
+published one ([study](../benchmarks/studies/lookahead.py)).
 """
 
 Rows = list[dict]

@@ -3,9 +3,9 @@
     python -m training vocoder --start mimo_fast/assets/nano
 
 nano's vocoder looks one patch ahead, the published one ten: 16 layers of 10 frames each. What a
-shorter look-ahead or other norm statistics cost a vocoder of that reach is measured on this one
-(`benchmarks/studies/lookahead.py`): random weights hardly look ahead. It has the published layers
-and windows and is narrow; everything before it is nano's. The package does not ship it.
+shorter look-ahead or other norm statistics cost a trained vocoder of that reach is measured on this
+one (`benchmarks/studies/lookahead.py`). It has the published layers and windows and is narrow;
+everything before it is nano's. The package does not ship it: `VOCODER` is for tests and studies.
 
     vocoder and head, 0.71 M parameters, 1.4 MB in float16            positions a second: 100
 
