@@ -202,7 +202,9 @@ def _converter(hint: Any) -> Convert | None:
     if origin in (Union, UnionType):
         return _any_of([_converter(part) for part in parts])
     if origin is Literal:
-        return lambda value: value if value in parts else UNFIT
+        # By type first: arrays of other libraries have no one answer to `==`.
+        kinds = tuple({type(part) for part in parts})
+        return lambda value: value if isinstance(value, kinds) and value in parts else UNFIT
     kind = origin or hint
     if hint is Any or kind is BinaryIO or not isinstance(kind, type):
         return None
