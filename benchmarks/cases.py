@@ -172,10 +172,10 @@ def cached_prefill_attention(form: str, t: int, s: int) -> Benchmark:
     """The same from the cache; its positions are read on the device."""
     module, heads, dh = kernels("prefill_attention"), BACKBONE.heads, BACKBONE.head_dim
     inputs = {
-        "q": (t, heads, dh),
+        "q": (1, t, heads, dh),
         "cache": _cache(BACKBONE, 1, s, form),
-        "slots": _all(t, 0),
-        "positions": lambda device: torch.arange(s - t, s, device=device),
+        "slots": lambda device: torch.zeros(1, t, dtype=torch.int64, device=device),
+        "positions": lambda device: torch.arange(s - t, s, device=device)[None],
     }
     stored = (heads, BACKBONE.kv_heads, dh, SIZE, CACHES[form])
     nbytes, flop = module.prefill_attention_bytes(t, s - t, *stored), 4 * _attended(t, s)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import mimo_fast
 from mimo_fast.cli import main as cli
 from mimo_fast.cli.main import main
+from mimo_fast.testing.parity import STAGES
 
 SHORT = ["--seed", "1", "--max-tokens", "30"]
 
@@ -139,7 +140,7 @@ def test_verify_passes_on_the_kit(capsys):
     out, err = runs(capsys, "verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT)
     assert "FAILED" not in out
     assert "all" in err
-    assert len(out.splitlines()) == 16
+    assert len(out.splitlines()) == 1 + len(STAGES)
 
 
 def test_verify_names_the_stage_whose_golden_tensor_is_altered(capsys, tmp_path):

@@ -103,7 +103,8 @@ def test_an_elastic_look_ahead_is_for_listeners(capsys, tmp_path, monkeypatch, c
         assert main([*given, "--max-tokens", "30"]) == 0
         heard.append(sys.stdout.samples())
     assert len(heard[0]) == len(heard[1]) > 0
-    assert not torch.equal(*heard)
+    # A reply of one patch is decoded as it ends, with all that is known by then.
+    assert torch.equal(*heard) == (len(heard[0]) <= 3840)
     capsys.readouterr()
     file = tmp_path / "a.wav"
     assert main([*map(str, command), "-o", str(file), "--lookahead", "elastic"]) == 1
