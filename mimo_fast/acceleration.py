@@ -1,12 +1,11 @@
 """`accelerate`: our `generate` for an upstream model that is already in memory."""
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mimo_fast.arguments import checked
+from mimo_fast.arguments import as_type, checked
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
@@ -78,10 +77,8 @@ def accelerate(model: Any) -> Any:
 
 def _empty_id(args: Any, config: LMConfig) -> int:
     """The id of `<|empty|>` in the arguments of an upstream model."""
-    found: Any = getattr(args, "empty_idx", None)
-    if not hasattr(found, "__index__"):
-        raise TypeError(f"args.empty_idx of the model must be an int, not a {type(found).__name__}")
-    if not 0 <= (empty := operator.index(found)) < config.vocab_size:
+    empty = as_type(int, getattr(args, "empty_idx", None), "args.empty_idx of the model")
+    if not 0 <= empty < config.vocab_size:
         raise ValueError(f"args.empty_idx must be 0 to {config.vocab_size - 1}, not {empty}")
     return empty
 

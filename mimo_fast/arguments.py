@@ -116,6 +116,23 @@ def check_call(
     return list(rules.positional([None, *arguments], given))[1:], rules.named(given)
 
 
+def as_type(hint: Any, value: Any, name: str) -> Any:
+    """A value that is no argument, converted as one of that annotation is.
+
+    Raises:
+        TypeError: it is of another type; the message calls it by its name.
+    """
+    convert = _converter(hint)
+    return value if convert is None else _fitting(convert, hint, value, name)
+
+
+def _fitting(convert: Convert, hint: Any, value: Any, name: str) -> Any:
+    found = convert(value)
+    if found is UNFIT:
+        raise TypeError(f"{name} must be {_described(hint)}, not {_shown(value)}")
+    return found
+
+
 class _Rules:
     """What a function takes. Annotations are read at its first call: they may name later classes.
 
@@ -183,12 +200,7 @@ class _Rules:
         return named
 
     def _converted(self, name: str, value: Any) -> Any:
-        convert, hint = self.converters[name]
-        found = convert(value)
-        if found is UNFIT:
-            wanted = _described(hint)
-            raise TypeError(f"{self.where}: {name} must be {wanted}, not {_shown(value)}")
-        return found
+        return _fitting(*self.converters[name], value, f"{self.where}: {name}")
 
 
 def _converter(hint: Any) -> Convert | None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimo_fast.arguments import checked, suggestion
+from mimo_fast.arguments import as_type, checked, suggestion
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.kernels.sample import NOT_FINITE
@@ -276,7 +276,11 @@ class _Options:
     def read(
         cls, config: Any, criteria: Iterable[Any] | None, max_new: int | None, min_new: int
     ) -> "_Options":
-        option = config_options(config).get
+        given = config_options(config)
+
+        def option(name: str, hint: Any = int | None) -> Any:
+            return as_type(hint, given.get(name), f"generation_config: {name}")
+
         everything = list(criteria or ())
         stoppers = [criterion for criterion in everything if _is_stopper(criterion)]
         callables = [criterion for criterion in everything if not _is_stopper(criterion)]
@@ -287,8 +291,9 @@ class _Options:
         if max_new is None and option("max_length"):
             lengths.append(option("max_length"))
         sampler = None
-        if option("do_sample"):
-            sampler = MiMoSampler(True, option("temperature"), option("top_k"), option("top_p"))
+        if option("do_sample", bool | None):
+            temperature, top_p = (option(name, float | None) for name in ("temperature", "top_p"))
+            sampler = MiMoSampler(True, temperature, option("top_k"), top_p)
         pad_id = option("pad_token_id")
         return cls(
             max_length=min(lengths, default=None),
@@ -298,7 +303,7 @@ class _Options:
             stop_ids=frozenset().union(*(stopper.stop_token_ids for stopper in stoppers)),
             callables=callables,
             sampler=sampler,
-            pad_id=TEXT_FILLER if pad_id is None else int(pad_id),
+            pad_id=TEXT_FILLER if pad_id is None else pad_id,
         )
 
     def limits(self, prompt: int, context: int) -> Limits:

@@ -97,7 +97,10 @@ def sampler_tensors(
             [s.temperature or 1.0 for s in samplers], dtype=torch.float32, device=device
         ),
         top_k=torch.tensor(
-            [max(s.top_k or 0, 0) for s in samplers], dtype=torch.int64, device=device
+            # No vocabulary is as large as what an int64 holds.
+            [min(max(s.top_k or 0, 0), SEEDS - 1) for s in samplers],
+            dtype=torch.int64,
+            device=device,
         ),
         tail=torch.tensor(tails, dtype=torch.float32, device=device),
         greedy=torch.tensor(greedy, dtype=torch.bool, device=device),
@@ -138,9 +141,10 @@ def row_seeds(seed: Seed, rows: int) -> list[int]:
     """
     if seed is None:
         return [one_seed(None) for _ in range(rows)]
-    if isinstance(seed, Tensor) and seed.is_meta:
-        raise TypeError("seeds are integers, not a tensor without values")
-    given: Any = seed.tolist() if hasattr(seed, "tolist") else seed
+    try:
+        given: Any = seed.tolist() if hasattr(seed, "tolist") else seed
+    except Exception:  # Each library has its own for arrays that have no values, or odd ones.
+        raise TypeError(f"seeds are integers, not {type(seed).__name__}s without any") from None
     if not isinstance(given, list | tuple | range):
         return [check_seed(given)] * rows
     if len(given) != rows:

@@ -335,3 +335,38 @@ def test_refuses_wrong_arguments(model, prompts):
         generate(model, prompts[:2], streamer=RecordingStreamer(), max_new_tokens=1)
     with pytest.raises(TypeError, match=r"cannot generate with a Linear.*mimo_fast\.accelerate"):
         generate(torch.nn.Linear(1, 1), prompts[0], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_new_tokens", "x"),
+        ("max_length", [3]),
+        ("min_new_tokens", 1.5),
+        ("pad_token_id", "0"),
+        ("do_sample", "yes"),
+        ("temperature", "warm"),
+    ],
+)
+def test_an_option_of_another_type_is_named(model, option, value):
+    config = {"do_sample": True, option: value}
+    with pytest.raises(TypeError, match=f"generation_config: {option} must be .*, not "):
+        generate(model, torch.zeros(9, 8, dtype=torch.int64), config)
+
+
+def test_a_tensor_without_values_is_no_seed(model):
+    class Elsewhere:
+        def tolist(self):
+            raise RuntimeError("its values are not here")
+
+    for seed in (torch.ones(1, dtype=torch.int64, device="meta"), Elsewhere()):
+        with pytest.raises(TypeError, match="seeds are integers"):
+            generate(model, torch.zeros(9, 8, dtype=torch.int64), max_new_tokens=1, seed=seed)
+
+
+def test_any_top_k_is_as_good_as_the_vocabulary(model):
+    ids = torch.zeros(9, 8, dtype=torch.int64)
+    samplers = [MiMoSampler(True, 1.0, top_k, 1.0) for top_k in (2**40, 2**70)]
+    options = {"max_new_tokens": 3, "seed": 1}
+    first, second = (generate(model, ids, global_sampler=each, **options) for each in samplers)
+    assert torch.equal(first, second)
