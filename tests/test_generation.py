@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mimo_fast import MimoAudio, MiMoSampler, MiMoStopper, PromptError, generate
 from mimo_fast.generation import flatten_ids, unflatten_ids
+from mimo_fast.sampling import row_seeds
 from mimo_fast.testing.parity import Golden
 
 Prompts = list[Tensor]
@@ -354,14 +355,14 @@ def test_an_option_of_another_type_is_named(model, option, value):
         generate(model, torch.zeros(9, 8, dtype=torch.int64), config)
 
 
-def test_a_tensor_without_values_is_no_seed(model):
+def test_values_that_cannot_be_read_are_no_seeds():
     class Elsewhere:
         def tolist(self):
             raise RuntimeError("its values are not here")
 
     for seed in (torch.ones(1, dtype=torch.int64, device="meta"), Elsewhere()):
         with pytest.raises(TypeError, match="seeds are integers"):
-            generate(model, torch.zeros(9, 8, dtype=torch.int64), max_new_tokens=1, seed=seed)
+            row_seeds(seed, 1)
 
 
 def test_any_top_k_is_as_good_as_the_vocabulary(model):
