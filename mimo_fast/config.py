@@ -355,7 +355,9 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{source} holds a {type(raw).__name__}, not a JSON object")
-        self.raw, self.source = raw, source
+        plain = {key: each if _is_plain(each) else _Foreign(each) for key, each in raw.items()}
+        self.raw: Mapping[str, Any] = plain
+        self.source = source
 
     def required(self, key: str) -> Any:
         if key not in self.raw:
@@ -479,6 +481,25 @@ def _rope_kind(scaling: Any) -> str:
     if isinstance(scaling, Mapping):
         return str(scaling.get("rope_type", scaling.get("type", "default")))
     return str(scaling)
+
+
+class _Foreign:
+    """In place of what no JSON file holds, such as an array, which has no one answer to `==`."""
+
+    def __init__(self, value: Any) -> None:
+        self._shown = shown(value)
+
+    def __repr__(self) -> str:
+        return self._shown
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether a value could come from JSON, as deep as anything that is read."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers import KIT_PAIR, copy_tree, fault, kit_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +93,12 @@ def test_sizes_must_be_positive_integers(part, key):
 def test_what_is_not_supported_is_refused(part, key, value):
     message = complaint(part, {key: value})
     assert f"'{key}' is {value!r}" in message
+
+
+@pytest.mark.parametrize("key", ["ln_type", "rope_type", "fmin", "streaming_moments", "d_model"])
+def test_values_that_no_json_holds_are_refused(key):
+    for value in (np.ones((2, 2)), torch.ones(3), [np.ones(2)], object()):
+        assert f"'{key}'" in complaint("codec", {key: value})
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ BLOCK = 2**16
 UNKNOWN_LENGTH = 2**32 - 1
 """Size in the header of a WAV that is still being written, as sox and ffmpeg understand it."""
 
+MOST_SAMPLES = 2**31 - 64
+"""What a WAV's 32 bits of length can count, two bytes a sample: 24 hours at 24 kHz."""
+
 
 def check_output(target: Any) -> None:
     """Finds out, before there is audio, whether it can be written to a path or a file object.
@@ -65,6 +68,9 @@ def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate
     wav = as_samples(wav)
     if wav.ndim != 1 or not wav.is_floating_point():
         raise AudioError(f"save_wav takes float samples [n], not {wav.dtype} {list(wav.shape)}")
+    if len(wav) > MOST_SAMPLES:
+        hours = len(wav) / sample_rate / 3600
+        raise AudioError(f"{hours:.0f} hours are more than a WAV file holds: write them in parts")
     if not wav.isfinite().all():
         problem = "the waveform holds NaN or infinite samples"
         raise AudioError(f"{problem}, which an audio file cannot hold")

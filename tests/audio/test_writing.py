@@ -263,3 +263,10 @@ def test_a_stream_of_unknown_length(tmp_path):
     save_wav(whole := io.BytesIO(), wav, 24000)
     data = wav_header(24000) + b"".join(pcm16(part) for part in wav.split(999))
     assert torch.equal(load_audio(data, 24000), load_audio(whole.getvalue(), 24000))
+
+
+def test_more_than_a_wav_can_count_is_refused_before_anything_is_allocated(tmp_path):
+    endless = torch.zeros(1).expand(2**40)
+    with pytest.raises(AudioError, match="12726 hours are more than a WAV file holds"):
+        save_wav(tmp_path / "a.wav", endless, 24000)
+    assert not any(tmp_path.iterdir())
