@@ -144,7 +144,7 @@ class Session:
         check_limits(max_new_tokens, min_new_tokens)
         self._check_owner()
         # Before the recording is encoded: groups of the last reply are copied to the host here.
-        sequence.ids  # noqa: B018
+        sequence.settle()
         speech = pipeline.speech_later(audio)
         with self._lock:
             self._check_owner()

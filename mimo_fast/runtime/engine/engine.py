@@ -566,7 +566,7 @@ class Reply(Iterator[Group]):
             self.prefilled = perf_counter()
         try:
             # Codes of recordings are looked at here, while the device prefills them.
-            request.sequence.ids  # noqa: B018
+            request.sequence.settle()
         except BaseException:
             self.close()
             raise

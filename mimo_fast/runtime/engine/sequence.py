@@ -46,8 +46,22 @@ class TokenSequence:
 
     @property
     def ids(self) -> Tensor:
-        """All ids [C + 1, T G] on the host; reading them copies decoded groups from the device,
-        and waits for codes that are still computed."""
+        """All ids [C + 1, T G] on the host, settled."""
+        return self.settle()
+
+    @ids.setter
+    def ids(self, ids: Tensor) -> None:
+        with self._lock:
+            self._ids = ids.cpu()
+            self._decoded.clear()
+            self._pending = ()
+
+    def settle(self) -> Tensor:
+        """`ids`, with decoded groups copied from the device and codes waited for.
+
+        Raises:
+            NumericError: those codes come of no finite values.
+        """
         with self._lock:
             self._add_decoded()
             if self._pending:
@@ -56,13 +70,6 @@ class TokenSequence:
                     codes.drop()
                 self._pending = ()
             return self._ids
-
-    @ids.setter
-    def ids(self, ids: Tensor) -> None:
-        with self._lock:
-            self._ids = ids.cpu()
-            self._decoded.clear()
-            self._pending = ()
 
     def _add_decoded(self) -> None:
         if self._decoded:
