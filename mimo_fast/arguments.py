@@ -60,7 +60,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     names = set(known)
     for name in given:
         if name not in names:
-            raise TypeError(f"{where} has no argument {name!r}: {suggestion(name, names)}")
+            raise TypeError(f"{where} has no argument {_shown(name)}: {suggestion(name, names)}")
 
 
 def names_of(function: Callable[..., Any], bound: bool = False) -> frozenset[str] | None:

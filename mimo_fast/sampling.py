@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked
+from mimo_fast.json_files import shown
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
 Seed = int | Sequence[int] | Tensor | np.ndarray | None
@@ -122,7 +123,7 @@ def check_seed(seed: Any) -> int:
             raise TypeError
         value = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"a seed is an integer, not {seed!r:.80}") from None
+        raise TypeError(f"a seed is an integer, not {shown(seed)}") from None
     if not 0 <= value < SEEDS:
         raise ValueError(f"a seed is between 0 and 2**63 - 1, not {value}")
     return value

@@ -14,9 +14,12 @@ import mimo_fast
 from mimo_fast import generation
 from mimo_fast.arguments import UNFIT, _described, _Rules, names_of, suggestion
 from mimo_fast.audio.files import DecodeLimits
+from mimo_fast.audio.resample import check_rate
+from mimo_fast.errors import AudioError
 from mimo_fast.generation import config_options
 from mimo_fast.quantization import QuantizationConfig
-from mimo_fast.text.tasks import TASKS
+from mimo_fast.sampling import check_seed
+from mimo_fast.text.tasks import TASKS, find_task
 
 CLASSES = (
     mimo_fast.DecodeLimits,
@@ -275,3 +278,21 @@ def test_transformers_own_config_warns_of_what_differs_from_its_defaults():
         config_options(transformers.GenerationConfig(max_length=9, pad_token_id=1, eos_token_id=2))
     with pytest.warns(UserWarning, match="repetition_penalty"):
         config_options(transformers.GenerationConfig(max_length=9, repetition_penalty=1.3))
+
+
+def test_a_message_shows_a_foreign_value_in_one_short_line():
+    """An array's repr has as many lines as rows."""
+    vast = np.ones((9, 9), dtype=np.int64)
+    calls = [
+        lambda: mimo_fast.load(*KIT_PAIR, device="cpu", quantization=vast),
+        lambda: mimo_fast.load(*KIT_PAIR, device="cpu", quantization="int4" * 1000),
+        lambda: mimo_fast.load(*KIT_PAIR, device="cpu", dtype="int4" * 1000),
+        lambda: check_seed(vast),
+        lambda: find_task("asr" * 1000),
+        lambda: check_rate(vast),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError, AudioError)) as caught:
+            call()
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)

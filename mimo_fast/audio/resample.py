@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimo_fast.errors import AudioError
+from mimo_fast.json_files import shown
 from mimo_fast.modes import in_own_modes
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
@@ -30,7 +31,7 @@ def check_rate(rate: int, name: str = "the sample rate") -> int:
     """`rate` as an int. Raises AudioError unless it is whole hertz from 1 kHz to 768 kHz."""
     if not isinstance(rate, numbers.Integral) or not MIN_RATE <= int(rate) <= MAX_RATE:
         wanted = f"a whole number from {MIN_RATE} to {MAX_RATE}"
-        raise AudioError(f"{name} is {rate!r} Hz; it must be {wanted}")
+        raise AudioError(f"{name} is {shown(rate)} Hz; it must be {wanted}")
     return int(rate)
 
 

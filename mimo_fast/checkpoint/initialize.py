@@ -28,6 +28,7 @@ from mimo_fast.checkpoint.folder import check_new_folder, new_folder, write_json
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import shown
 from mimo_fast.text.tokenizer import MODEL_TOKENS
 
 Draw = Callable[[str], Iterator[Tensor]]
@@ -90,7 +91,7 @@ def init_checkpoint(
     """
     directory = Path(directory).expanduser()
     if preset not in TOKEN_IDS:
-        raise CheckpointError(f"no preset {preset!r}: use one of {', '.join(TOKEN_IDS)}")
+        raise CheckpointError(f"no preset {shown(preset)}: use one of {', '.join(TOKEN_IDS)}")
     check_new_folder(directory)
     raw = {part: preset_config(preset, part, dtype) for part in ("lm", "codec")}
     config = LMConfig.from_dict(raw["lm"])

@@ -70,7 +70,7 @@ class Format:
             known = f"use {', '.join(NAMED)}, or one with -g32, -g64, -g128"
             groups = [f"{name}-g{size}" for name in NAMED[:-1] for size in (32, 64, 128)]
             near = suggestion(text, [*NAMED, *groups])
-            raise ValueError(f"no weight format {text!r}, {near}: {known}")
+            raise ValueError(f"no weight format {shown(text)}, {near}: {known}")
         name, group = match[1], match[2]
         default = {"int8": None, "nf4": 64}.get(name, 128)
         return cls(name.removesuffix("-sym"), int(group) if group else default, name != "int4")
@@ -134,12 +134,12 @@ class QuantizationConfig:
             if value not in CHOICES:
                 known = f"{', '.join(CHOICES)} or a format for each part"
                 raise ValueError(
-                    f"no quantization {value!r}, {suggestion(value, CHOICES)}: use {known}"
+                    f"no quantization {shown(value)}, {suggestion(value, CHOICES)}: use {known}"
                 )
             value = CHOICES[value]
         if not isinstance(value, Mapping):
             problem = "is a name or a mapping of parts to formats"
-            raise TypeError(f"quantization {problem}, not {value!r:.80}")
+            raise TypeError(f"quantization {problem}, not {shown(value)}")
         for part in sorted(map(str, set(value) - set(PARTS))):
             parts = f"the parts are {', '.join(PARTS)}"
             raise ValueError(f"no part {part} to quantize, {suggestion(part, PARTS)}: {parts}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from mimo_fast.checkpoint.files import Weights
 from mimo_fast.checkpoint.layout import Shapes
 from mimo_fast.errors import CheckpointError
+from mimo_fast.json_files import shown
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, pack_words
 from mimo_fast.quantization.formats import Format, PackedMatrices, importable_group
 
@@ -105,7 +106,8 @@ def _is_v1(about: Mapping[str, Any], source: Path) -> bool:
     bits, packing = about.get("bits"), str(about.get("packing_format", ""))
     if "awq" in packing:
         raise CheckpointError(
-            f"{source} is packed as {packing!r}: of AutoRound's layouts only GPTQ's is imported"
+            f"{source} is packed as {shown(packing)}: of AutoRound's layouts only GPTQ's can be "
+            "imported"
         )
     if bits != 4:
         raise CheckpointError(f"{source} holds {bits}-bit weights: only 4-bit GPTQ is imported")

@@ -20,7 +20,7 @@ from mimo_fast.checkpoint.layout import (
 )
 from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_calibration, read_json
 from mimo_fast.errors import CheckpointError
-from mimo_fast.json_files import cut
+from mimo_fast.json_files import cut, shown
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.modes import in_own_modes, on_device
 from mimo_fast.process import check_may_load
@@ -155,7 +155,7 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     if batch is not None and batch < 1:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
     if cache not in (None, "int8"):
-        raise ValueError(f"kv_cache must be 'int8' or None, not {cache!r}")
+        raise ValueError(f"kv_cache must be 'int8' or None, not {shown(cache)}")
     for unknown in sorted(map(str, offload - set(OFFLOADABLE))):
         near = suggestion(unknown, OFFLOADABLE)
         known = ", ".join(OFFLOADABLE)
@@ -284,7 +284,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     short |= {"fp32": "float32", "float": "float32"}
     chosen = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if dtype is not None and chosen not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+        raise ValueError(f"dtype {shown(dtype)} is not one of float32, bfloat16, float16")
     return chosen
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mimo_fast.audio.files import AudioSource
 from mimo_fast.errors import PromptError
+from mimo_fast.json_files import shown
 from mimo_fast.text.prompt import Joined, Segment, Segments, Speech, SpokenReply, UserText, Written
 from mimo_fast.text.spelling import spell
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
@@ -286,7 +287,7 @@ def find_task(name: str) -> Task:
     for known in (name, f"{name}_sft", name.replace("_multiturn", "_sft_multiturn")):
         if known in TASKS:
             return TASKS[known]
-    raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    raise ValueError(f"no task {shown(name)}; there are {', '.join(TASKS)}")
 
 
 def voice_system(voice: Speech | None) -> Segments:
@@ -333,7 +334,7 @@ def role_of(message: Any) -> str:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ("user", "assistant") or "content" not in message:
         expected = "a role ('user' or 'assistant') and content"
-        raise PromptError(f"a message needs {expected}, not {message!r:.120}")
+        raise PromptError(f"a message needs {expected}, not {shown(message)}")
     return str(role)
 
 
@@ -375,6 +376,6 @@ def _think(thinking: bool) -> str:
 def _spelled(text: str) -> str:
     words = spell(text)
     if not words:
-        problem = f"there is no word to say in {text!r:.80}"
+        problem = f"there is no word to say in {shown(text)}"
         raise PromptError(f"{problem}: this model knows words and numbers alone")
     return " ".join(words)
