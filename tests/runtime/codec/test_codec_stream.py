@@ -124,16 +124,21 @@ def test_first_audio_comes_a_patch_after_the_lookahead(model, stream_codes, look
     assert set(lengths[lookahead + 1 :]) == {PATCH_FRAMES * SAMPLES}
 
 
+def assert_no_click(parts: list[Tensor]) -> None:
+    """Samples where two parts meet differ no more than neighbours elsewhere."""
+    parts = [part for part in parts if len(part)]
+    jumps = torch.cat(parts).diff().abs()
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)[:-1] - 1
+    inside = jumps[torch.ones(len(jumps), dtype=torch.bool).index_fill(0, ends, False)]
+    assert jumps[ends].max() <= inside.max()
+    assert jumps[ends].square().mean() <= 1.5 * inside.square().mean()
+
+
 def test_no_click_at_a_seam(model, stream_codes):
     """Samples where two pushes meet differ no more than neighbours elsewhere."""
     for lookahead in (0, 1, 4, LOOKAHEAD):
         parts = stream_in(model.codec, stream_codes, cut(182, [4]), lookahead=lookahead)
-        parts = [part for part in parts if len(part)]
-        jumps = torch.cat(parts).diff().abs()
-        ends = torch.tensor([len(part) for part in parts]).cumsum(0)[:-1] - 1
-        inside = jumps[torch.ones(len(jumps), dtype=torch.bool).index_fill(0, ends, False)]
-        assert jumps[ends].max() <= inside.max()
-        assert jumps[ends].square().mean() <= 1.5 * inside.square().mean()
+        assert_no_click(parts)
 
 
 class Work(TorchDispatchMode):
