@@ -10,7 +10,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from numbers import Real
 from types import NoneType, UnionType
 from typing import (
@@ -63,6 +63,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise TypeError(f"{where} has no argument {_shown(name)}: {suggestion(name, names)}")
 
 
+@cache
 def names_of(function: Callable[..., Any], bound: bool = False) -> frozenset[str] | None:
     """Names that a function takes as keywords, `Unpack`ed ones too; None if it takes any.
 
@@ -111,8 +112,11 @@ def _checked(function: Any, where: str, bound: bool) -> Any:
 def check_call(
     function: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any], where: str
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of a call of `function`, without its first one, as `checked` passes them on."""
-    rules, given = _Rules(function, where, bound=True), dict(named)
+    """Arguments of a call of `function`, without its first one, as `checked` passes them on.
+
+    function: lives as long as the process; its rules are kept.
+    """
+    rules, given = _rules(function, where), dict(named)
     return list(rules.positional([None, *arguments], given))[1:], rules.named(given)
 
 
@@ -201,6 +205,11 @@ class _Rules:
 
     def _converted(self, name: str, value: Any) -> Any:
         return _fitting(*self.converters[name], value, f"{self.where}: {name}")
+
+
+@cache
+def _rules(function: Callable[..., Any], where: str) -> _Rules:
+    return _Rules(function, where, bound=True)
 
 
 def _converter(hint: Any) -> Convert | None:

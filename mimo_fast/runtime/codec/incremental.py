@@ -41,6 +41,7 @@ from mimo_fast.runtime.codec.state import (
     Prior,
     StackState,
     decoder_context,
+    row_moments,
 )
 
 VOCODER_BLOCK = 256
@@ -129,9 +130,11 @@ def _decode(
     out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
     state.history.copy_(inputs[new : new + len(state.history)])
     known = statistics.to_mel if statistics else None
-    norm = norm_statistics(state.to_mel, known, out, first * stride, settled)
+    moments = row_moments(out)
+    sums = state.to_mel.with_rows(moments, first * stride)
+    norm = norm_statistics(state.to_mel, known, sums, settled)
     # At the end the sums are those of the whole stream, which later ones may begin with.
-    state.to_mel.add(out if ended else out[: new * stride], first * stride)
+    state.to_mel.add(moments if ended else moments[: new * stride], first * stride)
     return out[: len(x) * stride], norm
 
 
@@ -145,13 +148,13 @@ def _run_decoder(
     """Inputs of the layers, pending and new [P / stride + T pool, D], and what the layers add."""
     if codec.unpool is not None and len(x):
         x = codec.unpool.convolve(x)
-        state.unpool.add(x, state.position)
+        state.unpool.add(row_moments(x), state.position)
     raw, new = torch.cat((state.entered, x)), len(x)
     state.entered.copy_(raw[new:])
     entered = raw
     if codec.unpool is not None:
         known = statistics.unpool if statistics else None
-        norm = norm_statistics(state.unpool, known, raw[:0], state.position, ended)
+        norm = norm_statistics(state.unpool, known, state.unpool.sums, ended)
         entered = codec.unpool.normalise(raw, *norm)
     added = [state.added]
     for block in entered[len(raw) - new :].split(BLOCK):

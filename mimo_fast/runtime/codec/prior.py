@@ -17,7 +17,7 @@ from mimo_fast.runtime.codec.state import (
     MeanVariance,
     NormStatistics,
     RunningStatistics,
-    _sums,
+    mean_variance,
 )
 
 PRIOR_FRAMES = 50
@@ -96,36 +96,28 @@ def totals(state: CodecState) -> Tensor:
 
 def statistics_of(config: CodecConfig, sums: Tensor) -> NormStatistics:
     """The statistics of rows that have these sums [2, 3]."""
-    mean, square = (sums[:, i] / sums[:, 0] for i in (1, 2))
-    variance = (square - mean.square()).float()
-    unpool, to_mel = zip(mean.float(), variance, strict=True)
+    unpool, to_mel = map(mean_variance, sums)
     return NormStatistics(unpool if config.pool != 1 else None, to_mel)
 
 
 def norm_statistics(
-    running: RunningStatistics,
-    known: MeanVariance | Tensor | None,
-    rows: Tensor,
-    first: Tensor,
-    ended: bool,
+    running: RunningStatistics, known: MeanVariance | Tensor | None, sums: Tensor, ended: bool
 ) -> MeanVariance:
     """Mean and variance to norm by.
 
     Args:
-        running: of the rows added so far.
+        running: the forecast of a stream that says no more than its sums.
         known: statistics to use as they are; or sums of earlier rows, float64 [3], which count
             until the stream ends; None, or sums of 0, for the estimate from the stream alone.
-        rows: rows [R, D] from position `first` on that have not been added.
+        sums: of the stream's rows so far, float64 [2, 3].
         ended: no rows follow: the statistics are those of the stream.
     """
     if isinstance(known, tuple):
         return known
-    alone = running.estimate(rows, first, ended)
+    alone = running.estimate(sums, ended)
     if known is None or ended:
         return alone
-    count, *sums = known + running.sums[0] + _sums(rows, first)[0]
-    mean, square = (total / count for total in sums)
-    together = mean.float(), (square - mean.square()).float()
+    together = mean_variance(known + sums[0])
     # On the device, so that one graph serves streams with and without earlier rows.
     mean, variance = (
         torch.where(known[0] > 0, here, there) for here, there in zip(together, alone, strict=True)

@@ -95,24 +95,42 @@ class RunningStatistics:
         """Extrapolates up to so many code frames from now on."""
         self.expected.fill_(frames * self.frame_rows)
 
-    def add(self, rows: Tensor, first: Tensor) -> None:
-        """Adds final rows [R, D] from position `first` on; rows before position 0 are left out."""
-        self.sums += _sums(rows, first)
+    def add(self, moments: Tensor, first: Tensor) -> None:
+        """Adds final rows, `row_moments` [R, 3], from position `first` on, but those before 0."""
+        self.sums += _sums(moments, first)
 
-    def estimate(self, rows: Tensor, first: Tensor, ended: bool) -> MeanVariance:
-        """Mean and variance over the rows added and these rows [R, D] from position `first` on."""
-        plain, later = self.sums + _sums(rows, first)
+    def with_rows(self, moments: Tensor, first: Tensor) -> Tensor:
+        """Sums as if `add` had been called, which they leave unchanged."""
+        return self.sums + _sums(moments, first)
+
+    def estimate(self, sums: Tensor, ended: bool) -> MeanVariance:
+        """Mean and variance at the end of an utterance that has these sums [2, 3] so far."""
+        plain, later = sums
         missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
         mean, square = (plain[1:] + missing * later[1:] / later[0]) / (plain[0] + missing)
         return mean.float(), (square - mean.square()).float()
 
 
-def _sums(rows: Tensor, first: Tensor) -> Tensor:
-    places = first + torch.arange(len(rows), device=rows.device, dtype=torch.int64)
-    plain = (places >= 0).double()
+def mean_variance(sums: Tensor) -> MeanVariance:
+    """Mean and variance of rows that have these sums [3], see `RunningStatistics.sums`."""
+    count, *totals = sums
+    mean, square = (total / count for total in totals)
+    return mean.float(), (square - mean.square()).float()
+
+
+def row_moments(rows: Tensor) -> Tensor:
+    """Rows [R, D] -> float64 [R, 3]: 1, and mean and mean square over channels."""
     wide = rows.double()
-    values = torch.stack((torch.ones_like(plain), wide.mean(1), wide.square().mean(1)), dim=1)
-    return torch.stack((plain, plain * (places + 0.5))) @ values
+    moments = wide.new_ones(len(rows), 3)
+    torch.mean(wide, dim=1, out=moments[:, 1])
+    torch.mean(wide.square(), dim=1, out=moments[:, 2])
+    return moments
+
+
+def _sums(moments: Tensor, first: Tensor) -> Tensor:
+    places = first + torch.arange(len(moments), device=moments.device, dtype=torch.int64)
+    plain = (places >= 0).double()
+    return torch.stack((plain, plain * (places + 0.5))) @ moments
 
 
 @dataclass
