@@ -8,9 +8,9 @@ determines a shape must be in the file. Keys are upstream's (`MiMoAudioConfig`,
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from mimo_fast.arguments import checked
 from mimo_fast.errors import ConfigError
@@ -19,8 +19,19 @@ from mimo_fast.json_files import shown
 
 PathLike = str | os.PathLike[str]
 
+Choice = TypeVar("Choice", bound=str)
+
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
+
+RopeFrequencies = Literal["exact", "bfloat16"]
+"""Rotary frequencies of a codec: as computed in float32, or rounded to bfloat16.
+
+Upstream casts its codec to bfloat16 with its buffers, so its published figures are those of rounded
+frequencies, whatever the arithmetic after them is.
+"""
+
+ROPE_FREQUENCIES: tuple[RopeFrequencies, ...] = get_args(RopeFrequencies)
 
 LAYERS, WIDTH, ROWS = (1, 4096), (1, 2**20), (1, 2**24)
 
@@ -261,6 +272,9 @@ class CodecConfig:
     rope_theta: float = _key("rope_theta")
     moments: tuple[tuple[float, float], tuple[float, float]] | None = None
     """Norm statistics for streaming: (mean, variance) of the unpooling and the to-mel norm."""
+    # No part of `repr`, which identifies the codec of a saved session.
+    rope_frequencies: RopeFrequencies = field(default="exact", repr=False)
+    """As config.json states; where it does not, "bfloat16" for the published dimensions."""
 
     @property
     def samples_per_frame(self) -> int:
@@ -296,7 +310,17 @@ class CodecConfig:
             moments=read.moments("streaming_moments"),
         )
         config._check(source)
-        return config
+        stated = read.one_of("rope_frequencies", ROPE_FREQUENCIES)
+        return replace(config, rope_frequencies=stated or config._unstated())
+
+    def _unstated(self) -> RopeFrequencies:
+        """Rotary frequencies of a codec whose config.json does not state them.
+
+        Upstream's format has no word for it, so sizes must tell: the published weights, and what is
+        tuned from them, are run by upstream with rounded ones.
+        """
+        published = all(getattr(self, name) == size for name, size in PUBLISHED_SIZES.items())
+        return "bfloat16" if published else "exact"
 
     def _check(self, source: str) -> None:
         config = self
@@ -326,6 +350,16 @@ class CodecConfig:
                     f"{source}: width {width} does not split into {heads} heads of an even size"
                 )
 
+
+PUBLISHED_SIZES: dict[str, Any] = {
+    "dim": 1280,
+    "encoder_layers": 32,
+    "decoder_layers": 32,
+    "vocoder_dim": 256,
+    "vocoder_layers": 16,
+    "codebook_sizes": (1024, 1024) + (128,) * 18,
+}
+"""Fields of `CodecConfig` by which MiMo-Audio-Tokenizer, and what is tuned from it, is known."""
 
 Moments = tuple[tuple[float, float], tuple[float, float]]
 """Mean and variance of each of a codec's two norms over time."""
@@ -429,6 +463,16 @@ class _Reader:
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise self._wrong(key, "a list of names")
         return tuple(value)
+
+    def one_of(self, key: str, known: tuple[Choice, ...]) -> Choice | None:
+        """One of some names; the key is this project's, None if it is missing."""
+        value = self.raw.get(key)
+        for name in known:
+            if isinstance(value, str) and value == name:
+                return name
+        if value is None:
+            return None
+        raise self._wrong(key, " or ".join(map(repr, known)))
 
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """A value for each channel, written '1025-129-...'; a single number applies to all."""

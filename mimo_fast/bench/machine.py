@@ -12,7 +12,7 @@ import torch
 from mimo_fast import __version__
 from mimo_fast.checkpoint.hub import resolved_commit
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import LMConfig, PathLike
+from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
 from mimo_fast.kernels import defaults
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
@@ -86,17 +86,19 @@ def describe_machine() -> Iterator[str]:
         yield from defaults.describe(torch.device("cuda", i))
 
 
-def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterator[str]:
+def describe_checkpoint(
+    source: PathLike, kind: str, hub: HubOptions, codec_rope: str | None = None
+) -> Iterator[str]:
     """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes.
 
-    Only headers are read.
+    Only headers are read. codec_rope: as in `LoadOptions`.
     """
     directory = find(source, hub)
     if kind == "lm":
         config, weights, _ = open_lm(directory)
         shapes = lm_shapes(config)
     else:
-        codec_config, weights = open_codec(directory)
+        codec_config, weights = open_codec(directory, codec_rope)
         shapes = codec_shapes(codec_config) | codec_training_state(codec_config)
     parts: dict[str, list[int]] = {}
     for name in weights.names():
@@ -119,12 +121,27 @@ def describe_checkpoint(source: PathLike, kind: str, hub: HubOptions) -> Iterato
             f"{CAPTURE_BYTES / 1e6:,.0f} MB"
         )
     else:
+        yield f"  rope            {_rope_frequencies(directory, codec_config, codec_rope)}"
         seconds = longest_encode(codec_config, BUCKETS[-1]) / codec_config.sample_rate
         nbytes = encoder_graph_bytes(codec_config, torch.bfloat16)
         yield (
             f"  graphs          on a GPU of encodes of up to {seconds:.0f} s, captured at load in "
             f"about {nbytes / 1e6:,.0f} MB, where that path is on"
         )
+
+
+def _rope_frequencies(directory: Path, config: CodecConfig, asked: str | None) -> str:
+    """Which rotary frequencies the codec has and why."""
+    rounded = config.rope_frequencies == "bfloat16"
+    if asked is not None:
+        why = "as asked"
+    elif read_json(directory / "config.json").get("rope_frequencies") is not None:
+        why = "as its config states"
+    elif rounded:
+        why = "as upstream runs the published codec, whose dimensions it has"
+    else:
+        why = "as nothing is stated and its dimensions are not the published ones"
+    return f"{'frequencies rounded to bfloat16' if rounded else 'exact frequencies'}, {why}"
 
 
 def describe_products(source: PathLike | None, hub: HubOptions) -> Iterator[str]:

@@ -22,7 +22,10 @@ def run(args: argparse.Namespace) -> int:
         "local_files_only": args.offline,
     }
     source = resolve_pair(None, args.codec)[1]
-    codec, path = load_codec(source, args.device, hub), find(source, hub) / CALIBRATION
+    codec, path = (
+        load_codec(source, args.device, hub, args.codec_rope),
+        find(source, hub) / CALIBRATION,
+    )
     books = min(args.codebooks, len(codec.codebooks))
     bar = tqdm(recordings, desc="measuring", leave=False, disable=None)
     unpool, to_mel = codec.calibrate(codec.encode(wav, books) for wav in bar)

@@ -43,6 +43,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         "codec_revision": args.codec_revision,
         "cache_dir": args.cache_dir,
         "local_files_only": args.offline,
+        "codec_rope": args.codec_rope,
         "max_batch": 1,
         "max_seq_len": args.max_seq_len,
         "kv_cache": args.kv_cache,

@@ -19,6 +19,6 @@ def run(args: argparse.Namespace) -> int:
         # Only one was named: its published counterpart is not described.
         if named or not alone:
             hub["revision"] = args.revision if kind == "lm" else args.codec_revision
-            for line in describe_checkpoint(source, kind, hub):
+            for line in describe_checkpoint(source, kind, hub, args.codec_rope):
                 print(line)
     return 0

@@ -34,7 +34,7 @@ from mimo_fast.cli.process import (
     written,
 )
 from mimo_fast.cli.reports import TRACEBACK, report, say
-from mimo_fast.config import OFFLOADABLE
+from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
 
 EMBEDDED = "nano, inside the package"
 AUDIO_FILE = f"file ({', '.join(FORMATS)}), or - for standard output, a WAV as it is spoken"
@@ -199,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", type=path, required=True, metavar="DIR", help="folder with lm/ and codec/"
     )
     check.add_argument("--golden", type=path, required=True, metavar="DIR", help="the parity kit")
+    _add_codec_rope(check, "what the golden folder states")
     _add_device_options(check)
 
     write = "Write a checkpoint pair of random weights."
@@ -226,6 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     books = "codebooks that the language model speaks [8]"
     known.add_argument("--codebooks", type=positive, default=8, metavar="N", help=books)
     known.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
+    _add_codec_rope(known)
     _add_hub_options(known)
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
@@ -245,6 +247,7 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
         group.add_argument(option, default=chosen, metavar="DIR|ID", help=named)
     _add_hub_options(group)
     group.add_argument("--codec-revision", help="of the codec, on the hub")
+    _add_codec_rope(group)
     memory = parser.add_argument_group("memory")
     context = "groups of context, 160 ms each [the model's]"
     memory.add_argument("--max-seq-len", type=positive, metavar="N", help=context)
@@ -264,6 +267,13 @@ def _add_hub_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", help="of the language model, on the hub")
     group.add_argument("--cache-dir", type=path, help="where downloads are kept")
     group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+
+
+def _add_codec_rope(
+    group: argparse._ActionsContainer, default: str = "the checkpoint's; rounded if published"
+) -> None:
+    what = f"rotary frequencies of the codec, exact or rounded as upstream runs it [{default}]"
+    group.add_argument("--codec-rope", choices=ROPE_FREQUENCIES, help=what)
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:

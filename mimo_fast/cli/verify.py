@@ -9,9 +9,10 @@ from mimo_fast.testing.parity import Golden, verify
 
 
 def run(args: argparse.Namespace) -> int:
-    golden = Golden(args.golden)
+    golden = Golden(args.golden, args.checkpoint)
     pair, dtype = (args.checkpoint / "lm", args.checkpoint / "codec"), args.dtype or "float32"
-    model = MimoAudio(*pair, find_device(args.device), dtype=dtype)
+    rope = args.codec_rope or golden.rope_frequencies
+    model = MimoAudio(*pair, find_device(args.device), dtype=dtype, codec_rope=rope)
     print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")
     failed = []
     for result in verify(model, golden):
@@ -27,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"mimo-fast: verify failed at: {', '.join(failed)}")
         return 1
     count = len(golden.compared)
-    say(f"all {count} golden tensors within bounds, on {model.device}, {dtype}")
+    of = f"{dtype}, {rope} rotary frequencies in the codec"
+    say(f"all {count} golden tensors within bounds, on {model.device}, {of}")
     return 0

@@ -49,13 +49,35 @@ from mimo_fast.kernels.kv_cache import (
 WARPS = 2
 
 
-def rope_table(
-    head_dim: int, theta: float, positions: int, device: torch.device | str = "cpu"
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    device: torch.device | str = "cpu",
+    rounding: torch.dtype = torch.float32,
 ) -> Tensor:
-    """cos and sin of every position: [2, positions, head_dim / 2] float32."""
+    """Angle of one position for each pair of a head's values: [head_dim / 2] float32.
+
+    rounding: the values are those of this dtype, as of a model that was cast to it with its
+        buffers; the arithmetic after that is float32 as ever.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return (1.0 / theta**exponents).to(rounding).float()
+
+
+def rope_table(
+    head_dim: int,
+    theta: float,
+    positions: int,
+    device: torch.device | str = "cpu",
+    rounding: torch.dtype = torch.float32,
+) -> Tensor:
+    """cos and sin of every position: [2, positions, head_dim / 2] float32.
+
+    rounding: of `rope_frequencies`.
+    """
     angles = torch.outer(
-        torch.arange(positions, device=device, dtype=torch.int64).float(), 1.0 / theta**exponents
+        torch.arange(positions, device=device, dtype=torch.int64).float(),
+        rope_frequencies(head_dim, theta, device, rounding),
     )
     return torch.stack((angles.cos(), angles.sin()))
 

@@ -18,7 +18,15 @@ from mimo_fast.checkpoint.layout import (
     lm_counts,
     lm_shapes,
 )
-from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_calibration, read_json
+from mimo_fast.config import (
+    ROPE_FREQUENCIES,
+    CodecConfig,
+    LMConfig,
+    PathLike,
+    RopeFrequencies,
+    read_calibration,
+    read_json,
+)
 from mimo_fast.errors import CheckpointError
 from mimo_fast.json_files import cut, shown
 from mimo_fast.kernels.defaults import NewPath, enabled
@@ -61,15 +69,18 @@ class HubOptions(TypedDict, total=False):
 
 
 class LoadOptions(HubOptions, total=False):
-    """Options of memory use, besides those of the hub.
+    """Options of memory use and of the codec, besides those of the hub.
 
     Attributes:
+        codec_rope: Rotary frequencies of the codec, "exact" or "bfloat16", that is rounded to it as
+            upstream rounds those of the published codec; None for what the checkpoint states.
         max_batch: Number of requests decoded at once; None for as many as fit, at most 4.
         max_seq_len: Number of groups that a sequence may have; None for the model's context.
         kv_cache: "int8" for a KV cache of half the size; None for the model's dtype.
         offload: Parts that stay in host memory, of "text_embeddings" and "codec_encoder".
     """
 
+    codec_rope: str | None
     max_batch: int | None
     max_seq_len: int | None
     kv_cache: str | None
@@ -88,12 +99,13 @@ def load_parts(
     """Loads a pair; both are found, checked and planned before any weight is read."""
     check_may_load()
     requested, codec_requested = _split_parts(QuantizationConfig.parse(quantization))
+    check_codec_rope(options.get("codec_rope"))
     target = find_device(device)
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
     lm_config, lm_weights, stored = open_lm(lm_dir)
-    codec_config, codec_weights = open_codec(codec_dir)
+    codec_config, codec_weights = open_codec(codec_dir, options.get("codec_rope"))
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
     tokenizer.check_vocab(lm_config.vocab_size)
@@ -228,22 +240,41 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
     return config, weights, stored
 
 
-def open_codec(directory: Path) -> tuple[CodecConfig, Weights]:
-    """Config and weights of a codec; names and shapes are checked."""
+def open_codec(directory: Path, rope: str | None = None) -> tuple[CodecConfig, Weights]:
+    """Config and weights of a codec; names and shapes are checked.
+
+    rope: in place of the config's `rope_frequencies`, see `LoadOptions.codec_rope`.
+    """
     path = directory / "config.json"
     config = CodecConfig.from_dict(read_json(path), str(path))
+    if chosen := check_codec_rope(rope):
+        config = replace(config, rope_frequencies=chosen)
     weights = open_weights(directory)
     weights.check_counts(codec_counts(config))
     weights.validate(codec_shapes(config), optional=codec_training_state(config))
     return config, weights
 
 
+def check_codec_rope(value: str | None) -> RopeFrequencies | None:
+    """`LoadOptions.codec_rope`, which must be one of the two or None."""
+    chosen = next((name for name in ROPE_FREQUENCIES if name == value), None)
+    if value is not None and chosen is None:
+        known = " or ".join(map(repr, ROPE_FREQUENCIES))
+        raise ValueError(f"codec_rope must be {known} or None, not {shown(value)}")
+    return chosen
+
+
 @in_own_modes
-def load_codec(source: PathLike, device: str | torch.device | None, hub: HubOptions) -> Codec:
+def load_codec(
+    source: PathLike,
+    device: str | torch.device | None,
+    hub: HubOptions,
+    codec_rope: str | None = None,
+) -> Codec:
     """A codec alone, in float32, to measure with; its folder is `find`'s."""
     check_may_load()
     target, directory = find_device(device), find(source, hub)
-    config, weights = open_codec(directory)
+    config, weights = open_codec(directory, codec_rope)
     with tqdm(total=len([*weights.names()]), desc="loading", leave=False, disable=None) as bar:
         read = WeightSource(_reader(weights, target, bar), torch.float32)
         codec = Codec(config, read, codebook=read)

@@ -1,11 +1,13 @@
 """Compares every stage of the pipeline with ground truth, on this machine.
 
-Ground truth has the parity kit's form (tests/golden/README.md). Bounds are the numeric contract:
-codes, prompts and greedy tokens exactly; log-mel 1e-4; embeddings, logits and hidden states 1e-3 of
-their largest value; waveforms 80 dB. Streams are at most 0.5 dB farther from one-shot decoding
-than upstream's where a young stream is decoded again. Where it is not, nothing tells the norm
-statistics of what is to come: such streams have been 15 dB above and 15 dB below upstream's, and
-their bound finds what is broken, not what is a little farther.
+Ground truth has the parity kit's form (tests/golden/README.md), or is that of the codec as upstream
+ships it, with rounded rotary frequencies: `codec.safetensors` alone, codes and waveforms.
+
+Bounds are the numeric contract: codes, prompts and greedy tokens exactly; log-mel 1e-4; embeddings,
+logits and hidden states 1e-3 of their largest value; waveforms 80 dB. Streams are at most 0.5 dB
+farther from one-shot decoding than upstream's where a young stream is decoded again. Where it is
+not, nothing tells the norm statistics of what is to come: such streams have been 15 dB above and
+15 dB below upstream's, and their bound finds what is broken, not what is a little farther.
 """
 
 import json
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.mel import log_mel
+from mimo_fast.config import ROPE_FREQUENCIES
 from mimo_fast.errors import CheckpointError
 from mimo_fast.generation import generate
+from mimo_fast.json_files import shown
 from mimo_fast.kernels.sample import filter_scores
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD
@@ -61,31 +65,67 @@ class Result:
         return self.compared > 0 and self.error <= self.bound
 
 
-class Golden:
-    """Ground truth of one checkpoint, and which of its tensors have been compared."""
+FILES = ("codec", "prompts", "model")
 
-    def __init__(self, directory: Path) -> None:
+AUDIO_SUFFIXES = (".wav", ".flac")
+
+COMMON_RATE = 24000
+"""Sample rate at which the lengths of recordings are compared."""
+
+
+class Golden:
+    """Ground truth of one checkpoint, and which of its tensors have been compared.
+
+    Args:
+        directory: a folder with golden.json, or its parent; or one with codec.safetensors alone,
+            the ground truth of the codec as shipped.
+        checkpoint: the folder beside which recordings are looked for last.
+
+    Attributes:
+        shipped: whether it holds nothing but the codec as shipped.
+        rope_frequencies: "exact" or "bfloat16", what the truth was computed with: what golden.json
+            states by that name, "exact" where it does not.
+    """
+
+    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
         folders = (directory, directory / "golden")
         folder = next((d for d in folders if (d / "golden.json").is_file()), None)
+        self.shipped = folder is None
+        if folder is None:
+            folder = next((d for d in folders if _is_codec_alone(d)), None)
         if folder is None:
             raise CheckpointError(
                 f"no golden.json in {' or '.join(map(str, folders))}: not a parity kit"
             )
-        audio = next((d for d in (folder / "audio", folder.parent / "audio") if d.is_dir()), None)
+        places = [folder / "audio", folder.parent / "audio"]
+        if checkpoint is not None:
+            places.append(checkpoint.absolute().parent / "audio")
+        audio = next((d for d in places if d.is_dir()), None)
         if audio is None:
             raise CheckpointError(
                 f"no audio folder in {folder} or beside it: not a whole parity kit"
             )
         try:
-            self.meta = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
             self.tensors = {
                 f"{file}:{name}": tensor
-                for file in ("codec", "prompts", "model")
+                for file in (FILES[:1] if self.shipped else FILES)
                 for name, tensor in load_file(folder / f"{file}.safetensors").items()
             }
+            self.meta: dict[str, Any]
+            if self.shipped:
+                names = _ordered_recordings(audio, self.tensors)
+                self.meta = {"audio": names, "prompts": {}, "rope_frequencies": "bfloat16"}
+            else:
+                self.meta = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
             self.audio = [audio / name for name in self.meta["audio"]]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"the parity kit in {folder} cannot be read: {error}") from error
+        self.rope_frequencies: str = self.meta.get("rope_frequencies", "exact")
+        if self.rope_frequencies not in ROPE_FREQUENCIES:
+            raise CheckpointError(
+                f"{folder / 'golden.json'}: 'rope_frequencies' must be "
+                f"{' or '.join(ROPE_FREQUENCIES)}, not {shown(self.rope_frequencies)}"
+            )
         self.compared: set[str] = set()
 
     def named(self, prefix: str) -> list[str]:
@@ -98,10 +138,37 @@ class Golden:
         return self.tensors[name]
 
 
+def _is_codec_alone(folder: Path) -> bool:
+    """Whether it holds the codec's file of a parity kit, and not the others."""
+    found = [name for name in FILES if (folder / f"{name}.safetensors").is_file()]
+    return found == ["codec"]
+
+
+def _ordered_recordings(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """Names of a folder's recordings in the order of the codes, which their lengths tell.
+
+    Raises:
+        ValueError: there are more or fewer of them than waveforms.
+    """
+    named = sorted(path for path in folder.iterdir() if path.suffix in AUDIO_SUFFIXES)
+    counts = [tensors[f"codec:codes.{i}"].shape[1] for i in range(len(named))]
+    if sum(name.startswith("codec:wav_dec8.") for name in tensors) != len(named):
+        raise ValueError(f"{folder} holds {len(named)} recordings, not those of its waveforms")
+    shortest = sorted(named, key=lambda path: len(load_audio(path, COMMON_RATE)))
+    places = sorted(range(len(named)), key=counts.__getitem__)
+    ordered = dict(zip(places, shortest, strict=True))
+    return [ordered[i].name for i in range(len(named))]
+
+
 def verify(model: MimoAudio, golden: Golden) -> Iterator[Result]:
-    """Runs the stages one after the other."""
+    """Runs the stages one after the other; those of the codec alone where there is no more.
+
+    The model's codec must have the rotary frequencies of `golden.rope_frequencies`.
+    """
     for stage, (compare, bound, unit) in STAGES.items():
         errors = list(compare(model, golden))
+        if golden.shipped and not errors:
+            continue
         # NaN must win the maximum.
         nothing = ("nothing to compare", 0.0)
         worst, error = max(errors, key=lambda pair: (pair[1] != pair[1], pair[1]), default=nothing)
@@ -151,6 +218,20 @@ def _wav(model: MimoAudio, golden: Golden, i: str) -> Tensor:
     return load_audio(golden.audio[int(i)], model.codec.sample_rate)
 
 
+def _joined(model: MimoAudio, golden: Golden, i: str) -> Tensor:
+    """What codes.i of the shipped codec were made from.
+
+    Beyond the recordings it is all of them in turn, again and again, cut at a whole frame.
+    """
+    if int(i) < len(golden.audio):
+        return _wav(model, golden, i)
+    recordings = torch.cat([_wav(model, golden, str(j)) for j in range(len(golden.audio))])
+    # A waveform that ends with a frame has one frame more.
+    frames = golden.get(f"codec:codes.{i}").shape[1] - 1
+    samples = frames * model.codec.config.samples_per_frame
+    return recordings.repeat(-(-samples // len(recordings)))[:samples]
+
+
 def _mel(model: MimoAudio, golden: Golden, i: str) -> Tensor:
     return log_mel(_wav(model, golden, i).to(model.device), model.codec.config)
 
@@ -175,7 +256,7 @@ def _encoder(model: MimoAudio, golden: Golden, i: str) -> Tensor:
 
 
 def _encoded(model: MimoAudio, golden: Golden, i: str) -> Tensor:
-    return model.codec.encode(_wav(model, golden, i))
+    return model.codec.encode(_joined(model, golden, i))
 
 
 def _quantized(model: MimoAudio, golden: Golden, i: str) -> Tensor:
@@ -183,7 +264,7 @@ def _quantized(model: MimoAudio, golden: Golden, i: str) -> Tensor:
 
 
 def _codes(model: MimoAudio, golden: Golden) -> Errors:
-    for compute in (_encoded, _quantized):
+    for compute in (_encoded,) if golden.shipped else (_encoded, _quantized):
         yield from _each("codec:codes", _differing, compute)(model, golden)
 
 
@@ -200,6 +281,8 @@ def _decoder(model: MimoAudio, golden: Golden) -> Errors:
         for i in golden.named(f"codec:{name}"):
             wav = model.codec.decode(golden.get(f"codec:codes.{i}")[:count])
             yield f"codec:{name}.{i}", _noise_db(wav, golden.get(f"codec:{name}.{i}"))
+    if golden.shipped:
+        return
     oneshot = model.codec.decode(golden.get("codec:stream_codes"))
     yield "codec:stream_oneshot", _noise_db(oneshot, golden.get("codec:stream_oneshot"))
 
@@ -211,6 +294,8 @@ def _stream(again: int, floor: float) -> Compare:
     """
 
     def compare(model: MimoAudio, golden: Golden) -> Errors:
+        if golden.shipped:
+            return
         # Neither equals it, because of the norms over time.
         oneshot = golden.get("codec:stream_oneshot")
         for size in golden.named("codec:stream_wav"):
@@ -294,6 +379,8 @@ def _local_hidden(model: MimoAudio, golden: Golden, name: str) -> Tensor:
 
 
 def _patch_decoder(model: MimoAudio, golden: Golden) -> Errors:
+    if golden.shipped:
+        return
     local = golden.get("model:local_in").to(model.device, model.lm.dtype)
     state = model.lm.new_state([0] * len(local), 1)
     greedy = sampler_tensors([GREEDY] * len(local), model.device)

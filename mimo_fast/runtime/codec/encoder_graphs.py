@@ -89,7 +89,8 @@ class PaddedEncoder:
         self._mel = 1 + self.samples // config.hop
         width = config.dim // config.encoder_heads
         rows = _rows(config, self._mel)
-        self._angles = rope_table(width, config.rope_theta, rows, device)
+        rounding = codec.encoder.rounding
+        self._angles = rope_table(width, config.rope_theta, rows, device, rounding)
 
     def run(self) -> Tensor:
         """Codes int64 [n_q, frames + SPARE], the last real one repeated to the end."""

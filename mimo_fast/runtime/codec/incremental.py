@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.matmul.product import matmul
-from mimo_fast.runtime.codec.layers import synthesize
+from mimo_fast.kernels.rope import rope_frequencies
+from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.prior import norm_statistics
 from mimo_fast.runtime.codec.state import (
@@ -170,7 +171,7 @@ def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
     stack, ring = codec.decoder, state.decoder
     size = ring.k.shape[2]
     positions = state.position + torch.arange(len(x), device=x.device, dtype=torch.int64)
-    table, slots = _rope_rows(codec, x.shape[1] // stack.heads, positions), positions % size
+    table, slots = _rope_rows(stack, x.shape[1], positions), positions % size
     # The position that each slot of the ring holds once the block is written.
     held = (
         positions[-1]
@@ -202,7 +203,7 @@ def _vocode(
         + torch.arange(-kept, len(mel), device=mel.device, dtype=torch.int64)
     )
     queries = positions[kept:]
-    table = _rope_rows(codec, codec.config.vocoder_dim // stack.heads, queries)
+    table = _rope_rows(stack, codec.config.vocoder_dim, queries)
     ahead = positions - queries[:, None]
     # Rows before the first frame attend to one another only, and no frame attends to them.
     visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
@@ -236,10 +237,8 @@ def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: boo
     return wave / weight
 
 
-def _rope_rows(codec: CodecNetwork, head_dim: int, positions: Tensor) -> Tensor:
+def _rope_rows(stack: CodecStack, width: int, positions: Tensor) -> Tensor:
     """Rows of `rope_table` for positions [T] on the device; float64 keeps large angles exact."""
-    exponents = (
-        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.int64).float() / head_dim
-    )
-    angles = torch.outer(positions.double(), (1.0 / codec.config.rope_theta**exponents).double())
+    form = width // stack.heads, stack.rope_theta, positions.device, stack.rounding
+    angles = torch.outer(positions.double(), rope_frequencies(*form).double())
     return torch.stack((angles.cos(), angles.sin())).float()

@@ -97,6 +97,8 @@ class CodecStack:
     rope_theta: float
     causal: bool
     window: tuple[int, int]
+    rounding: torch.dtype = torch.float32
+    """Of `rope_frequencies`; every path rotates by the same ones."""
 
     @cached_property
     def executor(self) -> "LayerByLayer | small_codec.CodecStack":
@@ -123,7 +125,8 @@ class CodecStack:
 
     def attend_to_all(self, x: Tensor) -> Attend:
         """The attention of one whole sequence x [T, D]."""
-        table = rope_table(x.shape[-1] // self.heads, self.rope_theta, len(x), x.device)
+        head_dim, theta = x.shape[-1] // self.heads, self.rope_theta
+        table = rope_table(head_dim, theta, len(x), x.device, self.rounding)
         return lambda _layer, qkv: self._attend(qkv, table)
 
     def run(self, x: Tensor, attend: Attend, skip_layer: int | None = None) -> Tensor:

@@ -43,6 +43,8 @@ ENCODE_SEGMENT = 6000
 DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
 
+ROUNDINGS = {"exact": torch.float32, "bfloat16": torch.bfloat16}
+"""`CodecConfig.rope_frequencies` -> `CodecStack.rounding`."""
 
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
@@ -72,7 +74,8 @@ class CodecNetwork:
             name: str, layers: int, heads: int, causal: bool, window: tuple[int, int]
         ) -> CodecStack:
             loaded = (CodecLayer.load(f"{name}.{i}", config.norm, source) for i in range(layers))
-            return CodecStack(tuple(loaded), heads, config.rope_theta, causal, window)
+            rounding = ROUNDINGS[config.rope_frequencies]
+            return CodecStack(tuple(loaded), heads, config.rope_theta, causal, window, rounding)
 
         self.conv1, self.conv2 = (
             (source(f"encoder.{conv}.weight"), source(f"encoder.{conv}.bias"))
