@@ -77,6 +77,7 @@ def test_a_misspelt_name_is_refused_with_the_right_one(where):
     [
         ("max_seq_length", "max_seq_len"),
         ("kvcache", "kv_cache"),
+        ("rope", "codec_rope"),
         ("batch", "max_batch"),
         ("quantisation", "quantization"),
         ("local_files", "local_files_only"),

@@ -443,3 +443,49 @@ def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
     (tmp_path / "hole").touch()
     os.truncate(tmp_path / "hole", 2**30)
     assert "1073741824 bytes" in fault(lambda: read_json(tmp_path / "hole"), ConfigError)
+
+
+def published_codec(**changes: Any) -> dict[str, Any]:
+    """The published codec's config.json, which states nothing of its rotary frequencies."""
+    raw = read_json(PRESETS / "7b-codec.json") | changes
+    del raw["rope_frequencies"]
+    return raw
+
+
+def test_the_published_codec_has_rounded_frequencies():
+    assert CodecConfig.from_dict(published_codec()).rope_frequencies == "bfloat16"
+    tuned = published_codec(max_audio_seconds=60, torch_dtype="float32")
+    assert CodecConfig.from_dict(tuned).rope_frequencies == "bfloat16"
+    for key, size in (("encoder_layers", 31), ("vocoder_dim", 512), ("num_quantizers", 8)):
+        other = CodecConfig.from_dict(published_codec(**{key: size}))
+        assert other.rope_frequencies == "exact", key
+
+
+def test_what_states_its_frequencies_has_them():
+    """So do all of ours: nano, its source, presets of other weights in the published dimensions."""
+    training = Path(__file__).parents[1] / "training" / "nano"
+    nano = PRESETS.parent / "assets" / "nano" / "codec" / "config.json"
+    for path in (nano, PRESETS / "7b-codec.json", *training.glob("codec*.json")):
+        assert read_json(path)["rope_frequencies"] == "exact", path
+        assert CodecConfig.from_dict(read_json(path)).rope_frequencies == "exact"
+    for stated in ("exact", "bfloat16"):
+        for raw in (kit_config("codec"), published_codec()):
+            config = CodecConfig.from_dict(raw | {"rope_frequencies": stated})
+            assert config.rope_frequencies == stated
+    # The kit states nothing, and null is nothing.
+    assert parsed("codec").rope_frequencies == "exact"
+    assert parsed("codec", rope_frequencies=None).rope_frequencies == "exact"
+    assert CodecConfig.from_dict(published_codec() | {"rope_frequencies": None}) == (
+        CodecConfig.from_dict(published_codec())
+    )
+
+
+@pytest.mark.parametrize("value", ["bf16", "", "Exact", True, 16, ["exact"], {"exact": 1}, [[2.5]]])
+def test_frequencies_are_one_of_two_words(value):
+    message = complaint("codec", {"rope_frequencies": value})
+    assert "'rope_frequencies' must be 'exact' or 'bfloat16', not " in message
+
+
+def test_frequencies_do_not_identify_a_codec():
+    """Sessions that were saved before the field was there, or with the other ones, go on."""
+    assert "rope_frequencies" not in repr(parsed("codec", rope_frequencies="bfloat16"))

@@ -41,6 +41,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "max_batch": 1,
         "max_seq_len": GROUPS,
         "kv_cache": None,
+        "codec_rope": "exact",
         "offload": [],
         "local_files_only": True,
         "revision": None,

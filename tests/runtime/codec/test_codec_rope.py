@@ -139,7 +139,7 @@ def test_stacks_are_those_by_hand(shipped, exact, part, length):
         assert snr_db(getattr(exact, part)(x), outputs[-1]) < 90
 
 
-@pytest.mark.parametrize(("frames", "sizes", "lookahead"), [(181, [4], 10), (255, [1, 90, 7], 2)])
+@pytest.mark.parametrize(("frames", "sizes", "lookahead"), [(121, [4], 10), (255, [1, 90, 7], 2)])
 def test_streams_are_one_shot(shipped, exact, frames, sizes, lookahead):
     """Given the norms' statistics, for as long as the decoder sees all of the stream."""
     codes = random_codes(shipped.config, frames, seed=frames)
@@ -150,6 +150,7 @@ def test_streams_are_one_shot(shipped, exact, frames, sizes, lookahead):
     assert snr_db(torch.cat(stream_in(exact, codes, lengths, **options)), wav) < 80
 
 
+@pytest.mark.slow
 def test_long_streams_are_one_shot(tmp_path):
     """Positions go on beyond any ring buffer, where a window bounds what the decoder sees."""
     changed = {"decoder_attn_window_size": [48, 0], "rope_frequencies": "bfloat16"}
@@ -161,7 +162,7 @@ def test_long_streams_are_one_shot(tmp_path):
 
 
 def test_the_native_stack_and_layers_one_by_one_agree(shipped):
-    codes = random_codes(shipped.config, 300)
+    codes = random_codes(shipped.config, 140)
     plain = copy.copy(shipped)
     for part in ("decoder", "vocoder"):
         stack = replace(getattr(shipped, part))
@@ -170,7 +171,7 @@ def test_the_native_stack_and_layers_one_by_one_agree(shipped):
         stack.__dict__["executor"] = LayerByLayer(stack)
         setattr(plain, part, stack)
     wavs = [
-        torch.cat(stream_in(codec, codes, cut(300, [8]), moments=shipped.moments(codes)))
+        torch.cat(stream_in(codec, codes, cut(140, [8]), moments=shipped.moments(codes)))
         for codec in (shipped, plain)
     ]
     assert snr_db(*wavs) >= 100
