@@ -39,6 +39,19 @@ def test_rope_with_a_table_for_each_row_and_strided_heads():
         assert_close(rope(x, part), rope_ref(x, part), rtol=1e-6, atol=1e-6)
 
 
+def test_rope_of_rounded_frequencies_far_from_the_start(dtype):
+    """Rows of 60 s of the codec's vocoder, turned as complex numbers in float64."""
+    table = rope_table(16, 10000.0, 6000, rounding=torch.bfloat16)[:, 5991:]
+    x = normal(9, 5, 16, dtype=dtype)
+    rates = (1 / 10000.0 ** (torch.arange(0, 16, 2) / 16)).bfloat16().double()
+    angles = torch.arange(5991.0, 6000.0).double()[:, None, None] * rates
+    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    want = torch.cat((turned.real, turned.imag), dim=-1)
+    assert_rounded(rope(x, table), want, noise=1e-5)
+
+
 def test_rope_refuses_a_table_of_other_positions():
     refuses("does not rotate", rope, normal(3, 2, 8), rope_table(8, 10000.0, 4))
 

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_rounded, seeded
 from torch import Tensor
 
-from mimo_fast.kernels.rope import rope, rope_table
+from mimo_fast.kernels.rope import rope, rope_frequencies, rope_table
 
 
 def oracle(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -28,6 +28,21 @@ def test_table_is_cos_and_sin(head_dim, theta):
     bound = 1e-6 + angles * 2.0**-22
     for got, want in zip(table.double(), (angles.cos(), angles.sin()), strict=True):
         assert ((got - want).abs() <= bound).all()
+
+
+def test_rounded_frequencies():
+    """Only the frequencies are rounded: angles, cosines and sines are float32's."""
+    exact, rounded = (
+        rope_frequencies(64, 1e4, rounding=kind) for kind in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(rounded, exact.bfloat16().float())
+    assert not torch.equal(rounded, exact)
+    angles = torch.arange(6000.0, dtype=torch.float64)[:, None] * rounded.double()
+    table = rope_table(64, 1e4, 6000, rounding=torch.bfloat16)
+    # Of 8 bits and of 13, so their product is exact in float32.
+    assert torch.equal(angles, angles.float().double())
+    for got, want in zip(table.double(), (angles.cos(), angles.sin()), strict=True):
+        assert (got - want).abs().max() <= 1e-7
 
 
 def test_position_zero_turns_nothing():
