@@ -24,15 +24,6 @@ Choice = TypeVar("Choice", bound=str)
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
 
-RopeFrequencies = Literal["exact", "bfloat16"]
-"""Rotary frequencies of a codec: as computed in float32, or rounded to bfloat16.
-
-Upstream casts its codec to bfloat16 with its buffers, so its published figures are those of rounded
-frequencies, whatever the arithmetic after them is.
-"""
-
-ROPE_FREQUENCIES: tuple[RopeFrequencies, ...] = get_args(RopeFrequencies)
-
 LAYERS, WIDTH, ROWS = (1, 4096), (1, 2**20), (1, 2**24)
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -225,6 +216,16 @@ class LMConfig:
             if not 0 <= empty < size:
                 problem = f"speech_zeroemb_idx {empty} of channel {channel} is outside"
                 raise ConfigError(f"{source}: {problem} 0..{size - 1}")
+
+
+RopeFrequencies = Literal["exact", "bfloat16"]
+"""Rotary frequencies of a codec: as computed in float32, or rounded to bfloat16.
+
+Upstream casts its codec to bfloat16 with its buffers, so its published figures are those of rounded
+frequencies, whatever the arithmetic after them is.
+"""
+
+ROPE_FREQUENCIES: tuple[RopeFrequencies, ...] = get_args(RopeFrequencies)
 
 
 def _key(name: str) -> Any:
@@ -464,16 +465,6 @@ class _Reader:
             raise self._wrong(key, "a list of names")
         return tuple(value)
 
-    def one_of(self, key: str, known: tuple[Choice, ...]) -> Choice | None:
-        """One of some names; the key is this project's, None if it is missing."""
-        value = self.raw.get(key)
-        for name in known:
-            if isinstance(value, str) and value == name:
-                return name
-        if value is None:
-            return None
-        raise self._wrong(key, " or ".join(map(repr, known)))
-
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """A value for each channel, written '1025-129-...'; a single number applies to all."""
         value = self.required(key)
@@ -497,6 +488,16 @@ class _Reader:
         if not isinstance(nested, Mapping):
             raise self._wrong("rope_parameters", "an object")
         return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
+
+    def one_of(self, key: str, known: tuple[Choice, ...]) -> Choice | None:
+        """One of some names; the key is this project's, None if it is missing."""
+        value = self.raw.get(key)
+        for name in known:
+            if isinstance(value, str) and value == name:
+                return name
+        if value is None:
+            return None
+        raise self._wrong(key, " or ".join(map(repr, known)))
 
     def _wrong(self, key: str, expected: str) -> ConfigError:
         found = shown(self.raw[key])

@@ -12,7 +12,7 @@ import torch
 from mimo_fast import __version__
 from mimo_fast.checkpoint.hub import resolved_commit
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
-from mimo_fast.config import CodecConfig, LMConfig, PathLike, read_json
+from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels import defaults
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
@@ -21,7 +21,7 @@ from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 from mimo_fast.quantization import Format, WeightSource, quantize
 from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
 from mimo_fast.runtime.lm.graphs import CAPTURE_BYTES, CAPTURE_SECONDS, PROMPTS
-from mimo_fast.runtime.loading import HubOptions, find, open_codec, open_lm
+from mimo_fast.runtime.loading import HubOptions, describe_rope, find, open_codec, open_lm
 from mimo_fast.runtime.memory import encoder_graph_bytes
 
 SHARED_PRODUCT = 2**20
@@ -121,27 +121,13 @@ def describe_checkpoint(
             f"{CAPTURE_BYTES / 1e6:,.0f} MB"
         )
     else:
-        yield f"  rope            {_rope_frequencies(directory, codec_config, codec_rope)}"
+        yield f"  rope            {describe_rope(directory, codec_config, codec_rope)}"
         seconds = longest_encode(codec_config, BUCKETS[-1]) / codec_config.sample_rate
         nbytes = encoder_graph_bytes(codec_config, torch.bfloat16)
         yield (
             f"  graphs          on a GPU of encodes of up to {seconds:.0f} s, captured at load in "
             f"about {nbytes / 1e6:,.0f} MB, where that path is on"
         )
-
-
-def _rope_frequencies(directory: Path, config: CodecConfig, asked: str | None) -> str:
-    """Which rotary frequencies the codec has and why."""
-    rounded = config.rope_frequencies == "bfloat16"
-    if asked is not None:
-        why = "as asked"
-    elif read_json(directory / "config.json").get("rope_frequencies") is not None:
-        why = "as its config states"
-    elif rounded:
-        why = "as upstream runs the published codec, whose dimensions it has"
-    else:
-        why = "as nothing is stated and its dimensions are not the published ones"
-    return f"{'frequencies rounded to bfloat16' if rounded else 'exact frequencies'}, {why}"
 
 
 def describe_products(source: PathLike | None, hub: HubOptions) -> Iterator[str]:

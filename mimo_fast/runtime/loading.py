@@ -264,6 +264,20 @@ def check_codec_rope(value: str | None) -> RopeFrequencies | None:
     return chosen
 
 
+def describe_rope(directory: Path, config: CodecConfig, asked: str | None) -> str:
+    """Which rotary frequencies a codec of `open_codec` has, and why."""
+    rounded = config.rope_frequencies == "bfloat16"
+    if asked is not None:
+        why = "as asked"
+    elif read_json(directory / "config.json").get("rope_frequencies") is not None:
+        why = "as its config states"
+    elif rounded:
+        why = "as upstream runs the published codec, whose dimensions it has"
+    else:
+        why = "as nothing is stated and its dimensions are not the published ones"
+    return f"{'frequencies rounded to bfloat16' if rounded else 'exact frequencies'}, {why}"
+
+
 @in_own_modes
 def load_codec(
     source: PathLike,

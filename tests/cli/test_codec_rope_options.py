@@ -10,8 +10,8 @@ from helpers import KIT, KIT_PAIR, PAIR, kit_config
 from safetensors.torch import load_file, save_file
 from test_cli import fails, run, runs
 
-from mimo_fast.bench import machine
 from mimo_fast.config import CodecConfig, read_json
+from mimo_fast.runtime.loading import describe_rope
 from mimo_fast.testing import parity
 
 SHIPPED = ("verify", "--checkpoint", KIT / "checkpoint", "--golden", KIT / "shipped")
@@ -99,5 +99,5 @@ def test_info_knows_the_published_codec_by_its_dimensions(tmp_path):
     raw = read_json(Path(str(files("mimo_fast") / "presets" / "7b-codec.json")))
     del raw["rope_frequencies"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    found = machine._rope_frequencies(tmp_path, CodecConfig.from_dict(raw), None)
+    found = describe_rope(tmp_path, CodecConfig.from_dict(raw), None)
     assert found.startswith("frequencies rounded to bfloat16, as upstream runs the published codec")
