@@ -120,6 +120,16 @@ def test_stage_equals_upstream(loaded_model, golden, recordings, monkeypatch, st
     assert result.ok, f"{result.error} > {result.bound} in {result.worst} of {result.compared}"
 
 
+def test_the_codec_as_shipped_equals_upstream(device, kit, recordings):
+    golden = Golden(kit / "shipped")
+    pair = kit / "checkpoint/lm", kit / "checkpoint/codec"
+    options = {"max_batch": 1, "max_seq_len": 32, "codec_rope": golden.rope_frequencies}
+    shipped = mimo_fast.load(*pair, device=device, dtype="float32", **options)
+    for result in verify(shipped, golden):
+        assert result.ok, f"{result.error} > {result.bound} in {result.worst}"
+    assert golden.compared == golden.tensors.keys()
+
+
 def test_graph_and_eager_give_the_same_tokens(loaded_model, golden, monkeypatch):
     groups = GROUPS[loaded_model.device.type]
     requests = asked(golden, groups)[:3]
