@@ -53,8 +53,8 @@ def generate(
         global_sampler, local_sampler: for text and for speech codes; greedy by default.
         max_new_tokens, min_new_tokens: groups; the limit defaults to the model's
             max_position_embeddings.
-        seed: one for all rows, or one for each; None draws random ones. A row's tokens depend only
-            on its own seed.
+        seed: one for all rows, or one for each; None draws one a row from torch's global generator
+            (`torch.manual_seed`). A row's tokens depend only on its own seed.
 
     Returns:
         Ids in the layout, dtype and device of input_ids, prompt included. On generated groups

@@ -35,7 +35,7 @@ from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
 from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
-from mimo_fast.sampling import MiMoSampler, MiMoStopper
+from mimo_fast.sampling import DrawnSeed, MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task, voice_of
@@ -115,7 +115,8 @@ class MimoAudio:
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
     `output_path` or `output_audio_path` write audio there and return the text, as upstream's
     `tts_sft` and dialogue tasks do; the suffix chooses the format, see `save_wav`. A seed of None
-    draws a random one.
+    is drawn from torch's global generator and templates from Python's `random`, so that a script
+    that seeds both repeats; with a seed neither is read.
 
     A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
     `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
@@ -459,6 +460,8 @@ class MimoAudio:
         """`stream` for asyncio: everything runs in worker threads."""
         self.pipeline.owner.check()
         _refuse_unknown(task, options.keys() - STREAM_OPTIONS)
+        if options.get("seed") is None:
+            options["seed"] = DrawnSeed.draw()
         return iterate_async(lambda: self.stream(task, *arguments, **options))
 
     def _run(
