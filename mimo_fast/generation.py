@@ -150,12 +150,14 @@ def config_options(config: Any) -> dict[str, Any]:
 
 def language_model(model: Any) -> LM:
     """The `LM` behind any object that `generate` accepts."""
-    for candidate in (model, getattr(model, "lm", None), getattr(model, "_mimo_fast_lm", None)):
+    for candidate in (model, getattr(model, "lm", None)):
         if isinstance(candidate, LM):
             return candidate
-    inner = getattr(model, "model", None)
-    if inner is not None and inner is not model and hasattr(inner, "_mimo_fast_lm"):
-        return language_model(inner)
+    # Of an accelerated model `generate` has it, also through what wraps the model.
+    for owner in (model, getattr(model, "model", None)):
+        candidate = getattr(getattr(owner, "generate", None), "lm", None)
+        if isinstance(candidate, LM):
+            return candidate
     raise TypeError(
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
