@@ -14,11 +14,11 @@ from mimo_fast.arguments import as_type, checked
 from mimo_fast.checkpoint.layout import lm_shapes
 from mimo_fast.config import LMConfig
 from mimo_fast.errors import CheckpointError
-from mimo_fast.generation import config_options, generate
 from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.finite import tensors as tensors_of
 from mimo_fast.runtime.lm.model import LM
+from mimo_fast.upstream.language_model import generate_as_upstream
 
 WRAPPERS = ("_orig_mod", "module")
 """Where `torch.compile` and the data-parallel wrappers keep the model that they wrap."""
@@ -122,17 +122,11 @@ class Accelerated:
         global_sampler: Any = None,
         local_sampler: Any = None,
         warmup_run: bool | None = None,
-        input_ids: Any = None,
         **options: Any,
     ) -> Any:
-        """`mimo_fast.generate` with upstream's arguments; ignores synced_gpus and warmup_run."""
-        seed = options.pop("seed", None)
-        if options:
-            # Options of generation_config may come as keywords too; keywords take precedence.
-            generation_config = config_options(generation_config) | options
-        ids, samplers = input_ids if inputs is None else inputs, (global_sampler, local_sampler)
-        stops = stopping_criteria, streamer
-        return generate(self.lm, ids, generation_config, *stops, *samplers, seed=seed)
+        """See `generate_as_upstream`."""
+        stops, samplers = (stopping_criteria, streamer), (global_sampler, local_sampler)
+        return generate_as_upstream(self.lm, inputs, generation_config, *stops, *samplers, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Accelerated":
         # With the model of which it is an attribute; that has an entry in memo by now.

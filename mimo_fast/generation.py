@@ -174,6 +174,19 @@ def unflatten_ids(flat: Tensor, channels: int) -> Tensor:
     return flat.reshape(-1, channels + 1).T
 
 
+def unflatten_history(flat: Tensor, config: LMConfig) -> Tensor:
+    """Upstream's flattened history [1, T G (C + 1)] -> checked ids [C + 1, T G].
+
+    Raises:
+        PromptError: it has another shape or an id out of range.
+    """
+    if not isinstance(flat, Tensor) or flat.numel() % config.row_width or not flat.numel():
+        shape = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
+        problem = f"a history is a tensor [1, T * {config.row_width}], not {shape}"
+        raise PromptError(f"{problem}: set one that `history` gave, or None")
+    return check_ids(unflatten_ids(flat.reshape(-1), config.channels), config)
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Prompts [C + 1, T_b G] int64 on the CPU, and the caller's layout."""

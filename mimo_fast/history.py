@@ -48,6 +48,19 @@ class History:
         with self._lock:
             self.sequence = self._reader = self.voice = None
 
+    def restore(self, pipeline: Pipeline, ids: Tensor) -> None:
+        """Begins with ids [C + 1, T G] of an earlier exchange, none of which is cached.
+
+        Raises:
+            PromptError: they leave no room for a turn; the history is unchanged.
+        """
+        # Its seed is replaced when a turn continues it.
+        sequence = pipeline.sequence(0)
+        sequence.add(ids)
+        with self._lock:
+            self.clear()
+            self.sequence, self._seeded = sequence, False
+
     def start(
         self,
         pipeline: Pipeline,
