@@ -10,6 +10,9 @@ from mimo_fast.config import CodecConfig, LMConfig
 class ConfigView(SimpleNamespace):
     """Values by the keys of a config.json, as attributes."""
 
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 

@@ -122,6 +122,18 @@ class CallableTokenizer(Tokenizer):
         return self.pad_id
 
     @property
+    def bos_token_id(self) -> int | None:
+        return self._id_of("bos_token")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id_of("unk_token")
+
+    def _id_of(self, name: str) -> int | None:
+        """The id of a named token, None where the checkpoint names none."""
+        return self._named_id(name) if self._config.get(name) else None
+
+    @property
     def eos_token(self) -> str:
         return str(self._backend.id_to_token(self.eos_id))
 
