@@ -141,7 +141,10 @@ def config_options(config: Any) -> dict[str, Any]:
         given |= {name: getattr(config, name, None) for name in CONFIG_OPTIONS}
     public = (name for name in map(str, given) if not name.startswith("_"))
     for name in sorted(set(public) - {*CONFIG_OPTIONS, *WITHOUT_EFFECT, *_warned}):
-        if given.get(name) not in (None, False):
+        value = given.get(name)
+        # By type first: tensors of some kinds compare with nothing.
+        off = value is None or (isinstance(value, bool | int | float) and not value)
+        if not off:
             _warned.add(name)
             near = suggestion(name, CONFIG_OPTIONS)
             warnings.warn(f"generate ignores the option {name!r}: {near}", stacklevel=4)
@@ -180,7 +183,13 @@ def unflatten_history(flat: Tensor, config: LMConfig) -> Tensor:
     Raises:
         PromptError: it has another shape or an id out of range.
     """
-    if not isinstance(flat, Tensor) or flat.numel() % config.row_width or not flat.numel():
+    if (
+        not isinstance(flat, Tensor)
+        or flat.is_meta
+        or flat.layout != torch.strided
+        or flat.numel() % config.row_width
+        or not flat.numel()
+    ):
         shape = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
         problem = f"a history is a tensor [1, T * {config.row_width}], not {shape}"
         raise PromptError(f"{problem}: set one that `history` gave, or None")

@@ -24,6 +24,7 @@ from mimo_fast.config import PathLike
 from mimo_fast.errors import AudioError, NumericError, PromptError
 from mimo_fast.generation import check_ids, flatten_ids, unflatten_history
 from mimo_fast.history import History
+from mimo_fast.json_files import shown
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
@@ -43,7 +44,7 @@ from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template,
 from mimo_fast.text.tokenizer import Tokenizer
 from mimo_fast.upstream.codec import AudioTokenizer
 from mimo_fast.upstream.device import DeviceName
-from mimo_fast.upstream.features import MelTransform, group_by_length, log_of
+from mimo_fast.upstream.features import MelTransform, check_samples, group_by_length, log_of
 from mimo_fast.upstream.language_model import LanguageModel
 from mimo_fast.upstream.tokenizer import CallableTokenizer
 
@@ -291,11 +292,12 @@ class MimoAudio:
 
     def wav2mel(self, wav: Tensor) -> Tensor:
         """Waveform [n] at the codec's rate -> natural log-mel [n_mels, 1 + n // hop]."""
-        return log_of(self.mel_transform(wav[None, :])).squeeze()
+        return log_of(self.mel_transform(wav)).squeeze()
 
     def resample_audio_if_needed(self, wav_tensor: Tensor, original_sr: int) -> Tensor:
         """Samples [..., n] at the codec's rate; the same tensor where they have it already."""
         rate = self.codec.sample_rate
+        check_samples(wav_tensor)
         return wav_tensor if original_sr == rate else resample(wav_tensor, original_sr, rate)
 
     def group_by_length(
@@ -312,16 +314,25 @@ class MimoAudio:
         max_length: mel frames of rows that are padded together.
         """
         encode = self.mimo_audio_tokenizer.encoder.encode
-        groups = zip(*group_by_length(input_features, input_lens, max_length), strict=True)
+        features, lengths = group_by_length(input_features, input_lens, max_length)
+        if not lengths:
+            raise ValueError("encode_batch needs a row of features, one at least")
+        groups = zip(features, lengths, strict=True)
         return torch.cat([encode(*group, return_codes_only=True)[0] for group in groups], dim=-1)
 
     def get_input_ids(self, prompt: Iterable[Any]) -> Tensor:
         """Segments, ours or those of `mimo_fast.upstream`, -> ids [C + 1, T G] on the device."""
         shape = self.tokenizer, self.group_size, self.audio_channels
+        try:
+            prompt = list(prompt)
+        except TypeError:  # An array of no dimension says that it can be iterated.
+            raise PromptError(f"a prompt is a list of segments, not {shown(prompt)}") from None
         ids = [
             segment.to_input_id(*shape) if hasattr(segment, "to_input_id") else self.pack([segment])
             for segment in prompt
         ]
+        if not ids:
+            raise PromptError("the prompt is empty")
         return torch.cat(ids, dim=1).to(self.lm.device)
 
     def preprocess_input(self, input: Any = None) -> Any:
@@ -402,7 +413,7 @@ class MimoAudio:
         """
         input_ids = check_ids(input_ids, self.lm.config)
         max_new_tokens = self._within_length(input_ids, max_new_tokens, add_history)
-        criteria = list(stopping_criteria or ())
+        criteria = list(() if stopping_criteria is None else stopping_criteria)
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
+from mimo_fast.audio.files import check_dense
 from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.codec.finite import checked_samples, tensors
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.upstream.config import TokenizerConfig
+from mimo_fast.upstream.features import check_lengths
 from mimo_fast.upstream.module import ModuleView
 
 
@@ -79,6 +82,7 @@ class CodecView(ModuleView):
         return (mel_len + 5 - 2 * config.kernel_size) // config.stride_size + 1
 
 
+@checked
 class AudioEncoder(CodecView):
     """Upstream's `AudioEncoder`: features to codes, and codes to what the decoder reads."""
 
@@ -111,10 +115,12 @@ class AudioEncoder(CodecView):
             ValueError: the lengths are missing, or not those of the features.
         """
         codec = self.codec
-        lengths = [] if input_lens is None else [int(n) for n in input_lens]
-        if not lengths or min(lengths) < 1 or sum(lengths) != len(input_features):
-            problem = f"{len(input_features)} frames of features, but input_lens {lengths}"
-            raise ValueError(f"{problem}: it has a length, 1 or more, for each row")
+        lengths = check_lengths(input_features, () if input_lens is None else input_lens, least=1)
+        bands = codec.config.n_mels
+        if input_features.shape[1:] != (bands,) or not input_features.is_floating_point():
+            found = f"{input_features.dtype} {list(input_features.shape)}"
+            raise ValueError(f"features are floating-point [T, {bands}], not {found}")
+        check_dense(input_features)
         mel = input_features.to(codec.device)
         rows = codec.encode_packed(mel, lengths)
         places = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=codec.device)
@@ -135,6 +141,7 @@ class AudioEncoder(CodecView):
         return codec.dequantize(codes)
 
 
+@checked
 class AudioTokenizer(CodecView):
     """Upstream's `MiMoAudioTokenizer`."""
 
@@ -187,14 +194,14 @@ class AudioTokenizer(CodecView):
             cache, which is the one given.
         """
         cache, settings = history_cache or StreamingCache(), streaming_config or StreamingConfig()
-        lengths = [int(length) for length in chunk_input_lengths]
-        if sum(lengths) != codes_chunks.shape[-1]:
-            problem = f"{codes_chunks.shape[-1]} code frames, but chunk_input_lengths {lengths}"
-            raise ValueError(f"{problem}: it has a length for each row")
-        config = self.config
+        config, hidden = self.config, self.encoder.decode_vq(codes_chunks)
+        lengths = check_lengths(hidden, chunk_input_lengths)
         samples = config.avg_pooler * config.stride_size * config.hop_length
-        windows = [*self.encoder.decode_vq(codes_chunks).split(lengths)]
+        windows = [*hidden.split(lengths)]
         if cache.hidden_states is not None:
+            if len(cache.hidden_states) != len(windows):
+                streams = f"{len(cache.hidden_states)} streams"
+                raise ValueError(f"the cache is of {streams}, and {len(windows)} chunks came")
             pairs = zip(cache.hidden_states, windows, strict=True)
             windows = [torch.cat(pair) for pair in pairs]
         done = cache.processed_lengths or [0] * len(windows)

@@ -1,12 +1,21 @@
 """`MelTransform`: the spectrogram that upstream takes from torchaudio, computed as `log_mel`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_fast.arguments import as_type
+from mimo_fast.audio.files import check_dense
 from mimo_fast.audio.mel import LOG_FLOOR, mel_of_frames, mel_tables
 from mimo_fast.config import CodecConfig
+from mimo_fast.errors import AudioError
+from mimo_fast.json_files import shown
 from mimo_fast.modes import in_own_modes
+
+MOST_SAMPLES = 2**31
+"""Of all rows together; as float32 they take 8 GiB."""
 
 
 class MelTransform:
@@ -23,6 +32,8 @@ class MelTransform:
 
     @in_own_modes
     def __call__(self, waveform: Tensor) -> Tensor:
+        """Raises AudioError unless there are floating-point samples."""
+        check_samples(waveform)
         half = self.n_fft // 2
         wav = waveform.to(self.device, torch.float32)
         rows = wav.reshape(-1, wav.shape[-1])
@@ -35,6 +46,37 @@ class MelTransform:
     def to(self, *_places: object) -> "MelTransform":
         """Itself: it computes where the codec is."""
         return self
+
+
+def check_samples(wav: Any) -> None:
+    """Raises AudioError unless it is a tensor [..., n] of some floating-point samples."""
+    if not isinstance(wav, Tensor) or not wav.is_floating_point() or not wav.ndim:
+        found = f"{wav.dtype} {list(wav.shape)}" if isinstance(wav, Tensor) else type(wav).__name__
+        raise AudioError(
+            f"a waveform is a tensor of float samples [n], not {found}; see load_audio"
+        )
+    check_dense(wav)
+    if not 0 < wav.numel() <= MOST_SAMPLES:
+        raise AudioError(f"the audio holds {wav.numel()} samples, not 1 to {MOST_SAMPLES}")
+
+
+def check_lengths(features: Any, lengths: Any, least: int = 0) -> list[int]:
+    """The lengths of packed rows, as integers.
+
+    Raises:
+        ValueError: they are no integers of at least `least`, or not those of the features.
+    """
+    if not isinstance(features, Tensor) or not features.ndim or features.is_meta:
+        raise ValueError("features must be a tensor of frames, with values")
+    try:
+        rows = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        rows = [as_type(int, row, "a length") for row in rows]
+    except Exception:  # Tensors have no values for many reasons.
+        raise ValueError(f"lengths must be integers, one a row, not {shown(lengths)}") from None
+    if sum(rows) != len(features) or min(rows, default=0) < least or (least and not rows):
+        problem = f"{len(features)} frames of features, but lengths {rows[:8]}"
+        raise ValueError(f"{problem}: each row has one, {least} or more")
+    return rows
 
 
 def log_of(mel: Tensor) -> Tensor:
@@ -55,10 +97,8 @@ def group_by_length(
     Raises:
         ValueError: the lengths are not those of the features.
     """
-    if len(features) != int(lengths.sum()):
-        raise ValueError(f"{len(features)} frames of features, but lengths of {int(lengths.sum())}")
     groups, total = list[list[int]](), 0
-    for length in lengths.tolist():
+    for length in check_lengths(features, lengths):
         if not groups or (total and total + length > max_length):
             groups.append([])
             total = 0

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
 from mimo_fast.generation import config_options, generate
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.finite import tensors
@@ -15,6 +16,7 @@ from mimo_fast.upstream.config import LanguageModelArguments, LanguageModelConfi
 from mimo_fast.upstream.module import ModuleView
 
 
+@checked
 class LanguageModel(ModuleView):
     """A view of the language model of a pipeline; it decodes with the pipeline's engine.
 

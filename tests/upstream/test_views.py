@@ -92,7 +92,7 @@ class TestCodec:
 
     @pytest.mark.parametrize("lens", [None, [], [120, 1], [119], [0, 120], [121, -1]])
     def test_lengths_that_are_not_the_features(self, codec, mel, lens):
-        refuses("120 frames of features, but input_lens", codec.encoder.encode, mel, lens)
+        refuses("120 frames of features, but lengths", codec.encoder.encode, mel, lens)
 
     @pytest.mark.parametrize("name", TRUTH["streams"])
     def test_a_stream_in_upstreams_windows(self, codec, codes, name):
@@ -442,7 +442,7 @@ class TestFeatures:
 
     def test_lengths_of_other_features(self, model):
         given = torch.zeros(3, 2), torch.tensor([1, 1]), 9
-        refuses("3 frames of features, but lengths of 2", model.group_by_length, *given)
+        refuses(r"3 frames of features, but lengths \[1, 1\]", model.group_by_length, *given)
 
 
 class TestDevice:
