@@ -152,8 +152,9 @@ class MimoAudio:
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
         directories = model_path, mimo_audio_tokenizer_path
-        self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
-        self.tokenizer = self.pipeline.tokenizer
+        loaded = load_parts(*directories, device, dtype, quantization, options)
+        lm, audio_codec, tokenizer, setup = loaded
+        self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup)
         self.setup, self._history = self.pipeline.setup, History()
         self._views = dict[type, Any]()
         place = self.lm.device
@@ -180,7 +181,7 @@ class MimoAudio:
     def __copy__(self) -> "MimoAudio":
         """A copy that shares the pipeline and has a history of its own."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _history=copy(self._history))
+        twin.__dict__.update(self.__dict__, _history=copy(self._history), _views=dict(self._views))
         return twin
 
     def close(self) -> None:

@@ -119,6 +119,12 @@ class TestCompiled:
         assert accelerate(wrapper) is wrapper
         assert torch.equal(new(generate(wrapper, prompt, **FOUR), prompt), want)
 
+    def test_a_data_parallel_wrapper(self, module, prompt, want):
+        """It has no `generate` of its own: users call that of the model inside."""
+        wrapper = nn.DataParallel(module)
+        assert accelerate(wrapper) is wrapper
+        assert torch.equal(new(wrapper.module.generate(prompt, **FOUR), prompt), want)
+
     def test_its_parts(self, module, prompt, want, wrap):
         for name in ("model", "local_transformer", "lm_head"):
             setattr(module, name, wrap(getattr(module, name)))

@@ -221,7 +221,9 @@ class TestLanguageModel:
     def test_another_model_has_another_view(self, model):
         own = copy.copy(model)
         own.lm = copy.copy(model.lm)
-        assert own.model is not model.model
+        view = own.model
+        assert view is not model.model
+        assert view is own.model
         assert own.model.lm is own.lm
         assert model.model.lm is model.lm
 
