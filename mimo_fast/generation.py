@@ -53,8 +53,8 @@ def generate(
         global_sampler, local_sampler: for text and for speech codes; greedy by default.
         max_new_tokens, min_new_tokens: groups; the limit defaults to the model's
             max_position_embeddings.
-        seed: one for all rows, or one for each; None draws random ones. A row's tokens depend only
-            on its own seed.
+        seed: one for all rows, or one for each; None draws one a row from torch's global generator
+            (`torch.manual_seed`). A row's tokens depend only on its own seed.
 
     Returns:
         Ids in the layout, dtype and device of input_ids, prompt included. On generated groups
@@ -141,7 +141,10 @@ def config_options(config: Any) -> dict[str, Any]:
         given |= {name: getattr(config, name, None) for name in CONFIG_OPTIONS}
     public = (name for name in map(str, given) if not name.startswith("_"))
     for name in sorted(set(public) - {*CONFIG_OPTIONS, *WITHOUT_EFFECT, *_warned}):
-        if given.get(name) not in (None, False):
+        value = given.get(name)
+        # By type first: tensors of some kinds compare with nothing.
+        off = value is None or (isinstance(value, bool | int | float) and not value)
+        if not off:
             _warned.add(name)
             near = suggestion(name, CONFIG_OPTIONS)
             warnings.warn(f"generate ignores the option {name!r}: {near}", stacklevel=4)
@@ -150,12 +153,14 @@ def config_options(config: Any) -> dict[str, Any]:
 
 def language_model(model: Any) -> LM:
     """The `LM` behind any object that `generate` accepts."""
-    for candidate in (model, getattr(model, "lm", None), getattr(model, "_mimo_fast_lm", None)):
+    for candidate in (model, getattr(model, "lm", None)):
         if isinstance(candidate, LM):
             return candidate
-    inner = getattr(model, "model", None)
-    if inner is not None and inner is not model and hasattr(inner, "_mimo_fast_lm"):
-        return language_model(inner)
+    # Of an accelerated model `generate` has it, also through what wraps the model.
+    for owner in (model, getattr(model, "model", None)):
+        candidate = getattr(getattr(owner, "generate", None), "lm", None)
+        if isinstance(candidate, LM):
+            return candidate
     raise TypeError(
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
@@ -170,6 +175,25 @@ def flatten_ids(ids: Tensor) -> Tensor:
 def unflatten_ids(flat: Tensor, channels: int) -> Tensor:
     """Upstream's flattened [T G (C + 1)] -> [C + 1, T G]."""
     return flat.reshape(-1, channels + 1).T
+
+
+def unflatten_history(flat: Tensor, config: LMConfig) -> Tensor:
+    """Upstream's flattened history [1, T G (C + 1)] -> checked ids [C + 1, T G].
+
+    Raises:
+        PromptError: it has another shape or an id out of range.
+    """
+    if (
+        not isinstance(flat, Tensor)
+        or flat.is_meta
+        or flat.layout != torch.strided
+        or flat.numel() % config.row_width
+        or not flat.numel()
+    ):
+        shape = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
+        problem = f"a history is a tensor [1, T * {config.row_width}], not {shape}"
+        raise PromptError(f"{problem}: set one that `history` gave, or None")
+    return check_ids(unflatten_ids(flat.reshape(-1), config.channels), config)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_read_by_another
 from mimo_fast.runtime.pipeline import Pipeline
-from mimo_fast.sampling import check_seed
+from mimo_fast.sampling import DrawnSeed, check_seed, one_seed
 from mimo_fast.text.prompt import PackedPrompt
 
 
@@ -30,6 +30,8 @@ class History:
     def __init__(self) -> None:
         self.sequence: TokenSequence | None = None
         self.voice: Voice | None = None
+        # Whether the sequence's draws come from a seed that a caller gave.
+        self._seeded = False
         self._before: tuple[Tensor, int] | None = None
         self._reader: weakref.ref[Reply | ChunkStream] | None = None
         self._owner: asyncio.Task[Any] | threading.Thread | None = None
@@ -39,12 +41,25 @@ class History:
         twin = History()
         with self._lock:
             twin.sequence = None if self.sequence is None else self.sequence.fork()
-            twin.voice = copy(self.voice)
+            twin.voice, twin._seeded = copy(self.voice), self._seeded
         return twin
 
     def clear(self) -> None:
         with self._lock:
             self.sequence = self._reader = self.voice = None
+
+    def restore(self, pipeline: Pipeline, ids: Tensor) -> None:
+        """Begins with ids [C + 1, T G] of an earlier exchange, none of which is cached.
+
+        Raises:
+            PromptError: they leave no room for a turn; the history is unchanged.
+        """
+        # Its seed is replaced when a turn continues it.
+        sequence = pipeline.sequence(0)
+        sequence.add(ids)
+        with self._lock:
+            self.clear()
+            self.sequence, self._seeded = sequence, False
 
     def start(
         self,
@@ -55,6 +70,9 @@ class History:
         start: Callable[[TokenSequence], Reply],
     ) -> Reply:
         """Adds a prompt [C + 1, T G] to the last sequence or, without add_history, to a new one.
+
+        seed: of the draws from here on. Without one they go on from the last seed that was given,
+        or begin with a fresh one, which may have been drawn ahead.
 
         Returns:
             What `start` returns for that sequence.
@@ -68,8 +86,10 @@ class History:
         groups //= pipeline.lm.config.group_size
         if not groups:
             raise PromptError("the prompt is empty")
+        given = seed is not None and not isinstance(seed, DrawnSeed)
         seed = None if seed is None else check_seed(seed)
         with self._lock:
+            continued = add_history and self.sequence is not None
             if self.sequence is not None and add_history:
                 self._check_owner()
                 # A running reply would append to the same sequence.
@@ -80,14 +100,15 @@ class History:
                 pipeline.engine.check_room(groups)
                 # The old cache is freed before a new one is allocated.
                 self.clear()
-                self.sequence = pipeline.sequence(seed)
+                self.sequence, self._seeded = pipeline.sequence(seed), given
             sequence = self.sequence
             before = sequence.ids, sequence.cached
             self._before = before if add_history else None
             try:
                 sequence.add(prompt)
-                if seed is not None:
-                    sequence.reseed(seed)
+                if continued and (given or not self._seeded):
+                    sequence.reseed(one_seed(seed))
+                    self._seeded = given
                 reply = start(sequence)
             except BaseException:
                 sequence.go_back(*before)

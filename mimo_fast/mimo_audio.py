@@ -9,7 +9,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, Unpack
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from torch import Tensor
 from mimo_fast import sampling
 from mimo_fast.arguments import check_call, checked, names_of, refuse_unknown
 from mimo_fast.audio.files import as_samples
+from mimo_fast.audio.resample import resample
 from mimo_fast.audio.writing import check_output, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
-from mimo_fast.errors import AudioError, NumericError
-from mimo_fast.generation import check_ids, flatten_ids
+from mimo_fast.errors import AudioError, NumericError, PromptError
+from mimo_fast.generation import check_ids, flatten_ids, unflatten_history
 from mimo_fast.history import History
+from mimo_fast.json_files import shown
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
@@ -35,13 +37,19 @@ from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
 from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
-from mimo_fast.sampling import MiMoSampler, MiMoStopper
+from mimo_fast.sampling import DrawnSeed, MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
-from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech
+from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech, SpokenReply
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task, voice_of
 from mimo_fast.text.tokenizer import Tokenizer
+from mimo_fast.upstream.codec import AudioTokenizer
+from mimo_fast.upstream.device import DeviceName
+from mimo_fast.upstream.features import MelTransform, check_samples, group_by_length, log_of
+from mimo_fast.upstream.language_model import LanguageModel
+from mimo_fast.upstream.tokenizer import CallableTokenizer
 
 Arguments = ParamSpec("Arguments")
+View = TypeVar("View")
 
 STREAM_OPTIONS = frozenset(
     {"add_history", "lookahead", "max_new_tokens", "min_new_tokens", "seed", "special_tokens"}
@@ -117,10 +125,15 @@ class MimoAudio:
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
     `output_path` or `output_audio_path` write audio there and return the text, as upstream's
     `tts_sft` and dialogue tasks do; the suffix chooses the format, see `save_wav`. A seed of None
-    draws a random one.
+    is drawn from torch's global generator and templates from Python's `random`, so that a script
+    that seeds both repeats; with a seed neither is read.
 
     A task method (`asr_sft`, ...) runs the task of `text/tasks.py` that has its name; its
-    `get_*_prompt` returns the ids [C + 1, T G] of the prompt.
+    `get_*_prompt` returns the ids [C + 1, T G] of the prompt, int64, or int32 without speech.
+
+    Attributes:
+        generate_kwargs: Upstream's options of `forward`, of which "max_length" counts: the groups
+            of a prompt and its reply.
 
     Raises:
         CheckpointError, ConfigError: the checkpoints are missing, incomplete or contradict their
@@ -141,12 +154,16 @@ class MimoAudio:
     ) -> None:
         self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
         directories = model_path, mimo_audio_tokenizer_path
-        self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
+        loaded = load_parts(*directories, device, dtype, quantization, options)
+        lm, audio_codec, tokenizer, setup = loaded
+        self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup)
         self.setup, self._history = self.pipeline.setup, History()
-        self.device = self.lm.device
+        self._views = dict[type, Any]()
+        place = self.lm.device
+        self.device = DeviceName(place.type if device is None else str(device), place)
         config, special = self.lm.config, self.tokenizer.special
         self.group_size, self.audio_channels = config.group_size, config.channels
-        self.delay_pattern, self.vocab_size = config.delays, config.vocab_size
+        self.delay_pattern, self.vocab_size = self.model.config.delay_pattern, config.vocab_size
         self.speech_zeroemb_idx, self.padding_idx = list(config.empty_codes), special.pad
         self.sosp_idx, self.eosp_idx, self.empty_token = special.sosp, special.eosp, special.empty
         self.sostm_idx, self.eostm_idx, self.eot_idx = special.sostm, special.eostm, special.eot
@@ -154,13 +171,19 @@ class MimoAudio:
         self.default_global_sampler = sampling.DEFAULT_GLOBAL_SAMPLER
         self.default_local_sampler = sampling.DEFAULT_LOCAL_SAMPLER
         self.task_sampler_configs = self.pipeline.presets
+        self.generate_kwargs = {
+            "max_length": MAX_NEW_TOKENS,
+            "eos_token_id": special.eos,
+            "pad_token_id": special.pad,
+        }
+        self.mel_transform = MelTransform(self.codec.config, self.codec.device)
         if self.device.type == "cuda":
             self.warmup()
 
     def __copy__(self) -> "MimoAudio":
         """A copy that shares the pipeline and has a history of its own."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _history=copy(self._history))
+        twin.__dict__.update(self.__dict__, _history=copy(self._history), _views=dict(self._views))
         return twin
 
     def close(self) -> None:
@@ -199,22 +222,32 @@ class MimoAudio:
         self.pipeline = replace(self.pipeline, codec=codec)
 
     @property
-    def model(self) -> LM:
-        """The language model, by upstream's name."""
-        return self.lm
+    def model(self) -> LanguageModel:
+        """The language model as upstream's users know it; `lm` is the model itself."""
+        return self._view(LanguageModel, lambda: LanguageModel(self.pipeline, self.path))
 
     @property
-    def mimo_audio_tokenizer(self) -> Codec:
-        """The codec, by upstream's name."""
-        return self.codec
+    def mimo_audio_tokenizer(self) -> AudioTokenizer:
+        """The codec in upstream's layouts; `codec` is the codec itself."""
+        return self._view(AudioTokenizer, lambda: AudioTokenizer(self.pipeline))
+
+    def _view(self, kind: type[View], make: Callable[[], View]) -> View:
+        """The view of this kind; a new one where the pipeline has been replaced."""
+        self.pipeline.owner.check()
+        view = self._views.get(kind)
+        if view is None or view.pipeline is not self.pipeline:
+            view = self._views[kind] = make()
+        return view
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.pipeline.tokenizer
+    def tokenizer(self) -> CallableTokenizer:
+        tokenizer = self.pipeline.tokenizer
+        assert isinstance(tokenizer, CallableTokenizer)
+        return tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.pipeline = replace(self.pipeline, tokenizer=tokenizer)
+        self.pipeline = replace(self.pipeline, tokenizer=CallableTokenizer.of(tokenizer))
 
     @property
     def engine(self) -> Engine:
@@ -227,16 +260,21 @@ class MimoAudio:
 
     @property
     def history(self) -> Tensor | None:
-        """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first."""
+        """Ids of the last exchange, flattened [1, L] as upstream's are; None before the first.
+
+        It may be set to one that was read before, which add_history then continues.
+        """
         self.pipeline.owner.check()
         kept = self._history.sequence
-        return None if kept is None else flatten_ids(kept.ids)[None]
+        return None if kept is None else flatten_ids(kept.ids)[None].to(self.lm.device)
 
     @history.setter
-    def history(self, value: None) -> None:
-        if value is not None:
-            raise ValueError("history can only be cleared: set it to None")
-        self.clear_history()
+    def history(self, value: Tensor | None) -> None:
+        if value is None:
+            self.clear_history()
+            return
+        self.pipeline.owner.check()
+        self._history.restore(self.pipeline, unflatten_history(value, self.lm.config))
 
     @property
     def has_history(self) -> bool:
@@ -254,6 +292,51 @@ class MimoAudio:
     def save_wav(self, path: str | os.PathLike[str] | BinaryIO, wav: Tensor) -> None:
         """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
         save_wav(path, as_samples(wav).reshape(-1), self.codec.sample_rate)
+
+    def wav2mel(self, wav: Tensor) -> Tensor:
+        """Waveform [n] at the codec's rate -> natural log-mel [n_mels, 1 + n // hop]."""
+        return log_of(self.mel_transform(wav)).squeeze()
+
+    def resample_audio_if_needed(self, wav_tensor: Tensor, original_sr: int) -> Tensor:
+        """Samples [..., n] at the codec's rate; the same tensor where they have it already."""
+        rate = self.codec.sample_rate
+        check_samples(wav_tensor)
+        return wav_tensor if original_sr == rate else resample(wav_tensor, original_sr, rate)
+
+    def group_by_length(
+        self, features: Tensor, lengths: Tensor, max_length: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See `mimo_fast.upstream.features.group_by_length`."""
+        return group_by_length(features, lengths, max_length)
+
+    def encode_batch(
+        self, input_features: Tensor, input_lens: Tensor, max_length: int = 256000
+    ) -> Tensor:
+        """Log-mel [sum of input_lens, n_mels] -> codes [Q, T] of all rows, one after the other.
+
+        max_length: mel frames of rows that are padded together.
+        """
+        encode = self.mimo_audio_tokenizer.encoder.encode
+        features, lengths = group_by_length(input_features, input_lens, max_length)
+        if not lengths:
+            raise ValueError("encode_batch needs a row of features, one at least")
+        groups = zip(features, lengths, strict=True)
+        return torch.cat([encode(*group, return_codes_only=True)[0] for group in groups], dim=-1)
+
+    def get_input_ids(self, prompt: Iterable[Any]) -> Tensor:
+        """Segments, ours or those of `mimo_fast.upstream`, -> ids [C + 1, T G] on the device."""
+        shape = self.tokenizer, self.group_size, self.audio_channels
+        try:
+            prompt = list(prompt)
+        except TypeError:  # An array of no dimension says that it can be iterated.
+            raise PromptError(f"a prompt is a list of segments, not {shown(prompt)}") from None
+        ids = [
+            segment.to_input_id(*shape) if hasattr(segment, "to_input_id") else self.pack([segment])
+            for segment in prompt
+        ]
+        if not ids:
+            raise PromptError("the prompt is empty")
+        return torch.cat(ids, dim=1).to(self.lm.device)
 
     def preprocess_input(self, input: Any = None) -> Any:
         """Audio -> codes, flattened [T C]; a string that is no file's name -> text of a prompt."""
@@ -332,7 +415,8 @@ class MimoAudio:
                 written.
         """
         input_ids = check_ids(input_ids, self.lm.config)
-        criteria = list(stopping_criteria or ())
+        max_new_tokens = self._within_length(input_ids, max_new_tokens, add_history)
+        criteria = list(() if stopping_criteria is None else stopping_criteria)
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
             raise ValueError(
                 "forward takes MiMoStoppers; pass other stopping criteria to mimo_fast.generate"
@@ -357,9 +441,21 @@ class MimoAudio:
         if codes is not None:
             wav = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
         if silent or output_audio_path is None:
-            return wav[None, None]
+            return wav[None, None].to(self.codec.device)
         self.save_wav(output_audio_path, wav)
         return text
+
+    def _within_length(
+        self, ids: Tensor, max_new_tokens: int | None, add_history: bool
+    ) -> int | None:
+        """The limit of a reply to ids [C + 1, T G] with the limit in `generate_kwargs`, if any."""
+        longest = self.generate_kwargs.get("max_length")
+        if longest is None or longest == MAX_NEW_TOKENS:
+            return max_new_tokens
+        kept = self._history.sequence
+        before = kept.groups if kept is not None and add_history else 0
+        room = max(longest - before - ids.shape[1] // self.group_size, 1)
+        return room if max_new_tokens is None else min(room, max_new_tokens)
 
     def stream(
         self,
@@ -461,6 +557,8 @@ class MimoAudio:
         """`stream` for asyncio: everything runs in worker threads."""
         self.pipeline.owner.check()
         _refuse_unknown(task, options.keys() - STREAM_OPTIONS)
+        if options.get("seed") is None:
+            options["seed"] = DrawnSeed.draw()
         return iterate_async(lambda: self.stream(task, *arguments, **options))
 
     def _run(
@@ -602,17 +700,20 @@ class MimoAudio:
 
     def get_asr_sft_prompt(
         self,
-        input: Audio,
+        input: Audio | None = None,
         template: Template = None,
         seed: int | None = None,
         special_tokens: bool = False,
     ) -> Tensor:
+        """Raises PromptError without a recording."""
+        if input is None:
+            raise PromptError("get_asr_sft_prompt needs a recording")
         context = self.pipeline.context(seed, special_tokens=special_tokens)
         return self._prompt(tasks.asr(context, input, template))
 
     def get_tts_sft_prompt(
         self,
-        input: str,
+        input: str | None = None,
         instruct: str | None = None,
         read_text_only: bool = True,
         prompt_speech: Audio | None = None,
@@ -620,6 +721,9 @@ class MimoAudio:
         seed: int | None = None,
         special_tokens: bool = False,
     ) -> Tensor:
+        """Raises PromptError without a text."""
+        if input is None:
+            raise PromptError("get_tts_sft_prompt needs a text to say")
         arguments = (input, instruct, read_text_only, prompt_speech, template)
         context = self.pipeline.context(seed, special_tokens=special_tokens)
         return self._prompt(tasks.tts(context, *arguments))
@@ -648,8 +752,10 @@ class MimoAudio:
     get_speech_continuation_prompt = _prompt_of(tasks.speech_continuation)
 
     def _prompt(self, segments: Segments) -> Tensor:
-        """A prompt [C + 1, T G], on the device as upstream's are."""
-        return self.pipeline.ids(segments).to(self.lm.device)
+        """A prompt [C + 1, T G], of the dtype and on the device that upstream's has."""
+        spoken = any(isinstance(segment, Speech | SpokenReply) for segment in segments)
+        dtype = torch.int64 if spoken else torch.int32
+        return self.pipeline.ids(segments).to(self.lm.device, dtype)
 
 
 @checked

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-import secrets
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from mimo_fast.json_files import shown
 from mimo_fast.kernels.sample import TAIL_OFF, SamplerTensors
 
 Seed = int | Sequence[int] | Tensor | np.ndarray | None
-"""One seed for all rows, one for each row, or None for random ones."""
+"""One seed for all rows, one for each row, or None for fresh ones, see `fresh_seed`."""
 
 SEEDS = 2**63
 """Number of seeds: the samplers read an int64 that is not negative."""
@@ -129,9 +129,36 @@ def check_seed(seed: Any) -> int:
     return value
 
 
+def fresh_seed() -> int:
+    """A seed from torch's global generator of the CPU, which it advances; any thread may call it.
+
+    So a script that begins with `torch.manual_seed` repeats. The CPU's serves models on a GPU too:
+    reading that of the GPU would wait for everything that is queued there.
+    """
+    return int(torch.randint(SEEDS - 1, (), dtype=torch.int64, device="cpu").item())
+
+
+class DrawnSeed(int):
+    """A fresh seed that is drawn before its call begins, by a caller in another thread.
+
+    Which of several calls at once draws first is then up to their order, not to their threads.
+
+    Attributes:
+        templates: The seed of its templates, from Python's `random`.
+    """
+
+    templates: int
+
+    @classmethod
+    def draw(cls) -> "DrawnSeed":
+        drawn = cls(fresh_seed())
+        drawn.templates = random.getrandbits(63)
+        return drawn
+
+
 def one_seed(seed: Any) -> int:
-    """`check_seed`; a random one for None."""
-    return secrets.randbits(63) if seed is None else check_seed(seed)
+    """`check_seed`; a fresh one for None, see `fresh_seed`."""
+    return fresh_seed() if seed is None else check_seed(seed)
 
 
 def row_seeds(seed: Seed, rows: int) -> list[int]:

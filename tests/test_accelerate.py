@@ -126,7 +126,7 @@ def stored(weights: TransformerWeights) -> Iterator[Tensor]:
 
 
 def test_weights_are_shared(causal):
-    lm = accelerate(causal)._mimo_fast_lm
+    lm = accelerate(causal).generate.lm
     originals = {tensor.data_ptr() for tensor in causal.tensors.values()}
     held = [lm.text_embeddings]
     for part in (lm.backbone, lm.patch_encoder, lm.patch_decoder):

@@ -50,6 +50,11 @@ def mel_tables(config: CodecConfig, device: torch.device) -> tuple[Tensor, Tenso
 
 def log_mel_of_frames(wav: Tensor, config: CodecConfig, tables: tuple[Tensor, Tensor]) -> Tensor:
     """`log_mel` of samples float32 [n] padded at both ends -> [1 + (n - n_fft) // hop, n_mels]."""
+    return mel_of_frames(wav, config, tables).clip_(min=LOG_FLOOR).log_()
+
+
+def mel_of_frames(wav: Tensor, config: CodecConfig, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Mel magnitudes of `log_mel_of_frames`, before the logarithm."""
     window, bank = tables
     frames = 1 + (len(wav) - config.n_fft) // config.hop
     out = wav.new_empty(frames, config.n_mels)
@@ -58,7 +63,7 @@ def log_mel_of_frames(wav: Tensor, config: CodecConfig, tables: tuple[Tensor, Te
         block = wav[first * config.hop : (last - 1) * config.hop + config.n_fft]
         sizes = config.n_fft, config.hop, config.window
         spectrum = torch.stft(block, *sizes, window, center=False, return_complex=True)
-        out[first:last] = (spectrum.abs().T @ bank).clip(min=LOG_FLOOR).log()
+        out[first:last] = spectrum.abs().T @ bank
     return out
 
 

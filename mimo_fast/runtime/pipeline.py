@@ -34,6 +34,7 @@ from mimo_fast.runtime.memory import Setup
 from mimo_fast.sampling import (
     DEFAULT_GLOBAL_SAMPLER,
     DEFAULT_LOCAL_SAMPLER,
+    DrawnSeed,
     MiMoSampler,
     check_seed,
     one_seed,
@@ -191,7 +192,8 @@ class Pipeline(FreedWhenClosed):
     ) -> PromptContext:
         """The part of a model that the functions of `text/tasks.py` use."""
         self.owner.check()
-        seed, words = None if seed is None else check_seed(seed), self.tokenizer.trained_words
+        drawn = seed.templates if isinstance(seed, DrawnSeed) else seed
+        seed, words = None if drawn is None else check_seed(drawn), self.tokenizer.trained_words
         return PromptContext(self.speech_later, words, seed, continued, special_tokens)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
@@ -218,7 +220,7 @@ class Pipeline(FreedWhenClosed):
         return self.ids(task.prompt(context, *arguments, **named))
 
     def sequence(self, seed: int | None = None) -> TokenSequence:
-        """An empty sequence; without a seed its draws come from a random one."""
+        """An empty sequence; without a seed its draws come from a fresh one, see `fresh_seed`."""
         return self.engine.sequence(one_seed(seed))
 
     def samplers(self, preset: str) -> Samplers:

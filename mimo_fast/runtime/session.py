@@ -69,7 +69,7 @@ class Session:
         pipeline: language model, codec and engine.
         system_prompt: an instruction in front of the first turn.
         voice: a recording whose voice the replies should have.
-        seed: of all draws; None draws a random one.
+        seed: of all draws; None draws one from torch's global generator.
         samplers: of text and codes; None for the preset of spoken dialogues.
         special_tokens: special tokens in the system prompt are tokens, and those of the reply are
             shown in its text, as upstream does.

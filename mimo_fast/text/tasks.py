@@ -53,7 +53,7 @@ class PromptContext:
     Args:
         encode: audio -> codes.
         trained_words: the only words that the model can say, if it was trained on so few.
-        seed: of the draw of a template.
+        seed: of the draw of a template; None draws from Python's `random`, as upstream does.
         continued: earlier turns precede, so instruction and voice are not repeated.
         special_tokens: special tokens that a caller writes in a text are tokens, as upstream's are,
             and not text.
@@ -314,13 +314,13 @@ def capitalize(text: str) -> str:
 
 
 def choose_template(templates: Sequence[str], template: Template, seed: int | None) -> str:
-    """A template by its text, by its index, or drawn with a seed.
+    """A template by its text, by its index, or drawn: with a seed, or from Python's `random`.
 
     Raises:
         PromptError: there is no template of that index.
     """
     if template is None:
-        return random.Random(seed).choice(templates)
+        return (random if seed is None else random.Random(seed)).choice(templates)
     if isinstance(template, str):
         return template
     last = len(templates) - 1

@@ -18,11 +18,13 @@ Calls = dict[str, tuple[Callable[..., Any], Arguments]]
 def calls(bystander: Bystander, folder: Path) -> Calls:
     """Name -> function and arguments that are right, all of them fresh."""
     import mimo_fast
+    from mimo_fast.upstream import InputSegment
 
     model = bystander.model
     codec = model.codec
-    ids = model.get_tts_sft_prompt("hello", seed=1)
+    ids = model.get_tts_sft_prompt("hello", seed=1).long()
     codes = torch.zeros(8, 8, dtype=torch.int64)
+    mel, upstream_codec = torch.zeros(41, codec.config.n_mels), model.mimo_audio_tokenizer
     speech, output = SECOND, str(folder / "out.wav")
     limits: Arguments = {"max_new_tokens": 3, "min_new_tokens": 1, "seed": 1}
     user, assistant = ({"role": role} for role in ("user", "assistant"))
@@ -170,6 +172,37 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             },
         ),
         "MimoAudio.history": (cleared, {"history": None}),
+        "MimoAudio.history restored": (cleared, {"history": ids.T.reshape(1, -1)}),
+        "MimoAudio.wav2mel": (model.wav2mel, {"wav": speech}),
+        "MimoAudio.resample_audio_if_needed": (
+            model.resample_audio_if_needed,
+            {"wav_tensor": speech, "original_sr": 16000},
+        ),
+        "MimoAudio.group_by_length": (
+            model.group_by_length,
+            {"features": mel, "lengths": torch.tensor([20, 21]), "max_length": 30},
+        ),
+        "MimoAudio.encode_batch": (
+            model.encode_batch,
+            {"input_features": mel, "input_lens": torch.tensor([20, 21]), "max_length": 30},
+        ),
+        "MimoAudio.get_input_ids": (
+            model.get_input_ids,
+            {"prompt": ["hello", model.speech(speech), InputSegment("a", speech_zeroemb_idx=16)]},
+        ),
+        "upstream's generate": (
+            model.model.generate,
+            {"inputs": ids, "generation_config": config, "seed": 1},
+        ),
+        "upstream's encode": (
+            upstream_codec.encoder.encode,
+            {"input_features": mel, "input_lens": [20, 21], "return_codes_only": True, "n_q": 8},
+        ),
+        "upstream's decode": (upstream_codec.decode, {"codes": codes}),
+        "upstream's streaming_decode": (
+            upstream_codec.streaming_decode,
+            {"codes_chunks": codes, "chunk_input_lengths": [3, 5], "last_chunk": True},
+        ),
         "MimoAudio.warmup": (model.warmup, {"progress": False}),
         "MimoAudio.get_task_sampler": (model.get_task_sampler, {"task_name": "tts"}),
         "MimoAudio.save_wav": (model.save_wav, {"path": output, "wav": speech}),
@@ -352,7 +385,7 @@ def inner_calls(bystander: Bystander) -> Calls:
     """The functions over the weights, likewise."""
     model = bystander.model
     codec, lm = model.codec, model.lm
-    ids = model.get_tts_sft_prompt("hello", seed=1)
+    ids = model.get_tts_sft_prompt("hello", seed=1).long()
     codes = torch.zeros(8, 8, dtype=torch.int64)
     slots, settings = torch.tensor([0]), _settings(1)
 
@@ -364,6 +397,10 @@ def inner_calls(bystander: Bystander) -> Calls:
 
     return {
         "Codec.quantize": (codec.quantize, {"hidden": torch.zeros(4, codec.config.dim), "n_q": 8}),
+        "Codec.encode_packed": (
+            codec.encode_packed,
+            {"mel": torch.zeros(41, codec.config.n_mels), "lengths": [20, 21]},
+        ),
         "Codec.encode_mel": (codec.encode_mel, {"mel": torch.zeros(40, codec.config.n_mels)}),
         "Codec.convolved": (
             codec.convolved,

@@ -7,6 +7,7 @@ Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -157,22 +158,37 @@ class CodecNetwork:
 
     def encode_mel(self, mel: Tensor) -> Tensor:
         """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
-        lengths = split_lengths(len(mel), ENCODE_SEGMENT)
-        # Upstream pads a short last segment to the full length, and the padding leaks into its
-        # last frames.
-        short = len(lengths) > 1 and lengths[-1] < ENCODE_SEGMENT
-        *full, last = mel.split(lengths)
-        encoded = [self._encode_segment(part, padded=False) for part in full]
-        return torch.cat([*encoded, self._encode_segment(last, padded=short)])
+        return torch.cat(self.encode_packed(mel, split_lengths(len(mel), ENCODE_SEGMENT)))
 
-    def _encode_segment(self, mel: Tensor, padded: bool) -> Tensor:
+    def encode_packed(self, mel: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Log-mel [sum of lengths, n_mels] of several rows -> encoder output [T, D] of each.
+
+        Upstream pads rows, such as a short last segment, to the longest, and the padding leaks into
+        their last frames.
+        """
+        config, longest = self.config, max(lengths)
+        most = (longest + 2 - config.kernel) // config.stride + 1
+
+        def encoded(part: Tensor) -> Tensor:
+            frames = (len(part) + 2 - config.kernel) // config.stride + 1
+            return self._encode_segment(part, len(part) < longest, frames < most)
+
+        return [encoded(part) for part in mel.split([*lengths])]
+
+    def _encode_segment(self, mel: Tensor, padded: bool, repeated: bool) -> Tensor:
+        """A row's output.
+
+        padded: mel frames follow it in its batch.
+        repeated: so do frames of the encoder; upstream repeats the row's last one there where it
+            pools, and has zeros after the longest row.
+        """
         config = self.config
         x = self.encoder(self.convolved(mel, padded), config.skip_layer)
         x = self.encoder_norm(x)
         if config.pool == 1:
             return x
         if short := -len(x) % config.pool:
-            filler = x[-1:] if padded else x.new_zeros(1, x.shape[1])
+            filler = x[-1:] if repeated else x.new_zeros(1, x.shape[1])
             x = torch.cat((x, filler.expand(short, -1)))
         with ieee_convolutions():
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T
