@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mimo_fast.arguments import as_type, checked
 from mimo_fast.checkpoint.layout import lm_shapes
-from mimo_fast.config import LMConfig
+from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.errors import CheckpointError
 from mimo_fast.modes import in_own_modes
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.finite import tensors as tensors_of
-from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.model import LM, Frequencies
 from mimo_fast.upstream.language_model import generate_as_upstream
 
 WRAPPERS = ("_orig_mod", "module")
@@ -105,6 +105,9 @@ class Accelerated:
         copies, tables and heads of codes, are compared, as no counter sees writes to `.data`.
         """
         if lm.config != config or lm.empty_id != empty or (HEAD_BIAS in tensors) != _biased(lm):
+            return False
+        pairs = zip(lm.frequencies, _frequencies(self._model, config), strict=True)
+        if not all(a is b if a is None or b is None else _equal(a, b) for a, b in pairs):
             return False
         for name, mine in tensors_of(lm):
             # A dtype that differs at the same address is that of a view.
@@ -252,10 +255,31 @@ def _biased(lm: LM) -> bool:
 def _build(model: Any, config: LMConfig, empty: int, tensors: Tensors) -> tuple[LM, Tensor | None]:
     """A language model, and a copy of the projection that its tables went through."""
     source = WeightSource(tensors.__getitem__, join=False)
-    lm = LM(config, empty, source)
+    lm = LM(config, empty, source, _frequencies(model, config))
     if HEAD_BIAS in tensors:
         lm.text_head = source.weight("lm_head", bias=True)
     return lm, tensors[TO_LOCAL].clone() if lm.embeddings_to_local is not None else None
+
+
+def _frequencies(model: Any, config: LMConfig) -> Frequencies:
+    """Rotary frequencies float32 in a model's modules, None where they hold none.
+
+    They are in no state dict. A cast, `model.bfloat16()`, rounds them for good, and transformers
+    then turns heads by what is left of them, in float32.
+    """
+
+    def of(name: str, stack: TransformerConfig) -> Tensor | None:
+        module = getattr(getattr(model, name, None), "rotary_emb", None)
+        found = getattr(module, "inv_freq", None)
+        if not isinstance(found, Tensor) or found.is_meta or len(found) != stack.head_dim // 2:
+            return None
+        return found.detach().float().clone()
+
+    return (
+        of("model", config.backbone),
+        of("input_local_transformer", config.patch_encoder),
+        of("local_transformer", config.patch_decoder),
+    )
 
 
 def _empty_id(args: Any, config: LMConfig) -> int:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from test_accelerate import EMPTY
 from torch import Tensor, nn
 
-from mimo_fast import CheckpointError, accelerate, generate
+from benchmarks.upstream import Upstream as TransformersModel
+from mimo_fast import LM, CheckpointError, accelerate, generate
 from mimo_fast.generation import flatten_ids
+from mimo_fast.quantization import WeightSource
 
 FOUR: dict[str, Any] = {"max_new_tokens": 4}
 
@@ -356,3 +358,55 @@ class TestRefusals:
     def test_a_module_beside_upstreams_is_nobodys_business(self, module, prompt, want):
         module.value_head = nn.Linear(2, 1)
         assert torch.equal(new(accelerate(module).generate(prompt, **FOUR), prompt), want)
+
+
+def with_rotary(module: Any) -> Any:
+    """The module with the buffers in which transformers keeps rotary frequencies."""
+    for name in ("model", "local_transformer", "input_local_transformer"):
+        config = module.config
+        dim = {"model": config.head_dim, "local_transformer": config.local_dim}.get(name)
+        dim = (dim or config.input_local_dim) // (1 if name == "model" else config.local_attn_heads)
+        part = Part()
+        rates = 1 / config.rope_theta ** (torch.arange(0, dim, 2) / dim)
+        part.register_buffer("inv_freq", rates, persistent=False)
+        module._modules[name].add_module("rotary_emb", part)
+    return module
+
+
+def test_rotary_frequencies_are_those_of_the_buffers(module, model, prompt, want):
+    """In float32 the config's own ones, bit for bit."""
+    accelerate(with_rotary(module))
+    lm = module.generate.lm
+    assert torch.equal(lm.backbone_rope, model.lm.backbone_rope)
+    assert torch.equal(new(module.generate(prompt, **FOUR), prompt), want)
+    assert module.generate.lm is lm
+
+
+def test_a_cast_that_rounds_rotary_frequencies_is_followed(module, golden):
+    """As transformers' modules rotate, greedily over the longest prompt."""
+    ids = golden.get("prompts:icl_s2s").long()
+    exact = accelerate(with_rotary(module)).generate.lm
+    module.bfloat16().float()
+    lm = module.generate.lm
+    assert lm is not exact
+    upstream = TransformersModel(lm, 8192)
+    for stack, name in (
+        (upstream.backbone, "model"),
+        (upstream.patch_encoder, "input_local_transformer"),
+        (upstream.patch_decoder, "local_transformer"),
+    ):
+        stack.rotary_emb.inv_freq = module._modules[name].rotary_emb.inv_freq
+    with torch.no_grad():
+        hidden = upstream.step(ids[None], upstream.cache(upstream.backbone))
+        states = []
+        for each in (lm, LM(lm.config, EMPTY, WeightSource(module.state_dict().__getitem__))):
+            state = each.new_state([0], ids.shape[1] // 4)
+            each.prefill(ids, state, 0)
+            states.append(state.hidden[:1])
+    torch.testing.assert_close(states[0], hidden, rtol=1e-4, atol=1e-4)
+    assert (states[1] - hidden).abs().max() > 1e-2
+    groups = [*upstream.generate(ids, 6)]
+    ours = new(module.generate(ids, max_new_tokens=6), ids).unflatten(1, (6, 4))
+    assert [token for token, _ in groups] == ours[0, :, 0].tolist()
+    for i, (_, codes) in enumerate(groups):
+        assert torch.equal(codes, ours[1:, i])

@@ -75,10 +75,13 @@ def rope_table(
 
     rounding: of `rope_frequencies`.
     """
-    angles = torch.outer(
-        torch.arange(positions, device=device, dtype=torch.int64).float(),
-        rope_frequencies(head_dim, theta, device, rounding),
-    )
+    return rope_rows(rope_frequencies(head_dim, theta, device, rounding), positions)
+
+
+def rope_rows(frequencies: Tensor, positions: int) -> Tensor:
+    """`rope_table` of given frequencies, float32 [head_dim / 2]."""
+    places = torch.arange(positions, device=frequencies.device, dtype=torch.int64).float()
+    angles = torch.outer(places, frequencies)
     return torch.stack((angles.cos(), angles.sin()))
 
 

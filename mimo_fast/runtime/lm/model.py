@@ -18,7 +18,7 @@ from mimo_fast.arguments import checked
 from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.matmul.product import matmul, matmul_by_part
 from mimo_fast.kernels.patch_embed import patch_embed
-from mimo_fast.kernels.rope import rope_table
+from mimo_fast.kernels.rope import rope_rows, rope_table
 from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.kernels.sample_codes import code_steps
 from mimo_fast.kernels.sample_text import sample_text
@@ -38,6 +38,9 @@ from mimo_fast.runtime.lm.transformer import (
 PREFILL_CHUNK = 512
 """Positions prefilled at once: bounds a prompt's activations, and how long other streams wait."""
 
+Frequencies = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Rotary frequencies of backbone, patch encoder and patch decoder."""
+
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
 
@@ -50,10 +53,19 @@ class LM:
         config: dimensions.
         empty_id: text id of `<|empty|>`, which marks audio positions.
         source: its weights, on the device and in the dtype to compute in.
+        frequencies: rotary frequencies [Dh / 2] of backbone, patch encoder and patch decoder; None
+            for those of the config.
     """
 
-    def __init__(self, config: LMConfig, empty_id: int, source: WeightSource) -> None:
+    def __init__(
+        self,
+        config: LMConfig,
+        empty_id: int,
+        source: WeightSource,
+        frequencies: Frequencies = (None, None, None),
+    ) -> None:
         self.config, self.empty_id, self.owner = config, empty_id, Owner()
+        self.frequencies = frequencies
         self.backbone = transformer_weights("model", config.backbone, source)
         encoder, decoder = config.patch_encoder, config.patch_decoder
         self.patch_encoder = transformer_weights("input_local_transformer", encoder, source)
@@ -84,12 +96,15 @@ class LM:
         delays = config.delays, config.group_size
         self.code_steps = code_steps(config.code_sizes, config.empty_codes, *delays, device)
 
-        def rope(stack: TransformerConfig, positions: int) -> Tensor:
+        def rope(stack: TransformerConfig, positions: int, given: Tensor | None) -> Tensor:
+            if given is not None:
+                return rope_rows(given.to(device, torch.float32), positions)
             return rope_table(stack.head_dim, stack.rope_theta, positions, device)
 
-        self.backbone_rope = rope(config.backbone, config.max_positions)
-        self.encoder_rope = rope(config.patch_encoder, config.group_size)
-        self.decoder_rope = rope(config.patch_decoder, config.patch_steps)
+        backbone, encoder, decoder = self.frequencies
+        self.backbone_rope = rope(config.backbone, config.max_positions, backbone)
+        self.encoder_rope = rope(config.patch_encoder, config.group_size, encoder)
+        self.decoder_rope = rope(config.patch_decoder, config.patch_steps, decoder)
 
     @property
     def network(self) -> Network:
