@@ -1,6 +1,8 @@
 """Makes dist/: a source distribution, and from it the wheel of this Python on this platform.
 
-    python .ci/dist.py [FOLDER]
+    python .ci/dist.py [--from-checkout] [FOLDER]
+
+--from-checkout builds the wheel beside the source distribution, of what is compiled already.
 
 The wheel has the CPU kernels where there is a C++ compiler and the CUDA library where there is an
 nvcc (MIMO_FAST_CUDA_ARCHITECTURES as in setup.py). auditwheel names the oldest glibc that it runs
@@ -9,10 +11,12 @@ on. libgomp stays outside: torch has loaded one, and a second would have threads
 Exits with 1 and a line where a distribution lacks a file, has one too many or is too large.
 """
 
+import argparse
 import email
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,13 +36,18 @@ BUILT = ("_native.", "libmimo_fast_cuda.so")
 """How the names of what csrc becomes begin."""
 
 
-def main(target: Path) -> None:
+def main(target: Path, from_checkout: bool) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for old in (*target.glob("*.whl"), *target.glob("*.tar.gz")):
         old.unlink()
     with tempfile.TemporaryDirectory() as folder:
-        # The wheel is built from the source distribution: it holds all that a build needs.
+        # By default from the source distribution, which so holds all that a build needs.
         build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+        if from_checkout:
+            build += ["--sdist", "--wheel"]
+            # What setuptools once copied there would be in the wheel.
+            for stale in (ROOT / "build").glob("lib*"):
+                shutil.rmtree(stale)
         subprocess.run(build, check=True)
         (source,) = Path(folder).glob("*.tar.gz")
         (built,) = Path(folder).glob("*.whl")
@@ -112,4 +121,8 @@ def fail(archive: Path, verb: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if sys.argv[1:] else ROOT / "dist"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--from-checkout", action="store_true")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "dist")
+    arguments = parser.parse_args()
+    main(arguments.folder, arguments.from_checkout)
