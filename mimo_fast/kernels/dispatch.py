@@ -40,7 +40,7 @@ import os
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,11 @@ from mimo_fast.kernels import installed_triton
 ENVIRONMENT = "MIMO_FAST_KERNELS"
 
 TRITON = installed_triton.find()
-triton, tl = TRITON.module, TRITON.language
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    triton, tl = TRITON.module, TRITON.language
 if os.environ.get(ENVIRONMENT) != "torch":
     installed_triton.warn(TRITON)
 
@@ -179,10 +183,12 @@ def _launch_error(device: torch.device) -> str:
 
 
 def _first_launch(device: torch.device) -> str:
-    target = torch.zeros(1, dtype=torch.int32, device=device)
     try:
         with torch.cuda.device(device):
-            first_launch_kernel[(1,)](target)
+            first_launch_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=device))
+    except torch.OutOfMemoryError:
+        # That says nothing about Triton.
+        raise
     except Exception as error:
         return installed_triton.one_line(error)
     return ""
