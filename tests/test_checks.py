@@ -117,7 +117,7 @@ def test_the_interpreter_runs_its_own_files(before_merges):
 def test_the_compile_matrix_is_run_again_with_the_oldest_triton(all_before_merges):
     (again,) = [run for run in all_before_merges if run.again]
     assert again.paths == [Path("tests/kernels/test_compile_matrix.py")]
-    assert again.names == "test_compiles_without_spills and (sm_80 or sm_90)"
+    assert again.names.startswith("test_compiles_without_spills and (sm_90 or ")
     text = (ROOT / ".ci" / "oldest-triton.txt").read_text(encoding="utf-8")
     version = ".".join(map(str, installed_triton.OLDEST))
     assert re.findall(r"(?m)^triton==(\S+) ", text) == [f"{version}.0"]
