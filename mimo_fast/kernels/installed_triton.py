@@ -1,13 +1,13 @@
 """Which Triton is installed, and whether the kernels may use it.
 
 Triton promises no compatibility between its minor versions: kernels that one compiles, the next may
-refuse, compile to other results or abort the process on. So only the versions that the compile
-matrix passes on are used (`make check` runs it on the oldest and the newest). With any other, and
-with one that does not import, plain torch takes the place of the kernels, and one warning says why.
-The version is read from Triton's source, so an unsuitable one is not even imported.
+refuse, compile to other results or abort the process on. So only versions from the oldest to the
+newest that `make check` runs the compile matrix with are used. With any other, and with one that
+does not import, plain torch takes the place of the kernels, and one warning says why. The version
+is read from Triton's source, so an unsuitable one is not even imported.
 
-3.10 turns the fusion of multiply and add off by default, which changes results; 3.4 and older lack
-the PDL calls that the kernels make.
+3.10 turns the fusion of multiply and add off by default, which changes results; 3.4 does not
+compile the PDL calls that the kernels make, and older ones fail on more.
 
 MIMO_FAST_TRITON=any uses whatever version there is: to try a new one.
 """
@@ -27,11 +27,12 @@ from typing import Any
 
 OLDEST = (3, 5)
 NEWEST = (3, 9)
-"""Minor versions of Triton that the compile matrix passes on; the `cuda` extra has the same."""
+"""Minor versions of Triton; the `cuda` extra has the same."""
 
 FEW_SPILLS = (3, 7)
-"""From here on no kernel spills registers. The ptxas of older versions keeps more loads in flight
-than there are registers, so there some kernels have other tiles."""
+"""The ptxas of older versions keeps more loads in flight than there are registers, so there some
+kernels have other tiles. The oldest and the newest spill nothing; each between them that was tried
+spills a value or two in one kernel of sm_90 (docs/LOG.md)."""
 
 ENVIRONMENT = "MIMO_FAST_TRITON"
 ADVICE = "pip install 'mimo-fast[cuda]'"
