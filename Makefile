@@ -12,7 +12,10 @@ APART := tests/interpreted tests/kernels/test_compile_matrix.py
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
 
-.PHONY: demo test check kernels aarch64 bench nano lint types unit slow golden interpreted compiled clean
+# Another Triton, in a folder of its own.
+OLDEST := .venv/oldest-triton
+
+.PHONY: demo test check kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -29,7 +32,7 @@ test: lint types unit
 check: slow kernels $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
 
 # The Triton kernels without a GPU.
-kernels: golden interpreted compiled
+kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
@@ -39,6 +42,11 @@ aarch64: $(READY)
 nano: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
 	$(BIN)/python -m training all --run training_output
+
+# A source distribution and a wheel for this Python in dist/; with the CUDA kernels where nvcc is.
+dist: export MIMO_FAST_CUDA_ARCHITECTURES =
+dist: $(READY)
+	$(BIN)/python .ci/dist.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -63,6 +71,16 @@ golden: $(READY)
 compiled: $(READY)
 	$(PYTEST) $(WORKERS) tests/kernels/test_compile_matrix.py
 
+# The oldest Triton that is supported: every case for one architecture, and those whose tiles depend on the version for
+# two where other tiles would spill.
+oldest: $(OLDEST)/ready
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(WORKERS) tests/kernels/test_compile_matrix.py -k 'test_compiles_without_spills and (sm_90 or (sm_80 or sm_86) and (dot or prefill))'
+
+$(OLDEST)/ready: $(READY) .ci/oldest-triton.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(OLDEST) -r .ci/oldest-triton.txt
+	touch $@
+
 $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mimo-fast needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -70,4 +88,4 @@ $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py 
 	touch $(READY)
 
 clean:
-	rm -rf .venv $(OUT) build *.egg-info mimo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OUT) build dist *.egg-info mimo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

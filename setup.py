@@ -50,12 +50,13 @@ class BuildAll(build_ext):
             return
         package = Path() if self.inplace else Path(self.build_lib)
         output = package / "mimo_fast" / "libmimo_fast_cuda.so"
-        architectures = cuda_build.known_architectures(nvcc)
-        if not architectures:
+        choice = cuda_build.choose(nvcc)
+        if not choice.architectures:
             _warn(f"{nvcc} compiles for none of the architectures that are wanted")
             return
+        print(f"CUDA kernels: {choice.line()}")
         ninja = NinjaFile(cuda_build.BUILD)
-        cuda_build.add_library(ninja, nvcc, architectures, output.name)
+        cuda_build.add_library(ninja, nvcc, choice, output.name)
         _install(ninja, output, "CUDA kernels were not built: Triton's take their place")
 
 

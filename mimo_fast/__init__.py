@@ -90,7 +90,7 @@ __all__ = [
     "save_wav",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "acceleration": ("accelerate",),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mimo_fast.kernels import installed_triton
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
 
@@ -28,12 +30,20 @@ def output_of(command: list[str], without: str, **added: str) -> subprocess.Comp
 
 @dataclass
 class Run:
-    """One call of pytest."""
+    """One call of pytest.
+
+    again: it repeats some tests with another version of a package, first on the path.
+    """
 
     environment: dict[str, str]
     paths: list[Path]
     ignore: list[Path]
     marks: str
+    names: str = ""
+
+    @property
+    def again(self) -> bool:
+        return "PYTHONPATH" in self.environment
 
     def takes(self, file: Path) -> bool:
         taken, ignored = (map(file.is_relative_to, each) for each in (self.paths, self.ignore))
@@ -42,7 +52,7 @@ class Run:
     def collected(self) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only"]
         command += [*map(str, self.paths), *(f"--ignore={path}" for path in self.ignore)]
-        command += ["-p", "no:cacheprovider", "-m", self.marks]
+        command += ["-p", "no:cacheprovider", "-m", self.marks, "-k", self.names]
         result = output_of(command, without="PYTEST", **self.environment)
         assert result.returncode == 0, result.stdout + result.stderr
         return [line for line in result.stdout.splitlines() if line.startswith("tests/")]
@@ -55,6 +65,7 @@ def runs(target: str) -> list[Run]:
     """The calls of pytest that `make TARGET` makes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-m", dest="marks", default="")
+    parser.add_argument("-k", dest="names", default="")
     parser.add_argument("-n")
     parser.add_argument("--dist")
     parser.add_argument("--ignore", type=Path, action="append", default=[])
@@ -70,7 +81,7 @@ def runs(target: str) -> list[Run]:
         options = parser.parse_args(shlex.split(after))
         environment = dict(word.split("=") for word in shlex.split(before) if "=" in word)
         paths = options.paths or EVERYTHING.paths
-        found.append(Run(environment, paths, options.ignore, options.marks))
+        found.append(Run(environment, paths, options.ignore, options.marks, options.names))
     return found
 
 
@@ -80,8 +91,13 @@ def before_commits() -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def before_merges() -> list[Run]:
+def all_before_merges() -> list[Run]:
     return runs("check")
+
+
+@pytest.fixture(scope="module")
+def before_merges(all_before_merges: list[Run]) -> list[Run]:
+    return [run for run in all_before_merges if not run.again]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -95,6 +111,17 @@ def test_the_interpreter_runs_its_own_files(before_merges):
     for run in before_merges:
         interpreted = all(path.is_relative_to("tests/interpreted") for path in run.paths)
         assert (run.environment.get("TRITON_INTERPRET") == "1") == interpreted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no build for this platform")
+def test_the_compile_matrix_is_run_again_with_the_oldest_triton(all_before_merges):
+    (again,) = [run for run in all_before_merges if run.again]
+    assert again.paths == [Path("tests/kernels/test_compile_matrix.py")]
+    assert again.names.startswith("test_compiles_without_spills and (sm_90 or ")
+    text = (ROOT / ".ci" / "oldest-triton.txt").read_text(encoding="utf-8")
+    version = ".".join(map(str, installed_triton.OLDEST))
+    assert re.findall(r"(?m)^triton==(\S+) ", text) == [f"{version}.0"]
+    assert len(set(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", text))) == 6
 
 
 def test_no_test_lies_where_none_is_looked_for():

@@ -13,7 +13,7 @@ from mimo_fast import __version__
 from mimo_fast.checkpoint.hub import resolved_commit
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import LMConfig, PathLike
-from mimo_fast.kernels import defaults
+from mimo_fast.kernels import defaults, dispatch
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul.plan import explain
@@ -81,6 +81,10 @@ def describe_machine() -> Iterator[str]:
             f"GiB, {card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         )
     yield f"native kernels: {native.state()}"
+    yield f"triton kernels: {dispatch.TRITON.line()}"
+    for i in range(torch.cuda.device_count() if dispatch.triton else 0):
+        if reason := dispatch.refusal(torch.device("cuda", i)):
+            yield f"triton kernels on gpu {i}: not used, plain torch takes their place: {reason}"
     yield f"cuda kernels: {cuda.state()}"
     for i in range(torch.cuda.device_count()):
         yield from defaults.describe(torch.device("cuda", i))

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: Triton on CUDA tensors, plain torch on all others.
 
 MIMO_FAST_KERNELS=torch or =triton overrides it; triton on CPU tensors needs TRITON_INTERPRET=1, as
-the tests set it.
+the tests set it. Where Triton cannot be used (`installed_triton`), or its first launch on a GPU
+fails, plain torch runs.
 
 Programmatic dependent launch (PDL), on Hopper and newer: a kernel that is launched with
 `early_launch` starts as soon as every block of the kernel before it has called `pdl_trigger` or
@@ -39,18 +40,30 @@ import os
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-try:
+from mimo_fast.kernels import installed_triton
+
+ENVIRONMENT = "MIMO_FAST_KERNELS"
+
+TRITON = installed_triton.find()
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it.
-    triton = tl = None
+else:
+    triton, tl = TRITON.module, TRITON.language
+if os.environ.get(ENVIRONMENT) != "torch":
+    installed_triton.warn(TRITON)
+
+SPILLS = triton is not None and TRITON.minor < installed_triton.FEW_SPILLS
+"""Whether this version of Triton needs tiles that take fewer registers."""
 
 try:
+    if triton is None:
+        raise ImportError
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -60,7 +73,6 @@ except ImportError:
     gdc_launch_dependents = gdc_wait = None
     HAS_PDL = False
 
-ENVIRONMENT = "MIMO_FAST_KERNELS"
 PDL_ENVIRONMENT = "MIMO_FAST_PDL"
 PDL_CAPABILITY = 9
 """Lowest major compute capability with programmatic dependent launch."""
@@ -121,14 +133,65 @@ def forced() -> str:
 def use_triton(x: Tensor) -> bool:
     """Whether the Triton kernel of an op should run on x."""
     choice = forced()
-    if triton is None or choice == "torch" or x.requires_grad:
+    if choice == "torch" or x.requires_grad or not (x.is_cuda or choice == "triton"):
         return False
-    return x.is_cuda or choice == "triton"
+    return not refusal(x.device)
+
+
+def refusal(device: torch.device) -> str:
+    """Why Triton's kernels cannot run on a device, or ""; a reason is a warning the first time."""
+    if triton is None:
+        reason = TRITON.refusal
+    else:
+        reason = _launch_error(device) if device.type == "cuda" else ""
+        if not reason:
+            return ""
+        reason = f"Triton {TRITON.version} does not run on {device}: {reason}"
+    if device.type == "cuda":
+        installed_triton.warn_once(
+            f"{reason}: plain torch takes the kernels' place ({installed_triton.ADVICE})"
+        )
+    return reason
 
 
 def jit(kernel):
     """`triton.jit`; without Triton the function itself, which is then never launched."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+@jit
+def first_launch_kernel(x_ptr):
+    """Shows that a kernel can be compiled, loaded and launched."""
+    tl.store(x_ptr, 1)
+
+
+_launched: dict[torch.device, str] = {}
+"""GPU -> the error of the first launch on it, "" for none."""
+
+
+def _launch_error(device: torch.device) -> str:
+    """The error of a first launch on a GPU in one line, or "".
+
+    Triton needs more than itself: a C compiler for its launcher, ptxas, a driver that knows its
+    code. A machine may lack any.
+    """
+    if device not in _launched:
+        if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+            return ""
+        _launched[device] = _first_launch(device)
+    return _launched[device]
+
+
+def _first_launch(device: torch.device) -> str:
+    try:
+        with torch.cuda.device(device):
+            first_launch_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=device))
+    except torch.OutOfMemoryError:
+        # That says nothing about Triton.
+        raise
+    except Exception as error:
+        return installed_triton.one_line(error)
+    return ""
 
 
 @jit

@@ -33,7 +33,15 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.attention import attention
-from mimo_fast.kernels.dispatch import Case, jit, next_power_of_2, pointers, tl, use_triton
+from mimo_fast.kernels.dispatch import (
+    SPILLS,
+    Case,
+    jit,
+    next_power_of_2,
+    pointers,
+    tl,
+    use_triton,
+)
 from mimo_fast.kernels.kv_cache import LayerKV, cache_signature
 
 TILES = ((64, 16), (128, 32))
@@ -152,7 +160,7 @@ def prefill_attention(q: Tensor, cache: LayerKV, slots: Tensor, positions: Tenso
         raise ValueError("prefill_attention needs contiguous queries, slots and positions")
     k_scales, v_scales = (cache.k if x is None else x for x in (cache.k_scales, cache.v_scales))
     share = heads // kv_heads
-    block, options = tile(new, share, dh, q.element_size())
+    block, options = tile(new, share, dh, q.element_size(), cache.k_scales is not None)
     y = torch.empty(parts, new, heads * dh, dtype=q.dtype, device=q.device)
     prefill_attention_kernel[(-(-new // block["BLOCK_T"]), kv_heads, parts)](
         q_ptr=q,
@@ -189,7 +197,9 @@ def prefill_attention_bytes(
     return 2 * (start + new) * kv_heads * position + 2 * new * heads * dh * itemsize
 
 
-def tile(new: int, share: int, dh: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+def tile(
+    new: int, share: int, dh: int, itemsize: int, quantized: bool = False
+) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes and launch options; float32 tiles are small, as they use no tensor cores."""
     wanted = next((rows for limit, rows in TILES if new <= limit), 64) if itemsize == 2 else 16
     block_g = next_power_of_2(share)
@@ -200,7 +210,10 @@ def tile(new: int, share: int, dh: int, itemsize: int) -> tuple[dict[str, int], 
         "BLOCK_S": BLOCK_S,
         "BLOCK_D": max(16, next_power_of_2(dh)),
     }
-    return block, {"num_warps": 4 if itemsize == 2 else 8, "num_stages": 3 if itemsize == 2 else 2}
+    warps, stages = (4, 3) if itemsize == 2 else (8, 2)
+    if SPILLS and (quantized or itemsize != 2):
+        stages = 1
+    return block, {"num_warps": warps, "num_stages": stages}
 
 
 def compile_cases() -> Iterator[Case]:
@@ -214,7 +227,7 @@ def compile_cases() -> Iterator[Case]:
         signature = cache_signature(dtype, quantized) | pointers(i64="slots positions")
         signature |= pointers(**{dtype: "q y"}) | {"scale": "fp32"}
         for new in sizes:
-            block, options = tile(new, 4, 128, 4 if dtype == "fp32" else 2)
+            block, options = tile(new, 4, 128, 4 if dtype == "fp32" else 2, quantized)
             yield Case(
                 f"prefill_attention {dtype}{' int8' * quantized} T={new}",
                 prefill_attention_kernel,

@@ -72,6 +72,18 @@ def test_formats(name, m, dtype):
     check(normal(m, 384, seed=2, dtype=dtype), weight)
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_few_rows_of_a_table_by_the_dot_kernel(m, swiglu, dtype):
+    """As before Triton 3.7."""
+    weight = quantized(normal(22, 384), "nf4", normal(22, seed=1, dtype=dtype))
+    x, norm = normal(m, 384, seed=2, dtype=dtype), random_norm(384, dtype=dtype)
+    residual = normal(m, 11 if swiglu else 22, seed=3, dtype=dtype)
+    normed = norm if dtype == torch.float32 else None
+    got = quantized_dot(x, weight, normed, residual, swiglu)
+    check(x, weight, residual, swiglu, norm=normed, got=got)
+
+
 @pytest.mark.parametrize("m", [2, 4, 70])
 @pytest.mark.parametrize("name", ["int4", "int8"])
 @pytest.mark.parametrize(("residual", "swiglu"), [(True, False), (False, True), (True, True)])

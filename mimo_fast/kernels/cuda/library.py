@@ -54,6 +54,7 @@ def state() -> str:
             return f"built, but {LIBRARY} does not load; Triton's take their place"
         return "not built (they need nvcc when mimo-fast is installed); Triton's take their place"
     line = "products of few rows with int4 and int8 weights, on GPUs from Ampere on"
+    line += f"; {build_of(library())}"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         if torch.cuda.get_device_capability(device) >= COMPUTE_CAPABILITY and (
@@ -61,6 +62,16 @@ def state() -> str:
         ):
             line += f"; not on gpu {index} (CUDA error {error}), where Triton's take their place"
     return line
+
+
+def build_of(loaded: ctypes.CDLL | None) -> str:
+    """What a library states of its build: compiler, architectures and those left out, and why."""
+    stated = getattr(loaded, "mimo_fast_build", None)
+    if stated is None:
+        return "it does not state for which architectures it was built"
+    stated.argtypes = []
+    stated.restype = ctypes.c_char_p
+    return str(stated().decode("ascii"))
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
-from mimo_fast.kernels.dispatch import Case, early_launch, next_power_of_2, pointers
+from mimo_fast.kernels.dispatch import (
+    SPILLS,
+    TRITON,
+    Case,
+    early_launch,
+    next_power_of_2,
+    pointers,
+)
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.triton_kernels import (
     dense_gemv_kernel,
@@ -29,6 +36,9 @@ from mimo_fast.kernels.norm import RMSNorm
 GROUPS = (32, 64, 128)
 GEMV_ROWS = 4
 GEMV_WARPS = 4
+TABLES_FIT = not SPILLS
+"""Whether gemv takes a table of levels. Where it does not, dot takes few rows as well."""
+
 SMALL_N = 3072
 """Up to here a program takes 4 rows of the weight instead of 8, so that there are programs for
 every SM."""
@@ -121,7 +131,9 @@ def quantized_dot(
         BLOCK_N=block_n,
         BLOCK_W=block_w,
         num_warps=warps,
-        num_stages=dot_stages(weight.levels is not None),
+        num_stages=dot_stages(
+            len(flat), weight.bits, weight.group in GROUPS, weight.levels is not None
+        ),
     )
     return y
 
@@ -316,9 +328,26 @@ def dot_tiles(m: int) -> tuple[int, int, int, int]:
     return next(tiles for limit, tiles in DOT_TILES if m <= limit)
 
 
-def dot_stages(levels: bool) -> int:
+def dot_stages(m: int, bits: int, grouped: bool, levels: bool) -> int:
     # Pipelining would copy every looked-up level through shared memory.
-    return 1 if levels else 2
+    if levels:
+        return 1
+    # It spills (sm_86): in small tiles with Triton 3.5, in large ones with 3.6 too.
+    spills = SPILLS and bits == 8 and grouped
+    return 1 if spills and (m > DOT_TILES[0][0] or TRITON.minor == (3, 5)) else 2
+
+
+GEMV_CASES = (
+    (1, 6144, 4096, "NORM", "BIAS"),
+    (1, 22016, 4096, "NORM", "SWIGLU"),
+    (1, 3072, 1024, "NORM", "BIAS"),
+    (1, 151680, 4096),
+    (4, 22016, 4096, "NORM", "SWIGLU"),
+    (4, 4096, 11008, "RESIDUAL"),
+)
+"""(M, rows and columns of the weight, what is inside)."""
+
+DOT_CASES = ((5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL"))
 
 
 def compile_cases() -> Iterator[Case]:
@@ -335,14 +364,8 @@ def compile_cases() -> Iterator[Case]:
     }
     for name, form in formats.items():
         own = signature | packed | (pointers(fp32="scales") if name == "nf4" else {})
-        for m, rows, k, *around in (
-            (1, 6144, 4096, "NORM", "BIAS"),
-            (1, 22016, 4096, "NORM", "SWIGLU"),
-            (1, 3072, 1024, "NORM", "BIAS"),
-            (1, 151680, 4096),
-            (4, 22016, 4096, "NORM", "SWIGLU"),
-            (4, 4096, 11008, "RESIDUAL"),
-        ):
+        table_spills = form["LEVELS"] and not TABLES_FIT
+        for m, rows, k, *around in () if table_spills else GEMV_CASES:
             block_w = gemv_block_w(k * form["BITS"] // 32, form["BITS"], form["BLOCK"])
             tiles = {"M": m, "BLOCK_N": gemv_block_n(m, rows, form["LEVELS"]), "BLOCK_W": block_w}
             yield Case(
@@ -353,16 +376,18 @@ def compile_cases() -> Iterator[Case]:
                 GEMV_WARPS,
                 wide_loads=True,
             )
-        for m, *around in ((5, "NORM", "BIAS"), (17, "NORM", "SWIGLU"), (17, "RESIDUAL")):
+        for m, *around in (*DOT_CASES, *(((1, "NORM", "BIAS"),) if table_spills else ())):
             block_m, block_n, block_w, warps = dot_tiles(m)
             tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w}
+            # As Triton compiles a launch with an integer of 1.
+            tiles |= {"M": 1} if m == 1 else {}
             yield Case(
                 f"{name} dot M={m}{_named(around)}",
                 quantized_dot_kernel,
                 own,
                 {**form, **_flags(around), **tiles},
                 warps,
-                dot_stages(form["LEVELS"]),
+                dot_stages(m, form["BITS"], form["GROUPED"], form["LEVELS"]),
                 unaligned=("M",),
             )
         block_r, block_w, warps = UNPACK_TILE

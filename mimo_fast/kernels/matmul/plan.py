@@ -14,6 +14,8 @@ gradient, and keeps the answer with the weight. A call compares its rows with at
 | 5 ... 64 | mma                                | dot                         | torch's product   |
 | ... 96   | mma                                | unpack, torch's product     | torch's product   |
 | 97 ...   | unpack, torch's product; or fused  | unpack, torch's product     | torch's product   |
+
+With Triton before 3.7 gemv spills registers on nf4, and dot takes 1 ... 4 rows of it as well.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from mimo_fast.kernels.matmul.launch import (
     GEMV_ROWS,
     GROUPS,
     NORMED_ROWS,
+    TABLES_FIT,
     cuda_fused,
     cuda_mma,
     cuda_unpack_mm,
@@ -148,13 +151,11 @@ def no_gradient(setting: Setting) -> str:
 
 def gpu_kernels(setting: Setting) -> str:
     """Triton's, and those of CUDA that take their place."""
-    if dispatch.triton is None:
-        return "Triton is not installed"
     if setting.forced == "torch":
         return f"{dispatch.ENVIRONMENT}=torch"
     if setting.device.type != "cuda" and setting.forced != "triton":
         return "x is not on a GPU"
-    return no_gradient(setting)
+    return dispatch.refusal(setting.device) or no_gradient(setting)
 
 
 def grouped_by_blocks(setting: Setting) -> str:
@@ -164,6 +165,12 @@ def grouped_by_blocks(setting: Setting) -> str:
         return "the weight is packed for torch's CPU products"
     by_row = weight.group == weight.shape[1] and weight.zeros is None
     return "" if weight.group in GROUPS or by_row else f"groups of {weight.group}"
+
+
+def gemv_takes(setting: Setting) -> str:
+    if setting.packed.levels is None or TABLES_FIT:
+        return ""
+    return f"a table of levels spills registers with Triton {dispatch.TRITON.version}"
 
 
 def cuda_takes(setting: Setting) -> str:
@@ -239,12 +246,18 @@ TABLE = (
         residual=True,
         parted=True,
     ),
-    Implementation("Triton gemv", quantized_gemv, ON_GPU, last=GEMV_ROWS, norm=ANY_DTYPE, **BOTH),
+    Implementation(
+        "Triton gemv",
+        quantized_gemv,
+        (*ON_GPU, gemv_takes),
+        last=GEMV_ROWS,
+        norm=ANY_DTYPE,
+        **BOTH,
+    ),
     Implementation(
         "Triton dot",
         quantized_dot,
         ON_GPU,
-        first=GEMV_ROWS + 1,
         last=NORMED_ROWS,
         norm=WIDE_RANGE,
         **BOTH,

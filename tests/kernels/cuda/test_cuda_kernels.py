@@ -194,11 +194,14 @@ def test_nvcc_builds_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from ninja_file import NinjaFile
 
     nvcc = cuda_build.find_nvcc()
-    assert cuda_build.known_architectures(nvcc) == ["90"]
+    choice = cuda_build.choose(nvcc)
+    assert choice.architectures == ["90"]
     ninja = NinjaFile(tmp_path)
-    cuda_build.add_library(ninja, nvcc, ["90"], "cuda.so")
+    cuda_build.add_library(ninja, nvcc, choice, "cuda.so")
     assert ninja.run()
-    cuda.declared(ctypes.CDLL(str(tmp_path / "cuda.so")))
+    loaded = cuda.declared(ctypes.CDLL(str(tmp_path / "cuda.so")))
+    assert cuda.build_of(loaded) == choice.line()
+    assert choice.line().startswith(f"built by {choice.compiler} for sm_90; not for sm_80: ")
 
 
 def test_set_up_leaves_the_library_out_where_none_is_wanted(

@@ -188,3 +188,13 @@ def test_explanations_name_everything_that_was_passed_over():
     named = {each for names in passed_over.values() for each in names}
     assert named == {MMA, FUSED, UNPACK, GEMV, DOT, TRITON, NATIVE, PACKED}
     assert all(passed_over)
+
+
+@pytest.mark.parametrize(("name", "first"), [("nf4", DOT), ("int4-g64", GEMV)])
+def test_a_triton_that_spills_on_tables_multiplies_few_rows_by_dot(machine, name, first):
+    machine.setattr("mimo_fast.kernels.matmul.plan.TABLES_FIT", False)
+    for variable in ("KERNELS", "EXPERIMENTAL"):
+        machine.setenv(f"MIMO_FAST_{variable}", "")
+    made = plan(weight_of(name, BF16), GPU, BF16)
+    names = [made.at(rows).implementation.name for rows in (0, 1, 4, 5, 64, 65)]
+    assert names == [first] * 3 + [DOT] * 2 + [TRITON]
