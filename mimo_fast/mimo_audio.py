@@ -104,7 +104,7 @@ class MimoAudio:
 
     Args:
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the
-            codec.
+            codec; "nano" is the small one in the package.
         device: "cuda", "cpu", ...; by default CUDA if there is a GPU.
         dtype: to compute in. None is bfloat16 on CUDA, elsewhere the checkpoint's own (float32
             instead of float16 on a CPU).
@@ -137,8 +137,8 @@ class MimoAudio:
         quantization: Any = None,
         **options: Unpack[LoadOptions],
     ) -> None:
-        self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        directories = model_path, mimo_audio_tokenizer_path
+        directories = resolve_pair(model_path, mimo_audio_tokenizer_path)
+        self.path, self.mimo_audio_tokenizer_path = map(str, directories)
         self.pipeline = Pipeline(*load_parts(*directories, device, dtype, quantization, options))
         self.setup, self._history = self.pipeline.setup, History()
         self.device = self.lm.device
