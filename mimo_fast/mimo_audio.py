@@ -307,7 +307,7 @@ class MimoAudio:
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | PackedPrompt,
         return_audio: bool = False,
         output_audio_path: Output = None,
         stopping_criteria: Iterable[Any] | None = None,
@@ -329,7 +329,9 @@ class MimoAudio:
             AudioError: output_audio_path cannot be written, or nothing was said. Nothing is
                 written.
         """
-        input_ids = check_ids(input_ids, self.lm.config)
+        packed = input_ids if isinstance(input_ids, PackedPrompt) else None
+        input_ids = check_ids(packed.settled() if packed else input_ids, self.lm.config)
+        prompt = input_ids if packed is None else replace(packed, ids=input_ids, pending=())
         criteria = list(stopping_criteria or ())
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
             raise ValueError(
@@ -342,7 +344,7 @@ class MimoAudio:
         limits = stop_ids, max_new_tokens, min_new_tokens
         # Of the tasks that think before they answer, one speaks.
         speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
-        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
+        with closing(self._start(prompt, task_name or "", *limits, add_history, seed)) as reply:
             text, codes = self.pipeline.read(reply, input_ids, speaks, special_tokens)
         if silent and not return_audio:
             return text
@@ -410,7 +412,7 @@ class MimoAudio:
                 )
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
         segments = spec.prompt(context, *given, **named)
-        prompt = pipeline.packed(segments)
+        prompt = pipeline.packed(segments, spec.sampler)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(prompt, spec.sampler, *limits, add_history, seed)
         voice = self._history.voice or Voice(voice_of(segments))
@@ -477,7 +479,7 @@ class MimoAudio:
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)
-        ids = self.pipeline.ids(task.prompt(context, *arguments))
+        ids = self.pipeline.packed(task.prompt(context, *arguments), task.sampler)
         stops = task.stop_ids(self.tokenizer.special)
         return self.forward(
             ids,
