@@ -220,10 +220,7 @@ class LMConfig:
             words_at_once=read.integer("words_at_once", default=0),
             trained_tasks=read.names("trained_tasks"),
             confidence=read.calibrations("confidence"),
-            reply_limits=tuple(
-                (task, *read.numbers("reply_limits", f"'{task}'", value, 2))
-                for task, value in read.mapping("reply_limits").items()
-            ),
+            reply_limits=read.limits("reply_limits"),
         )
         config._check(source)
         return config
@@ -488,6 +485,14 @@ class _Reader:
             raise self._wrong(key, f"{count} numbers for {where}")
         self._check_range(key, *given)
         return tuple(map(float, given))
+
+    def limits(self, key: str) -> tuple[tuple[str, float, float], ...]:
+        """Two numbers of each task; the key is this project's."""
+        found = list[tuple[str, float, float]]()
+        for task, value in self.mapping(key).items():
+            first, second = self.numbers(key, f"'{task}'", value, 2)
+            found.append((task, first, second))
+        return tuple(found)
 
     def calibrations(self, key: str) -> tuple[Calibration, ...]:
         """Of each task the fields of `Calibration`, by name; the key is this project's."""

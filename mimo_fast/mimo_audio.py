@@ -330,7 +330,8 @@ class MimoAudio:
                 written.
         """
         packed = input_ids if isinstance(input_ids, PackedPrompt) else None
-        input_ids = check_ids(packed.settled() if packed else input_ids, self.lm.config)
+        given = input_ids.settled() if isinstance(input_ids, PackedPrompt) else input_ids
+        input_ids = check_ids(given, self.lm.config)
         prompt = input_ids if packed is None else replace(packed, ids=input_ids, pending=())
         criteria = list(stopping_criteria or ())
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KIT, fault
+from helpers import KIT, fault, slow_after
 
 import mimo_fast
 from mimo_fast import ReplyText
@@ -20,6 +20,7 @@ from mimo_fast.runtime.confidence import assess, evidence
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.tasks import TASKS
 
+FOREIGN = sorted((Path(__file__).parents[1] / "foreign").glob("*.flac"))
 WORDS = sorted((Path(__file__).parents[1] / "words").glob("*.flac"))
 SURE = Calibration("asr", -1.0, -2.0, -3.0, -4.0, 0.5)
 
@@ -27,15 +28,6 @@ SURE = Calibration("asr", -1.0, -2.0, -3.0, -4.0, 0.5)
 @pytest.fixture(scope="module")
 def nano() -> mimo_fast.MimoAudio:
     return mimo_fast.load("nano", "nano", "cpu")
-
-
-def foreign() -> torch.Tensor:
-    """Sound that is nobody's speech, 3 s: a voice-like buzz that glides, seeded noise over it."""
-    time = torch.arange(72000) / 24000
-    pitch = 2 * math.pi * (110 * time + 15 * torch.sin(2 * math.pi * 1.7 * time))
-    buzz = sum(torch.sin(k * pitch) / k for k in range(1, 12))
-    hiss = torch.randn(len(time), generator=torch.Generator().manual_seed(0))
-    return 0.1 * buzz * (1 + torch.sin(2 * math.pi * 3 * time)) + 0.02 * hiss
 
 
 def asked(model: mimo_fast.MimoAudio, calibration: Calibration | None) -> mimo_fast.MimoAudio:
@@ -126,7 +118,7 @@ def test_every_way_to_ask_gives_the_same_confidence(nano):
 @pytest.mark.slow
 def test_a_dialogue_judges_each_turn_by_itself(nano):
     session, found = nano.session(seed=0), []
-    for turn in (QUESTION, foreign(), QUESTION):
+    for turn in (QUESTION, FOREIGN[0], QUESTION):
         *_, last = session.stream(turn)
         found.append(last)
     bound = nano.lm.config.calibration("spoken_dialogue").warns_below
@@ -148,8 +140,9 @@ def test_without_a_recording_or_a_calibration_there_is_none(nano):
     assert kit.confidence == kit.reply_limits == ()
 
 
-def test_sound_that_is_no_speech_of_the_domain_is_warned_of(nano):
-    text = nano.asr_sft(foreign())
+@pytest.mark.parametrize("recording", slow_after(1, FOREIGN), ids=lambda path: path.stem)
+def test_sentences_outside_the_domain_are_warned_of(nano, recording):
+    text = nano.asr_sft(recording)
     assert text.warning is not None
     assert text.confidence < nano.lm.config.calibration("asr").warns_below
 
@@ -172,9 +165,11 @@ def test_a_reply_ends_where_its_recording_gives_no_more_to_say(nano):
     assert tight.asr_sft(WORDS[1], max_new_tokens=60).finish_reason == "stop", "as it was asked for"
 
 
+@pytest.mark.slow
 def test_a_long_recording_that_it_does_not_know_ends(nano):
-    text = nano.asr_sft(foreign().repeat(8))
-    assert len(text.split()) <= 16 + 8 * 24
+    wav = mimo_fast.load_audio(FOREIGN[0], 24000).repeat(8)
+    text = nano.asr_sft(wav)
+    assert len(text.split()) <= 16 + 8 * len(wav) / 24000
     assert text.warning is not None
 
 
