@@ -1,6 +1,7 @@
 """`python -m training COMMAND`: trains the small checkpoint pair; see `training/__init__.py`."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -151,7 +152,9 @@ class Recipe:
         os.environ.pop("MIMO_FAST_KERNELS", None)
         load = _loader(pair / "lm", pair / "codec")
         results = evaluate.evaluate(load, self.data(), count, MEASURES, target)
-        (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
+        calibrated = json.loads((self.directory / "confidence.json").read_text(encoding="utf-8"))
+        about = card(pair, results | {"confidence": calibrated}, self.sizes)
+        (pair / "README.md").write_text(about, encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
     def train(self) -> None:

@@ -64,7 +64,22 @@ def _measured(results: Results) -> dict[str, Any]:
         "cores": cores,
         "load": load,
         "pace": _pace(results["pace"]),
+        "confidence": confidence_table(results["confidence"]),
     }
+
+
+def confidence_table(results: Results) -> str:
+    """What `confidence.calibrate` found: shares of utterances that are warned of."""
+    tasks = {"asr": "transcripts", "spoken_dialogue": "answers"}
+    kinds = {kind: None for task in tasks for kind in results[task]["warned"]}
+    rows = []
+    for kind in kinds:
+        found = [results[task]["warned"].get(kind) for task in tasks]
+        cells = [
+            f"{_percent(each['warned'])} of {each['utterances']}" if each else "" for each in found
+        ]
+        rows.append((kind, *cells))
+    return _table(["", *tasks.values()], rows)
 
 
 def _word_errors(results: Results) -> str:

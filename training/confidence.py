@@ -45,7 +45,7 @@ VOICES = ("rms", "slt", "awb", "kal16", "espeak en-us+m3", "espeak en-gb+f2")
 TASK_NAMES = {"asr": "asr_sft", "spoken_dialogue": "spoken_dialogue_sft"}
 """A task whose replies are judged, by the key of its samplers."""
 
-REPLY_LIMITS = {"asr": [16, 8], "spoken_dialogue": [128, 0]}
+REPLY_LIMITS = {"asr": [16, 5], "spoken_dialogue": [128, 0]}
 """Groups, and groups more a second heard, at which a reply ends by default. The fastest speech of
 the domain, spelled letters, has 5 words a second; its longest answer takes 40 groups."""
 

@@ -162,7 +162,7 @@ def test_a_stream_outgrows_what_its_checkpoint_states(frames, again):
 
 
 @pytest.mark.parametrize("again", [0, RESTART_LIMIT])
-@pytest.mark.parametrize("name", slow_after(2, OTHER_VOICES))
+@pytest.mark.parametrize("name", slow_after(1, OTHER_VOICES))
 def test_a_stream_of_another_voice_is_close_from_its_first_patch(name, again):
     """What nano states is of its own voice; these are of one that it never heard."""
     codec = codec_of("nano")
