@@ -307,7 +307,7 @@ class MimoAudio:
 
     def forward(
         self,
-        input_ids: Tensor | PackedPrompt,
+        input_ids: Tensor,
         return_audio: bool = False,
         output_audio_path: Output = None,
         stopping_criteria: Iterable[Any] | None = None,
@@ -329,6 +329,23 @@ class MimoAudio:
             AudioError: output_audio_path cannot be written, or nothing was said. Nothing is
                 written.
         """
+        how = (return_audio, output_audio_path, stopping_criteria, min_new_tokens, max_new_tokens)
+        return self._forward(input_ids, *how, add_history, task_name, seed, special_tokens)
+
+    def _forward(
+        self,
+        input_ids: Tensor | PackedPrompt,
+        return_audio: bool = False,
+        output_audio_path: Output = None,
+        stopping_criteria: Iterable[Any] | None = None,
+        min_new_tokens: int = 0,
+        max_new_tokens: int | None = MAX_NEW_TOKENS,
+        add_history: bool = False,
+        task_name: str | None = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
+    ) -> Any:
+        """`forward`, which knows more of a packed prompt's recordings."""
         packed = input_ids if isinstance(input_ids, PackedPrompt) else None
         given = input_ids.settled() if isinstance(input_ids, PackedPrompt) else input_ids
         input_ids = check_ids(given, self.lm.config)
@@ -482,7 +499,7 @@ class MimoAudio:
         context = self.pipeline.context(options.get("seed"), continued, written)
         ids = self.pipeline.packed(task.prompt(context, *arguments), task.sampler)
         stops = task.stop_ids(self.tokenizer.special)
-        return self.forward(
+        return self._forward(
             ids,
             output_audio_path=output,
             stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stops)],

@@ -65,7 +65,15 @@ def _measured(results: Results) -> dict[str, Any]:
         "load": load,
         "pace": _pace(results["pace"]),
         "confidence": confidence_table(results["confidence"]),
+        "mistaken": mistaken(results["confidence"]),
     }
+
+
+def mistaken(results: Results) -> str:
+    """What the warned transcripts of the domain were."""
+    found = results["domain_transcripts"]
+    warned, both = found["warned"], found["warned_and_wrong"]
+    return f"that were warned of, {both} of {warned} held a wrong word."
 
 
 def confidence_table(results: Results) -> str:

@@ -195,8 +195,26 @@ def calibrate(
             "warned": _warned(found[task], measured[1]),
         }
         write_json(target, results)
+    model.lm.config = replace(model.lm.config, confidence=tuple(found.values()))
+    results["domain_transcripts"] = mistaken(model, counts.asr)
+    write_json(target, results)
     state(pair / "lm" / "config.json", found)
     return results
+
+
+def mistaken(model: MimoAudio, count: int) -> dict[str, int]:
+    """Of the evaluation's transcripts of the domain: how many are wrong, and which warnings were.
+
+    A warning of a wrong transcript is no false alarm.
+    """
+    wrong = warned = both = 0
+    for i in range(count):
+        wanted = data.item("unheard", i, 2)
+        text = model.asr_sft(synthesize(domain.spoken(wanted.text), wanted.manner).wav, seed=i)
+        wrong += str(text) != wanted.text
+        warned += text.warning is not None
+        both += text.warning is not None and str(text) != wanted.text
+    return {"utterances": count, "wrong": wrong, "warned": warned, "warned_and_wrong": both}
 
 
 def state(path: Path, found: dict[str, Calibration]) -> None:

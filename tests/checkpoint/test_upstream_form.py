@@ -202,4 +202,4 @@ def test_a_name_that_is_none_says_which_there_is(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = fault(lambda: load("nanno", "nano", "cpu"))
     assert "no directory nanno" in message
-    assert "'nano' for the small model" in message
+    assert "'nano' is the small model" in message
