@@ -35,6 +35,7 @@ Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and p
     a step: 16 examples, 17 GFLOP, of understanding alone 10; 10,300 steps: 1.7e14
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together
-are 7.96 M parameters, 15.9 MB in float16; the export writes the text head twice, 0.5 MB more. The vocoder has 2 layers that look 8 frames ahead each:
-160 ms, one patch, is the delay that it adds for a listener.
+are 7.96 M parameters, 15.9 MB in float16; the export writes the text head twice, 0.5 MB more. The
+vocoder has 2 layers that look 8 frames ahead each: 160 ms, one patch, is the delay that it adds for
+a listener.
 """
