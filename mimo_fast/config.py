@@ -24,6 +24,9 @@ Choice = TypeVar("Choice", bound=str)
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
 
+GROUP_SECONDS = 0.16
+"""Duration of a group of speech."""
+
 LAYERS, WIDTH, ROWS = (1, 4096), (1, 2**20), (1, 2**24)
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -50,6 +53,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rms_norm_eps": (1e-30, 1),
     "sentences_at_once": (0, 2**24),
     "words_at_once": (0, 2**24),
+    "confidence": (-1e6, 1e6),
+    "reply_limits": (0, 2**24),
     # Of both.
     "rope_theta": (1, 1e12),
     # Of the codec.
@@ -106,6 +111,22 @@ class TransformerConfig:
     norm_eps: float
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How confident a checkpoint is of its replies in a task, see `runtime/confidence.py`.
+
+    Fields are keys of an object in config.json: three factors, a bias, and the confidence below
+    which a reply comes with a warning.
+    """
+
+    task: str
+    entropy: float
+    surprise: float
+    loss: float
+    bias: float
+    warns_below: float
+
+
 @checked
 @dataclass(frozen=True)
 class LMConfig:
@@ -133,6 +154,11 @@ class LMConfig:
     trained_tasks: tuple[str, ...] = field(default=(), repr=False)
     """Tasks that it was trained for, "tts_sft", and their options, "tts_sft.instruct"; empty where
     the checkpoint states nothing, which means all of them."""
+    confidence: tuple[Calibration, ...] = field(default=(), repr=False)
+    """Of tasks, by keys of `sampling.TASK_SAMPLERS`; without one a reply has no confidence."""
+    reply_limits: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
+    """A task, by the same keys; groups; and groups more a second that is heard: where a reply ends
+    by default. Without one it is where the context does."""
 
     @property
     def patch_steps(self) -> int:
@@ -195,6 +221,8 @@ class LMConfig:
             sentences_at_once=read.integer("sentences_at_once", default=0),
             words_at_once=read.integer("words_at_once", default=0),
             trained_tasks=read.names("trained_tasks"),
+            confidence=read.calibrations("confidence"),
+            reply_limits=read.limits("reply_limits"),
         )
         config._check(source)
         return config
@@ -203,6 +231,17 @@ class LMConfig:
         """Whether it was trained for a task, or for an option of it, as far as it states."""
         name = task if option is None else f"{task}.{option}"
         return not self.trained_tasks or name in self.trained_tasks
+
+    def calibration(self, task: str | None) -> Calibration | None:
+        """The calibration of a task; None where the checkpoint states none."""
+        return next((each for each in self.confidence if each.task == task), None)
+
+    def longest_reply(self, task: str | None, groups_heard: int) -> int | None:
+        """Groups at which a reply to so many groups of speech ends by default; None: nothing."""
+        for name, groups, rate in self.reply_limits:
+            if name == task:
+                return max(1, round(groups + rate * groups_heard * GROUP_SECONDS))
+        return None
 
     def _check(self, source: str) -> None:
         if self.backbone.heads % self.backbone.kv_heads:
@@ -465,6 +504,41 @@ class _Reader:
             raise self._wrong(key, "a list of names")
         return tuple(value)
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An object; the key is this project's, empty if it is missing."""
+        value = self.raw.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise self._wrong(key, "an object")
+        return value
+
+    def numbers(self, key: str, where: str, value: Any, count: int) -> tuple[float, ...]:
+        """`count` numbers in a list below a key."""
+        given = list(value) if isinstance(value, list | tuple) else []
+        if len(given) != count or not all(map(_is_number, given)):
+            raise self._wrong(key, f"{count} numbers for {where}")
+        self._check_range(key, *given)
+        return tuple(map(float, given))
+
+    def limits(self, key: str) -> tuple[tuple[str, float, float], ...]:
+        """Two numbers of each task; the key is this project's."""
+        found = list[tuple[str, float, float]]()
+        for task, value in self.mapping(key).items():
+            first, second = self.numbers(key, f"'{task}'", value, 2)
+            found.append((task, first, second))
+        return tuple(found)
+
+    def calibrations(self, key: str) -> tuple[Calibration, ...]:
+        """Of each task the fields of `Calibration`, by name; the key is this project's."""
+        names, found = [each.name for each in fields(Calibration)][1:], list[Calibration]()
+        for task, value in self.mapping(key).items():
+            if not isinstance(value, Mapping) or not {*names} <= {*value}:
+                raise self._wrong(key, f"an object of {', '.join(names)} for '{task}'")
+            given = [value[name] for name in names]
+            found.append(Calibration(task, *self.numbers(key, f"'{task}'", given, len(names))))
+        return tuple(found)
+
     def per_channel(self, key: str, channels: int) -> tuple[int, ...]:
         """A value for each channel, written '1025-129-...'; a single number applies to all."""
         value = self.required(key)
@@ -545,6 +619,10 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, list | tuple):
         return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

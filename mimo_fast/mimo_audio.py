@@ -112,7 +112,7 @@ class MimoAudio:
 
     Args:
         model_path, mimo_audio_tokenizer_path: directories or hub ids of the language model and the
-            codec.
+            codec; "nano" is the small one in the package.
         device: "cuda", "cpu", ...; by default CUDA if there is a GPU.
         dtype: to compute in. None is bfloat16 on CUDA, elsewhere the checkpoint's own (float32
             instead of float16 on a CPU).
@@ -152,8 +152,8 @@ class MimoAudio:
         quantization: Any = None,
         **options: Unpack[LoadOptions],
     ) -> None:
-        self.path, self.mimo_audio_tokenizer_path = str(model_path), str(mimo_audio_tokenizer_path)
-        directories = model_path, mimo_audio_tokenizer_path
+        directories = resolve_pair(model_path, mimo_audio_tokenizer_path)
+        self.path, self.mimo_audio_tokenizer_path = map(str, directories)
         loaded = load_parts(*directories, device, dtype, quantization, options)
         lm, audio_codec, tokenizer, setup = loaded
         self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup)
@@ -414,7 +414,27 @@ class MimoAudio:
             AudioError: output_audio_path cannot be written, or nothing was said. Nothing is
                 written.
         """
-        input_ids = check_ids(input_ids, self.lm.config)
+        how = (return_audio, output_audio_path, stopping_criteria, min_new_tokens, max_new_tokens)
+        return self._forward(input_ids, *how, add_history, task_name, seed, special_tokens)
+
+    def _forward(
+        self,
+        input_ids: Tensor | PackedPrompt,
+        return_audio: bool = False,
+        output_audio_path: Output = None,
+        stopping_criteria: Iterable[Any] | None = None,
+        min_new_tokens: int = 0,
+        max_new_tokens: int | None = MAX_NEW_TOKENS,
+        add_history: bool = False,
+        task_name: str | None = None,
+        seed: int | None = None,
+        special_tokens: bool = False,
+    ) -> Any:
+        """`forward`, which knows more of a packed prompt's recordings."""
+        packed = input_ids if isinstance(input_ids, PackedPrompt) else None
+        given = input_ids.settled() if isinstance(input_ids, PackedPrompt) else input_ids
+        input_ids = check_ids(given, self.lm.config)
+        prompt = input_ids if packed is None else replace(packed, ids=input_ids, pending=())
         max_new_tokens = self._within_length(input_ids, max_new_tokens, add_history)
         criteria = list(() if stopping_criteria is None else stopping_criteria)
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):
@@ -428,7 +448,7 @@ class MimoAudio:
         limits = stop_ids, max_new_tokens, min_new_tokens
         # Of the tasks that think before they answer, one speaks.
         speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
-        with closing(self._start(input_ids, task_name or "", *limits, add_history, seed)) as reply:
+        with closing(self._start(prompt, task_name or "", *limits, add_history, seed)) as reply:
             text, codes = self.pipeline.read(reply, input_ids, speaks, special_tokens)
         if silent and not return_audio:
             return text
@@ -508,7 +528,7 @@ class MimoAudio:
                 )
         context = pipeline.context(seed, add_history and self.has_history, special_tokens)
         segments = spec.prompt(context, *given, **named)
-        prompt = pipeline.packed(segments)
+        prompt = pipeline.packed(segments, spec.sampler)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
         reply = self._start(prompt, spec.sampler, *limits, add_history, seed)
         voice = self._history.voice or Voice(voice_of(segments))
@@ -577,9 +597,9 @@ class MimoAudio:
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)
-        ids = self.pipeline.ids(task.prompt(context, *arguments))
+        ids = self.pipeline.packed(task.prompt(context, *arguments), task.sampler)
         stops = task.stop_ids(self.tokenizer.special)
-        return self.forward(
+        return self._forward(
             ids,
             output_audio_path=output,
             stopping_criteria=[MiMoStopper(self.group_size, self.audio_channels, stops)],

@@ -8,6 +8,8 @@
     python -m training vocoder --start mimo_fast/assets/nano
                                 a vocoder of the published depth over nano's codec, to measure
                                 streams with (`vocoder.py`); an hour on one core
+    python -m training confidence --start mimo_fast/assets/nano --foreign DIR
+                                calibrates how confident it is of its replies (`confidence.py`)
     python -m training --smoke  a few steps of everything
 
 Each command resumes where it was stopped, and `decoder` and `lm` may run side by side, each on a
@@ -33,6 +35,7 @@ Sizes were chosen by counting. A step of training costs 6 FLOP a parameter and p
     a step: 16 examples, 17 GFLOP, of understanding alone 10; 10,300 steps: 1.7e14
 
 Attention, norms, spectra and the optimizer come on top and cost about as much again. Both together
-are 7.96 M parameters, 15.9 MB in float16. The vocoder has 2 layers that look 8 frames ahead each:
-160 ms, one patch, is the delay that it adds for a listener.
+are 7.96 M parameters, 15.9 MB in float16; the export writes the text head twice, 0.5 MB more. The
+vocoder has 2 layers that look 8 frames ahead each: 160 ms, one patch, is the delay that it adds for
+a listener.
 """

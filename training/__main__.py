@@ -1,12 +1,13 @@
 """`python -m training COMMAND`: trains the small checkpoint pair; see `training/__init__.py`."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,19 @@ import mimo_fast
 from mimo_fast.errors import MimoFastError
 from mimo_fast.sampling import task_samplers
 
-from . import codec, codes, comparisons, data, decoder, evaluate, export, lm, parallel, vocoder
+from . import (
+    codec,
+    codes,
+    comparisons,
+    confidence,
+    data,
+    decoder,
+    evaluate,
+    export,
+    lm,
+    parallel,
+    vocoder,
+)
 from .card import card
 from .codec import CodecTraining
 from .codes import Codes
@@ -35,7 +48,7 @@ from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
 from .vocoder import VocoderTraining
 
-COMMANDS = ("data", "codec", "decoder", "lm", "export", "evaluate", "all", "vocoder")
+COMMANDS = ("data", "codec", "decoder", "lm", "export", "confidence", "evaluate", "all", "vocoder")
 
 SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, 6, 6, 4, 4, 4, 4, 3, 3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
@@ -124,13 +137,24 @@ class Recipe:
             print(f"wrote {path} ({size / 1e6:.2f} MB)", file=sys.stderr)
         return pair
 
+    def confidence(self, pair: Path, folders: list[Path]) -> None:
+        """Calibrates a pair, see `confidence.py`; `evaluate` writes it into the card."""
+        os.environ.pop("MIMO_FAST_KERNELS", None)
+        target, counts = self.directory / "confidence.json", confidence.Counts()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        load = partial(confidence.load_pair, pair)
+        confidence.calibrate(load, pair, folders, counts, target)
+        print(f"wrote {target} and {pair / 'lm' / 'config.json'}", file=sys.stderr)
+
     def evaluate(self, count: int) -> None:
         pair, target = self.directory / "nano", self.directory / "evaluation.json"
         # Measure what users run.
         os.environ.pop("MIMO_FAST_KERNELS", None)
         load = _loader(pair / "lm", pair / "codec")
         results = evaluate.evaluate(load, self.data(), count, MEASURES, target)
-        (pair / "README.md").write_text(card(pair, results, self.sizes), encoding="utf-8")
+        calibrated = json.loads((self.directory / "confidence.json").read_text(encoding="utf-8"))
+        about = card(pair, results | {"confidence": calibrated}, self.sizes)
+        (pair / "README.md").write_text(about, encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
     def train(self) -> None:
@@ -178,8 +202,8 @@ def smoke(seed: int, workers: int) -> None:
     print("the smoke test has passed", file=sys.stderr)
 
 
-def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
-    """Runs one command."""
+def run(recipe: Recipe, command: str, count: int, workers: int, folders: list[Path]) -> None:
+    """Runs one command; `folders` are those of foreign speech."""
     if command in ("codec", "decoder", "vocoder", "lm", "all"):
         with parallel.workers(workers, sys.argv[1:]):
             recipe.train() if command == "all" else getattr(recipe, command)()
@@ -188,6 +212,8 @@ def run(recipe: Recipe, command: str, count: int, workers: int) -> None:
     if not parallel.is_worker():
         if command in ("export", "all"):
             recipe.export()
+        if command in ("confidence", "all"):
+            recipe.confidence(recipe.directory / "nano", folders)
         if command in ("evaluate", "all"):
             recipe.evaluate(count)
 
@@ -199,6 +225,8 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=Path("training_output"), help=run_help)
     start = "exported pair (lm/ and codec/) to go on from, in a new directory"
     parser.add_argument("--start", type=Path, help=start)
+    foreign = "folder of recordings of people who say nothing of the domain; may be repeated"
+    parser.add_argument("--foreign", type=Path, action="append", default=[], help=foreign)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
     numbers = {
@@ -224,11 +252,15 @@ def main() -> int:
             smoke(args.seed, args.workers)
             return 0
         steps = {args.command: args.steps} if args.steps else {}
+        if args.command == "confidence" and args.start:
+            recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
+            recipe.confidence(args.start, args.foreign)
+            return 0
         if args.start and not parallel.is_worker():
             start_from(args.start, args.run)
         sizes = vocoder.SIZES if args.command == "vocoder" else Sizes()
         recipe = Recipe(args.run, args.seed, args.device, sizes, steps)
-        run(recipe, args.command, args.count, args.workers)
+        run(recipe, args.command, args.count, args.workers, args.foreign)
     except KeyboardInterrupt:
         if not parallel.is_worker():
             print("stopped; the same command goes on from here", file=sys.stderr)

@@ -64,7 +64,30 @@ def _measured(results: Results) -> dict[str, Any]:
         "cores": cores,
         "load": load,
         "pace": _pace(results["pace"]),
+        "confidence": confidence_table(results["confidence"]),
+        "mistaken": mistaken(results["confidence"]),
     }
+
+
+def mistaken(results: Results) -> str:
+    """What the warned transcripts of the domain were."""
+    found = results["domain_transcripts"]
+    warned, both = found["warned"], found["warned_and_wrong"]
+    return f"that were warned of, {both} of {warned} held a wrong word."
+
+
+def confidence_table(results: Results) -> str:
+    """What `confidence.calibrate` found: shares of utterances that are warned of."""
+    tasks = {"asr": "transcripts", "spoken_dialogue": "answers"}
+    kinds = {kind: None for task in tasks for kind in results[task]["warned"]}
+    rows = []
+    for kind in kinds:
+        found = [results[task]["warned"].get(kind) for task in tasks]
+        cells = [
+            f"{_percent(each['warned'])} of {each['utterances']}" if each else "" for each in found
+        ]
+        rows.append((kind, *cells))
+    return _table(["", *tasks.values()], rows)
 
 
 def _word_errors(results: Results) -> str:

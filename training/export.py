@@ -14,6 +14,14 @@ from .loop import trained_tensors
 from .parameters import Tensors, build_codec, config_json
 from .tokenizer import build_tokenizer
 
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+UPSTREAM = {"tie_word_embeddings": False, "model_type": "mimo_audio"}
+"""What upstream's code and transformers need in the language model's config.
+
+transformers 5 gives every "qwen2" the tokenizer of Qwen2, whatever tokenizer.json says; a type that
+it does not know keeps its own, and upstream's code reads any type.
+"""
+
 WINDOW = "decoder.vocoder.head.istft.window"
 LEVEL = 0.33
 """Gain of the exported codec's output. Trained on spectra, it puts the harmonics of a voice in
@@ -68,11 +76,16 @@ def scaled(codec_tensors: Tensors, factor: float) -> Tensors:
 def write_pair(
     target: Path, lm_tensors: Tensors, codec_tensors: Tensors, replies: Part, dtype: torch.dtype
 ) -> tuple[Path, Path]:
-    """Writes both checkpoints from their tensors, without what only training needs."""
+    """Writes both checkpoints from their tensors, without what only training needs.
+
+    The text head is trained as one with the text embeddings and written twice: upstream's code has
+    no tied head, and would draw one at random.
+    """
     tokenizer = build_tokenizer(target / "lm")
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.special.eos)
-    lm_raw = config_json("lm") | stored | ends | STATED
+    lm_raw = config_json("lm") | stored | ends | UPSTREAM | STATED
+    lm_tensors = lm_tensors | {HEAD: lm_tensors[EMBEDDINGS]}
     moments = {"streaming_moments": typical_moments(codec_tensors, replies)}
     codec_raw = config_json("codec") | stored | moments
     for part, raw, shapes, tensors in (

@@ -7,7 +7,7 @@ import torch
 from mimo_fast.checkpoint.files import open_weights
 
 from . import codec, lm
-from .export import LEVEL, scaled
+from .export import HEAD, LEVEL, scaled
 from .loop import save_state
 from .parameters import Tensors
 from .rvq import known_usage
@@ -27,12 +27,17 @@ def start_from(pair: Path, run: Path) -> None:
     heard = codec.initial_tensors(config, seed=0) | scaled(_weights(pair / "codec"), 1 / LEVEL)
     states = {
         codec.NAME: heard | known_usage(config, heard),
-        lm.NAME: lm.initial_tensors(lm.lm_config(), seed=0) | _weights(pair / "lm"),
+        lm.NAME: lm.initial_tensors(lm.lm_config(), seed=0) | _tied(_weights(pair / "lm")),
     }
     for name, tensors in states.items():
         path = run / f"{name}.safetensors"
         if not path.exists():
             save_state(path, tensors, step=0)
+
+
+def _tied(tensors: Tensors) -> Tensors:
+    """Without the head that the export writes beside the embeddings."""
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
 def _weights(directory: Path) -> Tensors:

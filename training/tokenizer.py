@@ -62,6 +62,8 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     config = {
+        # transformers 4 replaces what tokenizer.json says of it by this, which it takes for false.
+        "add_prefix_space": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",

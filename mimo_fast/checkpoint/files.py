@@ -82,7 +82,8 @@ def find_checkpoint(
         path_like = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") != 1
         if not isinstance(source, str) or path_like:
             raise CheckpointError(
-                f"no directory {directory}: give a checkpoint directory or a hub id OWNER/NAME"
+                f"no directory {directory}, and 'nano' is the small model in the package: give a "
+                "checkpoint directory or a hub id OWNER/NAME"
             )
         directory = download(
             text,

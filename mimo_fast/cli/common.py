@@ -99,6 +99,12 @@ def warn_if_cut(model: MimoAudio, args: argparse.Namespace, last: Chunk) -> None
         say(f"warning: the reply was cut after {groups} groups, {context}: {advice}")
 
 
+def warn_if_unsure(last: Chunk) -> None:
+    """Warns of a reply that the model itself has little confidence in."""
+    if last.warning is not None:
+        say(f"warning: {last.warning}")
+
+
 def load_recording(path: Path) -> Tensor:
     """A recording [n] at 24 kHz; "-" is standard input.
 
@@ -133,6 +139,7 @@ def print_text(
             print(flush=True)
     if last is not None:
         warn_if_cut(model, args, last)
+        warn_if_unsure(last)
     return text.strip()
 
 
@@ -201,6 +208,7 @@ def write_speech(
         f"(real-time factor {factor:.2f}{first})"
     )
     warn_if_cut(model, args, last)
+    warn_if_unsure(last)
 
 
 def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:

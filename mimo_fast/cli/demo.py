@@ -21,6 +21,7 @@ from mimo_fast.cli.common import (
     load_recording,
     save_speech,
     warn_if_cut,
+    warn_if_unsure,
     warn_of_words,
 )
 from mimo_fast.cli.process import written
@@ -102,6 +103,7 @@ def _follow(
     if timing.first_audio is not None:
         table.row(f"{name}: time to first audio", timing.first_audio)
     warn(chunks[-1])
+    warn_if_unsure(chunks[-1])
     text = "".join(chunk.text for chunk in chunks).strip()
     return text, torch.cat([chunk.audio for chunk in chunks])
 

@@ -18,6 +18,7 @@ from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
+from mimo_fast.runtime.confidence import confidence_of
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import (
@@ -157,12 +158,26 @@ class Pipeline(FreedWhenClosed):
         self.owner.check()
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
-        wav = load_audio(audio, self.codec.sample_rate)
-        codes = self.codec.encode(wav, self.lm.config.channels).cpu()
+        wav, channels, loss = (
+            load_audio(audio, self.codec.sample_rate),
+            self.lm.config.channels,
+            None,
+        )
+        if self.lm.config.confidence and self.codec.encoder_graphs is None:
+            codes, loss = self.codec.encode_measured(wav, channels)
+        else:
+            codes, loss = self.codec.encode(wav, channels), self._loss(wav)
+        codes = codes.cpu()
         codes = checked_codes(self.codec, codes, wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
         _check_patches(codes.shape[1])
-        return Speech(codes, closed)
+        return Speech(codes, closed, loss)
+
+    def _loss(self, wav: Tensor) -> Tensor | None:
+        """What the codes of a graph lose; None where the checkpoint calibrates no confidence."""
+        if not self.lm.config.confidence:
+            return None
+        return self.codec.encode_measured(wav, self.lm.config.channels)[1]
 
     def speech_later(self, audio: Audio, closed: bool = True) -> Speech:
         """`speech` that does not wait for the codes, where they can be prefilled on the device.
@@ -179,7 +194,7 @@ class Pipeline(FreedWhenClosed):
         pending.frames = whole_frames(pending.frames, self.lm.config.group_size, closed)
         _check_patches(pending.frames)
         pending.check = lambda codes: checked_codes(self.codec, codes, wav)
-        return PendingSpeech(pending, closed)
+        return PendingSpeech(pending, closed, self._loss(wav))
 
     @property
     def _prefills(self) -> bool:
@@ -201,10 +216,13 @@ class Pipeline(FreedWhenClosed):
         self.owner.check()
         return pack(segments, self.tokenizer, self.lm.config)
 
-    def packed(self, segments: Iterable[Segment]) -> PackedPrompt:
-        """`ids` that does not wait for speech that is still encoded."""
+    def packed(self, segments: Iterable[Segment], task: str | None = None) -> PackedPrompt:
+        """`ids` that does not wait for speech that is still encoded.
+
+        task: `Task.sampler`, for a reply with a confidence.
+        """
         self.owner.check()
-        return pack_pending(segments, self.tokenizer, self.lm.config)
+        return pack_pending(segments, self.tokenizer, self.lm.config, task)
 
     def prompt(
         self,
@@ -263,14 +281,32 @@ class Pipeline(FreedWhenClosed):
         """
         check_limits(max_new_tokens, min_new_tokens)
         longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if longest == MAX_NEW_TOKENS:
+            longest = self._longest_reply(sequence) or longest
         limits = Limits(longest, min_new_tokens, stop_ids)
         return self.engine.start(sequence, limits, samplers, bounded=bounded)
+
+    def _longest_reply(self, sequence: TokenSequence) -> int | None:
+        """Groups at which a reply ends by default: what it heard bounds what there is to say."""
+        if sequence.heard is None:
+            return None
+        begin, hearing = sequence.heard
+        text = sequence.part(begin, sequence.groups).ids[0, :: sequence.group_size]
+        heard = int((text == self.tokenizer.special.empty).sum())
+        return self.lm.config.longest_reply(hearing.calibration.task, heard)
 
     def read(
         self, reply: Reply, ids: Tensor, speaks: bool = True, special_tokens: bool = False
     ) -> tuple[ReplyText, Tensor | None]:
         """Reads the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
-        return read_reply(reply, self._reader(ids, speaks, special_tokens))
+        text, codes = read_reply(reply, self._reader(ids, speaks, special_tokens))
+        text.confidence, text.warning = self.judge(reply)
+        return text, codes
+
+    def judge(self, reply: Reply) -> tuple[float | None, str | None]:
+        """Confidence and warning of a reply of which all has been taken, see `ReplyText`."""
+        found = confidence_of(self.lm, reply)
+        return (None, None) if found is None else (found.value, found.warning)
 
     def stream(
         self,
@@ -285,7 +321,8 @@ class Pipeline(FreedWhenClosed):
     ) -> ChunkStream:
         """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
         reader = self._reader(ids, speaks, special_tokens)
-        return stream_reply(reply, reader, self.codec, began, speaks, on_group, lookahead, voice)
+        how = began, speaks, on_group, lookahead, voice
+        return stream_reply(reply, reader, self.codec, *how, self.judge)
 
     def _reader(self, ids: Tensor, speaks: bool, special_tokens: bool) -> ReplyReader:
         """A reader; the reply starts as speech after `<|sostm|>` or inside a recording.

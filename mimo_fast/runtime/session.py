@@ -190,12 +190,13 @@ class Session:
     def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
         sequence = self._sequence
-        turn = self._pipeline.packed([*self._closing(), *self._turn(speech, first=not self._turns)])
+        said = [*self._closing(), *self._turn(speech, first=not self._turns)]
+        turn = self._pipeline.packed(said, TASK.sampler)
         kept = self._fitting(turn.ids.shape[1] // sequence.group_size)
         if kept < len(self._turns):
             self._drop(len(self._turns) - kept)
             if not kept:
-                turn = self._pipeline.packed(self._turn(speech, first=True))
+                turn = self._pipeline.packed(self._turn(speech, first=True), TASK.sampler)
         begin = sequence.groups
         sequence.add(turn)
         self._turns = [*self._turns, Turn(begin, sequence.groups, speech)]

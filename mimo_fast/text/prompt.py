@@ -8,13 +8,13 @@ text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig
+from mimo_fast.config import Calibration, LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -54,6 +54,8 @@ class Speech:
 
     codes: Tensor
     closed: bool = True
+    loss: Tensor | None = field(default=None, repr=False, compare=False)
+    """The share of the encoder's energy that the codes lose, a scalar, where it was measured."""
 
 
 class PendingCodes(Protocol):
@@ -77,9 +79,10 @@ class PendingCodes(Protocol):
 class PendingSpeech(Speech):
     """Speech whose codes are still being computed; whoever reads `codes` waits for them."""
 
-    def __init__(self, pending: PendingCodes, closed: bool) -> None:
+    def __init__(self, pending: PendingCodes, closed: bool, loss: Tensor | None = None) -> None:
         object.__setattr__(self, "pending", pending)
         object.__setattr__(self, "closed", closed)
+        object.__setattr__(self, "loss", loss)
 
     pending: PendingCodes
 
@@ -89,14 +92,27 @@ class PendingSpeech(Speech):
 
 
 @dataclass(frozen=True)
+class Hearing:
+    """What the confidence of a reply is made of before it begins: see `runtime/confidence.py`.
+
+    loss: of the prompt's last recording, which the reply is about, see `Speech.loss`.
+    """
+
+    calibration: Calibration
+    loss: Tensor
+
+
+@dataclass(frozen=True)
 class PackedPrompt:
     """Ids [C + 1, T G] of a prompt, of which some may still be computed.
 
     pending: (frame, codes) of what belongs at this frame; `ids` has zeros there.
+    hearing: None where the checkpoint calibrates nothing for the task, or there is no recording.
     """
 
     ids: Tensor
     pending: tuple[tuple[int, PendingCodes], ...] = ()
+    hearing: Hearing | None = None
 
     def part(self, first: int, end: int) -> "PackedPrompt":
         """Frames first ... end - 1; codes that begin before them have a negative frame."""
@@ -145,10 +161,14 @@ def pack(segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig) ->
 
 
 def pack_pending(
-    segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig
+    segments: Iterable[Segment], tokenizer: Tokenizer, config: LMConfig, task: str | None = None
 ) -> PackedPrompt:
-    """`pack` that does not wait for the codes of `PendingSpeech`."""
+    """`pack` that does not wait for the codes of `PendingSpeech`.
+
+    task: key of `sampling.TASK_SAMPLERS`, for the confidence of the reply.
+    """
     special, pending = tokenizer.special, list[tuple[int, PendingCodes]]()
+    calibration, loss = config.calibration(task), None
     parts = [torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")]
 
     def text(ids: Sequence[int]) -> None:
@@ -178,6 +198,7 @@ def pack_pending(
             text(text_ids(segment, tokenizer))
         elif isinstance(segment, Speech):
             text([special.sosp])
+            loss = segment.loss
             if isinstance(segment, PendingSpeech):
                 place, frames = sum(part.shape[1] for part in parts), segment.pending.frames
                 pending.append((place, segment.pending))
@@ -196,7 +217,8 @@ def pack_pending(
                 text(ids)
                 speech(codes)
             text([special.eostm])
-    return PackedPrompt(torch.cat(parts, dim=1), tuple(pending))
+    hearing = None if calibration is None or loss is None else Hearing(calibration, loss)
+    return PackedPrompt(torch.cat(parts, dim=1), tuple(pending), hearing)
 
 
 def text_ids(written: Written | Joined, tokenizer: Tokenizer) -> list[int]:

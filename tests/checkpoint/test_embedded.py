@@ -142,6 +142,24 @@ def test_commands_say_what_it_was_not_trained_for(capsys, command, beyond):
     assert [*warnings.values()] == [said, []]
 
 
+@pytest.mark.parametrize(
+    "command", [["asr"], ["chat", "-o", "a.wav"], pytest.param(["demo"], marks=pytest.mark.slow)]
+)
+def test_commands_warn_of_a_recording_that_is_not_of_its_domain(capsys, command):
+    """One line on stderr, and none for its own domain's."""
+    warned = []
+    for recording in (ROOT / "tests/foreign/glacier.flac", embedded.QUESTION):
+        name, *options = command
+        assert main([name, str(recording), *options, "--seed", "0"]) == 0
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if "do not rely on the reply" in line]
+        assert all(line.startswith("warning: the recording is unlike") for line in lines)
+        assert "do not rely" not in out
+        warned.append(len(lines))
+    # The demo transcribes the recording and answers it.
+    assert warned == [2 if command == ["demo"] else 1, 0]
+
+
 COMMANDS = {
     "tts": ["tts", "seven", "-o", "a.wav"],
     "asr": ["asr", AUDIO],

@@ -140,6 +140,15 @@ class CodecNetwork:
         self.check_waveform(wav, n_q)
         return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
 
+    @in_own_modes
+    def encode_measured(self, wav: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor]:
+        """`encode`, and the share of the encoder output's energy that the codes lose, a scalar."""
+        self.check_waveform(wav, n_q)
+        hidden = self.encode_mel(log_mel(wav.to(self.device), self.config)).float()
+        codes = self.quantize(hidden, n_q)
+        lost = hidden - self.dequantize(codes)
+        return codes, lost.square().sum() / hidden.square().sum()
+
     def check_waveform(self, wav: Tensor, n_q: int | None) -> None:
         """Raises what `encode` raises before it computes anything."""
         self.owner.check()

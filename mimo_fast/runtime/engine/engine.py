@@ -542,6 +542,16 @@ class Reply(Iterator[Group]):
         self.prefilled: float | None = None
 
     @property
+    def sequence(self) -> TokenSequence:
+        """The sequence that it continues."""
+        return self._request.sequence
+
+    @property
+    def taken(self) -> int:
+        """Number of groups taken."""
+        return self._request.taken
+
+    @property
     def ended(self) -> bool:
         """Whether it has ended and all of its groups have been taken or dropped."""
         return self._request.settled

@@ -5,13 +5,10 @@ import threading
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig
+from mimo_fast.config import GROUP_SECONDS, LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.runtime.lm.snapshot import Snapshot
-from mimo_fast.text.prompt import PackedPrompt, PendingCodes, fill_in
-
-GROUP_SECONDS = 0.16
-"""Duration of a group of speech."""
+from mimo_fast.text.prompt import Hearing, PackedPrompt, PendingCodes, fill_in
 
 
 class TokenSequence:
@@ -31,6 +28,7 @@ class TokenSequence:
         prefix_groups: Number of groups at its start that form a prefix shared with other sequences.
         draws: Number of groups drawn.
         prefilled: Number of groups that were prefilled for the last reply.
+        heard: Where the last prompt begins, and what is known of its recordings; None: nothing.
     """
 
     def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
@@ -40,6 +38,7 @@ class TokenSequence:
         self._decoded: list[tuple[int, Tensor]] = []
         self._pending: tuple[tuple[int, PendingCodes], ...] = ()
         self._lock = threading.Lock()
+        self.heard: tuple[int, Hearing] | None = None
         self.slot: int | None = None
         self.snapshot: Snapshot | None = None
         self.cached = self.prefix_groups = self.prefilled = 0
@@ -122,6 +121,8 @@ class TokenSequence:
         added = prompt if isinstance(prompt, PackedPrompt) else PackedPrompt(prompt.cpu())
         check_room(self.groups + added.ids.shape[1] // self.group_size, self.capacity)
         before = self.ids
+        begin, hearing = before.shape[1] // self.group_size, added.hearing
+        self.heard = None if hearing is None else (begin, hearing)
         with self._lock:
             self._ids = torch.cat((before, added.ids), dim=1)
             self._pending = tuple((before.shape[1] + at, codes) for at, codes in added.pending)

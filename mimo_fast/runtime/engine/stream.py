@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 Listening = Literal["exact", "elastic"]
 """How far a reply's audio looks ahead, see `Codec.stream`: "elastic" is heard earlier."""
+
+Judge = Callable[[Reply], tuple[float | None, str | None]]
+"""A reply of which all has been taken -> confidence and warning."""
 
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -91,6 +94,7 @@ class Chunk:
 
     Attributes:
         finish_reason: On the last chunk why the reply ended, else None.
+        confidence, warning: On the last chunk as those of `ReplyText`, else None.
     """
 
     audio: Tensor
@@ -98,6 +102,8 @@ class Chunk:
     text: str
     timing: Timing
     finish_reason: FinishReason | None = None
+    confidence: float | None = None
+    warning: str | None = None
 
 
 class ReplyText(str):
@@ -106,9 +112,15 @@ class ReplyText(str):
     Attributes:
         finish_reason: "stop" if the model ended the reply, "length" at max_new_tokens, "context" at
             the end of the context, "cancelled" if the caller ended it.
+        confidence: From 0 to 1, how far a reply to a recording can be relied on; None where the
+            checkpoint does not state how to tell.
+        warning: A sentence for the user where the confidence is below what the checkpoint calls
+            its own, else None.
     """
 
     finish_reason: FinishReason | None = None
+    confidence: float | None = None
+    warning: str | None = None
 
 
 @dataclass
@@ -247,6 +259,7 @@ def stream_reply(
     on_group: Callable[[Group], None] | None = None,
     lookahead: Listening = "exact",
     voice: Voice | None = None,
+    judge: Judge | None = None,
 ) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
@@ -257,11 +270,12 @@ def stream_reply(
         on_group: called with each group before its chunk is made.
         voice: that of the reply: what an elastic look-ahead begins with, and what a reply that
             comes to its end adds to.
+        judge: gives the last chunk its confidence.
     """
     reply.launches = True
     closing = threading.Event()
     chunks = _generate_chunks(
-        reply, reader, codec, began, speaks, on_group, closing, lookahead, voice
+        reply, reader, codec, began, speaks, on_group, closing, lookahead, voice, judge
     )
     return ChunkStream(chunks, reply, closing)
 
@@ -276,6 +290,7 @@ def _generate_chunks(
     closing: threading.Event,
     lookahead: Listening = "exact",
     voice: Voice | None = None,
+    judge: Judge | None = None,
 ) -> Generator[Chunk, None, None]:
     """The chunks of a reply's groups.
 
@@ -329,7 +344,9 @@ def _generate_chunks(
         rest = stream.finish(held, trusted=True) if stream else nothing
         if voice is not None and stream is not None and stream.totals is not None:
             voice.add(codec, stream.totals)
-        yield chunk(text, rest, held, reply.finish_reason)
+        last = chunk(text, rest, held, reply.finish_reason)
+        confidence, warning = judge(reply) if judge is not None else (None, None)
+        yield replace(last, confidence=confidence, warning=warning)
     finally:
         if stream is not None:
             stream.close()
