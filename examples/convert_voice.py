@@ -1,0 +1,46 @@
+"""Speech to speech by example: pairs of recordings show what to do with one more.
+
+    python examples/convert_voice.py --example IN OUT "WORDS OF OUT" [--example ...] \\
+        RECORDING -o converted.wav --model XiaomiMiMo/MiMo-Audio-7B-Base \\
+        --codec XiaomiMiMo/MiMo-Audio-Tokenizer
+
+Pairs of one speaker and another ask for voice conversion; of noise and silence behind the same
+words, for denoising; of slow and fast speech, for speed. Use voices that may be used. The base
+model is made for it; nano says again in its own voice what it hears.
+"""
+
+import argparse
+
+import mimo_fast
+
+INSTRUCTION = "Convert the timbre of the input speech to target timbre."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recording")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument(
+        "--example", nargs=3, action="append", required=True, metavar=("IN", "OUT", "WORDS")
+    )
+    parser.add_argument("--instruction", default=INSTRUCTION)
+    parser.add_argument("--model", help="directory or hub id; by default nano")
+    parser.add_argument("--codec", help="directory or hub id")
+    parser.add_argument("--seed", type=int, help="says the same again")
+    args = parser.parse_args()
+    names = ("input_audio", "output_audio", "output_transcription")
+    examples = [dict(zip(names, example, strict=True)) for example in args.example]
+
+    with mimo_fast.load(args.model, args.codec) as model:
+        words = model.in_context_learning_s2s(
+            args.instruction,
+            examples,
+            args.recording,
+            output_audio_path=args.output,
+            seed=args.seed,
+        )
+    print(words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Every script in examples/ runs with nano, as its first lines say."""
+
+import _thread
+import json
+import runpy
+import shutil
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import KIT_PAIR
+from safetensors.torch import load_file, save_file
+
+import mimo_fast
+from mimo_fast.checkpoint.embedded import resolve_pair
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+WORDS = Path(__file__).parent / "words"
+QUESTION = Path(mimo_fast.__file__).parent / "assets" / "question.wav"
+RATE = 24000
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs an example with these arguments, as the command line does."""
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def nano() -> mimo_fast.MimoAudio:
+    return mimo_fast.load()
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(int(seconds * RATE), dtype=np.float32)
+
+
+def recording(path: Path) -> np.ndarray:
+    return mimo_fast.load_audio(path, RATE).numpy()
+
+
+def test_each_is_in_the_table_and_tested():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    here = Path(__file__).read_text(encoding="utf-8")
+    for name in names:
+        assert f"| [{name}]({name}) |" in table
+        assert f'run("{name}"' in here
+    assert table.count("| [") == len(names)
+
+
+def test_upstreams_script(run, tmp_path, capsys):
+    run("upstream_script.py", QUESTION, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert "heard: what is three plus four" in said
+    assert "answered: " in said
+    for name in ("tts.wav", "slow.wav", "answer.wav"):
+        assert 0.3 < len(recording(tmp_path / name)) / RATE < 10
+
+
+class Card(SimpleNamespace):
+    """`sounddevice` of a test: what was played, and a microphone that a test speaks into."""
+
+    def __init__(self, microphone: Callable[["Card"], Any] | None = None) -> None:
+        self.microphone, self.speaker, self.played = microphone, None, list[np.ndarray]()
+        super().__init__(OutputStream=self._output, InputStream=self._input)
+
+    def _output(self, samplerate: int, channels: int, dtype: str, callback: Any = None) -> Any:
+        assert (samplerate, channels, dtype) == (RATE, 1, "float32")
+        self.speaker = callback
+        return self
+
+    def _input(self, callback: Any, blocksize: int, **options: Any) -> Any:
+        self.callback, self.blocksize = callback, blocksize
+        threading.Thread(target=self.microphone, args=[self], daemon=True).start()
+        return self
+
+    def __enter__(self) -> "Card":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, samples: np.ndarray) -> None:
+        assert samples.shape == (len(samples), 1)
+        assert samples.dtype == np.float32
+        self.played.append(samples[:, 0].copy())
+
+    def hear(self, samples: np.ndarray) -> None:
+        """The microphone's driver, faster than real time."""
+        for start in range(0, len(samples) - self.blocksize + 1, self.blocksize):
+            self.callback(samples[start : start + self.blocksize, None], self.blocksize, None, None)
+
+    def play(self, seconds: float) -> None:
+        """The loudspeaker's driver."""
+        out = np.full((int(seconds * RATE), 1), np.nan, dtype=np.float32)
+        self.speaker(out, len(out), None, None)
+        assert np.isfinite(out).all()
+        self.played.append(out[:, 0])
+
+
+def test_a_sound_card_gets_what_a_stream_gives(run, monkeypatch, capsys, nano):
+    card = Card()
+    monkeypatch.setitem(sys.modules, "sounddevice", card)
+    run("sound_card.py", "seven forty two")
+    heard = np.concatenate(card.played)
+    assert "heard after" in capsys.readouterr().out
+    assert nano.asr_sft(heard) == "seven forty two"
+    assert len(card.played) > 3
+
+
+def test_a_dialogue_answers_and_is_interrupted(run, monkeypatch, capsys):
+    question, steps = recording(QUESTION), list[str]()
+
+    def wait_for(condition: Callable[[], bool], what: str) -> None:
+        for _ in range(3000):
+            if condition():
+                steps.append(what)
+                return
+            time.sleep(0.01)
+
+    def talk(card: Card) -> None:
+        try:
+            card.hear(np.concatenate([silence(0.5), question, silence(1)]))
+            wait_for(lambda: card.speaker.__self__.busy, "answers")
+            card.play(0.2)
+            card.hear(question)
+            wait_for(lambda: not card.speaker.__self__.busy, "is silent")
+            card.hear(silence(1))
+            wait_for(lambda: card.speaker.__self__.busy, "answers again")
+        finally:
+            _thread.interrupt_main()
+
+    card = Card(talk)
+    monkeypatch.setitem(sys.modules, "sounddevice", card)
+    run("voice_loop.py")
+    assert steps == ["answers", "is silent", "answers again"]
+    assert capsys.readouterr().out.count("[interrupted]") == 1
+    assert np.abs(card.played[0]).max() > 0.01
+
+
+def test_many_recordings(run, tmp_path, capsys):
+    for name in ("thank_you", "six_five_zero", "what_is_your_name"):
+        shutil.copyfile(WORDS / f"{name}.flac", tmp_path / f"{name}.flac")
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    with pytest.raises(SystemExit) as ended:
+        run("transcribe_folder.py", tmp_path)
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    rows = dict(line.split("\t") for line in printed.out.splitlines())
+    assert {Path(path).stem: words for path, words in rows.items()} == {
+        "six_five_zero": "six five zero",
+        "thank_you": "thank you",
+        "what_is_your_name": "what is your name",
+    }
+    assert "broken.wav: cannot decode" in printed.err
+
+
+def test_a_folder_without_recordings(run, tmp_path):
+    with pytest.raises(SystemExit, match="holds no recordings"):
+        run("transcribe_folder.py", tmp_path)
+
+
+def test_speech_to_speech(run, tmp_path, capsys):
+    pair = [WORDS / "thank_you.flac", WORDS / "thank_you.flac", "thank you"]
+    target = tmp_path / "converted.wav"
+    run("convert_voice.py", "--example", *pair, WORDS / "six_five_zero.flac", "-o", target)
+    assert capsys.readouterr().out.strip()
+    assert len(recording(target)) > 0.1 * RATE
+
+
+def test_quantizing(run, tmp_path, capsys):
+    run("quantize.py", "nano", tmp_path / "small", "--format", "int8")
+    source = resolve_pair("nano", "nano")[0]
+    before, after = (
+        sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
+        for folder in (source, tmp_path / "small")
+    )
+    assert after < 0.7 * before
+    printed = capsys.readouterr().out
+    assert f"{before:.1f} MB -> {after:.1f} MB" in printed
+    assert printed.count("real-time factor") == 2
+
+
+def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "bias": "none"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter(run, tmp_path):
+    module, saved = "model.layers.0.self_attn.q_proj", "lm_head.weight"
+    base = load_file(KIT_PAIR[0] / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    out, width = base[f"{module}.weight"].shape
+    a, b = torch.randn(2, width, generator=draw), torch.randn(out, 2, generator=draw)
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b, saved: -base[saved]}
+    run("adapters.py", KIT_PAIR[0], adapter(tmp_path / "a", tensors), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    want = base[f"{module}.weight"].double() + 1.5 * b.double() @ a.double()
+    assert torch.allclose(found.pop(f"{module}.weight").double(), want, atol=1e-5)
+    assert torch.equal(found.pop(saved), -base[saved])
+    assert found.keys() | {f"{module}.weight", saved} == base.keys()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in found.items())
+    with mimo_fast.load(tmp_path / "merged", KIT_PAIR[1]) as model:
+        assert model.text_dialogue_sft("hello", max_new_tokens=4) is not None
+
+
+def test_an_adapter_of_another_kind(run, tmp_path):
+    odd = adapter(tmp_path / "dora", {"x": torch.zeros(1)}, use_dora=True)
+    with pytest.raises(SystemExit, match="only plain LoRA is merged here, not use_dora True"):
+        run("adapters.py", KIT_PAIR[0], odd, tmp_path / "merged")
+    strange = adapter(tmp_path / "strange", {"model.nothing.lora_A.weight": torch.zeros(1)})
+    with pytest.raises(SystemExit, match=r"no weights for model\.nothing\.lora_A\.weight"):
+        run("adapters.py", KIT_PAIR[0], strange, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def ask(url: str, data: bytes, kind: str = "application/json") -> tuple[int, bytes]:
+    request = urllib.request.Request(url, data, {"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@pytest.mark.slow
+def test_an_http_endpoint(run, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+    asked = list[str]()
+
+    def serve(app: Any, host: str, port: int) -> None:
+        assert host == "127.0.0.1"
+        server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            questions(f"http://{host}:{port}")
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    def questions(url: str) -> None:
+        def said(text: str) -> bytes:
+            status, wav = ask(f"{url}/speech", json.dumps({"text": text}).encode())
+            assert status == 200
+            return wav
+
+        texts = ["seven forty two", "thank you", "the dog is big and black"]
+        with ThreadPoolExecutor(3) as callers:
+            for text, wav in zip(texts, callers.map(said, texts), strict=True):
+                status, answer = ask(f"{url}/transcript", wav, "audio/wav")
+                assert (status, json.loads(answer)["text"]) == (200, text)
+                asked.append(text)
+        assert ask(f"{url}/speech", b'{"text": ""}')[0] == 422
+        assert ask(f"{url}/transcript", b"no audio", "audio/wav")[0] == 422
+        assert ask(f"{url}/transcript", bytes(21 * 2**20), "audio/wav")[0] == 413
+
+    monkeypatch.setattr(uvicorn, "run", serve)
+    run("http_endpoint.py", "--port", 0)
+    assert len(asked) == 3
