@@ -6,6 +6,7 @@ python -m benchmarks e2e --preset 7b --quantization int4  groups and whole reque
 python -m benchmarks baselines                            a reply as upstream runs it, beside ours
 python -m benchmarks profile                              an audio group's time, by kernel
 python -m benchmarks --compare HEAD~1 --op '*.qkv'        faster than that commit?
+python -m benchmarks robustness                           words wrong in recordings as they are
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -16,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import baselines, compare, e2e, ops, profile, report, suite
+from benchmarks import baselines, compare, e2e, ops, profile, report, robustness, suite
 from mimo_fast.errors import MimoFastError
 
 COMMANDS = {
@@ -25,6 +26,7 @@ COMMANDS = {
     "baselines": (baselines, "a spoken reply as upstream runs it, beside ours"),
     "profile": (profile, "where the time of an audio group goes, kernel by kernel"),
     "compare": (compare, "the working tree against another commit; --compare REF is the same"),
+    "robustness": (robustness, "words wrong in quiet, noisy and long recordings"),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

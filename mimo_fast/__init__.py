@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mimo_fast.acceleration import accelerate
     from mimo_fast.audio.files import DecodeLimits, load_audio
     from mimo_fast.audio.writing import save_wav
+    from mimo_fast.batches import BatchResult, batch
     from mimo_fast.config import CodecConfig, LMConfig
     from mimo_fast.errors import (
         AudioError,
@@ -64,6 +65,7 @@ else:
 __all__ = [
     "LM",
     "AudioError",
+    "BatchResult",
     "BusyError",
     "CheckpointError",
     "Chunk",
@@ -84,6 +86,7 @@ __all__ = [
     "Session",
     "Timing",
     "accelerate",
+    "batch",
     "generate",
     "load",
     "load_audio",
@@ -96,6 +99,7 @@ _HOMES = {
     "acceleration": ("accelerate",),
     "audio.files": ("DecodeLimits", "load_audio"),
     "audio.writing": ("save_wav",),
+    "batches": ("BatchResult", "batch"),
     "config": ("CodecConfig", "LMConfig"),
     "errors": (
         "AudioError",

@@ -55,6 +55,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "words_at_once": (0, 2**24),
     "confidence": (-1e6, 1e6),
     "reply_limits": (0, 2**24),
+    "seconds_at_once": (0, 2**24),
     # Of both.
     "rope_theta": (1, 1e12),
     # Of the codec.
@@ -151,6 +152,8 @@ class LMConfig:
     """Sentences that it says well in one reply; 0 where the checkpoint states nothing."""
     words_at_once: int = field(default=0, repr=False)
     """Words that it says well in one reply; 0 where the checkpoint states nothing."""
+    seconds_at_once: int = field(default=0, repr=False)
+    """Seconds of speech that it transcribes well at once; 0 where the checkpoint states nothing."""
     trained_tasks: tuple[str, ...] = field(default=(), repr=False)
     """Tasks that it was trained for, "tts_sft", and their options, "tts_sft.instruct"; empty where
     the checkpoint states nothing, which means all of them."""
@@ -220,6 +223,7 @@ class LMConfig:
             greedy_tasks=read.names("greedy_tasks"),
             sentences_at_once=read.integer("sentences_at_once", default=0),
             words_at_once=read.integer("words_at_once", default=0),
+            seconds_at_once=read.integer("seconds_at_once", default=0),
             trained_tasks=read.names("trained_tasks"),
             confidence=read.calibrations("confidence"),
             reply_limits=read.limits("reply_limits"),

@@ -1,7 +1,7 @@
 """`MimoAudio`: upstream's class and methods; plus streams, sessions and speech continuation."""
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mimo_fast import sampling
 from mimo_fast.arguments import check_call, checked, names_of, refuse_unknown
-from mimo_fast.audio.files import as_samples
+from mimo_fast.audio.files import AudioSource, as_samples
 from mimo_fast.audio.resample import resample
+from mimo_fast.audio.segments import LONG_PAUSE
 from mimo_fast.audio.writing import check_output, save_wav
 from mimo_fast.checkpoint.embedded import resolve_pair
 from mimo_fast.config import PathLike
@@ -37,11 +38,13 @@ from mimo_fast.runtime.loading import LoadOptions, load_parts
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS, Pipeline, check_limits
 from mimo_fast.runtime.session import Session
 from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
+from mimo_fast.runtime.transcription import TranscriptStream, transcript_of
 from mimo_fast.sampling import DrawnSeed, MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
 from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech, SpokenReply
 from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task, voice_of
 from mimo_fast.text.tokenizer import Tokenizer
+from mimo_fast.text.transcript import Transcript
 from mimo_fast.upstream.codec import AudioTokenizer
 from mimo_fast.upstream.device import DeviceName
 from mimo_fast.upstream.features import MelTransform, check_samples, group_by_length, log_of
@@ -572,6 +575,43 @@ class MimoAudio:
                 self._history.take_back()
                 raise
         return reply
+
+    def transcribe(
+        self,
+        audio: AudioSource | Iterator[Tensor],
+        template: Template = None,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Transcript:
+        """A recording of any length in words, with the times of what was said.
+
+        It is cut at pauses, the level of each piece set, and pieces are transcribed as rows of one
+        batch; `asr_sft` is upstream's one pass. Memory does not grow with the recording.
+
+        Args:
+            audio: anything that `load_audio` reads, of any length, or an iterator of waveforms [n]
+                at the codec's sample rate.
+            template: a wording of the request, its index, or None for one drawn by the seed.
+            max_new_tokens: groups of each piece; by default what its seconds can hold.
+
+        Raises:
+            AudioError: the audio cannot be read.
+        """
+        return transcript_of(self.transcript(audio, template, seed, max_new_tokens=max_new_tokens))
+
+    def transcript(
+        self,
+        audio: AudioSource | Iterator[Tensor],
+        template: Template = None,
+        seed: int | None = None,
+        waits: float = LONG_PAUSE,
+        max_new_tokens: int | None = None,
+    ) -> TranscriptStream:
+        """`transcribe` whose segments come as soon as they are known.
+
+        waits: seconds of silence after which a piece is transcribed; less of it for live speech.
+        """
+        return TranscriptStream(self.pipeline, audio, template, seed, waits, max_new_tokens)
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""

@@ -1,14 +1,23 @@
-"""Augmentation: recordings at other levels, in noise, of other speakers and microphones.
+"""Augmentation: recordings at other levels, in noise and rooms, of other speakers and microphones,
+by telephone.
 
 They are drawn anew at every use, since a few voices are not enough to learn what a voice is.
 """
 
+import io
 import math
 import random
+from collections.abc import Callable
 
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.resample import resample
+
+from .synthesis import RATE
 
 SPEEDS = (0.75, 1.2)
 """Range of playback speeds of what is heard."""
@@ -22,21 +31,106 @@ SIZES_OF_SPEAKERS, CONTRASTS = (0.85, 1.15), (0.75, 1.25)
 BENDS, BEND = 3, 0.03
 """Sines that bend the mel axis, and how much of its width the first one moves a band."""
 
+NOISE = -35, -3
+"""Decibels of noise, relative to the speech."""
+
 MASKS, MASKED_BANDS, MASKED_FRAMES = 2, 0.15, 8
 """Masks of what is heard: how many of each, the most bands (a share), and frames (of 10 ms)."""
+
+
+SILENT_SHARE, SILENCE = 0.5, (0.05, 1.5)
+"""Share of recordings with silence at each end, and seconds of it."""
+
+BABBLE_SHARE, BABBLE = 0.1, (8, 25)
+"""Share with other talkers, and decibels that they are below."""
+
+ROOM_SHARE, ROOM, DIRECT = 0.25, (0.1, 0.7), (-2, 12)
+"""Share in rooms, seconds in which their sound falls by 60 dB, decibels of the direct sound over
+the rest."""
+
+CLIPPED_SHARE, CLIPPED = 0.06, (2, 12)
+"""Share that is too loud, and by how many decibels."""
+
+QUIET_SHARE, QUIET = 0.12, (-60, -35)
+"""Share of 16-bit recordings at so few decibels, whose level was raised later."""
+
+CODED_SHARE = 0.25
+FORMATS = (
+    *(("WAV", "ULAW", 8000), ("WAV", "ALAW", 8000), ("WAV", "GSM610", 8000)),
+    *(("OGG", "OPUS", 16000), ("MP3", "MPEG_LAYER_III", 16000), ("WAV", "PCM_16", 8000)),
+)
+"""Form, kind and sample rate of telephones and players."""
+
+
+def recorded(
+    wav: Tensor, rng: random.Random, noise_share: float, others: Callable[[], Tensor]
+) -> Tensor:
+    """Waveform [n] at 24 kHz -> a recording of it, near or far, loud or quiet, by any device.
+
+    others: draws what another talker says.
+    """
+    wav = wav / (float(wav.abs().max()) or 1.0)
+    if rng.random() < SILENT_SHARE:
+        wav = F.pad(wav, [round(rng.uniform(*SILENCE) * RATE) for _ in range(2)])
+    if rng.random() < BABBLE_SHARE:
+        babble = sum(_fitted(others(), len(wav), rng) for _ in range(rng.randint(1, 4)))
+        wav = wav + at_level(babble, wav, rng.uniform(*BABBLE))
+    if rng.random() < ROOM_SHARE:
+        wav = in_room(wav, rng)
+    wav, _ = augment(wav, rng, noise_share)
+    if rng.random() < CLIPPED_SHARE:
+        wav = (wav / wav.abs().max() * 10 ** (rng.uniform(*CLIPPED) / 20)).clamp(-1, 1)
+    if rng.random() < QUIET_SHARE:
+        step = 10 ** (-rng.uniform(*QUIET) / 20) / 2**15 * float(wav.abs().max())
+        wav = (wav / step).round() * step
+    if rng.random() < CODED_SHARE:
+        wav = coded(wav, *rng.choice(FORMATS))
+    return wav
 
 
 def augment(wav: Tensor, rng: random.Random, noise_share: float = 0.5) -> tuple[Tensor, Tensor]:
     """Waveform [n] -> the recording at some level, maybe in noise, and the same without the noise.
 
-    Noise is white or pink, 8 to 35 dB below the speech, in `noise_share` of the cases; there is
+    Noise is white or pink, 3 to 35 dB below the speech, in `noise_share` of the cases; there is
     always a little.
     """
     peak = float(wav.abs().max()) or 1.0
     clean = wav * (10 ** (rng.uniform(-14, -0.5) / 20) / peak)
-    level = rng.uniform(-35, -8) if rng.random() < noise_share else rng.uniform(-65, -45)
-    power = float(clean.square().mean().sqrt())
-    return clean + noise(len(wav), rng) * power * 10 ** (level / 20), clean
+    level = rng.uniform(*NOISE) if rng.random() < noise_share else rng.uniform(-65, -45)
+    return clean + at_level(noise(len(wav), rng), clean, -level), clean
+
+
+def at_level(other: Tensor, wav: Tensor, decibels: float) -> Tensor:
+    """Another sound, so many decibels below a waveform where that is heard."""
+    loud = wav[wav.abs() > 0.05 * wav.abs().max()]
+    powers = [float(each.square().mean().sqrt()) or 1.0 for each in (loud, other)]
+    return other * powers[0] / powers[1] * 10 ** (-decibels / 20)
+
+
+def in_room(wav: Tensor, rng: random.Random) -> Tensor:
+    """With the echoes of a room: noise that decays after the direct sound."""
+    size = round(rng.uniform(*ROOM) * RATE)
+    echoes = noise(size, rng) * 10 ** (-3 * torch.arange(size) / size)
+    echoes *= 10 ** (-rng.uniform(*DIRECT) / 20) / echoes.square().sum().sqrt()
+    echoes[0] += 1
+    length = _fft_size(len(wav) + size)
+    spectrum = torch.fft.rfft(wav, length) * torch.fft.rfft(echoes, length)
+    return torch.fft.irfft(spectrum, length)[: len(wav)]
+
+
+def coded(wav: Tensor, form: str, kind: str, rate: int) -> Tensor:
+    """Through a codec of libsndfile at a sample rate; the same length."""
+    file = io.BytesIO()
+    samples = resample(wav / max(1.0, float(wav.abs().max())), RATE, rate).numpy()
+    soundfile.write(file, samples, rate, format=form, subtype=kind)
+    found = load_audio(file.getvalue(), RATE)[: len(wav)]
+    return F.pad(found, (0, len(wav) - len(found)))
+
+
+def _fitted(wav: Tensor, samples: int, rng: random.Random) -> Tensor:
+    """A part of a waveform, or several times all of it."""
+    start = rng.randrange(max(1, len(wav)))
+    return wav.roll(-start).repeat(-(-samples // len(wav)))[:samples]
 
 
 def vary(wav: Tensor, rng: random.Random) -> Tensor:

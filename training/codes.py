@@ -15,7 +15,7 @@ from mimo_fast.audio.mel import log_mel
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.text.prompt import whole_patches
 
-from .augmentation import augment, other_speaker, vary
+from .augmentation import other_speaker, recorded, vary
 from .data import FRAME, SHARD, Part, joined, piece, save_whole
 from .synthesis import PHONES, RATE, Utterance
 
@@ -23,7 +23,7 @@ PLAIN = ("speech", "letters", "words", "questions", "echoes")
 HEARD = (*PLAIN, "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to, each in `VARIANTS` recordings, varied, in noise."""
 
-VARIANTS, NOISE_SHARE = 2, 0.4
+VARIANTS, NOISE_SHARE = 2, 0.5
 
 SAID = ("replies", "readings", "spellings", "answers", "unsaid")
 """Parts that the model says, without the silence around, with places of words and phones."""
@@ -96,7 +96,7 @@ class Codes:
         heard, said = self.part.name in HEARD, self.part.name in SAID
         wav, start, frame = spoken.wav, 0, codec.config.samples_per_frame
         if heard:
-            wav, _ = augment(vary(wav, rng), rng, NOISE_SHARE)
+            wav = recorded(vary(wav, rng), rng, NOISE_SHARE, lambda: self._other(rng))
         elif said:
             start = max(0, spoken.starts[0] - round(LEAD * RATE))
             wav = wav[start : spoken.ends[-1] + round(TAIL * RATE)]
@@ -110,6 +110,10 @@ class Codes:
             places = patches.clamp(min=0).to(torch.int16)
             phones = phones_at(start + frame * torch.arange(codes.shape[1]) + frame // 2, spoken)
         return codes.T.reshape(-1).to(torch.int16), places, phones
+
+    def _other(self, rng: random.Random) -> Tensor:
+        """What somebody else says at the same time, of the first shard, which stays in memory."""
+        return vary(self.part[rng.randrange(min(SHARD, len(self)))].wav, rng)
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"{self.part.name}-{shard:04d}.safetensors"

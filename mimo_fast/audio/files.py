@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.audio.paths import check_readable, name_of, reason_of, soundfile_library
-from mimo_fast.audio.resample import check_rate, resample_blocks
+from mimo_fast.audio.resample import MIN_RATE, check_rate, resample_blocks
 from mimo_fast.errors import AudioError
 from mimo_fast.modes import in_own_modes
 
@@ -26,6 +27,7 @@ MAX_CHANNELS = 8
 MIXING_LOSS = 6.0  # dB that a mixture may lose before one channel is taken instead
 BLOCK = 2**16  # frames decoded at a time
 READ_BLOCK = 2**20  # bytes read from a file object at a time
+MOST_BYTES = 2**42  # of a file that is read but not held
 SCALES = {
     torch.uint8: (128, 2**7),
     torch.int8: (0, 2**7),
@@ -75,10 +77,79 @@ def load_audio(
             or infinite samples.
     """
     sample_rate = check_rate(sample_rate)
+    with _opened(source, limits, sample_rate, source_rate) as opened:
+        mixer = _Mixer()
+        wav = _joined(opened.blocks(mixer), sample_rate, limits, opened)
+        chosen = mixer.choice(opened.name)
+        if chosen is None:
+            return wav
+        # Read again, so that no more than a block of each channel is held.
+        return _joined(opened.blocks(_Mixer(chosen)), sample_rate, limits, opened)
+
+
+def audio_blocks(
+    source: AudioSource,
+    sample_rate: int,
+    *,
+    limits: DecodeLimits = DecodeLimits(),
+    source_rate: int | None = None,
+) -> Iterator[Tensor]:
+    """`load_audio` in parts [n], which join to its result: memory does not grow with the audio.
+
+    Audio of several channels is decoded twice: before the first part it is known whether they can
+    be mixed.
+
+    Raises:
+        AudioError: as `load_audio`, once the part in question is reached.
+    """
+    sample_rate = check_rate(sample_rate)
+    with _opened(source, limits, sample_rate, source_rate) as opened:
+        mixer = _Mixer()
+        if opened.channels > 1:
+            for _ in opened.blocks(mixer):
+                pass
+        # Without frames, so that it measures nothing while it mixes.
+        mixer = _Mixer(mixer.choice(opened.name))
+        yield from _resampled(opened.blocks(mixer), sample_rate, limits, opened)
+
+
+def check_audio(path: str | os.PathLike[str]) -> None:
+    """Raises AudioError where no audio can be read from the beginning of a file."""
+    limits = DecodeLimits(bytes=MOST_BYTES)
+    with _opened(path, limits, MIN_RATE, None) as opened:
+        if next(opened.read(), None) is None:
+            raise AudioError(f"{opened.name} holds no samples")
+
+
+@dataclass
+class _Opened:
+    """A source that can be read from its start, as often as is needed.
+
+    Args:
+        read: its blocks [channels, n].
+        rate: sample rate.
+    """
+
+    read: Callable[[], Iterator[Tensor]]
+    rate: int
+    channels: int
+    name: str
+
+    def blocks(self, mixer: "_Mixer") -> Iterator[Tensor]:
+        """Mono blocks [n]."""
+        return map(mixer.mono, self.read())
+
+
+@contextmanager
+def _opened(
+    source: AudioSource, limits: DecodeLimits, sample_rate: int, source_rate: int | None
+) -> Iterator[_Opened]:
     if isinstance(source, Tensor | np.ndarray):
         rate = check_rate(sample_rate if source_rate is None else source_rate, "source_rate")
-        place = rate, sample_rate, limits, "the audio array"
-        return _collect(lambda again: _array_blocks(source), *place)
+        shape = source.shape
+        channels = shape[0] if len(shape) == 2 else 1
+        yield _Opened(lambda: _array_blocks(source), rate, channels, "the audio array")
+        return
     name = name_of(source)
     if source_rate is not None:
         problem = f"source_rate is for tensors and arrays; {name} states its own rate"
@@ -87,20 +158,22 @@ def load_audio(
     # Ctrl-C inside soundfile's callbacks would be swallowed and read as the end of the file;
     # threads get no signals.
     with ThreadPoolExecutor(1) as decoder:
-        opened = [decoder.submit(_open, encoded, name).result()]
+        files = [decoder.submit(_open, encoded, name).result()]
+        unread = True
 
-        def read(again: bool) -> Iterator[Tensor]:
-            if again:
+        def read() -> Iterator[Tensor]:
+            nonlocal unread
+            if not unread:
                 if isinstance(encoded, io.BytesIO):
                     encoded.seek(0)
-                opened.append(decoder.submit(_open, encoded, name).result())
-            return _file_blocks(opened[-1], name, decoder)
+                files.append(decoder.submit(_open, encoded, name).result())
+            unread = False
+            return _file_blocks(files[-1], name, decoder)
 
         try:
-            rate = _check_header(opened[0], name)
-            return _collect(read, rate, sample_rate, limits, name)
+            yield _Opened(read, _check_header(files[0], name), files[0].channels, name)
         finally:
-            for file in opened:
+            for file in files:
                 decoder.submit(file.close)  # after a read that an interrupt left running
 
 
@@ -126,6 +199,18 @@ class _Mixer:
         self._frames += block.shape[1]
         return mean
 
+    def choice(self, name: str) -> int | None:
+        """The channel to take in place of the mean, with a warning; None where the mean does."""
+        lost, strongest = self.loss()
+        if lost <= MIXING_LOSS:
+            return None
+        warnings.warn(
+            f"mixing the channels of {name} would lose {min(lost, 99):.0f} dB, as they cancel out "
+            f"or most are silent: channel {strongest + 1} is used alone",
+            stacklevel=4,
+        )
+        return strongest
+
     def loss(self) -> tuple[float, int]:
         """Decibels that the mean lacks to the channels, and the strongest of these.
 
@@ -146,36 +231,17 @@ class _Mixer:
         return lost, next(i for i, power in enumerate(channels) if power > 0.999 * strongest)
 
 
-def _collect(
-    read: Callable[[bool], Iterator[Tensor]],
-    rate: int,
-    sample_rate: int,
-    limits: DecodeLimits,
-    name: str,
-) -> Tensor:
-    """Mixes, resamples and joins blocks [channels, n] -> [n].
-
-    read: opens the source, the first time or again: where its channels cancel out it is read twice,
-    so that no more than a block of each channel is held.
-    """
-    mixer = _Mixer()
-    wav = _joined(map(mixer.mono, read(False)), rate, sample_rate, limits, name)
-    lost, strongest = mixer.loss()
-    if lost <= MIXING_LOSS:
-        return wav
-    warnings.warn(
-        f"mixing the channels of {name} would lose {min(lost, 99):.0f} dB, as they cancel out or "
-        f"most are silent: channel {strongest + 1} is used alone",
-        stacklevel=3,
-    )
-    alone = _Mixer(strongest)
-    return _joined(map(alone.mono, read(True)), rate, sample_rate, limits, name)
-
-
 def _joined(
-    blocks: Iterator[Tensor], rate: int, sample_rate: int, limits: DecodeLimits, name: str
+    blocks: Iterator[Tensor], sample_rate: int, limits: DecodeLimits, opened: _Opened
 ) -> Tensor:
-    """Resample and join mono blocks [n]: the one place where length and samples are checked."""
+    return torch.cat(list(_resampled(blocks, sample_rate, limits, opened)))
+
+
+def _resampled(
+    blocks: Iterator[Tensor], sample_rate: int, limits: DecodeLimits, opened: _Opened
+) -> Iterator[Tensor]:
+    """Resamples mono blocks [n]: the one place where length and samples are checked."""
+    rate, name = opened.rate, opened.name
 
     def bounded() -> Iterator[Tensor]:
         frames = 0
@@ -189,14 +255,14 @@ def _joined(
                 raise AudioError(f"{problem}; {_remedy(limits, 'bytes')}")
             yield block
 
-    pieces = []
+    samples = 0
     for piece in resample_blocks(bounded(), rate, sample_rate):
         if not piece.isfinite().all():
             raise AudioError(f"{name} holds NaN or infinite samples; export it again")
-        pieces.append(piece)
-    if not sum(map(len, pieces)):
+        samples += len(piece)
+        yield piece
+    if not samples:
         raise AudioError(f"{name} holds no samples")
-    return torch.cat(pieces)
 
 
 def _remedy(limits: DecodeLimits, field: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mimo_fast.audio.paths import (
     check_folder,
@@ -14,6 +15,7 @@ from mimo_fast.audio.paths import (
 )
 from mimo_fast.checkpoint.embedded import NANO, QUESTION
 from mimo_fast.errors import AudioError
+from mimo_fast.text.transcript import SUFFIXES
 
 STANDARD = Path("-")
 """Stands for standard input or output."""
@@ -79,6 +81,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not _is_text(folder := str(getattr(args, name, None))):
             args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")
     inputs = _inputs(args)
+    if args.module == "asr":
+        _check_transcripts(args)
+    if args.module == "tts":
+        if (args.text is None) == (args.lines is None):
+            args.parser.error("give a text, or --lines with a file of them")
+        if args.lines and (args.voice or args.lookahead != "exact"):
+            args.parser.error("--lines goes with neither --voice nor --lookahead")
     _check_overlap(args, inputs, _check_outputs(args))
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
         args.parser.error("standard input can be given once")
@@ -133,7 +142,7 @@ def _unreadable(inputs: list[Path]) -> dict[Path, AudioError]:
 def _check_outputs(args: argparse.Namespace) -> list[Path]:
     """Files that the command will write."""
     parser: argparse.ArgumentParser = args.parser
-    output: Path | None = getattr(args, "output", None)
+    output: Any = getattr(args, "output", None)
     json: Path | None = getattr(args, "json", None)
     files = list[Path]()
     try:
@@ -146,6 +155,17 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
             for file in files:
                 if os.path.lexists(file):
                     check_writable(file)
+        elif args.module == "asr":
+            files = list(args.targets.values())
+            if args.resumes:
+                check_folder(output)
+            for file in files:
+                if not args.resumes or os.path.lexists(file):
+                    check_writable(file)
+        elif output is not None and getattr(args, "lines", None):
+            if output == STANDARD:
+                parser.error("argument -o/--output: --lines writes several files, name a folder")
+            check_folder(output)
         elif output == STANDARD:
             if sys.stdout.isatty():
                 parser.error("standard output is a terminal: redirect it, as in -o - > reply.wav")
@@ -165,6 +185,27 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
     except AudioError as error:
         parser.error(f"argument {option}: {error}")
     return files
+
+
+def _check_transcripts(args: argparse.Namespace) -> None:
+    """Adds `targets`, the file of each recording, and whether what is there is kept: `resumes`."""
+    if bool(args.audio) == args.live:
+        args.parser.error("give recordings, or --live" if not args.live else "--live takes none")
+    if args.output == STANDARD:
+        args.output = None
+    several = len(args.audio) > 1
+    if args.whole and (args.live or args.output or args.format != "text"):
+        args.parser.error("--whole prints text: it goes with neither --live, -o nor --format")
+    if several and not args.output and args.format in ("srt", "vtt", "tsv"):
+        args.parser.error(f"several recordings in {args.format} go to files: name a folder with -o")
+    args.targets, args.resumes = {}, False
+    if args.output is None:
+        return
+    args.resumes = several or args.output.is_dir()
+    for recording in args.audio or [STANDARD]:
+        stem = "standard input" if recording == STANDARD else recording.stem
+        name = f"{stem}{SUFFIXES[args.format]}"
+        args.targets[recording] = args.output / name if args.resumes else args.output
 
 
 def _check_overlap(args: argparse.Namespace, inputs: list[Path], outputs: list[Path]) -> None:

@@ -36,7 +36,7 @@ WORDS_NAMED = 8
 """Number of words that a warning names."""
 
 
-def load_options(args: argparse.Namespace) -> LoadOptions:
+def load_options(args: argparse.Namespace, max_batch: int | None = 1) -> LoadOptions:
     """Options on where a model is found and how much memory it may take."""
     return {
         "revision": args.revision,
@@ -44,7 +44,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         "cache_dir": args.cache_dir,
         "local_files_only": args.offline,
         "codec_rope": args.codec_rope,
-        "max_batch": 1,
+        "max_batch": max_batch,
         "max_seq_len": args.max_seq_len,
         "kv_cache": args.kv_cache,
         "offload": args.offload or (),
@@ -63,12 +63,14 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
     return lm, codec
 
 
-def load_model(args: argparse.Namespace, quantization: Any = None) -> MimoAudio:
-    """The model of the options; `quantization` replaces theirs."""
+def load_model(
+    args: argparse.Namespace, quantization: Any = None, max_batch: int | None = 1
+) -> MimoAudio:
+    """The model of the options; `quantization` replaces theirs, None as `max_batch` what fits."""
     device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
-    options, chosen = load_options(args), quantization or args.quantization
+    options, chosen = load_options(args, max_batch), quantization or args.quantization
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))

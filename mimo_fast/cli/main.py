@@ -35,6 +35,7 @@ from mimo_fast.cli.process import (
 )
 from mimo_fast.cli.reports import TRACEBACK, report, say
 from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
+from mimo_fast.text.transcript import SUFFIXES
 
 EMBEDDED = "nano, inside the package"
 AUDIO_FILE = f"file ({', '.join(FORMATS)}), or - for standard output, a WAV as it is spoken"
@@ -125,8 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     tts = command("tts", "Say a text.")
-    tts.add_argument("text", help="what to say; '-' reads it from standard input")
-    _add_output(tts)
+    tts.add_argument("text", nargs="?", help="what to say; '-' reads it from standard input")
+    _add_output(tts, note="; with --lines a folder")
+    each = "say each line of a file: -o is a folder, what is there already is kept"
+    tts.add_argument("--lines", type=path, metavar="FILE", help=each)
+    at_once = "lines said at once [4, or as many as fit]"
+    tts.add_argument("--streams", type=positive, metavar="N", help=at_once)
     _add_lookahead(tts)
     style = "how to say it, such as 'in a happy voice'"
     tts.add_argument("--instruct", metavar="STYLE", help=style)
@@ -138,7 +143,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generation_options(tts)
 
     asr = command("asr", "Transcribe recordings.")
-    asr.add_argument("audio", type=path, nargs="+", help="recordings; - for standard input")
+    asr.add_argument("audio", type=path, nargs="*", help="recordings; - for standard input")
+    asr.add_argument("--live", action="store_true", help="the microphone, until Ctrl-C")
+    form = "what is written [text]"
+    asr.add_argument("--format", choices=tuple(SUFFIXES), default="text", help=form)
+    place = "file, or folder for several; what is there already is kept [standard output]"
+    asr.add_argument("-o", "--output", type=path, metavar="PATH", help=place)
+    again = "transcribe again what is in the folder already"
+    asr.add_argument("--overwrite", action="store_true", help=again)
+    one = "upstream's one pass over a whole recording [cut at pauses, levels set]"
+    asr.add_argument("--whole", action="store_true", help=one)
+    at_once = "pieces transcribed at once [4, or as many as fit]"
+    asr.add_argument("--streams", type=positive, metavar="N", help=at_once)
     _add_generation_options(asr)
 
     understand = command("understand", "Answer a question about a recording.")

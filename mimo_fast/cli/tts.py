@@ -1,7 +1,10 @@
-"""`mimo-fast tts TEXT -o WAV`: says a text."""
+"""`mimo-fast tts TEXT -o WAV`: says a text, or each line of a file."""
 
 import argparse
+import sys
 
+from mimo_fast.batches import RECORD, batch
+from mimo_fast.cli.arguments import STANDARD
 from mimo_fast.cli.common import (
     load_model,
     load_recording,
@@ -11,10 +14,14 @@ from mimo_fast.cli.common import (
     warn_of_words,
     write_speech,
 )
+from mimo_fast.cli.process import written
+from mimo_fast.cli.reports import report, say
 from mimo_fast.errors import MimoFastError
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.lines:
+        return _say_lines(args)
     text = read_text(args.text)
     if not text:
         raise MimoFastError("there is no text to say")
@@ -34,3 +41,32 @@ def run(args: argparse.Namespace) -> int:
     chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **limits)
     write_speech(model, args, chunks, speech_output(args.output))
     return 0
+
+
+def _say_lines(args: argparse.Namespace) -> int:
+    """A recording for each line of a file, several at once; what is there already is kept."""
+    try:
+        text = sys.stdin.read() if args.lines == STANDARD else args.lines.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise MimoFastError(f"cannot read {args.lines}: {why}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise MimoFastError(f"{args.lines} holds no lines to say")
+    model = load_model(args, max_batch=args.streams)
+    warn_of_words(model, " ".join(lines))
+    options = {"instruct": args.instruct, "read_text_only": not args.natural}
+    options |= {"split": not (args.whole or args.natural), "max_new_tokens": args.max_tokens}
+    said, failed = 0, 0
+    for result in batch(model, "tts", lines, args.output, seed=args.seed, **options):
+        if result.error is not None or result.file is None:
+            failed += 1
+            problem = result.error or "the model said nothing"
+            report(MimoFastError(f"line {result.index + 1}: {problem}"))
+        else:
+            said += 1
+            written.append(result.file.name)
+    kept = len(lines) - said - failed
+    before = f", {kept} were there already" if kept else ""
+    say(f"wrote {said} recordings and {RECORD} into {args.output}{before}")
+    return int(failed > 0)

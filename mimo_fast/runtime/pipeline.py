@@ -158,11 +158,11 @@ class Pipeline(FreedWhenClosed):
         self.owner.check()
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
-        wav, channels, loss = (
-            load_audio(audio, self.codec.sample_rate),
-            self.lm.config.channels,
-            None,
-        )
+        return self._encoded(load_audio(audio, self.codec.sample_rate), closed)
+
+    def _encoded(self, wav: Tensor, closed: bool) -> Speech:
+        channels = self.lm.config.channels
+        loss: Tensor | None
         if self.lm.config.confidence and self.codec.encoder_graphs is None:
             codes, loss = self.codec.encode_measured(wav, channels)
         else:
@@ -180,17 +180,22 @@ class Pipeline(FreedWhenClosed):
         return self.codec.encode_measured(wav, self.lm.config.channels)[1]
 
     def speech_later(self, audio: Audio, closed: bool = True) -> Speech:
-        """`speech` that does not wait for the codes, where they can be prefilled on the device.
+        """`speech` for a prompt: what the context cannot hold is refused before it is encoded.
 
-        That the codec's values are not finite is then found by whoever reads them.
+        It does not wait for the codes where they can be prefilled on the device; that the codec's
+        values are not finite is then found by whoever reads them.
         """
         self.owner.check()
-        if isinstance(audio, Speech) or self.codec.encoder_graphs is None or not self._prefills:
-            return self.speech(audio, closed)
+        if isinstance(audio, Speech):
+            return encoded_speech(audio, closed)
         wav = load_audio(audio, self.codec.sample_rate)
-        pending = self.codec.encode_later(wav, self.lm.config.channels)
+        group = self.codec.config.samples_per_frame * self.lm.config.group_size
+        self.engine.check_room(len(wav) // group)
+        pending = None
+        if self.codec.encoder_graphs is not None and self._prefills:
+            pending = self.codec.encode_later(wav, self.lm.config.channels)
         if pending is None:
-            return self.speech(audio, closed)
+            return self._encoded(wav, closed)
         pending.frames = whole_frames(pending.frames, self.lm.config.group_size, closed)
         _check_patches(pending.frames)
         pending.check = lambda codes: checked_codes(self.codec, codes, wav)
@@ -299,7 +304,7 @@ class Pipeline(FreedWhenClosed):
         self, reply: Reply, ids: Tensor, speaks: bool = True, special_tokens: bool = False
     ) -> tuple[ReplyText, Tensor | None]:
         """Reads the reply to a prompt that ends with `ids`: text, and codes [C, T] or None."""
-        text, codes = read_reply(reply, self._reader(ids, speaks, special_tokens))
+        text, codes = read_reply(reply, self.reader(ids, speaks, special_tokens))
         text.confidence, text.warning = self.judge(reply)
         return text, codes
 
@@ -320,11 +325,11 @@ class Pipeline(FreedWhenClosed):
         voice: Voice | None = None,
     ) -> ChunkStream:
         """The reply to a prompt that ends with `ids`, a chunk a group; see `stream_reply`."""
-        reader = self._reader(ids, speaks, special_tokens)
+        reader = self.reader(ids, speaks, special_tokens)
         how = began, speaks, on_group, lookahead, voice
         return stream_reply(reply, reader, self.codec, *how, self.judge)
 
-    def _reader(self, ids: Tensor, speaks: bool, special_tokens: bool) -> ReplyReader:
+    def reader(self, ids: Tensor, speaks: bool, special_tokens: bool = False) -> ReplyReader:
         """A reader; the reply starts as speech after `<|sostm|>` or inside a recording.
 
         Its text has no control tokens, with two exceptions: all that upstream shows with

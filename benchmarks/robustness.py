@@ -1,0 +1,231 @@
+"""Words wrong in recordings as they are: quiet, noisy, by telephone, in rooms, long.
+
+    python -m benchmarks robustness --count 100 -o benchmarks/results/DATE-robustness.json
+
+Sentences and voice are those that nano never had in training, made by flite (apt-get install
+flite). Each row is `transcribe`, beside it upstream's one pass (`asr_sft`) where --one-pass asks
+for it. Rates are word errors over words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mimo_fast
+from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.resample import resample
+from mimo_fast.bench.environment import environment
+from mimo_fast.checkpoint.folder import write_json
+from training import domain
+from training.augmentation import noise
+from training.data import UNHEARD_VOICE
+from training.listen import word_errors
+from training.synthesis import Manner, has_flite, synthesize
+
+RATE = 24_000
+
+Change = Callable[[Tensor, random.Random], Tensor]
+
+
+def silence(seconds: float) -> Tensor:
+    return torch.zeros(round(seconds * RATE))
+
+
+def padded(before: float, after: float) -> Change:
+    return lambda wav, rng: torch.cat((silence(before), wav, silence(after)))
+
+
+def gain(decibels: float) -> Change:
+    """Of a 16-bit file."""
+    return lambda wav, rng: (wav * 10 ** (decibels / 20) * 2**15).round() / 2**15
+
+
+def clipped(decibels: float) -> Change:
+    return lambda wav, rng: (wav / wav.abs().max() * 10 ** (decibels / 20)).clamp(-1, 1)
+
+
+def offset(value: float) -> Change:
+    return lambda wav, rng: wav * 0.5 + value
+
+
+def hum(hertz: float, decibels: float) -> Change:
+    def change(wav: Tensor, rng: random.Random) -> Tensor:
+        places = torch.arange(len(wav)) * (2 * math.pi * hertz / RATE)
+        tones = sum(torch.sin(k * places) / k for k in (1, 2, 3))
+        return mixed(wav, tones, decibels)
+
+    return change
+
+
+def mixed(wav: Tensor, other: Tensor, decibels: float) -> Tensor:
+    """Another sound, so many decibels below the speech."""
+    power, against = wav.square().mean().sqrt(), other.square().mean().sqrt()
+    return wav + other * power / against * 10 ** (-decibels / 20)
+
+
+def noisy(decibels: float) -> Change:
+    """Between white and pink."""
+    return lambda wav, rng: mixed(wav, noise(len(wav), rng), decibels)
+
+
+def talkers(count: int, decibels: float) -> Change:
+    """Other sentences in trained voices at the same time."""
+
+    def change(wav: Tensor, rng: random.Random) -> Tensor:
+        babble = torch.zeros(len(wav))
+        for voice in rng.choices(("slt", "awb", "kal16"), k=count):
+            text = domain.spoken(domain.draw_sentence(rng))
+            other = synthesize(text, Manner(voice, pitch=rng.uniform(0.9, 1.1))).wav
+            babble += other.repeat(-(-len(wav) // len(other)))[: len(wav)]
+        return mixed(wav, babble, decibels)
+
+    return change
+
+
+def room(seconds: float) -> Change:
+    """Echoes that fall by 60 dB in so many seconds: decaying noise after the direct sound."""
+
+    def change(wav: Tensor, rng: random.Random) -> Tensor:
+        n = round(seconds * RATE)
+        response = noise(n, rng) * 10 ** (-3 * torch.arange(n) / n)
+        response *= 1 / response.square().sum().sqrt()
+        response[0] += 1
+        size = 2 ** math.ceil(math.log2(len(wav) + n))
+        spectrum = torch.fft.rfft(wav, size) * torch.fft.rfft(response, size)
+        wet = torch.fft.irfft(spectrum, size)[: len(wav) + n]
+        return wet / wet.abs().max() * 0.5
+
+    return change
+
+
+def coded(form: str, subtype: str, rate: int) -> Change:
+    """Through a codec of libsndfile at a sample rate."""
+
+    def change(wav: Tensor, rng: random.Random) -> Tensor:
+        file = io.BytesIO()
+        samples = resample(wav, RATE, rate).clamp(-1, 1).numpy()
+        soundfile.write(file, samples, rate, format=form, subtype=subtype)
+        return load_audio(file.getvalue(), RATE)
+
+    return change
+
+
+CONDITIONS: dict[str, Change] = {
+    "clean": lambda wav, rng: wav,
+    "1 s of silence before and after": padded(1, 1),
+    "3 s of silence after": padded(0, 3),
+    "10 s of silence before": padded(10, 0),
+    "40 dB quieter": gain(-40),
+    "50 dB quieter": gain(-50),
+    "clipped by 6 dB": clipped(6),
+    "clipped by 12 dB": clipped(12),
+    "offset of a tenth of full scale": offset(0.1),
+    "hum of 50 Hz, 10 dB below": hum(50, 10),
+    "noise, 20 dB below": noisy(20),
+    "noise, 10 dB below": noisy(10),
+    "noise, 5 dB below": noisy(5),
+    "4 talkers, 20 dB below": talkers(4, 20),
+    "4 talkers, 10 dB below": talkers(4, 10),
+    "room of 0.3 s": room(0.3),
+    "room of 0.6 s": room(0.6),
+    "telephone, mu-law": coded("WAV", "ULAW", 8000),
+    "telephone, A-law": coded("WAV", "ALAW", 8000),
+    "mobile telephone, GSM": coded("WAV", "GSM610", 8000),
+    "Opus": coded("OGG", "OPUS", 24000),
+    "MP3": coded("MP3", "MPEG_LAYER_III", 24000),
+}
+
+LONG = {"1 minute": 60, "5 minutes": 300, "20 minutes": 1200}
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, Tensor]]:
+    """Text and speech [n] of sentences that training never had, in a voice that it never had."""
+    rng, found = random.Random(seed), dict[str, Tensor]()
+    while len(found) < count:
+        text = domain.draw_sentence(rng, held_out=True)
+        manner = Manner(UNHEARD_VOICE, stretch=rng.uniform(0.9, 1.15), pitch=rng.uniform(0.9, 1.1))
+        found.setdefault(text, synthesize(domain.spoken(text), manner).wav)
+    return list(found.items())
+
+
+def talk(
+    seconds: float, spoken: list[tuple[str, Tensor]], rng: random.Random
+) -> tuple[str, Tensor]:
+    """Sentences with pauses of half a second to two."""
+    texts, parts, length = [], [], 0
+    while length < seconds * RATE:
+        text, wav = rng.choice(spoken)
+        texts.append(text)
+        parts += [wav, silence(rng.uniform(0.5, 2))]
+        length += sum(map(len, parts[-2:]))
+    return " ".join(texts), torch.cat(parts)
+
+
+def measure(
+    model: mimo_fast.MimoAudio, cases: list[tuple[str, Tensor]], one_pass: bool
+) -> dict[str, Any]:
+    words = sum(len(text.split()) for text, _ in cases)
+    began = time.perf_counter()
+    found = [model.transcribe(wav, seed=i) for i, (_, wav) in enumerate(cases)]
+    seconds = sum(len(wav) for _, wav in cases) / RATE
+    errors = [word_errors(got.text, text) for got, (text, _) in zip(found, cases, strict=True)]
+    record = {
+        "words": words,
+        "wrong": round(sum(errors) / words, 4),
+        "real_time_factor": round((time.perf_counter() - began) / seconds, 4),
+    }
+    if one_pass:
+        wrong = [
+            word_errors(model.asr_sft(wav, seed=i), text) for i, (text, wav) in enumerate(cases)
+        ]
+        record["one_pass"] = round(sum(wrong) / words, 4)
+    return record
+
+
+def add_options(option: Callable[..., Any]) -> None:
+    option("--count", type=int, default=100, help="sentences of each condition")
+    option("--seed", type=int, default=1)
+    option("--only", nargs="+", metavar="WORDS", help="conditions whose names hold one of these")
+    option("--one-pass", action="store_true", help="upstream's one pass too")
+    option("--model", help="directory or hub id; by default nano")
+    option("--codec", help="directory or hub id")
+    option("-o", "--output", type=Path)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not has_flite():
+        raise mimo_fast.MimoFastError("the sentences are said by flite: apt-get install flite")
+    spoken = sentences(args.count, args.seed)
+    record: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
+    record |= {"count": args.count, "seed": args.seed, "conditions": {}}
+    names = [
+        name
+        for name in [*CONDITIONS, *LONG]
+        if not args.only or any(part in name for part in args.only)
+    ]
+    with mimo_fast.load(args.model, args.codec, max_batch=4) as model:
+        for name in tqdm(names, disable=None):
+            rng = random.Random(f"{args.seed} {name}")
+            if name in LONG:
+                cases = [talk(LONG[name], spoken, rng)]
+            else:
+                cases = [(text, CONDITIONS[name](wav, rng)) for text, wav in spoken]
+            one_pass = args.one_pass and name not in LONG
+            found = record["conditions"][name] = measure(model, cases, one_pass)
+            beside = f"{found['one_pass']:9.1%}" if one_pass else ""
+            print(f"{name:<36}{found['wrong']:7.1%}{beside}", flush=True)
+            if args.output:
+                write_json(args.output, record)
+    return 0

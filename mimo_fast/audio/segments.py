@@ -1,0 +1,250 @@
+"""A recording, cut at its pauses into pieces of speech, their levels set; any length, in parts.
+
+    blocks at 24 kHz -> level -> 16 kHz -> probability of speech, every 32 ms
+    -> stretches of speech -> pieces of at most so many seconds -> level
+
+Nothing here depends on how a recording is divided into blocks. What is held is the piece in
+progress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimo_fast.audio.resample import resample
+from mimo_fast.audio.voice_activity import FRAME, RATE, VoiceActivity
+
+BEGINS, ENDS = 0.5, 0.35
+"""Probability at which speech begins, and below which it ends; those of Silero's own tools."""
+
+LEAST = 3
+"""Frames of speech, 96 ms, below which a stretch is a click."""
+
+PAUSE = 0.3
+"""Seconds without speech that end a stretch."""
+
+LONG_PAUSE = 2.0
+"""Seconds of a pause that no piece holds."""
+
+PAD = 0.2
+"""Seconds kept before and after a stretch, less where the next is nearer."""
+
+LOUDNESS = 0.05
+"""Root mean square of speech in a piece, as that of people close to a microphone."""
+
+PEAK = 0.95
+"""Largest sample of a piece."""
+
+MOST_GAIN = 1000.0
+"""60 dB: what is fainter is rounding in 16 bits."""
+
+LEVEL_BLOCK = 0.5
+"""Seconds of the blocks whose peaks set the level before the detector."""
+
+FALL = 0.5 ** (1 / 60)
+"""Of that level a block, so that it halves in 30 s without louder sound."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Speech of a recording.
+
+    Attributes:
+        start, end: Seconds in the recording at which speech begins and ends.
+        wav: float32 [n], with some silence at both ends.
+    """
+
+    start: float
+    end: float
+    wav: Tensor
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How pieces are cut.
+
+    Args:
+        longest: seconds of a piece.
+        merges: whether a piece may hold several stretches of speech.
+        pause: seconds without speech that end a stretch.
+        waits: seconds without speech after which a piece is returned, though the next stretch
+            might still belong to it.
+    """
+
+    longest: float = 30.0
+    merges: bool = True
+    pause: float = PAUSE
+    waits: float = LONG_PAUSE
+
+
+def pieces_of(blocks: Iterable[Tensor], rate: int, cutting: Cutting = Cutting()) -> Iterator[Piece]:
+    """The pieces of a recording that comes in blocks [n], each as soon as it is known."""
+    cutter = _Cutter(rate, cutting)
+    for block in blocks:
+        yield from cutter.push(block)
+    yield from cutter.finish()
+
+
+class _Detector:
+    """Waveform at any rate, in parts -> probabilities of speech every FRAME samples at 16 kHz."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate, self._activity = rate, VoiceActivity()
+        # Whole periods of both rates; the margin is farther than the filter reaches.
+        period = rate // math.gcd(rate, RATE)
+        self._size = round(LEVEL_BLOCK * rate / period) * period
+        self._margin = -(-rate // (100 * period)) * period
+        self._waiting = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._before = torch.zeros(self._margin, dtype=torch.float32, device="cpu")
+        self._level = 0.0
+
+    def push(self, block: Tensor, ended: bool = False) -> Tensor:
+        self._waiting = torch.cat((self._waiting, block))
+        found = [self._waiting.new_zeros(0)]
+        while len(self._waiting) >= self._size + self._margin:
+            found.append(self._probabilities(self._size))
+        if ended:
+            # Silence completes the last block and frame.
+            rest = len(self._waiting)
+            silence = self._waiting.new_zeros(self._size + self._margin)
+            self._waiting = torch.cat((self._waiting, silence))
+            if rest:
+                found.append(self._probabilities(self._size))
+        return torch.cat(found)
+
+    def _probabilities(self, size: int) -> Tensor:
+        block = self._waiting[:size]
+        block = block - block.mean()
+        self._level = max(self._level * FALL, float(block.abs().quantile(0.999)))
+        gain = min(0.5 / max(self._level, 1e-9), MOST_GAIN)
+        wav = torch.cat((self._before, self._waiting[: size + self._margin]))
+        at_16k = resample(wav, self._rate, RATE)
+        first = self._margin * RATE // self._rate
+        self._before = wav[size : size + self._margin].clone()
+        self._waiting = self._waiting[size:].clone()
+        return self._activity.push(gain * at_16k[first : first + size * RATE // self._rate])
+
+
+class _Cutter:
+    def __init__(self, rate: int, cutting: Cutting) -> None:
+        self._rate, self._cutting = rate, cutting
+        self._detector = _Detector(rate)
+        self._audio = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._origin = 0  # sample of the recording at which `_audio` begins
+        self._frames = 0  # that have been looked at
+        self._odds = deque[float]()  # of the frames of the stretch in progress
+        self._start: int | None = None  # frame at which it begins
+        self._quiet = 0  # frames since speech was heard in it
+        self._spoken = 0  # frames of speech in it
+        self._group = list[tuple[int, int]]()  # stretches of the next piece
+        self._last = 0  # frame at which the piece before it ended
+        self._frame_seconds = FRAME / RATE
+
+    def push(self, block: Tensor) -> Iterator[Piece]:
+        self._audio = torch.cat((self._audio, block))
+        yield from self._look(self._detector.push(block))
+        self._forget()
+
+    def finish(self) -> Iterator[Piece]:
+        yield from self._look(self._detector.push(self._audio[:0], ended=True))
+        if self._start is not None:
+            yield from self._end_stretch(self._frames - self._quiet)
+        yield from self._end_piece(None)
+
+    def _look(self, odds: Tensor) -> Iterator[Piece]:
+        longest = self._in_frames(self._cutting.longest)
+        pause, waits = (
+            self._in_frames(each) for each in (self._cutting.pause, self._cutting.waits)
+        )
+        for chance in odds.tolist():
+            frame = self._frames
+            self._frames += 1
+            if self._start is None:
+                if chance >= BEGINS:
+                    self._start, self._quiet, self._spoken = frame, 0, 0
+                    self._odds.clear()
+                elif self._group and frame - self._group[-1][1] >= waits:
+                    yield from self._end_piece(None)
+            if self._start is None:
+                continue
+            self._odds.append(chance)
+            self._spoken += chance >= BEGINS
+            self._quiet = self._quiet + 1 if chance < ENDS else 0
+            if self._quiet >= pause:
+                yield from self._end_stretch(self._frames - self._quiet)
+                self._start = None
+            elif self._frames - self._start >= longest:
+                # Nobody paused: where speech is least likely in the later half.
+                half = len(self._odds) // 2
+                late = list(self._odds)[half:]
+                cut = self._start + half + min(range(len(late)), key=late.__getitem__)
+                kept = list(self._odds)[cut - self._start :]
+                yield from self._end_stretch(cut)
+                self._start, self._spoken = cut, sum(each >= BEGINS for each in kept)
+                self._odds = deque(kept)
+
+    def _end_stretch(self, end: int) -> Iterator[Piece]:
+        start = self._start
+        assert start is not None
+        if self._spoken < LEAST:
+            return
+        group = self._group
+        fits = group and (end - group[0][0]) * self._frame_seconds <= self._cutting.longest
+        near = group and start - group[-1][1] <= self._in_frames(LONG_PAUSE)
+        if group and not (self._cutting.merges and fits and near):
+            yield from self._end_piece(start)
+        self._group.append((start, end))
+
+    def _end_piece(self, following: int | None) -> Iterator[Piece]:
+        """following: frame at which the next stretch begins, if it is known."""
+        if not self._group:
+            return
+        (start, _), (_, end) = self._group[0], self._group[-1]
+        pad = self._in_frames(PAD)
+        # Between two pieces each has half of a short pause.
+        first = max(start - pad, (start + self._last) // 2, 0)
+        last = end + pad if following is None else min(end + pad, (end + following + 1) // 2)
+        samples = [self._sample(first), self._sample(last)]
+        wav = self._audio[samples[0] - self._origin : samples[1] - self._origin]
+        speech = [
+            self._audio[self._sample(a) - self._origin : self._sample(b) - self._origin]
+            for a, b in self._group
+        ]
+        yield Piece(
+            start * self._frame_seconds, end * self._frame_seconds, levelled(wav, torch.cat(speech))
+        )
+        self._group, self._last = [], end
+
+    def _forget(self) -> None:
+        """Drops what no piece will hold."""
+        first = self._group[0][0] if self._group else self._start
+        first = self._frames if first is None else first
+        keep = self._sample(max(first - 2 * self._in_frames(PAD), 0))
+        if keep > self._origin:
+            self._audio, self._origin = self._audio[keep - self._origin :].clone(), keep
+
+    def _in_frames(self, seconds: float) -> int:
+        return round(seconds / self._frame_seconds)
+
+    def _sample(self, frame: int) -> int:
+        return frame * FRAME * self._rate // RATE
+
+
+def levelled(wav: Tensor, speech: Tensor | None = None) -> Tensor:
+    """A waveform [n] at the loudness of close speech, without an offset, its peak within bounds.
+
+    speech: the part of it that is speech.
+    """
+    speech = wav if speech is None or not len(speech) else speech
+    if not len(wav):
+        return wav
+    offset = speech.mean()
+    loudness = float((speech - offset).square().mean().sqrt())
+    peak = float((wav - offset).abs().max())
+    return (wav - offset) * min(LOUDNESS / max(loudness, 1e-9), PEAK / max(peak, 1e-9), MOST_GAIN)

@@ -1,0 +1,178 @@
+"""Recordings of any length -> text: cut at pauses, the pieces rows of one batch, words joined."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor
+
+from mimo_fast.audio.files import MOST_BYTES, AudioSource, DecodeLimits, audio_blocks
+from mimo_fast.audio.segments import LONG_PAUSE, Cutting, Piece, pieces_of
+from mimo_fast.modes import in_own_modes
+from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.runtime.pipeline import Pipeline, check_limits
+from mimo_fast.sampling import one_seed
+from mimo_fast.text.tasks import TASKS, Template, choose_template
+from mimo_fast.text.templates import ASR_TEMPLATES
+from mimo_fast.text.transcript import Transcript, TranscriptSegment, join
+
+LONGEST = 30.0
+"""Seconds of a piece where a checkpoint states nothing."""
+
+ANY_LENGTH = DecodeLimits(seconds=7 * 24 * 3600.0, bytes=MOST_BYTES)
+"""A week: what is read is not held."""
+
+GROUPS, GROUPS_A_SECOND = 16, 12
+"""Groups that a piece of so many seconds may take: twice the words of the fastest speakers.
+
+A model that repeats itself ends there.
+"""
+
+
+@dataclass
+class _Work:
+    piece: Piece
+    reply: Reply
+    reader: ReplyReader
+    pipeline: Pipeline
+    words: list[str] = field(default_factory=list)
+    judged: tuple[float | None, str | None] = None, None
+
+    def step(self) -> bool:
+        """Takes a group -> whether the reply has ended."""
+        group = next(self.reply, None)
+        if group is None or group.finished:
+            self.words.append(self.reader.finish()[0])
+            self.judged = self.pipeline.judge(self.reply)
+            return True
+        self.words.append(self.reader.read(group.text, group.codes)[0])
+        return False
+
+    @property
+    def segment(self) -> TranscriptSegment:
+        text = "".join(self.words).strip()
+        times = self.piece.start, self.piece.end
+        return TranscriptSegment(*times, text, self.reply.finish_reason, *self.judged)
+
+
+class TranscriptStream(Iterator[TranscriptSegment]):
+    """Segments of a recording, in order, as soon as each is transcribed.
+
+    Args:
+        audio: anything that `load_audio` reads, of any length, or an iterator of waveforms [n] at
+            the codec's rate, such as a microphone's.
+        template: a wording of the request, its index, or None for one drawn by the seed; one for
+            the whole recording.
+        waits: see `Cutting`.
+        max_new_tokens: groups of each piece; by default what its seconds can hold.
+
+    Attributes:
+        duration: Seconds of the recording that have been read.
+        joined: What has been said so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        audio: AudioSource | Iterator[Tensor],
+        template: Template = None,
+        seed: int | None = None,
+        waits: float = LONG_PAUSE,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        pipeline.owner.check()
+        check_limits(max_new_tokens, 0)
+        self._pipeline, self._seed, self._most = pipeline, one_seed(seed), max_new_tokens
+        # One wording for the whole recording.
+        self._template = choose_template(ASR_TEMPLATES, template, self._seed)
+        rate = pipeline.codec.sample_rate
+        self._blocks: Iterator[Tensor]
+        self._slots = pipeline.setup.max_batch
+        if isinstance(audio, Iterator) and not hasattr(audio, "read"):
+            # Nobody waits for the next piece.
+            self._blocks, self._slots = audio, 1
+        else:
+            self._blocks = audio_blocks(cast(AudioSource, audio), rate, limits=ANY_LENGTH)
+        config = pipeline.lm.config
+        self._cutting = Cutting(longest_piece(pipeline), config.sentences_at_once != 1, waits=waits)
+        self._rate, self._samples = rate, 0
+        self.joined = ""
+        self._work = deque[_Work]()
+        self._lock = threading.RLock()
+        self._segments = self._generate()
+
+    @property
+    def duration(self) -> float:
+        return self._samples / self._rate
+
+    @in_own_modes
+    def __next__(self) -> TranscriptSegment:
+        self._pipeline.owner.check()
+        with self._lock:
+            segment = next(self._segments)
+        self.joined = join(self.joined, segment.text)
+        return segment
+
+    def close(self) -> None:
+        """Ends it; no segment follows."""
+        with self._lock:
+            self._segments.close()
+
+    def _counted(self) -> Iterator[Tensor]:
+        for block in self._blocks:
+            self._samples += len(block)
+            yield block
+
+    def _generate(self) -> Generator[TranscriptSegment, None, None]:
+        work, slots = self._work, self._slots
+        try:
+            for piece in pieces_of(self._counted(), self._rate, self._cutting):
+                work.append(self._start(piece))
+                while len(work) >= slots:
+                    yield from self._step()
+            while work:
+                yield from self._step()
+        finally:
+            while work:
+                work.pop().reply.close()
+
+    def _step(self) -> Iterator[TranscriptSegment]:
+        """A group of each piece at work -> segments of the first that are done."""
+        work = self._work
+        running = [each for each in work if not each.reply.ended]
+        for each in running:
+            if each.step():
+                each.reply.close()
+        while work and work[0].reply.ended:
+            yield work.popleft().segment
+
+    def _start(self, piece: Piece) -> _Work:
+        pipeline, task = self._pipeline, TASKS["asr_sft"]
+        context = pipeline.context(self._seed)
+        prompt = pipeline.packed(task.prompt(context, piece.wav, self._template), task.sampler)
+        sequence = pipeline.sequence(self._seed)
+        sequence.add(prompt)
+        most = self._most or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / self._rate)
+        stops = task.stop_ids(pipeline.tokenizer.special)
+        reply = pipeline.start(sequence, pipeline.samplers(task.sampler), stops, most)
+        reader = pipeline.reader(prompt.ids, speaks=False)
+        return _Work(piece, reply, reader, pipeline)
+
+
+def longest_piece(pipeline: Pipeline) -> float:
+    """Seconds of a piece: those that the checkpoint states, or what half of the context holds."""
+    config, codec = pipeline.lm.config, pipeline.codec
+    group = config.group_size * codec.config.samples_per_frame / codec.sample_rate
+    return min(config.seconds_at_once or LONGEST, pipeline.engine.capacity * group / 2)
+
+
+def transcript_of(stream: TranscriptStream) -> Transcript:
+    """Reads a stream to its end."""
+    segments = tuple(stream)
+    return Transcript(stream.joined, segments, stream.duration)
