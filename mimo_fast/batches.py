@@ -13,14 +13,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.arguments import checked
+from mimo_fast.arguments import checked, names_of, refuse_unknown
 from mimo_fast.audio.writing import check_output
 from mimo_fast.errors import MimoFastError
-from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.mimo_audio import STREAM_OPTIONS, MimoAudio
 from mimo_fast.sampling import check_seed
 from mimo_fast.text.tasks import find_task
 
@@ -83,9 +84,11 @@ def batch(
 
     Raises:
         ValueError: there is no such task.
+        TypeError: it has no such option.
         AudioError: the folder cannot be written.
     """
-    find_task(task)
+    known = names_of(find_task(task).prompt, bound=True) or frozenset()
+    refuse_unknown(options, known | STREAM_OPTIONS, f"batch({task!r})")
     seed = None if seed is None else check_seed(seed)
     wanted = list(enumerate(requests))
     record = None if folder is None else _Record(Path(folder), suffix)
@@ -219,7 +222,7 @@ def _fingerprint(request: Any) -> str:
     if isinstance(request, bytes | bytearray):
         data = bytes(request)
     elif hasattr(request, "__array__"):
-        data = torch.as_tensor(request).contiguous().numpy().tobytes()
+        data = np.asarray(request).tobytes()
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 

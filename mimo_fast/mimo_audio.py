@@ -9,7 +9,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -244,9 +244,7 @@ class MimoAudio:
 
     @property
     def tokenizer(self) -> CallableTokenizer:
-        tokenizer = self.pipeline.tokenizer
-        assert isinstance(tokenizer, CallableTokenizer)
-        return tokenizer
+        return cast(CallableTokenizer, self.pipeline.tokenizer)
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer) -> None:

@@ -29,9 +29,9 @@ CLASSES = (
 )
 FUNCTIONS = (
     *(mimo_fast.load, mimo_fast.generate, mimo_fast.accelerate),
-    *(mimo_fast.load_audio, mimo_fast.save_wav),
+    *(mimo_fast.load_audio, mimo_fast.save_wav, mimo_fast.batch),
 )
-RESULTS = {"Chunk", "ReplyText", "Timing"}
+RESULTS = {"BatchResult", "Chunk", "ReplyText", "Timing"}
 """Public classes that callers get and do not make."""
 
 
@@ -49,7 +49,7 @@ def public_calls() -> dict[str, tuple[object, int]]:
 
 
 CALLS = public_calls()
-OPEN = {"MimoAudio.stream", "MimoAudio.astream", "Session.astream"}
+OPEN = {"MimoAudio.stream", "MimoAudio.astream", "Session.astream", "batch"}
 """Those that take the arguments of others, and are tried on a model."""
 
 

@@ -70,6 +70,8 @@ def test_closing_it_frees_the_slots(nano, tmp_path):
 def test_wrong_calls(nano, tmp_path):
     with pytest.raises(ValueError, match="no task 'sing'"):
         batch(nano, "sing", TEXTS)
+    with pytest.raises(TypeError, match="did you mean 'instruct'"):
+        batch(nano, "tts", TEXTS, instuct="speak slowly")
     with pytest.raises(ValueError, match="seed"):
         batch(nano, "tts", TEXTS, seed=-1)
     with pytest.raises(AudioError):

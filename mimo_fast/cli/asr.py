@@ -116,8 +116,9 @@ def _warn(found: Transcript, args: argparse.Namespace, name: str) -> None:
         )
     doubted = [segment for segment in found.segments if segment.warning is not None]
     if doubted:
-        count = f"{len(doubted)} of {len(found.segments)} pieces of {name}"
-        say(f"warning: in {count}, {doubted[0].warning}")
+        several = len(found.segments) > 1
+        where = f" (in {len(doubted)} of {len(found.segments)} pieces of {name})" if several else ""
+        say(f"warning: {doubted[0].warning}{where}")
     cut = [segment for segment in found.segments if segment.finish_reason != "stop"]
     if cut:
         groups = f"after {args.max_tokens} groups: raise --max-tokens" if args.max_tokens else ""

@@ -130,7 +130,8 @@ def test_one_pass_is_refused_before_it_is_encoded(nano, monkeypatch):
         raise AssertionError("it was encoded")
 
     small = mimo_fast.load(max_seq_len=100)
-    monkeypatch.setattr(small.codec, "encode", encode)
+    for name in ("encode", "encode_measured"):
+        monkeypatch.setattr(small.codec, name, encode)
     with pytest.raises(PromptError, match=r"context is 100 groups \(16\.0 s\)"):
         small.asr_sft(silence(60))
     with pytest.raises(AssertionError, match="it was encoded"):

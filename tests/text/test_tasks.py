@@ -83,7 +83,7 @@ def test_a_seed_fixes_the_reply(model, audio, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_upstreams_stop_tokens_and_samplers(model, audio, monkeypatch, task):
     used: dict[str, Any] = {}
-    monkeypatch.setattr(MimoAudio, "forward", lambda *_ids, **options: used.update(options) or "")
+    monkeypatch.setattr(MimoAudio, "_forward", lambda *_ids, **options: used.update(options) or "")
     call(model, task, audio)
     special = {"in_context_learning_s2s": ("eos", "eostm"), "speech_continuation": ("eos", "eosp")}
     usual = ("eos", "eostm", "im_end") if task in SPOKEN else ("eos", "im_end")

@@ -197,7 +197,7 @@ def test_it_goes_on_without(tmp_path, what):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "mimo_fast").mkdir()
-    (tmp_path / "mimo_fast" / "__init__.py").touch()
+    (tmp_path / "mimo_fast" / "__init__.py").write_text('__version__ = "1"', encoding="utf-8")
     environment = {**os.environ, "PATH": str(tmp_path / "bin"), "PYTHONPATH": ""}
     environment.pop("CXX", None)
     if what != "no compiler":
