@@ -46,7 +46,7 @@ def main(target: Path, from_checkout: bool) -> None:
         if from_checkout:
             build += ["--sdist", "--wheel"]
             # What setuptools once copied there would be in the wheel.
-            for stale in (ROOT / "build").glob("lib*"):
+            for stale in (ROOT / "build").glob("lib*/"):
                 shutil.rmtree(stale)
         subprocess.run(build, check=True)
         (source,) = Path(folder).glob("*.tar.gz")

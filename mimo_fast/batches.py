@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.arguments import checked, names_of, refuse_unknown
+from mimo_fast.audio.paths import check_folder, check_writable, name_of, reason_of
 from mimo_fast.audio.writing import check_output
-from mimo_fast.errors import MimoFastError
+from mimo_fast.errors import AudioError, MimoFastError
 from mimo_fast.mimo_audio import STREAM_OPTIONS, MimoAudio
 from mimo_fast.sampling import check_seed
 from mimo_fast.text.tasks import find_task
@@ -164,9 +165,14 @@ class _Record:
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AudioError(f"cannot write into {name_of(folder)}: {reason_of(error)}") from error
         check_output(self._file(0))
         self._path = folder / RECORD
+        check_writable(self._path)
         self._known = dict[int, dict[str, Any]]()
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():

@@ -9,10 +9,12 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 from torch import Tensor
 
 from mimo_fast.audio.files import MOST_BYTES, AudioSource, DecodeLimits, audio_blocks
 from mimo_fast.audio.segments import LONG_PAUSE, Cutting, Piece, pieces_of
+from mimo_fast.errors import AudioError
 from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.stream import ReplyReader
@@ -27,6 +29,9 @@ LONGEST = 30.0
 
 ANY_LENGTH = DecodeLimits(seconds=7 * 24 * 3600.0, bytes=MOST_BYTES)
 """A week: what is read is not held."""
+
+MOST_SAMPLES = 2**29
+"""Of an array, 2 GiB: six hours at 24 kHz. A file may be longer, as it is not held."""
 
 GROUPS, GROUPS_A_SECOND = 16, 12
 """Groups that a piece of so many seconds may take: twice the words of the fastest speakers.
@@ -99,6 +104,9 @@ class TranscriptStream(Iterator[TranscriptSegment]):
             self._blocks, self._slots = audio, 1
         else:
             self._blocks = audio_blocks(cast(AudioSource, audio), rate, limits=ANY_LENGTH)
+        if isinstance(audio, Tensor | np.ndarray) and audio.shape[-1:] > (MOST_SAMPLES,):
+            problem = f"the audio array has {audio.shape[-1]} samples, {MOST_SAMPLES} is the most"
+            raise AudioError(f"{problem}: write it to a file, which is read in parts")
         config = pipeline.lm.config
         self._cutting = Cutting(longest_piece(pipeline), config.sentences_at_once != 1, waits=waits)
         self._rate, self._samples = rate, 0

@@ -56,6 +56,14 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     def streamed_async(**arguments: Any) -> list[Any]:
         return asyncio.run(_collected(model.astream(**arguments)))
 
+    def transcribed(**arguments: Any) -> list[Any]:
+        return [*model.transcript(**arguments)]
+
+    def batched(**arguments: Any) -> list[Any]:
+        return [(each.text, each.error) for each in mimo_fast.batch(**arguments)]
+
+    transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3}
+
     def said(**arguments: Any) -> list[Any]:
         return [*model.session(seed=1).stream(**arguments)]
 
@@ -154,6 +162,11 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "LMConfig": (mimo_fast.LMConfig.from_dict, {"raw": raw["lm"], "source": "x"}),
         "DecodeLimits": (limited, {"seconds": 60.0, "bytes": 10**6}),
         "LMConfig.is_trained": (model.lm.config.is_trained, {"task": "tts_sft", "option": None}),
+        "LMConfig.calibration": (model.lm.config.calibration, {"task": "asr"}),
+        "LMConfig.longest_reply": (
+            model.lm.config.longest_reply,
+            {"task": "asr", "groups_heard": 10},
+        ),
         "LMConfig.from_dict": (mimo_fast.LMConfig.from_dict, {"raw": raw["lm"]}),
         "CodecConfig": (mimo_fast.CodecConfig.from_dict, {"raw": raw["codec"], "source": "x"}),
         "CodecConfig.from_dict": (mimo_fast.CodecConfig.from_dict, {"raw": raw["codec"]}),
@@ -245,6 +258,21 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "MimoAudio.stream dialogue": (
             streamed,
             {"task": "spoken_dialogue", "input_speech": speech, **dialogue, **limits},
+        ),
+        "MimoAudio.transcribe": (model.transcribe, {"audio": speech, **transcribing}),
+        "MimoAudio.transcript": (transcribed, {"audio": speech, "waits": 1.0, **transcribing}),
+        "batch": (
+            batched,
+            {
+                "model": model,
+                "task": "tts",
+                "requests": ["hello", {"input": "hello"}],
+                "folder": str(folder / "batch"),
+                "suffix": ".wav",
+                "progress": False,
+                "seed": 1,
+                "max_new_tokens": 3,
+            },
         ),
         "MimoAudio.astream": (streamed_async, {"task": "tts", "input": "hello", **limits}),
         "MimoAudio.asr_sft": (model.asr_sft, {"audio": speech, **limits}),
@@ -411,6 +439,7 @@ def inner_calls(bystander: Bystander) -> Calls:
         "Codec.warmup": (codec.warmup, {"streams": 1, "progress": False}),
         "Codec.warm_up_encoder": (codec.warm_up_encoder, {"n_q": 8, "progress": False}),
         "Codec.encode_later": (codec.encode_later, {"wav": torch.zeros(4000), "n_q": 8}),
+        "Codec.encode_measured": (codec.encode_measured, {"wav": torch.zeros(4000), "n_q": 8}),
         "Codec.check_waveform": (codec.check_waveform, {"wav": torch.zeros(4000), "n_q": 8}),
         "LM.threads": (lm.threads, {}),
         "LM.new_state": (lm.new_state, {"seeds": [1], "capacity": 16, "quantized_cache": True}),

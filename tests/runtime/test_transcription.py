@@ -110,6 +110,8 @@ def test_errors(nano, tmp_path):
     (tmp_path / "a.wav").write_bytes(b"none")
     with pytest.raises(AudioError, match="cannot decode"):
         nano.transcribe(tmp_path / "a.wav")
+    with pytest.raises(AudioError, match="write it to a file"):
+        nano.transcribe(torch.zeros(1).expand(2**40))
     with pytest.raises(ValueError, match="max_new_tokens"):
         nano.transcribe(silence(1), max_new_tokens=0)
     closed = mimo_fast.load()
