@@ -13,7 +13,6 @@ import argparse
 import io
 import math
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,18 @@ from training.synthesis import Manner, has_flite, synthesize
 RATE = 24_000
 
 Change = Callable[[Tensor, random.Random], Tensor]
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from mimo_fast.cli.main import main
+code = main(sys.argv[1:])
+status = Path("/proc/self/status").read_text()
+print(next(line for line in status.splitlines() if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+"""The command, and then the most memory that its process had, without that of its parent."""
 
 
 def silence(seconds: float) -> Tensor:
@@ -200,13 +211,13 @@ def measure(
 
 
 def measure_command(text: str, wav: Tensor, arguments: list[str]) -> dict[str, Any]:
-    """What `mimo-fast asr` makes of a file: words, time and the most memory of any such process."""
+    """What `mimo-fast asr` makes of a file: words, time and the most memory that it had."""
     with tempfile.TemporaryDirectory() as folder:
         file, target = Path(folder, "talk.wav"), Path(folder, "talk.txt")
         soundfile.write(file, wav.numpy(), RATE)
         began = time.perf_counter()
-        command = [sys.executable, "-m", "mimo_fast", "asr", str(file), "-o", str(target)]
-        subprocess.run([*command, *arguments], check=True, capture_output=True)
+        command = [sys.executable, "-c", COMMAND, "asr", str(file), "-o", str(target)]
+        done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - began
         found = target.read_text(encoding="utf-8")
     words = len(text.split())
@@ -214,7 +225,7 @@ def measure_command(text: str, wav: Tensor, arguments: list[str]) -> dict[str, A
         "words": words,
         "wrong": round(word_errors(found, text) / words, 4),
         "real_time_factor": round(seconds * RATE / len(wav), 4),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3),
+        "peak_mb": round(int(done.stdout.split()[-2]) / 1e3),
     }
 
 
