@@ -416,11 +416,12 @@ class MimoAudio:
                 written.
         """
         how = (return_audio, output_audio_path, stopping_criteria, min_new_tokens, max_new_tokens)
-        return self._forward(input_ids, *how, add_history, task_name, seed, special_tokens)
+        prompt = PackedPrompt(input_ids)
+        return self._forward(prompt, *how, add_history, task_name, seed, special_tokens)
 
     def _forward(
         self,
-        input_ids: Tensor | PackedPrompt,
+        prompt: PackedPrompt,
         return_audio: bool = False,
         output_audio_path: Output = None,
         stopping_criteria: Iterable[Any] | None = None,
@@ -432,10 +433,8 @@ class MimoAudio:
         special_tokens: bool = False,
     ) -> Any:
         """`forward`, which knows more of a packed prompt's recordings."""
-        packed = input_ids if isinstance(input_ids, PackedPrompt) else None
-        given = input_ids.settled() if isinstance(input_ids, PackedPrompt) else input_ids
-        input_ids = check_ids(given, self.lm.config)
-        prompt = input_ids if packed is None else replace(packed, ids=input_ids, pending=())
+        input_ids = check_ids(prompt.settled(), self.lm.config)
+        prompt = replace(prompt, ids=input_ids, pending=())
         max_new_tokens = self._within_length(input_ids, max_new_tokens, add_history)
         criteria = list(() if stopping_criteria is None else stopping_criteria)
         if any(not hasattr(criterion, "stop_token_ids") for criterion in criteria):

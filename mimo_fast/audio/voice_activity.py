@@ -102,7 +102,11 @@ def _network() -> tuple[dict[str, Tensor], torch.nn.LSTM]:
         # That the form is old, which its users cannot change.
         warnings.simplefilter("ignore")
         stored = torch.jit.load(path, map_location="cpu").state_dict()
-    weights = {name.removeprefix(PREFIX): stored[name].float() for name in stored}
+    weights = {
+        name.removeprefix(PREFIX): stored[name].float()
+        for name in stored
+        if name.startswith(PREFIX)
+    }
     lstm = torch.nn.LSTM(WIDTH, WIDTH)
     with torch.no_grad():
         for name, place in lstm.named_parameters():
