@@ -8,6 +8,9 @@
     python -m training vocoder --start mimo_fast/assets/nano
                                 a vocoder of the published depth over nano's codec, to measure
                                 streams with (`vocoder.py`); an hour on one core
+    python -m training hearing --start mimo_fast/assets/nano
+                                its language model further, mostly on what it hears: noise, rooms,
+                                telephones, silence, levels; an hour and a half on two cores
     python -m training confidence --start mimo_fast/assets/nano --foreign DIR
                                 calibrates how confident it is of its replies (`confidence.py`)
     python -m training --smoke  a few steps of everything

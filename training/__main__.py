@@ -40,7 +40,7 @@ from .codec import CodecTraining
 from .codes import Codes
 from .data import Part, Sizes
 from .decoder import DecoderTraining
-from .lm import LMTraining
+from .lm import LMTraining, Stages
 from .loop import Schedule, trained_tensors
 from .parameters import build_codec
 from .start import start_from
@@ -48,7 +48,9 @@ from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
 from .vocoder import VocoderTraining
 
-COMMANDS = ("data", "codec", "decoder", "lm", "export", "confidence", "evaluate", "all", "vocoder")
+COMMANDS = ("data", "codec", "decoder", "lm", "export", "confidence", "evaluate", "all")
+FURTHER = ("vocoder", "hearing")
+"""Commands that start from a pair and are no part of `all`."""
 
 SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, 6, 6, 4, 4, 4, 4, 3, 3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
@@ -116,11 +118,21 @@ class Recipe:
             print(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
     def lm(self) -> None:
+        self._lm(self._how("lm", lm.SCHEDULE), lm.STAGES)
+
+    def hearing(self, pair: Path) -> None:
+        """Trains the language model of a pair further, to hear more; the codec is kept."""
+        self._lm(self._how("hearing", lm.HEARING_SCHEDULE), lm.HEARING_STAGES)
+        if not parallel.is_worker():
+            target = self.directory / "nano"
+            export.export_lm(self.directory, pair, target)
+            print(f"wrote {target}", file=sys.stderr)
+
+    def _lm(self, how: tuple[Schedule, int, str], stages: Stages) -> None:
         with parallel.first():
             tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
-        how = self._how("lm", lm.SCHEDULE)
-        LMTraining(self.directory, known, tokenizer, *how, trained).train()
+        LMTraining(self.directory, known, tokenizer, *how, trained, stages).train()
 
     def codes(self) -> dict[str, Codes]:
         """Codes of all speech by the trained codec."""
@@ -202,11 +214,28 @@ def smoke(seed: int, workers: int) -> None:
     print("the smoke test has passed", file=sys.stderr)
 
 
-def run(recipe: Recipe, command: str, count: int, workers: int, folders: list[Path]) -> None:
-    """Runs one command; `folders` are those of foreign speech."""
+def run(
+    recipe: Recipe,
+    command: str,
+    count: int,
+    workers: int,
+    folders: list[Path],
+    start: Path | None = None,
+) -> None:
+    """Runs one command.
+
+    Args:
+        count: utterances of a measurement.
+        folders: those of foreign speech.
+        start: the pair that the run began with.
+    """
     if command in ("codec", "decoder", "vocoder", "lm", "all"):
         with parallel.workers(workers, sys.argv[1:]):
             recipe.train() if command == "all" else getattr(recipe, command)()
+    elif command == "hearing":
+        assert start is not None
+        with parallel.workers(workers, sys.argv[1:]):
+            recipe.hearing(start)
     elif command == "data":
         recipe.data()
     if not parallel.is_worker():
@@ -218,9 +247,21 @@ def run(recipe: Recipe, command: str, count: int, workers: int, folders: list[Pa
             recipe.evaluate(count)
 
 
+def _sizes(directory: Path, command: str) -> Sizes:
+    """How much data a run has: what its first command took."""
+    path = directory / "sizes.json"
+    if path.exists():
+        return Sizes(**json.loads(path.read_text(encoding="utf-8")))
+    sizes = {"vocoder": vocoder.SIZES, "hearing": lm.HEARING_SIZES}.get(command, Sizes())
+    if not parallel.is_worker():
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(sizes), indent=2) + "\n", encoding="utf-8")
+    return sizes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=COMMANDS)
+    parser.add_argument("command", nargs="?", choices=(*COMMANDS, *FURTHER))
     run_help = "directory of data, states, results"
     parser.add_argument("--run", type=Path, default=Path("training_output"), help=run_help)
     start = "exported pair (lm/ and codec/) to go on from, in a new directory"
@@ -242,7 +283,9 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help=works)
     args = parser.parse_args()
     if bool(args.command) == args.smoke:
-        parser.error(f"give a command ({', '.join(COMMANDS)}) or --smoke")
+        parser.error(f"give a command ({', '.join((*COMMANDS, *FURTHER))}) or --smoke")
+    if args.command in FURTHER and not args.start:
+        parser.error(f"{args.command} needs --start PAIR, such as mimo_fast/assets/nano")
     if args.workers is None:
         args.workers = min(MOST_WORKERS, torch.get_num_threads()) if args.device == "cpu" else 1
     if args.threads:
@@ -258,9 +301,9 @@ def main() -> int:
             return 0
         if args.start and not parallel.is_worker():
             start_from(args.start, args.run)
-        sizes = vocoder.SIZES if args.command == "vocoder" else Sizes()
+        sizes = _sizes(args.run, args.command)
         recipe = Recipe(args.run, args.seed, args.device, sizes, steps)
-        run(recipe, args.command, args.count, args.workers, args.foreign)
+        run(recipe, args.command, args.count, args.workers, args.foreign, args.start)
     except KeyboardInterrupt:
         if not parallel.is_worker():
             print("stopped; the same command goes on from here", file=sys.stderr)

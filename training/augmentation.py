@@ -31,20 +31,21 @@ SIZES_OF_SPEAKERS, CONTRASTS = (0.85, 1.15), (0.75, 1.25)
 BENDS, BEND = 3, 0.03
 """Sines that bend the mel axis, and how much of its width the first one moves a band."""
 
-NOISE = -35, -3
+NOISE = -30, -3
 """Decibels of noise, relative to the speech."""
 
 MASKS, MASKED_BANDS, MASKED_FRAMES = 2, 0.15, 8
 """Masks of what is heard: how many of each, the most bands (a share), and frames (of 10 ms)."""
 
 
-SILENT_SHARE, SILENCE = 0.5, (0.05, 1.5)
-"""Share of recordings with silence at each end, and seconds of it."""
+SILENT_SHARE, SILENCE = 0.25, (0.05, 1.5)
+"""Share of recordings with silence at each end that has their noise, and seconds of it; and share
+of those whose samples there are zero."""
 
 BABBLE_SHARE, BABBLE = 0.1, (8, 25)
 """Share with other talkers, and decibels that they are below."""
 
-ROOM_SHARE, ROOM, DIRECT = 0.25, (0.1, 0.7), (-2, 12)
+ROOM_SHARE, ROOM, DIRECT = 0.15, (0.1, 0.7), (-2, 12)
 """Share in rooms, seconds in which their sound falls by 60 dB, decibels of the direct sound over
 the rest."""
 
@@ -70,14 +71,18 @@ def recorded(
     others: draws what another talker says.
     """
     wav = wav / (float(wav.abs().max()) or 1.0)
-    if rng.random() < SILENT_SHARE:
-        wav = F.pad(wav, [round(rng.uniform(*SILENCE) * RATE) for _ in range(2)])
+    silent = rng.random()
+    ends = [round(rng.uniform(*SILENCE) * RATE) for _ in range(2)]
+    if silent < SILENT_SHARE:
+        wav = F.pad(wav, ends)
     if rng.random() < BABBLE_SHARE:
         babble = sum(_fitted(others(), len(wav), rng) for _ in range(rng.randint(1, 4)))
         wav = wav + at_level(babble, wav, rng.uniform(*BABBLE))
     if rng.random() < ROOM_SHARE:
         wav = in_room(wav, rng)
     wav, _ = augment(wav, rng, noise_share)
+    if SILENT_SHARE <= silent < 2 * SILENT_SHARE:
+        wav = F.pad(wav, ends)
     if rng.random() < CLIPPED_SHARE:
         wav = (wav / wav.abs().max() * 10 ** (rng.uniform(*CLIPPED) / 20)).clamp(-1, 1)
     if rng.random() < QUIET_SHARE:

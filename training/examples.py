@@ -41,6 +41,10 @@ JOINT = {"words": 1, "spliced": 3, "asr": 9, "written": 1}
 JOINT |= {"tts": 8, "styled": 4, "dialogue": 2, "few_shot": 1}
 """Weights in the second stage."""
 
+HEARING = {"words": 1, "spliced": 4, "asr": 20, "written": 2}
+HEARING |= {"tts": 6, "styled": 3, "dialogue": 3, "few_shot": 1}
+"""Weights for a pair that is trained further, to hear more; what it says is kept in use."""
+
 FEW = (1, 2)
 """Number of examples before the one to be done."""
 

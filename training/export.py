@@ -1,5 +1,6 @@
 """Exports a run as a pair of checkpoints in the published form, for `mimo_fast.load`."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from mimo_fast.checkpoint.files import write_checkpoint
 from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
+from mimo_fast.json_files import read_json
 
 from . import codec, decoder, lm
 from .data import Part
@@ -62,6 +64,23 @@ def export(
     """
     quieter = scaled(trained_tensors(run, decoder.NAME), LEVEL)
     return write_pair(target, trained_tensors(run, lm.NAME), quieter, replies, dtype)
+
+
+def export_lm(run: Path, pair: Path, target: Path) -> None:
+    """Writes a pair that differs from another in the language model's weights, those of a run.
+
+    Raises:
+        CheckpointError: nothing was trained, or the target holds weights already.
+    """
+    tensors = trained_tensors(run, lm.NAME)
+    tensors |= {HEAD: tensors[EMBEDDINGS]}
+    weights = shutil.ignore_patterns("*.safetensors*", "config.json")
+    shutil.copytree(pair / "codec", target / "codec", dirs_exist_ok=True)
+    shutil.copytree(pair / "lm", target / "lm", ignore=weights, dirs_exist_ok=True)
+    raw = read_json(pair / "lm" / "config.json")
+    shapes = lm_shapes(LMConfig.from_dict(raw))
+    dtype = getattr(torch, raw["torch_dtype"])
+    write_checkpoint(target / "lm", shapes, tensors.__getitem__, dtype=dtype, config=raw)
 
 
 def scaled(codec_tensors: Tensors, factor: float) -> Tensors:

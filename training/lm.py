@@ -15,7 +15,7 @@ through the patch decoder, whose 11 steps a patch would otherwise cost more than
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from mimo_fast.text.tokenizer import Tokenizer
 
 from . import parallel
 from .codes import Codes
-from .examples import JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
+from .data import Sizes
+from .examples import HEARING, JOINT, UNDERSTANDING, Batch, Example, Examples, Span, collate
 from .loop import Losses, Run, Schedule
 from .losses import ctc
 from .parameters import (
@@ -45,8 +46,22 @@ from .synthesis import PHONES
 
 NAME = "lm"
 SCHEDULE = Schedule(steps=10300, rate=3e-3)
-UNDERSTANDING_SHARE = 0.08
-"""Share of the steps in the first stage."""
+STAGES = ((0.08, UNDERSTANDING), (1.0, JOINT))
+"""Share of the steps at which a stage ends, and the weights of its tasks."""
+
+HEARING_SCHEDULE = Schedule(steps=3600, rate=1e-3)
+HEARING_STAGES = ((1.0, HEARING),)
+HEARING_SIZES = Sizes(
+    speech=8000,
+    replies=2000,
+    readings=4000,
+    strangers=3500,
+    strange_words=800,
+    strange_questions=400,
+    spellings=1000,
+    letters=2000,
+)
+"""Of `python -m training hearing`, which trains a pair further, to hear more."""
 
 BATCH = 16
 POOL = 8
@@ -71,6 +86,9 @@ HEARING_LAYER = 1
 VALIDATION = 32
 
 
+Stages = Sequence[tuple[float, Mapping[str, int]]]
+
+
 def lm_config() -> LMConfig:
     return LMConfig.from_dict(config_json("lm"))
 
@@ -90,6 +108,7 @@ class LMTraining:
         seed: int = 0,
         device: str = "cpu",
         codec: Tensors | None = None,
+        stages: Stages = STAGES,
     ) -> None:
         self.config = lm_config()
         initial = initial_tensors(self.config, seed)
@@ -100,7 +119,7 @@ class LMTraining:
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
-        self.codes = codes
+        self.codes, self.stages = codes, stages
         self.run = Run(directory, NAME, trainable(self.tensors), {}, schedule)
 
     def train(self) -> None:
@@ -176,7 +195,8 @@ class LMTraining:
         if self._pool[0] != number:
             rng = random.Random(f"{parallel.seed_of(self.seed)}/lm/{number}")
             count = parallel.share(BATCH)
-            tasks = UNDERSTANDING if step < UNDERSTANDING_SHARE * self.run.schedule.steps else JOINT
+            share = step / self.run.schedule.steps
+            tasks = next(weights for end, weights in self.stages if share < end)
             drawn = rng.choices([*tasks], [*tasks.values()], k=POOL * count)
             examples = sorted((self.examples.draw(task, rng) for task in drawn), key=len)
             batches = [examples[i : i + count] for i in range(0, len(examples), count)]
