@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mimo_fast.acceleration import accelerate
     from mimo_fast.audio.files import DecodeLimits, load_audio
+    from mimo_fast.audio.segments import prepare_speech
     from mimo_fast.audio.writing import save_wav
     from mimo_fast.batches import BatchResult, batch
     from mimo_fast.config import CodecConfig, LMConfig
@@ -90,6 +91,7 @@ __all__ = [
     "generate",
     "load",
     "load_audio",
+    "prepare_speech",
     "save_wav",
 ]
 
@@ -98,6 +100,7 @@ __version__ = "0.2.0.dev0"
 _HOMES = {
     "acceleration": ("accelerate",),
     "audio.files": ("DecodeLimits", "load_audio"),
+    "audio.segments": ("prepare_speech",),
     "audio.writing": ("save_wav",),
     "batches": ("BatchResult", "batch"),
     "config": ("CodecConfig", "LMConfig"),

@@ -85,12 +85,16 @@ def batch(
 
     Raises:
         ValueError: there is no such task.
-        TypeError: it has no such option.
+        TypeError: it has no such option, or `requests` is one request.
         AudioError: the folder cannot be written.
     """
     known = names_of(find_task(task).prompt, bound=True) or frozenset()
     refuse_unknown(options, known | STREAM_OPTIONS, f"batch({task!r})")
     seed = None if seed is None else check_seed(seed)
+    alone = isinstance(requests, str | bytes | os.PathLike | Mapping)
+    if alone or getattr(requests, "ndim", 2) < 2:
+        kind = type(requests).__name__
+        raise TypeError(f"batch: requests must be a list of them, not one {kind}: put it into []")
     wanted = list(enumerate(requests))
     record = None if folder is None else _Record(Path(folder), suffix)
     if record is not None:

@@ -123,6 +123,8 @@ class MimoAudio:
         codec_rope: "exact" or "bfloat16", the codec's rotary frequencies. None for what the
             checkpoint states; the published one is rounded, as upstream runs it. See `LoadOptions`.
         max_batch, max_seq_len, kv_cache, offload: memory use, see `LoadOptions`.
+        prepare: whether silence and long pauses are cut from recordings and their level is set, see
+            `prepare_speech`. Off, as upstream takes them.
         revision, codec_revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Audio arguments are paths, bytes, file objects, or waveforms [n] at 24 kHz. Methods with
@@ -159,7 +161,8 @@ class MimoAudio:
         self.path, self.mimo_audio_tokenizer_path = map(str, directories)
         loaded = load_parts(*directories, device, dtype, quantization, options)
         lm, audio_codec, tokenizer, setup = loaded
-        self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup)
+        prepares = bool(options.get("prepare"))
+        self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup, prepares)
         self.setup, self._history = self.pipeline.setup, History()
         self._views = dict[type, Any]()
         place = self.lm.device

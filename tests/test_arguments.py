@@ -29,7 +29,7 @@ CLASSES = (
 )
 FUNCTIONS = (
     *(mimo_fast.load, mimo_fast.generate, mimo_fast.accelerate),
-    *(mimo_fast.load_audio, mimo_fast.save_wav, mimo_fast.batch),
+    *(mimo_fast.load_audio, mimo_fast.prepare_speech, mimo_fast.save_wav, mimo_fast.batch),
 )
 RESULTS = {"BatchResult", "Chunk", "ReplyText", "Timing"}
 """Public classes that callers get and do not make."""

@@ -79,6 +79,12 @@ def test_wrong_calls(nano, tmp_path):
     assert not list(batch(nano, "tts", []))
 
 
+@pytest.mark.parametrize("one", ["hello", b"RIFF", Path("a.wav"), {"text": "a"}, torch.zeros(9)])
+def test_one_request_is_no_list_of_them(nano, one):
+    with pytest.raises(TypeError, match="must be (a list of them|an Iterable), not"):
+        batch(nano, "tts", one)
+
+
 def test_lines_of_a_file(capsys, tmp_path):
     (tmp_path / "lines.txt").write_text("seven\n\n  thank you \n", encoding="utf-8")
     command = ["tts", "--lines", str(tmp_path / "lines.txt"), "-o", str(tmp_path / "out")]

@@ -49,7 +49,7 @@ SCHEDULE = Schedule(steps=10300, rate=3e-3)
 STAGES = ((0.08, UNDERSTANDING), (1.0, JOINT))
 """Share of the steps at which a stage ends, and the weights of its tasks."""
 
-HEARING_SCHEDULE = Schedule(steps=3600, rate=1e-3)
+HEARING_SCHEDULE = Schedule(steps=7000, rate=1e-3)
 HEARING_STAGES = ((1.0, HEARING),)
 HEARING_SIZES = Sizes(
     speech=8000,

@@ -4,7 +4,7 @@
     -> stretches of speech -> pieces of at most so many seconds -> level
 
 Nothing here depends on how a recording is divided into blocks. What is held is the piece in
-progress.
+progress. `prepare_speech` gives the same for a recording that is to stay one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mimo_fast.arguments import checked
+from mimo_fast.audio.files import AudioSource, load_audio
 from mimo_fast.audio.resample import resample
 from mimo_fast.audio.voice_activity import FRAME, RATE, VoiceActivity
+from mimo_fast.modes import in_own_modes
 
 BEGINS, ENDS = 0.5, 0.35
 """Probability at which speech begins, and below which it ends; those of Silero's own tools."""
@@ -46,6 +49,9 @@ MOST_GAIN = 1000.0
 
 LEVEL_BLOCK = 0.5
 """Seconds of the blocks whose peaks set the level before the detector."""
+
+BLOCK = 2**16
+"""Samples of a recording that are looked at together."""
 
 FALL = 0.5 ** (1 / 60)
 """Of that level a block, so that it halves in 30 s without louder sound."""
@@ -120,11 +126,11 @@ class _Detector:
 
     def _probabilities(self, size: int) -> Tensor:
         block = self._waiting[:size]
-        block = block - block.mean()
-        self._level = max(self._level * FALL, float(block.abs().quantile(0.999)))
+        offset = block.mean()
+        self._level = max(self._level * FALL, float((block - offset).abs().quantile(0.999)))
         gain = min(0.5 / max(self._level, 1e-9), MOST_GAIN)
         wav = torch.cat((self._before, self._waiting[: size + self._margin]))
-        at_16k = resample(wav, self._rate, RATE)
+        at_16k = resample(wav - offset, self._rate, RATE)
         first = self._margin * RATE // self._rate
         self._before = wav[size : size + self._margin].clone()
         self._waiting = self._waiting[size:].clone()
@@ -234,6 +240,39 @@ class _Cutter:
 
     def _sample(self, frame: int) -> int:
         return frame * FRAME * self._rate // RATE
+
+
+@checked
+@in_own_modes
+def prepare_speech(audio: AudioSource, sample_rate: int = 24_000) -> Tensor:
+    """A recording as a model heard speech in its training -> float32 [n], on the CPU.
+
+    Silence before and after the speech and pauses of more than two seconds are cut down to the
+    fifth of a second next to the speech; an offset is removed, and the speech gets the loudness of
+    somebody close to a microphone. Where nobody speaks, as in music, it is returned as it is.
+
+    Args:
+        audio: anything that `load_audio` reads; decoded audio at `sample_rate`.
+        sample_rate: of the result, and the tasks want 24 kHz.
+
+    Raises:
+        AudioError: as `load_audio`.
+    """
+    wav = load_audio(audio, sample_rate)
+    stretches = [
+        (round(piece.start * sample_rate), round(piece.end * sample_rate))
+        for piece in pieces_of(wav.split(BLOCK), sample_rate, Cutting(merges=False))
+    ]
+    if not stretches:
+        return wav
+    kept, pad = list[tuple[int, int]](), round(PAD * sample_rate)
+    for start, end in stretches:
+        if kept and start - (kept[-1][1] - pad) <= LONG_PAUSE * sample_rate:
+            kept[-1] = kept[-1][0], end + pad
+        else:
+            kept.append((max(start - pad, 0), end + pad))
+    speech = torch.cat([wav[start:end] for start, end in stretches])
+    return levelled(torch.cat([wav[start:end] for start, end in kept]), speech)
 
 
 def levelled(wav: Tensor, speech: Tensor | None = None) -> Tensor:

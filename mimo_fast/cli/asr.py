@@ -134,7 +134,7 @@ def _name(path: Path) -> str:
 def _opened(args: argparse.Namespace, path: Path) -> Iterator[Recording]:
     """What is to be transcribed; standard input is spooled to the disk."""
     if args.whole:
-        yield load_recording(path)
+        yield load_recording(path, args.prepare)
         return
     with tempfile.TemporaryDirectory() if path == STANDARD else nullcontext("") as folder:
         file = Path(folder, "standard input") if folder else path

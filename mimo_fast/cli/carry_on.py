@@ -13,7 +13,7 @@ from mimo_fast.cli.common import (
 
 def run(args: argparse.Namespace) -> int:
     lookahead = lookahead_of(args)
-    wav = load_recording(args.audio)
+    wav = load_recording(args.audio, args.prepare)
     model = load_model(args)
     chunks = model.stream(
         "speech_continuation",

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise MimoFastError("spoken replies need -o FILE.wav (or --text for a dialogue in text)")
     lookahead = lookahead_of(args)
-    turns = [load_recording(turn) for turn in args.turns]
-    voice = load_recording(args.voice) if args.voice else None
+    turns = [load_recording(turn, args.prepare) for turn in args.turns]
+    voice = load_recording(args.voice, args.prepare) if args.voice else None
     model = load_model(args)
     session = model.session(args.system, voice, args.seed)
     # On standard output the replies follow one another in one WAV.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.paths import name_of
+from mimo_fast.audio.segments import prepare_speech
 from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
@@ -107,12 +108,15 @@ def warn_if_unsure(last: Chunk) -> None:
         say(f"warning: {last.warning}")
 
 
-def load_recording(path: Path) -> Tensor:
+def load_recording(path: Path, prepare: bool = False) -> Tensor:
     """A recording [n] at 24 kHz; "-" is standard input.
 
     It is decoded before a model is loaded, so that a bad one does not cost that time.
+
+    prepare: see `prepare_speech`.
     """
-    return load_audio(sys.stdin.buffer if path == STANDARD else path, SAMPLE_RATE)
+    load = prepare_speech if prepare else load_audio
+    return load(sys.stdin.buffer if path == STANDARD else path, SAMPLE_RATE)
 
 
 def read_text(text: str) -> str:

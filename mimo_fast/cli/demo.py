@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.text.strip():
         raise MimoFastError("there is no text to say")
     recording = args.audio or QUESTION
-    wav = load_recording(recording)
+    wav = load_recording(recording, args.prepare)
     model, loading = _timed(lambda: load_model(args))
     warn_of_words(model, args.text)
     say(f"on {model.device}, {str(model.lm.dtype).removeprefix('torch.')}")

@@ -140,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     whole = "say a long text in one go [in pieces, where the model states how much it says at once]"
     tts.add_argument("--whole", action="store_true", help=whole)
     _add_voice(tts, "whose voice to use; needs --instruct or --natural")
+    _add_prepare(tts, note=" of --voice")
     _add_generation_options(tts)
 
     asr = command("asr", "Transcribe recordings.")
@@ -155,11 +156,13 @@ def build_parser() -> argparse.ArgumentParser:
     asr.add_argument("--whole", action="store_true", help=one)
     at_once = "pieces transcribed at once [4, or as many as fit]"
     asr.add_argument("--streams", type=positive, metavar="N", help=at_once)
+    _add_prepare(asr, note=" for --whole; pieces always are")
     _add_generation_options(asr)
 
     understand = command("understand", "Answer a question about a recording.")
     understand.add_argument("audio", type=path)
     understand.add_argument("question")
+    _add_prepare(understand, default=False, note=", for speech")
     _add_thinking(understand, "let the model think before it answers")
     _add_generation_options(understand)
 
@@ -171,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lookahead(chat)
     chat.add_argument("--system", metavar="TEXT", help="an instruction in front of the first turn")
     _add_voice(chat, "whose voice the replies should have")
+    _add_prepare(chat, note=" of recordings")
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
     _add_thinking(chat, "with --text: let the model think before it answers")
     _add_generation_options(chat)
@@ -182,11 +186,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lookahead(more)
     join = "write the recording and its continuation as one file"
     more.add_argument("--join", action="store_true", help=join)
+    _add_prepare(more, default=False, note=", also of what --join writes")
     _add_generation_options(more)
 
     show = command("demo", "Say a text, transcribe a recording and answer it; time every stage.")
     heard = "what to transcribe and to answer [a question in English]"
     show.add_argument("audio", type=path, nargs="?", help=heard)
+    _add_prepare(show, note=" of AUDIO")
     show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
     show.add_argument("-o", "--output", type=path, default=Path("demo_output"), metavar="DIR")
     _add_json(show)
@@ -313,6 +319,13 @@ def _add_lookahead(parser: argparse.ArgumentParser) -> None:
 
 def _add_voice(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--voice", type=path, metavar="WAV", help=help)
+
+
+def _add_prepare(parser: argparse.ArgumentParser, default: bool = True, note: str = "") -> None:
+    """Whether recordings are prepared; off where they may be more than speech, or go on."""
+    what = f"cut silence and long pauses, set the level{note} [{'on' if default else 'off'}]"
+    action = argparse.BooleanOptionalAction
+    parser.add_argument("--prepare", action=action, default=default, help=what)
 
 
 def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:

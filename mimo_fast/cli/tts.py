@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
             "--voice needs --instruct or --natural: the model clones voices in those forms alone"
         )
     lookahead = lookahead_of(args)
-    voice = load_recording(args.voice) if args.voice else None
+    voice = load_recording(args.voice, args.prepare) if args.voice else None
     model = load_model(args)
     if not args.natural:
         warn_of_words(model, text)

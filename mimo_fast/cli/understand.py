@@ -6,7 +6,7 @@ from mimo_fast.cli.common import load_model, load_recording, print_text
 
 
 def run(args: argparse.Namespace) -> int:
-    wav = load_recording(args.audio)
+    wav = load_recording(args.audio, args.prepare)
     model = load_model(args)
     asked = wav, args.question, args.thinking
     limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}

@@ -78,6 +78,8 @@ class LoadOptions(HubOptions, total=False):
         max_seq_len: Number of groups that a sequence may have; None for the model's context.
         kv_cache: "int8" for a KV cache of half the size; None for the model's dtype.
         offload: Parts that stay in host memory, of "text_embeddings" and "codec_encoder".
+        prepare: Whether recordings that tasks are given are prepared, see `prepare_speech`;
+            upstream takes them as they are.
     """
 
     codec_rope: str | None
@@ -85,6 +87,7 @@ class LoadOptions(HubOptions, total=False):
     max_seq_len: int | None
     kv_cache: str | None
     offload: Iterable[str]
+    prepare: bool
 
 
 @in_own_modes

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.files import load_audio
+from mimo_fast.audio.files import AudioSource, load_audio
+from mimo_fast.audio.segments import prepare_speech
 from mimo_fast.errors import PromptError
 from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.codec.finite import checked_codes
@@ -77,6 +78,7 @@ class Pipeline(FreedWhenClosed):
 
     Args:
         setup: the memory plan it was loaded with.
+        prepares: whether recordings are prepared before they are encoded, see `prepare_speech`.
 
     Attributes:
         presets: Upstream's samplers of each task, greedy where the checkpoint says so.
@@ -86,6 +88,7 @@ class Pipeline(FreedWhenClosed):
     codec: Codec
     tokenizer: Tokenizer
     setup: Setup
+    prepares: bool = False
     _engine: Engine | None = None
     presets: dict[str, dict[str, MiMoSampler]] = field(init=False)
     owner: Owner = field(init=False, default_factory=Owner)
@@ -158,7 +161,11 @@ class Pipeline(FreedWhenClosed):
         self.owner.check()
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
-        return self._encoded(load_audio(audio, self.codec.sample_rate), closed)
+        return self._encoded(self._loaded(audio), closed)
+
+    def _loaded(self, audio: AudioSource) -> Tensor:
+        load = prepare_speech if self.prepares else load_audio
+        return load(audio, self.codec.sample_rate)
 
     def _encoded(self, wav: Tensor, closed: bool) -> Speech:
         channels = self.lm.config.channels
@@ -179,8 +186,10 @@ class Pipeline(FreedWhenClosed):
             return None
         return self.codec.encode_measured(wav, self.lm.config.channels)[1]
 
-    def speech_later(self, audio: Audio, closed: bool = True) -> Speech:
+    def speech_later(self, audio: Audio, closed: bool = True, *, prepared: bool = False) -> Speech:
         """`speech` for a prompt: what the context cannot hold is refused before it is encoded.
+
+        prepared: whether the audio is a waveform [n] that nothing is to be done to.
 
         It does not wait for the codes where they can be prefilled on the device; that the codec's
         values are not finite is then found by whoever reads them.
@@ -188,7 +197,8 @@ class Pipeline(FreedWhenClosed):
         self.owner.check()
         if isinstance(audio, Speech):
             return encoded_speech(audio, closed)
-        wav = load_audio(audio, self.codec.sample_rate)
+        rate = self.codec.sample_rate
+        wav = load_audio(audio, rate) if prepared else self._loaded(audio)
         group = self.codec.config.samples_per_frame * self.lm.config.group_size
         self.engine.check_room(len(wav) // group)
         pending = None

@@ -163,7 +163,8 @@ class TranscriptStream(Iterator[TranscriptSegment]):
     def _start(self, piece: Piece) -> _Work:
         pipeline, task = self._pipeline, TASKS["asr_sft"]
         context = pipeline.context(self._seed)
-        prompt = pipeline.packed(task.prompt(context, piece.wav, self._template), task.sampler)
+        speech = pipeline.speech_later(piece.wav, prepared=True)
+        prompt = pipeline.packed(task.prompt(context, speech, self._template), task.sampler)
         sequence = pipeline.sequence(self._seed)
         sequence.add(prompt)
         most = self._most or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / self._rate)

@@ -13,13 +13,16 @@ from torch import Tensor
 from mimo_fast.audio import voice_activity
 from mimo_fast.audio.files import audio_blocks, load_audio
 from mimo_fast.audio.segments import (
+    LONG_PAUSE,
     LOUDNESS,
+    PAD,
     PEAK,
     Cutting,
     Piece,
     _Cutter,
     levelled,
     pieces_of,
+    prepare_speech,
 )
 from mimo_fast.audio.voice_activity import FRAME, VoiceActivity
 from mimo_fast.audio.writing import save_wav
@@ -50,6 +53,10 @@ def recording(pauses: tuple[float, ...]) -> tuple[Tensor, list[tuple[float, floa
         parts += [wav, silence(pause)]
         position += sum(map(len, parts[-2:]))
     return torch.cat(parts), times
+
+
+def rms(wav: Tensor) -> float:
+    return float(wav.square().mean().sqrt())
 
 
 APART = Cutting(merges=False)
@@ -206,3 +213,38 @@ def test_a_written_recording_is_read_like_its_samples(tmp_path):
     save_wav(tmp_path / "a.wav", wav, RATE)
     got = list(pieces_of(audio_blocks(tmp_path / "a.wav", RATE), RATE, Cutting(merges=False)))
     assert [(p.start, p.end) for p in got] == [(p.start, p.end) for p in cut(wav)]
+
+
+@pytest.mark.parametrize("gain", [1.0, 3e-3])
+def test_a_prepared_recording_is_its_speech(gain):
+    wav, times = recording((3.0, 0.5, 5.0, 3.0))
+    found = prepare_speech(gain * wav + 0.01, RATE)
+    ends = [times[0][0] - PAD, times[1][1] + PAD], [times[2][0] - PAD, times[2][1] + PAD]
+    # The pause of half a second is kept, that of five is not.
+    want = sum(end - start for start, end in ends)
+    assert len(found) / RATE == pytest.approx(want, abs=0.4)
+    assert rms(found) == pytest.approx(LOUDNESS, rel=0.3)
+    assert abs(float(found.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("pause", [LONG_PAUSE - 0.6, LONG_PAUSE + 1])
+def test_long_pauses_alone_are_cut(pause):
+    wav, _ = recording((0.0, 0.3, pause, 0.0))
+    found = len(prepare_speech(wav, RATE)) / RATE
+    whole = len(wav) / RATE
+    want = whole if pause < LONG_PAUSE else whole - pause + 2 * PAD
+    assert found == pytest.approx(want, abs=0.4)
+
+
+def test_what_nobody_says_is_left_as_it_is():
+    rng = torch.Generator().manual_seed(1)
+    tone = 0.1 * torch.sin(torch.arange(3 * RATE) * 0.2)
+    for wav in (tone, torch.zeros(RATE), 1e-3 * torch.randn(2 * RATE, generator=rng)):
+        assert torch.equal(prepare_speech(wav), wav)
+
+
+def test_preparing_twice_changes_little():
+    once = prepare_speech(recording((2.0, 0.5, 4.0, 2.0))[0])
+    twice = prepare_speech(once)
+    assert abs(len(once) - len(twice)) <= 0.15 * RATE
+    assert rms(twice) == pytest.approx(rms(once), rel=0.05)

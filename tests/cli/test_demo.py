@@ -56,7 +56,7 @@ def test_without_a_model_the_embedded_one_speaks_listens_and_answers(capsys, tmp
 def test_with_a_model_and_a_recording(capsys, tmp_path):
     said = ["--text", "Hello there.", "-o", tmp_path, "--max-tokens", 40]
     pair = ["--model", KIT_PAIR[0], "--codec", KIT_PAIR[1]]
-    assert demo(AUDIO, *said, *pair) == 0
+    assert demo(AUDIO, *said, *pair, "--no-prepare") == 0
     out, err = capsys.readouterr()
     assert err.startswith("loading ")
     assert f"the recording: {AUDIO}" in out

@@ -116,7 +116,7 @@ def test_without_files_a_broken_output_ends_the_work(capsys, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "stdout", Full(BrokenPipeError(32, "Broken pipe")))
     monkeypatch.setattr(
-        "mimo_fast.cli.asr.load_recording", lambda path: heard.append(path) or AUDIO
+        "mimo_fast.cli.asr.load_recording", lambda path, _: heard.append(path) or AUDIO
     )
     assert main(["asr", "--whole", str(AUDIO), str(AUDIO), *PAIR, *SHORT]) == 1
     assert len(heard) == 1

@@ -142,6 +142,10 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             mimo_fast.load_audio,
             {"source": speech, "sample_rate": 24000, "source_rate": 16000, "limits": _limits()},
         ),
+        "prepare_speech": (
+            mimo_fast.prepare_speech,
+            {"audio": speech, "sample_rate": 24000},
+        ),
         "save_wav": (mimo_fast.save_wav, {"target": output, "wav": speech, "sample_rate": 24000}),
         "generate": (
             mimo_fast.generate,

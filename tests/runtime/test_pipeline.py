@@ -2,13 +2,16 @@
 
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import pytest
 import torch
 
+import mimo_fast
 from mimo_fast import MimoAudio, PromptError, Session
 from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.runtime.transcription import TranscriptStream
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.tasks import TASKS, PromptContext, asr
 
@@ -16,6 +19,12 @@ from mimo_fast.text.tasks import TASKS, PromptContext, asr
 @pytest.fixture
 def pipeline(model: MimoAudio) -> Pipeline:
     return model.pipeline
+
+
+@pytest.fixture
+def words() -> torch.Tensor:
+    path = Path(__file__).parents[1] / "words" / "what_is_your_name.flac"
+    return mimo_fast.load_audio(path, 24_000)
 
 
 def test_a_request_is_what_the_facade_makes_of_it(model, pipeline, audio):
@@ -61,3 +70,31 @@ def test_encoded_speech_needs_no_codec(pipeline, audio):
     assert torch.equal(without, pipeline.ids(asr(pipeline.context(), audio[1], template=0)))
     with pytest.raises(PromptError, match="needs a codec"):
         asr(PromptContext(), audio[1])
+
+
+def test_recordings_are_prepared_where_that_is_asked_for(pipeline, words):
+    """For every task that takes speech, sessions included; pieces of a transcript never twice."""
+    quiet = torch.cat([torch.zeros(48_000), 0.01 * words, torch.zeros(48_000)])
+    ready = mimo_fast.prepare_speech(quiet)
+    assert len(ready) < len(quiet)
+    preparing = replace(pipeline, prepares=True)
+    for encode in ("speech", "speech_later"):
+        got, want = getattr(preparing, encode)(quiet), getattr(pipeline, encode)(ready)
+        assert torch.equal(got.codes, want.codes)
+    assert len(pipeline.speech(quiet).codes[0]) > len(ready) // 960 + 50
+    segments = asr(preparing.context(), quiet, 0)
+    assert torch.equal(preparing.ids(segments), pipeline.ids(asr(pipeline.context(), ready, 0)))
+    session = Session(preparing, seed=1)
+    list(session.stream(quiet, max_new_tokens=2))
+    want = Session(pipeline, seed=1)
+    list(want.stream(ready, max_new_tokens=2))
+    assert torch.equal(session.ids, want.ids)
+    stream = TranscriptStream(preparing, quiet, seed=1, max_new_tokens=2)
+    assert list(stream) == list(TranscriptStream(pipeline, quiet, seed=1, max_new_tokens=2))
+
+
+def test_a_model_is_loaded_so(words):
+    with mimo_fast.load(prepare=True) as model:
+        assert model.pipeline.prepares
+        quiet = torch.cat([torch.zeros(48_000), 0.003 * words, torch.zeros(72_000)])
+        assert model.asr_sft(quiet, seed=1) == "what is your name"
