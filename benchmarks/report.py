@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lookahead, projection
+from benchmarks import lookahead, projection, recordings
 from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
 from benchmarks.projection import FORMATS
 from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, sources
@@ -198,6 +198,7 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
         parts += [f"KL and agreement of each head on trained weights: {NOT_MEASURED}.\n"]
     parts += [*_per_device(measured, "quality"), *_weight_errors(results)]
     parts += lookahead.section(results)
+    parts += recordings.section(results)
     parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
     if measured.find("compare"):
         parts += ["## Comparisons of commits\n", *_per_device(measured, "compare")]

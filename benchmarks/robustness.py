@@ -10,7 +10,6 @@ for it. Rates are word errors over words.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import random
 import subprocess
@@ -27,12 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mimo_fast
-from mimo_fast.audio.files import load_audio
-from mimo_fast.audio.resample import resample
 from mimo_fast.bench.environment import environment
 from mimo_fast.checkpoint.folder import write_json
-from training import domain
-from training.augmentation import noise
+from training import augmentation, domain
+from training.augmentation import convolved, noise, room_response
 from training.data import UNHEARD_VOICE
 from training.listen import word_errors
 from training.synthesis import Manner, has_flite, synthesize
@@ -110,16 +107,10 @@ def talkers(count: int, decibels: float) -> Change:
 
 
 def room(seconds: float) -> Change:
-    """Echoes that fall by 60 dB in so many seconds: decaying noise after the direct sound."""
+    """Echoes that fall by 60 dB in so many seconds and are as loud as the direct sound."""
 
     def change(wav: Tensor, rng: random.Random) -> Tensor:
-        n = round(seconds * RATE)
-        response = noise(n, rng) * 10 ** (-3 * torch.arange(n) / n)
-        response *= 1 / response.square().sum().sqrt()
-        response[0] += 1
-        size = 2 ** math.ceil(math.log2(len(wav) + n))
-        spectrum = torch.fft.rfft(wav, size) * torch.fft.rfft(response, size)
-        wet = torch.fft.irfft(spectrum, size)[: len(wav) + n]
+        wet = convolved(wav, room_response(seconds, 0, rng))
         return wet / wet.abs().max() * 0.5
 
     return change
@@ -127,14 +118,7 @@ def room(seconds: float) -> Change:
 
 def coded(form: str, subtype: str, rate: int) -> Change:
     """Through a codec of libsndfile at a sample rate."""
-
-    def change(wav: Tensor, rng: random.Random) -> Tensor:
-        file = io.BytesIO()
-        samples = resample(wav, RATE, rate).clamp(-1, 1).numpy()
-        soundfile.write(file, samples, rate, format=form, subtype=subtype)
-        return load_audio(file.getvalue(), RATE)
-
-    return change
+    return lambda wav, rng: augmentation.coded(wav, form, subtype, rate)
 
 
 CONDITIONS: dict[str, Change] = {
@@ -162,8 +146,11 @@ CONDITIONS: dict[str, Change] = {
     "MP3": coded("MP3", "MPEG_LAYER_III", 24000),
 }
 
-LONG = {"1 minute": 60, "5 minutes": 300, "20 minutes": 1200, "1 hour": 3600}
+LONG = {"1 minute": 60, "5 minutes": 300, "20 minutes": 1200, "1 hour": 3600, "3 hours": 10800}
 """Recordings of so many seconds, each by the command in a process of its own."""
+
+SOAK = "3 hours"
+"""Measured where it is asked for: `make soak`."""
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, Tensor]]:
@@ -176,17 +163,19 @@ def sentences(count: int, seed: int) -> list[tuple[str, Tensor]]:
     return list(found.items())
 
 
-def talk(
-    seconds: float, spoken: list[tuple[str, Tensor]], rng: random.Random
-) -> tuple[str, Tensor]:
-    """Sentences with pauses of half a second to two."""
-    texts, parts, length = [], [], 0
-    while length < seconds * RATE:
-        text, wav = rng.choice(spoken)
-        texts.append(text)
-        parts += [wav, silence(rng.uniform(0.5, 2))]
-        length += sum(map(len, parts[-2:]))
-    return " ".join(texts), torch.cat(parts)
+def write_talk(
+    file: Path, seconds: float, spoken: list[tuple[str, Tensor]], rng: random.Random
+) -> tuple[str, float]:
+    """Sentences with pauses of half a second to two, as a WAV -> their text, and its seconds."""
+    texts, samples = list[str](), 0
+    with soundfile.SoundFile(file, "w", RATE, channels=1) as written:
+        while samples < seconds * RATE:
+            text, wav = rng.choice(spoken)
+            texts.append(text)
+            wav = torch.cat((wav, silence(rng.uniform(0.5, 2))))
+            written.write(wav.numpy())
+            samples += len(wav)
+    return " ".join(texts), samples / RATE
 
 
 def measure(
@@ -210,11 +199,13 @@ def measure(
     return record
 
 
-def measure_command(text: str, wav: Tensor, arguments: list[str]) -> dict[str, Any]:
+def measure_command(
+    length: float, spoken: list[tuple[str, Tensor]], rng: random.Random, arguments: list[str]
+) -> dict[str, Any]:
     """What `mimo-fast asr` makes of a file: words, time and the most memory that it had."""
     with tempfile.TemporaryDirectory() as folder:
         file, target = Path(folder, "talk.wav"), Path(folder, "talk.txt")
-        soundfile.write(file, wav.numpy(), RATE)
+        text, length = write_talk(file, length, spoken, rng)
         began = time.perf_counter()
         command = [sys.executable, "-c", COMMAND, "asr", str(file), "-o", str(target)]
         done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
@@ -224,7 +215,7 @@ def measure_command(text: str, wav: Tensor, arguments: list[str]) -> dict[str, A
     return {
         "words": words,
         "wrong": round(word_errors(found, text) / words, 4),
-        "real_time_factor": round(seconds * RATE / len(wav), 4),
+        "real_time_factor": round(seconds / length, 4),
         "peak_mb": round(int(done.stdout.split()[-2]) / 1e3),
     }
 
@@ -253,14 +244,14 @@ def run(args: argparse.Namespace) -> int:
     names = [
         name
         for name in [*CONDITIONS, *LONG]
-        if not args.only or any(part in name for part in args.only)
+        if (any(part in name for part in args.only) if args.only else name != SOAK)
     ]
     with mimo_fast.load(args.model, args.codec, max_batch=4) as model:
         for name in tqdm(names, disable=None):
             rng = random.Random(f"{args.seed} {name}")
             one_pass = args.one_pass and name not in LONG
             if name in LONG:
-                found = measure_command(*talk(LONG[name], spoken, rng), model_options(args))
+                found = measure_command(LONG[name], spoken, rng, model_options(args))
             else:
                 cases = [(text, CONDITIONS[name](wav, rng)) for text, wav in spoken]
                 found = measure(model, cases, one_pass)

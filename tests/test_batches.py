@@ -81,7 +81,7 @@ def test_wrong_calls(nano, tmp_path):
 
 @pytest.mark.parametrize("one", ["hello", b"RIFF", Path("a.wav"), {"text": "a"}, torch.zeros(9)])
 def test_one_request_is_no_list_of_them(nano, one):
-    with pytest.raises(TypeError, match="must be (a list of them|an Iterable), not"):
+    with pytest.raises(TypeError, match=r"must be (a list of them|an Iterable), not"):
         batch(nano, "tts", one)
 
 

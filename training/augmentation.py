@@ -113,14 +113,30 @@ def at_level(other: Tensor, wav: Tensor, decibels: float) -> Tensor:
 
 
 def in_room(wav: Tensor, rng: random.Random) -> Tensor:
-    """With the echoes of a room: noise that decays after the direct sound."""
-    size = round(rng.uniform(*ROOM) * RATE)
-    echoes = noise(size, rng) * 10 ** (-3 * torch.arange(size) / size)
-    echoes *= 10 ** (-rng.uniform(*DIRECT) / 20) / echoes.square().sum().sqrt()
-    echoes[0] += 1
-    length = _fft_size(len(wav) + size)
-    spectrum = torch.fft.rfft(wav, length) * torch.fft.rfft(echoes, length)
-    return torch.fft.irfft(spectrum, length)[: len(wav)]
+    """With the echoes of some room; the same length."""
+    response = room_response(rng.uniform(*ROOM), rng.uniform(*DIRECT), rng)
+    return convolved(wav, response)[: len(wav)]
+
+
+def room_response(seconds: float, direct: float, rng: random.Random) -> Tensor:
+    """A room's impulse response: the direct sound, then noise that decays.
+
+    Args:
+        seconds: in which the echoes fall by 60 dB.
+        direct: decibels of the direct sound over all echoes.
+    """
+    size = round(seconds * RATE)
+    response = noise(size, rng) * 10 ** (-3 * torch.arange(size) / size)
+    response *= 10 ** (-direct / 20) / response.square().sum().sqrt()
+    response[0] += 1
+    return response
+
+
+def convolved(wav: Tensor, response: Tensor) -> Tensor:
+    """Waveforms [n], [m] -> [n + m]."""
+    length = _fft_size(len(wav) + len(response))
+    spectrum = torch.fft.rfft(wav, length) * torch.fft.rfft(response, length)
+    return torch.fft.irfft(spectrum, length)[: len(wav) + len(response)]
 
 
 def coded(wav: Tensor, form: str, kind: str, rate: int) -> Tensor:
