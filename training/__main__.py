@@ -132,7 +132,8 @@ class Recipe:
         with parallel.first():
             tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
-        LMTraining(self.directory, known, tokenizer, *how, trained, stages).train()
+        helped = stages is lm.STAGES
+        LMTraining(self.directory, known, tokenizer, *how, trained, stages, helped).train()
 
     def codes(self) -> dict[str, Codes]:
         """Codes of all speech by the trained codec."""

@@ -49,7 +49,7 @@ SCHEDULE = Schedule(steps=10300, rate=3e-3)
 STAGES = ((0.08, UNDERSTANDING), (1.0, JOINT))
 """Share of the steps at which a stage ends, and the weights of its tasks."""
 
-HEARING_SCHEDULE = Schedule(steps=7000, rate=1e-3)
+HEARING_SCHEDULE = Schedule(steps=4500, rate=5e-4)
 HEARING_STAGES = ((1.0, HEARING),)
 HEARING_SIZES = Sizes(
     speech=8000,
@@ -61,7 +61,9 @@ HEARING_SIZES = Sizes(
     spellings=1000,
     letters=2000,
 )
-"""Of `python -m training hearing`, which trains a pair further, to hear more."""
+"""Of `python -m training hearing`, which trains a pair further, to hear more. A pair has none of
+the layers that only training has; new ones would drown what its text teaches.
+"""
 
 BATCH = 16
 POOL = 8
@@ -96,7 +98,9 @@ def lm_config() -> LMConfig:
 class LMTraining:
     """The language model, its examples and its losses.
 
-    codec: the trained codec's tensors, whose codebooks initialize the code embeddings.
+    Args:
+        codec: the trained codec's tensors, whose codebooks initialize the code embeddings.
+        helped: whether the layers that are discarded after training are there to help.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class LMTraining:
         device: str = "cpu",
         codec: Tensors | None = None,
         stages: Stages = STAGES,
+        helped: bool = True,
     ) -> None:
         self.config = lm_config()
         initial = initial_tensors(self.config, seed)
@@ -119,7 +124,7 @@ class LMTraining:
         self.tensors = {name: tensor.to(device) for name, tensor in initial.items()}
         self.examples, self.special = Examples(codes, tokenizer, self.config), tokenizer.special
         self.seed, self.device, self._pool = seed, device, (-1, list[list[Example]]())
-        self.codes, self.stages = codes, stages
+        self.codes, self.stages, self._helped = codes, stages, helped
         self.run = Run(directory, NAME, trainable(self.tensors), {}, schedule)
 
     def train(self) -> None:
@@ -135,14 +140,18 @@ class LMTraining:
         projections, states = list[Tensor](), list[Tensor]()
         fed = blurred(batch, self.config, generator)
         text, codes = batch_losses(self.model(), batch, generator, projections, states, fed)
-        heard = self.heard(projections, batch.spans)
-        loss, shown = TEXT * text + CTC * heard, {"text": text.detach(), "ctc": heard.detach()}
+        loss, shown = TEXT * text, {"text": text.detach()}
+        if self._helped:
+            heard = self.heard(projections, batch.spans)
+            loss, shown = loss + CTC * heard, {**shown, "ctc": heard.detach()}
         if codes is None:
             return {"loss": loss, **shown}
         weights = torch.tensor(CODE_WEIGHTS, device=codes.device) / sum(CODE_WEIGHTS)
-        phones = self.phones(states[0], batch.phones)
-        loss = loss + phones + CODES * (codes * weights).sum()
-        shown |= {"phones": phones.detach(), "codes": codes.detach().mean()}
+        if self._helped:
+            phones = self.phones(states[0], batch.phones)
+            loss, shown = loss + phones, {**shown, "phones": phones.detach()}
+        loss = loss + CODES * (codes * weights).sum()
+        shown |= {"codes": codes.detach().mean()}
         return {"loss": loss, **shown, "code_0": codes[0].detach()}
 
     def heard(self, projections: list[Tensor], spans: list[list[Span]]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.audio.files import AudioSource, load_audio
+from mimo_fast.audio.noise import quieter_noise
 from mimo_fast.audio.resample import resample
 from mimo_fast.audio.voice_activity import FRAME, RATE, VoiceActivity
 from mimo_fast.modes import in_own_modes
@@ -216,15 +217,14 @@ class _Cutter:
         # Between two pieces each has half of a short pause.
         first = max(start - pad, (start + self._last) // 2, 0)
         last = end + pad if following is None else min(end + pad, (end + following + 1) // 2)
-        samples = [self._sample(first), self._sample(last)]
-        wav = self._audio[samples[0] - self._origin : samples[1] - self._origin]
+        begin, stop = self._sample(first), self._sample(last)
+        wav = self._audio[begin - self._origin : stop - self._origin]
         speech = [
-            self._audio[self._sample(a) - self._origin : self._sample(b) - self._origin]
+            (self._sample(a) - begin, min(self._sample(b) - begin, len(wav)))
             for a, b in self._group
         ]
-        yield Piece(
-            start * self._frame_seconds, end * self._frame_seconds, levelled(wav, torch.cat(speech))
-        )
+        times = start * self._frame_seconds, end * self._frame_seconds
+        yield Piece(*times, _as_heard_close(wav, speech))
         self._group, self._last = [], end
 
     def _forget(self) -> None:
@@ -248,8 +248,9 @@ def prepare_speech(audio: AudioSource, sample_rate: int = 24_000) -> Tensor:
     """A recording as a model heard speech in its training -> float32 [n], on the CPU.
 
     Silence before and after the speech and pauses of more than two seconds are cut down to the
-    fifth of a second next to the speech; an offset is removed, and the speech gets the loudness of
-    somebody close to a microphone. Where nobody speaks, as in music, it is returned as it is.
+    fifth of a second next to the speech; an offset and steady noise are removed, the latter in part
+    and where there is much (see `noise.py`), and the speech gets the loudness of somebody close to
+    a microphone. Where nobody speaks, as in music, it is returned as it is.
 
     Args:
         audio: anything that `load_audio` reads; decoded audio at `sample_rate`.
@@ -271,8 +272,27 @@ def prepare_speech(audio: AudioSource, sample_rate: int = 24_000) -> Tensor:
             kept[-1] = kept[-1][0], end + pad
         else:
             kept.append((max(start - pad, 0), end + pad))
+    return _as_heard_close(*_kept(wav, kept, stretches))
+
+
+def _as_heard_close(wav: Tensor, stretches: Sequence[tuple[int, int]]) -> Tensor:
+    """Speech [n] with less noise, at one level; somebody speaks between these samples."""
     speech = torch.cat([wav[start:end] for start, end in stretches])
-    return levelled(torch.cat([wav[start:end] for start, end in kept]), speech)
+    wav = quieter_noise(wav - speech.mean(), stretches)
+    return levelled(wav, torch.cat([wav[start:end] for start, end in stretches]))
+
+
+def _kept(
+    wav: Tensor, kept: Sequence[tuple[int, int]], stretches: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The parts of a waveform that are kept, and where speech is in them."""
+    parts, speech, length = list[Tensor](), list[tuple[int, int]](), 0
+    for start, end in kept:
+        part, moved = wav[start:end], length - start
+        length += len(part)
+        speech += [(a + moved, min(b + moved, length)) for a, b in stretches if start <= a < end]
+        parts.append(part)
+    return torch.cat(parts), speech
 
 
 def levelled(wav: Tensor, speech: Tensor | None = None) -> Tensor:
