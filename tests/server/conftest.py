@@ -1,4 +1,4 @@
-"""A server of nano for tests: `serve(...)` starts one on a free port in a thread of this process."""
+"""A server of nano for tests: `serve(...)` starts one on a free port, in a thread."""
 
 from __future__ import annotations
 
