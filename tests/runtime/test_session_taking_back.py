@@ -138,7 +138,7 @@ class TestRestart:
     def test_the_oldest_go_where_there_is_no_room(self, greedy, audio):
         session = self.dialogue(greedy, audio)
         exchanges = session.exchanges
-        limit_context(greedy, groups(session.ids))
+        limit_context(greedy, groups(session.ids) * 3 // 4)
         small = greedy.session("Be brief.")
         small.restart(exchanges)
         assert 0 < small.turns < 3
