@@ -246,6 +246,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_codec_rope(known)
     _add_hub_options(known)
 
+    serve = command("serve", "Serve the OpenAI API's speech endpoints and realtime sessions.")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--api-key")
+    serve.add_argument("--served-name")
+    serve.add_argument("--streams", type=positive, default=8, metavar="N", help="replies at once [8]")
+
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
 
