@@ -6,6 +6,6 @@ hearing.py   audio in -> where somebody speaks         sound.py   bytes <-> samp
 mind.py      what is computed with the model           items.py   the conversation
 """
 
-# X
+from mimo_fast.server.realtime.openai import realtime
 
-# Y
+__all__ = ["realtime"]

@@ -234,7 +234,8 @@ class Hearing:
 
     def _begin(self) -> int:
         """Sample at which the turn begins, with what precedes its speech."""
-        assert self._start is not None and self.detection is not None
+        assert self._start is not None
+        assert self.detection is not None
         prefix = self.detection.prefix_ms * self._rate // 1000
         return max(self._sample(self._start) - prefix, self._origin)
 

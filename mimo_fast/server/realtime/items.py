@@ -70,7 +70,7 @@ class Reply:
 
         A word ends where the next begins; words that came together share their time.
         """
-        starts = sorted({start for _, start in self.words}) + [self.ms]
+        starts = [*sorted({start for _, start in self.words}), self.ms]
         found, missed = "", False
         if not self.words:
             return found

@@ -7,7 +7,7 @@ Ask -> spoken:  speech -> `Session` -> text and audio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,14 +100,18 @@ class Mind:
         self._made: tuple[str | None, Path | None] = (None, None)
         self._turns: list[Reply] = []  # of the session, the oldest of which it may have dropped
 
-    def answer(self, ask: Ask) -> Iterator[Piece]:
+    @property
+    def sample_rate(self) -> int:
+        return self._model.codec.sample_rate
+
+    def answer(self, ask: Ask) -> Generator[Piece, None, None]:
         """The reply, a group at a time. Closing it keeps what was taken."""
         ask.reply.asked = ask.said
         if ask.speaks and (not self.converses or any(said.spoken for said in ask.said)):
             return self._answer_aloud(ask)
         return self._answer_in_text(ask)
 
-    def _answer_aloud(self, ask: Ask) -> Iterator[Piece]:
+    def _answer_aloud(self, ask: Ask) -> Generator[Piece, None, None]:
         began = perf_counter()
         yield from self._encode(ask.said)
         speech = _joined([said.speech for said in ask.said if said.speech is not None])
@@ -226,7 +230,7 @@ class Mind:
         text = HELLO if words and not spell(text) else text
         return model.stream("tts", text, split=True, lookahead="elastic")
 
-    def _answer_in_text(self, ask: Ask) -> Iterator[Piece]:
+    def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said
         spoken = any(each.spoken for each in said)
         task = TASKS[TEXTS if self.converses and not spoken else IN_TEXT]
