@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from servers import until
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -18,15 +19,6 @@ from mimo_fast.server.errors import ApiError
 from mimo_fast.server.limits import Places
 
 SPEECH = "/v1/audio/speech"
-
-
-def until(true, seconds=5.0):
-    """Waits for a condition; the seconds that it took."""
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds, "it did not happen"
-        time.sleep(0.01)
-    return time.monotonic() - begun
 
 
 def sent(port, data, seconds=5.0):
