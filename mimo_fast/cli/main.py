@@ -34,6 +34,7 @@ from mimo_fast.cli.process import (
     written,
 )
 from mimo_fast.cli.reports import TRACEBACK, report, say
+from mimo_fast.cli.server_options import add_server_options
 from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
 from mimo_fast.text.transcript import SUFFIXES
 
@@ -247,11 +248,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_hub_options(known)
 
     serve = command("serve", "Serve the OpenAI API's speech endpoints and realtime sessions.")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--api-key")
-    serve.add_argument("--served-name")
-    serve.add_argument("--streams", type=positive, default=8, metavar="N", help="replies at once [8]")
+    named = "what clients call the model [the last part of its name]"
+    serve.add_argument("--served-name", metavar="NAME", help=named)
+    at_once = "replies, texts and pieces computed at once [8]"
+    serve.add_argument("--streams", type=positive, default=8, metavar="N", help=at_once)
+    add_server_options(serve)
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
