@@ -17,10 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mimo_fast.audio.segments import levelled
+from mimo_fast.errors import PromptError
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.runtime.engine.stream import ChunkStream
+from mimo_fast.runtime.engine.engine import Reply as EngineReply
+from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader
 from mimo_fast.runtime.session import Exchange, Session
+from mimo_fast.runtime.speech import pieces_to_say
 from mimo_fast.runtime.transcription import GROUPS, GROUPS_A_SECOND, longest_piece
 from mimo_fast.server.realtime.items import Reply, Said
 from mimo_fast.text.prompt import Segments, Speech, SpokenReply, UserText, Written
@@ -31,6 +33,10 @@ DIALOGUE, IN_TEXT, TEXTS = "spoken_dialogue_sft", "speech2text_dialogue_sft", "t
 
 HELLO = "hello"
 """What is asked where nobody has said anything."""
+
+
+MOST_GROUPS = 500
+"""Of a text that is said to the model, 80 s: where it finds no end."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,10 @@ class Mind:
         session = self._follow(ask)
         ask.times.encode = perf_counter() - began
         began = perf_counter()
-        stream = session.stream(speech, max_new_tokens=ask.most, lookahead="elastic")
+        heard = speech.codes.shape[1] // self._model.group_size
+        limit = self._model.lm.config.longest_reply(TASKS[DIALOGUE].sampler, heard)
+        most = min(filter(None, (ask.most, limit)), default=None)
+        stream = session.stream(speech, max_new_tokens=most, lookahead="elastic")
         ask.times.prefill = perf_counter() - began
         self._turns.append(ask.reply)
         tokens, usage = session.ids[0, :: self._model.group_size], ask.usage
@@ -210,25 +219,55 @@ class Mind:
             if said.speech is not None:
                 continue
             if said.wav is None:
-                parts = list[Tensor]()
-                with closing(self._say(said.text or HELLO)) as stream:
-                    for chunk in stream:
-                        parts.append(chunk.audio)
-                        yield Piece()
-                said.wav = levelled(torch.cat(parts))
-            said.speech, said.wav = self._model.speech(said.wav), None
+                said.speech = yield from self._say_to_itself(said.text or HELLO)
+            else:
+                said.speech, said.wav = self._model.speech(said.wav), None
+
+    def _say_to_itself(self, text: str) -> Generator[Piece, None, Speech]:
+        """A text as speech that nobody else hears: its pieces are rows of one batch, and their
+        codes are heard as they are."""
+        model, task, pipeline = self._model, TASKS["tts_sft"], self._model.pipeline
+        context, samplers = pipeline.context(), pipeline.samplers(task.sampler)
+        text = self._sayable(text)
+        rows = list[tuple[EngineReply, ReplyReader]]()
+        for piece in pieces_to_say(pipeline, {"input": text}):
+            ids = pipeline.ids(task.prompt(context, piece.strip()))
+            sequence = pipeline.sequence()
+            sequence.add(ids)
+            stops = task.stop_ids(model.tokenizer.special)
+            reply = pipeline.start(sequence, samplers, stops, MOST_GROUPS)
+            rows.append((reply, pipeline.reader(ids, speaks=True)))
+        patches: list[list[Tensor]] = [[] for _ in rows]
+        try:
+            while any(not reply.ended for reply, _ in rows):
+                for (reply, reader), spoken in zip(rows, patches, strict=True):
+                    if (group := next(reply, None)) is not None and not group.finished:
+                        spoken += reader.read(group.text, group.codes)[1]
+                yield Piece()
+        finally:
+            for reply, _ in rows:
+                reply.close()
+        for (_, reader), spoken in zip(rows, patches, strict=True):
+            spoken += reader.finish()[1]
+        codes = [each.cpu() for spoken in patches for each in spoken]
+        if not codes:
+            raise PromptError("the model found nothing to say in this text: word it otherwise")
+        return Speech(torch.cat(codes, dim=1))
+
+    def _sayable(self, text: str) -> str:
+        """A model of few words says hello where it has none for a text."""
+        words = self._model.tokenizer.trained_words
+        return HELLO if words and not spell(text) else text
 
     def _say(self, text: str, voice: Path | None = None) -> ChunkStream:
-        """A text as speech; a model of few words says hello where it has none of the text's."""
+        """A text as speech for the user."""
         model = self._model
         if voice is not None and model.lm.config.is_trained("tts_sft", "prompt_speech"):
             speech = _voice(model, voice)
             return model.stream(
                 "tts", text, lookahead="elastic", read_text_only=False, prompt_speech=speech
             )
-        words = model.tokenizer.trained_words
-        text = HELLO if words and not spell(text) else text
-        return model.stream("tts", text, split=True, lookahead="elastic")
+        return model.stream("tts", self._sayable(text), split=True, lookahead="elastic")
 
     def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said

@@ -195,7 +195,9 @@ class _Client:
     # What the client asks for
 
     def _apply(self) -> None:
-        self.dialogue.set_manner(self.config.manner(), self.config.turns)
+        talks = self.config.kind == "realtime"
+        manner = self.config.manner() if talks else self.dialogue.manner
+        self.dialogue.set_manner(manner, self.config.turns)
 
     async def _update(self, event: Json) -> None:
         before = self.config.input_format
