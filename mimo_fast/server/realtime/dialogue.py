@@ -395,6 +395,8 @@ class Dialogue:
                     return
                 self._pass_on(response, sound)
                 await self._wire.ready()
+                if (due := response.due) > 0:
+                    await asyncio.sleep(due)
                 if response.ended:
                     return
         except Exception as error:
@@ -485,7 +487,8 @@ class Dialogue:
         idle = self.turns.idle_ms
         if idle is None or self._hearing.detection is None or self._closed:
             return
-        left = response.ask.reply.ms - response.played_ms
+        # As the API has it: from the end of the response, for as long as its audio takes.
+        left = response.ask.reply.ms
         start = self._hearing.ms + round(left)
         loop = asyncio.get_running_loop()
         self._idle = loop.call_later((left + idle) / 1000, self._time_out, start)
