@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
@@ -31,10 +32,11 @@ def run(args: argparse.Namespace) -> int:
         raise MimoFastError(MISSING.format(error.name)) from error
     with listen(settings) as bound:
         url = url_of(bound, settings)
-        service = Service(load_model(args, max_batch=args.streams), _name(args))
+        load = partial(load_model, args, max_batch=args.streams)
+        service = Service(load(), _name(args))
         try:
             set_up_logs(settings.log_level)
-            app = create_app(service, settings)
+            app = create_app(service, settings, load)
             Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
         finally:
             service.close()

@@ -17,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
+from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.health import health, ready, root
+from mimo_fast.server.keeping import Keeper, free_model, list_loaded
 from mimo_fast.server.limits import SESSION_WAIT, Bounds, Places, Session
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
@@ -34,13 +36,22 @@ COMPUTING = frozenset(
 """Paths whose POST requests take one of the places for requests."""
 
 
-def create_app(service: Service, settings: Settings | None = None) -> Starlette:
-    """The ASGI application of a service; `settings` defaults to `Settings()`.
+def create_app(
+    service: Service,
+    settings: Settings | None = None,
+    load: Callable[[], MimoAudio] | None = None,
+) -> Starlette:
+    """The ASGI application of a service.
+
+    Args:
+        settings: None for `Settings()`.
+        load: loads the model again after `settings.keep_alive` has freed it.
 
     `app.state` has:
         service, settings: the arguments.
         voices: `Voices`.
         metrics: `Metrics`.
+        keeper: `Keeper`.
         requests, sessions: `Places` of requests that compute and of WebSockets.
         live: the WebSockets that are open.
         stopping: whether new work is refused.
@@ -78,6 +89,7 @@ def create_app(service: Service, settings: Settings | None = None) -> Starlette:
     state = app.state
     state.service, state.settings, state.voices = service, settings, Voices(settings.voices)
     state.metrics, state.requests, state.sessions = metrics, requests, sessions
+    state.keeper = Keeper(service, load if settings.keep_alive >= 0 else None, settings.keep_alive)
     state.live, state.stopping, state.probe = set[Session](), False, None
     service.worker.meter = metrics.speech
     _show(metrics, app)
@@ -90,6 +102,8 @@ def _routes() -> list[BaseRoute]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", show_metrics),
+        Route("/api/ps", list_loaded),
+        Route("/api/ps", free_model, methods=["DELETE"]),
         Route("/v1/models", models),
         # Open WebUI asks for it.
         Route("/v1/audio/models", models),

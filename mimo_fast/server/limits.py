@@ -122,7 +122,7 @@ class Bounds:
             await self._request(scope, receive, send)
         elif scope["type"] == "websocket":
             _refuse_if_stopping(scope)
-            async with self._sessions.place():
+            async with self._sessions.place(), scope["app"].state.keeper.used():
                 await Session(self._app, scope, receive, send).run()
         else:
             await self._app(scope, receive, send)
@@ -143,7 +143,8 @@ class Bounds:
         _refuse_if_stopping(scope)
         async with self._requests.place() as waited:
             scope["app"].state.metrics.waited(waited)
-            await self._app(scope, receive, send)
+            async with scope["app"].state.keeper.used():
+                await self._app(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive, body: deque[bytes]) -> int:
         """Reads a body; its size, by which `_held` has grown."""

@@ -61,7 +61,8 @@ class JsonLines(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             found["error"] = record.exc_info[0].__name__
         found |= getattr(record, "fields", {})
-        return json.dumps(found, ensure_ascii=False, default=str)
+        # In ASCII: some characters of others end a line, or change what a terminal shows.
+        return json.dumps(found, default=str)
 
 
 def set_up_logs(level: str, stream: TextIO | None = None) -> None:

@@ -5,8 +5,10 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
+from servers import until
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -17,15 +19,6 @@ from mimo_fast.server.errors import ApiError
 from mimo_fast.server.limits import Places
 
 SPEECH = "/v1/audio/speech"
-
-
-def until(true, seconds=5.0):
-    """Waits for a condition; the seconds that it took."""
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds, "it did not happen"
-        time.sleep(0.01)
-    return time.monotonic() - begun
 
 
 def sent(port, data, seconds=5.0):
@@ -171,9 +164,9 @@ def test_a_refused_body_is_read_only_so_far(serve, monkeypatch):
     server = serve([SIZE], max_body_bytes=4096)
     with socket.create_connection(("127.0.0.1", server.port), 10) as client:
         client.sendall(head("Content-Length: 999999999"))
-        with pytest.raises(OSError):  # noqa: PT011 - a reset or a broken pipe
-            for _ in range(200):
-                client.sendall(b"a" * (1 << 18))
+        # It ends with a reset or a broken pipe.
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            client.sendall(b"a" * (50 << 20))
 
 
 def test_a_full_server_says_so(serve):
@@ -323,9 +316,12 @@ def test_messages_are_bounded(serve):
             client.recv()
     assert closed.value.rcvd.code == 1009
     with connect(address) as client:
-        with pytest.raises(ConnectionClosed) as closed:
+        # In fragments, none of which is too long.
+        with suppress(ConnectionClosed):
             client.send("a" * 1024 for _ in range(100_000))
+        with pytest.raises(ConnectionClosed) as closed:
             client.recv()
+        # Who still writes when the server closes may lose its last frame to a reset.
         assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
     until(lambda: server.app.state.sessions.taken == 0)
 
