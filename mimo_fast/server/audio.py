@@ -248,6 +248,16 @@ def _refuse_opening(url: str, *_rest: object) -> None:
     raise AudioError("a recording that refers to another file is not read; send one that is whole")
 
 
+class _Source:
+    """A file object as a demuxer needs it; one of the standard library's has no name, but says
+    that it had."""
+
+    name = "recording"
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
 @dataclass
 class _Recording:
     """A recording that can be decoded from its start, as often as is needed."""
@@ -271,7 +281,7 @@ class _Recording:
         try:
             with av.open(
                 # FFmpeg neither guesses a format, which may be a playlist, nor opens anything.
-                self.file,
+                _Source(self.file),
                 format=CONTAINERS[kind],
                 io_open=_refuse_opening,
                 metadata_errors="replace",
