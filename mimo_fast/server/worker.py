@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from enum import IntEnum
 from time import perf_counter
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from mimo_fast.errors import ClosedError
 
@@ -37,6 +37,16 @@ class Priority(IntEnum):
     BATCH = 1  # a file, a transcript, a text
 
 
+class Meter(Protocol):
+    """Told in the compute thread what becomes of one stream of audio; see `server/metrics.py`."""
+
+    def heard(self, seconds: float, hungry: bool) -> None:
+        """An item with audio was made; `hungry`: its reader had none left to read."""
+
+    def ended(self) -> None:
+        """Nothing follows."""
+
+
 class Stream(AsyncIterator[Item], Generic[Item]):
     """Items of an iterator that the compute thread runs; see `Worker.stream`.
 
@@ -51,7 +61,9 @@ class Stream(AsyncIterator[Item], Generic[Item]):
         ahead: int,
         priority: Priority,
         seconds: Callable[[Item], float],
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter
         self._worker, self._start, self._ahead = worker, start, ahead
         self._priority, self._seconds = priority, seconds
         self._loop = asyncio.get_running_loop()
@@ -131,6 +143,8 @@ class Stream(AsyncIterator[Item], Generic[Item]):
         if heard > 0:
             # Who ran dry, or did not read for a while, begins anew.
             self._dry = max(self._dry or 0.0, perf_counter()) + heard
+            if self._meter is not None:
+                self._meter.heard(heard, not self._items)
         if self._priority is Priority.BATCH or item is None:
             # They take turns.
             self._arrived = perf_counter()
@@ -141,6 +155,8 @@ class Stream(AsyncIterator[Item], Generic[Item]):
 
     def _finish(self, error: BaseException | None) -> None:
         iterator, self._iterator = self._iterator, None
+        if self._meter is not None:
+            self._meter.ended()
         # What it was made of, too, may hold a recording.
         self._start = _nothing
         try:
@@ -168,9 +184,11 @@ class Worker:
 
     Attributes:
         steps: Number of calls and items that it has computed.
+        meter: Makes what each stream for a listener is measured with; None measures nothing.
     """
 
     def __init__(self) -> None:
+        self.meter: Callable[[], Meter] | None = None
         self._changed = threading.Condition()
         self._calls = deque[Callable[[], None]]()
         self._streams = list[Stream[Any]]()
@@ -239,7 +257,9 @@ class Worker:
             ahead: items that may wait for their reader; the iterator rests meanwhile.
             seconds: audio that an item gives a listener, which says how soon the next is due.
         """
-        found = Stream(self, start, ahead, priority, seconds)
+        measured = self.meter if priority is Priority.LISTENER else None
+        meter = None if measured is None else measured()
+        found = Stream(self, start, ahead, priority, seconds, meter)
         with self._changed:
             self._check()
             self._streams.append(found)

@@ -284,3 +284,17 @@ def test_an_exceptions_message_is_not_logged():
     line = json.loads(JsonLines().format(record))
     assert line["error"] == "KeyError"
     assert SECRET not in str(line)
+
+
+def test_streams_for_listeners_are_measured(serve, service):
+    server = serve()
+
+    async def scenario():
+        async with service.speech("good morning") as stream:
+            return [chunk async for chunk in stream]
+
+    spoken = sum(len(chunk.audio) for chunk in asyncio.run(scenario())) / service.sample_rate
+    found = metrics(server)
+    assert found["mimo_fast_audio_seconds_total",] == pytest.approx(spoken)
+    assert found["mimo_fast_first_audio_seconds_count",] == 1
+    assert found["mimo_fast_real_time_factor_count",] == 1

@@ -85,8 +85,10 @@ def test_all_that_touches_an_iterator_happens_in_the_compute_thread(worker: Work
         assert await worker.call(lambda: threading.current_thread().name) == "mimo-fast compute"
 
     asyncio.run(main())
-    assert started == ["mimo-fast compute"] and source.threads == {"mimo-fast compute"}
-    assert source.closed == 1 and worker.streams == 0
+    assert started == ["mimo-fast compute"]
+    assert source.threads == {"mimo-fast compute"}
+    assert source.closed == 1
+    assert worker.streams == 0
 
 
 def test_none_is_a_step_without_an_item(worker: Worker) -> None:
@@ -126,7 +128,7 @@ def test_streams_take_turns_and_nobody_starves(worker: Worker) -> None:
 
     async def main() -> None:
         held, task = await hold(worker)
-        listening = dict(ahead=100, seconds=lambda item: item)
+        listening = {"ahead": 100, "seconds": lambda item: item}
         streams = [worker.stream(source(name, 1.0), **listening) for name in "abcd"]
         batches = [worker.stream(source(name, 0.0), 100, Priority.BATCH) for name in "xy"]
         held.go.set()
@@ -151,7 +153,7 @@ def test_whoever_runs_dry_comes_before_whoever_has_heard_nothing(worker: Worker)
             yield 0.05
 
     async def main() -> None:
-        listening = dict(ahead=10, seconds=lambda item: item)
+        listening = {"ahead": 10, "seconds": lambda item: item}
         old = worker.stream(lambda: source("old", 3), ahead=1, seconds=lambda item: item)
         await anext(old)
         await settled(lambda: len(order), 2)
@@ -229,7 +231,8 @@ def test_a_stream_that_is_closed_before_it_began_never_starts(worker: Worker) ->
         assert [item async for item in stream] == []
 
     asyncio.run(main())
-    assert not started and worker.streams == 0
+    assert not started
+    assert worker.streams == 0
 
 
 def test_a_stream_that_runs_is_closed_after_the_step_in_progress(worker: Worker) -> None:
@@ -241,7 +244,8 @@ def test_a_stream_that_runs_is_closed_after_the_step_in_progress(worker: Worker)
         await stream.aclose()
         made = source.made
         await asyncio.sleep(0.1)
-        assert source.made == made and source.closed == 1
+        assert source.made == made
+        assert source.closed == 1
 
     asyncio.run(main())
 
@@ -294,9 +298,13 @@ def test_an_error_reaches_its_reader_and_nobody_else(worker: Worker, where: str)
     async def main() -> None:
         stream, other = worker.stream(start, seconds=seconds), worker.stream(lambda: Counting(3))
         found = list[object]()
-        with pytest.raises(ValueError, match=where):
+
+        async def read() -> None:
             async for item in stream:
                 found.append(item)
+
+        with pytest.raises(ValueError, match=where):
+            await read()
         assert found == {"start": [], "item": [0, 1], "close": [0, 1, 2, 3], "seconds": []}[where]
         # It ends once.
         with pytest.raises(StopAsyncIteration):
@@ -304,7 +312,8 @@ def test_an_error_reaches_its_reader_and_nobody_else(worker: Worker, where: str)
         assert [item async for item in other] == [0, 1, 2]
 
     asyncio.run(main())
-    assert worker.streams == 0 and source.closed == (where != "start")
+    assert worker.streams == 0
+    assert source.closed == (where != "start")
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
@@ -336,7 +345,9 @@ def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
 
     asyncio.run(main())
     worker.close()
-    assert ran == [1] and source.closed == 1 and worker.streams == 0
+    assert ran == [1]
+    assert source.closed == 1
+    assert worker.streams == 0
     assert not worker._thread.is_alive()
 
 
@@ -382,4 +393,6 @@ def test_thousands_of_streams_leave_nothing_behind(worker: Worker) -> None:
 
     asyncio.run(main())
     gc.collect()
-    assert worker.streams == 0 and not alive and not worker._calls
+    assert worker.streams == 0
+    assert not alive
+    assert not worker._calls
