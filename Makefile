@@ -15,7 +15,7 @@ export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none
 # Another Triton, in a folder of its own.
 OLDEST := .venv/oldest-triton
 
-.PHONY: demo test check kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clean
+.PHONY: demo test check soak kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -30,6 +30,10 @@ test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
 check: slow kernels $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+
+# Hours: a server with 10,000 requests, an hour of talk and clients that are killed.
+soak: $(READY)
+	$(BIN)/python -m benchmarks serving -o soak-server.json
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
