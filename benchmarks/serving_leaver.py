@@ -118,6 +118,7 @@ def is_answered(url: str, pcm: bytes) -> None:
 def streams_text(url: str, pcm: bytes) -> None:
     session = connect(url.replace("http", "ws", 1) + "/v1/audio/speech/stream", compression=None)
     _send(session, "input.text", text=LONG)
+    _send(session, "input.done")
     here()
     while session.recv():
         pass
