@@ -5,7 +5,7 @@ endpoints, realtime sessions -> Service -> Worker (compute thread) -> MimoAudio
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,7 +151,7 @@ class Service:
 
     async def pieces(
         self, source: bytes | BinaryIO, most: float, read: Read
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The pieces of a recording, cut at its pauses as the model needs that.
 
         Args:
@@ -209,7 +209,7 @@ class Service:
             finally:
                 work.reply.close()
 
-        return self.worker.stream(start, ahead=64, priority=Priority.BATCH)
+        return self.worker.stream(start, ahead=256, priority=Priority.BATCH)
 
     def close(self) -> None:
         """Ends what runs, then frees the model."""
