@@ -289,10 +289,14 @@ def _code(status: int, body: bytes) -> str | None:
 
 
 async def one_request(
-    connection: Connection, rng: random.Random, sounds: Sounds, tally: Tally
+    connection: Connection,
+    rng: random.Random,
+    sounds: Sounds,
+    tally: Tally,
+    kind: str | None = None,
 ) -> None:
-    """A request of a kind that chance takes, read to its end or left."""
-    kind = rng.choices([*KINDS], [weight for weight, _ in KINDS.values()])[0]
+    """A request, of a kind that chance takes unless it is given, read to its end or left."""
+    kind = kind or rng.choices([*KINDS], [weight for weight, _ in KINDS.values()])[0]
     request = KINDS[kind][1](rng, sounds)
     leaves = None
     if rng.random() < LEAVING:
