@@ -165,6 +165,8 @@ class Encoder:
         frame.sample_rate = self._rate
         if self._resampler is None:
             context = self._stream.codec_context
+            # Threads of the codec's own would be more than the work, which is milliseconds.
+            context.thread_count = 1
             context.open(strict=False)
             self._resampler = av.AudioResampler(
                 context.format, "mono", self._rate, context.frame_size or None
@@ -301,6 +303,7 @@ class _Recording:
         if stream.codec_context is None or stream.codec_context.name not in CODECS:
             codec = "unknown" if stream.codec_context is None else stream.codec_context.name
             raise AudioError(f"{self.name} holds {codec} audio; send PCM, MP3, FLAC, Opus or AAC")
+        stream.codec_context.thread_count = 1
         rate, samples, waiting, size = 0, 0, list[np.ndarray](), 0
         # Packed: PyAV reads beyond the planes of frames of eight channels.
         resampler = av.AudioResampler(format="flt")
