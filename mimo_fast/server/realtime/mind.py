@@ -37,6 +37,9 @@ HELLO = "hello"
 """What is asked where nobody has said anything."""
 
 
+KNOWN = 2 / 3
+"""Share of a text's words that a model of few words must know to be told it."""
+
 MOST_GROUPS = 500
 """Of a text that is said to the model, 80 s: where it finds no end."""
 
@@ -254,7 +257,13 @@ class Mind:
             if said.wav is None:
                 said.speech = yield from self._say_to_itself(said.text or HELLO, seed)
             else:
-                said.speech, said.wav = self._model.speech(said.wav), None
+                self.encode(said)
+
+    def encode(self, said: Said) -> None:
+        """Leaves the codes of a recording alone; of one that has none, nothing."""
+        wav, said.wav = said.wav, None
+        if wav is not None and said.speech is None:
+            said.speech = self._model.speech(wav)
 
     def _say_to_itself(self, text: str, seed: int | None = None) -> Generator[Piece, None, Speech]:
         """A text as speech that nobody else hears: its pieces are rows of one batch, as many as
@@ -290,9 +299,13 @@ class Mind:
         return Speech(torch.cat(said, dim=1))
 
     def _sayable(self, text: str) -> str:
-        """A model of few words says hello where it has none for a text."""
-        words = self._model.tokenizer.trained_words
-        return HELLO if words and not spell(text) else text
+        """What a model of few words is told: those that it knows, or hello where they are few."""
+        known = self._model.tokenizer.trained_words
+        if not known:
+            return text
+        words = spell(text)
+        kept = [word for word in words if word in known]
+        return " ".join(kept) if kept and len(kept) >= KNOWN * len(words) else HELLO
 
     def _say(self, text: str, voice: Path | None = None) -> ChunkStream:
         """A text as speech for the user."""
@@ -302,7 +315,7 @@ class Mind:
             return model.stream(
                 "tts", text, lookahead="elastic", read_text_only=False, prompt_speech=speech
             )
-        return model.stream("tts", self._sayable(text), split=True, lookahead="elastic")
+        return model.stream("tts", text, split=True, lookahead="elastic")
 
     def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said
@@ -363,11 +376,9 @@ class Mind:
         if len(wav) / rate > longest_piece(pipeline):
             with closing(self._model.transcript(wav)) as segments:
                 before = ""
-                for segment in segments:
-                    new = segments.joined[len(before) :]
-                    before = segments.joined
+                for _ in segments:
+                    new, before = segments.joined[len(before) :], segments.joined
                     yield new
-                    del segment
             return
         if said.speech is None:
             said.speech, said.wav = self._model.speech(wav), None
