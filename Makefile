@@ -15,7 +15,7 @@ export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none
 # Another Triton, in a folder of its own.
 OLDEST := .venv/oldest-triton
 
-.PHONY: demo test check kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -37,6 +37,10 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
+
+# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, at the pace that the machine allows.
+soak: $(READY)
+	$(BIN)/python -m benchmarks serving -o benchmarks/results/$(shell date +%F)-serving.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
