@@ -34,7 +34,7 @@ from mimo_fast.cli.process import (
     written,
 )
 from mimo_fast.cli.reports import TRACEBACK, report, say
-from mimo_fast.cli.server_options import add_server_options
+from mimo_fast.cli.server_options import add_server_options, take_variables
 from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
 from mimo_fast.text.transcript import SUFFIXES
 
@@ -253,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     at_once = "replies, texts and pieces computed at once [8]"
     serve.add_argument("--streams", type=positive, default=8, metavar="N", help=at_once)
     add_server_options(serve)
+    take_variables(serve)
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser

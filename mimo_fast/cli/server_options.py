@@ -37,12 +37,42 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     assert not known, f"no group has {', '.join(known)}"
 
 
+def take_variables(parser: argparse.ArgumentParser) -> None:
+    """Makes the environment the default of the parser's other options, which commands share."""
+    known = {each.name for each in fields(Settings)}
+    for action in parser._actions:
+        text = os.environ.get(variable_of(action.dest))
+        if not text or action.dest in known or not action.option_strings:
+            continue
+        if action.nargs == 0:
+            action.default = text.lower() in YES
+        elif isinstance(action, argparse._AppendAction):
+            action.default = [part.strip() for part in text.split(",")]
+        else:
+            action.default = text
+
+
+def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses values of the environment that an option would refuse: argparse checks no default.
+
+    Raises:
+        ConfigError: one is not among its option's choices.
+    """
+    for action in parser._actions:
+        given = getattr(args, action.dest, None)
+        for value in given if isinstance(given, list) else [given]:
+            if action.choices and value is not None and value not in action.choices:
+                listed = ", ".join(map(str, action.choices))
+                raise ConfigError(f"{variable_of(action.dest)} must be one of {listed}")
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of parsed options.
 
     Raises:
         ConfigError: they contradict each other.
     """
+    check_choices(args.parser, args)
     found = {each.name: getattr(args, each.name) for each in fields(Settings)}
     for each in fields(Settings):
         if found[each.name] is None and isinstance(each.default, bool):

@@ -12,7 +12,7 @@ import asyncio
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -248,6 +248,16 @@ def _refuse_opening(url: str, *_rest: object) -> None:
     raise AudioError("a recording that refers to another file is not read; send one that is whole")
 
 
+class _Source:
+    """A file object as a demuxer needs it; one of the standard library's has no name, but says
+    that it had."""
+
+    name = "recording"
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
 @dataclass
 class _Recording:
     """A recording that can be decoded from its start, as often as is needed."""
@@ -255,6 +265,7 @@ class _Recording:
     file: BinaryIO
     seconds: float
     name: str
+    fix: str
 
     def decode(self) -> Iterator[tuple[int, Tensor]]:
         """Its sample rate and blocks float32 [channels, n].
@@ -271,7 +282,7 @@ class _Recording:
         try:
             with av.open(
                 # FFmpeg neither guesses a format, which may be a playlist, nor opens anything.
-                self.file,
+                _Source(self.file),
                 format=CONTAINERS[kind],
                 io_open=_refuse_opening,
                 metadata_errors="replace",
@@ -308,7 +319,7 @@ class _Recording:
                 samples += block.shape[1]
             if samples > self.seconds * rate:
                 problem = f"{self.name} is longer than {self.seconds:g} s"
-                raise AudioError(f"{problem}; cut it, or raise the server's --max-audio-seconds")
+                raise AudioError(f"{problem}; {self.fix}")
             if size >= BLOCK:
                 yield rate, torch.from_numpy(np.concatenate(waiting, axis=1))
                 waiting, size = [], 0
@@ -328,8 +339,11 @@ def _frames(box: Any, stream: Any, name: str) -> Iterator[av.AudioFrame]:
                 raise AudioError(f"{name} is damaged; export it again") from error
 
 
+FIX = "cut it, or raise the server's --max-audio-seconds"
+
+
 def decode_blocks(
-    source: bytes | BinaryIO, rate: int, seconds: float, name: str = "the file"
+    source: bytes | BinaryIO, rate: int, seconds: float, name: str = "the file", fix: str = FIX
 ) -> Iterator[Tensor]:
     """A client's recording in mono blocks float32 [n] at `rate`; memory does not grow with it.
 
@@ -337,12 +351,13 @@ def decode_blocks(
         source: encoded bytes, or a file object that can be sought in; never a path.
         seconds: how long it may be, counted while it is decoded.
         name: of the recording in errors.
+        fix: what to do about one that is too long.
 
     Raises:
         AudioError: it cannot be decoded, holds no samples, or is too long.
     """
     file = BytesIO(source) if isinstance(source, bytes) else source
-    recording = _Recording(file, seconds, name)
+    recording = _Recording(file, seconds, name, fix)
     first = next(recording.decode(), None)
     if first is None:
         raise AudioError(f"{name} holds no samples")
@@ -355,9 +370,11 @@ def decode_blocks(
     yield from mixed_blocks(read, first[0], len(first[1]), rate, name, limits)
 
 
-def decode(source: bytes | BinaryIO, rate: int, seconds: float, name: str = "the file") -> Tensor:
+def decode(
+    source: bytes | BinaryIO, rate: int, seconds: float, name: str = "the file", fix: str = FIX
+) -> Tensor:
     """`decode_blocks` in one."""
-    return torch.cat(list(decode_blocks(source, rate, seconds, name)))
+    return torch.cat(list(decode_blocks(source, rate, seconds, name, fix)))
 
 
 class Pulled(Generic[Result]):
@@ -424,25 +441,31 @@ class AudioThreads:
         """The items of `start()`, for a recording that is read in parts."""
         return Pulled(self._decoding, start)
 
+    async def push(self, encoder: Encoder, samples: Tensor) -> bytes:
+        """`Encoder.push`."""
+        if encoder.light:
+            return encoder.push(samples)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoding, encoder.push, samples)
+
+    async def finish(self, encoder: Encoder) -> AsyncGenerator[bytes, None]:
+        """`Encoder.finish`."""
+        loop, rest = asyncio.get_running_loop(), encoder.finish()
+        while (part := await loop.run_in_executor(self._encoding, next, rest, None)) is not None:
+            if part:
+                yield part
+
     async def encode(
         self, audio: AsyncIterator[Tensor], form: str, rate: int, speed: float = 1.0
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Samples as they are made -> bytes of a form, see `Encoder`; none are empty."""
-        loop, encoder = asyncio.get_running_loop(), Encoder(form, rate, speed)
+        encoder = Encoder(form, rate, speed)
         try:
             async for samples in audio:
-                if encoder.light:
-                    data = encoder.push(samples)
-                else:
-                    data = await loop.run_in_executor(self._encoding, encoder.push, samples)
-                if data:
+                if data := await self.push(encoder, samples):
                     yield data
-            rest = encoder.finish()
-            while (
-                part := await loop.run_in_executor(self._encoding, next, rest, None)
-            ) is not None:
-                if part:
-                    yield part
+            async for data in self.finish(encoder):
+                yield data
         finally:
             encoder.close()
 

@@ -92,6 +92,22 @@ def test_every_option_is_also_a_variable(monkeypatch, tmp_path):
     assert parsed(*options) == wanted
 
 
+def test_the_models_options_are_variables_too(monkeypatch):
+    texts = {"STREAMS": "3", "SERVED_NAME": "mine", "QUANTIZATION": "int4", "OFFLINE": "1"}
+    texts |= {"OFFLOAD": "text_embeddings, codec_encoder", "MAX_SEQ_LEN": "512", "DEVICE": "cpu"}
+    for name, text in texts.items():
+        monkeypatch.setenv(f"MIMO_FAST_{name}", text)
+    args = build_parser().parse_args(["serve", "--quantization", "int8"])
+    assert (args.streams, args.served_name, args.quantization) == (3, "mine", "int8")
+    assert (args.offline, args.max_seq_len, args.device) == (True, 512, "cpu")
+    assert args.offload == ["text_embeddings", "codec_encoder"]
+    # They are the server's alone.
+    assert build_parser().parse_args(["info"]).device is None
+    monkeypatch.setenv("MIMO_FAST_QUANTIZATION", "int3")
+    with pytest.raises(ConfigError, match="MIMO_FAST_QUANTIZATION must be one of int8"):
+        parsed()
+
+
 def test_an_option_counts_more_than_its_variable(monkeypatch):
     monkeypatch.setenv("MIMO_FAST_PORT", "9000")
     monkeypatch.setenv("MIMO_FAST_LOG_WORDS", "1")

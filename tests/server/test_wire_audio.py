@@ -3,6 +3,7 @@
 import asyncio
 import io
 import struct
+import tempfile
 import wave
 from collections.abc import AsyncIterator
 
@@ -148,6 +149,10 @@ def test_a_file_object_is_read_like_bytes_and_blocks_join_to_the_whole() -> None
     blocks = list(decode_blocks(io.BytesIO(data), RATE, 10))
     assert len(blocks) > 2
     assert torch.equal(torch.cat(blocks), decode(data, RATE, 10))
+    with tempfile.SpooledTemporaryFile(100) as spooled, tempfile.SpooledTemporaryFile() as held:
+        for file in (spooled, held):
+            file.write(data)
+            assert torch.equal(torch.cat(blocks), decode(file, RATE, 10))
     samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     assert torch.equal(torch.cat(blocks), torch.from_numpy(samples))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mimo_fast.server.models import ALIASES
 from mimo_fast.server.realtime.checks import (
     Json,
     boolean,
@@ -59,7 +61,7 @@ TRANSCRIBERS = (
 )
 """Names of OpenAI's that mean the one model."""
 
-MOST_TOKENS, MOST_TOOLS = 4096, 128
+MOST_TOKENS, MOST_TOOLS, MOST_TOOLS_JSON = 4096, 128, 2**18
 
 READ_ONLY = {"id", "object", "expires_at"}
 
@@ -153,8 +155,6 @@ class Config:
         return spoken_options({name: value}, "session", self.longest)[name]
 
     def _model(self, value: Any, param: str) -> str:
-        from mimo_fast.server.models import ALIASES
-
         if value is not None and value != self.name and value not in ALIASES:
             one_of(value, param, (self.name,))
         return self.name
@@ -353,6 +353,8 @@ def _tools(value: Any, param: str) -> list[Json]:
     for i, tool in enumerate(tools):
         one_of(mapping(tool, f"{param}[{i}]").get("type"), f"{param}[{i}].type", ("function",))
         text(needed(tool, "name", f"{param}[{i}].name"), f"{param}[{i}].name", 128)
+    if len(json.dumps(tools)) > MOST_TOOLS_JSON:
+        raise refusal(f"{param} has more than {MOST_TOOLS_JSON >> 10} KiB", param)
     return tools
 
 
@@ -360,7 +362,7 @@ def _truncation(value: Any, param: str) -> Any:
     if isinstance(value, dict):
         one_of(value.get("type"), f"{param}.type", ("retention_ratio",))
         number(value.get("retention_ratio"), f"{param}.retention_ratio", 0, 1)
-        return value
+        return {name: value[name] for name in ("type", "retention_ratio")}
     return "auto" if value is None else one_of(value, param, ("auto", "disabled"))
 
 

@@ -86,13 +86,16 @@ def read_item(given: Any, longest: int, param: str = "item") -> tuple[Item, list
             if not isinstance(audio, str):
                 raise refusal(f"{where}.audio must be base64", f"{where}.audio", "invalid_type")
             sounds[-1] = audio
-            item.contents.append(Said(part.get("transcript"), spoken=True))
+            words = part.get("transcript")
+            words = None if words is None else text(words, f"{where}.transcript", longest)
+            item.contents.append(Said(words, spoken=True))
         elif what == "output_audio":
             # A reply of another session: its words count.
             item.contents.append(Said(text(part.get("transcript") or "", where, longest)))
         else:
             words = text(needed(part, "text", f"{where}.text"), f"{where}.text", longest)
             item.contents.append(Said(words))
+    text(item.text, f"{param}.content", longest)
     if role == "assistant":
         item.reply = Reply()
     return item, sounds
@@ -169,7 +172,7 @@ class Outbox:
 
     def put(self, type: str, **fields: Any) -> None:
         event = {"type": type, "event_id": new_id("event")} | fields
-        self._waiting.append(json.dumps(event, separators=(",", ":"), ensure_ascii=False))
+        self._waiting.append(json.dumps(event, separators=(",", ":")))
 
     def take(self) -> str:
         return self._waiting.popleft()

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,10 +20,12 @@ from mimo_fast.errors import PromptError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.engine import Reply as EngineReply
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader
+from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.session import Exchange, Session
 from mimo_fast.runtime.speech import pieces_to_say
 from mimo_fast.runtime.transcription import GROUPS, GROUPS_A_SECOND, longest_piece
 from mimo_fast.server.realtime.items import Reply, Said
+from mimo_fast.server.service import voice_speech, warmed
 from mimo_fast.text.prompt import Segments, Speech, SpokenReply, UserText, Written
 from mimo_fast.text.spelling import spell
 from mimo_fast.text.tasks import TASKS, text_reply
@@ -76,6 +77,8 @@ class Ask:
         instructions: of session and system.
         speaks: whether the reply has audio.
         most: groups of the reply at most.
+        seed: of all draws, 0 ... 2**63 - 1; None draws one.
+        temperature, top_p: of the words; None for what the task has.
         reply: filled in as the model remembers the reply.
     """
 
@@ -85,6 +88,9 @@ class Ask:
     voice: Path | None = None
     speaks: bool = True
     most: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     reply: Reply = field(default_factory=Reply)
     usage: Usage = field(default_factory=Usage)
     times: Times = field(default_factory=Times)
@@ -176,14 +182,20 @@ class Mind:
         kept = patches[heard] if heard < len(patches) else len(tokens)
         return Exchange(exchange.said, exchange.reply[:, : kept * size])
 
+    def _samplers(self, ask: Ask, preset: str) -> Samplers:
+        found = self._model.pipeline.samplers(preset)
+        return warmed(found, ask.temperature, ask.top_p)
+
     def _follow(self, ask: Ask) -> Session:
         """The session, whose turns are those before the question."""
         self._take_back()
         system = ask.instructions if self._instructed else None
         made = system, ask.voice if self._clones else None
         if self._session is None or self._made != made:
-            voice = None if made[1] is None else _voice(self._model, made[1])
-            self._session, self._made, self._turns = self._model.session(system, voice), made, []
+            voice = None if made[1] is None else voice_speech(self._model, made[1])
+            samplers = self._samplers(ask, TASKS[DIALOGUE].sampler)
+            self._session = Session(self._model.pipeline, system, voice, ask.seed, samplers)
+            self._made, self._turns = made, []
         session = self._session
         if not self.remembers:
             session.reset()
@@ -263,7 +275,7 @@ class Mind:
         """A text as speech for the user."""
         model = self._model
         if voice is not None and model.lm.config.is_trained("tts_sft", "prompt_speech"):
-            speech = _voice(model, voice)
+            speech = voice_speech(model, voice)
             return model.stream(
                 "tts", text, lookahead="elastic", read_text_only=False, prompt_speech=speech
             )
@@ -277,11 +289,12 @@ class Mind:
         yield from self._encode([each for each in said if each.spoken or not self.converses])
         ask.times.encode = perf_counter() - began
         prompt = model.pipeline.packed(self._texts(ask), task.sampler)
-        sequence = model.conversation()
+        sequence = model.conversation(ask.seed)
         sequence.add(prompt)
         began = perf_counter()
         stops = task.stop_ids(model.tokenizer.special)
-        reply = model.decode(sequence, task.sampler, stops, ask.most)
+        samplers = self._samplers(ask, task.sampler)
+        reply = model.pipeline.decode(sequence, samplers, stops, ask.most)
         ask.times.prefill = perf_counter() - began
         tokens, usage = prompt.ids[0, :: model.group_size], ask.usage
         usage.audio_in = int((tokens == model.empty_token).sum())
@@ -338,18 +351,6 @@ class Mind:
         with closing(self._model.stream("asr", said.speech, max_new_tokens=most)) as stream:
             for chunk in stream:
                 yield chunk.text
-
-
-_voices: WeakKeyDictionary[MimoAudio, dict[tuple[Path, int], Speech]] = WeakKeyDictionary()
-"""Codes of the recordings whose voices were asked for, by when these were written."""
-
-
-def _voice(model: MimoAudio, path: Path) -> Speech:
-    """The codes of a voice, encoded once for all sessions."""
-    known, key = _voices.setdefault(model, {}), (path, path.stat().st_mtime_ns)
-    if key not in known:
-        known[key] = model.speech(str(path))
-    return known[key]
 
 
 def _written(contents: Sequence[Said]) -> list[Written | Speech]:

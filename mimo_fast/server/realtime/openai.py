@@ -58,6 +58,9 @@ LARGE = 2**16
 MOST_TURN = 300.0
 """Seconds of a turn at most, less where the model's context holds less."""
 
+MOST_APPENDED = 15 * 2**20
+"""Bytes of audio in one event, as the API has it."""
+
 LONGEST_ID = 512
 
 
@@ -184,9 +187,9 @@ class _Client:
         try:
             if len(data) > LARGE:
                 loop = asyncio.get_running_loop()
-                event = await loop.run_in_executor(listening, json.loads, data)
+                event = await loop.run_in_executor(listening, _json, data)
             else:
-                event = json.loads(data)
+                event = _json(data)
         except (ValueError, RecursionError):
             problem = "the message is no JSON"
             raise ApiError(problem, code="invalid_json", param="event") from None
@@ -212,6 +215,9 @@ class _Client:
         audio = needed(event, "audio")
         if not isinstance(audio, str):
             raise refusal("audio must be base64", "audio", "invalid_type")
+        if len(audio) > MOST_APPENDED * 4 / 3 + 4:
+            problem = f"audio has more than {MOST_APPENDED >> 20} MiB: append it in parts"
+            raise refusal(problem, "audio", "string_above_max_length")
         await self.dialogue.hear(_bytes(audio, "audio"))
 
     async def _commit(self, event: Json) -> None:
@@ -376,6 +382,14 @@ class _Client:
     def not_transcribed(self, item_id: str, error: ApiError) -> None:
         kind = "conversation.item.input_audio_transcription.failed"
         self._put(kind, item_id=item_id, content_index=0, error=error.body())
+
+
+def _json(data: str) -> Any:
+    return json.loads(data, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _bytes(audio: str, param: str) -> bytes:

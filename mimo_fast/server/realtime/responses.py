@@ -18,6 +18,10 @@ from mimo_fast.server.realtime.mind import HELLO, Ask, Mind
 from mimo_fast.server.realtime.sound import PCM, Encoder, Format
 from mimo_fast.server.worker import Stream
 
+BURST, PACE = 0.3, 3.0
+"""Seconds of a reply that are sent at once; what follows comes at three times the pace at which it
+is played. So little is made for nothing where the user interrupts, and others get their turn."""
+
 Reason = Literal["turn_detected", "client_cancelled", "max_output_tokens"]
 End = Literal["completed", "cancelled", "incomplete", "failed"]
 
@@ -86,6 +90,13 @@ class Response:
         if self.first_audio is None:
             return 0.0
         return min(1000 * (perf_counter() - self.first_audio), self.ask.reply.ms)
+
+    @property
+    def due(self) -> float:
+        """Seconds until more of it is sent."""
+        if self.first_audio is None:
+            return 0.0
+        return self.first_audio + (self.ask.reply.ms / 1000 - BURST) / PACE - perf_counter()
 
     @property
     def latency(self) -> dict[str, float | int | None]:
