@@ -11,7 +11,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mimo_fast.server.answers import refuse
-from mimo_fast.server.errors import as_api_error
+from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.limits import ClientGone
 from mimo_fast.server.logs import log, log_failure, request_id, words_wanted
 from mimo_fast.server.metrics import Metrics
@@ -103,7 +103,7 @@ class Errors:
                 raise ClientGone from None
             found = as_api_error(error)
             self._metrics.failed(found.code)
-            if found.status >= 500 and found.code != "server_stopping":
+            if found.status >= 500 and not isinstance(error, ApiError):
                 log_failure(error, path=scope["path"][:100])
             if not begun:
                 await refuse(scope, receive, send, found)

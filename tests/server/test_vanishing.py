@@ -65,7 +65,7 @@ MOMENTS = {
     "waiting for speech": REQUEST + "client = ask(long)\nreach()",
     "hearing speech": REQUEST + "client = ask(long)\nclient.recv(5000)\nreach()",
     "a stream of texts": TEXTS.replace('wait("session.created")', "")
-    + 'send("input.text", text="one two three four. ")\nclient.recv()\nreach()',
+    + 'send("input.text", text="one two three four. five six")\nclient.recv()\nreach()',
 }
 
 
