@@ -1,7 +1,9 @@
 """Writes requirements.lock and .ci/clients.txt: each file that is installed, with its hash.
 
-    python3.11 .ci/lock.py            what `make test` installs; needs a network, pip is the only client
+    python3.11 .ci/lock.py            what `make test` installs
     python3.11 .ci/lock.py clients    what `make clients` installs
+
+Both need a network; pip is the only client.
 
 pip resolves `.[dev]` and what builds the package, in the versions of constraints.txt, and names the
 file of each. The hashes hold for this interpreter's version on this platform, which the first line
@@ -27,7 +29,7 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}-{sysconfig.get_platfo
 
 CLIENTS = ROOT / ".ci" / "clients.in"
 UNUSED = {"docopt", "llvmlite", "numba", "resampy"}
-"""What the clients name and never import here: half of their bytes, and a package without wheels."""
+"""What the clients name and never import here: half of their bytes, and one without a wheel."""
 
 PYTHONS = ("3.11", "3.12", "3.13")
 

@@ -177,7 +177,7 @@ async def typed(server: Server) -> dict[str, Any]:
 async def spoken(server: Server) -> dict[str, Any]:
     """A turn that the server's voice activity detection finds, and its transcript."""
     async with live(server, turn_detection=turns()) as found:
-        found.hear(said("what is three plus four"))
+        found.hear(said("what color is the sea"))
         answer = await Answer(await found.one("generation_created")).ended()
         heard = await found.one("input_audio_transcription_completed", lambda each: each.is_final)
         order = [each for each in found.names() if "transcription" not in each]
@@ -310,7 +310,7 @@ async def agent(slow: Server) -> dict[str, Any]:
             await session.start(Agent(instructions="Be brief."), record=False)
             handle = session.generate_reply(user_input="where do you live")
             await until(lambda: speaker.audio, "audio")
-            microphone.say(said("what is three plus four", before=0))
+            microphone.say(said("what color is the sea", before=0))
             await handle
             before = len(speaker.audio)
 

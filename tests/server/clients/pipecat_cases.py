@@ -85,7 +85,7 @@ class Microphone(BaseInputTransport):
 
 
 class Speaker(BaseOutputTransport):
-    """Plays in real time."""
+    """Plays in real time; keeps what it played since it was last asked for that."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -96,12 +96,20 @@ class Speaker(BaseOutputTransport):
                 audio_out_auto_silence=False,
             )
         )
+        self._played = bytearray()
 
     async def start(self, frame: Any) -> None:
         await super().start(frame)
         await self.set_transport_ready(frame)
 
+    def played(self) -> np.ndarray:
+        samples = np.frombuffer(bytes(self._played), "<i2")
+        self._played.clear()
+        return samples
+
     async def write_audio_frame(self, frame: Any) -> bool:
+        assert (frame.sample_rate, frame.num_channels) == (RATE, 1)
+        self._played += frame.audio
         await asyncio.sleep(len(frame.audio) / 2 / frame.sample_rate)
         return True
 
@@ -164,9 +172,7 @@ async def running(*processors: Any, rate: int = RATE) -> AsyncIterator[tuple[Any
     seen, started = Seen(), asyncio.Event()
     params = PipelineParams(audio_in_sample_rate=rate, audio_out_sample_rate=RATE)
     pipeline = Pipeline([*processors])
-    worker = PipelineWorker(
-        pipeline, observers=[seen], params=params, cancel_on_idle_timeout=False
-    )
+    worker = PipelineWorker(pipeline, observers=[seen], params=params, cancel_on_idle_timeout=False)
     worker.add_event_handler("on_pipeline_started", lambda *_: started.set())
     runner = WorkerRunner(handle_sigint=False)
     await runner.add_workers(worker)
@@ -208,20 +214,20 @@ async def conversation(server: Server) -> dict[str, Any]:
     heard = events.InputAudioTranscription(model="gpt-4o-transcribe")
     service = realtime(server, transcription=heard)
     context = LLMContext([{"role": "user", "content": "good morning"}])
-    pair, microphone = LLMContextAggregatorPair(context), Microphone()
-    stages = microphone, pair.user(), service, Speaker(), pair.assistant()
+    pair, microphone, speaker = LLMContextAggregatorPair(context), Microphone(), Speaker()
+    stages = microphone, pair.user(), service, speaker, pair.assistant()
     async with running(*stages) as (worker, seen):
         await worker.queue_frames([LLMRunFrame()])
         await seen.one(BotStoppedSpeakingFrame)
         greeting = seen.text()
-        greeted = server.keep("pipecat_greeting", seen.audio())
+        greeted = server.keep("pipecat_greeting", speaker.played())
         seen.begin()
-        microphone.say(said("what is three plus four"))
+        microphone.say(said("what color is the sea"))
         await seen.one(UserStartedSpeakingFrame)
         await seen.one(UserStoppedSpeakingFrame)
         transcript = (await seen.one(TranscriptionFrame)).text
         await seen.one(BotStoppedSpeakingFrame)
-        answer = server.keep("pipecat_answer", seen.audio())
+        answer = server.keep("pipecat_answer", speaker.played())
         check_healthy(service, seen)
         await until(lambda: len(words_of(context, "assistant")) > 1, "answer in the context")
         return {
@@ -239,20 +245,20 @@ async def interruption(slow: Server) -> dict[str, Any]:
     """A question into a long reply: Pipecat truncates what was not heard, the server cancels."""
     service = realtime(slow)
     context = LLMContext([{"role": "user", "content": "where do you live"}])
-    pair, microphone = LLMContextAggregatorPair(context), Microphone()
-    stages = microphone, pair.user(), service, Speaker(), pair.assistant()
+    pair, microphone, speaker = LLMContextAggregatorPair(context), Microphone(), Speaker()
+    stages = microphone, pair.user(), service, speaker, pair.assistant()
     async with running(*stages) as (worker, seen):
         await worker.queue_frames([LLMRunFrame()])
         await seen.one(BotStartedSpeakingFrame)
         microphone.say(said("what is nine plus two", before=0))
         await seen.one(InterruptionFrame)
         await seen.one(BotStoppedSpeakingFrame)
-        first = len(seen.audio()) / RATE
+        first = len(speaker.played()) / RATE
         seen.begin()
         await seen.one(UserStoppedSpeakingFrame)
         await seen.one(BotStoppedSpeakingFrame)
         check_healthy(service, seen)
-        wav = slow.keep("pipecat_interruption", seen.audio())
+        wav = slow.keep("pipecat_interruption", speaker.played())
         return {"seconds": first, "answer": seen.text(), "answer_wav": wav}
 
 
@@ -262,17 +268,19 @@ async def local_turns(server: Server) -> dict[str, Any]:
     context = LLMContext([{"role": "user", "content": "hello"}])
     detector = SileroVADAnalyzer(sample_rate=LOW_RATE)
     params = LLMUserAggregatorParams(vad_analyzer=detector)
-    pair, microphone = LLMContextAggregatorPair(context, user_params=params), Microphone(LOW_RATE)
-    stages = microphone, pair.user(), service, Speaker(), pair.assistant()
+    pair = LLMContextAggregatorPair(context, user_params=params)
+    microphone, speaker = Microphone(LOW_RATE), Speaker()
+    stages = microphone, pair.user(), service, speaker, pair.assistant()
     async with running(*stages, rate=LOW_RATE) as (worker, seen):
         await worker.queue_frames([LLMRunFrame()])
         await seen.one(BotStoppedSpeakingFrame)
         seen.begin()
+        speaker.played()
         microphone.say(said("thank you"))
         await seen.one(UserStoppedSpeakingFrame)
         await seen.one(BotStoppedSpeakingFrame)
         check_healthy(service, seen)
-        wav = server.keep("pipecat_local_turns", seen.audio())
+        wav = server.keep("pipecat_local_turns", speaker.played())
         return {"answer": seen.text(), "answer_wav": wav}
 
 
