@@ -33,15 +33,21 @@ from mimo_fast.server.realtime.checks import (
     whole,
 )
 from mimo_fast.server.realtime.mind import Ask, Mind, Piece
-from mimo_fast.server.requests import SSE, Streamed, as_events, begun, find_voice, read_json
+from mimo_fast.server.requests import (
+    SEEDS,
+    SSE,
+    Streamed,
+    as_events,
+    begun,
+    find_voice,
+    read_json,
+    read_seed,
+)
 from mimo_fast.server.service import Service
 from mimo_fast.server.worker import Stream
 
 FORMS = {"wav": "wav", "mp3": "mp3", "flac": "flac", "opus": "opus", "aac": "aac", "pcm16": "pcm"}
 """OpenAI's names of audio in chats -> ours."""
-
-SEEDS = 2**63
-"""Any number is a seed, modulo this."""
 
 REFUSED = ("stop", "logit_bias", "prediction", "web_search_options", "functions", "tools")
 """What asks for something that this model cannot do, where it is not empty."""
@@ -171,7 +177,7 @@ async def _read(request: Request, body: Json, answers: Answers) -> Wanted:
         form,
         voice,
         None if most is None or most > MAX_NEW_TOKENS else most,
-        _optional(body, "seed", -(2**63), 2**64),
+        read_seed(body),
         None
         if body.get("temperature") is None
         else number(body["temperature"], "temperature", 0, 2),

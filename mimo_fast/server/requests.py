@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 LARGE = 2**18
 """Bytes of JSON that are parsed beside the event loop."""
 
+SEEDS = 2**63
+"""A seed is any number modulo this."""
+
 SSE = "text/event-stream"
 
 
@@ -67,6 +70,18 @@ def said_text(body: Json, name: str, most: int) -> str:
     if not found.strip():
         raise refusal(f"{name} is empty", name)
     return found
+
+
+def read_seed(body: Json) -> int | None:
+    """The seed of a request: any whole number, of which this many differ; None where it says none.
+
+    OpenAI's chats have one; here everything that draws does.
+    """
+    if body.get("seed") is None:
+        return None
+    if isinstance(body["seed"], int) and not isinstance(body["seed"], bool):
+        return body["seed"] % SEEDS
+    raise refusal(f"seed must be a whole number, not {shown(body['seed'])}", "seed", "invalid_type")
 
 
 def find_voice(connection: HTTPConnection, value: Any, param: str = "voice") -> Path | None:

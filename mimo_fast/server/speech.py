@@ -35,6 +35,7 @@ from mimo_fast.server.requests import (
     find_voice,
     parse_object,
     read_json,
+    read_seed,
     said_text,
 )
 from mimo_fast.server.service import Service
@@ -56,16 +57,18 @@ class Manner:
     Args:
         voice: a recording of the voice; None for the model's own.
         form: a key of `FORMS`.
+        seed: of all draws; None draws one.
     """
 
     voice: Path | None
     instructions: str | None
     form: str
     speed: float
+    seed: int | None
 
 
 def read_manner(connection: HTTPConnection, body: Json, form: str) -> Manner:
-    """Voice, instructions, response_format and speed of a request.
+    """Voice, instructions, response_format, speed and seed of a request.
 
     Raises:
         ApiError: one of them is wrong, or nothing that this model can do.
@@ -78,7 +81,9 @@ def read_manner(connection: HTTPConnection, body: Json, form: str) -> Manner:
     form = one_of(body.get("response_format") or form, "response_format", FORMS)
     speed = body.get("speed")
     speed = 1.0 if speed is None else number(speed, "speed", SLOWEST, FASTEST)
-    return Manner(find_voice(connection, body.get("voice")), instructions or None, form, speed)
+    seed = read_seed(body)
+    voice = find_voice(connection, body.get("voice"))
+    return Manner(voice, instructions or None, form, speed, seed)
 
 
 async def speech(request: Request) -> Response:
@@ -93,7 +98,7 @@ async def speech(request: Request) -> Response:
         one_of(body.get("stream_format") or "audio", "stream_format", ("audio", "sse")) == "sse"
     )
     words = len(service.model.tokenizer.encode_as_text(text))
-    stream = service.speech(text, manner.instructions, manner.voice)
+    stream = service.speech(text, manner.instructions, manner.voice, manner.seed)
     said = Said()
     try:
         parts = await begun(_encoded(service, stream, manner, said))
@@ -198,7 +203,8 @@ async def speech_stream(websocket: WebSocket) -> None:
     except Exception as error:
         found = as_api_error(error)
         with suppress(RuntimeError, WebSocketDisconnect):
-            await websocket.send_json({"type": "error", "error": found.body()})
+            body = found.body()
+            await websocket.send_json({"type": "error", "message": found.message, "error": body})
             await websocket.close(1011 if found.status >= 500 else 1008, found.message[:100])
         if found.status >= 500:
             raise
@@ -290,7 +296,7 @@ class _SpeechSession:
         await socket.send_json(start | {"format": manner.form, "sample_rate": service.sample_rate})
         said = Said(audio=[] if self._keeps_voice else None)
         voice: Path | Tensor | None = manner.voice if self._first is None else self._first
-        stream = service.speech(sentence.strip(), manner.instructions, voice)
+        stream = service.speech(sentence.strip(), manner.instructions, voice, manner.seed)
         async with stream:
             async for part in _encoded(service, stream, manner, said, joiner):
                 size += len(part)

@@ -22,9 +22,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from mimo_fast.sampling import fresh_seed
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.checks import Json, number, one_of, refusal, whole
+from mimo_fast.server.realtime.checks import Json, number, one_of, refusal
 from mimo_fast.server.realtime.checks import text as checked_text
-from mimo_fast.server.requests import SSE, Streamed, as_events, begun
+from mimo_fast.server.requests import SSE, Streamed, as_events, begun, read_seed
 from mimo_fast.server.service import Counted, Read, Service
 from mimo_fast.server.worker import Stream
 from mimo_fast.text.templates import ASR_TEMPLATES
@@ -44,8 +44,6 @@ FORMS = ("json", "text", "srt", "verbose_json", "vtt")
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
 """ISO 639-1 codes that MiMo-Audio's requests are worded in -> what `verbose_json` calls them."""
-
-SEEDS = 2**63 - 1
 
 
 @dataclass
@@ -161,7 +159,7 @@ def read_form(service: Service, form: FormData) -> Asked:
         one_of(str(form.get("stream") or "false").lower(), "stream", ("true", "false")) == "true",
         _language(service, form.get("language")),
         None if temperature is None else number(_number(temperature), "temperature", 0, 1),
-        None if seed is None else whole(_number(seed), "seed", 0, SEEDS),
+        read_seed({"seed": None if seed is None else _number(seed)}),
     )
 
 
