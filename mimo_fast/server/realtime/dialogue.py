@@ -30,6 +30,10 @@ from mimo_fast.server.worker import Priority, Stream
 
 Result = TypeVar("Result")
 
+EARLY = 20.0
+"""Seconds of a turn that is answered before it is over; of longer ones too much would be encoded
+again and again."""
+
 TRANSCRIPTS = 8
 """Transcripts that a session may have in progress."""
 
@@ -67,17 +71,13 @@ class Dialogue:
 
     Args:
         longest: seconds of a turn.
-        words: whether what was said may be logged.
+        name: of the session, for the log.
     """
 
-    def __init__(
-        self, service: Service, wire: Wire, longest: float, name: str, words: bool = False
-    ) -> None:
+    def __init__(self, service: Service, wire: Wire, longest: float, name: str) -> None:
         self._service, self._wire = service, wire
         self.conversation, self.manner, self.turns = Conversation(), Manner(), Turns()
-        self._speaking = Speaking(
-            service, wire, self.conversation, name, words, self._began, self._ended
-        )
+        self._speaking = Speaking(service, wire, self.conversation, name, self._began, self._ended)
         self._background = self._speaking.background
         self._mind = Mind(service.model)
         self._hearing = Hearing(service.sample_rate, longest)
@@ -111,9 +111,10 @@ class Dialogue:
 
     async def commit(self) -> None:
         """Ends the user's turn by hand; nothing answers it before `respond`."""
+        began = self._hearing.speaking
         mark = await self._listen(self._hearing.commit)
         self._forget_guess()
-        self._commit(mark, new_id("item"))
+        self._commit(mark, self._turn_id if began else new_id("item"))
 
     async def clear(self) -> None:
         """Forgets audio that belongs to no turn yet."""
@@ -207,7 +208,8 @@ class Dialogue:
                 self._interrupted = self._speaking.active, self._speaking.active.played_ms
                 self._speaking.end(self._speaking.active, "cancelled", "turn_detected")
         elif mark.change is Change.PAUSED:
-            if self.turns.answers and self._speaking.active is None:
+            free = self._speaking.active is None and mark.seconds <= EARLY
+            if self.turns.answers and free:
                 self._begin_early(mark)
         elif mark.change is Change.WENT_ON:
             self._forget_guess()

@@ -8,6 +8,7 @@ Everything here computes: `Hearing` is used in the thread of `listening`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,6 +84,30 @@ class Mark:
     seconds: float = 0.0
 
 
+class _Kept:
+    """Samples of the last while, in the parts in which they came."""
+
+    def __init__(self, origin: int) -> None:
+        self._parts = deque[Tensor]()
+        self.origin = self.end = origin
+
+    def __len__(self) -> int:
+        return self.end - self.origin
+
+    def add(self, wav: Tensor) -> None:
+        self._parts.append(wav)
+        self.end += len(wav)
+
+    def forget(self, before: int) -> None:
+        """Drops parts that end before a sample."""
+        while self._parts and self.origin + len(self._parts[0]) <= before:
+            self.origin += len(self._parts.popleft())
+
+    def take(self, first: int, end: int) -> Tensor:
+        wav = torch.cat([*self._parts]) if self._parts else torch.zeros(0)
+        return wav[first - self.origin : end - self.origin]
+
+
 class Hearing:
     """The audio that one client sends.
 
@@ -97,8 +122,6 @@ class Hearing:
         self._samples = 0  # heard since the session began
         self.set_format(PCM)
         self.detection: Detection | None = None
-        self._audio = torch.zeros(0, dtype=torch.float32, device="cpu")
-        self._origin = 0  # sample at which `_audio` begins
         self.set_detection(Detection())
 
     def set_format(self, format: Format) -> None:
@@ -121,13 +144,12 @@ class Hearing:
 
     def clear(self) -> None:
         """Forgets the audio that belongs to no turn yet, and the turn in progress."""
-        self._audio, self._origin = self._audio[:0].clone(), self._samples
+        self._kept = _Kept(self._samples)
         self._frames = 0  # looked at since `_first`
         self._first = self._samples
         self._activity, self._resampler = VoiceActivity(), Resampler(self._rate, RATE)
         self._level = FAINTEST
-        self._at_16k = self._audio[:0]
-        self._rest: Tensor = self._audio[:0]
+        self._rest = self._at_16k = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._end_turn()
 
     def _end_turn(self) -> None:
@@ -144,14 +166,14 @@ class Hearing:
             ApiError: a turn by hand is longer than may be; what was said before is kept.
         """
         wav = self._decoder.push(data)
-        if self.detection is None and len(self._audio) + len(wav) > self._longest * self._rate:
+        if self.detection is None and len(self._kept) + len(wav) > self._longest * self._rate:
             raise ApiError(
                 f"the audio buffer holds {self._longest:.0f} s at most: commit or clear it",
                 code="input_audio_buffer_full",
                 param="audio",
             )
         self._samples += len(wav)
-        self._audio = torch.cat((self._audio, wav))
+        self._kept.add(wav)
         if self.detection is None:
             return []
         marks = [*self._look(wav, self.detection)]
@@ -164,8 +186,8 @@ class Hearing:
         Raises:
             ApiError: there is less than 100 ms of audio.
         """
-        begin = self._begin() if self._start is not None else self._origin
-        wav = self._audio[begin - self._origin :]
+        begin = self._begin() if self._start is not None else self._kept.origin
+        wav = self._kept.take(begin, self._kept.end)
         ms = self._ms(len(wav))
         if ms < LEAST_MS:
             raise ApiError(
@@ -220,10 +242,10 @@ class Hearing:
         assert self._start is not None
         pad = round(PAD * self._rate)
         speech = self._sample(self._start), self._sample(self._last)
-        first = max(speech[0] - pad, self._origin)
+        first = max(speech[0] - pad, self._kept.origin)
         last = min(speech[1] + self._pause_samples(), self._samples)
-        heard = self._audio[first - self._origin : last - self._origin]
-        spoken = self._audio[speech[0] - self._origin : speech[1] - self._origin]
+        heard = self._kept.take(first, last)
+        spoken = heard[speech[0] - first : speech[1] - first]
         end = self._sample(self._frames)
         seconds = (end - self._begin()) / self._rate
         return Mark(change, self._ms(end), levelled(heard, spoken), seconds)
@@ -237,7 +259,7 @@ class Hearing:
         assert self._start is not None
         assert self.detection is not None
         prefix = self.detection.prefix_ms * self._rate // 1000
-        return max(self._sample(self._start) - prefix, self._origin)
+        return max(self._sample(self._start) - prefix, self._kept.origin)
 
     def _probabilities(self, wav: Tensor) -> list[float]:
         self._rest = torch.cat((self._rest, wav))
@@ -264,10 +286,7 @@ class Hearing:
             assert found is not None
             first = self._sample(found)
         prefix = max(detection.prefix_ms, round(1000 * PAD)) + 200
-        keep = first - prefix * self._rate // 1000
-        # Seldom, as it copies.
-        if keep - self._origin > self._rate:
-            self._audio, self._origin = self._audio[keep - self._origin :].clone(), keep
+        self._kept.forget(first - prefix * self._rate // 1000)
 
     def _in_frames(self, ms: float) -> int:
         return max(1, round(ms * RATE / 1000 / FRAME))

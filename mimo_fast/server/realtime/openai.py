@@ -12,7 +12,6 @@ import asyncio
 import base64
 import binascii
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mimo_fast.audio.segments import levelled
 from mimo_fast.server.errors import ApiError, as_api_error
+from mimo_fast.server.logs import log_failure
 from mimo_fast.server.models import check_model
 from mimo_fast.server.realtime.checks import Json, mapping, needed, refusal, text, whole
 from mimo_fast.server.realtime.config import TRANSCRIBERS, Config, Kind, check_response
@@ -41,13 +41,7 @@ from mimo_fast.server.realtime.items import Item, new_id
 from mimo_fast.server.realtime.responses import Response
 from mimo_fast.server.realtime.sound import Decoder, Format
 from mimo_fast.server.service import Service
-
-log = logging.getLogger("mimo_fast.server.realtime")
-
-VOICES = (
-    *("alloy", "ash", "ballad", "coral", "echo", "fable", "onyx", "nova", "sage", "shimmer"),
-    *("verse", "marin", "cedar"),
-)
+from mimo_fast.server.settings import Settings
 
 MOST_WAITING = 64
 """Events that may wait for a slow reader; then replies pause, and no more is read from it."""
@@ -77,7 +71,7 @@ async def realtime(websocket: WebSocket) -> None:
         await websocket.send_denial_response(JSONResponse({"error": error.body()}, error.status))
         return
     await websocket.accept()
-    client = _Client(websocket, service, settings, state.voices, listens)
+    client = _Client(websocket, service, settings, listens)
     await client.run()
 
 
@@ -85,24 +79,22 @@ class _Client:
     """One connection; implements `Wire`."""
 
     def __init__(
-        self, websocket: WebSocket, service: Service, settings: Any, voices: Any, listens: bool
+        self, websocket: WebSocket, service: Service, settings: Settings, listens: bool
     ) -> None:
-        self._websocket, self._settings, self._voices = websocket, settings, voices
-        self._service = service
+        self._websocket, self._service = websocket, service
+        self._state = websocket.app.state
         kind: Kind = "transcription" if listens else "realtime"
         self._longest: int = settings.max_text_chars
         self.config = Config(kind, new_id("sess"), service.name, self._find_voice, self._longest)
         self._conversation = new_id("conv")
         self._outbox, self._news, self._room = Outbox(), asyncio.Event(), asyncio.Event()
+        self._left = False
         pipeline = service.model.pipeline
         group = pipeline.codec.config.samples_per_frame * pipeline.lm.config.group_size
         context = pipeline.engine.capacity * group / pipeline.codec.sample_rate
         self._seconds = min(settings.max_audio_seconds, MOST_TURN, context / 2)
-        self.dialogue = Dialogue(
-            service, self, self._seconds, self.config.id, bool(settings.log_words)
-        )
+        self.dialogue = Dialogue(service, self, self._seconds, self.config.id)
         self._apply()
-        self._event_id: str | None = None
         self._handlers: dict[str, Callable[[Json], Awaitable[None]]] = {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
@@ -127,6 +119,8 @@ class _Client:
         try:
             await asyncio.wait([writer, reader], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._left = True
+            self._room.set()
             for task in (writer, reader):
                 task.cancel()
             await asyncio.shield(self.dialogue.close())
@@ -156,7 +150,7 @@ class _Client:
         self._news.set()
 
     async def ready(self) -> None:
-        while len(self._outbox) >= MOST_WAITING:
+        while len(self._outbox) >= MOST_WAITING and not self._left:
             self._room.clear()
             await self._room.wait()
 
@@ -176,7 +170,7 @@ class _Client:
         except Exception as error:
             found = as_api_error(error)
             if found.status >= 500:
-                log.error("event failed", exc_info=error, extra={"session": self.config.id})
+                log_failure(error, session=self.config.id)
             fields = error_json(found, event_id)
             self._put(**fields)
 
@@ -286,11 +280,7 @@ class _Client:
         self.dialogue.cancel(None if id is None else text(id, "response_id", LONGEST_ID))
 
     def _find_voice(self, name: str) -> Path | None:
-        if self._voices is None:
-            if name not in VOICES:
-                raise KeyError(name)
-            return None
-        voice = self._voices.find(name)
+        voice = self._state.voices.find(name)
         if voice is None:
             raise KeyError(name)
         path: Path | None = voice.path
@@ -358,6 +348,8 @@ class _Client:
             of = {"response_id": response.id, "output_index": 0}
             self._put("response.output_item.done", item=item, **of)
         self._put("response.done", response=response_json(response, self._conversation))
+        if response.spoken_to and response.status == "completed" and response.first_audio:
+            self._state.metrics.turn(response.first_audio - response.turn_ended)
 
     def _words(self, response: Response) -> str:
         return "output_audio_transcript" if response.manner.speaks else "output_text"

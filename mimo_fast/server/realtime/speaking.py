@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any
 
 from mimo_fast.server.errors import ApiError, as_api_error
+from mimo_fast.server.logs import log, log_failure, said
 from mimo_fast.server.realtime.items import Conversation, Item, Said
 from mimo_fast.server.realtime.mind import Mind
 from mimo_fast.server.realtime.responses import End, Reason, Response, Sound, sounds
 from mimo_fast.server.realtime.wire import Wire
 from mimo_fast.server.service import Service
-
-log = logging.getLogger("mimo_fast.server.realtime")
 
 ASIDES = 4
 """Replies beside the conversation that a session may have in progress."""
@@ -26,7 +24,6 @@ class Speaking:
 
     Args:
         name: of the session, for the log.
-        words: whether what was said may be logged.
         began, ended: called with a reply that the client has been told of.
     """
 
@@ -36,12 +33,11 @@ class Speaking:
         wire: Wire,
         conversation: Conversation,
         name: str,
-        words: bool,
         began: Callable[[Response], None],
         ended: Callable[[Response], None],
     ) -> None:
         self._service, self._wire, self._conversation = service, wire, conversation
-        self._name, self._words, self._began, self._ended = name, words, began, ended
+        self._name, self._began, self._ended = name, began, ended
         self.active: Response | None = None
         self.asides = dict[str, Response]()
         self._tasks = set[asyncio.Task[Any]]()
@@ -100,6 +96,8 @@ class Speaking:
             async for sound in stream:
                 if response.ended:
                     return
+                if not sound.text and not sound.audio:
+                    continue
                 self._pass_on(response, sound)
                 await self._wire.ready()
                 if (due := response.due) > 0:
@@ -120,8 +118,6 @@ class Speaking:
 
     def _pass_on(self, response: Response, sound: Sound) -> None:
         reply = response.ask.reply
-        if not sound.text and not sound.audio:
-            return
         self._begin(response)
         if sound.text:
             reply.words.append((sound.text, reply.ms))
@@ -174,25 +170,24 @@ class Speaking:
             self.background(response.stream.aclose())
 
     def _note(self, response: Response) -> None:
-        latency = {name: each for name, each in response.latency.items() if each is not None}
-        said = response.item.text if self._words else ""
-        log.info(
+        # Interrupted replies are no measurement.
+        latency: dict[str, Any] = {} if response.status == "cancelled" else response.latency
+        log(
             "response",
-            extra={
-                "session": self._name,
-                "response": response.id,
-                "status": response.status,
-                "spoken_to": response.spoken_to,
-                **({} if response.status == "cancelled" else latency),
-                **({"words": said} if said else {}),
-            },
+            session=self._name,
+            response=response.id,
+            status=response.status,
+            reason=response.reason,
+            spoken_to=response.spoken_to,
+            words=said(response.item.text),
+            **latency,
         )
 
     def failure(self, error: Exception) -> ApiError:
         """An error as a client may see it; what nobody foresaw is logged."""
         found = as_api_error(error)
         if found.status >= 500:
-            log.error("response failed", exc_info=error, extra={"session": self._name})
+            log_failure(error, session=self._name)
         return found
 
     def background(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
