@@ -18,7 +18,7 @@ OLDEST := .venv/oldest-triton
 # Pipecat and LiveKit pin other versions than this package does: an environment of their own.
 CLIENTS := .venv/clients
 
-.PHONY: demo test check kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clients clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -40,6 +40,10 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
+
+# 10,000 requests and an hour of realtime sessions against a server of nano, at the pace that the machine allows.
+soak: $(READY)
+	$(BIN)/python -m benchmarks soak -o benchmarks/results/$(shell date +%F)-server-soak.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
