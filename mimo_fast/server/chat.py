@@ -124,7 +124,7 @@ async def chat(request: Request) -> Response:
     if not hasattr(state, "answers"):
         state.answers = Answers()
     wanted = await _read(request, body, state.answers)
-    headers = {LEFT_OUT: ", ".join(left)} if (left := _left_out(service, wanted)) else {}
+    headers = {LEFT_OUT: ", ".join(left)} if (left := list(_left_out(service, wanted))) else {}
     answer = _Answer(service, wanted, state.answers)
     if not wanted.streams:
         return JSONResponse(await answer.whole(), headers=headers)

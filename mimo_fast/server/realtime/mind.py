@@ -7,6 +7,7 @@ Ask -> spoken:  speech -> `Session` -> text and audio
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -97,6 +98,26 @@ class Ask:
     finish_reason: str | None = None
 
 
+@dataclass
+class _Row:
+    """A piece of a text that the model says to itself; its patches [C, G] so far."""
+
+    reply: EngineReply
+    reader: ReplyReader
+    patches: list[Tensor] = field(default_factory=list)
+
+    def step(self) -> None:
+        """Takes a group, if there is one more."""
+        if self.reply.ended:
+            return
+        group = next(self.reply, None)
+        if group is not None and not group.finished:
+            self.patches += [codes.cpu() for codes in self.reader.read(group.text, group.codes)[1]]
+        if self.reply.ended:
+            self.patches += [codes.cpu() for codes in self.reader.finish()[1]]
+            self.reply.close()
+
+
 class Mind:
     """A dialogue with the model, whose `Session` follows the conversation's items."""
 
@@ -125,7 +146,7 @@ class Mind:
 
     def _answer_aloud(self, ask: Ask) -> Generator[Piece, None, None]:
         began = perf_counter()
-        yield from self._encode(ask.said)
+        yield from self._encode(ask.said, ask.seed)
         speech = _joined([said.speech for said in ask.said if said.speech is not None])
         session = self._follow(ask)
         ask.times.encode = perf_counter() - began
@@ -225,46 +246,48 @@ class Mind:
             reply.exchange = Exchange(user, ids[:, self._model.group_size :])
         return reply.exchange
 
-    def _encode(self, contents: Sequence[Said]) -> Iterator[Piece]:
+    def _encode(self, contents: Sequence[Said], seed: int | None = None) -> Iterator[Piece]:
         """Gives each content its codes; texts are said first, a group at a time."""
         for said in contents:
             if said.speech is not None:
                 continue
             if said.wav is None:
-                said.speech = yield from self._say_to_itself(said.text or HELLO)
+                said.speech = yield from self._say_to_itself(said.text or HELLO, seed)
             else:
                 said.speech, said.wav = self._model.speech(said.wav), None
 
-    def _say_to_itself(self, text: str) -> Generator[Piece, None, Speech]:
-        """A text as speech that nobody else hears: its pieces are rows of one batch, and their
-        codes are heard as they are."""
+    def _say_to_itself(self, text: str, seed: int | None = None) -> Generator[Piece, None, Speech]:
+        """A text as speech that nobody else hears: its pieces are rows of one batch, as many as
+        the model has room for, and their codes are heard as they are.
+
+        Raises:
+            PromptError: the model finds nothing to say, or more than its context holds.
+        """
         model, task, pipeline = self._model, TASKS["tts_sft"], self._model.pipeline
-        context, samplers = pipeline.context(), pipeline.samplers(task.sampler)
-        text = self._sayable(text)
-        rows = list[tuple[EngineReply, ReplyReader]]()
-        for piece in pieces_to_say(pipeline, {"input": text}):
-            ids = pipeline.ids(task.prompt(context, piece.strip()))
-            sequence = pipeline.sequence()
-            sequence.add(ids)
-            stops = task.stop_ids(model.tokenizer.special)
-            reply = pipeline.start(sequence, samplers, stops, MOST_GROUPS)
-            rows.append((reply, pipeline.reader(ids, speaks=True)))
-        patches: list[list[Tensor]] = [[] for _ in rows]
+        context, samplers = pipeline.context(seed), pipeline.samplers(task.sampler)
+        stops = task.stop_ids(model.tokenizer.special)
+        texts = deque(pieces_to_say(pipeline, {"input": self._sayable(text)}))
+        rows, said = deque[_Row](), list[Tensor]()
         try:
-            while any(not reply.ended for reply, _ in rows):
-                for (reply, reader), spoken in zip(rows, patches, strict=True):
-                    if (group := next(reply, None)) is not None and not group.finished:
-                        spoken += reader.read(group.text, group.codes)[1]
+            while rows or texts:
+                while texts and len(rows) < model.setup.max_batch:
+                    ids = pipeline.ids(task.prompt(context, texts.popleft().strip()))
+                    sequence = pipeline.sequence(seed)
+                    sequence.add(ids)
+                    reply = pipeline.start(sequence, samplers, stops, MOST_GROUPS)
+                    rows.append(_Row(reply, pipeline.reader(ids, speaks=True)))
+                for row in rows:
+                    row.step()
                 yield Piece()
+                while rows and rows[0].reply.ended:
+                    said += rows.popleft().patches
+                    model.engine.check_room(len(said))
         finally:
-            for reply, _ in rows:
-                reply.close()
-        for (_, reader), spoken in zip(rows, patches, strict=True):
-            spoken += reader.finish()[1]
-        codes = [each.cpu() for spoken in patches for each in spoken]
-        if not codes:
+            for row in rows:
+                row.reply.close()
+        if not said:
             raise PromptError("the model found nothing to say in this text: word it otherwise")
-        return Speech(torch.cat(codes, dim=1))
+        return Speech(torch.cat(said, dim=1))
 
     def _sayable(self, text: str) -> str:
         """A model of few words says hello where it has none for a text."""
@@ -286,7 +309,8 @@ class Mind:
         spoken = any(each.spoken for each in said)
         task = TASKS[TEXTS if self.converses and not spoken else IN_TEXT]
         began = perf_counter()
-        yield from self._encode([each for each in said if each.spoken or not self.converses])
+        heard = [each for each in said if each.spoken or not self.converses]
+        yield from self._encode(heard, ask.seed)
         ask.times.encode = perf_counter() - began
         prompt = model.pipeline.packed(self._texts(ask), task.sampler)
         sequence = model.conversation(ask.seed)
