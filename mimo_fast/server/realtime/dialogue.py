@@ -34,6 +34,9 @@ EARLY = 20.0
 """Seconds of a turn that is answered before it is over; of longer ones too much would be encoded
 again and again."""
 
+MOST_WAVES = 60.0
+"""Seconds of recordings that are kept as samples; of more of them only codes."""
+
 TRANSCRIPTS = 8
 """Transcripts that a session may have in progress."""
 
@@ -72,10 +75,13 @@ class Dialogue:
     Args:
         longest: seconds of a turn.
         name: of the session, for the log.
+        talks: whether it is ever to reply; else what was said is forgotten once transcribed.
     """
 
-    def __init__(self, service: Service, wire: Wire, longest: float, name: str) -> None:
-        self._service, self._wire = service, wire
+    def __init__(
+        self, service: Service, wire: Wire, longest: float, name: str, talks: bool = True
+    ) -> None:
+        self._service, self._wire, self._talks = service, wire, talks
         self.conversation, self.manner, self.turns = Conversation(), Manner(), Turns()
         self._speaking = Speaking(service, wire, self.conversation, name, self._began, self._ended)
         self._background = self._speaking.background
@@ -93,6 +99,8 @@ class Dialogue:
         """More of the client's audio."""
         for mark in await self._listen(self._hearing.push, data):
             self._follow(mark)
+            if mark.change is Change.ENDED:
+                await self._spare_memory()
 
     async def set_hearing(self, format: Format | None, detection: Detection | None) -> None:
         """How audio comes (None: as before) and how turns are taken; None for turns by hand."""
@@ -115,19 +123,21 @@ class Dialogue:
         mark = await self._listen(self._hearing.commit)
         self._forget_guess()
         self._commit(mark, self._turn_id if began else new_id("item"))
+        await self._spare_memory()
 
     async def clear(self) -> None:
         """Forgets audio that belongs to no turn yet."""
         await self._listen(self._hearing.clear)
         self._forget_guess()
 
-    def add(self, item: Item, after: str | None = None) -> None:
+    async def add(self, item: Item, after: str | None = None) -> None:
         """Adds an item that the client has written; see `Conversation.add`."""
         before = self.conversation.add(item, after)
         self._forget_guess()
         self._wire.item_added(item, before)
         self._wire.item_done(item, before)
         self._make_room()
+        await self._spare_memory()
 
     def delete(self, item_id: str) -> None:
         self.conversation.remove(item_id)
@@ -356,6 +366,16 @@ class Dialogue:
         self._wire.item_added(item, before)
         self._wire.item_done(item, before)
         self._answer_turn()
+
+    async def _spare_memory(self) -> None:
+        """Encodes the oldest recordings, or forgets them where nobody will ask for them."""
+        contents = [said for item in self.conversation.items for said in item.contents]
+        waiting = [said for said in contents if said.wav is not None]
+        for said in waiting:
+            if not self._talks:
+                said.wav = None
+            elif sum(each.seconds for each in waiting if each.wav is not None) > MOST_WAVES:
+                await self._service.worker.call(self._mind.encode, said)
 
     def _make_room(self) -> None:
         while (oldest := self.conversation.crowded()) is not None:

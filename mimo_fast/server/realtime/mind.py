@@ -254,7 +254,13 @@ class Mind:
             if said.wav is None:
                 said.speech = yield from self._say_to_itself(said.text or HELLO, seed)
             else:
-                said.speech, said.wav = self._model.speech(said.wav), None
+                self.encode(said)
+
+    def encode(self, said: Said) -> None:
+        """Leaves the codes of a recording alone; of one that has none, nothing."""
+        wav, said.wav = said.wav, None
+        if wav is not None and said.speech is None:
+            said.speech = self._model.speech(wav)
 
     def _say_to_itself(self, text: str, seed: int | None = None) -> Generator[Piece, None, Speech]:
         """A text as speech that nobody else hears: its pieces are rows of one batch, as many as
@@ -363,11 +369,9 @@ class Mind:
         if len(wav) / rate > longest_piece(pipeline):
             with closing(self._model.transcript(wav)) as segments:
                 before = ""
-                for segment in segments:
-                    new = segments.joined[len(before) :]
-                    before = segments.joined
+                for _ in segments:
+                    new, before = segments.joined[len(before) :], segments.joined
                     yield new
-                    del segment
             return
         if said.speech is None:
             said.speech, said.wav = self._model.speech(wav), None

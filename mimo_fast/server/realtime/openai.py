@@ -93,7 +93,7 @@ class _Client:
         group = pipeline.codec.config.samples_per_frame * pipeline.lm.config.group_size
         context = pipeline.engine.capacity * group / pipeline.codec.sample_rate
         self._seconds = min(settings.max_audio_seconds, MOST_TURN, context / 2)
-        self.dialogue = Dialogue(service, self, self._seconds, self.config.id)
+        self.dialogue = Dialogue(service, self, self._seconds, self.config.id, not listens)
         self._apply()
         self._handlers: dict[str, Callable[[Json], Awaitable[None]]] = {
             "session.update": self._update,
@@ -225,7 +225,7 @@ class _Client:
         item = await self._item(needed(event, "item"), "item")
         after = event.get("previous_item_id")
         after = None if after is None else text(after, "previous_item_id", LONGEST_ID)
-        self.dialogue.add(item, after)
+        await self.dialogue.add(item, after)
 
     async def _item(self, given: Any, param: str) -> Item:
         item, sounds = read_item(given, self._longest, param)
@@ -266,7 +266,7 @@ class _Client:
         manner = self.config.manner(given)
         aside = given.get("conversation") == "none"
         items = given.get("input")
-        found = None if items is None else [await self._input(each) for each in items[:256]]
+        found = None if items is None else [await self._input(each) for each in items]
         await self.dialogue.respond(manner, given.get("metadata") or None, found, aside)
 
     async def _input(self, given: Any) -> Item:
