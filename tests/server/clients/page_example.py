@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import soundfile
-from client_cases import LIMIT, RATE, said
+from client_cases import LIMIT, RATE, said, until
 
 QUESTION = "what color is the sea"
 
@@ -89,10 +90,8 @@ def run_with_sound_card(example: Path) -> np.ndarray:
     module.paContinue, module.PyAudio = SoundCard.paContinue, lambda: card
     sys.modules["pyaudio"] = module
     threading.Thread(target=end_when_answered, args=[card], daemon=True).start()
-    try:
+    with suppress(KeyboardInterrupt):
         runpy.run_path(str(example), run_name="__main__")
-    except KeyboardInterrupt:
-        pass
     return card.audio()
 
 
@@ -101,7 +100,6 @@ async def run_without_room(example: Path) -> np.ndarray:
     from livekit.agents import AgentSession, utils
     from livekit.agents.types import NOT_GIVEN
     from livekit_cases import Microphone, Speaker, texts_of
-    from client_cases import until
 
     microphone, speaker, sessions = Microphone(), Speaker(), list[AgentSession]()
     begin = AgentSession.start
@@ -118,7 +116,10 @@ async def run_without_room(example: Path) -> np.ndarray:
         (session,) = sessions
         before = len(speaker.audio)
         microphone.say(said(QUESTION))
-        answered = lambda: [role for role, _ in texts_of(session.history)].count("assistant") > 1
+
+        def answered() -> bool:
+            return [role for role, _ in texts_of(session.history)].count("assistant") > 1
+
         await until(answered, "answer", lambda: texts_of(session.history))
         await session.aclose()
     return np.concatenate(speaker.audio[before:])
