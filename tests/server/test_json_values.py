@@ -61,5 +61,5 @@ def test_levels(begin, end):
     ],
 )
 def test_what_is_no_json(data):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         parse_json(data)

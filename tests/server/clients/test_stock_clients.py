@@ -1,0 +1,249 @@
+"""What stock clients see of the server: Pipecat and LiveKit Agents, in the versions of
+.ci/clients.txt and an environment of their own (`make clients`).
+
+The scripts beside this file run there, both at once, and say what the clients made of the server.
+Their words are judged here, what is heard by a recogniser that is not the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import Running, start
+
+import mimo_fast
+from mimo_fast.server.app import create_app
+from mimo_fast.server.service import Service
+from mimo_fast.server.settings import Settings
+from mimo_fast.server.worker import Stream, Worker
+from training.listen import recognise
+
+HERE = Path(__file__).parent
+PYTHON = HERE.parents[2] / ".venv" / "clients" / "bin" / "python"
+CASES = {
+    "livekit_cases.py": (
+        "typed",
+        "spoken",
+        "barge_in",
+        "interrupted",
+        "agent",
+        "speech",
+        "transcript",
+    ),
+    "pipecat_cases.py": (
+        "conversation",
+        "interruption",
+        "local_turns",
+        "speech",
+        "transcript",
+        "realtime_transcript",
+    ),
+}
+RATE = 24000
+LONG = "i live in the city near the river"
+WHOLE = 2.0
+"""Seconds that it takes at least to say that."""
+
+LIMIT = 600
+"""Seconds after which a client is stopped; a minute is usual."""
+
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="run `make clients`")
+
+
+class SlowWorker(Worker):
+    """Computes speech no faster than it is heard, so that a reply can be interrupted."""
+
+    def stream(
+        self,
+        begin: Callable[[], Iterator[Any]],
+        *arguments: Any,
+        seconds: Callable[[Any], float] = lambda _: 0.0,
+        **options: Any,
+    ) -> Stream[Any]:
+        def slowed() -> Iterator[Any]:
+            items = begin()
+            try:
+                for item in items:
+                    if item is not None:
+                        time.sleep(seconds(item))
+                    yield item
+            finally:
+                items.close()
+
+        return super().stream(slowed, *arguments, seconds=seconds, **options)
+
+
+@dataclass
+class Report:
+    error: str | None
+    seen: dict[str, Any]
+
+
+Reports = dict[tuple[str, str], Report]
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Running]:
+    service = Service(mimo_fast.load(max_batch=4), "nano", worker=SlowWorker())
+    settings = Settings(port=0, drain_seconds=2.0)
+    running = start(create_app(service, settings), settings)
+    yield running
+    running.stop()
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def reports(server: Running, slow: Running, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    folder = tmp_path_factory.mktemp("heard")
+    running = {}
+    for script in CASES:
+        command = [PYTHON, HERE / script, server.url, slow.url, folder]
+        log = (folder / f"{script}.log").open("w+", encoding="utf-8")
+        running[script] = (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True),
+            log,
+        )
+    found: Reports = {}
+    try:
+        for script, (process, log) in running.items():
+            printed, _ = process.communicate(timeout=LIMIT)
+            log.seek(0)
+            assert process.returncode == 0, log.read()[-3000:]
+            for line in printed.splitlines():
+                report = json.loads(line)
+                found[script, report["case"]] = Report(report["error"], report["seen"])
+    finally:
+        for process, log in running.values():
+            process.kill()
+            process.wait()
+            log.close()
+    return found
+
+
+Seen = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def livekit(reports: Reports) -> Seen:
+    return lambda case: seen(reports, "livekit_cases.py", case)
+
+
+@pytest.fixture(scope="module")
+def pipecat(reports: Reports) -> Seen:
+    return lambda case: seen(reports, "pipecat_cases.py", case)
+
+
+def seen(reports: Reports, script: str, case: str) -> dict[str, Any]:
+    """What the client saw; it is an error if anything went wrong there."""
+    report = reports[script, case]
+    assert report.error is None, report.error
+    return report.seen
+
+
+def heard(path: str) -> str:
+    """What an independent recogniser hears in a file."""
+    return recognise(mimo_fast.load_audio(path, RATE), RATE)
+
+
+def test_no_case_is_left_out(reports):
+    wanted = {(script, case) for script, cases in CASES.items() for case in cases}
+    assert reports.keys() == wanted
+
+
+def test_pipecat_has_a_conversation(pipecat):
+    talk = pipecat("conversation")
+    assert talk["greeting"] == "good morning to you"
+    assert heard(talk["greeting_wav"]) == "good morning to you"
+    assert talk["transcript"] == "what color is the sea"
+    assert talk["answer"] == "the sea is blue"
+    assert heard(talk["answer_wav"]) == "the sea is blue"
+    assert talk["user"] == ["good morning", "what color is the sea"]
+    assert talk["assistant"] == ["good morning to you", "the sea is blue"]
+
+
+def test_pipecat_interrupts(pipecat):
+    talk = pipecat("interruption")
+    assert 0 < talk["seconds"] < WHOLE
+    assert talk["answer"] == "eleven"
+    assert heard(talk["answer_wav"]) == "eleven"
+
+
+def test_pipecat_finds_turns_itself(pipecat):
+    talk = pipecat("local_turns")
+    assert talk["answer"] == "you are welcome"
+    assert heard(talk["answer_wav"]) == "you are welcome"
+
+
+def test_pipecat_says_texts(pipecat):
+    assert heard(pipecat("speech")["wav"]) == "the dog is big and black"
+
+
+def test_pipecat_transcribes(pipecat):
+    assert pipecat("transcript")["text"] == "please read the small yellow box"
+    assert pipecat("realtime_transcript")["text"] == "i want no milk and rice"
+
+
+def test_livekit_has_typed_turns(livekit):
+    talk = livekit("typed")
+    assert talk["turn_detection"] == "semantic_vad"
+    assert talk["answer"] == "eleven"
+    assert heard(talk["answer_wav"]) == "eleven"
+    assert talk["context"] == [["user", "what is nine plus two"], ["assistant", "eleven"]]
+
+
+def test_livekit_has_spoken_turns(livekit):
+    talk = livekit("spoken")
+    assert talk["order"] == ["input_speech_started", "input_speech_stopped", "generation_created"]
+    assert talk["transcript"] == "what color is the sea"
+    assert talk["answer"] == "the sea is blue"
+    assert heard(talk["answer_wav"]) == "the sea is blue"
+    assert talk["context"] == [["user", "what color is the sea"], ["assistant", "the sea is blue"]]
+
+
+def test_livekit_is_interrupted_by_the_user(livekit):
+    talk = livekit("barge_in")
+    assert talk["status"] == ["cancelled", "turn_detected"]
+    assert 0 < talk["seconds"] < WHOLE
+    assert talk["cut"] == [True, 100]
+    assert talk["answer"] == "eleven"
+    assert heard(talk["answer_wav"]) == "eleven"
+
+
+def test_livekit_is_interrupted_by_the_program(livekit):
+    talk = livekit("interrupted")
+    assert talk["status"] == ["cancelled", "client_cancelled"]
+    assert talk["deleted"]
+    first, second = talk["seconds"]
+    assert 0 < first < WHOLE <= second
+    assert talk["answer"] == LONG
+
+
+def test_livekits_agent_is_interrupted_and_answers(livekit):
+    talk = livekit("agent")
+    assert talk["interrupted"] == [True, 1]
+    said = [text for role, text in talk["history"] if role == "assistant"]
+    # What was heard of the first reply, and all of the second.
+    assert len(said) == 2
+    assert LONG.startswith(said[0])
+    assert said[0] != LONG
+    assert said[1] == "the sea is blue"
+    asked = [text for role, text in talk["history"] if role == "user"]
+    assert asked == ["where do you live", "what color is the sea"]
+    assert heard(talk["answer_wav"]) == "the sea is blue"
+
+
+def test_livekit_says_texts(livekit):
+    assert heard(livekit("speech")["wav"]) == "the dog is big and black"
+
+
+def test_livekit_transcribes(livekit):
+    talk = livekit("transcript")
+    assert talk["text"] == "please read the small yellow box"
+    assert talk["streamed"] == "i want no milk and rice"
