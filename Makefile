@@ -41,9 +41,9 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
-# 10,000 requests and an hour of realtime sessions against a server of nano, at the pace that the machine allows.
+# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, at the pace that the machine allows.
 soak: $(READY)
-	$(BIN)/python -m benchmarks soak -o benchmarks/results/$(shell date +%F)-server-soak.json
+	$(BIN)/python -m benchmarks serving -o benchmarks/results/$(shell date +%F)-serving.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)

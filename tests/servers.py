@@ -98,10 +98,9 @@ def start(app: Starlette, settings: Settings) -> Running:
     return Running(url_of(bound, settings), app, server, thread)
 
 
-def until(true: Callable[[], bool], seconds: float = 5.0) -> float:
-    """Waits for a condition; the seconds that it took."""
+def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for a condition."""
     begun = time.monotonic()
     while not true():
         assert time.monotonic() - begun < seconds, "it did not happen"
         time.sleep(0.01)
-    return time.monotonic() - begun

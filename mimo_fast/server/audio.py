@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any, BinaryIO, Generic, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Generic, ParamSpec, TypeVar, cast
 
 import av
 import numpy as np
@@ -49,13 +49,14 @@ class Form:
 
     Attributes:
         media: Its media type.
-        container, codec: FFmpeg's names; without a container it is samples.
+        container, codec, samples: FFmpeg's names; without a container it is samples.
         whole: Whether it is sent at its end only, since its header states its length.
     """
 
     media: str
     container: str = ""
     codec: str = "pcm_s16le"
+    samples: str = "s16"
     bit_rate: int | None = None
     container_options: dict[str, str] = field(default_factory=dict)
     whole: bool = False
@@ -63,10 +64,15 @@ class Form:
 
 FORMS = {
     "mp3": Form(
-        "audio/mpeg", "mp3", "libmp3lame", 64_000, {"write_xing": "0", "id3v2_version": "0"}
+        "audio/mpeg",
+        "mp3",
+        "libmp3lame",
+        "s16p",
+        64_000,
+        {"write_xing": "0", "id3v2_version": "0"},
     ),
-    "opus": Form("audio/ogg", "ogg", "libopus", 48_000, {"page_duration": "40000"}),
-    "aac": Form("audio/aac", "adts", "aac", 64_000),
+    "opus": Form("audio/ogg", "ogg", "libopus", "s16", 48_000, {"page_duration": "40000"}),
+    "aac": Form("audio/aac", "adts", "aac", "fltp", 64_000),
     # Common readers of FLAC refuse one that does not state its length.
     "flac": Form("audio/flac", "flac", "flac", whole=True),
     "wav": Form("audio/wav", "wav"),
@@ -113,11 +119,12 @@ class Encoder:
             self._file or self._sink, "w", format=self.form.container, container_options=options
         )
         stream: Any = self._box.add_stream(self.form.codec, rate=rate)
-        stream.layout = "mono"
+        stream.layout, stream.format = "mono", self.form.samples
         if self.form.bit_rate:
             stream.bit_rate = self.form.bit_rate
+        # Threads of the codec's own would cost more than the work, which is milliseconds.
+        stream.codec_context.thread_count = 1
         self._stream = stream
-        self._resampler: av.AudioResampler | None = None
 
     @property
     def light(self) -> bool:
@@ -137,8 +144,6 @@ class Encoder:
             for part in self._tempo.finish():
                 self._write(part)
         if self._box is not None:
-            if self._resampler is not None:
-                self._mux(self._resampler.resample(None))
             self._box.mux(self._stream.encode(None))
             self._box.close()
         if self._file is not None:
@@ -161,52 +166,51 @@ class Encoder:
         if self._box is None:
             self._sink.write(pcm.tobytes())
             return
+        # PyAV gives the codec its format, and frames of its size.
         frame = av.AudioFrame.from_ndarray(pcm[None], format="s16", layout="mono")
         frame.sample_rate = self._rate
-        if self._resampler is None:
-            context = self._stream.codec_context
-            context.open(strict=False)
-            self._resampler = av.AudioResampler(
-                context.format, "mono", self._rate, context.frame_size or None
-            )
-        self._mux(self._resampler.resample(frame))
+        self._box.mux(self._stream.encode(frame))
 
-    def _mux(self, frames: list[av.AudioFrame]) -> None:
-        assert self._box is not None
-        for frame in frames:
-            self._box.mux(self._stream.encode(frame))
+
+class _Filters:
+    """A chain of FFmpeg's filters, without threads of its own."""
+
+    def __init__(self, rate: int, samples: str, layout: str, *filters: tuple[str, str]) -> None:
+        self._graph = av.filter.Graph()
+        self._graph.threads = 1
+        source = self._graph.add_abuffer(sample_rate=rate, format=samples, layout=layout)
+        chain = [self._graph.add(*each) for each in filters]
+        self._graph.link_nodes(source, *chain, self._graph.add("abuffersink")).configure()
+
+    def push(self, frame: av.AudioFrame | None) -> Iterator[av.AudioFrame]:
+        """A frame, or None for the end -> the frames that come of it."""
+        self._graph.push(frame)
+        with suppress(av.error.BlockingIOError, av.error.EOFError):
+            while True:
+                yield cast(av.AudioFrame, self._graph.pull())
 
 
 class _Tempo:
     """FFmpeg's `atempo`, in parts."""
 
     def __init__(self, rate: int, speed: float) -> None:
-        self._graph, self._rate, self._samples = av.filter.Graph(), rate, 0
-        source = self._graph.add_abuffer(sample_rate=rate, format="flt", layout="mono")
+        self._rate, self._samples = rate, 0
         # One filter slows down by half at most.
         tempos = [speed] if speed >= 0.5 else [0.5, speed / 0.5]
-        filters = [self._graph.add("atempo", f"{tempo:.6f}") for tempo in tempos]
-        self._graph.link_nodes(source, *filters, self._graph.add("abuffersink")).configure()
+        chain = [("atempo", f"{tempo:.6f}") for tempo in tempos]
+        self._filters = _Filters(rate, "flt", "mono", *chain)
 
     def push(self, samples: np.ndarray) -> Iterator[np.ndarray]:
         if len(samples):
-            frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(samples, np.float32)[None], format="flt", layout="mono"
-            )
+            given = np.ascontiguousarray(samples, np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(given, format="flt", layout="mono")
             frame.sample_rate, frame.pts = self._rate, self._samples
             self._samples += len(samples)
-            self._graph.push(frame)
-            yield from self._pull()
+            yield from (found.to_ndarray()[0] for found in self._filters.push(frame))
 
     def finish(self) -> Iterator[np.ndarray]:
         if self._samples:
-            self._graph.push(None)
-            yield from self._pull()
-
-    def _pull(self) -> Iterator[np.ndarray]:
-        with suppress(av.error.BlockingIOError, av.error.EOFError):
-            while True:
-                yield self._graph.pull().to_ndarray()[0]
+            yield from (found.to_ndarray()[0] for found in self._filters.push(None))
 
 
 CONTAINERS = {
@@ -301,18 +305,22 @@ class _Recording:
         if stream.codec_context is None or stream.codec_context.name not in CODECS:
             codec = "unknown" if stream.codec_context is None else stream.codec_context.name
             raise AudioError(f"{self.name} holds {codec} audio; send PCM, MP3, FLAC, Opus or AAC")
+        stream.codec_context.thread_count = 1
         rate, samples, waiting, size = 0, 0, list[np.ndarray](), 0
         # Packed: PyAV reads beyond the planes of frames of eight channels.
-        resampler = av.AudioResampler(format="flt")
+        packed: _Filters | None = None
         for frame in _frames(box, stream, self.name):
             if rate == 0:
                 rate = frame.sample_rate
                 if frame.layout.nb_channels > MAX_CHANNELS:
                     problem = f"{self.name} has {frame.layout.nb_channels} channels"
                     raise AudioError(f"{problem}; mix it down to at most {MAX_CHANNELS}")
+                form, layout = frame.format.name, frame.layout.name
+                packed = _Filters(rate, form, layout, ("aformat", "sample_fmts=flt"))
             if frame.sample_rate != rate:
                 raise AudioError(f"{self.name} changes its sample rate; export it again")
-            for part in resampler.resample(frame):
+            assert packed is not None
+            for part in packed.push(frame):
                 block = part.to_ndarray().reshape(-1, part.layout.nb_channels).T
                 waiting.append(block)
                 size += block.shape[1]

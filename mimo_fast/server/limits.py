@@ -31,7 +31,10 @@ SESSION_WAIT = 1.0
 """Seconds that a session may wait for a place: one whose client has just gone is free by then."""
 
 CALM = 0.5
-"""Seconds without audio after which a session is interrupted when the server stops."""
+"""Seconds without a message after which a session may be closed when the server stops."""
+
+STILL = 3.0
+"""The same while the model works: it may be on this session's reply."""
 
 
 class Places:
@@ -210,7 +213,8 @@ class Session:
     @property
     def calm(self) -> bool:
         """Whether nothing has been sent for a moment."""
-        return monotonic() - self._sent > CALM
+        works = self._scope["app"].state.service.worker.streams > 0
+        return monotonic() - self._sent > (STILL if works else CALM)
 
     async def stop(self) -> None:
         """Closes the WebSocket with 1012, "service restart"."""

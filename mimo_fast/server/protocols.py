@@ -16,8 +16,17 @@ HEAD = 15.0
 STALL = 60.0
 """Seconds without reading after which a client that is being answered is given up."""
 
+READ = 1 << 14
+"""Bytes taken from a connection at a time, so that one that sends tiny frames delays nobody."""
+
 DISCARDED = 128 << 20
 """Bytes of a body that are read and dropped after it was refused, so that the client sees why."""
+
+
+def read_little(transport: asyncio.BaseTransport) -> None:
+    """Bounds what is read at a time, where the event loop's transport has a bound."""
+    if hasattr(transport, "max_size"):
+        transport.max_size = READ
 
 
 class Http(H11Protocol):
@@ -27,6 +36,7 @@ class Http(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        read_little(transport)
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._dropped = 0

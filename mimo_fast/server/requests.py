@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from mimo_fast.json_files import shown
 from mimo_fast.server.errors import ApiError, as_api_error
+from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.realtime.checks import Json, needed, refusal
 from mimo_fast.server.realtime.checks import text as checked_text
 
@@ -52,16 +53,12 @@ def parse_object(body: bytes | str) -> Json:
         ApiError: it is something else.
     """
     try:
-        found = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise ApiError("the body is no JSON that can be read", 400, "invalid_json") from None
+        found = parse_json(body)
+    except ValueError as error:
+        raise ApiError(f"the body cannot be read: {error}", 400, "invalid_json") from None
     if not isinstance(found, dict):
         raise ApiError("the body must be an object of JSON", 400, "invalid_json")
     return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def said_text(body: Json, name: str, most: int) -> str:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
+from mimo_fast.json_files import shown
 from mimo_fast.runtime.engine.stream import Chunk
 from mimo_fast.runtime.speech import Joiner
 from mimo_fast.server.audio import FASTEST, FORMS, SLOWEST
@@ -157,6 +158,9 @@ async def _encoded(
 
 _CERTAIN = frozenset("!?" + ALWAYS)
 
+LONGEST = 600
+"""Characters after which a sentence that does not end is said, up to its last space."""
+
 
 class Sentences:
     """Text in parts, which may split words -> sentences, each as soon as its end is certain."""
@@ -170,8 +174,8 @@ class Sentences:
         *whole, last = split_sentences(self._text)
         if whole and not self._is_certain(whole[-1], last):
             last = whole.pop() + last
-        self._text = last
-        return whole
+        *begun, self._text = _cut(last)
+        return [part for sentence in whole for part in _cut(sentence)] + begun
 
     def _is_certain(self, sentence: str, following: str) -> bool:
         """Whether nothing that may still come joins the two.
@@ -184,7 +188,19 @@ class Sentences:
     def finish(self) -> list[str]:
         """What is left."""
         rest, self._text = self._text, ""
-        return split_sentences(rest) if rest.strip() else []
+        if not rest.strip():
+            return []
+        return [part for sentence in split_sentences(rest) for part in _cut(sentence)]
+
+
+def _cut(sentence: str) -> list[str]:
+    """A sentence in parts of at most `LONGEST` characters."""
+    parts = list[str]()
+    while len(sentence) > LONGEST:
+        end = sentence.rfind(" ", 0, LONGEST) + 1 or LONGEST
+        parts.append(sentence[:end])
+        sentence = sentence[end:]
+    return [*parts, sentence]
 
 
 async def speech_stream(websocket: WebSocket) -> None:
@@ -248,7 +264,7 @@ class _SpeechSession:
                 raise ApiError(problem, 408, "timeout") from None
             kind = message.get("type")
             if done:
-                raise refusal(f"{kind} came after input.done", "type")
+                raise refusal(f"{shown(kind)} came after input.done", "type")
             if kind == "session.config" and not begun:
                 self._configure(message)
             elif kind == "input.text":
@@ -257,7 +273,7 @@ class _SpeechSession:
                 if characters > self._most:
                     problem = f"the text has more than {self._most} characters"
                     raise refusal(problem, "text", "string_above_max_length")
-                for sentence in sentences.push(text):
+                for sentence in sentences.push(text) if text else ():
                     self._sentences.put_nowait(sentence)
             elif kind == "input.done":
                 for sentence in sentences.finish():
@@ -267,8 +283,10 @@ class _SpeechSession:
             else:
                 known = "input.text or input.done"
                 first = "" if begun else ", and session.config before them"
-                raise refusal(f"a message of type {kind!r:.60}; send {known}{first}", "type")
+                raise refusal(f"a message of type {shown(kind)}; send {known}{first}", "type")
             begun = True
+            # What has been sent already comes without a wait; others have their turn.
+            await asyncio.sleep(0)
 
     def _configure(self, message: Json) -> None:
         check_model(self._service, message.get("model", self._service.name))

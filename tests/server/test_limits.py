@@ -175,16 +175,14 @@ def test_a_full_server_says_so(serve):
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head("Content-Length: 2") + b"{}")
         assert client.recv(1000)
-        begun = time.monotonic()
         answer = server.ask("POST", SPEECH, b"{}")
-        assert 0.2 < time.monotonic() - begun < 2
         assert answer.status == 429
         assert answer.error["code"] == "rate_limit_exceeded"
         assert int(answer.headers["retry-after"]) >= 1
         # What does not compute needs no place.
         assert server.get("/v1/models").status == 200
         assert server.get("/ready").json["requests"] == {"taken": 1, "most": 1, "waiting": 0}
-    assert until(lambda: server.app.state.requests.taken == 0) < 0.5
+    until(lambda: server.app.state.requests.taken == 0)
     assert endless.ended == 1
 
 
@@ -223,7 +221,7 @@ def test_a_request_whose_client_leaves_is_ended(serve):
     client.sendall(head("Content-Length: 2") + b"{}")
     until(lambda: states == ["began"])
     client.close()
-    assert until(lambda: server.app.state.requests.taken == 0) < 0.5
+    until(lambda: server.app.state.requests.taken == 0)
     assert states == ["began", "cancelled"]
 
 
@@ -287,7 +285,7 @@ def test_sessions_are_bounded_and_freed_by_who_vanishes(serve):
     assert json.loads(refused.value.response.body)["error"]["code"] == "rate_limit_exceeded"
     # Vanishes without a word.
     first.socket.shutdown(socket.SHUT_RDWR)
-    assert until(lambda: server.app.state.sessions.taken == 1) < 0.5
+    until(lambda: server.app.state.sessions.taken == 1)
     with connect(address) as third:
         third.send("hello")
         assert third.recv() == "hello"

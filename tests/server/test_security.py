@@ -166,13 +166,15 @@ def test_an_origin_is_scheme_and_host(origin):
 
 
 def test_a_rate_is_held(serve):
-    server = serve(max_rate=2.0)
-    answers = [server.get("/v1/models") for _ in range(14)]
-    refused = [answer for answer in answers if answer.status == 429]
-    assert 1 <= len(refused) <= 4
-    assert refused[0].error["code"] == "rate_limit_exceeded"
-    assert int(refused[0].headers["retry-after"]) >= 1
-    # Who looks after the server is not locked out of it.
+    # One in ten seconds.
+    server = serve(max_rate=0.1)
+    answers = [server.get("/v1/models") for _ in range(3)]
+    assert answers[0].status == 200
+    refused = answers[-1]
+    assert refused.status == 429
+    assert refused.error["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    # Whoever looks after the server is not locked out of it.
     assert server.get("/health").status == 200
 
 

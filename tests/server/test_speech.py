@@ -266,6 +266,19 @@ def test_sentences_do_not_depend_on_the_parts() -> None:
             assert [*found, *reader.finish()] == whole
 
 
+def test_a_text_without_an_end_is_said_in_parts_that_do_not_depend_on_it() -> None:
+    text = "one two three four five six seven " * 120 + "eight. Nine ten. " + "x" * 2000
+    for size in (1, 500, 5000):
+        reader, found = Sentences(), list[str]()
+        for start in range(0, len(text), size):
+            found += reader.push(text[start : start + size])
+        found += reader.finish()
+        assert "".join(found) == text
+        assert max(map(len, found)) <= endpoint.LONGEST
+        assert found[0].endswith(" ")
+        assert len(found) == 12
+
+
 def test_a_sentence_is_said_as_soon_as_its_end_is_certain() -> None:
     reader = Sentences()
     assert reader.push("How are you?") == []

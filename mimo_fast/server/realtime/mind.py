@@ -37,6 +37,9 @@ HELLO = "hello"
 """What is asked where nobody has said anything."""
 
 
+KNOWN = 2 / 3
+"""Share of a text's words that a model of few words must know to be told it."""
+
 MOST_GROUPS = 500
 """Of a text that is said to the model, 80 s: where it finds no end."""
 
@@ -296,9 +299,13 @@ class Mind:
         return Speech(torch.cat(said, dim=1))
 
     def _sayable(self, text: str) -> str:
-        """A model of few words says hello where it has none for a text."""
-        words = self._model.tokenizer.trained_words
-        return HELLO if words and not spell(text) else text
+        """What a model of few words is told: those that it knows, or hello where they are few."""
+        known = self._model.tokenizer.trained_words
+        if not known:
+            return text
+        words = spell(text)
+        kept = [word for word in words if word in known]
+        return " ".join(kept) if kept and len(kept) >= KNOWN * len(words) else HELLO
 
     def _say(self, text: str, voice: Path | None = None) -> ChunkStream:
         """A text as speech for the user."""
@@ -308,7 +315,7 @@ class Mind:
             return model.stream(
                 "tts", text, lookahead="elastic", read_text_only=False, prompt_speech=speech
             )
-        return model.stream("tts", self._sayable(text), split=True, lookahead="elastic")
+        return model.stream("tts", text, split=True, lookahead="elastic")
 
     def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said

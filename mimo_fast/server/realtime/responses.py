@@ -18,8 +18,8 @@ from mimo_fast.server.realtime.mind import HELLO, Ask, Mind
 from mimo_fast.server.realtime.sound import PCM, Encoder, Format
 from mimo_fast.server.worker import Stream
 
-BURST, PACE = 0.3, 3.0
-"""Seconds of a reply that are sent at once; what follows comes at three times the pace at which it
+BURST, PACE = 0.25, 2.0
+"""Seconds of a reply that are sent at once; what follows comes at twice the pace at which it
 is played. So little is made for nothing where the user interrupts, and others get their turn."""
 
 Reason = Literal["turn_detected", "client_cancelled", "max_output_tokens"]
