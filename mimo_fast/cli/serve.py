@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from mimo_fast.server.app import create_app
         from mimo_fast.server.logs import set_up_logs
+        from mimo_fast.server.memory import settle
         from mimo_fast.server.service import Service
         from mimo_fast.server.serving import Server, listen, url_of
     except ModuleNotFoundError as error:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
+            settle()
             Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
         finally:
             service.close()

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from mimo_fast.errors import MimoFastError
 from mimo_fast.server.logs import log
+from mimo_fast.server.memory import Trimmer
 from mimo_fast.server.protocols import WebSocket, http_protocol
 from mimo_fast.server.settings import Settings
 
@@ -102,6 +103,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        worker = self._app.state.service.worker
+        self._trimming = asyncio.create_task(Trimmer(lambda: worker.streams > 0).run())
         if self.started and self._ready is not None:
             self._ready()
 
@@ -119,6 +122,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         for session in [*state.live]:
             await session.stop()
+        self._trimming.cancel()
         await super().shutdown(sockets)
         log("stopped")
 
