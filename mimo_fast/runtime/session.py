@@ -220,10 +220,10 @@ class Session:
         """The turns that the model still sees, with the replies as far as they are kept."""
         with self._lock:
             ids, size = self.ids, self._sequence.group_size
-            ends = [turn.begin for turn in self._turns[1:]] + [self._sequence.groups]
+            ends = [*(turn.begin for turn in self._turns[1:]), self._sequence.groups]
             return tuple(
                 Exchange(turn.said, ids[:, turn.reply * size : end * size])
-                for turn, end in zip(self._turns, ends, strict=True)
+                for turn, end in zip(self._turns, ends, strict=False)
             )
 
     def restart(self, exchanges: Sequence[Exchange]) -> None:

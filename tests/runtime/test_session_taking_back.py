@@ -113,6 +113,13 @@ class TestRestart:
         session.interrupt(0)
         assert groups(session.ids) < groups(before[0])
 
+    def test_before_any_turn_there_are_none(self, greedy, audio):
+        session = greedy.session("Be brief.", audio[0])
+        ids = session.ids
+        assert session.exchanges == ()
+        session.restart([])
+        assert torch.equal(session.ids, ids)
+
     def test_another_session_goes_on_from_them(self, greedy, audio):
         session, other = self.dialogue(greedy, audio), greedy.session("Be brief.", audio[0])
         other.restart(session.exchanges)

@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
-from servers import Running
+from servers import Running, start
 
 import mimo_fast
 from mimo_fast.cli.main import build_parser
@@ -31,83 +32,91 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "server.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?m)^```(\w*)\n((?:.*\n)*?)^```$", TEXT)
+RATE = 24000
 APART = ("from pipecat", "from livekit")
 """What needs an environment of its own."""
 
 
-def block(language: str, holding: str) -> str:
-    (found,) = [code for name, code in BLOCKS if name == language and holding in code]
-    return found
+@dataclass
+class Example:
+    code: str
+    printed: str
 
 
-def ran(server: Running, folder: Path, language: str, holding: str) -> str:
-    """What an example of the page prints, run in this folder against this server."""
-    code = block(language, holding)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def examples(service: Service, folder: Path) -> Iterator[list[Example]]:
+    """The page's examples, run in its order in one folder; Pipecat's and LiveKit's run apart."""
+    voices = folder / "voices"
+    voices.mkdir()
+    question = Path(mimo_fast.__file__).parent / "assets" / "question.wav"
+    shutil.copyfile(question, folder / "anna.wav")
+    settings = Settings(port=0, voices=voices, allow_voice_upload=True)
+    server = start(create_app(service, settings), settings)
+    try:
+        yield [
+            Example(code, ran(server, folder, language, code))
+            for language, code in BLOCKS
+            if language and not any(each in code for each in APART)
+        ]
+    finally:
+        server.stop()
+
+
+def ran(server: Running, folder: Path, language: str, code: str) -> str:
+    """What an example prints, run as it stands but for the port."""
     assert "127.0.0.1:8000" in code
     code = code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
-    command = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}
+    commands = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-    options = {"cwd": folder, "env": environment, "timeout": 120}
-    done = subprocess.run([*command[language], code], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
+    options = {"cwd": folder, "env": environment, "timeout": 300}
+    command = [*commands[language], code]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
     return done.stdout
 
 
 def heard(file: Path) -> str:
-    return recognise(mimo_fast.load_audio(file, 24000), 24000)
-
-
-def test_every_example_is_run():
-    code = [text for name, text in BLOCKS if name and not any(each in text for each in APART)]
-    here = Path(__file__).read_text(encoding="utf-8")
-    holding = re.findall(r'ran\(server, tmp_path, "(?:python|bash)", "([^"]+)"\)', here)
-    assert len(holding) == len(code) == 5
-    assert all(sum(each in text for text in code) == 1 for each in holding)
-    apart = [text for name, text in BLOCKS if any(each in text for each in APART)]
-    assert len(apart) == len(APART)
+    return recognise(mimo_fast.load_audio(file, RATE), RATE)
 
 
 @pytest.mark.slow
-def test_a_text_is_said_and_transcribed(server, tmp_path):
-    printed = ran(server, tmp_path, "python", "client.audio.speech")
-    assert printed == "what color is the sea\n"
-    assert heard(tmp_path / "speech.mp3") == "what color is the sea"
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_examples_do_what_the_page_says(examples, folder):
+    def printed(holding: str) -> str:
+        (found,) = [each for each in examples if holding in each.code]
+        examples.remove(found)
+        return found.printed
 
-
-@pytest.mark.slow
-def test_a_realtime_session(server, tmp_path):
-    printed = ran(server, tmp_path, "python", "client.realtime")
-    assert printed.strip() == "the sea is blue"
-    assert heard(tmp_path / "answer.wav") == "the sea is blue"
-
-
-@pytest.mark.slow
-def test_a_text_that_is_still_being_written(server, tmp_path):
-    printed = ran(server, tmp_path, "python", "websockets.connect")
-    assert printed.count('"audio.start"') == printed.count('"audio.done"') == 2
-    assert printed.splitlines()[-1] == '{"type":"session.done","total_sentences":2}'
-    wav = mimo_fast.load_audio(tmp_path / "said.wav", 24000)
+    assert printed('stream_to_file("speech.mp3")') == "what color is the sea\n"
+    assert heard(folder / "speech.mp3") == "what color is the sea"
+    assert printed("client.realtime.connect").strip() == "the sea is blue"
+    assert heard(folder / "answer.wav") == "the sea is blue"
+    curl = printed("-o question.wav")
+    assert '"text":"what is three plus four"' in curl
+    assert "good morning to you" in curl
+    assert printed('stream_to_file("monday.ogg")') == ""
+    assert heard(folder / "monday.ogg") == "come here on monday"
+    events = printed("/v1/audio/speech/stream")
+    assert events.count('"audio.start"') == events.count('"audio.done"') == 2
+    assert events.splitlines()[-1] == '{"type":"session.done","total_sentences":2}'
     with mimo_fast.load() as model:
-        assert model.transcribe(wav).text == "the sea is blue thank you"
+        text = model.transcribe(folder / "said.wav").text
+    assert " ".join(text.split()) == "what color is the sea the dog is big and black"
+    assert printed("stream=True):") == "what is three plus four"
+    assert printed("chat.wav").split() == ["seven", "saturday"]
+    printed("audio_sample")
+    assert "Anna Example agreed" in (folder / "voices" / "anna.txt").read_text(encoding="utf-8")
+    assert not examples
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl(server, tmp_path):
-    printed = ran(server, tmp_path, "bash", "-o said.wav")
-    assert '"text":"the dog is big and black"' in printed
-    assert "good morning to you" in printed
-    assert heard(tmp_path / "said.wav") == "the dog is big and black"
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_a_voice_is_added(serve, tmp_path):
-    folder = tmp_path / "voices"
-    folder.mkdir()
-    question = Path(mimo_fast.__file__).parent / "assets" / "question.wav"
-    shutil.copyfile(question, tmp_path / "anna.wav")
-    server = serve(voices=folder, allow_voice_upload=True)
-    ran(server, tmp_path, "bash", "audio_sample")
-    assert "Anna Example agreed" in (folder / "anna.txt").read_text(encoding="utf-8")
+def test_the_examples_of_other_environments_are_run_there():
+    apart = [code for language, code in BLOCKS if any(each in code for each in APART)]
+    assert len(apart) == len(APART)
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -152,26 +161,27 @@ def test_links_lead_somewhere():
         assert (PAGE.parent / link).exists(), link
 
 
-def row(start: str) -> str:
-    (found,) = [line for line in TEXT.splitlines() if line.startswith(f"| {start}")]
-    return found
+REFUSED = {
+    "logprobs": True,
+    "stop": ["."],
+    "logit_bias": {"1": 1},
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "clock"}}],
+    "functions": [{"name": "clock"}],
+    "tool_choice": "required",
+}
 
 
-@pytest.mark.parametrize(
-    ("start", "name", "value"),
-    [
-        ("tools", "tools", [{"type": "function", "function": {"name": "clock"}}]),
-        ("tools", "tool_choice", "required"),
-        ("`logprobs`", "logprobs", True),
-        ("`logprobs`", "stop", ["."]),
-        ("`logprobs`", "logit_bias", {"1": 1}),
-        ("`logprobs`", "response_format", {"type": "json_object"}),
-    ],
-)
-def test_what_chats_refuse_is_refused_by_name(server, start, name, value):
-    assert f"`{name}`" in row(start) or name in row(start)
-    body = {"model": "nano", "messages": [{"role": "user", "content": "hello"}], name: value}
-    answer = server.ask("POST", "/v1/chat/completions", body)
+def test_the_page_names_what_chats_refuse():
+    rows = re.findall(r"(?m)^\| (?:chats: (.*?)|tools) \| (.*?) \|", TEXT)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", " ".join(row))}
+    assert named == set(REFUSED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_chats_refuse_is_refused_by_name(server, name):
+    body = {"model": "nano", "messages": [{"role": "user", "content": "hello"}]}
+    answer = server.ask("POST", "/v1/chat/completions", body | {name: REFUSED[name]})
     assert answer.status == 400
     assert answer.error["param"] == name
 

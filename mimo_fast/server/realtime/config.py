@@ -61,7 +61,7 @@ TRANSCRIBERS = (
 )
 """Names of OpenAI's that mean the one model."""
 
-MOST_TOKENS, MOST_TOOLS, MOST_TOOLS_JSON, MOST_DEPTH = 4096, 128, 2**18, 32
+MOST_TOKENS, MOST_TOOLS, MOST_TOOLS_JSON = 4096, 128, 2**18
 
 MOST_INPUT = 256
 """Items that one response may be given."""
@@ -359,25 +359,9 @@ def _tools(value: Any, param: str) -> list[Json]:
     for i, tool in enumerate(tools):
         one_of(mapping(tool, f"{param}[{i}]").get("type"), f"{param}[{i}].type", ("function",))
         text(needed(tool, "name", f"{param}[{i}].name"), f"{param}[{i}].name", 128)
-    if _depth(tools) > MOST_DEPTH:
-        raise refusal(f"{param} is nested more than {MOST_DEPTH} deep", param)
     if len(json.dumps(tools)) > MOST_TOOLS_JSON:
         raise refusal(f"{param} has more than {MOST_TOOLS_JSON >> 10} KiB", param)
     return tools
-
-
-def _depth(value: Any) -> int:
-    """How far lists and objects lie inside each other; one more than the bound ends it."""
-    level, depth = [value], 0
-    while level and depth <= MOST_DEPTH:
-        depth += 1
-        inside = [each for each in level if isinstance(each, list | dict)]
-        level = [
-            child
-            for each in inside
-            for child in (each.values() if isinstance(each, dict) else each)
-        ]
-    return depth
 
 
 def _truncation(value: Any, param: str) -> Any:

@@ -40,8 +40,8 @@ HELLO = "hello"
 KNOWN = 2 / 3
 """Share of a text's words that a model of few words must know to be told it."""
 
-MOST_GROUPS = 500
-"""Of a text that is said to the model, 80 s: where it finds no end."""
+LEAST_GROUPS, GROUPS_A_TOKEN = 16, 6
+"""Groups that a text may take that is said to the model: twice those of slow speech."""
 
 
 @dataclass(frozen=True)
@@ -280,10 +280,12 @@ class Mind:
         try:
             while rows or texts:
                 while texts and len(rows) < model.setup.max_batch:
-                    ids = pipeline.ids(task.prompt(context, texts.popleft().strip()))
+                    piece = texts.popleft().strip()
+                    ids = pipeline.ids(task.prompt(context, piece))
                     sequence = pipeline.sequence(seed)
                     sequence.add(ids)
-                    reply = pipeline.start(sequence, samplers, stops, MOST_GROUPS)
+                    most = LEAST_GROUPS + GROUPS_A_TOKEN * len(model.tokenizer.encode(piece))
+                    reply = pipeline.start(sequence, samplers, stops, most)
                     rows.append(_Row(reply, pipeline.reader(ids, speaks=True)))
                 for row in rows:
                     row.step()

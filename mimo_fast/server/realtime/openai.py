@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mimo_fast.audio.segments import levelled
 from mimo_fast.server.errors import ApiError, as_api_error
+from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.logs import log_failure
 from mimo_fast.server.models import check_model
 from mimo_fast.server.realtime.checks import Json, mapping, needed, refusal, text, whole
@@ -164,7 +164,8 @@ class _Client:
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
                 known = ", ".join(self._handlers)
-                problem = f"there is no event of the type {kind!r:.80}; there are {known}"
+                given = kind[:80] if isinstance(kind, str) else type(kind).__name__
+                problem = f"there is no event of the type {given!r}; there are {known}"
                 raise refusal(problem, "type")
             await handler(event)
         except Exception as error:
@@ -181,12 +182,12 @@ class _Client:
         try:
             if len(data) > LARGE:
                 loop = asyncio.get_running_loop()
-                event = await loop.run_in_executor(listening, _json, data)
+                event = await loop.run_in_executor(listening, parse_json, data)
             else:
-                event = _json(data)
-        except (ValueError, RecursionError):
-            problem = "the message is no JSON"
-            raise ApiError(problem, code="invalid_json", param="event") from None
+                event = parse_json(data)
+        except ValueError as error:
+            problem = f"the message cannot be read: {error}"
+            raise ApiError(problem[:200], code="invalid_json", param="event") from None
         return mapping(event, "event")
 
     # What the client asks for
@@ -374,14 +375,6 @@ class _Client:
     def not_transcribed(self, item_id: str, error: ApiError) -> None:
         kind = "conversation.item.input_audio_transcription.failed"
         self._put(kind, item_id=item_id, content_index=0, error=error.body())
-
-
-def _json(data: str) -> Any:
-    return json.loads(data, parse_constant=_no_number)
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _bytes(audio: str, param: str) -> bytes:

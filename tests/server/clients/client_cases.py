@@ -22,7 +22,7 @@ import soundfile
 
 RATE = 24000
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT = 90.0
+LIMIT = 240.0
 """Seconds after which a wait is given up; no check is about time."""
 
 

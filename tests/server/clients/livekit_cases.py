@@ -260,14 +260,14 @@ class Speaker(AudioOutput):
         capabilities = AudioOutputCapabilities(pause=False)
         super().__init__(label="speaker", capabilities=capabilities, sample_rate=RATE)
         self.audio, self.interruptions = list[np.ndarray](), 0
-        self._ends, self._began, self._timer = 0.0, 0.0, None
+        self._seconds, self._ends, self._timer = 0.0, 0.0, None
 
     async def capture_frame(self, frame: rtc.AudioFrame) -> None:
         await super().capture_frame(frame)
         now = asyncio.get_running_loop().time()
         if self._ends == 0:
-            self._began = self._ends = now
             self.on_playback_started(created_at=now)
+        self._seconds += frame.duration
         self._ends = max(self._ends, now) + frame.duration
         self.audio.append(np.frombuffer(frame.data, np.int16))
 
@@ -285,8 +285,9 @@ class Speaker(AudioOutput):
     def _finish(self, interrupted: bool) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        now = min(asyncio.get_running_loop().time(), self._ends)
-        played, self._ends, self._timer = now - self._began, 0.0, None
+        left = max(self._ends - asyncio.get_running_loop().time(), 0.0)
+        played = max(self._seconds - left, 0.0)
+        self._seconds, self._ends, self._timer = 0.0, 0.0, None
         self.on_playback_finished(playback_position=played, interrupted=interrupted)
 
 

@@ -8,9 +8,11 @@ Their words are judged here, what is heard by a recogniser that is not the model
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,15 @@ CASES = {
         "realtime_transcript",
     ),
 }
+EXAMPLES = ("pipecat", "livekit")
+"""Of docs/server.md."""
+
 RATE = 24000
 LONG = "i live in the city near the river"
 WHOLE = 2.0
 """Seconds that it takes at least to say that."""
 
-LIMIT = 600
+LIMIT = 1500
 """Seconds after which a client is stopped; a minute is usual."""
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="run `make clients`")
@@ -99,32 +104,56 @@ def slow() -> Iterator[Running]:
     service.close()
 
 
+@dataclass
+class Heard:
+    """What the clients report, and the sound of the page's examples."""
+
+    reports: Reports
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def reports(server: Running, slow: Running, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+def everything(server: Running, slow: Running, tmp_path_factory: pytest.TempPathFactory) -> Heard:
+    """All clients, run at once."""
     folder = tmp_path_factory.mktemp("heard")
-    running = {}
-    for script in CASES:
-        command = [PYTHON, HERE / script, server.url, slow.url, folder]
-        log = (folder / f"{script}.log").open("w+", encoding="utf-8")
-        running[script] = (
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True),
-            log,
-        )
-    found: Reports = {}
-    try:
-        for script, (process, log) in running.items():
+    commands: dict[str, list[Any]] = {
+        script: [HERE / script, server.url, slow.url, folder] for script in CASES
+    }
+    for name in EXAMPLES:
+        example = folder / f"{name}.py"
+        example.write_text(example_of(name, server), encoding="utf-8")
+        commands[name] = [HERE / "page_example.py", example, folder / f"page_{name}.wav"]
+    with ExitStack() as ending:
+        running = {}
+        for name, command in commands.items():
+            log = ending.enter_context((folder / f"{name}.log").open("w+", encoding="utf-8"))
+            pipes = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+            running[name] = process = subprocess.Popen([PYTHON, *command], **pipes)
+            ending.callback(process.wait)
+            ending.callback(process.kill)
+        reports: Reports = {}
+        for name, process in running.items():
             printed, _ = process.communicate(timeout=LIMIT)
-            log.seek(0)
-            assert process.returncode == 0, log.read()[-3000:]
-            for line in printed.splitlines():
+            logged = (folder / f"{name}.log").read_text(encoding="utf-8")
+            assert process.returncode == 0, logged[-3000:]
+            for line in printed.splitlines() if name in CASES else []:
                 report = json.loads(line)
-                found[script, report["case"]] = Report(report["error"], report["seen"])
-    finally:
-        for process, log in running.values():
-            process.kill()
-            process.wait()
-            log.close()
-    return found
+                reports[name, report["case"]] = Report(report["error"], report["seen"])
+        return Heard(reports, folder)
+
+
+def example_of(name: str, server: Running) -> str:
+    """An example of docs/server.md as it stands, but for the port."""
+    page = (HERE.parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)^```python\n((?:.*\n)*?)^```$", page)
+    (code,) = [block for block in blocks if f"from {name}" in block]
+    assert "127.0.0.1:8000" in code
+    return code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+
+
+@pytest.fixture(scope="module")
+def reports(everything: Heard) -> Reports:
+    return everything.reports
 
 
 Seen = Callable[[str], dict[str, Any]]
@@ -147,7 +176,7 @@ def seen(reports: Reports, script: str, case: str) -> dict[str, Any]:
     return report.seen
 
 
-def heard(path: str) -> str:
+def heard(path: str | Path) -> str:
     """What an independent recogniser hears in a file."""
     return recognise(mimo_fast.load_audio(path, RATE), RATE)
 
@@ -247,3 +276,8 @@ def test_livekit_transcribes(livekit):
     talk = livekit("transcript")
     assert talk["text"] == "please read the small yellow box"
     assert talk["streamed"] == "i want no milk and rice"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_pages_example_answers(everything, name):
+    assert heard(everything.folder / f"page_{name}.wav") == "the sea is blue"
