@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
         from mimo_fast.server.app import create_app
         from mimo_fast.server.logs import set_up_logs
-        from mimo_fast.server.memory import settle
+        from mimo_fast.server.memory import settled
         from mimo_fast.server.service import Service
         from mimo_fast.server.serving import Server, check_certificate, listen, url_of
     except ModuleNotFoundError as error:
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
-            settle()
-            Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
+            with settled():
+                Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
         finally:
             service.close()
     say("stopped")

@@ -10,7 +10,8 @@ import asyncio
 import ctypes
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mimo_fast.server.logs import log
@@ -35,13 +36,19 @@ def resident() -> int:
         return 0
 
 
-def settle() -> None:
-    """Takes what has been loaded out of the garbage collector's sight.
+@contextmanager
+def settled() -> Iterator[None]:
+    """Keeps what has been loaded out of the garbage collector's sight for a while.
 
     A collection of all that torch imports stops every thread for a tenth of a second.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        # The interpreter's end would take it for leaks.
+        gc.unfreeze()
 
 
 class Trimmer:
