@@ -315,11 +315,12 @@ async def agent(slow: Server) -> dict[str, Any]:
             await handle
             before = len(speaker.audio)
 
-            def answers() -> list[str | None]:
-                spoken = [text for role, text in texts_of(session.history) if role == "assistant"]
-                return spoken if len(spoken) > 1 else []
+            def complete() -> bool:
+                # The transcript of what was asked comes when it is ready.
+                roles = [role for role, _ in texts_of(session.history)]
+                return roles.count("assistant") == roles.count("user") == 2
 
-            await until(answers, "second answer", lambda: texts_of(session.history))
+            await until(complete, "second answer", lambda: texts_of(session.history))
             audio = np.concatenate(speaker.audio[before:])
             assert not errors, errors
             return {

@@ -229,7 +229,8 @@ async def conversation(server: Server) -> dict[str, Any]:
         await seen.one(BotStoppedSpeakingFrame)
         answer = server.keep("pipecat_answer", speaker.played())
         check_healthy(service, seen)
-        await until(lambda: len(words_of(context, "assistant")) > 1, "answer in the context")
+        for role in ("user", "assistant"):
+            await until(lambda role=role: len(words_of(context, role)) > 1, f"turns of the {role}")
         return {
             "greeting": greeting,
             "greeting_wav": greeted,
