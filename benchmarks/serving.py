@@ -344,6 +344,8 @@ def run(args: argparse.Namespace) -> int:
         raise MimoFastError("memory and file descriptors are counted by /proc, which Linux has")
     if (args.url is None) != (args.pid is None):
         raise ValueError("--url and --pid belong together")
+    # Whatever ends this process ends its server.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     record = new_record(args)
 
     def keep() -> None:

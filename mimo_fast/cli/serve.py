@@ -10,7 +10,7 @@ from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
 from mimo_fast.cli.common import load_model
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.server_options import settings_of
-from mimo_fast.errors import MimoFastError
+from mimo_fast.errors import ConfigError, MimoFastError
 from mimo_fast.server.settings import Settings
 
 MISSING = (
@@ -20,17 +20,25 @@ MISSING = (
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = settings_of(args)
     try:
+        settings = settings_of(args)
+    except ConfigError as error:
+        args.parser.error(str(error))
+    try:
+        # Starlette asks for it when the first form comes.
+        import python_multipart  # noqa: F401
+
         from mimo_fast.server.app import create_app
         from mimo_fast.server.logs import set_up_logs
         from mimo_fast.server.memory import settle
         from mimo_fast.server.service import Service
-        from mimo_fast.server.serving import Server, listen, url_of
+        from mimo_fast.server.serving import Server, check_certificate, listen, url_of
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mimo_fast"):
             raise
-        raise MimoFastError(MISSING.format(error.name)) from error
+        name = (error.name or "").partition(".")[0]
+        raise MimoFastError(MISSING.format(name)) from error
+    check_certificate(settings)
     with listen(settings) as bound:
         url = url_of(bound, settings)
         load = partial(load_model, args, max_batch=args.streams)

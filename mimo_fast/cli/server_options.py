@@ -25,6 +25,31 @@ GROUPS = {
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
+class FromVariable(str):
+    """The text of an environment variable, which an error about it names."""
+
+    name: str
+
+    def __new__(cls, name: str) -> "FromVariable":
+        made = super().__new__(cls, os.environ[name])
+        made.name = name
+        return made
+
+
+def naming_variable(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of an option whose errors name the variable that its text is from."""
+
+    def reading(text: str) -> Any:
+        try:
+            return read(text)
+        except argparse.ArgumentTypeError as error:
+            if isinstance(text, FromVariable):
+                raise argparse.ArgumentTypeError(f"{text.name} {error}") from error
+            raise
+
+    return reading
+
+
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for each field; one that is not given is taken from the environment."""
     known = {each.name: each for each in fields(Settings)}
@@ -49,7 +74,9 @@ def take_variables(parser: argparse.ArgumentParser) -> None:
         elif isinstance(action, argparse._AppendAction):
             action.default = [part.strip() for part in text.split(",")]
         else:
-            action.default = text
+            action.default = FromVariable(variable_of(action.dest))
+            if callable(action.type):
+                action.type = naming_variable(action.type)
 
 
 def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -94,8 +121,8 @@ def _add(group: argparse._ArgumentGroup, each: Field[Any]) -> None:
     else:
         options |= {"metavar": _metavar(each)}
     # A text as default is read like one that is given, and only if this command is.
-    options["default"] = given or each.default
-    group.add_argument(option_of(name), type=_reader(each), **options)
+    options["default"] = FromVariable(variable_of(name)) if given else each.default
+    group.add_argument(option_of(name), type=naming_variable(_reader(each)), **options)
 
 
 def _shown(each: Field[Any]) -> str:

@@ -5,9 +5,7 @@ Records -> CORS -> Errors -> Guard -> Bounds -> route -> endpoint -> Service
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,16 +16,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.server.chat import chat
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.health import health, ready, root
 from mimo_fast.server.keeping import Keeper, free_model, list_loaded
 from mimo_fast.server.limits import SESSION_WAIT, Bounds, Places, Session
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
+from mimo_fast.server.realtime import realtime
 from mimo_fast.server.records import Errors, Records
 from mimo_fast.server.security import Guard
 from mimo_fast.server.service import Service
 from mimo_fast.server.settings import Settings
+from mimo_fast.server.speech import speech, speech_stream
+from mimo_fast.server.transcriptions import transcriptions
 from mimo_fast.server.voices import Voices, add_voice, list_voices
 
 COMPUTING = frozenset(
@@ -110,13 +112,11 @@ def _routes() -> list[BaseRoute]:
         Route("/v1/models/{name:path}", model),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/audio/voices", add_voice, methods=["POST"]),
-        Route("/v1/audio/speech", _entry("speech", "speech"), methods=["POST"]),
-        WebSocketRoute("/v1/audio/speech/stream", _entry("speech", "speech_stream")),
-        Route(
-            "/v1/audio/transcriptions", _entry("transcriptions", "transcriptions"), methods=["POST"]
-        ),
-        Route("/v1/chat/completions", _entry("chat", "chat"), methods=["POST"]),
-        WebSocketRoute("/v1/realtime", _entry("realtime", "realtime")),
+        Route("/v1/audio/speech", speech, methods=["POST"]),
+        WebSocketRoute("/v1/audio/speech/stream", speech_stream),
+        Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        WebSocketRoute("/v1/realtime", realtime),
     ]
 
 
@@ -128,17 +128,6 @@ def _show(metrics: Metrics, app: Starlette) -> None:
     metrics.show("requests_waiting", "Requests that wait", lambda: state.requests.waiting)
     metrics.show("streams", "Streams that the model works on", lambda: state.service.worker.streams)
     metrics.show("threads", "Threads of Python", threads)
-
-
-def _entry(module: str, name: str) -> Callable[..., Awaitable[Any]]:
-    try:
-        return getattr(import_module(f"mimo_fast.server.{module}"), name)
-    except (ModuleNotFoundError, AttributeError):
-
-        async def missing(connection: Any) -> Response:
-            raise ApiError(f"this build has no {module}", 501, "not_implemented")
-
-        return missing
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

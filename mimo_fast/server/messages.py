@@ -60,7 +60,6 @@ class _Room:
     """What a request may still hold."""
 
     characters: int
-    recordings: int = MOST_RECORDINGS
     parts: int = MOST_MESSAGES
 
     def text(self, value: Any, param: str) -> str:
@@ -85,6 +84,9 @@ async def read_messages(
     if len(messages) > MOST_MESSAGES:
         problem = f"messages has {len(messages)} entries, {MOST_MESSAGES} are the most"
         raise refusal(problem, "messages", "array_above_max_length")
+    if sum(map(_recordings, messages)) > MOST_RECORDINGS:
+        problem = f"the messages have more than {MOST_RECORDINGS} recordings"
+        raise refusal(problem, "messages", "array_above_max_length")
     room, turns = _Room(settings.max_text_chars), Turns()
     instructions, said, beside = list[str](), list[Said](), list[str]()
     for i, message in enumerate(messages):
@@ -108,6 +110,14 @@ async def read_messages(
     turns.said = tuple(said)
     turns.instructions = "\n".join([*instructions, *beside]).strip() or None
     return turns
+
+
+def _recordings(message: Any) -> int:
+    """How many recordings a message may have; before any of them is decoded."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return 0
+    return sum(isinstance(part, dict) and part.get("type") != "text" for part in content)
 
 
 def _contents(message: Json, param: str, room: _Room) -> Sequence[tuple[str, Json]]:
@@ -144,10 +154,6 @@ async def _user(
             text = room.text(part.get("text"), f"{name}.text")
             texts += [text] if text.strip() else []
             continue
-        room.recordings -= 1
-        if room.recordings < 0:
-            problem = f"the messages have more than {MOST_RECORDINGS} recordings"
-            raise refusal(problem, "messages")
         audio = mapping(part.get("input_audio"), f"{name}.input_audio")
         data = needed(audio, "data", f"{name}.input_audio.data")
         one_of(audio.get("format"), f"{name}.input_audio.format", CONTAINERS)

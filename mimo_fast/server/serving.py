@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from mimo_fast.errors import MimoFastError
+from mimo_fast.errors import ConfigError, MimoFastError
 from mimo_fast.server.logs import log
 from mimo_fast.server.memory import Trimmer
 from mimo_fast.server.protocols import WebSocket, http_protocol
@@ -56,6 +57,25 @@ def listen(settings: Settings) -> socket.socket:
             "or give another --port (0 takes a free one)"
         ) from error
     return bound
+
+
+def check_certificate(settings: Settings) -> None:
+    """Finds out before a model is loaded whether https can be served.
+
+    Raises:
+        ConfigError: the files are no certificate and its key.
+    """
+    if settings.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Nobody would see that it asks for a password.
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password=str)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--ssl-certfile {settings.ssl_certfile} is no certificate in PEM form, or "
+            f"--ssl-keyfile {settings.ssl_keyfile} is not its key, without a password"
+        ) from error
 
 
 def url_of(bound: socket.socket, settings: Settings) -> str:

@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from dataclasses import fields
 import pytest
 from starlette.responses import StreamingResponse
 from starlette.routing import Route, WebSocketRoute
-from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from mimo_fast.cli.main import build_parser, main
@@ -127,7 +129,13 @@ def test_the_help_names_every_option_and_hides_the_key(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("variable", "text"),
-    [("PORT", "eighty"), ("MAX_BODY_BYTES", "2X"), ("KEEP_ALIVE", "soon"), ("MAX_RATE", "")],
+    [
+        ("STREAMS", "many"),
+        ("PORT", "eighty"),
+        ("MAX_BODY_BYTES", "2X"),
+        ("KEEP_ALIVE", "soon"),
+        ("MAX_RATE", ""),
+    ],
 )
 def test_a_variable_that_means_nothing_is_bad_usage(monkeypatch, capsys, variable, text):
     monkeypatch.setenv(f"MIMO_FAST_{variable}", text)
@@ -137,7 +145,7 @@ def test_a_variable_that_means_nothing_is_bad_usage(monkeypatch, capsys, variabl
     with pytest.raises(SystemExit) as ended:
         parsed()
     assert ended.value.code == 2
-    assert f"--{variable.lower().replace('_', '-')}" in capsys.readouterr().err
+    assert f"MIMO_FAST_{variable} must be" in capsys.readouterr().err
     # Other commands do not look at it.
     build_parser().parse_args(["info"])
 
@@ -202,8 +210,61 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     assert main(["serve", "--port", "0"]) == 1
     error = capsys.readouterr().err
-    assert "starlette" in error
+    assert "of which starlette is missing" in error
     assert "mimo-fast[server]" in error
+
+
+def test_a_missing_package_of_forms_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "python_multipart", None)
+    assert main(["serve", "--port", "0"]) == 1
+    assert "python_multipart" in capsys.readouterr().err
+
+
+def test_a_server_without_a_key_for_others_is_bad_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--host", "0.0.0.0"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "MIMO_FAST_API_KEY" in error
+
+
+def test_a_file_that_is_no_certificate_is_named(tmp_path, capsys):
+    file = tmp_path / "cert.pem"
+    file.write_text("nothing")
+    options = ["--port", "0", "--ssl-certfile", str(file), "--ssl-keyfile", str(file)]
+    assert main(["serve", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no certificate in PEM form" in error
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+def test_https(serve, tmp_path):
+    """The command of docs/server.md makes what it serves."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 365 -subj /CN=voice.local"
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    options = {"ssl_certfile": certificate, "ssl_keyfile": key}
+    server = serve([WebSocketRoute("/test", greet)], **options)
+    assert server.url.startswith("https://")
+    trusting = ssl.create_default_context(cafile=certificate)
+    trusting.check_hostname = False
+    with urllib.request.urlopen(f"{server.url}/health", context=trusting) as health:
+        assert json.load(health)["status"] == "ok"
+    address = f"wss://127.0.0.1:{server.port}/test"
+    # Its own page is one of https.
+    with connect(address, ssl=trusting, origin=server.url) as client:
+        assert client.recv() == "hello"
+    with pytest.raises(InvalidStatus):
+        connect(address, ssl=trusting, origin=server.url.replace("https", "http"))
+
+
+async def greet(websocket):
+    await websocket.accept()
+    await websocket.send_text("hello")
+    await websocket.close()
 
 
 class Process:

@@ -5,10 +5,8 @@ import http.client
 import io
 import json
 import random
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import av
@@ -217,7 +215,10 @@ def test_whoever_leaves_frees_the_model_within_a_group(
     with reading(server, body) as reply:
         assert reply.read1(1000)
         assert service.worker.streams == 1
-    assert until(lambda: service.worker.streams == 0, 2.0) < 0.5
+        steps = service.worker.steps
+    until(lambda: service.worker.streams == 0, 30.0)
+    # All of it is 140 groups.
+    assert service.worker.steps - steps < 70
     assert not service.model.engine._requests
 
 
@@ -227,7 +228,7 @@ def test_a_reader_that_stops_stops_the_model(server: Running, service: Service) 
     with reading(server, body) as reply:
         assert reply.read1(100)
         until(lambda: not grows(service), 60.0)
-    until(lambda: service.worker.streams == 0, 2.0)
+    until(lambda: service.worker.streams == 0, 30.0)
 
 
 def grows(service: Service) -> bool:
@@ -409,39 +410,8 @@ def test_a_stream_whose_client_has_gone_frees_the_model(server: Running, service
     socket.send(json.dumps({"type": "input.text", "text": LONG}))
     assert json.loads(socket.recv(timeout=10))["type"] == "audio.start"
     until(lambda: service.worker.streams == 1)
+    steps = service.worker.steps
     socket.socket.shutdown(2)
-    assert until(lambda: service.worker.streams == 0, 3.0) < 0.5
-
-
-@pytest.mark.slow
-def test_listeners_hear_no_gap_while_files_are_read(server: Running, client: openai.OpenAI) -> None:
-    """Four listeners beside a transcript: each is ahead of its playback."""
-    stop = threading.Event()
-    body = {"input": "one two three four five six seven eight nine ten. " * 2}
-    recording = server.ask("POST", "/v1/audio/speech", body | {"response_format": "wav"}).body
-
-    def transcribe() -> None:
-        while not stop.is_set():
-            words_of(client, recording)
-
-    def listen(_number: int) -> float:
-        """Seconds of playback that were missing."""
-        begun, received, late = 0.0, 0, 0.0
-        with reading(server, body | {"response_format": "pcm"}) as reply:
-            while part := reply.read1(2**16):
-                now = time.monotonic()
-                begun = begun or now
-                late = max(late, now - begun - received / 2 / RATE)
-                received += len(part)
-        return late
-
-    files = threading.Thread(target=transcribe)
-    files.start()
-    try:
-        with ThreadPoolExecutor(4) as listeners:
-            gaps = list(listeners.map(listen, range(4)))
-    finally:
-        stop.set()
-        files.join()
-    # What is made is shared between rows; a group is 160 ms.
-    assert max(gaps) < 0.5
+    until(lambda: service.worker.streams == 0, 30.0)
+    # All of it is 140 groups.
+    assert service.worker.steps - steps < 70
