@@ -154,10 +154,12 @@ class Dialogue:
         reply, code = item.reply, "item_truncate_invalid"
         if reply is None or not any(content.spoken for content in item.contents):
             raise ApiError("only replies with audio can be cut", code=code, param="item_id")
-        if played_ms > reply.ms + AHEAD_MS:
-            problem = f"the item has {reply.ms:.0f} ms of audio, less than {played_ms:.0f} ms"
+        if played_ms > reply.sent_ms + AHEAD_MS:
+            problem = f"the item has {reply.sent_ms:.0f} ms of audio, less than {played_ms:.0f} ms"
             raise ApiError(problem, code=code, param="audio_end_ms")
         self._forget_guess()
+        if (active := self._speaking.active) is not None and active.item is item:
+            self._speaking.end(active, "cancelled", "client_cancelled")
         self._cut(item, reply, played_ms)
 
     async def respond(
@@ -227,7 +229,7 @@ class Dialogue:
             self._wire.speech_stopped(self._turn_id, mark.at_ms)
             self._commit(mark, self._turn_id)
             if self.turns.answers:
-                self._answer_turn()
+                self._answer_turn(spoken_to=True)
 
     def _begin_early(self, mark: Mark) -> None:
         self._forget_guess()
@@ -252,7 +254,7 @@ class Dialogue:
             self._background(self._transcribe(item, said, wav))
         self._make_room()
 
-    def _answer_turn(self) -> None:
+    def _answer_turn(self, spoken_to: bool) -> None:
         guess, self._guess = self._guess, None
         if self._speaking.active is not None:
             # The reply in progress was not to be interrupted.
@@ -261,7 +263,7 @@ class Dialogue:
                 self._speaking.drop(guess.response)
             return
         if guess is None:
-            response = Response(self.manner, self._ask(self.manner), spoken_to=True)
+            response = Response(self.manner, self._ask(self.manner), spoken_to=spoken_to)
             self._speaking.open(response, self._mind)
         else:
             response = guess.response
@@ -335,7 +337,7 @@ class Dialogue:
             self._idle_after(response)
         if self._owed:
             self._owed = False
-            self._answer_turn()
+            self._answer_turn(spoken_to=False)
 
     # Silence
 
@@ -365,7 +367,7 @@ class Dialogue:
         self._wire.committed(item.id, before)
         self._wire.item_added(item, before)
         self._wire.item_done(item, before)
-        self._answer_turn()
+        self._answer_turn(spoken_to=False)
 
     async def _spare_memory(self) -> None:
         """Encodes the oldest recordings, or forgets them where nobody will ask for them."""

@@ -55,7 +55,8 @@ class Reply:
         asked: What it answers.
         exchange: The turn in the model's dialogue; None where the reply came from elsewhere.
         words: (text, milliseconds of audio before it), as they came.
-        ms: Audio of it so far.
+        ms: Audio of it so far, less what was not heard.
+        sent_ms: Audio of it that the client was sent.
         dropped: The model is to forget that it was asked.
     """
 
@@ -63,6 +64,7 @@ class Reply:
     exchange: Exchange | None = None
     words: list[tuple[str, float]] = field(default_factory=list)
     ms: float = 0.0
+    sent_ms: float = 0.0
     dropped: bool = False
 
     def heard_by(self, ms: float) -> str:

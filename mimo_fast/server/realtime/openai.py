@@ -268,6 +268,10 @@ class _Client:
         aside = given.get("conversation") == "none"
         items = given.get("input")
         found = None if items is None else [await self._input(each) for each in items]
+        seconds = sum(said.seconds for item in found or [] for said in item.contents)
+        if seconds > self._seconds:
+            problem = f"response.input has {seconds:.0f} s of audio, {self._seconds:.0f} s at most"
+            raise refusal(problem, "response.input")
         await self.dialogue.respond(manner, given.get("metadata") or None, found, aside)
 
     async def _input(self, given: Any) -> Item:

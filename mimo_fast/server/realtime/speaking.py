@@ -126,6 +126,7 @@ class Speaking:
         if sound.audio and response.first_audio is None:
             response.first_audio = perf_counter()
         reply.ms += sound.ms
+        reply.sent_ms += sound.ms
         self._wire.said(response, sound.text, sound.audio)
 
     def _begin(self, response: Response) -> None:

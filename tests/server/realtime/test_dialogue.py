@@ -80,6 +80,7 @@ class TestTurns:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_going_on_drops_it(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -163,6 +164,7 @@ class TestBargeIn:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_a_reply_that_is_not_to_be_interrupted(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -183,6 +185,30 @@ class TestBargeIn:
 
         asyncio.run(run())
 
+    def test_truncation_ends_a_reply_in_progress(self, service):
+        async def run() -> None:
+            core, log = dialogue(service)
+            log.most = 2
+            await core.add(typed("hello"))
+            await core.respond()
+            await log.until("said", 2)
+            (response, *_) = log.all("said")[0]
+            told = log.text(response)
+            core.truncate(response.item.id, 0)
+            assert (response.status, response.reason) == ("cancelled", "client_cancelled")
+            assert response.item.text == ""
+            log.most = None
+            log.open.set()
+            await settled(service)
+            assert log.text(response) == told
+            # A client that is late knows of more than was heard.
+            core.truncate(response.item.id, response.ask.reply.sent_ms)
+            assert response.item.text == ""
+            await core.close()
+
+        asyncio.run(run())
+
+    @pytest.mark.slow
     def test_truncation_refuses_what_is_not_there(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -192,7 +218,7 @@ class TestBargeIn:
             for id, ms, problem in (
                 ("none", 10, "there is no item"),
                 ("typed", 10, "only replies with audio"),
-                (response.item.id, response.ask.reply.ms + 10_000, "ms of audio, less than"),
+                (response.item.id, response.ask.reply.sent_ms + 10_000, "ms of audio, less than"),
             ):
                 with pytest.raises(ApiError, match=problem):
                     core.truncate(id, ms)
@@ -220,6 +246,7 @@ class TestReplies:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_in_text_only(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -232,6 +259,7 @@ class TestReplies:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_one_at_a_time_and_some_beside_it(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -256,6 +284,7 @@ class TestReplies:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_cancelled_at_any_moment(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -278,6 +307,7 @@ class TestReplies:
 
         asyncio.run(run())
 
+    @pytest.mark.slow
     def test_a_limit_is_said(self, service):
         async def run() -> None:
             core, log = dialogue(service)
@@ -316,11 +346,14 @@ class TestSlowAndGone:
             await core.add(typed(COUNT))
             await core.respond()
             await log.until("said")
-            await asyncio.sleep(0.3)
+            steps = -1
+            async with asyncio.timeout(20):
+                # Until nothing more is computed.
+                while steps != service.worker.steps:
+                    steps = service.worker.steps
+                    await asyncio.sleep(0.3)
             assert len(log.all("said")) == 1
-            steps = service.worker.steps
-            await asyncio.sleep(0.2)
-            assert service.worker.steps == steps
+            assert core._speaking.active is not None
             log.open.set()
             await log.until("response_ended")
             await core.close()
@@ -346,6 +379,7 @@ class TestSlowAndGone:
         asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_silence_after_a_reply_is_answered_once(service):
     async def run() -> None:
         core, log = dialogue(service)

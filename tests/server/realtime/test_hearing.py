@@ -42,6 +42,7 @@ def test_one_utterance_is_one_turn():
     assert ended.seconds == pytest.approx((ended.at_ms - began.at_ms) / 1000, abs=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 999, 4800, 10**7])
 def test_parts_make_no_difference(size):
     if size == 2:
@@ -58,6 +59,7 @@ def test_parts_make_no_difference(size):
             torch.testing.assert_close(one.speech, other.speech)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.003, 0.03, 1.0])
 def test_any_level_is_heard_alike(level):
     wav = torch.cat((silence(ONSET), question() * level, silence(1000)))
@@ -67,6 +69,7 @@ def test_any_level_is_heard_alike(level):
     assert 0.02 < loudness < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["audio/pcmu", "audio/pcma"])
 def test_telephones(name):
     hearing = Hearing(RATE, 60)
@@ -78,6 +81,7 @@ def test_telephones(name):
     assert ONSET - 350 <= marks[0].at_ms <= ONSET + 150
 
 
+@pytest.mark.slow
 def test_going_on_after_a_pause():
     wav = torch.cat((silence(300), question(), silence(330), question(), silence(900)))
     hearing = Hearing(RATE, 60)
@@ -104,6 +108,7 @@ def test_silence_and_clicks_are_no_speech():
     assert len(hearing._kept) < RATE
 
 
+@pytest.mark.slow
 def test_times_count_all_audio():
     hearing = Hearing(RATE, 60)
     heard(hearing, pcm(silence(3000)), 960)
@@ -115,6 +120,7 @@ def test_times_count_all_audio():
     assert second[0].at_ms - first[0].at_ms == pytest.approx(len(audio()) / 48, abs=40)
 
 
+@pytest.mark.slow
 def test_a_turn_has_a_longest():
     wav = torch.cat([question()] * 4)
     marks = heard(Hearing(RATE, 2.0), pcm(wav), 960)
@@ -155,6 +161,7 @@ class TestByHand:
             hearing.push(pcm(silence(200)))
         assert hearing.commit().seconds == pytest.approx(0.9)
 
+    @pytest.mark.slow
     def test_commit_in_the_middle_of_a_turn(self):
         hearing = Hearing(RATE, 60)
         began = heard(hearing, audio(0), 960)[0]
@@ -164,6 +171,7 @@ class TestByHand:
         assert not hearing.speaking
 
 
+@pytest.mark.slow
 def test_the_threshold_and_the_silence_count():
     deaf = Hearing(RATE, 60)
     deaf.set_detection(Detection(threshold=1.0))

@@ -71,6 +71,7 @@ class TestMemory:
         assert [turn is reply for turn, reply in zip(mind._turns, _replies(items), strict=True)]
         assert ask.usage.cached >= before.shape[1] // 4 - 1
 
+    @pytest.mark.slow
     def test_what_was_not_heard_is_gone_from_any_turn(self, mind):
         items = [spoken(question())]
         answered(mind, items)
@@ -90,6 +91,7 @@ class TestMemory:
         assert len(exchanges) == 3
         assert ask.usage.cached < prompt_groups(mind, ask) - 1
 
+    @pytest.mark.slow
     def test_items_that_were_deleted_are_forgotten(self, mind):
         items = [spoken(question())]
         answered(mind, items)
@@ -101,6 +103,7 @@ class TestMemory:
         assert mind._session.turns == 2
         assert [id(each) for each in mind._turns] == [id(each) for each in _replies(items)]
 
+    @pytest.mark.slow
     def test_what_was_written_is_part_of_it(self, mind):
         items = [typed("Hi."), Item("a", "assistant", [Said("Hello.")])]
         items[1].reply = ask_about([], Manner()).reply
@@ -110,6 +113,7 @@ class TestMemory:
         words = mind._model.tokenizer.encode("Hello.")
         assert any(ids[i : i + len(words)] == words for i in range(len(ids)))
 
+    @pytest.mark.slow
     def test_instructions_begin_a_dialogue_anew(self, mind):
         items = [spoken(question())]
         answered(mind, items)
@@ -173,6 +177,7 @@ class TestNano:
     def test_it_is_told_what_it_can_understand(self, service, text, told):
         assert Mind(service.model)._sayable(text) == told
 
+    @pytest.mark.slow
     def test_it_hears_one_turn_at_a_time(self, service):
         """It was trained on no more."""
         mind, items = Mind(service.model), [typed("hello")]

@@ -228,6 +228,7 @@ def vad(**options: Any) -> dict[str, Any]:
     return {"audio": {"input": {"turn_detection": {"type": "server_vad", **options}}}}
 
 
+@pytest.mark.slow
 def test_semantic_vad_waits_as_long_as_it_says(server):
     async def do(talk: Connection) -> None:
         echoed = await talk.detect({"type": "semantic_vad", "eagerness": "high"})
@@ -266,6 +267,7 @@ def test_wrong_events_are_answered_and_the_session_goes_on(server, events):
     talk(server, do)
 
 
+@pytest.mark.slow
 def test_cancel_and_truncate(server):
     async def do(talk: Connection) -> None:
         await talk.detect(None)
@@ -297,6 +299,7 @@ def test_cancel_and_truncate(server):
     talk(server, do)
 
 
+@pytest.mark.slow
 def test_beside_the_conversation(server):
     async def do(talk: Connection) -> None:
         await talk.detect(None)
@@ -316,6 +319,7 @@ def test_beside_the_conversation(server):
     talk(server, do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["audio/pcmu", "audio/pcma"])
 def test_telephones(server, name):
     from mimo_fast.server.realtime.sound import FORMATS, Encoder
@@ -334,6 +338,7 @@ def test_telephones(server, name):
     talk(server, do)
 
 
+@pytest.mark.slow
 def test_transcripts(server):
     async def do(talk: Connection) -> None:
         detection = VAD | {"create_response": False}
@@ -379,6 +384,7 @@ def test_an_unknown_model_is_refused_in_the_handshake(server):
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_is_let_go_of_when_it_leaves(server, service):
     """Its replies wait for it, and for nobody once it is gone."""
     import websockets
