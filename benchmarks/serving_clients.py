@@ -223,6 +223,9 @@ class Connection:
         self, request: Request, leaves: Callable[[int], bool] | None = None
     ) -> tuple[Outcome, bytes]:
         """The outcome and the body; `leaves(bytes so far)` says whether to hang up there."""
+        if self._reader is not None and self._reader.at_eof():
+            # The server has ended it: nothing was asked for a while.
+            self.hang_up()
         if self._writer is None or self._writer.is_closing():
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         assert self._reader is not None

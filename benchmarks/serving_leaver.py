@@ -115,6 +115,26 @@ def is_answered(url: str, pcm: bytes) -> None:
             pass
 
 
+def lets_pile_up(url: str, pcm: bytes) -> None:
+    """In a realtime session, with more events on their way than it reads."""
+    where = urlsplit(url)
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    small.connect((where.hostname, where.port))
+    session = connect(url.replace("http", "ws", 1) + "/v1/realtime", sock=small, compression=None)
+    content = [{"type": "input_text", "text": "a " * 8000}]
+    said = {"id": "long", "type": "message", "role": "user", "content": content}
+    _send(session, "conversation.item.create", item=said)
+    content = [{"type": "input_text", "text": "count from one to nine"}]
+    asked = [{"type": "message", "role": "user", "content": content}]
+    for _ in range(4):
+        _send(session, "response.create", response={"conversation": "none", "input": asked})
+    for _ in range(1000):
+        _send(session, "conversation.item.retrieve", item_id="long")
+    here()
+    stay()
+
+
 def streams_text(url: str, pcm: bytes) -> None:
     session = connect(url.replace("http", "ws", 1) + "/v1/audio/speech/stream", compression=None)
     _send(session, "input.text", text=LONG)
@@ -131,6 +151,7 @@ STATES: dict[str, Callable[[str, bytes], None]] = {
     "reads nothing": reads_nothing,
     "speaks": speaks,
     "is answered": is_answered,
+    "lets pile up": lets_pile_up,
     "streams text": streams_text,
 }
 
