@@ -37,6 +37,9 @@ again and again."""
 MOST_WAVES = 60.0
 """Seconds of recordings that are kept as samples; of more of them only codes."""
 
+MOST_UNHEARD = 2**18
+"""Bytes that may wait to be listened to, 5 s of PCM; then no more is read from the client."""
+
 TRANSCRIPTS = 8
 """Transcripts that a session may have in progress."""
 
@@ -87,7 +90,8 @@ class Dialogue:
         self._background = self._speaking.background
         self._mind = Mind(service.model)
         self._hearing = Hearing(service.sample_rate, longest)
-        self._turn_id = ""
+        self._turn_id, self._unheard = "", list[bytes]()
+        self._ear: asyncio.Task[Any] | None = None
         self._guess: Guess | None = None
         self._interrupted: tuple[Response, float] | None = None
         self._transcripts = dict[str, Stream[str]]()
@@ -96,9 +100,32 @@ class Dialogue:
         self._closed = False
 
     async def hear(self, data: bytes) -> None:
-        """More of the client's audio."""
+        """More of the client's audio; what comes while some of it is listened to waits together."""
+        if self._hearing.detection is None:
+            await self.heard()
+            await self._hear(data)
+            return
+        self._unheard.append(data)
+        if self._ear is None or self._ear.done():
+            self._ear = self._background(self._hear_on())
+        if sum(map(len, self._unheard)) > MOST_UNHEARD:
+            await self.heard()
+
+    async def heard(self) -> None:
+        """Returns when all audio so far has been listened to."""
+        if self._ear is not None:
+            await asyncio.wait([self._ear])
+
+    async def _hear_on(self) -> None:
+        while self._unheard:
+            data = b"".join(self._unheard)
+            self._unheard.clear()
+            await self._hear(data)
+
+    async def _hear(self, data: bytes) -> None:
         for mark in await self._listen(self._hearing.push, data):
-            self._follow(mark)
+            if not self._closed:
+                self._follow(mark)
             if mark.change is Change.ENDED:
                 await self._spare_memory()
 
@@ -199,6 +226,7 @@ class Dialogue:
     async def close(self) -> None:
         """Ends all that runs; returns when the model has let go of it."""
         self._closed = True
+        self._unheard.clear()
         self._stop_idling()
         self._forget_guess()
         for stream in self._transcripts.values():

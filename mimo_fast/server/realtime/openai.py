@@ -167,6 +167,8 @@ class _Client:
                 given = kind[:80] if isinstance(kind, str) else type(kind).__name__
                 problem = f"there is no event of the type {given!r}; there are {known}"
                 raise refusal(problem, "type")
+            if kind != "input_audio_buffer.append":
+                await self.dialogue.heard()
             await handler(event)
         except Exception as error:
             found = as_api_error(error)

@@ -136,6 +136,25 @@ class TestTurns:
         asyncio.run(run())
 
 
+def test_audio_that_waits_is_listened_to_together(service, monkeypatch):
+    """One push a burst, however small its parts; what is asked next waits for it."""
+
+    async def run() -> None:
+        core, log = dialogue(service)
+        pushed, push = [], core._hearing.push
+        monkeypatch.setattr(core._hearing, "push", lambda data: pushed.append(data) or push(data))
+        data = turn()
+        for at in range(0, len(data), 480):
+            await core.hear(data[at : at + 480])
+        await core.heard()
+        assert b"".join(pushed) == data
+        assert len(pushed) < len(data) / 480 / 10
+        assert log.names()[:2] == TURN[:2]
+        await core.close()
+
+    asyncio.run(run())
+
+
 class TestBargeIn:
     def test_speech_interrupts_and_what_was_not_heard_is_forgotten(self, service):
         async def run() -> None:

@@ -77,3 +77,4 @@ async def speak(dialogue: Dialogue, data: bytes, piece: int = 4800, pace: float 
     for at in range(0, len(data), piece):
         await dialogue.hear(data[at : at + piece])
         await asyncio.sleep(piece / 48000 / pace)
+    await dialogue.heard()
