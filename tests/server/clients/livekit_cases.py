@@ -259,7 +259,7 @@ class Speaker(AudioOutput):
     def __init__(self) -> None:
         capabilities = AudioOutputCapabilities(pause=False)
         super().__init__(label="speaker", capabilities=capabilities, sample_rate=RATE)
-        self.audio, self.interruptions = list[np.ndarray](), 0
+        self.audio = list[np.ndarray]()
         self._seconds, self._ends, self._timer = 0.0, 0.0, None
 
     async def capture_frame(self, frame: rtc.AudioFrame) -> None:
@@ -279,7 +279,6 @@ class Speaker(AudioOutput):
 
     def clear_buffer(self) -> None:
         if self._ends:
-            self.interruptions += 1
             self._finish(True)
 
     def _finish(self, interrupted: bool) -> None:
@@ -324,7 +323,7 @@ async def agent(slow: Server) -> dict[str, Any]:
             audio = np.concatenate(speaker.audio[before:])
             assert not errors, errors
             return {
-                "interrupted": [handle.interrupted, speaker.interruptions],
+                "interrupted": handle.interrupted,
                 "history": texts_of(session.history),
                 "answer_wav": slow.keep("livekit_agent", audio),
             }

@@ -259,7 +259,7 @@ def test_livekit_is_interrupted_by_the_program(livekit):
 
 def test_livekits_agent_is_interrupted_and_answers(livekit):
     talk = livekit("agent")
-    assert talk["interrupted"] == [True, 1]
+    assert talk["interrupted"]
     said = [text for role, text in talk["history"] if role == "assistant"]
     # What was heard of the first reply, and all of the second.
     assert len(said) == 2
