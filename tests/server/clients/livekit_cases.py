@@ -196,7 +196,8 @@ async def barge_in(slow: Server) -> dict[str, Any]:
         answer = await written(found.session, "where do you live")
         await answer.begun()
         found.begin()
-        found.hear(said("what is nine plus two", before=0))
+        question = said("what is nine plus two", before=0)
+        found.hear(question[:RATE])
         await found.one("input_speech_started")
         done = (await found.event("response.done"))["response"]
         await answer.ended()
@@ -205,6 +206,7 @@ async def barge_in(slow: Server) -> dict[str, Any]:
             message_id=answer.message_id, modalities=["audio", "text"], audio_end_ms=100
         )
         cut = await found.event("conversation.item.truncated")
+        found.hear(question[RATE:])
         second = await Answer(await found.one("generation_created")).ended()
         return {
             "status": [done["status"], done["status_details"]["reason"]],
