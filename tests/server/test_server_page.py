@@ -23,6 +23,12 @@ from mimo_fast.cli.main import build_parser
 from mimo_fast.cli.server_options import GROUPS
 from mimo_fast.server.app import create_app
 from mimo_fast.server.realtime.config import EAGERNESS, SERVER_VAD
+from mimo_fast.server.realtime.dialogue import EARLY
+from mimo_fast.server.realtime.hearing import LEAST_MS, PAUSE_MS
+from mimo_fast.server.realtime.mind import KNOWN
+from mimo_fast.server.realtime.openai import MOST_TURN
+from mimo_fast.server.realtime.responses import BURST, PACE
+from mimo_fast.server.realtime.speaking import ASIDES
 from mimo_fast.server.service import Service
 from mimo_fast.server.settings import Settings, variable_of
 from mimo_fast.server.voices import ALIASES
@@ -186,12 +192,25 @@ def test_what_chats_refuse_is_refused_by_name(server, name):
     assert answer.error["param"] == name
 
 
-def test_figures_of_turns_are_those_of_the_code():
+def test_figures_of_sessions_are_those_of_the_code():
     assert len(ALIASES) == 13
     waits = {name: f"{ms // 1000} s" for name, ms in EAGERNESS.items()}
     assert waits["medium"] == waits["auto"]
-    text = f"low {waits['low']}, medium and auto {waits['auto']}, high {waits['high']}"
-    assert text in TEXT
+    assert f"low {waits['low']}, medium and auto {waits['auto']}, high {waits['high']}" in TEXT
     names = "threshold", "prefix_padding_ms", "silence_duration_ms"
     threshold, before, silence = (SERVER_VAD[name] for name in names)
     assert f"threshold {threshold}, {before} ms before, {silence} ms of silence" in TEXT
+    assert f"| speech for {LEAST_MS} ms |" in TEXT
+    assert f"| {PAUSE_MS} ms of silence |" in TEXT
+    assert f"A turn longer than {EARLY:g} s" in TEXT
+    assert (BURST, PACE, KNOWN, ASIDES, MOST_TURN) == (0.25, 2.0, 2 / 3, 4, 300)
+    for words in ("twice the pace", "a quarter of a second", "two thirds", "four at once"):
+        assert words in TEXT
+    assert "A turn ends after five minutes" in TEXT
+
+
+def test_few_acceptance_checks_are_waived():
+    section = TEXT.split("### Acceptance checks that are waived")[1].split("\n#")[0]
+    waived = re.findall(r"(?m)^\| `([\w.]+)` \| (.+) \|$", section)
+    assert 0 < len(waived) <= 5
+    assert all(len(reason.split()) > 5 for _, reason in waived)

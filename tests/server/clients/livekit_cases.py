@@ -196,7 +196,8 @@ async def barge_in(slow: Server) -> dict[str, Any]:
         answer = await written(found.session, "where do you live")
         await answer.begun()
         found.begin()
-        found.hear(said("what is nine plus two", before=0))
+        question = said("what is nine plus two", before=0)
+        found.hear(question[:RATE])
         await found.one("input_speech_started")
         done = (await found.event("response.done"))["response"]
         await answer.ended()
@@ -205,6 +206,7 @@ async def barge_in(slow: Server) -> dict[str, Any]:
             message_id=answer.message_id, modalities=["audio", "text"], audio_end_ms=100
         )
         cut = await found.event("conversation.item.truncated")
+        found.hear(question[RATE:])
         second = await Answer(await found.one("generation_created")).ended()
         return {
             "status": [done["status"], done["status_details"]["reason"]],
@@ -259,7 +261,7 @@ class Speaker(AudioOutput):
     def __init__(self) -> None:
         capabilities = AudioOutputCapabilities(pause=False)
         super().__init__(label="speaker", capabilities=capabilities, sample_rate=RATE)
-        self.audio, self.interruptions = list[np.ndarray](), 0
+        self.audio = list[np.ndarray]()
         self._seconds, self._ends, self._timer = 0.0, 0.0, None
 
     async def capture_frame(self, frame: rtc.AudioFrame) -> None:
@@ -279,7 +281,6 @@ class Speaker(AudioOutput):
 
     def clear_buffer(self) -> None:
         if self._ends:
-            self.interruptions += 1
             self._finish(True)
 
     def _finish(self, interrupted: bool) -> None:
@@ -315,15 +316,16 @@ async def agent(slow: Server) -> dict[str, Any]:
             await handle
             before = len(speaker.audio)
 
-            def answers() -> list[str | None]:
-                spoken = [text for role, text in texts_of(session.history) if role == "assistant"]
-                return spoken if len(spoken) > 1 else []
+            def complete() -> bool:
+                # The transcript of what was asked comes when it is ready.
+                roles = [role for role, _ in texts_of(session.history)]
+                return roles.count("assistant") == roles.count("user") == 2
 
-            await until(answers, "second answer", lambda: texts_of(session.history))
+            await until(complete, "second answer", lambda: texts_of(session.history))
             audio = np.concatenate(speaker.audio[before:])
             assert not errors, errors
             return {
-                "interrupted": [handle.interrupted, speaker.interruptions],
+                "interrupted": handle.interrupted,
                 "history": texts_of(session.history),
                 "answer_wav": slow.keep("livekit_agent", audio),
             }

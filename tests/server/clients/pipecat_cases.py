@@ -17,6 +17,7 @@ from pipecat.frames.frames import (
     Frame,
     InputAudioRawFrame,
     InterruptionFrame,
+    LLMFullResponseEndFrame,
     LLMRunFrame,
     TranscriptionFrame,
     TTSAudioRawFrame,
@@ -85,7 +86,7 @@ class Microphone(BaseInputTransport):
 
 
 class Speaker(BaseOutputTransport):
-    """Plays in real time; keeps what it played since it was last asked for that."""
+    """Plays in real time; knows how many seconds it has played."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -96,21 +97,17 @@ class Speaker(BaseOutputTransport):
                 audio_out_auto_silence=False,
             )
         )
-        self._played = bytearray()
+        self.seconds = 0.0
 
     async def start(self, frame: Any) -> None:
         await super().start(frame)
         await self.set_transport_ready(frame)
 
-    def played(self) -> np.ndarray:
-        samples = np.frombuffer(bytes(self._played), "<i2")
-        self._played.clear()
-        return samples
-
     async def write_audio_frame(self, frame: Any) -> bool:
         assert (frame.sample_rate, frame.num_channels) == (RATE, 1)
-        self._played += frame.audio
-        await asyncio.sleep(len(frame.audio) / 2 / frame.sample_rate)
+        seconds = len(frame.audio) / 2 / frame.sample_rate
+        self.seconds += seconds
+        await asyncio.sleep(seconds)
         return True
 
 
@@ -122,8 +119,12 @@ class Seen(BaseObserver):
         self._frames, self._ids, self._from = list[Frame](), set[int](), 0
 
     async def on_push_frame(self, data: FramePushed) -> None:
-        if data.frame.id not in self._ids and not isinstance(data.frame, InputAudioRawFrame):
-            self._ids.add(data.frame.id)
+        if data.frame.id in self._ids or isinstance(data.frame, InputAudioRawFrame):
+            return
+        self._ids.add(data.frame.id)
+        # A speaker cuts what a service says into frames of its own.
+        again = isinstance(data.frame, TTSAudioRawFrame) and isinstance(data.source, Speaker)
+        if not again:
             self._frames.append(data.frame)
 
     def begin(self) -> None:
@@ -218,18 +219,20 @@ async def conversation(server: Server) -> dict[str, Any]:
     stages = microphone, pair.user(), service, speaker, pair.assistant()
     async with running(*stages) as (worker, seen):
         await worker.queue_frames([LLMRunFrame()])
+        await seen.one(LLMFullResponseEndFrame)
         await seen.one(BotStoppedSpeakingFrame)
         greeting = seen.text()
-        greeted = server.keep("pipecat_greeting", speaker.played())
+        greeted = server.keep("pipecat_greeting", seen.audio())
         seen.begin()
         microphone.say(said("what color is the sea"))
         await seen.one(UserStartedSpeakingFrame)
         await seen.one(UserStoppedSpeakingFrame)
         transcript = (await seen.one(TranscriptionFrame)).text
-        await seen.one(BotStoppedSpeakingFrame)
-        answer = server.keep("pipecat_answer", speaker.played())
+        await seen.one(LLMFullResponseEndFrame)
+        answer = server.keep("pipecat_answer", seen.audio())
         check_healthy(service, seen)
-        await until(lambda: len(words_of(context, "assistant")) > 1, "answer in the context")
+        for role in ("user", "assistant"):
+            await until(lambda role=role: len(words_of(context, role)) > 1, f"turns of the {role}")
         return {
             "greeting": greeting,
             "greeting_wav": greeted,
@@ -253,12 +256,12 @@ async def interruption(slow: Server) -> dict[str, Any]:
         microphone.say(said("what is nine plus two", before=0))
         await seen.one(InterruptionFrame)
         await seen.one(BotStoppedSpeakingFrame)
-        first = len(speaker.played()) / RATE
+        first = speaker.seconds
         seen.begin()
         await seen.one(UserStoppedSpeakingFrame)
-        await seen.one(BotStoppedSpeakingFrame)
+        await seen.one(LLMFullResponseEndFrame)
         check_healthy(service, seen)
-        wav = slow.keep("pipecat_interruption", speaker.played())
+        wav = slow.keep("pipecat_interruption", seen.audio())
         return {"seconds": first, "answer": seen.text(), "answer_wav": wav}
 
 
@@ -269,18 +272,18 @@ async def local_turns(server: Server) -> dict[str, Any]:
     detector = SileroVADAnalyzer(sample_rate=LOW_RATE)
     params = LLMUserAggregatorParams(vad_analyzer=detector)
     pair = LLMContextAggregatorPair(context, user_params=params)
-    microphone, speaker = Microphone(LOW_RATE), Speaker()
-    stages = microphone, pair.user(), service, speaker, pair.assistant()
+    microphone = Microphone(LOW_RATE)
+    stages = microphone, pair.user(), service, Speaker(), pair.assistant()
     async with running(*stages, rate=LOW_RATE) as (worker, seen):
         await worker.queue_frames([LLMRunFrame()])
+        await seen.one(LLMFullResponseEndFrame)
         await seen.one(BotStoppedSpeakingFrame)
         seen.begin()
-        speaker.played()
         microphone.say(said("thank you"))
         await seen.one(UserStoppedSpeakingFrame)
-        await seen.one(BotStoppedSpeakingFrame)
+        await seen.one(LLMFullResponseEndFrame)
         check_healthy(service, seen)
-        wav = server.keep("pipecat_local_turns", speaker.played())
+        wav = server.keep("pipecat_local_turns", seen.audio())
         return {"answer": seen.text(), "answer_wav": wav}
 
 
