@@ -29,7 +29,7 @@ MOST_MESSAGES, MOST_PARTS, MOST_RECORDINGS = 512, 64, 32
 
 ROLES = ("system", "developer", "user", "assistant")
 
-CONTEXT = "cut it: the model's context holds no more"
+CONTEXT = "cut it: the recordings of a request share the model's context, which holds no more"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class _Room:
     """What a request may still hold."""
 
     characters: int
+    seconds: float
+    fix: str
     parts: int = MOST_MESSAGES
 
     def text(self, value: Any, param: str) -> str:
@@ -87,14 +89,14 @@ async def read_messages(
     if sum(map(_recordings, messages)) > MOST_RECORDINGS:
         problem = f"the messages have more than {MOST_RECORDINGS} recordings"
         raise refusal(problem, "messages", "array_above_max_length")
-    room, turns = _Room(settings.max_text_chars), Turns()
+    room, turns = _room(service, settings), Turns()
     instructions, said, beside = list[str](), list[Said](), list[str]()
     for i, message in enumerate(messages):
         param = f"messages[{i}]"
         mapping(message, param)
         role = one_of(message.get("role"), f"{param}.role", ROLES)
         if role == "user":
-            recordings, texts = await _user(service, settings, message, param, room)
+            recordings, texts = await _user(service, message, param, room)
             # A recording is what is said; what is written beside it says how to answer.
             said += recordings or [Said(text) for text in texts]
             beside += texts if recordings else []
@@ -110,6 +112,16 @@ async def read_messages(
     turns.said = tuple(said)
     turns.instructions = "\n".join([*instructions, *beside]).strip() or None
     return turns
+
+
+def _room(service: Service, settings: Settings) -> _Room:
+    """All recordings of a request are one prompt, so they share what its context holds."""
+    model, rate = service.model, service.sample_rate
+    group = model.group_size * model.codec.config.samples_per_frame / rate
+    # Not asked of the engine, which is the compute thread's.
+    capacity = min(model.setup.max_seq_len, model.lm.config.max_positions)
+    held, most = capacity * group, settings.max_audio_seconds
+    return _Room(settings.max_text_chars, min(held, most), CONTEXT if held < most else FIX)
 
 
 def _recordings(message: Any) -> int:
@@ -146,7 +158,7 @@ def _texts(
 
 
 async def _user(
-    service: Service, settings: Settings, message: Json, param: str, room: _Room
+    service: Service, message: Json, param: str, room: _Room
 ) -> tuple[list[Said], list[str]]:
     recordings, texts = list[Said](), list[str]()
     for name, part in _contents(message, param, room):
@@ -157,27 +169,23 @@ async def _user(
         audio = mapping(part.get("input_audio"), f"{name}.input_audio")
         data = needed(audio, "data", f"{name}.input_audio.data")
         one_of(audio.get("format"), f"{name}.input_audio.format", CONTAINERS)
-        given = service, settings, data, f"{name}.input_audio.data"
-        wav = await service.threads.decode(_decoded, *given)
-        recordings.append(Said(None, True, len(wav) / service.sample_rate, wav))
+        name, rate = f"{name}.input_audio.data", service.sample_rate
+        wav = await service.threads.decode(_decoded, data, rate, room.seconds, name, room.fix)
+        room.seconds -= len(wav) / rate
+        recordings.append(Said(None, True, len(wav) / rate, wav))
     if not recordings and not texts:
         raise refusal(f"{param}.content says nothing", f"{param}.content")
     return recordings, texts
 
 
-def _decoded(service: Service, settings: Settings, data: Any, param: str) -> Tensor:
+def _decoded(data: Any, rate: int, seconds: float, param: str, fix: str) -> Tensor:
     """A recording in base64 -> float32 [n], its level set."""
     try:
         encoded = base64.b64decode(data, validate=True)
     except (TypeError, ValueError, binascii.Error):
         raise refusal(f"{param} is no base64", param) from None
-    model, rate = service.model, service.sample_rate
-    group = model.group_size * model.codec.config.samples_per_frame / rate
-    held = model.engine.capacity * group
-    fix = CONTEXT if held < settings.max_audio_seconds else FIX
-    limit = min(held, settings.max_audio_seconds)
     try:
-        return levelled(decode(encoded, rate, limit, param, fix))
+        return levelled(decode(encoded, rate, seconds, param, fix))
     except AudioError as error:
         raise ApiError(str(error), 400, "invalid_audio", param) from error
 

@@ -162,7 +162,8 @@ class Service:
         Raises:
             AudioError: it cannot be decoded, holds no samples, or is too long.
         """
-        rate, cutting = self.sample_rate, cutting_of(self.model.pipeline)
+        # It asks the engine, which is the compute thread's.
+        rate, cutting = self.sample_rate, await self.worker.call(cutting_of, self.model.pipeline)
 
         def counted() -> Iterator[Tensor]:
             for block in decode_blocks(source, rate, most):

@@ -7,7 +7,7 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,6 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mimo_fast.errors import ConfigError, MimoFastError
+from mimo_fast.server.limits import Session
 from mimo_fast.server.logs import log
 from mimo_fast.server.memory import Trimmer
 from mimo_fast.server.protocols import WebSocket, http_protocol
@@ -28,6 +29,9 @@ KEEP_ALIVE = 30
 
 PING = 20.0
 """Seconds between pings of a WebSocket, and those that a client has to answer one."""
+
+TELLING = 0.5
+"""Seconds that it may take to tell sessions that the server stops."""
 
 BACKLOG = 512
 
@@ -87,6 +91,13 @@ def url_of(bound: socket.socket, settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+async def stop_sessions(sessions: Iterable[Session]) -> None:
+    """Tells sessions to go, all at once; one that does not read is left after a moment."""
+    telling = [asyncio.create_task(session.stop()) for session in [*sessions]]
+    if telling:
+        await asyncio.wait(telling, timeout=TELLING)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which lets requests and replies end before it stops.
 
@@ -136,12 +147,13 @@ class Server(uvicorn.Server):
         end = loop.time() + self._patience
         log("stopping", requests=state.requests.taken, sessions=len(state.live))
         while (state.requests.taken or state.live) and loop.time() < end and not self.force_exit:
-            for session in [*state.live]:
-                if session.calm:
-                    await session.stop()
+            await stop_sessions(session for session in state.live if session.calm)
             await asyncio.sleep(0.05)
-        for session in [*state.live]:
-            await session.stop()
+        await stop_sessions(state.live)
+        for connection in [*self.server_state.connections]:
+            # One that does not read would be waited for.
+            if connection.transport.get_write_buffer_size():
+                connection.transport.abort()
         self._trimming.cancel()
         await super().shutdown(sockets)
         log("stopped")

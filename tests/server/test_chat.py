@@ -304,10 +304,14 @@ def test_what_is_wrong_is_refused_by_name(
     assert answer.error["code"]
 
 
-def test_a_recording_beyond_the_context_is_refused(server: Running, service: Service) -> None:
+@pytest.mark.parametrize(("count", "seconds"), [(1, 600), (4, 100)])
+def test_recordings_beyond_the_context_are_refused(
+    server: Running, service: Service, count: int, seconds: int
+) -> None:
     out = io.BytesIO()
-    soundfile.write(out, np.zeros(RATE * 600, np.float32), RATE, format="FLAC")
-    messages = with_audio(base64.b64encode(out.getvalue()).decode(), "flac")
+    soundfile.write(out, np.zeros(RATE * seconds, np.float32), RATE, format="FLAC")
+    data = base64.b64encode(out.getvalue()).decode()
+    messages = asked(*with_audio(data, "flac")[0]["content"] * count)
     answer = server.ask("POST", "/v1/chat/completions", {"messages": messages})
     assert answer.status == 400
     assert "context" in answer.error["message"]

@@ -16,6 +16,7 @@ import urllib.request
 from dataclasses import fields
 
 import pytest
+from servers import until
 from starlette.responses import StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
@@ -24,7 +25,7 @@ from websockets.sync.client import connect
 from mimo_fast.cli.main import build_parser, main
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError
-from mimo_fast.server import limits
+from mimo_fast.server import limits, protocols
 from mimo_fast.server.settings import Settings, option_of, read_bytes, read_time, variable_of
 
 SPEECH = "/v1/audio/speech"
@@ -237,6 +238,28 @@ def test_a_file_that_is_no_certificate_is_named(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "no certificate in PEM form" in error
+
+
+def test_a_client_that_does_not_read_holds_nothing_up(serve, monkeypatch):
+    # Else it is given up after a minute, which this test would not wait for.
+    monkeypatch.setattr(protocols, "STALL", 600.0)
+
+    async def endpoint(websocket):
+        await websocket.accept()
+        while True:
+            await websocket.send_text("x" * 100_000)
+
+    server = serve([WebSocketRoute("/test", endpoint)], drain_seconds=0.5)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        lines = ["GET /test HTTP/1.1", "Host: 127.0.0.1", "Upgrade: websocket"]
+        lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+        lines += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""]
+        client.sendall("\r\n".join(lines).encode())
+        assert b"101" in client.recv(100)
+        held = server.server.server_state.connections
+        until(lambda: any(each.transport.get_write_buffer_size() for each in held))
+        server.stop()
+    assert not server.app.state.live
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
