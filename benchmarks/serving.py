@@ -39,10 +39,10 @@ from benchmarks.serving_clients import (
     Sounds,
     Tally,
     one_request,
-    one_session,
     posted,
 )
 from benchmarks.serving_leaver import STATES
+from benchmarks.serving_sessions import one_session
 from mimo_fast.bench.environment import ROOT, environment
 from mimo_fast.checkpoint.folder import write_json
 from mimo_fast.errors import MimoFastError
