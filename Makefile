@@ -6,16 +6,19 @@ READY := .venv/ready
 PYTEST := $(BIN)/python -m pytest
 # Two processes; one that is done takes over tests of the other.
 WORKERS := -n 2 --dist worksteal
-# Triton's interpreter is chosen when Triton is imported, so those tests run by themselves.
-APART := tests/interpreted tests/kernels/test_compile_matrix.py
+# Triton's interpreter is chosen when Triton is imported, and stock clients have an environment of their own, so those
+# tests run by themselves.
+APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients
 
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
 
 # Another Triton, in a folder of its own.
 OLDEST := .venv/oldest-triton
+# Pipecat and LiveKit pin other versions than this package does: an environment of their own.
+CLIENTS := .venv/clients
 
-.PHONY: demo test check soak kernels aarch64 bench nano dist lint types unit slow golden interpreted compiled oldest clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -29,11 +32,7 @@ bench: $(READY)
 test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
-
-# Hours: three of speech in one file, with the time and the memory that they take.
-soak: $(READY)
-	$(BIN)/python -m benchmarks robustness --only "3 hours" -o soak.json
+check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
@@ -41,6 +40,11 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 # The CPU kernels for aarch64, NEON and portable, against scalar references; needs the Debian packages g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
+
+# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, at the pace that the machine allows.
+soak: $(READY)
+	$(BIN)/python -m benchmarks robustness --only "3 hours" -o benchmarks/results/$(shell date +%F)-robustness-soak.json
+	$(BIN)/python -m benchmarks serving -o benchmarks/results/$(shell date +%F)-serving.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
@@ -83,6 +87,16 @@ oldest: $(OLDEST)/ready
 $(OLDEST)/ready: $(READY) .ci/oldest-triton.txt
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(OLDEST) -r .ci/oldest-triton.txt
+	touch $@
+
+# Stock clients of the server: the openai SDK, Pipecat and LiveKit.
+clients: $(CLIENTS)/ready
+	$(PYTEST) tests/server/clients
+
+$(CLIENTS)/ready: $(READY) .ci/clients.txt
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile -r .ci/clients.txt
 	touch $@
 
 $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)

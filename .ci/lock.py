@@ -1,11 +1,17 @@
-"""Writes requirements.lock: what `make test` installs, each file with its hash.
+"""Writes requirements.lock and .ci/clients.txt: each file that is installed, with its hash.
 
-    python3.11 .ci/lock.py        needs a network; pip is the only client
+    python3.11 .ci/lock.py            what `make test` installs
+    python3.11 .ci/lock.py clients    what `make clients` installs
+
+Both need a network; pip is the only client.
 
 pip resolves `.[dev]` and what builds the package, in the versions of constraints.txt, and names the
 file of each. The hashes hold for this interpreter's version on this platform, which the first line
 states: elsewhere `make` installs by constraints.txt alone. torch is left out: one version has CPU
 and CUDA builds, in different indexes, and so no one hash; constraints.txt pins its version.
+
+The clients of .ci/clients.in are resolved for this interpreter, and have the hashes of every Python
+that is supported, on this platform.
 """
 
 import json
@@ -15,31 +21,67 @@ import sysconfig
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT = {"torch", "mimo-fast"}
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}-{sysconfig.get_platform()}"
 
+CLIENTS = ROOT / ".ci" / "clients.in"
+UNUSED = {"docopt", "llvmlite", "numba", "resampy"}
+"""What the clients name and never import here: half of their bytes, and one without a wheel."""
 
-def main() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def resolved(*wanted: str) -> list[dict[str, Any]]:
+    """Packages that pip would install for these arguments."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:"]
-        wanted = ["-c", "constraints.txt", "-e", ".[dev]", *project["build-system"]["requires"]]
-        command = [sys.executable, "-m", "pip", "install", *options, "--report", report, *wanted]
+        options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:", "--report", report]
+        command = [sys.executable, "-m", "pip", "install", *options, *wanted]
         subprocess.run(command, check=True, cwd=ROOT)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return sorted(found, key=lambda each: each["metadata"]["name"].lower())
+
+
+def pin_of(package: dict[str, Any]) -> str:
+    return f"{package['metadata']['name']}=={package['metadata']['version']}"
+
+
+def digest_of(package: dict[str, Any]) -> str:
+    return f"sha256:{package['download_info']['archive_info']['hashes']['sha256']}"
+
+
+def lock_tests() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = resolved("-c", "constraints.txt", "-e", ".[dev]", *project["build-system"]["requires"])
     lines = [
         f"# for {HERE}\n# Written by .ci/lock.py. torch has no one hash; see constraints.txt.\n"
     ]
-    for each in sorted(found, key=lambda each: each["metadata"]["name"].lower()):
-        name, version = each["metadata"]["name"], each["metadata"]["version"]
-        if name not in WITHOUT:
-            digest = each["download_info"]["archive_info"]["hashes"]["sha256"]
-            lines.append(f"{name}=={version} --hash=sha256:{digest}\n")
+    for each in found:
+        if each["metadata"]["name"] not in WITHOUT:
+            lines.append(f"{pin_of(each)} --hash={digest_of(each)}\n")
     (ROOT / "requirements.lock").write_text("".join(lines), encoding="utf-8")
 
 
+def lock_clients() -> None:
+    found = resolved("--no-binary", "docopt", "-r", str(CLIENTS))
+    pins = [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED]
+    digests: dict[str, set[str]] = {pin: set() for pin in pins}
+    for python in PYTHONS:
+        there = ["--no-deps", "--python-version", python, "--target", "unused"]
+        for each in resolved(*there, *pins):
+            digests[pin_of(each)].add(digest_of(each))
+    lines = [
+        "# Written by .ci/lock.py from .ci/clients.in.\n",
+        f"# For Python {', '.join(PYTHONS)} on {sysconfig.get_platform()}.\n",
+    ]
+    for pin in pins:
+        hashes = "".join(f" \\\n    --hash={digest}" for digest in sorted(digests[pin]))
+        lines.append(f"{pin}{hashes}\n")
+    CLIENTS.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    main()
+    lock_clients() if sys.argv[1:] == ["clients"] else lock_tests()

@@ -7,6 +7,7 @@ python -m benchmarks baselines                            a reply as upstream ru
 python -m benchmarks profile                              an audio group's time, by kernel
 python -m benchmarks --compare HEAD~1 --op '*.qkv'        faster than that commit?
 python -m benchmarks robustness                           words wrong in recordings as they are
+python -m benchmarks serving                              make soak: a server after hours of use
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -17,7 +18,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import baselines, compare, e2e, ops, profile, report, robustness, suite
+from benchmarks import (
+    baselines,
+    compare,
+    e2e,
+    ops,
+    profile,
+    report,
+    robustness,
+    serving,
+    suite,
+)
 from mimo_fast.errors import MimoFastError
 
 COMMANDS = {
@@ -27,6 +38,7 @@ COMMANDS = {
     "profile": (profile, "where the time of an audio group goes, kernel by kernel"),
     "compare": (compare, "the working tree against another commit; --compare REF is the same"),
     "robustness": (robustness, "words wrong in quiet, noisy and long recordings"),
+    "serving": (serving, "make soak: a server's memory, threads and files after hours of use"),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

@@ -284,3 +284,30 @@ def test_an_http_endpoint(run, monkeypatch):
     monkeypatch.setattr(uvicorn, "run", serve)
     run("http_endpoint.py", "--port", 0)
     assert len(asked) == 3
+
+
+def test_a_client_of_the_server(run, nano, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openai")
+    from servers import start
+
+    from mimo_fast.server.app import create_app
+    from mimo_fast.server.service import Service
+    from mimo_fast.server.settings import Settings
+
+    service, settings = Service(mimo_fast.load(), "nano"), Settings(port=0, api_key="secret")
+    running = start(create_app(service, settings), settings)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    card, answer = Card(), tmp_path / "answer.wav"
+    card.play = lambda samples, rate, blocking: card.played.append(samples)
+    monkeypatch.setitem(sys.modules, "sounddevice", card)
+    try:
+        run("realtime_client.py", "-o", answer, "--url", running.url)
+    finally:
+        running.stop()
+        service.close()
+    printed = capsys.readouterr().out
+    assert "you:    what is three plus four\n" in printed
+    assert "answer: seven\n" in printed
+    assert nano.asr_sft(answer) == "seven"
+    assert len(card.played) == 1
+    assert len(card.played[0]) == len(recording(answer))

@@ -103,3 +103,28 @@ def test_the_install_compares_hashes_where_it_can(tmp_path, here, hashed):
 def test_make_installs_by_it():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert ".ci/install $(BIN)/python" in makefile
+
+
+CLIENTS = re.compile(r"(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
+
+
+def test_stock_clients_are_pinned_and_locked():
+    wanted = {
+        canonicalize_name(requirement.name): str(requirement.specifier).removeprefix("==")
+        for requirement in map(Requirement, lines(".ci/clients.in"))
+    }
+    text = (ROOT / ".ci" / "clients.txt").read_text(encoding="utf-8")
+    found = CLIENTS.findall(text)
+    locked_text = "".join(f"{name}=={version}{hashes}\n" for name, version, hashes in found)
+    assert locked_text == re.sub(r"(?m)^#.*\n", "", text), "each line is one version and its hashes"
+    assert wanted.items() <= {canonicalize_name(name): each for name, each, _ in found}.items()
+    assert wanted["openai"] == pins(lines("constraints.txt"))["openai"]
+
+
+def test_stock_clients_have_what_they_are_locked_for():
+    text = (ROOT / ".ci" / "clients.txt").read_text(encoding="utf-8")
+    pythons = re.search(r"# For Python (.*) on linux-x86_64", text)[1].split(", ")
+    least, limit = map(int, re.findall(r"3\.(\d+)", PROJECT["project"]["requires-python"]))
+    assert pythons == [f"3.{minor}" for minor in range(least, limit)]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^\t\$\(CLIENTS\)/bin/python -m pip install .*--require-hashes", makefile)

@@ -104,13 +104,36 @@ def audio_blocks(
     """
     sample_rate = check_rate(sample_rate)
     with _opened(source, limits, sample_rate, source_rate) as opened:
-        mixer = _Mixer()
-        if opened.channels > 1:
-            for _ in opened.blocks(mixer):
-                pass
-        # Without frames, so that it measures nothing while it mixes.
-        mixer = _Mixer(mixer.choice(opened.name))
-        yield from _resampled(opened.blocks(mixer), sample_rate, limits, opened)
+        yield from _mixed(opened, sample_rate, limits)
+
+
+def mixed_blocks(
+    read: Callable[[], Iterator[Tensor]],
+    source_rate: int,
+    channels: int,
+    sample_rate: int,
+    name: str,
+    limits: DecodeLimits = DecodeLimits(),
+) -> Iterator[Tensor]:
+    """`audio_blocks` of what another decoder reads.
+
+    Args:
+        read: gives blocks float32 [channels, n] at `source_rate`, from the start whenever it is
+            called.
+        name: of the recording in errors.
+    """
+    rate = check_rate(source_rate, f"the sample rate of {name}")
+    yield from _mixed(_Opened(read, rate, channels, name), check_rate(sample_rate), limits)
+
+
+def _mixed(opened: "_Opened", sample_rate: int, limits: DecodeLimits) -> Iterator[Tensor]:
+    mixer = _Mixer()
+    if opened.channels > 1:
+        for _ in opened.blocks(mixer):
+            pass
+    # Without frames, so that it measures nothing while it mixes.
+    mixer = _Mixer(mixer.choice(opened.name))
+    yield from _resampled(opened.blocks(mixer), sample_rate, limits, opened)
 
 
 def check_audio(path: str | os.PathLike[str]) -> None:

@@ -92,10 +92,21 @@ class Cutting:
 
 def pieces_of(blocks: Iterable[Tensor], rate: int, cutting: Cutting = Cutting()) -> Iterator[Piece]:
     """The pieces of a recording that comes in blocks [n], each as soon as it is known."""
+    for pieces in pieces_by_block(blocks, rate, cutting):
+        yield from pieces
+
+
+def pieces_by_block(
+    blocks: Iterable[Tensor], rate: int, cutting: Cutting = Cutting()
+) -> Iterator[list[Piece]]:
+    """`pieces_of`, with what each block completes, and at last what the end does.
+
+    So whoever reads it is never kept for long, however long a silence is.
+    """
     cutter = _Cutter(rate, cutting)
     for block in blocks:
-        yield from cutter.push(block)
-    yield from cutter.finish()
+        yield list(cutter.push(block))
+    yield list(cutter.finish())
 
 
 class _Detector:

@@ -34,6 +34,7 @@ from mimo_fast.cli.process import (
     written,
 )
 from mimo_fast.cli.reports import TRACEBACK, report, say
+from mimo_fast.cli.server_options import add_server_options, take_variables
 from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
 from mimo_fast.text.transcript import SUFFIXES
 
@@ -251,6 +252,14 @@ def build_parser() -> argparse.ArgumentParser:
     known.add_argument("--device", help="cuda, cpu, cuda:1, ... [cuda where there is one]")
     _add_codec_rope(known)
     _add_hub_options(known)
+
+    serve = command("serve", "Serve the OpenAI API's speech endpoints and realtime sessions.")
+    named = "what clients call the model [the last part of its name]"
+    serve.add_argument("--served-name", metavar="NAME", help=named)
+    at_once = "replies, texts and pieces computed at once [8]"
+    serve.add_argument("--streams", type=positive, default=8, metavar="N", help=at_once)
+    add_server_options(serve)
+    take_variables(serve)
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser

@@ -5,6 +5,7 @@ import math
 import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.arguments import checked, names_of, refuse_unknown
-from mimo_fast.errors import BusyError
+from mimo_fast.errors import BusyError, PromptError
 from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.stream import (
     Chunk,
@@ -51,6 +52,26 @@ class Turn:
     def speech(self) -> Tensor:
         """The user's codes [C, n G]."""
         return self.said.codes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the user said, and the reply: ids [C + 1, n G] as decoded, without what closes it."""
+
+    said: Speech
+    reply: Tensor
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A dialogue as it was before its last turn."""
+
+    ids: Tensor
+    cached: int
+    draws: int
+    turns: list[Turn]
+    spoken: list[int]
+    voice: Voice
 
 
 @checked
@@ -94,6 +115,7 @@ class Session:
         self._voice = Voice(speech)
         self._turns: list[Turn] = []
         self._spoken: list[int] = []
+        self._before: _Before | None = None
         self._running: weakref.ref[ChunkStream] | None = None
         self._owner: asyncio.Task[Any] | threading.Thread | None = None
         self._lock = threading.RLock()
@@ -149,7 +171,7 @@ class Session:
         with self._lock:
             self._check_owner()
             self._stop()
-            before = sequence.ids, sequence.cached, self._turns, self._spoken
+            earlier, before = self._before, self._state()
             try:
                 self._say(speech)
                 stop_ids = TASK.stop_ids(pipeline.tokenizer.special)
@@ -157,8 +179,9 @@ class Session:
                     sequence, self._samplers, stop_ids, max_new_tokens, min_new_tokens
                 )
             except BaseException:
-                self._go_back(*before)
+                self._go_back(before, earlier)
                 raise
+            self._before = before
             shown = self._special_tokens
             speaker = lookahead, self._voice
             chunks = pipeline.stream(
@@ -171,9 +194,98 @@ class Session:
             chunks.close()
             with self._lock:
                 if self._running_stream() is chunks:
-                    self._go_back(*before)
+                    self._go_back(before, earlier)
             raise
         return chunks
+
+    def take_back(self) -> None:
+        """Drops the last turn and its reply as if it had not been asked; a running reply ends.
+
+        Ids, draws and what is known of the voice are those from before; of the cache, what the turn
+        has not overwritten. Turns that it had pushed out of the context are back.
+
+        Raises:
+            ValueError: there is no such turn: none since the dialogue began, was reset, restored,
+                restarted or interrupted, or it has been taken back.
+        """
+        self._pipeline.owner.check()
+        with self._lock:
+            if self._before is None:
+                raise ValueError("there is no turn to take back: only the last one can be")
+            self._stop()
+            self._go_back(self._before)
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The turns that the model still sees, with the replies as far as they are kept."""
+        with self._lock:
+            ids, size = self.ids, self._sequence.group_size
+            ends = [*(turn.begin for turn in self._turns[1:]), self._sequence.groups]
+            return tuple(
+                Exchange(turn.said, ids[:, turn.reply * size : end * size])
+                for turn, end in zip(self._turns, ends, strict=False)
+            )
+
+    def restart(self, exchanges: Sequence[Exchange]) -> None:
+        """Makes the dialogue one of these exchanges, oldest first; a running reply ends.
+
+        What differs from before is prefilled with the next turn. The oldest exchanges are left out
+        where all of them leave no room for a reply.
+
+        Raises:
+            PromptError: codes or ids of another model's shape.
+        """
+        self._pipeline.owner.check()
+        sequence = self._sequence
+        size, rows = sequence.group_size, sequence.ids.shape[0]
+        for each in exchanges:
+            if each.reply.ndim != 2 or each.reply.shape[0] != rows or each.reply.shape[1] % size:
+                shape = list(each.reply.shape)
+                raise PromptError(f"a reply's ids must be [{rows}, a multiple of {size}]: {shape}")
+        with self._lock:
+            self._stop()
+            earlier, before = self._before, self._state()
+            try:
+                kept, share = [*exchanges], 1 - REPLY
+                while not self._refill(kept, share * sequence.capacity):
+                    del kept[0]
+                    share = FULL
+            except BaseException:
+                self._go_back(before, earlier)
+                raise
+            # Of the cache stays what both have at their beginning.
+            ids, sequence.ids = sequence.ids, before.ids
+            sequence.go_back(ids, before.cached)
+            self._before, self._spoken = None, self._patches_of_last()
+
+    def _refill(self, exchanges: Sequence[Exchange], room: float) -> bool:
+        """Writes exchanges after the voice; whether all that fits into so many groups."""
+        sequence = self._sequence
+        sequence.ids = sequence.ids[:, : self._prefix_groups * sequence.group_size]
+        self._turns = []
+        for each in exchanges:
+            begin = sequence.groups
+            turn = [*self._closing(), *self._turn(each.said, first=not self._turns)]
+            added = torch.cat((self._pipeline.ids(turn), each.reply.to("cpu", torch.int64)), dim=1)
+            if sequence.groups + added.shape[1] // sequence.group_size > room:
+                return False
+            sequence.add(added)
+            reply = sequence.groups - each.reply.shape[1] // sequence.group_size
+            self._turns = [*self._turns, Turn(begin, reply, each.said)]
+        return True
+
+    def _patches_of_last(self) -> list[int]:
+        """Groups of the sequence that hold the patches of the last reply."""
+        if not self._turns:
+            return []
+        empty, size = self._pipeline.tokenizer.special.empty, self._sequence.group_size
+        tokens = self._sequence.ids[0, ::size].tolist()
+        return [i for i in range(self._turns[-1].reply, len(tokens)) if tokens[i] == empty]
+
+    def _state(self) -> _Before:
+        sequence, voice = self._sequence, self._voice
+        kept = sequence.ids, sequence.cached, sequence.draws, self._turns, self._spoken
+        return _Before(*kept, copy(voice))
 
     def _check_owner(self) -> None:
         """Raises BusyError while a reply runs that another thread or task has asked for."""
@@ -183,9 +295,11 @@ class Session:
                 "close that stream, or call interrupt first"
             )
 
-    def _go_back(self, ids: Tensor, cached: int, turns: list[Turn], spoken: list[int]) -> None:
-        self._turns, self._spoken, self._running = turns, spoken, None
-        self._sequence.go_back(ids, cached)
+    def _go_back(self, before: _Before, earlier: _Before | None = None) -> None:
+        self._turns, self._spoken = before.turns, before.spoken
+        self._running, self._before, self._voice = None, earlier, before.voice
+        self._sequence.go_back(before.ids, before.cached)
+        self._sequence.draws = before.draws
 
     def _say(self, speech: Speech) -> None:
         """Appends the user's turn."""
@@ -248,6 +362,7 @@ class Session:
             raise ValueError("played_ms must be a number of milliseconds, not NaN")
         with self._lock:
             self._stop()
+            self._before = None
             self._keep_heard(played_ms)
 
     def _keep_heard(self, played_ms: float) -> None:
@@ -264,7 +379,7 @@ class Session:
         with self._lock:
             self._stop()
             self._sequence.truncate(self._prefix_groups)
-            self._turns, self._spoken = [], []
+            self._turns, self._spoken, self._before = [], [], None
 
     def save(self, path: str | Path) -> None:
         """Writes the dialogue with its cache to a safetensors file for `restore_session`.

@@ -18,6 +18,7 @@ from mimo_fast.errors import AudioError
 from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.engine.engine import Reply
 from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.sampling import one_seed
 from mimo_fast.text.tasks import TASKS, Template, choose_template
@@ -41,11 +42,18 @@ A model that repeats itself ends there.
 
 
 @dataclass
-class _Work:
+class PieceReply:
+    """The transcript of a piece, a group at a time.
+
+    Attributes:
+        words: Its text so far, in parts.
+    """
+
     piece: Piece
     reply: Reply
     reader: ReplyReader
     pipeline: Pipeline
+    prompt_groups: int
     words: list[str] = field(default_factory=list)
     judged: tuple[float | None, str | None] = None, None
 
@@ -64,6 +72,33 @@ class _Work:
         text = "".join(self.words).strip()
         times = self.piece.start, self.piece.end
         return TranscriptSegment(*times, text, self.reply.finish_reason, *self.judged)
+
+
+def start_piece(
+    pipeline: Pipeline,
+    piece: Piece,
+    template: Template = None,
+    seed: int | None = None,
+    max_new_tokens: int | None = None,
+    samplers: Samplers | None = None,
+) -> PieceReply:
+    """Queues the transcript of a piece; nothing is computed before its first step.
+
+    Args:
+        template, max_new_tokens: as those of `TranscriptStream`.
+        samplers: of the words; None for those of the task.
+    """
+    task, rate = TASKS["asr_sft"], pipeline.codec.sample_rate
+    context = pipeline.context(seed)
+    speech = pipeline.speech_later(piece.wav, prepared=True)
+    prompt = pipeline.packed(task.prompt(context, speech, template), task.sampler)
+    sequence = pipeline.sequence(seed)
+    sequence.add(prompt)
+    most = max_new_tokens or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / rate)
+    stops = task.stop_ids(pipeline.tokenizer.special)
+    reply = pipeline.start(sequence, samplers or pipeline.samplers(task.sampler), stops, most)
+    reader = pipeline.reader(prompt.ids, speaks=False)
+    return PieceReply(piece, reply, reader, pipeline, sequence.groups)
 
 
 class TranscriptStream(Iterator[TranscriptSegment]):
@@ -107,11 +142,10 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         if isinstance(audio, Tensor | np.ndarray) and audio.shape[-1:] > (MOST_SAMPLES,):
             problem = f"the audio array has {audio.shape[-1]} samples, {MOST_SAMPLES} is the most"
             raise AudioError(f"{problem}: write it to a file, which is read in parts")
-        config = pipeline.lm.config
-        self._cutting = Cutting(longest_piece(pipeline), config.sentences_at_once != 1, waits=waits)
+        self._cutting = cutting_of(pipeline, waits)
         self._rate, self._samples = rate, 0
         self.joined = ""
-        self._work = deque[_Work]()
+        self._work = deque[PieceReply]()
         self._lock = threading.RLock()
         self._segments = self._generate()
 
@@ -141,7 +175,9 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         work, slots = self._work, self._slots
         try:
             for piece in pieces_of(self._counted(), self._rate, self._cutting):
-                work.append(self._start(piece))
+                work.append(
+                    start_piece(self._pipeline, piece, self._template, self._seed, self._most)
+                )
                 while len(work) >= slots:
                     yield from self._step()
             while work:
@@ -160,18 +196,10 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         while work and work[0].reply.ended:
             yield work.popleft().segment
 
-    def _start(self, piece: Piece) -> _Work:
-        pipeline, task = self._pipeline, TASKS["asr_sft"]
-        context = pipeline.context(self._seed)
-        speech = pipeline.speech_later(piece.wav, prepared=True)
-        prompt = pipeline.packed(task.prompt(context, speech, self._template), task.sampler)
-        sequence = pipeline.sequence(self._seed)
-        sequence.add(prompt)
-        most = self._most or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / self._rate)
-        stops = task.stop_ids(pipeline.tokenizer.special)
-        reply = pipeline.start(sequence, pipeline.samplers(task.sampler), stops, most)
-        reader = pipeline.reader(prompt.ids, speaks=False)
-        return _Work(piece, reply, reader, pipeline)
+
+def cutting_of(pipeline: Pipeline, waits: float = LONG_PAUSE) -> Cutting:
+    """How recordings are cut for a model; waits: see `Cutting`."""
+    return Cutting(longest_piece(pipeline), pipeline.lm.config.sentences_at_once != 1, waits=waits)
 
 
 def longest_piece(pipeline: Pipeline) -> float:

@@ -5,23 +5,80 @@ endpoints, realtime sessions -> Service -> Worker (compute thread) -> MimoAudio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from mimo_fast.audio.segments import Piece, pieces_by_block
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.stream import Chunk
-from mimo_fast.runtime.transcription import TranscriptStream
+from mimo_fast.runtime.lm.decode import Samplers
+from mimo_fast.runtime.transcription import cutting_of, start_piece
+from mimo_fast.sampling import fresh_seed
+from mimo_fast.server.audio import AudioThreads, decode_blocks
+from mimo_fast.server.errors import ApiError
 from mimo_fast.server.worker import Priority, Stream, Worker
+from mimo_fast.text.prompt import Speech
+from mimo_fast.text.spelling import spell
 from mimo_fast.text.transcript import TranscriptSegment
+
+TTS = "tts_sft"
 
 
 def heard(chunk: Chunk) -> float:
     """Seconds of audio of a chunk."""
     return len(chunk.audio) / chunk.sample_rate
+
+
+def warmed(
+    samplers: Samplers, temperature: float | None = None, top_p: float | None = None
+) -> Samplers:
+    """Samplers whose words are drawn so; None leaves what they have. Voices stay as they are."""
+    if temperature is None and top_p is None:
+        return samplers
+    text = replace(samplers.text, do_sample=True)
+    if temperature is not None:
+        text = replace(text, temperature=temperature)
+    if top_p is not None:
+        text = replace(text, top_p=top_p)
+    return replace(samplers, text=text)
+
+
+_voices: WeakKeyDictionary[MimoAudio, dict[tuple[Path, int], Speech]] = WeakKeyDictionary()
+"""Codes of the recordings whose voices were asked for, by when these were written."""
+
+
+def voice_speech(model: MimoAudio, path: Path) -> Speech:
+    """The codes of a voice, encoded once; for the compute thread."""
+    known, key = _voices.setdefault(model, {}), (path, path.stat().st_mtime_ns)
+    if key not in known:
+        known[key] = model.speech(str(path))
+    return known[key]
+
+
+@dataclass
+class Read:
+    """How much of a recording has been read, in samples."""
+
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a transcript took.
+
+    Attributes:
+        segment: What was said in a piece.
+        groups_in, groups_out: Groups of its prompt and its reply.
+    """
+
+    segment: TranscriptSegment
+    groups_in: int
+    groups_out: int
 
 
 @dataclass
@@ -30,49 +87,133 @@ class Service:
 
     Attributes:
         name: The model's name in `/v1/models`.
-        dialogues: Whether replies to texts are the model's own; else a text is said to it.
+        threads: Where clients' audio is decoded and encoded.
     """
 
     model: MimoAudio
     name: str
     worker: Worker = field(default_factory=Worker)
+    threads: AudioThreads = field(default_factory=AudioThreads)
 
     @property
     def sample_rate(self) -> int:
         return self.model.codec.sample_rate
 
+    def knows(self, task: str, option: str | None = None) -> bool:
+        """Whether the model was trained for a task, or an option of it, as far as it states."""
+        return self.model.lm.config.is_trained(task, option)
+
+    def check_words(self, text: str, param: str = "input") -> None:
+        """Raises ApiError where a model of few words has none for a text."""
+        if self.model.tokenizer.trained_words and not spell(text):
+            problem = f"{param} holds no word that can be said: this model knows words and numbers"
+            raise ApiError(problem, 400, "invalid_value", param)
+
+    def check_voice(self, voice: Path | None) -> None:
+        """Raises ApiError for a recording whose voice this model cannot speak in."""
+        if voice is not None and not self.knows(TTS, "prompt_speech"):
+            problem = f"{self.name} speaks with one voice alone; leave voice at 'default'"
+            raise ApiError(problem, 400, "unsupported_value", "voice")
+
+    def check_style(self, instructions: str | None) -> None:
+        """Raises ApiError for a style that this model was not trained to speak in."""
+        if instructions and not self.knows(TTS, "instruct"):
+            problem = f"{self.name} was not trained to follow a style; leave instructions out"
+            raise ApiError(problem, 400, "unsupported_value", "instructions")
+
     def speech(
         self,
         text: str,
         instructions: str | None = None,
-        voice: Path | None = None,
+        voice: Path | Tensor | None = None,
         seed: int | None = None,
         priority: Priority = Priority.LISTENER,
     ) -> Stream[Chunk]:
         """A text said, in pieces as far as the model needs that.
 
-        voice: a recording whose voice it has; None for the model's own.
+        voice: a recording whose voice it has, or its samples [n]; None for the model's own.
         """
 
         def start() -> Iterator[Chunk]:
-            options: dict[str, Any] = {"instruct": instructions} if instructions else {}
+            model, options = self.model, dict[str, Any]()
+            if instructions:
+                options["instruct"] = instructions
             if voice is not None:
-                options |= {"read_text_only": True, "prompt_speech": str(voice)}
-            return self.model.stream("tts", text, seed=seed, split=True, **options)
+                options["prompt_speech"] = (
+                    voice_speech(model, voice) if isinstance(voice, Path) else model.speech(voice)
+                )
+                # A voice goes with a style, or with a text that may hold one.
+                options["read_text_only"] = bool(instructions)
+            splits = voice is None or bool(instructions)
+            return model.stream("tts", text, seed=seed, split=splits, **options)
 
         return self.worker.stream(start, priority=priority, seconds=heard)
 
-    def transcript(
-        self, audio: str | Path | bytes | Tensor, seed: int | None = None
-    ) -> Stream[TranscriptSegment]:
-        """Segments of a recording of any length."""
+    async def pieces(
+        self, source: bytes | BinaryIO, most: float, read: Read
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of a recording, cut at its pauses as the model needs that.
 
-        def start() -> TranscriptStream:
-            return self.model.transcript(audio, seed=seed)
+        Args:
+            source: encoded audio, see `decode_blocks`.
+            most: seconds that it may have.
+            read: counts what has been read.
 
-        return self.worker.stream(start, priority=Priority.BATCH)
+        Raises:
+            AudioError: it cannot be decoded, holds no samples, or is too long.
+        """
+        # It asks the engine, which is the compute thread's.
+        rate, cutting = self.sample_rate, await self.worker.call(cutting_of, self.model.pipeline)
+
+        def counted() -> Iterator[Tensor]:
+            for block in decode_blocks(source, rate, most):
+                # Short, so that nobody waits for long.
+                for part in block.split(10 * rate):
+                    read.samples += len(part)
+                    yield part
+
+        pulled = self.threads.pull(lambda: pieces_by_block(counted(), rate, cutting))
+        try:
+            while (found := await pulled.next()) is not None:
+                for piece in found:
+                    yield piece
+        finally:
+            pulled.close()
+
+    def words(
+        self,
+        piece: Piece,
+        seed: int | None = None,
+        template: int | None = None,
+        temperature: float | None = None,
+    ) -> Stream[str | Counted]:
+        """What is said in a piece, as it is found, and at last all of it.
+
+        template: see `MimoAudio.transcribe`. temperature: None for what the task has.
+        """
+
+        def start() -> Iterator[str | Counted | None]:
+            pipeline = self.model.pipeline
+            samplers = None
+            if temperature is not None:
+                samplers = warmed(pipeline.samplers("asr"), temperature)
+            drawn = fresh_seed() if seed is None else seed
+            work = start_piece(pipeline, piece, template, drawn, samplers=samplers)
+            try:
+                ended, shown = False, 0
+                while not ended:
+                    ended = work.step()
+                    new = "".join(work.words[shown:])
+                    shown = len(work.words)
+                    yield new or None
+                yield Counted(work.segment, work.prompt_groups, work.reply.taken)
+            finally:
+                work.reply.close()
+
+        return self.worker.stream(start, ahead=256, priority=Priority.BATCH)
 
     def close(self) -> None:
         """Ends what runs, then frees the model."""
         self.worker.close()
+        self.threads.close()
         self.model.close()

@@ -18,7 +18,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from enum import IntEnum
 from time import perf_counter
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+
+from mimo_fast.errors import ClosedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,28 +37,40 @@ class Priority(IntEnum):
     BATCH = 1  # a file, a transcript, a text
 
 
+class Meter(Protocol):
+    """Told in the compute thread what becomes of one stream of audio; see `server/metrics.py`."""
+
+    def heard(self, seconds: float, hungry: bool) -> None:
+        """An item with audio was made; `hungry`: its reader had none left to read."""
+
+    def ended(self) -> None:
+        """Nothing follows."""
+
+
 class Stream(AsyncIterator[Item], Generic[Item]):
     """Items of an iterator that the compute thread runs; see `Worker.stream`.
 
-    Leaving it without reading to its end needs `aclose`, which frees what the iterator holds after
-    the step in progress.
+    Leaving it without reading to its end needs `aclose` or `cancel`, which free what the iterator
+    holds after the step in progress. Without it they are freed when the event loop is closed.
     """
 
     def __init__(
         self,
         worker: Worker,
-        start: Callable[[], Iterator[Item]],
+        start: Callable[[], Iterator[Item | None]],
         ahead: int,
         priority: Priority,
         seconds: Callable[[Item], float],
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter
         self._worker, self._start, self._ahead = worker, start, ahead
         self._priority, self._seconds = priority, seconds
         self._loop = asyncio.get_running_loop()
         self._items = deque[Item]()
         self._arrived = perf_counter()
         self._dry: float | None = None
-        self._iterator: Iterator[Item] | None = None
+        self._iterator: Iterator[Item | None] | None = None
         self._error: BaseException | None = None
         self._ended = self._closing = False
         self._news = asyncio.Event()
@@ -75,12 +89,17 @@ class Stream(AsyncIterator[Item], Generic[Item]):
         self._worker._wake()
         return item
 
-    async def aclose(self) -> None:
-        """Ends the stream; returns when its iterator has been closed."""
+    def cancel(self) -> None:
+        """Ends the stream after the step in progress, without waiting for that."""
         self._closing = True
         self._items.clear()
         self._worker._wake()
-        await asyncio.shield(self._closed.wait())
+
+    async def aclose(self) -> None:
+        """Ends the stream; returns when its iterator has been closed."""
+        # What must happen comes before the first wait: a task that is cancelled may not get on.
+        self.cancel()
+        await self._closed.wait()
 
     async def __aenter__(self) -> Stream[Item]:
         return self
@@ -90,7 +109,9 @@ class Stream(AsyncIterator[Item], Generic[Item]):
 
     @property
     def _wants_work(self) -> bool:
-        return self._closing or (not self._ended and len(self._items) < self._ahead)
+        if self._closing or self._loop.is_closed():
+            return True
+        return not self._ended and len(self._items) < self._ahead
 
     @property
     def _urgency(self) -> tuple[int, float]:
@@ -105,30 +126,39 @@ class Stream(AsyncIterator[Item], Generic[Item]):
 
     def _step(self) -> bool:
         """Computes an item, in the compute thread -> whether the stream is over."""
-        if self._closing:
+        if self._closing or self._loop.is_closed():
             self._finish(None)
             return True
         try:
             if self._iterator is None:
                 self._iterator = self._start()
             item = next(self._iterator)
+            heard = 0.0 if item is None else self._seconds(item)
         except StopIteration:
             self._finish(None)
             return True
         except BaseException as error:
             self._finish(error)
             return True
-        if (heard := self._seconds(item)) > 0:
-            self._dry = (self._dry or perf_counter()) + heard
-        if self._priority is Priority.BATCH:
-            # Batches take turns.
+        if heard > 0:
+            # Who ran dry, or did not read for a while, begins anew.
+            self._dry = max(self._dry or 0.0, perf_counter()) + heard
+            if self._meter is not None:
+                self._meter.heard(heard, not self._items)
+        if self._priority is Priority.BATCH or item is None:
+            # They take turns.
             self._arrived = perf_counter()
-        self._items.append(item)
-        self._tell(self._news)
+        if item is not None:
+            self._items.append(item)
+            self._tell(self._news)
         return False
 
     def _finish(self, error: BaseException | None) -> None:
         iterator, self._iterator = self._iterator, None
+        if self._meter is not None:
+            self._meter.ended()
+        # What it was made of, too, may hold a recording.
+        self._start = _nothing
         try:
             close = getattr(iterator, "close", None)
             if close is not None:
@@ -145,10 +175,20 @@ class Stream(AsyncIterator[Item], Generic[Item]):
             self._loop.call_soon_threadsafe(event.set)
 
 
+def _nothing() -> Iterator[Any]:
+    return iter(())
+
+
 class Worker:
-    """One compute thread of a server."""
+    """One compute thread of a server.
+
+    Attributes:
+        steps: Number of calls and items that it has computed.
+        meter: Makes what each stream for a listener is measured with; None measures nothing.
+    """
 
     def __init__(self) -> None:
+        self.meter: Callable[[], Meter] | None = None
         self._changed = threading.Condition()
         self._calls = deque[Callable[[], None]]()
         self._streams = list[Stream[Any]]()
@@ -204,18 +244,22 @@ class Worker:
 
     def stream(
         self,
-        start: Callable[[], Iterator[Item]],
+        start: Callable[[], Iterator[Item | None]],
         ahead: int = 8,
         priority: Priority = Priority.LISTENER,
         seconds: Callable[[Item], float] = lambda _: 0.0,
     ) -> Stream[Item]:
         """The items of `start()`, which is called and read in the compute thread.
 
+        A None is no item: it ends a step, so that others have their turn.
+
         Args:
             ahead: items that may wait for their reader; the iterator rests meanwhile.
             seconds: audio that an item gives a listener, which says how soon the next is due.
         """
-        found = Stream(self, start, ahead, priority, seconds)
+        measured = self.meter if priority is Priority.LISTENER else None
+        meter = None if measured is None else measured()
+        found = Stream(self, start, ahead, priority, seconds, meter)
         with self._changed:
             self._check()
             self._streams.append(found)
@@ -223,7 +267,10 @@ class Worker:
         return found
 
     def close(self) -> None:
-        """Ends all streams after the step in progress, and the thread."""
+        """Ends the thread after the step in progress; calls that wait run, streams end.
+
+        Whoever reads a stream gets a ClosedError, and so does every later call and stream.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -231,32 +278,33 @@ class Worker:
 
     def _check(self) -> None:
         if self._stopping:
-            raise RuntimeError("the server is stopping")
+            raise ClosedError("the server is stopping")
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
 
     def _run(self) -> None:
+        work: Stream[Any] | Callable[[], None] | None = None
         while True:
             with self._changed:
-                while not (work := self._next_work()) and not self._stopping:
+                while not self._stopping and (work := self._next_work()) is None:
                     self._changed.wait()
                 if self._stopping:
                     break
             self.steps += 1
-            assert work is not None
             if isinstance(work, Stream):
                 if work._step():
                     with self._changed:
                         self._streams.remove(work)
-            else:
+            elif work is not None:
                 work()
-        for call in [*self._calls]:
-            call()
+            # What it was is freed before the next wait.
+            work = None
+        while self._calls:
+            self._calls.popleft()()
         for stream in [*self._streams]:
-            stream._closing = True
-            stream._step()
+            stream._finish(ClosedError("the server is stopping"))
         self._streams.clear()
 
     def _next_work(self) -> Stream[Any] | Callable[[], None] | None:

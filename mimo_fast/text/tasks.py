@@ -174,33 +174,33 @@ def speech2text_dialogue(
     context: PromptContext, input_speech: Audio, thinking: bool = False
 ) -> Segments:
     """Answer speech in text."""
-    return _text_reply([("user", context.encode(input_speech))], thinking)
+    return text_reply([("user", [context.encode(input_speech)])], thinking)
 
 
 def speech2text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
     """Answer the last turn in text; users' contents are audio, assistants' text."""
-    turns = list[tuple[str, Written | Speech]]()
+    turns = list[tuple[str, Sequence[Written | Speech]]]()
     for role, message in ((role_of(message), message) for message in message_list):
         if role == "user":
-            turns.append((role, context.encode(message["content"])))
+            turns.append((role, [context.encode(message["content"])]))
         else:
-            turns.append((role, context.text(text_of(message))))
-    return _text_reply(turns, thinking)
+            turns.append((role, [context.text(text_of(message))]))
+    return text_reply(turns, thinking)
 
 
 def text_dialogue(context: PromptContext, input_text: str, thinking: bool = False) -> Segments:
     """Answer text in text."""
-    return _text_reply([("user", context.text(input_text))], thinking)
+    return text_reply([("user", [context.text(input_text)])], thinking)
 
 
 def text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
     """Answer the last turn in text; all contents are text."""
-    turns = [(role_of(message), context.text(text_of(message))) for message in message_list]
-    return _text_reply(turns, thinking)
+    turns = [(role_of(message), [context.text(text_of(message))]) for message in message_list]
+    return text_reply(turns, thinking)
 
 
 def in_context_learning_s2s(
@@ -361,11 +361,13 @@ def _instruction(context: PromptContext, system_prompt: str | None) -> list[Writ
     return [context.text(system_prompt), "\n\n"] if system_prompt else []
 
 
-def _text_reply(turns: Sequence[tuple[str, Written | Speech]], thinking: bool) -> Segments:
-    """Turns (role, text or speech) answered in text."""
+def text_reply(
+    turns: Sequence[tuple[str, Sequence[Written | Speech]]], thinking: bool = False
+) -> Segments:
+    """Turns (role, texts and speech) answered in text: upstream's dialogues in text, mixed."""
     segments: Segments = []
-    for role, content in turns:
-        segments += [f"<|im_start|>{role}\n", content, "<|im_end|>\n"]
+    for role, contents in turns:
+        segments += [f"<|im_start|>{role}\n", *contents, "<|im_end|>\n"]
     return [*segments, "<|im_start|>assistant\n", _think(thinking)]
 
 

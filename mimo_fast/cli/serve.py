@@ -1,0 +1,79 @@
+"""`mimo-fast serve`: the model behind the OpenAI API's speech endpoints."""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
+from mimo_fast.cli.common import load_model
+from mimo_fast.cli.reports import say
+from mimo_fast.cli.server_options import settings_of
+from mimo_fast.errors import ConfigError, MimoFastError
+from mimo_fast.server.settings import Settings
+
+MISSING = (
+    "the server needs more packages, of which {} is missing: install them with pip install "
+    "'mimo-fast[server]'"
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        settings = settings_of(args)
+    except ConfigError as error:
+        args.parser.error(str(error))
+    try:
+        # Starlette asks for it when the first form comes.
+        import python_multipart  # noqa: F401
+
+        from mimo_fast.server.app import create_app
+        from mimo_fast.server.logs import set_up_logs
+        from mimo_fast.server.memory import settled
+        from mimo_fast.server.service import Service
+        from mimo_fast.server.serving import Server, check_certificate, listen, url_of
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mimo_fast"):
+            raise
+        name = (error.name or "").partition(".")[0]
+        raise MimoFastError(MISSING.format(name)) from error
+    check_certificate(settings)
+    with listen(settings) as bound:
+        url = url_of(bound, settings)
+        load = partial(load_model, args, max_batch=args.streams)
+        service = Service(load(), _name(args))
+        try:
+            set_up_logs(settings.log_level)
+            app = create_app(service, settings, load)
+            with settled():
+                Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
+        finally:
+            service.close()
+    say("stopped")
+    return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What clients call the model: the last part of its folder or hub id."""
+    if args.served_name:
+        return str(args.served_name)
+    lm = Path(resolve_pair(args.model, args.codec, args.published)[0])
+    return NAME if lm.parent == NANO else lm.name
+
+
+def _announce(url: str, name: str, settings: Settings) -> None:
+    say(f"listening on {url} (OpenAI's API: {url}/v1, model {name}); Ctrl-C ends it")
+    body = f'{{"model": "{name}", "voice": "alloy", "input": "good morning"}}'
+    key = "" if settings.api_key is None else '-H "Authorization: Bearer $MIMO_FAST_API_KEY" '
+    insecure = "" if settings.ssl_certfile is None else "-k "
+    say(
+        f"hear it:  curl {insecure}{url}/v1/audio/speech {key}-H 'Content-Type: application/json' "
+        f"-d {shlex.quote(body)} -o speech.mp3"
+    )
+    if settings.ssl_certfile is None and sys.stderr.isatty():
+        port = url.rpartition(":")[2]
+        say(
+            "from another machine, whose browser gives a microphone to localhost only:  "
+            f"ssh -N -L {port}:127.0.0.1:{port} THIS-MACHINE"
+        )
