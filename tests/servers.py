@@ -87,6 +87,10 @@ class Running:
         assert not self.thread.is_alive(), "the server did not stop"
 
 
+Serve = Callable[..., Running]
+"""Starts a server with these settings."""
+
+
 def start(app: Starlette, settings: Settings) -> Running:
     """Serves an application in a thread; returns once it listens."""
     bound = listen(settings)

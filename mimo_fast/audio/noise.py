@@ -1,7 +1,7 @@
 """Steady noise under speech: how loud it is, and less of it.
 
 Each frequency's mean power where nobody speaks is the noise. Where a frequency is hardly louder
-than that it is made quieter, by 8 dB and no more: what is taken away altogether takes sounds of
+than that it is made quieter, by 6 dB and no more: what is taken away altogether takes sounds of
 speech with it, and a model that knows some noise is disturbed less by noise than by holes.
 """
 
@@ -23,7 +23,7 @@ NOISY = 18.0
 LOUDER = 3.0
 """Power over the noise's mean above which a frequency is speech: 95% of noise is below it."""
 
-FLOOR = 0.4
+FLOOR = 0.5
 """Gain of what is noise."""
 
 SMOOTHED = (21, 5)

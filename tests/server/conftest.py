@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from servers import Running, start
+from servers import Running, Serve, start
 
 import mimo_fast
 from mimo_fast.server.app import create_app
 from mimo_fast.server.service import Service
 from mimo_fast.server.settings import Settings
-
-Serve = Callable[..., Running]
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Serve
-from servers import Running, until
+from servers import Running, Serve, until
 
 from benchmarks.serving_leaver import STATES
 from mimo_fast.server.service import Service

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -226,25 +227,22 @@ def test_whoever_leaves_frees_the_model(server: Running, service: Service, strea
     assert not service.model.engine._requests
 
 
-def test_pieces_are_rows_of_one_batch(server: Running, service: Service) -> None:
+def test_pieces_are_rows_of_one_batch(
+    server: Running, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body, headers = form(several(12))
-    most = list[int]()
-    stop = threading.Event()
+    at_once, make = list[int](), service.worker.stream
 
-    def watch() -> None:
-        while not stop.is_set():
-            most.append(service.worker.streams)
-            time.sleep(0.002)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        made = make(*arguments, **named)
+        at_once.append(service.worker.streams)
+        return made
 
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        assert server.ask("POST", "/v1/audio/transcriptions", body, headers).status == 200
-    finally:
-        stop.set()
-        watching.join()
-    # As many as the model has rows, and no more: the rest is not read yet.
-    assert max(most) == service.model.setup.max_batch
+    monkeypatch.setattr(service.worker, "stream", counted)
+    assert server.ask("POST", "/v1/audio/transcriptions", body, headers).status == 200
+    assert len(at_once) == 12
+    # At most as many as the model has rows: the rest is not read yet.
+    assert max(at_once) <= service.model.setup.max_batch
 
 
 @pytest.mark.slow
