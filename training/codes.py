@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.audio.mel import log_mel
+from mimo_fast.audio.segments import prepare_speech
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.text.prompt import whole_patches
 
@@ -24,6 +25,9 @@ HEARD = (*PLAIN, "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to, each in `VARIANTS` recordings, varied, in noise."""
 
 VARIANTS, NOISE_SHARE = 2, 0.5
+
+PREPARED_SHARE = 0.7
+"""Share of those recordings that have gone through the front end, as most will that it hears."""
 
 SAID = ("replies", "readings", "spellings", "answers", "unsaid")
 """Parts that the model says, without the silence around, with places of words and phones."""
@@ -97,6 +101,8 @@ class Codes:
         wav, start, frame = spoken.wav, 0, codec.config.samples_per_frame
         if heard:
             wav = recorded(vary(wav, rng), rng, NOISE_SHARE, lambda: self._other(rng))
+            if rng.random() < PREPARED_SHARE:
+                wav = prepare_speech(wav, RATE)
         elif said:
             start = max(0, spoken.starts[0] - round(LEAD * RATE))
             wav = wav[start : spoken.ends[-1] + round(TAIL * RATE)]

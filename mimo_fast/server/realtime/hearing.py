@@ -104,7 +104,8 @@ class _Kept:
             self.origin += len(self._parts.popleft())
 
     def take(self, first: int, end: int) -> Tensor:
-        wav = torch.cat([*self._parts]) if self._parts else torch.zeros(0)
+        nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+        wav = torch.cat([nothing, *self._parts])
         return wav[first - self.origin : end - self.origin]
 
 
@@ -267,7 +268,7 @@ class Hearing:
         if not frames:
             return []
         whole, self._rest = self._rest[: frames * self._size], self._rest[frames * self._size :]
-        gains = torch.empty(frames, 1)
+        gains = torch.empty(frames, 1, dtype=torch.float32, device="cpu")
         for i, peak in enumerate(whole.view(frames, -1).abs().amax(1).tolist()):
             self._level = max(self._level * FALL, peak, FAINTEST)
             gains[i] = LOUD / self._level

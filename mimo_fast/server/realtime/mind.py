@@ -243,7 +243,8 @@ class Mind:
             for _ in self._encode(said):
                 pass
             user = _joined([each.speech for each in said if each.speech is not None])
-            codes = torch.zeros(self._model.audio_channels, 0, dtype=torch.int64)
+            shape = self._model.audio_channels, 0
+            codes = torch.zeros(shape, dtype=torch.int64, device="cpu")
             ids = self._model.pack([SpokenReply(UserText(text), codes)])
             # The prompt ends with the token that begins it.
             reply.exchange = Exchange(user, ids[:, self._model.group_size :])

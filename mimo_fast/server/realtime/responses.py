@@ -156,4 +156,5 @@ def sounds(mind: Mind, ask: Ask, format: Format) -> Iterator[Sound]:
                 audio, ms = encoder.push(piece.audio), 1000 * len(piece.audio) / rate
             yield Sound(text, audio, ms)
         if ask.speaks:
-            yield Sound("", encoder.push(torch.zeros(0), ended=True), 0.0)
+            nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+            yield Sound("", encoder.push(nothing, ended=True), 0.0)
