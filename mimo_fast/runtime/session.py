@@ -233,15 +233,13 @@ class Session:
         where all of them leave no room for a reply.
 
         Raises:
-            PromptError: codes or ids of another model's shape.
+            TypeError: they are not exchanges.
+            PromptError: codes or ids of another model.
         """
         self._pipeline.owner.check()
         sequence = self._sequence
-        size, rows = sequence.group_size, sequence.ids.shape[0]
         for each in exchanges:
-            if each.reply.ndim != 2 or each.reply.shape[0] != rows or each.reply.shape[1] % size:
-                shape = list(each.reply.shape)
-                raise PromptError(f"a reply's ids must be [{rows}, a multiple of {size}]: {shape}")
+            self._check(each)
         with self._lock:
             self._stop()
             earlier, before = self._before, self._state()
@@ -257,6 +255,21 @@ class Session:
             ids, sequence.ids = sequence.ids, before.ids
             sequence.go_back(ids, before.cached)
             self._before, self._spoken = None, self._patches_of_last()
+
+    def _check(self, exchange: Exchange) -> None:
+        """Raises TypeError or PromptError for what is no exchange of this model."""
+        if not isinstance(exchange, Exchange):
+            raise TypeError(f"exchanges must be of Exchange, not {type(exchange).__name__}")
+        config, reply = self._pipeline.lm.config, exchange.reply
+        if not (isinstance(exchange.said, Speech) and isinstance(reply, Tensor)):
+            raise TypeError("an exchange is a Speech and a Tensor of ids")
+        rows, size = config.channels + 1, config.group_size
+        if reply.ndim != 2 or reply.shape[0] != rows or reply.shape[1] % size:
+            problem = f"a reply's ids must be [{rows}, a multiple of {size}]: {list(reply.shape)}"
+            raise PromptError(problem)
+        most = torch.tensor([config.vocab_size - 1, *config.empty_codes], device=reply.device)
+        if reply.is_floating_point() or bool(((reply < 0) | (reply > most[:, None])).any()):
+            raise PromptError("a reply's ids are none of this model")
 
     def _refill(self, exchanges: Sequence[Exchange], room: float) -> bool:
         """Writes exchanges after the voice; whether all that fits into so many groups."""

@@ -18,6 +18,8 @@ Calls = dict[str, tuple[Callable[..., Any], Arguments]]
 def calls(bystander: Bystander, folder: Path) -> Calls:
     """Name -> function and arguments that are right, all of them fresh."""
     import mimo_fast
+    from mimo_fast.runtime.session import Exchange
+    from mimo_fast.text.prompt import Speech
     from mimo_fast.upstream import InputSegment
 
     model = bystander.model
@@ -69,6 +71,12 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
 
     def said_async(**arguments: Any) -> list[Any]:
         return asyncio.run(_collected(model.session(seed=1).astream(**arguments)))
+
+    def restarted(codes: Any, reply: Any, exchanges: Any) -> list[Any]:
+        session = model.session(seed=1)
+        given = Exchange(Speech(codes), reply) if exchanges is None else exchanges
+        session.restart([given] if isinstance(given, Exchange) else given)
+        return [*session.stream(speech, max_new_tokens=2)]
 
     def first_turn(**arguments: Any) -> list[Any]:
         return [*model.session(**arguments).stream(speech, max_new_tokens=3)]
@@ -386,6 +394,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         ),
         "Session.astream": (said_async, {"audio": speech, "max_new_tokens": 3}),
         "Session.interrupt": (interrupted, {"played_ms": 100.0}),
+        "Session.restart": (restarted, {"codes": codes, "reply": ids[:, :8], "exchanges": None}),
         "Session.save": (saved, {"path": output}),
         "Session.restore": (
             mimo_fast.Session.restore,

@@ -42,6 +42,7 @@ LEFT_OUT = {
     "Codec.offload_encoder",
     "Session.close",
     "Session.reset",
+    "Session.take_back",
 }
 
 
