@@ -105,8 +105,22 @@ def pieces_by_block(
     """
     cutter = _Cutter(rate, cutting)
     for block in blocks:
-        yield list(cutter.push(block))
-    yield list(cutter.finish())
+        yield [cut.piece for cut in cutter.push(block)]
+    yield [cut.piece for cut in cutter.finish()]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A piece as it was recorded; somebody speaks between the samples of `stretches`."""
+
+    start: float
+    end: float
+    wav: Tensor
+    stretches: Sequence[tuple[int, int]]
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(self.start, self.end, _as_heard_close(self.wav, self.stretches))
 
 
 class _Detector:
@@ -164,18 +178,18 @@ class _Cutter:
         self._last = 0  # frame at which the piece before it ended
         self._frame_seconds = FRAME / RATE
 
-    def push(self, block: Tensor) -> Iterator[Piece]:
+    def push(self, block: Tensor) -> Iterator[_Cut]:
         self._audio = torch.cat((self._audio, block))
         yield from self._look(self._detector.push(block))
         self._forget()
 
-    def finish(self) -> Iterator[Piece]:
+    def finish(self) -> Iterator[_Cut]:
         yield from self._look(self._detector.push(self._audio[:0], ended=True))
         if self._start is not None:
             yield from self._end_stretch(self._frames - self._quiet)
         yield from self._end_piece(None)
 
-    def _look(self, odds: Tensor) -> Iterator[Piece]:
+    def _look(self, odds: Tensor) -> Iterator[_Cut]:
         longest = self._in_frames(self._cutting.longest)
         pause, waits = (
             self._in_frames(each) for each in (self._cutting.pause, self._cutting.waits)
@@ -207,7 +221,7 @@ class _Cutter:
                 self._start, self._spoken = cut, sum(each >= BEGINS for each in kept)
                 self._odds = deque(kept)
 
-    def _end_stretch(self, end: int) -> Iterator[Piece]:
+    def _end_stretch(self, end: int) -> Iterator[_Cut]:
         start = self._start
         assert start is not None
         if self._spoken < LEAST:
@@ -219,7 +233,7 @@ class _Cutter:
             yield from self._end_piece(start)
         self._group.append((start, end))
 
-    def _end_piece(self, following: int | None) -> Iterator[Piece]:
+    def _end_piece(self, following: int | None) -> Iterator[_Cut]:
         """following: frame at which the next stretch begins, if it is known."""
         if not self._group:
             return
@@ -235,7 +249,7 @@ class _Cutter:
             for a, b in self._group
         ]
         times = start * self._frame_seconds, end * self._frame_seconds
-        yield Piece(*times, _as_heard_close(wav, speech))
+        yield _Cut(*times, wav, speech)
         self._group, self._last = [], end
 
     def _forget(self) -> None:
@@ -271,9 +285,11 @@ def prepare_speech(audio: AudioSource, sample_rate: int = 24_000) -> Tensor:
         AudioError: as `load_audio`.
     """
     wav = load_audio(audio, sample_rate)
+    cutter = _Cutter(sample_rate, Cutting(merges=False))
+    cuts = [cut for block in wav.split(BLOCK) for cut in cutter.push(block)]
     stretches = [
-        (round(piece.start * sample_rate), round(piece.end * sample_rate))
-        for piece in pieces_of(wav.split(BLOCK), sample_rate, Cutting(merges=False))
+        (round(cut.start * sample_rate), round(cut.end * sample_rate))
+        for cut in [*cuts, *cutter.finish()]
     ]
     if not stretches:
         return wav
