@@ -29,8 +29,9 @@ asr` in a process of its own: its time over the recording's, and the most memory
 def section(results: Path) -> Iterator[str]:
     yield TITLE
     newest, used = dict[str, dict[str, Any]](), dict[str, Entry]()
-    for path in sorted(results.glob("*-robustness*.json"), key=_age):
-        found = Entry(json.loads(path.read_text(encoding="utf-8")), file=path.name)
+    files = sorted(results.glob("*-robustness*.json"))
+    read = (Entry(json.loads(path.read_text(encoding="utf-8")), file=path.name) for path in files)
+    for found in sorted(read, key=lambda found: found.date):
         for name, each in found["conditions"].items():
             # The order is that of the newest.
             newest.pop(name, None)
@@ -54,7 +55,3 @@ def section(results: Path) -> Iterator[str]:
 def _long_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     words, wrong, factor = found["words"], share(found["wrong"]), found["real_time_factor"]
     return name, f"{words:,}", wrong, f"{factor:.3f}", f"{found['peak_mb']} MB"
-
-
-def _age(path: Path) -> str:
-    return json.loads(path.read_text(encoding="utf-8"))["environment"]["date"]

@@ -81,6 +81,21 @@ class Running:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.ask("GET", path, headers=named)
 
+    def steps_after_leaving(
+        self, path: str, body: bytes | str, headers: dict[str, str], begun: Callable[[], bool]
+    ) -> int:
+        """Leaves a POST request once it has begun -> steps of the model until it is let go of."""
+        service = self.app.state.service
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("POST", path, body, headers)
+        until(begun)
+        steps = service.worker.steps
+        connection.sock.shutdown(2)
+        connection.close()
+        until(lambda: service.worker.streams == 0, 30.0)
+        assert not service.model.engine._requests
+        return service.worker.steps - steps
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(30)

@@ -2,6 +2,7 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -20,6 +21,17 @@ def encode(
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()
+
+
+def heard(data: bytes, form: str) -> np.ndarray:
+    """Samples [n] at 24 kHz of encoded audio; of 16-bit samples where the form is pcm."""
+    if form in ("pcm", "pcm16"):
+        return np.frombuffer(data, "<i2") / 32768
+    with av.open(io.BytesIO(data)) as box:
+        assert box.streams.audio[0].rate in (24000, 48000)
+        resampler = av.AudioResampler("fltp", "mono", 24000)
+        frames = [part for frame in box.decode(audio=0) for part in resampler.resample(frame)]
+        return np.concatenate([frame.to_ndarray()[0] for frame in frames])
 
 
 def error_of(source: object, **arguments: object) -> str:

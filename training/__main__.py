@@ -118,21 +118,21 @@ class Recipe:
             print(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
     def lm(self) -> None:
-        self._lm(self._how("lm", lm.SCHEDULE), lm.STAGES)
+        self._lm(self._how("lm", lm.SCHEDULE), lm.STAGES, helped=True)
 
     def hearing(self, pair: Path) -> None:
         """Trains the language model of a pair further, to hear more; the codec is kept."""
-        self._lm(self._how("hearing", lm.HEARING_SCHEDULE), lm.HEARING_STAGES)
+        how = self._how("hearing", lm.HEARING_SCHEDULE)
+        self._lm(how, lm.HEARING_STAGES, helped=False)
         if not parallel.is_worker():
             target = self.directory / "nano"
             export.export_lm(self.directory, pair, target)
             print(f"wrote {target}", file=sys.stderr)
 
-    def _lm(self, how: tuple[Schedule, int, str], stages: Stages) -> None:
+    def _lm(self, how: tuple[Schedule, int, str], stages: Stages, helped: bool) -> None:
         with parallel.first():
             tokenizer = build_tokenizer(self.directory / "tokenizer")
         known, trained = self.codes(), trained_tensors(self.directory, codec.NAME)
-        helped = stages is lm.STAGES
         LMTraining(self.directory, known, tokenizer, *how, trained, stages, helped).train()
 
     def codes(self) -> dict[str, Codes]:

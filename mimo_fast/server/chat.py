@@ -21,9 +21,7 @@ from starlette.responses import JSONResponse, Response
 from mimo_fast.json_files import shown
 from mimo_fast.runtime.pipeline import MAX_NEW_TOKENS
 from mimo_fast.server.audio import Encoder
-from mimo_fast.server.messages import Heard, Turns, read_messages
-from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.checks import (
+from mimo_fast.server.checks import (
     Json,
     boolean,
     mapping,
@@ -32,6 +30,8 @@ from mimo_fast.server.realtime.checks import (
     refusal,
     whole,
 )
+from mimo_fast.server.messages import Heard, Turns, read_messages
+from mimo_fast.server.models import check_model
 from mimo_fast.server.realtime.mind import Ask, Mind, Piece
 from mimo_fast.server.requests import (
     SEEDS,

@@ -17,9 +17,9 @@ from mimo_fast.audio.segments import levelled
 from mimo_fast.errors import AudioError
 from mimo_fast.json_files import shown
 from mimo_fast.server.audio import CONTAINERS, FIX, decode
+from mimo_fast.server.checks import Json, mapping, needed, one_of, refusal
+from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.realtime.checks import Json, mapping, needed, one_of, refusal
-from mimo_fast.server.realtime.checks import text as checked_text
 from mimo_fast.server.realtime.items import Reply, Said
 from mimo_fast.server.service import Service
 from mimo_fast.server.settings import Settings

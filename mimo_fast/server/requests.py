@@ -13,10 +13,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mimo_fast.json_files import shown
+from mimo_fast.server.checks import Json, needed, refusal
+from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.json_values import parse_json
-from mimo_fast.server.realtime.checks import Json, needed, refusal
-from mimo_fast.server.realtime.checks import text as checked_text
 
 Item = TypeVar("Item")
 
@@ -29,13 +29,24 @@ SEEDS = 2**63
 SSE = "text/event-stream"
 
 
+def content_type(request: Request) -> str:
+    """What a request's body is, without parameters, in lower case; "" where it does not say."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def usage_of(groups_in: int, groups_out: int) -> dict[str, int]:
+    """The `usage` of an answer: groups heard or read, and said."""
+    total = groups_in + groups_out
+    return {"input_tokens": groups_in, "output_tokens": groups_out, "total_tokens": total}
+
+
 async def read_json(request: Request) -> Json:
     """The object of a request's body.
 
     Raises:
         ApiError: it is something else.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = content_type(request)
     if kind != "application/json":
         problem = f"the body is {kind or 'of no type'}; send JSON"
         raise ApiError(f"{problem} with Content-Type: application/json", 415, "unsupported_type")

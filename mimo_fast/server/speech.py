@@ -24,10 +24,10 @@ from mimo_fast.json_files import shown
 from mimo_fast.runtime.engine.stream import Chunk
 from mimo_fast.runtime.speech import Joiner
 from mimo_fast.server.audio import FASTEST, FORMS, SLOWEST
+from mimo_fast.server.checks import Json, boolean, number, one_of, refusal
+from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.checks import Json, boolean, number, one_of, refusal
-from mimo_fast.server.realtime.checks import text as checked_text
 from mimo_fast.server.requests import (
     SSE,
     Streamed,
@@ -38,6 +38,7 @@ from mimo_fast.server.requests import (
     read_json,
     read_seed,
     said_text,
+    usage_of,
 )
 from mimo_fast.server.service import Service
 from mimo_fast.server.worker import Stream
@@ -113,9 +114,7 @@ async def speech(request: Request) -> Response:
         async for part in parts:
             data = base64.b64encode(part).decode()
             yield {"type": "speech.audio.delta", "audio": data}
-        usage = {"input_tokens": words, "output_tokens": said.groups}
-        usage["total_tokens"] = sum(usage.values())
-        yield {"type": "speech.audio.done", "usage": usage}
+        yield {"type": "speech.audio.done", "usage": usage_of(words, said.groups)}
 
     return Streamed(as_events(events()), SSE, stream.cancel)
 

@@ -20,11 +20,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from mimo_fast.sampling import fresh_seed
+from mimo_fast.server.checks import Json, number, one_of, refusal
+from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.checks import Json, number, one_of, refusal
-from mimo_fast.server.realtime.checks import text as checked_text
-from mimo_fast.server.requests import SSE, Streamed, as_events, begun, read_seed
+from mimo_fast.server.requests import (
+    SSE,
+    Streamed,
+    as_events,
+    begun,
+    content_type,
+    read_seed,
+    usage_of,
+)
 from mimo_fast.server.service import Counted, Read, Service
 from mimo_fast.server.worker import Stream
 from mimo_fast.text.templates import ASR_TEMPLATES
@@ -120,7 +128,7 @@ async def _events(words: AsyncGenerator[str, None], found: Found) -> AsyncGenera
 
 
 async def _form(request: Request) -> FormData:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = content_type(request)
     if kind != "multipart/form-data":
         problem = f"the body is {kind or 'of no type'}; send the file as multipart/form-data"
         raise ApiError(problem, 415, "unsupported_type")
@@ -299,5 +307,4 @@ def _segment(index: int, segment: TranscriptSegment) -> Json:
 
 
 def _tokens(found: Found) -> Json:
-    usage = {"input_tokens": found.groups_in, "output_tokens": found.groups_out}
-    return {"type": "tokens", **usage, "total_tokens": sum(usage.values())}
+    return {"type": "tokens", **usage_of(found.groups_in, found.groups_out)}

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import http.client
 import io
 import json
 import time
@@ -11,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import av
 import numpy as np
 import openai
 import pytest
 import soundfile
 from servers import Running, until
+from sounds import heard
 
 import mimo_fast
 from mimo_fast.server.chat import LEFT_OUT, Answers
@@ -52,15 +51,6 @@ def recording(form: str = "wav") -> dict[str, Any]:
 
 def asked(*content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content)}]
-
-
-def heard(data: bytes, form: str) -> np.ndarray:
-    if form == "pcm16":
-        return np.frombuffer(data, "<i2") / 32768
-    with av.open(io.BytesIO(data)) as box:
-        resampler = av.AudioResampler("fltp", "mono", RATE)
-        frames = [part for frame in box.decode(audio=0) for part in resampler.resample(frame)]
-        return np.concatenate([frame.to_ndarray()[0] for frame in frames])
 
 
 @pytest.mark.parametrize("form", ["wav", "mp3"])
@@ -323,17 +313,12 @@ def test_whoever_leaves_frees_the_model(server: Running, service: Service, strea
     # Many words to be said to the model before it can answer.
     text = "what is three plus four. " * 40
     body = {"messages": [{"role": "user", "content": text}], "stream": stream, **PCM}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    kind = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), kind)
-    until(lambda: service.worker.streams == 1)
-    steps = service.worker.steps
-    connection.sock.shutdown(2)
-    connection.close()
-    until(lambda: service.worker.streams == 0, 30.0)
+    sent = json.dumps(body), {"Content-Type": "application/json"}
+    steps = server.steps_after_leaving(
+        "/v1/chat/completions", *sent, lambda: service.worker.streams == 1
+    )
     # Forty questions are 400 groups and more.
-    assert service.worker.steps - steps < 70
-    assert not service.model.engine._requests
+    assert steps < 70
 
 
 def turns_of(service: Service, messages: list[dict], found: Heard | None = None) -> Turns:

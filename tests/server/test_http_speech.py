@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import av
 import numpy as np
 import openai
 import pytest
 import soundfile
 from servers import Running, until
+from sounds import heard
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -41,15 +41,6 @@ MEDIA = {
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def heard(data: bytes, form: str) -> np.ndarray:
-    if form == "pcm":
-        return np.frombuffer(data, "<i2") / 32768
-    with av.open(io.BytesIO(data)) as box:
-        resampler = av.AudioResampler("fltp", "mono", RATE)
-        frames = [part for frame in box.decode(audio=0) for part in resampler.resample(frame)]
-        return np.concatenate([frame.to_ndarray()[0] for frame in frames])
 
 
 @contextmanager

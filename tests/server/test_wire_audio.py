@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import heard
 from torch import Tensor
 
 from mimo_fast.errors import AudioError
@@ -29,17 +30,6 @@ def encoded(name: str, audio: Tensor, speed: float = 1.0, part: int = 3840) -> l
     encoder = Encoder(name, RATE, speed)
     parts = [encoder.push(piece) for piece in audio.split(part)]
     return [*parts, *encoder.finish()]
-
-
-def heard(data: bytes, name: str) -> np.ndarray:
-    if name == "pcm":
-        return np.frombuffer(data, "<i2") / 32768
-    with av.open(io.BytesIO(data)) as box:
-        rate = box.streams.audio[0].rate
-        resampler = av.AudioResampler("fltp", "mono", RATE)
-        frames = [part for frame in box.decode(audio=0) for part in resampler.resample(frame)]
-        assert rate in (RATE, 48000)
-        return np.concatenate([frame.to_ndarray()[0] for frame in frames])
 
 
 def frequency(samples: np.ndarray) -> float:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mimo_fast.server.models import ALIASES
-from mimo_fast.server.realtime.checks import (
+from mimo_fast.server.checks import (
     Json,
     boolean,
     mapping,
@@ -23,6 +22,7 @@ from mimo_fast.server.realtime.checks import (
     text,
     whole,
 )
+from mimo_fast.server.models import ALIASES
 from mimo_fast.server.realtime.dialogue import Turns
 from mimo_fast.server.realtime.hearing import Detection
 from mimo_fast.server.realtime.responses import Manner

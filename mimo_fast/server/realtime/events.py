@@ -6,8 +6,8 @@ import json
 from collections import deque
 from typing import Any
 
+from mimo_fast.server.checks import Json, mapping, needed, one_of, refusal, text
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.realtime.checks import Json, mapping, needed, one_of, refusal, text
 from mimo_fast.server.realtime.items import Item, Reply, Said, new_id
 from mimo_fast.server.realtime.responses import Response
 

@@ -21,11 +21,11 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mimo_fast.audio.segments import levelled
+from mimo_fast.server.checks import Json, mapping, needed, refusal, text, whole
 from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.logs import log_failure
 from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.checks import Json, mapping, needed, refusal, text, whole
 from mimo_fast.server.realtime.config import TRANSCRIBERS, Config, Kind, check_response
 from mimo_fast.server.realtime.dialogue import Dialogue
 from mimo_fast.server.realtime.events import (
