@@ -267,7 +267,8 @@ class Session:
         if reply.ndim != 2 or reply.shape[0] != rows or reply.shape[1] % size:
             problem = f"a reply's ids must be [{rows}, a multiple of {size}]: {list(reply.shape)}"
             raise PromptError(problem)
-        most = torch.tensor([config.vocab_size - 1, *config.empty_codes], device=reply.device)
+        largest = [config.vocab_size - 1, *config.empty_codes]
+        most = torch.tensor(largest, dtype=torch.int64, device=reply.device)
         if reply.is_floating_point() or bool(((reply < 0) | (reply > most[:, None])).any()):
             raise PromptError("a reply's ids are none of this model")
 
