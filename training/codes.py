@@ -24,7 +24,7 @@ PLAIN = ("speech", "letters", "words", "questions", "echoes")
 HEARD = (*PLAIN, "strangers", "strange_words", "strange_questions")
 """Parts that the model listens to, each in `VARIANTS` recordings, varied, in noise."""
 
-VARIANTS, NOISE_SHARE = 2, 0.5
+VARIANTS, NOISE_SHARE = 2, 0.6
 
 PREPARED_SHARE = 0.7
 """Share of those recordings that have gone through the front end, as most will that it hears."""

@@ -28,7 +28,7 @@ from mimo_fast.runtime.engine.stream import (
 from mimo_fast.runtime.lm.decode import Group, Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.runtime.session_file import read_session, write_session
-from mimo_fast.text.prompt import Segment, Segments, Speech
+from mimo_fast.text.prompt import Segment, Segments, Speech, in_vocabulary
 from mimo_fast.text.tasks import TASKS, Audio, spoken_dialogue, voice_system
 
 TASK = TASKS["spoken_dialogue_sft"]
@@ -267,9 +267,7 @@ class Session:
         if reply.ndim != 2 or reply.shape[0] != rows or reply.shape[1] % size:
             problem = f"a reply's ids must be [{rows}, a multiple of {size}]: {list(reply.shape)}"
             raise PromptError(problem)
-        largest = [config.vocab_size - 1, *config.empty_codes]
-        most = torch.tensor(largest, dtype=torch.int64, device=reply.device)
-        if reply.is_floating_point() or bool(((reply < 0) | (reply > most[:, None])).any()):
+        if reply.dtype != torch.int64 or not in_vocabulary(reply, config):
             raise PromptError("a reply's ids are none of this model")
 
     def _refill(self, exchanges: Sequence[Exchange], room: float) -> bool:

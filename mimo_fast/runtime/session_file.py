@@ -26,7 +26,7 @@ from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.lm.snapshot import Snapshot
-from mimo_fast.text.prompt import TEXT_FILLER
+from mimo_fast.text.prompt import in_vocabulary
 
 FORMAT = "mimo-fast session 1"
 
@@ -184,7 +184,8 @@ class _Reader:
                 f"it lacks the tensor {shown(min(odd))}, or has it unasked: {FIX}"
             )
         ids = self.file.get_tensor("ids").clone()
-        self.check_ids(ids)
+        if not in_vocabulary(ids, self.config):
+            raise CheckpointError(f"its ids are outside of the model's vocabulary: {FIX}")
         turns = []
         for i, (begin, reply) in enumerate(places):
             codes = self.file.get_tensor(f"speech.{i}").clone()
@@ -253,15 +254,6 @@ class _Reader:
             if fits and is_finite(sums) and counts[1] >= 1 and counts[0] >= 0 and spread.all():
                 return sums, given["codec"]
         raise self.wrong("heard", given, expected)
-
-    def check_ids(self, ids: Tensor) -> None:
-        size = self.config.group_size
-        sizes = torch.tensor(self.config.code_sizes, dtype=torch.int64, device="cpu")[:, None]
-        text = ids[0].view(-1, size)
-        outside = (text < 0) | (text >= self.config.vocab_size)
-        outside[:, 1:] &= text[:, 1:] != TEXT_FILLER
-        if outside.any() or ((ids[1:] < 0) | (ids[1:] >= sizes)).any():
-            raise CheckpointError(f"its ids are outside of the model's vocabulary: {FIX}")
 
     def check_speech(self, turn: int, codes: Tensor, ids: Tensor, begin: int, reply: int) -> None:
         """The user's codes are kept twice: in the ids, and to say them again as the first turn."""

@@ -266,6 +266,15 @@ def _with_text(ids: Tensor, codes: Tensor, group_size: int) -> Tensor:
     return torch.cat((channel.view(1, -1), codes.to("cpu", torch.int64)))
 
 
+def in_vocabulary(ids: Tensor, config: LMConfig) -> bool:
+    """Whether ids [C + 1, T G] of integers are all of this model; text may have its filler."""
+    text = ids[0].view(-1, config.group_size)
+    outside = (text < 0) | (text >= config.vocab_size)
+    outside[:, 1:] &= text[:, 1:] != TEXT_FILLER
+    sizes = ids.new_tensor(config.code_sizes)[:, None]
+    return not bool(outside.any() | ((ids[1:] < 0) | (ids[1:] >= sizes)).any())
+
+
 def whole_patches(codes: Tensor, group_size: int, closed: bool = True) -> Tensor:
     """Codes [C, T] -> [C, n G]: the last frame is repeated or, in open speech, the rest cut off."""
     extra = whole_frames(codes.shape[1], group_size, closed) - codes.shape[1]

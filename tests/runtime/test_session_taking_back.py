@@ -9,6 +9,7 @@ from test_session import GROUP, NEXT, REPLY, groups, say, started
 
 from mimo_fast import PromptError
 from mimo_fast.runtime.session import Exchange
+from mimo_fast.text.prompt import TEXT_FILLER, SpokenReply, UserText
 
 
 def state(session):
@@ -157,4 +158,24 @@ class TestRestart:
         wrong = Exchange(session.exchanges[0].said, torch.zeros(3, 4, dtype=torch.int64))
         with pytest.raises(PromptError, match="a reply's ids must be"):
             session.restart([wrong])
+        assert same(before, state(session))
+
+    def test_a_reply_that_was_packed_is_one(self, greedy, audio):
+        session = self.dialogue(greedy, audio)
+        first = session.exchanges[0]
+        reply = greedy.pack([SpokenReply(UserText("Yes."), first.reply[1:])])
+        assert (reply[0] == TEXT_FILLER).any()
+        session.restart([Exchange(first.said, reply)])
+        assert torch.equal(session.exchanges[0].reply, reply)
+
+    @pytest.mark.parametrize("channel", [0, 1, -1])
+    @pytest.mark.parametrize("id", [-1, 2**40])
+    def test_refuses_ids_of_another_model(self, greedy, audio, channel, id):
+        session = self.dialogue(greedy, audio)
+        before = state(session)
+        first = session.exchanges[0]
+        reply = first.reply.clone()
+        reply[channel, -1] = id
+        with pytest.raises(PromptError, match="none of this model"):
+            session.restart([Exchange(first.said, reply)])
         assert same(before, state(session))
