@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,15 @@ class Served:
             await asyncio.sleep(0.002)
 
     def failures(self) -> list[str]:
-        """Lines of the log that tell of something nobody foresaw."""
+        """What the log tells of that nobody foresaw: its own lines, or what others wrote there,
+        such as the interpreter, in one piece.
+        """
         lines = [] if self._log is None else self._log.read_text(errors="replace").splitlines()
-        return [line for line in lines if FAILURE.search(line)]
+        found = list[str]()
+        for is_own, group in groupby(lines, key=lambda line: line.startswith("{")):
+            pieces = [*group]
+            found += pieces if is_own else ["\n".join(pieces)]
+        return [each for each in found if FAILURE.search(each)]
 
 
 @contextmanager
@@ -254,7 +261,7 @@ def problems(record: dict[str, Any]) -> list[str]:
     """What a record shows that must not be."""
     found = [f"{count} times {name}" for name, count in record["problems"].items()]
     found += [f"never given back: {each}" for each in record["held"]]
-    found += [f"in the log: {line[:300]}" for line in record["log"]]
+    found += [f"in the log: {line[:2000]}" for line in record["log"]]
     calm = record["calm"]
     before = calm[: len(calm) // 2]
     for name, allowed in ALLOWED.items() if before else ():

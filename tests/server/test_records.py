@@ -1,12 +1,14 @@
 """Ids, errors as answers, metrics, and a log without the users' words."""
 
 import asyncio
+import gc
 import io
 import json
 import logging
 import re
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -27,18 +29,17 @@ SECRET = "the user's own words"
 
 
 @pytest.fixture
-def lines():
+def lines(monkeypatch):
     """What the server logs meanwhile, as objects."""
     stream = io.StringIO()
-    before = {}
-    for name in ("mimo_fast.server", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        before[logger] = (logger.handlers, logger.propagate, logger.level)
+    before = logging.root.handlers, logging.root.level, LOGGER.level
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     set_up_logs("debug", stream)
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    for logger, (handlers, propagate, level) in before.items():
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    logging.root.handlers = before[0]
+    logging.root.setLevel(before[1])
+    LOGGER.setLevel(before[2])
 
 
 def metrics(server):
@@ -276,14 +277,58 @@ def test_lines_of_the_log_are_json(lines):
     assert third["text"] == len(SECRET)
 
 
+def fail():
+    raise KeyError(SECRET)
+
+
 def test_an_exceptions_message_is_not_logged():
     try:
-        raise KeyError(SECRET)
+        fail()
     except KeyError:
         record = logging.LogRecord("uvicorn.error", 40, "", 0, "failed", (), sys.exc_info())
     line = json.loads(JsonLines().format(record))
     assert line["error"] == "KeyError"
+    assert line["where"][-1].endswith(" fail")
     assert SECRET not in str(line)
+
+
+class TestErrorsThatNobodyWasGiven:
+    """Each is one line of the log, which says where it arose, and not what the user said."""
+
+    def check(self, lines, **fields):
+        (line,) = [each for each in lines() if each["level"] == "error"]
+        assert line["error"] == "KeyError"
+        assert line["where"][-1].endswith(" fail")
+        assert line.items() >= fields.items()
+        assert SECRET not in str(line)
+
+    def test_of_a_task(self, lines):
+        async def scenario():
+            async def failing():
+                fail()
+
+            task = asyncio.create_task(failing())
+            await asyncio.sleep(0.01)
+            del task
+            gc.collect()
+
+        asyncio.run(scenario())
+        self.check(lines, logger="asyncio", event="Task exception was never retrieved")
+
+    def test_of_a_thread(self, lines):
+        thread = threading.Thread(target=fail, name="a thread")
+        thread.start()
+        thread.join()
+        self.check(lines, thread="a thread")
+
+    def test_of_what_is_thrown_away(self, lines):
+        class Thrown:
+            def __del__(self):
+                fail()
+
+        Thrown()
+        gc.collect()
+        self.check(lines)
 
 
 def test_streams_for_listeners_are_measured(serve, service):
