@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     args = parser.parse_args()
     key = os.environ.get("OPENAI_API_KEY", "none")
-    heard, words, audio = ask(OpenAI(base_url=f"{args.url}/v1", api_key=key), args.question)
+    base = f"{args.url.rstrip('/').removesuffix('/v1')}/v1"
+    heard, words, audio = ask(OpenAI(base_url=base, api_key=key), args.question)
     print(f"you:    {heard}")
     print(f"answer: {words}")
     with wave.open(args.output, "wb") as file:
