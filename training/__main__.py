@@ -126,7 +126,7 @@ class Recipe:
         self._lm(how, lm.HEARING_STAGES, helped=False)
         if not parallel.is_worker():
             target = self.directory / "nano"
-            export.export_lm(self.directory, pair, target)
+            export.export_lm(self.directory, pair, target, lm.HEARING_SHARE)
             print(f"wrote {target}", file=sys.stderr)
 
     def _lm(self, how: tuple[Schedule, int, str], stages: Stages, helped: bool) -> None:

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mimo_fast.checkpoint.files import write_checkpoint
+from mimo_fast.checkpoint.files import open_weights, write_checkpoint
 from mimo_fast.checkpoint.layout import codec_shapes, lm_shapes
 from mimo_fast.config import CodecConfig, LMConfig
 from mimo_fast.json_files import read_json
@@ -66,21 +67,29 @@ def export(
     return write_pair(target, trained_tensors(run, lm.NAME), quieter, replies, dtype)
 
 
-def export_lm(run: Path, pair: Path, target: Path) -> None:
-    """Writes a pair that differs from another in the language model's weights, those of a run.
+def export_lm(run: Path, pair: Path, target: Path, share: float) -> None:
+    """Writes a pair that differs from another in the language model's weights.
+
+    share: of the run's weights in those that are written, the rest is the other pair's: the mean
+        of what was there and what was trained from it keeps most of what both can (WiSE-FT,
+        arXiv:2109.01903).
 
     Raises:
         CheckpointError: nothing was trained, or the target holds weights already.
     """
-    tensors = trained_tensors(run, lm.NAME)
-    tensors |= {HEAD: tensors[EMBEDDINGS]}
+    trained, before = trained_tensors(run, lm.NAME), open_weights(pair / "lm")
+    trained |= {HEAD: trained[EMBEDDINGS]}
     weights = shutil.ignore_patterns("*.safetensors*", "config.json")
     shutil.copytree(pair / "codec", target / "codec", dirs_exist_ok=True)
     shutil.copytree(pair / "lm", target / "lm", ignore=weights, dirs_exist_ok=True)
     raw = read_json(pair / "lm" / "config.json")
     shapes = lm_shapes(LMConfig.from_dict(raw))
     dtype = getattr(torch, raw["torch_dtype"])
-    write_checkpoint(target / "lm", shapes, tensors.__getitem__, dtype=dtype, config=raw)
+
+    def mean(name: str) -> Tensor:
+        return before.get(name, dtype=torch.float32).lerp(trained[name].float(), share)
+
+    write_checkpoint(target / "lm", shapes, mean, dtype=dtype, config=raw)
 
 
 def scaled(codec_tensors: Tensors, factor: float) -> Tensors:

@@ -65,6 +65,9 @@ HEARING_SIZES = Sizes(
 the layers that only training has; new ones would drown what its text teaches.
 """
 
+HEARING_SHARE = 0.7
+"""Share of the trained weights in the pair that is written; the rest is what it began with."""
+
 BATCH = 16
 POOL = 8
 """Batches drawn at once and sorted by length, so that little of a batch is padding."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import seeded
+from safetensors.torch import load_file
 from torch import Tensor
 
 import mimo_fast
@@ -20,8 +21,9 @@ from mimo_fast.sampling import GREEDY, sampler_tensors
 from training import codec, decoder, lm
 from training.codec import CodecTraining
 from training.decoder import DecoderTraining
-from training.export import write_pair
+from training.export import export_lm, write_pair
 from training.lm import LMTraining, batch_losses
+from training.loop import save_state
 from training.parameters import Tensors, embed_codebooks
 from training.start import start_from
 
@@ -120,6 +122,34 @@ def test_a_run_goes_on_from_a_pair(lm_training, codec_training, parts, tokenizer
     heard.train()
     pairs = zip(heard.quantizer.books, books, strict=True)
     assert all((new - old).norm() < 0.5 * old.norm() for new, old in pairs)
+
+
+@pytest.mark.slow
+def test_what_hears_more_is_between_what_was_and_what_was_trained(
+    lm_training, codec_training, parts, tmp_path
+):
+    pair, run = tmp_path / "pair", tmp_path / "run"
+    write_pair(pair, lm_training.tensors, codec_training.tensors, parts["replies"], torch.float32)
+    trained = {name: tensor + 1 for name, tensor in lm_training.tensors.items()}
+    run.mkdir()
+    save_state(run / "lm.safetensors", trained, step=9)
+    export_lm(run, pair, tmp_path / "new", share=0.25)
+    before, after = (load_file(each / "lm/model.safetensors") for each in (pair, tmp_path / "new"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(after[name], tensor + 0.25, atol=1e-5)
+    assert model_files(tmp_path / "new") == model_files(pair)
+    mimo_fast.load(tmp_path / "new/lm", tmp_path / "new/codec", device="cpu").close()
+
+
+def model_files(pair):
+    """Everything in it but the language model's weights."""
+    files = (file for file in pair.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(pair)): file.read_bytes()
+        for file in files
+        if file.parts[-2:] != ("lm", "model.safetensors")
+    }
 
 
 def test_float16_on_disk_is_float32_in_memory(lm_training, codec_training, parts, tmp_path):
