@@ -39,10 +39,21 @@ def quieter_noise(wav: Tensor, speech: Sequence[tuple[int, int]]) -> Tensor:
     Args:
         speech: samples between which somebody speaks, in order; the rest is noise alone.
     """
+    return (with_noise_at((FLOOR,), wav, speech) or [wav])[0]
+
+
+def with_noise_at(
+    floors: Sequence[float], wav: Tensor, speech: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """A waveform [n] with its steady noise at each of these gains; none of it if it is clean.
+
+    Args:
+        speech: as of `quieter_noise`.
+    """
     ends = [0, *(place for stretch in speech for place in stretch), len(wav)]
     quiet = [wav[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True) if b - a >= LEAST]
     if not quiet or decibels_over(torch.cat([wav[a:b] for a, b in speech]), quiet) > NOISY:
-        return wav
+        return []
     window = torch.hann_window(WINDOW, dtype=wav.dtype, device=wav.device)
     noise = torch.cat([_powers(part, window) for part in quiet]).mean(0)
     padded = F.pad(wav, (0, max(0, WINDOW - len(wav))))
@@ -51,9 +62,9 @@ def quieter_noise(wav: Tensor, speech: Sequence[tuple[int, int]]) -> Tensor:
     bins, frames = SMOOTHED
     around = (frames // 2, frames // 2, bins // 2, bins // 2)
     share = F.avg_pool2d(F.pad(louder[None, None], around, mode="replicate"), SMOOTHED, 1)[0, 0]
-    gain = FLOOR + (1 - FLOOR) * share
-    found = torch.istft(spectrum * gain, WINDOW, HOP, window=window, length=len(padded))
-    return found[: len(wav)]
+    gained = (spectrum * (floor + (1 - floor) * share) for floor in floors)
+    heard = (torch.istft(each, WINDOW, HOP, window=window, length=len(padded)) for each in gained)
+    return [each[: len(wav)] for each in heard]
 
 
 def decibels_over(speech: Tensor, quiet: Sequence[Tensor]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,6 +25,8 @@ from mimo_fast.text.tasks import TASKS, Template, choose_template
 from mimo_fast.text.templates import ASR_TEMPLATES
 from mimo_fast.text.transcript import Transcript, TranscriptSegment, join
 
+TASK = TASKS["asr_sft"]
+
 LONGEST = 30.0
 """Seconds of a piece where a checkpoint states nothing."""
 
@@ -42,36 +44,70 @@ A model that repeats itself ends there.
 
 
 @dataclass
+class Hearing:
+    """One reply to a piece, and the text that it became."""
+
+    reply: Reply
+    reader: ReplyReader
+    prompt_groups: int
+    words: list[str] = field(default_factory=list)
+    confidence: float | None = None
+    warning: str | None = None
+
+
 class PieceReply:
     """The transcript of a piece, a group at a time.
 
+    A piece with hearings `again` is heard so often, one after the other, if the checkpoint states
+    how confident it is; what is kept is what it is most confident of.
+
     Attributes:
-        words: Its text so far, in parts.
+        words: The text that is certain so far, in parts.
+        ended: Whether all of it is there.
     """
 
-    piece: Piece
-    reply: Reply
-    reader: ReplyReader
-    pipeline: Pipeline
-    prompt_groups: int
-    words: list[str] = field(default_factory=list)
-    judged: tuple[float | None, str | None] = None, None
+    def __init__(self, pipeline: Pipeline, piece: Piece, hear: Callable[[Tensor], Hearing]) -> None:
+        self._pipeline, self._piece, self._hear = pipeline, piece, hear
+        tells = any(each.task == TASK.sampler for each in pipeline.lm.config.confidence)
+        self._again = deque(piece.again if tells else ())
+        self._open = not self._again
+        self._running = self._kept = hear(piece.wav)
+        self.ended = False
 
     def step(self) -> bool:
-        """Takes a group -> whether the reply has ended."""
-        group = next(self.reply, None)
-        if group is None or group.finished:
-            self.words.append(self.reader.finish()[0])
-            self.judged = self.pipeline.judge(self.reply)
-            return True
-        self.words.append(self.reader.read(group.text, group.codes)[0])
-        return False
+        """Takes a group -> whether the transcript has ended."""
+        hearing = self._running
+        group = next(hearing.reply, None)
+        if group is not None and not group.finished:
+            hearing.words.append(hearing.reader.read(group.text, group.codes)[0])
+            return False
+        hearing.words.append(hearing.reader.finish()[0])
+        hearing.confidence, hearing.warning = self._pipeline.judge(hearing.reply)
+        hearing.reply.close()
+        self._kept = max(self._kept, hearing, key=lambda each: each.confidence or 0.0)
+        if self._again:
+            self._running = self._hear(self._again.popleft())
+        else:
+            self.ended = True
+        return self.ended
+
+    def close(self) -> None:
+        self._running.reply.close()
+
+    @property
+    def words(self) -> list[str]:
+        return self._kept.words if self._open or self.ended else []
+
+    @property
+    def kept(self) -> Hearing:
+        """The hearing whose text it is."""
+        return self._kept
 
     @property
     def segment(self) -> TranscriptSegment:
-        text = "".join(self.words).strip()
-        times = self.piece.start, self.piece.end
-        return TranscriptSegment(*times, text, self.reply.finish_reason, *self.judged)
+        text, kept = "".join(self.words).strip(), self._kept
+        times, reason = (self._piece.start, self._piece.end), kept.reply.finish_reason
+        return TranscriptSegment(*times, text, reason, kept.confidence, kept.warning)
 
 
 def start_piece(
@@ -88,17 +124,18 @@ def start_piece(
         template, max_new_tokens: as those of `TranscriptStream`.
         samplers: of the words; None for those of the task.
     """
-    task, rate = TASKS["asr_sft"], pipeline.codec.sample_rate
-    context = pipeline.context(seed)
-    speech = pipeline.speech_later(piece.wav, prepared=True)
-    prompt = pipeline.packed(task.prompt(context, speech, template), task.sampler)
-    sequence = pipeline.sequence(seed)
-    sequence.add(prompt)
+    rate, stops = pipeline.codec.sample_rate, TASK.stop_ids(pipeline.tokenizer.special)
     most = max_new_tokens or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / rate)
-    stops = task.stop_ids(pipeline.tokenizer.special)
-    reply = pipeline.start(sequence, samplers or pipeline.samplers(task.sampler), stops, most)
-    reader = pipeline.reader(prompt.ids, speaks=False)
-    return PieceReply(piece, reply, reader, pipeline, sequence.groups)
+
+    def hear(wav: Tensor) -> Hearing:
+        context, speech = pipeline.context(seed), pipeline.speech_later(wav, prepared=True)
+        prompt = pipeline.packed(TASK.prompt(context, speech, template), TASK.sampler)
+        sequence = pipeline.sequence(seed)
+        sequence.add(prompt)
+        reply = pipeline.start(sequence, samplers or pipeline.samplers(TASK.sampler), stops, most)
+        return Hearing(reply, pipeline.reader(prompt.ids, speaks=False), sequence.groups)
+
+    return PieceReply(pipeline, piece, hear)
 
 
 class TranscriptStream(Iterator[TranscriptSegment]):
@@ -184,16 +221,14 @@ class TranscriptStream(Iterator[TranscriptSegment]):
                 yield from self._step()
         finally:
             while work:
-                work.pop().reply.close()
+                work.pop().close()
 
     def _step(self) -> Iterator[TranscriptSegment]:
         """A group of each piece at work -> segments of the first that are done."""
         work = self._work
-        running = [each for each in work if not each.reply.ended]
-        for each in running:
-            if each.step():
-                each.reply.close()
-        while work and work[0].reply.ended:
+        for each in [each for each in work if not each.ended]:
+            each.step()
+        while work and work[0].ended:
             yield work.popleft().segment
 
 

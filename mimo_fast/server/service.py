@@ -206,9 +206,10 @@ class Service:
                     new = "".join(work.words[shown:])
                     shown = len(work.words)
                     yield new or None
-                yield Counted(work.segment, work.prompt_groups, work.reply.taken)
+                kept = work.kept
+                yield Counted(work.segment, kept.prompt_groups, kept.reply.taken)
             finally:
-                work.reply.close()
+                work.close()
 
         return self.worker.stream(start, ahead=256, priority=Priority.BATCH)
 

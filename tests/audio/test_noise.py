@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from mimo_fast.audio.files import load_audio
-from mimo_fast.audio.noise import FLOOR, LEAST, NOISY, WINDOW, decibels_over, quieter_noise
+from mimo_fast.audio.noise import (
+    FLOOR,
+    LEAST,
+    NOISY,
+    WINDOW,
+    decibels_over,
+    quieter_noise,
+    with_noise_at,
+)
 
 RATE = 24_000
 WORDS = Path(__file__).parents[1] / "words"
@@ -81,3 +89,14 @@ def test_decibels():
     assert decibels_over(speech, [noise[:4800]]) == pytest.approx(12, abs=0.5)
     assert decibels_over(speech, [torch.zeros(10)]) > 100
     assert decibels_over(torch.zeros(10), [noise]) < -100
+
+
+def test_noise_at_several_gains():
+    wav, stretches = spoken()
+    noisy = wav + noise_for(wav, stretches, 10)
+    found = with_noise_at((FLOOR, 1.0, 0.1), noisy, stretches)
+    assert torch.equal(found[0], quieter_noise(noisy, stretches))
+    assert torch.allclose(found[1], noisy, atol=1e-5)
+    powers = [float(each[: stretches[0][0]].square().mean()) for each in found]
+    assert powers[2] < powers[0] < powers[1]
+    assert with_noise_at((FLOOR, 1.0), wav, stretches) == []

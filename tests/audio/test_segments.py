@@ -17,6 +17,7 @@ from mimo_fast.audio.segments import (
     LOUDNESS,
     PAD,
     PEAK,
+    SHIFT,
     Cutting,
     Piece,
     _Cutter,
@@ -213,6 +214,25 @@ def test_a_written_recording_is_read_like_its_samples(tmp_path):
     save_wav(tmp_path / "a.wav", wav, RATE)
     got = list(pieces_of(audio_blocks(tmp_path / "a.wav", RATE), RATE, Cutting(merges=False)))
     assert [(p.start, p.end) for p in got] == [(p.start, p.end) for p in cut(wav)]
+
+
+@pytest.mark.parametrize("block", [7000, 10**9])
+def test_noisy_pieces_can_be_heard_again(block):
+    wav, times = recording((1.0, 1.0, 0.6, 1.0))
+    noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(2))
+    assert all(piece.again == () for piece in cut(wav, block=block))
+    found = cut(wav + 0.3 * rms(wav) * noise, block=block)
+    assert len(found) == len(times)
+    for piece in found:
+        quieter, later = piece.again
+        shift = round(SHIFT * RATE)
+        assert torch.equal(later[shift:], quieter)
+        assert not later[:shift].any()
+        assert len(quieter) == len(piece.wav)
+        # Where nobody speaks, before the first word.
+        before, after = (rms(each[: round(0.05 * RATE)]) for each in (piece.wav, quieter))
+        assert after < 0.8 * before
+        assert rms(quieter) == pytest.approx(rms(piece.wav), rel=0.1)
 
 
 @pytest.mark.parametrize("gain", [1.0, 3e-3])

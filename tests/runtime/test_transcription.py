@@ -1,5 +1,6 @@
 """`MimoAudio.transcribe`: words of nano in recordings of any length, the same however they come."""
 
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from torch import Tensor
 
 import mimo_fast
 from mimo_fast import AudioError, ClosedError, MimoAudio, PromptError
+from mimo_fast.audio.segments import Piece, pieces_of
 from mimo_fast.audio.writing import save_wav
-from mimo_fast.runtime.transcription import longest_piece
+from mimo_fast.runtime.transcription import cutting_of, longest_piece, start_piece
+from mimo_fast.text.transcript import TranscriptSegment
 
 RATE = 24_000
 WORDS = Path(__file__).parents[1] / "words"
@@ -91,6 +94,65 @@ def test_segments_come_before_the_recording_ends(nano, talk):
         next(stream)
     # Its rows are free again.
     assert nano.transcribe(talk, seed=1).text == TEXT
+
+
+def noisy(wav: Tensor, decibels: float) -> Tensor:
+    noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(3))
+    level = wav[wav.abs() > 0.05 * wav.abs().max()].square().mean().sqrt()
+    return wav + level * 10 ** (-decibels / 20) * noise
+
+
+@pytest.fixture(scope="module")
+def pieces(nano, talk) -> list[Piece]:
+    found = [*pieces_of(iter([noisy(talk, 8)]), RATE, cutting_of(nano.pipeline))]
+    assert any(piece.again for piece in found)
+    return found
+
+
+class TestNoisyPieces:
+    """They are heard several times, and what the model is surest of is kept."""
+
+    def alone(self, nano, piece: Piece, wav: Tensor) -> TranscriptSegment:
+        work = start_piece(nano.pipeline, replace(piece, wav=wav, again=()), seed=1)
+        while not work.step():
+            pass
+        return work.segment
+
+    def test_the_surest_is_kept(self, nano, talk, pieces):
+        found = nano.transcribe(noisy(talk, 8), seed=1).segments
+        assert len(found) == len(pieces)
+        for segment, piece in zip(found, pieces, strict=True):
+            each = [self.alone(nano, piece, wav) for wav in (piece.wav, *piece.again)]
+            assert segment == max(each, key=lambda one: one.confidence)
+
+    def test_its_words_are_there_when_they_are_certain(self, nano, pieces):
+        piece = next(each for each in pieces if each.again)
+        work = start_piece(nano.pipeline, piece, seed=1)
+        while not work.step():
+            assert work.words == []
+        assert "".join(work.words).strip() == work.segment.text != ""
+        assert work.kept.reply.ended
+
+    def test_a_checkpoint_that_does_not_tell_hears_once(self, pieces):
+        nano = mimo_fast.load()
+        nano.lm.config = replace(nano.lm.config, confidence=())
+        piece = next(each for each in pieces if each.again)
+        work = start_piece(nano.pipeline, piece, seed=1)
+        while not work.step():
+            assert work.words or not work.kept.reply.taken
+        assert work.segment.confidence is None
+        assert work.segment.text == self.alone(nano, piece, piece.wav).text
+
+    def test_neighbours_change_nothing(self, talk):
+        wav = noisy(talk, 8)
+        found = [mimo_fast.load(max_batch=n).transcribe(wav, seed=5) for n in (1, 4)]
+        assert found[0] == found[1]
+
+    def test_what_is_left_is_free_again(self, nano, talk, pieces):
+        stream = nano.transcript(noisy(talk, 8), seed=1)
+        next(stream)
+        stream.close()
+        assert nano.transcribe(talk, seed=1).text == TEXT
 
 
 def test_a_piece_has_a_limit(nano, talk):
