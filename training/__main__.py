@@ -166,9 +166,20 @@ class Recipe:
         load = _loader(pair / "lm", pair / "codec")
         results = evaluate.evaluate(load, self.data(), count, MEASURES, target)
         calibrated = json.loads((self.directory / "confidence.json").read_text(encoding="utf-8"))
-        about = card(pair, results | {"confidence": calibrated}, self.sizes)
+        more = {"confidence": calibrated, "recordings": self._recordings()}
+        about = card(pair, results | more, self.sizes)
         (pair / "README.md").write_text(about, encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
+
+    def _recordings(self) -> dict[str, evaluate.Results]:
+        """Results of `python -m benchmarks robustness` that lie in the directory, for the card."""
+        found = {"before": "recordings-before.json", "after": "recordings.json"}
+        paths = {when: self.directory / name for when, name in found.items()}
+        return {
+            when: json.loads(path.read_text(encoding="utf-8"))
+            for when, path in paths.items()
+            if path.exists()
+        }
 
     def train(self) -> None:
         self.codec()

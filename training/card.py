@@ -9,7 +9,7 @@ from typing import Any
 
 from mimo_fast.checkpoint.files import open_weights
 
-from . import domain
+from . import domain, lm
 from .data import REPLY_VOICE, STRANGERS, UNHEARD_VOICE, VOICES, Sizes
 from .evaluate import NOISE_DB, Results
 from .tokenizer import INSTRUCTIONS
@@ -43,6 +43,7 @@ def _about(pair: Path, sizes: Sizes) -> dict[str, Any]:
         "speakers": len({*STRANGERS}),
         "unheard": UNHEARD_VOICE,
         "held_out": domain.HELD_OUT,
+        "share": lm.HEARING_SHARE,
     }
 
 
@@ -65,6 +66,7 @@ def _measured(results: Results) -> dict[str, Any]:
         "load": load,
         "pace": _pace(results["pace"]),
         "confidence": confidence_table(results["confidence"]),
+        "recordings": recordings_table(results.get("recordings", {})),
         "mistaken": mistaken(results["confidence"]),
     }
 
@@ -88,6 +90,17 @@ def confidence_table(results: Results) -> str:
         ]
         rows.append((kind, *cells))
     return _table(["", *tasks.values()], rows)
+
+
+def recordings_table(records: Mapping[str, Results]) -> str:
+    """Results of the robustness bench, by when they were measured: words wrong, a condition a row."""
+    if not records:
+        return "Not measured."
+    conditions = [record["conditions"] for record in records.values()]
+    shared = [name for name in conditions[0] if all(name in each for each in conditions)]
+    rows = [(name, *(_percent(each[name]["wrong"]) for each in conditions)) for name in shared]
+    (count,) = {record["count"] for record in records.values()}
+    return _table([f"words wrong of {count} sentences", *records], rows)
 
 
 def _word_errors(results: Results) -> str:

@@ -65,7 +65,7 @@ HEARING_SIZES = Sizes(
 the layers that only training has; new ones would drown what its text teaches.
 """
 
-HEARING_SHARE = 0.7
+HEARING_SHARE = 0.75
 """Share of the trained weights in the pair that is written; the rest is what it began with."""
 
 BATCH = 16
