@@ -15,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mimo_fast.errors import ConfigError, MimoFastError
-from mimo_fast.server.limits import Session
+from mimo_fast.server.limits import Live
 from mimo_fast.server.logs import log
 from mimo_fast.server.memory import Trimmer
 from mimo_fast.server.protocols import WebSocket, http_protocol
@@ -91,7 +91,7 @@ def url_of(bound: socket.socket, settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def stop_sessions(sessions: Iterable[Session]) -> None:
+async def stop_sessions(sessions: Iterable[Live]) -> None:
     """Tells sessions to go, all at once; one that does not read is left after a moment."""
     telling = [asyncio.create_task(session.stop()) for session in [*sessions]]
     if telling:
