@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from mimo_fast.server.checks import Json
-from mimo_fast.server.errors import full
+from mimo_fast.server.errors import ApiError, full
 
 PREFIX = "ek_"
 """What every client secret begins with."""
@@ -65,6 +65,8 @@ class ClientSecrets:
         """
         self._forget_expired()
         size = len(json.dumps(session))
+        if size > MOST_BYTES:
+            raise ApiError("the settings of a session are too large", 413, param="session")
         if len(self._known) >= MOST or self._size + size > MOST_BYTES:
             first = min(secret.ends for secret in self._known.values())
             wait = max(1.0, first - self._clock())

@@ -111,7 +111,7 @@ class Settings:
 
     self_signed: bool = field(
         default=False,
-        metadata=_about("https with a certificate that this server makes for itself, and keeps"),
+        metadata=_about("https with a certificate that this machine makes for itself, and keeps"),
     )
 
     def __post_init__(self) -> None:
@@ -124,8 +124,6 @@ class Settings:
                 f"{self.host:.100} is reachable from other machines: set a key with --api-key or "
                 "MIMO_FAST_API_KEY, or listen on 127.0.0.1"
             )
-        if self.self_signed and self.ssl_certfile is not None:
-            raise ConfigError("https takes --self-signed, or --ssl-certfile: give one of them")
         for server in self.ice_servers:
             _check_ice_server(server)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):

@@ -262,10 +262,11 @@ class Dialogue:
         cut = self._wire.silence()
         active = self._speaking.active
         if active is not None:
-            played = next((ms for each, ms in cut if each is active), active.played_ms)
-            self._interrupted = active, played
+            if not any(each is active for each, _ in cut):
+                # Until the client says better.
+                self._interrupted = active, active.played_ms
             self._speaking.end(active, "cancelled", "turn_detected")
-        self.forget_unheard((each, ms) for each, ms in cut if each is not active)
+        self.forget_unheard(cut)
 
     def forget_unheard(self, cut: Iterable[tuple[Response, float]]) -> None:
         """Cuts replies that have ended to the milliseconds of them that were heard."""

@@ -37,7 +37,8 @@ def check_offer(offer: str) -> None:
         problem = f"offer one track of audio and the data channel '{CHANNEL}', not {offered}"
         raise _wrong(problem)
     for media in found.media:
-        if media.dtls is None or not media.dtls.fingerprints or not media.ice.usernameFragment:
+        named = media.ice is not None and media.ice.usernameFragment
+        if media.dtls is None or not media.dtls.fingerprints or not named:
             raise _wrong(f"the offer's section for {media.kind} has no fingerprint or no ice-ufrag")
         codecs = [codec.mimeType.lower() for codec in media.rtp.codecs]
         if media.kind == "audio" and "audio/opus" not in codecs:

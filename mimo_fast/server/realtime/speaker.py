@@ -63,16 +63,16 @@ class Speaker(MediaStreamTrack):
         self._rate, self._started, self._stopped = rate, started, stopped
         self._samples = rate * FRAME_MS // 1000
         self._silence = bytes(2 * self._samples)
-        self._waiting = deque[_Playing]()
+        self._replies = deque[_Playing]()
         self._begun: float | None = None
         self._sent = 0  # frames, silence among them
 
     def push(self, response: Response, audio: bytes) -> None:
         """More of a reply."""
-        playing = next((each for each in self._waiting if each.response is response), None)
+        playing = next((each for each in self._replies if each.response is response), None)
         if playing is None:
             playing = _Playing(response)
-            self._waiting.append(playing)
+            self._replies.append(playing)
         size = len(self._silence)
         playing.rest += audio
         whole = len(playing.rest) - len(playing.rest) % size
@@ -83,17 +83,17 @@ class Speaker(MediaStreamTrack):
     @property
     def playing(self) -> bool:
         """Whether something waits to be played, or more of it is being made."""
-        return bool(self._waiting)
+        return bool(self._replies)
 
     @property
     def items(self) -> list[Item]:
         """Items of which some waits."""
-        return [each.response.item for each in self._waiting]
+        return [each.response.item for each in self._replies]
 
     def clear(self) -> list[tuple[Response, float]]:
         """Drops what waits; the replies that it was of, and milliseconds of each that were sent."""
-        dropped = [(each.response, each.ms) for each in self._waiting]
-        self._waiting.clear()
+        dropped = [(each.response, each.ms) for each in self._replies]
+        self._replies.clear()
         return dropped
 
     async def recv(self) -> AudioFrame:
@@ -117,9 +117,9 @@ class Speaker(MediaStreamTrack):
 
     def _next(self) -> bytes:
         self._leave_ended()
-        if not self._waiting:
+        if not self._replies:
             return self._silence
-        playing = self._waiting[0]
+        playing = self._replies[0]
         if playing.audio:
             audio = playing.audio.popleft()
         elif playing.rest and playing.response.ended:
@@ -134,9 +134,9 @@ class Speaker(MediaStreamTrack):
         return audio
 
     def _leave_ended(self) -> None:
-        while self._waiting:
-            playing = self._waiting[0]
+        while self._replies:
+            playing = self._replies[0]
             if playing.audio or playing.rest or not playing.response.ended:
                 return
-            self._waiting.popleft()
+            self._replies.popleft()
             self._stopped(playing.response)

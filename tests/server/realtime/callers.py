@@ -25,16 +25,16 @@ class Microphone(MediaStreamTrack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting, self._frames, self._begun = b"", 0, 0.0
+        self._unsaid, self._frames, self._begun = b"", 0, 0.0
 
     def say(self, pcm: bytes) -> None:
-        self._waiting += pcm
+        self._unsaid += pcm
 
     async def recv(self) -> AudioFrame:
         loop = asyncio.get_running_loop()
         self._begun = self._begun or loop.time()
         await asyncio.sleep(max(0.0, self._begun + self._frames * 0.02 - loop.time()))
-        data, self._waiting = self._waiting[: 2 * FRAME], self._waiting[2 * FRAME :]
+        data, self._unsaid = self._unsaid[: 2 * FRAME], self._unsaid[2 * FRAME :]
         frame = AudioFrame(format="s16", layout="mono", samples=FRAME)
         frame.planes[0].update(data.ljust(2 * FRAME, b"\0"))
         frame.sample_rate, frame.time_base = RATE, Fraction(1, RATE)
