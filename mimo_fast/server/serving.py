@@ -152,8 +152,10 @@ class Server(uvicorn.Server):
         await stop_sessions(state.live)
         for connection in [*self.server_state.connections]:
             # One that does not read would be waited for.
-            if connection.transport.get_write_buffer_size():
-                connection.transport.abort()
+            transport = connection.transport
+            # One of https that is closed has no buffer left to ask for.
+            if not transport.is_closing() and transport.get_write_buffer_size():
+                transport.abort()
         self._trimming.cancel()
         await super().shutdown(sockets)
         log("stopped")
