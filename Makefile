@@ -43,10 +43,12 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
-# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, at the pace that the machine allows.
-soak: $(READY)
+# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, and an hour of talk in a page, at
+# the pace that the machine allows.
+soak: $(READY) $(BROWSER)/ready
 	$(BIN)/python -m benchmarks robustness --only "3 hours" -o benchmarks/results/$(shell date +%F)-robustness-soak.json
 	$(BIN)/python -m benchmarks serving -o benchmarks/results/$(shell date +%F)-serving.json
+	$(BIN)/python -m benchmarks page -o benchmarks/results/$(shell date +%F)-page.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
