@@ -147,4 +147,4 @@ def test_npm_packages_are_pinned_with_hashes_and_name_no_registry():
     assert top["dependencies"] == wanted
     assert {name: packages[f"node_modules/{name}"]["version"] for name in wanted} == wanted
     assert all(each["integrity"].startswith("sha512-") for each in packages.values())
-    assert "://" not in text
+    assert "resolved" not in text

@@ -72,13 +72,22 @@ def visit(browser: Browser) -> Iterator[Open]:
     opened = list[Visit]()
 
     def opening(
-        server: Any, path: str = "", *, granted: bool = True, chrome: Any = None, **options: Any
+        server: Any,
+        path: str = "",
+        *,
+        granted: bool = True,
+        chrome: Browser | None = None,
+        script: str = "",
+        **options: Any,
     ) -> Visit:
-        """server: what has a `url`, or one. granted: whether the microphone is allowed."""
+        """server: what has a `url`, or one. granted: whether the microphone is allowed.
+        script: runs before the page's own."""
         permissions = ["microphone"] if granted else []
         found = {**VISITORS, "permissions": permissions, "accept_downloads": True, **options}
         context = (chrome or browser).new_context(**found)
         opened.append(Visit(context, getattr(server, "url", server)))
+        if script:
+            context.add_init_script(script)
         return opened[-1].open(path)
 
     yield opening

@@ -70,6 +70,32 @@
     },
   };
 
+  // Every state of the talk, however short.
+  const states = [];
+  const note = () => {
+    const state = document.getElementById("talk")?.dataset.state;
+    if (state && state !== states.at(-1)) states.push(state);
+  };
+  const observer = new MutationObserver(note);
+  observer.observe(document, { subtree: true, childList: true, attributeFilter: ["data-state"] });
+  window.__states = states;
+
+  // Microphones that were given, and whether they are held still.
+  const streams = [];
+  if (navigator.mediaDevices) {
+    const getUserMedia = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+    navigator.mediaDevices.getUserMedia = async (wanted) => {
+      const stream = await getUserMedia(wanted);
+      streams.push({ stream, wanted });
+      return stream;
+    };
+  }
+  window.__microphones = () =>
+    streams.map(({ stream, wanted }) => ({
+      live: stream.getTracks().some((track) => track.readyState === "live"),
+      audio: wanted.audio,
+    }));
+
   document.addEventListener("securitypolicyviolation", (event) => {
     window.__violated(`${event.violatedDirective} ${event.blockedURI}`);
   });

@@ -142,6 +142,22 @@ class Visit:
     def state(self) -> str:
         return self.page.locator("#talk").get_attribute("data-state") or ""
 
+    def states(self) -> list[str]:
+        """All that there were, in order."""
+        return self.page.evaluate("() => window.__states")
+
+    def microphones(self) -> list[dict[str, Any]]:
+        """Those that were asked for and given: {live, audio}, audio as it was asked for."""
+        return self.page.evaluate("() => window.__microphones()")
+
+    def holds_microphone(self) -> bool:
+        return any(each["live"] for each in self.microphones())
+
+    def reason(self) -> str:
+        """Code of the problem that the talk shows; "" for none."""
+        shown = self.page.locator("#talk-reason")
+        return (shown.get_attribute("data-code") or "") if shown.is_visible() else ""
+
     def turns(self, who: str) -> list[str]:
         """Words of the transcript that one side said."""
         turns = self.page.locator(f'#transcript .turn[data-who="{who}"]')
