@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from visits import PHONE, pause, said
+from visits import PHONE, pause, plain, said
 
 TABS = ("talk", "say", "transcribe", "ask", "convert", "settings")
 THEMES = ("light", "dark")
@@ -173,17 +173,34 @@ def test_a_talk_by_keyboard_alone(visit, nano, microphone):
     page.until(lambda: mute.get_attribute("aria-pressed") == "false", "no mute")
 
 
-def test_space_begins_a_talk_and_s_shows_subtitles(visit, nano):
+def test_space_begins_a_talk_and_s_shows_subtitles(visit, nano, microphone):
+    microphone.plays(said(QUESTION, 3.0))
     page = visit(nano)
     page.until_state("idle")
-    shown = page.page.locator("#subtitles")
-    assert not shown.is_visible()
-    page.page.keyboard.press("s")
-    page.until(shown.is_visible, "subtitles")
+    pressed = page.page.locator("#subtitles-toggle")
+    shown = page.page.locator("#talk-subtitles")
+    for on in ("true", "false", "true"):
+        page.page.keyboard.press("s")
+        page.until(lambda on=on: pressed.get_attribute("aria-pressed") == on, "subtitles")
+    page.page.keyboard.press("Space")
+    page.until(lambda: shown.is_visible() and plain(shown.inner_text()) == "seven", "subtitles")
     page.page.keyboard.press("s")
     page.until(lambda: not shown.is_visible(), "no subtitles")
+
+
+def test_space_on_the_round_button_is_one_press(visit, nano, microphone):
+    microphone.plays(said(QUESTION, 9.0))
+    page = visit(nano)
+    page.until_state("idle")
+    button, mute = page.page.locator("#talk-button"), page.page.locator("#talk-mute")
+    button.focus()
     page.page.keyboard.press("Space")
     page.until_state("listening")
+    page.page.keyboard.press("Space")
+    page.until(lambda: mute.get_attribute("aria-pressed") == "true", "mute")
+    page.page.wait_for_timeout(200)
+    assert mute.get_attribute("aria-pressed") == "true"
+    assert page.states() == ["idle", "connecting", "listening"]
 
 
 def test_keys_are_letters_inside_of_inputs(visit, nano):
@@ -193,7 +210,7 @@ def test_keys_are_letters_inside_of_inputs(visit, nano):
     field.press_sequentially("what is seven")
     assert field.input_value() == "what is seven"
     assert page.states() == ["idle"]
-    assert not page.page.locator("#subtitles").is_visible()
+    assert page.page.locator("#subtitles-toggle").get_attribute("aria-pressed") == "false"
 
 
 def test_the_transcript_is_told_to_screen_readers(visit, nano):

@@ -1,12 +1,12 @@
 """A talk with nano through the page: heard, answered aloud, interrupted, muted, typed, kept."""
 
+import base64
 import json
 import re
 
 import numpy as np
-import pytest
 import soundfile
-from visits import RATE, pause, plain, said, wav
+from visits import RATE, pause, plain, said
 
 QUESTION = "what is three plus four"
 LONG = "where do you live"
@@ -110,8 +110,6 @@ def test_mute_is_silence_and_the_end_lets_the_microphone_go(visit, nano, microph
 
 
 def _bytes(event):
-    import base64
-
     return base64.b64decode(event["audio"])
 
 
@@ -175,12 +173,27 @@ def test_a_talk_can_be_begun_again(visit, nano, microphone):
     assert sum(each["live"] for each in page.microphones()) == 1
 
 
-@pytest.mark.parametrize("turns", ["hand"])
-def test_turns_by_hand_are_held(visit, nano, microphone, turns):
-    page = begin(
-        visit, nano, microphone, np.concatenate([pause(3.0), *[said(QUESTION, 0.3, 0.3)] * 3])
-    )
-    pytest.skip("until the page says how")
-    assert wav(np.zeros(1, np.int16))
-    assert turns
-    assert page
+def test_turns_by_hand_are_held(visit, nano, microphone):
+    microphone.plays(np.concatenate([said(QUESTION, 0.5, 0.5)] * 4))
+    page = visit(nano)
+    page.page.evaluate("() => localStorage.setItem('mimo-fast', JSON.stringify({turns: 'hand'}))")
+    page.page.reload()
+    page.until_state("idle")
+    button = page.page.locator("#talk-button")
+    button.click()
+    page.until_state("listening")
+    # Nothing is sent until the button is held.
+    page.page.wait_for_timeout(500)
+    assert not page.sent("input_audio_buffer.append")
+    box = button.bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.page.mouse.down()
+    page.until_state("hearing")
+    page.until(lambda: len(page.sent("input_audio_buffer.append")) > 100, "some seconds of sound")
+    page.page.mouse.up()
+    page.until(lambda: page.got("response.done"), "reply")
+    page.until(lambda: page.turns("model"), "answer")
+    assert page.sent("input_audio_buffer.commit")
+    sent = len(page.sent("input_audio_buffer.append"))
+    page.page.wait_for_timeout(300)
+    assert len(page.sent("input_audio_buffer.append")) == sent

@@ -164,7 +164,7 @@ class Visit:
         return [plain(text) for text in turns.all_inner_texts()]
 
     def tab(self, name: str) -> None:
-        self.page.locator(f'[role="tab"][data-tab="{name}"]').click()
+        self.page.locator(f"#tab-{name}").click()
         self.until(lambda: self.page.locator("body").get_attribute("data-tab") == name, name)
 
     # Waits.
