@@ -21,7 +21,7 @@ from benchmarks.chromium import PACKAGES, RATE
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page, WebSocket
 
-LIMIT = 120.0
+LIMIT = 90.0
 """Seconds after which a wait is given up; no check is about time."""
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -160,7 +160,7 @@ class Visit:
 
     def turns(self, who: str) -> list[str]:
         """Words of the transcript that one side said."""
-        turns = self.page.locator(f'#transcript .turn[data-who="{who}"]')
+        turns = self.page.locator(f'#transcript .turn[data-who="{who}"] .words')
         return [plain(text) for text in turns.all_inner_texts()]
 
     def tab(self, name: str) -> None:
