@@ -76,6 +76,7 @@ def _with_certificate(settings: Settings) -> Settings:
 
 
 def _announce(url: str, name: str, settings: Settings) -> None:
+    say(f"talk to it in a browser:  {url}/")
     say(f"listening on {url} (OpenAI's API: {url}/v1, model {name}); Ctrl-C ends it")
     body = f'{{"model": "{name}", "voice": "alloy", "input": "good morning"}}'
     key = "" if settings.api_key is None else '-H "Authorization: Bearer $MIMO_FAST_API_KEY" '

@@ -14,17 +14,19 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.server.chat import chat
 from mimo_fast.server.client_secrets import ClientSecrets
+from mimo_fast.server.conversions import conversions
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.health import health, ready, root
+from mimo_fast.server.health import health, ready
 from mimo_fast.server.keeping import Keeper, free_model, list_loaded
 from mimo_fast.server.limits import SESSION_WAIT, Bounds, Live, Places
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
+from mimo_fast.server.page import page, page_config, static_files
 from mimo_fast.server.realtime import create_call, create_secret, hang_up, realtime
 from mimo_fast.server.records import Errors, Records
 from mimo_fast.server.security import Guard
@@ -35,7 +37,10 @@ from mimo_fast.server.transcriptions import transcriptions
 from mimo_fast.server.voices import Voices, add_voice, list_voices
 
 COMPUTING = frozenset(
-    {"/v1/audio/speech", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/audio/voices"}
+    {
+        *("/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/conversions"),
+        *("/v1/chat/completions", "/v1/audio/voices"),
+    }
 )
 """Paths whose POST requests take one of the places for requests."""
 
@@ -104,7 +109,9 @@ def create_app(
 
 def _routes() -> list[BaseRoute]:
     return [
-        Route("/", root),
+        Route("/", page),
+        Mount("/static", static_files),
+        Route("/page/config", page_config),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", show_metrics),
@@ -119,6 +126,7 @@ def _routes() -> list[BaseRoute]:
         Route("/v1/audio/speech", speech, methods=["POST"]),
         WebSocketRoute("/v1/audio/speech/stream", speech_stream),
         Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+        Route("/v1/audio/conversions", conversions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         WebSocketRoute("/v1/realtime", realtime),
         Route("/v1/realtime/calls", create_call, methods=["POST"]),
