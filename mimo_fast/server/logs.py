@@ -66,10 +66,12 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_logs(level: str, stream: TextIO | None = None) -> None:
-    """Sends the server's log, and uvicorn's warnings, to standard error."""
+    """Sends the server's log, and the warnings of what it stands on, to standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("mimo_fast.server", level.upper()), ("uvicorn.error", "WARNING")):
+    wanted = {"mimo_fast.server": level.upper()}
+    wanted |= dict.fromkeys(("uvicorn.error", "aiortc", "aioice"), "WARNING")
+    for name, least in wanted.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)
