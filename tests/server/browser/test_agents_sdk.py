@@ -33,10 +33,11 @@ async ({secret, url}) => {
 
 SPEAK = """
 async () => {
-  // The file of the microphone is played from its start by whoever opens it.
+  // The file of the microphone is played from its start when it is opened, by one at a time.
+  const [sender] = session.transport.connectionState.peerConnection.getSenders();
+  sender.track.stop();
   const stream = await navigator.mediaDevices.getUserMedia({audio: true});
-  const {peerConnection} = session.transport.connectionState;
-  await peerConnection.getSenders()[0].replaceTrack(stream.getAudioTracks()[0]);
+  await sender.replaceTrack(stream.getAudioTracks()[0]);
 }
 """
 
