@@ -191,7 +191,9 @@ def test_the_samples_are_in_the_small_model_s_vocabulary(service):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_file_names_another_host(path: Path):
     text = path.read_text(encoding="utf-8")
-    for address in re.findall(r"(?:https?|wss?):?//[^\s\"'`)<>]+|(?<=[\"'`(])//\w[^\s\"'`)]*", text):
+    for address in re.findall(
+        r"(?:https?|wss?):?//[^\s\"'`)<>]+|(?<=[\"'`(])//\w[^\s\"'`)]*", text
+    ):
         # The name of a language, which nothing opens.
         assert address == "http://www.w3.org/2000/svg", address
     assert "@import" not in text
@@ -212,7 +214,7 @@ def test_scripts_make_no_code_and_no_markup_of_text(path: Path):
     text = path.read_text(encoding="utf-8")
     refused = r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function)\b\s*[(=.]"
     assert re.search(refused, text) is None
-    assert "setAttribute(\"style\"" not in text
+    assert 'setAttribute("style"' not in text
     # A key is never in an address.
     assert re.search(r"searchParams\.set\([\"'](api_)?key", text) is None
 
