@@ -71,6 +71,12 @@ ALLOWED = {
 }
 """What may be more at the end than in the first half."""
 
+RECORDED = 0.096
+"""MB that a second of both sides takes, which the page keeps for a download."""
+
+KEPT = 1800.0
+"""Seconds of it that are kept, in real time: this much the browser may grow, and no more."""
+
 ENOUGH = 1800.0
 """Seconds of talk from which a verdict is given: what is bounded has reached its bounds by then."""
 
@@ -128,7 +134,7 @@ class Talk:
     """A page that talks, from outside."""
 
     def __init__(self, browser: Browser, server: Served) -> None:
-        self.server = server
+        self.server, self._begun = server, time.monotonic()
         context = browser.new_context(permissions=["microphone"])
         context.add_init_script(path=FEED)
         # A recording, a socket: what the page does without a network between.
@@ -196,9 +202,10 @@ class Talk:
             self.quiet()
 
     def count(self) -> dict[str, float]:
-        """What page, browser and server hold."""
+        """What page, browser and server hold, and when."""
         found = counted(self.page, self._devtools)
         return {
+            "at_s": round(time.monotonic() - self._begun),
             "heap_mb": round(found["heap_bytes"] / 1e6, 3),
             "nodes": found["nodes"],
             "listeners": found["listeners"],
@@ -264,6 +271,9 @@ def grown(calm: list[dict[str, float]]) -> list[str]:
     found = []
     for name, allowed in ALLOWED.items() if before else ():
         first, last = max(each[name] for each in before), calm[-1][name]
+        if name == "browser_mb":
+            kept = [min(KEPT, each["at_s"]) for each in (before[-1], calm[-1])]
+            allowed += RECORDED * (kept[1] - kept[0])
         if last > first + allowed:
             found.append(f"{name} grew from {first:g} to {last:g} in the second half")
     return found

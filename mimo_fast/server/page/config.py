@@ -23,7 +23,6 @@ FEW_WORDS: Json = {
         "good morning",
         "what day comes after friday",
         "what color is the sea",
-        "who are you",
     ),
     "say": (
         "the dog is big and black. come here on monday.",

@@ -70,15 +70,25 @@
     },
   };
 
-  // Every state of the talk, however short.
+  // Every state of the talk, however short, and what moved in it.
   const states = [];
+  const moved = new Set();
+  const look = () => {
+    for (const each of document.getAnimations()) {
+      const long = each.effect.getComputedTiming().activeDuration > 1;
+      if (each.playState === "running" && long) moved.add(each.animationName ?? each.transitionProperty);
+    }
+  };
   const note = () => {
     const state = document.getElementById("talk")?.dataset.state;
-    if (state && state !== states.at(-1)) states.push(state);
+    if (!state || state === states.at(-1)) return;
+    states.push(state);
+    requestAnimationFrame(look);
   };
   const observer = new MutationObserver(note);
   observer.observe(document, { subtree: true, childList: true, attributeFilter: ["data-state"] });
   window.__states = states;
+  window.__moved = moved;
 
   // Microphones that were given, and whether they are held still.
   const streams = [];

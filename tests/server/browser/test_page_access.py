@@ -1,16 +1,18 @@
 """The page for everybody: by keyboard, by screen reader, on a small phone, without motion."""
 
-import numpy as np
 import pytest
-from visits import PHONE, pause, plain, said
+from visits import PHONE, plain, said
 
 TABS = ("talk", "say", "transcribe", "ask", "convert", "settings")
 THEMES = ("light", "dark")
 QUESTION = "what is three plus four"
+LONG = "where do you live"
+"""Its answer takes two seconds."""
 
 SMALL = """() => {
   const least = 44;
-  const inline = (element) => element.matches("p a, li a");
+  // What no finger reaches, and links in a text.
+  const left = (element) => element.matches(".visually-hidden, p a, li a");
   const box = (element) => {
     const label = element.closest("label") ?? element.labels?.[0];
     const boxes = [element, label].filter(Boolean).map((each) => each.getBoundingClientRect());
@@ -19,7 +21,7 @@ SMALL = """() => {
   };
   const kinds = "a[href], button, input, select, textarea, summary, [role=tab]";
   return [...document.querySelectorAll(kinds)]
-    .filter((each) => each.checkVisibility({ visibilityProperty: true }) && !inline(each))
+    .filter((each) => each.checkVisibility({ visibilityProperty: true }) && !left(each))
     .map((each) => [each.id || each.outerHTML.slice(0, 80), ...box(each)])
     .filter(([, width, height]) => width < least - 0.5 || height < least - 0.5);
 }"""
@@ -51,6 +53,7 @@ STOPS = """() => [...document.querySelectorAll("*")]
 
 FOCUSED = """() => {
   const each = document.activeElement;
+  if (each === document.body) return [null, false];
   const style = getComputedStyle(each);
   const ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0;
   return [each.id || each.outerHTML.slice(0, 80), ring || style.boxShadow !== "none"];
@@ -83,7 +86,7 @@ def test_no_rule_of_accessibility_is_broken_in_any_tab(themed, theme):
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_nor_in_any_state_of_a_talk(themed, microphone, theme):
-    microphone.plays(np.concatenate([pause(2.0), said(QUESTION, 0.0, 0.0)]))
+    microphone.plays(said(LONG))
     page = themed(theme)
     page.page.locator("#talk-button").click()
     for state in ("listening", "speaking", "listening"):
@@ -136,15 +139,17 @@ def test_a_small_phone_shows_a_talk(visit, nano, microphone):
 
 @pytest.mark.parametrize("tab", TABS)
 def test_tab_stops_at_every_control_in_order_and_shows_where(visit, nano, tab):
-    page = visit(nano)
-    page.tab(tab)
+    page = visit(nano, f"#{tab}")
+    page.until(lambda: page.page.locator("html").get_attribute("data-ready"), "configuration")
     wanted = page.page.evaluate(STOPS)
     assert len(wanted) > 4
-    page.page.evaluate("() => document.activeElement.blur()")
+    # It begins at the panel that the address names, and comes back by way of the browser's own.
     found = []
-    for _ in wanted:
+    for _ in range(len(wanted) + 1):
         page.page.keyboard.press("Tab")
         name, shown = page.page.evaluate(FOCUSED)
+        if name is None:
+            continue
         assert shown, f"{name} has the focus and does not show it"
         found.append(name)
     start = found.index(wanted[0])
@@ -152,7 +157,7 @@ def test_tab_stops_at_every_control_in_order_and_shows_where(visit, nano, tab):
 
 
 def test_a_talk_by_keyboard_alone(visit, nano, microphone):
-    microphone.plays(said("where do you live"))
+    microphone.plays(said(LONG))
     page = visit(nano)
     page.until_state("idle")
     press = page.page.keyboard.press
@@ -227,11 +232,10 @@ def test_who_wants_no_motion_sees_none(visit, nano, microphone):
         microphone.plays(said(QUESTION))
         page = visit(nano, reduced_motion=motion)
         page.page.locator("#talk-button").click()
-        moved[motion] = set()
-        for state in ("listening", "speaking"):
-            page.until_state(state)
-            moved[motion] |= set(page.page.evaluate(MOVING))
-        page.context.close()
+        page.until(lambda page=page: "speaking" in page.states(), "answer")
+        page.until_state("listening")
+        moved[motion] = set(page.page.evaluate("() => [...window.__moved]"))
+        page.page.locator("#talk-end").click()
     assert moved["no-preference"]
     assert not moved["reduce"]
 

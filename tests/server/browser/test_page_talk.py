@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import soundfile
-from visits import RATE, pause, plain, said
+from visits import RATE, pause, plain, said, share
 
 QUESTION = "what is three plus four"
 LONG = "where do you live"
@@ -32,10 +32,9 @@ def test_a_question_is_heard_and_answered_aloud(visit, nano, microphone, transcr
     answered(page, "seven")
     page.until(lambda: page.got("response.done"), "end of the reply")
     page.until_state("listening")
-    sound, rate = page.heard()
-    assert len(sound) > 0.2 * rate
-    assert np.abs(sound).max() > 0.05
-    assert transcribed(sound, rate) == "seven"
+    reply = page.reply()
+    assert transcribed(reply, RATE) == "seven"
+    assert share(reply, RATE, *page.heard()) > 0.8
     states = page.states()
     order = ["connecting", "listening", "hearing", "thinking", "speaking", "listening"]
     found = iter(states)
@@ -120,7 +119,9 @@ def test_typing_needs_no_microphone(visit, nano, transcribed):
     answered(page, "seven")
     page.until(lambda: page.got("response.done"), "end of the reply")
     page.until_state("listening", "idle")
-    assert transcribed(*page.heard()) == "seven"
+    reply = page.reply()
+    assert transcribed(reply, RATE) == "seven"
+    assert share(reply, RATE, *page.heard()) > 0.8
     assert page.microphones() == []
 
 
@@ -134,7 +135,8 @@ def test_both_sides_are_saved_as_one_recording(visit, nano, microphone, transcri
     samples, rate = soundfile.read(download(page, "#audio-save"), dtype="float32")
     assert samples.shape[1] == 2
     assert transcribed(samples[:, 0], rate) == QUESTION
-    assert transcribed(samples[:, 1], rate) == "seven"
+    # The reply is in it as it came, sample for sample.
+    assert samples[:, 1].tobytes().find(page.reply().tobytes()) >= 0
     # The answer comes after the question, by its place in the recording.
     you, model = (np.flatnonzero(np.abs(side) > 0.02) for side in samples.T)
     assert you[-1] < model[0]
@@ -157,8 +159,8 @@ def test_two_pages_talk_at_once(visit, nano, microphone):
     second = begin(visit, nano, microphone, said(LONG))
     answered(first, ANSWERS[QUESTION])
     answered(second, ANSWERS[LONG])
-    assert QUESTION in " ".join(first.turns("you"))
-    assert LONG in " ".join(second.turns("you"))
+    for page, words in ((first, QUESTION), (second, LONG)):
+        page.until(lambda page=page, words=words: words in page.turns("you"), words)
 
 
 def test_a_talk_can_be_begun_again(visit, nano, microphone):

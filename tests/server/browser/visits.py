@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
+import torch
 
 from benchmarks.chromium import PACKAGES, RATE
+from mimo_fast.audio.resample import resample
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page, WebSocket
@@ -43,8 +45,8 @@ def pause(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * RATE), np.int16)
 
 
-def said(words: str, before: float = 0.8, after: float = 1.0) -> np.ndarray:
-    """A sentence with silence around it, as a microphone hears it."""
+def said(words: str, before: float = 2.0, after: float = 1.0) -> np.ndarray:
+    """A sentence with silence around it, as a microphone hears it: it waits for the connection."""
     return np.concatenate([pause(before), recording(words), pause(after)])
 
 
@@ -57,6 +59,32 @@ def wav(samples: np.ndarray, rate: int = RATE) -> bytes:
 def plain(text: str) -> str:
     """Its words alone, in small letters."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+
+def share(part: np.ndarray, rate: int, whole: np.ndarray, whole_rate: int) -> float:
+    """How much of `part` is in `whole`: of its pieces of 100 ms that are not silent, those found.
+
+    A piece is found where some place of `whole` has its form; levels and gaps do not matter, as a
+    busy machine pauses between pieces.
+    """
+    part, whole = (
+        resample(torch.from_numpy(np.ascontiguousarray(x, np.float32)), r, 12_000).numpy()
+        for x, r in ((part, rate), (whole, whole_rate))
+    )
+    size = 1200
+    power = np.sqrt(np.convolve(whole**2, np.ones(size), "valid")) + 1e-6
+    found, pieces = 0, 0
+    for at in range(0, len(part) - size + 1, size):
+        piece = part[at : at + size]
+        if np.abs(piece).max() < 0.02:
+            continue
+        pieces += 1
+        length = 1 << (len(whole) + size).bit_length()
+        product = np.fft.rfft(whole, length) * np.conj(np.fft.rfft(piece, length))
+        match = np.fft.irfft(product, length)[: len(power)] / (power * np.linalg.norm(piece))
+        found += match.max() > 0.7
+    assert pieces, "it is silent"
+    return found / pieces
 
 
 @dataclass
@@ -133,6 +161,13 @@ class Visit:
 
     def got(self, kind: str) -> list[dict[str, Any]]:
         return [event for way, event in self.wire if way == "got" and event.get("type") == kind]
+
+    def reply(self, item: str | None = None) -> np.ndarray:
+        """float32 [n] at 24 kHz that came of an item, or of the last reply."""
+        deltas = self.got("response.output_audio.delta")
+        item = item or deltas[-1]["item_id"]
+        parts = [base64.b64decode(each["delta"]) for each in deltas if each["item_id"] == item]
+        return np.frombuffer(b"".join(parts), "<i2").astype(np.float32) / 32768
 
     # What the page shows.
 

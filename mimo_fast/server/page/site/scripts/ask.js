@@ -41,9 +41,13 @@ export function configureAsk(config) {
 
 async function sample(text) {
   show(get("ask-problem"), "");
+  setState("sample");
   try {
-    source.set(await speechOf(text), `${text}.flac`);
+    source.set(await speechOf(text), text);
+    // Without a question there is nothing to wait for.
+    if (get("ask-question-field").hidden) send();
   } catch (error) {
+    setState("empty");
     show(get("ask-problem"), refusalProblem(error).text);
   }
 }
@@ -111,7 +115,8 @@ function take(delta) {
 function setState(state) {
   get("ask").dataset.state = state;
   get("ask-empty").hidden = state !== "empty";
-  get("ask-busy").hidden = state !== "busy";
-  get("ask-result").hidden = state === "empty";
+  const texts = { busy: "Listening to the recording", sample: "The server says the sample" };
+  show(get("ask-busy"), texts[state]);
+  get("ask-result").hidden = state === "empty" || state === "sample";
   get("ask-answer").setAttribute("aria-busy", String(state === "busy"));
 }

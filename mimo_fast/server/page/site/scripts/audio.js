@@ -24,17 +24,20 @@ export function openAudio() {
   }
   // iOS calls it "interrupted" after a screen lock or a call: the same as "suspended".
   const running = context.state === "running" ? Promise.resolve() : context.resume();
-  modules ??= Promise.all(
-    ["capture", "playback"].map((name) =>
-      context.audioWorklet.addModule(address(`static/worklets/${name}.js`)),
-    ),
-  );
+  modules ??= addModules().catch((error) => {
+    // The next tap tries again.
+    modules = null;
+    throw error;
+  });
   return Promise.all([withinSeconds(running, 3), modules]).then(() => context);
 }
 
-/** Whether sound runs; false after a screen lock. */
-export function audioRuns() {
-  return context?.state === "running";
+/** An insecure page has no worklets; it plays without them, and has no microphone. */
+function addModules() {
+  const names = context.audioWorklet ? ["capture", "playback"] : [];
+  return Promise.all(
+    names.map((name) => context.audioWorklet.addModule(address(`static/worklets/${name}.js`))),
+  );
 }
 
 async function useSpeaker() {
@@ -57,7 +60,7 @@ function withinSeconds(promise, seconds) {
 
 /** Loudness from 0 to 1, as it is felt, of a root mean square. */
 export function loudness(rms) {
-  return Math.max(0, Math.min(1, (20 * Math.log10(rms + 1e-6) + 52) / 40));
+  return Math.max(0, Math.min(1, (20 * Math.log10(rms + 1e-6) + 48) / 42)) ** 1.5;
 }
 
 /** Bytes in base64. */

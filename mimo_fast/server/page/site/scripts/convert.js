@@ -81,11 +81,11 @@ async function fill(ready) {
   try {
     for (const [before, after] of ready.examples) {
       const example = addExample();
-      example.before.set(await speechOf(before), `${before}.flac`);
-      example.after.set(await speechOf(after ?? before), `${after ?? before}.flac`);
+      example.before.set(await speechOf(before), before);
+      example.after.set(await speechOf(after ?? before), after ?? before);
       example.words.value = after ?? before;
     }
-    source.set(await speechOf(ready.recording), `${ready.recording}.flac`);
+    source.set(await speechOf(ready.recording), ready.recording);
     await convert();
   } catch (error) {
     fail(error);

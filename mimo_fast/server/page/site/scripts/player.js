@@ -1,12 +1,18 @@
 /** Speech that comes in parts -> the loudspeaker; says what was heard of it. */
 
+import { BufferPlayer } from "./buffer_player.js";
 import { Emitter } from "./emitter.js";
+
+/** A player for this page: an insecure one has no worklets. */
+export function makePlayer(context) {
+  return context.audioWorklet ? new Player(context) : new BufferPlayer(context);
+}
 
 /**
  * Tells "begun" (id), "heard" ({id, ms, buffered, missed, level, pcm, time}) and "over" (id).
  * Ids are given by whoever plays; times of what was heard leave out what is on its way to the ear.
  */
-export class Player extends Emitter {
+class Player extends Emitter {
   #tickets = 0;
   #flushes = new Map();
 

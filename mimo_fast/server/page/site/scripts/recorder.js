@@ -5,6 +5,7 @@ import { download, wavHeader } from "./wav.js";
 
 const BLOCK = 10; // seconds that are kept together
 const MOST = 180; // blocks: half an hour, then the oldest go
+const GAP = 0.1; // seconds: what follows sooner belongs sample to sample after what was before
 
 /**
  * Times are those of the AudioContext. A block that is complete becomes a Blob, which browsers keep
@@ -20,6 +21,7 @@ export class Recorder {
     this.open = new Map(); // index -> Int16Array of both channels
     this.blobs = [];
     this.first = 0; // index of the first blob
+    this.ends = [0, 0]; // sample after the last one of each side
   }
 
   get seconds() {
@@ -37,6 +39,9 @@ export class Recorder {
   #write(pcm, time, channel) {
     this.origin ??= time;
     let at = Math.max(0, Math.round((time - this.origin) * RATE));
+    // Times are those of the sound card's blocks, which are coarser than samples.
+    if (Math.abs(at - this.ends[channel]) < GAP * RATE) at = this.ends[channel];
+    this.ends[channel] = at + pcm.length;
     for (const sample of pcm) {
       const index = Math.floor(at / (BLOCK * RATE));
       const block = index < this.first + this.blobs.length ? null : this.#block(index);

@@ -11,6 +11,8 @@ import { connect } from "./transport.js";
 
 const POLL = 2000; // ms between looks at a server that is full
 const PATIENCE = 600_000; // ms in its queue
+const EARLY = 320; // blocks of the microphone, ten seconds, that wait for the connection
+const LEAST_HELD = 250; // ms: a shorter press says nothing
 const SLOW = 4000; // ms after which connecting is called slow
 
 /**
@@ -32,6 +34,8 @@ export class Session extends Emitter {
   #transport = null;
   #reply = null;
   #turnEnded = null;
+  #heldAt = 0;
+  #early = [];
   #typed = [];
   #place = null;
 
@@ -72,15 +76,18 @@ export class Session extends Emitter {
     opening.catch(() => {});
     asking?.catch(() => {});
     try {
-      this.#stream = await asking;
-      if (this.#stale(run)) return;
+      const stream = await asking;
+      if (this.#stale(run)) return release(stream);
+      this.#stream = stream;
       this.#context = await opening;
+      if (this.#stale(run)) return;
+      // Whoever taps and speaks at once is heard.
+      this.#listen();
       await this.#connect(run);
     } catch (error) {
       if (!this.#stale(run)) this.#fail(asProblem(error));
     } finally {
       clearTimeout(slow);
-      if (this.#run !== run && !this.live) release(this.#stream);
     }
   }
 
@@ -107,6 +114,7 @@ export class Session extends Emitter {
       const stream = await askForMicrophone();
       if (this.#stale(run) || this.#stream) return release(stream);
       this.#stream = stream;
+      this.#transport?.use(stream);
       this.#listen();
       this.emit("state", this.state);
     } catch (error) {
@@ -117,18 +125,28 @@ export class Session extends Emitter {
   mute(on) {
     this.muted = on;
     // Silence is sent, or the turn in progress would not end.
-    for (const track of this.#stream?.getAudioTracks() ?? []) track.enabled = !on;
+    this.#enable(!on);
     this.emit("state", this.state);
+  }
+
+  #enable(on) {
+    for (const track of this.#stream?.getAudioTracks() ?? []) track.enabled = on;
   }
 
   /** Turns by hand: while it is held, the user speaks. */
   hold(on) {
     if (this.holding === on || !this.live || !this.#transport) return;
     this.holding = on;
+    this.#transport.mute(!on);
     if (on) {
+      this.#heldAt = performance.now();
       this.interrupt();
       this.#send({ type: "input_audio_buffer.clear" });
       this.#set("hearing");
+      return;
+    }
+    if (performance.now() - this.#heldAt < LEAST_HELD) {
+      this.#set("listening");
       return;
     }
     this.#send({ type: "input_audio_buffer.commit" });
@@ -143,8 +161,8 @@ export class Session extends Emitter {
     if (!reply || reply.over) return;
     reply.cut = true;
     if (!reply.ended) this.#send({ type: "response.cancel", response_id: reply.response });
-    await this.#truncate(reply);
     if (this.state === "speaking" || this.state === "thinking") this.#set("listening");
+    await this.#truncate(reply);
   }
 
   /** Goes on after a screen lock; in a tap. */
@@ -196,8 +214,7 @@ export class Session extends Emitter {
   /** Waits for a place; without the microphone, whose light would say that somebody listens. */
   async #queue(run, began) {
     const wanted = this.#stream !== null;
-    release(this.#stream);
-    this.#stream = null;
+    this.#leaveMicrophone();
     this.#set("queued");
     do {
       if (performance.now() - began > PATIENCE) throw { problem: problem("full") };
@@ -205,7 +222,11 @@ export class Session extends Emitter {
       if (this.#stale(run)) return;
     } while (!(await this.#hasPlace()));
     this.#set("connecting");
-    if (wanted) this.#stream = await askForMicrophone();
+    if (!wanted) return;
+    const stream = await askForMicrophone();
+    if (this.#stale(run)) return release(stream);
+    this.#stream = stream;
+    this.#listen();
   }
 
   get places() {
@@ -225,8 +246,9 @@ export class Session extends Emitter {
 
   #begin(transport, config) {
     this.#send({ type: "session.update", session: sessionOf(config, this.byHand) });
-    this.#listen();
     transport.isReady = true;
+    for (const pcm of this.#early.splice(0)) transport.hear(pcm);
+    if (this.byHand) transport.mute(true);
     this.#set("listening");
     for (const text of this.#typed.splice(0)) this.#type(text);
   }
@@ -240,10 +262,22 @@ export class Session extends Emitter {
       this.emit("level", "you", this.byHand && !this.holding ? 0 : level);
       if (!this.byHand || this.holding) {
         this.emit("sound", "you", block.pcm, block.time);
-        this.#transport?.hear(block.pcm);
+        this.#hear(block.pcm);
       }
     });
-    if (this.byHand) this.#transport?.mute(false);
+  }
+
+  #hear(pcm) {
+    if (this.#transport?.isReady) this.#transport.hear(pcm);
+    else if (this.#early.length < EARLY) this.#early.push(pcm);
+  }
+
+  #leaveMicrophone() {
+    this.#listener?.close();
+    this.#listener = null;
+    this.#early = [];
+    release(this.#stream);
+    this.#stream = null;
   }
 
   #closed(transport, code, reason) {
@@ -261,10 +295,7 @@ export class Session extends Emitter {
   }
 
   #release() {
-    this.#listener?.close();
-    this.#listener = null;
-    release(this.#stream);
-    this.#stream = null;
+    this.#leaveMicrophone();
     this.#transport?.close();
     this.#transport = null;
     this.#reply = null;
@@ -354,10 +385,13 @@ export class Session extends Emitter {
         this.emit("notice", message || "The model could not answer.");
       }
       // A reply of nothing: nobody will tell that it was heard to its end.
-      if (!response.output?.length) this.#over(reply.item);
+      if (!response.output?.length || response.status === "failed") this.#over(reply.item);
       this.emit("served", response.latency);
     },
-    error: ({ error }) => this.emit("notice", error.message),
+    error: ({ error }) => {
+      this.emit("notice", error.message);
+      if (this.state === "thinking" && (!this.#reply || this.#reply.over)) this.#set("listening");
+    },
   };
 
   #begun(id) {
@@ -395,7 +429,8 @@ export class Session extends Emitter {
     if (!id) return;
     const end = found?.id === id ? Math.round(found.ms) : 0;
     const item = { item_id: id, content_index: 0, audio_end_ms: end };
-    this.#send({ type: "conversation.item.truncate", ...item });
+    // Over WebRTC the server counts what it has sent.
+    if (!this.#transport?.isCounted) this.#send({ type: "conversation.item.truncate", ...item });
     this.emit("heard", id, end, this.#transport?.queuedMs(id) ?? end, false);
     this.emit("done", id, true);
   }

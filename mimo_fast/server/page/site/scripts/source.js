@@ -23,7 +23,7 @@ export class Source extends Emitter {
   #listener = null;
   #player = null;
 
-  /** live: whether what is recorded is a recording at all, or only handed on as blocks. */
+  /** small: one of several beside each other. */
   constructor(element, { label, small = false } = {}) {
     super();
     this.element = element;

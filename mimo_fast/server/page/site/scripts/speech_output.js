@@ -3,10 +3,12 @@
 import { loudness, openAudio, RATE } from "./audio.js";
 import { clock, get, icon, make } from "./dom.js";
 import { Emitter } from "./emitter.js";
-import { Player } from "./player.js";
+import { makePlayer } from "./player.js";
 import { iconButton } from "./source.js";
 import { download, wavBlob } from "./wav.js";
 import { Picture } from "./waveform.js";
+
+const WINDOW = 720; // samples of a level
 
 /** Fills an element. Tells "heard" ({id, ms}) and "over". Ids are given with the parts. */
 export class SpeechOutput extends Emitter {
@@ -63,7 +65,9 @@ export class SpeechOutput extends Emitter {
     this.#samples += pcm.length;
     this.element.hidden = false;
     this.time.textContent = clock(this.seconds);
-    this.picture.push(loudness(rms(pcm)));
+    for (let at = 0; at < pcm.length; at += WINDOW) {
+      this.picture.push(loudness(rms(pcm.subarray(at, at + WINDOW))));
+    }
     this.#player?.play(id, pcm);
     this.#show(true);
   }
@@ -104,7 +108,7 @@ export class SpeechOutput extends Emitter {
   async #open() {
     const context = await openAudio();
     this.#player?.close();
-    this.#player = new Player(context);
+    this.#player = makePlayer(context);
     this.#player.on("heard", ({ id, ms }) => {
       const item = this.#items.find((each) => each.id === id);
       if (!item) return;

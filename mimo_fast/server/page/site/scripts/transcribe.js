@@ -23,16 +23,18 @@ let made = new Map();
 
 export function setUpTranscribe() {
   source = sourceOf("transcribe-source", { label: "A recording to transcribe" });
-  source.on("change", ({ blob }) => (blob ? transcribe() : clear()));
+  source.on("change", ({ blob }) => (blob ? transcribe() : running?.live || clear()));
   source.on("begin", listen);
   source.on("problem", (text) => show(get("transcribe-problem"), text));
   for (const button of document.querySelectorAll("[data-format]")) {
     button.addEventListener("click", () => save(button.dataset.format));
   }
   get("transcribe-copy").addEventListener("click", async () => {
-    await navigator.clipboard?.writeText(get("transcribe-text").textContent);
+    await navigator.clipboard.writeText(get("transcribe-text").textContent);
     show(get("transcribe-note"), "Copied.");
   });
+  // An insecure page may not write to the clipboard.
+  get("transcribe-copy").hidden = !navigator.clipboard;
   setState("empty");
 }
 
@@ -47,9 +49,10 @@ export function configureTranscribe(config) {
 /** A sample is said by the server first. */
 async function sample(text) {
   show(get("transcribe-problem"), "");
-  setState("busy");
+  clear();
+  setState("sample");
   try {
-    source.set(await speechOf(text), `${text}.wav`);
+    source.set(await speechOf(text), text);
   } catch (error) {
     fail(error);
   }
@@ -205,7 +208,8 @@ async function save(format) {
 function setState(state) {
   get("transcribe").dataset.state = state;
   get("transcribe-empty").hidden = state !== "empty";
-  get("transcribe-busy").hidden = state !== "busy";
+  const texts = { busy: "Transcribing", sample: "The server says the sample" };
+  show(get("transcribe-busy"), texts[state]);
   get("transcribe-listening").hidden = state !== "listening";
   get("transcribe-tools").hidden = state !== "done";
   get("transcribe-text").setAttribute("aria-busy", String(state === "busy"));

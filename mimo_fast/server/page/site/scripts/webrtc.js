@@ -3,8 +3,8 @@
 import { ask } from "./api.js";
 import { Emitter } from "./emitter.js";
 import { Listener } from "./microphone.js";
+import { settings } from "./settings.js";
 
-const GATHERING = 1500; // ms that are waited for the addresses of this machine
 const SPEAKS = 0.004; // root mean square of a voice
 
 /**
@@ -13,13 +13,16 @@ const SPEAKS = 0.004; // root mean square of a voice
  */
 export class WebRtcTransport extends Emitter {
   kind = "WebRTC";
+  isCounted = true;
   dropped = 0;
   #peer = null;
   #channel = null;
   #listener = null;
+  #sender = null;
   #element = null;
   #item = null;
   #done = false;
+  #started = false;
   #heardMs = 0;
   #quiet = 0;
   #durations = new Map();
@@ -35,8 +38,8 @@ export class WebRtcTransport extends Emitter {
   async connect() {
     const peer = (this.#peer = new RTCPeerConnection({ iceServers: this.iceServers }));
     const track = this.stream?.getAudioTracks()[0];
-    if (track) peer.addTrack(track, this.stream);
-    else peer.addTransceiver("audio", { direction: "recvonly" });
+    // Sent both ways even without a microphone: one may be added while they talk.
+    this.#sender = peer.addTransceiver(track ?? "audio", { direction: "sendrecv" }).sender;
     peer.ontrack = ({ track: remote, streams }) => this.#play(streams[0] ?? new MediaStream([remote]));
     const channel = (this.#channel = peer.createDataChannel("oai-events"));
     const begun = new Promise((resolve, reject) => {
@@ -51,8 +54,9 @@ export class WebRtcTransport extends Emitter {
         if (["failed", "closed"].includes(peer.connectionState)) this.#lost(reject);
       };
     });
+    begun.catch(() => {});
+    // The server needs none of this machine's addresses, so nobody waits for them.
     await peer.setLocalDescription(await peer.createOffer());
-    await gathered(peer);
     const path = `v1/realtime/calls?model=${encodeURIComponent(this.model)}`;
     const text = peer.localDescription.sdp;
     const answer = await ask(path, { method: "POST", text, type: "application/sdp" });
@@ -62,6 +66,12 @@ export class WebRtcTransport extends Emitter {
 
   send(event) {
     if (this.#channel?.readyState === "open") this.#channel.send(JSON.stringify(event));
+  }
+
+  /** A microphone that was added later. */
+  use(stream) {
+    this.stream = stream;
+    this.#sender?.replaceTrack(stream.getAudioTracks()[0]);
   }
 
   /** The track carries it. */
@@ -105,19 +115,20 @@ export class WebRtcTransport extends Emitter {
     // Chromium decodes a remote track only where an element plays it.
     this.#element = new Audio();
     this.#element.srcObject = stream;
+    this.#element.setSinkId?.(settings.get("speaker")).catch(() => {});
     this.#element.play().catch(() => {});
     this.#listener = new Listener(this.context, stream, (block) => this.#heard(block));
   }
 
   #heard({ pcm, level, time }) {
     if (!this.#item) return;
-    if (!this.#heardMs && level < SPEAKS) return;
+    if (!this.#heardMs && level < SPEAKS && !this.#started) return;
     if (!this.#heardMs) this.emit("begun", this.#item);
     this.#heardMs += 32;
     this.#quiet = level < SPEAKS ? this.#quiet + 32 : 0;
     const news = { id: this.#item, ms: this.#heardMs, buffered: 0, missed: 0, level, pcm, time };
     this.emit("heard", news);
-    if (this.#done && this.#quiet > 640) this.#end();
+    if (this.#done && this.#quiet > 320) this.#end();
   }
 
   #end() {
@@ -125,7 +136,7 @@ export class WebRtcTransport extends Emitter {
     this.#item = null;
     this.#heardMs = 0;
     this.#quiet = 0;
-    this.#done = false;
+    this.#done = this.#started = false;
     if (id) this.emit("over", id);
   }
 
@@ -135,21 +146,14 @@ export class WebRtcTransport extends Emitter {
       this.#item = event.item.id;
     } else if (event.type === "response.done") {
       this.#done = true;
+    } else if (event.type === "output_audio_buffer.started") {
+      this.#started = true;
     } else if (event.type === "output_audio_buffer.stopped") {
       this.emit("event", event);
-      this.#end();
+      // What the browser holds back is heard a moment later.
+      this.#done = true;
       return;
     }
     this.emit("event", event);
   }
-}
-
-function gathered(peer) {
-  if (peer.iceGatheringState === "complete") return Promise.resolve();
-  return new Promise((resolve) => {
-    peer.addEventListener("icegatheringstatechange", () => {
-      if (peer.iceGatheringState === "complete") resolve();
-    });
-    setTimeout(resolve, GATHERING);
-  });
 }

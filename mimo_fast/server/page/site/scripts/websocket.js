@@ -3,7 +3,7 @@
 import { protocols, socketAddress } from "./api.js";
 import { fromBase64, RATE, toBase64 } from "./audio.js";
 import { Emitter } from "./emitter.js";
-import { Player } from "./player.js";
+import { makePlayer } from "./player.js";
 
 const MOST_WAITING = 1 << 20; // bytes: two dozen seconds of audio
 
@@ -20,7 +20,7 @@ export class WebSocketTransport extends Emitter {
     super();
     this.model = model;
     this.dropped = 0;
-    this.player = new Player(context);
+    this.player = makePlayer(context);
     for (const name of ["begun", "heard", "over"]) {
       this.player.on(name, (value) => this.emit(name, value));
     }
@@ -69,7 +69,10 @@ export class WebSocketTransport extends Emitter {
     return this.#queued.get(id) ?? 0;
   }
 
+  /** The page sends what it hears; these are for a transport that has a track. */
   mute() {}
+
+  use() {}
 
   close() {
     this.player.close();
