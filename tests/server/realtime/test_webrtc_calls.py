@@ -179,6 +179,7 @@ def test_a_caller_clears_what_is_played(server: Running) -> None:
     run(talk())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("whole")
 def test_two_calls_at_once_hear_their_own_answers(server: Running, words: Any) -> None:
     answers = {SEA: "the sea is blue", "what is three plus four": "seven"}
@@ -415,6 +416,7 @@ def test_ice_servers_are_those_of_the_settings(serve: Any, monkeypatch: Any) -> 
     assert (both[1].username, both[1].credential) == ("u", "p")
 
 
+@pytest.mark.slow
 def test_a_turn_by_hand(server: Running) -> None:
     async def talk() -> None:
         async with caller(server) as call:
