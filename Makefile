@@ -6,9 +6,9 @@ READY := .venv/ready
 PYTEST := $(BIN)/python -m pytest
 # Two processes; one that is done takes over tests of the other.
 WORKERS := -n 2 --dist worksteal
-# Triton's interpreter is chosen when Triton is imported, and stock clients have an environment of their own, so those
-# tests run by themselves.
-APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients
+# Triton's interpreter is chosen when Triton is imported, and stock clients and what drives a browser have environments of
+# their own, so those tests run by themselves.
+APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients tests/server/browser
 
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
@@ -17,8 +17,10 @@ export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none
 OLDEST := .venv/oldest-triton
 # Pipecat and LiveKit pin other versions than this package does: an environment of their own.
 CLIENTS := .venv/clients
+# What drives Chromium for the tests of the server's page, and what they run inside of it.
+BROWSER := .venv/browser
 
-.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients browser pictures clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -32,7 +34,7 @@ bench: $(READY)
 test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients browser) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
@@ -41,10 +43,12 @@ kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
 aarch64: $(READY)
 	$(BIN)/python tests/kernels/cpu/run_kernels.py --machine aarch64 --compiler aarch64-linux-gnu-g++ --run qemu-aarch64 neon portable
 
-# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, at the pace that the machine allows.
-soak: $(READY)
+# 10,000 requests, an hour of realtime sessions and killed clients against a server of nano, and an hour of talk in a page, at
+# the pace that the machine allows.
+soak: $(READY) $(BROWSER)/ready
 	$(BIN)/python -m benchmarks robustness --only "3 hours" -o benchmarks/results/$(shell date +%F)-robustness-soak.json
 	$(BIN)/python -m benchmarks serving -o benchmarks/results/$(shell date +%F)-serving.json
+	$(BIN)/python -m benchmarks page -o benchmarks/results/$(shell date +%F)-page.json
 
 # The small pair, trained from nothing; needs the Debian packages flite, festival, festvox-kdlpc16k and espeak-ng. An interrupted run goes on.
 nano: $(READY)
@@ -97,6 +101,21 @@ $(CLIENTS)/ready: $(READY) .ci/clients.txt
 	rm -rf $(CLIENTS)
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile -r .ci/clients.txt
+	touch $@
+
+# The server's page in Chromium: skipped where there is none; needs the Debian package chromium, and npm for axe-core.
+browser: $(BROWSER)/ready
+	$(PYTEST) tests/server/browser
+
+# Pictures of the page in each state for docs/pictures; needs what `make browser` needs.
+pictures: $(BROWSER)/ready
+	$(BIN)/python tests/server/browser/pictures.py docs/pictures
+
+$(BROWSER)/ready: $(READY) .ci/browser.txt tests/server/browser/package-lock.json
+	rm -rf $(BROWSER)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --target $(BROWSER) -r .ci/browser.txt
+	cp tests/server/browser/package*.json $(BROWSER)
+	npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(BROWSER)
 	touch $@
 
 $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)

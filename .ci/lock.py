@@ -1,17 +1,18 @@
-"""Writes requirements.lock and .ci/clients.txt: each file that is installed, with its hash.
+"""Writes requirements.lock, .ci/clients.txt and the like: each file that is installed, with its hash.
 
     python3.11 .ci/lock.py            what `make test` installs
     python3.11 .ci/lock.py clients    what `make clients` installs
+    python3.11 .ci/lock.py browser    what `make browser` installs
 
-Both need a network; pip is the only client.
+They need a network; pip is the only client.
 
 pip resolves `.[dev]` and what builds the package, in the versions of constraints.txt, and names the
 file of each. The hashes hold for this interpreter's version on this platform, which the first line
 states: elsewhere `make` installs by constraints.txt alone. torch is left out: one version has CPU
 and CUDA builds, in different indexes, and so no one hash; constraints.txt pins its version.
 
-The clients of .ci/clients.in are resolved for this interpreter, and have the hashes of every Python
-that is supported, on this platform.
+What has an environment of its own is named in .ci/NAME.in. It is resolved for this interpreter, and
+has the hashes of every Python that is supported, on this platform.
 """
 
 import json
@@ -27,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WITHOUT = {"torch", "mimo-fast"}
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}-{sysconfig.get_platform()}"
 
-CLIENTS = ROOT / ".ci" / "clients.in"
 UNUSED = {"docopt", "llvmlite", "numba", "resampy"}
 """What the clients name and never import here: half of their bytes, and one without a wheel."""
 
@@ -65,8 +65,10 @@ def lock_tests() -> None:
     (ROOT / "requirements.lock").write_text("".join(lines), encoding="utf-8")
 
 
-def lock_clients() -> None:
-    found = resolved("--no-binary", "docopt", "-r", str(CLIENTS))
+def lock_apart(name: str) -> None:
+    """Writes .ci/NAME.txt from .ci/NAME.in."""
+    wanted = ROOT / ".ci" / f"{name}.in"
+    found = resolved("--no-binary", "docopt", "-r", str(wanted))
     pins = [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED]
     digests: dict[str, set[str]] = {pin: set() for pin in pins}
     for python in PYTHONS:
@@ -74,14 +76,14 @@ def lock_clients() -> None:
         for each in resolved(*there, *pins):
             digests[pin_of(each)].add(digest_of(each))
     lines = [
-        "# Written by .ci/lock.py from .ci/clients.in.\n",
+        f"# Written by .ci/lock.py from .ci/{name}.in.\n",
         f"# For Python {', '.join(PYTHONS)} on {sysconfig.get_platform()}.\n",
     ]
     for pin in pins:
         hashes = "".join(f" \\\n    --hash={digest}" for digest in sorted(digests[pin]))
         lines.append(f"{pin}{hashes}\n")
-    CLIENTS.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+    wanted.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    lock_clients() if sys.argv[1:] == ["clients"] else lock_tests()
+    lock_apart(sys.argv[1]) if sys.argv[1:] else lock_tests()

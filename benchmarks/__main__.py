@@ -8,6 +8,7 @@ python -m benchmarks profile                              an audio group's time,
 python -m benchmarks --compare HEAD~1 --op '*.qkv'        faster than that commit?
 python -m benchmarks robustness                           words wrong in recordings as they are
 python -m benchmarks serving                              make soak: a server after hours of use
+python -m benchmarks page                                 make soak: the page after an hour of talk
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -23,6 +24,7 @@ from benchmarks import (
     compare,
     e2e,
     ops,
+    page,
     profile,
     report,
     robustness,
@@ -39,6 +41,7 @@ COMMANDS = {
     "compare": (compare, "the working tree against another commit; --compare REF is the same"),
     "robustness": (robustness, "words wrong in quiet, noisy and long recordings"),
     "serving": (serving, "make soak: a server's memory, threads and files after hours of use"),
+    "page": (page, "make soak: memory of the page and its server after an hour of talk"),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

@@ -1,6 +1,7 @@
 """What CI installs is pinned by version and hash, what builds the package included."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -105,26 +106,45 @@ def test_make_installs_by_it():
     assert ".ci/install $(BIN)/python" in makefile
 
 
-CLIENTS = re.compile(r"(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
+APART = ("clients", "browser")
+"""What has an environment of its own."""
+
+PIN = re.compile(r"(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
 
 
-def test_stock_clients_are_pinned_and_locked():
+@pytest.mark.parametrize("name", APART)
+def test_what_lies_apart_is_pinned_and_locked(name):
     wanted = {
         canonicalize_name(requirement.name): str(requirement.specifier).removeprefix("==")
-        for requirement in map(Requirement, lines(".ci/clients.in"))
+        for requirement in map(Requirement, lines(f".ci/{name}.in"))
     }
-    text = (ROOT / ".ci" / "clients.txt").read_text(encoding="utf-8")
-    found = CLIENTS.findall(text)
+    text = (ROOT / ".ci" / f"{name}.txt").read_text(encoding="utf-8")
+    found = PIN.findall(text)
     locked_text = "".join(f"{name}=={version}{hashes}\n" for name, version, hashes in found)
     assert locked_text == re.sub(r"(?m)^#.*\n", "", text), "each line is one version and its hashes"
+    assert wanted
     assert wanted.items() <= {canonicalize_name(name): each for name, each, _ in found}.items()
-    assert wanted["openai"] == pins(lines("constraints.txt"))["openai"]
+    if name == "clients":
+        assert wanted["openai"] == pins(lines("constraints.txt"))["openai"]
 
 
-def test_stock_clients_have_what_they_are_locked_for():
-    text = (ROOT / ".ci" / "clients.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", APART)
+def test_what_lies_apart_has_what_it_is_locked_for(name):
+    text = (ROOT / ".ci" / f"{name}.txt").read_text(encoding="utf-8")
     pythons = re.search(r"# For Python (.*) on linux-x86_64", text)[1].split(", ")
     least, limit = map(int, re.findall(r"3\.(\d+)", PROJECT["project"]["requires-python"]))
     assert pythons == [f"3.{minor}" for minor in range(least, limit)]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"(?m)^\t\$\(CLIENTS\)/bin/python -m pip install .*--require-hashes", makefile)
+    assert re.search(rf"(?m)^\t.* -m pip install .*--require-hashes .*\.ci/{name}\.txt$", makefile)
+
+
+def test_npm_packages_are_pinned_with_hashes_and_name_no_registry():
+    folder = ROOT / "tests" / "server" / "browser"
+    wanted = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    text = (folder / "package-lock.json").read_text(encoding="utf-8")
+    packages = json.loads(text)["packages"]
+    top = packages.pop("")
+    assert top["dependencies"] == wanted
+    assert {name: packages[f"node_modules/{name}"]["version"] for name in wanted} == wanted
+    assert all(each["integrity"].startswith("sha512-") for each in packages.values())
+    assert "resolved" not in text

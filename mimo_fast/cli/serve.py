@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mimo_fast.cli.common import load_model
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError, MimoFastError
-from mimo_fast.server.settings import Settings
+from mimo_fast.server.settings import Settings, is_loopback
 
 MISSING = (
     "the server needs more packages, of which {} is missing: install them with pip install "
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
             raise
         name = (error.name or "").partition(".")[0]
         raise MimoFastError(MISSING.format(name)) from error
+    if settings.self_signed and settings.ssl_certfile is None:
+        settings = _with_certificate(settings)
     check_certificate(settings)
     with listen(settings) as bound:
         url = url_of(bound, settings)
@@ -62,7 +65,18 @@ def _name(args: argparse.Namespace) -> str:
     return NAME if lm.parent == NANO else lm.name
 
 
+def _with_certificate(settings: Settings) -> Settings:
+    """The settings with a certificate of this machine's own."""
+    from mimo_fast.server.certificates import own_names, self_signed
+
+    pair = self_signed(own_names(settings))
+    say(f"self-signed certificate {pair.public}: browsers warn once, and show its SHA-256:")
+    say(f"  {pair.fingerprint}")
+    return replace(settings, ssl_certfile=pair.file, ssl_keyfile=pair.file)
+
+
 def _announce(url: str, name: str, settings: Settings) -> None:
+    say(f"talk to it in a browser:  {url}/")
     say(f"listening on {url} (OpenAI's API: {url}/v1, model {name}); Ctrl-C ends it")
     body = f'{{"model": "{name}", "voice": "alloy", "input": "good morning"}}'
     key = "" if settings.api_key is None else '-H "Authorization: Bearer $MIMO_FAST_API_KEY" '
@@ -71,9 +85,15 @@ def _announce(url: str, name: str, settings: Settings) -> None:
         f"hear it:  curl {insecure}{url}/v1/audio/speech {key}-H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)} -o speech.mp3"
     )
-    if settings.ssl_certfile is None and sys.stderr.isatty():
-        port = url.rpartition(":")[2]
+    if settings.ssl_certfile is not None:
+        return
+    port = url.rpartition(":")[2]
+    host = url.rpartition(":")[0].partition("//")[2]
+    tunnel = f"ssh -N -L {port}:{host}:{port} THIS-MACHINE"
+    if not is_loopback(settings.host):
         say(
-            "from another machine, whose browser gives a microphone to localhost only:  "
-            f"ssh -N -L {port}:127.0.0.1:{port} THIS-MACHINE"
+            "without https the browsers of other machines give this server's page no microphone "
+            f"(they do on localhost): start it with --self-signed, or run there:  {tunnel}"
         )
+    elif sys.stderr.isatty():
+        say("from another machine, whose browser gives a microphone to localhost only:  " + tunnel)

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mimo_fast.errors import ConfigError
-from mimo_fast.server.settings import Settings, option_of, read_bytes, read_time, variable_of
+from mimo_fast.server.settings import (
+    Settings,
+    option_of,
+    read_bytes,
+    read_ice_servers,
+    read_time,
+    variable_of,
+)
 
 GROUPS = {
-    "address": ("host", "port", "ssl_certfile", "ssl_keyfile"),
+    "address": ("host", "port", "ssl_certfile", "ssl_keyfile", "self_signed", "ice_servers"),
     "access": ("api_key", "allowed_origins", "allowed_hosts"),
     "voices": ("voices", "allow_voice_upload"),
     "limits": (
@@ -117,7 +124,7 @@ def _add(group: argparse._ArgumentGroup, each: Field[Any]) -> None:
         group.add_argument(option_of(name), default=None, **options)
         return
     if isinstance(each.default, tuple):
-        options |= {"metavar": "A,B"}
+        options |= {"metavar": "JSON" if each.metadata.get("unit") == "ice" else "A,B"}
     else:
         options |= {"metavar": _metavar(each)}
     # A text as default is read like one that is given, and only if this command is.
@@ -151,10 +158,13 @@ def _reader(each: Field[Any]) -> Callable[[str], Any]:
                 return read_bytes(text)
             if each.metadata.get("unit") == "time":
                 return read_time(text)
+            if each.metadata.get("unit") == "ice":
+                return read_ice_servers(text)
             if isinstance(each.default, int | float):
                 return type(each.default)(text)
         except ValueError as error:
             kind = {"bytes": "a size such as 25M", "time": "a time such as 5m"}
+            kind |= {"ice": "JSON, or addresses with commas"}
             wanted = kind.get(each.metadata.get("unit", ""), "a number")
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text:.40}") from error
         if isinstance(each.default, tuple):

@@ -6,6 +6,7 @@ Records -> CORS -> Errors -> Guard -> Bounds -> route -> endpoint -> Service
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,17 +14,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.server.chat import chat
+from mimo_fast.server.client_secrets import ClientSecrets
+from mimo_fast.server.conversions import conversions
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.health import health, ready, root
+from mimo_fast.server.health import health, ready
 from mimo_fast.server.keeping import Keeper, free_model, list_loaded
-from mimo_fast.server.limits import SESSION_WAIT, Bounds, Places, Session
+from mimo_fast.server.limits import SESSION_WAIT, Bounds, Live, Places
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
-from mimo_fast.server.realtime import realtime
+from mimo_fast.server.page import page, page_config, static_files
+from mimo_fast.server.realtime import create_call, create_secret, hang_up, realtime
 from mimo_fast.server.records import Errors, Records
 from mimo_fast.server.security import Guard
 from mimo_fast.server.service import Service
@@ -33,7 +37,10 @@ from mimo_fast.server.transcriptions import transcriptions
 from mimo_fast.server.voices import Voices, add_voice, list_voices
 
 COMPUTING = frozenset(
-    {"/v1/audio/speech", "/v1/audio/transcriptions", "/v1/chat/completions", "/v1/audio/voices"}
+    {
+        *("/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/conversions"),
+        *("/v1/chat/completions", "/v1/audio/voices"),
+    }
 )
 """Paths whose POST requests take one of the places for requests."""
 
@@ -55,7 +62,8 @@ def create_app(
         metrics: `Metrics`.
         keeper: `Keeper`.
         requests, sessions: `Places` of requests that compute and of WebSockets.
-        live: the WebSockets that are open.
+        live: the WebSockets that are open, and the WebRTC calls, which `calls` has by their ids.
+        client_secrets: `ClientSecrets`.
         stopping: whether new work is refused.
     """
     settings = settings or Settings()
@@ -63,7 +71,7 @@ def create_app(
     requests = Places(settings.max_requests, settings.queue_seconds, "places for requests")
     waits = min(SESSION_WAIT, settings.queue_seconds)
     sessions = Places(settings.max_sessions, waits, "places for sessions")
-    routes = _routes()
+    routes, secrets = _routes(), ClientSecrets()
     paths = frozenset(getattr(route, "path", "") for route in routes)
     front = [Middleware(Records, settings=settings, metrics=metrics, paths=paths)]
     if settings.allowed_origins:
@@ -73,12 +81,12 @@ def create_app(
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id"],
+                expose_headers=["x-request-id", "location"],
             )
         )
     front += [
         Middleware(Errors, metrics=metrics),
-        Middleware(Guard, settings=settings),
+        Middleware(Guard, settings=settings, secrets=secrets),
         Middleware(
             Bounds, settings=settings, requests=requests, sessions=sessions, computing=COMPUTING
         ),
@@ -92,7 +100,8 @@ def create_app(
     state.service, state.settings, state.voices = service, settings, Voices(settings.voices)
     state.metrics, state.requests, state.sessions = metrics, requests, sessions
     state.keeper = Keeper(service, load if settings.keep_alive >= 0 else None, settings.keep_alive)
-    state.live, state.stopping, state.probe = set[Session](), False, None
+    state.calls, state.client_secrets = dict[str, Any](), secrets
+    state.live, state.stopping, state.probe = set[Live](), False, None
     service.worker.meter = metrics.speech
     _show(metrics, app)
     return app
@@ -100,7 +109,9 @@ def create_app(
 
 def _routes() -> list[BaseRoute]:
     return [
-        Route("/", root),
+        Route("/", page),
+        Mount("/static", static_files),
+        Route("/page/config", page_config),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", show_metrics),
@@ -115,8 +126,12 @@ def _routes() -> list[BaseRoute]:
         Route("/v1/audio/speech", speech, methods=["POST"]),
         WebSocketRoute("/v1/audio/speech/stream", speech_stream),
         Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+        Route("/v1/audio/conversions", conversions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         WebSocketRoute("/v1/realtime", realtime),
+        Route("/v1/realtime/calls", create_call, methods=["POST"]),
+        Route("/v1/realtime/calls/{id}/hangup", hang_up, methods=["POST"]),
+        Route("/v1/realtime/client_secrets", create_secret, methods=["POST"]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`/health`: the server lives. `/ready`: it can take work. `/`: what it is."""
+"""`/health`: the server lives. `/ready`: it can take work."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import asyncio
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from mimo_fast import __version__
 from mimo_fast.server.errors import ApiError
 
 ANSWER = 10.0
 """Seconds within which the compute thread takes a call, if it works: far more than a step takes."""
-
-
-async def root(request: Request) -> Response:
-    return PlainTextResponse(
-        f"mimo-fast {__version__}: the OpenAI API's speech endpoints are under /v1\n"
-    )
 
 
 async def health(request: Request) -> Response:

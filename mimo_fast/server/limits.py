@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -194,6 +194,19 @@ class ClientGone(Exception):
     """The client left before it had an answer."""
 
 
+class Live(Protocol):
+    """Somebody who talks to the server, and is told when it stops."""
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing has been sent for a moment."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends it."""
+        ...
+
+
 class Session:
     """A WebSocket of an endpoint, which ends between two replies when the server stops."""
 
@@ -203,7 +216,7 @@ class Session:
         self._open = self._over = False
 
     async def run(self) -> None:
-        live: set[Session] = self._scope["app"].state.live
+        live: set[Live] = self._scope["app"].state.live
         live.add(self)
         try:
             await self._app(self._scope, self._receive, self._sending)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mimo_fast.server.client_secrets import PREFIX, ClientSecrets, opens
 from mimo_fast.server.errors import ApiError, full
 from mimo_fast.server.settings import Settings, is_loopback
 
@@ -34,10 +35,14 @@ class Guard:
     A name in the Host header that is not the server's own is refused, or a web page could reach a
     local server by a name of its own that resolves to this machine. An Origin other than the
     server's and those of the settings is refused, or any page could use a server without a key.
+    A client secret is a key for realtime sessions, which find it in `scope["client_secret"]`.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, secrets: ClientSecrets | None = None
+    ) -> None:
         self._app = app
+        self._secrets = ClientSecrets() if secrets is None else secrets
         self._key = None if settings.api_key is None else _digest(settings.api_key)
         self._origins = frozenset(origin.lower() for origin in settings.allowed_origins)
         self._hosts = _hosts(settings)
@@ -71,12 +76,29 @@ class Guard:
         is_open = path in OPEN or path.startswith(STATIC)
         if wait := 0.0 if is_open else self._rates.wait(client[0] if client else ""):
             raise full("too many requests: slow down, or raise --max-rate", wait)
-        if self._key is not None and not is_open:
-            given = _given_key(headers)
+        given = "" if is_open else _given_key(headers)
+        if given.startswith(PREFIX) and not self._is_key(given):
+            self._let_in(scope, given)
+        elif self._key is not None and not is_open:
             if not given:
                 raise _wrong_key("no key was given: send the header 'Authorization: Bearer KEY'")
-            if not hmac.compare_digest(_digest(given), self._key):
+            if not self._is_key(given):
                 raise _wrong_key("the key is not this server's")
+
+    def _is_key(self, given: str) -> bool:
+        return self._key is not None and hmac.compare_digest(_digest(given), self._key)
+
+    def _let_in(self, scope: Scope, given: str) -> None:
+        secret = self._secrets.find(given)
+        if secret is None:
+            raise _wrong_key("there is no such client secret, or it has expired: ask for another")
+        if not opens(scope["path"]):
+            raise ApiError(
+                "a client secret opens realtime sessions and nothing else: use the server's key",
+                403,
+                "client_secret_scope",
+            )
+        scope["client_secret"] = secret
 
     def _allows(self, scope: Scope, origin: str, host: str) -> bool:
         if "*" in self._origins or origin in self._origins:

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mimo_fast.errors import ConfigError, MimoFastError
-from mimo_fast.server.limits import Session
+from mimo_fast.server.limits import Live
 from mimo_fast.server.logs import log
 from mimo_fast.server.memory import Trimmer
 from mimo_fast.server.protocols import WebSocket, http_protocol
@@ -91,7 +91,7 @@ def url_of(bound: socket.socket, settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def stop_sessions(sessions: Iterable[Session]) -> None:
+async def stop_sessions(sessions: Iterable[Live]) -> None:
     """Tells sessions to go, all at once; one that does not read is left after a moment."""
     telling = [asyncio.create_task(session.stop()) for session in [*sessions]]
     if telling:
@@ -152,8 +152,10 @@ class Server(uvicorn.Server):
         await stop_sessions(state.live)
         for connection in [*self.server_state.connections]:
             # One that does not read would be waited for.
-            if connection.transport.get_write_buffer_size():
-                connection.transport.abort()
+            transport = connection.transport
+            # One of https that is closed has no buffer left to ask for.
+            if not transport.is_closing() and transport.get_write_buffer_size():
+                transport.abort()
         self._trimming.cancel()
         await super().shutdown(sockets)
         log("stopped")

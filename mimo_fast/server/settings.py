@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,6 +15,9 @@ from mimo_fast.errors import ConfigError
 MIB = 1 << 20
 SUFFIXES = {"k": 1 << 10, "m": MIB, "g": 1 << 30}
 LEVELS = ("debug", "info", "warning", "error")
+
+
+ICE_URL = re.compile(r"(stun|turns?):[^\s/?#@,]+(\?transport=(udp|tcp))?")
 
 
 def _about(help: str, **rules: Any) -> dict[str, Any]:
@@ -77,6 +82,15 @@ class Settings:
     allowed_hosts: tuple[str, ...] = field(
         default=(), metadata=_about("names that this server is reached by")
     )
+    ice_servers: tuple[dict[str, Any], ...] = field(
+        default=(),
+        metadata=_about(
+            "STUN and TURN servers of WebRTC calls from other networks: JSON, or addresses such as "
+            "stun:stun.example:3478",
+            unit="ice",
+            secret=True,
+        ),
+    )
     log_words: bool = field(default=False, metadata=_about("log what users say and hear"))
     log_level: str = field(
         default="info", metadata=_about("least severity that is logged", choices=LEVELS)
@@ -95,6 +109,11 @@ class Settings:
         default=None, metadata=_about("private key of the certificate")
     )
 
+    self_signed: bool = field(
+        default=False,
+        metadata=_about("https with a certificate that this machine makes for itself, and keeps"),
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata)
@@ -105,6 +124,8 @@ class Settings:
                 f"{self.host:.100} is reachable from other machines: set a key with --api-key or "
                 "MIMO_FAST_API_KEY, or listen on 127.0.0.1"
             )
+        for server in self.ice_servers:
+            _check_ice_server(server)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("https needs both --ssl-certfile and --ssl-keyfile")
         for name in ("ssl_certfile", "ssl_keyfile"):
@@ -154,6 +175,40 @@ def read_time(text: str) -> float:
     """A duration in seconds: "5m", "90s", "1h", "0", "-1" for ever."""
     factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:].lower())
     return float(text) if factor is None else float(text[:-1]) * factor
+
+
+def read_ice_servers(text: str) -> tuple[dict[str, Any], ...]:
+    """ICE servers: JSON of `RTCIceServer` objects, or their addresses with commas between them.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not text.strip().startswith(("[", "{")):
+        addresses = filter(None, (part.strip() for part in text.split(",")))
+        return tuple({"urls": [address]} for address in addresses)
+    found = json.loads(text)
+    servers = found if isinstance(found, list) else [found]
+    if not all(isinstance(server, dict) for server in servers):
+        raise ValueError("not a list of objects")
+    return tuple(servers)
+
+
+def _check_ice_server(server: dict[str, Any]) -> None:
+    urls = server.get("urls")
+    for url in urls if isinstance(urls, list) else [urls]:
+        if not isinstance(url, str) or not ICE_URL.fullmatch(url):
+            raise ConfigError(
+                f"--ice-servers: {url!s:.100} is not like stun:stun.example:3478 or "
+                "turn:turn.example:3478?transport=udp"
+            )
+        named = all(isinstance(server.get(name), str) for name in ("username", "credential"))
+        if url.startswith("turn") and not named:
+            raise ConfigError(
+                f"--ice-servers: {url:.100} needs a name and a password: give JSON such as "
+                '[{"urls": "turn:turn.example:3478", "username": "u", "credential": "p"}]'
+            )
+    if unknown := set(server) - {"urls", "username", "credential"}:
+        raise ConfigError(f"--ice-servers: there is no field {min(unknown):.40}")
 
 
 def _host(origin: str) -> str:

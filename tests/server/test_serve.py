@@ -62,6 +62,11 @@ VALUES = {
         ("https://a.example", "https://b.example"),
     ),
     "allowed_hosts": ("a.example", ("a.example",)),
+    "ice_servers": (
+        "stun:a.example, stun:b.example:3478",
+        ({"urls": ["stun:a.example"]}, {"urls": ["stun:b.example:3478"]}),
+    ),
+    "self_signed": ("1", True),
     "log_words": ("yes", True),
     "log_level": ("error", "error"),
     "keep_alive": ("5m", 300.0),
@@ -166,11 +171,27 @@ def test_a_flag_in_the_environment_is_yes_or_no(monkeypatch):
         ({"queue_seconds": float("inf")}, "--queue-seconds must be a finite"),
         ({"log_level": "loud"}, "--log-level must be one of"),
         ({"allow_voice_upload": True}, "--voices DIR"),
+        ({"ice_servers": ({"urls": "http://a.example"},)}, "--ice-servers: http://a.example is"),
+        ({"ice_servers": ({},)}, "--ice-servers: None is not like stun:"),
+        ({"ice_servers": ({"urls": ["turn:a.example"]},)}, "needs a name and a password"),
+        ({"ice_servers": ({"urls": "stun:a", "url": ""},)}, "--ice-servers: there is no field url"),
     ],
 )
 def test_values_out_of_range_are_refused(options, problem):
     with pytest.raises(ConfigError, match=re.escape(problem)):
         Settings(**options)
+
+
+def test_ice_servers_are_json_or_addresses(monkeypatch, capsys):
+    turn = {"urls": "turn:a.example?transport=udp", "username": "u", "credential": "p,q"}
+    for given in (turn, [turn]):
+        assert parsed("--ice-servers", json.dumps(given)) == Settings(ice_servers=(turn,))
+    monkeypatch.setenv("MIMO_FAST_ICE_SERVERS", json.dumps([turn]))
+    assert parsed() == Settings(ice_servers=(turn,))
+    for wrong in ("[", "[1]", "{"):
+        with pytest.raises(SystemExit):
+            parsed("--ice-servers", wrong)
+        assert "must be JSON, or addresses with commas" in capsys.readouterr().err
 
 
 def test_files_that_are_missing_are_named(tmp_path):

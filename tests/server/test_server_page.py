@@ -115,6 +115,8 @@ def test_the_examples_do_what_the_page_says(examples, folder):
     assert " ".join(text.split()) == "what color is the sea the dog is big and black"
     assert printed("stream=True):") == "what is three plus four"
     assert printed("chat.wav").split() == ["seven", "saturday"]
+    assert printed("/v1/audio/conversions") == ""
+    assert heard(folder / "converted.wav") == "the sea is blue"
     printed("audio_sample")
     assert "Anna Example agreed" in (folder / "voices" / "anna.txt").read_text(encoding="utf-8")
     assert not examples

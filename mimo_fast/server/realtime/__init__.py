@@ -1,11 +1,15 @@
 """Realtime sessions: speech in and out over one connection.
 
-openai.py    the wire: GA events over a WebSocket      config.py  events.py
+sockets.py   carries events over a WebSocket           client_secrets.py
+calls.py     WebRTC calls: their endpoints             peer.py  speaker.py
+openai.py    the wire: GA events                       config.py  events.py
 dialogue.py  the session core, which knows no wire: turns, speculation, barge-in, items
 hearing.py   audio in -> where somebody speaks         sound.py   bytes <-> samples
 mind.py      what is computed with the model           items.py   the conversation
 """
 
-from mimo_fast.server.realtime.openai import realtime
+from mimo_fast.server.realtime.calls import create_call, hang_up
+from mimo_fast.server.realtime.client_secrets import create_secret
+from mimo_fast.server.realtime.sockets import realtime
 
-__all__ = ["realtime"]
+__all__ = ["create_call", "create_secret", "hang_up", "realtime"]

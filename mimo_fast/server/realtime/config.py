@@ -147,7 +147,10 @@ class Config:
         param = f"session.{name}"
         if name == "model":
             return self._model(value, param)
-        if name in ("prompt", "tracing", "reasoning", "include"):
+        if name == "tracing":
+            # Stock clients ask for it by themselves; nothing is traced, as the null says.
+            return None
+        if name in ("prompt", "reasoning", "include"):
             if value:
                 raise refusal(f"this server has no {name}: leave {param} out", param)
             return None

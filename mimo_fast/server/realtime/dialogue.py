@@ -12,7 +12,7 @@ that of `Service.worker`. A dialect implements `Wire` and calls `Dialogue`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -244,9 +244,8 @@ class Dialogue:
             self._turn_id = new_id("item")
             self._stop_idling()
             self._wire.speech_started(self._turn_id, mark.at_ms)
-            if self.turns.interrupts and self._speaking.active is not None:
-                self._interrupted = self._speaking.active, self._speaking.active.played_ms
-                self._speaking.end(self._speaking.active, "cancelled", "turn_detected")
+            if self.turns.interrupts:
+                self._interrupt()
         elif mark.change is Change.PAUSED:
             free = self._speaking.active is None and mark.seconds <= EARLY
             if self.turns.answers and free:
@@ -258,6 +257,22 @@ class Dialogue:
             self._commit(mark, self._turn_id)
             if self.turns.answers:
                 self._answer_turn(spoken_to=True)
+
+    def _interrupt(self) -> None:
+        cut = self._wire.silence()
+        active = self._speaking.active
+        if active is not None:
+            if not any(each is active for each, _ in cut):
+                # Until the client says better.
+                self._interrupted = active, active.played_ms
+            self._speaking.end(active, "cancelled", "turn_detected")
+        self.forget_unheard(cut)
+
+    def forget_unheard(self, cut: Iterable[tuple[Response, float]]) -> None:
+        """Cuts replies that have ended to the milliseconds of them that were heard."""
+        for response, ms in cut:
+            if response.begun and not response.aside:
+                self._cut(response.item, response.ask.reply, ms)
 
     def _begin_early(self, mark: Mark) -> None:
         self._forget_guess()

@@ -1,9 +1,9 @@
-"""OpenAI's Realtime protocol in its GA form, over a WebSocket.
+"""OpenAI's Realtime protocol in its GA form, over whatever carries its events.
 
-    client -> _Client.handle -> Dialogue -> Wire (here `_Client`) -> Outbox -> client
+    carrier -> Client.handle -> Dialogue -> Wire (here `Client`) -> Outbox -> carrier
 
-`?intent=transcription` makes a session that only listens. A wrong event is answered by an `error`
-event with its `event_id`, and the session goes on.
+The carriers are a WebSocket (sockets.py) and a WebRTC call (peer.py). A wrong event is answered by
+an `error` event with its `event_id`, and the session goes on.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from starlette.responses import JSONResponse
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mimo_fast.audio.segments import levelled
 from mimo_fast.server.checks import Json, mapping, needed, refusal, text, whole
 from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.logs import log_failure
-from mimo_fast.server.models import check_model
-from mimo_fast.server.realtime.config import TRANSCRIBERS, Config, Kind, check_response
+from mimo_fast.server.realtime.config import Config, Kind, check_response
 from mimo_fast.server.realtime.dialogue import Dialogue
 from mimo_fast.server.realtime.events import (
     Outbox,
@@ -38,10 +34,8 @@ from mimo_fast.server.realtime.events import (
 )
 from mimo_fast.server.realtime.hearing import listening
 from mimo_fast.server.realtime.items import Item, new_id
-from mimo_fast.server.realtime.responses import Response
+from mimo_fast.server.realtime.responses import Manner, Response
 from mimo_fast.server.realtime.sound import Decoder, Format
-from mimo_fast.server.service import Service
-from mimo_fast.server.settings import Settings
 
 MOST_WAITING = 64
 """Events that may wait for a slow reader; then replies pause, and no more is read from it."""
@@ -58,51 +52,46 @@ MOST_APPENDED = 15 * 2**20
 LONGEST_ID = 512
 
 
-async def realtime(websocket: WebSocket) -> None:
-    """The endpoint: `/v1/realtime`."""
-    state = websocket.app.state
-    service, settings = state.service, state.settings
-    listens = websocket.query_params.get("intent") == "transcription"
-    model = websocket.query_params.get("model")
-    try:
-        if model is not None and not (listens and model in TRANSCRIBERS):
-            check_model(service, model)
-    except ApiError as error:
-        await websocket.send_denial_response(JSONResponse({"error": error.body()}, error.status))
-        return
-    await websocket.accept()
-    client = _Client(websocket, service, settings, listens)
-    await client.run()
+class Client:
+    """One session; implements `Wire`. Whatever carries its events feeds `handle` and empties it.
 
+    Args:
+        state: of the application.
+        sessions: updates of its settings.
 
-class _Client:
-    """One connection; implements `Wire`."""
+    Attributes:
+        handlers: What is done with a client's events, by their types.
+        outbox: Events for the client; `news` is set when there are some.
+        left: Whether the client has gone.
 
-    def __init__(
-        self, websocket: WebSocket, service: Service, settings: Settings, listens: bool
-    ) -> None:
-        self._websocket, self._service = websocket, service
-        self._state = websocket.app.state
-        kind: Kind = "transcription" if listens else "realtime"
-        self._longest: int = settings.max_text_chars
-        self.config = Config(kind, new_id("sess"), service.name, self._find_voice, self._longest)
+    Raises:
+        ApiError: a value of them is wrong.
+    """
+
+    def __init__(self, state: Any, kind: Kind, sessions: Iterable[Json] = ()) -> None:
+        self._state, self._service = state, state.service
+        self._longest: int = state.settings.max_text_chars
+        self.config = new_config(state, kind)
+        for session in sessions:
+            self.config.update(session)
         self._conversation = new_id("conv")
-        self._outbox, self._news, self._room = Outbox(), asyncio.Event(), asyncio.Event()
-        self._left = False
-        pipeline = service.model.pipeline
+        self.outbox, self.news, self._room = Outbox(), asyncio.Event(), asyncio.Event()
+        self.left = False
+        pipeline = self._service.model.pipeline
         group = pipeline.codec.config.samples_per_frame * pipeline.lm.config.group_size
         context = pipeline.engine.capacity * group / pipeline.codec.sample_rate
-        self._seconds = min(settings.max_audio_seconds, MOST_TURN, context / 2)
-        self.dialogue = Dialogue(service, self, self._seconds, self.config.id, not listens)
+        self._seconds = min(state.settings.max_audio_seconds, MOST_TURN, context / 2)
+        talks = kind == "realtime"
+        self.dialogue = Dialogue(self._service, self, self._seconds, self.config.id, talks)
         self._apply()
-        self._handlers: dict[str, Callable[[Json], Awaitable[None]]] = {
+        self.handlers: dict[str, Callable[[Json], Awaitable[None]]] = {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
             "input_audio_buffer.commit": self._commit,
-            "input_audio_buffer.clear": self._clear,
+            "input_audio_buffer.clear": self._clear_input,
         }
-        if not listens:
-            self._handlers |= {
+        if talks:
+            self.handlers |= {
                 "conversation.item.create": self._create_item,
                 "conversation.item.retrieve": self._retrieve,
                 "conversation.item.delete": self._delete,
@@ -111,59 +100,51 @@ class _Client:
                 "response.cancel": self._cancel,
             }
 
-    async def run(self) -> None:
-        """Reads until the client leaves; then nothing of it is left."""
-        self._put("session.created", session=self.config.values)
-        writer = asyncio.create_task(self._write())
-        reader = asyncio.create_task(self._read())
-        try:
-            await asyncio.wait([writer, reader], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._left = True
+    async def begin(self) -> None:
+        """Tells the client what its session is."""
+        self.put("session.created", session=self.config.values)
+        await self.dialogue.set_hearing(self.heard_format, self.config.detection)
+
+    @property
+    def heard_format(self) -> Format:
+        """In which the client's audio comes."""
+        return self.config.input_format
+
+    def manner(self, response: Json | None = None) -> Manner:
+        """How a reply is made; see `Config.manner`."""
+        return self.config.manner(response)
+
+    async def close(self) -> None:
+        """Ends all of it; nothing of it is left then."""
+        self.left = True
+        self._room.set()
+        await self.dialogue.close()
+
+    def make_room(self) -> None:
+        """Lets replies go on where few events wait."""
+        if len(self.outbox) < MOST_WAITING:
             self._room.set()
-            for task in (writer, reader):
-                task.cancel()
-            await asyncio.shield(self.dialogue.close())
-            for task in (writer, reader):
-                with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError, OSError):
-                    await task
 
-    async def _read(self) -> None:
-        while True:
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            await self.ready()
-            await self._handle(message)
-
-    async def _write(self) -> None:
-        while True:
-            while self._outbox:
-                await self._websocket.send_text(self._outbox.take())
-                if len(self._outbox) < MOST_WAITING:
-                    self._room.set()
-            self._news.clear()
-            await self._news.wait()
-
-    def _put(self, type: str, **fields: Any) -> None:
-        self._outbox.put(type, **fields)
-        self._news.set()
+    def put(self, type: str, **fields: Any) -> None:
+        self.outbox.put(type, **fields)
+        self.news.set()
 
     async def ready(self) -> None:
-        while len(self._outbox) >= MOST_WAITING and not self._left:
+        while len(self.outbox) >= MOST_WAITING and not self.left:
             self._room.clear()
             await self._room.wait()
 
-    async def _handle(self, message: Any) -> None:
+    async def handle(self, message: str | None) -> None:
+        """Does what an event says; None for a message that is no text."""
         event_id = None
         try:
             event = await self._parsed(message)
             given = event.get("event_id")
             event_id = text(given, "event_id", LONGEST_ID) if given is not None else None
             kind = needed(event, "type")
-            handler = self._handlers.get(kind) if isinstance(kind, str) else None
+            handler = self.handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
-                known = ", ".join(self._handlers)
+                known = ", ".join(self.handlers)
                 given = kind[:80] if isinstance(kind, str) else type(kind).__name__
                 problem = f"there is no event of the type {given!r}; there are {known}"
                 raise refusal(problem, "type")
@@ -175,10 +156,9 @@ class _Client:
             if found.status >= 500:
                 log_failure(error, session=self.config.id)
             fields = error_json(found, event_id)
-            self._put(**fields)
+            self.put(**fields)
 
-    async def _parsed(self, message: Any) -> Json:
-        data = message.get("text")
+    async def _parsed(self, data: str | None) -> Json:
         if data is None:
             raise refusal("events are JSON in text messages, not binary ones", "event")
         try:
@@ -196,17 +176,17 @@ class _Client:
 
     def _apply(self) -> None:
         talks = self.config.kind == "realtime"
-        manner = self.config.manner() if talks else self.dialogue.manner
+        manner = self.manner() if talks else self.dialogue.manner
         self.dialogue.set_manner(manner, self.config.turns)
 
     async def _update(self, event: Json) -> None:
-        before = self.config.input_format
+        before = self.heard_format
         self.config.update(needed(event, "session"))
         self._apply()
-        format = self.config.input_format
+        format = self.heard_format
         changed = format if format is not before else None
         await self.dialogue.set_hearing(changed, self.config.detection)
-        self._put("session.updated", session=self.config.values)
+        self.put("session.updated", session=self.config.values)
 
     async def _append(self, event: Json) -> None:
         audio = needed(event, "audio")
@@ -220,9 +200,9 @@ class _Client:
     async def _commit(self, event: Json) -> None:
         await self.dialogue.commit()
 
-    async def _clear(self, event: Json) -> None:
+    async def _clear_input(self, event: Json) -> None:
         await self.dialogue.clear()
-        self._put("input_audio_buffer.cleared")
+        self.put("input_audio_buffer.cleared")
 
     async def _create_item(self, event: Json) -> None:
         item = await self._item(needed(event, "item"), "item")
@@ -248,7 +228,7 @@ class _Client:
 
     async def _retrieve(self, event: Json) -> None:
         item = self.dialogue.conversation.get(self._id(event))
-        self._put("conversation.item.retrieved", item=item_json(item))
+        self.put("conversation.item.retrieved", item=item_json(item))
 
     async def _delete(self, event: Json) -> None:
         self.dialogue.delete(self._id(event))
@@ -259,14 +239,14 @@ class _Client:
         end = whole(needed(event, "audio_end_ms"), "audio_end_ms", 0, 2**40)
         self.dialogue.truncate(item_id, end)
         fields = {"item_id": item_id, "content_index": index, "audio_end_ms": end}
-        self._put("conversation.item.truncated", **fields)
+        self.put("conversation.item.truncated", **fields)
 
     def _id(self, event: Json) -> str:
         return text(needed(event, "item_id"), "item_id", LONGEST_ID)
 
     async def _respond(self, event: Json) -> None:
         given = check_response(event.get("response"))
-        manner = self.config.manner(given)
+        manner = self.manner(given)
         aside = given.get("conversation") == "none"
         items = given.get("input")
         found = None if items is None else [await self._input(each) for each in items]
@@ -286,75 +266,76 @@ class _Client:
         id = event.get("response_id")
         self.dialogue.cancel(None if id is None else text(id, "response_id", LONGEST_ID))
 
-    def _find_voice(self, name: str) -> Path | None:
-        voice = self._state.voices.find(name)
-        if voice is None:
-            raise KeyError(name)
-        path: Path | None = voice.path
-        return path
-
     # What the client is told
 
     def speech_started(self, item_id: str, at_ms: int) -> None:
-        self._put("input_audio_buffer.speech_started", item_id=item_id, audio_start_ms=at_ms)
+        self.put("input_audio_buffer.speech_started", item_id=item_id, audio_start_ms=at_ms)
 
     def speech_stopped(self, item_id: str, at_ms: int) -> None:
-        self._put("input_audio_buffer.speech_stopped", item_id=item_id, audio_end_ms=at_ms)
+        self.put("input_audio_buffer.speech_stopped", item_id=item_id, audio_end_ms=at_ms)
 
     def timed_out(self, item_id: str, start_ms: int, end_ms: int) -> None:
         times = {"audio_start_ms": start_ms, "audio_end_ms": end_ms}
-        self._put("input_audio_buffer.timeout_triggered", item_id=item_id, **times)
+        self.put("input_audio_buffer.timeout_triggered", item_id=item_id, **times)
 
     def committed(self, item_id: str, before: str | None) -> None:
-        self._put("input_audio_buffer.committed", item_id=item_id, previous_item_id=before)
+        self.put("input_audio_buffer.committed", item_id=item_id, previous_item_id=before)
 
     def item_added(self, item: Item, before: str | None) -> None:
         item_ = item_json(item)
-        self._put("conversation.item.added", item=item_, previous_item_id=before)
+        self.put("conversation.item.added", item=item_, previous_item_id=before)
 
     def item_done(self, item: Item, before: str | None) -> None:
         item_ = item_json(item)
-        self._put("conversation.item.done", item=item_, previous_item_id=before)
+        self.put("conversation.item.done", item=item_, previous_item_id=before)
 
     def item_deleted(self, item_id: str) -> None:
-        self._put("conversation.item.deleted", item_id=item_id)
+        self.put("conversation.item.deleted", item_id=item_id)
 
     def response_created(self, response: Response) -> None:
-        self._put("response.created", response=response_json(response, self._conversation))
+        self.put("response.created", response=response_json(response, self._conversation))
 
     def response_begun(self, response: Response, before: str | None) -> None:
         item = item_json(response.item) | {"content": []}
         place = {"response_id": response.id, "output_index": 0}
-        self._put("response.output_item.added", item=item, **place)
+        self.put("response.output_item.added", item=item, **place)
         if not response.aside:
-            self._put("conversation.item.added", item=item, previous_item_id=before)
+            self.put("conversation.item.added", item=item, previous_item_id=before)
         part = part_json(response.item.contents[0])
-        self._put("response.content_part.added", part=part, **self._place(response))
+        self.put("response.content_part.added", part=part, **self._place(response))
 
     def said(self, response: Response, text: str, audio: bytes) -> None:
         place = self._place(response)
         if text:
-            self._put(f"response.{self._words(response)}.delta", delta=text, **place)
+            self.put(f"response.{self._words(response)}.delta", delta=text, **place)
         if audio:
-            delta = base64.b64encode(audio).decode()
-            self._put("response.output_audio.delta", delta=delta, **place)
+            self.play(response, audio)
+
+    def play(self, response: Response, audio: bytes) -> None:
+        """More of a reply's audio."""
+        delta = base64.b64encode(audio).decode()
+        self.put("response.output_audio.delta", delta=delta, **self._place(response))
+
+    def silence(self) -> list[tuple[Response, float]]:
+        # The client plays, and says how much it has played.
+        return []
 
     def response_ended(self, response: Response, before: str | None) -> None:
         place = self._place(response)
         if response.begun:
             content = response.item.contents[0]
             if response.manner.speaks:
-                self._put("response.output_audio.done", **place)
+                self.put("response.output_audio.done", **place)
             field = "transcript" if response.manner.speaks else "text"
             said = {field: content.text or ""}
-            self._put(f"response.{self._words(response)}.done", **said, **place)
-            self._put("response.content_part.done", part=part_json(content), **place)
+            self.put(f"response.{self._words(response)}.done", **said, **place)
+            self.put("response.content_part.done", part=part_json(content), **place)
             item = item_json(response.item)
             if not response.aside:
-                self._put("conversation.item.done", item=item, previous_item_id=before)
+                self.put("conversation.item.done", item=item, previous_item_id=before)
             of = {"response_id": response.id, "output_index": 0}
-            self._put("response.output_item.done", item=item, **of)
-        self._put("response.done", response=response_json(response, self._conversation))
+            self.put("response.output_item.done", item=item, **of)
+        self.put("response.done", response=response_json(response, self._conversation))
         if response.spoken_to and response.status == "completed" and response.first_audio:
             self._state.metrics.turn(response.first_audio - response.turn_ended)
 
@@ -371,16 +352,30 @@ class _Client:
 
     def transcribing(self, item_id: str, text: str) -> None:
         kind = "conversation.item.input_audio_transcription.delta"
-        self._put(kind, item_id=item_id, content_index=0, delta=text)
+        self.put(kind, item_id=item_id, content_index=0, delta=text)
 
     def transcribed(self, item_id: str, text: str, seconds: float) -> None:
         kind = "conversation.item.input_audio_transcription.completed"
         usage = {"type": "duration", "seconds": round(seconds, 3)}
-        self._put(kind, item_id=item_id, content_index=0, transcript=text, usage=usage)
+        self.put(kind, item_id=item_id, content_index=0, transcript=text, usage=usage)
 
     def not_transcribed(self, item_id: str, error: ApiError) -> None:
         kind = "conversation.item.input_audio_transcription.failed"
-        self._put(kind, item_id=item_id, content_index=0, error=error.body())
+        self.put(kind, item_id=item_id, content_index=0, error=error.body())
+
+
+def new_config(state: Any, kind: Kind) -> Config:
+    """The default settings of a session of an application."""
+
+    def find(name: str) -> Path | None:
+        voice = state.voices.find(name)
+        if voice is None:
+            raise KeyError(name)
+        path: Path | None = voice.path
+        return path
+
+    longest = state.settings.max_text_chars
+    return Config(kind, new_id("sess"), state.service.name, find, longest)
 
 
 def _bytes(audio: str, param: str) -> bytes:

@@ -28,12 +28,14 @@ class Format:
     Attributes:
         name: As the API has it.
         rate: Samples a second.
-        width: Bytes of a sample.
+        width: Bytes of a sample, of all channels.
+        channels: Of which samples are the mean; of what is heard alone.
     """
 
     name: str
     rate: int
     width: int
+    channels: int = 1
 
 
 PCM = Format("audio/pcm", 24_000, 2)
@@ -85,11 +87,14 @@ class Decoder:
         data = self._rest + data
         whole = len(data) - len(data) % self._format.width
         self._rest = data[whole:]
-        if self._format.width == 2:
+        if self._format.width == 2 * self._format.channels:
             samples = np.frombuffer(data[:whole], "<i2")
         else:
             samples = _levels(self._format.name)[np.frombuffer(data, np.uint8)]
-        return self._resampler.push(torch.from_numpy(samples.astype(np.float32)) / 32768, ended)
+        wav = torch.from_numpy(samples.astype(np.float32)) / 32768
+        if self._format.channels > 1:
+            wav = wav.view(-1, self._format.channels).mean(1)
+        return self._resampler.push(wav, ended)
 
 
 class Encoder:

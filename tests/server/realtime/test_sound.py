@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimo_fast.audio.resample import resample
-from mimo_fast.server.realtime.sound import FORMATS, PCM, Decoder, Encoder, Resampler
+from mimo_fast.server.realtime.sound import FORMATS, PCM, Decoder, Encoder, Format, Resampler
 
 
 @pytest.mark.parametrize(("source", "target"), [(24000, 16000), (24000, 8000), (8000, 24000)])
@@ -63,3 +63,12 @@ def test_telephone_speech_is_close():
         back = Decoder(FORMATS[name], 8000).push(Encoder(FORMATS[name], 8000).push(wav))
         noise = (back - wav).square().mean() / wav.square().mean()
         assert float(noise) < 10 ** (-35 / 10)
+
+
+def test_channels_are_heard_together():
+    left, right = torch.linspace(-0.5, 0.5, 100), torch.full((100,), 0.25)
+    data = Encoder(PCM, 24_000).push(torch.stack((left, right), 1).flatten())
+    decoder = Decoder(Format("audio/stereo", 24_000, 4, channels=2), 24_000)
+    # Two bytes of a sample of four wait for the others.
+    heard = torch.cat((decoder.push(data[:42]), decoder.push(data[42:])))
+    torch.testing.assert_close(heard, (left + right) / 2, rtol=0, atol=1 / 32768)

@@ -31,6 +31,9 @@ class Log:
             self.open.clear()
         await self.open.wait()
 
+    def silence(self) -> list[Any]:
+        return []
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)

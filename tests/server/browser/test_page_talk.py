@@ -1,0 +1,201 @@
+"""A talk with nano through the page: heard, answered aloud, interrupted, muted, typed, kept."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import soundfile
+from visits import RATE, pause, plain, said, share
+
+QUESTION = "what is three plus four"
+LONG = "where do you live"
+ANSWERS = {QUESTION: "seven", LONG: "i live in the city near the river"}
+
+
+def begin(visit, nano, microphone, samples, **options):
+    microphone.plays(samples)
+    page = visit(nano, **options)
+    page.until_state("idle")
+    page.page.locator("#talk-button").click()
+    page.until(lambda: page.got("session.created"), "session")
+    return page
+
+
+def answered(page, text):
+    page.until(lambda: text in page.turns("model")[-1:], f"answer {text}")
+
+
+def test_a_question_is_heard_and_answered_aloud(visit, nano, microphone, transcribed):
+    page = begin(visit, nano, microphone, said(QUESTION))
+    page.until(lambda: QUESTION in " ".join(page.turns("you")), "question")
+    answered(page, "seven")
+    page.until(lambda: page.got("response.done"), "end of the reply")
+    page.until_state("listening")
+    reply = page.reply()
+    assert transcribed(reply, RATE) == "seven"
+    assert share(reply, RATE, *page.heard()) > 0.8
+    states = page.states()
+    order = ["connecting", "listening", "hearing", "thinking", "speaking", "listening"]
+    found = iter(states)
+    assert all(each in found for each in order), states
+    (asked,) = page.microphones()
+    wanted = ("echoCancellation", "noiseSuppression", "autoGainControl")
+    assert all(asked["audio"][name] is True for name in wanted)
+    # One number for the last turn, and the same as median.
+    last, median = (page.text(f"#latency-{name}") for name in ("last", "median"))
+    assert re.search(r"\d", last)
+    assert re.findall(r"[\d.,]+", last) == re.findall(r"[\d.,]+", median)
+
+
+def test_whoever_speaks_interrupts_and_the_server_learns_what_was_heard(visit, nano, microphone):
+    # The pauses grow, so that some question falls into the answer to the one before, however
+    # long a busy machine takes to answer.
+    samples = [pause(0.8)]
+    for step in range(8):
+        question = said(LONG, 0.0, 1.0 + 0.3 * step)
+        samples.append(question)
+    page = begin(visit, nano, microphone, np.concatenate(samples))
+    truncated = page.until(
+        lambda: [each for each in page.sent("conversation.item.truncate") if each["audio_end_ms"]],
+        "interruption of what was heard",
+    )[0]
+    item = truncated["item_id"]
+
+    def confirmed():
+        return [e for e in page.got("conversation.item.truncated") if e["item_id"] == item]
+
+    (confirmed,) = page.until(confirmed, "truncated")
+    assert confirmed["audio_end_ms"] == truncated["audio_end_ms"]
+    deltas = [e for e in page.got("response.output_audio.delta") if e["item_id"] == item]
+    came = sum(len(e["delta"]) * 3 / 4 / 2 for e in deltas) / RATE
+    assert 0 < truncated["audio_end_ms"] / 1000 <= came
+    # What was not heard of it is shown as such.
+    cut = page.page.locator(f'#transcript .turn[data-id="{item}"]')
+    page.until(lambda: "interrupted" in plain(cut.inner_text()), "note of the interruption")
+
+
+def test_escape_interrupts(visit, nano, microphone):
+    page = begin(visit, nano, microphone, said(LONG))
+    page.until_state("speaking")
+    page.until(lambda: page.loudness() > 0.02, "sound")
+    page.page.keyboard.press("Escape")
+    page.until(lambda: page.sent("conversation.item.truncate"), "truncation")
+    page.until_state("listening")
+    page.heard()
+    page.page.wait_for_timeout(300)
+    page.heard()
+    # Nothing comes any more: not what the server had sent, nor what it sends.
+    page.page.wait_for_timeout(1000)
+    assert page.loudness() < 1e-3
+    assert not page.sent("conversation.item.truncate")[1:]
+
+
+def test_mute_is_silence_and_the_end_lets_the_microphone_go(visit, nano, microphone):
+    page = begin(visit, nano, microphone, np.concatenate([pause(6.0), *[said(QUESTION)] * 4]))
+    page.until_state("listening")
+    page.page.locator("#talk-mute").click()
+    assert page.page.locator("#talk-mute").get_attribute("aria-pressed") == "true"
+    # Whatever the microphone hears now is not sent.
+    before = len(page.sent("input_audio_buffer.append"))
+    page.until(lambda: len(page.sent("input_audio_buffer.append")) > before + 300, "silence")
+    sent = b"".join(_bytes(each) for each in page.sent("input_audio_buffer.append")[before + 8 :])
+    assert not np.frombuffer(sent, "<i2").any()
+    assert not page.got("input_audio_buffer.speech_started")
+    assert page.holds_microphone()
+    page.page.locator("#talk-end").click()
+    page.until_state("idle")
+    assert not page.holds_microphone()
+
+
+def _bytes(event):
+    return base64.b64decode(event["audio"])
+
+
+def test_typing_needs_no_microphone(visit, nano, transcribed):
+    page = visit(nano, granted=False)
+    page.page.locator("#talk-input").fill(QUESTION)
+    page.page.keyboard.press("Enter")
+    answered(page, "seven")
+    page.until(lambda: page.got("response.done"), "end of the reply")
+    page.until_state("listening", "idle")
+    reply = page.reply()
+    assert transcribed(reply, RATE) == "seven"
+    assert share(reply, RATE, *page.heard()) > 0.8
+    assert page.microphones() == []
+
+
+def test_both_sides_are_saved_as_one_recording(visit, nano, microphone, transcribed, download):
+    page = begin(visit, nano, microphone, said(QUESTION))
+    answered(page, "seven")
+    page.until(lambda: page.got("response.done"), "end of the reply")
+    page.until_state("listening")
+    page.page.locator("#talk-end").click()
+    page.until_state("idle")
+    samples, rate = soundfile.read(download(page, "#audio-save"), dtype="float32")
+    assert samples.shape[1] == 2
+    assert transcribed(samples[:, 0], rate) == QUESTION
+    # The reply is in it as it came, sample for sample.
+    assert samples[:, 1].tobytes().find(page.reply().tobytes()) >= 0
+    # The answer comes after the question, by its place in the recording.
+    you, model = (np.flatnonzero(np.abs(side) > 0.02) for side in samples.T)
+    assert you[-1] < model[0]
+
+
+def test_events_are_saved_without_audio(visit, nano, microphone, download):
+    page = begin(visit, nano, microphone, said(QUESTION))
+    answered(page, "seven")
+    page.until_state("listening")
+    page.page.locator("#details-toggle").click()
+    file = download(page, "#events-save")
+    events = json.loads(file.read_text())["events"]
+    kinds = [each["event"]["type"] for each in events]
+    assert {"session.created", "session.update", "response.done"} <= set(kinds)
+    assert len(file.read_bytes()) < 100_000
+
+
+def test_two_pages_talk_at_once(visit, nano, microphone):
+    first = begin(visit, nano, microphone, said(QUESTION))
+    second = begin(visit, nano, microphone, said(LONG))
+    answered(first, ANSWERS[QUESTION])
+    answered(second, ANSWERS[LONG])
+    for page, words in ((first, QUESTION), (second, LONG)):
+        page.until(lambda page=page, words=words: words in page.turns("you"), words)
+
+
+def test_a_talk_can_be_begun_again(visit, nano, microphone):
+    page = begin(visit, nano, microphone, said(QUESTION))
+    answered(page, "seven")
+    page.page.locator("#talk-end").click()
+    page.until_state("idle")
+    microphone.plays(said(LONG))
+    page.page.locator("#talk-button").click()
+    answered(page, ANSWERS[LONG])
+    assert len(page.sockets) == 2
+    assert sum(each["live"] for each in page.microphones()) == 1
+
+
+def test_turns_by_hand_are_held(visit, nano, microphone):
+    microphone.plays(np.concatenate([said(QUESTION, 0.5, 0.5)] * 4))
+    page = visit(nano)
+    page.page.evaluate("() => localStorage.setItem('mimo-fast', JSON.stringify({turns: 'hand'}))")
+    page.page.reload()
+    page.until_state("idle")
+    button = page.page.locator("#talk-button")
+    button.click()
+    page.until_state("listening")
+    # Nothing is sent until the button is held.
+    page.page.wait_for_timeout(500)
+    assert not page.sent("input_audio_buffer.append")
+    box = button.bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.page.mouse.down()
+    page.until_state("hearing")
+    page.until(lambda: len(page.sent("input_audio_buffer.append")) > 100, "some seconds of sound")
+    page.page.mouse.up()
+    page.until(lambda: page.got("response.done"), "reply")
+    page.until(lambda: page.turns("model"), "answer")
+    assert page.sent("input_audio_buffer.commit")
+    sent = len(page.sent("input_audio_buffer.append"))
+    page.page.wait_for_timeout(300)
+    assert len(page.sent("input_audio_buffer.append")) == sent

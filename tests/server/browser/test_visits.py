@@ -1,0 +1,100 @@
+"""The tests' own eyes and ears: what a visit may not do is seen, what a page plays is heard."""
+
+import functools
+import http.server
+import threading
+
+import numpy as np
+import pytest
+from visits import said, wav
+
+from benchmarks.chromium import ELSEWHERE
+
+HTML = """<!doctype html><html lang="en"><title>A page</title>
+<main><h1>A page</h1><div id="talk" data-state="idle"></div><button id="go">Go</button></main>
+<script src="/script.js" type="module"></script></html>"""
+
+ECHO = """document.getElementById("go").onclick = async () => {
+  const raw = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: raw });
+  const context = new AudioContext();
+  await context.resume();
+  context.createMediaStreamSource(stream).connect(context.destination);
+  document.getElementById("talk").dataset.state = "listening";
+};"""
+
+
+class Site(http.server.SimpleHTTPRequestHandler):
+    """A page under a strict policy."""
+
+    def end_headers(self):
+        self.send_header("Content-Security-Policy", "default-src 'none'; script-src 'self'")
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    (tmp_path / "index.html").write_text(HTML)
+    (tmp_path / "script.js").write_text(ECHO)
+    (tmp_path / "favicon.ico").write_bytes(b"")
+    handler = functools.partial(Site, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_what_reaches_an_output_is_heard(visit, site, microphone, transcribed):
+    samples = said("what is three plus four")
+    microphone.plays(samples)
+    page = visit(site)
+    page.page.locator("#go").click()
+    page.until_state("listening")
+    page.until(lambda: page.loudness() > 0.1, "sound")
+    page.page.wait_for_timeout(1000 * len(samples) / 24000)
+    assert transcribed(*page.heard()) == "what is three plus four"
+    assert not len(page.heard()[0])
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("fetch('http://other.test/x').catch(() => 0)", "CSP: connect-src http://other.test/x"),
+        ("location.href = 'http://other.test/x'", "a request to http://other.test/x"),
+        ("console.error('wrong')", "console: wrong"),
+        ("setTimeout(() => { throw Error('thrown') })", "an exception: thrown"),
+        (
+            "document.body.append(Object.assign(document.createElement('script'), {text: '1'}))",
+            "CSP: script-src-elem inline",
+        ),
+        ("fetch('/nothing').catch(() => 0)", "CSP: connect-src"),
+    ],
+)
+def test_what_a_visit_may_not_do_is_noted(visit, site, script, problem):
+    page = visit(site)
+    page.page.evaluate(f"() => {{ {script} }}")
+    page.until(lambda: any(problem in each for each in page.guard.found()), problem)
+    page.guard.allow("")
+
+
+def test_a_name_that_is_not_localhost_has_no_microphone(visit, site):
+    page = visit(site.replace("127.0.0.1", ELSEWHERE))
+    assert page.page.evaluate("() => [isSecureContext, !navigator.mediaDevices]") == [False, True]
+
+
+def test_what_is_hard_to_use_is_found(visit, site):
+    page = visit(site)
+    assert page.axe() == []
+    page.page.evaluate("() => document.querySelector('#go').replaceChildren()")
+    assert [each.partition(":")[0] for each in page.axe()] == ["button-name"]
+
+
+def test_recordings_are_sent_as_files(transcribed):
+    samples = said("where is my room").astype(np.float32) / 32768
+    assert len(wav(samples)) == 44 + 2 * len(samples)
+    assert transcribed(samples, 24000) == "where is my room"
