@@ -94,7 +94,10 @@ def without(parts: list[Part], name: str) -> list[Part]:
         (lambda parts: without(parts, "example_text[]"), "example_before[]"),
         (lambda parts: [*parts, ("example_text[]", "more")], "example_before[]"),
         (
-            lambda parts: [*without(parts, "example_after[]"), *[("example_after[]", "no file")] * 2],
+            lambda parts: [
+                *without(parts, "example_after[]"),
+                *[("example_after[]", "no file")] * 2,
+            ],
             "example_after[0]",
         ),
         (lambda parts: [*parts, ("response_format", "midi")], "response_format"),

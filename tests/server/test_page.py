@@ -191,7 +191,9 @@ def test_the_samples_are_in_the_small_model_s_vocabulary(service):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_file_names_another_host(path: Path):
     text = path.read_text(encoding="utf-8")
-    for address in re.findall(r"(?:https?|wss?):?//[^\s\"'`)<>]+|(?<=[\"'`(])//\w[^\s\"'`)]*", text):
+    for address in re.findall(
+        r"(?:https?|wss?):?//[^\s\"'`)<>]+|(?<=[\"'`(])//\w[^\s\"'`)]*", text
+    ):
         # The name of a language, which nothing opens.
         assert address == "http://www.w3.org/2000/svg", address
     assert "@import" not in text
@@ -212,7 +214,7 @@ def test_scripts_make_no_code_and_no_markup_of_text(path: Path):
     text = path.read_text(encoding="utf-8")
     refused = r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function)\b\s*[(=.]"
     assert re.search(refused, text) is None
-    assert "setAttribute(\"style\"" not in text
+    assert 'setAttribute("style"' not in text
     # A key is never in an address.
     assert re.search(r"searchParams\.set\([\"'](api_)?key", text) is None
 
@@ -289,13 +291,14 @@ RESAMPLES = """
 import { Resampler } from "%s";
 const [source, target, hertz] = [%d, %d, %d];
 const resampler = new Resampler(source, target);
-const wave = Float32Array.from({ length: source }, (_, i) => Math.sin((2 * Math.PI * hertz * i) / source));
+const tone = (i, rate) => Math.sin((2 * Math.PI * hertz * i) / rate);
+const wave = Float32Array.from({ length: source }, (_, i) => tone(i, source));
 const made = [];
 for (let at = 0; at < source; at += 128) made.push(...resampler.push(wave.subarray(at, at + 128)));
 let [squares, errors, count] = [0, 0, 0];
 for (let i = 2000; i < made.length - 2000; i++) {
   squares += made[i] ** 2;
-  errors += (made[i] - Math.sin((2 * Math.PI * hertz * i) / target)) ** 2;
+  errors += (made[i] - tone(i, target)) ** 2;
   count++;
 }
 console.log(made.length, Math.sqrt(squares / count), Math.sqrt(errors / count));
