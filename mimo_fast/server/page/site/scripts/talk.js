@@ -41,7 +41,11 @@ export function setUpTalk() {
   listen();
   setUpButton();
   get("talk-mute").addEventListener("click", toggleMute);
-  get("talk-end").addEventListener("click", () => session.end());
+  get("talk-end").addEventListener("click", () => {
+    session.end();
+    // The button that had the focus is gone.
+    get("talk-button").focus();
+  });
   get("talk-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = get("talk-input").value.trim();
@@ -191,6 +195,7 @@ function showState(state) {
   talk.dataset.microphone = session.hasMicrophone ? (session.muted ? "muted" : "on") : "off";
   get("tab-talk").dataset.live = String(session.live);
   get("talk-status").textContent = wordsOf(state);
+  get("detail-way").textContent = session.transport?.kind ?? "–";
   get("talk-hint").textContent = hintOf(state);
   const button = get("talk-button");
   const muted = session.muted && ["listening", "hearing"].includes(state);
@@ -222,7 +227,8 @@ function hintOf(state) {
   if (state === "idle") return "Say something, and it answers. Headphones work best.";
   if (state === "queued") {
     const places = session.places?.most;
-    return `All ${places ?? ""} places are taken. You are next as soon as one is free; the microphone is off meanwhile.`;
+    const taken = places > 1 ? `All ${places} places are taken.` : "The server is busy.";
+    return `${taken} You are connected when one is free; the microphone is off meanwhile.`;
   }
   if (state === "paused") return "The sound was paused, by a locked screen or a call.";
   if (state === "listening" && !session.hasMicrophone) return "Type a question, or tap for the microphone.";
@@ -286,7 +292,6 @@ function showDetails() {
   get("details-toggle").setAttribute("aria-expanded", String(on));
   get("details").hidden = !on;
   if (!on) return;
-  get("detail-way").textContent = session.transport?.kind ?? "–";
   get("detail-buffer").textContent = heardAt ? `${Math.round(heardAt.buffered)} ms` : "–";
   const missed = heardAt ? heardAt.missed + heardAt.dropped : null;
   get("detail-missed").textContent = missed === null ? "–" : `${Math.round(missed)} ms`;
