@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mimo_fast.server.settings import is_loopback
+
 SITE = Path(__file__).parent / "site"
 INDEX = "index.html"
 
@@ -44,7 +46,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Permissions-Policy": "microphone=(self), screen-wake-lock=(self), camera=(), geolocation=()",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     # A browser asks each time whether the file is still the same: an update is seen at once.
     "Cache-Control": "no-cache",
@@ -78,6 +79,9 @@ def page_files() -> dict[str, File]:
 
 def _answer(request: Request, file: File) -> Response:
     headers = HEADERS | {"ETag": file.tag}
+    if request.url.scheme == "https" or is_loopback(request.url.hostname or ""):
+        # Browsers complain of it on any other page.
+        headers["Cross-Origin-Opener-Policy"] = "same-origin"
     known = request.headers.get("if-none-match", "")
     if file.tag in (each.strip().removeprefix("W/") for each in known.split(",")):
         return Response(status_code=304, headers=headers)

@@ -16,6 +16,14 @@ let modules = null;
  * starts sound there only.
  */
 export function openAudio() {
+  try {
+    return open();
+  } catch (error) {
+    return Promise.reject(error);
+  }
+}
+
+function open() {
   if (!context || context.state === "closed") {
     context = new AudioContext({ latencyHint: "interactive" });
     modules = null;

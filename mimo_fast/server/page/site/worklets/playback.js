@@ -99,13 +99,13 @@ class Playback extends AudioWorkletProcessor {
         return this.step();
       }
       // It ran dry: the listener hears a gap, and the next start waits for more.
-      this.gap = currentTime;
-      this.patience = Math.min(MOST, this.patience + GROWTH);
+      item.gap ??= currentTime;
+      if (item.gap === currentTime) this.patience = Math.min(MOST, this.patience + GROWTH);
       return false;
     }
-    if (this.gap !== undefined) {
-      this.missed += currentTime - this.gap;
-      this.gap = undefined;
+    if (item.gap !== undefined) {
+      this.missed += currentTime - item.gap;
+      item.gap = undefined;
     }
     const pcm = pull(item, STEP);
     item.taken += pcm.length;
