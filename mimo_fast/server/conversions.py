@@ -196,9 +196,9 @@ async def _read(request: Request, service: Service, form: FormData) -> Asked:
         found = f"{len(before)}, {len(after)} and {len(words)}"
         raise refusal(f"an example has three fields: send {rule}, not {found}", names[0])
     form_of = one_of(form.get("response_format") or "wav", "response_format", FORMS)
-    as_events_ = one_of(form.get("stream_format") or "audio", "stream_format", ("audio", "sse"))
-    seed = form.get("seed")
-    seed = int(seed) if isinstance(seed, str) and seed.isdigit() else seed
+    answer = one_of(form.get("stream_format") or "audio", "stream_format", ("audio", "sse"))
+    given = form.get("seed")
+    seed = int(given) if isinstance(given, str) and given.isdigit() else given
     examples = list[Example]()
     for i in range(len(before)):
         examples.append(
@@ -210,7 +210,7 @@ async def _read(request: Request, service: Service, form: FormData) -> Asked:
         )
     recording = await _decoded(service, form.get("file"), "file")
     drawn = read_seed({"seed": seed})
-    return Asked(instruction, tuple(examples), recording, form_of, as_events_ == "sse", drawn)
+    return Asked(instruction, tuple(examples), recording, form_of, answer == "sse", drawn)
 
 
 async def _decoded(service: Service, file: Any, param: str) -> Tensor:

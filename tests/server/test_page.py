@@ -291,13 +291,14 @@ RESAMPLES = """
 import { Resampler } from "%s";
 const [source, target, hertz] = [%d, %d, %d];
 const resampler = new Resampler(source, target);
-const wave = Float32Array.from({ length: source }, (_, i) => Math.sin((2 * Math.PI * hertz * i) / source));
+const tone = (i, rate) => Math.sin((2 * Math.PI * hertz * i) / rate);
+const wave = Float32Array.from({ length: source }, (_, i) => tone(i, source));
 const made = [];
 for (let at = 0; at < source; at += 128) made.push(...resampler.push(wave.subarray(at, at + 128)));
 let [squares, errors, count] = [0, 0, 0];
 for (let i = 2000; i < made.length - 2000; i++) {
   squares += made[i] ** 2;
-  errors += (made[i] - Math.sin((2 * Math.PI * hertz * i) / target)) ** 2;
+  errors += (made[i] - tone(i, target)) ** 2;
   count++;
 }
 console.log(made.length, Math.sqrt(squares / count), Math.sqrt(errors / count));

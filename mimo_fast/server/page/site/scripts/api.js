@@ -93,14 +93,17 @@ export async function* serverEvents(answer) {
 // Not every browser iterates over streams.
 async function* parts(stream) {
   const reader = stream.getReader();
+  let ended = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      ended = done;
       if (done) return;
       yield value;
     }
   } finally {
-    reader.cancel().catch(() => {});
+    // Whoever stops reading lets the server stop, too.
+    if (!ended) reader.cancel().catch(() => {});
   }
 }
 

@@ -3,7 +3,7 @@
 import { ask, serverEvents } from "./api.js";
 import { fromBase64, toBase64 } from "./audio.js";
 import { loadConfig } from "./config.js";
-import { chips, get, show } from "./dom.js";
+import { chips, get, reveal, show } from "./dom.js";
 import { refusalProblem } from "./problems.js";
 import { speechOf } from "./samples.js";
 import { sourceOf } from "./source.js";
@@ -114,6 +114,7 @@ function take(delta) {
 
 function setState(state) {
   get("ask").dataset.state = state;
+  if (state === "busy") reveal(get("ask-result-panel"));
   get("ask-empty").hidden = state !== "empty";
   const texts = { busy: "Listening to the recording", sample: "The server says the sample" };
   show(get("ask-busy"), texts[state]);

@@ -25,16 +25,17 @@ export function openAudio() {
 
 function open() {
   if (!context || context.state === "closed") {
-    context = new AudioContext({ latencyHint: "interactive" });
+    const made = (context = new AudioContext({ latencyHint: "interactive" }));
     modules = null;
-    context.addEventListener("statechange", () => audioNews.emit("state", context.state));
+    made.addEventListener("statechange", () => audioNews.emit("state", made.state));
     useSpeaker();
   }
   // iOS calls it "interrupted" after a screen lock or a call: the same as "suspended".
   const running = context.state === "running" ? Promise.resolve() : context.resume();
+  const opened = context;
   modules ??= addModules().catch((error) => {
-    // The next tap tries again.
-    modules = null;
+    // The next tap tries again, with another context: this one remembers that the module failed.
+    opened.close();
     throw error;
   });
   return Promise.all([withinSeconds(running, 3), modules]).then(() => context);

@@ -3,7 +3,7 @@
 import { ask, serverEvents } from "./api.js";
 import { fromBase64 } from "./audio.js";
 import { knownConfig, loadConfig } from "./config.js";
-import { chips, get, make, show } from "./dom.js";
+import { chips, get, make, reveal, show } from "./dom.js";
 import { refusalProblem } from "./problems.js";
 import { speechOf } from "./samples.js";
 import { iconButton, Source, sourceOf } from "./source.js";
@@ -56,15 +56,15 @@ function addExample() {
   remove.addEventListener("click", () => {
     examples = examples.filter((each) => each !== example);
     element.remove();
-    number_();
+    renumber();
   });
   examples.push(example);
   get("convert-examples").append(element);
-  number_();
+  renumber();
   return example;
 }
 
-function number_() {
+function renumber() {
   examples.forEach(({ element }, i) => {
     element.querySelector("h3").textContent = `Example ${i + 1}`;
   });
@@ -150,6 +150,7 @@ function fail(error) {
 
 function setState(state) {
   get("convert").dataset.state = state;
+  if (state === "busy") reveal(get("convert-result-panel"));
   get("convert-empty").hidden = state !== "empty";
   get("convert-busy").hidden = state !== "busy";
   get("convert-result").hidden = state === "empty";

@@ -54,6 +54,11 @@ export function show(element, text) {
   element.hidden = !text;
 }
 
+/** Brings an answer into sight where it stands below what was asked. */
+export function reveal(element) {
+  if (matchMedia("(max-width: 760px)").matches) element.scrollIntoView({ block: "nearest" });
+}
+
 /** Minutes and seconds. */
 export function clock(seconds) {
   const whole = Math.max(0, Math.floor(seconds));

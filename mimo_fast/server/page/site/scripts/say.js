@@ -2,7 +2,7 @@
 
 import { protocols, socketAddress } from "./api.js";
 import { loadConfig } from "./config.js";
-import { chips, get, make, show } from "./dom.js";
+import { chips, get, make, reveal, show } from "./dom.js";
 import { HeardText, heardCharacters } from "./heard.js";
 import { problem, refusalProblem } from "./problems.js";
 import { SpeechOutput } from "./speech_output.js";
@@ -146,6 +146,7 @@ function stop() {
 
 function setState(state) {
   get("say").dataset.state = state;
+  if (state === "playing") reveal(get("say-result-panel"));
   get("say-empty").hidden = state !== "empty";
   if (state === "done") {
     for (const { said, element } of sentences) {

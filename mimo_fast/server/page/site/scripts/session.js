@@ -317,7 +317,7 @@ export class Session extends Emitter {
   }
 
   #soundState(state) {
-    if (!this.live || this.state === "connecting" || this.state === "queued") return;
+    if (!this.live || ["connecting", "queued"].includes(this.state) || state === "closed") return;
     if (state !== "running") this.#set("paused");
     else if (this.state === "paused") this.#set("listening");
   }
@@ -463,6 +463,8 @@ function detection(byHand) {
 function asProblem(error) {
   if (error.problem) return error.problem;
   if (error.name === "Refusal" || error.status !== undefined) return refusalProblem(error);
+  // A worklet's module could not be fetched.
+  if (error.name === "AbortError") return problem("away");
   if (error.name === "SoundError" || error.name === "NotAllowedError") return problem("blocked");
   return problem("away", "The connection could not be made. Try again.");
 }

@@ -41,7 +41,11 @@ export function setUpTalk() {
   listen();
   setUpButton();
   get("talk-mute").addEventListener("click", toggleMute);
-  get("talk-end").addEventListener("click", () => session.end());
+  get("talk-end").addEventListener("click", () => {
+    session.end();
+    // The button that had the focus is gone.
+    get("talk-button").focus();
+  });
   get("talk-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = get("talk-input").value.trim();
@@ -222,7 +226,8 @@ function hintOf(state) {
   if (state === "idle") return "Say something, and it answers. Headphones work best.";
   if (state === "queued") {
     const places = session.places?.most;
-    return `All ${places ?? ""} places are taken. You are next as soon as one is free; the microphone is off meanwhile.`;
+    const taken = places > 1 ? `All ${places} places are taken.` : "The server is busy.";
+    return `${taken} You are connected when one is free; the microphone is off meanwhile.`;
   }
   if (state === "paused") return "The sound was paused, by a locked screen or a call.";
   if (state === "listening" && !session.hasMicrophone) return "Type a question, or tap for the microphone.";

@@ -3,7 +3,7 @@
 import { ask, protocols, serverEvents, socketAddress } from "./api.js";
 import { toBase64 } from "./audio.js";
 import { knownConfig, loadConfig } from "./config.js";
-import { chips, get, make, show } from "./dom.js";
+import { chips, get, make, reveal, show } from "./dom.js";
 import { refusalProblem } from "./problems.js";
 import { speechOf } from "./samples.js";
 import { sourceOf } from "./source.js";
@@ -207,6 +207,7 @@ async function save(format) {
 
 function setState(state) {
   get("transcribe").dataset.state = state;
+  if (state === "busy") reveal(get("transcribe-result-panel"));
   get("transcribe-empty").hidden = state !== "empty";
   const texts = { busy: "Transcribing", sample: "The server says the sample" };
   show(get("transcribe-busy"), texts[state]);
