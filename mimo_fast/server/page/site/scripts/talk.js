@@ -195,6 +195,7 @@ function showState(state) {
   talk.dataset.microphone = session.hasMicrophone ? (session.muted ? "muted" : "on") : "off";
   get("tab-talk").dataset.live = String(session.live);
   get("talk-status").textContent = wordsOf(state);
+  get("detail-way").textContent = session.transport?.kind ?? "–";
   get("talk-hint").textContent = hintOf(state);
   const button = get("talk-button");
   const muted = session.muted && ["listening", "hearing"].includes(state);
@@ -291,7 +292,6 @@ function showDetails() {
   get("details-toggle").setAttribute("aria-expanded", String(on));
   get("details").hidden = !on;
   if (!on) return;
-  get("detail-way").textContent = session.transport?.kind ?? "–";
   get("detail-buffer").textContent = heardAt ? `${Math.round(heardAt.buffered)} ms` : "–";
   const missed = heardAt ? heardAt.missed + heardAt.dropped : null;
   get("detail-missed").textContent = missed === null ? "–" : `${Math.round(missed)} ms`;
