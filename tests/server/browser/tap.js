@@ -13,14 +13,20 @@
     blocks.push(block);
   };
 
+  let waiting = [];
+
   const connect = AudioNode.prototype.connect;
   const taps = new WeakMap();
 
   const tapOf = (context) => {
     if (!taps.has(context)) {
-      // No worklet: its module would be one more thing that the page's policy has to allow.
-      const tap = context.createScriptProcessor(2048, 1, 1);
-      tap.onaudioprocess = (event) => keep(event.inputBuffer.getChannelData(0));
+      // No worklet: its module would be one more thing that the page's policy has to allow. Large
+      // blocks, as those for which the page has no time are lost.
+      const tap = context.createScriptProcessor(16384, 1, 1);
+      tap.onaudioprocess = (event) => {
+        keep(event.inputBuffer.getChannelData(0));
+        waiting = waiting.filter((each) => !each());
+      };
       connect.call(tap, context.destination);
       taps.set(context, tap);
       rate = context.sampleRate;
@@ -60,10 +66,24 @@
     return text;
   };
 
+  // What has sounded until now is in the block that is being filled and the one before.
+  const settled = () => {
+    if (!rate) return Promise.resolve();
+    let missing = 2;
+    return new Promise((resolve) => {
+      waiting.push(() => {
+        if (--missing) return false;
+        resolve();
+        return true;
+      });
+    });
+  };
+
   window.__heard = {
     most: () => most,
     // Rate and base64 of int16 samples since the last call.
-    taken: () => {
+    taken: async () => {
+      await settled();
       const text = blocks.splice(0).map(coded).join("");
       most = 0;
       return [rate, btoa(text)];

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import soundfile
-from visits import RATE, pause, plain, said, share
+from visits import RATE, pause, pieces, plain, said, share
 
 QUESTION = "what is three plus four"
 LONG = "where do you live"
@@ -34,7 +34,7 @@ def test_a_question_is_heard_and_answered_aloud(visit, nano, microphone, transcr
     page.until_state("listening")
     reply = page.reply()
     assert transcribed(reply, RATE) == "seven"
-    assert share(reply, RATE, *page.heard()) > 0.8
+    assert share(reply, RATE, *page.heard()) > 0.5
     states = page.states()
     order = ["connecting", "listening", "hearing", "thinking", "speaking", "listening"]
     found = iter(states)
@@ -83,11 +83,9 @@ def test_escape_interrupts(visit, nano, microphone):
     page.until(lambda: page.sent("conversation.item.truncate"), "truncation")
     page.until_state("listening")
     page.heard()
-    page.page.wait_for_timeout(300)
-    page.heard()
     # Nothing comes any more: not what the server had sent, nor what it sends.
-    page.page.wait_for_timeout(1000)
-    assert page.loudness() < 1e-3
+    page.page.wait_for_timeout(500)
+    assert not len(page.heard()[0])
     assert not page.sent("conversation.item.truncate")[1:]
 
 
@@ -121,7 +119,7 @@ def test_typing_needs_no_microphone(visit, nano, transcribed):
     page.until_state("listening", "idle")
     reply = page.reply()
     assert transcribed(reply, RATE) == "seven"
-    assert share(reply, RATE, *page.heard()) > 0.8
+    assert share(reply, RATE, *page.heard()) > 0.5
     assert page.microphones() == []
 
 
@@ -135,8 +133,11 @@ def test_both_sides_are_saved_as_one_recording(visit, nano, microphone, transcri
     samples, rate = soundfile.read(download(page, "#audio-save"), dtype="float32")
     assert samples.shape[1] == 2
     assert transcribed(samples[:, 0], rate) == QUESTION
-    # The reply is in it as it came, sample for sample.
-    assert samples[:, 1].tobytes().find(page.reply().tobytes()) >= 0
+    # The reply is in it as it came, sample for sample, but for pauses where sound had run out.
+    places, missing = pieces(page.reply(), np.ascontiguousarray(samples[:, 1]))
+    assert len(places) > 20
+    assert len(set(places)) <= 5
+    assert missing <= 5
     # The answer comes after the question, by its place in the recording.
     you, model = (np.flatnonzero(np.abs(side) > 0.02) for side in samples.T)
     assert you[-1] < model[0]
@@ -151,7 +152,8 @@ def test_events_are_saved_without_audio(visit, nano, microphone, download):
     events = json.loads(file.read_text())["events"]
     kinds = [each["event"]["type"] for each in events]
     assert {"session.created", "session.update", "response.done"} <= set(kinds)
-    assert len(file.read_bytes()) < 100_000
+    audio = [each["event"].get("audio") or each["event"].get("delta") or "" for each in events]
+    assert max(len(each) for each in audio if isinstance(each, str)) < 100
 
 
 def test_two_pages_talk_at_once(visit, nano, microphone):

@@ -6,13 +6,15 @@ import threading
 
 import numpy as np
 import pytest
-from visits import said, wav
+from visits import pieces, recording, said, share, wav
 
 from benchmarks.chromium import ELSEWHERE
 
 HTML = """<!doctype html><html lang="en"><title>A page</title>
 <main><h1>A page</h1><div id="talk" data-state="idle"></div><button id="go">Go</button></main>
 <script src="/script.js" type="module"></script></html>"""
+
+SEA = "what color is the sea"
 
 ECHO = """document.getElementById("go").onclick = async () => {
   const raw = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
@@ -98,3 +100,23 @@ def test_recordings_are_sent_as_files(transcribed):
     samples = said("where is my room").astype(np.float32) / 32768
     assert len(wav(samples)) == 44 + 2 * len(samples)
     assert transcribed(samples, 24000) == "where is my room"
+
+
+def test_a_reply_is_found_in_what_was_heard_and_another_is_not():
+    sea, room = (recording(each).astype(np.float32) / 32768 for each in ("thank you", SEA))
+    paused = np.concatenate([0.3 * sea[:9000], np.zeros(700, np.float32), 0.3 * sea[9000:]])
+    assert share(sea, 24000, paused, 24000) > 0.6
+    assert share(sea, 24000, room, 24000) < 0.2
+    assert share(room, 24000, sea, 24000) < 0.2
+
+
+def test_samples_are_found_where_they_are():
+    sea = recording(SEA).astype(np.float32) / 32768
+    whole = np.concatenate([np.zeros(100, np.float32), sea])
+    places, missing = pieces(sea, whole)
+    assert (set(places), missing) == ({100}, 0)
+    # Every 40 ms at a place of its own, a few samples over the one before.
+    parts = [whole[at : at + 957] for at in range(0, len(whole), 960)]
+    places, missing = pieces(sea, np.concatenate(parts))
+    assert len(set(places)) > 5
+    assert missing > 5
