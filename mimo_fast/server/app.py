@@ -23,7 +23,7 @@ from mimo_fast.server.keeping import Keeper, free_model, list_loaded
 from mimo_fast.server.limits import SESSION_WAIT, Bounds, Places, Session
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
-from mimo_fast.server.realtime import realtime
+from mimo_fast.server.realtime.openai import realtime
 from mimo_fast.server.records import Errors, Records
 from mimo_fast.server.security import Guard
 from mimo_fast.server.service import Service

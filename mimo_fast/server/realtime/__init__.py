@@ -5,7 +5,3 @@ dialogue.py  the session core, which knows no wire: turns, speculation, barge-in
 hearing.py   audio in -> where somebody speaks         sound.py   bytes <-> samples
 mind.py      what is computed with the model           items.py   the conversation
 """
-
-from mimo_fast.server.realtime.openai import realtime
-
-__all__ = ["realtime"]
