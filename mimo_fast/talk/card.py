@@ -126,7 +126,8 @@ class Input:
         self._resampler = Resampler(native, self._rate)
 
     def _push(self, data: Any, frames: int, time: Any, status: Any) -> None:
-        block = np.array(data[:, 0], np.float32)
+        # A driver may leave anything in a buffer.
+        block = np.clip(np.nan_to_num(data[:, 0]), -1, 1).astype(np.float32)
         if self._resampler is not None:
             block = self._resampler.push(torch.from_numpy(block)).numpy()
         self._heard(block)
