@@ -281,7 +281,7 @@ def test_the_wording_follows_the_language(service: Service) -> None:
     assert _wording(None) is None
     assert ASR_TEMPLATES[_wording("en")].isascii()
     assert not ASR_TEMPLATES[_wording("zh")].isascii()
-    assert language_of(service, "en-US") == _language(service, "English") == "en"
+    assert language_of(service, "en-US") == language_of(service, "English") == "en"
     assert language_of(service, "") is None
 
 
