@@ -71,7 +71,7 @@ def _wyoming(settings: Settings) -> Any:
     try:
         from mimo_fast.server.wyoming import Wyoming
     except ModuleNotFoundError as error:
-        if error.name != "wyoming":
+        if (error.name or "").partition(".")[0] != "wyoming":
             raise
         fix = "pip install 'mimo-fast[wyoming]'"
         raise MimoFastError(f"--wyoming needs the package wyoming: {fix}") from error
