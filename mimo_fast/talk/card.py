@@ -15,6 +15,9 @@ from mimo_fast.server.realtime.sound import Resampler
 BLOCK = 0.02
 """Seconds of a block."""
 
+LATENCY = 0.05
+"""Seconds that a card may hold: callbacks wait for Python's lock now and then."""
+
 Kind = Literal["input", "output"]
 NAMES: dict[Kind, str] = {"input": "microphone", "output": "speaker"}
 OPTIONS: dict[Kind, str] = {"input": "--device-in", "output": "--device-out"}
@@ -268,7 +271,7 @@ def _opened(
         "callback": callback,
         "finished_callback": ended,
         "device": device,
-        "latency": "low",
+        "latency": LATENCY,
     }
     try:
         try:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import soundfile
 
 from mimo_fast.talk import screen as screens
+from mimo_fast.talk.echo import EchoCanceller
 from mimo_fast.talk.files import Recorder, WavFile
 from mimo_fast.talk.player import Player
 from mimo_fast.talk.remote import ServerError, realtime_url
@@ -246,6 +248,53 @@ def test_a_partner_that_goes_ends_the_talk():
 
     with pytest.raises(ServerError, match="it has gone"):
         talk_of(act)
+
+
+# Echo
+
+
+class Module:
+    """LiveKit's processing module of a test: takes 1000 off each sample, and notes its calls."""
+
+    made: ClassVar[list[Module]] = []
+
+    def __init__(self, **options: bool) -> None:
+        assert options["echo_cancellation"]
+        self.calls = list[tuple[str, int]]()
+        self.made.append(self)
+
+    def process_reverse_stream(self, frame: Any) -> None:
+        self.calls.append(("far", int(np.frombuffer(frame.data, np.int16)[0])))
+
+    def set_stream_delay_ms(self, ms: int) -> None:
+        self.calls.append(("delay", ms))
+
+    def process_stream(self, frame: Any) -> None:
+        samples = np.frombuffer(frame.data, np.int16).copy()
+        assert len(samples) == 240
+        frame.data[:] = (samples - 1000).tobytes()
+        self.calls.append(("near", int(samples[0])))
+
+
+def test_an_echo_canceller_gets_what_is_played_before_what_is_heard(monkeypatch):
+    def frame(data: bytearray, rate: int, channels: int, samples: int) -> SimpleNamespace:
+        assert (rate, channels, samples) == (RATE, 1, 240)
+        return SimpleNamespace(data=data)
+
+    apm = SimpleNamespace(AudioProcessingModule=Module)
+    monkeypatch.setitem(sys.modules, "livekit", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "livekit.rtc", SimpleNamespace(AudioFrame=frame))
+    monkeypatch.setitem(sys.modules, "livekit.rtc.apm", apm)
+    echo, player = EchoCanceller(RATE, 0.04), Player(RATE, keeps_far=True)
+    player.begin("a").push(np.full(480, 0.25, np.float32))
+    player.fill(np.empty(480, np.float32))
+    half = np.full(300, 0.5, np.float32)
+    first, second = echo.clean(half, player), echo.clean(half, player)
+    # What does not make a frame waits.
+    assert (len(first), len(second)) == (240, 240)
+    assert (first == (16384 - 1000) / 32768).all()
+    near = [("delay", 40), ("near", 16384)]
+    assert Module.made[-1].calls == [("far", 8192), ("far", 8192), *near, *near]
 
 
 # Files
