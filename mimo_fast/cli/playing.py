@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimo_fast.cli.reports import say
 from mimo_fast.talk import card
-from mimo_fast.talk.player import Player
+from mimo_fast.talk.player import Player, gaps_in
 
 LOOK = 0.02
 """Seconds between two looks at what has been heard."""
@@ -39,7 +39,7 @@ class Aloud:
             self._check()
             time.sleep(LOOK)
         if self.player.gaps:
-            say(f"{self.player.gaps} gaps were heard: this machine speaks slower than real time")
+            say(f"{gaps_in(self.player)}: this machine speaks slower than real time")
 
     def lose(self) -> None:
         """The speaker has gone."""

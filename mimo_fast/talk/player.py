@@ -128,3 +128,8 @@ class Player:
             self.far.append(out.copy())
         if self.records:
             self.played.append(out.copy())
+
+
+def gaps_in(player: Player) -> str:
+    """How many there were, in words."""
+    return f"{player.gaps} gap{'' if player.gaps == 1 else 's'} in what was heard"

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from time import monotonic
 from typing import TextIO
 
 ERASE = "\r\x1b[K"
 YOU, REPLY = "you:   ", "reply: "
+
+LATE = 3.0
+"""Seconds after a reply in which the words that it answers may still become known."""
 
 
 @dataclass
@@ -22,6 +26,7 @@ class _Line:
     begun: bool = False
     whole: bool = False
     remark: str = ""
+    ended: float | None = None
 
 
 class Screen:
@@ -81,10 +86,7 @@ class Screen:
         if line is None:
             return
         line.whole, line.remark = True, " ".join(filter(None, (remark, line.remark)))
-        # Words of the user that are not known by now are not waited for.
-        for earlier in self._lines[: self._lines.index(line)]:
-            earlier.whole = True
-            earlier.text = earlier.text or "..."
+        line.ended = monotonic()
         self._write()
 
     def note(self, text: str) -> None:
@@ -97,6 +99,7 @@ class Screen:
 
     def show(self, state: str) -> None:
         """The state in words: at the end of a terminal, or a line when it changes."""
+        self._give_up()
         if state != self._state:
             self._state = state
             if not self._draws:
@@ -105,10 +108,21 @@ class Screen:
             self._put(self._err, f"{ERASE}[{state}]")
             self._drawn = state
 
+    def _give_up(self) -> None:
+        """Words of the user that do not become known are not waited for."""
+        first = next(iter(self._lines), None)
+        if first is None or first.whole or first.prefix is not YOU:
+            return
+        ends = [line.ended for line in self._lines if line.ended is not None]
+        if ends and monotonic() - ends[0] > LATE:
+            first.whole, first.text = True, first.text or "..."
+            self._write()
+
     def close(self) -> None:
         """Ends the line in progress."""
         for line in self._lines:
             line.whole = True
+            line.text = line.text or "..."
         self._write()
         self._erase()
 

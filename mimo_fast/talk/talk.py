@@ -7,7 +7,6 @@ microphone -> (echo) -> partner -> player -> speaker
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +16,12 @@ from time import perf_counter
 import numpy as np
 
 from mimo_fast.errors import MimoFastError
+from mimo_fast.server.realtime.items import Reply
 from mimo_fast.talk.card import BLOCK
 from mimo_fast.talk.echo import EchoCanceller
 from mimo_fast.talk.files import Recorder
 from mimo_fast.talk.partner import Partner
-from mimo_fast.talk.player import Player, Utterance
+from mimo_fast.talk.player import Player, Utterance, gaps_in
 from mimo_fast.talk.screen import Screen
 
 TICK = 0.02
@@ -36,18 +36,38 @@ QUIET = 1.5
 LOST = 60.0
 """Seconds that a talk without more input waits for a reply."""
 
+WORD = 300.0
+"""Milliseconds of a word, where its end is not known yet."""
+
 DEAF = 3.0
 """Seconds of a microphone's zeros after which it is remarked that it gives nothing."""
 
 
 @dataclass
-class Reply:
-    """A reply that is being said: words, each with the sample before which it is said."""
+class Heard:
+    """A reply that is being said.
+
+    Attributes:
+        words: As the session core keeps them: which of them were heard is its rule.
+        shown: Characters of them that the screen has.
+    """
 
     utterance: Utterance
-    words: deque[tuple[int, str]] = field(default_factory=deque)
+    words: Reply = field(default_factory=Reply)
+    shown: int = 0
     over: bool = False
     timed: bool = False
+
+    def text(self, rate: int) -> str:
+        """The words that have been heard."""
+        words, heard = self.words, 1000 * self.utterance.heard() / rate
+        words.ms = 1000 * self.utterance.samples / rate
+        if not self.over and words.words:
+            # The last ones take longer than the audio that has come so far.
+            start = words.words[-1][1]
+            last = [text for text, at in words.words if at == start]
+            words.ms = max(words.ms, start + WORD * len("".join(last).split()))
+        return words.heard_by(heard)
 
 
 class Talk:
@@ -78,7 +98,7 @@ class Talk:
         self._player.records = recorder is not None
         self._unsent = asyncio.Queue[Callable[[], Awaitable[None]]]()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._replies = dict[str, Reply]()
+        self._replies = dict[str, Heard]()
         self._cut = set[str]()
         self._speaks = self._waits = False
         self._muted = by_hand
@@ -112,7 +132,7 @@ class Talk:
         if self.interruptions:
             found.append(f"{self.interruptions} interrupted")
         if self._player.gaps:
-            found.append(f"{self._player.gaps} gaps in what was heard: the model was too slow")
+            found.append(f"{gaps_in(self._player)}: the model was too slow")
         if self.dropped:
             found.append(f"{self.dropped * BLOCK:.1f} s of the microphone lost: it was too slow")
         return ", ".join(found)
@@ -228,7 +248,7 @@ class Talk:
         self._screen.user_said(item, text, whole)
 
     def reply_began(self, item: str) -> None:
-        self._replies[item] = Reply(self._player.begin(item))
+        self._replies[item] = Heard(self._player.begin(item))
         self._screen.reply_begins(item)
 
     def reply_said(self, item: str, text: str, audio: np.ndarray) -> None:
@@ -237,7 +257,8 @@ class Talk:
             # It was interrupted.
             return
         if text:
-            reply.words.append((reply.utterance.samples, text))
+            at = 1000 * reply.utterance.samples / self._player.rate
+            reply.words.words.append((text, at))
         reply.utterance.push(audio)
 
     def reply_ended(self, item: str | None, problem: str | None) -> None:
@@ -274,7 +295,7 @@ class Talk:
             self._screen.show(self.state)
             self._end_if_calm()
 
-    def _follow(self, name: str, reply: Reply) -> None:
+    def _follow(self, name: str, reply: Heard) -> None:
         """Shows the words that have been heard; takes a reply away that has been."""
         utterance = reply.utterance
         if utterance.first is not None and not reply.timed:
@@ -283,16 +304,17 @@ class Talk:
             self._screen.timed(name, self.latencies[-1])
         self._reveal(reply)
         if reply.over and utterance.drained and utterance.heard() >= utterance.samples:
-            for _, text in reply.words:
-                self._screen.reply_says(name, text)
+            whole = "".join(text for text, _ in reply.words.words)
+            self._screen.reply_says(name, whole[reply.shown :])
             del self._replies[name]
             self._waits = False
             self._screen.reply_ends(name)
 
-    def _reveal(self, reply: Reply) -> None:
-        heard = reply.utterance.heard()
-        while reply.words and heard > 0 and reply.words[0][0] <= heard:
-            self._screen.reply_says(reply.utterance.name, reply.words.popleft()[1])
+    def _reveal(self, reply: Heard) -> None:
+        text = reply.text(self._player.rate)
+        if len(text) > reply.shown:
+            self._screen.reply_says(reply.utterance.name, text[reply.shown :])
+            reply.shown = len(text)
 
     def _end_if_calm(self) -> None:
         now = perf_counter()

@@ -153,10 +153,12 @@ async def interrupted(talk: Talk, player: Player) -> None:
     assert talk.state == "thinking"
     talk.user_said("u", "what is three plus four", True)
     talk.reply_began("r")
-    talk.reply_said("r", "the sea", nothing)
-    talk.reply_said("r", "", ramp(2400))
-    talk.reply_said("r", " is blue", ramp(2400))
-    player.fill(out)
+    # A model writes ahead of what it says.
+    talk.reply_said("r", "the sea is blue", nothing)
+    for _ in range(12):
+        talk.reply_said("r", "", ramp(2400))
+    for _ in range(13):
+        player.fill(out)
     await look()
     assert talk.state == "speaking"
     talk.turn_began()
@@ -171,7 +173,7 @@ async def interrupted(talk: Talk, player: Player) -> None:
 
 def test_an_interruption_is_known_to_the_sample_and_shows_what_was_heard():
     talk, partner, out, _ = talk_of(interrupted)
-    assert partner.asked == [("truncate", "r", 50.0)]
+    assert partner.asked == [("truncate", "r", 650.0)]
     assert talk.interruptions == 1
     assert len(talk.latencies) == 1
     assert out.splitlines()[0] == "you:   what is three plus four"
@@ -199,12 +201,12 @@ def test_a_reply_is_shown_after_the_words_it_answers():
         talk.reply_began("r")
         talk.reply_said("r", "seven", ramp(100))
         player.fill(np.empty(50, np.float32))
+        talk.reply_ended("r", None)
+        player.fill(np.empty(50, np.float32))
         await look()
         talk.user_said("u", "three plus ", False)
         talk.user_said("u", "four", False)
         talk.user_said("u", "three plus four", True)
-        talk.reply_ended("r", None)
-        player.fill(np.empty(480, np.float32))
         await look()
 
     *_, out, _ = talk_of(act)
@@ -212,6 +214,24 @@ def test_a_reply_is_shown_after_the_words_it_answers():
         "you:   three plus four",
         "reply: seven",
     ]
+
+
+def test_words_that_never_become_known_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(screens, "LATE", 0.0)
+
+    async def act(talk: Talk, player: Player) -> None:
+        talk.turn_ended()
+        talk.reply_began("r")
+        talk.reply_said("r", "seven", ramp(100))
+        talk.reply_ended("r", None)
+        player.fill(np.empty(480, np.float32))
+        await look()
+        await look()
+        talk.user_said("u", "three", True)
+
+    *_, out, err = talk_of(act)
+    assert out.startswith("you:   ...\nreply: seven (")
+    assert "you said: three" in err
 
 
 def test_words_cannot_command_the_terminal():
