@@ -75,6 +75,8 @@ class Wyoming:
         self._settings: Settings = app.state.settings
         self._connections = dict[asyncio.Task[None], _Connection]()
         self._rates = Rates(self._settings.max_rate)
+        # Asked once: later the model may be out of memory, and what it can do stays as it is.
+        self._clones = app.state.service.knows("tts_sft", "prompt_speech")
         allowed = self._settings.wyoming_clients
         self._allowed = [ip_network(each, strict=False) for each in allowed]
 
@@ -101,7 +103,7 @@ class Wyoming:
         if crowded or self._app.state.stopping or not self._may(peer) or self._rates.wait(peer):
             writer.transport.abort()
             return
-        connection = _Connection(self._app, reader, writer, peer)
+        connection = _Connection(self._app, reader, writer, peer, self._clones)
         self._connections[task] = connection
         try:
             await connection.run()
@@ -127,7 +129,9 @@ class _Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         peer: str,
+        clones: bool,
     ) -> None:
+        self._clones = clones
         self._state, self._reader, self._writer, self._peer = app.state, reader, writer, peer
         self._service: Service = app.state.service
         self._settings: Settings = app.state.settings
@@ -321,11 +325,10 @@ class _Connection:
                 "version": version,
             }
 
-        clones = service.knows("tts_sft", "prompt_speech")
         voices = [
             TtsVoice(**about(voice.name, voice.name), languages=known)
             for voice in self._state.voices
-            if (clones if voice.path is not None else voice.name not in ALIASES)
+            if (self._clones if voice.path is not None else voice.name not in ALIASES)
         ]
         model = AsrModel(**about(service.name, service.name), languages=known)
         program = about("mimo-fast", "MiMo-Audio")
@@ -383,7 +386,8 @@ class _Connection:
         voice = self._state.voices.find(name)
         if voice is None:
             raise refusal(f"there is no voice {str(name)[:60]!r}: describe lists them", "voice")
-        self._service.check_voice(voice.path)
+        if voice.path is not None and not self._clones:
+            raise refusal(f"{self._service.name} speaks with one voice alone", "voice")
         return Manner(voice.path, None, "pcm", 1.0, None)
 
     async def _synthesize(self, data: Json, payload: bytes) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -327,6 +331,52 @@ def test_it_stops_with_the_server(home):
         home.running.stop()
         for connection in (idle, hearing):
             assert connection.recv(1000) == b""
+
+
+def test_a_model_that_was_freed_comes_back():
+    service = Service(mimo_fast.load(max_batch=2), "nano")
+    settings = Settings(port=0, keep_alive=0.0, wyoming="tcp://127.0.0.1:0")
+    app = create_app(service, settings, lambda: mimo_fast.load(max_batch=2))
+    bound = bind("127.0.0.1", 0, "--wyoming", "")
+    running = start(app, settings, served.Wyoming(app, bound))
+
+    async def ask() -> list[Event]:
+        async with AsyncClient.from_uri(f"tcp://127.0.0.1:{bound.getsockname()[1]}") as client:
+            await tell(client, Transcribe(language="en"), Describe())
+            await answers(client, Info)
+            await tell(client, Synthesize("seven", SynthesizeVoice(name="default")))
+            return await answers(client, AudioStop)
+
+    try:
+        for _ in range(2):
+            assert len(sound(asyncio.run(ask()))) > 4800
+            until(lambda: not app.state.keeper.loaded)
+    finally:
+        running.stop()
+        service.close()
+
+
+@pytest.mark.slow
+def test_the_command_serves_both_and_ends():
+    with bind("127.0.0.1", 0, "--wyoming", "") as free:
+        uri = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "mimo_fast", "serve", "--port", "0", "--wyoming", uri]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": environment}
+
+    async def ask() -> Info:
+        async with AsyncClient.from_uri(uri) as client:
+            await tell(client, Describe())
+            return Info.from_event((await answers(client, Info))[-1])
+
+    with subprocess.Popen(command, **options) as process:
+        while "Home Assistant: Wyoming Protocol" not in (line := process.stderr.readline()):
+            assert line
+        assert asyncio.run(ask()).asr
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert told.splitlines()[-1] == "stopped"
 
 
 def test_who_may_use_it():
