@@ -34,9 +34,9 @@ from wyoming.tts import SynthesizeStopped
 
 import mimo_fast
 from mimo_fast.server.checks import Json, mapping, refusal, text, whole
-from mimo_fast.server.errors import ApiError, as_api_error
+from mimo_fast.server.errors import ApiError, as_api_error, full
 from mimo_fast.server.json_values import parse_json
-from mimo_fast.server.limits import ARRIVAL, CALM, STILL, Places
+from mimo_fast.server.limits import ARRIVAL, CALM, SESSION_WAIT, STILL, Places
 from mimo_fast.server.logs import log, log_failure, request_id, words_wanted
 from mimo_fast.server.protocols import STALL
 from mimo_fast.server.security import Rates
@@ -103,7 +103,7 @@ class Wyoming:
         if crowded or self._app.state.stopping or not self._may(peer) or self._rates.wait(peer):
             writer.transport.abort()
             return
-        connection = _Connection(self._app, reader, writer, peer, self._clones)
+        connection = _Connection(self._app, reader, writer, peer, self._rates, self._clones)
         self._connections[task] = connection
         try:
             await connection.run()
@@ -121,7 +121,7 @@ class Wyoming:
 
 
 class _Connection:
-    """One client. It has one request at a time; others of its events wait meanwhile, or end it."""
+    """One client, with one request at a time."""
 
     def __init__(
         self,
@@ -129,9 +129,10 @@ class _Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         peer: str,
+        rates: Rates,
         clones: bool,
     ) -> None:
-        self._clones = clones
+        self._rates, self._clones = rates, clones
         self._state, self._reader, self._writer, self._peer = app.state, reader, writer, peer
         self._service: Service = app.state.service
         self._settings: Settings = app.state.settings
@@ -187,6 +188,8 @@ class _Connection:
             if not line:
                 return
             kind, data, payload = await self._event(line)
+            if not kind.endswith("-chunk") and (wait := self._rates.wait(self._peer)):
+                raise full("too many events: slow down, or raise --max-rate", wait)
             handler = self._handlers.get(kind)
             # As the protocol has it, what is unknown is no error.
             if handler is not None:
@@ -264,11 +267,12 @@ class _Connection:
         """Holds one until `_leave_place`."""
         if self._state.stopping:
             raise ApiError("the server is stopping", 503, "server_stopping")
-        if self._hearing or self._reading or (self._work is not None and not self._work.done()):
-            raise ApiError("one request at a time: wait for its end", 409, "busy")
         if self._work is not None:
-            await asyncio.gather(self._work, return_exceptions=True)
-            self._work = None
+            # Its client may know of its end before it has let go of everything.
+            await asyncio.wait([self._work], timeout=SESSION_WAIT)
+        if self._hearing or self._reading or not (self._work is None or self._work.done()):
+            raise ApiError("one request at a time: wait for its end", 409, "busy")
+        self._work = None
         await self._stack.enter_async_context(places.place())
         await self._stack.enter_async_context(self._state.keeper.used())
         self._state.live.add(self)

@@ -181,6 +181,29 @@ def test_a_text_is_said_and_heard_again(home, service):
     assert service.model.asr_sft(sound(events)) == "what color is the sea"
 
 
+def test_requests_follow_one_another_on_a_connection(home):
+    async def ask() -> tuple[list[int], str, str]:
+        async with AsyncClient.from_uri(home.uri) as client:
+            sizes = list[int]()
+            for _ in range(3):
+                await tell(client, Synthesize("seven"))
+                sizes.append(len(sound(await answers(client, AudioStop))))
+            await tell(client, *question(FORM, samples(QUESTION)))
+            said = Transcript.from_event((await answers(client, Transcript))[-1]).text
+            # A second one at the same time is not taken.
+            await tell(client, SynthesizeStart(), SynthesizeStart())
+            async with asyncio.timeout(30):
+                while (event := await client.read_event()).type != "error":
+                    pass
+            return sizes, said, event.data["code"]
+
+    sizes, said, code = asyncio.run(ask())
+    assert min(sizes) > 4800
+    assert said == "what is three plus four"
+    assert code == "busy"
+    until(lambda: home.state.sessions.taken == home.state.requests.taken == 0)
+
+
 def test_a_text_is_said_before_it_ends(home, service):
     async def ask() -> list[Event]:
         async with AsyncClient.from_uri(home.uri) as client:
@@ -322,6 +345,15 @@ def test_a_full_server_says_so(serve_home):
         until(lambda: home.state.sessions.taken == 1)
         code, goes_on = asyncio.run(refused(home, AudioStart(**FORM).event()))
     assert (code, goes_on) == ("rate_limit_exceeded", True)
+
+
+def test_a_flood_is_ended(serve_home):
+    home = serve_home(max_rate=1)
+    with home.raw() as connection:
+        connection.sendall(b'{"type": "nothing"}\n' * 20)
+        with connection.makefile("rb") as file:
+            assert json.loads(file.readline())["type"] == "error"
+            assert b"rate_limit_exceeded" in file.read()
 
 
 def test_it_stops_with_the_server(home):
