@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import tempfile
-import wave
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from ipaddress import ip_address, ip_network
@@ -23,7 +21,6 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from wyoming.asr import Transcript, TranscriptChunk, TranscriptStart, TranscriptStop
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.error import Error
@@ -33,7 +30,7 @@ from wyoming.ping import Pong
 from wyoming.tts import SynthesizeStopped
 
 import mimo_fast
-from mimo_fast.server.checks import Json, mapping, refusal, text, whole
+from mimo_fast.server.checks import Json, mapping, refusal, text
 from mimo_fast.server.errors import ApiError, as_api_error, full
 from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.limits import ARRIVAL, CALM, SESSION_WAIT, STILL, Places
@@ -42,21 +39,16 @@ from mimo_fast.server.protocols import STALL
 from mimo_fast.server.security import Rates
 from mimo_fast.server.service import Service
 from mimo_fast.server.settings import Settings
-from mimo_fast.server.speech import PATIENCE, Manner, Narrator, Sentences
+from mimo_fast.server.speech import PATIENCE, Manner, Narrator
 from mimo_fast.server.transcriptions import Asked, Found, Work, language_of, transcribe
 from mimo_fast.server.voices import ALIASES
+from mimo_fast.server.wyoming_parts import Form, Recording, Text
 
 MOST_LINE, MOST_DATA, MOST_PAYLOAD = 1 << 16, 1 << 20, 1 << 20
 """Bytes of an event's parts."""
 
-SPOOL = 1 << 20
-"""Bytes of a recording that are held in memory."""
-
 PART = 1 << 14
 """Bytes of a chunk of speech."""
-
-SAMPLES, CHANNELS, RATES = (1, 2, 3, 4), (1, 8), (4000, 192_000)
-"""Widths of samples in bytes; channels and rates, from and to."""
 
 LINGER = 1.0
 """Seconds that a connection may take to end."""
@@ -137,8 +129,8 @@ class _Connection:
         self._service: Service = app.state.service
         self._settings: Settings = app.state.settings
         self._language: str | None = None
-        self._hearing: _Recording | None = None
-        self._reading: _Text | None = None
+        self._hearing: Recording | None = None
+        self._reading: Text | None = None
         self._work: asyncio.Task[None] | None = None
         self._sent = monotonic()
         self._stack = AsyncExitStack()
@@ -347,16 +339,16 @@ class _Connection:
         self._language = language_of(self._service, data.get("language"))
 
     async def _audio_start(self, data: Json, payload: bytes) -> None:
-        form = _Form(data)
+        form = Form(data)
         await self._take_place(self._state.sessions)
-        self._hearing = _Recording(form, self._settings.max_audio_seconds)
+        self._hearing = Recording(form, self._settings.max_audio_seconds)
 
     async def _audio_chunk(self, data: Json, payload: bytes) -> None:
         if self._hearing is None:
             # A refused recording goes on for a while.
             return
         if data:
-            self._hearing.check(_Form(data))
+            self._hearing.check(Form(data))
         self._hearing.add(payload)
 
     async def _audio_stop(self, data: Json, payload: bytes) -> None:
@@ -364,7 +356,7 @@ class _Connection:
         if hearing is not None:
             self._begin("transcribe", lambda: self._write_down(hearing))
 
-    async def _write_down(self, hearing: _Recording) -> None:
+    async def _write_down(self, hearing: Recording) -> None:
         work, found, language = Work(), Found(), self._language
         try:
             await self._send(TranscriptStart(language=language).event())
@@ -402,7 +394,7 @@ class _Connection:
         self._service.check_words(said, "text")
         manner = self._manner(data)
         await self._take_place(self._state.requests)
-        reading = _Text(manner, self._settings.max_text_chars, streams=False)
+        reading = Text(manner, self._settings.max_text_chars, streams=False)
         reading.add(said)
         reading.end()
         self._begin("synthesize", lambda: self._say(reading))
@@ -410,7 +402,7 @@ class _Connection:
     async def _synthesize_start(self, data: Json, payload: bytes) -> None:
         manner = self._manner(data)
         await self._take_place(self._state.sessions)
-        reading = self._reading = _Text(manner, self._settings.max_text_chars, streams=True)
+        reading = self._reading = Text(manner, self._settings.max_text_chars, streams=True)
         self._begin("synthesize", lambda: self._say(reading))
 
     async def _synthesize_chunk(self, data: Json, payload: bytes) -> None:
@@ -430,7 +422,7 @@ class _Connection:
         if reading is not None:
             reading.end()
 
-    async def _say(self, reading: _Text) -> None:
+    async def _say(self, reading: Text) -> None:
         rate, sent, begun = self._service.sample_rate, 0, False
         form = {"rate": rate, "width": 2, "channels": 1}
         narrator = Narrator(self._service, reading.manner)
@@ -452,97 +444,3 @@ class _Connection:
         await self._send(AudioStop(timestamp=1000 * sent // (2 * rate)).event())
         if reading.streams:
             await self._send(SynthesizeStopped().event())
-
-
-class _Form:
-    """The form of raw samples.
-
-    Raises:
-        ApiError: it is none.
-    """
-
-    def __init__(self, data: Json) -> None:
-        self.rate = whole(data.get("rate"), "rate", *RATES)
-        self.channels = whole(data.get("channels"), "channels", *CHANNELS)
-        self.width = whole(data.get("width"), "width", SAMPLES[0], SAMPLES[-1])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Form) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Recording:
-    """What a client has sent so far, as a WAV that goes to the disk when it is long."""
-
-    def __init__(self, form: _Form, most: float) -> None:
-        self._form, self._most, self._frames = form, most, 0
-        self._late = monotonic() + most + ARRIVAL
-        self._file = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115
-        self._wave: wave.Wave_write = wave.open(self._file, "wb")  # noqa: SIM115
-        self._wave.setparams((form.channels, form.width, form.rate, 0, "NONE", ""))
-
-    @property
-    def seconds(self) -> float:
-        return self._frames / self._form.rate
-
-    def check(self, form: _Form) -> None:
-        if form != self._form:
-            raise refusal("a chunk is of another form than the one before it", "audio")
-
-    def add(self, audio: bytes) -> None:
-        size = self._form.width * self._form.channels
-        if len(audio) % size:
-            raise refusal(f"a chunk of {len(audio)} bytes has half a frame of {size}", "audio")
-        if monotonic() > self._late:
-            raise ApiError("the recording takes too long", 408, "timeout")
-        self._frames += len(audio) // size
-        if self.seconds > self._most:
-            problem = f"the recording is longer than {self._most:g} s"
-            raise ApiError(f"{problem}: raise --max-audio-seconds", 413, "recording_too_long")
-        self._wave.writeframesraw(audio)
-
-    def finish(self) -> UploadFile:
-        self._wave.close()
-        self._file.seek(0)
-        return UploadFile(self._file)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        with suppress(ValueError, OSError):
-            self._wave.close()
-        self._file.close()
-
-
-class _Text:
-    """A text that comes, in parts or at once, as sentences."""
-
-    def __init__(self, manner: Manner, most: int, streams: bool) -> None:
-        self.manner, self.streams = manner, streams
-        self._most, self._characters = most, 0
-        self._sentences, self._ready = Sentences(), asyncio.Queue[str | None]()
-
-    def add(self, part: str) -> None:
-        self._characters += len(part)
-        if self._characters > self._most:
-            problem = f"the text has more than {self._most} characters"
-            raise refusal(problem, "text", "string_above_max_length")
-        for sentence in self._sentences.push(part) if part else ():
-            self._ready.put_nowait(sentence)
-
-    def end(self) -> None:
-        for sentence in self._sentences.finish():
-            self._ready.put_nowait(sentence)
-        self._ready.put_nowait(None)
-
-    async def next(self) -> str | None:
-        """The next sentence; None after the last.
-
-        Raises:
-            ApiError: no more of the text came for too long.
-        """
-        try:
-            async with asyncio.timeout(PATIENCE):
-                return await self._ready.get()
-        except TimeoutError:
-            problem = f"no text came for {PATIENCE:.0f} s; end it with synthesize-stop"
-            raise ApiError(problem, 408, "timeout") from None
