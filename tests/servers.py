@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 
-from mimo_fast.server.serving import Server, listen, url_of
+from mimo_fast.server.serving import Beside, Server, listen, url_of
 from mimo_fast.server.settings import Settings
 
 START = 20.0
@@ -106,11 +106,11 @@ Serve = Callable[..., Running]
 """Starts a server with these settings."""
 
 
-def start(app: Starlette, settings: Settings) -> Running:
+def start(app: Starlette, settings: Settings, beside: Beside | None = None) -> Running:
     """Serves an application in a thread; returns once it listens."""
     bound = listen(settings)
     listening = threading.Event()
-    server = Server(app, settings, listening.set)
+    server = Server(app, settings, listening.set, beside)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     assert listening.wait(START), "the server did not start"

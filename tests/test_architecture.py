@@ -16,7 +16,7 @@ ROOMS = (
     *("audio", "text", "checkpoint", "kernels", "sampling", "quantization"),
     *("runtime.device", "runtime.lm", "runtime.codec", "runtime.engine", "runtime"),
     *("generation", "upstream", "acceleration", "history", "mimo_audio", "batches", ""),
-    *("testing", "bench", "server", "cli", "__main__"),
+    *("testing", "bench", "server", "talk", "cli", "__main__"),
 )
 """From the ground up: a room imports itself and those before it. "" is `mimo_fast/__init__.py`."""
 

@@ -68,11 +68,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     args.folders = [getattr(args, args.folder)] if args.folder else []
     args.before = [each for folder in args.folders for each in _contents(folder)]
-    outputs = [getattr(args, name, None) for name in ("output", "json")]
+    if args.module == "talk":
+        _check_talk(args)
+    outputs = [getattr(args, name, None) for name in ("output", "json", "save")]
     args.writes = any(file is not None for file in (*outputs, *args.folders))
     if args.module == "chat" and not args.text:
         args.turns = [path(turn) for turn in args.turns]
-    for name in ("text", "question", "system", "instruct", "turns"):
+    for name in ("text", "question", "system", "instruct", "turns", "instructions"):
         for text in _several(getattr(args, name, None)):
             if isinstance(text, str) and not _is_text(text):
                 args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
@@ -88,6 +90,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             args.parser.error("give a text, or --lines with a file of them")
         if args.lines and (args.voice or args.lookahead != "exact"):
             args.parser.error("--lines goes with neither --voice nor --lookahead")
+        if args.output is None and not args.play:
+            args.parser.error("give -o FILE, --play, or both")
+        if args.play and (args.lines or args.output == STANDARD):
+            args.parser.error("--play goes with neither --lines nor -o -")
+        if args.device_out and not args.play:
+            args.parser.error("--device-out goes with --play")
     _check_overlap(args, inputs, _check_outputs(args))
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
         args.parser.error("standard input can be given once")
@@ -121,7 +129,7 @@ def _is_text(text: str) -> bool:
 
 def _inputs(args: argparse.Namespace) -> list[Path]:
     """Recordings that the command reads."""
-    given = [getattr(args, name, None) for name in ("audio", "voice", "turns")]
+    given = [getattr(args, name, None) for name in ("audio", "voice", "turns", "input")]
     return [each for value in given for each in _several(value) if isinstance(each, Path)]
 
 
@@ -173,6 +181,10 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
             files = numbered(output, len(args.turns) if args.module == "chat" else 1)
             for file in files:
                 check_target(file, PIPE_OUT)
+        option, save = "--save", getattr(args, "save", None)
+        if save is not None:
+            check_target(save, "name a file")
+            files.append(save)
         option = "--json"
         if json == STANDARD:
             parser.error("argument --json: standard output has the table, name a file")
@@ -185,6 +197,27 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
     except AudioError as error:
         parser.error(f"argument {option}: {error}")
     return files
+
+
+def _check_talk(args: argparse.Namespace) -> None:
+    """Options of a talk that contradict each other, and what --voice is."""
+    error = args.parser.error
+    if args.input and args.device_in:
+        error("--input takes the microphone's place: leave out --device-in")
+    if args.output and args.device_out:
+        error("--output takes the speaker's place: leave out --device-out")
+    if args.echo_cancel and (args.input or args.output):
+        error("--echo-cancel needs a microphone and a speaker, not --input or --output")
+    for option in ("output", "save"):
+        file: Path | None = getattr(args, option)
+        if file is not None and file.suffix.lower() != ".wav":
+            error(
+                f"argument --{option}: {name_of(file)} is no WAV file: name one, such as talk.wav"
+            )
+    if args.input == STANDARD:
+        error("argument --input: name a file")
+    if args.voice and not args.server:
+        args.voice = path(args.voice)
 
 
 def _check_transcripts(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
 from mimo_fast.cli.arguments import STANDARD
+from mimo_fast.cli.playing import Aloud
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.trained import untrained
@@ -173,13 +174,16 @@ def write_speech(
     model: MimoAudio,
     args: argparse.Namespace,
     chunks: Iterator[Chunk],
-    output: Path | LiveAudio,
+    output: Path | LiveAudio | None,
     before: Tensor | None = None,
+    aloud: Aloud | None = None,
 ) -> None:
     """Writes a reply after `before` [n], then prints its words, and its speed on stderr.
 
     A file is written whole, first of all, so that no failure of standard output costs it. A
     progress bar shows seconds spoken.
+
+    aloud: where it is heard, too, while it is made.
     """
     rate = model.codec.sample_rate
     live = output if isinstance(output, LiveAudio) else None
@@ -190,16 +194,18 @@ def write_speech(
         for chunk in chunks:
             if live:
                 live.write(chunk.audio, rate)
+            if aloud:
+                aloud.write(chunk.audio)
             audio.append(chunk.audio)
             text.append(chunk.text)
             bar.update(len(chunk.audio) / rate)
             last = chunk
     assert last is not None
     words, timing = "".join(text).strip(), last.timing
-    where = "standard output" if live else name_of(output)
+    where = "standard output" if live else "the speaker" if output is None else name_of(output)
     if not timing.audio_seconds:
         warn_if_cut(model, args, last)
-        lost = "" if live else f"; {where} was not written"
+        lost = f"; {where} was not written" if isinstance(output, Path) else ""
         raise MimoFastError(f"the model said nothing in {timing.groups} groups{lost}")
     if isinstance(output, Path):
         save_speech(output, torch.cat(audio), rate)
@@ -209,12 +215,15 @@ def write_speech(
         print(words, flush=True)
     factor = timing.elapsed / timing.audio_seconds if timing.audio_seconds else math.inf
     first = "" if timing.first_audio is None else f", first audio after {timing.first_audio:.2f} s"
+    done = "said" if output is None else f"wrote {where}"
     say(
-        f"wrote {where}: {timing.audio_seconds:.2f} s of audio in {timing.elapsed:.2f} s "
+        f"{done}: {timing.audio_seconds:.2f} s of audio in {timing.elapsed:.2f} s "
         f"(real-time factor {factor:.2f}{first})"
     )
     warn_if_cut(model, args, last)
     warn_if_unsure(last)
+    if aloud:
+        aloud.finish()
 
 
 def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
@@ -229,10 +238,11 @@ def lookahead_of(args: argparse.Namespace) -> Listening:
     Raises:
         MimoFastError: it is elastic, and the reply is not heard as it is spoken.
     """
-    if args.lookahead == "elastic" and args.output != STANDARD:
+    heard = args.output == STANDARD or (args.output is None and getattr(args, "play", False))
+    if args.lookahead == "elastic" and not heard:
         raise MimoFastError(
-            "--lookahead elastic is for somebody who listens: it goes with -o -, a file gets the "
-            "exact samples"
+            "--lookahead elastic is for somebody who listens: it goes with -o - or with --play "
+            "alone, a file gets the exact samples"
         )
     return "elastic" if args.lookahead == "elastic" else "exact"
 

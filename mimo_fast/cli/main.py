@@ -128,7 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     tts = command("tts", "Say a text.")
     tts.add_argument("text", nargs="?", help="what to say; '-' reads it from standard input")
-    _add_output(tts, note="; with --lines a folder")
+    _add_output(tts, required=False, note="; with --lines a folder")
+    aloud = "hear it on this machine's speaker while it is made"
+    tts.add_argument("--play", action="store_true", help=aloud)
+    chosen = "with --play: number, or part of the name [the default]"
+    tts.add_argument("--device-out", metavar="DEVICE", help=f"speaker {chosen}")
     each = "say each line of a file: -o is a folder, what is there already is kept"
     tts.add_argument("--lines", type=path, metavar="FILE", help=each)
     at_once = "lines said at once [4, or as many as fit]"
@@ -179,6 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
     _add_thinking(chat, "with --text: let the model think before it answers")
     _add_generation_options(chat)
+
+    talk = command("talk", "Talk with the model: microphone, speaker, interruption.")
+    _add_talk_options(talk)
 
     carry = "Carry a recording on (a base model does this)."
     more = command("continue", carry, PUBLISHED_BASE, module="carry_on")
@@ -265,6 +272,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_talk_options(parser: argparse.ArgumentParser) -> None:
+    where = "talk to a running server, such as http://127.0.0.1:8000 [the model in this process]"
+    parser.add_argument("--server", metavar="URL", help=where)
+    key = os.environ.get("MIMO_FAST_API_KEY") or None
+    known = "the server's key [from MIMO_FAST_API_KEY]" if key else "the server's key [none]"
+    parser.add_argument("--api-key", default=key, metavar="KEY", help=known)
+    spoken = "whose voice the replies have: a recording, or with --server a voice's name"
+    parser.add_argument("--voice", metavar="WAV|NAME", help=spoken)
+    parser.add_argument("--instructions", metavar="TEXT", help="how to reply")
+    by_hand = "space begins and ends what you say [pauses do]"
+    parser.add_argument("--push", action="store_true", help=by_hand)
+    sound = parser.add_argument_group("sound")
+    chosen = "number, or part of the name [the default]"
+    sound.add_argument("--device-in", metavar="DEVICE", help=f"microphone: {chosen}")
+    sound.add_argument("--device-out", metavar="DEVICE", help=f"speaker: {chosen}")
+    sound.add_argument("--list-devices", action="store_true", help="list both, and end")
+    fake = "a recording in the microphone's place; once it is answered the talk ends"
+    sound.add_argument("--input", type=path, metavar="AUDIO", help=fake)
+    place = "a file in the speaker's place"
+    sound.add_argument("--output", type=path, metavar="WAV", help=place)
+    both = "keep the talk: you on the left, the model on the right"
+    sound.add_argument("--save", type=path, metavar="WAV", help=both)
+    echo = "take what the speaker plays out of what the microphone hears"
+    sound.add_argument("--echo-cancel", action="store_true", help=echo)
+
+
 def _add_model_options(parser: argparse.ArgumentParser, published: str, default: str) -> None:
     group = parser.add_argument_group(
         "model", f"one without the other goes with {published} or {PUBLISHED_CODEC}"
@@ -322,7 +355,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_lookahead(parser: argparse.ArgumentParser) -> None:
-    heard = "elastic: heard after two patches instead of up to eleven, with -o - [exact]"
+    heard = "elastic: heard after two patches instead of up to eleven, where it is heard [exact]"
     parser.add_argument("--lookahead", choices=("exact", "elastic"), default="exact", help=heard)
 
 

@@ -3,9 +3,11 @@
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
 from mimo_fast.cli.common import load_model
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         from mimo_fast.server.logs import set_up_logs
         from mimo_fast.server.memory import settled
         from mimo_fast.server.service import Service
-        from mimo_fast.server.serving import Server, check_certificate, listen, url_of
+        from mimo_fast.server.serving import Server, bind, check_certificate, listen, url_of
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mimo_fast"):
             raise
@@ -42,19 +44,41 @@ def run(args: argparse.Namespace) -> int:
     if settings.self_signed and settings.ssl_certfile is None:
         settings = _with_certificate(settings)
     check_certificate(settings)
-    with listen(settings) as bound:
+    make_wyoming = _wyoming(settings)
+    with ExitStack() as stack:
+        bound = stack.enter_context(listen(settings))
+        home = None
+        if make_wyoming is not None:
+            fix = "give --wyoming another port"
+            home = stack.enter_context(bind(*settings.wyoming_address, "--wyoming", fix))
         url = url_of(bound, settings)
         load = partial(load_model, args, max_batch=args.streams)
         service = Service(load(), _name(args))
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
+            beside = make_wyoming(app, home) if make_wyoming is not None else None
             with settled():
-                Server(app, settings, lambda: _announce(url, service.name, settings)).run([bound])
+                announce = partial(_announce, url, service.name, settings)
+                Server(app, settings, announce, beside).run([bound])
         finally:
             service.close()
     say("stopped")
     return 0
+
+
+def _wyoming(settings: Settings) -> Any:
+    """The class that serves Home Assistant; None where that is not asked for."""
+    if settings.wyoming is None:
+        return None
+    try:
+        from mimo_fast.server.wyoming import Wyoming
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "wyoming":
+            raise
+        fix = "pip install 'mimo-fast[wyoming]'"
+        raise MimoFastError(f"--wyoming needs the package wyoming: {fix}") from error
+    return Wyoming
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -78,6 +102,8 @@ def _with_certificate(settings: Settings) -> Settings:
 def _announce(url: str, name: str, settings: Settings) -> None:
     say(f"talk to it in a browser:  {url}/")
     say(f"listening on {url} (OpenAI's API: {url}/v1, model {name}); Ctrl-C ends it")
+    if settings.wyoming is not None:
+        say(f"Home Assistant: Wyoming Protocol at {settings.wyoming}")
     body = f'{{"model": "{name}", "voice": "alloy", "input": "good morning"}}'
     key = "" if settings.api_key is None else '-H "Authorization: Bearer $MIMO_FAST_API_KEY" '
     insecure = "" if settings.ssl_certfile is None else "-k "

@@ -21,6 +21,7 @@ GROUPS = {
     "address": ("host", "port", "ssl_certfile", "ssl_keyfile", "self_signed", "ice_servers"),
     "access": ("api_key", "allowed_origins", "allowed_hosts"),
     "voices": ("voices", "allow_voice_upload"),
+    "Home Assistant": ("wyoming", "wyoming_clients"),
     "limits": (
         *("max_sessions", "max_requests", "queue_seconds", "max_connections", "max_rate"),
         *("max_body_bytes", "max_message_bytes", "max_audio_seconds", "max_text_chars"),
@@ -144,6 +145,8 @@ def _shown(each: Field[Any]) -> str:
 
 
 def _metavar(each: Field[Any]) -> str:
+    if "metavar" in each.metadata:
+        return str(each.metadata["metavar"])
     if "choices" in each.metadata:
         return "|".join(each.metadata["choices"])
     if isinstance(each.default, int | float):

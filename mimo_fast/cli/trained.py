@@ -9,6 +9,7 @@ TASKS = {
     "tts": "tts_sft",
     "understand": "audio_understanding_sft",
     "chat": "spoken_dialogue_sft",
+    "talk": "spoken_dialogue_sft",
     "carry_on": "speech_continuation",
 }
 """The task of each command's module."""
@@ -18,6 +19,7 @@ OPTIONS = {
     "natural": "read_text_only",
     "voice": "prompt_speech",
     "system": "system_prompt",
+    "instructions": "system_prompt",
     "thinking": "thinking",
 }
 """The argument of a task that each option sets."""

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 
 from mimo_fast.batches import RECORD, batch
 from mimo_fast.cli.arguments import STANDARD
@@ -14,9 +15,11 @@ from mimo_fast.cli.common import (
     warn_of_words,
     write_speech,
 )
+from mimo_fast.cli.playing import aloud
 from mimo_fast.cli.process import written
 from mimo_fast.cli.reports import report, say
 from mimo_fast.errors import MimoFastError
+from mimo_fast.talk import card
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         )
     lookahead = lookahead_of(args)
     voice = load_recording(args.voice, args.prepare) if args.voice else None
+    device = card.find_device(args.device_out, "output") if args.play else None
     model = load_model(args)
     if not args.natural:
         warn_of_words(model, text)
@@ -39,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     limits["lookahead"] = lookahead
     # A style holds for a whole text.
     chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **limits)
-    write_speech(model, args, chunks, speech_output(args.output))
+    output = None if args.output is None else speech_output(args.output)
+    with aloud(model.codec.sample_rate, device) if args.play else nullcontext() as heard:
+        write_speech(model, args, chunks, output, aloud=heard)
     return 0
 
 

@@ -27,7 +27,9 @@ from mimo_fast.server.limits import SESSION_WAIT, Bounds, Live, Places
 from mimo_fast.server.metrics import Metrics, show_metrics, threads
 from mimo_fast.server.models import model, models
 from mimo_fast.server.page import page, page_config, static_files
-from mimo_fast.server.realtime import create_call, create_secret, hang_up, realtime
+from mimo_fast.server.realtime.calls import create_call, hang_up
+from mimo_fast.server.realtime.client_secrets import create_secret
+from mimo_fast.server.realtime.sockets import realtime
 from mimo_fast.server.records import Errors, Records
 from mimo_fast.server.security import Guard
 from mimo_fast.server.service import Service

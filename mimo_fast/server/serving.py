@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -42,13 +43,22 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         MimoFastError: the address cannot be had.
     """
-    host = settings.host.strip("[]")
+    fix = "give another --port (0 takes a free one)"
+    return bind(settings.host.strip("[]"), settings.port, "--host", fix)
+
+
+def bind(host: str, port: int, option: str, fix: str) -> socket.socket:
+    """A socket that listens, for `option`.
+
+    Raises:
+        MimoFastError: the address cannot be had.
+    """
     try:
-        found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise MimoFastError(f"--host {host}: {error.strerror or error}") from error
+        raise MimoFastError(f"{option} {host}: {error.strerror or error}") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -57,10 +67,16 @@ def listen(settings: Settings) -> socket.socket:
     except OSError as error:
         bound.close()
         raise MimoFastError(
-            f"cannot listen on port {settings.port} of {host} ({error.strerror}): stop what does, "
-            "or give another --port (0 takes a free one)"
+            f"cannot listen on port {port} of {host} ({error.strerror}): stop what does, or {fix}"
         ) from error
     return bound
+
+
+class Beside(Protocol):
+    """What is served beside HTTP, in the same event loop."""
+
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 def check_certificate(settings: Settings) -> None:
@@ -104,12 +120,17 @@ class Server(uvicorn.Server):
     Args:
         app: the application of `create_app`.
         ready: called once it answers.
+        beside: served as long as it is.
     """
 
     def __init__(
-        self, app: Starlette, settings: Settings, ready: Callable[[], None] | None = None
+        self,
+        app: Starlette,
+        settings: Settings,
+        ready: Callable[[], None] | None = None,
+        beside: Beside | None = None,
     ) -> None:
-        self._app, self._ready = app, ready
+        self._app, self._ready, self._beside = app, ready, beside
         self._patience = settings.drain_seconds
         super().__init__(
             uvicorn.Config(
@@ -136,6 +157,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         worker = self._app.state.service.worker
         self._trimming = asyncio.create_task(Trimmer(lambda: worker.streams > 0).run())
+        if self.started and self._beside is not None:
+            await self._beside.start()
         if self.started and self._ready is not None:
             self._ready()
 
@@ -150,6 +173,8 @@ class Server(uvicorn.Server):
             await stop_sessions(session for session in state.live if session.calm)
             await asyncio.sleep(0.05)
         await stop_sessions(state.live)
+        if self._beside is not None:
+            await self._beside.close()
         for connection in [*self.server_state.connections]:
             # One that does not read would be waited for.
             transport = connection.transport

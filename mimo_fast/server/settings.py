@@ -6,9 +6,10 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, fields
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mimo_fast.errors import ConfigError
 
@@ -108,6 +109,16 @@ class Settings:
     ssl_keyfile: Path | None = field(
         default=None, metadata=_about("private key of the certificate")
     )
+    wyoming: str | None = field(
+        default=None,
+        metadata=_about(
+            "also serve Home Assistant's protocol, such as tcp://127.0.0.1:10300", metavar="URI"
+        ),
+    )
+    wyoming_clients: tuple[str, ...] = field(
+        default=(),
+        metadata=_about("addresses or networks that may use it, besides this machine's"),
+    )
 
     self_signed: bool = field(
         default=False,
@@ -136,6 +147,7 @@ class Settings:
             raise ConfigError(f"--voices: there is no folder {self.voices}")
         if self.allow_voice_upload and self.voices is None:
             raise ConfigError("--allow-voice-upload needs --voices DIR, where they are kept")
+        self._check_wyoming()
         for origin in self.allowed_origins:
             if origin != "*" and (
                 not origin.startswith(("http://", "https://")) or "/" in _host(origin)
@@ -143,6 +155,41 @@ class Settings:
                 raise ConfigError(
                     f"--allowed-origins: {origin:.100} is not like https://app.example"
                 )
+
+    @property
+    def wyoming_address(self) -> tuple[str, int]:
+        """Host and port of `wyoming`.
+
+        Raises:
+            ConfigError: it is no such address.
+        """
+        parts = urlsplit(self.wyoming or "")
+        try:
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = port = None
+        if parts.scheme != "tcp" or not host or port is None:
+            problem = f"--wyoming: {self.wyoming!s:.100} is not like tcp://127.0.0.1:10300"
+            raise ConfigError(problem)
+        return host, port
+
+    def _check_wyoming(self) -> None:
+        for each in self.wyoming_clients:
+            try:
+                ip_network(each, strict=False)
+            except ValueError:
+                problem = (
+                    f"--wyoming-clients: {each:.50} is not like 192.168.1.20 or 192.168.1.0/24"
+                )
+                raise ConfigError(problem) from None
+        if self.wyoming is None:
+            return
+        host, _ = self.wyoming_address
+        if not is_loopback(host) and not self.wyoming_clients:
+            raise ConfigError(
+                f"{host:.100} is reachable from other machines, and Wyoming knows no keys: name "
+                "those that may use it with --wyoming-clients, or listen on 127.0.0.1"
+            )
 
 
 def option_of(name: str) -> str:

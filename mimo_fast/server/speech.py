@@ -9,7 +9,7 @@ import asyncio
 import base64
 import re
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,41 @@ def _cut(sentence: str) -> list[str]:
     return [*parts, sentence]
 
 
+class Narrator:
+    """Says sentences one after the other, in one voice; wires share it.
+
+    A model that clones voices says the later ones in the voice of the first, as the pieces of one
+    text.
+    """
+
+    def __init__(self, service: Service, manner: Manner) -> None:
+        self._service, self._manner = service, manner
+        self._joiner = Joiner(service.sample_rate)
+        self._first: Tensor | None = None
+
+    def says(self, sentence: str) -> bool:
+        """Whether there is anything to say in it."""
+        words = self._service.model.tokenizer.trained_words
+        return any(map(str.isalnum, sentence)) and (not words or bool(spell(sentence)))
+
+    async def say(self, sentence: str) -> AsyncGenerator[bytes, None]:
+        """A sentence in parts, encoded, with the pause before it."""
+        service, manner = self._service, self._manner
+        said = Said(audio=[] if self._keeps_voice else None)
+        voice: Path | Tensor | None = manner.voice if self._first is None else self._first
+        stream = service.speech(sentence.strip(), manner.instructions, voice, manner.seed)
+        async with stream:
+            async for part in _encoded(service, stream, manner, said, self._joiner):
+                yield part
+        if said.audio:
+            self._first = torch.cat(said.audio)
+
+    @property
+    def _keeps_voice(self) -> bool:
+        clones = self._service.knows("tts_sft", "prompt_speech")
+        return clones and self._first is None and self._manner.voice is None
+
+
 async def speech_stream(websocket: WebSocket) -> None:
     """A text that comes in parts is said sentence by sentence, while it comes.
 
@@ -235,7 +270,6 @@ class _SpeechSession:
         self._whole = False
         self._sentences = asyncio.Queue[str | None]()
         self._index = 0
-        self._first: Tensor | None = None
 
     async def run(self) -> None:
         """Reads and speaks until the text has ended, or the client has gone."""
@@ -293,29 +327,23 @@ class _SpeechSession:
         self._whole = not boolean(message.get("stream_audio", True), "stream_audio")
 
     async def _speak(self) -> None:
-        joiner = Joiner(self._service.sample_rate)
+        narrator = None
         while (sentence := await self._sentences.get()) is not None:
-            if self._says(sentence):
-                await self._say(sentence, joiner)
+            # Its manner is known once there is text.
+            narrator = narrator or Narrator(self._service, self._manner)
+            if narrator.says(sentence):
+                await self._say(sentence, narrator)
         await self._socket.send_json({"type": "session.done", "total_sentences": self._index})
         await self._socket.close()
 
-    def _says(self, sentence: str) -> bool:
-        """Whether there is anything to say in it."""
-        words = self._service.model.tokenizer.trained_words
-        return any(map(str.isalnum, sentence)) and (not words or bool(spell(sentence)))
-
-    async def _say(self, sentence: str, joiner: Joiner) -> None:
+    async def _say(self, sentence: str, narrator: Narrator) -> None:
         socket, service, manner = self._socket, self._service, self._manner
         index, size, frames = self._index, 0, list[bytes]()
         self._index += 1
         start = {"type": "audio.start", "sentence_index": index, "sentence_text": sentence.strip()}
         await socket.send_json(start | {"format": manner.form, "sample_rate": service.sample_rate})
-        said = Said(audio=[] if self._keeps_voice else None)
-        voice: Path | Tensor | None = manner.voice if self._first is None else self._first
-        stream = service.speech(sentence.strip(), manner.instructions, voice, manner.seed)
-        async with stream:
-            async for part in _encoded(service, stream, manner, said, joiner):
+        async with aclosing(narrator.say(sentence)) as parts:
+            async for part in parts:
                 size += len(part)
                 if self._whole:
                     frames.append(part)
@@ -323,16 +351,8 @@ class _SpeechSession:
                     await socket.send_bytes(part)
         if frames:
             await socket.send_bytes(b"".join(frames))
-        if said.audio:
-            self._first = torch.cat(said.audio)
         done: dict[str, Any] = {"type": "audio.done", "sentence_index": index}
         await socket.send_json(done | {"total_bytes": size, "error": False})
-
-    @property
-    def _keeps_voice(self) -> bool:
-        """Whether the first sentence is the voice of the others, as of the pieces of one text."""
-        clones = self._service.knows("tts_sft", "prompt_speech")
-        return clones and self._first is None and self._manner.voice is None
 
 
 def _message(message: Any) -> Json:

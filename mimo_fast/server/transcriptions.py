@@ -106,7 +106,7 @@ async def transcriptions(request: Request) -> Response:
 
     try:
         asked = read_form(service, form)
-        words = _transcribe(service, asked, found, work, state.settings.max_audio_seconds)
+        words = transcribe(service, asked, found, work, state.settings.max_audio_seconds)
         if asked.streams:
             parts = await begun(words)
             return Streamed(as_events(_events(parts, found)), SSE, leave)
@@ -165,7 +165,7 @@ def read_form(service: Service, form: FormData) -> Asked:
         file,
         one_of(form.get("response_format") or "json", "response_format", FORMS),
         one_of(str(form.get("stream") or "false").lower(), "stream", ("true", "false")) == "true",
-        _language(service, form.get("language")),
+        language_of(service, form.get("language")),
         None if temperature is None else number(_number(temperature), "temperature", 0, 1),
         read_seed({"seed": None if seed is None else _number(seed)}),
     )
@@ -179,7 +179,7 @@ def _number(value: Any) -> Any:
     return float(value) if "." in str(value) else int(value)
 
 
-def _language(service: Service, value: Any) -> str | None:
+def language_of(service: Service, value: Any) -> str | None:
     if value is None or value == "":
         return None
     code = checked_text(value, "language", 100).lower()
@@ -201,7 +201,7 @@ def _wording(language: str | None) -> int | None:
     return chinese.index(language == "zh")
 
 
-async def _transcribe(
+async def transcribe(
     service: Service, asked: Asked, found: Found, work: Work, most: float
 ) -> AsyncGenerator[str, None]:
     """What is said, as it is found: texts that join to `found.text`.

@@ -129,7 +129,7 @@ def test_the_microphone_until_ctrl_c(capsys, talk, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     class Stream:
-        def __init__(self, samplerate, channels, dtype, blocksize, callback):
+        def __init__(self, samplerate, channels, dtype, blocksize, callback, **options):
             assert (samplerate, channels, dtype) == (RATE, 1, "float32")
             self.thread = threading.Thread(target=speak, args=(callback, blocksize))
 
@@ -139,7 +139,9 @@ def test_the_microphone_until_ctrl_c(capsys, talk, monkeypatch):
         def __exit__(self, *_):
             self.thread.join()
 
+    devices = [{"index": 0, "name": "microphone", "max_input_channels": 1}]
     fake = SimpleNamespace(InputStream=Stream, PortAudioError=OSError)
+    fake.query_devices = lambda: devices
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
     assert out(capsys, "--live") == "thank you\nsix five zero\n"
     assert np.isfinite(samples).all()

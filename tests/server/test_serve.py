@@ -71,6 +71,8 @@ VALUES = {
     "log_level": ("error", "error"),
     "keep_alive": ("5m", 300.0),
     "drain_seconds": ("1", 1.0),
+    "wyoming": ("tcp://127.0.0.1:10300", "tcp://127.0.0.1:10300"),
+    "wyoming_clients": ("192.168.1.20, 10.0.0.0/8", ("192.168.1.20", "10.0.0.0/8")),
 }
 """A text of each option and what it means."""
 
@@ -451,3 +453,12 @@ def test_patience_has_an_end(serve):
         with pytest.raises(ConnectionClosedError) as closed:
             list(client)
     assert closed.value.rcvd.code == 1012
+
+
+def test_home_assistants_protocol_needs_its_package(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wyoming", None)
+    monkeypatch.delitem(sys.modules, "mimo_fast.server.wyoming", raising=False)
+    for name in [each for each in sys.modules if each.startswith("wyoming.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["serve", "--port", "0", "--wyoming", "tcp://127.0.0.1:0"]) == 1
+    assert "pip install 'mimo-fast[wyoming]'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from servers import Running
 
 import mimo_fast
 from mimo_fast.server.service import Service
-from mimo_fast.server.transcriptions import _language, _number, _wording
+from mimo_fast.server.transcriptions import _number, _wording, language_of
 from mimo_fast.text.templates import ASR_TEMPLATES
 
 RATE = 24000
@@ -281,8 +281,8 @@ def test_the_wording_follows_the_language(service: Service) -> None:
     assert _wording(None) is None
     assert ASR_TEMPLATES[_wording("en")].isascii()
     assert not ASR_TEMPLATES[_wording("zh")].isascii()
-    assert _language(service, "en-US") == _language(service, "English") == "en"
-    assert _language(service, "") is None
+    assert language_of(service, "en-US") == language_of(service, "English") == "en"
+    assert language_of(service, "") is None
 
 
 def test_numbers_of_a_form() -> None:

@@ -7,9 +7,3 @@ dialogue.py  the session core, which knows no wire: turns, speculation, barge-in
 hearing.py   audio in -> where somebody speaks         sound.py   bytes <-> samples
 mind.py      what is computed with the model           items.py   the conversation
 """
-
-from mimo_fast.server.realtime.calls import create_call, hang_up
-from mimo_fast.server.realtime.client_secrets import create_secret
-from mimo_fast.server.realtime.sockets import realtime
-
-__all__ = ["create_call", "create_secret", "hang_up", "realtime"]
