@@ -19,6 +19,10 @@ GROUPS = {
         *("max_body_bytes", "max_message_bytes", "max_audio_seconds", "max_text_chars"),
         "max_choices",
     ),
+    "replicas": (
+        *("ray", "ray_address", "replicas", "min_replicas", "max_replicas", "target_ongoing"),
+        *("cpus_per_replica", "gpus_per_replica"),
+    ),
     "running": ("keep_alive", "drain_seconds", "log_level", "log_words"),
 }
 
@@ -141,7 +145,9 @@ def _metavar(each: Field[Any]) -> str:
         return "|".join(each.metadata["choices"])
     if isinstance(each.default, int | float):
         return {"bytes": "BYTES", "time": "TIME"}.get(each.metadata.get("unit", ""), "N")
-    return {"host": "ADDRESS", "api_key": "KEY", "voices": "DIR"}.get(each.name, "FILE")
+    return {"host": "ADDRESS", "api_key": "KEY", "voices": "DIR", "ray_address": "ADDRESS"}.get(
+        each.name, "FILE"
+    )
 
 
 def _reader(each: Field[Any]) -> Callable[[str], Any]:

@@ -57,6 +57,7 @@ def create_app(
         requests, sessions: `Places` of requests that compute and of WebSockets.
         live: the WebSockets that are open.
         stopping: whether new work is refused.
+        elsewhere: finds an earlier answer of a chat in other processes; None where there are none.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -93,6 +94,7 @@ def create_app(
     state.metrics, state.requests, state.sessions = metrics, requests, sessions
     state.keeper = Keeper(service, load if settings.keep_alive >= 0 else None, settings.keep_alive)
     state.live, state.stopping, state.probe = set[Session](), False, None
+    state.elsewhere = None
     service.worker.meter = metrics.speech
     _show(metrics, app)
     return app

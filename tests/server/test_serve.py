@@ -66,6 +66,14 @@ VALUES = {
     "log_level": ("error", "error"),
     "keep_alive": ("5m", 300.0),
     "drain_seconds": ("1", 1.0),
+    "ray": ("1", True),
+    "ray_address": ("auto", "auto"),
+    "replicas": ("2", 2),
+    "min_replicas": ("2", 2),
+    "max_replicas": ("3", 3),
+    "target_ongoing": ("4.5", 4.5),
+    "cpus_per_replica": ("0.5", 0.5),
+    "gpus_per_replica": ("0.25", 0.25),
 }
 """A text of each option and what it means."""
 
