@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS := -n 2 --dist worksteal
 # Triton's interpreter is chosen when Triton is imported, and stock clients have an environment of their own, so those
 # tests run by themselves.
-APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients
+APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients tests/server/replicas
 
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
@@ -17,8 +17,10 @@ export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none
 OLDEST := .venv/oldest-triton
 # Pipecat and LiveKit pin other versions than this package does: an environment of their own.
 CLIENTS := .venv/clients
+# Ray and what it needs, beside .venv's own packages.
+RAY := .venv/ray
 
-.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients ray clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -32,7 +34,7 @@ bench: $(READY)
 test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients ray) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
@@ -97,6 +99,15 @@ $(CLIENTS)/ready: $(READY) .ci/clients.txt
 	rm -rf $(CLIENTS)
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile -r .ci/clients.txt
+	touch $@
+
+# Two replicas of nano under Ray Serve.
+ray: $(RAY)/ready
+	$(PYTEST) tests/server/replicas
+
+$(RAY)/ready: $(READY) .ci/ray.txt
+	rm -rf $(RAY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(RAY) -r .ci/ray.txt
 	touch $@
 
 $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)

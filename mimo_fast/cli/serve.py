@@ -23,6 +23,10 @@ MISSING = (
     "'mimo-fast[server]'"
 )
 
+MISSING_RAY = (
+    "--ray needs Ray Serve, of which {} is missing: install it with pip install 'mimo-fast[ray]'"
+)
+
 LOCAL = ("parser", "run")
 """What parsed options hold besides values."""
 
@@ -102,11 +106,9 @@ def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
         load = partial(load_model, given, max_batch=args.streams)
         serve_replicas(load, name, settings, gpus, lambda url: _announce(url, name, settings))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
+        if (error.name or "").startswith("mimo_fast"):
             raise
-        raise MimoFastError(
-            "--ray needs Ray Serve: install it with pip install 'mimo-fast[ray]'"
-        ) from error
+        raise MimoFastError(MISSING_RAY.format(error.name or "a package")) from error
 
 
 def _name(args: argparse.Namespace) -> str:

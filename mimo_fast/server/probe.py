@@ -23,7 +23,8 @@ def is_ready(host: str, port: int, encrypted: bool = False) -> bool:
         if encrypted:
             # A certificate is for other names than this machine's.
             context = ssl._create_unverified_context()
-            asked = http.client.HTTPSConnection(host, port, timeout=WAIT, context=context)
+            secure = http.client.HTTPSConnection
+            asked: http.client.HTTPConnection = secure(host, port, timeout=WAIT, context=context)
         else:
             asked = http.client.HTTPConnection(host, port, timeout=WAIT)
         asked.request("GET", "/ready", headers={"Host": f"localhost:{port}"})

@@ -34,10 +34,15 @@ QUIET = {
 ALONE = {
     # Ray's own ports on 127.0.0.1: the name is of its other use, on desktops.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # A busy machine starts a proxy in more than the usual 5 s.
+    # Ray's workers are of niceness 15: speech would come after all else that a machine does.
+    "RAY_worker_niceness": "0",
+    # A busy machine starts a proxy in more than the usual 5 s, and an agent in more than 15 s.
+    "RAY_agent_register_timeout_ms": "120000",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 """The same for a cluster that is this server's own."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 OBJECTS = 100 << 20
 """Bytes of Ray's object store, which sessions hardly use: their messages are small."""
@@ -74,6 +79,8 @@ def serve_replicas(
         os.environ.setdefault(variable, value)
     with Stopping() as stopping:
         ray = _connect(settings, gpus)
+        # Ray has put handlers of its own in their place.
+        stopping.handle()
         try:
             _run(settings, load, name, gpus, port)
             announce(url)
@@ -99,13 +106,17 @@ class Stopping:
         self._asked, self._waits = threading.Event(), False
 
     def __enter__(self) -> Stopping:
-        handled = (signal.SIGINT, signal.SIGTERM)
-        self._before = {each: signal.signal(each, self._handle) for each in handled}
+        self._before = {each: signal.getsignal(each) for each in SIGNALS}
+        self.handle()
         return self
 
     def __exit__(self, *_error: object) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
+
+    def handle(self) -> None:
+        for each in SIGNALS:
+            signal.signal(each, self._handle)
 
     def wait(self) -> None:
         self._waits = True
@@ -130,13 +141,12 @@ class Stopping:
 
 def _connect(settings: Settings, gpus: float) -> Any:
     import ray
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private import worker
 
     set_up_logs(settings.log_level)
-    handler = LOGGER.handlers[0]
-    logger = logging.getLogger("ray")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.WARNING)
+    _quieten("ray")
+    # Lines of replicas come as they were written, not behind the name of a process.
+    worker.print_to_stdstream = as_json_lines(sys.stderr)
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECTS}
     if settings.ray_address:
         options = {"address": settings.ray_address}
@@ -146,15 +156,19 @@ def _connect(settings: Settings, gpus: float) -> Any:
         ray.shutdown()
         problem = f"--ray-address {settings.ray_address}" if settings.ray_address else "--ray"
         raise MimoFastError(f"{problem}: {str(error).strip().splitlines()[0]:.300}") from error
-    # Lines of replicas come as they were written, not behind the name of a process.
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    global_worker_stdstream_dispatcher.add_handler("mimo_fast", as_json_lines(sys.stderr))
     try:
         _check_resources(ray, settings, gpus)
     except BaseException:
         ray.shutdown()
         raise
     return ray
+
+
+def _quieten(name: str) -> None:
+    """Makes a logger of Ray's write warnings as lines of our log."""
+    logger = logging.getLogger(name)
+    logger.handlers, logger.propagate = [LOGGER.handlers[0]], False
+    logger.setLevel(logging.WARNING)
 
 
 def _check_resources(ray: Any, settings: Settings, gpus: float) -> None:
@@ -191,8 +205,9 @@ def _run(
 
     certificate = {} if settings.ssl_certfile is None else _certificate(settings)
     environment = ProxyBounds.of(settings).variables() | {
-        name: os.environ[name] for name in ALONE if name in os.environ
+        each: os.environ[each] for each in ALONE if each in os.environ
     }
+    _quieten("ray.serve")
     # Ray waits for no longer than a minute, which a busy machine's imports alone may take.
     ray_api.HTTP_PROXY_TIMEOUT = PROXY_START
     quiet = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": False}
@@ -239,13 +254,16 @@ def _quietly(work: Callable[[], Any]) -> None:
         work()
 
 
-def as_json_lines(stream: TextIO) -> Callable[[Any], None]:
-    """A handler of Ray's for lines that its processes have written."""
+def as_json_lines(stream: TextIO) -> Callable[..., None]:
+    """What prints lines that Ray's processes have written."""
 
-    def handle(data: Any) -> None:
+    def handle(data: Any, **_named: Any) -> None:
         # Tables of a cluster's resources, every five seconds.
         lines = () if data.get("pid") == "autoscaler" else data.get("lines", ())
         for line in lines:
+            if data.get("pid") == "raylet" and "Task ServeController." in line:
+                # It is told of a controller that was stopped.
+                continue
             found = line
             if not line.startswith("{"):
                 shown = {

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BEGUN = "mimo_fast.begun"
 """Type of a replica's first message: a request has reached it, and waits in no queue of Ray."""
@@ -77,3 +80,61 @@ class Tally:
             return 0
         count, self._count = self._count, 0
         return count
+
+
+class Back:
+    """Stands in a replica between Ray and the application; the other end of `Front`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        incoming, gone = asyncio.Queue[Message](), asyncio.Event()
+        unsent, taken = Window(), Tally()
+        last: Message | None = None
+
+        async def read() -> None:
+            """Tells the proxy's messages from the client's."""
+            while True:
+                message = await receive()
+                if message["type"] == SENT:
+                    unsent.read(message["size"])
+                    continue
+                incoming.put_nowait(message)
+                if message["type"].endswith(".disconnect"):
+                    gone.set()
+                    unsent.open()
+                    return
+
+        async def receiving() -> Message:
+            nonlocal last
+            if last is None:
+                message = await incoming.get()
+                if message["type"].endswith(".disconnect"):
+                    last = message
+                elif count := taken.take(size_of(message)):
+                    await send({"type": READ, "size": count})
+                return message
+            return last
+
+        async def sending(message: Message) -> None:
+            await unsent.room()
+            if gone.is_set():
+                # As uvicorn does: a WebSocket's endpoint is told, one of HTTP is not.
+                if scope["type"] == "websocket":
+                    raise OSError("the client has gone")
+                return
+            unsent.sent(size_of(message))
+            await send(message)
+
+        await send({"type": BEGUN})
+        reading = asyncio.create_task(read())
+        try:
+            await self._app(scope, receiving, sending)
+        finally:
+            reading.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await reading

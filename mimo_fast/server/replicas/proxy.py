@@ -94,7 +94,7 @@ def bound_uvicorn(bounds: ProxyBounds) -> None:
             }
             super().__init__(app, **(options | ours))
 
-    uvicorn.Config = Config  # type: ignore[misc]
+    uvicorn.Config = Config  # type: ignore[misc, assignment]
 
 
 class Front:
@@ -131,7 +131,7 @@ class Exchange:
             wait: seconds that it may take to reach a replica.
         """
         reading = asyncio.create_task(self._read())
-        working = asyncio.create_task(self._app(self._scope, self._give, self._take))
+        working = asyncio.ensure_future(self._app(self._scope, self._give, self._take))
         waiting = asyncio.create_task(self._begun.wait())
         try:
             await asyncio.wait(

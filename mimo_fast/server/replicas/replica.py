@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import ray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ray import serve
 from ray.serve._private import replica as ray_replica
@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.server.app import create_app
@@ -26,7 +26,8 @@ from mimo_fast.server.errors import ApiError
 from mimo_fast.server.keeping import described, model_in_use, model_is_kept
 from mimo_fast.server.logs import log, set_up_logs
 from mimo_fast.server.memory import Trimmer
-from mimo_fast.server.replicas.flow import BEGUN, READ, SENT, Tally, Window, size_of
+from mimo_fast.server.metrics import merged
+from mimo_fast.server.replicas.flow import Back
 from mimo_fast.server.service import Service
 from mimo_fast.server.serving import drain
 from mimo_fast.server.settings import Settings
@@ -48,6 +49,7 @@ class Replica:
 
     def __init__(self, load: Callable[[], MimoAudio], name: str, settings: Settings) -> None:
         set_up_logs(settings.log_level)
+        bind_to_node()
         self._settings, self._load = settings, load
         self._tag = serve.get_replica_context().replica_tag
         self._service = Service(load(), name)
@@ -185,6 +187,19 @@ def deployment(
     return made.bind(load, name, inner)
 
 
+def bind_to_node() -> None:
+    """Keeps the port by which replicas call each other on the address that Ray itself has.
+
+    Ray binds it to all of the machine's, where strangers would reach it.
+    """
+    plain, address = ray_replica.add_port_to_grpc_server, ray.util.get_node_ip_address()
+
+    def bound(server: Any, wanted: str) -> int:
+        return int(plain(server, wanted.replace("[::]", address)))
+
+    ray_replica.add_port_to_grpc_server = bound
+
+
 def before_draining(begin: Callable[[], Awaitable[None]]) -> None:
     """Calls a coroutine of this event loop when Ray begins to stop this process's replica.
 
@@ -199,84 +214,3 @@ def before_draining(begin: Callable[[], Awaitable[None]]) -> None:
         await plain(self, *arguments, **named)
 
     ray_replica.Replica._drain_ongoing_requests = draining
-
-
-def merged(texts: Iterable[tuple[str, str]]) -> str:
-    """Metrics of several replicas in one text: each sample has the label `replica`."""
-    heads = dict[str, list[str]]()
-    samples = dict[str, list[str]]()
-    for tag, text in texts:
-        family = ""
-        for line in text.splitlines():
-            if line.startswith("# "):
-                _, kind, name, *_rest = line.split(" ", 3)
-                if kind == "HELP":
-                    family = name
-                known = heads.setdefault(family, [])
-                if line not in known:
-                    known.append(line)
-            elif line:
-                name, value = line.rsplit(" ", 1)
-                bare, _, labels = name.rstrip("}").partition("{")
-                labelled = ",".join(filter(None, (f'replica="{tag}"', labels)))
-                samples.setdefault(family, []).append(f"{bare}{{{labelled}}} {value}")
-    lines = (line for family in heads for line in (*heads[family], *samples.get(family, ())))
-    return "".join(f"{line}\n" for line in lines)
-
-
-class Back:
-    """Stands between Ray and the application; the other end of `Front`."""
-
-    def __init__(self, app: Starlette) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        incoming, gone = asyncio.Queue[Message](), asyncio.Event()
-        unsent, taken = Window(), Tally()
-        last: Message | None = None
-
-        async def read() -> None:
-            """Tells the proxy's messages from the client's."""
-            while True:
-                message = await receive()
-                if message["type"] == SENT:
-                    unsent.read(message["size"])
-                    continue
-                incoming.put_nowait(message)
-                if message["type"].endswith(".disconnect"):
-                    gone.set()
-                    unsent.open()
-                    return
-
-        async def receiving() -> Message:
-            nonlocal last
-            if last is None:
-                message = await incoming.get()
-                if message["type"].endswith(".disconnect"):
-                    last = message
-                elif count := taken.take(size_of(message)):
-                    await send({"type": READ, "size": count})
-                return message
-            return last
-
-        async def sending(message: Message) -> None:
-            await unsent.room()
-            if gone.is_set():
-                # As uvicorn does: a WebSocket's endpoint is told, one of HTTP is not.
-                if scope["type"] == "websocket":
-                    raise OSError("the client has gone")
-                return
-            unsent.sent(size_of(message))
-            await send(message)
-
-        await send({"type": BEGUN})
-        reading = asyncio.create_task(read())
-        try:
-            await self._app(scope, receiving, sending)
-        finally:
-            reading.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await reading
