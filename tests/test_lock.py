@@ -128,3 +128,23 @@ def test_stock_clients_have_what_they_are_locked_for():
     assert pythons == [f"3.{minor}" for minor in range(least, limit)]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"(?m)^\t\$\(CLIENTS\)/bin/python -m pip install .*--require-hashes", makefile)
+
+
+def test_rays_packages_are_pinned_and_are_not_the_tests_own():
+    text = (ROOT / ".ci" / "ray.txt").read_text(encoding="utf-8")
+    found = CLIENTS.findall(text)
+    locked_text = "".join(f"{name}=={version}{hashes}\n" for name, version, hashes in found)
+    assert locked_text == re.sub(r"(?m)^#.*\n", "", text), "each line is one version and its hashes"
+    versions = {canonicalize_name(name): version for name, version, _ in found}
+    (wanted,) = map(Requirement, lines(".ci/ray.in"))
+    (extra,) = (
+        requirement
+        for requirement in map(Requirement, PROJECT["project"]["optional-dependencies"]["ray"])
+        if requirement.name == "ray"
+    )
+    assert str(wanted.specifier) == f"=={versions['ray']}"
+    assert extra.specifier.contains(versions["ray"])
+    # They stand before .venv's packages on the path.
+    assert not versions.keys() & pins(lines("constraints.txt")).keys()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^\t.* --require-hashes --no-deps --target \$\(RAY\)", makefile)

@@ -101,8 +101,10 @@ def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
         if gpus < 0:
             gpus = 1.0 if find_device(args.device).type == "cuda" else 0.0
         name = _name(args)
-        # A parser is not for other processes.
-        given = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in LOCAL})
+        # A parser, and a text that knows its variable, are not for other processes.
+        values = {name: value for name, value in vars(args).items() if name not in LOCAL}
+        plain = {name: str(v) if isinstance(v, str) else v for name, v in values.items()}
+        given = argparse.Namespace(**plain)
         load = partial(load_model, given, max_batch=args.streams)
         serve_replicas(load, name, settings, gpus, lambda url: _announce(url, name, settings))
     except ModuleNotFoundError as error:

@@ -167,7 +167,8 @@ def _reader(each: Field[Any]) -> Callable[[str], Any]:
             return tuple(filter(None, (part.strip() for part in text.split(","))))
         if each.name in ("voices", "ssl_certfile", "ssl_keyfile"):
             return Path(os.path.expanduser(text)) if text else None
-        return text or each.default
+        # A plain text: that of a variable knows its name, and is not for other processes.
+        return str(text) if text else each.default
 
     return read
 

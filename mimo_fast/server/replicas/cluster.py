@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -49,6 +50,9 @@ OBJECTS = 100 << 20
 
 PROXY_START = 300
 """Seconds that a proxy may take to begin."""
+
+CONNECTING = 5.0
+"""Seconds that a cluster's address may take to answer."""
 
 LEAVING = 30.0
 """Seconds beyond the drain that Ray has to stop its processes."""
@@ -139,10 +143,27 @@ class Stopping:
             raise KeyboardInterrupt
 
 
+def _check_address(address: str) -> None:
+    """Raises where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        # "auto", which Ray looks up.
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTING).close()
+    except (OSError, OverflowError) as error:
+        raise MimoFastError(
+            f"--ray-address {address}: no cluster answers there ({error}); 'ray start --head' "
+            "starts one"
+        ) from error
+
+
 def _connect(settings: Settings, gpus: float) -> Any:
     import ray
     from ray._private import worker
 
+    if settings.ray_address:
+        _check_address(settings.ray_address)
     set_up_logs(settings.log_level)
     _quieten("ray")
     # Lines of replicas come as they were written, not behind the name of a process.
