@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ class Cluster:
         self.until(lambda: any(line.startswith("hear it:") for line in self.lines), START)
         self.port = int(re.search(r"listening on http://127\.0\.0\.1:(\d+) ", self.text)[1])
         self.url = f"http://127.0.0.1:{self.port}"
+        # The head of a request that does not end.
+        self.slow = socket.create_connection(("127.0.0.1", self.port))
+        self.slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
 
     @property
     def text(self) -> str:
@@ -168,11 +172,6 @@ def test_messages_have_the_servers_limits(cluster):
     with cluster.session(max_size=None) as session:
         session.send(json.dumps({"type": "conversation.item.create", "pad": "x" * (18 << 20)}))
         assert json.loads(session.recv())["error"]["param"] == "item"
-    with socket.create_connection(("127.0.0.1", cluster.port)) as slow:
-        slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-        slow.settimeout(60)
-        # The head of a request has its time.
-        assert slow.recv(100) == b""
 
 
 def test_sessions_are_spread_and_stay(cluster):
@@ -250,6 +249,33 @@ def test_a_killed_replica_ends_its_sessions_alone(cluster):
         session.close()
     # Another takes its place.
     cluster.until(lambda: len(cluster.processes()) == 3, START)
+
+
+def test_the_head_of_a_request_has_its_time(cluster):
+    cluster.slow.settimeout(60)
+    assert cluster.slow.recv(100) == b""
+
+
+def test_nothing_listens_to_other_machines(cluster):
+    """Ray Serve's replicas would, by themselves."""
+    mine = set[str]()
+    for process in cluster.processes().values():
+        with suppress(FileNotFoundError):
+            for file in Path(f"/proc/{process}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    mine.add(os.readlink(file))
+    listening = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    addresses = [
+        row[1].partition(":")[0]
+        for row in listening
+        if row[3] == "0A" and f"socket:[{row[9]}]" in mine
+    ]
+    assert addresses
+    assert not [each for each in addresses if not int(each, 16)]
 
 
 def test_it_drains_and_ends(cluster):
