@@ -32,6 +32,11 @@ LOCAL = ("parser", "run")
 
 
 def run(args: argparse.Namespace) -> int:
+    with ended_by_sigterm():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         settings = settings_of(args)
     except ConfigError as error:
@@ -58,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     with listen(settings) as bound:
         url = url_of(bound, settings)
         load = partial(load_model, args, max_batch=args.streams)
-        with ended_by_sigterm():
-            model = load()
-        service = Service(model, _name(args))
+        service = Service(load(), _name(args))
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Ends the process with 0 on SIGTERM while a model is loaded.
+    """Ends the process with 0 on SIGTERM before it serves, as when a model is loaded.
 
     The first process of a container has no default for that signal: it would be lost.
     """

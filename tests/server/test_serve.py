@@ -333,6 +333,22 @@ class Process:
             self.process.communicate()
 
 
+def test_sigterm_ends_what_is_still_loading(monkeypatch, capsys):
+    """The first process of a container has no default for it."""
+
+    def loading(*_arguments, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("mimo_fast.cli.serve.load_model", loading)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "0"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_begins_and_ends_cleanly(number):
