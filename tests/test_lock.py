@@ -148,3 +148,23 @@ def test_npm_packages_are_pinned_with_hashes_and_name_no_registry():
     assert {name: packages[f"node_modules/{name}"]["version"] for name in wanted} == wanted
     assert all(each["integrity"].startswith("sha512-") for each in packages.values())
     assert "resolved" not in text
+
+
+def test_rays_packages_are_pinned_and_are_not_the_tests_own():
+    text = (ROOT / ".ci" / "ray.txt").read_text(encoding="utf-8")
+    found = CLIENTS.findall(text)
+    locked_text = "".join(f"{name}=={version}{hashes}\n" for name, version, hashes in found)
+    assert locked_text == re.sub(r"(?m)^#.*\n", "", text), "each line is one version and its hashes"
+    versions = {canonicalize_name(name): version for name, version, _ in found}
+    (wanted,) = map(Requirement, lines(".ci/ray.in"))
+    (extra,) = (
+        requirement
+        for requirement in map(Requirement, PROJECT["project"]["optional-dependencies"]["ray"])
+        if requirement.name == "ray"
+    )
+    assert str(wanted.specifier) == f"=={versions['ray']}"
+    assert extra.specifier.contains(versions["ray"])
+    # They stand before .venv's packages on the path.
+    assert not versions.keys() & pins(lines("constraints.txt")).keys()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^\t.* --require-hashes --no-deps --target \$\(RAY\)", makefile)

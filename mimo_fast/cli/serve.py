@@ -2,8 +2,11 @@
 
 import argparse
 import shlex
+import signal
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +17,16 @@ from mimo_fast.cli.common import load_model
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError, MimoFastError
+from mimo_fast.runtime.loading import find_device
 from mimo_fast.server.settings import Settings, is_loopback
 
 MISSING = (
     "the server needs more packages, of which {} is missing: install them with pip install "
     "'mimo-fast[server]'"
 )
+
+LOCAL = ("parser", "run")
+"""What parsed options hold besides values."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if settings.self_signed and settings.ssl_certfile is None:
         settings = _with_certificate(settings)
     check_certificate(settings)
+    if settings.ray:
+        _serve_replicas(args, settings)
+        say("stopped")
+        return 0
     make_wyoming = _wyoming(settings)
     with ExitStack() as stack:
         bound = stack.enter_context(listen(settings))
@@ -53,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
             home = stack.enter_context(bind(*settings.wyoming_address, "--wyoming", fix))
         url = url_of(bound, settings)
         load = partial(load_model, args, max_batch=args.streams)
-        service = Service(load(), _name(args))
+        with ended_by_sigterm():
+            model = load()
+        service = Service(model, _name(args))
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
@@ -79,6 +92,47 @@ def _wyoming(settings: Settings) -> Any:
         fix = "pip install 'mimo-fast[wyoming]'"
         raise MimoFastError(f"--wyoming needs the package wyoming: {fix}") from error
     return Wyoming
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Ends the process with 0 on SIGTERM while a model is loaded.
+
+    The first process of a container has no default for that signal: it would be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(_number: int, _frame: object) -> None:
+        say("stopped")
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
+    try:
+        from mimo_fast.server.replicas.cluster import serve_replicas
+
+        gpus = settings.gpus_per_replica
+        if gpus < 0:
+            gpus = 1.0 if find_device(args.device).type == "cuda" else 0.0
+        name = _name(args)
+        # A parser is not for other processes.
+        given = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in LOCAL})
+        load = partial(load_model, given, max_batch=args.streams)
+        serve_replicas(load, name, settings, gpus, lambda url: _announce(url, name, settings))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise MimoFastError(
+            "--ray needs Ray Serve: install it with pip install 'mimo-fast[ray]'"
+        ) from error
 
 
 def _name(args: argparse.Namespace) -> str:

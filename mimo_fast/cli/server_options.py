@@ -27,6 +27,10 @@ GROUPS = {
         *("max_body_bytes", "max_message_bytes", "max_audio_seconds", "max_text_chars"),
         "max_choices",
     ),
+    "replicas": (
+        *("ray", "ray_address", "replicas", "min_replicas", "max_replicas", "target_ongoing"),
+        *("cpus_per_replica", "gpus_per_replica"),
+    ),
     "running": ("keep_alive", "drain_seconds", "log_level", "log_words"),
 }
 
@@ -151,7 +155,9 @@ def _metavar(each: Field[Any]) -> str:
         return "|".join(each.metadata["choices"])
     if isinstance(each.default, int | float):
         return {"bytes": "BYTES", "time": "TIME"}.get(each.metadata.get("unit", ""), "N")
-    return {"host": "ADDRESS", "api_key": "KEY", "voices": "DIR"}.get(each.name, "FILE")
+    return {"host": "ADDRESS", "api_key": "KEY", "voices": "DIR", "ray_address": "ADDRESS"}.get(
+        each.name, "FILE"
+    )
 
 
 def _reader(each: Field[Any]) -> Callable[[str], Any]:
@@ -174,7 +180,8 @@ def _reader(each: Field[Any]) -> Callable[[str], Any]:
             return tuple(filter(None, (part.strip() for part in text.split(","))))
         if each.name in ("voices", "ssl_certfile", "ssl_keyfile"):
             return Path(os.path.expanduser(text)) if text else None
-        return text or each.default
+        # A plain text: that of a variable knows its name, and is not for other processes.
+        return str(text) if text else each.default
 
     return read
 

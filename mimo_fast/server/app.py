@@ -67,6 +67,7 @@ def create_app(
         live: the WebSockets that are open, and the WebRTC calls, which `calls` has by their ids.
         client_secrets: `ClientSecrets`.
         stopping: whether new work is refused.
+        elsewhere: finds an earlier answer of a chat in other processes; None where there are none.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -104,6 +105,7 @@ def create_app(
     state.keeper = Keeper(service, load if settings.keep_alive >= 0 else None, settings.keep_alive)
     state.calls, state.client_secrets = dict[str, Any](), secrets
     state.live, state.stopping, state.probe = set[Live](), False, None
+    state.elsewhere = None
     service.worker.meter = metrics.speech
     _show(metrics, app)
     return app

@@ -6,9 +6,10 @@ messages -> turns (recordings decoded, earlier answers by id) -> `Mind` -> chunk
 from __future__ import annotations
 
 import base64
+import re
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from mimo_fast.server.checks import (
     refusal,
     whole,
 )
-from mimo_fast.server.messages import Heard, Turns, read_messages
+from mimo_fast.server.messages import MOST_MESSAGES, Heard, Turns, read_messages
 from mimo_fast.server.models import check_model
 from mimo_fast.server.realtime.mind import Ask, Mind, Piece
 from mimo_fast.server.requests import (
@@ -58,6 +59,9 @@ FALSE = ("logprobs", "top_logprobs", "frequency_penalty", "presence_penalty")
 LEFT_OUT = "x-mimo-fast-left-out"
 """Header that names what of a request this model has no place for."""
 
+ID = re.compile("audio_[0-9a-f]{24}")
+"""An answer's id."""
+
 
 class Answers:
     """Earlier answers by their ids, for an hour; the oldest go where they are many."""
@@ -77,8 +81,20 @@ class Answers:
         self._kept[audio_id] = expires, heard
 
     def find(self, audio_id: str) -> Heard | None:
-        expires, heard = self._kept.get(audio_id, (0, None))
-        return heard if expires > time() else None
+        found = self.kept(audio_id)
+        return found and found[1]
+
+    def kept(self, audio_id: str) -> tuple[int, Heard] | None:
+        """An answer, and when it expires."""
+        found = self._kept.get(audio_id)
+        return found if found and found[0] > time() else None
+
+
+Kept = tuple[int, Heard]
+"""When an answer expires, and the answer."""
+
+Elsewhere = Callable[[list[str]], Awaitable[dict[str, Kept]]]
+"""Finds answers by their ids in other processes."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,8 @@ async def chat(request: Request) -> Response:
     check_model(service, body.get("model", service.name))
     if not hasattr(state, "answers"):
         state.answers = Answers()
+    if state.elsewhere is not None:
+        await _fetch(body, state.answers, state.elsewhere)
     wanted = await _read(request, body, state.answers)
     headers = {LEFT_OUT: ", ".join(left)} if (left := list(_left_out(service, wanted))) else {}
     answer = _Answer(service, wanted, state.answers)
@@ -130,6 +148,20 @@ async def chat(request: Request) -> Response:
         return JSONResponse(await answer.whole(), headers=headers)
     parts = await begun(answer.chunks())
     return Streamed(_sse(parts), SSE, answer.leave, headers)
+
+
+async def _fetch(body: Json, answers: Answers, elsewhere: Elsewhere) -> None:
+    """Keeps answers that a conversation refers to and another process has given."""
+    messages = body.get("messages")
+    named = []
+    for message in messages[:MOST_MESSAGES] if isinstance(messages, list) else ():
+        audio = message.get("audio") if isinstance(message, dict) else None
+        audio_id = audio.get("id") if isinstance(audio, dict) else None
+        if isinstance(audio_id, str) and ID.fullmatch(audio_id) and not answers.kept(audio_id):
+            named.append(audio_id)
+    if named:
+        for audio_id, (expires, heard) in (await elsewhere(named)).items():
+            answers.keep(audio_id, expires, heard)
 
 
 async def _sse(parts: AsyncGenerator[Json, None]) -> AsyncGenerator[str, None]:

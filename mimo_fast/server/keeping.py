@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -96,26 +97,40 @@ class Keeper:
             log("model freed")
 
 
-async def list_loaded(request: Request) -> Response:
-    """`GET /api/ps`: models in memory, and until when."""
-    state = request.app.state
+def described(state: Any) -> dict[str, Any] | None:
+    """The model in memory of an application's state, its users and until when; None for none."""
+    if not state.keeper.loaded:
+        return None
     until = state.keeper.until
-    found = {
+    return {
         "name": state.service.name,
         "model": state.service.name,
         "users": state.keeper.users,
         "expires_at": None if until is None else until.isoformat(timespec="seconds"),
     }
-    return JSONResponse({"models": [found] if state.keeper.loaded else []})
+
+
+def model_is_kept() -> ApiError:
+    message = "this server keeps its model: start it with --keep-alive, such as 5m"
+    return ApiError(message, 403, "model_is_kept")
+
+
+def model_in_use() -> ApiError:
+    return ApiError("the model is in use: try again later", 409, "model_in_use")
+
+
+async def list_loaded(request: Request) -> Response:
+    """`GET /api/ps`: models in memory, and until when."""
+    found = described(request.app.state)
+    return JSONResponse({"models": [found] if found else []})
 
 
 async def free_model(request: Request) -> Response:
     """`DELETE /api/ps`: frees the model now; the next request loads it again."""
     keeper = request.app.state.keeper
     if not keeper.frees:
-        message = "this server keeps its model: start it with --keep-alive, such as 5m"
-        raise ApiError(message, 403, "model_is_kept")
+        raise model_is_kept()
     if keeper.users:
-        raise ApiError("the model is in use: try again later", 409, "model_in_use")
+        raise model_in_use()
     await keeper.free()
     return JSONResponse({"models": []})

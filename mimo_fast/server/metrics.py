@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from prometheus_client import (
@@ -132,6 +132,29 @@ class SpeechMeter:
 
 def threads() -> float:
     return float(threading.active_count())
+
+
+def merged(texts: Iterable[tuple[str, str]]) -> str:
+    """Metrics of several replicas in one text: each sample has the label `replica`."""
+    heads = dict[str, list[str]]()
+    samples = dict[str, list[str]]()
+    for tag, text in texts:
+        family = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                _, kind, name, *_rest = line.split(" ", 3)
+                if kind == "HELP":
+                    family = name
+                known = heads.setdefault(family, [])
+                if line not in known:
+                    known.append(line)
+            elif line:
+                name, value = line.rsplit(" ", 1)
+                bare, _, labels = name.rstrip("}").partition("{")
+                labelled = ",".join(filter(None, (f'replica="{tag}"', labels)))
+                samples.setdefault(family, []).append(f"{bare}{{{labelled}}} {value}")
+    lines = (line for family in heads for line in (*heads[family], *samples.get(family, ())))
+    return "".join(f"{line}\n" for line in lines)
 
 
 async def show_metrics(request: Request) -> Response:

@@ -114,6 +114,24 @@ async def stop_sessions(sessions: Iterable[Live]) -> None:
         await asyncio.wait(telling, timeout=TELLING)
 
 
+async def drain(app: Starlette, seconds: float, hurried: Callable[[], bool] = bool) -> None:
+    """Refuses new work, waits for what runs, closes sessions between their replies.
+
+    Args:
+        seconds: after which what still runs is left.
+        hurried: whether to leave it at once.
+    """
+    state = app.state
+    state.stopping = True
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    log("stopping", requests=state.requests.taken, sessions=len(state.live))
+    while (state.requests.taken or state.live) and loop.time() < end and not hurried():
+        await stop_sessions(session for session in state.live if session.calm)
+        await asyncio.sleep(0.05)
+    await stop_sessions(state.live)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which lets requests and replies end before it stops.
 
@@ -163,16 +181,7 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuses new work, waits for what runs, closes sessions between their replies."""
-        state = self._app.state
-        state.stopping = True
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._patience
-        log("stopping", requests=state.requests.taken, sessions=len(state.live))
-        while (state.requests.taken or state.live) and loop.time() < end and not self.force_exit:
-            await stop_sessions(session for session in state.live if session.calm)
-            await asyncio.sleep(0.05)
-        await stop_sessions(state.live)
+        await drain(self._app, self._patience, lambda: self.force_exit)
         if self._beside is not None:
             await self._beside.close()
         for connection in [*self.server_state.connections]:

@@ -125,6 +125,36 @@ class Settings:
         metadata=_about("https with a certificate that this machine makes for itself, and keeps"),
     )
 
+    ray: bool = field(
+        default=False, metadata=_about("serve by replicas, processes of a Ray cluster")
+    )
+    ray_address: str | None = field(
+        default=None,
+        metadata=_about("cluster that runs already, such as auto; none starts one on this machine"),
+    )
+    replicas: int = field(
+        default=1, metadata=_about("replicas, or those that autoscaling begins with", least=1)
+    )
+    min_replicas: int = field(
+        default=1, metadata=_about("replicas that autoscaling keeps", least=1)
+    )
+    max_replicas: int = field(
+        default=0, metadata=_about("replicas that autoscaling may start; 0 for no autoscaling")
+    )
+    target_ongoing: float = field(
+        default=8.0,
+        metadata=_about("sessions and requests a replica that autoscaling aims at", least=0.1),
+    )
+    cpus_per_replica: float = field(
+        default=1.0, metadata=_about("CPU cores, or a share of one, of each replica", least=0)
+    )
+    gpus_per_replica: float = field(
+        default=-1.0,
+        metadata=_about(
+            "GPUs, or a share of one, of each replica; -1 for one where the model runs on a GPU"
+        ),
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             _check_range(each.name, getattr(self, each.name), each.metadata)
@@ -148,6 +178,11 @@ class Settings:
         if self.allow_voice_upload and self.voices is None:
             raise ConfigError("--allow-voice-upload needs --voices DIR, where they are kept")
         self._check_wyoming()
+        if self.ray and self.wyoming is not None:
+            fix = "leave --ray out, or serve it by another process"
+            raise ConfigError(f"--wyoming is served by one process: {fix}")
+        if 0 < self.max_replicas < self.min_replicas:
+            raise ConfigError("--max-replicas is less than --min-replicas")
         for origin in self.allowed_origins:
             if origin != "*" and (
                 not origin.startswith(("http://", "https://")) or "/" in _host(origin)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,38 @@ class Voice:
 class Voices:
     """The voices of a server; names never become paths, they are looked up.
 
+    Attributes:
+        shared: Whether other processes add voices to the folder.
+
     Raises:
         ConfigError: two recordings have one name, or there are more than `MOST`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+        self._folder, self.shared = folder, False
+        self._seen = folder.stat().st_mtime_ns if folder else 0
         self._found = {voice.name: voice for voice in _read(folder)} if folder else {}
 
     def __iter__(self) -> Any:
         """All voices, aliases of the default one last."""
+        self._refresh()
         names = dict.fromkeys([DEFAULT, *sorted(self._found), *ALIASES])
         return iter([voice for name in names if (voice := self.find(name)) is not None])
 
+    def _refresh(self) -> None:
+        """Reads a shared folder again if files came or went."""
+        if self._folder is None or not self.shared:
+            return
+        # What cannot be read now was not put there by a server.
+        with suppress(OSError, ConfigError):
+            written = self._folder.stat().st_mtime_ns
+            if written != self._seen:
+                self._found = {voice.name: voice for voice in _read(self._folder)}
+                self._seen = written
+
     def find(self, name: object) -> Voice | None:
         """The voice of a name; OpenAI's names are the default one's where no recording has them."""
+        self._refresh()
         if not isinstance(name, str):
             return None
         if (voice := self._found.get(name)) is not None:
@@ -115,8 +133,20 @@ class Voices:
             problem = f"a voice needs at least {SHORTEST:.0f} s of speech"
             raise ApiError(problem, 400, "invalid_audio", "audio_sample")
         note, path = self._folder / f"{name}.txt", self._folder / f"{name}.wav"
-        note.write_text(consent.strip() + "\n", encoding="utf-8")
-        save_wav(path, wav, SAMPLE_RATE)
+        taken = ApiError(f"there is a voice {name} already", 409, "voice_exists", "name")
+        # Two processes that are asked for one name make this file once.
+        claim = self._folder / f".{name}.part"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            raise taken from None
+        try:
+            if path.exists():
+                raise taken
+            note.write_text(consent.strip() + "\n", encoding="utf-8")
+            save_wav(path, wav, SAMPLE_RATE)
+        finally:
+            claim.unlink()
         self._found[name] = Voice(name, path, True)
         return self._found[name]
 

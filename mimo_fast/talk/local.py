@@ -72,6 +72,10 @@ class LocalPartner:
     async def ready(self) -> None:
         """The speaker's line has room for a reply of any length: the core sends it at a pace."""
 
+    def silence(self) -> list[tuple[Response, float]]:
+        """None: the speaker tells what was heard, by `truncate`."""
+        return []
+
     def speech_started(self, item_id: str, at_ms: int) -> None:
         self._listener.turn_began()
 

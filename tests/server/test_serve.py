@@ -73,6 +73,14 @@ VALUES = {
     "drain_seconds": ("1", 1.0),
     "wyoming": ("tcp://127.0.0.1:10300", "tcp://127.0.0.1:10300"),
     "wyoming_clients": ("192.168.1.20, 10.0.0.0/8", ("192.168.1.20", "10.0.0.0/8")),
+    "ray": ("1", True),
+    "ray_address": ("auto", "auto"),
+    "replicas": ("2", 2),
+    "min_replicas": ("2", 2),
+    "max_replicas": ("3", 3),
+    "target_ongoing": ("4.5", 4.5),
+    "cpus_per_replica": ("0.5", 0.5),
+    "gpus_per_replica": ("0.25", 0.25),
 }
 """A text of each option and what it means."""
 
@@ -346,6 +354,22 @@ class Process:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+
+
+def test_sigterm_ends_what_is_still_loading(monkeypatch, capsys):
+    """The first process of a container has no default for it."""
+
+    def loading(*_arguments, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("mimo_fast.cli.serve.load_model", loading)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "0"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
