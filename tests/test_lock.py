@@ -152,7 +152,7 @@ def test_npm_packages_are_pinned_with_hashes_and_name_no_registry():
 
 def test_rays_packages_are_pinned_and_are_not_the_tests_own():
     text = (ROOT / ".ci" / "ray.txt").read_text(encoding="utf-8")
-    found = CLIENTS.findall(text)
+    found = PIN.findall(text)
     locked_text = "".join(f"{name}=={version}{hashes}\n" for name, version, hashes in found)
     assert locked_text == re.sub(r"(?m)^#.*\n", "", text), "each line is one version and its hashes"
     versions = {canonicalize_name(name): version for name, version, _ in found}

@@ -93,7 +93,7 @@ def confidence_table(results: Results) -> str:
 
 
 def recordings_table(records: Mapping[str, Results]) -> str:
-    """Results of the robustness bench, by when they were measured: words wrong, a condition a row."""
+    """Words wrong in each condition of the robustness bench, by when it was measured."""
     if not records:
         return "Not measured."
     conditions = [record["conditions"] for record in records.values()]
