@@ -40,6 +40,7 @@ from .codec import CodecTraining
 from .codes import Codes
 from .data import Part, Sizes
 from .decoder import DecoderTraining
+from .evaluate import Results
 from .lm import LMTraining, Stages
 from .loop import Schedule, trained_tensors
 from .parameters import build_codec
@@ -171,7 +172,7 @@ class Recipe:
         (pair / "README.md").write_text(about, encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)
 
-    def _recordings(self) -> dict[str, evaluate.Results]:
+    def _recordings(self) -> dict[str, Results]:
         """Results of `python -m benchmarks robustness` that lie in the directory, for the card."""
         found = {"before": "recordings-before.json", "after": "recordings.json"}
         paths = {when: self.directory / name for when, name in found.items()}
