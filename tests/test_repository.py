@@ -83,7 +83,7 @@ def test_the_citation_is_of_this_project_and_of_the_report():
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "SECURITY.md", "CONTRIBUTING.md"])
 def test_the_files_that_are_referred_to_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    for link in re.findall(r"\b(?:docs|tests|\.ci|\.github|mimo_fast|benchmarks)/[\w./]+\w", text):
+    for link in re.findall(r"\b(?:docs|tests|\.ci|\.github|mimo_fast|benchmarks)/[\w./-]+\w", text):
         # Results and reports are made.
         if not re.search(r"DATE|demo_output", link):
             assert (ROOT / link).exists(), link
