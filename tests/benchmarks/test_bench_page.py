@@ -76,8 +76,12 @@ def test_a_question_has_silence_at_its_end():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's /proc")
 def test_memory_is_counted_for_children_too():
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = "print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", code], **pipes)
     try:
+        # Before it is Python it has next to none.
+        child.stdout.readline()
         assert child.pid in family(os.getpid())
         assert 1 < resident_mb([child.pid]) < 1000
     finally:

@@ -140,14 +140,17 @@ def test_without_a_recording_or_a_calibration_there_is_none(nano):
     assert kit.confidence == kit.reply_limits == ()
 
 
-def test_sentences_outside_the_domain_are_warned_of(nano):
-    """The card says how many of many; one of these sounds like a sentence that it knows."""
+def test_sentences_outside_the_domain_are_the_least_certain(nano):
+    """The card says how many of many are warned of."""
     found = [nano.asr_sft(recording) for recording in FOREIGN]
+    known = [nano.asr_sft(recording) for recording in WORDS]
+    assert max(text.confidence for text in found) < min(text.confidence for text in known)
+    assert not any(text.warning for text in known)
     bound = nano.lm.config.calibration("asr").warns_below
     assert [text.warning is not None for text in found] == [
         text.confidence < bound for text in found
     ]
-    assert sum(text.warning is not None for text in found) >= len(FOREIGN) - 1 >= 2
+    assert any(text.warning for text in found)
 
 
 @pytest.mark.slow

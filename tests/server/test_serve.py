@@ -99,6 +99,12 @@ def test_every_option_is_also_a_variable(monkeypatch, tmp_path):
         "ssl_keyfile": (str(file), file),
     }
     assert set(values) == {each.name for each in fields(Settings)}
+    check_options(monkeypatch, {name: each for name, each in values.items() if name != "ray"})
+    # Wyoming is of one process.
+    check_options(monkeypatch, {name: each for name, each in values.items() if name != "wyoming"})
+
+
+def check_options(monkeypatch, values):
     wanted = Settings(**{name: value for name, (_, value) in values.items()})
     for name, (text, _) in values.items():
         monkeypatch.setenv(variable_of(name), text)
