@@ -15,8 +15,8 @@ TITLE = "## Recordings as they are\n"
 ABOUT = """\
 Words that nano gets wrong, in sentences and a voice that its training never had. *cut at pauses* \
 is `transcribe` (`mimo-fast asr`): speech found, pieces of it at one level, words joined; *one \
-pass* is upstream's `asr_sft`. Noise and talkers are measured against the mean power of the \
-sentence; in a room the echoes are as loud as the direct sound \
+pass*, where it was measured, is upstream's `asr_sft`. Noise and talkers are measured against the \
+mean power of the sentence; in a room the echoes are as loud as the direct sound \
 ([benchmark](../benchmarks/robustness.py)).
 """
 
@@ -41,11 +41,14 @@ def section(results: Path) -> Iterator[str]:
         return
     yield ABOUT
     short = {name: each for name, each in newest.items() if "peak_mb" not in each}
+    columns = {"cut at pauses": "wrong", "one pass": "one_pass"}
+    if not any("one_pass" in each for each in short.values()):
+        del columns["one pass"]
     rows = (
-        (name, str(each["words"]), share(each["wrong"]), share(each.get("one_pass")))
+        (name, str(each["words"]), *(share(each.get(key)) for key in columns.values()))
         for name, each in short.items()
     )
-    yield table(("", "words", "cut at pauses", "one pass"), rows) + "\n"
+    yield table(("", "words", *columns), rows) + "\n"
     yield LONG
     rows = (_long_row(name, each) for name, each in newest.items() if name not in short)
     yield table(("", "words", "wrong", "real-time factor", "memory"), rows) + "\n"
