@@ -1,4 +1,4 @@
-"""Writes requirements.lock, .ci/clients.txt and the like: each file that is installed, with its hash.
+"""Writes requirements.lock, .ci/clients.txt and so on: each file that is installed, and its hash.
 
     python3.11 .ci/lock.py            what `make test` installs
     python3.11 .ci/lock.py clients    what `make clients` installs
