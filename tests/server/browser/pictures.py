@@ -99,7 +99,7 @@ def talk_you_speak(page: Visit, microphone: Microphone, held: ExitStack) -> None
 def talk_speaking(page: Visit, microphone: Microphone, held: ExitStack) -> None:
     begin(page, microphone, np.concatenate([said(QUESTION, after=4.0), said(LONG, 0.0)]))
     page.until(lambda: "seven" in page.turns("model"), "the first answer")
-    page.until(lambda: page.states()[-3:] == ["hearing", "thinking", "speaking"], "the second")
+    page.until(lambda: page.states().count("speaking") == 2, "the second")
     page.page.wait_for_timeout(700)
 
 
@@ -201,7 +201,7 @@ def main() -> int:
                 STATES[name](page, microphone, held)
                 path = args.folder / f"{name}-{size}-{theme}.png"
                 page.page.screenshot(path=path)
-                print(path)
+                print(path, flush=True)
     return 0
 
 
