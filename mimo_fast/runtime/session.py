@@ -261,7 +261,12 @@ class Session:
         if not isinstance(exchange, Exchange):
             raise TypeError(f"exchanges must be of Exchange, not {type(exchange).__name__}")
         config, reply = self._pipeline.lm.config, exchange.reply
-        if not (isinstance(exchange.said, Speech) and isinstance(reply, Tensor)):
+        said = exchange.said
+        # Codes may still be on their way from a device.
+        spoken = isinstance(said, Speech) and (
+            isinstance(said.codes, Tensor) or hasattr(said.codes, "wait")
+        )
+        if not (spoken and isinstance(reply, Tensor)):
             raise TypeError("an exchange is a Speech and a Tensor of ids")
         rows, size = config.channels + 1, config.group_size
         if reply.ndim != 2 or reply.shape[0] != rows or reply.shape[1] % size:

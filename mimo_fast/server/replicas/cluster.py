@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from mimo_fast.errors import ConfigError, MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.server.logs import LOGGER, log, set_up_logs
+from mimo_fast.server.logs import log, set_up_logs
 from mimo_fast.server.serving import PROMPT, listen, url_of
 from mimo_fast.server.settings import Settings
 
@@ -188,7 +188,7 @@ def _connect(settings: Settings, gpus: float) -> Any:
 def _quieten(name: str) -> None:
     """Makes a logger of Ray's write warnings as lines of our log."""
     logger = logging.getLogger(name)
-    logger.handlers, logger.propagate = [LOGGER.handlers[0]], False
+    logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.WARNING)
 
 
