@@ -22,7 +22,7 @@ BROWSER := .venv/browser
 # Ray and what it needs, beside .venv's own packages.
 RAY := .venv/ray
 
-.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients browser pictures ray clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients alone browser pictures ray clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -36,7 +36,13 @@ bench: $(READY)
 test: lint types unit
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients browser ray) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+
+# What needs a machine to itself, since a browser's sound card and a cluster's start have limits of their own: after a change of
+# the page, of realtime sessions or of replicas. Not part of `make check`, whose parts run side by side.
+alone:
+	$(MAKE) -j1 browser
+	$(MAKE) -j1 ray
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)

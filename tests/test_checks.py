@@ -1,4 +1,4 @@
-"""`make test` and `make check` together run every test, and each once."""
+"""`make test`, `make check` and `make alone` together run every test, and each once."""
 
 import argparse
 import os
@@ -92,7 +92,7 @@ def before_commits() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def all_before_merges() -> list[Run]:
-    return runs("check")
+    return [*runs("check"), *runs("alone")]
 
 
 @pytest.fixture(scope="module")
