@@ -11,7 +11,8 @@ const LOCAL = new Set(["localhost", "127.0.0.1", "[::1]"]);
 /** The kinds to be tried, in order. */
 export function kindsFor(config) {
   const chosen = settings.get("connection");
-  const canCall = config.webrtc && "RTCPeerConnection" in globalThis;
+  // What is heard of a call is told by a worklet, which an insecure page does not have.
+  const canCall = config.webrtc && "RTCPeerConnection" in globalThis && globalThis.isSecureContext;
   if (chosen === "websocket" || !canCall) return ["websocket"];
   if (chosen === "automatic" && LOCAL.has(location.hostname)) return ["websocket"];
   return ["webrtc", "websocket"];
