@@ -239,9 +239,14 @@ def cutting_of(pipeline: Pipeline, waits: float = LONG_PAUSE) -> Cutting:
 
 def longest_piece(pipeline: Pipeline) -> float:
     """Seconds of a piece: those that the checkpoint states, or what half of the context holds."""
-    config, codec = pipeline.lm.config, pipeline.codec
-    group = config.group_size * codec.config.samples_per_frame / codec.sample_rate
-    return min(config.seconds_at_once or LONGEST, pipeline.engine.capacity * group / 2)
+    return min(pipeline.lm.config.seconds_at_once or LONGEST, context_seconds(pipeline) / 2)
+
+
+def context_seconds(pipeline: Pipeline) -> float:
+    """Seconds of speech that fill the context."""
+    codec = pipeline.codec
+    group = pipeline.lm.config.group_size * codec.config.samples_per_frame / codec.sample_rate
+    return pipeline.engine.capacity * group
 
 
 def transcript_of(stream: TranscriptStream) -> Transcript:

@@ -28,6 +28,8 @@ from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.models import check_model
 from mimo_fast.server.requests import (
+    FIELD,
+    FIELDS,
     SSE,
     Streamed,
     as_events,
@@ -41,9 +43,6 @@ from mimo_fast.server.worker import Stream
 from mimo_fast.text.tasks import MAX_EXAMPLES
 
 TASK = "in_context_learning_s2s"
-
-MOST_FIELDS, MOST_FIELD = 64, 2**16
-"""Fields of a form, and bytes of one."""
 
 SECONDS = 30.0
 """Of one recording; all of them share the model's context."""
@@ -172,7 +171,7 @@ async def _form(request: Request) -> FormData:
         raise ApiError(problem, 415, "unsupported_type")
     try:
         return await request.form(
-            max_files=2 * MAX_EXAMPLES + 1, max_fields=MOST_FIELDS, max_part_size=MOST_FIELD
+            max_files=2 * MAX_EXAMPLES + 1, max_fields=FIELDS, max_part_size=FIELD
         )
     except HTTPException as error:
         raise ApiError(f"the form cannot be read: {error.detail}", 400, "invalid_form") from None

@@ -26,6 +26,9 @@ LARGE = 2**18
 SEEDS = 2**63
 """A seed is any number modulo this."""
 
+FIELDS, FIELD = 64, 2**16
+"""Fields of a form, and bytes of one, at most."""
+
 SSE = "text/event-stream"
 
 

@@ -25,6 +25,8 @@ from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.models import check_model
 from mimo_fast.server.requests import (
+    FIELD,
+    FIELDS,
     SSE,
     Streamed,
     as_events,
@@ -44,9 +46,6 @@ from mimo_fast.text.transcript import (
     as_vtt,
     join,
 )
-
-FIELDS, FIELD = 64, 2**16
-"""Fields of a form, and bytes of one, at most."""
 
 FORMS = ("json", "text", "srt", "verbose_json", "vtt")
 

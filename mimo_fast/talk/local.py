@@ -11,14 +11,11 @@ import torch
 
 from mimo_fast.audio.writing import pcm16
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.realtime.dialogue import Dialogue, Turns
+from mimo_fast.server.realtime.dialogue import Dialogue, Turns, longest_turn
 from mimo_fast.server.realtime.items import Item
 from mimo_fast.server.realtime.responses import Manner, Response
 from mimo_fast.server.service import Service
 from mimo_fast.talk.partner import Listener, Wishes
-
-MOST_TURN = 300.0
-"""Seconds of a turn at most, less where the model's context holds less."""
 
 
 class LocalPartner:
@@ -29,10 +26,7 @@ class LocalPartner:
 
     async def open(self, listener: Listener) -> None:
         self._listener, service = listener, self._service
-        pipeline = service.model.pipeline
-        group = pipeline.codec.config.samples_per_frame * pipeline.lm.config.group_size
-        context = pipeline.engine.capacity * group / service.sample_rate
-        self._dialogue = Dialogue(service, self, min(MOST_TURN, context / 2), "talk")
+        self._dialogue = Dialogue(service, self, longest_turn(service), "talk")
         voice = self._wishes.voice
         manner = Manner(
             self._wishes.instructions, voice=None if voice is None else Path(voice), voice_name=""

@@ -23,10 +23,9 @@ from mimo_fast.cli.main import build_parser
 from mimo_fast.cli.server_options import GROUPS
 from mimo_fast.server.app import create_app
 from mimo_fast.server.realtime.config import EAGERNESS, SERVER_VAD
-from mimo_fast.server.realtime.dialogue import EARLY
+from mimo_fast.server.realtime.dialogue import EARLY, MOST_TURN
 from mimo_fast.server.realtime.hearing import LEAST_MS, PAUSE_MS
 from mimo_fast.server.realtime.mind import KNOWN
-from mimo_fast.server.realtime.openai import MOST_TURN
 from mimo_fast.server.realtime.responses import BURST, PACE
 from mimo_fast.server.realtime.speaking import ASIDES
 from mimo_fast.server.service import Service

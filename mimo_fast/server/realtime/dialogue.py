@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
 
+from mimo_fast.runtime.transcription import context_seconds
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.realtime.hearing import Change, Detection, Hearing, Mark, listening
 from mimo_fast.server.realtime.items import Conversation, Item, Reply, Said, new_id
@@ -42,6 +43,9 @@ MOST_UNHEARD = 2**18
 
 TRANSCRIPTS = 8
 """Transcripts that a session may have in progress."""
+
+MOST_TURN = 300.0
+"""Seconds of a turn at most, less where the model's context holds less."""
 
 AHEAD_MS = 200.0
 """Audio that a client may think it has heard beyond what was sent: rounding and clocks."""
@@ -426,3 +430,8 @@ class Dialogue:
         while (oldest := self.conversation.crowded()) is not None:
             self.conversation.remove(oldest.id)
             self._wire.item_deleted(oldest.id)
+
+
+def longest_turn(service: Service) -> float:
+    """Seconds of a turn that leave half of the model's context."""
+    return min(MOST_TURN, context_seconds(service.model.pipeline) / 2)

@@ -23,7 +23,7 @@ from mimo_fast.server.errors import ApiError, as_api_error
 from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.logs import log_failure
 from mimo_fast.server.realtime.config import Config, Kind, check_response
-from mimo_fast.server.realtime.dialogue import Dialogue
+from mimo_fast.server.realtime.dialogue import Dialogue, longest_turn
 from mimo_fast.server.realtime.events import (
     Outbox,
     error_json,
@@ -42,9 +42,6 @@ MOST_WAITING = 64
 
 LARGE = 2**16
 """Characters of a message that are not parsed in the event loop."""
-
-MOST_TURN = 300.0
-"""Seconds of a turn at most, less where the model's context holds less."""
 
 MOST_APPENDED = 15 * 2**20
 """Bytes of audio in one event, as the API has it."""
@@ -77,10 +74,7 @@ class Client:
         self._conversation = new_id("conv")
         self.outbox, self.news, self._room = Outbox(), asyncio.Event(), asyncio.Event()
         self.left = False
-        pipeline = self._service.model.pipeline
-        group = pipeline.codec.config.samples_per_frame * pipeline.lm.config.group_size
-        context = pipeline.engine.capacity * group / pipeline.codec.sample_rate
-        self._seconds = min(state.settings.max_audio_seconds, MOST_TURN, context / 2)
+        self._seconds = min(state.settings.max_audio_seconds, longest_turn(self._service))
         talks = kind == "realtime"
         self.dialogue = Dialogue(self._service, self, self._seconds, self.config.id, talks)
         self._apply()
