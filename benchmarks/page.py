@@ -41,7 +41,10 @@ from mimo_fast.errors import MimoFastError
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-FEED = Path(__file__).with_name("page_feed.js")
+VOICE = Path(__file__).with_name("page_voice.js")
+"""Script of a page, before its own: `__voice.say` speaks faster than a microphone."""
+
+COUNTS = Path(__file__).with_name("page_counts.js")
 WORDS = ROOT / "tests" / "words"
 QUESTIONS = (
     "what_is_three_plus_four",
@@ -136,7 +139,8 @@ class Talk:
     def __init__(self, browser: Browser, server: Served) -> None:
         self.server, self._begun = server, time.monotonic()
         context = browser.new_context(permissions=["microphone"])
-        context.add_init_script(path=FEED)
+        context.add_init_script(path=VOICE)
+        context.add_init_script(path=COUNTS)
         # A recording, a socket: what the page does without a network between.
         context.add_init_script(
             "localStorage.setItem('mimo-fast', JSON.stringify({connection: 'websocket'}))"
@@ -149,14 +153,14 @@ class Talk:
         for domain in ("Performance", "HeapProfiler"):
             self._devtools.send(f"{domain}.enable")
         self._questions = [question(name) for name in QUESTIONS]
-        self.turns = 0
+        self.turns, self.said = 0, 0.0
 
     def _said(self, message: Any) -> None:
         if message.type == "error":
             self.failures.append(message.text[:300])
 
     def counts(self) -> dict[str, float]:
-        return self.page.evaluate("() => window.__feed.counts()")
+        return {"said": self.said, **self.page.evaluate("() => window.__counts()")}
 
     def seconds(self) -> float:
         """Of talk: what was said, and what came back."""
@@ -189,16 +193,21 @@ class Talk:
 
     def turn(self) -> None:
         """A question, and its reply until it is heard, or to its end."""
-        before = self.counts()["replies"]
-        self.page.evaluate("text => window.__feed.say(text)", self._questions[self.turns % 5])
+        before = self.counts()["created"]
+        asked = self._questions[self.turns % len(self._questions)]
+        self.said += self.page.evaluate("text => window.__voice.say(text)", asked)
         self.turns += 1
+        self.until(lambda: self.counts()["created"] > before, "a reply")
+
+        def ended() -> bool:
+            found = self.counts()
+            return found["replies"] == found["created"]
+
         if self.turns % HEARD_WHOLE:
             # Speaking, or over before that was seen.
-            self.until(
-                lambda: self.state() == "speaking" or self.counts()["replies"] > before, "a reply"
-            )
+            self.until(lambda: self.state() == "speaking" or ended(), "sound")
         else:
-            self.until(lambda: self.counts()["replies"] > before, "the end of a reply")
+            self.until(ended, "the end of a reply")
             self.quiet()
 
     def count(self) -> dict[str, float]:
@@ -214,25 +223,33 @@ class Talk:
         }
 
 
+def new_record(args: argparse.Namespace) -> dict[str, Any]:
+    record: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
+    return record | {"parts": args.parts, "calm": [], "again": [], "failures": [], "log": []}
+
+
 def wear(
     talk: Talk, args: argparse.Namespace, record: dict[str, Any], keep: Callable[[], None]
 ) -> None:
     """Fills a record, which is kept after each part."""
     begun = time.monotonic()
 
-    def note() -> None:
+    def note(part: int) -> None:
         talk.quiet()
-        record["calm"].append(talk.count())
+        record["calm"].append(found := talk.count())
         counts = {name: round(value, 1) for name, value in talk.counts().items()}
         record.update(counts, turns=talk.turns, failures=talk.failures[:20])
         record["seconds"] = round(time.monotonic() - begun)
         keep()
+        shown = ", ".join(f"{name} {found[name]:g}" for name in ALLOWED)
+        told = f"{talk.seconds():.0f} s of talk in {record['seconds']} s"
+        tqdm.write(f"part {part} of {args.parts}: {told}; {shown}", file=sys.stderr)
 
     talk.page.goto(talk.server.url)
     talk.begin()
     for _ in range(WARM):
         talk.turn()
-    note()
+    note(0)
     start, most = talk.seconds(), args.talk
     with tqdm(total=round(most), unit="s", disable=None) as bar:
         for part in range(1, args.parts + 1):
@@ -240,7 +257,7 @@ def wear(
                 talk.turn()
                 bar.n = round(found)
                 bar.refresh()
-            note()
+            note(part)
     talk.end()
     for _ in range(args.again):
         talk.begin()
@@ -263,6 +280,12 @@ def problems(record: dict[str, Any]) -> list[str]:
     for kind in ("calm", "again"):
         found += grown(record[kind])
     return found
+
+
+def verdict(record: dict[str, Any]) -> list[str] | str:
+    """What is wrong, or that nothing is."""
+    enough = record["talk_s"] >= ENOUGH
+    return problems(record) or ("flat" if enough else f"too short: {ENOUGH:g} s tell")
 
 
 def grown(calm: list[dict[str, float]]) -> list[str]:
@@ -289,8 +312,7 @@ def add_options(option: Callable[..., Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     if not Path("/proc/self/smaps_rollup").exists():
         raise MimoFastError("memory is counted by /proc, which Linux has")
-    record: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
-    record |= {"parts": args.parts, "calm": [], "again": [], "failures": [], "log": []}
+    record = new_record(args)
 
     def keep() -> None:
         if args.output:
@@ -304,13 +326,12 @@ def run(args: argparse.Namespace) -> int:
     ):
         record["browser"] = browser.version
         wear(Talk(browser, server), args, record, keep)
-    found = problems(record)
-    enough = record["talk_s"] >= ENOUGH
-    record["verdict"] = found or ("flat" if enough else f"too short: {ENOUGH:g} s tell")
+    record["verdict"] = verdict(record)
     keep()
     for state in (*record["calm"], *record["again"]):
         print(json.dumps(state))
     print(f"{record['talk_s']} s of talk in {record['seconds']} s: {record['verdict']}")
+    found = problems(record)
     for each in found:
         print(f"problem: {each}", file=sys.stderr)
     return 1 if found else 0

@@ -18,6 +18,7 @@ import soundfile
 import torch
 
 from benchmarks.chromium import PACKAGES, RATE
+from benchmarks.page import VOICE
 from mimo_fast.audio.resample import resample
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def pause(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * RATE), np.int16)
 
 
-def said(words: str, before: float = 2.0, after: float = 1.0) -> np.ndarray:
-    """A sentence with silence around it, as a microphone hears it: it waits for the connection."""
+def said(words: str, before: float = 0.3, after: float = 0.9) -> np.ndarray:
+    """A sentence with silence around it, as a microphone hears it; the turn ends in it."""
     return np.concatenate([pause(before), recording(words), pause(after)])
 
 
@@ -146,6 +147,7 @@ class Visit:
         context.on("weberror", lambda error: self.guard.note(f"an exception: {error.error}"))
         context.expose_binding("__violated", lambda _, what: self.guard.note(f"CSP: {what}"))
         context.add_init_script(path=TAP)
+        context.add_init_script(path=VOICE)
         self.page: Page = context.new_page()
         self.page.on("websocket", self._socket)
 
@@ -186,6 +188,18 @@ class Visit:
         item = item or deltas[-1]["item_id"]
         parts = [base64.b64decode(each["delta"]) for each in deltas if each["item_id"] == item]
         return np.frombuffer(b"".join(parts), "<i2").astype(np.float32) / 32768
+
+    # What a visitor does.
+
+    def speaks(self, words: str) -> None:
+        """Says a sentence once the page listens, faster than a microphone could."""
+        self.until(lambda: self.got("session.updated"), "session")
+        samples = base64.b64encode(said(words).tobytes()).decode()
+        self.page.evaluate("text => window.__voice.say(text)", samples)
+
+    def types(self, words: str) -> None:
+        self.page.locator("#talk-input").fill(words)
+        self.page.locator("#talk-input").press("Enter")
 
     # What the page shows.
 
@@ -258,10 +272,14 @@ class Visit:
         """The most of all that has arrived at the output."""
         return self.page.evaluate("() => window.__heard.most()")
 
-    def axe(self) -> list[str]:
-        """Violations of accessibility rules in what is shown."""
-        self.page.evaluate(AXE.read_text(encoding="utf-8"))
-        result = self.page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+    def axe(self, *rules: str) -> list[str]:
+        """Violations of accessibility rules in what is shown; of all, or of those named."""
+        if not self.page.evaluate("() => Boolean(window.axe)"):
+            self.page.evaluate(AXE.read_text(encoding="utf-8"))
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        if rules:
+            options["runOnly"] = {"type": "rule", "values": [*rules]}
+        result = self.page.evaluate("options => axe.run(document, options)", options)
         return [
             f"{each['id']}: {node['target']} {node['failureSummary']}"
             for each in result["violations"]

@@ -65,3 +65,13 @@ export function refusalProblem(error) {
   if (error.status === 503) return problem("stopping");
   return problem(error.code ?? "server", error.message);
 }
+
+/** {code, text, commands} of anything that was raised. */
+export function asProblem(error) {
+  if (error.problem) return error.problem;
+  if (error.name === "Refusal" || error.status !== undefined) return refusalProblem(error);
+  // A worklet's module could not be fetched.
+  if (error.name === "AbortError") return problem("away");
+  if (error.name === "SoundError" || error.name === "NotAllowedError") return problem("blocked");
+  return problem("away", "The connection could not be made. Try again.");
+}

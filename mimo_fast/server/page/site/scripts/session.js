@@ -5,7 +5,8 @@ import { audioNews, loudness, openAudio } from "./audio.js";
 import { loadConfig } from "./config.js";
 import { Emitter } from "./emitter.js";
 import { askForMicrophone, Listener, release } from "./microphone.js";
-import { problem, refusalProblem } from "./problems.js";
+import { asProblem, problem } from "./problems.js";
+import { sessionOf } from "./session_config.js";
 import { settings } from "./settings.js";
 import { connect } from "./transport.js";
 
@@ -14,6 +15,7 @@ const PATIENCE = 600_000; // ms in its queue
 const EARLY = 320; // blocks of the microphone, ten seconds, that wait for the connection
 const LEAST_HELD = 250; // ms: a shorter press says nothing
 const SLOW = 4000; // ms after which connecting is called slow
+const INTERRUPTION = "interruption_"; // how ids of events begin that end a reply
 
 /**
  * Tells "state" (name), "problem" ({code, text, commands}), "slow", "notice" (text), "level"
@@ -33,6 +35,8 @@ export class Session extends Emitter {
   #listener = null;
   #transport = null;
   #reply = null;
+  #unwanted = null; // id of the event that cancels a reply of which nothing was told yet
+  #interruptions = 0;
   #turnEnded = null;
   #heldAt = 0;
   #early = [];
@@ -158,11 +162,24 @@ export class Session extends Emitter {
   /** Ends the model's reply where it was heard. */
   async interrupt() {
     const reply = this.#reply;
-    if (!reply || reply.over) return;
+    if (!reply || reply.over) {
+      // It was asked for, and is on its way.
+      if (this.state !== "thinking") return;
+      this.#unwanted = this.#interruption({ type: "response.cancel" });
+      this.#set("listening");
+      return;
+    }
     reply.cut = true;
-    if (!reply.ended) this.#send({ type: "response.cancel", response_id: reply.response });
+    if (!reply.ended) this.#interruption({ type: "response.cancel", response_id: reply.response });
     if (this.state === "speaking" || this.state === "thinking") this.#set("listening");
     await this.#truncate(reply);
+  }
+
+  /** Sends an event that ends a reply -> its id. The server may have ended the reply before. */
+  #interruption(event) {
+    const event_id = `${INTERRUPTION}${++this.#interruptions}`;
+    this.#send({ ...event, event_id });
+    return event_id;
   }
 
   /** Goes on after a screen lock; in a tap. */
@@ -299,6 +316,7 @@ export class Session extends Emitter {
     this.#transport?.close();
     this.#transport = null;
     this.#reply = null;
+    this.#unwanted = null;
     this.holding = false;
   }
 
@@ -365,8 +383,10 @@ export class Session extends Emitter {
     "conversation.item.input_audio_transcription.failed": ({ item_id }) =>
       this.emit("you", item_id, "(not transcribed)"),
     "response.created": ({ response }) => {
-      this.#reply = { response: response.id, item: null, since: this.#turnEnded };
-      if (this.state !== "hearing") this.#set("thinking");
+      const cut = this.#unwanted !== null;
+      this.#unwanted = null;
+      this.#reply = { response: response.id, item: null, since: this.#turnEnded, cut, over: cut };
+      if (!cut && this.state !== "hearing") this.#set("thinking");
     },
     "response.output_item.added": ({ response_id, item }) => {
       if (this.#reply?.response === response_id) this.#reply.item = item.id;
@@ -389,6 +409,9 @@ export class Session extends Emitter {
       this.emit("served", response.latency);
     },
     error: ({ error }) => {
+      if (error.event_id === this.#unwanted) this.#unwanted = null;
+      // There was nothing left to end: no news for whoever ended it.
+      if (error.event_id?.startsWith(INTERRUPTION)) return;
       this.emit("notice", error.message);
       if (this.state === "thinking" && (!this.#reply || this.#reply.over)) this.#set("listening");
     },
@@ -423,48 +446,21 @@ export class Session extends Emitter {
   /** Tells the server what was heard, so that the model remembers no more than that. */
   async #truncate(reply) {
     const found = await this.#transport?.interrupt();
+    // Its end came while it was being cut.
+    const isWhole = Boolean(reply.over && !found?.id);
     reply.over = true;
     this.emit("level", "model", 0);
     const id = found?.id ?? reply.item;
     if (!id) return;
-    const end = found?.id === id ? Math.round(found.ms) : 0;
-    const item = { item_id: id, content_index: 0, audio_end_ms: end };
+    const all = this.#transport?.queuedMs(id) ?? 0;
+    const ms = found?.id === id ? found.ms : isWhole ? all : 0;
+    const end = Math.floor(ms);
     // Over WebRTC the server counts what it has sent.
-    if (!this.#transport?.isCounted) this.#send({ type: "conversation.item.truncate", ...item });
-    this.emit("heard", id, end, this.#transport?.queuedMs(id) ?? end, false);
-    this.emit("done", id, true);
+    if (!this.#transport?.isCounted) {
+      const item = { item_id: id, content_index: 0, audio_end_ms: end };
+      this.#interruption({ type: "conversation.item.truncate", ...item });
+    }
+    this.emit("heard", id, ms, all || ms, isWhole);
+    this.emit("done", id, !isWhole);
   }
-}
-
-/** What a session is told about this talk. */
-function sessionOf(config, byHand) {
-  const session = {
-    type: "realtime",
-    output_modalities: ["audio"],
-    audio: {
-      input: { transcription: { model: config.model }, turn_detection: detection(byHand) },
-      output: {},
-    },
-  };
-  const voice = settings.get("voice");
-  if (config.voices.includes(voice)) session.audio.output.voice = voice;
-  const instructions = settings.get("instructions").trim();
-  if (config.knows.instructions && instructions) session.instructions = instructions;
-  return session;
-}
-
-function detection(byHand) {
-  if (byHand) return null;
-  if (settings.get("turns") === "patient") return { type: "semantic_vad", eagerness: "high" };
-  return { type: "server_vad", silence_duration_ms: settings.get("silence") };
-}
-
-/** {code, text, commands} of anything that was raised. */
-function asProblem(error) {
-  if (error.problem) return error.problem;
-  if (error.name === "Refusal" || error.status !== undefined) return refusalProblem(error);
-  // A worklet's module could not be fetched.
-  if (error.name === "AbortError") return problem("away");
-  if (error.name === "SoundError" || error.name === "NotAllowedError") return problem("blocked");
-  return problem("away", "The connection could not be made. Try again.");
 }

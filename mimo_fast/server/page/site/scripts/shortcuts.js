@@ -21,7 +21,8 @@ function isMeant(event) {
   if (currentTab() !== "talk" || event.ctrlKey || event.metaKey || event.altKey) return false;
   if (document.querySelector("dialog[open]")) return false;
   const target = event.target instanceof Element ? event.target : document.body;
-  if (target.closest(TYPING)) return false;
+  // Whoever asks in writing can interrupt the answer from there.
+  if (target.closest(TYPING)) return target.id === "talk-input" && event.key === "Escape";
   // A button that has the focus is pressed by the space bar, as everywhere.
   return event.key !== " " || !target.closest(PRESSED_BY_SPACE) || target.id === "talk-button";
 }
