@@ -21,6 +21,8 @@ CLIENTS := .venv/clients
 BROWSER := .venv/browser
 # Ray and what it needs, beside .venv's own packages.
 RAY := .venv/ray
+# Where the pins of these folders hold.
+PINNED := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
 .PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients alone browser pictures ray clean
 
@@ -35,14 +37,15 @@ bench: $(READY)
 # Before every commit: at most six minutes on two cores.
 test: lint types unit
 
-# Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator.
-check: slow kernels $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+# Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator. The parts run side by
+# side, and what needs the machine to itself comes after them.
+check: slow kernels $(if $(PINNED),clients) $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64)),aarch64)
+	$(if $(PINNED),$(MAKE) alone)
 
-# What needs a machine to itself, since a browser's sound card and a cluster's start have limits of their own: after a change of
-# the page, of realtime sessions or of replicas. Not part of `make check`, whose parts run side by side.
+# One after the other, since a browser's sound card and a cluster's start have limits of their own.
 alone:
-	$(MAKE) -j1 browser
-	$(MAKE) -j1 ray
+	$(MAKE) browser
+	$(MAKE) ray
 
 # The Triton kernels without a GPU.
 kernels: golden interpreted compiled $(if $(filter Linux,$(shell uname)),oldest)
@@ -111,9 +114,9 @@ $(CLIENTS)/ready: $(READY) .ci/clients.txt
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile -r .ci/clients.txt
 	touch $@
 
-# The server's page in Chromium: skipped where there is none; needs the Debian package chromium, and npm for axe-core.
-browser: $(BROWSER)/ready
-	$(PYTEST) tests/server/browser
+# The server's page in Chromium; where there is no browser or no npm one line says so.
+browser: $(if $(shell command -v npm),$(BROWSER)/ready,$(READY))
+	$(PYTEST) -rs tests/server/browser
 
 # Pictures of the page in each state for docs/pictures; needs what `make browser` needs.
 pictures: $(BROWSER)/ready

@@ -1,7 +1,8 @@
-"""`make test`, `make check` and `make alone` together run every test, and each once."""
+"""`make test` and `make check` together run every test, and each once."""
 
 import argparse
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -66,6 +67,7 @@ def runs(target: str) -> list[Run]:
     parser = argparse.ArgumentParser()
     parser.add_argument("-m", dest="marks", default="")
     parser.add_argument("-k", dest="names", default="")
+    parser.add_argument("-r")
     parser.add_argument("-n")
     parser.add_argument("--dist")
     parser.add_argument("--ignore", type=Path, action="append", default=[])
@@ -92,7 +94,7 @@ def before_commits() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def all_before_merges() -> list[Run]:
-    return [*runs("check"), *runs("alone")]
+    return runs("check")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,22 @@ def test_the_compile_matrix_is_run_again_with_the_oldest_triton(all_before_merge
     version = ".".join(map(str, installed_triton.OLDEST))
     assert re.findall(r"(?m)^triton==(\S+) ", text) == [f"{version}.0"]
     assert len(set(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", text))) == 6
+
+
+ALONE = [Path("tests/server/browser"), Path("tests/server/replicas")]
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="has other parts"
+)
+def test_what_needs_the_machine_to_itself_comes_last(all_before_merges):
+    assert [run.paths for run in all_before_merges[-2:]] == [[each] for each in ALONE]
+    assert [run.paths for run in runs("alone")] == [[each] for each in ALONE]
+    # After its prerequisites, which run side by side, and by its recipe, which does not.
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (parts, recipe) = re.search(r"(?m)^check: (.*)\n\t(.*)$", text).groups()
+    assert not re.search(r"\b(alone|browser|ray)\b", parts)
+    assert "$(MAKE) alone" in recipe
 
 
 def test_no_test_lies_where_none_is_looked_for():
