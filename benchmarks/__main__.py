@@ -9,6 +9,7 @@ python -m benchmarks --compare HEAD~1 --op '*.qkv'        faster than that commi
 python -m benchmarks robustness                           words wrong in recordings as they are
 python -m benchmarks serving                              make soak: a server after hours of use
 python -m benchmarks page                                 make soak: the page after an hour of talk
+python -m benchmarks load                                 hundreds of people at once
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -31,6 +32,7 @@ from benchmarks import (
     serving,
     suite,
 )
+from benchmarks.load import command as load
 from mimo_fast.errors import MimoFastError
 
 COMMANDS = {
@@ -42,6 +44,7 @@ COMMANDS = {
     "robustness": (robustness, "words wrong in quiet, noisy and long recordings"),
     "serving": (serving, "make soak: a server's memory, threads and files after hours of use"),
     "page": (page, "make soak: memory of the page and its server after an hour of talk"),
+    "load": (load, "people at once: streams carried, first audio, groups a second"),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

@@ -1,11 +1,15 @@
-"""`batch`: many requests of one task, as rows of one batch, with a record that resumes."""
+"""`batch`: many requests of one task, as rows of one batch, with a record that resumes.
+
+A folder of results and a process that ended at any moment: each file appears whole, then its line
+of the record, so what has a line is there, and what has none is computed again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,17 +23,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.arguments import checked, names_of, refuse_unknown
-from mimo_fast.audio.paths import check_folder, check_writable, name_of, reason_of
+from mimo_fast.audio.files import check_audio
+from mimo_fast.audio.paths import (
+    check_folder,
+    check_writable,
+    name_of,
+    reason_of,
+    soundfile_library,
+    write_whole,
+)
 from mimo_fast.audio.writing import check_output
-from mimo_fast.errors import AudioError, MimoFastError
+from mimo_fast.errors import AudioError
 from mimo_fast.mimo_audio import STREAM_OPTIONS, MimoAudio
+from mimo_fast.runtime.transcription import TranscriptStream
 from mimo_fast.sampling import check_seed
 from mimo_fast.text.tasks import find_task
+from mimo_fast.text.transcript import SUFFIXES, WRITERS, Transcript, TranscriptSegment
 
 RECORD = "results.jsonl"
 """File of a batch's folder: an object a line for each request that ended."""
 
+TRANSCRIBE = "transcribe"
+"""Besides the tasks of `MimoAudio.stream`: recordings of any length, as `MimoAudio.transcript`."""
+
+TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens"})
+
 MOST_SEED = 2**63
+
+Work = Callable[[int, Any], "BatchResult"]
+"""Answers a request, of which it gets the index."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +62,11 @@ class BatchResult:
         index: Its place among the requests.
         text: Text of the reply.
         audio: float32 [n] on the CPU; None where the task has none, or it is in `file`.
-        file: Where the audio was written.
-        seconds: Of audio.
+        file: Where the audio, or the transcript, was written.
+        seconds: Of audio; of the recording where it was transcribed.
         finish_reason: Why the reply ended; None with an error.
         error: What ended it instead.
+        transcript: Of the task "transcribe": what was said when.
     """
 
     index: int
@@ -53,6 +76,7 @@ class BatchResult:
     seconds: float = 0.0
     finish_reason: str | None = None
     error: Exception | None = None
+    transcript: Transcript | None = None
 
 
 @checked
@@ -63,7 +87,8 @@ def batch(
     folder: str | os.PathLike[str] | None = None,
     *,
     seed: int | None = None,
-    suffix: str = ".wav",
+    suffix: str | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Iterator[BatchResult]:
@@ -74,90 +99,154 @@ def batch(
     progress.
 
     Args:
-        task: of `MimoAudio.stream`: "tts", "asr", ...
+        task: of `MimoAudio.stream`: "tts", "asr", ...; or "transcribe" for recordings of any
+            length, cut at pauses as `MimoAudio.transcript` cuts them.
         requests: what to say or to hear, or a mapping of the task's arguments, each.
         folder: gets the audio, 0000.wav for the first request, and `results.jsonl`. Requests that
-            it has already are not computed again, and not returned.
+            it has already are not computed again, and not returned. Of "transcribe" it gets the
+            transcripts, talk.txt for talk.wav, and what is there already is kept.
         seed: request i has seed + i, so that each says the same again by itself.
-        suffix: of audio files.
+        suffix: of audio files [.wav]; of transcripts .txt, .json, .srt, .vtt or .tsv [.txt].
+        overwrite: whether what the folder has already is computed again.
         progress: shows a bar on a terminal.
         options: further arguments of `MimoAudio.stream`, the same for all.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or two recordings have one name.
         TypeError: it has no such option, or `requests` is one request.
         AudioError: the folder cannot be written.
     """
-    known = names_of(find_task(task).prompt, bound=True) or frozenset()
-    refuse_unknown(options, known | STREAM_OPTIONS, f"batch({task!r})")
+    if task == TRANSCRIBE:
+        refuse_unknown(options, TRANSCRIBE_OPTIONS, f"batch({task!r})")
+    else:
+        known = names_of(find_task(task).prompt, bound=True) or frozenset()
+        refuse_unknown(options, known | STREAM_OPTIONS, f"batch({task!r})")
     seed = None if seed is None else check_seed(seed)
     alone = isinstance(requests, str | bytes | os.PathLike | Mapping)
     if alone or getattr(requests, "ndim", 2) < 2:
         kind = type(requests).__name__
         raise TypeError(f"batch: requests must be a list of them, not one {kind}: put it into []")
     wanted = list(enumerate(requests))
-    record = None if folder is None else _Record(Path(folder), suffix)
-    if record is not None:
+    record: _Record | None = None
+    if folder is not None and task == TRANSCRIBE:
+        record = _Transcripts(Path(folder), suffix or ".txt", wanted)
+    elif folder is not None:
+        record = _Record(Path(folder), suffix or ".wav")
+    if record is not None and not overwrite:
         wanted = [(i, each) for i, each in wanted if not record.has(i, each)]
     wanted.sort(key=lambda pair: _size(pair[1]), reverse=True)
-    return _results(model, task, wanted, record, seed, progress, options)
+    return _Batch(model, task, record, seed, options).results(wanted, progress)
 
 
-def _results(
-    model: MimoAudio,
-    task: str,
-    wanted: list[tuple[int, Any]],
-    record: _Record | None,
-    seed: int | None,
-    progress: bool,
-    options: Mapping[str, Any],
-) -> Iterator[BatchResult]:
-    stopping, running = Event(), dict[Future[BatchResult], Any]()
+class _Batch:
+    """Requests of one task at work, each in a thread that reads its reply."""
 
-    def work(index: int, request: Any) -> BatchResult:
-        given = dict(request) if isinstance(request, Mapping) else {}
-        positional = () if isinstance(request, Mapping) else (request,)
-        if seed is not None:
-            given["seed"] = (seed + index) % MOST_SEED
+    def __init__(
+        self,
+        model: MimoAudio,
+        task: str,
+        record: _Record | None,
+        seed: int | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model, self._task, self._record = model, task, record
+        self._seed, self._options = seed, options
+        self._slots = model.pipeline.setup.max_batch
+        self._stopping = Event()
+        self._running = dict[Future[BatchResult], Any]()
+
+    def results(self, wanted: list[tuple[int, Any]], progress: bool) -> Iterator[BatchResult]:
+        running, record = self._running, self._record
+        work: Work = self._transcribe if self._task == TRANSCRIBE else self._reply
+        hidden = None if progress else True
+        bar = tqdm(total=len(wanted), desc=self._task, unit="request", disable=hidden, leave=False)
+        with bar, ThreadPoolExecutor(self._slots) as workers:
+            try:
+                waiting = iter(wanted)
+                while True:
+                    for index, request in waiting:
+                        running[workers.submit(self._attempt, work, index, request)] = request
+                        if len(running) >= self._slots:
+                            break
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        request, result = running.pop(future), future.result()
+                        if record is not None:
+                            record.add(request, result)
+                        bar.update()
+                        yield result
+            finally:
+                self._stopping.set()
+                self._keep_what_ended()
+
+    def _keep_what_ended(self) -> None:
+        """Requests that ended while nobody asked for another result are done all the same."""
+        for future, request in self._running.items():
+            if self._record is not None and future.done() and future.exception() is None:
+                self._record.add(request, future.result())
+
+    def _attempt(self, work: Work, index: int, request: Any) -> BatchResult:
         try:
-            words, audio = [], []
-            with closing(model.stream(task, *positional, **options, **given)) as chunks:
-                for chunk in chunks:
-                    words.append(chunk.text)
-                    audio.append(chunk.audio)
-                    if stopping.is_set():
-                        return BatchResult(index, finish_reason="cancelled")
-            wav = torch.cat(audio)
-            seconds, reason = len(wav) / chunk.sample_rate, chunk.finish_reason
-            text, file = "".join(words).strip(), None
-            if record is not None and len(wav):
-                file = record.write_audio(index, model, wav)
-            kept = wav if len(wav) and file is None else None
-            return BatchResult(index, text, kept, file, seconds, reason)
-        except (MimoFastError, TypeError, ValueError) as error:
+            return work(index, request)
+        except Exception as error:
+            # Whatever is wrong with one request ends no other.
             return BatchResult(index, error=error)
 
-    slots = model.pipeline.setup.max_batch
-    hidden = None if progress else True
-    bar = tqdm(total=len(wanted), desc=task, unit="request", disable=hidden, leave=False)
-    with bar, ThreadPoolExecutor(slots) as workers:
-        try:
-            waiting = iter(wanted)
-            while True:
-                for index, request in waiting:
-                    running[workers.submit(work, index, request)] = request
-                    if len(running) >= slots:
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    request, result = running.pop(future), future.result()
-                    if record is not None:
-                        record.add(request, result)
-                    bar.update()
-                    yield result
-        finally:
-            stopping.set()
+    def _arguments(self, index: int, request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(request) if isinstance(request, Mapping) else {}
+        if self._seed is not None:
+            given["seed"] = (self._seed + index) % MOST_SEED
+        return () if isinstance(request, Mapping) else (request,), given
+
+    def _reply(self, index: int, request: Any) -> BatchResult:
+        positional, given = self._arguments(index, request)
+        words, audio = [], []
+        with closing(
+            self._model.stream(self._task, *positional, **self._options, **given)
+        ) as chunks:
+            for chunk in chunks:
+                words.append(chunk.text)
+                audio.append(chunk.audio)
+                if self._stopping.is_set():
+                    return BatchResult(index, finish_reason="cancelled")
+        wav = torch.cat(audio)
+        seconds, reason = len(wav) / chunk.sample_rate, chunk.finish_reason
+        text, file = "".join(words).strip(), None
+        if self._record is not None and len(wav):
+            file = self._record.file(index)
+            self._model.save_wav(file, wav)
+        kept = wav if len(wav) and file is None else None
+        return BatchResult(index, text, kept, file, seconds, reason)
+
+    def _transcribe(self, index: int, request: Any) -> BatchResult:
+        positional, given = self._arguments(index, request)
+        if positional:
+            given["audio"] = positional[0]
+        pipeline, segments = self._model.pipeline, list[TranscriptSegment]()
+        if isinstance(given.get("audio"), str | os.PathLike):
+            check_audio(given["audio"])
+        stream = TranscriptStream(
+            pipeline, **{**self._options, **given}, at_once=self._pieces_at_once
+        )
+        with closing(stream):
+            for segment in stream:
+                segments.append(segment)
+                if self._stopping.is_set():
+                    return BatchResult(index, finish_reason="cancelled")
+        found = Transcript(stream.joined, tuple(segments), stream.duration)
+        reasons = [each.finish_reason for each in segments if each.finish_reason != "stop"]
+        file = None
+        if isinstance(self._record, _Transcripts):
+            file = self._record.file(index)
+            write_whole(file, self._record.write(found).encode())
+        reason = reasons[0] if reasons else "stop"
+        return BatchResult(index, found.text, None, file, found.duration, reason, transcript=found)
+
+    def _pieces_at_once(self) -> int:
+        """Pieces of each recording: those that run share the slots."""
+        active = sum(not future.done() for future in list(self._running))
+        return max(self._slots // max(active, 1), 1)
 
 
 class _Record:
@@ -174,7 +263,7 @@ class _Record:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AudioError(f"cannot write into {name_of(folder)}: {reason_of(error)}") from error
-        check_output(self._file(0))
+        self._check_names()
         self._path = folder / RECORD
         check_writable(self._path)
         self._known = dict[int, dict[str, Any]]()
@@ -193,10 +282,8 @@ class _Record:
             return False
         return "file" not in found or (self._folder / found["file"]).exists()
 
-    def write_audio(self, index: int, model: MimoAudio, wav: Tensor) -> Path:
-        file = self._file(index)
-        model.save_wav(file, wav)
-        return file
+    def _check_names(self) -> None:
+        check_output(self.file(0))
 
     def add(self, request: Any, result: BatchResult) -> None:
         if result.finish_reason == "cancelled":
@@ -208,17 +295,54 @@ class _Record:
             line |= {"text": result.text, "finish_reason": result.finish_reason}
         if result.file is not None:
             line |= {"file": result.file.name, "seconds": round(result.seconds, 3)}
-        with self._path.open("ab+") as file:
-            # After a line that was cut.
-            file.seek(0, os.SEEK_END)
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        data = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        try:
+            with self._path.open("ab+") as file:
+                # After a line that was cut.
+                file.seek(0, os.SEEK_END)
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        data = b"\n" + data
+                file.write(data)
+        except OSError as error:
+            raise AudioError(f"cannot write {name_of(self._path)}: {reason_of(error)}") from error
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
+        """Where the result of a request is written."""
         return self._folder / f"{index:04}{self._suffix}"
+
+
+class _Transcripts(_Record):
+    """The folder of a batch of transcripts, each named as its recording."""
+
+    def __init__(self, folder: Path, suffix: str, wanted: Sequence[tuple[int, Any]]) -> None:
+        forms = {ending: form for form, ending in SUFFIXES.items()}
+        if suffix not in forms:
+            raise ValueError(f"transcripts end in {', '.join(forms)}, not {suffix!r}")
+        self.write = WRITERS[forms[suffix]]
+        self._files = dict[int, Path]()
+        named = dict[str, str]()
+        for index, request in wanted:
+            audio = request.get("audio") if isinstance(request, Mapping) else request
+            stem = f"{index:04}"
+            if isinstance(audio, str | os.PathLike):
+                stem = Path(os.fsdecode(audio)).stem
+            if named.setdefault(stem, _fingerprint(audio)) != _fingerprint(audio):
+                raise ValueError(f"{stem}{suffix} would be written twice: rename a recording")
+            self._files[index] = folder / f"{stem}{suffix}"
+        super().__init__(folder, suffix)
+
+    def has(self, index: int, request: Any) -> bool:
+        return self._files[index].exists()
+
+    def file(self, index: int) -> Path:
+        return self._files[index]
+
+    def _check_names(self) -> None:
+        for file in self._files.values():
+            if os.path.lexists(file):
+                check_writable(file)
 
 
 def _fingerprint(request: Any) -> str:
@@ -237,12 +361,14 @@ def _fingerprint(request: Any) -> str:
 
 
 def _size(request: Any) -> int:
-    """What the length of a reply goes with: letters, bytes of a file, samples."""
+    """What the length of a reply goes with: letters, samples, milliseconds of a file."""
     if isinstance(request, Mapping):
         return sum(map(_size, request.values()))
     if isinstance(request, os.PathLike) or (isinstance(request, str) and os.path.isfile(request)):
+        library = soundfile_library()
         try:
-            return os.stat(request).st_size
-        except OSError:
-            return 0
+            return round(1000 * library.info(os.fsencode(request)).duration)
+        except (library.LibsndfileError, TypeError, ValueError, OSError):
+            # Unreadable ones fail soon, and before the others.
+            return MOST_SEED
     return len(request) if hasattr(request, "__len__") else 0

@@ -19,6 +19,7 @@ import torch
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.timing import cache_bytes
 from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, patch_rows
 from mimo_fast.runtime.codec.layers import CodecStack
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.model import LM
@@ -95,6 +96,28 @@ def prompt_work(lm: LM, positions: int) -> Work:
     return Work({"backbone": stack_bytes(lm.backbone)}, 2 * positions * _values(matrices))
 
 
+def codec_work(codec: Codec, patches: int = 0) -> Work:
+    """The audio of a patch of one stream, after so many others: each frame is computed once.
+
+    Convolutions, the layers of the decoder and the vocoder with their attention, and the head. The
+    inverse STFT is left out.
+    """
+    config, mel = codec.config, patch_rows(codec.config)
+    rows = PATCH_FRAMES * config.pool
+    past = max(0, patches) * rows
+    reach = config.decoder_window[0]
+    back, ahead = config.vocoder_window
+    seen = past if reach < 0 else min(past, reach)
+    heard = mel + (past if min(back, ahead) < 0 else back + ahead)
+    products = rows * _codec_values(codec.decoder) + mel * _codec_values(codec.vocoder)
+    products += rows * codec.to_mel.weight.numel()
+    products += PATCH_FRAMES * (0 if codec.unpool is None else codec.unpool.weight.numel())
+    products += mel * (_values([codec.vocoder_in]) + _values([codec.vocoder_out]))
+    attended = config.decoder_layers * config.dim * rows * (seen + rows)
+    attended += config.vocoder_layers * config.vocoder_dim * mel * heard
+    return Work({"codec": codec_bytes(codec)}, 2 * products + 4 * attended)
+
+
 @dataclass(frozen=True)
 class GroupWork:
     """Work of a prompt, and of a group of text and of speech for all rows of a batch."""
@@ -150,6 +173,10 @@ def request_floor(
     prefill, text, audio = work.floors(ceiling)
     vocoded = 0.0 if codec is None else ceiling.floor_seconds(codec_bytes(codec))
     return batch * prefill + words * text + patches * (audio + vocoded)
+
+
+def _codec_values(stack: CodecStack) -> int:
+    return _values(w for x in stack.layers for w in (x.qkv, x.out, x.up, x.down))
 
 
 def codec_bytes(codec: Codec) -> int:

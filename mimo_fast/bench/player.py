@@ -43,17 +43,51 @@ class Playback:
         return self.stalled <= CONTINUOUS
 
 
+class Player:
+    """One reply as it is played while it arrives; times are seconds on any one clock.
+
+    Attributes:
+        first: When the first samples came; None before.
+        dry_at: When what has come will have been played.
+        duration: Seconds of audio that have come.
+        silences: (begin, end) of each silence within the reply.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self.first: float | None = None
+        self.dry_at = self.duration = 0.0
+        self.silences = list[tuple[float, float]]()
+
+    def hear(self, time: float, samples: int) -> None:
+        """Some samples have come, maybe none."""
+        if not samples:
+            return
+        if self.first is None:
+            self.first = self.dry_at = time
+        # A gap below one sample is rounding.
+        if time - self.dry_at > 1 / self._rate:
+            self.silences.append((self.dry_at, time))
+        seconds = samples / self._rate
+        self.dry_at = max(time, self.dry_at) + seconds
+        self.duration += seconds
+
+    def buffered(self, time: float) -> float:
+        """Seconds of audio that have come and are still to be played."""
+        return max(0.0, self.dry_at - time)
+
+    def played(self, time: float) -> float:
+        """Seconds of audio that have been played."""
+        return self.duration - self.buffered(time)
+
+
 def play(arrivals: Sequence[tuple[float, int]], sample_rate: int) -> Playback:
     """Plays a reply whose chunks arrived, in order, as (seconds since the request, samples).
 
     samples may be 0.
     """
-    heard = [(time, samples / sample_rate) for time, samples in arrivals if samples]
-    first = heard[0][0] if heard else None
-    dry_at, underruns = first or 0.0, list[float]()
-    for time, seconds in heard:
-        # A gap below one sample is rounding.
-        if time - dry_at > 1 / sample_rate:
-            underruns.append(time - dry_at)
-        dry_at = max(time, dry_at) + seconds
-    return Playback(first, sum(seconds for _, seconds in heard), tuple(underruns))
+    player = Player(sample_rate)
+    for time, samples in arrivals:
+        player.hear(time, samples)
+    underruns = tuple(end - begin for begin, end in player.silences)
+    return Playback(player.first, player.duration, underruns)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mimo_fast.audio.files import check_audio
 from mimo_fast.audio.paths import name_of, soundfile_library, write_whole
+from mimo_fast.batches import TRANSCRIBE, batch
 from mimo_fast.cli.arguments import STANDARD
 from mimo_fast.cli.common import SAMPLE_RATE, load_model, load_recording, print_text
 from mimo_fast.cli.microphone import microphone
@@ -23,7 +24,7 @@ from mimo_fast.cli.reports import report, say
 from mimo_fast.errors import AudioError, MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.transcription import TranscriptStream
-from mimo_fast.text.transcript import WRITERS, Transcript, TranscriptSegment, as_object
+from mimo_fast.text.transcript import SUFFIXES, WRITERS, Transcript, TranscriptSegment, as_object
 
 LIVE_WAIT = 0.6
 """Seconds of silence after which live speech is transcribed."""
@@ -37,13 +38,16 @@ def run(args: argparse.Namespace) -> int:
         return _listen(args)
     for error in args.problems.values():
         report(error)
-    failed = bool(args.problems)
+    failed = len(args.problems)
+    recordings = [*dict.fromkeys(args.audio)] if args.targets else args.audio
     done = {path for path, target in args.targets.items() if _is_there(args, target)}
     if done:
-        say(f"{len(done)} of {len(args.audio)} are there already (--overwrite makes them again)")
-    waiting = [path for path in args.audio if path not in args.problems and path not in done]
+        say(f"{len(done)} of {len(recordings)} are there already (--overwrite makes them again)")
+    waiting = [path for path in recordings if path not in args.problems and path not in done]
     if not waiting:
-        return int(failed)
+        return int(failed > 0)
+    if len(args.audio) > 1 and not args.whole:
+        return _transcribe_all(args, waiting, failed)
     with ExitStack() as stack:
         opened = dict[Path, Recording]()
         if len(waiting) == 1:
@@ -57,8 +61,87 @@ def run(args: argparse.Namespace) -> int:
                     _transcribe(model, args, path, it)
             except MimoFastError as error:
                 report(error)
-                failed = True
-    return int(failed)
+                failed += 1
+    return int(failed > 0)
+
+
+def _transcribe_all(args: argparse.Namespace, waiting: list[Path], failed: int) -> int:
+    """Several recordings at once, the longest first; transcripts are printed in the order given."""
+    with ExitStack() as stack:
+        files = list[Path]()
+        for path in waiting:
+            file = path
+            if path == STANDARD:
+                file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "standard input")
+                _spool(file)
+            files.append(file)
+        model = load_model(args, max_batch=args.streams)
+        limits = {"max_new_tokens": args.max_tokens}
+        where = args.output, args.seed, SUFFIXES[args.format]
+        folder, seed, suffix = where if args.targets else (None, args.seed, None)
+        # What is there already is not among them.
+        options = {"folder": folder, "seed": seed, "suffix": suffix, "overwrite": True}
+        said = _InOrder(len(waiting))
+        # An interrupt, too, prints what is known.
+        stack.callback(said.rest)
+        for result in batch(model, TRANSCRIBE, files, **options, **limits):
+            path, found = waiting[result.index], result.transcript
+            lines = list[str]()
+            if result.error is not None or found is None:
+                failed += 1
+                report(_renamed(result.error, files[result.index], path))
+            else:
+                _warn(found, args, _name(path))
+                if result.file is not None:
+                    written.append(name_of(result.file))
+                elif args.format == "json":
+                    whole = {"file": str(path)} | as_object(found)
+                    lines = [json.dumps(whole, ensure_ascii=False)]
+                else:
+                    lines = [f"{name_of(path)}: {found.text}"]
+            said.add(result.index, lines)
+    count = len(args.audio) if not args.targets else len(args.targets)
+    kept = count - len(waiting) - len(args.problems)
+    before = f", {kept} were there already" if kept else ""
+    lost = f", {failed} failed" if failed else ""
+    into = f" into {name_of(args.output)}" if args.targets else ""
+    done = len(waiting) + len(args.problems) - failed
+    say(f"transcribed {done} recordings{into}{before}{lost}")
+    return int(failed > 0)
+
+
+class _InOrder:
+    """Lines of recordings that end in any order, printed in the order of the recordings."""
+
+    def __init__(self, count: int) -> None:
+        self._lines = dict[int, list[str]]()
+        self._next, self._count = 0, count
+
+    def add(self, index: int, lines: list[str]) -> None:
+        self._lines[index] = lines
+        while self._next in self._lines:
+            self._print(self._lines.pop(self._next))
+            self._next += 1
+
+    def rest(self) -> None:
+        """What waits for one that did not come."""
+        for index in sorted(self._lines):
+            self._print(self._lines.pop(index))
+
+    def _print(self, lines: list[str]) -> None:
+        for line in lines:
+            # A progress bar on the same terminal makes room for it.
+            tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _renamed(error: Exception | None, file: Path, path: Path) -> Exception:
+    """The error, in which standard input has its name."""
+    if error is None:
+        return MimoFastError(f"{_name(path)}: nothing was transcribed")
+    if not isinstance(error, MimoFastError) or file == path:
+        return error
+    return MimoFastError(str(error).replace(str(file), _name(path)))
 
 
 def _is_there(args: argparse.Namespace, target: Path) -> bool:
@@ -68,9 +151,9 @@ def _is_there(args: argparse.Namespace, target: Path) -> bool:
 def _transcribe(
     model: MimoAudio, args: argparse.Namespace, path: Path, recording: Recording
 ) -> None:
-    prefix = f"{name_of(path)}: " if len(args.audio) > 1 else ""
     limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
     if isinstance(recording, Tensor):
+        prefix = f"{name_of(path)}: " if len(args.audio) > 1 else ""
         print_text(model, args, model.stream("asr", recording, **limits), prefix)
         return
     target: Path | None = args.targets.get(path)
@@ -79,33 +162,31 @@ def _transcribe(
         stream = model.transcript(recording, **limits)
         segments = list[TranscriptSegment]()
         with closing(stream):
-            for segment in _printed(stream, prefix) if shows else stream:
+            for segment in _printed(stream) if shows else stream:
                 segments.append(segment)
                 bar.update(stream.duration - bar.n)
         bar.update(stream.duration - bar.n)
     found = Transcript(stream.joined, tuple(segments), stream.duration)
     if target is not None:
         _write(target, WRITERS[args.format](found))
-    elif args.format == "json" and prefix:
-        print(json.dumps({"file": str(path)} | as_object(found), ensure_ascii=False), flush=True)
     elif not shows:
         print(WRITERS[args.format](found), end="", flush=True)
     _warn(found, args, _name(path))
 
 
-def _printed(stream: TranscriptStream, prefix: str) -> Iterator[TranscriptSegment]:
+def _printed(stream: TranscriptStream) -> Iterator[TranscriptSegment]:
     """Prints what is said as it is known, on one line."""
     shown = ""
     try:
         for segment in stream:
             new = stream.joined[len(shown) :]
-            print(new if shown else prefix + new, end="", flush=True)
+            print(new, end="", flush=True)
             shown = stream.joined
             yield segment
     finally:
         # An error, too, begins a line of its own.
         if shown or sys.exc_info()[0] is None:
-            print("" if shown else prefix, flush=True)
+            print(flush=True)
 
 
 def _warn(found: Transcript, args: argparse.Namespace, name: str) -> None:
@@ -139,13 +220,17 @@ def _opened(args: argparse.Namespace, path: Path) -> Iterator[Recording]:
     with tempfile.TemporaryDirectory() if path == STANDARD else nullcontext("") as folder:
         file = Path(folder, "standard input") if folder else path
         if folder:
-            with file.open("wb") as spooled:
-                shutil.copyfileobj(sys.stdin.buffer, spooled)
+            _spool(file)
         try:
             check_audio(file)
             yield file
         except AudioError as error:
             raise AudioError(str(error).replace(str(file), _name(path))) from error
+
+
+def _spool(file: Path) -> None:
+    with file.open("wb") as spooled:
+        shutil.copyfileobj(sys.stdin.buffer, spooled)
 
 
 def _seconds(path: Path) -> float | None:

@@ -56,7 +56,8 @@ def _say_lines(args: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise MimoFastError(f"cannot read {args.lines}: {why}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [line for _, line in numbered]
     if not lines:
         raise MimoFastError(f"{args.lines} holds no lines to say")
     model = load_model(args, max_batch=args.streams)
@@ -68,11 +69,12 @@ def _say_lines(args: argparse.Namespace) -> int:
         if result.error is not None or result.file is None:
             failed += 1
             problem = result.error or "the model said nothing"
-            report(MimoFastError(f"line {result.index + 1}: {problem}"))
+            report(MimoFastError(f"line {numbered[result.index][0]}: {problem}"))
         else:
             said += 1
             written.append(result.file.name)
     kept = len(lines) - said - failed
     before = f", {kept} were there already" if kept else ""
-    say(f"wrote {said} recordings and {RECORD} into {args.output}{before}")
+    lost = f", {failed} failed" if failed else ""
+    say(f"wrote {said} recordings and {RECORD} into {args.output}{before}{lost}")
     return int(failed > 0)

@@ -148,6 +148,8 @@ class TranscriptStream(Iterator[TranscriptSegment]):
             the whole recording.
         waits: see `Cutting`.
         max_new_tokens: groups of each piece; by default what its seconds can hold.
+        at_once: how many pieces may be at work, asked again before each; by default as many as the
+            model has slots.
 
     Attributes:
         duration: Seconds of the recording that have been read.
@@ -162,6 +164,7 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         seed: int | None = None,
         waits: float = LONG_PAUSE,
         max_new_tokens: int | None = None,
+        at_once: Callable[[], int] | None = None,
     ) -> None:
         pipeline.owner.check()
         check_limits(max_new_tokens, 0)
@@ -170,10 +173,10 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         self._template = choose_template(ASR_TEMPLATES, template, self._seed)
         rate = pipeline.codec.sample_rate
         self._blocks: Iterator[Tensor]
-        self._slots = pipeline.setup.max_batch
+        self._at_once = at_once or (lambda: pipeline.setup.max_batch)
         if isinstance(audio, Iterator) and not hasattr(audio, "read"):
             # Nobody waits for the next piece.
-            self._blocks, self._slots = audio, 1
+            self._blocks, self._at_once = audio, lambda: 1
         else:
             self._blocks = audio_blocks(cast(AudioSource, audio), rate, limits=ANY_LENGTH)
         if isinstance(audio, Tensor | np.ndarray) and audio.shape[-1:] > (MOST_SAMPLES,):
@@ -209,13 +212,13 @@ class TranscriptStream(Iterator[TranscriptSegment]):
             yield block
 
     def _generate(self) -> Generator[TranscriptSegment, None, None]:
-        work, slots = self._work, self._slots
+        work = self._work
         try:
             for piece in pieces_of(self._counted(), self._rate, self._cutting):
                 work.append(
                     start_piece(self._pipeline, piece, self._template, self._seed, self._most)
                 )
-                while len(work) >= slots:
+                while len(work) >= max(self._at_once(), 1):
                     yield from self._step()
             while work:
                 yield from self._step()

@@ -16,6 +16,7 @@ import torch
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.writing import save_wav
+from mimo_fast.batches import RECORD
 from mimo_fast.cli.main import main
 
 WORDS = Path(__file__).parents[1] / "words"
@@ -90,7 +91,56 @@ def test_a_bad_one_of_several_writes_no_file(capsys, talk, tmp_path):
     folder = tmp_path / "out"
     assert main(["asr", str(tmp_path / "bad.wav"), str(talk), "-o", str(folder)]) == 1
     assert "cannot decode" in capsys.readouterr().err
-    assert [file.name for file in folder.iterdir()] == ["talk.txt"]
+    assert {file.name for file in folder.iterdir()} == {"talk.txt", RECORD}
+
+
+def test_several_at_once_are_printed_in_the_order_given(capsys, talk, tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    files = [WORDS / "thank_you.flac", tmp_path / "bad.wav", talk, WORDS / "thank_you.flac"]
+    assert main(["asr", *map(str, files)]) == 1
+    told = capsys.readouterr()
+    said = {files[0]: "thank you", talk: SAID}
+    assert told.out.splitlines() == [f"{x}: {said[x]}" for x in files if x in said]
+    assert "transcribed 3 recordings, 1 failed" in told.err
+
+
+def test_standard_input_is_one_of_several(capsys, talk, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(talk.read_bytes())))
+    out(capsys, "-", WORDS / "thank_you.flac", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "standard input.txt").read_text() == f"{SAID}\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"RIFF")))
+    assert main(["asr", "-", str(WORDS / "thank_you.flac")]) == 1
+    told = capsys.readouterr()
+    assert "standard input" in told.err
+    assert told.out == f"{WORDS / 'thank_you.flac'}: thank you\n"
+
+
+def test_the_same_recording_twice_is_written_once(capsys, tmp_path):
+    twice = [WORDS / "thank_you.flac"] * 2
+    out(capsys, *twice, "-o", tmp_path)
+    lines = (tmp_path / RECORD).read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["thank you"]
+
+
+def test_a_folder_that_cannot_be_written_is_wrong_usage(capsys, talk, tmp_path):
+    (tmp_path / "file").write_text("")
+    files = [talk, WORDS / "thank_you.flac"]
+    assert "cannot write into" in error(capsys, *files, "-o", tmp_path / "file")
+
+
+def test_an_interrupt_prints_what_is_known(capsys, talk, monkeypatch):
+    import mimo_fast.cli.asr as command
+
+    def interrupted(*arguments, **options):
+        for result in real(*arguments, **options):
+            yield result
+            raise KeyboardInterrupt
+
+    real = command.batch
+    monkeypatch.setattr(command, "batch", interrupted)
+    assert main(["asr", str(WORDS / "thank_you.flac"), str(talk), "--streams", "1"]) == 130
+    # The longest is first, though it is printed last.
+    assert capsys.readouterr().out == f"{talk}: {SAID}\n"
 
 
 def test_a_pipe(capsys, talk, monkeypatch):
