@@ -63,6 +63,18 @@ class Priority(IntEnum):
     LISTENER = 0  # somebody hears it, or reads it, as it is made
     BATCH = 1  # a file, a transcript, a text
 
+    @classmethod
+    def of(cls, name: str) -> Priority:
+        """That of a name, "listener" or "batch".
+
+        Raises:
+            ValueError: there is no such priority.
+        """
+        for each in cls:
+            if name == each.name.lower():
+                return each
+        raise ValueError(f"priority must be 'listener' or 'batch', not {name!r:.80}")
+
 
 def urgency(
     priority: Priority, arrived: float, served: float, dry: float | None, now: float
