@@ -27,7 +27,7 @@ SETS = {
 }
 """Instruction sets of a machine and the flags of their kernels; instruction_set.cpp chooses."""
 
-SHARED = ("bindings", "instruction_set")
+SHARED = ("bindings", "instruction_set", "threads")
 """Compiled once; every other file once a set."""
 
 # Without contraction a sum is rounded as it is written, in every set.
@@ -53,8 +53,8 @@ def add_objects(ninja: NinjaFile, compiler: str, machine: str) -> list[str]:
         for source in sorted(SOURCES.glob("*.cpp"))
         if source.stem not in SHARED
     ]
-    source = SOURCES / "instruction_set.cpp"
-    return [*objects, ninja.edge("instruction_set.o", "cxx", [source])]
+    once = [name for name in SHARED if name != "bindings"]
+    return objects + [ninja.edge(f"{name}.o", "cxx", [SOURCES / f"{name}.cpp"]) for name in once]
 
 
 def add_extension(

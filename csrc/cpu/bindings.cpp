@@ -2,7 +2,6 @@
 // wrong raises ValueError when it is made, and what a call can tell (slots, lengths) before anything is computed; types
 // and shapes of tensors are checked in mimo_fast/kernels/cpu, which alone calls this.
 
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +9,7 @@
 #include <string>
 
 #include "instruction_set.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace mimo_fast;
@@ -140,7 +140,13 @@ void bind_weights(py::module_& module) {
             [](const QuantizedWeight& weight, uintptr_t bias) {
                 return Linear{{}, weight, address<const float>(bias), weight.rows, weight.columns};
             },
-            py::kw_only(), py::arg("weight"), py::arg("bias"));
+            py::kw_only(), py::arg("weight"), py::arg("bias"))
+        .def("multiply",
+             [](const Linear& self, uintptr_t x, uintptr_t y, int64_t rows) {
+                 check_present(rows, x, y);
+                 kernels->multiply(self, address<const float>(x), rows, address<float>(y));
+             },
+             py::kw_only(), py::arg("x"), py::arg("y"), py::arg("rows"), Unlocked());
 }
 
 void bind_attention(py::module_& module) {
@@ -343,14 +349,9 @@ PYBIND11_MODULE(_native, module) {
             return names;
         },
         "Names of the sets that this CPU runs, the fastest first.");
-    module.def(
-        "set_threads",
-        [](int threads) {
-            const int before = omp_get_max_threads();
-            omp_set_num_threads(threads);
-            return before;
-        },
-        py::arg("threads"));
+    module.def("narrow", &narrow, "Keeps the operations of this thread on it until `widen`.");
+    module.def("widen", &widen);
+    module.def("available_threads", &available_threads);
     bind_weights(module);
     bind_attention(module);
     bind_transformer(module);

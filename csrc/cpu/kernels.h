@@ -10,7 +10,10 @@ struct Kernels {
     const char* name;
     void (*quantized_matmul)(const QuantizedMatmul& p);
     void (*decode_attention)(const DecodeAttention& p);
-    // x [rows, dim] -> normed hidden states y [rows, dim], which may be x; appends to the cache.
+    // y [M, rows] = x [M, columns] W^T + bias.
+    void (*multiply)(const Linear& w, const float* x, int64_t M, float* y);
+    // x [rows, dim] -> normed hidden states y [rows, dim], which may be x; appends to the cache. Rows of one
+    // slot see one another as causal attention does.
     void (*step)(const Transformer& t, const float* x, float* y, const Cache& cache, const Positions& at);
     // x [N, T, dim] -> normed hidden states y: each sequence attends to itself from position 0 on.
     void (*encode)(const Transformer& t, const float* x, float* y, int64_t sequences, int64_t length, bool causal);

@@ -48,6 +48,8 @@ struct Linear {
     QuantizedWeight quantized;
     const float* quantized_bias = nullptr;
     int64_t rows = 0, columns = 0;
+
+    int64_t size() const { return rows * columns; }
 };
 
 // Keys and values [layers, slots, kv_heads, capacity, head_dim]. Strides are in elements; both share them.
@@ -58,8 +60,8 @@ struct Cache {
     int64_t layer_stride = 0, slot_stride = 0, head_stride = 0, position_stride = 0;
 };
 
-// Row r appends to position starts[r] of slot slots[r] of a cache, and attends to that slot up to there. A row whose
-// position does not exist writes nothing to the cache.
+// Row r appends to position starts[r] of slot slots[r] of a cache, and attends to that slot up to there, once all rows
+// have appended. A row whose position does not exist writes nothing to the cache.
 struct Positions {
     const int64_t* slots = nullptr;   // [rows]
     const int64_t* starts = nullptr;  // [rows]
@@ -95,6 +97,14 @@ struct Transformer {
     int64_t positions, dim, heads, kv_heads, head_dim;
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+
+    // Multiplications of a row with the weights.
+    int64_t work() const {
+        int64_t total = 0;
+        for (const Layer& layer : layers)
+            total += layer.qkv.size() + layer.out.size() + layer.gate_up.size() + layer.down.size();
+        return total;
+    }
 };
 
 // Settings of rows that draw an id each, as `SamplerTensors` has them, and what names their noise.
