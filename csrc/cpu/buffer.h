@@ -32,6 +32,8 @@ class Buffer {
     int64_t size() const { return count; }
     T* begin() { return values; }
     T* end() { return values + count; }
+    const T* begin() const { return values; }
+    const T* end() const { return values + count; }
     T& operator[](int64_t i) { return values[i]; }
     const T& operator[](int64_t i) const { return values[i]; }
 

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "codec_decoder.h"
 #include "codec_stack.h"
 #include "decode_attention.h"
 #include "linear.h"
@@ -17,7 +18,7 @@ namespace mimo_fast::MIMO_FAST_SET {
 
 extern const Kernels kernels = {
     SET_NAME(MIMO_FAST_SET), quantized_matmul, decode_attention, multiply_rows, step, encode, decode_patch,
-    run_codec_stack, sample, gumbel,
+    run_codec_stack, decode_chunks, sample, gumbel,
 };
 
 }  // namespace mimo_fast::MIMO_FAST_SET

@@ -32,8 +32,10 @@ int available_threads() {
     return depth ? before : omp_get_max_threads();
 }
 
-int threads_for(int64_t rows, int64_t work) {
-    const int64_t wanted = least(rows / LEAST_ROWS, rows * work / LEAST_WORK);
+int threads_for(int64_t rows, int64_t work) { return threads_of(rows / LEAST_ROWS, rows * work); }
+
+int threads_of(int64_t parts, int64_t work) {
+    const int64_t wanted = least(parts, work / LEAST_WORK);
     return wanted < 2 ? 1 : int(least(wanted, available_threads()));
 }
 

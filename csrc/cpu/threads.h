@@ -15,4 +15,7 @@ int available_threads();
 // Threads among which to divide `rows` rows of `work` multiplications each: few rows are computed faster by one.
 int threads_for(int64_t rows, int64_t work);
 
+// Threads among which to divide `parts` parts of `work` multiplications in all.
+int threads_of(int64_t parts, int64_t work);
+
 }  // namespace mimo_fast
