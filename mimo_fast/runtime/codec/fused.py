@@ -38,7 +38,8 @@ def fused_decoder(codec: CodecNetwork) -> CodecDecoder | None:
         return None
     if not streamable(config) or config.n_fft % 2 or config.hop > config.n_fft:
         return None
-    assert isinstance(codec.vocoder_in, Weight) and isinstance(codec.vocoder_out, Weight)
+    assert isinstance(codec.vocoder_in, Weight)
+    assert isinstance(codec.vocoder_out, Weight)
     return CodecDecoder(
         decoder=decoder,
         vocoder=vocoder,
