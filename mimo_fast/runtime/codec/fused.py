@@ -43,7 +43,7 @@ def fused_decoder(codec: CodecNetwork) -> CodecDecoder | None:
     return CodecDecoder(
         decoder=decoder,
         vocoder=vocoder,
-        unpool=codec.unpool and _parts(codec.unpool),
+        unpool=None if codec.unpool is None else _parts(codec.unpool),
         to_mel=_parts(codec.to_mel),
         decoder_norm=_norm(codec.decoder_norm),
         vocoder_norm=_norm(codec.vocoder_norm),
