@@ -318,8 +318,9 @@ def test_a_poisoned_snapshot_fails_alone(model, audio, poison):
     if poison == "prefix":
         sequence.truncate(0)
         victim.reset()
-        key = next(reversed(engine.steps.prefixes._entries))
-        engine.steps.prefixes._entries[key] = spoil(engine.steps.prefixes._entries[key])
+        for edge in engine.steps.prefixes._edges():
+            if edge.parts is not None:
+                edge.parts = tuple(part[:, :, :3] for part in edge.parts)
         victim = model.session(None, audio[0], seed=9)
     else:
         kept = engine.export(sequence)

@@ -179,6 +179,7 @@ class Engine(FreedWhenClosed):
             # drawn from its hidden state.
             sequence.cached = min(sequence.cached, sequence.groups - 1)
             sequence.prefilled = sequence.groups - sequence.cached
+            self.steps.note(request)
             self._requests.append(request)
         return Reply(self, request)
 
@@ -355,11 +356,11 @@ class Engine(FreedWhenClosed):
             if not left and steps.in_flight is None:
                 prompts, rows = self._choose()
                 self._step_of = [*prompts, *rows]
-        prefilling, groups = 0.0, 0
+        prefilling = 0.0
+        groups = sum(request.demand.prompt for request in prompts)
         if not left:
             with self.lm.threads():
                 if prompts:
-                    groups = sum(end - start for start, end in map(steps.chunk, prompts))
                     steps.attempt(prompts, steps.prefill)
                     prefilling = self.clock() - began
                 if steps.in_flight is not None:
@@ -396,17 +397,25 @@ class Engine(FreedWhenClosed):
         now = self.clock()
         for request in self._waiting(now):
             self.steps.attempt([request], self._admit)
+        steps = self.steps
+        waiting = [each for each in self._requests if self._computable(each) and each.row is None]
+        steps.attempt(waiting, steps.reuse)
+        leading = steps.leads([each for each in waiting if not each.done], now)
         admitted = [
-            request
-            for request in self._requests
-            if request.runnable and request.sequence.slot is not None
+            *leading,
+            *(each for each in self._requests if self._computable(each) and each.row is not None),
         ]
-        step = next_step([self._demand(each) for each in admitted], now, self.steps.cost)
-        prompts = self.steps.together([admitted[i] for i, _ in step.prompts])
-        rows = [admitted[i] for i in step.rows]
+        step = next_step([self._demand(each) for each in admitted], now, steps.cost)
+        chosen = steps.together([(admitted[i], groups) for i, groups in step.prompts])
+        for request, groups in chosen:
+            request.demand.prompt = groups
+        prompts, rows = [request for request, _ in chosen], [admitted[i] for i in step.rows]
         for request in (*prompts, *rows):
             self.slots.touch(request.sequence)
         return prompts, rows
+
+    def _computable(self, request: Request) -> bool:
+        return request.runnable and request.sequence.slot is not None
 
     def _waiting(self, now: float) -> list[Request]:
         """Requests that wait for a slot, the most urgent first."""
@@ -418,8 +427,7 @@ class Engine(FreedWhenClosed):
         demand = request.demand
         demand.prompt = demand.chunk = 0
         if request.row is None:
-            start, end = self.steps.chunk(request)
-            demand.prompt = demand.chunk = end - start
+            demand.prompt, demand.chunk = self.steps.chunks(request)
         return demand
 
     def _launch_next(self) -> None:
@@ -435,11 +443,7 @@ class Engine(FreedWhenClosed):
             now = self.clock()
             if any(self._choose_slot(other, now) is not None for other in self._waiting(now)):
                 return
-            rows = [
-                other
-                for other in self._requests
-                if other.runnable and other.sequence.slot is not None
-            ]
+            rows = [other for other in self._requests if self._computable(other)]
             if not rows or any(other.row is None for other in rows):
                 return
             step = next_step([self._demand(each) for each in rows], now, self.steps.cost)
