@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 
@@ -18,7 +18,7 @@ from mimo_fast.runtime.engine.voicing import Delivery, Voicing, voice
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Row
 from mimo_fast.runtime.lm.graphs import PromptPart
 from mimo_fast.runtime.lm.model import LM, PlacedIds
-from mimo_fast.runtime.lm.prefixes import Prefixes, Unit
+from mimo_fast.runtime.lm.prefixes import SHORTEST, Prefixes, Unit
 
 PREFIX_BYTES = 2**28
 """Bytes of host memory that the beginnings of prompts take at most."""
@@ -139,14 +139,15 @@ class Steps:
                 each.demand.arrived,
             ),
         )
-        computed, found = set[bytes](), list[Request]()
+        computed, found = set[int](), list[Request]()
         for request in order:
-            wanted = self.prefixes.wanted(request.units, request.sequence.prefix_groups)
-            if wanted > request.sequence.cached:
-                mark = b"".join(unit.key for unit in _until(request.units, wanted))
-                if mark in computed:
-                    continue
-                computed.add(mark)
+            sequence = request.sequence
+            missing = self.prefixes.missing(request.units, sequence.prefix_groups)
+            missing = [edge for edge in missing if edge.end > sequence.cached]
+            others = takewhile(lambda edge: id(edge) in computed, missing)
+            if sum(edge.end - max(edge.start, sequence.cached) for edge in others) >= SHORTEST:
+                continue
+            computed.update(map(id, missing))
             found.append(request)
         return found
 
@@ -258,15 +259,6 @@ class Steps:
         if seconds:
             request.demand.hears(seconds, self.clock())
         request.deliver(delivery)
-
-
-def _until(units: Sequence[Unit], groups: int) -> Sequence[Unit]:
-    """The units that make up the first `groups` groups."""
-    count, end = 0, 0
-    while end < groups:
-        end += units[count].groups
-        count += 1
-    return units[:count]
 
 
 def rows_of(requests: Sequence[Request]) -> list[Row]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -141,14 +142,15 @@ class Prefixes:
             end = edge.start + sum(unit.groups for unit in edge.units[:count])
         return end
 
-    def wanted(self, units: Sequence[Unit], declared: int = 0) -> int:
-        """Groups at the beginning of a prompt that it shares with others, held or not."""
-        end = 0
-        for edge in self._path(units):
-            if edge.seen < 2:
-                break
-            end = edge.end
-        return end if end >= SHORTEST or end <= declared else 0
+    def missing(self, units: Sequence[Unit], declared: int = 0) -> list[Edge]:
+        """What a prompt shares with others and nobody has computed yet, in order."""
+        return [edge for edge in self._shared(units, declared) if edge.parts is None]
+
+    def _shared(self, units: Sequence[Unit], declared: int) -> list[Edge]:
+        """Edges that a prompt shares with others; none where they are not worth it."""
+        shared = [*takewhile(lambda edge: edge.seen > 1, self._path(units))]
+        end = shared[-1].end if shared else 0
+        return shared if end >= SHORTEST or end <= declared else []
 
     def put(
         self, units: Sequence[Unit], state: DecodeState, slot: int, first: int, end: int
@@ -171,9 +173,8 @@ class Prefixes:
         self, units: Sequence[Unit], state: DecodeState, slot: int, end: int, declared: int = 0
     ) -> None:
         """Holds what a prompt shares with others of the first `end` groups, which a slot has."""
-        wanted = min(end, self.wanted(units, declared))
-        for edge in [*self._path(units)]:
-            if edge.end > wanted:
+        for edge in self._shared(units, declared):
+            if edge.end > end:
                 break
             if edge.parts is None:
                 cache = state.cache.parts
