@@ -23,6 +23,9 @@ from mimo_fast.runtime.lm.prefixes import SHORTEST, Prefixes, Unit
 PREFIX_BYTES = 2**28
 """Bytes of host memory that the beginnings of prompts take at most."""
 
+WARMUP_GROUPS = (3, 40, 100)
+"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
+
 LEAST_CHUNK = 16
 """Groups of a prompt that a step prefills at least, where it may be cut anywhere."""
 
@@ -48,6 +51,17 @@ class Steps:
         self.prefixes = Prefixes(PREFIX_BYTES)
         self.in_flight: InFlight | None = None
         self.cost = StepCost()
+
+    def warm_up_prompts(self, capacity: int) -> None:
+        """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
+        config, state = self.lm.config, self.slots.state
+        for groups in (length for length in WARMUP_GROUPS if length <= capacity):
+            ids = torch.zeros(
+                config.channels + 1, groups * config.group_size, dtype=torch.int64, device="cpu"
+            )
+            ids[0, config.group_size :] = self.lm.empty_id
+            self.lm.prefill(ids, state, slot=0)
+        state.lengths[0] = 0
 
     def attempt(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
