@@ -203,7 +203,11 @@ class TestHistory:
         said = "And then?" if task == "text" else audio[1]
         turn(said)
         first, counts = history(own), list[int]()
-        watch(monkeypatch, LM, "prefill", lambda _, ids, *__: counts.append(ids.shape[1] // GROUP))
+
+        def count(_: LM, parts: Any, *__: Any) -> None:
+            counts.append(sum(part.ids.shape[1] // GROUP for part in parts))
+
+        watch(monkeypatch, LM, "prefill_together", count)
         turn(said, add_history=True)
         both = history(own)
         assert torch.equal(both[:, : first.shape[1]], first)
