@@ -19,6 +19,7 @@ class NewPath(Enum):
     PROMPT_GRAPHS = "prompts as CUDA graphs"
     PACKED_PROMPTS = "several prompts in one graph"
     ENCODER_GRAPHS = "encoding of a recording as a CUDA graph"
+    CODEC_ROWS = "chunks of several codec streams in one computation"
     CONDITIONAL_GRAPHS = "a group as one conditional graph"
     FUSED_PROMPT_PRODUCTS = "products of prompts that unpack in registers"
 
@@ -27,6 +28,7 @@ MEASURED: dict[NewPath, dict[int, str]] = {
     NewPath.PROMPT_GRAPHS: {9: "2026-11-28-h100-prompts.json"},
     NewPath.PACKED_PROMPTS: {},
     NewPath.ENCODER_GRAPHS: {},
+    NewPath.CODEC_ROWS: {},
     NewPath.CONDITIONAL_GRAPHS: {9: "2026-11-28-h100-overlap.json"},
     NewPath.FUSED_PROMPT_PRODUCTS: {},
 }

@@ -24,7 +24,7 @@ from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_te
 from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
 from mimo_fast.runtime.codec.geometry import streamable
 from mimo_fast.runtime.codec.schedule import usual_schedules
-from mimo_fast.runtime.codec.state import new_state
+from mimo_fast.runtime.codec.state import row_bytes
 from mimo_fast.runtime.lm.model import PREFILL_CHUNK
 from mimo_fast.runtime.lm.state import kv_bytes
 
@@ -102,13 +102,13 @@ class Setup:
     def _streams(self) -> int:
         if not self.graphs or not streamable(self.codec):
             return 0
-        device, (exact, _, elastic) = torch.device("meta"), usual_schedules(self.codec)
-        # One state serves both where both hold back as much in the end.
-        states = (
-            new_state(self.codec, patches, self.codec_dtype, device)
+        exact, _, elastic = usual_schedules(self.codec)
+        # One pool serves both where both hold back as much in the end; one row of it pads graphs.
+        rows = (
+            row_bytes(self.codec, patches, self.codec_dtype)
             for patches in {exact.lookahead, elastic.lookahead}
         )
-        return self.max_batch * sum(state.nbytes for state in states)
+        return (self.max_batch + 1) * sum(rows)
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
         if self.mapped:

@@ -8,6 +8,9 @@ buffer. The vocoder looks ahead, 10 frames a layer, so its newest P frames are p
 computes them again from the end of the decoder on. That reads 2% of the decoder's weights, and a
 chunk of 8 rows is bound by reading weights. Keys and values of earlier frames are final and kept.
 
+Streams whose chunks have the same `Shape` are computed together, so that weights are read once for
+all of them; what differs between them, `RowNumbers` and their rows of state, is on the device.
+
 The statistics of the norms over time are updated with each chunk, and the pending frames are
 recomputed with them: the input of the decoder's layers is normed again, and what the layers added
 to it is kept. This is a good approximation, because a new scale passes the residual stream
@@ -15,7 +18,8 @@ unchanged and the layers norm their own inputs.
 
 While a stream is young its statistics change most, and then it may be decoded again from the start
 with the latest ones, as upstream does at each call: `CodecState.again` says up to how many code
-frames, `SETTLING` how often. At 0, for machines without the time, that happens only for large
+frames, `SETTLING` how often. The vocoder then begins where its windows reach from the first frame
+that is not yet in the waveform. At 0, for machines without the time, it happens only for large
 pushes: while a stream is short and has had no more than three of them.
 
 Nothing here waits for the device, and after P frames every shape follows from the chunk's size.
@@ -23,86 +27,192 @@ Nothing here waits for the device, and after P frames every shape follows from t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from mimo_fast.config import CodecConfig
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.rope import rope_frequencies
 from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.prior import norm_statistics
+from mimo_fast.runtime.codec.norms import NormKnowledge, row_moments, sums_of
+from mimo_fast.runtime.codec.schedule import Schedule
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
     SETTLING,
-    WHOLE_UTTERANCE,
     CodecState,
     MeanVariance,
-    NormStatistics,
-    Prior,
+    Rows,
     StackState,
+    StateTensors,
     decoder_context,
-    row_moments,
+    pending_frames,
 )
 
 VOCODER_BLOCK = 256
 """Largest number of new vocoder frames computed at once."""
 
 
-def decode_chunk(
-    codec: CodecNetwork,
-    state: CodecState,
-    hidden: Tensor,
-    lookahead: int,
-    statistics: NormStatistics | Prior | None,
-    ended: bool,
-    held: Tensor | None = None,
-) -> Tensor:
-    """The next dequantized codes [T, D], T >= 0 -> samples that are final now, float32 [m].
+@dataclass(frozen=True)
+class Block:
+    """Vocoder frames that are computed at once, beside the pending ones.
 
-    It can be captured in a graph: of the state on the host it reads only `frames`, `committed` and
-    `largest`, and writes only the first two.
-
-    Args:
-        lookahead: vocoder frames that must follow a frame before it is final.
-        statistics: norm statistics to use, or sums of rows to reckon with; None estimates them
-            from the codes so far.
-        ended: no codes follow, so all frames become final.
-        held: vocoder frames held back before this chunk, int64 scalar on the device, for a graph
-            that serves any number of them; the chunk has at most VOCODER_BLOCK frames then.
+    Attributes:
+        new: How many there are.
+        decided: Frames that become final.
+        trim: Samples that are dropped before them, at the start of the waveform.
     """
-    mel, norm = _decode(codec, state, hidden, statistics, ended)
-    pending = len(state.entered) * codec.config.decoder_stride
-    new = len(mel) - pending
-    parts = []
-    for start in range(0, max(1, new), VOCODER_BLOCK):
-        end = min(start + VOCODER_BLOCK, new)
-        last = ended and end == new
-        state.frames += end - start
-        decided = state.frames if last else max(state.committed, state.frames - lookahead)
-        rows = codec.to_mel.normalise(mel[start : end + pending], *norm)
-        head = _vocode(codec, state, rows, end - start, decided, held)
-        parts.append(_overlap_add(codec, state, head, last))
-    return torch.cat(parts)
+
+    new: int
+    decided: int
+    trim: int
 
 
-def codes_to_decode(state: CodecState, hidden: Tensor, ended: bool) -> Tensor:
-    """Codes to decode now: the new ones or, for a stream that is decoded again, all so far."""
+@dataclass(frozen=True)
+class Shape:
+    """What decides the shapes of a chunk; chunks of equal ones are one computation.
+
+    Attributes:
+        codes: Code frames.
+        anew: Whether the stream is decoded from its start, though it has begun.
+        skipped: New vocoder frames before the first block, see `unread_frames`.
+        blocks: The vocoder's blocks.
+        ended: Whether no codes follow, so that all frames become final.
+    """
+
+    codes: int
+    anew: bool
+    skipped: int
+    blocks: tuple[Block, ...]
+    ended: bool
+
+    @property
+    def decided(self) -> int:
+        """Vocoder frames that become final."""
+        return sum(block.decided for block in self.blocks)
+
+    @classmethod
+    def of(
+        cls,
+        config: CodecConfig,
+        schedule: Schedule,
+        before: tuple[int, int],
+        codes: int,
+        anew: bool,
+        ended: bool,
+    ) -> Shape:
+        """The next chunk of a stream.
+
+        Args:
+            before: vocoder frames before the chunk, and how many of them are in the waveform.
+            codes: code frames to decode, all so far if `anew`.
+        """
+        frames, committed = before
+        frames = 0 if anew else frames
+        new = codes * config.pool * config.decoder_stride
+        lookahead = schedule.rows(config, frames + new)
+        pending = pending_frames(config, schedule.lookahead)
+        skipped = 0 if frames else unread_frames(config, committed, new, pending)
+        blocks, trim = list[Block](), (config.n_fft - config.hop) // 2
+        for start in range(skipped, max(skipped + 1, new), VOCODER_BLOCK):
+            end = min(start + VOCODER_BLOCK, new)
+            last = ended and end == new
+            total = frames + end
+            decided = total if last else max(committed, total - lookahead)
+            dropped = max(0, trim - committed * config.hop)
+            blocks.append(Block(end - start, decided - committed, dropped))
+            committed = decided
+        return cls(codes, anew, skipped, tuple(blocks), ended)
+
+
+def unread_frames(config: CodecConfig, committed: int, new: int, pending: int) -> int:
+    """First of `new` vocoder frames of a stream decoded from its start that make no block of their
+    own.
+
+    Needed are the frames that are not in the waveform, the keys and values before the pending ones,
+    and what these depend on: each layer sees so many frames to the left. A block computes as many
+    frames before its own as are pending.
+    """
+    left = config.vocoder_window[0]
+    needed = min(committed, new - pending - left) - config.vocoder_layers * left
+    return min(new, max(0, needed) + pending)
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """What differs between the rows of a computation, int64 [3, N] on the device.
+
+    Attributes:
+        values: Vocoder frames before the chunk that are not in the waveform, negative where a
+            stream is decoded anew; the `Known`; and whether no rows of norms are missing.
+    """
+
+    values: Tensor
+
+    @property
+    def held(self) -> Tensor:
+        return self.values[0]
+
+    def norm(self, state: StateTensors, rows: Rows, place: int) -> NormKnowledge:
+        """What is known of a norm: 0 for `unpool`, 1 for `to_mel`."""
+        given, prior, expected = (
+            rows.read(each)[:, place] for each in (state.given, state.prior, state.expected)
+        )
+        return NormKnowledge(self.values[1], given, prior, expected, self.values[2] != 0)
+
+
+def decode_rows(
+    codec: CodecNetwork,
+    state: StateTensors,
+    rows: Rows,
+    hidden: Tensor,
+    numbers: RowNumbers,
+    shape: Shape,
+) -> Tensor:
+    """The next dequantized codes [N, T, D] of N streams, T >= 0 -> samples that are final [N, m].
+
+    It can be captured in a graph that reads rows, codes and numbers from the device.
+    """
+    if shape.anew:
+        rows.rewind(state)
+    mel, norm = _decode(codec, state, rows, hidden, numbers, shape)
+    pending = state.entered.shape[1] * codec.config.decoder_stride
+    if shape.skipped:
+        rows.write(state.frame, torch.full_like(rows.read(state.frame), shape.skipped))
+    parts, start, held = [], shape.skipped, numbers.held + shape.skipped
+    for block in shape.blocks:
+        part = mel[:, start : start + block.new + pending]
+        normed = codec.to_mel.normalise(part, *(moment[:, None, None] for moment in norm))
+        head = _vocode(codec, state, rows, normed, block, held)
+        last = shape.ended and block is shape.blocks[-1]
+        parts.append(_overlap_add(codec, state, rows, head, block.trim, last))
+        start, held = start + block.new, held + block.new - block.decided
+    return torch.cat(parts, dim=1)
+
+
+def codes_to_decode(state: CodecState, hidden: Tensor, ended: bool) -> tuple[Tensor, bool]:
+    """Codes to decode now: the new ones or, for a stream that is decoded anew, all so far.
+
+    Returns:
+        The codes, and whether it is decoded anew.
+    """
     past = sum(map(len, state.past))
     total = past + len(hidden)
     if state.frames and not past:
-        return hidden
+        return hidden, False
     if total > (state.again or RESTART_LIMIT):
         state.past.clear()
-        return hidden
+        return hidden, False
     state.past.append(hidden)
     if past and not _decodes_again(state, past, total, ended):
-        return hidden
+        return hidden, False
     state.decoded = total
     if not past:
-        return hidden
-    state.rewind()
-    return torch.cat(state.past)
+        return hidden, False
+    return torch.cat(state.past), True
 
 
 def _decodes_again(state: CodecState, past: int, total: int, ended: bool) -> bool:
@@ -114,131 +224,136 @@ def _decodes_again(state: CodecState, past: int, total: int, ended: bool) -> boo
 
 def _decode(
     codec: CodecNetwork,
-    state: CodecState,
+    state: StateTensors,
+    rows: Rows,
     hidden: Tensor,
-    statistics: NormStatistics | Prior | None,
-    ended: bool,
+    numbers: RowNumbers,
+    shape: Shape,
 ) -> tuple[Tensor, MeanVariance]:
-    """Codes [T, D] -> mel [P + T pool stride, n_mels], pending and new, and its norm statistics."""
-    first, settled = state.position - len(state.entered), ended or state.largest >= WHOLE_UTTERANCE
-    entered, added = _run_decoder(codec, state, hidden.to(codec.dtype), statistics, settled)
+    """Codes [N, T, D] -> mel [N, P + T pool stride, n_mels], pending and new, and its statistics.
+
+    The statistics are [N] each.
+    """
+    pending, stride = state.entered.shape[1], codec.to_mel.stride
+    first = rows.read(state.position) - pending
+    entered, added = _run_decoder(codec, state, rows, hidden.to(codec.dtype), numbers)
     x = codec.decoder_norm((entered.float() + added).to(codec.dtype))
+    places = torch.arange(x.shape[1], device=x.device, dtype=torch.int64)
     # Rows before position 0 are zeroed, so that the convolution adds nothing of them.
-    x = x * (first + torch.arange(len(x), device=x.device, dtype=torch.int64) >= 0)[:, None]
-    inputs = torch.cat((state.history, x))
-    new = len(x) - len(state.entered)
-    stride = codec.to_mel.stride
-    out = codec.to_mel.convolve(inputs)[len(state.history) * stride :]
-    state.history.copy_(inputs[new : new + len(state.history)])
-    known = statistics.to_mel if statistics else None
-    moments = row_moments(out)
-    sums = state.to_mel.with_rows(moments, first * stride)
-    norm = norm_statistics(state.to_mel, known, sums, settled)
+    x = x * (first[:, None] + places >= 0)[..., None]
+    history = rows.read(state.history)
+    kept, new = history.shape[1], x.shape[1] - pending
+    inputs = torch.cat((history, x), dim=1)
+    out = codec.to_mel.convolve(inputs)[:, kept * stride :]
+    rows.write(state.history, inputs[:, new : new + kept])
+    moments, sums = row_moments(out), rows.read(state.to_mel)
+    norm = numbers.norm(state, rows, 1).statistics(sums + sums_of(moments, first * stride))
     # At the end the sums are those of the whole stream, which later ones may begin with.
-    state.to_mel.add(moments if ended else moments[: new * stride], first * stride)
-    return out[: len(x) * stride], norm
+    final = moments if shape.ended else moments[:, : new * stride]
+    rows.write(state.to_mel, sums + sums_of(final, first * stride))
+    return out[:, : x.shape[1] * stride], norm
 
 
 def _run_decoder(
-    codec: CodecNetwork,
-    state: CodecState,
-    x: Tensor,
-    statistics: NormStatistics | Prior | None,
-    ended: bool,
+    codec: CodecNetwork, state: StateTensors, rows: Rows, x: Tensor, numbers: RowNumbers
 ) -> tuple[Tensor, Tensor]:
-    """Inputs of the layers, pending and new [P / stride + T pool, D], and what the layers add."""
-    if codec.unpool is not None and len(x):
+    """Inputs of the layers, pending and new [N, P / stride + T pool, D], and what they add."""
+    if codec.unpool is not None and x.shape[1]:
         x = codec.unpool.convolve(x)
-        state.unpool.add(row_moments(x), state.position)
-    raw, new = torch.cat((state.entered, x)), len(x)
-    state.entered.copy_(raw[new:])
+        sums = sums_of(row_moments(x), rows.read(state.position))
+        rows.write(state.unpool, rows.read(state.unpool) + sums)
+    raw, new = torch.cat((rows.read(state.entered), x), dim=1), x.shape[1]
+    rows.write(state.entered, raw[:, new:])
     entered = raw
     if codec.unpool is not None:
-        known = statistics.unpool if statistics else None
-        norm = norm_statistics(state.unpool, known, state.unpool.sums, ended)
-        entered = codec.unpool.normalise(raw, *norm)
-    added = [state.added]
-    for block in entered[len(raw) - new :].split(BLOCK):
-        if len(block):
-            added.append(_decoder_block(codec, state, block).float() - block.float())
-    joined = torch.cat(added)
-    state.added.copy_(joined[new:])
+        norm = numbers.norm(state, rows, 0).statistics(rows.read(state.unpool))
+        entered = codec.unpool.normalise(raw, *(moment[:, None, None] for moment in norm))
+    added = [rows.read(state.added)]
+    for block in entered[:, raw.shape[1] - new :].split(BLOCK, dim=1):
+        if block.shape[1]:
+            added.append(_decoder_block(codec, state, rows, block).float() - block.float())
+    joined = torch.cat(added, dim=1)
+    rows.write(state.added, joined[:, new:])
     return entered, joined
 
 
-def _decoder_block(codec: CodecNetwork, state: CodecState, x: Tensor) -> Tensor:
-    """The next decoder inputs [n, D], n <= BLOCK -> outputs of the last layer [n, D]."""
+def _decoder_block(codec: CodecNetwork, state: StateTensors, rows: Rows, x: Tensor) -> Tensor:
+    """The next decoder inputs [N, n, D], n <= BLOCK -> outputs of the last layer [N, n, D]."""
     stack, ring = codec.decoder, state.decoder
-    size = ring.k.shape[2]
-    positions = state.position + torch.arange(len(x), device=x.device, dtype=torch.int64)
-    table, slots = _rope_rows(stack, x.shape[1], positions), positions % size
+    size, before = ring.k.shape[3], rows.read(state.position)
+    positions = before[:, None] + torch.arange(x.shape[1], device=x.device, dtype=torch.int64)
+    table, slots = _rope_rows(stack, x.shape[2], positions), positions % size
     # The position that each slot of the ring holds once the block is written.
-    held = (
-        positions[-1]
-        - (positions[-1] - torch.arange(size, device=x.device, dtype=torch.int64)) % size
-    )
-    past = positions[:, None] - held
+    newest, ring_slots = positions[:, -1:], torch.arange(size, device=x.device, dtype=torch.int64)
+    held = (newest - (newest - ring_slots) % size)[:, None]
+    past = positions[..., None] - held
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
 
-    out = stack.executor.run(x, table, ring.k, ring.v, slots, visible)
-    state.position += len(x)
+    if rows.first is None:
+        out = stack.run_rows(x, table, ring.k, ring.v, slots, visible, rows.numbers)
+    else:
+        out = stack.run_rows(x, table, rows.read(ring.k), rows.read(ring.v), slots, visible)
+    rows.write(state.position, before + x.shape[1])
     return out
 
 
 def _vocode(
-    codec: CodecNetwork,
-    state: CodecState,
-    mel: Tensor,
-    new: int,
-    end: int,
-    held: Tensor | None,
+    codec: CodecNetwork, state: StateTensors, rows: Rows, mel: Tensor, block: Block, held: Tensor
 ) -> Tensor:
-    """Normed mel [P + new, n_mels] -> head outputs of the frames from `committed` to end - 1."""
-    stack, before = codec.vocoder, state.vocoder
-    (left, right), kept = stack.window, before.k.shape[2]
-    positions = (
-        state.frame
-        + new
-        - len(mel)
-        + torch.arange(-kept, len(mel), device=mel.device, dtype=torch.int64)
-    )
-    queries = positions[kept:]
-    table = _rope_rows(stack, codec.config.vocoder_dim, queries)
-    ahead = positions - queries[:, None]
-    # Rows before the first frame attend to one another only, and no frame attends to them.
-    visible = (ahead >= -left) & (ahead <= right) & ((positions >= 0) == (queries >= 0)[:, None])
+    """Normed mel [N, P + new, n_mels] -> head outputs of the frames that become final.
 
-    room = before.k.new_empty(*before.k.shape[:2], len(mel), before.k.shape[3])
-    buffer = StackState(torch.cat((before.k, room), dim=2), torch.cat((before.v, room), dim=2))
-    slots = torch.arange(kept, kept + len(mel), device=mel.device, dtype=torch.int64)
-    x = matmul(mel, codec.vocoder_in)
-    x = stack.executor.run(x, table, buffer.k, buffer.v, slots, visible)
-    before.k.copy_(buffer.k[:, :, new : new + kept])
-    before.v.copy_(buffer.v[:, :, new : new + kept])
-    state.frame += new
-    first = len(mel) - state.frames
-    decided = x[first + state.committed : first + end]
-    if held is not None:
-        places = torch.arange(end - state.committed, device=mel.device, dtype=torch.int64)
-        decided = x[len(mel) - new - held + places]
-    state.committed = end
+    held: int64 [N], frames before the new ones that are not in the waveform.
+    """
+    stack, before = codec.vocoder, StackState(*map(rows.read, state.vocoder))
+    (left, right), kept, (count, length) = stack.window, before.k.shape[3], mel.shape[:2]
+    frame = rows.read(state.frame) + block.new
+    steps = torch.arange(-kept, length, device=mel.device, dtype=torch.int64)
+    positions = frame[:, None] - length + steps
+    queries = positions[:, kept:]
+    table = _rope_rows(stack, codec.config.vocoder_dim, queries)
+    ahead = positions[:, None] - queries[..., None]
+    # Rows before the first frame attend to one another only, and no frame attends to them.
+    side = (positions >= 0)[:, None] == (queries >= 0)[..., None]
+    visible = (ahead >= -left) & (ahead <= right) & side
+
+    layers, heads, _, width = before.k.shape[1:]
+    room = before.k.new_empty(count, layers, heads, length, width)
+    buffer = StackState(*(torch.cat((each, room), dim=3) for each in before))
+    slots = steps[kept:].add(kept).expand(count, -1)
+    x = matmul(mel.flatten(0, 1), codec.vocoder_in).unflatten(0, (count, length))
+    x = stack.run_rows(x, table, *buffer, slots, visible)
+    for each, new in zip(state.vocoder, buffer, strict=True):
+        rows.write(each, new[:, :, :, block.new : block.new + kept])
+    rows.write(state.frame, frame)
+    if not block.decided:
+        return x.new_zeros(count, 0, codec.config.n_fft + 2)
+    final = torch.arange(block.decided, device=mel.device, dtype=torch.int64)
+    places = (length - block.new - held)[:, None] + final
+    decided = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
     return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
 
 
-def _overlap_add(codec: CodecNetwork, state: CodecState, head: Tensor, last: bool) -> Tensor:
-    """Head outputs [n, n_fft + 2] of the frames just committed -> samples that are final now."""
-    hop, overlap = codec.config.hop, state.tail.shape[1]
-    done = len(head) * hop
-    sums = synthesize(head, codec.window, hop) if len(head) else state.tail.new_zeros(2, overlap)
-    sums[:, :overlap] += state.tail
-    state.tail.copy_(sums[:, done:])
-    first = max(0, state.trim - (state.committed * hop - done))
-    wave, weight = sums[:, first : done + state.trim if last else done]
+def _overlap_add(
+    codec: CodecNetwork, state: StateTensors, rows: Rows, head: Tensor, trim: int, last: bool
+) -> Tensor:
+    """Head outputs [N, n, n_fft + 2] of the frames just committed -> samples [N, m] final now."""
+    hop, tail = codec.config.hop, rows.read(state.tail)
+    done, overlap = head.shape[1] * hop, tail.shape[2]
+    if done:
+        sums = synthesize(head, codec.window, hop)
+        sums[..., :overlap] += tail
+    else:
+        sums = tail.clone()
+    rows.write(state.tail, sums[..., done:])
+    wave, weight = sums[..., trim : done + overlap // 2 if last else done].unbind(1)
     return wave / weight
 
 
 def _rope_rows(stack: CodecStack, width: int, positions: Tensor) -> Tensor:
-    """Rows of `rope_table` for positions [T] on the device; float64 keeps large angles exact."""
+    """`rope_table` of positions [N, T] on the device, [2, N, T, half a head].
+
+    float64 keeps large angles exact.
+    """
     form = width // stack.heads, stack.rope_theta, positions.device, stack.rounding
-    angles = torch.outer(positions.double(), rope_frequencies(*form).double())
+    angles = positions.double()[..., None] * rope_frequencies(*form).double()
     return torch.stack((angles.cos(), angles.sin())).float()

@@ -119,6 +119,38 @@ class CodecStack:
         """Whether `executor` is one native call, which one thread computes fastest."""
         return isinstance(self.executor, small_codec.CodecStack)
 
+    def run_rows(
+        self,
+        x: Tensor,
+        table: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """N sequences that attend to buffers, x [N, T, D] -> [N, T, D].
+
+        Keys and values of sequence n go to slots[n] of row rows[n] of k and v [R, L, H, S, Dh], or
+        of row n without `rows`. Position t attends to the places that visible[n, t] marks.
+
+        Args:
+            table: rows of `rope_table` [2, N, T, Dh / 2].
+            slots: int64 [N, T].
+            visible: bool [N, T, S].
+            rows: int64 [N].
+        """
+        executor = self.executor
+        if isinstance(executor, LayerByLayer):
+            return executor.run_rows(x, table, k, v, slots, visible, rows)
+        places = range(len(x)) if rows is None else rows.tolist()
+        return torch.stack(
+            [
+                executor.run(x[n], table[:, n], k[row], v[row], slots[n], visible[n])
+                for n, row in enumerate(places)
+            ]
+        )
+
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
         """One whole sequence x [T, D] -> [T, D]; skip_layer as in `run`."""
         return self.run(x, self.attend_to_all(x), skip_layer)
@@ -178,15 +210,38 @@ class LayerByLayer:
 
         Row t attends to the places that visible[t] marks, bool [T, S].
         """
+        return self.run_rows(
+            x[None], table[:, None], k[None], v[None], slots[None], visible[None], None
+        )[0]
+
+    def run_rows(
+        self,
+        x: Tensor,
+        table: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """See `CodecStack.run_rows`; a layer's weights are read once for all sequences."""
+        places = torch.arange(len(x), device=x.device, dtype=torch.int64) if rows is None else rows
+        places, shape, angles = places[:, None], x.shape[:2], table.flatten(1, 2)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, new_k, new_v = self._stack.split_heads(qkv, table)
-            keys = k[layer].index_copy_(1, slots, new_k)
-            values = v[layer].index_copy_(1, slots, new_v)
-            out = sdpa(q[None], keys[None], values[None], attn_mask=visible)
-            return out[0].transpose(0, 1).flatten(1)
+            q, new_k, new_v = (
+                part.transpose(0, 1).unflatten(0, shape)
+                for part in self._stack.split_heads(qkv, angles)
+            )
+            keys, values = k[:, layer], v[:, layer]
+            keys.transpose(1, 2).index_put_((places, slots), new_k)
+            values.transpose(1, 2).index_put_((places, slots), new_v)
+            if rows is not None:
+                keys, values = keys.index_select(0, rows), values.index_select(0, rows)
+            out = sdpa(q.transpose(1, 2), keys, values, attn_mask=visible[:, None])
+            return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
-        return self._stack.run(x, attend)
+        return self._stack.run(x.flatten(0, 1), attend).view_as(x)
 
 
 def ieee_convolutions() -> AbstractContextManager[None]:
@@ -225,9 +280,13 @@ class TransposedConv:
         return self.normalise(out[: len(out) - self.overlap], *self.statistics(out))
 
     def convolve(self, x: Tensor) -> Tensor:
-        """[T, D_in] -> [T stride + overlap, D_out], before the norm."""
+        """[..., T, D_in] -> [..., T stride + overlap, D_out], before the norm."""
+        if x.ndim == 3 and len(x) > 1 and x.device.type == "cpu":
+            # The library would choose the order of sums by the number of sequences, and that alone
+            # would take a stream's samples below 120 dB. These are 1% of the decoder's weights.
+            return torch.stack([self.convolve(each) for each in x])
         with ieee_convolutions():
-            return F.conv_transpose1d(x.T[None], self.weight, self.bias, self.stride)[0].T
+            return F.conv_transpose1d(x.mT, self.weight, self.bias, self.stride).mT
 
     def statistics(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the convolution's whole output, float32 scalars."""
@@ -235,7 +294,10 @@ class TransposedConv:
         return mean, variance
 
     def normalise(self, out: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """Norms the convolution's output [T, D_out] with these statistics, rounding once."""
+        """Norms the convolution's output [..., T, D_out] with these statistics, rounding once.
+
+        mean, variance: scalars, or those of each sequence [..., 1, 1].
+        """
         scale = torch.rsqrt(variance + GROUP_NORM_EPS) * self.norm_weight.float()
         return ((out.float() - mean) * scale + self.norm_bias.float()).to(out.dtype)
 
@@ -252,21 +314,25 @@ def inverse_stft(head: Tensor, window: Tensor, hop: int) -> Tensor:
 
 
 def synthesize(head: Tensor, window: Tensor, hop: int) -> Tensor:
-    """Head output [T, n_fft + 2] -> sums [2, (T - 1) hop + n_fft] of frames and squared windows."""
+    """Head output [..., T, n_fft + 2] -> sums of frames and of squared windows.
+
+    The sums are [..., 2, (T - 1) hop + n_fft].
+    """
     log_magnitude, phase = head.float().chunk(2, dim=-1)
     # The clip would make a number of what is infinite.
     log_magnitude = log_magnitude.nan_to_num(torch.nan, torch.nan, torch.nan)
     spectrum = torch.polar(log_magnitude.exp().clip(max=MAX_MAGNITUDE), phase)
     frames = torch.fft.irfft(spectrum, len(window), dim=-1) * window
-    weights = window.square().expand(len(frames), -1)
-    return overlap_add(torch.stack((frames, weights)), hop)
+    weights = window.square().expand_as(frames)
+    return overlap_add(torch.stack((frames, weights), dim=-3), hop)
 
 
 def overlap_add(frames: Tensor, hop: int) -> Tensor:
     """Frames [..., T, N] every `hop` samples -> their sums [..., (T - 1) hop + N]."""
     *batch, count, width = frames.shape
     total = (count - 1) * hop + width
-    return F.fold(frames.mT, (1, total), (1, width), stride=(1, hop)).view(*batch, total)
+    columns = frames.flatten(0, -3).mT if batch else frames.mT
+    return F.fold(columns, (1, total), (1, width), stride=(1, hop)).view(*batch, total)
 
 
 def split_lengths(total: int, segment: int) -> Sequence[int]:

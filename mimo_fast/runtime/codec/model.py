@@ -126,14 +126,19 @@ class Codec(CodecNetwork):
 
     @in_own_modes
     def advance(self, pushes: Sequence[Push]) -> list[Tensor | Exception]:
-        """Decodes the next chunks of several streams of this codec.
+        """Decodes the next chunks of several streams of this codec, in any state of life.
+
+        Weights are read once for all chunks of one shape.
 
         Returns:
             One result a push, in their order: samples that are final now, float32 [m] on the
             codec's device, m may be 0; or the error that ends that stream alone. On a GPU samples
-            of values that are not finite are NaN.
+            of values that are not finite are NaN, and nobody has waited for them.
+
+        Raises:
+            ValueError: a stream has two pushes.
         """
-        return advance(pushes)
+        return advance(self, self.stream_graphs, pushes)
 
     @in_own_modes
     def calibrate(self, recordings: Iterable[Tensor]) -> NormStatistics:

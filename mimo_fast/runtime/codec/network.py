@@ -35,7 +35,7 @@ from mimo_fast.runtime.codec.layers import (
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.state import NormStatistics
+from mimo_fast.runtime.codec.state import CodecPools, NormStatistics
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 ENCODE_SEGMENT = 6000
@@ -66,10 +66,15 @@ class CodecNetwork:
         source: its weights, on the device and in the dtype to compute in.
         codebook: reads a float32 tensor by upstream's name. Codebooks stay in float32 because codes
             depend on small differences between rows.
+
+    Attributes:
+        pools: State of its streams.
+        calls: Number of computations so far that decoded chunks of streams.
     """
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         self.config, self.owner = config, Owner()
+        self.pools, self.calls = CodecPools(), 0
 
         def stack(
             name: str, layers: int, heads: int, causal: bool, window: tuple[int, int]

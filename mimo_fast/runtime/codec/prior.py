@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from mimo_fast.config import CodecConfig
-from mimo_fast.runtime.codec.state import (
-    CodecState,
-    MeanVariance,
-    NormStatistics,
-    RunningStatistics,
-    mean_variance,
-)
+from mimo_fast.runtime.codec.norms import mean_variance
+from mimo_fast.runtime.codec.state import CodecState, NormStatistics, Rows, StateTensors
 
 PRIOR_FRAMES = 50
 """Code frames that statistics count for in an elastic stream: 2 s. docs/LOG.md has the figures."""
@@ -34,7 +29,7 @@ MOST_FRAMES = 1e9
 
 
 def prior_sums(config: CodecConfig, given: Tensor, frames: float) -> Tensor:
-    """Sums float64 [2, 3], see `Prior`, of so many code frames.
+    """Sums float64 [2, 3], see `StateTensors.prior`, of so many code frames.
 
     given: means and variances [2, 2] of `unpool` and `to_mel`.
     """
@@ -50,15 +45,16 @@ def prior_sums(config: CodecConfig, given: Tensor, frames: float) -> Tensor:
 def know(
     config: CodecConfig, state: CodecState, known: NormStatistics | None, frames: float
 ) -> None:
-    """Writes what is known before a stream begins into its state, where its chunks read it.
+    """Writes what is known before a stream begins into its row, where its chunks read it.
 
     frames: code frames that it counts for in an elastic stream.
 
     Raises:
         ValueError: the statistics are not those of this codec.
     """
-    state.prior.zero_()
-    state.given.zero_()
+    given, prior = (tensor[state.row] for tensor in (state.tensors.given, state.tensors.prior))
+    prior.zero_()
+    given.zero_()
     if known is None:
         return
     pairs = [pair for pair in known if pair is not None]
@@ -69,9 +65,9 @@ def know(
         )
     if not all(map(_is_mean_and_variance, pairs)):
         raise ValueError("statistics are a mean and a variance each: use Codec.moments")
-    for place, pair in zip(state.given[-len(pairs) :], pairs, strict=True):
+    for place, pair in zip(given[-len(pairs) :], pairs, strict=True):
         place.copy_(torch.stack([moment.reshape(()) for moment in pair]))
-    state.prior.copy_(prior_sums(config, state.given, frames))
+    prior.copy_(prior_sums(config, given, frames))
 
 
 def _is_mean_and_variance(pair: object) -> bool:
@@ -86,40 +82,15 @@ def _is_mean_and_variance(pair: object) -> bool:
     )
 
 
-def totals(state: CodecState) -> Tensor:
-    """Sums float64 [2, 3] of a stream's rows: of `unpool` and `to_mel`, see `Prior`.
+def totals(state: StateTensors, rows: Rows) -> Tensor:
+    """Sums float64 [N, 2, 3] of streams' rows: of `unpool` and `to_mel`, as in `prior`.
 
     Those of several streams add up to those of one that says it all.
     """
-    return torch.stack((state.unpool.sums[0], state.to_mel.sums[0]))
+    return torch.stack([rows.read(sums)[:, 0] for sums in (state.unpool, state.to_mel)], dim=1)
 
 
 def statistics_of(config: CodecConfig, sums: Tensor) -> NormStatistics:
     """The statistics of rows that have these sums [2, 3]."""
     unpool, to_mel = map(mean_variance, sums)
     return NormStatistics(unpool if config.pool != 1 else None, to_mel)
-
-
-def norm_statistics(
-    running: RunningStatistics, known: MeanVariance | Tensor | None, sums: Tensor, ended: bool
-) -> MeanVariance:
-    """Mean and variance to norm by.
-
-    Args:
-        running: the forecast of a stream that says no more than its sums.
-        known: statistics to use as they are; or sums of earlier rows, float64 [3], which count
-            until the stream ends; None, or sums of 0, for the estimate from the stream alone.
-        sums: of the stream's rows so far, float64 [2, 3].
-        ended: no rows follow: the statistics are those of the stream.
-    """
-    if isinstance(known, tuple):
-        return known
-    alone = running.estimate(sums, ended)
-    if known is None or ended:
-        return alone
-    together = mean_variance(known + sums[0])
-    # On the device, so that one graph serves streams with and without earlier rows.
-    mean, variance = (
-        torch.where(known[0] > 0, here, there) for here, there in zip(together, alone, strict=True)
-    )
-    return mean, variance

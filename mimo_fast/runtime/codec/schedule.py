@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.geometry import (
@@ -16,15 +16,17 @@ from mimo_fast.runtime.codec.geometry import (
     elastic_rows,
     patch_rows,
 )
-from mimo_fast.runtime.codec.state import CodecState, NormStatistics, Prior
 
 
-class Known(Enum):
-    """What a stream knows of its norm statistics before its codes."""
+class Known(IntEnum):
+    """What a stream knows of its norm statistics before its codes; the device reads the number."""
 
-    NOTHING = "they are estimated from its codes"
-    PRIOR = "known ones count as rows before the first"
-    GIVEN = "known ones are used as they are"
+    NOTHING = 0
+    """They are estimated from its codes."""
+    PRIOR = 1
+    """Known ones count as rows before the first."""
+    GIVEN = 2
+    """Known ones are used as they are."""
 
     @classmethod
     def of(cls, known: bool, weight: float) -> Known:
@@ -36,12 +38,11 @@ class Known(Enum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What decides the shape of a stream's chunks and what they read; one set of graphs serves it.
+    """What decides the shape of a stream's chunks, and what they norm by.
 
     Args:
         lookahead: patches that are held back; by an elastic stream in the end.
-        known: what its statistics begin with. Elastic streams have a prior, if only of no rows, so
-            that one set of graphs serves all of them.
+        known: what its statistics begin with; in an elastic stream a prior, if only of no rows.
         elastic: whether less is held back at first, see `elastic_rows`.
     """
 
@@ -76,16 +77,6 @@ class Schedule:
         if self.elastic:
             return elastic_rows(config, frames)
         return self.lookahead * patch_rows(config)
-
-    def statistics(self, config: CodecConfig, state: CodecState) -> NormStatistics | Prior | None:
-        """What `decode_chunk` norms by: buffers of the state, or None for estimates."""
-        if self.known is Known.NOTHING:
-            return None
-        if self.known is Known.PRIOR:
-            return Prior(state.prior[0], state.prior[1])
-        unpool, to_mel = state.given
-        pooled = None if config.pool == 1 else (unpool[0], unpool[1])
-        return NormStatistics(pooled, (to_mel[0], to_mel[1]))
 
 
 def usual_schedules(config: CodecConfig) -> tuple[Schedule, Schedule, Schedule]:

@@ -1,13 +1,16 @@
-"""The state of one incremental decode: buffers of fixed size, allocated up front.
+"""The state of incremental decodes: a pool of rows, one a stream, of fixed size each.
 
-Positions and sums are tensors on the device and every buffer is updated in place, so that a
-captured graph can replay a chunk of fixed size. Counters on the host only select views of results.
+Positions and sums are tensors on the device and every row is updated in place, so that one
+computation, or a captured graph, serves any rows of a pool. Counters on the host only say which
+shapes a chunk has. A pool takes and gives back memory as streams come and go.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,132 +51,206 @@ class NormStatistics(NamedTuple):
     to_mel: MeanVariance
 
 
-class Prior(NamedTuple):
-    """Sums of rows that count as if they preceded a norm's own, float64 [3] each; 0 for none.
+class StackState(NamedTuple):
+    """Rotated keys and values that later positions of a stack see: [rows, layers, H, S, Dh] each.
 
-    (rows, mean times rows, mean square times rows), as in `RunningStatistics.sums`.
+    A single row's are without the first dimension.
     """
-
-    unpool: Tensor
-    to_mel: Tensor
-
-
-@dataclass
-class RunningStatistics:
-    """Estimates the mean and variance of a norm over time at the end of the utterance.
-
-    One-shot decoding norms by the statistics of the whole utterance, which a stream must estimate.
-    Until `expected` rows have been added, the missing rows are extrapolated: they get the mean of
-    the rows so far, weighted by position, because the first outputs of the causal decoder attend to
-    few positions and differ from the rest. After that, and at the end, the estimate is the plain
-    statistics of all rows, so that codes pushed at once are decoded as in one shot. docs/LOG.md has
-    the figures.
-
-    A stream that is decoded again extrapolates nothing: the forecast gains up to 3 dB where an
-    utterance goes on for as long as it expects, and loses up to 11 dB where it soon ends.
-
-    Args:
-        sums: float64 [2, 3], sums over rows of (weight, weighted mean over channels, weighted mean
-            square over channels); the weight is 1 in row 0 and the row's position in row 1.
-        expected: rows up to which missing rows are extrapolated, int64 scalar, 0 for none. On the
-            device, so that one graph serves streams with and without a forecast.
-        frame_rows: rows of a code frame.
-    """
-
-    sums: Tensor
-    expected: Tensor
-    frame_rows: int
-
-    @classmethod
-    def allocate(cls, frame_rows: int, device: torch.device) -> RunningStatistics:
-        """frame_rows: rows of a code frame."""
-        sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
-        expected = torch.full((), FORECAST * frame_rows, dtype=torch.int64, device=device)
-        return cls(sums, expected, frame_rows)
-
-    def forecast(self, frames: int) -> None:
-        """Extrapolates up to so many code frames from now on."""
-        self.expected.fill_(frames * self.frame_rows)
-
-    def add(self, moments: Tensor, first: Tensor) -> None:
-        """Adds final rows, `row_moments` [R, 3], from position `first` on, but those before 0."""
-        self.sums += _sums(moments, first)
-
-    def with_rows(self, moments: Tensor, first: Tensor) -> Tensor:
-        """Sums as if `add` had been called, which they leave unchanged."""
-        return self.sums + _sums(moments, first)
-
-    def estimate(self, sums: Tensor, ended: bool) -> MeanVariance:
-        """Mean and variance at the end of an utterance that has these sums [2, 3] so far."""
-        plain, later = sums
-        missing = (self.expected - plain[0]).clamp(min=0) * (not ended)
-        mean, square = (plain[1:] + missing * later[1:] / later[0]) / (plain[0] + missing)
-        return mean.float(), (square - mean.square()).float()
-
-
-def mean_variance(sums: Tensor) -> MeanVariance:
-    """Mean and variance of rows that have these sums [3], see `RunningStatistics.sums`."""
-    count, *totals = sums
-    mean, square = (total / count for total in totals)
-    return mean.float(), (square - mean.square()).float()
-
-
-def row_moments(rows: Tensor) -> Tensor:
-    """Rows [R, D] -> float64 [R, 3]: 1, and mean and mean square over channels."""
-    wide = rows.double()
-    moments = wide.new_ones(len(rows), 3)
-    torch.mean(wide, dim=1, out=moments[:, 1])
-    torch.mean(wide.square(), dim=1, out=moments[:, 2])
-    return moments
-
-
-def _sums(moments: Tensor, first: Tensor) -> Tensor:
-    places = first + torch.arange(len(moments), device=moments.device, dtype=torch.int64)
-    plain = (places >= 0).double()
-    return torch.stack((plain, plain * (places + 0.5))) @ moments
-
-
-@dataclass
-class StackState:
-    """Rotated keys and values that later positions of a stack see: [layers, H, S, Dh] each."""
 
     k: Tensor
     v: Tensor
 
-    @classmethod
-    def allocate(
-        cls, stack: tuple[int, int, int], size: int, dtype: torch.dtype, device: torch.device
-    ) -> StackState:
-        """stack: layers, heads, D; size: S."""
-        layers, heads, width = stack
-        shape = (layers, heads, size, width // heads)
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-
-@dataclass
-class CodecState:
-    """One waveform in progress; its newest P vocoder frames are pending and may still change.
+@dataclass(frozen=True)
+class StateTensors:
+    """Rows of state; the newest P vocoder frames of each are pending and may still change.
 
     Args:
-        position: number of decoder positions done, int64 scalar; slot p % S of `decoder` holds
+        position: number of decoder positions done, int64 [rows]; slot p % S of `decoder` holds
             position p.
         entered: inputs of the decoder's layers for the pending frames, before the norm over time
-            [P / stride, D].
-        added: what the layers added to them, float32 [P / stride, D].
+            [rows, P / stride, D].
+        added: what the layers added to them, float32 [rows, P / stride, D].
         history: normed outputs of the decoder before the pending ones, which the next convolution
-            still reads.
-        unpool, to_mel: statistics of the norms over time; those of `to_mel` are without the pending
-            frames.
+            still reads [rows, positions, D].
+        unpool, to_mel: sums of the norms over time, see `norms.py`, float64 [rows, 2, 3]; those of
+            `to_mel` are without the pending frames.
         decoder: keys and values of the decoder's layers, a ring buffer.
-        frame: number of vocoder frames so far, int64 scalar.
+        frame: number of vocoder frames so far, int64 [rows].
         vocoder: keys and values of the vocoder frames before the pending ones.
         tail: sums of windowed frames and of squared windows that later frames add to
-            [2, n_fft - hop].
-        given: norm statistics that the stream was given, float32 [2, 2]: of `unpool` and `to_mel`,
-            mean and variance of each.
-        prior: sums of earlier rows that count as this stream's, float64 [2, 3], see `Prior`.
-        committed: number of vocoder frames that are in the waveform, on the host.
-        frames: number of vocoder frames so far, on the host.
+            [rows, 2, n_fft - hop].
+        given: norm statistics that a stream was given, float32 [rows, 2, 2]: of `unpool` and
+            `to_mel`, mean and variance of each.
+        prior: sums of earlier rows that count as if they preceded the stream's, float64
+            [rows, 2, 3] of `unpool` and `to_mel`, each as a row of their `sums`; 0 for none.
+        expected: rows of `unpool` and `to_mel` up to which missing ones are extrapolated, int64
+            [rows, 2]; 0 for none.
+    """
+
+    position: Tensor
+    entered: Tensor
+    added: Tensor
+    history: Tensor
+    unpool: Tensor
+    decoder: StackState
+    to_mel: Tensor
+    frame: Tensor
+    vocoder: StackState
+    tail: Tensor
+    given: Tensor
+    prior: Tensor
+    expected: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        config: CodecConfig,
+        lookahead: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StateTensors:
+        """lookahead: patches that a stream holds back at most."""
+        stride = config.decoder_stride
+        positions = pending_frames(config, lookahead) // stride
+        history = -(-conv_overlap(config.decoder_kernel, stride) // stride)
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=of, device=device)
+
+        def stack(layers: int, heads: int, width: int, size: int) -> StackState:
+            shape = layers, heads, size, width // heads
+            return StackState(zeros(*shape), zeros(*shape))
+
+        context = decoder_context(config.decoder_window) + BLOCK
+        decoder = config.decoder_layers, config.decoder_heads, config.dim
+        vocoder = config.vocoder_layers, config.vocoder_heads, config.vocoder_dim
+        return cls(
+            position=zeros(of=torch.int64),
+            entered=zeros(positions, config.dim),
+            added=zeros(positions, config.dim, of=torch.float32),
+            history=zeros(history, config.dim),
+            unpool=zeros(2, 3, of=torch.float64),
+            decoder=stack(*decoder, context),
+            to_mel=zeros(2, 3, of=torch.float64),
+            frame=zeros(of=torch.int64),
+            vocoder=stack(*vocoder, config.vocoder_window[0]),
+            tail=zeros(2, config.n_fft - config.hop, of=torch.float32),
+            given=zeros(2, 2, of=torch.float32),
+            prior=zeros(2, 3, of=torch.float64),
+            expected=zeros(2, of=torch.int64),
+        )
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name; those of a stack are `decoder_k` and so on."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, StackState):
+                yield f"{each.name}_k", value.k
+                yield f"{each.name}_v", value.v
+            else:
+                yield each.name, value
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> StateTensors:
+        """All tensors changed."""
+
+        def changed(value: Any) -> Any:
+            return (
+                StackState(*map(change, value)) if isinstance(value, StackState) else change(value)
+            )
+
+        return StateTensors(*(changed(getattr(self, each.name)) for each in fields(self)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.named())
+
+
+def pending_frames(config: CodecConfig, lookahead: int) -> int:
+    """P: vocoder frames that a stream with so many patches of look-ahead keeps pending."""
+    stride = config.decoder_stride
+    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
+    return max(reach, lookahead * patch_rows(config))
+
+
+def row_bytes(config: CodecConfig, lookahead: int, dtype: torch.dtype) -> int:
+    """Bytes of one stream's state."""
+    return StateTensors.allocate(config, lookahead, 1, dtype, torch.device("meta")).nbytes
+
+
+def integers(values: Sequence[Any], device: torch.device) -> Tensor:
+    """int64 on the device; the host does not wait for it."""
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def first_of(numbers: Sequence[int]) -> int | None:
+    """The first of consecutive numbers, else None."""
+    consecutive = [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
+    return numbers[0] if consecutive else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a pool that are computed together.
+
+    Attributes:
+        numbers: int64 [N] on the device.
+        first: The first of them where they are consecutive, and read and written in place; None
+            where they are not, or where a graph reads the numbers.
+    """
+
+    numbers: Tensor
+    first: int | None = None
+
+    @classmethod
+    def of(cls, numbers: list[int], device: torch.device) -> Rows:
+        return cls(integers(numbers, device), first_of(numbers))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """These rows [N, ...]: a copy, or a view."""
+        if self.first is None:
+            return tensor.index_select(0, self.numbers)
+        return tensor.narrow(0, self.first, len(self))
+
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        if self.first is None:
+            tensor.index_copy_(0, self.numbers, values)
+        else:
+            tensor.narrow(0, self.first, len(self)).copy_(values)
+
+    def rewind(self, state: StateTensors) -> None:
+        """Resets all but the waveform so far, to decode the codes again from the first."""
+        for name, tensor in state.named():
+            if name not in ("tail", "given", "prior", "expected"):
+                self._zero(tensor)
+
+    def reset(self, state: StateTensors) -> None:
+        """Resets to the start of a waveform, with the same knowledge of norms."""
+        self.rewind(state)
+        self._zero(state.tail)
+
+    def _zero(self, tensor: Tensor) -> None:
+        if self.first is None:
+            tensor.index_fill_(0, self.numbers, 0)
+        else:
+            tensor.narrow(0, self.first, len(self)).zero_()
+
+
+@dataclass(eq=False)
+class CodecState:
+    """One waveform in progress: a row of a pool, and what the host knows of it.
+
+    Args:
+        row: its number, which changes where the pool shrinks.
+        totals: sums of the last waveform that was finished, see `prior.totals`; None if it had no
+            codes.
+        committed: number of vocoder frames that are in the waveform.
+        frames: number of vocoder frames so far.
         held: dequantized codes held back until the first samples can be final.
         past: all dequantized codes of a short stream, to decode it again from the start.
         largest: code frames of the largest push.
@@ -181,18 +258,9 @@ class CodecState:
         decoded: code frames when it was last decoded from the start.
     """
 
-    position: Tensor
-    entered: Tensor
-    added: Tensor
-    history: Tensor
-    unpool: RunningStatistics
-    decoder: StackState
-    to_mel: RunningStatistics
-    frame: Tensor
-    vocoder: StackState
-    tail: Tensor
-    given: Tensor
-    prior: Tensor
+    pool: CodecPool
+    row: int
+    totals: Tensor | None = None
     committed: int = 0
     frames: int = 0
     held: list[Tensor] = field(default_factory=list)
@@ -201,89 +269,158 @@ class CodecState:
     again: int = 0
     decoded: int = 0
 
-    @classmethod
-    def allocate(
-        cls, config: CodecConfig, pending: int, dtype: torch.dtype, device: torch.device
-    ) -> CodecState:
-        """pending: P, a multiple of the decoder's stride."""
-        context = decoder_context(config.decoder_window)
-        stride = config.decoder_stride
-        positions = pending // stride
-        decoder = config.decoder_layers, config.decoder_heads, config.dim
-        vocoder = config.vocoder_layers, config.vocoder_heads, config.vocoder_dim
-        history = -(-conv_overlap(config.decoder_kernel, stride) // stride)
-        return cls(
-            position=torch.zeros((), dtype=torch.int64, device=device),
-            entered=torch.zeros(positions, config.dim, dtype=dtype, device=device),
-            added=torch.zeros(positions, config.dim, device=device, dtype=torch.float32),
-            history=torch.zeros(history, config.dim, dtype=dtype, device=device),
-            unpool=RunningStatistics.allocate(config.pool, device),
-            decoder=StackState.allocate(decoder, context + BLOCK, dtype, device),
-            to_mel=RunningStatistics.allocate(config.pool * config.decoder_stride, device),
-            frame=torch.zeros((), dtype=torch.int64, device=device),
-            vocoder=StackState.allocate(vocoder, config.vocoder_window[0], dtype, device),
-            tail=torch.zeros(2, config.n_fft - config.hop, device=device, dtype=torch.float32),
-            given=torch.zeros(2, 2, device=device, dtype=torch.float32),
-            prior=torch.zeros(2, 3, device=device, dtype=torch.float64),
-        )
+    @property
+    def tensors(self) -> StateTensors:
+        """Those of its pool."""
+        return self.pool.tensors
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(tensor.nbytes for tensor in [*_tensors(self), *self.held, *self.past])
-
-    @property
-    def trim(self) -> int:
-        """Samples of the first window before the waveform, and of the last window after it."""
-        return self.tail.shape[1] // 2
-
-    def reset(self) -> None:
-        """Resets the state to the start of a waveform, in the same memory."""
-        self.rewind()
-        self.tail.zero_()
-        self.committed = self.largest = self.decoded = 0
-        self.held.clear()
-        self.past.clear()
-
-    def rewind(self) -> None:
-        """Resets all but the waveform so far, to decode the codes again from the first."""
-        forecasts = self.unpool.expected, self.to_mel.expected
-        kept = self.tail, self.given, self.prior, *forecasts
-        for tensor in _tensors(self):
-            if all(tensor is not each for each in kept):
-                tensor.zero_()
-        self.frames = 0
+        """Bytes of its row, and of codes held."""
+        return self.pool.row_bytes + sum(tensor.nbytes for tensor in (*self.held, *self.past))
 
     def decode_again(self, frames: int) -> None:
         """Sets, before the first codes, up to how many code frames are decoded again; 0 for none.
 
         It replaces the forecast.
         """
-        self.again = frames
-        for norm in (self.unpool, self.to_mel):
-            norm.forecast(0 if frames else FORECAST)
+        self.again, expected = frames, self.tensors.expected[self.row]
+        rows = self.pool.config.pool * (0 if frames else FORECAST)
+        expected[0] = rows
+        expected[1] = rows * self.pool.config.decoder_stride
+
+    def begin(self) -> None:
+        """Counts from the start of a waveform; whoever calls it resets the row."""
+        self.committed = self.frames = self.largest = self.decoded = 0
+        self.held.clear()
+        self.past.clear()
 
 
-def new_state(
-    config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
-) -> CodecState:
-    """The state of a stream with `lookahead` patches of look-ahead."""
-    stride = config.decoder_stride
-    reach = -(-config.vocoder_layers * config.vocoder_window[1] // stride) * stride
-    return CodecState.allocate(config, max(reach, lookahead * patch_rows(config)), dtype, device)
+class CodecPool:
+    """State of streams that hold back as much: rows [capacity + 1, ...], the last one scratch.
+
+    The scratch row pads a graph's rows; nobody reads what becomes of it. Without `fixed` the pool
+    grows by half when a stream finds no row, and shrinks when a quarter is in use; without streams
+    it has no memory. Rows may move then, so every use of them holds `lock`.
+
+    Args:
+        lookahead: patches that its streams hold back at most.
+        lock: that of the codec.
+        fixed: number of rows that is kept, for graphs, which read fixed addresses; 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        lookahead: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lock: threading.Lock,
+        fixed: int = 0,
+    ) -> None:
+        self._form = config, lookahead, dtype, device
+        self.config = config
+        self.row_bytes = row_bytes(config, lookahead, dtype)
+        self.lookahead, self.fixed, self.device, self.lock = lookahead, fixed, device, lock
+        self.lent: list[CodecState] = []
+        self._returned: list[CodecState] = []
+        self.capacity = 0
+        self.tensors: StateTensors
+        self._allocate(fixed)
+
+    @property
+    def used(self) -> int:
+        """Rows that are lent."""
+        return len(self.lent) - len(self._returned)
+
+    @property
+    def scratch(self) -> int:
+        """Number of the row that pads a graph's."""
+        return self.fixed
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensors.nbytes
+
+    def take(self) -> CodecState:
+        """A state at the start of a waveform, that knows nothing; the lock is held."""
+        self._collect()
+        if len(self.lent) == self.capacity:
+            assert not self.fixed
+            self._move(self.capacity + max(1, self.capacity // 2))
+        used = {state.row for state in self.lent}
+        state = CodecState(self, next(i for i in range(self.capacity) if i not in used))
+        self.lent.append(state)
+        Rows.of([state.row], self.device).reset(self.tensors)
+        return state
+
+    def give_back(self, state: CodecState) -> None:
+        """Takes a row back, at once or when the lock is free.
+
+        It may run in a garbage collection at any point, where waiting for a lock could deadlock.
+        """
+        self._returned.append(state)
+        while self._returned and self.lock.acquire(blocking=False):
+            try:
+                self._collect()
+                self._shrink()
+            finally:
+                self.lock.release()
+
+    def _collect(self) -> None:
+        while self._returned:
+            self.lent.remove(self._returned.pop())
+
+    def _shrink(self) -> None:
+        if not self.fixed and 4 * len(self.lent) <= self.capacity:
+            self._move(2 * len(self.lent))
+
+    def _move(self, capacity: int) -> None:
+        """Moves all rows in use to the first ones of another size."""
+        before, states = self.tensors, sorted(self.lent, key=lambda state: state.row)
+        numbers = [state.row for state in states]
+        self._allocate(capacity)
+        if states:
+            rows, places = (
+                Rows.of(numbers, self.device),
+                Rows.of([*range(len(states))], self.device),
+            )
+            for (_, here), (_, there) in zip(before.named(), self.tensors.named(), strict=True):
+                places.write(there, rows.read(here))
+        for row, state in enumerate(states):
+            state.row = row
+
+    # Memory outlives the stream it is made for, and so that caller's inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _allocate(self, capacity: int) -> None:
+        config, lookahead, dtype, device = self._form
+        rows = capacity + 1 if self.fixed else capacity
+        self.tensors = StateTensors.allocate(config, lookahead, rows, dtype, device)
+        self.capacity = capacity
+
+
+class CodecPools:
+    """The pools of a codec, one for each length of look-ahead, and the lock of all its state."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._pools: dict[Any, CodecPool] = {}
+
+    def __reduce__(self) -> tuple[type[CodecPools], tuple[()]]:
+        # A copy of a codec has streams of its own.
+        return CodecPools, ()
+
+    def of(
+        self, config: CodecConfig, lookahead: int, dtype: torch.dtype, device: torch.device
+    ) -> CodecPool:
+        """The pool of streams that hold back so many patches at most; the lock is held."""
+        form = config, lookahead, dtype, device
+        if form not in self._pools:
+            self._pools[form] = CodecPool(*form, self.lock)
+        return self._pools[form]
 
 
 def decoder_context(window: tuple[int, int]) -> int:
     """Positions before its own that a position sees: the window's left side, at most CONTEXT."""
     return min(window[0], CONTEXT) if window[0] >= 0 else CONTEXT
-
-
-def _tensors(state: object) -> list[Tensor]:
-    found: list[Tensor] = []
-    for each in fields(state):  # type: ignore[arg-type]
-        value = getattr(state, each.name)
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, RunningStatistics | StackState):
-            found += _tensors(value)
-    return found

@@ -2,33 +2,27 @@
 
 import math
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.cpu.library import one_thread
 from mimo_fast.modes import in_own_modes
-from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, Lookahead, streamable
-from mimo_fast.runtime.codec.graphs import LentState, StreamGraphs
-from mimo_fast.runtime.codec.incremental import codes_to_decode, decode_chunk
+from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.prior import know, totals
+from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
-from mimo_fast.runtime.codec.state import (
-    RESTART_LIMIT,
-    CodecState,
-    NormStatistics,
-    new_state,
-)
+from mimo_fast.runtime.codec.state import RESTART_LIMIT, CodecState, NormStatistics, Rows
+from mimo_fast.runtime.codec.together import Push, advance, threads_of
 
 
 class CodecStream:
     """One waveform in progress: feed codes with `push`, end with `finish`; parts join seamlessly.
 
-    Streams of one codec share only its weights. Memory (`nbytes`) does not grow. With CUDA graphs a
-    stream borrows a state from their pool until it is closed or garbage-collected.
+    Streams of one codec share its weights and a pool of rows: each borrows one until it is closed
+    or garbage-collected. Memory (`nbytes`) does not grow. Several streams with codes at the same
+    time are decoded together by `Codec.advance`; a push is one of its own. Streams may be used in
+    several threads, each stream in one at a time; their computations take turns.
 
     Args:
         codec: weights.
@@ -38,7 +32,7 @@ class CodecStream:
             the vocoder's reach, see `elastic_rows`: for listeners. "exact" is `default_lookahead`.
         statistics: norm statistics, as `Codec.moments` measures them on other codes of the same
             speaker; by default they are estimated from the codes pushed.
-        graphs: the pool of captured states.
+        graphs: the graphs of the codec's chunks.
         weight: code frames that the statistics count for, as if they preceded the stream's own;
             `math.inf` uses them as they are.
         again: code frames up to which the stream is decoded again as it grows, so that its norm
@@ -68,28 +62,31 @@ class CodecStream:
                 f"again must be between 0 and {RESTART_LIMIT} code frames, not {again}"
             )
         known = Known.of(statistics is not None, weight)
-        self._schedule = schedule = Schedule.of(config, lookahead, known)
+        self.schedule = Schedule.of(config, lookahead, known)
         if not streamable(config):
             raise ValueError("this codec's layers see all of the audio to come: decode it at once")
-        self._codec = codec
+        self.codec, self._graphs = codec, graphs
         self._totals: Tensor | None = None
-        self._graphs: LentState | None = None
         self._state: CodecState | None
-        with self._threads():
-            if graphs is not None and graphs.serves(codec, schedule):
-                self._graphs = graphs.take(schedule)
-                self._state = self._graphs.state
-                self._give_back = weakref.finalize(self, graphs.give_back, self._graphs)
-                self._give_back.atexit = False
+        with codec.pools.lock, threads_of(codec):
+            if graphs is not None and graphs.serves(codec, self.schedule):
+                state = graphs.take(self.schedule)
             else:
-                self._state = new_state(config, schedule.lookahead, codec.dtype, codec.device)
-            self._state.decode_again(again)
-            know(codec.config, self._state, statistics, weight)
-        self._statistics = schedule.statistics(config, self._state)
+                pool = codec.pools.of(config, self.schedule.lookahead, codec.dtype, codec.device)
+                state = pool.take()
+            self._give_back = weakref.finalize(self, state.pool.give_back, state)
+            self._give_back.atexit = False
+            state.decode_again(again)
+            try:
+                know(config, state, statistics, weight)
+            except ValueError:
+                self._give_back()
+                raise
+        self._state = state
 
     @property
     def device(self) -> torch.device:
-        return self._codec.device
+        return self.codec.device
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +99,7 @@ class CodecStream:
 
         None if it had no codes, and before the first one.
         """
-        return self._totals
+        return self._totals if self._state is None else self._state.totals
 
     @in_own_modes
     def push(self, codes: Tensor, trusted: bool = False) -> Tensor:
@@ -114,65 +111,43 @@ class CodecStream:
         Raises:
             NumericError: on a CPU, samples are not finite; on a GPU they are NaN then.
         """
-        return self._advance(codes, False, trusted)
+        return self._advanced(codes, False, trusted)
 
     @in_own_modes
     def finish(self, codes: Tensor | None = None, trusted: bool = False) -> Tensor:
         """The last codes, if any -> all samples still held back. The stream is then reset."""
-        wav = self._advance(codes, True, trusted)
-        state = self._open()
-        self._totals = totals(state) if state.frames else None
-        self.reset()
-        return wav
+        return self._advanced(codes, True, trusted)
 
+    @in_own_modes
     def reset(self) -> None:
         """Drops what was pushed; the same memory serves the next waveform."""
-        with self._threads():
-            self._open().reset()
+        with self.codec.pools.lock, threads_of(self.codec):
+            state = self.state()
+            Rows.of([state.row], self.device).reset(state.tensors)
+            state.begin()
 
     def close(self) -> None:
         """Gives the memory back; the stream cannot be used after it."""
-        if self._graphs is not None:
+        if self._state is not None:
+            self._totals, self._state = self._state.totals, None
             self._give_back()
-        self._state = self._graphs = self._statistics = None
 
-    def _threads(self) -> AbstractContextManager[None]:
-        return one_thread() if self._codec.decoder.fused else nullcontext()
+    def state(self) -> CodecState:
+        """Its row of a pool, which moves unless the pool's lock is held.
 
-    def _open(self) -> CodecState:
-        self._codec.owner.check()
+        Raises:
+            ValueError: the stream is closed.
+        """
+        self.codec.owner.check()
         if self._state is None:
             raise ValueError("the stream is closed: make another with codec.stream()")
         return self._state
 
-    def _advance(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
-        with self._threads():
-            wav = self._decoded(codes, ended, trusted)
-        return checked_samples(self._codec, wav, codes)
-
-    def _decoded(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
-        state, codec = self._open(), self._codec
-        if codes is not None:
-            if not trusted:
-                codec.check_codes(codes)
-            state.held.append(codec.dequantize(codes))
-            state.largest = max(state.largest, codes.shape[1])
-        waiting = sum(map(len, state.held))
-        # Codes are held back until the first sample can be final: decoding them earlier would not
-        # return audio sooner, and waiting gives the norm statistics more rows.
-        too_few = waiting == 0 or (waiting <= self._schedule.hold and not ended)
-        if state.frames == 0 and too_few:
-            return torch.zeros(0, dtype=torch.float32, device=codec.device)
-        hidden = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
-        state.held.clear()
-        # An elastic stream begins with so few codes that its first patches would seem large.
-        estimates = self._schedule.known is not Known.GIVEN
-        if estimates and (state.again or not self._schedule.elastic):
-            hidden = codes_to_decode(state, hidden, ended)
-        wav = None if self._graphs is None else self._graphs.advance(hidden, ended)
-        if wav is not None:
-            return wav
-        config = codec.config
-        frames = state.frames + len(hidden) * config.pool * config.decoder_stride
-        lookahead = self._schedule.rows(config, frames)
-        return decode_chunk(codec, state, hidden, lookahead, self._statistics, ended)
+    def _advanced(self, codes: Tensor | None, ended: bool, trusted: bool) -> Tensor:
+        self.state()
+        if codes is not None and not trusted:
+            self.codec.check_codes(codes)
+        (found,) = advance(self.codec, self._graphs, [Push(self, codes, ended)])
+        if isinstance(found, Exception):
+            raise found
+        return found

@@ -1,13 +1,50 @@
-"""Chunks of several streams, decoded in one call."""
+"""Chunks of several streams, decoded in one call.
+
+Chunks of the same `Shape` in one pool are one computation, or the replay of one graph. Each
+stream's samples are those that it has alone, up to the order of sums where a library chooses it by
+the number of rows; the layers of a small codec on a CPU run stream by stream, bit for bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.kernels.cpu.library import one_thread
+from mimo_fast.kernels.defaults import NewPath, enabled
+from mimo_fast.runtime.codec.finite import checked_samples
+from mimo_fast.runtime.codec.graphs import StreamGraphs
+from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, codes_to_decode, decode_rows
+from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.prior import totals
+from mimo_fast.runtime.codec.schedule import Known, Schedule
+from mimo_fast.runtime.codec.state import (
+    WHOLE_UTTERANCE,
+    CodecPool,
+    CodecState,
+    Rows,
+    first_of,
+    integers,
+)
+
+MOST_ROWS = 256
+"""Streams in one computation at most."""
+
+
+class Stream(Protocol):
+    """A `CodecStream`."""
+
+    codec: CodecNetwork
+    schedule: Schedule
+
+    def state(self) -> CodecState:
+        """Its row. Raises ValueError if it is closed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -15,27 +52,205 @@ class Push:
     """The next codes of a stream.
 
     Attributes:
-        codes: [n, T], inside their codebooks; None for none, where the stream ends.
+        codes: [n, T], inside their codebooks; None for none.
         ended: Whether no codes follow: the result is then all that is held back, and the stream is
             reset.
     """
 
-    stream: CodecStream
+    stream: Stream
     codes: Tensor | None
     ended: bool = False
 
 
-def advance(pushes: Sequence[Push]) -> list[Tensor | Exception]:
-    """The result of each push, see `Codec.advance`."""
-    return [_result(push) for push in pushes]
+@dataclass(frozen=True)
+class Chunk:
+    """What is decoded of a push.
+
+    Attributes:
+        place: The push's place among those of the call.
+        hidden: Dequantized codes [T, D].
+    """
+
+    place: int
+    state: CodecState
+    hidden: Tensor
+    known: Known
+    shape: Shape
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Its row, and a column of `RowNumbers`."""
+        state = self.state
+        held = (0 if self.shape.anew else state.frames) - state.committed
+        settled = self.shape.ended or state.largest >= WHOLE_UTTERANCE
+        return state.row, held, self.known, settled
 
 
-def _result(push: Push) -> Tensor | Exception:
-    stream, codes = push.stream, push.codes
+def threads_of(codec: CodecNetwork) -> AbstractContextManager[None]:
+    """Keeps to one thread where that is fastest."""
+    return one_thread() if codec.decoder.fused else nullcontext()
+
+
+def advance(
+    codec: CodecNetwork, graphs: StreamGraphs | None, pushes: Sequence[Push]
+) -> list[Tensor | Exception]:
+    """The result of each push, see `Codec.advance`.
+
+    Raises:
+        ValueError: a stream has two pushes.
+    """
+    codec.owner.check()
+    if len({id(push.stream) for push in pushes}) < len(pushes):
+        raise ValueError("a stream has two pushes in one call: join their codes")
+    empty = torch.zeros(0, dtype=torch.float32, device=codec.device)
+    results: list[Tensor | Exception] = [empty] * len(pushes)
+    with codec.pools.lock, threads_of(codec):
+        groups = dict[tuple[int, Shape], list[Chunk]]()
+        for chunk in _chunks(codec, pushes, results):
+            groups.setdefault((id(chunk.state.pool), chunk.shape), []).append(chunk)
+        for chunks in groups.values():
+            _decode_group(codec, graphs, chunks, results)
+    for place, (push, wav) in enumerate(zip(pushes, results, strict=True)):
+        try:
+            if isinstance(wav, Tensor):
+                checked_samples(codec, wav, push.codes)
+        except Exception as error:
+            results[place] = error
+    return results
+
+
+def _chunks(
+    codec: CodecNetwork, pushes: Sequence[Push], results: list[Tensor | Exception]
+) -> Iterator[Chunk]:
+    """What is to be decoded now; writes errors to the results."""
+    for place, (push, hidden) in enumerate(zip(pushes, _dequantized(codec, pushes), strict=True)):
+        try:
+            if push.stream.codec is not codec:
+                raise ValueError("the stream is another codec's: advance it by that one")
+            if isinstance(hidden, Exception):
+                raise hidden
+            chunk = _chunk(codec, place, push, hidden)
+        except Exception as error:
+            results[place] = error
+            continue
+        if chunk is not None:
+            yield chunk
+        elif push.ended:
+            # Nothing has been decoded, so its row is as it was at the start.
+            state = push.stream.state()
+            state.totals = None
+            state.begin()
+
+
+def _dequantized(codec: CodecNetwork, pushes: Sequence[Push]) -> list[Tensor | Exception | None]:
+    """Dequantized codes [T, D] of each push; those of as many codebooks are gathered at once."""
+    found: list[Tensor | Exception | None] = [None] * len(pushes)
+    alike = dict[tuple[int, torch.device, torch.dtype], list[int]]()
+    for place, push in enumerate(pushes):
+        if push.codes is not None:
+            form = len(push.codes), push.codes.device, push.codes.dtype
+            alike.setdefault(form, []).append(place)
+    for places in alike.values():
+        codes = [each.codes for each in map(pushes.__getitem__, places) if each.codes is not None]
+        try:
+            joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
+            parts = codec.dequantize(joined).split([each.shape[1] for each in codes])
+            found = [*found]
+            for place, part in zip(places, parts, strict=True):
+                found[place] = part
+        except Exception:
+            for place, each in zip(places, codes, strict=True):
+                found[place] = _dequantized_alone(codec, each)
+    return found
+
+
+def _dequantized_alone(codec: CodecNetwork, codes: Tensor) -> Tensor | Exception:
     try:
-        if push.ended:
-            return stream.finish(codes, trusted=True)
-        assert codes is not None
-        return stream.push(codes, trusted=True)
+        return codec.dequantize(codes)
     except Exception as error:
         return error
+
+
+def _chunk(codec: CodecNetwork, place: int, push: Push, hidden: Tensor | None) -> Chunk | None:
+    """What is to be decoded of a stream now, if anything."""
+    state, schedule = push.stream.state(), push.stream.schedule
+    if hidden is not None and len(hidden):
+        state.held.append(hidden)
+        state.largest = max(state.largest, len(hidden))
+    waiting = sum(map(len, state.held))
+    # Codes are held back until the first sample can be final: decoding them earlier would not
+    # return audio sooner, and waiting gives the norm statistics more rows.
+    if not push.ended and (waiting == 0 or (state.frames == 0 and waiting <= schedule.hold)):
+        return None
+    if state.frames == 0 and waiting == 0:
+        return None
+    new = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
+    if len(state.held) == 1:
+        new = state.held[0]
+    state.held.clear()
+    anew = False
+    # An elastic stream begins with so few codes that its first patches would seem large.
+    if schedule.known is not Known.GIVEN and (state.again or not schedule.elastic):
+        new, anew = codes_to_decode(state, new, push.ended)
+    before = state.frames, state.committed
+    shape = Shape.of(codec.config, schedule, before, len(new), anew, push.ended)
+    return Chunk(place, state, new, schedule.known, shape)
+
+
+def _decode_group(
+    codec: CodecNetwork,
+    graphs: StreamGraphs | None,
+    chunks: Sequence[Chunk],
+    results: list[Tensor | Exception],
+) -> None:
+    """Decodes chunks of one pool and shape, as many at once as may be."""
+    pool, shape = chunks[0].state.pool, chunks[0].shape
+    replays = None if graphs is None else graphs.of(pool, shape)
+    most = most_rows(codec) if replays is None else replays.buckets[-1]
+    for start in range(0, len(chunks), most):
+        part = chunks[start : start + most]
+        try:
+            codec.calls += 1
+            numbers = [chunk.numbers for chunk in part]
+            hidden = [chunk.hidden for chunk in part]
+            if replays is not None:
+                waves = replays.run(codec, shape, numbers, hidden)
+            else:
+                table = integers([*zip(*numbers, strict=True)], codec.device)
+                rows = Rows(table[0], first_of([row for row, *_ in numbers]))
+                codes, values = torch.stack(hidden), RowNumbers(table[1:])
+                waves = decode_rows(codec, pool.tensors, rows, codes, values, shape)
+            _count(codec, pool, part)
+        except Exception as error:
+            for chunk in part:
+                results[chunk.place] = error
+            continue
+        for chunk, wav in zip(part, waves, strict=True):
+            results[chunk.place] = wav
+
+
+def _count(codec: CodecNetwork, pool: CodecPool, chunks: Sequence[Chunk]) -> None:
+    """Counts what has been decoded; streams that have ended begin anew."""
+    shape = chunks[0].shape
+    for chunk in chunks:
+        state, new = chunk.state, shape.codes * codec.config.pool * codec.config.decoder_stride
+        state.frames = new if shape.anew else state.frames + new
+        state.committed += shape.decided
+    if not shape.ended:
+        return
+    rows = Rows.of([chunk.state.row for chunk in chunks], codec.device)
+    for chunk, sums in zip(chunks, totals(pool.tensors, rows), strict=True):
+        chunk.state.totals = sums
+        chunk.state.begin()
+    rows.reset(pool.tensors)
+
+
+def most_rows(codec: CodecNetwork) -> int:
+    """Streams that are computed at once without a graph.
+
+    The layers of a small codec on a CPU run natively, stream by stream; the rest would gain little
+    from several rows, and they would change its bits.
+    """
+    small = codec.decoder.fused or codec.vocoder.fused
+    shown = codec.device.type != "cuda" or enabled(NewPath.CODEC_ROWS, codec.device)
+    return MOST_ROWS if shown and not small else 1

@@ -114,7 +114,7 @@ def test_codes_pushed_at_once_are_decoded_as_in_one_shot(model, codes, again):
 def test_a_push_decodes_at_most_two_others_again(model, codes, monkeypatch):
     """Of equal pushes the third decodes all three, and no later one decodes any again."""
     rows = list[int]()
-    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
     stream, done = model.codec.stream(again=0), list[int]()
     for chunk in codes.repeat(1, 3).split(60, dim=1):
         rows.clear()
@@ -183,7 +183,7 @@ def test_a_stream_of_another_voice_is_close_from_its_first_patch(name, again):
 def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):
     """No push decodes more than the limit, and all together a fixed multiple of it."""
     rows = list[int]()
-    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
     stream, done = model.codec.stream(again=RESTART_LIMIT), list[int]()
     for chunk in codes.repeat(1, 3)[:, :500].split(PATCH_FRAMES, dim=1):
         rows.clear()
@@ -205,7 +205,7 @@ def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):
 @pytest.mark.parametrize("again", [64, 100])
 def test_a_lower_limit_decodes_no_more(model, codes, monkeypatch, again):
     rows = list[int]()
-    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
     stream = model.codec.stream(again=again)
     for i, chunk in enumerate(codes.split(PATCH_FRAMES, dim=1)):
         rows.clear()
@@ -215,7 +215,7 @@ def test_a_lower_limit_decodes_no_more(model, codes, monkeypatch, again):
 
 def test_what_is_given_is_never_decoded_again(model, codes, monkeypatch):
     moments, rows = model.codec.moments(codes), list[int]()
-    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
     parts = stream_parts(
         model.codec, codes, cut(FRAMES, [PATCH_FRAMES]), moments=moments, again=RESTART_LIMIT
     )

@@ -177,7 +177,7 @@ def test_the_1000th_chunk_costs_what_the_first_ones_cost(model):
 
 def test_a_decoder_position_goes_once_through_each_layer(model, stream_codes, monkeypatch):
     rows = list[int]()
-    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(len(args[2])))
+    watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
     stream_in(model.codec, stream_codes, cut(182, [4, 20]), again=0)
     assert sum(rows) == 2 * 182
     assert max(rows) <= BLOCK
@@ -187,10 +187,11 @@ def test_memory_is_allocated_once(model, stream_codes):
     stream = model.codec.stream()
     before, config = stream.nbytes, model.codec.config
     assert before >= 2 * 4 * config.decoder_layers * config.dim * (CONTEXT + BLOCK)
-    state = stream._state
+    state = stream.state()
 
     def places() -> list[int]:
-        kept = (state.decoder.k, state.vocoder.v, state.added, state.tail)
+        tensors = state.tensors
+        kept = (tensors.decoder.k, tensors.vocoder.v, tensors.added, tensors.tail)
         return [tensor.data_ptr() for tensor in kept]
 
     first = places()
