@@ -93,8 +93,11 @@ def test_who_hears_nothing_waits_until_the_end_and_errors_are_counted():
     found = summary([heard(1.0), heard(1.0, error="BusyError", ended=1.0)], 0, 4)
     assert found["first_audio"]["p95"] == pytest.approx(3.0)
     assert found["errors"] == {"BusyError": 1}
-    assert found["continuity"] is None
+    # Two seconds may pass before the first word; another has.
+    assert found["gap_seconds"] == pytest.approx(1.0)
+    assert found["continuity"] == 0
     assert not carried(found)
+    assert summary([], 0, 4)["continuity"] is None
 
 
 def test_overlap_of_intervals():
