@@ -32,7 +32,7 @@ from mimo_fast.bench.groups import SETTLING, prompted, start_rows, take_group, t
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.bench.target import Target
 from mimo_fast.bench.timing import CallTime, synchronize
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.loading import default_device, parse_dtype
 
 SYNCHRONIZING = re.compile(r"cu(da)?(Stream|Event|Device|Ctx)Synchronize|cudaMemcpy")

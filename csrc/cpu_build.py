@@ -27,8 +27,11 @@ SETS = {
 }
 """Instruction sets of a machine and the flags of their kernels; instruction_set.cpp chooses."""
 
-SHARED = ("bindings", "instruction_set")
+SHARED = ("codec_tables", "instruction_set", "threads")
 """Compiled once; every other file once a set."""
+
+BINDINGS = ("bindings", "bind_codec")
+"""Python's view of them: compiled once, of the extension module alone."""
 
 # Without contraction a sum is rounded as it is written, in every set.
 FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
@@ -51,10 +54,9 @@ def add_objects(ninja: NinjaFile, compiler: str, machine: str) -> list[str]:
         ninja.edge(f"{name}/{source.stem}.o", "cxx", [source], {"flags": _flags(name, flags)})
         for name, flags in SETS[machine].items()
         for source in sorted(SOURCES.glob("*.cpp"))
-        if source.stem not in SHARED
+        if source.stem not in (*SHARED, *BINDINGS)
     ]
-    source = SOURCES / "instruction_set.cpp"
-    return [*objects, ninja.edge("instruction_set.o", "cxx", [source])]
+    return objects + [ninja.edge(f"{name}.o", "cxx", [SOURCES / f"{name}.cpp"]) for name in SHARED]
 
 
 def add_extension(
@@ -63,11 +65,14 @@ def add_extension(
     """Edges for Python's extension module, under the name `output`."""
     objects = add_objects(ninja, compiler, machine)
     flags = " ".join(f"-I{shlex.quote(path)}" for path in includes)
-    bindings = ninja.edge(f"{output}.o", "cxx", [SOURCES / "bindings.cpp"], {"flags": flags})
+    bindings = [
+        ninja.edge(f"{name}.o", "cxx", [SOURCES / f"{name}.cpp"], {"flags": flags})
+        for name in BINDINGS
+    ]
     # torch has loaded an OpenMP before: the kernels use its threads. `now` turns a missing one into
     # an ImportError.
     ninja.rule("link", f"{compiler} -shared -fopenmp $in -o $out -Wl,-z,now", "LINK $out")
-    ninja.edge(output, "link", [bindings, *objects], target=True)
+    ninja.edge(output, "link", [*bindings, *objects], target=True)
 
 
 def _flags(name: str, flags: str) -> str:

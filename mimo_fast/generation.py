@@ -14,6 +14,7 @@ from mimo_fast.config import LMConfig
 from mimo_fast.errors import PromptError
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.policy import Priority
 from mimo_fast.runtime.engine.request import StopHook
 from mimo_fast.runtime.engine.sequence import group_ids, in_seconds
 from mimo_fast.runtime.lm.decode import Limits, Samplers
@@ -92,7 +93,8 @@ def generate(
         sequence = engine.sequence(row_seed)
         sequence.ids = parts[0]
         hook = _stop_hook(options.callables, parts)
-        replies.append(engine.start(sequence, limit, samplers, hook, ahead, bounded=False))
+        how = hook, ahead, False, Priority.BATCH
+        replies.append(engine.start(sequence, limit, samplers, *how))
     try:
         for reply, parts in zip(replies, grown, strict=True):
             for group in reply:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimo_fast.errors import BusyError, PromptError
 from mimo_fast.runtime.codec.voice import Voice
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, caller, is_read_by_another
 from mimo_fast.runtime.pipeline import Pipeline

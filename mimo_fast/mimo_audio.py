@@ -9,7 +9,17 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack, cast
+from typing import (
+    Any,
+    BinaryIO,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+)
 
 import torch
 from torch import Tensor
@@ -29,9 +39,12 @@ from mimo_fast.json_files import shown
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
-from mimo_fast.runtime.engine.engine import Engine, Reply
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.policy import Priority
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening, iterate_async
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
+from mimo_fast.runtime.engine.voicing import Listening
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
@@ -56,7 +69,7 @@ View = TypeVar("View")
 
 STREAM_OPTIONS = frozenset(
     {"add_history", "lookahead", "max_new_tokens", "min_new_tokens", "seed", "special_tokens"}
-    | {"split"}
+    | {"split", "priority"}
 )
 """Arguments of `MimoAudio.stream` besides those of the task."""
 
@@ -491,6 +504,7 @@ class MimoAudio:
         special_tokens: bool = False,
         split: bool = False,
         lookahead: Listening = "exact",
+        priority: Literal["listener", "batch"] = "listener",
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
@@ -509,7 +523,11 @@ class MimoAudio:
         patch, the first ones less exact, see `Codec.stream`. It begins with the norm statistics of
         earlier replies that add_history continues, of the voice prompt, of the codec's calibration,
         or with what it estimates.
+
+        priority: "listener" for somebody who hears or reads the reply as it is made, "batch" for
+        work that waits where a listener would run dry, see `runtime/engine/policy.py`.
         """
+        rank = Priority.of(priority)
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
         given, named = check_call(spec.prompt, arguments, task_arguments, f"stream({task!r})")
@@ -522,7 +540,8 @@ class MimoAudio:
 
                 def begin(ids: Tensor, most: int | None, least: int, follows: bool) -> Reply:
                     stops = spec.stop_ids(self.tokenizer.special)
-                    return self._start(ids, spec.sampler, stops, most, least, False, seed, follows)
+                    limits = stops, most, least
+                    return self._start(ids, spec.sampler, *limits, False, seed, follows, rank)
 
                 context = pipeline.context(seed, special_tokens=special_tokens)
                 limits_of_all = max_new_tokens, min_new_tokens
@@ -533,7 +552,7 @@ class MimoAudio:
         segments = spec.prompt(context, *given, **named)
         prompt = pipeline.packed(segments, spec.sampler)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
-        reply = self._start(prompt, spec.sampler, *limits, add_history, seed)
+        reply = self._start(prompt, spec.sampler, *limits, add_history, seed, priority=rank)
         voice = self._history.voice or Voice(voice_of(segments))
         chunks = pipeline.stream(
             reply, prompt.ids, began, spec.speaks, None, special_tokens, lookahead, voice
@@ -550,6 +569,7 @@ class MimoAudio:
         add_history: bool,
         seed: int | None,
         follows: bool = False,
+        priority: Priority = Priority.LISTENER,
     ) -> Reply:
         """Adds a prompt [C + 1, T G] to the history and prefills it.
 
@@ -564,7 +584,7 @@ class MimoAudio:
             add_history,
             seed,
             lambda sequence: self.pipeline.start(
-                sequence, samplers, stop_ids, *limits, bounded=not follows
+                sequence, samplers, stop_ids, *limits, not follows, priority
             ),
         )
         if not follows:

@@ -68,7 +68,7 @@ def model() -> mimo_fast.MimoAudio:
 def greedy(model: mimo_fast.MimoAudio) -> mimo_fast.MimoAudio:
     """A model whose dialogues are greedy, and whose engine remembers no voice."""
     greedy = copy.copy(model)
-    greedy.engine.prefixes.clear()
+    greedy.engine.steps.prefixes.clear()
     greedy.task_sampler_configs = {"spoken_dialogue": {"global": GREEDY, "local": GREEDY}}
     return greedy
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mimo_fast import MimoAudio
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.testing.parity import Golden
 

@@ -31,4 +31,27 @@ INLINE Floats gelu(Floats x) {
     return x * select_negative(x, half, one - half);
 }
 
+// Largest angle that `sine_and_cosine` takes: its multiples of pi / 2 have few bits.
+constexpr float LARGEST_ANGLE = 4096;
+
+// Sine and cosine of angles up to LARGEST_ANGLE, to about 2^-23. x = n pi / 2 + r with |r| <= pi / 4, where series are
+// short; pi / 2 is in three parts, of which n times the first two is exact.
+INLINE void sine_and_cosine(Floats x, Floats& sine, Floats& cosine) {
+    const Ints n = round(x * splat(0.63661977f));
+    const Floats count = to_floats(n);
+    Floats r = fnma(count, splat(1.5703125f), x);
+    r = fnma(count, splat(4.837512969970703125e-4f), r);
+    r = fnma(count, splat(7.54978995489188e-8f), r);
+    const Floats square = r * r, one = splat(1.0f);
+    Floats s = fma(fma(splat(-1.9515296e-4f), square, splat(8.3321609e-3f)), square, splat(-0.16666655f));
+    s = fma(s * square, r, r);
+    Floats c = fma(fma(splat(2.4433157e-5f), square, splat(-1.3887316e-3f)), square, splat(4.1666646e-2f));
+    c = fma(c * square, square, fnma(square, splat(0.5f), one));
+    // Odd n: sine and cosine change places. Bit 1 of n, and of n + 1, is the sign of sine, and of cosine.
+    const Floats odd = as_floats(shift_left<31>(n));
+    const Floats a = select_negative(odd, c, s), b = select_negative(odd, s, c);
+    sine = select_negative(as_floats(shift_left<30>(n)), -a, a);
+    cosine = select_negative(as_floats(shift_left<30>(n + splat(1))), -b, b);
+}
+
 }  // namespace mimo_fast::MIMO_FAST_SET

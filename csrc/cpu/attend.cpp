@@ -1,6 +1,7 @@
 #include "attend.h"
 
 #include "activations.h"
+#include "dense_matmul.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
 namespace {
@@ -33,7 +34,104 @@ INLINE void score(
     for (int n = 0; n < N; ++n) scores[n] = sum(sums[n]) * scale;
 }
 
+// Queries that are computed together: they share keys and values.
+constexpr int TOGETHER = 4;
+
+// y[R, 8 N] += weights[R, count] v[count, 8 N]; weights of a query are `width` apart.
+template <int R, int N>
+INLINE void add_values(
+    const float* weights, int64_t width, const float* v, int64_t stride, int64_t count, float* y, int64_t y_stride
+) {
+    Floats sums[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] = load(y + r * y_stride + 8 * n);
+    for (int64_t j = 0; j < count; ++j) {
+        Floats wide[N];
+        for (int n = 0; n < N; ++n) wide[n] = load(v + j * stride + 8 * n);
+        for (int r = 0; r < R; ++r) {
+            const Floats weight = splat(weights[r * width + j]);
+            for (int n = 0; n < N; ++n) sums[r][n] = fma(weight, wide[n], sums[r][n]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) store(y + r * y_stride + 8 * n, sums[r][n]);
+}
+
+template <int R>
+void add_run(
+    const float* weights, int64_t width, const float* v, int64_t stride, int64_t count, int64_t head_dim, float* y,
+    int64_t y_stride
+) {
+    int64_t i = 0;
+    for (; i + 16 <= head_dim; i += 16) add_values<R, 2>(weights, width, v + i, stride, count, y + i, y_stride);
+    for (; i < head_dim; i += 8) add_values<R, 1>(weights, width, v + i, stride, count, y + i, y_stride);
+}
+
+// Exponentials of the scores first ... last - 1 of a row of `width`, 0 elsewhere, which add up to 1.
+void soften(float* scores, int64_t width, int64_t first, int64_t last, float scale) {
+    for (int64_t i = 0; i < first; ++i) scores[i] = -INFINITY;
+    for (int64_t i = last; i < width; ++i) scores[i] = -INFINITY;
+    Floats wide = splat(-INFINITY);
+    for (int64_t i = 0; i < width; i += 8) wide = max(wide, load(scores + i));
+    const Floats best = splat(largest(wide) * scale), factor = splat(scale);
+    Floats total = splat(0.0f);
+    for (int64_t i = 0; i < width; i += 8) {
+        const Floats weight = exp(load(scores + i) * factor - best);
+        store(scores + i, weight);
+        total = total + weight;
+    }
+    const Floats share = splat(1 / sum(total));
+    for (int64_t i = 0; i < width; i += 8) store(scores + i, load(scores + i) * share);
+}
+
+// At most TOGETHER queries.
+void attend_few(
+    const float* q, int64_t q_stride, int64_t queries, const Run (&runs)[2], const int64_t* from, const int64_t* to,
+    int64_t head_dim, Buffer<float>& scratch, float* y, int64_t y_stride
+) {
+    int64_t first = from[0], last = to[0];
+    for (int64_t r = 1; r < queries; ++r) {
+        first = least(first, from[r]);
+        last = most(last, to[r]);
+    }
+    // Rounded up, so that exponentials are taken eight at once.
+    const int64_t width = (last - first + 7) / 8 * 8;
+    scratch.reserve(TOGETHER * width);
+    float* scores = scratch.data();
+    Run seen[2];
+    for (int64_t i = 0, begin = 0, at = 0; i < 2; begin += runs[i++].count) {
+        const int64_t skipped = most(0, first - begin), end = least(runs[i].count, last - begin);
+        seen[i] = {runs[i].k + skipped * runs[i].stride, runs[i].v + skipped * runs[i].stride, runs[i].stride,
+                   most(0, end - skipped)};
+        strided_matmul({seen[i].k, seen[i].stride, head_dim, seen[i].count}, nullptr, {q, q_stride, head_dim, queries},
+                       scores + at, width);
+        at += seen[i].count;
+    }
+    const float scale = 1 / std::sqrt(float(head_dim));
+    for (int64_t r = 0; r < queries; ++r) {
+        soften(scores + r * width, width, from[r] - first, to[r] - first, scale);
+        for (int64_t i = 0; i < head_dim; ++i) y[r * y_stride + i] = 0;
+    }
+    for (const Run& run : seen) {
+        if (queries == TOGETHER)
+            add_run<TOGETHER>(scores, width, run.v, run.stride, run.count, head_dim, y, y_stride);
+        else
+            for (int64_t r = 0; r < queries; ++r)
+                add_run<1>(scores + r * width, width, run.v, run.stride, run.count, head_dim, y + r * y_stride, 0);
+        scores += run.count;
+    }
+}
+
 }  // namespace
+
+void attend_runs(
+    const float* q, int64_t q_stride, int64_t queries, const Run (&runs)[2], const int64_t* from, const int64_t* to,
+    int64_t head_dim, Buffer<float>& scratch, float* y, int64_t y_stride
+) {
+    for (int64_t r = 0; r < queries; r += TOGETHER)
+        attend_few(q + r * q_stride, q_stride, least(TOGETHER, queries - r), runs, from + r, to + r, head_dim, scratch,
+                   y + r * y_stride, y_stride);
+}
 
 void attend(
     const float* q, const float* k, const float* v, const int64_t* places, int64_t count, int64_t stride,

@@ -22,4 +22,17 @@ void attend(
     int64_t head_dim, Buffer<float>& weights, float* y
 );
 
+// Keys and values of `count` places that follow one another, `stride` apart.
+struct Run {
+    const float *k, *v;
+    int64_t stride, count;
+};
+
+// `attend` of some queries of one head, `q_stride` apart, over the places of two runs, one after the other: query r sees
+// places from[r] ... to[r] - 1, at least one. Results are `y_stride` apart. scratch: any buffer.
+void attend_runs(
+    const float* q, int64_t q_stride, int64_t queries, const Run (&runs)[2], const int64_t* from, const int64_t* to,
+    int64_t head_dim, Buffer<float>& scratch, float* y, int64_t y_stride
+);
+
 }  // namespace mimo_fast::MIMO_FAST_SET

@@ -2,65 +2,14 @@
 // wrong raises ValueError when it is made, and what a call can tell (slots, lengths) before anything is computed; types
 // and shapes of tensors are checked in mimo_fast/kernels/cpu, which alone calls this.
 
-#include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <string>
+#include "bindings.h"
 
 #include "instruction_set.h"
+#include "threads.h"
 
-namespace py = pybind11;
-using namespace mimo_fast;
-using Unlocked = py::call_guard<py::gil_scoped_release>;
+const Kernels* kernels = nullptr;
 
 namespace {
-
-const Kernels* kernels = nullptr;  // set when the module is loaded
-
-template <class T>
-T* address(uintptr_t value) {
-    return reinterpret_cast<T*>(value);
-}
-
-// What Python passes for a field of a struct: a pointer's address, else its value.
-template <class Field>
-using Passed = std::conditional_t<std::is_pointer_v<Field>, uintptr_t, Field>;
-
-template <class Field>
-Field field(Passed<Field> value) {
-    if constexpr (std::is_pointer_v<Field>) return reinterpret_cast<Field>(value);
-    else return value;
-}
-
-// A constructor from the fields in their order, which Python gives by name.
-template <class Struct, class... Fields, class... Names>
-void bind_struct(py::module_& module, const char* name, Names... names) {
-    py::class_<Struct>(module, name)
-        .def(py::init([](Passed<Fields>... values) { return Struct{field<Fields>(values)...}; }), py::kw_only(),
-             py::arg(names)...);
-}
-
-void check(bool right, const std::string& what) {
-    if (!right) throw std::invalid_argument(what);
-}
-
-// Of a call that computes nothing, addresses may be missing.
-template <class... Address>
-void check_present(int64_t rows, Address... addresses) {
-    check(rows >= 0, "there are fewer than no rows");
-    check(!rows || (... && (addresses != 0)), "a tensor is missing");
-}
-
-void check_slot(int64_t slot, int64_t row, int64_t count) {
-    check(slot >= 0 && slot < count, "slot " + std::to_string(slot) + " of row " + std::to_string(row) +
-                                         " is not below " + std::to_string(count));
-}
-
-void check_slots(const int64_t* slots, int64_t rows, int64_t count) {
-    for (int64_t r = 0; r < rows; ++r) check_slot(slots[r], r, count);
-}
 
 // A row without a position reads nothing of the cache, whatever its slot.
 void check_rows(const Positions& at, const Cache& cache) {
@@ -72,12 +21,6 @@ void check_cache(const Cache& cache, const Positions& at) {
     check_present(at.rows, uintptr_t(at.slots), uintptr_t(at.starts));
     check_present(cache.layers * cache.slots * cache.capacity, uintptr_t(cache.k), uintptr_t(cache.v));
     check_rows(at, cache);
-}
-
-void check_shape(const Linear& w, int64_t rows, int64_t columns, const char* name) {
-    check(w.rows == rows && w.columns == columns,
-          std::string(name) + " is [" + std::to_string(w.rows) + ", " + std::to_string(w.columns) + "], not [" +
-              std::to_string(rows) + ", " + std::to_string(columns) + "]");
 }
 
 void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
@@ -140,7 +83,13 @@ void bind_weights(py::module_& module) {
             [](const QuantizedWeight& weight, uintptr_t bias) {
                 return Linear{{}, weight, address<const float>(bias), weight.rows, weight.columns};
             },
-            py::kw_only(), py::arg("weight"), py::arg("bias"));
+            py::kw_only(), py::arg("weight"), py::arg("bias"))
+        .def("multiply",
+             [](const Linear& self, uintptr_t x, uintptr_t y, int64_t rows) {
+                 check_present(rows, x, y);
+                 kernels->multiply(self, address<const float>(x), rows, address<float>(y));
+             },
+             py::kw_only(), py::arg("x"), py::arg("y"), py::arg("rows"), Unlocked());
 }
 
 void bind_attention(py::module_& module) {
@@ -293,42 +242,6 @@ void bind_sampling(py::module_& module) {
              py::kw_only(), py::arg("local"), py::arg("codes"), py::arg("settings"), Unlocked());
 }
 
-void bind_codec(py::module_& module) {
-    py::class_<Norm>(module, "Norm")
-        .def(py::init([](uintptr_t weight, uintptr_t bias) {
-                 check(weight, "the weight is missing");
-                 return Norm{address<const float>(weight), address<const float>(bias)};
-             }),
-             py::kw_only(), py::arg("weight"), py::arg("bias"));
-    bind_struct<CodecAttention, const float*, float*, float*, const int64_t*, const bool*, int64_t>(
-        module, "CodecAttention", "table", "k", "v", "slots", "visible", "places");
-    py::class_<CodecStack>(module, "CodecStack")
-        .def(py::init([](int64_t dim, int64_t heads, float eps) {
-                 check(heads > 0 && dim > 0 && dim % (8 * heads) == 0, "heads are no multiple of 8 wide");
-                 return CodecStack{{}, dim, heads, eps};
-             }),
-             py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("eps"))
-        .def("add_layer",
-             [](CodecStack& self, const Norm& attention_norm, const Linear& qkv, const Linear& out,
-                const Norm& ffn_norm, const Linear& up, const Linear& down) {
-                 check_shape(qkv, 3 * self.dim, self.dim, "qkv");
-                 check_shape(out, self.dim, self.dim, "out");
-                 check_shape(up, up.rows, self.dim, "up");
-                 check_shape(down, self.dim, up.rows, "down");
-                 self.layers.push_back({attention_norm, qkv, out, ffn_norm, up, down});
-             },
-             py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("out"), py::arg("ffn_norm"),
-             py::arg("up"), py::arg("down"))
-        .def("run",
-             [](const CodecStack& self, uintptr_t x, int64_t rows, const CodecAttention& attention) {
-                 check_present(rows, x, uintptr_t(attention.table), uintptr_t(attention.k), uintptr_t(attention.v),
-                               uintptr_t(attention.slots), uintptr_t(attention.visible));
-                 check_slots(attention.slots, rows, attention.places);
-                 kernels->run_codec_stack(self, address<float>(x), rows, attention);
-             },
-             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("attention"), Unlocked());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -343,14 +256,9 @@ PYBIND11_MODULE(_native, module) {
             return names;
         },
         "Names of the sets that this CPU runs, the fastest first.");
-    module.def(
-        "set_threads",
-        [](int threads) {
-            const int before = omp_get_max_threads();
-            omp_set_num_threads(threads);
-            return before;
-        },
-        py::arg("threads"));
+    module.def("narrow", &narrow, "Keeps the operations of this thread on it until `widen`.");
+    module.def("widen", &widen);
+    module.def("available_threads", &available_threads);
     bind_weights(module);
     bind_attention(module);
     bind_transformer(module);

@@ -8,11 +8,6 @@
 namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
-void norm(const Norm& norm, float eps, const float* x, int64_t T, int64_t dim, float* y) {
-    if (norm.bias) layer_norm(x, norm.weight, norm.bias, eps, T, dim, y);
-    else rms_norm(x, norm.weight, eps, T, dim, y);
-}
-
 // Places that each row sees.
 struct Seen {
     Buffer<int64_t> places, counts;  // [T, a.places], of which row t sees the first counts[t]
@@ -45,6 +40,21 @@ void gelu(float* x, int64_t count) {
 
 }  // namespace
 
+void apply_norm(const Norm& norm, float eps, const float* x, int64_t T, int64_t dim, float* y) {
+    if (norm.bias) layer_norm(x, norm.weight, norm.bias, eps, T, dim, y);
+    else rms_norm(x, norm.weight, eps, T, dim, y);
+}
+
+void finish_layer(const CodecStack& stack, const CodecLayer& layer, const float* attended, int64_t T, float* x,
+                  float* normed, Buffer<float>& wide) {
+    add_multiply(layer.out, attended, T, x, normed);
+    apply_norm(layer.ffn_norm, stack.eps, x, T, stack.dim, normed);
+    wide.reserve(T * layer.up.rows);
+    multiply(layer.up, normed, T, wide.data());
+    gelu(wide.data(), T * layer.up.rows);
+    add_multiply(layer.down, wide.data(), T, x, normed);
+}
+
 void run_codec_stack(const CodecStack& stack, float* x, int64_t T, const CodecAttention& a) {
     const int64_t dim = stack.dim, dh = dim / stack.heads, layer_size = stack.heads * a.places * dh;
     const Seen seen(a, T);
@@ -52,7 +62,7 @@ void run_codec_stack(const CodecStack& stack, float* x, int64_t T, const CodecAt
     for (size_t i = 0; i < stack.layers.size(); ++i) {
         const CodecLayer& layer = stack.layers[i];
         float *k = a.k + int64_t(i) * layer_size, *v = a.v + int64_t(i) * layer_size;
-        norm(layer.attention_norm, stack.eps, x, T, dim, normed.data());
+        apply_norm(layer.attention_norm, stack.eps, x, T, dim, normed.data());
         multiply(layer.qkv, normed.data(), T, qkv.data());
         append(stack, a, qkv.data(), T, k, v);
         for (int64_t h = 0; h < stack.heads; ++h)
@@ -60,12 +70,7 @@ void run_codec_stack(const CodecStack& stack, float* x, int64_t T, const CodecAt
                 attend(qkv.data() + t * 3 * dim + h * dh, k + h * a.places * dh, v + h * a.places * dh,
                        seen.places.data() + t * a.places, seen.counts[t], dh, dh, weights,
                        attended.data() + t * dim + h * dh);
-        add_multiply(layer.out, attended.data(), T, x, normed.data());
-        norm(layer.ffn_norm, stack.eps, x, T, dim, normed.data());
-        wide.reserve(T * layer.up.rows);
-        multiply(layer.up, normed.data(), T, wide.data());
-        gelu(wide.data(), T * layer.up.rows);
-        add_multiply(layer.down, wide.data(), T, x, normed.data());
+        finish_layer(stack, layer, attended.data(), T, x, normed.data(), wide);
     }
 }
 

@@ -9,6 +9,17 @@ namespace mimo_fast::MIMO_FAST_SET {
 // the other rows.
 void dense_matmul(const DenseBlock& w, int64_t columns, const float* x, int64_t M, float* y, int64_t stride);
 
+// `count` rows of `columns` values, `stride` apart.
+struct Rows {
+    const float* values;
+    int64_t stride, columns, count;
+
+    const float* at(int64_t row) const { return values + row * stride; }
+};
+
+// y[x.count, w.count] = x w^T + bias, or none; columns a multiple of 8, y rows `stride` apart. Bits as `dense_matmul`'s.
+void strided_matmul(const Rows& w, const float* bias, const Rows& x, float* y, int64_t stride);
+
 // y[M, K] = x / sqrt(mean(x^2) + eps) weight; K a multiple of 8.
 void rms_norm(const float* x, const float* weight, float eps, int64_t M, int64_t K, float* y);
 

@@ -2,8 +2,10 @@
 
 #include "kernels.h"
 
+#include "codec_decoder.h"
 #include "codec_stack.h"
 #include "decode_attention.h"
+#include "linear.h"
 #include "patch_decoder.h"
 #include "quantized_matmul.h"
 #include "sampler.h"
@@ -15,8 +17,8 @@
 namespace mimo_fast::MIMO_FAST_SET {
 
 extern const Kernels kernels = {
-    SET_NAME(MIMO_FAST_SET), quantized_matmul, decode_attention, step, encode, decode_patch, run_codec_stack, sample,
-    gumbel,
+    SET_NAME(MIMO_FAST_SET), quantized_matmul, decode_attention, multiply_rows, step, encode, decode_patch,
+    run_codec_stack, decode_chunks, sample, gumbel,
 };
 
 }  // namespace mimo_fast::MIMO_FAST_SET

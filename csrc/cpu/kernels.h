@@ -10,7 +10,10 @@ struct Kernels {
     const char* name;
     void (*quantized_matmul)(const QuantizedMatmul& p);
     void (*decode_attention)(const DecodeAttention& p);
-    // x [rows, dim] -> normed hidden states y [rows, dim], which may be x; appends to the cache.
+    // y [M, rows] = x [M, columns] W^T + bias.
+    void (*multiply)(const Linear& w, const float* x, int64_t M, float* y);
+    // x [rows, dim] -> normed hidden states y [rows, dim], which may be x; appends to the cache. Rows of one
+    // slot see one another as causal attention does.
     void (*step)(const Transformer& t, const float* x, float* y, const Cache& cache, const Positions& at);
     // x [N, T, dim] -> normed hidden states y: each sequence attends to itself from position 0 on.
     void (*encode)(const Transformer& t, const float* x, float* y, int64_t sequences, int64_t length, bool causal);
@@ -18,6 +21,8 @@ struct Kernels {
     void (*decode_patch)(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings);
     // x [T, dim], replaced by what the last layer gives.
     void (*run_codec_stack)(const CodecStack& stack, float* x, int64_t T, const CodecAttention& attention);
+    // The next chunk of several streams.
+    void (*decode_chunks)(const CodecDecoder& d, const CodecChunk* chunks, int64_t count);
     // One id a row.
     void (*sample)(const Logits& logits, const SamplerRows& settings, int64_t* ids);
     // Standard Gumbel noise of `count` ids from `first` on.

@@ -1,7 +1,10 @@
 #include "linear.h"
 
+#include <omp.h>
+
 #include "dense_matmul.h"
 #include "quantized_matmul.h"
+#include "threads.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
 
@@ -21,6 +24,16 @@ void multiply(const Linear& w, const float* x, int64_t M, float* y) {
     for (const DenseBlock& block : w.blocks) {
         dense_matmul(block, w.columns, x, M, y + at, w.rows);
         at += block.rows;
+    }
+}
+
+void multiply_rows(const Linear& w, const float* x, int64_t M, float* y) {
+    const int threads = w.blocks.empty() ? 1 : threads_for(M, w.size());
+    if (threads == 1) return multiply(w, x, M, y);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t count = omp_get_num_threads(), i = omp_get_thread_num(), first = M * i / count;
+        multiply(w, x + first * w.columns, M * (i + 1) / count - first, y + first * w.rows);
     }
 }
 

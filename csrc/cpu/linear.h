@@ -11,6 +11,9 @@ QuantizedMatmul product(const Linear& w, const float* x, int64_t M, float* y);
 // y[M, rows] = x[M, columns] W^T + bias.
 void multiply(const Linear& w, const float* x, int64_t M, float* y);
 
+// `multiply` that divides many rows among threads.
+void multiply_rows(const Linear& w, const float* x, int64_t M, float* y);
+
 // y += x W^T + bias; scratch holds M rows of y.
 void add_multiply(const Linear& w, const float* x, int64_t M, float* y, float* scratch);
 

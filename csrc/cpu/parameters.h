@@ -48,6 +48,8 @@ struct Linear {
     QuantizedWeight quantized;
     const float* quantized_bias = nullptr;
     int64_t rows = 0, columns = 0;
+
+    int64_t size() const { return rows * columns; }
 };
 
 // Keys and values [layers, slots, kv_heads, capacity, head_dim]. Strides are in elements; both share them.
@@ -58,8 +60,8 @@ struct Cache {
     int64_t layer_stride = 0, slot_stride = 0, head_stride = 0, position_stride = 0;
 };
 
-// Row r appends to position starts[r] of slot slots[r] of a cache, and attends to that slot up to there. A row whose
-// position does not exist writes nothing to the cache.
+// Row r appends to position starts[r] of slot slots[r] of a cache, and attends to that slot up to there, once all rows
+// have appended. A row whose position does not exist writes nothing to the cache.
 struct Positions {
     const int64_t* slots = nullptr;   // [rows]
     const int64_t* starts = nullptr;  // [rows]
@@ -95,6 +97,14 @@ struct Transformer {
     int64_t positions, dim, heads, kv_heads, head_dim;
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+
+    // Multiplications of a row with the weights.
+    int64_t work() const {
+        int64_t total = 0;
+        for (const Layer& layer : layers)
+            total += layer.qkv.size() + layer.out.size() + layer.gate_up.size() + layer.down.size();
+        return total;
+    }
 };
 
 // Settings of rows that draw an id each, as `SamplerTensors` has them, and what names their noise.
@@ -158,6 +168,92 @@ struct CodecAttention {
     const int64_t* slots;  // [T]
     const bool* visible;   // [T, places]
     int64_t places;
+};
+
+// A causal transposed convolution, kernel >= stride, with the norm over time that follows it.
+struct TransposedConv {
+    Linear weight;            // [kernel outputs, inputs]: row j outputs + o has the weights of tap j
+    const float* bias;        // [outputs]
+    const float* norm_weight;
+    const float* norm_bias;
+    int64_t kernel, stride, outputs;
+
+    int64_t overlap() const { return kernel - stride; }
+};
+
+// Tables of `codec_tables.h`.
+struct Rotations {
+    int64_t half = 0, count = 0;      // pairs of values; positions
+    std::vector<double> frequencies;  // [half]
+    std::vector<double> cosines, sines;  // [count, half]: of positions 0 ... count - 1
+};
+
+struct InverseStft {
+    int64_t size = 0, hop = 0;      // n_fft, even
+    std::vector<float> window;      // [size], divided by size
+    std::vector<float> weights;     // [size]: squares of the window
+    std::vector<int64_t> radices;   // whose product is size / 2
+    std::vector<float> twiddles;    // of each stage in turn: [size / 2 at first, fewer later, 2]
+    std::vector<float> halves;      // [size / 2, 2]: e^(2 pi i k / size)
+    std::vector<float> roots;       // [largest radix, 2] of each stage in turn: e^(2 pi i k / radix)
+};
+
+// The decoder of an audio tokenizer, a chunk of a stream at a time: mimo_fast/runtime/codec/incremental.py.
+struct CodecDecoder {
+    CodecStack decoder, vocoder;
+    bool pools = false;
+    TransposedConv unpool, to_mel;  // unpool: kernel = stride, where the codec pools
+    Norm decoder_norm, vocoder_norm;
+    Linear vocoder_in, vocoder_out;
+    int64_t context = 0;            // positions before its own that a position of the decoder sees
+    int64_t left = 0, right = 0;    // frames around its own that a frame of the vocoder sees
+    int64_t decoder_block = 0, vocoder_block = 0;  // positions and new frames computed at once
+    Rotations decoder_rotations, vocoder_rotations;
+    InverseStft stft;
+
+    int64_t pool() const { return pools ? unpool.stride : 1; }
+    int64_t kept_outputs() const { return (to_mel.overlap() + to_mel.stride - 1) / to_mel.stride; }
+};
+
+// A tensor of every stream, `stride` values from one to the next.
+template <class T>
+struct Pooled {
+    T* values = nullptr;
+    int64_t stride = 0, layer_stride = 0;  // the last of keys and values alone
+
+    T* at(int64_t row) const { return values + row * stride; }
+};
+
+// States of `rows` streams, as mimo_fast/runtime/codec/state.py says.
+struct CodecBuffers {
+    int64_t rows, entered_rows, ring;
+    Pooled<int64_t> position, frame, unpool_expected, to_mel_expected;
+    Pooled<double> unpool_sums, to_mel_sums, prior;
+    Pooled<float> entered, added, history, tail, given, decoder_k, decoder_v, vocoder_k, vocoder_v;
+};
+
+// The next codes of one stream.
+struct CodecChunk {
+    const CodecBuffers* buffers;
+    int64_t row;
+    const float* hidden;  // [codes, dim], dequantized
+    int64_t codes;
+    int64_t frames, committed;  // before it; frames = 0: from the start, and of the state only `tail` is read
+    int64_t lookahead;          // frames that are held back
+    int known;                  // statistics: 0 of the stream alone, 1 with the prior, 2 given
+    bool ended, settled;        // no codes follow; statistics are not extrapolated
+    float* samples;             // [samples_after]
+
+    int64_t frames_after(const CodecDecoder& d) const { return frames + codes * d.pool() * d.to_mel.stride; }
+    int64_t committed_after(const CodecDecoder& d) const {
+        const int64_t after = frames_after(d), held = after - lookahead;
+        return ended ? after : held > committed ? held : committed;
+    }
+    int64_t samples_after(const CodecDecoder& d) const {
+        const int64_t hop = d.stft.hop, trim = (d.stft.size - hop) / 2, begin = committed * hop;
+        const int64_t end = committed_after(d) * hop + (ended ? trim : 0), first = begin > trim ? begin : trim;
+        return end > first ? end - first : 0;
+    }
 };
 
 }  // namespace mimo_fast

@@ -1,10 +1,13 @@
 #include "patch_decoder.h"
 
+#include <omp.h>
+
 #include <cstring>
 
 #include "buffer.h"
 #include "dense_matmul.h"
 #include "sampler.h"
+#include "threads.h"
 #include "transformer.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
@@ -52,9 +55,14 @@ void draw_codes(
     }
 }
 
-}  // namespace
+// Settings of rows first ... last - 1.
+SamplerRows part(const SamplerRows& s, int64_t first, int64_t last) {
+    return {s.temperature + first, s.top_k + first, s.tail + first,   s.greedy + first,
+            s.seeds + first,       s.draws + first, last - first};
+}
 
-void decode_patch(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings) {
+// Every step of some rows, on this thread where they are few or others compute other rows.
+void decode_rows(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings) {
     const int64_t rows = settings.rows, size = rows * p.transformer.dim;
     PatchCache cache(p, rows);
     Sampler sampler;
@@ -66,6 +74,21 @@ void decode_patch(const PatchDecoder& p, const float* local, int64_t* codes, con
         std::memset(x.data(), 0, size * sizeof(float));
         for (int64_t a = 0; a < each.active; ++a)
             draw_codes(p, each, a, hidden.data(), settings, sampler, logits, codes, x.data());
+    }
+}
+
+}  // namespace
+
+void decode_patch(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings) {
+    const int64_t rows = settings.rows;
+    const int threads = threads_for(rows, int64_t(p.steps.size()) * p.transformer.work());
+    if (threads == 1) return decode_rows(p, local, codes, settings);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t count = omp_get_num_threads(), i = omp_get_thread_num();
+        const int64_t first = rows * i / count, last = rows * (i + 1) / count;
+        decode_rows(p, local + first * p.transformer.dim, codes + first * p.channels * p.group_size,
+                    part(settings, first, last));
     }
 }
 

@@ -9,6 +9,7 @@
 //     store_sums(v, y)                              y[i] = sum of v[i], i < 4, in another order than `sum`
 //     select_negative(x, a, b)                      a where x has its sign bit set, b elsewhere
 //     Ints   round(v), splat(i)                     to the nearest integer, ties to even; |v| below 2^22
+//     as_floats(i)                                  the same bits
 //     to_floats(i)  store(p, i)  a + b  shift_left<n>(i)
 //     times_power(v, n)                             v 2^n of a normal v, by its exponent's bits
 //     load_bfloat16(p)  load_float16(p)             eight values of 16 bits, widened

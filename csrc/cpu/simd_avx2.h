@@ -32,6 +32,7 @@ template <int N>
 INLINE Ints shift_left(Ints a) { return {_mm256_slli_epi32(a.v, N)}; }
 INLINE Ints round(Floats a) { return {_mm256_cvtps_epi32(a.v)}; }
 INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+INLINE Floats as_floats(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
 INLINE void store(int32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 INLINE Floats times_power(Floats a, Ints n) {
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(n.v, 23)))};

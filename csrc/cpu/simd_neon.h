@@ -39,6 +39,7 @@ template <int N>
 INLINE Ints shift_left(Ints a) { return {vshlq_n_s32(a.low, N), vshlq_n_s32(a.high, N)}; }
 INLINE Ints round(Floats a) { return {vcvtnq_s32_f32(a.low), vcvtnq_s32_f32(a.high)}; }
 INLINE Floats to_floats(Ints a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
+INLINE Floats as_floats(Ints a) { return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)}; }
 INLINE void store(int32_t* p, Ints a) { vst1q_s32(p, a.low), vst1q_s32(p + 4, a.high); }
 INLINE float32x4_t times_power(float32x4_t a, int32x4_t n) {
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(n, 23)));

@@ -38,6 +38,11 @@ INLINE Ints shift_left(const Ints& a) { EACH(Ints, int32_t(uint32_t(a.v[i]) << N
 // 1.5 2^23 leaves no bits for a fraction.
 INLINE Ints round(const Floats& a) { EACH(Ints, int32_t((a.v[i] + 12582912.0f) - 12582912.0f)); }
 INLINE Floats to_floats(const Ints& a) { EACH(Floats, float(a.v[i])); }
+INLINE Floats as_floats(const Ints& a) {
+    Floats result;
+    std::memcpy(result.v, a.v, sizeof a.v);
+    return result;
+}
 INLINE void store(int32_t* p, const Ints& a) { std::memcpy(p, a.v, sizeof a.v); }
 
 INLINE Floats times_power(const Floats& a, const Ints& n) {

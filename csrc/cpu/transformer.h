@@ -5,8 +5,8 @@
 
 namespace mimo_fast::MIMO_FAST_SET {
 
-// x [rows, dim] -> normed hidden states y [rows, dim]: each row appends to the cache, as `Positions` says. x and y may be
-// one.
+// x [rows, dim] -> normed hidden states y [rows, dim]: each row appends to the cache, as `Positions` says, in every layer
+// before any row attends: positions of a slot, one a row, see one another as causal attention does. x and y may be one.
 void step(const Transformer& t, const float* x, float* y, const Cache& cache, const Positions& at);
 
 // x [N, T, dim] -> normed hidden states y: each sequence attends to itself from position 0 on.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimo_fast.bench.target import Target
 from mimo_fast.bench.timing import CallTime, synchronize
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.snapshot import Snapshot
 from mimo_fast.sampling import TASK_SAMPLERS

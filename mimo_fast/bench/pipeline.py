@@ -31,7 +31,7 @@ from mimo_fast.bench.schedule import spoken_reply, written_reply
 from mimo_fast.bench.target import SAMPLE_RATE, Target
 from mimo_fast.bench.timing import percentile
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, PATCH_FRAMES
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.stream import ReplyReader, stream_reply
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.sampling import GREEDY, TASK_SAMPLERS

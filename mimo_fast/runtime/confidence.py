@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimo_fast.config import Calibration
 from mimo_fast.modes import in_own_modes
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.teacher_forcing import hidden_states
 

@@ -80,6 +80,9 @@ class LoadOptions(HubOptions, total=False):
         offload: Parts that stay in host memory, of "text_embeddings" and "codec_encoder".
         prepare: Whether recordings that tasks are given are prepared, see `prepare_speech`;
             upstream takes them as they are.
+        max_load: Share of real time that the replies of listeners may need together, as the engine
+            measures it: a request beyond raises BusyError, so that nobody stutters. None for no
+            bound. The first listener is always let in.
     """
 
     codec_rope: str | None
@@ -88,6 +91,7 @@ class LoadOptions(HubOptions, total=False):
     kv_cache: str | None
     offload: Iterable[str]
     prepare: bool
+    max_load: float | None
 
 
 @in_own_modes
@@ -169,6 +173,9 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         raise ValueError(f"max_seq_len must be between 2 and the model's {most}, not {wanted}")
     if batch is not None and batch < 1:
         raise ValueError(f"max_batch must be at least 1, not {batch}")
+    load = options.get("max_load")
+    if load is not None and not load > 0:
+        raise ValueError(f"max_load must be above 0, not {load}")
     if cache not in (None, "int8"):
         raise ValueError(f"kv_cache must be 'int8' or None, not {shown(cache)}")
     for unknown in sorted(map(str, offload - set(OFFLOADABLE))):
@@ -176,6 +183,7 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         known = ", ".join(OFFLOADABLE)
         raise ValueError(f"nothing called {unknown} to offload, {near}: use {known}")
     setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
+    setup = replace(setup, max_load=load)
     free = free_bytes(device)
     if free is None:
         return replace(setup, max_batch=batch or DEFAULT_BATCH)

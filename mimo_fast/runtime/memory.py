@@ -69,6 +69,7 @@ class Setup:
     graphs: bool = False
     prompt_graphs: bool = False
     encoder_graphs: bool = False
+    max_load: float | None = None
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by purpose."""

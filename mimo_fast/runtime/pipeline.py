@@ -20,16 +20,12 @@ from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.confidence import confidence_of
-from mimo_fast.runtime.engine.engine import Engine, Reply
+from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.policy import Priority
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
-from mimo_fast.runtime.engine.stream import (
-    ChunkStream,
-    Listening,
-    ReplyReader,
-    ReplyText,
-    read_reply,
-    stream_reply,
-)
+from mimo_fast.runtime.engine.stream import ChunkStream, ReplyText, read_reply, stream_reply
+from mimo_fast.runtime.engine.voicing import Listening, ReplyReader
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import Setup
@@ -110,7 +106,9 @@ class Pipeline(FreedWhenClosed):
         if self._engine is None:
             slots, quantized = self.setup.max_batch, self.setup.kv_cache is not None
             capacity = min(self.setup.max_seq_len, self.lm.config.max_positions)
-            self._engine = Engine(self.lm, slots, capacity, quantized_cache=quantized)
+            self._engine = Engine(
+                self.lm, slots, capacity, quantized_cache=quantized, load=self.setup.max_load
+            )
         return self._engine
 
     def close(self) -> None:
@@ -289,17 +287,18 @@ class Pipeline(FreedWhenClosed):
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
         bounded: bool = True,
+        priority: Priority = Priority.LISTENER,
     ) -> Reply:
         """`decode` that computes nothing before the reply is read or `Reply.prefill` is called.
 
-        bounded: whether a full queue refuses it.
+        bounded: whether a full engine refuses it.
         """
         check_limits(max_new_tokens, min_new_tokens)
         longest = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if longest == MAX_NEW_TOKENS:
             longest = self._longest_reply(sequence) or longest
         limits = Limits(longest, min_new_tokens, stop_ids)
-        return self.engine.start(sequence, limits, samplers, bounded=bounded)
+        return self.engine.start(sequence, limits, samplers, bounded=bounded, priority=priority)
 
     def _longest_reply(self, sequence: TokenSequence) -> int | None:
         """Groups at which a reply ends by default: what it heard bounds what there is to say."""

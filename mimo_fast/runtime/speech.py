@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.runtime.codec.voice import Voice
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening
 from mimo_fast.runtime.lm.decode import Group

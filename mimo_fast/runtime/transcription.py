@@ -16,8 +16,9 @@ from mimo_fast.audio.files import MOST_BYTES, AudioSource, DecodeLimits, audio_b
 from mimo_fast.audio.segments import LONG_PAUSE, Cutting, Piece, pieces_of
 from mimo_fast.errors import AudioError
 from mimo_fast.modes import in_own_modes
-from mimo_fast.runtime.engine.engine import Reply
-from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.runtime.engine.policy import Priority
+from mimo_fast.runtime.engine.reply import Reply
+from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.sampling import one_seed
@@ -132,7 +133,8 @@ def start_piece(
         prompt = pipeline.packed(TASK.prompt(context, speech, template), TASK.sampler)
         sequence = pipeline.sequence(seed)
         sequence.add(prompt)
-        reply = pipeline.start(sequence, samplers or pipeline.samplers(TASK.sampler), stops, most)
+        how = samplers or pipeline.samplers(TASK.sampler), stops, most
+        reply = pipeline.start(sequence, *how, priority=Priority.BATCH)
         return Hearing(reply, pipeline.reader(prompt.ids, speaks=False), sequence.groups)
 
     return PieceReply(pipeline, piece, hear)

@@ -16,25 +16,15 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from enum import IntEnum
 from time import perf_counter
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from mimo_fast.errors import ClosedError
+from mimo_fast.runtime.engine.policy import Demand, Priority
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
-
-DRY = 0.25
-"""Seconds of audio that a listener has left, below which a stream comes before all others."""
-
-
-class Priority(IntEnum):
-    """What a stream is for."""
-
-    LISTENER = 0  # somebody hears it as it is made
-    BATCH = 1  # a file, a transcript, a text
 
 
 class Meter(Protocol):
@@ -65,11 +55,10 @@ class Stream(AsyncIterator[Item], Generic[Item]):
     ) -> None:
         self._meter = meter
         self._worker, self._start, self._ahead = worker, start, ahead
-        self._priority, self._seconds = priority, seconds
+        self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._items = deque[Item]()
-        self._arrived = perf_counter()
-        self._dry: float | None = None
+        self._demand = Demand(priority, perf_counter())
         self._iterator: Iterator[Item | None] | None = None
         self._error: BaseException | None = None
         self._ended = self._closing = False
@@ -115,14 +104,10 @@ class Stream(AsyncIterator[Item], Generic[Item]):
 
     @property
     def _urgency(self) -> tuple[int, float]:
-        """The least is next: who runs dry, who has heard nothing yet, who listens, all others."""
+        """The least is next, see `policy.urgency`; what is to be closed comes first."""
         if self._closing:
             return 0, -math.inf
-        if self._priority is Priority.BATCH:
-            return 3, self._arrived
-        if self._dry is None:
-            return 1, self._arrived
-        return (0 if self._dry - perf_counter() < DRY else 2), self._dry
+        return self._demand.urgency(perf_counter())
 
     def _step(self) -> bool:
         """Computes an item, in the compute thread -> whether the stream is over."""
@@ -141,13 +126,13 @@ class Stream(AsyncIterator[Item], Generic[Item]):
             self._finish(error)
             return True
         if heard > 0:
-            # Who ran dry, or did not read for a while, begins anew.
-            self._dry = max(self._dry or 0.0, perf_counter()) + heard
+            self._demand.hears(heard, perf_counter())
             if self._meter is not None:
                 self._meter.heard(heard, not self._items)
-        if self._priority is Priority.BATCH or item is None:
-            # They take turns.
-            self._arrived = perf_counter()
+        self._demand.served = perf_counter()
+        if item is None:
+            # Others have their turn.
+            self._demand.arrived = self._demand.served
         if item is not None:
             self._items.append(item)
             self._tell(self._news)

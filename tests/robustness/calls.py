@@ -424,6 +424,8 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
 
 def inner_calls(bystander: Bystander) -> Calls:
     """The functions over the weights, likewise."""
+    from mimo_fast.runtime.lm.model import PlacedIds
+
     model = bystander.model
     codec, lm = model.codec, model.lm
     ids = model.get_tts_sft_prompt("hello", seed=1).long()
@@ -462,6 +464,10 @@ def inner_calls(bystander: Bystander) -> Calls:
         ),
         "LM.encode_patches": (lm.encode_patches, {"codes": torch.zeros(2, 8, 4).long()}),
         "LM.prefill": (lm.prefill, {"ids": ids.cpu(), "state": state(), "slot": 0, "start": 0}),
+        "LM.prefill_together": (
+            lm.prefill_together,
+            {"parts": [PlacedIds(ids.cpu(), 0), PlacedIds(ids.cpu(), 1)], "state": state()},
+        ),
         "LM.hidden_chunks": (
             lambda **given: [*lm.hidden_chunks(**given)],
             {"ids": ids.cpu(), "state": state(), "slot": 0, "start": 0},

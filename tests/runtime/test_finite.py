@@ -182,7 +182,6 @@ def test_codes_that_the_host_does_not_see_show_in_the_next_group(
     def read() -> None:
         for group in reply:
             groups.append(group)
-            engine.launch_next(reply._request)
 
     with pytest.raises(NumericError) as error:
         read()

@@ -217,7 +217,7 @@ def test_reset_keeps_the_voice_and_its_cache(greedy, audio):
     opening = groups(session.ids)
     assert opening > 0
     say(fresh, audio[2], NEXT)
-    greedy.engine.prefixes.clear()
+    greedy.engine.steps.prefixes.clear()
     say(session, audio[1])
     session.reset()
     assert groups(session.ids) == opening

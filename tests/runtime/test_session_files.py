@@ -212,7 +212,7 @@ def test_a_cache_that_does_not_fit_is_not_used(model, talk, audio, tmp_path, cha
 def test_a_poisoned_opening_is_shared_with_nobody(model, talk, audio, tmp_path):
     """The prefix of a voice is computed here: a file cannot put its cache under another's ids."""
     model = copy.copy(model)
-    model.pipeline.engine.prefixes.clear()
+    model.pipeline.engine.steps.prefixes.clear()
     header, tensors = contents(talk)
     cut = {name: t[:, :, :2].clone() for name, t in tensors.items() if name.startswith("cache")}
     poison = {name: torch.full_like(part, 3.0) for name, part in cut.items()}
@@ -279,14 +279,14 @@ def test_a_refusal_changes_nothing(model, talk, audio, tmp_path):
     want = [chunk.audio for chunk in say(other, audio[1], NEXT)]
     running = session.stream(audio[1], max_new_tokens=NEXT, min_new_tokens=NEXT)
     got = [next(running).audio]
-    held = [*engine._owners], len(engine.prefixes), len(engine._requests)
+    held = [*engine.slots.owners], len(engine.steps.prefixes), len(engine._requests)
     header, tensors = contents(talk)
     errors = []
     for changes in ({"opening": 1.5, "cached": 0}, {"seed": math.nan}, {"spoken": [None]}):
         with pytest.raises(CheckpointError) as caught:
             model.restore_session(write(tmp_path / "odd", header | changes, tensors))
         errors.append(caught.value)
-        assert ([*engine._owners], len(engine.prefixes), len(engine._requests)) == held
+        assert ([*engine.slots.owners], len(engine.steps.prefixes), len(engine._requests)) == held
         got.append(next(running).audio)
     got += [chunk.audio for chunk in running]
     assert torch.equal(torch.cat(got), torch.cat(want))
@@ -318,12 +318,12 @@ def test_a_poisoned_snapshot_fails_alone(model, audio, poison):
     if poison == "prefix":
         sequence.truncate(0)
         victim.reset()
-        key = next(reversed(engine.prefixes._entries))
-        engine.prefixes._entries[key] = spoil(engine.prefixes._entries[key])
+        key = next(reversed(engine.steps.prefixes._entries))
+        engine.steps.prefixes._entries[key] = spoil(engine.steps.prefixes._entries[key])
         victim = model.session(None, audio[0], seed=9)
     else:
         kept = engine.export(sequence)
-        engine._owners[sequence.slot] = None
+        engine.slots.owners[sequence.slot] = None
         sequence.slot, sequence.snapshot = None, spoil(kept)
 
     def stream(i: int) -> Tensor | None:
@@ -342,7 +342,7 @@ def test_a_poisoned_snapshot_fails_alone(model, audio, poison):
     try:
         spoken = in_threads(stream, 6)
     finally:
-        engine.prefixes.clear()
+        engine.steps.prefixes.clear()
     assert errors, "nothing was poisoned"
     assert all(torch.equal(each, want) for each in spoken[1:])
     assert not engine._requests

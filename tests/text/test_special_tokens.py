@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mimo_fast import MimoAudio
 from mimo_fast.checkpoint.embedded import NANO
-from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.runtime.lm.decode import Decoder, Group, Row
 from mimo_fast.text.prompt import Joined, Speech, UserText, text_ids
 from mimo_fast.text.tasks import TASKS, PromptContext

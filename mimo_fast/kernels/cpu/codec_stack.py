@@ -37,26 +37,35 @@ class CodecStack:
         self._arguments = (tuple(layers), heads, eps)
         compiled = native.compiled()
         native.expect(bool(layers), "there are no layers")
-        self._dim, self._heads, self.layers = len(layers[0][0][0]), heads, len(layers)
-        self._native = compiled.CodecStack(dim=self._dim, heads=heads, eps=eps)
+        self.dim, self.heads, self.layers = len(layers[0][0][0]), heads, len(layers)
+        self.native = compiled.CodecStack(dim=self.dim, heads=heads, eps=eps)
         for attention_norm, qkv, out, ffn_norm, up, down in layers:
-            self._native.add_layer(
-                attention_norm=self._norm(attention_norm),
+            self.native.add_layer(
+                attention_norm=self.norm(attention_norm),
                 qkv=linear(qkv),
                 out=linear(out),
-                ffn_norm=self._norm(ffn_norm),
+                ffn_norm=self.norm(ffn_norm),
                 up=linear(up),
                 down=linear(down),
             )
 
-    def _norm(self, norm: Norm) -> Any:
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    def norm(self, norm: Norm) -> Any:
+        """The native view of a norm of this width.
+
+        Raises:
+            ValueError: it is of another.
+        """
         weight, bias = norm
         native.expect(
             is_plain(weight)
             and is_plain(bias)
-            and weight.shape == (self._dim,)
+            and weight.shape == (self.dim,)
             and (bias is None or bias.shape == weight.shape),
-            f"a norm is not float32 [{self._dim}] on a CPU, contiguous and frozen",
+            f"a norm is not float32 [{self.dim}] on a CPU, contiguous and frozen",
         )
         return native.compiled().Norm(**native.addresses(weight=weight, bias=bias))
 
@@ -76,11 +85,11 @@ class CodecStack:
             ValueError: shapes or types are others, or a slot is no place.
         """
         if x.ndim != 2 or k.ndim != 4:
-            raise ValueError(f"x is {list(x.shape)}, not [T, {self._dim}], or k not [L, H, S, Dh]")
-        rows, head_dim, places = len(x), self._dim // self._heads, k.shape[2]
-        if x.shape != (rows, self._dim) or x.dtype != torch.float32:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self._dim}]")
-        shape = (self.layers, self._heads, places, head_dim)
+            raise ValueError(f"x is {list(x.shape)}, not [T, {self.dim}], or k not [L, H, S, Dh]")
+        rows, head_dim, places = len(x), self.dim // self.heads, k.shape[2]
+        if x.shape != (rows, self.dim) or x.dtype != torch.float32:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self.dim}]")
+        shape = (self.layers, self.heads, places, head_dim)
         for buffer in (k, v):
             if buffer.shape != shape or buffer.dtype != torch.float32 or not buffer.is_contiguous():
                 raise ValueError(f"a buffer is {list(buffer.shape)}, not float32 {list(shape)}")
@@ -94,7 +103,7 @@ class CodecStack:
         table, visible = table.contiguous(), visible.contiguous()
         tensors = native.addresses(table=table, k=k, v=v, slots=slots, visible=visible)
         attention = native.compiled().CodecAttention(**tensors, places=places)
-        self._native.run(**native.addresses(x=y), rows=rows, attention=attention)
+        self.native.run(**native.addresses(x=y), rows=rows, attention=attention)
         return y
 
 

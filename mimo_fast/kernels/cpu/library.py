@@ -59,16 +59,17 @@ def one_thread() -> Iterator[None]:
     """Keeps torch's operations on this thread, as is best for a small model.
 
     Waking other threads takes longer than its operations do, and much longer where other programs
-    use the cores. Other threads' settings are not changed. Where the program has called
+    use the cores. Native calls over many rows still divide them among as many threads as there were
+    before. Other threads' settings are not changed. Where the program has called
     `torch.set_num_threads` itself, MKL's products keep to that.
     """
     # Torch sets a thread's number of threads at its first use; ask before changing it.
     torch.get_num_threads()
-    before = compiled().set_threads(1)
+    compiled().narrow()
     try:
         yield
     finally:
-        compiled().set_threads(before)
+        compiled().widen()
 
 
 def state() -> str:

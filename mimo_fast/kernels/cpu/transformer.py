@@ -2,15 +2,18 @@
 
 Small models spend most of their time in calls.
 
-    Transformer.step     backbone at decode: every layer, with the append to the cache and attention
+    Transformer.step     backbone: every layer, the append to the cache and attention; at decode
+                         a position of each row, at prefill many positions of some slots
     Transformer.encode   patch encoder: every layer of N short sequences
+    Product              rows times a matrix, between the transformers
     PatchDecoder         G + max delay steps, each a `Transformer.step`, the active heads, draws and
                          embeddings
 
 Weights are read in place, float32 or quantized, so nothing is copied and a memory-mapped file stays
 mapped. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
-draw is `sample.py`'s. Everything runs on the caller's thread: below SMALL bytes of weights, waking
-another takes longer than it saves.
+draw is `sample.py`'s. A row has the same bits whatever rows are beside it. Few rows are computed on
+the caller's thread: below SMALL bytes of weights, waking another takes longer than it saves. Many
+are divided among the threads that it has.
 
 CPU, float32, heads of 8 n values, widths of 8 n. Everything else runs one product at a time.
 """
@@ -90,7 +93,11 @@ class Transformer:
         return type(self), self._arguments
 
     def step(self, x: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-        """One new position of R rows: x [R, D] -> normed hidden states [R, D].
+        """R new positions: x [R, D] -> normed hidden states [R, D].
+
+        Each row attends to its slot up to its own position, once all rows have appended: positions
+        of one slot that come in one call see one another as in causal attention, and have the bits
+        that they have one by one.
 
         k, v: the cache [L, B, Hkv, S, Dh] in float32, of one layout. slots, starts int64 [R]: where
             each row appends.
@@ -128,6 +135,36 @@ class Transformer:
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         given = native.addresses(x=x, y=y)
         self.native.encode(**given, sequences=len(x), length=x.shape[1], causal=causal)
+        return y
+
+
+class Product:
+    """Rows times a small matrix, which is read in place.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+
+    def __init__(self, weight: Weight) -> None:
+        self._weight = weight
+        self._shape = sum(map(len, weight.blocks)), weight.blocks[0].shape[1]
+        self._native = linear(weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._weight,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N].
+
+        Raises:
+            ValueError: x has another width or type.
+        """
+        rows, columns = self._shape
+        if x.ndim == 0 or not _is_rows(x, columns):
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [..., {columns}]")
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], rows)
+        self._native.multiply(**native.addresses(x=x, y=y), rows=x.numel() // columns)
         return y
 
 

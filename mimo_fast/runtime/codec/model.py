@@ -1,7 +1,7 @@
 """`Codec`: the audio tokenizer with its streams and their CUDA graphs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from mimo_fast.runtime.codec.prior import (
 )
 from mimo_fast.runtime.codec.state import RESTART_LIMIT, NormStatistics
 from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.codec.together import Push, advance
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.transformer import GetTensor
 
@@ -122,6 +123,17 @@ class Codec(CodecNetwork):
             weight,
             self.again if again is None else again,
         )
+
+    @in_own_modes
+    def advance(self, pushes: Sequence[Push]) -> list[Tensor | Exception]:
+        """Decodes the next chunks of several streams of this codec.
+
+        Returns:
+            One result a push, in their order: samples that are final now, float32 [m] on the
+            codec's device, m may be 0; or the error that ends that stream alone. On a GPU samples
+            of values that are not finite are NaN.
+        """
+        return advance(pushes)
 
     @in_own_modes
     def calibrate(self, recordings: Iterable[Tensor]) -> NormStatistics:

@@ -1,67 +1,61 @@
 """Continuous batching: requests join, leave, wait and fail independently in one state's slots.
 
-There is no engine thread. The thread that waits for a group computes it: one waiting thread at a
-time runs a step, which prefills a chunk of one prompt, decodes a group of every runnable row, and
-queues the groups of the other requests. A single stream is therefore computed as lazily as a
-generator, Ctrl-C arrives in the thread that computes, and threads or tasks that stream at the same
-time share their steps.
+There is no engine thread. The thread that waits for a delivery computes it: one waiting thread at a
+time leads a step, for whichever requests the policy chooses (`policy.py`): it prefills chunks of
+prompts, draws a group of rows, and makes their text and audio, in one `Codec.advance` for all of
+them. A single stream is therefore computed as lazily as a generator, Ctrl-C arrives in the thread
+that computes, and threads or tasks that stream at the same time share their steps.
 
-On a GPU, `launch_next` launches the next group of every row before the host waits for the audio of
-the last one. The codec's chunk and the next group then run back to back, and at most one group is
-computed that is never read.
+On a GPU a step launches the codec's chunks, the copy of their samples, and then the next group of
+every row, before the host waits for the samples: the device stays busy while consumers handle them,
+and at most one group is computed that is never read. The codec comes first: behind the next group
+its samples would come one group later (7.0 ms with int4 on an H100), and the device would be no
+busier.
 
-A row runs at most `ahead` groups ahead of its consumer, then pauses. A sequence without a running
-request keeps its slot until another needs it; then it is evicted: its keys and values move to host
-memory. A paused row may be evicted too. If requests wait and every row is running, the row that has
-had its slot for longest gives it up: after `SLICE` groups, or after two for a request that has
-not begun.
+A row runs at most `ahead` groups ahead of its consumer, then it costs nothing: it is not computed,
+and its slot may be evicted to host memory, as may that of a sequence without a running request.
 
 Nothing waits for more than the step in progress: whoever ends a request waits until no step works
 on it, and whoever copies a cache keeps the next step from beginning.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from mimo_fast.errors import BusyError, ClosedError, NumericError
-from mimo_fast.kernels.sample import NOT_FINITE
-from mimo_fast.modes import in_own_modes, on_device, own_modes
+from mimo_fast.errors import BusyError, ClosedError
+from mimo_fast.modes import in_own_modes
 from mimo_fast.process import FreedWhenClosed, Owner
-from mimo_fast.runtime.engine.request import FinishReason, Request, StopHook
-from mimo_fast.runtime.engine.sequence import TokenSequence, check_room, group_ids
-from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Limits, Row, Samplers
-from mimo_fast.runtime.lm.finite import explain
-from mimo_fast.runtime.lm.graphs import Graphs, PromptPart, wanted
+from mimo_fast.runtime.engine.policy import (
+    Bounds,
+    Demand,
+    Holder,
+    Load,
+    Priority,
+    choose_slot,
+    next_step,
+    refusal,
+)
+from mimo_fast.runtime.engine.reply import Reply
+from mimo_fast.runtime.engine.request import Request, StopHook
+from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
+from mimo_fast.runtime.engine.slots import Slots
+from mimo_fast.runtime.engine.steps import Steps
+from mimo_fast.runtime.engine.voicing import Delivery, Voicing
+from mimo_fast.runtime.lm.decode import Decoder, Limits, Samplers
+from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
+from mimo_fast.runtime.lm.snapshot import Snapshot
 
 AHEAD = 4
 QUEUE = 64
 
-FIRST_SLICE = 2
-"""Groups that a running row keeps its slot for if a request that has not begun waits for one."""
-
-SLICE = 25
-"""Groups that a running row keeps its slot for if others wait that have begun (4 s of speech)."""
-
-PREFIX_BYTES = 2**28
 WARMUP_GROUPS = (3, 40, 100)
 """Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A group of these requests' rows that has been launched and not yet collected."""
-
-    requests: Sequence[Request]
-    groups: Launched
 
 
 class Engine(FreedWhenClosed):
@@ -73,26 +67,33 @@ class Engine(FreedWhenClosed):
         capacity: groups that a row can hold.
         queue: requests that may wait for a slot.
         quantized_cache: whether the KV cache is int8.
+        load: see `Bounds`.
 
     Attributes:
-        overlaps: Whether `launch_next` launches anything; by default only with CUDA graphs.
+        overlaps: Whether a step launches the next group; by default only with CUDA graphs.
     """
 
     @in_own_modes
     def __init__(
-        self, lm: LM, slots: int, capacity: int, queue: int = QUEUE, quantized_cache: bool = False
+        self,
+        lm: LM,
+        slots: int,
+        capacity: int,
+        queue: int = QUEUE,
+        quantized_cache: bool = False,
+        load: float | None = None,
     ) -> None:
         lm.owner.check()
         self.owner = Owner()
-        self.lm, self.capacity, self.queue = lm, capacity, queue
+        self.lm, self.capacity = lm, capacity
+        self.bounds = Bounds(queue, load=load)
         self.quantized_cache = quantized_cache
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
         graphs = Graphs(lm, self.state) if wanted(lm.device) else None
         self.decoder = Decoder(lm, self.state, graphs)
-        self.prefixes = PrefixCache(PREFIX_BYTES)
-        self._owners: list[weakref.ref[TokenSequence] | None] = [None] * slots
-        self._used = [0] * slots
-        self._clock = 0
+        self.slots = Slots(self.state)
+        self.clock = perf_counter
+        self.steps = Steps(lm, self.decoder, self.slots, lambda: self.clock())
         self._requests: list[Request] = []
         self._changed = threading.Condition()
         self._leader: int | None = None
@@ -100,7 +101,6 @@ class Engine(FreedWhenClosed):
         self._exclusive = 0
         # Without graphs decoding is launch-bound: launching a group would delay the samples.
         self.overlaps = self.decoder.graphs is not None
-        self._in_flight: InFlight | None = None
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +114,7 @@ class Engine(FreedWhenClosed):
         if graphs := self.decoder.graphs:
             graphs.warmup(progress)
             # Capturing the graphs of prompts has compiled their kernels.
-            if not graphs.takes_prompts and not self._requests and not any(self._owners):
+            if not graphs.takes_prompts and not self._requests and not any(self.slots):
                 self._warm_up_prompts()
 
     def _warm_up_prompts(self) -> None:
@@ -136,7 +136,7 @@ class Engine(FreedWhenClosed):
         """An empty sequence whose draws come from `seed`."""
         return TokenSequence(self.lm.config, self.capacity, seed)
 
-    def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> "Reply":
+    def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> Reply:
         """Prefills what is not cached and returns the reply."""
         reply = self.start(sequence, limits, samplers)
         reply.prefill()
@@ -150,33 +150,30 @@ class Engine(FreedWhenClosed):
         stop_hook: StopHook | None = None,
         ahead: int | None = AHEAD,
         bounded: bool = True,
-    ) -> "Reply":
+        priority: Priority = Priority.LISTENER,
+    ) -> Reply:
         """Queues a request to continue the sequence; nothing is computed before it is needed.
 
         Args:
             stop_hook: asked about each new group whether the reply ends with it.
             ahead: groups decoded ahead of the consumer at most; None for no limit.
-            bounded: whether a full queue refuses the request.
+            bounded: whether a full engine refuses the request.
 
         Raises:
             PromptError: the sequence leaves no room for a reply.
-            BusyError: the queue is full.
+            BusyError: the engine is full, see `refusal`.
         """
         self.owner.check()
         self.check_room(sequence.groups)
         room = self.capacity - sequence.groups
         fits = limits.max_new <= room
         limits = replace(limits, max_new=min(limits.max_new, room))
-        request = Request(sequence, limits, samplers, stop_hook, ahead, fits)
+        demand = Demand(priority, self.clock())
+        request = Request(sequence, limits, samplers, stop_hook, ahead, fits, demand)
         with self._changed:
             self._sweep()
-            waiting = sum(other.needs_slot for other in self._requests)
-            if bounded and waiting >= self.queue:
-                running = sum(other.sequence.slot is not None for other in self._requests)
-                raise BusyError(
-                    f"{running} replies are running and {waiting} wait: try again later, or load "
-                    "the model with a larger max_batch"
-                )
+            if bounded and (reason := refusal(self._load(request), self.bounds, priority)):
+                raise BusyError(reason)
             self.release(sequence)
             # At least the last position is prefilled, even if it is cached: the first group is
             # drawn from its hidden state.
@@ -185,8 +182,36 @@ class Engine(FreedWhenClosed):
             self._requests.append(request)
         return Reply(self, request)
 
-    def drive(self, until: Callable[[], bool]) -> None:
+    def _load(self, request: Request) -> Load:
+        """What there is to do, with what a new request may need in host memory."""
+        others = [other for other in self._requests if other.sequence is not request.sequence]
+        parked = [other for other in others if other.sequence.slot is None]
+        groups = sum(
+            other.sequence.groups + other.limits.max_new - other.taken
+            for other in (*parked, request)
+        )
+        position = self.state.cache.nbytes // (self.state.slots * self.state.capacity)
+        return Load(
+            running=len(others) - len(parked),
+            waiting=sum(other.needs_slot for other in others),
+            listeners=sum(
+                other.demand.priority is Priority.LISTENER and not other.done for other in others
+            ),
+            group=self.steps.cost.row,
+            parked=groups * position,
+        )
+
+    def drive(self, request: Request, until: Callable[[], bool]) -> None:
         """Runs steps, or waits while another thread does, until the condition holds."""
+        if request.sequence.slot is None:
+            request.demand.served = self.clock()
+        request.awaited = True
+        try:
+            self._drive(until)
+        finally:
+            request.awaited = False
+
+    def _drive(self, until: Callable[[], bool]) -> None:
         if self.owner.forked:
             self.owner.check()
         while True:
@@ -197,58 +222,35 @@ class Engine(FreedWhenClosed):
                     return
                 self.owner.check()
                 self._leader = threading.get_ident()
-                self._step_of = () if self._in_flight is None else self._in_flight.requests
+                flight = self.steps.in_flight
+                self._step_of = () if flight is None else flight.requests
             try:
                 if not self._step() and not until():
                     raise RuntimeError(
                         "a request waits although nothing is runnable: a bug in the engine"
                     )
             finally:
-                self._end_step()
+                with self._changed:
+                    self._leader, self._step_of = None, ()
+                    self._changed.notify_all()
 
-    def _end_step(self) -> None:
-        with self._changed:
-            self._leader, self._step_of = None, ()
-            self._changed.notify_all()
+    def take(self, request: Request) -> Delivery | None:
+        """The next delivery of a request, for its consumer; None if there is none."""
+        paused = not request.runnable
+        delivery = request.take()
+        if paused:
+            # What it waits for, it waits for from now on.
+            request.demand.served = self.clock()
+        return delivery
 
-    def launch_next(self, request: Request) -> None:
-        """Launches the next group of every runnable row, without waiting for it.
-
-        Call it once the codec's work on the request's last group has been launched: the audio of
-        that group must not queue behind the next one.
-
-        Nothing is launched while another request has yet to launch its codec work, while a prompt
-        could be prefilled instead, or while another thread runs a step. The next step then decodes
-        the group.
-        """
+    def give_to(self, request: Request, voicing: Voicing) -> None:
+        """Has text and audio made of a request's groups, also of those that nobody has taken."""
         if self.owner.forked:
             self.owner.check()
         with self._changed:
-            request.launching = False
-            if self.owner.closed:
-                return
-            requests = [other for other in self._requests if other.runnable]
-            busy = self._leader is not None or self._exclusive or self._in_flight is not None
-            if not self.overlaps or busy or any(other.launching for other in self._requests):
-                return
-            unadmitted = [other for other in requests if other.needs_slot]
-            requests = [other for other in requests if other.sequence.slot is not None]
-            if not requests or any(other.row is None for other in requests):
-                return
-            if any(self._choose_slot(other) is not None for other in unadmitted):
-                return
-            for other in requests:
-                self._touch(other.sequence)
-            self._leader, self._step_of = threading.get_ident(), requests
-        try:
-            with self.lm.threads(), on_device(self.device), own_modes():
-                self._in_flight = InFlight(requests, self.decoder.launch(_rows(requests)))
-        except Exception:
-            # No row has advanced, so the next step repeats the work and reports the error to the
-            # requests concerned. Raising here would lose the chunk that the caller holds.
-            self._in_flight = None
-        finally:
-            self._end_step()
+            while request in self._step_of and self._leader != threading.get_ident():
+                self._changed.wait()
+            request.give_to(voicing)
 
     def cancel(self, request: Request) -> None:
         """Ends a request without waiting for the step in progress; its consumer stops waiting."""
@@ -257,7 +259,7 @@ class Engine(FreedWhenClosed):
             request.cancelled = True
             return
         with self._changed:
-            request.cancelled, request.launching = True, False
+            request.cancelled = True
             self._changed.notify_all()
 
     def remove(self, request: Request) -> None:
@@ -290,8 +292,9 @@ class Engine(FreedWhenClosed):
             if request not in self._step_of:
                 self._requests.remove(request)
                 request.settle()
-        if self._in_flight is not None and all(other.done for other in self._in_flight.requests):
-            self._in_flight = None
+        flight = None if self.owner.closed else self.steps.in_flight
+        if flight is not None and all(other.done for other in flight.requests):
+            self.steps.in_flight = None
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -321,11 +324,8 @@ class Engine(FreedWhenClosed):
                     request.ready.clear()
                     request.fail(ClosedError("the model was closed while this reply was running"))
             self._requests.clear()
-            self._in_flight = None
-            self.prefixes.clear()
-            for owner in filter(None, (self._owner(slot) for slot in range(len(self._owners)))):
-                owner.slot, owner.cached = None, 0
-            del self.decoder, self.state
+            self.slots.forget()
+            del self.steps, self.slots, self.decoder, self.state
 
     @in_own_modes
     def export(self, sequence: TokenSequence) -> Snapshot | None:
@@ -340,321 +340,143 @@ class Engine(FreedWhenClosed):
 
     @in_own_modes
     def _step(self) -> bool:
-        """Admits requests, prefills a chunk of some prompts and decodes a group of the other rows.
+        """Computes what the policy chooses and delivers it; False if there was nothing to do.
 
-        If a group is in flight, it is collected instead. Returns False if there was nothing to do.
+        If a group is in flight, it is collected instead; and what an interrupt has left drawn and
+        not delivered comes before anything else.
         """
-        # This comes first, since admitting may move a row to another slot.
-        if self._in_flight is not None:
-            self._collect()
-            return True
+        steps, began = self.steps, self.clock()
+        prompts, rows = list[Request](), list[Request]()
         with self._changed:
-            self._sweep()
-            waiting = [request for request in self._requests if request.needs_slot]
-            # Those that have not begun come first: they have waited for nothing so far.
-            for request in sorted(waiting, key=lambda request: request.row is not None):
-                self._attempt([request], self._admit)
-            admitted = [
-                request
-                for request in self._requests
-                if request.runnable and request.sequence.slot is not None
+            # A row in flight must not move to another slot.
+            if steps.in_flight is None:
+                self._sweep()
+            left = self._drawn()
+            if not left and steps.in_flight is None:
+                prompts, rows = self._choose()
+                self._step_of = [*prompts, *rows]
+        prefilling, groups = 0.0, 0
+        if not left:
+            with self.lm.threads():
+                if prompts:
+                    groups = sum(end - start for start, end in map(steps.chunk, prompts))
+                    steps.attempt(prompts, steps.prefill)
+                    prefilling = self.clock() - began
+                if steps.in_flight is not None:
+                    rows = [*steps.in_flight.requests]
+                    steps.collect()
+                elif rows:
+                    steps.attempt(rows, steps.decode)
+        while drawn := self._drawn():
+            steps.attempt(drawn, lambda some: steps.deliver(some, self._launch_next))
+        self._learn(len(rows), groups, prefilling, self.clock() - began)
+        return bool(left or prompts or rows)
+
+    def _learn(self, rows: int, groups: int, prefilling: float, seconds: float) -> None:
+        cost, asynchronous = self.steps.cost, self.device.type != "cpu"
+        if groups and not asynchronous:
+            cost.saw_prompts(groups, prefilling)
+        elif groups and rows and cost.row:
+            # The host waits for a prompt where it waits for the rows behind it.
+            cost.saw_prompts(groups, max(seconds - cost.step(rows), 1e-6))
+        if rows and not (groups and asynchronous):
+            cost.saw(rows, seconds - prefilling)
+
+    def _drawn(self) -> list[Request]:
+        """Requests of which a group is drawn and not delivered; the step works on them."""
+        with self._changed:
+            found = [
+                request for request in self._requests if request.drawn and not request.cancelled
             ]
-            for request in admitted:
-                self._touch(request.sequence)
-            prompts = self._together([request for request in admitted if request.row is None])
-            rows = [request for request in admitted if request.row is not None]
-            self._step_of = [*prompts, *rows]
-        with self.lm.threads():
-            if prompts:
-                self._attempt(prompts, self._prefill)
-            if rows:
-                self._attempt(rows, self._decode)
-        return bool(prompts or rows)
+            self._step_of = [*{*self._step_of, *found}]
+            return found
 
-    def _collect(self) -> None:
-        """Delivers the group in flight; if collecting it fails, the group is decoded again."""
-        flight, self._in_flight = self._in_flight, None
-        assert flight is not None
-        left = [request for request in flight.requests if not request.done]
-        with self.lm.threads():
-            try:
-                groups = self.decoder.collect(flight.groups)
-            except Exception:
-                if left:
-                    self._attempt(left, self._decode)
-            else:
-                self._deliver(flight.requests, groups)
-
-    def _attempt(
-        self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
-    ) -> None:
-        """Does the work for all at once or, if that fails, for each, which then gets its error."""
-        try:
-            work(requests)
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            if len(requests) == 1:
-                requests[0].fail(error)
-            else:
-                for request in requests:
-                    self._attempt([request], work)
-
-    def _together(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests whose prompts are prefilled in one step: the first and, if a graph takes
-        several prompts, others of its bucket."""
-        graphs = self.decoder.graphs
-        if graphs is None or not graphs.packs_prompts or not requests:
-            return [*requests[:1]]
-        buckets = [graphs.bucket_of(end - start) for start, end in map(self._chunk, requests)]
-        same = [
-            each for each, bucket in zip(requests, buckets, strict=True) if bucket == buckets[0]
+    def _choose(self) -> tuple[list[Request], list[Request]]:
+        """Admits requests; those whose prompts are prefilled next, and those that decode."""
+        now = self.clock()
+        for request in self._waiting(now):
+            self.steps.attempt([request], self._admit)
+        admitted = [
+            request
+            for request in self._requests
+            if request.runnable and request.sequence.slot is not None
         ]
-        return same[: graphs.most_packed(buckets[0])]
+        step = next_step([self._demand(each) for each in admitted], now, self.steps.cost)
+        prompts = self.steps.together([admitted[i] for i, _ in step.prompts])
+        rows = [admitted[i] for i in step.rows]
+        for request in (*prompts, *rows):
+            self.slots.touch(request.sequence)
+        return prompts, rows
 
-    def _chunk(self, request: Request) -> tuple[int, int]:
-        """The first group of a prompt to be prefilled next, and the end of what is."""
-        sequence = request.sequence
-        start = sequence.cached
-        end = min(start + self.lm.prefill_chunk, sequence.groups)
-        if start < sequence.prefix_groups < end:
-            # The prefix ends a chunk, so that later chunks are the same, bit for bit, whether or
-            # not the prefix came from the cache.
-            end = sequence.prefix_groups
-        return start, end
+    def _waiting(self, now: float) -> list[Request]:
+        """Requests that wait for a slot, the most urgent first."""
+        waiting = [request for request in self._requests if request.needs_slot]
+        return sorted(waiting, key=lambda request: request.demand.urgency(now))
 
-    def _prefill(self, requests: Sequence[Request]) -> None:
-        chunks, parts = [self._chunk(request) for request in requests], list[PromptPart]()
-        for request, (start, end) in zip(requests, chunks, strict=True):
-            slot = request.sequence.slot
-            assert slot is not None
-            parts.append(PromptPart(request.sequence.part(start, end), slot, start))
-        if len(parts) > 1:
-            assert self.decoder.graphs is not None
-            self.decoder.graphs.prefill_parts(parts)
-        else:
-            self._prefill_one(parts[0])
-        for request, part, (_, end) in zip(requests, parts, chunks, strict=True):
-            sequence = request.sequence
-            if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
-                self.prefixes.put(sequence.prefix, Snapshot.take(self.state, part.slot, end))
-            sequence.cached = end
-            if end == sequence.groups:
-                request.begin()
+    def _demand(self, request: Request) -> Demand:
+        """What the policy is told of a request that has a slot."""
+        demand = request.demand
+        demand.prompt = demand.chunk = 0
+        if request.row is None:
+            start, end = self.steps.chunk(request)
+            demand.prompt = demand.chunk = end - start
+        return demand
 
-    def _prefill_one(self, part: PromptPart) -> None:
-        if self.decoder.graphs:
-            self.decoder.graphs.prefill(part.prompt, part.slot, part.start)
-        else:
-            self.lm.prefill(part.prompt.settled(), self.state, part.slot, part.start)
+    def _launch_next(self) -> None:
+        """Launches the next group of the rows that the policy chooses, without waiting for it.
 
-    def _decode(self, requests: Sequence[Request]) -> None:
-        self._deliver(requests, self.decoder.next_groups(_rows(requests)))
-
-    def _deliver(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
-        """Gives each request its group; requests that ended since the launch get none."""
-        for request, row, group in zip(requests, _rows(requests), groups, strict=True):
-            if not request.settled:
-                request.sequence.cached = row.cached
-                request.receive(group)
+        Nothing is launched while a prompt could be prefilled instead, or a request get a slot.
+        """
+        if not self.overlaps or self.steps.in_flight is not None:
+            return
+        with self._changed:
+            if self._exclusive or self.owner.closed:
+                return
+            now = self.clock()
+            if any(self._choose_slot(other, now) is not None for other in self._waiting(now)):
+                return
+            rows = [
+                other
+                for other in self._requests
+                if other.runnable and other.sequence.slot is not None
+            ]
+            if not rows or any(other.row is None for other in rows):
+                return
+            step = next_step([self._demand(each) for each in rows], now, self.steps.cost)
+            rows = [rows[i] for i in step.rows]
+            for other in rows:
+                self.slots.touch(other.sequence)
+            self._step_of = [*{*self._step_of, *rows}]
+        self.steps.launch(rows)
 
     def _admit(self, requests: Sequence[Request]) -> None:
         """Gives a request a slot and restores its cache; if there is no slot, the request waits."""
         (request,) = requests
-        slot, sequence = self._choose_slot(request), request.sequence
+        slot = self._choose_slot(request, self.clock())
         if slot is None:
             return
-        if (owner := self._owner(slot)) is not None:
+        if (owner := self.slots.owner(slot)) is not None:
             self._evict(owner)
-        kept, cached = sequence.snapshot, sequence.cached
-        if kept is None and sequence.prefix_groups and not cached:
-            kept = self.prefixes.get(sequence.prefix)
-            if kept is not None:
-                cached = min(kept.length, sequence.groups - 1)
-        if kept is not None:
-            kept.put(self.state, slot)
-        self._owners[slot] = weakref.ref(sequence)
-        sequence.slot, sequence.snapshot = slot, None
-        request.slice = 0
-        if cached != sequence.cached:
-            sequence.cached, sequence.prefilled = cached, sequence.groups - cached
-        if request.row is not None:
-            request.row.slot, request.row.stale = slot, True
-
-    def _choose_slot(self, request: Request) -> int | None:
-        """A slot for a request: free, else with an owner that can be evicted; None if it waits."""
-        owners = [self._owner(slot) for slot in range(len(self._owners))]
-        if None in owners:
-            return owners.index(None)
-        running = {id(other.sequence): other for other in self._requests if other.runnable}
-        movable = [slot for slot, owner in enumerate(owners) if id(owner) not in running]
-        if movable:
-            return min(movable, key=self._used.__getitem__)
-        if request.ahead is None or not request.awaited:
-            # Nobody listens to it yet, or to a row without a limit at all: it waits until others
-            # end or pause.
-            return None
-        longest = FIRST_SLICE if request.row is None else SLICE
-        rows = {slot: running[id(owner)] for slot, owner in enumerate(owners)}
-        rows = {slot: other for slot, other in rows.items() if other.slice >= longest}
-        return max(rows, key=lambda slot: rows[slot].slice, default=None)
-
-    def _owner(self, slot: int) -> TokenSequence | None:
-        owner = self._owners[slot]
-        return None if owner is None else owner()
+        self.steps.place(request, slot)
+        request.demand.served = self.clock()
 
     def _evict(self, sequence: TokenSequence) -> None:
-        assert sequence.slot is not None
-        if sequence.cached:
-            sequence.snapshot = Snapshot.take(self.state, sequence.slot, sequence.cached)
-        self._owners[sequence.slot] = None
-        sequence.slot = None
-        # A running row goes to the end of those that wait.
-        self._requests.sort(key=lambda request: request.sequence is sequence)
+        self.slots.evict(sequence)
+        for request in self._requests:
+            if request.sequence is sequence:
+                request.demand.served = self.clock()
 
-    def _touch(self, sequence: TokenSequence) -> None:
-        assert sequence.slot is not None
-        self._clock += 1
-        self._used[sequence.slot] = self._clock
-
-
-def _rows(requests: Sequence[Request]) -> list[Row]:
-    """The rows of requests whose prompts have been prefilled."""
-    rows = [request.row for request in requests if request.row is not None]
-    assert len(rows) == len(requests)
-    return rows
-
-
-class Reply(Iterator[Group]):
-    """The groups of a reply; each becomes part of the sequence when it is taken.
-
-    Any thread may take a group, cancel or close the reply.
-
-    Attributes:
-        launches: Whether the consumer launches device work of its own for each group and then
-            calls `launch_next`.
-        prefilled: `time.perf_counter()` when the prompt had been prefilled; None before.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self.launches = False
-        self.prefilled: float | None = None
-
-    @property
-    def sequence(self) -> TokenSequence:
-        """The sequence that it continues."""
-        return self._request.sequence
-
-    @property
-    def taken(self) -> int:
-        """Number of groups taken."""
-        return self._request.taken
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has ended and all of its groups have been taken or dropped."""
-        return self._request.settled
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the reply ended; None while it has not."""
-        return self._request.finish_reason
-
-    def prefill(self) -> None:
-        """Returns when the prompt has been prefilled, or the reply cancelled.
-
-        Raises:
-            Exception: the error that ended the request.
-        """
-        request = self._request
-        self._wait(lambda: request.row is not None or request.done)
-        if request.error is not None:
-            self.close()
-            raise self._explained(request.error)
-        if self.prefilled is None:
-            self.prefilled = perf_counter()
-        try:
-            # Codes of recordings are looked at here, while the device prefills them.
-            request.sequence.settle()
-        except BaseException:
-            self.close()
-            raise
-
-    def __next__(self) -> Group:
-        request = self._request
-        if request.settled:
-            raise StopIteration
-        request.launching = self.launches
-        self._wait(lambda: bool(request.ready) or request.done)
-        if not request.cancelled and (group := request.take()) is not None:
-            request.sequence.append(group.text, group.codes)
-            return group
-        error = None if request.cancelled else request.error
-        self.close()
-        if error is not None:
-            raise self._explained(error)
-        raise StopIteration
-
-    def _explained(self, error: BaseException) -> BaseException:
-        """The error of the request; where its values were not finite, with their cause."""
-        lost = self._request.lost
-        if lost is None:
-            return error
-        spoke = lost.text == self._engine.lm.empty_id
-        return self.not_finite([*self._request.ready], lost.codes if spoke else None)
-
-    def not_finite(self, rest: Sequence[Group] = (), codes: Tensor | None = None) -> NumericError:
-        """Why the group that follows what has been taken is not finite; computes for a while.
-
-        Args:
-            rest: groups decoded before it and not taken.
-            codes: its codes [C, G] where they could not be drawn, None where its text could not.
-        """
-        request, lm = self._request, self._engine.lm
-        ids = torch.cat(
-            [request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1
-        )
-        spoken = ids[1:].unflatten(1, (-1, lm.config.group_size)).amin((0, 2)) == NOT_FINITE
-        groups, taken = len(spoken), request.taken + len(rest)
-        failed = int(spoken.nonzero()[0, 0]) if spoken.any() else groups
-        number, part = failed - (groups - taken) + 1, "logits"
-        if codes is not None or failed < groups:
-            part = "codes"
-        where = f"of group {number} of the reply" if number > 0 else "of an earlier reply"
-        why = explain(lm, ids, codes, self._engine.quantized_cache)
-        return NumericError(f"the {part} {where} are not finite: {why}")
-
-    def _wait(self, until: Callable[[], bool]) -> None:
-        self._request.awaited = True
-        try:
-            self._engine.drive(until)
-        finally:
-            self._request.awaited = False
-
-    def launch_next(self) -> None:
-        """See `Engine.launch_next`; an error of that group is raised when the group is taken."""
-        self._engine.launch_next(self._request)
-
-    @property
-    def orphaned(self) -> bool:
-        """Whether this process was forked from the one that decodes it."""
-        return self._engine.owner.forked
-
-    def check(self) -> None:
-        """Raises ClosedError in a process that was forked from the one that decodes it."""
-        if self.orphaned:
-            self._engine.owner.check()
-
-    def cancel(self) -> None:
-        """Ends the reply without waiting; a thread that waits for a group gets none."""
-        self._engine.cancel(self._request)
-
-    def close(self) -> None:
-        """Ends the reply after the group in progress; groups not yet taken are dropped."""
-        self._engine.remove(self._request)
-
-    def __del__(self) -> None:
-        # Nothing but a flag: the interpreter may call this at any point of any thread. The engine
-        # drops the request before its next step.
-        self._request.cancelled = True
+    def _choose_slot(self, request: Request, now: float) -> int | None:
+        """A slot for a request, see `choose_slot`; None if it waits."""
+        running = {id(other.sequence): other for other in self._requests if other.runnable}
+        holders = list[Holder | None]()
+        for owner, used in zip(self.slots, self.slots.used, strict=True):
+            if owner is None:
+                holders.append(None)
+                continue
+            other = running.get(id(owner))
+            priority = Priority.BATCH if other is None else other.demand.priority
+            taken = 0 if other is None else other.slice
+            holders.append(Holder(other is not None, priority, used, taken))
+        awaited = request.ahead is not None and request.awaited
+        return choose_slot(holders, request.demand, request.row is not None, awaited, now)

@@ -8,7 +8,9 @@ from typing import Literal
 from torch import OutOfMemoryError, Tensor
 
 from mimo_fast.errors import DeviceMemoryError, NumericError
+from mimo_fast.runtime.engine.policy import Demand, Priority
 from mimo_fast.runtime.engine.sequence import TokenSequence
+from mimo_fast.runtime.engine.voicing import Delivery, Voicing
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
 
 StopHook = Callable[[int, Tensor], bool]
@@ -29,10 +31,12 @@ class Request:
     Args:
         ahead: groups decoded ahead of the consumer at most; None for no limit.
         fits: whether the context has room for `limits.max_new` groups as they were asked for.
+        demand: what the policy knows of it.
 
     Attributes:
         row: Its row, from the end of the prefill on.
-        ready: Groups decoded and not yet taken.
+        drawn: Groups decoded and not yet delivered, since their text and audio are being made.
+        ready: Deliveries not yet taken.
         taken: Number of groups taken by the consumer.
         slice: Number of groups decoded since it got its slot.
         finished: Its last group has been decoded, or it has failed.
@@ -41,8 +45,7 @@ class Request:
         error: The reason why it ended early.
         lost: The group that was not finite, which ended it early.
         awaited: Its consumer waits for the prefill or for a group.
-        launching: Its consumer waits for a group, or holds one whose codec work it has yet to
-            launch.
+        voicing: Makes its text and audio; None where its consumer takes groups alone.
     """
 
     sequence: TokenSequence
@@ -51,8 +54,10 @@ class Request:
     stop_hook: StopHook | None
     ahead: int | None
     fits: bool = True
+    demand: Demand = field(default_factory=lambda: Demand(Priority.LISTENER, 0.0))
     row: Row | None = None
-    ready: deque[Group] = field(default_factory=deque)
+    drawn: deque[Group] = field(default_factory=deque)
+    ready: deque[Delivery] = field(default_factory=deque)
     taken: int = 0
     slice: int = 0
     finished: bool = False
@@ -61,7 +66,7 @@ class Request:
     error: BaseException | None = None
     lost: Group | None = None
     awaited: bool = False
-    launching: bool = False
+    voicing: Voicing | None = None
     _stopped: bool = False
 
     @property
@@ -70,9 +75,14 @@ class Request:
         return self.finished or self.cancelled
 
     @property
+    def over(self) -> bool:
+        """Whether nothing more will be delivered."""
+        return self.cancelled or (self.finished and not self.drawn)
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it has not, and after an error."""
-        if self.finished and not self.ready and self.error is None:
+        if self.finished and not self.drawn and not self.ready and self.error is None:
             if self._stopped:
                 return "stop"
             return "length" if self.fits else "context"
@@ -81,7 +91,9 @@ class Request:
     @property
     def runnable(self) -> bool:
         """Whether the engine may compute something for it now."""
-        return not self.done and (self.ahead is None or len(self.ready) < self.ahead)
+        if self.done or (self.drawn and self.drawn[-1].finished):
+            return False
+        return self.ahead is None or len(self.ready) + len(self.drawn) < self.ahead
 
     @property
     def needs_slot(self) -> bool:
@@ -97,7 +109,7 @@ class Request:
         self.row = Row(sequence.slot, *how, sequence.seed, sequence.groups, sequence.draws)
 
     def receive(self, group: Group) -> None:
-        """Queues a decoded group for the consumer; one that is not finite ends the reply."""
+        """Takes a decoded group; one that is not finite ends the reply."""
         if not group.finite:
             self.lost = group
             # What caused it is found out in the thread of the consumer.
@@ -112,21 +124,32 @@ class Request:
         except Exception as error:
             self.fail(error)
             return
-        self.ready.append(group)
-        if group.finished:
+        self.drawn.append(group)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Queues the oldest group drawn, with its text and audio, for the consumer."""
+        self.ready.append(delivery)
+        self.drawn.popleft()
+        if delivery.group.finished:
             self.finished = True
 
-    def take(self) -> Group | None:
-        """The next decoded group, for the consumer; None if there is none."""
+    def give_to(self, voicing: Voicing) -> None:
+        """Has text and audio made of its groups, those that are ready too."""
+        self.voicing = voicing
+        self.drawn.extendleft(delivery.group for delivery in reversed(self.ready))
+        self.ready.clear()
+
+    def take(self) -> Delivery | None:
+        """The next delivery, for the consumer; None if there is none."""
         try:
-            group = self.ready.popleft()
+            delivery = self.ready.popleft()
         except IndexError:  # also where `Engine.close` has just dropped them
             return None
         self.taken += 1
-        return group
+        return delivery
 
     def fail(self, error: Exception) -> None:
-        """Ends it with an error, which the consumer gets after the groups decoded before it."""
+        """Ends it with an error, which the consumer gets after what was delivered before it."""
         if isinstance(error, OutOfMemoryError):
             cause = str(error).partition("\n")[0]
             wrapped = DeviceMemoryError(
@@ -134,6 +157,7 @@ class Request:
             )
             wrapped.__cause__ = error
             error = wrapped
+        self.drawn.clear()
         self.error, self.finished = error, True
 
     def settle(self) -> None:

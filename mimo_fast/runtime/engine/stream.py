@@ -1,14 +1,14 @@
-"""Decoded groups -> text, spoken patches, and chunks of audio as they become final."""
+"""What the engine delivers of a reply -> chunks of text and audio, for threads and for asyncio."""
 
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +16,14 @@ from torch import Tensor
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.codec.finite import samples_error
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.codec.voice import Voice
-from mimo_fast.runtime.device.host_copy import HostCopy
-from mimo_fast.runtime.engine.engine import Reply
+from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.request import FinishReason
+from mimo_fast.runtime.engine.voicing import Listening, ReplyReader, Voicing, nothing
 from mimo_fast.runtime.lm.decode import Group
-from mimo_fast.text.tokenizer import Tokenizer
-
-Listening = Literal["exact", "elastic"]
-"""How far a reply's audio looks ahead, see `Codec.stream`: "elastic" is heard earlier."""
 
 Judge = Callable[[Reply], tuple[float | None, str | None]]
 """A reply of which all has been taken -> confidence and warning."""
-
-UNFINISHED_CHARACTER = "\ufffd"
 
 
 def _new_workers() -> None:
@@ -123,60 +116,6 @@ class ReplyText(str):
     warning: str | None = None
 
 
-@dataclass
-class ReplyReader:
-    """Separates the text of a reply from its speech (upstream `forward`).
-
-    Spoken patches are those between `<|sostm|>` and `<|eostm|>`. Without `<|sostm|>` every patch is
-    spoken, without `<|eostm|>` all to the end. Control tokens are not text. They are dropped by
-    their ids before detokenizing (upstream: three of them, after it), so that a character whose
-    bytes are split by a patch stays whole.
-
-    Args:
-        speaking: whether the prompt itself ended in `<|sostm|>`.
-        shown: control tokens that are text all the same; never `<|empty|>`, `<|eot|>`, `<|eostm|>`.
-    """
-
-    tokenizer: Tokenizer
-    speaking: bool
-    shown: frozenset[int] = frozenset()
-    _ended: bool = False
-    _waiting: list[Tensor] = field(default_factory=list)
-    _tokens: list[int] = field(default_factory=list)
-
-    def read(self, token: int, codes: Tensor) -> tuple[str, list[Tensor]]:
-        """A group -> the text and the patches [C, G] that become final with it."""
-        special = self.tokenizer.special
-        if token == special.empty:
-            if self.speaking:
-                return "", [codes]
-            if not self._ended:
-                self._waiting.append(codes)
-            return "", []
-        if token == special.sostm and not self.speaking and not self._ended:
-            self.speaking = True
-            self._waiting.clear()
-        elif token == special.eostm:
-            self._ended = True
-            spoken, self.speaking, self._waiting = self._waiting, False, []
-            return "", spoken
-        if token == special.eot or token in self.tokenizer.control_ids - self.shown:
-            return "", []
-        self._tokens.append(token)
-        return self._flush(final=False), []
-
-    def finish(self) -> tuple[str, list[Tensor]]:
-        """The text and patches held back: half a character, and patches without a `<|sostm|>`."""
-        return self._flush(final=True), self._waiting
-
-    def _flush(self, final: bool) -> str:
-        text = self.tokenizer.decode(self._tokens) if self._tokens else ""
-        if text.endswith(UNFINISHED_CHARACTER) and not final:
-            return ""
-        self._tokens.clear()
-        return text
-
-
 class ChunkStream(Iterator[Chunk]):
     """Chunks of one reply. Any thread may take the next one or close the stream.
 
@@ -184,9 +123,14 @@ class ChunkStream(Iterator[Chunk]):
     """
 
     def __init__(
-        self, chunks: Generator[Chunk, None, None], reply: Reply, closing: threading.Event
+        self,
+        chunks: Generator[Chunk, None, None],
+        reply: Reply,
+        voicing: Voicing,
+        closing: threading.Event,
     ) -> None:
         self._chunks, self._reply, self._closing = chunks, reply, closing
+        self._voicing = voicing
         self._lock = threading.RLock()
 
     @property
@@ -229,7 +173,9 @@ class ChunkStream(Iterator[Chunk]):
             return
         with self._lock:
             self._chunks.close()
+            # No step works on it after this.
             self._reply.close()
+            self._voicing.close()
 
 
 def read_reply(reply: Reply, reader: ReplyReader) -> tuple[ReplyText, Tensor | None]:
@@ -263,6 +209,8 @@ def stream_reply(
 ) -> ChunkStream:
     """One chunk a group, as soon as the group is decoded; the last one flushes the codec.
 
+    The engine makes text and audio of the groups, see `Voicing`.
+
     Args:
         reply: a reply of which nothing has been taken.
         began: `time.perf_counter()` at the request.
@@ -272,90 +220,63 @@ def stream_reply(
             comes to its end adds to.
         judge: gives the last chunk its confidence.
     """
-    reply.launches = True
+    voicing = Voicing(reader, codec, speaks, lookahead, voice)
+    reply.voiced_by(voicing)
     closing = threading.Event()
-    chunks = _generate_chunks(
-        reply, reader, codec, began, speaks, on_group, closing, lookahead, voice, judge
-    )
-    return ChunkStream(chunks, reply, closing)
+    chunks = _generate_chunks(reply, voicing, began, on_group, closing, voice, judge)
+    return ChunkStream(chunks, reply, voicing, closing)
 
 
 def _generate_chunks(
     reply: Reply,
-    reader: ReplyReader,
-    codec: Codec,
+    voicing: Voicing,
     began: float,
-    speaks: bool,
     on_group: Callable[[Group], None] | None,
     closing: threading.Event,
-    lookahead: Listening = "exact",
-    voice: Voice | None = None,
-    judge: Judge | None = None,
+    voice: Voice | None,
+    judge: Judge | None,
 ) -> Generator[Chunk, None, None]:
-    """The chunks of a reply's groups.
-
-    The device gets, in this order: a group's codec chunk, the copy of its samples to the host, the
-    next group. Then the host waits for the samples, and the device stays busy while the consumer
-    handles them. The codec's chunk comes first, because behind the next group its samples would
-    come one group later (7.0 ms with int4 on an H100) and the device would be no busier.
-    """
+    """The chunks of what is delivered of a reply."""
     reply.prefill()
-    prefill = (reply.prefilled or began) - began
-    stream: CodecStream | None = None
-    decoded, samples, first_audio = 0, 0, None
+    prefill, codec = (reply.prefilled or began) - began, voicing.codec
+    decoded, samples, frames, first_audio = 0, 0, 0, None
 
-    def chunk(
-        text: str, audio: Tensor, codes: Tensor | None, reason: FinishReason | None = None
-    ) -> Chunk:
-        nonlocal samples, first_audio
-        copy = HostCopy(audio.float())
-        reply.launch_next()
-        # The time is taken when the samples are on the host, not when the work is queued. The
-        # clone frees the pinned memory, which is scarce.
-        audio = copy.wait().clone()
+    def chunk(text: str, audio: Tensor, codes: Tensor | None, reason: FinishReason | None) -> Chunk:
+        nonlocal samples, frames, first_audio
         if not bool(audio.isfinite().all()):
             unknown = codes is not None and bool((codes == NOT_FINITE).any())
             raise reply.not_finite() if unknown else samples_error(codec, codes)
         samples += len(audio)
+        frames += 0 if codes is None else codes.shape[1]
         elapsed = perf_counter() - began
         if first_audio is None and len(audio):
             first_audio = elapsed
         timing = Timing(elapsed, prefill, first_audio, decoded, samples / codec.sample_rate)
         return Chunk(audio, codec.sample_rate, text, timing, reason)
 
-    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
-    try:
-        for group in reply:
-            # Opened once the reply has a slot: graphs are captured for as many streams as slots.
-            stream = stream or (_open_stream(codec, lookahead, voice) if speaks else None)
-            decoded += 1
-            if on_group is not None:
-                on_group(group)
-            if not group.finished:
-                text, patches = reader.read(group.text, group.codes)
-                heard, codes = nothing, torch.cat(patches, dim=1) if patches else None
-                if stream and codes is not None:
-                    heard = stream.push(codes, trusted=True)
-                yield chunk(text, heard, codes)
-        if closing.is_set():
-            return
-        text, patches = reader.finish()
-        held = torch.cat(patches, dim=1) if patches else None
-        rest = stream.finish(held, trusted=True) if stream else nothing
-        if voice is not None and stream is not None and stream.totals is not None:
-            voice.add(codec, stream.totals)
-        last = chunk(text, rest, held, reply.finish_reason)
-        confidence, warning = judge(reply) if judge is not None else (None, None)
-        yield replace(last, confidence=confidence, warning=warning)
-    finally:
-        if stream is not None:
-            stream.close()
-
-
-def _open_stream(codec: Codec, lookahead: Listening, voice: Voice | None) -> CodecStream:
-    if lookahead == "exact":
-        return codec.stream()
-    return codec.stream("elastic", None if voice is None else voice.known(codec))
+    last: Chunk | None = None
+    while last is None and (delivery := reply.take()) is not None:
+        decoded += 1
+        if on_group is not None:
+            on_group(delivery.group)
+        audio = nothing() if delivery.audio is None else delivery.audio
+        made = delivery.text, audio, delivery.codes
+        if delivery.group.finished:
+            last = chunk(*made, reply.finish_reason)
+        else:
+            yield chunk(*made, None)
+    reply.close()
+    if closing.is_set():
+        return
+    if last is None:
+        # It was ended by somebody else: what has been taken of it is heard to its end.
+        with reply.exclusive():
+            text, audio = voicing.cut(frames, samples)
+        last = chunk(text, audio, None, reply.finish_reason)
+    if voice is not None and voicing.totals is not None:
+        voice.add(codec, voicing.totals)
+    confidence, warning = judge(reply) if judge is not None else (None, None)
+    yield replace(last, confidence=confidence, warning=warning)
 
 
 async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk]:
@@ -371,9 +292,20 @@ async def iterate_async(start: Callable[[], ChunkStream]) -> AsyncIterator[Chunk
         while (chunk := await loop.run_in_executor(_workers, next, chunks, None)) is not None:
             yield chunk
     finally:
-        # Waits for the worker thread to finish its group or prefill, however often the task is
-        # cancelled meanwhile.
-        await asyncio.shield(_close(started))
+        await _to_its_end(_close(started))
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for work, however often the task is cancelled meanwhile; it is cancelled after it."""
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def _close(started: asyncio.Future[ChunkStream]) -> None:

@@ -11,7 +11,7 @@ may change in place, and a copy of a model reads its own; who replaces one makes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,22 +22,23 @@ from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.transformer import (
     PatchDecoder,
+    Product,
     Transformer,
+    takes_parts,
     takes_table,
     takes_transformer,
 )
+from mimo_fast.kernels.matmul.product import Weight, matmul
 from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.kernels.sample_codes import CodeStep, patch_noise, sample_codes
 from mimo_fast.runtime.lm.state import DecodeState
 from mimo_fast.runtime.lm.transformer import (
+    AnyWeight,
     TransformerWeights,
     cached_attend,
     self_attend,
     transformer,
 )
-
-FEW_PATCHES = 16
-"""Patches up to which a small encoder is fastest in one native call, on one thread."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Network:
     code_heads: Tensor
     decoder_embeddings: Tensor
     code_steps: Sequence[CodeStep]
+    patch_to_backbone: AnyWeight
+    backbone_to_patch: AnyWeight
+    text_head: AnyWeight
 
 
 class LayerByLayer:
@@ -105,8 +109,18 @@ class LayerByLayer:
         return codes
 
 
+class AnyProduct:
+    """`matmul` with one weight."""
+
+    def __init__(self, weight: AnyWeight) -> None:
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return matmul(x, self._weight)
+
+
 class FusedBackbone:
-    """`step` as one native call, but for an int8 cache."""
+    """`step` and `prefill` as one native call each, but for an int8 cache."""
 
     def __init__(self, native_form: Transformer, otherwise: LayerByLayer) -> None:
         self._native, self._otherwise = native_form, otherwise
@@ -117,16 +131,25 @@ class FusedBackbone:
             return self._otherwise.step(x, state, slots, starts)
         return self._native.step(x, cache.k, cache.v, slots, starts)
 
+    def prefills(self, state: DecodeState) -> bool:
+        """Whether `prefill` takes prompts of this state."""
+        return state.cache.k_scales is None
+
+    def prefill(self, x: Tensor, state: DecodeState, slots: Tensor, starts: Tensor) -> Tensor:
+        """Positions of prompts: x [R, D] -> normed hidden states [R, D].
+
+        Row r is position starts[r] of slot slots[r]; positions of a slot follow one another.
+        """
+        return self._native.step(x, state.cache.k, state.cache.v, slots, starts)
+
 
 class FusedEncoder:
-    """`encode` as one native call, for few patches."""
+    """`encode` as one native call."""
 
-    def __init__(self, native_form: Transformer, causal: bool, otherwise: LayerByLayer) -> None:
-        self.native, self._causal, self._otherwise = native_form, causal, otherwise
+    def __init__(self, native_form: Transformer, causal: bool) -> None:
+        self.native, self._causal = native_form, causal
 
     def encode(self, frames: Tensor) -> Tensor:
-        if len(frames) > FEW_PATCHES:
-            return self._otherwise.encode(frames)
         return self.native.encode(frames, self._causal)
 
 
@@ -144,11 +167,15 @@ class FusedDecoder:
 
 @dataclass(frozen=True)
 class Executor:
-    """The three transformers as `LM` runs them."""
+    """The three transformers as `LM` runs them, and the products between them, x [..., K] ->
+    [..., N]."""
 
     backbone: LayerByLayer | FusedBackbone
     patch_encoder: LayerByLayer | FusedEncoder
     patch_decoder: LayerByLayer | FusedDecoder
+    patch_to_backbone: Callable[[Tensor], Tensor]
+    backbone_to_patch: Callable[[Tensor], Tensor]
+    text_head: Callable[[Tensor], Tensor]
 
     def threads(self) -> AbstractContextManager[None]:
         """The threads that its operations use: one for a small model on a CPU, else torch's."""
@@ -158,7 +185,7 @@ class Executor:
 def layer_by_layer(network: Network) -> Executor:
     """The executor of models of any size on any device."""
     each = LayerByLayer(network)
-    return Executor(each, each, each)
+    return Executor(each, each, each, *map(AnyProduct, _between(network)))
 
 
 def choose(network: Network) -> Executor:
@@ -176,9 +203,20 @@ def choose(network: Network) -> Executor:
         )
     return Executor(
         FusedBackbone(backbone, plain) if backbone else plain,
-        FusedEncoder(encoder, config.patch_encoder_causal, plain) if encoder else plain,
+        FusedEncoder(encoder, config.patch_encoder_causal) if encoder else plain,
         fused or plain,
+        *(_product(weight) for weight in _between(network)),
     )
+
+
+def _between(network: Network) -> tuple[AnyWeight, AnyWeight, AnyWeight]:
+    return network.patch_to_backbone, network.backbone_to_patch, network.text_head
+
+
+def _product(weight: AnyWeight) -> Callable[[Tensor], Tensor]:
+    """A native product where the matrix is small; its rows have the bits that they have alone."""
+    small = isinstance(weight, Weight) and takes_parts([weight])
+    return Product(weight) if isinstance(weight, Weight) and small else AnyProduct(weight)
 
 
 def _native(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from mimo_fast.kernels.sample_text import sample_text
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.lm.executor import Executor, Network, choose
+from mimo_fast.runtime.lm.executor import Executor, FusedBackbone, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
     AnyWeight,
@@ -43,6 +44,14 @@ Frequencies = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
+
+
+class PlacedIds(NamedTuple):
+    """Prompt ids [C + 1, T G] for positions start ... start + T - 1 of a slot."""
+
+    ids: Tensor
+    slot: int
+    start: int = 0
 
 
 @checked
@@ -120,6 +129,9 @@ class LM:
             code_heads=self.code_heads,
             decoder_embeddings=self.decoder_embeddings,
             code_steps=self.code_steps,
+            patch_to_backbone=self.patch_to_backbone,
+            backbone_to_patch=self.backbone_to_patch,
+            text_head=self.text_head,
         )
 
     def threads(self) -> AbstractContextManager[None]:
@@ -162,22 +174,70 @@ class LM:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
         frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
         encoded = self._executor.patch_encoder.encode(frames).flatten(1)
-        return matmul(encoded, self.patch_to_backbone)
+        return self._executor.patch_to_backbone(encoded)
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
         """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot.
 
         Leaves the last one's hidden state in `state.hidden[slot]`.
         """
-        for hidden in self.hidden_chunks(ids, state, slot, start):
-            state.hidden[slot] = hidden[-1]
-            start += len(hidden)
-        state.lengths[slot] = start
+        self.prefill_together([PlacedIds(ids, slot, start)], state)
+
+    def prefill_together(self, parts: Sequence[PlacedIds], state: DecodeState) -> None:
+        """`prefill` of parts of prompts, each of a slot of its own.
+
+        In a small model on a CPU they are rows of the same native calls, PREFILL_CHUNK positions at
+        a time; each has the bits that it has alone, and that it has in smaller parts.
+        """
+        slots = [part.slot for part in parts]
+        if len({*slots}) != len(slots):
+            raise ValueError(f"two parts are of one slot: {slots}")
+        backbone = self._executor.backbone
+        if not isinstance(backbone, FusedBackbone) or not backbone.prefills(state):
+            for ids, slot, start in parts:
+                for hidden in self.hidden_chunks(ids, state, slot, start):
+                    state.hidden[slot] = hidden[-1]
+                    start += len(hidden)
+                state.lengths[slot] = start
+        elif parts:
+            counts = torch.tensor([part.ids.shape[1] // self.config.group_size for part in parts])
+            hidden = torch.cat([*self._fused_chunks(parts, counts, backbone, state)])
+            state.hidden[slots] = hidden[counts.cumsum(0) - 1]
+            state.lengths[slots] = torch.tensor([part.start for part in parts]) + counts
+
+    def _fused_chunks(
+        self,
+        parts: Sequence[PlacedIds],
+        counts: Tensor,
+        backbone: FusedBackbone,
+        state: DecodeState,
+    ) -> Iterator[Tensor]:
+        """Hidden states [n, D] of the parts one after the other, n <= PREFILL_CHUNK.
+
+        counts: positions of each part.
+        """
+        ids = torch.cat([part.ids.cpu() for part in parts], dim=1)
+        groups = ids.unflatten(1, (-1, self.config.group_size))
+        slots, starts = (
+            torch.tensor(values, dtype=torch.int64).repeat_interleave(counts)
+            for values in zip(*(part[1:] for part in parts), strict=True)
+        )
+        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        starts += torch.arange(len(firsts), dtype=torch.int64) - firsts
+        rows = groups[0, :, 0], groups[1:].transpose(0, 1), slots, starts
+        for text, codes, *place in zip(*(x.split(PREFILL_CHUNK) for x in rows), strict=True):
+            yield backbone.prefill(self.embed(text, codes), state, *place)
 
     def hidden_chunks(
         self, ids: Tensor, state: DecodeState, slot: int, start: int = 0
     ) -> Iterator[Tensor]:
         """What `prefill` computes: hidden states [n, D] by chunks, n <= PREFILL_CHUNK."""
+        backbone = self._executor.backbone
+        if isinstance(backbone, FusedBackbone) and backbone.prefills(state):
+            counts = torch.tensor([ids.shape[1] // self.config.group_size])
+            parts = [PlacedIds(ids, slot, start)]
+            yield from self._fused_chunks(parts, counts, backbone, state)
+            return
         groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
         config = self.config.backbone
@@ -242,11 +302,11 @@ class LM:
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
-        return matmul(hidden, self.text_head)
+        return self._executor.text_head(hidden)
 
     def local_hidden(self, hidden: Tensor) -> Tensor:
         """The patch decoder's first input: [N, D] -> [N, D of the patch decoder]."""
-        return matmul(hidden, self.backbone_to_patch)
+        return self._executor.backbone_to_patch(hidden)
 
     def sample_text(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mimo_fast.errors import PromptError
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.runtime.engine.engine import Reply as EngineReply
+from mimo_fast.runtime.engine.reply import Reply as EngineReply
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyReader
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.session import Exchange, Session

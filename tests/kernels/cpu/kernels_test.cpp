@@ -4,12 +4,15 @@
 //
 //     kernels_test [SET]    one set alone; it must be there
 
+#include <omp.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <string>
 
 #include "instruction_set.h"
 #include "reference.h"
+#include "threads.h"
 
 using namespace reference;
 
@@ -234,6 +237,88 @@ void test_transformer(const Model& model, double tolerance) {
         }
         const bool kept = std::all_of(&k[slot], &k[2 * slot], [](float value) { return value == 1e4f; });
         report(kept, "step: a slot of no row was written to");
+    }
+}
+
+// Every number of rows has the bits of rows alone, whatever tiles it is cut into and whoever computes them.
+void test_multiply(int64_t rows, int64_t columns) {
+    const Matrix w(rows, columns, rows % 2);
+    const int64_t most = 200;
+    const Floats x = gaussian(most * columns);
+    Output alone(most * rows);
+    for (int64_t m = 0; m < most; ++m) kernels->multiply(w.linear, &x[m * columns], 1, &alone.values[m * rows]);
+    const double error = alone.error(w.multiply(wide(x)));
+    report(error <= FLOAT_ERROR, "multiply: error %g; N %ld, K %ld", error, rows, columns);
+    for (int64_t M = 2; M <= most; M = M < 17 ? M + 1 : M < 48 ? 48 : M + 152) {
+        Output y(M * rows);
+        kernels->multiply(w.linear, x.data(), M, y.values.data());
+        report(y.error(Doubles(alone.values.begin(), alone.values.begin() + M * rows)) == 0 &&
+                   !std::memcmp(y.values.data(), alone.values.data(), M * rows * sizeof(float)),
+               "multiply: %ld rows differ from rows alone; N %ld, K %ld", M, rows, columns);
+    }
+}
+
+// Prompts of several slots in one call, cut anywhere, by one thread and by several, have the bits of single positions.
+void test_prompts(const Model& model) {
+    const Transformer& t = model.native;
+    const int64_t slots = 5, T = t.positions, dim = t.dim, layers = int64_t(t.layers.size());
+    const int64_t head = T * t.head_dim, slot = t.kv_heads * head, size = layers * slots * slot;
+    const Floats x = gaussian(slots * T * dim);
+    const auto run = [&](int64_t chunk, Floats& k, Floats& v) {
+        const Cache cache = {k.data(), v.data(), layers, slots, T, slots * slot, slot, head, t.head_dim};
+        Floats hidden(slots * T * dim);
+        for (int64_t first = 0; first < T; first += chunk) {
+            Floats in, out;
+            std::vector<int64_t> at, starts;
+            for (int64_t s = 0; s < slots; ++s)
+                for (int64_t i = first; i < std::min(first + chunk, T); ++i) {
+                    at.push_back(s);
+                    starts.push_back(i);
+                    in.insert(in.end(), &x[(s * T + i) * dim], &x[(s * T + i) * dim] + dim);
+                }
+            out.resize(in.size());
+            kernels->step(t, in.data(), out.data(), cache, {at.data(), starts.data(), int64_t(at.size())});
+            for (size_t r = 0; r < at.size(); ++r)
+                std::copy(&out[r * dim], &out[r * dim] + dim, &hidden[(at[r] * T + starts[r]) * dim]);
+        }
+        return hidden;
+    };
+    Floats k(size, NAN), v(size, NAN);
+    const Floats want = run(1, k, v);
+    for (const int64_t chunk : {T, int64_t(5)})
+        for (const bool alone : {false, true}) {
+            Floats keys(size, NAN), values(size, NAN);
+            if (alone) narrow();
+            const int threads = threads_for(slots * chunk, t.work());
+            const Floats got = run(chunk, keys, values);
+            if (alone) widen();
+            report(chunk != T || threads > 1, "step: prompts were not divided among threads");
+            report(got == want && keys == k && values == v, "step: prompts in chunks of %ld differ from positions", chunk);
+        }
+}
+
+// A patch of each of many rows, divided among threads, is that of a row alone; a sequence's encoding likewise.
+void test_many_rows(const Model& model) {
+    const Transformer& t = model.native;
+    const int64_t rows = 24, dim = t.dim, T = 3, size = 40;
+    const Floats table = gaussian(size * dim), local = gaussian(rows * dim), x = gaussian(rows * T * dim);
+    const std::vector<int64_t> first = {0, 0, 0, size, 3}, second = {0, 1, 0, size, 3};
+    const PatchDecoder p = {t, table.data(), table.data(), 1, 2, {{first.data(), 1}, {second.data(), 1}}};
+    const Floats temperature(rows, 0.9f), tail(rows, 0);
+    const std::vector<int64_t> top_k(rows, 0), seeds(rows, 11), draws(rows, 1);
+    const bool greedy[24] = {true, false};
+    std::vector<int64_t> codes(rows * 2), one(2);
+    kernels->decode_patch(p, local.data(), codes.data(),
+                          {temperature.data(), top_k.data(), tail.data(), greedy, seeds.data(), draws.data(), rows});
+    Floats encoded(rows * T * dim), alone(T * dim);
+    kernels->encode(t, x.data(), encoded.data(), rows, T, true);
+    report(threads_for(rows, 2 * t.work()) > 1, "decode_patch: rows were not divided among threads");
+    for (int64_t r = 0; r < rows; ++r) {
+        kernels->decode_patch(p, &local[r * dim], one.data(),
+                              {&temperature[r], &top_k[r], &tail[r], greedy + r, &seeds[r], &draws[r], 1});
+        report(std::equal(one.begin(), one.end(), &codes[2 * r]), "decode_patch: row %ld depends on the others", r);
+        kernels->encode(t, &x[r * T * dim], alone.data(), 1, T, true);
+        report(std::equal(alone.begin(), alone.end(), &encoded[r * T * dim]), "encode: row %ld depends on the others", r);
     }
 }
 
@@ -462,6 +547,10 @@ uint64_t test_set() {
         test_transformer(Model(1, 64, 4, 4, 16, 128, bits), bits ? 2e-3 : FLOAT_ERROR);
     }
     test_transformer(Model(2, 40, 3, 1, 24, 72, 0), FLOAT_ERROR);
+    for (const auto& [rows, columns] : {std::pair{1, 8}, {7, 24}, {40, 192}, {35, 512}, {9, 1288}})
+        test_multiply(rows, columns);
+    test_prompts(Model(2, 192, 6, 2, 64, 320, 0));
+    test_many_rows(Model(2, 192, 6, 2, 64, 320, 0));
     test_decode_patch(Model(2, 40, 3, 1, 24, 72, 0));
     for (const bool layer_norms : {false, true}) {
         test_codec_stack(1, 3, 24, 80, layer_norms);
@@ -475,6 +564,7 @@ uint64_t test_set() {
 
 int main(int count, char** arguments) {
     const std::string wanted = count > 1 ? arguments[1] : "";
+    omp_set_num_threads(3);
     const auto supported = supported_kernels();
     const Floats plain = results(*supported.back());
     int tested = 0;

@@ -2,9 +2,7 @@
 
 import copy
 import gc
-import threading
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from mimo_fast.runtime.codec.geometry import (
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.engine.stream import ReplyReader, _generate_chunks
+from mimo_fast.runtime.engine.voicing import ReplyReader, Voicing, voice
 from mimo_fast.runtime.lm.decode import Group
 
 STATED = {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 3}
@@ -274,23 +272,18 @@ def test_a_user_in_inference_mode_spoils_no_state(plain):
 def test_a_reply_gives_its_state_back_at_once(model):
     codec, counted = graphed(model.codec)
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
-    reader = ReplyReader(model.tokenizer, True)
-
-    class Spoken(list[Group]):
-        """A reply of groups that are there."""
-
-        prefilled, finish_reason = 0.0, None
-
-        def prefill(self) -> None: ...
-
-        def launch_next(self) -> None: ...
-
-    reply: Any = Spoken([spoken] * 20)
-    chunks = _generate_chunks(reply, reader, codec, 0.0, True, None, threading.Event())
+    reply = Voicing(ReplyReader(model.tokenizer, True), codec)
     for _ in range(LOOKAHEAD + 3):
-        next(chunks)
+        ((reading, _),) = voice([reply], [spoken])
+        reply.accept(reading)
     idle = codec.stream_graphs._idle[LOOKAHEAD]
     assert not idle
-    chunks.close()
+    reply.close()
     assert len(idle) == 1
     assert counted.replays == 3
+    again = Voicing(ReplyReader(model.tokenizer, True), codec)
+    for group in (spoken, replace(spoken, finished=True)):
+        ((reading, _),) = voice([again], [group])
+        again.accept(reading)
+    # At its end, too.
+    assert len(idle) == 1

@@ -47,7 +47,7 @@ class TestPausing:
 def test_conversations_that_nobody_holds_leave_their_slots(engine, requests):
     for _ in range(8):
         next(requests[5].start(engine))
-    assert len([owner for owner in engine._owners if owner and owner()]) <= 1
+    assert len([owner for owner in engine.slots.owners if owner and owner()]) <= 1
     list(requests[3].start(engine))
     assert not engine._requests
 

@@ -11,7 +11,7 @@ from replies import CAPACITY, GREEDILY, RequestSpec, drawn
 from torch import Tensor
 
 from mimo_fast import LM, MimoAudio
-from mimo_fast.runtime.engine import engine as engine_module
+from mimo_fast.runtime.engine import policy
 from mimo_fast.runtime.engine.engine import Engine, Reply
 from mimo_fast.runtime.lm.decode import Limits
 
@@ -132,7 +132,7 @@ def test_rows_that_take_turns_draw_what_they_draw_alone(
     monkeypatch: pytest.MonkeyPatch,
     slots: int,
 ) -> None:
-    monkeypatch.setattr(engine_module, "SLICE", 3)
+    monkeypatch.setattr(policy, "SLICE", 3)
     engine, evicted, evict = Engine(model.lm, slots, CAPACITY), list[int](), Engine._evict
 
     def counting(engine: Engine, *arguments: Any) -> None:

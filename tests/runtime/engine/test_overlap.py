@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
 from mimo_fast.bench.schedule import ScheduledLM
-from mimo_fast.runtime.codec.stream import LOOKAHEAD, CodecStream
-from mimo_fast.runtime.engine import stream as streams
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.stream import LOOKAHEAD
+from mimo_fast.runtime.engine import voicing
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm import decode
 
@@ -28,13 +29,12 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.fail: dict[str, BaseException] = {}
-        self._copies(monkeypatch, streams, "samples")
+        self._copies(monkeypatch, voicing, "samples")
         self._copies(monkeypatch, decode, "tokens")
         for owner, method, name in (
             (LM, "step", "step"),
             (LM, "sample_patch", "patch"),
-            (CodecStream, "push", "codec"),
-            (CodecStream, "finish", "codec"),
+            (Codec, "advance", "codec"),
         ):
             watch(monkeypatch, owner, method, before=partial(self.note, name))
 
@@ -96,23 +96,27 @@ def device(monkeypatch: pytest.MonkeyPatch, whole: list[Chunk]) -> Device:
 
 def test_the_next_group_is_launched_before_the_samples_are_waited_for(own, whole, device):
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
-    groups = " ".join(device.log).split("wait samples")
+    log = " ".join(device.log).replace("copy ", "copy_").replace("wait ", "wait_")
+    first, *groups = log.split("wait_tokens ")
+    # The first group is drawn from the prompt; with each other one begins what the host does of it:
+    # its tokens were launched before the samples of the last one were waited for.
+    assert first.split() == ["copy_tokens"]
+    *groups, end = groups
     # The last group ends the reply, and its chunk is what the codec still holds: nothing follows.
-    *groups, end, after = groups
-    assert (end.split(), after) == (["wait", "tokens", "codec", "copy", "samples"], "")
-    first, *groups = groups
-    assert first.split()[:4] == ["copy", "tokens", "wait", "tokens"]
-    assert len(groups) == 46
-    for group in groups:
-        events = group.replace("copy ", "copy_").replace("wait ", "wait_").split()
-        # One host read a group, of tokens that were launched before the last chunk's samples were
-        # waited for.
-        assert events[0] == "wait_tokens"
-        assert events.count("wait_tokens") == 1
-        assert events.index("copy_samples") < events.index("step") < events.index("copy_tokens")
+    assert end.split() == ["codec", "copy_samples", "wait_samples"]
+    assert len(groups) == 47
+    heard = 0
+    for events in (group.split() for group in groups):
+        assert events.count("step") == events.count("copy_tokens") == 1
+        assert events.index("step") < events.index("copy_tokens")
         if "codec" in events:
-            assert events.index("codec") < events.index("copy_samples")
-    assert any("codec copy samples step copy tokens patch" in group for group in groups)
+            assert events.index("codec") < events.index("step")
+        if "copy_samples" in events:
+            heard += 1
+            assert events.index("codec") < events.index("copy_samples") < events.index("step")
+            assert events[-1] == "wait_samples"
+    assert heard == 30 - LOOKAHEAD - 1
+    assert "codec copy_samples step copy_tokens patch wait_samples" in log
 
 
 def test_without_overlap_it_is_as_lazy_as_a_generator(own, whole, device):
@@ -122,7 +126,7 @@ def test_without_overlap_it_is_as_lazy_as_a_generator(own, whole, device):
     for taken in range(48):
         chunks.append(next(stream))
         assert device.log.count("step") == taken
-        assert device.log[-1] == "wait samples"
+        assert device.log[-1] == ("wait samples" if len(chunks[-1].audio) else device.log[-1])
     assert same(chunks, whole)
 
 
@@ -134,7 +138,7 @@ def test_who_stops_has_cost_the_group_in_progress(own, whole, device, taken):
     stream.close()
     assert list(stream) == []
     assert device.log.count("step") == taken
-    assert own.engine._in_flight is None
+    assert own.engine.steps.in_flight is None
     assert not own.engine._requests
     assert same(list(own.stream("tts", TEXT, **OPTIONS)), whole)
 
@@ -148,8 +152,7 @@ def test_a_conversation_goes_on_where_its_reply_was_left(model, requests):
         reply = requests[5].start(engine)
         for _ in range(3):
             next(reply)
-            reply.launch_next()
-        assert (engine._in_flight is not None) == overlaps
+        assert (engine.steps.in_flight is not None) == overlaps
         reply.close()
         sequence = reply._request.sequence
         sequence.add(requests[0].ids[:, :24])
@@ -185,8 +188,7 @@ def test_an_error_that_a_wait_brings_is_that_reply_s_own(engine, requests, alone
     device = Device(monkeypatch)
     replies = [requests[i].start(engine, ahead=None) for i in (3, 4, 5)]
     got = [[next(reply)] for reply in replies]
-    replies[0].launch_next()
-    assert engine._in_flight is not None
+    assert engine.steps.in_flight is not None
     break_steps(monkeypatch, ValueError("no such thing"), replies[1]._request.row.slot)
     device.fail["wait tokens"] = RuntimeError("an earlier kernel failed")
     got[0] += replies[0]
@@ -202,7 +204,6 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 ):
     device, reply = Device(monkeypatch), requests[5].start(engine)
     got = [next(reply)]
-    reply.launch_next()
     device.fail["wait tokens"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         next(reply)
@@ -210,40 +211,16 @@ def test_an_interrupt_while_a_group_is_waited_for_loses_nothing(
 
 
 class TestManyStreams:
-    def test_the_last_to_launch_its_chunk_launches_the_next_group(self, engine, requests):
-        """Otherwise a chunk would wait behind a group."""
-        first, second = requests[4].start(engine), requests[5].start(engine)
-        first.launches = second.launches = True
-        first.prefill()
-        second.prefill()
-        # As if another thread waited for the second's.
-        second._request.launching = True
-        next(first)
-        next(first)
-        assert len(second._request.ready) == 1
-        first.launch_next()
-        assert engine._in_flight is None
-        next(second)
-        second.launch_next()
-        assert engine._in_flight is not None
-        assert len(engine._in_flight.requests) == 2
-        # A consumer that fails or leaves holds nobody up.
-        next(first)
-        second._request.launching = True
-        second.close()
-        first.launch_next()
-        assert len(engine._in_flight.requests) == 1
-
     def test_a_prompt_that_waits_goes_before_the_next_group(self, engine, requests, alone):
         running = requests[5].start(engine)
         got = [next(running)]
+        assert len(engine.steps.in_flight.requests) == 1
         joining = requests[3].start(engine)
-        running.launch_next()
-        assert engine._in_flight is None
         got.append(next(running))
-        assert joining._request.row is not None
-        running.launch_next()
-        assert len(engine._in_flight.requests) == 2
+        # The group in flight was collected, and none launched in the place of a prompt.
+        assert engine.steps.in_flight is None
+        got.append(next(running))
+        assert joining._request in engine.steps.in_flight.requests
         assert drawn([*got, *running]) == alone[5]
         assert drawn(list(joining)) == alone[3]
 
@@ -252,19 +229,15 @@ class TestManyStreams:
         engine.overlaps = True
         running, queued = requests[5].start(engine), requests[3].start(engine)
         got = [next(running)]
-        running.launch_next()
-        assert engine._in_flight is not None
-        for group in running:
-            got.append(group)
-            running.launch_next()
+        assert engine.steps.in_flight is not None
+        got += running
         assert drawn(got) == alone[5]
         assert drawn(list(queued)) == alone[3]
 
     def test_a_row_that_is_ahead_by_its_bound_is_not_launched(self, engine, requests):
         idle, busy = requests[5].start(engine, ahead=2), requests[4].start(engine)
         idle.prefill()
-        for _ in busy:
-            busy.launch_next()
+        list(busy)
         assert idle._request.row.produced == 2
 
     @pytest.mark.parametrize("count", [2, 4])
@@ -279,7 +252,7 @@ class TestManyStreams:
         got = in_threads(partial(run, shared), count)
         for row in range(count):
             assert same(got[row], run(alone, row))
-        assert shared.engine._in_flight is None
+        assert shared.engine.steps.in_flight is None
         assert not shared.engine._requests
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimo_fast import LM, Chunk, MimoAudio
-from mimo_fast.runtime.engine.stream import ReplyReader
+from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.text.tasks import TASKS
 
 GROUP, FRAME = 4, 960

@@ -83,9 +83,7 @@ def test_a_change_between_words_and_speech_wastes_nothing(model, requests, overl
         engine.overlaps = overlaps
         request = RequestSpec(requests[1].ids, 7, requests[1].samplers, limits)
         reply, groups = request.start(engine), []
-        for group in reply:
-            groups.append(group)
-            reply.launch_next()
+        groups += reply
         want.append(drawn(groups))
     assert want[0] == want[1]
     assert [text for text, _, _ in want[1]] == plan
@@ -132,8 +130,6 @@ def test_rows_join_leave_and_move(model, requests, alone, seed):
             running.append((number, requests[number].start(engine, ahead=rng.choice([1, 3]))))
             continue
         number, reply = rng.choice(running)
-        if rng.random() < 0.7:
-            reply.launch_next()
         group = next(reply, None)
         if group is None:
             running.remove((number, reply))
@@ -170,7 +166,6 @@ def test_on_a_gpu_the_tokens_are_those_without_it(requests, monkeypatch, overlap
         replies = [request.start(engine, ahead=None) for request in requests]
         for reply in replies[:2]:
             next(reply)
-            reply.launch_next()
             reply.close()
         found.append([drawn(list(reply)) for reply in replies[2:]])
     assert found[0] == found[1]

@@ -11,6 +11,7 @@ from variants import random_prompt
 from mimo_fast import LM
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm import graphs as graphs_module
+from mimo_fast.runtime.lm.executor import layer_by_layer
 from mimo_fast.runtime.lm.graphs import PROMPTS, Graphs, PromptPart
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.text.prompt import PackedPrompt
@@ -220,7 +221,7 @@ def test_a_failure_of_one_is_not_the_others(model, requests, alone, monkeypatch)
 
 
 @pytest.mark.parametrize("groups", [1, 254, PROMPTS[-1]])
-def test_a_prompt_is_two_launches(model, groups):
+def test_a_prompt_is_two_launches(model, groups, monkeypatch):
     counted, state = HostLaunches(), poisoned_state(model.lm, PROMPTS[-1])
     counted.owns(*tensors_of(state))
     graphs = Graphs(model.lm, state, counted.unwatched, prompts=True)
@@ -232,6 +233,7 @@ def test_a_prompt_is_two_launches(model, groups):
     assert counted.names == ["copy_", "graph"]
     # Kernel by kernel it is many.
     counted.names.clear()
+    monkeypatch.setattr(model.lm, "_executor", layer_by_layer(model.lm.network))
     with counted:
         model.lm.prefill(ids, state, 1)
     assert len(counted.names) > 20
