@@ -265,7 +265,9 @@ def run(args: argparse.Namespace) -> int:
                 for side in order:
                     point = {"side": side.name, "target": module}
                     point |= measured(side, request, module)
-                    point |= shares(point)
+                    if module == "engine":
+                        # Over the wire neither words nor prompts are seen.
+                        point |= shares(point)
                     points.append(point)
                     show(row(point))
                     _keep(args.output, record)

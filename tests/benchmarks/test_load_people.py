@@ -161,6 +161,20 @@ def test_an_engine_answers_a_crowd(profile):
     assert seen["peak_bytes"] > 1e8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["listeners", "people"])
+def test_a_server_answers_a_crowd(profile):
+    pytest.importorskip("starlette")
+    request = {"streams": 2, "profile": profile, "seconds": 4.0, "ramp": 0.5}
+    run = [sys.executable, "-m", "benchmarks.load.server", json.dumps(request)]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    seen = json.loads(found.stdout)
+    assert seen["patches"] > 0
+    assert not seen["errors"]
+    assert seen["cpus"] > 0
+    assert seen["peak_bytes"] > 1e8
+
+
 def test_wrong_usage_is_said_before_anything_runs():
     for wrong in (["--streams", "0"], ["--seconds", "0"], ["--model", "nano"]):
         args = _parsed(wrong)
