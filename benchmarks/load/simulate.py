@@ -182,7 +182,7 @@ def _limit(
     if best == STREAMS[-1]:
         return "the largest number that was simulated"
     more = next(each for each in points if each["streams"] > best)
-    return f"time: {more['streams']} streams are heard {100 * (more['continuity'] or 0):.1f}% of it"
+    return f"time: {more['streams']} streams are heard {100 * (more['continuity'] or 0):.2f}% of it"
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
