@@ -10,6 +10,7 @@ python -m benchmarks robustness                           words wrong in recordi
 python -m benchmarks serving                              make soak: a server after hours of use
 python -m benchmarks page                                 make soak: the page after an hour of talk
 python -m benchmarks load                                 hundreds of people at once
+python -m benchmarks simulate --published                simulated: an H100, a 4090, eight
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -33,6 +34,7 @@ from benchmarks import (
     suite,
 )
 from benchmarks.load import command as load
+from benchmarks.load import simulate
 from mimo_fast.errors import MimoFastError
 
 COMMANDS = {
@@ -45,6 +47,7 @@ COMMANDS = {
     "serving": (serving, "make soak: a server's memory, threads and files after hours of use"),
     "page": (page, "make soak: memory of the page and its server after an hour of talk"),
     "load": (load, "people at once: streams carried, first audio, groups a second"),
+    "simulate": (simulate, "the engine's policy with measured or predicted step times"),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import lookahead, projection, recordings
 from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
+from benchmarks.load import report as load_report
 from benchmarks.projection import FORMATS
 from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, sources
 from mimo_fast.bench.environment import ROOT
@@ -199,6 +200,7 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     parts += [*_per_device(measured, "quality"), *_weight_errors(results)]
     parts += lookahead.section(results)
     parts += recordings.section(results)
+    parts += load_report.section(results)
     parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
     if measured.find("compare"):
         parts += ["## Comparisons of commits\n", *_per_device(measured, "compare")]

@@ -220,6 +220,33 @@ class Connection:
         self, request: Request, leaves: Callable[[int], bool] | None = None
     ) -> tuple[Outcome, bytes]:
         """The outcome and the body; `leaves(bytes so far)` says whether to hang up there."""
+        body = request.body or b""
+        if leaves is not None and leaves(-len(body)):
+            await self._ask(request, body[: len(body) // 2])
+            self.hang_up()
+            return LEFT, b""
+        outcome, got = LEFT[0], bytearray()
+        async for status, part in self.parts(request):
+            outcome, got = status, got + part
+            if leaves is not None and part and leaves(len(got)):
+                self.hang_up()
+                return LEFT, bytes(got)
+        return (outcome, _code(outcome, bytes(got))), bytes(got)
+
+    async def parts(self, request: Request) -> AsyncIterator[tuple[int, bytes]]:
+        """The status and each part of the body as it comes; at first an empty one."""
+        reader = await self._ask(request, request.body or b"")
+        assert self._writer is not None
+        await self._writer.drain()
+        status, headers = await self._head(reader)
+        yield status, b""
+        async for part in self._parts(reader, headers):
+            yield status, part
+        if headers.get("connection") == "close":
+            self.hang_up()
+
+    async def _ask(self, request: Request, body: bytes) -> asyncio.StreamReader:
+        """Writes the head of a request and so much of its body."""
         if self._reader is not None and self._reader.at_eof():
             # The server has ended it: nothing was asked for a while.
             self.hang_up()
@@ -234,24 +261,8 @@ class Connection:
         lines += [f"{name}: {value}" for name, value in named.items()]
         if request.body is not None:
             lines.append(f"Content-Length: {len(request.body)}")
-        self._writer.write("\r\n".join([*lines, "", ""]).encode())
-        body = request.body or b""
-        if leaves is not None and leaves(-len(body)):
-            self._writer.write(body[: len(body) // 2])
-            self.hang_up()
-            return LEFT, b""
-        self._writer.write(body)
-        await self._writer.drain()
-        status, headers = await self._head(self._reader)
-        got = bytearray()
-        async for part in self._parts(self._reader, headers):
-            got += part
-            if leaves is not None and leaves(len(got)):
-                self.hang_up()
-                return LEFT, bytes(got)
-        if headers.get("connection") == "close":
-            self.hang_up()
-        return (status, _code(status, bytes(got))), bytes(got)
+        self._writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        return self._reader
 
     async def _head(self, reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")

@@ -109,7 +109,8 @@ def batch(
         suffix: of audio files [.wav]; of transcripts .txt, .json, .srt, .vtt or .tsv [.txt].
         overwrite: whether what the folder has already is computed again.
         progress: shows a bar on a terminal.
-        options: further arguments of `MimoAudio.stream`, the same for all.
+        options: further arguments of `MimoAudio.stream`, the same for all. Listeners come before
+            these replies, unless it is `priority="listener"`.
 
     Raises:
         ValueError: there is no such task, or two recordings have one name.
@@ -202,9 +203,8 @@ class _Batch:
     def _reply(self, index: int, request: Any) -> BatchResult:
         positional, given = self._arguments(index, request)
         words, audio = [], []
-        with closing(
-            self._model.stream(self._task, *positional, **self._options, **given)
-        ) as chunks:
+        options = {"priority": "batch", **self._options, **given}
+        with closing(self._model.stream(self._task, *positional, **options)) as chunks:
             for chunk in chunks:
                 words.append(chunk.text)
                 audio.append(chunk.audio)

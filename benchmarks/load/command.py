@@ -71,14 +71,17 @@ def measured(side: Side, request: Mapping[str, Any], module: str) -> dict[str, A
 
 
 @contextmanager
-def sides(reference: str | None) -> Iterator[list[Side]]:
-    """The working tree and, before it, another commit with its native kernels."""
+def sides(reference: str | None, built: Path | None = None) -> Iterator[list[Side]]:
+    """The working tree and, before it, another commit with its native kernels.
+
+    built: a checkout of that commit in which they are built already.
+    """
     new = Side("now", ROOT)
     if reference is None:
         yield [new]
         return
     with checked_out(reference) as old:
-        native(old.root)
+        native(old.root, built or ROOT)
         yield [Side("before", old.root), new]
 
 
@@ -230,6 +233,8 @@ def add_options(add: Callable[..., object]) -> None:
     add("--lookahead", default="elastic", choices=("elastic", "exact"))
     add("--rounds", type=int, default=1, help="of every point [%(default)s]")
     add("--compare", metavar="REF", help="another commit, alternately")
+    about = "with --compare: a checkout of REF whose native kernels are built"
+    add("--built", type=Path, metavar="DIR", help=about)
     add("--server", action="store_true", help="by way of `mimo-fast serve`")
     add("--model", help="directory or hub id; by default nano")
     add("--codec", help="directory or hub id")
@@ -257,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
     module = "server" if args.server else "engine"
     show(HEADS)
     shares = share_of_ceiling(args.model or "nano", args.codec or "nano", rate)
-    with sides(args.compare) as chosen:
+    with sides(args.compare, args.built) as chosen:
         record["sides"] = [side.name for side in chosen]
         for turn in range(args.rounds):
             order = chosen if turn % 2 == 0 else chosen[::-1]
@@ -265,7 +270,9 @@ def run(args: argparse.Namespace) -> int:
                 for side in order:
                     point = {"side": side.name, "target": module}
                     point |= measured(side, request, module)
-                    point |= shares(point)
+                    if module == "engine":
+                        # Over the wire neither words nor prompts are seen.
+                        point |= shares(point)
                     points.append(point)
                     show(row(point))
                     _keep(args.output, record)

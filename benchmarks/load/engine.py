@@ -1,6 +1,7 @@
 """Clients of an engine in one process, a thread each, by the public API alone.
 
     python -m benchmarks.load.engine '{"streams": 16, "profile": "listeners", "seconds": 15}'
+    python -m benchmarks.load.engine '{"replies": true, "model": "nano", "codec": "nano"}'
 
 A process measures one point and prints it as a line of JSON, so that memory and time of the
 processor are its own, and so that it also runs in the tree of an older commit.
@@ -216,11 +217,43 @@ class Crowd:
             time.sleep(left)
 
 
+def replies(model: str, codec: str) -> dict[str, Any]:
+    """What the model says of each sentence, for the simulation.
+
+    Returns the groups of each prompt and the samples that come with each group; the samples of the
+    pause between two sentences; and the seconds of a group of a prompt, the median over sentences.
+    """
+    with mimo_fast.load(model, codec, device="cpu", max_batch=1, max_seq_len=512) as loaded:
+        rate = loaded.codec.sample_rate
+
+        def said(text: str) -> tuple[list[int], float]:
+            chunks = [*loaded.stream("tts", text, split=True, lookahead="elastic", seed=1)]
+            samples = [len(each.audio) for each in chunks]
+            # The end of a reply is a chunk without a group.
+            groups = chunks[-1].timing.groups
+            return [*samples[: groups - 1], sum(samples[groups - 1 :])], chunks[-1].timing.prefill
+
+        found, seconds = dict[str, Any](), list[float]()
+        for _ in range(2):
+            for each in lines("sentences"):
+                groups = loaded.get_tts_sft_prompt(each).shape[1] // loaded.group_size
+                samples, prefill = said(f"{each}.")
+                found[each] = {"prompt": groups, "samples": samples}
+                seconds.append(prefill / groups)
+        one, other = lines("sentences")[:2]
+        both = sum(said(f"{one}. {other}.")[0])
+        pause = both - sum(sum(found[each]["samples"]) for each in (one, other))
+        middle = sorted(seconds[len(seconds) // 2 :])[len(seconds) // 4]
+        return {"sentences": found, "pause": pause, "rate": rate, "prompt_seconds": middle}
+
+
 def main(request: str) -> None:
-    point = Point(**json.loads(request))
+    asked = json.loads(request)
+    wants_replies = asked.pop("replies", False)
+    made = replies(**asked) if wants_replies else Crowd(Point(**asked)).measure()
     # Whoever reads it may be gone.
     with suppress(BrokenPipeError):
-        print(json.dumps(Crowd(point).measure()), flush=True)
+        print(json.dumps(made), flush=True)
     # Threads of replies that were cut end with the process.
     os._exit(0)
 

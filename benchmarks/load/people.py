@@ -42,6 +42,9 @@ PAUSE = 1.0
 ROOM = 2.0
 """Seconds of audio that a listener holds; it reads on when it has room."""
 
+FIRST = 2.0
+"""Seconds after which waiting for the first audio of a reply is silence like any other."""
+
 CONTINUITY = 0.999
 """Share of the time in which a reply must be heard, for its stream to count as carried."""
 
@@ -141,7 +144,7 @@ def summary(heard: Iterable[Heard], since: float, until: float) -> dict[str, Any
     """What was heard within the window: continuity, gaps, first audio, groups a second.
 
     A reply that is silent at the end of the window, because its next chunk has not come, has a gap
-    to there.
+    to there; so has one that is not heard FIRST seconds after it was asked for.
     """
     played = silent = 0.0
     gaps, waits, errors = list[float](), list[float](), list[str]()
@@ -161,6 +164,10 @@ def summary(heard: Iterable[Heard], since: float, until: float) -> dict[str, Any
         if each.groups and since <= each.groups[0] < until:
             counts["prompts"] += 1
             counts["prompt_groups"] += each.prompt
+        waited = player.first if each.ended is None else min(player.first or each.ended, each.ended)
+        if (late := within(each.asked + FIRST, waited or until, since, until)) > 0:
+            gaps.append(late)
+            silent += late
         if player.first is None:
             continue
         # It stops to listen at `ended`; where it did not, it waits on.

@@ -93,8 +93,11 @@ def test_who_hears_nothing_waits_until_the_end_and_errors_are_counted():
     found = summary([heard(1.0), heard(1.0, error="BusyError", ended=1.0)], 0, 4)
     assert found["first_audio"]["p95"] == pytest.approx(3.0)
     assert found["errors"] == {"BusyError": 1}
-    assert found["continuity"] is None
+    # Two seconds may pass before the first word; another has.
+    assert found["gap_seconds"] == pytest.approx(1.0)
+    assert found["continuity"] == 0
     assert not carried(found)
+    assert summary([], 0, 4)["continuity"] is None
 
 
 def test_overlap_of_intervals():
@@ -153,6 +156,20 @@ def test_an_engine_answers_a_crowd(profile):
     seen = json.loads(found.stdout)
     assert seen["groups"] > 0
     assert seen["prompt_groups"] > 0
+    assert not seen["errors"]
+    assert seen["cpus"] > 0
+    assert seen["peak_bytes"] > 1e8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["listeners", "people"])
+def test_a_server_answers_a_crowd(profile):
+    pytest.importorskip("starlette")
+    request = {"streams": 2, "profile": profile, "seconds": 4.0, "ramp": 0.5}
+    run = [sys.executable, "-m", "benchmarks.load.server", json.dumps(request)]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    seen = json.loads(found.stdout)
+    assert seen["patches"] > 0
     assert not seen["errors"]
     assert seen["cpus"] > 0
     assert seen["peak_bytes"] > 1e8
