@@ -55,4 +55,22 @@ class Buffer {
     }
 };
 
+// `size` values at the start of a cache line, of which nothing is known.
+template <class T>
+class Aligned {
+  public:
+    explicit Aligned(int64_t size) : values(new (std::align_val_t(64)) T[size]) {}
+    ~Aligned() { operator delete[](values, std::align_val_t(64)); }
+    Aligned(const Aligned&) = delete;
+    Aligned& operator=(const Aligned&) = delete;
+
+    T* data() { return values; }
+    const T* data() const { return values; }
+    T& operator[](int64_t i) { return values[i]; }
+    const T& operator[](int64_t i) const { return values[i]; }
+
+  private:
+    T* values;
+};
+
 }  // namespace mimo_fast::MIMO_FAST_SET

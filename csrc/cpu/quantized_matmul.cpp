@@ -18,14 +18,13 @@
 
 #include "block_dot.h"
 #include "buffer.h"
+#include "fixed_point.h"
+#include "quantized_tiles.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 constexpr int64_t ROWS = 16;
-constexpr int LARGEST_BLOCK = 128;
-constexpr float LARGEST = 127 * 256;
-constexpr float LEAST_NORMAL = 0x1p-126f;
 // Bytes of W below which waking the other threads costs more than they bring.
 constexpr int64_t SHARED = 1 << 17;
 
@@ -67,58 +66,21 @@ struct FixedPoint {
     static bool splits(const QuantizedWeight& w) { return SPLITS_X && w.bits == 4; }
 
     void convert_row(const QuantizedMatmul& p, const UnpackingOrder& order, int64_t m) {
-        const int64_t K = p.weight.columns;
-        Floats scale = splat(1.0f);
-        if (p.norm) {
-            Floats squares = splat(0.0f);
-            for (int64_t k = 0; k < K; k += 8) {
-                const Floats x = read8(p.x, p.type, m * K + k);
-                squares = fma(x, x, squares);
+        const QuantizedWeight& w = p.weight;
+        const int64_t blocks = w.columns / w.block;
+        fix_row(p, m, sums.data() + m * (w.columns / w.group), [&](int64_t b, const int32_t* fixed, float step) {
+            steps[m * blocks + b] = step;
+            const int64_t at = m * w.columns + b * w.block;
+            if (!splits(w)) {
+                for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(fixed[order.order[i]]);
+            } else {
+                for (int i = 0; i < w.block; ++i) {
+                    const int32_t value = fixed[order.order[i]], h = (value + 128) >> 8;
+                    high[at + i] = int8_t(h);
+                    low[at + i] = int8_t(value - 256 * h);
+                }
             }
-            scale = splat(1 / std::sqrt(sum(squares) / float(K) + p.eps));
-        }
-        for (int64_t start = 0; start < K; start += p.weight.block) {
-            float x[LARGEST_BLOCK];
-            Floats most = splat(0.0f);
-            for (int i = 0; i < p.weight.block; i += 8) {
-                Floats values = read8(p.x, p.type, m * K + start + i);
-                if (p.norm) values = values * scale * read8(p.norm, p.type, start + i);
-                most = max(most, abs(values));
-                store(x + i, values);
-            }
-            convert_block(p.weight, order, m, start, x, largest(most));
-        }
-    }
-
-    void convert_block(
-        const QuantizedWeight& w, const UnpackingOrder& order, int64_t m, int64_t start, const float* x, float most
-    ) {
-        // What is not finite must not pass as a number; a maximum may not see NaN, a sum does.
-        float check = 0;
-        for (int i = 0; i < w.block; ++i) check += x[i] * 0;
-        const float step = check == 0 ? most / LARGEST : NAN;
-        // What is too small for a normal step counts as zero.
-        const float inverse = step >= LEAST_NORMAL ? 1 / step : 0;
-        int32_t fixed[LARGEST_BLOCK];
-        Ints total = splat(0);
-        for (int i = 0; i < w.block; i += 8) {
-            const Floats values = max(min(load(x + i) * splat(inverse), splat(LARGEST)), splat(-LARGEST));
-            const Ints whole8 = inverse ? round(values) : splat(0);
-            total = total + whole8;
-            store(fixed + i, whole8);
-        }
-        const int64_t at = m * w.columns + start;
-        if (!splits(w)) {
-            for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(fixed[order.order[i]]);
-        } else {
-            for (int i = 0; i < w.block; ++i) {
-                const int32_t value = fixed[order.order[i]], h = (value + 128) >> 8;
-                high[at + i] = int8_t(h);
-                low[at + i] = int8_t(value - 256 * h);
-            }
-        }
-        steps[m * (w.columns / w.block) + start / w.block] = step;
-        sums[m * (w.columns / w.group) + start / w.group] += step * sum(to_floats(total));
+        });
     }
 };
 
@@ -212,6 +174,7 @@ void run(const QuantizedMatmul& p) {
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmul& p) {
+    if (multiply_by_tiles(p)) return;
     const int block = p.weight.block;
     if (p.weight.bits == 4) block == 128 ? run<4, 128>(p) : run<4, 64>(p);
     else if (block == 128) run<8, 128>(p);

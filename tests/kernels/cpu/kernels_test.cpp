@@ -128,26 +128,29 @@ void test_extremes() {
                 Matrix w(3, K, false, bits, group, false);
                 std::fill(w.words.begin(), w.words.end(), ~0u);
                 std::fill(w.scales.begin(), w.scales.end(), uint16_t(0x3F80));
-                const Floats x(3 * K, sign);
-                Output y(9);
-                kernels->quantized_matmul(product(w, x.data(), 3, y.values.data()));
-                const double error = y.error(Doubles(9, sign * double(K * (offset - 1))));
-                report(error <= 1e-5, "quantized_matmul: extremes of %d bits are off by %g", bits, error);
+                for (const int64_t M : {3, 13}) {
+                    const Floats x(M * K, sign);
+                    Output y(3 * M);
+                    kernels->quantized_matmul(product(w, x.data(), M, y.values.data()));
+                    const double error = y.error(Doubles(3 * M, sign * double(K * (offset - 1))));
+                    report(error <= 1e-5, "quantized_matmul: extremes of %d bits are off by %g", bits, error);
+                }
             }
 }
 
 void test_values_that_are_no_numbers() {
     for (const int bits : {4, 8})
-        for (const float bad : {NAN, INFINITY, -INFINITY}) {
-            const Matrix w(5, 256, false, bits, 128, true);
-            Floats x = gaussian(2 * 256);
-            x[17] = bad;
-            Output y(10);
-            kernels->quantized_matmul(product(w, x.data(), 2, y.values.data()));
-            bool right = true;
-            for (int i = 0; i < 10; ++i) right &= std::isfinite(y.values[i]) == (i >= 5);
-            report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
-        }
+        for (const float bad : {NAN, INFINITY, -INFINITY})
+            for (const int64_t M : {2, 12}) {
+                const Matrix w(5, 256, false, bits, 128, true);
+                Floats x = gaussian(M * 256);
+                x[17] = bad;
+                Output y(5 * M);
+                kernels->quantized_matmul(product(w, x.data(), M, y.values.data()));
+                bool right = true;
+                for (int64_t i = 0; i < 5 * M; ++i) right &= std::isfinite(y.values[i]) == (i >= 5);
+                report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
+            }
 }
 
 void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_t dh, int64_t capacity, Type type) {
@@ -563,12 +566,14 @@ Floats results(const Kernels& set) {
         for (const int64_t group : {32, 64, 128}) {
             if (bits == 4 && group == 32) continue;
             const Matrix w(37, 1280, true, bits, group, true);
-            const Floats x = gaussian(5 * 1280);
-            Floats y(5 * 37);
-            QuantizedMatmul p = product(w, x.data(), 5, y.data());
-            p.bias = w.biases.data();
-            set.quantized_matmul(p);
-            all.insert(all.end(), y.begin(), y.end());
+            for (const int64_t M : {3, 21}) {
+                const Floats x = gaussian(M * 1280);
+                Floats y(M * 37);
+                QuantizedMatmul p = product(w, x.data(), M, y.data());
+                p.bias = w.biases.data();
+                set.quantized_matmul(p);
+                all.insert(all.end(), y.begin(), y.end());
+            }
         }
     return all;
 }
@@ -580,6 +585,17 @@ uint64_t test_set() {
         const int64_t group = bits == 4 ? 64 << below(3) : 32 << below(4);
         test_quantized_matmul(bits, group, 1 + below(11), 1 + below(40), 1 + below(6), int(below(32)),
                               i % 3 ? Type::float32 : Type::bfloat16);
+    }
+    // Tiles of many rows: W in several pieces, tiles that are not full, more rows than one slab has.
+    for (int i = 0; i < 40; ++i) {
+        const int bits = i % 2 ? 8 : 4;
+        const int64_t group = bits == 4 ? 64 << below(3) : 32 << below(4);
+        test_quantized_matmul(bits, group, 1 + below(14), 1 + below(90), 5 + below(30), int(below(32)),
+                              i % 4 ? Type::float32 : Type::bfloat16);
+    }
+    for (const int bits : {4, 8}) {
+        test_quantized_matmul(bits, 128, 19, 33, 17, 15, Type::float32);
+        test_quantized_matmul(bits, 256, 2, 40, 257 + below(20), 31, Type::float32);
     }
     // Large enough to be shared between threads.
     test_quantized_matmul(4, 128, 8, 600, 3, 31, Type::float32);
