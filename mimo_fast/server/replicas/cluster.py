@@ -159,11 +159,12 @@ def _check_address(address: str) -> None:
 
 
 def _connect(settings: Settings, gpus: float) -> Any:
+    if settings.ray_address:
+        # Before Ray is imported, which takes seconds.
+        _check_address(settings.ray_address)
     import ray
     from ray._private import worker
 
-    if settings.ray_address:
-        _check_address(settings.ray_address)
     set_up_logs(settings.log_level)
     _quieten("ray")
     # Lines of replicas come as they were written, not behind the name of a process.
@@ -178,7 +179,7 @@ def _connect(settings: Settings, gpus: float) -> Any:
         problem = f"--ray-address {settings.ray_address}" if settings.ray_address else "--ray"
         raise MimoFastError(f"{problem}: {str(error).strip().splitlines()[0]:.300}") from error
     try:
-        _check_resources(ray, settings, gpus)
+        check_resources(ray, settings, gpus)
     except BaseException:
         ray.shutdown()
         raise
@@ -192,7 +193,7 @@ def _quieten(name: str) -> None:
     logger.setLevel(logging.WARNING)
 
 
-def _check_resources(ray: Any, settings: Settings, gpus: float) -> None:
+def check_resources(ray: Any, settings: Settings, gpus: float) -> None:
     """Raises where replicas would wait for ever for what this machine has not."""
     with suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

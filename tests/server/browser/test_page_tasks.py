@@ -22,6 +22,15 @@ GROWTH = """selector => {
 }"""
 """Every text that an element had."""
 
+NOW = """() => {
+  window.__now = [];
+  new MutationObserver(() => {
+    const text = document.querySelector("#say-said .sentence.now")?.textContent;
+    if (text && text !== window.__now.at(-1)) window.__now.push(text);
+  }).observe(document.querySelector("#say-said"), { attributes: true, subtree: true });
+}"""
+"""Every sentence that was marked as being heard."""
+
 
 def grown(page):
     return page.page.evaluate("() => window.__grown")
@@ -50,31 +59,28 @@ def begin(visit, nano, tab, **options):
     return page
 
 
+def result(page, download, tab):
+    """Samples of the file that a tab offers, at 24 kHz."""
+    file = download(page, f"#{tab}-output [data-testid=download]")
+    samples, rate = soundfile.read(file, dtype="float32")
+    assert rate == RATE
+    return samples
+
+
 def test_a_text_is_said_and_marked_while_it_is_heard(visit, nano, transcribed, download):
     page = begin(visit, nano, "say", granted=False)
+    page.page.evaluate(NOW)
     page.page.locator("#say-text").fill(f"{DOG}. {MONDAY}.")
     page.page.locator("#say-button").click()
-    seen = set()
-
-    def over():
-        now = page.page.locator("#say-said .sentence.now")
-        seen.update(plain(each) for each in now.all_inner_texts())
-        return state(page, "say") == "done"
-
-    page.until(over, "end of the speech")
-    sound, rate = page.heard()
-    assert transcribed(sound, rate) == f"{DOG} {MONDAY}"
+    until_done(page, "say")
+    samples = result(page, download, "say")
+    assert transcribed(samples, RATE) == f"{DOG} {MONDAY}"
+    assert share(samples, RATE, *page.heard()) > 0.5
     # A sentence after the other is what is heard now; in the end all of it was.
-    assert seen == {DOG, MONDAY}
+    assert [plain(each) for each in page.page.evaluate("() => window.__now")] == [DOG, MONDAY]
     assert plain(page.text("#say-said .heard >> nth=0")) == DOG
-    samples, rate = soundfile.read(
-        download(page, "#say-output [data-testid=download]"), dtype="float32"
-    )
-    assert rate == RATE
-    assert transcribed(samples, rate) == f"{DOG} {MONDAY}"
     # Once more, from what is there.
     before = len(page.sockets)
-    page.heard()
     page.page.locator("#say-output .icon-button").click()
     page.until(lambda: page.loudness() > 0.05, "sound")
     assert len(page.sockets) == before
@@ -185,7 +191,7 @@ def test_a_refused_microphone_is_named_in_every_tab(visit, nano):
         assert "allow" in shown.inner_text().lower()
 
 
-def test_a_question_about_a_recording_is_answered_aloud(visit, nano, transcribed):
+def test_a_question_about_a_recording_is_answered_aloud(visit, nano, transcribed, download):
     page = begin(visit, nano, "ask", granted=False)
     choose(page, "ask-source", file_of([SEA]))
     page.page.locator("#ask-button").click()
@@ -193,7 +199,9 @@ def test_a_question_about_a_recording_is_answered_aloud(visit, nano, transcribed
     assert plain(page.text("#ask-answer")) == BLUE
     output = page.page.locator("#ask-output")
     page.until(lambda: output.get_attribute("data-playing") == "false", "end of the answer")
-    assert "blue" in transcribed(*page.heard())
+    samples = result(page, download, "ask")
+    assert "blue" in transcribed(samples, RATE)
+    assert share(samples, RATE, *page.heard()) > 0.5
 
 
 def test_an_answer_in_writing_is_silent(visit, nano):
@@ -229,11 +237,9 @@ def test_a_recording_is_converted_by_example(visit, nano, transcribed, download)
     assert plain(page.text("#convert-words")) == BLUE
     output = page.page.locator("#convert-output")
     page.until(lambda: output.get_attribute("data-playing") == "false", "end of the speech")
-    samples, rate = soundfile.read(
-        download(page, "#convert-output [data-testid=download]"), dtype="float32"
-    )
-    assert "blue" in transcribed(samples, rate)
-    assert share(samples, rate, *page.heard()) > 0.5
+    samples = result(page, download, "convert")
+    assert "blue" in transcribed(samples, RATE)
+    assert share(samples, RATE, *page.heard()) > 0.5
 
 
 def test_what_a_conversion_lacks_is_named(visit, nano):

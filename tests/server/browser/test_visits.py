@@ -51,7 +51,7 @@ def site(tmp_path):
         thread.join()
 
 
-def test_what_reaches_an_output_is_heard(visit, site, microphone, transcribed):
+def test_what_reaches_an_output_is_heard(visit, site, microphone):
     samples = said("what is three plus four", after=0.3)
     microphone.plays(samples)
     page = visit(site)
@@ -59,7 +59,7 @@ def test_what_reaches_an_output_is_heard(visit, site, microphone, transcribed):
     page.until_state("listening")
     page.until(lambda: page.loudness() > 0.1, "sound")
     page.page.wait_for_timeout(1000 * len(samples) / 24000)
-    assert transcribed(*page.heard()) == "what is three plus four"
+    assert share(samples.astype(np.float32) / 32768, 24000, *page.heard()) > 0.5
     assert not len(page.heard()[0])
 
 

@@ -22,6 +22,10 @@ from openai import OpenAI
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from mimo_fast.errors import ConfigError
+from mimo_fast.server.replicas.cluster import check_resources
+from mimo_fast.server.settings import Settings
+
 ROOT = Path(__file__).parents[3]
 RAY = ROOT / ".venv" / "ray"
 KEY = "a-key-of-this-test"
@@ -342,19 +346,40 @@ def test_replicas_are_configured_as_asked():
     }
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--replicas", "1000"], "--cpus-per-replica"),
-        (["--ray-address", "127.0.0.1:1"], "--ray-address 127.0.0.1:1"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(options, problem, tmp_path):
-    command = [sys.executable, "-m", "mimo_fast", "serve", "--ray", "--port", "0", *options]
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "mimo_fast", "serve", "--ray", "--port", "0"]
+    command += ["--ray-address", "127.0.0.1:1"]
     done = subprocess.run(
         command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=START
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("mimo-fast: error: ")
-    assert problem in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("mimo-fast: error: --ray-address 127.0.0.1:1")
     assert "Traceback" not in done.stderr
+
+
+class Small:
+    """What is asked of Ray about a machine of two CPUs."""
+
+    def get_actor(self, *_names, **_options):
+        raise ValueError
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "problem"),
+    [
+        ({"replicas": 3}, 0.0, r"3 replicas with 1 CPUs each need 3; .* has 2: lower --cpus-per"),
+        ({"replicas": 2}, 0.5, r"0\.5 GPUs each need 1; this machine has 0: lower --gpus-per"),
+        ({"replicas": 1, "max_replicas": 4, "cpus_per_replica": 0.5}, 0.0, None),
+        ({"replicas": 9, "ray_address": "auto"}, 0.0, None),
+    ],
+)
+def test_what_a_machine_lacks_is_named(options, gpus, problem):
+    settings = Settings(**options)
+    if problem is None:
+        check_resources(Small(), settings, gpus)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        check_resources(Small(), settings, gpus)
