@@ -35,6 +35,7 @@ from torch import Tensor
 from mimo_fast.config import CodecConfig
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.rope import rope_frequencies
+from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.norms import NormKnowledge, row_moments, sums_of
@@ -112,7 +113,7 @@ class Shape:
         """
         frames, committed = before
         frames = 0 if anew else frames
-        new = codes * config.pool * config.decoder_stride
+        new = vocoder_frames(config, codes)
         lookahead = schedule.rows(config, frames + new)
         pending = pending_frames(config, schedule.lookahead)
         skipped = 0 if frames else unread_frames(config, committed, new, pending)
