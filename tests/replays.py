@@ -1,9 +1,14 @@
-"""What stands in for CUDA graphs on a CPU."""
+"""What stands in for CUDA graphs on a CPU, and for a codec that is too large for native layers."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
+from mimo_fast.runtime.codec.layers import LayerByLayer
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.state import CodecPools
 from mimo_fast.runtime.lm.graphs import Capture, Run
 
 
@@ -33,3 +38,14 @@ class Counted:
             again()
 
         return replay, result
+
+
+def layered(codec: Codec) -> Codec:
+    """A copy that computes streams in torch, as a large codec or one on a GPU does."""
+    codec = copy.copy(codec)
+    codec.pools, codec.calls = CodecPools(), 0
+    for part in ("decoder", "vocoder"):
+        stack = replace(getattr(codec, part))
+        stack.__dict__["executor"] = LayerByLayer(stack)
+        setattr(codec, part, stack)
+    return codec

@@ -48,8 +48,8 @@ def test_the_cache_is_counted_to_the_byte(model):
 
 def test_the_states_of_streams_are_counted_to_the_byte_where_they_are_kept(model):
     setup, codec = replace(model.setup, max_batch=3), model.codec
-    # Here an exact stream holds back ten patches and an elastic one two: each has its own pool, with
-    # a row more that pads graphs.
+    # Here an exact stream holds back ten patches and an elastic one two: each has its own pool, and
+    # in it a row more, which pads graphs.
     held = 4 * (codec.stream().nbytes + codec.stream("elastic").nbytes)
     assert replace(setup, graphs=True).total - setup.total == held
     assert not setup.graphs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from torch import Tensor
 
 from mimo_fast.kernels.cpu import codec_stack as small_codec
@@ -16,7 +14,7 @@ from mimo_fast.runtime.codec.incremental import VOCODER_BLOCK
 from mimo_fast.runtime.codec.layers import CodecStack, Norm
 from mimo_fast.runtime.codec.layers import TransposedConv as Convolution
 from mimo_fast.runtime.codec.network import CodecNetwork
-from mimo_fast.runtime.codec.state import BLOCK, CodecState, decoder_context
+from mimo_fast.runtime.codec.state import BLOCK, StateTensors, decoder_context
 
 
 def fused_decoder(codec: CodecNetwork) -> CodecDecoder | None:
@@ -58,20 +56,12 @@ def fused_decoder(codec: CodecNetwork) -> CodecDecoder | None:
     )
 
 
-def buffers_of(state: CodecState) -> Buffers:
-    """The native view of one stream's state, as row 0."""
-    tensors = {
-        each.name: getattr(state, each.name)
-        for each in fields(state)
-        if isinstance(getattr(state, each.name), Tensor)
-    }
-    for name in ("unpool", "to_mel"):
-        running = getattr(state, name)
-        tensors |= {f"{name}_sums": running.sums, f"{name}_expected": running.expected}
-    for name in ("decoder", "vocoder"):
-        stack = getattr(state, name)
-        tensors |= {f"{name}_k": stack.k, f"{name}_v": stack.v}
-    return Buffers(**{name: tensor[None] for name, tensor in tensors.items()})
+def buffers_of(state: StateTensors) -> Buffers:
+    """The native view of rows of state."""
+    tensors = dict(state.named())
+    unpool, to_mel = tensors.pop("expected").unbind(1)
+    sums = {f"{name}_sums": tensors.pop(name) for name in ("unpool", "to_mel")}
+    return Buffers(**tensors, **sums, unpool_expected=unpool, to_mel_expected=to_mel)
 
 
 def _takes(conv: Convolution) -> bool:

@@ -14,9 +14,14 @@ LOOKAHEAD = 10
 """Look-ahead of the published codec in patches: 16 vocoder layers of 10 frames of 10 ms."""
 
 
+def vocoder_frames(config: CodecConfig, codes: int) -> int:
+    """Vocoder frames of so many code frames."""
+    return codes * config.pool * config.decoder_stride
+
+
 def patch_rows(config: CodecConfig) -> int:
     """Vocoder frames of a patch."""
-    return PATCH_FRAMES * config.pool * config.decoder_stride
+    return vocoder_frames(config, PATCH_FRAMES)
 
 
 def receptive_patches(config: CodecConfig) -> int:

@@ -35,6 +35,7 @@ from torch import Tensor
 from mimo_fast.config import CodecConfig
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.rope import rope_frequencies
+from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.norms import NormKnowledge, row_moments, sums_of
@@ -112,20 +113,28 @@ class Shape:
         """
         frames, committed = before
         frames = 0 if anew else frames
-        new = codes * config.pool * config.decoder_stride
+        new = vocoder_frames(config, codes)
         lookahead = schedule.rows(config, frames + new)
         pending = pending_frames(config, schedule.lookahead)
         skipped = 0 if frames else unread_frames(config, committed, new, pending)
-        blocks, trim = list[Block](), (config.n_fft - config.hop) // 2
-        for start in range(skipped, max(skipped + 1, new), VOCODER_BLOCK):
-            end = min(start + VOCODER_BLOCK, new)
+        # Where less than the vocoder's reach is held back, the ends of blocks are heard: skipping
+        # must not move one at which frames become final.
+        skipped = min(skipped, _block_end(committed + lookahead) - 1)
+        blocks, trim, start = list[Block](), (config.n_fft - config.hop) // 2, skipped
+        while not blocks or start < new:
+            end = min(_block_end(start), new)
             last = ended and end == new
             total = frames + end
             decided = total if last else max(committed, total - lookahead)
             dropped = max(0, trim - committed * config.hop)
             blocks.append(Block(end - start, decided - committed, dropped))
-            committed = decided
+            start, committed = end, decided
         return cls(codes, anew, skipped, tuple(blocks), ended)
+
+
+def _block_end(frame: int) -> int:
+    """Where the vocoder's block of a new frame ends, if so many come."""
+    return (frame // VOCODER_BLOCK + 1) * VOCODER_BLOCK
 
 
 def unread_frames(config: CodecConfig, committed: int, new: int, pending: int) -> int:

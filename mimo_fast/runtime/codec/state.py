@@ -326,6 +326,8 @@ class CodecPool:
         self._returned: list[CodecState] = []
         self.capacity = 0
         self.tensors: StateTensors
+        self.native: Any = None
+        """The native view of its tensors, of whoever computes natively; None where they are new."""
         self._allocate(fixed)
 
     @property
@@ -397,7 +399,7 @@ class CodecPool:
         config, lookahead, dtype, device = self._form
         rows = capacity + 1 if self.fixed else capacity
         self.tensors = StateTensors.allocate(config, lookahead, rows, dtype, device)
-        self.capacity = capacity
+        self.capacity, self.native = capacity, None
 
 
 class CodecPools:

@@ -1,23 +1,29 @@
 """Chunks of several streams, decoded in one call.
 
-Chunks of the same `Shape` in one pool are one computation, or the replay of one graph. Each
-stream's samples are those that it has alone, up to the order of sums where a library chooses it by
-the number of rows; the layers of a small codec on a CPU run stream by stream, bit for bit.
+Of a small codec on a CPU they are one native call, whatever their shapes, and each stream's samples
+are those that it has alone, bit for bit. Elsewhere chunks of the same `Shape` in one pool are one
+computation, or the replay of one graph; samples are those that a stream has alone up to the order
+of sums, where a library chooses it by the number of rows.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mimo_fast.kernels.cpu.codec_decoder import Chunk as NativeChunk
+from mimo_fast.kernels.cpu.codec_decoder import CodecDecoder
 from mimo_fast.kernels.cpu.library import one_thread
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.codec.finite import checked_samples
+from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
+from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, codes_to_decode, decode_rows
 from mimo_fast.runtime.codec.network import CodecNetwork
@@ -31,6 +37,9 @@ from mimo_fast.runtime.codec.state import (
     first_of,
     integers,
 )
+
+NATIVE = "_native_decoder"
+"""Attribute of a codec that holds its native decoder; a copy with other layers makes its own."""
 
 MOST_ROWS = 256
 """Streams in one computation at most."""
@@ -69,21 +78,27 @@ class Chunk:
     Attributes:
         place: The push's place among those of the call.
         hidden: Dequantized codes [T, D].
+        lookahead: Vocoder frames that are held back after it.
     """
 
     place: int
     state: CodecState
     hidden: Tensor
     known: Known
+    lookahead: int
     shape: Shape
+
+    @property
+    def settled(self) -> bool:
+        """Whether its norms extrapolate no rows."""
+        return self.shape.ended or self.state.largest >= WHOLE_UTTERANCE
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
         """Its row, and a column of `RowNumbers`."""
         state = self.state
         held = (0 if self.shape.anew else state.frames) - state.committed
-        settled = self.shape.ended or state.largest >= WHOLE_UTTERANCE
-        return state.row, held, self.known, settled
+        return state.row, held, self.known, self.settled
 
 
 def threads_of(codec: CodecNetwork) -> AbstractContextManager[None]:
@@ -105,11 +120,17 @@ def advance(
     empty = torch.zeros(0, dtype=torch.float32, device=codec.device)
     results: list[Tensor | Exception] = [empty] * len(pushes)
     with codec.pools.lock, threads_of(codec):
-        groups = dict[tuple[int, Shape], list[Chunk]]()
-        for chunk in _chunks(codec, pushes, results):
-            groups.setdefault((id(chunk.state.pool), chunk.shape), []).append(chunk)
-        for chunks in groups.values():
-            _decode_group(codec, graphs, chunks, results)
+        chunks = [*_chunks(codec, pushes, results)]
+        native = native_decoder(codec) if graphs is None else None
+        groups = dict[Any, list[Chunk]]()
+        for chunk in chunks:
+            alike = None if native else (id(chunk.state.pool), chunk.shape)
+            groups.setdefault(alike, []).append(chunk)
+        for group in groups.values():
+            if native is None:
+                _decode_group(codec, graphs, group, results)
+            else:
+                _decode_natively(codec, native, group, results)
     for place, (push, wav) in enumerate(zip(pushes, results, strict=True)):
         try:
             if isinstance(wav, Tensor):
@@ -192,9 +213,58 @@ def _chunk(codec: CodecNetwork, place: int, push: Push, hidden: Tensor | None) -
     # An elastic stream begins with so few codes that its first patches would seem large.
     if schedule.known is not Known.GIVEN and (state.again or not schedule.elastic):
         new, anew = codes_to_decode(state, new, push.ended)
-    before = state.frames, state.committed
-    shape = Shape.of(codec.config, schedule, before, len(new), anew, push.ended)
-    return Chunk(place, state, new, schedule.known, shape)
+    before = 0 if anew else state.frames
+    counts = (before, state.committed), len(new), anew, push.ended
+    shape = Shape.of(codec.config, schedule, *counts)
+    rows = schedule.rows(codec.config, before + vocoder_frames(codec.config, len(new)))
+    return Chunk(place, state, new, schedule.known, rows, shape)
+
+
+def native_decoder(codec: CodecNetwork) -> CodecDecoder | None:
+    """What decodes all chunks of a call natively; None where plain torch must.
+
+    It is made once for the layers that the codec has.
+    """
+    stacks = codec.decoder, codec.vocoder
+    if not all(stack.fused for stack in stacks):
+        return None
+    made = vars(codec).get(NATIVE)
+    if made is None or any(map(operator.is_not, made[0], stacks)):
+        made = vars(codec)[NATIVE] = stacks, fused_decoder(codec)
+    return made[1]
+
+
+def _decode_natively(
+    codec: CodecNetwork,
+    decoder: CodecDecoder,
+    chunks: Sequence[Chunk],
+    results: list[Tensor | Exception],
+) -> None:
+    """Decodes chunks of any shapes in one call."""
+    asked = []
+    for chunk in chunks:
+        state, pool = chunk.state, chunk.state.pool
+        pool.native = pool.native or buffers_of(pool.tensors)
+        frames = 0 if chunk.shape.anew else state.frames
+        counts = frames, state.committed, chunk.lookahead, int(chunk.known)
+        flags = chunk.shape.ended, chunk.settled
+        hidden = chunk.hidden.contiguous()
+        asked.append(NativeChunk(pool.native, state.row, hidden, *counts, *flags))
+    try:
+        codec.calls += 1
+        found = decoder.decode(asked)
+    except Exception as error:
+        for chunk in chunks:
+            results[chunk.place] = error
+        return
+    for chunk, (samples, frames, committed) in zip(chunks, found, strict=True):
+        results[chunk.place] = samples
+        state = chunk.state
+        state.frames, state.committed = frames, committed
+        if chunk.shape.ended:
+            rows = Rows.of([state.row], codec.device)
+            (state.totals,) = totals(state.tensors, rows)
+            state.begin()
 
 
 def _decode_group(
@@ -233,7 +303,7 @@ def _count(codec: CodecNetwork, pool: CodecPool, chunks: Sequence[Chunk]) -> Non
     """Counts what has been decoded; streams that have ended begin anew."""
     shape = chunks[0].shape
     for chunk in chunks:
-        state, new = chunk.state, shape.codes * codec.config.pool * codec.config.decoder_stride
+        state, new = chunk.state, vocoder_frames(codec.config, shape.codes)
         state.frames = new if shape.anew else state.frames + new
         state.committed += shape.decided
     if not shape.ended:
@@ -246,11 +316,7 @@ def _count(codec: CodecNetwork, pool: CodecPool, chunks: Sequence[Chunk]) -> Non
 
 
 def most_rows(codec: CodecNetwork) -> int:
-    """Streams that are computed at once without a graph.
-
-    The layers of a small codec on a CPU run natively, stream by stream; the rest would gain little
-    from several rows, and they would change its bits.
-    """
+    """Streams that are computed at once without a graph."""
     small = codec.decoder.fused or codec.vocoder.fused
     shown = codec.device.type != "cuda" or enabled(NewPath.CODEC_ROWS, codec.device)
     return MOST_ROWS if shown and not small else 1

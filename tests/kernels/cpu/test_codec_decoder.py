@@ -1,10 +1,11 @@
-"""Chunks of a small codec's streams in one native call, against `decode_chunk` in plain torch."""
+"""Chunks of a small codec's streams in one native call, against `decode_rows` in plain torch."""
 
 import copy
 import os
 import random
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +17,18 @@ import mimo_fast
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.codec_decoder import Buffers, Chunk, CodecDecoder
 from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
-from mimo_fast.runtime.codec.geometry import patch_rows
-from mimo_fast.runtime.codec.incremental import decode_chunk
+from mimo_fast.runtime.codec.geometry import patch_rows, vocoder_frames
+from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, decode_rows
 from mimo_fast.runtime.codec.layers import CodecStack, LayerByLayer
 from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
-from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, CodecState, NormStatistics, new_state
+from mimo_fast.runtime.codec.state import (
+    WHOLE_UTTERANCE,
+    CodecPool,
+    CodecState,
+    NormStatistics,
+    Rows,
+)
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason=f"the native kernels are {native.state()}"
@@ -49,7 +56,7 @@ CODECS = {
 }
 
 RANDOM_DB = 108
-"""Random weights make float32's rounding louder than trained ones do: `decode_chunk` itself is at
+"""Random weights make float32's rounding louder than trained ones do: `decode_rows` itself is at
 112 to 120 dB with its stacks in native calls and in plain torch."""
 
 
@@ -83,15 +90,19 @@ class Lane:
 
     def __post_init__(self) -> None:
         config = self.codec.config
-        self.state = new_state(config, self.schedule.lookahead, torch.float32, self.codec.device)
+        form = config, self.schedule.lookahead, torch.float32, self.codec.device
+        self.state = CodecPool(*form, threading.Lock()).take()
         self.state.decode_again(self.again)
         know(config, self.state, self.statistics, self.weight)
-        self.buffers = buffers_of(self.state)
+        self.buffers = buffers_of(self.state.tensors)
+
+    def begin_again(self) -> None:
+        Rows.of([0], self.codec.device).rewind(self.state.tensors)
+        self.state.frames = 0
 
     def lookahead(self, codes: int) -> int:
         config = self.codec.config
-        frames = self.state.frames + codes * config.pool * config.decoder_stride
-        return self.schedule.rows(config, frames)
+        return self.schedule.rows(config, self.state.frames + vocoder_frames(config, codes))
 
     def chunk(self, hidden: torch.Tensor, ended: bool) -> Chunk:
         state, known = self.state, [*Known].index(self.schedule.known)
@@ -100,9 +111,23 @@ class Lane:
         return Chunk(self.buffers, 0, hidden, *counts, known, ended, settled)
 
     def plainly(self, hidden: torch.Tensor, ended: bool) -> torch.Tensor:
-        given = self.schedule.statistics(self.codec.config, self.state)
-        ahead = self.lookahead(len(hidden))
-        return decode_chunk(self.codec, self.state, hidden, ahead, given, ended)
+        state, config = self.state, self.codec.config
+        before, new = (state.frames, state.committed), len(hidden)
+        shape = Shape.of(config, self.schedule, before, new, anew=False, ended=ended)
+        settled = ended or state.largest >= WHOLE_UTTERANCE
+        numbers = [[before[0] - before[1]], [self.schedule.known], [settled]]
+        rows = Rows.of([0], self.codec.device)
+        found = decode_rows(
+            self.codec,
+            state.tensors,
+            rows,
+            hidden[None],
+            RowNumbers(torch.tensor(numbers, dtype=torch.int64)),
+            shape,
+        )
+        state.frames += vocoder_frames(config, new)
+        state.committed += shape.decided
+        return found[0]
 
 
 def statistics(codec, seed: int) -> NormStatistics:
@@ -174,14 +199,14 @@ def test_chunks_of_any_streams_are_those_of_plain_torch(codec, decoder, seed, mo
             assert heard[i][0][-1].shape == heard[i][1][-1].shape
             left, right = (lane.state for lane in pairs[i])
             assert (left.frames, left.committed) == (right.frames, right.committed)
-            assert torch.equal(left.position, right.position)
-            assert torch.equal(left.frame, right.frame)
+            assert torch.equal(left.tensors.position, right.tensors.position)
+            assert torch.equal(left.tensors.frame, right.tensors.frame)
             if end:
                 live.remove(i)
     for (left, right), (got, want) in zip(pairs, heard, strict=True):
         assert snr_db(torch.cat(got), torch.cat(want)) > RANDOM_DB
         for norm in ("unpool", "to_mel"):
-            one, other = (getattr(lane.state, norm).sums for lane in (left, right))
+            one, other = (getattr(lane.state.tensors, norm)[0] for lane in (left, right))
             # Of the sums of means, which cancel, no more can be asked than of those of squares.
             assert bool(((one - other).abs() <= 1e-6 * other.abs().amax(1, keepdim=True)).all())
 
@@ -245,7 +270,7 @@ def test_decoding_again_from_the_start_is_that_of_plain_torch(codec, decoder, pi
         part = torch.cat(past) if again else past[-1]
         if again:
             left.state.frames = 0
-            right.state.rewind()
+            right.begin_again()
         ended = turn == len(pieces) - 1
         got += advance(decoder, [left], [part], [ended])
         want.append(plain(monkeypatch, right, part, ended))
@@ -341,10 +366,9 @@ import sys, torch, mimo_fast
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.codec_decoder import Chunk
 from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
-from mimo_fast.runtime.codec.state import new_state
 codec = mimo_fast.load(sys.argv[1], sys.argv[2], device="cpu").codec
-state = new_state(codec.config, 1, torch.float32, codec.device)
-buffers, decoder, heard = buffers_of(state), fused_decoder(codec), []
+state = codec.stream(1).state()
+buffers, decoder, heard = buffers_of(state.tensors), fused_decoder(codec), []
 for i, hidden in enumerate(torch.load(sys.argv[3]).split(7)):
     chunk = Chunk(buffers, 0, hidden, state.frames, state.committed, 16, 0, i == 4, i == 4)
     (found,) = decoder.decode([chunk])

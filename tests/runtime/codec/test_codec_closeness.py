@@ -8,6 +8,7 @@ import torch
 from helpers import slow_after, snr_db, watch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from replays import layered
 from test_codec_stream import cut
 from test_codec_stream import stream_in as stream_parts
 from torch import Tensor
@@ -115,7 +116,7 @@ def test_a_push_decodes_at_most_two_others_again(model, codes, monkeypatch):
     """Of equal pushes the third decodes all three, and no later one decodes any again."""
     rows = list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
-    stream, done = model.codec.stream(again=0), list[int]()
+    stream, done = layered(model.codec).stream(again=0), list[int]()
     for chunk in codes.repeat(1, 3).split(60, dim=1):
         rows.clear()
         stream.push(chunk)
@@ -184,7 +185,7 @@ def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):
     """No push decodes more than the limit, and all together a fixed multiple of it."""
     rows = list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
-    stream, done = model.codec.stream(again=RESTART_LIMIT), list[int]()
+    stream, done = layered(model.codec).stream(again=RESTART_LIMIT), list[int]()
     for chunk in codes.repeat(1, 3)[:, :500].split(PATCH_FRAMES, dim=1):
         rows.clear()
         stream.push(chunk)
@@ -206,7 +207,7 @@ def test_rows_decoded_again_are_bounded(model, codes, monkeypatch):
 def test_a_lower_limit_decodes_no_more(model, codes, monkeypatch, again):
     rows = list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
-    stream = model.codec.stream(again=again)
+    stream = layered(model.codec).stream(again=again)
     for i, chunk in enumerate(codes.split(PATCH_FRAMES, dim=1)):
         rows.clear()
         stream.push(chunk)
@@ -216,9 +217,8 @@ def test_a_lower_limit_decodes_no_more(model, codes, monkeypatch, again):
 def test_what_is_given_is_never_decoded_again(model, codes, monkeypatch):
     moments, rows = model.codec.moments(codes), list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
-    parts = stream_parts(
-        model.codec, codes, cut(FRAMES, [PATCH_FRAMES]), moments=moments, again=RESTART_LIMIT
-    )
+    codec, sizes = layered(model.codec), cut(FRAMES, [PATCH_FRAMES])
+    parts = stream_parts(codec, codes, sizes, moments=moments, again=RESTART_LIMIT)
     assert sum(rows) == 2 * FRAMES
     assert sum(map(len, parts)) == FRAMES * 960
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import in_threads, slow_after, write_pair
-from replays import Counted
+from replays import Counted, layered
 from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def graphed(codec: Codec) -> tuple[Codec, Counted]:
 @pytest.fixture(scope="module")
 def deep(deep) -> Codec:
     """The shared one, which decodes nothing again, as on a GPU."""
-    codec = copy.copy(deep)
+    codec = layered(deep)
     codec.again = 0
     return codec
 
@@ -47,11 +47,11 @@ def deep(deep) -> Codec:
 def plain(request, tmp_path_factory) -> Codec:
     """The kit's codec, one with stated moments, one that first decodes two vocoder blocks."""
     if request.param == "kit":
-        codec = copy.copy(request.getfixturevalue("model").codec)
+        codec = layered(request.getfixturevalue("model").codec)
     else:
         changed = STATED if request.param == "stated" else {"avg_pooler": 4}
         pair = write_pair(tmp_path_factory.mktemp(request.param), {}, changed)
-        codec = mimo_fast.load(*pair, device="cpu").codec
+        codec = layered(mimo_fast.load(*pair, device="cpu").codec)
     codec.again = 0
     return codec
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import KIT, KIT_PAIR, refuses, snr_db, write_pair
-from replays import Counted
+from replays import Counted, layered
 from safetensors.torch import load_file
 from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
@@ -178,7 +178,7 @@ def test_the_native_stack_and_layers_one_by_one_agree(shipped):
 
 
 def test_graphs_of_streams_give_what_streams_without_give(shipped):
-    plain, graphed = copy.copy(shipped), copy.copy(shipped)
+    plain, graphed = layered(shipped), layered(shipped)
     plain.again = graphed.again = 0
     counted = Counted()
     graphed.stream_graphs = StreamGraphs(graphed, counted)

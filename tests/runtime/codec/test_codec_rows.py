@@ -5,12 +5,11 @@ import copy
 import gc
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers import slow_after, snr_db, watch, write_pair
-from replays import Counted
+from replays import Counted, layered
 from test_codec_stream import cut, random_codes, stream_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +18,6 @@ import mimo_fast
 from mimo_fast.errors import NumericError
 from mimo_fast.runtime.codec import incremental
 from mimo_fast.runtime.codec.graphs import StreamGraphs, usual_shapes
-from mimo_fast.runtime.codec.layers import LayerByLayer
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.state import CodecPools, NormStatistics
 from mimo_fast.runtime.codec.together import Push
@@ -32,17 +30,6 @@ FORMS = {
     "stated": {"streaming_moments": [[0.1, 1.2], [-0.2, 0.8]], "vocoder_num_layers": 3},
     "one frame": {"avg_pooler": 1, "vocoder_attn_window_size": [1, 1], "decoder_layers": 1},
 }
-
-
-def layered(codec: Codec) -> Codec:
-    """A copy that computes its streams' layers in torch, as a large codec does, with no state."""
-    codec = copy.copy(codec)
-    codec.pools, codec.calls = CodecPools(), 0
-    for part in ("decoder", "vocoder"):
-        stack = replace(getattr(codec, part))
-        stack.__dict__["executor"] = LayerByLayer(stack)
-        setattr(codec, part, stack)
-    return codec
 
 
 @pytest.fixture(scope="module", params=slow_after(3, [*FORMS]))

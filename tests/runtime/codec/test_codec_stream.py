@@ -9,6 +9,7 @@ import torch
 from helpers import BAD_CODES, snr_db, watch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from replays import layered
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,7 +161,7 @@ class Work(TorchDispatchMode):
 @pytest.mark.slow
 def test_the_1000th_chunk_costs_what_the_first_ones_cost(model):
     """Products, calls of every op and bytes produced, from the first chunk after audio began."""
-    codec = model.codec
+    codec = layered(model.codec)
     codes = random_codes(codec.config, 1000 * PATCH_FRAMES, codebooks=8)
     stream = codec.stream(again=0)
     costs = {}
@@ -178,7 +179,7 @@ def test_the_1000th_chunk_costs_what_the_first_ones_cost(model):
 def test_a_decoder_position_goes_once_through_each_layer(model, stream_codes, monkeypatch):
     rows = list[int]()
     watch(monkeypatch, incremental, "_decoder_block", lambda *args: rows.append(args[3].shape[1]))
-    stream_in(model.codec, stream_codes, cut(182, [4, 20]), again=0)
+    stream_in(layered(model.codec), stream_codes, cut(182, [4, 20]), again=0)
     assert sum(rows) == 2 * 182
     assert max(rows) <= BLOCK
 
