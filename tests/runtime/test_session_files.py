@@ -204,6 +204,8 @@ def test_a_cache_that_does_not_fit_is_not_used(model, talk, audio, tmp_path, cha
     path, *sessions = write(tmp_path / "odd", header, tensors), model.restore_session(talk)
     sessions.append(model.restore_session(path))
     for session in sessions:
+        # Else its beginning, which others may have had, is not computed.
+        model.engine.steps.prefixes.clear()
         say(session, audio[1], NEXT)
     assert torch.equal(sessions[0].ids, sessions[1].ids)
     assert sessions[1].prefilled > sessions[0].prefilled + 2 * NEXT

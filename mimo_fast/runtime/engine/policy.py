@@ -256,7 +256,8 @@ def choose_slot(
     patient = now - asks.served <= SLOT_PATIENCE
     if not awaited and patient:
         return None
-    least = FIRST_SLICE if not begun else SLICE
+    # A batch is in no hurry: to evict a row costs more than a few of its groups.
+    least = SLICE if begun or asks.priority is Priority.BATCH else FIRST_SLICE
     ready = list[tuple[Priority, int, int]]()
     for slot, holder in held:
         below = holder.priority > asks.priority

@@ -255,16 +255,25 @@ def _generate_chunks(
         return Chunk(audio, codec.sample_rate, text, timing, reason)
 
     last: Chunk | None = None
-    while last is None and (delivery := reply.take()) is not None:
-        decoded += 1
-        if on_group is not None:
-            on_group(delivery.group)
-        audio = nothing() if delivery.audio is None else delivery.audio
-        made = delivery.text, audio, delivery.codes
+    while last is None:
+        try:
+            delivery = reply.take()
+            if delivery is None:
+                break
+            decoded += 1
+            if on_group is not None:
+                on_group(delivery.group)
+            audio = nothing() if delivery.audio is None else delivery.audio
+            reason = reply.finish_reason if delivery.group.finished else None
+            made = chunk(delivery.text, audio, delivery.codes, reason)
+        except Exception:
+            reply.close()
+            voicing.close()
+            raise
         if delivery.group.finished:
-            last = chunk(*made, reply.finish_reason)
+            last = made
         else:
-            yield chunk(*made, None)
+            yield made
     reply.close()
     if closing.is_set():
         return
