@@ -111,6 +111,27 @@ class Pipeline(FreedWhenClosed):
             )
         return self._engine
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the engine has done so far, by name; see `Prefixes` and `Slots`.
+
+        "prompts" that began without a cache, of which "prefix_hits" began with "prefix_groups"
+        groups that had been computed for others; "prefix_bytes" that are held of those; and
+        "evictions" of sequences to host memory.
+        """
+        engine = None if self.owner.closed else self._engine
+        if engine is None:
+            names = "prompts", "prefix_hits", "prefix_groups", "prefix_bytes", "evictions"
+            return dict.fromkeys(names, 0)
+        tree = engine.steps.prefixes
+        return {
+            "prompts": tree.asked,
+            "prefix_hits": tree.hits,
+            "prefix_groups": tree.reused,
+            "prefix_bytes": tree.nbytes,
+            "evictions": engine.slots.evictions,
+        }
+
     def close(self) -> None:
         """Ends running replies with a ClosedError and lets go of engine and weights.
 

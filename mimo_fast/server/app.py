@@ -148,6 +148,15 @@ def _show(metrics: Metrics, app: Starlette) -> None:
     metrics.show("streams", "Streams that the model works on", lambda: state.service.worker.streams)
     metrics.show("threads", "Threads of Python", threads)
 
+    def engine(name: str) -> Callable[[], int]:
+        return lambda: state.service.model.pipeline.counters[name]
+
+    metrics.show("prompts", "Prompts that began without a cache", engine("prompts"))
+    metrics.show("prefix_hits", "Of those that began as others had", engine("prefix_hits"))
+    metrics.show("prefix_groups", "Groups that were not computed again", engine("prefix_groups"))
+    metrics.show("prefix_bytes", "Held of beginnings of prompts", engine("prefix_bytes"))
+    metrics.show("evictions", "Sequences moved to host memory", engine("evictions"))
+
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router refuses, in the API's shape."""

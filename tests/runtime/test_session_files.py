@@ -204,6 +204,8 @@ def test_a_cache_that_does_not_fit_is_not_used(model, talk, audio, tmp_path, cha
     path, *sessions = write(tmp_path / "odd", header, tensors), model.restore_session(talk)
     sessions.append(model.restore_session(path))
     for session in sessions:
+        # Else its beginning, which others may have had, is not computed.
+        model.engine.steps.prefixes.clear()
         say(session, audio[1], NEXT)
     assert torch.equal(sessions[0].ids, sessions[1].ids)
     assert sessions[1].prefilled > sessions[0].prefilled + 2 * NEXT
@@ -318,8 +320,9 @@ def test_a_poisoned_snapshot_fails_alone(model, audio, poison):
     if poison == "prefix":
         sequence.truncate(0)
         victim.reset()
-        key = next(reversed(engine.steps.prefixes._entries))
-        engine.steps.prefixes._entries[key] = spoil(engine.steps.prefixes._entries[key])
+        for edge in engine.steps.prefixes._edges():
+            if edge.parts is not None:
+                edge.parts = tuple(part[:, :, :3] for part in edge.parts)
         victim = model.session(None, audio[0], seed=9)
     else:
         kept = engine.export(sequence)

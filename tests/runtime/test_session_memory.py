@@ -56,7 +56,7 @@ class TestAFullContext:
             say(other, audio[1], NEXT)
         said = session.ids
         with monkeypatch.context() as patch:
-            watch(patch, LM, "prefill", after=raising(RuntimeError, "device lost"))
+            watch(patch, LM, "prefill_together", after=raising(RuntimeError, "device lost"))
             with pytest.raises(RuntimeError, match="device lost"):
                 session.stream(audio[2])
         assert torch.equal(session.ids, said)
@@ -95,6 +95,8 @@ class TestFiles:
         halved = {name: tensors[name].half() for name in tensors if name.startswith("cache")}
         save_file(tensors | halved, tmp_path / "other", metadata=metadata)
         restored = model.restore_session(tmp_path / "other")
+        # Else its beginning, which others may have had, is not computed.
+        model.engine.steps.prefixes.clear()
         say(restored, audio[2], NEXT)
         say(session, audio[2], NEXT)
         assert torch.equal(restored.ids, session.ids)

@@ -33,8 +33,6 @@ from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.engine.policy import (
     Bounds,
     Demand,
-    Holder,
-    Load,
     Priority,
     choose_slot,
     next_step,
@@ -45,6 +43,7 @@ from mimo_fast.runtime.engine.request import Request, StopHook
 from mimo_fast.runtime.engine.sequence import TokenSequence, check_room
 from mimo_fast.runtime.engine.slots import Slots
 from mimo_fast.runtime.engine.steps import Steps
+from mimo_fast.runtime.engine.views import holders_of, load_of
 from mimo_fast.runtime.engine.voicing import Delivery, Voicing
 from mimo_fast.runtime.lm.decode import Decoder, Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
@@ -53,9 +52,6 @@ from mimo_fast.runtime.lm.snapshot import Snapshot
 
 AHEAD = 4
 QUEUE = 64
-
-WARMUP_GROUPS = (3, 40, 100)
-"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
 
 
 class Engine(FreedWhenClosed):
@@ -115,18 +111,7 @@ class Engine(FreedWhenClosed):
             graphs.warmup(progress)
             # Capturing the graphs of prompts has compiled their kernels.
             if not graphs.takes_prompts and not self._requests and not any(self.slots):
-                self._warm_up_prompts()
-
-    def _warm_up_prompts(self) -> None:
-        """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
-        config = self.lm.config
-        for groups in (length for length in WARMUP_GROUPS if length <= self.capacity):
-            ids = torch.zeros(
-                config.channels + 1, groups * config.group_size, dtype=torch.int64, device="cpu"
-            )
-            ids[0, config.group_size :] = self.lm.empty_id
-            self.lm.prefill(ids, self.state, slot=0)
-        self.state.lengths[0] = 0
+                self.steps.warm_up_prompts(self.capacity)
 
     def check_room(self, groups: int) -> None:
         """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
@@ -172,34 +157,20 @@ class Engine(FreedWhenClosed):
         request = Request(sequence, limits, samplers, stop_hook, ahead, fits, demand)
         with self._changed:
             self._sweep()
-            if bounded and (reason := refusal(self._load(request), self.bounds, priority)):
+            if bounded and (reason := self._refusal(request)):
                 raise BusyError(reason)
             self.release(sequence)
             # At least the last position is prefilled, even if it is cached: the first group is
             # drawn from its hidden state.
             sequence.cached = min(sequence.cached, sequence.groups - 1)
             sequence.prefilled = sequence.groups - sequence.cached
+            self.steps.note(request)
             self._requests.append(request)
         return Reply(self, request)
 
-    def _load(self, request: Request) -> Load:
-        """What there is to do, with what a new request may need in host memory."""
-        others = [other for other in self._requests if other.sequence is not request.sequence]
-        parked = [other for other in others if other.sequence.slot is None]
-        groups = sum(
-            other.sequence.groups + other.limits.max_new - other.taken
-            for other in (*parked, request)
-        )
-        position = self.state.cache.nbytes // (self.state.slots * self.state.capacity)
-        return Load(
-            running=len(others) - len(parked),
-            waiting=sum(other.needs_slot for other in others),
-            listeners=sum(
-                other.demand.priority is Priority.LISTENER and not other.done for other in others
-            ),
-            group=self.steps.cost.row,
-            parked=groups * position,
-        )
+    def _refusal(self, request: Request) -> str | None:
+        load = load_of(request, self._requests, self.state, self.steps.cost)
+        return refusal(load, self.bounds, request.demand.priority)
 
     def drive(self, request: Request, until: Callable[[], bool]) -> None:
         """Runs steps, or waits while another thread does, until the condition holds."""
@@ -355,11 +326,11 @@ class Engine(FreedWhenClosed):
             if not left and steps.in_flight is None:
                 prompts, rows = self._choose()
                 self._step_of = [*prompts, *rows]
-        prefilling, groups = 0.0, 0
+        prefilling = 0.0
+        groups = sum(request.demand.prompt for request in prompts)
         if not left:
             with self.lm.threads():
                 if prompts:
-                    groups = sum(end - start for start, end in map(steps.chunk, prompts))
                     steps.attempt(prompts, steps.prefill)
                     prefilling = self.clock() - began
                 if steps.in_flight is not None:
@@ -396,17 +367,25 @@ class Engine(FreedWhenClosed):
         now = self.clock()
         for request in self._waiting(now):
             self.steps.attempt([request], self._admit)
+        steps = self.steps
+        waiting = [each for each in self._requests if self._computable(each) and each.row is None]
+        steps.attempt(waiting, steps.reuse)
+        leading = steps.leads([each for each in waiting if not each.done], now)
         admitted = [
-            request
-            for request in self._requests
-            if request.runnable and request.sequence.slot is not None
+            *leading,
+            *(each for each in self._requests if self._computable(each) and each.row is not None),
         ]
-        step = next_step([self._demand(each) for each in admitted], now, self.steps.cost)
-        prompts = self.steps.together([admitted[i] for i, _ in step.prompts])
-        rows = [admitted[i] for i in step.rows]
+        step = next_step([self._demand(each) for each in admitted], now, steps.cost)
+        chosen = steps.together([(admitted[i], groups) for i, groups in step.prompts])
+        for request, groups in chosen:
+            request.demand.prompt = groups
+        prompts, rows = [request for request, _ in chosen], [admitted[i] for i in step.rows]
         for request in (*prompts, *rows):
             self.slots.touch(request.sequence)
         return prompts, rows
+
+    def _computable(self, request: Request) -> bool:
+        return request.runnable and request.sequence.slot is not None
 
     def _waiting(self, now: float) -> list[Request]:
         """Requests that wait for a slot, the most urgent first."""
@@ -418,8 +397,7 @@ class Engine(FreedWhenClosed):
         demand = request.demand
         demand.prompt = demand.chunk = 0
         if request.row is None:
-            start, end = self.steps.chunk(request)
-            demand.prompt = demand.chunk = end - start
+            demand.prompt, demand.chunk = self.steps.chunks(request)
         return demand
 
     def _launch_next(self) -> None:
@@ -435,11 +413,7 @@ class Engine(FreedWhenClosed):
             now = self.clock()
             if any(self._choose_slot(other, now) is not None for other in self._waiting(now)):
                 return
-            rows = [
-                other
-                for other in self._requests
-                if other.runnable and other.sequence.slot is not None
-            ]
+            rows = [other for other in self._requests if self._computable(other)]
             if not rows or any(other.row is None for other in rows):
                 return
             step = next_step([self._demand(each) for each in rows], now, self.steps.cost)
@@ -468,15 +442,6 @@ class Engine(FreedWhenClosed):
 
     def _choose_slot(self, request: Request, now: float) -> int | None:
         """A slot for a request, see `choose_slot`; None if it waits."""
-        running = {id(other.sequence): other for other in self._requests if other.runnable}
-        holders = list[Holder | None]()
-        for owner, used in zip(self.slots, self.slots.used, strict=True):
-            if owner is None:
-                holders.append(None)
-                continue
-            other = running.get(id(owner))
-            priority = Priority.BATCH if other is None else other.demand.priority
-            taken = 0 if other is None else other.slice
-            holders.append(Holder(other is not None, priority, used, taken))
+        holders = holders_of(self.slots, self._requests)
         awaited = request.ahead is not None and request.awaited
         return choose_slot(holders, request.demand, request.row is not None, awaited, now)

@@ -1,7 +1,7 @@
 """`Request`: one reply in progress, as the engine schedules it."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ from mimo_fast.runtime.engine.policy import Demand, Priority
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.voicing import Delivery, Voicing
 from mimo_fast.runtime.lm.decode import Group, Limits, Row, Samplers
+from mimo_fast.runtime.lm.prefixes import Unit
 
 StopHook = Callable[[int, Tensor], bool]
 """A callable (text token, codes [C, G]) of a new group -> whether the reply ends with it."""
@@ -46,6 +47,7 @@ class Request:
         lost: The group that was not finite, which ended it early.
         awaited: Its consumer waits for the prefill or for a group.
         voicing: Makes its text and audio; None where its consumer takes groups alone.
+        units: Its prompt as the tree of prefixes knows it; empty where it has a cache of its own.
     """
 
     sequence: TokenSequence
@@ -67,6 +69,7 @@ class Request:
     lost: Group | None = None
     awaited: bool = False
     voicing: Voicing | None = None
+    units: Sequence[Unit] = ()
     _stopped: bool = False
 
     @property

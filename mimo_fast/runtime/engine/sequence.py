@@ -98,9 +98,11 @@ class TokenSequence:
             return self._ids.shape[1] // self.group_size + len(self._decoded)
 
     @property
-    def prefix(self) -> Tensor:
-        """Ids [C + 1, n G] of the shared prefix."""
-        return self.part(0, self.prefix_groups).settled()
+    def known_groups(self) -> int:
+        """Groups at its beginning whose ids are on the host, so that nobody waits for them."""
+        with self._lock:
+            first = min((frame for frame, _ in self._pending), default=self._ids.shape[1])
+            return first // self.group_size
 
     def fork(self) -> "TokenSequence":
         """A sequence with the same ids and draws, and nothing cached."""

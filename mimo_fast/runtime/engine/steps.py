@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 import torch
 
 from mimo_fast.config import GROUP_SECONDS
 from mimo_fast.runtime.engine.policy import StepCost
 from mimo_fast.runtime.engine.request import Request
+from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.slots import Slots
 from mimo_fast.runtime.engine.voicing import Delivery, Voicing, voice
 from mimo_fast.runtime.lm.decode import Decoder, Group, Launched, Row
 from mimo_fast.runtime.lm.graphs import PromptPart
-from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.snapshot import PrefixCache, Snapshot
+from mimo_fast.runtime.lm.model import LM, PlacedIds
+from mimo_fast.runtime.lm.prefixes import SHORTEST, Prefixes, Unit
 
 PREFIX_BYTES = 2**28
+"""Bytes of host memory that the beginnings of prompts take at most."""
+
+WARMUP_GROUPS = (3, 40, 100)
+"""Prompt lengths in groups; each selects different matmul kernels (`kernels/matmul/plan.py`)."""
+
+LEAST_CHUNK = 16
+"""Groups of a prompt that a step prefills at least, where it may be cut anywhere."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,20 @@ class Steps:
 
     def __init__(self, lm: LM, decoder: Decoder, slots: Slots, clock: Callable[[], float]) -> None:
         self.lm, self.decoder, self.slots, self.clock = lm, decoder, slots, clock
-        self.prefixes = PrefixCache(PREFIX_BYTES)
+        self.prefixes = Prefixes(PREFIX_BYTES)
         self.in_flight: InFlight | None = None
         self.cost = StepCost()
+
+    def warm_up_prompts(self, capacity: int) -> None:
+        """Prefills slot 0 with prompts of each length in `WARMUP_GROUPS`, then empties it."""
+        config, state = self.lm.config, self.slots.state
+        for groups in (length for length in WARMUP_GROUPS if length <= capacity):
+            ids = torch.zeros(
+                config.channels + 1, groups * config.group_size, dtype=torch.int64, device="cpu"
+            )
+            ids[0, config.group_size :] = self.lm.empty_id
+            self.lm.prefill(ids, state, slot=0)
+        state.lengths[0] = 0
 
     def attempt(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request]], None]
@@ -61,44 +82,107 @@ class Steps:
         """Gives a free slot to a request and restores its cache."""
         sequence = request.sequence
         self.slots.place(sequence, slot)
-        if sequence.prefix_groups and not sequence.cached:
-            kept = self.prefixes.get(sequence.prefix)
-            if kept is not None:
-                kept.put(self.slots.state, slot)
-                sequence.cached = min(kept.length, sequence.groups - 1)
-                sequence.prefilled = sequence.groups - sequence.cached
         request.slice = 0
         if request.row is not None:
             request.row.slot, request.row.stale = slot, True
 
-    def chunk(self, request: Request) -> tuple[int, int]:
-        """The first group of a prompt to be prefilled next, and the end of what is."""
-        sequence = request.sequence
-        start = sequence.cached
-        end = min(start + self.lm.prefill_chunk, sequence.groups)
-        if start < sequence.prefix_groups < end:
-            # The prefix ends a chunk, so that later chunks are the same, bit for bit, whether or
-            # not the prefix came from the cache.
-            end = sequence.prefix_groups
-        return start, end
+    @property
+    def any_chunks(self) -> bool:
+        """Whether prompts may be cut anywhere; otherwise they have the chunks of a lone run."""
+        return self.decoder.graphs is None and self.lm.prefills_alike(self.slots.state)
 
-    def together(self, requests: Sequence[Request]) -> list[Request]:
-        """Those of the requests whose prompts one pass takes: with graphs, those of the bucket of
+    def chunks(self, request: Request) -> tuple[int, int]:
+        """Groups of a prompt that are still to be prefilled, and how many a step takes at least."""
+        sequence = request.sequence
+        left = sequence.groups - sequence.cached
+        if self.any_chunks:
+            left = min(left, self.lm.prefill_chunk)
+            return left, min(left, LEAST_CHUNK)
+        fixed = self._end_of_chunk(sequence, sequence.cached, sequence.groups) - sequence.cached
+        return fixed, fixed
+
+    def _end_of_chunk(self, sequence: TokenSequence, start: int, groups: int) -> int:
+        end = min(start + self.lm.prefill_chunk, groups)
+        # The prefix ends a chunk, so that later chunks are the same, bit for bit, whether or not
+        # the prefix came from the cache.
+        return sequence.prefix_groups if start < sequence.prefix_groups < end else end
+
+    def note(self, request: Request) -> None:
+        """Tells the tree of prefixes of a prompt that has nothing cached."""
+        sequence = request.sequence
+        # Codes that a device still computes are not waited for.
+        known, size = sequence.known_groups, sequence.group_size
+        if sequence.cached or not known:
+            return
+        ids = sequence.part(0, known).ids.unflatten(1, (known, size)).transpose(0, 1)
+        rows, bounds = ids.reshape(known, -1).numpy(), [0]
+        while bounds[-1] < known:
+            start = bounds[-1]
+            alone = start + 1 if self.any_chunks else None
+            end = alone or self._end_of_chunk(sequence, start, sequence.groups)
+            if end > known:
+                break
+            bounds.append(end)
+        request.units = [
+            Unit(hashlib.blake2b(rows[first:end].tobytes(), digest_size=16).digest(), end - first)
+            for first, end in pairwise(bounds)
+        ]
+        self.prefixes.note(request.units, sequence.prefix_groups)
+
+    def reuse(self, requests: Sequence[Request]) -> None:
+        """Gives prompts that have a slot what the tree of prefixes knows of them by now."""
+        for request in requests:
+            sequence, slot = request.sequence, request.sequence.slot
+            known = self.prefixes.known(request.units, sequence.groups - 1)
+            if slot is not None and known > sequence.cached:
+                place = self.slots.state, slot, sequence.cached, known
+                self.prefixes.put(request.units, *place)
+                sequence.prefilled -= known - sequence.cached
+                sequence.cached = known
+
+    def leads(self, requests: Sequence[Request], now: float) -> list[Request]:
+        """Prompts without those that wait for another one to compute what they share with it.
+
+        The most urgent one computes it or, of several, the one that has got furthest.
+        """
+        order = sorted(
+            requests,
+            key=lambda each: (
+                each.demand.urgency(now)[0],
+                -each.sequence.cached,
+                each.demand.arrived,
+            ),
+        )
+        computed, found = set[int](), list[Request]()
+        for request in order:
+            sequence = request.sequence
+            missing = self.prefixes.missing(request.units, sequence.prefix_groups)
+            missing = [edge for edge in missing if edge.end > sequence.cached]
+            others = takewhile(lambda edge: id(edge) in computed, missing)
+            if sum(edge.end - max(edge.start, sequence.cached) for edge in others) >= SHORTEST:
+                continue
+            computed.update(map(id, missing))
+            found.append(request)
+        return found
+
+    def together(self, chosen: Sequence[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Those of the prompts and groups that one pass takes: with graphs, those of the bucket of
         the first one."""
         graphs = self.decoder.graphs
-        if not requests or graphs is None:
-            return [*requests]
+        if not chosen or graphs is None:
+            return [*chosen]
         if not graphs.packs_prompts:
-            return [*requests[:1]]
-        buckets = [graphs.bucket_of(end - start) for start, end in map(self.chunk, requests)]
-        same = [
-            each for each, bucket in zip(requests, buckets, strict=True) if bucket == buckets[0]
-        ]
-        return same[: graphs.most_packed(buckets[0])]
+            return [*chosen[:1]]
+        bucket = graphs.bucket_of(chosen[0][1])
+        same = [each for each in chosen if graphs.bucket_of(each[1]) == bucket]
+        return same[: graphs.most_packed(bucket)]
 
     def prefill(self, requests: Sequence[Request]) -> None:
-        """Prefills the next chunk of each prompt."""
-        chunks, parts = [self.chunk(request) for request in requests], list[PromptPart]()
+        """Prefills of each prompt as many groups as its demand states."""
+        chunks, parts = list[tuple[int, int]](), list[PromptPart]()
+        for request in requests:
+            start = request.sequence.cached
+            chunks.append((start, start + request.demand.prompt))
         for request, (start, end) in zip(requests, chunks, strict=True):
             slot = request.sequence.slot
             assert slot is not None
@@ -107,23 +191,21 @@ class Steps:
         now = self.clock()
         for request, part, (_, end) in zip(requests, parts, chunks, strict=True):
             sequence = request.sequence
-            if end == sequence.prefix_groups and self.prefixes.get(sequence.prefix) is None:
-                kept = Snapshot.take(self.slots.state, part.slot, end)
-                self.prefixes.put(sequence.prefix, kept)
+            place = self.slots.state, part.slot, end
+            self.prefixes.keep(request.units, *place, sequence.prefix_groups)
             sequence.cached, request.demand.served = end, now
             if end == sequence.groups:
                 request.begin()
 
     def _prefill_parts(self, parts: Sequence[PromptPart]) -> None:
-        graphs, state = self.decoder.graphs, self.slots.state
-        if graphs is not None and len(parts) > 1:
+        graphs = self.decoder.graphs
+        if graphs is None:
+            placed = [PlacedIds(part.prompt.settled(), part.slot, part.start) for part in parts]
+            self.lm.prefill_together(placed, self.slots.state)
+        elif len(parts) > 1:
             graphs.prefill_parts(parts)
-            return
-        for part in parts:
-            if graphs is not None:
-                graphs.prefill(part.prompt, part.slot, part.start)
-            else:
-                self.lm.prefill(part.prompt.settled(), state, part.slot, part.start)
+        else:
+            graphs.prefill(parts[0].prompt, parts[0].slot, parts[0].start)
 
     def decode(self, requests: Sequence[Request]) -> None:
         """Draws the next group of each row."""

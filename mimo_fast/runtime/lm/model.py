@@ -205,6 +205,11 @@ class LM:
             state.hidden[slots] = hidden[counts.cumsum(0) - 1]
             state.lengths[slots] = torch.tensor([part.start for part in parts]) + counts
 
+    def prefills_alike(self, state: DecodeState) -> bool:
+        """Whether a prompt has the same bits in whatever parts `prefill` gets it."""
+        backbone = self._executor.backbone
+        return isinstance(backbone, FusedBackbone) and backbone.prefills(state)
+
     def _fused_chunks(
         self,
         parts: Sequence[PlacedIds],

@@ -1,6 +1,5 @@
-"""Keys and values of a sequence outside the KV cache: evicted, shared as a prefix, or saved."""
+"""Keys and values of a sequence outside the KV cache: evicted, or saved."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +23,8 @@ class Snapshot:
     @classmethod
     def take(cls, state: DecodeState, slot: int, length: int) -> "Snapshot":
         """Copies a slot's first positions."""
-        parts = tuple(_to_host(part[:, slot, :, :length]) for part in state.cache.parts)
-        return cls(length, parts, _to_host(state.hidden[slot]))
+        parts = tuple(to_host(part[:, slot, :, :length]) for part in state.cache.parts)
+        return cls(length, parts, to_host(state.hidden[slot]))
 
     def put(self, state: DecodeState, slot: int, length: int | None = None) -> None:
         """Restores the positions, or the first `length` of them, into any slot."""
@@ -48,46 +47,7 @@ class Snapshot:
         return sum(part.nbytes for part in (*self.parts, self.hidden))
 
 
-def _to_host(part: Tensor) -> Tensor:
+def to_host(part: Tensor) -> Tensor:
+    """A copy in host memory, pinned where there is a GPU."""
     copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda, device="cpu")
     return copy.copy_(part)
-
-
-class PrefixCache:
-    """An LRU cache of snapshots of prefixes that many sequences share, such as a voice.
-
-    Args:
-        budget: bytes to hold at most.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._entries: OrderedDict[bytes, Snapshot] = OrderedDict()
-
-    def get(self, ids: Tensor) -> Snapshot | None:
-        """The snapshot of exactly these ids [C + 1, n G]."""
-        key = _key(ids)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, ids: Tensor, snapshot: Snapshot) -> None:
-        if snapshot.nbytes > self.budget:
-            return
-        self._entries[_key(ids)] = snapshot
-        while self.nbytes > self.budget:
-            self._entries.popitem(last=False)
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
-
-
-def _key(ids: Tensor) -> bytes:
-    return ids.cpu().contiguous().numpy().tobytes()

@@ -35,7 +35,7 @@ def test_an_error_in_a_prompt_is_that_reply_s_own(engine, requests, alone, monke
     other = requests[5].start(engine, ahead=None)
     first, reply = next(other), requests[0].start(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(LM, "prefill", raising(RuntimeError, "device lost"))
+        patch.setattr(LM, "prefill_together", raising(RuntimeError, "device lost"))
         with pytest.raises(RuntimeError, match="device lost"):
             reply.prefill()
         assert list(reply) == []
