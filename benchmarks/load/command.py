@@ -12,6 +12,9 @@ fast as the machine goes. Every point is a process of its own and its own engine
 The share of the ceiling is the arithmetic that groups, prompts and codec chunks need (`floor.py`)
 over that of a matrix product on all cores, measured in the same run.
 
+Where other programs take the cores, groups a second of a busy core ("a core") tell more than those
+of the clock: a program of several busy threads then gets more of the machine than one of few.
+
 `--compare` runs each point on both sides in the order A B, then B A. The other side's native
 kernels are copied from here or, where csrc differs, built.
 """
@@ -22,6 +25,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,9 +49,9 @@ CLOSED = (1, 4, 16, 32)
 
 HEADS = (
     *("side", "kind", "streams", "carried", "continuity", "gaps", "worst gap"),
-    *("first p50", "p95", "p99", "groups/s", "of ceiling", "cores", "memory"),
+    *("first p50", "p95", "p99", "groups/s", "of ceiling", "cores", "a core", "memory"),
 )
-WIDTHS = (-8, -9, 7, 7, 10, 5, 9, 9, 8, 8, 8, 10, 5, 8)
+WIDTHS = (-8, -9, 7, 7, 10, 5, 9, 9, 8, 8, 8, 10, 5, 6, 8)
 
 Points = list[dict[str, Any]]
 
@@ -210,6 +214,7 @@ def row(point: Mapping[str, Any]) -> list[str]:
         f"{point['groups_a_second']:.0f}",
         f"{100 * point['of_ceiling']:.1f}%" if point.get("of_ceiling") else "-",
         f"{point['cpus']:.2f}",
+        f"{point['groups_a_second'] / max(point['cpus'], 1e-9):.0f}",
         f"{point['peak_bytes'] / 1e6:.0f} MB",
     ]
 
@@ -249,6 +254,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("streams and rounds must be at least 1, and seconds more than 0")
     if args.server and args.closed:
         args.closed = []
+    # The other commit's worktree must be removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rate = matmul_rate(torch.device("cpu"), torch.float32)
     record: dict[str, Any] = {
         "kind": "load",

@@ -19,7 +19,8 @@ after reply in real time, with two seconds of buffer; *closed* loops read as fas
 stream is carried if it is heard 99.9% of the time; a gap is any silence within a reply, or more \
 than two seconds before it. *Of ceiling*: the arithmetic of groups, prompts and audio over that of \
 a matrix product on all cores in the same run. Load is the machine's load average, of which the \
-measurement itself is a part: other work on it lowers every figure.
+measurement itself is a part: other work on it lowers every figure, but for groups a second of a \
+busy core.
 """
 
 SIMULATED = """\
@@ -31,7 +32,7 @@ measured and what is predicted stands below it.
 
 HEADS = (
     *("kind", "streams", "carried", "continuity", "gaps", "first audio p50", "p95", "p99"),
-    *("groups/s", "of ceiling", "cores busy", "memory", "load"),
+    *("groups/s", "of ceiling", "cores busy", "groups/s a core", "memory", "load"),
 )
 
 
@@ -115,6 +116,7 @@ def _cells(point: dict[str, Any]) -> list[str]:
         shown(point["groups_a_second"], digits=0),
         shown(point.get("of_ceiling"), 100, 1, "%"),
         shown(point["cpus"], digits=2),
+        shown(point["groups_a_second"] / max(point["cpus"], 1e-9), digits=0),
         shown(point["peak_bytes"], 1e-6, 0, " MB"),
         shown(point["load"], digits=1),
     ]

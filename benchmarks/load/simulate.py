@@ -33,9 +33,9 @@ from mimo_fast.bench.synthetic import preset_configs
 from mimo_fast.checkpoint.folder import write_json
 
 WITHIN = 0.1
-CALIBRATED = (1, 4, 16, 48)
-CLOSED = (2, 8, 32)
-LISTENERS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+CALIBRATED = (1, 4, 16)
+CLOSED = (2, 8)
+LISTENERS = (1, 2, 4, 6, 8, 12, 16)
 
 LONG, PROMPT, WORDS = 1000, 100, 6
 """Groups of a long reply, of its prompt, and of the text before its speech."""

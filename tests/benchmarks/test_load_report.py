@@ -44,7 +44,7 @@ def test_a_point_is_a_row(tmp_path):
     text = text_of(tmp_path, a=measured(point(), point(profile="closed", continuity=0.5)))
     listeners = (
         "| listeners | 16 | yes | 99.95% | 2 | 100 ms | 250 ms | 300 ms | 123 | 12.3% | 1.50 | "
-        "400 MB | 2.5 |"
+        "82 | 400 MB | 2.5 |"
     )
     assert listeners in text
     assert "| closed | 16 | - | - | - |" in text
