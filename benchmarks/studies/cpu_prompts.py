@@ -59,12 +59,14 @@ def build(csrc: Path) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def measure(programs: dict[str, str], tries: int, whole: bool) -> Iterator[Record]:
+def measure(
+    programs: dict[str, str], rows_of_x: list[int], tries: int, whole: bool
+) -> Iterator[Record]:
     for name, (n, k, swiglu) in SHAPES.items():
         if name == "qkv" and not whole:
             # Its slices are those of "out".
             continue
-        for rows in ROWS:
+        for rows in rows_of_x:
             for bits in (4, 8):
                 for instructions in ("avx512", "avx2"):
                     yield from one(
@@ -107,6 +109,7 @@ def line(record: Record) -> str:
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--csrc", action="append", required=True, metavar="NAME=DIR")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--whole", action="store_true", help="whole matrices on all cores")
     parser.add_argument("--out", type=Path)
@@ -114,7 +117,9 @@ def main() -> int:
     sources = dict(each.split("=", 1) for each in options.csrc)
     programs = {name: build(Path(path)) for name, path in sources.items()}
     about = {**commit(), "tries": options.tries}
-    return collect(measure(programs, options.tries, options.whole), line, about, options.out)
+    return collect(
+        measure(programs, options.rows, options.tries, options.whole), line, about, options.out
+    )
 
 
 if __name__ == "__main__":
