@@ -7,6 +7,10 @@
   window.WebSocket = class extends Socket {
     constructor(...given) {
       super(...given);
+      // Who leaves in the middle of a reply is not told of its end.
+      this.addEventListener("close", () => {
+        counts.replies = counts.created;
+      });
       this.addEventListener("message", ({ data }) => {
         if (typeof data !== "string") return;
         counts.events++;
