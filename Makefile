@@ -118,7 +118,7 @@ $(CLIENTS)/ready: $(READY) .ci/clients.txt
 browser: $(if $(shell command -v npm),$(BROWSER)/ready,$(READY))
 	$(PYTEST) -rs tests/server/browser
 
-# Pictures of the page in each state for docs/pictures; needs what `make browser` needs.
+# Pictures of the page in each state for docs/pictures, in some minutes; needs what `make browser` needs.
 pictures: $(BROWSER)/ready
 	$(BIN)/python tests/server/browser/pictures.py docs/pictures
 

@@ -2,14 +2,14 @@
 
     python tests/server/browser/pictures.py docs/pictures [NAME ...]
 
-Each is made with nano at 1280 x 800 and on a phone of 390 x 844, light and dark. A state is set up
-by what a visitor would do, and looked at once it is there.
+Each is made with nano at 1280 x 800 in light colours, and on a phone of 390 x 844 in dark ones;
+with --both in both. A state is set up by what a visitor would do, and looked at once it is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import base64
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,7 +36,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "has_touch": True,
     },
 }
-THEMES = ("light", "dark")
+THEMES = {"desktop": "light", "phone": "dark"}
+QUALITY = 75
+"""Of the WebP files, of 100."""
+
 SESSIONS = 2
 """Places of the server; the picture of its queue takes them all."""
 
@@ -175,10 +178,23 @@ def settings(page: Visit, microphone: Microphone, held: ExitStack) -> None:
     ready(page)
 
 
+def wanted(names: list[str], both: bool) -> list[tuple[str, str, str]]:
+    """State, size and theme of each picture."""
+    themes = {size: sorted(THEMES.values()) if both else [THEMES[size]] for size in SIZES}
+    return [(name, size, theme) for name in names for size in SIZES for theme in themes[size]]
+
+
+def picture(page: Visit) -> bytes:
+    devtools = page.context.new_cdp_session(page.page)
+    asked = {"format": "webp", "quality": QUALITY}
+    return base64.b64decode(devtools.send("Page.captureScreenshot", asked)["data"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STATES)}")
+    parser.add_argument("--both", action="store_true", help="in the other theme, too")
     args = parser.parse_args()
     if unknown := set(args.names) - set(STATES):
         parser.error(f"no such state: {', '.join(sorted(unknown))}")
@@ -191,7 +207,7 @@ def main() -> int:
         driver() as playwright,
         chromium(playwright, microphone := Microphone(Path(folder, "speech.wav"))) as browser,
     ):
-        for name, size, theme in itertools.product(args.names or STATES, SIZES, THEMES):
+        for name, size, theme in wanted(args.names or [*STATES], args.both):
             looks = {"color_scheme": theme, **SIZES[size]}
             context = browser.new_context(permissions=["microphone"], **looks)
             with ExitStack() as held:
@@ -199,8 +215,9 @@ def main() -> int:
                 page = Visit(context, server.url).open()
                 page.until_state("idle")
                 STATES[name](page, microphone, held)
-                path = args.folder / f"{name}-{size}-{theme}.png"
-                page.page.screenshot(path=path)
+                last = f"-{theme}" if args.both else ""
+                path = args.folder / f"{name}-{size}{last}.webp"
+                path.write_bytes(picture(page))
                 print(path, flush=True)
     return 0
 
