@@ -25,6 +25,7 @@ from mimo_fast import MimoAudio
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.codec_decoder import Chunk
+from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
 from mimo_fast.runtime.codec.state import new_state
 from mimo_fast.runtime.lm.executor import _native
@@ -49,9 +50,13 @@ def least(call: Callable[[], Any]) -> float:
 
 
 def weights(stack: TransformerWeights) -> int:
-    matrices = (part for layer in stack.layers for part in (layer.qkv, layer.out, layer.gate_up))
-    downs = (layer.down for layer in stack.layers)
-    return sum(block.numel() for part in (*matrices, *downs) for block in part.blocks)
+    """Number of weights of its matrices."""
+    total = 0
+    for layer in stack.layers:
+        for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            assert isinstance(part, Weight)
+            total += sum(block.numel() for block in part.blocks)
+    return total
 
 
 def layers(model: MimoAudio, rows: int) -> Iterator[tuple[str, float, float]]:
