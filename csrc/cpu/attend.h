@@ -22,6 +22,37 @@ void attend(
     int64_t head_dim, Buffer<float>& weights, float* y
 );
 
+// y[R, 8 N] += weights[R, count] v[count, 8 N]; weights of a query are `width` apart.
+template <int R, int N>
+INLINE void add_values(
+    const float* weights, int64_t width, const float* v, int64_t stride, int64_t count, float* y, int64_t y_stride
+) {
+    Floats sums[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] = load(y + r * y_stride + 8 * n);
+    for (int64_t j = 0; j < count; ++j) {
+        Floats wide[N];
+        for (int n = 0; n < N; ++n) wide[n] = load(v + j * stride + 8 * n);
+        for (int r = 0; r < R; ++r) {
+            const Floats weight = splat(weights[r * width + j]);
+            for (int n = 0; n < N; ++n) sums[r][n] = fma(weight, wide[n], sums[r][n]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) store(y + r * y_stride + 8 * n, sums[r][n]);
+}
+
+// The same of whole heads.
+template <int R>
+INLINE void add_run(
+    const float* weights, int64_t width, const float* v, int64_t stride, int64_t count, int64_t head_dim, float* y,
+    int64_t y_stride
+) {
+    int64_t i = 0;
+    for (; i + 16 <= head_dim; i += 16) add_values<R, 2>(weights, width, v + i, stride, count, y + i, y_stride);
+    for (; i < head_dim; i += 8) add_values<R, 1>(weights, width, v + i, stride, count, y + i, y_stride);
+}
+
 // Keys and values of `count` places that follow one another, `stride` apart.
 struct Run {
     const float *k, *v;

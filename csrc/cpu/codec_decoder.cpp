@@ -16,7 +16,7 @@ namespace {
 constexpr float NORM_EPS = 1e-5f;
 
 // Streams of a group, and multiplications after which a group takes no more of them.
-constexpr int64_t MOST_STREAMS = 16;
+constexpr int64_t MOST_STREAMS = 8;
 constexpr int64_t ENOUGH_WORK = int64_t(1) << 28;
 
 // Sums over rows of (1, mean, mean square), and of those times the row's place.

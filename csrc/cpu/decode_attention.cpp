@@ -6,7 +6,10 @@
 
 #include "decode_attention.h"
 
+#include "activations.h"
+#include "attend.h"
 #include "buffer.h"
+#include "dense_matmul.h"
 #include "simd.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
@@ -29,36 +32,56 @@ INLINE void rotate(
     }
 }
 
-// Online softmax of one query head.
-struct Head {
-    Buffer<float> q, sum;
-    float largest = -INFINITY, weight = 0;
+// Online softmax of the query heads of a task: scratch of a thread.
+struct Heads {
+    Buffer<float> q, sums, largest, weights;  // [heads, head_dim] twice, [heads] twice
+
+    void begin(int64_t heads, int64_t head_dim) {
+        q.reserve(heads * head_dim);
+        sums.reserve(heads * head_dim);
+        largest.reserve(heads);
+        weights.reserve(heads);
+        for (int64_t i = 0; i < heads * head_dim; ++i) sums[i] = 0;
+        for (int64_t h = 0; h < heads; ++h) {
+            largest[h] = -INFINITY;
+            weights[h] = 0;
+        }
+    }
 };
 
-// A block of `count` keys and values in float32, `stride` apart.
-void attend_block(int64_t head_dim, Head& head, const float* k, const float* v, int64_t count, int64_t stride) {
-    float scores[BLOCK], largest = head.largest;
-    // Four keys at once: one sum would wait for itself. In place of those beyond the last it is the last, and not used.
-    for (int64_t j = 0; j < count; j += 4) {
-        Floats sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-        const float* keys[4];
-        for (int n = 0; n < 4; ++n) keys[n] = k + least(j + n, count - 1) * stride;
-        for (int64_t i = 0; i < head_dim; i += 8) {
-            const Floats q = load(head.q.data() + i);
-            for (int n = 0; n < 4; ++n) sums[n] = fma(load(keys[n] + i), q, sums[n]);
+// A block of `count` keys and values in float32, `stride` apart, of R of the heads from h on.
+template <int R>
+void attend_block(Heads& heads, int64_t h, int64_t head_dim, const float* k, const float* v, int64_t count,
+                  int64_t stride) {
+    alignas(64) float scores[R * BLOCK];
+    const int64_t rounded = (count + 7) / 8 * 8;
+    strided_matmul({k, stride, head_dim, count}, nullptr, {&heads.q[h * head_dim], head_dim, head_dim, R}, scores, BLOCK);
+    for (int r = 0; r < R; ++r) {
+        float *row = scores + r * BLOCK, *sums = &heads.sums[(h + r) * head_dim];
+        for (int64_t j = count; j < rounded; ++j) row[j] = -INFINITY;
+        Floats wide = splat(heads.largest[h + r]);
+        for (int64_t j = 0; j < rounded; j += 8) wide = max(load(row + j), wide);
+        const float largest = MIMO_FAST_SET::largest(wide), kept = std::exp(heads.largest[h + r] - largest);
+        Floats total = splat(0.0f);
+        for (int64_t j = 0; j < rounded; j += 8) {
+            const Floats weight = exp(load(row + j) - splat(largest));
+            store(row + j, weight);
+            total = total + weight;
         }
-        for (int n = 0; n < 4; ++n) scores[j + n] = sum(sums[n]);
+        heads.largest[h + r] = largest;
+        heads.weights[h + r] = heads.weights[h + r] * kept + sum(total);
+        for (int64_t i = 0; i < head_dim; i += 8) store(sums + i, load(sums + i) * splat(kept));
     }
-    for (int64_t j = 0; j < count; ++j) largest = scores[j] > largest ? scores[j] : largest;
-    const float kept = std::exp(head.largest - largest);
-    head.largest = largest;
-    head.weight *= kept;
-    for (int64_t j = 0; j < count; ++j) head.weight += scores[j] = std::exp(scores[j] - largest);
-    for (int64_t i = 0; i < head_dim; i += 8) {
-        Floats total = load(head.sum.data() + i) * splat(kept);
-        for (int64_t j = 0; j < count; ++j) total = fma(load(v + j * stride + i), splat(scores[j]), total);
-        store(head.sum.data() + i, total);
-    }
+    add_run<R>(scores, BLOCK, v, stride, count, head_dim, &heads.sums[h * head_dim], head_dim);
+}
+
+// A block of all heads of the task; how many are computed together changes no bits.
+void attend_block(Heads& heads, int64_t share, int64_t head_dim, const float* k, const float* v, int64_t count,
+                  int64_t stride) {
+    int64_t h = 0;
+    for (; h + 4 <= share; h += 4) attend_block<4>(heads, h, head_dim, k, v, count, stride);
+    for (; h + 2 <= share; h += 2) attend_block<2>(heads, h, head_dim, k, v, count, stride);
+    for (; h < share; ++h) attend_block<1>(heads, h, head_dim, k, v, count, stride);
 }
 
 // `count` heads that begin at `from`, a position apart.
@@ -107,30 +130,27 @@ void attend_row(const DecodeAttention& p, int64_t r, int64_t g) {
         std::memset(y, 0, share * p.head_dim * size);
         return;
     }
-    Buffer<Head> heads(share);
-    const float scale = 1 / std::sqrt(float(p.head_dim));
-    for (int64_t h = 0; h < share; ++h) {
-        heads[h].q.reserve(p.head_dim);
-        heads[h].sum.reserve(p.head_dim);
-        rotate(p, qkv, g * share + h, position, scale, heads[h].q.data());
-    }
+    static thread_local Heads heads;
     static thread_local Buffer<float> keys, values;
+    heads.begin(share, p.head_dim);
+    const float scale = 1 / std::sqrt(float(p.head_dim));
+    for (int64_t h = 0; h < share; ++h) rotate(p, qkv, g * share + h, position, scale, &heads.q[h * p.head_dim]);
     keys.reserve(BLOCK * p.head_dim);
     values.reserve(BLOCK * p.head_dim);
     for (int64_t j = 0; j <= position; j += BLOCK) {
         const int64_t count = least(BLOCK, position + 1 - j), from = j * cache.position_stride * size;
         if (p.type == Type::float32) {
             const auto *key = reinterpret_cast<const float*>(k + from), *value = reinterpret_cast<const float*>(v + from);
-            for (Head& head : heads) attend_block(p.head_dim, head, key, value, count, cache.position_stride);
+            attend_block(heads, share, p.head_dim, key, value, count, cache.position_stride);
             continue;
         }
         widen_heads(p, k + from, count, keys.data());
         widen_heads(p, v + from, count, values.data());
-        for (Head& head : heads) attend_block(p.head_dim, head, keys.data(), values.data(), count, p.head_dim);
+        attend_block(heads, share, p.head_dim, keys.data(), values.data(), count, p.head_dim);
     }
     for (int64_t h = 0; h < share; ++h)
         for (int64_t i = 0; i < p.head_dim; ++i)
-            write(y, p.type, h * p.head_dim + i, heads[h].sum[i] / heads[h].weight);
+            write(y, p.type, h * p.head_dim + i, heads.sums[h * p.head_dim + i] / heads.weights[h]);
 }
 
 }  // namespace

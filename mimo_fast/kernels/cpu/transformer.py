@@ -146,12 +146,12 @@ class Product:
     """
 
     def __init__(self, weight: Weight) -> None:
-        self._weight = weight
+        self.weight = weight
         self._shape = sum(map(len, weight.blocks)), weight.blocks[0].shape[1]
         self._native = linear(weight)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._weight,)
+        return type(self), (self.weight,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].

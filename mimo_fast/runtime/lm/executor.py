@@ -11,7 +11,7 @@ may change in place, and a copy of a model reads its own; who replaces one makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -113,10 +113,10 @@ class AnyProduct:
     """`matmul` with one weight."""
 
     def __init__(self, weight: AnyWeight) -> None:
-        self._weight = weight
+        self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return matmul(x, self._weight)
+        return matmul(x, self.weight)
 
 
 class FusedBackbone:
@@ -173,9 +173,9 @@ class Executor:
     backbone: LayerByLayer | FusedBackbone
     patch_encoder: LayerByLayer | FusedEncoder
     patch_decoder: LayerByLayer | FusedDecoder
-    patch_to_backbone: Callable[[Tensor], Tensor]
-    backbone_to_patch: Callable[[Tensor], Tensor]
-    text_head: Callable[[Tensor], Tensor]
+    patch_to_backbone: AnyProduct | Product
+    backbone_to_patch: AnyProduct | Product
+    text_head: AnyProduct | Product
 
     def threads(self) -> AbstractContextManager[None]:
         """The threads that its operations use: one for a small model on a CPU, else torch's."""
@@ -213,7 +213,7 @@ def _between(network: Network) -> tuple[AnyWeight, AnyWeight, AnyWeight]:
     return network.patch_to_backbone, network.backbone_to_patch, network.text_head
 
 
-def _product(weight: AnyWeight) -> Callable[[Tensor], Tensor]:
+def _product(weight: AnyWeight) -> AnyProduct | Product:
     """A native product where the matrix is small; its rows have the bits that they have alone."""
     small = isinstance(weight, Weight) and takes_parts([weight])
     return Product(weight) if isinstance(weight, Weight) and small else AnyProduct(weight)

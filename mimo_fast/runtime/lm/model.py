@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimo_fast.arguments import checked
 from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.kernels.cpu.transformer import Product
 from mimo_fast.kernels.matmul.product import matmul, matmul_by_part
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_rows, rope_table
@@ -26,7 +27,7 @@ from mimo_fast.kernels.sample_text import sample_text
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.lm.executor import Executor, FusedBackbone, Network, choose
+from mimo_fast.runtime.lm.executor import AnyProduct, Executor, FusedBackbone, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
     AnyWeight,
@@ -174,7 +175,7 @@ class LM:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
         frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
         encoded = self._executor.patch_encoder.encode(frames).flatten(1)
-        return self._executor.patch_to_backbone(encoded)
+        return _times(encoded, self._executor.patch_to_backbone, self.patch_to_backbone)
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
         """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot.
@@ -200,10 +201,11 @@ class LM:
                     start += len(hidden)
                 state.lengths[slot] = start
         elif parts:
-            counts = torch.tensor([part.ids.shape[1] // self.config.group_size for part in parts])
-            hidden = torch.cat([*self._fused_chunks(parts, counts, backbone, state)])
-            state.hidden[slots] = hidden[counts.cumsum(0) - 1]
-            state.lengths[slots] = torch.tensor([part.start for part in parts]) + counts
+            hidden = torch.cat([*self._fused_chunks(parts, backbone, state)])
+            counts = [part.ids.shape[1] // self.config.group_size for part in parts]
+            state.hidden[slots] = hidden[[end - 1 for end in accumulate(counts)]]
+            for (_, slot, start), count in zip(parts, counts, strict=True):
+                state.lengths[slot] = start + count
 
     def prefills_alike(self, state: DecodeState) -> bool:
         """Whether a prompt has the same bits in whatever parts `prefill` gets it."""
@@ -211,24 +213,20 @@ class LM:
         return isinstance(backbone, FusedBackbone) and backbone.prefills(state)
 
     def _fused_chunks(
-        self,
-        parts: Sequence[PlacedIds],
-        counts: Tensor,
-        backbone: FusedBackbone,
-        state: DecodeState,
+        self, parts: Sequence[PlacedIds], backbone: FusedBackbone, state: DecodeState
     ) -> Iterator[Tensor]:
-        """Hidden states [n, D] of the parts one after the other, n <= PREFILL_CHUNK.
-
-        counts: positions of each part.
-        """
-        ids = torch.cat([part.ids.cpu() for part in parts], dim=1)
-        groups = ids.unflatten(1, (-1, self.config.group_size))
+        """Hidden states [n, D] of the parts one after the other, n <= PREFILL_CHUNK."""
+        groups = torch.cat([part.ids.cpu() for part in parts], dim=1)
+        groups = groups.unflatten(1, (-1, self.config.group_size))
+        places = [
+            (slot, start + i)
+            for ids, slot, start in parts
+            for i in range(ids.shape[1] // self.config.group_size)
+        ]
         slots, starts = (
-            torch.tensor(values, dtype=torch.int64).repeat_interleave(counts)
-            for values in zip(*(part[1:] for part in parts), strict=True)
+            torch.tensor(column, dtype=torch.int64, device=self.device)
+            for column in zip(*places, strict=True)
         )
-        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        starts += torch.arange(len(firsts), dtype=torch.int64) - firsts
         rows = groups[0, :, 0], groups[1:].transpose(0, 1), slots, starts
         for text, codes, *place in zip(*(x.split(PREFILL_CHUNK) for x in rows), strict=True):
             yield backbone.prefill(self.embed(text, codes), state, *place)
@@ -239,9 +237,7 @@ class LM:
         """What `prefill` computes: hidden states [n, D] by chunks, n <= PREFILL_CHUNK."""
         backbone = self._executor.backbone
         if isinstance(backbone, FusedBackbone) and backbone.prefills(state):
-            counts = torch.tensor([ids.shape[1] // self.config.group_size])
-            parts = [PlacedIds(ids, slot, start)]
-            yield from self._fused_chunks(parts, counts, backbone, state)
+            yield from self._fused_chunks([PlacedIds(ids, slot, start)], backbone, state)
             return
         groups = ids.cpu().unflatten(1, (-1, self.config.group_size))
         text, codes = groups[0, :, 0], groups[1:].transpose(0, 1)
@@ -307,11 +303,11 @@ class LM:
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
-        return self._executor.text_head(hidden)
+        return _times(hidden, self._executor.text_head, self.text_head)
 
     def local_hidden(self, hidden: Tensor) -> Tensor:
         """The patch decoder's first input: [N, D] -> [N, D of the patch decoder]."""
-        return self._executor.backbone_to_patch(hidden)
+        return _times(hidden, self._executor.backbone_to_patch, self.backbone_to_patch)
 
     def sample_text(
         self,
@@ -343,3 +339,8 @@ class LM:
         Channel c produces frame t - delay[c] at step t; the next input sums the codes just drawn.
         """
         return self._executor.patch_decoder.decode(local, state, slots, settings)
+
+
+def _times(x: Tensor, product: AnyProduct | Product, weight: AnyWeight) -> Tensor:
+    """x W^T as the executor computes it, unless the model has got another weight since."""
+    return product(x) if product.weight is weight else matmul(x, weight)

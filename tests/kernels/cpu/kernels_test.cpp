@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <string>
 
+#include "codec_test.h"
 #include "instruction_set.h"
 #include "reference.h"
 #include "threads.h"
@@ -322,6 +323,52 @@ void test_many_rows(const Model& model) {
     }
 }
 
+// Convolutions, norms and synthesis, in pieces of any size, with given statistics: windows of all kinds of sizes.
+void test_synthesis(int64_t size, int64_t hop, int64_t pool, int64_t kernel, int64_t stride) {
+    const Codec codec(0, 24, 3, pool, kernel, stride, 16, size, hop, size % 4);
+    const std::vector<Floats> hidden = {gaussian(13 * 24)};
+    for (const std::vector<int64_t>& pieces : {std::vector<int64_t>{13}, {1, 2, 3, 4, 3, 0}}) {
+        std::deque<reference::CodecState> states;
+        states.emplace_back(codec.native, 2);
+        const Floats got = decode_in_pieces(kernels->decode_chunks, codec, states, hidden, pieces, 2, stride, 0);
+        const Doubles want = synthesize(codec, wide(hidden[0]), states[0].given.data());
+        Output out(int64_t(got.size()));
+        std::copy(got.begin(), got.end(), out.values.begin());
+        const double error = got.size() == want.size() ? out.error(want) : INFINITY;
+        report(error <= 2e-5, "decode_chunks: error %g, size %ld, hop %ld, pool %ld, kernel %ld, stride %ld", error, size,
+               hop, pool, kernel, stride);
+    }
+}
+
+// Streams with layers: the same bits alone, with others, and by several threads; the same samples in other pieces.
+void test_streams(bool layer_norms) {
+    const Codec codec(2, 48, 2, 2, 5, 2, 16, 60, 12, layer_norms);
+    const size_t count = 9;
+    std::vector<Floats> hidden;
+    for (size_t i = 0; i < count; ++i) hidden.push_back(gaussian(60 * 48));
+    const auto run = [&](const std::vector<size_t>& who, const std::vector<int64_t>& pieces, int known, size_t which) {
+        std::deque<reference::CodecState> states;
+        std::vector<Floats> own;
+        for (const size_t i : who) {
+            states.emplace_back(codec.native, 4);
+            std::fill(&states.back().sums[12], &states.back().sums[12] + 6, 0);
+            own.push_back(hidden[i]);
+        }
+        return decode_in_pieces(kernels->decode_chunks, codec, states, own, pieces, known, 8, which);
+    };
+    const std::vector<int64_t> pieces = {5, 30, 1, 0, 24};
+    const std::vector<size_t> all = {0, 1, 2, 3, 4, 5, 6, 7, 8};
+    for (const int known : {0, 1, 2})
+        for (const size_t i : {size_t(0), size_t(7)})
+            report(run(all, pieces, known, i) == run({i}, pieces, known, 0), "decode_chunks: stream %zu depends on others", i);
+    // With given statistics every frame sees the same, however the codes come.
+    const Floats whole = run({3}, {60}, 2, 0), cut = run({3}, pieces, 2, 0);
+    Output out(int64_t(cut.size()));
+    std::copy(cut.begin(), cut.end(), out.values.begin());
+    const double error = whole.size() == cut.size() ? out.error(wide(whole)) : INFINITY;
+    report(error <= 1e-4, "decode_chunks: error %g between pieces and the whole", error);
+}
+
 void test_decode_patch(const Model& model) {
     const Transformer& t = model.native;
     const int64_t channels = 2, group = 3, rows = 4, dim = t.dim, sizes[] = {37, 21}, firsts[] = {0, 37}, empty[] = {36, 5};
@@ -556,6 +603,12 @@ uint64_t test_set() {
         test_codec_stack(1, 3, 24, 80, layer_norms);
         test_codec_stack(9, 2, 40, 104, layer_norms);
     }
+    test_synthesis(60, 15, 1, 3, 2);
+    test_synthesis(32, 8, 2, 4, 2);
+    test_synthesis(28, 7, 2, 2, 2);
+    test_synthesis(22, 22, 1, 7, 3);
+    test_synthesis(2, 1, 1, 1, 1);
+    for (const bool layer_norms : {false, true}) test_streams(layer_norms);
     for (const int64_t size : {1, 2, 63, 65, 1000}) test_sample(size, size % 2 ? 1 : 6);
     return test_gumbel();
 }

@@ -1,7 +1,10 @@
 """Chunks of a small codec's streams in one native call, against `decode_chunk` in plain torch."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -331,3 +334,43 @@ def test_what_it_does_not_know_goes_elsewhere(tmp_path, monkeypatch):
         patch.setenv("MIMO_FAST_KERNELS", "torch")
         assert fused_decoder(load(tmp_path / "torch", {})) is None
     assert fused_decoder(small) is not None
+
+
+IN_SET = """
+import sys, torch, mimo_fast
+from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cpu.codec_decoder import Chunk
+from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
+from mimo_fast.runtime.codec.state import new_state
+codec = mimo_fast.load(sys.argv[1], sys.argv[2], device="cpu").codec
+state = new_state(codec.config, 1, torch.float32, codec.device)
+buffers, decoder, heard = buffers_of(state), fused_decoder(codec), []
+for i, hidden in enumerate(torch.load(sys.argv[3]).split(7)):
+    chunk = Chunk(buffers, 0, hidden, state.frames, state.committed, 16, 0, i == 4, i == 4)
+    (found,) = decoder.decode([chunk])
+    state.frames, state.committed = found.frames, found.committed
+    heard.append(found.samples)
+torch.save((native.compiled().instruction_set(), torch.cat(heard)), sys.argv[4])
+"""
+
+
+def test_sets_of_instructions_agree(tmp_path):
+    pair = write_pair(tmp_path / "pair", {}, NANO)
+    codec = mimo_fast.load(*pair, device="cpu").codec
+    torch.save(hidden_of(codec, 35, random.Random(2)), tmp_path / "hidden")
+    found = {}
+    for name in native.compiled().instruction_sets():
+        environment = {**os.environ, "MIMO_FAST_CPU": name, "OMP_NUM_THREADS": "1"}
+        arguments = *map(str, pair), str(tmp_path / "hidden"), str(tmp_path / name)
+        run = subprocess.run(
+            [sys.executable, "-c", IN_SET, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        used, found[name] = torch.load(tmp_path / name)
+        assert used == name
+    for samples in found.values():
+        assert snr_db(samples, found["portable"]) > RANDOM_DB
