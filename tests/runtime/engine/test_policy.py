@@ -128,6 +128,10 @@ def simulate(
                 demand.hears(GROUP_SECONDS, now)
             talk.times.append(now)
             talk.groups -= 1
+    for talk in talks:
+        if talk.groups and talk.demand.arrived < now and not talk.pauses:
+            # Whoever was never served has waited, too.
+            talk.waited = max(talk.waited, now - talk.demand.served)
     return log, longest
 
 
@@ -161,6 +165,13 @@ def test_nobody_waits_longer_than_the_stated_bound(mix, cost):
     _, longest = simulate(talks, cost, 60.0)
     bound = PATIENCE + (len(talks) + 1) * longest + 1e-6
     assert max(talk.waited for talk in talks) <= bound
+
+
+def test_a_batch_beside_more_listeners_than_there_is_time_for_goes_on():
+    talks = [Talk(Demand(LISTENER, 0.0), 4000) for _ in range(20)] + [Talk(Demand(BATCH, 0.0), 5)]
+    _, longest = simulate(talks, known(0.0, 0.02), 20.0)
+    assert talks[-1].groups == 0
+    assert talks[-1].waited <= PATIENCE + 22 * longest
 
 
 @settings(max_examples=30, deadline=None)
