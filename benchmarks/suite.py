@@ -49,7 +49,8 @@ class Part:
     command: str
 
 
-QUICK = "quick"
+QUICK, LOAD = "quick", "load"
+PEOPLE = "load --streams 1 4 16 --closed 1 16 --seconds 4 --ramp 1"
 GROUPS = "e2e --preset 7b --batch 1 --groups 8 --words 4 --patches 12 --quantization "
 TINY = "e2e --preset tiny --dtype float32 --quantization bf16 --batch 1 4 --context 256 2048"
 PARTS = (
@@ -60,11 +61,13 @@ PARTS = (
     # Dense prompts are slow where the CPU has no bfloat16 instructions, so there is no request.
     Part("7b bf16", 100, f"{GROUPS} bf16 --context 64 --task --no-codec"),
     Part(QUICK, 60, "bench --quantization int4"),
+    # Nano, and as many people at once as it carries.
+    Part(LOAD, 50, PEOPLE),
 )
 """All parts, the most informative first."""
 
 Start = Callable[[Part, Path], "subprocess.Popen[bytes]"]
-"""Starts a part's process, which appends to a file or, for the quick table, writes it."""
+"""Starts a part's process, which appends to a file or, for one record alone, writes it."""
 
 
 def start(part: Part, output: Path) -> subprocess.Popen[bytes]:
@@ -83,7 +86,7 @@ def run_part(part: Part, output: Path, seconds: float, start: Start = start) -> 
     """
     with tempfile.TemporaryDirectory(prefix="mimo-fast-bench-") as folder:
         single = Path(folder) / "quick.json"
-        process = start(part, single if part.name == QUICK else output)
+        process = start(part, single if part.name in (QUICK, LOAD) else output)
         try:
             code = process.wait(timeout=seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as ended:

@@ -119,7 +119,7 @@ def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The points, without their sides."""
     model = {"model": args.model or "nano", "codec": args.codec or "nano"}
     shared = {"seconds": args.seconds, "ramp": args.ramp, "room": args.room, "seed": args.seed}
-    shared |= {"lookahead": args.lookahead} | model
+    shared |= {"lookahead": args.lookahead, "device": args.device} | model
     points = [{"streams": n, "profile": "closed", **shared, "ramp": 1.0} for n in args.closed]
     return points + [{"streams": n, "profile": args.profile, **shared} for n in args.streams]
 
@@ -241,6 +241,7 @@ def add_options(add: Callable[..., object]) -> None:
     about = "with --compare: a checkout of REF whose native kernels are built"
     add("--built", type=Path, metavar="DIR", help=about)
     add("--server", action="store_true", help="by way of `mimo-fast serve`")
+    add("--device", default="cpu", help="where the model runs [%(default)s]")
     add("--model", help="directory or hub id; by default nano")
     add("--codec", help="directory or hub id")
     add("--seed", type=int, default=1)
@@ -256,10 +257,12 @@ def run(args: argparse.Namespace) -> int:
         args.closed = []
     # The other commit's worktree must be removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    device = torch.device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    rate = matmul_rate(device, dtype)
     record: dict[str, Any] = {
         "kind": "load",
-        "environment": environment("cpu"),
+        "environment": environment(device),
         "cores": usable_cores(),
         "matmul_flop_a_second": rate,
         "compared_with": args.compare,
@@ -268,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
     points: Points = record["points"]
     module = "server" if args.server else "engine"
     show(HEADS)
-    shares = share_of_ceiling(args.model or "nano", args.codec or "nano", rate)
+    shares = share_of_ceiling(args.model or "nano", args.codec or "nano", rate, args.device)
     with sides(args.compare, args.built) as chosen:
         record["sides"] = [side.name for side in chosen]
         for turn in range(args.rounds):

@@ -63,6 +63,7 @@ class Point:
     model: str = "nano"
     codec: str = "nano"
     max_seq_len: int = 512
+    device: str = "cpu"
 
 
 class Crowd:
@@ -72,7 +73,7 @@ class Crowd:
         self.point = point
         options: dict[str, Any] = {"max_batch": point.streams, "max_seq_len": point.max_seq_len}
         names = (point.model, point.codec)
-        self.model = mimo_fast.load(*names, device="cpu", **options)
+        self.model = mimo_fast.load(*names, device=point.device, **options)
         rate = self.model.codec.sample_rate
         self.rate, self.patch = rate, round(PATCH * rate)
         talks = point.profile == "people"

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.columns import shown, table, whole_ms
 from benchmarks.load.people import carried
-from benchmarks.records import NOT_MEASURED, Entry, sources
+from benchmarks.records import NOT_MEASURED, Entry, read_records, sources
 
 TITLE = "## Many people at once\n"
 
@@ -42,7 +42,14 @@ def section(results: Path) -> Iterator[str]:
         Entry(json.loads(path.read_text(encoding="utf-8")), file=path.name)
         for path in sorted(results.glob("*-load*.json"))
     ]
-    measured = [each for each in found if each["kind"] == "load"]
+    # Those of `make bench` are lines of its file.
+    found += [
+        Entry(each, file=path.name)
+        for path in sorted(results.glob("*.jsonl"))
+        for each in read_records(path)
+        if each["kind"] == "load"
+    ]
+    measured = sorted((each for each in found if each["kind"] == "load"), key=lambda e: e.date)
     if not measured:
         yield f"Streams carried, first audio and groups a second: {NOT_MEASURED}.\n"
     else:

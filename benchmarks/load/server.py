@@ -245,6 +245,7 @@ def main(request: str, start: Callable[..., Any] = served) -> None:
     options = ["--streams", str(point.streams), "--max-sessions", count, "--max-requests", count]
     options += ["--max-connections", str(4 * int(count) + 64), "--max-rate", "100000"]
     options += ["--max-seq-len", str(point.max_seq_len), "--log-level", "warning"]
+    options += ["--device", point.device]
     if point.model != "nano":
         options += ["--model", point.model, "--codec", point.codec]
     with start(options) as server:

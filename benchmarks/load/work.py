@@ -13,10 +13,10 @@ POSITIONS = 64
 
 
 def share_of_ceiling(
-    model: str, codec: str, flop_a_second: float
+    model: str, codec: str, flop_a_second: float, device: str = "cpu"
 ) -> Callable[[Mapping[str, Any]], dict[str, float]]:
     """A function of a point -> its FLOP a second, and their share of the machine's."""
-    with mimo_fast.load(model, codec, device="cpu", max_batch=1, max_seq_len=256) as loaded:
+    with mimo_fast.load(model, codec, device=device, max_batch=1, max_seq_len=256) as loaded:
         word = word_work(loaded.lm, POSITIONS).flop
         patch = patch_work(loaded.lm, POSITIONS).flop + codec_work(loaded.codec, POSITIONS).flop
         prompt = prompt_work(loaded.lm, 1).flop

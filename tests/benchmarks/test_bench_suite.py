@@ -9,7 +9,7 @@ import pytest
 from benchmarks import suite
 from benchmarks.__main__ import main
 from benchmarks.records import JsonLines, read_records
-from benchmarks.suite import GRACE, PARTS, QUICK, Part, run_part, run_parts
+from benchmarks.suite import GRACE, LOAD, PARTS, QUICK, Part, run_part, run_parts
 
 APPEND = 'open(sys.argv[1], "a").write(\'{"kind": "op", "n": 1}\\n\')'
 
@@ -48,10 +48,11 @@ def test_a_part_that_fails_is_named(tmp_path):
     )
 
 
-def test_the_quick_table_becomes_a_line_of_the_same_file(tmp_path):
+@pytest.mark.parametrize("name", [QUICK, LOAD])
+def test_a_file_of_one_record_becomes_a_line_of_the_same_file(tmp_path, name):
     output = tmp_path / "rows.jsonl"
     code = 'pathlib.Path(sys.argv[1]).write_text(\'{\\n "kind": "quick"\\n}\')'
-    assert run_part(Part(QUICK, 1, ""), output, 60, process(code)) is None
+    assert run_part(Part(name, 1, ""), output, 60, process(code)) is None
     assert read_records(output) == [{"kind": "quick"}]
 
 
@@ -96,7 +97,7 @@ def test_unknown_parts_are_bad_usage(capsys):
 )
 def test_every_part_is_a_command_that_exists(part, monkeypatch):
     seen = []
-    for name in ("ops.run", "e2e.run"):
+    for name in ("ops.run", "e2e.run", "load.command.run"):
         monkeypatch.setattr(f"benchmarks.{name}", lambda run: seen.append(run) or 0)
     assert main([*part.command.split(), "--device", "cpu"]) == 0
     assert len(seen) == 1

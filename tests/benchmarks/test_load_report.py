@@ -72,6 +72,12 @@ def test_the_newest_of_each_kind_counts(tmp_path):
     assert "`mimo-fast serve`" in over
 
 
+def test_a_line_of_make_bench_counts_too(tmp_path):
+    line = {"environment": ENVIRONMENT} | measured(point(streams=5))
+    (tmp_path / "2027-01-02-cpu.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert "| listeners | 5 |" in text_of(tmp_path)
+
+
 def test_the_simulation_says_what_is_predicted(tmp_path):
     fits = {"streams": 300, "groups": 1100}
     one = {"card": "H100 SXM", "quantization": "int8", "codec": "in batches", "replies": "long"}
