@@ -122,9 +122,8 @@ def test_escape_interrupts(visit, nano):
         page.until(lambda n=turn: len(page.sent("conversation.item.truncate")) == n, "cut")
         cut = page.sent("conversation.item.truncate")[-1]
         page.until_state("listening")
-        # So much of what had come was not heard.
-        rest = len(page.reply(cut["item_id"])) / RATE - cut["audio_end_ms"] / 1000
-        if cut["audio_end_ms"] and rest > 0.2:
+        # The rest of it, which takes more than two seconds, was still to be heard.
+        if 0 < cut["audio_end_ms"] < 1800:
             break
     else:
         raise AssertionError("no reply was interrupted while some of it was still to be heard")
