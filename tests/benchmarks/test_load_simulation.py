@@ -72,7 +72,6 @@ def test_as_many_are_carried_as_the_time_of_a_patch_holds(seconds):
     assert not carried(run(round(1.15 * most), linear(seconds), count=400))
 
 
-@pytest.mark.xfail(reason="StepCost does not learn its base from steps of one row", strict=False)
 def test_rows_that_are_nearly_free_join_though_one_takes_most_of_a_step():
     # A row takes 24 ms and eight 25 ms; one by one they would take 192 of every 160 ms.
     assert carried(run(8, StepTable(((1, 0.024), (8, 0.025), (512, 0.1)), 0.0), count=400))

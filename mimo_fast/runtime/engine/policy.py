@@ -127,13 +127,16 @@ class StepCost:
     """Seconds of a step: base + rows x row, and of a prompt: groups x group; learned as they come.
 
     Older steps count for less and less, and one that took four times what was predicted for no
-    more than that. Unknown until the first.
+    more than that. Unknown until the first. Steps that all had as many rows do not tell what a row
+    adds, so the next one may have twice as many as any had.
     """
 
     base: float = 0.0
     row: float = 0.0
     group: float = 0.0
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _most: int = 0
+    _tells: bool = False
 
     def saw(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""
@@ -143,8 +146,8 @@ class StepCost:
         self._sums = [0.98 * old + x for old, x in zip(self._sums, new, strict=True)]
         n, r, t, rr, rt = self._sums
         spread = rr - r * r / n
-        # Steps that all had as many rows say nothing of the base.
-        slope = (rt - r * t / n) / spread if spread > 0.01 * rr else t / r
+        self._most, self._tells = max(self._most, rows), spread > 0.01 * rr
+        slope = (rt - r * t / n) / spread if self._tells else t / r
         slope = min(max(slope, 0.0), t / r)
         self.base, self.row = (t - slope * r) / n, slope
 
@@ -163,7 +166,8 @@ class StepCost:
         """Rows that a step of so many seconds has room for; a step at most doubles its base."""
         if self.row <= 0:
             return 2**31
-        return max(int(max(seconds - self.base, self.base) / self.row), 1)
+        room = max(int(max(seconds - self.base, self.base) / self.row), 1)
+        return room if self._tells else max(room, 2 * self._most)
 
 
 @dataclass(frozen=True)
