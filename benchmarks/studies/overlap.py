@@ -26,7 +26,7 @@ import hashlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -45,10 +45,12 @@ from mimo_fast.bench.target import Target, user_speech
 from mimo_fast.bench.timing import percentile
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
-from mimo_fast.runtime.codec.stream import CodecStream
+from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.together import Push
 from mimo_fast.runtime.device.host_copy import HostCopy
-from mimo_fast.runtime.engine import stream as streams
+from mimo_fast.runtime.engine import voicing
 from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.stream import stream_reply
 from mimo_fast.runtime.lm.decode import Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
@@ -135,20 +137,21 @@ class SideStream:
     def __init__(self) -> None:
         self._stream: Any = torch.cuda.Stream()
 
-    def chunk(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(stream: CodecStream, codes: Tensor | None = None, **options: Any) -> Tensor:
+    def chunks(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(codec: Codec, pushes: Sequence[Push]) -> Any:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                wav = inner(stream, codes, **options)
-                if codes is not None:
-                    codes.record_stream(self._stream)
-            return wav
+                waves = inner(codec, pushes)
+                for push in pushes:
+                    if push.codes is not None:
+                        push.codes.record_stream(self._stream)
+            return waves
 
         return call
 
-    def copy(self, tensor: Tensor) -> HostCopy:
+    def copy(self, waves: Sequence[Tensor]) -> HostCopy:
         with torch.cuda.stream(self._stream):
-            return HostCopy(tensor)
+            return HostCopy(torch.cat([*waves]).float())
 
 
 @dataclass
@@ -176,10 +179,10 @@ def answer(target: Target, engine: Engine, request: TimedRequest, seed: int) -> 
         Limits(request.words + request.patches + 1, stop_ids=stops),
         Samplers(preset["global"], preset["local"]),
     )
-    reader = streams.ReplyReader(target.tokenizer, speaking=True)
+    reader = voicing.ReplyReader(target.tokenizer, speaking=True)
     assert target.codec is not None
     parts = []
-    for chunk in streams.stream_reply(reply, reader, target.codec, began):
+    for chunk in stream_reply(reply, reader, target.codec, began):
         heard.times.append(perf_counter() - began)
         heard.audible.append(len(chunk.audio) > 0)
         heard.first_audio = chunk.timing.first_audio
@@ -221,19 +224,16 @@ def instrumented(meter: Meter, side: SideStream | None) -> Iterator[None]:
         patch.object(Graphs, "step", meter.measured("step", Graphs.step)),
         patch.object(Graphs, "patch", meter.measured("patch", Graphs.patch)),
         patch.object(Graphs, "group", meter.measured("group", Graphs.group)),
-        patch.object(LM, "prefill", meter.measured("prompt", LM.prefill)),
-        patch.object(CodecStream, "push", _chunk(meter, side, CodecStream.push)),
-        patch.object(CodecStream, "finish", _chunk(meter, side, CodecStream.finish)),
-        patch.object(streams, "HostCopy", HostCopy if side is None else side.copy),
+        patch.object(LM, "prefill_together", meter.measured("prompt", LM.prefill_together)),
+        patch.object(Codec, "advance", _chunks(meter, side, Codec.advance)),
+        patch.object(voicing, "to_host", voicing.to_host if side is None else side.copy),
     ):
         yield
 
 
-def _chunk(
-    meter: Meter, side: SideStream | None, inner: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
+def _chunks(meter: Meter, side: SideStream | None, inner: Callable[..., Any]) -> Callable[..., Any]:
     if side is not None:
-        return side.chunk(inner)
+        return side.chunks(inner)
     return meter.measured("codec", inner)
 
 

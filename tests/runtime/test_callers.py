@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ class TestHistory:
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "seed": 3}
         own.text_dialogue_sft("Hi.", **options)
         before = own.history
-        monkeypatch.setattr(own.engine, "queue", 0)
+        monkeypatch.setattr(own.engine, "bounds", replace(own.engine.bounds, queue=0))
         with pytest.raises(BusyError):
             own.text_dialogue_sft("And?", add_history=True, **options)
         assert torch.equal(own.history, before)

@@ -256,7 +256,7 @@ def voice(
                 audible.append((i, result))
         if audible:
             with on_device(codec.device):
-                copy = HostCopy(torch.cat([samples for _, samples in audible]).float())
+                copy = to_host([samples for _, samples in audible])
             waiting.append(([i for i, _ in audible], [len(each) for _, each in audible], copy))
     meanwhile()
     for places, sizes, copy in waiting:
@@ -264,6 +264,11 @@ def voice(
             # The clone frees the pinned memory, which is scarce.
             found[i] = readings[i], samples.clone()
     return found
+
+
+def to_host(waves: Sequence[Tensor]) -> HostCopy:
+    """Starts one copy of all samples [m] to the host, one after the other, as float32."""
+    return HostCopy(torch.cat([*waves]).float())
 
 
 def _advanced(

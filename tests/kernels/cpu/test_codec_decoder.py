@@ -367,7 +367,8 @@ from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.codec_decoder import Chunk
 from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
 codec = mimo_fast.load(sys.argv[1], sys.argv[2], device="cpu").codec
-state = codec.stream(1).state()
+stream = codec.stream(1)
+state = stream.state()
 buffers, decoder, heard = buffers_of(state.tensors), fused_decoder(codec), []
 for i, hidden in enumerate(torch.load(sys.argv[3]).split(7)):
     chunk = Chunk(buffers, 0, hidden, state.frames, state.committed, 16, 0, i == 4, i == 4)
