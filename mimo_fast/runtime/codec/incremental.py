@@ -18,7 +18,7 @@ unchanged and the layers norm their own inputs.
 
 While a stream is young its statistics change most, and then it may be decoded again from the start
 with the latest ones, as upstream does at each call: `CodecState.again` says up to how many code
-frames, `SETTLING` how often. The vocoder then begins where its windows reach from the first frame
+frames, `settling` how often. The vocoder then begins where its windows reach from the first frame
 that is not yet in the waveform. At 0, for machines without the time, it happens only for large
 pushes: while a stream is short and has had no more than three of them.
 
@@ -43,7 +43,6 @@ from mimo_fast.runtime.codec.schedule import Schedule
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
-    SETTLING,
     CodecState,
     MeanVariance,
     Rows,
@@ -228,7 +227,7 @@ def _decodes_again(state: CodecState, past: int, total: int, ended: bool) -> boo
     """Whether a stream of `past` code frames is decoded again now that it has `total`."""
     if not state.again:
         return past <= 2 * state.largest
-    return ended or (total - state.decoded) * SETTLING >= total**2
+    return ended or (total - state.decoded) * state.settling >= total**2
 
 
 def _decode(

@@ -12,7 +12,14 @@ from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
-from mimo_fast.runtime.codec.state import RESTART_LIMIT, CodecState, NormStatistics, Rows
+from mimo_fast.runtime.codec.state import (
+    ELASTIC_SETTLING,
+    RESTART_LIMIT,
+    SETTLING,
+    CodecState,
+    NormStatistics,
+    Rows,
+)
 from mimo_fast.runtime.codec.together import Push, advance, threads_of
 
 
@@ -76,7 +83,8 @@ class CodecStream:
                 state = pool.take()
             self._give_back = weakref.finalize(self, state.pool.give_back, state)
             self._give_back.atexit = False
-            state.decode_again(again)
+            settling = ELASTIC_SETTLING if self.schedule.elastic else SETTLING
+            state.decode_again(again, settling)
             try:
                 know(config, state, statistics, weight)
             except ValueError:
