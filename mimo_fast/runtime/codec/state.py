@@ -44,7 +44,8 @@ ELASTIC_SETTLING = 250
 """SETTLING of an elastic stream.
 
 What it begins with counts for more than what it learns, and its first samples are out before that:
-decoding it again more often is worth 0.04 dB on average and 0.12 dB at most.
+decoding nano's speech again more often is worth 0.04 dB on average and 0.15 dB at most
+(`benchmarks/results/2026-11-29-settling.json`).
 """
 
 MeanVariance = tuple[Tensor, Tensor]

@@ -318,5 +318,4 @@ def _count(codec: CodecNetwork, pool: CodecPool, chunks: Sequence[Chunk]) -> Non
 def most_rows(codec: CodecNetwork) -> int:
     """Streams that are computed at once without a graph."""
     small = codec.decoder.fused or codec.vocoder.fused
-    shown = codec.device.type != "cuda" or enabled(NewPath.CODEC_ROWS, codec.device)
-    return MOST_ROWS if shown and not small else 1
+    return MOST_ROWS if enabled(NewPath.CODEC_ROWS, codec.device) and not small else 1

@@ -5,6 +5,8 @@ import copy
 import gc
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimo_fast
 from mimo_fast.errors import NumericError
-from mimo_fast.runtime.codec import incremental
+from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.runtime.codec import incremental, layers, together
 from mimo_fast.runtime.codec.graphs import StreamGraphs, usual_shapes
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.state import CodecPools, NormStatistics
@@ -75,8 +78,41 @@ def drawn(codec: Codec, rng: random.Random, known: NormStatistics) -> tuple[list
     return sizes, {"lookahead": lookahead, "again": rng.choice([0, 0, 256]), **options}
 
 
+@pytest.fixture(autouse=True)
+def together_by_default(monkeypatch):
+    """Several rows at once, as on a GPU with `NewPath.CODEC_ROWS`."""
+    monkeypatch.setattr(together, "most_rows", lambda codec: together.MOST_ROWS)
+
+
+def row_by_row(inner: Any) -> Any:
+    """A product that a row has alone: a library's order of sums goes by the number of rows."""
+
+    def product(x: Tensor, weight: Any, *, residual: Tensor | None = None) -> Tensor:
+        lines = x.flatten(0, -2).split(1)
+        others = [None] * len(lines) if residual is None else residual.flatten(0, -2).split(1)
+        parts = [
+            inner(line, weight, residual=other) for line, other in zip(lines, others, strict=True)
+        ]
+        return torch.cat(parts).unflatten(0, x.shape[:-1])
+
+    return product
+
+
 @pytest.mark.parametrize("seed", slow_after(1, [*range(6)]))
-def test_a_stream_in_any_company_sounds_as_alone(codec, seed):
+def test_one_row_at_a_time_has_the_bits_of_a_lone_stream(codec, seed, monkeypatch):
+    monkeypatch.setattr(together, "most_rows", lambda codec: 1)
+    in_company(codec, seed, torch.equal)
+
+
+@pytest.mark.parametrize("seed", slow_after(1, [*range(6)]))
+def test_a_stream_in_any_company_sounds_as_alone(codec, seed, monkeypatch):
+    for module in (layers, incremental):
+        monkeypatch.setattr(module, "matmul", row_by_row(matmul))
+    in_company(codec, seed, lambda got, want: snr_db(got, want) >= 120)
+
+
+def in_company(codec: Codec, seed: int, alike: Callable[[Tensor, Tensor], bool]) -> None:
+    """Seven streams advanced together, compared with each alone."""
     rng, known = random.Random(seed), codec.moments(random_codes(codec.config, 60))
     drawings = [drawn(codec, rng, known) for _ in range(7)]
     sizes, options = zip(*drawings, strict=True)
@@ -87,7 +123,7 @@ def test_a_stream_in_any_company_sounds_as_alone(codec, seed):
     for i, got in enumerate(found):
         want = stream_in(codec, codes[i], sizes[i], last_by_finish=i % 2 == 0, **options[i])
         assert [len(part) for part in got] == [len(part) for part in want]
-        assert snr_db(torch.cat(got), torch.cat(want)) >= 120
+        assert alike(torch.cat(got), torch.cat(want))
     assert shared <= codec.calls - before
 
 
