@@ -23,6 +23,7 @@ from mimo_fast.runtime.codec.layers import CodecStack, LayerByLayer
 from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
 from mimo_fast.runtime.codec.state import (
+    SETTLING,
     WHOLE_UTTERANCE,
     CodecPool,
     CodecState,
@@ -92,7 +93,7 @@ class Lane:
         config = self.codec.config
         form = config, self.schedule.lookahead, torch.float32, self.codec.device
         self.state = CodecPool(*form, threading.Lock()).take()
-        self.state.decode_again(self.again)
+        self.state.decode_again(self.again, SETTLING)
         know(config, self.state, self.statistics, self.weight)
         self.buffers = buffers_of(self.state.tensors)
 
