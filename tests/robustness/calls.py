@@ -18,6 +18,7 @@ Calls = dict[str, tuple[Callable[..., Any], Arguments]]
 def calls(bystander: Bystander, folder: Path) -> Calls:
     """Name -> function and arguments that are right, all of them fresh."""
     import mimo_fast
+    from mimo_fast.runtime.codec.together import Push
     from mimo_fast.runtime.session import Exchange
     from mimo_fast.text.prompt import Speech
     from mimo_fast.upstream import InputSegment
@@ -418,6 +419,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
                 "last": codes,
             },
         ),
+        "Codec.advance": (codec.advance, {"pushes": [Push(codec.stream(), codes)]}),
         "Codec.calibrate": (copy.copy(codec).calibrate, {"recordings": [codes]}),
     }
 
@@ -468,6 +470,7 @@ def inner_calls(bystander: Bystander) -> Calls:
             lm.prefill_together,
             {"parts": [PlacedIds(ids.cpu(), 0), PlacedIds(ids.cpu(), 1)], "state": state()},
         ),
+        "LM.prefills_alike": (lm.prefills_alike, {"state": state()}),
         "LM.hidden_chunks": (
             lambda **given: [*lm.hidden_chunks(**given)],
             {"ids": ids.cpu(), "state": state(), "slot": 0, "start": 0},
