@@ -38,7 +38,22 @@ def test_an_interrupt_names_what_was_written(capsys, tmp_path, monkeypatch):
     write = common.save_wav
     monkeypatch.setattr(common, "save_wav", save)
     turns = [str(AUDIO)] * 4
-    assert main(["chat", *turns, "-o", str(tmp_path / "a.wav"), "--max-tokens", "20", *PAIR]) == 130
+    assert (
+        main(
+            [
+                "chat",
+                *turns,
+                "-o",
+                str(tmp_path / "a.wav"),
+                "--max-tokens",
+                "20",
+                "--seed",
+                "1",
+                *PAIR,
+            ]
+        )
+        == 130
+    )
     written = [str(tmp_path / name) for name in ("a-1.wav", "a-2.wav")]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"mimo-fast: interrupted; wrote {', '.join(written)}"

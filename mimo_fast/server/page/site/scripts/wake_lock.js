@@ -15,11 +15,15 @@ export function keepAwake(on) {
 async function take() {
   if (lock || !navigator.wakeLock || document.hidden) return;
   try {
-    lock = await navigator.wakeLock.request("screen");
-    lock.addEventListener("release", () => {
-      lock = null;
-    });
-    if (!wanted) keepAwake(false);
+    const taken = await navigator.wakeLock.request("screen");
+    // The talk may have ended meanwhile, or another one begun.
+    if (lock || !wanted) return await taken.release();
+    lock = taken;
+    // The news of a lock that was given back may come after the next one was taken.
+    const forget = () => {
+      if (lock === taken) lock = null;
+    };
+    taken.addEventListener("release", forget, { once: true });
   } catch {
     // A battery that is low refuses it: the talk goes on.
   }
