@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import snr_db, write_pair
+from test_small_codec import NANO
 
 import mimo_fast
 from mimo_fast.kernels.cpu import library as native
@@ -37,17 +38,6 @@ pytestmark = pytest.mark.skipif(
 
 QUESTION = Path(mimo_fast.__file__).parent / "assets" / "question.wav"
 
-NANO = {
-    "d_model": 192,
-    "encoder_ffn_dim": 512,
-    "decoder_layers": 3,
-    "decoder_ffn_dim": 512,
-    "n_mels": 80,
-    "vocoder_dim": 192,
-    "vocoder_intermediate_dim": 512,
-    "vocoder_attention_heads": 6,
-    "vocoder_attn_window_size": [40, 8],
-}
 CODECS = {
     "kit": {},
     "nano": NANO | {"nfft": 960, "hop_length": 240, "window_size": 960, "stride_size": 2},
