@@ -50,6 +50,9 @@ def load_options(args: argparse.Namespace, max_batch: int | None = 1) -> LoadOpt
         "max_seq_len": args.max_seq_len,
         "kv_cache": args.kv_cache,
         "offload": args.offload or (),
+        # Of the server alone, where 0 is no bound.
+        "max_load": getattr(args, "max_load", None) or None,
+        "max_parked_bytes": getattr(args, "max_parked_bytes", None) or None,
     }
 
 

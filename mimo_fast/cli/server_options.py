@@ -25,7 +25,7 @@ GROUPS = {
     "limits": (
         *("max_sessions", "max_requests", "queue_seconds", "max_connections", "max_rate"),
         *("max_body_bytes", "max_message_bytes", "max_audio_seconds", "max_text_chars"),
-        "max_choices",
+        *("max_choices", "max_load", "max_parked_bytes"),
     ),
     "replicas": (
         *("ray", "ray_address", "replicas", "min_replicas", "max_replicas", "target_ongoing"),

@@ -83,6 +83,8 @@ class LoadOptions(HubOptions, total=False):
         max_load: Share of real time that the replies of listeners may need together, as the engine
             measures it: a request beyond raises BusyError, so that nobody stutters. None for no
             bound. The first listener is always let in.
+        max_parked_bytes: Host memory that requests without a slot may need, as predicted: a request
+            beyond raises BusyError. None for no bound.
     """
 
     codec_rope: str | None
@@ -92,6 +94,7 @@ class LoadOptions(HubOptions, total=False):
     offload: Iterable[str]
     prepare: bool
     max_load: float | None
+    max_parked_bytes: int | None
 
 
 @in_own_modes
@@ -176,6 +179,9 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
     load = options.get("max_load")
     if load is not None and not load > 0:
         raise ValueError(f"max_load must be above 0, not {load}")
+    parked = options.get("max_parked_bytes")
+    if parked is not None and parked < 1:
+        raise ValueError(f"max_parked_bytes must be at least 1, not {parked}")
     if cache not in (None, "int8"):
         raise ValueError(f"kv_cache must be 'int8' or None, not {shown(cache)}")
     for unknown in sorted(map(str, offload - set(OFFLOADABLE))):
@@ -183,7 +189,7 @@ def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
         known = ", ".join(OFFLOADABLE)
         raise ValueError(f"nothing called {unknown} to offload, {near}: use {known}")
     setup = replace(setup, max_seq_len=wanted or longest, kv_cache=cache, offload=offload)
-    setup = replace(setup, max_load=load)
+    setup = replace(setup, max_load=load, max_parked_bytes=parked)
     free = free_bytes(device)
     if free is None:
         return replace(setup, max_batch=batch or DEFAULT_BATCH)

@@ -70,6 +70,7 @@ class Setup:
     prompt_graphs: bool = False
     encoder_graphs: bool = False
     max_load: float | None = None
+    max_parked_bytes: int | None = None
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by purpose."""

@@ -21,7 +21,7 @@ from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.confidence import confidence_of
 from mimo_fast.runtime.engine.engine import Engine
-from mimo_fast.runtime.engine.policy import Priority
+from mimo_fast.runtime.engine.policy import Bounds, Priority
 from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyText, read_reply, stream_reply
@@ -106,9 +106,8 @@ class Pipeline(FreedWhenClosed):
         if self._engine is None:
             slots, quantized = self.setup.max_batch, self.setup.kv_cache is not None
             capacity = min(self.setup.max_seq_len, self.lm.config.max_positions)
-            self._engine = Engine(
-                self.lm, slots, capacity, quantized_cache=quantized, load=self.setup.max_load
-            )
+            bounds = Bounds(parked=self.setup.max_parked_bytes, load=self.setup.max_load)
+            self._engine = Engine(self.lm, slots, capacity, quantized, bounds)
         return self._engine
 
     @property

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.request import FinishReason
-from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening
+from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening, Timing
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.text.prompt import Speech
@@ -58,9 +58,15 @@ class Joiner:
         self._gap = _silence(round(PAUSE * sample_rate))
         self._kept, self._heard, self._joins = _silence(0), 0, False
 
-    def push(self, audio: Tensor) -> Tensor:
-        """More of a piece [n] -> what is final."""
-        audio = torch.cat((self._kept, self._faded_in(audio)))
+    def push(self, audio: Tensor, last: bool = False) -> Tensor:
+        """More of a piece [n] -> what is final.
+
+        last: whether no piece follows, so that nothing need be kept back.
+        """
+        audio = self._faded_in(audio)
+        if last:
+            return audio
+        audio = torch.cat((self._kept, audio))
         final, self._kept = audio[: -self._size or None], audio[-self._size :]
         return final if len(audio) > self._size else audio[:0]
 
@@ -164,13 +170,14 @@ def _generate(
         for chunk in stream:
             groups = before + chunk.timing.groups
             joiner = joiner or Joiner(chunk.sample_rate)
-            audio = joiner.push(chunk.audio)
+            audio = joiner.push(chunk.audio, last=i == len(texts) - 1)
             reason = None
             if chunk.finish_reason is not None:
                 reasons.append(chunk.finish_reason)
                 cut = reasons[-1] == "cancelled" or groups >= (max_groups or math.inf)
                 last = cut or i == len(texts) - 1
-                audio = torch.cat((audio, joiner.end(last)))
+                if len(rest := joiner.end(last)):
+                    audio = torch.cat((audio, rest))
                 reason = max(reasons, key=WORST.index) if last else None
                 if cut and i < len(texts) - 1:
                     reason = max(reason or "length", "length", key=WORST.index)
@@ -178,13 +185,8 @@ def _generate(
             if first_audio is None and len(audio):
                 first_audio = chunk.timing.elapsed
             prefill = chunk.timing.prefill if prefill is None else prefill
-            timing = replace(
-                chunk.timing,
-                prefill=prefill,
-                first_audio=first_audio,
-                groups=groups,
-                audio_seconds=samples / chunk.sample_rate,
-            )
+            seconds = samples / chunk.sample_rate
+            timing = Timing(chunk.timing.elapsed, prefill, first_audio, groups, seconds)
             words = chunk.text if chunk.text[:1].isspace() or not chunk.text else space + chunk.text
             space = space if not words else ""
             progress.reason = reason

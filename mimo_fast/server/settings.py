@@ -53,6 +53,20 @@ class Settings:
     queue_seconds: float = field(
         default=20.0, metadata=_about("seconds that a request may wait for its turn", least=0)
     )
+    max_load: float = field(
+        default=0.0,
+        metadata=_about(
+            "share of real time that all who listen may need together, such as 0.9, as measured; "
+            "who comes beyond it is refused; 0 for no bound",
+            least=0,
+        ),
+    )
+    max_parked_bytes: int = field(
+        default=0,
+        metadata=_about(
+            "host memory for replies that wait for a stream; 0 for no bound", least=0, unit="bytes"
+        ),
+    )
     max_connections: int = field(default=512, metadata=_about("connections at once", least=1))
     max_rate: float = field(
         default=100.0, metadata=_about("requests a second from one address", least=0.1)

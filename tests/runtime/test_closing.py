@@ -221,7 +221,7 @@ def test_a_forked_child_is_told_of_spawn_and_does_not_hang():
                 pass
 
         # Other threads hold every lock when the process is forked.
-        locks = [model.engine._changed, session._lock, session._sequence._lock]
+        locks = [model.engine._threads._lock, session._lock, session._sequence._lock]
         locks += [model._history._lock, stream._lock, turn._lock]
         held, done = threading.Event(), threading.Event()
 

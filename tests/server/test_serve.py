@@ -22,6 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from mimo_fast.cli.common import load_model, load_options
 from mimo_fast.cli.main import build_parser, main
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError
@@ -56,6 +57,8 @@ VALUES = {
     "max_audio_seconds": ("60", 60.0),
     "max_text_chars": ("100", 100),
     "max_choices": ("1", 1),
+    "max_load": ("0.9", 0.9),
+    "max_parked_bytes": ("64M", 64 << 20),
     "allow_voice_upload": ("1", True),
     "allowed_origins": (
         "https://a.example, https://b.example",
@@ -492,3 +495,15 @@ def test_home_assistants_protocol_needs_its_package(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     assert main(["serve", "--port", "0", "--wyoming", "tcp://127.0.0.1:0"]) == 1
     assert "pip install 'mimo-fast[wyoming]'" in capsys.readouterr().err
+
+
+def test_what_a_server_takes_on_is_the_engines(monkeypatch):
+    """The bounds of the options are those of the model that is loaded."""
+    args = build_parser().parse_args(
+        ["serve", "--max-load", "0.75", "--max-parked-bytes", "64M", "--streams", "2"]
+    )
+    with load_model(args, max_batch=args.streams) as model:
+        bounds = model.pipeline.engine.bounds
+        assert (bounds.load, bounds.parked) == (0.75, 64 << 20)
+    unbounded = load_options(build_parser().parse_args(["serve"]))
+    assert unbounded["max_load"] is unbounded["max_parked_bytes"] is None

@@ -204,6 +204,8 @@ def decode_rows(
 def codes_to_decode(state: CodecState, hidden: Tensor, ended: bool) -> tuple[Tensor, bool]:
     """Codes to decode now: the new ones or, for a stream that is decoded anew, all so far.
 
+    ended: whether it is decoded anew because these are the last ones.
+
     Returns:
         The codes, and whether it is decoded anew.
     """

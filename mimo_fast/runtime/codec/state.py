@@ -40,12 +40,12 @@ Statistics over n frames change ever less. While a stream grows from 44 frames t
 SETTLING ln(256 / 44) = 3522 frames are decoded again; docs/LOG.md has times and figures.
 """
 
-ELASTIC_SETTLING = 250
+ELASTIC_SETTLING = 125
 """SETTLING of an elastic stream.
 
 What it begins with counts for more than what it learns, and its first samples are out before that:
-decoding nano's speech again more often is worth 0.04 dB on average and 0.15 dB at most
-(`benchmarks/results/2026-11-29-settling.json`).
+decoding nano's speech sixteen times as often is worth 0.10 dB on average and 0.23 dB at most
+(`benchmarks/results/2026-11-29-settling-2.json`).
 """
 
 MeanVariance = tuple[Tensor, Tensor]

@@ -131,13 +131,22 @@ def advance(
                 _decode_group(codec, graphs, group, results)
             else:
                 _decode_natively(codec, native, group, results)
+    _check(codec, pushes, results)
+    return results
+
+
+def _check(codec: CodecNetwork, pushes: Sequence[Push], results: list[Tensor | Exception]) -> None:
+    """Where samples on the host are not finite, writes an error in their place."""
+    made = [wav for wav in results if isinstance(wav, Tensor) and len(wav)]
+    # One look at all of them costs less than one at each.
+    if codec.device.type != "cpu" or not made or bool(torch.cat(made).isfinite().all()):
+        return
     for place, (push, wav) in enumerate(zip(pushes, results, strict=True)):
         try:
             if isinstance(wav, Tensor):
                 checked_samples(codec, wav, push.codes)
         except Exception as error:
             results[place] = error
-    return results
 
 
 def _chunks(
@@ -205,14 +214,16 @@ def _chunk(codec: CodecNetwork, place: int, push: Push, hidden: Tensor | None) -
         return None
     if state.frames == 0 and waiting == 0:
         return None
-    new = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
     if len(state.held) == 1:
         new = state.held[0]
+    else:
+        new = torch.cat([*state.held, codec.codebooks.books[0].new_zeros(0, codec.config.dim)])
     state.held.clear()
     anew = False
     # An elastic stream begins with so few codes that its first patches would seem large.
     if schedule.known is not Known.GIVEN and (state.again or not schedule.elastic):
-        new, anew = codes_to_decode(state, new, push.ended)
+        # An elastic stream holds so little back that its end does not gain by it.
+        new, anew = codes_to_decode(state, new, push.ended and not schedule.elastic)
     before = 0 if anew else state.frames
     counts = (before, state.committed), len(new), anew, push.ended
     shape = Shape.of(codec.config, schedule, *counts)

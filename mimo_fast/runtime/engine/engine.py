@@ -19,7 +19,6 @@ Nothing waits for more than the step in progress: whoever ends a request waits u
 on it, and whoever copies a cache keeps the next step from beginning.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,13 +44,13 @@ from mimo_fast.runtime.engine.slots import Slots
 from mimo_fast.runtime.engine.steps import Steps
 from mimo_fast.runtime.engine.views import holders_of, load_of
 from mimo_fast.runtime.engine.voicing import Delivery, Voicing
+from mimo_fast.runtime.engine.waiting import Waiting
 from mimo_fast.runtime.lm.decode import Decoder, Limits, Samplers
 from mimo_fast.runtime.lm.graphs import Graphs, wanted
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.snapshot import Snapshot
 
 AHEAD = 4
-QUEUE = 64
 
 
 class Engine(FreedWhenClosed):
@@ -61,9 +60,8 @@ class Engine(FreedWhenClosed):
         lm: the model.
         slots: rows that can be decoded at once.
         capacity: groups that a row can hold.
-        queue: requests that may wait for a slot.
         quantized_cache: whether the KV cache is int8.
-        load: see `Bounds`.
+        bounds: what it takes on; by default `Bounds()`.
 
     Attributes:
         overlaps: Whether a step launches the next group; by default only with CUDA graphs.
@@ -75,14 +73,13 @@ class Engine(FreedWhenClosed):
         lm: LM,
         slots: int,
         capacity: int,
-        queue: int = QUEUE,
         quantized_cache: bool = False,
-        load: float | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         lm.owner.check()
         self.owner = Owner()
         self.lm, self.capacity = lm, capacity
-        self.bounds = Bounds(queue, load=load)
+        self.bounds = bounds or Bounds()
         self.quantized_cache = quantized_cache
         self.state = lm.new_state([0] * slots, capacity, quantized_cache)
         graphs = Graphs(lm, self.state) if wanted(lm.device) else None
@@ -91,10 +88,8 @@ class Engine(FreedWhenClosed):
         self.clock = perf_counter
         self.steps = Steps(lm, self.decoder, self.slots, lambda: self.clock())
         self._requests: list[Request] = []
-        self._changed = threading.Condition()
-        self._leader: int | None = None
+        self._threads = Waiting()
         self._step_of: Sequence[Request] = ()
-        self._exclusive = 0
         # Without graphs decoding is launch-bound: launching a group would delay the samples.
         self.overlaps = self.decoder.graphs is not None
 
@@ -155,7 +150,7 @@ class Engine(FreedWhenClosed):
         limits = replace(limits, max_new=min(limits.max_new, room))
         demand = Demand(priority, self.clock())
         request = Request(sequence, limits, samplers, stop_hook, ahead, fits, demand)
-        with self._changed:
+        with self._threads:
             self._sweep()
             if bounded and (reason := self._refusal(request)):
                 raise BusyError(reason)
@@ -174,36 +169,47 @@ class Engine(FreedWhenClosed):
 
     def drive(self, request: Request, until: Callable[[], bool]) -> None:
         """Runs steps, or waits while another thread does, until the condition holds."""
+        if self.owner.forked:
+            self.owner.check()
         if request.sequence.slot is None:
             request.demand.served = self.clock()
         request.awaited = True
         try:
-            self._drive(until)
+            while self._begin_step(until):
+                try:
+                    if not self._step() and not until():
+                        raise RuntimeError(
+                            "a request waits although nothing is runnable: a bug in the engine"
+                        )
+                finally:
+                    self._end_step()
         finally:
             request.awaited = False
+            with self._threads:
+                # An interrupt may have come before the step.
+                if self._threads.leads:
+                    self._end_step()
+                if self._threads.idle:
+                    self._threads.wake()
 
-    def _drive(self, until: Callable[[], bool]) -> None:
-        if self.owner.forked:
+    def _begin_step(self, until: Callable[[], bool]) -> bool:
+        """Waits until the condition holds, or until this thread is to lead a step."""
+        threads = self._threads
+        with threads:
+            threads.sleep(until, leads=True)
+            if until():
+                return False
             self.owner.check()
-        while True:
-            with self._changed:
-                while (self._leader is not None or self._exclusive) and not until():
-                    self._changed.wait()
-                if until():
-                    return
-                self.owner.check()
-                self._leader = threading.get_ident()
-                flight = self.steps.in_flight
-                self._step_of = () if flight is None else flight.requests
-            try:
-                if not self._step() and not until():
-                    raise RuntimeError(
-                        "a request waits although nothing is runnable: a bug in the engine"
-                    )
-            finally:
-                with self._changed:
-                    self._leader, self._step_of = None, ()
-                    self._changed.notify_all()
+            threads.lead()
+            flight = self.steps.in_flight
+            self._step_of = () if flight is None else flight.requests
+            return True
+
+    def _end_step(self) -> None:
+        with self._threads:
+            self._threads.leader, self._step_of = None, ()
+            # This thread leads the next one, or wakes another when it leaves.
+            self._threads.wake(lead=False)
 
     def take(self, request: Request) -> Delivery | None:
         """The next delivery of a request, for its consumer; None if there is none."""
@@ -218,9 +224,8 @@ class Engine(FreedWhenClosed):
         """Has text and audio made of a request's groups, also of those that nobody has taken."""
         if self.owner.forked:
             self.owner.check()
-        with self._changed:
-            while request in self._step_of and self._leader != threading.get_ident():
-                self._changed.wait()
+        with self._threads:
+            self._wait_for_step_of(request)
             request.give_to(voicing)
 
     def cancel(self, request: Request) -> None:
@@ -229,21 +234,24 @@ class Engine(FreedWhenClosed):
             # Another thread may have held the lock when the process was forked.
             request.cancelled = True
             return
-        with self._changed:
+        with self._threads:
             request.cancelled = True
-            self._changed.notify_all()
+            self._threads.wake()
 
     def remove(self, request: Request) -> None:
         """Ends a request after the group in progress; its sequence keeps the groups taken."""
         if self.owner.forked:
             request.cancelled = True
             return
-        with self._changed:
+        with self._threads:
             self.cancel(request)
-            # An interrupt may have left the step of this thread itself.
-            while request in self._step_of and self._leader != threading.get_ident():
-                self._changed.wait()
+            self._wait_for_step_of(request)
             self._sweep()
+
+    def _wait_for_step_of(self, request: Request) -> None:
+        # An interrupt may have left the step of this thread itself.
+        if not self._threads.leads:
+            self._threads.sleep(lambda: request not in self._step_of)
 
     def release(self, sequence: TokenSequence) -> None:
         """Ends the sequence's request if there is one; it has at most one at a time.
@@ -252,7 +260,7 @@ class Engine(FreedWhenClosed):
         """
         if self.owner.forked:
             self.owner.check()
-        with self._changed:
+        with self._threads:
             for request in [other for other in self._requests if other.sequence is sequence]:
                 self.remove(request)
 
@@ -270,15 +278,14 @@ class Engine(FreedWhenClosed):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the step in progress; no other begins in the block."""
-        with self._changed:
-            self._exclusive += 1
+        with self._threads:
+            self._threads.holders += 1
             try:
-                while self._leader is not None:
-                    self._changed.wait()
+                self._threads.sleep(lambda: self._threads.leader is None)
                 yield
             finally:
-                self._exclusive -= 1
-                self._changed.notify_all()
+                self._threads.holders -= 1
+                self._threads.wake()
 
     def close(self) -> None:
         """Ends all requests after the group in progress, and frees the cache and all graphs.
@@ -318,7 +325,7 @@ class Engine(FreedWhenClosed):
         """
         steps, began = self.steps, self.clock()
         prompts, rows = list[Request](), list[Request]()
-        with self._changed:
+        with self._threads:
             # A row in flight must not move to another slot.
             if steps.in_flight is None:
                 self._sweep()
@@ -355,7 +362,7 @@ class Engine(FreedWhenClosed):
 
     def _drawn(self) -> list[Request]:
         """Requests of which a group is drawn and not delivered; the step works on them."""
-        with self._changed:
+        with self._threads:
             found = [
                 request for request in self._requests if request.drawn and not request.cancelled
             ]
@@ -407,8 +414,8 @@ class Engine(FreedWhenClosed):
         """
         if not self.overlaps or self.steps.in_flight is not None:
             return
-        with self._changed:
-            if self._exclusive or self.owner.closed:
+        with self._threads:
+            if self._threads.holders or self.owner.closed:
                 return
             now = self.clock()
             if any(self._choose_slot(other, now) is not None for other in self._waiting(now)):

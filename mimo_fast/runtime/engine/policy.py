@@ -9,7 +9,7 @@ Listeners are served by the time at which they run dry (`urgency`):
     3  a request of a batch                                   in turns
 
 A step (`next_step`) takes rows in that order. With none of 0 and 1 it is filled up to STEP of
-predicted time; with some of them they alone are, and others join as long as they add a quarter at
+predicted time; with some of them they alone are, and others join as long as they add a half at
 most. Where rows are nearly free, as on a GPU, that is all of them. Prompts are prefilled in chunks,
 as many groups a step as are predicted to take PROMPT.
 
@@ -53,7 +53,7 @@ FIRST_SLICE = 2
 SLICE = 25
 """Groups that a running row keeps its slot for if others wait that have begun (4 s of speech)."""
 
-JOINING = 0.25
+JOINING = 0.5
 """Share of the time of urgent rows that others may add to their step."""
 
 

@@ -260,9 +260,10 @@ class Steps:
             if isinstance(result, Exception):
                 request.fail(result)
                 continue
-            reading, audio = result
+            reading = result.reading
             if not request.settled:
-                self._deliver(request, Delivery(group, reading.text, audio, reading.codes))
+                made = reading.text, result.audio, reading.codes, result.finite
+                self._deliver(request, Delivery(group, *made))
             voicing.accept(reading)
 
     def _deliver(self, request: Request, delivery: Delivery) -> None:

@@ -243,9 +243,6 @@ def _generate_chunks(
 
     def chunk(text: str, audio: Tensor, codes: Tensor | None, reason: FinishReason | None) -> Chunk:
         nonlocal samples, frames, first_audio
-        if not bool(audio.isfinite().all()):
-            unknown = codes is not None and bool((codes == NOT_FINITE).any())
-            raise reply.not_finite() if unknown else samples_error(codec, codes)
         samples += len(audio)
         frames += 0 if codes is None else codes.shape[1]
         elapsed = perf_counter() - began
@@ -260,6 +257,10 @@ def _generate_chunks(
             delivery = reply.take()
             if delivery is None:
                 break
+            if not delivery.finite:
+                codes = delivery.codes
+                unknown = codes is not None and bool((codes == NOT_FINITE).any())
+                raise reply.not_finite() if unknown else samples_error(codec, codes)
             decoded += 1
             if on_group is not None:
                 on_group(delivery.group)
@@ -281,6 +282,8 @@ def _generate_chunks(
         # It was ended by somebody else: what has been taken of it is heard to its end.
         with reply.exclusive():
             text, audio = voicing.cut(frames, samples)
+        if not bool(audio.isfinite().all()):
+            raise samples_error(codec, None)
         last = chunk(text, audio, None, reply.finish_reason)
     if voice is not None and voicing.totals is not None:
         voice.add(codec, voicing.totals)

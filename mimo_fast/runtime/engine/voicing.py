@@ -96,12 +96,14 @@ class Delivery:
     Attributes:
         audio: float32 [m] on the CPU; None where the reply is not voiced.
         codes: Those [C, T] that the codec was given for it; None for none.
+        finite: Whether the samples are.
     """
 
     group: Group
     text: str = ""
     audio: Tensor | None = None
     codes: Tensor | None = None
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,18 @@ class _Reading:
     codes: Tensor | None
     ended: bool
     reader: ReplyReader
+
+
+@dataclass(frozen=True)
+class Voiced:
+    """What a group made final, its audio float32 [m] on the CPU.
+
+    finite: False where a GPU's samples are not; a CPU's are checked as they are made.
+    """
+
+    reading: _Reading
+    audio: Tensor
+    finite: bool = True
 
 
 class Voicing:
@@ -232,8 +246,8 @@ def voice(
     voicings: Sequence[Voicing],
     groups: Sequence[Group | None],
     meanwhile: Callable[[], None] = lambda: None,
-) -> list[tuple[_Reading, Tensor] | Exception]:
-    """What one group of each reply makes final: its reading, and its audio float32 [m] on the CPU.
+) -> list[Voiced | Exception]:
+    """What one group of each reply makes final.
 
     Replies of one codec are one `Codec.advance`; an error is that reply's own.
 
@@ -242,8 +256,7 @@ def voice(
             for: the device works on while the host does.
     """
     readings = [each.read(group) for each, group in zip(voicings, groups, strict=True)]
-    found: list[tuple[_Reading, Tensor] | Exception]
-    found = [(reading, nothing()) for reading in readings]
+    found: list[Voiced | Exception] = [Voiced(reading, nothing()) for reading in readings]
     waiting = list[tuple[Sequence[int], Sequence[int], HostCopy]]()
     for codec in {id(each.codec): each.codec for each in voicings}.values():
         mine = [i for i, each in enumerate(voicings) if each.codec is codec]
@@ -260,9 +273,13 @@ def voice(
             waiting.append(([i for i, _ in audible], [len(each) for _, each in audible], copy))
     meanwhile()
     for places, sizes, copy in waiting:
-        for i, samples in zip(places, copy.wait().split(list(sizes)), strict=True):
-            # The clone frees the pinned memory, which is scarce.
-            found[i] = readings[i], samples.clone()
+        joined = copy.wait()
+        finite = bool(joined.isfinite().all())
+        for i, samples in zip(places, joined.split(list(sizes)), strict=True):
+            # The clone frees the memory of all, which may be pinned and scarce.
+            found[i] = Voiced(
+                readings[i], samples.clone(), finite or bool(samples.isfinite().all())
+            )
     return found
 
 

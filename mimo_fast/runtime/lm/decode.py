@@ -193,11 +193,14 @@ class Decoder:
         if missing := [row for row in speaking if row.slot not in patches]:
             patches = patches | self._patches(missing)
         silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
-        groups, checks = [], self.lm.device.type == "cpu"
-        checks = checks if self.check_codes is None else self.check_codes
+        checks = self.lm.device.type == "cpu" if self.check_codes is None else self.check_codes
+        drawn = [patches[row.slot] for row in speaking]
+        # One look at all of them costs less than one at each.
+        lost = checks and bool(drawn) and bool((torch.stack(drawn) == NOT_FINITE).any())
+        groups = list[Group]()
         for row, text in zip(rows, tokens, strict=True):
             codes = patches[row.slot] if text == self.lm.empty_id else silence
-            if text == NOT_FINITE or (checks and bool((codes == NOT_FINITE).any())):
+            if text == NOT_FINITE or (lost and bool((codes == NOT_FINITE).any())):
                 groups.append(Group(text, codes, finished=True, finite=False))
                 continue
             row.cached += row.last is not None

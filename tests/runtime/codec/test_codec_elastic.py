@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mimo_fast
 from mimo_fast.bench.player import play
+from mimo_fast.runtime.codec import together
 from mimo_fast.runtime.codec.geometry import (
     LOOKAHEAD,
     PATCH_FRAMES,
@@ -23,6 +24,7 @@ from mimo_fast.runtime.codec.geometry import (
     elastic_rows,
     patch_rows,
 )
+from mimo_fast.runtime.codec.incremental import codes_to_decode
 from mimo_fast.runtime.codec.state import NormStatistics
 
 PATCH = PATCH_FRAMES * SAMPLES
@@ -242,3 +244,21 @@ def test_what_an_elastic_stream_does_not_take(model, stream_codes):
     for odd in (wide, NormStatistics(known.unpool, (known.to_mel[0],)), NormStatistics(3, 4)):
         with pytest.raises(ValueError, match="a mean and a variance each"):
             codec.stream("elastic", odd)
+
+
+@pytest.mark.parametrize(("lookahead", "anew"), [("elastic", False), ("exact", True)])
+@pytest.mark.parametrize("patches", [13, 22])
+def test_the_end_of_an_elastic_stream_is_not_decoded_again(monkeypatch, lookahead, anew, patches):
+    """What it holds back has been heard to end with the newest statistics; an exact one has not."""
+    with mimo_fast.load("nano", "nano", device="cpu") as nano:
+        codec, made = nano.codec, []
+
+        def noted(*arguments):
+            made.append(codes_to_decode(*arguments))
+            return made[-1]
+
+        monkeypatch.setattr(together, "codes_to_decode", noted)
+        codes = random_codes(codec.config, patches * PATCH_FRAMES)
+        stream_in(codec, codes, cut(codes.shape[1], [PATCH_FRAMES]), lookahead=lookahead)
+    assert made[-1][1] is anew
+    assert any(again for _, again in made)

@@ -289,8 +289,8 @@ def test_a_reply_gives_its_row_back_at_once(model):
     spoken = Group(model.lm.empty_id, torch.zeros(8, PATCH_FRAMES, dtype=torch.int64), False)
     reply = Voicing(ReplyReader(model.tokenizer, True), codec)
     for _ in range(LOOKAHEAD + 3):
-        ((reading, _),) = voice([reply], [spoken])
-        reply.accept(reading)
+        (made,) = voice([reply], [spoken])
+        reply.accept(made.reading)
     pool = reply._stream.state().pool
     assert pool.used == 1
     reply.close()
@@ -298,7 +298,7 @@ def test_a_reply_gives_its_row_back_at_once(model):
     assert counted.replays == 3
     again = Voicing(ReplyReader(model.tokenizer, True), codec)
     for group in (spoken, replace(spoken, finished=True)):
-        ((reading, _),) = voice([again], [group])
-        again.accept(reading)
+        (made,) = voice([again], [group])
+        again.accept(made.reading)
     # At its end, too.
     assert pool.used == 0

@@ -8,6 +8,7 @@ from replies import CAPACITY, break_steps, drawn
 from mimo_fast import LM
 from mimo_fast.errors import BusyError, DeviceMemoryError
 from mimo_fast.runtime.engine.engine import Engine
+from mimo_fast.runtime.engine.policy import Bounds
 
 
 def test_a_row_that_fails_leaves_the_others_alone(engine, requests, alone, monkeypatch):
@@ -64,7 +65,7 @@ def test_a_hook_that_fails_ends_its_own_reply(engine, requests, alone):
 
 
 def test_a_full_queue_says_so(model, requests):
-    engine = Engine(model.lm, 1, CAPACITY, queue=2)
+    engine = Engine(model.lm, 1, CAPACITY, bounds=Bounds(queue=2))
     running = requests[5].start(engine, ahead=None)
     next(running)
     waiting = [requests[4].start(engine) for _ in range(2)]

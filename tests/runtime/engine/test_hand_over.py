@@ -13,6 +13,7 @@ from torch import Tensor
 from mimo_fast import LM, MimoAudio
 from mimo_fast.runtime.engine import policy
 from mimo_fast.runtime.engine.engine import Engine, Reply
+from mimo_fast.runtime.engine.policy import Bounds
 from mimo_fast.runtime.lm.decode import Limits
 
 
@@ -218,7 +219,7 @@ class TestNobodyHolds:
     def test_streams_that_nobody_reads_give_up_their_places(
         self, model: MimoAudio, requests: list[RequestSpec], alone: list[Any]
     ) -> None:
-        engine = Engine(model.lm, 2, CAPACITY, queue=3)
+        engine = Engine(model.lm, 2, CAPACITY, bounds=Bounds(queue=3))
         idle = list[Reply]()
         for _ in range(12):
             idle.append(requests[5].start(engine))

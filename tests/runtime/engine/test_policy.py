@@ -48,8 +48,8 @@ class TestOrder:
         ]
         # Rows are free: all join, in order.
         assert next_step(demands, 10.0, StepCost()).rows == (3, 5, 2, 6, 1, 4, 0)
-        # Rows are all that a step costs: those that are urgent are alone.
-        assert next_step(demands, 10.0, known(0, 0.005)).rows == (3, 5, 2)
+        # Rows are all that a step costs: to three that are urgent half as many are added.
+        assert next_step(demands, 10.0, known(0, 0.005)).rows == (3, 5, 2, 6)
 
     def test_rows_that_are_nearly_free_join_the_urgent(self):
         demands = [Demand(LISTENER, 0.0)] + [Demand(LISTENER, 0.0, dry=9.0) for _ in range(63)]

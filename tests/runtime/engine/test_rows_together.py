@@ -241,7 +241,7 @@ def test_an_error_of_the_whole_call_is_tried_row_by_row(model, requests, monkeyp
 
 
 def test_a_full_engine_refuses_rather_than_stutters(model, requests):
-    engine = timeless(model, 4, load=0.5)
+    engine = timeless(model, 4, bounds=Bounds(load=0.5))
     first = requests[5].start(engine)
     next(first)
     engine.steps.cost.row = 0.05
