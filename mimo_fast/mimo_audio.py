@@ -528,6 +528,7 @@ class MimoAudio:
         work that waits where a listener would run dry, see `runtime/engine/policy.py`.
         """
         rank = Priority.of(priority)
+        gathers = rank is Priority.BATCH
         began, spec, pipeline = perf_counter(), find_task(task), self.pipeline
         _refuse_unknown(task, task_arguments)
         given, named = check_call(spec.prompt, arguments, task_arguments, f"stream({task!r})")
@@ -543,12 +544,13 @@ class MimoAudio:
                     limits = stops, most, least
                     return self._start(ids, spec.sampler, *limits, False, seed, follows, rank)
 
-                context = pipeline.context(seed, special_tokens=special_tokens)
+                context = pipeline.context(seed, False, special_tokens, gathers)
                 limits_of_all = max_new_tokens, min_new_tokens
                 return say_pieces(
                     pipeline, context, request, texts, begin, began, limits_of_all, lookahead
                 )
-        context = pipeline.context(seed, add_history and self.has_history, special_tokens)
+        continued = add_history and self.has_history
+        context = pipeline.context(seed, continued, special_tokens, gathers)
         segments = spec.prompt(context, *given, **named)
         prompt = pipeline.packed(segments, spec.sampler)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -45,6 +46,30 @@ def test_recordings(nano):
     assert (found[0].text, found[2].text) == ("thank you", "six five zero")
     assert found[0].audio is None
     assert isinstance(found[1].error, AudioError)
+
+
+@pytest.mark.parametrize("task", ["asr", TRANSCRIBE])
+def test_recordings_are_encoded_together(monkeypatch, task):
+    """Requests begin alike: what comes while one recording is encoded is one call after it."""
+    model, counts = mimo_fast.load(max_batch=4), list[int]()
+    encode, begun = model.codec.encode_measured_together, threading.Event()
+
+    def counted(waves, n_q):
+        counts.append(len(waves))
+        if len(counts) == 1:
+            # The others are read meanwhile.
+            while len(model.pipeline._gathering._waiting) < 3:
+                assert not begun.wait(0.001)
+        return encode(waves, n_q)
+
+    monkeypatch.setattr(model.codec, "encode_measured_together", counted)
+    names = ("thank_you", "six_five_zero", "what_is_your_name", "where_is_my_room")
+    files = [WORDS / f"{name}.flac" for name in names]
+    texts = {result.index: result.text for result in batch(model, task, files, seed=1)}
+    assert counts[:2] == [1, 3]
+    for i, file in enumerate(files):
+        (alone,) = batch(mimo_fast.load(max_batch=1), task, [file], seed=1 + i)
+        assert texts[i] == alone.text
 
 
 def test_a_folder_resumes(nano, tmp_path):

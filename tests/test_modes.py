@@ -279,7 +279,7 @@ def test_what_launches_work_knows_its_device(model):
         assert each.device == torch.device("cpu")
     for owner, names in (
         (Engine, "__init__ warmup export _step"),
-        (Codec, "encode_later warmup warm_up_encoder"),
+        (Codec, "encode encode_together encode_later warmup warm_up_encoder"),
         (CodecNetwork, "encode decode moments"),
         (CodecStream, "__init__ push finish"),
     ):

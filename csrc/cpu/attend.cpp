@@ -34,9 +34,6 @@ INLINE void score(
     for (int n = 0; n < N; ++n) scores[n] = sum(sums[n]) * scale;
 }
 
-// Queries that are computed together: they share keys and values.
-constexpr int TOGETHER = 4;
-
 // Exponentials of the scores first ... last - 1 of a row of `width`, 0 elsewhere, which add up to 1.
 void soften(float* scores, int64_t width, int64_t first, int64_t last, float scale) {
     for (int64_t i = 0; i < first; ++i) scores[i] = -INFINITY;

@@ -53,6 +53,10 @@ INLINE void add_run(
     for (; i < head_dim; i += 8) add_values<R, 1>(weights, width, v + i, stride, count, y + i, y_stride);
 }
 
+// Queries that `attend_runs` computes together: they share keys and values. Where windows differ, which ones share them
+// decides the order of a query's sums.
+constexpr int TOGETHER = 4;
+
 // Keys and values of `count` places that follow one another, `stride` apart.
 struct Run {
     const float *k, *v;

@@ -70,6 +70,8 @@ void bind_codec(py::module_& module) {
              py::kw_only(), py::arg("weight"), py::arg("bias"));
     bind_struct<CodecAttention, const float*, float*, float*, const int64_t*, const bool*, int64_t>(
         module, "CodecAttention", "table", "k", "v", "slots", "visible", "places");
+    bind_struct<CodecSequences, const int64_t*, int64_t, const float*, int64_t, int64_t>(
+        module, "CodecSequences", "lengths", "count", "table", "left", "right");
     py::class_<CodecStack>(module, "CodecStack")
         .def(py::init([](int64_t dim, int64_t heads, float eps) {
                  check(heads > 0 && dim > 0 && dim % (8 * heads) == 0, "heads are no multiple of 8 wide");
@@ -94,7 +96,21 @@ void bind_codec(py::module_& module) {
                  check_slots(attention.slots, rows, attention.places);
                  kernels->run_codec_stack(self, address<float>(x), rows, attention);
              },
-             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("attention"), Unlocked());
+             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("attention"), Unlocked())
+        .def("run_sequences",
+             [](const CodecStack& self, uintptr_t x, int64_t rows, const CodecSequences& sequences, int64_t skip) {
+                 check_present(rows, x, uintptr_t(sequences.lengths), uintptr_t(sequences.table));
+                 check(sequences.left >= 0 && sequences.right >= 0, "a window is negative");
+                 int64_t total = 0;
+                 for (int64_t i = 0; i < sequences.count; ++i) {
+                     check(sequences.lengths[i] >= 0, "a sequence has fewer than no rows");
+                     total += sequences.lengths[i];
+                 }
+                 check(total == rows, "the sequences are not of " + std::to_string(rows) + " rows");
+                 check(skip >= 0 && skip <= int64_t(self.layers.size()), "there is no such layer to skip");
+                 kernels->run_codec_sequences(self, address<float>(x), sequences, skip);
+             },
+             py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("sequences"), py::arg("skip"), Unlocked());
     py::class_<TransposedConv>(module, "TransposedConv")
         .def(py::init(&transposed_conv), py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("norm_weight"),
              py::arg("norm_bias"), py::arg("kernel"), py::arg("stride"), py::arg("outputs"));

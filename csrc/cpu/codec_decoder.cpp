@@ -258,13 +258,6 @@ void decode_group(const CodecDecoder& d, const CodecChunk* chunks, int64_t count
     }
 }
 
-int64_t stack_work(const CodecStack& stack) {
-    int64_t total = 0;
-    for (const CodecLayer& layer : stack.layers)
-        total += layer.qkv.size() + layer.out.size() + layer.up.size() + layer.down.size();
-    return total;
-}
-
 }  // namespace
 
 void rotation_rows(const Rotations& table, int64_t first, int64_t count, float* cosines, float* sines) {

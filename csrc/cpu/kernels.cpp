@@ -18,7 +18,7 @@ namespace mimo_fast::MIMO_FAST_SET {
 
 extern const Kernels kernels = {
     SET_NAME(MIMO_FAST_SET), quantized_matmul, decode_attention, multiply_rows, step, encode, decode_patch,
-    run_codec_stack, decode_chunks, sample, gumbel,
+    run_codec_stack, run_codec_sequences, decode_chunks, sample, gumbel,
 };
 
 }  // namespace mimo_fast::MIMO_FAST_SET

@@ -21,6 +21,8 @@ struct Kernels {
     void (*decode_patch)(const PatchDecoder& p, const float* local, int64_t* codes, const SamplerRows& settings);
     // x [T, dim], replaced by what the last layer gives.
     void (*run_codec_stack)(const CodecStack& stack, float* x, int64_t T, const CodecAttention& attention);
+    // x, rows of whole sequences, replaced by what the last layer gives, plus what layer `skip` gives.
+    void (*run_codec_sequences)(const CodecStack& stack, float* x, const CodecSequences& sequences, int64_t skip);
     // The next chunk of several streams.
     void (*decode_chunks)(const CodecDecoder& d, const CodecChunk* chunks, int64_t count);
     // One id a row.

@@ -170,6 +170,15 @@ struct CodecAttention {
     int64_t places;
 };
 
+// Whole sequences, their rows one after the other. A row sees those of its sequence from `left` before to `right` after its
+// own.
+struct CodecSequences {
+    const int64_t* lengths;  // [count], rows of each
+    int64_t count;
+    const float* table;      // [2, rows, head_dim / 2]: cosines and sines of the rows' positions
+    int64_t left, right;
+};
+
 // A causal transposed convolution, kernel >= stride, with the norm over time that follows it.
 struct TransposedConv {
     Linear weight;            // [kernel outputs, inputs]: row j outputs + o has the weights of tap j

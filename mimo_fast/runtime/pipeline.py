@@ -5,9 +5,10 @@
 `MimoAudio`, `Session` and servers are built on it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from mimo_fast.errors import PromptError
 from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.codec.finite import checked_codes
 from mimo_fast.runtime.codec.model import Codec
+from mimo_fast.runtime.codec.recordings import attempt
 from mimo_fast.runtime.codec.voice import Voice
 from mimo_fast.runtime.confidence import confidence_of
 from mimo_fast.runtime.engine.engine import Engine
@@ -26,6 +28,7 @@ from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyText, read_reply, stream_reply
 from mimo_fast.runtime.engine.voicing import Listening, ReplyReader
+from mimo_fast.runtime.gathering import Gathering
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import Setup
@@ -63,6 +66,13 @@ def check_limits(max_new_tokens: int | None, min_new_tokens: int = 0) -> None:
         raise ValueError(f"min_new_tokens must be 0 or more, not {min_new_tokens}")
 
 
+class Waiting(NamedTuple):
+    """A waveform [n] to encode for a prompt; closed as of `Pipeline.speech`."""
+
+    wav: Tensor
+    closed: bool
+
+
 def _check_patches(frames: int) -> None:
     if not frames:
         raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
@@ -87,6 +97,9 @@ class Pipeline(FreedWhenClosed):
     prepares: bool = False
     _engine: Engine | None = None
     presets: dict[str, dict[str, MiMoSampler]] = field(init=False)
+    _gathering: Gathering[Waiting, Speech | Exception] = field(
+        init=False, default_factory=Gathering
+    )
     owner: Owner = field(init=False, default_factory=Owner)
 
     def __post_init__(self) -> None:
@@ -192,8 +205,31 @@ class Pipeline(FreedWhenClosed):
             codes, loss = self.codec.encode_measured(wav, channels)
         else:
             codes, loss = self.codec.encode(wav, channels), self._loss(wav)
-        codes = codes.cpu()
-        codes = checked_codes(self.codec, codes, wav)
+        return self._encoded_speech(Waiting(wav, closed), codes, loss)
+
+    def _encoded_together(self, waiting: Sequence[Waiting]) -> list[Speech | Exception]:
+        """`_encoded` of several recordings; an error is that recording's own."""
+        waves, channels = [each.wav for each in waiting], self.lm.config.channels
+        found: Sequence[Tensor | tuple[Tensor, Tensor] | Exception]
+        if self.lm.config.confidence and self.codec.encoder_graphs is None:
+            found = self.codec.encode_measured_together(waves, channels)
+        else:
+            found = self.codec.encode_together(waves, channels)
+
+        def speech(
+            recording: Waiting, encoded: Tensor | tuple[Tensor, Tensor] | Exception
+        ) -> Speech:
+            if isinstance(encoded, Exception):
+                raise encoded
+            loss = self._loss(recording.wav) if isinstance(encoded, Tensor) else encoded[1]
+            codes = encoded if isinstance(encoded, Tensor) else encoded[0]
+            return self._encoded_speech(recording, codes, loss)
+
+        return [attempt(partial(speech, *pair)) for pair in zip(waiting, found, strict=True)]
+
+    def _encoded_speech(self, recording: Waiting, codes: Tensor, loss: Tensor | None) -> Speech:
+        wav, closed = recording
+        codes = checked_codes(self.codec, codes.cpu(), wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
         _check_patches(codes.shape[1])
         return Speech(codes, closed, loss)
@@ -204,10 +240,20 @@ class Pipeline(FreedWhenClosed):
             return None
         return self.codec.encode_measured(wav, self.lm.config.channels)[1]
 
-    def speech_later(self, audio: Audio, closed: bool = True, *, prepared: bool = False) -> Speech:
+    def speech_later(
+        self,
+        audio: Audio,
+        closed: bool = True,
+        *,
+        prepared: bool = False,
+        gathers: bool = False,
+    ) -> Speech:
         """`speech` for a prompt: what the context cannot hold is refused before it is encoded.
 
-        prepared: whether the audio is a waveform [n] that nothing is to be done to.
+        Args:
+            prepared: whether the audio is a waveform [n] that nothing is to be done to.
+            gathers: whether nobody listens, so that it may be encoded together with recordings of
+                other threads; it may then wait for those that are being encoded.
 
         It does not wait for the codes where they can be prefilled on the device; that the codec's
         values are not finite is then found by whoever reads them.
@@ -217,13 +263,50 @@ class Pipeline(FreedWhenClosed):
             return encoded_speech(audio, closed)
         rate = self.codec.sample_rate
         wav = load_audio(audio, rate) if prepared else self._loaded(audio)
+        self._check_room(wav)
+        pending = self._pending(wav, closed)
+        if pending is not None:
+            return pending
+        if not gathers:
+            return self._encoded(wav, closed)
+        (speech,) = self._gathering.run([Waiting(wav, closed)], self._encoded_together)
+        if isinstance(speech, Exception):
+            raise speech
+        return speech
+
+    def speeches(self, waves: Sequence[Tensor]) -> list[Speech]:
+        """`speech_later` of several prepared recordings that nobody listens to, encoded together.
+
+        Raises:
+            AudioError, NumericError, PromptError: one of them cannot be encoded.
+        """
+        self.owner.check()
+        for wav in waves:
+            self._check_room(wav)
+        found: list[Speech | Exception | None] = [self._pending(wav, True) for wav in waves]
+        pairs = zip(waves, found, strict=True)
+        missing = [Waiting(wav, True) for wav, speech in pairs if speech is None]
+        encoded = iter(self._gathering.run(missing, self._encoded_together) if missing else ())
+        speeches = list[Speech]()
+        for speech in found:
+            each = next(encoded) if speech is None else speech
+            if isinstance(each, Exception):
+                raise each
+            speeches.append(each)
+        return speeches
+
+    def _check_room(self, wav: Tensor) -> None:
+        """Raises PromptError for a recording that the context cannot hold."""
         group = self.codec.config.samples_per_frame * self.lm.config.group_size
         self.engine.check_room(len(wav) // group)
-        pending = None
-        if self.codec.encoder_graphs is not None and self._prefills:
-            pending = self.codec.encode_later(wav, self.lm.config.channels)
+
+    def _pending(self, wav: Tensor, closed: bool) -> Speech | None:
+        """Speech that is being encoded by graph; None where no graph takes it."""
+        if self.codec.encoder_graphs is None or not self._prefills:
+            return None
+        pending = self.codec.encode_later(wav, self.lm.config.channels)
         if pending is None:
-            return self._encoded(wav, closed)
+            return None
         pending.frames = whole_frames(pending.frames, self.lm.config.group_size, closed)
         _check_patches(pending.frames)
         pending.check = lambda codes: checked_codes(self.codec, codes, wav)
@@ -236,13 +319,21 @@ class Pipeline(FreedWhenClosed):
         return graphs is not None and graphs.takes_prompts
 
     def context(
-        self, seed: int | None = None, continued: bool = False, special_tokens: bool = False
+        self,
+        seed: int | None = None,
+        continued: bool = False,
+        special_tokens: bool = False,
+        gathers: bool = False,
     ) -> PromptContext:
-        """The part of a model that the functions of `text/tasks.py` use."""
+        """The part of a model that the functions of `text/tasks.py` use.
+
+        gathers: as of `speech_later`.
+        """
         self.owner.check()
         drawn = seed.templates if isinstance(seed, DrawnSeed) else seed
         seed, words = None if drawn is None else check_seed(drawn), self.tokenizer.trained_words
-        return PromptContext(self.speech_later, words, seed, continued, special_tokens)
+        encode = partial(self.speech_later, gathers=gathers)
+        return PromptContext(encode, words, seed, continued, special_tokens)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
         """Segments -> ids [C + 1, T G] on the CPU."""

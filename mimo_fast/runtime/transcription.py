@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -22,6 +24,7 @@ from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.sampling import one_seed
+from mimo_fast.text.prompt import Speech
 from mimo_fast.text.tasks import TASKS, Template, choose_template
 from mimo_fast.text.templates import ASR_TEMPLATES
 from mimo_fast.text.transcript import Transcript, TranscriptSegment, join
@@ -67,12 +70,14 @@ class PieceReply:
         ended: Whether all of it is there.
     """
 
-    def __init__(self, pipeline: Pipeline, piece: Piece, hear: Callable[[Tensor], Hearing]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, piece: Piece, speech: Speech, hear: Callable[[Speech], Hearing]
+    ) -> None:
         self._pipeline, self._piece, self._hear = pipeline, piece, hear
         tells = any(each.task == TASK.sampler for each in pipeline.lm.config.confidence)
         self._again = deque(piece.again if tells else ())
         self._open = not self._again
-        self._running = self._kept = hear(piece.wav)
+        self._running = self._kept = hear(speech)
         self.ended = False
 
     def step(self) -> bool:
@@ -87,7 +92,8 @@ class PieceReply:
         hearing.reply.close()
         self._kept = max(self._kept, hearing, key=lambda each: each.confidence or 0.0)
         if self._again:
-            self._running = self._hear(self._again.popleft())
+            (speech,) = self._pipeline.speeches([self._again.popleft()])
+            self._running = self._hear(speech)
         else:
             self.ended = True
         return self.ended
@@ -111,33 +117,47 @@ class PieceReply:
         return TranscriptSegment(*times, text, reason, kept.confidence, kept.warning)
 
 
-def start_piece(
+def start_pieces(
     pipeline: Pipeline,
-    piece: Piece,
+    pieces: Sequence[Piece],
     template: Template = None,
     seed: int | None = None,
     max_new_tokens: int | None = None,
     samplers: Samplers | None = None,
-) -> PieceReply:
-    """Queues the transcript of a piece; nothing is computed before its first step.
+) -> Iterator[PieceReply]:
+    """Encodes pieces together and queues their transcripts; no other thing is computed before their
+    first step.
 
     Args:
         template, max_new_tokens: as those of `TranscriptStream`.
         samplers: of the words; None for those of the task.
     """
     rate, stops = pipeline.codec.sample_rate, TASK.stop_ids(pipeline.tokenizer.special)
-    most = max_new_tokens or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / rate)
 
-    def hear(wav: Tensor) -> Hearing:
-        context, speech = pipeline.context(seed), pipeline.speech_later(wav, prepared=True)
-        prompt = pipeline.packed(TASK.prompt(context, speech, template), TASK.sampler)
-        sequence = pipeline.sequence(seed)
-        sequence.add(prompt)
+    def hear(most: int, speech: Speech) -> Hearing:
+        prompt = TASK.prompt(pipeline.context(seed), speech, template)
+        packed, sequence = pipeline.packed(prompt, TASK.sampler), pipeline.sequence(seed)
+        sequence.add(packed)
         how = samplers or pipeline.samplers(TASK.sampler), stops, most
         reply = pipeline.start(sequence, *how, priority=Priority.BATCH)
-        return Hearing(reply, pipeline.reader(prompt.ids, speaks=False), sequence.groups)
+        return Hearing(reply, pipeline.reader(packed.ids, speaks=False), sequence.groups)
 
-    return PieceReply(pipeline, piece, hear)
+    speeches = pipeline.speeches([piece.wav for piece in pieces])
+    for piece, speech in zip(pieces, speeches, strict=True):
+        most = max_new_tokens or GROUPS + math.ceil(GROUPS_A_SECOND * len(piece.wav) / rate)
+        yield PieceReply(pipeline, piece, speech, partial(hear, most))
+
+
+def start_piece(
+    pipeline: Pipeline,
+    piece: Piece,
+    template: Template = None,
+    seed: int | None = None,
+    samplers: Samplers | None = None,
+) -> PieceReply:
+    """`start_pieces` of one."""
+    (work,) = start_pieces(pipeline, [piece], template, seed, samplers=samplers)
+    return work
 
 
 class TranscriptStream(Iterator[TranscriptSegment]):
@@ -214,15 +234,17 @@ class TranscriptStream(Iterator[TranscriptSegment]):
             yield block
 
     def _generate(self) -> Generator[TranscriptSegment, None, None]:
-        work = self._work
+        work, how = self._work, (self._template, self._seed, self._most)
+        pieces = pieces_of(self._counted(), self._rate, self._cutting)
         try:
-            for piece in pieces_of(self._counted(), self._rate, self._cutting):
-                work.append(
-                    start_piece(self._pipeline, piece, self._template, self._seed, self._most)
-                )
-                while len(work) >= max(self._at_once(), 1):
-                    yield from self._step()
-            while work:
+            more = True
+            while work or more:
+                room = max(self._at_once(), 1) - len(work)
+                if more and room > 0:
+                    # Pieces that start at once are encoded at once.
+                    new = [*islice(pieces, room)]
+                    more = len(new) == room
+                    work.extend(start_pieces(self._pipeline, new, *how))
                 yield from self._step()
         finally:
             while work:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mimo_fast
+from mimo_fast.errors import AudioError
 from mimo_fast.kernels import decode_attention
 from mimo_fast.kernels.dispatch import use_triton
 from mimo_fast.kernels.matmul import launch as qmatmul_launch
@@ -55,3 +56,16 @@ def results(kit, triton_kernels):
 def test_golden_stage(results, stage):
     result = results[stage]
     assert result.ok, f"{result.error} > {result.bound} in {result.worst} of {result.compared}"
+
+
+def test_recordings_encoded_together(kit, triton_kernels):
+    """Each has the codes that it has alone, and a neighbour without numbers changes nothing."""
+    codec = mimo_fast.load(kit / "checkpoint/lm", kit / "checkpoint/codec", device="cpu").codec
+    assert use_triton(codec.conv1[0])
+    generator = torch.Generator().manual_seed(0)
+    waves = [0.1 * torch.randn(n, generator=generator) for n in (4000, 700, 9000)]
+    lost = torch.full((2000,), torch.nan)
+    first, second, error, third = codec.encode_together([*waves[:2], lost, waves[2]])
+    assert isinstance(error, AudioError)
+    for wav, codes in zip(waves, (first, second, third), strict=True):
+        assert torch.equal(codes, codec.encode(wav))

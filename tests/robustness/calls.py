@@ -426,6 +426,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
 
 def inner_calls(bystander: Bystander) -> Calls:
     """The functions over the weights, likewise."""
+    from mimo_fast.runtime.codec.network import MelRow
     from mimo_fast.runtime.lm.model import PlacedIds
 
     model = bystander.model
@@ -457,6 +458,28 @@ def inner_calls(bystander: Bystander) -> Calls:
         "Codec.warm_up_encoder": (codec.warm_up_encoder, {"n_q": 8, "progress": False}),
         "Codec.encode_later": (codec.encode_later, {"wav": torch.zeros(4000), "n_q": 8}),
         "Codec.encode_measured": (codec.encode_measured, {"wav": torch.zeros(4000), "n_q": 8}),
+        "Codec.encode_together": (
+            codec.encode_together,
+            {"waves": [torch.zeros(4000), torch.zeros(9)], "n_q": 8},
+        ),
+        "Codec.encode_measured_together": (
+            codec.encode_measured_together,
+            {"waves": [torch.zeros(4000), torch.zeros(9)], "n_q": 8},
+        ),
+        "Codec.encoder_output": (codec.encoder_output, {"wav": torch.zeros(4000)}),
+        "Codec.log_mel": (codec.log_mel, {"wav": torch.zeros(4000)}),
+        "Codec.mel_rows": (
+            codec.mel_rows,
+            {"mel": torch.zeros(41, codec.config.n_mels), "lengths": [20, 21]},
+        ),
+        "Codec.encode_rows": (
+            codec.encode_rows,
+            {"rows": [MelRow(torch.zeros(20, codec.config.n_mels), False, False)]},
+        ),
+        "Codec.quantize_measured": (
+            codec.quantize_measured,
+            {"hidden": torch.zeros(4, codec.config.dim), "n_q": 8},
+        ),
         "Codec.check_waveform": (codec.check_waveform, {"wav": torch.zeros(4000), "n_q": 8}),
         "LM.threads": (lm.threads, {}),
         "LM.new_state": (lm.new_state, {"seeds": [1], "capacity": 16, "quantized_cache": True}),

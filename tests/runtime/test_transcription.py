@@ -1,5 +1,7 @@
 """`MimoAudio.transcribe`: words of nano in recordings of any length, the same however they come."""
 
+import threading
+from contextlib import closing
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -200,3 +202,44 @@ def test_one_pass_is_refused_before_it_is_encoded(nano, monkeypatch):
         small.asr_sft(silence(60))
     with pytest.raises(AssertionError, match="it was encoded"):
         small.asr_sft(silence(3))
+
+
+def test_pieces_that_start_at_once_are_encoded_at_once(talk, monkeypatch):
+    model, counts = mimo_fast.load(max_batch=4), list[int]()
+    encode = model.codec.encode_measured_together
+
+    def counted(waves, n_q):
+        counts.append(len(waves))
+        return encode(waves, n_q)
+
+    monkeypatch.setattr(model.codec, "encode_measured_together", counted)
+    found = model.transcribe(talk, seed=5)
+    assert counts[0] == min(4, len(found.segments)) > 1
+    assert found == mimo_fast.load(max_batch=1).transcribe(talk, seed=5)
+
+
+def test_a_listener_does_not_wait_for_recordings_of_batches(nano, talk):
+    piece = talk[: 3 * RATE]
+    with nano.pipeline._gathering._turn:
+        # Recordings of a batch are being encoded.
+        assert nano.asr_sft(piece, seed=1)
+        with closing(nano.stream("asr", piece, seed=1)) as chunks:
+            next(chunks)
+        waits = threading.Thread(target=lambda: nano.transcribe(piece, seed=1), daemon=True)
+        waits.start()
+        waits.join(0.2)
+        assert waits.is_alive()
+    waits.join(60)
+    assert not waits.is_alive()
+
+
+def test_a_piece_that_cannot_be_encoded_ends_only_its_recording(nano, talk, monkeypatch):
+    speech = nano.pipeline.speeches([talk[:RATE], talk[: 2 * RATE]])
+    for each, wav in zip(speech, (talk[:RATE], talk[: 2 * RATE]), strict=True):
+        alone = nano.pipeline.speech_later(wav, prepared=True)
+        assert torch.equal(each.codes, alone.codes)
+        assert torch.equal(each.loss, alone.loss)
+    with pytest.raises(AudioError, match="NaN"):
+        nano.pipeline.speeches([talk[:RATE], torch.full((RATE,), torch.nan)])
+    with pytest.raises(PromptError, match="context"):
+        nano.pipeline.speeches([talk[:RATE], silence(10_000)])

@@ -1,10 +1,16 @@
-"""All layers of a small codec stack in one native call, for incremental decoding.
+"""All layers of a small codec stack in one native call.
 
     y = x + out(attend(qkv(norm(x)))),  x = y + down(gelu(up(norm(y))))       layer after layer
 
-The rotated key and the value of row t are written to place slots[t] of a layer's buffer; row t then
-attends to the places of that buffer that visible[t] marks. Ring buffers and windows are both of
-that form. It runs on the caller's thread, for the sizes and types that `small_model.py` takes.
+`run`, for incremental decoding: the rotated key and the value of row t are written to place
+slots[t] of a layer's buffer; row t then attends to the places of that buffer that visible[t] marks.
+Ring buffers and windows are both of that form. It runs on the caller's thread.
+
+`run_sequences`, for whole sequences such as recordings: rows of all of them pass the products
+together and are divided among threads; a row attends to its own sequence. The bits of a sequence
+depend neither on the others nor on the number of threads.
+
+It takes the sizes and types that `transformer.py` takes.
 """
 
 from __future__ import annotations
@@ -72,6 +78,65 @@ class CodecStack:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy reads the copied weights.
         return type(self), self._arguments
+
+    def run_rows(
+        self,
+        x: Tensor,
+        table: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """`run` of N sequences, see `runtime/codec/layers.py`'s `LayerByLayer.run_rows`."""
+        places = range(len(x)) if rows is None else rows.tolist()
+        return torch.stack(
+            [
+                self.run(x[n], table[:, n], k[row], v[row], slots[n], visible[n])
+                for n, row in enumerate(places)
+            ]
+        )
+
+    def run_sequences(
+        self,
+        sequences: Sequence[Tensor],
+        table: Tensor,
+        window: tuple[int, int],
+        skip_layer: int | None = None,
+    ) -> list[Tensor]:
+        """Whole sequences [T, D] -> [T, D] each, T >= 0.
+
+        Args:
+            table: `rope_table` [2, sum of T, Dh / 2] of the rows' positions.
+            window: rows before and after its own that a row sees; negative for all.
+            skip_layer: the layer, counted from 1, whose output is added to the last one's.
+
+        Raises:
+            ValueError: shapes or types are others.
+        """
+        lengths = [len(x) for x in sequences]
+        for x in sequences:
+            if x.shape[1:] != (self.dim,) or x.dtype != torch.float32:
+                raise ValueError(f"x is {x.dtype} {list(x.shape)}, not float32 [T, {self.dim}]")
+        if not lengths:
+            return []
+        native.check_table(table, self.head_dim)
+        if table.shape[1] != sum(lengths):
+            raise ValueError(f"the table has {table.shape[1]} rows for {sum(lengths)} of sequences")
+        y = torch.cat([*sequences])
+        sizes = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        left, right = (reach if reach >= 0 else max(lengths) for reach in window)
+        found = native.compiled().CodecSequences(
+            **native.addresses(lengths=sizes, table=table),
+            count=len(lengths),
+            left=left,
+            right=right,
+        )
+        self.native.run_sequences(
+            **native.addresses(x=y), rows=len(y), sequences=found, skip=skip_layer or 0
+        )
+        return [*y.split(lengths)]
 
     def run(
         self, x: Tensor, table: Tensor, k: Tensor, v: Tensor, slots: Tensor, visible: Tensor

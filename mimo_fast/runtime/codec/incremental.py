@@ -300,9 +300,11 @@ def _decoder_block(codec: CodecNetwork, state: StateTensors, rows: Rows, x: Tens
     visible = (past >= 0) & (past <= decoder_context(stack.window)) & (held >= 0)
 
     if rows.first is None:
-        out = stack.run_rows(x, table, ring.k, ring.v, slots, visible, rows.numbers)
+        out = stack.executor.run_rows(x, table, ring.k, ring.v, slots, visible, rows.numbers)
     else:
-        out = stack.run_rows(x, table, rows.read(ring.k), rows.read(ring.v), slots, visible)
+        out = stack.executor.run_rows(
+            x, table, rows.read(ring.k), rows.read(ring.v), slots, visible
+        )
     rows.write(state.position, before + x.shape[1])
     return out
 
@@ -331,7 +333,7 @@ def _vocode(
     buffer = StackState(*(torch.cat((each, room), dim=3) for each in before))
     slots = steps[kept:].add(kept).expand(count, -1)
     x = matmul(mel.flatten(0, 1), codec.vocoder_in).unflatten(0, (count, length))
-    x = stack.run_rows(x, table, *buffer, slots, visible)
+    x = stack.executor.run_rows(x, table, *buffer, slots, visible)
     for each, new in zip(state.vocoder, buffer, strict=True):
         rows.write(each, new[:, :, :, block.new : block.new + kept])
     rows.write(state.frame, frame)

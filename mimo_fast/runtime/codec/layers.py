@@ -7,7 +7,7 @@ that a stack runs with and in the source of the statistics of the norms over tim
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from mimo_fast.kernels.cpu import codec_stack as small_codec
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.kernels.norm import layer_norm, rms_norm
-from mimo_fast.kernels.rope import rope, rope_table
+from mimo_fast.kernels.rope import rope, rope_frequencies, rope_rows, rope_table
 from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import conv_overlap
@@ -102,7 +102,8 @@ class CodecStack:
 
     @cached_property
     def executor(self) -> "LayerByLayer | small_codec.CodecStack":
-        """What computes rows that attend to a buffer: one native call, or layer by layer.
+        """What computes rows that attend to a buffer, and whole sequences: one native call, or
+        layer by layer.
 
         Chosen once, by size, dtype and device; a copy with other layers chooses anew.
         """
@@ -119,37 +120,23 @@ class CodecStack:
         """Whether `executor` is one native call, which one thread computes fastest."""
         return isinstance(self.executor, small_codec.CodecStack)
 
-    def run_rows(
-        self,
-        x: Tensor,
-        table: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slots: Tensor,
-        visible: Tensor,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """N sequences that attend to buffers, x [N, T, D] -> [N, T, D].
+    def run_sequences(
+        self, sequences: Sequence[Tensor], skip_layer: int | None = None
+    ) -> list[Tensor]:
+        """Whole sequences x [T, D] -> [T, D] each, with the bits that each has alone.
 
-        Keys and values of sequence n go to slots[n] of row rows[n] of k and v [R, L, H, S, Dh], or
-        of row n without `rows`. Position t attends to the places that visible[n, t] marks.
-
-        Args:
-            table: rows of `rope_table` [2, N, T, Dh / 2].
-            slots: int64 [N, T].
-            visible: bool [N, T, S].
-            rows: int64 [N].
+        A layer's weights are read once for all sequences, or copied once where they are offloaded.
+        skip_layer as in `run`.
         """
         executor = self.executor
-        if isinstance(executor, LayerByLayer):
-            return executor.run_rows(x, table, k, v, slots, visible, rows)
-        places = range(len(x)) if rows is None else rows.tolist()
-        return torch.stack(
-            [
-                executor.run(x[n], table[:, n], k[row], v[row], slots[n], visible[n])
-                for n, row in enumerate(places)
-            ]
-        )
+        if isinstance(executor, LayerByLayer) or any(x.requires_grad for x in sequences):
+            return LayerByLayer(self).run_sequences(sequences, skip_layer)
+        frequencies = rope_frequencies(executor.head_dim, self.rope_theta, "cpu", self.rounding)
+        tables = [rope_rows(frequencies, len(x)) for x in sequences]
+        table = torch.cat(tables, dim=1) if tables else rope_rows(frequencies, 0)
+        left, right = self.window
+        window = left, 0 if self.causal else right
+        return executor.run_sequences(sequences, table, window, skip_layer)
 
     def __call__(self, x: Tensor, skip_layer: int | None = None) -> Tensor:
         """One whole sequence x [T, D] -> [T, D]; skip_layer as in `run`."""
@@ -198,7 +185,7 @@ class CodecStack:
 
 
 class LayerByLayer:
-    """`kernels/cpu/codec_stack.py`'s `CodecStack.run` for any stack on any device."""
+    """`kernels/cpu/codec_stack.py`'s `CodecStack` for any stack on any device."""
 
     def __init__(self, stack: CodecStack) -> None:
         self._stack = stack
@@ -210,9 +197,9 @@ class LayerByLayer:
 
         Row t attends to the places that visible[t] marks, bool [T, S].
         """
-        return self.run_rows(
-            x[None], table[:, None], k[None], v[None], slots[None], visible[None], None
-        )[0]
+        return self.run_rows(x[None], table[:, None], k[None], v[None], slots[None], visible[None])[
+            0
+        ]
 
     def run_rows(
         self,
@@ -222,9 +209,20 @@ class LayerByLayer:
         v: Tensor,
         slots: Tensor,
         visible: Tensor,
-        rows: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """See `CodecStack.run_rows`; a layer's weights are read once for all sequences."""
+        """N sequences that attend to buffers, x [N, T, D] -> [N, T, D].
+
+        Keys and values of sequence n go to slots[n] of row rows[n] of k and v [R, L, H, S, Dh], or
+        of row n without `rows`. Position t attends to the places that visible[n, t] marks. A
+        layer's weights are read once for all sequences.
+
+        Args:
+            table: rows of `rope_table` [2, N, T, Dh / 2].
+            slots: int64 [N, T].
+            visible: bool [N, T, S].
+            rows: int64 [N].
+        """
         places = torch.arange(len(x), device=x.device, dtype=torch.int64) if rows is None else rows
         places, shape, angles = places[:, None], x.shape[:2], table.flatten(1, 2)
 
@@ -242,6 +240,23 @@ class LayerByLayer:
             return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
         return self._stack.run(x.flatten(0, 1), attend).view_as(x)
+
+    def run_sequences(self, sequences: Sequence[Tensor], skip_layer: int | None) -> list[Tensor]:
+        """See `CodecStack.run_sequences`.
+
+        Every operation is of one sequence: a library may choose the order of a row's sums by the
+        number of rows.
+        """
+        stack, parts = self._stack, [*sequences]
+        attends = [stack.attend_to_all(x) for x in parts]
+        skipped: list[Tensor] | None = None
+        for i, layer in enumerate(stack.layers):
+            parts = [layer(x, partial(attend, i)) for x, attend in zip(parts, attends, strict=True)]
+            if i + 1 == skip_layer:
+                skipped = parts
+        if skipped is None:
+            return parts
+        return [x + early for x, early in zip(parts, skipped, strict=True)]
 
 
 def ieee_convolutions() -> AbstractContextManager[None]:

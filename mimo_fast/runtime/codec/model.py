@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from mimo_fast.runtime.codec.prior import (
     prior_sums,
     statistics_of,
 )
+from mimo_fast.runtime.codec.recordings import attempt, encoder_outputs
 from mimo_fast.runtime.codec.state import RESTART_LIMIT, NormStatistics
 from mimo_fast.runtime.codec.stream import CodecStream
 from mimo_fast.runtime.codec.together import Push, advance
@@ -56,6 +58,7 @@ class Codec(CodecNetwork):
         small = self.device.type == "cpu" and decoder_weights(config) <= SMALL
         self.again = RESTART_LIMIT if small else 0
 
+    @in_own_modes
     def encode(self, wav: Tensor, n_q: int | None = None) -> Tensor:
         """As `CodecNetwork.encode`. On a GPU codes are -1 where they come of no finite values.
 
@@ -63,7 +66,60 @@ class Codec(CodecNetwork):
             NumericError: on a CPU, values are not finite.
         """
         pending = self.encode_later(wav, n_q)
-        codes = super().encode(wav, n_q) if pending is None else pending.on_device()
+        if pending is not None:
+            return self._codes(pending, n_q, wav)
+        return self._codes(self.encoder_output(wav), n_q, wav)
+
+    @in_own_modes
+    def encode_together(
+        self, waves: Sequence[Tensor], n_q: int | None = None
+    ) -> list[Tensor | Exception]:
+        """Codes of several recordings, exactly those that `encode` gives each alone.
+
+        The encoder's layers are read once for a minute of recordings, not once for each; by graph
+        the recordings are launched one after the other, and nobody waits between them. Beside the
+        codes it holds no more memory than the longest recording takes.
+
+        Args:
+            waves: waveforms [n] at 24 kHz, of any lengths.
+
+        Returns:
+            One result a recording, in their order: codes [n_q, T] int64 as `encode`'s, or the error
+            that is that recording's alone.
+        """
+        given = list[Tensor | PendingCodes | Exception]()
+        for wav in waves:
+            pending = attempt(partial(self.encode_later, wav, n_q))
+            given.append(wav if pending is None else pending)
+        found: list[Tensor | PendingCodes | Exception] = encoder_outputs(self, given)
+        pairs = zip(waves, found, strict=True)
+        return [attempt(partial(self._codes, each, n_q, wav)) for wav, each in pairs]
+
+    @in_own_modes
+    def encode_measured_together(
+        self, waves: Sequence[Tensor], n_q: int | None = None
+    ) -> list[tuple[Tensor, Tensor] | Exception]:
+        """`encode_measured` of several recordings, as `encode_together`."""
+
+        def checked(wav: Tensor) -> Tensor:
+            self.check_waveform(wav, n_q)
+            return wav
+
+        def measured(found: Tensor | Exception) -> tuple[Tensor, Tensor]:
+            if isinstance(found, Exception):
+                raise found
+            return self.quantize_measured(found, n_q)
+
+        outputs = encoder_outputs(self, [attempt(partial(checked, wav)) for wav in waves])
+        return [attempt(partial(measured, each)) for each in outputs]
+
+    def _codes(
+        self, found: Tensor | PendingCodes | Exception, n_q: int | None, wav: Tensor
+    ) -> Tensor:
+        """The codes of a waveform, from the encoder's output [T, D] or what came in its place."""
+        if isinstance(found, Exception):
+            raise found
+        codes = found.on_device() if isinstance(found, PendingCodes) else self.quantize(found, n_q)
         return checked_codes(self, codes, wav)
 
     @in_own_modes

@@ -7,7 +7,8 @@ Published dimensions: 24 kHz, 100 mel frames and 25 code frames a second.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -41,6 +42,10 @@ from mimo_fast.runtime.lm.transformer import GetTensor
 ENCODE_SEGMENT = 6000
 """Mel frames encoded at once: 60 s (upstream `MimoAudio.preprocess_input`)."""
 
+PASS_FRAMES = ENCODE_SEGMENT
+"""Most mel frames of several rows that the encoder computes at once: their memory is that of a
+segment."""
+
 DECODE_SEGMENT = 1500
 """Code frames decoded at once: 60 s (upstream `MimoAudio.forward`)."""
 
@@ -55,6 +60,38 @@ def statistics_on(device: torch.device, config: CodecConfig, moments: Moments) -
     unpool, to_mel = torch.tensor(moments, dtype=torch.float32, device=device)
     pooled = None if config.pool == 1 else (unpool[0], unpool[1])
     return NormStatistics(pooled, (to_mel[0], to_mel[1]))
+
+
+@dataclass(frozen=True)
+class MelRow:
+    """Log-mel [T, n_mels] of one sequence of the encoder, and what upstream has behind it.
+
+    Upstream pads rows, such as a short last segment, to the longest, and the padding leaks into
+    their last frames.
+
+    Attributes:
+        padded: Whether mel frames follow it in its batch.
+        repeats: Whether frames of the encoder do; upstream repeats the row's last one there where
+            it pools, and has zeros after the longest row.
+    """
+
+    mel: Tensor
+    padded: bool
+    repeats: bool
+
+
+def passes(rows: Iterable[MelRow]) -> Iterator[list[MelRow]]:
+    """Rows in their order, as many at once as have `PASS_FRAMES` mel frames, or one."""
+    waiting, frames = list[MelRow](), 0
+    for row in rows:
+        length = len(row.mel)
+        if waiting and frames + length > PASS_FRAMES:
+            yield waiting
+            waiting, frames = [], 0
+        waiting.append(row)
+        frames += length
+    if waiting:
+        yield waiting
 
 
 @checked
@@ -143,16 +180,21 @@ class CodecNetwork:
         n_q: number of codebooks; all by default.
         """
         self.check_waveform(wav, n_q)
-        return self.quantize(self.encode_mel(log_mel(wav.to(self.device), self.config)), n_q)
+        return self.quantize(self.encoder_output(wav), n_q)
 
     @in_own_modes
     def encode_measured(self, wav: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor]:
         """`encode`, and the share of the encoder output's energy that the codes lose, a scalar."""
         self.check_waveform(wav, n_q)
-        hidden = self.encode_mel(log_mel(wav.to(self.device), self.config)).float()
-        codes = self.quantize(hidden, n_q)
-        lost = hidden - self.dequantize(codes)
-        return codes, lost.square().sum() / hidden.square().sum()
+        return self.quantize_measured(self.encoder_output(wav), n_q)
+
+    def encoder_output(self, wav: Tensor) -> Tensor:
+        """Waveform [n] -> encoder output [T, D]."""
+        return self.encode_mel(self.log_mel(wav))
+
+    def log_mel(self, wav: Tensor) -> Tensor:
+        """Waveform [n] -> log-mel [T_mel, n_mels] on the codec's device."""
+        return log_mel(wav.to(self.device), self.config)
 
     def check_waveform(self, wav: Tensor, n_q: int | None) -> None:
         """Raises what `encode` raises before it computes anything."""
@@ -170,39 +212,46 @@ class CodecNetwork:
         """Encoder output [T, D] -> codes [n_q, T]."""
         return rvq_encode(hidden.float(), self.codebooks.first(n_q))
 
+    def quantize_measured(self, hidden: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor]:
+        """`quantize`, and the share of the encoder output's energy that the codes lose."""
+        hidden = hidden.float()
+        codes = self.quantize(hidden, n_q)
+        lost = hidden - self.dequantize(codes)
+        return codes, lost.square().sum() / hidden.square().sum()
+
     def encode_mel(self, mel: Tensor) -> Tensor:
         """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
         return torch.cat(self.encode_packed(mel, split_lengths(len(mel), ENCODE_SEGMENT)))
 
     def encode_packed(self, mel: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Log-mel [sum of lengths, n_mels] of several rows -> encoder output [T, D] of each.
+        """Log-mel [sum of lengths, n_mels] of several rows -> encoder output [T, D] of each."""
+        rows = self.mel_rows(mel, lengths)
+        return [each for part in passes(rows) for each in self.encode_rows(part)]
 
-        Upstream pads rows, such as a short last segment, to the longest, and the padding leaks into
-        their last frames.
-        """
+    def mel_rows(self, mel: Tensor, lengths: Sequence[int]) -> list[MelRow]:
+        """Log-mel [sum of lengths, n_mels] as rows of one batch of upstream's."""
         config, longest = self.config, max(lengths)
-        most = (longest + 2 - config.kernel) // config.stride + 1
 
-        def encoded(part: Tensor) -> Tensor:
-            frames = (len(part) + 2 - config.kernel) // config.stride + 1
-            return self._encode_segment(part, len(part) < longest, frames < most)
+        def frames(length: int) -> int:
+            return (length + 2 - config.kernel) // config.stride + 1
 
-        return [encoded(part) for part in mel.split([*lengths])]
+        parts = mel.split([*lengths])
+        return [MelRow(x, len(x) < longest, frames(len(x)) < frames(longest)) for x in parts]
 
-    def _encode_segment(self, mel: Tensor, padded: bool, repeated: bool) -> Tensor:
-        """A row's output.
+    def encode_rows(self, rows: Sequence[MelRow]) -> list[Tensor]:
+        """Encoder output [T, D] of each row, with the bits that it has alone."""
+        convolved = [self.convolved(row.mel, row.padded) for row in rows]
+        outputs = self.encoder.run_sequences(convolved, self.config.skip_layer)
+        return [self._pooled(x, row.repeats) for x, row in zip(outputs, rows, strict=True)]
 
-        padded: mel frames follow it in its batch.
-        repeated: so do frames of the encoder; upstream repeats the row's last one there where it
-            pools, and has zeros after the longest row.
-        """
+    def _pooled(self, x: Tensor, repeats: bool) -> Tensor:
+        """Outputs of the encoder's layers [T, D] -> [T / pool, D]; see `MelRow.repeats`."""
         config = self.config
-        x = self.encoder(self.convolved(mel, padded), config.skip_layer)
         x = self.encoder_norm(x)
         if config.pool == 1:
             return x
         if short := -len(x) % config.pool:
-            filler = x[-1:] if repeated else x.new_zeros(1, x.shape[1])
+            filler = x[-1:] if repeats else x.new_zeros(1, x.shape[1])
             x = torch.cat((x, filler.expand(short, -1)))
         with ieee_convolutions():
             x = F.conv1d(x.T[None], self.pool_conv, stride=config.pool)[0].T

@@ -418,6 +418,41 @@ void test_decode_patch(const Model& model) {
     }
 }
 
+// The rows of x [T, dim] as three sequences, of which one is empty, with layer 1 skipped to the end: what
+// `run_codec_stack` gives where rows see the same ones, and for each sequence the bits that it has alone.
+void test_codec_sequences(const CodecStack& stack, const Floats& x, const Floats& table, int64_t T) {
+    const int64_t dim = stack.dim, half = dim / stack.heads / 2, lengths[3] = {T / 3, 0, T - T / 3}, left = 3, right = 1;
+    Floats want = x, early = x;
+    CodecStack first = {{stack.layers[0]}, dim, stack.heads, stack.eps};
+    std::vector<char> visible(T * T);
+    for (int64_t t = 0; t < T; ++t)
+        for (int64_t s = 0; s < T; ++s)
+            visible[t * T + s] = (t < lengths[0]) == (s < lengths[0]) && s >= t - left && s <= t + right;
+    std::vector<int64_t> slots(T);
+    std::iota(slots.begin(), slots.end(), 0);
+    Floats k(stack.layers.size() * T * dim), v(k.size());
+    const CodecAttention seen = {table.data(), k.data(), v.data(), slots.data(),
+                                 reinterpret_cast<const bool*>(visible.data()), T};
+    kernels->run_codec_stack(stack, want.data(), T, seen);
+    kernels->run_codec_stack(first, early.data(), T, seen);
+    for (int64_t i = 0; i < T * dim; ++i) want[i] += early[i];
+    Output y(T * dim);
+    std::copy(x.begin(), x.end(), y.values.begin());
+    kernels->run_codec_sequences(stack, y.values.data(), {lengths, 3, table.data(), left, right}, 1);
+    const double error = y.error(wide(want));
+    report(error <= FLOAT_ERROR, "run_codec_sequences: error %g; %ld rows", error, T);
+    for (int64_t start = 0, i = 0; i < 3; start += lengths[i++]) {
+        const int64_t rows = lengths[i];
+        Floats alone(x.begin() + start * dim, x.begin() + (start + rows) * dim), own;
+        for (int64_t part = 0; part < 2; ++part)
+            own.insert(own.end(), table.begin() + (part * T + start) * half,
+                       table.begin() + (part * T + start + rows) * half);
+        kernels->run_codec_sequences(stack, alone.data(), {lengths + i, 1, own.data(), left, right}, 1);
+        report(std::equal(alone.begin(), alone.end(), y.values.begin() + start * dim),
+               "run_codec_sequences: sequence %ld of %ld rows has other bits alone", i, rows);
+    }
+}
+
 void test_codec_stack(int64_t T, int64_t heads, int64_t dh, int64_t ffn, bool layer_norms) {
     const int64_t dim = heads * dh, places = T + 5, layers = 2, half = dh / 2;
     std::deque<Matrix> matrices;
@@ -486,6 +521,7 @@ void test_codec_stack(int64_t T, int64_t heads, int64_t dh, int64_t ffn, bool la
     kernels->run_codec_stack(stack, y.values.data(), T,
                              {table.data(), got_k.values.data(), got_v.values.data(), slots.data(),
                               reinterpret_cast<const bool*>(visible.data()), places});
+    test_codec_sequences(stack, input, table, T);
     const double error = std::max({y.error(x), got_k.error(keys), got_v.error(values)});
     report(error <= FLOAT_ERROR, "run_codec_stack: error %g; %ld rows, %ld heads of %ld, layer norms %d", error, T,
            heads, dh, layer_norms);
@@ -618,6 +654,7 @@ uint64_t test_set() {
     for (const bool layer_norms : {false, true}) {
         test_codec_stack(1, 3, 24, 80, layer_norms);
         test_codec_stack(9, 2, 40, 104, layer_norms);
+        test_codec_stack(150, 2, 24, 64, layer_norms);
     }
     test_synthesis(60, 15, 1, 3, 2);
     test_synthesis(32, 8, 2, 4, 2);

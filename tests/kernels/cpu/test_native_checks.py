@@ -266,6 +266,17 @@ def test_a_codec_stack_must_fit(changed, message):
     stack.run(**arguments)
     with pytest.raises(ValueError, match=message):
         stack.run(**(arguments | changed))
+    sequences = {"sequences": [arguments["x"]], "table": arguments["table"], "window": (-1, 2)}
+    stack.run_sequences(**sequences)
+    for changed_too, why in (
+        ({"sequences": [torch.zeros(2, DIM), torch.zeros(1, DIM)]}, "2 rows for 3"),
+        ({"sequences": [torch.zeros(2, DIM + 8)]}, "x is"),
+        ({"sequences": [torch.zeros(2, DIM).double()]}, "x is"),
+        ({"table": torch.zeros(2, 2, 5)}, "table is not"),
+        ({"skip_layer": 2}, "no such layer"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            stack.run_sequences(**(sequences | changed_too))
     for i, bad in (
         (1, weight(2 * DIM, DIM)),
         (1, Weight.stack([gaussian(3 * DIM, DIM).half()])),

@@ -154,6 +154,13 @@ def stack(**p: Tensor) -> Tensor:
     return made.run(*(p[name] for name in ("x", "table", "k", "v", "slots", "visible")))
 
 
+def sequences(**p: Tensor) -> Tensor:
+    norm = (p["gain"], p["offset"])
+    weights = [Weight((p[name],), (None,)) for name in ("qkv", "out", "up", "down")]
+    made = CodecStack([(norm, *weights[:2], norm, *weights[2:])], HEADS, 1e-5)
+    return torch.cat(made.run_sequences([p["x"], p["other"]], p["table"], (2, -1), 1))
+
+
 def sampler_parts() -> dict[str, Tensor]:
     known = sampler_tensors([MiMoSampler(True, 0.9, 5, 0.9)] * ROWS)
     values = {name: getattr(known, name) for name in ("temperature", "top_k", "tail", "greedy")}
@@ -198,6 +205,11 @@ def cases() -> dict[str, Case]:
             patch, PARTS | patches | {"local": normal(ROWS, DIM)} | sampler_parts(), ("step",)
         ),
         "codec stack": Case(stack, codec, ("slots",)),
+        "codec sequences": Case(
+            sequences,
+            {name: codec[name] for name in ("gain", "offset", "qkv", "out", "up", "down", "x")}
+            | {"other": normal(2, DIM), "table": normal(2, ROWS + 2, HEAD_DIM // 2)},
+        ),
         "text": Case(
             text,
             sampler_parts()
