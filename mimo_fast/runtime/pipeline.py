@@ -121,6 +121,7 @@ class Pipeline(FreedWhenClosed):
             capacity = min(self.setup.max_seq_len, self.lm.config.max_positions)
             bounds = Bounds(parked=self.setup.max_parked_bytes, load=self.setup.max_load)
             self._engine = Engine(self.lm, slots, capacity, quantized, bounds)
+            self.codec.pools.expected = slots
         return self._engine
 
     @property

@@ -7,11 +7,13 @@ shapes a chunk has. A pool takes and gives back memory as streams come and go.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +49,9 @@ What it begins with counts for more than what it learns, and its first samples a
 decoding nano's speech sixteen times as often is worth 0.10 dB on average and 0.23 dB at most
 (`benchmarks/results/2026-11-29-settling-2.json`).
 """
+
+LINE = 64
+"""Bytes of a cache line, on the boundary of which state begins."""
 
 MeanVariance = tuple[Tensor, Tensor]
 """Mean and variance, float32 scalars."""
@@ -125,7 +130,7 @@ class StateTensors:
         history = -(-conv_overlap(config.decoder_kernel, stride) // stride)
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=of, device=device)
+            return untouched_zeros((rows, *shape), of, device)
 
         def stack(layers: int, heads: int, width: int, size: int) -> StackState:
             shape = layers, heads, size, width // heads
@@ -315,7 +320,9 @@ class CodecPool:
 
     The scratch row pads a graph's rows; nobody reads what becomes of it. Without `fixed` the pool
     grows by half when a stream finds no row, and shrinks when a quarter is in use; without streams
-    it has no memory. Rows may move then, so every use of them holds `lock`.
+    it has no memory. Rows may move then, so every use of them holds `lock`. To move those of many
+    streams takes as long as a few steps (nano: 140 ms for 42), so on a CPU there are as many from
+    the beginning as streams are expected: rows that no stream has used yet have no memory.
 
     Args:
         lookahead: patches that its streams hold back at most.
@@ -336,6 +343,7 @@ class CodecPool:
         self.config = config
         self.row_bytes = row_bytes(config, lookahead, dtype)
         self.lookahead, self.fixed, self.device, self.lock = lookahead, fixed, device, lock
+        self._expected = 0
         self.lent: list[CodecState] = []
         self._returned: list[CodecState] = []
         self.capacity = 0
@@ -358,12 +366,16 @@ class CodecPool:
     def nbytes(self) -> int:
         return self.tensors.nbytes
 
+    def expect(self, streams: int) -> None:
+        """Makes room for so many streams at once when the first one comes; the lock is held."""
+        self._expected = streams if self.device.type == "cpu" else 0
+
     def take(self) -> CodecState:
         """A state at the start of a waveform, that knows nothing; the lock is held."""
         self._collect()
         if len(self.lent) == self.capacity:
             assert not self.fixed
-            self._move(self.capacity + max(1, self.capacity // 2))
+            self._move(max(self.capacity + max(1, self.capacity // 2), self._expected))
         used = {state.row for state in self.lent}
         state = CodecState(self, next(i for i in range(self.capacity) if i not in used))
         self.lent.append(state)
@@ -388,8 +400,9 @@ class CodecPool:
             self.lent.remove(self._returned.pop())
 
     def _shrink(self) -> None:
-        if not self.fixed and 4 * len(self.lent) <= self.capacity:
-            self._move(2 * len(self.lent))
+        fewer = max(2 * len(self.lent), self._expected) if self.lent else 0
+        if not self.fixed and 4 * len(self.lent) <= self.capacity and fewer < self.capacity:
+            self._move(fewer)
 
     def _move(self, capacity: int) -> None:
         """Moves all rows in use to the first ones of another size."""
@@ -417,10 +430,15 @@ class CodecPool:
 
 
 class CodecPools:
-    """The pools of a codec, one for each length of look-ahead, and the lock of all its state."""
+    """The pools of a codec, one for each length of look-ahead, and the lock of all its state.
+
+    Attributes:
+        expected: Streams at once, as far as is known.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.expected = 0
         self._pools: dict[Any, CodecPool] = {}
 
     def __reduce__(self) -> tuple[type[CodecPools], tuple[()]]:
@@ -434,7 +452,18 @@ class CodecPools:
         form = config, lookahead, dtype, device
         if form not in self._pools:
             self._pools[form] = CodecPool(*form, self.lock)
+        self._pools[form].expect(self.expected)
         return self._pools[form]
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory is taken as they are written."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + LINE, dtype=np.uint8))
+    start = -memory.data_ptr() % LINE
+    return memory[start : start + size].view(dtype).view(*shape)
 
 
 def decoder_context(window: tuple[int, int]) -> int:

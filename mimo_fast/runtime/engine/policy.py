@@ -32,7 +32,7 @@ from enum import IntEnum
 
 from mimo_fast.config import GROUP_SECONDS
 
-DRY = 0.25
+DRY = 0.5
 """Seconds of audio that a listener has left, below which it comes before all others."""
 
 STEP = 0.04

@@ -22,7 +22,12 @@ from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.runtime.codec import incremental, layers, together
 from mimo_fast.runtime.codec.graphs import StreamGraphs, usual_shapes
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.state import CodecPools, NormStatistics
+from mimo_fast.runtime.codec.state import (
+    CodecPool,
+    CodecPools,
+    NormStatistics,
+    untouched_zeros,
+)
 from mimo_fast.runtime.codec.together import Push
 
 FORMS = {
@@ -312,3 +317,40 @@ def test_a_stream_decoded_again_computes_the_vocoder_from_where_it_matters(kit, 
     most = pending + 4 * rows + (config.vocoder_layers + 1) * left
     assert max(counted) <= most + pending < 0.6 * 200 * rows
     assert sum(found <= most for found in counted) > 0.6 * len(counted)
+
+
+def test_rows_do_not_move_while_no_more_streams_come_than_were_expected(kit, monkeypatch):
+    """To move the rows of many streams would make all of them wait."""
+    codec, moves = copy.copy(kit), list[int]()
+    codec.pools = CodecPools()
+    codec.pools.expected = 20
+    watch(monkeypatch, CodecPool, "_move", lambda pool, capacity: moves.append(capacity))
+    streams = [codec.stream(1) for _ in range(20)]
+    pool = streams[0].state().pool
+    for stream in streams[1:]:
+        stream.close()
+    streams[1:] = [codec.stream(1) for _ in range(19)]
+    assert moves == [pool.capacity] == [20]
+    # One more than that moves them once, and they move back once.
+    streams.append(codec.stream(1))
+    for stream in streams[1:]:
+        stream.close()
+    assert moves == [20, 30, 20]
+    streams[0].close()
+    assert moves == [20, 30, 20, 0]
+    assert pool.nbytes == 0
+
+
+def test_a_model_expects_as_many_streams_as_it_has_slots(model):
+    assert len(model.pipeline.engine.slots) == model.codec.pools.expected > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (3,), (5, 2, 7), (0, 4)])
+def test_untouched_zeros(dtype, shape):
+    found = untouched_zeros(shape, dtype, torch.device("cpu"))
+    assert (found.dtype, found.shape) == (dtype, torch.Size(shape))
+    assert not found.any()
+    assert not found.numel() or found.data_ptr() % 64 == 0
+    found += 1
+    assert found.sum() == found.numel()
