@@ -15,6 +15,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,36 @@ class Point:
     device: str = "cpu"
 
 
+class Watched:
+    """Steps of an engine within a window, by what its `StepCost` is told of them.
+
+    Attributes:
+        rows: [steps, their seconds] by number of rows; prompts: [groups, their seconds].
+    """
+
+    def __init__(self, within: Callable[[], bool]) -> None:
+        # An older commit, which is only measured, may have no such class.
+        from mimo_fast.runtime.engine.policy import StepCost
+
+        self.rows: dict[int, list[float]] = {}
+        self.prompts = [0.0, 0.0]
+        saw, saw_prompts = StepCost.saw, StepCost.saw_prompts
+
+        def step(cost: Any, rows: int, seconds: float) -> None:
+            saw(cost, rows, seconds)
+            if within():
+                found = self.rows.setdefault(rows, [0, 0.0])
+                found[0] += 1
+                found[1] += seconds
+
+        def prompts(cost: Any, groups: int, seconds: float) -> None:
+            saw_prompts(cost, groups, seconds)
+            if within():
+                self.prompts = [self.prompts[0] + groups, self.prompts[1] + seconds]
+
+        StepCost.saw, StepCost.saw_prompts = step, prompts  # type: ignore[method-assign]
+
+
 class Crowd:
     """All people of a point, and the engine that answers them."""
 
@@ -92,9 +123,11 @@ class Crowd:
     def now(self) -> float:
         return time.perf_counter() - self._began
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, watch: bool = False) -> dict[str, Any]:
+        """What was heard; with `watch` also the steps that made it."""
         point = self.point
         self._warm_up()
+        watched = Watched(lambda: point.ramp <= self.now() <= self.until) if watch else None
         crowd = people(point.profile, point.streams, point.ramp, point.seed)
         self._began = time.perf_counter()
         threads = [threading.Thread(target=self._live, args=[each], daemon=True) for each in crowd]
@@ -119,6 +152,7 @@ class Crowd:
                 "threads": torch.get_num_threads(),
                 "load": os.getloadavg()[0],
             }
+            | ({} if watched is None else {"steps": watched.rows, "prefills": watched.prompts})
         )
 
     def _warm_up(self) -> None:
@@ -251,7 +285,8 @@ def replies(model: str, codec: str) -> dict[str, Any]:
 def main(request: str) -> None:
     asked = json.loads(request)
     wants_replies = asked.pop("replies", False)
-    made = replies(**asked) if wants_replies else Crowd(Point(**asked)).measure()
+    watch = asked.pop("watch", False)
+    made = replies(**asked) if wants_replies else Crowd(Point(**asked)).measure(watch)
     # Whoever reads it may be gone.
     with suppress(BrokenPipeError):
         print(json.dumps(made), flush=True)

@@ -83,16 +83,32 @@ def between(points: Sequence[tuple[int, float]], x: float) -> float:
     return s + (t - s) * (x - a) / (b - a)
 
 
-def measured_table(points: Sequence[Mapping[str, Any]], prompt: float) -> StepTable:
-    """From closed loops of an engine: with n streams a step of all takes n / (groups a second).
+LEAST_STEPS = 5
+"""Steps of as many rows that tell what one takes."""
 
-    prompt: seconds of a group of a prompt, whose share is taken out.
+
+def measured_table(points: Sequence[Mapping[str, Any]]) -> StepTable:
+    """From the steps of an engine in closed loops, in which it never rests.
+
+    points: `seconds` of each, its `steps` {rows: (steps, seconds)} and `prefills` (groups, seconds).
     """
-    rows = []
-    for point in sorted(points, key=lambda each: each["streams"]):
-        whole = point["seconds"] - point["prompt_groups"] * prompt
-        rows.append((point["streams"], max(whole, 0.0) * point["streams"] / point["groups"]))
-    return StepTable(tuple(rows), prompt, sources=("measured: closed loops of the same engine",))
+    steps = dict[int, list[float]]()
+    for point in points:
+        for rows, (count, seconds) in point["steps"].items():
+            found = steps.setdefault(int(rows), [0.0, 0.0])
+            found[0] += count
+            found[1] += seconds
+    groups, prefilling = (sum(point["prefills"][i] for point in points) for i in (0, 1))
+    count, busy = (sum(found[i] for found in steps.values()) for i in (0, 1))
+    # What is between the steps: a thread hands over to the next one.
+    between = max(sum(point["seconds"] for point in points) - busy - prefilling, 0.0) / count
+    rows = tuple(
+        (rows, seconds / steps + between)
+        for rows, (steps, seconds) in sorted(steps.items())
+        if steps >= LEAST_STEPS
+    )
+    source = "measured: steps of closed loops of the same engine"
+    return StepTable(rows, prefilling / groups if groups else 0.0, sources=(source,))
 
 
 @dataclass(frozen=True)

@@ -118,14 +118,20 @@ def test_between_points():
     assert between(((4, 2.0),), 2) == 2
 
 
-def test_a_table_of_closed_loops_is_what_a_step_of_all_takes():
+def test_a_table_of_closed_loops_is_what_their_steps_took():
     points = [
-        {"streams": 4, "seconds": 10.0, "groups": 2000, "prompt_groups": 100},
-        {"streams": 1, "seconds": 10.0, "groups": 1000, "prompt_groups": 0},
+        # Keys of JSON are texts.
+        {"seconds": 2.0, "steps": {"1": (100, 0.5), "4": (50, 0.5)}, "prefills": (200, 0.4)},
+        {"seconds": 1.5, "steps": {"4": (50, 0.7), "8": (4, 0.2)}, "prefills": (200, 0.6)},
     ]
-    table = measured_table(points, 0.01)
-    assert table.rows == ((1, pytest.approx(0.01)), (4, pytest.approx(9 * 4 / 2000)))
-    assert table.step(4, 1, 100, 0, 4) == pytest.approx(0.018 + 1.0)
+    table = measured_table(points)
+    # 3.5 s, of which 1.9 were steps and 1.0 prompts, in 204 steps; four of 8 rows are too few.
+    between_steps = 0.6 / 204
+    assert table.rows == (
+        (1, pytest.approx(0.005 + between_steps)),
+        (4, pytest.approx(0.012 + between_steps)),
+    )
+    assert table.prompt == pytest.approx(1.0 / 400)
 
 
 def test_an_h100_is_what_was_measured_and_more_rows_are_predicted():
