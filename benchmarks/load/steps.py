@@ -90,7 +90,7 @@ LEAST_STEPS = 5
 def measured_table(points: Sequence[Mapping[str, Any]]) -> StepTable:
     """From the steps of an engine in closed loops, in which it never rests.
 
-    points: `seconds` of each, its `steps` {rows: (steps, seconds)} and `prefills` (groups, seconds).
+    points: `seconds`, `steps` {rows: (steps, seconds)} and `prefills` (groups, seconds) of each.
     """
     steps = dict[int, list[float]]()
     for point in points:
