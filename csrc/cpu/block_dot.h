@@ -33,11 +33,10 @@ INLINE void dot_4_bits(const uint8_t* words, const int8_t* high, const int8_t* l
         const __m512i q0 = _mm512_and_si512(bytes, nibble);
         const __m512i q1 = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
         for (int r = 0; r < R; ++r, high += stride, low += stride) {
-            __m512i h = _mm512_dpbusd_epi32(zero, q0, _mm512_loadu_si512(high));
-            __m512i l = _mm512_dpbusd_epi32(zero, q0, _mm512_loadu_si512(low));
-            h = _mm512_dpbusd_epi32(h, q1, _mm512_loadu_si512(high + 64));
-            l = _mm512_dpbusd_epi32(l, q1, _mm512_loadu_si512(low + 64));
-            out[r] = folded(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l));
+            __m512i sum = _mm512_dpbusd_epi32(zero, q0, _mm512_loadu_si512(high));
+            sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, q1, _mm512_loadu_si512(high + 64)), 8);
+            sum = _mm512_dpbusd_epi32(sum, q0, _mm512_loadu_si512(low));
+            out[r] = folded(_mm512_dpbusd_epi32(sum, q1, _mm512_loadu_si512(low + 64)));
         }
     } else {
         const auto load = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };

@@ -10,25 +10,31 @@ constexpr int LARGEST_BLOCK = 128;
 constexpr float LARGEST_FIXED = 127 * 256;
 constexpr float LEAST_NORMAL = 0x1p-126f;
 
-// v of the `block` values x, in their order, and their sum in lanes; returns s. `most` is the largest magnitude.
-INLINE float fix_block(const float* x, float most, int block, int32_t* fixed, Ints& total) {
+struct FixedBlock {
+    int32_t values[LARGEST_BLOCK];  // v, in the order of x
+    int32_t total;                  // their sum
+    float step;                     // s
+};
+
+// The `block` values x, whose largest magnitude is `most`.
+INLINE void fix_block(const float* x, float most, int block, FixedBlock& fixed) {
     // What is not finite must not pass as a number; a maximum may not see NaN, a sum does.
     Floats check = splat(0.0f);
     for (int i = 0; i < block; i += 8) check = check + load(x + i) * splat(0.0f);
-    const float step = sum(check) == 0 ? most / LARGEST_FIXED : NAN;
+    fixed.step = sum(check) == 0 ? most / LARGEST_FIXED : NAN;
     // What is too small for a normal step counts as zero.
-    const float inverse = step >= LEAST_NORMAL ? 1 / step : 0;
-    total = splat(0);
+    const float inverse = fixed.step >= LEAST_NORMAL ? 1 / fixed.step : 0;
+    Ints total = splat(0);
     for (int i = 0; i < block; i += 8) {
         const Floats values = max(min(load(x + i) * splat(inverse), splat(LARGEST_FIXED)), splat(-LARGEST_FIXED));
         const Ints whole = inverse ? round(values) : splat(0);
         total = total + whole;
-        store(fixed + i, whole);
+        store(fixed.values + i, whole);
     }
-    return step;
+    fixed.total = int32_t(sum(to_floats(total)));  // exact: below 2^23
 }
 
-// Row m of p.x, normed: `take(block, v, s)` gets each block; sums [K / group] becomes t, the sums of s v over groups.
+// Row m of p.x, normed: `take(b, block)` gets each block; sums [K / group] becomes t, the sums of s v over groups.
 template <class Take>
 INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take) {
     const QuantizedWeight& w = p.weight;
@@ -45,7 +51,7 @@ INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take)
     for (int64_t g = 0; g < K / w.group; ++g) sums[g] = 0;
     for (int64_t start = 0; start < K; start += w.block) {
         float x[LARGEST_BLOCK];
-        int32_t fixed[LARGEST_BLOCK];
+        FixedBlock fixed;
         Floats most = splat(0.0f);
         for (int i = 0; i < w.block; i += 8) {
             Floats values = read8(p.x, p.type, m * K + start + i);
@@ -53,10 +59,9 @@ INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take)
             most = max(most, abs(values));
             store(x + i, values);
         }
-        Ints total;
-        const float step = fix_block(x, largest(most), w.block, fixed, total);
-        sums[start / w.group] += step * sum(to_floats(total));
-        take(start / w.block, fixed, step);
+        fix_block(x, largest(most), w.block, fixed);
+        sums[start / w.group] += fixed.step * float(fixed.total);
+        take(start / w.block, fixed);
     }
 }
 

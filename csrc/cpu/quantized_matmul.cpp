@@ -4,11 +4,14 @@
 // largest value is 127 * 256 s: an error of 2^-16 of that value, where bfloat16 has 2^-9 of each. Its products with q
 // are then exact integers, summed over a block, and only blocks are added in float:
 //
-//     y[n] = sum over blocks   scale s (sum q x)  -  sum over groups   scale (offset + zero) t,      t = sum of s x
+//     y[n] = sum over blocks   scale s (sum (q - offset) x)  -  sum over groups   scale zero t,      t = sum of s x
 //
-// block_dot.h has those products for each instruction set. With AVX2 they are 31 instructions for the 128 weights of 64
-// bytes at 4 bits, 24 for those of 128 bytes at 8 bits; converting each weight to float and multiplying it there takes
-// three times as many at 4 bits.
+// Block b is added to float b % 8, and the eight are added last, by `sum`; so is group g of the other sum, where W has
+// zeros, up to the last eight whole ones. With more rows the order is the same (quantized_tiles.cpp).
+//
+// block_dot.h has the sums of q x for each instruction set, eight blocks at a time. With AVX2 one takes 31 instructions
+// for the 128 weights of 64 bytes at 4 bits, 24 for those of 128 bytes at 8 bits; converting each weight to float and
+// multiplying it there takes three times as many at 4 bits.
 //
 // x is permuted within each block to meet the weights as they are unpacked: bytes in order, low nibbles before high
 // ones. A thread takes tiles of ROWS rows of W, so that a tile stays in its caches while many rows of x pass, two at a
@@ -19,14 +22,13 @@
 #include "block_dot.h"
 #include "buffer.h"
 #include "fixed_point.h"
+#include "quantized_finish.h"
 #include "quantized_tiles.h"
 
 namespace mimo_fast::MIMO_FAST_SET {
 namespace {
 
 constexpr int64_t ROWS = 16;
-// Bytes of W below which waking the other threads costs more than they bring.
-constexpr int64_t SHARED = 1 << 17;
 
 // order[i]: column of a block that meets byte or nibble i of its weights, in the order in which they are unpacked.
 struct UnpackingOrder {
@@ -47,16 +49,19 @@ struct UnpackingOrder {
     }
 };
 
-// All rows of x in fixed point.
+// All rows of x in fixed point; blocks up to a multiple of eight, of which those that x does not have are zero.
 struct FixedPoint {
+    const int64_t blocks;
     Buffer<int8_t> high, low;  // [M, K], for 4 bits where the set SPLITS_X
     Buffer<int16_t> whole;     // [M, K], otherwise
-    Buffer<float> steps;       // [M, K / block]: s
+    Buffer<float> steps;       // [M, blocks]: s
+    Buffer<int32_t> offsets;   // [M, blocks]: what offset and x have in the sum of a block
     Buffer<float> sums;        // [M, K / group]: t
 
     explicit FixedPoint(const QuantizedMatmul& p)
-        : high(splits(p.weight) ? p.M * p.weight.columns : 0), low(high.size()),
-          whole(splits(p.weight) ? 0 : p.M * p.weight.columns), steps(p.M * (p.weight.columns / p.weight.block)),
+        : blocks((p.weight.columns / p.weight.block + 7) / 8 * 8),
+          high(splits(p.weight) ? p.M * p.weight.columns : 0), low(high.size()),
+          whole(splits(p.weight) ? 0 : p.M * p.weight.columns), steps(p.M * blocks), offsets(p.M * blocks),
           sums(p.M * (p.weight.columns / p.weight.group)) {
         const UnpackingOrder order(p.weight.bits, p.weight.block);
 #pragma omp parallel for if (p.M > 4)
@@ -67,15 +72,15 @@ struct FixedPoint {
 
     void convert_row(const QuantizedMatmul& p, const UnpackingOrder& order, int64_t m) {
         const QuantizedWeight& w = p.weight;
-        const int64_t blocks = w.columns / w.block;
-        fix_row(p, m, sums.data() + m * (w.columns / w.group), [&](int64_t b, const int32_t* fixed, float step) {
-            steps[m * blocks + b] = step;
+        fix_row(p, m, sums.data() + m * (w.columns / w.group), [&](int64_t b, const FixedBlock& block) {
+            steps[m * blocks + b] = block.step;
+            offsets[m * blocks + b] = -(1 << (w.bits - 1)) * block.total;
             const int64_t at = m * w.columns + b * w.block;
             if (!splits(w)) {
-                for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(fixed[order.order[i]]);
+                for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(block.values[order.order[i]]);
             } else {
                 for (int i = 0; i < w.block; ++i) {
-                    const int32_t value = fixed[order.order[i]], h = (value + 128) >> 8;
+                    const int32_t value = block.values[order.order[i]], h = (value + 128) >> 8;
                     high[at + i] = int8_t(h);
                     low[at + i] = int8_t(value - 256 * h);
                 }
@@ -84,24 +89,21 @@ struct FixedPoint {
     }
 };
 
-// Subtracts sum of scale (offset + zero) t over the groups of row n from each of R results.
+// Subtracts sum of scale zero t over the groups of row n from each of R results.
 template <int R>
 INLINE void subtract_zeros(const QuantizedWeight& w, int64_t n, const float* sums, float (&y)[R]) {
     const int64_t groups = w.columns / w.group;
-    const uint16_t *scales = w.scales + n * groups, *zeros = w.zeros ? w.zeros + n * groups : nullptr;
-    const float offset = float(1 << (w.bits - 1));
+    const uint16_t *scales = w.scales + n * groups, *zeros = w.zeros + n * groups;
     Floats wide[R];
     for (int r = 0; r < R; ++r) wide[r] = splat(0.0f);
     int64_t g = 0;
     for (; g + 8 <= groups; g += 8) {
-        Floats zero = splat(offset);
-        if (zeros) zero = zero + load_float16(zeros + g);
-        const Floats product = load_bfloat16(scales + g) * zero;
+        const Floats product = load_bfloat16(scales + g) * load_float16(zeros + g);
         for (int r = 0; r < R; ++r) wide[r] = fma(product, load(sums + r * groups + g), wide[r]);
     }
     for (int r = 0; r < R; ++r) y[r] -= sum(wide[r]);
     for (; g < groups; ++g) {
-        const float product = from_bfloat16(scales[g]) * (offset + (zeros ? from_float16(zeros[g]) : 0));
+        const float product = from_bfloat16(scales[g]) * from_float16(zeros[g]);
         for (int r = 0; r < R; ++r) y[r] -= product * sums[r * groups + g];
     }
 }
@@ -114,47 +116,62 @@ INLINE void dot_block(const uint8_t* words, const FixedPoint& x, int64_t at, int
     else dot_4_bits<BLOCK, R>(words, x.whole.data() + at, K, out);
 }
 
+// Scales of blocks b ... b + count - 1 of a row, and zeros up to eight.
+INLINE Floats scales_of(const QuantizedWeight& w, const uint16_t* scales, int64_t b, int64_t count) {
+    if (count == 8 && w.group == w.block) return load_bfloat16(scales + b);
+    const int64_t blocks_of_group = w.group / w.block;
+    uint16_t each[8] = {};
+    for (int64_t i = 0; i < count; ++i) each[i] = scales[(b + i) / blocks_of_group];
+    return load_bfloat16(each);
+}
+
 // Row n of W with rows m ... m + R - 1 of x, and the bias.
 template <int BITS, int BLOCK, int R>
 INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t n, float (&y)[R]) {
     const QuantizedWeight& w = p.weight;
-    const int64_t K = w.columns, blocks = K / BLOCK, groups = K / w.group, blocks_of_group = w.group / BLOCK;
+    const int64_t K = w.columns, groups = K / w.group;
     const uint8_t* words = w.words + n * (K * BITS / 8);
-    const uint16_t* scales = w.scales + n * groups;
-    const float* steps = x.steps.data() + m * blocks;
     Floats sums[R];
     for (int r = 0; r < R; ++r) sums[r] = splat(0.0f);
-    for (int64_t g = 0, b = 0; g < groups; ++g) {
-        const float scale = from_bfloat16(scales[g]);
-        for (int64_t end = b + blocks_of_group; b < end; ++b, words += BLOCK * BITS / 8) {
-            const int64_t at = m * K + b * BLOCK;
-            Ints dots[R];
-            dot_block<BITS, BLOCK, R>(words, x, at, K, dots);
-            for (int r = 0; r < R; ++r)
-                sums[r] = fma(to_floats(dots[r]), splat(scale * steps[r * blocks + b]), sums[r]);
+    const auto add_blocks = [&](int64_t b, int64_t count) __attribute__((always_inline)) {
+        Ints dots[R][8];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < count; ++i) {
+            Ints block[R];
+            dot_block<BITS, BLOCK, R>(words + (b + i) * (BLOCK * BITS / 8), x, m * K + (b + i) * BLOCK, K, block);
+            for (int r = 0; r < R; ++r) dots[r][i] = block[r];
         }
-    }
+        for (int64_t i = count; i < 8; ++i)
+            for (int r = 0; r < R; ++r) dots[r][i] = splat(0);
+        const Floats scales = scales_of(w, w.scales + n * groups, b, count);
+        for (int r = 0; r < R; ++r) {
+            const int64_t at = (m + r) * x.blocks + b;
+            const Ints dot = each_sum(dots[r]) + load(x.offsets.data() + at);
+            sums[r] = fma(to_floats(dot), scales * load(x.steps.data() + at), sums[r]);
+        }
+    };
+    int64_t b = 0;
+    for (; (b + 8) * BLOCK <= K; b += 8) add_blocks(b, 8);
+    if (b * BLOCK < K) add_blocks(b, K / BLOCK - b);
     for (int r = 0; r < R; ++r) y[r] = sum(sums[r]) + (p.bias ? read(p.bias, p.type, n) : 0);
-    subtract_zeros<R>(w, n, x.sums.data() + m * groups, y);
+    if (w.zeros) subtract_zeros<R>(w, n, x.sums.data() + m * groups, y);
 }
 
-// Outputs first ... last - 1 of rows m ... m + R - 1.
+// Outputs first ... last - 1, at most ROWS, of rows m ... m + R - 1.
 template <int BITS, int BLOCK, int R>
 void dot_rows(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, int64_t first, int64_t last) {
     const int64_t outputs = p.swiglu ? p.weight.rows / 2 : p.weight.rows;
-    for (int64_t n = first; n < last; ++n) {
-        float y[R];
-        dot_row<BITS, BLOCK, R>(p, x, m, n, y);
-        if (p.swiglu) {
-            float up[R];
-            dot_row<BITS, BLOCK, R>(p, x, m, n + outputs, up);
-            for (int r = 0; r < R; ++r) y[r] = y[r] / (1 + std::exp(-y[r])) * up[r];
+    float values[R][ROWS] = {}, up[R][ROWS] = {};
+    const auto multiply = [&](int64_t row, float (&to)[R][ROWS]) {
+        for (int64_t i = 0; i < last - first; ++i) {
+            float y[R];
+            dot_row<BITS, BLOCK, R>(p, x, m, row + i, y);
+            for (int r = 0; r < R; ++r) to[r][i] = y[r];
         }
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = (m + r) * outputs + n;
-            write(p.y, p.type, at, p.residual ? y[r] + read(p.residual, p.type, at) : y[r]);
-        }
-    }
+    };
+    multiply(first, values);
+    if (p.swiglu) multiply(outputs + first, up);
+    for (int r = 0; r < R; ++r) finish_row(p, m + r, first, last - first, values[r], up[r]);
 }
 
 template <int BITS, int BLOCK>

@@ -10,9 +10,11 @@
 //     select_negative(x, a, b)                      a where x has its sign bit set, b elsewhere
 //     Ints   round(v), splat(i)                     to the nearest integer, ties to even; |v| below 2^22
 //     as_floats(i)                                  the same bits
-//     to_floats(i)  store(p, i)  a + b  shift_left<n>(i)
+//     to_floats(i)  load(p)  store(p, i)  a + b  shift_left<n>(i)
+//     each_sum(v)                                   in lane i the sum of v[i], i < 8
 //     times_power(v, n)                             v 2^n of a normal v, by its exponent's bits
 //     load_bfloat16(p)  load_float16(p)             eight values of 16 bits, widened
+//     store_bfloat16(p, v)                          rounded as `to_bfloat16`
 #pragma once
 
 #include <cmath>
@@ -75,6 +77,11 @@ INLINE void write(void* values, Type type, int64_t i, float value) {
 INLINE Floats read8(const void* values, Type type, int64_t i) {
     return type == Type::float32 ? load(static_cast<const float*>(values) + i)
                                  : load_bfloat16(static_cast<const uint16_t*>(values) + i);
+}
+
+INLINE void write8(void* values, Type type, int64_t i, Floats v) {
+    if (type == Type::float32) store(static_cast<float*>(values) + i, v);
+    else store_bfloat16(static_cast<uint16_t*>(values) + i, v);
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -43,6 +43,7 @@ INLINE Floats as_floats(const Ints& a) {
     std::memcpy(result.v, a.v, sizeof a.v);
     return result;
 }
+INLINE Ints load(const int32_t* p) { EACH(Ints, p[i]); }
 INLINE void store(int32_t* p, const Ints& a) { std::memcpy(p, a.v, sizeof a.v); }
 
 INLINE Floats times_power(const Floats& a, const Ints& n) {
@@ -56,8 +57,13 @@ INLINE Floats times_power(const Floats& a, const Ints& n) {
 
 INLINE float from_bfloat16(uint16_t bits);
 INLINE float from_float16(uint16_t bits);
+INLINE uint16_t to_bfloat16(float value);
 INLINE Floats load_bfloat16(const uint16_t* p) { EACH(Floats, from_bfloat16(p[i])); }
 INLINE Floats load_float16(const uint16_t* p) { EACH(Floats, from_float16(p[i])); }
+
+INLINE void store_bfloat16(uint16_t* p, const Floats& a) {
+    for (int i = 0; i < 8; ++i) p[i] = to_bfloat16(a.v[i]);
+}
 
 #undef EACH
 
@@ -70,6 +76,12 @@ INLINE float largest(const Floats& a) {
     float most = a.v[0];
     for (int i = 1; i < 8; ++i) most = a.v[i] > most ? a.v[i] : most;
     return most;
+}
+INLINE Ints each_sum(const Ints (&a)[8]) {
+    Ints result = splat(0);
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) result.v[i] += a[i].v[j];
+    return result;
 }
 INLINE void store_sums(const Floats* a, float* y) {
     for (int n = 0; n < 4; ++n) {

@@ -141,16 +141,25 @@ void test_extremes() {
 void test_values_that_are_no_numbers() {
     for (const int bits : {4, 8})
         for (const float bad : {NAN, INFINITY, -INFINITY})
-            for (const int64_t M : {2, 12}) {
-                const Matrix w(5, 256, false, bits, 128, true);
-                Floats x = gaussian(M * 256);
-                x[17] = bad;
-                Output y(5 * M);
-                kernels->quantized_matmul(product(w, x.data(), M, y.values.data()));
-                bool right = true;
-                for (int64_t i = 0; i < 5 * M; ++i) right &= std::isfinite(y.values[i]) == (i >= 5);
-                report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
-            }
+            for (const int64_t M : {2, 12})
+                for (const Type type : {Type::float32, Type::bfloat16}) {
+                    const Matrix w(11, 256, false, bits, 128, true);
+                    Floats wide = gaussian(M * 256);
+                    wide[17] = bad;
+                    Stored x(type, wide);
+                    Output y(11 * M);
+                    QuantizedMatmul p = product(w, wide.data(), M, nullptr);
+                    p.type = type;
+                    p.x = x.data();
+                    p.y = y.data(type);
+                    kernels->quantized_matmul(p);
+                    bool right = true;
+                    for (int64_t i = 0; i < 11 * M; ++i) {
+                        const float got = type == Type::float32 ? y.values[i] : from_bfloat16(y.narrow[i]);
+                        right &= std::isfinite(got) == (i >= 11);
+                    }
+                    report(right, "quantized_matmul: %g passes as a number, or reaches another row", double(bad));
+                }
 }
 
 void test_decode_attention(int64_t rows, int64_t kv_heads, int64_t share, int64_t dh, int64_t capacity, Type type) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import source_of, write_pair
+from test_small_model import NANO
 
 from mimo_fast.config import LMConfig, read_json
 from mimo_fast.kernels.cpu import library as native
@@ -20,15 +21,7 @@ SLOTS = (2, 0, 3, 1)
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory) -> LM:
-    sizes = {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 1024,
-    }
+    sizes = NANO | {"max_position_embeddings": 1024}
     directory = write_pair(tmp_path_factory.mktemp("prompts"), sizes, {})[0]
     lm = LM(LMConfig.from_dict(read_json(directory / "config.json")), 1, source_of(directory))
     assert isinstance(lm._executor.backbone, FusedBackbone)
