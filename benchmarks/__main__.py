@@ -6,6 +6,7 @@ python -m benchmarks e2e --preset 7b --quantization int4  groups and whole reque
 python -m benchmarks baselines                            a reply as upstream runs it, beside ours
 python -m benchmarks profile                              an audio group's time, by kernel
 python -m benchmarks --compare HEAD~1 --op '*.qkv'        faster than that commit?
+python -m benchmarks prompts                              a CPU's int4 and int8, of its integer peak
 python -m benchmarks robustness                           words wrong in recordings as they are
 python -m benchmarks serving                              make soak: a server after hours of use
 python -m benchmarks page                                 make soak: the page after an hour of talk
@@ -28,6 +29,7 @@ from benchmarks import (
     ops,
     page,
     profile,
+    prompts,
     report,
     robustness,
     serving,
@@ -42,6 +44,7 @@ COMMANDS = {
     "e2e": (e2e, "groups and whole requests of a model or several"),
     "baselines": (baselines, "a spoken reply as upstream runs it, beside ours"),
     "profile": (profile, "where the time of an audio group goes, kernel by kernel"),
+    "prompts": (prompts, "products of prompts on a CPU beside its integer peak"),
     "compare": (compare, "the working tree against another commit; --compare REF is the same"),
     "robustness": (robustness, "words wrong in quiet, noisy and long recordings"),
     "serving": (serving, "make soak: a server's memory, threads and files after hours of use"),

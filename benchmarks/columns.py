@@ -49,6 +49,9 @@ WIDTHS = {
     "new": -16,
     "interval": 16,
     "verdict": -20,
+    "instructions": -12,
+    "product": -8,
+    "quantization": -8,
 }
 """Widths of columns on a terminal, by their place; negative: aligned to the left.
 
@@ -123,6 +126,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("GFLOP/s", "flop_per_s", per_nano),
         ("bound by", "bound", str),
         ("achieved / ceiling", "of_ceiling", share),
+    ),
+    "prompt": (
+        ("instructions", "instructions", str),
+        ("product", "product", str),
+        ("weights", "quantization", str),
+        ("shape", "shape", str),
+        ("cores", "threads", str),
+        ("rows", "rows", str),
+        ("G products/s", "reached", per_nano),
+        ("peak", "peak", per_nano),
+        ("of the peak", "share", share),
     ),
     "profile": (
         ("model", "title", str),

@@ -28,6 +28,7 @@ THING = {
     "baseline": ("provider", "model", "dtype"),
     "quality": ("model",),
     "compare": ("case",),
+    "prompt": ("instructions", "threads", "product", "quantization", "rows", "shape"),
     "profile": ("model", "quantization", "batch", "mode"),
 }
 """Kind of record -> the fields that identify what was measured."""

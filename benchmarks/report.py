@@ -49,6 +49,12 @@ their speed is real, their speech is not. Names of request metrics are explained
 [pipeline.py](../mimo_fast/bench/pipeline.py).
 """
 
+PROMPTS = """\
+Products of many rows with the matrices of a layer, whole. *peak*: what the instructions that \
+multiply integers do on registers alone, on as many cores, in the same run \
+([prompts.py](../benchmarks/prompts.py)). A product is that of a 16-bit activation with a weight.
+"""
+
 EXPECTED = (
     "weights",
     "an audio group (160 ms of speech)",
@@ -66,7 +72,15 @@ ORDERS: dict[str, Callable[[Entry], Any]] = {
 }
 """Kind -> the order of its rows; those of others are in the records' order."""
 
-TEXTS = {"request": 2, "baseline": 2, "op": 4, "profile": 3, "quality": 3, "compare": 3}
+TEXTS = {
+    "request": 2,
+    "prompt": 4,
+    "baseline": 2,
+    "op": 4,
+    "profile": 3,
+    "quality": 3,
+    "compare": 3,
+}
 """Kind -> columns of text, if there is more than one."""
 
 
@@ -192,6 +206,7 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
         what = f"{count} rows: every op beside what the machine could do at best"
         parts += [title, *_picture(pictures, device, "roofline")]
         parts += [f"<details><summary>{what}</summary>\n", tables[0], "</details>\n", tables[1]]
+    parts += ["## Prompts on a CPU\n", *_prompts(measured)]
     parts += ["## Where the time of a patch goes\n"]
     parts += _missing(measured, "profile", "An audio group, kernel by kernel", places=PLACES[:1])
     parts += [*_per_device(measured, "profile"), "## Quality of quantized weights\n"]
@@ -208,6 +223,15 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
         rows = ([e["name"], e["reason"], e.link] for e in measured.skipped)
         parts += ["## Not measured, and why\n", table(("what", "why", "file"), rows, 3) + "\n"]
     return "\n".join(parts)
+
+
+def _prompts(measured: Measured) -> Iterator[str]:
+    """Products of prompts beside the CPU's integer peak."""
+    if not measured.find("prompt"):
+        yield f"Products of int4 and int8 beside the integer peak: {NOT_MEASURED}.\n"
+    else:
+        yield PROMPTS
+    yield from _per_device(measured, "prompt")
 
 
 def _section(measured: Measured, kind: str, device: str, title: str) -> Iterator[str]:

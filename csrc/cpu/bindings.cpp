@@ -259,6 +259,16 @@ PYBIND11_MODULE(_native, module) {
     module.def("narrow", &narrow, "Keeps the operations of this thread on it until `widen`.");
     module.def("widen", &widen);
     module.def("available_threads", &available_threads);
+    module.def(
+        "multiply_registers",
+        [](int64_t rounds) {
+            int64_t products = 0;
+#pragma omp parallel reduction(+ : products)
+            products += kernels->multiply_registers(rounds);
+            return products;
+        },
+        py::arg("rounds"), Unlocked(),
+        "Multiplies integers on registers alone, on all threads; returns how many products that was, or 0 for none.");
     bind_weights(module);
     bind_attention(module);
     bind_transformer(module);

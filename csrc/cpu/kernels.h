@@ -9,6 +9,8 @@ namespace mimo_fast {
 struct Kernels {
     const char* name;
     void (*quantized_matmul)(const QuantizedMatmul& p);
+    // Products of integers on registers alone: how many `rounds` are, or 0 for none.
+    int64_t (*multiply_registers)(int64_t rounds);
     void (*decode_attention)(const DecodeAttention& p);
     // y [M, rows] = x [M, columns] W^T + bias.
     void (*multiply)(const Linear& w, const float* x, int64_t M, float* y);

@@ -4,7 +4,7 @@
 
 read: a sum over 2 GB. copy: 1 GB to another place, counted twice. matmul rate: a square product, in
 16-bit types where the device has instructions for them. Each is the best of several runs. Other
-work on the machine lowers its ceiling.
+work on the machine lowers its ceiling. Integer products (integers.py) are no part of a floor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 
+from mimo_fast.bench.integers import integer_peak
 from mimo_fast.bench.timing import durations
 from mimo_fast.kernels.matmul.cpu import multiplies
 
@@ -27,12 +28,14 @@ RUNS = 5
 class Ceiling:
     """Bytes a second of reading and of copying (read + written), FLOP a second of a matmul.
 
-    FLOP a second are given by dtype name.
+    FLOP a second are given by dtype name. integers: products a second of 16-bit activations with
+    integer weights; None where there are no such instructions.
     """
 
     read_Bps: float
     copy_Bps: float
     flops: dict[str, float]
+    integers: float | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """FLOP a second for activations of a dtype.
@@ -55,7 +58,8 @@ class Ceiling:
     def __str__(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in self.flops.items())
         read, copied = (f"{rate / 1e9:.1f} GB/s" for rate in (self.read_Bps, self.copy_Bps))
-        return f"ceiling: reads {read}, copies {copied}; GFLOP/s: {rates}"
+        integers = "" if self.integers is None else f"; integer G/s: {self.integers / 1e9:,.0f}"
+        return f"ceiling: reads {read}, copies {copied}; GFLOP/s: {rates}{integers}"
 
 
 def ceiling(device: torch.device | str) -> Ceiling:
@@ -73,7 +77,8 @@ def name_of(dtype: torch.dtype) -> str:
 @cache
 def _measured(device: torch.device, _threads: int) -> Ceiling:
     rates = {name_of(dtype): matmul_rate(device, dtype) for dtype in matmul_dtypes(device)}
-    return Ceiling(read_bandwidth(device), copy_bandwidth(device), rates)
+    integers = integer_peak() if device.type == "cpu" else None
+    return Ceiling(read_bandwidth(device), copy_bandwidth(device), rates, integers)
 
 
 def matmul_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

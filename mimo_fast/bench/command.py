@@ -18,6 +18,7 @@ from mimo_fast.audio.paths import write_whole
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
+from mimo_fast.bench.integers import layer_matrices, prompt_shares
 from mimo_fast.bench.machine import describe_machine, useful_threads
 from mimo_fast.bench.pipeline import Metrics, TimedRequest, measure, prompt_ids
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
@@ -67,9 +68,14 @@ def bench(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
     work = GroupWork.of(target.lm, 1, TEXT_GROUPS, quantized_cache=target.quantized_cache)
+    print(work.describe(machine), flush=True)
+    matrices = layer_matrices(target.lm.backbone) if machine.integers else []
+    shares = prompt_shares(matrices, target.lm.dtype) if matrices else {}
+    if shares:
+        reached = "; ".join(f"{rows} rows {100 * share:.0f}%" for rows, share in shares.items())
+        print(f"products of a prompt, of the integer peak: {reached}", flush=True)
     print(
-        f"{work.describe(machine)}\n\n"
-        f"{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
+        f"\n{'streams':>7}{'real-time factor':>18}{'of floor':>10}{'first audio':>13}"
         f"{'next chunk (p95)':>18}{'worst silence':>15}{'memory':>10}",
         flush=True,
     )
@@ -84,6 +90,7 @@ def bench(
             "ceiling": asdict(machine),
             **about,
             "dtype": name_of(target.lm.dtype),
+            "of_integer_peak": shares,
             "streams": streams,
             "rows": [asdict(row) for row in rows],
         }
