@@ -93,19 +93,23 @@ INLINE void pack_eight(const __m256i (&x)[WORD_VALUES], uint32_t* to, int64_t st
                         either(low[0], left(low[1], 8), left(low[2], 16), left(low[3], 24)));
 }
 
-// A block of W with ROWS rows of x, [ROWS][high, low][V] words.
+// offsets[r] + a block of W with row r of x, [ROWS][high, low][V] words.
 template <int V, int ROWS>
-INLINE void dot_words(const uint8_t* w, const uint32_t* x, Words (&dots)[ROWS][TILE_REGISTERS]) {
+INLINE void dot_words(
+    const uint8_t* w, const uint32_t* x, const int32_t* offsets, Words (&dots)[ROWS][TILE_REGISTERS]
+) {
     UNROLL for (int r = 0; r < ROWS; ++r)
         UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) dots[r][n] = _mm512_setzero_si512();
     UNROLL for (int part = 0; part < X_WORDS; ++part) {
         UNROLL for (int r = 0; r < ROWS && part; ++r)
-            UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) dots[r][n] = _mm512_slli_epi32(dots[r][n], 8);
+            UNROLL for (int n = 0; n < TILE_REGISTERS; ++n)
+                dots[r][n] = add(_mm512_slli_epi32(dots[r][n], 8), splat_word(offsets[r]));
 #pragma GCC unroll 1
         for (int v = 0; v < V; ++v) {
             const Words q[TILE_REGISTERS] = {load_words(w + 128 * v), load_words(w + 128 * v + 64)};
             UNROLL for (int r = 0; r < ROWS; ++r) {
                 const Words four = splat_word(x[(X_WORDS * r + part) * V + v]);
+                // In place, where gcc would copy sums.
                 UNROLL for (int n = 0; n < TILE_REGISTERS; ++n)
                     asm("vpdpbusd %2, %1, %0" : "+v"(dots[r][n]) : "v"(q[n]), "v"(four));
             }
@@ -155,13 +159,14 @@ INLINE void pack_eight(const __m256i (&x)[WORD_VALUES], uint32_t* to, int64_t) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(x[0], _mm256_slli_epi32(x[1], 16), 0xAA));
 }
 
-// A block of W with ROWS rows of x, [ROWS][V] words.
+// offsets[r] + a block of W with row r of x, [ROWS][V] words.
 template <int V, int ROWS>
-INLINE void dot_words(const uint8_t* w, const uint32_t* x, Words (&dots)[ROWS][TILE_REGISTERS]) {
+INLINE void dot_words(
+    const uint8_t* w, const uint32_t* x, const int32_t* offsets, Words (&dots)[ROWS][TILE_REGISTERS]
+) {
     UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) dots[r][n] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-    for (int v = 0; v < V; ++v) {
+        UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) dots[r][n] = splat_word(offsets[r]);
+    const auto step = [&](int v) __attribute__((always_inline)) {
         const Words q[TILE_REGISTERS] = {load_words(w + 64 * v), load_words(w + 64 * v + 32)};
         // Products of two rows come before their sums: Zen 4 does fewer of both where a sum follows its product at once.
         UNROLL for (int r = 0; r < ROWS; r += 2) {
@@ -169,10 +174,16 @@ INLINE void dot_words(const uint8_t* w, const uint32_t* x, Words (&dots)[ROWS][T
             for (int i = 0; i < 2 && r + i < ROWS; ++i)
                 UNROLL for (int n = 0; n < TILE_REGISTERS; ++n)
                     products[i][n] = _mm256_madd_epi16(q[n], splat_word(x[(r + i) * V + v]));
+            // In place, where gcc would copy sums.
             for (int i = 0; i < 2 && r + i < ROWS; ++i)
                 UNROLL for (int n = 0; n < TILE_REGISTERS; ++n)
-                    asm("vpaddd %1, %0, %0" : "+x"(dots[r + i][n]) : "x"(products[i][n]));  // gcc would copy sums
+                    asm("vpaddd %1, %0, %0" : "+x"(dots[r + i][n]) : "x"(products[i][n]));
         }
+    };
+#pragma GCC unroll 1
+    for (int v = 0; v < V; v += 2) {
+        step(v);
+        step(v + 1);
     }
 }
 
@@ -267,14 +278,14 @@ INLINE void dot_tile(
     constexpr int V = BLOCK / WORD_VALUES;
     for (int64_t b = 0; b < blocks; ++b, w += 4 * TILE_OUTPUTS * V, x += ROWS * X_WORDS * V) {
         Words dots[ROWS][TILE_REGISTERS];
-        dot_words<V, ROWS>(w, x, dots);
+        dot_words<V, ROWS>(w, x, of.offsets + b * of.stride, dots);
         float* to = sums + (first + b) % SUMS * (TILE_ROWS * TILE_OUTPUTS);
         UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) {
             const Lanes scales = load_lanes(of.scales + b * TILE_OUTPUTS + n * LANES);
             UNROLL for (int r = 0; r < ROWS; ++r) {
                 float* at = to + r * TILE_OUTPUTS + n * LANES;
-                const Lanes dot = to_lanes(add(dots[r][n], splat_word(of.offsets[b * of.stride + r])));
-                store_lanes(at, fma(dot, scales * splat_lanes(of.steps[b * of.stride + r]), load_lanes(at)));
+                const Lanes scale = scales * splat_lanes(of.steps[b * of.stride + r]);
+                store_lanes(at, fma(to_lanes(dots[r][n]), scale, load_lanes(at)));
             }
         }
     }
