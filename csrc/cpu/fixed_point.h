@@ -34,9 +34,9 @@ INLINE void fix_block(const float* x, float most, int block, FixedBlock& fixed) 
     fixed.total = int32_t(sum(to_floats(total)));  // exact: below 2^23
 }
 
-// Row m of p.x, normed: `take(b, block)` gets each block; sums [K / group] becomes t, the sums of s v over groups.
+// Row m of p.x, normed: `take(b, block)` gets each block.
 template <class Take>
-INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take) {
+INLINE void fix_row(const QuantizedMatmul& p, int64_t m, Take take) {
     const QuantizedWeight& w = p.weight;
     const int64_t K = w.columns;
     Floats scale = splat(1.0f);
@@ -48,7 +48,6 @@ INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take)
         }
         scale = splat(1 / std::sqrt(sum(squares) / float(K) + p.eps));
     }
-    for (int64_t g = 0; g < K / w.group; ++g) sums[g] = 0;
     for (int64_t start = 0; start < K; start += w.block) {
         float x[LARGEST_BLOCK];
         FixedBlock fixed;
@@ -60,7 +59,6 @@ INLINE void fix_row(const QuantizedMatmul& p, int64_t m, float* sums, Take take)
             store(x + i, values);
         }
         fix_block(x, largest(most), w.block, fixed);
-        sums[start / w.group] += fixed.step * float(fixed.total);
         take(start / w.block, fixed);
     }
 }

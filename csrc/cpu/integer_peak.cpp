@@ -17,16 +17,16 @@ int64_t multiply_registers(int64_t rounds) {
 #pragma GCC unroll 8
         for (auto& sum : sums) asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 #elif defined(MIMO_FAST_AVX2)
-    // vpmaddwd multiplies 16 words, and vpaddd sums what it gives.
+    // vpmaddwd multiplies 16 words, and vpaddd sums what it gives; the next product first, which is faster on Zen 4.
     constexpr int64_t PRODUCTS = 16;
     const __m256i w = _mm256_set1_epi64x(0x00B2'0091'00E7'00A5), x = _mm256_set1_epi64x(0x5A3D'81C6'972E'F41B);
     __m256i sums[8] = {w, x, w, x, w, x, w, x};
+    __m256i products[2] = {w, x};
     for (int64_t round = 0; round < rounds; ++round)
 #pragma GCC unroll 8
-        for (auto& sum : sums) {
-            __m256i product;
-            asm volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(w), "x"(x));
-            asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+        for (int i = 0; i < 8; ++i) {
+            asm volatile("vpmaddwd %2, %1, %0" : "=x"(products[(i + 1) % 2]) : "x"(w), "x"(x));
+            asm volatile("vpaddd %1, %0, %0" : "+x"(sums[i]) : "x"(products[i % 2]));
         }
 #elif defined(MIMO_FAST_NEON)
     // smlal multiplies four words.

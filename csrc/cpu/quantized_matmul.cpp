@@ -4,10 +4,10 @@
 // largest value is 127 * 256 s: an error of 2^-16 of that value, where bfloat16 has 2^-9 of each. Its products with q
 // are then exact integers, summed over a block, and only blocks are added in float:
 //
-//     y[n] = sum over blocks   scale s (sum (q - offset) x)  -  sum over groups   scale zero t,      t = sum of s x
+//     y[n] = sum over blocks of   scale s (sum of (q - offset) x  -  zero (sum of x))
 //
-// Block b is added to float b % 8, and the eight are added last, by `sum`; so is group g of the other sum, where W has
-// zeros, up to the last eight whole ones. With more rows the order is the same (quantized_tiles.cpp).
+// of which all but zero, where W has zeros, are integers. Block b is added to float b % 8, and the eight are added last,
+// by `sum`. With more rows the order is the same (quantized_tiles.cpp).
 //
 // block_dot.h has the sums of q x for each instruction set, eight blocks at a time. With AVX2 one takes 31 instructions
 // for the 128 weights of 64 bytes at 4 bits, 24 for those of 128 bytes at 8 bits; converting each weight to float and
@@ -56,13 +56,13 @@ struct FixedPoint {
     Buffer<int16_t> whole;     // [M, K], otherwise
     Buffer<float> steps;       // [M, blocks]: s
     Buffer<int32_t> offsets;   // [M, blocks]: what offset and x have in the sum of a block
-    Buffer<float> sums;        // [M, K / group]: t
+    Buffer<float> totals;      // [M, blocks]: sum of x, where W has zeros
 
     explicit FixedPoint(const QuantizedMatmul& p)
         : blocks((p.weight.columns / p.weight.block + 7) / 8 * 8),
           high(splits(p.weight) ? p.M * p.weight.columns : 0), low(high.size()),
           whole(splits(p.weight) ? 0 : p.M * p.weight.columns), steps(p.M * blocks), offsets(p.M * blocks),
-          sums(p.M * (p.weight.columns / p.weight.group)) {
+          totals(p.weight.zeros ? p.M * blocks : 0) {
         const UnpackingOrder order(p.weight.bits, p.weight.block);
 #pragma omp parallel for if (p.M > 4)
         for (int64_t m = 0; m < p.M; ++m) convert_row(p, order, m);
@@ -72,9 +72,10 @@ struct FixedPoint {
 
     void convert_row(const QuantizedMatmul& p, const UnpackingOrder& order, int64_t m) {
         const QuantizedWeight& w = p.weight;
-        fix_row(p, m, sums.data() + m * (w.columns / w.group), [&](int64_t b, const FixedBlock& block) {
+        fix_row(p, m, [&](int64_t b, const FixedBlock& block) {
             steps[m * blocks + b] = block.step;
             offsets[m * blocks + b] = -(1 << (w.bits - 1)) * block.total;
+            if (w.zeros) totals[m * blocks + b] = float(block.total);
             const int64_t at = m * w.columns + b * w.block;
             if (!splits(w)) {
                 for (int i = 0; i < w.block; ++i) whole[at + i] = int16_t(block.values[order.order[i]]);
@@ -89,25 +90,6 @@ struct FixedPoint {
     }
 };
 
-// Subtracts sum of scale zero t over the groups of row n from each of R results.
-template <int R>
-INLINE void subtract_zeros(const QuantizedWeight& w, int64_t n, const float* sums, float (&y)[R]) {
-    const int64_t groups = w.columns / w.group;
-    const uint16_t *scales = w.scales + n * groups, *zeros = w.zeros + n * groups;
-    Floats wide[R];
-    for (int r = 0; r < R; ++r) wide[r] = splat(0.0f);
-    int64_t g = 0;
-    for (; g + 8 <= groups; g += 8) {
-        const Floats product = load_bfloat16(scales + g) * load_float16(zeros + g);
-        for (int r = 0; r < R; ++r) wide[r] = fma(product, load(sums + r * groups + g), wide[r]);
-    }
-    for (int r = 0; r < R; ++r) y[r] -= sum(wide[r]);
-    for (; g < groups; ++g) {
-        const float product = from_bfloat16(scales[g]) * from_float16(zeros[g]);
-        for (int r = 0; r < R; ++r) y[r] -= product * sums[r * groups + g];
-    }
-}
-
 // A block of W with R rows of x, whose first is `at` and K values before the next.
 template <int BITS, int BLOCK, int R>
 INLINE void dot_block(const uint8_t* words, const FixedPoint& x, int64_t at, int64_t K, Ints (&out)[R]) {
@@ -116,13 +98,14 @@ INLINE void dot_block(const uint8_t* words, const FixedPoint& x, int64_t at, int
     else dot_4_bits<BLOCK, R>(words, x.whole.data() + at, K, out);
 }
 
-// Scales of blocks b ... b + count - 1 of a row, and zeros up to eight.
-INLINE Floats scales_of(const QuantizedWeight& w, const uint16_t* scales, int64_t b, int64_t count) {
-    if (count == 8 && w.group == w.block) return load_bfloat16(scales + b);
+// Values of blocks b ... b + count - 1 from those of groups, in `each` where they do not lie so in memory.
+INLINE const uint16_t* of_blocks(
+    const QuantizedWeight& w, const uint16_t* groups, int64_t b, int64_t count, uint16_t (&each)[8]
+) {
+    if (count == 8 && w.group == w.block) return groups + b;
     const int64_t blocks_of_group = w.group / w.block;
-    uint16_t each[8] = {};
-    for (int64_t i = 0; i < count; ++i) each[i] = scales[(b + i) / blocks_of_group];
-    return load_bfloat16(each);
+    for (int64_t i = 0; i < 8; ++i) each[i] = i < count ? groups[(b + i) / blocks_of_group] : 0;
+    return each;
 }
 
 // Row n of W with rows m ... m + R - 1 of x, and the bias.
@@ -143,18 +126,21 @@ INLINE void dot_row(const QuantizedMatmul& p, const FixedPoint& x, int64_t m, in
         }
         for (int64_t i = count; i < 8; ++i)
             for (int r = 0; r < R; ++r) dots[r][i] = splat(0);
-        const Floats scales = scales_of(w, w.scales + n * groups, b, count);
+        uint16_t each[8];
+        const Floats scales = load_bfloat16(of_blocks(w, w.scales + n * groups, b, count, each));
+        Floats zeros = splat(0.0f);
+        if (w.zeros) zeros = load_float16(of_blocks(w, w.zeros + n * groups, b, count, each));
         for (int r = 0; r < R; ++r) {
             const int64_t at = (m + r) * x.blocks + b;
-            const Ints dot = each_sum(dots[r]) + load(x.offsets.data() + at);
-            sums[r] = fma(to_floats(dot), scales * load(x.steps.data() + at), sums[r]);
+            Floats dot = to_floats(each_sum(dots[r]) + load(x.offsets.data() + at));
+            if (w.zeros) dot = fnma(zeros, load(x.totals.data() + at), dot);
+            sums[r] = fma(dot, scales * load(x.steps.data() + at), sums[r]);
         }
     };
     int64_t b = 0;
     for (; (b + 8) * BLOCK <= K; b += 8) add_blocks(b, 8);
     if (b * BLOCK < K) add_blocks(b, K / BLOCK - b);
     for (int r = 0; r < R; ++r) y[r] = sum(sums[r]) + (p.bias ? read(p.bias, p.type, n) : 0);
-    if (w.zeros) subtract_zeros<R>(w, n, x.sums.data() + m * groups, y);
 }
 
 // Outputs first ... last - 1, at most ROWS, of rows m ... m + R - 1.

@@ -35,12 +35,12 @@ struct Slab {
     Aligned<uint32_t> x;       // [pieces, tiles, blocks of a piece, rows of a tile, WORDS]
     Aligned<float> steps;      // [blocks, rows]: s
     Aligned<int32_t> offsets;  // [blocks, rows]: what offset and x have in the sum of a block
-    Aligned<float> totals;     // [rows, groups]: t
+    Aligned<float> totals;     // [blocks, rows]: sum of x
 
     Slab(const QuantizedMatmul& p, int64_t first, int64_t rows)
         : p(p), first(first), rows(rows), tiles(parts(rows, TILE_ROWS)), blocks(p.weight.columns / BLOCK),
           groups(p.weight.columns / p.weight.group), x(rows * blocks * WORDS), steps(blocks * rows),
-          offsets(blocks * rows), totals(rows * groups) {
+          offsets(blocks * rows), totals(blocks * rows) {
 #pragma omp parallel for schedule(dynamic)
         for (int64_t tile = 0; tile < tiles; ++tile)
             for (int64_t m = start(tile); m < start(tile + 1); ++m) convert(tile, m);
@@ -57,11 +57,12 @@ struct Slab {
 
     void convert(int64_t tile, int64_t m) {
         const int64_t rows_here = start(tile + 1) - start(tile), row = m - start(tile);
-        fix_row(p, first + m, totals.data() + m * groups, [&](int64_t b, const FixedBlock& block) {
+        fix_row(p, first + m, [&](int64_t b, const FixedBlock& block) {
             const int64_t piece = b / PIECE, within = b % PIECE;
             pack_x<BITS, BLOCK>(block.values, x.data() + place(piece, tile) + (within * rows_here + row) * WORDS);
             steps[b * rows + m] = block.step;
             offsets[b * rows + m] = -(1 << (BITS - 1)) * block.total;
+            totals[b * rows + m] = float(block.total);
         });
     }
 };
@@ -72,7 +73,7 @@ class Weights {
   public:
     explicit Weights(const Slab<BITS, BLOCK>& slab)
         : slab(slab), p(slab.p), w(slab.p.weight), outputs(p.swiglu ? w.rows / 2 : w.rows),
-          scales(slab.blocks * TILE_OUTPUTS), weighed(w.zeros ? slab.groups * TILE_OUTPUTS : 0), biases(TILE_OUTPUTS),
+          scales(slab.blocks * TILE_OUTPUTS), zeros(w.zeros ? slab.blocks * TILE_OUTPUTS : 0), biases(TILE_OUTPUTS),
           unpacked(PIECE * BLOCK_BYTES), sums(slab.tiles * TILE_SUMS) {}
 
     // Outputs that a tile has: with SwiGLU half of its rows are of gate, half of up.
@@ -110,44 +111,36 @@ class Weights {
     int64_t first = 0;
     int64_t rows[TILE_OUTPUTS];  // of W, the tile's
     Aligned<float> scales;      // [blocks, TILE_OUTPUTS]
-    Aligned<float> weighed;     // [groups, TILE_OUTPUTS]: scale zero, where W has zeros
+    Aligned<float> zeros;       // [blocks, TILE_OUTPUTS], where W has zeros
     Aligned<float> biases;      // [TILE_OUTPUTS]
     Aligned<uint8_t> unpacked;  // [blocks of a piece, see unpack]
     Aligned<float> sums;        // [tiles, SUMS, TILE_ROWS, TILE_OUTPUTS]
 
-    // `count` values, and zeros up to eight.
+    // values [rows of W, groups] of the tile, widened, to [blocks, TILE_OUTPUTS].
     template <class Widen>
-    static Floats read_groups(const uint16_t* values, int64_t count, Widen widen) {
-        if (count == 8) return widen(values);
-        uint16_t eight[8] = {};
-        for (int64_t i = 0; i < count; ++i) eight[i] = values[i];
-        return widen(eight);
+    void read_groups(const uint16_t* values, Widen widen, float* to) const {
+        const int64_t blocks_of_group = w.group / BLOCK;
+        for (int64_t g = 0; g < slab.groups; g += 8) {
+            const int64_t count = least(8, slab.groups - g);
+            float eight[TILE_OUTPUTS][8];
+            for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
+                const uint16_t* from = values + rows[i] * slab.groups + g;
+                uint16_t few[8] = {};
+                for (int64_t j = 0; j < count && count < 8; ++j) few[j] = from[j];
+                store(eight[i], widen(count < 8 ? few : from));
+            }
+            transpose_rows(eight, [&](int64_t j, int64_t n, Words group) {
+                for (int64_t b = 0; b < blocks_of_group && j < count; ++b)
+                    store_words(to + ((g + j) * blocks_of_group + b) * TILE_OUTPUTS + n, group);
+            });
+        }
     }
 
     // What a tile has beside its words.
     void read_vectors() {
-        const int64_t blocks_of_group = w.group / BLOCK;
         for (int64_t i = 0; i < TILE_OUTPUTS; ++i) biases[i] = p.bias ? read(p.bias, p.type, rows[i]) : 0;
-        for (int64_t g = 0; g < slab.groups; g += 8) {
-            const int64_t count = least(8, slab.groups - g);
-            float eight[TILE_OUTPUTS][8], zeros[TILE_OUTPUTS][8];
-            for (int64_t i = 0; i < TILE_OUTPUTS; ++i) {
-                const int64_t at = rows[i] * slab.groups + g;
-                store(eight[i], read_groups(w.scales + at, count, [](const uint16_t* v) { return load_bfloat16(v); }));
-                if (w.zeros)
-                    store(zeros[i], load(eight[i]) * read_groups(w.zeros + at, count, [](const uint16_t* v) {
-                                        return load_float16(v);
-                                    }));
-            }
-            transpose_rows(eight, [&](int64_t j, int64_t n, Words values) {
-                for (int64_t b = 0; b < blocks_of_group && j < count; ++b)
-                    store_words(&scales[((g + j) * blocks_of_group + b) * TILE_OUTPUTS + n], values);
-            });
-            if (w.zeros)
-                transpose_rows(zeros, [&](int64_t j, int64_t n, Words values) {
-                    if (j < count) store_words(&weighed[(g + j) * TILE_OUTPUTS + n], values);
-                });
-        }
+        read_groups(w.scales, [](const uint16_t* values) { return load_bfloat16(values); }, scales.data());
+        if (w.zeros) read_groups(w.zeros, [](const uint16_t* values) { return load_float16(values); }, zeros.data());
         prefetch_scales();
     }
 
@@ -160,18 +153,21 @@ class Weights {
 
     void multiply_tile(int64_t piece, int64_t tile) {
         const int64_t start = slab.start(tile), rows = slab.start(tile + 1) - start, at = piece * PIECE;
-        const TileScales of = {scales.data() + at * TILE_OUTPUTS, slab.steps.data() + at * slab.rows + start,
-                               slab.offsets.data() + at * slab.rows + start, slab.rows};
+        const int64_t outputs = at * TILE_OUTPUTS, values = at * slab.rows + start;
+        const TileScales of = {scales.data() + outputs, slab.steps.data() + values, slab.offsets.data() + values,
+                               slab.rows, zeros.data() + outputs, slab.totals.data() + values};
         float* to = sums.data() + tile * TILE_SUMS;
         if (piece == 0) std::memset(to, 0, TILE_SUMS * sizeof(float));
-        dot_rows<TILE_ROWS>(rows, slab.x.data() + slab.place(piece, tile), of, at, slab.piece_blocks(piece), to);
+        const uint32_t* x = slab.x.data() + slab.place(piece, tile);
+        if (w.zeros) dot_rows<true, TILE_ROWS>(rows, x, of, at, slab.piece_blocks(piece), to);
+        else dot_rows<false, TILE_ROWS>(rows, x, of, at, slab.piece_blocks(piece), to);
     }
 
-    template <int ROWS>
+    template <bool ZEROS, int ROWS>
     void dot_rows(int64_t rows, const uint32_t* x, const TileScales& of, int64_t at, int64_t blocks, float* to) const {
         if constexpr (ROWS > 1)
-            if (rows < ROWS) return dot_rows<ROWS - 1>(rows, x, of, at, blocks, to);
-        dot_tile<BLOCK, ROWS>(unpacked.data(), x, of, at, blocks, to);
+            if (rows < ROWS) return dot_rows<ZEROS, ROWS - 1>(rows, x, of, at, blocks, to);
+        dot_tile<BLOCK, ZEROS, ROWS>(unpacked.data(), x, of, at, blocks, to);
     }
 
     // A part of the weights that are unpacked next: of the next piece, or of the first of what follows.
@@ -212,53 +208,19 @@ class Weights {
         return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
     }
 
-    // Subtracts scale zero t of rows m + r of x and rows i ... of the tile of weights, as `subtract_zeros`.
-    template <int R>
-    void subtract_zeros(int64_t m, int64_t i, Lanes (&y)[R]) const {
-        const float *zeros = weighed.data() + i, *totals = slab.totals.data() + m * slab.groups;
-        Lanes terms[R][SUMS];
-        for (int r = 0; r < R; ++r)
-            for (int s = 0; s < SUMS; ++s) terms[r][s] = splat_lanes(0.0f);
-        int64_t g = 0;
-        for (; g + SUMS <= slab.groups; g += SUMS)
-            for (int s = 0; s < SUMS; ++s) {
-                const Lanes zero = load_lanes(zeros + (g + s) * TILE_OUTPUTS);
-                for (int r = 0; r < R; ++r)
-                    terms[r][s] = fma(zero, splat_lanes(totals[r * slab.groups + g + s]), terms[r][s]);
-            }
-        for (int r = 0; r < R; ++r) {
-            y[r] = y[r] - sum_lanes(terms[r]);
-            for (int64_t rest = g; rest < slab.groups; ++rest)
-                y[r] = y[r] - load_lanes(zeros + rest * TILE_OUTPUTS) * splat_lanes(totals[r * slab.groups + rest]);
-        }
-    }
-
-    // Row m of x with rows i ... of the tile of weights, without zeros.
-    Lanes product(int64_t tile, int64_t m, int64_t i) const {
-        const float* from = sums.data() + tile * TILE_SUMS + (m - slab.start(tile)) * TILE_OUTPUTS + i;
-        Lanes terms[SUMS];
-        for (int s = 0; s < SUMS; ++s) terms[s] = load_lanes(from + s * TILE_ROWS * TILE_OUTPUTS);
-        return sum_lanes(terms) + load_lanes(biases.data() + i);
-    }
-
+    // Writes what the rows of a tile of x have with the tile of weights.
     void finish_tile(int64_t tile) const {
-        int64_t m = slab.start(tile), end = slab.start(tile + 1);
-        for (; m + 2 <= end; m += 2) finish<2>(tile, m);
-        if (m < end) finish<1>(tile, m);
-    }
-
-    // Writes what R rows of x from m on have with the tile of weights.
-    template <int R>
-    void finish(int64_t tile, int64_t m) const {
-        alignas(64) float y[R][TILE_OUTPUTS];
-        for (int64_t i = 0; i < TILE_OUTPUTS; i += LANES) {
-            Lanes values[R];
-            for (int r = 0; r < R; ++r) values[r] = product(tile, m + r, i);
-            if (w.zeros) subtract_zeros<R>(m, i, values);
-            for (int r = 0; r < R; ++r) store_lanes(y[r] + i, values[r]);
+        const int64_t start = slab.start(tile), count = least(width(p), outputs - first);
+        const float* from = sums.data() + tile * TILE_SUMS;
+        for (int64_t m = start; m < slab.start(tile + 1); ++m, from += TILE_OUTPUTS) {
+            alignas(64) float y[TILE_OUTPUTS];
+            for (int64_t i = 0; i < TILE_OUTPUTS; i += LANES) {
+                Lanes terms[SUMS];
+                for (int s = 0; s < SUMS; ++s) terms[s] = load_lanes(from + s * TILE_ROWS * TILE_OUTPUTS + i);
+                store_lanes(y + i, sum_lanes(terms) + load_lanes(biases.data() + i));
+            }
+            finish_row(p, slab.first + m, first, count, y, y + width(p));
         }
-        for (int r = 0; r < R; ++r)
-            finish_row(p, slab.first + m + r, first, least(width(p), outputs - first), y[r], y[r] + width(p));
     }
 };
 

@@ -3,7 +3,7 @@
 //
 //     pack_x<BITS, BLOCK>       a block of one row of x, as tiles read it: [X_WORDS][V]
 //     unpack<BITS>              blocks of TILE_OUTPUTS rows of W: [blocks][V][TILE_OUTPUTS]
-//     dot_tile<BLOCK, ROWS>     sums of blocks += scale * step * (dot - offset)
+//     dot_tile<BLOCK, ZEROS, ROWS>     sums of blocks += scale * step * (dot + offset - zero * total)
 //     Lanes                     the floats of one register, for what is not integers
 //
 // Both operands are words of WORD_VALUES values, V a block; a word of W is multiplied by a word of x that is broadcast
@@ -26,8 +26,10 @@ constexpr int TILE_REGISTERS = 2;
 struct TileScales {
     const float* scales;     // [blocks, TILE_OUTPUTS]
     const float* steps;      // of row r and block b at b `stride` + r
-    const int32_t* offsets;  // the same, see `Slab`
+    const int32_t* offsets;  // the same: what offset and x have in a block's sum
     int64_t stride;
+    const float* zeros;      // as scales, where W has zeros
+    const float* totals;     // as steps: sums of x
 };
 
 #if defined(MIMO_FAST_AVX512)
@@ -46,9 +48,9 @@ INLINE Lanes load_lanes(const float* at) { return {_mm512_load_ps(at)}; }
 INLINE void store_lanes(float* at, Lanes a) { _mm512_store_ps(at, a.v); }
 INLINE Lanes splat_lanes(float v) { return {_mm512_set1_ps(v)}; }
 INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE Lanes fnma(Lanes a, Lanes b, Lanes c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 
 INLINE Words load_words(const void* at) { return _mm512_load_si512(at); }
 INLINE void store_words(void* at, Words a) { _mm512_store_si512(at, a); }
@@ -132,9 +134,9 @@ INLINE Lanes load_lanes(const float* at) { return {_mm256_load_ps(at)}; }
 INLINE void store_lanes(float* at, Lanes a) { _mm256_store_ps(at, a.v); }
 INLINE Lanes splat_lanes(float v) { return {_mm256_set1_ps(v)}; }
 INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.v, b.v)}; }
-INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
 INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
 INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE Lanes fnma(Lanes a, Lanes b, Lanes c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 
 INLINE Words load_words(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
 INLINE void store_words(void* at, Words a) { _mm256_store_si256(static_cast<__m256i*>(at), a); }
@@ -271,7 +273,7 @@ INLINE void unpack(const uint8_t* const (&rows)[TILE_OUTPUTS], int64_t bytes, ui
 
 // w [blocks, V, TILE_OUTPUTS], x [blocks, ROWS, X_WORDS, V] words; block `first` + b is added to number
 // (first + b) % SUMS of sums [SUMS, TILE_ROWS, TILE_OUTPUTS].
-template <int BLOCK, int ROWS>
+template <int BLOCK, bool ZEROS, int ROWS>
 INLINE void dot_tile(
     const uint8_t* w, const uint32_t* x, const TileScales& of, int64_t first, int64_t blocks, float* sums
 ) {
@@ -281,11 +283,14 @@ INLINE void dot_tile(
         dot_words<V, ROWS>(w, x, of.offsets + b * of.stride, dots);
         float* to = sums + (first + b) % SUMS * (TILE_ROWS * TILE_OUTPUTS);
         UNROLL for (int n = 0; n < TILE_REGISTERS; ++n) {
-            const Lanes scales = load_lanes(of.scales + b * TILE_OUTPUTS + n * LANES);
+            const int64_t outputs = b * TILE_OUTPUTS + n * LANES, rows = b * of.stride;
+            const Lanes scales = load_lanes(of.scales + outputs);
+            const Lanes zeros = ZEROS ? load_lanes(of.zeros + outputs) : splat_lanes(0.0f);
             UNROLL for (int r = 0; r < ROWS; ++r) {
                 float* at = to + r * TILE_OUTPUTS + n * LANES;
-                const Lanes scale = scales * splat_lanes(of.steps[b * of.stride + r]);
-                store_lanes(at, fma(to_lanes(dots[r][n]), scale, load_lanes(at)));
+                Lanes dot = to_lanes(dots[r][n]);
+                if constexpr (ZEROS) dot = fnma(zeros, splat_lanes(of.totals[rows + r]), dot);
+                store_lanes(at, fma(dot, scales * splat_lanes(of.steps[rows + r]), load_lanes(at)));
             }
         }
     }
